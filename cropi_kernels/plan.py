@@ -1,0 +1,147 @@
+"""Where every coordinate of a parameter lands in the sketch: a pure function of the spec, the name and the shape.
+
+The slab sketch of a matrix gradient G [R, C] (docs/sketch.md has the formulas):
+
+1. fold: columns (inputs of a linear layer) or rows (vocabulary of a tied head) are summed into fewer features with
+   signs; block b of `width` features is XORed with a multiple of 8;
+2. slab: the folded matrix is cut into blocks of slab_rows x slab_cols = 32768 entries; block (I, J) is added to a slab
+   with a pair sign, its row and column indices XORed with multiples of 8 drawn for the pair.
+
+Column randomness is keyed by the parent module, so that layers that read the same input (q/k/v, gate/up) share one fold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import philox as px
+from .spec import SLAB_SIZE, SketchSpec
+
+Role = Literal["linear", "embedding", "tied"]
+MAX_SLAB_COLS = 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MatrixPlan:
+    """Plan of a matrix parameter seen as [out_features or vocabulary, in_features or hidden].
+
+    ``rows, cols`` are the gradient's, ``folded_rows, folded_cols`` those that reach the slab. ``row_sign`` and
+    ``col_sign`` apply once: in the fold where there is one, in the slab otherwise.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    folded_rows: int
+    folded_cols: int
+    slab_rows: int
+    slab_cols: int
+    n_slabs: int
+    row_sign: NDArray[np.float32]
+    col_sign: NDArray[np.float32]
+    row_fold: NDArray[np.uint32] | None
+    col_fold: NDArray[np.uint32] | None
+    pair_row: NDArray[np.uint32]
+    pair_col: NDArray[np.uint32]
+    pair_slab: NDArray[np.uint32]
+    pair_sign: NDArray[np.float32]
+    fold_key: str
+
+    @property
+    def n_row_blocks(self) -> int:
+        return self.pair_row.shape[0]
+
+    @property
+    def n_col_blocks(self) -> int:
+        return self.pair_row.shape[1]
+
+    def fold_rows(self, row: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Folded row and sign of each row index."""
+        sign = self.row_sign[row]
+        if self.row_fold is None:
+            return row, sign
+        width = self.folded_rows
+        return (row % width) ^ self.row_fold[row // width].astype(np.int64), sign
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VectorPlan:
+    """Plan of a vector parameter: coordinate i is added to ``position[i]`` with ``sign[i]``."""
+
+    name: str
+    size: int
+    n_slabs: int
+    position: NDArray[np.int64]
+    sign: NDArray[np.float32]
+
+
+def plan_matrix(spec: SketchSpec, name: str, rows: int, cols: int, role: Role = "linear") -> MatrixPlan:
+    """The plan of parameter ``name`` (canonical, see `canonical_name`) with gradient [rows, cols].
+
+    ``linear`` folds the columns to ``spec.width``; ``tied`` folds the rows to ``spec.vocab_width``; ``embedding`` folds
+    nothing (only the rows that occur cost anything).
+    """
+    if rows < 1 or cols < 1:
+        raise ValueError(f"shape=({rows}, {cols}) of {name!r}: both sides must be at least 1")
+    width = spec.width if role == "linear" else None
+    vocab = spec.vocab_width if role == "tied" else None
+    return _plan_matrix(spec.version, spec.seed, max(1, spec.base_dim // SLAB_SIZE), name, rows, cols, width, vocab)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_matrix(
+    version: int, seed: int, n_slabs: int, name: str, rows: int, cols: int, width: int | None, vocab: int | None
+) -> MatrixPlan:
+    fold_key = name.rsplit(".", 2)[0] if name.count(".") >= 2 else name
+    key = px.key_of(version, seed, name)
+    col_key = px.key_of(version, seed, f"{fold_key}/columns/{cols}")
+    folds_cols, folds_rows = width is not None and cols > width, vocab is not None and rows > vocab
+    folded_cols = width if folds_cols and width else cols
+    folded_rows = vocab if folds_rows and vocab else rows
+    slab_cols = min(MAX_SLAB_COLS, max(8, 1 << (folded_cols - 1).bit_length()))
+    slab_rows = SLAB_SIZE // slab_cols
+    row_blocks, col_blocks = -(-folded_rows // slab_rows), -(-folded_cols // slab_cols)
+    draw = px.philox(key, np.arange(row_blocks)[:, None], np.arange(col_blocks)[None, :], px.PAIR)
+    return MatrixPlan(
+        name=name,
+        rows=rows,
+        cols=cols,
+        folded_rows=folded_rows,
+        folded_cols=folded_cols,
+        slab_rows=slab_rows,
+        slab_cols=slab_cols,
+        n_slabs=n_slabs,
+        row_sign=px.signs(key, rows, px.ROW_SIGN),
+        col_sign=px.signs(col_key, cols, px.COLUMN_SIGN),
+        row_fold=px.offsets(key, -(-rows // folded_rows), folded_rows, px.ROW_FOLD) if folds_rows else None,
+        col_fold=px.offsets(col_key, -(-cols // folded_cols), folded_cols, px.COLUMN_FOLD) if folds_cols else None,
+        pair_row=np.ascontiguousarray(px.xor_offset(draw[..., 1], slab_rows)),
+        pair_col=np.ascontiguousarray(px.xor_offset(draw[..., 2], slab_cols)),
+        pair_slab=np.ascontiguousarray(draw[..., 3] & np.uint32(n_slabs - 1)),
+        pair_sign=np.ascontiguousarray(1.0 - 2.0 * (draw[..., 0] & 1)).astype(np.float32),
+        fold_key=f"{fold_key}/{cols}/{width}",
+    )
+
+
+def plan_vector(spec: SketchSpec, name: str, size: int) -> VectorPlan:
+    """The plan of a vector: coordinate i goes to (i mod 32768) XOR draw(i // 32768) of a slab, with its own sign."""
+    if size < 1:
+        raise ValueError(f"size={size} of {name!r}: must be at least 1")
+    return _plan_vector(spec.version, spec.seed, max(1, spec.base_dim // SLAB_SIZE), name, size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_vector(version: int, seed: int, n_slabs: int, name: str, size: int) -> VectorPlan:
+    key = px.key_of(version, seed, name)
+    index = np.arange(size, dtype=np.int64)
+    draw = px.philox(key, np.arange(-(-size // SLAB_SIZE)), 0, px.PAIR)
+    xor = px.xor_offset(draw[:, 1], SLAB_SIZE).astype(np.int64)
+    slab = (draw[:, 3] & np.uint32(n_slabs - 1)).astype(np.int64)
+    block = index // SLAB_SIZE
+    position = slab[block] * SLAB_SIZE + ((index % SLAB_SIZE) ^ xor[block])
+    return VectorPlan(name, size, n_slabs, position, px.signs(key, size, px.ROW_SIGN))

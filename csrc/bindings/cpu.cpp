@@ -1,0 +1,102 @@
+// Python glue: pointers come in as integers, already checked by cropi_kernels; the GIL is released around each kernel.
+#include <pybind11/pybind11.h>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace cropi;
+
+namespace {
+
+template <class T>
+T* ptr(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (address, rows, cols, row stride, dtype code)
+MatrixView matrix(const py::tuple& t) {
+  return MatrixView{ptr<void>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
+                    static_cast<DType>(t[4].cast<int>())};
+}
+
+// (rows, cols, slab rows, slab cols, row blocks, col blocks, row signs, col signs, pair row, col, slab, sign)
+SlabPlan slab_plan(const py::tuple& t) {
+  SlabPlan p;
+  p.rows = t[0].cast<int64_t>();
+  p.cols = t[1].cast<int64_t>();
+  p.slab_rows = t[2].cast<int64_t>();
+  p.slab_cols = t[3].cast<int64_t>();
+  p.n_row_blocks = t[4].cast<int64_t>();
+  p.n_col_blocks = t[5].cast<int64_t>();
+  p.row_sign = ptr<const float>(t[6].cast<uintptr_t>());
+  p.col_sign = ptr<const float>(t[7].cast<uintptr_t>());
+  p.pair_row = ptr<const uint32_t>(t[8].cast<uintptr_t>());
+  p.pair_col = ptr<const uint32_t>(t[9].cast<uintptr_t>());
+  p.pair_slab = ptr<const uint32_t>(t[10].cast<uintptr_t>());
+  p.pair_sign = ptr<const float>(t[11].cast<uintptr_t>());
+  return p;
+}
+
+template <class Args>
+void call(void (*kernel)(const Args&), const Args& args) {
+  py::gil_scoped_release release;
+  kernel(args);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "CPU kernels of cropi_kernels (private).";
+  m.def("detected_level", &detected_level);
+  m.def("current_level", &current_level);
+  m.def("set_level", &set_level);
+
+  m.def("philox", [](uint32_t k0, uint32_t k1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+    const Draw d = philox(Key{k0, k1}, c0, c1, c2, c3);
+    return py::make_tuple(d.w[0], d.w[1], d.w[2], d.w[3]);
+  });
+
+  m.def("fold_columns", [](const py::tuple& in, uintptr_t out, int64_t width, uintptr_t offset, uintptr_t sign, int threads) {
+    call(kernels().fold_columns, FoldArgs{matrix(in), ptr<void>(out), width, ptr<const uint32_t>(offset),
+                                          ptr<const float>(sign), threads});
+  });
+
+  m.def("sketch_linear", [](const py::tuple& d, const py::tuple& a, const py::tuple& plan, int64_t n_segments,
+                            uintptr_t offsets, uintptr_t out, int64_t out_stride, int64_t n_slabs, int threads) {
+    call(kernels().sketch_linear, SketchLinearArgs{matrix(d), matrix(a), slab_plan(plan), n_segments,
+                                                   ptr<const int64_t>(offsets), ptr<float>(out), out_stride, n_slabs,
+                                                   threads});
+  });
+
+  m.def("sketch_rows", [](const py::tuple& x, uintptr_t row, uintptr_t scale, const py::tuple& plan, int64_t n_segments,
+                          uintptr_t offsets, uintptr_t out, int64_t out_stride, int threads) {
+    call(kernels().sketch_rows,
+         SketchRowsArgs{matrix(x), ptr<const int64_t>(row), ptr<const float>(scale), slab_plan(plan), n_segments,
+                        ptr<const int64_t>(offsets), ptr<float>(out), out_stride, threads});
+  });
+
+  m.def("norm_grad", [](const py::tuple& x, const py::tuple& dy, bool centered, float eps, int64_t n_segments,
+                        uintptr_t offsets, uintptr_t weight, uintptr_t bias, int threads) {
+    call(kernels().norm_grad, NormGradArgs{matrix(x), matrix(dy), centered, eps, n_segments, ptr<const int64_t>(offsets),
+                                           ptr<float>(weight), ptr<float>(bias), threads});
+  });
+
+  m.def("flat_sketch", [](uintptr_t x, int64_t n, uint64_t offset, uint32_t k0, uint32_t k1, uint32_t keep_below,
+                          float scale, int64_t dim, uintptr_t out, int threads) {
+    call(kernels().flat_sketch, FlatSketchArgs{ptr<const float>(x), n, offset, Key{k0, k1}, keep_below, scale, dim,
+                                               ptr<float>(out), threads});
+  });
+
+  m.def("logprob_rows", [](const py::tuple& logits, uintptr_t target, float temperature, float softcap, uintptr_t logprob,
+                           uintptr_t lse, uintptr_t entropy, int threads) {
+    call(kernels().logprob_rows, LogprobRowsArgs{matrix(logits), ptr<const int64_t>(target), temperature, softcap,
+                                                 ptr<float>(logprob), ptr<float>(lse), ptr<float>(entropy), threads});
+  });
+
+  m.def("logprob_rows_backward", [](const py::tuple& logits, uintptr_t target, uintptr_t grad, uintptr_t lse,
+                                    float temperature, float softcap, int threads) {
+    call(kernels().logprob_rows_backward,
+         LogprobBackwardArgs{matrix(logits), ptr<const int64_t>(target), ptr<const float>(grad), ptr<const float>(lse),
+                             temperature, softcap, threads});
+  });
+}

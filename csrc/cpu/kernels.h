@@ -1,0 +1,136 @@
+// The kernels' arguments and one declaration per instruction-set level. Pointers are checked by the caller.
+#pragma once
+#include <cstdint>
+
+#include "cropi/dtype.h"
+#include "cropi/philox.h"
+
+namespace cropi {
+
+// out[t, (c % width) ^ offset[c / width]] += sign[c] * in[t, c], summed in float32 in the order of the blocks.
+struct FoldArgs {
+  MatrixView in;
+  void* out;  // [rows, width], same dtype as in, contiguous
+  int64_t width;
+  const uint32_t* offset;  // [ceil(cols / width)], multiples of 8 below width
+  const float* sign;       // [cols]
+  int n_threads;
+};
+
+// Where the blocks of a matrix land in the sketch: block (I, J) of slab_rows x slab_cols entries is added to slab
+// pair_slab[I, J] with pair_sign, its rows XORed with pair_row and its columns with pair_col (docs/sketch.md).
+struct SlabPlan {
+  int64_t rows, cols;            // of the (folded) matrix
+  int64_t slab_rows, slab_cols;  // powers of two
+  int64_t n_row_blocks, n_col_blocks;
+  const float* row_sign;  // [rows] or null
+  const float* col_sign;  // [cols] or null
+  const uint32_t* pair_row;
+  const uint32_t* pair_col;
+  const uint32_t* pair_slab;
+  const float* pair_sign;  // all [n_row_blocks, n_col_blocks]
+};
+
+// out[s] += sketch of sum over tokens t of segment s of d[t]^T a[t].
+struct SketchLinearArgs {
+  MatrixView d, a;
+  SlabPlan plan;
+  int64_t n_segments;
+  const int64_t* offsets;  // [n_segments + 1], token ranges
+  float* out;
+  int64_t out_stride;
+  int64_t n_slabs;
+  int n_threads;
+};
+
+// out[s] += sketch of sum over tokens t of segment s of onehot(row[t])^T x[t].
+struct SketchRowsArgs {
+  MatrixView x;
+  const int64_t* row;  // [tokens], already folded; null: row[t] = t
+  const float* scale;  // [tokens] sign of the row, or null
+  SlabPlan plan;       // row_sign is not read
+  int64_t n_segments;
+  const int64_t* offsets;
+  float* out;
+  int64_t out_stride;
+  int n_threads;
+};
+
+// Gradients of a norm's scale and bias per segment: weight[s] = sum dy * xhat, bias[s] = sum dy.
+struct NormGradArgs {
+  MatrixView x, dy;  // [tokens, n]; x may be null when only the bias is wanted
+  bool centered;     // LayerNorm (subtract the mean) or RMSNorm
+  float eps;
+  int64_t n_segments;
+  const int64_t* offsets;
+  float* weight;  // [n_segments, n] or null
+  float* bias;    // [n_segments, n] or null
+  int n_threads;
+};
+
+// out[bucket(p)] += sign(p) * x[p] for coordinates p = offset + i that are kept: one hash per coordinate.
+struct FlatSketchArgs {
+  const float* x;
+  int64_t n;
+  uint64_t offset;
+  Key key;
+  uint32_t keep_below;  // keep coordinate p if its draw < keep_below; 0 keeps all
+  float scale;
+  int64_t dim;  // power of two
+  float* out;   // [dim]
+  int n_threads;
+};
+
+// One pass over logits [rows, vocab]: log-prob of the target, log-sum-exp, entropy (may be null).
+struct LogprobRowsArgs {
+  MatrixView logits;
+  const int64_t* target;
+  float temperature, softcap;  // softcap 0: none
+  float *logprob, *lse, *entropy;
+  int n_threads;
+};
+
+// In place: logits -> g * (onehot(target) - softmax) * d(soft-capped)/d(logits) / temperature.
+struct LogprobBackwardArgs {
+  MatrixView logits;  // overwritten
+  const int64_t* target;
+  const float* grad;  // [rows]
+  const float* lse;   // [rows]
+  float temperature, softcap;
+  int n_threads;
+};
+
+#define CROPI_KERNELS(X)                  \
+  X(fold_columns, FoldArgs)               \
+  X(sketch_linear, SketchLinearArgs)      \
+  X(sketch_rows, SketchRowsArgs)          \
+  X(norm_grad, NormGradArgs)              \
+  X(flat_sketch, FlatSketchArgs)          \
+  X(logprob_rows, LogprobRowsArgs)        \
+  X(logprob_rows_backward, LogprobBackwardArgs)
+
+#define CROPI_DECLARE_KERNEL(name, Args) void name(const Args&);
+namespace v1 {
+CROPI_KERNELS(CROPI_DECLARE_KERNEL)
+}
+namespace v3 {
+CROPI_KERNELS(CROPI_DECLARE_KERNEL)
+}
+namespace v4 {
+CROPI_KERNELS(CROPI_DECLARE_KERNEL)
+}
+#undef CROPI_DECLARE_KERNEL
+
+#define CROPI_POINTER(name, Args) void (*name)(const Args&);
+struct Kernels {
+  CROPI_KERNELS(CROPI_POINTER)
+};
+#undef CROPI_POINTER
+
+// Instruction-set levels: 1 baseline (SSE2 or NEON), 3 AVX2 + FMA + F16C, 4 AVX-512.
+int detected_level();
+int current_level();
+void set_level(int level);  // lowered to what the machine has and the build holds
+const Kernels& kernels();
+
+}  // namespace cropi

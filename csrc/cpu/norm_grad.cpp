@@ -1,0 +1,78 @@
+// Gradients of a norm's scale and bias (or of any bias) per segment, in one pass over x and dy.
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace cropi::CROPI_ISA {
+namespace {
+
+constexpr int64_t kTokensPerPart = 128;  // fixed parts, summed in order: the same bits for any thread count
+
+template <class T>
+void row_statistics(const T* x, int64_t n, bool centered, float eps, float* mean, float* scale) {
+  double sum = 0.0, squares = 0.0;
+  if (centered) {
+    for (int64_t i = 0; i < n; ++i) sum += double(to_float(x[i]));
+    sum /= double(n);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const double v = double(to_float(x[i])) - sum;
+    squares += v * v;
+  }
+  *mean = float(sum);
+  *scale = float(1.0 / std::sqrt(squares / double(n) + double(eps)));
+}
+
+template <class TX, class TY>
+void part_sums(const NormGradArgs& args, int64_t begin, int64_t end, float* weight, float* bias) {
+  const int64_t n = args.dy.cols;
+  if (weight) std::memset(weight, 0, size_t(n) * 4);
+  if (bias) std::memset(bias, 0, size_t(n) * 4);
+  for (int64_t t = begin; t < end; ++t) {
+    const TY* dy = static_cast<const TY*>(args.dy.data) + t * args.dy.row_stride;
+    if (bias)
+      for (int64_t i = 0; i < n; ++i) bias[i] += to_float(dy[i]);
+    if (weight) {
+      const TX* x = static_cast<const TX*>(args.x.data) + t * args.x.row_stride;
+      float mean, scale;
+      row_statistics(x, n, args.centered, args.eps, &mean, &scale);
+      for (int64_t i = 0; i < n; ++i) weight[i] += to_float(dy[i]) * ((to_float(x[i]) - mean) * scale);
+    }
+  }
+}
+
+void add_parts(const float* parts, int64_t n_parts, int64_t stride, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = 0.0f;
+  for (int64_t p = 0; p < n_parts; ++p)
+    for (int64_t i = 0; i < n; ++i) out[i] += parts[p * stride + i];
+}
+
+template <class TX, class TY>
+void run(const NormGradArgs& args) {
+  const int64_t n = args.dy.cols;
+  for (int64_t s = 0; s < args.n_segments; ++s) {
+    const int64_t begin = args.offsets[s], end = args.offsets[s + 1];
+    const int64_t n_parts = (end - begin + kTokensPerPart - 1) / kTokensPerPart;
+    Scratch parts(2 * n * (n_parts ? n_parts : 1));
+    run_tasks(n_parts, args.n_threads, [&](int64_t p) {
+      const int64_t t0 = begin + p * kTokensPerPart, t1 = t0 + kTokensPerPart < end ? t0 + kTokensPerPart : end;
+      float* part = parts.data() + p * 2 * n;
+      part_sums<TX, TY>(args, t0, t1, args.weight ? part : nullptr, args.bias ? part + n : nullptr);
+    });
+    if (args.weight) add_parts(parts.data(), n_parts, 2 * n, n, args.weight + s * n);
+    if (args.bias) add_parts(parts.data() + n, n_parts, 2 * n, n, args.bias + s * n);
+  }
+}
+
+}  // namespace
+
+void norm_grad(const NormGradArgs& args) {
+  with_dtype(args.x.dtype, [&](auto* x) {
+    with_dtype(args.dy.dtype, [&](auto* dy) {
+      run<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(dy)>>(args);
+    });
+  });
+}
+
+}  // namespace cropi::CROPI_ISA

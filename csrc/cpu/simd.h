@@ -1,0 +1,93 @@
+// Small vector vocabulary for kernels that are compiled once per instruction set.
+// Everything lives in namespace cropi::CROPI_ISA: nothing inline may be shared between levels.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "cpu/parallel.h"
+#include "cropi/dtype.h"
+
+namespace cropi::CROPI_ISA {
+
+#if defined(CROPI_ISA_v4)
+constexpr int kLanes = 16;
+#elif defined(CROPI_ISA_v3)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE2 and NEON
+#endif
+
+// `aligned(4)` and `may_alias` make plain loads and stores through these types legal at any float address.
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef float VecU __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec8U __attribute__((vector_size(32), aligned(4), may_alias));
+
+static inline Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
+static inline void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+static inline Vec8 load8(const float* p) { return *reinterpret_cast<const Vec8U*>(p); }
+static inline void store8(float* p, Vec8 v) { *reinterpret_cast<Vec8U*>(p) = v; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(BFloat16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+static inline float to_float(_Float16 x) { return float(x); }
+
+static inline void from_float(float x, float* out) { *out = x; }
+static inline void from_float(float x, BFloat16* out) {  // round to nearest even; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) {
+    out->bits = uint16_t((u >> 16) | 0x40u);
+    return;
+  }
+  out->bits = uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+static inline void from_float(float x, _Float16* out) { *out = _Float16(x); }
+
+// Calls f with a null pointer of the C++ type that stands for `dtype`.
+template <class F>
+static inline void with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: f(static_cast<float*>(nullptr)); return;
+    case DType::bf16: f(static_cast<BFloat16*>(nullptr)); return;
+    case DType::f16: f(static_cast<_Float16*>(nullptr)); return;
+  }
+}
+
+template <class F>
+static inline void run_tasks(int64_t n_tasks, int n_threads, F&& f) {
+  using Fn = std::remove_reference_t<F>;
+  parallel_for(
+      n_tasks, n_threads, [](void* ctx, int64_t task) { (*static_cast<Fn*>(ctx))(task); }, &f);
+}
+
+// 64-byte aligned scratch memory, uninitialised. malloc, not a standard container: an inline member of one,
+// emitted here with AVX-512, could be the copy that the linker keeps for every level.
+class Scratch {
+ public:
+  explicit Scratch(int64_t n_floats)
+      : data_(static_cast<float*>(std::aligned_alloc(64, (size_t(n_floats) * 4 + 127) & ~size_t(63)))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+}  // namespace cropi::CROPI_ISA
