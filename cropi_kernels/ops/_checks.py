@@ -1,0 +1,32 @@
+"""Checks that every op makes before a kernel sees an address."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_out(out: torch.Tensor, n_segments: int, dim: int) -> None:
+    """``out`` must be a contiguous float32 or float64 [n_segments, dim] accumulator."""
+    if out.ndim != 2 or tuple(out.shape) != (n_segments, dim):
+        raise ValueError(f"out has shape {tuple(out.shape)}: it must be [{n_segments}, {dim}] (segments, sketch numbers)")
+    if out.dtype not in (torch.float32, torch.float64) or not out.is_contiguous():
+        raise ValueError(f"out is {out.dtype}, contiguous={out.is_contiguous()}: give a contiguous float32 tensor")
+
+
+def check_offsets(offsets: torch.Tensor, n_tokens: int) -> int:
+    """Returns the number of segments; token range s is offsets[s] .. offsets[s + 1]."""
+    if offsets.dtype != torch.int64 or offsets.ndim != 1 or offsets.numel() < 1 or not offsets.is_contiguous():
+        raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}: give a contiguous 1-D int64 tensor")
+    if offsets.device.type == "cpu":
+        values = offsets.tolist()
+        if values[0] < 0 or values[-1] > n_tokens:
+            raise ValueError(f"offsets run from {values[0]} to {values[-1]} but there are {n_tokens} tokens")
+        for s, (a, b) in enumerate(zip(values, values[1:])):
+            if b < a:
+                raise ValueError(f"offsets[{s + 1}]={b} is below offsets[{s}]={a}: segments must not run backwards")
+    return offsets.numel() - 1
+
+
+def check_matrix(name: str, x: torch.Tensor, cols: int, what: str) -> None:
+    if x.ndim != 2 or x.shape[1] != cols:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be [tokens, {cols}] ({what})")

@@ -1,0 +1,79 @@
+"""Gradients of norm scales and of biases per segment, from a norm's input and output gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import _native, dispatch
+from .._checks import check_matrix, check_offsets
+from .reference import norm_grad as norm_grad_reference
+
+__all__ = ["bias_grad", "norm_grad"]
+
+
+def norm_grad(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    offsets: torch.Tensor,
+    eps: float,
+    *,
+    centered: bool,
+    with_bias: bool = False,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``weight[s] = sum_{t in s} dy[t] * xhat[t]`` and, if asked, ``bias[s] = sum_{t in s} dy[t]``.
+
+    ``xhat = (x - mean) / sqrt(mean((x - mean)^2) + eps)``, with mean 0 for RMSNorm (``centered=False``).
+
+    Args:
+        x, dy: input and output gradient of the norm, [tokens, n]; offsets: int64 [segments + 1].
+
+    Returns float32 [segments, n] each (float64 for float64 inputs). Statistics are taken in float64.
+    """
+    check_matrix("x", x, dy.shape[-1], "the norm's input")
+    if x.shape != dy.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)} but dy {tuple(dy.shape)}: both must be [tokens, n]")
+    n_segments = check_offsets(offsets, x.shape[0])
+    if dispatch.choose("norm_grad", x, dy, backend=backend) != "cpu":
+        return norm_grad_reference(x, dy, offsets, eps, centered, with_bias)
+    return _native_call(x, dy, offsets, n_segments, eps, centered, True, with_bias)
+
+
+def bias_grad(dy: torch.Tensor, offsets: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """``bias[s] = sum_{t in s} dy[t]``, float32 [segments, n]."""
+    n_segments = check_offsets(offsets, dy.shape[0])
+    if dispatch.choose("bias_grad", dy, backend=backend) != "cpu":
+        bounds = offsets.tolist()
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        return torch.stack([dy[a:b].to(wide).sum(0) for a, b in zip(bounds, bounds[1:])])
+    bias = _native_call(dy, dy, offsets, n_segments, 0.0, False, False, True)[1]
+    assert bias is not None
+    return bias
+
+
+def _native_call(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    offsets: torch.Tensor,
+    n_segments: int,
+    eps: float,
+    centered: bool,
+    with_weight: bool,
+    with_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x, dy = _native.rows_view(x), _native.rows_view(dy)
+    shape = n_segments, dy.shape[1]
+    weight = torch.empty(shape if with_weight else (0, 0))
+    bias = torch.empty(shape) if with_bias else None
+    _native.native().norm_grad(
+        _native.matrix(x),
+        _native.matrix(dy),
+        centered,
+        eps,
+        n_segments,
+        offsets.data_ptr(),
+        weight.data_ptr() if with_weight else 0,
+        0 if bias is None else bias.data_ptr(),
+        _native.threads(),
+    )
+    return weight, bias

@@ -1,0 +1,37 @@
+"""C++ kernels behind `fold_columns` and `sketch_linear` (csrc/cpu/fold_columns.cpp, sketch_linear.cpp)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ... import _native
+from ...plan import MatrixPlan
+
+
+def fold_columns(x: torch.Tensor, sign: np.ndarray, offset: np.ndarray, width: int) -> torch.Tensor:
+    x = _native.rows_view(x)
+    out = torch.empty(x.shape[0], width, dtype=x.dtype)
+    _native.native().fold_columns(
+        _native.matrix(x), out.data_ptr(), width, _native.address(offset), _native.address(sign), _native.threads()
+    )
+    return out
+
+
+def sketch_linear(
+    d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
+) -> None:
+    d, a = _native.rows_view(d), _native.rows_view(a)
+    row_sign = plan.row_sign if plan.row_fold is None else None
+    col_sign = plan.col_sign if plan.col_fold is None else None
+    _native.native().sketch_linear(
+        _native.matrix(d),
+        _native.matrix(a),
+        _native.slab_plan(plan, row_sign, col_sign),
+        offsets.numel() - 1,
+        offsets.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        plan.n_slabs,
+        _native.threads(),
+    )

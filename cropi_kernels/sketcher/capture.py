@@ -1,0 +1,34 @@
+"""An identity in the autograd graph that hands a module's output gradient to the sketch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Sink = Callable[..., None]
+
+
+class _Capture(torch.autograd.Function):
+    """``y -> y``; in backward ``sink(dy, *saved)``. Saved tensors go through autograd, so checkpointing keeps working."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
+        ctx.sink = sink
+        ctx.save_for_backward(*saved)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,) = grads
+        ctx.sink(dy, *ctx.saved_tensors)
+        return (dy, None) + (None,) * len(ctx.saved_tensors)
+
+
+def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
+    """``y`` itself, in a graph whose backward calls ``sink(dy, *saved)``. A no-op where no gradient is recorded."""
+    if not (torch.is_grad_enabled() and y.requires_grad):
+        return y
+    out: torch.Tensor = _Capture.apply(y, sink, *saved)  # type: ignore[no-untyped-call]
+    return out
