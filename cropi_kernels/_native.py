@@ -1,0 +1,81 @@
+"""The compiled module ``_C``: loading it, and passing tensors to it as addresses.
+
+``_C`` knows no torch: it takes addresses and sizes and checks nothing. Every call goes through the op folders, which
+check device, dtype, shape and contiguity first.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from .plan import MatrixPlan
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_C: ModuleType | None
+try:
+    _C = importlib.import_module("cropi_kernels._C")
+    IMPORT_ERROR: str | None = None
+except ImportError as error:  # a source checkout that was not built, or a wheel for another platform
+    _C, IMPORT_ERROR = None, str(error)
+
+
+def native() -> Any:
+    """The compiled module, or an ImportError that says how to get it."""
+    if _C is None:
+        raise ImportError(f"the compiled kernels are missing ({IMPORT_ERROR}): build them with `pip install .`")
+    return _C
+
+
+def unsupported(*tensors: torch.Tensor) -> str | None:
+    """Why the CPU kernels cannot serve these tensors, or None."""
+    if _C is None:
+        return f"cropi_kernels._C is not built ({IMPORT_ERROR})"
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"the tensor is on {tensor.device}, not on the CPU"
+        if tensor.dtype not in _DTYPES:
+            return f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"
+    return None
+
+
+def matrix(x: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """(address, rows, cols, row stride, dtype code) of a 2-D tensor with contiguous columns."""
+    return x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), _DTYPES[x.dtype]
+
+
+def rows_view(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [..., n] as [rows, n] with contiguous columns; copies only where the strides leave no other way."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 and flat.is_contiguous() else flat.contiguous()
+
+
+def address(array: np.ndarray | None) -> int:
+    return 0 if array is None else int(array.ctypes.data)
+
+
+def slab_plan(plan: MatrixPlan, row_sign: np.ndarray | None, col_sign: np.ndarray | None) -> tuple[int, ...]:
+    """The plan as the kernels take it; the caller keeps ``plan`` and the signs alive during the call."""
+    return (
+        plan.folded_rows,
+        plan.folded_cols,
+        plan.slab_rows,
+        plan.slab_cols,
+        plan.n_row_blocks,
+        plan.n_col_blocks,
+        address(row_sign),
+        address(col_sign),
+        address(plan.pair_row),
+        address(plan.pair_col),
+        address(plan.pair_slab),
+        address(plan.pair_sign),
+    )
+
+
+def threads() -> int:
+    return torch.get_num_threads()

@@ -1,0 +1,30 @@
+"""Smaller sketches from larger ones, after the fact: store 32768 numbers, compare with 4096."""
+
+from __future__ import annotations
+
+import torch
+
+from . import philox as px
+from .spec import VERSION
+
+
+def reduce_sketch(sketch: torch.Tensor, dim: int, *, seed: int = 0, version: int = VERSION) -> torch.Tensor:
+    """Reduce sketches [..., n] to [..., dim] by signed halving; unbiased, as if sketched at ``dim``.
+
+    One halving of n = 2 m numbers: ``out[j] = s(j) x[j] + s(m + (j ^ o)) x[m + (j ^ o)]`` with signs and offset of
+    key ``"reduce/n"``. Nested: reducing to 8192 and then to 4096 equals reducing to 4096.
+
+    Raises:
+        ValueError: ``dim`` is not a power of two, or larger than the sketch.
+    """
+    n = sketch.shape[-1]
+    if dim < 1 or dim & (dim - 1) or dim > n:
+        raise ValueError(f"dim={dim}: give a power of two up to the sketch's own size {n}")
+    while n > dim:
+        key, half = px.key_of(version, seed, f"reduce/{n}"), n // 2
+        sign = torch.from_numpy(px.signs(key, n, px.REDUCE_SIGN)).to(sketch)
+        offset = int(px.offsets(key, 1, half, px.REDUCE_FOLD)[0])
+        mate = torch.arange(half, device=sketch.device) ^ offset
+        signed = sketch * sign
+        sketch, n = signed[..., :half] + signed[..., half:][..., mate], half
+    return sketch
