@@ -32,7 +32,12 @@ def torch_of(python: str) -> tuple[str, str] | None:
 
 
 def pip(*args: str) -> bool:
-    return subprocess.run([sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *args]).returncode == 0
+    return (
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *args]
+        ).returncode
+        == 0
+    )
 
 
 def install(constraints: Path, version: str, index: str | None) -> None:
@@ -80,7 +85,9 @@ def main() -> None:
         sys.exit("torch was installed but does not import; run `python -c 'import torch'` there to see why.")
     version = have[0]
     keep = [] if (own or lent) and version.split("+")[0] != wanted else pins
-    args.out.write_text("\n".join([line for line in keep if not line.startswith("torch==")] + [f"torch=={version}", ""]))
+    args.out.write_text(
+        "\n".join([line for line in keep if not line.startswith("torch==")] + [f"torch=={version}", ""])
+    )
     print(f"torch {version} from {have[1]}")
 
 
