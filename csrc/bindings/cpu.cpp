@@ -88,15 +88,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
 
   m.def("logprob_rows", [](const py::tuple& logits, uintptr_t target, float temperature, float softcap, uintptr_t logprob,
-                           uintptr_t lse, uintptr_t entropy, int threads) {
-    call(kernels().logprob_rows, LogprobRowsArgs{matrix(logits), ptr<const int64_t>(target), temperature, softcap,
-                                                 ptr<float>(logprob), ptr<float>(lse), ptr<float>(entropy), threads});
+                           uintptr_t top, uintptr_t log_sum, uintptr_t entropy, int threads) {
+    call(kernels().logprob_rows,
+         LogprobRowsArgs{matrix(logits), ptr<const int64_t>(target), temperature, softcap, ptr<float>(logprob),
+                         ptr<float>(top), ptr<float>(log_sum), ptr<float>(entropy), threads});
   });
 
-  m.def("logprob_rows_backward", [](const py::tuple& logits, uintptr_t target, uintptr_t grad, uintptr_t lse,
-                                    float temperature, float softcap, int threads) {
+  m.def("logprob_rows_backward", [](const py::tuple& logits, uintptr_t target, uintptr_t grad, uintptr_t logprob,
+                                    uintptr_t top, uintptr_t log_sum, float temperature, float softcap, int threads) {
     call(kernels().logprob_rows_backward,
-         LogprobBackwardArgs{matrix(logits), ptr<const int64_t>(target), ptr<const float>(grad), ptr<const float>(lse),
-                             temperature, softcap, threads});
+         LogprobBackwardArgs{matrix(logits), ptr<const int64_t>(target), ptr<const float>(grad),
+                             ptr<const float>(logprob), ptr<const float>(top), ptr<const float>(log_sum), temperature,
+                             softcap, threads});
   });
 }

@@ -81,21 +81,25 @@ struct FlatSketchArgs {
   int n_threads;
 };
 
-// One pass over logits [rows, vocab]: log-prob of the target, log-sum-exp, entropy (may be null).
+// One pass over logits [rows, vocab] that gives, per row, with x = softcap(z) / temperature:
+// log_sum = log sum_v exp(x_v - max x), logprob = (x_target - max x) - log_sum, and the entropy of softmax(x).
+// lse = top / temperature + log_sum: kept apart, because their sum drops bits when the logits share an offset.
 struct LogprobRowsArgs {
   MatrixView logits;
-  const int64_t* target;
-  float temperature, softcap;  // softcap 0: none
-  float *logprob, *lse, *entropy;
+  const int64_t* target;        // [rows]; negative: no target, logprob 0
+  float temperature, softcap;   // softcap 0: none
+  float *logprob, *top, *log_sum;  // [rows]; top: the largest soft-capped logit, not yet divided
+  float* entropy;               // [rows] or null
   int n_threads;
 };
 
-// In place: logits -> g * (onehot(target) - softmax) * d(soft-capped)/d(logits) / temperature.
+// In place: logits -> grad * (onehot(target) - softmax) * d softcap(z) / dz / temperature. Rows with grad 0 or
+// without a target become zero.
 struct LogprobBackwardArgs {
   MatrixView logits;  // overwritten
   const int64_t* target;
-  const float* grad;  // [rows]
-  const float* lse;   // [rows]
+  const float* grad;                          // [rows]
+  const float *logprob, *top, *log_sum;  // of the forward
   float temperature, softcap;
   int n_threads;
 };

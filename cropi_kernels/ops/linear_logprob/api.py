@@ -1,0 +1,147 @@
+"""Token log-probs of a linear head that never form the logits of all tokens (formulas: `reference`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from . import chunks, ops
+
+Weigh = Callable[[torch.Tensor, int, int], torch.Tensor]
+OnDlogits = Callable[[int, int, torch.Tensor], None]
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``log softmax(cap(hidden head^T + bias) / temperature)[targets]``, differentiable with respect to ``hidden``.
+
+    The backward pass computes the logits again, chunk by chunk, and only for tokens whose gradient is not 0; where
+    the weights of the tokens are known before the backward pass, `logprob_and_grad` saves that product.
+
+    Args:
+        hidden: [N, D] float32, bfloat16, float16 or float64, any strides.
+        head: [V, D], dtype and device of ``hidden``. Its gradient is never formed here: pass ``head.detach()`` if it is
+            trainable, and sketch its gradient from the chunks of `logprob_and_grad`.
+        targets: int64 [N], in [0, V) or ``ignore_index``.
+        bias: [V] or None, no gradient either.
+        temperature: > 0; divides the logits after the soft-cap, as samplers do.
+        softcap: > 0 (Gemma-2: 30) or None: logits become ``softcap * tanh(logits / softcap)``.
+        ignore_index: target of tokens that do not count: log-prob 0, no gradient, no cost.
+        return_entropy: also return the entropy of each distribution, without a gradient.
+        chunk_size: tokens whose logits exist at one time; default: about 32 MiB of logits.
+        backend: "cpu" (C++), "reference" (plain torch, same memory promise), or None for the best that serves.
+
+    Returns:
+        log-probs [N], or (log-probs, entropies): float32 always, float64 for float64 input. Products are summed in
+        float32 whatever the input's dtype. A token with NaN in its hidden state gets NaN and leaves the others right.
+
+    Raises:
+        ValueError: names the argument, its value and the remedy; a target out of range by its index and value.
+        RuntimeError: the backend that was named cannot serve the call.
+    """
+    softcap_, chunk = _check(hidden, head, targets, bias, temperature, softcap, chunk_size)
+    if torch.is_grad_enabled():
+        for name, tensor in (("head", head), ("bias", bias)):
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, which linear_logprob never forms: pass {name}.detach(), and take the "
+                    "head's gradient from the on_dlogits chunks of logprob_and_grad"
+                )
+    logp, _, _, entropy = torch.ops.cropi.linear_logprob(
+        hidden, head, targets, bias, temperature, softcap_, ignore_index, return_entropy, chunk, backend or ""
+    )
+    return (logp, entropy) if return_entropy else logp
+
+
+@torch.no_grad()
+def logprob_and_grad(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    weigh: Weigh,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    on_dlogits: OnDlogits | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs and the gradient of ``sum_n w_n logp_n`` in one pass: each chunk's logits are computed once.
+
+    The weights may depend on the log-probs (importance ratios, clipping): they are asked for chunk by chunk, between
+    the two uses of the logits. Arguments as in `linear_logprob`, and:
+
+    Args:
+        weigh: ``weigh(logp, start, stop)`` gives the weights of tokens start..stop as a tensor of stop - start numbers.
+            Tokens with ``ignore_index`` are passed with log-prob 0 and have no gradient whatever their weight.
+        on_dlogits: ``on_dlogits(start, stop, dz)`` may read ``dz`` [stop - start, V], the gradient of the logits before
+            the soft-cap, float32 (float64 for float64 input): contiguous columns, strided rows, valid during the call only.
+
+    Returns:
+        log-probs float32 [N]; gradient to ``hidden`` [N, D] in its dtype; weights float32 [N] (float64 for float64 input).
+
+    Raises:
+        ValueError: as `linear_logprob`, and where ``weigh`` returns another number of weights than it was asked for.
+    """
+    softcap_, chunk = _check(hidden, head, targets, bias, temperature, softcap, chunk_size)
+
+    def checked(logp: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        weights = weigh(logp, start, stop)
+        if not isinstance(weights, torch.Tensor) or tuple(weights.shape) != (stop - start,):
+            shape = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
+            raise ValueError(f"weigh(logp, {start}, {stop}) returned {shape}: return a tensor of {stop - start} weights")
+        return weights.detach()
+
+    call = ops.prepare(hidden, head, targets, bias, temperature, softcap_, ignore_index, chunk, backend or "")
+    with ops.no_autocast(hidden):
+        return chunks.one_pass(hidden, call.head, call.target, call.math, call.rows, call.chunk, checked, on_dlogits)
+
+
+def _check(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    chunk_size: int | None,
+) -> tuple[float, int]:
+    """Everything that shapes and numbers alone decide, so that it also runs while a graph is traced."""
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}: give [N, D], hidden.reshape(-1, hidden.shape[-1])")
+    if not hidden.dtype.is_floating_point:
+        raise ValueError(f"hidden is {hidden.dtype}: give float32, bfloat16, float16 or float64")
+    if head.ndim != 2 or head.shape[1] != hidden.shape[1] or head.shape[0] < 1:
+        raise ValueError(f"head has shape {tuple(head.shape)}: give [V, {hidden.shape[1]}] (hidden is {tuple(hidden.shape)})")
+    if head.dtype != hidden.dtype or head.device != hidden.device:
+        raise ValueError(
+            f"head is {head.dtype} on {head.device}, hidden is {hidden.dtype} on {hidden.device}: move one to the other"
+        )
+    if targets.ndim != 1 or targets.shape[0] != hidden.shape[0]:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}: give one target per token, [{hidden.shape[0]}]")
+    if targets.dtype != torch.int64 or targets.device != hidden.device:
+        raise ValueError(f"targets is {targets.dtype} on {targets.device}: give int64 on {hidden.device}")
+    if bias is not None and (tuple(bias.shape) != (head.shape[0],) or bias.device != head.device):
+        raise ValueError(f"bias has shape {tuple(bias.shape)} on {bias.device}: give [{head.shape[0]}] on {head.device}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature}: give a finite number above 0 (greedy decoding has no log-probs)")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap={softcap}: give a finite number above 0, or None for no soft-cap")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: give at least 1 token, or None for the default")
+    return softcap or 0.0, chunk_size or 0

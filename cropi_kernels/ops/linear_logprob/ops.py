@@ -1,0 +1,159 @@
+"""Registration with torch.library: schemas, shapes for tracing, kernels and the autograd formula."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+
+from ... import dispatch
+from ..._library import LIB, NAMESPACE
+from . import chunks, cpu, torch_rows
+from .rows import RowMath, Rows, Stats
+
+_ROWS: dict[str, Rows] = {"cpu": cpu, "reference": torch_rows}
+
+LIB.define(
+    "linear_logprob(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float temperature, float softcap, "
+    "int ignore_index, bool entropy, int chunk_size, str backend) "
+    "-> (Tensor logp, Tensor top, Tensor log_sum, Tensor entropy)"
+)
+LIB.define(
+    "linear_logprob_backward(Tensor grad, Tensor hidden, Tensor head, Tensor targets, Tensor? bias, Tensor logp, "
+    "Tensor top, Tensor log_sum, float temperature, float softcap, int ignore_index, int chunk_size, str backend) "
+    "-> Tensor"
+)
+
+
+class Call(NamedTuple):
+    """A checked call, ready for the chunk loop."""
+
+    head: chunks.Head
+    target: torch.Tensor  # int64 [N], contiguous, -1 where ignored
+    math: RowMath
+    rows: Rows
+    chunk: int
+
+
+def prepare(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_size: int,
+    backend: str,
+) -> Call:
+    """Checks the values of ``targets`` and chooses the backend and the chunk."""
+    vocab = head.shape[0]
+    counted = targets != ignore_index
+    bad = counted & ((targets < 0) | (targets >= vocab))
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"targets[{index}]={int(targets[index])}: the head has {vocab} words, so a target is in [0, {vocab}) or "
+            f"ignore_index={ignore_index}; is this the tokenizer of another model?"
+        )
+    name = dispatch.choose("linear_logprob", hidden, head, backend=backend or None)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    bias = None if bias is None else bias.detach().to(dtype)
+    chunk = chunk_size or chunks.default_chunk(hidden.shape[0], vocab, dtype.itemsize)
+    target = targets.where(counted, -1).contiguous()
+    return Call(chunks.Head(head.detach(), bias, dtype), target, RowMath(temperature, softcap), _ROWS[name], chunk)
+
+
+def no_autocast(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would round the operands of the products, and their sums, to bfloat16."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _forward(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+    chunk_size: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    call = prepare(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
+    with no_autocast(hidden):
+        stats = chunks.forward(hidden, call.head, call.target, call.math, call.rows, call.chunk, entropy)
+    absent = stats.logp.new_empty(0)
+    return stats.logp, stats.top, stats.log_sum, absent if stats.entropy is None else stats.entropy
+
+
+def _forward_fake(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+    chunk_size: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    row = [hidden.new_empty(targets.shape[0], dtype=dtype) for _ in range(4)]
+    return row[0], row[1], row[2], row[3] if entropy else hidden.new_empty(0, dtype=dtype)
+
+
+def _backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    logp: torch.Tensor,
+    top: torch.Tensor,
+    log_sum: torch.Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_size: int,
+    backend: str,
+) -> torch.Tensor:
+    call = prepare(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
+    stats = Stats(logp.contiguous(), top.contiguous(), log_sum.contiguous(), None)
+    grad = grad.to(logp.dtype).contiguous()
+    with no_autocast(hidden):
+        return chunks.backward(grad, hidden, call.head, call.target, call.math, call.rows, call.chunk, stats)
+
+
+def _backward_fake(grad: torch.Tensor, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    hidden, head, targets, bias, temperature, softcap, ignore_index, _, chunk_size, backend = inputs
+    logp, top, log_sum, entropy = output
+    ctx.save_for_backward(hidden, head, targets, bias, logp, top, log_sum)
+    ctx.mark_non_differentiable(top, log_sum, entropy)
+    ctx.numbers = (temperature, softcap, ignore_index, chunk_size, backend)
+
+
+def _autograd(ctx: Any, grad: torch.Tensor | None, *others: torch.Tensor | None) -> tuple[Any, ...]:
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+        raise RuntimeError("cropi::linear_logprob forms no gradient for head or bias: detach them")
+    hidden, head, targets, bias, logp, top, log_sum = ctx.saved_tensors
+    if grad is None or not ctx.needs_input_grad[0]:
+        return (None,) * 10
+    dhidden = torch.ops.cropi.linear_logprob_backward(
+        grad, hidden, head, targets, bias, logp, top, log_sum, *ctx.numbers
+    )
+    return (dhidden,) + (None,) * 9
+
+
+LIB.impl("linear_logprob", _forward, "CompositeExplicitAutograd")
+LIB.impl("linear_logprob_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::linear_logprob", _forward_fake, lib=LIB)
+torch.library.register_fake(f"{NAMESPACE}::linear_logprob_backward", _backward_fake, lib=LIB)
+torch.library.register_autograd(f"{NAMESPACE}::linear_logprob", _autograd, setup_context=_save, lib=LIB)
