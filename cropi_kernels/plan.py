@@ -75,7 +75,7 @@ class VectorPlan:
 
     name: str
     size: int
-    n_slabs: int
+    dim: int
     position: NDArray[np.int64]
     sign: NDArray[np.float32]
 
@@ -129,19 +129,23 @@ def _plan_matrix(
 
 
 def plan_vector(spec: SketchSpec, name: str, size: int) -> VectorPlan:
-    """The plan of a vector: coordinate i goes to (i mod 32768) XOR draw(i // 32768) of a slab, with its own sign."""
+    """The plan of a vector: coordinate i goes to (i mod m) XOR draw(i // m) of a slab, with its own sign.
+
+    ``m`` is the slab's size 32768, or the sketch's dim where that is smaller (the comparison kinds).
+    """
     if size < 1:
         raise ValueError(f"size={size} of {name!r}: must be at least 1")
-    return _plan_vector(spec.version, spec.seed, max(1, spec.base_dim // SLAB_SIZE), name, size)
+    return _plan_vector(spec.version, spec.seed, spec.base_dim, name, size)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_vector(version: int, seed: int, n_slabs: int, name: str, size: int) -> VectorPlan:
+def _plan_vector(version: int, seed: int, dim: int, name: str, size: int) -> VectorPlan:
     key = px.key_of(version, seed, name)
+    slab_size = min(dim, SLAB_SIZE)
     index = np.arange(size, dtype=np.int64)
-    draw = px.philox(key, np.arange(-(-size // SLAB_SIZE)), 0, px.PAIR)
-    xor = px.xor_offset(draw[:, 1], SLAB_SIZE).astype(np.int64)
-    slab = (draw[:, 3] & np.uint32(n_slabs - 1)).astype(np.int64)
-    block = index // SLAB_SIZE
-    position = slab[block] * SLAB_SIZE + ((index % SLAB_SIZE) ^ xor[block])
-    return VectorPlan(name, size, n_slabs, position, px.signs(key, size, px.ROW_SIGN))
+    draw = px.philox(key, np.arange(-(-size // slab_size)), 0, px.PAIR)
+    xor = px.xor_offset(draw[:, 1], slab_size).astype(np.int64)
+    slab = (draw[:, 3] & np.uint32(dim // slab_size - 1)).astype(np.int64)
+    block = index // slab_size
+    position = slab[block] * slab_size + ((index % slab_size) ^ xor[block])
+    return VectorPlan(name, size, dim, position, px.signs(key, size, px.ROW_SIGN))

@@ -1,0 +1,61 @@
+"""Where the taps of a model add what they see: the sketches of the current batch, and the time it took."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..reduce import reduce_sketch
+from ..spec import SketchSpec
+from .batch import Segments
+
+
+class Accumulator:
+    """Sketches [segments, base_dim] of one batch, and a cache of folded inputs that several layers share."""
+
+    def __init__(self, spec: SketchSpec) -> None:
+        self.spec = spec
+        self.segments: Segments | None = None
+        self.out = torch.empty(0, spec.base_dim)
+        self.seconds = 0.0
+        self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+
+    def begin(self, segments: Segments, device: torch.device) -> None:
+        self.segments = segments
+        self.out = torch.zeros(segments.count, self.spec.base_dim, device=device)
+        self.seconds = 0.0
+        self._folds.clear()
+
+    def end(self) -> torch.Tensor:
+        """The sketches [segments, dim]; rows that met a NaN or an infinity are NaN throughout."""
+        sketches = self.out
+        if self.spec.dim < self.spec.base_dim:
+            sketches = reduce_sketch(sketches, self.spec.dim, seed=self.spec.seed, version=self.spec.version)
+        broken = ~sketches.isfinite().all(dim=1)
+        if bool(broken.any()):
+            sketches[broken] = float("nan")
+        self.segments = None
+        self.out = self.out.new_empty(0, self.spec.base_dim)
+        self._folds.clear()
+        return sketches
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def folded(self, key: str, x: torch.Tensor, fold: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """``fold()``, computed once for all layers that fold the tensor ``x`` in the same way (q/k/v, gate/up)."""
+        found = self._folds.get(key)
+        if found is not None and found[0]() is x and found[1] == x._version:
+            return found[2]
+        result = fold()
+        self._folds[key] = weakref.ref(x), x._version, result
+        return result

@@ -1,0 +1,212 @@
+"""Which parameters of a model are sketched, by which tap, and which are left out on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..names import canonical_name
+from ..plan import Role, VectorPlan, plan_vector
+from ..spec import SketchSpec
+from .accumulator import Accumulator
+from .matrix import MatrixSketch, matrix_sketch
+from .norms import norm_of
+from .taps import EmbeddingTap, LinearTap, NormTap, Tap
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Parameters of the model: ``covered`` + ``excluded`` + frozen ones make up ``total`` numbers."""
+
+    total: int
+    covered: int
+    by_kind: dict[str, int]
+    names: tuple[str, ...]
+    excluded: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"sketched {self.covered:,} of {self.total:,} parameters ({self.covered / max(1, self.total):.1%})"]
+        lines += [f"  {kind:<10} {count:>14,}" for kind, count in sorted(self.by_kind.items())]
+        if self.excluded:
+            lines.append(f"  {'excluded':<10} {sum(self.excluded.values()):>14,}  {', '.join(self.excluded)}")
+        return "\n".join(lines)
+
+
+class UncoveredParameterError(ValueError):
+    """A trainable parameter that no tap can sketch and that the user has not excluded."""
+
+
+@dataclasses.dataclass
+class Plan:
+    """What to hook where: taps by module, the parameters they cover, the head's own sketches for the fused pass."""
+
+    taps: dict[nn.Module, Tap]
+    parameters: list[nn.Parameter]
+    coverage: Coverage
+    head_matrix: MatrixSketch | None
+    head_bias: VectorPlan | None
+
+
+def plan_model(model: nn.Module, spec: SketchSpec, accumulator: Accumulator, exclude: Sequence[str]) -> Plan:
+    """Find a tap for every trainable parameter.
+
+    Raises:
+        UncoveredParameterError: names each parameter that cannot be covered, its module's class and the remedy.
+        ValueError: a pattern of ``exclude`` matches no parameter.
+    """
+    names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
+    trainable = {id(p): p for p in model.parameters() if p.requires_grad}
+    excluded = _excluded(names, trainable, exclude)
+    wanted = {i: names[i] for i in trainable if names[i] not in excluded}
+    owners = _owners(model)
+    head = _output_embeddings(model)
+    builder = _Builder(spec, accumulator, wanted, owners, head)
+    for path, module in model.named_modules():
+        builder.visit(canonical_name(path + ".")[:-1] if path else "", module)
+    missing = [i for i in wanted if i not in builder.covered]
+    if missing:
+        lines = [f"  {wanted[i]} {tuple(trainable[i].shape)} in {type(owners[i][0]).__name__}" for i in missing]
+        raise UncoveredParameterError(
+            "no tap covers these trainable parameters:\n" + "\n".join(lines) + "\n"
+            f"freeze them, or leave them out by name: exclude=[{wanted[missing[0]]!r}, ...]"
+        )
+    if not wanted:
+        builder.by_kind.clear()
+    coverage = Coverage(
+        total=sum(p.numel() for p in model.parameters()),
+        covered=sum(trainable[i].numel() for i in builder.covered),
+        by_kind=builder.by_kind,
+        names=tuple(wanted.values()),
+        excluded=excluded,
+    )
+    head_tap = builder.taps.get(head) if head is not None else None
+    linear = head_tap if isinstance(head_tap, LinearTap) else None
+    return Plan(
+        builder.taps,
+        [trainable[i] for i in builder.covered],
+        coverage,
+        linear.matrix if linear else None,
+        linear.bias if linear else None,
+    )
+
+
+class _Builder:
+    def __init__(
+        self,
+        spec: SketchSpec,
+        acc: Accumulator,
+        wanted: dict[int, str],
+        owners: dict[int, list[nn.Module]],
+        head: nn.Module | None,
+    ) -> None:
+        self.spec, self.acc, self.wanted, self.owners, self.head = spec, acc, wanted, owners, head
+        self.taps: dict[nn.Module, Tap] = {}
+        self.covered: dict[int, None] = {}
+        self.by_kind: dict[str, int] = {}
+        self._matrices: dict[int, MatrixSketch] = {}
+
+    def visit(self, path: str, module: nn.Module) -> None:
+        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in self.wanted}
+        if not own:
+            return
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
+            self._linear(path, module, own, transposed=not isinstance(module, nn.Linear))
+        elif isinstance(module, nn.Embedding):
+            self._embedding(path, module, own)
+        elif own.keys() <= {"weight", "bias"}:
+            self._norm(path, module, own)
+
+    def _linear(self, path: str, module: nn.Module, own: dict[str, nn.Parameter], transposed: bool) -> None:
+        if not own.keys() <= {"weight", "bias"}:
+            return
+        matrix = bias = None
+        kind = "head" if module is self.head else "linear"
+        if (weight := own.get("weight")) is not None:
+            matrix = self._matrix(weight, transposed)
+            self._cover(weight, kind)
+        if (b := own.get("bias")) is not None:
+            bias = plan_vector(self.spec, self.wanted[id(b)], b.numel())
+            self._cover(b, "bias")
+        self.taps[module] = LinearTap(self.acc, path, matrix, bias)
+
+    def _embedding(self, path: str, module: nn.Embedding, own: dict[str, nn.Parameter]) -> None:
+        scale = _embedding_scale(module)
+        if scale is None or own.keys() != {"weight"}:
+            return
+        self.taps[module] = EmbeddingTap(self.acc, path, self._matrix(own["weight"]), module.padding_idx, scale)
+        self._cover(own["weight"], "embedding")
+
+    def _norm(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
+        if (found := norm_of(module)) is None:
+            return
+        plans = {}
+        for which, p in own.items():
+            plans[which] = plan_vector(self.spec, self.wanted[id(p)], p.numel())
+            self._cover(p, "norm")
+        self.taps[module] = NormTap(self.acc, path, plans.get("weight"), plans.get("bias"), *found)
+
+    def _matrix(self, weight: nn.Parameter, transposed: bool = False) -> MatrixSketch:
+        """One sketch per parameter: a tied weight's two modules must agree on every coordinate."""
+        if id(weight) not in self._matrices:
+            rows, cols = reversed(weight.shape) if transposed else weight.shape
+            users = self.owners[id(weight)]
+            looked_up = any(isinstance(m, nn.Embedding) for m in users)
+            role: Role = "tied" if looked_up and len(users) > 1 else "embedding" if looked_up else "linear"
+            self._matrices[id(weight)] = matrix_sketch(self.spec, self.wanted[id(weight)], rows, cols, role)
+        return self._matrices[id(weight)]
+
+    def _cover(self, p: nn.Parameter, kind: str) -> None:
+        if id(p) not in self.covered:
+            self.covered[id(p)] = None
+            self.by_kind[kind] = self.by_kind.get(kind, 0) + p.numel()
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's Conv1D: a linear layer with its weight stored [in, out]. By shape: transformers is no dependency."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight").ndim == 2
+
+
+def _embedding_scale(module: nn.Embedding) -> float | None:
+    """What the module multiplies a looked-up row by (Gemma), or None if its output is something else."""
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return None
+    with torch.no_grad():
+        row = module.weight[:1].detach().float()
+        got = module(torch.zeros(1, dtype=torch.int64, device=module.weight.device)).float()
+    size = float(row.abs().max())
+    if not row.isfinite().all() or got.shape != row.shape:
+        return None
+    scale = float((got * row).sum() / row.square().sum()) if size > 0 else float(getattr(module, "embed_scale", 1.0))
+    if abs(scale - 1.0) < 1e-6:
+        scale = 1.0
+    return scale if torch.allclose(got, row * scale, rtol=1e-2, atol=1e-6 * max(size, 1.0)) else None
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    found = get() if callable(get) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(module)
+    return owners
+
+
+def _excluded(names: dict[int, str], trainable: dict[int, nn.Parameter], patterns: Sequence[str]) -> dict[str, int]:
+    if isinstance(patterns, str):
+        raise ValueError(f"exclude={patterns!r}: give a list of patterns, e.g. exclude=[{patterns!r}]")
+    excluded: dict[str, int] = {}
+    for pattern in patterns:
+        matched = [i for i in trainable if fnmatch.fnmatchcase(names[i], pattern)]
+        if not matched:
+            raise ValueError(f"exclude pattern {pattern!r} matches no trainable parameter (e.g. {next(iter(names.values()))})")
+        excluded.update({names[i]: trainable[i].numel() for i in matched})
+    return excluded

@@ -1,0 +1,68 @@
+"""A causal LM split into the decoder (tokens to hidden states) and the head (hidden states to logits).
+
+The fused pass runs them apart, so that logits exist for scored tokens only and one chunk at a time. That the parts make
+the whole is not assumed: it is checked once against the model's own forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitModel:
+    """``logits = softcap(decoder(tokens) @ head.weight.T * scale + bias)``."""
+
+    decoder: nn.Module
+    head: nn.Linear
+    scale: float
+    softcap: float | None
+
+    def hidden(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        out = self.decoder(input_ids=input_ids, use_cache=False, **kwargs)
+        hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
+        return hidden
+
+
+def split_model(model: nn.Module) -> SplitModel:
+    """Split a Hugging Face causal LM (also inside PEFT).
+
+    Raises:
+        ValueError: the model has no decoder + linear head, or its parts do not reproduce its logits; the message
+            points to `GradientSketcher.batch`, which needs no split.
+    """
+    remedy = "use `with sketcher.batch(...)` around your own loss instead of policy_gradient"
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    decoder = getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)
+    if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is inner:
+        raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head: {remedy}")
+    config = getattr(inner, "config", None)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    split = SplitModel(decoder, head, scale, float(softcap) if softcap else None)
+    error = _split_error(inner, split)
+    if error is not None:
+        raise ValueError(f"the decoder and head of {type(inner).__name__} do not give its logits ({error}): {remedy}")
+    return split
+
+
+@torch.no_grad()
+def _split_error(model: Any, split: SplitModel) -> str | None:
+    ids = torch.arange(4, device=split.head.weight.device)[None] % split.head.out_features
+    training = model.training
+    model.eval()  # dropout would make the two forwards differ
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        z = (split.head(split.hidden(ids)[0]) * split.scale).float()
+    finally:
+        model.train(training)
+    if split.softcap is not None:
+        z = split.softcap * torch.tanh(z / split.softcap)
+    error, size = float((z - expected).abs().max()), float(expected.abs().max())
+    tolerance = 1e-4 if expected.dtype == split.head.weight.dtype else 3e-2
+    return None if error <= tolerance * max(size, 1.0) else f"largest difference {error:.2g} at logits up to {size:.2g}"

@@ -1,0 +1,134 @@
+"""One tap per kind of module: what it keeps in forward, what it adds to the sketch in backward."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.norm_grad import bias_grad, norm_grad
+from ..ops.sketch_vector import sketch_vector
+from ..plan import VectorPlan
+from .accumulator import Accumulator
+from .capture import capture
+from .matrix import MatrixSketch
+
+
+class Tap(abc.ABC):
+    """Forward hook of a module; ``where`` is the module's name, for messages."""
+
+    def __init__(self, accumulator: Accumulator, where: str) -> None:
+        self.acc, self.where = accumulator, where
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        if self.acc.segments is None or not torch.is_grad_enabled():
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        return self.attach(x, y)
+
+    @abc.abstractmethod
+    def attach(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """``y`` with the capture in its graph."""
+
+    def rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.acc.segments is not None
+        return self.acc.segments.tokens_first(x, self.where)
+
+
+class LinearTap(Tap):
+    """nn.Linear, Conv1D, an untied or tied head: ``G = D^T A``; bias gradient ``sum D``."""
+
+    def __init__(
+        self, accumulator: Accumulator, where: str, matrix: MatrixSketch | None, bias: VectorPlan | None
+    ) -> None:
+        super().__init__(accumulator, where)
+        self.matrix, self.bias = matrix, bias
+
+    def attach(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.matrix is None:
+            return capture(y, self.backward)
+        with self.acc.timed():
+            kept = self.kept(x)
+        return capture(y, self.backward, kept)
+
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        matrix = self.matrix
+        assert matrix is not None
+
+        def keep() -> torch.Tensor:
+            with torch.no_grad():
+                return matrix.keep(self.rows(x.detach())[0])
+
+        return keep() if matrix.fold_key is None else self.acc.folded(matrix.fold_key, x, keep)
+
+    def backward(self, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        with self.acc.timed():
+            d, offsets = self.rows(dy)
+            if self.matrix is not None and kept is not None:
+                self.matrix.add(d, kept, offsets, self.acc.out)
+            if self.bias is not None:
+                sketch_vector(bias_grad(d, offsets), self.bias, self.acc.out)
+
+
+class EmbeddingTap(Tap):
+    """nn.Embedding: only the rows that occur; ``scale`` for embeddings that multiply what they look up (Gemma)."""
+
+    def __init__(
+        self, accumulator: Accumulator, where: str, matrix: MatrixSketch, padding_idx: int | None, scale: float
+    ) -> None:
+        super().__init__(accumulator, where)
+        self.matrix, self.padding_idx, self.scale = matrix, padding_idx, scale
+
+    def attach(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        segments = self.acc.segments
+        assert segments is not None
+        if y.ndim == 3 and y.shape[0] == 1 < segments.batch:
+            # Positions looked up once for all rows (GPT-2): broadcasting them later would sum their gradients over
+            # the batch, and with them over the segments.
+            x, y = x.expand(segments.batch, -1), y.expand(segments.batch, -1, -1)
+        return capture(y, self.backward, x)
+
+    def backward(self, dy: torch.Tensor, ids: torch.Tensor) -> None:
+        with self.acc.timed():
+            x, offsets = self.rows(dy)
+            rows = ids.reshape(-1)
+            if self.padding_idx is not None:  # torch gives the padding row no gradient
+                x = x * (rows != self.padding_idx).unsqueeze(-1)
+            if self.scale != 1.0:
+                x = x * self.scale
+            self.matrix.add_rows(x, rows, offsets, self.acc.out)
+
+
+class NormTap(Tap):
+    """LayerNorm and every RMSNorm: the input is kept (autograd keeps it anyway) and normalised again in backward."""
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        where: str,
+        weight: VectorPlan | None,
+        bias: VectorPlan | None,
+        centered: bool,
+        eps: float,
+    ) -> None:
+        super().__init__(accumulator, where)
+        self.weight, self.bias, self.centered, self.eps = weight, bias, centered, eps
+
+    def attach(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return capture(y, self.backward, x.detach()) if self.weight is not None else capture(y, self.backward)
+
+    def backward(self, dy: torch.Tensor, x: torch.Tensor | None = None) -> None:
+        with self.acc.timed():
+            d, offsets = self.rows(dy)
+            if self.weight is None or x is None:
+                assert self.bias is not None
+                sketch_vector(bias_grad(d, offsets), self.bias, self.acc.out)
+                return
+            weight, bias = norm_grad(
+                self.rows(x)[0], d, offsets, self.eps, centered=self.centered, with_bias=self.bias is not None
+            )
+            sketch_vector(weight, self.weight, self.acc.out)
+            if self.bias is not None and bias is not None:
+                sketch_vector(bias, self.bias, self.acc.out)

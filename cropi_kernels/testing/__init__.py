@@ -1,0 +1,8 @@
+"""Oracles and error bounds that tests and benchmarks share; installed, so that users can check their own models."""
+
+from __future__ import annotations
+
+from .bounds import countsketch_variance, sum_error_bound
+from .oracle import exact_gradient, sketch_gradients
+
+__all__ = ["countsketch_variance", "exact_gradient", "sketch_gradients", "sum_error_bound"]

@@ -1,0 +1,89 @@
+"""The exact per-segment gradient by ordinary autograd, and its sketch by the explicit random matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..names import canonical_name
+from ..ops.flat_sketch.reference import flat_sketch as flat_sketch_reference
+from ..ops.sketch_linear.reference import sketch_matrix
+from ..philox import key_of
+from ..plan import plan_vector
+from ..reduce import reduce_sketch
+from ..sketcher.accumulator import Accumulator
+from ..sketcher.coverage import plan_model
+from ..sketcher.matrix import KronMatrix, MatrixSketch, SlabMatrix, TensorMatrix
+from ..sketcher.taps import EmbeddingTap, LinearTap
+from ..spec import SketchSpec
+
+
+def exact_gradient(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    temperature: float = 1.0,
+    **model_kwargs: Any,
+) -> dict[str, torch.Tensor]:
+    """``sum_n w_n grad log pi(target_n)`` for every trainable parameter, by canonical name, in the model's dtype.
+
+    Full logits through the model's own forward and one ordinary backward: arguments as in
+    `GradientSketcher.policy_gradient`, with the weights given. Run the model in float64 for an oracle.
+    """
+    model.zero_grad(set_to_none=True)
+    logits = model(input_ids=input_ids, use_cache=False, **model_kwargs).logits
+    z = logits.reshape(-1, logits.shape[-1])[positions]
+    z = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
+    logprobs = torch.log_softmax(z, dim=-1).gather(1, targets[:, None])[:, 0]
+    (logprobs * weights.to(logprobs)).sum().backward()
+    gradients = {
+        canonical_name(name): torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    model.zero_grad(set_to_none=True)
+    return gradients
+
+
+def sketch_gradients(
+    model: nn.Module, gradients: dict[str, torch.Tensor], spec: SketchSpec, exclude: tuple[str, ...] = ()
+) -> torch.Tensor:
+    """Sketch [dim] of a gradient that exists, coordinate by coordinate, in the gradients' dtype (float64: an oracle)."""
+    plan = plan_model(model, spec, Accumulator(spec), exclude)
+    matrices: dict[str, tuple[MatrixSketch, bool]] = {}
+    for module, tap in plan.taps.items():
+        if isinstance(tap, (LinearTap, EmbeddingTap)) and tap.matrix is not None:
+            transposed = isinstance(tap, LinearTap) and not isinstance(module, nn.Linear)
+            matrices[tap.matrix.name] = tap.matrix, transposed
+    dtype = next(iter(gradients.values())).dtype
+    out = torch.zeros(spec.base_dim, dtype=dtype)
+    for name in plan.coverage.names:
+        gradient = gradients[name]
+        if name in matrices:
+            matrix, transposed = matrices[name]
+            out += _sketch_matrix(matrix, gradient.T.contiguous() if transposed else gradient)
+        else:
+            vector = plan_vector(spec, name, gradient.numel())
+            out.index_add_(0, torch.from_numpy(vector.position), gradient * torch.from_numpy(vector.sign).to(dtype))
+    return reduce_sketch(out, spec.dim, seed=spec.seed, version=spec.version)
+
+
+def _sketch_matrix(matrix: MatrixSketch, gradient: torch.Tensor) -> torch.Tensor:
+    spec = matrix.spec
+    if isinstance(matrix, SlabMatrix):
+        return sketch_matrix(gradient, matrix.plan)
+    if isinstance(matrix, KronMatrix):
+        return (matrix.p_out.to(gradient).T @ gradient @ matrix.p_in.to(gradient)).reshape(-1)
+    out = gradient.new_zeros(spec.dim)
+    if isinstance(matrix, TensorMatrix):
+        bucket = (matrix.row_bucket[:, None] + matrix.col_bucket[None, :]) % spec.dim
+        sign = matrix.row_sign[:, None] * matrix.col_sign[None, :]
+        return out.index_add_(0, bucket.reshape(-1), (gradient * sign.to(gradient)).reshape(-1))
+    keep_below = 0 if spec.keep >= 1.0 else max(1, int(spec.keep * 2.0**32))
+    key = key_of(spec.version, spec.seed, matrix.name)
+    return flat_sketch_reference(gradient.contiguous(), key, keep_below, spec.keep**-0.5, out, 0)
