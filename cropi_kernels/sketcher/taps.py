@@ -88,6 +88,8 @@ class EmbeddingTap(Tap):
             # Positions looked up once for all rows (GPT-2): broadcasting them later would sum their gradients over
             # the batch, and with them over the segments.
             x, y = x.expand(segments.batch, -1), y.expand(segments.batch, -1, -1)
+        if not y.requires_grad:  # frozen rows start no graph of their own
+            y = y.detach().requires_grad_(True)
         return capture(y, self.backward, x)
 
     def backward(self, dy: torch.Tensor, ids: torch.Tensor) -> None:
