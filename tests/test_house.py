@@ -211,6 +211,17 @@ def test_no_file_is_longer_than_500_lines() -> None:
     assert not long, f"one idea a file; split {long}"
 
 
+def test_links_between_documents_lead_somewhere() -> None:
+    documents = files(".md")
+    assert ROOT / "README.md" in documents
+    broken = []
+    for path in documents:
+        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+            if "://" not in target and not (path.parent / target).exists():
+                broken.append(f"{path.relative_to(ROOT)} -> {target}")
+    assert not broken, broken
+
+
 def test_no_machine_path_in_any_file() -> None:
     """A path that only exists where a file was written breaks for everybody else."""
     machine = re.compile(r"(?<![\w.])/(?:root|home|work|farm|mnt|Users)/\w+")
