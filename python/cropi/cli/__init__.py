@@ -1,0 +1,61 @@
+"""The command line: ``cropi sketch | influence | select | run | info``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+# Idle threads of torch's OpenMP pool spin by default and take the cores from the sketch kernels; this has to
+# be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+COMMANDS = {
+    "sketch": "sketch the policy gradient of every prompt in trajectory files",
+    "influence": "score training sketches against validation sketches",
+    "select": "choose the best fraction of the prompts",
+    "run": "all of these in one, from one command line or one config file",
+    "info": "what a store, a score table or a trajectory file holds",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    parser = _parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(words)
+    args.words = words[1:]
+    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
+    try:
+        status: int = args.run(args)
+        return status
+    except KeyboardInterrupt:
+        print(f"cropi {args.command}: stopped; what was stored is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (a pager, `head`): nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        if args.debug:
+            raise
+        print(f"cropi {args.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cropi",
+        description="Choose the training prompts that help most, from stored rollouts, by sketched policy gradients.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        module = import_module(f"cropi.cli.{name}")
+        module.add_options(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=module.run, parser=command)
+    return parser

@@ -1,0 +1,77 @@
+"""``cropi run``: sketch, influence and selection in one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cropi.cli import influence, options, select, sketch
+from cropi.cli.config import apply_config
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options. The files and the model may come from the config file, so none is required
+    here."""
+    command.add_argument(
+        "--config", metavar="FILE",
+        help=".toml or .yaml with any of these options, by their long names; the command line wins over it",
+    )  # fmt: skip
+    command.add_argument("--train", nargs="+", metavar="FILE", help="training trajectories")
+    command.add_argument(
+        "--valid", nargs="+", metavar="FILE", help="validation trajectories; a file name is a set name"
+    )
+    command.add_argument("--out", metavar="FOLDER", help="everything is written there")
+    options.add_model_options(command)
+    options.add_gradient_options(command)
+    options.add_job_options(command)
+    options.add_influence_options(command)
+    options.add_select_options(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Validation sketches first: a validation set that is no use should show before the long part."""
+    if args.config:
+        apply_config(args)
+    missing = [f"--{name}" for name in ("model", "train", "valid", "out") if not getattr(args, name)]
+    if missing:
+        args.parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return _run_all(args, Path(args.out))
+
+
+def _run_all(args: argparse.Namespace, out: Path) -> int:
+    from cropi.influence import validation_means
+    from cropi.store import SketchStore
+
+    models = sketch.load_models(args)
+    stores, limit, args.limit = [], args.limit, None  # --limit is for trying out the training files
+    for path in args.valid:
+        name = file_stem(path)
+        store = (
+            str(out / "sketches" / f"valid-{name}")
+            if len(args.valid) > 1
+            else str(out / "sketches" / "valid")
+        )
+        print(f"== {path}")
+        if status := sketch.sketch_files(args, models, [path], store, name):
+            return status
+        stores.append(store)
+    validation_means([SketchStore.open(store) for store in stores])
+    print(f"== {' '.join(args.train)}")
+    args.limit = limit
+    train = str(out / "sketches" / "train")
+    if status := sketch.sketch_files(args, models, args.train, train, None):
+        return status
+    print("== results")
+    scores: Any = influence.score(args, train, stores, str(out / "scores.parquet"))
+    select.choose(
+        args, scores, str(out / "selected.jsonl"), str(out / "scores.png"), args.train,
+        str(out / "selected_trajectories.jsonl"),
+    )  # fmt: skip
+    print(f"sketches      {train}, {', '.join(stores)}")
+    return 0
+
+
+def file_stem(path: str) -> str:
+    """The name of a trajectory file without its endings."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".jsonl")

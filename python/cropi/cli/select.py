@@ -1,0 +1,69 @@
+"""``cropi select``: a table of scores to the chosen prompts."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from cropi.cli import options
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    command.add_argument(
+        "--scores", required=True, metavar="FILE.parquet", help="what `cropi influence` wrote"
+    )
+    command.add_argument("--out", required=True, metavar="FILE.jsonl", help="the chosen prompts, best first")
+    command.add_argument("--plot", metavar="FILE.png", help="plot the scores")
+    command.add_argument(
+        "--trajectories", nargs="+", metavar="FILE", help="the training files, to show prompts' text"
+    )
+    command.add_argument(
+        "--out-trajectories",
+        metavar="FILE.jsonl",
+        help="copy the chosen records there (needs --trajectories)",
+    )
+    options.add_select_options(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Choose, write, and show."""
+    from cropi.influence import read_scores
+
+    if args.out_trajectories and not args.trajectories:
+        args.parser.error(
+            "--out-trajectories needs --trajectories, the files that the records are copied from"
+        )
+    choose(args, read_scores(args.scores), args.out, args.plot, args.trajectories, args.out_trajectories)
+    return 0
+
+
+def choose(
+    args: argparse.Namespace,
+    scores: Any,
+    out: str,
+    plot: str | None,
+    files: list[str] | None,
+    records: str | None,
+) -> None:
+    """Select from the scores, write everything that was asked for, and print the table of prompts."""
+    from cropi.report import best_and_worst, plot_scores, prompt_texts
+    from cropi.selection import select, write_selected_records, write_selection
+
+    selection = select(
+        scores, fraction=args.fraction, method=args.method, pool=args.pool, seed=args.select_seed
+    )  # fmt: skip
+    write_selection(out, scores, selection)
+    if records and files:
+        write_selected_records(records, files, scores, selection)
+    if plot:
+        plot_scores(plot, scores, selection)
+    if args.table > 0:
+        shown = selection.order[: args.table] + selection.order[-args.table :]
+        texts = prompt_texts(files, {scores.rows[i].id for i in shown}) if files else None
+        print("\n" + best_and_worst(scores, selection, count=args.table, texts=texts) + "\n")
+    print(f"selected      {len(selection.chosen)} of {len(scores.rows)} prompts by {args.method}: {out}")
+    if records:
+        print(f"records       {records}")
+    if plot:
+        print(f"plot          {plot}")

@@ -1,0 +1,84 @@
+"""``cropi sketch``: trajectories to a store of sketches."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from typing import Any
+
+from cropi.cli import options
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    command.add_argument(
+        "--trajectories", nargs="+", required=True, metavar="FILE", help=".jsonl or .jsonl.gz"
+    )
+    command.add_argument("--out", required=True, metavar="FOLDER", help="the store; continued if it is there")
+    command.add_argument("--set", help="validation set name of records that carry none")
+    options.add_model_options(command)
+    options.add_gradient_options(command)
+    options.add_job_options(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sketch, and print the summary."""
+    need_model(args)
+    models = load_models(args)
+    status = sketch_files(args, models, args.trajectories, args.out, args.set)
+    if status == 0:
+        print(f"sketches      {args.out}")
+    return status
+
+
+def need_model(args: argparse.Namespace) -> None:
+    """Not argparse's own check, because a config file may give it."""
+    if not args.model:
+        args.parser.error("the following arguments are required: --model")
+
+
+def load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer, and the behaviour model or None."""
+    from cropi.models import load_model
+
+    options.make_spec(args)  # a wrong option should not cost the time that loading takes
+    options.make_estimator_of(args)
+    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
+    behaviour = None
+    if args.behaviour_model:
+        behaviour, _ = load_model(args.behaviour_model, dtype=args.dtype, device=args.device)
+    return model, tokenizer, behaviour
+
+
+def sketch_files(
+    args: argparse.Namespace,
+    models: tuple[Any, Any, Any],
+    files: list[str],
+    out: str,
+    default_set: str | None,
+) -> int:
+    """Sketch some files into one store and print the summary; the exit status."""
+    from cropi.job import SketchJob
+    from cropi.sketching import sketch
+
+    model, tokenizer, behaviour_model = models
+    command = shlex.join(["cropi", args.command, *args.words])
+    job = SketchJob(
+        trajectories=files, out=out, spec=options.make_spec(args), exclude=args.exclude,
+        estimator=options.make_estimator_of(args),
+        behaviour="model" if args.behaviour_model and args.behaviour == "auto" else args.behaviour,
+        behaviour_model=behaviour_model, temperature=args.temperature, chat_template=args.chat_template,
+        eos=args.eos, max_length=args.max_length, too_long=args.too_long, layout=args.layout,
+        tokens_per_batch=args.tokens_per_batch, dtype=args.store_dtype, stage=args.stage, set=default_set,
+        limit=args.limit, skip_bad=args.skip_bad, notes={"model": args.model, "command": command},
+    )  # fmt: skip
+    summary = sketch(model, tokenizer, job, progress=args.progress)
+    print(summary.text())
+    if summary.interrupted:
+        print(
+            f"stopped by Ctrl-C; the finished prompts are in {out}. To go on with the rest:", file=sys.stderr
+        )
+        print(f"  {command}", file=sys.stderr)
+        return 130
+    return 0

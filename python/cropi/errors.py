@@ -1,0 +1,51 @@
+"""The two kinds of trouble a user can mend, and how to say that an optional package is missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+# The extra of the distribution that brings each optional package.
+EXTRAS = {
+    "safetensors": "run",
+    "tqdm": "run",
+    "transformers": "run",
+    "pyarrow": "run",
+    "matplotlib": "run",
+    "yaml": "run",
+    "tomli": "run",
+}
+
+
+class CropiError(ValueError):
+    """Something in the input or the options is wrong; the message names it, its value and the remedy."""
+
+
+class RecordError(CropiError):
+    """One bad trajectory record. ``--skip-bad`` goes on without it."""
+
+    def __init__(
+        self, where: str, problem: str, remedy: str = "mend or remove the record, or pass --skip-bad"
+    ):
+        super().__init__(f"{where}: {problem}; {remedy}")
+        self.where = where
+        self.problem = problem
+
+
+def optional(module: str) -> ModuleType:
+    """Import an optional package, or say how to install it.
+
+    Raises:
+        ModuleNotFoundError: naming the package and the pip command.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or not error.name.startswith(package):
+            raise
+        extra = EXTRAS.get(package)
+        command = f"pip install 'cropi-kernels[{extra}]'" if extra else f"pip install {package}"
+        raise ModuleNotFoundError(
+            f"the package {package!r} is needed here: {command}", name=package
+        ) from error

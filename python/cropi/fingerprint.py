@@ -1,0 +1,35 @@
+"""Fingerprints of models and tokenizers: equal exactly when their content is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+
+def model_fingerprint(model: Any) -> dict[str, Any]:
+    """The model's dtype, number of parameters and a SHA-256 over the names, shapes and bytes of all parameters.
+
+    Every byte counts: one step of training with a small learning rate may change few weights.
+    """
+    digest, total = hashlib.sha256(), 0
+    for name, parameter in sorted(model.named_parameters()):
+        total += parameter.numel()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
+        flat = parameter.detach().cpu().contiguous().view(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "size": total,
+        "weights": digest.hexdigest()[:32],
+    }
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 (32 hex digits) over the vocabulary, the special tokens and the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    special = json.dumps([str(tokenizer.eos_token), str(tokenizer.bos_token), tokenizer.chat_template])
+    return hashlib.sha256(f"{content}\n{special}".encode()).hexdigest()[:32]

@@ -1,0 +1,91 @@
+"""The options of a sketching job, and the manifest that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cropi.errors import RecordError
+from cropi.estimators import ESTIMATORS, Estimator
+from cropi.fingerprint import model_fingerprint, tokenizer_fingerprint
+from cropi.scan import Scan
+from cropi.tokenize import Tokenize
+from cropi_kernels import Coverage, SketchSpec
+
+
+@dataclass
+class SketchJob:
+    """Everything that a job depends on besides the model. The fields are the options of ``cropi sketch``."""
+
+    trajectories: Sequence[str | Path]
+    out: str | Path
+    spec: SketchSpec = field(default_factory=SketchSpec)
+    exclude: Sequence[str] = ()
+    estimator: Estimator = ESTIMATORS["cropi"]
+    behaviour: str = "auto"
+    behaviour_model: Any = None
+    temperature: float | None = None
+    chat_template: str = "auto"
+    eos: bool = True
+    max_length: int | None = None
+    too_long: str = "error"
+    layout: str = "auto"
+    tokens_per_batch: int = 2048
+    dtype: str = "float32"
+    stage: str = "0"
+    set: str | None = None
+    limit: int | None = None
+    skip_bad: bool = False
+    shard_rows: int = 64
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def make_tokenize(model: Any, tokenizer: Any, job: SketchJob, found: Scan) -> Tokenize:
+    """The tokenisation rules for this model.
+
+    Raises:
+        RecordError: a stored token id is beyond the vocabulary.
+        CropiError: an option does not fit the model or the tokenizer.
+    """
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    if found.largest_id[0] >= vocabulary and not job.skip_bad:
+        raise RecordError(
+            found.largest_id[1],
+            f"token id {found.largest_id[0]} is beyond the model's vocabulary of {vocabulary}",
+            "use the model that made the trajectories, or pass --skip-bad",
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return Tokenize(
+        tokenizer, vocabulary, context, chat_template=job.chat_template, eos=job.eos,
+        max_length=job.max_length, too_long=job.too_long, temperature=job.temperature,
+    )  # fmt: skip
+
+
+def make_manifest(
+    model: Any, tokenizer: Any, job: SketchJob, found: Scan, source: str, coverage: Coverage
+) -> dict[str, Any]:
+    """What the store's rows will depend on; ``notes`` apart, a run with other values may not continue the store."""
+    behaviour_model = job.behaviour_model if source == "model" else None
+    return {
+        "spec": job.spec.to_dict(),
+        "spec_fingerprint": job.spec.fingerprint(),
+        "hash_version": job.spec.version,
+        "stage": job.stage,
+        "model": model_fingerprint(model),
+        "parameters": {
+            "covered": coverage.covered,
+            "total": coverage.total,
+            "excluded": sorted(coverage.excluded),
+        },
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "trajectories": found.fingerprint,
+        "set": job.set,
+        "estimator": job.estimator.to_dict(),
+        "behaviour": {"source": source, "model": behaviour_model and model_fingerprint(behaviour_model)},
+        "temperature": job.temperature,
+        "tokens": {name: getattr(job, name) for name in ("chat_template", "eos", "max_length", "too_long")},
+        "dtype": job.dtype,
+        "notes": {"trajectories": [str(path) for path in job.trajectories], **job.notes},
+    }

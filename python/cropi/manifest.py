@@ -1,0 +1,81 @@
+"""The manifest of a sketch store: what its rows are sketches of, and when two stores agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cropi.errors import CropiError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+# What must agree for sketches to be comparable; the rest of the manifest may differ between two stores.
+COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters")
+# Notes that two runs of one job may differ in.
+NOTES = ("notes",)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a store.
+
+    Raises:
+        CropiError: there is no store, its manifest is damaged, or a newer release wrote it.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CropiError(
+            f"{path}: there is no sketch store (no {MANIFEST}); make one with `cropi sketch --out {path}`"
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CropiError(f"{file} is damaged ({error}); make the store again") from error
+    if version != FORMAT:
+        raise CropiError(f"{path} has the store format {version}; this release reads format {FORMAT}")
+    return dict(manifest)
+
+
+def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) -> None:
+    """Refuse to compare sketches of different maps, models, parameters or stages, from their manifests.
+
+    Raises:
+        CropiError: naming the first differing field and both values.
+    """
+    left, right = ({key: manifest.get(key) for key in COMPARABLE} for manifest in (a, b))
+    differs = first_difference(left, right)
+    if differs:
+        raise CropiError(
+            f"{names[0]} and {names[1]} cannot be compared: {differs[0]} = {differs[1]} in the first, "
+            f"{differs[2]} in the second; sketch both with the same settings"
+        )
+
+
+def first_difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The dotted name and the two values of the first place where two JSON values differ, or None."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(key for key in b if key not in a)]:
+            found = first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return None
+    return None if a == b else (name, a, b)
+
+
+def check_same_job(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to continue a store under other settings.
+
+    Raises:
+        CropiError: naming the first differing field and both values.
+    """
+    made, wanted = (
+        {key: value for key, value in side.items() if key not in NOTES} for side in (made, wanted)
+    )
+    differs = first_difference(made, wanted)
+    if differs:
+        raise CropiError(
+            f"the store {path} was made with {differs[0]} = {differs[1]}, but this run has {differs[2]}; "
+            "give another --out, or run with the same settings"
+        )

@@ -1,0 +1,141 @@
+"""Selection: the best fraction of the pool, by fused influence or by a baseline.
+
+The rule (arXiv 2510.26491)::
+
+    n        = int(N_pool * fraction)
+    L_v      = the n prompts with the highest score[., v];   rank_v = 1 .. n inside L_v
+    fused(s) = sum over v with s in L_v of 1 / rank_v(s)     (reciprocal rank fusion, constant 0, truncated at
+    n) selected = the n prompts with the highest fused
+
+Equal values are ordered by prompt id, so the result does not depend on the order of the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cropi.errors import CropiError
+from cropi.files import replacing
+from cropi.influence import Scores
+from cropi.trajectories import read_trajectories
+
+METHODS = ("rrf", "max", "random", "learnability", "pass_rate")
+POOLS = ("all", "usable")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen prompts, best first: places in the score table, and the value each was ranked by.
+
+    ``order`` ranks every usable prompt, the chosen ones first; ``fused`` is float64 ``[n prompts]``.
+    """
+
+    chosen: list[int]
+    order: list[int]
+    fused: np.ndarray
+    method: str
+
+
+def fuse_ranks(table: np.ndarray, ids: Sequence[str], n: int) -> np.ndarray:
+    """Reciprocal rank fusion truncated at n, constant 0: float64 ``[prompts]`` from scores ``[prompts,
+    sets]``."""
+    fused = np.zeros(len(ids))
+    for column in table.T:
+        best = sorted(range(len(ids)), key=lambda i: (-column[i], ids[i]))[:n]
+        for rank, i in enumerate(best, 1):
+            fused[i] += 1.0 / rank
+    return fused
+
+
+def select(
+    scores: Scores, *, fraction: float = 0.1, method: str = "rrf", pool: str = "all", seed: int = 0
+) -> Selection:
+    """Choose ``int(N_pool * fraction)`` prompts. Prompts without a usable sketch (zero gradient) are never
+    chosen.
+
+    Args:
+        scores: the score table.
+        fraction: share of the pool, in (0, 1].
+        method: "rrf" (the rule above), "max" (the highest score over the sets), or a baseline: "random",
+            "learnability" (p (1 - p) of the pass rate p), "pass_rate" (the highest p).
+        pool: what N_pool counts: "all" prompts of the file, as the released method does, or only "usable"
+            ones.
+        seed: of "random", and of the order among equal pass rates in the other two baselines.
+
+    Raises:
+        CropiError: the fraction chooses nothing, or an unknown option.
+    """
+    for given, allowed, name in ((method, METHODS, "method"), (pool, POOLS, "pool")):
+        if given not in allowed:
+            raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
+    if not 0 < fraction <= 1:
+        raise CropiError(f"fraction must be in (0, 1], got {fraction}")
+    usable = np.flatnonzero(scores.usable)
+    size = len(scores.rows) if pool == "all" else len(usable)
+    # 0.29 * 100 is 28.999... in binary; the rule means 29.
+    n = math.floor(size * fraction + 1e-9)
+    if n < 1:
+        raise CropiError(f"fraction {fraction} of a pool of {size} prompts chooses none; raise the fraction")
+    ids = [scores.rows[i].id for i in usable]
+    table = scores.table[usable]
+    rates = np.array([scores.rows[i].pass_rate for i in usable])
+    if method in ("rrf", "max"):
+        value = fuse_ranks(table, ids, n) if method == "rrf" else table.max(axis=1)
+        ties: list[str] = ids
+    else:
+        value = {"random": np.zeros(len(ids)), "learnability": rates * (1 - rates), "pass_rate": rates}[
+            method
+        ]
+        # Pass rates take few values: among equal ones the draw must not follow the names of the tasks.
+        ties = [hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in ids]
+    # Outside every L_v all fused values are 0; the score keeps that end of the list in a meaningful order.
+    beyond = np.where(value == 0, table.max(axis=1), 0.0) if method == "rrf" else np.zeros(len(ids))
+    order = sorted(range(len(ids)), key=lambda i: (-value[i], -beyond[i], ties[i]))
+    fused = np.full(len(scores.rows), math.nan)
+    fused[usable] = value
+    places = [int(usable[i]) for i in order]
+    return Selection(places[:n], places, fused, method)
+
+
+def write_selection(path: str | Path, scores: Scores, selection: Selection) -> None:
+    """Write ``selected.jsonl``: id, rank (from 1), fused value, method, scores per set, stage and model, best
+    first."""
+    origin = scores.meta["train"]
+    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for rank, i in enumerate(selection.chosen, 1):
+            row = {
+                "id": scores.rows[i].id, "rank": rank, "fused": float(selection.fused[i]), "method": selection.method,
+                "scores": {name: float(scores.table[i, v]) for v, name in enumerate(scores.sets)},
+                "stage": origin["stage"], "model": origin["model"]["weights"],
+            }  # fmt: skip
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_selected_records(
+    path: str | Path, trajectories: Sequence[str | Path], scores: Scores, selection: Selection
+) -> None:
+    """Copy the chosen prompts' trajectory records, unchanged, best first.
+
+    Raises:
+        CropiError: a chosen prompt is not in the trajectory files.
+    """
+    rank = {scores.rows[i].id: place for place, i in enumerate(selection.chosen)}
+    found: dict[int, str] = {}
+    for group in read_trajectories(trajectories, skip_bad=True):
+        if group.id in rank:
+            found[rank[group.id]] = group.raw
+    missing = [name for name, place in rank.items() if place not in found]
+    if missing:
+        raise CropiError(
+            f"{len(missing)} selected prompts are not in {', '.join(map(str, trajectories))}, for example "
+            f"{missing[0]!r}; give the files that the training store was made from"
+        )
+    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(found[place] + "\n" for place in range(len(found)))

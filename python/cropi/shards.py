@@ -1,0 +1,130 @@
+"""One shard of a sketch store: a safetensors file of rows, and beside it its SHA-256, which commits it.
+
+``shard-00000.safetensors`` holds the tensor ``sketch [n, dim]`` (and ``scale [n]`` for float16 and int8) and,
+in its header, one JSON object per prompt. ``shard-00000.safetensors.sha256`` is written after it, in the
+format of ``sha256sum``, so a shard without it was never finished and ``sha256sum -c *.sha256`` checks a store
+by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cropi.errors import CropiError, optional
+from cropi.files import write_atomic
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+
+
+@dataclass(frozen=True)
+class RowInfo:
+    """What the store knows about one prompt. ``row`` is its place in the shard's tensor, or None without a
+    sketch.
+
+    ``status`` is "ok", "failed" (tried, and no usable sketch came out) or "skipped" (not tried); ``reason``
+    says why.
+    """
+
+    id: str
+    status: str = OK
+    reason: str = ""
+    set: str | None = None
+    task: str | None = None
+    pass_rate: float = 0.0
+    tokens: int = 0
+    norm: float = 0.0
+    row: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def encode(rows: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
+    """Float32 rows ``[n, dim]`` in the store's dtype.
+
+    int8 keeps ``round(x / scale)`` with ``scale = max|x| / 127`` per row, an error of at most scale / 2 per
+    entry. float16 keeps ``x / scale`` with a power of two per row, because unscaled gradients fall below its
+    range.
+    """
+    rows = rows.to(torch.float32).contiguous()
+    largest = rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    if dtype == "int8":
+        scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        return {"sketch": (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8), "scale": scale}
+    if dtype == "float16":
+        scale = torch.exp2(torch.floor(torch.log2(largest)))
+        return {"sketch": (rows / scale[:, None]).to(torch.float16), "scale": scale}
+    return {"sketch": rows.to(DTYPES[dtype])}
+
+
+def decode(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The float32 rows of a shard's tensors."""
+    rows = tensors["sketch"].to(torch.float32)
+    return rows * tensors["scale"][:, None] if "scale" in tensors else rows
+
+
+def write_shard(path: Path, rows: Sequence[RowInfo], sketches: torch.Tensor, dtype: str) -> str:
+    """Write and commit one shard; returns its SHA-256.
+
+    Raises:
+        CropiError: no space is left. Nothing of this shard stays behind.
+    """
+    safetensors = optional("safetensors.torch")
+    header = {"rows": json.dumps([asdict(row) for row in rows], ensure_ascii=False)}
+    data: bytes = safetensors.save(encode(sketches, dtype), metadata=header)
+    checksum = hashlib.sha256(data).hexdigest()
+    commit_path(path).unlink(missing_ok=True)  # of a shard that was removed by hand
+    write_atomic(path, data)
+    write_atomic(commit_path(path), f"{checksum}  {path.name}\n")
+    return checksum
+
+
+def read_rows(path: Path) -> list[RowInfo]:
+    """The prompts of a shard, from its header alone.
+
+    Raises:
+        CropiError: the header is damaged.
+    """
+    safetensors = optional("safetensors")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return [RowInfo(**row) for row in json.loads(file.metadata()["rows"])]
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CropiError(damaged(path, f"its header cannot be read ({error})")) from error
+
+
+def read_sketches(path: Path) -> torch.Tensor:
+    """The sketches of a shard as float32 ``[n, dim]``, after checking its SHA-256.
+
+    Raises:
+        CropiError: the file is not what was written.
+    """
+    data = path.read_bytes()
+    expected = commit_path(path).read_text().split()
+    if not expected or hashlib.sha256(data).hexdigest() != expected[0]:
+        raise CropiError(damaged(path, "its checksum does not match"))
+    return decode(optional("safetensors.torch").load(data))
+
+
+def commit_path(path: Path) -> Path:
+    """The checksum file that commits a shard."""
+    return path.with_name(path.name + ".sha256")
+
+
+def damaged(path: Path, what: str) -> str:
+    """The message for a damaged shard, with the way out."""
+    return (
+        f"the shard {path} is damaged: {what}; remove it and its .sha256 and run the same `cropi sketch` "
+        "again: only its prompts are computed again"
+    )
