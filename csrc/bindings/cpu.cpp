@@ -56,16 +56,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return py::make_tuple(d.w[0], d.w[1], d.w[2], d.w[3]);
   });
 
-  m.def("fold_columns", [](const py::tuple& in, uintptr_t out, int64_t width, uintptr_t offset, uintptr_t sign, int threads) {
-    call(kernels().fold_columns, FoldArgs{matrix(in), ptr<void>(out), width, ptr<const uint32_t>(offset),
-                                          ptr<const float>(sign), threads});
-  });
+  m.def("fold_columns",
+        [](const py::tuple& in, uintptr_t out, int64_t width, uintptr_t offset, uintptr_t sign, int threads) {
+          call(kernels().fold_columns, FoldArgs{matrix(in), ptr<void>(out), width, ptr<const uint32_t>(offset),
+                                                ptr<const float>(sign), threads});
+        });
 
   m.def("sketch_linear", [](const py::tuple& d, const py::tuple& a, const py::tuple& plan, int64_t n_segments,
                             uintptr_t offsets, uintptr_t out, int64_t out_stride, int64_t n_slabs, int threads) {
-    call(kernels().sketch_linear, SketchLinearArgs{matrix(d), matrix(a), slab_plan(plan), n_segments,
-                                                   ptr<const int64_t>(offsets), ptr<float>(out), out_stride, n_slabs,
-                                                   threads});
+    call(kernels().sketch_linear,
+         SketchLinearArgs{matrix(d), matrix(a), slab_plan(plan), n_segments, ptr<const int64_t>(offsets),
+                          ptr<float>(out), out_stride, n_slabs, threads});
   });
 
   m.def("sketch_rows", [](const py::tuple& x, uintptr_t row, uintptr_t scale, const py::tuple& plan, int64_t n_segments,
@@ -77,18 +78,18 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("norm_grad", [](const py::tuple& x, const py::tuple& dy, bool centered, float eps, int64_t n_segments,
                         uintptr_t offsets, uintptr_t weight, uintptr_t bias, int threads) {
-    call(kernels().norm_grad, NormGradArgs{matrix(x), matrix(dy), centered, eps, n_segments, ptr<const int64_t>(offsets),
-                                           ptr<float>(weight), ptr<float>(bias), threads});
+    call(kernels().norm_grad, NormGradArgs{matrix(x), matrix(dy), centered, eps, n_segments,
+                                           ptr<const int64_t>(offsets), ptr<float>(weight), ptr<float>(bias), threads});
   });
 
   m.def("flat_sketch", [](uintptr_t x, int64_t n, uint64_t offset, uint32_t k0, uint32_t k1, uint32_t keep_below,
                           float scale, int64_t dim, uintptr_t out, int threads) {
-    call(kernels().flat_sketch, FlatSketchArgs{ptr<const float>(x), n, offset, Key{k0, k1}, keep_below, scale, dim,
-                                               ptr<float>(out), threads});
+    call(kernels().flat_sketch,
+         FlatSketchArgs{ptr<const float>(x), n, offset, Key{k0, k1}, keep_below, scale, dim, ptr<float>(out), threads});
   });
 
-  m.def("logprob_rows", [](const py::tuple& logits, uintptr_t target, float temperature, float softcap, uintptr_t logprob,
-                           uintptr_t top, uintptr_t log_sum, uintptr_t entropy, int threads) {
+  m.def("logprob_rows", [](const py::tuple& logits, uintptr_t target, float temperature, float softcap,
+                           uintptr_t logprob, uintptr_t top, uintptr_t log_sum, uintptr_t entropy, int threads) {
     call(kernels().logprob_rows,
          LogprobRowsArgs{matrix(logits), ptr<const int64_t>(target), temperature, softcap, ptr<float>(logprob),
                          ptr<float>(top), ptr<float>(log_sum), ptr<float>(entropy), threads});

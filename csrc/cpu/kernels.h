@@ -86,10 +86,10 @@ struct FlatSketchArgs {
 // lse = top / temperature + log_sum: kept apart, because their sum drops bits when the logits share an offset.
 struct LogprobRowsArgs {
   MatrixView logits;
-  const int64_t* target;        // [rows]; negative: no target, logprob 0
-  float temperature, softcap;   // softcap 0: none
+  const int64_t* target;           // [rows]; negative: no target, logprob 0
+  float temperature, softcap;      // softcap 0: none
   float *logprob, *top, *log_sum;  // [rows]; top: the largest soft-capped logit, not yet divided
-  float* entropy;               // [rows] or null
+  float* entropy;                  // [rows] or null
   int n_threads;
 };
 
@@ -98,19 +98,19 @@ struct LogprobRowsArgs {
 struct LogprobBackwardArgs {
   MatrixView logits;  // overwritten
   const int64_t* target;
-  const float* grad;                          // [rows]
+  const float* grad;                     // [rows]
   const float *logprob, *top, *log_sum;  // of the forward
   float temperature, softcap;
   int n_threads;
 };
 
-#define CROPI_KERNELS(X)                  \
-  X(fold_columns, FoldArgs)               \
-  X(sketch_linear, SketchLinearArgs)      \
-  X(sketch_rows, SketchRowsArgs)          \
-  X(norm_grad, NormGradArgs)              \
-  X(flat_sketch, FlatSketchArgs)          \
-  X(logprob_rows, LogprobRowsArgs)        \
+#define CROPI_KERNELS(X)             \
+  X(fold_columns, FoldArgs)          \
+  X(sketch_linear, SketchLinearArgs) \
+  X(sketch_rows, SketchRowsArgs)     \
+  X(norm_grad, NormGradArgs)         \
+  X(flat_sketch, FlatSketchArgs)     \
+  X(logprob_rows, LogprobRowsArgs)   \
   X(logprob_rows_backward, LogprobBackwardArgs)
 
 #define CROPI_DECLARE_KERNEL(name, Args) void name(const Args&);

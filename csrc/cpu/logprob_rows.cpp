@@ -230,9 +230,8 @@ void for_each_row(const MatrixView& logits, int n_threads, F&& f) {
 void logprob_rows(const LogprobRowsArgs& args) {
   with_dtype(args.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_each_row(args.logits, args.n_threads, [&](int64_t r) {
-      args.entropy ? forward_row<T, true>(args, r) : forward_row<T, false>(args, r);
-    });
+    for_each_row(args.logits, args.n_threads,
+                 [&](int64_t r) { args.entropy ? forward_row<T, true>(args, r) : forward_row<T, false>(args, r); });
   });
 }
 

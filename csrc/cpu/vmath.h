@@ -3,7 +3,7 @@
 // against double: see tests/test_linear_logprob.py.
 #pragma once
 #if defined(__SSE__)
-#include <immintrin.h>
+#  include <immintrin.h>
 #endif
 
 #include "cpu/simd.h"

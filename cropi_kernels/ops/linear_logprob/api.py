@@ -90,10 +90,11 @@ def logprob_and_grad(
         weigh: ``weigh(logp, start, stop)`` gives the weights of tokens start..stop as a tensor of stop - start numbers.
             Tokens with ``ignore_index`` are passed with log-prob 0 and have no gradient whatever their weight.
         on_dlogits: ``on_dlogits(start, stop, dz)`` may read ``dz`` [stop - start, V], the gradient of the logits before
-            the soft-cap, float32 (float64 for float64 input): contiguous columns, strided rows, valid during the call only.
+            the soft-cap: float32, contiguous columns, strided rows, valid during the call only.
 
     Returns:
-        log-probs float32 [N]; gradient to ``hidden`` [N, D] in its dtype; weights float32 [N] (float64 for float64 input).
+        log-probs float32 [N]; gradient to ``hidden`` [N, D] in its dtype; weights float32 [N]. For float64 input all
+        are float64, ``dz`` too.
 
     Raises:
         ValueError: as `linear_logprob`, and where ``weigh`` returns another number of weights than it was asked for.
@@ -104,12 +105,16 @@ def logprob_and_grad(
         weights = weigh(logp, start, stop)
         if not isinstance(weights, torch.Tensor) or tuple(weights.shape) != (stop - start,):
             shape = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
-            raise ValueError(f"weigh(logp, {start}, {stop}) returned {shape}: return a tensor of {stop - start} weights")
+            raise ValueError(
+                f"weigh(logp, {start}, {stop}) returned {shape}: return a tensor of {stop - start} weights"
+            )
         return weights.detach()
 
     call = ops.prepare(hidden, head, targets, bias, temperature, softcap_, ignore_index, chunk, backend or "")
     with ops.no_autocast(hidden):
-        return chunks.one_pass(hidden, call.head, call.target, call.math, call.rows, call.chunk, checked, on_dlogits)
+        return chunks.one_pass(
+            hidden, call.head, call.target, call.math, call.rows, call.chunk, checked, on_dlogits
+        )
 
 
 def _check(
@@ -123,23 +128,33 @@ def _check(
 ) -> tuple[float, int]:
     """Everything that shapes and numbers alone decide, so that it also runs while a graph is traced."""
     if hidden.ndim != 2:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}: give [N, D], hidden.reshape(-1, hidden.shape[-1])")
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}: give [N, D], hidden.reshape(-1, hidden.shape[-1])"
+        )
     if not hidden.dtype.is_floating_point:
         raise ValueError(f"hidden is {hidden.dtype}: give float32, bfloat16, float16 or float64")
     if head.ndim != 2 or head.shape[1] != hidden.shape[1] or head.shape[0] < 1:
-        raise ValueError(f"head has shape {tuple(head.shape)}: give [V, {hidden.shape[1]}] (hidden is {tuple(hidden.shape)})")
+        raise ValueError(
+            f"head has shape {tuple(head.shape)}: give [V, {hidden.shape[1]}] (hidden is {tuple(hidden.shape)})"
+        )
     if head.dtype != hidden.dtype or head.device != hidden.device:
         raise ValueError(
             f"head is {head.dtype} on {head.device}, hidden is {hidden.dtype} on {hidden.device}: move one to the other"
         )
     if targets.ndim != 1 or targets.shape[0] != hidden.shape[0]:
-        raise ValueError(f"targets has shape {tuple(targets.shape)}: give one target per token, [{hidden.shape[0]}]")
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}: give one target per token, [{hidden.shape[0]}]"
+        )
     if targets.dtype != torch.int64 or targets.device != hidden.device:
         raise ValueError(f"targets is {targets.dtype} on {targets.device}: give int64 on {hidden.device}")
     if bias is not None and (tuple(bias.shape) != (head.shape[0],) or bias.device != head.device):
-        raise ValueError(f"bias has shape {tuple(bias.shape)} on {bias.device}: give [{head.shape[0]}] on {head.device}")
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)} on {bias.device}: give [{head.shape[0]}] on {head.device}"
+        )
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature={temperature}: give a finite number above 0 (greedy decoding has no log-probs)")
+        raise ValueError(
+            f"temperature={temperature}: give a finite number above 0 (greedy decoding has no log-probs)"
+        )
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap={softcap}: give a finite number above 0, or None for no soft-cap")
     if chunk_size is not None and chunk_size < 1:

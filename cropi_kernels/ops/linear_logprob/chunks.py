@@ -51,7 +51,9 @@ class Head(NamedTuple):
                 yield start, words, part
                 continue
             if spare is None:
-                spare = part.new_zeros(_up(min(PANEL, vocab), _WORDS), _up(features, _FEATURES), dtype=self.dtype)
+                spare = part.new_zeros(
+                    _up(min(PANEL, vocab), _WORDS), _up(features, _FEATURES), dtype=self.dtype
+                )
             panel = spare[: _up(words, _WORDS)]
             panel[:words, :features].copy_(part)
             panel[words:].zero_()
@@ -95,11 +97,17 @@ class Chunk:
 
 
 def forward(
-    hidden: torch.Tensor, head: Head, target: torch.Tensor, math: RowMath, rows: Rows, chunk: int, entropy: bool
+    hidden: torch.Tensor,
+    head: Head,
+    target: torch.Tensor,
+    math: RowMath,
+    rows: Rows,
+    chunk: int,
+    entropy: bool,
 ) -> Stats:
     """Statistics per token; ``target`` [N] is negative for ignored tokens, which cost nothing and hold 0."""
-    names = Stats._fields if entropy else Stats._fields[:-1]
-    stats = Stats(**{"entropy": None, **{name: _zeros(head, target.shape[0]) for name in names}})
+    n = target.shape[0]
+    stats = Stats(_zeros(head, n), _zeros(head, n), _zeros(head, n), _zeros(head, n) if entropy else None)
     parts, size = _parts(target >= 0, chunk)
     work = Chunk(head, size)
     for part in parts:
@@ -122,7 +130,7 @@ def backward(
     chunk: int,
     stats: Stats,
 ) -> torch.Tensor:
-    """Gradient to ``hidden`` of ``sum_n grad_n logp_n``: recomputes the logits of the tokens whose gradient is not 0."""
+    """Gradient to ``hidden`` of ``sum_n grad_n logp_n``; the logits of tokens with a gradient are computed again."""
     parts, size = _parts((target >= 0) & (grad != 0), chunk)
     out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     work = Chunk(head, size)

@@ -62,7 +62,9 @@ def prepare(
     bias = None if bias is None else bias.detach().to(dtype)
     chunk = chunk_size or chunks.default_chunk(hidden.shape[0], vocab, dtype.itemsize)
     target = targets.where(counted, -1).contiguous()
-    return Call(chunks.Head(head.detach(), bias, dtype), target, RowMath(temperature, softcap), _ROWS[name], chunk)
+    return Call(
+        chunks.Head(head.detach(), bias, dtype), target, RowMath(temperature, softcap), _ROWS[name], chunk
+    )
 
 
 def no_autocast(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

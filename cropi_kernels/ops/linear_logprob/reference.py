@@ -84,7 +84,11 @@ def gradients(
 
 
 def _logits(
-    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, dtype: torch.dtype
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Soft-capped logits [N, V], and the derivative of the cap."""
     a = hidden.to(dtype) @ head.to(dtype).t()

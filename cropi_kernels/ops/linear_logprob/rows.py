@@ -23,7 +23,8 @@ class Stats(NamedTuple):
     entropy: torch.Tensor | None
 
     def rows(self, index: slice | torch.Tensor) -> Stats:
-        return Stats(*(None if field is None else field[index] for field in self))
+        entropy = None if self.entropy is None else self.entropy[index]
+        return Stats(self.logp[index], self.top[index], self.log_sum[index], entropy)
 
 
 class Rows(Protocol):
