@@ -25,7 +25,7 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None) -> str:
         ValueError: ``backend`` is not a known name.
         RuntimeError: the named backend cannot serve the call; the message gives its reason.
     """
-    named = backend or os.environ.get("CROPI_KERNELS_BACKEND")
+    named = backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None
     if named is not None and named not in BACKENDS:
         raise ValueError(f"backend={named!r}: choose one of {', '.join(BACKENDS)}, or None for the best")
     if named == "reference":
@@ -35,7 +35,7 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None) -> str:
         return "cpu"
     if named is not None:
         raise RuntimeError(f"backend={named!r} cannot run {op}: {reason}")
-    if tensors and tensors[0].dtype != torch.float64 and reason not in _said:
+    if all(t.dtype != torch.float64 for t in tensors) and reason not in _said:
         _said.add(reason)
         warnings.warn(f"{op} runs on the plain torch reference, which forms whole gradients: {reason}", stacklevel=3)
     return "reference"

@@ -15,9 +15,11 @@ def reduce_sketch(sketch: torch.Tensor, dim: int, *, seed: int = 0, version: int
     key ``"reduce/n"``. Nested: reducing to 8192 and then to 4096 equals reducing to 4096.
 
     Raises:
-        ValueError: ``dim`` is not a power of two, or larger than the sketch.
+        ValueError: ``dim`` or the sketch's own size is not a power of two, or ``dim`` is the larger one.
     """
     n = sketch.shape[-1]
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"sketch has {n} numbers per row: a sketch has a power of two")
     if dim < 1 or dim & (dim - 1) or dim > n:
         raise ValueError(f"dim={dim}: give a power of two up to the sketch's own size {n}")
     while n > dim:

@@ -17,13 +17,14 @@ def check_offsets(offsets: torch.Tensor, n_tokens: int) -> int:
     """Returns the number of segments; token range s is offsets[s] .. offsets[s + 1]."""
     if offsets.dtype != torch.int64 or offsets.ndim != 1 or offsets.numel() < 1 or not offsets.is_contiguous():
         raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}: give a contiguous 1-D int64 tensor")
-    if offsets.device.type == "cpu":
-        values = offsets.tolist()
-        if values[0] < 0 or values[-1] > n_tokens:
-            raise ValueError(f"offsets run from {values[0]} to {values[-1]} but there are {n_tokens} tokens")
-        for s, (a, b) in enumerate(zip(values, values[1:])):
-            if b < a:
-                raise ValueError(f"offsets[{s + 1}]={b} is below offsets[{s}]={a}: segments must not run backwards")
+    if offsets.device.type != "cpu":
+        raise ValueError(f"offsets is on {offsets.device}: give offsets.cpu(), they are read on the host")
+    values = offsets.tolist()
+    if values[0] < 0 or values[-1] > n_tokens:
+        raise ValueError(f"offsets run from {values[0]} to {values[-1]} but there are {n_tokens} tokens")
+    for s, (a, b) in enumerate(zip(values, values[1:])):
+        if b < a:
+            raise ValueError(f"offsets[{s + 1}]={b} is below offsets[{s}]={a}: segments must not run backwards")
     return offsets.numel() - 1
 
 

@@ -20,13 +20,13 @@ class Accumulator:
     def __init__(self, spec: SketchSpec) -> None:
         self.spec = spec
         self.segments: Segments | None = None
-        self.out = torch.empty(0, spec.base_dim)
+        self.out = torch.empty(0, spec.base_dim, dtype=torch.float32)
         self.seconds = 0.0
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
     def begin(self, segments: Segments, device: torch.device) -> None:
         self.segments = segments
-        self.out = torch.zeros(segments.count, self.spec.base_dim, device=device)
+        self.out = torch.zeros(segments.count, self.spec.base_dim, dtype=torch.float32, device=device)
         self.seconds = 0.0
         self._folds.clear()
 

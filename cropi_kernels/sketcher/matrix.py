@@ -129,11 +129,13 @@ class TensorMatrix(MatrixSketch):
         self._convolve(spectrum, kept, offsets, out)
 
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-        frequency = torch.arange(self.spec.dim // 2 + 1) * (-2 * math.pi / self.spec.dim)
+        frequency = torch.arange(self.spec.dim // 2 + 1)
 
         def spectrum(t0: int, t1: int) -> torch.Tensor:
             row = rows[t0:t1]
-            phase = self.row_bucket[row].double()[:, None] * frequency.double()
+            # Whole turns are taken off in integers: bucket * frequency reaches dim^2 / 2.
+            turns = self.row_bucket[row][:, None] * frequency % self.spec.dim
+            phase = turns.double() * (-2 * math.pi / self.spec.dim)
             return torch.polar(self.row_sign[row].double()[:, None].expand_as(phase), phase).to(torch.complex64)
 
         self._convolve(spectrum, x, offsets, out)

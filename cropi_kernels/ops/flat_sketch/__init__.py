@@ -26,18 +26,20 @@ def flat_sketch(
 
     Args:
         x: float32 contiguous, any shape, read flat in row-major order; ``offset`` is its first coordinate.
-        out: float32 [spec.dim], added to in place.
+        out: float32 [spec.dim], added to in place. float64 only on the reference.
     """
     if x.dtype not in (torch.float32, torch.float64) or not x.is_contiguous():
         raise ValueError(f"x is {x.dtype}, contiguous={x.is_contiguous()}: give a contiguous float32 tensor")
     if out.shape != (spec.dim,) or not out.is_contiguous():
         raise ValueError(f"out has shape {tuple(out.shape)}: it must be a contiguous [{spec.dim}]")
+    if out.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"out is {out.dtype}: give a float32 tensor, sums are never narrower")
     if offset < 0 or offset + x.numel() > 1 << 62:
         raise ValueError(f"offset={offset}: coordinates must stay between 0 and 2^62")
     key = key_of(spec.version, spec.seed, name)
     keep_below = 0 if spec.keep >= 1.0 else max(1, int(spec.keep * 2.0**32))
     scale = spec.keep**-0.5
-    if x.dtype != torch.float32 or dispatch.choose("flat_sketch", x, out, backend=backend) != "cpu":
+    if dispatch.choose("flat_sketch", x, out, backend=backend) != "cpu":
         return flat_sketch_reference(x, key, keep_below, scale, out, offset)
     _native.native().flat_sketch(
         x.data_ptr(), x.numel(), offset, *key, keep_below, scale, spec.dim, out.data_ptr(), _native.threads()

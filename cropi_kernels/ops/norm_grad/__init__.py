@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ... import _native, dispatch
-from .._checks import check_matrix, check_offsets
+from .._checks import check_offsets
 from .reference import norm_grad as norm_grad_reference
+from .reference import segment_sums
 
 __all__ = ["bias_grad", "norm_grad"]
 
@@ -30,8 +31,7 @@ def norm_grad(
 
     Returns float32 [segments, n] each (float64 for float64 inputs). Statistics are taken in float64.
     """
-    check_matrix("x", x, dy.shape[-1], "the norm's input")
-    if x.shape != dy.shape:
+    if x.shape != dy.shape or x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)} but dy {tuple(dy.shape)}: both must be [tokens, n]")
     n_segments = check_offsets(offsets, x.shape[0])
     if dispatch.choose("norm_grad", x, dy, backend=backend) != "cpu":
@@ -40,12 +40,12 @@ def norm_grad(
 
 
 def bias_grad(dy: torch.Tensor, offsets: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """``bias[s] = sum_{t in s} dy[t]``, float32 [segments, n]."""
+    """``bias[s] = sum_{t in s} dy[t]`` for ``dy`` [tokens, n]: float32 [segments, n] (float64 for float64 inputs)."""
+    if dy.ndim != 2:
+        raise ValueError(f"dy has shape {tuple(dy.shape)}: it must be [tokens, n]")
     n_segments = check_offsets(offsets, dy.shape[0])
     if dispatch.choose("bias_grad", dy, backend=backend) != "cpu":
-        bounds = offsets.tolist()
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        return torch.stack([dy[a:b].to(wide).sum(0) for a, b in zip(bounds, bounds[1:])])
+        return segment_sums(dy.to(torch.promote_types(dy.dtype, torch.float32)), offsets)
     bias = _native_call(dy, dy, offsets, n_segments, 0.0, False, False, True)[1]
     assert bias is not None
     return bias
@@ -63,8 +63,9 @@ def _native_call(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     x, dy = _native.rows_view(x), _native.rows_view(dy)
     shape = n_segments, dy.shape[1]
-    weight = torch.empty(shape if with_weight else (0, 0))
-    bias = torch.empty(shape) if with_bias else None
+    # The kernel writes float32 whatever torch's default dtype and device are.
+    weight = torch.empty(shape if with_weight else (0, 0), dtype=torch.float32, device="cpu")
+    bias = torch.empty(shape, dtype=torch.float32, device="cpu") if with_bias else None
     _native.native().norm_grad(
         _native.matrix(x),
         _native.matrix(dy),

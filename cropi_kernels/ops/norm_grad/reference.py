@@ -13,8 +13,13 @@ def norm_grad(
     if centered:
         x = x - x.mean(-1, keepdim=True)
     xhat = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return segment_sums(dy * xhat, offsets), segment_sums(dy, offsets) if with_bias else None
+
+
+def segment_sums(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """``out[s] = sum_{t in s} x[t]``, [segments, n]."""
     bounds = offsets.tolist()
-    ranges = list(zip(bounds, bounds[1:]))
-    weight = torch.stack([(dy[a:b] * xhat[a:b]).sum(0) for a, b in ranges]) if ranges else x.new_zeros(0, x.shape[1])
-    bias = torch.stack([dy[a:b].sum(0) for a, b in ranges]) if with_bias else None
-    return weight, bias
+    out = x.new_zeros(len(bounds) - 1, x.shape[1])
+    for s, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        out[s] = x[begin:end].sum(0)
+    return out

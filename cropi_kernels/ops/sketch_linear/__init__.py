@@ -64,7 +64,7 @@ def sketch_linear(
         raise ValueError(f"d has {d.shape[0]} tokens but a has {a.shape[0]}: they must come from the same forward")
     n_segments = check_offsets(offsets, d.shape[0])
     check_out(out, n_segments, plan.n_slabs * plan.slab_rows * plan.slab_cols)
-    if out.dtype == torch.float32 and dispatch.choose("sketch_linear", d, a, out, backend=backend) == "cpu":
+    if dispatch.choose("sketch_linear", d, a, out, backend=backend) == "cpu":
         cpu.sketch_linear(d, a, offsets, plan, out)
     else:
         reference.sketch_linear(d, a, offsets, plan, out, folded=True)

@@ -11,7 +11,7 @@ from ...plan import MatrixPlan
 
 def fold_columns(x: torch.Tensor, sign: np.ndarray, offset: np.ndarray, width: int) -> torch.Tensor:
     x = _native.rows_view(x)
-    out = torch.empty(x.shape[0], width, dtype=x.dtype)
+    out = torch.empty(x.shape[0], width, dtype=x.dtype, device="cpu")
     _native.native().fold_columns(
         _native.matrix(x), out.data_ptr(), width, _native.address(offset), _native.address(sign), _native.threads()
     )

@@ -39,7 +39,7 @@ def sketch_embedding(
         )
     n_segments = check_offsets(offsets, x.shape[0])
     check_out(out, n_segments, plan.n_slabs * plan.slab_rows * plan.slab_cols)
-    if out.dtype != torch.float32 or dispatch.choose("sketch_embedding", x, out, backend=backend) != "cpu":
+    if dispatch.choose("sketch_embedding", x, out, backend=backend) != "cpu":
         return sketch_rows_reference(x, rows, offsets, plan, out)
     x = fold_inputs(x, plan, backend=backend)
     folded, scale = plan.fold_rows(rows.numpy())
