@@ -28,7 +28,9 @@ except ImportError as error:  # a source checkout that was not built, or a wheel
 def native() -> Any:
     """The compiled module, or an ImportError that says how to get it."""
     if _C is None:
-        raise ImportError(f"the compiled kernels are missing ({IMPORT_ERROR}): build them with `pip install .`")
+        raise ImportError(
+            f"the compiled kernels are missing ({IMPORT_ERROR}): build them with `pip install .`"
+        )
     return _C
 
 

@@ -37,7 +37,9 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None) -> str:
         raise RuntimeError(f"backend={named!r} cannot run {op}: {reason}")
     if all(t.dtype != torch.float64 for t in tensors) and reason not in _said:
         _said.add(reason)
-        warnings.warn(f"{op} runs on the plain torch reference, which forms whole gradients: {reason}", stacklevel=3)
+        warnings.warn(
+            f"{op} runs on the plain torch reference, which forms whole gradients: {reason}", stacklevel=3
+        )
     return "reference"
 
 

@@ -7,7 +7,7 @@ The slab sketch of a matrix gradient G [R, C] (docs/sketch.md has the formulas):
 2. slab: the folded matrix is cut into blocks of slab_rows x slab_cols = 32768 entries; block (I, J) is added to a slab
    with a pair sign, its row and column indices XORed with multiples of 8 drawn for the pair.
 
-Column randomness is keyed by the parent module, so that layers that read the same input (q/k/v, gate/up) share one fold.
+Column randomness is keyed by the parent module: layers that read the same input (q/k/v, gate/up) share one fold.
 """
 
 from __future__ import annotations
@@ -90,12 +90,21 @@ def plan_matrix(spec: SketchSpec, name: str, rows: int, cols: int, role: Role = 
         raise ValueError(f"shape=({rows}, {cols}) of {name!r}: both sides must be at least 1")
     width = spec.width if role == "linear" else None
     vocab = spec.vocab_width if role == "tied" else None
-    return _plan_matrix(spec.version, spec.seed, max(1, spec.base_dim // SLAB_SIZE), name, rows, cols, width, vocab)
+    return _plan_matrix(
+        spec.version, spec.seed, max(1, spec.base_dim // SLAB_SIZE), name, rows, cols, width, vocab
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan_matrix(
-    version: int, seed: int, n_slabs: int, name: str, rows: int, cols: int, width: int | None, vocab: int | None
+    version: int,
+    seed: int,
+    n_slabs: int,
+    name: str,
+    rows: int,
+    cols: int,
+    width: int | None,
+    vocab: int | None,
 ) -> MatrixPlan:
     fold_key = name.rsplit(".", 2)[0] if name.count(".") >= 2 else name
     key = px.key_of(version, seed, name)
@@ -119,7 +128,9 @@ def _plan_matrix(
         row_sign=px.signs(key, rows, px.ROW_SIGN),
         col_sign=px.signs(col_key, cols, px.COLUMN_SIGN),
         row_fold=px.offsets(key, -(-rows // folded_rows), folded_rows, px.ROW_FOLD) if folds_rows else None,
-        col_fold=px.offsets(col_key, -(-cols // folded_cols), folded_cols, px.COLUMN_FOLD) if folds_cols else None,
+        col_fold=px.offsets(col_key, -(-cols // folded_cols), folded_cols, px.COLUMN_FOLD)
+        if folds_cols
+        else None,
         pair_row=np.ascontiguousarray(px.xor_offset(draw[..., 1], slab_rows)),
         pair_col=np.ascontiguousarray(px.xor_offset(draw[..., 2], slab_cols)),
         pair_slab=np.ascontiguousarray(draw[..., 3] & np.uint32(n_slabs - 1)),

@@ -20,7 +20,7 @@ class SketchSpec:
 
     Args:
         dim: numbers per sketch, a power of two from 64 to 2^20. The standard error of a cosine is about
-            ``1 / sqrt(dim)``. A ``slab`` sketch of 32768 can be reduced to any smaller dim afterwards (`reduce_sketch`).
+            ``1 / sqrt(dim)``. A ``slab`` sketch of 32768 can be reduced to a smaller dim afterwards (`reduce_sketch`).
         width: features that a linear layer's inputs are folded to before the sketch, a power of two from 16 on, or
             ``None`` for no fold. Divides the matrix work by ``in_features / width``.
         vocab_width: rows that a tied head / embedding is folded to, a power of two, or ``None`` for no fold.
@@ -85,5 +85,10 @@ class SketchSpec:
 
 
 def _check_power_of_two(field: str, value: Any, low: int, high: int, extra: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high or value & (value - 1):
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or not low <= value <= high
+        or value & (value - 1)
+    ):
         raise ValueError(f"{field}={value!r}: give a power of two from {low} to {high}{extra}")

@@ -8,15 +8,26 @@ import torch
 def check_out(out: torch.Tensor, n_segments: int, dim: int) -> None:
     """``out`` must be a contiguous float32 or float64 [n_segments, dim] accumulator."""
     if out.ndim != 2 or tuple(out.shape) != (n_segments, dim):
-        raise ValueError(f"out has shape {tuple(out.shape)}: it must be [{n_segments}, {dim}] (segments, sketch numbers)")
+        raise ValueError(
+            f"out has shape {tuple(out.shape)}: it must be [segments, sketch numbers] = [{n_segments}, {dim}]"
+        )
     if out.dtype not in (torch.float32, torch.float64) or not out.is_contiguous():
-        raise ValueError(f"out is {out.dtype}, contiguous={out.is_contiguous()}: give a contiguous float32 tensor")
+        raise ValueError(
+            f"out is {out.dtype}, contiguous={out.is_contiguous()}: give a contiguous float32 tensor"
+        )
 
 
 def check_offsets(offsets: torch.Tensor, n_tokens: int) -> int:
     """Returns the number of segments; token range s is offsets[s] .. offsets[s + 1]."""
-    if offsets.dtype != torch.int64 or offsets.ndim != 1 or offsets.numel() < 1 or not offsets.is_contiguous():
-        raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}: give a contiguous 1-D int64 tensor")
+    if (
+        offsets.dtype != torch.int64
+        or offsets.ndim != 1
+        or offsets.numel() < 1
+        or not offsets.is_contiguous()
+    ):
+        raise ValueError(
+            f"offsets is {offsets.dtype} {tuple(offsets.shape)}: give a contiguous 1-D int64 tensor"
+        )
     if offsets.device.type != "cpu":
         raise ValueError(f"offsets is on {offsets.device}: give offsets.cpu(), they are read on the host")
     values = offsets.tolist()
@@ -24,7 +35,9 @@ def check_offsets(offsets: torch.Tensor, n_tokens: int) -> int:
         raise ValueError(f"offsets run from {values[0]} to {values[-1]} but there are {n_tokens} tokens")
     for s, (a, b) in enumerate(zip(values, values[1:])):
         if b < a:
-            raise ValueError(f"offsets[{s + 1}]={b} is below offsets[{s}]={a}: segments must not run backwards")
+            raise ValueError(
+                f"offsets[{s + 1}]={b} is below offsets[{s}]={a}: segments must not run backwards"
+            )
     return offsets.numel() - 1
 
 

@@ -57,6 +57,7 @@ class GradientSketcher:
 
     Raises:
         UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
+        ValueError: nothing is left to sketch, or a pattern of ``exclude`` matches nothing.
     """
 
     def __init__(self, model: nn.Module, spec: SketchSpec, exclude: Sequence[str] = ()) -> None:
@@ -107,8 +108,11 @@ class GradientSketcher:
         The yielded object's ``sketches`` is set when the block ends. The loss must be a sum over tokens of terms that
         each belong to one segment; a mean over the batch scales all sketches.
         """
+        self._active("batch")
         if segments.ndim != 2 and shape is None:
-            raise ValueError(f"segments has shape {tuple(segments.shape)}: give ids per token, or shape=(batch, length)")
+            raise ValueError(
+                f"segments has shape {tuple(segments.shape)}: give ids per token, or shape=(batch, length)"
+            )
         batch, length = shape if shape is not None else segments.shape
         self._begin(Segments.of(segments, batch, length, num_segments))
         result = BatchSketch()
@@ -164,7 +168,9 @@ class GradientSketcher:
             start = time.perf_counter()
             with torch.enable_grad():
                 hidden = split.hidden(input_ids, **kwargs)
-            logprobs, grad, weights = self._head_pass(split, hidden, positions, targets, weigh, temperature, scored)
+            logprobs, grad, weights = self._head_pass(
+                split, hidden, positions, targets, weigh, temperature, scored
+            )
             middle = time.perf_counter()
             hidden.backward(grad)
             end = time.perf_counter()
@@ -212,24 +218,32 @@ class GradientSketcher:
         return logprobs, grad.view_as(hidden), weights
 
     def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
-        if not self._handles:
-            raise RuntimeError("policy_gradient outside the `with GradientSketcher(...)` block: nothing is tapped")
+        self._active("policy_gradient")
         if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give a non-empty [batch, length]")
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}: give a non-empty [batch, length]"
+            )
         if positions.shape != targets.shape or positions.ndim != 1 or positions.dtype != torch.int64:
             raise ValueError(
-                f"positions {tuple(positions.shape)} {positions.dtype} and targets {tuple(targets.shape)} {targets.dtype} "
-                "must be int64 of one length: a position and a token id per scored token"
+                f"positions {tuple(positions.shape)} {positions.dtype} and targets {tuple(targets.shape)} "
+                f"{targets.dtype} must be int64 of one length: a position and a token id per scored token"
             )
         if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < input_ids.numel():
-            raise ValueError(f"positions reach {int(positions.max())}: input_ids holds 0 .. {input_ids.numel() - 1}")
+            raise ValueError(
+                f"positions reach {int(positions.max())}: input_ids holds 0 .. {input_ids.numel() - 1}"
+            )
         if self._split is None:
             self._split = split_model(self.model)
         vocab = self._split.head.out_features
         for name, ids in (("input_ids", input_ids), ("targets", targets)):
             if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
-                raise ValueError(f"{name} runs from {int(ids.min())} to {int(ids.max())}: the vocabulary is 0 .. {vocab - 1}")
+                low, high = int(ids.min()), int(ids.max())
+                raise ValueError(f"{name} runs from {low} to {high}: the vocabulary is 0 .. {vocab - 1}")
         return self._split
+
+    def _active(self, method: str) -> None:
+        if not self._handles:
+            raise RuntimeError(f"{method} outside the `with GradientSketcher(...)` block: nothing is tapped")
 
     def _begin(self, segments: Segments) -> None:
         if self._acc.segments is not None:
@@ -239,10 +253,16 @@ class GradientSketcher:
     def _mask(self, mask: torch.Tensor) -> torch.Tensor:
         """Bool 4-D masks become additive for eager attention, which adds what it is given."""
         config = getattr(self.model, "config", None)
-        if mask.ndim != 4 or mask.dtype != torch.bool or getattr(config, "_attn_implementation", None) != "eager":
+        if (
+            mask.ndim != 4
+            or mask.dtype != torch.bool
+            or getattr(config, "_attn_implementation", None) != "eager"
+        ):
             return mask
         dtype = next(self.model.parameters()).dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+            ~mask, torch.finfo(dtype).min
+        )
 
     def _mark_failed(self, logprobs: torch.Tensor, weights: torch.Tensor, scored: torch.Tensor) -> None:
         """A log-prob or weight that is not finite fails its segment even if the sum hides it."""

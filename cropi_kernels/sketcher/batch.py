@@ -22,7 +22,10 @@ class Segments:
         Raises:
             ValueError: wrong dtype or shape, ids that decrease or are out of range.
         """
-        if segments.dtype not in (torch.int64, torch.int32) or segments.shape not in ((batch,), (batch, length)):
+        if segments.dtype not in (torch.int64, torch.int32) or segments.shape not in (
+            (batch,),
+            (batch, length),
+        ):
             raise ValueError(
                 f"segments is {segments.dtype} {tuple(segments.shape)}: give int64 ids per row [{batch}] or per token "
                 f"[{batch}, {length}]"
@@ -44,19 +47,34 @@ class Segments:
     def count(self) -> int:
         return self.offsets.numel() - 1
 
-    def tokens_first(self, x: torch.Tensor, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x`` as [tokens * repeats, n] with its offsets; repeats > 1 where a module sees every head apart.
+    def heads_first(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` is [batch, heads, length, n] (after a transpose) rather than [batch, length, heads, n].
 
-        Head norms get [batch, length, heads, n] or, after a transpose, [batch, heads, length, n].
+        With as many heads as tokens only the strides tell. A gradient may have other strides than its tensor, so this
+        is asked once per module call, of the input.
         """
-        tokens, n = self.batch * self.length, x.shape[-1]
-        if x.ndim == 4 and x.shape[0] == self.batch and self.length in x.shape[1:3]:
-            if x.shape[1] != self.length or (x.shape[2] == self.length and x.stride(1) < x.stride(2)):
-                x = x.transpose(1, 2)
-        elif x.shape[:-1].numel() != tokens:
+        if x.ndim != 4 or x.shape[0] != self.batch or self.length not in x.shape[1:3]:
+            return False
+        return x.shape[1] != self.length or (x.shape[2] == self.length and x.stride(1) < x.stride(2))
+
+    def tokens_first(
+        self, x: torch.Tensor, where: str, heads_first: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x`` as [tokens * repeats, n] with its offsets; repeats > 1 where a module sees every head apart."""
+        if heads_first:
+            x = x.transpose(1, 2)
+        # Axes of length 1 do not matter; behind [batch, length] or [tokens] only an axis of heads may follow.
+        axes = _not_one(*x.shape[:-1])
+        leads = _not_one(self.batch, self.length), _not_one(self.batch * self.length)
+        heads = next((axes[len(lead) :] for lead in leads if axes[: len(lead)] == lead), None)
+        if heads is None or len(heads) > 1:
             raise ValueError(
                 f"{where} saw an input of shape {tuple(x.shape)} in a batch of {self.batch} x {self.length} tokens: "
                 "it does not see every token once; exclude its parameters"
             )
-        repeats = x.shape[:-1].numel() // tokens
-        return x.reshape(-1, n), self.offsets * repeats if repeats != 1 else self.offsets
+        repeats = heads[0] if heads else 1
+        return x.reshape(-1, x.shape[-1]), self.offsets * repeats if repeats != 1 else self.offsets
+
+
+def _not_one(*sizes: int) -> tuple[int, ...]:
+    return tuple(size for size in sizes if size != 1)

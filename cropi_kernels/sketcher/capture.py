@@ -11,7 +11,7 @@ Sink = Callable[..., None]
 
 
 class _Capture(torch.autograd.Function):
-    """``y -> y``; in backward ``sink(dy, *saved)``. Saved tensors go through autograd, so checkpointing keeps working."""
+    """``y -> y``; in backward ``sink(dy, *saved)``. What is saved goes through autograd: checkpointing works."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,9 @@ class _Capture(torch.autograd.Function):
 
 def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
     """``y`` itself, in a graph whose backward calls ``sink(dy, *saved)``. A no-op where no gradient is recorded."""
-    if not (torch.is_grad_enabled() and y.requires_grad):
+    if not torch.is_grad_enabled():
         return y
-    out: torch.Tensor = _Capture.apply(y, sink, *saved)  # type: ignore[no-untyped-call]
+    if not y.requires_grad:  # frozen weights on inputs without a graph: it starts here
+        y = y.detach().requires_grad_(True)
+    out: torch.Tensor = _Capture.apply(y, sink, *saved)
     return out

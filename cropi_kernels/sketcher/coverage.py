@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from ..names import canonical_name
 from ..plan import Role, VectorPlan, plan_vector
@@ -29,7 +30,9 @@ class Coverage:
     excluded: dict[str, int]
 
     def __str__(self) -> str:
-        lines = [f"sketched {self.covered:,} of {self.total:,} parameters ({self.covered / max(1, self.total):.1%})"]
+        lines = [
+            f"sketched {self.covered:,} of {self.total:,} parameters ({self.covered / max(1, self.total):.1%})"
+        ]
         lines += [f"  {kind:<10} {count:>14,}" for kind, count in sorted(self.by_kind.items())]
         if self.excluded:
             lines.append(f"  {'excluded':<10} {sum(self.excluded.values()):>14,}  {', '.join(self.excluded)}")
@@ -56,26 +59,34 @@ def plan_model(model: nn.Module, spec: SketchSpec, accumulator: Accumulator, exc
 
     Raises:
         UncoveredParameterError: names each parameter that cannot be covered, its module's class and the remedy.
-        ValueError: a pattern of ``exclude`` matches no parameter.
+        ValueError: a pattern of ``exclude`` matches no parameter, no parameter is left to sketch, or two share a name
+            (their coordinates would be the same).
     """
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
     excluded = _excluded(names, trainable, exclude)
     wanted = {i: names[i] for i in trainable if names[i] not in excluded}
+    if not wanted:
+        raise ValueError(
+            f"nothing to sketch: {len(trainable)} of the model's {len(names)} parameters have requires_grad, and "
+            f"exclude leaves out {len(excluded)}; call model.requires_grad_(True), or exclude less"
+        )
+    if len(set(wanted.values())) < len(wanted):
+        twice = next(n for n in wanted.values() if list(wanted.values()).count(n) > 1)
+        raise ValueError(f"two parameters are named {twice!r} once wrappers' parts are gone: rename one")
     owners = _owners(model)
     head = _output_embeddings(model)
     builder = _Builder(spec, accumulator, wanted, owners, head)
     for path, module in model.named_modules():
         builder.visit(canonical_name(path + ".")[:-1] if path else "", module)
-    missing = [i for i in wanted if i not in builder.covered]
+    # Every module that uses a parameter needs its tap: a tied weight has two, and half a gradient is a wrong one.
+    missing = [(i, m) for i in wanted for m in owners[i] if i not in builder.covered or m not in builder.taps]
     if missing:
-        lines = [f"  {wanted[i]} {tuple(trainable[i].shape)} in {type(owners[i][0]).__name__}" for i in missing]
+        lines = [f"  {wanted[i]} {tuple(trainable[i].shape)} in {type(m).__name__}" for i, m in missing]
         raise UncoveredParameterError(
             "no tap covers these trainable parameters:\n" + "\n".join(lines) + "\n"
-            f"freeze them, or leave them out by name: exclude=[{wanted[missing[0]]!r}, ...]"
+            f"freeze them, or leave them out by name: exclude=[{wanted[missing[0][0]]!r}, ...]"
         )
-    if not wanted:
-        builder.by_kind.clear()
     coverage = Coverage(
         total=sum(p.numel() for p in model.parameters()),
         covered=sum(trainable[i].numel() for i in builder.covered),
@@ -137,7 +148,9 @@ class _Builder:
         scale = _embedding_scale(module)
         if scale is None or own.keys() != {"weight"}:
             return
-        self.taps[module] = EmbeddingTap(self.acc, path, self._matrix(own["weight"]), module.padding_idx, scale)
+        self.taps[module] = EmbeddingTap(
+            self.acc, path, self._matrix(own["weight"]), module.padding_idx, scale
+        )
         self._cover(own["weight"], "embedding")
 
     def _norm(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
@@ -167,23 +180,27 @@ class _Builder:
 
 def _is_conv1d(module: nn.Module) -> bool:
     """GPT-2's Conv1D: a linear layer with its weight stored [in, out]. By shape: transformers is no dependency."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight").ndim == 2
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(weight, "ndim", 0) == 2
 
 
 def _embedding_scale(module: nn.Embedding) -> float | None:
     """What the module multiplies a looked-up row by (Gemma), or None if its output is something else."""
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return None
-    with torch.no_grad():
-        row = module.weight[:1].detach().float()
-        got = module(torch.zeros(1, dtype=torch.int64, device=module.weight.device)).float()
-    size = float(row.abs().max())
-    if not row.isfinite().all() or got.shape != row.shape:
+    weight = module.weight
+    row = torch.tensor([0.0, 1.0, -2.0, 4.0], dtype=weight.dtype, device=weight.device)
+    row = row.repeat(-(-weight.shape[1] // 4))[: weight.shape[1]]
+    ids = torch.arange(min(2, weight.shape[0]), device=weight.device)  # two rows: one may be the padding
+    try:  # on a weight of our own, expanded and so without memory: the model's may be zero where we look
+        with torch.no_grad():
+            got = functional_call(module, {"weight": row.expand_as(weight)}, (ids,))
+            scale = functional_call(module, {"weight": torch.ones_like(row).expand_as(weight)}, (ids,))
+    except (RuntimeError, TypeError, AttributeError):  # not a function of ids alone
         return None
-    scale = float((got * row).sum() / row.square().sum()) if size > 0 else float(getattr(module, "embed_scale", 1.0))
-    if abs(scale - 1.0) < 1e-6:
-        scale = 1.0
-    return scale if torch.allclose(got, row * scale, rtol=1e-2, atol=1e-6 * max(size, 1.0)) else None
+    if not isinstance(got, torch.Tensor) or got.shape != (len(ids), len(row)):
+        return None
+    return float(scale[0, 0]) if torch.equal(got, (row * scale[0, 0]).expand_as(got)) else None
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -200,13 +217,16 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
     return owners
 
 
-def _excluded(names: dict[int, str], trainable: dict[int, nn.Parameter], patterns: Sequence[str]) -> dict[str, int]:
+def _excluded(
+    names: dict[int, str], trainable: dict[int, nn.Parameter], patterns: Sequence[str]
+) -> dict[str, int]:
     if isinstance(patterns, str):
         raise ValueError(f"exclude={patterns!r}: give a list of patterns, e.g. exclude=[{patterns!r}]")
     excluded: dict[str, int] = {}
     for pattern in patterns:
         matched = [i for i in trainable if fnmatch.fnmatchcase(names[i], pattern)]
         if not matched:
-            raise ValueError(f"exclude pattern {pattern!r} matches no trainable parameter (e.g. {next(iter(names.values()))})")
+            example = next(iter(names.values()), "none at all")
+            raise ValueError(f"exclude pattern {pattern!r} matches no trainable parameter (e.g. {example})")
         excluded.update({names[i]: trainable[i].numel() for i in matched})
     return excluded

@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True)
 class SplitModel:
-    """``logits = softcap(decoder(tokens) @ head.weight.T * scale + bias)``."""
+    """``logits = softcap((decoder(tokens) @ head.weight.T + bias) * scale)``; no model has both softcap and scale."""
 
     decoder: nn.Module
     head: nn.Linear
@@ -36,18 +36,25 @@ def split_model(model: nn.Module) -> SplitModel:
             points to `GradientSketcher.batch`, which needs no split.
     """
     remedy = "use `with sketcher.batch(...)` around your own loss instead of policy_gradient"
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     decoder = getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)
     if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is inner:
         raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head: {remedy}")
     config = getattr(inner, "config", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
     softcap = getattr(config, "final_logit_softcapping", None)
     split = SplitModel(decoder, head, scale, float(softcap) if softcap else None)
+    if split.softcap is not None and scale != 1.0:
+        raise ValueError(f"{type(inner).__name__} scales its logits by {scale} before a softcap: {remedy}")
     error = _split_error(inner, split)
     if error is not None:
-        raise ValueError(f"the decoder and head of {type(inner).__name__} do not give its logits ({error}): {remedy}")
+        raise ValueError(
+            f"the decoder and head of {type(inner).__name__} do not give its logits ({error}): {remedy}"
+        )
     return split
 
 
@@ -65,4 +72,8 @@ def _split_error(model: Any, split: SplitModel) -> str | None:
         z = split.softcap * torch.tanh(z / split.softcap)
     error, size = float((z - expected).abs().max()), float(expected.abs().max())
     tolerance = 1e-4 if expected.dtype == split.head.weight.dtype else 3e-2
-    return None if error <= tolerance * max(size, 1.0) else f"largest difference {error:.2g} at logits up to {size:.2g}"
+    return (
+        None
+        if error <= tolerance * max(size, 1.0)
+        else f"largest difference {error:.2g} at logits up to {size:.2g}"
+    )

@@ -106,7 +106,9 @@ class KronMatrix(MatrixSketch):
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         self._add_products(self.p_out[rows], x.float() @ self.p_in, offsets, out)
 
-    def _add_products(self, d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+    def _add_products(
+        self, d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
+    ) -> None:
         for s, (begin, end) in enumerate(_ranges(offsets)):
             out[s] += (d[begin:end].T @ a[begin:end]).reshape(-1)
 
@@ -136,7 +138,9 @@ class TensorMatrix(MatrixSketch):
             # Whole turns are taken off in integers: bucket * frequency reaches dim^2 / 2.
             turns = self.row_bucket[row][:, None] * frequency % self.spec.dim
             phase = turns.double() * (-2 * math.pi / self.spec.dim)
-            return torch.polar(self.row_sign[row].double()[:, None].expand_as(phase), phase).to(torch.complex64)
+            return torch.polar(self.row_sign[row].double()[:, None].expand_as(phase), phase).to(
+                torch.complex64
+            )
 
         self._convolve(spectrum, x, offsets, out)
 

@@ -19,14 +19,17 @@ def norm_of(module: nn.Module) -> tuple[bool, float] | None:
     names = {name for name, _ in module.named_parameters()}
     if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or not names <= {"weight", "bias"}:
         return None
-    eps = next((float(getattr(module, n)) for n in _EPS_NAMES if isinstance(getattr(module, n, None), float)), None)
+    eps = next(
+        (float(getattr(module, n)) for n in _EPS_NAMES if isinstance(getattr(module, n, None), float)), None
+    )
     if eps is None:
         return None
-    x = torch.randn(4, weight.numel(), generator=torch.Generator().manual_seed(0)) * torch.tensor(
-        [[1e-3], [0.1], [1.0], [30.0]]  # small rows tell where eps sits
-    )
-    ones = {name: torch.ones(weight.shape) for name in names}
-    twos = {**ones, "weight": torch.full(weight.shape, 2.0)}
+    # On the CPU and in float32 whatever torch's defaults are. Small rows tell where eps sits.
+    normal = torch.empty(4, weight.numel(), dtype=torch.float32, device="cpu")
+    normal.normal_(generator=torch.Generator().manual_seed(0))
+    x = normal * normal.new_tensor([[1e-3], [0.1], [1.0], [30.0]])
+    ones = {name: x.new_ones(weight.shape) for name in names}
+    twos = {**ones, "weight": x.new_full(weight.shape, 2.0)}
     try:
         with torch.no_grad():
             slope = functional_call(module, twos, (x,)) - functional_call(module, ones, (x,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,15 +27,15 @@ class Tap(abc.ABC):
         if self.acc.segments is None or not torch.is_grad_enabled():
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        return self.attach(x, y)
+        return self.attach(x, y, self.acc.segments.heads_first(x))
 
     @abc.abstractmethod
-    def attach(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def attach(self, x: torch.Tensor, y: torch.Tensor, heads_first: bool) -> torch.Tensor:
         """``y`` with the capture in its graph."""
 
-    def rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, x: torch.Tensor, heads_first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.acc.segments is not None
-        return self.acc.segments.tokens_first(x, self.where)
+        return self.acc.segments.tokens_first(x, self.where, heads_first)
 
 
 class LinearTap(Tap):
@@ -46,26 +47,27 @@ class LinearTap(Tap):
         super().__init__(accumulator, where)
         self.matrix, self.bias = matrix, bias
 
-    def attach(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def attach(self, x: torch.Tensor, y: torch.Tensor, heads_first: bool) -> torch.Tensor:
+        sink = partial(self.backward, heads_first)
         if self.matrix is None:
-            return capture(y, self.backward)
+            return capture(y, sink)
         with self.acc.timed():
-            kept = self.kept(x)
-        return capture(y, self.backward, kept)
+            kept = self.kept(x, heads_first)
+        return capture(y, sink, kept)
 
-    def kept(self, x: torch.Tensor) -> torch.Tensor:
+    def kept(self, x: torch.Tensor, heads_first: bool) -> torch.Tensor:
         matrix = self.matrix
         assert matrix is not None
 
         def keep() -> torch.Tensor:
             with torch.no_grad():
-                return matrix.keep(self.rows(x.detach())[0])
+                return matrix.keep(self.rows(x.detach(), heads_first)[0])
 
         return keep() if matrix.fold_key is None else self.acc.folded(matrix.fold_key, x, keep)
 
-    def backward(self, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+    def backward(self, heads_first: bool, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         with self.acc.timed():
-            d, offsets = self.rows(dy)
+            d, offsets = self.rows(dy, heads_first)
             if self.matrix is not None and kept is not None:
                 self.matrix.add(d, kept, offsets, self.acc.out)
             if self.bias is not None:
@@ -76,20 +78,23 @@ class EmbeddingTap(Tap):
     """nn.Embedding: only the rows that occur; ``scale`` for embeddings that multiply what they look up (Gemma)."""
 
     def __init__(
-        self, accumulator: Accumulator, where: str, matrix: MatrixSketch, padding_idx: int | None, scale: float
+        self,
+        accumulator: Accumulator,
+        where: str,
+        matrix: MatrixSketch,
+        padding_idx: int | None,
+        scale: float,
     ) -> None:
         super().__init__(accumulator, where)
         self.matrix, self.padding_idx, self.scale = matrix, padding_idx, scale
 
-    def attach(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def attach(self, x: torch.Tensor, y: torch.Tensor, heads_first: bool) -> torch.Tensor:
         segments = self.acc.segments
         assert segments is not None
         if y.ndim == 3 and y.shape[0] == 1 < segments.batch:
             # Positions looked up once for all rows (GPT-2): broadcasting them later would sum their gradients over
             # the batch, and with them over the segments.
             x, y = x.expand(segments.batch, -1), y.expand(segments.batch, -1, -1)
-        if not y.requires_grad:  # frozen rows start no graph of their own
-            y = y.detach().requires_grad_(True)
         return capture(y, self.backward, x)
 
     def backward(self, dy: torch.Tensor, ids: torch.Tensor) -> None:
@@ -118,19 +123,20 @@ class NormTap(Tap):
         super().__init__(accumulator, where)
         self.weight, self.bias, self.centered, self.eps = weight, bias, centered, eps
 
-    def attach(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return capture(y, self.backward, x.detach()) if self.weight is not None else capture(y, self.backward)
+    def attach(self, x: torch.Tensor, y: torch.Tensor, heads_first: bool) -> torch.Tensor:
+        sink = partial(self.backward, heads_first)
+        return capture(y, sink, x.detach()) if self.weight is not None else capture(y, sink)
 
-    def backward(self, dy: torch.Tensor, x: torch.Tensor | None = None) -> None:
+    def backward(self, heads_first: bool, dy: torch.Tensor, x: torch.Tensor | None = None) -> None:
         with self.acc.timed():
-            d, offsets = self.rows(dy)
+            d, offsets = self.rows(dy, heads_first)
             if self.weight is None or x is None:
                 assert self.bias is not None
                 sketch_vector(bias_grad(d, offsets), self.bias, self.acc.out)
                 return
-            weight, bias = norm_grad(
-                self.rows(x)[0], d, offsets, self.eps, centered=self.centered, with_bias=self.bias is not None
-            )
+            rows = self.rows(x, heads_first)[0]
+            with_bias = self.bias is not None
+            weight, bias = norm_grad(rows, d, offsets, self.eps, centered=self.centered, with_bias=with_bias)
             sketch_vector(weight, self.weight, self.acc.out)
             if self.bias is not None and bias is not None:
                 sketch_vector(bias, self.bias, self.acc.out)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def sum_error_bound(magnitudes: torch.Tensor, n_terms: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def sum_error_bound(
+    magnitudes: torch.Tensor, n_terms: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """``|computed - exact| <= 1.01 * n * eps * sum |terms|`` for any order of summation (Higham, 2002, section 3.1).
 
     ``magnitudes`` is the sum of the terms' absolute values; ``eps`` the unit roundoff of ``dtype``, with one rounding

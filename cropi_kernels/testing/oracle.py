@@ -53,7 +53,7 @@ def exact_gradient(
 def sketch_gradients(
     model: nn.Module, gradients: dict[str, torch.Tensor], spec: SketchSpec, exclude: tuple[str, ...] = ()
 ) -> torch.Tensor:
-    """Sketch [dim] of a gradient that exists, coordinate by coordinate, in the gradients' dtype (float64: an oracle)."""
+    """Sketch [dim] of a gradient that exists, coordinate by coordinate, in its dtype (float64: an oracle)."""
     plan = plan_model(model, spec, Accumulator(spec), exclude)
     matrices: dict[str, tuple[MatrixSketch, bool]] = {}
     for module, tap in plan.taps.items():
@@ -69,7 +69,9 @@ def sketch_gradients(
             out += _sketch_matrix(matrix, gradient.T.contiguous() if transposed else gradient)
         else:
             vector = plan_vector(spec, name, gradient.numel())
-            out.index_add_(0, torch.from_numpy(vector.position), gradient * torch.from_numpy(vector.sign).to(dtype))
+            out.index_add_(
+                0, torch.from_numpy(vector.position), gradient * torch.from_numpy(vector.sign).to(dtype)
+            )
     return reduce_sketch(out, spec.dim, seed=spec.seed, version=spec.version)
 
 

@@ -16,7 +16,13 @@ __all__ = ["flat_sketch"]
 
 
 def flat_sketch(
-    x: torch.Tensor, spec: SketchSpec, name: str, out: torch.Tensor, *, offset: int = 0, backend: str | None = None
+    x: torch.Tensor,
+    spec: SketchSpec,
+    name: str,
+    out: torch.Tensor,
+    *,
+    offset: int = 0,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """``out[bucket(p)] += sign(p) * x[p] / sqrt(keep)`` for the coordinates p that are kept.
 

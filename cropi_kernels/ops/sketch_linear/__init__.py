@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ... import dispatch
@@ -14,7 +15,7 @@ __all__ = ["coordinates", "fold_inputs", "fold_outputs", "sketch_linear", "sketc
 
 
 def fold_inputs(a: torch.Tensor, plan: MatrixPlan, *, backend: str | None = None) -> torch.Tensor:
-    """Fold a layer's inputs ``a`` [tokens, cols] to [tokens, plan.folded_cols]; ``a`` itself where the plan has no fold.
+    """Fold a layer's inputs ``a`` [tokens, cols] to [tokens, plan.folded_cols]; without a fold, ``a`` itself.
 
     ``a'[t, (c mod w) ^ x(c // w)] += s(c) a[t, c]``, summed in float32 and rounded once to ``a``'s dtype.
     """
@@ -61,7 +62,9 @@ def sketch_linear(
     check_matrix("d", d, plan.folded_rows, f"output gradients of {plan.name}")
     check_matrix("a", a, plan.folded_cols, f"inputs of {plan.name}")
     if d.shape[0] != a.shape[0]:
-        raise ValueError(f"d has {d.shape[0]} tokens but a has {a.shape[0]}: they must come from the same forward")
+        raise ValueError(
+            f"d has {d.shape[0]} tokens but a has {a.shape[0]}: they must come from the same forward"
+        )
     n_segments = check_offsets(offsets, d.shape[0])
     check_out(out, n_segments, plan.n_slabs * plan.slab_rows * plan.slab_cols)
     if dispatch.choose("sketch_linear", d, a, out, backend=backend) == "cpu":
@@ -71,9 +74,9 @@ def sketch_linear(
     return out
 
 
-def _fold(x: torch.Tensor, sign: object, offset: object, width: int, backend: str | None) -> torch.Tensor:
+def _fold(
+    x: torch.Tensor, sign: np.ndarray, offset: np.ndarray, width: int, backend: str | None
+) -> torch.Tensor:
     if dispatch.choose("fold_columns", x, backend=backend) == "cpu":
-        return cpu.fold_columns(x, sign, offset, width)  # type: ignore[arg-type]
-    return reference.fold_columns(
-        x, torch.from_numpy(sign), torch.from_numpy(offset.astype("int64")), width  # type: ignore[arg-type, attr-defined]
-    )
+        return cpu.fold_columns(x, sign, offset, width)
+    return reference.fold_columns(x, torch.from_numpy(sign), torch.from_numpy(offset.astype("int64")), width)

@@ -13,7 +13,12 @@ def fold_columns(x: torch.Tensor, sign: np.ndarray, offset: np.ndarray, width: i
     x = _native.rows_view(x)
     out = torch.empty(x.shape[0], width, dtype=x.dtype, device="cpu")
     _native.native().fold_columns(
-        _native.matrix(x), out.data_ptr(), width, _native.address(offset), _native.address(sign), _native.threads()
+        _native.matrix(x),
+        out.data_ptr(),
+        width,
+        _native.address(offset),
+        _native.address(sign),
+        _native.threads(),
     )
     return out
 

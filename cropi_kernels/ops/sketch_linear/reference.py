@@ -31,7 +31,9 @@ def coordinates(plan: MatrixPlan) -> tuple[torch.Tensor, torch.Tensor]:
     i = (r % plan.slab_rows)[:, None] ^ pair(plan.pair_row)
     j = (c % plan.slab_cols)[None, :] ^ pair(plan.pair_col)
     bucket = pair(plan.pair_slab) * (plan.slab_rows * plan.slab_cols) + i * plan.slab_cols + j
-    sign = torch.from_numpy(plan.row_sign).double()[:, None] * torch.from_numpy(plan.col_sign).double()[None, :]
+    sign = (
+        torch.from_numpy(plan.row_sign).double()[:, None] * torch.from_numpy(plan.col_sign).double()[None, :]
+    )
     return bucket, sign * torch.from_numpy(plan.pair_sign).double()[block]
 
 

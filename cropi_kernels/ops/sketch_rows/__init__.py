@@ -1,4 +1,4 @@
-"""The sketch of an embedding's gradient: only the rows that occur are touched, no [vocabulary, hidden] buffer exists."""
+"""The sketch of an embedding's gradient: only the rows that occur are touched, no [vocabulary, hidden] buffer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def sketch_embedding(
     """
     check_matrix("x", x, plan.cols, f"gradients of {plan.name}")
     if rows.shape != (x.shape[0],) or rows.dtype != torch.int64:
-        raise ValueError(f"rows is {rows.dtype} {tuple(rows.shape)}: it must be int64 [{x.shape[0]}], a row per token")
+        raise ValueError(
+            f"rows is {rows.dtype} {tuple(rows.shape)}: it must be int64 [{x.shape[0]}], a row per token"
+        )
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < plan.rows:
         raise ValueError(
             f"rows runs from {int(rows.min())} to {int(rows.max())}: {plan.name} has rows 0 .. {plan.rows - 1}"
