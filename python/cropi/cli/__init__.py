@@ -28,9 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(words)
     args.words = words[1:]
-    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
     try:
-        status: int = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest, **more: print(
+                f"warning: {message}", file=sys.stderr
+            )
+            status: int = args.run(args)
         return status
     except KeyboardInterrupt:
         print(f"cropi {args.command}: stopped; what was stored is kept", file=sys.stderr)
