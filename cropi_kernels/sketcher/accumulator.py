@@ -57,5 +57,11 @@ class Accumulator:
         if found is not None and found[0]() is x and found[1] == x._version:
             return found[2]
         result = fold()
-        self._folds[key] = weakref.ref(x), x._version, result
+
+        def forget(dead: weakref.ref[torch.Tensor]) -> None:
+            # Under checkpointing nothing else keeps the folded copy of an input that is gone.
+            if (entry := self._folds.get(key)) is not None and entry[0] is dead:
+                del self._folds[key]
+
+        self._folds[key] = weakref.ref(x, forget), x._version, result
         return result

@@ -22,8 +22,9 @@ class _Capture(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (dy,) = grads
-        ctx.sink(dy, *ctx.saved_tensors)
-        return (dy, None) + (None,) * len(ctx.saved_tensors)
+        saved = ctx.saved_tensors  # read once: checkpointing hands its recomputed tensors out a single time
+        ctx.sink(dy, *saved)
+        return (dy, None) + (None,) * len(saved)
 
 
 def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:

@@ -200,7 +200,8 @@ def _embedding_scale(module: nn.Embedding) -> float | None:
         return None
     if not isinstance(got, torch.Tensor) or got.shape != (len(ids), len(row)):
         return None
-    return float(scale[0, 0]) if torch.equal(got, (row * scale[0, 0]).expand_as(got)) else None
+    factor = scale[0, 0].detach()  # hooks on the module may have asked for gradients
+    return float(factor) if torch.equal(got, (row * factor).expand_as(got)) else None
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -25,7 +26,10 @@ void parallel_for(int64_t n_tasks, int n_threads, void (*fn)(void*, int64_t), vo
   };
   std::vector<std::thread> threads;
   threads.reserve(size_t(n_threads - 1));
-  for (int i = 1; i < n_threads; ++i) threads.emplace_back(work);
+  try {
+    for (int i = 1; i < n_threads; ++i) threads.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads to be had: those that run, and this one, do all tasks
+  }
   work();
   for (auto& thread : threads) thread.join();
   if (error) std::rethrow_exception(error);
