@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cropi_kernels.ops.linear_logprob import chunks, linear_logprob, logprob_and_grad, ops, reference
+from cropi_kernels.ops.linear_logprob import chunks, linear_logprob, logprob_and_grad, ops, plain, reference
 
 EPS = 2.0**-24
 BACKENDS = ["cpu", "reference"]
@@ -195,13 +195,13 @@ def test_gradient_belongs_to_its_token(backend: str) -> None:
 
 def test_tokens_without_gradient_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    logits = chunks.Chunk.logits
+    logits = chunks.Logits.of
 
-    def counting(self: chunks.Chunk, hidden: torch.Tensor) -> torch.Tensor:
+    def counting(self: chunks.Logits, hidden: torch.Tensor) -> torch.Tensor:
         rows.append(len(hidden))
         return logits(self, hidden)
 
-    monkeypatch.setattr(chunks.Chunk, "logits", counting)
+    monkeypatch.setattr(chunks.Logits, "of", counting)
     hidden, head, targets, _ = problem(40, 16, 129)
     targets[10:] = -100
     grad = torch.zeros(40)
@@ -215,15 +215,31 @@ def test_tokens_without_gradient_cost_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert (linear_logprob(leaf, head, torch.full((40,), -100)) == 0).all() and not rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_chunks_or_company(dtype: torch.dtype) -> None:
+    """C++: a token's numbers are its own, whatever shares its chunk; and both functions give the same."""
+    hidden, head, targets, grad = problem(64, 200, 4099)
+    hidden, head = hidden.to(dtype), head.to(dtype)
+    logp, got = both(hidden, head, targets, grad, chunk_size=64, backend="cpu")[0]
+    for chunk in (1, 2, 4, 8, 13, 32, 64):
+        for again in both(hidden, head, targets, grad, chunk_size=chunk, backend="cpu"):
+            assert torch.equal(again[0], logp) and torch.equal(again[1], got)
+    some = torch.tensor([40, 3, 17, 17, 60])
+    for again in both(hidden[some], head, targets[some], grad[some], backend="cpu"):
+        assert torch.equal(again[0], logp[some]) and torch.equal(again[1], got[some])
+
+
 def test_error_does_not_grow_with_chunks_or_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch: sums over panels of the head are carried in float32."""
     hidden, head, targets, grad = problem(64, 64, 4099)
+    hidden, head = hidden.bfloat16(), head.bfloat16()
     want = reference.linear_logprob(hidden, head, targets).logp
     _, dwant = reference.gradients(grad, hidden, head, targets)
     errors = {}
     for panel in (16, 256, 8192):
-        monkeypatch.setattr(chunks, "PANEL", panel)
+        monkeypatch.setattr(plain, "PANEL", panel)
         for chunk in (1, 4, 16, 64):
-            logp, got = both(hidden, head, targets, grad, chunk_size=chunk)[0]
+            logp, got = both(hidden, head, targets, grad, chunk_size=chunk, backend="reference")[0]
             errors[panel, chunk] = ((logp - want).abs().max(), (got - dwant).abs().max())
     for logp_error, d_error in errors.values():
         assert logp_error <= 2 * errors[8192, 64][0] and d_error <= 2 * errors[8192, 64][1]

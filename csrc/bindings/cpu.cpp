@@ -88,6 +88,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
          FlatSketchArgs{ptr<const float>(x), n, offset, Key{k0, k1}, keep_below, scale, dim, ptr<float>(out), threads});
   });
 
+  m.def("head_logits", [](const py::tuple& hidden, const py::tuple& head, uintptr_t bias, uintptr_t out,
+                          int64_t out_stride, int threads) {
+    call(kernels().head_logits,
+         HeadLogitsArgs{matrix(hidden), matrix(head), ptr<const float>(bias), ptr<float>(out), out_stride, threads});
+  });
+
+  m.def("times_head", [](const py::tuple& dz, const py::tuple& head, const py::tuple& out, int threads) {
+    call(kernels().times_head, TimesHeadArgs{matrix(dz), matrix(head), matrix(out), threads});
+  });
+
   m.def("logprob_rows", [](const py::tuple& logits, uintptr_t target, float temperature, float softcap,
                            uintptr_t logprob, uintptr_t top, uintptr_t log_sum, uintptr_t entropy, int threads) {
     call(kernels().logprob_rows,

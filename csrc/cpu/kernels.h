@@ -81,6 +81,22 @@ struct FlatSketchArgs {
   int n_threads;
 };
 
+// out[t, v] = sum_k hidden[t, k] head[v, k] + bias[v], in float32.
+struct HeadLogitsArgs {
+  MatrixView hidden, head;
+  const float* bias;  // [vocab] or null
+  float* out;         // [tokens, vocab], rows out_stride apart
+  int64_t out_stride;
+  int n_threads;
+};
+
+// out[t, k] = sum_v dz[t, v] head[v, k], in float32, rounded once to the dtype of out.
+struct TimesHeadArgs {
+  MatrixView dz, head;  // dz is float32
+  MatrixView out;       // overwritten
+  int n_threads;
+};
+
 // One pass over logits [rows, vocab] that gives, per row, with x = softcap(z) / temperature:
 // log_sum = log sum_v exp(x_v - max x), logprob = (x_target - max x) - log_sum, and the entropy of softmax(x).
 // lse = top / temperature + log_sum: kept apart, because their sum drops bits when the logits share an offset.
@@ -110,6 +126,8 @@ struct LogprobBackwardArgs {
   X(sketch_rows, SketchRowsArgs)     \
   X(norm_grad, NormGradArgs)         \
   X(flat_sketch, FlatSketchArgs)     \
+  X(head_logits, HeadLogitsArgs)     \
+  X(times_head, TimesHeadArgs)       \
   X(logprob_rows, LogprobRowsArgs)   \
   X(logprob_rows_backward, LogprobBackwardArgs)
 

@@ -1,15 +1,22 @@
-"""The row work in C++ (csrc/cpu/logprob_rows.cpp): one read of the logits forward, one read and write backward."""
+"""The kernels in C++: products in csrc/cpu/head_products.cpp, row work in csrc/cpu/logprob_rows.cpp."""
 
 from __future__ import annotations
 
 import torch
 
 from ... import _native
-from .rows import RowMath, Stats
+from .contract import RowMath, Stats
+
+
+def logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, z: torch.Tensor) -> None:
+    hidden, head = _native.rows_view(hidden), _native.rows_view(head)
+    address = 0 if bias is None else bias.data_ptr()
+    _native.native().head_logits(
+        _native.matrix(hidden), _native.matrix(head), address, z.data_ptr(), z.stride(0), _native.threads()
+    )
 
 
 def forward(z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) -> None:
-    """Fills ``stats`` (contiguous float32) from logits ``z`` [rows, V], float32, bfloat16 or float16."""
     _native.native().logprob_rows(
         _native.matrix(z),
         target.data_ptr(),
@@ -24,7 +31,6 @@ def forward(z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) 
 
 
 def backward(z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats) -> None:
-    """Overwrites logits ``z`` with the gradient of ``sum_n grad_n logp_n``; rows that do not count become zero."""
     _native.native().logprob_rows_backward(
         _native.matrix(z),
         target.data_ptr(),
@@ -35,4 +41,11 @@ def backward(z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: Ro
         math.temperature,
         math.softcap,
         _native.threads(),
+    )
+
+
+def times_head(dz: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+    head = _native.rows_view(head)
+    _native.native().times_head(
+        _native.matrix(dz), _native.matrix(head), _native.matrix(out), _native.threads()
     )

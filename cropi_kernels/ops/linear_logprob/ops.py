@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ... import dispatch
 from ..._library import LIB, NAMESPACE
-from . import chunks, cpu, torch_rows
-from .rows import RowMath, Rows, Stats
+from . import chunks, cpu, plain
+from .contract import Kernels, RowMath, Stats
 
-_ROWS: dict[str, Rows] = {"cpu": cpu, "reference": torch_rows}
+_KERNELS: dict[str, Kernels] = {"cpu": cpu, "reference": plain}
 
 LIB.define(
     "linear_logprob(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float temperature, float softcap, "
@@ -26,16 +26,6 @@ LIB.define(
 )
 
 
-class Call(NamedTuple):
-    """A checked call, ready for the chunk loop."""
-
-    head: chunks.Head
-    target: torch.Tensor  # int64 [N], contiguous, -1 where ignored
-    math: RowMath
-    rows: Rows
-    chunk: int
-
-
 def prepare(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -46,7 +36,7 @@ def prepare(
     ignore_index: int,
     chunk_size: int,
     backend: str,
-) -> Call:
+) -> chunks.Call:
     """Checks the values of ``targets`` and chooses the backend and the chunk."""
     vocab = head.shape[0]
     counted = targets != ignore_index
@@ -59,11 +49,11 @@ def prepare(
         )
     name = dispatch.choose("linear_logprob", hidden, head, backend=backend or None)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    bias = None if bias is None else bias.detach().to(dtype)
+    bias = None if bias is None else bias.detach().to(dtype).contiguous()
     chunk = chunk_size or chunks.default_chunk(hidden.shape[0], vocab, dtype.itemsize)
     target = targets.where(counted, -1).contiguous()
-    return Call(
-        chunks.Head(head.detach(), bias, dtype), target, RowMath(temperature, softcap), _ROWS[name], chunk
+    return chunks.Call(
+        head.detach(), bias, target, RowMath(temperature, softcap), _KERNELS[name], chunk, dtype
     )
 
 
@@ -86,7 +76,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     call = prepare(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
     with no_autocast(hidden):
-        stats = chunks.forward(hidden, call.head, call.target, call.math, call.rows, call.chunk, entropy)
+        stats = chunks.forward(hidden.detach(), call, entropy)
     absent = stats.logp.new_empty(0)
     return stats.logp, stats.top, stats.log_sum, absent if stats.entropy is None else stats.entropy
 
@@ -127,7 +117,7 @@ def _backward(
     stats = Stats(logp.contiguous(), top.contiguous(), log_sum.contiguous(), None)
     grad = grad.to(logp.dtype).contiguous()
     with no_autocast(hidden):
-        return chunks.backward(grad, hidden, call.head, call.target, call.math, call.rows, call.chunk, stats)
+        return chunks.backward(grad, hidden.detach(), call, stats)
 
 
 def _backward_fake(grad: torch.Tensor, hidden: torch.Tensor, *args: Any) -> torch.Tensor:

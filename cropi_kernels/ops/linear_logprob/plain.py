@@ -1,14 +1,31 @@
-"""The row work in plain torch, for devices and dtypes that no compiled kernel serves. Same contract as `cpu`."""
+"""The kernels in plain torch, for devices and dtypes that no compiled kernel serves."""
 
 from __future__ import annotations
 
 import torch
 
-from .rows import RowMath, Stats
+from .contract import RowMath, Stats
+
+PANEL = 4096  # words of the head that are converted to the compute dtype at a time
+
+
+def logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, z: torch.Tensor) -> None:
+    hidden = hidden.to(z.dtype)
+    for start in range(0, head.shape[0], PANEL):
+        panel = head[start : start + PANEL].to(z.dtype)
+        torch.mm(hidden, panel.t(), out=z[:, start : start + PANEL])
+    if bias is not None:
+        z += bias
+
+
+def times_head(dz: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+    total = dz.new_zeros(out.shape)
+    for start in range(0, head.shape[0], PANEL):
+        total.addmm_(dz[:, start : start + PANEL], head[start : start + PANEL].to(dz.dtype))
+    out.copy_(total)
 
 
 def forward(z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) -> None:
-    """Fills ``stats`` from logits ``z`` [rows, V]; ``target`` is negative where a row has none."""
     capped = z if math.softcap == 0 else math.softcap * torch.tanh(z / math.softcap)
     column = target.clamp(min=0)[:, None]
     top = capped.max(dim=-1).values
@@ -30,7 +47,6 @@ def forward(z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) 
 
 
 def backward(z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats) -> None:
-    """Overwrites logits ``z`` with the gradient of ``sum_n grad_n logp_n``; rows that do not count become zero."""
     if math.softcap == 0:
         capped, slope = z, None
     else:

@@ -1,0 +1,51 @@
+"""What the chunk loop and the kernels of a backend agree on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class RowMath(NamedTuple):
+    """What turns a logit into the exponent of a probability; ``softcap`` 0 is none."""
+
+    temperature: float
+    softcap: float
+
+
+class Stats(NamedTuple):
+    """Per row, in the compute dtype: log-prob of the target, largest (soft-capped) logit, log sum exp(z - top)."""
+
+    logp: torch.Tensor
+    top: torch.Tensor
+    log_sum: torch.Tensor
+    entropy: torch.Tensor | None
+
+    def rows(self, index: slice | torch.Tensor) -> Stats:
+        entropy = None if self.entropy is None else self.entropy[index]
+        return Stats(self.logp[index], self.top[index], self.log_sum[index], entropy)
+
+
+class Kernels(Protocol):
+    """A backend: two products with the head, and the row work on logits ``z`` [rows, V] with contiguous columns.
+
+    ``z``, ``bias`` and all statistics have the compute dtype (float32, or float64 for float64 input), whatever the
+    dtype of ``hidden`` and ``head``. ``target`` is negative for a row that has none.
+    """
+
+    def logits(
+        self, hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, z: torch.Tensor
+    ) -> None:
+        """``z = hidden head^T + bias``."""
+
+    def forward(self, z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) -> None:
+        """Fills ``stats`` from logits ``z``."""
+
+    def backward(
+        self, z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats
+    ) -> None:
+        """Overwrites ``z`` with the gradient of ``sum_n grad_n logp_n``: zero where grad is 0 or there is no target."""
+
+    def times_head(self, dz: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+        """``out = dz head``, rounded once to the dtype of ``out``."""
