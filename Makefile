@@ -103,8 +103,8 @@ format: $(STAMPS)/deps
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 bench: build model
-	$(BIN)/python benchmarks/fidelity.py
-	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python -m benchmarks.fidelity
+	$(BIN)/python -m benchmarks.cost
 
 # The source archive is built first and the wheel from it, both in environments of their own, so that a file missing
 # from the archive shows. Then the wheel alone goes into an environment that has torch and numpy and nothing else.

