@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rollout_families import FAMILIES
 from rollout_sampling import sample_groups, teacher_forced
-from rollout_tasks import FAMILIES, Family
+from rollout_tasks import Family
 from tqdm import tqdm
 
 from cropi.models import load_model
