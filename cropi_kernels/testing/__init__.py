@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from .bounds import countsketch_variance, sum_error_bound
+from .bounds import countsketch_variance, fold_variance, slab_variance, sum_error_bound
 from .oracle import exact_gradient, sketch_gradients
 
-__all__ = ["countsketch_variance", "exact_gradient", "sketch_gradients", "sum_error_bound"]
+__all__ = [
+    "countsketch_variance",
+    "exact_gradient",
+    "fold_variance",
+    "sketch_gradients",
+    "slab_variance",
+    "sum_error_bound",
+]
