@@ -30,6 +30,13 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 (32 hex digits) over the vocabulary, the special tokens and the chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        # These two change with the last call of the tokenizer, not with what a token is.
+        content = json.dumps(
+            {key: value for key, value in state.items() if key not in ("padding", "truncation")}
+        )
+    else:
+        content = json.dumps(sorted(tokenizer.get_vocab().items()))
     special = json.dumps([str(tokenizer.eos_token), str(tokenizer.bos_token), tokenizer.chat_template])
     return hashlib.sha256(f"{content}\n{special}".encode()).hexdigest()[:32]

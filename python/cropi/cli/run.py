@@ -36,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
     missing = [f"--{name}" for name in ("model", "train", "valid", "out") if not getattr(args, name)]
     if missing:
         args.parser.error(f"the following arguments are required: {', '.join(missing)}")
+    names = [file_stem(path) for path in args.valid]
+    if len(set(names)) < len(names):
+        args.parser.error(
+            f"--valid: two files of one name ({', '.join(names)}), but each names a store and a set"
+        )
     return _run_all(args, Path(args.out))
 
 
