@@ -56,21 +56,30 @@ def best_and_worst(
     worst = [i for i in order[-count:] if i not in best]
     width = max([6, *(len(scores.rows[i].id) for i in best + worst)])
     task_width = max([4, *(len(scores.rows[i].task or "-") for i in best + worst)])
-    sets = [f"{name[-12:]:>12}" for name in scores.sets]
-    lines = [
-        f"{'rank':>5}  {'prompt':<{width}}  {'task':<{task_width}}  {'pass':>5}  {'fused':>7} {' '.join(sets)}  text"
-    ]
+    set_widths = [max(8, len(name)) for name in scores.sets]
+
+    def line(rank: str, name: str, task: str, rate: str, fused: str, values: Sequence[str], text: str) -> str:
+        columns = " ".join(f"{value:>{size}}" for value, size in zip(values, set_widths, strict=True))
+        return f"{rank:>5}  {name:<{width}}  {task:<{task_width}}  {rate:>5}  {fused:>6}  {columns}  {text}".rstrip()
+
+    lines = [line("rank", "prompt", "task", "pass", "fused", scores.sets, "text" if texts else "")]
     for group in (best, worst):
         for i in group:
-            row = scores.rows[i]
-            values = " ".join(f"{value:>12.4f}" for value in scores.table[i])
+            row, values = scores.rows[i], [f"{value:.4f}" for value in scores.table[i]]
             lines.append(
-                f"{order.index(i) + 1:>5}  {row.id:<{width}}  {row.task or '-':<{task_width}}  {row.pass_rate:>5.2f}  "
-                f"{selection.fused[i]:>7.3f} {values}  {(texts or {}).get(row.id, '')}"
+                line(
+                    str(order.index(i) + 1),
+                    row.id,
+                    row.task or "-",
+                    f"{row.pass_rate:.2f}",
+                    f"{selection.fused[i]:.3f}",
+                    values,
+                    (texts or {}).get(row.id, ""),
+                )
             )
         if group is best and worst:
             lines.append(f"{'...':>5}")
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)
 
 
 def prompt_texts(paths: Sequence[str | Path], ids: set[str], width: int = 60) -> dict[str, str]:
