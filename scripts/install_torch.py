@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-# PyTorch's own index of CPU builds. On Linux the registry's default file is the CUDA build, several GB with what it needs.
+# PyTorch's own index of CPU builds: on Linux the default file is the CUDA build, several GB with what it needs.
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 WHERE = "import torch, pathlib; print(torch.__version__, pathlib.Path(torch.__file__).parent.parent)"
 
@@ -32,28 +32,25 @@ def torch_of(python: str) -> tuple[str, str] | None:
 
 
 def pip(*args: str) -> bool:
-    return (
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *args]
-        ).returncode
-        == 0
-    )
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *args]
+    return subprocess.run(command).returncode == 0
 
 
 def install(constraints: Path, version: str, index: str | None) -> None:
-    """Try, in this order: the index that was asked for; a CPU build from pip's own indexes; PyTorch's CPU index; any."""
-    if index:
-        attempts = [(f"torch=={version}", "--index-url", index)]
+    """The index that was asked for; else a CPU build from pip's own indexes, PyTorch's CPU index, or any build."""
+    pins = ["--constraint", str(constraints)]
+    if index:  # it may carry other versions of torch's own dependencies than the pinned ones
+        attempts = [[f"torch=={version}", "--index-url", index]]
     elif sys.platform == "linux":
         attempts = [
-            (f"torch=={version}+cpu", "--quiet"),
-            (f"torch=={version}+cpu", "--extra-index-url", CPU_INDEX),
-            (f"torch=={version}",),
+            [f"torch=={version}+cpu", "--quiet", *pins],
+            [f"torch=={version}+cpu", "--extra-index-url", CPU_INDEX, *pins],
+            [f"torch=={version}", *pins],
         ]
     else:
-        attempts = [(f"torch=={version}",)]
+        attempts = [[f"torch=={version}", *pins]]
     for attempt in attempts:
-        if pip("numpy", "--constraint", str(constraints), *attempt):
+        if pip(*attempt):
             return
         print(f"torch: `pip install {' '.join(attempt)}` found nothing for this machine", file=sys.stderr)
     sys.exit(
