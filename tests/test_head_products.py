@@ -61,8 +61,11 @@ def test_products_match_float64(
     terms = h.abs() @ w.abs().t() + bias.abs()
     assert ((logits(hidden, head, bias) - (h @ w.t() + bias)).abs() <= (features + 3) * EPS * terms).all()
     got, want = times(dz, head), d @ w
+    terms = d.abs() @ w.abs()
     rounding = torch.finfo(dtype).eps / 2 * want.abs() * 1.01
-    assert ((got - want).abs() <= (vocab + 2) * EPS * (d.abs() @ w.abs()) + rounding).all()
+    if dtype == torch.bfloat16 and level == 4:  # dz is multiplied in bfloat16 where the processor can
+        rounding += 2.0**-9 * 1.01 * terms
+    assert ((got - want).abs() <= (vocab + 2) * EPS * terms + rounding).all()
 
 
 def test_error_is_at_most_twice_torchs(level: int) -> None:
@@ -75,8 +78,9 @@ def test_error_is_at_most_twice_torchs(level: int) -> None:
     assert (times(dz, tall) - want).abs().max() <= 2 * (dz @ tall - want).abs().max()
 
 
-def test_tokens_are_independent_to_the_bit(level: int) -> None:
-    hidden, head, dz = torch.randn(40, 100), torch.randn(1003, 100), torch.randn(40, 1003)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_are_independent_to_the_bit(level: int, dtype: torch.dtype) -> None:
+    hidden, head, dz = torch.randn(40, 100).to(dtype), torch.randn(1003, 100).to(dtype), torch.randn(40, 1003)
     z, d = logits(hidden, head), times(dz, head)
     for rows in (slice(0, 1), slice(5, 18), slice(39, 40)):
         assert torch.equal(logits(hidden[rows], head), z[rows]) and torch.equal(
@@ -89,8 +93,9 @@ def test_tokens_are_independent_to_the_bit(level: int) -> None:
     assert torch.equal(z_nan[others], z[others]) and torch.equal(d_nan[others], d[others])
 
 
-def test_threads_do_not_change_bits(level: int) -> None:
-    hidden, head, dz = torch.randn(65, 70), torch.randn(9001, 70), torch.randn(65, 9001)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_do_not_change_bits(level: int, dtype: torch.dtype) -> None:
+    hidden, head, dz = torch.randn(65, 70).to(dtype), torch.randn(9001, 70).to(dtype), torch.randn(65, 9001)
     before, seen = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5):
@@ -101,9 +106,11 @@ def test_threads_do_not_change_bits(level: int) -> None:
     assert all(torch.equal(z, seen[0][0]) and torch.equal(d, seen[0][1]) for z, d in seen[1:])
 
 
-def test_strided_rows_and_columns(level: int) -> None:
-    hidden, head, dz = torch.randn(13, 50), torch.randn(301, 50), torch.randn(13, 301)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_rows_and_columns(level: int, dtype: torch.dtype) -> None:
+    hidden, head, dz = torch.randn(13, 50).to(dtype), torch.randn(301, 50).to(dtype), torch.randn(13, 301)
     z, d = logits(hidden, head), times(dz, head)
-    for wide in (torch.cat([head, head], 1)[:, :50], head.t().contiguous().t()):
+    odd = torch.cat([head, head, head[:, :1]], 1)[:, 1:51].copy_(head)  # an odd stride
+    for wide in (torch.cat([head, head], 1)[:, :50], head.t().contiguous().t(), odd):
         assert torch.equal(logits(torch.cat([hidden, hidden], 1)[:, 50:], wide), z)
         assert torch.equal(times(dz, wide), d)

@@ -90,7 +90,8 @@ struct HeadLogitsArgs {
   int n_threads;
 };
 
-// out[t, k] = sum_v dz[t, v] head[v, k], in float32, rounded once to the dtype of out.
+// out[t, k] = sum_v dz[t, v] head[v, k], summed in float32 and rounded once to the dtype of out. With a bfloat16 head and
+// out, dz may be rounded to bfloat16 first.
 struct TimesHeadArgs {
   MatrixView dz, head;  // dz is float32
   MatrixView out;       // overwritten

@@ -48,4 +48,4 @@ class Kernels(Protocol):
         """Overwrites ``z`` with the gradient of ``sum_n grad_n logp_n``: zero where grad is 0 or there is no target."""
 
     def times_head(self, dz: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
-        """``out = dz head``, rounded once to the dtype of ``out``."""
+        """``out = dz head``, summed in the compute dtype; ``dz`` may be rounded to the head's dtype first."""
