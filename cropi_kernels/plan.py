@@ -88,6 +88,8 @@ def plan_matrix(spec: SketchSpec, name: str, rows: int, cols: int, role: Role = 
     """
     if rows < 1 or cols < 1:
         raise ValueError(f"shape=({rows}, {cols}) of {name!r}: both sides must be at least 1")
+    if role not in ("linear", "embedding", "tied"):
+        raise ValueError(f"role={role!r} of {name!r}: give 'linear', 'embedding' or 'tied'")
     width = spec.width if role == "linear" else None
     vocab = spec.vocab_width if role == "tied" else None
     return _plan_matrix(
