@@ -39,7 +39,7 @@ class SketchSpec:
     width: int | None = 64
     kind: Kind = "slab"
     seed: int = 0
-    vocab_width: int | None = 16384
+    vocab_width: int | None = 8192
     keep: float = 1.0
     version: int = VERSION
 
