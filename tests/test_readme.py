@@ -1,0 +1,82 @@
+"""What the README shows must work as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"(?m)^```{language}\n(.*?)^```", README, flags=re.DOTALL)
+
+
+def commands(first_word: str) -> list[str]:
+    shown = [line.split("#")[0].strip() for block in blocks("") for line in block.splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", README)
+    found = [text for text in shown + inline if text.split(" ")[0] == first_word and " " in text]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("line", [c for c in commands("cropi") if "COMMAND" not in c])
+def test_command_lines_are_understood(line: str) -> None:
+    from cropi.cli import _parser
+
+    assert _parser().parse_args(shlex.split(line)[1:]).command in line
+
+
+@pytest.mark.parametrize("line", sorted(set(commands("make"))))
+def test_make_targets_exist(line: str) -> None:
+    rules = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert line.split()[1] in rules
+
+
+def test_demo_config_names_options_and_files_that_exist() -> None:
+    from cropi.cli import _parser
+    from cropi.cli.config import apply_config
+
+    args = _parser().parse_args(["run", "--config", str(ROOT / "examples" / "demo.toml")])
+    args.words = []
+    apply_config(args)  # an unknown key is an error
+    assert args.model and args.out
+    for path in args.train + args.valid:
+        assert (ROOT / path).is_file()
+
+
+def test_record_is_a_record() -> None:
+    from cropi.records import parse_record
+
+    (text,) = blocks("json")
+    group = parse_record(text, "README.md:1")
+    assert group.size == 2 and group.rewards == [1.0, 0.0]
+
+
+def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    names: dict[str, Any] = {
+        "model": LlamaForCausalLM(config).eval(),
+        "input_ids": torch.randint(0, 96, (2, 7)),
+        "segments": torch.tensor([0, 1]),
+        "positions": torch.tensor([3, 4, 5, 10, 11, 12]),
+        "targets": torch.randint(0, 96, (6,)),
+        "advantages": torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, -1.0]),
+    }
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["result"].sketches.shape == (2, 32768) and names["result"].logprobs.shape == (6,)
+    assert names["result"].sketches.isfinite().all() and names["result"].sketches.any(dim=1).all()
+    assert -1.0 <= float(names["similarity"]) <= 1.0
+    assert "100.0%" in capsys.readouterr().out
