@@ -4,7 +4,8 @@
 #   PYTHON=python3.12        the interpreter to use; where it already has torch (a GPU machine's), that torch is used
 #   VENV=path                the environment, made if it is not there; a torch in it is kept as it is
 #   TORCH_INDEX=URL          the only index to take torch from
-#   JOBS=2                   test processes at once, one torch thread each
+#   JOBS=2                   test processes at once, one torch thread each; ARGS="-k store" goes to pytest
+#   BENCHES="cost"           which benchmarks `make bench` runs; all of them take about an hour
 #   OFFLINE=1                install nothing from the network: what is needed must be in the environment already
 
 SHELL := /bin/bash
@@ -102,9 +103,9 @@ format: $(STAMPS)/deps
 	$(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
+BENCHES ?= bench_ops bench_linear_logprob cost fidelity
 bench: build model
-	$(BIN)/python -m benchmarks.fidelity
-	$(BIN)/python -m benchmarks.cost
+	for name in $(BENCHES); do $(BIN)/python -m benchmarks.$$name; done
 
 # The source archive is built first and the wheel from it, both in environments of their own, so that a file missing
 # from the archive shows. Then the wheel alone goes into an environment that has torch and numpy and nothing else.

@@ -9,19 +9,29 @@ namespace {
 
 constexpr int64_t kTokensPerPart = 128;  // fixed parts, summed in order: the same bits for any thread count
 
+// sum of (x - shift)^power in float64, power 1 or 2. Eight running sums: one would wait for itself at every addition
+// (0.85 ms instead of 0.3 for 1024 rows of 576).
+template <int kPower, class T>
+double row_sum(const T* x, int64_t n, double shift) {
+  double lanes[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int k = 0; k < 8; ++k) {
+      const double v = double(to_float(x[i + k])) - shift;
+      lanes[k] += kPower == 2 ? v * v : v;
+    }
+  for (int k = 0; i < n; ++i, ++k) {
+    const double v = double(to_float(x[i])) - shift;
+    lanes[k] += kPower == 2 ? v * v : v;
+  }
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
 template <class T>
 void row_statistics(const T* x, int64_t n, bool centered, float eps, float* mean, float* scale) {
-  double sum = 0.0, squares = 0.0;
-  if (centered) {
-    for (int64_t i = 0; i < n; ++i) sum += double(to_float(x[i]));
-    sum /= double(n);
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    const double v = double(to_float(x[i])) - sum;
-    squares += v * v;
-  }
-  *mean = float(sum);
-  *scale = float(1.0 / std::sqrt(squares / double(n) + double(eps)));
+  const double shift = centered ? row_sum<1>(x, n, 0.0) / double(n) : 0.0;
+  *mean = float(shift);
+  *scale = float(1.0 / std::sqrt(row_sum<2>(x, n, shift) / double(n) + double(eps)));
 }
 
 template <class TX, class TY>
@@ -69,9 +79,8 @@ void run(const NormGradArgs& args) {
 
 void norm_grad(const NormGradArgs& args) {
   with_dtype(args.x.dtype, [&](auto* x) {
-    with_dtype(args.dy.dtype, [&](auto* dy) {
-      run<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(dy)>>(args);
-    });
+    with_dtype(args.dy.dtype,
+               [&](auto* dy) { run<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(dy)>>(args); });
   });
 }
 
