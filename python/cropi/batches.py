@@ -94,12 +94,14 @@ def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
     if layout.shares(prompt + max(sizes) + 1, group.id):
         plans = [_chunks(len(sizes), m) for m in range(1, len(sizes) + 1)]
         lengths = [[prompt + sum(sizes[k] for k in row) for row in plan] for plan in plans]
+        # Without a mask of its own (the first plan, one response a row) causal attention skips half of the products.
+        attend = [layout.attention_cost * (0.5 if plan is plans[0] else 1.0) for plan in plans]
         cost = {
-            m: sum(length * (1 + layout.attention_cost * length) for length in rows)
-            for m, rows in enumerate(lengths)
-            if m == 0 or max(rows) <= budget
+            i: sum(length * (1 + attend[i] * length) for length in rows)
+            for i, rows in enumerate(lengths)
+            if i == 0 or max(rows) <= budget
         }
-        best = plans[min(cost, key=lambda m: cost[m])]
+        best = plans[min(cost, key=lambda i: cost[i])]
     # One response a row needs no mask of its own.
     return [Row(group, chosen, len(best[0]) > 1, chosen is best[-1]) for chosen in best]
 
@@ -109,7 +111,7 @@ def make_batches(
     estimator: Estimator,
     layout: Layout,
     *,
-    budget: int = 2048,
+    budget: int = 1024,
     window: int = 256,
     stored_behaviour: bool = False,
 ) -> Iterator[MicroBatch]:

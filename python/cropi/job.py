@@ -32,7 +32,7 @@ class SketchJob:
     max_length: int | None = None
     too_long: str = "error"
     layout: str = "auto"
-    tokens_per_batch: int = 2048
+    tokens_per_batch: int = 1024
     dtype: str = "float32"
     stage: str = "0"
     set: str | None = None

@@ -87,8 +87,8 @@ def add_job_options(command: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--tokens-per-batch",
         type=int,
-        default=2048,
-        help="tokens per forward, padding included (default 2048)",
+        default=1024,
+        help="tokens per forward, padding included (default 1024)",
     )
     job.add_argument("--store-dtype", default="float32", choices=("float32", "float16", "bfloat16", "int8"))
     job.add_argument(
