@@ -69,8 +69,7 @@ static inline void with_dtype(DType dtype, F&& f) {
 template <class F>
 static inline void run_tasks(int64_t n_tasks, int n_threads, F&& f) {
   using Fn = std::remove_reference_t<F>;
-  parallel_for(
-      n_tasks, n_threads, [](void* ctx, int64_t task) { (*static_cast<Fn*>(ctx))(task); }, &f);
+  parallel_for(n_tasks, n_threads, [](void* ctx, int64_t task) { (*static_cast<Fn*>(ctx))(task); }, &f);
 }
 
 // 64-byte aligned scratch memory, uninitialised. malloc, not a standard container: an inline member of one,

@@ -10,7 +10,7 @@
 namespace cropi::CROPI_ISA {
 namespace {
 
-constexpr int64_t kUnit = 16;    // slab rows owned by a task
+constexpr int64_t kUnit = 16;     // slab rows owned by a task
 constexpr int64_t kTokens = 256;  // tokens between flushes: a packed strip and a tile of A stay in L1
 // A register tile: kTileRows x kTileCols sums. 16 zmm (v4), 8 ymm (v3), 8 xmm (v1) accumulators.
 #if defined(CROPI_ISA_v4)
@@ -73,7 +73,8 @@ template <class T>
 void pack_d(const SketchLinearArgs& args, int64_t t0, int64_t n, int64_t r0, float* strip) {
   float sign[kUnit];
   const int64_t rows = args.plan.rows - r0 < kUnit ? args.plan.rows - r0 : kUnit;
-  for (int64_t i = 0; i < kUnit; ++i) sign[i] = i >= rows ? 0.0f : args.plan.row_sign ? args.plan.row_sign[r0 + i] : 1.0f;
+  for (int64_t i = 0; i < kUnit; ++i)
+    sign[i] = i >= rows ? 0.0f : args.plan.row_sign ? args.plan.row_sign[r0 + i] : 1.0f;
   for (int64_t t = 0; t < n; ++t) {
     const T* in = static_cast<const T*>(args.d.data) + (t0 + t) * args.d.row_stride + r0;
     float* low = strip + t * 8;
@@ -181,9 +182,8 @@ void run(const SketchLinearArgs& args) {
 void sketch_linear(const SketchLinearArgs& args) {
   if (args.offsets[args.n_segments] == args.offsets[0]) return;
   with_dtype(args.d.dtype, [&](auto* d) {
-    with_dtype(args.a.dtype, [&](auto* a) {
-      run<std::remove_pointer_t<decltype(d)>, std::remove_pointer_t<decltype(a)>>(args);
-    });
+    with_dtype(args.a.dtype,
+               [&](auto* a) { run<std::remove_pointer_t<decltype(d)>, std::remove_pointer_t<decltype(a)>>(args); });
   });
 }
 

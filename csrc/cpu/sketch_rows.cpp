@@ -42,7 +42,8 @@ void sketch_rows(const SketchRowsArgs& args) {
   with_dtype(args.x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     run_tasks(args.n_segments, args.n_threads, [&](int64_t s) {
-      for (int64_t t = args.offsets[s]; t < args.offsets[s + 1]; ++t) add_row<T>(args, t, args.out + s * args.out_stride);
+      for (int64_t t = args.offsets[s]; t < args.offsets[s + 1]; ++t)
+        add_row<T>(args, t, args.out + s * args.out_stride);
     });
   });
 }
