@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define CROPI_HD __host__ __device__ __forceinline__
+#  define CROPI_HD __host__ __device__ __forceinline__
 #else
-#define CROPI_HD inline __attribute__((always_inline))
+#  define CROPI_HD inline __attribute__((always_inline))
 #endif
 
 namespace cropi {
