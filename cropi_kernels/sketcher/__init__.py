@@ -228,10 +228,11 @@ class GradientSketcher:
                 f"positions {tuple(positions.shape)} {positions.dtype} and targets {tuple(targets.shape)} "
                 f"{targets.dtype} must be int64 of one length: a position and a token id per scored token"
             )
-        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < input_ids.numel():
-            raise ValueError(
-                f"positions reach {int(positions.max())}: input_ids holds 0 .. {input_ids.numel() - 1}"
-            )
+        if positions.numel():
+            low, high = int(positions.min()), int(positions.max())
+            if low < 0 or high >= input_ids.numel():
+                last = input_ids.numel() - 1
+                raise ValueError(f"positions run from {low} to {high}: input_ids holds 0 .. {last}")
         if self._split is None:
             self._split = split_model(self.model)
         vocab = self._split.head.out_features
@@ -280,7 +281,7 @@ class BatchSketch:
 
 def _scored_offsets(where: Segments, positions: torch.Tensor) -> torch.Tensor:
     """Range of scored tokens of each segment, from the segment of the token that predicts them."""
-    segment = torch.searchsorted(where.offsets, positions.cpu(), right=True) - 1
+    segment = torch.searchsorted(where.offsets, positions.cpu().contiguous(), right=True) - 1
     if bool((segment[1:] < segment[:-1]).any()):
         raise ValueError("positions jump back to an earlier segment: sort the scored tokens by segment")
     return torch.searchsorted(segment, torch.arange(where.count + 1))

@@ -1,0 +1,181 @@
+"""Small models of the families that people train, and small batches of prompts with several responses for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
+from cropi_kernels.testing import exact_gradient, sketch_gradients
+
+VOCAB = 97
+SIZES: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+GEMMA: dict[str, Any] = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=32)
+GPT2: dict[str, Any] = dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+PHI: dict[str, Any] = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+
+# name: (model class, its configuration). Head norms, soft caps, factors on embeddings, biases, tied and untied heads.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", dict(SIZES, pad_token_id=0)),
+    "llama-tied": ("LlamaForCausalLM", "LlamaConfig", dict(SIZES, tie_word_embeddings=True)),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SIZES),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", dict(SIZES, head_dim=16)),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", dict(SIZES, **GEMMA)),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", dict(SIZES, **GEMMA)),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "phi": ("PhiForCausalLM", "PhiConfig", PHI),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", dict(SIZES, pad_token_id=0)),
+    "mistral": ("MistralForCausalLM", "MistralConfig", SIZES),
+    "olmo": ("OlmoForCausalLM", "OlmoConfig", SIZES),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", SIZES),
+    "granite": (
+        "GraniteForCausalLM",
+        "GraniteConfig",
+        dict(SIZES, logits_scaling=2.0, embedding_multiplier=3.0),
+    ),
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """The model with seeded weights; scales and biases are moved off 1 and 0, where a lost factor would not show."""
+    model_class, config_class, sizes = FAMILIES[name]
+    config = getattr(transformers, config_class)(**{**sizes, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1 if p.ndim == 1 else 0.02)
+    return model.to(dtype)  # type: ignore[no-any-return]
+
+
+# --------------------------------------------------------------------------------------------- prompts
+PROMPTS = [[5, 0, 17, 3], [9, 2], [60, 61, 62, 63, 64]]  # token 0 is some models' padding
+RESPONSES = [[[7, 8, 1], [7, 9, 9, 20, 1]], [[30, 1], [31, 32, 33, 1], [1]], [[11, 12, 1]]]
+N_SEGMENTS = len(PROMPTS)
+
+
+@dataclasses.dataclass
+class Batch:
+    """Arguments of `GradientSketcher.policy_gradient` and what its oracle needs besides."""
+
+    input_ids: torch.Tensor
+    segments: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+
+    def sketch(self, sketcher: GradientSketcher, **changes: Any) -> PolicyGradient:
+        weights = weights_of(self)
+        arguments = dataclasses.asdict(self) | {"weigh": lambda logp, a, b: weights[a:b]} | changes
+        return sketcher.policy_gradient(**arguments)
+
+
+def weights_of(batch: Batch) -> torch.Tensor:
+    """A weight per scored token, by its order: all layouts score the same tokens in the same order."""
+    return torch.sin(torch.arange(len(batch.targets)) + 1.0)
+
+
+def _scored(start: int, prompt: list[int], response: list[int], first: int) -> list[tuple[int, int]]:
+    """(position, target) of each token of a response at ``first`` whose prompt is at ``start``."""
+    return list(zip([start + len(prompt) - 1, *range(first, first + len(response) - 1)], response))
+
+
+def padded() -> Batch:
+    """One row per response, right padded with token 0, and a 2-D mask."""
+    rows = [(s, p, r) for s, (p, rs) in enumerate(zip(PROMPTS, RESPONSES)) for r in rs]
+    length = max(len(p) + len(r) for _, p, r in rows)
+    ids, mask = (torch.zeros(len(rows), length, dtype=torch.int64) for _ in range(2))
+    scored = []
+    for i, (_, p, r) in enumerate(rows):
+        ids[i, : len(p) + len(r)] = torch.tensor(p + r)
+        mask[i, : len(p) + len(r)] = 1
+        scored += _scored(i * length, p, r, i * length + len(p))
+    positions, targets = torch.tensor(scored).T
+    return Batch(ids, torch.tensor([s for s, _, _ in rows]), positions, targets, mask)
+
+
+def shared() -> Batch:
+    """One row per prompt: its responses follow it, attend to it and to themselves, and start at its length."""
+    length = max(len(p) + sum(map(len, rs)) for p, rs in zip(PROMPTS, RESPONSES))
+    n = N_SEGMENTS
+    ids, where = (torch.zeros(n, length, dtype=torch.int64) for _ in range(2))
+    mask = torch.eye(length, dtype=torch.bool).repeat(n, 1, 1, 1)  # padding attends to itself: no empty rows
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    scored = []
+    for i, (p, rs) in enumerate(zip(PROMPTS, RESPONSES)):
+        end = len(p)
+        ids[i, :end], where[i, :end] = torch.tensor(p), torch.arange(end)
+        mask[i, 0, :end, :end] = causal[:end, :end]
+        for r in rs:
+            span = slice(end, end + len(r))
+            ids[i, span], where[i, span] = torch.tensor(r), torch.arange(len(r)) + len(p)
+            mask[i, 0, span, span] = causal[: len(r), : len(r)]
+            mask[i, 0, span, : len(p)] = True
+            scored += _scored(i * length, p, r, i * length + end)
+            end += len(r)
+    positions, targets = torch.tensor(scored).T
+    return Batch(ids, torch.arange(n), positions, targets, mask, where)
+
+
+def packed() -> Batch:
+    """All responses in one row, each behind its own copy of the prompt; positions restart with each."""
+    ids: list[int] = []
+    where: list[int] = []
+    segments: list[int] = []
+    scored = []
+    for s, (p, rs) in enumerate(zip(PROMPTS, RESPONSES)):
+        for r in rs:
+            scored += _scored(len(ids), p, r, len(ids) + len(p))
+            where += range(len(p) + len(r))
+            segments += [s] * (len(p) + len(r))
+            ids += p + r
+    positions, targets = torch.tensor(scored).T
+    row_ids, row_segments, row_positions = (torch.tensor([x]) for x in (ids, segments, where))
+    return Batch(row_ids, row_segments, positions, targets, None, row_positions)
+
+
+LAYOUTS: dict[str, Callable[[], Batch]] = {"padded": padded, "shared": shared, "packed": packed}
+
+
+# ----------------------------------------------------------------------------------------------- oracle
+def gradients(model: nn.Module, temperature: float = 1.0) -> list[dict[str, torch.Tensor]]:
+    """Ordinary autograd gradient of every segment, in the model's dtype, on padded rows."""
+    batch = padded()
+    segment = batch.segments[batch.positions // batch.input_ids.shape[1]]
+    out = []
+    for s in range(N_SEGMENTS):
+        mine = segment == s
+        chosen = dict(
+            positions=batch.positions[mine], targets=batch.targets[mine], weights=weights_of(batch)[mine]
+        )
+        mask = batch.attention_mask
+        out.append(
+            exact_gradient(model, batch.input_ids, attention_mask=mask, temperature=temperature, **chosen)
+        )
+    return out
+
+
+def sketches(
+    model: nn.Module,
+    grads: list[dict[str, torch.Tensor]],
+    spec: SketchSpec,
+    exclude: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Their sketches, coordinate by coordinate, in ``dtype``."""
+    cast = [{name: g.to(dtype) for name, g in gradient.items()} for gradient in grads]
+    return torch.stack([sketch_gradients(model, gradient, spec, exclude) for gradient in cast])
