@@ -339,6 +339,19 @@ def test_every_mistake_is_one_clear_line(
         "--out",
         tmp_path / "x",
     )
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text((made / "train.jsonl").read_text() + "{\n")
+    words = [
+        "run",
+        "--model",
+        "./nowhere",
+        "--valid",
+        made / "valid.jsonl",
+        *SMALL,
+        "--out",
+        tmp_path / "run",
+    ]
+    fails(f"{broken}:41: not a JSON object", *words, "--train", broken)
     equal = [record | {"rewards": [1, 1, 1, 1]} for record in make_records(3, seed=1, sets=["z"])]
     words = [
         "run",

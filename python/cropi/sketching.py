@@ -28,7 +28,9 @@ from cropi_kernels import GradientSketcher
 FLUSH_SECONDS = 60.0
 
 
-def sketch(model: Any, tokenizer: Any, job: SketchJob, *, progress: bool = True) -> Summary:
+def sketch(
+    model: Any, tokenizer: Any, job: SketchJob, *, found: Scan | None = None, progress: bool = True
+) -> Summary:
     """Sketch the policy gradient of every prompt that has one, into the store ``job.out``.
 
     A store that is there is continued: prompts that it holds are not computed again. Ctrl-C lets the current
@@ -38,13 +40,15 @@ def sketch(model: Any, tokenizer: Any, job: SketchJob, *, progress: bool = True)
         model: a Hugging Face causal language model.
         tokenizer: its tokenizer.
         job: the options.
+        found: what :func:`cropi.scan.scan` says of the files, if they have been checked already.
         progress: show a progress bar.
 
     Raises:
         CropiError: bad input or options, found as early as can be: files, token ids, settings and the store are
             checked before the first prompt is computed.
     """
-    found = scan(job.trajectories, skip_bad=job.skip_bad)
+    if found is None:
+        found = scan(job.trajectories, skip_bad=job.skip_bad)
     warn_lossy(found)
     source = resolve_behaviour(job.behaviour, found, job.estimator.ratio)
     beta = _behaviour_model(job, source)

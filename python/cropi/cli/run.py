@@ -19,7 +19,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument("--train", nargs="+", metavar="FILE", help="training trajectories")
     command.add_argument(
-        "--valid", nargs="+", metavar="FILE", help="validation trajectories; a file name is a set name"
+        "--valid",
+        nargs="+",
+        metavar="FILE",
+        help="validation trajectories; records without a set get their file's name",
     )
     command.add_argument("--out", metavar="FOLDER", help="everything is written there")
     options.add_model_options(command)
@@ -38,41 +41,41 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(f"the following arguments are required: {', '.join(missing)}")
     names = [file_stem(path) for path in args.valid]
     if len(set(names)) < len(names):
-        args.parser.error(
-            f"--valid: two files of one name ({', '.join(names)}), but each names a store and a set"
-        )
-    return _run_all(args, Path(args.out))
+        args.parser.error(f"--valid: two files of one name ({', '.join(names)}), but each names a store")
+    return _run_all(args, Path(args.out), names)
 
 
-def _run_all(args: argparse.Namespace, out: Path) -> int:
+def _run_all(args: argparse.Namespace, out: Path, names: list[str]) -> int:
     from cropi.influence import validation_means
     from cropi.store import SketchStore
 
+    # Every file is checked first: a bad line in the training file must not show after hours of validation.
+    scans = [sketch.scan_files(args, [path]) for path in args.valid]
+    train_scan = sketch.scan_files(args, args.train)
     models = sketch.load_models(args)
-    stores, limit, args.limit = [], args.limit, None  # --limit is for trying out the training files
-    for path in args.valid:
-        name = file_stem(path)
-        store = (
-            str(out / "sketches" / f"valid-{name}")
-            if len(args.valid) > 1
-            else str(out / "sketches" / "valid")
-        )
+    folder, stores = out / "sketches", []
+    limit, args.limit = args.limit, None  # --limit is for trying out the training files
+    for path, name, scan in zip(args.valid, names, scans, strict=True):
+        stores.append(str(folder / ("valid" if len(names) == 1 else f"valid-{name}")))
         print(f"== {path}")
-        if status := sketch.sketch_files(args, models, [path], store, name):
+        if status := sketch.sketch_files(args, models, scan, [path], stores[-1], name):
             return status
-        stores.append(store)
     validation_means([SketchStore.open(store) for store in stores])
     print(f"== {' '.join(args.train)}")
     args.limit = limit
-    train = str(out / "sketches" / "train")
-    if status := sketch.sketch_files(args, models, args.train, train, None):
+    train = str(folder / "train")
+    if status := sketch.sketch_files(args, models, train_scan, args.train, train, None):
         return status
     print("== results")
     scores: Any = influence.score(args, train, stores, str(out / "scores.parquet"))
     select.choose(
-        args, scores, str(out / "selected.jsonl"), str(out / "scores.png"), args.train,
-        str(out / "selected_trajectories.jsonl"),
-    )  # fmt: skip
+        args,
+        scores,
+        out=str(out / "selected.jsonl"),
+        plot=str(out / "scores.png"),
+        files=args.train,
+        records=str(out / "selected_trajectories.jsonl"),
+    )
     print(f"sketches      {train}, {', '.join(stores)}")
     return 0
 

@@ -24,18 +24,20 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sketch, and print the summary."""
-    need_model(args)
-    models = load_models(args)
-    status = sketch_files(args, models, args.trajectories, args.out, args.set)
+    if not args.model:
+        args.parser.error("the following arguments are required: --model")
+    found = scan_files(args, args.trajectories)
+    status = sketch_files(args, load_models(args), found, args.trajectories, args.out, args.set)
     if status == 0:
         print(f"sketches      {args.out}")
     return status
 
 
-def need_model(args: argparse.Namespace) -> None:
-    """Not argparse's own check, because a config file may give it."""
-    if not args.model:
-        args.parser.error("the following arguments are required: --model")
+def scan_files(args: argparse.Namespace, files: list[str]) -> Any:
+    """Check the files, before the time that loading a model takes is spent."""
+    from cropi.scan import scan
+
+    return scan(files, skip_bad=args.skip_bad)
 
 
 def load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -54,11 +56,12 @@ def load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 def sketch_files(
     args: argparse.Namespace,
     models: tuple[Any, Any, Any],
+    found: Any,
     files: list[str],
     out: str,
     default_set: str | None,
 ) -> int:
-    """Sketch some files into one store and print the summary; the exit status."""
+    """Sketch some files, of which ``found`` is the scan, into one store; print the summary; the exit status."""
     from cropi.job import SketchJob
     from cropi.sketching import sketch
 
@@ -73,11 +76,11 @@ def sketch_files(
         tokens_per_batch=args.tokens_per_batch, dtype=args.store_dtype, stage=args.stage, set=default_set,
         limit=args.limit, skip_bad=args.skip_bad, notes={"model": args.model, "command": command},
     )  # fmt: skip
-    summary = sketch(model, tokenizer, job, progress=args.progress)
+    summary = sketch(model, tokenizer, job, found=found, progress=args.progress)
     print(summary.text())
     if summary.interrupted:
         print(
-            f"stopped by Ctrl-C; the finished prompts are in {out}. To go on with the rest:", file=sys.stderr
+            f"stopped by Ctrl-C; {out} keeps the finished prompts. To go on with the rest:", file=sys.stderr
         )
         print(f"  {command}", file=sys.stderr)
         return 130
