@@ -41,7 +41,7 @@ def linear_logprob(
         softcap: > 0 (Gemma-2: 30) or None: logits become ``softcap * tanh(logits / softcap)``.
         ignore_index: target of tokens that do not count: log-prob 0, no gradient, no cost.
         return_entropy: also return the entropy of each distribution, without a gradient.
-        chunk_size: tokens whose logits exist at one time; default: about 24 MiB of logits.
+        chunk_size: tokens whose logits exist at one time; default: about 24 MiB of logits, 96 tokens at least.
         backend: "cpu" (C++), "reference" (plain torch, same memory promise), or None for the best that serves.
 
     Returns:

@@ -9,7 +9,10 @@ import torch
 
 from .contract import Kernels, RowMath, Stats
 
-LOGITS_BYTES = 24 << 20  # per chunk; measured, see benchmarks/bench_linear_logprob.py
+# Measured (float32 and bfloat16, 49152 and 151936 words): fewer tokens leave the products waiting for the head, more
+# push the logits out of the cache. Full speed is reached at 96 to 128 tokens.
+LOGITS_BYTES = 24 << 20
+MIN_TOKENS = 96
 _TILE = 32  # tokens
 
 
@@ -46,8 +49,8 @@ class Logits:
 
 
 def default_chunk(n_tokens: int, vocab: int, itemsize: int = 4) -> int:
-    """Tokens per chunk: near `LOGITS_BYTES` of logits, at least 64, all chunks about equal."""
-    budget = max(64, LOGITS_BYTES // (max(1, vocab) * itemsize))
+    """Tokens per chunk: near `LOGITS_BYTES` of logits, at least `MIN_TOKENS`, all chunks about equal."""
+    budget = max(MIN_TOKENS, LOGITS_BYTES // (max(1, vocab) * itemsize))
     n_chunks = max(1, round(n_tokens / budget))
     return max(1, -(-n_tokens // n_chunks // _TILE) * _TILE)
 
