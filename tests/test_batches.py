@@ -213,3 +213,23 @@ def test_sliding_windows_bound_what_is_shared() -> None:
         torch.testing.assert_close(
             got[group.id], expected, rtol=3e-6, atol=3e-6 * float(expected.abs().max())
         )
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_weights_do_not_depend_on_how_groups_are_split(name: str) -> None:
+    def weights(layout: Layout, budget: int) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for batch in make_batches(GROUPS, ESTIMATORS[name], layout, budget=budget, stored_behaviour=True):
+            assert batch.behaviour is not None
+            current = batch.behaviour + 0.3 * torch.sin(
+                batch.targets.float()
+            )  # some log-prob for every token
+            w = ESTIMATORS[name].weights(current, batch.behaviour, batch.advantages, batch.divisors)
+            for s, group in enumerate(batch.groups):
+                found.setdefault(group.id, []).extend(w[batch.token_segments == s].tolist())
+        return found
+
+    whole = weights(SHARED, 10_000)
+    assert {group.id: group.scored for group in GROUPS} == {key: len(w) for key, w in whole.items()}
+    for layout, budget in ((SHARED, 20), (PADDED, 10_000), (PADDED, 1)):
+        assert weights(layout, budget) == whole
