@@ -1,0 +1,113 @@
+"""What `GradientSketcher` says to bad arguments, and to models that it cannot take apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import zoo
+from torch import nn
+
+from cropi_kernels import GradientSketcher, SketchSpec
+
+SPEC = SketchSpec(width=16, vocab_width=64)
+pytestmark = pytest.mark.usefixtures("one_thread")
+transformers.logging.set_verbosity_error()
+
+BATCH = zoo.padded()
+ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    (dict(input_ids=BATCH.input_ids[0]), r"input_ids has shape \(9,\): give a non-empty \[batch, length\]"),
+    (dict(input_ids=BATCH.input_ids[:0]), r"input_ids has shape \(0, 9\)"),
+    (dict(input_ids=BATCH.input_ids + 90), r"input_ids runs from 90 to 154: the vocabulary is 0 .. 96"),
+    (dict(targets=BATCH.targets - 2), r"targets runs from -1 to 31: the vocabulary is 0 .. 96"),
+    (
+        dict(targets=BATCH.targets[1:]),
+        r"positions \(18,\) .* and targets \(17,\) .* must be int64 of one length",
+    ),
+    (dict(positions=BATCH.positions.int()), r"positions \(18,\) torch.int32"),
+    (dict(positions=BATCH.positions + 55), r"positions run from 58 to 106: input_ids holds 0 .. 53"),
+    (dict(positions=BATCH.positions - 4), r"positions run from -1 to 47"),
+    (dict(positions=BATCH.positions.flip(0)), r"positions jump back to an earlier segment: sort"),
+    (dict(segments=BATCH.segments.flip(0)), r"segments must be >= 0 and must not decrease"),
+    (dict(segments=BATCH.segments - 1), r"segments must be >= 0"),
+    (
+        dict(segments=BATCH.segments.float()),
+        r"segments is torch.float32 \(6,\): give int64 ids per row \[6\]",
+    ),
+    (dict(segments=BATCH.segments[1:]), r"segments is torch.int64 \(5,\)"),
+    (dict(num_segments=2), r"num_segments=2 but segments holds id 2"),
+    (dict(temperature=0.0), r"temperature"),
+    (dict(temperature=-1.0), r"temperature"),
+    (dict(weigh=lambda logp, a, b: torch.zeros(3)), r"weigh\(logp, 0, 18\) returned \(3,\)"),
+]
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return zoo.make("llama")
+
+
+@pytest.mark.parametrize("changes, message", ARGUMENTS, ids=[message[:40] for _, message in ARGUMENTS])
+def test_bad_arguments_are_named(llama: nn.Module, changes: dict[str, Any], message: str) -> None:
+    with GradientSketcher(llama, SPEC) as sketcher:
+        with pytest.raises(ValueError, match=message):
+            BATCH.sketch(sketcher, **changes)
+
+
+def test_a_model_without_decoder_and_head_is_sent_to_batch() -> None:
+    model = nn.Sequential(nn.Embedding(97, 8), nn.Linear(8, 97))
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(ValueError, match=r"not a decoder with a linear head: use `with sketcher.batch"):
+            zoo.padded().sketch(sketcher)
+        with pytest.raises(ValueError, match=r"segments has shape \(3,\): give ids per token, or shape="):
+            with sketcher.batch(torch.zeros(3, dtype=torch.int64)):
+                pass
+
+
+def test_a_head_that_is_not_all_is_noticed() -> None:
+    """The decoder and the head are run apart: what the model does between or behind them must not get lost."""
+    model = zoo.make("llama")
+    plain = type(model).forward
+
+    class Shifted(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = plain(self, *args, **kwargs)
+            out.logits = out.logits + torch.arange(97) * 0.01
+            return out
+
+    model.__class__ = Shifted
+    capped = zoo.make("gemma2")
+    capped.config.logit_scale = 2.0
+    for wrong, message in (
+        (model, "do not give its logits"),
+        (capped, "scales its logits by 2.0 before a softcap"),
+    ):
+        with GradientSketcher(wrong, SPEC) as sketcher:
+            with pytest.raises(ValueError, match=message + ".*use `with sketcher.batch"):
+                zoo.padded().sketch(sketcher)
+
+
+def test_a_module_that_does_not_see_every_token_is_named() -> None:
+    """Half the tokens go through the second layer: which segment they belong to is unknown."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)[:, ::2])
+
+    for shape in (
+        (2, 6, 8),
+        (6, 2, 8),
+    ):  # [length, batch, n] has the right number of tokens in the wrong order
+        model = Half()
+        with GradientSketcher(model, SPEC) as sketcher:
+            with pytest.raises(
+                ValueError, match=r"(first|second) saw an input of shape .* in a batch of 2 x 6 tokens"
+            ):
+                with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
+                    model(torch.ones(shape)).sum().backward()
