@@ -1,6 +1,6 @@
 // Exponential and tanh of a vector of floats, without libm and without -ffast-math: infinities and NaN must survive.
-// Minimax polynomials (Lawson's iteration on Chebyshev points); errors measured over all floats of the range
-// against double: see tests/test_linear_logprob.py.
+// Minimax polynomials (Lawson's iteration on Chebyshev points); tests/test_logprob_rows.py measures the exponential on
+// 400,000 points against double.
 #pragma once
 #if defined(__SSE__)
 #  include <immintrin.h>
