@@ -1,6 +1,6 @@
 """One shard of a sketch store: a safetensors file of rows, and beside it its SHA-256, which commits it.
 
-``shard-00000.safetensors`` holds the tensor ``sketch [n, dim]`` (and ``scale [n]`` for float16 and int8) and,
+``shard-00000.safetensors`` holds the tensor ``sketch [n, dim]`` (``scale [n, blocks]`` with float16 and int8) and,
 in its header, one JSON object per prompt. ``shard-00000.safetensors.sha256`` is written after it, in the
 format of ``sha256sum``, so a shard without it was never finished and ``sha256sum -c *.sha256`` checks a store
 by hand.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
+BLOCK = 128  # entries that share an int8 scale; costs 3 % of the space
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 
 
@@ -53,25 +55,31 @@ class RowInfo:
 def encode(rows: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
     """Float32 rows ``[n, dim]`` in the store's dtype.
 
-    int8 keeps ``round(x / scale)`` with ``scale = max|x| / 127`` per row, an error of at most scale / 2 per
-    entry. float16 keeps ``x / scale`` with a power of two per row, because unscaled gradients fall below its
-    range.
+    int8 keeps ``round(x / scale)`` with ``scale = max|x| / 127`` per block of :data:`BLOCK` entries, an error of at
+    most scale / 2 per entry. One scale per row would not do: a few coordinates that many tokens share hold up to
+    half of a policy gradient's norm, and the others would be rounded away (a relative error of 0.1 instead of 0.015).
+    float16 keeps ``x / scale`` with a power of two per row, because unscaled gradients fall below its range.
     """
     rows = rows.to(torch.float32).contiguous()
-    largest = rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     if dtype == "int8":
-        scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        return {"sketch": (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8), "scale": scale}
+        block = math.gcd(rows.shape[1], BLOCK)
+        blocks = rows.view(len(rows), rows.shape[1] // block, block)
+        scale = (blocks.abs().amax(dim=2) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        return {"sketch": (blocks / scale[..., None]).round().to(torch.int8).view_as(rows), "scale": scale}
     if dtype == "float16":
+        largest = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         scale = torch.exp2(torch.floor(torch.log2(largest)))
-        return {"sketch": (rows / scale[:, None]).to(torch.float16), "scale": scale}
+        return {"sketch": (rows / scale).to(torch.float16), "scale": scale}
     return {"sketch": rows.to(DTYPES[dtype])}
 
 
 def decode(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """The float32 rows of a shard's tensors."""
     rows = tensors["sketch"].to(torch.float32)
-    return rows * tensors["scale"][:, None] if "scale" in tensors else rows
+    if "scale" not in tensors or rows.numel() == 0:
+        return rows
+    scale = tensors["scale"]
+    return (rows.view(*scale.shape, -1) * scale[..., None]).view_as(rows)
 
 
 def write_shard(path: Path, rows: Sequence[RowInfo], sketches: torch.Tensor, dtype: str) -> str:
