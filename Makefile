@@ -67,7 +67,7 @@ $(STAMPS)/deps: pyproject.toml $(STAMPS)/torch
 	$(call BEGIN,packages from the registry) \
 	if [ -z "$(OFFLINE)" ]; then \
 	  $(PIP) -c $(PINS) scikit-build-core pybind11 cmake ninja; \
-	  $(PIP) -c $(PINS) --no-build-isolation --only-deps '.[run,test,bench,dev]'; \
+	  $(PIP) -c $(PINS) --no-build-isolation --only-deps '.[run,triton,test,bench,dev]'; \
 	fi $(END)
 
 # Its file is all that is used, so its own dependencies (which compile llama.cpp) stay out.
