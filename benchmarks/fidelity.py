@@ -57,7 +57,7 @@ def main() -> None:
     )
     collect(model, train, valid, chosen, args.work)
     shapes = shapes_of(model)
-    rows = table(Collected.read(args.work, chosen, shapes), chosen)
+    rows = table(Collected.read(args.work, chosen, shapes, len(train)), chosen)
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "fidelity.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, [field.name for field in dataclasses.fields(Row)])

@@ -124,6 +124,9 @@ def collect(
 ) -> None:
     """Fill ``work`` with one .npz per prompt: sketches, and for training prompts the exact products per layer type."""
     work.mkdir(parents=True, exist_ok=True)
+    paths = [work / f"train-{i:04d}.npz" for i in range(len(train))]
+    if all(path.exists() for path in [*paths, *(work / f"valid-{name}.npz" for name in valid)]):
+        return
     exact = Exact(model)
     shapes, sketchers = shapes_of(model), [Sketcher(variant.spec) for variant in variants]
     types = sorted({kind for kind, _ in shapes.values()})
@@ -144,8 +147,7 @@ def collect(
                 sketches=sketch_all(mean, variants, shapes, sketchers),
                 squares=_products(mean, mean, types),
             )
-    for i, group in enumerate(tqdm(train, desc="train", unit="prompt", mininterval=10)):
-        path = work / f"train-{i:04d}.npz"
+    for path, group in zip(paths, tqdm(train, desc="train", unit="prompt", mininterval=10), strict=True):
         if path.exists():
             continue
         g = exact.gradient(group)

@@ -31,8 +31,13 @@ class Collected:
     valid_squares: np.ndarray  # [sets, types]
 
     @classmethod
-    def read(cls, work: Path, variants: list[Variant], shapes: dict[str, tuple[str, str]]) -> Collected:
-        train_files, valid_files = sorted(work.glob("train-????.npz")), sorted(work.glob("valid-*.npz"))
+    def read(
+        cls, work: Path, variants: list[Variant], shapes: dict[str, tuple[str, str]], prompts: int
+    ) -> Collected:
+        train_files, valid_files = (
+            sorted(work.glob("train-????.npz"))[:prompts],
+            sorted(work.glob("valid-*.npz")),
+        )
         train = [np.load(f) for f in train_files]
         valid = [np.load(f) for f in valid_files]
         return cls(
