@@ -1,0 +1,108 @@
+"""Ragged segments without a host: how kernels cut segments into chunks and add the chunks up again.
+
+Every segment is cut into chunks of CHUNK tokens, counted from its own first token, so that its sums do not depend on
+its neighbours. A launch has room for ``T // CHUNK + S`` chunks, which no cut of T tokens into S segments exceeds; a
+program finds its chunk by a prefix sum over the offsets. Nothing is read back to the host: safe in a CUDA graph.
+
+A segment of one chunk adds straight into the output. Longer ones write a partial result to a slot per chunk, and
+`reduce_partials` adds the slots in order: no atomics, the same bits on every run and on every GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import _triton
+
+SEGMENT_BLOCK = 64  # offsets scanned at a time
+REDUCE_BLOCK = 1024
+
+
+@triton.jit
+def locate(offsets, n_segments, item, CHUNK: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr):
+    """(segment, first token, end token, slot or -1) of chunk ``item``; segment == n_segments past the last chunk.
+
+    ALWAYS: segments of one chunk have a slot too.
+    """
+    segment = tl.zeros((), tl.int64)
+    first = tl.zeros((), tl.int64)
+    slot = tl.zeros((), tl.int64)
+    total = tl.zeros((), tl.int64)
+    for s0 in range(0, n_segments, BLOCK):
+        s = s0 + tl.arange(0, BLOCK)
+        valid = s < n_segments
+        begin = tl.load(offsets + s, mask=valid, other=0)
+        end = tl.load(offsets + s + 1, mask=valid, other=0)
+        n = (end - begin + CHUNK - 1) // CHUNK
+        before = (total + tl.cumsum(n, 0) <= item) & valid
+        segment += tl.sum(before.to(tl.int64), 0)
+        first += tl.sum(tl.where(before, n, 0), 0)
+        slot += tl.sum(tl.where(before & ((n > 1) | ALWAYS), n, 0), 0)
+        total += tl.sum(n, 0)
+    begin = tl.load(offsets + segment)  # offsets[n_segments] exists
+    end = tl.load(offsets + tl.minimum(segment + 1, n_segments.to(tl.int64)))
+    t0 = begin + (item - first) * CHUNK
+    t1 = tl.minimum(t0 + CHUNK, end)
+    slot = tl.where((end - begin > CHUNK) | ALWAYS, slot + item - first, -1)
+    return segment, t0, t1, slot
+
+
+@triton.jit
+def reduce_partials_kernel(
+    partial,  # float32 [slots, n_parts, width]
+    out,  # float32 [n_segments, width], rows out_stride apart
+    offsets,
+    n_segments,
+    width,
+    out_stride,
+    n_parts,
+    CHUNK: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    segment = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.zeros((), tl.int64)
+    for s0 in range(0, n_segments, SEGMENTS):
+        s = s0 + tl.arange(0, SEGMENTS)
+        valid = s < segment
+        begin = tl.load(offsets + s, mask=valid, other=0)
+        n = (tl.load(offsets + s + 1, mask=valid, other=0) - begin + CHUNK - 1) // CHUNK
+        slot += tl.sum(tl.where((n > 1) | ALWAYS, n, 0), 0)
+    chunks = (tl.load(offsets + segment + 1) - tl.load(offsets + segment) + CHUNK - 1) // CHUNK
+    if (chunks > 1) | (ALWAYS & (chunks > 0)):
+        inside = column < width
+        total = tl.zeros((BLOCK,), tl.float32)
+        source = partial + slot * n_parts * width + column
+        for i in range(0, (chunks * n_parts).to(tl.int32)):
+            total += tl.load(source + i.to(tl.int64) * width, mask=inside, other=0.0)
+        target = out + segment * out_stride + column
+        tl.store(target, tl.load(target, mask=inside, other=0.0) + total, mask=inside)
+
+
+def n_items(n_tokens: int, n_segments: int, chunk: int) -> int:
+    """An upper bound of the number of chunks, from shapes alone."""
+    return n_tokens // chunk + n_segments
+
+
+def n_slots(n_tokens: int, n_segments: int, chunk: int, always: bool) -> int:
+    """An upper bound of the slots: a segment of more than one chunk has less than 2 chunks per CHUNK tokens."""
+    items = n_items(n_tokens, n_segments, chunk)
+    return items if always else min(items, 2 * n_tokens // chunk)
+
+
+def reduce_partials(
+    partial: torch.Tensor, out: torch.Tensor, offsets: torch.Tensor, chunk: int, n_parts: int, always: bool
+) -> None:
+    """``out[s] += `` the partial results of segment s, in order."""
+    n_segments, width = out.shape
+    if partial.numel() == 0 or n_segments == 0:
+        return
+    with _triton.on(out):
+        reduce_partials_kernel[(n_segments, triton.cdiv(width, REDUCE_BLOCK))](
+            partial, out, offsets, n_segments, width, out.stride(0), n_parts,
+            CHUNK=chunk, ALWAYS=always, SEGMENTS=SEGMENT_BLOCK, BLOCK=REDUCE_BLOCK, num_warps=4,
+        )  # fmt: skip
