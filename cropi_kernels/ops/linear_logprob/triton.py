@@ -1,0 +1,169 @@
+"""The row work in Triton, on logits that a matrix product has just written: the twin of csrc/cpu/logprob_rows.cpp.
+
+Forward: one program per row, one pass with a running maximum. The target's own term is left out of the sum and added
+at the end, so that 1 - p of a confident target is a sum of small positive numbers and never a cancellation. Backward:
+element by element from the forward's statistics, into the same buffer or into one of the head's dtype.
+
+A target below 0 does not count; one past the vocabulary gives NaN, because a device cannot raise without a wait.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import _triton
+from .rows import RowMath, Stats
+
+FORWARD_BLOCK, BACKWARD_BLOCK = 4096, 2048
+
+
+@triton.jit
+def _expm1(x):
+    """``exp(x) - 1`` for x <= 0: a series where the subtraction would cancel."""
+    series = 1.0 + x / 7.0 * (1.0 + x / 8.0)
+    series = 1.0 + x / 5.0 * (1.0 + x / 6.0 * series)
+    series = x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * series)))
+    return tl.where(x > -0.4, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p(x):
+    """``log(1 + x)`` for x >= 0, by ``2 atanh(x / (2 + x))`` where x is small."""
+    w = x / (2.0 + x)
+    q = w * w
+    series = 2.0 * w * (1.0 + q * (1.0 / 3.0 + q * (1.0 / 5.0 + q * (1.0 / 7.0 + q / 9.0))))
+    return tl.where(x < 0.4, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def _cap(z, softcap):
+    """(softcap * tanh(z / softcap), its derivative 1 - tanh^2), both without a cancellation."""
+    u = z / softcap
+    e = _expm1(-2.0 * tl.abs(u))  # in (-1, 0]
+    t = -e / (2.0 + e)
+    slope = 4.0 * (1.0 + e) / ((2.0 + e) * (2.0 + e))
+    return tl.where(u < 0, -t, t) * softcap, slope
+
+
+@triton.jit
+def forward_kernel(
+    z,  # [rows, vocabulary], rows stride apart
+    target,  # int64 [rows]
+    logp,  # float32 [rows], as are top, log_sum and entropy
+    top,
+    log_sum,
+    entropy,
+    vocabulary,
+    stride,
+    scale,  # 1 / temperature
+    softcap,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(target + row)
+    line = z + row * stride
+    best = tl.full((), float("-inf"), tl.float32)
+    rest = tl.zeros((), tl.float32)  # sum of exp((z - best) * scale) without the target
+    weighted = tl.zeros((), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        inside = v < vocabulary
+        value = tl.load(line + v, mask=inside, other=float("-inf")).to(tl.float32)
+        if CAPPED:
+            value = tl.where(inside, _cap(value, softcap)[0], float("-inf"))
+        higher = tl.maximum(best, tl.max(value, 0))
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp((best - anchor) * scale)
+        x = (value - anchor) * scale
+        e = tl.where(inside & (v != y), tl.exp(x), 0.0)
+        if ENTROPY:  # every x moves by (best - anchor) * scale as the anchor moves
+            moved = tl.where(rest > 0, (best - anchor) * scale, 0.0)
+            weighted = (weighted + rest * moved) * shrink + tl.sum(e * tl.maximum(x, -1000.0), 0)
+        rest = rest * shrink + tl.sum(e, 0)
+        best = higher
+    counts = y >= 0
+    exists = counts & (y < vocabulary)
+    own_z = tl.load(line + y, mask=exists, other=float("-inf")).to(tl.float32)
+    if CAPPED:
+        own_z = tl.where(exists, _cap(own_z, softcap)[0], float("-inf"))
+    own_x = (own_z - best) * scale
+    own = tl.where(exists, tl.exp(own_x), 0.0)
+    total = own + rest
+    lse = tl.where(own == 1.0, _log1p(rest), tl.log(total))
+    lse = tl.where(exists | (y < 0), lse, float("nan"))
+    tl.store(top + row, best)
+    tl.store(log_sum + row, lse)
+    tl.store(logp + row, tl.where(exists, own_x - lse, tl.where(counts, float("nan"), 0.0)))
+    if ENTROPY:
+        own_term = tl.where(own > 0, own * own_x, own)
+        tl.store(entropy + row, lse - (weighted + own_term) / total)
+
+
+@triton.jit
+def backward_kernel(
+    z,  # [rows, vocabulary], rows stride_z apart
+    dz,  # the same shape, rows stride_dz apart; may be z
+    target,
+    grad,  # float32 [rows]
+    logp,
+    top,
+    log_sum,
+    vocabulary,
+    stride_z,
+    stride_dz,
+    scale,
+    softcap,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = v < vocabulary
+    g = tl.load(grad + row)
+    y = tl.load(target + row)
+    counts = (g != 0) & (y >= 0)  # a row that does not count is 0, also where its logits are NaN
+    value = tl.load(z + row * stride_z + v, mask=inside, other=0.0).to(tl.float32)
+    slope = 1.0
+    if CAPPED:
+        value, slope = _cap(value, softcap)
+    x = (value - tl.load(top + row)) * scale - tl.load(log_sum + row)
+    one_minus_p = -_expm1(tl.load(logp + row))
+    d = g * scale * tl.where(v == y, one_minus_p, -tl.exp(x)) * slope
+    d = tl.where(counts, d, 0.0)
+    tl.store(dz + row * stride_dz + v, d.to(dz.dtype.element_ty), mask=inside)
+
+
+def forward(z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) -> None:
+    """Fills ``stats`` (contiguous float32) from logits ``z`` [rows, V] with contiguous columns."""
+    if z.shape[0] == 0:
+        return
+    entropy = stats.logp if stats.entropy is None else stats.entropy  # not written where it is not wanted
+    with _triton.on(z):
+        forward_kernel[(z.shape[0],)](
+            z, target, stats.logp, stats.top, stats.log_sum, entropy, z.shape[1], z.stride(0),
+            1.0 / math.temperature, math.softcap, CAPPED=math.softcap != 0, ENTROPY=stats.entropy is not None,
+            BLOCK=min(FORWARD_BLOCK, max(16, _triton.next_power_of_two(z.shape[1]))), num_warps=8,
+        )  # fmt: skip
+
+
+def backward(z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats) -> None:
+    """Overwrites logits ``z`` with the gradient of ``sum_n grad_n logp_n``; rows that do not count become zero."""
+    gradient(z, z, target, grad, math, stats)
+
+
+def gradient(
+    z: torch.Tensor, dz: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats
+) -> None:
+    """As `backward`, into ``dz``, which may have another dtype than ``z``."""
+    if z.shape[0] == 0:
+        return
+    block = min(BACKWARD_BLOCK, max(16, _triton.next_power_of_two(z.shape[1])))
+    with _triton.on(z):
+        backward_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
+            z, dz, target, grad, stats.logp, stats.top, stats.log_sum, z.shape[1], z.stride(0), dz.stride(0),
+            1.0 / math.temperature, math.softcap, CAPPED=math.softcap != 0, BLOCK=block, num_warps=4,
+        )  # fmt: skip
