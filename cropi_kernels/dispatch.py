@@ -1,24 +1,44 @@
 """Which backend serves a call, and why not the others.
 
-Order: ``cpu`` (compiled C++), then ``reference`` (plain torch, any device and dtype). A backend named by the caller, or
-by the environment variable ``CROPI_KERNELS_BACKEND``, either serves the call or raises with its reason. An automatic
-choice of the reference on a machine that could do better says so once.
+Order: ``cuda`` (compiled CUDA C++, where an op has such a kernel and it was built), ``triton`` (NVIDIA GPUs from compute
+capability 8.0 on), ``cpu`` (compiled C++), then ``reference`` (plain torch, any device and dtype). A backend named by
+the caller, or by the environment variable ``CROPI_KERNELS_BACKEND``, either serves the call or raises with its reason.
+An automatic choice of the reference on a machine that could do better says so once.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 
 import torch
 
-from . import _native
+from . import _native, _triton
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
 _said: set[str] = set()
 
 
-def choose(op: str, *tensors: torch.Tensor, backend: str | None = None) -> str:
+def reasons_against(
+    *tensors: torch.Tensor, without: Mapping[str, str | None] | None = None
+) -> dict[str, str | None]:
+    """Why each backend cannot serve these tensors, None where it can; ``without`` adds an op's own reasons."""
+    own = without or {}
+    return {
+        "cuda": own.get("cuda") or "no CUDA C++ kernel of this op is built",
+        "triton": own.get("triton") or _triton.unsupported(*tensors),
+        "cpu": own.get("cpu") or _native.unsupported(*tensors),
+        "reference": None,
+    }
+
+
+def choose(
+    op: str,
+    *tensors: torch.Tensor,
+    backend: str | None = None,
+    without: Mapping[str, str | None] | None = None,
+) -> str:
     """The backend for ``op`` on these tensors.
 
     Raises:
@@ -30,13 +50,19 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None) -> str:
         raise ValueError(f"backend={named!r}: choose one of {', '.join(BACKENDS)}, or None for the best")
     if named == "reference":
         return named
-    reason = _native.unsupported(*tensors)
-    if reason is None:
-        return "cpu"
+    against = reasons_against(*tensors, without=without)
     if named is not None:
-        raise RuntimeError(f"backend={named!r} cannot run {op}: {reason}")
+        if against[named] is not None:
+            raise RuntimeError(f"backend={named!r} cannot run {op}: {against[named]}")
+        return named
+    on_host = not tensors or tensors[0].device.type == "cpu"
+    order = ("cpu",) if on_host else ("cuda", "triton")  # the interpreter serves tests, and only by name
+    for name in order:
+        if against[name] is None:
+            return name
+    reason = against[order[-1]]
     if all(t.dtype != torch.float64 for t in tensors) and reason not in _said:
-        _said.add(reason)
+        _said.add(str(reason))
         warnings.warn(
             f"{op} runs on the plain torch reference, which forms whole gradients: {reason}", stacklevel=3
         )
@@ -45,8 +71,18 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None) -> str:
 
 def explain(*tensors: torch.Tensor) -> str:
     """A line per backend: whether it would serve these tensors, or why not."""
-    level = {1: "baseline", 3: "AVX2", 4: "AVX-512"}
-    reason = _native.unsupported(*tensors)
-    cpu = reason or f"serves the call ({level[_native.native().current_level()]} kernels)"
-    note = "serves the call" if reason else "not chosen: slower, and it forms whole gradients"
-    return f"cpu        {cpu}\nreference  {note}"
+    against = reasons_against(*tensors)
+    if against["cpu"] is None:
+        level = {1: "baseline", 3: "AVX2", 4: "AVX-512"}
+        serves = f"serves the call ({level[_native.native().current_level()]} kernels)"
+    else:
+        serves = against["cpu"]
+    better = any(against[name] is None for name in ("cuda", "triton", "cpu"))
+    note = "not chosen: slower, and it forms whole gradients" if better else "serves the call"
+    lines = {
+        "cuda": against["cuda"] or "serves the call",
+        "triton": against["triton"] or "serves the call",
+        "cpu": serves,
+        "reference": note,
+    }
+    return "\n".join(f"{name:<10} {line}" for name, line in lines.items())

@@ -21,7 +21,13 @@ REDUCE_BLOCK = 1024
 
 
 @triton.jit
-def locate(offsets, n_segments, item, CHUNK: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr):
+def _offset(offsets, s, valid, n_tokens):
+    """Offsets on a device are not checked: what they say may be wrong, but no access leaves the tokens."""
+    return tl.minimum(tl.maximum(tl.load(offsets + s, mask=valid, other=0), 0), n_tokens)
+
+
+@triton.jit
+def locate(offsets, n_segments, n_tokens, item, CHUNK: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr):
     """(segment, first token, end token, slot or -1) of chunk ``item``; segment == n_segments past the last chunk.
 
     ALWAYS: segments of one chunk have a slot too.
@@ -33,16 +39,16 @@ def locate(offsets, n_segments, item, CHUNK: tl.constexpr, ALWAYS: tl.constexpr,
     for s0 in range(0, n_segments, BLOCK):
         s = s0 + tl.arange(0, BLOCK)
         valid = s < n_segments
-        begin = tl.load(offsets + s, mask=valid, other=0)
-        end = tl.load(offsets + s + 1, mask=valid, other=0)
-        n = (end - begin + CHUNK - 1) // CHUNK
+        begin = _offset(offsets, s, valid, n_tokens)
+        n = (tl.maximum(_offset(offsets, s + 1, valid, n_tokens) - begin, 0) + CHUNK - 1) // CHUNK
         before = (total + tl.cumsum(n, 0) <= item) & valid
         segment += tl.sum(before.to(tl.int64), 0)
         first += tl.sum(tl.where(before, n, 0), 0)
         slot += tl.sum(tl.where(before & ((n > 1) | ALWAYS), n, 0), 0)
         total += tl.sum(n, 0)
-    begin = tl.load(offsets + segment)  # offsets[n_segments] exists
-    end = tl.load(offsets + tl.minimum(segment + 1, n_segments.to(tl.int64)))
+    found = segment < n_segments
+    begin = _offset(offsets, segment, found, n_tokens)
+    end = _offset(offsets, segment + 1, found, n_tokens)
     t0 = begin + (item - first) * CHUNK
     t1 = tl.minimum(t0 + CHUNK, end)
     slot = tl.where((end - begin > CHUNK) | ALWAYS, slot + item - first, -1)
@@ -55,6 +61,7 @@ def reduce_partials_kernel(
     out,  # float32 [n_segments, width], rows out_stride apart
     offsets,
     n_segments,
+    n_tokens,
     width,
     out_stride,
     n_parts,
@@ -69,16 +76,18 @@ def reduce_partials_kernel(
     for s0 in range(0, n_segments, SEGMENTS):
         s = s0 + tl.arange(0, SEGMENTS)
         valid = s < segment
-        begin = tl.load(offsets + s, mask=valid, other=0)
-        n = (tl.load(offsets + s + 1, mask=valid, other=0) - begin + CHUNK - 1) // CHUNK
+        begin = _offset(offsets, s, valid, n_tokens)
+        n = (tl.maximum(_offset(offsets, s + 1, valid, n_tokens) - begin, 0) + CHUNK - 1) // CHUNK
         slot += tl.sum(tl.where((n > 1) | ALWAYS, n, 0), 0)
-    chunks = (tl.load(offsets + segment + 1) - tl.load(offsets + segment) + CHUNK - 1) // CHUNK
+    begin = _offset(offsets, segment, True, n_tokens)
+    chunks = (tl.maximum(_offset(offsets, segment + 1, True, n_tokens) - begin, 0) + CHUNK - 1) // CHUNK
     if (chunks > 1) | (ALWAYS & (chunks > 0)):
         inside = column < width
         total = tl.zeros((BLOCK,), tl.float32)
         source = partial + slot * n_parts * width + column
-        for i in range(0, (chunks * n_parts).to(tl.int32)):
-            total += tl.load(source + i.to(tl.int64) * width, mask=inside, other=0.0)
+        for _ in range(0, (chunks * n_parts).to(tl.int32)):
+            total += tl.load(source, mask=inside, other=0.0)
+            source += width
         target = out + segment * out_stride + column
         tl.store(target, tl.load(target, mask=inside, other=0.0) + total, mask=inside)
 
@@ -95,7 +104,13 @@ def n_slots(n_tokens: int, n_segments: int, chunk: int, always: bool) -> int:
 
 
 def reduce_partials(
-    partial: torch.Tensor, out: torch.Tensor, offsets: torch.Tensor, chunk: int, n_parts: int, always: bool
+    partial: torch.Tensor,
+    out: torch.Tensor,
+    offsets: torch.Tensor,
+    n_tokens: int,
+    chunk: int,
+    n_parts: int,
+    always: bool,
 ) -> None:
     """``out[s] += `` the partial results of segment s, in order."""
     n_segments, width = out.shape
@@ -103,6 +118,6 @@ def reduce_partials(
         return
     with _triton.on(out):
         reduce_partials_kernel[(n_segments, triton.cdiv(width, REDUCE_BLOCK))](
-            partial, out, offsets, n_segments, width, out.stride(0), n_parts,
+            partial, out, offsets, n_segments, n_tokens, width, out.stride(0), n_parts,
             CHUNK=chunk, ALWAYS=always, SEGMENTS=SEGMENT_BLOCK, BLOCK=REDUCE_BLOCK, num_warps=4,
         )  # fmt: skip

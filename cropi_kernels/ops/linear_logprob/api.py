@@ -39,10 +39,13 @@ def linear_logprob(
         bias: [V] or None, no gradient either.
         temperature: > 0; divides the logits after the soft-cap, as samplers do.
         softcap: > 0 (Gemma-2: 30) or None: logits become ``softcap * tanh(logits / softcap)``.
-        ignore_index: target of tokens that do not count: log-prob 0, no gradient, no cost.
+        ignore_index: target of tokens that do not count: log-prob 0, no gradient; no cost on a CPU (a GPU
+            computes them: it could not leave them out without the host waiting for it).
         return_entropy: also return the entropy of each distribution, without a gradient.
-        chunk_size: tokens whose logits exist at one time; default: about 24 MiB of logits, 96 tokens at least.
-        backend: "cpu" (C++), "reference" (plain torch, same memory promise), or None for the best that serves.
+        chunk_size: tokens whose logits exist at one time; default: about 24 MiB of logits, 96 tokens at least (on a
+            GPU: 1 GiB).
+        backend: "triton" (GPU, around the vendor's GEMM), "cpu" (C++), "reference" (plain torch, same memory promise),
+            or None for the best that serves.
 
     Returns:
         log-probs [N], or (log-probs, entropies): float32 always, float64 for float64 input. Products are summed in
@@ -90,7 +93,7 @@ def logprob_and_grad(
         weigh: ``weigh(logp, start, stop)`` gives the weights of tokens start..stop as a tensor of stop - start numbers.
             Tokens with ``ignore_index`` are passed with log-prob 0 and have no gradient whatever their weight.
         on_dlogits: ``on_dlogits(start, stop, dz)`` may read ``dz`` [stop - start, V], the gradient of the logits before
-            the soft-cap: float32, contiguous columns, strided rows, valid during the call only.
+            the soft-cap: float32 (on a GPU: the head's dtype), contiguous columns, strided rows, valid during the call only.
 
     Returns:
         log-probs float32 [N]; gradient to ``hidden`` [N, D] in its dtype; weights float32 [N]. For float64 input all

@@ -13,6 +13,7 @@ from .contract import Kernels, RowMath, Stats
 # push the logits out of the cache. Full speed is reached at 96 to 128 tokens.
 LOGITS_BYTES = 24 << 20
 MIN_TOKENS = 96
+DEVICE_LOGITS_BYTES = 1 << 30  # on a GPU a product wants thousands of rows
 _TILE = 32  # tokens
 
 
@@ -48,10 +49,10 @@ class Logits:
         return z
 
 
-def default_chunk(n_tokens: int, vocab: int, itemsize: int = 4) -> int:
-    """Tokens per chunk: near `LOGITS_BYTES` of logits, at least `MIN_TOKENS`, all chunks about equal."""
-    budget = max(MIN_TOKENS, LOGITS_BYTES // (max(1, vocab) * itemsize))
-    n_chunks = max(1, round(n_tokens / budget))
+def default_chunk(n_tokens: int, vocab: int, itemsize: int = 4, on_device: bool = False) -> int:
+    """Tokens per chunk: near `LOGITS_BYTES` of logits (on a GPU below its own), at least `MIN_TOKENS`, all about equal."""
+    budget = max(MIN_TOKENS, (DEVICE_LOGITS_BYTES if on_device else LOGITS_BYTES) // (max(1, vocab) * itemsize))
+    n_chunks = max(1, -(-n_tokens // budget) if on_device else round(n_tokens / budget))
     return max(1, -(-n_tokens // n_chunks // _TILE) * _TILE)
 
 
@@ -77,9 +78,9 @@ def backward(grad: torch.Tensor, hidden: torch.Tensor, call: Call, stats: Stats)
     logits = Logits(call, size)
     for part in parts:
         z = logits.of(hidden[part])
-        call.kernels.backward(z, call.target[part], grad[part], call.math, stats.rows(part))
+        dz = call.kernels.backward(z, call.target[part], grad[part], call.math, stats.rows(part))
         piece = out[part]
-        call.kernels.times_head(z, call.head, piece)
+        call.kernels.times_head(dz, call.head, piece)
         if not isinstance(part, slice):
             out[part] = piece
     return out
@@ -102,16 +103,18 @@ def one_pass(
         z, piece = logits.of(hidden[part]), stats.rows(part)
         call.kernels.forward(z, call.target[part], call.math, piece)
         weights[part] = weigh(piece.logp, start, stop)
-        call.kernels.backward(z, call.target[part], weights[part], call.math, piece)
+        dz = call.kernels.backward(z, call.target[part], weights[part], call.math, piece)
         if on_dlogits is not None:
-            on_dlogits(start, stop, z)
-        call.kernels.times_head(z, call.head, out[part])
+            on_dlogits(start, stop, dz)
+        call.kernels.times_head(dz, call.head, out[part])
     return stats.logp, out, weights
 
 
 def _parts(wanted: torch.Tensor, chunk: int) -> tuple[list[slice] | list[torch.Tensor], int]:
     """The wanted tokens in runs of ``chunk``, and the length of the longest: slices where nothing is left out."""
     n = wanted.shape[0]
+    if wanted.is_cuda:  # to count them the host would have to wait for the device; ignored tokens are computed there
+        return [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)], min(chunk, n)
     index = wanted.nonzero()[:, 0]
     size = min(chunk, index.shape[0])
     if index.shape[0] == n:

@@ -31,7 +31,7 @@ class Kernels(Protocol):
     """A backend: two products with the head, and the row work on logits ``z`` [rows, V] with contiguous columns.
 
     ``z``, ``bias`` and all statistics have the compute dtype (float32, or float64 for float64 input), whatever the
-    dtype of ``hidden`` and ``head``. ``target`` is negative for a row that has none.
+    dtype of ``hidden`` and ``head``; ``dz`` as `backward` returned it. ``target`` is negative for a row that has none.
     """
 
     def logits(
@@ -44,8 +44,12 @@ class Kernels(Protocol):
 
     def backward(
         self, z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats
-    ) -> None:
-        """Overwrites ``z`` with the gradient of ``sum_n grad_n logp_n``: zero where grad is 0 or there is no target."""
+    ) -> torch.Tensor:
+        """The gradient of ``sum_n grad_n logp_n`` in the memory of ``z``: zero where grad is 0 or there is no target.
+
+        Returns it as [rows, V] with contiguous columns: ``z`` itself, or a view of its memory in the dtype that
+        `times_head` multiplies (a GPU's tensor cores want the head's).
+        """
 
     def times_head(self, dz: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
         """``out = dz head``, summed in the compute dtype; ``dz`` may be rounded to the head's dtype first."""

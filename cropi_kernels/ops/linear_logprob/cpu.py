@@ -30,7 +30,9 @@ def forward(z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) 
     )
 
 
-def backward(z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats) -> None:
+def backward(
+    z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats
+) -> torch.Tensor:
     _native.native().logprob_rows_backward(
         _native.matrix(z),
         target.data_ptr(),
@@ -42,6 +44,7 @@ def backward(z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: Ro
         math.softcap,
         _native.threads(),
     )
+    return z
 
 
 def times_head(dz: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:

@@ -41,20 +41,50 @@ def prepare(
     vocab = head.shape[0]
     counted = targets != ignore_index
     bad = counted & ((targets < 0) | (targets >= vocab))
-    if bool(bad.any()):
+    name = dispatch.choose(
+        "linear_logprob", hidden, head, backend=backend or None, without={"triton": _no_wide_products(hidden)}
+    )
+    # The host does not wait for a device to look: there a bad target gives NaN.
+    poisoned = name == "triton" and targets.is_cuda
+    if not poisoned and bool(bad.any()):
         index = int(bad.nonzero()[0, 0])
         raise ValueError(
             f"targets[{index}]={int(targets[index])}: the head has {vocab} words, so a target is in [0, {vocab}) or "
             f"ignore_index={ignore_index}; is this the tokenizer of another model?"
         )
-    name = dispatch.choose("linear_logprob", hidden, head, backend=backend or None)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     bias = None if bias is None else bias.detach().to(dtype).contiguous()
-    chunk = chunk_size or chunks.default_chunk(hidden.shape[0], vocab, dtype.itemsize)
-    target = targets.where(counted, -1).contiguous()
-    return chunks.Call(
-        head.detach(), bias, target, RowMath(temperature, softcap), _KERNELS[name], chunk, dtype
+    chunk = chunk_size or chunks.default_chunk(
+        hidden.shape[0], vocab, dtype.itemsize, on_device=hidden.is_cuda
     )
+    target = targets.where(counted, -1)
+    if poisoned:
+        target = target.where(~bad, vocab)
+    return chunks.Call(
+        head.detach(),
+        bias,
+        target.contiguous(),
+        RowMath(temperature, softcap),
+        _kernels(name, head.dtype),
+        chunk,
+        dtype,
+    )
+
+
+def _kernels(name: str, dtype: torch.dtype) -> Kernels:
+    if name == "triton":
+        from . import triton
+
+        return triton.DeviceKernels(dtype)
+    return _KERNELS[name]
+
+
+def _no_wide_products(hidden: torch.Tensor) -> str | None:
+    """Why the GPU path cannot have float32 logits from a product of half-width operands, or None."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
+    if hidden.dtype == torch.float32 or version >= (2, 8):
+        return None
+    return f"torch {torch.__version__} has no product of {hidden.dtype} with a float32 result: install torch >= 2.8"
 
 
 def no_autocast(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -46,7 +46,9 @@ def forward(z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) 
         stats.entropy.copy_(log_sum - weighted / e.sum(dim=-1))
 
 
-def backward(z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats) -> None:
+def backward(
+    z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats
+) -> torch.Tensor:
     if math.softcap == 0:
         capped, slope = z, None
     else:
@@ -56,4 +58,4 @@ def backward(z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: Ro
     d.scatter_(1, target.clamp(min=0)[:, None], g * -torch.expm1(stats.logp[:, None]))
     if slope is not None:
         d *= slope
-    z.copy_(d.where(((grad != 0) & (target >= 0))[:, None], 0.0))
+    return z.copy_(d.where(((grad != 0) & (target >= 0))[:, None], 0.0))

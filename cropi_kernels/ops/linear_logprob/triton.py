@@ -1,22 +1,25 @@
-"""The row work in Triton, on logits that a matrix product has just written: the twin of csrc/cpu/logprob_rows.cpp.
+"""The row work in Triton, around the vendor's matrix products: the twin of csrc/cpu/logprob_rows.cpp.
 
 Forward: one program per row, one pass with a running maximum. The target's own term is left out of the sum and added
 at the end, so that 1 - p of a confident target is a sum of small positive numbers and never a cancellation. Backward:
-element by element from the forward's statistics, into the same buffer or into one of the head's dtype.
+element by element from the forward's statistics, in the logits' own memory but in the head's dtype, which is what the
+tensor cores multiply next.
 
 A target below 0 does not count; one past the vocabulary gives NaN, because a device cannot raise without a wait.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
 from ... import _triton
-from .rows import RowMath, Stats
+from .contract import RowMath, Stats
 
-FORWARD_BLOCK, BACKWARD_BLOCK = 4096, 2048
+FORWARD_BLOCK, BACKWARD_BLOCK = 4096, 4096
 
 
 @triton.jit
@@ -105,8 +108,8 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    z,  # [rows, vocabulary], rows stride_z apart
-    dz,  # the same shape, rows stride_dz apart; may be z
+    z,  # float32 [rows, vocabulary], rows stride_z apart
+    dz,  # [rows, vocabulary], rows stride_dz apart: z itself, or narrower elements from the start of each of z's rows
     target,
     grad,  # float32 [rows]
     logp,
@@ -121,49 +124,74 @@ def backward_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    v = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = v < vocabulary
     g = tl.load(grad + row)
     y = tl.load(target + row)
     counts = (g != 0) & (y >= 0)  # a row that does not count is 0, also where its logits are NaN
-    value = tl.load(z + row * stride_z + v, mask=inside, other=0.0).to(tl.float32)
-    slope = 1.0
-    if CAPPED:
-        value, slope = _cap(value, softcap)
-    x = (value - tl.load(top + row)) * scale - tl.load(log_sum + row)
+    highest = tl.load(top + row)
+    log_total = tl.load(log_sum + row)
     one_minus_p = -_expm1(tl.load(logp + row))
-    d = g * scale * tl.where(v == y, one_minus_p, -tl.exp(x)) * slope
-    d = tl.where(counts, d, 0.0)
-    tl.store(dz + row * stride_dz + v, d.to(dz.dtype.element_ty), mask=inside)
+    for start in range(0, vocabulary, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        inside = v < vocabulary
+        value = tl.load(z + row * stride_z + v, mask=inside, other=0.0).to(tl.float32)
+        slope = 1.0
+        if CAPPED:
+            value, slope = _cap(value, softcap)
+        x = (value - highest) * scale - log_total
+        d = g * scale * tl.where(v == y, one_minus_p, -tl.exp(x)) * slope
+        d = tl.where(counts, d, 0.0)
+        # Element v lands at or before the place that held logit v: all of this block's logits, and every earlier
+        # one, have been read by the time any of them is overwritten.
+        tl.debug_barrier()
+        tl.store(dz + row * stride_dz + v, d.to(dz.dtype.element_ty), mask=inside)
 
 
-def forward(z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) -> None:
-    """Fills ``stats`` (contiguous float32) from logits ``z`` [rows, V] with contiguous columns."""
-    if z.shape[0] == 0:
-        return
-    entropy = stats.logp if stats.entropy is None else stats.entropy  # not written where it is not wanted
-    with _triton.on(z):
-        forward_kernel[(z.shape[0],)](
-            z, target, stats.logp, stats.top, stats.log_sum, entropy, z.shape[1], z.stride(0),
-            1.0 / math.temperature, math.softcap, CAPPED=math.softcap != 0, ENTROPY=stats.entropy is not None,
-            BLOCK=min(FORWARD_BLOCK, max(16, _triton.next_power_of_two(z.shape[1]))), num_warps=8,
-        )  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class DeviceKernels:
+    """The products go to the vendor's GEMM, with operands in the head's ``dtype`` and sums in float32."""
 
+    dtype: torch.dtype
 
-def backward(z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats) -> None:
-    """Overwrites logits ``z`` with the gradient of ``sum_n grad_n logp_n``; rows that do not count become zero."""
-    gradient(z, z, target, grad, math, stats)
+    def logits(
+        self, hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, z: torch.Tensor
+    ) -> None:
+        if hidden.dtype == z.dtype:
+            torch.mm(hidden, head.t(), out=z)
+        elif z.is_cuda:
+            torch.mm(hidden, head.t(), out_dtype=z.dtype, out=z)
+        else:  # the interpreter's host has no such product
+            torch.mm(hidden.to(z.dtype), head.to(z.dtype).t(), out=z)
+        if bias is not None:
+            z += bias
 
+    def forward(self, z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) -> None:
+        if z.shape[0] == 0:
+            return
+        entropy = stats.logp if stats.entropy is None else stats.entropy  # not written where it is not wanted
+        block = min(FORWARD_BLOCK, max(16, _triton.next_power_of_two(z.shape[1])))
+        with _triton.on(z):
+            forward_kernel[(z.shape[0],)](
+                z, target, stats.logp, stats.top, stats.log_sum, entropy, z.shape[1], z.stride(0),
+                1.0 / math.temperature, math.softcap, CAPPED=math.softcap != 0, ENTROPY=stats.entropy is not None,
+                BLOCK=block, num_warps=8,
+            )  # fmt: skip
 
-def gradient(
-    z: torch.Tensor, dz: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats
-) -> None:
-    """As `backward`, into ``dz``, which may have another dtype than ``z``."""
-    if z.shape[0] == 0:
-        return
-    block = min(BACKWARD_BLOCK, max(16, _triton.next_power_of_two(z.shape[1])))
-    with _triton.on(z):
-        backward_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
-            z, dz, target, grad, stats.logp, stats.top, stats.log_sum, z.shape[1], z.stride(0), dz.stride(0),
-            1.0 / math.temperature, math.softcap, CAPPED=math.softcap != 0, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+    def backward(
+        self, z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats
+    ) -> torch.Tensor:
+        dz = z if self.dtype == z.dtype else z.view(self.dtype)[:, : z.shape[1]]
+        if z.shape[0] == 0:
+            return dz
+        block = min(BACKWARD_BLOCK, max(16, _triton.next_power_of_two(z.shape[1])))
+        with _triton.on(z):
+            backward_kernel[(z.shape[0],)](
+                z, dz, target, grad, stats.logp, stats.top, stats.log_sum, z.shape[1], z.stride(0), dz.stride(0),
+                1.0 / math.temperature, math.softcap, CAPPED=math.softcap != 0, BLOCK=block, num_warps=8,
+            )  # fmt: skip
+        return dz
+
+    def times_head(self, dz: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+        if dz.is_cuda or dz.dtype == torch.float32:
+            torch.mm(dz, head, out=out)
+        else:
+            out.copy_(torch.mm(dz.float(), head.float()))

@@ -9,7 +9,6 @@ import triton.language as tl
 from ... import _native, _triton
 from .._triton_segments import SEGMENT_BLOCK, locate, n_items, n_slots, reduce_partials
 
-MAX_FEATURES = 32768  # a row has to fit into the registers of one program
 BIAS_FEATURES = 256
 CHUNK_TOKENS = 128
 
@@ -24,6 +23,7 @@ def norm_kernel(
     bias_partial,
     offsets,
     n_segments,
+    n_tokens,
     n,
     stride_x,
     stride_dy,
@@ -37,7 +37,7 @@ def norm_kernel(
     BN: tl.constexpr,
 ):
     """Statistics in float32, of the centred values: two passes over registers, no cancellation."""
-    segment, t0, t1, slot = locate(offsets, n_segments, tl.program_id(0).to(tl.int64), CHUNK, False, SEGMENTS)
+    segment, t0, t1, slot = locate(offsets, n_segments, n_tokens, tl.program_id(0).to(tl.int64), CHUNK, False, SEGMENTS)
     if segment < n_segments:
         i = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
         inside = i < n
@@ -95,10 +95,10 @@ def norm_grad(
         tokens, features, warps = tile(n, with_weight)
         with _triton.on(dy):
             norm_kernel[(n_items(n_tokens, n_segments, CHUNK_TOKENS), triton.cdiv(n, features))](
-                x, dy, weight, bias, weight_partial, bias_partial, offsets, n_segments, n, x.stride(0), dy.stride(0),
+                x, dy, weight, bias, weight_partial, bias_partial, offsets, n_segments, n_tokens, n, x.stride(0), dy.stride(0),
                 eps, CENTERED=centered, WITH_WEIGHT=with_weight, WITH_BIAS=with_bias, CHUNK=CHUNK_TOKENS,
                 SEGMENTS=SEGMENT_BLOCK, BT=tokens, BN=features, num_warps=warps,
             )  # fmt: skip
         for part, total in ((weight_partial, weight), (bias_partial, bias)):
-            reduce_partials(part, total, offsets, CHUNK_TOKENS, 1, always=False)
+            reduce_partials(part, total, offsets, n_tokens, CHUNK_TOKENS, 1, always=False)
     return weight if with_weight else None, bias if with_bias else None

@@ -22,7 +22,12 @@ def fold_inputs(a: torch.Tensor, plan: MatrixPlan, *, backend: str | None = None
     check_matrix("a", a, plan.cols, f"inputs of {plan.name}")
     if plan.col_fold is None:
         return a
-    return _fold(a, plan.col_sign, plan.col_fold, plan.folded_cols, backend)
+    chosen = dispatch.choose("fold_columns", a, backend=backend)
+    if chosen == "triton":
+        from . import triton
+
+        return triton.fold_inputs(a, plan)
+    return _fold(a, plan.col_sign, plan.col_fold, plan.folded_cols, chosen)
 
 
 def fold_outputs(d: torch.Tensor, plan: MatrixPlan, *, backend: str | None = None) -> torch.Tensor:
@@ -30,7 +35,12 @@ def fold_outputs(d: torch.Tensor, plan: MatrixPlan, *, backend: str | None = Non
     check_matrix("d", d, plan.rows, f"output gradients of {plan.name}")
     if plan.row_fold is None:
         return d
-    return _fold(d, plan.row_sign, plan.row_fold, plan.folded_rows, backend)
+    chosen = dispatch.choose("fold_columns", d, backend=backend)
+    if chosen == "triton":
+        from . import triton
+
+        return triton.fold_outputs(d, plan)
+    return _fold(d, plan.row_sign, plan.row_fold, plan.folded_rows, chosen)
 
 
 def sketch_linear(
@@ -47,13 +57,15 @@ def sketch_linear(
     Args:
         d: output gradients [tokens, rows], or already folded by `fold_outputs` [tokens, plan.folded_rows].
         a: inputs [tokens, cols], or already folded by `fold_inputs` [tokens, plan.folded_cols].
-        offsets: int64 [segments + 1]; segment s is tokens ``offsets[s] .. offsets[s + 1]``.
+        offsets: int64 [segments + 1] on the CPU, where they are checked, or on ``d``'s device, where they are not:
+            segment s is tokens ``offsets[s] .. offsets[s + 1]``.
         plan: `plan_matrix` of the parameter.
         out: float32 [segments, plan.n_slabs * 32768], added to in place. float64 only on the reference.
-        backend: ``"cpu"``, ``"reference"`` or None for the best.
+        backend: ``"triton"``, ``"cpu"``, ``"reference"`` or None for the best.
 
-    The sums are float32 over at most 256 tokens, then over blocks, in an order that depends on the segment alone: equal
-    bits for any thread count and for any neighbours in the batch.
+    The sums are float32 in an order that depends on the segment alone: equal bits for any thread count and for any
+    neighbours in the batch. On a CPU over at most 256 tokens, then over blocks; on a GPU over all block pairs and
+    tokens of a chunk (512 tokens, 24 pairs), then over the chunks.
     """
     if d.shape[-1] != plan.folded_rows:
         d = fold_outputs(d, plan, backend=backend)
@@ -67,16 +79,19 @@ def sketch_linear(
         )
     n_segments = check_offsets(offsets, d.shape[0])
     check_out(out, n_segments, plan.n_slabs * plan.slab_rows * plan.slab_cols)
-    if dispatch.choose("sketch_linear", d, a, out, backend=backend) == "cpu":
-        cpu.sketch_linear(d, a, offsets, plan, out)
+    chosen = dispatch.choose("sketch_linear", d, a, out, backend=backend)
+    if chosen == "triton":
+        from . import triton
+
+        triton.sketch_linear(d, a, offsets.to(d.device), plan, out)
+    elif chosen == "cpu":
+        cpu.sketch_linear(d, a, offsets.cpu(), plan, out)
     else:
         reference.sketch_linear(d, a, offsets, plan, out, folded=True)
     return out
 
 
-def _fold(
-    x: torch.Tensor, sign: np.ndarray, offset: np.ndarray, width: int, backend: str | None
-) -> torch.Tensor:
-    if dispatch.choose("fold_columns", x, backend=backend) == "cpu":
+def _fold(x: torch.Tensor, sign: np.ndarray, offset: np.ndarray, width: int, chosen: str) -> torch.Tensor:
+    if chosen == "cpu":
         return cpu.fold_columns(x, sign, offset, width)
     return reference.fold_columns(x, torch.from_numpy(sign), torch.from_numpy(offset.astype("int64")), width)

@@ -122,6 +122,7 @@ def slab_kernel(
     first,  # int32 [n_slabs + 1]
     row_sign,  # [2, padded_rows] in the dtype of d: the signs, and the signs times -1
     n_segments,
+    n_tokens,
     rows,
     cols,
     padded_rows,
@@ -147,7 +148,7 @@ def slab_kernel(
     part = (pid % PARTS).to(tl.int32)
     group = (pid // PARTS % groups).to(tl.int32)
     slab = pid // PARTS // groups % n_slabs
-    segment, t0, t1, slot = locate(offsets, n_segments, pid // PARTS // groups // n_slabs, CHUNK, ALWAYS, SEGMENTS)
+    segment, t0, t1, slot = locate(offsets, n_segments, n_tokens, pid // PARTS // groups // n_slabs, CHUNK, ALWAYS, SEGMENTS)
     if segment < n_segments:
         i = part // COL_PARTS * BM + tl.arange(0, BM)
         j = part % COL_PARTS * BN + tl.arange(0, BN)
@@ -158,17 +159,17 @@ def slab_kernel(
         begin = tl.load(first + slab) + group * group_pairs
         n_pairs = tl.maximum(tl.minimum(group_pairs, tl.load(first + slab + 1) - begin), 0)
         words = tl.load(pairs + begin + lane, mask=lane < n_pairs, other=0)
-        n_tokens = (t1 - t0).to(tl.int32)
+        length = (t1 - t0).to(tl.int32)
         acc = tl.zeros((BM, BN), tl.float32)
         t = tl.zeros((), tl.int32)
         p = tl.zeros((), tl.int32)
-        for _ in range(0, n_pairs * tl.cdiv(n_tokens, BK)):
+        for _ in range(0, n_pairs * tl.cdiv(length, BK)):
             word = _pick(words, lane, p)
             r = (word >> 48 & 0x7FFF).to(tl.int32) * SLAB_ROWS + (i ^ (word & 0xFFFF).to(tl.int32))
             c = (word >> 32 & 0xFFFF).to(tl.int32) * SLAB_COLS + (j ^ (word >> 16 & 0xFFFF).to(tl.int32))
             r = tl.max_contiguous(tl.multiple_of(r, 8), 8)
             c = tl.max_contiguous(tl.multiple_of(c, 8), 8)
-            live = token < n_tokens - t
+            live = token < length - t
             inside = c < cols
             if SLAB_COLS < BN:
                 inside = inside & (j < SLAB_COLS)
@@ -180,7 +181,7 @@ def slab_kernel(
             x = x * sign[:, None]
             acc = tl.dot(x, y, acc, input_precision="ieee")
             t += BK
-            done = t >= n_tokens
+            done = t >= length
             p += done.to(tl.int32)
             t = tl.where(done, 0, t)
         keep = (j < SLAB_COLS)[None, :] & (i >= 0)[:, None]
@@ -217,10 +218,10 @@ def sketch_linear(d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan:
     with _triton.on(d):
         slab_kernel[(n_items(n_tokens, n_segments, chunk) * plan.n_slabs * groups * parts,)](
             d, a, out, partial, offsets, tables.pairs, tables.first, row_sign,
-            n_segments, plan.folded_rows, plan.folded_cols, row_sign.shape[1], d.stride(0), a.stride(0), plan.n_slabs,
+            n_segments, n_tokens, plan.folded_rows, plan.folded_cols, row_sign.shape[1], d.stride(0), a.stride(0), plan.n_slabs,
             groups, triton.cdiv(tables.most_pairs, groups),
             SLAB_ROWS=plan.slab_rows, SLAB_COLS=plan.slab_cols, CHUNK=chunk,
             ALWAYS=always, SEGMENTS=SEGMENT_BLOCK,
             PAIRS=_triton.next_power_of_two(triton.cdiv(tables.most_pairs, groups)), **dataclasses.asdict(config),
         )  # fmt: skip
-    reduce_partials(partial, out, offsets, chunk, groups, always)
+    reduce_partials(partial, out, offsets, n_tokens, chunk, groups, always)

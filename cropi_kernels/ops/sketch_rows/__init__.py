@@ -35,14 +35,25 @@ def sketch_embedding(
         raise ValueError(
             f"rows is {rows.dtype} {tuple(rows.shape)}: it must be int64 [{x.shape[0]}], a row per token"
         )
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < plan.rows:
+    # Reading ids from a device would make the host wait: there, one that is out of range makes its segment NaN.
+    if rows.numel() and not rows.is_cuda and not 0 <= int(rows.min()) <= int(rows.max()) < plan.rows:
         raise ValueError(
             f"rows runs from {int(rows.min())} to {int(rows.max())}: {plan.name} has rows 0 .. {plan.rows - 1}"
         )
     n_segments = check_offsets(offsets, x.shape[0])
     check_out(out, n_segments, plan.n_slabs * plan.slab_rows * plan.slab_cols)
-    if dispatch.choose("sketch_embedding", x, out, backend=backend) != "cpu":
+    if rows.device != x.device:
+        raise ValueError(f"rows is on {rows.device} but x on {x.device}: move one to the other")
+    without = {"triton": "the inputs of this plan are folded" if plan.col_fold is not None else None}
+    chosen = dispatch.choose("sketch_embedding", x, out, backend=backend, without=without)
+    if chosen == "triton":
+        from . import triton
+
+        triton.sketch_rows(x, rows, offsets.to(x.device), plan, out)
+        return out
+    if chosen != "cpu":
         return sketch_rows_reference(x, rows, offsets, plan, out)
+    offsets = offsets.cpu()
     x = fold_inputs(x, plan, backend=backend)
     folded, scale = plan.fold_rows(rows.numpy())
     folded, scale = np.ascontiguousarray(folded, np.int64), np.ascontiguousarray(scale)

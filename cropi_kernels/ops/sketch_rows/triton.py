@@ -30,6 +30,7 @@ def rows_kernel(
     row_fold,  # int32 [vocabulary / folded_rows]
     col_sign,  # int8 [cols]
     n_segments,
+    n_tokens,
     vocabulary,
     folded_rows,
     cols,
@@ -51,7 +52,7 @@ def rows_kernel(
     pid = tl.program_id(0).to(tl.int64)
     part = (pid % PARTS).to(tl.int32)
     slab = pid // PARTS % n_slabs
-    segment, t0, t1, slot = locate(offsets, n_segments, pid // PARTS // n_slabs, CHUNK, False, SEGMENTS)
+    segment, t0, t1, slot = locate(offsets, n_segments, n_tokens, pid // PARTS // n_slabs, CHUNK, False, SEGMENTS)
     if segment < n_segments:
         i = part // COL_PARTS * BM + tl.arange(0, BM)
         j = part % COL_PARTS * BN + tl.arange(0, BN)
@@ -107,8 +108,8 @@ def sketch_rows(
     with _triton.on(x):
         rows_kernel[(n_items(n_tokens, n_segments, chunk) * plan.n_slabs * parts,)](
             x, rows, out, partial, offsets, tables.by_pair, tables.row_sign, tables.row_fold, tables.col_sign,
-            n_segments, plan.rows, plan.folded_rows, plan.folded_cols, plan.n_col_blocks, x.stride(0), plan.n_slabs,
+            n_segments, n_tokens, plan.rows, plan.folded_rows, plan.folded_cols, plan.n_col_blocks, x.stride(0), plan.n_slabs,
             SLAB_ROWS=plan.slab_rows, SLAB_COLS=plan.slab_cols, FOLDED=plan.row_fold is not None, CHUNK=chunk,
             SEGMENTS=SEGMENT_BLOCK, num_warps=8, num_stages=2, **shape,
         )  # fmt: skip
-    reduce_partials(partial, out, offsets, chunk, 1, always=False)
+    reduce_partials(partial, out, offsets, n_tokens, chunk, 1, always=False)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from ... import dispatch
 from ...plan import VectorPlan
 from .._checks import check_out
+from .reference import sketch_vector as sketch_vector_reference
 
 __all__ = ["sketch_vector"]
 
 
-def sketch_vector(gradient: torch.Tensor, plan: VectorPlan, out: torch.Tensor) -> torch.Tensor:
+def sketch_vector(
+    gradient: torch.Tensor, plan: VectorPlan, out: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
     """``out[s, position(i)] += sign(i) * gradient[s, i]`` for per-segment gradients [segments, size].
 
-    A vector has a few thousand numbers once per segment: one `index_add_`, in order, is already free.
+    A vector has a few thousand numbers once per segment: on a CPU one `index_add_`, in order, is already free; on a GPU
+    every number of the sketch gathers its own, because `index_add_` adds in the order of arrival there.
     """
     if gradient.ndim != 2 or gradient.shape[1] != plan.size:
         shape = tuple(gradient.shape)
@@ -21,5 +26,10 @@ def sketch_vector(gradient: torch.Tensor, plan: VectorPlan, out: torch.Tensor) -
             f"gradient has shape {shape}: it must be [segments, {plan.size}], gradients of {plan.name}"
         )
     check_out(out, gradient.shape[0], plan.dim)
-    position = torch.from_numpy(plan.position).to(out.device)
-    return out.index_add_(1, position, gradient.to(out.dtype) * torch.from_numpy(plan.sign).to(out))
+    # A CPU needs no kernel of its own: the reference is one.
+    if (backend or out.is_cuda) and dispatch.choose("sketch_vector", gradient, out, backend=backend) == "triton":
+        from . import triton
+
+        triton.sketch_vector(gradient, plan, out)
+        return out
+    return sketch_vector_reference(gradient, plan, out)

@@ -31,8 +31,10 @@ def vector_kernel(
     inside = h < hits
     to = out + segment * stride_out + tl.load(position + h, mask=inside, other=0)
     total = tl.load(to, mask=inside, other=0.0)
-    for k in range(0, depth):
-        i = tl.load(source + k * hits.to(tl.int64) + h, mask=inside, other=-1)
+    line = source + h
+    for _ in range(0, depth):
+        i = tl.load(line, mask=inside, other=-1)
+        line += hits
         g = tl.load(gradient + segment * stride_g + i, mask=i >= 0, other=0.0).to(tl.float32)
         total += g * tl.load(sign + i, mask=i >= 0, other=0).to(tl.float32)
     tl.store(to, total, mask=inside)
