@@ -432,7 +432,7 @@ def test_compiles_whole() -> None:
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"softcap": -1.0}, "softcap=-1.0"),
         ({"chunk_size": 0}, "chunk_size=0"),
-        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"backend": "tpu"}, "backend='tpu'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

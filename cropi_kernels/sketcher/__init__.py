@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -165,18 +164,24 @@ class GradientSketcher:
             kwargs["position_ids"] = position_ids
         self._begin(where)
         try:
-            start = time.perf_counter()
+            mark = self._acc.clock.mark
+            start = mark()
             with torch.enable_grad():
                 hidden = split.hidden(input_ids, **kwargs)
             logprobs, grad, weights = self._head_pass(
                 split, hidden, positions, targets, weigh, temperature, scored
             )
-            middle = time.perf_counter()
+            middle = mark()
             hidden.backward(grad)
-            end = time.perf_counter()
+            end = mark()
             self._mark_failed(logprobs, weights, scored)
-            seconds = {"forward": middle - start, "backward": end - middle, "sketch": self._acc.seconds}
-            return PolicyGradient(self._acc.end(), logprobs, weights, seconds)
+            clock, sketches = self._acc.clock, self._acc.end()
+            seconds = {
+                "forward": clock.between(start, middle),
+                "backward": clock.between(middle, end),
+                "sketch": clock.seconds(),
+            }
+            return PolicyGradient(sketches, logprobs, weights, seconds)
         finally:
             self._acc.segments = None
 
@@ -194,6 +199,7 @@ class GradientSketcher:
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
         picked = flat[positions]
         matrix, bias, acc = self._plan.head_matrix, self._plan.head_bias, self._acc
+        scored = scored.to(flat.device)
 
         def sketch_head(begin: int, end: int, dz: torch.Tensor) -> None:
             with acc.timed():
@@ -214,7 +220,7 @@ class GradientSketcher:
                 softcap=split.softcap,
                 on_dlogits=sketch_head if matrix is not None or bias is not None else None,
             )
-            grad = torch.zeros_like(flat).index_add_(0, positions, grad_picked.to(flat.dtype))
+            grad = _add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
         return logprobs, grad.view_as(hidden), weights
 
     def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
@@ -277,6 +283,13 @@ class BatchSketch:
     """Filled by `GradientSketcher.batch` when its block ends: float32 [segments, dim]."""
 
     sketches: torch.Tensor
+
+
+def _add_rows(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``out[positions] += rows`` in a fixed order: on a GPU `index_add_` adds in the order of arrival."""
+    if out.is_cuda:
+        return out.index_put_((positions,), rows, accumulate=True)  # sorts the positions first
+    return out.index_add_(0, positions, rows)
 
 
 def _scored_offsets(where: Segments, positions: torch.Tensor) -> torch.Tensor:

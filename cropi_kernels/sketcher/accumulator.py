@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
 from ..reduce import reduce_sketch
 from ..spec import SketchSpec
 from .batch import Segments
+from .clock import Clock
 
 
 class Accumulator:
@@ -21,13 +21,13 @@ class Accumulator:
         self.spec = spec
         self.segments: Segments | None = None
         self.out = torch.empty(0, spec.base_dim, dtype=torch.float32)
-        self.seconds = 0.0
+        self.clock = Clock(torch.device("cpu"))
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
     def begin(self, segments: Segments, device: torch.device) -> None:
         self.segments = segments
         self.out = torch.zeros(segments.count, self.spec.base_dim, dtype=torch.float32, device=device)
-        self.seconds = 0.0
+        self.clock = Clock(device)
         self._folds.clear()
 
     def end(self) -> torch.Tensor:
@@ -35,21 +35,14 @@ class Accumulator:
         sketches = self.out
         if self.spec.dim < self.spec.base_dim:
             sketches = reduce_sketch(sketches, self.spec.dim, seed=self.spec.seed, version=self.spec.version)
-        broken = ~sketches.isfinite().all(dim=1)
-        if bool(broken.any()):
-            sketches[broken] = float("nan")
+        sketches.masked_fill_(~sketches.isfinite().all(dim=1, keepdim=True), float("nan"))
         self.segments = None
         self.out = self.out.new_empty(0, self.spec.base_dim)
         self._folds.clear()
         return sketches
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - start
+    def timed(self) -> AbstractContextManager[None]:
+        return self.clock.timed()
 
     def folded(self, key: str, x: torch.Tensor, fold: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``fold()``, computed once for all layers that fold the tensor ``x`` in the same way (q/k/v, gate/up)."""

@@ -9,11 +9,15 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Tokens [batch, length] in flattened order; ``offsets`` [segments + 1] cuts them into segments."""
+    """Tokens [batch, length] in flattened order; ``offsets`` [segments + 1] cuts them into segments.
+
+    ``offsets`` is on the CPU, where it is checked; taps of a model on a GPU get a copy there, made once per batch.
+    """
 
     batch: int
     length: int
     offsets: torch.Tensor
+    _copies: dict[tuple[torch.device, int], torch.Tensor] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, segments: torch.Tensor, batch: int, length: int, n_segments: int | None) -> Segments:
@@ -73,7 +77,15 @@ class Segments:
                 "it does not see every token once; exclude its parameters"
             )
         repeats = heads[0] if heads else 1
-        return x.reshape(-1, x.shape[-1]), self.offsets * repeats if repeats != 1 else self.offsets
+        return x.reshape(-1, x.shape[-1]), self.offsets_on(x.device, repeats)
+
+    def offsets_on(self, device: torch.device, repeats: int = 1) -> torch.Tensor:
+        """``offsets * repeats`` on a device."""
+        if device.type == "cpu" and repeats == 1:
+            return self.offsets
+        if (device, repeats) not in self._copies:
+            self._copies[device, repeats] = (self.offsets * repeats).to(device)
+        return self._copies[device, repeats]
 
 
 def _not_one(*sizes: int) -> tuple[int, ...]:

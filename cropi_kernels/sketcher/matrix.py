@@ -98,13 +98,13 @@ class KronMatrix(MatrixSketch):
         self.p_out = _rademacher(key, rows, self.out_dim, px.DENSE_ROWS)
 
     def keep(self, a: torch.Tensor) -> torch.Tensor:
-        return a.float() @ self.p_in
+        return a.float() @ self.p_in.to(a.device)
 
     def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-        self._add_products(d.float() @ self.p_out, kept, offsets, out)
+        self._add_products(d.float() @ self.p_out.to(d.device), kept, offsets, out)
 
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-        self._add_products(self.p_out[rows], x.float() @ self.p_in, offsets, out)
+        self._add_products(self.p_out.to(rows.device)[rows], x.float() @ self.p_in.to(x.device), offsets, out)
 
     def _add_products(
         self, d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
@@ -125,20 +125,20 @@ class TensorMatrix(MatrixSketch):
     def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         def spectrum(t0: int, t1: int) -> torch.Tensor:
             folded = d.new_zeros(t1 - t0, self.spec.dim, dtype=torch.float32)
-            folded.index_add_(1, self.row_bucket, d[t0:t1].float() * self.row_sign)
+            folded.index_add_(1, self.row_bucket.to(d.device), d[t0:t1].float() * self.row_sign.to(d.device))
             return torch.fft.rfft(folded)
 
         self._convolve(spectrum, kept, offsets, out)
 
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-        frequency = torch.arange(self.spec.dim // 2 + 1)
+        frequency = torch.arange(self.spec.dim // 2 + 1, device=rows.device)
 
         def spectrum(t0: int, t1: int) -> torch.Tensor:
             row = rows[t0:t1]
             # Whole turns are taken off in integers: bucket * frequency reaches dim^2 / 2.
-            turns = self.row_bucket[row][:, None] * frequency % self.spec.dim
+            turns = self.row_bucket.to(row.device)[row][:, None] * frequency % self.spec.dim
             phase = turns.double() * (-2 * math.pi / self.spec.dim)
-            return torch.polar(self.row_sign[row].double()[:, None].expand_as(phase), phase).to(
+            return torch.polar(self.row_sign.to(row.device)[row].double()[:, None].expand_as(phase), phase).to(
                 torch.complex64
             )
 
@@ -150,7 +150,7 @@ class TensorMatrix(MatrixSketch):
             for t in range(begin, end, chunk):
                 t1 = min(end, t + chunk)
                 folded = a.new_zeros(t1 - t, self.spec.dim, dtype=torch.float32)
-                folded.index_add_(1, self.col_bucket, a[t:t1].float() * self.col_sign)
+                folded.index_add_(1, self.col_bucket.to(a.device), a[t:t1].float() * self.col_sign.to(a.device))
                 product = (spectrum(t, t1) * torch.fft.rfft(folded)).sum(0)  # type: ignore[operator]
                 out[s] += torch.fft.irfft(product, n=self.spec.dim)
 

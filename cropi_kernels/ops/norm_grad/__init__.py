@@ -63,7 +63,7 @@ def bias_grad(dy: torch.Tensor, offsets: torch.Tensor, *, backend: str | None = 
 
 
 def _too_wide(n: int) -> dict[str, str | None]:
-    most = 32768  # a row has to fit into the registers of one program
+    most = 8192  # a row has to fit into the registers of one program
     return {"triton": f"rows of {n} features; the kernel takes up to {most}" if n > most else None}
 
 

@@ -69,7 +69,7 @@ def tile(n: int, with_weight: bool) -> tuple[int, int, int]:
     if not with_weight:
         return 16, min(BIAS_FEATURES, max(16, _triton.next_power_of_two(n))), 4
     features = max(16, _triton.next_power_of_two(n))
-    return max(1, 4096 // features), features, 4 if features <= 4096 else 8 if features <= 8192 else 16
+    return max(1, 4096 // features), features, 4 if features <= 4096 else 8
 
 
 def norm_grad(

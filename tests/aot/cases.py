@@ -1,0 +1,143 @@
+"""Every kernel with every configuration that it ships: what a launch would compile."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from cropi_kernels.ops import _triton_segments as segments
+from cropi_kernels.ops.linear_logprob import triton as logprob
+from cropi_kernels.ops.norm_grad import triton as norm
+from cropi_kernels.ops.sketch_linear import triton as linear
+from cropi_kernels.ops.sketch_rows import triton as rows
+from cropi_kernels.ops.sketch_vector import triton as vector
+from compile import FLOATS
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """``registers``: the most that the kernel may use (65536 are shared by the threads of a multiprocessor)."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    options: dict[str, int]
+    registers: int
+    tensor_cores: bool = False
+
+
+def _types(kernel: Any, pointers: dict[str, str], floats: tuple[str, ...] = ()) -> dict[str, str]:
+    return {n: pointers.get(n) or ("fp32" if n in floats else "i32") for n in kernel.arg_names}
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def slab(dtype: str, slab_cols: int, capability: int) -> Case:
+    config = linear.slab_config(slab_cols, _dtype(dtype), capability >= 90)
+    shape = dataclasses.asdict(config)
+    options = {"num_warps": shape.pop("num_warps"), "num_stages": shape.pop("num_stages")}
+    word = f"*{FLOATS[dtype]}"
+    pointers = dict(d=word, a=word, out="*fp32", partial="*fp32", offsets="*i64", pairs="*i64", first="*i32", row_sign=word)
+    always = config.BN > 128
+    constants = dict(
+        shape, SLAB_ROWS=32768 // slab_cols, SLAB_COLS=slab_cols, CHUNK=linear.CHUNK_TOKENS, ALWAYS=always,
+        SEGMENTS=segments.SEGMENT_BLOCK, PAIRS=32,
+    )  # fmt: skip
+    most = {256: 240, 128: 184, 64: 144}.get(config.BN, 128) if dtype != "float32" else 112
+    return Case(
+        f"slab {dtype} {slab_cols}", linear.slab_kernel, _types(linear.slab_kernel, pointers), constants,
+        ("rows", "cols", "padded_rows", "stride_d", "stride_a"), options, most, tensor_cores=dtype != "float32",
+    )  # fmt: skip
+
+
+def fold(dtype: str, width: int) -> Case:
+    word = f"*{FLOATS[dtype]}"
+    pointers = dict(x=word, out=word, sign="*i8", offset="*i32")
+    constants = dict(BT=linear.FOLD_TOKENS, BW=width)
+    return Case(
+        f"fold {dtype} {width}", linear.fold_kernel, _types(linear.fold_kernel, pointers), constants,
+        ("cols", "width", "stride_x"), {"num_warps": 4}, 128,
+    )  # fmt: skip
+
+
+def embedding(dtype: str, folded: bool) -> Case:
+    pointers = dict(x=f"*{FLOATS[dtype]}", ids="*i64", out="*fp32", partial="*fp32", offsets="*i64", by_pair="*i64")
+    pointers |= dict(row_sign="*i8", row_fold="*i32", col_sign="*i8")
+    constants = dict(
+        rows.tile(256), SLAB_ROWS=128, SLAB_COLS=256, FOLDED=folded, CHUNK=rows.CHUNK_TOKENS,
+        SEGMENTS=segments.SEGMENT_BLOCK,
+    )  # fmt: skip
+    return Case(
+        f"embedding {dtype} {'folded' if folded else ''}", rows.rows_kernel, _types(rows.rows_kernel, pointers),
+        constants, ("cols", "stride_x"), {"num_warps": 8, "num_stages": 2}, 200, tensor_cores=dtype != "float32",
+    )  # fmt: skip
+
+
+def norm_grad(dtype: str, n: int, centered: bool, weight: bool) -> Case:
+    word = f"*{FLOATS[dtype]}"
+    names = ("weight", "bias", "weight_partial", "bias_partial")
+    pointers = {"x": word, "dy": word, "offsets": "*i64"} | {name: "*fp32" for name in names}
+    tokens, features, warps = norm.tile(n, weight)
+    constants = dict(
+        CENTERED=centered, WITH_WEIGHT=weight, WITH_BIAS=not weight or centered, CHUNK=norm.CHUNK_TOKENS,
+        SEGMENTS=segments.SEGMENT_BLOCK, BT=tokens, BN=features,
+    )  # fmt: skip
+    return Case(
+        f"norm {dtype} {n} {'weight' if weight else 'bias'}", norm.norm_kernel, _types(norm.norm_kernel, pointers, ("eps",)),
+        constants, ("n", "stride_x", "stride_dy"), {"num_warps": warps}, 208 if n > 4096 else 128,
+    )  # fmt: skip
+
+
+def log_prob(dtype: str, capped: bool, backward: bool) -> Case:
+    kernel = logprob.backward_kernel if backward else logprob.forward_kernel
+    pointers = dict(z="*fp32", dz=f"*{FLOATS[dtype]}", target="*i64")
+    pointers |= {name: "*fp32" for name in ("grad", "logp", "top", "log_sum", "entropy")}
+    block = logprob.BACKWARD_BLOCK if backward else logprob.FORWARD_BLOCK
+    constants = dict(CAPPED=capped, BLOCK=block) | ({} if backward else {"ENTROPY": capped})
+    return Case(
+        f"log-prob {'backward' if backward else 'forward'} {dtype}{' capped' if capped else ''}", kernel,
+        _types(kernel, pointers, ("scale", "softcap")), constants, ("stride", "stride_z", "stride_dz", "vocabulary"),
+        {"num_warps": 8}, 128,
+    )  # fmt: skip
+
+
+def reduce_partials() -> Case:
+    kernel = segments.reduce_partials_kernel
+    pointers = dict(partial="*fp32", out="*fp32", offsets="*i64")
+    constants = dict(CHUNK=512, ALWAYS=False, SEGMENTS=segments.SEGMENT_BLOCK, BLOCK=segments.REDUCE_BLOCK)
+    return Case("reduce", kernel, _types(kernel, pointers), constants, ("width", "out_stride"), {"num_warps": 4}, 64)
+
+
+def sketch_vector() -> Case:
+    pointers = dict(gradient="*fp32", out="*fp32", position="*i64", source="*i32", sign="*i8")
+    types = _types(vector.vector_kernel, pointers)
+    return Case("vector", vector.vector_kernel, types, dict(BLOCK=vector.BLOCK), ("hits",), {"num_warps": 4}, 64)
+
+
+def all_cases(capability: int) -> list[Case]:
+    return [
+        *(slab("bfloat16", cols, capability) for cols in (256, 128, 64, 16)),
+        slab("float16", 64, capability),
+        slab("float32", 64, capability),
+        fold("bfloat16", 64),
+        fold("float32", 128),
+        embedding("bfloat16", folded=False),
+        embedding("bfloat16", folded=True),
+        embedding("float32", folded=False),
+        norm_grad("bfloat16", 1536, centered=False, weight=True),
+        norm_grad("bfloat16", 128, centered=True, weight=True),
+        norm_grad("float32", 8192, centered=True, weight=True),
+        norm_grad("bfloat16", 1536, centered=False, weight=False),
+        log_prob("bfloat16", capped=False, backward=False),
+        log_prob("float32", capped=True, backward=False),
+        log_prob("bfloat16", capped=False, backward=True),
+        log_prob("float32", capped=True, backward=True),
+        reduce_partials(),
+        sketch_vector(),
+    ]

@@ -1,0 +1,65 @@
+"""Compile a Triton kernel for a GPU that is not here, and read what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from typing import Any
+
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+TOOLS = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin"
+SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes per block, CUDA C++ programming guide, compute capabilities
+FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    registers: int
+    stack: int
+    shared: int
+    opcodes: Counter[str]
+    ttir: str
+
+    @property
+    def spills(self) -> int:
+        return self.opcodes["LDL"] + self.opcodes["STL"]
+
+
+def compile_for(
+    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...], **options: int
+) -> Compiled:
+    """``types``: every run-time argument's type ("*bf16", "i32"); ``aligned``: integers that are multiples of 16.
+
+    Pointers are taken to be aligned, which is what torch's allocator gives.
+    """
+    signature = {
+        name: "constexpr" if name in constants else types[name] for name in kernel.arg_names
+    }
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in aligned
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    result = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", _dump(result.asm["cubin"], "--dump-resource-usage")))
+    sass = _dump(result.asm["cubin"], "-sass")
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", sass))
+    return Compiled(int(usage["REG"]), int(usage["STACK"]), result.metadata.shared, opcodes, result.asm["ttir"])
+
+
+def _dump(cubin: bytes, flag: str) -> str:
+    env = dict(os.environ, PATH=f"{TOOLS}{os.pathsep}{os.environ['PATH']}")  # cuobjdump looks for nvdisasm there
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), flag, file.name]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
