@@ -23,7 +23,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def import_error() -> str | None:
     """Why Triton cannot be used in this process, or None."""
     try:
@@ -33,12 +33,14 @@ def import_error() -> str | None:
     return None if found else f"triton is not installed: {_INSTALL}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _device_reason(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
         name, need = torch.cuda.get_device_name(index), "{}.{}".format(*MIN_CAPABILITY)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need {need} or newer"
+        return (
+            f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need {need} or newer"
+        )
     return None
 
 

@@ -31,7 +31,9 @@ def check_offsets(offsets: torch.Tensor, n_tokens: int) -> int:
         raise ValueError(
             f"offsets is {offsets.dtype} {tuple(offsets.shape)}: give a contiguous 1-D int64 tensor"
         )
-    if offsets.device.type != "cpu":  # reading them would make the host wait; the kernels clamp them to the tokens
+    if (
+        offsets.device.type != "cpu"
+    ):  # reading them would make the host wait; the kernels clamp them to the tokens
         return offsets.numel() - 1
     values = offsets.tolist()
     if values[0] < 0 or values[-1] > n_tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -50,10 +50,8 @@ _cache: weakref.WeakKeyDictionary[object, dict[object, object]] = weakref.WeakKe
 
 
 def _cached(plan: object, device: torch.device, build: Callable[[], T], what: object = None) -> T:
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     of_plan = _cache.setdefault(plan, {})
-    key = (device, what)
+    key = (str(device), what)  # a tensor's device always has its index
     if key not in of_plan:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -94,12 +92,13 @@ def _build_matrix(plan: MatrixPlan, device: torch.device) -> MatrixTables:
             f"kernels address {1 << _ROW_BITS} x {1 << _COL_BITS}: fold it, or use backend='reference'"
         )
 
-    def wide(table: np.ndarray) -> np.ndarray:
+    def wide(table: Any) -> np.ndarray:
         return np.ascontiguousarray(table).astype(np.uint64)
 
     draw = wide(plan.pair_row) | wide(plan.pair_col) << np.uint64(16)
     draw |= wide(plan.pair_sign < 0) << np.uint64(SIGN_BIT)
-    row_block, col_block = (wide(x) for x in np.indices(plan.pair_row.shape))
+    blocks = np.indices(plan.pair_row.shape)
+    row_block, col_block = wide(blocks[0]), wide(blocks[1])
     words = (draw | col_block << np.uint64(32) | row_block << np.uint64(48)).reshape(-1)
     slab = plan.pair_slab.reshape(-1).astype(np.int64)
     order = np.argsort(slab, kind="stable")
@@ -108,7 +107,9 @@ def _build_matrix(plan: MatrixPlan, device: torch.device) -> MatrixTables:
     no_fold = np.zeros(1, np.uint32)
 
     def put(table: np.ndarray, dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.array(table, dtype=dtype, order="C")).to(device)  # a copy: plans are read-only
+        return torch.from_numpy(np.array(table, dtype=dtype, order="C")).to(
+            device
+        )  # a copy: plans are read-only
 
     return MatrixTables(
         pairs=put(words[order].view(np.int64), np.int64),

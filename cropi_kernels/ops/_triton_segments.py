@@ -27,7 +27,9 @@ def _offset(offsets, s, valid, n_tokens):
 
 
 @triton.jit
-def locate(offsets, n_segments, n_tokens, item, CHUNK: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr):
+def locate(
+    offsets, n_segments, n_tokens, item, CHUNK: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr
+):
     """(segment, first token, end token, slot or -1) of chunk ``item``; segment == n_segments past the last chunk.
 
     ALWAYS: segments of one chunk have a slot too.

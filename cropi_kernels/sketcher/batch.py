@@ -17,7 +17,9 @@ class Segments:
     batch: int
     length: int
     offsets: torch.Tensor
-    _copies: dict[tuple[torch.device, int], torch.Tensor] = dataclasses.field(default_factory=dict, compare=False)
+    _copies: dict[tuple[torch.device, int], torch.Tensor] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
 
     @classmethod
     def of(cls, segments: torch.Tensor, batch: int, length: int, n_segments: int | None) -> Segments:

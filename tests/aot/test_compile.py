@@ -6,13 +6,13 @@ import functools
 import re
 
 import pytest
-from cases import Case, all_cases, slab
-from compile import SHARED_LIMIT, Compiled, compile_for
+from aot_cases import Case, all_cases, slab
+from aot_compile import SHARED_LIMIT, Compiled, compile_for
 
 CASES = {(capability, case.name): case for capability in SHARED_LIMIT for case in all_cases(capability)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build(capability: int, name: str) -> Compiled:
     case = CASES[capability, name]
     return compile_for(case.kernel, capability, case.types, case.constants, case.aligned, **case.options)
@@ -21,7 +21,9 @@ def build(capability: int, name: str) -> Compiled:
 @pytest.mark.parametrize("capability,name", CASES, ids=[f"sm_{c}-{n}" for c, n in CASES])
 def test_kernel_fits(capability: int, name: str) -> None:
     case, got = CASES[capability, name], build(capability, name)
-    print(f"sm_{capability} {name}: {got.registers} registers, {got.shared} B shared, {dict(got.opcodes.most_common(6))}")
+    print(
+        f"sm_{capability} {name}: {got.registers} registers, {got.shared} B shared, {dict(got.opcodes.most_common(6))}"
+    )
     assert got.spills == 0 and got.stack == 0, f"{got.spills} spills, stack of {got.stack} B"
     assert got.registers <= case.registers
     assert got.registers * 32 * case.options["num_warps"] <= 65536

@@ -40,7 +40,9 @@ def stats(n: int, entropy: bool = True) -> Stats:
 @pytest.mark.parametrize("vocab", [1, 127, 1003, 9000])
 def test_rows_against_the_formula(vocab: int, softcap: float) -> None:
     g = torch.Generator().manual_seed(0)
-    z = torch.randn(5, vocab, generator=g) * 6 + torch.tensor([[0.0], [1e4 if softcap == 0 else 20], [-50], [3], [0]])
+    z = torch.randn(5, vocab, generator=g) * 6 + torch.tensor(
+        [[0.0], [1e4 if softcap == 0 else 20], [-50], [3], [0]]
+    )
     if vocab > 1:
         z[3, 1:] -= 14.0  # confident
     target = torch.tensor([vocab - 1, 0, vocab // 2, 0, -1])
@@ -66,7 +68,10 @@ def test_rows_against_the_formula(vocab: int, softcap: float) -> None:
     dz = kernels.backward(view, target, grad, math, got)
     exact, _ = reference.gradients(grad.double(), hidden, head, named, temperature=0.7, softcap=cap)
     assert dz.data_ptr() == buffer.data_ptr() and (dz[4] == 0).all()
-    assert ((dz.double() - exact).abs() <= (4e-6 + slack[:, None]) * (exact.abs() + 1e-6 + exact.abs().amax(1, True))).all()
+    assert (
+        (dz.double() - exact).abs()
+        <= (4e-6 + slack[:, None]) * (exact.abs() + 1e-6 + exact.abs().amax(1, True))
+    ).all()
 
 
 def test_half_width_gradient_in_the_logits_own_memory() -> None:

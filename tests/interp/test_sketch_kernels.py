@@ -1,4 +1,4 @@
-"""The sketch's Triton kernels against float64: awkward shapes, ragged segments, every split, no neighbour's influence."""
+"""The sketch's Triton kernels against float64: awkward shapes, ragged segments, every split, no neighbours."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from cropi_kernels import SketchSpec, fold_inputs, fold_outputs, plan_matrix, plan_vector, sketch_embedding
-from cropi_kernels import sketch_linear, sketch_vector
+from cropi_kernels import (
+    SketchSpec,
+    fold_inputs,
+    fold_outputs,
+    plan_matrix,
+    plan_vector,
+    sketch_embedding,
+    sketch_linear,
+    sketch_vector,
+)
 from cropi_kernels.ops import _device_plan
 from cropi_kernels.ops.sketch_linear import reference
 from cropi_kernels.ops.sketch_linear import triton as kernels
@@ -21,7 +29,9 @@ def offsets_of(lengths: list[int], skipped: int = 1) -> torch.Tensor:
     return torch.tensor([skipped, *lengths]).cumsum(0)
 
 
-def operands(plan: MatrixPlan, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def operands(
+    plan: MatrixPlan, n: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     d = torch.randn(n, plan.folded_rows, generator=g)
     return d.to(dtype), torch.randn(n, plan.folded_cols, generator=g).to(dtype)
@@ -81,7 +91,9 @@ def test_a_segment_is_alone_in_the_world() -> None:
     sketch_linear(d, a, torch.tensor([0, 7, 7, 537, 560]), plan, together, backend="triton")
     for s, (begin, end) in enumerate([(0, 7), (7, 7), (7, 537), (537, 560)]):
         alone = torch.zeros(1, 32768)
-        sketch_linear(d[begin:end], a[begin:end], torch.tensor([0, end - begin]), plan, alone, backend="triton")
+        sketch_linear(
+            d[begin:end], a[begin:end], torch.tensor([0, end - begin]), plan, alone, backend="triton"
+        )
         assert torch.equal(alone[0], together[s])
 
 
@@ -112,11 +124,15 @@ def test_fold_inputs(cols: int, width: int, dtype: torch.dtype) -> None:
     plan = plan_matrix(SketchSpec(width=width), "a.b.weight", 8, cols)
     x = torch.randn(37, cols, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = fold_inputs(x.double(), plan, backend="reference")
-    size = fold_inputs(x.double().abs(), plan, backend="reference").abs() + x.abs().double().sum(1, keepdim=True)
+    size = fold_inputs(x.double().abs(), plan, backend="reference").abs() + x.abs().double().sum(
+        1, keepdim=True
+    )
     got = fold_inputs(x, plan, backend="triton")
     rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     assert got.dtype == dtype
-    assert ((got.double() - exact).abs() <= sum_error_bound(size, cols // width + 1) + rounding * exact.abs()).all()
+    assert (
+        (got.double() - exact).abs() <= sum_error_bound(size, cols // width + 1) + rounding * exact.abs()
+    ).all()
 
 
 def test_fold_outputs_of_a_tied_head() -> None:
@@ -167,8 +183,12 @@ def test_tables_hold_the_plan_to_the_bit() -> None:
     words = tables.pairs.numpy().view(np.uint64)
     part = lambda shift, bits: (words >> np.uint64(shift) & np.uint64((1 << bits) - 1)).astype(np.int64)  # noqa: E731
     row, col = part(48, 15), part(32, 16)
-    assert sorted(zip(row, col)) == [(i, j) for i in range(plan.n_row_blocks) for j in range(plan.n_col_blocks)]
-    assert np.array_equal(part(0, 16), plan.pair_row[row, col]) and np.array_equal(part(16, 16), plan.pair_col[row, col])
+    assert sorted(zip(row, col)) == [
+        (i, j) for i in range(plan.n_row_blocks) for j in range(plan.n_col_blocks)
+    ]
+    assert np.array_equal(part(0, 16), plan.pair_row[row, col]) and np.array_equal(
+        part(16, 16), plan.pair_col[row, col]
+    )
     assert np.array_equal(np.where(part(63, 1), -1.0, 1.0), plan.pair_sign[row, col])
     first = tables.first.numpy()
     slab = np.repeat(np.arange(plan.n_slabs), np.diff(first))

@@ -93,7 +93,8 @@ def logprob_and_grad(
         weigh: ``weigh(logp, start, stop)`` gives the weights of tokens start..stop as a tensor of stop - start numbers.
             Tokens with ``ignore_index`` are passed with log-prob 0 and have no gradient whatever their weight.
         on_dlogits: ``on_dlogits(start, stop, dz)`` may read ``dz`` [stop - start, V], the gradient of the logits before
-            the soft-cap: float32 (on a GPU: the head's dtype), contiguous columns, strided rows, valid during the call only.
+            the soft-cap: float32 (on a GPU: the head's dtype), contiguous columns, strided rows, valid during the call
+            only.
 
     Returns:
         log-probs float32 [N]; gradient to ``hidden`` [N, D] in its dtype; weights float32 [N]. For float64 input all

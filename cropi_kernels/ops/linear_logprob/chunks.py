@@ -113,7 +113,9 @@ def one_pass(
 def _parts(wanted: torch.Tensor, chunk: int) -> tuple[list[slice] | list[torch.Tensor], int]:
     """The wanted tokens in runs of ``chunk``, and the length of the longest: slices where nothing is left out."""
     n = wanted.shape[0]
-    if wanted.is_cuda:  # to count them the host would have to wait for the device; ignored tokens are computed there
+    if (
+        wanted.is_cuda
+    ):  # to count them the host would have to wait for the device; ignored tokens are computed there
         return [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)], min(chunk, n)
     index = wanted.nonzero()[:, 0]
     size = min(chunk, index.shape[0])

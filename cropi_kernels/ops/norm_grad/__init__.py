@@ -29,8 +29,8 @@ def norm_grad(
     Args:
         x, dy: input and output gradient of the norm, [tokens, n]; offsets: int64 [segments + 1].
 
-    Returns float32 [segments, n] each (float64 for float64 inputs). Statistics are taken in float64, on a GPU in float32 from
-    centred values.
+    Returns float32 [segments, n] each (float64 for float64 inputs). Statistics are taken in
+    float64, on a GPU in float32 from centred values.
     """
     if x.shape != dy.shape or x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)} but dy {tuple(dy.shape)}: both must be [tokens, n]")

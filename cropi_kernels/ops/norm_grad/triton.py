@@ -37,7 +37,9 @@ def norm_kernel(
     BN: tl.constexpr,
 ):
     """Statistics in float32, of the centred values: two passes over registers, no cancellation."""
-    segment, t0, t1, slot = locate(offsets, n_segments, n_tokens, tl.program_id(0).to(tl.int64), CHUNK, False, SEGMENTS)
+    segment, t0, t1, slot = locate(
+        offsets, n_segments, n_tokens, tl.program_id(0).to(tl.int64), CHUNK, False, SEGMENTS
+    )
     if segment < n_segments:
         i = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
         inside = i < n
@@ -87,17 +89,18 @@ def norm_grad(
     slots = n_slots(n_tokens, n_segments, CHUNK_TOKENS, always=False)
 
     def buffers(wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        like = dict(dtype=torch.float32, device=dy.device)
-        return torch.zeros(n_segments if wanted else 0, n, **like), torch.empty(slots if wanted else 0, n, **like)
+        whole, parts = (n_segments, slots) if wanted else (0, 0)
+        total = torch.zeros(whole, n, dtype=torch.float32, device=dy.device)
+        return total, torch.empty(parts, n, dtype=torch.float32, device=dy.device)
 
     (weight, weight_partial), (bias, bias_partial) = buffers(with_weight), buffers(with_bias)
     if n_tokens and n_segments:
         tokens, features, warps = tile(n, with_weight)
         with _triton.on(dy):
             norm_kernel[(n_items(n_tokens, n_segments, CHUNK_TOKENS), triton.cdiv(n, features))](
-                x, dy, weight, bias, weight_partial, bias_partial, offsets, n_segments, n_tokens, n, x.stride(0), dy.stride(0),
-                eps, CENTERED=centered, WITH_WEIGHT=with_weight, WITH_BIAS=with_bias, CHUNK=CHUNK_TOKENS,
-                SEGMENTS=SEGMENT_BLOCK, BT=tokens, BN=features, num_warps=warps,
+                x, dy, weight, bias, weight_partial, bias_partial, offsets,
+                n_segments, n_tokens, n, x.stride(0), dy.stride(0), eps,
+                CENTERED=centered, WITH_WEIGHT=with_weight, WITH_BIAS=with_bias, CHUNK=CHUNK_TOKENS, SEGMENTS=SEGMENT_BLOCK, BT=tokens, BN=features, num_warps=warps,
             )  # fmt: skip
         for part, total in ((weight_partial, weight), (bias_partial, bias)):
             reduce_partials(part, total, offsets, n_tokens, CHUNK_TOKENS, 1, always=False)

@@ -52,8 +52,14 @@ def fold_kernel(
         c = tl.max_contiguous(tl.multiple_of(c, 8), 8)
         valid = (j < width) & (c < cols)
         s = tl.load(sign + c, mask=valid, other=0).to(tl.float32)
-        total += tl.load(row + c[None, :], mask=inside & valid[None, :], other=0.0).to(tl.float32) * s[None, :]
-    tl.store(out + t[:, None] * width + j[None, :], total.to(out.dtype.element_ty), mask=inside & (j < width)[None, :])
+        total += (
+            tl.load(row + c[None, :], mask=inside & valid[None, :], other=0.0).to(tl.float32) * s[None, :]
+        )
+    tl.store(
+        out + t[:, None] * width + j[None, :],
+        total.to(out.dtype.element_ty),
+        mask=inside & (j < width)[None, :],
+    )
 
 
 def fold_columns(x: torch.Tensor, sign: torch.Tensor, offset: torch.Tensor, width: int) -> torch.Tensor:
@@ -65,7 +71,17 @@ def fold_columns(x: torch.Tensor, sign: torch.Tensor, offset: torch.Tensor, widt
         grid = (triton.cdiv(x.shape[0], FOLD_TOKENS) * triton.cdiv(width, block),)
         with _triton.on(x):
             fold_kernel[grid](
-                x, out, sign, offset, x.shape[0], x.shape[1], width, x.stride(0), BT=FOLD_TOKENS, BW=block, num_warps=4
+                x,
+                out,
+                sign,
+                offset,
+                x.shape[0],
+                x.shape[1],
+                width,
+                x.stride(0),
+                BT=FOLD_TOKENS,
+                BW=block,
+                num_warps=4,
             )
     return out
 
@@ -93,7 +109,9 @@ class SlabConfig:
 
 
 CHUNK_TOKENS = 512  # of a segment per partial result
-GROUP_PAIRS = 24  # block pairs per partial result: 24 x 512 tokens are about 100 microseconds of a multiprocessor
+GROUP_PAIRS = (
+    24  # block pairs per partial result: 24 x 512 tokens are about 100 microseconds of a multiprocessor
+)
 
 
 def slab_config(slab_cols: int, dtype: torch.dtype, hopper: bool) -> SlabConfig:
@@ -101,7 +119,11 @@ def slab_config(slab_cols: int, dtype: torch.dtype, hopper: bool) -> SlabConfig:
     if dtype == torch.float32:  # exact products, no tensor cores
         return SlabConfig(64, min(64, max(16, slab_cols)), 16, 8, 3)
     if hopper:
-        return SlabConfig(128, 256, 64, 8, 4) if slab_cols >= 256 else SlabConfig(128, max(16, slab_cols), 64, 8, 4)
+        return (
+            SlabConfig(128, 256, 64, 8, 4)
+            if slab_cols >= 256
+            else SlabConfig(128, max(16, slab_cols), 64, 8, 4)
+        )
     return SlabConfig(128, min(128, max(16, slab_cols)), 64, 8, 3)
 
 
@@ -148,7 +170,9 @@ def slab_kernel(
     part = (pid % PARTS).to(tl.int32)
     group = (pid // PARTS % groups).to(tl.int32)
     slab = pid // PARTS // groups % n_slabs
-    segment, t0, t1, slot = locate(offsets, n_segments, n_tokens, pid // PARTS // groups // n_slabs, CHUNK, ALWAYS, SEGMENTS)
+    segment, t0, t1, slot = locate(
+        offsets, n_segments, n_tokens, pid // PARTS // groups // n_slabs, CHUNK, ALWAYS, SEGMENTS
+    )
     if segment < n_segments:
         i = part // COL_PARTS * BM + tl.arange(0, BM)
         j = part % COL_PARTS * BN + tl.arange(0, BN)
@@ -174,9 +198,14 @@ def slab_kernel(
             if SLAB_COLS < BN:
                 inside = inside & (j < SLAB_COLS)
             at = t0 + t + token
-            x = tl.load(d + at[None, :] * stride_d + r[:, None], mask=live[None, :] & (r < rows)[:, None], other=0.0)
-            y = tl.load(a + at[:, None] * stride_a + c[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-            # A load, so that the compiler can move the operand's layout conversion up to the loads (see the file's head).
+            x = tl.load(
+                d + at[None, :] * stride_d + r[:, None], mask=live[None, :] & (r < rows)[:, None], other=0.0
+            )
+            y = tl.load(
+                a + at[:, None] * stride_a + c[None, :], mask=live[:, None] & inside[None, :], other=0.0
+            )
+            # A load, so that the compiler can move the operand's change of layout up to the loads: an arithmetic
+            # expression here sends every tile through shared memory once more.
             sign = tl.load(row_sign + tl.where(word < 0, padded_rows, 0) + r)
             x = x * sign[:, None]
             acc = tl.dot(x, y, acc, input_precision="ieee")
@@ -195,7 +224,9 @@ def slab_kernel(
             tl.store(target, tl.load(target, mask=keep & alone, other=0.0) + acc, mask=keep)
 
 
-def sketch_linear(d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor) -> None:
+def sketch_linear(
+    d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
+) -> None:
     """``out[s] += S vec(sum_t d[t]^T a[t])`` for folded operands on one device; ``offsets`` int64 on that device."""
     d, a = _native.rows_view(d), _native.rows_view(a)
     if d.dtype != a.dtype:
@@ -209,7 +240,9 @@ def sketch_linear(d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan:
         a = fold_columns(a, tables.col_sign, tables.col_fold, plan.folded_cols)
     row_sign = slab_row_signs(plan, d.device, d.dtype)
     config = slab_config(plan.slab_cols, d.dtype, _triton.is_hopper(d.device))
-    chunk = CHUNK_TOKENS * min(16, plan.n_slabs)  # many slabs fill the device, and their partial results its memory
+    chunk = CHUNK_TOKENS * min(
+        16, plan.n_slabs
+    )  # many slabs fill the device, and their partial results its memory
     groups = triton.cdiv(tables.most_pairs, GROUP_PAIRS)
     always = groups > 1 or config.BN > 128  # a tile that wide has no registers left to add to what is there
     slots = n_slots(n_tokens, n_segments, chunk, always)
@@ -218,8 +251,8 @@ def sketch_linear(d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan:
     with _triton.on(d):
         slab_kernel[(n_items(n_tokens, n_segments, chunk) * plan.n_slabs * groups * parts,)](
             d, a, out, partial, offsets, tables.pairs, tables.first, row_sign,
-            n_segments, n_tokens, plan.folded_rows, plan.folded_cols, row_sign.shape[1], d.stride(0), a.stride(0), plan.n_slabs,
-            groups, triton.cdiv(tables.most_pairs, groups),
+            n_segments, n_tokens, plan.folded_rows, plan.folded_cols, row_sign.shape[1], d.stride(0), a.stride(0),
+            plan.n_slabs, groups, triton.cdiv(tables.most_pairs, groups),
             SLAB_ROWS=plan.slab_rows, SLAB_COLS=plan.slab_cols, CHUNK=chunk,
             ALWAYS=always, SEGMENTS=SEGMENT_BLOCK,
             PAIRS=_triton.next_power_of_two(triton.cdiv(tables.most_pairs, groups)), **dataclasses.asdict(config),

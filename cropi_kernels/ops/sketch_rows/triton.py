@@ -52,7 +52,9 @@ def rows_kernel(
     pid = tl.program_id(0).to(tl.int64)
     part = (pid % PARTS).to(tl.int32)
     slab = pid // PARTS % n_slabs
-    segment, t0, t1, slot = locate(offsets, n_segments, n_tokens, pid // PARTS // n_slabs, CHUNK, False, SEGMENTS)
+    segment, t0, t1, slot = locate(
+        offsets, n_segments, n_tokens, pid // PARTS // n_slabs, CHUNK, False, SEGMENTS
+    )
     if segment < n_segments:
         i = part // COL_PARTS * BM + tl.arange(0, BM)
         j = part % COL_PARTS * BN + tl.arange(0, BN)
@@ -81,7 +83,9 @@ def rows_kernel(
                 hot = tl.where(i[:, None] == to, signed[None, :], 0.0).to(y.dtype)
                 acc = tl.dot(hot, y, acc, input_precision="ieee")
         alone = slot < 0
-        target = tl.where(alone, out + (segment * n_slabs + slab) * SLAB, partial + (slot * n_slabs + slab) * SLAB)
+        target = tl.where(
+            alone, out + (segment * n_slabs + slab) * SLAB, partial + (slot * n_slabs + slab) * SLAB
+        )
         target = target + (i[:, None] * SLAB_COLS + j[None, :])
         keep = (j < SLAB_COLS)[None, :] & (i >= 0)[:, None]
         tl.store(target, tl.load(target, mask=keep & alone, other=0.0) + acc, mask=keep)
@@ -108,7 +112,8 @@ def sketch_rows(
     with _triton.on(x):
         rows_kernel[(n_items(n_tokens, n_segments, chunk) * plan.n_slabs * parts,)](
             x, rows, out, partial, offsets, tables.by_pair, tables.row_sign, tables.row_fold, tables.col_sign,
-            n_segments, n_tokens, plan.rows, plan.folded_rows, plan.folded_cols, plan.n_col_blocks, x.stride(0), plan.n_slabs,
+            n_segments, n_tokens, plan.rows, plan.folded_rows, plan.folded_cols, plan.n_col_blocks, x.stride(0),
+            plan.n_slabs,
             SLAB_ROWS=plan.slab_rows, SLAB_COLS=plan.slab_cols, FOLDED=plan.row_fold is not None, CHUNK=chunk,
             SEGMENTS=SEGMENT_BLOCK, num_warps=8, num_stages=2, **shape,
         )  # fmt: skip

@@ -27,7 +27,9 @@ def sketch_vector(
         )
     check_out(out, gradient.shape[0], plan.dim)
     # A CPU needs no kernel of its own: the reference is one.
-    if (backend or out.is_cuda) and dispatch.choose("sketch_vector", gradient, out, backend=backend) == "triton":
+    if (backend or out.is_cuda) and dispatch.choose(
+        "sketch_vector", gradient, out, backend=backend
+    ) == "triton":
         from . import triton
 
         triton.sketch_vector(gradient, plan, out)

@@ -34,15 +34,18 @@ class Compiled:
 
 
 def compile_for(
-    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...], **options: int
+    kernel: Any,
+    capability: int,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    aligned: tuple[str, ...],
+    **options: int,
 ) -> Compiled:
     """``types``: every run-time argument's type ("*bf16", "i32"); ``aligned``: integers that are multiples of 16.
 
     Pointers are taken to be aligned, which is what torch's allocator gives.
     """
-    signature = {
-        name: "constexpr" if name in constants else types[name] for name in kernel.arg_names
-    }
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
@@ -53,11 +56,15 @@ def compile_for(
     usage = dict(re.findall(r"(REG|STACK):(\d+)", _dump(result.asm["cubin"], "--dump-resource-usage")))
     sass = _dump(result.asm["cubin"], "-sass")
     opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", sass))
-    return Compiled(int(usage["REG"]), int(usage["STACK"]), result.metadata.shared, opcodes, result.asm["ttir"])
+    return Compiled(
+        int(usage["REG"]), int(usage["STACK"]), result.metadata.shared, opcodes, result.asm["ttir"]
+    )
 
 
 def _dump(cubin: bytes, flag: str) -> str:
-    env = dict(os.environ, PATH=f"{TOOLS}{os.pathsep}{os.environ['PATH']}")  # cuobjdump looks for nvdisasm there
+    env = dict(
+        os.environ, PATH=f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
+    )  # cuobjdump looks for nvdisasm there
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from aot_compile import FLOATS
 
 from cropi_kernels.ops import _triton_segments as segments
 from cropi_kernels.ops.linear_logprob import triton as logprob
@@ -13,7 +14,6 @@ from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.sketch_linear import triton as linear
 from cropi_kernels.ops.sketch_rows import triton as rows
 from cropi_kernels.ops.sketch_vector import triton as vector
-from compile import FLOATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,16 @@ def slab(dtype: str, slab_cols: int, capability: int) -> Case:
     shape = dataclasses.asdict(config)
     options = {"num_warps": shape.pop("num_warps"), "num_stages": shape.pop("num_stages")}
     word = f"*{FLOATS[dtype]}"
-    pointers = dict(d=word, a=word, out="*fp32", partial="*fp32", offsets="*i64", pairs="*i64", first="*i32", row_sign=word)
+    pointers = dict(
+        d=word,
+        a=word,
+        out="*fp32",
+        partial="*fp32",
+        offsets="*i64",
+        pairs="*i64",
+        first="*i32",
+        row_sign=word,
+    )
     always = config.BN > 128
     constants = dict(
         shape, SLAB_ROWS=32768 // slab_cols, SLAB_COLS=slab_cols, CHUNK=linear.CHUNK_TOKENS, ALWAYS=always,
@@ -67,7 +76,9 @@ def fold(dtype: str, width: int) -> Case:
 
 
 def embedding(dtype: str, folded: bool) -> Case:
-    pointers = dict(x=f"*{FLOATS[dtype]}", ids="*i64", out="*fp32", partial="*fp32", offsets="*i64", by_pair="*i64")
+    pointers = dict(
+        x=f"*{FLOATS[dtype]}", ids="*i64", out="*fp32", partial="*fp32", offsets="*i64", by_pair="*i64"
+    )
     pointers |= dict(row_sign="*i8", row_fold="*i32", col_sign="*i8")
     constants = dict(
         rows.tile(256), SLAB_ROWS=128, SLAB_COLS=256, FOLDED=folded, CHUNK=rows.CHUNK_TOKENS,
@@ -82,22 +93,22 @@ def embedding(dtype: str, folded: bool) -> Case:
 def norm_grad(dtype: str, n: int, centered: bool, weight: bool) -> Case:
     word = f"*{FLOATS[dtype]}"
     names = ("weight", "bias", "weight_partial", "bias_partial")
-    pointers = {"x": word, "dy": word, "offsets": "*i64"} | {name: "*fp32" for name in names}
+    pointers = {"x": word, "dy": word, "offsets": "*i64"} | dict.fromkeys(names, "*fp32")
     tokens, features, warps = norm.tile(n, weight)
     constants = dict(
         CENTERED=centered, WITH_WEIGHT=weight, WITH_BIAS=not weight or centered, CHUNK=norm.CHUNK_TOKENS,
         SEGMENTS=segments.SEGMENT_BLOCK, BT=tokens, BN=features,
     )  # fmt: skip
     return Case(
-        f"norm {dtype} {n} {'weight' if weight else 'bias'}", norm.norm_kernel, _types(norm.norm_kernel, pointers, ("eps",)),
-        constants, ("n", "stride_x", "stride_dy"), {"num_warps": warps}, 208 if n > 4096 else 128,
+        f"norm {dtype} {n} {'weight' if weight else 'bias'}", norm.norm_kernel,
+        _types(norm.norm_kernel, pointers, ("eps",)), constants, ("n", "stride_x", "stride_dy"), {"num_warps": warps}, 208 if n > 4096 else 128,
     )  # fmt: skip
 
 
 def log_prob(dtype: str, capped: bool, backward: bool) -> Case:
     kernel = logprob.backward_kernel if backward else logprob.forward_kernel
     pointers = dict(z="*fp32", dz=f"*{FLOATS[dtype]}", target="*i64")
-    pointers |= {name: "*fp32" for name in ("grad", "logp", "top", "log_sum", "entropy")}
+    pointers |= dict.fromkeys(("grad", "logp", "top", "log_sum", "entropy"), "*fp32")
     block = logprob.BACKWARD_BLOCK if backward else logprob.FORWARD_BLOCK
     constants = dict(CAPPED=capped, BLOCK=block) | ({} if backward else {"ENTROPY": capped})
     return Case(
@@ -111,13 +122,17 @@ def reduce_partials() -> Case:
     kernel = segments.reduce_partials_kernel
     pointers = dict(partial="*fp32", out="*fp32", offsets="*i64")
     constants = dict(CHUNK=512, ALWAYS=False, SEGMENTS=segments.SEGMENT_BLOCK, BLOCK=segments.REDUCE_BLOCK)
-    return Case("reduce", kernel, _types(kernel, pointers), constants, ("width", "out_stride"), {"num_warps": 4}, 64)
+    return Case(
+        "reduce", kernel, _types(kernel, pointers), constants, ("width", "out_stride"), {"num_warps": 4}, 64
+    )
 
 
 def sketch_vector() -> Case:
     pointers = dict(gradient="*fp32", out="*fp32", position="*i64", source="*i32", sign="*i8")
     types = _types(vector.vector_kernel, pointers)
-    return Case("vector", vector.vector_kernel, types, dict(BLOCK=vector.BLOCK), ("hits",), {"num_warps": 4}, 64)
+    return Case(
+        "vector", vector.vector_kernel, types, dict(BLOCK=vector.BLOCK), ("hits",), {"num_warps": 4}, 64
+    )
 
 
 def all_cases(capability: int) -> list[Case]:

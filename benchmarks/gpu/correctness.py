@@ -1,0 +1,267 @@
+"""Every op on the GPU against the float64 oracle, on awkward shapes, in every dtype; repeatability; beyond 2^31.
+
+``--small`` runs a short list of shapes once, for compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import common
+import torch
+
+from cropi_kernels import (
+    SketchSpec,
+    bias_grad,
+    fold_inputs,
+    linear_logprob,
+    logprob_and_grad,
+    norm_grad,
+    plan_matrix,
+    plan_vector,
+    sketch_embedding,
+    sketch_linear,
+    sketch_vector,
+)
+from cropi_kernels.ops.linear_logprob import reference as logprob_reference
+from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
+from cropi_kernels.ops.sketch_linear import reference as linear_reference
+from cropi_kernels.ops.sketch_rows.reference import sketch_rows
+from cropi_kernels.testing import sum_error_bound
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CASES: dict[str, tuple[int, int, int | None, int, list[int]]] = {
+    "folded": (100, 96, 64, 32768, [5, 0, 70, 1]),
+    "no fold": (300, 200, None, 32768, [5, 0, 700, 1]),
+    "several groups": (1300, 700, None, 32768, [3, 600, 64]),
+    "two slabs": (1100, 900, 128, 65536, [1100, 20]),
+    "narrow": (33, 7, None, 32768, [9]),
+    "odd": (1003, 517, 256, 32768, [129, 63, 513]),
+}
+
+
+def check(error: torch.Tensor, bound: torch.Tensor) -> dict[str, Any]:
+    worst = float((error / bound.clamp(min=1e-30)).max())
+    return {"error": float(error.max()), "of_bound": worst, "ok": bool((error <= bound).all())}
+
+
+def linear(case: str, dtype: torch.dtype) -> dict[str, Any]:
+    rows, cols, width, dim, lengths = CASES[case]
+    spec = SketchSpec(dim=dim, width=width)
+    plan = plan_matrix(spec, "a.b.weight", rows, cols)
+    offsets = torch.tensor([1, *lengths]).cumsum(0)
+    n = int(offsets[-1]) + 2
+    g = torch.Generator().manual_seed(0)
+    d, x = torch.randn(n, rows, generator=g).to(dtype), torch.randn(n, cols, generator=g).to(dtype)
+    out = torch.zeros(len(lengths), spec.base_dim, device="cuda")
+    folded = fold_inputs(x.cuda(), plan, backend="triton")
+    sketch_linear(d.cuda(), folded, offsets, plan, out, backend="triton")
+    again = torch.zeros_like(out)
+    sketch_linear(d.cuda(), folded, offsets.cuda(), plan, again, backend="triton")
+    a = folded.cpu().double()
+    exact, size = torch.zeros(out.shape, dtype=torch.float64), torch.zeros(out.shape, dtype=torch.float64)
+    linear_reference.sketch_linear(d.double(), a, offsets, plan, exact, folded=True)
+    bucket, _ = linear_reference._folded_coordinates(plan)
+    for s, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
+        size[s].index_add_(
+            0, bucket.reshape(-1), (d[begin:end].double().abs().T @ a[begin:end].abs()).reshape(-1)
+        )
+    bound = sum_error_bound(size, 2 * max(lengths) * plan.n_row_blocks * plan.n_col_blocks)
+    row = check((out.cpu().double() - exact).abs(), bound + 1e-12)
+    exact_fold = fold_inputs(x.double(), plan, backend="reference")
+    fold_error = (a - exact_fold).abs() - torch.finfo(dtype).eps * (exact_fold.abs() + 4)
+    row["ok"] &= bool((fold_error <= 0).all()) and torch.equal(out, again)
+    return row | {"repeatable": torch.equal(out, again)}
+
+
+def embedding(role: str, dtype: torch.dtype) -> dict[str, Any]:
+    spec = SketchSpec(vocab_width=128)
+    plan = plan_matrix(spec, "embed.weight", 1003, 300, role=role)  # type: ignore[arg-type]
+    offsets = torch.tensor([0, 30, 30, 700])
+    g = torch.Generator().manual_seed(0)
+    x, ids = torch.randn(700, 300, generator=g).to(dtype), torch.randint(0, 1003, (700,), generator=g)
+    ids[40:90] = 7
+    exact = sketch_rows(x.double(), ids, offsets, plan, torch.zeros(3, 32768, dtype=torch.float64))
+    runs = [
+        sketch_embedding(x.cuda(), ids.cuda(), offsets, plan, torch.zeros(3, 32768, device="cuda"))
+        for _ in "ab"
+    ]
+    row = check((runs[0].cpu().double() - exact).abs(), sum_error_bound(x.double().abs().sum(), 4).expand(1))
+    same = torch.equal(*runs)
+    return row | {"repeatable": same, "ok": row["ok"] and same}
+
+
+def norms(n: int, centered: bool, dtype: torch.dtype) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(700, n, generator=g) + 2).to(dtype), torch.randn(700, n, generator=g).to(dtype)
+    offsets = torch.tensor([1, 5, 5, 690])
+    got = norm_grad(x.cuda(), dy.cuda(), offsets, 1e-6, centered=centered, with_bias=True)
+    exact = norm_reference(x.double(), dy.double(), offsets, 1e-6, centered, True)
+    assert got[1] is not None and exact[1] is not None
+    bound = sum_error_bound(torch.tensor(3.0 * 685), 685 + 4 * n)
+    rows = [
+        check((a.cpu().double() - b).abs(), bound)
+        for a, b in zip(got, exact)
+        if a is not None and b is not None
+    ]
+    bias = bias_grad(dy.cuda(), offsets).cpu().double()
+    plan = plan_vector(SketchSpec(), "a.bias", n)
+    out = sketch_vector(got[1], plan, torch.zeros(3, 32768, device="cuda")).cpu()
+    want = sketch_vector(got[1].cpu(), plan, torch.zeros(3, 32768))
+    ok = (
+        all(r["ok"] for r in rows)
+        and bool(((bias - exact[1]).abs() <= bound).all())
+        and torch.allclose(out, want)
+    )
+    return rows[0] | {"ok": ok}
+
+
+def log_probs(vocab: int, dtype: torch.dtype, softcap: float | None) -> dict[str, Any]:
+    """Error against plain torch in the same dtype: at most twice its own (and the gradient's, likewise)."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(130, 256, generator=g).to(dtype)
+    head = (torch.randn(vocab, 256, generator=g) / 6).to(dtype)
+    target, weight = torch.randint(0, vocab, (130,), generator=g), torch.randn(130, generator=g)
+    target[3] = -100
+    right = logprob_reference.linear_logprob(hidden, head, target, softcap=softcap)
+    _, gradient = logprob_reference.gradients(weight.double(), hidden, head, target, softcap=softcap)
+    args = hidden.cuda(), head.cuda(), target.cuda()
+    runs = [
+        logprob_and_grad(*args, lambda _, a, b: weight[a:b].cuda(), softcap=softcap, chunk_size=64)
+        for _ in "ab"
+    ]
+    logp, dhidden, _ = (t.cpu().double() for t in runs[0])
+    forward, entropy = linear_logprob(*args, softcap=softcap, return_entropy=True, chunk_size=64)
+    h = args[0].clone().requires_grad_()
+    z = h @ args[1].t()
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    plain = torch.log_softmax(z, -1).gather(1, args[2].clamp(min=0)[:, None])[:, 0]
+    (plain * weight.cuda() * (args[2] >= 0)).sum().backward()
+    assert h.grad is not None
+    theirs = float((plain.detach().cpu().double() - right.logp)[target >= 0].abs().max())
+    their_gradient = float((h.grad.cpu().double() - gradient).abs().max())
+    error, gradient_error = float((logp - right.logp).abs().max()), float((dhidden - gradient).abs().max())
+    ok = (
+        error <= 2 * theirs + 1e-4 and gradient_error <= 2 * their_gradient + 1e-4 and bool((logp <= 0).all())
+    )
+    ok &= bool(((forward.cpu().double() - right.logp).abs() <= 2 * theirs + 1e-4).all())
+    ok &= bool(((entropy.cpu().double() - right.entropy).abs() <= 20 * theirs + 1e-3).all())
+    same = all(torch.equal(a, b) for a, b in zip(*runs))
+    return {
+        "error": error,
+        "gradient_error": gradient_error,
+        "torch_error": theirs,
+        "repeatable": same,
+        "ok": ok and same,
+    }
+
+
+def beyond_int32_sketch() -> dict[str, Any]:
+    """D with more than 2^31 elements: the last tokens' sketch must be that of a small copy of them."""
+    n, rows = 16384, 152064
+    d = torch.empty(n, rows, dtype=torch.bfloat16, device="cuda").zero_()
+    a = torch.randn(n, 64, device="cuda").to(torch.bfloat16)
+    d[-200:] = torch.randn(200, rows, device="cuda")
+    plan = plan_matrix(SketchSpec(), "lm_head.weight", rows, 64)
+    out, small = torch.zeros(2, 32768, device="cuda"), torch.zeros(1, 32768, device="cuda")
+    sketch_linear(d, a, torch.tensor([0, n - 200, n]), plan, out)
+    sketch_linear(d[-200:].clone(), a[-200:].clone(), torch.tensor([0, 200]), plan, small)
+    return {"elements": d.numel(), "ok": torch.equal(out[1], small[0]) and bool((out[0] == 0).all())}
+
+
+def beyond_int32_fold() -> dict[str, Any]:
+    x = torch.zeros(140_000, 16_384, dtype=torch.bfloat16, device="cuda")
+    x[-5:] = torch.randn(5, 16_384, device="cuda")
+    plan = plan_matrix(SketchSpec(), "a.b.weight", 8, 16_384)
+    full, part = fold_inputs(x, plan), fold_inputs(x[-5:].clone(), plan)
+    return {"elements": x.numel(), "ok": torch.equal(full[-5:], part) and bool((full[:-5] == 0).all())}
+
+
+def beyond_int32_logits() -> dict[str, Any]:
+    """One chunk of 16384 x 152064 logits (10 GB)."""
+    n, vocab = 16384, 152064
+    hidden, head = (
+        torch.randn(n, 64, device="cuda").bfloat16(),
+        torch.randn(vocab, 64, device="cuda").bfloat16(),
+    )
+    target = torch.randint(0, vocab, (n,), device="cuda")
+    big = logprob_and_grad(hidden, head, target, lambda p, a, b: torch.ones_like(p), chunk_size=n)
+    small = logprob_and_grad(hidden[-99:], head, target[-99:], lambda p, a, b: torch.ones_like(p))
+    ok = torch.allclose(big[0][-99:], small[0], atol=1e-4) and torch.allclose(
+        big[1][-99:], small[1], atol=2e-2
+    )
+    return {"elements": n * vocab, "ok": ok}
+
+
+def streams_and_graphs() -> dict[str, Any]:
+    """The same bits on another stream and from a CUDA graph."""
+    plan = plan_matrix(SketchSpec(), "a.b.weight", 1536, 1536)
+    d, a = (torch.randn(2000, 1536, device="cuda").bfloat16() for _ in "da")
+    offsets, out = torch.tensor([0, 900, 2000], device="cuda"), torch.zeros(2, 32768, device="cuda")
+    sketch_linear(d, fold_inputs(a, plan), offsets, plan, out)
+    first = out.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = sketch_linear(d, fold_inputs(a, plan), offsets, plan, torch.zeros(2, 32768, device="cuda"))
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out.zero_()
+        sketch_linear(d, fold_inputs(a, plan), offsets, plan, out)
+    out.fill_(7)
+    graph.replay()
+    torch.cuda.synchronize()
+    return {
+        "stream": torch.equal(first, other),
+        "graph": torch.equal(first, out),
+        "ok": torch.equal(first, other) and torch.equal(first, out),
+    }
+
+
+def refusals() -> dict[str, Any]:
+    plan = plan_matrix(SketchSpec(), "a.b.weight", 64, 64)
+    d = torch.zeros(4, 64, device="cuda")
+    out, offsets, said = torch.zeros(1, 32768, device="cuda"), torch.tensor([0, 4]), []
+    for bad in (dict(d=d.double()), dict(a=d.cpu()), dict(offsets=torch.tensor([0, 9])), dict(out=out.cpu())):
+        args = dict(d=d, a=d, offsets=offsets, out=out) | bad
+        try:
+            sketch_linear(args["d"], args["a"], args["offsets"], plan, args["out"], backend="triton")
+            said.append("")
+        except (ValueError, RuntimeError) as error:
+            said.append(str(error)[:90])
+    return {"messages": said, "ok": all(said)}
+
+
+def main() -> None:
+    small = "--small" in sys.argv
+    results = common.Results("sanitizer_" + sys.argv[-1] if small else "correctness")
+    for name, dtype in DTYPES.items():
+        if small and name == "fp16":
+            continue
+        for case in ("folded", "several groups", "odd") if small else CASES:
+            results.attempt(f"sketch_linear {case} {name}", lambda c=case, t=dtype: linear(c, t))
+        for role in ("embedding", "tied"):
+            results.attempt(f"sketch_embedding {role} {name}", lambda r=role, t=dtype: embedding(r, t))
+        for n, centered in (
+            ((24, False), (1536, True)) if small else ((1, False), (128, True), (1536, False), (8192, True))
+        ):
+            results.attempt(f"norm_grad {n} {name}", lambda n=n, c=centered, t=dtype: norms(n, c, t))
+        for vocab in (1003,) if small else (1, 127, 1003, 50257, 151936):
+            for cap in (None, 30.0):
+                results.attempt(
+                    f"log-probs V={vocab} cap={cap} {name}",
+                    lambda v=vocab, c=cap, t=dtype: log_probs(v, t, c),
+                )
+    if not small:
+        results.attempt("streams and graphs", streams_and_graphs)
+        results.attempt("refusals", refusals)
+        results.attempt("sketch beyond 2^31 elements", beyond_int32_sketch)
+        results.attempt("fold beyond 2^31 elements", beyond_int32_fold)
+        results.attempt("logits beyond 2^31 elements", beyond_int32_logits)
+    results.finish()
+
+
+if __name__ == "__main__":
+    main()

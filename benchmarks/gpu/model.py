@@ -1,0 +1,144 @@
+"""A whole model (random weights, Qwen2.5-1.5B's shape): forward + backward + sketch of everything, against plain steps
+and against the loops that people run per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import common
+import torch
+
+from cropi_kernels import GradientSketcher, SketchSpec, logprob_and_grad
+
+LENGTH, ROWS = 1024, 16  # 16k tokens, 16 prompts
+
+
+def build(layers: int = 28) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=layers, num_attention_heads=12,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = Qwen2ForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.config._attn_implementation = "sdpa"
+    return model.train()
+
+
+def batch(rows: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(
+        0, 151936, (rows, LENGTH), device="cuda", generator=torch.Generator("cuda").manual_seed(0)
+    )
+    at = torch.arange(rows * LENGTH, device="cuda").view(rows, LENGTH)[:, :-1].reshape(-1)
+    return {
+        "input_ids": ids,
+        "positions": at,
+        "targets": ids[:, 1:].reshape(-1),
+        "segments": torch.arange(rows),
+    }
+
+
+def plain_step(model: Any, data: dict[str, torch.Tensor]) -> None:
+    """Forward and backward by autograd. The head's part is our own one-pass op for every contestant alike, so that the
+    logits never exist at once; a trainable head gets its weight gradient from the same chunks."""
+    embedded = model.get_input_embeddings()(data["input_ids"])
+    if not embedded.requires_grad:
+        embedded.requires_grad_(True)
+    hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    flat, head = hidden.detach().reshape(-1, hidden.shape[-1]), model.lm_head.weight
+    picked = flat[data["positions"]]
+    head_gradient = torch.zeros_like(head) if head.requires_grad else None
+
+    def add(begin: int, end: int, dz: torch.Tensor) -> None:
+        assert head_gradient is not None
+        head_gradient.addmm_(dz.t(), picked[begin:end])
+
+    _, gradient, _ = logprob_and_grad(
+        picked, head.detach(), data["targets"], lambda p, a, b: torch.ones_like(p),
+        on_dlogits=None if head_gradient is None else add,
+    )  # fmt: skip
+    whole = torch.zeros_like(flat)
+    whole[data["positions"]] = gradient
+    hidden.backward(whole.view_as(hidden))
+    if head_gradient is not None:
+        head.grad = head_gradient if head.grad is None else head.grad.add_(head_gradient)
+
+
+def measure(run: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
+    return {"ms": common.milliseconds(run, repeats=repeats, warm=1), "extra_gb": common.peak_bytes(run) / 1e9}
+
+
+def main() -> None:
+    results = common.Results("model")
+    model, data = build(), batch(ROWS)
+    weigh = lambda logp, start, stop: torch.ones_like(logp)  # noqa: E731
+
+    def frozen() -> dict[str, Any]:
+        model.requires_grad_(False)
+        return measure(lambda: plain_step(model, data))
+
+    def trained() -> dict[str, Any]:
+        model.requires_grad_(True)
+        return measure(lambda: (plain_step(model, data), model.zero_grad(set_to_none=True)))
+
+    def sketched(width: int) -> dict[str, Any]:
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(True)
+        with GradientSketcher(model, SketchSpec(width=width)) as sketcher:
+            step = lambda: sketcher.policy_gradient(**data, weigh=weigh)  # noqa: E731
+            first, second = step(), step()
+            got = measure(step)
+            return got | {"repeatable": torch.equal(first.sketches, second.sketches),
+                          "finite": bool(first.sketches.isfinite().all())} | {
+                          f"{k}_s": v for k, v in second.seconds.items()}  # fmt: skip
+
+    def per_prompt(reduce: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+        """One prompt of the loop: backward, flat float32 gradient, then what the caller does with it."""
+        one = batch(1)
+        model.requires_grad_(True)
+        flat: torch.Tensor | None = None
+
+        def loop() -> None:
+            nonlocal flat
+            model.zero_grad(set_to_none=True)
+            plain_step(model, one)
+            flat = torch.cat([p.grad.reshape(-1).float() for p in model.parameters() if p.grad is not None])
+            reduce(flat)
+
+        return {"ms_per_prompt": common.milliseconds(loop, repeats=2, warm=1)}
+
+    def dense(flat: torch.Tensor) -> torch.Tensor:
+        """Keep a tenth of the coordinates, project them with dense signs drawn block by block (never stored)."""
+        kept = flat[::10]
+        total = torch.zeros(32768, device="cuda")
+        block, blocks = 4096, kept.numel() // 4096
+        measured = 32  # of the blocks, drawn and multiplied; the rest costs the same, so the row scales it up
+        for b in range(min(measured, blocks)):
+            signs = torch.randint(0, 2, (block, 32768), device="cuda", dtype=torch.int8).to(torch.bfloat16)
+            total += (kept[b * block : (b + 1) * block].bfloat16() @ signs).float()
+        return total
+
+    def dense_projection() -> dict[str, Any]:
+        flat = torch.randn(sum(p.numel() for p in model.parameters()), device="cuda")
+        ms = common.milliseconds(lambda: dense(flat), repeats=2, warm=1)
+        blocks = flat.numel() // 10 // 4096
+        return {"ms_per_prompt": ms * blocks / 32, "extrapolated_from_blocks": 32, "of": blocks}
+
+    results.attempt("frozen weights", frozen)
+    for width in (64, 128, 256):
+        results.attempt(f"sketched, width {width}", lambda w=width: sketched(w))
+    results.attempt("weight gradients", trained)
+    results.attempt("loop: backward and flat float32 gradient", lambda: per_prompt(lambda flat: flat.sum()))
+    results.attempt("loop: dense projection of a tenth", dense_projection)
+    results.finish()
+
+
+if __name__ == "__main__":
+    main()
