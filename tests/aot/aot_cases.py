@@ -58,7 +58,7 @@ def slab(dtype: str, slab_cols: int, capability: int) -> Case:
         shape, SLAB_ROWS=32768 // slab_cols, SLAB_COLS=slab_cols, CHUNK=linear.CHUNK_TOKENS, ALWAYS=always,
         SEGMENTS=segments.SEGMENT_BLOCK, PAIRS=32,
     )  # fmt: skip
-    most = {256: 240, 128: 184, 64: 144}.get(config.BN, 128) if dtype != "float32" else 112
+    most = {256: 240, 128: 184, 64: 144}.get(config.BN, 128) if dtype != "float32" else 160
     return Case(
         f"slab {dtype} {slab_cols}", linear.slab_kernel, _types(linear.slab_kernel, pointers), constants,
         ("rows", "cols", "padded_rows", "stride_d", "stride_a"), options, most, tensor_cores=dtype != "float32",
@@ -101,7 +101,8 @@ def norm_grad(dtype: str, n: int, centered: bool, weight: bool) -> Case:
     )  # fmt: skip
     return Case(
         f"norm {dtype} {n} {'weight' if weight else 'bias'}", norm.norm_kernel,
-        _types(norm.norm_kernel, pointers, ("eps",)), constants, ("n", "stride_x", "stride_dy"), {"num_warps": warps}, 208 if n > 4096 else 128,
+        _types(norm.norm_kernel, pointers, ("eps",)), constants,
+        ("n", "stride_x", "stride_dy"), {"num_warps": warps}, 208 if n > 4096 else 128,
     )  # fmt: skip
 
 

@@ -100,7 +100,8 @@ def norm_grad(
             norm_kernel[(n_items(n_tokens, n_segments, CHUNK_TOKENS), triton.cdiv(n, features))](
                 x, dy, weight, bias, weight_partial, bias_partial, offsets,
                 n_segments, n_tokens, n, x.stride(0), dy.stride(0), eps,
-                CENTERED=centered, WITH_WEIGHT=with_weight, WITH_BIAS=with_bias, CHUNK=CHUNK_TOKENS, SEGMENTS=SEGMENT_BLOCK, BT=tokens, BN=features, num_warps=warps,
+                CENTERED=centered, WITH_WEIGHT=with_weight, WITH_BIAS=with_bias, CHUNK=CHUNK_TOKENS,
+                SEGMENTS=SEGMENT_BLOCK, BT=tokens, BN=features, num_warps=warps,
             )  # fmt: skip
         for part, total in ((weight_partial, weight), (bias_partial, bias)):
             reduce_partials(part, total, offsets, n_tokens, CHUNK_TOKENS, 1, always=False)
