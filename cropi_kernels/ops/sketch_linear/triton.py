@@ -117,7 +117,7 @@ GROUP_PAIRS = (
 def slab_config(slab_cols: int, dtype: torch.dtype, hopper: bool) -> SlabConfig:
     """Chunks and groups do not depend on the device, so neither does the order of the partial results."""
     if dtype == torch.float32:  # exact products, no tensor cores
-        return SlabConfig(64, min(64, max(16, slab_cols)), 16, 4, 3)
+        return SlabConfig(64, min(64, max(16, slab_cols)), 16, 4, 2)
     if hopper:
         return (
             SlabConfig(128, 256, 64, 8, 4)
