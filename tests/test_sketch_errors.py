@@ -163,8 +163,14 @@ def test_a_named_backend_serves_or_raises(op: str, fresh_warnings: None) -> None
         RuntimeError, match=r"backend='cpu' cannot run \w+: dtype torch.float64 is not one of float32"
     ):
         NAMED[op]("cpu")
-    with pytest.raises(ValueError, match=r"backend='cuda': choose one of cpu, reference, or None"):
+    with pytest.raises(
+        ValueError, match=r"backend='tpu': choose one of cuda, triton, cpu, reference, or None"
+    ):
+        NAMED[op]("tpu")
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run \w+: no CUDA C\+\+ kernel"):
         NAMED[op]("cuda")
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run \w+: \w+"):
+        NAMED[op]("triton")
     with pytest.raises(ValueError, match=r"backend='': choose one of"):
         NAMED[op]("")
     NAMED[op]("reference")
@@ -180,7 +186,7 @@ def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch, fresh_
         "an argument goes first"
     )
     monkeypatch.setenv("CROPI_KERNELS_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="backend='fastest': choose one of cpu, reference"):
+    with pytest.raises(ValueError, match="backend='fastest': choose one of cuda, triton, cpu, reference"):
         bias_grad(A, OFFSETS)
     monkeypatch.setenv("CROPI_KERNELS_BACKEND", "")
     bias_grad(A.double(), OFFSETS)
@@ -205,8 +211,8 @@ def test_a_missing_module_is_said_once(monkeypatch: pytest.MonkeyPatch, fresh_wa
 def test_explain_names_every_backend_and_its_reason() -> None:
     lines = explain(A).splitlines()
     assert [line.split()[0] for line in lines] == list(dispatch.BACKENDS)
-    assert re.search(r"cpu +serves the call \((baseline|AVX2|AVX-512) kernels\)", lines[0])
-    assert "not chosen" in lines[1]
+    assert re.search(r"cpu +serves the call \((baseline|AVX2|AVX-512) kernels\)", lines[2])
+    assert "not chosen" in lines[3]
     assert "torch.float64 is not one of" in explain(A.double())
     assert "on meta, not on the CPU" in explain(torch.ones(2, device="meta"))
 

@@ -31,6 +31,10 @@ def check_offsets(offsets: torch.Tensor, n_tokens: int) -> int:
         raise ValueError(
             f"offsets is {offsets.dtype} {tuple(offsets.shape)}: give a contiguous 1-D int64 tensor"
         )
+    if offsets.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"offsets is on {offsets.device}: give offsets.cpu(), or the offsets on the tokens' CUDA device"
+        )
     if (
         offsets.device.type != "cpu"
     ):  # reading them would make the host wait; the kernels clamp them to the tokens

@@ -45,7 +45,8 @@ def flat_sketch(
     key = key_of(spec.version, spec.seed, name)
     keep_below = 0 if spec.keep >= 1.0 else max(1, int(spec.keep * 2.0**32))
     scale = spec.keep**-0.5
-    if dispatch.choose("flat_sketch", x, out, backend=backend) != "cpu":
+    without = {"triton": "it has no Triton kernel"}
+    if dispatch.choose("flat_sketch", x, out, backend=backend, without=without) != "cpu":
         return flat_sketch_reference(x, key, keep_below, scale, out, offset)
     _native.native().flat_sketch(
         x.data_ptr(), x.numel(), offset, *key, keep_below, scale, spec.dim, out.data_ptr(), _native.threads()
