@@ -50,7 +50,7 @@ class Logits:
 
 
 def default_chunk(n_tokens: int, vocab: int, itemsize: int = 4, on_device: bool = False) -> int:
-    """Tokens per chunk: near `LOGITS_BYTES` of logits (on a GPU below its own), at least `MIN_TOKENS`, all about equal."""
+    """Tokens per chunk: near `LOGITS_BYTES` of logits (a GPU: below its own), at least `MIN_TOKENS`, about equal."""
     budget = max(
         MIN_TOKENS, (DEVICE_LOGITS_BYTES if on_device else LOGITS_BYTES) // (max(1, vocab) * itemsize)
     )
