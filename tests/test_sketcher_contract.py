@@ -300,13 +300,15 @@ def test_a_bad_token_fails_its_segment_alone(layout: str) -> None:
 
 
 def test_a_weight_of_zero_hides_no_bad_log_prob() -> None:
-    """0 * NaN might vanish somewhere: the segment is failed by its log-prob."""
-    model, batch = zoo.make("llama"), zoo.padded()
+    """Token 33 has probability 0 and weight 0, so its gradient is 0 as well: its log-prob alone fails the segment."""
+    model, batch = zoo.make("phi"), zoo.padded()
     with torch.no_grad():
-        model.get_output_embeddings().weight[33] = float("nan")  # type: ignore[operator]
+        model.get_output_embeddings().bias[33] = -torch.inf  # type: ignore[operator]
+    weights = zoo.weights_of(batch).masked_fill(batch.targets == 33, 0.0)
     with GradientSketcher(model, SPEC) as sketcher:
-        got = batch.sketch(sketcher, weigh=lambda logp, a, b: torch.zeros(b - a))
-    assert got.sketches.isnan().all() and got.logprobs.isnan().all()
+        got = batch.sketch(sketcher, weigh=lambda logp, a, b: weights[a:b])
+    assert (got.logprobs == -torch.inf).equal(batch.targets == 33)
+    assert got.sketches[1].isnan().all() and got.sketches[[0, 2]].isfinite().all()
 
 
 def test_empty_segments_and_no_scored_tokens() -> None:
