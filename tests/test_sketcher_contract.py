@@ -339,7 +339,7 @@ def test_weights_may_depend_on_log_probs(monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.equal(whole.weights, whole.logprobs.exp() + 1)
         assert set(whole.seconds) == {"forward", "backward", "sketch"} and min(whole.seconds.values()) > 0
         calls.clear()
-        monkeypatch.setattr("cropi_kernels.ops.linear_logprob.chunks.default_chunk", lambda *args: 8)
+        monkeypatch.setattr("cropi_kernels.ops.linear_logprob.chunks.default_chunk", lambda *a, **k: 8)
         parts = batch.sketch(sketcher, weigh=weigh)
     n = len(batch.targets)
     assert calls == [(a, min(a + 8, n)) for a in range(0, n, 8)] and len(calls) > 1

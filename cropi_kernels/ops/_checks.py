@@ -50,6 +50,14 @@ def check_offsets(offsets: torch.Tensor, n_tokens: int) -> int:
     return offsets.numel() - 1
 
 
+def on_host(offsets: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """``offsets`` for a CPU kernel, which trusts them: those that came from a device are checked now."""
+    if offsets.device.type != "cpu":
+        offsets = offsets.cpu()
+        check_offsets(offsets, n_tokens)
+    return offsets
+
+
 def check_matrix(name: str, x: torch.Tensor, cols: int, what: str) -> None:
     if x.ndim != 2 or x.shape[1] != cols:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be [tokens, {cols}] ({what})")

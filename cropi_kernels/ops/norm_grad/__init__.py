@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import _native, dispatch
-from .._checks import check_offsets
+from .._checks import check_offsets, on_host
 from .reference import norm_grad as norm_grad_reference
 from .reference import segment_sums
 
@@ -91,7 +91,7 @@ def _native_call(
     with_weight: bool,
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    x, dy, offsets = _native.rows_view(x), _native.rows_view(dy), offsets.cpu()
+    x, dy, offsets = _native.rows_view(x), _native.rows_view(dy), on_host(offsets, dy.shape[0])
     shape = n_segments, dy.shape[1]
     # The kernel writes float32 whatever torch's default dtype and device are.
     weight = torch.empty(shape if with_weight else (0, 0), dtype=torch.float32, device="cpu")

@@ -7,7 +7,7 @@ import torch
 
 from ... import dispatch
 from ...plan import MatrixPlan
-from .._checks import check_matrix, check_offsets, check_out
+from .._checks import check_matrix, check_offsets, check_out, on_host
 from . import cpu, reference
 from .reference import coordinates, sketch_matrix
 
@@ -85,7 +85,7 @@ def sketch_linear(
 
         triton.sketch_linear(d, a, offsets.to(d.device), plan, out)
     elif chosen == "cpu":
-        cpu.sketch_linear(d, a, offsets.cpu(), plan, out)
+        cpu.sketch_linear(d, a, on_host(offsets, d.shape[0]), plan, out)
     else:
         reference.sketch_linear(d, a, offsets, plan, out, folded=True)
     return out

@@ -7,7 +7,7 @@ import torch
 
 from ... import _native, dispatch
 from ...plan import MatrixPlan
-from .._checks import check_matrix, check_offsets, check_out
+from .._checks import check_matrix, check_offsets, check_out, on_host
 from ..sketch_linear import fold_inputs
 from .reference import sketch_rows as sketch_rows_reference
 
@@ -53,7 +53,7 @@ def sketch_embedding(
         return out
     if chosen != "cpu":
         return sketch_rows_reference(x, rows, offsets, plan, out)
-    offsets = offsets.cpu()
+    offsets = on_host(offsets, x.shape[0])
     x = fold_inputs(x, plan, backend=backend)
     folded, scale = plan.fold_rows(rows.numpy())
     folded, scale = np.ascontiguousarray(folded, np.int64), np.ascontiguousarray(scale)
