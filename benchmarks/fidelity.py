@@ -109,10 +109,11 @@ def table(data: Collected, chosen: list[Variant]) -> list[Row]:
     for dim in DIMS:
         for w in WIDTHS:
             labels = [f"slab/width={w or 'full'}", "slab/vocab=full", "slab/vector"]
-            rows.append(row(data, chosen, "whole model", labels, every, dim, _share(w)))
+            rows.append(row(data, chosen, "whole model", labels, every, dim, _whole_share(w, 1.0)))
         for v in VOCABS[:-1]:
             labels = ["slab/width=64", f"slab/vocab={v}", "slab/vector"]
-            rows.append(row(data, chosen, "whole model", labels, every, dim, f"{_share(64)}, head {v}/49152"))
+            work = _whole_share(64, (v or 49152) / 49152)
+            rows.append(row(data, chosen, "whole model", labels, every, dim, work))
         for hidden in (64, 128):
             labels = ["slab/width=64", f"slab/hidden={hidden}", "slab/vector"]
             rows.append(
@@ -162,11 +163,24 @@ def table(data: Collected, chosen: list[Variant]) -> list[Row]:
     return rows
 
 
+# Weight-gradient products of one of SmolLM2-135M's 30 layers, and of its tied head.
+LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+HEAD = 49152 * 576
+
+
+def _products(width: int | None) -> float:
+    return 30.0 * sum(r * min(c, width or c) for r, c in LAYER)
+
+
 def _share(width: int | None) -> str:
-    """Matrix work of the linear layers of SmolLM2-135M at this width, as a share of the unfolded products."""
-    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
-    full = sum(r * c for r, c in shapes)
-    return "1" if width is None else f"1/{full / sum(r * min(c, width) for r, c in shapes):.1f}"
+    """Matrix work of the linear layers at this width, as a share of the unfolded products."""
+    return "1" if width is None else f"1/{_products(None) / _products(width):.1f}"
+
+
+def _whole_share(width: int | None, head: float) -> str:
+    """The same with the head, whose products are folded to the share ``head``."""
+    share = (_products(width) + HEAD * head) / (_products(None) + HEAD)
+    return "1" if share == 1.0 else f"1/{1 / share:.1f}"
 
 
 def _markdown(rows: list[Row], path: Path, about: str) -> None:
@@ -201,20 +215,39 @@ def _plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True)
-    whole = [r for r in rows if r.scope == "whole model"]
-    for name in dict.fromkeys(r.sketch for r in whole):
-        points = sorted((r.dim, r.error, r.precision) for r in whole if r.sketch == name)
-        if len(points) < 2:
-            continue
-        style = "--" if name.startswith("dropout") else "-"
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharex=True)
+    names = {
+        "slab, width=full + vocab=full": ("slab, no fold", "tab:blue", "-"),
+        "slab, width=128 + vocab=full": ("slab, inputs to 128", "tab:cyan", "-"),
+        "slab, width=64 + vocab=full": ("slab, inputs to 64", "tab:green", "-"),
+        "slab, width=32 + vocab=full": ("slab, inputs to 32", "tab:olive", "-"),
+        "slab, width=64 + vocab=8192": ("default: inputs to 64, head to 8192", "black", "-"),
+        "dropout/keep=1": ("CountSketch of the formed gradient", "tab:gray", ":"),
+        **{
+            f"dropout/keep={k:g}": (f"dropout, keep {k:g}", f"C{i + 5}", "--")
+            for i, k in enumerate(KEEPS[1:])
+        },
+    }
+    for name, (label, color, style) in names.items():
+        points = sorted(
+            (r.dim, r.error, r.precision) for r in rows if (r.scope, r.sketch) == ("whole model", name)
+        )
         for axis, column in zip(axes, (1, 2), strict=True):
             axis.plot(
-                [p[0] for p in points], [p[column] for p in points], style, marker="o", ms=3, lw=1, label=name
+                [p[0] for p in points],
+                [p[column] for p in points],
+                style,
+                color=color,
+                marker="o",
+                ms=3,
+                label=label,
             )
     axes[0].set(xscale="log", yscale="log", xlabel="numbers per sketch", ylabel="rms error of the score")
     axes[1].set(xscale="log", xlabel="numbers per sketch", ylabel="precision at 10 %")
-    axes[1].legend(fontsize=6, ncol=2)
+    for axis in axes:
+        axis.set_xticks(DIMS, [str(d) for d in DIMS])
+        axis.minorticks_off()
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
