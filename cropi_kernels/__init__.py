@@ -12,6 +12,7 @@ from .names import canonical_name
 from .ops.flat_sketch import flat_sketch
 from .ops.linear_logprob import linear_logprob, logprob_and_grad
 from .ops.norm_grad import bias_grad, norm_grad
+from .ops.project import ProjectionSpec, QuantizedRows, project, project_transpose, quantize_rows
 from .ops.sketch_linear import fold_inputs, fold_outputs, sketch_linear
 from .ops.sketch_rows import sketch_embedding
 from .ops.sketch_vector import sketch_vector
@@ -25,6 +26,8 @@ __all__ = [
     "GradientSketcher",
     "MatrixPlan",
     "PolicyGradient",
+    "ProjectionSpec",
+    "QuantizedRows",
     "SketchSpec",
     "UncoveredParameterError",
     "VectorPlan",
@@ -40,6 +43,9 @@ __all__ = [
     "norm_grad",
     "plan_matrix",
     "plan_vector",
+    "project",
+    "project_transpose",
+    "quantize_rows",
     "reduce_sketch",
     "sketch_embedding",
     "sketch_linear",

@@ -6,6 +6,8 @@
 namespace py = pybind11;
 using namespace cropi;
 
+void bind_project(py::module_& m);  // bindings/project.cpp
+
 namespace {
 
 template <class T>
@@ -112,4 +114,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                              ptr<const float>(logprob), ptr<const float>(top), ptr<const float>(log_sum), temperature,
                              softcap, threads});
   });
+
+  bind_project(m);
 }

@@ -121,16 +121,34 @@ struct LogprobBackwardArgs {
   int n_threads;
 };
 
-#define CROPI_KERNELS(X)             \
-  X(fold_columns, FoldArgs)          \
-  X(sketch_linear, SketchLinearArgs) \
-  X(sketch_rows, SketchRowsArgs)     \
-  X(norm_grad, NormGradArgs)         \
-  X(flat_sketch, FlatSketchArgs)     \
-  X(head_logits, HeadLogitsArgs)     \
-  X(times_head, TimesHeadArgs)       \
-  X(logprob_rows, LogprobRowsArgs)   \
-  X(logprob_rows_backward, LogprobBackwardArgs)
+// project: y[b] += scale * S x[b]; its adjoint overwrites x[b] = scale * S^T y[b] (docs/project.md).
+struct ProjectArgs {
+  MatrixView x;     // [rows, n]; the adjoint writes it, float32
+  uint64_t offset;  // coordinate of the first column
+  Key key;
+  int64_t dim, nnz;  // nnz: nonzeros of a coordinate, a divisor of dim (sparse)
+  uint32_t keep;     // 65536ths of the coordinates that are kept
+  bool gaussian;     // dense: normal entries, not signs
+  float scale;
+  float* y;  // [rows, dim]
+  int64_t y_stride;
+  int n_threads;
+};
+
+#define CROPI_KERNELS(X)                        \
+  X(fold_columns, FoldArgs)                     \
+  X(sketch_linear, SketchLinearArgs)            \
+  X(sketch_rows, SketchRowsArgs)                \
+  X(norm_grad, NormGradArgs)                    \
+  X(flat_sketch, FlatSketchArgs)                \
+  X(head_logits, HeadLogitsArgs)                \
+  X(times_head, TimesHeadArgs)                  \
+  X(logprob_rows, LogprobRowsArgs)              \
+  X(logprob_rows_backward, LogprobBackwardArgs) \
+  X(project_sparse, ProjectArgs)                \
+  X(project_sparse_adjoint, ProjectArgs)        \
+  X(project_dense, ProjectArgs)                 \
+  X(project_dense_adjoint, ProjectArgs)
 
 #define CROPI_DECLARE_KERNEL(name, Args) void name(const Args&);
 namespace v1 {

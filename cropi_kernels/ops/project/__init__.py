@@ -1,0 +1,10 @@
+"""Random projections of gradients that exist: CountSketch, SJLT, dense Rademacher and Gaussian, and their adjoints."""
+
+from __future__ import annotations
+
+from .api import project, project_transpose
+from .quantize import QuantizedRows, quantize_rows
+from .reference import coordinates
+from .spec import ProjectionSpec
+
+__all__ = ["ProjectionSpec", "QuantizedRows", "coordinates", "project", "project_transpose", "quantize_rows"]

@@ -1,0 +1,171 @@
+"""The public functions of `project`: they check their arguments and compute nothing."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Literal, overload
+
+import torch
+
+from ...dispatch import BACKENDS
+from . import ops
+from .quantize import QuantizedRows, quantize_rows
+from .spec import MAX_COORDINATE, ProjectionSpec
+
+NonFinite = Literal["warn", "raise", "ignore"]
+
+
+@overload
+def project(
+    x: torch.Tensor,
+    spec: ProjectionSpec,
+    offset: int = 0,
+    *,
+    out: torch.Tensor | None = None,
+    nonfinite: NonFinite = "warn",
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def project(
+    x: torch.Tensor,
+    spec: ProjectionSpec,
+    offset: int = 0,
+    *,
+    dtype: torch.dtype,
+    nonfinite: NonFinite = "warn",
+    backend: str | None = None,
+) -> QuantizedRows: ...
+def project(
+    x: torch.Tensor,
+    spec: ProjectionSpec,
+    offset: int = 0,
+    *,
+    out: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    nonfinite: NonFinite = "warn",
+    backend: str | None = None,
+) -> torch.Tensor | QuantizedRows:
+    """``y[b] = sum_p x[b, p] S[:, offset + p]``: random projections of rows that exist, ``E <S x, S x'> = <x, x'>``.
+
+    S is a function of ``spec`` and the coordinate alone: shards and chunks of a row, each at its own offset, add up to
+    the projection of the whole. The sums are float32, in an order that depends on the sizes of the call: equal bits for
+    any thread count and any other rows. Differentiable with respect to ``x`` (the gradient is `project_transpose`).
+
+    Args:
+        x: float32, bfloat16 or float16 [B, P]; rows may be strided. Beyond input and output the memory stays under
+            64 MB for dim up to 2^17, whatever B and P are; strided columns are copied piece by piece.
+        spec: what S is.
+        offset: coordinate of the first column; ``offset + P`` may reach 2^62.
+        out: contiguous float32 [B, dim] to add to, for streams of chunks; returned.
+        dtype: ``torch.int8`` or ``torch.float16`` gives `QuantizedRows`, values with a scale per row.
+        nonfinite: a row that holds NaN or infinity (or overflows) comes out NaN throughout, all others right;
+            ``"warn"`` names such rows in a RuntimeWarning, ``"raise"`` in an error, ``"ignore"`` says nothing.
+            Coordinates that ``keep`` drops are never looked at.
+        backend: ``"cpu"``, ``"reference"`` (plain torch, any device, also float64) or None for the compiled kernels.
+
+    Raises:
+        ValueError: names the argument, its value and the remedy.
+        RuntimeError: no kernel serves the tensor's device or dtype.
+
+    Sources: Charikar, Chen and Farach-Colton (2002); Kane and Nelson (2014) for sparse Johnson-Lindenstrauss maps.
+    """
+    _check_input("x", x, spec, "[B, P]")
+    _check_range(offset, x.shape[1], spec)
+    if nonfinite not in ("warn", "raise", "ignore"):
+        raise ValueError(f"nonfinite={nonfinite!r}: choose warn, raise or ignore")
+    if dtype not in (torch.float32, torch.int8, torch.float16):
+        raise ValueError(f"dtype={dtype}: results are torch.float32, torch.float16 or torch.int8")
+    name = _backend(backend)
+    failed = None
+    if out is None:
+        y = torch.ops.cropi.project(x, offset, ops.encode(spec), name)
+    else:
+        _check_out(out, x, spec, dtype)
+        failed = ~torch.isfinite(out).all(dim=1)
+        y = ops.accumulate(x, spec, out, offset, name)
+    if nonfinite != "ignore":
+        _report(y.detach(), failed, offset, nonfinite)
+    return y if dtype == torch.float32 else quantize_rows(y.detach(), dtype)
+
+
+def project_transpose(
+    y: torch.Tensor, spec: ProjectionSpec, n: int, offset: int = 0, *, backend: str | None = None
+) -> torch.Tensor:
+    """``x[b, p] = sum_c y[b, c] S[c, offset + p]`` for p < n: the adjoint, ``<S x, y> = <x, S^T y>``.
+
+    Args:
+        y: float32, bfloat16 or float16 [B, dim].
+        n: coordinates of the result, float32 [B, n]; offset, spec and backend are those of `project`.
+    """
+    _check_input("y", y, spec, "[B, dim]")
+    if y.shape[1] != spec.dim:
+        raise ValueError(f"y has shape {tuple(y.shape)}: the spec has dim={spec.dim}, so it must be [B, {spec.dim}]")
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise ValueError(f"n={n!r}: give the number of coordinates, an integer >= 0")
+    _check_range(offset, n, spec)
+    result: torch.Tensor = torch.ops.cropi.project_transpose(y, n, offset, ops.encode(spec), _backend(backend))
+    return result
+
+
+def _backend(backend: str | None) -> str:
+    name = backend or os.environ.get("CROPI_KERNELS_BACKEND") or ""
+    if name and name not in BACKENDS:
+        raise ValueError(f"backend={name!r}: choose one of {', '.join(BACKENDS)}, or None for the best")
+    return name
+
+
+def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -> None:
+    if not isinstance(spec, ProjectionSpec):
+        raise ValueError(f"spec={spec!r}: give a cropi_kernels.ProjectionSpec")
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}: give a torch.Tensor {shape} (torch.from_numpy for arrays)")
+    if x.layout != torch.strided:
+        raise ValueError(
+            f"{name} has the sparse layout {x.layout}: give a dense tensor (to_dense()), or use cropi.sklearn for "
+            "scipy matrices"
+        )
+    if x.ndim != 2:
+        hint = f"; {name}[None] for one row" if x.ndim == 1 else "; flatten the parameters of a row first"
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be {shape}{hint}")
+    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
+        raise ValueError(f"{name} is {x.dtype}: give float32, bfloat16 or float16")
+
+
+def _check_range(offset: int, n: int, spec: ProjectionSpec) -> None:
+    if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0:
+        raise ValueError(f"offset={offset!r}: give the coordinate of the first column, an integer >= 0")
+    if offset + n > MAX_COORDINATE:
+        raise ValueError(f"offset={offset} with {n} columns: coordinates must stay below 2^62")
+    if spec.size is not None and offset + n > spec.size:
+        raise ValueError(
+            f"columns {offset} .. {offset + n} do not fit: the spec has size={spec.size} coordinates; was the model's "
+            "set of parameters changed?"
+        )
+
+
+def _check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, dtype: torch.dtype) -> None:
+    if dtype != torch.float32:
+        raise ValueError(f"out with dtype={dtype}: add all chunks up in float32, then call quantize_rows")
+    want = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if tuple(out.shape) != (x.shape[0], spec.dim) or out.dtype != want or not out.is_contiguous():
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)}, contiguous={out.is_contiguous()}: it must be contiguous {want} "
+            f"[{x.shape[0]}, {spec.dim}]"
+        )
+    if out.device != x.device:
+        raise ValueError(f"out is on {out.device} but x is on {x.device}")
+    if x.requires_grad:
+        raise ValueError("out cannot take part in autograd: pass x.detach(), or add the results of calls without out")
+
+
+def _report(y: torch.Tensor, failed: torch.Tensor | None, offset: int, nonfinite: NonFinite) -> None:
+    bad = torch.isnan(y[:, 0]) if y.shape[0] else torch.zeros(0, dtype=torch.bool)
+    rows = (bad if failed is None else bad & ~failed).nonzero()[:, 0].tolist()
+    if not rows:
+        return
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    message = f"{len(rows)} row(s) of x hold NaN or infinity (chunk at offset {offset}): {shown}; their projections are NaN"
+    if nonfinite == "raise":
+        raise ValueError(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,100 @@
+"""Registration with torch.library: schemas, shapes for tracing, kernels and the autograd formulas."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import torch
+
+from ... import _native
+from ..._library import LIB, NAMESPACE
+from . import cpu, reference
+from .spec import ProjectionSpec
+
+LIB.define("project(Tensor x, int offset, str spec, str backend) -> Tensor")
+LIB.define("project_transpose(Tensor y, int n, int offset, str spec, str backend) -> Tensor")
+
+
+def encode(spec: ProjectionSpec) -> str:
+    return json.dumps(spec.to_dict())
+
+
+@functools.lru_cache(maxsize=64)
+def decode(spec: str) -> ProjectionSpec:
+    return ProjectionSpec.from_dict(json.loads(spec))
+
+
+def choose(x: torch.Tensor, backend: str) -> Any:
+    """The module that serves the call. The reference is never chosen for a caller: it is far slower."""
+    if backend == "reference":
+        return reference
+    reason = _native.unsupported(x)
+    if reason is not None:
+        raise RuntimeError(
+            f"no kernel of project serves this call: {reason}; move or cast the tensor, or ask for plain torch by "
+            "backend='reference'"
+        )
+    return cpu
+
+
+def accumulate(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int, backend: str) -> torch.Tensor:
+    """``out += S x``; rows of the result that are not finite become NaN throughout."""
+    choose(x, backend).project(x.detach(), spec, out, offset)
+    return out.masked_fill_(~torch.isfinite(out).all(dim=1, keepdim=True), torch.nan)
+
+
+def _dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _project(x: torch.Tensor, offset: int, spec: str, backend: str) -> torch.Tensor:
+    plan = decode(spec)
+    return accumulate(x, plan, x.new_zeros(x.shape[0], plan.dim, dtype=_dtype(x)), offset, backend)
+
+
+def _project_fake(x: torch.Tensor, offset: int, spec: str, backend: str) -> torch.Tensor:
+    return x.new_empty(x.shape[0], decode(spec).dim, dtype=_dtype(x))
+
+
+def _transpose(y: torch.Tensor, n: int, offset: int, spec: str, backend: str) -> torch.Tensor:
+    wide = y.detach().to(_dtype(y)).contiguous()
+    module = choose(wide, backend)
+    out = wide.new_empty(y.shape[0], n)
+    module.transpose(wide, decode(spec), out, offset)
+    return out
+
+
+def _transpose_fake(y: torch.Tensor, n: int, offset: int, spec: str, backend: str) -> torch.Tensor:
+    return y.new_empty(y.shape[0], n, dtype=_dtype(y))
+
+
+def _save_project(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, ctx.offset, ctx.spec, ctx.backend = inputs
+    ctx.n, ctx.dtype = x.shape[1], x.dtype
+
+
+def _grad_project(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    dx = torch.ops.cropi.project_transpose(grad, ctx.n, ctx.offset, ctx.spec, ctx.backend)
+    return dx.to(ctx.dtype), None, None, None
+
+
+def _save_transpose(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    y, _, ctx.offset, ctx.spec, ctx.backend = inputs
+    ctx.dtype = y.dtype
+
+
+def _grad_transpose(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    dy = torch.ops.cropi.project(grad, ctx.offset, ctx.spec, ctx.backend)
+    return dy.to(ctx.dtype), None, None, None, None
+
+
+LIB.impl("project", _project, "CompositeExplicitAutograd")
+LIB.impl("project_transpose", _transpose, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::project", _project_fake, lib=LIB)
+torch.library.register_fake(f"{NAMESPACE}::project_transpose", _transpose_fake, lib=LIB)
+torch.library.register_autograd(f"{NAMESPACE}::project", _grad_project, setup_context=_save_project, lib=LIB)
+torch.library.register_autograd(
+    f"{NAMESPACE}::project_transpose", _grad_transpose, setup_context=_save_transpose, lib=LIB
+)

@@ -1,0 +1,124 @@
+"""What a projection is: the handful of numbers that define the random linear map S: R^P -> R^dim."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any, Literal
+
+from ...philox import key_of
+
+Kind = Literal["countsketch", "sjlt", "rademacher", "gaussian"]
+KINDS: tuple[Kind, ...] = ("countsketch", "sjlt", "rademacher", "gaussian")
+
+VERSION = 1  # of the integers behind a projection; rises whenever one bucket, sign or draw changes
+KEEP_ALL = 1 << 16  # `keep` is held in 65536ths
+MAX_DIM = 1 << 24
+MAX_NNZ = 64
+MAX_COORDINATE = 1 << 62
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectionSpec:
+    """A random linear map ``S`` with ``E<S x, S y> = <x, y>``, defined by integers only (docs/project.md).
+
+    Args:
+        dim: numbers per projected row, 1 to 2^24. The standard error of a cosine is about ``1 / sqrt(dim)``.
+            Multiples of 16 (of ``16 * nnz``) are fast; others are right, and slower.
+        kind: ``countsketch`` (one nonzero per coordinate: the speed of reading the input), ``sjlt`` (``nnz`` nonzeros,
+            one in each of ``nnz`` blocks of buckets), or dense ``rademacher`` and ``gaussian``: ``dim`` products per
+            coordinate, drawn while they are used.
+        nnz: nonzeros per coordinate of ``sjlt``, a divisor of ``dim``, 1 to 64.
+        keep: share of all coordinates that is kept before the projection (CROPI's dropout), the same for every row;
+            rounded to 65536ths. Kept coordinates are scaled by ``1 / sqrt(keep)``.
+        seed: any integer >= 0; different seeds are independent projections.
+        stream: independent projections under one seed: the number of a checkpoint, say.
+        size: number of coordinates P, or None to leave it open; input that does not fit is refused.
+        version: of the definition; projections of different versions cannot be compared.
+
+    Raises:
+        ValueError: names the field, its value and what it may be.
+    """
+
+    dim: int
+    kind: Kind = "countsketch"
+    nnz: int = 1
+    keep: float = 1.0
+    seed: int = 0
+    stream: int = 0
+    size: int | None = None
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        _check_int("dim", self.dim, 1, MAX_DIM)
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r}: choose one of {', '.join(KINDS)}")
+        _check_int("nnz", self.nnz, 1, MAX_NNZ)
+        if self.nnz != 1 and self.kind != "sjlt":
+            raise ValueError(f"nnz={self.nnz} needs kind='sjlt', not kind={self.kind!r}")
+        if self.dim % self.nnz:
+            raise ValueError(f"nnz={self.nnz} must divide dim={self.dim}: every nonzero has dim / nnz buckets of its own")
+        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0.0 < self.keep <= 1.0:
+            raise ValueError(f"keep={self.keep!r}: give the share of coordinates to keep, in (0, 1]")
+        if self.keep_count == 0:
+            raise ValueError(f"keep={self.keep!r} rounds to 0 / 65536: give at least {1 / KEEP_ALL:.2e}")
+        _check_int("seed", self.seed, 0, None)
+        _check_int("stream", self.stream, 0, None)
+        if self.size is not None:
+            _check_int("size", self.size, 1, MAX_COORDINATE, " or None")
+        if self.version != VERSION:
+            raise ValueError(
+                f"version={self.version!r}: this build defines version {VERSION}; project again, or install the "
+                "release that wrote the stored rows"
+            )
+
+    @property
+    def width(self) -> int:
+        """Buckets of one nonzero, and coordinates of a tile."""
+        return self.dim // self.nnz
+
+    @property
+    def group(self) -> int:
+        """Coordinates that move together: ``gcd(width, 16)``."""
+        return math.gcd(self.width, 16)
+
+    @property
+    def keep_count(self) -> int:
+        """65536ths of the coordinates that are kept."""
+        return round(self.keep * KEEP_ALL)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return key_of(self.version, self.seed, f"project/{self.stream}")
+
+    @property
+    def sparse(self) -> bool:
+        return self.kind in ("countsketch", "sjlt")
+
+    @property
+    def scale(self) -> float:
+        """``1 / sqrt(keep)``, times ``1 / sqrt(nnz)`` or ``1 / sqrt(dim)`` for the dense kinds."""
+        return (self.keep_count / KEEP_ALL * (self.nnz if self.sparse else self.dim)) ** -0.5
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ProjectionSpec:
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"unknown projection field {unknown[0]!r}: known are {', '.join(sorted(known))}")
+        return cls(**fields)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that are equal exactly for equal specs."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_int(field: str, value: Any, low: int, high: int | None, extra: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or high is not None and value > high:
+        limits = f"from {low} to {high}" if high is not None else f">= {low}"
+        raise ValueError(f"{field}={value!r}: give an integer {limits}{extra}")

@@ -1,0 +1,92 @@
+// What the kernels of `project` share: purposes of draws, vector loads of any input type, sign flips by mask bits.
+#pragma once
+#include "cpu/kernels.h"
+#include "cpu/philox_vec.h"
+
+namespace cropi::CROPI_ISA {
+
+// Counter word c2, the same numbers as in cropi_kernels/philox.py.
+constexpr uint32_t kProjectSign = 13, kProjectTile = 14, kProjectKeep = 15, kProjectRademacher = 16, kProjectGaussian = 17;
+constexpr int64_t kGroup = 16;         // coordinates that share one 16-bit piece of a mask
+constexpr uint32_t kKeepAll = 1 << 16;  // `keep` counts 65536ths
+
+typedef int32_t VecI32 __attribute__((vector_size(4 * kLanes)));
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline Vec load_as_float(const float* p) { return load(p); }
+static inline Vec load_as_float(const BFloat16* p) {
+  typedef uint16_t Half __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+  const Half raw = *reinterpret_cast<const Half*>(p);
+  return Vec(__builtin_convertvector(raw, VecU32) << 16);
+}
+static inline Vec load_as_float(const _Float16* p) {
+#if defined(CROPI_ISA_v4)
+  return Vec(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(CROPI_ISA_v3)
+  return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec v{};
+  for (int i = 0; i < kLanes; ++i) v[i] = float(p[i]);
+  return v;
+#endif
+}
+
+// All bits of lane i set where bit i of `bits` is.
+static inline VecI32 lane_mask(uint32_t bits) {
+  VecI32 lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
+  return ((VecI32{} + int32_t(bits)) & lane) != 0;
+}
+
+// -v in the lanes whose bit is set: a flip of the sign bit, exact for every value.
+static inline Vec flip_signs(Vec v, uint32_t bits) {
+#if defined(CROPI_ISA_v4)
+  const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+  return Vec(_mm512_mask_xor_epi32(__m512i(v), __mmask16(bits), __m512i(v), sign));
+#else
+  return Vec(VecI32(v) ^ (lane_mask(bits) & INT32_MIN));
+#endif
+}
+
+// v where the lane's bit is set, else 0, even for NaN.
+static inline Vec keep_lanes(Vec v, uint32_t bits) {
+#if defined(CROPI_ISA_v4)
+  return Vec(_mm512_maskz_mov_ps(__mmask16(bits), __m512(v)));
+#else
+  return Vec(VecI32(v) & lane_mask(bits));
+#endif
+}
+
+static inline float flip_sign(float x, uint32_t bit) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  u ^= bit << 31;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+// Bit p - first of the result: is coordinate p kept? `first` is a multiple of 128, `n` is rounded up to 128.
+// A Bernoulli(keep / 65536) bit from fair bits, least significant digit first: m = digit ? r | m : r & m.
+static inline void draw_keep(Key key, uint32_t keep, uint64_t first, int64_t n, uint32_t* mask, uint32_t* fair) {
+  const int64_t words = (n + 127) / 128 * 4;
+  for (int64_t i = 0; i < words; ++i) mask[i] = 0;
+  for (uint32_t level = uint32_t(__builtin_ctz(keep)); level < 16; ++level) {  // below: r & 0
+    draw_words(key, first / 128, words / 4, kProjectKeep, level, fair);
+    const bool digit = keep >> level & 1;
+    for (int64_t i = 0; i < words; ++i) mask[i] = digit ? fair[i] | mask[i] : fair[i] & mask[i];
+  }
+}
+
+// part[0] += part[1] + part[2] + ... in a fixed tree; parts are `stride` apart, columns [begin, end).
+static inline void add_tree(float* part, int64_t parts, int64_t stride, int64_t begin, int64_t end) {
+  for (int64_t step = 1; step < parts; step *= 2)
+    for (int64_t q = 0; q + step < parts; q += 2 * step) {
+      float* to = part + q * stride;
+      const float* from = to + step * stride;
+      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+    }
+}
+
+}  // namespace cropi::CROPI_ISA
