@@ -9,11 +9,12 @@ using namespace cropi;
 namespace {
 
 // x: (address, rows, cols, row stride, dtype code); y: address of [rows, dim].
-void call(void (*kernel)(const ProjectArgs&), const py::tuple& x, uint64_t offset, uint32_t k0, uint32_t k1, int64_t dim,
-          int64_t nnz, uint32_t keep, bool gaussian, float scale, uintptr_t y, int64_t y_stride, int threads) {
+void call(void (*kernel)(const ProjectArgs&), const py::tuple& x, uint64_t offset, uint32_t k0, uint32_t k1,
+          int64_t dim, int64_t nnz, uint32_t keep, bool gaussian, float scale, uintptr_t y, int64_t y_stride,
+          int threads) {
   const MatrixView view{reinterpret_cast<const void*>(x[0].cast<uintptr_t>()), x[1].cast<int64_t>(),
                         x[2].cast<int64_t>(), x[3].cast<int64_t>(), static_cast<DType>(x[4].cast<int>())};
-  const ProjectArgs args{view, offset,   Key{k0, k1}, dim, nnz, keep, gaussian, scale, reinterpret_cast<float*>(y),
+  const ProjectArgs args{view,     offset, Key{k0, k1}, dim, nnz, keep, gaussian, scale, reinterpret_cast<float*>(y),
                          y_stride, threads};
   py::gil_scoped_release release;
   kernel(args);
@@ -22,12 +23,13 @@ void call(void (*kernel)(const ProjectArgs&), const py::tuple& x, uint64_t offse
 }  // namespace
 
 void bind_project(py::module_& m) {
-  m.def("project", [](const std::string& kind, bool adjoint, const py::tuple& x, uint64_t offset, uint32_t k0, uint32_t k1,
-                      int64_t dim, int64_t nnz, uint32_t keep, float scale, uintptr_t y, int64_t y_stride, int threads) {
-    const Kernels& k = kernels();
-    const bool sparse = kind == "sparse";
-    const auto kernel = sparse ? (adjoint ? k.project_sparse_adjoint : k.project_sparse)
-                               : (adjoint ? k.project_dense_adjoint : k.project_dense);
-    call(kernel, x, offset, k0, k1, dim, nnz, keep, kind == "gaussian", scale, y, y_stride, threads);
-  });
+  m.def("project",
+        [](const std::string& kind, bool adjoint, const py::tuple& x, uint64_t offset, uint32_t k0, uint32_t k1,
+           int64_t dim, int64_t nnz, uint32_t keep, float scale, uintptr_t y, int64_t y_stride, int threads) {
+          const Kernels& k = kernels();
+          const bool sparse = kind == "sparse";
+          const auto kernel = sparse ? (adjoint ? k.project_sparse_adjoint : k.project_sparse)
+                                     : (adjoint ? k.project_dense_adjoint : k.project_dense);
+          call(kernel, x, offset, k0, k1, dim, nnz, keep, kind == "gaussian", scale, y, y_stride, threads);
+        });
 }

@@ -1,7 +1,7 @@
 // Philox4x32-10 for a vector of counters at a time: word for word what cropi/philox.h draws one by one.
 #pragma once
 #if defined(__SSE__)
-#include <immintrin.h>
+#  include <immintrin.h>
 #endif
 
 #include "cpu/simd.h"
@@ -38,18 +38,28 @@ struct VecDraw {
   VecU32 w[4];
 };
 
-static inline VecDraw philox_vec(Key key, VecU32 c0, VecU32 c1, VecU32 c2, VecU32 c3) {
+// kN independent vectors side by side: one alone waits for its multiplications most of the time.
+template <int kN>
+static inline void philox_rounds(Key key, VecU32 (&c)[kN][4]) {
   uint32_t k0 = key.k0, k1 = key.k1;
   for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    VecU32 high0, low0, high2, low2;
-    multiply_wide(c0, 0xD2511F53u, &high0, &low0);
-    multiply_wide(c2, 0xCD9E8D57u, &high2, &low2);
-    c0 = high2 ^ c1 ^ k0;
-    c2 = high0 ^ c3 ^ k1;
-    c1 = low2;
-    c3 = low0;
+#pragma GCC unroll 4
+    for (int n = 0; n < kN; ++n) {
+      VecU32 high0, low0, high2, low2;
+      multiply_wide(c[n][0], 0xD2511F53u, &high0, &low0);
+      multiply_wide(c[n][2], 0xCD9E8D57u, &high2, &low2);
+      c[n][0] = high2 ^ c[n][1] ^ k0;
+      c[n][2] = high0 ^ c[n][3] ^ k1;
+      c[n][1] = low2;
+      c[n][3] = low0;
+    }
   }
-  return VecDraw{{c0, c1, c2, c3}};
+}
+
+static inline VecDraw philox_vec(Key key, VecU32 c0, VecU32 c1, VecU32 c2, VecU32 c3) {
+  VecU32 c[1][4] = {{c0, c1, c2, c3}};
+  philox_rounds<1>(key, c);
+  return VecDraw{{c[0][0], c[0][1], c[0][2], c[0][3]}};
 }
 
 // Counter words (low, high) of `first` + 0, 1, 2, ...
@@ -66,13 +76,52 @@ static inline VecCounter count_from(uint64_t first) {
   return c;
 }
 
-// words[4 * i + m] = word m of draw (first + i, purpose, third), i < n; n is rounded up to whole vectors.
+// In each 128-bit lane, the 4 x 4 words of a transposed: from four words of four draws to draw after draw.
+static inline void transpose_lanes(VecU32 (&a)[4]) {
+#if defined(CROPI_ISA_v4)
+  const auto mix = [](VecU32 x, VecU32 y, VecU32* low, VecU32* high) {
+    *low = VecU32(_mm512_maskz_unpacklo_epi32(0xffff, __m512i(x), __m512i(y)));
+    *high = VecU32(_mm512_maskz_unpackhi_epi32(0xffff, __m512i(x), __m512i(y)));
+  };
+#elif defined(CROPI_ISA_v3)
+  const auto mix = [](VecU32 x, VecU32 y, VecU32* low, VecU32* high) {
+    *low = VecU32(_mm256_unpacklo_epi32(__m256i(x), __m256i(y)));
+    *high = VecU32(_mm256_unpackhi_epi32(__m256i(x), __m256i(y)));
+  };
+#else
+  const auto mix = [](VecU32 x, VecU32 y, VecU32* low, VecU32* high) {
+    *low = __builtin_shufflevector(x, y, 0, 4, 1, 5);
+    *high = __builtin_shufflevector(x, y, 2, 6, 3, 7);
+  };
+#endif
+  VecU32 b[4];
+  mix(a[0], a[2], &b[0], &b[1]);
+  mix(a[1], a[3], &b[2], &b[3]);
+  mix(b[0], b[2], &a[0], &a[1]);
+  mix(b[1], b[3], &a[2], &a[3]);
+}
+
+// words[4 * i + m] = word m of draw (first + i, purpose, third), i < n. `words` has room for n rounded up to
+// kDrawsAtOnce. Lane l holds draw (l mod 4) * kLanes / 4 + l / 4, so that the transposed vectors are stored whole.
+constexpr int kDrawsAtOnce = 2 * kLanes;
+
 static inline void draw_words(Key key, uint64_t first, int64_t n, uint32_t purpose, uint32_t third, uint32_t* words) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const VecCounter c = count_from(first + uint64_t(i));
-    const VecDraw d = philox_vec(key, c.low, c.high, VecU32{} + purpose, VecU32{} + third);
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int m = 0; m < 4; ++m) words[4 * (i + lane) + m] = d.w[m][lane];
+  VecU32 lane;
+  for (int l = 0; l < kLanes; ++l) lane[l] = uint32_t(l % 4 * (kLanes / 4) + l / 4);
+  for (int64_t i = 0; i < n; i += kDrawsAtOnce) {
+    VecU32 c[2][4];
+    for (int k = 0; k < 2; ++k) {
+      const uint64_t start = first + uint64_t(i + k * kLanes);
+      c[k][0] = lane + uint32_t(start);
+      c[k][1] = VecU32{} + uint32_t(start >> 32) - VecU32(c[k][0] < lane);  // true is -1: the carry
+      c[k][2] = VecU32{} + purpose;
+      c[k][3] = VecU32{} + third;
+    }
+    philox_rounds<2>(key, c);
+    for (int k = 0; k < 2; ++k) {
+      transpose_lanes(c[k]);
+      for (int m = 0; m < 4; ++m) *reinterpret_cast<VecU32U*>(words + 4 * (i + k * kLanes) + m * kLanes) = c[k][m];
+    }
   }
 }
 

@@ -6,8 +6,9 @@
 namespace cropi::CROPI_ISA {
 
 // Counter word c2, the same numbers as in cropi_kernels/philox.py.
-constexpr uint32_t kProjectSign = 13, kProjectTile = 14, kProjectKeep = 15, kProjectRademacher = 16, kProjectGaussian = 17;
-constexpr int64_t kGroup = 16;         // coordinates that share one 16-bit piece of a mask
+constexpr uint32_t kProjectSign = 13, kProjectTile = 14, kProjectKeep = 15, kProjectRademacher = 16,
+                   kProjectGaussian = 17;
+constexpr int64_t kGroup = 16;          // coordinates that share one 16-bit piece of a mask
 constexpr uint32_t kKeepAll = 1 << 16;  // `keep` counts 65536ths
 
 typedef int32_t VecI32 __attribute__((vector_size(4 * kLanes)));

@@ -8,8 +8,8 @@
 namespace cropi::CROPI_ISA {
 namespace {
 
-constexpr int64_t kColumns = 128;      // of a block: one draw of 128 signs, or 32 draws of 4 normals
-constexpr int64_t kCoordinates = 32;   // of a block; 16 KiB of matrix
+constexpr int64_t kColumns = 128;     // of a block: one draw of 128 signs, or 32 draws of 4 normals
+constexpr int64_t kCoordinates = 32;  // of a block; 16 KiB of matrix
 constexpr int64_t kRows = 64;
 constexpr int64_t kPartFloats = 1 << 17;  // partial sums of one row: 32 MiB for 64 rows
 
@@ -82,7 +82,8 @@ void draw_normals(Key key, uint64_t first, uint32_t column_block, float* block) 
     const uint64_t p = first + uint64_t(i);
     for (uint32_t v = 0; v < 32; v += kLanes) {
       const VecU32 c3 = count_from(column_block * 32 + v).low;
-      const VecDraw d = philox_vec(key, VecU32{} + uint32_t(p), VecU32{} + uint32_t(p >> 32), VecU32{} + kProjectGaussian, c3);
+      const VecDraw d =
+          philox_vec(key, VecU32{} + uint32_t(p), VecU32{} + uint32_t(p >> 32), VecU32{} + kProjectGaussian, c3);
       for (int m = 0; m < 4; m += 2) {
         const Vec radius = square_root(minus_two_log(d.w[m]));
         Vec cosine, sine;
@@ -108,7 +109,8 @@ void multiply_rows(const float* x, const float* block, float* sums) {
     Vec acc[kR][kWide] = {};
     for (int64_t i = 0; i < kCoordinates; ++i)
       for (int r = 0; r < kR; ++r)
-        for (int v = 0; v < kWide; ++v) acc[r][v] += x[r * kCoordinates + i] * load(block + i * kColumns + c + v * kLanes);
+        for (int v = 0; v < kWide; ++v)
+          acc[r][v] += x[r * kCoordinates + i] * load(block + i * kColumns + c + v * kLanes);
     for (int r = 0; r < kR; ++r)
       for (int v = 0; v < kWide; ++v) {
         float* to = sums + r * kColumns + c + v * kLanes;
@@ -151,7 +153,7 @@ struct Range {
 };
 
 struct KeepMask {
-  uint32_t words[4 * kLanes], fair[4 * kLanes];
+  uint32_t words[4 * kDrawsAtOnce], fair[4 * kDrawsAtOnce];
   void make(const ProjectArgs& args, uint64_t block) {
     for (int i = 0; i < 4; ++i) words[i] = 0xffffffffu;
     if (args.keep < kKeepAll) draw_keep(args.key, args.keep, block * 128, 128, words, fair);

@@ -12,8 +12,8 @@
 namespace cropi::CROPI_ISA {
 namespace {
 
-constexpr int64_t kRows = 8;            // rows that share the partial sums' memory
-constexpr int64_t kMaxParts = 64;       // and so threads that can share one row
+constexpr int64_t kRows = 8;              // rows that share the partial sums' memory
+constexpr int64_t kMaxParts = 64;         // and so threads that can share one row
 constexpr int64_t kPartFloats = 1 << 20;  // partial sums of one row: 32 MiB for 8 rows
 
 struct Shape {
@@ -24,8 +24,9 @@ Shape shape_of(const ProjectArgs& args) {
   Shape s;
   s.width = args.dim / args.nnz;
   s.group = min64(s.width & -s.width, kGroup);
-  const int64_t most = args.nnz == 1 ? 1 << 18 : 1 << 16;  // with several nonzeros the block is read again from L2
-  s.block = max64(min64(most, s.width * 4096 / 128 * 128), 4096);
+  // Long enough to repay fetching a row's buckets; with several nonzeros short, to be read again from L2.
+  const int64_t most = args.nnz == 1 ? min64(max64(32 * s.width / 128 * 128, 1 << 17), 1 << 20) : 1 << 16;
+  s.block = max64(min64(most, s.width * 4096), 4096);  // few enough tiles
   return s;
 }
 
@@ -36,12 +37,12 @@ struct Draws {
   uint64_t first = 0, first_tile = 0;
 
   Draws(const ProjectArgs& args, const Shape& s)
-      : signs(args.nnz * (s.block / 32 + 64)),
-        keep(args.keep < kKeepAll ? s.block / 32 + 64 : 1),
-        fair(args.keep < kKeepAll ? s.block / 32 + 64 : 1),
-        tiles(args.nnz * 4 * (s.block / s.width + 2 + kLanes)),
-        sign_words(s.block / 32 + 64),
-        max_tiles(s.block / s.width + 2 + kLanes) {}
+      : signs(args.nnz * (s.block / 32 + 4 + 4 * kDrawsAtOnce)),
+        keep(args.keep < kKeepAll ? s.block / 32 + 4 + 4 * kDrawsAtOnce : 1),
+        fair(args.keep < kKeepAll ? s.block / 32 + 4 + 4 * kDrawsAtOnce : 1),
+        tiles(args.nnz * 4 * (s.block / s.width + 2 + kDrawsAtOnce)),
+        sign_words(s.block / 32 + 4 + 4 * kDrawsAtOnce),
+        max_tiles(s.block / s.width + 2 + kDrawsAtOnce) {}
 
   uint32_t* sign_bits(int64_t j) const { return reinterpret_cast<uint32_t*>(signs.data()) + j * sign_words; }
   uint32_t* keep_bits() const { return reinterpret_cast<uint32_t*>(keep.data()); }
@@ -61,6 +62,7 @@ struct Draws {
 };
 
 // Calls f(p, length, bucket, low): coordinates p + i go to buckets (bucket + i) ^ low, i < length, of nonzero j.
+// In the order of the coordinates: reading memory in any other order costs more than buckets that stay in L1 save.
 template <class F>
 void for_runs(const Draws& draws, const Shape& s, int64_t j, uint64_t begin, uint64_t end, F&& f) {
   const uint32_t* words = draws.tile_words(j);
@@ -84,7 +86,12 @@ void for_runs(const Draws& draws, const Shape& s, int64_t j, uint64_t begin, uin
 
 uint32_t bit_of(const uint32_t* bits, uint64_t i) { return bits[i / 32] >> (i % 32) & 1; }
 
-uint32_t group_bits(const uint32_t* bits, uint64_t i) { return bits[i / 32] >> (i % 32) & 0xffff; }  // i % 16 == 0
+// 16 bits from a multiple of 16 on.
+uint32_t group_bits(const uint32_t* bits, uint64_t i) {
+  uint16_t piece;
+  std::memcpy(&piece, reinterpret_cast<const char*>(bits) + i / 8, 2);  // little endian, as every machine served
+  return piece;
+}
 
 // v[lane ^ low]. The shuffle of the baseline is chosen among four that are known when compiling.
 struct Swap {
@@ -130,16 +137,32 @@ void add_run(const T* x, int64_t n, float* out, int64_t bucket, uint32_t low, co
   const int64_t head = whole_groups ? min64(n, int64_t(-bit & (kGroup - 1))) : n;
   for (; i < head; ++i) one(i);
   const Swap swap(low);
-  for (; i + kGroup <= n; i += kGroup) {
-    const uint32_t s = group_bits(sign, bit + uint64_t(i));
-    const uint32_t k = kKeep ? group_bits(keep, bit + uint64_t(i)) : 0;
-    for (int64_t v = 0; v < kGroup; v += kLanes) {
-      Vec value = load_as_float(x + i + v);
-      if (kKeep) value = keep_lanes(value, k >> v);
-      float* to = out + bucket + i + (v ^ swap.high);
-      store(to, load(to) + swap(flip_signs(value, s >> v)));
+  constexpr int kVectors = kGroup / kLanes;
+  auto groups = [&](auto count) {  // all loads of x before the first store: a store may not be passed
+    constexpr int kCount = decltype(count)::value;
+    Vec value[kCount][kVectors];
+#pragma GCC unroll 8
+    for (int g = 0; g < kCount; ++g) {
+      const uint32_t s = group_bits(sign, bit + uint64_t(i + g * kGroup));
+      const uint32_t k = kKeep ? group_bits(keep, bit + uint64_t(i + g * kGroup)) : 0;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Vec loaded = load_as_float(x + i + g * kGroup + v * kLanes);
+        if (kKeep) loaded = keep_lanes(loaded, k >> (v * kLanes));
+        value[g][v] = swap(flip_signs(loaded, s >> (v * kLanes)));
+      }
     }
-  }
+#pragma GCC unroll 8
+    for (int g = 0; g < kCount; ++g)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = out + bucket + i + g * kGroup + ((v * kLanes) ^ swap.high);
+        store(to, load(to) + value[g][v]);
+      }
+    i += kCount * kGroup;
+  };
+  while (i + 4 * kGroup <= n) groups(std::integral_constant<int, 4>{});
+  while (i + kGroup <= n) groups(std::integral_constant<int, 1>{});
   for (; i < n; ++i) one(i);
 }
 
@@ -197,7 +220,7 @@ template <class T>
 void forward(const ProjectArgs& args) {
   const Shape s = shape_of(args);
   const Blocks blocks(args, s);
-  const int64_t by_memory = max64(1, kPartFloats / args.dim), by_work = max64(1, args.x.cols / (4 * args.dim));
+  const int64_t by_memory = max64(1, kPartFloats / args.dim), by_work = max64(1, args.x.cols / (16 * args.dim));
   const int64_t parts = min64(min64(kMaxParts, blocks.count), min64(by_memory, by_work));
   const int64_t group = min64(kRows, args.x.rows), stride = group * args.dim;
   Scratch sums(parts * stride);
