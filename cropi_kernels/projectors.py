@@ -51,12 +51,13 @@ class RandomProjection(nn.Module):
         super().__init__()
         self.spec = spec
         self.offset = offset
+        self._encoded = encode(spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         if not torch.compiler.is_compiling():
             return project(flat, self.spec, self.offset).reshape(*x.shape[:-1], self.spec.dim)
-        y: torch.Tensor = torch.ops.cropi.project(flat, self.offset, encode(self.spec), "")
+        y: torch.Tensor = torch.ops.cropi.project(flat, self.offset, self._encoded, "")
         return y.reshape(*x.shape[:-1], self.spec.dim)
 
     def transpose(self, y: torch.Tensor, size: int | None = None) -> torch.Tensor:
