@@ -1,7 +1,7 @@
 """Random projections in the shapes that other code expects: TRAK's projectors, and a torch module.
 
-``from cropi_kernels.projectors import BasicProjector`` in place of ``from trak.projectors import BasicProjector`` is the
-whole change; the same for ``CudaProjector`` and ``ChunkedCudaProjector``. Beside TRAK's ``normal`` and ``rademacher``,
+``from cropi_kernels.projectors import BasicProjector`` in place of ``from trak.projectors import BasicProjector`` is
+the whole change; the same for ``CudaProjector`` and ``ChunkedCudaProjector``. Beside TRAK's ``normal`` and ``rademacher``,
 ``proj_type`` may be ``countsketch`` or ``sjlt``, which cost a reading of the gradients whatever ``proj_dim`` is.
 """
 
@@ -117,7 +117,9 @@ class BasicProjector(nn.Module):
         if name not in _KINDS:
             raise ValueError(f"proj_type={proj_type!r}: choose one of {', '.join(_KINDS)}")
         if torch.device(device).type != "cpu":
-            raise RuntimeError(f"device={device}: no kernel of project serves that device yet; use device='cpu'")
+            raise RuntimeError(
+                f"device={device}: no kernel of project serves that device yet; use device='cpu'"
+            )
         self.grad_dim, self.proj_dim, self.seed = grad_dim, proj_dim, seed
         self.proj_type, self.device, self.dtype, self.model_id = proj_type, device, dtype, model_id
         self.block_size, self.nnz, self.normalize = min(proj_dim, block_size), nnz, normalize
@@ -132,7 +134,7 @@ class BasicProjector(nn.Module):
         )
 
     def project(self, grads: Grads, model_id: int) -> torch.Tensor:
-        """Projected gradients [B, proj_dim] of ``grads`` [B, grad_dim], or of a dict of per-sample gradients [B, ...]."""
+        """Projected gradients [B, proj_dim] of ``grads`` [B, grad_dim] or a dict of per-sample gradients [B, ...]."""
         self.model_id = model_id
         pieces = list(_pieces(grads))
         width = sum(piece.shape[1] for piece in pieces)
@@ -195,7 +197,7 @@ class ChunkedCudaProjector(nn.Module):
             raise ValueError(
                 f"{len(projector_per_chunk)} projectors for {len(params_per_chunk)} chunks: give one for each chunk"
             )
-        self.projector_per_chunk = nn.ModuleList(projector_per_chunk)
+        self.projector_per_chunk = list(projector_per_chunk)  # no parameters, no buffers: nothing to register
         self.proj_dim, self.proj_type = projector_per_chunk[0].proj_dim, projector_per_chunk[0].proj_type
         self.max_chunk_size, self.params_per_chunk = max_chunk_size, list(params_per_chunk)
         self.feat_bs, self.device, self.dtype = feat_bs, device, dtype
@@ -212,7 +214,9 @@ class ChunkedCudaProjector(nn.Module):
             filled += piece.shape[1]
         sizes = [sum(piece.shape[1] for piece in chunk) for chunk in chunks]
         if sizes != self.params_per_chunk:
-            raise ValueError(f"the gradients fill chunks of {sizes} coordinates but params_per_chunk={self.params_per_chunk}")
+            raise ValueError(
+                f"the gradients fill chunks of {sizes} coordinates but params_per_chunk={self.params_per_chunk}"
+            )
         parts = [
             projector.project({str(i): piece for i, piece in enumerate(chunk)}, model_id)
             for projector, chunk in zip(self.projector_per_chunk, chunks)

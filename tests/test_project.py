@@ -65,14 +65,18 @@ def level(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 # ------------------------------------------------------------------------------------------- the matrix itself
-@pytest.mark.parametrize("vector", VECTORS["sparse"], ids=lambda v: f"{v['spec']['kind']}-{v['spec']['dim']}-{v['p']}")
+@pytest.mark.parametrize(
+    "vector", VECTORS["sparse"], ids=lambda v: f"{v['spec']['kind']}-{v['spec']['dim']}-{v['p']}"
+)
 def test_buckets_and_signs_are_the_committed_integers(vector: dict, level: int) -> None:
     spec, p = ProjectionSpec.from_dict(vector["spec"]), vector["p"]
     bucket, sign = reference.coordinates(spec, np.array([p], np.uint64))
     assert bucket[:, 0].tolist() == vector["buckets"] and sign[:, 0].tolist() == vector["signs"]
     y = project(torch.ones(1, 1), spec, p)[0]
     want = torch.zeros(spec.dim)
-    want[vector["buckets"]] = torch.tensor(vector["signs"]).float() * torch.tensor(spec.scale, dtype=torch.float32)
+    want[vector["buckets"]] = torch.tensor(vector["signs"]).float() * torch.tensor(
+        spec.scale, dtype=torch.float32
+    )
     assert torch.equal(y, want)
 
 
@@ -127,7 +131,11 @@ def test_sparse_kinds_give_equal_bits_on_every_instruction_set() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- cuts of the work
-@pytest.mark.parametrize("spec", [ProjectionSpec(512), ProjectionSpec(96, "sjlt", nnz=2), ProjectionSpec(64, "gaussian")], ids=spec_id)
+@pytest.mark.parametrize(
+    "spec",
+    [ProjectionSpec(512), ProjectionSpec(96, "sjlt", nnz=2), ProjectionSpec(64, "gaussian")],
+    ids=spec_id,
+)
 def test_thread_count_and_neighbours_do_not_change_a_bit(spec: ProjectionSpec) -> None:
     x = rows(33, 300_007 if spec.sparse else 20_011)
     before, results = torch.get_num_threads(), []
@@ -169,7 +177,9 @@ def test_the_error_does_not_jump_where_indices_pass_2_31_and_2_32(share: float) 
 
     spec, stride, n = ProjectionSpec(256, keep=share), 2**31 + 7, 5000
     size = 2 * (2 * stride + n)  # three bfloat16 rows
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000))
+    memory = mmap.mmap(
+        -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    )
     flat = torch.frombuffer(memory, dtype=torch.bfloat16)
     x = flat.as_strided((3, n), (stride, 1))
     x.copy_(rows(3, n))
@@ -188,9 +198,15 @@ def test_kept_coordinates_are_a_uniform_share_of_all() -> None:
 
 
 # ----------------------------------------------------------------------------------------- not a number, and outputs
-@pytest.mark.parametrize("spec", [ProjectionSpec(128), ProjectionSpec(64, "sjlt", nnz=4), ProjectionSpec(32, "gaussian")], ids=spec_id)
+@pytest.mark.parametrize(
+    "spec",
+    [ProjectionSpec(128), ProjectionSpec(64, "sjlt", nnz=4), ProjectionSpec(32, "gaussian")],
+    ids=spec_id,
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_that_is_not_finite_is_named_and_the_others_are_right(spec: ProjectionSpec, value: float) -> None:
+def test_a_row_that_is_not_finite_is_named_and_the_others_are_right(
+    spec: ProjectionSpec, value: float
+) -> None:
     x = rows(9, P)
     want = project(x, spec)
     x[6, 1234] = value

@@ -47,7 +47,10 @@ def test_checkpoints_seeds_and_blocks() -> None:
     base = BasicProjector(seed=0, **make).project(grads, 0)
     assert torch.equal(base, BasicProjector(seed=0, block_size=7, **make).project(grads, 0))
     assert torch.equal(base, CudaProjector(seed=0, max_batch_size=8, **make).project(grads, 0))
-    for other in (BasicProjector(seed=0, **make).project(grads, 1), BasicProjector(seed=100_000, **make).project(grads, 0)):
+    for other in (
+        BasicProjector(seed=0, **make).project(grads, 1),
+        BasicProjector(seed=100_000, **make).project(grads, 0),
+    ):
         assert abs(float(torch.nn.functional.cosine_similarity(base, other)[0])) < 5 / 512**0.5
 
 
@@ -94,7 +97,9 @@ def test_traker_runs_with_our_projector(tmp_path: Path) -> None:
     traker.start_scoring_checkpoint("test", model.state_dict(), 0, num_targets=n)
     traker.score(batch=batch, num_samples=n)
     scores = np.asarray(traker.finalize_scores("test"))
-    own = scores.diagonal()  # the influence of a sample on itself, x^T (X^T X)^-1 x times a residual: never negative
+    own = (
+        scores.diagonal()
+    )  # the influence of a sample on itself, x^T (X^T X)^-1 x times a residual: never negative
     assert (own > 0).all() and own.mean() > 5 * abs(scores).mean()
 
 

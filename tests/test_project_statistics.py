@@ -12,7 +12,7 @@ ROWS, P = 12, 20_011
 
 
 def inputs(kind: str) -> torch.Tensor:
-    """Rows with a common part: Gaussian, heavy-tailed (Student t, 3 degrees) or with outlier channels 30 times as large."""
+    """Rows with a common part: Gaussian, heavy-tailed (Student t, 3 degrees) or with channels 30 times as large."""
     g = torch.Generator().manual_seed(11)
     x = torch.randn(ROWS, P, generator=g) + 0.7 * torch.randn(P, generator=g)
     if kind == "heavy-tailed":
@@ -29,7 +29,10 @@ def rms_over_bound(x: torch.Tensor, specs: list[ProjectionSpec]) -> float:
     """rms error of all cosines over all seeds, divided by the bound of an ideal CountSketch."""
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     true, pairs = unit @ unit.T, torch.triu_indices(ROWS, ROWS, 1)
-    bound = sum(countsketch_variance(unit[i], unit[j], specs[0].dim) for i, j in pairs.T.tolist()) / pairs.shape[1]
+    bound = (
+        sum(countsketch_variance(unit[i], unit[j], specs[0].dim) for i, j in pairs.T.tolist())
+        / pairs.shape[1]
+    )
     error = 0.0
     for spec in specs:
         y = project(unit.float(), spec).double()
@@ -49,12 +52,21 @@ def test_countsketch_is_within_3_percent_of_its_bound(kind: str) -> None:
     ids=["sjlt", "rademacher", "gaussian"],
 )
 def test_other_kinds_have_the_error_of_their_dimension(fields: dict, seeds: int) -> None:
-    ratio = rms_over_bound(inputs("outlier-576")[:, :4000], [ProjectionSpec(256, seed=s, **fields) for s in range(seeds)])
+    ratio = rms_over_bound(
+        inputs("outlier-576")[:, :4000], [ProjectionSpec(256, seed=s, **fields) for s in range(seeds)]
+    )
     assert 0.85 < ratio < 1.1
 
 
-@pytest.mark.parametrize("spec", [ProjectionSpec(256), ProjectionSpec(256, "sjlt", nnz=8), ProjectionSpec(64, "gaussian"),
-                                  ProjectionSpec(256, keep=0.5)], ids=str)
+UNBIASED = [
+    ProjectionSpec(256),
+    ProjectionSpec(256, "sjlt", nnz=8),
+    ProjectionSpec(64, "gaussian"),
+    ProjectionSpec(256, keep=0.5),
+]
+
+
+@pytest.mark.parametrize("spec", UNBIASED, ids=str)
 def test_inner_products_are_unbiased(spec: ProjectionSpec) -> None:
     import dataclasses
 
@@ -83,7 +95,11 @@ def test_tiles_need_their_offsets() -> None:
 def test_streams_and_seeds_are_independent() -> None:
     x = inputs("gaussian")[:1]
     base = project(x, ProjectionSpec(4096))
-    for other in (ProjectionSpec(4096, seed=1), ProjectionSpec(4096, stream=1), ProjectionSpec(4096, keep=0.999)):
+    for other in (
+        ProjectionSpec(4096, seed=1),
+        ProjectionSpec(4096, stream=1),
+        ProjectionSpec(4096, keep=0.999),
+    ):
         y = project(x, other)
         cosine = float(torch.nn.functional.cosine_similarity(base, y))
         assert abs(cosine) < 5 / 4096**0.5 or other.keep < 1 and cosine > 0.9

@@ -23,11 +23,11 @@ from cropi_kernels.ops.project import coordinates
 _CHUNK = 1 << 22  # numbers of a float64 or sparse input that are converted at a time
 
 
-class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Random projection to ``n_components`` features that keeps inner products: ``E <S x, S y> = <x, y>``.
 
-    As `sklearn.random_projection.SparseRandomProjection`, without a matrix: ``fit`` costs nothing, ``transform`` a reading
-    of the input. Results are float32.
+    As `sklearn.random_projection.SparseRandomProjection`, without a matrix: ``fit`` costs nothing, ``transform`` a
+    reading of the input. Results are float32.
 
     Args:
         n_components: an integer, or ``"auto"`` for the Johnson-Lindenstrauss dimension of ``eps`` and the number of
@@ -65,8 +65,8 @@ class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             dim = int(johnson_lindenstrauss_min_dim(n_samples=n_samples, eps=self.eps))
             if dim > n_features:
                 raise ValueError(
-                    f"eps={self.eps} and n_samples={n_samples} lead to a target dimension of {dim} which is larger than "
-                    f"the original space with n_features={n_features}: give n_components, or a larger eps"
+                    f"eps={self.eps} and n_samples={n_samples} lead to a target dimension of {dim} which is larger "
+                    f"than the original space with n_features={n_features}: give n_components, or a larger eps"
                 )
         elif isinstance(self.n_components, str):
             raise ValueError(f"n_components={self.n_components!r}: give an integer or 'auto'")
@@ -87,9 +87,7 @@ class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     def transform(self, X: Any) -> Any:
         """float32 [n_samples, n_components_] of a dense or sparse ``X`` [n_samples, n_features_in_]."""
         check_is_fitted(self)
-        X = validate_data(
-            self, X, accept_sparse=["csr", "csc"], reset=False, dtype=[np.float32, np.float64]
-        )
+        X = validate_data(self, X, accept_sparse=["csr", "csc"], reset=False, dtype=[np.float32, np.float64])
         if scipy.sparse.issparse(X):
             return self._transform_sparse(X.tocsr())
         out = torch.zeros(X.shape[0], self.n_components_)

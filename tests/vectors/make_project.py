@@ -83,14 +83,20 @@ def main() -> None:
     path = Path(__file__).with_name(f"project_v{VERSION}.json")
     if path.exists() and "--check" not in sys.argv:
         raise SystemExit(f"{path} exists: vectors of a version never change")
-    specs = [spec(4096), spec(4096, seed=1), spec(100, stream=3), spec(7), spec(1024, "sjlt", nnz=4), spec(64, keep=0.3)]
+    specs = [spec(4096), spec(4096, seed=1), spec(100, stream=3), spec(7)]
+    specs += [spec(1024, "sjlt", nnz=4), spec(64, keep=0.3)]
     places = [0, 4095, 4096, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 12345, 2**62 - 2]
     lists = {
         "sparse": [sparse(s, p) for s in specs for p in places],
-        "dense": [dense(spec(300, kind, seed=2), p) for kind in ("rademacher", "gaussian") for p in (0, 1, 2**32 + 5)],
+        "dense": [
+            dense(spec(300, kind, seed=2), p)
+            for kind in ("rademacher", "gaussian")
+            for p in (0, 1, 2**32 + 5)
+        ],
     }
     body = ",\n".join(
-        f' "{name}": [\n' + ",\n".join("  " + json.dumps(item) for item in items) + "\n ]" for name, items in lists.items()
+        f' "{name}": [\n' + ",\n".join("  " + json.dumps(item) for item in items) + "\n ]"
+        for name, items in lists.items()
     )
     text = f'{{\n "version": {VERSION},\n{body}\n}}\n'
     if "--check" in sys.argv:

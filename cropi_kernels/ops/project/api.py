@@ -100,11 +100,15 @@ def project_transpose(
     """
     _check_input("y", y, spec, "[B, dim]")
     if y.shape[1] != spec.dim:
-        raise ValueError(f"y has shape {tuple(y.shape)}: the spec has dim={spec.dim}, so it must be [B, {spec.dim}]")
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}: the spec has dim={spec.dim}, so it must be [B, {spec.dim}]"
+        )
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"n={n!r}: give the number of coordinates, an integer >= 0")
     _check_range(offset, n, spec)
-    result: torch.Tensor = torch.ops.cropi.project_transpose(y, n, offset, ops.encode(spec), _backend(backend))
+    result: torch.Tensor = torch.ops.cropi.project_transpose(
+        y, n, offset, ops.encode(spec), _backend(backend)
+    )
     return result
 
 
@@ -119,7 +123,9 @@ def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -
     if not isinstance(spec, ProjectionSpec):
         raise ValueError(f"spec={spec!r}: give a cropi_kernels.ProjectionSpec")
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} is a {type(x).__name__}: give a torch.Tensor {shape} (torch.from_numpy for arrays)")
+        raise ValueError(
+            f"{name} is a {type(x).__name__}: give a torch.Tensor {shape} (torch.from_numpy for arrays)"
+        )
     if x.layout != torch.strided:
         raise ValueError(
             f"{name} has the sparse layout {x.layout}: give a dense tensor (to_dense()), or use cropi.sklearn for "
@@ -156,7 +162,9 @@ def _check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, dtype: 
     if out.device != x.device:
         raise ValueError(f"out is on {out.device} but x is on {x.device}")
     if x.requires_grad:
-        raise ValueError("out cannot take part in autograd: pass x.detach(), or add the results of calls without out")
+        raise ValueError(
+            "out cannot take part in autograd: pass x.detach(), or add the results of calls without out"
+        )
 
 
 def _report(y: torch.Tensor, failed: torch.Tensor | None, offset: int, nonfinite: NonFinite) -> None:
@@ -165,7 +173,8 @@ def _report(y: torch.Tensor, failed: torch.Tensor | None, offset: int, nonfinite
     if not rows:
         return
     shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-    message = f"{len(rows)} row(s) of x hold NaN or infinity (chunk at offset {offset}): {shown}; their projections are NaN"
+    which = f"{len(rows)} row(s) of x hold NaN or infinity (chunk at offset {offset}): {shown}"
+    message = f"{which}; their projections are NaN"
     if nonfinite == "raise":
         raise ValueError(message)
     warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -39,7 +39,9 @@ def choose(x: torch.Tensor, backend: str) -> Any:
     return cpu
 
 
-def accumulate(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int, backend: str) -> torch.Tensor:
+def accumulate(
+    x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int, backend: str
+) -> torch.Tensor:
     """``out += S x``; rows of the result that are not finite become NaN throughout."""
     choose(x, backend).project(x.detach(), spec, out, offset)
     return out.masked_fill_(~torch.isfinite(out).all(dim=1, keepdim=True), torch.nan)

@@ -47,7 +47,7 @@ def _bits(spec: ProjectionSpec, p: NDArray[np.uint64], purpose: int, third: int)
 
 
 def coordinates(spec: ProjectionSpec, p: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Buckets int64 [nnz, n] and signs float32 [nnz, n] (+1, -1; 0 where dropped) of the coordinates ``p`` uint64 [n]."""
+    """Buckets int64 [nnz, n] and signs float32 [nnz, n] (+1, -1; 0 where dropped) of coordinates ``p`` uint64 [n]."""
     width, group = np.uint64(spec.width), np.uint64(spec.group)
     tiles, index = np.unique(p // width, return_inverse=True)
     kept = kept_coordinates(spec, p)
@@ -76,10 +76,11 @@ def kept_coordinates(spec: ProjectionSpec, p: NDArray[np.uint64]) -> NDArray[np.
 def dense_block(spec: ProjectionSpec, p: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Entries float64 [n, dim] of the dense kinds, unscaled, zero rows for dropped coordinates."""
     blocks = np.arange(-(-spec.dim // 128), dtype=np.uint64)
+    block: NDArray[np.float64]
     if spec.kind == "rademacher":
         words = _draw(spec, p[:, None], PROJECT_RADEMACHER, blocks[None])  # [n, blocks, 4]
         bits = np.unpackbits(words.astype("<u4").view(np.uint8), axis=-1, bitorder="little")
-        block = 1.0 - 2.0 * bits.reshape(len(p), -1)
+        block = 1.0 - 2.0 * bits.reshape(len(p), -1).astype(np.float64)
     else:
         third = blocks[:, None] * np.uint64(32) + np.arange(32, dtype=np.uint64)
         words = _draw(spec, p[:, None, None], PROJECT_GAUSSIAN, third[None])  # [n, blocks, 32, 4]
@@ -110,7 +111,9 @@ def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: in
         piece = x[:, start : start + step].to(out.dtype)
         p = np.arange(piece.shape[1], dtype=np.uint64) + np.uint64(offset + start)
         if not spec.sparse:
-            piece = piece.where(torch.from_numpy(kept_coordinates(spec, p)).to(out.device), torch.zeros_like(piece))
+            piece = piece.where(
+                torch.from_numpy(kept_coordinates(spec, p)).to(out.device), torch.zeros_like(piece)
+            )
             out += piece @ torch.from_numpy(dense_block(spec, p) * spec.scale).to(out)
             continue
         bucket, sign = coordinates(spec, p)

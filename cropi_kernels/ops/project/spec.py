@@ -59,8 +59,14 @@ class ProjectionSpec:
         if self.nnz != 1 and self.kind != "sjlt":
             raise ValueError(f"nnz={self.nnz} needs kind='sjlt', not kind={self.kind!r}")
         if self.dim % self.nnz:
-            raise ValueError(f"nnz={self.nnz} must divide dim={self.dim}: every nonzero has dim / nnz buckets of its own")
-        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0.0 < self.keep <= 1.0:
+            raise ValueError(
+                f"nnz={self.nnz} must divide dim={self.dim}: every nonzero has dim / nnz buckets of its own"
+            )
+        if (
+            isinstance(self.keep, bool)
+            or not isinstance(self.keep, (int, float))
+            or not 0.0 < self.keep <= 1.0
+        ):
             raise ValueError(f"keep={self.keep!r}: give the share of coordinates to keep, in (0, 1]")
         if self.keep_count == 0:
             raise ValueError(f"keep={self.keep!r} rounds to 0 / 65536: give at least {1 / KEEP_ALL:.2e}")
@@ -119,6 +125,12 @@ class ProjectionSpec:
 
 
 def _check_int(field: str, value: Any, low: int, high: int | None, extra: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or high is not None and value > high:
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < low
+        or high is not None
+        and value > high
+    ):
         limits = f"from {low} to {high}" if high is not None else f">= {low}"
         raise ValueError(f"{field}={value!r}: give an integer {limits}{extra}")
