@@ -1,8 +1,9 @@
 """Random projections in the shapes that other code expects: TRAK's projectors, and a torch module.
 
 ``from cropi_kernels.projectors import BasicProjector`` in place of ``from trak.projectors import BasicProjector`` is
-the whole change; the same for ``CudaProjector`` and ``ChunkedCudaProjector``. Beside TRAK's ``normal`` and ``rademacher``,
-``proj_type`` may be ``countsketch`` or ``sjlt``, which cost a reading of the gradients whatever ``proj_dim`` is.
+the whole change; the same for ``CudaProjector`` and ``ChunkedCudaProjector``. Beside TRAK's ``normal`` and
+``rademacher``, ``proj_type`` may be ``countsketch`` or ``sjlt``, which cost a reading of the gradients whatever
+``proj_dim`` is.
 """
 
 from __future__ import annotations
