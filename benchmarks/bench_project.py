@@ -6,8 +6,8 @@
 First table: CountSketch of [B, P] against the machine's copy bandwidth (bytes read plus bytes written), and the memory
 it takes beyond input and output. Second table and plot: every peer on the same inputs, with the rms error of the
 cosines of its rows beside its time. Each peer's set-up (drawing its matrix or its tables) is outside its timed
-region and shown apart, except where drawing is part of every call (TRAK, dattri). Peers that are not installed are named
-and left out.
+region and shown apart, except where drawing is part of every call (TRAK, dattri). Peers that are not installed are
+named and left out.
 
 Times are medians of rounds in which all candidates alternate; shares are medians of per-round ratios.
 """
