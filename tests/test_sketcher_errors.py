@@ -20,7 +20,7 @@ BATCH = zoo.padded()
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     (dict(input_ids=BATCH.input_ids[0]), r"input_ids has shape \(9,\): give a non-empty \[batch, length\]"),
     (dict(input_ids=BATCH.input_ids[:0]), r"input_ids has shape \(0, 9\)"),
-    (dict(input_ids=BATCH.input_ids + 90), r"input_ids runs from 90 to 154: the vocabulary is 0 .. 96"),
+    (dict(input_ids=BATCH.input_ids + 90), r"input_ids runs from 90 to 186: the vocabulary is 0 .. 96"),
     (dict(targets=BATCH.targets - 2), r"targets runs from -1 to 31: the vocabulary is 0 .. 96"),
     (
         dict(targets=BATCH.targets[1:]),

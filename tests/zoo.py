@@ -62,7 +62,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Mo
 
 
 # --------------------------------------------------------------------------------------------- prompts
-PROMPTS = [[5, 0, 17, 3], [9, 2], [60, 61, 62, 63, 64]]  # token 0 is some models' padding
+PROMPTS = [[5, 0, 17, 3], [9, 2], [92, 93, 94, 95, 96]]  # the first word, some models' padding, and the last
 RESPONSES = [[[7, 8, 1], [7, 9, 9, 20, 1]], [[30, 1], [31, 32, 33, 1], [1]], [[11, 12, 1]]]
 N_SEGMENTS = len(PROMPTS)
 
