@@ -2,8 +2,8 @@
 
 The fidelity table follows the dropout by a CountSketch, because a dense projection of 10 % of 135 M coordinates to
 32768 numbers takes hours per prompt on a CPU. Both have the same variance, (|x|^2 |y|^2 + <x, y>^2) / k up to the
-CountSketch's own diagonal; this script shows that on real gradients, at a k where the dense one can be had. Both see the
-same kept coordinates, so the difference to the exact cosines *of the kept coordinates* is the projection's alone.
+CountSketch's own diagonal; this script shows that on real gradients, at a k where the dense one can be had. Both see
+the same kept coordinates, so the difference to the exact cosines *of the kept coordinates* is the projection's alone.
 """
 
 from __future__ import annotations

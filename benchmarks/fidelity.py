@@ -246,7 +246,7 @@ def _plot(rows: list[Row], path: Path) -> None:
     axes[1].set(xscale="log", xlabel="numbers per sketch", ylabel="precision at 10 %")
     for axis in axes:
         axis.set_xticks(DIMS, [str(d) for d in DIMS])
-        axis.minorticks_off()
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=150)

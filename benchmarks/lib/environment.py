@@ -18,7 +18,8 @@ def describe() -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    kernels = explain(torch.zeros(1, 1)).splitlines()[0].strip()
+    kernels = next(line for line in explain(torch.zeros(1, 1)).splitlines() if "serves the call" in line)
+    kernels = " ".join(kernels.split())
     return (
         f"{cpu} ({platform.machine()}), {torch.get_num_threads()} threads; {kernels}; torch {torch.__version__}; "
         f"cropi-kernels {__version__} at {commit or 'unknown'}"
