@@ -96,7 +96,7 @@ from pathlib import Path
 import test_store as t
 from cropi import files, shards, store as s
 
-target, total = Path(sys.argv[1]), 30
+target, total = Path(sys.argv[1]), 300  # more than any child can finish before it is killed
 OPERATIONS = [(os, "fsync"), (os, "replace"), (os, "unlink"), (Path, "write_bytes"), (Path, "mkdir"), (Path, "unlink")]
 
 def die_before(n):
