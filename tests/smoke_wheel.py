@@ -58,8 +58,12 @@ def check_command() -> None:
     command = str(Path(sys.executable).with_name("cropi"))
     shown = subprocess.run([command, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and "sketch" in shown.stdout, shown.stdout + shown.stderr
+    # A good file: the files are read first, and only then is the missing extra met.
+    Path("one.jsonl").write_text(
+        '{"id": "a", "prompt": "1+1=", "responses": ["2", "3"], "rewards": [1, 0]}\n'
+    )
     refused = subprocess.run(
-        [command, "sketch", "--model", "nowhere", "--trajectories", "none.jsonl", "--out", "out"],
+        [command, "sketch", "--model", "nowhere", "--trajectories", "one.jsonl", "--out", "out"],
         capture_output=True,
         text=True,
     )
