@@ -63,21 +63,18 @@ def frozen(example: Example, i: int) -> torch.Tensor:
     return embedded.grad
 
 
-@functools.cache
-def sketcher_of(example_id: int) -> GradientSketcher:
+def sketcher_of(model: Any, made: dict[int, GradientSketcher] = {}) -> GradientSketcher:  # noqa: B006
     """One sketcher per model, as in a real job: planning 272 parameters is not part of a step."""
-    return GradientSketcher(_models[example_id], SPEC)
-
-
-_models: dict[int, Any] = {}
+    if id(model) not in made:
+        made[id(model)] = GradientSketcher(model, SPEC)
+    return made[id(model)]
 
 
 def sketched(example: Example, i: int) -> torch.Tensor:
     for p in example.model.parameters():
         p.requires_grad_(True)
     b = example.batches[i]
-    _models[id(example.model)] = example.model
-    with sketcher_of(id(example.model)) as sketcher:
+    with sketcher_of(example.model) as sketcher:
         return sketcher.policy_gradient(
             b.input_ids,
             segments=b.segments,
