@@ -84,6 +84,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                            ptr<const int64_t>(offsets), ptr<float>(weight), ptr<float>(bias), threads});
   });
 
+  m.def("sketch_vector", [](uintptr_t gradient, int64_t n_segments, int64_t size, int64_t gradient_stride,
+                            uintptr_t position, uintptr_t sign, uintptr_t out, int64_t out_stride) {
+    call(kernels().sketch_vector,
+         SketchVectorArgs{ptr<const float>(gradient), n_segments, size, gradient_stride, ptr<const int64_t>(position),
+                          ptr<const float>(sign), ptr<float>(out), out_stride});
+  });
+
   m.def("flat_sketch", [](uintptr_t x, int64_t n, uint64_t offset, uint32_t k0, uint32_t k1, uint32_t keep_below,
                           float scale, int64_t dim, uintptr_t out, int threads) {
     call(kernels().flat_sketch,

@@ -68,6 +68,16 @@ struct NormGradArgs {
   int n_threads;
 };
 
+// out[s, position[i]] += sign[i] * gradient[s, i], in the order of i.
+struct SketchVectorArgs {
+  const float* gradient;
+  int64_t n_segments, size, gradient_stride;
+  const int64_t* position;
+  const float* sign;
+  float* out;
+  int64_t out_stride;
+};
+
 // out[bucket(p)] += sign(p) * x[p] for coordinates p = offset + i that are kept: one hash per coordinate.
 struct FlatSketchArgs {
   const float* x;
@@ -140,6 +150,7 @@ struct ProjectArgs {
   X(sketch_linear, SketchLinearArgs)            \
   X(sketch_rows, SketchRowsArgs)                \
   X(norm_grad, NormGradArgs)                    \
+  X(sketch_vector, SketchVectorArgs)            \
   X(flat_sketch, FlatSketchArgs)                \
   X(head_logits, HeadLogitsArgs)                \
   X(times_head, TimesHeadArgs)                  \

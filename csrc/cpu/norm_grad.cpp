@@ -58,20 +58,30 @@ void add_parts(const float* parts, int64_t n_parts, int64_t stride, int64_t n, f
     for (int64_t i = 0; i < n; ++i) out[i] += parts[p * stride + i];
 }
 
+int64_t parts_of(const NormGradArgs& args, int64_t s) {
+  return (args.offsets[s + 1] - args.offsets[s] + kTokensPerPart - 1) / kTokensPerPart;
+}
+
 template <class TX, class TY>
 void run(const NormGradArgs& args) {
   const int64_t n = args.dy.cols;
+  // All parts of all segments in one go: a start of threads per segment cost as much as the sums.
+  int64_t n_parts = 0;
+  for (int64_t s = 0; s < args.n_segments; ++s) n_parts += parts_of(args, s);
+  Scratch parts(2 * n * (n_parts ? n_parts : 1));
+  run_tasks(n_parts, args.n_threads, [&](int64_t p) {
+    int64_t s = 0, part = p;
+    while (part >= parts_of(args, s)) part -= parts_of(args, s++);
+    const int64_t t0 = args.offsets[s] + part * kTokensPerPart, end = args.offsets[s + 1];
+    const int64_t t1 = t0 + kTokensPerPart < end ? t0 + kTokensPerPart : end;
+    float* sums = parts.data() + p * 2 * n;
+    part_sums<TX, TY>(args, t0, t1, args.weight ? sums : nullptr, args.bias ? sums + n : nullptr);
+  });
+  const float* sums = parts.data();
   for (int64_t s = 0; s < args.n_segments; ++s) {
-    const int64_t begin = args.offsets[s], end = args.offsets[s + 1];
-    const int64_t n_parts = (end - begin + kTokensPerPart - 1) / kTokensPerPart;
-    Scratch parts(2 * n * (n_parts ? n_parts : 1));
-    run_tasks(n_parts, args.n_threads, [&](int64_t p) {
-      const int64_t t0 = begin + p * kTokensPerPart, t1 = t0 + kTokensPerPart < end ? t0 + kTokensPerPart : end;
-      float* part = parts.data() + p * 2 * n;
-      part_sums<TX, TY>(args, t0, t1, args.weight ? part : nullptr, args.bias ? part + n : nullptr);
-    });
-    if (args.weight) add_parts(parts.data(), n_parts, 2 * n, n, args.weight + s * n);
-    if (args.bias) add_parts(parts.data() + n, n_parts, 2 * n, n, args.bias + s * n);
+    if (args.weight) add_parts(sums, parts_of(args, s), 2 * n, n, args.weight + s * n);
+    if (args.bias) add_parts(sums + n, parts_of(args, s), 2 * n, n, args.bias + s * n);
+    sums += 2 * n * parts_of(args, s);
   }
 }
 
