@@ -1,4 +1,4 @@
-"""What sketching costs on a CPU: ``python -m benchmarks.cost`` (about 10 minutes on 2 cores).
+"""What sketching costs on a CPU: ``python -m benchmarks.cost`` (about 20 minutes on 2 cores).
 
 On real prompt groups of the example data, alternating and taking medians:
 
@@ -126,34 +126,66 @@ def alternate(jobs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, l
     return seconds
 
 
-def steps(example: Example, rounds: int) -> list[str]:
+def step_seconds(example: Example, rounds: int) -> dict[str, list[float]]:
     n = len(example.batches)
-    jobs = {name: (lambda i, f=f: f(example, i % n)) for name, f in MODES.items()}
-    seconds = alternate(jobs, rounds)
-    base = seconds["forward + backward, frozen weights"]
-    lines = [
-        "| step on the same micro-batches | median s | ratio to frozen, median (min - max) |",
-        "|---|---|---|",
+    return alternate({name: (lambda i, f=f: f(example, i % n)) for name, f in MODES.items()}, rounds)
+
+
+def peak_memory(example: Example, name: str) -> int:
+    """KiB resident at the peak of a step."""
+    # Loading takes more than any step; forget that peak and keep the steps' own.
+    Path("/proc/self/clear_refs").write_text("5")
+    for i in range(min(2, len(example.batches))):
+        MODES[name](example, i)
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
+# glibc hands memory of freed tensors out again or gives it back by what happens to lie behind it, so that time and peak
+# depend on chance. With a mapping of its own for every tensor the peak is live memory, and everyone pays for the pages.
+ALLOCATORS = {"glibc as it is": {}, "a mapping per tensor": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+
+
+def in_process(args: argparse.Namespace, part: str, env: dict[str, str]) -> Any:
+    """What ``--part`` prints, from a process of its own with an allocator of its own."""
+    command = [sys.executable, "-m", "benchmarks.cost", "--part", part, "--rounds", str(args.rounds)]
+    command += [
+        "--groups",
+        str(args.groups),
+        "--tokens",
+        str(args.tokens),
+        "--model",
+        args.model,
+        "--data",
+        args.data,
     ]
-    for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, base, strict=True)]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
-        lines.append(f"| {name} | {statistics.median(values):.2f} | {spread} |")
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **env})
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def steps(args: argparse.Namespace) -> list[str]:
+    lines = [
+        "| step on the same micro-batches | allocator | median s | ratio to frozen, median (min - max) |",
+        "|---|---|---|---|",
+    ]
+    for allocator, env in ALLOCATORS.items():
+        seconds = in_process(args, "steps", env)
+        base = next(iter(seconds.values()))
+        for name, values in seconds.items():
+            ratios = [a / b for a, b in zip(values, base, strict=True)]
+            spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
+            lines.append(f"| {name} | {allocator} | {statistics.median(values):.2f} | {spread} |")
     return lines
 
 
 def memory(args: argparse.Namespace) -> list[str]:
-    lines = ["| peak resident memory of a step, own process | MiB | ratio |", "|---|---|---|"]
-    base = 0.0
-    for name in MODES:
-        command = [sys.executable, "-m", "benchmarks.cost", "--memory-of", name, "--groups", str(args.groups)]
-        command += ["--model", args.model, "--data", args.data, "--tokens", str(args.tokens)]
-        # glibc raises this threshold as it goes; fixed, the peak is live memory and not the fragments of the heap.
-        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        result = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
-        peak = json.loads(result.stdout.splitlines()[-1])
-        base = base or peak
-        lines.append(f"| {name} | {peak / 1024:.0f} | {peak / base:.3f} |")
+    lines = ["| peak resident memory of a step, own process | allocator | MiB | ratio |", "|---|---|---|---|"]
+    for allocator, env in ALLOCATORS.items():
+        peaks = {name: in_process(args, f"memory: {name}", env) for name in MODES}
+        base = next(iter(peaks.values()))
+        lines += [
+            f"| {name} | {allocator} | {kib / 1024:.0f} | {kib / base:.3f} |" for name, kib in peaks.items()
+        ]
     return lines
 
 
@@ -233,20 +265,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="token budget of a micro-batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cost.md"))
-    parser.add_argument("--memory-of", choices=list(MODES), help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     example = load_example(args.model, args.data, args.groups, args.tokens)
-    if args.memory_of:
-        # Loading takes more than any step; forget that peak and keep the steps' own.
-        Path("/proc/self/clear_refs").write_text("5")
-        for i in range(min(2, len(example.batches))):
-            MODES[args.memory_of](example, i)
-        status = Path("/proc/self/status").read_text()
-        print(json.dumps(int(status.split("VmHWM:")[1].split()[0])))
+    if args.part == "steps":
+        print(json.dumps(step_seconds(example, args.rounds)))
+        return
+    if args.part:
+        print(json.dumps(peak_memory(example, args.part.removeprefix("memory: "))))
         return
     single = rebatch(example, 8, 1)
     about = f"{example.describe()}; {describe()}"
-    sections = [["# Cost of sketching on a CPU", "", about], steps(example, args.rounds), memory(args)]
+    sections = [["# Cost of sketching on a CPU", "", about], steps(args), memory(args)]
     sections += [gemm_rate(args.rounds, 1024), per_prompt(single, args.rounds)]
     text = "\n\n".join("\n".join(s) for s in sections) + "\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)
