@@ -8,28 +8,21 @@ from typing import Any
 
 import torch
 
-# torch 2.4 has it under torch.cuda only.
-OUT_OF_MEMORY: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+OUT_OF_MEMORY = torch.cuda.OutOfMemoryError  # torch.OutOfMemoryError, a name that torch 2.4 has not got yet
 
 
-class OutOfMemory(OUT_OF_MEMORY):  # type: ignore[misc,valid-type]
+class OutOfMemory(OUT_OF_MEMORY):
     """A `torch.OutOfMemoryError` that names the call, its sizes and the remedy; torch's own words follow."""
 
 
 def explain(what: str, error: BaseException, remedy: str, args: Iterable[Any] = ()) -> OutOfMemory:
-    """``error`` in words; one that was explained further down comes back as it is."""
-    if isinstance(error, OutOfMemory):
-        return error
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     sizes = ", ".join(
-        f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} ({_size(t.numel() * t.element_size())})"
+        f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} ({size(t.numel() * t.element_size())})"
         for t in tensors
     )
-    device = f" on {tensors[0].device}" if tensors else ""
-    return OutOfMemory(
-        f"{what} ran out of memory{device}{' with operands ' + sizes if sizes else ''}: {remedy}. "
-        f"The allocator says: {str(error).strip()}"
-    )
+    where = f" on {tensors[0].device}, given {sizes}" if tensors else ""
+    return OutOfMemory(f"{what} ran out of memory{where}: {remedy}. ({str(error).strip()})")
 
 
 @contextmanager
@@ -41,5 +34,5 @@ def explained(what: str, remedy: str, *args: Any) -> Iterator[None]:
         raise explain(what, error, remedy, args) from error
 
 
-def _size(n_bytes: int) -> str:
+def size(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 1 << 30 else f"{n_bytes / 2**20:.1f} MiB"
