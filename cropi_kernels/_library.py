@@ -1,8 +1,47 @@
-"""The ``cropi`` operator namespace: one library object, to which every op folder adds its schemas and kernels."""
+"""The ``cropi`` operator namespace: one library object, to which every op folder adds its schemas and kernels.
+
+A schema takes tensors, numbers and strings: a plan goes in by its recipe, a spec by its JSON. An op that adds to a
+tensor says so (``Tensor(a!) out``) and returns nothing; what other ops return is new memory. Every op is opaque to
+autograd: a call from the public functions detaches its operands, the two families that have a gradient
+(`linear_logprob`, `project`) register one.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
+
+from . import _memory
 
 NAMESPACE = "cropi"
 LIB = torch.library.Library(NAMESPACE, "DEF")  # kept alive here: its ops vanish with it
+
+
+def register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *, remedy: str
+) -> torch._ops.OpOverload[..., Any]:
+    """Define an op, with one kernel for all devices (it chooses the backend itself) and the shapes for tracing.
+
+    ``remedy`` is what its caller can do when the device's memory is full. Returns the op.
+    """
+    name = schema.split("(")[0]
+
+    @functools.wraps(kernel)
+    def explained(*args: Any) -> Any:
+        try:
+            return kernel(*args)
+        except _memory.OUT_OF_MEMORY as error:
+            raise _memory.explain(f"{NAMESPACE}::{name}", error, remedy, args) from error
+
+    LIB.define(schema)
+    LIB.impl(name, explained, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIB)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """``x`` outside of autograd; ``x`` itself where it has no gradient, which is the rule."""
+    return x.detach() if x.requires_grad else x

@@ -50,12 +50,14 @@ def choose(
         raise ValueError(f"backend={named!r}: choose one of {', '.join(BACKENDS)}, or None for the best")
     if named == "reference":
         return named
+    on_host = not tensors or tensors[0].device.type == "cpu"
+    if named is None and on_host and not (without or {}).get("cpu") and _native.unsupported(*tensors) is None:
+        return "cpu"  # what nearly every call on a CPU comes to; the others' reasons would cost more than its kernel
     against = reasons_against(*tensors, without=without)
     if named is not None:
         if against[named] is not None:
             raise RuntimeError(f"backend={named!r} cannot run {op}: {against[named]}")
         return named
-    on_host = not tensors or tensors[0].device.type == "cpu"
     order = ("cpu",) if on_host else ("cuda", "triton")  # the interpreter serves tests, and only by name
     for name in order:
         if against[name] is None:
@@ -64,7 +66,8 @@ def choose(
     if all(t.dtype != torch.float64 for t in tensors) and reason not in _said:
         _said.add(str(reason))
         warnings.warn(
-            f"{op} runs on the plain torch reference, which forms whole gradients: {reason}", stacklevel=3
+            f"{op} runs on the plain torch reference, which forms whole gradients: {reason}",
+            stacklevel=5,  # the caller of the public function
         )
     return "reference"
 

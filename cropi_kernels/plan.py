@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+import json
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,9 @@ class MatrixPlan:
     pair_slab: NDArray[np.uint32]
     pair_sign: NDArray[np.float32]
     fold_key: str
+    # The arguments that made the plan: how it passes through an operator's schema, which takes no objects. Not copied
+    # by dataclasses.replace, whose result is another plan.
+    recipe: str = dataclasses.field(default="", init=False)
 
     @property
     def n_row_blocks(self) -> int:
@@ -78,6 +82,7 @@ class VectorPlan:
     dim: int
     position: NDArray[np.int64]
     sign: NDArray[np.float32]
+    recipe: str = dataclasses.field(default="", init=False)
 
 
 def plan_matrix(spec: SketchSpec, name: str, rows: int, cols: int, role: Role = "linear") -> MatrixPlan:
@@ -118,7 +123,7 @@ def _plan_matrix(
     slab_rows = SLAB_SIZE // slab_cols
     row_blocks, col_blocks = -(-folded_rows // slab_rows), -(-folded_cols // slab_cols)
     draw = px.philox(key, np.arange(row_blocks)[:, None], np.arange(col_blocks)[None, :], px.PAIR)
-    return MatrixPlan(
+    plan = MatrixPlan(
         name=name,
         rows=rows,
         cols=cols,
@@ -139,6 +144,7 @@ def _plan_matrix(
         pair_sign=np.ascontiguousarray(1.0 - 2.0 * (draw[..., 0] & 1)).astype(np.float32),
         fold_key=f"{fold_key}/{cols}/{width}",
     )
+    return _with_recipe(plan, version, seed, n_slabs, name, rows, cols, width, vocab)
 
 
 def plan_vector(spec: SketchSpec, name: str, size: int) -> VectorPlan:
@@ -161,4 +167,37 @@ def _plan_vector(version: int, seed: int, dim: int, name: str, size: int) -> Vec
     slab = (draw[:, 3] & np.uint32(dim // slab_size - 1)).astype(np.int64)
     block = index // slab_size
     position = slab[block] * slab_size + ((index % slab_size) ^ xor[block])
-    return VectorPlan(name, size, dim, position, px.signs(key, size, px.ROW_SIGN))
+    plan = VectorPlan(name, size, dim, position, px.signs(key, size, px.ROW_SIGN))
+    return _with_recipe(plan, version, seed, dim, name, size)
+
+
+# ------------------------------------------------------------------------------------------------- recipes
+Plan = TypeVar("Plan", MatrixPlan, VectorPlan)
+
+
+def _with_recipe(plan: Plan, *made_from: object) -> Plan:
+    object.__setattr__(plan, "recipe", json.dumps(made_from))  # the one thing that is known after the fact
+    return plan
+
+
+def recipe_of(plan: MatrixPlan | VectorPlan) -> str:
+    """What the operators take for ``plan``.
+
+    Raises:
+        ValueError: the plan was not made by `plan_matrix` or `plan_vector`.
+    """
+    if not plan.recipe:
+        raise ValueError(
+            f"the plan of {plan.name!r} was changed by hand: make plans by plan_matrix and plan_vector"
+        )
+    return plan.recipe
+
+
+@functools.lru_cache(maxsize=16384)
+def matrix_plan_of(recipe: str) -> MatrixPlan:
+    return _plan_matrix(*json.loads(recipe))
+
+
+@functools.lru_cache(maxsize=16384)
+def vector_plan_of(recipe: str) -> VectorPlan:
+    return _plan_vector(*json.loads(recipe))

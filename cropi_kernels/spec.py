@@ -62,6 +62,13 @@ class SketchSpec:
                 f"version={self.version!r}: this build defines version {VERSION}; sketch again, or install the "
                 "release that wrote the stored sketches"
             )
+        # Made here and not when it is asked for: a call may be traced, which json is not for.
+        object.__setattr__(self, "_recipe", json.dumps(self.to_dict()))
+
+    @property
+    def recipe(self) -> str:
+        """The spec as an operator's schema takes it: JSON."""
+        return self._recipe  # type: ignore[attr-defined]
 
     @property
     def base_dim(self) -> int:

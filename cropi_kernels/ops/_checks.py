@@ -1,27 +1,60 @@
-"""Checks that every op makes before a kernel sees an address."""
+"""Checks that every op makes before a kernel sees an address.
+
+Those of dtypes, shapes and devices also run while a graph is traced; those that read values (`check_offset_values`)
+do not, and read the host's memory only.
+"""
 
 from __future__ import annotations
 
 import torch
 
+FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def check_operand(name: str, x: torch.Tensor, cols: int, what: str) -> None:
+    """``x`` must be a dense floating-point [tokens, cols]."""
+    if x.ndim != 2 or x.shape[1] != cols:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be [tokens, {cols}] ({what})")
+    check_floating(name, x)
+
+
+def check_floating(name: str, x: torch.Tensor) -> None:
+    if x.dtype not in FLOATING:
+        raise ValueError(f"{name} is {x.dtype}: give float32, bfloat16 or float16 ({name}.float())")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} has the sparse layout {x.layout}: give a dense tensor ({name}.to_dense())")
+
+
+def check_devices(first: str, x: torch.Tensor, **others: torch.Tensor) -> None:
+    """All on the device of ``x``."""
+    for name, other in others.items():
+        if other.device != x.device:
+            raise ValueError(
+                f"{name} is on {other.device} but {first} is on {x.device}: move them to one device "
+                f"({name}.to({str(x.device)!r}))"
+            )
+
 
 def check_out(out: torch.Tensor, n_segments: int, dim: int) -> None:
     """``out`` must be a contiguous float32 or float64 [n_segments, dim] accumulator."""
-    if out.ndim != 2 or tuple(out.shape) != (n_segments, dim):
+    if out.ndim != 2 or out.shape[0] != n_segments or out.shape[1] != dim:
         raise ValueError(
             f"out has shape {tuple(out.shape)}: it must be [segments, sketch numbers] = [{n_segments}, {dim}]"
         )
+    check_accumulator(out)
+
+
+def check_accumulator(out: torch.Tensor) -> None:
     if out.dtype not in (torch.float32, torch.float64) or not out.is_contiguous():
         raise ValueError(
             f"out is {out.dtype}, contiguous={out.is_contiguous()}: give a contiguous float32 tensor"
         )
+    if out.requires_grad:
+        raise ValueError("out requires a gradient, which sketches do not have: give out.detach()")
 
 
-def check_offsets(offsets: torch.Tensor, n_tokens: int) -> int:
-    """Returns the number of segments; token range s is offsets[s] .. offsets[s + 1].
-
-    Their values are checked on the CPU only.
-    """
+def check_offsets(offsets: torch.Tensor) -> int:
+    """Returns the number of segments; token range s is offsets[s] .. offsets[s + 1]."""
     if (
         offsets.dtype != torch.int64
         or offsets.ndim != 1
@@ -35,10 +68,13 @@ def check_offsets(offsets: torch.Tensor, n_tokens: int) -> int:
         raise ValueError(
             f"offsets is on {offsets.device}: give offsets.cpu(), or the offsets on the tokens' CUDA device"
         )
-    if (
-        offsets.device.type != "cpu"
-    ):  # reading them would make the host wait; the kernels clamp them to the tokens
-        return offsets.numel() - 1
+    return offsets.numel() - 1
+
+
+def check_offset_values(offsets: torch.Tensor, n_tokens: int) -> None:
+    """On the CPU only: reading them on a device would make the host wait, and the kernels clamp them to the tokens."""
+    if offsets.device.type != "cpu":
+        return
     values = offsets.tolist()
     if values[0] < 0 or values[-1] > n_tokens:
         raise ValueError(f"offsets run from {values[0]} to {values[-1]} but there are {n_tokens} tokens")
@@ -47,17 +83,23 @@ def check_offsets(offsets: torch.Tensor, n_tokens: int) -> int:
             raise ValueError(
                 f"offsets[{s + 1}]={b} is below offsets[{s}]={a}: segments must not run backwards"
             )
-    return offsets.numel() - 1
 
 
 def on_host(offsets: torch.Tensor, n_tokens: int) -> torch.Tensor:
     """``offsets`` for a CPU kernel, which trusts them: those that came from a device are checked now."""
     if offsets.device.type != "cpu":
         offsets = offsets.cpu()
-        check_offsets(offsets, n_tokens)
+        check_offset_values(offsets, n_tokens)
     return offsets
 
 
-def check_matrix(name: str, x: torch.Tensor, cols: int, what: str) -> None:
-    if x.ndim != 2 or x.shape[1] != cols:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be [tokens, {cols}] ({what})")
+def on_device(offsets: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``offsets`` for a GPU kernel."""
+    if offsets.device == device:
+        return offsets
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"offsets is on {offsets.device}, and a CUDA graph cannot record the copy: give "
+            f"offsets.to({str(device)!r}), made before the capture"
+        )
+    return offsets.to(device)

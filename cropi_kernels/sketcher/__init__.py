@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _memory
 from ..ops.linear_logprob import logprob_and_grad
 from ..ops.norm_grad import bias_grad
 from ..ops.sketch_vector import sketch_vector
@@ -119,7 +120,7 @@ class GradientSketcher:
             yield result
             result.sketches = self._acc.end()
         finally:
-            self._acc.segments = None
+            self._acc.close()
 
     def policy_gradient(
         self,
@@ -152,6 +153,7 @@ class GradientSketcher:
 
         Raises:
             RuntimeError: outside the ``with`` block. ValueError: shapes, ranges or order are wrong; names which.
+            torch.OutOfMemoryError: names the sizes and the remedy. The sketcher stays usable.
         """
         split = self._ready(input_ids, positions, targets)
         batch, length = input_ids.shape
@@ -164,18 +166,24 @@ class GradientSketcher:
             kwargs["position_ids"] = position_ids
         self._begin(where)
         try:
-            mark = self._acc.clock.mark
-            start = mark()
-            with torch.enable_grad():
-                hidden = split.hidden(input_ids, **kwargs)
-            logprobs, grad, weights = self._head_pass(
-                split, hidden, positions, targets, weigh, temperature, scored
-            )
-            middle = mark()
-            hidden.backward(grad)
-            end = mark()
-            self._mark_failed(logprobs, weights, scored)
-            clock, sketches = self._acc.clock, self._acc.end()
+            with _memory.explained(
+                f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
+                f"segments (sketches: {_memory.size(self._acc.out.nbytes)})",
+                "give fewer rows a call (nothing of this call is left; sketches of parts of a prompt add up), or turn "
+                "on gradient checkpointing",
+            ):
+                mark = self._acc.clock.mark
+                start = mark()
+                with torch.enable_grad():
+                    hidden = split.hidden(input_ids, **kwargs)
+                logprobs, grad, weights = self._head_pass(
+                    split, hidden, positions, targets, weigh, temperature, scored
+                )
+                middle = mark()
+                hidden.backward(grad)
+                end = mark()
+                self._mark_failed(logprobs, weights, scored)
+                clock, sketches = self._acc.clock, self._acc.end()
             seconds = {
                 "forward": clock.between(start, middle),
                 "backward": clock.between(middle, end),
@@ -183,7 +191,7 @@ class GradientSketcher:
             }
             return PolicyGradient(sketches, logprobs, weights, seconds)
         finally:
-            self._acc.segments = None
+            self._acc.close()
 
     def _head_pass(
         self,

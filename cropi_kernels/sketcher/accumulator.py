@@ -36,10 +36,14 @@ class Accumulator:
         if self.spec.dim < self.spec.base_dim:
             sketches = reduce_sketch(sketches, self.spec.dim, seed=self.spec.seed, version=self.spec.version)
         sketches.masked_fill_(~sketches.isfinite().all(dim=1, keepdim=True), float("nan"))
+        self.close()
+        return sketches
+
+    def close(self) -> None:
+        """Let go of the batch, finished or failed: nothing of it stays in memory."""
         self.segments = None
         self.out = self.out.new_empty(0, self.spec.base_dim)
         self._folds.clear()
-        return sketches
 
     def timed(self) -> AbstractContextManager[None]:
         return self.clock.timed()

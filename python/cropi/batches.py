@@ -65,6 +65,35 @@ class MicroBatch:
         }
         return replace(self, **tensors)
 
+    def halves(self) -> tuple[MicroBatch, MicroBatch]:
+        """The first and the second half of the rows; a prompt that is cut is finished in the second."""
+        rows = self.input_ids.shape[0]
+        return self._rows(0, rows // 2), self._rows(rows // 2, rows)
+
+    def _rows(self, begin: int, end: int) -> MicroBatch:
+        """Rows ``begin .. end``; every scored token stays with its row."""
+        length = self.input_ids.shape[1]
+        chosen = (self.positions >= begin * length) & (self.positions < end * length)
+        first, last = int(self.segments[begin]), int(self.segments[end - 1])
+        finished = self.finished[first : last + 1]
+        if end < len(self.segments) and int(self.segments[end]) == last:
+            finished[-1] = False
+        return replace(
+            self,
+            groups=self.groups[first : last + 1],
+            finished=finished,
+            input_ids=self.input_ids[begin:end],
+            attention_mask=self.attention_mask[begin:end],
+            position_ids=self.position_ids[begin:end],
+            segments=self.segments[begin:end] - first,
+            positions=self.positions[chosen] - begin * length,
+            targets=self.targets[chosen],
+            token_segments=self.token_segments[chosen] - first,
+            advantages=self.advantages[chosen],
+            divisors=self.divisors[chosen],
+            behaviour=None if self.behaviour is None else self.behaviour[chosen],
+        )
+
 
 @dataclass(frozen=True)
 class Row:

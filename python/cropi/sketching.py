@@ -74,7 +74,7 @@ def sketch(
                     budget=job.tokens_per_batch,
                     stored_behaviour=source == "file",
                 )
-                pass_ = _Pass(sketcher, job, beta, summary)
+                pass_ = _Pass(sketcher, job, beta, summary, bar.write)
                 flushed = time.monotonic()
                 for batch in batches:
                     for row, vector in pass_.run(batch):
@@ -126,14 +126,51 @@ class _Pass:
     """Runs micro-batches, and gives out each prompt's row once its last one is through."""
 
     def __init__(
-        self, sketcher: GradientSketcher, job: SketchJob, beta: BehaviourModel | None, summary: Summary
+        self,
+        sketcher: GradientSketcher,
+        job: SketchJob,
+        beta: BehaviourModel | None,
+        summary: Summary,
+        say: Callable[[str], Any],
     ) -> None:
-        self.sketcher, self.job, self.beta, self.summary = sketcher, job, beta, summary
+        self.sketcher, self.job, self.beta, self.summary, self.say = sketcher, job, beta, summary, say
         self.device = next(sketcher.model.parameters()).device
         self.parts: dict[str, _Part] = {}
+        self.too_many: int | None = None  # tokens, padding included, that the device's memory did not hold
 
     def run(self, batch: MicroBatch) -> Iterator[tuple[RowInfo, torch.Tensor | None]]:
-        """One micro-batch: forward, weights, backward, sketches."""
+        """One micro-batch; where the device's memory does not hold it, its halves: the sums are the same."""
+        waiting = [batch]
+        while waiting:
+            part = waiting.pop()
+            rows, tokens = part.input_ids.shape[0], part.input_ids.numel()
+            if rows > 1 and self.too_many is not None and tokens >= self.too_many:
+                waiting += reversed(part.halves())
+                continue
+            try:
+                finished = self._compute(part)
+            except torch.cuda.OutOfMemoryError as error:
+                if rows == 1:
+                    raise CropiError(
+                        f"prompt {part.groups[0].id!r}: the {self.device.type} device has no memory for one row of "
+                        f"{tokens} tokens ({error}); finished prompts are in {self.job.out}, and the same command goes "
+                        "on with the rest: leave long responses out by --max-length, or load the model in a smaller "
+                        "--dtype"
+                    ) from error
+                self.too_many = tokens
+                self.say(
+                    f"{rows} rows of {part.input_ids.shape[1]} tokens do not fit into the device's memory: halved; "
+                    f"--tokens-per-batch {tokens // 2} spares the attempt"
+                )
+                waiting.append(part)
+            else:
+                yield from finished
+                continue
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the halves need other sizes
+
+    def _compute(self, batch: MicroBatch) -> list[tuple[RowInfo, torch.Tensor | None]]:
+        """Forward, weights, backward, sketches; the rows of the prompts that are complete with it."""
         begun, tokens, batch, estimator = (
             time.monotonic(),
             batch.tokens,
@@ -169,9 +206,11 @@ class _Pass:
             part.ratio += float(sums[s, 0])
             part.clipped += float(sums[s, 1])
         self.summary.add(result.seconds, time.monotonic() - begun, tokens, len(batch.targets))
-        for group, last in zip(batch.groups, batch.finished, strict=True):
-            if last:
-                yield self.parts.pop(group.id).finish(group, self.job.set)
+        return [
+            self.parts.pop(group.id).finish(group, self.job.set)
+            for group, last in zip(batch.groups, batch.finished, strict=True)
+            if last
+        ]
 
 
 def _groups(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ... import _memory
 from . import chunks, ops
 
 Weigh = Callable[[torch.Tensor, int, int], torch.Tensor]
@@ -114,9 +115,12 @@ def logprob_and_grad(
             )
         return weights.detach()
 
-    call = ops.prepare(hidden, head, targets, bias, temperature, softcap_, ignore_index, chunk, backend or "")
-    with ops.no_autocast(hidden):
-        return chunks.one_pass(hidden.detach(), call, checked, on_dlogits)
+    with _memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
+        call = ops.prepare(
+            hidden, head, targets, bias, temperature, softcap_, ignore_index, chunk, backend or ""
+        )
+        with ops.no_autocast(hidden):
+            return chunks.one_pass(hidden.detach(), call, checked, on_dlogits)
 
 
 def _check(

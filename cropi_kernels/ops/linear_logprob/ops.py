@@ -8,22 +8,13 @@ from typing import Any
 import torch
 
 from ... import dispatch
-from ..._library import LIB, NAMESPACE
+from ..._library import LIB, NAMESPACE, register
 from . import chunks, cpu, plain
 from .contract import Kernels, RowMath, Stats
 
 _KERNELS: dict[str, Kernels] = {"cpu": cpu, "reference": plain}
 
-LIB.define(
-    "linear_logprob(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float temperature, float softcap, "
-    "int ignore_index, bool entropy, int chunk_size, str backend) "
-    "-> (Tensor logp, Tensor top, Tensor log_sum, Tensor entropy)"
-)
-LIB.define(
-    "linear_logprob_backward(Tensor grad, Tensor hidden, Tensor head, Tensor targets, Tensor? bias, Tensor logp, "
-    "Tensor top, Tensor log_sum, float temperature, float softcap, int ignore_index, int chunk_size, str backend) "
-    "-> Tensor"
-)
+REMEDY = "a smaller chunk_size holds fewer logits at a time, fewer tokens a call make everything smaller"
 
 
 def prepare(
@@ -174,8 +165,16 @@ def _autograd(ctx: Any, grad: torch.Tensor | None, *others: torch.Tensor | None)
     return (dhidden,) + (None,) * 9
 
 
-LIB.impl("linear_logprob", _forward, "CompositeExplicitAutograd")
-LIB.impl("linear_logprob_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{NAMESPACE}::linear_logprob", _forward_fake, lib=LIB)
-torch.library.register_fake(f"{NAMESPACE}::linear_logprob_backward", _backward_fake, lib=LIB)
+register(
+    "linear_logprob(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float temperature, float softcap, "
+    "int ignore_index, bool entropy, int chunk_size, str backend) "
+    "-> (Tensor logp, Tensor top, Tensor log_sum, Tensor entropy)",
+    _forward, _forward_fake, remedy=REMEDY,
+)  # fmt: skip
+register(
+    "linear_logprob_backward(Tensor grad, Tensor hidden, Tensor head, Tensor targets, Tensor? bias, Tensor logp, "
+    "Tensor top, Tensor log_sum, float temperature, float softcap, int ignore_index, int chunk_size, str backend) "
+    "-> Tensor",
+    _backward, _backward_fake, remedy=REMEDY,
+)  # fmt: skip
 torch.library.register_autograd(f"{NAMESPACE}::linear_logprob", _autograd, setup_context=_save, lib=LIB)

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 
 from ... import _native
-from ..._library import LIB, NAMESPACE
+from ..._library import LIB, NAMESPACE, register
 from . import cpu, reference
 from .spec import ProjectionSpec
-
-LIB.define("project(Tensor x, int offset, str spec, str backend) -> Tensor")
-LIB.define("project_transpose(Tensor y, int n, int offset, str spec, str backend) -> Tensor")
 
 
 def encode(spec: ProjectionSpec) -> str:
@@ -92,10 +89,14 @@ def _grad_transpose(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return dy.to(ctx.dtype), None, None, None, None
 
 
-LIB.impl("project", _project, "CompositeExplicitAutograd")
-LIB.impl("project_transpose", _transpose, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{NAMESPACE}::project", _project_fake, lib=LIB)
-torch.library.register_fake(f"{NAMESPACE}::project_transpose", _transpose_fake, lib=LIB)
+REMEDY = "give fewer rows a call, or fewer columns at a time, each piece at its offset with the same out"
+register(
+    "project(Tensor x, int offset, str spec, str backend) -> Tensor", _project, _project_fake, remedy=REMEDY
+)
+register(
+    "project_transpose(Tensor y, int n, int offset, str spec, str backend) -> Tensor",
+    _transpose, _transpose_fake, remedy=REMEDY,
+)  # fmt: skip
 torch.library.register_autograd(f"{NAMESPACE}::project", _grad_project, setup_context=_save_project, lib=LIB)
 torch.library.register_autograd(
     f"{NAMESPACE}::project_transpose", _grad_transpose, setup_context=_save_transpose, lib=LIB

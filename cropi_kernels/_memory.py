@@ -1,0 +1,38 @@
+"""Out of device memory, said so that the caller knows what was too large and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+OUT_OF_MEMORY = torch.cuda.OutOfMemoryError  # torch.OutOfMemoryError, a name that torch 2.4 has not got yet
+
+
+class OutOfMemory(OUT_OF_MEMORY):
+    """A `torch.OutOfMemoryError` that names the call, its sizes and the remedy; torch's own words follow."""
+
+
+def explain(what: str, error: BaseException, remedy: str, args: Iterable[Any] = ()) -> OutOfMemory:
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    sizes = ", ".join(
+        f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} ({size(t.numel() * t.element_size())})"
+        for t in tensors
+    )
+    where = f" on {tensors[0].device}, given {sizes}" if tensors else ""
+    return OutOfMemory(f"{what} ran out of memory{where}: {remedy}. ({str(error).strip()})")
+
+
+@contextmanager
+def explained(what: str, remedy: str, *args: Any) -> Iterator[None]:
+    """As `explain`, around a block."""
+    try:
+        yield
+    except OUT_OF_MEMORY as error:
+        raise explain(what, error, remedy, args) from error
+
+
+def size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 1 << 30 else f"{n_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,29 @@
+"""C++ kernel behind `sketch_embedding` (csrc/cpu/sketch_rows.cpp)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ... import _native
+from ...plan import MatrixPlan
+
+
+def sketch_rows(
+    x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
+) -> None:
+    """For ``x`` whose columns are folded where the plan folds them."""
+    folded, scale = plan.fold_rows(rows.numpy())
+    folded, scale = np.ascontiguousarray(folded, np.int64), np.ascontiguousarray(scale)
+    x = _native.rows_view(x)
+    _native.native().sketch_rows(
+        _native.matrix(x),
+        _native.address(folded),
+        _native.address(scale),
+        _native.slab_plan(plan, None, plan.col_sign if plan.col_fold is None else None),
+        offsets.numel() - 1,
+        offsets.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        _native.threads(),
+    )

@@ -1,0 +1,77 @@
+"""The operator ``cropi::sketch_rows``: checks, choice of backend, shapes for tracing."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import dispatch
+from ..._library import register
+from ...plan import MatrixPlan, matrix_plan_of
+from .._checks import (
+    check_devices,
+    check_offset_values,
+    check_offsets,
+    check_operand,
+    check_out,
+    on_device,
+    on_host,
+)
+from ..sketch_linear.ops import fold
+from . import cpu, reference
+
+
+def _sketch(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    out: torch.Tensor,
+    plan: str,
+    backend: str | None,
+) -> None:
+    made = matrix_plan_of(plan)
+    _check(x, rows, offsets, out, made)
+    # Reading ids from a device would make the host wait: there, one that is out of range makes its segment NaN.
+    if rows.numel() and not rows.is_cuda and not 0 <= int(rows.min()) <= int(rows.max()) < made.rows:
+        raise ValueError(
+            f"rows runs from {int(rows.min())} to {int(rows.max())}: {made.name} has rows 0 .. {made.rows - 1}"
+        )
+    check_offset_values(offsets, x.shape[0])
+    without = {"triton": "the inputs of this plan are folded" if made.col_fold is not None else None}
+    chosen = dispatch.choose("sketch_embedding", x, out, backend=backend, without=without)
+    if chosen == "triton":
+        from . import triton
+
+        triton.sketch_rows(x, rows, on_device(offsets, x.device), made, out)
+    elif chosen == "cpu":
+        cpu.sketch_rows(fold(x, made, False, backend), rows, on_host(offsets, x.shape[0]), made, out)
+    else:
+        reference.sketch_rows(x, rows, offsets, made, out)
+
+
+def _sketch_fake(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    out: torch.Tensor,
+    plan: str,
+    backend: str | None,
+) -> None:
+    _check(x, rows, offsets, out, matrix_plan_of(plan))
+
+
+def _check(
+    x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, plan: MatrixPlan
+) -> None:
+    check_operand("x", x, plan.cols, f"gradients of {plan.name}")
+    if rows.ndim != 1 or rows.shape[0] != x.shape[0] or rows.dtype != torch.int64:
+        raise ValueError(
+            f"rows is {rows.dtype} {tuple(rows.shape)}: it must be int64 [{x.shape[0]}], a row per token"
+        )
+    check_devices("x", x, rows=rows, out=out)
+    check_out(out, check_offsets(offsets), plan.n_slabs * plan.slab_rows * plan.slab_cols)
+
+
+SKETCH = register(
+    "sketch_rows(Tensor x, Tensor rows, Tensor offsets, Tensor(a!) out, str plan, str? backend) -> ()",
+    _sketch, _sketch_fake, remedy="give fewer tokens a call (a smaller micro-batch), or fewer segments",
+)  # fmt: skip

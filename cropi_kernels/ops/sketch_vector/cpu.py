@@ -1,0 +1,22 @@
+"""C++ kernel behind `sketch_vector` (csrc/cpu/sketch_vector.cpp)."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import _native
+from ...plan import VectorPlan
+
+
+def sketch_vector(gradient: torch.Tensor, plan: VectorPlan, out: torch.Tensor) -> None:
+    gradient = _native.rows_view(gradient.to(torch.float32))
+    _native.native().sketch_vector(
+        gradient.data_ptr(),
+        gradient.shape[0],
+        plan.size,
+        gradient.stride(0),
+        _native.address(plan.position),
+        _native.address(plan.sign),
+        out.data_ptr(),
+        out.stride(0),
+    )
