@@ -46,8 +46,8 @@ class Curriculum:
     Attributes:
         stage_steps: optimizer steps between two selections (CROPI's 1.5B run: 200).
         fraction: share of the pool that a stage trains on, in (0, 1].
-        train: files of stored trajectories of training prompts, as CROPI uses them; None: what this run records, so that
-            stage 0 trains on the whole dataset.
+        train: files of stored trajectories of training prompts, as CROPI uses them; None: what this run records, so
+            that stage 0 trains on the whole dataset.
         valid: files of trajectories of validation prompts; None: what this run records while it evaluates
             ``eval_dataset`` (done once before the first selection, if no evaluation has been recorded by then).
         valid_sets: names of validation sets that must be covered; None: whatever sets the trajectories hold.

@@ -61,8 +61,8 @@ def _column(dataset: Any, column: str, name: str) -> list[Any]:
     if known is None or column not in known:
         raise CropiError(
             f"{name} has no column {column!r} (its columns: {', '.join(map(str, known or ['none']))}); selection "
-            f"needs an id for every prompt that stays the same from run to run: add one, for example {_recipe(column)}, "
-            "or name the column that holds it with id_column"
+            f"needs an id for every prompt that stays the same from run to run: add one, for example "
+            f"{_recipe(column)}, or name the column that holds it with id_column"
         )
     return list(dataset[column]) if hasattr(dataset, "column_names") else [row[column] for row in dataset]
 

@@ -1,7 +1,8 @@
-"""One selection: sketch the stored trajectories under the current policy, compare, choose. The ranks share the prompts.
+"""One selection: sketch the stored trajectories under the current policy, compare, choose.
 
-Every rank holds the whole model and sketches every ``world``-th prompt into a store of its own; rank 0 reads all stores,
-scores and chooses, and every rank gets the ids. A store is continued if a run was killed while it was written.
+The ranks share the prompts: every rank holds the whole model and sketches every ``world``-th prompt into a store of its
+own; rank 0 reads all stores, scores and chooses, and every rank gets the ids. A store is continued if a run was killed
+while it was written.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,6 @@ def choose_prompts(
     ranks: Ranks,
     seed: int,
     progress: bool = True,
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Chosen:
     """Choose the prompts of a stage by the influence of their stored trajectories under ``model``.
 
@@ -80,7 +80,6 @@ def choose_prompts(
         ranks: the processes that share the work.
         seed: of the draws.
         progress: show bars (on rank 0).
-        precision: context in which the model runs.
 
     Raises:
         NothingToSelect: all rewards are equal, prompt by prompt.
@@ -101,9 +100,9 @@ def choose_prompts(
         if not pool["usable"]:
             why = ", ".join(f"{count} {reason}" for reason, count in sorted(pool["reasons"].items()))
             raise NothingToSelect(
-                f"stage {stage}: nothing to select: none of the {pool['prompts']} prompts has a gradient ({why}); sample "
-                "more responses a prompt, take prompts that are solved sometimes but not always, check the reward "
-                "function, or set on_nothing='keep'"
+                f"stage {stage}: nothing to select: none of the {pool['prompts']} prompts has a gradient ({why}); "
+                "sample more responses a prompt, take prompts that are solved sometimes but not always, check the "
+                "reward function, or set on_nothing='keep'"
             )
         theirs, _ = _share(valid, folder / f"valid-{ranks.rank:05d}.jsonl", ranks, lambda name: True)
         sources = [resolve_behaviour(options.behaviour, scan(f), estimator.ratio) for f in (train, valid)]
@@ -122,7 +121,7 @@ def choose_prompts(
                 if sketch(model, tokenizer, job, progress=progress and ranks.first).interrupted:
                     raise KeyboardInterrupt
 
-    with _untouched(model), precision():
+    with _evaluating(model):
         ranks.agree(compute)
 
     chosen = ranks.agree(lambda: _select(options, folder, seed) if ranks.first else None)
@@ -208,20 +207,27 @@ def _select(options: Curriculum, folder: Path, seed: int) -> list[str]:
     return [scores.rows[i].id for i in best.chosen]
 
 
-class _untouched:
-    """Run the model in eval mode; give back its mode and the random state, so that training goes on as if nothing was."""
+@contextmanager
+def own_randomness(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Give torch's random state back as it was, so that training goes on as if nothing had happened in between.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    Args:
+        device: its state is kept too, if it is a CUDA device.
+        seed: of the draws inside; None: go on from the present state.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
-    def __enter__(self) -> None:
-        device = next(self.model.parameters()).device
-        self.fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        self.fork.__enter__()
-        self.modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
 
-    def __exit__(self, *error: Any) -> None:
-        for module, mode in self.modes:
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with own_randomness(next(model.parameters()).device):
+            yield
+    finally:
+        for module, mode in modes:
             module.training = mode
-        self.fork.__exit__(*error)

@@ -13,7 +13,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Hashable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from cropi.trainers.options import Curriculum, Recording
@@ -42,7 +43,7 @@ def curriculum(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = 
 
 
 def recording(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = False) -> type[Any]:
-    """A subclass of ``base`` that trains as ever and records rollouts; its constructor takes ``recording=Recording(...)``.
+    """A subclass of ``base`` that trains as ever and records rollouts; it takes ``recording=Recording(...)`` besides.
 
     Args and errors are those of :func:`curriculum`.
     """
@@ -52,15 +53,15 @@ def recording(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = F
     return _patched(base, "Recording")
 
 
-@lru_cache(maxsize=None)
-def _patched(base: Any, kind: str) -> type[Any]:
+@cache
+def _patched(base: Hashable, kind: str) -> type[Any]:
     import trl
 
-    from cropi.trainers.trl.recording import RecordingMixin
+    from cropi.trainers.trl.capture import RecordingMixin
     from cropi.trainers.trl.stages import CurriculumMixin
     from cropi.trainers.trl.versions import check_trainer_class
 
-    base = trl.GRPOTrainer if base is None else base
-    check_trainer_class(base)
+    trainer: Any = trl.GRPOTrainer if base is None else base
+    check_trainer_class(trainer)
     mixin = CurriculumMixin if kind == "Curriculum" else RecordingMixin
-    return type(f"{kind}{base.__name__}", (mixin, base), {"__doc__": mixin.__doc__})
+    return type(f"{kind}{trainer.__name__}", (mixin, trainer), {"__doc__": mixin.__doc__})

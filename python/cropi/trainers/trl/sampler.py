@@ -1,4 +1,4 @@
-"""The order of prompts inside a stage: TRL's own, over the selected prompts, for exactly as many steps as a stage has."""
+"""The order of prompts inside a stage: TRL's own, over the selected prompts, for as many steps as a stage has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cropi.errors import CropiError
 
 @dataclass
 class StagePlan:
-    """What is trained on now: the stage's number and the rows of the dataset. All samplers of a trainer read this one."""
+    """What is trained on now: the stage's number and rows of the dataset. All samplers of a trainer read this one."""
 
     stage: int = 0
     rows: list[int] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """The staged curriculum inside a GRPOTrainer: a stage is an epoch of the trainer, and begins with a selection.
 
 TRL's data loader reads ahead, so a list of prompts that changes in the middle of an epoch would take effect a few
-batches late. Here every stage is an epoch of its own, ``stage_steps`` long: a new epoch makes a new iterator, nothing is
-read ahead across the boundary, and a resumed run counts its way to the right batch of the right stage.
+batches late. Here every stage is an epoch of its own, ``stage_steps`` long: a new epoch makes a new iterator, nothing
+is read ahead across the boundary, and a resumed run counts its way to the right batch of the right stage.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from cropi.files import write_atomic
 from cropi.manifest import first_difference
 from cropi.trainers.options import Curriculum
 from cropi.trainers.prompt_ids import PromptIds
-from cropi.trainers.rollout_log import log_files, merge_rollouts, rewind
-from cropi.trainers.scoring import Chosen, NothingToSelect, choose_prompts
-from cropi.trainers.trl.recording import RecordingMixin, check_datasets
-from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough
+from cropi.trainers.rollout_log import log_files, merge_rollouts, replace_rollouts, rewind
+from cropi.trainers.scoring import Chosen, NothingToSelect, choose_prompts, own_randomness
+from cropi.trainers.trl.capture import RecordingMixin, check_datasets
+from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
 
 STATE = "cropi_state.json"
 logger = logging.getLogger(__name__)
@@ -85,38 +85,39 @@ class CurriculumMixin(RecordingMixin):
         every = args.steps_per_generation * self.num_iterations
         if (steps * args.gradient_accumulation_steps) % every:
             raise CropiError(
-                f"stage_steps {steps} x gradient_accumulation_steps {args.gradient_accumulation_steps} is no multiple of "
-                f"steps_per_generation {args.steps_per_generation} x num_iterations {self.num_iterations}: a generation "
-                "batch would be used across two stages; change stage_steps"
+                f"stage_steps {steps} x gradient_accumulation_steps {args.gradient_accumulation_steps} is no multiple "
+                f"of steps_per_generation {args.steps_per_generation} x num_iterations {self.num_iterations}: a "
+                "generation batch would be used across two stages; change stage_steps"
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise CropiError(
-                "FSDP and DeepSpeed cut the model up, and sketches need it whole on every rank: use plain data parallel "
-                "(accelerate launch --multi_gpu), or run `cropi sketch`, `influence` and `select` between runs"
+                "FSDP and DeepSpeed cut the model up, and sketches need it whole on every rank: use plain data "
+                "parallel (accelerate launch --multi_gpu), or run `cropi sketch`, `influence` and `select` between runs"
             )
         if len(self.train_dataset) != len(self._cropi_ids):
             raise CropiError(
-                f"the trainer holds {len(self.train_dataset)} rows of the {len(self._cropi_ids)} of train_dataset, so ids "
-                "and rows do not match; prepare the dataset before it is passed"
+                f"the trainer holds {len(self.train_dataset)} rows of the {len(self._cropi_ids)} of train_dataset, so "
+                "ids and rows do not match; prepare the dataset before it is passed"
             )
         check_enough(range(len(self._cropi_ids)), self._cropi_prompts, 0)
         if self._cropi_curriculum.valid is None:
             if self.eval_dataset is None:
                 raise CropiError(
-                    "valid is None, so validation rollouts come from eval_dataset, which is missing; pass one, or files "
-                    "of trajectories as valid"
+                    "valid is None, so validation rollouts come from eval_dataset, which is missing; pass one, or "
+                    "files of trajectories as valid"
                 )
             if self.num_generations_eval < 2:
                 raise CropiError(
-                    f"num_generations_eval is {self.num_generations_eval}: a validation prompt needs at least 2 responses "
-                    "for an advantage"
+                    f"num_generations_eval is {self.num_generations_eval}: a validation prompt needs at least 2 "
+                    "responses for an advantage"
                 )
 
     def _cropi_check_fresh(self) -> None:
         if self._cropi_earlier and not self._cropi_resumed:
             raise CropiError(
-                f"{self._cropi_log.folder} holds rollouts of an earlier run, for example {self._cropi_earlier[0].name}: go "
-                "on with trainer.train(resume_from_checkpoint=True), remove the folder, or take another output_dir"
+                f"{self._cropi_log.folder} holds rollouts of an earlier run, for example "
+                f"{self._cropi_earlier[0].name}: go on with trainer.train(resume_from_checkpoint=True), remove the "
+                "folder, or take another output_dir"
             )
 
     # ----------------------------------------------------------------------------------------- sampler
@@ -157,13 +158,17 @@ class CurriculumMixin(RecordingMixin):
         if options.valid is None and not any(
             self._cropi_ranks.gather(log_files(self._cropi_log.folder, "valid"))
         ):
-            self.evaluate()
+            # Of its own randomness, so that a run that is resumed right here draws the same rollouts.
+            seed = pass_seed(self._cropi_seed, stage, -1 - self._cropi_ranks.rank)
+            with own_randomness(self.accelerator.device, seed):
+                self.evaluate()
         self._cropi_merge()
+        folder = self._cropi_folder / f"stage-{stage:04d}"
         try:
             return choose_prompts(
                 self.accelerator.unwrap_model(self.model), self._tokenizer, options, stage=stage,
-                folder=self._cropi_folder / f"stage-{stage:04d}", train=self._cropi_sources("train"),
-                valid=self._cropi_sources("valid"), known=self._cropi_ids.__contains__, ranks=self._cropi_ranks,
+                folder=folder, train=self._cropi_sources("train", folder),
+                valid=self._cropi_sources("valid", folder), known=self._cropi_ids.__contains__, ranks=self._cropi_ranks,
                 seed=self._cropi_seed, progress=not self.args.disable_tqdm,
             )  # fmt: skip
         except NothingToSelect as error:
@@ -184,10 +189,16 @@ class CurriculumMixin(RecordingMixin):
 
         self._cropi_ranks.agree(lambda: write() if self._cropi_ranks.first else None)
 
-    def _cropi_sources(self, kind: str) -> list[Path]:
+    def _cropi_sources(self, kind: str, folder: Path) -> list[Path]:
         files = self._cropi_curriculum.files(kind)
-        recorded = self._cropi_log.folder / f"{kind}.jsonl"
-        return [recorded] if files is None else files
+        recorded, both = self._cropi_log.folder / f"{kind}.jsonl", folder / f"both-{kind}.jsonl"
+        if files is None:
+            return [recorded]
+        if kind != "train" or not self._cropi_curriculum.use_recorded or not recorded.exists():
+            return files
+        ranks = self._cropi_ranks
+        ranks.agree(lambda: replace_rollouts(files, recorded, both) if ranks.first else None)
+        return [both]
 
     def _cropi_note(self, stage: int, chosen: Chosen | None) -> None:
         if not self._cropi_ranks.first:
@@ -232,15 +243,16 @@ class CurriculumMixin(RecordingMixin):
     def _cropi_load(self, checkpoint: Path) -> None:
         if not (checkpoint / STATE).is_file():
             raise CropiError(
-                f"{checkpoint} holds no {STATE}: it was saved without a curriculum; load its weights as the model and start "
-                "a new run"
+                f"{checkpoint} holds no {STATE}: it was saved without a curriculum; load its weights as the model and "
+                "start a new run"
             )
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         differs = first_difference(state["settings"], json.loads(json.dumps(self._cropi_settings())))
         if differs:
             raise CropiError(
-                f"{checkpoint} was saved with {differs[0]} = {differs[1]}, but this run has {differs[2]}: prompts would come "
-                "in another order; use the same settings, or load the checkpoint's weights and start a new run"
+                f"{checkpoint} was saved with {differs[0]} = {differs[1]}, but this run has {differs[2]}: prompts "
+                "would come in another order; use the same settings, or load the checkpoint's weights as the model "
+                "of a new run"
             )
         ids = state["selected"]
         lost = [name for name in ids or () if name not in self._cropi_ids]
