@@ -14,6 +14,8 @@ EXTRAS = {
     "matplotlib": "run",
     "yaml": "run",
     "tomli": "run",
+    "trl": "trl",
+    "datasets": "trl",
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.files import write_atomic
-from cropi.manifest import FORMAT, MANIFEST, check_same_job, read_manifest
+from cropi.manifest import FORMAT, MANIFEST, check_comparable, check_same_job, read_manifest
 from cropi.shards import DTYPES, RowInfo, commit_path, damaged, read_rows, read_sketches, write_shard
 
 
@@ -92,6 +92,27 @@ class SketchStore:
         store = cls(Path(path), read_manifest(Path(path)))
         store._load(remove_unfinished=False)
         return store
+
+    @classmethod
+    def join(cls, stores: Sequence[SketchStore]) -> SketchStore:
+        """Several stores of one model and stage, read as one; its manifest and path are those of the first.
+
+        Raises:
+            CropiError: there is none, they cannot be compared, or two hold the same prompt.
+        """
+        if not stores:
+            raise CropiError("there is no store to read")
+        joined = cls(stores[0].path, stores[0].manifest)
+        for store in stores:
+            check_comparable(stores[0].manifest, store.manifest, (str(stores[0].path), str(store.path)))
+            twice = sorted(joined._rows.keys() & store._rows.keys())
+            if twice:
+                raise CropiError(
+                    f"{store.path} holds the prompt {twice[0]!r}, and so does another store that is read with it"
+                )
+            joined._shards.update(store._shards)
+            joined._rows.update(store._rows)
+        return joined
 
     def __contains__(self, prompt_id: str) -> bool:
         return prompt_id in self._rows

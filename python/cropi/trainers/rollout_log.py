@@ -1,0 +1,174 @@
+"""Rollouts as they are generated: one append-only file of trajectory records per kind and rank.
+
+A prompt that is visited again gets another line, so ids repeat inside a log; :func:`merge_rollouts` writes one line a
+prompt, which is what ``cropi sketch`` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from cropi.errors import CropiError
+from cropi.files import replacing
+from cropi.trajectories import read_trajectories
+
+KEEP = ("last", "first")
+
+
+class RolloutLog:
+    """The log files of one rank in a folder: ``train-rank00000.jsonl``, ``valid-rank00000.jsonl``.
+
+    A line is written by a single call on a file opened for appending; a line that a kill left unfinished is cut off
+    when the file is opened again.
+    """
+
+    def __init__(self, folder: str | Path, rank: int) -> None:
+        self.folder, self.rank = Path(folder), rank
+        self._open: dict[str, IO[bytes]] = {}
+
+    def path(self, kind: str) -> Path:
+        """The file of this rank for "train" or "valid"."""
+        return self.folder / f"{kind}-rank{self.rank:05d}.jsonl"
+
+    def append(self, kind: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add records. They are the operating system's when this returns, and on the disk after :meth:`sync`."""
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        if not lines:
+            return
+        if kind not in self._open:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            cut_unfinished_line(self.path(kind))
+            self._open[kind] = open(self.path(kind), "ab", buffering=0)
+        self._open[kind].write("".join(lines).encode())
+
+    def sync(self) -> dict[str, int]:
+        """Bring everything to the disk; the size of each of this rank's files, by name."""
+        for file in self._open.values():
+            os.fsync(file.fileno())
+        return {
+            path.name: path.stat().st_size for path in map(self.path, ("train", "valid")) if path.exists()
+        }
+
+    def close(self) -> None:
+        """Close the files; another append opens them again."""
+        for file in self._open.values():
+            file.close()
+        self._open = {}
+
+
+def log_files(folder: str | Path, kind: str) -> list[Path]:
+    """The logs of all ranks."""
+    return sorted(Path(folder).glob(f"{kind}-rank*.jsonl"))
+
+
+def rewind(folder: str | Path, sizes: Mapping[str, int]) -> None:
+    """Cut every log back to the size that a checkpoint knows: what it does not know of did not happen.
+
+    Raises:
+        CropiError: a log is shorter than the checkpoint says, so rollouts that it counts on are gone.
+    """
+    for name, size in sizes.items():
+        path = Path(folder) / name
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            raise CropiError(
+                f"{path} has {found} bytes, but the checkpoint knows of {size}: rollouts that selection builds on are "
+                "gone; restore the file, or start again in a new output folder"
+            )
+    for path in (*log_files(folder, "train"), *log_files(folder, "valid")):
+        size = sizes.get(path.name, 0)
+        if size == 0:
+            path.unlink()
+        else:
+            os.truncate(path, size)
+
+
+def cut_unfinished_line(path: Path) -> None:
+    """Remove what stands behind the last newline of a file, if it is there."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            cut = file.read(end - start).rfind(b"\n")
+            if cut >= 0:
+                file.truncate(start + cut + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
+def merge_rollouts(logs: Sequence[str | Path], out: str | Path, *, keep: str = "last") -> int:
+    """Write one record a prompt, in order of id, from logs in which a prompt may occur several times.
+
+    Args:
+        logs: files whose records carry ``step``, the optimizer step at which they were sampled.
+        out: the file to write, whole or not at all.
+        keep: "last" keeps each prompt's newest rollouts, which the current policy is nearest to; "first" its oldest.
+
+    Returns:
+        The number of prompts.
+
+    Raises:
+        CropiError: no record at all, a line that is not one, or an unknown ``keep``.
+    """
+    if keep not in KEEP:
+        raise CropiError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
+    best: dict[str, tuple[int, int, Path, int]] = {}
+    for order, path in enumerate(map(Path, logs)):
+        with open(path, "rb") as file:
+            offset = 0
+            for line in file:
+                if line.endswith(b"\n"):  # another rank may be in the middle of a line
+                    name, step = _key(line, path)
+                    found = best.get(name)
+                    # Equal steps: a later line of the same file is newer; between files the order is that of the ranks.
+                    if found is None or (step >= found[0] if keep == "last" else step < found[0]):
+                        best[name] = (step, order, path, offset)
+                offset += len(line)
+    if not best:
+        raise CropiError(f"{', '.join(map(str, logs)) or 'no log'}: no rollout has been recorded yet")
+    files = {path: open(path, "rb") for path in map(Path, logs)}
+    try:
+        with replacing(Path(out)) as temporary, open(temporary, "wb") as target:
+            for name in sorted(best):
+                _, _, path, offset = best[name]
+                files[path].seek(offset)
+                target.write(files[path].readline())
+    finally:
+        for opened in files.values():
+            opened.close()
+    return len(best)
+
+
+def replace_rollouts(stored: Sequence[str | Path], newer: str | Path, out: str | Path) -> int:
+    """Write the records of ``stored``, each replaced by that of ``newer`` where it has the same id; how many were.
+
+    Prompts that ``stored`` does not have are not added.
+
+    Raises:
+        CropiError, RecordError: a file is missing or holds a bad record.
+    """
+    fresh = {group.id: group.raw for group in read_trajectories(newer)}
+    count = 0
+    with replacing(Path(out)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for group in read_trajectories(stored):
+            count += group.id in fresh
+            file.write(fresh.get(group.id, group.raw) + "\n")
+    return count
+
+
+def _key(line: bytes, path: Path) -> tuple[str, int]:
+    try:
+        record = json.loads(line)
+        return str(record["id"]), int(record.get("step", 0))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CropiError(
+            f"{path}: a line is not a recorded rollout ({error}); restore the file, or remove the line"
+        ) from error

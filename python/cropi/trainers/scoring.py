@@ -1,0 +1,233 @@
+"""One selection: sketch the stored trajectories under the current policy, compare, choose.
+
+The ranks share the prompts: every rank holds the whole model and sketches every ``world``-th prompt into a store of its
+own; rank 0 reads all stores, scores and chooses, and every rank gets the ids. A store is continued if a run was killed
+while it was written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cropi.advantages import no_gradient_reason
+from cropi.errors import CropiError
+from cropi.files import replacing
+from cropi.influence import DEFAULT_SET, influence, write_scores
+from cropi.job import SketchJob
+from cropi.scan import resolve_behaviour, scan
+from cropi.selection import select, write_selection
+from cropi.sketching import sketch
+from cropi.store import SketchStore
+from cropi.trainers.options import Curriculum
+from cropi.trainers.ranks import Ranks
+from cropi.trajectories import read_trajectories
+
+
+class NothingToSelect(CropiError):
+    """No prompt of the pool has a gradient."""
+
+
+@dataclass
+class Chosen:
+    """The result of one selection: prompt ids, best first, and figures for the log."""
+
+    ids: list[str]
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The trajectories that one rank sketches: a file, and the number of records in it."""
+
+    path: Path
+    count: int
+    behaviour: str
+
+
+def choose_prompts(
+    model: Any,
+    tokenizer: Any,
+    options: Curriculum,
+    *,
+    stage: int,
+    folder: Path,
+    train: Sequence[Path],
+    valid: Sequence[Path],
+    known: Callable[[str], bool],
+    ranks: Ranks,
+    seed: int,
+    progress: bool = True,
+) -> Chosen:
+    """Choose the prompts of a stage by the influence of their stored trajectories under ``model``.
+
+    Args:
+        model: the current policy, whole on every rank; its mode and the random state are left as they were.
+        tokenizer: its tokenizer.
+        options: see :class:`Curriculum`.
+        stage: its number, which the sketches carry.
+        folder: for this stage's files: ``selected.jsonl``, ``scores.parquet`` and, while it runs, the stores.
+        train, valid: files of trajectories.
+        known: whether a training prompt is in the dataset; the others are left out.
+        ranks: the processes that share the work.
+        seed: of the draws.
+        progress: show bars (on rank 0).
+
+    Raises:
+        NothingToSelect: all rewards are equal, prompt by prompt.
+        CropiError: a validation set that nothing usable covers, no training prompt that the dataset knows, or bad
+            records. Raised on every rank, before anything is sketched.
+    """
+    begun = time.monotonic()
+    estimator = options.estimator_used()
+
+    def prepare() -> tuple[Share, Share, dict[str, Any]]:
+        check_valid(valid, options.valid_sets, stage)
+        mine, pool = _share(train, folder / f"train-{ranks.rank:05d}.jsonl", ranks, known)
+        if not pool["prompts"]:
+            raise CropiError(
+                f"stage {stage}: none of the trajectories in {_names(train)} belongs to a prompt of the dataset; their "
+                "ids must be those of its id column"
+            )
+        if not pool["usable"]:
+            why = ", ".join(f"{count} {reason}" for reason, count in sorted(pool["reasons"].items()))
+            raise NothingToSelect(
+                f"stage {stage}: nothing to select: none of the {pool['prompts']} prompts has a gradient ({why}); "
+                "sample more responses a prompt, take prompts that are solved sometimes but not always, check the "
+                "reward function, or set on_nothing='keep'"
+            )
+        theirs, _ = _share(valid, folder / f"valid-{ranks.rank:05d}.jsonl", ranks, lambda name: True)
+        sources = [resolve_behaviour(options.behaviour, scan(f), estimator.ratio) for f in (train, valid)]
+        return Share(mine[0], mine[1], sources[0]), Share(theirs[0], theirs[1], sources[1]), pool
+
+    train_share, valid_share, pool = ranks.agree(prepare)
+
+    def compute() -> None:
+        for name, share in (("train", train_share), ("valid", valid_share)):
+            if share.count:
+                job = SketchJob(
+                    trajectories=[share.path], out=folder / f"sketches-{name}-{ranks.rank:05d}", spec=options.spec,
+                    exclude=options.exclude, estimator=estimator, behaviour=share.behaviour, layout=options.layout,
+                    tokens_per_batch=options.tokens_per_batch, stage=str(stage),
+                )  # fmt: skip
+                if sketch(model, tokenizer, job, progress=progress and ranks.first).interrupted:
+                    raise KeyboardInterrupt
+
+    with _evaluating(model):
+        ranks.agree(compute)
+
+    chosen = ranks.agree(lambda: _select(options, folder, seed) if ranks.first else None)
+    result = Chosen(ranks.share(chosen))
+    ranks.barrier()
+    if ranks.first and not options.keep_sketches:
+        for left in (
+            *folder.glob("sketches-*-*"),
+            *folder.glob("train-*.jsonl"),
+            *folder.glob("valid-*.jsonl"),
+        ):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    result.figures = {
+        "pool": pool["prompts"], "usable": pool["usable"], "unknown": pool["unknown"], "selected": len(result.ids),
+        "seconds": time.monotonic() - begun,
+    }  # fmt: skip
+    return result
+
+
+def check_valid(files: Sequence[Path], wanted: Sequence[str] | None, stage: int) -> None:
+    """Check that every validation set has a trajectory with a gradient.
+
+    Raises:
+        CropiError: a set that was asked for has no trajectory, or one has only prompts without a gradient.
+    """
+    prompts: Counter[str] = Counter()
+    usable: Counter[str] = Counter()
+    for group in read_trajectories(files):
+        name = group.set or DEFAULT_SET
+        prompts[name] += 1
+        usable[name] += no_gradient_reason(group.rewards) is None
+    for name in wanted or ():
+        if not prompts[name]:
+            raise CropiError(
+                f"stage {stage}: no trajectory covers the validation set {name!r} (the sets in {_names(files)}: "
+                f'{", ".join(sorted(map(repr, prompts)))}); add records with "set": {name!r}, evaluate it, or take it '
+                "out of valid_sets"
+            )
+    for name in sorted(prompts):
+        if not usable[name]:
+            raise CropiError(
+                f"stage {stage}: the validation set {name!r} has no direction: the rewards of each of its "
+                f"{prompts[name]} prompts are all equal; give it prompts that are solved sometimes, or more responses"
+            )
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files))
+
+
+def _share(
+    files: Sequence[Path], out: Path, ranks: Ranks, known: Callable[[str], bool]
+) -> tuple[tuple[Path, int], dict[str, Any]]:
+    """Write this rank's share of the known prompts to ``out``; its path and size, and counts over all shares."""
+    taken = prompts = usable = unknown = 0
+    reasons: Counter[str] = Counter()
+    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for group in read_trajectories(files):
+            if not known(group.id):
+                unknown += 1
+                continue
+            reason = no_gradient_reason(group.rewards)
+            usable += reason is None
+            reasons.update([reason] if reason else [])
+            if prompts % ranks.world == ranks.rank:
+                file.write(group.raw + "\n")
+                taken += 1
+            prompts += 1
+    return (out, taken), {"prompts": prompts, "usable": usable, "unknown": unknown, "reasons": reasons}
+
+
+def _select(options: Curriculum, folder: Path, seed: int) -> list[str]:
+    train, valid = (
+        SketchStore.join([SketchStore.open(path) for path in sorted(folder.glob(f"sketches-{name}-*"))])
+        for name in ("train", "valid")
+    )
+    scores = influence(
+        train, [valid], metric=options.metric, mean=options.mean, max_valid=options.max_valid, seed=seed
+    )
+    best = select(scores, fraction=options.fraction, method=options.method, pool=options.pool, seed=seed)
+    write_scores(folder / "scores.parquet", scores)
+    write_selection(folder / "selected.jsonl", scores, best)
+    return [scores.rows[i].id for i in best.chosen]
+
+
+@contextmanager
+def own_randomness(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Give torch's random state back as it was, so that training goes on as if nothing had happened in between.
+
+    Args:
+        device: its state is kept too, if it is a CUDA device.
+        seed: of the draws inside; None: go on from the present state.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with own_randomness(next(model.parameters()).device):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

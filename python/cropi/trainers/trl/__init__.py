@@ -1,0 +1,67 @@
+"""CROPI inside TRL's GRPOTrainer: record rollouts, and train each stage on the prompts that help.
+
+    from cropi.trainers.trl import Curriculum, curriculum
+
+    trainer = curriculum(GRPOTrainer)(
+        model=..., reward_funcs=..., args=GRPOConfig(max_steps=1000, ...), train_dataset=dataset,
+        curriculum=Curriculum(stage_steps=200, fraction=0.1, train="train.jsonl", valid="valid.jsonl"),
+    )
+    trainer.train()
+
+``recording(GRPOTrainer)`` only records. TRL is imported when one of these functions is called, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from cropi.trainers.options import Curriculum, Recording
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+__all__ = ["Curriculum", "Recording", "curriculum", "recording"]
+
+
+def curriculum(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = False) -> type[Any]:
+    """A subclass of ``base`` that trains in stages; its constructor takes ``curriculum=Curriculum(...)`` besides.
+
+    Args:
+        base: ``trl.GRPOTrainer`` (None) or a subclass of it.
+        allow_untested: accept a TRL outside the tested range (so does ``CROPI_TRL_UNTESTED=1``).
+
+    Raises:
+        ModuleNotFoundError: TRL is not installed.
+        CropiError: its version is untested, or ``base`` lacks a method that the adapter overrides.
+    """
+    from cropi.trainers.trl.versions import check_version
+
+    check_version(allow_untested=allow_untested)
+    return _patched(base, "Curriculum")
+
+
+def recording(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = False) -> type[Any]:
+    """A subclass of ``base`` that trains as ever and records rollouts; it takes ``recording=Recording(...)`` besides.
+
+    Args and errors are those of :func:`curriculum`.
+    """
+    from cropi.trainers.trl.versions import check_version
+
+    check_version(allow_untested=allow_untested)
+    return _patched(base, "Recording")
+
+
+@cache
+def _patched(base: Hashable, kind: str) -> type[Any]:
+    import trl
+
+    from cropi.trainers.trl.capture import RecordingMixin
+    from cropi.trainers.trl.stages import CurriculumMixin
+    from cropi.trainers.trl.versions import check_trainer_class
+
+    trainer: Any = trl.GRPOTrainer if base is None else base
+    check_trainer_class(trainer)
+    mixin = CurriculumMixin if kind == "Curriculum" else RecordingMixin
+    return type(f"{kind}{trainer.__name__}", (mixin, trainer), {"__doc__": mixin.__doc__})

@@ -1,0 +1,281 @@
+"""Recording rollouts inside a GRPOTrainer, with token ids and the log-probs that the trainer computes anyway."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cropi.errors import CropiError
+from cropi.trainers.options import Recording
+from cropi.trainers.prompt_ids import PromptIds
+from cropi.trainers.ranks import Ranks
+from cropi.trainers.rollout_log import RolloutLog
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as Base
+else:
+    Base = object
+
+ROWS = "cropi_rows"
+
+
+@dataclass
+class Generation:
+    """One generation batch of this rank, until the log-probs of all its rows are there."""
+
+    kind: str
+    records: list[dict[str, Any]]  # one a row: prompt and response, still apart
+    rewards: torch.Tensor  # float [rows]
+    size: int  # rows a prompt
+    lengths: list[int]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    waiting: int = 0
+
+    def logprobs(self) -> list[list[float]] | None:
+        """Per row, the log-probs of its tokens."""
+        if not self.seen:
+            return None
+        values: list[list[float]] = [[] for _ in self.records]
+        for rows, table in self.seen:
+            # A rounding of 1e-6 is below float32's own at the size of a log-prob, and a third of the file.
+            for row, line in zip(rows.tolist(), table.float().cpu().double().round(decimals=6).tolist()):
+                values[row] = line[: self.lengths[row]]
+        return values
+
+
+class RecordingMixin(Base):
+    """Writes the rollouts of a GRPOTrainer to a :class:`RolloutLog`; changes nothing that is trained.
+
+    Log-probs are taken from the forward pass of the loss where the policy has not moved since it generated (then TRL
+    computes no others), otherwise they are TRL's "old" log-probs. Both are at the sampling temperature.
+    """
+
+    _cropi_recording: Recording | None = None
+    _cropi_log: RolloutLog
+    _cropi_ranks: Ranks
+    _cropi_pending: Generation | None = None
+    _cropi_rows_now: torch.Tensor | None = None
+    _cropi_scored: tuple[list[dict[str, Any]], list[Any], list[list[int]], torch.Tensor] | None = None
+    _cropi_eval_name: str = "valid"
+    _cropi_stage: int = 0
+
+    def __init__(self, *args: Any, recording: Recording | None = None, **kwargs: Any) -> None:
+        chosen = Recording() if recording is None else recording
+        check_datasets(type(self), args, kwargs, chosen.id_column, chosen.set_column)
+        super().__init__(*args, **kwargs)
+        self._cropi_start(chosen)
+
+    def _cropi_start(self, recording: Recording | None) -> None:
+        self._cropi_ranks = Ranks()
+        self._cropi_recording = recording
+        folder = (recording and recording.folder) or Path(self.args.output_dir) / "cropi" / "rollouts"
+        self._cropi_log = RolloutLog(folder, self._cropi_ranks.rank)
+        if recording is None:
+            return
+        for problem, reason in (
+            (bool(self.tools), "tools: their output stands between the sampled tokens"),
+            (
+                bool(self.environment_factories),
+                "environment_factory: the environment's words are no sampled tokens",
+            ),
+            (bool(getattr(self, "_is_vlm", False)), "images: a trajectory record holds tokens only"),
+        ):
+            if problem:
+                raise CropiError(
+                    f"rollouts cannot be recorded with {reason}; pass recording=None in Curriculum"
+                )
+
+    # ------------------------------------------------------------------------------------------ hooks
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._cropi_recording is not None:
+            wanted = (
+                self._cropi_recording.id_column,
+                self._cropi_recording.set_column,
+                *self._cropi_recording.columns,
+            )
+            self._signature_columns += [name for name in wanted if name not in self._signature_columns]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        self._cropi_eval_name = metric_key_prefix.removeprefix("eval").removeprefix("_") or "valid"
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> torch.Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._cropi_recording is not None:
+            self._cropi_scored = (inputs, completions, completion_ids_list, rewards)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self._cropi_recording is None:
+            return output
+        if self._cropi_pending is not None and self._cropi_pending.waiting:
+            self._cropi_pending = None
+            raise CropiError(
+                "the loss of the last generation batch was computed without _get_per_token_logps_and_entropies, so its "
+                "log-probs were not seen; set logprobs=False in Recording (every ratio is then 1)"
+            )
+        generation = self._cropi_begin(output)
+        known = output.get(
+            "sampling_per_token_logps" if self.rollout_func is not None else "old_per_token_logps"
+        )
+        if self._cropi_recording.logprobs and known is None:
+            generation.waiting = len(generation.records)
+            self._cropi_pending = generation
+            output[ROWS] = torch.arange(len(generation.records), device=output["completion_ids"].device)
+        else:
+            if self._cropi_recording.logprobs and known is not None:
+                generation.seen.append((torch.arange(len(generation.records)), known.detach()))
+            self._cropi_write(generation)
+        return output
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._cropi_rows_now = inputs.get(ROWS)
+        try:
+            loss: torch.Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self._cropi_rows_now = None
+        generation = self._cropi_pending
+        if generation is not None and not generation.waiting:
+            self._cropi_pending = None
+            self._cropi_write(generation)
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        rows, generation = self._cropi_rows_now, self._cropi_pending
+        if rows is not None and generation is not None and generation.waiting:
+            generation.seen.append((rows, result[0].detach()))
+            generation.waiting -= len(rows)
+        self._cropi_rows_now = None
+        return result
+
+    # ---------------------------------------------------------------------------------------- records
+    def _cropi_begin(self, output: Mapping[str, Any]) -> Generation:
+        recording, scored = self._cropi_recording, self._cropi_scored
+        assert recording is not None and scored is not None
+        inputs, completions, responses, rewards = scored
+        self._cropi_scored = None
+        training = bool(self.model.training)
+        first = self.accelerator.process_index * len(inputs)
+        table = rewards[first : first + len(inputs)].detach().float().cpu()
+        weights = self.reward_weights.float().cpu()
+        total = (table * weights).nansum(dim=1)
+        total[torch.isnan(table).all(dim=1)] = math.nan
+        prompts = _unpadded(output["prompt_ids"], output["prompt_mask"])
+        records = []
+        for i, row in enumerate(inputs):
+            record: dict[str, Any] = {"id": str(row[recording.id_column]), "prompt_ids": prompts[i]}
+            if not training:
+                record["set"] = str(row.get(recording.set_column) or self._cropi_eval_name)
+            record |= {name: row[name] for name in recording.columns if row.get(name) is not None}
+            record["response_ids"] = [int(token) for token in responses[i]]
+            record["truncated"] = (
+                record["response_ids"][-1:] == [] or responses[i][-1] not in self.eos_token_ids
+            )
+            if recording.text:
+                record |= {"prompt": row["prompt"], "responses": _text(completions[i])}
+            if len(self.reward_func_names) > 1:
+                record["rewards_by_function"] = {
+                    name: None if math.isnan(value) else value
+                    for name, value in zip(self.reward_func_names, table[i].tolist())
+                }
+            records.append(record)
+        size = self.num_generations if training else self.num_generations_eval
+        return Generation(
+            "train" if training else "valid", records, total, size, [len(r["response_ids"]) for r in records]
+        )
+
+    def _cropi_write(self, generation: Generation) -> None:
+        logprobs = generation.logprobs()
+        rows = [
+            record | {"reward": float(reward)} | ({"logprobs": logprobs[i]} if logprobs else {})
+            for i, (record, reward) in enumerate(zip(generation.records, generation.rewards.tolist()))
+        ]
+        # TRL deals rows out to the ranks in order, so a group is cut in two where the share is no multiple of its size.
+        if len(rows) % generation.size:
+            rows = [row for part in self._cropi_ranks.gather(rows) for row in part]
+            if not self._cropi_ranks.first:
+                return
+        common = {
+            "temperature": float(self.temperature),
+            "policy": f"step {self.state.global_step}",
+            "step": int(self.state.global_step),
+            "stage": self._cropi_stage,
+        }
+        groups = [rows[i : i + generation.size] for i in range(0, len(rows), generation.size)]
+        self._cropi_log.append(
+            generation.kind, [r for g in groups if (r := group_record(g, common)) is not None]
+        )
+
+
+PER_RESPONSE = ("responses", "response_ids", "truncated", "logprobs", "rewards_by_function")
+
+
+def group_record(rows: list[dict[str, Any]], common: Mapping[str, Any]) -> dict[str, Any] | None:
+    """One trajectory record from the rows of one prompt; None if fewer than two of them could be scored.
+
+    Responses that no reward function scored are left out, as TRL leaves them out of the advantages.
+
+    Raises:
+        CropiError: the rows belong to different prompts.
+    """
+    ids = {row["id"] for row in rows}
+    if len(ids) != 1:
+        raise CropiError(
+            f"the prompts {', '.join(sorted(ids))} stand in one group: the trainer's rows are not in groups of "
+            f"{len(rows)}; a sampler that is not TRL's cannot be recorded"
+        )
+    rows = [row for row in rows if not math.isnan(row["reward"])]
+    if len(rows) < 2:
+        return None
+    record = {key: value for key, value in rows[0].items() if key not in (*PER_RESPONSE, "reward")}
+    record["rewards"] = [row["reward"] for row in rows]
+    record |= {key: [row[key] for row in rows] for key in PER_RESPONSE if key in rows[0]}
+    return record | dict(common)
+
+
+def check_datasets(
+    cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], column: str, sets: str
+) -> PromptIds | None:
+    """Check the ids of the datasets that a trainer is about to be built with, before a model is loaded.
+
+    Returns:
+        The ids of ``train_dataset``, or None without one.
+    """
+    names = ("model", "reward_funcs", "args", "train_dataset", "eval_dataset")
+    given = dict(zip(names, args)) | kwargs
+    train, valid = given.get("train_dataset"), given.get("eval_dataset")
+    found = None if train is None else PromptIds(train, column)
+    seen: dict[str, str] = {}
+    parts = valid.items() if isinstance(valid, Mapping) else [] if valid is None else [("", valid)]
+    for key, dataset in parts:
+        name = f"eval_dataset[{key!r}]" if key else "eval_dataset"
+        for prompt in PromptIds(dataset, column, name).names:
+            if prompt in seen:
+                raise CropiError(
+                    f"{name} and {seen[prompt]} both have the {column} {prompt!r}; ids must be unique over all eval "
+                    "datasets, for example by putting the set's name in front"
+                )
+            seen[prompt] = name
+    return found
+
+
+def _unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    return [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), mask.cpu())]
+
+
+def _text(completion: Any) -> str:
+    if isinstance(completion, str):
+        return completion
+    return "".join(str(message.get("content") or "") for message in completion)

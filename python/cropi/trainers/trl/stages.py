@@ -1,0 +1,268 @@
+"""The staged curriculum inside a GRPOTrainer: a stage is an epoch of the trainer, and begins with a selection.
+
+TRL's data loader reads ahead, so a list of prompts that changes in the middle of an epoch would take effect a few
+batches late. Here every stage is an epoch of its own, ``stage_steps`` long: a new epoch makes a new iterator, nothing
+is read ahead across the boundary, and a resumed run counts its way to the right batch of the right stage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from cropi.errors import CropiError
+from cropi.files import write_atomic
+from cropi.manifest import first_difference
+from cropi.trainers.options import Curriculum
+from cropi.trainers.prompt_ids import PromptIds
+from cropi.trainers.rollout_log import log_files, merge_rollouts, replace_rollouts, rewind
+from cropi.trainers.scoring import Chosen, NothingToSelect, choose_prompts, own_randomness
+from cropi.trainers.trl.capture import RecordingMixin, check_datasets
+from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
+
+STATE = "cropi_state.json"
+logger = logging.getLogger(__name__)
+
+
+class StageCallback(TrainerCallback):
+    """Begins a stage whenever the trainer begins an epoch."""
+
+    def __init__(self, trainer: CurriculumMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._cropi_check_fresh()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The trainer's own count of epochs is not passed on; this one is exact, because an epoch has stage_steps steps.
+        self.trainer._cropi_begin_stage(int(state.global_step) // self.trainer._cropi_curriculum.stage_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._cropi_merge()
+
+
+class CurriculumMixin(RecordingMixin):
+    """Trains each stage on the prompts that the current policy's gradients speak for. See :class:`Curriculum`."""
+
+    _cropi_curriculum: Curriculum
+    _cropi_resumed: bool = False
+
+    def __init__(self, *args: Any, curriculum: Curriculum, **kwargs: Any) -> None:
+        if not isinstance(curriculum, Curriculum):
+            raise CropiError(f"curriculum must be a Curriculum, got {type(curriculum).__name__}")
+        recording = curriculum.recording
+        column, sets = (recording.id_column, recording.set_column) if recording else ("id", "set")
+        found = check_datasets(type(self), args, kwargs, column, sets)
+        if found is None:
+            raise CropiError("train_dataset is missing: the curriculum selects its prompts")
+        self._cropi_ids: PromptIds = found
+        self._cropi_curriculum = curriculum
+        self._cropi_plan = StagePlan(0, list(range(len(found))))
+        self._cropi_chosen: list[str] | None = None
+        self._cropi_stage_known = -1
+        super(RecordingMixin, self).__init__(*args, **kwargs)
+        self._cropi_folder = Path(curriculum.folder or Path(self.args.output_dir) / "cropi")
+        self._cropi_seed = int(self.args.seed if curriculum.seed is None else curriculum.seed)
+        self._cropi_start(recording)
+        self._cropi_earlier = [
+            path for kind in ("train", "valid") for path in log_files(self._cropi_log.folder, kind)
+        ]
+        self._cropi_check_arguments()
+        self.add_callback(StageCallback(self))
+
+    # ------------------------------------------------------------------------------------------ checks
+    def _cropi_check_arguments(self) -> None:
+        args, steps = self.args, self._cropi_curriculum.stage_steps
+        if args.max_steps <= 0:
+            raise CropiError(
+                f"args.max_steps is {args.max_steps}: the curriculum needs the number of optimizer steps in all, for "
+                f"example max_steps={5 * steps} for 5 stages of {steps} (num_train_epochs is not used)"
+            )
+        every = args.steps_per_generation * self.num_iterations
+        if (steps * args.gradient_accumulation_steps) % every:
+            raise CropiError(
+                f"stage_steps {steps} x gradient_accumulation_steps {args.gradient_accumulation_steps} is no multiple "
+                f"of steps_per_generation {args.steps_per_generation} x num_iterations {self.num_iterations}: a "
+                "generation batch would be used across two stages; change stage_steps"
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise CropiError(
+                "FSDP and DeepSpeed cut the model up, and sketches need it whole on every rank: use plain data "
+                "parallel (accelerate launch --multi_gpu), or run `cropi sketch`, `influence` and `select` between runs"
+            )
+        if len(self.train_dataset) != len(self._cropi_ids):
+            raise CropiError(
+                f"the trainer holds {len(self.train_dataset)} rows of the {len(self._cropi_ids)} of train_dataset, so "
+                "ids and rows do not match; prepare the dataset before it is passed"
+            )
+        check_enough(range(len(self._cropi_ids)), self._cropi_prompts, 0)
+        if self._cropi_curriculum.valid is None:
+            if self.eval_dataset is None:
+                raise CropiError(
+                    "valid is None, so validation rollouts come from eval_dataset, which is missing; pass one, or "
+                    "files of trajectories as valid"
+                )
+            if self.num_generations_eval < 2:
+                raise CropiError(
+                    f"num_generations_eval is {self.num_generations_eval}: a validation prompt needs at least 2 "
+                    "responses for an advantage"
+                )
+
+    def _cropi_check_fresh(self) -> None:
+        if self._cropi_earlier and not self._cropi_resumed:
+            raise CropiError(
+                f"{self._cropi_log.folder} holds rollouts of an earlier run, for example "
+                f"{self._cropi_earlier[0].name}: go on with trainer.train(resume_from_checkpoint=True), remove the "
+                "folder, or take another output_dir"
+            )
+
+    # ----------------------------------------------------------------------------------------- sampler
+    @property
+    def _cropi_prompts(self) -> int:
+        """Different prompts in a generation batch."""
+        return int(self.args.generation_batch_size // self.num_generations)
+
+    def _get_train_sampler(self, dataset: Any = None) -> StageSampler:
+        every = self.args.steps_per_generation * self.num_iterations
+        return StageSampler(
+            self._cropi_plan,
+            chunks=self._cropi_curriculum.stage_steps * self.args.gradient_accumulation_steps // every,
+            prompts=self._cropi_prompts, generations=self.num_generations, repeats=every,
+            shuffle=bool(self.shuffle_dataset), seed=self._cropi_seed,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------ stages
+    def _cropi_begin_stage(self, stage: int) -> None:
+        if stage != self._cropi_stage_known:  # else it comes from the checkpoint
+            chosen = self._cropi_choose(stage)
+            self._cropi_chosen = None if chosen is None else chosen.ids
+            self._cropi_stage_known = stage
+            self._cropi_note(stage, chosen)
+        self._cropi_stage = self._cropi_plan.stage = stage
+        ids = self._cropi_chosen
+        self._cropi_plan.rows = (
+            list(range(len(self._cropi_ids))) if ids is None else self._cropi_ids.places(ids)
+        )
+        check_enough(self._cropi_plan.rows, self._cropi_prompts, stage)
+        self._metrics["train"]["cropi/stage"].append(float(stage))
+        self._metrics["train"]["cropi/prompts"].append(float(len(self._cropi_plan.rows)))
+
+    def _cropi_choose(self, stage: int) -> Chosen | None:
+        options = self._cropi_curriculum
+        if options.train is None and stage == 0:
+            return None  # nothing has been recorded yet
+        if options.valid is None and not any(
+            self._cropi_ranks.gather(log_files(self._cropi_log.folder, "valid"))
+        ):
+            # Of its own randomness, so that a run that is resumed right here draws the same rollouts.
+            seed = pass_seed(self._cropi_seed, stage, -1 - self._cropi_ranks.rank)
+            with own_randomness(self.accelerator.device, seed):
+                self.evaluate()
+        self._cropi_merge()
+        folder = self._cropi_folder / f"stage-{stage:04d}"
+        try:
+            return choose_prompts(
+                self.accelerator.unwrap_model(self.model), self._tokenizer, options, stage=stage,
+                folder=folder, train=self._cropi_sources("train", folder),
+                valid=self._cropi_sources("valid", folder), known=self._cropi_ids.__contains__, ranks=self._cropi_ranks,
+                seed=self._cropi_seed, progress=not self.args.disable_tqdm,
+            )  # fmt: skip
+        except NothingToSelect as error:
+            if options.on_nothing == "error":
+                raise
+            logger.warning("%s; on_nothing='keep': the prompts of the stage before are kept", error)
+            return None if self._cropi_chosen is None else Chosen(self._cropi_chosen, {"kept": True})
+
+    def _cropi_merge(self) -> None:
+        """Rank 0 writes one record a prompt, for this stage's selection and for ``cropi sketch``."""
+        self._cropi_ranks.barrier()  # every rank has written
+        folder = self._cropi_log.folder
+
+        def write() -> None:
+            for kind in ("train", "valid"):
+                if logs := log_files(folder, kind):
+                    merge_rollouts(logs, folder / f"{kind}.jsonl")
+
+        self._cropi_ranks.agree(lambda: write() if self._cropi_ranks.first else None)
+
+    def _cropi_sources(self, kind: str, folder: Path) -> list[Path]:
+        files = self._cropi_curriculum.files(kind)
+        recorded, both = self._cropi_log.folder / f"{kind}.jsonl", folder / f"both-{kind}.jsonl"
+        if files is None:
+            return [recorded]
+        if kind != "train" or not self._cropi_curriculum.use_recorded or not recorded.exists():
+            return files
+        ranks = self._cropi_ranks
+        ranks.agree(lambda: replace_rollouts(files, recorded, both) if ranks.first else None)
+        return [both]
+
+    def _cropi_note(self, stage: int, chosen: Chosen | None) -> None:
+        if not self._cropi_ranks.first:
+            return
+        line = {"stage": stage, "step": int(self.state.global_step), "dataset": len(self._cropi_ids)}
+        line |= chosen.figures if chosen else {"selected": len(self._cropi_ids)}
+        self._cropi_folder.mkdir(parents=True, exist_ok=True)
+        with open(self._cropi_folder / "stages.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        logger.info("stage %d: %s", stage, line)
+
+    # ----------------------------------------------------------------------------------------- resuming
+    def _cropi_settings(self) -> dict[str, Any]:
+        return self._cropi_curriculum.settings() | {
+            "seed": self._cropi_seed, "generation_batch_size": int(self.args.generation_batch_size),
+            "num_generations": int(self.num_generations), "num_iterations": int(self.num_iterations),
+            "steps_per_generation": int(self.args.steps_per_generation),
+            "gradient_accumulation_steps": int(self.args.gradient_accumulation_steps),
+            "shuffle_dataset": bool(self.shuffle_dataset), "prompts": len(self._cropi_ids),
+        }  # fmt: skip
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        sizes = {
+            name: size
+            for part in self._cropi_ranks.gather(self._cropi_log.sync())
+            for name, size in part.items()
+        }
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            state = {
+                "version": 1, "stage": self._cropi_stage_known, "selected": self._cropi_chosen, "logs": sizes,
+                "settings": self._cropi_settings(),
+            }  # fmt: skip
+            write_atomic(folder / STATE, json.dumps(state, ensure_ascii=False) + "\n")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._cropi_load(Path(checkpoint))
+
+    def _cropi_load(self, checkpoint: Path) -> None:
+        if not (checkpoint / STATE).is_file():
+            raise CropiError(
+                f"{checkpoint} holds no {STATE}: it was saved without a curriculum; load its weights as the model and "
+                "start a new run"
+            )
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        differs = first_difference(state["settings"], json.loads(json.dumps(self._cropi_settings())))
+        if differs:
+            raise CropiError(
+                f"{checkpoint} was saved with {differs[0]} = {differs[1]}, but this run has {differs[2]}: prompts "
+                "would come in another order; use the same settings, or load the checkpoint's weights as the model "
+                "of a new run"
+            )
+        ids = state["selected"]
+        lost = [name for name in ids or () if name not in self._cropi_ids]
+        if lost:
+            raise CropiError(
+                f"{len(lost)} selected prompts are not in train_dataset any more, for example {lost[0]!r}"
+            )
+        self._cropi_stage_known, self._cropi_chosen = int(state["stage"]), ids
+        self._cropi_log.close()
+        self._cropi_ranks.agree(
+            lambda: rewind(self._cropi_log.folder, state["logs"]) if self._cropi_ranks.first else None
+        )
+        self._cropi_resumed = True
