@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError, optional
 
+# Options that make no sense inside a config file.
+UNUSABLE = ("config", "help")
 
-def apply_config(args: argparse.Namespace) -> None:
+
+def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
     """Set the options that the file ``args.config`` gives and the command line does not.
 
     Keys are the long option names, with ``-`` or ``_``; tables group them freely (``[sketch]`` / ``dim =
-    4096``).
+    4096``). Those named in ``tables`` are no groups: they become attributes of ``args`` as they are.
 
     Raises:
-        CropiError: no such file, not TOML or YAML, or a key that is no option; the key is named.
+        CropiError: no such file, not TOML or YAML, or a key that is no option; the key is named, and the nearest one.
     """
     path = Path(args.config)
-    values = _flat(path, _read(path))
+    content = _read(path)
+    for name in tables:
+        table = content.pop(name, {}) if isinstance(content, dict) else {}
+        if not isinstance(table, dict):
+            raise CropiError(f"{path}: {name!r} should be a table of keys and values, got {table!r}")
+        setattr(args, name, table)
+    values = _flat(path, content)
     parser: argparse.ArgumentParser = args.parser
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     words: list[str] = []
@@ -28,13 +39,19 @@ def apply_config(args: argparse.Namespace) -> None:
         action = actions.get(key) or next(
             (a for a in actions.values() if f"--{key.replace('_', '-')}" in a.option_strings), None
         )
-        if action is None or key in ("config", "help"):
+        if action is None or key in UNUSABLE:
+            known = [name for name in [*actions, *tables] if name not in UNUSABLE]
+            near = get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
             raise CropiError(
-                f"{path}: {key!r} is not an option of `{parser.prog}`; see `{parser.prog} --help`"
+                f"{path}: {key!r} is not an option of `{parser.prog}`; {hint}see `{parser.prog} --help`"
             )
         words += _words(path, key, value, action)
-    # The file's options first, the command line's after them: argparse lets the last one win.
-    parser.parse_args([*words, *args.words], namespace=args)
+    # The file's options first, the command line's after them: what is parsed last wins. In two passes, because a list
+    # at the end of the one would swallow a positional argument at the beginning of the other.
+    positional = [str(getattr(args, a.dest)) for a in parser._actions if not a.option_strings]
+    parser.parse_args([*positional, *words], namespace=args)
+    parser.parse_args(args.words, namespace=args)
 
 
 def _words(path: Path, key: str, value: Any, action: argparse.Action) -> list[str]:
@@ -43,7 +60,9 @@ def _words(path: Path, key: str, value: Any, action: argparse.Action) -> list[st
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise CropiError(f"{path}: {key!r} must be true or false, got {value!r}")
-        return [option] if value != action.default else []
+        # `eos: false` names the value, `no_eos: true` the switch; both give --no-eos.
+        given = value != action.default if key == action.dest else value
+        return [option] if given else []
     values = value if isinstance(value, list) else [value]
     if action.nargs is None and len(values) != 1:
         raise CropiError(f"{path}: {key!r} takes one value, got {value!r}")

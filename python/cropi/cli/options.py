@@ -7,6 +7,7 @@ from typing import Any
 
 # The values themselves are checked where they are used; these lists are what `--help` shows.
 ESTIMATORS = ("cropi", "ppo", "reinforce", "dr_grpo", "dapo")
+FORMATS = ("jsonl", "parquet", "ids", "indices")
 KINDS = ("slab", "countsketch", "dropout", "kron", "tensor")
 
 
@@ -75,7 +76,7 @@ def add_gradient_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_job_options(command: argparse.ArgumentParser) -> None:
+def add_job_options(command: argparse.ArgumentParser, stage: bool = True) -> None:
     """How the job runs; none of these changes a sketch beyond rounding, except the store's dtype."""
     job = command.add_argument_group("job")
     job.add_argument(
@@ -91,9 +92,12 @@ def add_job_options(command: argparse.ArgumentParser) -> None:
         help="tokens per forward, padding included (default 1024)",
     )
     job.add_argument("--store-dtype", default="float32", choices=("float32", "float16", "bfloat16", "int8"))
-    job.add_argument(
-        "--stage", default="0", help="name of the training stage; sketches of two stages are never compared"
-    )
+    if stage:
+        job.add_argument(
+            "--stage",
+            default="0",
+            help="name of the training stage; sketches of two stages are never compared",
+        )
     job.add_argument("--limit", type=int, help="only the first so many prompts of the files")
     job.add_argument("--skip-bad", action="store_true", help="go on after a bad record, and count it")
     job.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
@@ -113,7 +117,7 @@ def add_influence_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--valid-seed", type=int, default=0, help="of the draw for --max-valid")
 
 
-def add_select_options(command: argparse.ArgumentParser) -> None:
+def add_select_options(command: argparse.ArgumentParser, table: bool = True) -> None:
     """Which prompts are chosen, and what is shown of them."""
     group = command.add_argument_group("selection")
     group.add_argument(
@@ -129,9 +133,33 @@ def add_select_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--select-seed", type=int, default=0, help="of --method random, and of the baselines' ties"
     )
+    if table:
+        group.add_argument(
+            "--table", type=int, default=5, metavar="N", help="show the N best and worst prompts (default 5)"
+        )
+
+
+def add_export_options(command: argparse.ArgumentParser) -> None:
+    """In which form a trainer gets the chosen prompts."""
+    group = command.add_argument_group("export for a trainer")
     group.add_argument(
-        "--table", type=int, default=5, metavar="N", help="show the N best and worst prompts (default 5)"
+        "--format", choices=FORMATS,
+        help="rows as jsonl or parquet, prompt ids one a line, or row numbers of --dataset (default: as --dataset)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dataset",
+        metavar="FILE",
+        help="the trainer's own dataset (.parquet, .jsonl, .json): whole rows of it",
     )
+    group.add_argument(
+        "--dataset-id", metavar="COLUMN",
+        help="its column with the prompt ids; dots lead into nested ones (default: id, extra_info.index, index or uid)",
+    )  # fmt: skip
+
+
+def export_format(args: argparse.Namespace) -> str:
+    """The form that was asked for, or the dataset's own."""
+    return args.format or ("parquet" if str(args.dataset).endswith(".parquet") else "jsonl")
 
 
 def make_spec(args: argparse.Namespace) -> Any:

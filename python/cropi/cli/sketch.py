@@ -62,20 +62,11 @@ def sketch_files(
     default_set: str | None,
 ) -> int:
     """Sketch some files, of which ``found`` is the scan, into one store; print the summary; the exit status."""
-    from cropi.job import SketchJob
     from cropi.sketching import sketch
 
     model, tokenizer, behaviour_model = models
     command = shlex.join(["cropi", args.command, *args.words])
-    job = SketchJob(
-        trajectories=files, out=out, spec=options.make_spec(args), exclude=args.exclude,
-        estimator=options.make_estimator_of(args),
-        behaviour="model" if args.behaviour_model and args.behaviour == "auto" else args.behaviour,
-        behaviour_model=behaviour_model, temperature=args.temperature, chat_template=args.chat_template,
-        eos=args.eos, max_length=args.max_length, too_long=args.too_long, layout=args.layout,
-        tokens_per_batch=args.tokens_per_batch, dtype=args.store_dtype, stage=args.stage, set=default_set,
-        limit=args.limit, skip_bad=args.skip_bad, notes={"model": args.model, "command": command},
-    )  # fmt: skip
+    job = make_job(args, files, out, default_set, behaviour_model)
     summary = sketch(model, tokenizer, job, found=found, progress=args.progress)
     print(summary.text())
     if summary.interrupted:
@@ -85,3 +76,25 @@ def sketch_files(
         print(f"  {command}", file=sys.stderr)
         return 130
     return 0
+
+
+def make_job(
+    args: argparse.Namespace,
+    files: list[str],
+    out: str,
+    default_set: str | None = None,
+    behaviour_model: Any = None,
+) -> Any:
+    """The SketchJob of the options that were given."""
+    from cropi.job import SketchJob
+
+    return SketchJob(
+        trajectories=files, out=out, spec=options.make_spec(args), exclude=args.exclude,
+        estimator=options.make_estimator_of(args),
+        behaviour="model" if args.behaviour_model and args.behaviour == "auto" else args.behaviour,
+        behaviour_model=behaviour_model, temperature=args.temperature, chat_template=args.chat_template,
+        eos=args.eos, max_length=args.max_length, too_long=args.too_long, layout=args.layout,
+        tokens_per_batch=args.tokens_per_batch, dtype=args.store_dtype, stage=args.stage, set=default_set,
+        limit=args.limit, skip_bad=args.skip_bad,
+        notes={"model": args.model, "command": shlex.join(["cropi", args.command, *args.words])},
+    )  # fmt: skip

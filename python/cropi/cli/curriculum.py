@@ -1,0 +1,95 @@
+"""``cropi curriculum``: stages of selecting and training, from one config file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cropi.cli import options
+from cropi.cli.config import apply_config
+from cropi.cli.sketch import make_job
+from cropi.errors import CropiError
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options. Most come from the config file, so few are required here."""
+    command.add_argument(
+        "config", metavar="CONFIG.yaml",
+        help=".yaml or .toml with any of these options, by their long names; the command line wins over it",
+    )  # fmt: skip
+    group = command.add_argument_group("curriculum")
+    group.add_argument(
+        "--out", metavar="FOLDER", help="everything is written there; continued if it is there"
+    )
+    group.add_argument("--stages", type=int, help="how many stages; may be raised later")
+    group.add_argument("--steps", type=int, help="training steps per stage, for the trainer")
+    group.add_argument(
+        "--trainer", metavar="COMMAND|trl",
+        help="a shell command with {model} {selected} {records} {dataset} {stage} {steps} {total_steps} {rollouts} "
+        "{out}, or trl to train in this process",
+    )  # fmt: skip
+    group.add_argument(
+        "--trained-model", metavar="PATH", default="{out}",
+        help="where the trainer's command leaves the new policy (default: {out})",
+    )  # fmt: skip
+    group.add_argument(
+        "--accept-changes", action="store_true",
+        help="go on with settings or trajectories that differ from those of finished stages",
+    )  # fmt: skip
+    files = command.add_argument_group("trajectories")
+    files.add_argument("--train", nargs="+", default=[], metavar="FILE", help="training trajectories")
+    files.add_argument(
+        "--valid", nargs="+", default=[], metavar="FILE",
+        help="validation trajectories; records without a set get their file's name",
+    )  # fmt: skip
+    files.add_argument(
+        "--sets", nargs="+", default=[], metavar="NAME", help="validation sets that must be covered"
+    )
+    files.add_argument(
+        "--rollouts", metavar="COMMAND",
+        help="a shell command that makes trajectories of {model} and writes {train}, {valid} or both",
+    )  # fmt: skip
+    files.add_argument(
+        "--rollouts-when", default="first", choices=("first", "every"),
+        help="before the first stage only (default), or at every stage with the current policy",
+    )  # fmt: skip
+    options.add_export_options(command)
+    options.add_model_options(command)
+    options.add_gradient_options(command)
+    options.add_job_options(command, stage=False)
+    options.add_influence_options(command)
+    options.add_select_options(command, table=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the config, and do what is left to do."""
+    args.trl, args.stage = {}, "0"
+    apply_config(args, tables=("trl",))
+    missing = [
+        f"--{name}" for name in ("model", "out", "stages", "steps", "trainer") if getattr(args, name) is None
+    ]
+    if missing:
+        raise CropiError(f"{args.config}: the following options are required: {', '.join(missing)}")
+    from cropi import curriculum
+
+    curriculum.run(make_plan(args))
+    return 0
+
+
+def make_plan(args: argparse.Namespace) -> Any:
+    """The Plan of the options that were given."""
+    from cropi.curriculum import Plan
+
+    exported = None
+    if args.dataset or args.format:
+        exported = {"dataset": args.dataset, "id_key": args.dataset_id, "format": options.export_format(args)}
+    return Plan(
+        model=args.model, out=Path(args.out), stages=args.stages, steps=args.steps, trainer=args.trainer,
+        train=args.train, valid=args.valid, sets=args.sets, rollouts=args.rollouts,
+        rollouts_when=args.rollouts_when, trained_model=args.trained_model, job=make_job(args, [], ""),
+        behaviour_model=args.behaviour_model, dtype=args.dtype, device=args.device,
+        influence={"metric": args.metric, "mean": args.mean, "max_valid": args.max_valid, "seed": args.valid_seed},
+        select={"fraction": args.fraction, "method": args.method, "pool": args.pool, "seed": args.select_seed},
+        export=exported, trl=args.trl, accept_changes=args.accept_changes, progress=args.progress,
+    )  # fmt: skip

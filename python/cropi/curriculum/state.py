@@ -1,0 +1,140 @@
+"""Which steps are finished: one small JSON file, replaced whole, so that a crash at any instant leaves it valid."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cropi.curriculum.plan import Plan
+from cropi.errors import CropiError
+from cropi.files import write_atomic
+from cropi.manifest import first_difference
+
+FORMAT = 1
+NAME = "state.json"
+
+
+class State:
+    """The finished steps of a curriculum, in order, each with what it found out.
+
+    ``done`` holds one object per step: ``stage``, ``step``, ``seconds`` (of the attempt that finished),
+    ``attempts`` and the step's own results.
+    """
+
+    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+        self.path = path
+        self.data = data
+
+    @classmethod
+    def open(cls, plan: Plan) -> State:
+        """Read the state of ``plan.out``, or begin one.
+
+        Raises:
+            CropiError: it is damaged, of a newer release, or a finished step was done under other settings.
+        """
+        path, settings = plan.out / NAME, json.loads(json.dumps(plan.settings()))
+        if not path.exists():
+            if plan.out.is_dir() and any(p.name != ".lock" for p in plan.out.iterdir()):
+                raise CropiError(f"out: {plan.out} is not empty and holds no {NAME}; give a new folder")
+            return cls(path, {"format": FORMAT, "settings": settings, "done": [], "started": None})
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            made = data["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CropiError(f"{path} is damaged ({error}); start again with another --out") from error
+        if made != FORMAT:
+            raise CropiError(f"{path} has the format {made}; this release reads format {FORMAT}")
+        state = cls(path, data)
+        state._check_settings(plan, settings)
+        return state
+
+    def _check_settings(self, plan: Plan, wanted: dict[str, Any]) -> None:
+        """A setting may change as long as no finished step has used it; a trainer's command can so be mended."""
+        for step, values in wanted.items():
+            used = [entry for entry in self.data["done"] if entry["step"] == step]
+            differs = first_difference(self.data["settings"].get(step), values, step)
+            if used and differs and not plan.accept_changes:
+                raise CropiError(
+                    f"{self.path.parent} was begun with {differs[0]} = {differs[1]!r}, but now it is {differs[2]!r}, "
+                    f"and {len(used)} finished stage(s) used the first; put it back, give another --out, or pass "
+                    "--accept-changes to use the new value from here on"
+                )
+        last = max((entry["stage"] for entry in self.data["done"]), default=0)
+        if last >= plan.stages:
+            raise CropiError(
+                f"stages is {plan.stages}, but {self.path.parent} has reached stage {last} (the first is 0); "
+                f"give at least {last + 1}"
+            )
+        self.data["settings"] = wanted
+
+    def result(self, stage: int, step: str) -> dict[str, Any] | None:
+        """What a finished step found out, or None while it is not finished."""
+        for entry in self.data["done"]:
+            if (entry["stage"], entry["step"]) == (stage, step):
+                return dict(entry)
+        return None
+
+    def latest(self, step: str, before: int) -> dict[str, Any] | None:
+        """The newest result of ``step`` in the stages below ``before``."""
+        found = [e for e in self.data["done"] if e["step"] == step and e["stage"] < before]
+        return dict(found[-1]) if found else None
+
+    def do(self, stage: int, step: str, work: Any) -> dict[str, Any]:
+        """Do a step unless it is finished, and write down that it is; returns its result."""
+        if finished := self.result(stage, step):
+            return finished
+        started = self.data["started"] or {}
+        attempts = (
+            started.get("attempts", 0) if (started.get("stage"), started.get("step")) == (stage, step) else 0
+        )
+        self.data["started"] = {"stage": stage, "step": step, "attempts": attempts + 1}
+        self.write()
+        begun = time.monotonic()
+        found = work()
+        entry = {
+            "stage": stage, "step": step, "seconds": time.monotonic() - begun, "attempts": attempts + 1, **found
+        }  # fmt: skip
+        self.data["done"].append(entry)
+        self.data["started"] = None
+        self.write()
+        return entry
+
+    def write(self) -> None:
+        """Replace the file."""
+        write_atomic(self.path, json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[int]:
+    """Lock the folder; yields the lock's file descriptor.
+
+    Commands inherit it. So if this process is killed while a trainer runs, the folder stays locked until that
+    trainer has ended, and no second one writes over it.
+
+    Raises:
+        CropiError: it is locked already.
+    """
+    if out.exists() and not out.is_dir():
+        raise CropiError(f"out: {out} is a file; give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
+            raise CropiError(
+                f"{out} is in use: by the `cropi curriculum` of process {owner}, or by a command that it started and "
+                "that is still running; wait for it, or end it"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        yield lock
+    finally:
+        os.close(lock)

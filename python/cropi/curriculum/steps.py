@@ -1,0 +1,251 @@
+"""The steps of one stage. Each may be killed anywhere and done again; each returns what the next ones need."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cropi.curriculum import data
+from cropi.curriculum.command import fill, run_command
+from cropi.curriculum.plan import IN_PROCESS, Plan
+from cropi.curriculum.state import State
+from cropi.errors import CropiError
+from cropi.export import export
+from cropi.influence import influence, read_scores, write_scores
+from cropi.models import load_model
+from cropi.report import plot_scores
+from cropi.scan import Scan
+from cropi.selection import select, write_selected_records, write_selection
+from cropi.sketching import sketch
+from cropi.store import SketchStore
+
+Result = dict[str, Any]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while sketching: the finished prompts are in the store."""
+
+
+@dataclass
+class Stage:
+    """Everything that the steps of one stage share. ``lock`` is inherited by commands."""
+
+    plan: Plan
+    state: State
+    number: int
+    model: str
+    lock: int
+
+    @property
+    def folder(self) -> Path:
+        """Where this stage's files are."""
+        return self.plan.stage_folder(self.number)
+
+    def values(self) -> dict[str, object]:
+        """What stands for the names in the trainer's templates; files by absolute paths."""
+        folder, plan = self.folder.absolute(), self.plan
+        return {
+            "model": _absolute(self.model), "stage": self.number, "steps": plan.steps,
+            "total_steps": plan.steps * (self.number + 1), "selected": folder / "selected.jsonl",
+            "records": folder / "selected_trajectories.jsonl", "rollouts": folder / "rollouts.jsonl",
+            "out": folder / "trained", "dataset": _dataset(folder, plan),
+        }  # fmt: skip
+
+
+def rollouts(stage: Stage) -> Result:
+    """Have the user's command make the trajectories of the current policy."""
+    assert stage.plan.rollouts is not None
+    folder = stage.folder / "rollouts"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder.absolute() / f"{name}.jsonl" for name in ("train", "valid")}
+    for path in files.values():
+        path.unlink(missing_ok=True)  # of an attempt that was cut short: a file without its end looks whole
+    values = {"model": _absolute(stage.model), "stage": stage.number, "out": folder.absolute(), **files}
+    run_command("rollouts", fill(stage.plan.rollouts, values), stage.folder / "rollouts.log", [stage.lock])
+    made: Result = {"maker": stage.model}
+    for name, path in files.items():
+        if f"{{{name}}}" not in stage.plan.rollouts:
+            continue
+        if not path.is_file():
+            raise CropiError(f"rollouts: the command succeeded, but wrote no {{{name}}} file ({path})")
+        made[name] = [str(folder / path.name)]
+    return made
+
+
+def sketch_all(stage: Stage) -> Result:
+    """Sketch the validation prompts, then the training prompts, with the current policy."""
+    plan, source = stage.plan, data.source_of(stage.plan, stage.state, stage.number)
+    found = data.check(plan, source, stage.number)
+    _check_unchanged(stage, found)
+    models: dict[str, Any] = {}
+    valid = {
+        name: _sketch_one(stage, source.valid_maker, models, f"valid-{name}", [path], found.valid[name], name)
+        for path, name in zip(source.valid, data.set_names(source.valid))
+    }
+    train = _sketch_one(stage, source.train_maker, models, "train", source.train, found.train, None)
+    weights = SketchStore.open(stage.folder / "sketches" / "train").manifest["model"]["weights"]
+    models.clear()  # the trainer needs the memory, a GPU's most of all
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {
+        "train": train, "valid": valid, "fingerprints": found.fingerprints(), "weights": weights,
+        "prompts": found.train.prompts, "usable": found.train.usable,
+        "without_gradient": dict(found.train.without_gradient),
+    }  # fmt: skip
+
+
+def _sketch_one(
+    stage: Stage,
+    maker: str,
+    models: dict[str, Any],
+    name: str,
+    files: list[str],
+    found: Scan,
+    set: str | None,
+) -> Result:
+    """Sketch some files into one store of the stage; ``models`` holds what is loaded already."""
+    plan = stage.plan
+    behaviour = data.behaviour_of(plan, found, maker, stage.model)
+    # Two of one weights are two models: the sketched one is tapped, and must not score for the other.
+    for role, source in (("policy", stage.model), (f"behaviour {maker}", maker)):
+        if role not in models and (role == "policy" or behaviour == "model"):
+            models[role] = load_model(source, dtype=plan.dtype, device=plan.device)
+    model, tokenizer = models["policy"]
+    job = replace(
+        plan.job, trajectories=files, out=stage.folder / "sketches" / name, stage=str(stage.number), set=set,
+        limit=None if set else plan.job.limit, behaviour=behaviour,
+        behaviour_model=models[f"behaviour {maker}"][0] if behaviour == "model" else None,
+        notes={**plan.job.notes, "model": stage.model},
+    )  # fmt: skip
+    summary = sketch(model, tokenizer, job, found=found, progress=plan.progress)
+    if summary.interrupted:
+        raise Interrupted
+    return {"files": files, "behaviour": behaviour}
+
+
+def influence_all(stage: Stage) -> Result:
+    """Score the training prompts against every validation set."""
+    folder = stage.folder / "sketches"
+    names = stage.state.result(stage.number, "sketch")["valid"]  # type: ignore[index]
+    stores = [SketchStore.open(folder / f"valid-{name}") for name in names]
+    scores = influence(SketchStore.open(folder / "train"), stores, **stage.plan.influence)
+    write_scores(stage.folder / "scores.parquet", scores)
+    return {"sets": scores.sets, "scored": int(scores.usable.sum())}
+
+
+def select_best(stage: Stage) -> Result:
+    """Choose the prompts, write them in every form that was asked for, and compare with the last selection."""
+    plan, folder = stage.plan, stage.folder
+    scores = read_scores(folder / "scores.parquet")
+    selection = select(scores, **plan.select)
+    source = data.source_of(plan, stage.state, stage.number)
+    write_selection(folder / "selected.jsonl", scores, selection)
+    write_selected_records(folder / "selected_trajectories.jsonl", source.train, scores, selection)
+    ids = [scores.rows[i].id for i in selection.chosen]
+    if plan.export is not None:
+        export(_dataset(folder, plan), ids, records=folder / "selected_trajectories.jsonl", **plan.export)
+    plot_scores(folder / "scores.png", scores, selection)
+    usable, chosen = scores.table[scores.usable], scores.table[selection.chosen]
+    rates = [row.pass_rate for row, ok in zip(scores.rows, scores.usable) if ok]
+    last = selected_ids(plan, stage.number - 1) if stage.number else []
+    return {
+        "prompts": len(scores.rows), "usable": int(scores.usable.sum()), "selected": len(ids),
+        "scores": {
+            name: {"pool": float(usable[:, v].mean()), "selected": float(chosen[:, v].mean()),
+                   "lowest": float(chosen[:, v].min()), "highest": float(chosen[:, v].max())}
+            for v, name in enumerate(scores.sets)
+        },
+        "pass_rate": {
+            "pool": sum(rates) / len(rates),
+            "selected": sum(scores.rows[i].pass_rate for i in selection.chosen) / len(ids),
+        },
+        "kept_from_last": len(set(ids) & set(last)) if stage.number else None,
+        "last": len(last),
+    }  # fmt: skip
+
+
+def train(stage: Stage) -> Result:
+    """Train on the selection, by the user's command or in this process."""
+    plan, values = stage.plan, stage.values()
+    (stage.folder / "trained").mkdir(parents=True, exist_ok=True)
+    if plan.trainer == IN_PROCESS:
+        from cropi.curriculum.in_process import train_stage
+
+        model = train_stage(
+            plan.trl,
+            _absolute(stage.model),
+            Path(str(values["records"])),
+            plan.steps,
+            Path(str(values["out"])),
+        )
+    else:
+        Path(str(values["rollouts"])).unlink(missing_ok=True)
+        run_command("trainer", fill(plan.trainer, values), stage.folder / "train.log", [stage.lock])
+        model = Path(fill(plan.trained_model, values, quote=False))
+    if not (model / "config.json").is_file():
+        raise CropiError(
+            f"trainer: training ended well, but {model} holds no Hugging Face model (no config.json); save the new "
+            "policy there, or say by trained_model where it is"
+        )
+    return {"model": _relative(model)}
+
+
+def collect(stage: Stage) -> Result:
+    """Take over the new policy, and the rollouts that the trainer kept of it."""
+    trained = stage.state.result(stage.number, "train")
+    assert trained is not None
+    result: Result = {"model": trained["model"]}
+    if "rollouts" in stage.plan.trainer_uses:
+        newer = stage.folder / "rollouts.jsonl"
+        if not newer.is_file():
+            raise CropiError(
+                f"trainer: its command names {{rollouts}}, but wrote no such file ({newer.absolute()})"
+            )
+        source = data.source_of(stage.plan, stage.state, stage.number)
+        merged = stage.folder / "trajectories.jsonl"
+        result |= data.refresh(source.train, newer, merged, stage.plan.job.skip_bad)
+        result["train"] = [str(merged)]
+    return result
+
+
+def selected_ids(plan: Plan, stage: int) -> list[str]:
+    """The prompts that a finished stage selected, best first."""
+    text = (plan.stage_folder(stage) / "selected.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line)["id"] for line in text.splitlines()]
+
+
+def _check_unchanged(stage: Stage, found: data.Scanned) -> None:
+    """Stored trajectories are read again at every stage; they must still be the same."""
+    before = stage.state.latest("sketch", stage.number)
+    renewed = stage.plan.rollouts_when == "every" or "rollouts" in stage.plan.trainer_uses
+    if before is None or stage.plan.accept_changes or renewed:
+        return
+    now = found.fingerprints()
+    for name, fingerprint in before["fingerprints"].items():
+        if now.get(name) != fingerprint:
+            raise CropiError(
+                f"the trajectories {name!r} have changed since stage {before['stage']}: stages would not be "
+                "comparable; put the old ones back, give another --out, or pass --accept-changes"
+            )
+
+
+def _dataset(folder: Path, plan: Plan) -> Path:
+    return folder / f"dataset.{(plan.export or {}).get('format', 'jsonl')}"
+
+
+def _absolute(model: str) -> str:
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+def _relative(path: Path) -> str:
+    """Relative to where we are, as the other paths of the plan, so that the whole folder may be moved."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,175 @@
+"""The selection in the form that a trainer reads: rows of its own dataset, or the prompts' records, ids or row numbers.
+
+``docs/trainers.md`` says which form each trainer takes and by which option.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cropi.errors import CropiError, optional
+from cropi.files import replacing, write_atomic
+
+FORMATS = ("jsonl", "parquet", "ids", "indices")
+ID_KEYS = ("id", "extra_info.index", "index", "uid")
+# What a trajectory record holds besides the prompt; a trainer makes its own.
+ROLLOUT_KEYS = (
+    "responses",
+    "rewards",
+    "response_ids",
+    "logprobs",
+    "prompt_ids",
+    "truncated",
+    "temperature",
+    "policy",
+)
+
+
+def export(
+    out: str | Path,
+    ids: Sequence[str],
+    *,
+    format: str = "jsonl",
+    records: str | Path | None = None,
+    dataset: str | Path | None = None,
+    id_key: str | None = None,
+) -> int:
+    """Write the chosen prompts, best first, for a trainer; returns how many rows.
+
+    Args:
+        out: the file.
+        ids: prompt ids, best first.
+        format: "jsonl" or "parquet" (rows), "ids" (one id a line), or "indices" (a JSON list of row numbers of
+            ``dataset``, from 0).
+        records: trajectory records of the chosen prompts; the rows are made from them, without the rollouts, when
+            there is no ``dataset``.
+        dataset: the trainer's own dataset (``.parquet``, ``.jsonl`` or ``.json``); its rows are copied whole, with
+            every column. A parquet file's schema is kept.
+        id_key: the column of ``dataset`` that holds the prompt id; dots lead into nested columns
+            (``extra_info.index``). None takes the first of :data:`ID_KEYS` that is there.
+
+    Raises:
+        CropiError: unknown format, no such dataset or column, ids that are missing or twice in it.
+    """
+    if format not in FORMATS:
+        raise CropiError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    out = Path(out)
+    if format == "ids":
+        write_atomic(out, "".join(f"{name}\n" for name in ids))
+        return len(ids)
+    if dataset is None:
+        if format == "indices":
+            raise CropiError("format indices needs a dataset, whose rows it numbers; give --dataset")
+        if records is None:
+            raise CropiError(f"format {format} needs the prompts' rows: give --dataset or --trajectories")
+        _write_rows(out, format, _rows_of_records(Path(records), ids))
+        return len(ids)
+    table = _read(Path(dataset))
+    places = _places(table, Path(dataset), ids, id_key)
+    if format == "indices":
+        write_atomic(out, json.dumps(places) + "\n")
+    elif format == "parquet" and not isinstance(table, list):
+        with replacing(out) as temporary:
+            optional("pyarrow.parquet").write_table(table.take(places), temporary)
+    else:
+        rows = table if isinstance(table, list) else table.take(places).to_pylist()
+        _write_rows(out, format, [rows[i] for i in places] if isinstance(table, list) else rows)
+    return len(ids)
+
+
+def _rows_of_records(records: Path, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """The prompts of records, without the rollouts; the answer, the task and all extra keys stay."""
+    rows = {}
+    for line in records.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        rows[str(record["id"])] = {key: value for key, value in record.items() if key not in ROLLOUT_KEYS}
+        if "prompt" not in record:
+            raise CropiError(
+                f"{records}: the record {record['id']!r} has prompt_ids but no text, which trainers read; give "
+                "--dataset"
+            )
+    return [rows[name] for name in ids]
+
+
+def _read(path: Path) -> Any:
+    """A pyarrow table, or a list of JSON objects."""
+    if not path.is_file():
+        raise CropiError(f"dataset: there is no file {path}")
+    if path.suffix == ".parquet":
+        return optional("pyarrow.parquet").read_table(path)
+    if path.suffix not in (".jsonl", ".json"):
+        raise CropiError(f"dataset: {path} should end in .parquet, .jsonl or .json")
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = (
+            json.loads(text)
+            if path.suffix == ".json"
+            else [json.loads(x) for x in text.splitlines() if x.strip()]
+        )
+    except ValueError as error:
+        raise CropiError(f"dataset: {path} is not {path.suffix[1:]}: {error}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise CropiError(f"dataset: {path} should hold objects, one per prompt")
+    return rows
+
+
+def _places(table: Any, path: Path, ids: Sequence[str], id_key: str | None) -> list[int]:
+    """The row number of every id."""
+    columns = list(table[0]) if isinstance(table, list) else table.column_names
+    for key in [id_key] if id_key else ID_KEYS:
+        names = _column(table, key.split("."))
+        if names is not None:
+            break
+    else:
+        wanted = f"column {id_key!r}" if id_key else f"one of {', '.join(ID_KEYS)}"
+        raise CropiError(
+            f"dataset: {path} has no stable prompt id ({wanted} is not among its columns {', '.join(columns)}); add "
+            "the trajectories' ids to it as a column, and name it with --dataset-id"
+        )
+    where: dict[str, int] = {}
+    for place, name in enumerate(names):
+        if str(name) in where:
+            raise CropiError(
+                f"dataset: {path}: the prompt id {name!r} is in rows {where[str(name)]} and {place}; ids have to be "
+                "unique"
+            )
+        where[str(name)] = place
+    missing = [name for name in ids if name not in where]
+    if missing:
+        raise CropiError(
+            f"dataset: {path}: {len(missing)} of {len(ids)} selected prompts have no row, for example {missing[0]!r} "
+            f"(its column {key!r} holds, for example, {names[0]!r}); give the dataset that the rollouts were made from"
+        )
+    return [where[name] for name in ids]
+
+
+def _column(table: Any, keys: Sequence[str]) -> list[Any] | None:
+    """The values of a (nested) column, or None if it is not in every row."""
+    if not isinstance(table, list):
+        if keys[0] not in table.column_names:
+            return None
+        table = table.select([keys[0]]).to_pylist()
+    values: list[Any] = table
+    for key in keys:
+        if not all(isinstance(value, Mapping) and value.get(key) is not None for value in values):
+            return None
+        values = [value[key] for value in values]
+    return values
+
+
+def _write_rows(out: Path, format: str, rows: list[dict[str, Any]]) -> None:
+    if format == "jsonl":
+        write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return
+    pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
+    try:
+        table = pyarrow.Table.from_pylist(rows)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        raise CropiError(
+            f"format parquet: the rows do not fit into columns of one type ({error}); use jsonl"
+        ) from error
+    with replacing(out) as temporary:
+        parquet.write_table(table, temporary)

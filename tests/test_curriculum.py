@@ -1,0 +1,407 @@
+"""``cropi curriculum``: stages end to end, kills at every write, what may change in between, and bad input."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from made_data import make_model, make_records, make_tokenizer, write_lines
+
+from cropi.cli import main
+
+HERE = Path(__file__).parent
+TRAINER = f"{sys.executable} {HERE / 'stage_trainer.py'} {{model}} {{records}} {{steps}} {{out}}"
+
+# Training that costs nothing: every weight is moved by an amount that depends on the selection, and the call is
+# noted, so that a test can tell how often each stage was trained.
+NUDGE = """
+import hashlib, os, shutil, sys
+from safetensors.numpy import load_file, save_file
+model, selected, stage, out, calls = sys.argv[1:]
+with open(calls, "a") as file:
+    file.write(stage + "\\n")
+for name in os.listdir(model):
+    shutil.copy(os.path.join(model, name), out)
+weights = load_file(os.path.join(model, "model.safetensors"))
+with open(selected, "rb") as file:
+    step = int(hashlib.sha256(file.read()).hexdigest()[:4], 16) / 65536 * 0.1
+moved = {name: value + step for name, value in weights.items()}
+save_file(moved, os.path.join(out, "model.safetensors"), {"format": "pt"})
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, trajectory files and a trainer."""
+    folder = tmp_path_factory.mktemp("curriculum")
+    make_model(tie_word_embeddings=False).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    write_lines(folder / "train.jsonl", make_records(40))
+    write_lines(folder / "valid.jsonl", make_records(12, seed=1, sets=["x", "y"]))
+    (folder / "nudge.py").write_text(NUDGE)
+    return folder
+
+
+def config(made: Path, out: Path, **changes: Any) -> Path:
+    """A config file beside ``out``; None takes a key out."""
+    nudge = f"{sys.executable} {made / 'nudge.py'} {{model}} {{selected}} {{stage}} {{out}} {out}.calls"
+    values = {
+        "model": str(made / "model"), "train": str(made / "train.jsonl"), "valid": str(made / "valid.jsonl"),
+        "out": str(out), "stages": 2, "steps": 4, "fraction": 0.2, "trainer": nudge,
+        "sketch": {"dim": 512}, "no_progress": True,
+    }  # fmt: skip
+    path = out.parent / f"{out.name}.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in (values | changes).items() if v is not None}))
+    return path
+
+
+def curriculum(path: Path, *words: object) -> int:
+    return main(["curriculum", str(path), *map(str, words)])
+
+
+def selections(out: Path) -> list[list[dict[str, Any]]]:
+    return [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(out.glob("stage-*/selected.jsonl"))
+    ]
+
+
+def report(out: Path) -> list[dict[str, Any]]:
+    return list(json.loads((out / "report.json").read_text())["stages"])
+
+
+def calls(out: Path) -> list[str]:
+    return Path(f"{out}.calls").read_text().split()
+
+
+# ------------------------------------------------------------------------------------------------ end to end
+def test_two_stages_with_a_real_trainer(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert curriculum(config(made, out, trainer=TRAINER)) == 0
+    first, second = selections(out)
+    assert len(first) == len(second) == 8
+    # Stage 1 is scored by the policy that stage 0 trained: other weights, other scores, off-policy ratios.
+    assert first[0]["model"] != second[0]["model"]
+    assert {row["id"]: row["scores"] for row in first} != {row["id"]: row["scores"] for row in second}
+    rows = report(out)
+    assert [row["behaviour"]["train"] for row in rows] == ["current", "model"]
+    assert [row["selected"] for row in rows] == [8, 8] and rows[0]["kept_from_last"] is None
+    kept = {row["id"] for row in first} & {row["id"] for row in second}
+    assert rows[1]["kept_from_last"] == len(kept) and rows[1]["overlap"] == len(kept) / 8
+    for row in rows:
+        for values in row["scores"].values():
+            assert values["selected"] > values["pool"]
+        assert 0 < row["select_share"] < 1 and row["seconds"]["train"] > 0
+    text = (out / "report.md").read_text()
+    assert text.count("\n| 0 |") == text.count("\n| 1 |") == 1 and "score on x" in text
+    log = (out / "stage-01" / "train.log").read_text()
+    assert [line for line in log.splitlines() if line.startswith("step 3: ")]
+    from transformers import AutoModelForCausalLM
+
+    weights = [AutoModelForCausalLM.from_pretrained(path).lm_head.weight for path in
+               (made / "model", out / "stage-00/trained", out / "stage-01/trained")]  # fmt: skip
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    shown = capsys.readouterr().out
+    assert "stage 1       select: 8 of 40 prompts" in shown and "report.md" in shown
+    assert shown.splitlines()[-1] in (out / "log.txt").read_text()
+
+
+# --------------------------------------------------------------------------------------------------- crashes
+def killed_at(path: Path, place: int) -> bool:
+    """Run in a child that is killed at its ``place``-th file replacement; True if it came through."""
+    child = os.fork()
+    if child == 0:
+        replace, count = os.replace, 0
+
+        def counting(*paths: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*paths)
+
+        os.replace = counting  # type: ignore[assignment]
+        os._exit(curriculum(path))
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+    return not os.WIFSIGNALED(status)
+
+
+def same_results(out: Path, expected: Path) -> None:
+    assert selections(out) == selections(expected)
+    for stage in ("stage-00", "stage-01"):
+        name = f"{stage}/trained/model.safetensors"
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def expected(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("expected") / "run"
+    assert curriculum(config(made, out)) == 0
+    return out
+
+
+@pytest.mark.parametrize("first", [2, 5])
+def test_kills_between_and_inside_all_steps_change_nothing(
+    made: Path, tmp_path: Path, expected: Path, one_thread: None, first: int
+) -> None:
+    """Each life is killed one write later than the last one was, so that the kills fall on all kinds of steps."""
+    out = tmp_path / "run"
+    path, place = config(made, out), first
+    while not killed_at(path, place):
+        place += 1
+        assert place < 30
+    assert place - first >= 5
+    same_results(out, expected)
+    assert {row["stage"] for row in report(out)} == {0, 1}
+
+
+def test_finished_training_is_not_repeated(
+    made: Path, tmp_path: Path, expected: Path, one_thread: None
+) -> None:
+    out = tmp_path / "run"
+    path = config(made, out)
+    # Every step leaves its "done" in state.json: kill right after each of them, and before.
+    for place in range(8, 80, 12):
+        if killed_at(path, place):
+            break
+    assert curriculum(path) == 0
+    same_results(out, expected)
+    assert calls(expected) == ["0", "1"]
+    before = (out / "state.json").read_text()
+    assert curriculum(path) == 0  # nothing is left to do
+    assert (out / "state.json").read_text() == before
+    done = json.loads(before)["done"]
+    assert [(e["stage"], e["step"]) for e in done] == [
+        (stage, step) for stage in (0, 1) for step in ("sketch", "influence", "select", "train", "collect")
+    ]
+    for stage in "01":
+        attempts = next(e["attempts"] for e in done if (str(e["stage"]), e["step"]) == (stage, "train"))
+        assert calls(out).count(stage) == attempts
+
+
+def test_killed_while_the_trainer_runs(made: Path, tmp_path: Path, expected: Path, one_thread: None) -> None:
+    """The trainer outlives us and keeps the folder locked; when it has ended, the run goes on."""
+    out = tmp_path / "run"
+    go, pid = tmp_path / "go", tmp_path / "pid"
+    nudge = yaml.safe_load(config(made, out).read_text())["trainer"]
+    slow = f"echo $$ > {pid}; while [ -d {tmp_path} ] && [ ! -e {go} ]; do sleep 0.05; done; {nudge}"
+    path = config(made, out, trainer=slow)
+    child = os.fork()
+    if child == 0:
+        os._exit(curriculum(path))
+    try:
+        wait_for(lambda: pid.exists() and bool(pid.read_text()))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert curriculum(path) == 2  # the first trainer still runs
+    finally:
+        go.touch()
+    wait_for(lambda: can_lock(out / ".lock"))
+    assert curriculum(path) == 0
+    same_results(out, expected)
+    assert calls(out) == ["0", "0", "1"]
+    assert (
+        report(out)[0]["cut_short"] == ["train"]
+        and "taken up again in: train" in (out / "report.md").read_text()
+    )
+
+
+def can_lock(path: Path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+# ------------------------------------------------------------------------------------- what may change, and not
+def test_a_failed_trainer_is_shown_and_can_be_mended(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert curriculum(config(made, out, trainer="echo {selected}; echo no memory left >&2; exit 7")) == 2
+    error = capsys.readouterr().err
+    assert "exit status 7" in error and "  | no memory left" in error and "train.log" in error
+    assert curriculum(config(made, out, trainer="true {selected}")) == 2
+    assert "holds no Hugging Face model" in capsys.readouterr().err
+    assert curriculum(config(made, out, stages=1)) == 0  # no finished stage has used the old commands
+    attempts = [entry["attempts"] for entry in json.loads((out / "state.json").read_text())["done"]]
+    assert attempts == [1, 1, 1, 3, 1]
+
+
+def test_changes_after_a_finished_stage(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert curriculum(config(made, out, stages=1)) == 0
+    capsys.readouterr()
+    assert curriculum(config(made, out, fraction=0.3)) == 2
+    error = capsys.readouterr().err
+    assert "select.fraction = 0.2" in error and "0.3" in error and "--accept-changes" in error
+    changed = tmp_path / "changed.jsonl"
+    write_lines(changed, make_records(40)[1:])
+    assert curriculum(config(made, out, train=str(changed))) == 2
+    assert "'train' have changed since stage 0" in capsys.readouterr().err
+    assert (
+        curriculum(config(made, out), "--tokens-per-batch", 256) == 0
+    )  # more stages, other batches: the same job
+    assert [row["selected"] for row in report(out)] == [8, 8]
+    assert curriculum(config(made, out, stages=1)) == 2
+    assert "has reached stage 1" in capsys.readouterr().err
+    assert curriculum(config(made, out, stages=3, fraction=0.3), "--accept-changes") == 0
+    assert [row["selected"] for row in report(out)] == [8, 8, 12]
+
+
+def test_rollouts_of_every_stage_and_of_the_trainer(made: Path, tmp_path: Path) -> None:
+    """A command that makes trajectories, and a trainer that hands back newer ones."""
+    script = tmp_path / "roll.py"
+    script.write_text(
+        "import json, sys\n"
+        "source, out, stage = sys.argv[1:]\n"
+        "with open(source) as lines, open(out, 'w') as file:\n"
+        "    for line in lines:\n"
+        "        file.write(json.dumps(json.loads(line) | {'made_at': int(stage)}) + '\\n')\n"
+    )
+    out = tmp_path / "every"
+    roll = f"{sys.executable} {script} {made / 'train.jsonl'} {{train}} {{stage}}"
+    path = config(made, out, train=None, rollouts=roll, rollouts_when="every")
+    assert curriculum(path) == 0
+    for stage in (0, 1):
+        text = (out / f"stage-0{stage}" / "selected_trajectories.jsonl").read_text()
+        assert text.count(f'"made_at": {stage}') == 8
+    # Training trajectories are the current policy's own, validation ones still those of the first.
+    assert report(out)[1]["behaviour"] == {"train": "current", "valid": "model"}
+
+    out, records = tmp_path / "own", with_logprobs(made / "train.jsonl", made / "model")
+    write_lines(tmp_path / "logged.jsonl", records)
+    nudge = yaml.safe_load(config(made, out).read_text())["trainer"]
+    own = f"{sys.executable} {script} {{records}} {{rollouts}} {{stage}} && {nudge}"
+    assert curriculum(config(made, out, train=str(tmp_path / "logged.jsonl"), trainer=own)) == 0
+    merged = [json.loads(line) for line in (out / "stage-00" / "trajectories.jsonl").read_text().splitlines()]
+    chosen = {row["id"] for row in selections(out)[0]}
+    assert {record["id"] for record in merged if record.get("made_at") == 0} == chosen and len(merged) == 40
+    assert (
+        report(out)[1]["behaviour"]["train"] == "file"
+    )  # the file's log-probs, of whichever policy made each record
+
+
+def with_logprobs(path: Path, model_name: Path) -> list[dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_name), make_tokenizer()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["response_ids"] = [[*tokenizer(text)["input_ids"], 1] for text in record["responses"]]
+        prompt = record["prompt_ids"] = tokenizer(record["prompt"])["input_ids"]
+        record["logprobs"] = []
+        for ids in record["response_ids"]:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            record["logprobs"].append(logits.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist())
+    return records
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fractoin": 0.1}, ["'fractoin' is not an option", "did you mean 'fraction'?"]),
+        ({"stage": 2}, ["'stage' is not an option", "did you mean 'stages'?"]),
+        ({"sketch": {"dimm": 512}}, ["'dimm'", "did you mean 'dim'?"]),
+        ({"trl": 3}, ["'trl' should be a table"]),
+        ({"trl": {"a": 1}}, ["trl: options are given, but the trainer is the command"]),
+        ({"stages": 0}, ["stages must be at least 1, got 0"]),
+        ({"steps": None}, ["required: --steps"]),
+        ({"trainer": "train {modle} {selected}"}, ["{modle} is not known here", "did you mean {model}?"]),
+        ({"trainer": "train {model}"}, ["does not name what was selected"]),
+        ({"trainer": "train {dataset}"}, ["names {dataset}", "--dataset"]),
+        ({"trained_model": "{out}/{step}"}, ["trained_model: {step}", "did you mean {steps}?"]),
+        ({"train": None}, ["train: is missing"]),
+        ({"rollouts": "roll {train}"}, ["train: files are given and the rollout command writes them too"]),
+        ({"rollouts": "roll {model}"}, ["names neither {train} nor {valid}"]),
+        ({"sets": ["x", "z"]}, ["no trajectory covers the validation set 'z'", "cover 'x', 'y'"]),
+        ({"model": "no/such/folder/at/all"}, ["no/such/folder/at/all"]),
+        ({"metric": "cos"}, ["invalid choice: 'cos'"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_configs(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: list[str]
+) -> None:
+    out = tmp_path / "run"
+    try:
+        status = curriculum(config(made, out, **changes))
+    except SystemExit as end:  # argparse
+        status = int(end.code or 0)
+    assert status == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+    assert not list(out.glob("stage-*/sketches/*"))
+
+
+def test_a_stage_with_nothing_to_select(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    equal = [record | {"rewards": [1.0] * 4} for record in make_records(40)]
+    path = config(made, tmp_path / "run", train=str(write_lines(tmp_path / "equal.jsonl", equal)))
+    assert curriculum(path) == 2
+    error = capsys.readouterr().err
+    assert "stage 0: there is nothing to select" in error and "40 with equal rewards" in error
+
+
+def test_a_validation_set_without_a_gradient(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [
+        record | ({"rewards": [0.0] * 4} if record["set"] == "y" else {})
+        for record in make_records(12, seed=1, sets=["x", "y"])
+    ]
+    path = config(made, tmp_path / "run", valid=str(write_lines(tmp_path / "half.jsonl", records)))
+    assert curriculum(path) == 2
+    error = capsys.readouterr().err
+    assert "no trajectory covers the validation set 'y' usefully" in error and "6 with equal rewards" in error
+
+
+def test_rollout_commands_that_write_nothing(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert curriculum(config(made, out, train=None, rollouts="true {train}")) == 2
+    assert "wrote no {train} file" in capsys.readouterr().err
+    assert (
+        curriculum(config(made, out, trainer=f"true {{rollouts}}; cp {made}/model/* {{out}}; : {{selected}}"))
+        == 2
+    )
+    assert "names {rollouts}, but wrote no such file" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.tex").touch()
+    assert curriculum(config(made, out)) == 2
+    assert "is not empty and holds no state.json" in capsys.readouterr().err
