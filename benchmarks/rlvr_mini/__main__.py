@@ -24,12 +24,22 @@ from cropi.files import write_atomic
 
 def main(arguments: list[str] | None = None) -> None:
     known = {**ARMS, **LEVERS}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu", help="size of everything (default: cpu)")
-    parser.add_argument("--smoke", action="store_true", help="the same as --scale smoke: minutes on two cores")
-    parser.add_argument("--arms", nargs="+", choices=sorted(known), help="default: the eight arms, without levers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--scale", choices=sorted(SCALES), default="cpu", help="size of everything (default: cpu)"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="the same as --scale smoke: minutes on two cores"
+    )
+    parser.add_argument(
+        "--arms", nargs="+", choices=sorted(known), help="default: the eight arms, without levers"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 .. the scale's number of seeds - 1")
-    parser.add_argument("--work", type=Path, default=Path("out/rlvr_mini"), help="where everything unfinished is kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/rlvr_mini"), help="where everything unfinished is kept"
+    )
     parser.add_argument("--out", type=Path, help="where table and plots go (default: WORK/SCALE/report)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     parser.add_argument("--report-only", action="store_true", help="run nothing; report what is finished")

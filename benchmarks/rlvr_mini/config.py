@@ -35,9 +35,9 @@ class Scale:
     layers: int = 5
     heads: int = 4
     inner: int = 768
-    base_steps: int = 1200
-    base_batch: int = 128
-    base_lr: float = 2e-3
+    base_steps: int = 1500
+    base_batch: int = 64
+    base_lr: float = 1.5e-3
     pool_cell: int = 25
     valid_cell: int = 10
     test_cell: int = 16

@@ -80,7 +80,12 @@ def seed_data(scale: Scale, seed: int, model: Any, folder: Path) -> SeedData:
 
 
 def _collect(
-    model: Any, problems: dict[str, Problem], count: int, generator: torch.Generator, path: Path, sets: str | None
+    model: Any,
+    problems: dict[str, Problem],
+    count: int,
+    generator: torch.Generator,
+    path: Path,
+    sets: str | None,
 ) -> None:
     """Roll out in order of length (little padding), and store the records with the log-probs as sampled."""
     names = sorted(problems, key=lambda name: (len(problems[name].prompt), name))

@@ -46,7 +46,11 @@ def batch(examples: list[tuple[list[int], int]], device: str) -> tuple[torch.Ten
 
 
 def pretrain(
-    model: Any, scale: Scale, seed: int, checkpoint: Path | None = None, log: Callable[[int, float], None] | None = None
+    model: Any,
+    scale: Scale,
+    seed: int,
+    checkpoint: Path | None = None,
+    log: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train in place for ``scale.base_steps`` steps.
 

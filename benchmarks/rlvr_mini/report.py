@@ -76,7 +76,9 @@ def _row(label: str, found: list[Finished], full: dict[int, Finished], scale: Sc
         spread([r.targeted for r in found]),
         spread([r.untargeted for r in found]),
         ", ".join(reached) or "no full-data run",
-        f"{statistics.fmean(steps):.2f}" + f" ({len(steps)} of {len(reached)})" * (len(steps) < len(reached)) if steps else "-",
+        f"{statistics.fmean(steps):.2f}" + f" ({len(steps)} of {len(reached)})" * (len(steps) < len(reached))
+        if steps
+        else "-",
         f"{statistics.fmean(times):.2f}" if times else "-",
         f"{statistics.fmean(r.share for r in found):.1%}",
         f"{statistics.fmean(r.mixed for r in found):.2f}",
@@ -87,7 +89,10 @@ def _row(label: str, found: list[Finished], full: dict[int, Finished], scale: Sc
 def _paired(by_arm: dict[str, list[Finished]]) -> str:
     """Differences to CROPI with sketches, seed by seed: the seeds share pool, rollouts and test problems."""
     base = {r.seed: r.targeted for r in by_arm["cropi"]}
-    lines = ["| targeted accuracy minus that of CROPI with sketches, same seed | per seed | mean ± sd |", "|---|---|---|"]
+    lines = [
+        "| targeted accuracy minus that of CROPI with sketches, same seed | per seed | mean ± sd |",
+        "|---|---|---|",
+    ]
     for name, found in by_arm.items():
         differences = [r.targeted - base[r.seed] for r in found if r.seed in base]
         if name != "cropi" and differences:
@@ -115,7 +120,9 @@ def _plots(scale: Scale, by_arm: dict[str, list[Finished]], out: Path) -> None:
             axis.plot(xs, middle, style, color=f"C{i}", label=ARMS[name].label, marker="o", ms=3)
         low, high = [m - e for m, e in zip(middle, error)], [m + e for m, e in zip(middle, error)]
         axes[0].fill_between(steps, low, high, color=f"C{i}", alpha=0.12)
-    axes[0].set(xlabel="GRPO steps", ylabel=f"accuracy on {' and '.join(scale.targeted)} (mean, ± sd over seeds)")
+    axes[0].set(
+        xlabel="GRPO steps", ylabel=f"accuracy on {' and '.join(scale.targeted)} (mean, ± sd over seeds)"
+    )
     axes[1].set(xlabel="processor seconds, selection included")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()

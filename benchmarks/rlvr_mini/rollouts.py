@@ -10,7 +10,9 @@ from cropi.records import PromptGroup
 from cropi.tokenize import TokenGroup
 
 
-def to_record(problem: Problem, rollouts: Sequence[Rollout], name: str, set: str | None = None) -> PromptGroup:
+def to_record(
+    problem: Problem, rollouts: Sequence[Rollout], name: str, set: str | None = None
+) -> PromptGroup:
     """The trajectory record of one prompt: token ids, log-probs as sampled, and the verifier's rewards."""
     return PromptGroup(
         id=name,
@@ -31,4 +33,6 @@ def to_record(problem: Problem, rollouts: Sequence[Rollout], name: str, set: str
 def to_tokens(record: PromptGroup) -> TokenGroup:
     """The record's own token ids; nothing is tokenised again."""
     assert record.prompt_ids and record.response_ids
-    return TokenGroup(record, record.prompt_ids, record.response_ids, record.logprobs, record.temperature or 1.0)
+    return TokenGroup(
+        record, record.prompt_ids, record.response_ids, record.logprobs, record.temperature or 1.0
+    )

@@ -72,7 +72,9 @@ def _fill(
             if reason := no_gradient_reason(group.rewards):
                 store.add(_info(group, SKIPPED, reason))
         mixed = [to_tokens(group) for group in left if not no_gradient_reason(group.rewards)]
-        parts: dict[str, torch.Tensor] = {}  # a group may be spread over several micro-batches: its sketches add
+        parts: dict[
+            str, torch.Tensor
+        ] = {}  # a group may be spread over several micro-batches: its sketches add
         for batch in _batches(sketcher.model, mixed, estimator, tokens):
             here = batch.to(sketcher.model.device)
             result = sketcher.policy_gradient(
@@ -85,7 +87,9 @@ def _fill(
                 attention_mask=here.attention_mask,
                 position_ids=here.position_ids,
             )
-            for tokens_of, sketch, last in zip(batch.groups, result.sketches.cpu(), batch.finished, strict=True):
+            for tokens_of, sketch, last in zip(
+                batch.groups, result.sketches.cpu(), batch.finished, strict=True
+            ):
                 sketch = sketch + parts.pop(tokens_of.id, 0.0)
                 if not last:
                     parts[tokens_of.id] = sketch
@@ -93,11 +97,15 @@ def _fill(
                 good = bool(torch.isfinite(sketch).all())
                 reason = "" if good else "NaN or infinity in its gradient"
                 norm = float(sketch.norm()) if good else 0.0
-                store.add(_info(tokens_of.group, OK if good else FAILED, reason, norm), sketch if good else None)
+                store.add(
+                    _info(tokens_of.group, OK if good else FAILED, reason, norm), sketch if good else None
+                )
     return store
 
 
-def _batches(model: Any, groups: Sequence[TokenGroup], estimator: Estimator, tokens: int) -> Iterator[MicroBatch]:
+def _batches(
+    model: Any, groups: Sequence[TokenGroup], estimator: Estimator, tokens: int
+) -> Iterator[MicroBatch]:
     return make_batches(groups, estimator, layout_of(model), budget=tokens, stored_behaviour=True)
 
 
@@ -117,7 +125,12 @@ def _info(group: PromptGroup, status: str, reason: str = "", norm: float = 0.0) 
 
 
 def exact_scores(
-    model: Any, pool: Sequence[PromptGroup], valid: Sequence[PromptGroup], estimator: Estimator, *, mean: str = "plain"
+    model: Any,
+    pool: Sequence[PromptGroup],
+    valid: Sequence[PromptGroup],
+    estimator: Estimator,
+    *,
+    mean: str = "plain",
 ) -> Scores:
     """The same scores from exact float32 gradients: every one is formed, used and dropped."""
     means: dict[str, torch.Tensor] = {}
