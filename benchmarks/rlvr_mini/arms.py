@@ -106,7 +106,7 @@ def choose(
         chosen = select(scores, fraction=scale.fraction, method=arm.method)
     if not chosen.chosen:
         raise CropiError(
-            f"arm {arm.name!r}, stage {stage}: no prompt of the pool has a gradient (the rewards of each are all equal); "
+            f"arm {arm.name!r}, stage {stage}: no prompt of the pool has a gradient (each has equal rewards); "
             "train the base policy longer (base_steps), or collect more responses per prompt (train_rollouts)"
         )
     return [scores.rows[i].id for i in chosen.chosen]

@@ -79,9 +79,9 @@ SCALES = {
         ),
         # For the tests: seconds.
         Scale(
-            "nano", hidden=32, layers=1, heads=2, inner=64, base_steps=200, base_batch=32, base_lr=5e-3, pool_cell=3, valid_cell=2,
-            targeted=("modulo", "count"), test_cell=1, steps=4, stage=2, prompts=3, group=4, train_rollouts=4, valid_rollouts=4, evaluate_every=2,
-            checkpoint_every=1, seeds=1, dim=256,
+            "nano", hidden=32, layers=1, heads=2, inner=64, base_steps=200, base_batch=32, base_lr=5e-3,
+            pool_cell=3, valid_cell=2, targeted=("modulo", "count"), test_cell=1, steps=4, stage=2, prompts=3,
+            group=4, train_rollouts=4, valid_rollouts=4, evaluate_every=2, checkpoint_every=1, seeds=1, dim=256,
         ),
         Scale(
             "gpu", hidden=512, layers=8, heads=8, inner=1536, base_steps=4000, base_batch=512, base_lr=1e-3,

@@ -102,7 +102,7 @@ def _collect(
 
 
 def accuracy(model: Any, problems: Sequence[Problem], samples: int, seed: int) -> float:
-    """Share of right answers over ``samples`` responses per problem at temperature 1; 0 samples is the greedy answer."""
+    """Share of right answers, ``samples`` responses per problem at temperature 1; 0: the greedy answer."""
     generator = torch.Generator(model.device).manual_seed(seed) if samples else None
     ordered = sorted(problems, key=lambda p: len(p.prompt))
     rollouts = generate(model, [encode(p.prompt) for p in ordered], samples or 1, generator=generator)

@@ -17,7 +17,7 @@ from cropi.estimators import make_estimator
 from cropi.layout import Layout, attention_cost
 from cropi_kernels.sketcher.decoder import SplitModel, split_model
 
-# The mean over a response's tokens, then over responses, of A times the token ratio: GRPO's objective (arXiv 2402.03300).
+# The mean over a response's tokens, then over responses, of A times the token ratio: GRPO (arXiv 2402.03300).
 ESTIMATOR = make_estimator("cropi")
 CLIP_NORM = 1.0
 

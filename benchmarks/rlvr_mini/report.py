@@ -14,8 +14,8 @@ from cropi.errors import CropiError
 from cropi.files import write_atomic
 
 HEAD = (
-    "| arm | seeds | targeted | untargeted | steps to full data's accuracy | speed-up, steps | speed-up, processor time "
-    "| selection's share | prompts with a gradient |\n|---|---|---|---|---|---|---|---|---|"
+    "| arm | seeds | targeted | untargeted | steps to full data's accuracy | speed-up, steps "
+    "| speed-up, processor time | selection's share | prompts with a gradient |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -53,8 +53,8 @@ def _about(scale: Scale, runs: list[Finished]) -> str:
     return (
         f"Scale `{scale.name}`: {scale.steps} steps of {scale.prompts} prompts x {scale.group} responses, stages of "
         f"{scale.stage}; targeted: {', '.join(scale.targeted)}. Base policy: targeted {statistics.fmean(base):.3f}, "
-        f"untargeted {statistics.fmean(others):.3f}. Collecting the stored rollouts: {collect:.0f} s of processor time, "
-        f"once per seed, in no row below. {describe()}."
+        f"untargeted {statistics.fmean(others):.3f}. Collecting the stored rollouts: {collect:.0f} s of processor "
+        f"time, once per seed, in no row below. {describe()}."
     )
 
 

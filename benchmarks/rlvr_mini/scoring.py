@@ -173,7 +173,7 @@ def _gradients(
 
 
 def base_scores(pool: Sequence[PromptGroup], *, mixed_only: bool) -> Scores:
-    """A score table without gradients, for the baselines: zero for the prompts that may be chosen, NaN for the others."""
+    """A score table without gradients, for the baselines: zero for prompts that may be chosen, NaN for others."""
     ordered = sorted(pool, key=lambda group: group.id)
     reasons = [no_gradient_reason(group.rewards) if mixed_only else None for group in ordered]
     rows = [_info(g, SKIPPED if why else OK, why or "") for g, why in zip(ordered, reasons, strict=True)]
