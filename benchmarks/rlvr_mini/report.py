@@ -32,7 +32,7 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
     by_arm = {name: [r for r in runs if r.arm == name] for name in known}
     full = {r.seed: r for r in by_arm["full"]}
     lines = [_about(scale, runs), "", HEAD]
-    lines += [_row(known[name].label, found, full, scale) for name, found in by_arm.items() if found]
+    lines += [_row(known[name].label, found, full) for name, found in by_arm.items() if found]
     lines += ["", _paired(by_arm)]
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "table.md", "\n".join(lines) + "\n")
@@ -58,28 +58,35 @@ def _about(scale: Scale, runs: list[Finished]) -> str:
     )
 
 
-def _row(label: str, found: list[Finished], full: dict[int, Finished], scale: Scale) -> str:
+def _row(label: str, found: list[Finished], full: dict[int, Finished]) -> str:
     reached, steps, times = [], [], []
     for run in found:
-        if run.seed not in full:
+        goal = full.get(run.seed)
+        if goal is None:
+            reached.append("no full-data run")
             continue
-        goal = full[run.seed]
+        base = reach(goal, goal.targeted)
+        if (
+            base is None or goal.targeted <= goal.start
+        ):  # nothing was learnt that another arm could reach sooner
+            reached.append("full data gained nothing")
+            continue
         at = reach(run, goal.targeted)
         reached.append("not reached" if at is None else f"{at[0]:.0f}")
-        base = reach(goal, goal.targeted)
-        if at is not None and base is not None:
-            steps.append(base[0] / max(at[0], 1.0))
-            times.append(base[1] / max(at[1], 1e-9))
+        if at is not None:
+            # To the end of the full-data run, whose smoothed curve may have met its last value before.
+            last = goal.curve[-1]
+            steps.append(last[0] / max(at[0], 1.0))
+            times.append(last[2] / max(at[1], 1e-9))
+    some = f" ({len(steps)} of {len(reached)})" if len(steps) < len(reached) else ""
     columns = [
         label,
         str(len(found)),
         spread([r.targeted for r in found]),
         spread([r.untargeted for r in found]),
-        ", ".join(reached) or "no full-data run",
-        f"{statistics.fmean(steps):.2f}" + f" ({len(steps)} of {len(reached)})" * (len(steps) < len(reached))
-        if steps
-        else "-",
-        f"{statistics.fmean(times):.2f}" if times else "-",
+        ", ".join(reached),
+        f"{statistics.fmean(steps):.2f}{some}" if steps else "-",
+        f"{statistics.fmean(times):.2f}{some}" if times else "-",
         f"{statistics.fmean(r.share for r in found):.1%}",
         f"{statistics.fmean(r.mixed for r in found):.2f}",
     ]
