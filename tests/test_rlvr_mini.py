@@ -236,7 +236,7 @@ def test_resumed_base_training_gives_the_same_weights(
 ) -> None:
     from benchmarks.rlvr_mini import pretrain as module
 
-    scale = dataclasses.replace(NANO, base_steps=24)
+    scale = dataclasses.replace(NANO, base_steps=24, base_decay=30)
     monkeypatch.setattr(module, "EVERY", 1)
     whole, broken, path = make_model(scale, 0), make_model(scale, 0), tmp_path / "c.pt"
     pretrain(whole, scale, 0)

@@ -13,7 +13,8 @@ class Scale:
 
     Attributes:
         hidden, layers, heads, inner: of the Llama model.
-        base_steps, base_batch, base_lr: supervised training of the base model, with linear warm-up and decay.
+        base_steps, base_decay, base_batch, base_lr: supervised training of the base model, with a linear warm-up and a
+            linear decay over ``base_decay`` steps, of which ``base_steps`` are taken: it stops at partial competence.
         pool_cell, valid_cell, test_cell: problems per family and difficulty in the pool, in the validation sets (the
             targeted families only) and in the test sets.
         targeted: families that have a validation set.
@@ -35,13 +36,14 @@ class Scale:
     layers: int = 5
     heads: int = 4
     inner: int = 768
-    base_steps: int = 1500
+    base_steps: int = 1000
+    base_decay: int = 1500
     base_batch: int = 64
     base_lr: float = 1.5e-3
     pool_cell: int = 20
     valid_cell: int = 10
     test_cell: int = 16
-    targeted: tuple[str, ...] = ("sort", "add")
+    targeted: tuple[str, ...] = ("sort", "reverse")
     train_rollouts: int = 8
     valid_rollouts: int = 16
     steps: int = 120
@@ -73,21 +75,22 @@ SCALES = {
         Scale("cpu"),
         # Two stages of everything, too short to learn much: it shows that all parts work together.
         Scale(
-            "smoke", hidden=128, layers=2, inner=256, base_steps=150, base_batch=64, pool_cell=6, valid_cell=4,
-            test_cell=4, steps=8, stage=4, prompts=4, train_rollouts=4, valid_rollouts=8, evaluate_every=4,
-            checkpoint_every=4, seeds=2,
+            "smoke", hidden=128, layers=2, inner=256, base_steps=150, base_decay=150, base_batch=64,
+            pool_cell=6, valid_cell=4, test_cell=4, train_rollouts=4, valid_rollouts=8,
+            steps=8, stage=4, prompts=4, evaluate_every=4, checkpoint_every=4, seeds=2,
         ),
         # For the tests: seconds.
         Scale(
-            "nano", hidden=32, layers=1, heads=2, inner=64, base_steps=200, base_batch=32, base_lr=5e-3,
-            pool_cell=3, valid_cell=2, targeted=("modulo", "count"), test_cell=1, steps=4, stage=2, prompts=3,
-            group=4, train_rollouts=4, valid_rollouts=4, evaluate_every=2, checkpoint_every=1, seeds=1, dim=256,
+            "nano", hidden=32, layers=1, heads=2, inner=64, base_steps=200, base_decay=200, base_batch=32,
+            base_lr=5e-3, pool_cell=3, valid_cell=2, test_cell=1, targeted=("modulo", "count"),
+            train_rollouts=4, valid_rollouts=4, steps=4, stage=2, prompts=3, group=4, dim=256,
+            evaluate_every=2, checkpoint_every=1, seeds=1,
         ),
         Scale(
-            "gpu", hidden=512, layers=8, heads=8, inner=1536, base_steps=4000, base_batch=512, base_lr=1e-3,
-            pool_cell=250, valid_cell=20, test_cell=50, steps=1000, stage=200, prompts=32, group=16,
-            train_rollouts=16, valid_rollouts=32, lr=5e-5, warmup=10, dim=32768, test_samples=8, seeds=5,
-            tokens=32768, device="cuda",
+            "gpu", hidden=512, layers=8, heads=8, inner=1536, base_steps=4000, base_decay=6000, base_batch=512,
+            base_lr=1e-3, pool_cell=250, valid_cell=20, test_cell=50, train_rollouts=16, valid_rollouts=32,
+            steps=1000, stage=200, prompts=32, group=16, lr=5e-5, warmup=10, dim=32768, test_samples=8,
+            seeds=5, tokens=32768, device="cuda",
         ),
     )
 }

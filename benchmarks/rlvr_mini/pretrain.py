@@ -79,7 +79,7 @@ def pretrain(
             rng.shuffle(held)
         inputs, labels = batch(held.pop(), scale.device)
         for group in optimiser.param_groups:
-            group["lr"] = scale.base_lr * schedule(step, scale.base_steps)
+            group["lr"] = scale.base_lr * schedule(step, scale.base_decay)
         logits = model(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
         loss.backward()

@@ -33,7 +33,7 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
     full = {r.seed: r for r in by_arm["full"]}
     lines = [_about(scale, runs), "", HEAD]
     lines += [_row(known[name].label, found, full) for name, found in by_arm.items() if found]
-    lines += ["", _paired(by_arm)]
+    lines += ["", _paired(by_arm), "", _overlap(by_arm)]
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "table.md", "\n".join(lines) + "\n")
     with open(out / "runs.csv", "w", newline="") as file:
@@ -105,6 +105,23 @@ def _paired(by_arm: dict[str, list[Finished]]) -> str:
         if name != "cropi" and differences:
             each = ", ".join(f"{d:+.3f}" for d in differences)
             lines.append(f"| {name} | {each} | {spread(differences)} |")
+    return "\n".join(lines)
+
+
+def _overlap(by_arm: dict[str, list[Finished]]) -> str:
+    """How many of the exact gradients' choices the sketches share at step 0, where all arms score the same policy."""
+    exact = {r.seed: set(r.selections[0]["chosen"]) for r in by_arm["cropi_exact"]}
+    lines = ["| first choice shared with exact gradients' | per seed |", "|---|---|"]
+    for name, found in by_arm.items():
+        if name in ("full", "cropi_exact"):
+            continue
+        shares = [
+            len(exact[r.seed] & set(r.selections[0]["chosen"])) / len(exact[r.seed])
+            for r in found
+            if r.seed in exact
+        ]
+        if shares:
+            lines.append(f"| {name} | {', '.join(f'{s:.2f}' for s in shares)} |")
     return "\n".join(lines)
 
 

@@ -126,7 +126,15 @@ def _select(
         cells[f"{p.family} {p.difficulty}"] = cells.get(f"{p.family} {p.difficulty}", 0) + 1
     rates = {g.id: sum(g.rewards) / len(g.rewards) for g in data.pool}
     base = sum(rates[name] for name in run.chosen) / len(tasks)
-    run.selections.append({"step": run.step, "targeted": targeted, "base_pass_rate": base, "cells": cells})
+    run.selections.append(
+        {
+            "step": run.step,
+            "targeted": targeted,
+            "base_pass_rate": base,
+            "cells": cells,
+            "chosen": run.chosen if arm.method != "full" else [],
+        }
+    )
     shutil.rmtree(sketches, ignore_errors=True)  # the choice is kept; the sketches can be made again
 
 
