@@ -1,0 +1,112 @@
+"""The arms: how each chooses its prompts, and when it chooses again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rlvr_mini.config import Scale
+from benchmarks.rlvr_mini.scoring import base_scores, exact_scores, sketched_scores
+from cropi.errors import CropiError
+from cropi.estimators import make_estimator
+from cropi.records import PromptGroup
+from cropi.selection import select
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of choosing prompts.
+
+    Attributes:
+        name, label: for files and for people.
+        method: "full" (the whole pool), a baseline of :func:`cropi.selection.select` ("random", "learnability",
+            "pass_rate"), "family" (a random choice among the targeted families: it is told what the others must find
+            out), or an influence rule ("rrf", "max").
+        curriculum: choose again at every stage; otherwise once, under the base policy.
+        scorer: "sketch", "dropout" (CROPI's: 10 % of the coordinates, then a random projection), or "exact".
+        mean: of the validation gradients, "plain" or "normalised".
+        ratio: weigh tokens by pi / beta; False takes the stored tokens as if the policy had just sampled them.
+        width: of the sketch, in place of the scale's.
+        stage: steps per stage, in place of the scale's.
+    """
+
+    name: str
+    label: str
+    method: str
+    curriculum: bool = False
+    scorer: str = "sketch"
+    mean: str = "plain"
+    ratio: bool = True
+    width: int | None = None
+    stage: int | None = None
+
+    @property
+    def influence(self) -> bool:
+        """Whether it needs gradients to choose."""
+        return self.method in ("rrf", "max")
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("full", "full data", "full"),
+        Arm("random", "random 10 %", "random"),
+        Arm("learnability", "learnability 10 %", "learnability"),
+        Arm("pass_rate", "pass rate 10 %", "pass_rate"),
+        Arm("static", "static influence 10 %", "rrf"),
+        Arm("cropi", "CROPI, sketch", "rrf", curriculum=True),
+        Arm("cropi_exact", "CROPI, exact gradients", "rrf", curriculum=True, scorer="exact"),
+        Arm("cropi_dropout", "CROPI, 10 % dropout", "rrf", curriculum=True, scorer="dropout"),
+    )
+}
+LEVERS = {
+    arm.name: arm
+    for arm in (
+        Arm("family", "random among targeted families", "family", curriculum=True),
+        Arm("cropi_nofold", "CROPI, no fold", "rrf", curriculum=True, width=0),
+        Arm("cropi_width16", "CROPI, width 16", "rrf", curriculum=True, width=16),
+        Arm("cropi_normalised", "CROPI, normalised mean", "rrf", curriculum=True, mean="normalised"),
+        Arm("cropi_noratio", "CROPI, ratio 1", "rrf", curriculum=True, ratio=False),
+        Arm("cropi_max", "CROPI, max over sets", "max", curriculum=True),
+    )
+}
+
+
+def choose(
+    arm: Arm,
+    scale: Scale,
+    seed: int,
+    stage: int,
+    model: Any,
+    pool: Sequence[PromptGroup],
+    valid: Sequence[PromptGroup],
+    folder: Path,
+) -> list[str]:
+    """The ids of the prompts that ``arm`` trains on in this stage, best first; ``folder`` takes its sketches."""
+    if arm.method == "full":
+        return sorted(group.id for group in pool)
+    if not arm.influence:
+        among = [g for g in pool if arm.method != "family" or g.task in scale.targeted]
+        fraction = min(1.0, scale.fraction * len(pool) / len(among))
+        scores = base_scores(among, mixed_only=arm.method != "random")
+        method = "random" if arm.method == "family" else arm.method
+        chosen = select(scores, fraction=fraction, method=method, seed=1000 * stage + seed)
+    else:
+        estimator = make_estimator("cropi", ratio=arm.ratio)
+        if arm.scorer == "exact":
+            scores = exact_scores(model, pool, valid, estimator, mean=arm.mean)
+        else:
+            dropout = arm.scorer == "dropout"
+            spec = scale.spec(seed, arm.width, "dropout" if dropout else "slab", 0.1 if dropout else 1.0)
+            scores = sketched_scores(
+                model, pool, valid, spec, estimator, folder, stage, mean=arm.mean, tokens=scale.tokens
+            )
+        chosen = select(scores, fraction=scale.fraction, method=arm.method)
+    if not chosen.chosen:
+        raise CropiError(
+            f"arm {arm.name!r}, stage {stage}: no prompt of the pool has a gradient (each has equal rewards); "
+            "train the base policy longer (base_steps), or collect more responses per prompt (train_rollouts)"
+        )
+    return [scores.rows[i].id for i in chosen.chosen]

@@ -1,0 +1,110 @@
+"""What all arms of one seed share: the base policy, the pool, the validation and test sets, and the stored rollouts."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rlvr_mini.config import Scale
+from benchmarks.rlvr_mini.generate import generate
+from benchmarks.rlvr_mini.model import make_model
+from benchmarks.rlvr_mini.pretrain import pretrain
+from benchmarks.rlvr_mini.rollouts import to_record
+from benchmarks.rlvr_mini.tasks import FAMILIES, Problem, encode, make_set, verify
+from cropi.files import replacing, write_atomic
+from cropi.records import PromptGroup
+from cropi.trajectories import read_trajectories, write_trajectories
+
+
+@dataclass(frozen=True)
+class SeedData:
+    """``problems`` maps the pool's ids to its problems; ``pool`` and ``valid`` are their stored trajectories.
+
+    ``collect_cpu`` is the processor time in seconds that the rollouts took.
+    """
+
+    problems: dict[str, Problem]
+    pool: list[PromptGroup]
+    valid: list[PromptGroup]
+    test: dict[str, list[Problem]]
+    collect_cpu: float
+
+
+def save_torch(path: Path, value: Any) -> None:
+    """``torch.save``, whole or not at all."""
+    with replacing(path) as temporary:
+        torch.save(value, temporary)
+
+
+def base_model(scale: Scale, work: Path) -> Any:
+    """The base policy: trained on the first call (with a checkpoint now and then), read back afterwards."""
+    model, path = make_model(scale, 0), work / "base.pt"
+    if not path.exists():
+        begun = time.process_time()
+        pretrain(model, scale, 0, work / "base-unfinished.pt")
+        print(f"base policy trained: {time.process_time() - begun:.0f} s of processor time", flush=True)
+        save_torch(path, model.state_dict())
+        (work / "base-unfinished.pt").unlink(missing_ok=True)
+    model.load_state_dict(torch.load(path, map_location=scale.device))
+    return model.eval()
+
+
+def seed_data(scale: Scale, seed: int, model: Any, folder: Path) -> SeedData:
+    """The problems of a seed (made again every time: they follow from it) and their rollouts (made once)."""
+    rng, taken = random.Random(f"problems {seed}"), set[str]()
+    pool = make_set(scale.pool_cell, rng, evaluation=False)
+    valid = make_set(scale.valid_cell, rng, evaluation=True, families=scale.targeted, taken=taken)
+    test = {f: make_set(scale.test_cell, rng, evaluation=True, families=(f,), taken=taken) for f in FAMILIES}
+    problems = {f"{p.family}-{p.difficulty}-{i:04d}": p for i, p in enumerate(pool)}
+    named = {f"valid-{p.family}-{p.difficulty}-{i:04d}": p for i, p in enumerate(valid)}
+    generator = torch.Generator(scale.device).manual_seed(1000 + seed)
+    begun, done = time.process_time(), folder / "collected.json"
+    if not done.exists():
+        _collect(model, problems, scale.train_rollouts, generator, folder / "pool.jsonl.gz", None)
+        _collect(model, named, scale.valid_rollouts, generator, folder / "valid.jsonl.gz", "family")
+        write_atomic(done, json.dumps({"cpu": time.process_time() - begun}))
+    return SeedData(
+        problems,
+        list(read_trajectories(folder / "pool.jsonl.gz")),
+        list(read_trajectories(folder / "valid.jsonl.gz")),
+        test,
+        float(json.loads(done.read_text())["cpu"]),
+    )
+
+
+def _collect(
+    model: Any,
+    problems: dict[str, Problem],
+    count: int,
+    generator: torch.Generator,
+    path: Path,
+    sets: str | None,
+) -> None:
+    """Roll out in order of length (little padding), and store the records with the log-probs as sampled."""
+    names = sorted(problems, key=lambda name: (len(problems[name].prompt), name))
+    rollouts = generate(model, [encode(problems[n].prompt) for n in names], count, generator=generator)
+    records = [
+        to_record(problems[n], made, n, problems[n].family if sets else None)
+        for n, made in zip(names, rollouts, strict=True)
+    ]
+    with replacing(path) as temporary:
+        # The name decides about compression.
+        named = temporary.with_name(f"unfinished-{path.name}")
+        write_trajectories(named, sorted(records, key=lambda record: record.id))
+        named.rename(temporary)
+
+
+def accuracy(model: Any, problems: Sequence[Problem], samples: int, seed: int) -> float:
+    """Share of right answers, ``samples`` responses per problem at temperature 1; 0: the greedy answer."""
+    generator = torch.Generator(model.device).manual_seed(seed) if samples else None
+    ordered = sorted(problems, key=lambda p: len(p.prompt))
+    rollouts = generate(model, [encode(p.prompt) for p in ordered], samples or 1, generator=generator)
+    right = [verify(p, r.ids) for p, made in zip(ordered, rollouts, strict=True) for r in made]
+    return sum(right) / len(right)

@@ -1,0 +1,73 @@
+"""One GRPO step: rollouts of the current policy, group advantages, one update (so the token ratio is 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.rlvr_mini.generate import generate
+from benchmarks.rlvr_mini.rollouts import to_record, to_tokens
+from benchmarks.rlvr_mini.tasks import Problem, encode
+from cropi.advantages import no_gradient_reason
+from cropi.batches import MicroBatch, make_batches
+from cropi.estimators import make_estimator
+from cropi.layout import Layout, attention_cost
+from cropi_kernels.sketcher.decoder import SplitModel, split_model
+
+# The mean over a response's tokens, then over responses, of A times the token ratio: GRPO (arXiv 2402.03300).
+ESTIMATOR = make_estimator("cropi")
+CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step saw: mean reward, and the share of prompts whose rewards differ and so give a gradient."""
+
+    reward: float
+    mixed: float
+
+
+def layout_of(model: Any) -> Layout:
+    """Llama's attention takes any mask, so the responses of a prompt share its row."""
+    return Layout(shared=True, attention_cost=attention_cost(model))
+
+
+def logprobs(split: SplitModel, batch: MicroBatch) -> torch.Tensor:
+    """log pi of the scored tokens, with a graph: float32 ``[N]``."""
+    hidden = split.hidden(
+        batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+    )
+    z = split.head(hidden.flatten(0, 1)[batch.positions])
+    return torch.log_softmax(z.float(), -1).gather(1, batch.targets[:, None])[:, 0]
+
+
+class Trainer:
+    """The policy, its AdamW and the parts that do not change from step to step."""
+
+    def __init__(self, model: Any, lr: float, warmup: int, tokens: int) -> None:
+        self.model, self.lr, self.warmup, self.tokens, self.done = model, lr, warmup, tokens, 0
+        self.split, self.layout = split_model(model), layout_of(model)
+        self.optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def step(self, problems: Sequence[Problem], group: int, generator: torch.Generator) -> StepReport:
+        """Sample ``group`` responses to every problem, and update once."""
+        rollouts = generate(self.model, [encode(p.prompt) for p in problems], group, generator=generator)
+        records = [to_record(p, r, str(i)) for i, (p, r) in enumerate(zip(problems, rollouts, strict=True))]
+        mixed = [to_tokens(record) for record in records if not no_gradient_reason(record.rewards)]
+        for batch in make_batches(mixed, ESTIMATOR, self.layout, budget=self.tokens):
+            here = batch.to(self.model.device)
+            values = logprobs(self.split, here)
+            weights = ESTIMATOR.weights(values.detach(), None, here.advantages, here.divisors)
+            (-(weights * values).sum() / len(problems)).backward()
+        if mixed:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+            for options in self.optimiser.param_groups:
+                options["lr"] = self.lr * min(1.0, (self.done + 1) / self.warmup)
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+        self.done += 1
+        rewards = [reward for record in records for reward in record.rewards]
+        return StepReport(sum(rewards) / len(rewards), len(mixed) / len(records))

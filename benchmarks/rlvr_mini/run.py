@@ -1,0 +1,143 @@
+"""One run: one arm with one seed, from the base policy to the last step. Killed at any instant, it goes on.
+
+Whatever a step draws follows from (seed, step), so a run that was continued ends in the state of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rlvr_mini.arms import Arm, choose
+from benchmarks.rlvr_mini.config import Scale
+from benchmarks.rlvr_mini.data import SeedData, accuracy, save_torch
+from benchmarks.rlvr_mini.grpo import Trainer
+from cropi.files import write_atomic
+
+PARTS = ("train", "select", "evaluate")
+
+
+@dataclass
+class Run:
+    """What a checkpoint holds besides model and optimiser.
+
+    ``cpu`` and ``wall`` are seconds by part; ``evaluations``, ``steps`` and ``selections`` are one dict per event.
+    """
+
+    step: int = 0
+    chosen: list[str] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    selections: list[dict[str, Any]] = field(default_factory=list)
+    cpu: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    wall: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+
+class _Timed:
+    """Adds the block's processor and wall time to one part of a run."""
+
+    def __init__(self, run: Run, part: str) -> None:
+        self.run, self.part = run, part
+
+    def __enter__(self) -> None:
+        self.begun = time.process_time(), time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.run.cpu[self.part] += time.process_time() - self.begun[0]
+        self.run.wall[self.part] += time.monotonic() - self.begun[1]
+
+
+def visits(chosen: list[str], first: int, count: int, key: str) -> list[str]:
+    """The ``count`` prompts from visit ``first`` on: pass after pass over ``chosen``, each in an order of its own."""
+    found: list[str] = []
+    for visit in range(first, first + count):
+        epoch, place = divmod(visit, len(chosen))
+        found.append(random.Random(f"{key} {epoch}").sample(chosen, len(chosen))[place])
+    return found
+
+
+def run_arm(arm: Arm, scale: Scale, seed: int, model: Any, data: SeedData, folder: Path) -> dict[str, Any]:
+    """Train ``model`` (which holds the base policy) with one arm; returns and writes ``folder/result.json``."""
+    result = folder / "result.json"
+    if result.exists():
+        return dict(json.loads(result.read_text()))
+    trainer = Trainer(model, scale.lr, scale.warmup, scale.tokens)
+    run, checkpoint = Run(), folder / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=scale.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        trainer.optimiser.load_state_dict(state["optimiser"])
+        run, trainer.done = Run(**state["run"]), state["run"]["step"]
+    stage_length = arm.stage or scale.stage
+    while True:
+        if run.step % scale.evaluate_every == 0 and not any(e["step"] == run.step for e in run.evaluations):
+            with _Timed(run, "evaluate"):
+                found = evaluate(model, scale, seed, data, run.step)
+            run.evaluations.append({**found, "cpu": dict(run.cpu), "wall": dict(run.wall)})
+        if run.step == scale.steps:
+            break
+        stage = run.step // stage_length
+        if run.step == 0 or (arm.curriculum and run.step % stage_length == 0):
+            if not any(s["step"] == run.step for s in run.selections):
+                _select(arm, scale, seed, stage, model, data, folder, run)
+                _save(checkpoint, model, trainer, run)
+        with _Timed(run, "train"):
+            since = run.step - run.selections[-1]["step"]
+            key = f"visits {seed} {run.selections[-1]['step']}"
+            names = visits(run.chosen, since * scale.prompts, scale.prompts, key)
+            generator = torch.Generator(scale.device).manual_seed(1_000_003 * (seed + 1) + run.step)
+            report = trainer.step([data.problems[name] for name in names], scale.group, generator)
+        run.steps.append({"reward": report.reward, "mixed": report.mixed})
+        run.step += 1
+        if run.step % scale.checkpoint_every == 0:
+            _save(checkpoint, model, trainer, run)
+    final = {"arm": arm.name, "seed": seed, "collect_cpu": data.collect_cpu, **vars(run)}
+    write_atomic(result, json.dumps(final))
+    save_torch(folder / "policy.pt", model.state_dict())
+    checkpoint.unlink(missing_ok=True)
+    return final
+
+
+def evaluate(model: Any, scale: Scale, seed: int, data: SeedData, step: int) -> dict[str, Any]:
+    """Accuracy by family: the targeted ones every time, the others at the start, half way and at the end."""
+    every = step % max(1, scale.steps // 2) == 0 or step == scale.steps
+    families = [f for f in data.test if every or f in scale.targeted]
+    found = {f: accuracy(model, data.test[f], scale.test_samples, 77 + seed) for f in families}
+    return {"step": step, "accuracy": found}
+
+
+def _select(
+    arm: Arm, scale: Scale, seed: int, stage: int, model: Any, data: SeedData, folder: Path, run: Run
+) -> None:
+    sketches = folder / f"stage-{stage}"
+    with _Timed(run, "select"):
+        run.chosen = choose(arm, scale, seed, stage, model, data.pool, data.valid, sketches)
+    tasks = [data.problems[name] for name in run.chosen]
+    targeted = sum(p.family in scale.targeted for p in tasks) / len(tasks)
+    cells: dict[str, int] = {}
+    for p in tasks:
+        cells[f"{p.family} {p.difficulty}"] = cells.get(f"{p.family} {p.difficulty}", 0) + 1
+    rates = {g.id: sum(g.rewards) / len(g.rewards) for g in data.pool}
+    base = sum(rates[name] for name in run.chosen) / len(tasks)
+    run.selections.append(
+        {
+            "step": run.step,
+            "targeted": targeted,
+            "base_pass_rate": base,
+            "cells": cells,
+            "chosen": run.chosen if arm.method != "full" else [],
+        }
+    )
+    shutil.rmtree(sketches, ignore_errors=True)  # the choice is kept; the sketches can be made again
+
+
+def _save(path: Path, model: Any, trainer: Trainer, run: Run) -> None:
+    state = {"model": model.state_dict(), "optimiser": trainer.optimiser.state_dict(), "run": dict(vars(run))}
+    save_torch(path, state)

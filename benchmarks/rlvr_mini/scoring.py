@@ -1,0 +1,181 @@
+"""Influence scores of the pool under the current policy, from trajectories of the base policy.
+
+Two ways to the same table: sketches (any kind of :class:`SketchSpec`, through the library's store), or exact gradients,
+formed one prompt at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.rlvr_mini.grpo import layout_of, logprobs
+from benchmarks.rlvr_mini.rollouts import to_tokens
+from cropi.advantages import no_gradient_reason, pass_rate
+from cropi.batches import MicroBatch, make_batches
+from cropi.estimators import Estimator
+from cropi.fingerprint import model_fingerprint
+from cropi.influence import Scores, influence
+from cropi.records import PromptGroup
+from cropi.shards import FAILED, OK, SKIPPED, RowInfo
+from cropi.store import SketchStore
+from cropi.tokenize import TokenGroup
+from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels.sketcher.decoder import split_model
+
+
+def sketched_scores(
+    model: Any,
+    pool: Sequence[PromptGroup],
+    valid: Sequence[PromptGroup],
+    spec: SketchSpec,
+    estimator: Estimator,
+    folder: Path,
+    stage: int,
+    *,
+    mean: str = "plain",
+    tokens: int = 2048,
+) -> Scores:
+    """Scores by sketches. The stores in ``folder`` are continued if they are there; see :func:`cropi.influence`."""
+    manifest = {
+        "spec": spec.to_dict(),
+        "hash_version": spec.version,
+        "stage": str(stage),
+        "model": model_fingerprint(model),
+        "estimator": estimator.to_dict(),
+        "dtype": "float32",
+    }
+    with GradientSketcher(model, spec) as sketcher:
+        stores = [
+            _fill(sketcher, groups, manifest, estimator, folder / name, tokens)
+            for name, groups in (("pool", pool), ("valid", valid))
+        ]
+    return influence(stores[0], [stores[1]], mean=mean)
+
+
+def _fill(
+    sketcher: GradientSketcher,
+    groups: Sequence[PromptGroup],
+    manifest: dict[str, Any],
+    estimator: Estimator,
+    path: Path,
+    tokens: int,
+) -> SketchStore:
+    with SketchStore.create(path, manifest, shard_rows=4096) as store:
+        left = [group for group in groups if group.id not in store]
+        for group in left:
+            if reason := no_gradient_reason(group.rewards):
+                store.add(_info(group, SKIPPED, reason))
+        mixed = [to_tokens(group) for group in left if not no_gradient_reason(group.rewards)]
+        parts: dict[
+            str, torch.Tensor
+        ] = {}  # a group may be spread over several micro-batches: its sketches add
+        for batch in _batches(sketcher.model, mixed, estimator, tokens):
+            here = batch.to(sketcher.model.device)
+            result = sketcher.policy_gradient(
+                here.input_ids,
+                segments=here.segments,
+                positions=here.positions,
+                targets=here.targets,
+                weigh=_weigh(here, estimator),
+                num_segments=len(here.groups),
+                attention_mask=here.attention_mask,
+                position_ids=here.position_ids,
+            )
+            for tokens_of, sketch, last in zip(
+                batch.groups, result.sketches.cpu(), batch.finished, strict=True
+            ):
+                sketch = sketch + parts.pop(tokens_of.id, 0.0)
+                if not last:
+                    parts[tokens_of.id] = sketch
+                    continue
+                good = bool(torch.isfinite(sketch).all())
+                reason = "" if good else "NaN or infinity in its gradient"
+                norm = float(sketch.norm()) if good else 0.0
+                store.add(
+                    _info(tokens_of.group, OK if good else FAILED, reason, norm), sketch if good else None
+                )
+    return store
+
+
+def _batches(
+    model: Any, groups: Sequence[TokenGroup], estimator: Estimator, tokens: int
+) -> Iterator[MicroBatch]:
+    return make_batches(groups, estimator, layout_of(model), budget=tokens, stored_behaviour=True)
+
+
+def _weigh(batch: MicroBatch, estimator: Estimator) -> Any:
+    def weigh(values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        assert batch.behaviour is not None
+        part = slice(start, stop)
+        return estimator.weights(values, batch.behaviour[part], batch.advantages[part], batch.divisors[part])
+
+    return weigh
+
+
+def _info(group: PromptGroup, status: str, reason: str = "", norm: float = 0.0) -> RowInfo:
+    scored = sum(map(len, group.response_ids or []))
+    rate = pass_rate(group.rewards)
+    return RowInfo(group.id, status, reason, group.set, group.task, rate, scored, norm)
+
+
+def exact_scores(
+    model: Any,
+    pool: Sequence[PromptGroup],
+    valid: Sequence[PromptGroup],
+    estimator: Estimator,
+    *,
+    mean: str = "plain",
+) -> Scores:
+    """The same scores from exact float32 gradients: every one is formed, used and dropped."""
+    means: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+    for group, gradient in _gradients(model, valid, estimator):
+        name = str(group.set)
+        gradient = gradient / gradient.norm() if mean == "normalised" else gradient
+        means[name] = means[name] + gradient if name in means else gradient
+        counts[name] = counts.get(name, 0) + 1
+    names = sorted(means)
+    directions = torch.stack([means[name] / means[name].norm() for name in names])
+    rows = {group.id: _info(group, SKIPPED, no_gradient_reason(group.rewards) or "") for group in pool}
+    table = {group.id: np.full(len(names), math.nan) for group in pool}
+    for group, gradient in _gradients(model, pool, estimator):
+        norm = float(gradient.norm())
+        table[group.id] = (directions @ gradient / norm).double().cpu().numpy()
+        rows[group.id] = _info(group, OK, norm=norm)
+    ids = sorted(rows)
+    return Scores(
+        [rows[i] for i in ids], names, np.stack([table[i] for i in ids]), {"metric": "cosine", "mean": mean}
+    )
+
+
+def _gradients(
+    model: Any, groups: Sequence[PromptGroup], estimator: Estimator
+) -> Iterator[tuple[PromptGroup, torch.Tensor]]:
+    """Each prompt's gradient as one flat float32 vector; prompts without one are left out."""
+    split = split_model(model)
+    for group in groups:
+        if no_gradient_reason(group.rewards):
+            continue
+        model.zero_grad(set_to_none=True)
+        for batch in _batches(model, [to_tokens(group)], estimator, 1 << 20):
+            here = batch.to(model.device)
+            values = logprobs(split, here)
+            weights = _weigh(here, estimator)(values.detach(), 0, len(values))
+            (weights * values).sum().backward()
+        yield group, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+
+
+def base_scores(pool: Sequence[PromptGroup], *, mixed_only: bool) -> Scores:
+    """A score table without gradients, for the baselines: zero for prompts that may be chosen, NaN for others."""
+    ordered = sorted(pool, key=lambda group: group.id)
+    reasons = [no_gradient_reason(group.rewards) if mixed_only else None for group in ordered]
+    rows = [_info(g, SKIPPED if why else OK, why or "") for g, why in zip(ordered, reasons, strict=True)]
+    table = np.array([[math.nan if why else 0.0] for why in reasons])
+    return Scores(rows, ["none"], table, {})

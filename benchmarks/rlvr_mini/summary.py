@@ -1,0 +1,88 @@
+"""What the finished runs say: curves, steps and processor time to the full-data run's accuracy, means over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rlvr_mini.config import Scale
+from benchmarks.rlvr_mini.tasks import FAMILIES
+
+SMOOTH = 3  # evaluations in a trailing mean, as the published table averages neighbouring checkpoints
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished run. ``curve``: (step, smoothed targeted accuracy, processor seconds of training and selection)."""
+
+    arm: str
+    seed: int
+    curve: list[tuple[int, float, float]]
+    start: float
+    targeted: float
+    untargeted: float
+    untargeted_start: float
+    select_cpu: float
+    train_cpu: float
+    collect_cpu: float
+    selections: list[dict[str, Any]]
+    mixed: float
+
+    @property
+    def share(self) -> float:
+        """Selection's share of the processor time of selection and training; collecting the rollouts left out."""
+        return self.select_cpu / (self.select_cpu + self.train_cpu)
+
+
+def mean_of(accuracy: dict[str, float], families: Sequence[str]) -> float:
+    """Mean accuracy over families."""
+    return statistics.fmean(accuracy[family] for family in families)
+
+
+def read_runs(scale: Scale, work: Path) -> list[Finished]:
+    """Every finished run in the work folder."""
+    found = []
+    for path in sorted(work.glob("seed*/*/result.json")):
+        run = json.loads(path.read_text())
+        raw = [mean_of(e["accuracy"], scale.targeted) for e in run["evaluations"]]
+        curve = []
+        for i, e in enumerate(run["evaluations"]):
+            # The first point is the base policy itself: it is not mixed into the mean of what follows.
+            window = raw[max(1, i + 1 - SMOOTH) : i + 1] or raw[:1]
+            curve.append((e["step"], statistics.fmean(window), e["cpu"]["train"] + e["cpu"]["select"]))
+        others = [f for f in FAMILIES if f not in scale.targeted]
+        first, last = run["evaluations"][0]["accuracy"], run["evaluations"][-1]["accuracy"]
+        found.append(
+            Finished(
+                run["arm"], run["seed"], curve, raw[0], curve[-1][1], mean_of(last, others), mean_of(first, others),
+                run["cpu"]["select"], run["cpu"]["train"], run["collect_cpu"], run["selections"],
+                statistics.fmean(s["mixed"] for s in run["steps"]),
+            )
+        )  # fmt: skip
+    return found
+
+
+def reach(run: Finished, target: float) -> tuple[float, float] | None:
+    """Step and processor seconds at which the smoothed curve first meets ``target``, between evaluations linearly.
+
+    None when it never does.
+    """
+    before = run.curve[0]
+    for point in run.curve:
+        if point[1] >= target:
+            rise = point[1] - before[1]
+            share = 1.0 if rise <= 0 else (target - before[1]) / rise
+            return before[0] + share * (point[0] - before[0]), before[2] + share * (point[2] - before[2])
+        before = point
+    return None
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "-"
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"

@@ -1,0 +1,283 @@
+"""The miniature RLVR experiment: its tasks, its rollouts, and that a run which was stopped ends as an unbroken one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the experiment's policy is a transformers model")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.rlvr_mini import __main__ as command  # noqa: E402
+from benchmarks.rlvr_mini import run as run_module  # noqa: E402
+from benchmarks.rlvr_mini.arms import ARMS, LEVERS, choose  # noqa: E402
+from benchmarks.rlvr_mini.config import SCALES, Scale  # noqa: E402
+from benchmarks.rlvr_mini.data import SeedData, base_model, seed_data  # noqa: E402
+from benchmarks.rlvr_mini.generate import generate  # noqa: E402
+from benchmarks.rlvr_mini.grpo import logprobs  # noqa: E402
+from benchmarks.rlvr_mini.model import make_model  # noqa: E402
+from benchmarks.rlvr_mini.pretrain import pretrain  # noqa: E402
+from benchmarks.rlvr_mini.rollouts import to_tokens  # noqa: E402
+from benchmarks.rlvr_mini.scoring import exact_scores, sketched_scores  # noqa: E402
+from benchmarks.rlvr_mini.summary import Finished, reach  # noqa: E402
+from benchmarks.rlvr_mini.tasks import (  # noqa: E402
+    DIFFICULTIES,
+    END,
+    FAMILIES,
+    Problem,
+    decode,
+    encode,
+    held_out,
+    make_problem,
+    make_set,
+    verify,
+)
+from cropi.batches import make_batches  # noqa: E402
+from cropi.errors import CropiError  # noqa: E402
+from cropi.estimators import make_estimator  # noqa: E402
+from cropi.layout import Layout  # noqa: E402
+from cropi_kernels import SketchSpec  # noqa: E402
+from cropi_kernels.sketcher.decoder import split_model  # noqa: E402
+
+NANO = SCALES["nano"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("mini")
+    base_model(NANO, folder)
+    return folder
+
+
+def fresh(work: Path) -> tuple[Any, SeedData]:
+    model = base_model(NANO, work)
+    return model, seed_data(NANO, 0, model, work / "seed0")
+
+
+# ----------------------------------------------------------------------------------------------- tasks
+def solve(prompt: str) -> str:
+    """An independent solution of every family, from the prompt's text alone."""
+    tag, body = prompt[0], prompt[1:-1]
+    if tag == "C":
+        return body
+    if tag == "R":
+        return body[::-1]
+    if tag == "S":
+        return "".join(sorted(body))
+    if tag in "AB":
+        return str(eval(body))
+    if tag == "M":
+        value, modulus = body.split("%")
+        return str(eval(value) % int(modulus))
+    if tag == "N":
+        letter, text = body.split(":")
+        return str(sum(c == letter for c in text))
+    while any(pair in body for pair in ("()", "[]", "{}")):
+        body = body.replace("()", "").replace("[]", "").replace("{}", "")
+    return body[::-1].translate(str.maketrans("([{", ")]}"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_right_and_fit(family: str) -> None:
+    rng = random.Random(3)
+    for difficulty in DIFFICULTIES:
+        for _ in range(40):
+            problem = make_problem(family, difficulty, rng)
+            assert problem.answer == solve(problem.prompt), problem
+            assert decode(encode(problem.prompt)) == problem.prompt
+            assert len(problem.prompt) <= 24 and 1 <= len(problem.answer) < 12
+            assert verify(problem, [*encode(problem.answer), END]) == 1.0
+
+
+def test_verifier_refuses_wrong_unended_and_trailing_answers() -> None:
+    problem = Problem("add", 2, "A17+5=", "22")
+    assert verify(problem, [*encode("22"), END]) == 1.0
+    for wrong in ([*encode("23"), END], encode("22"), [*encode("222"), END], [*encode("2"), END], [END], []):
+        assert verify(problem, wrong) == 0.0
+    assert verify(problem, [*encode("22"), 63, END]) == 0.0  # a token outside the alphabet
+
+
+def test_pool_and_evaluation_sets_never_meet() -> None:
+    taken: set[str] = set()
+    pool = make_set(4, random.Random(0), evaluation=False)
+    test = make_set(4, random.Random(0), evaluation=True, taken=taken)
+    more = make_set(4, random.Random(1), evaluation=True, taken=taken)
+    prompts = [{p.prompt for p in problems} for problems in (pool, test, more)]
+    assert not prompts[0] & (prompts[1] | prompts[2]) and not prompts[1] & prompts[2]
+    assert all(held_out(p) for p in prompts[1]) and not any(held_out(p) for p in prompts[0])
+
+
+def test_bad_names_are_named() -> None:
+    with pytest.raises(CropiError, match="family must be one of copy.*'chess'"):
+        make_problem("chess", 1, random.Random(0))
+    with pytest.raises(CropiError, match="difficulty must be one of.*9"):
+        make_problem("add", 9, random.Random(0))
+    with pytest.raises(CropiError, match="character 'z'"):
+        encode("az")
+
+
+# -------------------------------------------------------------------------------------------- rollouts
+def test_stored_logprobs_are_those_of_the_model(work: Path) -> None:
+    model, _ = fresh(work)
+    problems = make_set(1, random.Random(5), evaluation=False)[::3]
+    made = generate(
+        model, [encode(p.prompt) for p in problems], 3, generator=torch.Generator().manual_seed(0), rows=16
+    )
+    assert any(len(r.ids) < 12 for group in made for r in group)  # some end early: rows drop out on the way
+    for problem, group in zip(problems, made, strict=True):
+        prompt = encode(problem.prompt)
+        for r in group:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + r.ids[:-1]])).logits[0, len(prompt) - 1 :]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(r.ids)[:, None])[:, 0]
+            # float32, |log-prob| up to about 10, a few hundred roundings in sequence
+            torch.testing.assert_close(torch.tensor(r.logprobs), expected, rtol=1e-4, atol=1e-4)
+            assert END not in r.ids[:-1]
+
+
+def test_training_logprobs_are_those_of_the_rollouts(work: Path) -> None:
+    model, data = fresh(work)
+    groups = [to_tokens(g) for g in data.pool]
+    split, estimator = split_model(model), make_estimator("cropi")
+    for batch in make_batches(groups, estimator, Layout(shared=True), budget=256, stored_behaviour=True):
+        assert batch.behaviour is not None
+        torch.testing.assert_close(logprobs(split, batch).detach(), batch.behaviour, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_takes_the_likeliest_token(work: Path) -> None:
+    model, _ = fresh(work)
+    (made,) = generate(model, [encode("A2+3=")], 1)
+    with torch.no_grad():
+        assert made[0].ids[0] == int(model(input_ids=torch.tensor([encode("A2+3=")])).logits[0, -1].argmax())
+
+
+# --------------------------------------------------------------------------------------------- scoring
+def test_sketched_scores_approach_exact_ones(work: Path, tmp_path: Path) -> None:
+    model, data = fresh(work)
+    estimator, dim = make_estimator("cropi"), 32768
+    exact = exact_scores(model, data.pool, data.valid, estimator)
+    close = sketched_scores(
+        model, data.pool, data.valid, SketchSpec(dim=dim, width=None), estimator, tmp_path / "s", 0, tokens=64
+    )
+    assert close.ids == exact.ids and close.sets == exact.sets
+    assert (close.usable == exact.usable).all() and exact.usable.any()
+    error = (close.table - exact.table)[exact.usable]
+    assert np.abs(error).max() < 6 * dim**-0.5  # six standard errors of a cosine
+
+
+def test_chosen_prompts_have_a_gradient_and_full_data_takes_all(work: Path, tmp_path: Path) -> None:
+    model, data = fresh(work)
+    mixed = {g.id for g in data.pool if min(g.rewards) < max(g.rewards)}
+    n = int(len(data.pool) * NANO.fraction)
+    for arm in (*ARMS.values(), *LEVERS.values()):
+        chosen = choose(arm, NANO, 0, 0, model, data.pool, data.valid, tmp_path / arm.name)
+        assert len(chosen) == len(set(chosen))
+        if arm.method == "full":
+            assert set(chosen) == data.problems.keys()
+        elif arm.method == "random":
+            assert len(chosen) == n
+        else:
+            assert 0 < len(chosen) <= n and set(chosen) <= mixed
+
+
+def test_nothing_to_select_is_a_clear_error(work: Path, tmp_path: Path) -> None:
+    model, data = fresh(work)
+    solved = [dataclasses.replace(g, rewards=[1.0] * len(g.rewards)) for g in data.pool]
+    with pytest.raises(CropiError, match="no prompt of the pool has a gradient.*base_steps"):
+        choose(ARMS["learnability"], NANO, 0, 0, model, solved, data.valid, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- resume
+class Killed(BaseException):
+    pass
+
+
+def test_resumed_run_ends_as_an_unbroken_one(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = ARMS["cropi"]
+    model, data = fresh(work)
+    unbroken = run_module.run_arm(arm, NANO, 0, model, data, tmp_path / "a")
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    real = run_module.Trainer.step
+
+    def dies(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.done == 3:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    model, data = fresh(work)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Trainer, "step", dies)
+        with pytest.raises(Killed):
+            run_module.run_arm(arm, NANO, 0, model, data, tmp_path / "b")
+    assert not (tmp_path / "b" / "result.json").exists()
+    model, data = fresh(work)
+    resumed = run_module.run_arm(arm, NANO, 0, model, data, tmp_path / "b")
+    for key in ("chosen", "steps", "selections"):
+        assert resumed[key] == unbroken[key], key
+    assert [e["accuracy"] for e in resumed["evaluations"]] == [e["accuracy"] for e in unbroken["evaluations"]]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    assert any(not torch.equal(v, base_model(NANO, work).state_dict()[k]) for k, v in weights.items())
+
+
+def test_resumed_base_training_gives_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.rlvr_mini import pretrain as module
+
+    scale = dataclasses.replace(NANO, base_steps=24, base_decay=30)
+    monkeypatch.setattr(module, "EVERY", 1)
+    whole, broken, path = make_model(scale, 0), make_model(scale, 0), tmp_path / "c.pt"
+    pretrain(whole, scale, 0)
+
+    def dies(step: int, loss: float) -> None:
+        if step == 18:
+            raise Killed
+
+    with pytest.raises(Killed):
+        pretrain(broken, scale, 0, path, dies)
+    again = make_model(scale, 0)
+    pretrain(again, scale, 0, path)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------- command
+def test_command_runs_two_arms_and_reports(work: Path, tmp_path: Path) -> None:
+    options = ["--scale", "nano", "--work", str(tmp_path), "--arms", "full", "cropi"]
+    command.main(options)
+    table = (tmp_path / "nano" / "report" / "table.md").read_text()
+    assert "| full data | 1 |" in table and "| CROPI, sketch | 1 |" in table
+    assert (tmp_path / "nano" / "report" / "targeted.png").stat().st_size > 0
+    result = tmp_path / "nano" / "seed0" / "cropi" / "result.json"
+    first = result.stat().st_mtime_ns
+    assert len(json.loads(result.read_text())["selections"]) == NANO.steps // NANO.stage
+    command.main(options)  # nothing is left to do
+    assert result.stat().st_mtime_ns == first
+
+
+def test_other_numbers_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nano").mkdir()
+    other: Scale = dataclasses.replace(NANO, lr=1.0)
+    (tmp_path / "nano" / "scale.json").write_text(json.dumps(dataclasses.asdict(other)))
+    with pytest.raises(CropiError, match="lr = 1.0, and this run has"):
+        command.main(["--scale", "nano", "--work", str(tmp_path)])
+    with pytest.raises(CropiError, match="no run is finished"):
+        command.main(["--scale", "nano", "--work", str(tmp_path / "x"), "--report-only"])
+
+
+def test_steps_to_reach_are_interpolated() -> None:
+    curve = [(0, 0.2, 0.0), (10, 0.4, 5.0), (20, 0.6, 10.0)]
+    run = Finished("x", 0, curve, 0.2, 0.6, 0.0, 0.0, 1.0, 9.0, 0.0, [], 0.5)
+    assert reach(run, 0.5) == pytest.approx((15.0, 7.5))
+    assert reach(run, 0.7) is None and run.share == pytest.approx(0.1)
