@@ -28,6 +28,7 @@ def test_installed_version_is_in_the_tested_range_and_keeps_the_contract() -> No
 
 @pytest.mark.parametrize("other", ["0.99.0", "9.0.0"])
 def test_version_outside_the_tested_range(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(versions.OVERRIDE, raising=False)
     monkeypatch.setattr("importlib.metadata.version", lambda name: other)
     message = (
         rf"trl {other} is installed.*tested with .*{versions.NEWEST}.*pip install 'trl=={versions.NEWEST}'"

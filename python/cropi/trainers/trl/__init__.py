@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cropi.trainers.options import Curriculum, Recording
 
@@ -39,7 +39,7 @@ def curriculum(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = 
     from cropi.trainers.trl.versions import check_version
 
     check_version(allow_untested=allow_untested)
-    return _patched(base, "Curriculum")
+    return _patched(cast(Hashable, base), "Curriculum")
 
 
 def recording(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = False) -> type[Any]:
@@ -50,7 +50,7 @@ def recording(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = F
     from cropi.trainers.trl.versions import check_version
 
     check_version(allow_untested=allow_untested)
-    return _patched(base, "Recording")
+    return _patched(cast(Hashable, base), "Recording")
 
 
 @cache

@@ -173,6 +173,8 @@ class RecordingMixin(Base):
         total = (table * weights).nansum(dim=1)
         total[torch.isnan(table).all(dim=1)] = math.nan
         prompts = _unpadded(output["prompt_ids"], output["prompt_mask"])
+        # Before 1.14 TRL knew the tokenizer's end token only.
+        ends = getattr(self, "eos_token_ids", None) or [self._tokenizer.eos_token_id]
         records = []
         for i, row in enumerate(inputs):
             record: dict[str, Any] = {"id": str(row[recording.id_column]), "prompt_ids": prompts[i]}
@@ -181,7 +183,7 @@ class RecordingMixin(Base):
             record |= {name: row[name] for name in recording.columns if row.get(name) is not None}
             record["response_ids"] = [int(token) for token in responses[i]]
             record["truncated"] = (
-                record["response_ids"][-1:] == [] or responses[i][-1] not in self.eos_token_ids
+                record["response_ids"][-1:] == [] or responses[i][-1] not in ends
             )
             if recording.text:
                 record |= {"prompt": row["prompt"], "responses": _text(completions[i])}
