@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("trl", reason="TRL needs Python 3.11 or newer")
+pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.slow
 
 from trl_runs import lines, selected, stored  # noqa: E402
