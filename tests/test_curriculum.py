@@ -405,3 +405,28 @@ def test_a_folder_of_something_else(made: Path, tmp_path: Path, capsys: pytest.C
     (out / "thesis.tex").touch()
     assert curriculum(config(made, out)) == 2
     assert "is not empty and holds no state.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["curriculum.yaml", "verl/curriculum.yaml"])
+def test_example_configs_are_plans(name: str) -> None:
+    from cropi.cli import _parser
+    from cropi.cli.config import apply_config
+    from cropi.cli.curriculum import make_plan
+
+    args = _parser().parse_args(["curriculum", str(HERE.parent / "examples" / name)])
+    args.words, args.trl, args.stage = [args.config], {}, "0"
+    apply_config(args, tables=("trl",))
+    plan = make_plan(args)
+    assert plan.stages > 1 and plan.train and plan.valid
+    script = HERE.parent / plan.trainer.split()[1]
+    assert script.is_file()
+
+
+def test_switches_in_a_config_file_are_named_either_way(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for changes, shown in (({"no_progress": None}, True), ({"no_progress": True}, False),
+                           ({"no_progress": None, "progress": False}, False)):  # fmt: skip
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert curriculum(config(made, out, trainer="false {selected}", **changes)) == 2
+        assert ("prompt/s" in capsys.readouterr().err) is shown

@@ -149,7 +149,9 @@ def select_best(stage: Stage) -> Result:
     write_selected_records(folder / "selected_trajectories.jsonl", source.train, scores, selection)
     ids = [scores.rows[i].id for i in selection.chosen]
     if plan.export is not None:
-        export(_dataset(folder, plan), ids, records=folder / "selected_trajectories.jsonl", **plan.export)
+        export(
+            _dataset(folder, plan), ids, trajectories=[folder / "selected_trajectories.jsonl"], **plan.export
+        )
     plot_scores(folder / "scores.png", scores, selection)
     usable, chosen = scores.table[scores.usable], scores.table[selection.chosen]
     rates = [row.pass_rate for row, ok in zip(scores.rows, scores.usable) if ok]
