@@ -39,7 +39,8 @@ def _device_reason(index: int) -> str | None:
     if capability < MIN_CAPABILITY:
         name, need = torch.cuda.get_device_name(index), "{}.{}".format(*MIN_CAPABILITY)
         return (
-            f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need {need} or newer"
+            f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need {need} or newer: use "
+            "such a GPU, or the CPU"
         )
     return None
 
@@ -54,7 +55,8 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
         if tensor.dtype not in DTYPES:
             return f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"
         if tensor.data_ptr() % tensor.element_size():
-            return f"a tensor starts at an address that is no multiple of its {tensor.element_size()}-byte elements"
+            n = tensor.element_size()
+            return f"a tensor starts at an address that is no multiple of its {n}-byte elements: give a clone"
     device = tensors[0].device if tensors else torch.device("cuda")
     if device.type == "cpu" and interpreting():
         return None

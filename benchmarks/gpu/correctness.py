@@ -9,11 +9,13 @@ import sys
 from typing import Any
 
 import common
+import launches
 import torch
 
 from cropi_kernels import (
     SketchSpec,
     bias_grad,
+    flat_sketch,
     fold_inputs,
     linear_logprob,
     logprob_and_grad,
@@ -194,30 +196,23 @@ def beyond_int32_logits() -> dict[str, Any]:
     return {"elements": n * vocab, "ok": ok}
 
 
-def streams_and_graphs() -> dict[str, Any]:
-    """The same bits on another stream and from a CUDA graph."""
-    plan = plan_matrix(SketchSpec(), "a.b.weight", 1536, 1536)
-    d, a = (torch.randn(2000, 1536, device="cuda").bfloat16() for _ in "da")
-    offsets, out = torch.tensor([0, 900, 2000], device="cuda"), torch.zeros(2, 32768, device="cuda")
-    sketch_linear(d, fold_inputs(a, plan), offsets, plan, out)
-    first = out.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        other = sketch_linear(d, fold_inputs(a, plan), offsets, plan, torch.zeros(2, 32768, device="cuda"))
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out.zero_()
-        sketch_linear(d, fold_inputs(a, plan), offsets, plan, out)
-    out.fill_(7)
-    graph.replay()
-    torch.cuda.synchronize()
-    return {
-        "stream": torch.equal(first, other),
-        "graph": torch.equal(first, out),
-        "ok": torch.equal(first, other) and torch.equal(first, out),
-    }
+def flat(n: int, offset: int, keep: float) -> dict[str, Any]:
+    """Equal to the CPU's for integers, whose sums are exact; within the last rounding for other values; repeatable."""
+    spec = SketchSpec(kind="dropout", keep=keep, dim=32768)
+    g = torch.Generator().manual_seed(0)
+    whole, x = torch.randint(-8, 9, (n,), generator=g).float(), torch.randn(n, generator=g)
+    exact_spec = SketchSpec(kind="dropout", keep=0.25, dim=32768)
+    bits = torch.equal(
+        flat_sketch(whole.cuda(), exact_spec, "w", torch.zeros(32768, device="cuda"), offset=offset).cpu(),
+        flat_sketch(whole, exact_spec, "w", torch.zeros(32768), offset=offset),
+    )
+    runs = [flat_sketch(x.cuda(), spec, "w", torch.zeros(32768, device="cuda"), offset=offset) for _ in "ab"]
+    exact = flat_sketch(
+        x.double(), spec, "w", torch.zeros(32768, dtype=torch.float64), offset=offset, backend="reference"
+    )
+    row = check((runs[0].cpu().double() - exact).abs(), sum_error_bound(exact.abs(), 2) + 1e-9)
+    same = torch.equal(*runs)
+    return row | {"repeatable": same, "ok": row["ok"] and same and bits}
 
 
 def refusals() -> dict[str, Any]:
@@ -254,8 +249,13 @@ def main() -> None:
                     f"log-probs V={vocab} cap={cap} {name}",
                     lambda v=vocab, c=cap, t=dtype: log_probs(v, t, c),
                 )
+    for keep in (1.0, 0.1):
+        n = 5003 if small else 4_000_003
+        results.attempt(f"flat_sketch n={n} keep={keep}", lambda k=keep, n=n: flat(n, (1 << 40) + 3, k))
     if not small:
-        results.attempt("streams and graphs", streams_and_graphs)
+        for op in launches.calls("cpu"):
+            results.attempt(f"{op}: streams, graphs, devices", lambda o=op: launches.check(o))
+        results.attempt("host offsets in a graph", launches.refused_in_a_graph)
         results.attempt("refusals", refusals)
         results.attempt("sketch beyond 2^31 elements", beyond_int32_sketch)
         results.attempt("fold beyond 2^31 elements", beyond_int32_fold)

@@ -9,6 +9,7 @@ import torch
 from aot_compile import FLOATS
 
 from cropi_kernels.ops import _triton_segments as segments
+from cropi_kernels.ops.flat_sketch import triton as flat
 from cropi_kernels.ops.linear_logprob import triton as logprob
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.sketch_linear import triton as linear
@@ -136,6 +137,22 @@ def sketch_vector() -> Case:
     )
 
 
+def flat_scatter(drop: bool) -> Case:
+    kernel = flat.scatter_kernel
+    types = _types(kernel, dict(x="*fp32", total="*i64", largest="*fp32"))
+    constants = dict(DROP=drop, PLACE=0, KEEP=1, DRAWS=flat.DRAWS)
+    return Case(
+        f"flat scatter {'dropout' if drop else ''}", kernel, types | {"first": "i64"}, constants, (),
+        {"num_warps": 4}, 96,
+    )  # fmt: skip
+
+
+def flat_flush() -> Case:
+    kernel = flat.flush_kernel
+    types = _types(kernel, dict(total="*i64", out="*fp32", largest="*fp32"), ("scale",))
+    return Case("flat flush", kernel, types, dict(BLOCK=flat.FLUSH), ("dim",), {"num_warps": 4}, 64)
+
+
 def all_cases(capability: int) -> list[Case]:
     return [
         *(slab("bfloat16", cols, capability) for cols in (256, 128, 64, 16)),
@@ -156,4 +173,7 @@ def all_cases(capability: int) -> list[Case]:
         log_prob("float32", capped=True, backward=True),
         reduce_partials(),
         sketch_vector(),
+        flat_scatter(drop=False),
+        flat_scatter(drop=True),
+        flat_flush(),
     ]

@@ -64,12 +64,12 @@ def scatter_kernel(
         line = tl.program_id(0).to(tl.int64) * DRAWS + tl.arange(0, DRAWS)
         draw = (line + first).to(tl.uint64)
         c0, c1 = (draw & 0xFFFFFFFF).to(tl.uint32), (draw >> 32).to(tl.uint32)
-        k0, k1 = k0.to(tl.uint32), k1.to(tl.uint32)
+        low, high = k0.to(tl.uint32), k1.to(tl.uint32)
         zero = tl.zeros((DRAWS,), tl.uint32)
-        w0, w1, w2, w3 = tl.philox_impl(c0, c1, zero + PLACE, zero, k0, k1)  # as csrc/include/cropi/philox.h
+        w0, w1, w2, w3 = tl.philox_impl(c0, c1, zero + PLACE, zero, low, high)  # as csrc/include/cropi/philox.h
         m0, m1, m2, m3 = line >= 0, line >= 0, line >= 0, line >= 0
         if DROP:
-            d0, d1, d2, d3 = tl.philox_impl(c0, c1, zero + KEEP, zero, k0, k1)
+            d0, d1, d2, d3 = tl.philox_impl(c0, c1, zero + KEEP, zero, low, high)
             below = keep_below.to(tl.uint32)
             m0, m1, m2, m3 = d0 < below, d1 < below, d2 < below, d3 < below
         i = line * 4 - skip

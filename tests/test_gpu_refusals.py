@@ -1,0 +1,189 @@
+"""What a call says that no kernel can serve: operands on several devices, of a wrong dtype, no Triton, an old GPU.
+
+Every message names the argument, what is wrong with it and the remedy. The GPU's side runs without one: tensors that
+only pretend to be on it are enough to be refused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cropi_kernels import (
+    SketchSpec,
+    _triton,
+    bias_grad,
+    dispatch,
+    flat_sketch,
+    fold_inputs,
+    fold_outputs,
+    linear_logprob,
+    norm_grad,
+    plan_matrix,
+    plan_vector,
+    sketch_embedding,
+    sketch_linear,
+    sketch_vector,
+)
+from cropi_kernels.ops._checks import on_device
+
+SPEC = SketchSpec(width=16, vocab_width=16)
+PLAN = plan_matrix(SPEC, "a.mlp.up_proj.weight", 20, 40)
+TIED = plan_matrix(SPEC, "lm_head.weight", 60, 40, "tied")
+NORM = plan_vector(SPEC, "model.norm.weight", 40)
+FLAT = SketchSpec(kind="countsketch", dim=64)
+D, A, X, V = torch.ones(9, 20), torch.ones(9, 40), torch.ones(9, 60), torch.ones(3, 40)
+OFFSETS, IDS, OUT, FEW = torch.tensor([0, 4, 4, 9]), torch.arange(9), torch.zeros(3, 32768), torch.zeros(64)
+
+# Every op with its floating-point operands, so that one at a time can be spoilt.
+OPS: dict[str, tuple[dict[str, torch.Tensor], Callable[..., Any]]] = {
+    "fold_inputs": ({"a": A}, lambda b=None, **t: fold_inputs(t["a"], PLAN, backend=b)),
+    "fold_outputs": ({"d": X}, lambda b=None, **t: fold_outputs(t["d"], TIED, backend=b)),
+    "sketch_linear": (
+        {"d": D, "a": A, "out": OUT},
+        lambda b=None, **t: sketch_linear(t["d"], t["a"], OFFSETS, PLAN, t["out"], backend=b),
+    ),
+    "sketch_embedding": (
+        {"x": A, "out": OUT},
+        lambda b=None, **t: sketch_embedding(t["x"], IDS, OFFSETS, TIED, t["out"], backend=b),
+    ),
+    "sketch_vector": (
+        {"gradient": V, "out": OUT},
+        lambda b=None, **t: sketch_vector(t["gradient"], NORM, t["out"], backend=b),
+    ),
+    "norm_grad": (
+        {"x": A, "dy": A},
+        lambda b=None, **t: norm_grad(t["x"], t["dy"], OFFSETS, 1e-6, centered=True, backend=b),
+    ),
+    "bias_grad": ({"dy": A}, lambda b=None, **t: bias_grad(t["dy"], OFFSETS, backend=b)),
+    "flat_sketch": ({"x": A, "out": FEW}, lambda b=None, **t: flat_sketch(t["x"], FLAT, "w", t["out"], backend=b)),
+    "linear_logprob": (
+        {"hidden": A, "head": X.new_ones(60, 40)},
+        lambda b=None, **t: linear_logprob(t["hidden"], t["head"], IDS, backend=b),
+    ),
+}  # fmt: skip
+ONE_BY_ONE = [(op, name) for op, (operands, _) in OPS.items() for name in operands]
+
+
+def spoilt(op: str, name: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
+    operands, call = OPS[op]
+    clean = {n: t.clone() for n, t in operands.items()}
+    return lambda: call(**clean | {name: how(clean[name])})
+
+
+@pytest.mark.parametrize("op,name", ONE_BY_ONE)
+def test_whole_numbers_are_refused(op: str, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is torch.int32.*float32"):
+        spoilt(op, name, lambda t: t.int())()
+
+
+@pytest.mark.parametrize("op,name", [(op, name) for op, name in ONE_BY_ONE if len(OPS[op][0]) > 1])
+def test_operands_on_two_devices_are_refused(op: str, name: str) -> None:
+    """`meta` stands for the other device: the ops look no further than where a tensor says it is."""
+    with pytest.raises(ValueError, match=r"\w+ is (on|torch.float32 on) (meta|cpu).*move") as error:
+        spoilt(op, name, lambda t: t.to("meta"))()
+    assert "meta" in str(error.value) and "cpu" in str(error.value)
+
+
+def test_row_ids_on_another_device_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"rows is on meta but x is on cpu: move them to one device \(rows.to\('cpu'\)\)"
+    ):
+        sketch_embedding(A, IDS.to("meta"), OFFSETS, TIED, OUT.clone())
+
+
+@pytest.mark.parametrize(
+    "op,name", [pair for pair in ONE_BY_ONE if pair[1] != "out" and pair[0] != "flat_sketch"]
+)
+def test_any_strides_give_the_same_bits(op: str, name: str) -> None:
+    """Transposed memory, rows apart, an odd start: copied or read where it lies, never misread."""
+
+    def bits(how: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        got = spoilt(op, name, lambda t: how(torch.arange(t.numel()).view(t.shape).to(t.dtype)))()
+        return got[0] if isinstance(got, tuple) else got
+
+    want = bits(lambda t: t)
+    assert torch.equal(bits(lambda t: t.t().contiguous().t()), want)
+    assert torch.equal(bits(lambda t: torch.cat([t, t], 1)[:, : t.shape[1]]), want)
+    assert torch.equal(bits(lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)), want)
+
+
+# ------------------------------------------------------------------------------------------------- GPUs
+@pytest.fixture
+def no_warning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.delenv("CROPI_KERNELS_BACKEND", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_triton_the_remedy_is_named(
+    op: str, monkeypatch: pytest.MonkeyPatch, no_warning: None
+) -> None:
+    monkeypatch.setattr(_triton.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_triton, "import_error", _triton.import_error.__wrapped__)
+    operands, call = OPS[op]
+    with pytest.raises(
+        RuntimeError, match=r"backend='triton' cannot run \w+: triton is not installed: .*pip install"
+    ):
+        call("triton", **{n: t.clone() for n, t in operands.items()})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_gpu_kernel_does_not_run_on_the_cpu(op: str, no_warning: None) -> None:
+    operands, call = OPS[op]
+    with pytest.raises(
+        RuntimeError, match="the tensor is on cpu, not on a CUDA device|triton is not installed"
+    ):
+        call("triton", **{n: t.clone() for n, t in operands.items()})
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch, no_warning: None) -> Iterator[torch.Tensor]:
+    """A tensor that says it is on a GPU of compute capability 7.5."""
+    monkeypatch.setattr(_triton, "import_error", lambda: None)
+    monkeypatch.setattr(_triton, "_device_reason", _triton._device_reason.__wrapped__)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    with FakeTensorMode():
+        tensor = torch.empty(4, 4, device="cuda:0")
+        monkeypatch.setattr(type(tensor), "data_ptr", lambda self: 0)  # it has no memory
+        yield tensor
+
+
+def test_an_old_gpu_is_named(old_gpu: torch.Tensor) -> None:
+    reason = "Tesla T4 has compute capability 7.5; the kernels need 8.0 or newer"
+    assert reason in str(_triton.unsupported(old_gpu))
+    with pytest.raises(RuntimeError, match=f"backend='triton' cannot run bias_grad: {reason}"):
+        dispatch.choose("bias_grad", old_gpu, backend="triton")
+    with pytest.warns(UserWarning, match=f"bias_grad runs on the plain torch reference.*{reason}"):
+        assert dispatch.choose("bias_grad", old_gpu) == "reference"
+    assert dispatch.choose("bias_grad", old_gpu) == "reference", "said once"
+
+
+def test_a_gpu_without_a_cuda_build(old_gpu: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "this build of torch has no CUDA" in str(_triton.unsupported(old_gpu))
+
+
+def test_an_address_between_two_elements() -> None:
+    x = torch.frombuffer(bytearray(4 * 40 + 1), dtype=torch.float32, offset=1, count=40)
+    reason = _triton.unsupported(x)
+    if _triton.import_error() is None:
+        assert reason is not None and "no multiple of its 4-byte elements: give a clone" in reason
+
+
+def test_offsets_of_the_host_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        RuntimeError, match=r"a CUDA graph cannot record the copy: give offsets.to\('cuda:0'\)"
+    ):
+        on_device(OFFSETS, torch.device("cuda:0"))
