@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from typing import Any
 
@@ -39,9 +40,7 @@ def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str) -> Any:
         without["triton"] = f"{against['triton']}; CUDA C++: {against['cuda']}"  # the reason that is shown
     name = dispatch.choose("project", x, backend=backend or None, without=without)
     if name == "triton":
-        from . import triton
-
-        return triton
+        return importlib.import_module(".triton", __package__)  # late: importing Triton takes time
     return {"cuda": cuda, "cpu": cpu, "reference": reference}[name]
 
 
