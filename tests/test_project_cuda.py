@@ -20,7 +20,7 @@ import torch
 import cropi_kernels
 from cropi_kernels import ProjectionSpec, _cuda, project, project_transpose
 from cropi_kernels.ops.project import cuda, reference
-from cropi_kernels.testing import sum_error_bound
+from cropi_kernels.testing import projection_magnitudes, sum_error_bound
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -71,23 +71,10 @@ def rows(b: int, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def assert_same_map(got: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, offset: int) -> None:
     """Equal to the CPU kernel up to the order of the float32 sums: the same terms, each with two roundings."""
-    size = project(x.double().abs(), spec, offset, backend="reference") if not spec.sparse else None
-    if size is None:  # every term's size, in its bucket
-        p = torch.arange(x.shape[1]).numpy().astype("uint64") + offset
-        bucket, sign = reference.coordinates(spec, p)
-        size = torch.zeros(x.shape[0], spec.dim, dtype=torch.float64)
-        for j in range(spec.nnz):
-            size.index_add_(
-                1, torch.from_numpy(bucket[j]), x.double().abs() * torch.from_numpy(sign[j]).abs()
-            )
-        size *= spec.scale
-    else:
-        size = (
-            x.double().abs().sum(1, keepdim=True).expand_as(got)
-            * spec.scale
-            * (6 if spec.kind == "gaussian" else 1)
-        )
-    terms = 2 * (x.shape[1] if not spec.sparse else x.shape[1] * spec.nnz // spec.dim + 200) + 20
+    size = projection_magnitudes(x, spec, offset)
+    terms = (
+        2 * (x.shape[1] if not spec.sparse else x.shape[1] * spec.nnz // spec.dim + 200) + 20
+    )  # generously
     error = (got.double() - project(x, spec, offset).double()).abs()
     assert (error <= 2 * sum_error_bound(size, terms) + 1e-30).all(), float(error.max())
 
