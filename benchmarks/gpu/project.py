@@ -108,7 +108,8 @@ def main() -> None:
         for name, spec in SPECS.items():
             for backend in backends(spec):
                 attempt(
-                    f"{name} {label} B={rows} {backend}", lambda s=spec, b=backend: ours(x, s, b, bandwidth)
+                    f"{name} {label} B={rows} {backend}",
+                    lambda x=x, s=spec, b=backend: ours(x, s, b, bandwidth),
                 )
     x = torch.empty(0)
     torch.cuda.empty_cache()
