@@ -54,9 +54,9 @@ def check_version(*, allow_untested: bool = False) -> str:
         return installed
     if not _minor(OLDEST) <= _minor(installed) <= _minor(NEWEST):
         raise CropiError(
-            f"trl {installed} is installed; this adapter is tested with {OLDEST} to {NEWEST}, and relies on methods that "
-            f"TRL may change: pip install 'trl=={NEWEST}', or, to try it all the same, pass allow_untested=True or set "
-            f"{OVERRIDE}=1"
+            f"trl {installed} is installed; this adapter is tested with {OLDEST} to {NEWEST}, and relies on methods "
+            f"that TRL may change: pip install 'trl=={NEWEST}', or, to try it all the same, pass allow_untested=True "
+            f"or set {OVERRIDE}=1"
         )
     return installed
 
