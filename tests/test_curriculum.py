@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
 import signal
@@ -119,7 +118,6 @@ def test_two_stages_with_a_real_trainer(
     assert shown.splitlines()[-1] in (out / "log.txt").read_text()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL: pip install trl")
 def test_training_in_this_process_with_trl(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

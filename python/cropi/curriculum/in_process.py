@@ -15,6 +15,7 @@ import torch
 from cropi.errors import CropiError, optional
 from cropi.export import ROLLOUT_KEYS
 from cropi.models import load_model
+from cropi.trainers.trl.versions import check_version
 from cropi.trajectories import read_trajectories
 
 KEYS = ("reward", "args", "dtype", "device")
@@ -31,7 +32,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
     Raises:
         ModuleNotFoundError: TRL is not installed.
-        CropiError: a key is unknown or missing, or a reward function cannot be found.
+        CropiError: a TRL that was not tried, a key is unknown or missing, or a reward function cannot be found.
     """
     for key in options:
         if key not in KEYS:
@@ -43,6 +44,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise CropiError("trl: 'reward' is missing, the reward function as FILE.py:NAME or MODULE:NAME")
     for name in _names(options["reward"]):
         reward_function(name)
+    check_version()
     known = set(optional("trl").GRPOConfig.__dataclass_fields__)
     for key in options.get("args") or {}:
         if key in OURS:
