@@ -1,7 +1,7 @@
 """A trainer for `cropi curriculum` in one small file: REINFORCE on the stored rollouts of the selected prompts.
 
-It shows what a trainer has to do: read the policy, train on what was selected, save the result in Hugging Face form.
-Real training samples fresh rollouts; put the command of your trainer in its place (docs/trainers.md).
+It shows what a trainer has to do: read the policy, train on what was selected, save the new policy in Hugging Face
+form. Real training samples fresh rollouts; put the command of your trainer in its place (docs/trainers.md).
 """
 
 from __future__ import annotations

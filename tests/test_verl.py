@@ -243,9 +243,8 @@ def trainer_on(folder: Path, options: dict[str, Any], **more: Any) -> Any:
         config.trainer.update({"cropi": options, "default_local_dir": str(folder / "checkpoints"), "save_freq": 2,
                                "total_training_steps": 8, **more})  # fmt: skip
         config.trainer.v1.trainer_mode = "cropi_sync"
-    trainer = CropiTrainerSync.__new__(CropiTrainerSync)
-    trainer.config, trainer.tokenizer, trainer.processor = config, make_tokenizer(chat=True), None
-    trainer.trainer_mode, trainer.parameter_sync_step, trainer.global_steps = "cropi_sync", 1, 1
+    trainer = CropiTrainerSync(config)
+    trainer.tokenizer, trainer.processor, trainer.global_steps = make_tokenizer(chat=True), None, 1
     trainer.timing_raw = {}
     trainer.checkpoint_manager = SimpleNamespace(update_weights=lambda step: None)
     trainer._init_dataloader()
@@ -294,6 +293,8 @@ def test_a_stage_ends_with_a_new_selection(tmp_path: Path) -> None:
     options = {"selection": str(tmp_path / "selected.jsonl"), "stage_steps": 4, "command": command}
     trainer = trainer_on(tmp_path, options)
     assert trainer.total_training_steps == 8 and trainer.steps_per_epoch == 6
+    # What verl does for its synchronous mode, by name: it must do it for this one.
+    assert type(trainer.replay_buffer).__name__ == "ReplayBuffer" and trainer.trainer_mode == "sync"
     trainer.on_train_begin()
     drawn: dict[int, list[int]] = {}
     for step in range(1, 9):

@@ -12,6 +12,7 @@ import torch
 
 from cropi.curriculum import data
 from cropi.curriculum.command import fill, run_command
+from cropi.curriculum.in_process import train_stage
 from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.state import State
 from cropi.errors import CropiError
@@ -177,8 +178,6 @@ def train(stage: Stage) -> Result:
     plan, values = stage.plan, stage.values()
     (stage.folder / "trained").mkdir(parents=True, exist_ok=True)
     if plan.trainer == IN_PROCESS:
-        from cropi.curriculum.in_process import train_stage
-
         model = train_stage(
             plan.trl,
             _absolute(stage.model),

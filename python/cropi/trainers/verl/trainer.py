@@ -40,6 +40,14 @@ FIELDS = ("prompts", "responses", "response_mask", "rm_scores", "reward_model")
 class CropiTrainerSync(PPOTrainerSync):
     """verl's synchronous trainer on the selected prompts."""
 
+    def __init__(self, config: Any) -> None:
+        # verl asks for the mode's name, not for the class: any other than "sync" would get the asynchronous buffer.
+        from omegaconf import open_dict
+
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = "sync"
+        super().__init__(config)
+
     def _init_dataloader(self) -> None:
         """verl's own dataloaders, the training one over the selected rows.
 
