@@ -29,7 +29,7 @@ def reasons_against(
     """
     own = without or {}
     return {
-        "cuda": own["cuda"] if "cuda" in own else "this op has no CUDA C++ kernel",
+        "cuda": own["cuda"] if "cuda" in own else "no CUDA C++ kernel of this op exists",
         "triton": own.get("triton") or _triton.unsupported(*tensors),
         "cpu": own.get("cpu") or _native.unsupported(*tensors),
         "reference": None,
