@@ -140,10 +140,10 @@ def _plots(scale: Scale, by_arm: dict[str, list[Finished]], out: Path) -> None:
         error = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
         cpu = [statistics.fmean(run.curve[k][2] for run in found) for k in range(len(steps))]
         style = "-" if "cropi" in name else "--"
-        for axis, xs in zip(axes, (steps, cpu)):
-            axis.plot(xs, middle, style, color=f"C{i}", label=ARMS[name].label, marker="o", ms=3)
-        low, high = [m - e for m, e in zip(middle, error)], [m + e for m, e in zip(middle, error)]
-        axes[0].fill_between(steps, low, high, color=f"C{i}", alpha=0.12)
+        at = [step + 0.4 * (i - len(shown) / 2) for step in steps]  # error bars stand side by side
+        options = {"ls": style, "color": f"C{i}", "marker": "o", "ms": 3}
+        axes[0].errorbar(at, middle, error, elinewidth=0.7, **options)
+        axes[1].plot(cpu, middle, label=ARMS[name].label, **options)
     axes[0].set(
         xlabel="GRPO steps", ylabel=f"accuracy on {' and '.join(scale.targeted)} (mean, ± sd over seeds)"
     )
