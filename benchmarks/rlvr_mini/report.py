@@ -13,7 +13,10 @@ from benchmarks.rlvr_mini.summary import Finished, reach, read_runs, spread
 from cropi.errors import CropiError
 from cropi.files import write_atomic
 
-HEAD = "| arm | seeds | targeted | untargeted | selection's share | prompts with a gradient |\n|---|---|---|---|---|---|"
+HEAD = (
+    "| arm | seeds | targeted | untargeted | selection's share | prompts with a gradient |"
+    "\n|---|---|---|---|---|---|"
+)
 
 
 def write_report(scale: Scale, work: Path, out: Path) -> None:
