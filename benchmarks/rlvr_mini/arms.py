@@ -71,6 +71,7 @@ LEVERS = {
         Arm("cropi_width16", "CROPI, width 16", "rrf", curriculum=True, width=16),
         Arm("cropi_normalised", "CROPI, normalised mean", "rrf", curriculum=True, mean="normalised"),
         Arm("cropi_noratio", "CROPI, ratio 1", "rrf", curriculum=True, ratio=False),
+        Arm("cropi_stage20", "CROPI, stages of 20", "rrf", curriculum=True, stage=20),
         Arm("cropi_max", "CROPI, max over sets", "max", curriculum=True),
     )
 }
