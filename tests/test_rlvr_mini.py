@@ -257,7 +257,7 @@ def test_command_runs_two_arms_and_reports(work: Path, tmp_path: Path) -> None:
     options = ["--scale", "nano", "--work", str(tmp_path), "--arms", "full", "cropi"]
     command.main(options)
     table = (tmp_path / "nano" / "report" / "table.md").read_text()
-    assert "| full data | 1 |" in table and "| CROPI, sketch | 1 |" in table
+    assert "| full data, step 12 | 1 |" in table and "| CROPI, sketch, step 4 | 1 |" in table
     assert (tmp_path / "nano" / "report" / "targeted.png").stat().st_size > 0
     result = tmp_path / "nano" / "seed0" / "cropi" / "result.json"
     first = result.stat().st_mtime_ns
@@ -278,6 +278,6 @@ def test_other_numbers_in_one_folder_are_refused(tmp_path: Path, monkeypatch: py
 
 def test_steps_to_reach_are_interpolated() -> None:
     curve = [(0, 0.2, 0.0), (10, 0.4, 5.0), (20, 0.6, 10.0)]
-    run = Finished("x", 0, curve, 0.2, 0.6, 0.0, 0.0, 1.0, 9.0, 0.0, [], 0.5)
+    run = Finished("x", 0, curve, [], 0.2, 1.0, 9.0, 0.0, [], 0.5)
     assert reach(run, 0.5) == pytest.approx((15.0, 7.5))
     assert reach(run, 0.7) is None and run.share == pytest.approx(0.1)
