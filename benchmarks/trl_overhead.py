@@ -108,8 +108,8 @@ def step_times(
     arguments = GRPOConfig(
         str(folder), max_steps=steps, per_device_train_batch_size=prompts * options.responses,
         num_generations=options.responses, max_completion_length=options.length, temperature=1.0, bf16=False,
-        use_cpu=True, generation_kwargs={"min_new_tokens": options.length}, report_to=[], save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, dataloader_pin_memory=False,
+        use_cpu=True, generation_kwargs={"min_new_tokens": options.length}, report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     common: dict[str, Any] = dict(
         model=make_model(options), reward_funcs=reward, args=arguments, train_dataset=Dataset.from_list(rows),
