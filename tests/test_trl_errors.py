@@ -26,7 +26,7 @@ def test_installed_version_is_in_the_tested_range_and_keeps_the_contract() -> No
     assert versions.broken_contract(trl.GRPOTrainer) == []
 
 
-@pytest.mark.parametrize("other", ["1.9.2", "1.17.0", "2.0.0"])
+@pytest.mark.parametrize("other", ["1.7.1", "1.17.0", "2.0.0"])
 def test_version_outside_the_tested_range(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(versions.OVERRIDE, raising=False)
     monkeypatch.setattr("importlib.metadata.version", lambda name: other)

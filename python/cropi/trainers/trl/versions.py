@@ -14,8 +14,9 @@ from typing import Any
 
 from cropi.errors import CropiError
 
-# The tests ran with 1.10.0, 1.13.0, 1.14.2 and 1.16.0.
-OLDEST, NEWEST = "1.10.0", "1.16.0"
+# The tests ran with 1.8.0, 1.10.0, 1.13.0, 1.14.2 and 1.16.0; 1.15 cannot train on a CPU where Triton is installed.
+OLDEST, NEWEST = "1.8.0", "1.16.0"
+WANTED = "trl>=1.8,<1.17"
 OVERRIDE = "CROPI_TRL_UNTESTED"
 
 # Method of GRPOTrainer: the parameters that are passed or read, by name.
@@ -55,8 +56,8 @@ def check_version(*, allow_untested: bool = False) -> str:
     if not _minor(OLDEST) <= _minor(installed) <= _minor(NEWEST):
         raise CropiError(
             f"trl {installed} is installed; this adapter is tested with {OLDEST} to {NEWEST}, and relies on methods "
-            f"that TRL may change: pip install 'trl=={NEWEST}', or, to try it all the same, pass allow_untested=True "
-            f"or set {OVERRIDE}=1"
+            f"that TRL may change: pip install '{WANTED}', or, to try it all the same, pass allow_untested=True or set "
+            f"{OVERRIDE}=1"
         )
     return installed
 
@@ -89,7 +90,7 @@ def check_trainer_class(base: Any) -> None:
     if broken:
         raise CropiError(
             f"{base.__name__} of trl {trl.__version__} is not what this adapter was written for: {'; '.join(broken)}; "
-            f"pip install 'trl=={NEWEST}'"
+            f"pip install '{WANTED}'"
         )
 
 
