@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.lib.environment import describe
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS, Arm
 from benchmarks.rlvr_mini.config import Scale
-from benchmarks.rlvr_mini.summary import Finished, reach, read_runs, spread
+from benchmarks.rlvr_mini.summary import Curve, Finished, mean_curve, reach, read_runs, spread
 from cropi.errors import CropiError
 from cropi.files import write_atomic
 
@@ -33,7 +33,8 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
     lines = [_about(scale, runs), "", HEAD]
     last = max((r.curve[-1][0] for r in by_arm["full"]), default=scale.steps)
     for name, found in by_arm.items():
-        lines += [_row(known[name].label, found, at) for at in sorted({scale.steps, last}) if _has(found, at)]
+        for at in sorted({scale.steps, last}):
+            lines += [_row(known[name].label, _with(found, at), at)] if _with(found, at) else []
     for goal in sorted({scale.steps, last}):
         lines += ["", *_speed(known, by_arm, goal)]
     lines += ["", _paired(by_arm, scale.steps), "", _overlap(by_arm)]
@@ -50,8 +51,9 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
     print(f"wrote {out}/table.md, runs.csv and plots: {len(runs)} finished runs")
 
 
-def _has(found: list[Finished], step: int) -> bool:
-    return bool(found) and any(point[0] == step for point in found[0].curve)
+def _with(found: list[Finished], step: int) -> list[Finished]:
+    """The runs that were evaluated at a step: seeds may have gone on for different times."""
+    return [run for run in found if any(point[0] == step for point in run.curve)]
 
 
 def _about(scale: Scale, runs: list[Finished]) -> str:
@@ -80,30 +82,42 @@ def _row(label: str, found: list[Finished], at: int) -> str:
 
 
 def _speed(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) -> list[str]:
-    """How much sooner each arm has the accuracy that full data has at step ``at``, in steps and processor time."""
+    """How much sooner each arm has the accuracy that full data has at step ``at``, in steps and processor time.
+
+    Seed by seed, and for the mean curves over the seeds that both have; these give the speed-ups.
+    """
     lines = [
-        f"| to full data's targeted accuracy at step {at} | steps, per seed | speed-up in steps "
-        "| speed-up in processor time |",
-        "|---|---|---|---|",
+        f"| to full data's targeted accuracy at step {at} | steps, per seed | steps, mean curves "
+        "| speed-up in steps | speed-up in processor time |",
+        "|---|---|---|---|---|",
     ]
-    full = {r.seed: r for r in by_arm["full"]}
+    full = {r.seed: r for r in _with(by_arm["full"], at)}
     for name, found in by_arm.items():
-        cells, steps, times = [], [], []
-        for run in (r for r in found if r.seed in full):
-            goal = full[run.seed]
-            if goal.targeted_at(at) <= goal.start:
-                cells.append("full data gained nothing")
-                continue
-            reached = reach(run, goal.targeted_at(at))
-            cells.append(f"> {run.curve[-1][0]}" if reached is None else f"{reached[0]:.0f}")
-            if reached is not None:
-                steps.append(at / max(reached[0], 1.0))
-                times.append(next(cpu for step, _, cpu in goal.curve if step == at) / max(reached[1], 1e-9))
-        some = f" ({len(steps)} of {len(cells)})" if len(steps) < len(cells) else ""
-        if cells:
-            means = [f"{statistics.fmean(v):.2f}{some}" if v else "-" for v in (steps, times)]
-            lines.append(f"| {known[name].label} | {', '.join(cells)} | {means[0]} | {means[1]} |")
+        both = [r for r in found if r.seed in full]
+        if not both:
+            continue
+        cells = [_steps(r.curve, full[r.seed].curve, at) for r in both]
+        mine, goal = mean_curve(both), mean_curve([full[r.seed] for r in both])
+        reached = _reached(mine, goal, at)
+        gains = ["-", "-"]
+        if reached is not None:
+            end = next(p for p in goal if p[0] == at)
+            gains = [f"{end[0] / max(reached[0], 1):.2f}", f"{end[2] / max(reached[1], 1e-9):.2f}"]
+        row = [known[name].label, ", ".join(cells), _steps(mine, goal, at), *gains]
+        lines.append("| " + " | ".join(row) + " |")
     return lines
+
+
+def _reached(mine: Curve, goal: Curve, at: int) -> tuple[float, float] | None:
+    target = next(p[1] for p in goal if p[0] == at)
+    return reach(mine, target) if target > goal[0][1] else None
+
+
+def _steps(mine: Curve, goal: Curve, at: int) -> str:
+    if next(p[1] for p in goal if p[0] == at) <= goal[0][1]:
+        return "full data gained nothing"
+    reached = _reached(mine, goal, at)
+    return f"> {mine[-1][0]}" if reached is None else f"{reached[0]:.0f}"
 
 
 def _paired(by_arm: dict[str, list[Finished]], at: int) -> str:
@@ -147,11 +161,14 @@ def _plots(scale: Scale, by_arm: dict[str, list[Finished]], out: Path) -> None:
     shown = {name: found for name, found in by_arm.items() if found and name in ARMS}
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), sharey=True)
     for i, (name, found) in enumerate(shown.items()):
-        steps = [point[0] for point in found[0].curve]
-        values = [[run.curve[k][1] for run in found] for k in range(len(steps))]
+        longest = max(run.curve[-1][0] for run in found)
+        steps = sorted({point[0] for run in _with(found, longest) for point in run.curve})
+        values = [[run.targeted_at(step) for run in _with(found, step)] for step in steps]
         middle = [statistics.fmean(v) for v in values]
         error = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        cpu = [statistics.fmean(run.curve[k][2] for run in found) for k in range(len(steps))]
+        cpu = [
+            statistics.fmean(at[2] for run in found for at in run.curve if at[0] == step) for step in steps
+        ]
         style = "-" if "cropi" in name else "--"
         at = [step + 0.4 * (i - len(shown) / 2) for step in steps]  # error bars stand side by side
         options = {"ls": style, "color": f"C{i}", "marker": "o", "ms": 3}

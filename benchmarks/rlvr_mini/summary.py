@@ -17,6 +17,9 @@ SMOOTH = (
 )
 
 
+Curve = list[tuple[int, float, float]]  # (step, targeted accuracy, processor seconds)
+
+
 @dataclass(frozen=True)
 class Finished:
     """One finished run.
@@ -27,7 +30,7 @@ class Finished:
 
     arm: str
     seed: int
-    curve: list[tuple[int, float, float]]
+    curve: Curve
     untargeted: list[tuple[int, float]]
     start: float
     select_cpu: float
@@ -64,7 +67,10 @@ def read_runs(scale: Scale, work: Path) -> list[Finished]:
         raw = {e["step"]: mean_of(e["accuracy"], scale.targeted) for e in events}
         curve = []
         for e in events:
-            # The base policy's own accuracy is not mixed into the mean of what follows.
+            # The base policy's own accuracy is not mixed into the mean of what follows, and a mean of fewer
+            # evaluations than the others would cross any line by chance, so the first ones have no point.
+            if 0 < e["step"] <= SMOOTH * scale.evaluate_every:
+                continue
             back = range(max(1, e["step"] - SMOOTH * scale.evaluate_every), e["step"] + 1)
             window = [raw[step] for step in back if step in raw] or [raw[0]]
             curve.append((e["step"], statistics.fmean(window), e["cpu"]["train"] + e["cpu"]["select"]))
@@ -81,13 +87,20 @@ def read_runs(scale: Scale, work: Path) -> list[Finished]:
     return found
 
 
-def reach(run: Finished, target: float) -> tuple[float, float] | None:
-    """Step and processor seconds at which the smoothed curve first meets ``target``, between evaluations linearly.
+def mean_curve(runs: Sequence[Finished]) -> Curve:
+    """The mean over runs of accuracy and processor time, at the steps that all of them have."""
+    steps = set.intersection(*({step for step, _, _ in run.curve} for run in runs))
+    points = [[p for run in runs for p in run.curve if p[0] == step] for step in sorted(steps)]
+    return [(p[0][0], statistics.fmean(x[1] for x in p), statistics.fmean(x[2] for x in p)) for p in points]
+
+
+def reach(curve: Curve, target: float) -> tuple[float, float] | None:
+    """Step and processor seconds at which a curve first meets ``target``, linearly between its points.
 
     None when it never does.
     """
-    before = run.curve[0]
-    for point in run.curve:
+    before = curve[0]
+    for point in curve:
         if point[1] >= target:
             rise = point[1] - before[1]
             share = 1.0 if rise <= 0 else (target - before[1]) / rise
