@@ -9,7 +9,7 @@
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
+#  include <pthread.h>
 #endif
 
 namespace cropi {
