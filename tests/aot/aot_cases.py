@@ -177,22 +177,15 @@ def project(
 
 
 def projects() -> list[Case]:
-    gather = dict(GROUP=16, BLOCK=project_kernels.GATHER_BLOCK)
+    one, four = (dict(GROUP=16, BLOCK=project_kernels.gather_block(nnz), SINGLE=nnz == 1) for nnz in (1, 4))
     spread = dict(GROUP=16, BLOCK=project_kernels.SPREAD_BLOCK)
     bits = dict(PURPOSE=13, BLOCK=project_kernels.DRAW_BLOCK)
     add = dict(PARTS=project_kernels.ADD_PARTS, COLUMNS=project_kernels.ADD_COLUMNS)
     return [
-        *(
-            project(project_kernels.gather_kernel, "gather", gather | {"KEEP": False, "SINGLE": True}, t, 128)
-            for t in FLOATS
-        ),
-        project(
-            project_kernels.gather_kernel,
-            "gather kept",
-            gather | {"KEEP": True, "SINGLE": False},
-            "bfloat16",
-            168,
-        ),
+        *(project(project_kernels.gather_kernel, "gather", one | {"KEEP": False}, t, 128) for t in FLOATS),
+        project(project_kernels.gather_kernel, "gather kept", one | {"KEEP": True}, "bfloat16", 168),
+        project(project_kernels.gather_kernel, "gather sjlt", four | {"KEEP": False}, "bfloat16", 168),
+        project(project_kernels.gather_kernel, "gather sjlt kept", four | {"KEEP": True}, "float32", 168),
         project(project_kernels.spread_kernel, "spread", spread | {"KEEP": True}),
         project(project_kernels.bits_kernel, "signs", bits | {"KEPT": False}),
         project(project_kernels.bits_kernel, "mask", bits | {"KEPT": True}),

@@ -18,7 +18,7 @@ from .columns import contiguous_columns
 from .spec import KEEP_ALL, ProjectionSpec
 
 WINDOW = 1 << 25  # coordinates times nonzeros whose draws are in memory at once
-GATHER_BLOCK, DRAW_BLOCK, SPREAD_BLOCK = 2048, 256, 1024
+DRAW_BLOCK, SPREAD_BLOCK = 256, 1024
 ADD_PARTS, ADD_COLUMNS = 32, 64
 _PROGRAMS = 1024  # per row; from the sizes alone, as the bits are
 _TILES_PER_PART = 8
@@ -218,6 +218,11 @@ def _windows(spec: ProjectionSpec, offset: int, n: int) -> list[tuple[int, int]]
     return list(zip(cuts, cuts[1:]))
 
 
+def gather_block(nnz: int) -> int:
+    """Buckets of a program; with several nonzeros every bucket has table addresses of its own, in registers."""
+    return 2048 if nnz == 1 else 1024
+
+
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
     """``out += x S^T``; bits depend on the sizes and the offset of the call alone."""
     with _triton.on(x):
@@ -229,7 +234,8 @@ def _project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: i
     rows, n = x.shape
     if rows == 0 or n == 0:
         return
-    blocks = triton.cdiv(spec.dim, GATHER_BLOCK)
+    block = gather_block(spec.nnz)
+    blocks = triton.cdiv(spec.dim, block)
     parts = max(1, min(_PROGRAMS // blocks, n // spec.width // _TILES_PER_PART))
     group = max(1, min(rows, 65535, _WORKSPACE // (parts * spec.dim * 4)))
     for row in range(0, rows, group):
@@ -240,7 +246,7 @@ def _project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: i
             gather_kernel[(blocks, parts, some.shape[0])](
                 some, partial, window.signs, window.keeps, window.places, n, some.stride(0), window.start - offset,
                 window.phase, spec.dim, spec.width, window.draws, window.tiles, parts, GROUP=spec.group,
-                KEEP=spec.keep_count < KEEP_ALL, SINGLE=spec.nnz == 1, BLOCK=GATHER_BLOCK, num_warps=4,
+                KEEP=spec.keep_count < KEEP_ALL, SINGLE=spec.nnz == 1, BLOCK=block, num_warps=4,
             )  # fmt: skip
         add_kernel[(triton.cdiv(spec.dim, ADD_COLUMNS), some.shape[0])](
             partial,
