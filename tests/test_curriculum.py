@@ -20,7 +20,8 @@ from made_data import make_model, make_records, make_tokenizer, write_lines
 from cropi.cli import main
 
 HERE = Path(__file__).parent
-TRAINER = f"{sys.executable} {HERE / 'stage_trainer.py'} {{model}} {{records}} {{steps}} {{out}}"
+EXAMPLE = HERE.parent / "examples" / "train_stage.py"
+TRAINER = f"{sys.executable} {EXAMPLE} {{model}} {{records}} --steps {{steps}} --out {{out}} --lr 0.01"
 
 # Training that costs nothing: every weight is moved by an amount that depends on the selection, and the call is
 # noted, so that a test can tell how often each stage was trained.
@@ -107,7 +108,7 @@ def test_two_stages_with_a_real_trainer(
     text = (out / "report.md").read_text()
     assert text.count("\n| 0 |") == text.count("\n| 1 |") == 1 and "score on x" in text
     log = (out / "stage-01" / "train.log").read_text()
-    assert [line for line in log.splitlines() if line.startswith("step 3: ")]
+    assert [line for line in log.splitlines() if line.startswith("step 4/4: ")]
     from transformers import AutoModelForCausalLM
 
     weights = [AutoModelForCausalLM.from_pretrained(path).lm_head.weight for path in

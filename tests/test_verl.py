@@ -13,25 +13,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from made_data import make_tokenizer, write_lines
+from made_verl import (
+    HAS_VERL,
+    NEW,
+    check_queue_records,
+    data_config,
+    dataset_file,
+    indices,
+    loader,
+    make_dataset,
+    new_only,
+    old_only,
+    proto,
+    queue_table,
+    select_into,
+    verl_only,
+)  # fmt: skip
 
 from cropi.errors import CropiError
 from cropi.trajectories import read_trajectories
-
-ROOT = Path(__file__).resolve().parent.parent
-HAS_VERL = importlib.util.find_spec("verl") is not None
-if HAS_VERL:
-    from cropi.trainers.verl.versions import verl_version
-
-    NEW = verl_version() >= (0, 8)
-else:
-    NEW = False
-verl_only = pytest.mark.skipif(not HAS_VERL, reason="verl is not installed: make test-verl")
-old_only = pytest.mark.skipif(not HAS_VERL or NEW, reason="needs verl 0.7: make test-verl")
-new_only = pytest.mark.skipif(not NEW, reason="needs verl 0.8 or newer: make test-verl")
 
 
 @pytest.mark.parametrize("name", ["dataset", "sampler", "trainer"])
@@ -46,54 +48,6 @@ def test_modules_that_need_another_verl_say_so(name: str) -> None:
         assert "since 0.8 verl has no curriculum sampler" in str(caught.value)
     else:
         assert "verl 0.7" in str(caught.value) and "cropi.trainers.verl.sampler" in str(caught.value)
-
-
-def dataset_file(folder: Path, count: int = 12) -> Path:
-    rows = [{"prompt": [{"role": "user", "content": f"{i}+{i}="}], "data_source": "sums",
-             "reward_model": {"ground_truth": str(2 * i), "style": "rule"}, "extra_info": {"index": 100 + i}}
-            for i in range(count)]  # fmt: skip
-    return write_lines(folder / "train.jsonl", rows)
-
-
-def select_into(path: Path, ids: list[int]) -> Path:
-    """A selection file as `cropi select` writes it: a new file under the old name."""
-    write_lines(path.with_suffix(".new"), [{"id": str(i), "rank": r} for r, i in enumerate(ids, 1)])
-    os.replace(path.with_suffix(".new"), path)
-    return path
-
-
-def data_config(folder: Path, **more: Any) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.create({
-        "train_files": [str(dataset_file(folder))], "val_files": [str(folder / "train.jsonl")], "train_batch_size": 2,
-        "max_prompt_length": 50, "filter_overlong_prompts": True, "filter_overlong_prompts_workers": None,
-        "cache_dir": str(folder / "cache"), "shuffle": True, "seed": 5, "dataloader_num_workers": 0,
-        "sampler": None, "custom_cls": {"path": None, "name": None}, **more,
-    })  # fmt: skip
-
-
-def make_dataset(config: Any, files: str = "train_files") -> Any:
-    if NEW:
-        from verl.trainer.ppo.utils import create_rl_dataset
-    else:
-        from verl.trainer.main_ppo import create_rl_dataset
-    return create_rl_dataset(
-        config[files], config, make_tokenizer(chat=True), None, is_train=files == "train_files"
-    )
-
-
-def loader(dataset: Any, sampler: Any) -> Any:
-    from torchdata.stateful_dataloader import StatefulDataLoader
-    from verl.utils.dataset.rl_dataset import collate_fn
-
-    return StatefulDataLoader(
-        dataset=dataset, batch_size=2, num_workers=0, drop_last=True, collate_fn=collate_fn, sampler=sampler
-    )
-
-
-def indices(batch: dict[str, Any]) -> list[int]:
-    return [int(info["index"]) for info in batch["extra_info"]]
 
 
 # --------------------------------------------------------------------------------------------------- dataset
@@ -164,20 +118,6 @@ def make_sampler(folder: Path, **more: Any) -> tuple[Any, Any]:
     config = data_config(folder, sampler=options)
     dataset = make_dataset(config)
     return dataset, create_rl_sampler(config, dataset)
-
-
-def proto(ids: list[int], **meta: Any) -> Any:
-    from verl import DataProto
-
-    n = len(ids)
-    tensors = {
-        "prompts": torch.tensor([[0, 40 + i % 7] for i in ids]), "responses": torch.tensor([[50, 1]] * n),
-        "attention_mask": torch.tensor([[0, 1, 1, 1]] * n), "response_mask": torch.ones(n, 2, dtype=torch.long),
-        "old_log_probs": torch.full((n, 2), -0.5),
-        "token_level_scores": torch.tensor([[0.0, float(k % 2)] for k in range(n)]),
-    }  # fmt: skip
-    infos = np.array([{"index": i} for i in ids], dtype=object)
-    return DataProto.from_dict(tensors=tensors, non_tensors={"extra_info": infos}, meta_info=meta)
 
 
 @old_only
@@ -345,38 +285,6 @@ def test_trainer_options_that_cannot_be(tmp_path: Path, options: dict[str, Any],
     assert words in str(caught.value)
 
 
-def queue_table(ids: list[int]) -> Any:
-    """A table of the transfer queue: ragged tensors, and Python values."""
-    from tensordict import TensorDict
-
-    def ragged(values: list[torch.Tensor]) -> torch.Tensor:
-        return torch.nested.as_nested_tensor(values, layout=torch.jagged)
-
-    lengths = [2 + k % 2 for k in range(len(ids))]
-    table = TensorDict({
-        "prompts": ragged([torch.tensor([40 + i % 7] * (1 + i % 2)) for i in ids]),
-        "responses": ragged([torch.arange(60, 60 + n) for n in lengths]),
-        "response_mask": ragged([torch.ones(n, dtype=torch.long) for n in lengths]),
-        "rm_scores": ragged([torch.tensor([0.0] * (n - 1) + [float(n == 2)]) for n in lengths]),
-        "rollout_log_probs": ragged([torch.full((n,), -0.25) for n in lengths]),
-    }, batch_size=[len(ids)])  # fmt: skip
-    from verl.utils import tensordict_utils as tu
-
-    tu.assign_non_tensor_stack(table, "extra_info", [{"index": i} for i in ids])
-    tu.assign_non_tensor_stack(table, "reward_model", [{"ground_truth": str(i)} for i in ids])
-    return table
-
-
-def check_queue_records(path: Path) -> None:
-    groups = list(read_trajectories(path))
-    assert [group.id for group in groups] == ["103", "104"]
-    for group in groups:
-        i = int(group.id)
-        assert group.prompt_ids == [40 + i % 7] * (1 + i % 2) and group.answer == str(i)
-        assert group.response_ids == [[60, 61], [60, 61, 62]] and group.rewards == [1.0, 0.0]
-        assert group.logprobs == [[-0.25] * 2, [-0.25] * 3] and group.temperature == 0.8
-
-
 @new_only
 def test_rollouts_of_a_step_are_recorded_with_their_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -406,118 +314,6 @@ def test_rollouts_of_a_step_are_recorded_with_their_tokens(
     assert {"prompts", "responses", "response_mask", "rm_scores", "extra_info", "rollout_log_probs"} <= set(
         asked["fields"]
     )
-
-
-@new_only
-def test_dumps_of_the_transfer_queue_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The file is written by verl itself."""
-    import transfer_queue
-    from omegaconf import OmegaConf
-    from verl.utils.skip.rollout_skip import RolloutTqSkip
-
-    from cropi.cli import main
-
-    config = OmegaConf.create({
-        "trainer": {"experiment_name": "e", "project_name": "p", "v1": {"trainer_mode": "sync", "sync": {}}},
-        "actor_rollout_ref": {"rollout": {"n": 2}}, "data": {"train_batch_size": 2},
-    })  # fmt: skip
-    local = OmegaConf.create({"enable": True, "dump_dir": str(tmp_path), "steps": [4], "action": "cache"})
-    keep, transfer_queue.kv_batch_get = (
-        transfer_queue.kv_batch_get,
-        lambda **_: queue_table([103, 103, 104, 104]),
-    )
-    try:
-        batch = SimpleNamespace(
-            keys=["a_0_0", "a_1_0", "b_0_0", "b_1_0"], tags=[{}] * 4, partition_id="train"
-        )
-        RolloutTqSkip(local, config).prepare_data(4, batch, 4)
-    finally:
-        transfer_queue.kv_batch_get = keep
-    (path,) = tmp_path.rglob("tq_batch.pt")
-    out = tmp_path / "t.jsonl"
-    words = ["convert", str(path), "--source", "verl", "--out", str(out), "--temperature", "0.8"]
-    assert main(words) == 0
-    check_queue_records(out)
-    assert {group.policy for group in read_trajectories(out)} == {"step 4"}
-    assert main([*words, "--id-key", "extra_info.name"]) == 2
-    assert "no extra_info.name, which is the only stable id" in capsys.readouterr().err
-
-
-@verl_only
-def test_pickled_batches_are_read(tmp_path: Path) -> None:
-    from cropi.cli import main
-
-    (tmp_path / "6").mkdir()
-    proto([103, 103, 104, 104], temperature=0.9).save_to_disk(tmp_path / "6" / "gen_batch.dp")
-    out = tmp_path / "t.jsonl"
-    assert main(["convert", str(tmp_path / "6" / "gen_batch.dp"), "--source", "verl", "--out", str(out)]) == 0
-    groups = list(read_trajectories(out))
-    assert [(group.id, group.policy, group.rewards) for group in groups] == [
-        ("103", "step 6", [0.0, 1.0]), ("104", "step 6", [0.0, 1.0])]  # fmt: skip
-    assert groups[0].response_ids == [[50, 1]] * 2 and groups[0].temperature == pytest.approx(0.9)
-
-
-# --------------------------------------------------------------------------------------------- example scripts
-def recorder(folder: Path) -> dict[str, str]:
-    """An environment whose PYTHON writes down its arguments instead of running them."""
-    script = folder / "python"
-    script.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {folder}/calls\necho == >> {folder}/calls\n')
-    script.chmod(0o755)
-    return os.environ | {"PYTHON": str(script)}
-
-
-def calls(folder: Path) -> list[list[str]]:
-    return [call.splitlines() for call in (folder / "calls").read_text().split("==\n") if call]
-
-
-@verl_only
-@pytest.mark.parametrize("rollouts", [False, pytest.param(True, marks=new_only)])
-def test_the_stage_script_speaks_verls_options(tmp_path: Path, rollouts: bool) -> None:
-    """Every option of the example's command line exists in verl's own configuration."""
-    from hydra import compose, initialize_config_module
-
-    words = ["model folder", "set.parquet", "6", str(tmp_path / "out"), "val.parquet"]
-    (tmp_path / "out" / "rollouts" / "6" / "0").mkdir(parents=True)
-    (tmp_path / "out" / "rollouts" / "6" / "0" / "tq_batch.pt").touch()
-    extra = [str(tmp_path / "r.jsonl")] if rollouts else []
-    stage = ROOT / "examples" / "verl" / "stage.sh"
-    subprocess.run(["bash", str(stage), *words, *extra], env=recorder(tmp_path), check=True)
-    train, merge, *convert = calls(tmp_path)
-    assert train[:2] == ["-m", "verl.trainer.main_ppo"]
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=train[2:])  # an unknown option raises
-    assert config.actor_rollout_ref.model.path == "model folder" and config.data.train_files == "set.parquet"
-    assert config.trainer.total_training_steps == config.trainer.save_freq == 6
-    options = dict(zip(merge[3::2], merge[4::2]))
-    assert merge[:3] == ["-m", "verl.model_merger", "merge"]
-    out = tmp_path / "out"
-    assert options == {
-        "--backend": "fsdp",
-        "--local_dir": f"{out}/checkpoints/global_step_6/actor",
-        "--target_dir": f"{out}/hf",
-    }
-    source = inspect.getsource(importlib.import_module("verl.model_merger.base_model_merger"))
-    assert all(f'"{name}"' in source for name in options)
-    if rollouts:
-        assert list(config.skip.rollout_tq.steps) == [1, 2, 3, 4, 5, 6] and config.skip.rollout_tq.enable
-        (command,) = convert
-        assert command[:3] == ["-m", "cropi", "convert"] and command[-1].endswith("tq_batch.pt")
-
-
-def test_the_select_script_speaks_our_own_options(tmp_path: Path) -> None:
-    from cropi.cli import _parser
-
-    selection = select_into(tmp_path / "selected.jsonl", [1])
-    (tmp_path / "select-2").mkdir()
-    select_into(tmp_path / "select-2" / "selected.jsonl", [5, 6])
-    words = [str(tmp_path / "actor"), "2", str(selection), "base", "t.jsonl", "a.jsonl", "b.jsonl"]
-    script = ROOT / "examples" / "verl" / "select.sh"
-    subprocess.run(["bash", str(script), *words], env=recorder(tmp_path), check=True)
-    merge, run = calls(tmp_path)
-    assert merge[:3] == ["-m", "verl.model_merger", "merge"]
-    args = _parser().parse_args(run[2:])
-    assert args.behaviour_model == "base" and args.valid == ["a.jsonl", "b.jsonl"] and args.stage == "2"
-    assert [json.loads(line)["id"] for line in selection.read_text().splitlines()] == ["5", "6"]
 
 
 @verl_only
