@@ -126,9 +126,16 @@ def alternate(jobs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, l
     return seconds
 
 
+def _step(f: Callable[[Example, int], Any], example: Example, n: int, i: int) -> Any:
+    return f(example, i % n)
+
+
 def step_seconds(example: Example, rounds: int) -> dict[str, list[float]]:
     n = len(example.batches)
-    return alternate({name: (lambda i, f=f: f(example, i % n)) for name, f in MODES.items()}, rounds)
+    jobs: dict[str, Callable[[int], Any]] = {
+        name: functools.partial(_step, f, example, n) for name, f in MODES.items()
+    }
+    return alternate(jobs, rounds)
 
 
 def peak_memory(example: Example, name: str) -> int:
@@ -141,9 +148,9 @@ def peak_memory(example: Example, name: str) -> int:
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-# glibc gives the top of the heap back, and faults it in again, or keeps it, by what happens to lie there: 0 to 50 thousand
-# page faults a step, for any mode. So both ends are measured: nothing given back, and a mapping of its own for every
-# tensor, where the peak is live memory and everyone pays for the pages.
+# glibc gives the top of the heap back and faults it in again, or keeps it, by what happens to lie there: 0 to 50
+# thousand page faults a step, for any mode. So both ends are measured: nothing given back, and a mapping of its own for
+# every tensor, where the peak is live memory and everyone pays for the pages.
 KEPT = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 ALLOCATORS = {"heap kept": KEPT, "a mapping per tensor": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
 
