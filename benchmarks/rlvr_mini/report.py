@@ -37,7 +37,7 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
             lines += [_row(known[name].label, _with(found, at), at)] if _with(found, at) else []
     for goal in sorted({scale.steps, last}):
         lines += ["", *_speed(known, by_arm, goal)]
-    lines += ["", _paired(by_arm, scale.steps), "", _overlap(by_arm)]
+    lines += ["", *_late(known, by_arm, scale.steps), "", _paired(by_arm, scale.steps), "", _overlap(by_arm)]
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "table.md", "\n".join(lines) + "\n")
     with open(out / "runs.csv", "w", newline="") as file:
@@ -118,6 +118,19 @@ def _steps(mine: Curve, goal: Curve, at: int) -> str:
         return "full data gained nothing"
     reached = _reached(mine, goal, at)
     return f"> {mine[-1][0]}" if reached is None else f"{reached[0]:.0f}"
+
+
+def _late(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) -> list[str]:
+    """The other way round: when full data gets to where each arm is at step ``at``."""
+    lines = [f"| full data's steps to the arm's targeted accuracy at step {at} | per seed |", "|---|---|"]
+    full = {r.seed: r.curve for r in by_arm["full"]}
+    for name, found in by_arm.items():
+        cells = []
+        for run in (r for r in found if r.seed in full and name != "full"):
+            reached = reach(full[run.seed], run.targeted_at(at))
+            cells.append(f"> {full[run.seed][-1][0]}" if reached is None else f"{reached[0]:.0f}")
+        lines += [f"| {known[name].label} | {', '.join(cells)} |"] if cells else []
+    return lines
 
 
 def _paired(by_arm: dict[str, list[Finished]], at: int) -> str:
