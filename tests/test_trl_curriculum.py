@@ -185,6 +185,10 @@ def test_resumed_run_is_the_run(at: int, tmp_path: Path) -> None:
     assert seen_again.ids == {step: ids for step, ids in seen.ids.items() if step >= at}
     logs = [tmp_path / name / "cropi/rollouts/train-rank00000.jsonl" for name in runs]
     assert logs[0].read_bytes() == logs[1].read_bytes()
+    notes = [lines(tmp_path / name / "cropi/stages.jsonl") for name in runs]
+    assert [[{**note, "seconds": 0} for note in run] for run in notes] == [
+        [{**n, "seconds": 0} for n in notes[0]]
+    ] * 2
     for stage in (1, 2):
         assert selected(tmp_path / "whole", stage) == selected(tmp_path / "again", stage)
     for (name, a), b in zip(first.model.named_parameters(), second.model.parameters()):

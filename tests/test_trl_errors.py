@@ -30,9 +30,7 @@ def test_installed_version_is_in_the_tested_range_and_keeps_the_contract() -> No
 def test_version_outside_the_tested_range(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(versions.OVERRIDE, raising=False)
     monkeypatch.setattr("importlib.metadata.version", lambda name: other)
-    message = (
-        rf"trl {other} is installed.*tested with .*{versions.NEWEST}.*pip install 'trl=={versions.NEWEST}'"
-    )
+    message = rf"trl {other} is installed.*tested with 1.8.0 to 1.16.0.*pip install '{versions.WANTED}'"
     for factory in (curriculum, record):
         with pytest.raises(CropiError, match=message):
             factory()
@@ -178,6 +176,24 @@ def test_validation_sets_must_be_covered(tmp_path: Path) -> None:
         CropiError, match="validation set 'x' has no direction: the rewards of each of its 8 prompts"
     ):
         staged(tmp_path / "b", {**files, "valid": equal}).train()
+
+
+def test_files_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    loading = {"model": "no/such-model"}
+    train = stored(tmp_path / "train.jsonl", seed=0, count=16)
+    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    equal = stored(tmp_path / "equal.jsonl", seed=0, count=8, rewards=[0.0] * 4)
+    for change, message in (
+        ({"valid_sets": ["z"]}, "no trajectory covers the validation set 'z'"),
+        ({"train": equal}, "stage 0: nothing to select: none of the 8 prompts"),
+        ({"behaviour": "file"}, "no 'logprobs' in this record"),
+        (
+            {"use_recorded": True},
+            "without log-probs, with recorded ones with.*set behaviour='current', or Recording",
+        ),
+    ):
+        with pytest.raises(CropiError, match=message):
+            staged(tmp_path, {"train": train, "valid": valid} | change, **loading)
 
 
 def test_trajectories_of_other_prompts(tmp_path: Path) -> None:

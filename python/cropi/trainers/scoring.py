@@ -1,8 +1,7 @@
 """One selection: sketch the stored trajectories under the current policy, compare, choose.
 
 The ranks share the prompts: every rank holds the whole model and sketches every ``world``-th prompt into a store of its
-own; rank 0 reads all stores, scores and chooses, and every rank gets the ids. A store is continued if a run was killed
-while it was written.
+own; rank 0 reads all stores, scores and chooses, and every rank gets the ids.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from cropi.errors import CropiError
 from cropi.files import replacing
 from cropi.influence import DEFAULT_SET, influence, write_scores
 from cropi.job import SketchJob
+from cropi.records import PromptGroup
 from cropi.scan import resolve_behaviour, scan
 from cropi.selection import select, write_selection
 from cropi.sketching import sketch
@@ -92,22 +92,13 @@ def choose_prompts(
     def prepare() -> tuple[Share, Share, dict[str, Any]]:
         check_valid(valid, options.valid_sets, stage)
         mine, pool = _share(train, folder / f"train-{ranks.rank:05d}.jsonl", ranks, known)
-        if not pool["prompts"]:
-            raise CropiError(
-                f"stage {stage}: none of the trajectories in {_names(train)} belongs to a prompt of the dataset; their "
-                "ids must be those of its id column"
-            )
-        if not pool["usable"]:
-            why = ", ".join(f"{count} {reason}" for reason, count in sorted(pool["reasons"].items()))
-            raise NothingToSelect(
-                f"stage {stage}: nothing to select: none of the {pool['prompts']} prompts has a gradient ({why}); "
-                "sample more responses a prompt, take prompts that are solved sometimes but not always, check the "
-                "reward function, or set on_nothing='keep'"
-            )
+        check_pool(pool, train, stage)
         theirs, _ = _share(valid, folder / f"valid-{ranks.rank:05d}.jsonl", ranks, lambda name: True)
         sources = [resolve_behaviour(options.behaviour, scan(f), estimator.ratio) for f in (train, valid)]
         return Share(mine[0], mine[1], sources[0]), Share(theirs[0], theirs[1], sources[1]), pool
 
+    # A run that was killed right here may have left stores of another policy, or of another number of ranks.
+    ranks.agree(lambda: _clean(folder) if ranks.first else None)
     train_share, valid_share, pool = ranks.agree(prepare)
 
     def compute() -> None:
@@ -141,6 +132,57 @@ def choose_prompts(
     return result
 
 
+def check_files(options: Curriculum, known: Callable[[str], bool]) -> None:
+    """Check the trajectory files of a curriculum before a model is loaded, as every selection will.
+
+    Raises:
+        CropiError: what :func:`choose_prompts` would raise for these files in stage 0, or log-probs that the files lack
+            and rollouts of this run, which are to replace some of theirs, have.
+    """
+    train, valid, estimator = options.files("train"), options.files("valid"), options.estimator_used()
+    for files in (train, valid):
+        if files is not None:
+            resolve_behaviour(options.behaviour, scan(files), estimator.ratio)
+    if valid is not None:
+        check_valid(valid, options.valid_sets, 0)
+    if train is None:
+        return
+    try:
+        check_pool(_count(train, known), train, 0)
+    except NothingToSelect:
+        if options.on_nothing == "error":
+            raise
+    recorded = options.recording is not None and options.recording.logprobs
+    stored = scan(train).with_logprobs > 0
+    if options.use_recorded and options.behaviour == "auto" and estimator.ratio and recorded != stored:
+        raise CropiError(
+            f"use_recorded mixes the rollouts in {_names(train)}, {'with' if stored else 'without'} log-probs, with "
+            f"recorded ones {'with' if recorded else 'without'}: ratios of two kinds would be ranked against "
+            f"each other; set behaviour='current'{'' if stored else ', or Recording(logprobs=False)'}"
+        )
+
+
+def check_pool(pool: Mapping[str, Any], files: Sequence[Path], stage: int) -> None:
+    """Check that there is something to select.
+
+    Raises:
+        NothingToSelect: all rewards are equal, prompt by prompt.
+        CropiError: no trajectory belongs to a prompt of the dataset.
+    """
+    if not pool["prompts"]:
+        raise CropiError(
+            f"stage {stage}: none of the trajectories in {_names(files)} belongs to a prompt of the dataset; their "
+            "ids must be those of its id column"
+        )
+    if not pool["usable"]:
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(pool["reasons"].items()))
+        raise NothingToSelect(
+            f"stage {stage}: nothing to select: none of the {pool['prompts']} prompts has a gradient ({why}); "
+            "sample more responses a prompt, take prompts that are solved sometimes but not always, check the "
+            "reward function, or set on_nothing='keep'"
+        )
+
+
 def check_valid(files: Sequence[Path], wanted: Sequence[str] | None, stage: int) -> None:
     """Check that every validation set has a trajectory with a gradient.
 
@@ -172,25 +214,46 @@ def _names(files: Sequence[Path]) -> str:
     return ", ".join(map(str, files))
 
 
+def _clean(folder: Path) -> None:
+    for left in (*folder.glob("sketches-*-*"), *folder.glob("train-*.jsonl"), *folder.glob("valid-*.jsonl")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def _share(
     files: Sequence[Path], out: Path, ranks: Ranks, known: Callable[[str], bool]
 ) -> tuple[tuple[Path, int], dict[str, Any]]:
     """Write this rank's share of the known prompts to ``out``; its path and size, and counts over all shares."""
-    taken = prompts = usable = unknown = 0
-    reasons: Counter[str] = Counter()
+    taken: list[int] = []
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for group in read_trajectories(files):
-            if not known(group.id):
-                unknown += 1
-                continue
-            reason = no_gradient_reason(group.rewards)
-            usable += reason is None
-            reasons.update([reason] if reason else [])
-            if prompts % ranks.world == ranks.rank:
+
+        def take(number: int, group: PromptGroup) -> None:
+            if number % ranks.world == ranks.rank:
                 file.write(group.raw + "\n")
-                taken += 1
-            prompts += 1
-    return (out, taken), {"prompts": prompts, "usable": usable, "unknown": unknown, "reasons": reasons}
+                taken.append(number)
+
+        counts = _count(files, known, take)
+    return (out, len(taken)), counts
+
+
+def _count(
+    files: Sequence[Path],
+    known: Callable[[str], bool],
+    take: Callable[[int, PromptGroup], None] | None = None,
+) -> dict[str, Any]:
+    """Count known prompts and those with a gradient, and hand every known one to ``take`` with its number."""
+    prompts = usable = unknown = 0
+    reasons: Counter[str] = Counter()
+    for group in read_trajectories(files):
+        if not known(group.id):
+            unknown += 1
+            continue
+        reason = no_gradient_reason(group.rewards)
+        usable += reason is None
+        reasons.update([reason] if reason else [])
+        if take is not None:
+            take(prompts, group)
+        prompts += 1
+    return {"prompts": prompts, "usable": usable, "unknown": unknown, "reasons": reasons}
 
 
 def _select(options: Curriculum, folder: Path, seed: int) -> list[str]:

@@ -20,7 +20,7 @@ from cropi.manifest import first_difference
 from cropi.trainers.options import Curriculum
 from cropi.trainers.prompt_ids import PromptIds
 from cropi.trainers.rollout_log import log_files, merge_rollouts, replace_rollouts, rewind
-from cropi.trainers.scoring import Chosen, NothingToSelect, choose_prompts, own_randomness
+from cropi.trainers.scoring import Chosen, NothingToSelect, check_files, choose_prompts, own_randomness
 from cropi.trainers.trl.capture import RecordingMixin, check_datasets
 from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
 
@@ -59,6 +59,7 @@ class CurriculumMixin(RecordingMixin):
         found = check_datasets(type(self), args, kwargs, column, sets)
         if found is None:
             raise CropiError("train_dataset is missing: the curriculum selects its prompts")
+        check_files(curriculum, found.__contains__)
         self._cropi_ids: PromptIds = found
         self._cropi_curriculum = curriculum
         self._cropi_plan = StagePlan(0, list(range(len(found))))
@@ -262,7 +263,15 @@ class CurriculumMixin(RecordingMixin):
             )
         self._cropi_stage_known, self._cropi_chosen = int(state["stage"]), ids
         self._cropi_log.close()
-        self._cropi_ranks.agree(
-            lambda: rewind(self._cropi_log.folder, state["logs"]) if self._cropi_ranks.first else None
-        )
+        self._cropi_ranks.agree(lambda: self._cropi_rewind(state) if self._cropi_ranks.first else None)
         self._cropi_resumed = True
+
+    def _cropi_rewind(self, state: dict[str, Any]) -> None:
+        """What the checkpoint does not know of did not happen: neither rollouts nor stages."""
+        rewind(self._cropi_log.folder, state["logs"])
+        notes = self._cropi_folder / "stages.jsonl"
+        if notes.exists():
+            lines = notes.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_atomic(
+                notes, "".join(line for line in lines if json.loads(line)["stage"] <= state["stage"])
+            )
