@@ -76,7 +76,7 @@ def test_correctness_as_the_sanitizer_runs_it(
 ) -> None:
     module = suite("correctness")
     monkeypatch.setattr(sys, "argv", ["correctness.py", "--small", "memcheck"])
-    monkeypatch.setattr(module, "DTYPES", {"half": torch.float16})
+    monkeypatch.setattr(module, "DTYPES", {"fp32": torch.float32})
     narrow = dict.fromkeys(("folded", "several groups", "odd"), module.CASES["narrow"])
     monkeypatch.setattr(module, "CASES", narrow)
     finish(module)
