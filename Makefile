@@ -36,11 +36,12 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test build model wheel lint format bench clean distclean
+.PHONY: help demo test test-verl build model wheel lint format bench clean distclean
 
 help:
 	@echo "make demo    build, then pick the best prompts of the example data with SmolLM2-135M-Instruct"
 	@echo "make test    build, then run the tests"
+	@echo "make test-verl  the verl adapters against verl 0.7.1 and 0.9.1, each in an environment of its own"
 	@echo "make build   environment and package only (an editable install)"
 	@echo "make wheel   a wheel in dist/, tried out in a clean environment"
 	@echo "make lint    ruff, clang-format, mypy          make format   let ruff and clang-format rewrite"
@@ -91,6 +92,11 @@ demo: build model
 
 test: build model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# verl's pins do not go with the environment above, so it is tried in environments of its own over it.
+VERLS ?= 0.7.1 0.9.1
+test-verl: build
+	for version in $(VERLS); do OMP_NUM_THREADS=1 scripts/test_verl.sh $$version $(VENV) $(ARGS); done
 
 lint: $(STAMPS)/deps
 	$(BIN)/ruff check .

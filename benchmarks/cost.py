@@ -18,9 +18,7 @@ os.environ.setdefault(
 )  # before torch: spinning workers would take our threads' cores
 
 import argparse
-import functools
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -114,7 +112,7 @@ def timed(f: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def alternate(jobs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
+def alternate(jobs: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds per round for each job; the order rotates, so that a slow spell of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for f in jobs.values():
@@ -122,13 +120,41 @@ def alternate(jobs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, l
     for i in range(rounds):
         names = list(jobs)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds[name].append(timed(functools.partial(jobs[name], i)))
+            seconds[name].append(jobs[name](i))
     return seconds
 
 
-def step_seconds(example: Example, rounds: int) -> dict[str, list[float]]:
-    n = len(example.batches)
-    return alternate({name: (lambda i, f=f: f(example, i % n)) for name, f in MODES.items()}, rounds)
+def serve(example: Example, name: str) -> None:
+    """Runs step i whenever a line with i comes in, and prints its seconds."""
+    for line in sys.stdin:
+        print(timed(lambda i=int(line): MODES[name](example, i % len(example.batches))), flush=True)  # type: ignore[misc]
+
+
+class Server:
+    """A process that runs one mode's steps: what another mode leaves in the heap would change its page faults."""
+
+    def __init__(self, args: argparse.Namespace, name: str, env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            part(args, f"serve: {name}"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **env},
+        )
+
+    def __call__(self, i: int) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{i}\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"a step's process ended with status {self.process.wait()}; its error is above"
+            )
+        return float(line)
+
+    def close(self) -> None:
+        self.process.communicate()
 
 
 def peak_memory(example: Example, name: str) -> int:
@@ -146,21 +172,10 @@ def peak_memory(example: Example, name: str) -> int:
 ALLOCATORS = {"glibc as it is": {}, "a mapping per tensor": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
 
 
-def in_process(args: argparse.Namespace, part: str, env: dict[str, str]) -> Any:
-    """What ``--part`` prints, from a process of its own with an allocator of its own."""
-    command = [sys.executable, "-m", "benchmarks.cost", "--part", part, "--rounds", str(args.rounds)]
-    command += [
-        "--groups",
-        str(args.groups),
-        "--tokens",
-        str(args.tokens),
-        "--model",
-        args.model,
-        "--data",
-        args.data,
-    ]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **env})
-    return json.loads(result.stdout.splitlines()[-1])
+def part(args: argparse.Namespace, what: str) -> list[str]:
+    """The command line that does a part of this script in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.cost", "--part", what, "--groups", str(args.groups)]
+    return [*command, "--tokens", str(args.tokens), "--model", args.model, "--data", args.data]
 
 
 def steps(args: argparse.Namespace) -> list[str]:
@@ -169,7 +184,10 @@ def steps(args: argparse.Namespace) -> list[str]:
         "|---|---|---|---|",
     ]
     for allocator, env in ALLOCATORS.items():
-        seconds = in_process(args, "steps", env)
+        servers = {name: Server(args, name, env) for name in MODES}
+        seconds = alternate(servers, args.rounds)
+        for server in servers.values():
+            server.close()
         base = next(iter(seconds.values()))
         for name, values in seconds.items():
             ratios = [a / b for a, b in zip(values, base, strict=True)]
@@ -181,7 +199,13 @@ def steps(args: argparse.Namespace) -> list[str]:
 def memory(args: argparse.Namespace) -> list[str]:
     lines = ["| peak resident memory of a step, own process | allocator | MiB | ratio |", "|---|---|---|---|"]
     for allocator, env in ALLOCATORS.items():
-        peaks = {name: in_process(args, f"memory: {name}", env) for name in MODES}
+        peaks = {}
+        for name in MODES:
+            command = part(args, f"memory: {name}")
+            result = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **env}
+            )
+            peaks[name] = int(result.stdout.splitlines()[-1])
         base = next(iter(peaks.values()))
         lines += [
             f"| {name} | {allocator} | {kib / 1024:.0f} | {kib / base:.3f} |" for name, kib in peaks.items()
@@ -206,7 +230,8 @@ def gemm_rate(rounds: int, tokens: int) -> list[str]:
         def slab(_: int, d=d, a=a, plan=plan, out=out) -> None:  # type: ignore[no-untyped-def]
             sketch_linear(d, a, cuts, plan, out)
 
-        seconds = alternate({"mm": plain, "slab": slab}, rounds * 4)
+        jobs = {"mm": lambda i, f=plain: timed(lambda: f(i)), "slab": lambda i, f=slab: timed(lambda: f(i))}  # type: ignore[misc]
+        seconds = alternate(jobs, rounds * 4)
         flops = 2.0 * tokens * rows * cols / 1e9
         ratio = statistics.median(a / b for a, b in zip(seconds["mm"], seconds["slab"], strict=True))
         mm, ours = (flops / statistics.median(seconds[k]) for k in ("mm", "slab"))
@@ -230,8 +255,8 @@ def per_prompt(example: Example, rounds: int) -> list[str]:
         return torch.zeros(32768).index_add_(0, bucket, flat(i) * sign)
 
     jobs = {
-        "sketch while the backward runs (ours)": lambda i: sketched(example, i % n),
-        "flat gradient + CountSketch by index_add_": lambda i: count_sketch(i % n),
+        "sketch while the backward runs (ours)": lambda i: timed(lambda: sketched(example, i % n)),
+        "flat gradient + CountSketch by index_add_": lambda i: timed(lambda: count_sketch(i % n)),
     }
     seconds = {name: statistics.median(v) for name, v in alternate(jobs, rounds).items()}
     flat_seconds = statistics.median(timed(lambda i=i: flat(i % n)) for i in range(rounds))  # type: ignore[misc]
@@ -268,11 +293,12 @@ def main() -> None:
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     example = load_example(args.model, args.data, args.groups, args.tokens)
-    if args.part == "steps":
-        print(json.dumps(step_seconds(example, args.rounds)))
-        return
     if args.part:
-        print(json.dumps(peak_memory(example, args.part.removeprefix("memory: "))))
+        kind, _, name = args.part.partition(": ")
+        if kind == "serve":
+            serve(example, name)
+        else:
+            print(peak_memory(example, name))
         return
     single = rebatch(example, 8, 1)
     about = f"{example.describe()}; {describe()}"

@@ -45,16 +45,14 @@ def _device_reason(index: int) -> str | None:
     return None
 
 
-def unsupported(*tensors: torch.Tensor) -> str | None:
-    """Why the Triton kernels cannot serve these tensors, or None."""
-    if (error := import_error()) is not None:
-        return error
+def gpu_reason(*tensors: torch.Tensor) -> str | None:
+    """Why no GPU kernel can serve these tensors, whoever compiled it, or None."""
     for tensor in tensors:
         if tensor.device != tensors[0].device:
             return f"the tensors are on {tensors[0].device} and on {tensor.device}: move them to one device"
         if tensor.dtype not in DTYPES:
             return f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"
-        if tensor.data_ptr() % tensor.element_size():
+        if tensor.device.type != "meta" and tensor.data_ptr() % tensor.element_size():
             n = tensor.element_size()
             return f"a tensor starts at an address that is no multiple of its {n}-byte elements: give a clone"
     device = tensors[0].device if tensors else torch.device("cuda")
@@ -65,6 +63,11 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
     if torch.version.cuda is None:
         return "this build of torch has no CUDA (ROCm devices are not supported)"
     return _device_reason(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def unsupported(*tensors: torch.Tensor) -> str | None:
+    """Why the Triton kernels cannot serve these tensors, or None."""
+    return import_error() or gpu_reason(*tensors)
 
 
 def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

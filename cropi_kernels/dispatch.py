@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
-from . import _native, _triton
+from . import _cuda, _native, _triton
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _said: set[str] = set()
@@ -23,10 +23,13 @@ _said: set[str] = set()
 def reasons_against(
     *tensors: torch.Tensor, without: Mapping[str, str | None] | None = None
 ) -> dict[str, str | None]:
-    """Why each backend cannot serve these tensors, None where it can; ``without`` adds an op's own reasons."""
+    """Why each backend cannot serve these tensors, None where it can; ``without`` adds an op's own reasons.
+
+    An op that has a CUDA C++ kernel says so by naming ``cuda`` there, with None where nothing speaks against it.
+    """
     own = without or {}
     return {
-        "cuda": own.get("cuda") or "no CUDA C++ kernel of this op is built",
+        "cuda": own["cuda"] if "cuda" in own else "no CUDA C++ kernel of this op exists",
         "triton": own.get("triton") or _triton.unsupported(*tensors),
         "cpu": own.get("cpu") or _native.unsupported(*tensors),
         "reference": None,
@@ -66,7 +69,7 @@ def choose(
     if all(t.dtype != torch.float64 for t in tensors) and reason not in _said:
         _said.add(str(reason))
         warnings.warn(
-            f"{op} runs on the plain torch reference, which forms whole gradients: {reason}",
+            f"{op} runs on the plain torch reference, slowly and with much memory: {reason}",
             stacklevel=5,  # the caller of the public function
         )
     return "reference"
@@ -74,7 +77,7 @@ def choose(
 
 def explain(*tensors: torch.Tensor) -> str:
     """A line per backend: whether it would serve these tensors, or why not."""
-    against = reasons_against(*tensors)
+    against = reasons_against(*tensors, without={"cuda": _cuda.unsupported(*tensors)})
     if against["cpu"] is None:
         level = {1: "baseline", 3: "AVX2", 4: "AVX-512"}
         serves = f"serves the call ({level[_native.native().current_level()]} kernels)"
@@ -83,7 +86,7 @@ def explain(*tensors: torch.Tensor) -> str:
     better = any(against[name] is None for name in ("cuda", "triton", "cpu"))
     note = "not chosen: slower, and it forms whole gradients" if better else "serves the call"
     lines = {
-        "cuda": against["cuda"] or "serves the call",
+        "cuda": against["cuda"] or "serves project; the other ops have no CUDA C++ kernel",
         "triton": against["triton"] or "serves the call",
         "cpu": serves,
         "reference": note,

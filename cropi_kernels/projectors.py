@@ -92,7 +92,7 @@ class BasicProjector(nn.Module):
     Args:
         grad_dim: coordinates of a gradient; input of another width is refused.
         proj_dim: numbers per projected gradient, any integer.
-        seed, proj_type, device, block_size, dtype, model_id: as in TRAK. ``device`` must be a CPU.
+        seed, proj_type, device, block_size, dtype, model_id: as in TRAK. The work is done where the gradients are.
         nnz: nonzeros per coordinate of ``proj_type="sjlt"``.
         normalize: TRAK's projections are not scaled: ``|y|^2`` is about ``proj_dim |x|^2``, and so is it here. True
             divides by ``sqrt(proj_dim)``, so that inner products are those of the gradients.
@@ -117,9 +117,10 @@ class BasicProjector(nn.Module):
         name = proj_type.value if isinstance(proj_type, Enum) else proj_type
         if name not in _KINDS:
             raise ValueError(f"proj_type={proj_type!r}: choose one of {', '.join(_KINDS)}")
-        if torch.device(device).type != "cpu":
+        kind = torch.device(device).type
+        if kind not in ("cpu", "cuda") or kind == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(
-                f"device={device}: no kernel of project serves that device yet; use device='cpu'"
+                f"device={device}: there is no such device here, or no kernel; use device='cpu'"
             )
         self.grad_dim, self.proj_dim, self.seed = grad_dim, proj_dim, seed
         self.proj_type, self.device, self.dtype, self.model_id = proj_type, device, dtype, model_id
@@ -142,7 +143,7 @@ class BasicProjector(nn.Module):
         if width != self.grad_dim:
             raise ValueError(f"grads have {width} coordinates but grad_dim={self.grad_dim}")
         spec, offset = self.spec(model_id), 0
-        out = torch.zeros(pieces[0].shape[0], self.proj_dim)
+        out = torch.zeros(pieces[0].shape[0], self.proj_dim, device=pieces[0].device)
         for piece in pieces:
             project(piece, spec, offset, out=out)
             offset += piece.shape[1]
@@ -159,7 +160,7 @@ class BasicProjector(nn.Module):
 class CudaProjector(BasicProjector):
     """Drop-in for ``trak.projectors.CudaProjector``: its signature, any batch size, the projection of `BasicProjector`.
 
-    Runs on the CPU; a CUDA device is an error that says so, never another projection.
+    On a CPU it is the same projection, which TRAK's two classes are not.
     """
 
     def __init__(

@@ -20,7 +20,8 @@ from made_data import make_model, make_records, make_tokenizer, write_lines
 from cropi.cli import main
 
 HERE = Path(__file__).parent
-TRAINER = f"{sys.executable} {HERE / 'stage_trainer.py'} {{model}} {{records}} {{steps}} {{out}}"
+EXAMPLE = HERE.parent / "examples" / "train_stage.py"
+TRAINER = f"{sys.executable} {EXAMPLE} {{model}} {{records}} --steps {{steps}} --out {{out}} --lr 0.01"
 
 # Training that costs nothing: every weight is moved by an amount that depends on the selection, and the call is
 # noted, so that a test can tell how often each stage was trained.
@@ -107,7 +108,7 @@ def test_two_stages_with_a_real_trainer(
     text = (out / "report.md").read_text()
     assert text.count("\n| 0 |") == text.count("\n| 1 |") == 1 and "score on x" in text
     log = (out / "stage-01" / "train.log").read_text()
-    assert [line for line in log.splitlines() if line.startswith("step 3: ")]
+    assert [line for line in log.splitlines() if line.startswith("step 4/4: ")]
     from transformers import AutoModelForCausalLM
 
     weights = [AutoModelForCausalLM.from_pretrained(path).lm_head.weight for path in
@@ -116,6 +117,38 @@ def test_two_stages_with_a_real_trainer(
     shown = capsys.readouterr().out
     assert "stage 1       select: 8 of 40 prompts" in shown and "report.md" in shown
     assert shown.splitlines()[-1] in (out / "log.txt").read_text()
+
+
+def test_training_in_this_process_with_trl(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "rewards.py").write_text(
+        "def even(completions, answer, **columns):\n"
+        "    return [float(len(text) % 2 == 0) + 0.1 * len(a) for text, a in zip(completions, answer)]\n"
+    )
+    out = tmp_path / "run"
+    args = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "learning_rate": 0.01,
+            "save_steps": 1, "logging_steps": 1}  # fmt: skip
+    options = {"reward": f"{tmp_path}/rewards.py:even", "args": args}
+    path = config(made, out, trainer="trl", trl=options, stages=1, steps=2)
+    assert curriculum(path) == 0
+    new = out / "stage-00" / "trained" / "policy"
+    assert report(out)[0]["model"].endswith("trained/policy")
+    old, trained = (AutoModelForCausalLM.from_pretrained(p).lm_head.weight for p in (made / "model", new))
+    assert not torch.equal(old, trained)
+    assert (out / "stage-00" / "trained" / "checkpoints" / "checkpoint-2").is_dir()
+    capsys.readouterr()
+    for changes, words in (
+        ({"rewards": "x"}, "'rewards' is not known; did you mean 'reward'?"),
+        ({}, "'reward' is missing"),
+        ({"reward": "nowhere.py:f"}, "'nowhere.py:f' cannot be loaded"),
+        ({**options, "args": {"learning_rat": 1}}, "did you mean 'learning_rate'?"),
+        ({**options, "args": {"max_steps": 1}}, "'max_steps' is set by the stage"),
+    ):
+        assert curriculum(config(made, tmp_path / "bad", trainer="trl", trl=changes)) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "bad").exists()
 
 
 # --------------------------------------------------------------------------------------------------- crashes
@@ -154,12 +187,12 @@ def expected(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("first", [2, 5])
 def test_kills_between_and_inside_all_steps_change_nothing(
-    made: Path, tmp_path: Path, expected: Path, one_thread: None, first: int
+    made: Path, tmp_path: Path, expected: Path, one_thread: None
 ) -> None:
     """Each life is killed one write later than the last one was, so that the kills fall on all kinds of steps."""
     out = tmp_path / "run"
+    first = 3
     path, place = config(made, out), first
     while not killed_at(path, place):
         place += 1
@@ -405,3 +438,27 @@ def test_a_folder_of_something_else(made: Path, tmp_path: Path, capsys: pytest.C
     (out / "thesis.tex").touch()
     assert curriculum(config(made, out)) == 2
     assert "is not empty and holds no state.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["curriculum.yaml", "verl/curriculum.yaml"])
+def test_example_configs_are_plans(name: str) -> None:
+    from cropi.cli import _parser
+    from cropi.cli.config import apply_config
+    from cropi.cli.curriculum import make_plan
+
+    args = _parser().parse_args(["curriculum", str(HERE.parent / "examples" / name)])
+    args.words, args.trl, args.stage = [args.config], {}, "0"
+    apply_config(args, tables=("trl",))
+    plan = make_plan(args)
+    assert plan.stages > 1 and plan.train and plan.valid
+    script = HERE.parent / plan.trainer.split()[1]
+    assert script.is_file()
+
+
+def test_switches_in_a_config_file_are_named_either_way(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (changes, shown) in enumerate((({"no_progress": None}, True), ({}, False))):
+        out = tmp_path / str(number)
+        assert curriculum(config(made, out, trainer="false {selected}", **changes)) == 2
+        assert ("prompt/s" in capsys.readouterr().err) is shown

@@ -301,7 +301,7 @@ def test_other_errors() -> None:
     with pytest.raises(RuntimeError, match="no kernel of project serves this call: dtype torch.float64"):
         project(x.double(), spec)
     with pytest.raises(RuntimeError, match="on meta, not on the CPU"):
-        choose(x.to("meta"), "")
+        choose(x.to("meta"), spec, "")
     with pytest.raises(ValueError, match="out is torch.float32"):
         project(x, spec, out=torch.zeros(2, 8))
     with pytest.raises(ValueError, match="add all chunks up in float32"):

@@ -27,7 +27,7 @@ from benchmarks.rlvr_mini.model import make_model  # noqa: E402
 from benchmarks.rlvr_mini.pretrain import pretrain  # noqa: E402
 from benchmarks.rlvr_mini.rollouts import to_tokens  # noqa: E402
 from benchmarks.rlvr_mini.scoring import exact_scores, sketched_scores  # noqa: E402
-from benchmarks.rlvr_mini.summary import Finished, reach  # noqa: E402
+from benchmarks.rlvr_mini.summary import Finished, mean_curve, reach  # noqa: E402
 from benchmarks.rlvr_mini.tasks import (  # noqa: E402
     DIFFICULTIES,
     END,
@@ -257,7 +257,7 @@ def test_command_runs_two_arms_and_reports(work: Path, tmp_path: Path) -> None:
     options = ["--scale", "nano", "--work", str(tmp_path), "--arms", "full", "cropi"]
     command.main(options)
     table = (tmp_path / "nano" / "report" / "table.md").read_text()
-    assert "| full data | 1 |" in table and "| CROPI, sketch | 1 |" in table
+    assert "| full data, step 12 | 1 |" in table and "| CROPI, sketch, step 4 | 1 |" in table
     assert (tmp_path / "nano" / "report" / "targeted.png").stat().st_size > 0
     result = tmp_path / "nano" / "seed0" / "cropi" / "result.json"
     first = result.stat().st_mtime_ns
@@ -278,6 +278,9 @@ def test_other_numbers_in_one_folder_are_refused(tmp_path: Path, monkeypatch: py
 
 def test_steps_to_reach_are_interpolated() -> None:
     curve = [(0, 0.2, 0.0), (10, 0.4, 5.0), (20, 0.6, 10.0)]
-    run = Finished("x", 0, curve, 0.2, 0.6, 0.0, 0.0, 1.0, 9.0, 0.0, [], 0.5)
-    assert reach(run, 0.5) == pytest.approx((15.0, 7.5))
-    assert reach(run, 0.7) is None and run.share == pytest.approx(0.1)
+    assert reach(curve, 0.5) == pytest.approx((15.0, 7.5))
+    assert reach(curve, 0.7) is None
+    other = [(0, 0.2, 0.0), (20, 0.4, 30.0)]
+    runs = [Finished("x", i, c, [], 0.2, 1.0, 9.0, 0.0, [], 0.5) for i, c in enumerate((curve, other))]
+    assert mean_curve(runs) == pytest.approx([(0, 0.2, 0.0), (20, 0.5, 20.0)])
+    assert runs[0].share == pytest.approx(0.1)

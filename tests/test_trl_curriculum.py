@@ -12,7 +12,7 @@ import pytest
 import torch
 from made_data import make_model, make_tokenizer
 
-pytest.importorskip("trl", reason="TRL needs Python 3.11 or newer")
+pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 from trl_runs import SPEC, Seen, lines, selected, staged, stored  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 import torch
 from made_data import make_model, make_tokenizer
 
-pytest.importorskip("trl", reason="TRL needs Python 3.11 or newer")
+pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 from trl_runs import SPEC, Seen, dataset, digits, lines, recorded  # noqa: E402
@@ -21,10 +21,12 @@ from cropi.scan import scan  # noqa: E402
 from cropi.sketching import sketch  # noqa: E402
 from cropi.store import SketchStore  # noqa: E402
 from cropi.trainers.rollout_log import merge_rollouts  # noqa: E402
-from cropi.trainers.trl import Recording  # noqa: E402
+from cropi.trainers.trl import Recording, collect  # noqa: E402
 from cropi.trajectories import read_trajectories  # noqa: E402
 
 LOG = "cropi/rollouts/train-rank00000.jsonl"
+# float32 logits of size 10 divided by the temperature, a sum over 97 words, and six recorded decimals.
+TOLERANCE = 97 * 2.0**-24 * 10 / 0.7 + 1e-6
 
 
 def exact_logprobs(model: Any, record: dict[str, Any], k: int) -> torch.Tensor:
@@ -80,8 +82,7 @@ def test_logprobs_are_those_of_the_sampling_policy(shape: dict[str, Any], tmp_pa
             worst = max(worst, float((got - exact_logprobs(policies[step], record, k)).abs().max()))
             if step:
                 away = max(away, float((got - exact_logprobs(policies[0], record, k)).abs().max()))
-    # float32 logits of size 10 divided by 0.7, a sum over 97 words, and six recorded decimals.
-    assert worst < 97 * 2.0**-24 * 10 / 0.7 + 1e-6
+    assert worst < TOLERANCE
     assert away > 100 * worst  # the policy did move, so another step's log-probs would have shown
 
 
@@ -194,3 +195,23 @@ def test_a_loss_of_its_own_is_an_error_not_a_loss_of_logprobs(tmp_path: Path) ->
     )  # fmt: skip
     with pytest.raises(CropiError, match="logprobs=False"):
         trainer.train()
+
+
+def test_collect_writes_a_trajectory_file_of_a_dataset(tmp_path: Path) -> None:
+    trainer = recorded(tmp_path, Recording(text=False), num_generations_eval=3, per_device_eval_batch_size=6)
+    for name, out in ((None, tmp_path / "train.jsonl"), ("sums", tmp_path / "valid.jsonl")):
+        assert collect(trainer, dataset(5, seed=4), out, set=name) == 5
+        groups = list(read_trajectories(out))
+        assert [group.id for group in groups] == [f"p4-{i:03d}" for i in range(5)]
+        assert all(group.size == 3 and group.set == name and group.logprobs for group in groups)
+    assert not list((tmp_path).glob(".*")) and not (tmp_path / "cropi").exists()
+    worst = max(
+        float((torch.tensor(line).double() - exact_logprobs(make_model(), record, k)).abs().max())
+        for record in lines(tmp_path / "train.jsonl")
+        for k, line in enumerate(record["logprobs"])
+    )
+    assert worst < TOLERANCE
+    with pytest.raises(CropiError, match="dataset has no column 'id'"):
+        collect(trainer, dataset(5, id=None), tmp_path / "no.jsonl")
+    with pytest.raises(CropiError, match="must be one of recording"):
+        collect(object(), dataset(5), tmp_path / "no.jsonl")

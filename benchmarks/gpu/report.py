@@ -74,6 +74,13 @@ def verdicts() -> list[str]:
     ours = ratio(sketched.get("ms"), 16)
     of = lambda width: [r for r in sketch.values() if r.get("width") == width]  # noqa: E731
     with_head = [r for r in logprob.values() if r.get("sketch")]
+    flat = {r["name"]: r for r in rows_of("project")}
+    halves = [r for n, r in flat.items() if n.startswith("countsketch") and " bf16 " in n and "keep" not in n]
+    beside = flat.get(
+        "countsketch 4096 beside peers cuda", flat.get("countsketch 4096 beside peers triton", {})
+    ).get("ms")
+    slower = lambda name: ratio(flat.get(name, {}).get("ms"), beside)  # noqa: E731
+    compiled = [r for r in halves if r.get("backend") == "cuda"]
     lines = [
         ("slab without a fold, of torch.mm's rate (worst)", best(of(None), "of_mm_rate", min), ">= 0.70"),
         ("folded to 128, times one read (worst)", best(of(128), "times_read", max), "<= 1.5"),
@@ -93,6 +100,10 @@ def verdicts() -> list[str]:
         ("log-prob and gradient with sketch (worst)", best(with_head, "both_of_mm", min), ">= 0.85"),
         ("log-prob peak extra memory, GB (worst)", best(logprob.values(), "both_extra_gb", max), "< 1.5"),
         ("against a per-prompt loop, times faster", ratio(sum(x or 0 for x in loop), ours), ">= 10"),
+        ("project bfloat16, CUDA C++, of copy bandwidth (worst)", best(compiled, "of_copy", min), ">= 0.80"),
+        ("project against fast_jl, times faster", slower("peer fast_jl rademacher"), ">= 20"),
+        ("project against sjlt, times faster", slower("peer sjlt c=1"), ">= 2"),
+        ("project against index_add_, times faster", slower("peer torch index_add_"), "> 1"),
     ]
     rows = [
         {"what": a, "measured": "not measured" if b is None else float(b), "reach": c} for a, b, c in lines

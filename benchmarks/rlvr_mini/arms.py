@@ -30,6 +30,7 @@ class Arm:
         ratio: weigh tokens by pi / beta; False takes the stored tokens as if the policy had just sampled them.
         width: of the sketch, in place of the scale's.
         stage: steps per stage, in place of the scale's.
+        longer: steps are so many times the scale's: full data is run on, so that there is something to reach.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Arm:
     ratio: bool = True
     width: int | None = None
     stage: int | None = None
+    longer: int = 1
 
     @property
     def influence(self) -> bool:
@@ -51,7 +53,7 @@ class Arm:
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("full", "full data", "full"),
+        Arm("full", "full data", "full", longer=3),
         Arm("random", "random 10 %", "random"),
         Arm("learnability", "learnability 10 %", "learnability"),
         Arm("pass_rate", "pass rate 10 %", "pass_rate"),
@@ -69,6 +71,7 @@ LEVERS = {
         Arm("cropi_width16", "CROPI, width 16", "rrf", curriculum=True, width=16),
         Arm("cropi_normalised", "CROPI, normalised mean", "rrf", curriculum=True, mean="normalised"),
         Arm("cropi_noratio", "CROPI, ratio 1", "rrf", curriculum=True, ratio=False),
+        Arm("cropi_stage20", "CROPI, stages of 20", "rrf", curriculum=True, stage=20),
         Arm("cropi_max", "CROPI, max over sets", "max", curriculum=True),
     )
 }

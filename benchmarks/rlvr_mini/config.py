@@ -77,14 +77,14 @@ SCALES = {
         Scale(
             "smoke", hidden=128, layers=2, inner=256, base_steps=150, base_decay=150, base_batch=64,
             pool_cell=6, valid_cell=4, test_cell=4, train_rollouts=4, valid_rollouts=8,
-            steps=8, stage=4, prompts=4, evaluate_every=4, checkpoint_every=4, seeds=2,
+            steps=8, stage=4, prompts=4, evaluate_every=2, checkpoint_every=4, seeds=2,
         ),
         # For the tests: seconds.
         Scale(
             "nano", hidden=32, layers=1, heads=2, inner=64, base_steps=200, base_decay=200, base_batch=32,
             base_lr=5e-3, pool_cell=3, valid_cell=2, test_cell=1, targeted=("modulo", "count"),
             train_rollouts=4, valid_rollouts=4, steps=4, stage=2, prompts=3, group=4, dim=256,
-            evaluate_every=2, checkpoint_every=1, seeds=1,
+            evaluate_every=1, checkpoint_every=1, seeds=1,
         ),
         Scale(
             "gpu", hidden=512, layers=8, heads=8, inner=1536, base_steps=4000, base_decay=6000, base_batch=512,

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from benchmarks.rlvr_mini.decode import Decoder
 from benchmarks.rlvr_mini.tasks import END
 
 MAX_RESPONSE = 12
+SHRINK = 0.75
 
 
 @dataclass(frozen=True)
@@ -54,31 +56,33 @@ def _batch(
     logits = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
     ).logits[:, -1]
-    cache.batch_repeat_interleave(count)
-    logits, mask = (t.repeat_interleave(count, 0) for t in (logits, mask))
-    position = positions[:, -1:].repeat_interleave(count, 0)
-    alive = torch.arange(len(logits), device=device)  # rows that have not ended; only these are computed
-    tokens = torch.full((len(logits), longest), END, device=device)
-    logprobs = torch.zeros(len(logits), longest, device=device)
-    lengths = torch.zeros(len(logits), dtype=torch.long, device=device)
+    decoder = Decoder(model, cache, count, mask.bool(), longest)
+    logits = logits.repeat_interleave(count, 0)
+    rows = torch.arange(len(logits), device=device)  # the row of each line of logits; a line may have ended
+    tokens = torch.full((len(rows), longest), END, device=device)
+    logprobs = torch.zeros(len(rows), longest, device=device)
+    lengths = torch.full((len(rows),), longest, device=device)
+    alive = torch.ones(len(rows), dtype=torch.bool, device=device)
     for t in range(longest):
         scores = logits.float().log_softmax(-1)
         if generator is None:
             chosen = scores.argmax(-1)
         else:
             chosen = torch.multinomial(scores.exp(), 1, generator=generator)[:, 0]
-        tokens[alive, t], lengths[alive] = chosen, t + 1
-        logprobs[alive, t] = scores.gather(1, chosen[:, None])[:, 0]
-        going = (chosen != END).nonzero()[:, 0]
-        if t + 1 == longest or len(going) == 0:
+        tokens[rows, t] = chosen
+        logprobs[rows, t] = scores.gather(1, chosen[:, None])[:, 0]
+        ended = alive & (chosen == END)
+        lengths[rows[ended]] = t + 1
+        alive &= ~ended
+        left = int(alive.sum())
+        if t + 1 == longest or left == 0:
             break
-        if len(going) < len(alive):
-            cache.batch_select_indices(going)
-            alive, chosen, mask, position = alive[going], chosen[going], mask[going], position[going]
-        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
-        logits = model(
-            input_ids=chosen[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
-        ).logits[:, -1]
+        # Dropping rows copies the keys and values of the others: only when it saves much.
+        if left < SHRINK * len(rows):
+            going = alive.nonzero()[:, 0]
+            decoder.keep(going)
+            rows, chosen, alive = rows[going], chosen[going], alive[going]
+        logits = decoder.step(chosen)
     made = [
         Rollout(row[:n], values[:n])
         for row, values, n in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)

@@ -7,15 +7,15 @@ import statistics
 from pathlib import Path
 
 from benchmarks.lib.environment import describe
-from benchmarks.rlvr_mini.arms import ARMS, LEVERS
+from benchmarks.rlvr_mini.arms import ARMS, LEVERS, Arm
 from benchmarks.rlvr_mini.config import Scale
-from benchmarks.rlvr_mini.summary import Finished, reach, read_runs, spread
+from benchmarks.rlvr_mini.summary import Curve, Finished, mean_curve, reach, read_runs, spread
 from cropi.errors import CropiError
 from cropi.files import write_atomic
 
 HEAD = (
-    "| arm | seeds | targeted | untargeted | steps to full data's accuracy | speed-up, steps "
-    "| speed-up, processor time | selection's share | prompts with a gradient |\n|---|---|---|---|---|---|---|---|---|"
+    "| arm | seeds | targeted | untargeted | selection's share | prompts with a gradient |"
+    "\n|---|---|---|---|---|---|"
 )
 
 
@@ -30,10 +30,14 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
         raise CropiError(f"{work}: no run is finished; run without --report-only first")
     known = {**ARMS, **LEVERS}
     by_arm = {name: [r for r in runs if r.arm == name] for name in known}
-    full = {r.seed: r for r in by_arm["full"]}
     lines = [_about(scale, runs), "", HEAD]
-    lines += [_row(known[name].label, found, full) for name, found in by_arm.items() if found]
-    lines += ["", _paired(by_arm), "", _overlap(by_arm)]
+    last = max((r.curve[-1][0] for r in by_arm["full"]), default=scale.steps)
+    for name, found in by_arm.items():
+        for at in sorted({scale.steps, last}):
+            lines += [_row(known[name].label, _with(found, at), at)] if _with(found, at) else []
+    for goal in sorted({scale.steps, last}):
+        lines += ["", *_speed(known, by_arm, goal)]
+    lines += ["", _paired(by_arm, scale.steps), "", _overlap(by_arm)]
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "table.md", "\n".join(lines) + "\n")
     with open(out / "runs.csv", "w", newline="") as file:
@@ -47,61 +51,84 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
     print(f"wrote {out}/table.md, runs.csv and plots: {len(runs)} finished runs")
 
 
+def _with(found: list[Finished], step: int) -> list[Finished]:
+    """The runs that were evaluated at a step: seeds may have gone on for different times."""
+    return [run for run in found if any(point[0] == step for point in run.curve)]
+
+
 def _about(scale: Scale, runs: list[Finished]) -> str:
-    base, others = (sorted({getattr(r, k) for r in runs}) for k in ("start", "untargeted_start"))
-    collect = statistics.fmean(r.collect_cpu for r in runs)
+    seeds = {r.seed: r for r in runs}.values()
+    base = spread([r.start for r in seeds])
+    others = spread([r.untargeted_at(0) for r in seeds])
+    collect = statistics.fmean(r.collect_cpu for r in seeds)
     return (
         f"Scale `{scale.name}`: {scale.steps} steps of {scale.prompts} prompts x {scale.group} responses, stages of "
-        f"{scale.stage}; targeted: {', '.join(scale.targeted)}. Base policy: targeted {statistics.fmean(base):.3f}, "
-        f"untargeted {statistics.fmean(others):.3f}. Collecting the stored rollouts: {collect:.0f} s of processor "
-        f"time, once per seed, in no row below. {describe()}."
+        f"{scale.stage}; targeted: {', '.join(scale.targeted)}. Base policy: targeted {base}, untargeted {others}. "
+        f"Means ± standard deviation over seeds. Collecting the stored rollouts took {collect:.0f} s of processor "
+        f"time per seed, which is in no row below. {describe()}."
     )
 
 
-def _row(label: str, found: list[Finished], full: dict[int, Finished]) -> str:
-    reached, steps, times = [], [], []
-    for run in found:
-        goal = full.get(run.seed)
-        if goal is None:
-            reached.append("no full-data run")
-            continue
-        base = reach(goal, goal.targeted)
-        if (
-            base is None or goal.targeted <= goal.start
-        ):  # nothing was learnt that another arm could reach sooner
-            reached.append("full data gained nothing")
-            continue
-        at = reach(run, goal.targeted)
-        reached.append("not reached" if at is None else f"{at[0]:.0f}")
-        if at is not None:
-            # To the end of the full-data run, whose smoothed curve may have met its last value before.
-            last = goal.curve[-1]
-            steps.append(last[0] / max(at[0], 1.0))
-            times.append(last[2] / max(at[1], 1e-9))
-    some = f" ({len(steps)} of {len(reached)})" if len(steps) < len(reached) else ""
+def _row(label: str, found: list[Finished], at: int) -> str:
     columns = [
-        label,
+        f"{label}, step {at}",
         str(len(found)),
-        spread([r.targeted for r in found]),
-        spread([r.untargeted for r in found]),
-        ", ".join(reached),
-        f"{statistics.fmean(steps):.2f}{some}" if steps else "-",
-        f"{statistics.fmean(times):.2f}{some}" if times else "-",
+        spread([r.targeted_at(at) for r in found]),
+        spread([r.untargeted_at(at) for r in found]),
         f"{statistics.fmean(r.share for r in found):.1%}",
         f"{statistics.fmean(r.mixed for r in found):.2f}",
     ]
     return "| " + " | ".join(columns) + " |"
 
 
-def _paired(by_arm: dict[str, list[Finished]]) -> str:
-    """Differences to CROPI with sketches, seed by seed: the seeds share pool, rollouts and test problems."""
-    base = {r.seed: r.targeted for r in by_arm["cropi"]}
+def _speed(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) -> list[str]:
+    """How much sooner each arm has the accuracy that full data has at step ``at``, in steps and processor time.
+
+    Seed by seed, and for the mean curves over the seeds that both have; these give the speed-ups.
+    """
     lines = [
-        "| targeted accuracy minus that of CROPI with sketches, same seed | per seed | mean ± sd |",
+        f"| to full data's targeted accuracy at step {at} | steps, per seed | steps, mean curves "
+        "| speed-up in steps | speed-up in processor time |",
+        "|---|---|---|---|---|",
+    ]
+    full = {r.seed: r for r in _with(by_arm["full"], at)}
+    for name, found in by_arm.items():
+        both = [r for r in found if r.seed in full]
+        if not both:
+            continue
+        cells = [_steps(r.curve, full[r.seed].curve, at) for r in both]
+        mine, goal = mean_curve(both), mean_curve([full[r.seed] for r in both])
+        reached = _reached(mine, goal, at)
+        gains = ["-", "-"]
+        if reached is not None:
+            end = next(p for p in goal if p[0] == at)
+            gains = [f"{end[0] / max(reached[0], 1):.2f}", f"{end[2] / max(reached[1], 1e-9):.2f}"]
+        row = [known[name].label, ", ".join(cells), _steps(mine, goal, at), *gains]
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def _reached(mine: Curve, goal: Curve, at: int) -> tuple[float, float] | None:
+    target = next(p[1] for p in goal if p[0] == at)
+    return reach(mine, target) if target > goal[0][1] else None
+
+
+def _steps(mine: Curve, goal: Curve, at: int) -> str:
+    if next(p[1] for p in goal if p[0] == at) <= goal[0][1]:
+        return "full data gained nothing"
+    reached = _reached(mine, goal, at)
+    return f"> {mine[-1][0]}" if reached is None else f"{reached[0]:.0f}"
+
+
+def _paired(by_arm: dict[str, list[Finished]], at: int) -> str:
+    """Differences to CROPI with sketches, seed by seed: the seeds share pool, rollouts and test problems."""
+    base = {r.seed: r.targeted_at(at) for r in by_arm["cropi"]}
+    lines = [
+        f"| targeted accuracy at step {at} minus that of CROPI with sketches | per seed | mean ± sd |",
         "|---|---|---|",
     ]
     for name, found in by_arm.items():
-        differences = [r.targeted - base[r.seed] for r in found if r.seed in base]
+        differences = [r.targeted_at(at) - base[r.seed] for r in found if r.seed in base]
         if name != "cropi" and differences:
             each = ", ".join(f"{d:+.3f}" for d in differences)
             lines.append(f"| {name} | {each} | {spread(differences)} |")
@@ -134,16 +161,19 @@ def _plots(scale: Scale, by_arm: dict[str, list[Finished]], out: Path) -> None:
     shown = {name: found for name, found in by_arm.items() if found and name in ARMS}
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), sharey=True)
     for i, (name, found) in enumerate(shown.items()):
-        steps = [point[0] for point in found[0].curve]
-        values = [[run.curve[k][1] for run in found] for k in range(len(steps))]
+        longest = max(run.curve[-1][0] for run in found)
+        steps = sorted({point[0] for run in _with(found, longest) for point in run.curve})
+        values = [[run.targeted_at(step) for run in _with(found, step)] for step in steps]
         middle = [statistics.fmean(v) for v in values]
         error = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        cpu = [statistics.fmean(run.curve[k][2] for run in found) for k in range(len(steps))]
+        cpu = [
+            statistics.fmean(at[2] for run in found for at in run.curve if at[0] == step) for step in steps
+        ]
         style = "-" if "cropi" in name else "--"
-        for axis, xs in zip(axes, (steps, cpu)):
-            axis.plot(xs, middle, style, color=f"C{i}", label=ARMS[name].label, marker="o", ms=3)
-        low, high = [m - e for m, e in zip(middle, error)], [m + e for m, e in zip(middle, error)]
-        axes[0].fill_between(steps, low, high, color=f"C{i}", alpha=0.12)
+        at = [step + 0.4 * (i - len(shown) / 2) for step in steps]  # error bars stand side by side
+        options = {"ls": style, "color": f"C{i}", "marker": "o", "ms": 3}
+        axes[0].errorbar(at, middle, error, elinewidth=0.7, **options)
+        axes[1].plot(cpu, middle, label=ARMS[name].label, **options)
     axes[0].set(
         xlabel="GRPO steps", ylabel=f"accuracy on {' and '.join(scale.targeted)} (mean, ± sd over seeds)"
     )

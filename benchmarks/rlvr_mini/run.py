@@ -77,11 +77,12 @@ def run_arm(arm: Arm, scale: Scale, seed: int, model: Any, data: SeedData, folde
         run, trainer.done = Run(**state["run"]), state["run"]["step"]
     stage_length = arm.stage or scale.stage
     while True:
-        if run.step % scale.evaluate_every == 0 and not any(e["step"] == run.step for e in run.evaluations):
+        every = scale.evaluate_every * (1 if run.step <= scale.steps else 2)
+        if run.step % every == 0 and not any(e["step"] == run.step for e in run.evaluations):
             with _Timed(run, "evaluate"):
                 found = evaluate(model, scale, seed, data, run.step)
             run.evaluations.append({**found, "cpu": dict(run.cpu), "wall": dict(run.wall)})
-        if run.step == scale.steps:
+        if run.step == scale.steps * arm.longer:
             break
         stage = run.step // stage_length
         if run.step == 0 or (arm.curriculum and run.step % stage_length == 0):
@@ -106,8 +107,8 @@ def run_arm(arm: Arm, scale: Scale, seed: int, model: Any, data: SeedData, folde
 
 
 def evaluate(model: Any, scale: Scale, seed: int, data: SeedData, step: int) -> dict[str, Any]:
-    """Accuracy by family: the targeted ones every time, the others at the start, half way and at the end."""
-    every = step % max(1, scale.steps // 2) == 0 or step == scale.steps
+    """Accuracy by family: the targeted ones every time, the others at every half of the scale's steps."""
+    every = step % max(1, scale.steps // 2) == 0
     families = [f for f in data.test if every or f in scale.targeted]
     found = {f: accuracy(model, data.test[f], scale.test_samples, 77 + seed) for f in families}
     return {"step": step, "accuracy": found}

@@ -12,25 +12,40 @@ from typing import Any
 from benchmarks.rlvr_mini.config import Scale
 from benchmarks.rlvr_mini.tasks import FAMILIES
 
-SMOOTH = 3  # evaluations in a trailing mean, as the published table averages neighbouring checkpoints
+SMOOTH = (
+    2  # evaluation intervals that a trailing mean reaches back, as the published table averages neighbours
+)
+
+
+Curve = list[tuple[int, float, float]]  # (step, targeted accuracy, processor seconds)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run. ``curve``: (step, smoothed targeted accuracy, processor seconds of training and selection)."""
+    """One finished run.
+
+    ``curve``: (step, smoothed targeted accuracy, processor seconds of training and selection); ``untargeted``: (step,
+    accuracy), more rarely. ``start`` is the base policy's targeted accuracy.
+    """
 
     arm: str
     seed: int
-    curve: list[tuple[int, float, float]]
+    curve: Curve
+    untargeted: list[tuple[int, float]]
     start: float
-    targeted: float
-    untargeted: float
-    untargeted_start: float
     select_cpu: float
     train_cpu: float
     collect_cpu: float
     selections: list[dict[str, Any]]
     mixed: float
+
+    def targeted_at(self, step: int) -> float:
+        """Smoothed targeted accuracy at an evaluated step."""
+        return next(accuracy for at, accuracy, _ in self.curve if at == step)
+
+    def untargeted_at(self, step: int) -> float:
+        """Untargeted accuracy at a step where it was evaluated."""
+        return next(accuracy for at, accuracy in self.untargeted if at == step)
 
     @property
     def share(self) -> float:
@@ -48,31 +63,44 @@ def read_runs(scale: Scale, work: Path) -> list[Finished]:
     found = []
     for path in sorted(work.glob("seed*/*/result.json")):
         run = json.loads(path.read_text())
-        raw = [mean_of(e["accuracy"], scale.targeted) for e in run["evaluations"]]
+        events = run["evaluations"]
+        raw = {e["step"]: mean_of(e["accuracy"], scale.targeted) for e in events}
         curve = []
-        for i, e in enumerate(run["evaluations"]):
-            # The first point is the base policy itself: it is not mixed into the mean of what follows.
-            window = raw[max(1, i + 1 - SMOOTH) : i + 1] or raw[:1]
+        for e in events:
+            # The base policy's own accuracy is not mixed into the mean of what follows, and a mean of fewer
+            # evaluations than the others would cross any line by chance, so the first ones have no point.
+            if 0 < e["step"] <= SMOOTH * scale.evaluate_every:
+                continue
+            back = range(max(1, e["step"] - SMOOTH * scale.evaluate_every), e["step"] + 1)
+            window = [raw[step] for step in back if step in raw] or [raw[0]]
             curve.append((e["step"], statistics.fmean(window), e["cpu"]["train"] + e["cpu"]["select"]))
         others = [f for f in FAMILIES if f not in scale.targeted]
-        first, last = run["evaluations"][0]["accuracy"], run["evaluations"][-1]["accuracy"]
+        untargeted = [
+            (e["step"], mean_of(e["accuracy"], others)) for e in events if others[0] in e["accuracy"]
+        ]
         found.append(
             Finished(
-                run["arm"], run["seed"], curve, raw[0], curve[-1][1], mean_of(last, others), mean_of(first, others),
-                run["cpu"]["select"], run["cpu"]["train"], run["collect_cpu"], run["selections"],
-                statistics.fmean(s["mixed"] for s in run["steps"]),
+                run["arm"], run["seed"], curve, untargeted, raw[0], run["cpu"]["select"], run["cpu"]["train"],
+                run["collect_cpu"], run["selections"], statistics.fmean(s["mixed"] for s in run["steps"]),
             )
         )  # fmt: skip
     return found
 
 
-def reach(run: Finished, target: float) -> tuple[float, float] | None:
-    """Step and processor seconds at which the smoothed curve first meets ``target``, between evaluations linearly.
+def mean_curve(runs: Sequence[Finished]) -> Curve:
+    """The mean over runs of accuracy and processor time, at the steps that all of them have."""
+    steps = set.intersection(*({step for step, _, _ in run.curve} for run in runs))
+    points = [[p for run in runs for p in run.curve if p[0] == step] for step in sorted(steps)]
+    return [(p[0][0], statistics.fmean(x[1] for x in p), statistics.fmean(x[2] for x in p)) for p in points]
+
+
+def reach(curve: Curve, target: float) -> tuple[float, float] | None:
+    """Step and processor seconds at which a curve first meets ``target``, linearly between its points.
 
     None when it never does.
     """
-    before = run.curve[0]
-    for point in run.curve:
+    before = curve[0]
+    for point in curve:
         if point[1] >= target:
             rise = point[1] - before[1]
             share = 1.0 if rise <= 0 else (target - before[1]) / rise

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from .bounds import countsketch_variance, fold_variance, slab_variance, sum_error_bound
 from .oracle import exact_gradient, sketch_gradients
+from .projections import projection_magnitudes
 
 __all__ = [
     "countsketch_variance",
     "exact_gradient",
     "fold_variance",
+    "projection_magnitudes",
     "sketch_gradients",
     "slab_variance",
     "sum_error_bound",

@@ -1,38 +1,122 @@
 #include "cpu/parallel.h"
 
 #include <atomic>
+#include <condition_variable>
 #include <exception>
+#include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
 
-namespace cropi {
+#if defined(__unix__) || defined(__APPLE__)
+#  include <pthread.h>
+#endif
 
-void parallel_for(int64_t n_tasks, int n_threads, void (*fn)(void*, int64_t), void* ctx) {
-  if (n_threads > n_tasks) n_threads = int(n_tasks);
-  if (n_threads <= 1) {
-    for (int64_t task = 0; task < n_tasks; ++task) fn(ctx, task);
-    return;
-  }
+namespace cropi {
+namespace {
+
+struct Job {
+  int64_t n_tasks;
+  void (*fn)(void*, int64_t);
+  void* ctx;
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;
-  auto work = [&] {
+
+  void work() {
     try {
       for (int64_t task = next++; task < n_tasks && !failed; task = next++) fn(ctx, task);
     } catch (...) {
       if (!failed.exchange(true)) error = std::current_exception();
     }
-  };
-  std::vector<std::thread> threads;
-  threads.reserve(size_t(n_threads - 1));
-  try {
-    for (int i = 1; i < n_threads; ++i) threads.emplace_back(work);
-  } catch (const std::system_error&) {  // no more threads to be had: those that run, and this one, do all tasks
   }
-  work();
+};
+
+// Threads that sleep between jobs. Starting one for every call took 90 us, a tenth of a small layer's sketch.
+class Pool {
+ public:
+  // False if another job has the pool: two Python threads may call at the same time.
+  bool run(Job* job, int helpers) {
+    std::unique_lock<std::mutex> one_job(one_job_, std::try_to_lock);
+    if (!one_job) return false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      try {
+        for (; size_ < helpers; ++size_) std::thread([this] { serve(); }).detach();
+      } catch (const std::system_error&) {  // no more threads to be had: those that run, and this one, do all tasks
+      }
+      job_ = job;
+      seats_ = helpers;
+    }
+    wake_.notify_all();
+    job->work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    seats_ = 0;  // who has not woken up by now is not waited for
+    done_.wait(lock, [this] { return working_ == 0; });
+    job_ = nullptr;
+    return true;
+  }
+
+ private:
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return seats_ > 0; });
+      --seats_;
+      ++working_;
+      Job* job = job_;
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (--working_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex one_job_, mutex_;
+  std::condition_variable wake_, done_;
+  Job* job_ = nullptr;
+  int size_ = 0, seats_ = 0, working_ = 0;
+};
+
+std::atomic<Pool*> pool{nullptr};
+
+// Never freed: its threads may still sleep when the process ends. A forked child has none of them, so it starts anew.
+Pool* the_pool() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });
+#endif
+  });
+  Pool* found = pool;
+  if (found) return found;
+  Pool* made = new Pool;
+  if (pool.compare_exchange_strong(found, made)) return made;
+  delete made;  // another thread was first
+  return found;
+}
+
+void run_on_new_threads(Job* job, int helpers) {
+  std::vector<std::thread> threads;
+  threads.reserve(size_t(helpers));
+  try {
+    for (int i = 0; i < helpers; ++i) threads.emplace_back([job] { job->work(); });
+  } catch (const std::system_error&) {
+  }
+  job->work();
   for (auto& thread : threads) thread.join();
-  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace
+
+void parallel_for(int64_t n_tasks, int n_threads, void (*fn)(void*, int64_t), void* ctx) {
+  if (n_threads > n_tasks) n_threads = int(n_tasks);
+  Job job{n_tasks, fn, ctx};
+  if (n_threads <= 1)
+    job.work();
+  else if (!the_pool()->run(&job, n_threads - 1))
+    run_on_new_threads(&job, n_threads - 1);
+  if (job.error) std::rethrow_exception(job.error);
 }
 
 }  // namespace cropi

@@ -1,15 +1,12 @@
-// What the kernels of `project` share: purposes of draws, vector loads of any input type, sign flips by mask bits.
+// What the kernels of `project` share: vector loads of any input type, sign flips by mask bits.
 #pragma once
 #include "cpu/kernels.h"
 #include "cpu/philox_vec.h"
+#include "cropi/project.h"
 
 namespace cropi::CROPI_ISA {
 
-// Counter word c2, the same numbers as in cropi_kernels/philox.py.
-constexpr uint32_t kProjectSign = 13, kProjectTile = 14, kProjectKeep = 15, kProjectRademacher = 16,
-                   kProjectGaussian = 17;
-constexpr int64_t kGroup = 16;          // coordinates that share one 16-bit piece of a mask
-constexpr uint32_t kKeepAll = 1 << 16;  // `keep` counts 65536ths
+constexpr int64_t kGroup = 16;  // coordinates that share one 16-bit piece of a mask
 
 typedef int32_t VecI32 __attribute__((vector_size(4 * kLanes)));
 
@@ -60,23 +57,13 @@ static inline Vec keep_lanes(Vec v, uint32_t bits) {
 #endif
 }
 
-static inline float flip_sign(float x, uint32_t bit) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  u ^= bit << 31;
-  std::memcpy(&x, &u, 4);
-  return x;
-}
-
 // Bit p - first of the result: is coordinate p kept? `first` is a multiple of 128, `n` is rounded up to 128.
-// A Bernoulli(keep / 65536) bit from fair bits, least significant digit first: m = digit ? r | m : r & m.
 static inline void draw_keep(Key key, uint32_t keep, uint64_t first, int64_t n, uint32_t* mask, uint32_t* fair) {
   const int64_t words = (n + 127) / 128 * 4;
   for (int64_t i = 0; i < words; ++i) mask[i] = 0;
   for (uint32_t level = uint32_t(__builtin_ctz(keep)); level < 16; ++level) {  // below: r & 0
     draw_words(key, first / 128, words / 4, kProjectKeep, level, fair);
-    const bool digit = keep >> level & 1;
-    for (int64_t i = 0; i < words; ++i) mask[i] = digit ? fair[i] | mask[i] : fair[i] & mask[i];
+    for (int64_t i = 0; i < words; ++i) mask[i] = keep_step(mask[i], fair[i], keep, level);
   }
 }
 

@@ -66,20 +66,20 @@ struct Draws {
 template <class F>
 void for_runs(const Draws& draws, const Shape& s, int64_t j, uint64_t begin, uint64_t end, F&& f) {
   const uint32_t* words = draws.tile_words(j);
-  const uint64_t width = uint64_t(s.width), groups = width / uint64_t(s.group);
+  const uint64_t width = uint64_t(s.width);
   uint64_t tile = begin / width;
   for (uint64_t p = begin; p < end; ++tile) {
     const uint32_t* word = words + 4 * (tile - draws.first_tile);
-    const uint64_t shift = (uint64_t(word[0]) * groups >> 32) * uint64_t(s.group);
-    const uint32_t low = word[1] & uint32_t(s.group - 1);
+    const TilePlace place = tile_place(word[0], word[1], uint32_t(s.width), uint32_t(s.group));
+    const uint64_t shift = place.shift;
     const uint64_t start = tile * width, stop = start + width < end ? start + width : end;
     const uint64_t wrap = start + width - shift;  // the first coordinate whose bucket starts again at 0
     if (p < wrap) {
       const uint64_t last = stop < wrap ? stop : wrap;
-      f(p, int64_t(last - p), int64_t(p - start + shift), low);
+      f(p, int64_t(last - p), int64_t(p - start + shift), place.low);
       p = last;
     }
-    if (p < stop) f(p, int64_t(stop - p), int64_t(p - wrap), low);
+    if (p < stop) f(p, int64_t(stop - p), int64_t(p - wrap), place.low);
     p = stop;
   }
 }

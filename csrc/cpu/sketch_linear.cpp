@@ -139,8 +139,10 @@ void accumulate_unit(const SketchLinearArgs& args, int64_t unit, int64_t slab, i
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const Tokens at = a.tile(first_tile + tile, a_t0);
           for (int i0 = 0; i0 < 8; i0 += kTileRows) {
-            if (first && d.data != strip) multiply_tile<true>(n, d.from(half + i0), at, sums);
-            else multiply_tile<false>(n, d.from(half + i0), at, sums);
+            if (first && d.data != strip)
+              multiply_tile<true>(n, d.from(half + i0), at, sums);
+            else
+              multiply_tile<false>(n, d.from(half + i0), at, sums);
             first = false;
             for (int i = 0; i < kTileRows; ++i) {
               const int64_t r = r0 + half + i0 + i;  // beyond the last row the sums are 0

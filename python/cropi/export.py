@@ -12,6 +12,7 @@ from typing import Any
 
 from cropi.errors import CropiError, optional
 from cropi.files import replacing, write_atomic
+from cropi.trajectories import read_trajectories
 
 FORMATS = ("jsonl", "parquet", "ids", "indices")
 ID_KEYS = ("id", "extra_info.index", "index", "uid")
@@ -33,7 +34,7 @@ def export(
     ids: Sequence[str],
     *,
     format: str = "jsonl",
-    records: str | Path | None = None,
+    trajectories: Sequence[str | Path] = (),
     dataset: str | Path | None = None,
     id_key: str | None = None,
 ) -> int:
@@ -44,8 +45,8 @@ def export(
         ids: prompt ids, best first.
         format: "jsonl" or "parquet" (rows), "ids" (one id a line), or "indices" (a JSON list of row numbers of
             ``dataset``, from 0).
-        records: trajectory records of the chosen prompts; the rows are made from them, without the rollouts, when
-            there is no ``dataset``.
+        trajectories: files with the records of the chosen prompts; the rows are made from them, without the rollouts,
+            when there is no ``dataset``.
         dataset: the trainer's own dataset (``.parquet``, ``.jsonl`` or ``.json``); its rows are copied whole, with
             every column. A parquet file's schema is kept.
         id_key: the column of ``dataset`` that holds the prompt id; dots lead into nested columns
@@ -63,11 +64,11 @@ def export(
     if dataset is None:
         if format == "indices":
             raise CropiError("format indices needs a dataset, whose rows it numbers; give --dataset")
-        if records is None:
+        if not trajectories:
             raise CropiError(f"format {format} needs the prompts' rows: give --dataset or --trajectories")
-        _write_rows(out, format, _rows_of_records(Path(records), ids))
+        _write_rows(out, format, _rows_of_records(trajectories, ids))
         return len(ids)
-    table = _read(Path(dataset))
+    table = read_dataset(dataset)
     places = _places(table, Path(dataset), ids, id_key)
     if format == "indices":
         write_atomic(out, json.dumps(places) + "\n")
@@ -80,22 +81,34 @@ def export(
     return len(ids)
 
 
-def _rows_of_records(records: Path, ids: Sequence[str]) -> list[dict[str, Any]]:
+def _rows_of_records(trajectories: Sequence[str | Path], ids: Sequence[str]) -> list[dict[str, Any]]:
     """The prompts of records, without the rollouts; the answer, the task and all extra keys stay."""
-    rows = {}
-    for line in records.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        rows[str(record["id"])] = {key: value for key, value in record.items() if key not in ROLLOUT_KEYS}
-        if "prompt" not in record:
+    wanted, rows = set(ids), {}
+    for group in read_trajectories(trajectories, skip_bad=True):
+        if group.id not in wanted:
+            continue
+        if group.prompt is None:
             raise CropiError(
-                f"{records}: the record {record['id']!r} has prompt_ids but no text, which trainers read; give "
-                "--dataset"
+                f"{group.where}: the record {group.id!r} has prompt_ids but no text, which trainers read; "
+                "give --dataset"
             )
+        rows[group.id] = {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
+    missing = [name for name in ids if name not in rows]
+    if missing:
+        raise CropiError(
+            f"{len(missing)} selected prompts are not in {', '.join(map(str, trajectories))}, for example "
+            f"{missing[0]!r}; give the files that the training store was made from"
+        )
     return [rows[name] for name in ids]
 
 
-def _read(path: Path) -> Any:
-    """A pyarrow table, or a list of JSON objects."""
+def read_dataset(path: str | Path) -> Any:
+    """A trainer's dataset: a pyarrow table (``.parquet``), or a list of JSON objects (``.jsonl``, ``.json``).
+
+    Raises:
+        CropiError: there is no such file, or it is not of that form.
+    """
+    path = Path(path)
     if not path.is_file():
         raise CropiError(f"dataset: there is no file {path}")
     if path.suffix == ".parquet":

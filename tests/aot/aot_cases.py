@@ -12,6 +12,7 @@ from cropi_kernels.ops import _triton_segments as segments
 from cropi_kernels.ops.flat_sketch import triton as flat
 from cropi_kernels.ops.linear_logprob import triton as logprob
 from cropi_kernels.ops.norm_grad import triton as norm
+from cropi_kernels.ops.project import triton as project_kernels
 from cropi_kernels.ops.sketch_linear import triton as linear
 from cropi_kernels.ops.sketch_rows import triton as rows
 from cropi_kernels.ops.sketch_vector import triton as vector
@@ -153,6 +154,50 @@ def flat_flush() -> Case:
     return Case("flat flush", kernel, types, dict(BLOCK=flat.FLUSH), ("dim",), {"num_warps": 4}, 64)
 
 
+_PROJECT = {
+    "x": "*fp32",
+    "y": "*fp32",
+    "partial": "*fp32",
+    "signs": "*i32",
+    "keeps": "*i32",
+    "places": "*i32",
+}
+_PROJECT |= dict.fromkeys(("words",), "*i32") | dict.fromkeys(
+    ("key", "first", "column", "begin", "end"), "i64"
+)
+_PROJECT |= {"groups": "i64", "n": "i64", "stride_x": "i64"}
+
+
+def project(
+    kernel: Any, name: str, constants: dict[str, Any], dtype: str = "float32", registers: int = 128
+) -> Case:
+    types = _types(kernel, _PROJECT | {"x": f"*{FLOATS[dtype]}"}, ("scale",))
+    aligned = tuple(n for n in ("dim", "width", "stride_x", "stride_y") if n in types)
+    return Case(f"project {name} {dtype}", kernel, types, constants, aligned, {"num_warps": 4}, registers)
+
+
+def projects() -> list[Case]:
+    one, four = (dict(GROUP=16, BLOCK=project_kernels.gather_block(nnz), SINGLE=nnz == 1) for nnz in (1, 4))
+    spread = dict(GROUP=16, BLOCK=project_kernels.SPREAD_BLOCK)
+    bits = dict(PURPOSE=13, BLOCK=project_kernels.DRAW_BLOCK)
+    add = dict(PARTS=project_kernels.ADD_PARTS, COLUMNS=project_kernels.ADD_COLUMNS)
+    return [
+        *(project(project_kernels.gather_kernel, "gather", one | {"KEEP": False}, t, 128) for t in FLOATS),
+        project(project_kernels.gather_kernel, "gather kept", one | {"KEEP": True}, "bfloat16", 168),
+        project(project_kernels.gather_kernel, "gather sjlt", four | {"KEEP": False}, "bfloat16", 168),
+        project(project_kernels.gather_kernel, "gather sjlt kept", four | {"KEEP": True}, "float32", 168),
+        project(project_kernels.spread_kernel, "spread", spread | {"KEEP": True}),
+        project(project_kernels.bits_kernel, "signs", bits | {"KEPT": False}),
+        project(project_kernels.bits_kernel, "mask", bits | {"KEPT": True}),
+        project(
+            project_kernels.places_kernel,
+            "places",
+            dict(PURPOSE=14, GROUP=16, BLOCK=project_kernels.DRAW_BLOCK),
+        ),
+        project(project_kernels.add_kernel, "add", add),
+    ]
+
+
 def all_cases(capability: int) -> list[Case]:
     return [
         *(slab("bfloat16", cols, capability) for cols in (256, 128, 64, 16)),
@@ -176,4 +221,5 @@ def all_cases(capability: int) -> list[Case]:
         flat_scatter(drop=False),
         flat_scatter(drop=True),
         flat_flush(),
+        *projects(),
     ]

@@ -62,7 +62,8 @@ def project(
         nonfinite: a row that holds NaN or infinity (or overflows) comes out NaN throughout, all others right;
             ``"warn"`` names such rows in a RuntimeWarning, ``"raise"`` in an error, ``"ignore"`` says nothing.
             Coordinates that ``keep`` drops are never looked at.
-        backend: ``"cpu"``, ``"reference"`` (plain torch, any device, also float64) or None for the compiled kernels.
+        backend: ``"cuda"`` (compiled CUDA C++), ``"triton"`` (sparse kinds on a GPU), ``"cpu"``, ``"reference"`` (plain
+            torch, any device, also float64) or None for the first of them that can.
 
     Raises:
         ValueError: names the argument, its value and the remedy.

@@ -5,19 +5,16 @@ from __future__ import annotations
 import torch
 
 from ... import _native
+from .columns import contiguous_columns
 from .spec import ProjectionSpec
 
-_COPY = 1 << 24  # elements copied at a time where columns are strided
+_COPY = 1 << 24  # bytes copied at a time where columns are strided
 
 
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
     """``out += x S^T``; rows of ``x`` may be strided, strided columns are copied a few megabytes at a time."""
-    if x.shape[1] <= 1 or x.stride(1) == 1:
-        _call(False, x, spec, out, offset)
-        return
-    step = max(128, _COPY // max(1, x.shape[0] * x.element_size()))
-    for start in range(0, x.shape[1], step):
-        _call(False, x[:, start : start + step].contiguous(), spec, out, offset + start)
+    for start, piece in contiguous_columns(x, _COPY):
+        _call(False, piece, spec, out, offset + start)
 
 
 def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:

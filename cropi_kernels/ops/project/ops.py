@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from typing import Any
 
 import torch
 
-from ... import _native
+from ... import _cuda, dispatch
 from ..._library import LIB, NAMESPACE, register
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .spec import ProjectionSpec
 
 
@@ -23,24 +24,32 @@ def decode(spec: str) -> ProjectionSpec:
     return ProjectionSpec.from_dict(json.loads(spec))
 
 
-def choose(x: torch.Tensor, backend: str) -> Any:
-    """The module that serves the call. The reference is never chosen for a caller: it is far slower."""
-    if backend == "reference":
-        return reference
-    reason = _native.unsupported(x)
-    if reason is not None:
+def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str) -> Any:
+    """The module that serves the call. On the host the reference is never chosen for a caller: it is far slower."""
+    without = {"cuda": _cuda.unsupported(x), "triton": _no_triton(spec)}
+    against = dispatch.reasons_against(x, without=without)
+    if not backend and (x.device.type != "cuda" or x.dtype == torch.float64) and against["cpu"] is not None:
         raise RuntimeError(
-            f"no kernel of project serves this call: {reason}; move or cast the tensor, or ask for plain torch by "
-            "backend='reference'"
+            f"no kernel of project serves this call: {against['cpu']}; move or cast the tensor, or ask for plain torch "
+            "by backend='reference'"
         )
-    return cpu
+    if not backend and x.device.type == "cuda" and against["cuda"] and against["triton"]:
+        without["triton"] = f"{against['triton']}; CUDA C++: {against['cuda']}"  # the reason that is shown
+    name = dispatch.choose("project", x, backend=backend or None, without=without)
+    if name == "triton":
+        return importlib.import_module(".triton", __package__)  # late: importing Triton takes time
+    return {"cuda": cuda, "cpu": cpu, "reference": reference}[name]
+
+
+def _no_triton(spec: ProjectionSpec) -> str | None:
+    return None if spec.sparse else f"{spec.kind} projections have no Triton kernel"
 
 
 def accumulate(
     x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int, backend: str
 ) -> torch.Tensor:
     """``out += S x``; rows of the result that are not finite become NaN throughout."""
-    choose(x, backend).project(x.detach(), spec, out, offset)
+    choose(x, spec, backend).project(x.detach(), spec, out, offset)
     return out.masked_fill_(~torch.isfinite(out).all(dim=1, keepdim=True), torch.nan)
 
 
@@ -58,10 +67,9 @@ def _project_fake(x: torch.Tensor, offset: int, spec: str, backend: str) -> torc
 
 
 def _transpose(y: torch.Tensor, n: int, offset: int, spec: str, backend: str) -> torch.Tensor:
-    wide = y.detach().to(_dtype(y)).contiguous()
-    module = choose(wide, backend)
+    wide, plan = y.detach().to(_dtype(y)).contiguous(), decode(spec)
     out = wide.new_empty(y.shape[0], n)
-    module.transpose(wide, decode(spec), out, offset)
+    choose(wide, plan, backend).transpose(wide, plan, out, offset)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``cropi sketch | influence | select | run | curriculum | info``."""
+"""The command line: ``cropi sketch | influence | select | run | convert | curriculum | info``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "influence": "score training sketches against validation sketches",
     "select": "choose the best fraction of the prompts",
     "run": "all of these in one, from one command line or one config file",
+    "convert": "a trainer's rollout dumps to trajectory records",
     "curriculum": "stages of selecting and training, from one config file",
     "info": "what a store, a score table or a trajectory file holds",
 }

@@ -23,6 +23,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help="copy the chosen records there (needs --trajectories)",
     )
+    command.add_argument("--export", metavar="FILE", help="write the chosen prompts there for a trainer")
+    options.add_export_options(command)
     options.add_select_options(command)
 
 
@@ -34,8 +36,32 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(
             "--out-trajectories needs --trajectories, the files that the records are copied from"
         )
-    choose(args, read_scores(args.scores), args.out, args.plot, args.trajectories, args.out_trajectories)
+    if args.export:
+        _check_export(args)
+    elif args.format or args.dataset:
+        args.parser.error("--format and --dataset say what --export FILE holds; give it too")
+    ids = choose(
+        args, read_scores(args.scores), args.out, args.plot, args.trajectories, args.out_trajectories
+    )
+    if args.export:
+        from cropi.export import export
+
+        count = export(
+            args.export, ids, format=options.export_format(args), trajectories=args.trajectories or (),
+            dataset=args.dataset, id_key=args.dataset_id,
+        )  # fmt: skip
+        print(f"export        {count} prompts as {options.export_format(args)}: {args.export}")
     return 0
+
+
+def _check_export(args: argparse.Namespace) -> None:
+    form = options.export_format(args)
+    if form == "indices" and not args.dataset:
+        args.parser.error("--format indices needs --dataset, whose rows it numbers")
+    if form in ("jsonl", "parquet") and not (args.dataset or args.trajectories):
+        args.parser.error(
+            f"--format {form} needs the prompts' rows: give the trainer's own --dataset, or --trajectories"
+        )
 
 
 def choose(
@@ -45,8 +71,8 @@ def choose(
     plot: str | None,
     files: list[str] | None,
     records: str | None,
-) -> None:
-    """Select from the scores, write everything that was asked for, and print the table of prompts."""
+) -> list[str]:
+    """Select from the scores, write everything that was asked for, and print the table; the chosen ids, best first."""
     from cropi.report import best_and_worst, plot_scores, prompt_texts
     from cropi.selection import select, write_selected_records, write_selection
 
@@ -67,3 +93,4 @@ def choose(
         print(f"records       {records}")
     if plot:
         print(f"plot          {plot}")
+    return [scores.rows[i].id for i in selection.chosen]

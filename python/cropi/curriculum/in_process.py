@@ -1,37 +1,127 @@
-"""Training in this process, by an adapter of :mod:`cropi.trainers`."""
+"""Training a stage in this process, with TRL's GRPOTrainer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import import_module
+import gc
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError
+import torch
 
-ADAPTER = "cropi.trainers.trl"
+from cropi.errors import CropiError, optional
+from cropi.export import ROLLOUT_KEYS
+from cropi.models import load_model
+from cropi.trainers.trl.versions import check_version
+from cropi.trajectories import read_trajectories
+
+KEYS = ("reward", "args", "dtype", "device")
+# These belong to the stage.
+OURS = ("output_dir", "max_steps", "num_train_epochs")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the ``trl`` table of a config before any compute.
+
+    ``reward`` names one or more functions as ``FILE.py:NAME`` or ``MODULE:NAME``, with TRL's signature (completions and
+    the columns of the records as keyword arguments); ``args`` are options of ``GRPOConfig``; ``dtype`` and ``device``
+    are those of the policy.
+
+    Raises:
+        ModuleNotFoundError: TRL is not installed.
+        CropiError: a TRL that was not tried, a key is unknown or missing, or a reward function cannot be found.
+    """
+    for key in options:
+        if key not in KEYS:
+            near = get_close_matches(key, KEYS, n=1)
+            raise CropiError(
+                f"trl: {key!r} is not known{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(KEYS)})"
+            )
+    if not options.get("reward"):
+        raise CropiError("trl: 'reward' is missing, the reward function as FILE.py:NAME or MODULE:NAME")
+    for name in _names(options["reward"]):
+        reward_function(name)
+    check_version()
+    known = set(optional("trl").GRPOConfig.__dataclass_fields__)
+    for key in options.get("args") or {}:
+        if key in OURS:
+            raise CropiError(f"trl.args: {key!r} is set by the stage; take it out")
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            raise CropiError(
+                f"trl.args: GRPOConfig has no {key!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+            )
+
+
+def reward_function(name: str) -> Callable[..., Any]:
+    """The function that ``FILE.py:NAME`` or ``MODULE:NAME`` names.
+
+    Raises:
+        CropiError: there is none.
+    """
+    source, _, attribute = name.rpartition(":")
+    if not source:
+        raise CropiError(f"trl.reward: {name!r} should be FILE.py:NAME or MODULE:NAME")
+    try:
+        if source.endswith(".py"):
+            key = f"cropi_reward_{Path(source).stem}"
+            spec = importlib.util.spec_from_file_location(key, source)
+            if spec is None or spec.loader is None:
+                raise ImportError(source)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[key] = module
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        found = getattr(module, attribute)
+    except (ImportError, OSError, AttributeError) as error:
+        raise CropiError(f"trl.reward: {name!r} cannot be loaded ({error})") from error
+    if not callable(found):
+        raise CropiError(f"trl.reward: {name!r} is no function")
+    return found
 
 
 def train_stage(options: Mapping[str, Any], model: str, records: Path, steps: int, out: Path) -> Path:
-    """Train one stage with TRL.
-
-    The adapter provides ``train_stage(options, model, records, steps, out) -> Path`` with the same arguments:
+    """Train on the selected prompts with GRPO; an attempt that was cut short goes on at its last checkpoint.
 
     Args:
-        options: the ``trl`` table of the config, checked by the adapter.
-        model: folder or hub id of the current policy.
-        records: the trajectory records of the selected prompts, best first, as JSON lines.
+        options: see :func:`check_options`.
+        model: the current policy, as for :func:`cropi.models.load_model`.
+        records: the trajectory records of the selected prompts. Their rollouts are left out: TRL samples new ones.
         steps: optimizer steps.
-        out: a folder for checkpoints and the new policy. It may hold the checkpoints of an attempt that was cut
-            short, which the adapter continues.
+        out: a folder, for checkpoints and the new policy.
 
     Returns:
-        The folder of the new policy in Hugging Face form.
+        The folder of the new policy, in Hugging Face form.
     """
-    try:
-        adapter = import_module(ADAPTER)
-    except ModuleNotFoundError as error:
-        if error.name is None or not ADAPTER.startswith(error.name):
-            raise
-        raise CropiError(f"trainer: this release has no {ADAPTER}; give the trainer as a command") from error
-    return Path(adapter.train_stage(options, model, records, steps, out))
+    trl, datasets = optional("trl"), optional("datasets")
+    device = options.get("device", "cpu")
+    policy, tokenizer = load_model(model, dtype=options.get("dtype", "float32"), device=device)
+    rows = [
+        {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
+        for group in read_trajectories(records)
+    ]
+    config: dict[str, Any] = {"report_to": "none", "use_cpu": device == "cpu", **(options.get("args") or {})}
+    arguments = trl.GRPOConfig(output_dir=str(out / "checkpoints"), max_steps=steps, **config)
+    trainer = trl.GRPOTrainer(
+        model=policy, reward_funcs=[reward_function(name) for name in _names(options["reward"])], args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+    )  # fmt: skip
+    started = any((out / "checkpoints").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=started or None)
+    new = out / "policy"
+    trainer.save_model(str(new))
+    tokenizer.save_pretrained(str(new))
+    # The next step loads the new policy; this one and its optimizer must be gone by then.
+    del trainer, policy
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return new
+
+
+def _names(reward: Any) -> list[str]:
+    return [reward] if isinstance(reward, str) else list(reward)

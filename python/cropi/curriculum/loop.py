@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 from cropi.curriculum import steps
-from cropi.curriculum.plan import Plan
+from cropi.curriculum.in_process import check_options
+from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.report import line, write_report
 from cropi.curriculum.state import State, locked
 
@@ -45,6 +46,8 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> State:
         CropiError: bad input, a failed command, or a folder that was begun with other settings.
         KeyboardInterrupt: after Ctrl-C; what was finished is kept.
     """
+    if plan.trainer == IN_PROCESS:
+        check_options(plan.trl)
     with locked(plan.out) as lock:
         state = State.open(plan)
         log = plan.out / LOG

@@ -12,6 +12,7 @@ import torch
 
 from cropi.curriculum import data
 from cropi.curriculum.command import fill, run_command
+from cropi.curriculum.in_process import train_stage
 from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.state import State
 from cropi.errors import CropiError
@@ -149,7 +150,9 @@ def select_best(stage: Stage) -> Result:
     write_selected_records(folder / "selected_trajectories.jsonl", source.train, scores, selection)
     ids = [scores.rows[i].id for i in selection.chosen]
     if plan.export is not None:
-        export(_dataset(folder, plan), ids, records=folder / "selected_trajectories.jsonl", **plan.export)
+        export(
+            _dataset(folder, plan), ids, trajectories=[folder / "selected_trajectories.jsonl"], **plan.export
+        )
     plot_scores(folder / "scores.png", scores, selection)
     usable, chosen = scores.table[scores.usable], scores.table[selection.chosen]
     rates = [row.pass_rate for row, ok in zip(scores.rows, scores.usable) if ok]
@@ -175,8 +178,6 @@ def train(stage: Stage) -> Result:
     plan, values = stage.plan, stage.values()
     (stage.folder / "trained").mkdir(parents=True, exist_ok=True)
     if plan.trainer == IN_PROCESS:
-        from cropi.curriculum.in_process import train_stage
-
         model = train_stage(
             plan.trl,
             _absolute(stage.model),

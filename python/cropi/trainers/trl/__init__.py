@@ -8,21 +8,23 @@
     )
     trainer.train()
 
-``recording(GRPOTrainer)`` only records. TRL is imported when one of these functions is called, not before.
+``recording(GRPOTrainer)`` only records; ``collect`` makes trajectory files of whole datasets with such a trainer. TRL
+is imported when one of these functions is called, not before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from cropi.trainers.options import Curriculum, Recording
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-__all__ = ["Curriculum", "Recording", "curriculum", "recording"]
+__all__ = ["Curriculum", "Recording", "collect", "curriculum", "recording"]
 
 
 def curriculum(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = False) -> type[Any]:
@@ -39,7 +41,7 @@ def curriculum(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = 
     from cropi.trainers.trl.versions import check_version
 
     check_version(allow_untested=allow_untested)
-    return _patched(base, "Curriculum")
+    return _patched(cast(Hashable, base), "Curriculum")
 
 
 def recording(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = False) -> type[Any]:
@@ -50,7 +52,14 @@ def recording(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = F
     from cropi.trainers.trl.versions import check_version
 
     check_version(allow_untested=allow_untested)
-    return _patched(base, "Recording")
+    return _patched(cast(Hashable, base), "Recording")
+
+
+def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = None) -> int:
+    """Write a trajectory file of a dataset under the present policy: see :mod:`cropi.trainers.trl.collecting`."""
+    from cropi.trainers.trl.collecting import collect as work
+
+    return work(trainer, dataset, out, set=set)
 
 
 @cache

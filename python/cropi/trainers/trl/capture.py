@@ -62,6 +62,7 @@ class RecordingMixin(Base):
     _cropi_rows_now: torch.Tensor | None = None
     _cropi_scored: tuple[list[dict[str, Any]], list[Any], list[list[int]], torch.Tensor] | None = None
     _cropi_eval_name: str = "valid"
+    _cropi_has_sets: bool = True
     _cropi_stage: int = 0
 
     def __init__(self, *args: Any, recording: Recording | None = None, **kwargs: Any) -> None:
@@ -173,16 +174,16 @@ class RecordingMixin(Base):
         total = (table * weights).nansum(dim=1)
         total[torch.isnan(table).all(dim=1)] = math.nan
         prompts = _unpadded(output["prompt_ids"], output["prompt_mask"])
+        # Before 1.14 TRL knew the tokenizer's end token only.
+        ends = getattr(self, "eos_token_ids", None) or [self._tokenizer.eos_token_id]
         records = []
         for i, row in enumerate(inputs):
             record: dict[str, Any] = {"id": str(row[recording.id_column]), "prompt_ids": prompts[i]}
-            if not training:
+            if not training and self._cropi_has_sets:
                 record["set"] = str(row.get(recording.set_column) or self._cropi_eval_name)
             record |= {name: row[name] for name in recording.columns if row.get(name) is not None}
             record["response_ids"] = [int(token) for token in responses[i]]
-            record["truncated"] = (
-                record["response_ids"][-1:] == [] or responses[i][-1] not in self.eos_token_ids
-            )
+            record["truncated"] = record["response_ids"][-1:] == [] or responses[i][-1] not in ends
             if recording.text:
                 record |= {"prompt": row["prompt"], "responses": _text(completions[i])}
             if len(self.reward_func_names) > 1:

@@ -14,7 +14,9 @@ from typing import Any
 
 from cropi.errors import CropiError
 
-OLDEST, NEWEST = "1.16.0", "1.16.0"
+# The tests ran with 1.8.0, 1.10.0, 1.13.0, 1.14.2 and 1.16.0; 1.15 cannot train on a CPU where Triton is installed.
+OLDEST, NEWEST = "1.8.0", "1.16.0"
+WANTED = "trl>=1.8,<1.17"
 OVERRIDE = "CROPI_TRL_UNTESTED"
 
 # Method of GRPOTrainer: the parameters that are passed or read, by name.
@@ -23,7 +25,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "_set_signature_columns_if_needed": ("self",),
     "_generate_and_score_completions": ("self", "inputs"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
-    "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
+    "_get_per_token_logps_and_entropies": ("self", "model"),
     "_compute_loss": ("self", "model", "inputs"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
@@ -52,10 +54,9 @@ def check_version(*, allow_untested: bool = False) -> str:
     if allow_untested or os.environ.get(OVERRIDE, "") not in ("", "0"):
         return installed
     if not _minor(OLDEST) <= _minor(installed) <= _minor(NEWEST):
-        tested = OLDEST if OLDEST == NEWEST else f"{OLDEST} to {NEWEST}"
         raise CropiError(
-            f"trl {installed} is installed; this adapter is tested with {tested}, and relies on methods that TRL may "
-            f"change: pip install 'trl=={NEWEST}', or, to try it all the same, pass allow_untested=True or set "
+            f"trl {installed} is installed; this adapter is tested with {OLDEST} to {NEWEST}, and relies on methods "
+            f"that TRL may change: pip install '{WANTED}', or, to try it all the same, pass allow_untested=True or set "
             f"{OVERRIDE}=1"
         )
     return installed
@@ -89,7 +90,7 @@ def check_trainer_class(base: Any) -> None:
     if broken:
         raise CropiError(
             f"{base.__name__} of trl {trl.__version__} is not what this adapter was written for: {'; '.join(broken)}; "
-            f"pip install 'trl=={NEWEST}'"
+            f"pip install '{WANTED}'"
         )
 
 

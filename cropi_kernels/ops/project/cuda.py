@@ -1,0 +1,39 @@
+"""CUDA kernels behind `project` and `project_transpose` (csrc/cuda/project_*.h)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from ... import _cuda, _native, _triton
+from .columns import contiguous_columns
+from .spec import ProjectionSpec
+
+_COPY = 1 << 26  # bytes copied at a time where columns are strided
+
+
+def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
+    """``out += x S^T`` on the current stream of the tensors' device."""
+    for start, piece in contiguous_columns(x, _COPY):
+        _call(False, piece, spec, out, offset + start)
+
+
+def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
+    _call(True, out, spec, y, offset)
+
+
+def _call(adjoint: bool, x: torch.Tensor, spec: ProjectionSpec, y: torch.Tensor, offset: int) -> None:
+    library = _cuda.library()
+    address, rows, n, x_stride, dtype = _native.matrix(x)
+    call = _cuda.ProjectCall(
+        address, rows, n, x_stride, offset, *spec.key, spec.dim, spec.nnz, spec.keep_count, dtype,
+        spec.kind == "gaussian", spec.scale, y.data_ptr(), y.stride(0),
+    )  # fmt: skip
+    dense = int(not spec.sparse)
+    size = 0 if adjoint else library.cropi_project_workspace(ctypes.byref(call), dense)
+    with _triton.on(x):
+        workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+        error = library.cropi_project(ctypes.byref(call), dense, int(adjoint), workspace.data_ptr(), stream)
+    _cuda.check(library, error, "project")

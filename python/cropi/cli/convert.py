@@ -1,0 +1,83 @@
+"""``cropi convert``: a trainer's rollout dumps to trajectory records."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+SOURCES = ("verl", "slime", "nemo-rl")
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    command.add_argument("files", nargs="+", metavar="FILE", help="dumps of one run, of any number of steps")
+    command.add_argument("--source", required=True, choices=SOURCES, help="the trainer that wrote them")
+    command.add_argument("--out", required=True, metavar="FILE.jsonl", help="the trajectories")
+    command.add_argument(
+        "--id-key", metavar="KEY",
+        help="where the prompt's id stands: verl (default extra_info.index), a key of slime's metadata, or a column of "
+        "NeMo-RL's file; without it the id is a hash of the prompt",
+    )  # fmt: skip
+    command.add_argument(
+        "--temperature", type=float, help="of the sampling; dumps do not hold it, and log-probs depend on it"
+    )
+    command.add_argument(
+        "--keep", default="newest", choices=("newest", "all"),
+        help="of a prompt with rollouts of several steps: those of its last step, or all (needs log-probs)",
+    )  # fmt: skip
+    text = command.add_argument_group("verl's text dumps (.jsonl)")
+    text.add_argument(
+        "--dataset", metavar="FILE", help="the dataset of the run, to find the prompts' ids and messages"
+    )
+    text.add_argument("--model", metavar="PATH_OR_ID", help="whose tokenizer rendered the prompts")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and say what came out."""
+    from cropi.errors import CropiError
+    from cropi.trainers.grouping import group_rollouts, write_groups
+
+    if bool(args.dataset) != bool(args.model):
+        raise CropiError(
+            "--dataset and --model are needed together: prompts are found by their rendered text"
+        )
+    if args.dataset and args.source != "verl":
+        raise CropiError(
+            f"--dataset is for verl's text dumps; the dumps of {args.source} hold the prompts' tokens"
+        )
+    groups = group_rollouts(_rollouts(args), keep=args.keep)
+    write_groups(args.out, groups)
+    exact = sum(group.response_ids is not None for group in groups)
+    print(
+        f"trajectories  {args.out}: {len(groups)} prompts, {sum(group.size for group in groups)} responses; token "
+        f"ids in {exact} records, log-probs in {sum(group.logprobs is not None for group in groups)}"
+    )
+    return 0
+
+
+def _rollouts(args: argparse.Namespace) -> Iterator[Any]:
+    options: dict[str, Any] = {"id_key": args.id_key, "temperature": args.temperature}
+    if args.source == "verl":
+        from cropi.trainers.verl.dumps import read_dump
+
+        if args.dataset:
+            options |= {"id_key": None, "prompts": _prompts(args)}
+    elif args.source == "slime":
+        from cropi.trainers.slime import read_dump  # type: ignore[assignment]
+    else:
+        from cropi.trainers.nemo_rl import read_dump  # type: ignore[assignment]
+    for path in args.files:
+        yield from read_dump(path, **options)
+
+
+def _prompts(args: argparse.Namespace) -> Any:
+    from cropi.errors import optional
+    from cropi.export import read_dataset
+    from cropi.trainers.verl.dumps import prompts_by_text
+    from cropi.trainers.verl.selected import ID_KEY, prompt_ids
+
+    table = read_dataset(args.dataset)
+    rows = table if isinstance(table, list) else table.to_pylist()
+    tokenizer = optional("transformers").AutoTokenizer.from_pretrained(args.model)
+    return prompts_by_text(rows, prompt_ids(rows, args.id_key or ID_KEY, args.dataset), tokenizer)

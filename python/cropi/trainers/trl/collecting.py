@@ -1,0 +1,59 @@
+"""Trajectories of a whole dataset under the present policy, by the trainer's own generation and rewards."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cropi.errors import CropiError
+from cropi.trainers.prompt_ids import PromptIds
+from cropi.trainers.rollout_log import RolloutLog, log_files, merge_rollouts
+from cropi.trainers.trl.capture import RecordingMixin
+
+
+def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = None) -> int:
+    """Sample ``num_generations_eval`` responses to every prompt of a dataset and write a trajectory file.
+
+    It is an evaluation of the trainer, so the arguments of evaluations apply (``per_device_eval_batch_size``), and so
+    do its metrics and callbacks.
+
+    Args:
+        trainer: made by ``recording(...)`` or ``curriculum(...)``.
+        dataset: with the column of prompt ids.
+        out: the ``.jsonl`` file, written whole or not at all.
+        set: name of the validation set that the prompts belong to; None for training prompts.
+
+    Returns:
+        The number of prompts written. Fewer than the dataset has if no reward function scored their responses.
+
+    Raises:
+        CropiError: not such a trainer, recording is off, bad ids, or a single response a prompt.
+    """
+    if not isinstance(trainer, RecordingMixin) or trainer._cropi_recording is None:
+        raise CropiError(
+            f"trainer must be one of recording(GRPOTrainer) or curriculum(GRPOTrainer) that records, got "
+            f"{type(trainer).__name__}"
+        )
+    if trainer.num_generations_eval < 2:
+        raise CropiError(
+            f"num_generations_eval is {trainer.num_generations_eval}: a prompt needs at least 2 responses "
+            "for an advantage"
+        )
+    PromptIds(dataset, trainer._cropi_recording.id_column, "dataset")
+    target, ranks, log = Path(out), trainer._cropi_ranks, trainer._cropi_log
+    folder = target.with_name(f".{target.name}.collecting")
+    if ranks.first:
+        shutil.rmtree(folder, ignore_errors=True)
+    ranks.barrier()
+    trainer._cropi_log, trainer._cropi_has_sets = RolloutLog(folder, ranks.rank), set is not None
+    try:
+        trainer.evaluate(dataset, metric_key_prefix=f"eval_{set or 'train'}")
+    finally:
+        trainer._cropi_log.close()
+        trainer._cropi_log, trainer._cropi_has_sets = log, True
+    ranks.barrier()
+    written = ranks.agree(lambda: merge_rollouts(log_files(folder, "valid"), target) if ranks.first else 0)
+    if ranks.first:
+        shutil.rmtree(folder)
+    return ranks.share(written)

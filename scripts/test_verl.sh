@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Try the verl adapters against one release of verl, in an environment of its own over an existing one.
+#
+#   test_verl.sh VERSION ENVIRONMENT [PYTEST OPTIONS]
+#
+# verl's pins (numpy below 2, an older transformers) would tear down the environment that everything else is tested in,
+# so its wheel goes in without its dependencies, and what its data and trainer modules import is added. No CUDA.
+set -euo pipefail
+version=$1 base=$2
+shift 2
+venv=build/verl-$version
+if [ ! -e "$venv/ready" ]; then
+  "$base/bin/python" -m venv "$venv"
+  "$base/bin/python" -c 'import site; print(site.getsitepackages()[0])' \
+    > "$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+  pins=$base/constraints.txt
+  [ -e "$pins" ] || pins=constraints.txt
+  pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+  pip --no-deps "verl==$version" tensordict==0.10.0
+  # pip names the pins of verl that these packages break; the adapters are tried without them.
+  pip -c "$pins" ray hydra-core codetiming dill torchdata pylatexenc datasets pybind11 pandas cachetools msgspec pyzmq \
+    tensorboard orjson importlib_metadata pyvers aiohttp uvicorn fastapi TransferQueue
+  touch "$venv/ready"
+fi
+"$venv/bin/python" -m pytest tests/test_verl.py tests/test_verl_files.py -p no:cacheprovider "$@"

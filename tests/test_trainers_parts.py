@@ -1,0 +1,159 @@
+"""The parts under the trainer adapters: prompt ids, logs of rollouts, joined stores, agreement among ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_data import make_model, make_records, make_tokenizer, write_lines
+
+from cropi.errors import CropiError
+from cropi.influence import influence
+from cropi.job import SketchJob
+from cropi.sketching import sketch
+from cropi.store import SketchStore
+from cropi.trainers.prompt_ids import PromptIds
+from cropi.trainers.ranks import Ranks
+from cropi.trainers.rollout_log import (
+    RolloutLog,
+    cut_unfinished_line,
+    log_files,
+    merge_rollouts,
+    replace_rollouts,
+    rewind,
+)
+from cropi_kernels import SketchSpec
+
+
+# --------------------------------------------------------------------------------------------- prompt ids
+def test_ids_and_places() -> None:
+    ids = PromptIds([{"id": 7}, {"id": "a"}, {"id": 0}], "id")
+    assert ids.names == ["7", "a", "0"] and ids.places(["0", "7"]) == [2, 0] and len(ids) == 3
+    assert "a" in ids and "b" not in ids
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": 7}, {"id": "7"}], "rows 0 and 1 have the same id '7'"),
+        ([{"id": "a"}, {"id": None}], "row 1 has the id None"),
+        ([{"id": True}], "row 0 has the id True"),
+        ([{"id": ""}], "row 0 has the id ''"),
+        ([{"prompt": "x"}], r"no column 'id' \(its columns: prompt\)"),
+        (iter([{"id": 1}]), "can only be streamed"),
+    ],
+)
+def test_bad_ids(rows: Any, message: str) -> None:
+    with pytest.raises(CropiError, match=message):
+        PromptIds(rows, "id")
+
+
+# --------------------------------------------------------------------------------------------------- logs
+def record(name: str, step: int, **more: Any) -> dict[str, Any]:
+    return {"id": name, "prompt": "p", "responses": ["é", "b"], "rewards": [0, 1], "step": step} | more
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_log_goes_on_after_an_unfinished_line(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path / "new", 3)
+    log.append("train", [record("a", 0)])
+    log.append("train", [])
+    path = tmp_path / "new" / "train-rank00003.jsonl"
+    assert log.sync() == {path.name: path.stat().st_size}
+    with open(path, "ab") as file:
+        file.write(b'{"id": "half' + b"x" * 200_000)
+    again = RolloutLog(tmp_path / "new", 3)
+    again.append("train", [record("b", 1), record("c", 1)])
+    assert [r["id"] for r in read(path)] == ["a", "b", "c"]
+    path.write_bytes(b"no newline at all")
+    cut_unfinished_line(path)
+    assert path.read_bytes() == b""
+
+
+def test_rewind_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:
+    logs = [RolloutLog(tmp_path, rank) for rank in (0, 1)]
+    logs[0].append("train", [record("a", 0)])
+    sizes = logs[0].sync()
+    for log in logs:
+        log.append("train", [record("b", 1)])
+        log.append("valid", [record("c", 1)])
+    rewind(tmp_path, sizes)
+    assert [path.name for path in log_files(tmp_path, "*")] == ["train-rank00000.jsonl"]
+    assert read(tmp_path / "train-rank00000.jsonl") == [record("a", 0)]
+    with pytest.raises(CropiError, match="has 0 bytes, but the checkpoint knows of 9: rollouts"):
+        rewind(tmp_path, {"train-rank00007.jsonl": 9})
+    assert read(tmp_path / "train-rank00000.jsonl") == [
+        record("a", 0)
+    ]  # nothing is cut when something is missing
+
+
+def test_merge_keeps_one_record_a_prompt(tmp_path: Path) -> None:
+    first = write_lines(
+        tmp_path / "r0.jsonl", [record("b", 0, n=1), record("a", 3, n=2), record("a", 3, n=3)]
+    )
+    second = write_lines(tmp_path / "r1.jsonl", [record("b", 2, n=4), record("a", 1, n=5)])
+    with open(second, "a") as file:
+        file.write('{"id": "b", "st')  # another rank is writing
+    out = tmp_path / "merged.jsonl"
+    for logs in ([first, second], [second, first]):
+        assert merge_rollouts(logs, out) == 2
+        assert [(r["id"], r["n"]) for r in read(out)] == [("a", 3), ("b", 4)]
+    merge_rollouts([first, second], out, keep="first")
+    assert [(r["id"], r["n"]) for r in read(out)] == [("a", 5), ("b", 1)]
+    with pytest.raises(CropiError, match="no rollout has been recorded yet"):
+        merge_rollouts([], out)
+    with pytest.raises(CropiError, match="keep must be one of last, first, got 'best'"):
+        merge_rollouts([first], out, keep="best")
+    (tmp_path / "bad.jsonl").write_text("[1]\n")
+    with pytest.raises(CropiError, match="bad.jsonl: a line is not a recorded rollout"):
+        merge_rollouts([tmp_path / "bad.jsonl"], out)
+    assert [(r["id"], r["n"]) for r in read(out)] == [("a", 5), ("b", 1)]
+
+
+def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:
+    stored = write_lines(tmp_path / "stored.jsonl", [record("a", 0), record("b", 0)])
+    newer = write_lines(tmp_path / "newer.jsonl", [record("b", 5), record("c", 5)])
+    assert replace_rollouts([stored], newer, tmp_path / "both.jsonl") == 1
+    assert [(r["id"], r["step"]) for r in read(tmp_path / "both.jsonl")] == [("a", 0), ("b", 5)]
+
+
+# ------------------------------------------------------------------------------------------------- stores
+def test_joined_stores_score_as_one(tmp_path: Path, one_thread: None) -> None:
+    records, model, tokenizer = make_records(12), make_model(), make_tokenizer()
+    valid = make_records(6, seed=1)
+
+    def stored(name: str, some: list[dict[str, Any]], **changes: Any) -> SketchStore:
+        path = write_lines(tmp_path / f"{name}.jsonl", some)
+        job = SketchJob([path], tmp_path / name, spec=SketchSpec(dim=1024), **changes)
+        sketch(model, tokenizer, job, progress=False)
+        return SketchStore.open(tmp_path / name)
+
+    whole, parts = stored("whole", records), [stored("even", records[::2]), stored("odd", records[1::2])]
+    against = stored("valid", valid)
+    one, two = influence(whole, [against]), influence(SketchStore.join(parts), [against])
+    assert one.ids == two.ids and len(SketchStore.join(parts)) == 12
+    # The parts were packed into other micro-batches: sums of float32 in another order.
+    torch.testing.assert_close(
+        torch.tensor(one.table), torch.tensor(two.table), rtol=0, atol=1e-5, equal_nan=True
+    )
+    with pytest.raises(CropiError, match="holds the prompt 'p0-000', and so does another store"):
+        SketchStore.join([whole, *parts])
+    with pytest.raises(CropiError, match="cannot be compared: stage = 0 in the first, 1 in the second"):
+        SketchStore.join([parts[0], stored("later", records[1::2], stage="1")])
+    with pytest.raises(CropiError, match="no store"):
+        SketchStore.join([])
+
+
+# -------------------------------------------------------------------------------------------------- ranks
+def test_one_process_is_rank_zero_of_one() -> None:
+    ranks = Ranks()
+    assert (ranks.rank, ranks.world, ranks.first) == (0, 1, True)
+    assert ranks.gather("a") == ["a"] and ranks.share([1]) == [1] and ranks.agree(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        ranks.agree(lambda: 1 // 0)
