@@ -15,6 +15,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export GPU_SUITE_OUT=${GPU_SUITE_OUT:-$PWD/build/gpu_suite}
 export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PATH=$PATH:/usr/local/cuda/bin  # compute-sanitizer
 PARTS=${GPU_SUITE_PARTS:-build cuda correctness project_correctness sketch logprob project model sanitizer report}
 LIMIT=${GPU_SUITE_SECONDS:-520}
 mkdir -p "$GPU_SUITE_OUT"
@@ -85,7 +86,8 @@ cuda() {
 export -f cuda
 
 sanitize() { # TOOL SCRIPT: memory errors of whole programs, and races in shared memory
-  compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "$PYTHON" "benchmarks/gpu/$2.py" --small "$1"
+  # Every tensor its own allocation: an access past its end would otherwise land in a neighbour and pass.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "$PYTHON" "benchmarks/gpu/$2.py" --small "$1"
 }
 export -f sanitize
 

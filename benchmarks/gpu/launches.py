@@ -23,7 +23,7 @@ from cropi_kernels import (
 )
 
 Results = tuple[torch.Tensor, ...]
-TOKENS, FEATURES, ROWS, VOCAB = 2000, 1536, 8960, 5003
+TOKENS, FEATURES, ROWS, VOCAB, FLAT = 2000, 1536, 8960, 5003, 100_003
 
 
 def calls(device: str) -> dict[str, Callable[[], Results]]:
@@ -34,7 +34,7 @@ def calls(device: str) -> dict[str, Callable[[], Results]]:
     ids = torch.randint(0, VOCAB, (TOKENS,), generator=g).to(device)
     offsets = torch.tensor([0, TOKENS // 3, TOKENS // 3, TOKENS]).to(device)
     scale = torch.randn(3, FEATURES, generator=g).to(device)
-    flat = torch.randn(100_003, generator=g).to(device)
+    flat = torch.randn(FLAT, generator=g).to(device)
     folded = plan_matrix(SketchSpec(), "a.mlp.up_proj.weight", ROWS, FEATURES)
     whole = plan_matrix(SketchSpec(width=None), "a.mlp.down_proj.weight", FEATURES, FEATURES)
     table = plan_matrix(SketchSpec(vocab_width=1024), "embed.weight", VOCAB, FEATURES, "tied")

@@ -17,6 +17,7 @@ from cropi_kernels import (
 )
 
 TOKENS = 8192
+CHUNK = 1024  # of the plain products: whole logits would not leave room for anything else
 
 
 def head(model: str, with_sketch: bool) -> dict[str, Any]:
@@ -44,11 +45,10 @@ def head(model: str, with_sketch: bool) -> dict[str, Any]:
         with torch.no_grad():
             linear_logprob(hidden, weight, target)
 
-    chunk = 1024  # whole logits would not leave room for anything else
-    z = torch.empty(chunk, vocab, device="cuda", dtype=torch.bfloat16)
-    g = torch.empty(chunk, features, device="cuda", dtype=torch.bfloat16)
-    product = common.milliseconds(lambda: torch.mm(hidden[:chunk], weight.t(), out=z)) * TOKENS / chunk
-    back = common.milliseconds(lambda: torch.mm(z, weight, out=g)) * TOKENS / chunk
+    z = torch.empty(CHUNK, vocab, device="cuda", dtype=torch.bfloat16)
+    g = torch.empty(CHUNK, features, device="cuda", dtype=torch.bfloat16)
+    product = common.milliseconds(lambda: torch.mm(hidden[:CHUNK], weight.t(), out=z)) * TOKENS / CHUNK
+    back = common.milliseconds(lambda: torch.mm(z, weight, out=g)) * TOKENS / CHUNK
     forward_ms, both_ms = common.milliseconds(forward, repeats=5), common.milliseconds(both, repeats=5)
     flops = 2.0 * TOKENS * vocab * features
     row: dict[str, Any] = {

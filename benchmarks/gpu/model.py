@@ -12,15 +12,22 @@ import torch
 from cropi_kernels import GradientSketcher, SketchSpec, logprob_and_grad
 
 LENGTH, ROWS = 1024, 16  # 16k tokens, 16 prompts
+WIDTHS = (64, 128, 256)
+DIM, BLOCK, BLOCKS = (
+    32768,
+    4096,
+    32,
+)  # of the dense projection: its size, coordinates drawn at once, blocks measured
+SHAPE = {
+    "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+    "num_attention_heads": 12, "num_key_value_heads": 2,
+}  # fmt: skip
 
 
-def build(layers: int = 28) -> Any:
+def build() -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=layers, num_attention_heads=12,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=4096,
-    )  # fmt: skip
+    config = Qwen2Config(**SHAPE, tie_word_embeddings=True, max_position_embeddings=4096)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -33,9 +40,8 @@ def build(layers: int = 28) -> Any:
 
 
 def batch(rows: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(
-        0, 151936, (rows, LENGTH), device="cuda", generator=torch.Generator("cuda").manual_seed(0)
-    )
+    words, g = SHAPE["vocab_size"], torch.Generator("cuda").manual_seed(0)
+    ids = torch.randint(0, words, (rows, LENGTH), device="cuda", generator=g)
     at = torch.arange(rows * LENGTH, device="cuda").view(rows, LENGTH)[:, :-1].reshape(-1)
     return {
         "input_ids": ids,
@@ -58,7 +64,7 @@ def plain_step(model: Any, data: dict[str, torch.Tensor]) -> None:
 
     def add(begin: int, end: int, dz: torch.Tensor) -> None:
         assert head_gradient is not None
-        head_gradient.addmm_(dz.t(), picked[begin:end])
+        head_gradient.addmm_(dz.t().to(head.dtype), picked[begin:end])  # a GPU gives the dtype already
 
     _, gradient, _ = logprob_and_grad(
         picked, head.detach(), data["targets"], lambda p, a, b: torch.ones_like(p),
@@ -117,22 +123,20 @@ def main() -> None:
     def dense(flat: torch.Tensor) -> torch.Tensor:
         """Keep a tenth of the coordinates, project them with dense signs drawn block by block (never stored)."""
         kept = flat[::10]
-        total = torch.zeros(32768, device="cuda")
-        block, blocks = 4096, kept.numel() // 4096
-        measured = 32  # of the blocks, drawn and multiplied; the rest costs the same, so the row scales it up
-        for b in range(min(measured, blocks)):
-            signs = torch.randint(0, 2, (block, 32768), device="cuda", dtype=torch.int8).to(torch.bfloat16)
-            total += (kept[b * block : (b + 1) * block].bfloat16() @ signs).float()
+        total = torch.zeros(DIM, device="cuda")
+        for b in range(BLOCKS):  # the rest of the blocks costs the same, so the row scales it up
+            signs = torch.randint(0, 2, (BLOCK, DIM), device="cuda", dtype=torch.int8).to(torch.bfloat16)
+            total += (kept[b * BLOCK : (b + 1) * BLOCK].bfloat16() @ signs).float()
         return total
 
     def dense_projection() -> dict[str, Any]:
         flat = torch.randn(sum(p.numel() for p in model.parameters()), device="cuda")
         ms = common.milliseconds(lambda: dense(flat), repeats=2, warm=1)
-        blocks = flat.numel() // 10 // 4096
-        return {"ms_per_prompt": ms * blocks / 32, "extrapolated_from_blocks": 32, "of": blocks}
+        blocks = flat.numel() // 10 // BLOCK
+        return {"ms_per_prompt": ms * blocks / BLOCKS, "extrapolated_from_blocks": BLOCKS, "of": blocks}
 
     results.attempt("frozen weights", frozen)
-    for width in (64, 128, 256):
+    for width in WIDTHS:
         results.attempt(f"sketched, width {width}", lambda w=width: sketched(w))
     results.attempt("weight gradients", trained)
     results.attempt("loop: backward and flat float32 gradient", lambda: per_prompt(lambda flat: flat.sum()))

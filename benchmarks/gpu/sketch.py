@@ -14,6 +14,7 @@ from cropi_kernels import MatrixPlan, SketchSpec, fold_inputs, plan_matrix, sket
 
 TOKENS = 16384
 SEGMENTS = (4, 16, 64)
+LENGTHS = (16, 64, 128, 512, 2048, 8192)
 BUDGET_S = 100.0
 
 
@@ -89,7 +90,7 @@ def main() -> None:
                 todo.append(
                     (f"{model} w={width} S={n}", lambda m=model, n=n, w=width: layer(m, n, w, bandwidth))
                 )
-    todo += [(f"segments of {n}", lambda n=n: lengths(n)) for n in (16, 64, 128, 512, 2048, 8192)]
+    todo += [(f"segments of {n}", lambda n=n: lengths(n)) for n in LENGTHS]
     for name, run in todo:
         if time.monotonic() - start > BUDGET_S:
             results.add(name=name, error="not run: the part's time was up")
