@@ -183,8 +183,9 @@ def main() -> None:
     ]
     for arm in ARMS:
         middle, low, high = interval([a / b for a, b in zip(seconds[arm], seconds["plain"])])
+        share = statistics.median([a / b for a, b in zip(inside[arm], seconds[arm])])
         text.append(
-            f"| {arm} | {statistics.median(seconds[arm]):.3f} | {middle:.4f} | {low:.4f} to {high:.4f} |"
+            f"| {arm} | {statistics.median(seconds[arm]):.3f} | {middle:.4f} | {low:.4f} to {high:.4f} | {share:.3%} |"
         )
     print("\n".join(text))
     if options.out:
