@@ -183,7 +183,7 @@ class RecordingMixin(Base):
                 record["set"] = str(row.get(recording.set_column) or self._cropi_eval_name)
             record |= {name: row[name] for name in recording.columns if row.get(name) is not None}
             record["response_ids"] = [int(token) for token in responses[i]]
-            record["truncated"] = record["response_ids"][-1:] == [] or responses[i][-1] not in ends
+            record["truncated"] = not responses[i] or responses[i][-1] not in ends
             if recording.text:
                 record |= {"prompt": row["prompt"], "responses": _text(completions[i])}
             if len(self.reward_func_names) > 1:
@@ -226,7 +226,7 @@ PER_RESPONSE = ("responses", "response_ids", "truncated", "logprobs", "rewards_b
 def group_record(rows: list[dict[str, Any]], common: Mapping[str, Any]) -> dict[str, Any] | None:
     """One trajectory record from the rows of one prompt; None if fewer than two of them could be scored.
 
-    Responses that no reward function scored are left out, as TRL leaves them out of the advantages.
+    Responses that no reward function scored are left out, as TRL leaves them out of the advantages; so are empty ones.
 
     Raises:
         CropiError: the rows belong to different prompts.
@@ -237,7 +237,7 @@ def group_record(rows: list[dict[str, Any]], common: Mapping[str, Any]) -> dict[
             f"the prompts {', '.join(sorted(ids))} stand in one group: the trainer's rows are not in groups of "
             f"{len(rows)}; a sampler that is not TRL's cannot be recorded"
         )
-    rows = [row for row in rows if not math.isnan(row["reward"])]
+    rows = [row for row in rows if row["response_ids"] and not math.isnan(row["reward"])]
     if len(rows) < 2:
         return None
     record = {key: value for key, value in rows[0].items() if key not in (*PER_RESPONSE, "reward")}
