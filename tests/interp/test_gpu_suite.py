@@ -166,6 +166,13 @@ def test_report_of_whatever_was_measured(suite: Any, tmp_path: Path, monkeypatch
             {"name": "loop: backward and flat float32 gradient", "ms_per_prompt": 20.0},
             {"name": "loop: dense projection of a tenth", "ms_per_prompt": 600.0},
         ],
+        "project": [
+            {"name": "countsketch 4096 bf16 cuda", "backend": "cuda", "of_copy": 0.85},
+            {"name": "countsketch 4096 beside peers cuda", "ms": 1.0},
+            {"name": "peer fast_jl rademacher", "ms": 30.0},
+            {"name": "peer sjlt c=1", "ms": 3.0},
+            {"name": "peer torch index_add_", "ms": 12.0},
+        ],
         "correctness": [{"name": "x", "ok": True, "error": 1e-7}, {"name": "y", "error": "ValueError: no|t"}],
     }
     for part, rows_ in lines.items():

@@ -197,18 +197,19 @@ class Window:
         self.signs, self.places = make(spec.nnz, 4 * self.draws), make(spec.nnz, self.tiles)
         self.keeps = make(4 * self.draws) if spec.keep_count < KEEP_ALL else self.signs
         blocks = triton.cdiv(self.draws, DRAW_BLOCK)
-        bits_kernel[(blocks, spec.nnz)](
-            self.signs, key, first_draw, self.draws, 0, PURPOSE=PROJECT_SIGN, KEPT=False, BLOCK=DRAW_BLOCK
-        )
-        if spec.keep_count < KEEP_ALL:
-            bits_kernel[(blocks, 1)](
-                self.keeps, key, first_draw, self.draws, spec.keep_count, PURPOSE=PROJECT_KEEP, KEPT=True,
-                BLOCK=DRAW_BLOCK,
+        with _triton.on(self.signs):
+            bits_kernel[(blocks, spec.nnz)](
+                self.signs, key, first_draw, self.draws, 0, PURPOSE=PROJECT_SIGN, KEPT=False, BLOCK=DRAW_BLOCK
+            )
+            if spec.keep_count < KEEP_ALL:
+                bits_kernel[(blocks, 1)](
+                    self.keeps, key, first_draw, self.draws, spec.keep_count, PURPOSE=PROJECT_KEEP, KEPT=True,
+                    BLOCK=DRAW_BLOCK,
+                )  # fmt: skip
+            places_kernel[(triton.cdiv(self.tiles, DRAW_BLOCK), spec.nnz)](
+                self.places, key, first_tile, self.tiles, spec.width // spec.group, GROUP=spec.group,
+                PURPOSE=PROJECT_TILE, BLOCK=DRAW_BLOCK,
             )  # fmt: skip
-        places_kernel[(triton.cdiv(self.tiles, DRAW_BLOCK), spec.nnz)](
-            self.places, key, first_tile, self.tiles, spec.width // spec.group, GROUP=spec.group,
-            PURPOSE=PROJECT_TILE, BLOCK=DRAW_BLOCK,
-        )  # fmt: skip
 
 
 def _windows(spec: ProjectionSpec, offset: int, n: int) -> list[tuple[int, int]]:
@@ -225,9 +226,8 @@ def gather_block(nnz: int) -> int:
 
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
     """``out += x S^T``; bits depend on the sizes and the offset of the call alone."""
-    with _triton.on(x):
-        for start, piece in contiguous_columns(x, _COPY):
-            _project(piece, spec, out, offset + start)
+    for start, piece in contiguous_columns(x, _COPY):
+        _project(piece, spec, out, offset + start)
 
 
 def _project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
@@ -238,27 +238,28 @@ def _project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: i
     blocks = triton.cdiv(spec.dim, block)
     parts = max(1, min(_PROGRAMS // blocks, n // spec.width // _TILES_PER_PART))
     group = max(1, min(rows, 65535, _WORKSPACE // (parts * spec.dim * 4)))
-    for row in range(0, rows, group):
-        some, y = x[row : row + group], out[row : row + group]
-        partial = torch.zeros(some.shape[0], parts, spec.dim, dtype=torch.float32, device=x.device)
-        for begin, end in _windows(spec, offset, n):
-            window = Window(spec, begin, end, x.device)
-            gather_kernel[(blocks, parts, some.shape[0])](
-                some, partial, window.signs, window.keeps, window.places, n, some.stride(0), window.start - offset,
-                window.phase, spec.dim, spec.width, window.draws, window.tiles, parts, GROUP=spec.group,
-                KEEP=spec.keep_count < KEEP_ALL, SINGLE=spec.nnz == 1, BLOCK=block, num_warps=4,
-            )  # fmt: skip
-        add_kernel[(triton.cdiv(spec.dim, ADD_COLUMNS), some.shape[0])](
-            partial,
-            y,
-            spec.scale,
-            spec.dim,
-            parts,
-            y.stride(0),
-            PARTS=ADD_PARTS,
-            COLUMNS=ADD_COLUMNS,
-            num_warps=4,
-        )
+    with _triton.on(x):
+        for row in range(0, rows, group):
+            some, y = x[row : row + group], out[row : row + group]
+            partial = torch.zeros(some.shape[0], parts, spec.dim, dtype=torch.float32, device=x.device)
+            for begin, end in _windows(spec, offset, n):
+                window = Window(spec, begin, end, x.device)
+                gather_kernel[(blocks, parts, some.shape[0])](
+                    some, partial, window.signs, window.keeps, window.places, n, some.stride(0), window.start - offset,
+                    window.phase, spec.dim, spec.width, window.draws, window.tiles, parts, GROUP=spec.group,
+                    KEEP=spec.keep_count < KEEP_ALL, SINGLE=spec.nnz == 1, BLOCK=block, num_warps=4,
+                )  # fmt: skip
+            add_kernel[(triton.cdiv(spec.dim, ADD_COLUMNS), some.shape[0])](
+                partial,
+                y,
+                spec.scale,
+                spec.dim,
+                parts,
+                y.stride(0),
+                PARTS=ADD_PARTS,
+                COLUMNS=ADD_COLUMNS,
+                num_warps=4,
+            )
 
 
 def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
