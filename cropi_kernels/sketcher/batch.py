@@ -67,6 +67,8 @@ class Segments:
         self, x: torch.Tensor, where: str, heads_first: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``x`` as [tokens * repeats, n] with its offsets; repeats > 1 where a module sees every head apart."""
+        if x.ndim == 3 and x.shape[0] == self.batch and x.shape[1] == self.length:  # nearly every call
+            return x.reshape(-1, x.shape[-1]), self.offsets_on(x.device, 1)
         if heads_first:
             x = x.transpose(1, 2)
         # Axes of length 1 do not matter; behind [batch, length] or [tokens] only an axis of heads may follow.

@@ -27,12 +27,10 @@ def sketch_linear(
     d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
 ) -> None:
     d, a = _native.rows_view(d), _native.rows_view(a)
-    row_sign = plan.row_sign if plan.row_fold is None else None
-    col_sign = plan.col_sign if plan.col_fold is None else None
     _native.native().sketch_linear(
         _native.matrix(d),
         _native.matrix(a),
-        _native.slab_plan(plan, row_sign, col_sign),
+        _native.slab_plan(plan, True),
         offsets.numel() - 1,
         offsets.data_ptr(),
         out.data_ptr(),

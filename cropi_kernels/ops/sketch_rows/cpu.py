@@ -20,7 +20,7 @@ def sketch_rows(
         _native.matrix(x),
         _native.address(folded),
         _native.address(scale),
-        _native.slab_plan(plan, None, plan.col_sign if plan.col_fold is None else None),
+        _native.slab_plan(plan, False),
         offsets.numel() - 1,
         offsets.data_ptr(),
         out.data_ptr(),
