@@ -14,6 +14,7 @@ from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .capture import capture
+from .graph import widened_input
 from .matrix import MatrixSketch
 
 
@@ -109,7 +110,7 @@ class EmbeddingTap(Tap):
 
 
 class NormTap(Tap):
-    """LayerNorm and every RMSNorm: the input is kept (autograd keeps it anyway) and normalised again in backward."""
+    """LayerNorm and every RMSNorm: the input, which autograd keeps anyway, is normalised again in backward."""
 
     def __init__(
         self,
@@ -125,7 +126,10 @@ class NormTap(Tap):
 
     def attach(self, x: torch.Tensor, y: torch.Tensor, heads_first: bool) -> torch.Tensor:
         sink = partial(self.backward, heads_first)
-        return capture(y, sink, x.detach()) if self.weight is not None else capture(y, sink)
+        if self.weight is None:
+            return capture(y, sink)
+        widened = widened_input(x, y)
+        return capture(y, sink, x.detach() if widened is None else widened)
 
     def backward(self, heads_first: bool, dy: torch.Tensor, x: torch.Tensor | None = None) -> None:
         with self.acc.timed():
