@@ -10,12 +10,12 @@ REACH = 16  # nodes looked at: an RMSNorm's scale, cast and product are three, i
 def widened_input(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
     """The float32 copy of ``x`` that the graph of ``y = f(x)`` keeps for its own backward, or None.
 
-    An RMSNorm of bfloat16 inputs computes in float32 and keeps that copy, but not ``x``: a tap that kept ``x`` would add
-    its 2 bytes a number, 2.9 GB for the 57 norms of a 1.5B model and 16k tokens. Taken for the copy is what a cast of
-    ``x`` itself gave, by the graph's edges and not by values, so its values are those of ``x`` exactly.
+    An RMSNorm of bfloat16 inputs computes in float32 and keeps that copy, but not ``x``: a tap that kept ``x`` would
+    add its 2 bytes a number, 2.9 GB for the 57 norms of a 1.5B model and 16k tokens. Taken for the copy is what a cast
+    of ``x`` itself gave, by the graph's edges and not by values, so its values are those of ``x`` exactly.
 
-    None where something packs what is saved (checkpointing, offloading): nothing of it stays in memory there, and asking
-    would unpack it before its time.
+    None where something packs what is saved (checkpointing, offloading): nothing of it stays in memory there, and
+    asking would unpack it before its time.
     """
     if x.dtype not in (torch.bfloat16, torch.float16) or x.grad_fn is None or _packed():
         return None
