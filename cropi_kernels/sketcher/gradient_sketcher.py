@@ -1,0 +1,223 @@
+"""`GradientSketcher`: turns a backward pass into sketches of per-segment gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _memory
+from ..spec import SketchSpec
+from .accumulator import Accumulator
+from .batch import Segments
+from .coverage import Coverage, plan_model
+from .decoder import SplitModel, split_model
+from .policy import (
+    PolicyGradient,
+    Weigh,
+    additive_mask,
+    check_positions,
+    check_vocabulary,
+    failed_segments,
+    head_pass,
+    scored_offsets,
+)
+
+
+class GradientSketcher:
+    """Sketches ``g_s = sum_{n in s} w_n grad log pi(token_n)`` per segment s while the backward pass runs.
+
+    A context manager around a causal LM. Inside it the covered weights are frozen (autograd forms no weight gradient)
+    and every module that owns one is tapped; afterwards everything is as it was.
+
+    >>> with GradientSketcher(model, SketchSpec()) as sketcher:            # doctest: +SKIP
+    ...     result = sketcher.policy_gradient(input_ids, segments=..., positions=..., targets=..., weigh=...)
+
+    Args:
+        model: any Hugging Face causal LM, or any module for `batch`; trainable parameters are sketched, frozen ones are
+            not (LoRA: the adapters only).
+        spec: what the sketch is.
+        exclude: fnmatch patterns of parameter names to leave out.
+
+    Raises:
+        UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
+        ValueError: nothing is left to sketch, or a pattern of ``exclude`` matches nothing.
+    """
+
+    def __init__(self, model: nn.Module, spec: SketchSpec, exclude: Sequence[str] = ()) -> None:
+        self.model, self.spec = model, spec
+        self._acc = Accumulator(spec)
+        self._plan = plan_model(model, spec, self._acc, exclude)
+        self._handles: list[Any] = []
+        self._thawed: list[nn.Parameter] = []
+        self._split: SplitModel | None = None
+
+    @property
+    def coverage(self) -> Coverage:
+        return self._plan.coverage
+
+    def __enter__(self) -> GradientSketcher:
+        if self._handles:
+            raise RuntimeError("this GradientSketcher is already active: leave its `with` block first")
+        # Everything is frozen, excluded parameters too: their gradients would cost memory and nobody reads them.
+        self._thawed = [p for p in self.model.parameters() if p.requires_grad]
+        for p in self._thawed:
+            p.requires_grad_(False)
+        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
+        if isinstance(embeddings, nn.Module):
+            self._handles.append(embeddings.register_forward_hook(_start_graph))
+        for module, tap in self._plan.taps.items():
+            self._handles.append(module.register_forward_hook(tap, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for p in self._thawed:
+            p.requires_grad_(True)
+        self._handles, self._thawed = [], []
+
+    @contextmanager
+    def batch(
+        self, segments: torch.Tensor, *, shape: tuple[int, int] | None = None, num_segments: int | None = None
+    ) -> Iterator[BatchSketch]:
+        """Sketch whatever backward runs inside: any loss, any forward of the model on one batch.
+
+        Args:
+            segments: int64 ids per token [batch, length], or per row [batch] with ``shape=(batch, length)``; they must
+                not decrease in flattened order. Padding may carry any neighbouring id: its gradients are zero.
+
+        The yielded object's ``sketches`` is set when the block ends. The loss must be a sum over tokens of terms that
+        each belong to one segment; a mean over the batch scales all sketches.
+        """
+        self._active("batch")
+        if segments.ndim != 2 and shape is None:
+            raise ValueError(
+                f"segments has shape {tuple(segments.shape)}: give ids per token, or shape=(batch, length)"
+            )
+        batch, length = shape if shape is not None else segments.shape
+        self._begin(Segments.of(segments, batch, length, num_segments))
+        result = BatchSketch()
+        try:
+            yield result
+            result.sketches = self._acc.end()
+        finally:
+            self._acc.close()
+
+    def policy_gradient(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        segments: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        weigh: Weigh,
+        num_segments: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> PolicyGradient:
+        """Forward, log-probs, weights, backward and sketches of one micro-batch in one pass.
+
+        Args:
+            input_ids: int64 [batch, length].
+            segments: int64 [batch] or [batch, length], as in `batch`.
+            positions: int64 [n]: flattened position (row * length + column) whose hidden state predicts scored token n.
+                May repeat (K responses share the last prompt token); sorted by segment.
+            targets: int64 [n], the scored tokens.
+            weigh: ``weigh(logprobs, start, stop)`` gives the weights of scored tokens start .. stop from their
+                log-probs (float32, detached). Called once per chunk, in order.
+            attention_mask: None (causal), [batch, length], or bool [batch, 1, length, length], True where to attend.
+            temperature: log-probs are those of softmax(logits / temperature), and so is the gradient.
+
+        Logits exist for scored tokens only, one chunk at a time; no weight gradient is formed.
+
+        Raises:
+            RuntimeError: outside the ``with`` block. ValueError: shapes, ranges or order are wrong; names which.
+            torch.OutOfMemoryError: names the sizes and the remedy. The sketcher stays usable.
+        """
+        split = self._ready(input_ids, positions, targets)
+        batch, length = input_ids.shape
+        where = Segments.of(segments, batch, length, num_segments)
+        scored = scored_offsets(where, positions)
+        kwargs = dict(model_kwargs or {})
+        if attention_mask is not None:
+            kwargs["attention_mask"] = self._mask(attention_mask)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        self._begin(where)
+        try:
+            with _memory.explained(
+                f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
+                f"segments (sketches: {_memory.size(self._acc.out.nbytes)})",
+                "give fewer rows a call (nothing of this call is left; sketches of parts of a prompt add up), or turn "
+                "on gradient checkpointing",
+            ):
+                mark = self._acc.clock.mark
+                start = mark()
+                with torch.enable_grad():
+                    hidden = split.hidden(input_ids, **kwargs)
+                logprobs, grad, weights = head_pass(
+                    split, self._plan, self._acc, hidden, positions, targets, weigh, temperature, scored
+                )
+                middle = mark()
+                hidden.backward(grad)
+                end = mark()
+                self._acc.out[failed_segments(logprobs, weights, scored)] = float("nan")
+                clock, sketches = self._acc.clock, self._acc.end()
+            seconds = {
+                "forward": clock.between(start, middle),
+                "backward": clock.between(middle, end),
+                "sketch": clock.seconds(),
+            }
+            return PolicyGradient(sketches, logprobs, weights, seconds)
+        finally:
+            self._acc.close()
+
+    def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
+        self._active("policy_gradient")
+        check_positions(input_ids, positions, targets)
+        if self._split is None:
+            self._split = split_model(self.model)
+        check_vocabulary(input_ids, targets, self._split.head.out_features)
+        return self._split
+
+    def _active(self, method: str) -> None:
+        if not self._handles:
+            raise RuntimeError(f"{method} outside the `with GradientSketcher(...)` block: nothing is tapped")
+
+    def _begin(self, segments: Segments) -> None:
+        if self._acc.segments is not None:
+            raise RuntimeError("a batch is already open in this GradientSketcher: close it first")
+        self._acc.begin(segments, next(self.model.parameters()).device)
+
+    def _mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """Bool 4-D masks become additive for eager attention, which adds what it is given."""
+        config = getattr(self.model, "config", None)
+        if (
+            mask.ndim != 4
+            or mask.dtype != torch.bool
+            or getattr(config, "_attn_implementation", None) != "eager"
+        ):
+            return mask
+        return additive_mask(mask, next(self.model.parameters()).dtype)
+
+
+class BatchSketch:
+    """Filled by `GradientSketcher.batch` when its block ends: float32 [segments, dim]."""
+
+    sketches: torch.Tensor
+
+
+def _start_graph(module: nn.Module, args: Any, output: Any) -> Any:
+    """Frozen weights give outputs without a graph: start one at the embeddings, where the taps' gradients end."""
+    if isinstance(output, torch.Tensor) and torch.is_grad_enabled() and not output.requires_grad:
+        return output.detach().requires_grad_(True)
+    return output
