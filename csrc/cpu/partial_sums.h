@@ -15,7 +15,8 @@ class PartialSums {
 
   float* begin(int64_t part) {
     uint32_t slot = 0;
-    while (__atomic_exchange_n(in_use() + slot, 1u, __ATOMIC_ACQUIRE)) slot = slot + 1 < uint32_t(parts_) ? slot + 1 : 0;
+    while (__atomic_exchange_n(in_use() + slot, 1u, __ATOMIC_ACQUIRE))
+      slot = slot + 1 < uint32_t(parts_) ? slot + 1 : 0;
     slot_of()[part] = slot;
     std::memset(sum(part), 0, size_t(size_) * 4);
     return sum(part);

@@ -7,8 +7,8 @@
 //
 // Only additions and sign flips: every instruction set gives the same bits. Coordinates are cut into parts whose
 // number follows from the sizes alone, and the parts are added in a fixed tree: so does every thread count.
-#include "cpu/partial_sums.h"
 #include "cpu/project_sparse.h"
+#include "cpu/partial_sums.h"
 
 namespace cropi::CROPI_ISA {
 namespace {
@@ -59,7 +59,6 @@ void add_run(const T* x, int64_t n, float* out, int64_t bucket, uint32_t low, co
   while (i + kGroup <= n) groups(std::integral_constant<int, 1>{});
   for (; i < n; ++i) one(i);
 }
-
 
 // kTiles whole tiles at once, in the order of the buckets. Several tiles are several streams of memory, which arrive
 // faster than one, and every bucket is fetched once for all of them.
