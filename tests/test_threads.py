@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -44,3 +46,23 @@ def test_a_forked_child_starts_its_own_threads() -> None:
     if child == 0:
         os._exit(0 if np.array_equal(sketch(), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+COUNT = """
+import os, torch
+from cropi_kernels import ProjectionSpec, project
+torch.set_num_threads(2)
+x = torch.randn(1, 1 << 20)
+x.exp()
+before = len(os.listdir("/proc/self/task"))
+project(x, ProjectionSpec(1024))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads under /proc")
+@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="torch without OpenMP")
+def test_torch_and_the_kernels_share_their_threads() -> None:
+    """Threads of our own would fight for the cores with torch's, which spin after every operation."""
+    done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"

@@ -9,6 +9,7 @@
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
+#  include <dlfcn.h>
 #  include <pthread.h>
 #endif
 
@@ -21,7 +22,7 @@ struct Job {
   void* ctx;
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
-  std::exception_ptr error;
+  std::exception_ptr error{};
 
   void work() {
     try {
@@ -31,6 +32,20 @@ struct Job {
     }
   }
 };
+
+// The OpenMP runtime that torch has loaded, if any: its threads spin for some milliseconds after every operation of
+// torch, and threads of ours would share the cores with them (measured: 20 ms for a call that takes 16). GOMP_parallel
+// is what compilers emit calls of; the LLVM and Intel runtimes have it too.
+using Gomp = void (*)(void (*fn)(void*), void* ctx, unsigned team, unsigned flags);
+
+Gomp openmp() {
+#if defined(__unix__) || defined(__APPLE__)
+  static const Gomp found = reinterpret_cast<Gomp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
 
 // Threads that sleep between jobs. Starting one for every call took 90 us, a tenth of a small layer's sketch.
 class Pool {
@@ -79,15 +94,18 @@ class Pool {
 };
 
 std::atomic<Pool*> pool{nullptr};
+std::atomic<bool> forked{false};
 
-// Never freed: its threads may still sleep when the process ends. A forked child has none of them, so it starts anew.
-Pool* the_pool() {
-  static std::once_flag once;
-  std::call_once(once, [] {
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });
+// A forked child has none of the threads: it starts a pool anew, and OpenMP does not survive a fork at all.
+const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+  pool = nullptr;
+  forked = true;
+});
 #endif
-  });
+
+// Never freed: its threads may still sleep when the process ends.
+Pool* the_pool() {
   Pool* found = pool;
   if (found) return found;
   Pool* made = new Pool;
@@ -110,12 +128,15 @@ void run_on_new_threads(Job* job, int helpers) {
 }  // namespace
 
 void parallel_for(int64_t n_tasks, int n_threads, void (*fn)(void*, int64_t), void* ctx) {
-  if (n_threads > n_tasks) n_threads = int(n_tasks);
+  const int needed = n_threads < n_tasks ? n_threads : int(n_tasks);
+  const Gomp parallel = forked ? nullptr : openmp();
   Job job{n_tasks, fn, ctx};
-  if (n_threads <= 1)
+  if (needed <= 1)
     job.work();
-  else if (!the_pool()->run(&job, n_threads - 1))
-    run_on_new_threads(&job, n_threads - 1);
+  else if (parallel)  // all threads, as torch does: a smaller team would end the others
+    parallel([](void* shared) { static_cast<Job*>(shared)->work(); }, &job, unsigned(n_threads), 0);
+  else if (!the_pool()->run(&job, needed - 1))
+    run_on_new_threads(&job, needed - 1);
   if (job.error) std::rethrow_exception(job.error);
 }
 

@@ -1,4 +1,5 @@
-// Tasks over std::thread. No OpenMP: a second OpenMP runtime beside torch's made mixed loops ten times slower.
+// Tasks over the OpenMP threads that torch runs on, found at run time, or over std::thread where there are none. Nothing
+// is linked with OpenMP: a second runtime beside torch's made mixed loops ten times slower.
 #pragma once
 #include <cstdint>
 
