@@ -49,11 +49,9 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def emulated(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]:
+def emulated(emulation: Any, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> Callable[..., torch.Tensor]:
     """`project` as on a GPU, on CPU tensors; fresh memory starts as NaN."""
-    empty = torch.empty
     monkeypatch.setattr(_cuda, "library", lambda: emulation)
-    monkeypatch.setattr(cuda.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
 
     def run(
         x: torch.Tensor, spec: ProjectionSpec, offset: int = 0, out: torch.Tensor | None = None

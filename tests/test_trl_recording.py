@@ -11,7 +11,7 @@ import torch
 from made_data import make_model, make_tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 from trl_runs import SPEC, Seen, dataset, digits, lines, recorded  # noqa: E402
 
