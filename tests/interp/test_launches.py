@@ -20,14 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import cropi_kernels
-from cropi_kernels import (
-    SketchSpec,
-    _triton,
-    linear_logprob,
-    logprob_and_grad,
-    plan_matrix,
-    sketch_linear,
-)
+from cropi_kernels import SketchSpec, _triton, linear_logprob, logprob_and_grad, plan_matrix, sketch_linear
 
 READS = {
     torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.equal, torch.ops.aten.is_nonzero,
