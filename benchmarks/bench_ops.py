@@ -13,14 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cropi_kernels import (
-    SketchSpec,
-    fold_inputs,
-    norm_grad,
-    plan_matrix,
-    sketch_embedding,
-    sketch_linear,
-)
+from cropi_kernels import SketchSpec, fold_inputs, norm_grad, plan_matrix, sketch_embedding, sketch_linear
 
 TOKENS = 1024
 CUTS = torch.tensor([0, 137, 400, 401, 790, TOKENS])

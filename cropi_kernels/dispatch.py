@@ -36,6 +36,17 @@ def reasons_against(
     }
 
 
+def checked(backend: str | None) -> str:
+    """A backend's name as operators take it: "" for None, which a caller cannot write himself.
+
+    Raises:
+        ValueError: ``backend`` is not a known name.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}, or None for the best")
+    return backend or ""
+
+
 def choose(
     op: str,
     *tensors: torch.Tensor,
@@ -48,9 +59,9 @@ def choose(
         ValueError: ``backend`` is not a known name.
         RuntimeError: the named backend cannot serve the call; the message gives its reason.
     """
-    named = backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None
-    if named is not None and named not in BACKENDS:
-        raise ValueError(f"backend={named!r}: choose one of {', '.join(BACKENDS)}, or None for the best")
+    named = (
+        checked(backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None) or None
+    )
     if named == "reference":
         return named
     on_host = not tensors or tensors[0].device.type == "cpu"

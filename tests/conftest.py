@@ -1,15 +1,29 @@
-"""Fixtures that several test files use."""
+"""What all tests share: one thread, known random numbers, and fixtures that several files use."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from cropi_kernels import _native
+from cropi_kernels import _native, dispatch
 
 LEVELS = [level for level in (1, 3, 4) if level <= _native.native().detected_level()]
+torch.set_num_threads(
+    1
+)  # small tensors: a second thread costs more than it brings, and torch's own sums follow it
+
+
+@pytest.fixture(autouse=True)
+def surroundings() -> Iterator[None]:
+    """The same random numbers for a test whatever ran before it, and its number of threads ends with it."""
+    torch.manual_seed(9)  # the tests' own generators begin at 0
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=LEVELS, ids=lambda level: f"level={level}")
@@ -23,9 +37,22 @@ def level(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory from torch.empty starts as NaN: an element that is read before it is written shows."""
+    empty = torch.empty
+
+    def poison(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture
+def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No backend is named by the environment, none has been warned of, and a warning is an error."""
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.delenv("CROPI_KERNELS_BACKEND", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

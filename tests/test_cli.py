@@ -19,7 +19,7 @@ from cropi.estimators import ESTIMATORS
 from cropi.influence import read_scores
 from cropi.store import SketchStore
 
-SMALL = ["--dim", "1024", "--no-progress"]
+SMALL = "--dim 1024 --no-progress"
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def cropi(*words: object) -> int:
-    return main([str(word) for word in words])
+def cropi(line: str) -> int:
+    return main(line.split())
 
 
-def sketch(made: Path, out: Path, *more: object, file: object = "train.jsonl", model: str = "model") -> int:
-    source = file if isinstance(file, Path) else made / str(file)
-    return cropi("sketch", "--model", made / model, "--trajectories", source, "--out", out, *SMALL, *more)
+def sketch(made: Path, out: Path, more: str = "", *, file: object = "train.jsonl") -> int:
+    return cropi(f"sketch --model {made}/model --trajectories {made / str(file)} --out {out} {SMALL} {more}")
 
 
 def rows(store: Path) -> dict[str, torch.Tensor]:
@@ -57,10 +56,11 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 def exact_gradient(model: Any, tokenizer: Any, record: dict[str, Any]) -> torch.Tensor:
     prompt = tokenizer(record["prompt"])["input_ids"]
     total = torch.zeros(())
+    heat = record.get("temperature", 1.0)
     for text, a in zip(record["responses"], ESTIMATORS["cropi"].advantages(record["rewards"])):
         response = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        logp = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])
+        logp = (logits / heat).log_softmax(-1).gather(1, torch.tensor(response)[:, None])
         total = total + a * logp.mean() / len(record["responses"])
     return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])
 
@@ -68,37 +68,18 @@ def exact_gradient(model: Any, tokenizer: Any, record: dict[str, Any]) -> torch.
 def test_four_commands_rank_as_exact_gradients_do(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wide = ["--dim", "32768", "--width", "full", "--vocab-width", "full"]
-    assert sketch(made, tmp_path / "train", *wide) == 0
+    wide = "--dim 32768 --width full --vocab-width full"
+    hot = [record | {"temperature": 0.5} for record in make_records(12, seed=1, sets=["x", "y"])]
+    assert sketch(made, tmp_path / "train", wide) == 0
     summary = capsys.readouterr().out
-    assert sketch(made, tmp_path / "valid", *wide, file="valid.jsonl") == 0
-    assert (
-        cropi(
-            "influence",
-            "--train",
-            tmp_path / "train",
-            "--valid",
-            tmp_path / "valid",
-            "--out",
-            tmp_path / "s.parquet",
-        )
-        == 0
-    )
-    assert (
-        cropi(
-            "select",
-            "--scores",
-            tmp_path / "s.parquet",
-            "--fraction",
-            0.1,
-            "--out",
-            tmp_path / "selected.jsonl",
-        )
-        == 0
-    )
+    assert sketch(made, tmp_path / "valid", wide, file=write_lines(tmp_path / "valid.jsonl", hot)) == 0
+    stores = f"--train {tmp_path}/train --valid {tmp_path}/valid"
+    assert cropi(f"influence {stores} --out {tmp_path}/s.parquet") == 0
+    selected = tmp_path / "selected.jsonl"
+    assert cropi(f"select --scores {tmp_path}/s.parquet --fraction 0.1 --out {selected}") == 0
 
     model, tokenizer = make_model(), make_tokenizer()
-    records = {r["id"]: r for r in make_records(40) + make_records(12, seed=1, sets=["x", "y"])}
+    records = {r["id"]: r for r in make_records(40) + hot}
     usable = {name: r for name, r in records.items() if len(set(r["rewards"])) > 1}
     exact = {name: exact_gradient(model, tokenizer, r) for name, r in usable.items()}
     scores = read_scores(tmp_path / "s.parquet")
@@ -106,12 +87,8 @@ def test_four_commands_rank_as_exact_gradients_do(
     means = [
         torch.stack([exact[n] for n in usable if records[n].get("set") == s]).mean(0) for s in ("x", "y")
     ]
-    expected = np.array(
-        [
-            [float(torch.nn.functional.cosine_similarity(exact[n], mean, dim=0)) for mean in means]
-            for n in train
-        ]
-    )
+    cosine = torch.nn.functional.cosine_similarity
+    expected = np.array([[float(cosine(exact[n], mean, dim=0)) for mean in means] for n in train])
     assert scores.sets == ["x", "y"] and np.flatnonzero(scores.usable).size == len(train)
     # A cosine's standard error is at most 1 / sqrt(dim) = 0.0055; 5 of them for the largest of 60.
     assert np.abs(scores.table[scores.usable] - expected).max() < 5 / 32768**0.5
@@ -120,26 +97,17 @@ def test_four_commands_rank_as_exact_gradients_do(
     assert f"40 read, {len(train)} sketched, {skipped} skipped ({skipped} equal rewards), 0 failed" in summary
     for word in ("tokens/s", "forward", "backward", "for sketching", "peak memory", "parameters    sketched"):
         assert word in summary, word
-    chosen = [json.loads(line) for line in (tmp_path / "selected.jsonl").read_text().splitlines()]
+    chosen = [json.loads(line) for line in selected.read_text().splitlines()]
     assert len(chosen) == 4 and {row["id"] for row in chosen} <= set(train)
 
 
 def test_run_does_all_four_from_a_config_file_too(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = ["--train", made / "train.jsonl", "--valid", made / "valid.jsonl"]
-    assert (
-        cropi("run", "--model", made / "model", *files, "--out", tmp_path / "a", "--fraction", 0.2, *SMALL)
-        == 0
-    )
+    files = f"--model {made}/model --train {made}/train.jsonl --valid {made}/valid.jsonl"
+    assert cropi(f"run {files} --out {tmp_path}/a --fraction 0.2 {SMALL}") == 0
     shown = capsys.readouterr().out
-    for name in (
-        "scores.parquet",
-        "scores.png",
-        "selected.jsonl",
-        "selected_trajectories.jsonl",
-        "sketches/train",
-    ):
+    for name in "scores.parquet scores.png selected.jsonl selected_trajectories.jsonl sketches/train".split():
         assert (tmp_path / "a" / name).exists() and str(tmp_path / "a" / name) in shown
     selected = (tmp_path / "a" / "selected.jsonl").read_text()
     assert len(selected.splitlines()) == 8
@@ -149,22 +117,18 @@ def test_run_does_all_four_from_a_config_file_too(
     ]
     assert records == [json.loads(line)["id"] for line in selected.splitlines()]
 
-    values = {
-        "model": made / "model",
-        "train": made / "train.jsonl",
-        "valid": made / "valid.jsonl",
-        "out": tmp_path / "b",
-    }
+    values = {key: made / f"{key}.jsonl" for key in ("train", "valid")}
+    values |= {"model": made / "model", "out": tmp_path / "b"}
     toml = "".join(f'{key} = "{value}"\n' for key, value in values.items())
     (tmp_path / "run.toml").write_text(
         toml + "[sketch]\ndim = 1024\nno_progress = true\n[select]\nfraction = 0.5\n"
     )
-    assert cropi("run", "--config", tmp_path / "run.toml", "--fraction", 0.2) == 0, "the command line wins"
+    assert cropi(f"run --config {tmp_path}/run.toml --fraction 0.2") == 0, "the command line wins"
     assert (tmp_path / "b" / "selected.jsonl").read_text() == selected
     yaml = "".join(f"{key}: {value}\n" for key, value in values.items())
     (tmp_path / "run.yaml").write_text(yaml + "dim: 1024\nno-progress: true\nfraction: 0.2\n")
     capsys.readouterr()
-    assert cropi("run", "--config", tmp_path / "run.yaml") == 0
+    assert cropi(f"run --config {tmp_path}/run.yaml") == 0
     assert "40 read, 0 sketched" in capsys.readouterr().out, "the sketches are there already"
     for text, named in (
         ("fractoin = 0.1\n", "'fractoin' is not an option of `cropi run`"),
@@ -174,15 +138,15 @@ def test_run_does_all_four_from_a_config_file_too(
         ("dim = 1\n[a]\ndim = 2\n", "'dim' is given twice"),
     ):
         (tmp_path / "bad.toml").write_text(text)
-        assert cropi("run", "--config", tmp_path / "bad.toml") == 2
+        assert cropi(f"run --config {tmp_path}/bad.toml") == 2
         assert named in capsys.readouterr().err
 
 
 def test_layouts_budgets_and_dtypes_give_the_same_sketches(made: Path, tmp_path: Path) -> None:
     sketch(made, tmp_path / "a")
-    sketch(made, tmp_path / "b", "--layout", "padded", "--tokens-per-batch", 24)
+    sketch(made, tmp_path / "b", "--layout padded --tokens-per-batch 24")
     assert_same(rows(tmp_path / "b"), rows(tmp_path / "a"))
-    sketch(made, tmp_path / "c", "--store-dtype", "int8")
+    sketch(made, tmp_path / "c", "--store-dtype int8")
     for name, expected in rows(tmp_path / "a").items():
         got = rows(tmp_path / "c")[name]
         assert float(torch.nn.functional.cosine_similarity(got, expected, dim=0)) > 0.9995
@@ -208,9 +172,9 @@ def test_behaviour_model_and_stored_log_probs_agree(made: Path, tmp_path: Path) 
                 logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
             )
     stored = write_lines(tmp_path / "stored.jsonl", records)
-    sketch(made, tmp_path / "model", "--behaviour-model", made / "other", file=plain)
+    sketch(made, tmp_path / "model", f"--behaviour-model {made}/other", file=plain)
     sketch(made, tmp_path / "file", file=stored)
-    sketch(made, tmp_path / "current", "--behaviour", "current", file=stored)
+    sketch(made, tmp_path / "current", "--behaviour current", file=stored)
     assert_same(rows(tmp_path / "file"), rows(tmp_path / "model"))
     first = next(iter(rows(tmp_path / "file").values()))
     assert float((first - next(iter(rows(tmp_path / "current").values()))).norm()) > 0.05 * float(
@@ -242,138 +206,54 @@ def test_a_prompt_that_fails_is_named_and_leaves_the_others_right(
 def test_every_mistake_is_one_clear_line(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(named: str, *words: object) -> None:
-        assert cropi(*words) == 2
+    def fails(named: str, line: str) -> None:
+        assert cropi(line) == 2
         error = capsys.readouterr().err
         assert "Traceback" not in error
         problem = [line for line in error.splitlines() if line.startswith("cropi ")]
         assert len(problem) == 1 and named in problem[0] and error.endswith(problem[0] + "\n"), error
 
-    common = ["sketch", "--model", made / "model", *SMALL]
-    sketch(made, tmp_path / "store")
-    fails(
-        "there is no such trajectory file",
-        *common,
-        "--trajectories",
-        tmp_path / "no.jsonl",
-        "--out",
+    common, train, out = (
+        f"sketch --model {made}/model {SMALL}",
+        f"--trajectories {made}/train.jsonl",
         tmp_path / "o",
     )
-    fails(
-        "no such folder",
-        "sketch",
-        "--model",
-        "./nowhere",
-        "--trajectories",
-        made / "train.jsonl",
-        "--out",
-        tmp_path / "o",
-    )
-    fails("dim=1000", *common, "--dim", 1000, "--trajectories", made / "train.jsonl", "--out", tmp_path / "o")
-    fails(
-        "model.weights",
-        "sketch",
-        "--model",
-        made / "other",
-        *SMALL,
-        "--trajectories",
-        made / "train.jsonl",
-        "--out",
-        tmp_path / "store",
-    )
-    fails(
-        "spec.seed = 0, but this run has 5",
-        *common,
-        "--seed",
-        5,
-        "--trajectories",
-        made / "train.jsonl",
-        "--out",
-        tmp_path / "store",
-    )
-    fails(
-        "matches no trainable parameter",
-        *common,
-        "--exclude",
-        "*bananas*",
-        "--trajectories",
-        made / "train.jsonl",
-        "--out",
-        tmp_path / "o",
-    )
-    fails("trajectories = ", *common, "--trajectories", made / "valid.jsonl", "--out", tmp_path / "store")
-    fails(
-        "no 'logprobs' in this record",
-        *common,
-        "--behaviour",
-        "file",
-        "--trajectories",
-        made / "train.jsonl",
-        "--out",
-        tmp_path / "o",
-    )
+    store = tmp_path / "store"
+    sketch(made, store)
+    fails("there is no such trajectory file", f"{common} --trajectories {tmp_path}/no.jsonl --out {out}")
+    fails("no such folder", f"sketch --model ./nowhere {train} --out {out}")
+    fails("dim=1000", f"{common} --dim 1000 {train} --out {out}")
+    fails("model.weights", f"sketch --model {made}/other {SMALL} {train} --out {store}")
+    fails("spec.seed = 0, but this run has 5", f"{common} --seed 5 {train} --out {store}")
+    fails("matches no trainable parameter", f"{common} --exclude *bananas* {train} --out {out}")
+    fails("trajectories = ", f"{common} --trajectories {made}/valid.jsonl --out {store}")
+    fails("no 'logprobs' in this record", f"{common} --behaviour file {train} --out {out}")
     records = make_records(3)
     records[1]["prompt"], records[1]["rewards"] = "x" * 200, [1, 0, 0, 0]
     long = write_lines(tmp_path / "long.jsonl", records)
-    fails("the model's context of 128", *common, "--trajectories", long, "--out", tmp_path / "o1")
+    fails("the model's context of 128", f"{common} --trajectories {long} --out {tmp_path}/o1")
     records = make_records(3)
     records[2]["response_ids"] = [[5], [6], [7], [98]]
     beyond = write_lines(tmp_path / "beyond.jsonl", records)
-    fails(
-        "token id 98 is beyond the model's vocabulary of 98",
-        *common,
-        "--trajectories",
-        beyond,
-        "--out",
-        tmp_path / "o2",
-    )
+    words = f"{common} --trajectories {beyond} --out {tmp_path}/o2"
+    fails("token id 98 is beyond the model's vocabulary of 98", words)
     assert not (tmp_path / "o2").exists(), "found before anything was written"
-    fails("is not a score table", "select", "--scores", made / "train.jsonl", "--out", tmp_path / "sel")
-    fails(
-        "there is no sketch store",
-        "influence",
-        "--train",
-        tmp_path / "no",
-        "--valid",
-        tmp_path / "no",
-        "--out",
-        tmp_path / "x",
-    )
-    broken = tmp_path / "broken.jsonl"
+    fails("is not a score table", f"select --scores {made}/train.jsonl --out {tmp_path}/sel")
+    none = tmp_path / "no"
+    fails("there is no sketch store", f"influence --train {none} --valid {none} --out {tmp_path}/x")
+    broken, run = tmp_path / "broken.jsonl", tmp_path / "run"
     broken.write_text((made / "train.jsonl").read_text() + "{\n")
-    words = [
-        "run",
-        "--model",
-        "./nowhere",
-        "--valid",
-        made / "valid.jsonl",
-        *SMALL,
-        "--out",
-        tmp_path / "run",
-    ]
-    fails(f"{broken}:41: not a JSON object", *words, "--train", broken)
+    words = f"run --model ./nowhere --valid {made}/valid.jsonl {SMALL} --out {run} --train {broken}"
+    fails(f"{broken}:41: not a JSON object", words)
     equal = [record | {"rewards": [1, 1, 1, 1]} for record in make_records(3, seed=1, sets=["z"])]
-    words = [
-        "run",
-        "--model",
-        made / "model",
-        "--train",
-        made / "train.jsonl",
-        *SMALL,
-        "--out",
-        tmp_path / "run",
-    ]
-    fails(
-        "validation set 'z' has no usable prompt",
-        *words,
-        "--valid",
-        write_lines(tmp_path / "equal.jsonl", equal),
-    )
-    assert not (tmp_path / "run" / "sketches" / "train").exists(), "found before the long part"
+    valid = write_lines(tmp_path / "equal.jsonl", equal)
+    words = f"run --model {made}/model --train {made}/train.jsonl {SMALL} --out {run} --valid {valid}"
+    fails("validation set 'z' has no usable prompt", words)
+    assert not (run / "sketches" / "train").exists(), "found before the long part"
     with pytest.raises(ValueError, match="there is no such trajectory file"):
-        cropi(*common, "--debug", "--trajectories", tmp_path / "no.jsonl", "--out", tmp_path / "o")
+        cropi(f"{common} --debug --trajectories {tmp_path}/no.jsonl --out {out}")
     with pytest.raises(SystemExit) as stopped:
-        cropi("run", "--model", "m")
+        cropi("run --model m")
     assert stopped.value.code == 2
 
 
@@ -387,14 +267,14 @@ def test_skip_bad_goes_on_and_says_what_was_left_out(
     records[5]["response_ids"] = [[98], [5], [5], [5]]
     path = write_lines(tmp_path / "t.jsonl", records)
     path.write_text(path.read_text() + "{broken\n")
-    assert sketch(made, tmp_path / "s", "--skip-bad", "--too-long", "skip", file=path) == 0
+    assert sketch(made, tmp_path / "s", "--skip-bad --too-long skip", file=path) == 0
     shown = capsys.readouterr().out
     assert "bad records   2 left out" in shown and f"{path}:4" in shown and "1 too long" in shown
     assert f"{records[5]['id']}: token id 98" in shown
-    assert cropi("info", tmp_path / "s", "--verify") == 0
+    assert cropi(f"info {tmp_path}/s --verify") == 0
     shown = capsys.readouterr().out
     assert "skipped       1 prompts (too long)" in shown and "shards are intact" in shown
-    assert cropi("info", made / "train.jsonl") == 0 and "40 prompts, 160 responses" in capsys.readouterr().out
+    assert cropi(f"info {made}/train.jsonl") == 0 and "40 prompts, 160 responses" in capsys.readouterr().out
 
 
 # Runs the command in forked children, so that everything is imported once. The first child is killed when a shard is
@@ -425,20 +305,9 @@ for number in (signal.SIGKILL, signal.SIGINT):
 def test_kill_and_interrupt_lose_nothing_and_the_rest_is_computed(made: Path, tmp_path: Path) -> None:
     many = write_lines(tmp_path / "many.jsonl", make_records(300, seed=2))
     out = tmp_path / "cut"
-    words = [
-        "sketch",
-        "--model",
-        made / "model",
-        "--trajectories",
-        many,
-        "--out",
-        out,
-        *SMALL,
-        "--tokens-per-batch",
-        20,
-    ]
+    words = f"sketch --model {made}/model --trajectories {many} --out {out} {SMALL} --tokens-per-batch 20"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", STOPPER, str(out), *map(str, words)]
+    command = [sys.executable, "-c", STOPPER, str(out), *words.split()]
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     (killed, first), (interrupted, second) = (

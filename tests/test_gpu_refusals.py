@@ -6,74 +6,22 @@ only pretend to be on it are enough to be refused.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from op_calls import OFFSETS, OPS, OUT, ROWS, TIED, A
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cropi_kernels import (
-    SketchSpec,
-    _triton,
-    bias_grad,
-    dispatch,
-    flat_sketch,
-    fold_inputs,
-    fold_outputs,
-    linear_logprob,
-    norm_grad,
-    plan_matrix,
-    plan_vector,
-    sketch_embedding,
-    sketch_linear,
-    sketch_vector,
-)
+from cropi_kernels import _triton, dispatch, sketch_embedding
 from cropi_kernels.ops._checks import on_device
 
-SPEC = SketchSpec(width=16, vocab_width=16)
-PLAN = plan_matrix(SPEC, "a.mlp.up_proj.weight", 20, 40)
-TIED = plan_matrix(SPEC, "lm_head.weight", 60, 40, "tied")
-NORM = plan_vector(SPEC, "model.norm.weight", 40)
-FLAT = SketchSpec(kind="countsketch", dim=64)
-D, A, X, V = torch.ones(9, 20), torch.ones(9, 40), torch.ones(9, 60), torch.ones(3, 40)
-OFFSETS, IDS, OUT, FEW = torch.tensor([0, 4, 4, 9]), torch.arange(9), torch.zeros(3, 32768), torch.zeros(64)
-
-# Every op with its floating-point operands, so that one at a time can be spoilt.
-OPS: dict[str, tuple[dict[str, torch.Tensor], Callable[..., Any]]] = {
-    "fold_inputs": ({"a": A}, lambda b=None, **t: fold_inputs(t["a"], PLAN, backend=b)),
-    "fold_outputs": ({"d": X}, lambda b=None, **t: fold_outputs(t["d"], TIED, backend=b)),
-    "sketch_linear": (
-        {"d": D, "a": A, "out": OUT},
-        lambda b=None, **t: sketch_linear(t["d"], t["a"], OFFSETS, PLAN, t["out"], backend=b),
-    ),
-    "sketch_embedding": (
-        {"x": A, "out": OUT},
-        lambda b=None, **t: sketch_embedding(t["x"], IDS, OFFSETS, TIED, t["out"], backend=b),
-    ),
-    "sketch_vector": (
-        {"gradient": V, "out": OUT},
-        lambda b=None, **t: sketch_vector(t["gradient"], NORM, t["out"], backend=b),
-    ),
-    "norm_grad": (
-        {"x": A, "dy": A},
-        lambda b=None, **t: norm_grad(t["x"], t["dy"], OFFSETS, 1e-6, centered=True, backend=b),
-    ),
-    "bias_grad": ({"dy": A}, lambda b=None, **t: bias_grad(t["dy"], OFFSETS, backend=b)),
-    "flat_sketch": ({"x": A, "out": FEW}, lambda b=None, **t: flat_sketch(t["x"], FLAT, "w", t["out"], backend=b)),
-    "linear_logprob": (
-        {"hidden": A, "head": X.new_ones(60, 40)},
-        lambda b=None, **t: linear_logprob(t["hidden"], t["head"], IDS, backend=b),
-    ),
-}  # fmt: skip
-ONE_BY_ONE = [(op, name) for op, (operands, _) in OPS.items() for name in operands]
+ONE_BY_ONE = [(op, name) for op, call in OPS.items() for name in call.operands]
 
 
 def spoilt(op: str, name: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
-    operands, call = OPS[op]
-    clean = {n: t.clone() for n, t in operands.items()}
-    return lambda: call(**clean | {name: how(clean[name])})
+    return lambda: OPS[op](**{name: how(OPS[op].operands[name].clone())})
 
 
 @pytest.mark.parametrize("op,name", ONE_BY_ONE)
@@ -82,7 +30,7 @@ def test_whole_numbers_are_refused(op: str, name: str) -> None:
         spoilt(op, name, lambda t: t.int())()
 
 
-@pytest.mark.parametrize("op,name", [(op, name) for op, name in ONE_BY_ONE if len(OPS[op][0]) > 1])
+@pytest.mark.parametrize("op,name", [(op, name) for op, name in ONE_BY_ONE if len(OPS[op].operands) > 1])
 def test_operands_on_two_devices_are_refused(op: str, name: str) -> None:
     """`meta` stands for the other device: the ops look no further than where a tensor says it is."""
     with pytest.raises(ValueError, match=r"\w+ is (on|torch.float32 on) (meta|cpu).*move") as error:
@@ -94,7 +42,7 @@ def test_row_ids_on_another_device_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"rows is on meta but x is on cpu: move them to one device \(rows.to\('cpu'\)\)"
     ):
-        sketch_embedding(A, IDS.to("meta"), OFFSETS, TIED, OUT.clone())
+        sketch_embedding(A, ROWS.to("meta"), OFFSETS, TIED, OUT.clone())
 
 
 @pytest.mark.parametrize(
@@ -114,39 +62,28 @@ def test_any_strides_give_the_same_bits(op: str, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- GPUs
-@pytest.fixture
-def no_warning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "_said", set())
-    monkeypatch.delenv("CROPI_KERNELS_BACKEND", raising=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_without_triton_the_remedy_is_named(
-    op: str, monkeypatch: pytest.MonkeyPatch, no_warning: None
+    op: str, monkeypatch: pytest.MonkeyPatch, fresh_warnings: None
 ) -> None:
     monkeypatch.setattr(_triton.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(_triton, "import_error", _triton.import_error.__wrapped__)
-    operands, call = OPS[op]
     with pytest.raises(
         RuntimeError, match=r"backend='triton' cannot run \w+: triton is not installed: .*pip install"
     ):
-        call("triton", **{n: t.clone() for n, t in operands.items()})
+        OPS[op]("triton")
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_gpu_kernel_does_not_run_on_the_cpu(op: str, no_warning: None) -> None:
-    operands, call = OPS[op]
+def test_a_gpu_kernel_does_not_run_on_the_cpu(op: str, fresh_warnings: None) -> None:
     with pytest.raises(
         RuntimeError, match="the tensor is on cpu, not on a CUDA device|triton is not installed"
     ):
-        call("triton", **{n: t.clone() for n, t in operands.items()})
+        OPS[op]("triton")
 
 
 @pytest.fixture
-def old_gpu(monkeypatch: pytest.MonkeyPatch, no_warning: None) -> Iterator[torch.Tensor]:
+def old_gpu(monkeypatch: pytest.MonkeyPatch, fresh_warnings: None) -> Iterator[torch.Tensor]:
     """A tensor that says it is on a GPU of compute capability 7.5."""
     monkeypatch.setattr(_triton, "import_error", lambda: None)
     monkeypatch.setattr(_triton, "_device_reason", _triton._device_reason.__wrapped__)

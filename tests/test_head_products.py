@@ -6,25 +6,13 @@ absolute values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from cropi_kernels import _native
 from cropi_kernels.ops.linear_logprob import cpu
 
 EPS = 2.0**-24
-LEVELS = [level for level in (1, 3, 4) if level <= _native.native().detected_level()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=LEVELS, ids=lambda level: f"level={level}")
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = _native.native().current_level()
-    _native.native().set_level(request.param)
-    yield request.param
-    _native.native().set_level(before)
 
 
 def logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,13 +84,10 @@ def test_tokens_are_independent_to_the_bit(level: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_change_bits(level: int, dtype: torch.dtype) -> None:
     hidden, head, dz = torch.randn(65, 70).to(dtype), torch.randn(9001, 70).to(dtype), torch.randn(65, 9001)
-    before, seen = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            seen.append((logits(hidden, head), times(dz, head)))
-    finally:
-        torch.set_num_threads(before)
+    seen = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        seen.append((logits(hidden, head), times(dz, head)))
     assert all(torch.equal(z, seen[0][0]) and torch.equal(d, seen[0][1]) for z, d in seen[1:])
 
 

@@ -3,43 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from op_calls import FLAT, HEAD, NORM, OFFSETS, OPS, OUT, PLAN, ROWS, TIED, A, D, X, rand
 
 from cropi_kernels import (
     MatrixPlan,
-    SketchSpec,
     bias_grad,
     flat_sketch,
     fold_inputs,
-    fold_outputs,
     linear_logprob,
     norm_grad,
-    plan_matrix,
-    plan_vector,
     sketch_embedding,
     sketch_linear,
     sketch_vector,
 )
 from cropi_kernels.plan import matrix_plan_of, recipe_of, vector_plan_of
-
-SPEC = SketchSpec(width=16, vocab_width=16)
-PLAN = plan_matrix(SPEC, "model.layers.0.mlp.up_proj.weight", 20, 40)
-TIED = plan_matrix(SPEC, "lm_head.weight", 60, 40, "tied")
-NORM = plan_vector(SPEC, "model.norm.weight", 40)
-FLAT = SketchSpec(kind="countsketch", dim=64)
-
-
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-D, A, X, OUT = rand(9, 20), rand(9, 40, seed=1), rand(9, 60, seed=2), rand(3, 32768, seed=3)
-ROWS, OFFSETS = torch.tensor([1, 5, 5, 0, 59, 2, 2, 7, 7]), torch.tensor([0, 4, 4, 9])
-OPS = torch.ops.cropi
 
 # The arguments of one call of each operator.
 CALLS: dict[str, list[tuple[Any, ...]]] = {
@@ -82,7 +63,7 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
 def test_opcheck(op: str, i: int) -> None:
     """The schema says what is written, the shapes for tracing are right, and the op survives functionalisation."""
     args = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in CALLS[op][i])
-    torch.library.opcheck(getattr(OPS, op).default, args)
+    torch.library.opcheck(getattr(torch.ops.cropi, op).default, args)
 
 
 def test_every_operator_is_checked() -> None:
@@ -98,7 +79,7 @@ def test_every_operator_is_checked() -> None:
 
 def test_schemas_say_what_is_written() -> None:
     for op in CALLS:
-        schema = getattr(OPS, op).default._schema
+        schema = getattr(torch.ops.cropi, op).default._schema
         written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         adds = op.startswith("sketch") or op == "flat_sketch"
         assert written == (["out"] if adds else []) and bool(schema.returns) != adds
@@ -106,19 +87,6 @@ def test_schemas_say_what_is_written() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ tracing
-SINGLE: dict[str, Callable[[], torch.Tensor]] = {
-    "fold_inputs": lambda: fold_inputs(A, PLAN),
-    "fold_inputs without a fold": lambda: fold_inputs(A, TIED) * 1,
-    "fold_outputs": lambda: fold_outputs(X, TIED),
-    "sketch_linear": lambda: sketch_linear(D, A, OFFSETS, PLAN, OUT.clone()),
-    "sketch_embedding": lambda: sketch_embedding(A, ROWS, OFFSETS, TIED, OUT.clone()),
-    "sketch_vector": lambda: sketch_vector(OUT[:, :40], NORM, OUT.clone()),
-    "norm_grad": lambda: norm_grad(A, A + 1, OFFSETS, 1e-6, centered=True)[0],
-    "bias_grad": lambda: bias_grad(A, OFFSETS),
-    "flat_sketch": lambda: flat_sketch(A, FLAT, "w", OUT[0, :64].clone()),
-}
-
-
 def everything(
     d: torch.Tensor, a: torch.Tensor, ids: torch.Tensor, head: torch.Tensor, out: torch.Tensor
 ) -> Any:
@@ -135,11 +103,16 @@ def everything(
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("op", SINGLE)
+@pytest.mark.parametrize("op", OPS)
 def test_one_op_without_graph_breaks(op: str, backend: str) -> None:
     torch._dynamo.reset()
-    want = SINGLE[op]()
-    assert torch.equal(torch.compile(SINGLE[op], fullgraph=True, backend=backend)(), want)
+    traced = torch.compile(lambda: OPS[op](), fullgraph=True, backend=backend)
+    torch.testing.assert_close(traced(), OPS[op](), rtol=0, atol=0)
+
+
+def test_no_fold_is_traced_too() -> None:
+    traced = torch.compile(lambda: fold_inputs(A, TIED) * 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(traced(), A)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -151,11 +124,10 @@ def test_several_ops_in_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(inductor, "compile_threads", 1)  # no pool of processes for one kernel
     torch._dynamo.reset()
-    head = rand(70, 40, seed=5)
     want_out, got_out = OUT.clone(), OUT.clone()
-    want = everything(D, A, ROWS, head, want_out)
+    want = everything(D, A, ROWS, HEAD, want_out)
     traced = torch.compile(everything, fullgraph=True, backend=backend)
-    got = traced(D, A, ROWS, head, got_out)
+    got = traced(D, A, ROWS, HEAD, got_out)
     for w, g in zip(want, got):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got_out, want_out, rtol=1e-5, atol=1e-5)
@@ -164,8 +136,8 @@ def test_several_ops_in_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch)
         return  # one compilation is slow enough
     # Other lengths: recompiled or dynamic, but right.
     twice = [torch.cat([t, t]) for t in (D, A, ROWS)]
-    want = everything(*twice, head, OUT.clone())
-    for w, g in zip(want, traced(*twice, head, OUT.clone())):
+    want = everything(*twice, HEAD, OUT.clone())
+    for w, g in zip(want, traced(*twice, HEAD, OUT.clone())):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
 
 

@@ -35,7 +35,6 @@ from cropi_kernels.ops.project import cpu as project_cpu
 from cropi_kernels.ops.sketch_linear import cpu as linear_cpu
 
 OutOfMemory = torch.cuda.OutOfMemoryError
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def full(*args: Any, **kwargs: Any) -> Any:

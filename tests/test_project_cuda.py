@@ -20,7 +20,7 @@ import torch
 import cropi_kernels
 from cropi_kernels import ProjectionSpec, _cuda, project, project_transpose
 from cropi_kernels.ops.project import cuda, reference
-from cropi_kernels.testing import projection_magnitudes, sum_error_bound
+from cropi_kernels.testing import PROJECTION_CASES, projection_magnitudes, sum_error_bound
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -49,11 +49,9 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def emulated(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]:
+def emulated(emulation: Any, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> Callable[..., torch.Tensor]:
     """`project` as on a GPU, on CPU tensors; fresh memory starts as NaN."""
-    empty = torch.empty
     monkeypatch.setattr(_cuda, "library", lambda: emulation)
-    monkeypatch.setattr(cuda.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
 
     def run(
         x: torch.Tensor, spec: ProjectionSpec, offset: int = 0, out: torch.Tensor | None = None
@@ -79,37 +77,9 @@ def assert_same_map(got: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, of
     assert (error <= 2 * sum_error_bound(size, terms) + 1e-30).all(), float(error.max())
 
 
-S = ProjectionSpec
-# name: (spec, columns, offset). Every way to cut: several tiles a stage, one, pieces of a tile, some nonzeros a slice;
-# stages that begin anywhere, more than one part, groups smaller than 16.
-CASES = {
-    "many tiles a stage": (S(256), 60_001, 48),
-    "odd offset": (S(256), 3011, 5),
-    "narrow": (S(48), 3000, 16),
-    "group of one": (S(7), 3011, 3),
-    "one bucket": (S(1), 100, 2**40),
-    "one column": (S(4096), 1, 2**32 - 1),
-    "several parts": (S(4096, seed=1), 600_000, 2**31 - 1008),
-    "pieces of a tile": (S(65536), 150_000, 2**32 - 70_000),
-    "pieces that are not whole": (S(40_000), 90_000, 16),
-    "keep": (S(512, keep=0.3), 30_000, 128),
-    "keep in pieces": (S(20_016, keep=0.1), 60_000, 7),
-    "sjlt": (S(256, "sjlt", nnz=4), 9000, 32),
-    "sjlt, groups of four": (S(60, "sjlt", nnz=3), 3011, 1),
-    "sjlt, slices of nonzeros": (S(49_152, "sjlt", nnz=4), 70_000, 0),
-    "sjlt, last slice smaller": (S(24_000, "sjlt", nnz=5), 40_000, 48),
-    "sjlt, a nonzero a slice": (S(65_536, "sjlt", nnz=4), 40_000, 77),
-    "sixty-four nonzeros": (S(1024, "sjlt", nnz=64), 9000, 0),
-    "sixty nonzeros": (S(960, "sjlt", nnz=60, keep=0.5), 9000, 48),
-    "rademacher": (S(200, "rademacher"), 3011, 3),
-    "rademacher in parts": (S(64, "rademacher", keep=0.6), 9000, 2**33 + 64),
-    "gaussian": (S(130, "gaussian", keep=0.25), 3011, 64),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PROJECTION_CASES)
 def test_emulated_kernel_is_the_cpu_kernel(case: str, emulated: Callable[..., torch.Tensor]) -> None:
-    spec, n, offset = CASES[case]
+    spec, n, offset = PROJECTION_CASES[case]
     x = rows(3 if n < 100_000 else 1, n)
     got = emulated(x, spec, offset)
     assert_same_map(got, x, spec, offset)
@@ -120,9 +90,9 @@ def test_emulated_kernel_is_the_cpu_kernel(case: str, emulated: Callable[..., to
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PROJECTION_CASES)
 def test_emulated_adjoint_is_the_cpu_adjoint(case: str, emulated: Callable[..., torch.Tensor]) -> None:
-    spec, n, offset = CASES[case]
+    spec, n, offset = PROJECTION_CASES[case]
     n = min(n, 10_000)
     y, got = rows(9, spec.dim), torch.full((9, n), torch.nan)
     cuda.transpose(y, spec, got, offset)
@@ -136,7 +106,7 @@ def test_emulated_adjoint_is_the_cpu_adjoint(case: str, emulated: Callable[..., 
 
 def test_buckets_and_signs_to_the_bit(emulated: Callable[..., torch.Tensor]) -> None:
     """One coordinate at a time has no order of sums: every bucket and every sign must be the CPU's."""
-    for spec, n, offset in CASES.values():
+    for spec, n, offset in PROJECTION_CASES.values():
         x = torch.zeros(40, min(n, 2000))
         at = torch.randint(0, x.shape[1], (40,), generator=torch.Generator().manual_seed(0))
         x[torch.arange(40), at] = 1.0

@@ -52,7 +52,6 @@ NANO = SCALES["nano"]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("mini")
     base_model(NANO, folder)
     return folder

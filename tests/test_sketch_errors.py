@@ -4,11 +4,12 @@ the remedy, and comes before any work."""
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
+import op_calls
 import pytest
 import torch
+from op_calls import OPS
 
 from cropi_kernels import (
     SketchSpec,
@@ -135,25 +136,13 @@ def test_bad_input_is_named(call: Callable[[], object], names: str, tells: str) 
 
 
 # ----------------------------------------------------------------------------------------------- backends
-@pytest.fixture
-def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "_said", set())
-    monkeypatch.delenv("CROPI_KERNELS_BACKEND", raising=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-WIDE = torch.zeros(2, 32768, dtype=torch.float64)
+# Every op in float64, which the C++ kernels do not take; the last two only add to float64.
 NAMED: dict[str, Callable[[str | None], object]] = {
-    "sketch_linear": lambda b: sketch_linear(D.double(), A.double(), OFFSETS, PLAN, WIDE.clone(), backend=b),
-    "sketch_linear into float64": lambda b: sketch_linear(D, A, OFFSETS, PLAN, WIDE.clone(), backend=b),
-    "sketch_embedding": lambda b: sketch_embedding(A, ROWS, OFFSETS, PLAN, WIDE.clone(), backend=b),
-    "fold_inputs": lambda b: fold_inputs(A.double(), PLAN, backend=b),
-    "fold_outputs": lambda b: fold_outputs(D.double(), TIED, backend=b),
-    "norm_grad": lambda b: norm_grad(A.double(), A.double(), OFFSETS, 1e-6, centered=True, backend=b),
-    "bias_grad": lambda b: bias_grad(A.double(), OFFSETS, backend=b),
-    "flat_sketch": lambda b: flat_sketch(A.double(), FLAT, NAME, WIDE[0, :64].clone(), backend=b),
+    op: lambda b, call=call: call(b, **{name: t.double() for name, t in call.operands.items()})  # type: ignore[misc]
+    for op, call in OPS.items()
+} | {
+    f"{op} into float64": lambda b, op=op: OPS[op](b, out=op_calls.OUT.double())  # type: ignore[misc]
+    for op in ("sketch_linear", "sketch_embedding")
 }
 
 

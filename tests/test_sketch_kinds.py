@@ -21,7 +21,6 @@ SPECS = [
     SketchSpec(kind="tensor", dim=64),
     SketchSpec(kind="tensor", dim=32768),
 ]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

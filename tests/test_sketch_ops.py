@@ -45,7 +45,6 @@ LENGTHS = [
     3,
     0,
 ]  # of segments: none, one, and around the 256 tokens after which sums are flushed
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 # rows, cols, width, dim. Slabs of 8 to 256 columns, one to fifteen blocks, one and four slabs, with and without fold.
 SHAPES = [
@@ -84,24 +83,18 @@ def blank(n: int, plan: MatrixPlan) -> torch.Tensor:
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poison(poisoned: None) -> Iterator[None]:
     """Every buffer starts as NaN in torch and as 3.4e38 in C++: an element that nobody wrote, or a stray one, shows."""
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        out = empty(*args, **kwargs)  # type: ignore[call-overload]
-        return out.fill_(float("nan")) if out.dtype.is_floating_point else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None and hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: mapped memory would be zero
-        libc.mallopt(-6, 0x80)  # M_PERTURB: new memory is filled with its complement
-        assert empty(64).view(torch.uint8).eq(0x7F).float().mean() > 0.5
+    if libc is None or not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: mapped memory would be zero
+    libc.mallopt(-6, 0x80)  # M_PERTURB: new memory is filled with its complement
+    assert torch.empty(256, dtype=torch.uint8).eq(0x7F).float().mean() > 0.5
     yield
-    if libc is not None and hasattr(libc, "mallopt"):
-        libc.mallopt(-6, 0)
-        libc.mallopt(-4, 65536)
+    libc.mallopt(-6, 0)
+    libc.mallopt(-4, 65536)
 
 
 # ------------------------------------------------------------------------------------------ sketch_linear

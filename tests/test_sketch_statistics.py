@@ -28,7 +28,6 @@ from cropi_kernels.testing import countsketch_variance, fold_variance, slab_vari
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 Z = 5.0
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

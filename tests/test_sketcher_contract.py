@@ -17,7 +17,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from cropi_kernels import Coverage, GradientSketcher, SketchSpec, UncoveredParameterError, canonical_name
 
 SPEC = SketchSpec(width=16, vocab_width=64)
-pytestmark = pytest.mark.usefixtures("one_thread")
 transformers.logging.set_verbosity_error()
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from cropi_kernels import GradientSketcher, SketchSpec
 
 SPEC = SketchSpec(width=16, vocab_width=64)
-pytestmark = pytest.mark.usefixtures("one_thread")
 transformers.logging.set_verbosity_error()
 
 BATCH = zoo.padded()

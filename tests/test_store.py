@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +177,35 @@ def test_killed_at_any_instant_it_resumes_and_loses_nothing_it_reported(tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 10, "the store was hardly killed at all"
+
+
+def test_what_is_reported_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut takes what was not synced: content before its rename, and the folder after the last one."""
+    synced: dict[int, int] = {}  # size by inode, at its last sync
+    renamed_since: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+        if stat.S_ISDIR(found.st_mode):
+            renamed_since.clear()
+
+    def renaming(source: Path, target: Path) -> None:
+        found = os.stat(source)
+        assert synced.get(found.st_ino) == found.st_size, f"{target} is renamed before its content is synced"
+        replace(source, target)
+        renamed_since.append(str(target))
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", renaming)
+    with SketchStore.create(tmp_path / "s", MANIFEST, shard_rows=2) as store:
+        store.add(RowInfo("a"), vector(0))
+        assert store.add(RowInfo("b"), vector(1)) == ["a", "b"]
+        assert not renamed_since, "the folder is synced last"
+    files = [path for path in (tmp_path / "s").iterdir() if path.name != ".lock"]
+    assert len(files) == 3 and all(synced[path.stat().st_ino] == path.stat().st_size for path in files)
 
 
 def test_same_job_is_continued_and_notes_may_differ(tmp_path: Path) -> None:

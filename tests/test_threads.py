@@ -25,11 +25,8 @@ def sketch() -> np.ndarray:
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
+def two_threads(surroundings: None) -> None:
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_callers_at_the_same_time_do_not_disturb_each_other() -> None:

@@ -124,7 +124,7 @@ def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- stores
-def test_joined_stores_score_as_one(tmp_path: Path, one_thread: None) -> None:
+def test_joined_stores_score_as_one(tmp_path: Path) -> None:
     records, model, tokenizer = make_records(12), make_model(), make_tokenizer()
     valid = make_records(6, seed=1)
 

@@ -13,7 +13,7 @@ import torch
 from made_data import make_model, make_tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 from trl_runs import SPEC, Seen, lines, selected, staged, stored  # noqa: E402
 

@@ -54,7 +54,7 @@ def test_ranks_agree_and_train_on_the_selection(out: Path) -> None:
             assert {first[0], second[0]} <= set(chosen)
 
 
-def test_selection_is_that_of_one_process(out: Path, tmp_path: Path, one_thread: None) -> None:
+def test_selection_is_that_of_one_process(out: Path, tmp_path: Path) -> None:
     from trl_runs import staged
 
     alone = staged(

@@ -11,7 +11,7 @@ import torch
 from made_data import make_model, make_tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 from trl_runs import SPEC, Seen, dataset, digits, lines, recorded  # noqa: E402
 
@@ -130,7 +130,11 @@ def test_record_holds_what_was_generated(tmp_path: Path) -> None:
     def second(completions: list[str], **columns: Any) -> list[float | None]:
         return [None if "0" in text else 1.0 for text in completions]
 
-    trainer = recorded(tmp_path, reward_funcs=[reward, second], max_steps=3, reward_weights=[2.0, 0.5])
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[1] *= 30  # the end is likely now and then
+    options = {"reward_funcs": [reward, second], "reward_weights": [2.0, 0.5]}
+    trainer = recorded(tmp_path, model=model, max_steps=3, **options)
     trainer.train()
     tokenizer = make_tokenizer()
     flat = [(r["id"], t, w) for r in lines(tmp_path / LOG) for t, w in zip(r["responses"], r["rewards"])]
@@ -144,7 +148,8 @@ def test_record_holds_what_was_generated(tmp_path: Path) -> None:
         for ids, text, cut in zip(record["response_ids"], record["responses"], record["truncated"]):
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
             assert cut == (ids[-1] != 1) and len(ids) <= 8
-    assert any(not all(r["truncated"]) for r in lines(tmp_path / LOG)) or len(kept) < 64
+    cuts = [cut for record in lines(tmp_path / LOG) for cut in record["truncated"]]
+    assert len(cuts) == len(kept) == 24 and 4 <= sum(cuts) <= 20, "some end by themselves, some are cut"
 
 
 def test_responses_without_a_score_are_left_out(tmp_path: Path) -> None:

@@ -28,9 +28,8 @@ from cropi_kernels import (
 )
 from cropi_kernels.ops.linear_logprob import reference as logprob_reference
 from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
-from cropi_kernels.ops.sketch_linear import reference as linear_reference
 from cropi_kernels.ops.sketch_rows.reference import sketch_rows
-from cropi_kernels.testing import sum_error_bound
+from cropi_kernels.testing import sketch_and_magnitudes, sum_error_bound
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CASES: dict[str, tuple[int, int, int | None, int, list[int]]] = {
@@ -61,18 +60,12 @@ def linear(case: str, dtype: torch.dtype) -> dict[str, Any]:
     sketch_linear(d.cuda(), folded, offsets, plan, out, backend="triton")
     again = torch.zeros_like(out)
     sketch_linear(d.cuda(), folded, offsets.cuda(), plan, again, backend="triton")
-    a = folded.cpu().double()
-    exact, size = torch.zeros(out.shape, dtype=torch.float64), torch.zeros(out.shape, dtype=torch.float64)
-    linear_reference.sketch_linear(d.double(), a, offsets, plan, exact, folded=True)
-    bucket, _ = linear_reference._folded_coordinates(plan)
-    for s, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
-        size[s].index_add_(
-            0, bucket.reshape(-1), (d[begin:end].double().abs().T @ a[begin:end].abs()).reshape(-1)
-        )
+    a = folded.cpu()
+    exact, size = sketch_and_magnitudes(d, a, offsets, plan)
     bound = sum_error_bound(size, 2 * max(lengths) * plan.n_row_blocks * plan.n_col_blocks)
     row = check((out.cpu().double() - exact).abs(), bound + 1e-12)
     exact_fold = fold_inputs(x.double(), plan, backend="reference")
-    fold_error = (a - exact_fold).abs() - torch.finfo(dtype).eps * (exact_fold.abs() + 4)
+    fold_error = (a.double() - exact_fold).abs() - torch.finfo(dtype).eps * (exact_fold.abs() + 4)
     row["ok"] &= bool((fold_error <= 0).all()) and torch.equal(out, again)
     return row | {"repeatable": torch.equal(out, again)}
 

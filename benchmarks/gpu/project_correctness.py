@@ -12,28 +12,10 @@ import common
 import torch
 
 from cropi_kernels import ProjectionSpec, _cuda, project, project_transpose
-from cropi_kernels.testing import projection_magnitudes, sum_error_bound
+from cropi_kernels.testing import PROJECTION_CASES, projection_magnitudes, sum_error_bound
 
 S = ProjectionSpec
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CASES = {
-    "many tiles a stage": (S(256), 60_001, 48),
-    "odd offset": (S(256), 3011, 5),
-    "group of one": (S(7), 3011, 3),
-    "one bucket": (S(1), 100, 2**40),
-    "one column": (S(4096), 1, 2**32 - 1),
-    "several parts": (S(4096, seed=1), 600_000, 2**31 - 1008),
-    "pieces of a tile": (S(65536), 150_000, 2**32 - 70_000),
-    "pieces that are not whole": (S(40_000), 90_000, 16),
-    "keep": (S(512, keep=0.3), 30_000, 128),
-    "keep in pieces": (S(20_016, keep=0.1), 60_000, 7),
-    "sjlt": (S(256, "sjlt", nnz=4), 9000, 32),
-    "sjlt, groups of four": (S(60, "sjlt", nnz=3), 3011, 1),
-    "sjlt, a nonzero a slice": (S(65_536, "sjlt", nnz=4), 40_000, 77),
-    "sixty nonzeros": (S(960, "sjlt", nnz=60, keep=0.5), 9000, 48),
-    "rademacher": (S(200, "rademacher"), 3011, 3),
-    "gaussian": (S(130, "gaussian", keep=0.25), 3011, 64),
-}
 SMALL = ("odd offset", "pieces of a tile", "keep", "sjlt, groups of four", "rademacher", "gaussian")
 
 
@@ -54,7 +36,7 @@ def within(got: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, offset: int
 
 
 def case(name: str, dtype: torch.dtype, backend: str) -> dict[str, Any]:
-    spec, n, offset = CASES[name]
+    spec, n, offset = PROJECTION_CASES[name]
     x = torch.randn(3, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     on_device = x.cuda()
     got = project(on_device, spec, offset, backend=backend)
@@ -126,8 +108,8 @@ def main() -> None:
     torch.cuda.init()
     if backends(S(16)) == ["triton"]:
         results.add(name="cuda", note=f"not run: {_cuda.unsupported(torch.zeros(1, device='cuda'))}")
-    for name in SMALL if small else CASES:
-        for backend in backends(CASES[name][0]):
+    for name in SMALL if small else PROJECTION_CASES:
+        for backend in backends(PROJECTION_CASES[name][0]):
             for label, dtype in DTYPES.items():
                 if not small or label == "bf16":
                     results.attempt(

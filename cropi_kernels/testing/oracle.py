@@ -1,4 +1,4 @@
-"""The exact per-segment gradient by ordinary autograd, and its sketch by the explicit random matrix."""
+"""The exact per-segment gradient by ordinary autograd, and sketches by the explicit random matrix."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 from ..names import canonical_name
 from ..ops.flat_sketch.reference import flat_sketch as flat_sketch_reference
-from ..ops.sketch_linear.reference import sketch_matrix
+from ..ops.sketch_linear import reference as linear
 from ..philox import key_of
-from ..plan import plan_vector
+from ..plan import MatrixPlan, plan_vector
 from ..reduce import reduce_sketch
 from ..sketcher.accumulator import Accumulator
 from ..sketcher.coverage import plan_model
@@ -75,10 +75,29 @@ def sketch_gradients(
     return reduce_sketch(out, spec.dim, seed=spec.seed, version=spec.version)
 
 
+def sketch_and_magnitudes(
+    d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `sketch_linear` adds for operands that are folded already: float64 [segments, base_dim], and of each number
+    the sum of its terms' absolute values, which bounds the error of any float32 sum (`sum_error_bound`).
+
+    ``d`` is [tokens, plan.folded_rows] and ``a`` [tokens, plan.folded_cols] in any dtype, ``offsets`` int64
+    [segments + 1].
+    """
+    shape = offsets.numel() - 1, plan.n_slabs * plan.slab_rows * plan.slab_cols
+    exact, size = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    linear.sketch_linear(d.double(), a.double(), offsets, plan, exact, folded=True)
+    bucket, _ = linear._folded_coordinates(plan)
+    for s, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
+        terms = d[begin:end].double().abs().T @ a[begin:end].double().abs()
+        size[s].index_add_(0, bucket.reshape(-1), terms.reshape(-1))
+    return exact, size
+
+
 def _sketch_matrix(matrix: MatrixSketch, gradient: torch.Tensor) -> torch.Tensor:
     spec = matrix.spec
     if isinstance(matrix, SlabMatrix):
-        return sketch_matrix(gradient, matrix.plan)
+        return linear.sketch_matrix(gradient, matrix.plan)
     if isinstance(matrix, KronMatrix):
         return (matrix.p_out.to(gradient).T @ gradient @ matrix.p_in.to(gradient)).reshape(-1)
     out = gradient.new_zeros(spec.dim)

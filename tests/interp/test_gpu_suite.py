@@ -15,13 +15,7 @@ import torch
 from rehearsal import set_stage
 
 SUITE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
-TINY = {
-    "qwen2.5-1.5b": {
-        "layers": 1,
-        "head": (130, 32),
-        "linears": [("q_proj", 32, 32), ("k_proj", 16, 96)],
-    }
-}
+TINY = {"qwen2.5-1.5b": {"layers": 1, "head": (130, 32), "linears": [("q_proj", 32, 32), ("k_proj", 16, 96)]}}
 
 TINY_MODEL = {
     "vocab_size": 130, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,

@@ -15,26 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from op_calls import HEAD, OFFSETS, OPS, ROWS, A
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import cropi_kernels
-from cropi_kernels import (
-    SketchSpec,
-    _triton,
-    bias_grad,
-    flat_sketch,
-    fold_inputs,
-    fold_outputs,
-    linear_logprob,
-    logprob_and_grad,
-    norm_grad,
-    plan_matrix,
-    plan_vector,
-    sketch_embedding,
-    sketch_linear,
-    sketch_vector,
-)
+from cropi_kernels import SketchSpec, _triton, linear_logprob, logprob_and_grad, plan_matrix, sketch_linear
 
 READS = {
     torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.equal, torch.ops.aten.is_nonzero,
@@ -87,47 +73,36 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield launched
 
 
-SPEC = SketchSpec(width=16, vocab_width=16)
-PLAN = plan_matrix(SPEC, "a.mlp.up_proj.weight", 20, 40)
 WIDE = plan_matrix(SketchSpec(width=None), "a.mlp.down_proj.weight", 1300, 700)
-TIED = plan_matrix(SPEC, "lm_head.weight", 60, 40, "tied")
-NORM = plan_vector(SPEC, "model.norm.weight", 40)
-D, A, X, H = torch.ones(9, 20), torch.ones(9, 40), torch.ones(9, 60), torch.ones(9, 1300).half()
-B = torch.ones(700, 9).half().t()  # strided columns
-OFFSETS, IDS, OUT = (
-    torch.tensor([0, 4, 4, 9]),
-    torch.tensor([1, 5, 5, 0, 59, 2, 2, 7, 7]),
-    torch.zeros(3, 32768),
-)
-FLAT = SketchSpec(kind="dropout", keep=0.5, dim=64)
-HEAD, TARGETS = torch.ones(60, 40) / 7, torch.tensor([1, -100, 5, 0, 59, 2, 2, 7, 7])
+TARGETS = torch.where(ROWS == 0, -100, ROWS)
+KERNELS = {
+    "fold_inputs": {"fold_kernel"},
+    "fold_outputs": {"fold_kernel"},
+    "sketch_linear": {"fold_kernel", "slab_kernel"},
+    "sketch_embedding": {"rows_kernel"},
+    "sketch_vector": {"vector_kernel"},
+    "norm_grad": {"norm_kernel"},
+    "bias_grad": {"norm_kernel"},
+    "flat_sketch": {"scatter_kernel", "flush_kernel"},
+    "linear_logprob": {"forward_kernel"},
+}
 
+
+def wide_and_strided() -> None:
+    d, a = torch.ones(9, 1300).half(), torch.ones(700, 9).half().t()
+    sketch_linear(d, a, OFFSETS, WIDE, torch.zeros(3, 32768), backend="triton")
+
+
+# What is called, and the kernels that it must launch at least.
 CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
-    "fold_inputs": (lambda: fold_inputs(A, PLAN, backend="triton"), {"fold_kernel"}),
-    "fold_outputs": (lambda: fold_outputs(X, TIED, backend="triton"), {"fold_kernel"}),
-    "sketch_linear": (
-        lambda: sketch_linear(D, A, OFFSETS, PLAN, OUT.clone(), backend="triton"),
-        {"fold_kernel", "slab_kernel"},
-    ),
+    op: (lambda call=call: call("triton"), KERNELS[op])  # type: ignore[misc]
+    for op, call in OPS.items()
+} | {
     "sketch_linear without a fold, strided": (
-        lambda: sketch_linear(H, B, OFFSETS, WIDE, OUT.clone(), backend="triton"),
+        wide_and_strided,
         {"fold_kernel", "slab_kernel", "reduce_partials_kernel"},
     ),
-    "sketch_embedding": (
-        lambda: sketch_embedding(A, IDS, OFFSETS, TIED, OUT.clone(), backend="triton"),
-        {"rows_kernel"},
-    ),
-    "sketch_vector": (lambda: sketch_vector(A[:3], NORM, OUT.clone(), backend="triton"), {"vector_kernel"}),
-    "norm_grad": (
-        lambda: norm_grad(A, A, OFFSETS, 1e-6, centered=True, with_bias=True, backend="triton"),
-        {"norm_kernel"},
-    ),
-    "bias_grad": (lambda: bias_grad(A, OFFSETS, backend="triton"), {"norm_kernel"}),
-    "flat_sketch": (
-        lambda: flat_sketch(A, FLAT, "w", OUT[0, :64].clone(), backend="triton"),
-        {"scatter_kernel", "flush_kernel"},
-    ),
-    "linear_logprob": (
+    "linear_logprob with entropies": (
         lambda: linear_logprob(A, HEAD, TARGETS, return_entropy=True, chunk_size=4, backend="triton"),
         {"forward_kernel"},
     ),

@@ -17,12 +17,11 @@ from cropi_kernels import (
     sketch_vector,
 )
 from cropi_kernels.ops import _device_plan
-from cropi_kernels.ops.sketch_linear import reference
 from cropi_kernels.ops.sketch_linear import triton as kernels
 from cropi_kernels.ops.sketch_rows.reference import sketch_rows
 from cropi_kernels.ops.sketch_vector.reference import sketch_vector as vector_reference
 from cropi_kernels.plan import MatrixPlan
-from cropi_kernels.testing import sum_error_bound
+from cropi_kernels.testing import sketch_and_magnitudes, sum_error_bound
 
 
 def offsets_of(lengths: list[int], skipped: int = 1) -> torch.Tensor:
@@ -41,13 +40,7 @@ def oracle(
     d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact sketch and a bound on the error of any float32 sum of its terms."""
-    shape = offsets.numel() - 1, plan.n_slabs * plan.slab_rows * plan.slab_cols
-    exact, size = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    reference.sketch_linear(d.double(), a.double(), offsets, plan, exact, folded=True)
-    bucket, _ = reference._folded_coordinates(plan)
-    for s, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
-        terms = d[begin:end].double().abs().T @ a[begin:end].double().abs()
-        size[s].index_add_(0, bucket.reshape(-1), terms.reshape(-1))
+    exact, size = sketch_and_magnitudes(d, a, offsets, plan)
     longest = int((offsets[1:] - offsets[:-1]).max())
     per_bucket = plan.n_row_blocks * plan.n_col_blocks * longest
     return exact, sum_error_bound(size, 2 * per_bucket + 2)

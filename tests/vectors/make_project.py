@@ -6,31 +6,20 @@ tested against it. Run once per version of the projection: it does not overwrite
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
+from make import M32, key_of, philox
+
 VERSION = 1
-M32 = 0xFFFFFFFF
 SIGN, TILE, KEEP, RADEMACHER, GAUSSIAN = range(13, 18)
 
 
-def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int]:
-    (k0, k1), (x0, x1, x2, x3) = key, counter
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * x0, 0xCD9E8D57 * x2
-        x0, x1, x2, x3 = (p1 >> 32) ^ x1 ^ k0, p1 & M32, (p0 >> 32) ^ x3 ^ k1, p0 & M32
-        k0, k1 = (k0 + 0x9E3779B9) & M32, (k1 + 0xBB67AE85) & M32
-    return [x0, x1, x2, x3]
-
-
 def draw(spec: dict[str, Any], counter: int, purpose: int, third: int) -> list[int]:
-    name = f"cropi-sketch/{VERSION}\n{spec['seed']}\nproject/{spec['stream']}"
-    digest = hashlib.sha256(name.encode()).digest()
-    key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+    key = key_of(spec["seed"], f"project/{spec['stream']}")
     return philox(key, (counter & M32, counter >> 32, purpose, third))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ... import _memory
+from ... import _memory, dispatch
 from . import chunks, ops
 
 Weigh = Callable[[torch.Tensor, int, int], torch.Tensor]
@@ -57,15 +57,16 @@ def linear_logprob(
         RuntimeError: the backend that was named cannot serve the call.
     """
     softcap_, chunk = _check(hidden, head, targets, bias, temperature, softcap, chunk_size)
+    name = dispatch.checked(backend)
     if torch.is_grad_enabled():
-        for name, tensor in (("head", head), ("bias", bias)):
+        for given, tensor in (("head", head), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(
-                    f"{name} requires a gradient, which linear_logprob never forms: pass {name}.detach(), and take the "
-                    "head's gradient from the on_dlogits chunks of logprob_and_grad"
+                    f"{given} requires a gradient, which linear_logprob never forms: pass {given}.detach(), and take "
+                    "the head's gradient from the on_dlogits chunks of logprob_and_grad"
                 )
     logp, _, _, entropy = torch.ops.cropi.linear_logprob(
-        hidden, head, targets, bias, temperature, softcap_, ignore_index, return_entropy, chunk, backend or ""
+        hidden, head, targets, bias, temperature, softcap_, ignore_index, return_entropy, chunk, name
     )
     return (logp, entropy) if return_entropy else logp
 
@@ -105,6 +106,7 @@ def logprob_and_grad(
         ValueError: as `linear_logprob`, and where ``weigh`` returns another number of weights than it was asked for.
     """
     softcap_, chunk = _check(hidden, head, targets, bias, temperature, softcap, chunk_size)
+    name = dispatch.checked(backend)
 
     def checked(logp: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         weights = weigh(logp, start, stop)
@@ -116,9 +118,7 @@ def logprob_and_grad(
         return weights.detach()
 
     with _memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
-        call = ops.prepare(
-            hidden, head, targets, bias, temperature, softcap_, ignore_index, chunk, backend or ""
-        )
+        call = ops.prepare(hidden, head, targets, bias, temperature, softcap_, ignore_index, chunk, name)
         with ops.no_autocast(hidden):
             return chunks.one_pass(hidden.detach(), call, checked, on_dlogits)
 

@@ -8,7 +8,7 @@ from typing import Literal, overload
 
 import torch
 
-from ...dispatch import BACKENDS
+from ...dispatch import checked
 from . import ops
 from .quantize import QuantizedRows, quantize_rows
 from .spec import MAX_COORDINATE, ProjectionSpec
@@ -114,10 +114,7 @@ def project_transpose(
 
 
 def _backend(backend: str | None) -> str:
-    name = backend or os.environ.get("CROPI_KERNELS_BACKEND") or ""
-    if name and name not in BACKENDS:
-        raise ValueError(f"backend={name!r}: choose one of {', '.join(BACKENDS)}, or None for the best")
-    return name
+    return checked(backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None)
 
 
 def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -> None:
