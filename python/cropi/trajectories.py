@@ -7,10 +7,12 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from cropi.errors import CropiError, RecordError
+from cropi.files import replacing
 from cropi.records import PromptGroup, parse_record
 
 
@@ -73,6 +75,36 @@ def write_trajectories(path: str | Path, groups: Iterable[PromptGroup]) -> int:
             file.write(json.dumps(group.to_record(), ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+@dataclass
+class Replaced:
+    """What :func:`replace_records` did: records that it replaced, newer ones that belong to no stored one (and are left
+    out), and records without log-probs among those that it wrote."""
+
+    replaced: int = 0
+    unknown: int = 0
+    without_logprobs: int = 0
+
+
+def replace_records(
+    stored: Sequence[str | Path], newer: str | Path, out: str | Path, *, skip_bad: bool = False
+) -> Replaced:
+    """Write the records of ``stored`` to ``out``, each replaced by that of ``newer`` where it has the same id.
+
+    Raises:
+        CropiError, RecordError: a file is missing or holds a bad record.
+    """
+    fresh = {group.id: group for group in read_trajectories(newer, skip_bad=skip_bad)}
+    counts = Replaced()
+    with replacing(Path(out)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for group in read_trajectories(stored, skip_bad=skip_bad):
+            counts.replaced += group.id in fresh
+            group = fresh.get(group.id, group)
+            counts.without_logprobs += group.logprobs is None
+            file.write(group.raw + "\n")
+    counts.unknown = len(fresh) - counts.replaced
+    return counts
 
 
 def _open_to_write(path: Path) -> IO[str]:
