@@ -107,6 +107,13 @@ def replace_records(
     return counts
 
 
+def _open_to_read(path: Path) -> IO[bytes]:
+    # By content, not by name: files are renamed, and a download may have unpacked one.
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if packed else open(path, "rb")
+
+
 def _open_to_write(path: Path) -> IO[str]:
     if path.suffix == ".gz":
         # No time stamp and no name in the header: equal content gives equal bytes.
@@ -115,11 +122,17 @@ def _open_to_write(path: Path) -> IO[str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    if not path.is_file():
+    if path.is_dir():
+        raise CropiError(f"{path} is a folder; give trajectory files (.jsonl or .jsonl.gz)")
+    if not path.exists():
         raise CropiError(f"{path}: there is no such trajectory file")
+    if not path.is_file():
+        raise CropiError(
+            f"{path} is a pipe or a device, but trajectories are read twice; write them to a file"
+        )
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        with _open_to_read(path) as file:
             for number, line in enumerate(file, 1):
                 yield f"{path}:{number}", line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
