@@ -25,9 +25,10 @@ from benchmarks.rlvr_mini.generate import generate  # noqa: E402
 from benchmarks.rlvr_mini.grpo import logprobs  # noqa: E402
 from benchmarks.rlvr_mini.model import make_model  # noqa: E402
 from benchmarks.rlvr_mini.pretrain import pretrain  # noqa: E402
-from benchmarks.rlvr_mini.rollouts import to_tokens  # noqa: E402
+from benchmarks.rlvr_mini.report import reference  # noqa: E402
+from benchmarks.rlvr_mini.rollouts import thinned, to_tokens  # noqa: E402
 from benchmarks.rlvr_mini.scoring import exact_scores, sketched_scores  # noqa: E402
-from benchmarks.rlvr_mini.summary import Finished, mean_curve, reach  # noqa: E402
+from benchmarks.rlvr_mini.summary import Finished, mean_curve, reach, resampled_gains  # noqa: E402
 from benchmarks.rlvr_mini.tasks import (  # noqa: E402
     DIFFICULTIES,
     END,
@@ -160,6 +161,43 @@ def test_greedy_takes_the_likeliest_token(work: Path) -> None:
         assert made[0].ids[0] == int(model(input_ids=torch.tensor([encode("A2+3=")])).logits[0, -1].argmax())
 
 
+def test_larger_pool_keeps_the_seeds_own_and_its_evaluation_sets(work: Path) -> None:
+    model, data = fresh(work)
+    large = seed_data(NANO, 0, base_model(NANO, work), work / "seed0", pool_times=3)
+    assert large.valid == data.valid and large.test == data.test and large.collect_cpu > data.collect_cpu
+    assert data.problems.items() < large.problems.items()
+    records = {record.id: record for record in large.pool}
+    assert all(records[record.id] == record for record in data.pool)
+    assert records.keys() == large.problems.keys() and [r.id for r in large.pool] == sorted(records)
+    prompts = [p.prompt for p in large.problems.values()]
+    assert len(set(prompts)) == len(prompts) and not any(map(held_out, prompts))
+    cells = [f"{p.family} {p.difficulty}" for p in large.problems.values()]
+    assert cells.count("sort 4") == 3 * NANO.pool_cell
+    assert all(len(r.rewards) == NANO.train_rollouts and r.prompt in prompts for r in large.pool)
+    assert seed_data(NANO, 0, model, work / "seed0", pool_times=3) == large  # collected once
+
+
+def test_thinned_groups_keep_right_and_wrong_responses(work: Path) -> None:
+    _, data = fresh(work)
+    seen = set()
+    for group in [*data.pool, *data.valid]:
+        for keep in (2, 3):
+            small, right = thinned(group, keep), sum(group.rewards)
+            expected = min(right, max(keep // 2, keep - (len(group.rewards) - right)))
+            assert len(small.rewards) == keep and sum(small.rewards) == expected
+            assert (0 < sum(small.rewards) < keep) == (0 < right < len(group.rewards))
+            whole = list(zip(group.response_ids, group.logprobs, group.responses, group.rewards))
+            rest = iter(whole)  # a subsequence: every response with its own reward and log-probs
+            assert all(
+                row in rest
+                for row in zip(
+                    small.response_ids, small.logprobs, small.responses, small.rewards, strict=True
+                )
+            )
+            seen.add((keep, right))
+    assert {r for _, r in seen} >= {0, 1, 2}
+
+
 # --------------------------------------------------------------------------------------------- scoring
 def test_sketched_scores_approach_exact_ones(work: Path, tmp_path: Path) -> None:
     model, data = fresh(work)
@@ -284,3 +322,24 @@ def test_steps_to_reach_are_interpolated() -> None:
     runs = [Finished("x", i, c, [], 0.2, 1.0, 9.0, 0.0, [], 0.5) for i, c in enumerate((curve, other))]
     assert np.allclose(mean_curve(runs), [(0, 0.2, 0.0), (20, 0.5, 20.0)])
     assert runs[0].share == pytest.approx(0.1)
+
+
+def test_speed_up_of_resampled_seeds_and_against_full_data_of_the_same_pool() -> None:
+    def run(arm: str, seed: int, rises: list[float]) -> Finished:
+        curve = [(10 * i, value, float(i)) for i, value in enumerate(rises)]
+        return Finished(arm, seed, curve, [(0, 0.1), (40, 0.1)], rises[0], 1.0, 9.0, 0.0, [], 0.5)
+
+    slow = [run("full", seed, [0.2, 0.3, 0.4, 0.5, 0.6]) for seed in (0, 1)]
+    fast = [run("cropi", 0, [0.2, 0.4, 0.6, 0.6, 0.6]), run("cropi", 1, [0.2, 0.3, 0.4, 0.5, 0.5])]
+    assert resampled_gains(slow, slow, 40) == (1.0, 1.0)
+    low, high = resampled_gains(fast, slow, 40)
+    assert low == 0.0 and high == pytest.approx(
+        2.0
+    )  # seed 1 twice never gets there, seed 0 twice in 20 steps
+    assert resampled_gains(fast, [run("full", s, [0.2, 0.1, 0.1, 0.1, 0.1]) for s in (0, 1)], 40) == (
+        0.0,
+        0.0,
+    )
+    by_arm = {name: [] for name in (*ARMS, *LEVERS)} | {"full": slow, "full_pool3": fast}
+    assert reference(ARMS | LEVERS, by_arm, "cropi") == slow
+    assert reference(ARMS | LEVERS, by_arm, "cropi_pool3") == fast
