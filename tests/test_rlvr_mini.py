@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ transformers = pytest.importorskip("transformers", reason="the experiment's poli
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rlvr_mini import __main__ as command  # noqa: E402
+from benchmarks.rlvr_mini import cost  # noqa: E402
 from benchmarks.rlvr_mini import run as run_module  # noqa: E402
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS, choose  # noqa: E402
 from benchmarks.rlvr_mini.config import SCALES, Scale  # noqa: E402
@@ -312,6 +314,35 @@ def test_other_numbers_in_one_folder_are_refused(tmp_path: Path, monkeypatch: py
         command.main(["--scale", "nano", "--work", str(tmp_path)])
     with pytest.raises(CropiError, match="no run is finished"):
         command.main(["--scale", "nano", "--work", str(tmp_path / "x"), "--report-only"])
+
+
+def test_cost_of_a_selection_by_parts(work: Path, tmp_path: Path) -> None:
+    out, folder = tmp_path / "cost.md", tmp_path / "nano"
+    options = ["--scale", "nano", "--work", str(tmp_path), "--repeats", "1", "--out", str(out)]
+    with pytest.raises(CropiError, match="cropi_exact/result.json is missing; run python -m"):
+        cost.main(options)
+    folder.mkdir()
+    shutil.copy(work / "base.pt", folder)
+    model = base_model(NANO, folder)
+    data = seed_data(NANO, 0, model, folder / "seed0")
+    chosen = choose(ARMS["cropi"], NANO, 0, 0, model, data.pool, data.valid, tmp_path / "sketches")
+    for arm, names in (("cropi", []), ("cropi_exact", chosen)):
+        (folder / "seed0" / arm).mkdir()
+        result = {"selections": [{"chosen": names}], "cpu": {"train": 2.0 * NANO.steps}}
+        (folder / "seed0" / arm / "result.json").write_text(json.dumps(result))
+    cost.main(options)
+    rows = [line.strip("| ").split(" | ") for line in out.read_text().splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert (
+        len(rows) == 2 + len(cost.VARIANTS) and f"training took {2.0 * NANO.stage:.1f} s" in out.read_text()
+    )
+    shared = {row[0]: float(row[3]) for row in rows[2:]}
+    assert shared["sketches of width 64, all of the responses"] == 1.0  # the choice that was written above
+    assert all(0.0 <= value <= 1.0 for value in shared.values())
+    for row in rows:  # seconds and share agree, to the digits written
+        seconds = float(row[1])
+        assert float(row[2].rstrip("%")) == pytest.approx(100 * seconds / (seconds + 4.0), abs=0.2)
 
 
 def test_steps_to_reach_are_interpolated() -> None:
