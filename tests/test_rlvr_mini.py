@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="the experiment's poli
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rlvr_mini import __main__ as command  # noqa: E402
-from benchmarks.rlvr_mini import cost  # noqa: E402
+from benchmarks.rlvr_mini import choices, cost  # noqa: E402
 from benchmarks.rlvr_mini import run as run_module  # noqa: E402
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS, choose  # noqa: E402
 from benchmarks.rlvr_mini.config import SCALES, Scale  # noqa: E402
@@ -343,6 +343,37 @@ def test_cost_of_a_selection_by_parts(work: Path, tmp_path: Path) -> None:
     for row in rows:  # seconds and share agree, to the digits written
         seconds = float(row[1])
         assert float(row[2].rstrip("%")) == pytest.approx(100 * seconds / (seconds + 4.0), abs=0.2)
+
+
+def test_choices_of_levers_under_a_trained_policy(work: Path, tmp_path: Path) -> None:
+    out, folder = tmp_path / "choices.md", tmp_path / "nano"
+    options = ["--scale", "nano", "--work", str(tmp_path), "--out", str(out)]
+    with pytest.raises(CropiError, match="cropi/policy.pt is missing; run python -m"):
+        choices.main(options)
+    (folder / "seed0" / "cropi").mkdir(parents=True)
+    shutil.copy(work / "base.pt", folder)
+    weights = base_model(NANO, folder).state_dict()
+    rng = torch.Generator().manual_seed(0)
+    moved = {
+        k: v + 0.1 * v.std() * torch.randn(v.shape, generator=rng)
+        for k, v in weights.items()
+        if v.numel() > 1
+    }
+    torch.save(weights | moved, folder / "seed0" / "cropi" / "policy.pt")
+    choices.main(options)
+    rows = [line.strip("| ").split(" | ") for line in out.read_text().splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert rows[0][0] == ARMS["cropi_exact"].label and float(rows[0][2]) == 1.0
+    assert {row[0] for row in rows[1:]} == {arm.label for arm in choices.COMPARED}
+    shared = {row[0]: float(row[2]) for row in rows}
+    assert shared[LEVERS["cropi_nofold"].label] >= 0.5  # 256 numbers of a small model: most of the choice
+    model = base_model(NANO, folder)
+    model.load_state_dict(weights | moved)
+    data = seed_data(NANO, 0, model, folder / "seed0")
+    exact = choose(ARMS["cropi_exact"], NANO, 0, 0, model, data.pool, data.valid, tmp_path / "x")
+    families = [data.problems[name].family in NANO.targeted for name in exact]
+    assert float(rows[0][3]) == pytest.approx(sum(families) / len(families), abs=0.006)
 
 
 def test_steps_to_reach_are_interpolated() -> None:
