@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from .ops.project import ProjectionSpec, project, project_transpose
-from .ops.project.ops import encode
 from .ops.project.spec import Kind
 
 __all__ = ["BasicProjector", "ChunkedCudaProjector", "CudaProjector", "ProjectionType", "RandomProjection"]
@@ -52,13 +51,12 @@ class RandomProjection(nn.Module):
         super().__init__()
         self.spec = spec
         self.offset = offset
-        self._encoded = encode(spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         if not torch.compiler.is_compiling():
             return project(flat, self.spec, self.offset).reshape(*x.shape[:-1], self.spec.dim)
-        y: torch.Tensor = torch.ops.cropi.project(flat, self.offset, self._encoded, "")
+        y: torch.Tensor = torch.ops.cropi.project(flat, self.offset, self.spec.recipe, "")
         return y.reshape(*x.shape[:-1], self.spec.dim)
 
     def transpose(self, y: torch.Tensor, size: int | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from cropi_kernels import ProjectionSpec, _native, project, project_transpose, quantize_rows
 from cropi_kernels.ops.project import reference
-from cropi_kernels.ops.project.ops import choose, encode
+from cropi_kernels.ops.project.ops import choose
 from cropi_kernels.testing import sum_error_bound
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "project_v1.json").read_text())
@@ -249,8 +249,8 @@ def test_gradient_is_the_adjoint_and_operators_are_well_formed() -> None:
     (project(x, spec, 4) * y.detach()).sum().backward()
     assert torch.equal(x.grad, project_transpose(y.detach(), spec, 200, 4))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.cropi.project, (x, 4, encode(spec), ""), test_utils=checks)
-    torch.library.opcheck(torch.ops.cropi.project_transpose, (y, 200, 4, encode(spec), ""), test_utils=checks)
+    torch.library.opcheck(torch.ops.cropi.project, (x, 4, spec.recipe, ""), test_utils=checks)
+    torch.library.opcheck(torch.ops.cropi.project_transpose, (y, 200, 4, spec.recipe, ""), test_utils=checks)
 
 
 # --------------------------------------------------------------------------------------------------------- errors

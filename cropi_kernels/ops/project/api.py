@@ -80,7 +80,7 @@ def project(
     name = _backend(backend)
     failed = None
     if out is None:
-        y = torch.ops.cropi.project(x, offset, ops.encode(spec), name)
+        y = torch.ops.cropi.project(x, offset, spec.recipe, name)
     else:
         _check_out(out, x, spec, dtype)
         failed = ~torch.isfinite(out).all(dim=1)
@@ -107,9 +107,7 @@ def project_transpose(
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"n={n!r}: give the number of coordinates, an integer >= 0")
     _check_range(offset, n, spec)
-    result: torch.Tensor = torch.ops.cropi.project_transpose(
-        y, n, offset, ops.encode(spec), _backend(backend)
-    )
+    result: torch.Tensor = torch.ops.cropi.project_transpose(y, n, offset, spec.recipe, _backend(backend))
     return result
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import json
 from typing import Any
 
 import torch
@@ -13,15 +11,6 @@ from ... import _cuda, dispatch
 from ..._library import LIB, NAMESPACE, register
 from . import cpu, cuda, reference
 from .spec import ProjectionSpec
-
-
-def encode(spec: ProjectionSpec) -> str:
-    return json.dumps(spec.to_dict())
-
-
-@functools.lru_cache(maxsize=64)
-def decode(spec: str) -> ProjectionSpec:
-    return ProjectionSpec.from_dict(json.loads(spec))
 
 
 def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str) -> Any:
@@ -58,16 +47,16 @@ def _dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _project(x: torch.Tensor, offset: int, spec: str, backend: str) -> torch.Tensor:
-    plan = decode(spec)
+    plan = ProjectionSpec.from_recipe(spec)
     return accumulate(x, plan, x.new_zeros(x.shape[0], plan.dim, dtype=_dtype(x)), offset, backend)
 
 
 def _project_fake(x: torch.Tensor, offset: int, spec: str, backend: str) -> torch.Tensor:
-    return x.new_empty(x.shape[0], decode(spec).dim, dtype=_dtype(x))
+    return x.new_empty(x.shape[0], ProjectionSpec.from_recipe(spec).dim, dtype=_dtype(x))
 
 
 def _transpose(y: torch.Tensor, n: int, offset: int, spec: str, backend: str) -> torch.Tensor:
-    wide, plan = y.detach().to(_dtype(y)).contiguous(), decode(spec)
+    wide, plan = y.detach().to(_dtype(y)).contiguous(), ProjectionSpec.from_recipe(spec)
     out = wide.new_empty(y.shape[0], n)
     choose(wide, plan, backend).transpose(wide, plan, out, offset)
     return out
