@@ -7,16 +7,12 @@ import ctypes
 import torch
 
 from ... import _cuda, _native, _triton
-from .columns import contiguous_columns
 from .spec import ProjectionSpec
-
-_COPY = 1 << 26  # bytes copied at a time where columns are strided
 
 
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
-    """``out += x S^T`` on the current stream of the tensors' device."""
-    for start, piece in contiguous_columns(x, _COPY):
-        _call(False, piece, spec, out, offset + start)
+    """``out += x S^T`` on the current stream of the tensors' device; rows of ``x`` may be strided."""
+    _call(False, x, spec, out, offset)
 
 
 def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from ... import _cuda, dispatch
 from ..._library import LIB, NAMESPACE, register
 from . import cpu, cuda, reference
+from .columns import contiguous_columns
 from .spec import ProjectionSpec
 
 
@@ -38,7 +39,9 @@ def accumulate(
     x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int, backend: str
 ) -> torch.Tensor:
     """``out += S x``; rows of the result that are not finite become NaN throughout."""
-    choose(x, spec, backend).project(x.detach(), spec, out, offset)
+    served_by = choose(x, spec, backend)
+    for start, piece in contiguous_columns(x.detach()):
+        served_by.project(piece, spec, out, offset + start)
     return out.masked_fill_(~torch.isfinite(out).all(dim=1, keepdim=True), torch.nan)
 
 

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from ... import _triton
 from ...philox import PROJECT_KEEP, PROJECT_SIGN, PROJECT_TILE
-from .columns import contiguous_columns
 from .spec import KEEP_ALL, ProjectionSpec
 
 WINDOW = 1 << 25  # coordinates times nonzeros whose draws are in memory at once
@@ -23,7 +22,6 @@ ADD_PARTS, ADD_COLUMNS = 32, 64
 _PROGRAMS = 1024  # per row; from the sizes alone, as the bits are
 _TILES_PER_PART = 8
 _WORKSPACE = 64 << 20
-_COPY = 1 << 26
 
 
 @triton.jit
@@ -225,12 +223,7 @@ def gather_block(nnz: int) -> int:
 
 
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
-    """``out += x S^T``; bits depend on the sizes and the offset of the call alone."""
-    for start, piece in contiguous_columns(x, _COPY):
-        _project(piece, spec, out, offset + start)
-
-
-def _project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
+    """``out += x S^T`` for rows with contiguous columns; bits depend on the sizes and the offset of the call alone."""
     rows, n = x.shape
     if rows == 0 or n == 0:
         return
