@@ -27,9 +27,10 @@ class Spec:
         return self._recipe  # type: ignore[attr-defined]
 
     @classmethod
+    @functools.lru_cache(maxsize=128)
     def from_recipe(cls: type[S], recipe: str) -> S:
         """The spec that has this `recipe`."""
-        return _from_recipe(cls, recipe)
+        return cls.from_dict(json.loads(recipe))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, as JSON and TOML take them."""
@@ -53,11 +54,6 @@ class Spec:
     def fingerprint(self) -> str:
         """16 hex digits that are equal exactly for equal specs."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-@functools.lru_cache(maxsize=128)
-def _from_recipe(kind: type[Any], recipe: str) -> Any:
-    return kind.from_dict(json.loads(recipe))
 
 
 # -------------------------------------------------------------------------------------------------- checks
