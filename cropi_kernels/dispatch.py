@@ -41,12 +41,14 @@ def choose(
     *tensors: torch.Tensor,
     backend: str | None = None,
     without: Mapping[str, str | None] | None = None,
+    fallback: bool = True,
 ) -> str:
     """The backend for ``op`` on these tensors.
 
     Raises:
         ValueError: ``backend`` is not a known name.
-        RuntimeError: the named backend cannot serve the call; the message gives its reason.
+        RuntimeError: the named backend cannot serve the call, or none was named, no kernel can, and the reference is no
+            ``fallback`` for them; the message gives the reason.
     """
     named = backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None
     if named is not None and named not in BACKENDS:
@@ -65,9 +67,16 @@ def choose(
     for name in order:
         if against[name] is None:
             return name
-    reason = against[order[-1]]
+    reason = str(against[order[-1]])
+    if not on_host and "cuda" in (without or {}) and against["cuda"] != reason:
+        reason += f"; CUDA C++: {against['cuda']}"
+    if not fallback:
+        raise RuntimeError(
+            f"no kernel of {op} serves this call: {reason}; move or cast the tensor, or ask for plain torch by "
+            "backend='reference'"
+        )
     if all(t.dtype != torch.float64 for t in tensors) and reason not in _said:
-        _said.add(str(reason))
+        _said.add(reason)
         warnings.warn(
             f"{op} runs on the plain torch reference, slowly and with much memory: {reason}",
             stacklevel=5,  # the caller of the public function

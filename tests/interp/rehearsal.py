@@ -109,12 +109,10 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, kernels: bool = True) -> Stage:
         return Stage()
     choose = dispatch.choose
 
-    def triton_where_it_can(
-        op: str, *tensors: torch.Tensor, backend: str | None = None, without: Any = None
-    ) -> str:
+    def triton_where_it_can(op: str, *tensors: torch.Tensor, backend: str | None = None, **rest: Any) -> str:
         """What a GPU would be served by; float64 is the oracle's."""
         wide = any(t.dtype == torch.float64 for t in tensors)
-        return choose(op, *tensors, backend=backend if backend or wide else "triton", without=without)
+        return choose(op, *tensors, backend=backend if backend or wide else "triton", **rest)
 
     monkeypatch.setattr(dispatch, "choose", triton_where_it_can)
     return Stage()

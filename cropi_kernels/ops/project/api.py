@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Literal, overload
 
 import torch
 
-from ...dispatch import BACKENDS
 from . import ops
 from .quantize import QuantizedRows, quantize_rows
 from .spec import MAX_COORDINATE, ProjectionSpec
@@ -77,14 +75,13 @@ def project(
         raise ValueError(f"nonfinite={nonfinite!r}: choose warn, raise or ignore")
     if dtype not in (torch.float32, torch.int8, torch.float16):
         raise ValueError(f"dtype={dtype}: results are torch.float32, torch.float16 or torch.int8")
-    name = _backend(backend)
     failed = None
     if out is None:
-        y = torch.ops.cropi.project(x, offset, spec.recipe, name)
+        y = torch.ops.cropi.project(x, offset, spec.recipe, backend or "")
     else:
         _check_out(out, x, spec, dtype)
         failed = ~torch.isfinite(out).all(dim=1)
-        y = ops.accumulate(x, spec, out, offset, name)
+        y = ops.accumulate(x, spec, out, offset, backend or "")
     if nonfinite != "ignore":
         _report(y.detach(), failed, offset, nonfinite)
     return y if dtype == torch.float32 else quantize_rows(y.detach(), dtype)
@@ -107,15 +104,8 @@ def project_transpose(
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"n={n!r}: give the number of coordinates, an integer >= 0")
     _check_range(offset, n, spec)
-    result: torch.Tensor = torch.ops.cropi.project_transpose(y, n, offset, spec.recipe, _backend(backend))
+    result: torch.Tensor = torch.ops.cropi.project_transpose(y, n, offset, spec.recipe, backend or "")
     return result
-
-
-def _backend(backend: str | None) -> str:
-    name = backend or os.environ.get("CROPI_KERNELS_BACKEND") or ""
-    if name and name not in BACKENDS:
-        raise ValueError(f"backend={name!r}: choose one of {', '.join(BACKENDS)}, or None for the best")
-    return name
 
 
 def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -> None:

@@ -16,23 +16,17 @@ from .spec import ProjectionSpec
 
 def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str) -> Any:
     """The module that serves the call. On the host the reference is never chosen for a caller: it is far slower."""
-    without = {"cuda": _cuda.unsupported(x), "triton": _no_triton(spec)}
-    against = dispatch.reasons_against(x, without=without)
-    if not backend and (x.device.type != "cuda" or x.dtype == torch.float64) and against["cpu"] is not None:
-        raise RuntimeError(
-            f"no kernel of project serves this call: {against['cpu']}; move or cast the tensor, or ask for plain torch "
-            "by backend='reference'"
-        )
-    if not backend and x.device.type == "cuda" and against["cuda"] and against["triton"]:
-        without["triton"] = f"{against['triton']}; CUDA C++: {against['cuda']}"  # the reason that is shown
-    name = dispatch.choose("project", x, backend=backend or None, without=without)
+    no_triton = None if spec.sparse else f"{spec.kind} projections have no Triton kernel"
+    name = dispatch.choose(
+        "project",
+        x,
+        backend=backend or None,
+        without={"cuda": _cuda.unsupported(x), "triton": no_triton},
+        fallback=x.is_cuda and x.dtype != torch.float64,
+    )
     if name == "triton":
         return importlib.import_module(".triton", __package__)  # late: importing Triton takes time
     return {"cuda": cuda, "cpu": cpu, "reference": reference}[name]
-
-
-def _no_triton(spec: ProjectionSpec) -> str | None:
-    return None if spec.sparse else f"{spec.kind} projections have no Triton kernel"
 
 
 def accumulate(
