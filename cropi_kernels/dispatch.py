@@ -9,6 +9,7 @@ reason. An automatic choice of the reference on a machine that could do better s
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 
@@ -79,9 +80,17 @@ def choose(
         _said.add(reason)
         warnings.warn(
             f"{op} runs on the plain torch reference, slowly and with much memory: {reason}",
-            stacklevel=5,  # the caller of the public function
+            stacklevel=_level_of_caller(),
         )
     return "reference"
+
+
+def _level_of_caller() -> int:
+    """``stacklevel``, for the function that asks, of the first frame outside of this package and of torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (__package__, "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def explain(*tensors: torch.Tensor) -> str:
