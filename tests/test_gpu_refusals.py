@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cropi_kernels import (
     SketchSpec,
+    _gpu,
     _triton,
     bias_grad,
     dispatch,
@@ -149,7 +150,7 @@ def test_a_gpu_kernel_does_not_run_on_the_cpu(op: str, no_warning: None) -> None
 def old_gpu(monkeypatch: pytest.MonkeyPatch, no_warning: None) -> Iterator[torch.Tensor]:
     """A tensor that says it is on a GPU of compute capability 7.5."""
     monkeypatch.setattr(_triton, "import_error", lambda: None)
-    monkeypatch.setattr(_triton, "_device_reason", _triton._device_reason.__wrapped__)
+    monkeypatch.setattr(_gpu, "_device_reason", _gpu._device_reason.__wrapped__)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from cropi_kernels import _triton, dispatch
+from cropi_kernels import _gpu, dispatch
 
 DTYPE = {torch.bfloat16: torch.float16}
 
@@ -104,7 +104,7 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, kernels: bool = True) -> Stage:
     default_dtype = torch.set_default_dtype
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: default_dtype(cpu(dtype)))
-    monkeypatch.setattr(_triton, "on", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(_gpu, "on", lambda x: contextlib.nullcontext())
     if not kernels:
         return Stage()
     choose = dispatch.choose

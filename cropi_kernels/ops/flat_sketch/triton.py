@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _triton
+from ... import _gpu
 from ...philox import FLAT_KEEP, FLAT_PLACE
 
 DRAWS = 256  # of a program, four coordinates each
@@ -104,7 +104,7 @@ def flat_sketch(
     largest = torch.linalg.vector_norm(flat, float("inf"))
     total = torch.zeros(dim, dtype=torch.int64, device=x.device)
     first, skip = divmod(offset, 4)
-    with _triton.on(x):
+    with _gpu.on(x):
         scatter_kernel[(triton.cdiv(n + skip, 4 * DRAWS),)](
             flat, total, largest, n, first, skip, *map(_signed, (*key, keep_below)), dim - 1, bits,
             DROP=keep_below != 0, PLACE=FLAT_PLACE, KEEP=FLAT_KEEP, DRAWS=DRAWS, num_warps=4,

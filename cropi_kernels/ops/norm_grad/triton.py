@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _native, _triton
+from ... import _gpu, _native, _triton
 from .._triton_segments import SEGMENT_BLOCK, locate, n_items, n_slots, reduce_partials
 
 BIAS_FEATURES = 256
@@ -96,7 +96,7 @@ def norm_grad(
     (weight, weight_partial), (bias, bias_partial) = buffers(with_weight), buffers(with_bias)
     if n_tokens and n_segments:
         tokens, features, warps = tile(n, with_weight)
-        with _triton.on(dy):
+        with _gpu.on(dy):
             norm_kernel[(n_items(n_tokens, n_segments, CHUNK_TOKENS), triton.cdiv(n, features))](
                 x, dy, weight, bias, weight_partial, bias_partial, offsets,
                 n_segments, n_tokens, n, x.stride(0), dy.stride(0), eps,

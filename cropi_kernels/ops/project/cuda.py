@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from ... import _cuda, _native, _triton
+from ... import _cuda, _gpu, _native
 from .spec import ProjectionSpec
 
 
@@ -28,7 +28,7 @@ def _call(adjoint: bool, x: torch.Tensor, spec: ProjectionSpec, y: torch.Tensor,
     )  # fmt: skip
     dense = int(not spec.sparse)
     size = 0 if adjoint else library.cropi_project_workspace(ctypes.byref(call), dense)
-    with _triton.on(x):
+    with _gpu.on(x):
         workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
         error = library.cropi_project(ctypes.byref(call), dense, int(adjoint), workspace.data_ptr(), stream)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _triton
+from ... import _gpu
 from ...philox import PROJECT_KEEP, PROJECT_SIGN, PROJECT_TILE
 from .spec import KEEP_ALL, ProjectionSpec
 
@@ -195,7 +195,7 @@ class Window:
         self.signs, self.places = make(spec.nnz, 4 * self.draws), make(spec.nnz, self.tiles)
         self.keeps = make(4 * self.draws) if spec.keep_count < KEEP_ALL else self.signs
         blocks = triton.cdiv(self.draws, DRAW_BLOCK)
-        with _triton.on(self.signs):
+        with _gpu.on(self.signs):
             bits_kernel[(blocks, spec.nnz)](
                 self.signs, key, first_draw, self.draws, 0, PURPOSE=PROJECT_SIGN, KEPT=False, BLOCK=DRAW_BLOCK
             )
@@ -231,7 +231,7 @@ def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: in
     blocks = triton.cdiv(spec.dim, block)
     parts = max(1, min(_PROGRAMS // blocks, n // spec.width // _TILES_PER_PART))
     group = max(1, min(rows, 65535, _WORKSPACE // (parts * spec.dim * 4)))
-    with _triton.on(x):
+    with _gpu.on(x):
         for row in range(0, rows, group):
             some, y = x[row : row + group], out[row : row + group]
             partial = torch.zeros(some.shape[0], parts, spec.dim, dtype=torch.float32, device=x.device)
@@ -260,7 +260,7 @@ def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: 
     rows, n = out.shape
     if rows == 0 or n == 0:
         return
-    with _triton.on(y):
+    with _gpu.on(y):
         for begin, end in _windows(spec, offset, n):
             window = Window(spec, begin, end, y.device)
             for row in range(0, rows, 65535):
