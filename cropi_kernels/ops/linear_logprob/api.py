@@ -9,6 +9,7 @@ import torch
 
 from ... import _memory
 from . import chunks, ops
+from .contract import Settings
 
 Weigh = Callable[[torch.Tensor, int, int], torch.Tensor]
 OnDlogits = Callable[[int, int, torch.Tensor], None]
@@ -56,7 +57,7 @@ def linear_logprob(
         ValueError: names the argument, its value and the remedy; a target out of range by its index and value.
         RuntimeError: the backend that was named cannot serve the call.
     """
-    softcap_, chunk = _check(hidden, head, targets, bias, temperature, softcap, chunk_size)
+    settings = _checked(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
     if torch.is_grad_enabled():
         for name, tensor in (("head", head), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:
@@ -65,7 +66,7 @@ def linear_logprob(
                     "head's gradient from the on_dlogits chunks of logprob_and_grad"
                 )
     logp, _, _, entropy = torch.ops.cropi.linear_logprob(
-        hidden, head, targets, bias, temperature, softcap_, ignore_index, return_entropy, chunk, backend or ""
+        hidden, head, targets, bias, return_entropy, *settings
     )
     return (logp, entropy) if return_entropy else logp
 
@@ -104,7 +105,7 @@ def logprob_and_grad(
     Raises:
         ValueError: as `linear_logprob`, and where ``weigh`` returns another number of weights than it was asked for.
     """
-    softcap_, chunk = _check(hidden, head, targets, bias, temperature, softcap, chunk_size)
+    settings = _checked(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
 
     def checked(logp: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         weights = weigh(logp, start, stop)
@@ -116,22 +117,22 @@ def logprob_and_grad(
         return weights.detach()
 
     with _memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
-        call = ops.prepare(
-            hidden, head, targets, bias, temperature, softcap_, ignore_index, chunk, backend or ""
-        )
+        call = ops.prepare(hidden, head, targets, bias, settings)
         with ops.no_autocast(hidden):
             return chunks.one_pass(hidden.detach(), call, checked, on_dlogits)
 
 
-def _check(
+def _checked(
     hidden: torch.Tensor,
     head: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     temperature: float,
     softcap: float | None,
+    ignore_index: int,
     chunk_size: int | None,
-) -> tuple[float, int]:
+    backend: str | None,
+) -> Settings:
     """Everything that shapes and numbers alone decide, so that it also runs while a graph is traced."""
     if hidden.ndim != 2:
         raise ValueError(
@@ -165,4 +166,4 @@ def _check(
         raise ValueError(f"softcap={softcap}: give a finite number above 0, or None for no soft-cap")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: give at least 1 token, or None for the default")
-    return softcap or 0.0, chunk_size or 0
+    return Settings(temperature, softcap or 0.0, ignore_index, chunk_size or 0, backend or "")
