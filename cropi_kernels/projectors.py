@@ -120,6 +120,7 @@ class BasicProjector(nn.Module):
             raise RuntimeError(
                 f"device={device}: there is no such device here, or no kernel; use device='cpu'"
             )
+        self._kind = _KINDS[name]
         self.grad_dim, self.proj_dim, self.seed = grad_dim, proj_dim, seed
         self.proj_type, self.device, self.dtype, self.model_id = proj_type, device, dtype, model_id
         self.block_size, self.nnz, self.normalize = min(proj_dim, block_size), nnz, normalize
@@ -127,10 +128,9 @@ class BasicProjector(nn.Module):
 
     def spec(self, model_id: int) -> ProjectionSpec:
         """The projection of one checkpoint."""
-        kind = _KINDS[self.proj_type.value if isinstance(self.proj_type, Enum) else self.proj_type]
-        nnz = self.nnz if kind == "sjlt" else 1
+        nnz = self.nnz if self._kind == "sjlt" else 1
         return ProjectionSpec(
-            self.proj_dim, kind, nnz=nnz, seed=self.seed, stream=int(model_id), size=self.grad_dim
+            self.proj_dim, self._kind, nnz=nnz, seed=self.seed, stream=int(model_id), size=self.grad_dim
         )
 
     def project(self, grads: Grads, model_id: int) -> torch.Tensor:
