@@ -94,7 +94,14 @@ def _level_of_caller() -> int:
 
 
 def explain(*tensors: torch.Tensor) -> str:
-    """A line per backend: whether it would serve these tensors, or why not."""
+    """A line per backend: whether it would serve these tensors, or why not. To be printed.
+
+    >>> print(explain(torch.ones(4, 4)))                                   # doctest: +SKIP
+    cuda       the tensor is on cpu, not on a CUDA device
+    triton     the tensor is on cpu, not on a CUDA device
+    cpu        serves the call (AVX2 kernels)
+    reference  not chosen: slower, and it forms whole gradients
+    """
     against = reasons_against(*tensors, without={"cuda": _cuda.unsupported(*tensors)})
     if against["cpu"] is None:
         level = {1: "baseline", 3: "AVX2", 4: "AVX-512"}

@@ -33,6 +33,9 @@ def linear_logprob(
     The backward pass computes the logits again, chunk by chunk, and only for tokens whose gradient is not 0; where
     the weights of the tokens are known before the backward pass, `logprob_and_grad` saves that product.
 
+    >>> linear_logprob(torch.zeros(2, 4), torch.zeros(10, 4), torch.tensor([3, -100]))  # log(1/10); ignored
+    tensor([-2.3026,  0.0000])
+
     Args:
         hidden: [N, D] float32, bfloat16, float16 or float64, any strides.
         head: [V, D], dtype and device of ``hidden``. Its gradient is never formed here: pass ``head.detach()`` if it is
@@ -89,7 +92,15 @@ def logprob_and_grad(
     """Log-probs and the gradient of ``sum_n w_n logp_n`` in one pass: each chunk's logits are computed once.
 
     The weights may depend on the log-probs (importance ratios, clipping): they are asked for chunk by chunk, between
-    the two uses of the logits. Arguments as in `linear_logprob`, and:
+    the two uses of the logits.
+
+    >>> hidden, head, targets = torch.randn(3, 8), torch.randn(50, 8), torch.tensor([1, 7, 2])
+    >>> advantage = torch.tensor([1.0, 1.0, -0.5])
+    >>> logp, grad, weights = logprob_and_grad(hidden, head, targets, lambda logp, start, stop: advantage[start:stop])
+    >>> logp.shape, grad.shape, torch.equal(weights, advantage)
+    (torch.Size([3]), torch.Size([3, 8]), True)
+
+    Arguments as in `linear_logprob`, and:
 
     Args:
         weigh: ``weigh(logp, start, stop)`` gives the weights of tokens start..stop as a tensor of stop - start numbers.

@@ -50,6 +50,12 @@ def project(
     the projection of the whole. The sums are float32, in an order that depends on the sizes of the call: equal bits for
     any thread count and any other rows. Differentiable with respect to ``x`` (the gradient is `project_transpose`).
 
+    >>> spec, x = ProjectionSpec(512, seed=1), torch.randn(2, 100_000)
+    >>> y = project(x, spec)
+    >>> shards = project(x[:, :60_000], spec) + project(x[:, 60_000:], spec, offset=60_000)
+    >>> y.shape, torch.allclose(y, shards, atol=1e-3)
+    (torch.Size([2, 512]), True)
+
     Args:
         x: float32, bfloat16 or float16 [B, P]; rows may be strided. Beyond input and output the memory stays under
             64 MB for dim up to 2^17, whatever B and P are; strided columns are copied piece by piece.
@@ -95,6 +101,10 @@ def project_transpose(
     Args:
         y: float32, bfloat16 or float16 [B, dim].
         n: coordinates of the result, float32 [B, n]; offset, spec and backend are those of `project`.
+
+    Raises:
+        ValueError: names the argument, its value and the remedy.
+        RuntimeError: no kernel serves the tensor's device or dtype.
     """
     _check_input("y", y, spec, "[B, dim]")
     if y.shape[1] != spec.dim:
