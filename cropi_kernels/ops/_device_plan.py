@@ -107,9 +107,10 @@ def _build_matrix(plan: MatrixPlan, device: torch.device) -> MatrixTables:
     no_fold = np.zeros(1, np.uint32)
 
     def put(table: np.ndarray, dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.array(table, dtype=dtype, order="C")).to(
-            device
-        )  # a copy: plans are read-only
+        copied = np.array(
+            table, dtype=dtype, order="C"
+        )  # torch may write to what it is given; a plan is shared
+        return torch.from_numpy(copied).to(device)
 
     return MatrixTables(
         pairs=put(words[order].view(np.int64), np.int64),

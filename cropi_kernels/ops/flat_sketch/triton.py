@@ -66,9 +66,8 @@ def scatter_kernel(
         c0, c1 = (draw & 0xFFFFFFFF).to(tl.uint32), (draw >> 32).to(tl.uint32)
         low, high = k0.to(tl.uint32), k1.to(tl.uint32)
         zero = tl.zeros((DRAWS,), tl.uint32)
-        w0, w1, w2, w3 = tl.philox_impl(
-            c0, c1, zero + PLACE, zero, low, high
-        )  # as csrc/include/cropi/philox.h
+        # As csrc/include/cropi/philox.h.
+        w0, w1, w2, w3 = tl.philox_impl(c0, c1, zero + PLACE, zero, low, high)
         m0, m1, m2, m3 = line >= 0, line >= 0, line >= 0, line >= 0
         if DROP:
             d0, d1, d2, d3 = tl.philox_impl(c0, c1, zero + KEEP, zero, low, high)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from ... import _memory
 from . import chunks, ops
-from .contract import Settings
-
-Weigh = Callable[[torch.Tensor, int, int], torch.Tensor]
-OnDlogits = Callable[[int, int, torch.Tensor], None]
+from .contract import OnDlogits, Settings, Weigh
 
 
 def linear_logprob(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+
+# What a caller hands in, for the tokens from ``start`` to ``stop``: (logp, start, stop) to weights; (start, stop, dz).
+Weigh = Callable[[torch.Tensor, int, int], torch.Tensor]
+OnDlogits = Callable[[int, int, torch.Tensor], None]
 
 
 class Settings(NamedTuple):

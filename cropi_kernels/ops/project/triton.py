@@ -243,16 +243,9 @@ def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: in
                     KEEP=spec.keep_count < KEEP_ALL, SINGLE=spec.nnz == 1, BLOCK=block, num_warps=4,
                 )  # fmt: skip
             add_kernel[(triton.cdiv(spec.dim, ADD_COLUMNS), some.shape[0])](
-                partial,
-                y,
-                spec.scale,
-                spec.dim,
-                parts,
-                y.stride(0),
-                PARTS=ADD_PARTS,
-                COLUMNS=ADD_COLUMNS,
+                partial, y, spec.scale, spec.dim, parts, y.stride(0), PARTS=ADD_PARTS, COLUMNS=ADD_COLUMNS,
                 num_warps=4,
-            )
+            )  # fmt: skip
 
 
 def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
