@@ -45,6 +45,14 @@ class RandomProjection(nn.Module):
     """``forward(x) = S x`` for rows ``x`` [..., size], differentiable, traced by torch.compile as one operator.
 
     Holds no parameters and no buffers: the spec is the whole state, and travels in the state dict.
+
+    >>> layer = RandomProjection(ProjectionSpec(64, size=1000))
+    >>> layer(torch.randn(2, 3, 1000)).shape
+    torch.Size([2, 3, 64])
+
+    Args:
+        spec: what S is; with a ``size``, input that does not fit is refused.
+        offset: coordinate of the first column of ``x``.
     """
 
     def __init__(self, spec: ProjectionSpec, offset: int = 0) -> None:
@@ -87,6 +95,10 @@ class BasicProjector(nn.Module):
     ``block_size`` gives the same projection; a dict of gradients is projected parameter by parameter, without being
     copied into one matrix; ``model_id`` selects an independent projection, never one that another seed also has.
 
+    >>> projector = BasicProjector(grad_dim=1000, proj_dim=64, seed=0, proj_type="rademacher")
+    >>> projector.project(torch.randn(5, 1000), model_id=0).shape
+    torch.Size([5, 64])
+
     Args:
         grad_dim: coordinates of a gradient; input of another width is refused.
         proj_dim: numbers per projected gradient, any integer.
@@ -94,6 +106,10 @@ class BasicProjector(nn.Module):
         nnz: nonzeros per coordinate of ``proj_type="sjlt"``.
         normalize: TRAK's projections are not scaled: ``|y|^2`` is about ``proj_dim |x|^2``, and so is it here. True
             divides by ``sqrt(proj_dim)``, so that inner products are those of the gradients.
+
+    Raises:
+        ValueError: ``proj_type`` is not one of `ProjectionType`, or a size is refused by `ProjectionSpec`.
+        RuntimeError: there is no such ``device`` here, or no kernel for it.
     """
 
     def __init__(

@@ -107,9 +107,8 @@ def _build_matrix(plan: MatrixPlan, device: torch.device) -> MatrixTables:
     no_fold = np.zeros(1, np.uint32)
 
     def put(table: np.ndarray, dtype: type) -> torch.Tensor:
-        copied = np.array(
-            table, dtype=dtype, order="C"
-        )  # torch may write to what it is given; a plan is shared
+        # A copy: plans are read-only.
+        copied: np.ndarray = np.array(table, dtype=dtype, order="C")
         return torch.from_numpy(copied).to(device)
 
     return MatrixTables(

@@ -88,10 +88,12 @@ class ProjectionSpec(base.Spec):
 
     @property
     def key(self) -> tuple[int, int]:
+        """Of all draws (`cropi_kernels.philox`)."""
         return key_of(self.version, self.seed, f"project/{self.stream}")
 
     @property
     def sparse(self) -> bool:
+        """Whether a coordinate meets ``nnz`` numbers of the result, and not all of them."""
         return self.kind in ("countsketch", "sjlt")
 
     @property
