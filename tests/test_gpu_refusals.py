@@ -15,7 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cropi_kernels import (
+    ProjectionSpec,
     SketchSpec,
+    _cuda,
     _gpu,
     _triton,
     bias_grad,
@@ -32,6 +34,8 @@ from cropi_kernels import (
     sketch_vector,
 )
 from cropi_kernels.ops._checks import on_device
+from cropi_kernels.ops.project import reference as project_reference
+from cropi_kernels.ops.project.ops import choose
 
 SPEC = SketchSpec(width=16, vocab_width=16)
 PLAN = plan_matrix(SPEC, "a.mlp.up_proj.weight", 20, 40)
@@ -173,6 +177,24 @@ def test_an_old_gpu_is_named(old_gpu: torch.Tensor) -> None:
 def test_a_gpu_without_a_cuda_build(old_gpu: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "this build of torch has no CUDA" in str(_triton.unsupported(old_gpu))
+
+
+def test_a_projection_that_no_gpu_kernel_serves(
+    old_gpu: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense kinds have a CUDA C++ kernel only: both reasons are shown. float64 is refused, not served slowly."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_cuda, "_installed", lambda: (None, "the CUDA kernels were not built"))
+    dense = ProjectionSpec(4, "gaussian")
+    with pytest.warns(
+        UserWarning,
+        match=r"gaussian projections have no Triton kernel; CUDA C\+\+: the CUDA kernels were not built",
+    ):
+        assert choose(old_gpu, dense, "") is project_reference
+    with pytest.raises(
+        RuntimeError, match="no kernel of project serves this call: dtype torch.float64 .*backend='reference'"
+    ):
+        choose(old_gpu.double(), ProjectionSpec(4), "")
 
 
 def test_an_address_between_two_elements() -> None:
