@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from cropi.errors import CropiError, RecordError
 from cropi.files import replacing
@@ -111,7 +111,7 @@ def _open_to_read(path: Path) -> IO[bytes]:
     # By content, not by name: files are renamed, and a download may have unpacked one.
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed else open(path, "rb")
+    return cast(IO[bytes], gzip.open(path, "rb")) if packed else open(path, "rb")
 
 
 def _open_to_write(path: Path) -> IO[str]:
