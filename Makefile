@@ -30,8 +30,6 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BEGIN = @begin=$$(date +%s); echo "== $(1)";
 END = ; mkdir -p $(STAMPS); touch $@; echo "== done in $$(($$(date +%s) - begin)) s"
 
-# Idle threads of torch's pool must sleep: spinning ones take the cores from our own.
-export OMP_WAIT_POLICY ?= passive
 # The hub is never needed; a missing file must be an error at once, not a wait for the network.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false

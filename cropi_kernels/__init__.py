@@ -1,7 +1,18 @@
 """Fused kernels that sketch policy gradients while the backward pass runs, never forming a gradient.
 
 Start with `SketchSpec` (what a sketch is) and `GradientSketcher` (attaches to a model); `docs/sketch.md` has the
-mathematics, `explain()` tells which backend serves a call.
+mathematics. What there is:
+
+- a model's policy gradients: `GradientSketcher`, its `Coverage` and its results, `PolicyGradient`; `reduce_sketch`
+- the ops beneath: `plan_matrix` and `plan_vector` say where a parameter lands, `sketch_linear`, `sketch_embedding`,
+  `sketch_vector` and `flat_sketch` add to a sketch, `norm_grad`, `bias_grad`, `fold_inputs` and `fold_outputs` come
+  before them; names are those of `canonical_name`
+- token log-probs without the logits: `linear_logprob`, `logprob_and_grad`
+- projections of gradients that exist: `ProjectionSpec`, `project`, `project_transpose`, `quantize_rows`; in the shapes
+  that other code expects, `cropi_kernels.projectors`
+
+Every op takes ``backend=``; `explain` tells which one serves given tensors, and the environment variable
+``CROPI_KERNELS_BACKEND`` names one for all calls.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import _native, _triton
+from . import _gpu, _native
 
 ABI = 1
 FILE = "libcropi_cuda.so"
@@ -87,7 +87,7 @@ def library() -> Any:
 
 def unsupported(*tensors: torch.Tensor) -> str | None:
     """Why the CUDA C++ kernels cannot serve these tensors, or None."""
-    return _triton.gpu_reason(*tensors) or _installed()[1]
+    return _gpu.unsupported(*tensors) or _installed()[1]
 
 
 def check(library: Any, error: int, what: str) -> None:

@@ -1,6 +1,6 @@
 """The ``cropi`` operator namespace: one library object, to which every op folder adds its schemas and kernels.
 
-A schema takes tensors, numbers and strings: a plan goes in by its recipe, a spec by its JSON. An op that adds to a
+A schema takes tensors, numbers and strings: a plan or a spec goes in by its recipe. An op that adds to a
 tensor says so (``Tensor(a!) out``) and returns nothing; what other ops return is new memory. Every op is opaque to
 autograd: a call from the public functions detaches its operands, the two families that have a gradient
 (`linear_logprob`, `project`) register one.

@@ -62,9 +62,8 @@ def address(array: np.ndarray | None) -> int:
     return 0 if array is None else int(array.ctypes.data)
 
 
-@functools.lru_cache(
-    maxsize=16384
-)  # asking numpy for eight addresses took 50 us a layer between large products
+# Cached: asking numpy for eight addresses took 50 us a layer between large products.
+@functools.lru_cache(maxsize=16384)
 def slab_plan(plan: MatrixPlan, with_row_sign: bool) -> tuple[int, ...]:
     """The plan as the kernels take it; signs of a folded side were applied by the fold. Valid while ``plan`` lives."""
     row_sign = plan.row_sign if with_row_sign and plan.row_fold is None else None

@@ -1,26 +1,18 @@
-"""Whether Triton can serve a call, and the small facts about it that every kernel file needs.
+"""Whether Triton can serve a call.
 
 Nothing here imports Triton until a call is about to use it: importing the package stays cheap on a laptop.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-import os
-from typing import Any
 
 import torch
 
-MIN_CAPABILITY = (8, 0)  # tensor cores with bfloat16, asynchronous copies
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from . import _gpu
+
 _INSTALL = "a CUDA build of torch brings it; otherwise `pip install 'triton>=3.6'` (Linux)"
-
-
-def interpreting() -> bool:
-    """True in a process that runs kernels in Triton's interpreter, on CPU tensors (tests only)."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 @functools.cache
@@ -33,52 +25,10 @@ def import_error() -> str | None:
     return None if found else f"triton is not installed: {_INSTALL}"
 
 
-@functools.cache
-def _device_reason(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
-    if capability < MIN_CAPABILITY:
-        name, need = torch.cuda.get_device_name(index), "{}.{}".format(*MIN_CAPABILITY)
-        return (
-            f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need {need} or newer: use "
-            "such a GPU, or the CPU"
-        )
-    return None
-
-
-def gpu_reason(*tensors: torch.Tensor) -> str | None:
-    """Why no GPU kernel can serve these tensors, whoever compiled it, or None."""
-    for tensor in tensors:
-        if tensor.device != tensors[0].device:
-            return f"the tensors are on {tensors[0].device} and on {tensor.device}: move them to one device"
-        if tensor.dtype not in DTYPES:
-            return f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"
-        if tensor.device.type != "meta" and tensor.data_ptr() % tensor.element_size():
-            n = tensor.element_size()
-            return f"a tensor starts at an address that is no multiple of its {n}-byte elements: give a clone"
-    device = tensors[0].device if tensors else torch.device("cuda")
-    if device.type == "cpu" and interpreting():
-        return None
-    if device.type != "cuda":
-        return f"the tensor is on {device}, not on a CUDA device"
-    if torch.version.cuda is None:
-        return "this build of torch has no CUDA (ROCm devices are not supported)"
-    return _device_reason(device.index if device.index is not None else torch.cuda.current_device())
-
-
 def unsupported(*tensors: torch.Tensor) -> str | None:
     """Why the Triton kernels cannot serve these tensors, or None."""
-    return import_error() or gpu_reason(*tensors)
-
-
-def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches inside go to the tensor's device, whichever device is current; the stream is that device's own."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return import_error() or _gpu.unsupported(*tensors)
 
 
 def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
-
-
-def is_hopper(device: torch.device) -> bool:
-    """Warp-group tensor cores and 227 KiB of shared memory: sm_90 and newer data-centre parts."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -9,6 +9,7 @@ reason. An automatic choice of the reference on a machine that could do better s
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 
@@ -52,12 +53,14 @@ def choose(
     *tensors: torch.Tensor,
     backend: str | None = None,
     without: Mapping[str, str | None] | None = None,
+    fallback: bool = True,
 ) -> str:
     """The backend for ``op`` on these tensors.
 
     Raises:
         ValueError: ``backend`` is not a known name.
-        RuntimeError: the named backend cannot serve the call; the message gives its reason.
+        RuntimeError: the named backend cannot serve the call, or none was named, no kernel can, and the reference is no
+            ``fallback`` for them; the message gives the reason.
     """
     named = (
         checked(backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None) or None
@@ -76,18 +79,40 @@ def choose(
     for name in order:
         if against[name] is None:
             return name
-    reason = against[order[-1]]
+    reason = str(against[order[-1]])
+    if not on_host and "cuda" in (without or {}) and against["cuda"] != reason:
+        reason += f"; CUDA C++: {against['cuda']}"
+    if not fallback:
+        raise RuntimeError(
+            f"no kernel of {op} serves this call: {reason}; move or cast the tensor, or ask for plain torch by "
+            "backend='reference'"
+        )
     if all(t.dtype != torch.float64 for t in tensors) and reason not in _said:
-        _said.add(str(reason))
+        _said.add(reason)
         warnings.warn(
             f"{op} runs on the plain torch reference, slowly and with much memory: {reason}",
-            stacklevel=5,  # the caller of the public function
+            stacklevel=_level_of_caller(),
         )
     return "reference"
 
 
+def _level_of_caller() -> int:
+    """``stacklevel``, for the function that asks, of the first frame outside of this package and of torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (__package__, "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def explain(*tensors: torch.Tensor) -> str:
-    """A line per backend: whether it would serve these tensors, or why not."""
+    """A line per backend: whether it would serve these tensors, or why not. To be printed.
+
+    >>> print(explain(torch.ones(4, 4)))                                   # doctest: +SKIP
+    cuda       the tensor is on cpu, not on a CUDA device
+    triton     the tensor is on cpu, not on a CUDA device
+    cpu        serves the call (AVX2 kernels)
+    reference  not chosen: slower, and it forms whole gradients
+    """
     against = reasons_against(*tensors, without={"cuda": _cuda.unsupported(*tensors)})
     if against["cpu"] is None:
         level = {1: "baseline", 3: "AVX2", 4: "AVX-512"}

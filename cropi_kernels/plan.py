@@ -29,10 +29,13 @@ MAX_SLAB_COLS = 256
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MatrixPlan:
-    """Plan of a matrix parameter seen as [out_features or vocabulary, in_features or hidden].
+    """Plan of a matrix parameter seen as [out_features or vocabulary, in_features or hidden]; made by `plan_matrix`.
 
-    ``rows, cols`` are the gradient's, ``folded_rows, folded_cols`` those that reach the slab. ``row_sign`` and
-    ``col_sign`` apply once: in the fold where there is one, in the slab otherwise.
+    ``rows, cols`` are the gradient's, ``folded_rows, folded_cols`` those that reach the slabs, of which there are
+    ``n_slabs`` of [slab_rows, slab_cols]. ``row_sign`` [rows] and ``col_sign`` [cols] apply once: in the fold where
+    there is one, in the slab otherwise. ``row_fold`` and ``col_fold`` hold the XOR of each block of a fold, None for no
+    fold; the ``pair_*`` [row blocks, column blocks] the XOR of rows and of columns, the slab and the sign of each block
+    of the folded matrix. Layers with one ``fold_key`` fold their inputs alike.
     """
 
     name: str
@@ -75,7 +78,10 @@ class MatrixPlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VectorPlan:
-    """Plan of a vector parameter: coordinate i is added to ``position[i]`` with ``sign[i]``."""
+    """Plan of a vector parameter: coordinate i is added to ``position[i]``, below ``dim``, with ``sign[i]``.
+
+    Made by `plan_vector`.
+    """
 
     name: str
     size: int
@@ -86,10 +92,24 @@ class VectorPlan:
 
 
 def plan_matrix(spec: SketchSpec, name: str, rows: int, cols: int, role: Role = "linear") -> MatrixPlan:
-    """The plan of parameter ``name`` (canonical, see `canonical_name`) with gradient [rows, cols].
+    """Where the gradient [rows, cols] of a matrix parameter lands in the sketch.
 
-    ``linear`` folds the columns to ``spec.width``; ``tied`` folds the rows to ``spec.vocab_width``; ``embedding`` folds
-    nothing (only the rows that occur cost anything).
+    >>> plan = plan_matrix(SketchSpec(), "model.layers.0.mlp.up_proj.weight", 1536, 576)
+    >>> d, a, offsets = torch.randn(10, 1536), torch.randn(10, 576), torch.tensor([0, 4, 10])
+    >>> sketch_linear(d, a, offsets, plan, torch.zeros(2, 32768)).shape  # of tokens 0 to 3 and 4 to 9
+    torch.Size([2, 32768])
+
+    Args:
+        spec: its dim, width, vocab_width, seed and version count.
+        name: the parameter's name without the marks of wrappers (`canonical_name`): another name draws other signs and
+            places. Matrices of one parent module with as many columns (q/k/v, gate/up) share the fold of the columns.
+        role: ``"linear"`` folds the columns to ``spec.width``; ``"tied"`` folds the rows to ``spec.vocab_width``;
+            ``"embedding"`` folds nothing (only the rows that occur cost anything).
+
+    Plans are cached: equal arguments give the same object.
+
+    Raises:
+        ValueError: a side is below 1, or ``role`` is none of the three.
     """
     if rows < 1 or cols < 1:
         raise ValueError(f"shape=({rows}, {cols}) of {name!r}: both sides must be at least 1")
@@ -148,9 +168,13 @@ def _plan_matrix(
 
 
 def plan_vector(spec: SketchSpec, name: str, size: int) -> VectorPlan:
-    """The plan of a vector: coordinate i goes to (i mod m) XOR draw(i // m) of a slab, with its own sign.
+    """Where the gradient [size] of vector parameter ``name`` (as in `plan_matrix`) lands in the sketch of ``spec``.
 
-    ``m`` is the slab's size 32768, or the sketch's dim where that is smaller (the comparison kinds).
+    Coordinate i goes to (i mod m) XOR draw(i // m) of a slab, with its own sign; ``m`` is the slab's size 32768, or the
+    sketch's dim where that is smaller (the comparison kinds). Plans are cached.
+
+    Raises:
+        ValueError: ``size`` is below 1.
     """
     if size < 1:
         raise ValueError(f"size={size} of {name!r}: must be at least 1")

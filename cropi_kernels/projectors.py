@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from .ops.project import ProjectionSpec, project, project_transpose
-from .ops.project.ops import encode
 from .ops.project.spec import Kind
 
 __all__ = ["BasicProjector", "ChunkedCudaProjector", "CudaProjector", "ProjectionType", "RandomProjection"]
@@ -46,19 +45,26 @@ class RandomProjection(nn.Module):
     """``forward(x) = S x`` for rows ``x`` [..., size], differentiable, traced by torch.compile as one operator.
 
     Holds no parameters and no buffers: the spec is the whole state, and travels in the state dict.
+
+    >>> layer = RandomProjection(ProjectionSpec(64, size=1000))
+    >>> layer(torch.randn(2, 3, 1000)).shape
+    torch.Size([2, 3, 64])
+
+    Args:
+        spec: what S is; with a ``size``, input that does not fit is refused.
+        offset: coordinate of the first column of ``x``.
     """
 
     def __init__(self, spec: ProjectionSpec, offset: int = 0) -> None:
         super().__init__()
         self.spec = spec
         self.offset = offset
-        self._encoded = encode(spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         if not torch.compiler.is_compiling():
             return project(flat, self.spec, self.offset).reshape(*x.shape[:-1], self.spec.dim)
-        y: torch.Tensor = torch.ops.cropi.project(flat, self.offset, self._encoded, "")
+        y: torch.Tensor = torch.ops.cropi.project(flat, self.offset, self.spec.recipe, "")
         return y.reshape(*x.shape[:-1], self.spec.dim)
 
     def transpose(self, y: torch.Tensor, size: int | None = None) -> torch.Tensor:
@@ -89,6 +95,10 @@ class BasicProjector(nn.Module):
     ``block_size`` gives the same projection; a dict of gradients is projected parameter by parameter, without being
     copied into one matrix; ``model_id`` selects an independent projection, never one that another seed also has.
 
+    >>> projector = BasicProjector(grad_dim=1000, proj_dim=64, seed=0, proj_type="rademacher")
+    >>> projector.project(torch.randn(5, 1000), model_id=0).shape
+    torch.Size([5, 64])
+
     Args:
         grad_dim: coordinates of a gradient; input of another width is refused.
         proj_dim: numbers per projected gradient, any integer.
@@ -96,6 +106,10 @@ class BasicProjector(nn.Module):
         nnz: nonzeros per coordinate of ``proj_type="sjlt"``.
         normalize: TRAK's projections are not scaled: ``|y|^2`` is about ``proj_dim |x|^2``, and so is it here. True
             divides by ``sqrt(proj_dim)``, so that inner products are those of the gradients.
+
+    Raises:
+        ValueError: ``proj_type`` is not one of `ProjectionType`, or a size is refused by `ProjectionSpec`.
+        RuntimeError: there is no such ``device`` here, or no kernel for it.
     """
 
     def __init__(
@@ -122,6 +136,7 @@ class BasicProjector(nn.Module):
             raise RuntimeError(
                 f"device={device}: there is no such device here, or no kernel; use device='cpu'"
             )
+        self._kind = _KINDS[name]
         self.grad_dim, self.proj_dim, self.seed = grad_dim, proj_dim, seed
         self.proj_type, self.device, self.dtype, self.model_id = proj_type, device, dtype, model_id
         self.block_size, self.nnz, self.normalize = min(proj_dim, block_size), nnz, normalize
@@ -129,10 +144,9 @@ class BasicProjector(nn.Module):
 
     def spec(self, model_id: int) -> ProjectionSpec:
         """The projection of one checkpoint."""
-        kind = _KINDS[self.proj_type.value if isinstance(self.proj_type, Enum) else self.proj_type]
-        nnz = self.nnz if kind == "sjlt" else 1
+        nnz = self.nnz if self._kind == "sjlt" else 1
         return ProjectionSpec(
-            self.proj_dim, kind, nnz=nnz, seed=self.seed, stream=int(model_id), size=self.grad_dim
+            self.proj_dim, self._kind, nnz=nnz, seed=self.seed, stream=int(model_id), size=self.grad_dim
         )
 
     def project(self, grads: Grads, model_id: int) -> torch.Tensor:

@@ -14,6 +14,15 @@ def reduce_sketch(sketch: torch.Tensor, dim: int, *, seed: int = 0, version: int
     One halving of n = 2 m numbers: ``out[j] = s(j) x[j] + s(m + (j ^ o)) x[m + (j ^ o)]`` with signs and offset of
     key ``"reduce/n"``. Nested: reducing to 8192 and then to 4096 equals reducing to 4096.
 
+    >>> sketches = torch.randn(5, 32768)
+    >>> small = reduce_sketch(sketches, 4096)
+    >>> small.shape, torch.equal(reduce_sketch(small, 1024), reduce_sketch(sketches, 1024))
+    (torch.Size([5, 4096]), True)
+
+    Args:
+        sketch: floating point, on any device; the result has its dtype and device.
+        seed, version: those of the `SketchSpec`: sketches that are compared must be reduced alike.
+
     Raises:
         ValueError: ``dim`` or the sketch's own size is not a power of two, or ``dim`` is the larger one.
     """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from typing import Any, Literal
+from typing import ClassVar, Literal
+
+from . import _spec_base as base
 
 Kind = Literal["slab", "countsketch", "dropout", "kron", "tensor"]
 KINDS: tuple[Kind, ...] = ("slab", "countsketch", "dropout", "kron", "tensor")
@@ -15,7 +15,7 @@ SLAB_SIZE = 32768  # entries of one slab; smaller sketches are folded from it, l
 
 
 @dataclasses.dataclass(frozen=True)
-class SketchSpec:
+class SketchSpec(base.Spec):
     """A sketch ``S`` with ``E<S g, S h> = <g, h>``, defined by integers only (docs/sketch.md).
 
     Args:
@@ -42,60 +42,23 @@ class SketchSpec:
     vocab_width: int | None = 8192
     keep: float = 1.0
     version: int = VERSION
+    _noun: ClassVar[str] = "sketch"
 
     def __post_init__(self) -> None:
-        _check_power_of_two("dim", self.dim, 64, 1 << 20)
+        base.check_power_of_two("dim", self.dim, 64, 1 << 20)
         if self.width is not None:
-            _check_power_of_two("width", self.width, 16, 1 << 16, " or None for no fold")
+            base.check_power_of_two("width", self.width, 16, 1 << 16, " or None for no fold")
         if self.vocab_width is not None:
-            _check_power_of_two("vocab_width", self.vocab_width, 16, 1 << 20, " or None for no fold")
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r}: choose one of {', '.join(KINDS)}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}: give an integer >= 0")
-        if not 0.0 < self.keep <= 1.0:
-            raise ValueError(f"keep={self.keep!r}: give the share of coordinates to keep, in (0, 1]")
+            base.check_power_of_two("vocab_width", self.vocab_width, 16, 1 << 20, " or None for no fold")
+        base.check_kind(self.kind, KINDS)
+        base.check_int("seed", self.seed, 0)
+        base.check_keep(self.keep)
         if self.keep != 1.0 and self.kind != "dropout":
             raise ValueError(f"keep={self.keep!r} needs kind='dropout', not kind={self.kind!r}")
-        if self.version != VERSION:
-            raise ValueError(
-                f"version={self.version!r}: this build defines version {VERSION}; sketch again, or install the "
-                "release that wrote the stored sketches"
-            )
-        # Made here and not when it is asked for: a call may be traced, which json is not for.
-        object.__setattr__(self, "_recipe", json.dumps(self.to_dict()))
-
-    @property
-    def recipe(self) -> str:
-        """The spec as an operator's schema takes it: JSON."""
-        return self._recipe  # type: ignore[attr-defined]
+        base.check_version(self.version, VERSION, "sketch", "sketches")
+        super().__post_init__()
 
     @property
     def base_dim(self) -> int:
         """Numbers that the kernels accumulate into; reduced to ``dim`` at the end."""
         return max(self.dim, SLAB_SIZE) if self.kind == "slab" else self.dim
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> SketchSpec:
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise ValueError(f"unknown sketch field {unknown[0]!r}: known are {', '.join(sorted(known))}")
-        return cls(**fields)
-
-    def fingerprint(self) -> str:
-        """16 hex digits that are equal exactly for equal specs."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _check_power_of_two(field: str, value: Any, low: int, high: int, extra: str = "") -> None:
-    if (
-        not isinstance(value, int)
-        or isinstance(value, bool)
-        or not low <= value <= high
-        or value & (value - 1)
-    ):
-        raise ValueError(f"{field}={value!r}: give a power of two from {low} to {high}{extra}")

@@ -11,7 +11,8 @@ shift 2
 venv=build/verl-$version
 if [ ! -e "$venv/ready" ]; then
   "$base/bin/python" -m venv "$venv"
-  "$base/bin/python" -c 'import site; print(site.getsitepackages()[0])' \
+  # Not the folder's bare path: then the .pth files inside it, the editable install's among them, would not be read.
+  "$base/bin/python" -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
     > "$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/base.pth"
   pins=$base/constraints.txt
   [ -e "$pins" ] || pins=constraints.txt

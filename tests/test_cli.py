@@ -328,11 +328,11 @@ def test_kill_and_interrupt_lose_nothing_and_the_rest_is_computed(made: Path, tm
     }
 
 
-def test_help_is_quick_and_threads_are_told_to_sleep() -> None:
+def test_help_is_quick() -> None:
     code = (
-        "import os, sys; os.environ.pop('OMP_WAIT_POLICY', None); import cropi.cli as c; c._parser().format_help();"
+        "import sys; import cropi.cli as c; c._parser().format_help();"
         "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib'} & set(sys.modules);"
-        "assert not heavy, heavy; assert os.environ['OMP_WAIT_POLICY'] == 'passive'"
+        "assert not heavy, heavy"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

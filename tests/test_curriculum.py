@@ -373,7 +373,10 @@ def with_logprobs(path: Path, model_name: Path) -> list[dict[str, Any]]:
         ({"train": None}, ["train: is missing"]),
         ({"rollouts": "roll {train}"}, ["train: files are given and the rollout command writes them too"]),
         ({"rollouts": "roll {model}"}, ["names neither {train} nor {valid}"]),
-        ({"sets": ["x", "z"]}, ["no trajectory covers the validation set 'z'", "cover 'x', 'y'"]),
+        (
+            {"sets": ["x", "z"]},
+            ["sets: no trajectory covers the validation set 'z'", "are trajectories of 'x', 'y'"],
+        ),
         ({"model": "no/such/folder/at/all"}, ["no/such/folder/at/all"]),
         ({"metric": "cos"}, ["invalid choice: 'cos'"]),
     ],

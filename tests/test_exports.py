@@ -84,7 +84,7 @@ def test_without_a_dataset_the_prompts_come_from_the_records(tmp_path: Path) -> 
             "no stable prompt id (column 'key' is not among its columns",
         ),
         ({"dataset": "no_ids.jsonl"}, "no stable prompt id (one of id, extra_info.index, index, uid"),
-        ({"dataset": "twice.jsonl"}, "the prompt id 1 is in rows 0 and 2"),
+        ({"dataset": "twice.jsonl"}, "rows 0 and 2 have the same id '1'"),
         ({"dataset": "broken.jsonl"}, "is not jsonl"),
     ],
 )

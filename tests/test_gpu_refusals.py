@@ -14,8 +14,10 @@ import torch
 from op_calls import OFFSETS, OPS, OUT, ROWS, TIED, A
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cropi_kernels import _triton, dispatch, sketch_embedding
+from cropi_kernels import ProjectionSpec, _cuda, _gpu, _triton, dispatch, sketch_embedding
 from cropi_kernels.ops._checks import on_device
+from cropi_kernels.ops.project import reference as project_reference
+from cropi_kernels.ops.project.ops import choose
 
 ONE_BY_ONE = [(op, name) for op, call in OPS.items() for name in call.operands]
 
@@ -86,7 +88,7 @@ def test_a_gpu_kernel_does_not_run_on_the_cpu(op: str, fresh_warnings: None) -> 
 def old_gpu(monkeypatch: pytest.MonkeyPatch, fresh_warnings: None) -> Iterator[torch.Tensor]:
     """A tensor that says it is on a GPU of compute capability 7.5."""
     monkeypatch.setattr(_triton, "import_error", lambda: None)
-    monkeypatch.setattr(_triton, "_device_reason", _triton._device_reason.__wrapped__)
+    monkeypatch.setattr(_gpu, "_device_reason", _gpu._device_reason.__wrapped__)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
@@ -109,6 +111,24 @@ def test_an_old_gpu_is_named(old_gpu: torch.Tensor) -> None:
 def test_a_gpu_without_a_cuda_build(old_gpu: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "this build of torch has no CUDA" in str(_triton.unsupported(old_gpu))
+
+
+def test_a_projection_that_no_gpu_kernel_serves(
+    old_gpu: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense kinds have a CUDA C++ kernel only: both reasons are shown. float64 is refused, not served slowly."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_cuda, "_installed", lambda: (None, "the CUDA kernels were not built"))
+    dense = ProjectionSpec(4, "gaussian")
+    with pytest.warns(
+        UserWarning,
+        match=r"gaussian projections have no Triton kernel; CUDA C\+\+: the CUDA kernels were not built",
+    ):
+        assert choose(old_gpu, dense, "") is project_reference
+    with pytest.raises(
+        RuntimeError, match="no kernel of project serves this call: dtype torch.float64 .*backend='reference'"
+    ):
+        choose(old_gpu.double(), ProjectionSpec(4), "")
 
 
 def test_an_address_between_two_elements() -> None:

@@ -371,12 +371,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
     hidden, head, targets, grad = problem(9, 8, 37)
     hidden, head = hidden.to(dtype).requires_grad_(), head.to(dtype)
     targets[2] = -100
-    numbers = (0.7, 5.0, -100)
+    settings = (0.7, 5.0, -100, 4, "")
     op, bias = torch.ops.cropi.linear_logprob.default, torch.randn(37, dtype=dtype)
-    torch.library.opcheck(op, (hidden, head, targets, None, *numbers, True, 4, ""))
-    torch.library.opcheck(op, (hidden, head, targets, bias, *numbers, False, 0, ""))
-    logp, top, log_sum, _ = op(hidden.detach(), head, targets, bias, *numbers, False, 0, "")
-    args = (grad.to(logp.dtype), hidden.detach(), head, targets, bias, logp, top, log_sum, *numbers, 0, "")
+    torch.library.opcheck(op, (hidden, head, targets, None, True, *settings))
+    torch.library.opcheck(op, (hidden, head, targets, bias, False, *settings))
+    logp, top, log_sum, _ = op(hidden.detach(), head, targets, bias, False, *settings)
+    args = (grad.to(logp.dtype), hidden.detach(), head, targets, bias, logp, top, log_sum, *settings)
     torch.library.opcheck(torch.ops.cropi.linear_logprob_backward.default, args)
 
 
@@ -448,5 +448,5 @@ def test_trainable_head_is_fine_without_grad_mode() -> None:
         assert not linear_logprob(hidden, head.requires_grad_(), targets).requires_grad
     with pytest.raises(RuntimeError, match="no gradient for head"):
         leaf = hidden.requires_grad_()
-        out = torch.ops.cropi.linear_logprob(leaf, head, targets, None, 1.0, 0.0, -100, False, 0, "")
+        out = torch.ops.cropi.linear_logprob(leaf, head, targets, None, False, 1.0, 0.0, -100, 0, "")
         out[0].sum().backward()

@@ -11,7 +11,7 @@ import torch
 
 from cropi_kernels import ProjectionSpec, _native, project, project_transpose, quantize_rows
 from cropi_kernels.ops.project import reference
-from cropi_kernels.ops.project.ops import choose, encode
+from cropi_kernels.ops.project.ops import choose
 from cropi_kernels.testing import sum_error_bound
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "project_v1.json").read_text())
@@ -235,8 +235,8 @@ def test_gradient_is_the_adjoint_and_operators_are_well_formed() -> None:
     (project(x, spec, 4) * y.detach()).sum().backward()
     assert torch.equal(x.grad, project_transpose(y.detach(), spec, 200, 4))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.cropi.project, (x, 4, encode(spec), ""), test_utils=checks)
-    torch.library.opcheck(torch.ops.cropi.project_transpose, (y, 200, 4, encode(spec), ""), test_utils=checks)
+    torch.library.opcheck(torch.ops.cropi.project, (x, 4, spec.recipe, ""), test_utils=checks)
+    torch.library.opcheck(torch.ops.cropi.project_transpose, (y, 200, 4, spec.recipe, ""), test_utils=checks)
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -286,7 +286,7 @@ def test_other_errors() -> None:
         project(x, 16)  # type: ignore[call-overload]
     with pytest.raises(RuntimeError, match="no kernel of project serves this call: dtype torch.float64"):
         project(x.double(), spec)
-    with pytest.raises(RuntimeError, match="on meta, not on the CPU"):
+    with pytest.raises(RuntimeError, match="serves this call: the tensor is on meta, not on a CUDA"):
         choose(x.to("meta"), spec, "")
     with pytest.raises(ValueError, match="out is torch.float32"):
         project(x, spec, out=torch.zeros(2, 8))

@@ -20,6 +20,7 @@ import torch
 import cropi_kernels
 from cropi_kernels import ProjectionSpec, _cuda, project, project_transpose
 from cropi_kernels.ops.project import cuda, reference
+from cropi_kernels.ops.project.columns import contiguous_columns
 from cropi_kernels.testing import PROJECTION_CASES, projection_magnitudes, sum_error_bound
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,8 @@ def emulated(emulation: Any, monkeypatch: pytest.MonkeyPatch, poisoned: None) ->
         x: torch.Tensor, spec: ProjectionSpec, offset: int = 0, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         out = torch.zeros(x.shape[0], spec.dim) if out is None else out
-        cuda.project(x, spec, out, offset)
+        for start, piece in contiguous_columns(x):
+            cuda.project(piece, spec, out, offset + start)
         return out
 
     return run

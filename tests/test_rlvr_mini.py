@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ transformers = pytest.importorskip("transformers", reason="the experiment's poli
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rlvr_mini import __main__ as command  # noqa: E402
+from benchmarks.rlvr_mini import choices, cost  # noqa: E402
 from benchmarks.rlvr_mini import run as run_module  # noqa: E402
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS, choose  # noqa: E402
 from benchmarks.rlvr_mini.config import SCALES, Scale  # noqa: E402
@@ -25,9 +27,10 @@ from benchmarks.rlvr_mini.generate import generate  # noqa: E402
 from benchmarks.rlvr_mini.grpo import logprobs  # noqa: E402
 from benchmarks.rlvr_mini.model import make_model  # noqa: E402
 from benchmarks.rlvr_mini.pretrain import pretrain  # noqa: E402
-from benchmarks.rlvr_mini.rollouts import to_tokens  # noqa: E402
+from benchmarks.rlvr_mini.report import reference  # noqa: E402
+from benchmarks.rlvr_mini.rollouts import thinned, to_tokens  # noqa: E402
 from benchmarks.rlvr_mini.scoring import exact_scores, sketched_scores  # noqa: E402
-from benchmarks.rlvr_mini.summary import Finished, mean_curve, reach  # noqa: E402
+from benchmarks.rlvr_mini.summary import Finished, mean_curve, reach, resampled_gains  # noqa: E402
 from benchmarks.rlvr_mini.tasks import (  # noqa: E402
     DIFFICULTIES,
     END,
@@ -159,6 +162,43 @@ def test_greedy_takes_the_likeliest_token(work: Path) -> None:
         assert made[0].ids[0] == int(model(input_ids=torch.tensor([encode("A2+3=")])).logits[0, -1].argmax())
 
 
+def test_larger_pool_keeps_the_seeds_own_and_its_evaluation_sets(work: Path) -> None:
+    model, data = fresh(work)
+    large = seed_data(NANO, 0, base_model(NANO, work), work / "seed0", pool_times=3)
+    assert large.valid == data.valid and large.test == data.test and large.collect_cpu > data.collect_cpu
+    assert data.problems.items() < large.problems.items()
+    records = {record.id: record for record in large.pool}
+    assert all(records[record.id] == record for record in data.pool)
+    assert records.keys() == large.problems.keys() and [r.id for r in large.pool] == sorted(records)
+    prompts = [p.prompt for p in large.problems.values()]
+    assert len(set(prompts)) == len(prompts) and not any(map(held_out, prompts))
+    cells = [f"{p.family} {p.difficulty}" for p in large.problems.values()]
+    assert cells.count("sort 4") == 3 * NANO.pool_cell
+    assert all(len(r.rewards) == NANO.train_rollouts and r.prompt in prompts for r in large.pool)
+    assert seed_data(NANO, 0, model, work / "seed0", pool_times=3) == large  # collected once
+
+
+def test_thinned_groups_keep_right_and_wrong_responses(work: Path) -> None:
+    _, data = fresh(work)
+    seen = set()
+    for group in [*data.pool, *data.valid]:
+        for keep in (2, 3):
+            small, right = thinned(group, keep), sum(group.rewards)
+            expected = min(right, max(keep // 2, keep - (len(group.rewards) - right)))
+            assert len(small.rewards) == keep and sum(small.rewards) == expected
+            assert (0 < sum(small.rewards) < keep) == (0 < right < len(group.rewards))
+            whole = list(zip(group.response_ids, group.logprobs, group.responses, group.rewards))
+            rest = iter(whole)  # a subsequence: every response with its own reward and log-probs
+            assert all(
+                row in rest
+                for row in zip(
+                    small.response_ids, small.logprobs, small.responses, small.rewards, strict=True
+                )
+            )
+            seen.add((keep, right))
+    assert {r for _, r in seen} >= {0, 1, 2}
+
+
 # --------------------------------------------------------------------------------------------- scoring
 def test_sketched_scores_approach_exact_ones(work: Path, tmp_path: Path) -> None:
     model, data = fresh(work)
@@ -275,6 +315,66 @@ def test_other_numbers_in_one_folder_are_refused(tmp_path: Path, monkeypatch: py
         command.main(["--scale", "nano", "--work", str(tmp_path / "x"), "--report-only"])
 
 
+def test_cost_of_a_selection_by_parts(work: Path, tmp_path: Path) -> None:
+    out, folder = tmp_path / "cost.md", tmp_path / "nano"
+    options = ["--scale", "nano", "--work", str(tmp_path), "--repeats", "1", "--out", str(out)]
+    with pytest.raises(CropiError, match="cropi_exact/result.json is missing; run python -m"):
+        cost.main(options)
+    folder.mkdir()
+    shutil.copy(work / "base.pt", folder)
+    model = base_model(NANO, folder)
+    data = seed_data(NANO, 0, model, folder / "seed0")
+    chosen = choose(ARMS["cropi"], NANO, 0, 0, model, data.pool, data.valid, tmp_path / "sketches")
+    for arm, names in (("cropi", []), ("cropi_exact", chosen)):
+        (folder / "seed0" / arm).mkdir()
+        result = {"selections": [{"chosen": names}], "cpu": {"train": 2.0 * NANO.steps}}
+        (folder / "seed0" / arm / "result.json").write_text(json.dumps(result))
+    cost.main(options)
+    rows = [line.strip("| ").split(" | ") for line in out.read_text().splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert (
+        len(rows) == 2 + len(cost.VARIANTS) and f"training took {2.0 * NANO.stage:.1f} s" in out.read_text()
+    )
+    shared = {row[0]: float(row[3]) for row in rows[2:]}
+    assert shared["sketches of width 64, all of the responses"] == 1.0  # the choice that was written above
+    assert all(0.0 <= value <= 1.0 for value in shared.values())
+    for row in rows:  # seconds and share agree, to the digits written
+        seconds = float(row[1])
+        assert float(row[2].rstrip("%")) == pytest.approx(100 * seconds / (seconds + 4.0), abs=0.2)
+
+
+def test_choices_of_levers_under_a_trained_policy(work: Path, tmp_path: Path) -> None:
+    out, folder = tmp_path / "choices.md", tmp_path / "nano"
+    options = ["--scale", "nano", "--work", str(tmp_path), "--out", str(out)]
+    with pytest.raises(CropiError, match="cropi/policy.pt is missing; run python -m"):
+        choices.main(options)
+    (folder / "seed0" / "cropi").mkdir(parents=True)
+    shutil.copy(work / "base.pt", folder)
+    weights = base_model(NANO, folder).state_dict()
+    rng = torch.Generator().manual_seed(0)
+    moved = {
+        k: v + 0.1 * v.std() * torch.randn(v.shape, generator=rng)
+        for k, v in weights.items()
+        if v.numel() > 1
+    }
+    torch.save(weights | moved, folder / "seed0" / "cropi" / "policy.pt")
+    choices.main(options)
+    rows = [line.strip("| ").split(" | ") for line in out.read_text().splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert rows[0][0] == ARMS["cropi_exact"].label and float(rows[0][2]) == 1.0
+    assert {row[0] for row in rows[1:]} == {arm.label for arm in choices.COMPARED}
+    shared = {row[0]: float(row[2]) for row in rows}
+    assert shared[LEVERS["cropi_nofold"].label] >= 0.5  # 256 numbers of a small model: most of the choice
+    model = base_model(NANO, folder)
+    model.load_state_dict(weights | moved)
+    data = seed_data(NANO, 0, model, folder / "seed0")
+    exact = choose(ARMS["cropi_exact"], NANO, 0, 0, model, data.pool, data.valid, tmp_path / "x")
+    families = [data.problems[name].family in NANO.targeted for name in exact]
+    assert float(rows[0][3]) == pytest.approx(sum(families) / len(families), abs=0.006)
+
+
 def test_steps_to_reach_are_interpolated() -> None:
     curve = [(0, 0.2, 0.0), (10, 0.4, 5.0), (20, 0.6, 10.0)]
     assert reach(curve, 0.5) == pytest.approx((15.0, 7.5))
@@ -283,3 +383,24 @@ def test_steps_to_reach_are_interpolated() -> None:
     runs = [Finished("x", i, c, [], 0.2, 1.0, 9.0, 0.0, [], 0.5) for i, c in enumerate((curve, other))]
     assert np.allclose(mean_curve(runs), [(0, 0.2, 0.0), (20, 0.5, 20.0)])
     assert runs[0].share == pytest.approx(0.1)
+
+
+def test_speed_up_of_resampled_seeds_and_against_full_data_of_the_same_pool() -> None:
+    def run(arm: str, seed: int, rises: list[float]) -> Finished:
+        curve = [(10 * i, value, float(i)) for i, value in enumerate(rises)]
+        return Finished(arm, seed, curve, [(0, 0.1), (40, 0.1)], rises[0], 1.0, 9.0, 0.0, [], 0.5)
+
+    slow = [run("full", seed, [0.2, 0.3, 0.4, 0.5, 0.6]) for seed in (0, 1)]
+    fast = [run("cropi", 0, [0.2, 0.4, 0.6, 0.6, 0.6]), run("cropi", 1, [0.2, 0.3, 0.4, 0.5, 0.5])]
+    assert resampled_gains(slow, slow, 40) == (1.0, 1.0)
+    low, high = resampled_gains(fast, slow, 40)
+    assert low == 0.0 and high == pytest.approx(
+        2.0
+    )  # seed 1 twice never gets there, seed 0 twice in 20 steps
+    assert resampled_gains(fast, [run("full", s, [0.2, 0.1, 0.1, 0.1, 0.1]) for s in (0, 1)], 40) == (
+        0.0,
+        0.0,
+    )
+    by_arm = {name: [] for name in (*ARMS, *LEVERS)} | {"full": slow, "full_pool3": fast}
+    assert reference(ARMS | LEVERS, by_arm, "cropi") == slow
+    assert reference(ARMS | LEVERS, by_arm, "cropi_pool3") == fast

@@ -190,8 +190,9 @@ def test_a_missing_module_is_said_once(monkeypatch: pytest.MonkeyPatch, fresh_wa
         bias_grad(A, OFFSETS, backend="cpu")
     with pytest.raises(ImportError, match=r"compiled kernels are missing \(no such file\): build them with"):
         _native.native()
-    with pytest.warns(UserWarning, match=r"bias_grad runs on the plain torch reference.*not built"):
+    with pytest.warns(UserWarning, match=r"bias_grad runs on the plain torch reference.*not built") as said:
         want = bias_grad(A, OFFSETS)
+    assert said[0].filename == __file__, "the line that called, not one of ours"
     assert want.equal(torch.tensor([[2.0], [3.0]]).expand(2, 40))
     bias_grad(A, OFFSETS)  # a second warning would be an error here
     assert "not built" in explain(A) and "reference  serves the call" in explain(A)

@@ -13,18 +13,18 @@ from made_data import make_model, make_records, make_tokenizer, write_lines
 from cropi.errors import CropiError
 from cropi.influence import influence
 from cropi.job import SketchJob
+from cropi.prompt_ids import PromptIds
 from cropi.sketching import sketch
 from cropi.store import SketchStore
-from cropi.trainers.prompt_ids import PromptIds
 from cropi.trainers.ranks import Ranks
 from cropi.trainers.rollout_log import (
     RolloutLog,
     cut_unfinished_line,
     log_files,
     merge_rollouts,
-    replace_rollouts,
     rewind,
 )
+from cropi.trajectories import replace_records
 from cropi_kernels import SketchSpec
 
 
@@ -33,6 +33,8 @@ def test_ids_and_places() -> None:
     ids = PromptIds([{"id": 7}, {"id": "a"}, {"id": 0}], "id")
     assert ids.names == ["7", "a", "0"] and ids.places(["0", "7"]) == [2, 0] and len(ids) == 3
     assert "a" in ids and "b" not in ids
+    assert PromptIds([{"info": {"index": 3}}, {"info": {"index": 5}}], "info.index").names == ["3", "5"]
+    assert PromptIds([{"info.index": 3, "info": {"index": 5}}], "info.index").names == ["3"]
 
 
 @pytest.mark.parametrize(
@@ -42,13 +44,20 @@ def test_ids_and_places() -> None:
         ([{"id": "a"}, {"id": None}], "row 1 has the id None"),
         ([{"id": True}], "row 0 has the id True"),
         ([{"id": ""}], "row 0 has the id ''"),
-        ([{"prompt": "x"}], r"no column 'id' \(its columns: prompt\)"),
+        ([{"prompt": "x"}], r"no column 'id' \(its columns: prompt\).*with id_column"),
         (iter([{"id": 1}]), "can only be streamed"),
     ],
 )
 def test_bad_ids(rows: Any, message: str) -> None:
     with pytest.raises(CropiError, match=message):
         PromptIds(rows, "id")
+
+
+def test_a_nested_id_that_is_missing_names_the_row_and_the_option() -> None:
+    with pytest.raises(CropiError, match="data: row 1 has the info.index None.*no other row has"):
+        PromptIds([{"info": {"index": 3}}, {"info": None}], "info.index", "data", "--id-key")
+    with pytest.raises(CropiError, match="rows 0 and 1 have the same info.index '3'.*with --id-key"):
+        PromptIds([{"info": {"index": 3}}, {"info": {"index": 3}}], "info.index", "data", "--id-key")
 
 
 # --------------------------------------------------------------------------------------------------- logs
@@ -119,7 +128,8 @@ def test_merge_keeps_one_record_a_prompt(tmp_path: Path) -> None:
 def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:
     stored = write_lines(tmp_path / "stored.jsonl", [record("a", 0), record("b", 0)])
     newer = write_lines(tmp_path / "newer.jsonl", [record("b", 5), record("c", 5)])
-    assert replace_rollouts([stored], newer, tmp_path / "both.jsonl") == 1
+    counts = replace_records([stored], newer, tmp_path / "both.jsonl")
+    assert (counts.replaced, counts.unknown, counts.without_logprobs) == (1, 1, 2)
     assert [(r["id"], r["step"]) for r in read(tmp_path / "both.jsonl")] == [("a", 0), ("b", 5)]
 
 

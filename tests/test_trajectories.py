@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ BAD = {
     "empty prompt": ({"prompt": ""}, "the prompt is empty"),
     "message without role": ({"prompt": [{"content": "hi"}]}, "needs 'role' and 'content'"),
     "set": ({"set": 3}, "'set' must be a string, got 3"),
+    "misnamed key": ({"responses": None, "response_ids": None, "completions": []}, "the record has 'id', 'prompt'"),
+    "number beyond any float": ({"rewards": [10**400, 0]}, "rewards[0] must be a finite number, got 1000"),
+    "number of 5000 digits": (f'{{"id": {"1" * 5000}}}', "not readable as JSON"),
+    "brackets without end": ("[" * 100_000, "not readable as JSON"),
+    "half a character": ({"prompt": "a \ud83d"}, "\\ud83d is half of a surrogate pair"),
 }  # fmt: skip
 
 
@@ -113,6 +119,11 @@ def test_duplicate_id_names_both_places_also_across_files(tmp_path: Path) -> Non
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CropiError, match="no such trajectory file"):
         list(read_trajectories(tmp_path / "none.jsonl"))
+    with pytest.raises(CropiError, match="is a folder; give trajectory files"):
+        list(read_trajectories(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CropiError, match="is a pipe or a device"):
+        list(read_trajectories(tmp_path / "pipe"))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(CropiError, match="holds no trajectory record"):
         list(read_trajectories(tmp_path / "empty.jsonl"))
@@ -135,8 +146,10 @@ def test_scan_counts_and_its_fingerprint_ignores_compression(tmp_path: Path) -> 
     assert (found.prompts, found.responses, found.usable) == (3, 5, 1)
     assert found.without_gradient == {"equal rewards": 1, "one response": 1} and found.sets == {"v": 2}
     assert found.largest_id == (5, f"{tmp_path / 't.jsonl'}:1 (prompt 'a')")
-    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress((tmp_path / "t.jsonl").read_bytes()))
-    assert scan([tmp_path / "t.jsonl.gz"]).fingerprint == found.fingerprint
+    packed = gzip.compress((tmp_path / "t.jsonl").read_bytes())
+    for name in ("t.jsonl.gz", "renamed.jsonl"):
+        (tmp_path / name).write_bytes(packed)
+        assert scan([tmp_path / name]).fingerprint == found.fingerprint
     changed = scan([write_lines(tmp_path / "u.jsonl", [GOOD | {"rewards": [0, 1]}, *records[1:]])])
     assert changed.fingerprint != found.fingerprint
     with pytest.warns(LossyTokens, match="1 of 3 records have no response_ids"):

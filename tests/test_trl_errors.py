@@ -154,7 +154,8 @@ def test_stage_with_nothing_to_select(tmp_path: Path) -> None:
     valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
     trainer = staged(tmp_path / "a", {"valid": valid}, reward_funcs=flat)
     with pytest.raises(
-        CropiError, match=r"stage 1: nothing to select: none of the 4 prompts.*4 equal rewards.*on_nothing"
+        CropiError,
+        match=r"stage 1: there is nothing to select: none of the 4 .*4 with equal rewards.*on_nothing",
     ):
         trainer.train()
     assert trainer.state.global_step == 2
@@ -168,12 +169,13 @@ def test_validation_sets_must_be_covered(tmp_path: Path) -> None:
     valid = stored(tmp_path / "valid.jsonl", seed=1, count=8, sets=["x", "y"])
     files = {"train": train, "valid": valid}
     with pytest.raises(
-        CropiError, match=r"no trajectory covers the validation set 'z' \(the sets in .*: 'x', 'y'\)"
+        CropiError,
+        match="valid_sets: no trajectory covers the validation set 'z'; there are trajectories of 'x', 'y'",
     ):
         staged(tmp_path / "a", {**files, "valid_sets": ["x", "z"]}).train()
     equal = stored(tmp_path / "equal.jsonl", seed=1, count=8, set="x", rewards=[1.0, 1.0, 1.0, 1.0])
     with pytest.raises(
-        CropiError, match="validation set 'x' has no direction: the rewards of each of its 8 prompts"
+        CropiError, match="no trajectory covers the validation set 'x' usefully: none of its 8 prompts"
     ):
         staged(tmp_path / "b", {**files, "valid": equal}).train()
 
@@ -185,7 +187,7 @@ def test_files_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
     equal = stored(tmp_path / "equal.jsonl", seed=0, count=8, rewards=[0.0] * 4)
     for change, message in (
         ({"valid_sets": ["z"]}, "no trajectory covers the validation set 'z'"),
-        ({"train": equal}, "stage 0: nothing to select: none of the 8 prompts"),
+        ({"train": equal}, "stage 0: there is nothing to select: none of the 8 training prompts"),
         ({"behaviour": "file"}, "no 'logprobs' in this record"),
         (
             {"use_recorded": True},

@@ -102,7 +102,7 @@ def test_rows_without_a_stable_id(tmp_path: Path) -> None:
     with pytest.raises(CropiError, match="rows 0 and 3 have the same extra_info.index '100'"):
         make_dataset(config)
     config.cropi.id_key = "extra_info.key"
-    with pytest.raises(CropiError, match="row 0 has no extra_info.key"):
+    with pytest.raises(CropiError, match="row 0 has the extra_info.key None"):
         make_dataset(config)
     del config["cropi"]
     with pytest.raises(CropiError, match="data.cropi.selection=FILE is missing"):
@@ -319,9 +319,11 @@ def test_rollouts_of_a_step_are_recorded_with_their_tokens(
 @verl_only
 def test_the_adapter_costs_next_to_nothing_per_batch(tmp_path: Path) -> None:
     """Looking for a new selection is one stat of a file."""
+    from cropi.prompt_ids import PromptIds
     from cropi.trainers.verl.selected import Selected
 
-    selected = Selected(select_into(tmp_path / "s.jsonl", list(range(1000))), [str(i) for i in range(1000)])
+    rows = PromptIds([{"id": i} for i in range(1000)], "id")
+    selected = Selected(select_into(tmp_path / "s.jsonl", list(range(1000))), rows)
     begin = time.process_time()
     for _ in range(100):
         assert not selected.refresh()

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch: spinning workers would take our threads' cores
-
 import argparse
 import json
 from pathlib import Path

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
             if (folder / "result.json").exists():
                 continue
             model = base_model(scale, work)
-            data = seed_data(scale, seed, model, work / f"seed{seed}")
+            data = seed_data(scale, seed, model, work / f"seed{seed}", known[name].pool)
             begun = time.process_time()
             result = run_arm(known[name], scale, seed, model, data, folder)
             last = result["evaluations"][-1]["accuracy"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rlvr_mini.config import Scale
+from benchmarks.rlvr_mini.rollouts import thinned
 from benchmarks.rlvr_mini.scoring import base_scores, exact_scores, sketched_scores
 from cropi.errors import CropiError
 from cropi.estimators import make_estimator
@@ -31,6 +32,8 @@ class Arm:
         width: of the sketch, in place of the scale's.
         stage: steps per stage, in place of the scale's.
         longer: steps are so many times the scale's: full data is run on, so that there is something to reach.
+        pool: so many times the scale's problems per family and difficulty are in the pool.
+        thin: scores come from one in so many of every prompt's stored responses, of validation prompts too.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Arm:
     width: int | None = None
     stage: int | None = None
     longer: int = 1
+    pool: int = 1
+    thin: int = 1
 
     @property
     def influence(self) -> bool:
@@ -73,6 +78,12 @@ LEVERS = {
         Arm("cropi_noratio", "CROPI, ratio 1", "rrf", curriculum=True, ratio=False),
         Arm("cropi_stage20", "CROPI, stages of 20", "rrf", curriculum=True, stage=20),
         Arm("cropi_max", "CROPI, max over sets", "max", curriculum=True),
+        Arm("cropi_half", "CROPI, half of the stored responses", "rrf", curriculum=True, thin=2),
+        Arm("cropi_quarter60", "CROPI, a quarter, stages of 60", "rrf", curriculum=True, thin=4, stage=60),
+        Arm("full_pool3", "full data, pool x 3", "full", longer=3, pool=3),
+        Arm("random_pool3", "random 10 %, pool x 3", "random", pool=3),
+        Arm("static_pool3", "static influence 10 %, pool x 3", "rrf", pool=3),
+        Arm("cropi_pool3", "CROPI, sketch, pool x 3", "rrf", curriculum=True, pool=3),
     )
 }
 
@@ -97,6 +108,10 @@ def choose(
         method = "random" if arm.method == "family" else arm.method
         chosen = select(scores, fraction=fraction, method=method, seed=1000 * stage + seed)
     else:
+        pool, valid = (
+            [thinned(g, max(2, len(g.rewards) // arm.thin)) if arm.thin > 1 else g for g in groups]
+            for groups in (pool, valid)
+        )
         estimator = make_estimator("cropi", ratio=arm.ratio)
         if arm.scorer == "exact":
             scores = exact_scores(model, pool, valid, estimator, mean=arm.mean)

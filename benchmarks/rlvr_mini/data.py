@@ -56,8 +56,12 @@ def base_model(scale: Scale, work: Path) -> Any:
     return model.eval()
 
 
-def seed_data(scale: Scale, seed: int, model: Any, folder: Path) -> SeedData:
-    """The problems of a seed (made again every time: they follow from it) and their rollouts (made once)."""
+def seed_data(scale: Scale, seed: int, model: Any, folder: Path, pool_times: int = 1) -> SeedData:
+    """The problems of a seed (made again every time: they follow from it) and their rollouts (made once).
+
+    With ``pool_times`` above 1 the pool has so many times the problems per cell: the seed's own with their rollouts,
+    and further ones. Validation and test sets are the seed's own, so arms on both pools answer the same questions.
+    """
     rng, taken = random.Random(f"problems {seed}"), set[str]()
     pool = make_set(scale.pool_cell, rng, evaluation=False)
     valid = make_set(scale.valid_cell, rng, evaluation=True, families=scale.targeted, taken=taken)
@@ -70,13 +74,29 @@ def seed_data(scale: Scale, seed: int, model: Any, folder: Path) -> SeedData:
         _collect(model, problems, scale.train_rollouts, generator, folder / "pool.jsonl.gz", None)
         _collect(model, named, scale.valid_rollouts, generator, folder / "valid.jsonl.gz", "family")
         write_atomic(done, json.dumps({"cpu": time.process_time() - begun}))
-    return SeedData(
+    data = SeedData(
         problems,
         list(read_trajectories(folder / "pool.jsonl.gz")),
         list(read_trajectories(folder / "valid.jsonl.gz")),
         test,
         float(json.loads(done.read_text())["cpu"]),
     )
+    return data if pool_times == 1 else _enlarge(data, scale, seed, model, folder, pool_times)
+
+
+def _enlarge(data: SeedData, scale: Scale, seed: int, model: Any, folder: Path, times: int) -> SeedData:
+    rng, taken = random.Random(f"problems {seed}, pool x {times}"), {p.prompt for p in data.problems.values()}
+    made = make_set((times - 1) * scale.pool_cell, rng, evaluation=False, taken=taken)
+    more = {f"{p.family}-{p.difficulty}-{i:04d}": p for i, p in enumerate(made, len(data.problems))}
+    path, done = folder / f"pool-x{times}.jsonl.gz", folder / f"collected-x{times}.json"
+    if not done.exists():
+        begun = time.process_time()
+        generator = torch.Generator(scale.device).manual_seed(2000 + 100 * times + seed)
+        _collect(model, more, scale.train_rollouts, generator, path, None)
+        write_atomic(done, json.dumps({"cpu": time.process_time() - begun}))
+    cpu = data.collect_cpu + float(json.loads(done.read_text())["cpu"])
+    pool = sorted([*data.pool, *read_trajectories(path)], key=lambda record: record.id)
+    return SeedData(data.problems | more, pool, data.valid, data.test, cpu)
 
 
 def _collect(

@@ -1,4 +1,4 @@
-"""Table, raw rows and plots of the finished runs."""
+"""Table and raw rows of the finished runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from pathlib import Path
 from benchmarks.lib.environment import describe
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS, Arm
 from benchmarks.rlvr_mini.config import Scale
-from benchmarks.rlvr_mini.summary import Curve, Finished, mean_curve, reach, read_runs, spread
+from benchmarks.rlvr_mini.plots import write_plots
+from benchmarks.rlvr_mini.summary import (
+    Curve,
+    Finished,
+    evaluated_at,
+    mean_curve,
+    reach,
+    read_runs,
+    resampled_gains,
+    spread,
+)
 from cropi.errors import CropiError
 from cropi.files import write_atomic
 
@@ -30,11 +40,11 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
         raise CropiError(f"{work}: no run is finished; run without --report-only first")
     known = {**ARMS, **LEVERS}
     by_arm = {name: [r for r in runs if r.arm == name] for name in known}
-    lines = [_about(scale, runs), "", HEAD]
+    lines = [_about(scale, runs, known), "", HEAD]
     last = max((r.curve[-1][0] for r in by_arm["full"]), default=scale.steps)
     for name, found in by_arm.items():
         for at in sorted({scale.steps, last}):
-            lines += [_row(known[name].label, _with(found, at), at)] if _with(found, at) else []
+            lines += [_row(known[name].label, evaluated_at(found, at), at)] if evaluated_at(found, at) else []
     for goal in sorted({scale.steps, last}):
         lines += ["", *_speed(known, by_arm, goal)]
     lines += ["", *_late(known, by_arm, scale.steps), "", _paired(by_arm, scale.steps), "", _overlap(by_arm)]
@@ -47,17 +57,12 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
             for step, accuracy, cpu in run.curve:
                 share = [s["targeted"] for s in run.selections if s["step"] <= step][-1]
                 writer.writerow([run.arm, run.seed, step, f"{accuracy:.4f}", f"{cpu:.1f}", f"{share:.3f}"])
-    _plots(scale, by_arm, out)
+    write_plots(scale, by_arm, out)
     print(f"wrote {out}/table.md, runs.csv and plots: {len(runs)} finished runs")
 
 
-def _with(found: list[Finished], step: int) -> list[Finished]:
-    """The runs that were evaluated at a step: seeds may have gone on for different times."""
-    return [run for run in found if any(point[0] == step for point in run.curve)]
-
-
-def _about(scale: Scale, runs: list[Finished]) -> str:
-    seeds = {r.seed: r for r in runs}.values()
+def _about(scale: Scale, runs: list[Finished], known: dict[str, Arm]) -> str:
+    seeds = {r.seed: r for r in runs if known[r.arm].pool == 1}.values()
     base = spread([r.start for r in seeds])
     others = spread([r.untargeted_at(0) for r in seeds])
     collect = statistics.fmean(r.collect_cpu for r in seeds)
@@ -82,17 +87,18 @@ def _row(label: str, found: list[Finished], at: int) -> str:
 
 
 def _speed(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) -> list[str]:
-    """How much sooner each arm has the accuracy that full data has at step ``at``, in steps and processor time.
+    """How much sooner each arm has the accuracy that full data of its pool has at step ``at``, in steps and time.
 
-    Seed by seed, and for the mean curves over the seeds that both have; these give the speed-ups.
+    Seed by seed, and for the mean curves over the seeds that both have; these give the speed-ups. The interval is that
+    of the mean curves of seeds drawn anew.
     """
     lines = [
         f"| to full data's targeted accuracy at step {at} | steps, per seed | steps, mean curves "
-        "| speed-up in steps | speed-up in processor time |",
-        "|---|---|---|---|---|",
+        "| speed-up in steps | of 68 % of resampled seeds | speed-up in processor time |",
+        "|---|---|---|---|---|---|",
     ]
-    full = {r.seed: r for r in _with(by_arm["full"], at)}
     for name, found in by_arm.items():
+        full = {r.seed: r for r in evaluated_at(reference(known, by_arm, name), at)}
         both = [r for r in found if r.seed in full]
         if not both:
             continue
@@ -100,12 +106,27 @@ def _speed(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) ->
         mine, goal = mean_curve(both), mean_curve([full[r.seed] for r in both])
         reached = _reached(mine, goal, at)
         gains = ["-", "-"]
+        between = _between(both, [full[r.seed] for r in both], at)
         if reached is not None:
             end = next(p for p in goal if p[0] == at)
             gains = [f"{end[0] / max(reached[0], 1):.2f}", f"{end[2] / max(reached[1], 1e-9):.2f}"]
-        row = [known[name].label, ", ".join(cells), _steps(mine, goal, at), *gains]
+        row = [known[name].label, ", ".join(cells), _steps(mine, goal, at), gains[0], between, gains[1]]
         lines.append("| " + " | ".join(row) + " |")
     return lines
+
+
+def reference(known: dict[str, Arm], by_arm: dict[str, list[Finished]], name: str) -> list[Finished]:
+    """The full-data runs on the pool of an arm: what it is measured against."""
+    full = [arm.name for arm in known.values() if arm.method == "full" and arm.pool == known[name].pool]
+    return [run for other in full for run in by_arm[other]]
+
+
+def _between(mine: list[Finished], goals: list[Finished], at: int) -> str:
+    if len(mine) < 2:
+        return "-"
+    low, high = resampled_gains(mine, goals, at)
+    least = at / mine[0].curve[-1][0]  # a curve that never gets there says only that the gain is below this
+    return " to ".join(f"< {least:.1f}" if gain == 0 else f"{gain:.1f}" for gain in (low, high))
 
 
 def _reached(mine: Curve, goal: Curve, at: int) -> tuple[float, float] | None:
@@ -123,10 +144,10 @@ def _steps(mine: Curve, goal: Curve, at: int) -> str:
 def _late(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) -> list[str]:
     """The other way round: when full data gets to where each arm is at step ``at``."""
     lines = [f"| full data's steps to the arm's targeted accuracy at step {at} | per seed |", "|---|---|"]
-    full = {r.seed: r.curve for r in by_arm["full"]}
     for name, found in by_arm.items():
+        full = {r.seed: r.curve for r in reference(known, by_arm, name)}
         cells = []
-        for run in (r for r in found if r.seed in full and name != "full"):
+        for run in (r for r in found if r.seed in full and known[name].method != "full"):
             reached = reach(full[run.seed], run.targeted_at(at))
             cells.append(f"> {full[run.seed][-1][0]}" if reached is None else f"{reached[0]:.0f}")
         lines += [f"| {known[name].label} | {', '.join(cells)} |"] if cells else []
@@ -151,9 +172,10 @@ def _paired(by_arm: dict[str, list[Finished]], at: int) -> str:
 def _overlap(by_arm: dict[str, list[Finished]]) -> str:
     """How many of the exact gradients' choices the sketches share at step 0, where all arms score the same policy."""
     exact = {r.seed: set(r.selections[0]["chosen"]) for r in by_arm["cropi_exact"]}
+    known = {**ARMS, **LEVERS}
     lines = ["| first choice shared with exact gradients' | per seed |", "|---|---|"]
     for name, found in by_arm.items():
-        if name in ("full", "cropi_exact"):
+        if name in ("full", "cropi_exact") or known[name].pool != known["cropi_exact"].pool:
             continue
         shares = [
             len(exact[r.seed] & set(r.selections[0]["chosen"])) / len(exact[r.seed])
@@ -163,59 +185,3 @@ def _overlap(by_arm: dict[str, list[Finished]]) -> str:
         if shares:
             lines.append(f"| {name} | {', '.join(f'{s:.2f}' for s in shares)} |")
     return "\n".join(lines)
-
-
-def _plots(scale: Scale, by_arm: dict[str, list[Finished]], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = {name: found for name, found in by_arm.items() if found and name in ARMS}
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), sharey=True)
-    for i, (name, found) in enumerate(shown.items()):
-        longest = max(run.curve[-1][0] for run in found)
-        steps = sorted({point[0] for run in _with(found, longest) for point in run.curve})
-        values = [[run.targeted_at(step) for run in _with(found, step)] for step in steps]
-        middle = [statistics.fmean(v) for v in values]
-        error = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        cpu = [
-            statistics.fmean(at[2] for run in found for at in run.curve if at[0] == step) for step in steps
-        ]
-        style = "-" if "cropi" in name else "--"
-        at = [step + 0.4 * (i - len(shown) / 2) for step in steps]  # error bars stand side by side
-        options = {"ls": style, "color": f"C{i}", "marker": "o", "ms": 3}
-        axes[0].errorbar(at, middle, error, elinewidth=0.7, **options)
-        axes[1].plot(cpu, middle, label=ARMS[name].label, **options)
-    axes[0].set(
-        xlabel="GRPO steps", ylabel=f"accuracy on {' and '.join(scale.targeted)} (mean, ± sd over seeds)"
-    )
-    axes[1].set(xlabel="processor seconds, selection included")
-    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.tight_layout()
-    figure.savefig(out / "targeted.png", dpi=130)
-    plt.close(figure)
-    _composition(by_arm, out)
-
-
-def _composition(by_arm: dict[str, list[Finished]], out: Path) -> None:
-    """Which families each stage of CROPI chose, first seed."""
-    import matplotlib.pyplot as plt
-
-    if not by_arm["cropi"]:
-        return
-    run = by_arm["cropi"][0]
-    families = sorted({cell.split()[0] for s in run.selections for cell in s["cells"]})
-    figure, axis = plt.subplots(figsize=(6, 4))
-    bottom = [0.0] * len(run.selections)
-    for family in families:
-        counts = [
-            sum(n for cell, n in s["cells"].items() if cell.split()[0] == family) for s in run.selections
-        ]
-        axis.bar([str(s["step"]) for s in run.selections], counts, bottom=bottom, label=family)
-        bottom = [a + b for a, b in zip(bottom, counts)]
-    axis.set(xlabel="chosen at step", ylabel="prompts", title=f"CROPI, sketch, seed {run.seed}")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out / "composition.png", dpi=130)
-    plt.close(figure)

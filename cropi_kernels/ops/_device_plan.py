@@ -107,9 +107,9 @@ def _build_matrix(plan: MatrixPlan, device: torch.device) -> MatrixTables:
     no_fold = np.zeros(1, np.uint32)
 
     def put(table: np.ndarray, dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.array(table, dtype=dtype, order="C")).to(
-            device
-        )  # a copy: plans are read-only
+        # A copy: plans are read-only.
+        copied: np.ndarray = np.array(table, dtype=dtype, order="C")
+        return torch.from_numpy(copied).to(device)
 
     return MatrixTables(
         pairs=put(words[order].view(np.int64), np.int64),

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _triton
+from .. import _gpu
 
 SEGMENT_BLOCK = 64  # offsets scanned at a time
 REDUCE_BLOCK = 1024
@@ -118,7 +118,7 @@ def reduce_partials(
     n_segments, width = out.shape
     if partial.numel() == 0 or n_segments == 0:
         return
-    with _triton.on(out):
+    with _gpu.on(out):
         reduce_partials_kernel[(n_segments, triton.cdiv(width, REDUCE_BLOCK))](
             partial, out, offsets, n_segments, n_tokens, width, out.stride(0), n_parts,
             CHUNK=chunk, ALWAYS=always, SEGMENTS=SEGMENT_BLOCK, BLOCK=REDUCE_BLOCK, num_warps=4,

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..names import canonical_name
+from ..ops.flat_sketch.ops import draw_of
 from ..ops.flat_sketch.reference import flat_sketch as flat_sketch_reference
 from ..ops.sketch_linear import reference as linear
-from ..philox import key_of
 from ..plan import MatrixPlan, plan_vector
 from ..reduce import reduce_sketch
 from ..sketcher.accumulator import Accumulator
@@ -105,6 +105,4 @@ def _sketch_matrix(matrix: MatrixSketch, gradient: torch.Tensor) -> torch.Tensor
         bucket = (matrix.row_bucket[:, None] + matrix.col_bucket[None, :]) % spec.dim
         sign = matrix.row_sign[:, None] * matrix.col_sign[None, :]
         return out.index_add_(0, bucket.reshape(-1), (gradient * sign.to(gradient)).reshape(-1))
-    keep_below = 0 if spec.keep >= 1.0 else max(1, int(spec.keep * 2.0**32))
-    key = key_of(spec.version, spec.seed, matrix.name)
-    return flat_sketch_reference(gradient.contiguous(), key, keep_below, spec.keep**-0.5, out, 0)
+    return flat_sketch_reference(gradient.contiguous(), *draw_of(spec.recipe, matrix.name), out, 0)

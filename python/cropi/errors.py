@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
+from difflib import get_close_matches
 from types import ModuleType
 
 # The extra of the distribution that brings each optional package.
@@ -32,6 +34,18 @@ class RecordError(CropiError):
         super().__init__(f"{where}: {problem}; {remedy}")
         self.where = where
         self.problem = problem
+
+
+def did_you_mean(name: str, known: Iterable[str], shown: str = "{!r}") -> str:
+    """``"did you mean 'x'? "`` with the known name that is nearest to a misspelt one, or nothing if none is near.
+
+    Args:
+        name: what was written.
+        known: what could have been meant.
+        shown: a format for the name, where it is not one in quotes.
+    """
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {shown.format(near[0])}? " if near else ""
 
 
 def optional(module: str) -> ModuleType:

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError, optional
 from cropi.files import replacing, write_atomic
+from cropi.prompt_ids import PromptIds, column_values
 from cropi.trajectories import read_trajectories
 
 FORMATS = ("jsonl", "parquet", "ids", "indices")
@@ -133,8 +134,12 @@ def _places(table: Any, path: Path, ids: Sequence[str], id_key: str | None) -> l
     """The row number of every id."""
     columns = list(table[0]) if isinstance(table, list) else table.column_names
     for key in [id_key] if id_key else ID_KEYS:
-        names = _column(table, key.split("."))
-        if names is not None:
+        first = key if key in columns else key.split(".")[0]
+        if not isinstance(table, list) and first not in columns:
+            continue
+        rows = table if isinstance(table, list) else table.select([first]).to_pylist()
+        values = column_values(rows, key)[1]
+        if values is not None and None not in values:
             break
     else:
         wanted = f"column {id_key!r}" if id_key else f"one of {', '.join(ID_KEYS)}"
@@ -142,35 +147,15 @@ def _places(table: Any, path: Path, ids: Sequence[str], id_key: str | None) -> l
             f"dataset: {path} has no stable prompt id ({wanted} is not among its columns {', '.join(columns)}); add "
             "the trajectories' ids to it as a column, and name it with --dataset-id"
         )
-    where: dict[str, int] = {}
-    for place, name in enumerate(names):
-        if str(name) in where:
-            raise CropiError(
-                f"dataset: {path}: the prompt id {name!r} is in rows {where[str(name)]} and {place}; ids have to be "
-                "unique"
-            )
-        where[str(name)] = place
-    missing = [name for name in ids if name not in where]
+    found = PromptIds(rows, key, f"dataset: {path}", "--dataset-id")
+    missing = [name for name in ids if name not in found]
     if missing:
         raise CropiError(
             f"dataset: {path}: {len(missing)} of {len(ids)} selected prompts have no row, for example {missing[0]!r} "
-            f"(its column {key!r} holds, for example, {names[0]!r}); give the dataset that the rollouts were made from"
+            f"(its column {key!r} holds, for example, {found.names[0]!r}); give the dataset that the rollouts were "
+            "made from"
         )
-    return [where[name] for name in ids]
-
-
-def _column(table: Any, keys: Sequence[str]) -> list[Any] | None:
-    """The values of a (nested) column, or None if it is not in every row."""
-    if not isinstance(table, list):
-        if keys[0] not in table.column_names:
-            return None
-        table = table.select([keys[0]]).to_pylist()
-    values: list[Any] = table
-    for key in keys:
-        if not all(isinstance(value, Mapping) and value.get(key) is not None for value in values):
-            return None
-        values = [value[key] for value in values]
-    return values
+    return found.places(ids)
 
 
 def _write_rows(out: Path, format: str, rows: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,15 +78,19 @@ def parse_record(line: bytes | str, where: str) -> PromptGroup:
         raise RecordError(where, f"not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise RecordError(where, f"not a JSON object: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise RecordError(where, f"not readable as JSON: {error}") from None
     if not isinstance(record, dict):
         raise RecordError(where, f"a JSON object is expected, got {type(record).__name__}")
+    _check_text(text, record, where)
     values: dict[str, Any] = {name: record.get(name) for name in FIELDS}
+    held = f"the record has {', '.join(map(repr, record)) or 'no key'}"
     for name in ("id", "rewards"):
         if values[name] is None:
-            raise RecordError(where, f"the key {name!r} is missing")
+            raise RecordError(where, f"the key {name!r} is missing: {held}")
     for text_key, ids_key in (("prompt", "prompt_ids"), ("responses", "response_ids")):
         if values[text_key] is None and values[ids_key] is None:
-            raise RecordError(where, f"the key {text_key!r} is missing (and {ids_key!r} too)")
+            raise RecordError(where, f"the key {text_key!r} is missing (and {ids_key!r} too): {held}")
     if isinstance(values["id"], bool) or not isinstance(values["id"], (str, int)):
         raise RecordError(where, f"'id' must be a string or an integer, got {values['id']!r}")
     values["id"] = str(values["id"])
@@ -94,6 +98,17 @@ def parse_record(line: bytes | str, where: str) -> PromptGroup:
     group = PromptGroup(**values, extra=extra, where=where, raw=text.rstrip("\r\n"))
     _check(group)
     return group
+
+
+def _check_text(line: str, record: dict[str, Any], where: str) -> None:
+    """JSON may escape half of a surrogate pair, which is no character: no tokenizer and no file takes it."""
+    if "\\ud" not in line.lower():
+        return
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        found = error.object[error.start].encode("ascii", "backslashreplace").decode()
+        raise RecordError(where, f"{found} is half of a surrogate pair, which is no character") from None
 
 
 def _check(group: PromptGroup) -> None:
@@ -105,8 +120,8 @@ def _check(group: PromptGroup) -> None:
     if count == 0:
         raise RecordError(where, "'rewards' must be a list with one number per response")
     for k, reward in enumerate(group.rewards):
-        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
-            raise RecordError(where, f"rewards[{k}] must be a finite number, got {reward!r}")
+        if not _finite(reward):
+            raise RecordError(where, f"rewards[{k}] must be a finite number, got {reward!r:.60}")
     for name in ("responses", "response_ids", "logprobs", "truncated"):
         value = getattr(group, name)
         if value is not None and (not isinstance(value, list) or len(value) != count):
@@ -164,7 +179,7 @@ def _check_response(group: PromptGroup, k: int, where: str) -> None:
             f"({len(group.response_ids[k])}), got {got}",
         )
     for t, value in enumerate(values):
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value > LOGPROB_SLACK:
+        if not _finite(value) or value > LOGPROB_SLACK:
             raise RecordError(where, f"logprobs[{k}][{t}] must be a finite number <= 0, got {value!r}")
 
 
@@ -176,7 +191,10 @@ def _check_ids(ids: Any, name: str, where: str) -> None:
             raise RecordError(where, f"{name}[{t}] must be a token id (an integer >= 0), got {value!r}")
 
 
+def _finite(value: Any) -> bool:
+    # The comparison also turns down integers that no float holds, on which math.isfinite would raise.
+    return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
+
+
 def _positive(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    )
+    return _finite(value) and not isinstance(value, bool) and value > 0

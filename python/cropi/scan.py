@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,9 @@ class Scan:
     prompts: int = 0
     responses: int = 0
     without_gradient: Counter[str] = field(default_factory=Counter)
-    sets: Counter[str] = field(default_factory=Counter)
+    by_set: dict[str, Counter[str]] = field(
+        default_factory=dict
+    )  # prompts by set, then by reason; "" for none
     with_ids: int = 0
     with_logprobs: int = 0
     without_logprobs: str = ""  # where the first record without log-probs stands
@@ -42,6 +44,23 @@ class Scan:
     def usable(self) -> int:
         """Prompts that have a gradient."""
         return self.prompts - sum(self.without_gradient.values())
+
+    @property
+    def sets(self) -> dict[str, int]:
+        """Prompts of every set that records name."""
+        return {name: counts.total() for name, counts in self.by_set.items() if name}
+
+
+class NothingToSelect(CropiError):
+    """No training prompt of a stage has a gradient."""
+
+    def __init__(self, stage: int, prompts: int, reasons: Counter[str], otherwise: str = "") -> None:
+        super().__init__(
+            f"stage {stage}: there is nothing to select: none of the {prompts} training prompts has a gradient "
+            f"({_listed(reasons)}). Prompts teach only where some responses fail and some succeed: take more responses "
+            "per prompt, easier or harder prompts, or a higher temperature, and check the reward function"
+            + otherwise
+        )
 
 
 def scan(
@@ -77,14 +96,48 @@ def warn_lossy(found: Scan) -> None:
         )
 
 
+def check_covered(found: Mapping[str, Scan], wanted: Sequence[str], *, option: str, before: str = "") -> None:
+    """Check that every validation set has a trajectory with a gradient.
+
+    Args:
+        found: the validation files, by the name of the set that their records without one belong to.
+        wanted: sets that have to be there; those that are there are checked in any case.
+        option: what names the wanted ones, for messages.
+        before: what messages begin with.
+
+    Raises:
+        CropiError: a wanted set has no trajectory, or one has only prompts without a gradient.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for default, part in found.items():
+        for name, reasons in part.by_set.items():
+            counts.setdefault(name or default, Counter()).update(reasons)
+    for name in wanted:
+        if name not in counts:
+            raise CropiError(
+                f"{before}{option}: no trajectory covers the validation set {name!r}; there are trajectories of "
+                f'{", ".join(map(repr, sorted(counts)))}; add records with "set": "{name}", or take it out of {option}'
+            )
+    for name, reasons in sorted(counts.items()):
+        if not reasons.pop("", 0):
+            raise CropiError(
+                f"{before}no trajectory covers the validation set {name!r} usefully: none of its {reasons.total()} "
+                f"prompts has a gradient ({_listed(reasons)}); give it prompts that are solved sometimes, or more "
+                "responses per prompt, or leave the set out"
+            )
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} with {reason}" for reason, count in sorted(reasons.items()))
+
+
 def _count(found: Scan, group: PromptGroup) -> None:
     found.prompts += 1
     found.responses += group.size
     reason = no_gradient_reason(group.rewards)
     if reason:
         found.without_gradient[reason] += 1
-    if group.set:
-        found.sets[group.set] += 1
+    found.by_set.setdefault(group.set or "", Counter())[reason or ""] += 1
     found.with_ids += group.response_ids is not None
     if group.logprobs is not None:
         found.with_logprobs += 1

@@ -118,6 +118,23 @@ def write_selection(path: str | Path, scores: Scores, selection: Selection) -> N
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def read_selection(path: str | Path) -> list[str]:
+    """The prompt ids in a selection file, best first: what :func:`write_selection` wrote, or one id a line.
+
+    Raises:
+        CropiError: the file is empty, or a line is not an id.
+    """
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise CropiError(f"selection: {path} is empty")
+    if not lines[0].lstrip().startswith("{"):
+        return [line.strip() for line in lines]
+    try:
+        return [str(json.loads(line)["id"]) for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CropiError(f"selection: {path} is not what `cropi select` writes ({error})") from error
+
+
 def write_selected_records(
     path: str | Path, trajectories: Sequence[str | Path], scores: Scores, selection: Selection
 ) -> None:

@@ -7,10 +7,12 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from cropi.errors import CropiError, RecordError
+from cropi.files import replacing
 from cropi.records import PromptGroup, parse_record
 
 
@@ -75,6 +77,43 @@ def write_trajectories(path: str | Path, groups: Iterable[PromptGroup]) -> int:
     return count
 
 
+@dataclass
+class Replaced:
+    """What :func:`replace_records` did: records that it replaced, newer ones that belong to no stored one (and are left
+    out), and records without log-probs among those that it wrote."""
+
+    replaced: int = 0
+    unknown: int = 0
+    without_logprobs: int = 0
+
+
+def replace_records(
+    stored: Sequence[str | Path], newer: str | Path, out: str | Path, *, skip_bad: bool = False
+) -> Replaced:
+    """Write the records of ``stored`` to ``out``, each replaced by that of ``newer`` where it has the same id.
+
+    Raises:
+        CropiError, RecordError: a file is missing or holds a bad record.
+    """
+    fresh = {group.id: group for group in read_trajectories(newer, skip_bad=skip_bad)}
+    counts = Replaced()
+    with replacing(Path(out)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for group in read_trajectories(stored, skip_bad=skip_bad):
+            counts.replaced += group.id in fresh
+            group = fresh.get(group.id, group)
+            counts.without_logprobs += group.logprobs is None
+            file.write(group.raw + "\n")
+    counts.unknown = len(fresh) - counts.replaced
+    return counts
+
+
+def _open_to_read(path: Path) -> IO[bytes]:
+    # By content, not by name: files are renamed, and a download may have unpacked one.
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(path, "rb")) if packed else open(path, "rb")
+
+
 def _open_to_write(path: Path) -> IO[str]:
     if path.suffix == ".gz":
         # No time stamp and no name in the header: equal content gives equal bytes.
@@ -83,11 +122,17 @@ def _open_to_write(path: Path) -> IO[str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    if not path.is_file():
+    if path.is_dir():
+        raise CropiError(f"{path} is a folder; give trajectory files (.jsonl or .jsonl.gz)")
+    if not path.exists():
         raise CropiError(f"{path}: there is no such trajectory file")
+    if not path.is_file():
+        raise CropiError(
+            f"{path} is a pipe or a device, but trajectories are read twice; write them to a file"
+        )
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        with _open_to_read(path) as file:
             for number, line in enumerate(file, 1):
                 yield f"{path}:{number}", line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

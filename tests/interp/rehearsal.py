@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from cropi_kernels import _triton, dispatch
+from cropi_kernels import _gpu, dispatch
 
 DTYPE = {torch.bfloat16: torch.float16}
 
@@ -104,17 +104,15 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, kernels: bool = True) -> Stage:
     default_dtype = torch.set_default_dtype
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: default_dtype(cpu(dtype)))
-    monkeypatch.setattr(_triton, "on", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(_gpu, "on", lambda x: contextlib.nullcontext())
     if not kernels:
         return Stage()
     choose = dispatch.choose
 
-    def triton_where_it_can(
-        op: str, *tensors: torch.Tensor, backend: str | None = None, without: Any = None
-    ) -> str:
+    def triton_where_it_can(op: str, *tensors: torch.Tensor, backend: str | None = None, **rest: Any) -> str:
         """What a GPU would be served by; float64 is the oracle's."""
         wide = any(t.dtype == torch.float64 for t in tensors)
-        return choose(op, *tensors, backend=backend if backend or wide else "triton", without=without)
+        return choose(op, *tensors, backend=backend if backend or wide else "triton", **rest)
 
     monkeypatch.setattr(dispatch, "choose", triton_where_it_can)
     return Stage()

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import cropi_kernels
-from cropi_kernels import SketchSpec, _triton, linear_logprob, logprob_and_grad, plan_matrix, sketch_linear
+from cropi_kernels import SketchSpec, _gpu, linear_logprob, logprob_and_grad, plan_matrix, sketch_linear
 
 READS = {
     torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.equal, torch.ops.aten.is_nonzero,
@@ -64,7 +64,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         launched.append(self.fn.__name__)
         run(self, *args, **kwargs)
 
-    monkeypatch.setattr(_triton, "on", on)
+    monkeypatch.setattr(_gpu, "on", on)
     monkeypatch.setattr(GridExecutor, "__call__", launch)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     # Offsets on a device are not read; these are on the host, where the ops would.
@@ -139,11 +139,11 @@ def test_what_is_forbidden_is_seen() -> None:
 
 # ------------------------------------------------------------------------------------------------- source
 def launches(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[int, str, bool]]:
-    """(line, kernel, whether inside ``with _triton.on(...)``) of every ``some_kernel[grid](...)``."""
+    """(line, kernel, whether inside ``with _gpu.on(...)``) of every ``some_kernel[grid](...)``."""
     for node in ast.iter_child_nodes(tree):
         inside = guarded
         if isinstance(node, ast.With):
-            inside |= any(ast.unparse(item.context_expr).startswith("_triton.on(") for item in node.items)
+            inside |= any(ast.unparse(item.context_expr).startswith("_gpu.on(") for item in node.items)
         kernel = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
         if kernel and ast.unparse(node.func.value).endswith("kernel"):
             yield node.lineno, ast.unparse(node.func.value), inside

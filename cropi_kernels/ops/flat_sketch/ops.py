@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from typing import NamedTuple
 
 import torch
@@ -24,14 +23,10 @@ class Draw(NamedTuple):
     scale: float
 
 
-@functools.lru_cache(maxsize=64)
-def _decode(spec: str) -> SketchSpec:
-    return SketchSpec.from_dict(json.loads(spec))
-
-
 @functools.lru_cache(maxsize=16384)
-def _draw(spec: str, name: str) -> Draw:
-    made = _decode(spec)
+def draw_of(spec: str, name: str) -> Draw:
+    """What the spec with recipe ``spec`` draws for a parameter."""
+    made = SketchSpec.from_recipe(spec)
     keep_below = 0 if made.keep >= 1.0 else max(1, int(made.keep * 2.0**32))
     return Draw(key_of(made.version, made.seed, name), keep_below, made.keep**-0.5)
 
@@ -39,23 +34,23 @@ def _draw(spec: str, name: str) -> Draw:
 def _sketch(
     x: torch.Tensor, out: torch.Tensor, spec: str, name: str, offset: int, backend: str | None
 ) -> None:
-    _check(x, out, _decode(spec), offset)
-    draw = _draw(spec, name)
+    _check(x, out, SketchSpec.from_recipe(spec), offset)
+    draw = draw_of(spec, name)
     chosen = dispatch.choose("flat_sketch", x, out, backend=backend)
     if chosen == "triton":
         from . import triton
 
-        triton.flat_sketch(x, draw.key, draw.keep_below, draw.scale, out, offset)
+        triton.flat_sketch(x, *draw, out, offset)
     elif chosen == "cpu":
-        cpu.flat_sketch(x, draw.key, draw.keep_below, draw.scale, out, offset)
+        cpu.flat_sketch(x, *draw, out, offset)
     else:
-        reference.flat_sketch(x, draw.key, draw.keep_below, draw.scale, out, offset)
+        reference.flat_sketch(x, *draw, out, offset)
 
 
 def _sketch_fake(
     x: torch.Tensor, out: torch.Tensor, spec: str, name: str, offset: int, backend: str | None
 ) -> None:
-    _check(x, out, _decode(spec), offset)
+    _check(x, out, SketchSpec.from_recipe(spec), offset)
 
 
 def _check(x: torch.Tensor, out: torch.Tensor, spec: SketchSpec, offset: int) -> None:

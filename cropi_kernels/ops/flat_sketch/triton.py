@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _triton
+from ... import _gpu
 from ...philox import FLAT_KEEP, FLAT_PLACE
 
 DRAWS = 256  # of a program, four coordinates each
@@ -66,9 +66,8 @@ def scatter_kernel(
         c0, c1 = (draw & 0xFFFFFFFF).to(tl.uint32), (draw >> 32).to(tl.uint32)
         low, high = k0.to(tl.uint32), k1.to(tl.uint32)
         zero = tl.zeros((DRAWS,), tl.uint32)
-        w0, w1, w2, w3 = tl.philox_impl(
-            c0, c1, zero + PLACE, zero, low, high
-        )  # as csrc/include/cropi/philox.h
+        # As csrc/include/cropi/philox.h.
+        w0, w1, w2, w3 = tl.philox_impl(c0, c1, zero + PLACE, zero, low, high)
         m0, m1, m2, m3 = line >= 0, line >= 0, line >= 0, line >= 0
         if DROP:
             d0, d1, d2, d3 = tl.philox_impl(c0, c1, zero + KEEP, zero, low, high)
@@ -104,7 +103,7 @@ def flat_sketch(
     largest = torch.linalg.vector_norm(flat, float("inf"))
     total = torch.zeros(dim, dtype=torch.int64, device=x.device)
     first, skip = divmod(offset, 4)
-    with _triton.on(x):
+    with _gpu.on(x):
         scatter_kernel[(triton.cdiv(n + skip, 4 * DRAWS),)](
             flat, total, largest, n, first, skip, *map(_signed, (*key, keep_below)), dim - 1, bits,
             DROP=keep_below != 0, PLACE=FLAT_PLACE, KEEP=FLAT_KEEP, DRAWS=DRAWS, num_warps=4,

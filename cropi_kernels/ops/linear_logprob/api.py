@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from ... import _memory, dispatch
 from . import chunks, ops
-
-Weigh = Callable[[torch.Tensor, int, int], torch.Tensor]
-OnDlogits = Callable[[int, int, torch.Tensor], None]
+from .contract import OnDlogits, Settings, Weigh
 
 
 def linear_logprob(
@@ -31,6 +28,9 @@ def linear_logprob(
 
     The backward pass computes the logits again, chunk by chunk, and only for tokens whose gradient is not 0; where
     the weights of the tokens are known before the backward pass, `logprob_and_grad` saves that product.
+
+    >>> linear_logprob(torch.zeros(2, 4), torch.zeros(10, 4), torch.tensor([3, -100]))  # log(1/10); ignored
+    tensor([-2.3026,  0.0000])
 
     Args:
         hidden: [N, D] float32, bfloat16, float16 or float64, any strides.
@@ -56,8 +56,7 @@ def linear_logprob(
         ValueError: names the argument, its value and the remedy; a target out of range by its index and value.
         RuntimeError: the backend that was named cannot serve the call.
     """
-    softcap_, chunk = _check(hidden, head, targets, bias, temperature, softcap, chunk_size)
-    name = dispatch.checked(backend)
+    settings = _checked(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
     if torch.is_grad_enabled():
         for given, tensor in (("head", head), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:
@@ -66,7 +65,7 @@ def linear_logprob(
                     "the head's gradient from the on_dlogits chunks of logprob_and_grad"
                 )
     logp, _, _, entropy = torch.ops.cropi.linear_logprob(
-        hidden, head, targets, bias, temperature, softcap_, ignore_index, return_entropy, chunk, name
+        hidden, head, targets, bias, return_entropy, *settings
     )
     return (logp, entropy) if return_entropy else logp
 
@@ -89,7 +88,15 @@ def logprob_and_grad(
     """Log-probs and the gradient of ``sum_n w_n logp_n`` in one pass: each chunk's logits are computed once.
 
     The weights may depend on the log-probs (importance ratios, clipping): they are asked for chunk by chunk, between
-    the two uses of the logits. Arguments as in `linear_logprob`, and:
+    the two uses of the logits.
+
+    >>> hidden, head, targets = torch.randn(3, 8), torch.randn(50, 8), torch.tensor([1, 7, 2])
+    >>> advantage = torch.tensor([1.0, 1.0, -0.5])
+    >>> logp, grad, weights = logprob_and_grad(hidden, head, targets, lambda logp, start, stop: advantage[start:stop])
+    >>> logp.shape, grad.shape, torch.equal(weights, advantage)
+    (torch.Size([3]), torch.Size([3, 8]), True)
+
+    Arguments as in `linear_logprob`, and:
 
     Args:
         weigh: ``weigh(logp, start, stop)`` gives the weights of tokens start..stop as a tensor of stop - start numbers.
@@ -105,8 +112,7 @@ def logprob_and_grad(
     Raises:
         ValueError: as `linear_logprob`, and where ``weigh`` returns another number of weights than it was asked for.
     """
-    softcap_, chunk = _check(hidden, head, targets, bias, temperature, softcap, chunk_size)
-    name = dispatch.checked(backend)
+    settings = _checked(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
 
     def checked(logp: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         weights = weigh(logp, start, stop)
@@ -118,20 +124,22 @@ def logprob_and_grad(
         return weights.detach()
 
     with _memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
-        call = ops.prepare(hidden, head, targets, bias, temperature, softcap_, ignore_index, chunk, name)
+        call = ops.prepare(hidden, head, targets, bias, settings)
         with ops.no_autocast(hidden):
             return chunks.one_pass(hidden.detach(), call, checked, on_dlogits)
 
 
-def _check(
+def _checked(
     hidden: torch.Tensor,
     head: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     temperature: float,
     softcap: float | None,
+    ignore_index: int,
     chunk_size: int | None,
-) -> tuple[float, int]:
+    backend: str | None,
+) -> Settings:
     """Everything that shapes and numbers alone decide, so that it also runs while a graph is traced."""
     if hidden.ndim != 2:
         raise ValueError(
@@ -165,4 +173,4 @@ def _check(
         raise ValueError(f"softcap={softcap}: give a finite number above 0, or None for no soft-cap")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: give at least 1 token, or None for the default")
-    return softcap or 0.0, chunk_size or 0
+    return Settings(temperature, softcap or 0.0, ignore_index, chunk_size or 0, dispatch.checked(backend))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from .contract import Kernels, RowMath, Stats
+from .contract import Kernels, OnDlogits, RowMath, Stats, Weigh
 
 # Measured (float32 and bfloat16, 49152 and 151936 words): fewer tokens leave the products waiting for the head, more
 # push the logits out of the cache. Full speed is reached at 96 to 128 tokens.
@@ -91,8 +90,8 @@ def backward(grad: torch.Tensor, hidden: torch.Tensor, call: Call, stats: Stats)
 def one_pass(
     hidden: torch.Tensor,
     call: Call,
-    weigh: Callable[[torch.Tensor, int, int], torch.Tensor],
-    on_dlogits: Callable[[int, int, torch.Tensor], None] | None,
+    weigh: Weigh,
+    on_dlogits: OnDlogits | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs, gradient to ``hidden`` of ``sum_n w_n logp_n`` and weights ``w``, from one product for the logits."""
     n = call.target.shape[0]
@@ -115,12 +114,9 @@ def one_pass(
 def _parts(wanted: torch.Tensor, chunk: int) -> tuple[list[slice] | list[torch.Tensor], int]:
     """The wanted tokens in runs of ``chunk``, and the length of the longest: slices where nothing is left out."""
     n = wanted.shape[0]
-    if (
-        wanted.is_cuda
-    ):  # to count them the host would have to wait for the device; ignored tokens are computed there
+    # To count them the host would have to wait for a device: there the others are computed too.
+    index = None if wanted.is_cuda else wanted.nonzero()[:, 0]
+    if index is None or index.shape[0] == n:
         return [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)], min(chunk, n)
-    index = wanted.nonzero()[:, 0]
     size = min(chunk, index.shape[0])
-    if index.shape[0] == n:
-        return [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)], size
     return list(index.split(chunk)) if size else [], size

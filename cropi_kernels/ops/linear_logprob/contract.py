@@ -1,10 +1,25 @@
-"""What the chunk loop and the kernels of a backend agree on."""
+"""What the operators, the chunk loop and the kernels of a backend agree on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+
+# What a caller hands in, for the tokens from ``start`` to ``stop``: (logp, start, stop) to weights; (start, stop, dz).
+Weigh = Callable[[torch.Tensor, int, int], torch.Tensor]
+OnDlogits = Callable[[int, int, torch.Tensor], None]
+
+
+class Settings(NamedTuple):
+    """The numbers of a call, as the operators take them: their schemas know no object, and no None for a number."""
+
+    temperature: float
+    softcap: float  # 0: none
+    ignore_index: int
+    chunk_size: int  # 0: the default
+    backend: str  # "": the best
 
 
 class RowMath(NamedTuple):

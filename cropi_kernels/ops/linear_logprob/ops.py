@@ -10,7 +10,7 @@ import torch
 from ... import dispatch
 from ..._library import LIB, NAMESPACE, register
 from . import chunks, cpu, plain
-from .contract import Kernels, RowMath, Stats
+from .contract import Kernels, RowMath, Settings, Stats
 
 _KERNELS: dict[str, Kernels] = {"cpu": cpu, "reference": plain}
 
@@ -22,18 +22,18 @@ def prepare(
     head: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    chunk_size: int,
-    backend: str,
+    settings: Settings,
 ) -> chunks.Call:
     """Checks the values of ``targets`` and chooses the backend and the chunk."""
     vocab = head.shape[0]
-    counted = targets != ignore_index
+    counted = targets != settings.ignore_index
     bad = counted & ((targets < 0) | (targets >= vocab))
     name = dispatch.choose(
-        "linear_logprob", hidden, head, backend=backend or None, without={"triton": _no_wide_products(hidden)}
+        "linear_logprob",
+        hidden,
+        head,
+        backend=settings.backend or None,
+        without={"triton": _no_wide_products(hidden)},
     )
     # The host does not wait for a device to look: there a bad target gives NaN.
     poisoned = name == "triton" and targets.is_cuda
@@ -41,11 +41,11 @@ def prepare(
         index = int(bad.nonzero()[0, 0])
         raise ValueError(
             f"targets[{index}]={int(targets[index])}: the head has {vocab} words, so a target is in [0, {vocab}) or "
-            f"ignore_index={ignore_index}; is this the tokenizer of another model?"
+            f"ignore_index={settings.ignore_index}; is this the tokenizer of another model?"
         )
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     bias = None if bias is None else bias.detach().to(dtype).contiguous()
-    chunk = chunk_size or chunks.default_chunk(
+    chunk = settings.chunk_size or chunks.default_chunk(
         hidden.shape[0], vocab, dtype.itemsize, on_device=hidden.is_cuda
     )
     target = targets.where(counted, -1)
@@ -55,7 +55,7 @@ def prepare(
         head.detach(),
         bias,
         target.contiguous(),
-        RowMath(temperature, softcap),
+        RowMath(settings.temperature, settings.softcap),
         _kernels(name, head.dtype),
         chunk,
         dtype,
@@ -88,14 +88,10 @@ def _forward(
     head: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
     entropy: bool,
-    chunk_size: int,
-    backend: str,
+    *settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    call = prepare(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
+    call = prepare(hidden, head, targets, bias, Settings(*settings))
     with no_autocast(hidden):
         stats = chunks.forward(hidden.detach(), call, entropy)
     absent = stats.logp.new_empty(0)
@@ -107,12 +103,8 @@ def _forward_fake(
     head: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
     entropy: bool,
-    chunk_size: int,
-    backend: str,
+    *settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row = [hidden.new_empty(targets.shape[0], dtype=dtype) for _ in range(4)]
@@ -128,13 +120,9 @@ def _backward(
     logp: torch.Tensor,
     top: torch.Tensor,
     log_sum: torch.Tensor,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    chunk_size: int,
-    backend: str,
+    *settings: Any,
 ) -> torch.Tensor:
-    call = prepare(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
+    call = prepare(hidden, head, targets, bias, Settings(*settings))
     stats = Stats(logp.contiguous(), top.contiguous(), log_sum.contiguous(), None)
     grad = grad.to(logp.dtype).contiguous()
     with no_autocast(hidden):
@@ -146,11 +134,10 @@ def _backward_fake(grad: torch.Tensor, hidden: torch.Tensor, *args: Any) -> torc
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, head, targets, bias, temperature, softcap, ignore_index, _, chunk_size, backend = inputs
+    hidden, head, targets, bias, _, *ctx.settings = inputs
     logp, top, log_sum, entropy = output
     ctx.save_for_backward(hidden, head, targets, bias, logp, top, log_sum)
     ctx.mark_non_differentiable(top, log_sum, entropy)
-    ctx.numbers = (temperature, softcap, ignore_index, chunk_size, backend)
 
 
 def _autograd(ctx: Any, grad: torch.Tensor | None, *others: torch.Tensor | None) -> tuple[Any, ...]:
@@ -160,14 +147,14 @@ def _autograd(ctx: Any, grad: torch.Tensor | None, *others: torch.Tensor | None)
     if grad is None or not ctx.needs_input_grad[0]:
         return (None,) * 10
     dhidden = torch.ops.cropi.linear_logprob_backward(
-        grad, hidden, head, targets, bias, logp, top, log_sum, *ctx.numbers
+        grad, hidden, head, targets, bias, logp, top, log_sum, *ctx.settings
     )
     return (dhidden,) + (None,) * 9
 
 
 register(
-    "linear_logprob(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float temperature, float softcap, "
-    "int ignore_index, bool entropy, int chunk_size, str backend) "
+    "linear_logprob(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, bool entropy, "
+    "float temperature, float softcap, int ignore_index, int chunk_size, str backend) "
     "-> (Tensor logp, Tensor top, Tensor log_sum, Tensor entropy)",
     _forward, _forward_fake, remedy=REMEDY,
 )  # fmt: skip

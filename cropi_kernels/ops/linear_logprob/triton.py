@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _triton
+from ... import _gpu, _triton
 from .contract import RowMath, Stats
 
 FORWARD_BLOCK, BACKWARD_BLOCK = 4096, 4096
@@ -169,7 +169,7 @@ class DeviceKernels:
             return
         entropy = stats.logp if stats.entropy is None else stats.entropy  # not written where it is not wanted
         block = min(FORWARD_BLOCK, max(16, _triton.next_power_of_two(z.shape[1])))
-        with _triton.on(z):
+        with _gpu.on(z):
             forward_kernel[(z.shape[0],)](
                 z, target, stats.logp, stats.top, stats.log_sum, entropy, z.shape[1], z.stride(0),
                 1.0 / math.temperature, math.softcap, CAPPED=math.softcap != 0, ENTROPY=stats.entropy is not None,
@@ -183,7 +183,7 @@ class DeviceKernels:
         if z.shape[0] == 0:
             return dz
         block = min(BACKWARD_BLOCK, max(16, _triton.next_power_of_two(z.shape[1])))
-        with _triton.on(z):
+        with _gpu.on(z):
             backward_kernel[(z.shape[0],)](
                 z, dz, target, grad, stats.logp, stats.top, stats.log_sum, z.shape[1], z.stride(0), dz.stride(0),
                 1.0 / math.temperature, math.softcap, CAPPED=math.softcap != 0, BLOCK=block, num_warps=8,

@@ -13,14 +13,11 @@ def norm_grad(
     offsets: torch.Tensor,
     eps: float,
     centered: bool,
-    with_weight: bool,
-    with_bias: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> None:
+    """Fills ``weight`` and ``bias`` [segments, n]; one of no rows is not wanted, and is not computed."""
     x, dy = _native.rows_view(x), _native.rows_view(dy)
-    shape = offsets.numel() - 1, dy.shape[1]
-    # The kernel writes float32 whatever torch's default dtype and device are.
-    weight = torch.empty(shape, dtype=torch.float32, device="cpu") if with_weight else None
-    bias = torch.empty(shape, dtype=torch.float32, device="cpu") if with_bias else None
     _native.native().norm_grad(
         _native.matrix(x),
         _native.matrix(dy),
@@ -28,8 +25,7 @@ def norm_grad(
         eps,
         offsets.numel() - 1,
         offsets.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        weight.data_ptr() if weight.numel() else 0,
+        bias.data_ptr() if bias.numel() else 0,
         _native.threads(),
     )
-    return weight, bias

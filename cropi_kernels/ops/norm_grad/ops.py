@@ -22,7 +22,7 @@ def _norm(
     with_bias: bool,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_norm(x, dy, offsets)
+    weight, bias = _norm_fake(x, dy, offsets, eps, centered, with_bias, backend)
     check_offset_values(offsets, x.shape[0])
     n = x.shape[1]
     without = {"triton": f"rows of {n} features; the kernel takes up to {WIDEST}" if n > WIDEST else None}
@@ -30,13 +30,13 @@ def _norm(
     if chosen == "triton":
         from . import triton
 
-        weight, bias = triton.norm_grad(x, dy, on_device(offsets, x.device), eps, centered, True, with_bias)
+        triton.norm_grad(x, dy, on_device(offsets, x.device), eps, centered, weight, bias)
     elif chosen == "cpu":
-        weight, bias = cpu.norm_grad(x, dy, on_host(offsets, x.shape[0]), eps, centered, True, with_bias)
+        cpu.norm_grad(x, dy, on_host(offsets, x.shape[0]), eps, centered, weight, bias)
     else:
-        weight, bias = reference.norm_grad(x, dy, offsets, eps, centered, with_bias)
-    assert weight is not None
-    return weight, torch.empty(0, dtype=weight.dtype, device=weight.device) if bias is None else bias
+        weight, sums = reference.norm_grad(x, dy, offsets, eps, centered, with_bias)
+        bias = bias if sums is None else sums
+    return weight, bias
 
 
 def _norm_fake(
@@ -49,23 +49,21 @@ def _norm_fake(
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     n_segments = _check_norm(x, dy, offsets)
-    weight = _sums(x, n_segments)
-    return weight, _sums(x, n_segments) if with_bias else weight.new_empty(0)
+    return _sums(x, n_segments), _sums(x, n_segments if with_bias else 0)
 
 
 def _bias(dy: torch.Tensor, offsets: torch.Tensor, backend: str | None) -> torch.Tensor:
-    _check_bias(dy, offsets)
+    bias, no_weight = _bias_fake(dy, offsets, backend), _sums(dy, 0)
     check_offset_values(offsets, dy.shape[0])
     chosen = dispatch.choose("bias_grad", dy, backend=backend)
     if chosen == "triton":
         from . import triton
 
-        bias = triton.norm_grad(dy, dy, on_device(offsets, dy.device), 0.0, False, False, True)[1]
+        triton.norm_grad(dy, dy, on_device(offsets, dy.device), 0.0, False, no_weight, bias)
     elif chosen == "cpu":
-        bias = cpu.norm_grad(dy, dy, on_host(offsets, dy.shape[0]), 0.0, False, False, True)[1]
+        cpu.norm_grad(dy, dy, on_host(offsets, dy.shape[0]), 0.0, False, no_weight, bias)
     else:
-        bias = reference.segment_sums(dy.to(_wide(dy)), offsets)
-    assert bias is not None
+        bias = reference.segment_sums(dy.to(bias.dtype), offsets)
     return bias
 
 
@@ -89,12 +87,9 @@ def _check_bias(dy: torch.Tensor, offsets: torch.Tensor) -> int:
     return check_offsets(offsets)
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _sums(x: torch.Tensor, n_segments: int) -> torch.Tensor:
-    return x.new_empty(n_segments, x.shape[1], dtype=_wide(x))
+    """Zeros for the sums of ``x``; no rows where they are not wanted."""
+    return x.new_zeros(n_segments, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 NORM = register(

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _native, _triton
+from ... import _gpu, _native, _triton
 from .._triton_segments import SEGMENT_BLOCK, locate, n_items, n_slots, reduce_partials
 
 BIAS_FEATURES = 256
@@ -80,29 +80,27 @@ def norm_grad(
     offsets: torch.Tensor,
     eps: float,
     centered: bool,
-    with_weight: bool,
-    with_bias: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> None:
+    """Fills ``weight`` and ``bias`` [segments, n], zeros before; one of no rows is not wanted, and is not computed."""
     x, dy = _native.rows_view(x), _native.rows_view(dy)
     n_tokens, n = dy.shape
     n_segments = offsets.numel() - 1
+    if n_tokens == 0 or n_segments == 0:
+        return
     slots = n_slots(n_tokens, n_segments, CHUNK_TOKENS, always=False)
-
-    def buffers(wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        whole, parts = (n_segments, slots) if wanted else (0, 0)
-        total = torch.zeros(whole, n, dtype=torch.float32, device=dy.device)
-        return total, torch.empty(parts, n, dtype=torch.float32, device=dy.device)
-
-    (weight, weight_partial), (bias, bias_partial) = buffers(with_weight), buffers(with_bias)
-    if n_tokens and n_segments:
-        tokens, features, warps = tile(n, with_weight)
-        with _triton.on(dy):
-            norm_kernel[(n_items(n_tokens, n_segments, CHUNK_TOKENS), triton.cdiv(n, features))](
-                x, dy, weight, bias, weight_partial, bias_partial, offsets,
-                n_segments, n_tokens, n, x.stride(0), dy.stride(0), eps,
-                CENTERED=centered, WITH_WEIGHT=with_weight, WITH_BIAS=with_bias, CHUNK=CHUNK_TOKENS,
-                SEGMENTS=SEGMENT_BLOCK, BT=tokens, BN=features, num_warps=warps,
-            )  # fmt: skip
-        for part, total in ((weight_partial, weight), (bias_partial, bias)):
-            reduce_partials(part, total, offsets, n_tokens, CHUNK_TOKENS, 1, always=False)
-    return weight if with_weight else None, bias if with_bias else None
+    weight_partial, bias_partial = (
+        torch.empty(slots if total.numel() else 0, n, dtype=torch.float32, device=dy.device)
+        for total in (weight, bias)
+    )
+    tokens, features, warps = tile(n, weight.numel() > 0)
+    with _gpu.on(dy):
+        norm_kernel[(n_items(n_tokens, n_segments, CHUNK_TOKENS), triton.cdiv(n, features))](
+            x, dy, weight, bias, weight_partial, bias_partial, offsets,
+            n_segments, n_tokens, n, x.stride(0), dy.stride(0), eps,
+            CENTERED=centered, WITH_WEIGHT=weight.numel() > 0, WITH_BIAS=bias.numel() > 0, CHUNK=CHUNK_TOKENS,
+            SEGMENTS=SEGMENT_BLOCK, BT=tokens, BN=features, num_warps=warps,
+        )  # fmt: skip
+    for part, total in ((weight_partial, weight), (bias_partial, bias)):
+        reduce_partials(part, total, offsets, n_tokens, CHUNK_TOKENS, 1, always=False)

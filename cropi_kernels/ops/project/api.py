@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Literal, overload
 
@@ -52,6 +51,12 @@ def project(
     the projection of the whole. The sums are float32, in an order that depends on the sizes of the call: equal bits for
     any thread count and any other rows. Differentiable with respect to ``x`` (the gradient is `project_transpose`).
 
+    >>> spec, x = ProjectionSpec(512, seed=1), torch.randn(2, 100_000)
+    >>> y = project(x, spec)
+    >>> shards = project(x[:, :60_000], spec) + project(x[:, 60_000:], spec, offset=60_000)
+    >>> y.shape, torch.allclose(y, shards, atol=1e-3)
+    (torch.Size([2, 512]), True)
+
     Args:
         x: float32, bfloat16 or float16 [B, P]; rows may be strided. Beyond input and output the memory stays under
             64 MB for dim up to 2^17, whatever B and P are; strided columns are copied piece by piece.
@@ -77,14 +82,13 @@ def project(
         raise ValueError(f"nonfinite={nonfinite!r}: choose warn, raise or ignore")
     if dtype not in (torch.float32, torch.int8, torch.float16):
         raise ValueError(f"dtype={dtype}: results are torch.float32, torch.float16 or torch.int8")
-    name = _backend(backend)
     failed = None
     if out is None:
-        y = torch.ops.cropi.project(x, offset, ops.encode(spec), name)
+        y = torch.ops.cropi.project(x, offset, spec.recipe, checked(backend))
     else:
         _check_out(out, x, spec, dtype)
         failed = ~torch.isfinite(out).all(dim=1)
-        y = ops.accumulate(x, spec, out, offset, name)
+        y = ops.accumulate(x, spec, out, offset, checked(backend))
     if nonfinite != "ignore":
         _report(y.detach(), failed, offset, nonfinite)
     return y if dtype == torch.float32 else quantize_rows(y.detach(), dtype)
@@ -98,6 +102,10 @@ def project_transpose(
     Args:
         y: float32, bfloat16 or float16 [B, dim].
         n: coordinates of the result, float32 [B, n]; offset, spec and backend are those of `project`.
+
+    Raises:
+        ValueError: names the argument, its value and the remedy.
+        RuntimeError: no kernel serves the tensor's device or dtype.
     """
     _check_input("y", y, spec, "[B, dim]")
     if y.shape[1] != spec.dim:
@@ -107,14 +115,8 @@ def project_transpose(
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"n={n!r}: give the number of coordinates, an integer >= 0")
     _check_range(offset, n, spec)
-    result: torch.Tensor = torch.ops.cropi.project_transpose(
-        y, n, offset, ops.encode(spec), _backend(backend)
-    )
+    result: torch.Tensor = torch.ops.cropi.project_transpose(y, n, offset, spec.recipe, checked(backend))
     return result
-
-
-def _backend(backend: str | None) -> str:
-    return checked(backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None)
 
 
 def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -> None:

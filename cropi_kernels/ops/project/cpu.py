@@ -5,16 +5,12 @@ from __future__ import annotations
 import torch
 
 from ... import _native
-from .columns import contiguous_columns
 from .spec import ProjectionSpec
-
-_COPY = 1 << 24  # bytes copied at a time where columns are strided
 
 
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
-    """``out += x S^T``; rows of ``x`` may be strided, strided columns are copied a few megabytes at a time."""
-    for start, piece in contiguous_columns(x, _COPY):
-        _call(False, piece, spec, out, offset + start)
+    """``out += x S^T``; rows of ``x`` may be strided."""
+    _call(False, x, spec, out, offset)
 
 
 def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:

@@ -6,17 +6,13 @@ import ctypes
 
 import torch
 
-from ... import _cuda, _native, _triton
-from .columns import contiguous_columns
+from ... import _cuda, _gpu, _native
 from .spec import ProjectionSpec
-
-_COPY = 1 << 26  # bytes copied at a time where columns are strided
 
 
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
-    """``out += x S^T`` on the current stream of the tensors' device."""
-    for start, piece in contiguous_columns(x, _COPY):
-        _call(False, piece, spec, out, offset + start)
+    """``out += x S^T`` on the current stream of the tensors' device; rows of ``x`` may be strided."""
+    _call(False, x, spec, out, offset)
 
 
 def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
@@ -32,7 +28,7 @@ def _call(adjoint: bool, x: torch.Tensor, spec: ProjectionSpec, y: torch.Tensor,
     )  # fmt: skip
     dense = int(not spec.sparse)
     size = 0 if adjoint else library.cropi_project_workspace(ctypes.byref(call), dense)
-    with _triton.on(x):
+    with _gpu.on(x):
         workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
         error = library.cropi_project(ctypes.byref(call), dense, int(adjoint), workspace.data_ptr(), stream)

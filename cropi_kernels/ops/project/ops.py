@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import json
 from typing import Any
 
 import torch
@@ -12,44 +10,32 @@ import torch
 from ... import _cuda, dispatch
 from ..._library import LIB, NAMESPACE, register
 from . import cpu, cuda, reference
+from .columns import contiguous_columns
 from .spec import ProjectionSpec
-
-
-def encode(spec: ProjectionSpec) -> str:
-    return json.dumps(spec.to_dict())
-
-
-@functools.lru_cache(maxsize=64)
-def decode(spec: str) -> ProjectionSpec:
-    return ProjectionSpec.from_dict(json.loads(spec))
 
 
 def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str) -> Any:
     """The module that serves the call. On the host the reference is never chosen for a caller: it is far slower."""
-    without = {"cuda": _cuda.unsupported(x), "triton": _no_triton(spec)}
-    against = dispatch.reasons_against(x, without=without)
-    if not backend and (x.device.type != "cuda" or x.dtype == torch.float64) and against["cpu"] is not None:
-        raise RuntimeError(
-            f"no kernel of project serves this call: {against['cpu']}; move or cast the tensor, or ask for plain torch "
-            "by backend='reference'"
-        )
-    if not backend and x.device.type == "cuda" and against["cuda"] and against["triton"]:
-        without["triton"] = f"{against['triton']}; CUDA C++: {against['cuda']}"  # the reason that is shown
-    name = dispatch.choose("project", x, backend=backend or None, without=without)
+    no_triton = None if spec.sparse else f"{spec.kind} projections have no Triton kernel"
+    name = dispatch.choose(
+        "project",
+        x,
+        backend=backend or None,
+        without={"cuda": _cuda.unsupported(x), "triton": no_triton},
+        fallback=x.is_cuda and x.dtype != torch.float64,
+    )
     if name == "triton":
         return importlib.import_module(".triton", __package__)  # late: importing Triton takes time
     return {"cuda": cuda, "cpu": cpu, "reference": reference}[name]
-
-
-def _no_triton(spec: ProjectionSpec) -> str | None:
-    return None if spec.sparse else f"{spec.kind} projections have no Triton kernel"
 
 
 def accumulate(
     x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int, backend: str
 ) -> torch.Tensor:
     """``out += S x``; rows of the result that are not finite become NaN throughout."""
-    choose(x, spec, backend).project(x.detach(), spec, out, offset)
+    served_by = choose(x, spec, backend)
+    for start, piece in contiguous_columns(x.detach()):
+        served_by.project(piece, spec, out, offset + start)
     return out.masked_fill_(~torch.isfinite(out).all(dim=1, keepdim=True), torch.nan)
 
 
@@ -58,16 +44,16 @@ def _dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _project(x: torch.Tensor, offset: int, spec: str, backend: str) -> torch.Tensor:
-    plan = decode(spec)
+    plan = ProjectionSpec.from_recipe(spec)
     return accumulate(x, plan, x.new_zeros(x.shape[0], plan.dim, dtype=_dtype(x)), offset, backend)
 
 
 def _project_fake(x: torch.Tensor, offset: int, spec: str, backend: str) -> torch.Tensor:
-    return x.new_empty(x.shape[0], decode(spec).dim, dtype=_dtype(x))
+    return x.new_empty(x.shape[0], ProjectionSpec.from_recipe(spec).dim, dtype=_dtype(x))
 
 
 def _transpose(y: torch.Tensor, n: int, offset: int, spec: str, backend: str) -> torch.Tensor:
-    wide, plan = y.detach().to(_dtype(y)).contiguous(), decode(spec)
+    wide, plan = y.detach().to(_dtype(y)).contiguous(), ProjectionSpec.from_recipe(spec)
     out = wide.new_empty(y.shape[0], n)
     choose(wide, plan, backend).transpose(wide, plan, out, offset)
     return out

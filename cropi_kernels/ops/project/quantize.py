@@ -25,6 +25,12 @@ def quantize_rows(y: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
 
     int8: ``scale = max|y| / 127``, rounded to nearest: an error of at most ``scale / 2`` per number. float16: the scale
     is a power of two that puts the row's largest number between 2^14 and 2^15, so the only loss is the 11-bit mantissa.
+
+    >>> quantize_rows(torch.tensor([[0.25, -1.0, 0.0]]), torch.int8).values
+    tensor([[  32, -127,    0]], dtype=torch.int8)
+
+    Raises:
+        ValueError: ``dtype`` is another one, or ``y`` is no matrix of floating-point numbers.
     """
     if dtype not in _LARGEST:
         raise ValueError(f"dtype={dtype}: rows can be held as torch.int8 or torch.float16")

@@ -14,6 +14,7 @@ Rademacher entry (p, c): bit ``c % 32`` of word ``c % 128 // 32`` of RADEMACHER[
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -104,12 +105,18 @@ def matrix(spec: ProjectionSpec, offset: int, n: int) -> NDArray[np.float64]:
     return out * spec.scale
 
 
+def _blocks(spec: ProjectionSpec, offset: int, n: int) -> Iterator[tuple[slice, NDArray[np.uint64]]]:
+    """Columns and their coordinates, as many at a time as an explicit block may have."""
+    step = _BLOCK if spec.sparse else max(1, _BLOCK // spec.dim)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        yield slice(start, stop), np.arange(start, stop, dtype=np.uint64) + np.uint64(offset)
+
+
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
     """``out += x S^T`` in ``out``'s dtype, block by block."""
-    step = max(1, _BLOCK // spec.dim) if not spec.sparse else _BLOCK
-    for start in range(0, x.shape[1], step):
-        piece = x[:, start : start + step].to(out.dtype)
-        p = np.arange(piece.shape[1], dtype=np.uint64) + np.uint64(offset + start)
+    for columns, p in _blocks(spec, offset, x.shape[1]):
+        piece = x[:, columns].to(out.dtype)
         if not spec.sparse:
             piece = piece.where(
                 torch.from_numpy(kept_coordinates(spec, p)).to(out.device), torch.zeros_like(piece)
@@ -125,11 +132,9 @@ def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: in
 
 def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
     """``out = y S`` for ``out`` [B, n], in ``out``'s dtype."""
-    step = max(1, _BLOCK // spec.dim) if not spec.sparse else _BLOCK
     wide = y.to(out.dtype)
-    for start in range(0, out.shape[1], step):
-        piece = out[:, start : start + step]
-        p = np.arange(piece.shape[1], dtype=np.uint64) + np.uint64(offset + start)
+    for columns, p in _blocks(spec, offset, out.shape[1]):
+        piece = out[:, columns]
         if not spec.sparse:
             piece.copy_(wide @ torch.from_numpy(dense_block(spec, p) * spec.scale).to(out).T)
             continue

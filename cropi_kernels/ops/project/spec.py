@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
+from ... import _spec_base as base
 from ...philox import key_of
 
 Kind = Literal["countsketch", "sjlt", "rademacher", "gaussian"]
@@ -21,7 +20,7 @@ MAX_COORDINATE = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
-class ProjectionSpec:
+class ProjectionSpec(base.Spec):
     """A random linear map ``S`` with ``E<S x, S y> = <x, y>``, defined by integers only (docs/project.md).
 
     Args:
@@ -50,35 +49,27 @@ class ProjectionSpec:
     stream: int = 0
     size: int | None = None
     version: int = VERSION
+    _noun: ClassVar[str] = "projection"
 
     def __post_init__(self) -> None:
-        _check_int("dim", self.dim, 1, MAX_DIM)
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r}: choose one of {', '.join(KINDS)}")
-        _check_int("nnz", self.nnz, 1, MAX_NNZ)
+        base.check_int("dim", self.dim, 1, MAX_DIM)
+        base.check_kind(self.kind, KINDS)
+        base.check_int("nnz", self.nnz, 1, MAX_NNZ)
         if self.nnz != 1 and self.kind != "sjlt":
             raise ValueError(f"nnz={self.nnz} needs kind='sjlt', not kind={self.kind!r}")
         if self.dim % self.nnz:
             raise ValueError(
                 f"nnz={self.nnz} must divide dim={self.dim}: every nonzero has dim / nnz buckets of its own"
             )
-        if (
-            isinstance(self.keep, bool)
-            or not isinstance(self.keep, (int, float))
-            or not 0.0 < self.keep <= 1.0
-        ):
-            raise ValueError(f"keep={self.keep!r}: give the share of coordinates to keep, in (0, 1]")
+        base.check_keep(self.keep)
         if self.keep_count == 0:
             raise ValueError(f"keep={self.keep!r} rounds to 0 / 65536: give at least {1 / KEEP_ALL:.2e}")
-        _check_int("seed", self.seed, 0, None)
-        _check_int("stream", self.stream, 0, None)
+        base.check_int("seed", self.seed, 0)
+        base.check_int("stream", self.stream, 0)
         if self.size is not None:
-            _check_int("size", self.size, 1, MAX_COORDINATE, " or None")
-        if self.version != VERSION:
-            raise ValueError(
-                f"version={self.version!r}: this build defines version {VERSION}; project again, or install the "
-                "release that wrote the stored rows"
-            )
+            base.check_int("size", self.size, 1, MAX_COORDINATE, " or None")
+        base.check_version(self.version, VERSION, "project", "rows")
+        super().__post_init__()
 
     @property
     def width(self) -> int:
@@ -97,40 +88,15 @@ class ProjectionSpec:
 
     @property
     def key(self) -> tuple[int, int]:
+        """Of all draws (`cropi_kernels.philox`)."""
         return key_of(self.version, self.seed, f"project/{self.stream}")
 
     @property
     def sparse(self) -> bool:
+        """Whether a coordinate meets ``nnz`` numbers of the result, and not all of them."""
         return self.kind in ("countsketch", "sjlt")
 
     @property
     def scale(self) -> float:
         """``1 / sqrt(keep)``, times ``1 / sqrt(nnz)`` or ``1 / sqrt(dim)`` for the dense kinds."""
         return (self.keep_count / KEEP_ALL * (self.nnz if self.sparse else self.dim)) ** -0.5
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ProjectionSpec:
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise ValueError(f"unknown projection field {unknown[0]!r}: known are {', '.join(sorted(known))}")
-        return cls(**fields)
-
-    def fingerprint(self) -> str:
-        """16 hex digits that are equal exactly for equal specs."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _check_int(field: str, value: Any, low: int, high: int | None, extra: str = "") -> None:
-    if (
-        not isinstance(value, int)
-        or isinstance(value, bool)
-        or value < low
-        or high is not None
-        and value > high
-    ):
-        limits = f"from {low} to {high}" if high is not None else f">= {low}"
-        raise ValueError(f"{field}={value!r}: give an integer {limits}{extra}")

@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _triton
+from ... import _gpu
 from ...philox import PROJECT_KEEP, PROJECT_SIGN, PROJECT_TILE
-from .columns import contiguous_columns
 from .spec import KEEP_ALL, ProjectionSpec
 
 WINDOW = 1 << 25  # coordinates times nonzeros whose draws are in memory at once
@@ -23,7 +22,6 @@ ADD_PARTS, ADD_COLUMNS = 32, 64
 _PROGRAMS = 1024  # per row; from the sizes alone, as the bits are
 _TILES_PER_PART = 8
 _WORKSPACE = 64 << 20
-_COPY = 1 << 26
 
 
 @triton.jit
@@ -197,7 +195,7 @@ class Window:
         self.signs, self.places = make(spec.nnz, 4 * self.draws), make(spec.nnz, self.tiles)
         self.keeps = make(4 * self.draws) if spec.keep_count < KEEP_ALL else self.signs
         blocks = triton.cdiv(self.draws, DRAW_BLOCK)
-        with _triton.on(self.signs):
+        with _gpu.on(self.signs):
             bits_kernel[(blocks, spec.nnz)](
                 self.signs, key, first_draw, self.draws, 0, PURPOSE=PROJECT_SIGN, KEPT=False, BLOCK=DRAW_BLOCK
             )
@@ -225,12 +223,7 @@ def gather_block(nnz: int) -> int:
 
 
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
-    """``out += x S^T``; bits depend on the sizes and the offset of the call alone."""
-    for start, piece in contiguous_columns(x, _COPY):
-        _project(piece, spec, out, offset + start)
-
-
-def _project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
+    """``out += x S^T`` for rows with contiguous columns; bits depend on the sizes and the offset of the call alone."""
     rows, n = x.shape
     if rows == 0 or n == 0:
         return
@@ -238,7 +231,7 @@ def _project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: i
     blocks = triton.cdiv(spec.dim, block)
     parts = max(1, min(_PROGRAMS // blocks, n // spec.width // _TILES_PER_PART))
     group = max(1, min(rows, 65535, _WORKSPACE // (parts * spec.dim * 4)))
-    with _triton.on(x):
+    with _gpu.on(x):
         for row in range(0, rows, group):
             some, y = x[row : row + group], out[row : row + group]
             partial = torch.zeros(some.shape[0], parts, spec.dim, dtype=torch.float32, device=x.device)
@@ -250,16 +243,9 @@ def _project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: i
                     KEEP=spec.keep_count < KEEP_ALL, SINGLE=spec.nnz == 1, BLOCK=block, num_warps=4,
                 )  # fmt: skip
             add_kernel[(triton.cdiv(spec.dim, ADD_COLUMNS), some.shape[0])](
-                partial,
-                y,
-                spec.scale,
-                spec.dim,
-                parts,
-                y.stride(0),
-                PARTS=ADD_PARTS,
-                COLUMNS=ADD_COLUMNS,
+                partial, y, spec.scale, spec.dim, parts, y.stride(0), PARTS=ADD_PARTS, COLUMNS=ADD_COLUMNS,
                 num_warps=4,
-            )
+            )  # fmt: skip
 
 
 def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
@@ -267,7 +253,7 @@ def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: 
     rows, n = out.shape
     if rows == 0 or n == 0:
         return
-    with _triton.on(y):
+    with _gpu.on(y):
         for begin, end in _windows(spec, offset, n):
             window = Window(spec, begin, end, y.device)
             for row in range(0, rows, 65535):

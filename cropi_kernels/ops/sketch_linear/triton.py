@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _native, _triton
+from ... import _gpu, _native, _triton
 from ...plan import MatrixPlan
 from .._device_plan import matrix_tables, slab_row_signs
 from .._triton_segments import SEGMENT_BLOCK, locate, n_items, n_slots, reduce_partials
@@ -69,7 +69,7 @@ def fold_columns(x: torch.Tensor, sign: torch.Tensor, offset: torch.Tensor, widt
     if x.shape[0]:
         block = min(128, max(16, _triton.next_power_of_two(width)))
         grid = (triton.cdiv(x.shape[0], FOLD_TOKENS) * triton.cdiv(width, block),)
-        with _triton.on(x):
+        with _gpu.on(x):
             fold_kernel[grid](
                 x,
                 out,
@@ -239,7 +239,7 @@ def sketch_linear(
     if plan.col_fold is None:
         a = fold_columns(a, tables.col_sign, tables.col_fold, plan.folded_cols)
     row_sign = slab_row_signs(plan, d.device, d.dtype)
-    config = slab_config(plan.slab_cols, d.dtype, _triton.is_hopper(d.device))
+    config = slab_config(plan.slab_cols, d.dtype, _gpu.is_hopper(d.device))
     chunk = CHUNK_TOKENS * min(
         16, plan.n_slabs
     )  # many slabs fill the device, and their partial results its memory
@@ -248,7 +248,7 @@ def sketch_linear(
     slots = n_slots(n_tokens, n_segments, chunk, always)
     partial = torch.empty(slots, groups, out.shape[1], dtype=torch.float32, device=d.device)
     parts = plan.slab_rows // config.BM * triton.cdiv(plan.slab_cols, config.BN)
-    with _triton.on(d):
+    with _gpu.on(d):
         slab_kernel[(n_items(n_tokens, n_segments, chunk) * plan.n_slabs * groups * parts,)](
             d, a, out, partial, offsets, tables.pairs, tables.first, row_sign,
             n_segments, n_tokens, plan.folded_rows, plan.folded_cols, row_sign.shape[1], d.stride(0), a.stride(0),

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _native, _triton
+from ... import _gpu, _native
 from ...plan import MatrixPlan
 from .._device_plan import matrix_tables
 from .._triton_segments import SEGMENT_BLOCK, locate, n_items, n_slots, reduce_partials
@@ -109,7 +109,7 @@ def sketch_rows(
     partial = torch.empty(slots, out.shape[1], dtype=torch.float32, device=x.device)
     shape = tile(plan.slab_cols)
     parts = plan.slab_rows // shape["BM"] * triton.cdiv(plan.slab_cols, shape["BN"])
-    with _triton.on(x):
+    with _gpu.on(x):
         rows_kernel[(n_items(n_tokens, n_segments, chunk) * plan.n_slabs * parts,)](
             x, rows, out, partial, offsets, tables.by_pair, tables.row_sign, tables.row_fold, tables.col_sign,
             n_segments, n_tokens, plan.rows, plan.folded_rows, plan.folded_cols, plan.n_col_blocks, x.stride(0),

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _triton
+from ... import _gpu
 from ...plan import VectorPlan
 from .._device_plan import vector_tables
 
@@ -46,7 +46,7 @@ def sketch_vector(gradient: torch.Tensor, plan: VectorPlan, out: torch.Tensor) -
     tables = vector_tables(plan, out.device)
     depth, hits = tables.source.shape
     if gradient.shape[0]:
-        with _triton.on(out):
+        with _gpu.on(out):
             vector_kernel[(gradient.shape[0], triton.cdiv(hits, BLOCK))](
                 gradient, out, tables.position, tables.source, tables.sign, hits, depth, gradient.stride(0),
                 out.stride(0), BLOCK=BLOCK, num_warps=4,

@@ -9,10 +9,6 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-# Idle threads of torch's OpenMP pool spin by default and take the cores from the sketch kernels; this has to
-# be set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 COMMANDS = {
     "sketch": "sketch the policy gradient of every prompt in trajectory files",
     "influence": "score training sketches against validation sketches",

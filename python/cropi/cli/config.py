@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, did_you_mean, optional
 
 # Options that make no sense inside a config file.
 UNUSABLE = ("config", "help")
@@ -41,10 +40,9 @@ def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
         )
         if action is None or key in UNUSABLE:
             known = [name for name in [*actions, *tables] if name not in UNUSABLE]
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise CropiError(
-                f"{path}: {key!r} is not an option of `{parser.prog}`; {hint}see `{parser.prog} --help`"
+                f"{path}: {key!r} is not an option of `{parser.prog}`; {did_you_mean(key, known)}see "
+                f"`{parser.prog} --help`"
             )
         words += _words(path, key, value, action)
     # The file's options first, the command line's after them: what is parsed last wins. In two passes, because a list

@@ -74,10 +74,12 @@ def _rollouts(args: argparse.Namespace) -> Iterator[Any]:
 def _prompts(args: argparse.Namespace) -> Any:
     from cropi.errors import optional
     from cropi.export import read_dataset
+    from cropi.prompt_ids import PromptIds
     from cropi.trainers.verl.dumps import prompts_by_text
-    from cropi.trainers.verl.selected import ID_KEY, prompt_ids
+    from cropi.trainers.verl.selected import ID_KEY
 
     table = read_dataset(args.dataset)
     rows = table if isinstance(table, list) else table.to_pylist()
     tokenizer = optional("transformers").AutoTokenizer.from_pretrained(args.model)
-    return prompts_by_text(rows, prompt_ids(rows, args.id_key or ID_KEY, args.dataset), tokenizer)
+    ids = PromptIds(rows, args.id_key or ID_KEY, args.dataset, "--id-key")
+    return prompts_by_text(rows, ids.names, tokenizer)

@@ -8,10 +8,9 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, did_you_mean
 
 # ${NAME} is the shell's own, {{name}} a brace that is meant; {a,b} and {"key": 1} are no names.
 NAME = re.compile(r"\{\{(\w+)\}\}|(?<!\$)\{([A-Za-z_]\w*)\}")
@@ -28,8 +27,7 @@ def check_template(option: str, template: str, allowed: Sequence[str]) -> set[st
         raise CropiError(f"{option}: the command is empty")
     names = {match[2] for match in NAME.finditer(template) if match[2]}
     for name in sorted(names - set(allowed)):
-        near = get_close_matches(name, allowed, n=1)
-        hint = f"did you mean {{{near[0]}}}? " if near else ""
+        hint = did_you_mean(name, allowed, "{{{}}}")
         raise CropiError(
             f"{option}: {{{name}}} is not known here; {hint}known are {', '.join(f'{{{n}}}' for n in allowed)} "
             f"(write {{{{{name}}}}} for the braces themselves)"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cropi.advantages import no_gradient_reason
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.state import State
 from cropi.errors import CropiError
-from cropi.files import replacing
-from cropi.scan import Scan, scan
-from cropi.trajectories import read_trajectories
+from cropi.scan import NothingToSelect, Scan, check_covered, scan
+from cropi.trajectories import replace_records
 
 
 @dataclass
@@ -65,33 +62,10 @@ def check(plan: Plan, source: Source, stage: int) -> Scanned:
     """
     found = Scanned(scan(source.train, skip_bad=plan.job.skip_bad))
     if not found.train.usable:
-        raise CropiError(
-            f"stage {stage}: there is nothing to select: none of the {found.train.prompts} training prompts has a "
-            f"gradient ({_reasons(found.train.without_gradient)}). Prompts teach only where some responses fail and "
-            "some succeed: take more responses per prompt, easier or harder prompts, or a higher temperature"
-        )
-    covered: Counter[str] = Counter()
-    without: dict[str, Counter[str]] = {}
+        raise NothingToSelect(stage, found.train.prompts, found.train.without_gradient)
     for path, name in zip(source.valid, set_names(source.valid)):
         found.valid[name] = scan([path], skip_bad=plan.job.skip_bad)
-        for group in read_trajectories(path, skip_bad=plan.job.skip_bad):
-            of, reason = group.set or name, no_gradient_reason(group.rewards)
-            covered[of] += not reason
-            if reason:
-                without.setdefault(of, Counter())[reason] += 1
-    for name in plan.sets:
-        if name not in covered:
-            raise CropiError(
-                f"sets: no trajectory covers the validation set {name!r}; {', '.join(source.valid)} cover "
-                f"{', '.join(map(repr, sorted(covered)))}; add trajectories of it, or take it out of `sets`"
-            )
-    for name, usable in covered.items():
-        if not usable:
-            raise CropiError(
-                f"stage {stage}: no trajectory covers the validation set {name!r} usefully: none of its "
-                f"{without[name].total()} prompts has a gradient ({_reasons(without[name])}); give it prompts that "
-                "are solved sometimes, or leave the set out"
-            )
+    check_covered(found.valid, plan.sets, option="sets", before=f"stage {stage}: ")
     return found
 
 
@@ -128,22 +102,10 @@ def refresh(files: Sequence[str], newer: Path, out: Path, skip_bad: bool) -> Map
         RecordError: a bad record in ``newer``.
         CropiError: some records have log-probs and some have none, so that ratios could not be compared.
     """
-    fresh = {group.id: group for group in read_trajectories(newer, skip_bad=skip_bad)}
-    with_logprobs: Counter[bool] = Counter(group.logprobs is not None for group in fresh.values())
-    used = 0
-    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for group in read_trajectories(files, skip_bad=skip_bad):
-            used += group.id in fresh
-            group = fresh.get(group.id, group)
-            with_logprobs[group.logprobs is not None] += 1
-            file.write(group.raw + "\n")
-    if with_logprobs[False]:
+    counts = replace_records(files, newer, out, skip_bad=skip_bad)
+    if counts.without_logprobs:
         raise CropiError(
             f"{newer}: rollouts of several policies are mixed, so every record needs 'logprobs' (with 'response_ids'), "
-            f"but {with_logprobs[False]} have none; write them, or leave {{rollouts}} out of the trainer's command"
+            f"but {counts.without_logprobs} have none; write them, or leave {{rollouts}} out of the trainer's command"
         )
-    return {"replaced": used, "unknown": len(fresh) - used}
-
-
-def _reasons(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} with {reason}" for reason, count in sorted(counts.items()))
+    return {"replaced": counts.replaced, "unknown": counts.unknown}

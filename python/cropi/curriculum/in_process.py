@@ -6,13 +6,12 @@ import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, did_you_mean, optional
 from cropi.export import ROLLOUT_KEYS
 from cropi.models import load_model
 from cropi.trainers.trl.versions import check_version
@@ -36,9 +35,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     for key in options:
         if key not in KEYS:
-            near = get_close_matches(key, KEYS, n=1)
             raise CropiError(
-                f"trl: {key!r} is not known{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(KEYS)})"
+                f"trl: {key!r} is not known; {did_you_mean(key, KEYS)}known are {', '.join(KEYS)}"
             )
     if not options.get("reward"):
         raise CropiError("trl: 'reward' is missing, the reward function as FILE.py:NAME or MODULE:NAME")
@@ -50,9 +48,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         if key in OURS:
             raise CropiError(f"trl.args: {key!r} is set by the stage; take it out")
         if key not in known:
-            near = get_close_matches(key, known, n=1)
             raise CropiError(
-                f"trl.args: GRPOConfig has no {key!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+                f"trl.args: GRPOConfig has no {key!r}; {did_you_mean(key, known)}see its documentation"
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from cropi.influence import influence, read_scores, write_scores
 from cropi.models import load_model
 from cropi.report import plot_scores
 from cropi.scan import Scan
-from cropi.selection import select, write_selected_records, write_selection
+from cropi.selection import read_selection, select, write_selected_records, write_selection
 from cropi.sketching import sketch
 from cropi.store import SketchStore
 
@@ -156,7 +155,7 @@ def select_best(stage: Stage) -> Result:
     plot_scores(folder / "scores.png", scores, selection)
     usable, chosen = scores.table[scores.usable], scores.table[selection.chosen]
     rates = [row.pass_rate for row, ok in zip(scores.rows, scores.usable) if ok]
-    last = selected_ids(plan, stage.number - 1) if stage.number else []
+    last = read_selection(plan.stage_folder(stage.number - 1) / "selected.jsonl") if stage.number else []
     return {
         "prompts": len(scores.rows), "usable": int(scores.usable.sum()), "selected": len(ids),
         "scores": {
@@ -213,12 +212,6 @@ def collect(stage: Stage) -> Result:
         result |= data.refresh(source.train, newer, merged, stage.plan.job.skip_bad)
         result["train"] = [str(merged)]
     return result
-
-
-def selected_ids(plan: Plan, stage: int) -> list[str]:
-    """The prompts that a finished stage selected, best first."""
-    text = (plan.stage_folder(stage) / "selected.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line)["id"] for line in text.splitlines()]
 
 
 def _check_unchanged(stage: Stage, found: data.Scanned) -> None:

@@ -14,7 +14,6 @@ from typing import IO, Any
 
 from cropi.errors import CropiError
 from cropi.files import replacing
-from cropi.trajectories import read_trajectories
 
 KEEP = ("last", "first")
 
@@ -145,23 +144,6 @@ def merge_rollouts(logs: Sequence[str | Path], out: str | Path, *, keep: str = "
         for opened in files.values():
             opened.close()
     return len(best)
-
-
-def replace_rollouts(stored: Sequence[str | Path], newer: str | Path, out: str | Path) -> int:
-    """Write the records of ``stored``, each replaced by that of ``newer`` where it has the same id; how many were.
-
-    Prompts that ``stored`` does not have are not added.
-
-    Raises:
-        CropiError, RecordError: a file is missing or holds a bad record.
-    """
-    fresh = {group.id: group.raw for group in read_trajectories(newer)}
-    count = 0
-    with replacing(Path(out)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for group in read_trajectories(stored):
-            count += group.id in fresh
-            file.write(fresh.get(group.id, group.raw) + "\n")
-    return count
 
 
 def _key(line: bytes, path: Path) -> tuple[str, int]:

@@ -23,17 +23,13 @@ from cropi.files import replacing
 from cropi.influence import DEFAULT_SET, influence, write_scores
 from cropi.job import SketchJob
 from cropi.records import PromptGroup
-from cropi.scan import resolve_behaviour, scan
+from cropi.scan import NothingToSelect, Scan, check_covered, resolve_behaviour, scan
 from cropi.selection import select, write_selection
 from cropi.sketching import sketch
 from cropi.store import SketchStore
 from cropi.trainers.options import Curriculum
 from cropi.trainers.ranks import Ranks
 from cropi.trajectories import read_trajectories
-
-
-class NothingToSelect(CropiError):
-    """No prompt of the pool has a gradient."""
 
 
 @dataclass
@@ -90,11 +86,12 @@ def choose_prompts(
     estimator = options.estimator_used()
 
     def prepare() -> tuple[Share, Share, dict[str, Any]]:
-        check_valid(valid, options.valid_sets, stage)
+        scans = [scan(files) for files in (train, valid)]
+        check_valid(scans[1], options.valid_sets, stage)
         mine, pool = _share(train, folder / f"train-{ranks.rank:05d}.jsonl", ranks, known)
         check_pool(pool, train, stage)
         theirs, _ = _share(valid, folder / f"valid-{ranks.rank:05d}.jsonl", ranks, lambda name: True)
-        sources = [resolve_behaviour(options.behaviour, scan(f), estimator.ratio) for f in (train, valid)]
+        sources = [resolve_behaviour(options.behaviour, found, estimator.ratio) for found in scans]
         return Share(mine[0], mine[1], sources[0]), Share(theirs[0], theirs[1], sources[1]), pool
 
     # A run that was killed right here may have left stores of another policy, or of another number of ranks.
@@ -119,12 +116,7 @@ def choose_prompts(
     result = Chosen(ranks.share(chosen))
     ranks.barrier()
     if ranks.first and not options.keep_sketches:
-        for left in (
-            *folder.glob("sketches-*-*"),
-            *folder.glob("train-*.jsonl"),
-            *folder.glob("valid-*.jsonl"),
-        ):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _clean(folder)
     result.figures = {
         "pool": pool["prompts"], "usable": pool["usable"], "unknown": pool["unknown"], "selected": len(result.ids),
         "seconds": time.monotonic() - begun,
@@ -140,11 +132,11 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> None:
             and rollouts of this run, which are to replace some of theirs, have.
     """
     train, valid, estimator = options.files("train"), options.files("valid"), options.estimator_used()
-    for files in (train, valid):
-        if files is not None:
-            resolve_behaviour(options.behaviour, scan(files), estimator.ratio)
-    if valid is not None:
-        check_valid(valid, options.valid_sets, 0)
+    found = {name: scan(files) for name, files in (("train", train), ("valid", valid)) if files is not None}
+    for part in found.values():
+        resolve_behaviour(options.behaviour, part, estimator.ratio)
+    if "valid" in found:
+        check_valid(found["valid"], options.valid_sets, 0)
     if train is None:
         return
     try:
@@ -153,7 +145,7 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> None:
         if options.on_nothing == "error":
             raise
     recorded = options.recording is not None and options.recording.logprobs
-    stored = scan(train).with_logprobs > 0
+    stored = found["train"].with_logprobs > 0
     if options.use_recorded and options.behaviour == "auto" and estimator.ratio and recorded != stored:
         raise CropiError(
             f"use_recorded mixes the rollouts in {_names(train)}, {'with' if stored else 'without'} log-probs, with "
@@ -175,39 +167,12 @@ def check_pool(pool: Mapping[str, Any], files: Sequence[Path], stage: int) -> No
             "ids must be those of its id column"
         )
     if not pool["usable"]:
-        why = ", ".join(f"{count} {reason}" for reason, count in sorted(pool["reasons"].items()))
-        raise NothingToSelect(
-            f"stage {stage}: nothing to select: none of the {pool['prompts']} prompts has a gradient ({why}); "
-            "sample more responses a prompt, take prompts that are solved sometimes but not always, check the "
-            "reward function, or set on_nothing='keep'"
-        )
+        raise NothingToSelect(stage, pool["prompts"], pool["reasons"], ", or set on_nothing='keep'")
 
 
-def check_valid(files: Sequence[Path], wanted: Sequence[str] | None, stage: int) -> None:
-    """Check that every validation set has a trajectory with a gradient.
-
-    Raises:
-        CropiError: a set that was asked for has no trajectory, or one has only prompts without a gradient.
-    """
-    prompts: Counter[str] = Counter()
-    usable: Counter[str] = Counter()
-    for group in read_trajectories(files):
-        name = group.set or DEFAULT_SET
-        prompts[name] += 1
-        usable[name] += no_gradient_reason(group.rewards) is None
-    for name in wanted or ():
-        if not prompts[name]:
-            raise CropiError(
-                f"stage {stage}: no trajectory covers the validation set {name!r} (the sets in {_names(files)}: "
-                f'{", ".join(sorted(map(repr, prompts)))}); add records with "set": {name!r}, evaluate it, or take it '
-                "out of valid_sets"
-            )
-    for name in sorted(prompts):
-        if not usable[name]:
-            raise CropiError(
-                f"stage {stage}: the validation set {name!r} has no direction: the rewards of each of its "
-                f"{prompts[name]} prompts are all equal; give it prompts that are solved sometimes, or more responses"
-            )
+def check_valid(found: Scan, wanted: Sequence[str] | None, stage: int) -> None:
+    """Check that every validation set has a trajectory with a gradient: see :func:`cropi.scan.check_covered`."""
+    check_covered({DEFAULT_SET: found}, wanted or (), option="valid_sets", before=f"stage {stage}: ")
 
 
 def _names(files: Sequence[Path]) -> str:

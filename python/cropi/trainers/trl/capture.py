@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cropi.errors import CropiError
+from cropi.prompt_ids import PromptIds
 from cropi.trainers.options import Recording
-from cropi.trainers.prompt_ids import PromptIds
 from cropi.trainers.ranks import Ranks
 from cropi.trainers.rollout_log import RolloutLog
 

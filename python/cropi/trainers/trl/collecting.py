@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
-from cropi.trainers.prompt_ids import PromptIds
+from cropi.prompt_ids import PromptIds
 from cropi.trainers.rollout_log import RolloutLog, log_files, merge_rollouts
 from cropi.trainers.trl.capture import RecordingMixin
 

@@ -17,12 +17,14 @@ from transformers import TrainerCallback
 from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.manifest import first_difference
+from cropi.prompt_ids import PromptIds
+from cropi.scan import NothingToSelect
 from cropi.trainers.options import Curriculum
-from cropi.trainers.prompt_ids import PromptIds
-from cropi.trainers.rollout_log import log_files, merge_rollouts, replace_rollouts, rewind
-from cropi.trainers.scoring import Chosen, NothingToSelect, check_files, choose_prompts, own_randomness
+from cropi.trainers.rollout_log import log_files, merge_rollouts, rewind
+from cropi.trainers.scoring import Chosen, check_files, choose_prompts, own_randomness
 from cropi.trainers.trl.capture import RecordingMixin, check_datasets
 from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
+from cropi.trajectories import replace_records
 
 STATE = "cropi_state.json"
 logger = logging.getLogger(__name__)
@@ -198,7 +200,7 @@ class CurriculumMixin(RecordingMixin):
         if kind != "train" or not self._cropi_curriculum.use_recorded or not recorded.exists():
             return files
         ranks = self._cropi_ranks
-        ranks.agree(lambda: replace_rollouts(files, recorded, both) if ranks.first else None)
+        ranks.agree(lambda: replace_records(files, recorded, both) if ranks.first else None)
         return [both]
 
     def _cropi_note(self, stage: int, chosen: Chosen | None) -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 from cropi.errors import CropiError
-from cropi.trainers.verl.selected import ID_KEY, Selected, prompt_ids
+from cropi.prompt_ids import PromptIds
+from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need
 
 RLHFDataset: Any = need(
@@ -41,9 +42,8 @@ class SelectedDataset(RLHFDataset):
                 raise CropiError(
                     "SelectedDataset: +data.cropi.selection=FILE is missing, the selection to train on"
                 )
-            ids = prompt_ids(
-                dataframe, options.get("id_key") or ID_KEY, ", ".join(map(str, self.original_data_files))
-            )
+            name = ", ".join(map(str, self.original_data_files))
+            ids = PromptIds(dataframe, options.get("id_key") or ID_KEY, name, "+data.cropi.id_key")
             selected = Selected(options["selection"], ids, self.config.get("train_batch_size") or 1)
             dataframe = dataframe.select(selected.places)
         return super().maybe_filter_out_long_prompts(dataframe)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
+from cropi.prompt_ids import PromptIds
 from cropi.trainers.grouping import group_rollouts, write_groups
 from cropi.trainers.verl.batch import rollouts_of_proto
 from cropi.trainers.verl.order import SelectionOrder
-from cropi.trainers.verl.selected import ID_KEY, Selected, prompt_ids
+from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need
 
 AbstractCurriculumSampler: Any = need(
@@ -50,7 +51,7 @@ class CropiSampler(SelectionOrder, AbstractCurriculumSampler):
             )
         frame = getattr(data_source, "dataframe", data_source)
         self.id_key = options.get("id_key") or ID_KEY
-        ids = prompt_ids(frame, self.id_key, "data.train_files")
+        ids = PromptIds(frame, self.id_key, "data.train_files", "+data.sampler.id_key")
         selected = Selected(options["selection"], ids, data_config.get("train_batch_size") or 1)
         shuffle, seed = bool(data_config.get("shuffle", True)), int(data_config.get("seed") or 0)
         SelectionOrder.__init__(self, selected, shuffle=shuffle, seed=seed)

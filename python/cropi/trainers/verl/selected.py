@@ -2,55 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from cropi.errors import CropiError
+from cropi.prompt_ids import PromptIds
+from cropi.selection import read_selection
 
 ID_KEY = "extra_info.index"
-
-
-def prompt_ids(rows: Any, id_key: str = ID_KEY, name: str = "the dataset") -> list[str]:
-    """The stable id of every row.
-
-    Args:
-        rows: a ``datasets.Dataset``, or a sequence of dictionaries.
-        id_key: where the id stands; dots lead into nested columns.
-        name: of the dataset, for messages.
-
-    Raises:
-        CropiError: a row has none, or two rows have the same.
-    """
-    first, *rest = id_key.split(".")
-    columns = getattr(rows, "column_names", None)
-    if columns is not None and first not in columns:
-        raise CropiError(_no_id(name, id_key, 0))
-    values: Iterable[Any] = rows[first] if columns is not None else (row.get(first) for row in rows)
-    ids: list[str] = []
-    place: dict[str, int] = {}
-    for number, value in enumerate(values):
-        for key in rest:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is None:
-            raise CropiError(_no_id(name, id_key, number))
-        ids.append(str(value))
-        if ids[-1] in place:
-            raise CropiError(
-                f"{name}: rows {place[ids[-1]]} and {number} have the same {id_key} {ids[-1]!r}; where several files "
-                "are joined, number their prompts through, or name another column as the prompt id"
-            )
-        place[ids[-1]] = number
-    return ids
-
-
-def _no_id(name: str, id_key: str, row: int) -> str:
-    return (
-        f"{name}: row {row} has no {id_key}, so the prompts that were selected cannot be found again; add a stable id "
-        "to every row (an integer or a string that no other row has)"
-    )
 
 
 class Selected:
@@ -58,13 +17,13 @@ class Selected:
 
     Args:
         path: ``selected.jsonl`` of ``cropi select``, or one prompt id a line.
-        ids: the id of every row of the dataset.
+        rows: the ids of the dataset's rows.
         least: how many prompts a training batch takes; a selection of fewer is refused.
     """
 
-    def __init__(self, path: str | os.PathLike[str], ids: Sequence[str], least: int = 1) -> None:
+    def __init__(self, path: str | os.PathLike[str], rows: PromptIds, least: int = 1) -> None:
         self.path, self.least = Path(path), least
-        self.row_of = {name: row for row, name in enumerate(ids)}
+        self.rows = rows
         self._seen: tuple[int, ...] = ()
         self.ids: list[str] = []
         self.refresh()
@@ -72,7 +31,7 @@ class Selected:
     @property
     def places(self) -> list[int]:
         """Row numbers, best prompt first."""
-        return [self.row_of[name] for name in self.ids]
+        return self.rows.places(self.ids)
 
     def refresh(self) -> bool:
         """Read the file again if it is another one than before; returns whether it was.
@@ -90,12 +49,12 @@ class Selected:
         seen = (found.st_ino, found.st_size, found.st_mtime_ns)
         if seen == self._seen:
             return False
-        ids = read_ids(self.path)
-        missing = [name for name in ids if name not in self.row_of]
+        ids = read_selection(self.path)
+        missing = [name for name in ids if name not in self.rows]
         if missing:
             raise CropiError(
                 f"selection: {len(missing)} of {len(ids)} prompts of {self.path} are not in the dataset, for example "
-                f"{missing[0]!r} (its rows have ids like {next(iter(self.row_of), None)!r}); "
+                f"{missing[0]!r} (its ids are like {self.rows.names[:1]}); "
                 "select from trajectories of the dataset that is trained on, and mind that verl leaves out prompts "
                 "longer than data.max_prompt_length"
             )
@@ -106,20 +65,3 @@ class Selected:
             )
         self._seen, self.ids = seen, ids
         return True
-
-
-def read_ids(path: Path) -> list[str]:
-    """The prompt ids in a selection file, best first.
-
-    Raises:
-        CropiError: the file is empty, or a line is not an id.
-    """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise CropiError(f"selection: {path} is empty")
-    if not lines[0].lstrip().startswith("{"):
-        return [line.strip() for line in lines]
-    try:
-        return [str(json.loads(line)["id"]) for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CropiError(f"selection: {path} is not what `cropi select` writes ({error})") from error

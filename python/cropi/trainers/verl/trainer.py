@@ -22,10 +22,11 @@ from typing import Any
 
 from cropi.curriculum.command import check_template, fill, run_command
 from cropi.errors import CropiError
+from cropi.prompt_ids import PromptIds
 from cropi.trainers.grouping import group_rollouts, write_groups
 from cropi.trainers.verl.batch import LOGPROBS, rollouts_of_table
 from cropi.trainers.verl.order import SelectionOrder
-from cropi.trainers.verl.selected import ID_KEY, Selected, prompt_ids
+from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need
 
 INSTEAD = "up to 0.7 use cropi.trainers.verl.sampler"
@@ -58,7 +59,8 @@ class CropiTrainerSync(PPOTrainerSync):
         self.cropi_options = _checked(options, self.config.trainer)
         super()._init_dataloader()
         frame = getattr(self.train_dataset, "dataframe", self.train_dataset)
-        ids = prompt_ids(frame, options.get("id_key") or ID_KEY, "data.train_files")
+        key = options.get("id_key") or ID_KEY
+        ids = PromptIds(frame, key, "data.train_files", "+trainer.cropi.id_key")
         data = self.config.data
         selected = Selected(options["selection"], ids, data.train_batch_size)
         self.cropi_order = SelectionOrder(

@@ -1,0 +1,60 @@
+"""What a GPU kernel needs of a device, whoever compiled it: whether it can serve, and how a launch gets there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any
+
+import torch
+
+MIN_CAPABILITY = (8, 0)  # tensor cores with bfloat16, asynchronous copies
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreting() -> bool:
+    """True in a process that runs kernels in Triton's interpreter, on CPU tensors (tests only)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def _device_reason(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        name, need = torch.cuda.get_device_name(index), "{}.{}".format(*MIN_CAPABILITY)
+        return (
+            f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need {need} or newer: use "
+            "such a GPU, or the CPU"
+        )
+    return None
+
+
+def unsupported(*tensors: torch.Tensor) -> str | None:
+    """Why no GPU kernel can serve these tensors, or None."""
+    for tensor in tensors:
+        if tensor.device != tensors[0].device:
+            return f"the tensors are on {tensors[0].device} and on {tensor.device}: move them to one device"
+        if tensor.dtype not in DTYPES:
+            return f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"
+        if tensor.device.type != "meta" and tensor.data_ptr() % tensor.element_size():
+            n = tensor.element_size()
+            return f"a tensor starts at an address that is no multiple of its {n}-byte elements: give a clone"
+    device = tensors[0].device if tensors else torch.device("cuda")
+    if device.type == "cpu" and interpreting():
+        return None
+    if device.type != "cuda":
+        return f"the tensor is on {device}, not on a CUDA device"
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA (ROCm devices are not supported)"
+    return _device_reason(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches inside go to the tensor's device, whichever device is current; the stream is that device's own."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Warp-group tensor cores and 227 KiB of shared memory: sm_90 and newer data-centre parts."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -1,0 +1,92 @@
+"""What the specs of sketches and of projections share: the checks of their fields, their ways in and out of text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any, ClassVar, TypeVar
+
+S = TypeVar("S", bound="Spec")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Numbers and strings that define a random linear map, and nothing else does."""
+
+    _noun: ClassVar[str]  # in messages
+
+    def __post_init__(self) -> None:
+        # Made here and not when it is asked for: a call may be traced, which json is not for.
+        object.__setattr__(self, "_recipe", json.dumps(self.to_dict()))
+
+    @property
+    def recipe(self) -> str:
+        """The spec as an operator's schema takes it: JSON."""
+        return self._recipe  # type: ignore[attr-defined]
+
+    @classmethod
+    @functools.lru_cache(maxsize=128)
+    def from_recipe(cls: type[S], recipe: str) -> S:
+        """The spec that has this `recipe`."""
+        return cls.from_dict(json.loads(recipe))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, as JSON and TOML take them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[S], fields: dict[str, Any]) -> S:
+        """The spec with these fields; those that are not named have their defaults.
+
+        Raises:
+            ValueError: names the field that is unknown, or has a value that it may not have.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown {cls._noun} field {unknown[0]!r}: known are {', '.join(sorted(known))}"
+            )
+        return cls(**fields)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that are equal exactly for equal specs."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------------------- checks
+def is_int(value: Any, low: int, high: int | None = None) -> bool:
+    """Whether ``value`` is an integer from ``low`` to ``high``; True and False are none."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and low <= value and (high is None or value <= high)
+
+
+def check_int(field: str, value: Any, low: int, high: int | None = None, extra: str = "") -> None:
+    if not is_int(value, low, high):
+        limits = f"from {low} to {high}" if high is not None else f">= {low}"
+        raise ValueError(f"{field}={value!r}: give an integer {limits}{extra}")
+
+
+def check_power_of_two(field: str, value: Any, low: int, high: int, extra: str = "") -> None:
+    if not is_int(value, low, high) or value & (value - 1):
+        raise ValueError(f"{field}={value!r}: give a power of two from {low} to {high}{extra}")
+
+
+def check_kind(kind: Any, kinds: tuple[str, ...]) -> None:
+    if kind not in kinds:
+        raise ValueError(f"kind={kind!r}: choose one of {', '.join(kinds)}")
+
+
+def check_keep(keep: Any) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep={keep!r}: give the share of coordinates to keep, in (0, 1]")
+
+
+def check_version(version: Any, built: int, again: str, stored: str) -> None:
+    if version != built:
+        raise ValueError(
+            f"version={version!r}: this build defines version {built}; {again} again, or install the release that "
+            f"wrote the stored {stored}"
+        )
