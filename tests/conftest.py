@@ -17,6 +17,11 @@ torch.set_num_threads(
 )  # small tensors: a second thread costs more than it brings, and torch's own sums follow it
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: no process waits at the end for another one's last test."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def surroundings() -> Iterator[None]:
     """The same random numbers for a test whatever ran before it, and its number of threads ends with it."""

@@ -31,6 +31,7 @@ from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
 from cropi_kernels.ops.sketch_rows.reference import sketch_rows
 from cropi_kernels.testing import sketch_and_magnitudes, sum_error_bound
 
+TOKENS, SCORED = 700, 130  # of embeddings and norms, and of log-probs
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CASES: dict[str, tuple[int, int, int | None, int, list[int]]] = {
     "folded": (100, 96, 64, 32768, [5, 0, 70, 1]),
@@ -73,9 +74,9 @@ def linear(case: str, dtype: torch.dtype) -> dict[str, Any]:
 def embedding(role: str, dtype: torch.dtype) -> dict[str, Any]:
     spec = SketchSpec(vocab_width=128)
     plan = plan_matrix(spec, "embed.weight", 1003, 300, role=role)  # type: ignore[arg-type]
-    offsets = torch.tensor([0, 30, 30, 700])
+    offsets = torch.tensor([0, 30, 30, TOKENS])
     g = torch.Generator().manual_seed(0)
-    x, ids = torch.randn(700, 300, generator=g).to(dtype), torch.randint(0, 1003, (700,), generator=g)
+    x, ids = torch.randn(TOKENS, 300, generator=g).to(dtype), torch.randint(0, 1003, (TOKENS,), generator=g)
     ids[40:90] = 7
     exact = sketch_rows(x.double(), ids, offsets, plan, torch.zeros(3, 32768, dtype=torch.float64))
     runs = [
@@ -89,12 +90,12 @@ def embedding(role: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def norms(n: int, centered: bool, dtype: torch.dtype) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(700, n, generator=g) + 2).to(dtype), torch.randn(700, n, generator=g).to(dtype)
-    offsets = torch.tensor([1, 5, 5, 690])
+    x, dy = (torch.randn(TOKENS, n, generator=g) + 2).to(dtype), torch.randn(TOKENS, n, generator=g).to(dtype)
+    offsets = torch.tensor([1, 5, 5, TOKENS - 10])
     got = norm_grad(x.cuda(), dy.cuda(), offsets, 1e-6, centered=centered, with_bias=True)
     exact = norm_reference(x.double(), dy.double(), offsets, 1e-6, centered, True)
     assert got[1] is not None and exact[1] is not None
-    bound = sum_error_bound(torch.tensor(3.0 * 685), 685 + 4 * n)
+    bound = sum_error_bound(torch.tensor(3.0 * TOKENS), TOKENS + 4 * n)
     rows = [
         check((a.cpu().double() - b).abs(), bound)
         for a, b in zip(got, exact)
@@ -115,19 +116,19 @@ def norms(n: int, centered: bool, dtype: torch.dtype) -> dict[str, Any]:
 def log_probs(vocab: int, dtype: torch.dtype, softcap: float | None) -> dict[str, Any]:
     """Error against plain torch in the same dtype: at most twice its own (and the gradient's, likewise)."""
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(130, 256, generator=g).to(dtype)
+    hidden = torch.randn(SCORED, 256, generator=g).to(dtype)
     head = (torch.randn(vocab, 256, generator=g) / 6).to(dtype)
-    target, weight = torch.randint(0, vocab, (130,), generator=g), torch.randn(130, generator=g)
+    target, weight = torch.randint(0, vocab, (SCORED,), generator=g), torch.randn(SCORED, generator=g)
     target[3] = -100
     right = logprob_reference.linear_logprob(hidden, head, target, softcap=softcap)
     _, gradient = logprob_reference.gradients(weight.double(), hidden, head, target, softcap=softcap)
-    args = hidden.cuda(), head.cuda(), target.cuda()
+    args, chunk = (hidden.cuda(), head.cuda(), target.cuda()), SCORED // 2 - 1
     runs = [
-        logprob_and_grad(*args, lambda _, a, b: weight[a:b].cuda(), softcap=softcap, chunk_size=64)
+        logprob_and_grad(*args, lambda _, a, b: weight[a:b].cuda(), softcap=softcap, chunk_size=chunk)
         for _ in "ab"
     ]
     logp, dhidden, _ = (t.cpu().double() for t in runs[0])
-    forward, entropy = linear_logprob(*args, softcap=softcap, return_entropy=True, chunk_size=64)
+    forward, entropy = linear_logprob(*args, softcap=softcap, return_entropy=True, chunk_size=chunk)
     h = args[0].clone().requires_grad_()
     z = h @ args[1].t()
     z = z if softcap is None else softcap * torch.tanh(z / softcap)

@@ -73,6 +73,8 @@ def test_correctness_as_the_sanitizer_runs_it(
     monkeypatch.setattr(module, "DTYPES", {"fp32": torch.float32})
     narrow = dict.fromkeys(("folded", "several groups", "odd"), module.CASES["narrow"])
     monkeypatch.setattr(module, "CASES", narrow)
+    monkeypatch.setattr(module, "TOKENS", 100)
+    monkeypatch.setattr(module, "SCORED", 12)
     finish(module)
     got = rows(tmp_path, "sanitizer_memcheck")
     assert len(got) >= 8 and all(row["ok"] for row in got.values())

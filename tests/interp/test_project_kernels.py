@@ -15,7 +15,7 @@ CASES = {
     "above 2^32": (S(512, seed=1), 3000, 2**32 - 999),
     "group of one": (S(7), 40, 3),
     "one bucket": (S(1), 9, 2**40),
-    "wide": (S(4096), 30_000, 48),
+    "wide": (S(4096), 10_000, 48),
     "keep": (S(512, keep=0.3), 3000, 128),
     "sjlt": (S(240, "sjlt", nnz=3), 3011, 32),
     "sjlt, keep, groups of four": (S(60, "sjlt", nnz=3, keep=0.5), 400, 1),
