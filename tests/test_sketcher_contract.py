@@ -298,6 +298,17 @@ def test_a_bad_token_fails_its_segment_alone(layout: str) -> None:
     assert got.sketches[2].isnan().all() and torch.equal(got.sketches[:2], clean[:2])
 
 
+def test_one_bad_number_fails_the_whole_sketch() -> None:
+    """A sketch with a hole would be compared like any other: one output's gradient overflows, and all is NaN."""
+    model, x, w = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 3, 8), torch.ones(2, 3, 8)
+    w[1, 2, 0] = torch.inf
+    with GradientSketcher(model, SPEC) as sketcher:
+        with sketcher.batch(torch.tensor([0, 1]), shape=(2, 3)) as out:
+            (model(x) * w).sum().backward()
+    assert out.sketches[0].isfinite().all() and out.sketches[0].any()
+    assert out.sketches[1].isnan().all()
+
+
 def test_a_weight_of_zero_hides_no_bad_log_prob() -> None:
     """Token 33 has probability 0 and weight 0, so its gradient is 0 as well: its log-prob alone fails the segment."""
     model, batch = zoo.make("phi"), zoo.padded()
