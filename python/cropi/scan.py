@@ -52,11 +52,11 @@ class Scan:
 
 
 class NothingToSelect(CropiError):
-    """No training prompt of a stage has a gradient."""
+    """No training prompt has a gradient. Messages begin with ``before`` and end with ``otherwise``."""
 
-    def __init__(self, stage: int, prompts: int, reasons: Counter[str], otherwise: str = "") -> None:
+    def __init__(self, prompts: int, reasons: Counter[str], *, before: str, otherwise: str = "") -> None:
         super().__init__(
-            f"stage {stage}: there is nothing to select: none of the {prompts} training prompts has a gradient "
+            f"{before}there is nothing to select: none of the {prompts} training prompts has a gradient "
             f"({_listed(reasons)}). Prompts teach only where some responses fail and some succeed: take more responses "
             "per prompt, easier or harder prompts, or a higher temperature, and check the reward function"
             + otherwise

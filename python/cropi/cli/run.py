@@ -47,11 +47,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_all(args: argparse.Namespace, out: Path, names: list[str]) -> int:
     from cropi.influence import validation_means
+    from cropi.scan import NothingToSelect, check_covered
     from cropi.store import SketchStore
 
     # Every file is checked first: a bad line in the training file must not show after hours of validation.
     scans = [sketch.scan_files(args, [path]) for path in args.valid]
     train_scan = sketch.scan_files(args, args.train)
+    if not train_scan.usable:
+        raise NothingToSelect(
+            train_scan.prompts, train_scan.without_gradient, before=f"{', '.join(args.train)}: "
+        )
+    check_covered(dict(zip(names, scans)), (), option="--valid")
     models = sketch.load_models(args)
     folder, stores = out / "sketches", []
     limit, args.limit = args.limit, None  # --limit is for trying out the training files
