@@ -250,3 +250,7 @@ def test_written_selection_table_and_plot(tmp_path: Path) -> None:
     assert text[1].endswith("1+1=") and len(best_and_worst(scores, chosen, count=50).splitlines()) == 11
     plot_scores(tmp_path / "scores.png", scores, chosen)
     assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    plot_scores(tmp_path / "scores.pdf", scores, chosen)
+    assert (tmp_path / "scores.pdf").read_bytes()[:4] == b"%PDF"
+    with pytest.raises(CropiError, match="scores.txt should end in one of .png, .pdf, .svg"):
+        plot_scores(tmp_path / "scores.txt", scores, chosen)

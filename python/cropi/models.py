@@ -43,8 +43,15 @@ def load_model(
     name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
     optional("transformers")
     source, options = locate(name)
-    model = _load_weights(name, source, options, dtype)
-    tokenizer = _load_tokenizer(name, source, options)
+    try:
+        model = _load_weights(name, source, options, dtype)
+        tokenizer = _load_tokenizer(name, source, options)
+    except (ImportError, OSError, ValueError):
+        raise  # they name the file or the package
+    except Exception as error:  # a damaged file: every format has errors of its own
+        raise ValueError(
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {error}); if a file is damaged, get it again"
+        ) from error
     return model.to(device).eval(), tokenizer
 
 
@@ -60,18 +67,10 @@ def _load_weights(name: str, source: str, options: dict[str, Any], dtype: torch.
         raise OSError(f"model {name!r}: {problem}: {error}") from error
     _check_causal(name, config)
     is_gguf = "gguf_file" in options
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options,
-            **(_dense_gguf() if is_gguf else {}),
-        )  # fmt: skip
-    except (ImportError, OSError, ValueError):
-        raise  # transformers' own words name the file or the package
-    except Exception as error:  # a damaged file: every format has errors of its own
-        raise ValueError(
-            f"model {name!r}: its weights cannot be loaded ({type(error).__name__}: {error}); if a file is damaged, "
-            "get it again"
-        ) from error
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options,
+        **(_dense_gguf() if is_gguf else {}),
+    )  # fmt: skip
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"model {name!r}: the checkpoint lacks {len(missing)} weights, which would be left random, "
