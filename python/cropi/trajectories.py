@@ -107,7 +107,7 @@ def replace_records(
     return counts
 
 
-def _open_to_read(path: Path) -> gzip.GzipFile | io.BufferedReader:
+def _open_to_read(path: Path) -> IO[bytes]:
     # By content, not by name: files are renamed, and a download may have unpacked one.
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
