@@ -248,13 +248,18 @@ def test_every_mistake_is_one_clear_line(
     equal = [record | {"rewards": [1, 1, 1, 1]} for record in make_records(3, seed=1, sets=["z"])]
     valid = write_lines(tmp_path / "equal.jsonl", equal)
     words = f"run --model {made}/model --train {made}/train.jsonl {SMALL} --out {run} --valid {valid}"
-    fails("no trajectory covers the validation set 'z' usefully: none of its 3 prompts has a gradient", words)
-    assert not (run / "sketches").exists(), "found before the model is loaded"
+    fails("the validation set 'z' usefully: none of its 3 prompts has a gradient", words)
+    assert not run.exists(), "found before the long part"
+    stores, file = f"--train {tmp_path}/store --valid {tmp_path}/store", f"--trajectories {made}/train.jsonl"
+    fails("is a folder; give the path of a file", f"influence {stores} --out {tmp_path}")
+    fails("is a file; give the folder", f"influence --train {broken} --valid {broken} --out {tmp_path}/x")
+    fails("give another --out", f"{common} {file} --out {broken}/below")
+    unused = f"--behaviour current --behaviour-model {made}/other"
+    fails("does not use the behaviour model", f"{common} {file} {unused} --out {tmp_path}/o")
+    fails("name it with --behaviour-model", f"{common} {file} --behaviour model --out {tmp_path}/o")
+    assert not (tmp_path / "o").exists()
     with pytest.raises(ValueError, match="there is no such trajectory file"):
         cropi(f"{common} --debug --trajectories {tmp_path}/no.jsonl --out {out}")
-    with pytest.raises(SystemExit) as stopped:
-        cropi("run --model m")
-    assert stopped.value.code == 2
 
 
 def test_run_that_has_nothing_to_select_ends_before_the_model_is_loaded(

@@ -60,6 +60,9 @@ def export(
         raise CropiError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     out = Path(out)
     if format == "ids":
+        for name in ids:
+            if name.splitlines() != [name]:
+                raise CropiError(f"format ids: the prompt id {name!r} is not one line; use jsonl")
         write_atomic(out, "".join(f"{name}\n" for name in ids))
         return len(ids)
     if dataset is None:

@@ -39,6 +39,7 @@ class Scan:
     largest_id: tuple[int, str] = (-1, "")  # the largest token id and where it stands
     bad: list[RecordError] = field(default_factory=list)
     fingerprint: str = ""
+    tokens_checked: bool = False  # by :func:`cropi.job.check_tokens`
 
     @property
     def usable(self) -> int:
@@ -78,7 +79,8 @@ def scan(
         _count(found, group)
     if not found.prompts:
         raise CropiError(
-            f"{', '.join(map(str, paths))}: no usable record is left ({len(found.bad)} bad ones skipped)"
+            f"{', '.join(map(str, paths))}: no usable record is left ({len(found.bad)} bad ones skipped); the first: "
+            f"{found.bad[0]}"
         )
     found.fingerprint = digest.hexdigest()
     return found
