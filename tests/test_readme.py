@@ -80,7 +80,7 @@ def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_trl_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+def test_trl_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands in docs/trl.md, but on a small model and rollouts of its vocabulary."""
     pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
     from made_data import make_model, make_tokenizer
