@@ -7,7 +7,7 @@ First table: CountSketch of [B, P] against the machine's copy bandwidth (bytes r
 it takes beyond input and output. Second table and plot: every peer on the same inputs, with the rms error of the
 cosines of its rows beside its time. Each peer's set-up (drawing its matrix or its tables) is outside its timed
 region and shown apart, except where drawing is part of every call (TRAK, dattri). Peers that are not installed are
-named and left out.
+named and left out; `pip install dattri` is needed beside the extra `bench`, because it builds a MIDI library.
 
 Times are medians of rounds in which all candidates alternate; shares are medians of per-round ratios.
 """
@@ -193,8 +193,20 @@ def cosine_error(x: torch.Tensor, y: Any) -> float:
     return float((((y @ y.T)[i, j] - dots) / (norm[i] * norm[j])).square().mean().sqrt())
 
 
-def peer_table(size: int, dim: int, rounds: int, seeds: int) -> list[dict[str, Any]]:
-    x, runs, table = outlier_rows(8, size), {}, []
+@dataclasses.dataclass
+class Race:
+    """Peers on the same rows: what was timed, and all that their accuracy needs afterwards."""
+
+    dim: int
+    x: torch.Tensor
+    runs: dict[str, Run]
+    table: list[dict[str, Any]]
+
+
+def time_peers(size: int, dim: int, rounds: int) -> Race:
+    x = outlier_rows(8, size)
+    runs: dict[str, Run] = {}
+    table: list[dict[str, Any]] = []
     for peer in PEERS:
         if size * dim > peer.largest:
             print(f"{peer.name}: left out at P * dim = {size * dim:.1e}")
@@ -213,24 +225,35 @@ def peer_table(size: int, dim: int, rounds: int, seeds: int) -> list[dict[str, A
     for _ in range(rounds):
         for row in table:
             if not row["slow"]:
+                time.sleep(0.05)  # threads of the peer before spin on, and would be timed with this one
                 row["times"].append(seconds(runs[row["what"]], x))
-    makers = {peer.name: peer.make for peer in PEERS}
     fastest = 0.0
     for row in table:
-        times, slow, name = row.pop("times"), row.pop("slow"), row["what"]
-        row["ms"] = 1e3 * statistics.median(times if slow else times[1:])
+        times = row.pop("times")
+        row["ms"] = 1e3 * statistics.median(times if row["slow"] else times[1:])
         fastest = fastest or row["ms"]
         row["times countsketch"] = row["ms"] / fastest
-        row["seeds"] = 1 if slow else seeds
+    return Race(dim, x, runs, table)
+
+
+def with_errors(race: Race, seeds: int) -> list[dict[str, Any]]:
+    """The table with the rms error of the cosines, over several seeds where a call is fast."""
+    makers, x = {peer.name: peer.make for peer in PEERS}, race.x
+    for row in race.table:
+        name = row["what"]
+        row["seeds"] = 1 if row.pop("slow") else seeds
         errors = [
-            cosine_error(x, (makers[name](size, dim, s) if s else runs[name])(x)) for s in range(row["seeds"])
+            cosine_error(x, (makers[name](x.shape[1], race.dim, s) if s else race.runs[name])(x))
+            for s in range(row["seeds"])
         ]
         row["rms cosine error"] = float(np.sqrt(np.mean(np.square(errors))))
         print(line(row), flush=True)
     unit = torch.nn.functional.normalize(x, dim=1)
-    bound = np.mean([countsketch_variance(unit[a], unit[b], dim) for a in range(4) for b in range(a)]) ** 0.5
-    print(f"bound of an ideal CountSketch at dim={dim}: {bound:.4f}\n")
-    return table
+    bound = (
+        np.mean([countsketch_variance(unit[a], unit[b], race.dim) for a in range(4) for b in range(a)]) ** 0.5
+    )
+    print(f"bound of an ideal CountSketch at dim={race.dim}: {bound:.4f}\n")
+    return race.table
 
 
 def plot(table: list[dict[str, Any]], path: Path) -> None:
@@ -278,11 +301,15 @@ def main() -> None:
     print(cropi_kernels.explain(torch.zeros(1)), "\n", flush=True)
     result: dict[str, Any] = {"bandwidth": bandwidth_table(int(args.size), args.rounds) if args.size else []}
     peers = [
-        row for dim in args.dims for row in peer_table(int(args.peer_size), dim, args.rounds, args.seeds)
+        row
+        for dim in args.dims
+        for row in with_errors(time_peers(int(args.peer_size), dim, args.rounds), args.seeds)
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     plot(peers, args.out / "project.svg")
-    result["peers"] = peers + (peer_table(int(args.large), 4096, args.rounds, 1) if args.large else [])
+    if args.large:
+        peers += with_errors(time_peers(int(args.large), 4096, args.rounds), 1)
+    result["peers"] = peers
     (args.out / "project.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
-from rollout_families import FAMILIES
+from rewards import is_right
 from trl import GRPOConfig, GRPOTrainer
 
 from cropi.models import load_model
@@ -23,13 +22,6 @@ from cropi.trainers.trl import Curriculum, curriculum
 from cropi.trajectories import read_trajectories
 
 DATA = Path(__file__).resolve().parent / "data"
-EXTRACT = {family.name: family.extract for family in FAMILIES}
-
-
-def is_right(completions: list[Any], answer: list[str], task: list[str], **columns: Any) -> list[float]:
-    """1 if the response says the answer, read by its family's rule."""
-    said = [EXTRACT[name](message[-1]["content"]) for message, name in zip(completions, task)]
-    return [float(a.lower() == b.lower()) for a, b in zip(said, answer)]
 
 
 def main() -> None:

@@ -248,13 +248,36 @@ def test_every_mistake_is_one_clear_line(
     equal = [record | {"rewards": [1, 1, 1, 1]} for record in make_records(3, seed=1, sets=["z"])]
     valid = write_lines(tmp_path / "equal.jsonl", equal)
     words = f"run --model {made}/model --train {made}/train.jsonl {SMALL} --out {run} --valid {valid}"
-    fails("validation set 'z' has no usable prompt", words)
-    assert not (run / "sketches" / "train").exists(), "found before the long part"
+    fails("the validation set 'z' usefully: none of its 3 prompts has a gradient", words)
+    assert not run.exists(), "found before the long part"
+    stores, file = f"--train {tmp_path}/store --valid {tmp_path}/store", f"--trajectories {made}/train.jsonl"
+    fails("is a folder; give the path of a file", f"influence {stores} --out {tmp_path}")
+    fails("is a file; give the folder", f"influence --train {broken} --valid {broken} --out {tmp_path}/x")
+    fails("give another --out", f"{common} {file} --out {broken}/below")
+    unused = f"--behaviour current --behaviour-model {made}/other"
+    fails("does not use the behaviour model", f"{common} {file} {unused} --out {tmp_path}/o")
+    fails("name it with --behaviour-model", f"{common} {file} --behaviour model --out {tmp_path}/o")
+    assert not (tmp_path / "o").exists()
     with pytest.raises(ValueError, match="there is no such trajectory file"):
         cropi(f"{common} --debug --trajectories {tmp_path}/no.jsonl --out {out}")
-    with pytest.raises(SystemExit) as stopped:
-        cropi("run --model m")
-    assert stopped.value.code == 2
+
+
+def test_run_that_has_nothing_to_select_ends_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, valid = make_records(8), make_records(8, seed=1, sets=["x", "y"])
+    equal = [record | {"rewards": [1.0] * 4} for record in good]
+    half = [record | ({"rewards": [1.0] * 4} if record["set"] == "y" else {}) for record in valid]
+    for train, against, words in (
+        (equal, valid, "train.jsonl: there is nothing to select: none of the 8 training prompts"),
+        (good, half, "no trajectory covers the validation set 'y' usefully: none of its 4 prompts"),
+        ([{**good[0], "id": None}], valid, "train.jsonl:1: the key 'id' is missing: the record has "),
+    ):
+        files = {"train": write_lines(tmp_path / "train.jsonl", train)}
+        files["valid"] = write_lines(tmp_path / "valid.jsonl", against)
+        given = f"--train {files['train']} --valid {files['valid']}"
+        assert cropi(f"run --model no/such-model {given} --out {tmp_path}/out") == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_skip_bad_goes_on_and_says_what_was_left_out(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -132,13 +133,26 @@ def test_training_in_this_process_with_trl(
     args = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "learning_rate": 0.01,
             "save_steps": 1, "logging_steps": 1}  # fmt: skip
     options = {"reward": f"{tmp_path}/rewards.py:even", "args": args}
-    path = config(made, out, trainer="trl", trl=options, stages=1, steps=2)
-    assert curriculum(path) == 0
+    path_of_config = config(made, out, trainer="trl", trl=options, stages=1, steps=2)
+    assert curriculum(path_of_config) == 0
     new = out / "stage-00" / "trained" / "policy"
     assert report(out)[0]["model"].endswith("trained/policy")
     old, trained = (AutoModelForCausalLM.from_pretrained(p).lm_head.weight for p in (made / "model", new))
     assert not torch.equal(old, trained)
     assert (out / "stage-00" / "trained" / "checkpoints" / "checkpoint-2").is_dir()
+    # Killed while it wrote its last checkpoint: the stage goes on from the one before, to the same policy.
+    forget(out / "state.json", "train")
+    for path in (out / "stage-00" / "trained" / "checkpoints" / "checkpoint-2").iterdir():
+        path.unlink() if path.name == "trainer_state.json" else path.write_bytes(path.read_bytes()[:100])
+    shutil.rmtree(new)
+    assert curriculum(path_of_config) == 0
+    again = AutoModelForCausalLM.from_pretrained(new).lm_head.weight
+    assert torch.equal(trained, again)
+    # Killed between the last checkpoint and the end of the step: nothing is trained a second time.
+    forget(out / "state.json", "train")
+    shutil.rmtree(new)
+    assert curriculum(path_of_config) == 0
+    assert torch.equal(trained, AutoModelForCausalLM.from_pretrained(new).lm_head.weight)
     capsys.readouterr()
     for changes, words in (
         ({"rewards": "x"}, "'rewards' is not known; did you mean 'reward'?"),
@@ -149,6 +163,15 @@ def test_training_in_this_process_with_trl(
     ):
         assert curriculum(config(made, tmp_path / "bad", trainer="trl", trl=changes)) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def forget(path: Path, step: str) -> None:
+    """Make the state that of a run that was killed in the middle of a step."""
+    state = json.loads(path.read_text())
+    place = [entry["step"] for entry in state["done"]].index(step)
+    state["done"] = state["done"][:place]
+    state["started"] = {"stage": 0, "step": step, "attempts": 1}
+    path.write_text(json.dumps(state))
 
 
 # --------------------------------------------------------------------------------------------------- crashes
@@ -420,6 +443,21 @@ def test_a_validation_set_without_a_gradient(
     assert "no trajectory covers the validation set 'y' usefully" in error and "6 with equal rewards" in error
 
 
+def test_a_dataset_without_stable_ids_is_found_before_any_sketch(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nameless = write_lines(tmp_path / "nameless.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    twice = write_lines(tmp_path / "twice.jsonl", [{"id": 1}, {"id": "1"}])
+    for dataset, words in (
+        (nameless, "has no stable prompt id"),
+        (twice, "rows 0 and 1 have the same id '1'"),
+    ):
+        path = config(made, tmp_path / "run", dataset=str(dataset), trainer="true {dataset}")
+        assert curriculum(path) == 2
+        error = capsys.readouterr().err
+        assert words in error and "--dataset-id" in error and not (tmp_path / "run").exists()
+
+
 def test_rollout_commands_that_write_nothing(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -441,8 +479,8 @@ def test_a_folder_of_something_else(made: Path, tmp_path: Path, capsys: pytest.C
     assert "is not empty and holds no state.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["curriculum.yaml", "verl/curriculum.yaml"])
-def test_example_configs_are_plans(name: str) -> None:
+@pytest.mark.parametrize("name", ["curriculum.yaml", "curriculum_trl.yaml", "verl/curriculum.yaml"])
+def test_example_configs_are_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from cropi.cli import _parser
     from cropi.cli.config import apply_config
     from cropi.cli.curriculum import make_plan
@@ -452,8 +490,14 @@ def test_example_configs_are_plans(name: str) -> None:
     apply_config(args, tables=("trl",))
     plan = make_plan(args)
     assert plan.stages > 1 and plan.train and plan.valid
-    script = HERE.parent / plan.trainer.split()[1]
-    assert script.is_file()
+    if plan.trainer == "trl":
+        from cropi.curriculum.in_process import check_options
+
+        monkeypatch.chdir(HERE.parent)
+        check_options(plan.trl)
+    else:
+        script = HERE.parent / plan.trainer.split()[1]
+        assert script.is_file()
 
 
 def test_switches_in_a_config_file_are_named_either_way(

@@ -112,11 +112,14 @@ def test_prompts_without_a_gradient_are_known_from_their_rewards() -> None:
 def test_contradicting_options_are_refused() -> None:
     for call, message in (
         (lambda: make_estimator("grpo"), "estimator must be one of cropi, ppo"),
-        (lambda: make_estimator("reinforce", clip_low=0.1, clip_high=0.1), "no ratio that could be clipped"),
-        (lambda: make_estimator("cropi", clip_low=0.1), "must be given together"),
-        (lambda: make_estimator("ppo", eps=-1.0), "eps must be >= 0"),
+        (lambda: make_estimator("reinforce", clip_low=0.1, clip_high=0.1), "has no ratio to clip"),
+        (lambda: make_estimator("cropi", clip_low=0.1), "needs both or none"),
+        (lambda: make_estimator("cropi", constant=3.0), "does not use it; leave it out"),
+        (lambda: make_estimator("reinforce", eps=0.1), "does not use it; leave it out"),
+        (lambda: make_estimator("ppo", eps=float("inf")), "eps must be a finite number"),
+        (lambda: make_estimator("ppo", eps=-1.0), "eps must be a finite number >= 0"),
         (lambda: Estimator("x", length="words"), "length must be one of"),
-        (lambda: make_estimator("dr_grpo", constant=0.0), "constant must be positive"),
+        (lambda: make_estimator("dr_grpo", constant=0.0), "constant must be a finite number above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

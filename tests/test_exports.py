@@ -57,6 +57,8 @@ def test_rows_of_a_dataset_are_copied_whole_and_best_first(tmp_path: Path, parqu
         {"name": "p2", "question": 2}, {"name": "p0", "question": 0}]  # fmt: skip
     export(tmp_path / "ids.txt", ["p2", "p0"], format="ids")
     assert (tmp_path / "ids.txt").read_text() == "p2\np0\n"
+    with pytest.raises(CropiError, match="the prompt id 'a\\\\nb' is not one line; use jsonl"):
+        export(tmp_path / "ids.txt", ["p2", "a\nb"], format="ids")
 
 
 def test_without_a_dataset_the_prompts_come_from_the_records(tmp_path: Path) -> None:

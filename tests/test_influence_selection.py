@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cropi.errors import CropiError
-from cropi.influence import Scores, influence, read_scores, validation_means, write_scores
+from cropi.influence import Scores, influence, read_scores, score_rows, validation_means, write_scores
 from cropi.report import best_and_worst, plot_scores
 from cropi.selection import fuse_ranks, select, write_selected_records, write_selection
 from cropi.shards import RowInfo
@@ -53,6 +53,28 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert cosine.usable.tolist() == [True, True, False, True]
     dot = influence(train, [valid], metric="dot")  # means (3, 0) and (0, 3)
     np.testing.assert_allclose(dot.table, [[9, 12], [0, 6], [math.nan] * 2, [-3, 0]], atol=1e-12)
+
+
+def test_scores_of_tensors_and_what_does_not_fit() -> None:
+    rows, means = (
+        torch.tensor([[3.0, 4.0], [0.0, 0.0]]),
+        {"x": torch.tensor([3.0, 0.0]), "y": torch.tensor([0.0, 2.0])},
+    )
+    np.testing.assert_allclose(score_rows(rows, means), [[0.6, 0.8], [math.nan] * 2])
+    np.testing.assert_allclose(score_rows(rows, means, metric="dot"), [[9, 8], [0, 0]])
+    info = [RowInfo("a"), RowInfo("b")]
+    assert select(Scores(info, ["x", "y"], score_rows(rows, means), {}), fraction=0.5).chosen == [0]
+    for call, named in (
+        (lambda: score_rows(rows[0], means), r"sketches has shape \[2\]: give \[prompts, dim\]"),
+        (lambda: score_rows(rows, {"x": torch.zeros(3)}), r"means\['x'\] has shape \[3\]: give \[2\]"),
+        (lambda: score_rows(rows, means, metric="l2"), "metric must be one of cosine, dot, got 'l2'"),
+        (lambda: Scores(info, ["x"], np.zeros((2, 2)), {}), r"give a numpy array \[2, 1\]"),
+        (lambda: Scores(info, ["x"], rows[:, :1], {}), "table is a Tensor"),
+        (lambda: influence(rows, [rows]), "a SketchStore is needed, got Tensor; score_rows takes tensors"),
+        (lambda: fuse_ranks(np.zeros((3, 1)), ["a"], 1), r"table has shape \[3, 1\]: give \[1, sets\]"),
+    ):
+        with pytest.raises(CropiError, match=named):
+            call()
 
 
 def test_plain_and_normalised_means_differ_as_they_should(tmp_path: Path) -> None:
@@ -228,3 +250,7 @@ def test_written_selection_table_and_plot(tmp_path: Path) -> None:
     assert text[1].endswith("1+1=") and len(best_and_worst(scores, chosen, count=50).splitlines()) == 11
     plot_scores(tmp_path / "scores.png", scores, chosen)
     assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    plot_scores(tmp_path / "scores.pdf", scores, chosen)
+    assert (tmp_path / "scores.pdf").read_bytes()[:4] == b"%PDF"
+    with pytest.raises(CropiError, match="scores.txt should end in one of .png, .pdf, .svg"):
+        plot_scores(tmp_path / "scores.txt", scores, chosen)

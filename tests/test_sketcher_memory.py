@@ -16,7 +16,6 @@ from cropi_kernels.sketcher import taps
 from cropi_kernels.sketcher.graph import widened_input
 
 SPEC = SketchSpec(width=16, vocab_width=64)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Live(TorchDispatchMode):

@@ -226,7 +226,10 @@ def test_same_job_is_continued_and_notes_may_differ(tmp_path: Path) -> None:
     ("change", "named"),
     [
         ({"spec": {"dim": DIM, "seed": 1}}, "spec.seed = 0, but this run has 1"),
-        ({"model": {"dtype": "float32", "weights": "bb"}}, "model.weights = aa, but this run has bb"),
+        (
+            {"model": {"dtype": "float32", "weights": "bb"}},
+            "model.weights = aa (model 'here'), but this run has bb",
+        ),
         ({"stage": "1"}, "stage = 0, but this run has 1"),
         ({"dtype": "int8"}, "dtype = float32, but this run has int8"),
         ({"trajectories": "ff"}, "trajectories = None, but this run has ff"),

@@ -106,8 +106,12 @@ def test_lengths_above_the_limit() -> None:
     assert (cut.prompt, cut.responses, cut.logprobs) == ([1, 2, 3, 4], [[5], [6, 7]], [[-1.0], [-1.0, -2.0]])
     left = fit("truncate-left", 6)
     assert (left.prompt, left.responses) == ([2, 3, 4], [[5], [6, 7, 8]])
-    for policy, length in (("truncate-right", 4), ("truncate-left", 3)):
-        with pytest.raises(RecordError, match="raise the limit"):
+    for policy, length, remedies in (
+        ("truncate-right", 4, "pass a higher --max-length or --too-long skip or truncate-left$"),
+        ("truncate-left", 3, "pass a higher --max-length or --too-long skip$"),
+        ("error", 5, "pass a higher --max-length or --too-long skip or truncate-right or truncate-left$"),
+    ):
+        with pytest.raises(RecordError, match=remedies):
             fit(policy, length)
     with pytest.raises(RecordError, match="the model's context of 6"):
         Tokenize(make_tokenizer(), VOCABULARY, context=6)(record)
@@ -117,7 +121,7 @@ def test_options_are_checked_at_once() -> None:
     for options, message in (
         ({"too_long": "crop"}, "too_long must be one of"),
         ({"max_length": 9, "context": 8}, "max_length is 9, but the model's context is 8"),
-        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0"),
     ):
         with pytest.raises(CropiError, match=message):
             Tokenize(make_tokenizer(), VOCABULARY, **options)  # type: ignore[arg-type]

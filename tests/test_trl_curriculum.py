@@ -174,8 +174,10 @@ def test_resumed_run_is_the_run(at: int, tmp_path: Path) -> None:
         if name == "again":
             # A run that got to step 5 before it was killed, in the middle of a line, with a checkpoint of step `at`.
             shutil.copytree(whole, out, dirs_exist_ok=True)
-            for step in range(at + 1, 7):
+            for step in range(at + 2, 7):
                 shutil.rmtree(out / f"checkpoint-{step}")
+            for path in (out / f"checkpoint-{at + 1}").iterdir():  # this one was being written
+                path.unlink() if path.suffix == ".json" else path.write_bytes(path.read_bytes()[:100])
             with open(out / "cropi/rollouts/train-rank00000.jsonl", "a") as file:
                 file.write('{"id": "p0-0')
             trainer = staged(out, reward_funcs=[seen], save_strategy="steps", save_steps=1, max_steps=6)
@@ -204,6 +206,9 @@ def test_resuming_with_other_settings_is_an_error(files: dict[str, Path], tmp_pa
         staged(tmp_path, files, **run).train()
     (tmp_path / "checkpoint-4" / "cropi_state.json").unlink()
     with pytest.raises(CropiError, match="holds no cropi_state.json"):
+        staged(tmp_path, files, **run).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    (tmp_path / "checkpoint-2" / "cropi_state.json").write_text('{"version": 1, "st')
+    with pytest.raises(CropiError, match="holds no whole checkpoint of a curriculum.*new output_dir"):
         staged(tmp_path, files, **run).train(resume_from_checkpoint=True)
 
 

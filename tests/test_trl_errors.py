@@ -28,14 +28,14 @@ def test_installed_version_is_in_the_tested_range_and_keeps_the_contract() -> No
 
 @pytest.mark.parametrize("other", ["1.7.1", "1.17.0", "2.0.0"])
 def test_version_outside_the_tested_range(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(versions.OVERRIDE, raising=False)
+    monkeypatch.delenv("CROPI_TRL_UNTESTED", raising=False)
     monkeypatch.setattr("importlib.metadata.version", lambda name: other)
-    message = rf"trl {other} is installed.*tested with 1.8.0 to 1.16.0.*pip install '{versions.WANTED}'"
+    message = rf"trl {other} is installed.*tested with 1.8.0 to 1.16.0.*pip install '{versions.WANTED}'.*set CROPI_TRL"
     for factory in (curriculum, record):
         with pytest.raises(CropiError, match=message):
             factory()
         assert factory(allow_untested=True).__mro__[1].__name__.endswith("Mixin")
-    monkeypatch.setenv(versions.OVERRIDE, "1")
+    monkeypatch.setenv("CROPI_TRL_UNTESTED", "1")
     assert versions.check_version() == other
 
 

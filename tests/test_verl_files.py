@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from made_verl import ROOT, check_queue_records, new_only, proto, queue_table, select_into, verl_only
 
+from cropi.errors import CropiError
 from cropi.trajectories import read_trajectories
 
 
@@ -126,3 +127,22 @@ def test_the_select_script_speaks_our_own_options(tmp_path: Path) -> None:
     args = _parser().parse_args(run[2:])
     assert args.behaviour_model == "base" and args.valid == ["a.jsonl", "b.jsonl"] and args.stage == "2"
     assert [json.loads(line)["id"] for line in selection.read_text().splitlines()] == ["5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("other", "fits"), [("0.6.1", False), ("0.7.0", True), ("0.9.9", True), ("0.10.0", False)]
+)
+def test_verl_outside_the_tested_range(other: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cropi.trainers.verl.versions import verl_version
+
+    monkeypatch.delenv("CROPI_VERL_UNTESTED", raising=False)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: other)
+    numbers = tuple(int(part) for part in other.split(".")[:2])
+    if fits:
+        assert verl_version() == numbers
+        return
+    words = rf"verl {other} is installed.*tested with 0.7.1 to 0.9.1.*cropi curriculum.*CROPI_VERL_UNTESTED=1"
+    with pytest.raises(CropiError, match=words):
+        verl_version()
+    monkeypatch.setenv("CROPI_VERL_UNTESTED", "1")
+    assert verl_version() == numbers

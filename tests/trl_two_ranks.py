@@ -1,6 +1,6 @@
-"""Run by ``torchrun`` with two processes: the curriculum in TRL, with groups that are cut in two by the ranks or not.
+"""Run by ``accelerate launch`` with two processes: the curriculum in TRL, with groups cut in two by the ranks or not.
 
-    torchrun --nproc_per_node 2 tests/trl_two_ranks.py OUT TRAIN VALID
+    accelerate launch --multi_gpu --num_processes 2 tests/trl_two_ranks.py OUT TRAIN VALID
 
 Every rank writes what it saw to ``OUT/<run>-rank<r>.json``.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from benchmarks.lib.environment import describe
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS, choose
-from benchmarks.rlvr_mini.config import SCALES
+from benchmarks.rlvr_mini.config import SCALES, Scale
 from benchmarks.rlvr_mini.data import base_model, seed_data
 from cropi.errors import CropiError
 from cropi.files import write_atomic
@@ -46,29 +47,22 @@ def main(arguments: list[str] | None = None) -> None:
     scale = SCALES[args.scale]
     work = args.work / scale.name
     seeds = list(range(scale.seeds)) if args.seeds is None else args.seeds
-    policies = {seed: work / f"seed{seed}" / "cropi" / "policy.pt" for seed in seeds}
-    for path in policies.values():
+    for path in [work / f"seed{seed}" / "cropi" / "policy.pt" for seed in seeds]:
         if not path.exists():
             raise CropiError(f"{path} is missing; run python -m benchmarks.rlvr_mini --arms cropi first")
     torch.set_num_threads(1)
     shared: dict[str, list[float]] = {arm.label: [] for arm in COMPARED}
     targeted: dict[str, list[float]] = {arm.label: [] for arm in (ARMS["cropi_exact"], *COMPARED)}
-    for seed, path in policies.items():
-        model = base_model(scale, work)
-        data = seed_data(
-            scale, seed, model, work / f"seed{seed}"
-        )  # collected by the base policy, as the arms' was
-        model.load_state_dict(torch.load(path, map_location=scale.device))
-        found: dict[str, set[str]] = {}
-        for arm in (ARMS["cropi_exact"], *COMPARED):
-            with tempfile.TemporaryDirectory() as kept:
-                chosen = choose(arm, scale, seed, 0, model, data.pool, data.valid, Path(kept) / "sketches")
-            found[arm.label] = set(chosen)
-            among = [data.problems[name].family in scale.targeted for name in chosen]
-            targeted[arm.label].append(sum(among) / len(among))
-        exact = found[ARMS["cropi_exact"].label]
+    for seed in seeds:
+        found = _choices(scale, seed, work)
+        exact = set(found[ARMS["cropi_exact"].label])
         for label, each in shared.items():
-            each.append(len(exact & found[label]) / len(exact))
+            each.append(len(exact & set(found[label])) / len(exact))
+        for label, each in targeted.items():
+            among = [
+                name.split("-")[0] in scale.targeted for name in found[label]
+            ]  # ids begin with the family
+            each.append(sum(among) / len(among))
     lines = [
         f"Choices under the last policy of CROPI's run, seeds {', '.join(map(str, seeds))}. {describe()}.",
         "",
@@ -81,6 +75,23 @@ def main(arguments: list[str] | None = None) -> None:
         lines.append("| " + " | ".join([*cells, f"{statistics.fmean(family):.2f}"]) + " |")
     write_atomic(args.out, "\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def _choices(scale: Scale, seed: int, work: Path) -> dict[str, list[str]]:
+    """What each way chooses with one seed, by label; kept in the work folder, so a stopped command goes on."""
+    folder = work / f"seed{seed}"
+    path = folder / "choices.json"
+    found: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
+    model = base_model(scale, work)
+    data = seed_data(scale, seed, model, folder)  # collected by the base policy, as the arms' was
+    model.load_state_dict(torch.load(folder / "cropi" / "policy.pt", map_location=scale.device))
+    for arm in (ARMS["cropi_exact"], *COMPARED):
+        if arm.label not in found:
+            with tempfile.TemporaryDirectory() as kept:
+                sketches = Path(kept) / "sketches"
+                found[arm.label] = choose(arm, scale, seed, 0, model, data.pool, data.valid, sketches)
+            write_atomic(path, json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":

@@ -21,7 +21,15 @@ from .taps import EmbeddingTap, LinearTap, NormTap, Tap
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """Parameters of the model: ``covered`` + ``excluded`` + frozen ones make up ``total`` numbers."""
+    """Which of a model's numbers are in the sketch; printed, a table.
+
+    Attributes:
+        total: numbers in all parameters, a tied one counted once: those covered, excluded and frozen.
+        covered: numbers that are sketched.
+        by_kind: the same by the kind of parameter: ``linear``, ``bias``, ``norm``, ``embedding``, ``head``.
+        names: canonical names of the covered parameters.
+        excluded: numbers of every trainable parameter that the caller left out, by canonical name.
+    """
 
     total: int
     covered: int

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import _memory
+from ..ops.linear_logprob.contract import Weigh
 from ..spec import SketchSpec
 from .accumulator import Accumulator
 from .batch import Segments
@@ -18,7 +19,6 @@ from .coverage import Coverage, plan_model
 from .decoder import SplitModel, split_model
 from .policy import (
     PolicyGradient,
-    Weigh,
     additive_mask,
     check_positions,
     check_vocabulary,

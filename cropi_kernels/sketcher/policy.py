@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 
 from ..ops.linear_logprob import logprob_and_grad
+from ..ops.linear_logprob.contract import Weigh
 from ..ops.norm_grad import bias_grad
 from ..ops.sketch_vector import sketch_vector
 from .accumulator import Accumulator
 from .batch import Segments
 from .coverage import Plan
 from .decoder import SplitModel
-
-Weigh = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)

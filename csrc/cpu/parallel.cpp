@@ -34,7 +34,7 @@ struct Job {
 };
 
 // The OpenMP runtime that torch has loaded, if any: its threads spin for some milliseconds after every operation of
-// torch, and threads of ours would share the cores with them (measured: 20 ms for a call that takes 16). GOMP_parallel
+// torch, and threads of ours would share the cores with them (measured: 19.5 ms for a call that takes 16 to 18). GOMP_parallel
 // is what compilers emit calls of; the LLVM and Intel runtimes have it too.
 using Gomp = void (*)(void (*fn)(void*), void* ctx, unsigned team, unsigned flags);
 

@@ -101,19 +101,22 @@ static inline void transpose_lanes(VecU32 (&a)[4]) {
   mix(b[1], b[3], &a[2], &a[3]);
 }
 
-// words[4 * i + m] = word m of draw (first + i, purpose, third), i < n. `words` has room for n rounded up to
-// kDrawsAtOnce. Lane l holds draw (l mod 4) * kLanes / 4 + l / 4, so that the transposed vectors are stored whole.
+// Draws of n counters: counters(i) gives those of the draws i to i + kLanes - 1 of a list, and word m of the draw in
+// lane l of them comes out as words[4 * (i + place_of_lane(l)) + m], so that transposed vectors are stored whole.
+// `words` has room for n rounded up to kDrawsAtOnce.
 constexpr int kDrawsAtOnce = 2 * kLanes;
 
-static inline void draw_words(Key key, uint64_t first, int64_t n, uint32_t purpose, uint32_t third, uint32_t* words) {
-  VecU32 lane;
-  for (int l = 0; l < kLanes; ++l) lane[l] = uint32_t(l % 4 * (kLanes / 4) + l / 4);
+constexpr int place_of_lane(int l) { return l % 4 * (kLanes / 4) + l / 4; }
+
+template <class Counters>
+static inline void draw_listed(Key key, int64_t n, Counters&& counters, uint32_t purpose, uint32_t third,
+                               uint32_t* words) {
   for (int64_t i = 0; i < n; i += kDrawsAtOnce) {
     VecU32 c[2][4];
     for (int k = 0; k < 2; ++k) {
-      const uint64_t start = first + uint64_t(i + k * kLanes);
-      c[k][0] = lane + uint32_t(start);
-      c[k][1] = VecU32{} + uint32_t(start >> 32) - VecU32(c[k][0] < lane);  // true is -1: the carry
+      const VecCounter counter = counters(i + k * kLanes);
+      c[k][0] = counter.low;
+      c[k][1] = counter.high;
       c[k][2] = VecU32{} + purpose;
       c[k][3] = VecU32{} + third;
     }
@@ -123,6 +126,19 @@ static inline void draw_words(Key key, uint64_t first, int64_t n, uint32_t purpo
       for (int m = 0; m < 4; ++m) *reinterpret_cast<VecU32U*>(words + 4 * (i + k * kLanes) + m * kLanes) = c[k][m];
     }
   }
+}
+
+// first + index, for every lane.
+static inline VecCounter count_on(uint64_t first, VecU32 index) {
+  const VecU32 low = index + uint32_t(first);
+  return VecCounter{low, VecU32{} + uint32_t(first >> 32) - VecU32(low < index)};  // true is -1: the carry
+}
+
+// words[4 * i + m] = word m of draw (first + i, purpose, third), i < n.
+static inline void draw_words(Key key, uint64_t first, int64_t n, uint32_t purpose, uint32_t third, uint32_t* words) {
+  VecU32 place;
+  for (int l = 0; l < kLanes; ++l) place[l] = uint32_t(place_of_lane(l));
+  draw_listed(key, n, [&](int64_t i) { return count_on(first + uint64_t(i), place); }, purpose, third, words);
 }
 
 }  // namespace cropi::CROPI_ISA

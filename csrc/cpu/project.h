@@ -58,12 +58,49 @@ static inline Vec keep_lanes(Vec v, uint32_t bits) {
 }
 
 // Bit p - first of the result: is coordinate p kept? `first` is a multiple of 128, `n` is rounded up to 128.
-static inline void draw_keep(Key key, uint32_t keep, uint64_t first, int64_t n, uint32_t* mask, uint32_t* fair) {
-  const int64_t words = (n + 127) / 128 * 4;
-  for (int64_t i = 0; i < words; ++i) mask[i] = 0;
-  for (uint32_t level = uint32_t(__builtin_ctz(keep)); level < 16; ++level) {  // below: r & 0
-    draw_words(key, first / 128, words / 4, kProjectKeep, level, fair);
-    for (int64_t i = 0; i < words; ++i) mask[i] = keep_step(mask[i], fair[i], keep, level);
+// From the first binary digit of `keep` to the last, the other way round than keep_step: a bit is open as long as its
+// draws have said "ask the next digit". After some digits most draws have no open bit left and need not be made.
+static inline void draw_keep(Key key, uint32_t keep, uint64_t first, int64_t n, uint32_t* mask) {
+  constexpr int kDraws = 512, kWholeLevels = 7;
+  constexpr int64_t kWords = 4 * kDraws;
+  uint32_t fair[kWords], open[kWords], list[kDraws] = {};
+  const int last = __builtin_ctz(keep);  // where all digits to come are 0, an open bit is not kept
+  for (; n > 0; n -= 128 * kDraws, first += 128 * kDraws, mask += kWords) {
+    const int64_t draws = min64((n + 127) / 128, kDraws);
+    for (int64_t i = 0; i < 4 * draws; ++i) mask[i] = 0, open[i] = ~0u;
+    int level = kKeepLevels - 1;
+    for (; level >= last && level >= kKeepLevels - kWholeLevels; --level) {
+      draw_words(key, first / 128, draws, kProjectKeep, uint32_t(level), fair);
+      const uint32_t digit = -(keep >> level & 1);
+      for (int64_t i = 0; i < 4 * draws; ++i) {
+        mask[i] |= open[i] & fair[i] & digit;
+        open[i] &= fair[i] ^ digit;
+      }
+    }
+    int64_t listed = 0;
+    const auto list_if_open = [&](uint32_t draw) {
+      const uint32_t* o = open + 4 * draw;
+      list[listed] = draw;
+      listed += (o[0] | o[1] | o[2] | o[3]) != 0;
+    };
+    for (int64_t i = 0; i < draws && level >= last; ++i) list_if_open(uint32_t(i));
+    for (; level >= last && listed > 0; --level) {
+      const auto counters = [&](int64_t i) {
+        return count_on(first / 128, *reinterpret_cast<const VecU32U*>(list + i));
+      };
+      draw_listed(key, listed, counters, kProjectKeep, uint32_t(level), fair);
+      const uint32_t digit = -(keep >> level & 1);
+      const int64_t before = listed;
+      listed = 0;
+      for (int64_t i = 0; i < before; ++i) {
+        const uint32_t draw = list[i], *f = fair + 4 * (i / kLanes * kLanes + place_of_lane(int(i % kLanes)));
+        for (int m = 0; m < 4; ++m) {
+          mask[4 * draw + m] |= open[4 * draw + m] & f[m] & digit;
+          open[4 * draw + m] &= f[m] ^ digit;
+        }
+        list_if_open(draw);
+      }
+    }
   }
 }
 

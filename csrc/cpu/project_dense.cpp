@@ -153,10 +153,10 @@ struct Range {
 };
 
 struct KeepMask {
-  uint32_t words[4 * kDrawsAtOnce], fair[4 * kDrawsAtOnce];
+  uint32_t words[4];
   void make(const ProjectArgs& args, uint64_t block) {
     for (int i = 0; i < 4; ++i) words[i] = 0xffffffffu;
-    if (args.keep < kKeepAll) draw_keep(args.key, args.keep, block * 128, 128, words, fair);
+    if (args.keep < kKeepAll) draw_keep(args.key, args.keep, block * 128, 128, words);
   }
   bool kept(int64_t i) const { return words[i / 32] >> (i % 32) & 1; }
 };

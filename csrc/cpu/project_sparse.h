@@ -38,14 +38,13 @@ struct Blocks {
 
 // Draws for the coordinates [first, first + block), `first` a multiple of 128.
 struct Draws {
-  Scratch signs, keep, fair, tiles;
+  Scratch signs, keep, tiles;
   int64_t sign_words, max_tiles;
   uint64_t first = 0, first_tile = 0;
 
   Draws(const ProjectArgs& args, const Shape& s)
       : signs(args.nnz * (s.block / 32 + 4 + 4 * kDrawsAtOnce)),
-        keep(args.keep < kKeepAll ? s.block / 32 + 4 + 4 * kDrawsAtOnce : 1),
-        fair(args.keep < kKeepAll ? s.block / 32 + 4 + 4 * kDrawsAtOnce : 1),
+        keep(args.keep < kKeepAll ? s.block / 32 + 4 : 1),
         tiles(args.nnz * 4 * (s.block / s.width + 2 + kDrawsAtOnce)),
         sign_words(s.block / 32 + 4 + 4 * kDrawsAtOnce),
         max_tiles(s.block / s.width + 2 + kDrawsAtOnce) {}
@@ -67,8 +66,7 @@ struct Draws {
       draw_words(args.key, first / 128, (n + 127) / 128, kProjectSign, uint32_t(j), sign_bits(j));
       draw_words(args.key, first_tile, n_tiles, kProjectTile, uint32_t(j), tile_words(j));
     }
-    if (args.keep < kKeepAll)
-      draw_keep(args.key, args.keep, first, n, keep_bits(), reinterpret_cast<uint32_t*>(fair.data()));
+    if (args.keep < kKeepAll) draw_keep(args.key, args.keep, first, n, keep_bits());
   }
 };
 

@@ -31,6 +31,7 @@ Sources: CROPI arXiv 2510.26491; PPO arXiv 1707.06347 with GRPO's averaging (arX
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -70,16 +71,17 @@ class Estimator:
     def __post_init__(self) -> None:
         if self.length not in LENGTHS:
             raise ValueError(f"length must be one of {', '.join(LENGTHS)}, got {self.length!r}")
+        limits = f"clip_low={self.clip_low}, clip_high={self.clip_high}"
+        if limits != "clip_low=None, clip_high=None" and not self.ratio:
+            raise ValueError(f"{limits}: the estimator {self.name!r} has no ratio to clip; leave them out")
         if (self.clip_low is None) != (self.clip_high is None):
-            raise ValueError("clip_low and clip_high must be given together")
-        if self.clip_low is not None and not self.ratio:
-            raise ValueError(f"clip_low: the estimator {self.name!r} has no ratio that could be clipped")
+            raise ValueError(f"{limits}: the estimator {self.name!r} needs both or none; give both")
         for field in ("clip_low", "clip_high", "eps"):
             value = getattr(self, field)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{field} must be >= 0, got {value}")
-        if not self.constant > 0:
-            raise ValueError(f"constant must be positive, got {self.constant}")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{field} must be a finite number >= 0, got {value}")
+        if not 0 < self.constant < math.inf:
+            raise ValueError(f"constant must be a finite number above 0, got {self.constant}")
 
     def advantages(self, rewards: Sequence[float]) -> np.ndarray:
         """Advantages of one prompt's K responses, float64 ``[K]``."""
@@ -142,8 +144,13 @@ def make_estimator(name: str, **changes: Any) -> Estimator:
     """The estimator called ``name``, with the fields that are not None in ``changes`` replaced.
 
     Raises:
-        ValueError: no such estimator, or the fields contradict each other.
+        ValueError: no such estimator, a field that it does not use, or fields that contradict each other.
     """
     if name not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
-    return replace(ESTIMATORS[name], **{key: value for key, value in changes.items() if value is not None})
+    given = {key: value for key, value in changes.items() if value is not None}
+    made = replace(ESTIMATORS[name], **given)
+    for field, used in (("eps", made.std), ("constant", made.length == "constant")):
+        if field in given and not used:
+            raise ValueError(f"{field}={given[field]}: the estimator {name!r} does not use it; leave it out")
+    return made

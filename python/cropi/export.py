@@ -60,6 +60,9 @@ def export(
         raise CropiError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     out = Path(out)
     if format == "ids":
+        for name in ids:
+            if name.splitlines() != [name]:
+                raise CropiError(f"format ids: the prompt id {name!r} is not one line; use jsonl")
         write_atomic(out, "".join(f"{name}\n" for name in ids))
         return len(ids)
     if dataset is None:
@@ -70,7 +73,7 @@ def export(
         _write_rows(out, format, _rows_of_records(trajectories, ids))
         return len(ids)
     table = read_dataset(dataset)
-    places = _places(table, Path(dataset), ids, id_key)
+    places = _places(table, dataset, ids, id_key)
     if format == "indices":
         write_atomic(out, json.dumps(places) + "\n")
     elif format == "parquet" and not isinstance(table, list):
@@ -130,8 +133,12 @@ def read_dataset(path: str | Path) -> Any:
     return rows
 
 
-def _places(table: Any, path: Path, ids: Sequence[str], id_key: str | None) -> list[int]:
-    """The row number of every id."""
+def dataset_ids(table: Any, path: str | Path, id_key: str | None) -> PromptIds:
+    """The prompt ids of a dataset that :func:`read_dataset` read; ``id_key`` as for :func:`export`.
+
+    Raises:
+        CropiError: it has no such column, or an id is missing or twice in it.
+    """
     columns = list(table[0]) if isinstance(table, list) else table.column_names
     for key in [id_key] if id_key else ID_KEYS:
         first = key if key in columns else key.split(".")[0]
@@ -140,20 +147,23 @@ def _places(table: Any, path: Path, ids: Sequence[str], id_key: str | None) -> l
         rows = table if isinstance(table, list) else table.select([first]).to_pylist()
         values = column_values(rows, key)[1]
         if values is not None and None not in values:
-            break
-    else:
-        wanted = f"column {id_key!r}" if id_key else f"one of {', '.join(ID_KEYS)}"
-        raise CropiError(
-            f"dataset: {path} has no stable prompt id ({wanted} is not among its columns {', '.join(columns)}); add "
-            "the trajectories' ids to it as a column, and name it with --dataset-id"
-        )
-    found = PromptIds(rows, key, f"dataset: {path}", "--dataset-id")
+            return PromptIds(rows, key, f"dataset: {path}", "--dataset-id")
+    wanted = f"column {id_key!r}" if id_key else f"one of {', '.join(ID_KEYS)}"
+    raise CropiError(
+        f"dataset: {path} has no stable prompt id ({wanted} is not among its columns {', '.join(columns)}, or not in "
+        "every row); add the trajectories' ids to it as a column, and name it with --dataset-id"
+    )
+
+
+def _places(table: Any, path: str | Path, ids: Sequence[str], id_key: str | None) -> list[int]:
+    """The row number of every id."""
+    found = dataset_ids(table, path, id_key)
     missing = [name for name in ids if name not in found]
     if missing:
         raise CropiError(
             f"dataset: {path}: {len(missing)} of {len(ids)} selected prompts have no row, for example {missing[0]!r} "
-            f"(its column {key!r} holds, for example, {found.names[0]!r}); give the dataset that the rollouts were "
-            "made from"
+            f"(its column {found.column!r} holds, for example, {found.names[0]!r}); give the dataset that the rollouts "
+            "were made from"
         )
     return found.places(ids)
 

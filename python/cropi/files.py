@@ -11,6 +11,7 @@ from pathlib import Path
 from cropi.errors import CropiError
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 
 
 @contextlib.contextmanager
@@ -21,9 +22,12 @@ def replacing(path: Path) -> Iterator[Path]:
     ``.tmp`` file may stay behind; nobody reads it.
 
     Raises:
-        CropiError: the disk is full (or a quota or a file size limit is reached).
+        CropiError: ``path`` is a folder or cannot be written, or the disk is full (or a quota or a file size limit
+            is reached).
     """
     path = Path(path)
+    if path.is_dir():
+        raise CropiError(f"cannot write {path}: it is a folder; give the path of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +41,10 @@ def replacing(path: Path) -> Iterator[Path]:
             raise CropiError(
                 f"cannot write {path}: {os.strerror(error.errno or 0).lower()}; free some space and run "
                 "the same command again (what was written before is intact)"
+            ) from error
+        if error.errno in NO_ACCESS:
+            raise CropiError(
+                f"cannot write {path}: {os.strerror(error.errno or 0).lower()}; give a path that can be written"
             ) from error
         raise
     finally:

@@ -39,6 +39,14 @@ class Scores:
     table: np.ndarray
     meta: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        kind, shape = type(self.table).__name__, list(np.shape(self.table))
+        if not isinstance(self.table, np.ndarray) or shape != [len(self.rows), len(self.sets)]:
+            raise CropiError(
+                f"table is a {kind} of shape {shape}: give a numpy array [{len(self.rows)}, {len(self.sets)}], a row "
+                "per prompt and a column per validation set"
+            )
+
     @property
     def ids(self) -> list[str]:
         """The prompt ids."""
@@ -79,20 +87,17 @@ def influence(
             raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if max_valid is not None and max_valid < 1:
         raise CropiError(f"max_valid must be at least 1, got {max_valid}")
+    for store in [train, *valid]:
+        if not isinstance(store, SketchStore):
+            raise CropiError(f"a SketchStore is needed, got {type(store).__name__}; score_rows takes tensors")
     for store in valid:
         check_comparable(train.manifest, store.manifest, (str(train.path), str(store.path)))
     means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
     rows = train.rows()
     place = {row.id: i for i, row in enumerate(rows)}
-    directions = torch.stack(list(means.values())).T
-    if metric == "cosine":
-        directions = directions / directions.norm(dim=0)
     table = np.full((len(rows), len(means)), math.nan)
     for kept, sketches in train.shards():
-        scores = sketches.double() @ directions
-        if metric == "cosine":
-            scores = scores / sketches.double().norm(dim=1, keepdim=True)
-        table[[place[row.id] for row in kept]] = scores.numpy()
+        table[[place[row.id] for row in kept]] = score_rows(sketches, means, metric=metric)
     if not np.isfinite(table).all(axis=1).any():
         raise CropiError(
             f"{train.path}: no training prompt has a usable sketch; see `cropi info {train.path}`"
@@ -102,6 +107,35 @@ def influence(
         "train": _origin(train), "valid": [_origin(store) for store in valid],
     }  # fmt: skip
     return Scores(rows, list(means), table, meta)
+
+
+def score_rows(
+    sketches: torch.Tensor, means: Mapping[str, torch.Tensor], *, metric: str = "cosine"
+) -> np.ndarray:
+    """The scores of sketches that are in memory: float64 ``[n, sets]``.
+
+    Args:
+        sketches: float ``[n, dim]``, one row per prompt.
+        means: for each validation set the mean of its sketches, float ``[dim]``.
+        metric: "cosine" or "dot".
+
+    Raises:
+        CropiError: shapes that do not fit together, or an unknown metric.
+    """
+    if metric not in METRICS:
+        raise CropiError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if sketches.ndim != 2:
+        raise CropiError(f"sketches has shape {list(sketches.shape)}: give [prompts, dim]")
+    for name, mean in means.items():
+        if mean.shape != sketches.shape[1:]:
+            raise CropiError(
+                f"means[{name!r}] has shape {list(mean.shape)}: give [{sketches.shape[1]}], the sketches' dim"
+            )
+    rows, directions = sketches.double(), torch.stack([mean.double() for mean in means.values()], dim=1)
+    scores = rows @ directions
+    if metric == "cosine":
+        scores = scores / directions.norm(dim=0) / rows.norm(dim=1, keepdim=True)
+    return np.asarray(scores.cpu().numpy())
 
 
 def validation_means(

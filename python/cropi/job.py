@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import RecordError
+from cropi.advantages import no_gradient_reason
+from cropi.errors import CropiError, RecordError, optional
 from cropi.estimators import ESTIMATORS, Estimator
 from cropi.fingerprint import model_fingerprint, tokenizer_fingerprint
 from cropi.scan import Scan
-from cropi.tokenize import Tokenize
+from cropi.tokenize import Tokenize, TooLong
+from cropi.trajectories import read_trajectories
 from cropi_kernels import Coverage, SketchSpec
 
 
@@ -41,6 +45,12 @@ class SketchJob:
     shard_rows: int = 64
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_batch", "shard_rows", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CropiError(f"{name} must be at least 1, got {value}")
+
 
 def make_tokenize(model: Any, tokenizer: Any, job: SketchJob, found: Scan) -> Tokenize:
     """The tokenisation rules for this model.
@@ -61,6 +71,24 @@ def make_tokenize(model: Any, tokenizer: Any, job: SketchJob, found: Scan) -> To
         tokenizer, vocabulary, context, chat_template=job.chat_template, eos=job.eos,
         max_length=job.max_length, too_long=job.too_long, temperature=job.temperature,
     )  # fmt: skip
+
+
+def check_tokens(tokens: Tokenize, job: SketchJob, found: Scan, progress: bool = False) -> None:
+    """Tokenise every prompt that has a gradient once, so that one that does not fit shows before any compute.
+
+    Raises:
+        RecordError: as :meth:`Tokenize.__call__`.
+    """
+    if found.tokens_checked or job.skip_bad:
+        return
+    bar = optional("tqdm").tqdm
+    groups = islice(read_trajectories(job.trajectories), job.limit)
+    total = min(found.prompts, job.limit or found.prompts)
+    for group in bar(groups, "checking", total, unit="prompt", disable=not progress, delay=2, leave=False):
+        if no_gradient_reason(group.rewards) is None:
+            with suppress(TooLong):
+                tokens(group)
+    found.tokens_checked = True
 
 
 def make_manifest(

@@ -24,6 +24,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CropiError: there is no store, its manifest is damaged, or a newer release wrote it.
     """
     file = path / MANIFEST
+    if path.is_file():
+        raise CropiError(f"{path} is a file; give the folder that `cropi sketch --out` wrote")
     if not file.is_file():
         raise CropiError(
             f"{path}: there is no sketch store (no {MANIFEST}); make one with `cropi sketch --out {path}`"
@@ -48,9 +50,16 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[st
     differs = first_difference(left, right)
     if differs:
         raise CropiError(
-            f"{names[0]} and {names[1]} cannot be compared: {differs[0]} = {differs[1]} in the first, "
-            f"{differs[2]} in the second; sketch both with the same settings"
+            f"{names[0]} and {names[1]} cannot be compared: {differs[0]} = {differs[1]} in the first"
+            f"{_model_of(a, differs[0])}, {differs[2]} in the second{_model_of(b, differs[0])}; sketch both with the "
+            "same settings"
         )
+
+
+def _model_of(manifest: Mapping[str, Any], field: str) -> str:
+    """Whose weights these are: a hash alone tells nobody which of two stores is the wrong one."""
+    name = manifest.get("notes", {}).get("model") if field.startswith("model.") else None
+    return f" (model {name!r})" if name else ""
 
 
 def first_difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
@@ -70,12 +79,11 @@ def check_same_job(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any
     Raises:
         CropiError: naming the first differing field and both values.
     """
-    made, wanted = (
-        {key: value for key, value in side.items() if key not in NOTES} for side in (made, wanted)
-    )
-    differs = first_difference(made, wanted)
+    left, right = ({key: value for key, value in side.items() if key not in NOTES} for side in (made, wanted))
+    differs = first_difference(left, right)
     if differs:
         raise CropiError(
-            f"the store {path} was made with {differs[0]} = {differs[1]}, but this run has {differs[2]}; "
-            "give another --out, or run with the same settings"
+            f"the store {path} was made with {differs[0]} = {differs[1]}{_model_of(made, differs[0])}, but this run "
+            f"has {differs[2]}{_model_of(wanted, differs[0])}; give another --out, or run with the same "
+            + ("files" if differs[0] == "trajectories" else "settings")
         )

@@ -43,8 +43,15 @@ def load_model(
     name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
     optional("transformers")
     source, options = locate(name)
-    model = _load_weights(name, source, options, dtype)
-    tokenizer = _load_tokenizer(name, source, options)
+    try:
+        model = _load_weights(name, source, options, dtype)
+        tokenizer = _load_tokenizer(name, source, options)
+    except (ImportError, OSError, ValueError):
+        raise  # they name the file or the package
+    except Exception as error:  # a damaged file: every format has errors of its own
+        raise ValueError(
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {error}); if a file is damaged, get it again"
+        ) from error
     return model.to(device).eval(), tokenizer
 
 

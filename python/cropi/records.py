@@ -30,6 +30,10 @@ FIELDS = (
 )
 # A log-prob slightly above zero is rounding in the engine that wrote it, not a mistake in the file.
 LOGPROB_SLACK = 1e-3
+ID_REMEDY = (
+    "give every prompt an id that no other one has and that stays the same from run to run, the one of your dataset, "
+    "or pass --skip-bad"
+)
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,13 @@ def parse_record(line: bytes | str, where: str) -> PromptGroup:
     held = f"the record has {', '.join(map(repr, record)) or 'no key'}"
     for name in ("id", "rewards"):
         if values[name] is None:
-            raise RecordError(where, f"the key {name!r} is missing: {held}")
+            remedy = [ID_REMEDY] if name == "id" else []
+            raise RecordError(where, f"the key {name!r} is missing: {held}", *remedy)
     for text_key, ids_key in (("prompt", "prompt_ids"), ("responses", "response_ids")):
         if values[text_key] is None and values[ids_key] is None:
             raise RecordError(where, f"the key {text_key!r} is missing (and {ids_key!r} too): {held}")
     if isinstance(values["id"], bool) or not isinstance(values["id"], (str, int)):
-        raise RecordError(where, f"'id' must be a string or an integer, got {values['id']!r}")
+        raise RecordError(where, f"'id' must be a string or an integer, got {values['id']!r}", ID_REMEDY)
     values["id"] = str(values["id"])
     extra = {key: value for key, value in record.items() if key not in FIELDS}
     group = PromptGroup(**values, extra=extra, where=where, raw=text.rstrip("\r\n"))

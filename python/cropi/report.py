@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cropi.errors import optional
+from cropi.errors import CropiError, optional
 from cropi.files import replacing
 from cropi.influence import Scores
 from cropi.selection import Selection
 from cropi.trajectories import read_trajectories
 
+PLOTS = ("png", "pdf", "svg")
+
 
 def plot_scores(path: str | Path, scores: Scores, selection: Selection) -> None:
-    """Write a PNG: for every validation set, the prompts' scores in order (left) and against pass rate
-    (right)."""
+    """Write a plot (.png, .pdf or .svg): for every validation set, the prompts' scores in order (left) and against the
+    pass rate (right)."""
+    kind = Path(path).suffix[1:].lower()
+    if kind not in PLOTS:
+        raise CropiError(f"plot: {path} should end in one of .{', .'.join(PLOTS)}")
     optional("matplotlib").use("Agg")
     plt = optional("matplotlib.pyplot")
     usable = np.flatnonzero(scores.usable)
@@ -43,7 +47,7 @@ def plot_scores(path: str | Path, scores: Scores, selection: Selection) -> None:
     axes[0][0].legend(frameon=False)
     figure.suptitle(f"{len(selection.chosen)} of {len(usable)} usable prompts selected by {selection.method}")
     with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format=kind, dpi=120)
     plt.close(figure)
 
 
@@ -88,7 +92,7 @@ def prompt_texts(paths: Sequence[str | Path], ids: set[str], width: int = 60) ->
     for group in read_trajectories(paths, skip_bad=True):
         if group.id in ids:
             prompt = group.prompt if isinstance(group.prompt, str) else last_message(group.prompt)
-            text = json.dumps(prompt, ensure_ascii=False)[1:-1]
+            text = " ".join("".join(c if c.isprintable() else " " for c in prompt).split())
             texts[group.id] = text if len(text) <= width else text[: width - 3] + "..."
     return texts
 

@@ -39,6 +39,7 @@ class Scan:
     largest_id: tuple[int, str] = (-1, "")  # the largest token id and where it stands
     bad: list[RecordError] = field(default_factory=list)
     fingerprint: str = ""
+    tokens_checked: bool = False  # by :func:`cropi.job.check_tokens`
 
     @property
     def usable(self) -> int:
@@ -52,11 +53,11 @@ class Scan:
 
 
 class NothingToSelect(CropiError):
-    """No training prompt of a stage has a gradient."""
+    """No training prompt has a gradient. Messages begin with ``before`` and end with ``otherwise``."""
 
-    def __init__(self, stage: int, prompts: int, reasons: Counter[str], otherwise: str = "") -> None:
+    def __init__(self, prompts: int, reasons: Counter[str], *, before: str, otherwise: str = "") -> None:
         super().__init__(
-            f"stage {stage}: there is nothing to select: none of the {prompts} training prompts has a gradient "
+            f"{before}there is nothing to select: none of the {prompts} training prompts has a gradient "
             f"({_listed(reasons)}). Prompts teach only where some responses fail and some succeed: take more responses "
             "per prompt, easier or harder prompts, or a higher temperature, and check the reward function"
             + otherwise
@@ -78,7 +79,8 @@ def scan(
         _count(found, group)
     if not found.prompts:
         raise CropiError(
-            f"{', '.join(map(str, paths))}: no usable record is left ({len(found.bad)} bad ones skipped)"
+            f"{', '.join(map(str, paths))}: no usable record is left ({len(found.bad)} bad ones skipped); the first: "
+            f"{found.bad[0]}"
         )
     found.fingerprint = digest.hexdigest()
     return found

@@ -46,12 +46,31 @@ class Selection:
 def fuse_ranks(table: np.ndarray, ids: Sequence[str], n: int) -> np.ndarray:
     """Reciprocal rank fusion truncated at n, constant 0: float64 ``[prompts]`` from scores ``[prompts,
     sets]``."""
+    if table.ndim != 2 or len(table) != len(ids):
+        raise CropiError(f"table has shape {list(table.shape)}: give [{len(ids)}, sets], a row per id")
     fused = np.zeros(len(ids))
     for column in table.T:
         best = sorted(range(len(ids)), key=lambda i: (-column[i], ids[i]))[:n]
         for rank, i in enumerate(best, 1):
             fused[i] += 1.0 / rank
     return fused
+
+
+def how_many(fraction: float, size: int) -> int:
+    """``int(size * fraction)``, the number of prompts that a selection from a pool of ``size`` holds at most.
+
+    Raises:
+        CropiError: the fraction is not in (0, 1], or chooses nothing.
+    """
+    if not 0 < fraction <= 1:
+        raise CropiError(f"fraction must be in (0, 1], got {fraction}")
+    # 0.29 * 100 is 28.999... in binary; the rule means 29.
+    n = math.floor(size * fraction + 1e-9)
+    if n < 1:
+        raise CropiError(
+            f"fraction {fraction} of a pool of {size} prompts chooses none; give a larger fraction or more prompts"
+        )
+    return n
 
 
 def select(
@@ -75,14 +94,8 @@ def select(
     for given, allowed, name in ((method, METHODS, "method"), (pool, POOLS, "pool")):
         if given not in allowed:
             raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
-    if not 0 < fraction <= 1:
-        raise CropiError(f"fraction must be in (0, 1], got {fraction}")
     usable = np.flatnonzero(scores.usable)
-    size = len(scores.rows) if pool == "all" else len(usable)
-    # 0.29 * 100 is 28.999... in binary; the rule means 29.
-    n = math.floor(size * fraction + 1e-9)
-    if n < 1:
-        raise CropiError(f"fraction {fraction} of a pool of {size} prompts chooses none; raise the fraction")
+    n = how_many(fraction, len(scores.rows) if pool == "all" else len(usable))
     ids = [scores.rows[i].id for i in usable]
     table = scores.table[usable]
     rates = np.array([scores.rows[i].pass_rate for i in usable])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cropi.batches import MicroBatch, make_batches
 from cropi.behaviour import BehaviourModel
 from cropi.errors import CropiError, RecordError, optional
 from cropi.interrupt import Interrupt
-from cropi.job import SketchJob, make_manifest, make_tokenize
+from cropi.job import SketchJob, check_tokens, make_manifest, make_tokenize
 from cropi.layout import choose_layout
 from cropi.scan import Scan, resolve_behaviour, scan, warn_lossy
 from cropi.shards import FAILED, OK, SKIPPED, RowInfo
@@ -53,6 +53,7 @@ def sketch(
     source = resolve_behaviour(job.behaviour, found, job.estimator.ratio)
     beta = _behaviour_model(job, source)
     tokens = make_tokenize(model, tokenizer, job, found)
+    check_tokens(tokens, job, found, progress)
     layout = choose_layout(model, job.layout)
     summary = Summary(Path(job.out), bad_records=[str(error) for error in found.bad])
     with GradientSketcher(model, job.spec, exclude=tuple(job.exclude)) as sketcher:
@@ -75,22 +76,34 @@ def sketch(
                     stored_behaviour=source == "file",
                 )
                 pass_ = _Pass(sketcher, job, beta, summary, bar.write)
-                flushed = time.monotonic()
-                for batch in batches:
-                    for row, vector in pass_.run(batch):
-                        summary.count(row)
-                        store.add(row, vector)
-                        bar.update(1)
-                    bar.set_postfix_str(f"{summary.model_tokens / summary.wall:.0f} tokens/s", refresh=False)
-                    if time.monotonic() - flushed > FLUSH_SECONDS:
-                        store.flush()
-                        flushed = time.monotonic()
-                    if interrupt.asked:
-                        summary.interrupted = True
-                        break
+                _fill_store(store, batches, pass_, summary, bar, interrupt)
             store.flush()
     summary.peak_gib = peak_memory_gib(model.device)
     return summary
+
+
+def _fill_store(
+    store: SketchStore,
+    batches: Iterable[MicroBatch],
+    pass_: _Pass,
+    summary: Summary,
+    bar: Any,
+    interrupt: Interrupt,
+) -> None:
+    """Compute batch after batch, until all are through or Ctrl-C was pressed."""
+    flushed = time.monotonic()
+    for batch in batches:
+        for row, vector in pass_.run(batch):
+            summary.count(row)
+            store.add(row, vector)
+            bar.update(1)
+        bar.set_postfix_str(f"{summary.model_tokens / summary.wall:.0f} tokens/s", refresh=False)
+        if time.monotonic() - flushed > FLUSH_SECONDS:
+            store.flush()
+            flushed = time.monotonic()
+        if interrupt.asked:
+            summary.interrupted = True
+            return
 
 
 @dataclass
@@ -242,11 +255,16 @@ def _groups(
 
 
 def _behaviour_model(job: SketchJob, source: str) -> BehaviourModel | None:
-    if not job.estimator.ratio:
-        return None
-    if (source == "model") != (job.behaviour_model is not None):
+    given = job.behaviour_model is not None
+    if given and not job.estimator.ratio:
         raise CropiError(
-            f"behaviour is {source!r}: a behaviour model is needed for 'model', and must not be given for the others"
+            f"behaviour_model: the estimator {job.estimator.name!r} has no ratio to it; leave the model out"
+        )
+    if source == "model" and not given:
+        raise CropiError("behaviour is 'model', but no model is given; name it with --behaviour-model")
+    if given and source != "model":
+        raise CropiError(
+            f"behaviour is {source!r}, which does not use the behaviour model that is given; leave one of them out"
         )
     return BehaviourModel(job.behaviour_model) if source == "model" else None
 

@@ -51,8 +51,8 @@ class SketchStore:
             shard_rows: rows with a sketch per shard; :meth:`add` flushes when so many are pending.
 
         Raises:
-            CropiError: another process writes to it, it was made with other settings (the first differing
-                field is named with both values), or it is damaged.
+            CropiError: the folder cannot be written, another process writes to it, it was made with other settings
+                (the first differing field is named with both values), or it is damaged.
         """
         path, wanted = Path(path), json.loads(json.dumps({"format": FORMAT, **manifest}))
         if wanted.get("dtype", "float32") not in DTYPES:
@@ -66,9 +66,13 @@ class SketchStore:
             and not (path / ".lock").exists()
         ):
             raise CropiError(f"{path} is not empty and holds no {MANIFEST}; give a new folder for the store")
-        path.mkdir(parents=True, exist_ok=True)
         store = cls(path, wanted, shard_rows=shard_rows)
-        store._acquire()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            store._acquire()
+        except OSError as error:
+            reason = error.strerror.lower() if error.strerror else error
+            raise CropiError(f"cannot write the store {path}: {reason}; give another --out") from error
         try:
             if (path / MANIFEST).exists():
                 made = read_manifest(path)

@@ -68,7 +68,7 @@ class Summary:
                 f"tokens        {self.model_tokens} through the model, {self.scored_tokens} scored, "
                 f"{self.model_tokens / self.wall:.0f} tokens/s",
                 f"time          {self.wall:.1f} s: forward {forward / self.wall:.0%}, backward "
-                f"{backward / self.wall:.0%}, of both for sketching {sketch / self.wall:.0%}",
+                f"{backward / self.wall:.0%}, of which {sketch / self.wall:.0%} for sketching",
             ]
         lines.append(f"peak memory   {self.peak_gib:.2f} GiB")
         if self.coverage:

@@ -6,6 +6,7 @@ token sequences to one text, so the ids may differ from those that were sampled 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,11 @@ class Tokenize:
         if self.max_length is not None and self.max_length < 2:
             raise CropiError(f"max_length must be at least 2, got {self.max_length}")
         if self.max_length is not None and self.context is not None and self.max_length > self.context:
-            raise CropiError(f"max_length is {self.max_length}, but the model's context is {self.context}")
-        if self.temperature is not None and not self.temperature > 0:
-            raise CropiError(f"temperature must be positive, got {self.temperature}")
+            raise CropiError(
+                f"max_length is {self.max_length}, but the model's context is {self.context}; give at most that"
+            )
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise CropiError(f"temperature must be a finite number above 0, got {self.temperature}")
         if self.eos and self.tokenizer.eos_token_id is None:
             raise CropiError("the tokenizer has no end token to append; set its eos_token, or pass --no-eos")
         template = self.chat_template
@@ -175,8 +178,7 @@ class Tokenize:
         bound = f"max_length {limit}" if self.max_length else f"the model's context of {limit}"
         if self.too_long == "skip":
             raise TooLong(where, f"{what}, more than {bound}")
-        raise RecordError(
-            where,
-            f"{what}, together more than {bound}",
-            "raise the limit, or pass --too-long skip, truncate-right or truncate-left",
-        )
+        cures = {"skip": True, "truncate-right": len(prompt) < limit, "truncate-left": longest < limit}
+        cure = " or ".join(name for name, works in cures.items() if works)
+        higher = "a higher --max-length or " if self.max_length and self.max_length != self.context else ""
+        raise RecordError(where, f"{what}, together more than {bound}", f"pass {higher}--too-long {cure}")

@@ -15,7 +15,12 @@ __all__ = ["coordinates", "fold_inputs", "fold_outputs", "sketch_linear", "sketc
 def fold_inputs(a: torch.Tensor, plan: MatrixPlan, *, backend: str | None = None) -> torch.Tensor:
     """Fold a layer's inputs ``a`` [tokens, cols] to [tokens, plan.folded_cols]; without a fold, ``a`` itself.
 
-    ``a'[t, (c mod w) ^ x(c // w)] += s(c) a[t, c]``, summed in float32 and rounded once to ``a``'s dtype.
+    ``a'[t, (c mod w) ^ x(c // w)] += s(c) a[t, c]``, summed in float32 and rounded once to ``a``'s dtype
+    (docs/sketch.md). Layers of one parent that read the same input have the same fold: fold once, sketch several times.
+
+    Raises:
+        ValueError: ``a`` is not a dense floating-point [tokens, plan.cols].
+        RuntimeError: the backend that was named cannot serve the call; says why.
     """
     if plan.folded_cols == plan.cols:
         ops.check_unfolded(a, plan, rows=False)
@@ -24,7 +29,10 @@ def fold_inputs(a: torch.Tensor, plan: MatrixPlan, *, backend: str | None = None
 
 
 def fold_outputs(d: torch.Tensor, plan: MatrixPlan, *, backend: str | None = None) -> torch.Tensor:
-    """Fold output gradients ``d`` [tokens, rows] to [tokens, plan.folded_rows] (tied heads); else ``d`` itself."""
+    """Fold output gradients ``d`` [tokens, rows] to [tokens, plan.folded_rows] (tied heads); else ``d`` itself.
+
+    As `fold_inputs`, over rows in place of columns, and with the same errors.
+    """
     if plan.folded_rows == plan.rows:
         ops.check_unfolded(d, plan, rows=True)
         return d

@@ -239,10 +239,10 @@ def sketch_linear(
     if plan.col_fold is None:
         a = fold_columns(a, tables.col_sign, tables.col_fold, plan.folded_cols)
     row_sign = slab_row_signs(plan, d.device, d.dtype)
-    config = slab_config(plan.slab_cols, d.dtype, _gpu.is_hopper(d.device))
+    config = slab_config(plan.slab_cols, d.dtype, _gpu.has_warp_group_products(d.device))
     chunk = CHUNK_TOKENS * min(
         16, plan.n_slabs
-    )  # many slabs fill the device, and their partial results its memory
+    )  # many slabs fill the device, their partial results its memory
     groups = triton.cdiv(tables.most_pairs, GROUP_PAIRS)
     always = groups > 1 or config.BN > 128  # a tile that wide has no registers left to add to what is there
     slots = n_slots(n_tokens, n_segments, chunk, always)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from cropi.cli.parser import Parser, ShowVersion
+
 COMMANDS = {
     "sketch": "sketch the policy gradient of every prompt in trajectory files",
     "influence": "score training sketches against validation sketches",
     "select": "choose the best fraction of the prompts",
-    "run": "all of these in one, from one command line or one config file",
+    "run": "sketch, influence and select in one, from a command line or a config file",
     "convert": "a trainer's rollout dumps to trajectory records",
     "curriculum": "stages of selecting and training, from one config file",
     "info": "what a store, a score table or a trajectory file holds",
@@ -22,9 +23,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
-    parser = _parser()
     words = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(words)
+    args = _parser().parse_args(words)
     args.words = words[1:]
     try:
         with warnings.catch_warnings():
@@ -47,14 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cropi",
         description="Choose the training prompts that help most, from stored rollouts, by sketched policy gradients.",
     )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        # A prefix of an option is no option: scripts would break when a longer one is added.
+        command = commands.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
+        )
         module = import_module(f"cropi.cli.{name}")
         module.add_options(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

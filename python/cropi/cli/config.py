@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cropi.cli.parser import Parser
 from cropi.errors import CropiError, did_you_mean, optional
 
 # Options that make no sense inside a config file.
@@ -31,7 +32,7 @@ def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
             raise CropiError(f"{path}: {name!r} should be a table of keys and values, got {table!r}")
         setattr(args, name, table)
     values = _flat(path, content)
-    parser: argparse.ArgumentParser = args.parser
+    parser: Parser = args.parser
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     words: list[str] = []
     for key, value in values.items():
@@ -48,7 +49,9 @@ def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
     # The file's options first, the command line's after them: what is parsed last wins. In two passes, because a list
     # at the end of the one would swallow a positional argument at the beginning of the other.
     positional = [str(getattr(args, a.dest)) for a in parser._actions if not a.option_strings]
+    parser.source = str(path)
     parser.parse_args([*positional, *words], namespace=args)
+    parser.source = ""
     parser.parse_args(args.words, namespace=args)
 
 
@@ -61,17 +64,21 @@ def _words(path: Path, key: str, value: Any, action: argparse.Action) -> list[st
         # `eos: false` names the value, `no_eos: true` the switch; both give --no-eos.
         given = value != action.default if key == action.dest else value
         return [option] if given else []
+    if value is None:
+        raise CropiError(f"{path}: {key!r} has no value; give one, or remove the line")
     values = value if isinstance(value, list) else [value]
-    if action.nargs is None and len(values) != 1:
-        raise CropiError(f"{path}: {key!r} takes one value, got {value!r}")
-    return [option, *map(str, values)]
+    if action.nargs is None:
+        if len(values) != 1:
+            raise CropiError(f"{path}: {key!r} takes one value, got {value!r}")
+        return [f"{option}={values[0]}"]  # in one word, so that a value may begin with a dash
+    return [option, *map(str, values)] if values else []
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise CropiError(f"there is no config file {path}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
             return optional("tomllib" if sys.version_info >= (3, 11) else "tomli").loads(text)
         if path.suffix in (".yaml", ".yml"):

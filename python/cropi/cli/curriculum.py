@@ -27,7 +27,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trainer", metavar="COMMAND|trl",
         help="a shell command with {model} {selected} {records} {dataset} {stage} {steps} {total_steps} {rollouts} "
-        "{out}, or trl to train in this process",
+        "{out} {python}, or trl to train in this process",
     )  # fmt: skip
     group.add_argument(
         "--trained-model", metavar="PATH", default="{out}",

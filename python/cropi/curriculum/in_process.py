@@ -14,6 +14,7 @@ import torch
 from cropi.errors import CropiError, did_you_mean, optional
 from cropi.export import ROLLOUT_KEYS
 from cropi.models import load_model
+from cropi.trainers.checkpoints import newest_whole
 from cropi.trainers.trl.versions import check_version
 from cropi.trajectories import read_trajectories
 
@@ -70,12 +71,17 @@ def reward_function(name: str) -> Callable[..., Any]:
                 raise ImportError(source)
             module = importlib.util.module_from_spec(spec)
             sys.modules[key] = module
+            folder = str(Path(source).resolve().parent)
+            if folder not in sys.path:
+                sys.path.append(folder)  # it may import the files beside it, as a script may
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
         found = getattr(module, attribute)
-    except (ImportError, OSError, AttributeError) as error:
-        raise CropiError(f"trl.reward: {name!r} cannot be loaded ({error})") from error
+    except Exception as error:  # it is the user's code that runs here
+        raise CropiError(
+            f"trl.reward: {name!r} cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
     if not callable(found):
         raise CropiError(f"trl.reward: {name!r} is no function")
     return found
@@ -101,14 +107,17 @@ def train_stage(options: Mapping[str, Any], model: str, records: Path, steps: in
         {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
         for group in read_trajectories(records)
     ]
-    config: dict[str, Any] = {"report_to": "none", "use_cpu": device == "cpu", **(options.get("args") or {})}
+    config: dict[str, Any] = {"report_to": "none", "use_cpu": device == "cpu"}
+    if device == "cpu":
+        config["bf16"] = False  # TRL's default; slow and less exact where the CPU has no bfloat16 units
+    config |= options.get("args") or {}
     arguments = trl.GRPOConfig(output_dir=str(out / "checkpoints"), max_steps=steps, **config)
     trainer = trl.GRPOTrainer(
         model=policy, reward_funcs=[reward_function(name) for name in _names(options["reward"])], args=arguments,
         train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
     )  # fmt: skip
-    started = any((out / "checkpoints").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=started or None)
+    started = newest_whole(out / "checkpoints", "trainer_state.json")
+    trainer.train(resume_from_checkpoint=str(started) if started else None)
     new = out / "policy"
     trainer.save_model(str(new))
     tokenizer.save_pretrained(str(new))

@@ -10,6 +10,7 @@ from cropi.curriculum.in_process import check_options
 from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.report import line, write_report
 from cropi.curriculum.state import State, locked
+from cropi.export import dataset_ids, read_dataset
 
 LOG = "log.txt"
 WORK: dict[str, Callable[[steps.Stage], steps.Result]] = {
@@ -48,6 +49,10 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> State:
     """
     if plan.trainer == IN_PROCESS:
         check_options(plan.trl)
+    if plan.export and plan.export.get("dataset"):
+        # Selected prompts are looked up in it after hours of sketching: they must be found then.
+        dataset = plan.export["dataset"]
+        dataset_ids(read_dataset(dataset), dataset, plan.export.get("id_key"))
     with locked(plan.out) as lock:
         state = State.open(plan)
         log = plan.out / LOG

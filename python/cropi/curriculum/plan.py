@@ -18,9 +18,9 @@ WHEN = ("first", "every")
 IN_PROCESS = "trl"
 
 # What each command template may name in braces.
-ROLLOUT_NAMES = ("model", "stage", "train", "valid", "out")
+ROLLOUT_NAMES = ("model", "stage", "train", "valid", "out", "python")
 TRAINER_NAMES = (
-    "model", "stage", "steps", "total_steps", "selected", "records", "dataset", "rollouts", "out",
+    "model", "stage", "steps", "total_steps", "selected", "records", "dataset", "rollouts", "out", "python",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Stage:
             "model": _absolute(self.model), "stage": self.number, "steps": plan.steps,
             "total_steps": plan.steps * (self.number + 1), "selected": folder / "selected.jsonl",
             "records": folder / "selected_trajectories.jsonl", "rollouts": folder / "rollouts.jsonl",
-            "out": folder / "trained", "dataset": _dataset(folder, plan),
+            "out": folder / "trained", "dataset": _dataset(folder, plan), "python": sys.executable,
         }  # fmt: skip
 
 
@@ -65,7 +66,10 @@ def rollouts(stage: Stage) -> Result:
     files = {name: folder.absolute() / f"{name}.jsonl" for name in ("train", "valid")}
     for path in files.values():
         path.unlink(missing_ok=True)  # of an attempt that was cut short: a file without its end looks whole
-    values = {"model": _absolute(stage.model), "stage": stage.number, "out": folder.absolute(), **files}
+    values = {
+        "model": _absolute(stage.model), "stage": stage.number, "out": folder.absolute(), "python": sys.executable,
+        **files,
+    }  # fmt: skip
     run_command("rollouts", fill(stage.plan.rollouts, values), stage.folder / "rollouts.log", [stage.lock])
     made: Result = {"maker": stage.model}
     for name, path in files.items():

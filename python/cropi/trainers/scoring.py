@@ -167,7 +167,12 @@ def check_pool(pool: Mapping[str, Any], files: Sequence[Path], stage: int) -> No
             "ids must be those of its id column"
         )
     if not pool["usable"]:
-        raise NothingToSelect(stage, pool["prompts"], pool["reasons"], ", or set on_nothing='keep'")
+        raise NothingToSelect(
+            pool["prompts"],
+            pool["reasons"],
+            before=f"stage {stage}: ",
+            otherwise=", or set on_nothing='keep'",
+        )
 
 
 def check_valid(found: Scan, wanted: Sequence[str] | None, stage: int) -> None:

@@ -19,6 +19,7 @@ from cropi.files import write_atomic
 from cropi.manifest import first_difference
 from cropi.prompt_ids import PromptIds
 from cropi.scan import NothingToSelect
+from cropi.trainers.checkpoints import newest_whole
 from cropi.trainers.options import Curriculum
 from cropi.trainers.rollout_log import log_files, merge_rollouts, rewind
 from cropi.trainers.scoring import Chosen, check_files, choose_prompts, own_randomness
@@ -76,6 +77,18 @@ class CurriculumMixin(RecordingMixin):
         ]
         self._cropi_check_arguments()
         self.add_callback(StageCallback(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own, but ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            found = newest_whole(self.args.output_dir, STATE)
+            if found is None:
+                raise CropiError(
+                    f"resume_from_checkpoint: {self.args.output_dir} holds no whole checkpoint of a curriculum; start "
+                    "with trainer.train() in a new output_dir"
+                )
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------ checks
     def _cropi_check_arguments(self) -> None:

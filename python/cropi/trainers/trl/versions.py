@@ -6,18 +6,15 @@ check of every signature before a trainer is built.
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
-import os
-import re
 from typing import Any
 
 from cropi.errors import CropiError
+from cropi.trainers.versions import checked_version
 
 # The tests ran with 1.8.0, 1.10.0, 1.13.0, 1.14.2 and 1.16.0; 1.15 cannot train on a CPU where Triton is installed.
 OLDEST, NEWEST = "1.8.0", "1.16.0"
 WANTED = "trl>=1.8,<1.17"
-OVERRIDE = "CROPI_TRL_UNTESTED"
 
 # Method of GRPOTrainer: the parameters that are passed or read, by name.
 CONTRACT: dict[str, tuple[str, ...]] = {
@@ -45,21 +42,10 @@ def check_version(*, allow_untested: bool = False) -> str:
         ModuleNotFoundError: TRL is not installed.
         CropiError: its version is outside the tested range.
     """
-    try:
-        installed = importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(
-            "the package 'trl' is needed here: pip install 'cropi-kernels[trl]'", name="trl"
-        ) from None
-    if allow_untested or os.environ.get(OVERRIDE, "") not in ("", "0"):
-        return installed
-    if not _minor(OLDEST) <= _minor(installed) <= _minor(NEWEST):
-        raise CropiError(
-            f"trl {installed} is installed; this adapter is tested with {OLDEST} to {NEWEST}, and relies on methods "
-            f"that TRL may change: pip install '{WANTED}', or, to try it all the same, pass allow_untested=True or set "
-            f"{OVERRIDE}=1"
-        )
-    return installed
+    return checked_version(
+        "trl", OLDEST, NEWEST, missing="pip install 'cropi-kernels[trl]'", allow_untested=allow_untested,
+        remedy=f"pip install '{WANTED}' (allow_untested=True in Python accepts any version)",
+    )  # fmt: skip
 
 
 def broken_contract(base: type) -> list[str]:
@@ -97,8 +83,3 @@ def check_trainer_class(base: Any) -> None:
 def _missing(function: Any, needed: tuple[str, ...]) -> tuple[str, ...]:
     parameters = inspect.signature(function).parameters
     return tuple(name for name in needed if name not in parameters)
-
-
-def _minor(version: str) -> tuple[int, int]:
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return (int(match[1]), int(match[2])) if match else (-1, -1)

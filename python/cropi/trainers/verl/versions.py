@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from cropi.errors import CropiError
+from cropi.trainers.versions import checked_version, minor
 
 TESTED = ("0.7.1", "0.9.1")
 
 
-class UntestedVersion(UserWarning):
-    """This verl is newer than the newest that the adapter was tried with."""
-
-
-def verl_version() -> tuple[int, ...]:
-    """The installed verl's version.
+def verl_version() -> tuple[int, int]:
+    """The installed verl's version, its first two numbers.
 
     Raises:
         ModuleNotFoundError: verl is not installed.
+        CropiError: it is outside the tested range.
     """
-    try:
-        text = version("verl")
-    except PackageNotFoundError:
-        raise ModuleNotFoundError(
-            f"the package 'verl' is needed here: install it as its documentation says (tried: {' and '.join(TESTED)})",
-            name="verl",
-        ) from None
-    found = tuple(int(part) for part in re.findall(r"\d+", text)[:3])
-    newest = tuple(int(part) for part in TESTED[-1].split("."))
-    if found[:2] > newest[:2]:
-        warnings.warn(
-            f"verl {text} is newer than {TESTED[-1]}, the newest that this adapter was tried with; if it fails, use "
-            "per-stage datasets (cropi curriculum), which depend on verl's command line only",
-            UntestedVersion,
-            stacklevel=2,
+    oldest, newest = TESTED
+    return minor(
+        checked_version(
+            "verl", oldest, newest,
+            missing=f"install it as its documentation says (tried: {oldest} and {newest})",
+            remedy=f"install verl {oldest} or {newest}, or use per-stage datasets (`cropi curriculum`), which depend "
+            "on verl's command line only",
         )
-    return found
+    )  # fmt: skip
 
 
 def need(module: str, name: str, what: str, instead: str) -> Any:
@@ -52,7 +39,7 @@ def need(module: str, name: str, what: str, instead: str) -> Any:
 
     Raises:
         ModuleNotFoundError: verl is not installed.
-        CropiError: this verl has no such class.
+        CropiError: this verl is outside the tested range, or has no such class.
     """
     found = verl_version()
     try:

@@ -1,0 +1,77 @@
+"""The argument parser: one line for a mistake, with the option that may have been meant."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from cropi.errors import did_you_mean
+
+T = TypeVar("T", int, float)
+
+
+class Parser(argparse.ArgumentParser):
+    """As argparse's, without two screens of usage before the message. ``source`` is the file that the words come from,
+    if they do not come from the command line."""
+
+    source = ""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it, and leave with status 2."""
+        where = f"{self.source}: " if self.source else ""
+        self.exit(2, f"{self.prog}: error: {where}{message}; see `{self.prog} --help`\n")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Unknown words are an error of the command that they were given to."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            hint = did_you_mean(unknown[0].partition("=")[0], known, "{}")
+            self.error(f"there is no option {unknown[0]!r}{hint and ', ' + hint.strip()}")
+        return found, unknown
+
+
+class ShowVersion(argparse.Action):
+    """Print the version; the package is imported for that only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> NoReturn:
+        from cropi_kernels import __version__
+
+        print(parser.prog, __version__)
+        parser.exit()
+
+
+def count(text: str) -> int:
+    """An integer of at least 1."""
+    return _number(text, int, lambda value: value >= 1, "give an integer of at least 1")
+
+
+def share(text: str) -> float:
+    """A number in (0, 1]."""
+    return _number(text, float, lambda value: 0 < value <= 1, "give a number in (0, 1]")
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "give a number above 0")
+
+
+def width(text: str) -> int | None:
+    """A power of two, or None for "full"."""
+    if text == "full":
+        return None
+    power = "give a power of two, or 'full' for no fold"
+    return _number(text, int, lambda value: value > 0 and value.bit_count() == 1, power)
+
+
+def _number(text: str, kind: Callable[[str], T], good: Callable[[T], bool], remedy: str) -> T:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: {remedy}") from None
+    if not good(value):
+        raise argparse.ArgumentTypeError(f"{text!r}: {remedy}")
+    return value

@@ -1,0 +1,73 @@
+"""The command line finds mistakes early: in its words at once, in files and options before anything is computed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from made_data import make_model, make_records, make_tokenizer, write_lines
+
+from cropi.cli import main
+
+
+def cropi(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_a_mistake_in_the_words_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.toml").write_text("fraction = 2\n")
+    (tmp_path / "none.yaml").write_text("dim:\n")
+    for words, named in (
+        (
+            ["run", "--model", "m"],
+            "cropi run: error: the following arguments are required: --train, --valid, --out",
+        ),
+        (["run", "--modle", "m"], "cropi run: error: there is no option '--modle', did you mean --model?"),
+        (["run", "--frac", "0.1"], "there is no option '--frac', did you mean --fraction?"),
+        (["run", "--fraction", "2"], "argument --fraction: '2': give a number in (0, 1]"),
+        (["run", "--fraction", "nan"], "argument --fraction: 'nan': give"),
+        (["run", "--limit", "0"], "argument --limit: '0': give an integer of at least 1"),
+        (["run", "--temperature", "inf"], "argument --temperature: 'inf': give a number above 0"),
+        (["run", "--width", "63"], "argument --width: '63': give a power of two, or 'full' for no fold"),
+        (
+            ["run", "--config", str(tmp_path / "bad.toml")],
+            f"error: {tmp_path / 'bad.toml'}: argument --fraction: '2': ",
+        ),
+        (["sketsh"], "invalid choice: 'sketsh'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cropi(*words)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and named in error and error.count("\n") == 1, error
+    assert cropi("run", "--config", tmp_path / "none.yaml") == 2
+    assert "'dim' has no value" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cropi("--version")
+    assert stopped.value.code == 0 and capsys.readouterr().out.startswith("cropi 0.")
+
+
+def test_run_finds_what_is_wrong_with_its_last_step_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is computed, and nothing is made, before a mistake in the training file or the selection shows."""
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    good = write_lines(tmp_path / "good.jsonl", make_records(40))
+    valid = write_lines(tmp_path / "valid.jsonl", make_records(12, seed=1, sets=["x", "y"]))
+    equal = write_lines(tmp_path / "equal.jsonl", [r | {"rewards": [1, 1, 1, 1]} for r in make_records(40)])
+    records = make_records(40)
+    records[-1]["prompt"], records[-1]["rewards"] = "x" * 200, [1, 0, 0, 0]
+    long = write_lines(tmp_path / "long.jsonl", records)
+
+    def fails(named: str, *more: object, train: Path = good) -> None:
+        files = ["--train", train, "--valid", valid, "--out", tmp_path / "run"]
+        assert cropi("run", "--model", tmp_path / "model", *files, "--no-progress", *more) == 2
+        assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+    fails("fraction 0.01 of a pool of 40 prompts chooses none", "--fraction", 0.01)
+    fails("fraction 0.1 of a pool of 5 prompts chooses none", "--limit", 5)
+    fails("no prompt has a gradient (40 equal rewards)", train=equal)
+    fails(f"{long}:40", train=long)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    fails("the package 'pyarrow' is needed here: pip install 'cropi-kernels[run]'")
