@@ -72,9 +72,9 @@ class Kernels(Protocol):
         """``out = dz head``, summed in the compute dtype; ``dz`` may be rounded to the head's dtype first."""
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(temperature: object) -> None:
     """Log-probs are those of softmax(logits / temperature)."""
-    if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature > 0):
+    if not (isinstance(temperature, Real) and 0 < float(temperature) < math.inf):
         raise ValueError(
             f"temperature={temperature!r}: give a finite number above 0 (greedy decoding has no log-probs)"
         )
