@@ -113,6 +113,9 @@ def explain(*tensors: torch.Tensor) -> str:
     cpu        serves the call (AVX2 kernels)
     reference  not chosen: slower, and it forms whole gradients
     """
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"explain({tensor!r}): give the tensors of the call in question")
     against = reasons_against(*tensors, without={"cuda": _cuda.unsupported(*tensors)})
     if against["cpu"] is None:
         level = {1: "baseline", 3: "AVX2", 4: "AVX-512"}

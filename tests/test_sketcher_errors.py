@@ -19,6 +19,17 @@ BATCH = zoo.padded()
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     (dict(input_ids=BATCH.input_ids[0]), r"input_ids has shape \(9,\): give a non-empty \[batch, length\]"),
     (dict(input_ids=BATCH.input_ids[:0]), r"input_ids has shape \(0, 9\)"),
+    (dict(input_ids=BATCH.input_ids.tolist()), r"input_ids is of type list: give a tensor"),
+    (dict(input_ids=BATCH.input_ids.float()), r"input_ids is torch.float32: give int64 token ids"),
+    (dict(targets=BATCH.targets.numpy()), r"targets is of type ndarray: give a tensor"),
+    (dict(segments=[0, 0, 1, 1, 1, 2]), r"segments is of type list: give a tensor"),
+    (
+        dict(attention_mask=torch.ones(5, 9)),
+        r"attention_mask has shape \(5, 9\): give \[6, 9\], 1 for tokens",
+    ),
+    (dict(attention_mask=torch.ones(6, 9, 9)), r"attention_mask has shape \(6, 9, 9\)"),
+    (dict(attention_mask=torch.ones(6, 1, 1, 9)), r"attention_mask has shape \(6, 1, 1, 9\)"),
+    (dict(position_ids=torch.zeros(6, 8)), r"position_ids has shape \(6, 8\): give int64 \[6, 9\]"),
     (dict(input_ids=BATCH.input_ids + 90), r"input_ids runs from 90 to 186: the vocabulary is 0 .. 96"),
     (dict(targets=BATCH.targets - 2), r"targets runs from -1 to 31: the vocabulary is 0 .. 96"),
     (
@@ -39,6 +50,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     (dict(num_segments=2), r"num_segments=2 but segments holds id 2"),
     (dict(temperature=0.0), r"temperature"),
     (dict(temperature=-1.0), r"temperature"),
+    (dict(temperature="1.0"), r"temperature='1.0'"),
     (dict(weigh=lambda logp, a, b: torch.zeros(3)), r"weigh\(logp, 0, 18\) returned \(3,\)"),
 ]
 
@@ -53,6 +65,16 @@ def test_bad_arguments_are_named(llama: nn.Module, changes: dict[str, Any], mess
     with GradientSketcher(llama, SPEC) as sketcher:
         with pytest.raises(ValueError, match=message):
             BATCH.sketch(sketcher, **changes)
+
+
+def test_what_is_no_model_no_spec_and_no_graph(llama: nn.Module) -> None:
+    with pytest.raises(ValueError, match="model is of type NoneType: give a Module"):
+        GradientSketcher(None, SPEC)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="spec is of type int: give a SketchSpec"):
+        GradientSketcher(llama, 32768)  # type: ignore[arg-type]
+    with GradientSketcher(llama, SPEC) as sketcher, torch.inference_mode():
+        with pytest.raises(RuntimeError, match="policy_gradient under torch.inference_mode"):
+            BATCH.sketch(sketcher)
 
 
 def test_a_model_without_decoder_and_head_is_sent_to_batch() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import _memory
-from ..ops.linear_logprob.contract import Weigh
+from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from .accumulator import Accumulator
 from .batch import Segments
@@ -21,6 +21,8 @@ from .policy import (
     PolicyGradient,
     additive_mask,
     check_positions,
+    check_rows,
+    check_tensors,
     check_vocabulary,
     failed_segments,
     head_pass,
@@ -49,6 +51,9 @@ class GradientSketcher:
     """
 
     def __init__(self, model: nn.Module, spec: SketchSpec, exclude: Sequence[str] = ()) -> None:
+        for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
+            if not isinstance(value, wanted):
+                raise ValueError(f"{name} is of type {type(value).__name__}: give a {wanted.__name__}")
         self.model, self.spec = model, spec
         self._acc = Accumulator(spec)
         self._plan = plan_model(model, spec, self._acc, exclude)
@@ -97,6 +102,7 @@ class GradientSketcher:
         each belong to one segment; a mean over the batch scales all sketches.
         """
         self._active("batch")
+        check_tensors(segments=segments)
         if segments.ndim != 2 and shape is None:
             raise ValueError(
                 f"segments has shape {tuple(segments.shape)}: give ids per token, or shape=(batch, length)"
@@ -143,6 +149,10 @@ class GradientSketcher:
             RuntimeError: outside the ``with`` block. ValueError: shapes, ranges or order are wrong; names which.
             torch.OutOfMemoryError: names the sizes and the remedy. The sketcher stays usable.
         """
+        self._active("policy_gradient")
+        check_tensors(input_ids=input_ids, segments=segments, positions=positions, targets=targets)
+        check_temperature(temperature)
+        check_rows(input_ids, attention_mask, position_ids)
         split = self._ready(input_ids, positions, targets)
         batch, length = input_ids.shape
         where = Segments.of(segments, batch, length, num_segments)
@@ -182,7 +192,6 @@ class GradientSketcher:
             self._acc.close()
 
     def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
-        self._active("policy_gradient")
         check_positions(input_ids, positions, targets)
         if self._split is None:
             self._split = split_model(self.model)
@@ -190,6 +199,10 @@ class GradientSketcher:
         return self._split
 
     def _active(self, method: str) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{method} under torch.inference_mode(), where nothing can be differentiated: leave it"
+            )
         if not self._handles:
             raise RuntimeError(f"{method} outside the `with GradientSketcher(...)` block: nothing is tapped")
 

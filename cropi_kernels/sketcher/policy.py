@@ -31,9 +31,44 @@ class PolicyGradient:
 
 
 # ------------------------------------------------------------------------------------------ what goes in
-def check_positions(input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> None:
+def check_tensors(**given: object) -> None:
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} is of type {type(x).__name__}: give a tensor (torch.as_tensor({name}))")
+
+
+def check_rows(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> None:
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give a non-empty [batch, length]")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids is {input_ids.dtype}: give int64 token ids (input_ids.long())")
+    batch, length = input_ids.shape
+    check_tensors(
+        **{
+            n: x
+            for n, x in (("attention_mask", attention_mask), ("position_ids", position_ids))
+            if x is not None
+        }
+    )
+    if (
+        attention_mask is not None
+    ):  # torch would broadcast some wrong shapes, and the wrong tokens be attended to
+        shape = tuple(attention_mask.shape)
+        square = len(shape) == 4 and shape[0] in (1, batch) and shape[2:] == (length, length)
+        if shape != (batch, length) and not square:
+            raise ValueError(
+                f"attention_mask has shape {shape}: give [{batch}, {length}], 1 for tokens and 0 for padding, or bool "
+                f"[{batch}, 1, {length}, {length}], True where to attend"
+            )
+    if position_ids is not None and tuple(position_ids.shape[-2:]) not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}: give int64 [{batch}, {length}], as input_ids"
+        )
+
+
+def check_positions(input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> None:
     if positions.shape != targets.shape or positions.ndim != 1 or positions.dtype != torch.int64:
         raise ValueError(
             f"positions {tuple(positions.shape)} {positions.dtype} and targets {tuple(targets.shape)} "

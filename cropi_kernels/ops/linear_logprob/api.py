@@ -8,7 +8,7 @@ import torch
 
 from ... import _memory, dispatch
 from . import chunks, ops
-from .contract import OnDlogits, Settings, Weigh
+from .contract import OnDlogits, Settings, Weigh, check_temperature
 
 
 def linear_logprob(
@@ -165,10 +165,7 @@ def _checked(
         raise ValueError(
             f"bias has shape {tuple(bias.shape)} on {bias.device}: give [{head.shape[0]}] on {head.device}"
         )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(
-            f"temperature={temperature}: give a finite number above 0 (greedy decoding has no log-probs)"
-        )
+    check_temperature(temperature)
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap={softcap}: give a finite number above 0, or None for no soft-cap")
     if chunk_size is not None and chunk_size < 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple, Protocol
 
 import torch
@@ -68,3 +70,11 @@ class Kernels(Protocol):
 
     def times_head(self, dz: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
         """``out = dz head``, summed in the compute dtype; ``dz`` may be rounded to the head's dtype first."""
+
+
+def check_temperature(temperature: object) -> None:
+    """Log-probs are those of softmax(logits / temperature)."""
+    if not (isinstance(temperature, Real) and 0 < float(temperature) < math.inf):
+        raise ValueError(
+            f"temperature={temperature!r}: give a finite number above 0 (greedy decoding has no log-probs)"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cropi.models import load_model
 from cropi.report import plot_scores
 from cropi.scan import Scan
 from cropi.selection import read_selection, select, write_selected_records, write_selection
+from cropi.shards import OK
 from cropi.sketching import sketch
 from cropi.store import SketchStore
 
@@ -92,15 +94,16 @@ def sketch_all(stage: Stage) -> Result:
         for path, name in zip(source.valid, data.set_names(source.valid))
     }
     train = _sketch_one(stage, source.train_maker, models, "train", source.train, found.train, None)
-    weights = SketchStore.open(stage.folder / "sketches" / "train").manifest["model"]["weights"]
+    store = SketchStore.open(stage.folder / "sketches" / "train")
+    rows, weights = store.rows(), store.manifest["model"]["weights"]
     models.clear()  # the trainer needs the memory, a GPU's most of all
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return {
         "train": train, "valid": valid, "fingerprints": found.fingerprints(), "weights": weights,
-        "prompts": found.train.prompts, "usable": found.train.usable,
-        "without_gradient": dict(found.train.without_gradient),
+        "prompts": len(rows), "usable": sum(row.status == OK for row in rows),
+        "without_gradient": dict(Counter(row.reason for row in rows if row.status != OK)),
     }  # fmt: skip
 
 
