@@ -1,4 +1,4 @@
-"""``cropi curriculum``: stages end to end, kills at every write, what may change in between, and bad input."""
+"""``cropi curriculum``: stages end to end, kills at every write, what may change in between."""
 
 from __future__ import annotations
 
@@ -16,74 +16,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from made_data import make_model, make_records, make_tokenizer, write_lines
-
-from cropi.cli import main
+from made_curriculum import calls, config, curriculum, make_folder, report, selections
+from made_data import make_records, make_tokenizer, write_lines
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "train_stage.py"
 TRAINER = f"{sys.executable} {EXAMPLE} {{model}} {{records}} --steps {{steps}} --out {{out}} --lr 0.01"
 
-# Training that costs nothing: every weight is moved by an amount that depends on the selection, and the call is
-# noted, so that a test can tell how often each stage was trained.
-NUDGE = """
-import hashlib, os, shutil, sys
-from safetensors.numpy import load_file, save_file
-model, selected, stage, out, calls = sys.argv[1:]
-with open(calls, "a") as file:
-    file.write(stage + "\\n")
-for name in os.listdir(model):
-    shutil.copy(os.path.join(model, name), out)
-weights = load_file(os.path.join(model, "model.safetensors"))
-with open(selected, "rb") as file:
-    step = int(hashlib.sha256(file.read()).hexdigest()[:4], 16) / 65536 * 0.1
-moved = {name: value + step for name, value in weights.items()}
-save_file(moved, os.path.join(out, "model.safetensors"), {"format": "pt"})
-"""
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, trajectory files and a trainer."""
-    folder = tmp_path_factory.mktemp("curriculum")
-    make_model(tie_word_embeddings=False).save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    write_lines(folder / "train.jsonl", make_records(40))
-    write_lines(folder / "valid.jsonl", make_records(12, seed=1, sets=["x", "y"]))
-    (folder / "nudge.py").write_text(NUDGE)
-    return folder
-
-
-def config(made: Path, out: Path, **changes: Any) -> Path:
-    """A config file beside ``out``; None takes a key out."""
-    nudge = f"{sys.executable} {made / 'nudge.py'} {{model}} {{selected}} {{stage}} {{out}} {out}.calls"
-    values = {
-        "model": str(made / "model"), "train": str(made / "train.jsonl"), "valid": str(made / "valid.jsonl"),
-        "out": str(out), "stages": 2, "steps": 4, "fraction": 0.2, "trainer": nudge,
-        "sketch": {"dim": 512}, "no_progress": True,
-    }  # fmt: skip
-    path = out.parent / f"{out.name}.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in (values | changes).items() if v is not None}))
-    return path
-
-
-def curriculum(path: Path, *words: object) -> int:
-    return main(["curriculum", str(path), *map(str, words)])
-
-
-def selections(out: Path) -> list[list[dict[str, Any]]]:
-    return [
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted(out.glob("stage-*/selected.jsonl"))
-    ]
-
-
-def report(out: Path) -> list[dict[str, Any]]:
-    return list(json.loads((out / "report.json").read_text())["stages"])
-
-
-def calls(out: Path) -> list[str]:
-    return Path(f"{out}.calls").read_text().split()
+    return make_folder(tmp_path_factory.mktemp("curriculum"))
 
 
 # ------------------------------------------------------------------------------------------------ end to end
@@ -376,134 +319,3 @@ def with_logprobs(path: Path, model_name: Path) -> list[dict[str, Any]]:
                 logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             record["logprobs"].append(logits.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist())
     return records
-
-
-# --------------------------------------------------------------------------------------------------- bad input
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"fractoin": 0.1}, ["'fractoin' is not an option", "did you mean 'fraction'?"]),
-        ({"stage": 2}, ["'stage' is not an option", "did you mean 'stages'?"]),
-        ({"sketch": {"dimm": 512}}, ["'dimm'", "did you mean 'dim'?"]),
-        ({"trl": 3}, ["'trl' should be a table"]),
-        ({"trl": {"a": 1}}, ["trl: options are given, but the trainer is the command"]),
-        ({"stages": 0}, ["stages must be at least 1, got 0"]),
-        ({"steps": None}, ["required: --steps"]),
-        ({"trainer": "train {modle} {selected}"}, ["{modle} is not known here", "did you mean {model}?"]),
-        ({"trainer": "train {model}"}, ["does not name what was selected"]),
-        ({"trainer": "train {dataset}"}, ["names {dataset}", "--dataset"]),
-        ({"trained_model": "{out}/{step}"}, ["trained_model: {step}", "did you mean {steps}?"]),
-        ({"train": None}, ["train: is missing"]),
-        ({"rollouts": "roll {train}"}, ["train: files are given and the rollout command writes them too"]),
-        ({"rollouts": "roll {model}"}, ["names neither {train} nor {valid}"]),
-        (
-            {"sets": ["x", "z"]},
-            ["sets: no trajectory covers the validation set 'z'", "are trajectories of 'x', 'y'"],
-        ),
-        ({"model": "no/such/folder/at/all"}, ["no/such/folder/at/all"]),
-        ({"metric": "cos"}, ["invalid choice: 'cos'"]),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_bad_configs(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: list[str]
-) -> None:
-    out = tmp_path / "run"
-    try:
-        status = curriculum(config(made, out, **changes))
-    except SystemExit as end:  # argparse
-        status = int(end.code or 0)
-    assert status == 2
-    error = capsys.readouterr().err
-    for word in words:
-        assert word in error
-    assert not list(out.glob("stage-*/sketches/*"))
-
-
-def test_a_stage_with_nothing_to_select(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    equal = [record | {"rewards": [1.0] * 4} for record in make_records(40)]
-    path = config(made, tmp_path / "run", train=str(write_lines(tmp_path / "equal.jsonl", equal)))
-    assert curriculum(path) == 2
-    error = capsys.readouterr().err
-    assert "stage 0: there is nothing to select" in error and "40 with equal rewards" in error
-
-
-def test_a_validation_set_without_a_gradient(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records = [
-        record | ({"rewards": [0.0] * 4} if record["set"] == "y" else {})
-        for record in make_records(12, seed=1, sets=["x", "y"])
-    ]
-    path = config(made, tmp_path / "run", valid=str(write_lines(tmp_path / "half.jsonl", records)))
-    assert curriculum(path) == 2
-    error = capsys.readouterr().err
-    assert "no trajectory covers the validation set 'y' usefully" in error and "6 with equal rewards" in error
-
-
-def test_a_dataset_without_stable_ids_is_found_before_any_sketch(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    nameless = write_lines(tmp_path / "nameless.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
-    twice = write_lines(tmp_path / "twice.jsonl", [{"id": 1}, {"id": "1"}])
-    for dataset, words in (
-        (nameless, "has no stable prompt id"),
-        (twice, "rows 0 and 1 have the same id '1'"),
-    ):
-        path = config(made, tmp_path / "run", dataset=str(dataset), trainer="true {dataset}")
-        assert curriculum(path) == 2
-        error = capsys.readouterr().err
-        assert words in error and "--dataset-id" in error and not (tmp_path / "run").exists()
-
-
-def test_rollout_commands_that_write_nothing(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    assert curriculum(config(made, out, train=None, rollouts="true {train}")) == 2
-    assert "wrote no {train} file" in capsys.readouterr().err
-    assert (
-        curriculum(config(made, out, trainer=f"true {{rollouts}}; cp {made}/model/* {{out}}; : {{selected}}"))
-        == 2
-    )
-    assert "names {rollouts}, but wrote no such file" in capsys.readouterr().err
-
-
-def test_a_folder_of_something_else(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "thesis.tex").touch()
-    assert curriculum(config(made, out)) == 2
-    assert "is not empty and holds no state.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["curriculum.yaml", "curriculum_trl.yaml", "verl/curriculum.yaml"])
-def test_example_configs_are_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cropi.cli import _parser
-    from cropi.cli.config import apply_config
-    from cropi.cli.curriculum import make_plan
-
-    args = _parser().parse_args(["curriculum", str(HERE.parent / "examples" / name)])
-    args.words, args.trl, args.stage = [args.config], {}, "0"
-    apply_config(args, tables=("trl",))
-    plan = make_plan(args)
-    assert plan.stages > 1 and plan.train and plan.valid
-    if plan.trainer == "trl":
-        from cropi.curriculum.in_process import check_options
-
-        monkeypatch.chdir(HERE.parent)
-        check_options(plan.trl)
-    else:
-        script = HERE.parent / plan.trainer.split()[1]
-        assert script.is_file()
-
-
-def test_switches_in_a_config_file_are_named_either_way(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for number, (changes, shown) in enumerate((({"no_progress": None}, True), ({}, False))):
-        out = tmp_path / str(number)
-        assert curriculum(config(made, out, trainer="false {selected}", **changes)) == 2
-        assert ("prompt/s" in capsys.readouterr().err) is shown
