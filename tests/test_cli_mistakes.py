@@ -67,7 +67,7 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
 
     fails("fraction 0.01 of a pool of 40 prompts chooses none", "--fraction", 0.01)
     fails("fraction 0.1 of a pool of 5 prompts chooses none", "--limit", 5)
-    fails("no prompt has a gradient (40 equal rewards)", train=equal)
+    fails("none of the 40 training prompts has a gradient (40 with equal rewards)", train=equal)
     fails(f"{long}:40", train=long)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     fails("the package 'pyarrow' is needed here: pip install 'cropi-kernels[run]'")
