@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .plan import MatrixPlan
+from .plan import MatrixPlan, VectorPlan
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _C: ModuleType | None
 try:
@@ -42,14 +42,14 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"the tensor is on {tensor.device}, not on the CPU"
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             return f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"
     return None
 
 
 def matrix(x: torch.Tensor) -> tuple[int, int, int, int, int]:
     """(address, rows, cols, row stride, dtype code) of a 2-D tensor with contiguous columns."""
-    return x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), _DTYPES[x.dtype]
+    return x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), DTYPES[x.dtype]
 
 
 def rows_view(x: torch.Tensor) -> torch.Tensor:
@@ -82,6 +82,18 @@ def slab_plan(plan: MatrixPlan, with_row_sign: bool) -> tuple[int, ...]:
         address(plan.pair_slab),
         address(plan.pair_sign),
     )
+
+
+@functools.lru_cache(maxsize=16384)
+def column_fold(plan: MatrixPlan) -> tuple[int, int]:
+    """Addresses of the offsets and signs of a fold of the inputs. Valid while ``plan`` lives."""
+    return address(plan.col_fold), address(plan.col_sign)
+
+
+@functools.lru_cache(maxsize=16384)
+def vector_plan(plan: VectorPlan) -> tuple[int, int]:
+    """Addresses of the positions and signs of a vector's numbers. Valid while ``plan`` lives."""
+    return address(plan.position), address(plan.sign)
 
 
 def threads() -> int:

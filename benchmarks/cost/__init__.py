@@ -1,4 +1,4 @@
-"""What sketching costs on a CPU: ``python -m benchmarks.cost`` (about 20 minutes on 2 cores).
+"""What sketching costs on a CPU: ``python -m benchmarks.cost`` (about 25 minutes on 2 cores).
 
 On real prompt groups of the example data, alternating and taking medians:
 

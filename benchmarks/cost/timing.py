@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 
@@ -15,6 +15,11 @@ class Cost(NamedTuple):
     seconds: float
     processor: float
     faults: int
+
+    @classmethod
+    def total(cls, costs: Iterable[Cost]) -> Cost:
+        seconds, processor, faults = zip(*costs, strict=True)
+        return cls(sum(seconds), sum(processor), sum(faults))
 
 
 def timed(f: Callable[[], Any]) -> Cost:
@@ -32,6 +37,8 @@ def alternate(jobs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, l
         f(0)  # warm-up
     for i in range(rounds):
         names = list(jobs)
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        # One further after every turn of all jobs: inputs that come round meet every order.
+        k = (i + i // len(names)) % len(names)
+        for name in names[k:] + names[:k]:
             costs[name].append(timed(functools.partial(jobs[name], i)))
     return costs

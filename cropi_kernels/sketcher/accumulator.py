@@ -12,6 +12,7 @@ from ..reduce import reduce_sketch
 from ..spec import SketchSpec
 from .batch import Segments
 from .clock import Clock
+from .direct import Direct
 
 
 class Accumulator:
@@ -20,6 +21,7 @@ class Accumulator:
     def __init__(self, spec: SketchSpec) -> None:
         self.spec = spec
         self.segments: Segments | None = None
+        self.direct: Direct | None = None
         self.out = torch.empty(0, spec.base_dim, dtype=torch.float32)
         self.clock = Clock(torch.device("cpu"))
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
@@ -27,6 +29,7 @@ class Accumulator:
     def begin(self, segments: Segments, device: torch.device) -> None:
         self.segments = segments
         self.out = torch.zeros(segments.count, self.spec.base_dim, dtype=torch.float32, device=device)
+        self.direct = Direct.of(segments, self.out)
         self.clock = Clock(device)
         self._folds.clear()
 
@@ -41,7 +44,7 @@ class Accumulator:
 
     def close(self) -> None:
         """Let go of the batch, finished or failed: nothing of it stays in memory."""
-        self.segments = None
+        self.segments = self.direct = None
         self.out = self.out.new_empty(0, self.spec.base_dim)
         self._folds.clear()
 

@@ -14,6 +14,7 @@ from ..ops.sketch_linear import fold_inputs, sketch_linear
 from ..ops.sketch_rows import sketch_embedding
 from ..plan import Role, plan_matrix
 from ..spec import SketchSpec
+from .direct import Direct
 
 PANEL = 1 << 22  # numbers of a gradient that the comparison kinds form at a time
 
@@ -35,6 +36,14 @@ class MatrixSketch(abc.ABC):
     def keep(self, a: torch.Tensor) -> torch.Tensor:
         return a
 
+    def keep_direct(self, direct: Direct, x: torch.Tensor) -> torch.Tensor | None:
+        """`keep` of the inputs as the module saw them, straight from the kernels; None: not possible."""
+        return None
+
+    def add_direct(self, direct: Direct, dy: torch.Tensor, kept: torch.Tensor) -> bool:
+        """`add`, of the output gradients as they come, straight to the kernels; False: not possible, nothing done."""
+        return False
+
     @abc.abstractmethod
     def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         """``out[s] += sketch(sum_{t in s} d[t]^T a[t])``."""
@@ -55,6 +64,12 @@ class SlabMatrix(MatrixSketch):
 
     def keep(self, a: torch.Tensor) -> torch.Tensor:
         return fold_inputs(a, self.plan)  # the folded copy is small: this is what keeps the memory promise
+
+    def keep_direct(self, direct: Direct, x: torch.Tensor) -> torch.Tensor | None:
+        return direct.fold(x, self.plan)
+
+    def add_direct(self, direct: Direct, dy: torch.Tensor, kept: torch.Tensor) -> bool:
+        return direct.add_linear(dy, kept, self.plan)
 
     def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         sketch_linear(d, kept, offsets, self.plan, out)

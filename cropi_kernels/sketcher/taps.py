@@ -61,18 +61,29 @@ class LinearTap(Tap):
         assert matrix is not None
 
         def keep() -> torch.Tensor:
+            direct = self.acc.direct
+            if direct is not None and (kept := matrix.keep_direct(direct, x)) is not None:
+                return kept
             with torch.no_grad():
                 return matrix.keep(self.rows(x.detach(), heads_first)[0])
 
         return keep() if matrix.fold_key is None else self.acc.folded(matrix.fold_key, x, keep)
 
     def backward(self, heads_first: bool, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        direct, matrix, bias = self.acc.direct, self.matrix, self.bias
         with self.acc.timed():
+            if direct is not None:
+                if matrix is not None and kept is not None and matrix.add_direct(direct, dy, kept):
+                    matrix = None
+                if bias is not None and direct.add_norm(None, dy, 0.0, False, None, bias):
+                    bias = None
+            if matrix is None and bias is None:
+                return
             d, offsets = self.rows(dy, heads_first)
-            if self.matrix is not None and kept is not None:
-                self.matrix.add(d, kept, offsets, self.acc.out)
-            if self.bias is not None:
-                sketch_vector(bias_grad(d, offsets), self.bias, self.acc.out)
+            if matrix is not None and kept is not None:
+                matrix.add(d, kept, offsets, self.acc.out)
+            if bias is not None:
+                sketch_vector(bias_grad(d, offsets), bias, self.acc.out)
 
 
 class EmbeddingTap(Tap):
@@ -132,7 +143,10 @@ class NormTap(Tap):
         return capture(y, sink, x.detach() if widened is None else widened)
 
     def backward(self, heads_first: bool, dy: torch.Tensor, x: torch.Tensor | None = None) -> None:
+        direct = self.acc.direct
         with self.acc.timed():
+            if direct is not None and direct.add_norm(x, dy, self.eps, self.centered, self.weight, self.bias):
+                return
             d, offsets = self.rows(dy, heads_first)
             if self.weight is None or x is None:
                 assert self.bias is not None

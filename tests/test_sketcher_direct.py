@@ -1,0 +1,93 @@
+"""The taps' short way to the CPU kernels: the operators' bits, taken where it can be, left where it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+
+from cropi_kernels import GradientSketcher, SketchSpec, _native
+from cropi_kernels.plan import plan_matrix
+from cropi_kernels.sketcher import taps
+from cropi_kernels.sketcher.batch import Segments
+from cropi_kernels.sketcher.direct import Direct
+
+SPEC = SketchSpec(width=16, vocab_width=64)
+pytestmark = pytest.mark.skipif(_native.unsupported() is not None, reason="the CPU kernels are not built")
+
+
+def run(model: torch.nn.Module, batch: zoo.Batch) -> torch.Tensor:
+    weights = zoo.weights_of(batch)
+    with GradientSketcher(model, SPEC) as sketcher:
+        return sketcher.policy_gradient(
+            batch.input_ids,
+            segments=batch.segments,
+            positions=batch.positions,
+            targets=batch.targets,
+            weigh=lambda _, i, j: weights[i:j],
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+        ).sketches
+
+
+def by_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Direct, "of", classmethod(lambda cls, segments, out: None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gpt2", "gemma3", "phi"])
+def test_same_bits_as_the_operators(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = zoo.make(name, dtype), zoo.padded()
+    short = run(model, batch)
+    assert short.any() and not short.isnan().any()
+    by_operators(monkeypatch)
+    assert torch.equal(short, run(model, batch))
+
+
+def test_the_common_case_calls_no_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an operator was called")
+
+    for name in ("sketch_vector", "norm_grad", "bias_grad"):
+        monkeypatch.setattr(taps, name, never)
+    monkeypatch.setattr(taps.Tap, "rows", never)
+    model = zoo.make("qwen2")
+    model.get_input_embeddings().weight.requires_grad_(False)  # type: ignore[operator]
+    run(model, zoo.padded())
+
+
+def test_another_backend_by_name_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = Segments.of(torch.tensor([0, 1]), 2, 3, None)
+    out = torch.zeros(2, SPEC.dim)
+    assert isinstance(Direct.of(segments, out), Direct)
+    monkeypatch.setenv("CROPI_KERNELS_BACKEND", "reference")
+    assert Direct.of(segments, out) is None
+
+
+def test_what_is_not_the_common_case_is_left_alone() -> None:
+    segments = Segments.of(torch.tensor([0, 1]), 2, 3, None)
+    out = torch.zeros(2, SPEC.dim)
+    direct = Direct(segments, out)
+    plan = plan_matrix(SPEC, "w", 24, 40, "linear")
+    x, dy = torch.randn(2, 3, 40), torch.randn(2, 3, 24)
+    folded = direct.fold(x, plan)
+    assert folded is not None and folded.shape == (6, 16)
+    odd = {
+        "strides": torch.randn(2, 24, 3).transpose(1, 2),
+        "float64": dy.double(),
+        "heads": torch.randn(2, 3, 4, 6),
+        "other tokens": torch.randn(2, 4, 24),
+        "other features": torch.randn(2, 3, 23),
+        "flat": torch.randn(6, 24),
+    }
+    for case, wrong in odd.items():
+        assert not direct.add_linear(wrong, folded, plan), case
+    assert direct.fold(torch.randn(2, 3, 39), plan) is None
+    assert direct.fold(x, plan_matrix(SketchSpec(width=None), "w", 24, 40, "linear")) is None, (
+        "nothing to fold"
+    )
+    assert not direct.add_norm(x, dy, 1e-6, False, None, None), "two widths"
+    assert not out.any(), "a refused call adds nothing"
+    assert direct.add_linear(dy, folded, plan) and out.any()
