@@ -10,7 +10,7 @@ import zoo
 
 from cropi_kernels import GradientSketcher, SketchSpec, _native
 from cropi_kernels.plan import plan_matrix
-from cropi_kernels.sketcher import taps
+from cropi_kernels.sketcher import capture, taps
 from cropi_kernels.sketcher.batch import Segments
 from cropi_kernels.sketcher.direct import Direct
 
@@ -33,7 +33,7 @@ def run(model: torch.nn.Module, batch: zoo.Batch) -> torch.Tensor:
 
 
 def by_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Direct, "of", classmethod(lambda cls, segments, out: None))
+    monkeypatch.setattr(Direct, "of", classmethod(lambda cls, segments, out, folded: None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,3 +91,33 @@ def test_what_is_not_the_common_case_is_left_alone() -> None:
     assert not direct.add_norm(x, dy, 1e-6, False, None, None), "two widths"
     assert not out.any(), "a refused call adds nothing"
     assert direct.add_linear(dy, folded, plan) and out.any()
+
+
+def test_one_block_for_the_copies_of_every_batch_after_the_first() -> None:
+    model, batch = zoo.make("llama-tied"), zoo.padded()
+    with GradientSketcher(model, SPEC) as sketcher:
+        first, second = (batch.sketch(sketcher).sketches for _ in range(2))
+        expected = sketcher._acc._folded
+    assert torch.equal(first, second)
+    folded_inputs = 4 * 2  # q/k/v, o, gate/up and down of two layers
+    assert expected == folded_inputs * 16
+
+
+def test_hooks_give_the_bits_of_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = zoo.make("gpt2"), zoo.padded()
+    by_hooks = run(model, batch)
+    monkeypatch.setattr(capture, "packed", lambda: True)
+    assert torch.equal(by_hooks, run(model, batch))
+
+
+def test_a_graph_that_is_kept_is_sketched_again() -> None:
+    model, batch = zoo.make("qwen2"), zoo.padded()
+    rows = tuple(batch.input_ids.shape)
+    with GradientSketcher(model, SPEC) as sketcher:
+        with sketcher.batch(batch.segments, shape=rows) as once:
+            model(batch.input_ids, attention_mask=batch.attention_mask).logits.sum().backward()
+        with sketcher.batch(batch.segments, shape=rows) as twice:
+            loss = model(batch.input_ids, attention_mask=batch.attention_mask).logits.sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+    torch.testing.assert_close(twice.sketches, 2 * once.sketches, rtol=1e-4, atol=1e-4)

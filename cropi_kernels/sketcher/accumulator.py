@@ -22,6 +22,7 @@ class Accumulator:
         self.spec = spec
         self.segments: Segments | None = None
         self.direct: Direct | None = None
+        self._folded = 0
         self.out = torch.empty(0, spec.base_dim, dtype=torch.float32)
         self.clock = Clock(torch.device("cpu"))
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
@@ -29,7 +30,7 @@ class Accumulator:
     def begin(self, segments: Segments, device: torch.device) -> None:
         self.segments = segments
         self.out = torch.zeros(segments.count, self.spec.base_dim, dtype=torch.float32, device=device)
-        self.direct = Direct.of(segments, self.out)
+        self.direct = Direct.of(segments, self.out, self._folded)
         self.clock = Clock(device)
         self._folds.clear()
 
@@ -44,6 +45,8 @@ class Accumulator:
 
     def close(self) -> None:
         """Let go of the batch, finished or failed: nothing of it stays in memory."""
+        if self.direct is not None:
+            self._folded = self.direct.folded
         self.segments = self.direct = None
         self.out = self.out.new_empty(0, self.spec.base_dim)
         self._folds.clear()

@@ -1,11 +1,14 @@
-"""An identity in the autograd graph that hands a module's output gradient to the sketch."""
+"""Hands a module's output gradient to the sketch, from a hook on the output or from an identity in the graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+
+from .graph import packed
 
 Sink = Callable[..., None]
 
@@ -27,11 +30,23 @@ class _Capture(torch.autograd.Function):
         return (dy, None) + (None,) * len(saved)
 
 
+def _call(sink: Sink, saved: tuple[torch.Tensor, ...], dy: torch.Tensor) -> None:
+    sink(dy, *saved)
+
+
 def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
-    """``y`` itself, in a graph whose backward calls ``sink(dy, *saved)``. A no-op where no gradient is recorded."""
+    """``y`` for the module's users, in a graph whose backward calls ``sink(dy, *saved)``. A no-op without a graph.
+
+    A hook where it can be: the nodes of several hundred functions, cut out of holes where large temporaries would fit,
+    raised the resident peak by 8 % (SmolLM2-135M, 1024 tokens, glibc). Where something packs what is saved, a function
+    that has it packed: a hook would keep it in memory.
+    """
     if not torch.is_grad_enabled():
         return y
     if not y.requires_grad:  # frozen weights on inputs without a graph: it starts here
         y = y.detach().requires_grad_(True)
-    out: torch.Tensor = _Capture.apply(y, sink, *saved)
-    return out
+    if y.is_leaf or packed() or torch.compiler.is_compiling():  # of a leaf nobody could follow the graph's edges
+        out: torch.Tensor = _Capture.apply(y, sink, *saved)
+        return out
+    y.register_hook(partial(_call, sink, saved))
+    return y

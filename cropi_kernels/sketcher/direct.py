@@ -15,6 +15,7 @@ from .. import _native, dispatch
 from ..ops._checks import check_offset_values
 from ..plan import MatrixPlan, VectorPlan
 from .batch import Segments
+from .graph import packed
 
 Matrix = tuple[int, int, int, int, int]  # as `_native.matrix`
 
@@ -22,7 +23,7 @@ Matrix = tuple[int, int, int, int, int]  # as `_native.matrix`
 class Direct:
     """The kernels on one batch: its ranges of tokens, and the sketches [segments, dim] that they add to."""
 
-    def __init__(self, segments: Segments, out: torch.Tensor) -> None:
+    def __init__(self, segments: Segments, out: torch.Tensor, folded: int = 0) -> None:
         check_offset_values(segments.offsets, segments.batch * segments.length)
         self._kernels = _native.native()
         self._batch, self._length = segments.batch, segments.length
@@ -30,13 +31,14 @@ class Direct:
         self._out = out.data_ptr(), out.stride(0)
         self._threads = _native.threads()
         self._kept_alive = segments.offsets, out
+        self._expected, self._pool, self.folded = folded, torch.empty(0), 0
 
     @classmethod
-    def of(cls, segments: Segments, out: torch.Tensor) -> Direct | None:
-        """None where another backend serves the batch."""
+    def of(cls, segments: Segments, out: torch.Tensor, folded: int = 0) -> Direct | None:
+        """None where another backend serves the batch. ``folded``: features of a token that will be kept, if known."""
         if out.device.type != "cpu" or dispatch.choose("sketch_linear", out) != "cpu":
             return None
-        return cls(segments, out)
+        return cls(segments, out, folded)
 
     def rows(self, x: torch.Tensor) -> Matrix | None:
         """``x`` [batch, length, n] as the kernels take [tokens, n], or None: it is not the common case."""
@@ -59,10 +61,23 @@ class Direct:
         rows = self.rows(x)
         if rows is None or plan.col_fold is None or rows[2] != plan.cols:
             return None
-        folded = torch.empty(rows[1], plan.folded_cols, dtype=x.dtype, device="cpu")
+        folded = self._memory(rows[1], plan.folded_cols, x.dtype)
         offset, sign = _native.column_fold(plan)
         self._kernels.fold_columns(rows, folded.data_ptr(), plan.folded_cols, offset, sign, self._threads)
         return folded
+
+    def _memory(self, tokens: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """From one block for the whole batch, as large as the last batch needed: one by one, the small copies are cut
+        out of holes in the heap that large temporaries of the forward would fit in."""
+        if packed():  # copies that come and go layer by layer: a block would hold them all
+            return torch.empty(tokens, cols, dtype=dtype, device="cpu")
+        if not self.folded and self._expected:
+            self._pool = torch.empty(tokens * self._expected, dtype=dtype, device="cpu")
+        begin, end = tokens * self.folded, tokens * (self.folded + cols)
+        self.folded += cols
+        if end > self._pool.numel() or dtype != self._pool.dtype:
+            return torch.empty(tokens, cols, dtype=dtype, device="cpu")
+        return self._pool[begin:end].view(tokens, cols)
 
     def add_linear(self, dy: torch.Tensor, folded: torch.Tensor, plan: MatrixPlan) -> bool:
         """`sketch_linear` of ``dy`` [batch, length, plan.rows] and what `fold` gave; False: not done."""

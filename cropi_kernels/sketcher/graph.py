@@ -17,7 +17,7 @@ def widened_input(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
     None where something packs what is saved (checkpointing, offloading): nothing of it stays in memory there, and
     asking would unpack it before its time.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16) or x.grad_fn is None or _packed():
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.grad_fn is None or packed():
         return None
     nodes, seen = [y.grad_fn], 0
     while nodes and seen < REACH:
@@ -41,6 +41,7 @@ def _is_cast_of(kept: torch.Tensor, x: torch.Tensor) -> bool:
     )
 
 
-def _packed() -> bool:
+def packed() -> bool:
+    """Whether something packs what autograd saves now: checkpointing, offloading."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(False) is not None  # an older torch does not say: keep the input, then
