@@ -45,7 +45,8 @@ def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
         return y
     if not y.requires_grad:  # frozen weights on inputs without a graph: it starts here
         y = y.detach().requires_grad_(True)
-    if y.is_leaf or packed() or torch.compiler.is_compiling():  # of a leaf nobody could follow the graph's edges
+    # A leaf has no node: `widened_input` could not follow the graph's edges to it.
+    if y.is_leaf or packed() or torch.compiler.is_compiling():
         out: torch.Tensor = _Capture.apply(y, sink, *saved)
         return out
     y.register_hook(partial(_call, sink, saved))
