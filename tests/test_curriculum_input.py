@@ -58,13 +58,18 @@ def test_bad_configs(
     assert not list(out.glob("stage-*/sketches/*"))
 
 
+def refused(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says when it refuses the configuration."""
+    assert curriculum(path) == 2
+    return capsys.readouterr().err
+
+
 def test_a_stage_with_nothing_to_select(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     equal = [record | {"rewards": [1.0] * 4} for record in make_records(40)]
     path = config(made, tmp_path / "run", train=str(write_lines(tmp_path / "equal.jsonl", equal)))
-    assert curriculum(path) == 2
-    error = capsys.readouterr().err
+    error = refused(path, capsys)
     assert "stage 0: there is nothing to select" in error and "40 with equal rewards" in error
 
 
@@ -76,8 +81,7 @@ def test_a_validation_set_without_a_gradient(
         for record in make_records(12, seed=1, sets=["x", "y"])
     ]
     path = config(made, tmp_path / "run", valid=str(write_lines(tmp_path / "half.jsonl", records)))
-    assert curriculum(path) == 2
-    error = capsys.readouterr().err
+    error = refused(path, capsys)
     assert "no trajectory covers the validation set 'y' usefully" in error and "6 with equal rewards" in error
 
 
@@ -91,8 +95,7 @@ def test_a_dataset_without_stable_ids_is_found_before_any_sketch(
         (twice, "rows 0 and 1 have the same id '1'"),
     ):
         path = config(made, tmp_path / "run", dataset=str(dataset), trainer="true {dataset}")
-        assert curriculum(path) == 2
-        error = capsys.readouterr().err
+        error = refused(path, capsys)
         assert words in error and "--dataset-id" in error and not (tmp_path / "run").exists()
 
 
@@ -100,21 +103,17 @@ def test_rollout_commands_that_write_nothing(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert curriculum(config(made, out, train=None, rollouts="true {train}")) == 2
-    assert "wrote no {train} file" in capsys.readouterr().err
-    assert (
-        curriculum(config(made, out, trainer=f"true {{rollouts}}; cp {made}/model/* {{out}}; : {{selected}}"))
-        == 2
-    )
-    assert "names {rollouts}, but wrote no such file" in capsys.readouterr().err
+    nothing = config(made, out, train=None, rollouts="true {train}")
+    assert "wrote no {train} file" in refused(nothing, capsys)
+    nothing = config(made, out, trainer=f"true {{rollouts}}; cp {made}/model/* {{out}}; : {{selected}}")
+    assert "names {rollouts}, but wrote no such file" in refused(nothing, capsys)
 
 
 def test_a_folder_of_something_else(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     out.mkdir()
     (out / "thesis.tex").touch()
-    assert curriculum(config(made, out)) == 2
-    assert "is not empty and holds no state.json" in capsys.readouterr().err
+    assert "is not empty and holds no state.json" in refused(config(made, out), capsys)
 
 
 @pytest.mark.parametrize("name", ["curriculum.yaml", "curriculum_trl.yaml", "verl/curriculum.yaml"])
@@ -143,5 +142,5 @@ def test_switches_in_a_config_file_are_named_either_way(
 ) -> None:
     for number, (changes, shown) in enumerate((({"no_progress": None}, True), ({}, False))):
         out = tmp_path / str(number)
-        assert curriculum(config(made, out, trainer="false {selected}", **changes)) == 2
-        assert ("prompt/s" in capsys.readouterr().err) is shown
+        error = refused(config(made, out, trainer="false {selected}", **changes), capsys)
+        assert ("prompt/s" in error) is shown

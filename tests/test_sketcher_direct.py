@@ -81,6 +81,7 @@ def test_what_is_not_the_common_case_is_left_alone() -> None:
         "other tokens": torch.randn(2, 4, 24),
         "other features": torch.randn(2, 3, 23),
         "flat": torch.randn(6, 24),
+        "a subclass": torch.nn.Parameter(dy),
     }
     for case, wrong in odd.items():
         assert not direct.add_linear(wrong, folded, plan), case

@@ -14,11 +14,10 @@ import subprocess
 import sys
 from collections.abc import Iterable
 
-from benchmarks.cost.timing import Cost
+from benchmarks.cost.timing import Cost, rotated
 
-FRESH = (
-    2  # rounds after which all processes are started anew: addresses, and with them speeds, differ by process
-)
+# Rounds after which all processes are started anew: addresses, and with them speeds, differ by process.
+FRESH = 2
 
 
 class Worker:
@@ -60,11 +59,9 @@ def in_turns(args: argparse.Namespace, modes: list[str], env: dict[str, str]) ->
                 workers = {mode: Worker(args, mode, env) for mode in modes}
                 for worker in workers.values():
                     worker.cost(0)  # warm-up
-            n = workers[modes[0]].n_batches
             parts: dict[str, list[Cost]] = {mode: [] for mode in modes}
-            for i in range(n):
-                k = (r + i) % len(modes)
-                for mode in modes[k:] + modes[:k]:
+            for i in range(workers[modes[0]].n_batches):
+                for mode in rotated(modes, r + i):
                     parts[mode].append(workers[mode].cost(i))
             for mode in modes:
                 costs[mode].append(Cost.total(parts[mode]))

@@ -30,15 +30,20 @@ def timed(f: Callable[[], Any]) -> Cost:
     return Cost(seconds, processor, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
 
 
+def rotated(names: Iterable[str], k: int) -> list[str]:
+    """The names from the k-th on, round and round."""
+    names = list(names)
+    k %= len(names)
+    return names[k:] + names[:k]
+
+
 def alternate(jobs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[Cost]]:
     """A cost per round for each job; the order rotates, so that a slow spell of the machine hits all alike."""
     costs: dict[str, list[Cost]] = {name: [] for name in jobs}
     for f in jobs.values():
         f(0)  # warm-up
     for i in range(rounds):
-        names = list(jobs)
         # One further after every turn of all jobs: inputs that come round meet every order.
-        k = (i + i // len(names)) % len(names)
-        for name in names[k:] + names[:k]:
+        for name in rotated(jobs, i + i // len(jobs)):
             costs[name].append(timed(functools.partial(jobs[name], i)))
     return costs

@@ -42,14 +42,10 @@ class Direct:
 
     def rows(self, x: torch.Tensor) -> Matrix | None:
         """``x`` [batch, length, n] as the kernels take [tokens, n], or None: it is not the common case."""
+        if type(x) is not torch.Tensor or torch.compiler.is_compiling():  # no memory of its own, maybe
+            return None
         code = _native.DTYPES.get(x.dtype)
-        if (
-            code is None
-            or x.ndim != 3
-            or not x.is_cpu
-            or not x.is_contiguous()
-            or torch.compiler.is_compiling()
-        ):
+        if code is None or x.ndim != 3 or not x.is_cpu or not x.is_contiguous():
             return None
         batch, length, n = x.shape
         if batch != self._batch or length != self._length:
@@ -69,15 +65,13 @@ class Direct:
     def _memory(self, tokens: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """From one block for the whole batch, as large as the last batch needed: one by one, the small copies are cut
         out of holes in the heap that large temporaries of the forward would fit in."""
-        if packed():  # copies that come and go layer by layer: a block would hold them all
-            return torch.empty(tokens, cols, dtype=dtype, device="cpu")
-        if not self.folded and self._expected:
-            self._pool = torch.empty(tokens * self._expected, dtype=dtype, device="cpu")
-        begin, end = tokens * self.folded, tokens * (self.folded + cols)
-        self.folded += cols
-        if end > self._pool.numel() or dtype != self._pool.dtype:
-            return torch.empty(tokens, cols, dtype=dtype, device="cpu")
-        return self._pool[begin:end].view(tokens, cols)
+        if not packed():  # else copies come and go layer by layer: a block would hold them all
+            if not self.folded and self._expected:
+                self._pool = torch.empty(tokens * self._expected, dtype=dtype, device="cpu")
+            begin, self.folded = self.folded, self.folded + cols
+            if self.folded * tokens <= self._pool.numel() and dtype == self._pool.dtype:
+                return self._pool[begin * tokens : self.folded * tokens].view(tokens, cols)
+        return torch.empty(tokens, cols, dtype=dtype, device="cpu")
 
     def add_linear(self, dy: torch.Tensor, folded: torch.Tensor, plan: MatrixPlan) -> bool:
         """`sketch_linear` of ``dy`` [batch, length, plan.rows] and what `fold` gave; False: not done."""

@@ -45,16 +45,10 @@ def check_rows(
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids is {input_ids.dtype}: give int64 token ids (input_ids.long())")
     batch, length = input_ids.shape
-    check_tensors(
-        **{
-            n: x
-            for n, x in (("attention_mask", attention_mask), ("position_ids", position_ids))
-            if x is not None
-        }
-    )
-    if (
-        attention_mask is not None
-    ):  # torch would broadcast some wrong shapes, and the wrong tokens be attended to
+    optional = {"attention_mask": attention_mask, "position_ids": position_ids}
+    check_tensors(**{name: x for name, x in optional.items() if x is not None})
+    # Torch would broadcast some wrong shapes of a mask, and the wrong tokens be attended to.
+    if attention_mask is not None:
         shape = tuple(attention_mask.shape)
         square = len(shape) == 4 and shape[0] in (1, batch) and shape[2:] == (length, length)
         if shape != (batch, length) and not square:

@@ -15,8 +15,7 @@ def sketch_vector(gradient: torch.Tensor, plan: VectorPlan, out: torch.Tensor) -
         gradient.shape[0],
         plan.size,
         gradient.stride(0),
-        _native.address(plan.position),
-        _native.address(plan.sign),
+        *_native.vector_plan(plan),
         out.data_ptr(),
         out.stride(0),
     )
