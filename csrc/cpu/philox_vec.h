@@ -68,12 +68,11 @@ struct VecCounter {
 };
 
 static inline VecCounter count_from(uint64_t first) {
-  VecCounter c;
-  for (int i = 0; i < kLanes; ++i) {
-    c.low[i] = uint32_t(first + uint64_t(i));
-    c.high[i] = uint32_t((first + uint64_t(i)) >> 32);
-  }
-  return c;
+  VecU32 low{};
+  for (int i = 0; i < kLanes; ++i) low[i] = uint32_t(i);
+  low += uint32_t(first);
+  const VecU32 wrapped = VecU32(low < VecU32{} + uint32_t(first));  // all bits set: -1
+  return {low, uint32_t(first >> 32) - wrapped};
 }
 
 // In each 128-bit lane, the 4 x 4 words of a transposed: from four words of four draws to draw after draw.

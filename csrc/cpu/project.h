@@ -19,7 +19,7 @@ static inline Vec load_as_float(const BFloat16* p) {
   const Half raw = *reinterpret_cast<const Half*>(p);
   return Vec(__builtin_convertvector(raw, VecU32) << 16);
 }
-static inline Vec load_as_float(const _Float16* p) {
+static inline Vec load_as_float(const Float16* p) {
 #if defined(CROPI_ISA_v4)
   return Vec(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(CROPI_ISA_v3)

@@ -35,6 +35,12 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+#if defined(__aarch64__)
+typedef __fp16 Float16;  // GCC has no _Float16 in C++ there before version 13; both convert to float and back alike
+#else
+typedef _Float16 Float16;
+#endif
+
 static inline float to_float(float x) { return x; }
 static inline float to_float(BFloat16 x) {
   uint32_t u = uint32_t(x.bits) << 16;
@@ -42,7 +48,7 @@ static inline float to_float(BFloat16 x) {
   std::memcpy(&f, &u, 4);
   return f;
 }
-static inline float to_float(_Float16 x) { return float(x); }
+static inline float to_float(Float16 x) { return float(x); }
 
 static inline void from_float(float x, float* out) { *out = x; }
 static inline void from_float(float x, BFloat16* out) {  // round to nearest even; NaN stays NaN
@@ -54,7 +60,7 @@ static inline void from_float(float x, BFloat16* out) {  // round to nearest eve
   }
   out->bits = uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
-static inline void from_float(float x, _Float16* out) { *out = _Float16(x); }
+static inline void from_float(float x, Float16* out) { *out = Float16(x); }
 
 // Calls f with a null pointer of the C++ type that stands for `dtype`.
 template <class F>
@@ -62,7 +68,7 @@ static inline void with_dtype(DType dtype, F&& f) {
   switch (dtype) {
     case DType::f32: f(static_cast<float*>(nullptr)); return;
     case DType::bf16: f(static_cast<BFloat16*>(nullptr)); return;
-    case DType::f16: f(static_cast<_Float16*>(nullptr)); return;
+    case DType::f16: f(static_cast<Float16*>(nullptr)); return;
   }
 }
 
