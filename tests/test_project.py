@@ -286,7 +286,7 @@ def test_other_errors() -> None:
         project(x, 16)  # type: ignore[call-overload]
     with pytest.raises(RuntimeError, match="no kernel of project serves this call: dtype torch.float64"):
         project(x.double(), spec)
-    with pytest.raises(RuntimeError, match="serves this call: the tensor is on meta, not on a CUDA"):
+    with pytest.raises(RuntimeError, match="serves this call: .*the tensor is on meta, not on a CUDA"):
         choose(x.to("meta"), spec, "")
     with pytest.raises(ValueError, match="out is torch.float32"):
         project(x, spec, out=torch.zeros(2, 8))

@@ -34,13 +34,17 @@ struct Job {
 };
 
 // The OpenMP runtime that torch has loaded, if any: its threads spin for some milliseconds after every operation of
-// torch, and threads of ours would share the cores with them (measured: 19.5 ms for a call that takes 16 to 18). GOMP_parallel
-// is what compilers emit calls of; the LLVM and Intel runtimes have it too.
+// torch, and threads of ours would share the cores with them (measured: 19.5 ms for a call that takes 16 to 18).
+// GOMP_parallel is what compilers emit calls of; the LLVM and Intel runtimes have it too. It is looked up among what
+// libtorch links: wheels for aarch64 keep it to themselves, and other packages bring runtimes of their own.
 using Gomp = void (*)(void (*fn)(void*), void* ctx, unsigned team, unsigned flags);
 
 Gomp openmp() {
 #if defined(__unix__) || defined(__APPLE__)
-  static const Gomp found = reinterpret_cast<Gomp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const Gomp found = [] {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Gomp>(dlsym(torch ? torch : RTLD_DEFAULT, "GOMP_parallel"));
+  }();
   return found;
 #else
   return nullptr;
