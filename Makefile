@@ -5,7 +5,7 @@
 #   VENV=path                the environment, made if it is not there; a torch in it is kept as it is
 #   TORCH_INDEX=URL          the only index to take torch from
 #   JOBS=2                   test processes at once, one torch thread each; ARGS="-k store" goes to pytest
-#   BENCHES="cost"           which benchmarks `make bench` runs; all of them take about an hour
+#   BENCHES="cost"           which benchmarks `make bench` runs; all of them take a little over an hour
 #   OFFLINE=1                install nothing from the network: what is needed must be in the environment already
 
 SHELL := /bin/bash

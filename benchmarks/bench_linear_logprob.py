@@ -117,9 +117,8 @@ def measure(variants: Sequence[Variant], problem: Problem, rounds: int, clock: C
     libc = ctypes.CDLL(None)
     for variant in variants:  # memory first: one call each, from a settled start
         gc.collect()
-        if hasattr(
-            libc, "malloc_trim"
-        ):  # freed memory that the allocator keeps would hide what a variant takes
+        # Freed memory that the allocator keeps would hide what a variant takes.
+        if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
         can = reset_peak()
         before = memory_mib("VmRSS")

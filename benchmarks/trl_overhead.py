@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch: spinning workers burn time that is not the step's
+# Before torch: spinning workers burn time that is not the step's.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import json

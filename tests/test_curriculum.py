@@ -262,9 +262,8 @@ def test_changes_after_a_finished_stage(
     write_lines(changed, make_records(40)[1:])
     assert curriculum(config(made, out, train=str(changed))) == 2
     assert "'train' have changed since stage 0" in capsys.readouterr().err
-    assert (
-        curriculum(config(made, out), "--tokens-per-batch", 256) == 0
-    )  # more stages, other batches: the same job
+    # More stages, other batches: the same job.
+    assert curriculum(config(made, out), "--tokens-per-batch", 256) == 0
     assert [row["selected"] for row in report(out)] == [8, 8]
     assert curriculum(config(made, out, stages=1)) == 2
     assert "has reached stage 1" in capsys.readouterr().err
@@ -300,9 +299,8 @@ def test_rollouts_of_every_stage_and_of_the_trainer(made: Path, tmp_path: Path) 
     merged = [json.loads(line) for line in (out / "stage-00" / "trajectories.jsonl").read_text().splitlines()]
     chosen = {row["id"] for row in selections(out)[0]}
     assert {record["id"] for record in merged if record.get("made_at") == 0} == chosen and len(merged) == 40
-    assert (
-        report(out)[1]["behaviour"]["train"] == "file"
-    )  # the file's log-probs, of whichever policy made each record
+    # The file's log-probs, of whichever policy made each record.
+    assert report(out)[1]["behaviour"]["train"] == "file"
 
 
 def with_logprobs(path: Path, model_name: Path) -> list[dict[str, Any]]:

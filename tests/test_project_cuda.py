@@ -72,9 +72,8 @@ def rows(b: int, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def assert_same_map(got: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, offset: int) -> None:
     """Equal to the CPU kernel up to the order of the float32 sums: the same terms, each with two roundings."""
     size = projection_magnitudes(x, spec, offset)
-    terms = (
-        2 * (x.shape[1] if not spec.sparse else x.shape[1] * spec.nnz // spec.dim + 200) + 20
-    )  # generously
+    # Rounded up generously.
+    terms = 2 * (x.shape[1] if not spec.sparse else x.shape[1] * spec.nnz // spec.dim + 200) + 20
     error = (got.double() - project(x, spec, offset).double()).abs()
     assert (error <= 2 * sum_error_bound(size, terms) + 1e-30).all(), float(error.max())
 

@@ -97,9 +97,8 @@ def test_traker_runs_with_our_projector(tmp_path: Path) -> None:
     traker.start_scoring_checkpoint("test", model.state_dict(), 0, num_targets=n)
     traker.score(batch=batch, num_samples=n)
     scores = np.asarray(traker.finalize_scores("test"))
-    own = (
-        scores.diagonal()
-    )  # the influence of a sample on itself, x^T (X^T X)^-1 x times a residual: never negative
+    # The influence of a sample on itself, x^T (X^T X)^-1 x times a residual: never negative.
+    own = scores.diagonal()
     assert (own > 0).all() and own.mean() > 5 * abs(scores).mean()
 
 

@@ -394,9 +394,8 @@ def test_speed_up_of_resampled_seeds_and_against_full_data_of_the_same_pool() ->
     fast = [run("cropi", 0, [0.2, 0.4, 0.6, 0.6, 0.6]), run("cropi", 1, [0.2, 0.3, 0.4, 0.5, 0.5])]
     assert resampled_gains(slow, slow, 40) == (1.0, 1.0)
     low, high = resampled_gains(fast, slow, 40)
-    assert low == 0.0 and high == pytest.approx(
-        2.0
-    )  # seed 1 twice never gets there, seed 0 twice in 20 steps
+    # Seed 1 twice never gets there, seed 0 twice in 20 steps.
+    assert low == 0.0 and high == pytest.approx(2.0)
     assert resampled_gains(fast, [run("full", s, [0.2, 0.1, 0.1, 0.1, 0.1]) for s in (0, 1)], 40) == (
         0.0,
         0.0,

@@ -37,14 +37,8 @@ from cropi_kernels.testing import sum_error_bound
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LENGTHS = [
-    1,
-    0,
-    255,
-    257,
-    3,
-    0,
-]  # of segments: none, one, and around the 256 tokens after which sums are flushed
+# Of segments: none, one, and around the 256 tokens after which sums are flushed.
+LENGTHS = [1, 0, 255, 257, 3, 0]
 
 # rows, cols, width, dim. Slabs of 8 to 256 columns, one to fifteen blocks, one and four slabs, with and without fold.
 SHAPES = [
@@ -115,9 +109,8 @@ def linear_case(
         exact[s].index_add_(0, bucket, (x.T @ y).reshape(-1) * sign)
         size[s].index_add_(0, bucket, (x.abs().T @ y.abs()).reshape(-1))
     folds = -(-cols // plan.folded_cols)
-    depth = (
-        2 + 256 + 2 * plan.n_row_blocks * plan.n_col_blocks + folds
-    )  # the longest segment has two blocks of tokens
+    # The longest segment has two blocks of tokens.
+    depth = 2 + 256 + 2 * plan.n_row_blocks * plan.n_col_blocks + folds
     bound = sum_error_bound(size, depth)
     if plan.col_fold is not None:
         bound += sum_error_bound(size, 1, dtype)  # folded inputs are rounded to their own dtype once
@@ -214,9 +207,8 @@ def test_sketch_embedding_within_rounding(
             gradient = torch.zeros(rows, cols, dtype=torch.float64)
             gradient.index_add_(0, index[begin:end], values[begin:end].double())
             target[s].index_add_(0, bucket, gradient.reshape(-1) * factor)
-    depth = (
-        2 + 300 * plan.n_col_blocks + -(-cols // plan.folded_cols)
-    )  # of a row, any token may add to a bucket
+    # Of a row, any token may add to a bucket.
+    depth = 2 + 300 * plan.n_col_blocks + -(-cols // plan.folded_cols)
     bound = sum_error_bound(size, depth)
     if plan.col_fold is not None:
         bound += sum_error_bound(size, 1, dtype)
@@ -243,9 +235,8 @@ def test_norm_and_bias_gradients_within_rounding(
     mean = wide.mean(1, keepdim=True) if centered else torch.zeros(tokens, 1)
     scale = ((wide - mean).square().mean(1, keepdim=True) + 1e-5).rsqrt()
     size = ((wide - mean).abs() + mean.abs()) * scale * dy.double().abs()
-    depth = (
-        128 + 3 + 5
-    )  # tokens of a part, parts of a segment, roundings of mean, difference, scale and products
+    # Tokens of a part, parts of a segment, roundings of mean, difference, scale and products.
+    depth = 128 + 3 + 5
     assert bias is not None and weight.dtype == bias.dtype == torch.float32
     for s, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
         assert ((weight[s] - exact[0][s]).abs() <= sum_error_bound(size[begin:end].sum(0), depth)).all()

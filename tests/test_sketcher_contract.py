@@ -66,9 +66,8 @@ def norm_with_two_scales() -> nn.Module:
 
 
 def mixture() -> nn.Module:
-    sizes = dict(
-        num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"
-    )  # others know no float64
+    # Other implementations of the experts know no float64.
+    sizes = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")
     config = transformers.MixtralConfig(**zoo.SIZES, **sizes)
     torch.manual_seed(0)
     return transformers.MixtralForCausalLM(config).eval()
@@ -263,9 +262,8 @@ def test_only_inside_the_block() -> None:
         with sketcher.batch(torch.zeros(1, 1, dtype=torch.int64)):
             with pytest.raises(RuntimeError, match="a batch is already open"):
                 batch.sketch(sketcher)
-        with pytest.raises(
-            ValueError, match="nothing to sketch"
-        ):  # the model is frozen while another sketcher is on it
+        # The model is frozen while another sketcher is on it.
+        with pytest.raises(ValueError, match="nothing to sketch"):
             GradientSketcher(model, SPEC)
 
 

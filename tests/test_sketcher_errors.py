@@ -121,10 +121,8 @@ def test_a_module_that_does_not_see_every_token_is_named() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.second(self.first(x)[:, ::2])
 
-    for shape in (
-        (2, 6, 8),
-        (6, 2, 8),
-    ):  # [length, batch, n] has the right number of tokens in the wrong order
+    # [length, batch, n] has the right number of tokens in the wrong order.
+    for shape in ((2, 6, 8), (6, 2, 8)):
         model = Half()
         with GradientSketcher(model, SPEC) as sketcher:
             with pytest.raises(

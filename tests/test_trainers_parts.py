@@ -97,9 +97,8 @@ def test_rewind_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:
     assert read(tmp_path / "train-rank00000.jsonl") == [record("a", 0)]
     with pytest.raises(CropiError, match="has 0 bytes, but the checkpoint knows of 9: rollouts"):
         rewind(tmp_path, {"train-rank00007.jsonl": 9})
-    assert read(tmp_path / "train-rank00000.jsonl") == [
-        record("a", 0)
-    ]  # nothing is cut when something is missing
+    # Nothing is cut when something is missing.
+    assert read(tmp_path / "train-rank00000.jsonl") == [record("a", 0)]
 
 
 def test_merge_keeps_one_record_a_prompt(tmp_path: Path) -> None:

@@ -13,11 +13,8 @@ from cropi_kernels import GradientSketcher, SketchSpec, logprob_and_grad
 
 LENGTH, ROWS = 1024, 16  # 16k tokens, 16 prompts
 WIDTHS = (64, 128, 256)
-DIM, BLOCK, BLOCKS = (
-    32768,
-    4096,
-    32,
-)  # of the dense projection: its size, coordinates drawn at once, blocks measured
+# Of the dense projection: its size, coordinates drawn at once, blocks measured.
+DIM, BLOCK, BLOCKS = 32768, 4096, 32
 SHAPE = {
     "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2,

@@ -59,9 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
         for label, each in shared.items():
             each.append(len(exact & set(found[label])) / len(exact))
         for label, each in targeted.items():
-            among = [
-                name.split("-")[0] in scale.targeted for name in found[label]
-            ]  # ids begin with the family
+            # Ids begin with the family.
+            among = [name.split("-")[0] in scale.targeted for name in found[label]]
             each.append(sum(among) / len(among))
     lines = [
         f"Choices under the last policy of CROPI's run, seeds {', '.join(map(str, seeds))}. {describe()}.",

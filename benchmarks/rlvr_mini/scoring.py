@@ -72,11 +72,10 @@ def _fill(
             if reason := no_gradient_reason(group.rewards):
                 store.add(_info(group, SKIPPED, reason))
         mixed = [to_tokens(group) for group in left if not no_gradient_reason(group.rewards)]
-        parts: dict[
-            str, torch.Tensor
-        ] = {}  # a group may be spread over several micro-batches: its sketches add
+        # A group may be spread over several micro-batches: its sketches add.
+        parts: dict[str, torch.Tensor] = {}
         for batch in _batches(sketcher.model, mixed, estimator, tokens):
-            here = batch.to(sketcher.model.device)
+            here = batch.to(next(sketcher.model.parameters()).device)
             result = sketcher.policy_gradient(
                 here.input_ids,
                 segments=here.segments,

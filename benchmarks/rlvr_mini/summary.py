@@ -13,9 +13,8 @@ from typing import Any
 from benchmarks.rlvr_mini.config import Scale
 from benchmarks.rlvr_mini.tasks import FAMILIES
 
-SMOOTH = (
-    2  # evaluation intervals that a trailing mean reaches back, as the published table averages neighbours
-)
+# Evaluation intervals that a trailing mean reaches back, as the published table averages neighbours.
+SMOOTH = 2
 
 
 Curve = list[tuple[int, float, float]]  # (step, targeted accuracy, processor seconds)

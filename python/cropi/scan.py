@@ -30,9 +30,8 @@ class Scan:
     prompts: int = 0
     responses: int = 0
     without_gradient: Counter[str] = field(default_factory=Counter)
-    by_set: dict[str, Counter[str]] = field(
-        default_factory=dict
-    )  # prompts by set, then by reason; "" for none
+    # Prompts by set, then by reason; "" for none.
+    by_set: dict[str, Counter[str]] = field(default_factory=dict)
     with_ids: int = 0
     with_logprobs: int = 0
     without_logprobs: str = ""  # where the first record without log-probs stands

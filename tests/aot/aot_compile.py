@@ -62,9 +62,8 @@ def compile_for(
 
 
 def _dump(cubin: bytes, flag: str) -> str:
-    env = dict(
-        os.environ, PATH=f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
-    )  # cuobjdump looks for nvdisasm there
+    # cuobjdump looks for nvdisasm there.
+    env = dict(os.environ, PATH=f"{TOOLS}{os.pathsep}{os.environ['PATH']}")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -109,9 +109,8 @@ class SlabConfig:
 
 
 CHUNK_TOKENS = 512  # of a segment per partial result
-GROUP_PAIRS = (
-    24  # block pairs per partial result: 24 x 512 tokens are about 100 microseconds of a multiprocessor
-)
+# Block pairs per partial result: 24 x 512 tokens are about 100 microseconds of a multiprocessor.
+GROUP_PAIRS = 24
 
 
 def slab_config(slab_cols: int, dtype: torch.dtype, hopper: bool) -> SlabConfig:
@@ -240,9 +239,8 @@ def sketch_linear(
         a = fold_columns(a, tables.col_sign, tables.col_fold, plan.folded_cols)
     row_sign = slab_row_signs(plan, d.device, d.dtype)
     config = slab_config(plan.slab_cols, d.dtype, _gpu.has_warp_group_products(d.device))
-    chunk = CHUNK_TOKENS * min(
-        16, plan.n_slabs
-    )  # many slabs fill the device, their partial results its memory
+    # Many slabs fill the device, their partial results its memory.
+    chunk = CHUNK_TOKENS * min(16, plan.n_slabs)
     groups = triton.cdiv(tables.most_pairs, GROUP_PAIRS)
     always = groups > 1 or config.BN > 128  # a tile that wide has no registers left to add to what is there
     slots = n_slots(n_tokens, n_segments, chunk, always)
