@@ -77,7 +77,7 @@ def _installed() -> tuple[Any, str | None]:
         return None, f"the CUDA kernels do not load: {error}"
 
 
-def library() -> Any:
+def kernels() -> Any:
     """The loaded library, or an ImportError that says how to get it."""
     found, reason = _installed()
     if found is None:

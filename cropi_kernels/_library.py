@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library
 
 from . import _memory
 
 NAMESPACE = "cropi"
-LIB = torch.library.Library(NAMESPACE, "DEF")  # kept alive here: its ops vanish with it
+LIB = library.Library(NAMESPACE, "DEF")  # kept alive here: its ops vanish with it
 
 
 def register(
@@ -38,7 +39,7 @@ def register(
 
     LIB.define(schema)
     LIB.impl(name, explained, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIB)
+    library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIB)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

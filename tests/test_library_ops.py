@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from op_calls import FLAT, HEAD, NORM, OFFSETS, OPS, OUT, PLAN, ROWS, TIED, A, D, X, rand
+from torch import library
 
 from cropi_kernels import (
     MatrixPlan,
@@ -63,7 +64,7 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
 def test_opcheck(op: str, i: int) -> None:
     """The schema says what is written, the shapes for tracing are right, and the op survives functionalisation."""
     args = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in CALLS[op][i])
-    torch.library.opcheck(getattr(torch.ops.cropi, op).default, args)
+    library.opcheck(getattr(torch.ops.cropi, op).default, args)
 
 
 def test_every_operator_is_checked() -> None:

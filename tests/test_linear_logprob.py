@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cropi_kernels.ops.linear_logprob import chunks, linear_logprob, logprob_and_grad, ops, plain, reference
@@ -373,11 +374,11 @@ def test_opcheck(dtype: torch.dtype) -> None:
     targets[2] = -100
     settings = (0.7, 5.0, -100, 4, "")
     op, bias = torch.ops.cropi.linear_logprob.default, torch.randn(37, dtype=dtype)
-    torch.library.opcheck(op, (hidden, head, targets, None, True, *settings))
-    torch.library.opcheck(op, (hidden, head, targets, bias, False, *settings))
+    library.opcheck(op, (hidden, head, targets, None, True, *settings))
+    library.opcheck(op, (hidden, head, targets, bias, False, *settings))
     logp, top, log_sum, _ = op(hidden.detach(), head, targets, bias, False, *settings)
     args = (grad.to(logp.dtype), hidden.detach(), head, targets, bias, logp, top, log_sum, *settings)
-    torch.library.opcheck(torch.ops.cropi.linear_logprob_backward.default, args)
+    library.opcheck(torch.ops.cropi.linear_logprob_backward.default, args)
 
 
 def test_compiles_whole() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import library
 
-from cropi_kernels import ProjectionSpec, _native, project, project_transpose, quantize_rows
+from cropi_kernels import ProjectionSpec, _native, _triton, project, project_transpose, quantize_rows
 from cropi_kernels.ops.project import reference
 from cropi_kernels.ops.project.ops import choose
 from cropi_kernels.testing import sum_error_bound
@@ -235,8 +237,8 @@ def test_gradient_is_the_adjoint_and_operators_are_well_formed() -> None:
     (project(x, spec, 4) * y.detach()).sum().backward()
     assert torch.equal(x.grad, project_transpose(y.detach(), spec, 200, 4))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.cropi.project, (x, 4, spec.recipe, ""), test_utils=checks)
-    torch.library.opcheck(torch.ops.cropi.project_transpose, (y, 200, 4, spec.recipe, ""), test_utils=checks)
+    library.opcheck(torch.ops.cropi.project, (x, 4, spec.recipe, ""), test_utils=checks)
+    library.opcheck(torch.ops.cropi.project_transpose, (y, 200, 4, spec.recipe, ""), test_utils=checks)
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -286,7 +288,10 @@ def test_other_errors() -> None:
         project(x, 16)  # type: ignore[call-overload]
     with pytest.raises(RuntimeError, match="no kernel of project serves this call: dtype torch.float64"):
         project(x.double(), spec)
-    with pytest.raises(RuntimeError, match="serves this call: .*the tensor is on meta, not on a CUDA"):
+    # Triton is asked first: where it is not installed, that is the first reason.
+    missing = f"{_triton.import_error()}; CUDA C++: " if _triton.import_error() else ""
+    reasons = re.escape(f"serves this call: {missing}the tensor is on meta, not on a CUDA")
+    with pytest.raises(RuntimeError, match=reasons):
         choose(x.to("meta"), spec, "")
     with pytest.raises(ValueError, match="out is torch.float32"):
         project(x, spec, out=torch.zeros(2, 8))

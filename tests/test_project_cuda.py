@@ -52,7 +52,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def emulated(emulation: Any, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> Callable[..., torch.Tensor]:
     """`project` as on a GPU, on CPU tensors; fresh memory starts as NaN."""
-    monkeypatch.setattr(_cuda, "library", lambda: emulation)
+    monkeypatch.setattr(_cuda, "kernels", lambda: emulation)
 
     def run(
         x: torch.Tensor, spec: ProjectionSpec, offset: int = 0, out: torch.Tensor | None = None
@@ -173,7 +173,7 @@ def test_a_missing_build_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> No
     try:
         assert _cuda._installed()[1] == "there is no no/such/file.so"
         with pytest.raises(ImportError, match="no/such/file"):
-            _cuda.library()
+            _cuda.kernels()
         monkeypatch.setenv("CROPI_CUDA_LIBRARY", __file__)
         _cuda._installed.cache_clear()
         assert "do not load" in str(_cuda._installed()[1])

@@ -19,17 +19,8 @@ pytestmark = pytest.mark.skipif(_native.unsupported() is not None, reason="the C
 
 
 def run(model: torch.nn.Module, batch: zoo.Batch) -> torch.Tensor:
-    weights = zoo.weights_of(batch)
     with GradientSketcher(model, SPEC) as sketcher:
-        return sketcher.policy_gradient(
-            batch.input_ids,
-            segments=batch.segments,
-            positions=batch.positions,
-            targets=batch.targets,
-            weigh=lambda _, i, j: weights[i:j],
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-        ).sketches
+        return batch.sketch(sketcher).sketches
 
 
 def by_operators(monkeypatch: pytest.MonkeyPatch) -> None:

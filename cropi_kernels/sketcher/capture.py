@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +29,6 @@ class _Capture(torch.autograd.Function):
         return (dy, None) + (None,) * len(saved)
 
 
-def _call(sink: Sink, saved: tuple[torch.Tensor, ...], dy: torch.Tensor) -> None:
-    sink(dy, *saved)
-
-
 def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
     """``y`` for the module's users, in a graph whose backward calls ``sink(dy, *saved)``. A no-op without a graph.
 
@@ -49,5 +44,5 @@ def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
     if y.is_leaf or packed() or torch.compiler.is_compiling():
         out: torch.Tensor = _Capture.apply(y, sink, *saved)
         return out
-    y.register_hook(partial(_call, sink, saved))
+    y.register_hook(lambda dy: sink(dy, *saved))
     return y

@@ -1,4 +1,4 @@
-"""Registration with torch.library: schemas, shapes for tracing, kernels and the autograd formula."""
+"""Registration as PyTorch operators: schemas, shapes for tracing, kernels and the autograd formula."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import library
 
 from ... import dispatch
 from ..._library import LIB, NAMESPACE, register
@@ -164,4 +165,4 @@ register(
     "-> Tensor",
     _backward, _backward_fake, remedy=REMEDY,
 )  # fmt: skip
-torch.library.register_autograd(f"{NAMESPACE}::linear_logprob", _autograd, setup_context=_save, lib=LIB)
+library.register_autograd(f"{NAMESPACE}::linear_logprob", _autograd, setup_context=_save, lib=LIB)

@@ -20,16 +20,16 @@ def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: 
 
 
 def _call(adjoint: bool, x: torch.Tensor, spec: ProjectionSpec, y: torch.Tensor, offset: int) -> None:
-    library = _cuda.library()
+    kernels = _cuda.kernels()
     address, rows, n, x_stride, dtype = _native.matrix(x)
     call = _cuda.ProjectCall(
         address, rows, n, x_stride, offset, *spec.key, spec.dim, spec.nnz, spec.keep_count, dtype,
         spec.kind == "gaussian", spec.scale, y.data_ptr(), y.stride(0),
     )  # fmt: skip
     dense = int(not spec.sparse)
-    size = 0 if adjoint else library.cropi_project_workspace(ctypes.byref(call), dense)
+    size = 0 if adjoint else kernels.cropi_project_workspace(ctypes.byref(call), dense)
     with _gpu.on(x):
         workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-        error = library.cropi_project(ctypes.byref(call), dense, int(adjoint), workspace.data_ptr(), stream)
-    _cuda.check(library, error, "project")
+        error = kernels.cropi_project(ctypes.byref(call), dense, int(adjoint), workspace.data_ptr(), stream)
+    _cuda.check(kernels, error, "project")

@@ -1,4 +1,4 @@
-"""Registration with torch.library: schemas, shapes for tracing, kernels and the autograd formulas."""
+"""Registration as PyTorch operators: schemas, shapes for tracing, kernels and the autograd formulas."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import torch
+from torch import library
 
 from ... import _cuda, dispatch
 from ..._library import LIB, NAMESPACE, register
@@ -91,7 +92,7 @@ register(
     "project_transpose(Tensor y, int n, int offset, str spec, str backend) -> Tensor",
     _transpose, _transpose_fake, remedy=REMEDY,
 )  # fmt: skip
-torch.library.register_autograd(f"{NAMESPACE}::project", _grad_project, setup_context=_save_project, lib=LIB)
-torch.library.register_autograd(
+library.register_autograd(f"{NAMESPACE}::project", _grad_project, setup_context=_save_project, lib=LIB)
+library.register_autograd(
     f"{NAMESPACE}::project_transpose", _grad_transpose, setup_context=_save_transpose, lib=LIB
 )
