@@ -1,4 +1,4 @@
-"""Runs tests/interp in a process of its own: one process cannot both interpret and compile Triton kernels."""
+"""Runs tests/gpu_kernels: in Triton's interpreter, and compiled for two generations of GPUs. Each needs a process."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent / "interp"
+FOLDER = Path(__file__).parent / "gpu_kernels"
+WAYS = {
+    "interpreted": {"TRITON_INTERPRET": "1"},
+    "sm_80": {"KERNELS_FOR": "80"},
+    "sm_90": {"KERNELS_FOR": "90"},
+}
+
+
+ONLY = {"test_launches.py": ["interpreted"], "test_paper_gpu.py": ["sm_80", "sm_90"]}
+RUNS = [(way, path.name) for path in FOLDER.glob("test_*.py") for way in ONLY.get(path.name, WAYS)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
+@pytest.mark.parametrize("way,file", sorted(RUNS))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_in_the_interpreter(file: str) -> None:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+def test_kernels_on_cpu_tensors(way: str, file: str, tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | WAYS[way]
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=FOLDER.parent.parent)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]

@@ -1,20 +1,55 @@
-"""Triton kernels on CPU tensors. A process is either an interpreter or a compiler, so these tests have one of their
-own: `TRITON_INTERPRET=1 pytest tests/interp`, which tests/test_triton_interpreter.py starts.
+"""Triton kernels on CPU tensors, in one of two ways. A process can have but one, so tests/test_gpu_kernels.py starts
+one for each:
 
-The interpreter computes bfloat16 wrongly without an error: float32 and float16 here, bfloat16 on a GPU.
+- `TRITON_INTERPRET=1`: Triton's interpreter, in float32 and float16 (it computes bfloat16 wrongly without an error);
+- `KERNELS_FOR=80` or `90`: launched and compiled as on such a GPU, and the PTX run by tests/ptx. Bfloat16 too; memory
+  outside of the operands, races in shared memory and copies that are read too early are errors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+from cropi_kernels import _gpu
+
+CAPABILITY = int(os.environ.get("KERNELS_FOR", "0"))
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+if CAPABILITY:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "ptx"))
+if importlib.util.find_spec("triton") is None or not (INTERPRETER or CAPABILITY):
     collect_ignore_glob = ["test_*.py"]
+else:  # what the host does is the same in both; the interpreter reads whatever is in memory
+    collect_ignore_glob = ["test_launches.py" if CAPABILITY else "test_paper_gpu.py"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``dtype``: all that the kernels take. ``half``: those of 16 bits."""
+    half = [torch.float16, torch.bfloat16] if CAPABILITY else [torch.float16]
+    for name, dtypes in (("dtype", [torch.float32, *half]), ("half", half)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, dtypes, ids=lambda d: str(d).removeprefix("torch."))
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(poisoned: None) -> None:
     """A GPU's fresh memory is anything."""
+
+
+@pytest.fixture(autouse=True)
+def gpu_on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if CAPABILITY:
+            from ptx_launch import paper_gpu
+
+            monkeypatch.setattr(_gpu, "interpreting", lambda: True)
+            monkeypatch.setattr(_gpu, "has_warp_group_products", lambda device: CAPABILITY >= 90)
+            stack.enter_context(paper_gpu(CAPABILITY))
+        yield

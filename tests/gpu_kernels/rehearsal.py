@@ -1,12 +1,13 @@
-"""A stage for the GPU suite where there is no GPU: CUDA calls reach the CPU, kernels the interpreter.
+"""A stage for the GPU suite where there is no GPU: CUDA calls reach the CPU, kernels whatever runs them there.
 
-Sizes are cut down by the tests; bfloat16, which the interpreter computes wrongly, becomes float16. What is rehearsed is
-everything but the numbers: names, shapes, units, keys of the rows, and that nothing in a script breaks.
+Sizes are cut down by the tests; bfloat16, which Triton's interpreter computes wrongly, becomes float16 for it. What is
+rehearsed is everything but the speed: names, shapes, units, keys of the rows, and that nothing in a script breaks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from cropi_kernels import _gpu, dispatch
 
-DTYPE = {torch.bfloat16: torch.float16}
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPE = {torch.bfloat16: torch.float16} if INTERPRETER else {}
 
 
 def cpu(value: Any) -> Any:
@@ -33,7 +35,7 @@ class Stage(TorchFunctionMode):
         args, kwargs = tuple(map(cpu, args)), {k: cpu(v) for k, v in (kwargs or {}).items()}
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.bfloat16:
+        if func is torch.Tensor.bfloat16 and INTERPRETER:
             return args[0].half()
         if func is torch.Tensor.cpu:
             return args[0].clone()  # as a device does: the copy is not the tensor

@@ -59,7 +59,6 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("case", CASES)
 def test_sketch_linear(case: str, dtype: torch.dtype) -> None:
     rows, cols, width, dim, lengths = CASES[case]
@@ -76,10 +75,10 @@ def test_sketch_linear(case: str, dtype: torch.dtype) -> None:
     assert (error <= bound + 2.0**-22 * (start.abs() + exact.abs() + 1e-6)).all(), float(error.max())
 
 
-def test_a_segment_is_alone_in_the_world() -> None:
+def test_a_segment_is_alone_in_the_world(half: torch.dtype) -> None:
     """Chunks are counted from a segment's own first token: the same bits in any company, and on every run."""
     plan = plan_matrix(SketchSpec(), "a.b.weight", 60, 64)
-    d, a = operands(plan, 560, torch.float16)
+    d, a = operands(plan, 560, half)
     together = torch.zeros(4, 32768)
     sketch_linear(d, a, torch.tensor([0, 7, 7, 537, 560]), plan, together, backend="triton")
     for s, (begin, end) in enumerate([(0, 7), (7, 7), (7, 537), (537, 560)]):
@@ -90,9 +89,9 @@ def test_a_segment_is_alone_in_the_world() -> None:
         assert torch.equal(alone[0], together[s])
 
 
-def test_not_a_number_stays_in_its_segment() -> None:
+def test_not_a_number_stays_in_its_segment(half: torch.dtype) -> None:
     plan = plan_matrix(SketchSpec(), "a.b.weight", 60, 64)
-    d, a = operands(plan, 90, torch.float16)
+    d, a = operands(plan, 90, half)
     clean = sketch_linear(d, a, torch.tensor([0, 30, 61, 90]), plan, torch.zeros(3, 32768), backend="triton")
     a[40], d[60, 5] = float("nan"), float("inf")
     broken = sketch_linear(d, a, torch.tensor([0, 30, 61, 90]), plan, torch.zeros(3, 32768), backend="triton")
@@ -100,18 +99,17 @@ def test_not_a_number_stays_in_its_segment() -> None:
     assert broken[1].isnan().any()
 
 
-def test_strided_operands_of_different_dtypes() -> None:
+def test_strided_operands_of_different_dtypes(half: torch.dtype) -> None:
     plan = plan_matrix(SketchSpec(), "a.b.weight", 60, 64)
-    d, a = operands(plan, 50, torch.float16)
+    d, a = operands(plan, 50, half)
     offsets = torch.tensor([0, 50])
     expected = sketch_linear(d.float(), a.float(), offsets, plan, torch.zeros(1, 32768), backend="triton")
-    wide = torch.zeros(50, 200, dtype=torch.float16)
+    wide = torch.zeros(50, 200, dtype=half)
     wide[:, 3:63] = d
     out = sketch_linear(wide[:, 3:63], a.float(), offsets, plan, torch.zeros(1, 32768), backend="triton")
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("cols,width", [(96, 64), (1003, 128), (513, 256), (40, 16)])
 def test_fold_inputs(cols: int, width: int, dtype: torch.dtype) -> None:
     plan = plan_matrix(SketchSpec(width=width), "a.b.weight", 8, cols)

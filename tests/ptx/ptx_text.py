@@ -1,0 +1,148 @@
+"""PTX text to instructions. The part of the language that compilers emit for kernels, not what a person may write."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+WIDTHS = {"pred": np.bool_, "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
+# What a .reg may also be declared as.
+WIDTHS |= {f"{k}{n}": WIDTHS[f"b{n}"] for k in "usf" for n in (8, 16, 32, 64) if k != "f" or n > 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """``[base + offset]``; the base is a register, a variable or a parameter."""
+
+    base: str
+    offset: int
+
+
+Operand = str | int | Address | tuple["str | int", ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """``@[!]guard name.modifiers operands;`` and the line of the text that it stands in."""
+
+    line: int
+    guard: str | None
+    negated: bool
+    name: str
+    modifiers: tuple[str, ...]
+    operands: tuple[Operand, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One entry point. ``parameters`` are sizes, ``shared`` addresses, ``labels`` indices of instructions."""
+
+    name: str
+    parameters: dict[str, int]
+    registers: dict[str, type]
+    shared: dict[str, int]
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+
+def _number(text: str) -> int | None:
+    """The bits of a literal: integers as they are, ``0f``/``0d`` as the pattern that they spell."""
+    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
+        return int(text[2:], 16)
+    text = text.rstrip("U")
+    return int(text, 0) if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", text) else None
+
+
+def _operand(text: str) -> Operand:
+    text = text.strip()
+    if text.startswith("{"):
+        return tuple(_scalar(part) for part in text[1:-1].split(","))
+    if text.startswith("["):
+        base, _, offset = text[1:-1].partition("+")
+        return Address(base.strip(), int(offset or 0))
+    return _scalar(text)
+
+
+def _scalar(text: str) -> str | int:
+    number = _number(text.strip())
+    return text.strip() if number is None else number
+
+
+def _instruction(line: int, text: str) -> Instruction:
+    guard, negated = None, False
+    if text.startswith("@"):
+        word, text = text.split(None, 1)
+        guard, negated = word.lstrip("@!"), "!" in word
+    opcode, _, rest = text.partition(" ")
+    name, *modifiers = re.split(r"\.|::", opcode.strip())
+    operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s|][^,|]*", rest)
+    return Instruction(line, guard, negated, name, tuple(modifiers), tuple(map(_operand, operands)))
+
+
+def _statements(body: str) -> Iterator[tuple[int, str]]:
+    """(line within the body, text) of labels, declarations and instructions; scopes are passed over."""
+    pending, first = "", 0
+    for line, text in enumerate(body.split("\n")):
+        text = text.strip().replace("\t", " ")
+        if not pending:
+            first = line
+            if text.endswith(":") or text.startswith(".loc") or text in "{}":
+                if text.endswith(":"):
+                    yield line, text
+                continue
+        pending += f" {text}"
+        *done, pending = pending.split(";")
+        for statement in done:
+            statement = re.sub(r"^\s*\{(?=\s*\.reg)", "", statement).strip()
+            if statement:
+                yield first, statement
+        pending = pending.strip().strip("}").strip()
+
+
+def _names(declared: str) -> Iterator[str]:
+    """``%r<3>`` is %r0, %r1 and %r2."""
+    for name in declared.split(","):
+        many = re.match(r"\s*([\w%]+)<(\d+)>", name)
+        yield from [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name.strip()]
+
+
+def _closing(text: str, begin: int) -> int:
+    """Where the brace that is open at ``begin`` is closed."""
+    depth = 1
+    for m in re.finditer(r"[{}]", text[begin:]):
+        depth += 1 if m[0] == "{" else -1
+        if depth == 0:
+            return begin + m.start()
+    raise ValueError("a brace is not closed")
+
+
+def parse(ptx: str) -> Program:
+    """The only entry point of a module; ``.extern .shared`` variables begin at address 0, sized ones follow it."""
+    ptx = re.sub(r"//[^\n]*", "", ptx)
+    header = re.search(r"\.entry\s+(\S+?)\((.*?)\)[^{]*\{", ptx, re.S)
+    assert header, "no entry point"
+    sizes = re.findall(r"\.param \.[a-z](\d+)[^,]*?(\w+)\s*(?:,|$)", header[2])
+    registers: dict[str, type] = {}
+    shared: dict[str, int] = {}
+    top = 0
+    for align, name, size in re.findall(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]", ptx):
+        top = -(-top // int(align)) * int(align)
+        shared[name] = top
+        top += int(size or 0)
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    body, above = ptx[header.end() : _closing(ptx, header.end())], ptx.count("\n", 0, header.end())
+    for line, text in _statements(body):
+        if text.endswith(":"):
+            labels[text[:-1]] = len(instructions)
+        elif text.startswith(".reg"):
+            _, kind, names = text.split(None, 2)
+            registers |= dict.fromkeys(_names(names), WIDTHS[kind[1:]])
+        elif not text.startswith("."):
+            instructions.append(_instruction(above + line + 1, text))
+    return Program(
+        header[1], {n: int(bits) // 8 for bits, n in sizes}, registers, shared, instructions, labels
+    )
