@@ -1,7 +1,7 @@
 """The CUDA kernels of `project` without a GPU: the same source on the host, block after block, and compiled by nvcc.
 
 The emulation (csrc/cuda/emulate.cpp) runs every kernel's own code through the Python wrapper: indices, draws, shared
-memory, the order of the sums and the launches are those of the GPU. What it cannot show are races and speed.
+memory, the order of the sums and the launches are those of the GPU. Races: tests/ptx/test_project_cuda_ptx.py.
 """
 
 from __future__ import annotations

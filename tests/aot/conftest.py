@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that are not here. `tests/gpu_kernels` needs a process of its own, these do not."""
+"""Every Triton kernel compiled for GPUs that are not here, to the last instruction."""
 
 from __future__ import annotations
 

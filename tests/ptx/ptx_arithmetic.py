@@ -10,6 +10,7 @@ from ptx_lanes import Lanes
 from ptx_numbers import UNSIGNED, Array, words
 from ptx_text import Instruction
 
+SHARED_WINDOW = np.uint64(1 << 56)
 SHORT = ("bf16", "bf16x2", "f16x2")  # floats that numpy does not have
 ROUNDINGS = ("rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi")
 
@@ -57,7 +58,13 @@ class Arithmetic(Lanes):
         for n, part in enumerate(d):
             self.assign(part, (word >> word.dtype.type(n * width)).astype(UNSIGNED[width // 8]))
 
-    _cvta = _mov  # the address spaces are one here
+    def _cvta(self, i: Instruction) -> None:
+        """Global addresses are generic ones; shared ones have a window of their own, as a pointer may not be null."""
+        d, a = i.operands
+        word = self.value(a, i.modifiers[-1])
+        if "shared" in i.modifiers:
+            word = word - SHARED_WINDOW if "to" in i.modifiers else word + SHARED_WINDOW
+        self.assign(d, word)
 
     def _mul(self, i: Instruction) -> None:
         kind = i.modifiers[-1]
@@ -119,6 +126,12 @@ class Arithmetic(Lanes):
         d, a, position, length = i.operands
         word = self.value(a, i.modifiers[-1])
         self.assign(d, numbers.extract_bits(word, self.value(position, "u32"), self.value(length, "u32")))
+
+    def _bfi(self, i: Instruction) -> None:
+        d, a, b, position, length = i.operands
+        field, word, p, n = (self.value(x, "u32").astype(np.uint64) for x in (a, b, position, length))
+        mask = (np.uint64(1) << n) - np.uint64(1) << p
+        self.assign(d, ((word & ~mask) | (field << p & mask)).astype(np.uint32))
 
     def _lop3(self, i: Instruction) -> None:
         """Any function of three bits: ``table`` has its value for each of the eight."""

@@ -19,6 +19,18 @@ class Divergent(AssertionError):
     """Some lanes of a warp are missing where an instruction needs all of them."""
 
 
+class Registers(dict[str, Array]):
+    """Made when first named: of the thousands that a program declares, much is in blocks that no lane enters."""
+
+    def __init__(self, kinds: dict[str, type], lanes: int) -> None:
+        super().__init__()
+        self.kinds, self.lanes = kinds, lanes
+
+    def __missing__(self, name: str) -> Array:
+        self[name] = np.zeros(self.lanes, self.kinds[name])
+        return self[name]
+
+
 class Lanes:
     """``blocks``: [n, 3] indices of the blocks that run together; ``parameters``: name to bytes.
 
@@ -36,7 +48,12 @@ class Lanes:
         shared_size: int,
     ) -> None:
         assert threads % 32 == 0
-        self.program, self.parameters, self.memory, self.threads = program, parameters, memory, threads
+        self.program, self.memory, self.threads = program, memory, threads
+        self.parameters = np.frombuffer(
+            b"".join(parameters[n].ljust(8, b"\0") for n in program.parameters), np.uint8
+        )
+        sizes = [0, *(max(8, len(parameters[n])) for n in program.parameters)]
+        self.symbols = program.shared | dict(zip(program.parameters, np.cumsum(sizes).tolist()))
         lanes = len(blocks) * threads
         self.block = np.repeat(np.arange(len(blocks)), threads)
         thread = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
@@ -47,7 +64,7 @@ class Lanes:
             self.special[f"%nctaid.{axis}"] = np.uint32(grid[i])
         self.special |= {"%laneid": thread & 31, "%tid.y": np.uint32(0), "%tid.z": np.uint32(0)}
         self.shared = SharedMemory(len(blocks), shared_size)
-        self.registers = {n: np.zeros(lanes, kind) for n, kind in program.registers.items()}
+        self.registers = Registers(program.registers, lanes)
         self.at = np.zeros(lanes, np.int64)  # index of the next instruction
         self.waiting = np.zeros(lanes, np.bool_)
         self.mask = np.ones(lanes, np.bool_)  # of the instruction that is being run
@@ -124,8 +141,8 @@ class Lanes:
         if isinstance(operand, tuple):
             return self._joined(operand, want)
         name = str(operand)
-        if name in self.program.shared:
-            bits: Any = UNSIGNED[want.itemsize](self.program.shared[name])
+        if name in self.symbols:
+            bits: Any = UNSIGNED[want.itemsize](self.symbols[name])
         else:
             bits = self.special[name] if name in self.special else self.registers[name]
         if bits.dtype == np.bool_:

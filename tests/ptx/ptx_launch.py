@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import struct
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from ptx_machine import Machine
+from ptx_machine import launch
 from ptx_memory import GlobalMemory
 from ptx_text import parse
 from triton.backends.compiler import GPUTarget
@@ -18,7 +16,6 @@ from triton.backends.driver import DriverBase
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
-LANES = 8192  # run at once: enough to hide the interpreter, few enough to stay in the cache
 FORMATS = {
     "i1": "?",
     "i8": "b",
@@ -71,21 +68,13 @@ def _bytes(value: Any, kind: str) -> bytes:
 def execute(kernel: Any, grid: tuple[int, int, int], arguments: list[Any]) -> None:
     """One launch of a compiled kernel."""
     program = parse(kernel.asm["ptx"])
-    kinds = list(kernel.src.signature.values())
+    kinds = kernel.src.signature.values()
     given = [(v, k) for v, k in zip(arguments, kinds, strict=True) if k != "constexpr"]
     names = list(program.parameters)
     parameters = {n: _bytes(v, k) for n, (v, k) in zip(names, given, strict=False)}
     parameters |= {n: bytes(8) for n in names[len(given) :]}  # scratch memory that no kernel here uses
     memory = GlobalMemory([v for v, _ in given if isinstance(v, torch.Tensor)])
-    threads = kernel.metadata.num_warps * 32
-    blocks = np.array(
-        [b[::-1] for b in itertools.product(*(range(n) for n in grid[::-1]))], np.int64
-    ).reshape(-1, 3)
-    step = max(1, LANES // threads)
-    for first in range(0, len(blocks), step):
-        some = blocks[first : first + step]
-        with np.errstate(all="ignore"):
-            Machine(program, some, grid, threads, parameters, memory, max(kernel.metadata.shared, 16)).run()
+    launch(program, grid, kernel.metadata.num_warps * 32, parameters, memory, kernel.metadata.shared)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,12 @@ import numpy as np
 import ptx_numbers as numbers
 import ptx_tensor_core as cores
 from ptx_arithmetic import Arithmetic
+from ptx_memory import GlobalMemory
 from ptx_numbers import KINDS, Array
-from ptx_text import Address, Instruction, Operand
+from ptx_text import Instruction, Operand, Program
 
 TENSOR_CORES = -3  # as a reader of shared memory: no warp
+LANES = 8192  # run at once: enough to hide the cost of Python, few enough to stay in the cache
 ATOMICS = ("add", "max", "min", "or", "and", "xor", "exch")
 
 
@@ -41,21 +43,19 @@ class Machine(Arithmetic):
     # ------------------------------------------------------------------------------------------------ memory
     def _ld(self, i: Instruction) -> None:
         targets, place = i.operands
-        assert isinstance(place, Address)
         kind, size = i.modifiers[-1].replace("b", "u"), _size(i)
-        if "param" in i.modifiers:
-            for n, target in enumerate(_several(targets)):
-                raw = self.parameters[place.base][place.offset + n * size :][:size]
-                self.assign(target, np.frombuffer(raw, KINDS[kind]))
-            return
+        whole = size * len(_several(targets))
         lanes = np.flatnonzero(self.mask)
-        if "shared" in i.modifiers:
+        if "param" in i.modifiers:
+            address = self.address(place, "u64")[lanes].astype(np.int64)
+            got = self.parameters[address[:, None] + np.arange(whole)]
+        elif "shared" in i.modifiers:
             address = self.address(place, "u32")[lanes]
             got = self.shared.load(
                 self.block[lanes], self.warp[lanes], address, size * len(_several(targets))
             )
         else:
-            got = self.memory.load(self.address(place, "u64")[lanes], size * len(_several(targets)))
+            got = self.memory.load(self.address(place, "u64")[lanes], whole)
         for n, target in enumerate(_several(targets)):
             part = np.ascontiguousarray(got[:, n * size : (n + 1) * size])
             self.assign_some(target, lanes, part.view(KINDS[kind])[:, 0])
@@ -190,3 +190,22 @@ class Machine(Arithmetic):
         self.shared.in_use[places] += 1
         self.uses.append(Use(lane, places))
         return np.ascontiguousarray(raw).view(np.uint16).ravel()
+
+
+def launch(
+    program: Program,
+    grid: tuple[int, int, int],
+    threads: int,
+    parameters: dict[str, bytes],
+    memory: GlobalMemory,
+    shared_size: int | None = None,
+) -> None:
+    """All blocks of a grid, some at a time. Shared memory is what the program declares, or what the launch gives."""
+    x, y, z = (np.arange(n) for n in grid)
+    blocks = np.stack([a.ravel() for a in np.meshgrid(z, y, x, indexing="ij")][::-1], 1)
+    step = max(1, LANES // threads)
+    size = program.shared_size if shared_size is None else shared_size
+    with np.errstate(all="ignore"):
+        for first in range(0, len(blocks), step):
+            some = blocks[first : first + step]
+            Machine(program, some, grid, threads, parameters, memory, size).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 
@@ -44,6 +45,7 @@ class Program:
     parameters: dict[str, int]
     registers: dict[str, type]
     shared: dict[str, int]
+    shared_size: int
     instructions: list[Instruction]
     labels: dict[str, int]
 
@@ -96,7 +98,7 @@ def _statements(body: str) -> Iterator[tuple[int, str]]:
         pending += f" {text}"
         *done, pending = pending.split(";")
         for statement in done:
-            statement = re.sub(r"^\s*\{(?=\s*\.reg)", "", statement).strip()
+            statement = statement.strip().lstrip("{").strip()
             if statement:
                 yield first, statement
         pending = pending.strip().strip("}").strip()
@@ -119,30 +121,41 @@ def _closing(text: str, begin: int) -> int:
     raise ValueError("a brace is not closed")
 
 
-def parse(ptx: str) -> Program:
-    """The only entry point of a module; ``.extern .shared`` variables begin at address 0, sized ones follow it."""
+@functools.lru_cache(maxsize=100)
+def parse(ptx: str, entry: str | None = None) -> Program:
+    """One entry point of a module, by default the first."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
-    header = re.search(r"\.entry\s+(\S+?)\((.*?)\)[^{]*\{", ptx, re.S)
-    assert header, "no entry point"
-    sizes = re.findall(r"\.param \.[a-z](\d+)[^,]*?(\w+)\s*(?:,|$)", header[2])
+    name = r"[^\s(]+" if entry is None else re.escape(entry)
+    header = re.search(rf"\.entry\s+({name})\s*\((.*?)\)[^{{]*\{{", ptx, re.S)
+    assert header, f"no entry point {entry or ''}"
+    begin, end = header.end(), _closing(ptx, header.end())
+    shared, shared_size = _shared(ptx[: ptx.index(".entry")] + ptx[begin:end])
     registers: dict[str, type] = {}
-    shared: dict[str, int] = {}
-    top = 0
-    for align, name, size in re.findall(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]", ptx):
-        top = -(-top // int(align)) * int(align)
-        shared[name] = top
-        top += int(size or 0)
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    body, above = ptx[header.end() : _closing(ptx, header.end())], ptx.count("\n", 0, header.end())
-    for line, text in _statements(body):
+    above = ptx.count("\n", 0, begin) + 1
+    for line, text in _statements(ptx[begin:end]):
         if text.endswith(":"):
             labels[text[:-1]] = len(instructions)
         elif text.startswith(".reg"):
             _, kind, names = text.split(None, 2)
             registers |= dict.fromkeys(_names(names), WIDTHS[kind[1:]])
         elif not text.startswith("."):
-            instructions.append(_instruction(above + line + 1, text))
-    return Program(
-        header[1], {n: int(bits) // 8 for bits, n in sizes}, registers, shared, instructions, labels
-    )
+            instructions.append(_instruction(above + line, text))
+    return Program(header[1], _parameters(header[2]), registers, shared, shared_size, instructions, labels)
+
+
+def _parameters(text: str) -> dict[str, int]:
+    """Name to bytes; a struct is an array of bytes."""
+    found = re.findall(r"\.param\s[^,]*?\.[busf](\d+)\s[^,]*?(\w+)(?:\[(\d+)\])?\s*(?:,|$)", text)
+    return {name: int(bits) // 8 * int(count or 1) for bits, name, count in found}
+
+
+def _shared(text: str) -> tuple[dict[str, int], int]:
+    """Addresses of variables, and where the last one ends; one without a size begins at 0."""
+    addresses, top = {}, 0
+    for align, name, size in re.findall(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]", text):
+        top = -(-top // int(align)) * int(align)
+        addresses[name] = top
+        top += int(size or 0)
+    return addresses, top

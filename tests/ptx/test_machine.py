@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import struct
 
-import numpy as np
 import pytest
 import torch
 from ptx_lanes import Divergent
-from ptx_machine import Machine
+from ptx_machine import launch
 from ptx_memory import GlobalMemory, OutOfBounds, Race
 from ptx_text import parse
 
@@ -36,8 +35,7 @@ add.s32 %r6, %r2, %r5;      // another warp's
 def run(body: str, x: torch.Tensor, y: torch.Tensor, threads: int = 64, shared: int = 1024) -> None:
     program = parse(HEADER + body + "\nret;\n}\n")
     parameters = {n: struct.pack("Q", t.data_ptr()) for n, t in (("x", x), ("y", y))}
-    blocks = np.zeros((1, 3), np.int64)
-    Machine(program, blocks, (1, 1, 1), threads, parameters, GlobalMemory([x, y]), shared).run()
+    launch(program, (1, 1, 1), threads, parameters, GlobalMemory([x, y]), shared)
 
 
 @pytest.fixture
