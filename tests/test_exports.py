@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,8 +16,12 @@ from made_data import make_model, make_records, make_tokenizer, write_lines
 from cropi.cli import main
 from cropi.errors import CropiError
 from cropi.export import export
+from cropi.influence import Scores
 from cropi.scan import LossyTokens
+from cropi.selection import read_selection, select, write_selection
+from cropi.shards import RowInfo
 from cropi.trainers.grouping import group_rollouts
+from cropi.trainers.nemo_rl import read_dump as read_nemo
 from cropi.trainers.verl.batch import rollouts_of_proto
 from cropi.trainers.verl.dumps import read_dump as read_verl
 from cropi.trajectories import read_trajectories
@@ -59,6 +64,35 @@ def test_rows_of_a_dataset_are_copied_whole_and_best_first(tmp_path: Path, parqu
     assert (tmp_path / "ids.txt").read_text() == "p2\np0\n"
     with pytest.raises(CropiError, match="the prompt id 'a\\\\nb' is not one line; use jsonl"):
         export(tmp_path / "ids.txt", ["p2", "a\nb"], format="ids")
+
+
+def test_line_separators_inside_strings_do_not_end_a_line(
+    tmp_path: Path,
+) -> None:
+    """JSON lets U+2028, U+2029 and U+0085 stand in a string as they are, and str.splitlines cuts at each of them."""
+    name = "p\u2028\u20291\x85"
+    rows = [{"id": name, "question": "a\u2028b"}, {"id": "q", "question": "\x85c"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    export(tmp_path / "out.jsonl", [name], dataset=data)
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8")) == rows[0]
+
+    scores = Scores([RowInfo(name), RowInfo("q")], ["x"], np.array([[1.0], [0.5]]),
+                    {"train": {"stage": "0", "model": {"weights": "aa"}}})  # fmt: skip
+    write_selection(tmp_path / "selected.jsonl", scores, select(scores, fraction=1.0))
+    assert read_selection(tmp_path / "selected.jsonl") == [name, "q"]
+
+    dump = tmp_path / "1.jsonl"
+    texts = [{"input": "q\u2028", "output": f"a\x85{k}", "score": k, "step": 1} for k in (0, 1)]
+    dump.write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
+    with pytest.warns(LossyTokens):
+        assert [r.response for r in read_verl(dump)] == ["a\x850", "a\x851"]
+    lines_of_nemo = [{**row, "content": ["\u2028"]} for row in nemo_lines()]
+    dump = tmp_path / "train_data_step3.jsonl"
+    dump.write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines_of_nemo), encoding="utf-8"
+    )
+    assert len(list(read_nemo(dump))) == len(lines_of_nemo)
 
 
 def test_without_a_dataset_the_prompts_come_from_the_records(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError, optional
-from cropi.files import replacing, write_atomic
+from cropi.files import lines_of, replacing, write_atomic
 from cropi.prompt_ids import PromptIds, column_values
 from cropi.trajectories import read_trajectories
 
@@ -119,12 +119,11 @@ def read_dataset(path: str | Path) -> Any:
         return optional("pyarrow.parquet").read_table(path)
     if path.suffix not in (".jsonl", ".json"):
         raise CropiError(f"dataset: {path} should end in .parquet, .jsonl or .json")
-    text = path.read_text(encoding="utf-8")
     try:
         rows = (
-            json.loads(text)
+            json.loads(path.read_text(encoding="utf-8"))
             if path.suffix == ".json"
-            else [json.loads(x) for x in text.splitlines() if x.strip()]
+            else [json.loads(line) for line in lines_of(path) if line.strip()]
         )
     except ValueError as error:
         raise CropiError(f"dataset: {path} is not {path.suffix[1:]}: {error}") from error

@@ -58,6 +58,14 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, cut at line ends alone.
+
+    ``str.splitlines`` would also cut at U+0085, U+2028 and U+2029, which stand inside a JSON string as they are.
+    """
+    return path.read_text(encoding="utf-8").split("\n")
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from cropi.errors import CropiError
-from cropi.files import replacing
+from cropi.files import lines_of, replacing
 from cropi.influence import Scores
 from cropi.trajectories import read_trajectories
 
@@ -137,7 +137,7 @@ def read_selection(path: str | Path) -> list[str]:
     Raises:
         CropiError: the file is empty, or a line is not an id.
     """
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in lines_of(Path(path)) if line.strip()]
     if not lines:
         raise CropiError(f"selection: {path} is empty")
     if not lines[0].lstrip().startswith("{"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
+from cropi.files import lines_of
 from cropi.trainers.grouping import Rollout, finite, text_id
 
 COLUMNS = ("token_ids", "token_loss_mask", "rewards", "input_lengths")
@@ -55,7 +56,7 @@ def read_dump(
 def _columns(path: Path) -> dict[str, list[Any]]:
     """Join the lines. What is no list (``idx``) describes the line, except where a line is a rollout."""
     columns: dict[str, list[Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
         try:

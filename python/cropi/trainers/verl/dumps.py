@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError, optional
+from cropi.files import lines_of
 from cropi.scan import LossyTokens
 from cropi.trainers.grouping import Rollout, finite, text_id
 from cropi.trainers.verl.batch import rollouts_of_proto, rollouts_of_table
@@ -98,7 +99,7 @@ def _text(
         LossyTokens,
         stacklevel=2,
     )
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
