@@ -77,6 +77,18 @@ def test_scores_of_tensors_and_what_does_not_fit() -> None:
             call()
 
 
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_equal_sketches_have_equal_scores_wherever_they_stand(metric: str) -> None:
+    """The order among equal prompts is that of their ids, so not even the last bit may depend on the shard."""
+    row = torch.randn(1, 4096)
+    for sets in (1, 2, 3):
+        means = {f"s{i}": torch.randn(4096) for i in range(sets)}
+        alone = score_rows(row, means, metric=metric)
+        for count in (2, 3, 5, 7, 8, 13, 64):
+            scores = score_rows(row.repeat(count, 1), means, metric=metric)
+            np.testing.assert_array_equal(scores, alone.repeat(count, axis=0))
+
+
 def test_plain_and_normalised_means_differ_as_they_should(tmp_path: Path) -> None:
     valid = make_store(tmp_path / "v", {"p": ("v", (10.0, 0.0)), "q": ("v", (0.0, 1.0))})
     assert validation_means([valid])["v"].tolist() == [5.0, 0.5]

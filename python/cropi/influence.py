@@ -131,11 +131,15 @@ def score_rows(
             raise CropiError(
                 f"means[{name!r}] has shape {list(mean.shape)}: give [{sketches.shape[1]}], the sketches' dim"
             )
-    rows, directions = sketches.double(), torch.stack([mean.double() for mean in means.values()], dim=1)
-    scores = rows @ directions
+    rows = sketches.detach().cpu().double().numpy()
+    directions = [mean.detach().cpu().double().numpy() for mean in means.values()]
+    # Row by row: a matrix product rounds a row by its place in the shard, and equal sketches would not be equal.
+    scores = np.stack([np.einsum("nd,d->n", rows, direction) for direction in directions], axis=1)
     if metric == "cosine":
-        scores = scores / directions.norm(dim=0) / rows.norm(dim=1, keepdim=True)
-    return np.asarray(scores.cpu().numpy())
+        lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+        with np.errstate(divide="ignore", invalid="ignore"):  # a zero sketch has no direction: NaN
+            scores = scores / [np.linalg.norm(direction) for direction in directions] / lengths[:, None]
+    return scores
 
 
 def validation_means(
