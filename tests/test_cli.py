@@ -183,6 +183,29 @@ def test_behaviour_model_and_stored_log_probs_agree(made: Path, tmp_path: Path) 
     assert SketchStore.open(tmp_path / "file").manifest["behaviour"] == {"source": "file", "model": None}
 
 
+def test_the_policy_is_taken_at_the_temperature_of_the_rollouts(made: Path, tmp_path: Path) -> None:
+    """Log-probs of the policy itself at the rollouts' temperature give ratios of 1, and only at that one."""
+    records, tokenizer, model = make_records(8), make_tokenizer(), make_model()
+    for record in records:
+        prompt = tokenizer(record["prompt"])["input_ids"]
+        record["temperature"], record["logprobs"] = 0.5, []
+        record["response_ids"] = [tokenizer(text)["input_ids"] + [1] for text in record["responses"]]
+        for ids in record["response_ids"]:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, -len(ids) - 1 : -1] / 0.5
+            chosen = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            record["logprobs"].append(chosen.clamp(max=0.0).tolist())
+    stored = write_lines(tmp_path / "stored.jsonl", records)
+    sketch(made, tmp_path / "file", file=stored)
+    sketch(made, tmp_path / "current", "--behaviour current", file=stored)
+    sketch(made, tmp_path / "warm", "--behaviour current --temperature 1", file=stored)
+    ratios = [row.extra["ratio"] for row in SketchStore.open(tmp_path / "file").rows() if row.status == "ok"]
+    np.testing.assert_allclose(ratios, 1.0, rtol=1e-4)
+    assert_same(rows(tmp_path / "file"), rows(tmp_path / "current"))
+    for name, warm in rows(tmp_path / "warm").items():
+        assert float((warm - rows(tmp_path / "current")[name]).norm()) > 0.05 * float(warm.norm())
+
+
 def test_a_prompt_that_fails_is_named_and_leaves_the_others_right(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
