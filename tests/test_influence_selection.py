@@ -222,6 +222,16 @@ def test_baselines_follow_the_pass_rate_and_the_seed() -> None:
     )
 
 
+def test_learnability_draws_between_mirrored_pass_rates() -> None:
+    """p and 1 - p are equally learnable; with 5 responses the two products differ by a rounding."""
+    names = [f"{kind}{i:03d}" for kind in ("easy", "hard") for i in range(100)]
+    rows = [RowInfo(name, pass_rate=0.8 if name.startswith("easy") else 0.2) for name in names]
+    scores = Scores(rows, ["x"], np.zeros((200, 1)), {})
+    chosen = select(scores, fraction=0.5, method="learnability").chosen
+    easy = sum(i < 100 for i in chosen)
+    assert 25 < easy < 75, "of 100 drawn from 100 and 100: mean 50, standard deviation 3.5"
+
+
 def test_written_selection_table_and_plot(tmp_path: Path) -> None:
     scores = make_scores(TEN)
     chosen = select(scores, fraction=0.3)

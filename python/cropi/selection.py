@@ -103,9 +103,9 @@ def select(
         value = fuse_ranks(table, ids, n) if method == "rrf" else table.max(axis=1)
         ties: list[str] = ids
     else:
-        value = {"random": np.zeros(len(ids)), "learnability": rates * (1 - rates), "pass_rate": rates}[
-            method
-        ]
+        # Rounded: 0.2 * 0.8 and 0.8 * (1 - 0.8) differ in their last bit, and the harder prompt would always win.
+        learnable = np.round(rates * (1 - rates), 12)
+        value = {"random": np.zeros(len(ids)), "learnability": learnable, "pass_rate": rates}[method]
         # Pass rates take few values: among equal ones the draw must not follow the names of the tasks.
         ties = [hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in ids]
     # Outside every L_v all fused values are 0; the score keeps that end of the list in a meaningful order.
