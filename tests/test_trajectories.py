@@ -50,6 +50,8 @@ def test_written_records_come_back(tmp_path: Path, name: str) -> None:
     first = (tmp_path / name).read_bytes()
     write_trajectories(tmp_path / name, groups)
     assert (tmp_path / name).read_bytes() == first, "equal records must give equal bytes"
+    write_trajectories(tmp_path / f"other-{name}", groups)
+    assert (tmp_path / f"other-{name}").read_bytes() == first, "whatever the file is called"
 
 
 def test_byte_order_mark_blank_lines_and_missing_newline_at_the_end(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from cropi.errors import CropiError, RecordError
 from cropi.files import replacing
@@ -114,11 +115,14 @@ def _open_to_read(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if packed else open(path, "rb")
 
 
-def _open_to_write(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        # No time stamp and no name in the header: equal content gives equal bytes.
-        return io.TextIOWrapper(gzip.GzipFile(path, "wb", mtime=0), encoding="utf-8", newline="\n")
-    return open(path, "w", encoding="utf-8", newline="\n")
+@contextmanager
+def _open_to_write(path: Path) -> Iterator[IO[str]]:
+    with ExitStack() as stack:
+        file: Any = stack.enter_context(open(path, "wb"))
+        if path.suffix == ".gz":
+            # No time stamp and no name in the header: equal content gives equal bytes.
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
+        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline="\n"))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
