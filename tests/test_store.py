@@ -66,6 +66,14 @@ def test_rows_come_back_with_what_is_known_of_them(tmp_path: Path) -> None:
     assert checked.returncode == 0 and checked.stdout.count(": OK") == store.verify() == 2
 
 
+def test_shards_without_a_manifest_are_not_taken_over(tmp_path: Path) -> None:
+    fill(tmp_path / "s", 5)
+    (tmp_path / "s" / "manifest.json").unlink()
+    with pytest.raises(CropiError, match="holds shards but no manifest.json"):
+        SketchStore.create(tmp_path / "s", MANIFEST | {"spec": {"dim": DIM, "seed": 1}})
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_of_each_dtype_is_within_its_bound(dtype: str) -> None:
     rows = torch.stack([vector(i) * 10.0 ** (i - 6) for i in range(12)] + [torch.zeros(DIM)]).repeat(1, 4)

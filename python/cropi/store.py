@@ -66,6 +66,11 @@ class SketchStore:
             and not (path / ".lock").exists()
         ):
             raise CropiError(f"{path} is not empty and holds no {MANIFEST}; give a new folder for the store")
+        if next(path.glob("shard-*"), None) and not (path / MANIFEST).exists():
+            raise CropiError(
+                f"{path} holds shards but no {MANIFEST}, so what they are sketches of is not known; put it back, or "
+                "give a new folder for the store"
+            )
         store = cls(path, wanted, shard_rows=shard_rows)
         try:
             path.mkdir(parents=True, exist_ok=True)
