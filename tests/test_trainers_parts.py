@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -83,6 +84,33 @@ def test_log_goes_on_after_an_unfinished_line(tmp_path: Path) -> None:
     path.write_bytes(b"no newline at all")
     cut_unfinished_line(path)
     assert path.read_bytes() == b""
+
+
+class Full:
+    """A file on a disk with room for a few bytes more: it takes them, and fails only when it is called again."""
+
+    def __init__(self, file: IO[bytes], room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: memoryview) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = self.file.write(data[: self.room])
+        self.room -= done
+        return done
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_a_record_that_does_not_fit_on_the_disk_is_an_error_and_harms_no_other(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path, 0)
+    log.append("train", [record("a", 0)])
+    log._open["train"] = Full(log._open["train"], 20)  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space left"):
+        log.append("train", [record("b", 0)])
+    log.append("train", [record("c", 1)])
+    assert [r["id"] for r in read(log.path("train"))] == ["a", "c"]
 
 
 def test_rewind_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:

@@ -42,7 +42,13 @@ class RolloutLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             cut_unfinished_line(self.path(kind))
             self._open[kind] = open(self.path(kind), "ab", buffering=0)
-        self._open[kind].write("".join(lines).encode())
+        left = memoryview("".join(lines).encode())
+        try:
+            while left:  # a disk that is nearly full takes a part, and says so only the next time
+                left = left[self._open[kind].write(left) :]
+        except OSError:
+            self._open.pop(kind).close()  # the next append cuts the unfinished line off
+            raise
 
     def sync(self) -> dict[str, int]:
         """Bring everything to the disk; the size of each of this rank's files, by name."""
