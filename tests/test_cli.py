@@ -226,6 +226,21 @@ def test_a_prompt_that_fails_is_named_and_leaves_the_others_right(
     assert_same(rows(tmp_path / "bad"), expected)
 
 
+def test_a_template_file_counts_by_content(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert sketch(made, tmp_path / "s", f"--limit 10 --chat-template {template}") == 0
+    template.rename(tmp_path / "moved.jinja")
+    assert sketch(made, tmp_path / "s", f"--limit 20 --chat-template {tmp_path}/moved.jinja") == 0
+    template.write_text("Q: {% for m in messages %}{{ m['content'] }}{% endfor %}")
+    capsys.readouterr()
+    assert sketch(made, tmp_path / "s", f"--chat-template {template}") == 2
+    assert "was made with tokens.chat_template = {% for m" in capsys.readouterr().err
+    assert len(SketchStore.open(tmp_path / "s")) == 20
+
+
 def test_every_mistake_is_one_clear_line(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from cropi.errors import CropiError, RecordError, optional
 from cropi.estimators import ESTIMATORS, Estimator
 from cropi.fingerprint import model_fingerprint, tokenizer_fingerprint
 from cropi.scan import Scan
-from cropi.tokenize import Tokenize, TooLong
+from cropi.tokenize import Tokenize, TooLong, template_text
 from cropi.trajectories import read_trajectories
 from cropi_kernels import Coverage, SketchSpec
 
@@ -113,7 +113,8 @@ def make_manifest(
         "estimator": job.estimator.to_dict(),
         "behaviour": {"source": source, "model": behaviour_model and model_fingerprint(behaviour_model)},
         "temperature": job.temperature,
-        "tokens": {name: getattr(job, name) for name in ("chat_template", "eos", "max_length", "too_long")},
+        "tokens": {name: getattr(job, name) for name in ("eos", "max_length", "too_long")}
+        | {"chat_template": template_text(job.chat_template)},
         "dtype": job.dtype,
         "notes": {"trajectories": [str(path) for path in job.trajectories], **job.notes},
     }

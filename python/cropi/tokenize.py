@@ -21,6 +21,22 @@ class TooLong(RecordError):
     """A prompt group does not fit, under ``too_long="skip"``: the prompt is left out and reported."""
 
 
+def template_text(template: str) -> str:
+    """A chat template as :class:`Tokenize` takes it, with the content of a file in place of its path.
+
+    Raises:
+        CropiError: there is no such file.
+    """
+    if template in ("auto", "none") or "{" in template:
+        return template
+    path = Path(template)
+    if not path.is_file():
+        raise CropiError(
+            f"chat_template must be auto, none, a Jinja template or the path of one; there is no file {template!r}"
+        )
+    return path.read_text(encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class TokenGroup:
     """A prompt group as token ids; every response ends with the end token unless it was truncated."""
@@ -84,15 +100,7 @@ class Tokenize:
             raise CropiError(f"temperature must be a finite number above 0, got {self.temperature}")
         if self.eos and self.tokenizer.eos_token_id is None:
             raise CropiError("the tokenizer has no end token to append; set its eos_token, or pass --no-eos")
-        template = self.chat_template
-        if template not in ("auto", "none") and "{" not in template:
-            path = Path(template)
-            if not path.is_file():
-                raise CropiError(
-                    f"chat_template must be auto, none, a Jinja template or the path of one; there is "
-                    f"no file {template!r}"
-                )
-            object.__setattr__(self, "chat_template", path.read_text(encoding="utf-8"))
+        object.__setattr__(self, "chat_template", template_text(self.chat_template))
 
     def __call__(self, group: PromptGroup) -> TokenGroup:
         """Tokenise one group.

@@ -12,6 +12,7 @@ from typing import Any
 from cropi.curriculum.command import check_template
 from cropi.errors import CropiError
 from cropi.job import SketchJob
+from cropi.tokenize import template_text
 
 STEPS = ("rollouts", "sketch", "influence", "select", "train", "collect")
 WHEN = ("first", "every")
@@ -135,7 +136,7 @@ class Plan:
                 "model": self.model, "dtype": self.dtype, "spec": job.spec.to_dict(), "exclude": list(job.exclude),
                 "estimator": job.estimator.to_dict(), "behaviour": job.behaviour,
                 "behaviour_model": self.behaviour_model, "temperature": job.temperature,
-                "chat_template": job.chat_template, "eos": job.eos, "max_length": job.max_length,
+                "chat_template": template_text(job.chat_template), "eos": job.eos, "max_length": job.max_length,
                 "too_long": job.too_long, "store_dtype": job.dtype, "limit": job.limit, "skip_bad": job.skip_bad,
                 "sets": list(self.sets),
             },
