@@ -334,6 +334,9 @@ def test_slime_dumps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     torch.save({"rollout_id": 7, "samples": turns}, tmp_path / "7.pt")
     assert cropi(*convert) == 2
     assert "sample 1: some response tokens are masked" in capsys.readouterr().err
+    (tmp_path / "7.pt").write_bytes(b"")
+    assert cropi(*convert) == 2
+    assert "7.pt is not a rollout dump of slime" in capsys.readouterr().err
 
 
 def nemo_lines() -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def read_dump(
     try:
         saved = torch.load(path, map_location="cpu", weights_only=False)
         step, samples = int(saved["rollout_id"]), saved["samples"]
-    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CropiError(f"{path} is not a rollout dump of slime ({error!r})") from error
     for number, sample in enumerate(samples):
         yield _rollout(sample, f"{path}, sample {number}", step, id_key, temperature)

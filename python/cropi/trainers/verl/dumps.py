@@ -137,7 +137,7 @@ def _table(path: Path, id_key: str, temperature: float | None) -> Iterator[Rollo
     try:
         saved = torch.load(path, map_location="cpu", weights_only=False)
         table, keys, tags, step = (saved[name] for name in ("tensordict", "keys", "tags", "global_steps"))
-    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CropiError(f"{path} is not a batch of verl's transfer queue ({error!r})") from error
     yield from rollouts_of_table(
         table, keys, tags, int(step), id_key=id_key, temperature=temperature, where=str(path)
