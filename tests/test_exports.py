@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from made_data import make_model, make_records, make_tokenizer, write_lines
 from cropi.cli import main
 from cropi.errors import CropiError
 from cropi.export import export
-from cropi.influence import Scores
+from cropi.influence import Scores, write_scores
 from cropi.scan import LossyTokens
 from cropi.selection import read_selection, select, write_selection
 from cropi.shards import RowInfo
@@ -181,6 +184,20 @@ REWARDS = {0: [1.0, 0.0], 1: [0.0, 1.0]}
 
 def logprobs(ids: list[int]) -> list[float]:
     return [-token / 8 for token in ids]  # exact in float32
+
+
+def test_a_terminal_that_lacks_a_letter_does_not_end_the_export(tmp_path: Path) -> None:
+    write_lines(tmp_path / "t.jsonl", [{**r, "prompt": "x\u00b2 \u2264 7"} for r in make_records(10)])
+    rows = [RowInfo(r["id"], pass_rate=0.5) for r in make_records(10)]
+    meta = {"metric": "cosine", "train": {"stage": "0", "model": {"weights": "aa"}}}
+    table = np.linspace(0, 1, 10)[:, None]
+    write_scores(tmp_path / "s.parquet", Scores(rows, ["x"], table, meta))
+    command = [sys.executable, "-m", "cropi", "select", "--scores", "s.parquet", "--out", "selected.jsonl",
+               "--trajectories", "t.jsonl", "--export", "ids", "--format", "ids"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "x\\xb2 \\u2264 7" in done.stdout and (tmp_path / "ids").read_text() == f"{rows[-1].id}\n"
 
 
 def check_records(path: Path, names: list[str] | None = None) -> None:
