@@ -158,7 +158,7 @@ def test_kills_between_and_inside_all_steps_change_nothing(
 ) -> None:
     """Each life is killed one write later than the last one was, so that the kills fall on all kinds of steps."""
     out = tmp_path / "run"
-    first = 3
+    first = 1
     path, place = config(made, out), first
     while not killed_at(path, place):
         place += 1

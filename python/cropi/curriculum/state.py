@@ -40,9 +40,12 @@ class State:
         """
         path, settings = plan.out / NAME, json.loads(json.dumps(plan.settings()))
         if not path.exists():
-            if plan.out.is_dir() and any(p.name != ".lock" for p in plan.out.iterdir()):
+            # Beside the lock there may be a temporary file of a run that was killed right here.
+            if plan.out.is_dir() and any(not p.name.startswith(".") for p in plan.out.iterdir()):
                 raise CropiError(f"out: {plan.out} is not empty and holds no {NAME}; give a new folder")
-            return cls(path, {"format": FORMAT, "settings": settings, "done": [], "started": None})
+            state = cls(path, {"format": FORMAT, "settings": settings, "done": [], "started": None})
+            state.write()  # before anything else is written, by which the folder would be refused the next time
+            return state
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             made = data["format"]
