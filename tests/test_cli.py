@@ -226,6 +226,44 @@ def test_a_prompt_that_fails_is_named_and_leaves_the_others_right(
     assert_same(rows(tmp_path / "bad"), expected)
 
 
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ("--estimator ppo", "estimator.name"),
+        ("--eps 0.1", "estimator.eps"),
+        ("--behaviour-model {made}/other", "behaviour.source"),
+        ("--temperature 0.5", "temperature"),
+        ("--no-eos", "tokens.eos"),
+        ("--max-length 100", "tokens.max_length"),
+        ("--too-long skip", "tokens.too_long"),
+        ("--chat-template none", "tokens.chat_template"),
+        ("--set x", "set"),
+        ("--stage 1", "stage"),
+        ("--store-dtype int8", "dtype"),
+        ("--exclude *norm*", "parameters.covered"),
+    ],
+)
+def test_a_store_is_not_continued_under_an_option_that_changes_its_rows(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, field: str
+) -> None:
+    assert sketch(made, tmp_path / "s", "--limit 5") == 0
+    before = sorted((path.name, path.stat().st_size) for path in (tmp_path / "s").glob("shard-*"))
+    assert sketch(made, tmp_path / "s", words.format(made=made)) == 2
+    assert f"was made with {field} = " in capsys.readouterr().err
+    assert sorted((p.name, p.stat().st_size) for p in (tmp_path / "s").glob("shard-*")) == before
+
+
+def test_a_store_is_not_continued_with_another_tokenizer(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sketch(made, tmp_path / "s", "--limit 5") == 0
+    make_model().save_pretrained(tmp_path / "chatty")
+    make_tokenizer(chat=True).save_pretrained(tmp_path / "chatty")
+    line = f"sketch --model {tmp_path}/chatty --trajectories {made}/train.jsonl --out {tmp_path}/s {SMALL}"
+    assert cropi(line) == 2
+    assert "was made with tokenizer = " in capsys.readouterr().err
+
+
 def test_a_template_file_counts_by_content(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,14 @@ def test_equal_sketches_have_equal_scores_wherever_they_stand(metric: str) -> No
             np.testing.assert_array_equal(scores, alone.repeat(count, axis=0))
 
 
+def test_a_prompt_without_a_score_for_every_set_is_never_chosen() -> None:
+    rows = [RowInfo("a"), RowInfo("b"), RowInfo("c")]
+    scores = Scores(rows, ["x", "y"], np.array([[9.0, math.nan], [math.inf, 1.0], [0.0, 0.0]]), {})
+    assert scores.usable.tolist() == [False, False, True]
+    for method in ("rrf", "max", "random"):
+        assert select(scores, fraction=1.0, method=method).chosen == [2]
+
+
 def test_plain_and_normalised_means_differ_as_they_should(tmp_path: Path) -> None:
     valid = make_store(tmp_path / "v", {"p": ("v", (10.0, 0.0)), "q": ("v", (0.0, 1.0))})
     assert validation_means([valid])["v"].tolist() == [5.0, 0.5]
