@@ -270,6 +270,27 @@ def test_resumed_run_ends_as_an_unbroken_one(
     assert any(not torch.equal(v, base_model(NANO, work).state_dict()[k]) for k, v in weights.items())
 
 
+def test_a_run_killed_before_its_policy_is_kept_writes_it_the_next_time(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = run_module.save_torch
+
+    def dies(path: Path, value: Any) -> None:
+        if path.name == "policy.pt":
+            raise Killed
+        real(path, value)
+
+    model, data = fresh(work)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_torch", dies)
+        with pytest.raises(Killed):
+            run_module.run_arm(ARMS["random"], NANO, 0, model, data, tmp_path / "run")
+    model, data = fresh(work)
+    run_module.run_arm(ARMS["random"], NANO, 0, model, data, tmp_path / "run")
+    kept = torch.load(tmp_path / "run" / "policy.pt")
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
+
+
 def test_resumed_base_training_gives_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,8 +100,8 @@ def run_arm(arm: Arm, scale: Scale, seed: int, model: Any, data: SeedData, folde
         if run.step % scale.checkpoint_every == 0:
             _save(checkpoint, model, trainer, run)
     final = {"arm": arm.name, "seed": seed, "collect_cpu": data.collect_cpu, **vars(run)}
-    write_atomic(result, json.dumps(final))
     save_torch(folder / "policy.pt", model.state_dict())
+    write_atomic(result, json.dumps(final))  # last: what has a result is not run again
     checkpoint.unlink(missing_ok=True)
     return final
 
