@@ -180,6 +180,8 @@ def test_resumed_run_is_the_run(at: int, tmp_path: Path) -> None:
                 path.unlink() if path.suffix == ".json" else path.write_bytes(path.read_bytes()[:100])
             with open(out / "cropi/rollouts/train-rank00000.jsonl", "a") as file:
                 file.write('{"id": "p0-0')
+            with open(out / "cropi/stages.jsonl", "a") as file:
+                file.write('{"stage": 2, "st')
             trainer = staged(out, reward_funcs=[seen], save_strategy="steps", save_steps=1, max_steps=6)
         trainer.train(resume_from_checkpoint=name == "again")
         runs[name] = (trainer, seen)

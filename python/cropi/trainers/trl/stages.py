@@ -21,7 +21,7 @@ from cropi.prompt_ids import PromptIds
 from cropi.scan import NothingToSelect
 from cropi.trainers.checkpoints import newest_whole
 from cropi.trainers.options import Curriculum
-from cropi.trainers.rollout_log import log_files, merge_rollouts, rewind
+from cropi.trainers.rollout_log import cut_unfinished_line, log_files, merge_rollouts, rewind
 from cropi.trainers.scoring import Chosen, check_files, choose_prompts, own_randomness
 from cropi.trainers.trl.capture import RecordingMixin, check_datasets
 from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
@@ -286,6 +286,7 @@ class CurriculumMixin(RecordingMixin):
         rewind(self._cropi_log.folder, state["logs"])
         notes = self._cropi_folder / "stages.jsonl"
         if notes.exists():
+            cut_unfinished_line(notes)
             lines = notes.read_text(encoding="utf-8").splitlines(keepends=True)
             write_atomic(
                 notes, "".join(line for line in lines if json.loads(line)["stage"] <= state["stage"])
