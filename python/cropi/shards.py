@@ -86,7 +86,7 @@ def write_shard(path: Path, rows: Sequence[RowInfo], sketches: torch.Tensor, dty
     """Write and commit one shard; returns its SHA-256.
 
     Raises:
-        CropiError: no space is left. Nothing of this shard stays behind.
+        CropiError: no space is left. What stays behind of this shard has no checksum file, so it does not count.
     """
     safetensors = optional("safetensors.torch")
     header = {"rows": json.dumps([asdict(row) for row in rows], ensure_ascii=False)}
