@@ -299,6 +299,12 @@ def test_rollouts_of_every_stage_and_of_the_trainer(made: Path, tmp_path: Path) 
     merged = [json.loads(line) for line in (out / "stage-00" / "trajectories.jsonl").read_text().splitlines()]
     chosen = {row["id"] for row in selections(out)[0]}
     assert {record["id"] for record in merged if record.get("made_at") == 0} == chosen and len(merged) == 40
+    done = json.loads((out / "state.json").read_text())["done"]
+    sketched = {entry["stage"]: entry["train"]["files"] for entry in done if entry["step"] == "sketch"}
+    assert sketched == {
+        0: [str(tmp_path / "logged.jsonl")],
+        1: [str(out / "stage-00" / "trajectories.jsonl")],
+    }
     # The file's log-probs, of whichever policy made each record.
     assert report(out)[1]["behaviour"]["train"] == "file"
 
