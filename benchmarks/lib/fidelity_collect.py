@@ -7,6 +7,8 @@ each training prompt leaves its exact inner products and its sketches.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,10 @@ import torch
 from tqdm import tqdm
 
 from cropi.batches import MicroBatch, make_batches
+from cropi.errors import CropiError
 from cropi.estimators import Estimator, make_estimator
+from cropi.files import write_atomic
+from cropi.fingerprint import model_fingerprint
 from cropi.layout import choose_layout
 from cropi.tokenize import TokenGroup
 from cropi_kernels import canonical_name
@@ -122,8 +127,13 @@ def collect(
     variants: list[Variant],
     work: Path,
 ) -> None:
-    """Fill ``work`` with one .npz per prompt: sketches, and for training prompts the exact products per layer type."""
+    """Fill ``work`` with one .npz per prompt: sketches, and for training prompts the exact products per layer type.
+
+    Raises:
+        CropiError: ``work`` holds those of another model, other prompts or other variants.
+    """
     work.mkdir(parents=True, exist_ok=True)
+    _check_same(work / "made_from.json", model, train, valid, variants)
     paths = [work / f"train-{i:04d}.npz" for i in range(len(train))]
     if all(path.exists() for path in [*paths, *(work / f"valid-{name}.npz" for name in valid)]):
         return
@@ -159,6 +169,48 @@ def collect(
             products=products,
         )
     model.zero_grad(set_to_none=True)
+
+
+def _check_same(
+    path: Path,
+    model: Any,
+    train: list[TokenGroup],
+    valid: dict[str, list[TokenGroup]],
+    variants: list[Variant],
+) -> None:
+    """Numbers of two models or data sets must not mix in one folder; more training prompts may follow."""
+    wanted = {
+        "model": model_fingerprint(model)["weights"],
+        "train": [_digest(group) for group in train],
+        "valid": {name: [_digest(group) for group in groups] for name, groups in valid.items()},
+        "variants": [[variant.label, variant.spec.to_dict(), list(variant.roles)] for variant in variants],
+    }
+    if not path.exists() and any(path.parent.glob("*.npz")):
+        raise CropiError(
+            f"{path.parent} does not say what it was made from; give another --work, or remove that folder"
+        )
+    made = json.loads(path.read_text()) if path.exists() else wanted | {"train": []}
+    both = min(len(made["train"]), len(train))
+    for key in wanted:
+        same = made[key][:both] == wanted[key][:both] if key == "train" else made[key] == wanted[key]
+        if not same:
+            raise CropiError(
+                f"{path.parent} was made from another {key}; give another --work, or remove that folder"
+            )
+    if len(train) > both:
+        write_atomic(path, json.dumps(wanted) + "\n")
+
+
+def _digest(group: TokenGroup) -> str:
+    content = [
+        group.id,
+        group.prompt,
+        group.responses,
+        group.group.rewards,
+        group.logprobs,
+        group.temperature,
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _products(g: Gradient, h: Gradient, types: list[str]) -> np.ndarray:
