@@ -7,16 +7,18 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pytest
 import torch
 from made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.errors import CropiError
-from cropi.influence import influence
+from cropi.influence import influence, read_scores
 from cropi.job import SketchJob
 from cropi.prompt_ids import PromptIds
 from cropi.sketching import sketch
 from cropi.store import SketchStore
+from cropi.trainers.options import Curriculum
 from cropi.trainers.ranks import Ranks
 from cropi.trainers.rollout_log import (
     RolloutLog,
@@ -25,6 +27,7 @@ from cropi.trainers.rollout_log import (
     merge_rollouts,
     rewind,
 )
+from cropi.trainers.scoring import choose_prompts
 from cropi.trajectories import replace_records
 from cropi_kernels import SketchSpec
 
@@ -194,3 +197,29 @@ def test_one_process_is_rank_zero_of_one() -> None:
     assert ranks.gather("a") == ["a"] and ranks.share([1]) == [1] and ranks.agree(lambda: 5) == 5
     with pytest.raises(ZeroDivisionError):
         ranks.agree(lambda: 1 // 0)
+
+
+# ---------------------------------------------------------------------------------------------- selecting
+@pytest.mark.filterwarnings("ignore::cropi.scan.LossyTokens")
+def test_a_policy_in_training_mode_is_scored_without_its_dropout_and_left_as_it_was(tmp_path: Path) -> None:
+    model = make_model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    files = {
+        "train": [write_lines(tmp_path / "train.jsonl", make_records(20))],
+        "valid": [write_lines(tmp_path / "valid.jsonl", make_records(8, seed=1))],
+    }
+    options = Curriculum(stage_steps=1, fraction=0.3, **files, spec=SketchSpec(dim=512))
+    found = {}
+    for mode in (False, True):
+        model.train(mode)
+        before = torch.get_rng_state()
+        folder = tmp_path / str(mode)
+        choose_prompts(
+            model, make_tokenizer(), options, stage=0, folder=folder, **files, known=lambda name: True,
+            ranks=Ranks(), seed=0, progress=False,
+        )  # fmt: skip
+        assert all(module.training is mode for module in model.modules())
+        assert torch.equal(torch.get_rng_state(), before)
+        found[mode] = read_scores(folder / "scores.parquet").table
+    np.testing.assert_array_equal(found[True], found[False])
