@@ -81,6 +81,24 @@ def test_the_sketcher_names_the_batch_and_stays_usable() -> None:
         assert torch.equal(batch.sketch(sketcher).sketches, want), "nothing of the failed call is left"
 
 
+def test_sketches_that_do_not_fit_leave_no_batch_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, zeros = zoo.padded(), torch.zeros
+
+    def small(*size: Any, **kwargs: Any) -> torch.Tensor:
+        return full() if size[0] == 7 else zeros(*size, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", small)
+    with GradientSketcher(zoo.make("llama"), SketchSpec(width=16)) as sketcher:
+        want = batch.sketch(sketcher).sketches
+        with pytest.raises(OutOfMemory, match=r"and 7 segments \(sketches: 0.9 MiB\) ran out of memory"):
+            batch.sketch(sketcher, num_segments=7)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="backend='cuda' cannot run"):
+            patch.setenv("CROPI_KERNELS_BACKEND", "cuda")
+            with sketcher.batch(batch.segments, shape=(6, 9)):
+                pass
+        assert torch.equal(batch.sketch(sketcher).sketches, want)
+
+
 # ------------------------------------------------------------------------------------------- micro-batches
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
 def test_halves_hold_every_row_and_token_once(shared: bool) -> None:

@@ -28,9 +28,10 @@ class Accumulator:
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
     def begin(self, segments: Segments, device: torch.device) -> None:
-        self.segments = segments
-        self.out = torch.zeros(segments.count, self.spec.base_dim, dtype=torch.float32, device=device)
-        self.direct = Direct.of(segments, self.out, self._folded)
+        out = torch.zeros(segments.count, self.spec.base_dim, dtype=torch.float32, device=device)
+        direct = Direct.of(segments, out, self._folded)
+        # Nothing above may have left a batch open: memory can run out, a backend refuse.
+        self.segments, self.out, self.direct = segments, out, direct
         self.clock = Clock(device)
         self._folds.clear()
 

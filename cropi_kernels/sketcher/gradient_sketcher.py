@@ -162,14 +162,14 @@ class GradientSketcher:
             kwargs["attention_mask"] = self._mask(attention_mask)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        self._begin(where)
-        try:
-            with _memory.explained(
-                f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
-                f"segments (sketches: {_memory.size(self._acc.out.nbytes)})",
-                "give fewer rows a call (nothing of this call is left; sketches of parts of a prompt add up), or turn "
-                "on gradient checkpointing",
-            ):
+        with _memory.explained(
+            f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
+            f"segments (sketches: {_memory.size(where.count * self.spec.base_dim * 4)})",
+            "give fewer rows a call (nothing of this call is left; sketches of parts of a prompt add up), or turn on "
+            "gradient checkpointing",
+        ):
+            self._begin(where)
+            try:
                 mark = self._acc.clock.mark
                 start = mark()
                 with torch.enable_grad():
@@ -182,14 +182,14 @@ class GradientSketcher:
                 end = mark()
                 self._acc.out[failed_segments(logprobs, weights, scored)] = float("nan")
                 clock, sketches = self._acc.clock, self._acc.end()
-            seconds = {
-                "forward": clock.between(start, middle),
-                "backward": clock.between(middle, end),
-                "sketch": clock.seconds(),
-            }
-            return PolicyGradient(sketches, logprobs, weights, seconds)
-        finally:
-            self._acc.close()
+            finally:
+                self._acc.close()
+        seconds = {
+            "forward": clock.between(start, middle),
+            "backward": clock.between(middle, end),
+            "sketch": clock.seconds(),
+        }
+        return PolicyGradient(sketches, logprobs, weights, seconds)
 
     def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
         check_positions(input_ids, positions, targets)
