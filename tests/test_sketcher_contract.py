@@ -224,6 +224,16 @@ def test_the_model_is_left_as_it_was(where: str) -> None:
         assert torch.equal(batch.sketch(sketcher).sketches, first.sketches), "and works again"
 
 
+def test_a_block_that_is_not_entered_leaves_the_model_as_it_was() -> None:
+    """Hugging Face's base class raises NotImplementedError for models that name no input embeddings."""
+    model = zoo.make("llama")
+    before, sketcher = state(model), GradientSketcher(model, SPEC)
+    model.get_input_embeddings = fails  # type: ignore[method-assign]
+    with pytest.raises(KeyError), sketcher:
+        pass
+    assert state(model) == before
+
+
 def test_a_failed_call_leaves_the_sketcher_usable() -> None:
     model, batch = zoo.make("llama"), zoo.padded()
     with GradientSketcher(model, SPEC) as sketcher:

@@ -68,11 +68,12 @@ class GradientSketcher:
     def __enter__(self) -> GradientSketcher:
         if self._handles:
             raise RuntimeError("this GradientSketcher is already active: leave its `with` block first")
+        # The model's own code runs before anything is changed: where it fails, `__exit__` is not called.
+        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
         # Everything is frozen, excluded parameters too: their gradients would cost memory and nobody reads them.
         self._thawed = [p for p in self.model.parameters() if p.requires_grad]
         for p in self._thawed:
             p.requires_grad_(False)
-        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
         if isinstance(embeddings, nn.Module):
             self._handles.append(embeddings.register_forward_hook(_start_graph))
         for module, tap in self._plan.taps.items():
