@@ -61,13 +61,14 @@ def split_model(model: nn.Module) -> SplitModel:
 @torch.no_grad()
 def _split_error(model: Any, split: SplitModel) -> str | None:
     ids = torch.arange(4, device=split.head.weight.device)[None] % split.head.out_features
-    training = model.training
+    training = {module: module.training for module in model.modules()}  # some may be in eval, others not
     model.eval()  # dropout would make the two forwards differ
     try:
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
         z = (split.head(split.hidden(ids)[0]) * split.scale).float()
     finally:
-        model.train(training)
+        for module, was in training.items():
+            module.training = was
     if split.softcap is not None:
         z = split.softcap * torch.tanh(z / split.softcap)
     # A model that has diverged fails segment by segment later; here NaN in both is no difference.
