@@ -65,7 +65,10 @@ def _split_error(model: Any, split: SplitModel) -> str | None:
     model.eval()  # dropout would make the two forwards differ
     try:
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
-        z = (split.head(split.hidden(ids)[0]) * split.scale).float()
+        # By the weights, as the fused pass has it: a head's own forward may do more.
+        z = (
+            nn.functional.linear(split.hidden(ids)[0], split.head.weight, split.head.bias) * split.scale
+        ).float()
     finally:
         for module, was in training.items():
             module.training = was
