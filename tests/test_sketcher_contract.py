@@ -65,6 +65,28 @@ def norm_with_two_scales() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), Odd())
 
 
+def linear_of_its_own(layer: nn.Module) -> nn.Module:
+    """Its weight is 0, as a new adapter's: what it does must not be told from its outputs for that weight."""
+    nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+    return nn.Sequential(nn.Linear(8, 8), layer)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x)
+
+
+class Router(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)
+        return logits.softmax(-1), logits  # type: ignore[return-value]
+
+
+class Spelled(nn.Linear):  # Falcon's
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
 def mixture() -> nn.Module:
     # Other implementations of the experts know no float64.
     sizes = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")
@@ -91,6 +113,8 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"model.layers.0.mlp.experts.gate_up_proj \(4, 96, 32\) in MixtralExperts",
     ),
     "not a norm": (norm_with_two_scales, r"1.weight \(8,\) in Odd"),
+    "not a linear layer": (lambda: linear_of_its_own(Scaled(8, 8)), r"1.weight \(8, 8\) in Scaled"),
+    "a router": (lambda: linear_of_its_own(Router(8, 8)), r"1.weight \(8, 8\) in Router"),
 }
 
 
@@ -104,6 +128,12 @@ def test_an_uncovered_parameter_is_named_before_any_work(case: str) -> None:
     names = re.findall(r"^  (\S+) \(", str(error.value), re.MULTILINE)
     GradientSketcher(model, SPEC, names)  # the remedy works
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_linear_layer_in_other_words_is_covered(dtype: torch.dtype) -> None:
+    model = linear_of_its_own(Spelled(8, 5)).to(dtype)
+    assert GradientSketcher(model, SPEC).coverage.covered == 8 * 8 + 8 + 8 * 5 + 5
 
 
 def test_the_rest_of_a_mixture_of_experts_is_right() -> None:

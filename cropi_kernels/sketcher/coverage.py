@@ -132,7 +132,7 @@ class _Builder:
         own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in self.wanted}
         if not own:
             return
-        if isinstance(module, nn.Linear) or _is_conv1d(module):
+        if _is_linear(module) or _is_conv1d(module):
             self._linear(path, module, own, transposed=not isinstance(module, nn.Linear))
         elif isinstance(module, nn.Embedding):
             self._embedding(path, module, own)
@@ -184,6 +184,26 @@ class _Builder:
         if id(p) not in self.covered:
             self.covered[id(p)] = None
             self.by_kind[kind] = self.by_kind.get(kind, 0) + p.numel()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the module is an nn.Linear, and ``y = x W^T + b`` all that it does: a subclass (a router) may do more."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    weight = module.weight
+    x = torch.empty(4, weight.shape[1], dtype=torch.float32, device="cpu")
+    x = x.normal_(generator=torch.Generator().manual_seed(0)).to(weight)
+    try:  # on a weight of our own, expanded and so without memory: the model's may be zero
+        with torch.no_grad():
+            got = functional_call(module, {"weight": x[3].expand_as(weight)}, (x[:3],))
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # not a function of one matrix
+        return False
+    want = nn.functional.linear(x[:3].float(), x[3:].float()).expand(3, weight.shape[0])
+    want = want if module.bias is None else want + module.bias.detach().float()
+    if not isinstance(got, torch.Tensor) or got.shape != want.shape:
+        return False
+    tolerance = 3e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    return bool((got.detach().float() - want).abs().max() <= tolerance * want.abs().max())
 
 
 def _is_conv1d(module: nn.Module) -> bool:
