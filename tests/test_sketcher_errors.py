@@ -9,6 +9,7 @@ import torch
 import transformers
 import zoo
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cropi_kernels import GradientSketcher, SketchSpec
 
@@ -117,6 +118,40 @@ def test_a_head_that_is_not_all_is_noticed() -> None:
         with GradientSketcher(wrong, SPEC) as sketcher:
             with pytest.raises(ValueError, match=message + ".*use `with sketcher.batch"):
                 zoo.padded().sketch(sketcher)
+
+
+@pytest.mark.parametrize("where", ["plain", "checkpointed", "reentrant"])
+def test_outputs_may_be_changed_in_place(where: str) -> None:
+    """What ordinary training allows: an activation and a position added in the memory of a tapped module's output."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.first, self.second = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.get_input_embeddings = lambda: self.words
+            self.out_of_place = False
+
+        def block(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return self.second(torch.relu(y) if self.out_of_place else torch.relu_(y))  # type: ignore[no-any-return]
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.words(ids)
+            x = x + 0.5 if self.out_of_place else x.add_(0.5)
+            if where == "plain":
+                return self.block(x)
+            out: torch.Tensor = checkpoint(self.block, x, use_reentrant=where == "reentrant")
+            return out
+
+    torch.manual_seed(0)
+    model, ids = InPlace(), torch.randint(11, (2, 6))
+    sketches = []
+    with GradientSketcher(model, SPEC) as sketcher:
+        for model.out_of_place in (True, False):
+            with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)) as result:
+                model(ids).square().sum().backward()
+            sketches.append(result.sketches)
+    assert torch.equal(*sketches) and sketches[0].any(dim=1).all()
 
 
 def test_a_module_that_does_not_see_every_token_is_named() -> None:

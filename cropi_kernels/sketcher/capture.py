@@ -19,7 +19,9 @@ class _Capture(torch.autograd.Function):
     def forward(ctx: Any, y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
         ctx.sink = sink
         ctx.save_for_backward(*saved)
-        return y.view_as(y)
+        return (
+            y.detach()
+        )  # not a view for autograd, which would refuse what changes it in place (an activation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -40,8 +42,9 @@ def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
         return y
     if not y.requires_grad:  # frozen weights on inputs without a graph: it starts here
         y = y.detach().requires_grad_(True)
-    # A leaf has no node: `widened_input` could not follow the graph's edges to it.
-    if y.is_leaf or packed() or torch.compiler.is_compiling():
+    # A leaf has no node: `widened_input` could not follow the graph's edges to it. A view (a product with a bias, of
+    # three axes) gets another node when it is changed in place, and the hook of the old one is never called.
+    if y.is_leaf or packed() or torch.compiler.is_compiling() or y._is_view():
         out: torch.Tensor = _Capture.apply(y, sink, *saved)
         return out
     y.register_hook(lambda dy: sink(dy, *saved))
