@@ -443,6 +443,13 @@ def test_weigh_must_return_its_weights(wrong: Any) -> None:
         logprob_and_grad(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1]), lambda *_: wrong)
 
 
+def test_weigh_may_compute_in_place() -> None:
+    hidden, head, targets, _ = problem(20, 24, 129)
+    want = logprob_and_grad(hidden, head, targets, lambda logp, start, stop: logp.exp())
+    got = logprob_and_grad(hidden, head, targets, lambda logp, start, stop: logp.exp_())
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_trainable_head_is_fine_without_grad_mode() -> None:
     hidden, head, targets, _ = problem(4, 8, 33)
     with torch.no_grad():

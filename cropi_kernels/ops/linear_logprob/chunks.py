@@ -103,7 +103,7 @@ def one_pass(
         part = slice(start, stop)
         z, piece = logits.of(hidden[part]), stats.rows(part)
         call.kernels.forward(z, call.target[part], call.math, piece)
-        weights[part] = weigh(piece.logp, start, stop)
+        weights[part] = weigh(piece.logp.clone(), start, stop)  # a copy: the caller may compute in it
         dz = call.kernels.backward(z, call.target[part], weights[part], call.math, piece)
         if on_dlogits is not None:
             on_dlogits(start, stop, dz)
