@@ -53,6 +53,7 @@ class SketchSpec(base.Spec):
         base.check_kind(self.kind, KINDS)
         base.check_int("seed", self.seed, 0)
         base.check_keep(self.keep)
+        object.__setattr__(self, "keep", float(self.keep))  # 1 and 1.0 are one spec, and must be one text
         if self.keep != 1.0 and self.kind != "dropout":
             raise ValueError(f"keep={self.keep!r} needs kind='dropout', not kind={self.kind!r}")
         base.check_version(self.version, VERSION, "sketch", "sketches")

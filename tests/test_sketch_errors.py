@@ -12,6 +12,7 @@ import torch
 from op_calls import OPS
 
 from cropi_kernels import (
+    ProjectionSpec,
     SketchSpec,
     _native,
     bias_grad,
@@ -233,5 +234,7 @@ def test_spec_round_trip_and_fingerprint() -> None:
         SketchSpec(kind="kron"),
     ]
     assert len({s.fingerprint() for s in [spec, *others]}) == 6 and len(spec.fingerprint()) == 16
+    for whole, same in (SketchSpec(keep=1), SketchSpec()), (ProjectionSpec(64, keep=1), ProjectionSpec(64)):
+        assert whole == same and whole.fingerprint() == same.fingerprint() and whole.recipe == same.recipe
     assert (SketchSpec(dim=64).base_dim, SketchSpec(dim=65536).base_dim) == (32768, 65536)
     assert SketchSpec(dim=64, kind="tensor").base_dim == 64

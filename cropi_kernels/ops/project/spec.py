@@ -62,6 +62,7 @@ class ProjectionSpec(base.Spec):
                 f"nnz={self.nnz} must divide dim={self.dim}: every nonzero has dim / nnz buckets of its own"
             )
         base.check_keep(self.keep)
+        object.__setattr__(self, "keep", float(self.keep))  # 1 and 1.0 are one spec, and must be one text
         if self.keep_count == 0:
             raise ValueError(f"keep={self.keep!r} rounds to 0 / 65536: give at least {1 / KEEP_ALL:.2e}")
         base.check_int("seed", self.seed, 0)
