@@ -305,6 +305,14 @@ def test_two_backwards() -> None:
     assert torch.equal(second, 2 * first) and torch.equal(third, first) and torch.equal(first, kept)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    hidden, head, targets, grad = problem(5, 24, 129)
+    leaf = hidden.requires_grad_()
+    (first,) = torch.autograd.grad(linear_logprob(leaf, head, targets), leaf, grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_logprob has no second derivative"):
+        first.square().sum().backward()
+
+
 def test_one_pass_sees_each_chunk_once() -> None:
     hidden, head, targets, grad = problem(50, 16, 129)
     calls, chunks_seen, dz_all = [], [], torch.zeros(50, 129)

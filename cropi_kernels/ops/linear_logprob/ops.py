@@ -153,6 +153,11 @@ def _autograd(ctx: Any, grad: torch.Tensor | None, *others: torch.Tensor | None)
     return (dhidden,) + (None,) * 9
 
 
+def _no_second(ctx: Any, grad: torch.Tensor) -> None:
+    """Without it torch warns once and goes on with zeros."""
+    raise RuntimeError("linear_logprob has no second derivative: differentiate it once (no create_graph)")
+
+
 register(
     "linear_logprob(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, bool entropy, "
     "float temperature, float softcap, int ignore_index, int chunk_size, str backend) "
@@ -166,3 +171,4 @@ register(
     _backward, _backward_fake, remedy=REMEDY,
 )  # fmt: skip
 library.register_autograd(f"{NAMESPACE}::linear_logprob", _autograd, setup_context=_save, lib=LIB)
+library.register_autograd(f"{NAMESPACE}::linear_logprob_backward", _no_second, lib=LIB)
