@@ -157,7 +157,8 @@ class BasicProjector(nn.Module):
         if width != self.grad_dim:
             raise ValueError(f"grads have {width} coordinates but grad_dim={self.grad_dim}")
         spec, offset = self.spec(model_id), 0
-        out = torch.zeros(pieces[0].shape[0], self.proj_dim, device=pieces[0].device)
+        dtype = torch.promote_types(pieces[0].dtype, torch.float32)  # whatever torch's default is
+        out = torch.zeros(pieces[0].shape[0], self.proj_dim, dtype=dtype, device=pieces[0].device)
         for piece in pieces:
             project(piece, spec, offset, out=out)
             offset += piece.shape[1]

@@ -54,6 +54,18 @@ def test_checkpoints_seeds_and_blocks() -> None:
         assert abs(float(torch.nn.functional.cosine_similarity(base, other)[0])) < 5 / 512**0.5
 
 
+def test_default_dtype_does_not_matter() -> None:
+    grads = torch.randn(2, 500)
+    projector = BasicProjector(500, 64, 0, "rademacher", "cpu")
+    want = projector.project(grads, 0)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(projector.project(grads, 0), want)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def test_dict_of_parameters_is_projected_where_it_lies() -> None:
     grads = {"w": torch.randn(3, 4, 5), "b": torch.randn(3, 7), "n": torch.randn(3)}
     flat = torch.cat([g.reshape(3, -1) for g in grads.values()], 1)
