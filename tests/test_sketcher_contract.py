@@ -289,6 +289,16 @@ def test_training_goes_on_afterwards() -> None:
     assert all(torch.equal(x[n], y[n]) for x, y in zip(*grads) for n in x)
 
 
+def test_default_device_does_not_matter() -> None:
+    model, batch = zoo.make("llama"), zoo.padded()
+    weights = zoo.weights_of(batch)
+    results = []
+    for device in ("cpu", "meta"):
+        with GradientSketcher(model, SPEC) as sketcher, torch.device(device):
+            results.append(batch.sketch(sketcher, weigh=lambda logp, a, b: weights[a:b]).sketches)
+    assert torch.equal(*results)
+
+
 def test_only_inside_the_block() -> None:
     model, batch = zoo.make("llama"), zoo.padded()
     sketcher = GradientSketcher(model, SPEC)

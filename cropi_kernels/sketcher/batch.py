@@ -44,7 +44,7 @@ class Segments:
             n_segments = highest
         if n_segments < highest:
             raise ValueError(f"num_segments={n_segments} but segments holds id {highest - 1}")
-        offsets = torch.searchsorted(ids, torch.arange(n_segments + 1))
+        offsets = torch.searchsorted(ids, torch.arange(n_segments + 1, device="cpu"))
         if segments.ndim == 1:
             offsets = offsets * length
         return cls(batch, length, offsets)

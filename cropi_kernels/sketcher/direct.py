@@ -31,7 +31,7 @@ class Direct:
         self._out = out.data_ptr(), out.stride(0)
         self._threads = _native.threads()
         self._kept_alive = segments.offsets, out
-        self._expected, self._pool, self.folded = folded, torch.empty(0), 0
+        self._expected, self._pool, self.folded = folded, torch.empty(0, device="cpu"), 0
 
     @classmethod
     def of(cls, segments: Segments, out: torch.Tensor, folded: int = 0) -> Direct | None:

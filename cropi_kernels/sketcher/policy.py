@@ -87,7 +87,7 @@ def scored_offsets(where: Segments, positions: torch.Tensor) -> torch.Tensor:
     segment = torch.searchsorted(where.offsets, positions.cpu().contiguous(), right=True) - 1
     if bool((segment[1:] < segment[:-1]).any()):
         raise ValueError("positions jump back to an earlier segment: sort the scored tokens by segment")
-    return torch.searchsorted(segment, torch.arange(where.count + 1))
+    return torch.searchsorted(segment, torch.arange(where.count + 1, device="cpu"))
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from ...plan import MatrixPlan
@@ -15,7 +17,7 @@ def coordinates(plan: MatrixPlan) -> tuple[torch.Tensor, torch.Tensor]:
         bucket = slab(I, J) * 32768 + (i ^ row_xor(I, J)) * slab_cols + (j ^ col_xor(I, J))
         sign   = row_sign(r) * col_sign(c) * pair_sign(I, J)
     """
-    rows, cols = torch.arange(plan.rows), torch.arange(plan.cols)
+    rows, cols = (torch.arange(size, device="cpu") for size in (plan.rows, plan.cols))  # as the plan's tables
     r, c = rows, cols
     if plan.row_fold is not None:
         fold = torch.from_numpy(plan.row_fold.astype("int64"))
@@ -70,8 +72,6 @@ def sketch_linear(
 
 def _folded_coordinates(plan: MatrixPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """Coordinates behind the fold: signs that the fold has applied are 1."""
-    import dataclasses
-
     ones = dataclasses.replace(
         plan,
         rows=plan.folded_rows,
