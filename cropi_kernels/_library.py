@@ -8,6 +8,7 @@ autograd: a call from the public functions detaches its operands, the two famili
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,8 @@ def register(
     @functools.wraps(kernel)
     def explained(*args: Any) -> Any:
         try:
-            return kernel(*args)
+            with no_autocast(*args):
+                return kernel(*args)
         except _memory.OUT_OF_MEMORY as error:
             raise _memory.explain(f"{NAMESPACE}::{name}", error, remedy, args) from error
 
@@ -41,6 +43,14 @@ def register(
     LIB.impl(name, explained, "CompositeExplicitAutograd")
     library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIB)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def no_autocast(*args: Any) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would round the operands of products in plain torch, and their sums, to bfloat16."""
+    device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,13 @@ from torch import library
 
 from cropi_kernels import (
     MatrixPlan,
+    ProjectionSpec,
     bias_grad,
     flat_sketch,
     fold_inputs,
     linear_logprob,
     norm_grad,
+    project,
     sketch_embedding,
     sketch_linear,
     sketch_vector,
@@ -140,6 +142,22 @@ def test_several_ops_in_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch)
     want = everything(*twice, HEAD, OUT.clone())
     for w, g in zip(want, traced(*twice, HEAD, OUT.clone())):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("op", [*OPS, "project"])
+def test_autocast_rounds_nothing(op: str, backend: str | None) -> None:
+    """On a GPU without the CUDA C++ build plain torch serves dense projections, products that autocast would round."""
+    spec = ProjectionSpec(64, "gaussian")
+
+    def run() -> Any:
+        return project(A, spec, backend=backend) if op == "project" else OPS[op](backend)
+
+    want = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run()
+    for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, want)), strict=True):
+        assert a is b is None or torch.equal(a, b)
 
 
 def test_bad_input_is_said_while_tracing() -> None:

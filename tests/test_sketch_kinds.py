@@ -64,6 +64,22 @@ def test_kinds_within_rounding(spec: SketchSpec, role: str) -> None:
     assert not linear[1].any() and not rows[1].any()
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}-{s.dim}")
+def test_autocast_rounds_nothing(spec: SketchSpec) -> None:
+    matrix, d, a = matrix_sketch(spec, NAME, 40, 50, "linear"), normal(75, 40, seed=0), normal(75, 50, seed=1)
+    rows = torch.arange(75) % 40
+
+    def run() -> torch.Tensor:
+        out = torch.zeros(4, spec.base_dim)
+        matrix.add(d, matrix.keep(a), OFFSETS, out)
+        matrix.add_rows(a, rows, OFFSETS, out)
+        return out
+
+    want = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(), want)
+
+
 def test_a_bucket_times_a_frequency_is_not_rounded() -> None:
     """At dim 2^20 a phase of 2^19 turns has no digits left behind the point in float32."""
     matrix = matrix_sketch(SketchSpec(kind="tensor", dim=1 << 20), NAME, 50, 40, "embedding")

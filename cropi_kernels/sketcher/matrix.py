@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .. import philox as px
+from .._library import no_autocast
 from ..ops.flat_sketch import flat_sketch
 from ..ops.sketch_linear import fold_inputs, sketch_linear
 from ..ops.sketch_rows import sketch_embedding
@@ -86,7 +87,7 @@ class FlatMatrix(MatrixSketch):
         for s, (begin, end) in enumerate(_ranges(offsets)):
             a = kept[begin:end].float()
             for r in range(0, self.rows if end > begin else 0, panel):
-                gradient = d[begin:end, r : r + panel].float().T @ a
+                gradient = _product(d[begin:end, r : r + panel].float().T, a)
                 flat_sketch(gradient, self.spec, self.name, out[s], offset=r * self.cols)
 
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
@@ -113,19 +114,19 @@ class KronMatrix(MatrixSketch):
         self.p_out = _rademacher(key, rows, self.out_dim, px.DENSE_ROWS)
 
     def keep(self, a: torch.Tensor) -> torch.Tensor:
-        return a.float() @ self.p_in.to(a.device)
+        return _product(a.float(), self.p_in.to(a.device))
 
     def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-        self._add_products(d.float() @ self.p_out.to(d.device), kept, offsets, out)
+        self._add_products(_product(d.float(), self.p_out.to(d.device)), kept, offsets, out)
 
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-        self._add_products(self.p_out.to(rows.device)[rows], x.float() @ self.p_in.to(x.device), offsets, out)
+        self._add_products(self.p_out.to(rows.device)[rows], self.keep(x), offsets, out)
 
     def _add_products(
         self, d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
     ) -> None:
         for s, (begin, end) in enumerate(_ranges(offsets)):
-            out[s] += (d[begin:end].T @ a[begin:end]).reshape(-1)
+            out[s] += _product(d[begin:end].T, a[begin:end]).reshape(-1)
 
 
 class TensorMatrix(MatrixSketch):
@@ -182,6 +183,11 @@ def matrix_sketch(spec: SketchSpec, name: str, rows: int, cols: int, role: Role)
         "tensor": TensorMatrix,
     }
     return kinds[spec.kind](spec, name, rows, cols, role)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    with no_autocast(a):
+        return a @ b
 
 
 def _ranges(offsets: torch.Tensor) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ... import _memory, dispatch
+from ..._library import no_autocast
 from . import chunks, ops
 from .contract import OnDlogits, Settings, Weigh, check_temperature
 
@@ -125,7 +126,7 @@ def logprob_and_grad(
 
     with _memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
         call = ops.prepare(hidden, head, targets, bias, settings)
-        with ops.no_autocast(hidden):
+        with no_autocast(hidden):
             return chunks.one_pass(hidden.detach(), call, checked, on_dlogits)
 
 

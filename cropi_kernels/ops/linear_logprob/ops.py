@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -79,11 +78,6 @@ def _no_wide_products(hidden: torch.Tensor) -> str | None:
     return f"torch {torch.__version__} has no product of {hidden.dtype} with a float32 result: install torch >= 2.8"
 
 
-def no_autocast(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast would round the operands of the products, and their sums, to bfloat16."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
 def _forward(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -93,8 +87,7 @@ def _forward(
     *settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     call = prepare(hidden, head, targets, bias, Settings(*settings))
-    with no_autocast(hidden):
-        stats = chunks.forward(hidden.detach(), call, entropy)
+    stats = chunks.forward(hidden.detach(), call, entropy)
     absent = stats.logp.new_empty(0)
     return stats.logp, stats.top, stats.log_sum, absent if stats.entropy is None else stats.entropy
 
@@ -126,8 +119,7 @@ def _backward(
     call = prepare(hidden, head, targets, bias, Settings(*settings))
     stats = Stats(logp.contiguous(), top.contiguous(), log_sum.contiguous(), None)
     grad = grad.to(logp.dtype).contiguous()
-    with no_autocast(hidden):
-        return chunks.backward(grad, hidden.detach(), call, stats)
+    return chunks.backward(grad, hidden.detach(), call, stats)
 
 
 def _backward_fake(grad: torch.Tensor, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
