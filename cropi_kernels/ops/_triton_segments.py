@@ -21,6 +21,14 @@ REDUCE_BLOCK = 1024
 
 
 @triton.jit
+def _slots(n_segments, n_tokens, CHUNK: tl.constexpr, ALWAYS: tl.constexpr):
+    """`n_slots`: offsets that decrease ask for more, and must not get them."""
+    tokens = tl.zeros((), tl.int64) + n_tokens
+    slots = tokens // CHUNK + n_segments
+    return slots if ALWAYS else tl.minimum(slots, 2 * tokens // CHUNK)
+
+
+@triton.jit
 def _offset(offsets, s, valid, n_tokens):
     """Offsets on a device are not checked: what they say may be wrong, but no access leaves the tokens."""
     return tl.minimum(tl.maximum(tl.load(offsets + s, mask=valid, other=0), 0), n_tokens)
@@ -53,7 +61,8 @@ def locate(
     end = _offset(offsets, segment + 1, found, n_tokens)
     t0 = begin + (item - first) * CHUNK
     t1 = tl.minimum(t0 + CHUNK, end)
-    slot = tl.where((end - begin > CHUNK) | ALWAYS, slot + item - first, -1)
+    slot = tl.minimum(slot + item - first, _slots(n_segments, n_tokens, CHUNK, ALWAYS) - 1)
+    slot = tl.where((end - begin > CHUNK) | ALWAYS, slot, -1)
     return segment, t0, t1, slot
 
 
@@ -83,6 +92,7 @@ def reduce_partials_kernel(
         slot += tl.sum(tl.where((n > 1) | ALWAYS, n, 0), 0)
     begin = _offset(offsets, segment, True, n_tokens)
     chunks = (tl.maximum(_offset(offsets, segment + 1, True, n_tokens) - begin, 0) + CHUNK - 1) // CHUNK
+    chunks = tl.minimum(chunks, _slots(n_segments, n_tokens, CHUNK, ALWAYS) - slot)
     if (chunks > 1) | (ALWAYS & (chunks > 0)):
         inside = column < width
         total = tl.zeros((BLOCK,), tl.float32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from cropi_kernels import bias_grad, linear_logprob, logprob_and_grad, norm_grad
 from cropi_kernels.ops.linear_logprob import reference
 from cropi_kernels.ops.linear_logprob.contract import RowMath, Stats
 from cropi_kernels.ops.linear_logprob.triton import DeviceKernels
+from cropi_kernels.ops.norm_grad import triton as kernels
 from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
 from cropi_kernels.testing import sum_error_bound
 
@@ -116,3 +120,20 @@ def test_the_whole_op() -> None:
     )  # fmt: skip
     torch.testing.assert_close(result[1].double(), dhidden, rtol=1e-4, atol=1e-5)
     assert seen == [(0, 4, (4, 70)), (4, 8, (4, 70)), (8, 9, (1, 70))]
+
+
+def test_offsets_that_decrease_write_only_what_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device they are not checked. Segments that overlap have more chunks than their tokens have room for."""
+    tokens, segments, n, guard, empty = 260, 12, 16, 1 << 12, torch.empty
+    guards = []
+
+    def guarded(*shape: int, **kwargs: Any) -> torch.Tensor:
+        size = math.prod(shape)
+        memory = empty(size + guard, **kwargs).fill_(7)
+        guards.append(memory[size:])
+        return memory[:size].view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    x, offsets = torch.ones(tokens, n), torch.tensor([0, tokens] * (segments // 2) + [0])
+    kernels.norm_grad(x, x, offsets, 1e-6, False, torch.zeros(segments, n), torch.zeros(segments, n))
+    assert guards and all((memory == 7).all() for memory in guards)
