@@ -282,6 +282,15 @@ def test_input_errors(x: torch.Tensor, offset: int, message: str) -> None:
         project(x, ProjectionSpec(16, size=100), offset)
 
 
+@pytest.mark.parametrize("name", ["x", "out"])
+def test_out_is_not_touched_where_autograd_is_asked_for(name: str) -> None:
+    given = {"x": torch.ones(2, 100), "out": torch.zeros(2, 64)}
+    given[name].requires_grad_()
+    with pytest.raises(ValueError, match=rf"out cannot take part in autograd: pass {name}.detach\(\)"):
+        project(given["x"], ProjectionSpec(64), out=given["out"])
+    assert not given["out"].any()
+
+
 def test_other_errors() -> None:
     spec, x = ProjectionSpec(16), torch.zeros(2, 10)
     with pytest.raises(ValueError, match="spec=16"):

@@ -161,10 +161,11 @@ def _check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, dtype: 
         )
     if out.device != x.device:
         raise ValueError(f"out is on {out.device} but x is on {x.device}")
-    if x.requires_grad:
-        raise ValueError(
-            "out cannot take part in autograd: pass x.detach(), or add the results of calls without out"
-        )
+    for name, tensor in (("x", x), ("out", out)):
+        if tensor.requires_grad:
+            raise ValueError(
+                f"out cannot take part in autograd: pass {name}.detach(), or add the results of calls without out"
+            )
 
 
 def _report(y: torch.Tensor, failed: torch.Tensor | None, offset: int, nonfinite: NonFinite) -> None:
