@@ -154,6 +154,17 @@ def test_outputs_may_be_changed_in_place(where: str) -> None:
     assert torch.equal(*sketches) and sketches[0].any(dim=1).all()
 
 
+def test_a_backward_pass_after_its_batch_is_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with GradientSketcher(model, SPEC) as sketcher:
+        with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
+            loss = model(torch.ones(2, 6, 8)).sum()
+        with pytest.raises(
+            RuntimeError, match="a backward pass reached 0 after its batch had ended: run it inside"
+        ):
+            loss.backward()
+
+
 def test_a_module_that_does_not_see_every_token_is_named() -> None:
     """Half the tokens go through the second layer: which segment they belong to is unknown."""
 

@@ -35,7 +35,10 @@ class Tap(abc.ABC):
         """``y`` with the capture in its graph."""
 
     def rows(self, x: torch.Tensor, heads_first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.acc.segments is not None
+        if self.acc.segments is None:
+            raise RuntimeError(
+                f"a backward pass reached {self.where} after its batch had ended: run it inside the batch"
+            )
         return self.acc.segments.tokens_first(x, self.where, heads_first)
 
 
