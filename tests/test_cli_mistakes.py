@@ -47,6 +47,38 @@ def test_a_mistake_in_the_words_is_one_line_too(tmp_path: Path, capsys: pytest.C
     assert stopped.value.code == 0 and capsys.readouterr().out.startswith("cropi 0.")
 
 
+def test_no_command_writes_over_what_it_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    for name in ("scores.parquet", "train.jsonl", "data.jsonl"):
+        Path(name).write_text("precious")
+    select = ["select", "--scores", "scores.parquet", "--out"]
+    records = ["--trajectories", "train.jsonl", "--out-trajectories"]
+    for words, named in (
+        (
+            [*select, "there/../scores.parquet"],
+            "--out: there/../scores.parquet is the file that --scores reads",
+        ),
+        (
+            [*select, "s", *records, tmp_path / "train.jsonl"],
+            "train.jsonl is the file that --trajectories reads",
+        ),
+        (
+            [*select, "s", "--dataset", "data.jsonl", "--export", "data.jsonl"],
+            "--export: data.jsonl is the file that",
+        ),
+        ([*select, "s", "--export", "s", "--format", "ids"], "--export: s is the file that --out writes"),
+        (
+            ["convert", "data.jsonl", "train.jsonl", "--source", "verl", "--out", "train.jsonl"],
+            "cropi convert: error: --out: train.jsonl is the file that FILE reads; give another path",
+        ),
+    ):
+        assert cropi(*words) == 2 and named in capsys.readouterr().err
+    assert {path.read_text() for path in tmp_path.glob("*.*")} == {"precious"}
+
+
 def test_run_finds_what_is_wrong_with_its_last_step_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

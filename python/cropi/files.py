@@ -5,13 +5,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cropi.errors import CropiError
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Sequence[str | None]]) -> None:
+    """Check that no file is to be written that is read, or written twice; both are by option, None where not given.
+
+    Raises:
+        CropiError: names the path and both options.
+    """
+    taken = {
+        os.path.realpath(path): f"{name} reads" for name, paths in inputs.items() for path in paths if path
+    }
+    for name, path in outputs.items():
+        if path:
+            if (other := taken.setdefault(os.path.realpath(path), f"{name} writes")) != f"{name} writes":
+                raise CropiError(f"{name}: {path} is the file that {other}; give another path")
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what came out."""
     from cropi.errors import CropiError
+    from cropi.files import check_outputs
     from cropi.trainers.grouping import group_rollouts, write_groups
 
     if bool(args.dataset) != bool(args.model):
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise CropiError(
             f"--dataset is for verl's text dumps; the dumps of {args.source} hold the prompts' tokens"
         )
+    check_outputs({"--out": args.out}, {"FILE": args.files, "--dataset": [args.dataset]})
     groups = group_rollouts(_rollouts(args), keep=args.keep)
     write_groups(args.out, groups)
     exact = sum(group.response_ids is not None for group in groups)

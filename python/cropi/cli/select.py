@@ -30,6 +30,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose, write, and show."""
+    from cropi.files import check_outputs
     from cropi.influence import read_scores
 
     if args.out_trajectories and not args.trajectories:
@@ -40,6 +41,19 @@ def run(args: argparse.Namespace) -> int:
         _check_export(args)
     elif args.format or args.dataset:
         args.parser.error("--format and --dataset say what --export FILE holds; give it too")
+    check_outputs(
+        {
+            "--out": args.out,
+            "--plot": args.plot,
+            "--out-trajectories": args.out_trajectories,
+            "--export": args.export,
+        },
+        {
+            "--scores": [args.scores],
+            "--trajectories": args.trajectories or [],
+            "--dataset": [args.dataset],
+        },
+    )
     ids = choose(
         args, read_scores(args.scores), args.out, args.plot, args.trajectories, args.out_trajectories
     )
