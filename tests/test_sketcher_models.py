@@ -220,6 +220,13 @@ def test_batch_takes_any_loss() -> None:
         assert_close(out.sketches, model, SPEC, wide_gradients(name), own_gradients(name))
 
 
+def test_token_ids_of_32_bits_are_token_ids() -> None:
+    model, batch = zoo.make("llama"), zoo.padded()
+    narrow = dict(input_ids=batch.input_ids.int(), segments=batch.segments.int())
+    with GradientSketcher(model, SPEC) as sketcher:
+        assert torch.equal(batch.sketch(sketcher, **narrow).sketches, batch.sketch(sketcher).sketches)
+
+
 def test_micro_batches_add_up() -> None:
     """A segment's rows may be split over calls in any way: sketches add."""
     model, batch = zoo.make("qwen3"), zoo.padded()

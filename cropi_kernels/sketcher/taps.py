@@ -115,7 +115,7 @@ class EmbeddingTap(Tap):
     def backward(self, dy: torch.Tensor, ids: torch.Tensor) -> None:
         with self.acc.timed():
             x, offsets = self.rows(dy)
-            rows = ids.reshape(-1)
+            rows = ids.reshape(-1).long()
             if self.padding_idx is not None:  # torch gives the padding row no gradient
                 x = x * (rows != self.padding_idx).unsqueeze(-1)
             if self.scale != 1.0:
