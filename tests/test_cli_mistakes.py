@@ -42,6 +42,9 @@ def test_a_mistake_in_the_words_is_one_line_too(tmp_path: Path, capsys: pytest.C
         assert stopped.value.code == 2 and named in error and error.count("\n") == 1, error
     assert cropi("run", "--config", tmp_path / "none.yaml") == 2
     assert "'dim' has no value" in capsys.readouterr().err
+    (tmp_path / "no.yaml").write_text("sketch:\n  no: 1\n")
+    assert cropi("run", "--config", tmp_path / "no.yaml") == 2
+    assert "no.yaml: the key False is no text" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         cropi("--version")
     assert stopped.value.code == 0 and capsys.readouterr().out.startswith("cropi 0.")

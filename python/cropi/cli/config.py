@@ -97,6 +97,8 @@ def _flat(path: Path, values: Any) -> dict[str, Any]:
         raise CropiError(f"{path}: keys and values are expected")
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if not isinstance(key, str):  # YAML reads `no:` and `1:` as a truth value and a number
+            raise CropiError(f"{path}: the key {key!r} is no text; put it into quotes, or mend it")
         for name, inner in (
             _flat(path, value).items() if isinstance(value, dict) else [(key.replace("-", "_"), value)]
         ):
