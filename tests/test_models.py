@@ -252,6 +252,9 @@ def test_dtype_and_device_are_checked_before_anything_is_read() -> None:
             load_model("nowhere/at/all", dtype=dtype)
     with pytest.raises(ValueError, match="'warp' is not a torch device"):
         load_model("nowhere/at/all", device="warp")
+    for device in ("mps", "meta"):
+        with pytest.raises(ValueError, match=f"device '{device}': there are kernels for cpu and cuda only"):
+            load_model("nowhere/at/all", device=device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -134,6 +134,8 @@ def _checked_device(device: torch.device | str) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device {device!r} is not a torch device: {error}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r}: there are kernels for cpu and cuda only")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this torch sees no CUDA device; use device='cpu'")
     return found
