@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -60,6 +62,19 @@ def test_folder_gives_the_saved_weights_ready_for_gradients(folder: Path, llama:
     assert all(torch.equal(p, saved[n]) and p.dtype == torch.float32 for n, p in model.named_parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert tok.eos_token == tok.pad_token == "<|im_end|>" and tok.chat_template == TEMPLATE
+
+
+def test_a_model_without_sdpa_attention_is_loaded_with_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(
+        BloomConfig(vocab_size=len(WORDS), hidden_size=32, n_layer=1, n_head=2, eos_token_id=2)
+    )
+    bloom.save_pretrained(tmp_path)
+    tokenizer(eos_token="<|im_end|>").save_pretrained(tmp_path)
+    model, _ = load_model(tmp_path)
+    assert model.config._attn_implementation == "eager" and not model.training
+    saved = dict(bloom.named_parameters())
+    assert all(torch.equal(p, saved[n]) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])

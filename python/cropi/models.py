@@ -7,6 +7,7 @@ Nothing is cached here. Only a hub id makes ``transformers`` download, into the 
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, Any]:
-    """Load a causal language model in ``eval`` mode, with SDPA attention, and its tokenizer.
+    """Load a causal language model in ``eval`` mode, with SDPA attention if it has that, and its tokenizer.
 
     Args:
         name: a local Hugging Face folder, a path to a ``.gguf`` file (dequantised to ``dtype``), a hub id such as
@@ -67,10 +68,16 @@ def _load_weights(name: str, source: str, options: dict[str, Any], dtype: torch.
         raise OSError(f"model {name!r}: {problem}: {error}") from error
     _check_causal(name, config)
     is_gguf = "gguf_file" in options
-    model, info = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options,
-        **(_dense_gguf() if is_gguf else {}),
+    load = partial(
+        AutoModelForCausalLM.from_pretrained, source, config=config, dtype=dtype, output_loading_info=True,
+        **options, **(_dense_gguf() if is_gguf else {}),
     )  # fmt: skip
+    try:
+        model, info = load(attn_implementation="sdpa")
+    except ValueError as error:  # raised before any weight is read
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        model, info = load(attn_implementation="eager")  # Bloom, MPT, GPT-OSS
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"model {name!r}: the checkpoint lacks {len(missing)} weights, which would be left random, "
