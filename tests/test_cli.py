@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.cli import main
@@ -336,6 +337,14 @@ def test_every_mistake_is_one_clear_line(
     assert not (tmp_path / "o").exists()
     with pytest.raises(ValueError, match="there is no such trajectory file"):
         cropi(f"{common} --debug --trajectories {tmp_path}/no.jsonl --out {out}")
+
+
+def test_no_progress_shows_no_bar_at_all(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers.utils.logging.enable_progress_bar()
+    assert sketch(made, tmp_path / "store") == 0
+    assert "%|" not in capsys.readouterr().err
 
 
 def test_run_that_has_nothing_to_select_ends_before_the_model_is_loaded(

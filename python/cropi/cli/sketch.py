@@ -43,10 +43,13 @@ def scan_files(args: argparse.Namespace, files: list[str]) -> Any:
 
 def load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The model, its tokenizer, and the behaviour model or None."""
+    from cropi.errors import optional
     from cropi.models import load_model
 
     options.make_spec(args)  # a wrong option should not cost the time that loading takes
     options.make_estimator_of(args)
+    if not args.progress:
+        optional("transformers").utils.logging.disable_progress_bar()  # it shows one for a model's weights
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     behaviour = None
     if args.behaviour_model:
