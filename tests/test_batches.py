@@ -90,7 +90,10 @@ def from_batches(model: Any, batches: list[MicroBatch]) -> dict[str, torch.Tenso
 def test_every_layout_and_split_gives_the_exact_gradient(kind: str, attention: str) -> None:
     model = make_model(kind).double()
     model.set_attn_implementation(attention)
+    model.train().get_input_embeddings().eval()
     layout = choose_layout(model)
+    assert model.training and not model.get_input_embeddings().training, "every module in its own mode"
+    model.eval()
     assert layout.shared, layout.note
     expected = {group.id: exact(model, group) for group in GROUPS}
     for chosen, budget in ((layout, 2048), (SHARED, 25), (PADDED, 2048), (PADDED, 1)):

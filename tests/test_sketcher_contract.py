@@ -87,6 +87,21 @@ class Spelled(nn.Linear):  # Falcon's
         return x @ self.weight.T + self.bias
 
 
+class OddNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return [x * self.weight][x.ndim]
+
+
+def with_looked_up_positions() -> nn.Module:
+    """OPT looks its positions up by the attention mask: ids alone are an IndexError there."""
+    sizes = {k: v for k, v in zoo.SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32))
+
+
 def mixture() -> nn.Module:
     # Other implementations of the experts know no float64.
     sizes = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")
@@ -115,6 +130,15 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "not a norm": (norm_with_two_scales, r"1.weight \(8,\) in Odd"),
     "not a linear layer": (lambda: linear_of_its_own(Scaled(8, 8)), r"1.weight \(8, 8\) in Scaled"),
     "a router": (lambda: linear_of_its_own(Router(8, 8)), r"1.weight \(8, 8\) in Router"),
+    "a linear layer that is never called": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)),
+        r"1.out_proj.weight \(8, 8\) in NonDynamicallyQuantizableLinear",
+    ),
+    "a norm that raises": (lambda: nn.Sequential(nn.Linear(8, 8), OddNorm()), r"1.weight \(8,\) in OddNorm"),
+    "an embedding of something else than ids": (
+        with_looked_up_positions,
+        r"model.decoder.embed_positions.weight \(66, 32\) in OPTLearnedPositionalEmbedding",
+    ),
 }
 
 

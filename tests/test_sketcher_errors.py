@@ -11,7 +11,7 @@ import zoo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels import GradientSketcher, SketchSpec, UncoveredParameterError
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 transformers.logging.set_verbosity_error()
@@ -118,6 +118,51 @@ def test_a_head_that_is_not_all_is_noticed() -> None:
         with GradientSketcher(wrong, SPEC) as sketcher:
             with pytest.raises(ValueError, match=message + ".*use `with sketcher.batch"):
                 zoo.padded().sketch(sketcher)
+
+
+def test_a_weight_that_is_used_without_its_module_is_noticed() -> None:
+    """Mamba multiplies by dt_proj's weight itself: its tap hears nothing, and that part of the gradient was missing."""
+    config = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(config).eval()
+    exclude = ["*.A_log", "*.D", "*.conv1d.*"]
+    with GradientSketcher(model, SPEC, exclude) as sketcher:
+        for _ in range(2):
+            with pytest.raises(UncoveredParameterError, match=r"layers.1.mixer.dt_proj \(Linear\)") as error:
+                BATCH.sketch(sketcher)
+        assert "exclude=['backbone.layers.0.mixer.dt_proj.*', ...]" in str(error.value)
+        assert not any(p.requires_grad for p in model.parameters())
+    exclude.append("*.dt_proj.*")
+    with GradientSketcher(model, SPEC, exclude) as sketcher:
+        got = BATCH.sketch(sketcher).sketches
+    own = zoo.sketches(model, zoo.gradients(model), SPEC, tuple(exclude), torch.float32)
+    exact = zoo.sketches(model, zoo.gradients(model.double()), SPEC, tuple(exclude))
+    assert ((got - exact).norm(dim=1) <= 2 * (own - exact).norm(dim=1)).all()
+
+
+def test_a_module_that_nothing_uses_has_no_gradient() -> None:
+    """A tower for images, say: without images it is no error."""
+    model, plain = zoo.make("llama"), zoo.make("llama")
+    model.model.tower = nn.Linear(8, 8)  # type: ignore[union-attr]
+    results = []
+    for one in (model, plain):
+        with GradientSketcher(one, SPEC) as sketcher:
+            results.append(BATCH.sketch(sketcher).sketches)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    "kind, message", [("Prompt", r"give \[4, 97\] for 4 tokens"), ("Prefix", "difference")]
+)
+def test_tokens_that_peft_puts_in_front_are_noticed(kind: str, message: str) -> None:
+    """They are trained, but the decoder alone does not see them: their sketch would be zero."""
+    import peft
+
+    config = getattr(peft, f"{kind}TuningConfig")(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(zoo.make("llama"), config).eval()
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(ValueError, match=f"do not give its logits .*{message}"):
+            BATCH.sketch(sketcher)
 
 
 @pytest.mark.parametrize("where", ["plain", "checkpointed", "reentrant"])

@@ -51,8 +51,11 @@ def assert_close(
     assert (allowed <= 0.1 * exact.norm(dim=1)).all(), "a yardstick this long measures nothing"
 
 
-@pytest.mark.parametrize("layout", zoo.LAYOUTS)
-@pytest.mark.parametrize("name", zoo.FAMILIES)
+# Falcon makes its mask without a look at position_ids: it knows no packed rows.
+@pytest.mark.parametrize(
+    "name, layout",
+    [(n, layout) for n in zoo.FAMILIES for layout in zoo.LAYOUTS if (n, layout) != ("falcon", "packed")],
+)
 def test_families_and_layouts(name: str, layout: str) -> None:
     model = zoo.make(name)
     with GradientSketcher(model, SPEC) as sketcher:
@@ -124,7 +127,7 @@ def test_a_float64_model_differs_by_the_rounding_of_the_sums_alone() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "falcon"])
 def test_activation_checkpointing_changes_no_bit(name: str, reentrant: bool) -> None:
     results = []
     for checkpointing in (False, True):

@@ -25,6 +25,9 @@ SIZES: dict[str, Any] = dict(
 )
 GEMMA: dict[str, Any] = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=32)
 GPT2: dict[str, Any] = dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+FALCON: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True
+)
 PHI: dict[str, Any] = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
 
 # name: (model class, its configuration). Head norms, soft caps, factors on embeddings, biases, tied and untied heads.
@@ -35,6 +38,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", dict(SIZES, head_dim=16)),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", dict(SIZES, **GEMMA)),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", dict(SIZES, **GEMMA)),
+    "falcon": ("FalconForCausalLM", "FalconConfig", FALCON),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "phi": ("PhiForCausalLM", "PhiConfig", PHI),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", dict(SIZES, pad_token_id=0)),

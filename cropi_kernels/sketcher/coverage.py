@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..names import canonical_name
 from ..plan import Role, VectorPlan, plan_vector
@@ -188,6 +189,10 @@ class _Builder:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether the module is an nn.Linear, and ``y = x W^T + b`` all that it does: a subclass (a router) may do more."""
+    if isinstance(
+        module, NonDynamicallyQuantizableLinear
+    ):  # nn.MultiheadAttention takes its weight, never calls it
+        return False
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
     weight = module.weight
@@ -196,7 +201,7 @@ def _is_linear(module: nn.Module) -> bool:
     try:  # on a weight of our own, expanded and so without memory: the model's may be zero
         with torch.no_grad():
             got = functional_call(module, {"weight": x[3].expand_as(weight)}, (x[:3],))
-    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # not a function of one matrix
+    except Exception:  # not a function of one matrix; the code is not ours and may raise anything
         return False
     want = nn.functional.linear(x[:3].float(), x[3:].float()).expand(3, weight.shape[0])
     want = want if module.bias is None else want + module.bias.detach().float()
@@ -224,7 +229,7 @@ def _embedding_scale(module: nn.Embedding) -> float | None:
         with torch.no_grad():
             got = functional_call(module, {"weight": row.expand_as(weight)}, (ids,))
             scale = functional_call(module, {"weight": torch.ones_like(row).expand_as(weight)}, (ids,))
-    except (RuntimeError, TypeError, AttributeError):  # not a function of ids alone
+    except Exception:  # not a function of ids alone: OPT's positions raise an IndexError
         return None
     if not isinstance(got, torch.Tensor) or got.shape != (len(ids), len(row)):
         return None

@@ -6,7 +6,9 @@ the whole is not assumed: it is checked once against the model's own forward.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ def split_model(model: nn.Module) -> SplitModel:
     split = SplitModel(decoder, head, scale, float(softcap) if softcap else None)
     if split.softcap is not None and scale != 1.0:
         raise ValueError(f"{type(inner).__name__} scales its logits by {scale} before a softcap: {remedy}")
-    error = _split_error(inner, split)
+    error = _split_error(model, split)  # of the whole: PEFT may put tokens or keys of its own in front
     if error is not None:
         raise ValueError(
             f"the decoder and head of {type(inner).__name__} do not give its logits ({error}): {remedy}"
@@ -58,20 +60,66 @@ def split_model(model: nn.Module) -> SplitModel:
     return split
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for a while; then every module is in its own mode again: some may be in eval, others not."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def calls(modules: Collection[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Those of ``modules`` that are called meanwhile."""
+    called: set[nn.Module] = set()
+    handles = [m.register_forward_hook(lambda module, *rest: called.add(module)) for m in modules]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def bypassed(split: SplitModel, modules: Collection[nn.Module]) -> list[nn.Module]:
+    """Those of ``modules``, none of which the decoder calls, whose frozen parameters have a gradient all the same.
+
+    Mamba multiplies by ``dt_proj.weight`` itself, for one.
+    """
+    parameters = [(module, p) for module in modules for p in module.parameters(recurse=False)]
+    if not parameters:
+        return []
+    try:
+        for _, p in parameters:
+            p.requires_grad_(True)
+        with evaluating(split.decoder), torch.enable_grad():
+            hidden = split.hidden(_few_tokens(split))
+        if not hidden.requires_grad:
+            return []
+        grads = torch.autograd.grad(hidden.sum(), [p for _, p in parameters], allow_unused=True)
+    finally:
+        for _, p in parameters:
+            p.requires_grad_(False)
+    found = {module: None for (module, _), grad in zip(parameters, grads, strict=True) if grad is not None}
+    return list(found)
+
+
+def _few_tokens(split: SplitModel) -> torch.Tensor:
+    return torch.arange(4, device=split.head.weight.device)[None] % split.head.out_features
+
+
 @torch.no_grad()
 def _split_error(model: Any, split: SplitModel) -> str | None:
-    ids = torch.arange(4, device=split.head.weight.device)[None] % split.head.out_features
-    training = {module: module.training for module in model.modules()}  # some may be in eval, others not
-    model.eval()  # dropout would make the two forwards differ
-    try:
+    ids, head = _few_tokens(split), split.head
+    with evaluating(model):  # dropout would make the two forwards differ
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
         # By the weights, as the fused pass has it: a head's own forward may do more.
-        z = (
-            nn.functional.linear(split.hidden(ids)[0], split.head.weight, split.head.bias) * split.scale
-        ).float()
-    finally:
-        for module, was in training.items():
-            module.training = was
+        z = (nn.functional.linear(split.hidden(ids)[0], head.weight, head.bias) * split.scale).float()
+    if z.shape != expected.shape:
+        return f"they give {list(z.shape)} for 4 tokens, the model {list(expected.shape)}"
     if split.softcap is not None:
         z = split.softcap * torch.tanh(z / split.softcap)
     # A model that has diverged fails segment by segment later; here NaN in both is no difference.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError
+from cropi_kernels.sketcher.decoder import evaluating
 
 LAYOUTS = ("auto", "shared", "padded")
 # Relative difference of the two layouts' logits in the check: far above rounding, far below what a leak
@@ -138,17 +139,13 @@ def _why_not_shared(model: Any) -> str:
     prompt, answers = made[:5], [made[5:9], made[9:13]]
     blocks = torch.tensor([[0] * 5 + [1] * 4 + [2] * 4], device=device)
     positions = torch.tensor([[*range(5), *range(5, 9), *range(5, 9)]], device=device)
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             alone = [_logits(model, [prompt + answer])[5:] for answer in answers]
             mask = additive_if_eager(model, prefix_mask(blocks))
             together = _logits(model, [made], attention_mask=mask, position_ids=positions)[5:]
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return f"the model does not take a 4-D mask and position_ids ({type(error).__name__}: {error})"
-    finally:
-        model.train(was_training)
     expected = torch.cat(alone)
     change = float((together - expected).norm() / expected.norm().clamp_min(1e-30))
     if change <= AGREE.get(model.dtype, AGREE_HALF):
