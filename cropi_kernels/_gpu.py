@@ -47,6 +47,8 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
         return f"the tensor is on {device}, not on a CUDA device"
     if torch.version.cuda is None:
         return "this build of torch has no CUDA (ROCm devices are not supported)"
+    if not tensors and not torch.cuda.is_available():
+        return "there is no CUDA device"
     return _device_reason(device.index if device.index is not None else torch.cuda.current_device())
 
 

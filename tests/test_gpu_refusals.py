@@ -113,6 +113,13 @@ def test_a_gpu_without_a_cuda_build(old_gpu: torch.Tensor, monkeypatch: pytest.M
     assert "this build of torch has no CUDA" in str(_triton.unsupported(old_gpu))
 
 
+def test_a_cuda_build_on_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "import_error", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "there is no CUDA device" in dispatch.explain()
+
+
 def test_a_projection_that_no_gpu_kernel_serves(
     old_gpu: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -248,6 +248,15 @@ def fails(*args: object) -> torch.Tensor:
     raise KeyError("a mistake in the caller's code")
 
 
+def test_looking_for_norms_leaves_their_statistics() -> None:
+    norm = nn.BatchNorm1d(8).train()
+    norm(torch.randn(5, 8))
+    before = {name: b.clone() for name, b in norm.named_buffers()}
+    with pytest.raises(UncoveredParameterError, match=r"1.weight \(8,\) in BatchNorm1d"):
+        GradientSketcher(nn.Sequential(nn.Linear(8, 8), norm), SPEC)
+    assert all(torch.equal(b, before[name]) for name, b in norm.named_buffers())
+
+
 @pytest.mark.parametrize("where", ["nowhere", "block", "weigh", "batch", "model"])
 def test_the_model_is_left_as_it_was(where: str) -> None:
     model, batch = zoo.make("llama").train(), zoo.padded()

@@ -208,6 +208,9 @@ def test_a_backward_pass_after_its_batch_is_named() -> None:
             RuntimeError, match="a backward pass reached 0 after its batch had ended: run it inside"
         ):
             loss.backward()
+        with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
+            with pytest.raises(RuntimeError, match="a backward pass reached 0 after its batch had ended"):
+                model(torch.ones(2, 6, 8)).sum().add(loss).backward()
 
 
 def test_a_module_that_does_not_see_every_token_is_named() -> None:

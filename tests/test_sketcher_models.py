@@ -186,11 +186,11 @@ def test_one_side_of_an_untied_head(excluded: str) -> None:
     assert_close(result.sketches, model, SPEC, wide_gradients("llama"), own_gradients("llama"), (excluded,))
 
 
-def lora(dtype: torch.dtype) -> nn.Module:
+def lora(dtype: torch.dtype, **changes: Any) -> nn.Module:
     import peft
 
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0, **changes
     )
     torch.manual_seed(1)
     model = peft.get_peft_model(zoo.make("llama"), config).eval()
@@ -209,6 +209,19 @@ def test_lora_sketches_the_adapters_only(layout: str) -> None:
     assert len(sketcher.coverage.names) == 12
     assert all(".lora_" in n and not n.startswith("base_model") for n in sketcher.coverage.names)
     assert_close(result.sketches, model, SPEC, zoo.gradients(lora(torch.float64)), zoo.gradients(model))
+
+
+def test_a_head_that_lora_trains_as_a_whole() -> None:
+    """PEFT's `modules_to_save` keeps a copy of the head beside the original, and runs the copy."""
+    models = [lora(dtype, modules_to_save=["lm_head"]) for dtype in (torch.float32, torch.float64)]
+    model, wide = models
+    with torch.no_grad():
+        for one in models:
+            one.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)  # type: ignore[union-attr, index, operator, call-overload]
+    with GradientSketcher(model, SPEC) as sketcher:
+        result = zoo.shared().sketch(sketcher)
+    assert sketcher.coverage.by_kind["head"] == 97 * 32
+    assert_close(result.sketches, model, SPEC, zoo.gradients(wide), zoo.gradients(model))
 
 
 def test_batch_takes_any_loss() -> None:

@@ -15,6 +15,7 @@ from ..names import canonical_name
 from ..plan import Role, VectorPlan, plan_vector
 from ..spec import SketchSpec
 from .accumulator import Accumulator
+from .decoder import output_embeddings
 from .matrix import MatrixSketch, matrix_sketch
 from .norms import norm_of
 from .taps import EmbeddingTap, LinearTap, NormTap, Tap
@@ -84,7 +85,7 @@ def plan_model(model: nn.Module, spec: SketchSpec, accumulator: Accumulator, exc
         twice = next(n for n in wanted.values() if list(wanted.values()).count(n) > 1)
         raise ValueError(f"two parameters are named {twice!r} once wrappers' parts are gone: rename one")
     owners = _owners(model)
-    head = _output_embeddings(model)
+    head = output_embeddings(model)
     builder = _Builder(spec, accumulator, wanted, owners, head)
     for path, module in model.named_modules():
         builder.visit(canonical_name(path + ".")[:-1] if path else "", module)
@@ -235,12 +236,6 @@ def _embedding_scale(module: nn.Embedding) -> float | None:
         return None
     factor = scale[0, 0].detach()  # hooks on the module may have asked for gradients
     return float(factor) if torch.equal(got, (row * factor).expand_as(got)) else None
-
-
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    found = get() if callable(get) else None
-    return found if isinstance(found, nn.Module) else None
 
 
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:

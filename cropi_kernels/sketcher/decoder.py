@@ -40,10 +40,11 @@ def split_model(model: nn.Module) -> SplitModel:
     remedy = "use `with sketcher.batch(...)` around your own loss instead of policy_gradient"
     inner: Any = model
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    head = output_embeddings(inner)
     decoder = getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)
     if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is inner:
-        raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head: {remedy}")
+        found = "" if head is None else f" (its head: {type(head).__module__}.{type(head).__name__})"
+        raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head{found}: {remedy}")
     config = getattr(inner, "config", None)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
         getattr(config, "logits_scaling", None) or 1.0
@@ -58,6 +59,17 @@ def split_model(model: nn.Module) -> SplitModel:
             f"the decoder and head of {type(inner).__name__} do not give its logits ({error}): {remedy}"
         )
     return split
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits, if the model says which; of PEFT's copies the one that runs."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict) and not getattr(head, "disable_adapters", False):
+        running = [copies[name] for name in getattr(head, "active_adapters", ()) if name in copies]
+        head = running[0] if len(running) == 1 else head
+    return head if isinstance(head, nn.Module) else None
 
 
 @contextlib.contextmanager

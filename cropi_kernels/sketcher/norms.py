@@ -30,9 +30,13 @@ def norm_of(module: nn.Module) -> tuple[bool, float] | None:
     x = normal * normal.new_tensor([[1e-3], [0.1], [1.0], [30.0]])
     ones = {name: x.new_ones(weight.shape) for name in names}
     twos = {**ones, "weight": x.new_full(weight.shape, 2.0)}
+    buffers = {
+        name: b.clone() for name, b in module.named_buffers()
+    }  # a BatchNorm in training counts what it sees
     try:
         with torch.no_grad():
-            slope = functional_call(module, twos, (x,)) - functional_call(module, ones, (x,))
+            slope = functional_call(module, {**twos, **buffers}, (x,))
+            slope = slope - functional_call(module, {**ones, **buffers}, (x,))
     except Exception:  # not a function of one tensor; the code is not ours and may raise anything
         return None
     if not isinstance(slope, torch.Tensor) or slope.shape != x.shape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..ops.norm_grad import bias_grad, norm_grad
 from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .accumulator import Accumulator
-from .capture import capture
+from .capture import Sink, capture
 from .graph import widened_input
 from .matrix import MatrixSketch
 
@@ -34,11 +33,26 @@ class Tap(abc.ABC):
     def attach(self, x: torch.Tensor, y: torch.Tensor, heads_first: bool) -> torch.Tensor:
         """``y`` with the capture in its graph."""
 
+    @abc.abstractmethod
+    def backward(self, heads_first: bool, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        """Add the output's gradient ``dy``, with what `attach` kept, to the sketches."""
+
+    def sink(self, heads_first: bool) -> Sink:
+        """`backward`, for this batch alone: the graph of one that failed may still be run in the next."""
+        segments = self.acc.segments
+
+        def add(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+            if self.acc.segments is None or self.acc.segments is not segments:
+                raise RuntimeError(
+                    f"a backward pass reached {self.where} after its batch had ended: run it inside the batch"
+                )
+            with self.acc.timed():
+                self.backward(heads_first, dy, kept)
+
+        return add
+
     def rows(self, x: torch.Tensor, heads_first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.acc.segments is None:
-            raise RuntimeError(
-                f"a backward pass reached {self.where} after its batch had ended: run it inside the batch"
-            )
+        assert self.acc.segments is not None
         return self.acc.segments.tokens_first(x, self.where, heads_first)
 
 
@@ -52,12 +66,11 @@ class LinearTap(Tap):
         self.matrix, self.bias = matrix, bias
 
     def attach(self, x: torch.Tensor, y: torch.Tensor, heads_first: bool) -> torch.Tensor:
-        sink = partial(self.backward, heads_first)
         if self.matrix is None:
-            return capture(y, sink)
+            return capture(y, self.sink(heads_first))
         with self.acc.timed():
             kept = self.kept(x, heads_first)
-        return capture(y, sink, kept)
+        return capture(y, self.sink(heads_first), kept)
 
     def kept(self, x: torch.Tensor, heads_first: bool) -> torch.Tensor:
         matrix = self.matrix
@@ -74,19 +87,18 @@ class LinearTap(Tap):
 
     def backward(self, heads_first: bool, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         direct, matrix, bias = self.acc.direct, self.matrix, self.bias
-        with self.acc.timed():
-            if direct is not None:
-                if matrix is not None and kept is not None and matrix.add_direct(direct, dy, kept):
-                    matrix = None
-                if bias is not None and direct.add_norm(None, dy, 0.0, False, None, bias):
-                    bias = None
-            if matrix is None and bias is None:
-                return
-            d, offsets = self.rows(dy, heads_first)
-            if matrix is not None and kept is not None:
-                matrix.add(d, kept, offsets, self.acc.out)
-            if bias is not None:
-                sketch_vector(bias_grad(d, offsets), bias, self.acc.out)
+        if direct is not None:
+            if matrix is not None and kept is not None and matrix.add_direct(direct, dy, kept):
+                matrix = None
+            if bias is not None and direct.add_norm(None, dy, 0.0, False, None, bias):
+                bias = None
+        if matrix is None and bias is None:
+            return
+        d, offsets = self.rows(dy, heads_first)
+        if matrix is not None and kept is not None:
+            matrix.add(d, kept, offsets, self.acc.out)
+        if bias is not None:
+            sketch_vector(bias_grad(d, offsets), bias, self.acc.out)
 
 
 class EmbeddingTap(Tap):
@@ -110,17 +122,17 @@ class EmbeddingTap(Tap):
             # Positions looked up once for all rows (GPT-2): broadcasting them later would sum their gradients over
             # the batch, and with them over the segments.
             x, y = x.expand(segments.batch, -1), y.expand(segments.batch, -1, -1)
-        return capture(y, self.backward, x)
+        return capture(y, self.sink(False), x)
 
-    def backward(self, dy: torch.Tensor, ids: torch.Tensor) -> None:
-        with self.acc.timed():
-            x, offsets = self.rows(dy)
-            rows = ids.reshape(-1).long()
-            if self.padding_idx is not None:  # torch gives the padding row no gradient
-                x = x * (rows != self.padding_idx).unsqueeze(-1)
-            if self.scale != 1.0:
-                x = x * self.scale
-            self.matrix.add_rows(x, rows, offsets, self.acc.out)
+    def backward(self, heads_first: bool, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        assert kept is not None
+        x, offsets = self.rows(dy)
+        ids = kept.reshape(-1).long()
+        if self.padding_idx is not None:  # torch gives the padding row no gradient
+            x = x * (ids != self.padding_idx).unsqueeze(-1)
+        if self.scale != 1.0:
+            x = x * self.scale
+        self.matrix.add_rows(x, ids, offsets, self.acc.out)
 
 
 class NormTap(Tap):
@@ -139,25 +151,23 @@ class NormTap(Tap):
         self.weight, self.bias, self.centered, self.eps = weight, bias, centered, eps
 
     def attach(self, x: torch.Tensor, y: torch.Tensor, heads_first: bool) -> torch.Tensor:
-        sink = partial(self.backward, heads_first)
         if self.weight is None:
-            return capture(y, sink)
+            return capture(y, self.sink(heads_first))
         widened = widened_input(x, y)
-        return capture(y, sink, x.detach() if widened is None else widened)
+        return capture(y, self.sink(heads_first), x.detach() if widened is None else widened)
 
-    def backward(self, heads_first: bool, dy: torch.Tensor, x: torch.Tensor | None = None) -> None:
+    def backward(self, heads_first: bool, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         direct = self.acc.direct
-        with self.acc.timed():
-            if direct is not None and direct.add_norm(x, dy, self.eps, self.centered, self.weight, self.bias):
-                return
-            d, offsets = self.rows(dy, heads_first)
-            if self.weight is None or x is None:
-                assert self.bias is not None
-                sketch_vector(bias_grad(d, offsets), self.bias, self.acc.out)
-                return
-            rows = self.rows(x, heads_first)[0]
-            with_bias = self.bias is not None
-            weight, bias = norm_grad(rows, d, offsets, self.eps, centered=self.centered, with_bias=with_bias)
-            sketch_vector(weight, self.weight, self.acc.out)
-            if self.bias is not None and bias is not None:
-                sketch_vector(bias, self.bias, self.acc.out)
+        if direct is not None and direct.add_norm(kept, dy, self.eps, self.centered, self.weight, self.bias):
+            return
+        d, offsets = self.rows(dy, heads_first)
+        if self.weight is None or kept is None:
+            assert self.bias is not None
+            sketch_vector(bias_grad(d, offsets), self.bias, self.acc.out)
+            return
+        rows = self.rows(kept, heads_first)[0]
+        with_bias = self.bias is not None
+        weight, bias = norm_grad(rows, d, offsets, self.eps, centered=self.centered, with_bias=with_bias)
+        sketch_vector(weight, self.weight, self.acc.out)
+        if self.bias is not None and bias is not None:
+            sketch_vector(bias, self.bias, self.acc.out)
