@@ -18,7 +18,8 @@ WAYS = {
 }
 
 
-ONLY = {"test_launches.py": ["interpreted"], "test_paper_gpu.py": ["sm_80", "sm_90"]}
+PAPER = ["sm_80", "sm_90"]
+ONLY = {"test_launches.py": ["interpreted"], "test_paper_gpu.py": PAPER, "test_whole_model.py": PAPER}
 RUNS = [(way, path.name) for path in FOLDER.glob("test_*.py") for way in ONLY.get(path.name, WAYS)]
 
 
