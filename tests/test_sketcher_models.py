@@ -224,6 +224,15 @@ def test_a_head_that_lora_trains_as_a_whole() -> None:
     assert_close(result.sketches, model, SPEC, zoo.gradients(wide), zoo.gradients(model))
 
 
+def test_a_prefix_that_names_no_part() -> None:
+    """Llama 4's text model is its `model`, whatever its `base_model_prefix` says."""
+    model = zoo.make("llama")
+    model.base_model_prefix = "language_model"  # type: ignore[assignment]
+    with GradientSketcher(model, SPEC) as sketcher:
+        result = zoo.shared().sketch(sketcher)
+    assert_close(result.sketches, model, SPEC, wide_gradients("llama"), own_gradients("llama"))
+
+
 def test_batch_takes_any_loss() -> None:
     """The same gradient through the model's own logits, a loss of the user's, and `sketcher.batch`."""
     for name in ("gpt2", "phi", "gemma2"):

@@ -41,7 +41,11 @@ def split_model(model: nn.Module) -> SplitModel:
     inner: Any = model
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     head = output_embeddings(inner)
-    decoder = getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)
+    names = (
+        getattr(inner, "base_model_prefix", ""),
+        "model",
+    )  # Llama 4's prefix names no part of its text model
+    decoder = next((getattr(inner, name) for name in names if name and hasattr(inner, name)), None)
     if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is inner:
         found = "" if head is None else f" (its head: {type(head).__module__}.{type(head).__name__})"
         raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head{found}: {remedy}")

@@ -36,6 +36,9 @@ class GradientSketcher:
     A context manager around a causal LM. Inside it the covered weights are frozen (autograd forms no weight gradient)
     and every module that owns one is tapped; afterwards everything is as it was.
 
+    The model runs in the mode that it is in: in ``train()`` its dropout is part of log-probs and sketches, so call
+    ``model.eval()`` first. Hugging Face's gradient checkpointing works in ``train()`` only: set dropout to 0 for it.
+
     >>> with GradientSketcher(model, SketchSpec()) as sketcher:            # doctest: +SKIP
     ...     result = sketcher.policy_gradient(input_ids, segments=..., positions=..., targets=..., weigh=...)
 
