@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,48 +88,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextlib.contextmanager
-def calls(modules: Collection[nn.Module]) -> Iterator[set[nn.Module]]:
-    """Those of ``modules`` that are called meanwhile."""
-    called: set[nn.Module] = set()
-    handles = [m.register_forward_hook(lambda module, *rest: called.add(module)) for m in modules]
-    try:
-        yield called
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def bypassed(split: SplitModel, modules: Collection[nn.Module]) -> list[nn.Module]:
-    """Those of ``modules``, none of which the decoder calls, whose frozen parameters have a gradient all the same.
-
-    Mamba multiplies by ``dt_proj.weight`` itself, for one.
-    """
-    parameters = [(module, p) for module in modules for p in module.parameters(recurse=False)]
-    if not parameters:
-        return []
-    try:
-        for _, p in parameters:
-            p.requires_grad_(True)
-        with evaluating(split.decoder), torch.enable_grad():
-            hidden = split.hidden(_few_tokens(split))
-        if not hidden.requires_grad:
-            return []
-        grads = torch.autograd.grad(hidden.sum(), [p for _, p in parameters], allow_unused=True)
-    finally:
-        for _, p in parameters:
-            p.requires_grad_(False)
-    found = {module: None for (module, _), grad in zip(parameters, grads, strict=True) if grad is not None}
-    return list(found)
-
-
-def _few_tokens(split: SplitModel) -> torch.Tensor:
+def few_tokens(split: SplitModel) -> torch.Tensor:
+    """Ids [1, 4] to try the model on."""
     return torch.arange(4, device=split.head.weight.device)[None] % split.head.out_features
 
 
 @torch.no_grad()
 def _split_error(model: Any, split: SplitModel) -> str | None:
-    ids, head = _few_tokens(split), split.head
+    ids, head = few_tokens(split), split.head
     with evaluating(model):  # dropout would make the two forwards differ
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
         # By the weights, as the fused pass has it: a head's own forward may do more.

@@ -15,8 +15,9 @@ from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from .accumulator import Accumulator
 from .batch import Segments
-from .coverage import Coverage, UncoveredParameterError, plan_model
-from .decoder import SplitModel, bypassed, calls, split_model
+from .bypass import calls, check_bypassed
+from .coverage import Coverage, plan_model
+from .decoder import SplitModel, split_model
 from .policy import (
     PolicyGradient,
     additive_mask,
@@ -201,26 +202,10 @@ class GradientSketcher:
         if self._split is None:
             with calls(self._plan.taps) as called:
                 split = split_model(self.model)
-            self._check_called(split, called)
+            check_bypassed(split, self._plan.taps, called)
             self._split = split
         check_vocabulary(input_ids, targets, self._split.head.out_features)
         return self._split
-
-    def _check_called(self, split: SplitModel, called: set[nn.Module]) -> None:
-        """A tap hears nothing of a weight that is used without calling its module. What nobody uses has no gradient."""
-        seen = {id(p) for module in called for p in module.parameters(recurse=False)}
-        silent = [
-            module
-            for module in self._plan.taps
-            if module not in called and not any(id(p) in seen for p in module.parameters(recurse=False))
-        ]
-        if missed := bypassed(split, silent):
-            names = {self._plan.taps[module].where: type(module).__name__ for module in missed}
-            raise UncoveredParameterError(
-                "these modules' parameters are used without calling the module, so that no tap sees them:\n"
-                + "\n".join(f"  {name} ({kind})" for name, kind in names.items())
-                + f"\nfreeze them, or leave them out by name: exclude=['{next(iter(names))}.*', ...]"
-            )
 
     def _active(self, method: str) -> None:
         if torch.is_inference_mode_enabled():
