@@ -79,8 +79,8 @@ def influence(
         seed: of that draw.
 
     Raises:
-        CropiError: stores that cannot be compared, a validation set without a usable prompt, an unknown
-            option.
+        CropiError: stores that cannot be compared, an unfinished one, a validation set without a usable prompt,
+            an unknown option.
     """
     for value, allowed, name in ((metric, METRICS, "metric"), (mean, MEANS, "mean")):
         if value not in allowed:
@@ -90,6 +90,7 @@ def influence(
     for store in [train, *valid]:
         if not isinstance(store, SketchStore):
             raise CropiError(f"a SketchStore is needed, got {type(store).__name__}; score_rows takes tensors")
+    train.check_finished()
     for store in valid:
         check_comparable(train.manifest, store.manifest, (str(train.path), str(store.path)))
     means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
@@ -148,8 +149,10 @@ def validation_means(
     """The mean sketch of every validation set, float64 ``[dim]``, by set name in sorted order.
 
     Raises:
-        CropiError: a set has no prompt with a usable sketch, or its mean is zero.
+        CropiError: a store is unfinished, a set has no prompt with a usable sketch, or its mean is zero.
     """
+    for store in stores:
+        store.check_finished()
     chosen = _choose(stores, max_valid, seed)
     sums = {name: torch.zeros(stores[0].dim, dtype=torch.float64) for name in chosen}
     for number, store in enumerate(stores):

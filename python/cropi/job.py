@@ -116,5 +116,6 @@ def make_manifest(
         "tokens": {name: getattr(job, name) for name in ("eos", "max_length", "too_long")}
         | {"chat_template": template_text(job.chat_template)},
         "dtype": job.dtype,
+        "prompts": min(found.prompts, job.limit or found.prompts),
         "notes": {"trajectories": [str(path) for path in job.trajectories], **job.notes},
     }

@@ -13,8 +13,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 # What must agree for sketches to be comparable; the rest of the manifest may differ between two stores.
 COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters")
-# Notes that two runs of one job may differ in.
-NOTES = ("notes",)
+# What two runs of one job may differ in: notes, and the number of prompts that the store is to hold (--limit).
+NOTES = ("notes", "prompts")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

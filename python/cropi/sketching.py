@@ -77,7 +77,8 @@ def sketch(
                 )
                 pass_ = _Pass(sketcher, job, beta, summary, bar.write)
                 _fill_store(store, batches, pass_, summary, bar, interrupt)
-            store.flush()
+            if not summary.interrupted:
+                store.finish()
     summary.peak_gib = peak_memory_gib(model.device)
     return summary
 

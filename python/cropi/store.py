@@ -47,7 +47,8 @@ class SketchStore:
             path: the folder.
             manifest: plain JSON values: ``spec``, ``hash_version``, ``stage``, ``model``, ``parameters``,
                 ``dtype``, and whatever else the rows depend on. Values under ``notes`` are kept but never
-                compared.
+                compared. ``prompts`` is how many rows the store is to hold: with fewer, it is unfinished
+                (see :meth:`check_finished`); a store that is continued keeps the larger number.
             shard_rows: rows with a sketch per shard; :meth:`add` flushes when so many are pending.
 
         Raises:
@@ -83,8 +84,10 @@ class SketchStore:
                 made = read_manifest(path)
                 check_same_job(path, made, wanted)
                 store.manifest = made
+                if wanted.get("prompts", 0) > made.get("prompts", 0):
+                    store._write_manifest(made | {"prompts": wanted["prompts"]})
             else:
-                write_atomic(path / MANIFEST, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+                store._write_manifest(wanted)
             store._load(remove_unfinished=True)
         except BaseException:
             store._release()
@@ -111,7 +114,9 @@ class SketchStore:
         """
         if not stores:
             raise CropiError("there is no store to read")
-        joined = cls(stores[0].path, stores[0].manifest)
+        joined = cls(stores[0].path, dict(stores[0].manifest))
+        counts = [store.manifest.get("prompts") for store in stores]
+        joined.manifest["prompts"] = None if None in counts else sum(counts)
         for store in stores:
             check_comparable(stores[0].manifest, store.manifest, (str(stores[0].path), str(store.path)))
             twice = sorted(joined._rows.keys() & store._rows.keys())
@@ -192,6 +197,32 @@ class SketchStore:
             read_sketches(path)
         return len(self._shards)
 
+    def finish(self) -> None:
+        """Note that the job has gone through all its prompts, so that what the store holds is all of them.
+
+        Raises:
+            CropiError: the disk is full.
+        """
+        self.flush()
+        if self.manifest.get("prompts") != len(self):
+            self._write_manifest(self.manifest | {"prompts": len(self)})
+
+    def check_finished(self) -> None:
+        """Refuse to rank a part of the prompts as if it were all.
+
+        A store that does not say how many prompts it is to hold passes: an earlier release made it, or other hands.
+
+        Raises:
+            CropiError: the job that fills the store has not gone through all its prompts.
+        """
+        expected = self.manifest.get("prompts")
+        if expected is not None and len(self) < expected:
+            raise CropiError(
+                f"the store {self.path} holds {len(self)} of {expected} prompts: its sketching run was interrupted, or "
+                "still goes on; run the same command again to sketch the rest (a new --out with --limit takes fewer "
+                "on purpose)"
+            )
+
     @property
     def dim(self) -> int:
         """Numbers per sketch."""
@@ -234,6 +265,10 @@ class SketchStore:
         if remove_unfinished:
             for left in self.path.glob(".*.tmp"):
                 left.unlink()
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        self.manifest = manifest
 
     def _next_number(self) -> int:
         return max((int(path.stem.removeprefix("shard-")) for path in self._shards), default=-1) + 1
