@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.cli import main
 from cropi.errors import CropiError
+from cropi.estimators import make_estimator
 from cropi.influence import influence, validation_means
 from cropi.job import SketchJob
+from cropi.manifest import UnlikeStores
 from cropi.sketching import sketch
 from cropi.store import SketchStore
 from cropi_kernels import SketchSpec
@@ -102,3 +105,54 @@ def test_a_store_of_an_earlier_release_is_ranked_and_continued(tmp_path: Path) -
     assert 6 <= len(influence(old, [valid]).rows) < 12
     assert SketchStore.join([old, valid]).manifest["prompts"] is None
     assert stored(tmp_path / "old", records).manifest["prompts"] == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            {"estimator": make_estimator("ppo")},
+            ["estimator.name = 'cropi' in the first, 'ppo' in the second"],
+        ),
+        ({"temperature": 0.5}, ["temperature = None in the first, 0.5 in the second"]),
+        (
+            {"eos": False, "chat_template": "{{ messages[0]['content'] }}" + "!" * 99},
+            ["tokens.eos = True in the first, False", "tokens.chat_template = 'auto' in the first, "],
+        ),
+    ],
+)
+def test_stores_that_were_made_with_other_settings_are_compared_with_a_warning(
+    tmp_path: Path, options: dict[str, Any], named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = stored(tmp_path / "train", make_records(8))
+    valid = stored(tmp_path / "valid", make_records(8, seed=1), **options)
+    with pytest.warns(UnlikeStores, match="train and .*valid were made with different settings") as caught:
+        influence(train, [valid])
+    text = str(caught[0].message)
+    assert all(words in text for words in named) and text.count(" in the first") == len(named)
+    assert len(text) < 600, "a whole template is too much to read"
+    capsys.readouterr()
+    line = f"influence --train {tmp_path}/train --valid {tmp_path}/valid --out {tmp_path}/s.parquet"
+    assert main(line.split()) == 0
+    assert f"warning: {text}" in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_warned_of(tmp_path: Path) -> None:
+    train, valid = (stored(tmp_path / name, make_records(8)) for name in ("train", "valid"))
+    valid.manifest["tokenizer"] = "0" * 32
+    with pytest.warns(UnlikeStores, match=f"tokenizer = '{train.manifest['tokenizer']}' in the first, '000"):
+        influence(train, [valid])
+
+
+def test_what_may_differ_between_training_and_validation_is_not_warned_of(tmp_path: Path) -> None:
+    train = stored(tmp_path / "train", make_records(8))
+    valid = stored(
+        tmp_path / "valid", make_records(8, seed=1), dtype="int8", set="x", behaviour="current", max_length=100,
+        too_long="skip", notes={"model": "elsewhere"},
+    )  # fmt: skip
+    older = stored(tmp_path / "older", make_records(8, seed=2))
+    for key in ("estimator", "tokenizer", "temperature", "tokens"):
+        del older.manifest[key]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnlikeStores)
+        influence(train, [valid, older])

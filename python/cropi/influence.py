@@ -20,7 +20,7 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.files import replacing
-from cropi.manifest import check_comparable
+from cropi.manifest import check_comparable, warn_unlike
 from cropi.shards import OK, RowInfo
 from cropi.store import SketchStore
 
@@ -69,6 +69,9 @@ def influence(
 ) -> Scores:
     """Score every training prompt against every validation set.
 
+    Stores that were made with another estimator, tokenizer, template, end token or temperature give a warning
+    (:class:`cropi.manifest.UnlikeStores`).
+
     Args:
         train: the store of training prompts.
         valid: stores of validation prompts; a set is the prompts with one ``set`` name, over all of them.
@@ -92,7 +95,9 @@ def influence(
             raise CropiError(f"a SketchStore is needed, got {type(store).__name__}; score_rows takes tensors")
     train.check_finished()
     for store in valid:
-        check_comparable(train.manifest, store.manifest, (str(train.path), str(store.path)))
+        names = str(train.path), str(store.path)
+        check_comparable(train.manifest, store.manifest, names)
+        warn_unlike(train.manifest, store.manifest, names)
     means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
     rows = train.rows()
     place = {row.id: i for i, row in enumerate(rows)}
