@@ -216,7 +216,7 @@ def collect(stage: Stage) -> Result:
             )
         source = data.source_of(stage.plan, stage.state, stage.number)
         merged = stage.folder / "trajectories.jsonl"
-        result |= data.refresh(source.train, newer, merged, stage.plan.job.skip_bad)
+        result |= data.refresh(stage.plan, source.train, newer, merged)
         result["train"] = [str(merged)]
     return result
 
