@@ -82,6 +82,20 @@ def test_no_command_writes_over_what_it_reads(
     assert {path.read_text() for path in tmp_path.glob("*.*")} == {"precious"}
 
 
+def test_a_tokenizer_without_an_end_token_is_used_as_the_message_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    train = write_lines(tmp_path / "train.jsonl", make_records(4))
+    words = ["sketch", "--model", tmp_path / "model", "--trajectories", train, "--no-progress", "--dim", 1024]
+    assert cropi(*words, "--out", tmp_path / "s") == 2
+    assert "--no-eos" in capsys.readouterr().err and not (tmp_path / "s").exists()
+    assert cropi(*words, "--out", tmp_path / "s", "--no-eos") == 0
+
+
 def test_run_finds_what_is_wrong_with_its_last_step_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,8 @@ def _sketch_one(
     # Two of one weights are two models: the sketched one is tapped, and must not score for the other.
     for role, source in (("policy", stage.model), (f"behaviour {maker}", maker)):
         if role not in models and (role == "policy" or behaviour == "model"):
-            models[role] = load_model(source, dtype=plan.dtype, device=plan.device)
+            eos = plan.job.eos or plan.trainer == IN_PROCESS  # TRL ends its rollouts by one
+            models[role] = load_model(source, dtype=plan.dtype, device=plan.device, eos=eos)
     model, tokenizer = models["policy"]
     job = replace(
         plan.job, trajectories=files, out=stage.folder / "sketches" / name, stage=str(stage.number), set=set,
