@@ -20,7 +20,16 @@ import torch
 from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.manifest import FORMAT, MANIFEST, check_comparable, check_same_job, read_manifest
-from cropi.shards import DTYPES, RowInfo, commit_path, damaged, read_rows, read_sketches, write_shard
+from cropi.shards import (
+    DTYPES,
+    RowInfo,
+    commit_path,
+    damaged,
+    read_rows,
+    read_sketches,
+    shard_number,
+    write_shard,
+)
 
 
 class SketchStore:
@@ -173,7 +182,8 @@ class SketchStore:
             for row, sketch in self._pending
         ]
         table = torch.stack(sketches) if sketches else torch.empty(0, self.dim)
-        path = self.path / f"shard-{self._next_number():05d}.safetensors"
+        number = max(map(shard_number, self._shards), default=-1) + 1
+        path = self.path / f"shard-{number:05d}.safetensors"
         write_shard(path, rows, table, self.manifest.get("dtype", "float32"))
         self._shards[path] = rows
         self._rows.update((row.id, row) for row in rows)
@@ -251,7 +261,7 @@ class SketchStore:
             pass  # the error that is already on its way says more
 
     def _load(self, remove_unfinished: bool) -> None:
-        paths = sorted(self.path.glob("shard-*.safetensors"))
+        paths = sorted(self.path.glob("shard-*.safetensors"), key=shard_number)
         for path in paths:
             if not commit_path(path).exists():
                 if path is not paths[-1]:
@@ -269,9 +279,6 @@ class SketchStore:
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         self.manifest = manifest
-
-    def _next_number(self) -> int:
-        return max((int(path.stem.removeprefix("shard-")) for path in self._shards), default=-1) + 1
 
     def _acquire(self) -> None:
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
