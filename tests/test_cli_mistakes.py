@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 from made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.cli import main
+from cropi.cli.parser import vocab_width, width
+from cropi_kernels import SketchSpec
 
 
 def cropi(*words: object) -> int:
@@ -29,7 +32,13 @@ def test_a_mistake_in_the_words_is_one_line_too(tmp_path: Path, capsys: pytest.C
         (["run", "--fraction", "nan"], "argument --fraction: 'nan': give"),
         (["run", "--limit", "0"], "argument --limit: '0': give an integer of at least 1"),
         (["run", "--temperature", "inf"], "argument --temperature: 'inf': give a number above 0"),
-        (["run", "--width", "63"], "argument --width: '63': give a power of two, or 'full' for no fold"),
+        (
+            ["run", "--width", "63"],
+            "argument --width: '63': give a power of two from 16 to 65536, or 'full' for no fold",
+        ),
+        (["run", "--width", "8"], "argument --width: '8': give a power of two from 16 to 65536, or 'full'"),
+        (["run", "--vocab-width", "2097152"], "'2097152': give a power of two from 16 to 1048576, or 'full'"),
+        (["run", "--length-constant", "0"], "argument --length-constant: '0': give a number above 0"),
         (
             ["run", "--config", str(tmp_path / "bad.toml")],
             f"error: {tmp_path / 'bad.toml'}: argument --fraction: '2': ",
@@ -48,6 +57,19 @@ def test_a_mistake_in_the_words_is_one_line_too(tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as stopped:
         cropi("--version")
     assert stopped.value.code == 0 and capsys.readouterr().out.startswith("cropi 0.")
+
+
+def test_widths_of_the_command_line_are_those_of_the_spec() -> None:
+    for parse, name in ((width, "width"), (vocab_width, "vocab_width")):
+        assert parse("full") is None
+        for power in range(23):
+            try:
+                wanted = getattr(SketchSpec(**{name: 1 << power}), name)
+            except ValueError:
+                with pytest.raises(ArgumentTypeError):
+                    parse(str(1 << power))
+            else:
+                assert parse(str(1 << power)) == wanted == 1 << power
 
 
 def test_no_command_writes_over_what_it_reads(
