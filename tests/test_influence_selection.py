@@ -67,6 +67,12 @@ def test_scores_of_tensors_and_what_does_not_fit() -> None:
     for call, named in (
         (lambda: score_rows(rows[0], means), r"sketches has shape \[2\]: give \[prompts, dim\]"),
         (lambda: score_rows(rows, {"x": torch.zeros(3)}), r"means\['x'\] has shape \[3\]: give \[2\]"),
+        (
+            lambda: score_rows(rows, rows[0]),
+            "means is a Tensor: give a dict with the mean of every validation",
+        ),
+        (lambda: score_rows(rows, {}), "means is empty: give a dict"),
+        (lambda: score_rows(rows.numpy(), means), r"sketches is a ndarray: give a tensor \[prompts, dim\]"),
         (lambda: score_rows(rows, means, metric="l2"), "metric must be one of cosine, dot, got 'l2'"),
         (lambda: Scores(info, ["x"], np.zeros((2, 2)), {}), r"give a numpy array \[2, 1\]"),
         (lambda: Scores(info, ["x"], rows[:, :1], {}), "table is a Tensor"),

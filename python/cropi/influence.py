@@ -126,10 +126,17 @@ def score_rows(
         metric: "cosine" or "dot".
 
     Raises:
-        CropiError: shapes that do not fit together, or an unknown metric.
+        CropiError: kinds or shapes that do not fit together, no validation set, or an unknown metric.
     """
     if metric not in METRICS:
         raise CropiError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if not isinstance(sketches, torch.Tensor):
+        raise CropiError(f"sketches is a {type(sketches).__name__}: give a tensor [prompts, dim]")
+    if not isinstance(means, Mapping) or not means:
+        kind = "empty" if isinstance(means, Mapping) else f"a {type(means).__name__}"
+        raise CropiError(
+            f"means is {kind}: give a dict with the mean of every validation set, {{'name': [dim]}}"
+        )
     if sketches.ndim != 2:
         raise CropiError(f"sketches has shape {list(sketches.shape)}: give [prompts, dim]")
     for name, mean in means.items():
