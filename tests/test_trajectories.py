@@ -73,6 +73,7 @@ BAD = {
     "a reward too many": ({"rewards": [1, 0, 1]}, "'responses' must have one entry per reward (3), got 2"),
     "reward NaN": ({"rewards": [float("nan"), 0]}, "rewards[0] must be a finite number, got nan"),
     "reward infinite": ({"rewards": [0, float("inf")]}, "rewards[1] must be a finite number, got inf"),
+    "reward huge": ({"rewards": [0, -1e300]}, "rewards[1] is -1e+300, beyond 1e+30, so that advantages would overflow"),
     "reward text": ({"rewards": ["1", 0]}, "rewards[0] must be a finite number, got '1'"),
     "empty response": ({"response_ids": None, "logprobs": None, "responses": ["2", ""]}, "responses[1] is empty"),
     "no token": ({"response_ids": [[4, 1], []]}, "response_ids[1] must be a list of at least one token id"),
