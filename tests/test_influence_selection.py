@@ -119,6 +119,18 @@ def test_sets_may_be_spread_over_stores_and_capped(tmp_path: Path) -> None:
     assert validation_means([one, two], max_valid=12)["v"].tolist() == [5.5, 1.0]
 
 
+def test_max_valid_draws_any_prompts_and_no_neighbours(tmp_path: Path) -> None:
+    one = make_store(tmp_path / "1", {f"p{i}": ("v", (2.0**i, 1.0)) for i in range(6)})
+    two = make_store(tmp_path / "2", {f"p{i}": ("v", (2.0 ** (i + 6), 1.0)) for i in range(6)})
+    means = [validation_means([one, two], max_valid=3, seed=seed)["v"] for seed in range(200)]
+    drawn = [round(3 * float(mean[0])) for mean in means]  # a bit per prompt
+    assert {bits.bit_count() for bits in drawn} == {3}, "without replacement"
+    # 200 draws of 220 sets are about 131 different ones; runs of neighbours are 10.
+    assert len(set(drawn)) > 90
+    # Each prompt is drawn 50 times in the mean, with a standard deviation of 6.
+    assert all(20 < sum(bits >> i & 1 for bits in drawn) < 80 for i in range(12))
+
+
 def test_bad_comparisons_are_refused(tmp_path: Path) -> None:
     train = make_store(tmp_path / "t", TRAIN)
     with pytest.raises(CropiError, match="'y' has no usable prompt: 2 were left out .equal rewards."):
