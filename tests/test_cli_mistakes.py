@@ -7,10 +7,12 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+from made_curriculum import config, make_folder
 from made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.cli import main
 from cropi.cli.parser import vocab_width, width
+from cropi.store import SketchStore
 from cropi_kernels import SketchSpec
 
 
@@ -118,6 +120,29 @@ def test_a_tokenizer_without_an_end_token_is_used_as_the_message_says(
     assert cropi(*words, "--out", tmp_path / "s", "--no-eos") == 0
 
 
+def test_limit_is_one_of_training_prompts_alone(tmp_path: Path) -> None:
+    made, sizes = make_folder(tmp_path), {"train": 6, "valid": 12}
+    files = [
+        "--train",
+        made / "train.jsonl",
+        "--valid",
+        made / "valid.jsonl",
+        "--fraction",
+        0.5,
+        "--limit",
+        6,
+    ]
+    words = ["--model", made / "model", *files, "--no-progress", "--dim", 512]
+    assert cropi("run", *words, "--out", tmp_path / "run") == 0
+    assert {name: len(SketchStore.open(tmp_path / "run" / "sketches" / name)) for name in sizes} == sizes
+    plan = config(made, tmp_path / "staged", stages=1, limit=6, fraction=0.5)
+    assert cropi("curriculum", plan) == 0
+    folder = tmp_path / "staged" / "stage-00" / "sketches"
+    assert (
+        len(SketchStore.open(folder / "train")) == 6 and len(SketchStore.open(folder / "valid-valid")) == 12
+    )
+
+
 def test_run_finds_what_is_wrong_with_its_last_step_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +156,7 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     records[-1]["prompt"], records[-1]["rewards"] = "x" * 200, [1, 0, 0, 0]
     long = write_lines(tmp_path / "long.jsonl", records)
 
-    def fails(named: str, *more: object, train: Path = good) -> None:
+    def fails(named: str, *more: object, train: Path = good, valid: Path = valid) -> None:
         files = ["--train", train, "--valid", valid, "--out", tmp_path / "run"]
         assert cropi("run", "--model", tmp_path / "model", *files, "--no-progress", *more) == 2
         assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -140,5 +165,7 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     fails("fraction 0.1 of a pool of 5 prompts chooses none", "--limit", 5)
     fails("none of the 40 training prompts has a gradient (40 with equal rewards)", train=equal)
     fails(f"{long}:40", train=long)
+    # --limit is for trying out the training prompts: the validation files are taken, and checked, whole.
+    fails(f"{long}:40", "--limit", 5, "--fraction", 0.5, valid=long)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     fails("the package 'pyarrow' is needed here: pip install 'cropi-kernels[run]'")

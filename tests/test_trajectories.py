@@ -110,6 +110,14 @@ def test_bad_record_is_named_with_file_line_and_remedy(tmp_path: Path, case: str
     assert len(left_out) == 1 and message in str(left_out[0])
 
 
+@pytest.mark.parametrize("key", ["prompt_ids", "response_ids"])
+def test_the_largest_token_id_is_found_in_prompts_and_responses(tmp_path: Path, key: str) -> None:
+    ids = {"prompt_ids": [3, 4], "response_ids": [[4, 1], [5]]}
+    high = {"prompt_ids": [98, 4], "response_ids": [[4, 1], [98]]}[key]
+    path = write_lines(tmp_path / "t.jsonl", [GOOD | ids, GOOD | ids | {"id": "b", key: high}])
+    assert scan([path]).largest_id == (98, f"{path}:2 (prompt 'b')")
+
+
 def test_duplicate_id_names_both_places_also_across_files(tmp_path: Path) -> None:
     one = write_lines(tmp_path / "one.jsonl", [GOOD])
     two = write_lines(tmp_path / "two.jsonl", [GOOD | {"id": "b"}, GOOD])
