@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+from made_curriculum import config, make_folder
 from made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.cli import main
+from cropi.cli.parser import vocab_width, width
+from cropi.store import SketchStore
+from cropi_kernels import SketchSpec
 
 
 def cropi(*words: object) -> int:
@@ -29,7 +34,13 @@ def test_a_mistake_in_the_words_is_one_line_too(tmp_path: Path, capsys: pytest.C
         (["run", "--fraction", "nan"], "argument --fraction: 'nan': give"),
         (["run", "--limit", "0"], "argument --limit: '0': give an integer of at least 1"),
         (["run", "--temperature", "inf"], "argument --temperature: 'inf': give a number above 0"),
-        (["run", "--width", "63"], "argument --width: '63': give a power of two, or 'full' for no fold"),
+        (
+            ["run", "--width", "63"],
+            "argument --width: '63': give a power of two from 16 to 65536, or 'full' for no fold",
+        ),
+        (["run", "--width", "8"], "argument --width: '8': give a power of two from 16 to 65536, or 'full'"),
+        (["run", "--vocab-width", "2097152"], "'2097152': give a power of two from 16 to 1048576, or 'full'"),
+        (["run", "--length-constant", "0"], "argument --length-constant: '0': give a number above 0"),
         (
             ["run", "--config", str(tmp_path / "bad.toml")],
             f"error: {tmp_path / 'bad.toml'}: argument --fraction: '2': ",
@@ -48,6 +59,19 @@ def test_a_mistake_in_the_words_is_one_line_too(tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as stopped:
         cropi("--version")
     assert stopped.value.code == 0 and capsys.readouterr().out.startswith("cropi 0.")
+
+
+def test_widths_of_the_command_line_are_those_of_the_spec() -> None:
+    for parse, name in ((width, "width"), (vocab_width, "vocab_width")):
+        assert parse("full") is None
+        for power in range(23):
+            try:
+                wanted = getattr(SketchSpec(**{name: 1 << power}), name)
+            except ValueError:
+                with pytest.raises(ArgumentTypeError):
+                    parse(str(1 << power))
+            else:
+                assert parse(str(1 << power)) == wanted == 1 << power
 
 
 def test_no_command_writes_over_what_it_reads(
@@ -82,6 +106,43 @@ def test_no_command_writes_over_what_it_reads(
     assert {path.read_text() for path in tmp_path.glob("*.*")} == {"precious"}
 
 
+def test_a_tokenizer_without_an_end_token_is_used_as_the_message_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    train = write_lines(tmp_path / "train.jsonl", make_records(4))
+    words = ["sketch", "--model", tmp_path / "model", "--trajectories", train, "--no-progress", "--dim", 1024]
+    assert cropi(*words, "--out", tmp_path / "s") == 2
+    assert "--no-eos" in capsys.readouterr().err and not (tmp_path / "s").exists()
+    assert cropi(*words, "--out", tmp_path / "s", "--no-eos") == 0
+
+
+def test_limit_is_one_of_training_prompts_alone(tmp_path: Path) -> None:
+    made, sizes = make_folder(tmp_path), {"train": 6, "valid": 12}
+    files = [
+        "--train",
+        made / "train.jsonl",
+        "--valid",
+        made / "valid.jsonl",
+        "--fraction",
+        0.5,
+        "--limit",
+        6,
+    ]
+    words = ["--model", made / "model", *files, "--no-progress", "--dim", 512]
+    assert cropi("run", *words, "--out", tmp_path / "run") == 0
+    assert {name: len(SketchStore.open(tmp_path / "run" / "sketches" / name)) for name in sizes} == sizes
+    plan = config(made, tmp_path / "staged", stages=1, limit=6, fraction=0.5)
+    assert cropi("curriculum", plan) == 0
+    folder = tmp_path / "staged" / "stage-00" / "sketches"
+    assert (
+        len(SketchStore.open(folder / "train")) == 6 and len(SketchStore.open(folder / "valid-valid")) == 12
+    )
+
+
 def test_run_finds_what_is_wrong_with_its_last_step_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +156,7 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     records[-1]["prompt"], records[-1]["rewards"] = "x" * 200, [1, 0, 0, 0]
     long = write_lines(tmp_path / "long.jsonl", records)
 
-    def fails(named: str, *more: object, train: Path = good) -> None:
+    def fails(named: str, *more: object, train: Path = good, valid: Path = valid) -> None:
         files = ["--train", train, "--valid", valid, "--out", tmp_path / "run"]
         assert cropi("run", "--model", tmp_path / "model", *files, "--no-progress", *more) == 2
         assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -104,5 +165,7 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     fails("fraction 0.1 of a pool of 5 prompts chooses none", "--limit", 5)
     fails("none of the 40 training prompts has a gradient (40 with equal rewards)", train=equal)
     fails(f"{long}:40", train=long)
+    # --limit is for trying out the training prompts: the validation files are taken, and checked, whole.
+    fails(f"{long}:40", "--limit", 5, "--fraction", 0.5, valid=long)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     fails("the package 'pyarrow' is needed here: pip install 'cropi-kernels[run]'")

@@ -309,6 +309,22 @@ def test_rollouts_of_every_stage_and_of_the_trainer(made: Path, tmp_path: Path) 
     assert report(out)[1]["behaviour"]["train"] == "file"
 
 
+def test_the_trainers_rollouts_need_log_probs_only_where_a_ratio_is_read(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str, **changes: Any) -> int:
+        out = tmp_path / name
+        nudge = yaml.safe_load(config(made, out).read_text())["trainer"]
+        return curriculum(config(made, out, trainer=f"cp {{records}} {{rollouts}} && {nudge}", **changes))
+
+    assert run("ratio", stages=1) == 2
+    assert "every record needs 'logprobs' (with 'response_ids'), but 40 have none" in capsys.readouterr().err
+    for name, changes in (("none", {"estimator": "reinforce"}), ("current", {"behaviour": "current"})):
+        assert run(name, **changes) == 0
+        assert report(tmp_path / name)[1]["behaviour"]["train"] in ("auto", "current")
+        assert (tmp_path / name / "stage-00" / "trajectories.jsonl").is_file()
+
+
 def with_logprobs(path: Path, model_name: Path) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 

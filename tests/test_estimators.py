@@ -103,6 +103,15 @@ def test_advantages_by_hand() -> None:
         group_advantages([1.0])
 
 
+def test_rewards_that_would_overflow_are_refused() -> None:
+    for std in (True, False):
+        for bad in (1e300, -1e31, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="rewards: .*at most 1e[+]30; scale them down"):
+                group_advantages([bad, 0.0, 1.0], std=std)
+        largest = group_advantages([1e30, -1e30, 0.0], std=std)
+        assert np.isfinite(largest.astype(np.float32)).all() and largest[0] == -largest[1] > 0.5
+
+
 def test_prompts_without_a_gradient_are_known_from_their_rewards() -> None:
     assert no_gradient_reason([0.0, 0.0]) == "equal rewards" and no_gradient_reason([1.0]) == "one response"
     assert no_gradient_reason([0.1, 0.1 + 1e-12]) is None

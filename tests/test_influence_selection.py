@@ -67,6 +67,12 @@ def test_scores_of_tensors_and_what_does_not_fit() -> None:
     for call, named in (
         (lambda: score_rows(rows[0], means), r"sketches has shape \[2\]: give \[prompts, dim\]"),
         (lambda: score_rows(rows, {"x": torch.zeros(3)}), r"means\['x'\] has shape \[3\]: give \[2\]"),
+        (
+            lambda: score_rows(rows, rows[0]),
+            "means is a Tensor: give a dict with the mean of every validation",
+        ),
+        (lambda: score_rows(rows, {}), "means is empty: give a dict"),
+        (lambda: score_rows(rows.numpy(), means), r"sketches is a ndarray: give a tensor \[prompts, dim\]"),
         (lambda: score_rows(rows, means, metric="l2"), "metric must be one of cosine, dot, got 'l2'"),
         (lambda: Scores(info, ["x"], np.zeros((2, 2)), {}), r"give a numpy array \[2, 1\]"),
         (lambda: Scores(info, ["x"], rows[:, :1], {}), "table is a Tensor"),
@@ -111,6 +117,18 @@ def test_sets_may_be_spread_over_stores_and_capped(tmp_path: Path) -> None:
     assert all(mean[1] == 1.0 for mean in capped.values()) and len({mean[0] for mean in capped.values()}) > 1
     assert validation_means([one, two], max_valid=3, seed=0)["v"].tolist() == capped[0]
     assert validation_means([one, two], max_valid=12)["v"].tolist() == [5.5, 1.0]
+
+
+def test_max_valid_draws_any_prompts_and_no_neighbours(tmp_path: Path) -> None:
+    one = make_store(tmp_path / "1", {f"p{i}": ("v", (2.0**i, 1.0)) for i in range(6)})
+    two = make_store(tmp_path / "2", {f"p{i}": ("v", (2.0 ** (i + 6), 1.0)) for i in range(6)})
+    means = [validation_means([one, two], max_valid=3, seed=seed)["v"] for seed in range(200)]
+    drawn = [round(3 * float(mean[0])) for mean in means]  # a bit per prompt
+    assert {bits.bit_count() for bits in drawn} == {3}, "without replacement"
+    # 200 draws of 220 sets are about 131 different ones; runs of neighbours are 10.
+    assert len(set(drawn)) > 90
+    # Each prompt is drawn 50 times in the mean, with a standard deviation of 6.
+    assert all(20 < sum(bits >> i & 1 for bits in drawn) < 80 for i in range(12))
 
 
 def test_bad_comparisons_are_refused(tmp_path: Path) -> None:

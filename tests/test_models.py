@@ -253,8 +253,9 @@ def test_damaged_files_are_an_error_that_names_the_model(folder: Path) -> None:
 
 def test_tokenizer_is_needed_and_needs_eos(folder: Path) -> None:
     tokenizer().save_pretrained(folder)
-    with pytest.raises(ValueError, match="no EOS token"):
+    with pytest.raises(ValueError, match="no EOS token; set eos_token .* or have none appended .*--no-eos"):
         load_model(folder)
+    assert load_model(folder, eos=False)[1].eos_token_id is None
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ValueError, match="tokenizer cannot be loaded"):

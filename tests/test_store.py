@@ -363,3 +363,20 @@ def test_reading_order_does_not_depend_on_writing_order(tmp_path: Path) -> None:
                 store.add(RowInfo(name), vector(int(name[1:])))
     one, two = (SketchStore.open(tmp_path / folder) for folder in ("one", "two"))
     assert [row.id for row in one.rows()] == [row.id for row in two.rows()]
+
+
+def test_shards_are_in_order_of_their_numbers(tmp_path: Path) -> None:
+    """The name of shard 100000 is longer, and comes before that of 99999."""
+    store = tmp_path / "s"
+    fill(store, 8)
+    for old, new in (("00000", "99999"), ("00001", "100000")):
+        for end in ("safetensors", "safetensors.sha256"):
+            (store / f"shard-{old}.{end}").rename(store / f"shard-{new}.{end}")
+    assert [rows[0].id for rows, _ in SketchStore.open(store).shards()] == ["p000", "p004"]
+    (store / "shard-100000.safetensors.sha256").unlink()  # killed inside the last shard: no damage
+    assert len(SketchStore.open(store)) == 4
+    fill(store, 0)
+    assert not (store / "shard-100000.safetensors").exists()
+    (store / "shard-00000 (copy).safetensors").write_bytes(b"")
+    with pytest.raises(CropiError, match="copy.*is no shard of this store .*; take it out"):
+        SketchStore.open(store)

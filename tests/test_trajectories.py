@@ -73,6 +73,7 @@ BAD = {
     "a reward too many": ({"rewards": [1, 0, 1]}, "'responses' must have one entry per reward (3), got 2"),
     "reward NaN": ({"rewards": [float("nan"), 0]}, "rewards[0] must be a finite number, got nan"),
     "reward infinite": ({"rewards": [0, float("inf")]}, "rewards[1] must be a finite number, got inf"),
+    "reward huge": ({"rewards": [0, -1e300]}, "rewards[1] is -1e+300, beyond 1e+30, so that advantages would overflow"),
     "reward text": ({"rewards": ["1", 0]}, "rewards[0] must be a finite number, got '1'"),
     "empty response": ({"response_ids": None, "logprobs": None, "responses": ["2", ""]}, "responses[1] is empty"),
     "no token": ({"response_ids": [[4, 1], []]}, "response_ids[1] must be a list of at least one token id"),
@@ -107,6 +108,14 @@ def test_bad_record_is_named_with_file_line_and_remedy(tmp_path: Path, case: str
     left_out: list[RecordError] = []
     assert [g.id for g in read_trajectories(path, skip_bad=True, on_bad=left_out.append)] == ["a", "z"]
     assert len(left_out) == 1 and message in str(left_out[0])
+
+
+@pytest.mark.parametrize("key", ["prompt_ids", "response_ids"])
+def test_the_largest_token_id_is_found_in_prompts_and_responses(tmp_path: Path, key: str) -> None:
+    ids = {"prompt_ids": [3, 4], "response_ids": [[4, 1], [5]]}
+    high = {"prompt_ids": [98, 4], "response_ids": [[4, 1], [98]]}[key]
+    path = write_lines(tmp_path / "t.jsonl", [GOOD | ids, GOOD | ids | {"id": "b", key: high}])
+    assert scan([path]).largest_id == (98, f"{path}:2 (prompt 'b')")
 
 
 def test_duplicate_id_names_both_places_also_across_files(tmp_path: Path) -> None:

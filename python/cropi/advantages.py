@@ -11,6 +11,8 @@ import numpy as np
 
 # A response counts as passed from this reward on; for the usual 0/1 rewards the pass rate is the mean reward.
 PASS_REWARD = 0.5
+# Beyond it, squares and float32 weights would overflow.
+LARGEST_REWARD = 1e30
 
 
 def group_advantages(rewards: Sequence[float], *, std: bool = True, eps: float = 1e-4) -> np.ndarray:
@@ -21,11 +23,15 @@ def group_advantages(rewards: Sequence[float], *, std: bool = True, eps: float =
     small spread.
 
     Raises:
-        ValueError: fewer than two rewards.
+        ValueError: fewer than two rewards, or one that is not finite or beyond :data:`LARGEST_REWARD`.
     """
     values = np.asarray(rewards, dtype=np.float64)
     if values.ndim != 1 or values.size < 2:
         raise ValueError(f"rewards: at least two are needed for an advantage, got {values.size}")
+    if not (np.abs(values) <= LARGEST_REWARD).all():
+        raise ValueError(
+            f"rewards: {list(rewards)}: their size must be at most {LARGEST_REWARD:g}; scale them down"
+        )
     centred = values - values.mean()
     return centred / (values.std(ddof=1) + eps) if std else centred
 

@@ -52,6 +52,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
+        ours = (None, str(temporary), str(path), *map(str, path.parents))
+        if error.filename is not None and str(error.filename) not in ours:
+            raise  # of a file that is read meanwhile
         if error.errno in NO_SPACE:
             raise CropiError(
                 f"cannot write {path}: {os.strerror(error.errno or 0).lower()}; free some space and run "

@@ -20,7 +20,7 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.files import replacing
-from cropi.manifest import check_comparable
+from cropi.manifest import check_comparable, warn_unlike
 from cropi.shards import OK, RowInfo
 from cropi.store import SketchStore
 
@@ -69,6 +69,9 @@ def influence(
 ) -> Scores:
     """Score every training prompt against every validation set.
 
+    Stores that were made with another estimator, tokenizer, template, end token or temperature give a warning
+    (:class:`cropi.manifest.UnlikeStores`).
+
     Args:
         train: the store of training prompts.
         valid: stores of validation prompts; a set is the prompts with one ``set`` name, over all of them.
@@ -79,8 +82,8 @@ def influence(
         seed: of that draw.
 
     Raises:
-        CropiError: stores that cannot be compared, a validation set without a usable prompt, an unknown
-            option.
+        CropiError: stores that cannot be compared, an unfinished one, a validation set without a usable prompt,
+            an unknown option.
     """
     for value, allowed, name in ((metric, METRICS, "metric"), (mean, MEANS, "mean")):
         if value not in allowed:
@@ -90,8 +93,11 @@ def influence(
     for store in [train, *valid]:
         if not isinstance(store, SketchStore):
             raise CropiError(f"a SketchStore is needed, got {type(store).__name__}; score_rows takes tensors")
+    train.check_finished()
     for store in valid:
-        check_comparable(train.manifest, store.manifest, (str(train.path), str(store.path)))
+        names = str(train.path), str(store.path)
+        check_comparable(train.manifest, store.manifest, names)
+        warn_unlike(train.manifest, store.manifest, names)
     means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
     rows = train.rows()
     place = {row.id: i for i, row in enumerate(rows)}
@@ -120,10 +126,17 @@ def score_rows(
         metric: "cosine" or "dot".
 
     Raises:
-        CropiError: shapes that do not fit together, or an unknown metric.
+        CropiError: kinds or shapes that do not fit together, no validation set, or an unknown metric.
     """
     if metric not in METRICS:
         raise CropiError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if not isinstance(sketches, torch.Tensor):
+        raise CropiError(f"sketches is a {type(sketches).__name__}: give a tensor [prompts, dim]")
+    if not isinstance(means, Mapping) or not means:
+        kind = "empty" if isinstance(means, Mapping) else f"a {type(means).__name__}"
+        raise CropiError(
+            f"means is {kind}: give a dict with the mean of every validation set, {{'name': [dim]}}"
+        )
     if sketches.ndim != 2:
         raise CropiError(f"sketches has shape {list(sketches.shape)}: give [prompts, dim]")
     for name, mean in means.items():
@@ -148,8 +161,10 @@ def validation_means(
     """The mean sketch of every validation set, float64 ``[dim]``, by set name in sorted order.
 
     Raises:
-        CropiError: a set has no prompt with a usable sketch, or its mean is zero.
+        CropiError: a store is unfinished, a set has no prompt with a usable sketch, or its mean is zero.
     """
+    for store in stores:
+        store.check_finished()
     chosen = _choose(stores, max_valid, seed)
     sums = {name: torch.zeros(stores[0].dim, dtype=torch.float64) for name in chosen}
     for number, store in enumerate(stores):

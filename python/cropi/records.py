@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from cropi.advantages import LARGEST_REWARD
 from cropi.errors import RecordError
 
 FIELDS = (
@@ -127,6 +128,12 @@ def _check(group: PromptGroup) -> None:
     for k, reward in enumerate(group.rewards):
         if not _finite(reward):
             raise RecordError(where, f"rewards[{k}] must be a finite number, got {reward!r:.60}")
+        if abs(reward) > LARGEST_REWARD:
+            raise RecordError(
+                where,
+                f"rewards[{k}] is {reward!r:.60}, beyond {LARGEST_REWARD:g}, so that advantages would overflow",
+                "scale the rewards down, or pass --skip-bad",
+            )
     for name in ("responses", "response_ids", "logprobs", "truncated"):
         value = getattr(group, name)
         if value is not None and (not isinstance(value, list) or len(value) != count):

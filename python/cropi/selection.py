@@ -2,7 +2,7 @@
 
 The rule (arXiv 2510.26491)::
 
-    n        = int(N_pool * fraction)
+    n        = floor(N_pool * fraction + 1e-9)
     L_v      = the n prompts with the highest score[., v];   rank_v = 1 .. n inside L_v
     fused(s) = sum over v with s in L_v of 1 / rank_v(s)     (reciprocal rank fusion, constant 0, truncated at
     n) selected = the n prompts with the highest fused
@@ -57,7 +57,10 @@ def fuse_ranks(table: np.ndarray, ids: Sequence[str], n: int) -> np.ndarray:
 
 
 def how_many(fraction: float, size: int) -> int:
-    """``int(size * fraction)``, the number of prompts that a selection from a pool of ``size`` holds at most.
+    """``floor(size * fraction + 1e-9)``, the number of prompts that a selection from a pool of ``size`` holds at most.
+
+    CROPI's released code takes ``int(size * fraction)``, which is one less where the product should be whole and its
+    rounding falls below: 28 of 100 for 0.29, against 29 here.
 
     Raises:
         CropiError: the fraction is not in (0, 1], or chooses nothing.
@@ -76,8 +79,8 @@ def how_many(fraction: float, size: int) -> int:
 def select(
     scores: Scores, *, fraction: float = 0.1, method: str = "rrf", pool: str = "all", seed: int = 0
 ) -> Selection:
-    """Choose ``int(N_pool * fraction)`` prompts. Prompts without a usable sketch (zero gradient) are never
-    chosen.
+    """Choose ``floor(N_pool * fraction + 1e-9)`` prompts (see :func:`how_many`). Prompts without a usable sketch (zero
+    gradient) are never chosen.
 
     Args:
         scores: the score table.

@@ -125,6 +125,20 @@ def read_sketches(path: Path) -> torch.Tensor:
     return decode(optional("safetensors.torch").load(data))
 
 
+def shard_number(path: Path) -> int:
+    """The number of a shard. From 100000 on it has six digits, so that names do not sort as numbers do.
+
+    Raises:
+        CropiError: the file's name has none.
+    """
+    text = path.stem.removeprefix("shard-")
+    if not text.isdecimal():
+        raise CropiError(
+            f"{path} is no shard of this store (its name has no number); take it out of the folder"
+        )
+    return int(text)
+
+
 def commit_path(path: Path) -> Path:
     """The checksum file that commits a shard."""
     return path.with_name(path.name + ".sha256")

@@ -15,7 +15,7 @@ from cropi.batches import MicroBatch, make_batches
 from cropi.behaviour import BehaviourModel
 from cropi.errors import CropiError, RecordError, optional
 from cropi.interrupt import Interrupt
-from cropi.job import SketchJob, check_tokens, make_manifest, make_tokenize
+from cropi.job import SketchJob, check_dropout, check_tokens, make_manifest, make_tokenize
 from cropi.layout import choose_layout
 from cropi.scan import Scan, resolve_behaviour, scan, warn_lossy
 from cropi.shards import FAILED, OK, SKIPPED, RowInfo
@@ -37,7 +37,8 @@ def sketch(
     micro-batch finish, writes what is done and returns with ``interrupted`` set; a second one stops at once.
 
     Args:
-        model: a Hugging Face causal language model.
+        model: a Hugging Face causal language model, without active dropout (as :func:`cropi.models.load_model`
+            and ``model.eval()`` give it).
         tokenizer: its tokenizer.
         job: the options.
         found: what :func:`cropi.scan.scan` says of the files, if they have been checked already.
@@ -47,6 +48,9 @@ def sketch(
         CropiError: bad input or options, found as early as can be: files, token ids, settings and the store are
             checked before the first prompt is computed.
     """
+    for name, given in (("model", model), ("behaviour_model", job.behaviour_model)):
+        if given is not None:
+            check_dropout(given, name)
     if found is None:
         found = scan(job.trajectories, skip_bad=job.skip_bad)
     warn_lossy(found)
@@ -77,7 +81,8 @@ def sketch(
                 )
                 pass_ = _Pass(sketcher, job, beta, summary, bar.write)
                 _fill_store(store, batches, pass_, summary, bar, interrupt)
-            store.flush()
+            if not summary.interrupted:
+                store.finish()
     summary.peak_gib = peak_memory_gib(model.device)
     return summary
 

@@ -20,7 +20,16 @@ import torch
 from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.manifest import FORMAT, MANIFEST, check_comparable, check_same_job, read_manifest
-from cropi.shards import DTYPES, RowInfo, commit_path, damaged, read_rows, read_sketches, write_shard
+from cropi.shards import (
+    DTYPES,
+    RowInfo,
+    commit_path,
+    damaged,
+    read_rows,
+    read_sketches,
+    shard_number,
+    write_shard,
+)
 
 
 class SketchStore:
@@ -47,7 +56,8 @@ class SketchStore:
             path: the folder.
             manifest: plain JSON values: ``spec``, ``hash_version``, ``stage``, ``model``, ``parameters``,
                 ``dtype``, and whatever else the rows depend on. Values under ``notes`` are kept but never
-                compared.
+                compared. ``prompts`` is how many rows the store is to hold: with fewer, it is unfinished
+                (see :meth:`check_finished`); a store that is continued keeps the larger number.
             shard_rows: rows with a sketch per shard; :meth:`add` flushes when so many are pending.
 
         Raises:
@@ -83,8 +93,10 @@ class SketchStore:
                 made = read_manifest(path)
                 check_same_job(path, made, wanted)
                 store.manifest = made
+                if wanted.get("prompts", 0) > made.get("prompts", 0):
+                    store._write_manifest(made | {"prompts": wanted["prompts"]})
             else:
-                write_atomic(path / MANIFEST, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+                store._write_manifest(wanted)
             store._load(remove_unfinished=True)
         except BaseException:
             store._release()
@@ -111,7 +123,9 @@ class SketchStore:
         """
         if not stores:
             raise CropiError("there is no store to read")
-        joined = cls(stores[0].path, stores[0].manifest)
+        joined = cls(stores[0].path, dict(stores[0].manifest))
+        counts = [store.manifest.get("prompts") for store in stores]
+        joined.manifest["prompts"] = None if None in counts else sum(counts)
         for store in stores:
             check_comparable(stores[0].manifest, store.manifest, (str(stores[0].path), str(store.path)))
             twice = sorted(joined._rows.keys() & store._rows.keys())
@@ -168,7 +182,8 @@ class SketchStore:
             for row, sketch in self._pending
         ]
         table = torch.stack(sketches) if sketches else torch.empty(0, self.dim)
-        path = self.path / f"shard-{self._next_number():05d}.safetensors"
+        number = max(map(shard_number, self._shards), default=-1) + 1
+        path = self.path / f"shard-{number:05d}.safetensors"
         write_shard(path, rows, table, self.manifest.get("dtype", "float32"))
         self._shards[path] = rows
         self._rows.update((row.id, row) for row in rows)
@@ -191,6 +206,32 @@ class SketchStore:
         for path in self._shards:
             read_sketches(path)
         return len(self._shards)
+
+    def finish(self) -> None:
+        """Note that the job has gone through all its prompts, so that what the store holds is all of them.
+
+        Raises:
+            CropiError: the disk is full.
+        """
+        self.flush()
+        if self.manifest.get("prompts") != len(self):
+            self._write_manifest(self.manifest | {"prompts": len(self)})
+
+    def check_finished(self) -> None:
+        """Refuse to rank a part of the prompts as if it were all.
+
+        A store that does not say how many prompts it is to hold passes: an earlier release made it, or other hands.
+
+        Raises:
+            CropiError: the job that fills the store has not gone through all its prompts.
+        """
+        expected = self.manifest.get("prompts")
+        if expected is not None and len(self) < expected:
+            raise CropiError(
+                f"the store {self.path} holds {len(self)} of {expected} prompts: its sketching run was interrupted, or "
+                "still goes on; run the same command again to sketch the rest (a new --out with --limit takes fewer "
+                "on purpose)"
+            )
 
     @property
     def dim(self) -> int:
@@ -220,7 +261,7 @@ class SketchStore:
             pass  # the error that is already on its way says more
 
     def _load(self, remove_unfinished: bool) -> None:
-        paths = sorted(self.path.glob("shard-*.safetensors"))
+        paths = sorted(self.path.glob("shard-*.safetensors"), key=shard_number)
         for path in paths:
             if not commit_path(path).exists():
                 if path is not paths[-1]:
@@ -235,8 +276,9 @@ class SketchStore:
             for left in self.path.glob(".*.tmp"):
                 left.unlink()
 
-    def _next_number(self) -> int:
-        return max((int(path.stem.removeprefix("shard-")) for path in self._shards), default=-1) + 1
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        self.manifest = manifest
 
     def _acquire(self) -> None:
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -99,7 +99,9 @@ class Tokenize:
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise CropiError(f"temperature must be a finite number above 0, got {self.temperature}")
         if self.eos and self.tokenizer.eos_token_id is None:
-            raise CropiError("the tokenizer has no end token to append; set its eos_token, or pass --no-eos")
+            raise CropiError(
+                "the tokenizer has no end token to append; set its eos_token, or pass --no-eos (eos=False)"
+            )
         object.__setattr__(self, "chat_template", template_text(self.chat_template))
 
     def __call__(self, group: PromptGroup) -> TokenGroup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from cropi.cli.parser import count, positive, share, width
+from cropi.cli.parser import count, positive, share, vocab_width, width
 
 # The values themselves are checked where they are used; these lists are what `--help` shows.
 ESTIMATORS = ("cropi", "ppo", "reinforce", "dr_grpo", "dapo")
@@ -40,7 +40,7 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     )
     spec.add_argument(
         "--vocab-width",
-        type=width,
+        type=vocab_width,
         default=...,
         metavar="N|full",
         help="rows a tied head is folded to (default 8192)",
@@ -64,7 +64,7 @@ def add_gradient_options(command: argparse.ArgumentParser) -> None:
     )
     gradient.add_argument("--clip-high", type=float, help="ratios above 1 + this do not count")
     gradient.add_argument("--eps", type=float, help="added to the rewards' standard deviation (default 1e-4)")
-    gradient.add_argument("--length-constant", type=float, help="dr_grpo's divisor (default 1)")
+    gradient.add_argument("--length-constant", type=positive, help="dr_grpo's divisor (default 1)")
     gradient.add_argument(
         "--behaviour", default="auto", choices=("auto", "file", "current", "model"),
         help="where the behaviour log-probs come from: the file, the current policy (ratio 1), or --behaviour-model; "

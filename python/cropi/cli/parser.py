@@ -59,12 +59,17 @@ def positive(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < float("inf"), "give a number above 0")
 
 
-def width(text: str) -> int | None:
-    """A power of two, or None for "full"."""
+def width(text: str, largest: int = 1 << 16) -> int | None:
+    """A power of two that SketchSpec takes as ``width``, or None for "full"."""
     if text == "full":
         return None
-    power = "give a power of two, or 'full' for no fold"
-    return _number(text, int, lambda value: value > 0 and value.bit_count() == 1, power)
+    power = f"give a power of two from 16 to {largest}, or 'full' for no fold"
+    return _number(text, int, lambda value: 16 <= value <= largest and value.bit_count() == 1, power)
+
+
+def vocab_width(text: str) -> int | None:
+    """The same for ``vocab_width``."""
+    return width(text, 1 << 20)
 
 
 def _number(text: str, kind: Callable[[str], T], good: Callable[[T], bool], remedy: str) -> T:

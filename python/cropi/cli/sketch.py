@@ -50,10 +50,10 @@ def load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     options.make_estimator_of(args)
     if not args.progress:
         optional("transformers").utils.logging.disable_progress_bar()  # it shows one for a model's weights
-    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
+    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device, eos=args.eos)
     behaviour = None
     if args.behaviour_model:
-        behaviour, _ = load_model(args.behaviour_model, dtype=args.dtype, device=args.device)
+        behaviour, _ = load_model(args.behaviour_model, dtype=args.dtype, device=args.device, eos=args.eos)
     return model, tokenizer, behaviour
 
 

@@ -95,15 +95,16 @@ def behaviour_of(plan: Plan, found: Scan, maker: str, model: str) -> str:
     return "current" if maker == model else "model"
 
 
-def refresh(files: Sequence[str], newer: Path, out: Path, skip_bad: bool) -> Mapping[str, int]:
+def refresh(plan: Plan, files: Sequence[str], newer: Path, out: Path) -> Mapping[str, int]:
     """Write ``files`` to ``out`` with the records of ``newer`` in place of older ones with the same id.
 
     Raises:
         RecordError: a bad record in ``newer``.
-        CropiError: some records have log-probs and some have none, so that ratios could not be compared.
+        CropiError: a record has no log-probs, and the plan's estimator needs the ratio to the policy that made it.
     """
-    counts = replace_records(files, newer, out, skip_bad=skip_bad)
-    if counts.without_logprobs:
+    counts = replace_records(files, newer, out, skip_bad=plan.job.skip_bad)
+    needed = plan.job.estimator.ratio and plan.job.behaviour != "current"
+    if needed and counts.without_logprobs:
         raise CropiError(
             f"{newer}: rollouts of several policies are mixed, so every record needs 'logprobs' (with 'response_ids'), "
             f"but {counts.without_logprobs} have none; write them, or leave {{rollouts}} out of the trainer's command"

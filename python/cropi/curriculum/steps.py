@@ -122,7 +122,8 @@ def _sketch_one(
     # Two of one weights are two models: the sketched one is tapped, and must not score for the other.
     for role, source in (("policy", stage.model), (f"behaviour {maker}", maker)):
         if role not in models and (role == "policy" or behaviour == "model"):
-            models[role] = load_model(source, dtype=plan.dtype, device=plan.device)
+            eos = plan.job.eos or plan.trainer == IN_PROCESS  # TRL ends its rollouts by one
+            models[role] = load_model(source, dtype=plan.dtype, device=plan.device, eos=eos)
     model, tokenizer = models["policy"]
     job = replace(
         plan.job, trajectories=files, out=stage.folder / "sketches" / name, stage=str(stage.number), set=set,
@@ -216,7 +217,7 @@ def collect(stage: Stage) -> Result:
             )
         source = data.source_of(stage.plan, stage.state, stage.number)
         merged = stage.folder / "trajectories.jsonl"
-        result |= data.refresh(source.train, newer, merged, stage.plan.job.skip_bad)
+        result |= data.refresh(stage.plan, source.train, newer, merged)
         result["train"] = [str(merged)]
     return result
 
