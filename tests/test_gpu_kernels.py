@@ -32,3 +32,18 @@ def test_kernels_on_cpu_tensors(way: str, file: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=FOLDER.parent.parent)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_host_code_with_all_tensors_elsewhere() -> None:
+    """Nothing is left on the host and no number is read: on a GPU the one is an error, the other a wait."""
+    pytest.importorskip("transformers")
+    tests = FOLDER.parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "elsewhere.py")], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    launched = set(done.stdout.split()[1:])
+    assert launched >= {"fold_kernel", "slab_kernel", "rows_kernel", "vector_kernel", "norm_kernel"}, launched
+    assert launched >= {"forward_kernel", "backward_kernel", "gather_kernel", "places_kernel"}, launched

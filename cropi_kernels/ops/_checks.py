@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+DEVICES = ("cpu", "cuda")
 FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
@@ -64,7 +65,7 @@ def check_offsets(offsets: torch.Tensor) -> int:
         raise ValueError(
             f"offsets is {offsets.dtype} {tuple(offsets.shape)}: give a contiguous 1-D int64 tensor"
         )
-    if offsets.device.type not in ("cpu", "cuda"):
+    if offsets.device.type not in DEVICES:
         raise ValueError(
             f"offsets is on {offsets.device}: give offsets.cpu(), or the offsets on the tokens' CUDA device"
         )
