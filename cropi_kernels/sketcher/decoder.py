@@ -41,10 +41,8 @@ def split_model(model: nn.Module) -> SplitModel:
     inner: Any = model
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     head = output_embeddings(inner)
-    names = (
-        getattr(inner, "base_model_prefix", ""),
-        "model",
-    )  # Llama 4's prefix names no part of its text model
+    # Llama 4's prefix names no part of its text model.
+    names = (getattr(inner, "base_model_prefix", ""), "model")
     decoder = next((getattr(inner, name) for name in names if name and hasattr(inner, name)), None)
     if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is inner:
         found = "" if head is None else f" (its head: {type(head).__module__}.{type(head).__name__})"

@@ -42,7 +42,7 @@ class Tap(abc.ABC):
         segments = self.acc.segments
 
         def add(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
-            if self.acc.segments is None or self.acc.segments is not segments:
+            if self.acc.segments is not segments:
                 raise RuntimeError(
                     f"a backward pass reached {self.where} after its batch had ended: run it inside the batch"
                 )
