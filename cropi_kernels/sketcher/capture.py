@@ -19,9 +19,8 @@ class _Capture(torch.autograd.Function):
     def forward(ctx: Any, y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
         ctx.sink = sink
         ctx.save_for_backward(*saved)
-        return (
-            y.detach()
-        )  # not a view for autograd, which would refuse what changes it in place (an activation)
+        # Not a view for autograd, which would refuse what changes it in place (an activation).
+        return y.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

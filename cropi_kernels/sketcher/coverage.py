@@ -190,9 +190,8 @@ class _Builder:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether the module is an nn.Linear, and ``y = x W^T + b`` all that it does: a subclass (a router) may do more."""
-    if isinstance(
-        module, NonDynamicallyQuantizableLinear
-    ):  # nn.MultiheadAttention takes its weight, never calls it
+    # nn.MultiheadAttention takes its weight and never calls it.
+    if isinstance(module, NonDynamicallyQuantizableLinear):
         return False
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)

@@ -30,9 +30,8 @@ def norm_of(module: nn.Module) -> tuple[bool, float] | None:
     x = normal * normal.new_tensor([[1e-3], [0.1], [1.0], [30.0]])
     ones = {name: x.new_ones(weight.shape) for name in names}
     twos = {**ones, "weight": x.new_full(weight.shape, 2.0)}
-    buffers = {
-        name: b.clone() for name, b in module.named_buffers()
-    }  # a BatchNorm in training counts what it sees
+    # A BatchNorm in training counts what it sees.
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
     try:
         with torch.no_grad():
             slope = functional_call(module, {**twos, **buffers}, (x,))

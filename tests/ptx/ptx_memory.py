@@ -69,16 +69,14 @@ class SharedMemory:
 
     def __init__(self, blocks: int, size: int) -> None:
         self.size = size
-        self.bytes = np.full(
-            blocks * size, 0xFF, np.uint8
-        )  # NaN, whatever the width: nobody may count on zeros
+        # NaN, whatever the width: nobody may count on zeros.
+        self.bytes = np.full(blocks * size, 0xFF, np.uint8)
         self.epoch = np.zeros(blocks, np.int32)
         self.written, self.read = (np.full(blocks * size, -1, np.int32) for _ in range(2))
         self.writer, self.reader = (np.full(blocks * size, NOBODY, np.int32) for _ in range(2))
         self.in_flight = np.zeros(blocks * size, np.bool_)  # to where an asynchronous copy is under way
-        self.in_use = np.zeros(
-            blocks * size, np.int32
-        )  # operands of tensor cores that have not been waited for
+        # Operands of tensor cores that have not been waited for.
+        self.in_use = np.zeros(blocks * size, np.int32)
         self.copies = AsyncCopies(self)
 
     def places(self, block: Array, address: Array, size: int, what: str) -> Array:

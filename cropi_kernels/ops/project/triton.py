@@ -99,10 +99,8 @@ def gather_kernel(
     if SINGLE:
         b, sign_of, place_of = c, signs, places
     else:
-        j, b = (
-            (tl.where(mine, c, 0) // width).to(tl.int64),
-            c % width,
-        )  # signs beyond the last nonzero's are not ours
+        j = (tl.where(mine, c, 0) // width).to(tl.int64)  # signs beyond the last nonzero's are not ours
+        b = c % width
         sign_of, place_of = signs + j * draws * 4, places + j * tiles
     x_row = x + row * stride_x
     acc = tl.zeros((BLOCK,), tl.float32)
