@@ -211,6 +211,13 @@ def test_no_file_is_longer_than_500_lines() -> None:
     assert not long, f"one idea a file; split {long}"
 
 
+def test_no_comment_has_had_code_wrapped_around_it() -> None:
+    """What the formatter makes of a comment that is too long for its line; it belongs above."""
+    closing = re.compile(r"^\s*[\])}]+[,:]?  # (?!fmt:|type:|noqa)", re.MULTILINE)
+    wrapped = [str(path.relative_to(ROOT)) for path in files(".py") if closing.search(path.read_text())]
+    assert not wrapped, wrapped
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     documents = files(".md")
     assert ROOT / "README.md" in documents
