@@ -146,6 +146,8 @@ class GradientSketcher:
             weigh: ``weigh(logprobs, start, stop)`` gives the weights of scored tokens start .. stop from their
                 log-probs (float32, detached). Called once per chunk, in order.
             attention_mask: None (causal), [batch, length], or bool [batch, 1, length, length], True where to attend.
+            position_ids: as the model takes them. Several sequences in one row need a model that keeps them apart by
+                these (Falcon, for one, does not), or a 4-D mask.
             temperature: log-probs are those of softmax(logits / temperature), and so is the gradient.
 
         Logits exist for scored tokens only, one chunk at a time; no weight gradient is formed.
