@@ -115,6 +115,8 @@ def test_rewards_that_would_overflow_are_refused() -> None:
 def test_prompts_without_a_gradient_are_known_from_their_rewards() -> None:
     assert no_gradient_reason([0.0, 0.0]) == "equal rewards" and no_gradient_reason([1.0]) == "one response"
     assert no_gradient_reason([0.1, 0.1 + 1e-12]) is None
+    assert no_gradient_reason([0.1 + 0.2, 0.3]) == no_gradient_reason([-(0.1 + 0.2), -0.3]) == "equal rewards"
+    assert no_gradient_reason([5e-324, 0.0]) is None and no_gradient_reason([-1.0, 1.0]) is None
     assert pass_rate([1.0, 0.0, 0.5, 0.1]) == 0.5
 
 
