@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from cropi_kernels import SketchSpec, flat_sketch, plan_matrix, sketch_embedding, sketch_vector
-from cropi_kernels.ops.sketch_linear import fold_inputs, fold_outputs
 from cropi_kernels.plan import VectorPlan, plan_vector
 from cropi_kernels.sketcher.matrix import KronMatrix, TensorMatrix
 
@@ -82,26 +81,12 @@ class Sketcher:
 
 
 def _slab(spec: SketchSpec, name: str, gradient: torch.Tensor, role: str) -> torch.Tensor:
-    """Fold the gradient's rows or columns, then place its rows: the same addresses as the taps use."""
+    """A gradient's rows, each of them "looked up" once: the same addresses as the taps use."""
     rows, cols = gradient.shape
     plan = plan_matrix(spec, name, rows, cols, "linear" if role == "tied-as-linear" else role)  # type: ignore[arg-type]
-    index = torch.arange(rows)
-    if plan.row_fold is not None:  # fold the transpose's columns: fewer rows to place
-        gradient = fold_outputs(gradient.T.contiguous(), plan).T.contiguous()
-        place = dataclasses.replace(
-            plan, row_fold=None, row_sign=np.ones(plan.folded_rows, np.float32), rows=plan.folded_rows
-        )
-        index = torch.arange(plan.folded_rows)
-    else:
-        place = plan
-        if plan.col_fold is not None:
-            gradient = fold_inputs(gradient, plan)
-            place = dataclasses.replace(
-                plan, col_fold=None, cols=plan.folded_cols, col_sign=np.ones(plan.folded_cols, np.float32)
-            )
-    bounds = torch.linspace(0, len(index), PARTS + 1).long()
+    bounds = torch.linspace(0, rows, PARTS + 1).long()
     out = torch.zeros(PARTS, spec.base_dim)
-    return sketch_embedding(gradient, index, bounds, place, out).sum(0)
+    return sketch_embedding(gradient, torch.arange(rows), bounds, plan, out).sum(0)
 
 
 def _tensor(sketch: TensorMatrix, gradient: torch.Tensor) -> torch.Tensor:
