@@ -114,8 +114,10 @@ def test_rewards_that_would_overflow_are_refused() -> None:
 
 def test_prompts_without_a_gradient_are_known_from_their_rewards() -> None:
     assert no_gradient_reason([0.0, 0.0]) == "equal rewards" and no_gradient_reason([1.0]) == "one response"
-    assert no_gradient_reason([0.1, 0.1 + 1e-12]) is None
+    assert no_gradient_reason([0.1, 0.1 + 1e-6]) is None
     assert no_gradient_reason([0.1 + 0.2, 0.3]) == no_gradient_reason([-(0.1 + 0.2), -0.3]) == "equal rewards"
+    in_float32 = [float(np.float32(a) + np.float32(b)) for a, b in ((0.1, 0.6), (0.2, 0.5))]
+    assert in_float32[0] != in_float32[1] and no_gradient_reason(in_float32) == "equal rewards"
     assert no_gradient_reason([5e-324, 0.0]) is None and no_gradient_reason([-1.0, 1.0]) is None
     assert pass_rate([1.0, 0.0, 0.5, 0.1]) == 0.5
 

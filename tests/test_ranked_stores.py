@@ -103,7 +103,7 @@ def test_a_store_of_an_earlier_release_is_ranked_and_continued(tmp_path: Path) -
     file.write_text(json.dumps(manifest))
     old = SketchStore.open(tmp_path / "old")
     assert 6 <= len(influence(old, [valid]).rows) < 12
-    assert SketchStore.join([old, valid]).manifest["prompts"] is None
+    assert "prompts" not in SketchStore.join([old, valid]).manifest
     assert stored(tmp_path / "old", records).manifest["prompts"] == 12
 
 

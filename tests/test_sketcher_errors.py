@@ -140,6 +140,34 @@ def test_a_weight_that_is_used_without_its_module_is_noticed() -> None:
     assert ((got - exact).norm(dim=1) <= 2 * (own - exact).norm(dim=1)).all()
 
 
+def test_a_norm_with_a_gate_is_noticed() -> None:
+    """Without its gate it is an RMSNorm, and that is how it would be sketched."""
+    sizes = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
+    torch.manual_seed(0)
+    model = transformers.BambaForCausalLM(transformers.BambaConfig(**zoo.SIZES, **sizes)).eval()
+    exclude = ["*.A_log", "*.D", "*.dt_bias", "*.conv1d.*"]
+    with GradientSketcher(model, SPEC, exclude) as sketcher:
+        with pytest.raises(UncoveredParameterError, match=r"a gate.*\n  model.layers.0.mamba.norm \(Bamba"):
+            sketcher.check_model()
+    exclude.append("*.mamba.norm.*")
+    with GradientSketcher(model, SPEC, exclude) as sketcher:
+        got = BATCH.sketch(sketcher).sketches
+    own = zoo.sketches(model, zoo.gradients(model), SPEC, tuple(exclude), torch.float32)
+    torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_tensor_is_noticed_in_a_batch() -> None:
+    class Gated(nn.RMSNorm):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x if gate is None else x * gate)
+
+    norm = Gated(8, eps=1e-6)
+    with GradientSketcher(norm, SPEC) as sketcher, sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
+        with pytest.raises(ValueError, match="called with a second tensor .*: exclude its parameters"):
+            norm(torch.ones(2, 6, 8), torch.ones(2, 6, 8))
+        norm(torch.ones(2, 6, 8)).sum().backward()
+
+
 def test_a_module_that_nothing_uses_has_no_gradient() -> None:
     """A tower for images, say: without images it is no error."""
     model, plain = zoo.make("llama"), zoo.make("llama")

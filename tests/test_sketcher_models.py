@@ -6,6 +6,7 @@ far from it as ordinary autograd in the model's own dtype with the sketch in flo
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -222,6 +223,21 @@ def test_a_head_that_lora_trains_as_a_whole() -> None:
         result = zoo.shared().sketch(sketcher)
     assert sketcher.coverage.by_kind["head"] == 97 * 32
     assert_close(result.sketches, model, SPEC, zoo.gradients(wide), zoo.gradients(model))
+
+
+def test_a_tied_head_that_lora_trains_as_a_whole() -> None:
+    """PEFT's copy of it says out_features of the hidden size, and in_features of the vocabulary."""
+    import peft
+
+    changes = dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = peft.get_peft_model(
+        zoo.make("llama-tied"), peft.LoraConfig(r=4, target_modules=["q_proj"], **changes)
+    ).eval()
+    with GradientSketcher(model, SPEC) as sketcher:
+        result = zoo.shared().sketch(sketcher)
+    assert_close(
+        result.sketches, model, SPEC, zoo.gradients(copy.deepcopy(model).double()), zoo.gradients(model)
+    )
 
 
 def test_a_prefix_that_names_no_part() -> None:

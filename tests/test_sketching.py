@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.errors import CropiError
@@ -15,7 +16,7 @@ from cropi.estimators import ESTIMATORS
 from cropi.job import SketchJob
 from cropi.sketching import sketch
 from cropi.store import SketchStore
-from cropi_kernels import SketchSpec
+from cropi_kernels import SketchSpec, UncoveredParameterError
 
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.scan.LossyTokens")
 
@@ -29,6 +30,16 @@ def sketched(out: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]:
     return {
         row.id: vector for rows, table in SketchStore.open(out).shards() for row, vector in zip(rows, table)
     }
+
+
+def test_a_model_that_cannot_be_sketched_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """The remedy changes what the store is made of: one that was begun without it would refuse to go on."""
+    config = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model, exclude = transformers.MambaForCausalLM(config).eval(), ["*.A_log", "*.D", "*.conv1d.*"]
+    with pytest.raises(UncoveredParameterError, match="mixer.dt_proj"):
+        sketched(tmp_path / "out", model, exclude=exclude)
+    assert not (tmp_path / "out").exists()
+    assert sketched(tmp_path / "out", model, exclude=[*exclude, "*.dt_proj.*"])
 
 
 def test_active_dropout_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,26 +1,32 @@
-"""Parameters that a model uses without calling their module: taps hear nothing of them, and half a gradient is wrong.
+"""Parameters that a model uses in a way that their tap does not see: half a gradient is a wrong one.
 
-Mamba multiplies by ``dt_proj.weight`` itself, for one.
+Mamba multiplies by ``dt_proj.weight`` itself and never calls the module; the norms of later state-space layers are
+called with a gate.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from .coverage import UncoveredParameterError
 from .decoder import SplitModel, evaluating, few_tokens
-from .taps import Tap
+from .taps import Tap, count_tensors
 
 
 @contextlib.contextmanager
-def calls(modules: Collection[nn.Module]) -> Iterator[set[nn.Module]]:
-    """Those of ``modules`` that are called meanwhile."""
-    called: set[nn.Module] = set()
-    handles = [m.register_forward_hook(lambda module, *rest: called.add(module)) for m in modules]
+def calls(modules: Collection[nn.Module]) -> Iterator[dict[nn.Module, int]]:
+    """Those of ``modules`` that are called meanwhile, and the most tensors that a call was given."""
+    called: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+        called[module] = max(called.get(module, 0), count_tensors(args, kwargs))
+
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in modules]
     try:
         yield called
     finally:
@@ -48,11 +54,11 @@ def _bypassed(split: SplitModel, modules: Collection[nn.Module]) -> list[nn.Modu
     return list(found)
 
 
-def check_bypassed(split: SplitModel, taps: Mapping[nn.Module, Tap], called: Collection[nn.Module]) -> None:
-    """``called``: the modules that a forward of the whole model called. What nobody uses has no gradient: no error.
+def check_calls(split: SplitModel, taps: Mapping[nn.Module, Tap], called: Mapping[nn.Module, int]) -> None:
+    """``called``: what `calls` saw of a forward of the whole model. What nobody uses has no gradient: no error.
 
     Raises:
-        UncoveredParameterError: names the modules whose parameters are used all the same, and the remedy.
+        UncoveredParameterError: names the modules, and the remedy.
     """
     seen = {id(p) for module in called for p in module.parameters(recurse=False)}
     silent = [
@@ -60,10 +66,14 @@ def check_bypassed(split: SplitModel, taps: Mapping[nn.Module, Tap], called: Col
         for module in taps
         if module not in called and not any(id(p) in seen for p in module.parameters(recurse=False))
     ]
-    if missed := _bypassed(split, silent):
-        names = {taps[module].where: type(module).__name__ for module in missed}
-        raise UncoveredParameterError(
-            "these modules' parameters are used without calling the module, so that no tap sees them:\n"
-            + "\n".join(f"  {name} ({kind})" for name, kind in names.items())
-            + f"\nfreeze them, or leave them out by name: exclude=['{next(iter(names))}.*', ...]"
-        )
+    for what, modules in (
+        ("are used without calling the module, so that no tap sees them", _bypassed(split, silent)),
+        ("meet a second tensor (a gate?), of which no tap knows", [m for m, n in called.items() if n > 1]),
+    ):
+        if modules:
+            names = {taps[module].where: type(module).__name__ for module in modules}
+            raise UncoveredParameterError(
+                f"these modules' parameters {what}:\n"
+                + "\n".join(f"  {name} ({kind})" for name, kind in names.items())
+                + f"\nfreeze them, or leave them out by name: exclude=['{next(iter(names))}.*', ...]"
+            )

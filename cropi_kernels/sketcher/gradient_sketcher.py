@@ -15,7 +15,7 @@ from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from .accumulator import Accumulator
 from .batch import Segments
-from .bypass import calls, check_bypassed
+from .bypass import calls, check_calls
 from .coverage import Coverage, plan_model
 from .decoder import SplitModel, split_model
 from .policy import (
@@ -93,6 +93,17 @@ class GradientSketcher:
             p.requires_grad_(True)
         self._handles, self._thawed = [], []
 
+    def check_model(self) -> None:
+        """What the first `policy_gradient` checks of the model, which is run on a few tokens; it will not do so again.
+
+        Raises:
+            RuntimeError: outside the ``with`` block. ValueError: `policy_gradient` cannot take the model; says why.
+            UncoveredParameterError: the model uses a parameter in a way that its tap does not see.
+        """
+        self._active("check_model")
+        if self._split is None:
+            self._split = self._taken_apart()
+
     @contextmanager
     def batch(
         self, segments: torch.Tensor, *, shape: tuple[int, int] | None = None, num_segments: int | None = None
@@ -154,7 +165,7 @@ class GradientSketcher:
 
         Raises:
             RuntimeError: outside the ``with`` block. ValueError: shapes, ranges or order are wrong; names which.
-            UncoveredParameterError: the model uses a parameter without calling its module; found on the first call.
+            UncoveredParameterError: as by `check_model`, on the first call.
             torch.OutOfMemoryError: names the sizes and the remedy. The sketcher stays usable.
         """
         self._active("policy_gradient")
@@ -202,12 +213,16 @@ class GradientSketcher:
     def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
         check_positions(input_ids, positions, targets)
         if self._split is None:
-            with calls(self._plan.taps) as called:
-                split = split_model(self.model)
-            check_bypassed(split, self._plan.taps, called)
-            self._split = split
-        check_vocabulary(input_ids, targets, self._split.head.out_features)
+            self._split = self._taken_apart()
+        # Not `out_features`: PEFT's copy of a tied head has it the wrong way round.
+        check_vocabulary(input_ids, targets, self._split.head.weight.shape[0])
         return self._split
+
+    def _taken_apart(self) -> SplitModel:
+        with calls(self._plan.taps) as called:
+            split = split_model(self.model)
+        check_calls(split, self._plan.taps, called)
+        return split
 
     def _active(self, method: str) -> None:
         if torch.is_inference_mode_enabled():

@@ -17,6 +17,10 @@ from .graph import widened_input
 from .matrix import MatrixSketch
 
 
+def count_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    return sum(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values()))
+
+
 class Tap(abc.ABC):
     """Forward hook of a module; ``where`` is the module's name, for messages."""
 
@@ -26,6 +30,11 @@ class Tap(abc.ABC):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         if self.acc.segments is None or not torch.is_grad_enabled():
             return y
+        if count_tensors(args, kwargs) > 1:
+            raise ValueError(
+                f"{self.where} is called with a second tensor (a gate?), of which its tap does not know: exclude its "
+                "parameters"
+            )
         x = args[0] if args else next(iter(kwargs.values()))
         return self.attach(x, y, self.acc.segments.heads_first(x))
 

@@ -11,8 +11,8 @@ import numpy as np
 
 # A response counts as passed from this reward on; for the usual 0/1 rewards the pass rate is the mean reward.
 PASS_REWARD = 0.5
-# Of sums of a few parts, relative to the largest: eight units in the last place of a double.
-ROUNDING = 8 * float(np.finfo(np.float64).eps)
+# Of sums of a few parts, relative to the largest. Trainers sum in float32: eight units in its last place, 1e-6.
+ROUNDING = 8 * float(np.finfo(np.float32).eps)
 # Beyond it, squares and float32 weights would overflow.
 LARGEST_REWARD = 1e30
 
@@ -41,7 +41,7 @@ def group_advantages(rewards: Sequence[float], *, std: bool = True, eps: float =
 def no_gradient_reason(rewards: Sequence[float]) -> str | None:
     """Why a prompt has no gradient (every advantage is zero, but for rounding), or None when it has one.
 
-    0.1 + 0.2 and 0.3 are equal rewards: their advantages would be noise, and a cosine sees no size.
+    0.1 + 0.6 and 0.2 + 0.5 are equal rewards: their advantages would be noise, and a cosine sees no size.
     """
     if len(rewards) < 2:
         return "one response"

@@ -61,6 +61,7 @@ def sketch(
     layout = choose_layout(model, job.layout)
     summary = Summary(Path(job.out), bad_records=[str(error) for error in found.bad])
     with GradientSketcher(model, job.spec, exclude=tuple(job.exclude)) as sketcher:
+        sketcher.check_model()
         manifest = make_manifest(model, tokenizer, job, found, source, sketcher.coverage)
         with (
             SketchStore.create(job.out, manifest, shard_rows=job.shard_rows) as store,
@@ -172,8 +173,8 @@ class _Pass:
                     raise CropiError(
                         f"prompt {part.groups[0].id!r}: the {self.device.type} device has no memory for one row of "
                         f"{tokens} tokens ({error}); finished prompts are in {self.job.out}, and the same command goes "
-                        "on with the rest: leave long responses out by --max-length, or load the model in a smaller "
-                        "--dtype"
+                        "on with the rest on a larger device; here, leave long responses out by --max-length or load "
+                        "the model in a smaller --dtype, into a new --out"
                     ) from error
                 self.too_many = tokens
                 self.say(

@@ -112,6 +112,9 @@ class SketchStore:
         """
         store = cls(Path(path), read_manifest(Path(path)))
         store._load(remove_unfinished=False)
+        # Again, after the rows: a job that goes on meanwhile raises the number of prompts before it adds rows, so that
+        # a part cannot be taken for the whole.
+        store.manifest = read_manifest(store.path)
         return store
 
     @classmethod
@@ -125,7 +128,9 @@ class SketchStore:
             raise CropiError("there is no store to read")
         joined = cls(stores[0].path, dict(stores[0].manifest))
         counts = [store.manifest.get("prompts") for store in stores]
-        joined.manifest["prompts"] = None if None in counts else sum(counts)
+        joined.manifest.pop("prompts", None)
+        if None not in counts:
+            joined.manifest["prompts"] = sum(counts)
         for store in stores:
             check_comparable(stores[0].manifest, store.manifest, (str(stores[0].path), str(store.path)))
             twice = sorted(joined._rows.keys() & store._rows.keys())
@@ -173,8 +178,7 @@ class SketchStore:
         """
         if not self._pending:
             return []
-        if self._lock is None:
-            raise CropiError(f"the store {self.path} is open for reading only")
+        self._check_writable()
         sketches = [sketch for _, sketch in self._pending if sketch is not None]
         places = iter(range(len(sketches)))
         rows = [
@@ -229,8 +233,8 @@ class SketchStore:
         if expected is not None and len(self) < expected:
             raise CropiError(
                 f"the store {self.path} holds {len(self)} of {expected} prompts: its sketching run was interrupted, or "
-                "still goes on; run the same command again to sketch the rest (a new --out with --limit takes fewer "
-                "on purpose)"
+                "still goes on; run the same command again to sketch the rest, or with a --limit that is reached to "
+                "take fewer on purpose"
             )
 
     @property
@@ -277,8 +281,13 @@ class SketchStore:
                 left.unlink()
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        self._check_writable()
         write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         self.manifest = manifest
+
+    def _check_writable(self) -> None:
+        if self._lock is None:
+            raise CropiError(f"the store {self.path} is open for reading only")
 
     def _acquire(self) -> None:
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
