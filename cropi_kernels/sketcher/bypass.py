@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .coverage import UncoveredParameterError
+from .coverage import uncovered
 from .decoder import SplitModel, evaluating, few_tokens
 from .taps import Tap, count_tensors
 
@@ -71,9 +71,5 @@ def check_calls(split: SplitModel, taps: Mapping[nn.Module, Tap], called: Mappin
         ("meet a second tensor (a gate?), of which no tap knows", [m for m, n in called.items() if n > 1]),
     ):
         if modules:
-            names = {taps[module].where: type(module).__name__ for module in modules}
-            raise UncoveredParameterError(
-                f"these modules' parameters {what}:\n"
-                + "\n".join(f"  {name} ({kind})" for name, kind in names.items())
-                + f"\nfreeze them, or leave them out by name: exclude=['{next(iter(names))}.*', ...]"
-            )
+            lines = [f"{taps[module].where} ({type(module).__name__})" for module in modules]
+            raise uncovered(f"these modules' parameters {what}", lines, f"{taps[modules[0]].where}.*")

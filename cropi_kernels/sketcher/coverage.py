@@ -53,6 +53,14 @@ class UncoveredParameterError(ValueError):
     """A trainable parameter that no tap can sketch and that the user has not excluded."""
 
 
+def uncovered(problem: str, lines: Sequence[str], pattern: str) -> UncoveredParameterError:
+    """The error for what ``lines`` name; ``pattern`` is an example of what to exclude."""
+    listed = "".join(f"  {line}\n" for line in lines)
+    return UncoveredParameterError(
+        f"{problem}:\n{listed}freeze them, or leave them out by name: exclude=[{pattern!r}, ...]"
+    )
+
+
 @dataclasses.dataclass
 class Plan:
     """What to hook where: taps by module, the parameters they cover, the head's own sketches for the fused pass."""
@@ -92,11 +100,8 @@ def plan_model(model: nn.Module, spec: SketchSpec, accumulator: Accumulator, exc
     # Every module that uses a parameter needs its tap: a tied weight has two, and half a gradient is a wrong one.
     missing = [(i, m) for i in wanted for m in owners[i] if i not in builder.covered or m not in builder.taps]
     if missing:
-        lines = [f"  {wanted[i]} {tuple(trainable[i].shape)} in {type(m).__name__}" for i, m in missing]
-        raise UncoveredParameterError(
-            "no tap covers these trainable parameters:\n" + "\n".join(lines) + "\n"
-            f"freeze them, or leave them out by name: exclude=[{wanted[missing[0][0]]!r}, ...]"
-        )
+        lines = [f"{wanted[i]} {tuple(trainable[i].shape)} in {type(m).__name__}" for i, m in missing]
+        raise uncovered("no tap covers these trainable parameters", lines, wanted[missing[0][0]])
     coverage = Coverage(
         total=sum(p.numel() for p in model.parameters()),
         covered=sum(trainable[i].numel() for i in builder.covered),

@@ -101,8 +101,7 @@ class GradientSketcher:
             UncoveredParameterError: the model uses a parameter in a way that its tap does not see.
         """
         self._active("check_model")
-        if self._split is None:
-            self._split = self._taken_apart()
+        self._taken_apart()
 
     @contextmanager
     def batch(
@@ -212,17 +211,19 @@ class GradientSketcher:
 
     def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
         check_positions(input_ids, positions, targets)
-        if self._split is None:
-            self._split = self._taken_apart()
+        split = self._taken_apart()
         # Not `out_features`: PEFT's copy of a tied head has it the wrong way round.
-        check_vocabulary(input_ids, targets, self._split.head.weight.shape[0])
-        return self._split
+        check_vocabulary(input_ids, targets, split.head.weight.shape[0])
+        return split
 
     def _taken_apart(self) -> SplitModel:
-        with calls(self._plan.taps) as called:
-            split = split_model(self.model)
-        check_calls(split, self._plan.taps, called)
-        return split
+        """The model's parts, checked on the first call."""
+        if self._split is None:
+            with calls(self._plan.taps) as called:
+                split = split_model(self.model)
+            check_calls(split, self._plan.taps, called)
+            self._split = split
+        return self._split
 
     def _active(self, method: str) -> None:
         if torch.is_inference_mode_enabled():

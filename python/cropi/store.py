@@ -229,13 +229,17 @@ class SketchStore:
         Raises:
             CropiError: the job that fills the store has not gone through all its prompts.
         """
-        expected = self.manifest.get("prompts")
-        if expected is not None and len(self) < expected:
+        if len(self) < self.expected:
             raise CropiError(
-                f"the store {self.path} holds {len(self)} of {expected} prompts: its sketching run was interrupted, or "
-                "still goes on; run the same command again to sketch the rest, or with a --limit that is reached to "
-                "take fewer on purpose"
+                f"the store {self.path} holds {len(self)} of {self.expected} prompts: its sketching run was "
+                "interrupted, or still goes on; run the same command again to sketch the rest, or with a --limit that "
+                "is reached to take fewer on purpose"
             )
+
+    @property
+    def expected(self) -> int:
+        """Prompts that the store is to hold; where the manifest does not say, those that it holds."""
+        return int(self.manifest.get("prompts", len(self)))
 
     @property
     def dim(self) -> int:

@@ -12,11 +12,11 @@ import contextlib
 from typing import Any
 
 import torch
-import torch.library
 import triton
+from torch import library
 
 LAUNCHED: set[str] = set()
-REGISTER = torch.library.register_fake
+REGISTER = library.register_fake
 
 
 def no_shapes_alone(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -33,7 +33,7 @@ def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
     LAUNCHED.add(kernel.fn.__name__)
 
 
-torch.library.register_fake = no_shapes_alone  # type: ignore[assignment]
+library.register_fake = no_shapes_alone  # type: ignore[assignment]
 triton.JITFunction.run = launch
 torch.Tensor.is_cuda = property(lambda x: x.is_meta)  # type: ignore[assignment, method-assign]
 

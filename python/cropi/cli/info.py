@@ -43,9 +43,9 @@ def _store(path: Path, verify: bool) -> None:
     counts = Counter((row.status, row.reason if row.status != "ok" else "") for row in rows)
     for (status, reason), count in sorted(counts.items()):
         print(f"{status:<13} {count} prompts{f' ({reason})' if reason else ''}")
-    if len(store) < (store.manifest.get("prompts") or 0):
+    if len(store) < store.expected:
         print(
-            f"unfinished    {len(store)} of {store.manifest['prompts']} prompts; the same command goes on with the rest"
+            f"unfinished    {len(store)} of {store.expected} prompts; the same command goes on with the rest"
         )
     for name, count in sorted(Counter(row.set for row in rows if row.set).items()):
         print(f"set           {name}: {count} prompts")
