@@ -7,13 +7,13 @@ Every ``.pt`` file is ``{"rollout_id": n, "samples": [...]}``; a sample has ``to
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
 from cropi.trainers.grouping import Rollout, finite, text_id
+from cropi.trainers.pickled import opened_dump
 
 
 def read_dump(
@@ -30,16 +30,11 @@ def read_dump(
     Raises:
         CropiError: another layout, a sample without reward or id, or one of several turns.
     """
-    import torch
-
     path = Path(path)
     if not path.is_file():
         raise CropiError(f"there is no file {path}")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=False)
+    with opened_dump(path, "a rollout dump of slime") as saved:
         step, samples = int(saved["rollout_id"]), saved["samples"]
-    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CropiError(f"{path} is not a rollout dump of slime ({error!r})") from error
     for number, sample in enumerate(samples):
         yield _rollout(sample, f"{path}, sample {number}", step, id_key, temperature)
 

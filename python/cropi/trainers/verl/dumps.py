@@ -27,6 +27,7 @@ from cropi.errors import CropiError, optional
 from cropi.files import lines_of
 from cropi.scan import LossyTokens
 from cropi.trainers.grouping import Rollout, finite, text_id
+from cropi.trainers.pickled import opened_dump
 from cropi.trainers.verl.batch import rollouts_of_proto, rollouts_of_table
 from cropi.trainers.verl.selected import ID_KEY
 
@@ -131,14 +132,9 @@ def _text(
 
 
 def _table(path: Path, id_key: str, temperature: float | None) -> Iterator[Rollout]:
-    import torch
-
     optional("tensordict")  # the file is a pickle of its classes
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=False)
+    with opened_dump(path, "a batch of verl's transfer queue") as saved:
         table, keys, tags, step = (saved[name] for name in ("tensordict", "keys", "tags", "global_steps"))
-    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CropiError(f"{path} is not a batch of verl's transfer queue ({error!r})") from error
     yield from rollouts_of_table(
         table, keys, tags, int(step), id_key=id_key, temperature=temperature, where=str(path)
     )
