@@ -99,13 +99,13 @@ test-verl: build
 lint: $(STAMPS)/deps
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
 format: $(STAMPS)/deps
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 BENCHES ?= bench_ops bench_linear_logprob cost fidelity
 bench: build model
@@ -123,7 +123,7 @@ wheel: $(STAMPS)/deps
 	$(PYTHON) -m venv $(SMOKE)/venv
 	$(SMOKE)/venv/bin/python scripts/install_torch.py constraints.txt $(SMOKE)/constraints.txt $(BORROW) $(INDEX)
 	$(SMOKE)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c $(SMOKE)/constraints.txt dist/*.whl
-	cp tests/smoke_wheel.py $(SMOKE)/ && cd $(SMOKE) && venv/bin/python smoke_wheel.py
+	cp tests/packaging/smoke_wheel.py $(SMOKE)/ && cd $(SMOKE) && venv/bin/python smoke_wheel.py
 
 clean:
 	rm -rf build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMPS)/build

@@ -18,8 +18,8 @@ from benchmarks.lib.examples import read_groups
 from benchmarks.lib.fidelity_collect import Exact, collect, shapes_of, sketch_all
 from benchmarks.lib.fidelity_score import Collected, Row, row
 from benchmarks.lib.fidelity_variants import Variant, variants
-from cropi.models import load_model
-from cropi.tokenize import TokenGroup
+from cropi.gradient.tokenize import TokenGroup
+from cropi.model.load import load_model
 from cropi_kernels import GradientSketcher, SketchSpec
 
 WIDTHS: list[int | None] = [32, 64, 128, 256, None]

@@ -2,7 +2,7 @@
 
 Word ``w`` of draw ``(c0, c1, c2, c3)`` under a 64-bit key is a pure function (Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011): no state, no table, the same integers on every backend, and any part of a
-sketch can be drawn without the rest. ``tests/vectors/sketch_v1.json`` pins the values.
+sketch can be drawn without the rest. ``tests/kernels/vectors/sketch_v1.json`` pins the values.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from rollout_sampling import sample_groups, teacher_forced
 from rollout_tasks import Family
 from tqdm import tqdm
 
-from cropi.models import load_model
+from cropi.model.load import load_model
 
 HERE = Path(__file__).resolve().parent
 SYSTEM = "Answer briefly."

@@ -10,10 +10,10 @@ import argparse
 
 import torch
 
-from cropi.advantages import group_advantages
-from cropi.models import load_model
-from cropi.tokenize import Tokenize
-from cropi.trajectories import read_trajectories
+from cropi.data.readers import read_trajectories
+from cropi.data.rewards import group_advantages
+from cropi.gradient.tokenize import Tokenize
+from cropi.model.load import load_model
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from datasets import Dataset
 from rewards import is_right
 from trl import GRPOConfig, GRPOTrainer
 
-from cropi.models import load_model
+from cropi.data.readers import read_trajectories
+from cropi.model.load import load_model
 from cropi.trainers.trl import Curriculum, curriculum
-from cropi.trajectories import read_trajectories
 
 DATA = Path(__file__).resolve().parent / "data"
 

@@ -23,4 +23,4 @@ if [ ! -e "$venv/ready" ]; then
     tensorboard orjson importlib_metadata pyvers aiohttp uvicorn fastapi TransferQueue
   touch "$venv/ready"
 fi
-"$venv/bin/python" -m pytest tests/test_verl.py tests/test_verl_files.py -p no:cacheprovider "$@"
+"$venv/bin/python" -m pytest tests/trainers/test_verl.py tests/trainers/test_verl_files.py -p no:cacheprovider "$@"

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from cropi.advantages import no_gradient_reason
-from cropi.batches import MicroBatch, make_batches
-from cropi.estimators import Estimator, make_estimator
-from cropi.job import SketchJob, make_tokenize
-from cropi.layout import choose_layout
-from cropi.models import load_model
-from cropi.scan import scan
-from cropi.tokenize import TokenGroup
-from cropi.trajectories import read_trajectories
+from cropi.data.readers import read_trajectories
+from cropi.data.rewards import no_gradient_reason
+from cropi.data.scan import scan
+from cropi.gradient.batches import MicroBatch, make_batches
+from cropi.gradient.estimators import Estimator, make_estimator
+from cropi.gradient.layout import choose_layout
+from cropi.gradient.tokenize import TokenGroup
+from cropi.model.load import load_model
+from cropi.sketching.job import SketchJob, make_tokenize
 from cropi_kernels.sketcher.decoder import SplitModel, split_model
 
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cropi.batches import MicroBatch, make_batches
 from cropi.errors import CropiError
-from cropi.estimators import Estimator, make_estimator
 from cropi.files import write_atomic
-from cropi.fingerprint import model_fingerprint
-from cropi.layout import choose_layout
-from cropi.tokenize import TokenGroup
+from cropi.gradient.batches import MicroBatch, make_batches
+from cropi.gradient.estimators import Estimator, make_estimator
+from cropi.gradient.layout import choose_layout
+from cropi.gradient.tokenize import TokenGroup
+from cropi.model.fingerprint import model_fingerprint
 from cropi_kernels import canonical_name
 from cropi_kernels.sketcher.decoder import split_model
 

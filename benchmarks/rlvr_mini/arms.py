@@ -10,10 +10,10 @@ from typing import Any
 from benchmarks.rlvr_mini.config import Scale
 from benchmarks.rlvr_mini.rollouts import thinned
 from benchmarks.rlvr_mini.scoring import base_scores, exact_scores, sketched_scores
+from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
-from cropi.estimators import make_estimator
-from cropi.records import PromptGroup
-from cropi.selection import select
+from cropi.gradient.estimators import make_estimator
+from cropi.ranking.selection import select
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Arm:
 
     Attributes:
         name, label: for files and for people.
-        method: "full" (the whole pool), a baseline of :func:`cropi.selection.select` ("random", "learnability",
+        method: "full" (the whole pool), a baseline of :func:`cropi.ranking.selection.select` ("random", "learnability",
             "pass_rate"), "family" (a random choice among the targeted families: it is told what the others must find
             out), or an influence rule ("rrf", "max").
         curriculum: choose again at every stage; otherwise once, under the base policy.

@@ -25,11 +25,11 @@ from benchmarks.rlvr_mini.config import SCALES, Scale
 from benchmarks.rlvr_mini.data import SeedData, base_model, seed_data
 from benchmarks.rlvr_mini.grpo import ESTIMATOR, layout_of, logprobs
 from benchmarks.rlvr_mini.rollouts import to_tokens
-from cropi.advantages import no_gradient_reason
-from cropi.batches import MicroBatch, make_batches
+from cropi.data.records import PromptGroup
+from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
 from cropi.files import write_atomic
-from cropi.records import PromptGroup
+from cropi.gradient.batches import MicroBatch, make_batches
 from cropi_kernels.sketcher.decoder import split_model
 
 VARIANTS = ((64, 1), (64, 2), (64, 4), (16, 1), (16, 2), (16, 4))  # width, one in so many responses

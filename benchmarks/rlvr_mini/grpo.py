@@ -11,10 +11,10 @@ import torch
 from benchmarks.rlvr_mini.generate import generate
 from benchmarks.rlvr_mini.rollouts import to_record, to_tokens
 from benchmarks.rlvr_mini.tasks import Problem, encode
-from cropi.advantages import no_gradient_reason
-from cropi.batches import MicroBatch, make_batches
-from cropi.estimators import make_estimator
-from cropi.layout import Layout, attention_cost
+from cropi.data.rewards import no_gradient_reason
+from cropi.gradient.batches import MicroBatch, make_batches
+from cropi.gradient.estimators import make_estimator
+from cropi.gradient.layout import Layout, attention_cost
 from cropi_kernels.sketcher.decoder import SplitModel, split_model
 
 # The mean over a response's tokens, then over responses, of A times the token ratio: GRPO (arXiv 2402.03300).

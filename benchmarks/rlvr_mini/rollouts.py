@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from benchmarks.rlvr_mini.generate import Rollout
 from benchmarks.rlvr_mini.tasks import Problem, decode, encode, verify
-from cropi.records import PromptGroup
-from cropi.tokenize import TokenGroup
+from cropi.data.records import PromptGroup
+from cropi.gradient.tokenize import TokenGroup
 
 
 def to_record(

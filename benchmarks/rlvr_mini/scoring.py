@@ -16,15 +16,15 @@ import torch
 
 from benchmarks.rlvr_mini.grpo import layout_of, logprobs
 from benchmarks.rlvr_mini.rollouts import to_tokens
-from cropi.advantages import no_gradient_reason, pass_rate
-from cropi.batches import MicroBatch, make_batches
-from cropi.estimators import Estimator
-from cropi.fingerprint import model_fingerprint
-from cropi.influence import Scores, influence
-from cropi.records import PromptGroup
-from cropi.shards import FAILED, OK, SKIPPED, RowInfo
-from cropi.store import SketchStore
-from cropi.tokenize import TokenGroup
+from cropi.data.records import PromptGroup
+from cropi.data.rewards import no_gradient_reason, pass_rate
+from cropi.gradient.batches import MicroBatch, make_batches
+from cropi.gradient.estimators import Estimator
+from cropi.gradient.tokenize import TokenGroup
+from cropi.model.fingerprint import model_fingerprint
+from cropi.ranking.influence import Scores, influence
+from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
+from cropi.store.store import SketchStore
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.sketcher.decoder import split_model
 
@@ -41,7 +41,7 @@ def sketched_scores(
     mean: str = "plain",
     tokens: int = 2048,
 ) -> Scores:
-    """Scores by sketches. The stores in ``folder`` are continued if they are there; see :func:`cropi.influence`."""
+    """Scores by sketches. The stores in ``folder`` are continued; see :func:`cropi.ranking.influence`."""
     manifest = {
         "spec": spec.to_dict(),
         "hash_version": spec.version,

@@ -1,5 +1,5 @@
 // Exponential and tanh of a vector of floats, without libm and without -ffast-math: infinities and NaN must survive.
-// Minimax polynomials (Lawson's iteration on Chebyshev points); tests/test_logprob_rows.py measures the exponential on
+// Minimax polynomials (Lawson's iteration on Chebyshev points); tests/kernels/test_logprob_rows.py measures the exponential on
 // 400,000 points against double.
 #pragma once
 #if defined(__SSE__)

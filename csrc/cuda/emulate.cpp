@@ -1,4 +1,4 @@
-// The CUDA kernels on the host, block after block: what tests/test_project_cuda.py holds to the CPU kernels.
+// The CUDA kernels on the host, block after block: what tests/kernels/test_project_cuda.py holds to the CPU kernels.
 // Never part of a build that is shipped. Shared memory starts as NaN, so that a read before a write shows.
 #include <cstring>
 #include <memory>

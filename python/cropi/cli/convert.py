@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and say what came out."""
     from cropi.errors import CropiError
     from cropi.files import check_outputs
-    from cropi.trainers.grouping import group_rollouts, write_groups
+    from cropi.trainers.dumps.rollout import group_rollouts, write_groups
 
     if bool(args.dataset) != bool(args.model):
         raise CropiError(
@@ -61,23 +61,23 @@ def run(args: argparse.Namespace) -> int:
 def _rollouts(args: argparse.Namespace) -> Iterator[Any]:
     options: dict[str, Any] = {"id_key": args.id_key, "temperature": args.temperature}
     if args.source == "verl":
-        from cropi.trainers.verl.dumps import read_dump
+        from cropi.trainers.dumps.verl import read_dump
 
         if args.dataset:
             options |= {"id_key": None, "prompts": _prompts(args)}
     elif args.source == "slime":
-        from cropi.trainers.slime import read_dump  # type: ignore[assignment]
+        from cropi.trainers.dumps.slime import read_dump  # type: ignore[assignment]
     else:
-        from cropi.trainers.nemo_rl import read_dump  # type: ignore[assignment]
+        from cropi.trainers.dumps.nemo_rl import read_dump  # type: ignore[assignment]
     for path in args.files:
         yield from read_dump(path, **options)
 
 
 def _prompts(args: argparse.Namespace) -> Any:
+    from cropi.data.export import read_dataset
+    from cropi.data.prompt_ids import PromptIds
     from cropi.errors import optional
-    from cropi.export import read_dataset
-    from cropi.prompt_ids import PromptIds
-    from cropi.trainers.verl.dumps import prompts_by_text
+    from cropi.trainers.dumps.verl import prompts_by_text
     from cropi.trainers.verl.selected import ID_KEY
 
     table = read_dataset(args.dataset)

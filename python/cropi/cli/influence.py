@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
 
 def score(args: argparse.Namespace, train: str, valid: list[str], out: str) -> Any:
     """Score one store against others and write the table; returns the scores."""
-    from cropi.influence import influence, write_scores
-    from cropi.store import SketchStore
+    from cropi.ranking.influence import influence, write_scores
+    from cropi.store.store import SketchStore
 
     scores = influence(
         SketchStore.open(train), [SketchStore.open(path) for path in valid],

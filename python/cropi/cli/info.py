@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _store(path: Path, verify: bool) -> None:
-    from cropi.shards import FAILED
-    from cropi.store import SketchStore
+    from cropi.store.shards import FAILED
+    from cropi.store.store import SketchStore
 
     store = SketchStore.open(path)
     rows = store.rows()
@@ -57,7 +57,7 @@ def _store(path: Path, verify: bool) -> None:
 
 
 def _scores(path: Path) -> None:
-    from cropi.influence import read_scores
+    from cropi.ranking.influence import read_scores
 
     scores = read_scores(path)
     print(f"scores        {path}: {int(scores.usable.sum())} of {len(scores.rows)} prompts have scores")
@@ -68,7 +68,7 @@ def _scores(path: Path) -> None:
 
 
 def _trajectories(path: Path, skip_bad: bool) -> None:
-    from cropi.scan import scan
+    from cropi.data.scan import scan
 
     found = scan([path], skip_bad=skip_bad)
     print(

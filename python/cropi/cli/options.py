@@ -202,7 +202,7 @@ def make_spec(args: argparse.Namespace) -> Any:
 
 def make_estimator_of(args: argparse.Namespace) -> Any:
     """The estimator of the options that were given."""
-    from cropi.estimators import make_estimator
+    from cropi.gradient.estimators import make_estimator
 
     return make_estimator(
         args.estimator, clip_low=args.clip_low, clip_high=args.clip_high, eps=args.eps, constant=args.length_constant

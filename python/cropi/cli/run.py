@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_all(args: argparse.Namespace, out: Path, names: list[str]) -> int:
-    from cropi.influence import validation_means
-    from cropi.store import SketchStore
+    from cropi.ranking.influence import validation_means
+    from cropi.store.store import SketchStore
 
     # Everything is checked first: what is wrong with the last step must not show after hours of the first.
     for package in ("tqdm", "safetensors.torch", "pyarrow.parquet", "matplotlib"):
@@ -89,8 +89,8 @@ def _run_all(args: argparse.Namespace, out: Path, names: list[str]) -> int:
 
 def _check_usable(args: argparse.Namespace, scans: list[Any], names: list[str], train: Any) -> None:
     """Every validation set and the training files need a prompt with a gradient, and the fraction has to choose one."""
-    from cropi.scan import NothingToSelect, check_covered
-    from cropi.selection import how_many
+    from cropi.data.scan import NothingToSelect, check_covered
+    from cropi.ranking.selection import how_many
 
     check_covered(dict(zip(names, scans, strict=True)), (), option="--valid")
     if not train.usable:

@@ -31,7 +31,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Choose, write, and show."""
     from cropi.files import check_outputs
-    from cropi.influence import read_scores
+    from cropi.ranking.influence import read_scores
 
     if args.out_trajectories and not args.trajectories:
         args.parser.error(
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         args, read_scores(args.scores), args.out, args.plot, args.trajectories, args.out_trajectories
     )
     if args.export:
-        from cropi.export import export
+        from cropi.data.export import export
 
         count = export(
             args.export, ids, format=options.export_format(args), trajectories=args.trajectories or (),
@@ -87,8 +87,8 @@ def choose(
     records: str | None,
 ) -> list[str]:
     """Select from the scores, write everything that was asked for, and print the table; the chosen ids, best first."""
-    from cropi.report import best_and_worst, plot_scores, prompt_texts
-    from cropi.selection import select, write_selected_records, write_selection
+    from cropi.ranking.report import best_and_worst, plot_scores, prompt_texts
+    from cropi.ranking.selection import select, write_selected_records, write_selection
 
     selection = select(
         scores, fraction=args.fraction, method=args.method, pool=args.pool, seed=args.select_seed

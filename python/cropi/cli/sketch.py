@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 def scan_files(args: argparse.Namespace, files: list[str]) -> Any:
     """Check the files, before the time that loading a model takes is spent."""
-    from cropi.scan import scan
+    from cropi.data.scan import scan
 
     return scan(files, skip_bad=args.skip_bad)
 
@@ -44,7 +44,7 @@ def scan_files(args: argparse.Namespace, files: list[str]) -> Any:
 def load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The model, its tokenizer, and the behaviour model or None."""
     from cropi.errors import optional
-    from cropi.models import load_model
+    from cropi.model.load import load_model
 
     options.make_spec(args)  # a wrong option should not cost the time that loading takes
     options.make_estimator_of(args)
@@ -61,8 +61,8 @@ def check_files(
     args: argparse.Namespace, models: tuple[Any, Any, Any], found: Any, files: list[str], limit: int | None
 ) -> None:
     """What can be wrong with some files for these models, before any are sketched; ``found`` is their scan."""
-    from cropi.job import check_tokens, make_tokenize
-    from cropi.scan import resolve_behaviour
+    from cropi.data.scan import resolve_behaviour
+    from cropi.sketching.job import check_tokens, make_tokenize
 
     model, tokenizer, behaviour_model = models
     job = replace(make_job(args, files, "", behaviour_model=behaviour_model), limit=limit)
@@ -79,7 +79,7 @@ def sketch_files(
     default_set: str | None,
 ) -> int:
     """Sketch some files, of which ``found`` is the scan, into one store; print the summary; the exit status."""
-    from cropi.sketching import sketch
+    from cropi.sketching.run import sketch
 
     model, tokenizer, behaviour_model = models
     command = shlex.join(["cropi", args.command, *args.words])
@@ -103,7 +103,7 @@ def make_job(
     behaviour_model: Any = None,
 ) -> Any:
     """The SketchJob of the options that were given."""
-    from cropi.job import SketchJob
+    from cropi.sketching.job import SketchJob
 
     return SketchJob(
         trajectories=files, out=out, spec=options.make_spec(args), exclude=args.exclude,

@@ -9,9 +9,9 @@ from typing import Any
 
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.state import State
+from cropi.data.readers import replace_records
+from cropi.data.scan import NothingToSelect, Scan, check_covered, scan
 from cropi.errors import CropiError
-from cropi.scan import NothingToSelect, Scan, check_covered, scan
-from cropi.trajectories import replace_records
 
 
 @dataclass

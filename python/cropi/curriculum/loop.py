@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 
 from cropi.curriculum import steps
-from cropi.curriculum.in_process import check_options
 from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.report import line, write_report
 from cropi.curriculum.state import State, locked
-from cropi.export import dataset_ids, read_dataset
+from cropi.data.export import dataset_ids, read_dataset
+from cropi.trainers.trl.in_process import check_options
 
 LOG = "log.txt"
 WORK: dict[str, Callable[[steps.Stage], steps.Result]] = {

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cropi.curriculum.command import check_template
+from cropi.commands import check_template
 from cropi.errors import CropiError
-from cropi.job import SketchJob
-from cropi.tokenize import template_text
+from cropi.gradient.tokenize import template_text
+from cropi.sketching.job import SketchJob
 
 STEPS = ("rollouts", "sketch", "influence", "select", "train", "collect")
 WHEN = ("first", "every")
@@ -45,8 +45,8 @@ class Plan:
         behaviour_model: the model that made the trajectories, where it is not ``model``.
         dtype, device: of the policy while it is sketched.
         influence: options of :func:`cropi.influence.influence`.
-        select: options of :func:`cropi.selection.select`.
-        export: options of :func:`cropi.export.export`, for ``{dataset}``; None: the trainer reads records.
+        select: options of :func:`cropi.ranking.selection.select`.
+        export: options of :func:`cropi.data.export.export`, for ``{dataset}``; None: the trainer reads records.
         trl: options of the in-process trainer.
     """
 

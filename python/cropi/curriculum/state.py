@@ -14,7 +14,7 @@ from typing import Any
 from cropi.curriculum.plan import Plan
 from cropi.errors import CropiError
 from cropi.files import write_atomic
-from cropi.manifest import first_difference
+from cropi.store.manifest import first_difference
 
 FORMAT = 1
 NAME = "state.json"

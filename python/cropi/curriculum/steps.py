@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
+from cropi.commands import fill, run_command
 from cropi.curriculum import data
-from cropi.curriculum.command import fill, run_command
-from cropi.curriculum.in_process import train_stage
 from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.state import State
+from cropi.data.export import export
+from cropi.data.scan import Scan
 from cropi.errors import CropiError
-from cropi.export import export
-from cropi.influence import influence, read_scores, write_scores
-from cropi.models import load_model
-from cropi.report import plot_scores
-from cropi.scan import Scan
-from cropi.selection import read_selection, select, write_selected_records, write_selection
-from cropi.shards import OK
-from cropi.sketching import sketch
-from cropi.store import SketchStore
+from cropi.model.load import load_model
+from cropi.ranking.influence import influence, read_scores, write_scores
+from cropi.ranking.report import plot_scores
+from cropi.ranking.selection import read_selection, select, write_selected_records, write_selection
+from cropi.sketching.run import sketch
+from cropi.store.shards import OK
+from cropi.store.store import SketchStore
+from cropi.trainers.trl.in_process import train_stage
 
 Result = dict[str, Any]
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cropi.trainers.options import Curriculum, Recording
+from cropi.trainers.trl.options import Curriculum, Recording
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

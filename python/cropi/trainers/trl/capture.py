@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
-from cropi.prompt_ids import PromptIds
-from cropi.trainers.options import Recording
-from cropi.trainers.ranks import Ranks
-from cropi.trainers.rollout_log import RolloutLog
+from cropi.trainers.trl.options import Recording
+from cropi.trainers.trl.ranks import Ranks
+from cropi.trainers.trl.rollout_log import RolloutLog
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as Base

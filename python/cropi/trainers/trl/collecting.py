@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
-from cropi.prompt_ids import PromptIds
-from cropi.trainers.rollout_log import RolloutLog, log_files, merge_rollouts
 from cropi.trainers.trl.capture import RecordingMixin
+from cropi.trainers.trl.rollout_log import RolloutLog, log_files, merge_rollouts
 
 
 def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = None) -> int:

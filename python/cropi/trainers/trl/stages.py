@@ -14,18 +14,18 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from cropi.data.prompt_ids import PromptIds
+from cropi.data.readers import replace_records
+from cropi.data.scan import NothingToSelect
 from cropi.errors import CropiError
 from cropi.files import write_atomic
-from cropi.manifest import first_difference
-from cropi.prompt_ids import PromptIds
-from cropi.scan import NothingToSelect
-from cropi.trainers.checkpoints import newest_whole
-from cropi.trainers.options import Curriculum
-from cropi.trainers.rollout_log import cut_unfinished_line, log_files, merge_rollouts, rewind
-from cropi.trainers.scoring import Chosen, check_files, choose_prompts, own_randomness
+from cropi.store.manifest import first_difference
 from cropi.trainers.trl.capture import RecordingMixin, check_datasets
+from cropi.trainers.trl.checkpoints import newest_whole
+from cropi.trainers.trl.options import Curriculum
+from cropi.trainers.trl.rollout_log import cut_unfinished_line, log_files, merge_rollouts, rewind
 from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
-from cropi.trajectories import replace_records
+from cropi.trainers.trl.scoring import Chosen, check_files, choose_prompts, own_randomness
 
 STATE = "cropi_state.json"
 logger = logging.getLogger(__name__)

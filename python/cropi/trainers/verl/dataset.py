@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
-from cropi.prompt_ids import PromptIds
 from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need
 

@@ -15,10 +15,10 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
+from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
-from cropi.prompt_ids import PromptIds
-from cropi.trainers.grouping import group_rollouts, write_groups
-from cropi.trainers.verl.batch import rollouts_of_proto
+from cropi.trainers.dumps.rollout import group_rollouts, write_groups
+from cropi.trainers.dumps.verl_batch import rollouts_of_proto
 from cropi.trainers.verl.order import SelectionOrder
 from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
-from cropi.prompt_ids import PromptIds
-from cropi.selection import read_selection
+from cropi.ranking.selection import read_selection
 
 ID_KEY = "extra_info.index"
 

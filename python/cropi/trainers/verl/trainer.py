@@ -20,11 +20,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cropi.curriculum.command import check_template, fill, run_command
+from cropi.commands import check_template, fill, run_command
+from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
-from cropi.prompt_ids import PromptIds
-from cropi.trainers.grouping import group_rollouts, write_groups
-from cropi.trainers.verl.batch import LOGPROBS, rollouts_of_table
+from cropi.trainers.dumps.rollout import group_rollouts, write_groups
+from cropi.trainers.dumps.verl_batch import LOGPROBS, rollouts_of_table
 from cropi.trainers.verl.order import SelectionOrder
 from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need

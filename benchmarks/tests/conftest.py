@@ -1,0 +1,3 @@
+"""One thread and known random numbers, as in tests/."""
+
+from support.fixtures import surroundings  # noqa: F401

@@ -1,0 +1,175 @@
+"""A first pass over trajectory files: everything that can be wrong is found before any compute is spent."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cropi.data.readers import read_trajectories
+from cropi.data.records import PromptGroup
+from cropi.data.rewards import no_gradient_reason
+from cropi.errors import CropiError, RecordError
+
+
+class LossyTokens(UserWarning):
+    """Responses have to be tokenised again from text."""
+
+
+BEHAVIOURS = ("auto", "file", "current", "model")
+
+
+@dataclass
+class Scan:
+    """What the files hold. ``fingerprint`` is the SHA-256 of their uncompressed lines, file by file in
+    order."""
+
+    prompts: int = 0
+    responses: int = 0
+    without_gradient: Counter[str] = field(default_factory=Counter)
+    # Prompts by set, then by reason; "" for none.
+    by_set: dict[str, Counter[str]] = field(default_factory=dict)
+    with_ids: int = 0
+    with_logprobs: int = 0
+    without_logprobs: str = ""  # where the first record without log-probs stands
+    largest_id: tuple[int, str] = (-1, "")  # the largest token id and where it stands
+    bad: list[RecordError] = field(default_factory=list)
+    fingerprint: str = ""
+    tokens_checked: bool = False  # by :func:`cropi.sketching.job.check_tokens`
+
+    @property
+    def usable(self) -> int:
+        """Prompts that have a gradient."""
+        return self.prompts - sum(self.without_gradient.values())
+
+    @property
+    def sets(self) -> dict[str, int]:
+        """Prompts of every set that records name."""
+        return {name: counts.total() for name, counts in self.by_set.items() if name}
+
+
+class NothingToSelect(CropiError):
+    """No training prompt has a gradient. Messages begin with ``before`` and end with ``otherwise``."""
+
+    def __init__(self, prompts: int, reasons: Counter[str], *, before: str, otherwise: str = "") -> None:
+        super().__init__(
+            f"{before}there is nothing to select: none of the {prompts} training prompts has a gradient "
+            f"({_listed(reasons)}). Prompts teach only where some responses fail and some succeed: take more responses "
+            "per prompt, easier or harder prompts, or a higher temperature, and check the reward function"
+            + otherwise
+        )
+
+
+def scan(
+    paths: Sequence[str | Path], *, skip_bad: bool = False, on_line: Callable[[bytes], None] | None = None
+) -> Scan:
+    """Read every record once and count. Raises what :func:`cropi.data.readers.read_trajectories` raises."""
+    found, digest = Scan(), hashlib.sha256()
+
+    def take(line: bytes) -> None:
+        digest.update(line)
+        if on_line is not None:
+            on_line(line)
+
+    for group in read_trajectories(paths, skip_bad=skip_bad, on_bad=found.bad.append, on_line=take):
+        _count(found, group)
+    if not found.prompts:
+        raise CropiError(
+            f"{', '.join(map(str, paths))}: no usable record is left ({len(found.bad)} bad ones skipped); the first: "
+            f"{found.bad[0]}"
+        )
+    found.fingerprint = digest.hexdigest()
+    return found
+
+
+def warn_lossy(found: Scan) -> None:
+    """Say once that records without token ids will be tokenised again from their text."""
+    lossy = found.prompts - found.with_ids
+    if lossy:
+        warnings.warn(
+            f"{lossy} of {found.prompts} records have no response_ids: their responses are tokenised again "
+            "from text, which may give other tokens than were sampled; store token ids to be exact",
+            LossyTokens,
+            stacklevel=2,
+        )
+
+
+def check_covered(found: Mapping[str, Scan], wanted: Sequence[str], *, option: str, before: str = "") -> None:
+    """Check that every validation set has a trajectory with a gradient.
+
+    Args:
+        found: the validation files, by the name of the set that their records without one belong to.
+        wanted: sets that have to be there; those that are there are checked in any case.
+        option: what names the wanted ones, for messages.
+        before: what messages begin with.
+
+    Raises:
+        CropiError: a wanted set has no trajectory, or one has only prompts without a gradient.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for default, part in found.items():
+        for name, reasons in part.by_set.items():
+            counts.setdefault(name or default, Counter()).update(reasons)
+    for name in wanted:
+        if name not in counts:
+            raise CropiError(
+                f"{before}{option}: no trajectory covers the validation set {name!r}; there are trajectories of "
+                f'{", ".join(map(repr, sorted(counts)))}; add records with "set": "{name}", or take it out of {option}'
+            )
+    for name, reasons in sorted(counts.items()):
+        if not reasons.pop("", 0):
+            raise CropiError(
+                f"{before}no trajectory covers the validation set {name!r} usefully: none of its {reasons.total()} "
+                f"prompts has a gradient ({_listed(reasons)}); give it prompts that are solved sometimes, or more "
+                "responses per prompt, or leave the set out"
+            )
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} with {reason}" for reason, count in sorted(reasons.items()))
+
+
+def _count(found: Scan, group: PromptGroup) -> None:
+    found.prompts += 1
+    found.responses += group.size
+    reason = no_gradient_reason(group.rewards)
+    if reason:
+        found.without_gradient[reason] += 1
+    found.by_set.setdefault(group.set or "", Counter())[reason or ""] += 1
+    found.with_ids += group.response_ids is not None
+    if group.logprobs is not None:
+        found.with_logprobs += 1
+    elif not found.without_logprobs:
+        found.without_logprobs = f"{group.where} (prompt {group.id!r})"
+    for ids in (group.prompt_ids or [], *(group.response_ids or [])):
+        largest = max(ids, default=-1)
+        if largest > found.largest_id[0]:
+            found.largest_id = largest, f"{group.where} (prompt {group.id!r})"
+
+
+def resolve_behaviour(asked: str, found: Scan, needed: bool) -> str:
+    """Where the behaviour log-probs come from: "file", "current" or "model".
+
+    "auto" takes the file's log-probs when every record has them, and the current policy itself (ratio 1,
+    right for the first stage of a curriculum) when none has. A mixture is an error, since ratios of two kinds
+    would be ranked against each other. An estimator without a ratio always uses "current".
+
+    Raises:
+        CropiError: a record without log-probs where they are needed.
+    """
+    if asked not in BEHAVIOURS:
+        raise CropiError(f"behaviour must be one of {', '.join(BEHAVIOURS)}, got {asked!r}")
+    if not needed:
+        return "current"
+    if asked == "auto" and found.with_logprobs in (0, found.prompts):
+        return "file" if found.with_logprobs else "current"
+    if asked in ("auto", "file") and found.with_logprobs < found.prompts:
+        raise CropiError(
+            f"{found.without_logprobs}: no 'logprobs' in this record, while {found.with_logprobs} of "
+            f"{found.prompts} records have them; add them, or pass --behaviour current (ratio 1) or "
+            "--behaviour-model"
+        )
+    return asked

@@ -1,0 +1,260 @@
+"""Prompt groups to micro-batches: which responses share a row, which rows share a batch, and the index
+arrays.
+
+The sum of a prompt's sketches over micro-batches is the prompt's sketch, so any split gives the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cropi.gradient.estimators import Estimator
+from cropi.gradient.layout import Layout, prefix_mask
+from cropi.gradient.tokenize import TokenGroup
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One call's worth of rows. ``S`` segments (prompts), ``B`` rows of ``L`` tokens, ``N`` scored tokens.
+
+    Attributes:
+        groups: the prompts of segments 0 .. S-1.
+        finished: for each segment, whether this batch holds the last rows of its prompt.
+        input_ids: int64 ``[B, L]``.
+        attention_mask: bool ``[B, 1, L, L]`` (shared) or int64 ``[B, L]`` (padded).
+        position_ids: int64 ``[B, L]``.
+        segments: int64 ``[B]``, the segment of every row, non-decreasing.
+        positions: int64 ``[N]``, where in the flattened ``[B * L]`` hidden states each scored token is
+            predicted.
+        targets: int64 ``[N]``, the token predicted there.
+        token_segments: int64 ``[N]``.
+        advantages, divisors: float32 ``[N]``.
+        behaviour: float32 ``[N]``, stored behaviour log-probs, or None.
+        temperature: of the rollouts; one per batch.
+    """
+
+    groups: list[TokenGroup]
+    finished: list[bool]
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    segments: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    token_segments: torch.Tensor
+    advantages: torch.Tensor
+    divisors: torch.Tensor
+    behaviour: torch.Tensor | None
+    temperature: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model, padding left out."""
+        mask = self.attention_mask
+        return int(mask.sum()) if mask.ndim == 2 else int((mask.sum(-1) > 1).sum()) + self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same batch with its tensors on ``device``."""
+        tensors: dict[str, Any] = {
+            k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)
+        }
+        return replace(self, **tensors)
+
+    def halves(self) -> tuple[MicroBatch, MicroBatch]:
+        """The first and the second half of the rows; a prompt that is cut is finished in the second."""
+        rows = self.input_ids.shape[0]
+        return self._rows(0, rows // 2), self._rows(rows // 2, rows)
+
+    def _rows(self, begin: int, end: int) -> MicroBatch:
+        """Rows ``begin .. end``; every scored token stays with its row."""
+        length = self.input_ids.shape[1]
+        chosen = (self.positions >= begin * length) & (self.positions < end * length)
+        first, last = int(self.segments[begin]), int(self.segments[end - 1])
+        finished = self.finished[first : last + 1]
+        if end < len(self.segments) and int(self.segments[end]) == last:
+            finished[-1] = False
+        return replace(
+            self,
+            groups=self.groups[first : last + 1],
+            finished=finished,
+            input_ids=self.input_ids[begin:end],
+            attention_mask=self.attention_mask[begin:end],
+            position_ids=self.position_ids[begin:end],
+            segments=self.segments[begin:end] - first,
+            positions=self.positions[chosen] - begin * length,
+            targets=self.targets[chosen],
+            token_segments=self.token_segments[chosen] - first,
+            advantages=self.advantages[chosen],
+            divisors=self.divisors[chosen],
+            behaviour=None if self.behaviour is None else self.behaviour[chosen],
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some responses of one prompt, in one row of the batch."""
+
+    group: TokenGroup
+    chosen: tuple[int, ...]
+    shared: bool
+    last: bool
+
+    @property
+    def length(self) -> int:
+        """Input tokens. A response's last token is predicted but predicts nothing, so it is not an input."""
+        return len(self.group.prompt) + sum(len(self.group.responses[k]) - 1 for k in self.chosen)
+
+
+def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
+    """Split a group into rows.
+
+    Sharing the prompt saves ``(m - 1) * len(prompt)`` tokens a row, but attention with a mask costs the
+    square of the row's length; the number m of responses per row that costs least is taken, among those whose
+    rows fit the budget.
+    A single response always fits: it cannot be split.
+    """
+    prompt, sizes = len(group.prompt), [len(ids) - 1 for ids in group.responses]
+    best: list[tuple[int, ...]] = [(k,) for k in range(len(sizes))]
+    if layout.shares(prompt + max(sizes) + 1, group.id):
+        plans = [_chunks(len(sizes), m) for m in range(1, len(sizes) + 1)]
+        lengths = [[prompt + sum(sizes[k] for k in row) for row in plan] for plan in plans]
+        # Without a mask of its own (the first plan, one response a row) causal attention skips half of the products.
+        attend = [layout.attention_cost * (0.5 if plan is plans[0] else 1.0) for plan in plans]
+        cost = {
+            i: sum(length * (1 + attend[i] * length) for length in rows)
+            for i, rows in enumerate(lengths)
+            if i == 0 or max(rows) <= budget
+        }
+        best = plans[min(cost, key=lambda i: cost[i])]
+    # One response a row needs no mask of its own.
+    return [Row(group, chosen, len(best[0]) > 1, chosen is best[-1]) for chosen in best]
+
+
+def make_batches(
+    groups: Iterable[TokenGroup],
+    estimator: Estimator,
+    layout: Layout,
+    *,
+    budget: int = 1024,
+    window: int = 256,
+    stored_behaviour: bool = False,
+) -> Iterator[MicroBatch]:
+    """Group prompts into micro-batches of at most ``budget`` tokens, padding included.
+
+    Args:
+        groups: tokenised prompts; read ``window`` at a time, and sorted by length within the window.
+        estimator: gives the advantages and divisors, from each whole group.
+        layout: see :func:`cropi.gradient.layout.choose_layout`.
+        budget: rows x longest row. A single row may exceed it when it holds one response.
+        stored_behaviour: carry the groups' stored log-probs.
+    """
+    if budget < 1 or window < 1:
+        raise ValueError(f"budget and window must be at least 1, got {budget} and {window}")
+    held: list[TokenGroup] = []
+    for group in groups:
+        held.append(group)
+        if len(held) == window:
+            yield from _pack(held, estimator, layout, budget, stored_behaviour)
+            held = []
+    yield from _pack(held, estimator, layout, budget, stored_behaviour)
+
+
+def _chunks(count: int, size: int) -> list[tuple[int, ...]]:
+    return [tuple(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def _pack(
+    groups: list[TokenGroup], estimator: Estimator, layout: Layout, budget: int, stored: bool
+) -> Iterator[MicroBatch]:
+    plans = [plan_rows(group, layout, budget) for group in groups]
+    # Longest first: if memory is short, it shows at once and not after an hour.
+    plans.sort(key=lambda rows: (rows[0].group.temperature, rows[0].shared, -max(row.length for row in rows)))
+    batch: list[Row] = []
+    for row in (row for rows in plans for row in rows):
+        longest = max([row.length, *(other.length for other in batch)])
+        kind = (row.group.temperature, row.shared)
+        if batch and (
+            (len(batch) + 1) * longest > budget or kind != (batch[0].group.temperature, batch[0].shared)
+        ):
+            yield _build(batch, estimator, stored)
+            batch = []
+        batch.append(row)
+    if batch:
+        yield _build(batch, estimator, stored)
+
+
+def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatch:
+    width = max(row.length for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    places, blocks = np.zeros_like(ids), np.full_like(ids, -1)
+    groups: list[TokenGroup] = []
+    segments: list[int] = []
+    parts: list[tuple[np.ndarray, ...]] = []
+    for b, row in enumerate(rows):
+        if not groups or groups[-1] is not row.group:
+            groups.append(row.group)
+        segments.append(len(groups) - 1)
+        parts.extend(_fill(row, estimator, stored, ids[b], places[b], blocks[b], b * width, segments[-1]))
+    positions, targets, token_segments, advantages, divisors, behaviour = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
+    block_table = torch.from_numpy(blocks)
+    return MicroBatch(
+        groups=groups,
+        finished=[any(row.last and row.group is group for row in rows) for group in groups],
+        input_ids=torch.from_numpy(ids),
+        attention_mask=prefix_mask(block_table) if rows[0].shared else (block_table >= 0).long(),
+        position_ids=torch.from_numpy(places),
+        segments=torch.tensor(segments),
+        positions=torch.from_numpy(positions),
+        targets=torch.from_numpy(targets),
+        token_segments=torch.from_numpy(token_segments),
+        advantages=torch.from_numpy(advantages).float(),
+        divisors=torch.from_numpy(divisors).float(),
+        behaviour=torch.from_numpy(behaviour).float() if stored else None,
+        temperature=rows[0].group.temperature,
+    )
+
+
+def _fill(
+    row: Row,
+    estimator: Estimator,
+    stored: bool,
+    ids: np.ndarray,
+    places: np.ndarray,
+    blocks: np.ndarray,
+    offset: int,
+    segment: int,
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Write one row's inputs in place; yield, per response, the arrays of its scored tokens."""
+    group, size = row.group, len(row.group.prompt)
+    advantages = estimator.advantages(group.group.rewards)
+    divisors = estimator.divisors([len(response) for response in group.responses])
+    ids[:size], places[:size], blocks[:size] = group.prompt, np.arange(size), 0
+    start = size
+    for number, k in enumerate(row.chosen, 1):
+        response = np.asarray(group.responses[k], dtype=np.int64)
+        inputs = slice(start, start + len(response) - 1)
+        ids[inputs], places[inputs], blocks[inputs] = (
+            response[:-1],
+            size + np.arange(len(response) - 1),
+            number,
+        )
+        # The first token is predicted by the prompt's last one, the others by the token before them.
+        where = np.concatenate([[size - 1], np.arange(inputs.start, inputs.stop)])
+        yield (
+            where.astype(np.int64) + offset,
+            response,
+            np.full(len(response), segment, dtype=np.int64),
+            np.full(len(response), advantages[k]),
+            np.full(len(response), divisors[k]),
+            np.asarray(
+                group.logprobs[k] if stored and group.logprobs else np.zeros(len(response)), dtype=np.float64
+            ),
+        )
+        start = inputs.stop

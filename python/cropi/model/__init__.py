@@ -1,0 +1,1 @@
+"""The policy: loading it, where it comes from, and its fingerprint."""

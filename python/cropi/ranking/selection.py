@@ -1,0 +1,174 @@
+"""Selection: the best fraction of the pool, by fused influence or by a baseline.
+
+The rule (arXiv 2510.26491)::
+
+    n        = floor(N_pool * fraction + 1e-9)
+    L_v      = the n prompts with the highest score[., v];   rank_v = 1 .. n inside L_v
+    fused(s) = sum over v with s in L_v of 1 / rank_v(s)     (reciprocal rank fusion, constant 0, truncated at
+    n) selected = the n prompts with the highest fused
+
+Equal values are ordered by prompt id, so the result does not depend on the order of the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cropi.data.readers import read_trajectories
+from cropi.errors import CropiError
+from cropi.files import lines_of, replacing
+from cropi.ranking.influence import Scores
+
+METHODS = ("rrf", "max", "random", "learnability", "pass_rate")
+POOLS = ("all", "usable")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen prompts, best first: places in the score table, and the value each was ranked by.
+
+    ``order`` ranks every usable prompt, the chosen ones first; ``fused`` is float64 ``[n prompts]``.
+    """
+
+    chosen: list[int]
+    order: list[int]
+    fused: np.ndarray
+    method: str
+
+
+def fuse_ranks(table: np.ndarray, ids: Sequence[str], n: int) -> np.ndarray:
+    """Reciprocal rank fusion truncated at n, constant 0: float64 ``[prompts]`` from scores ``[prompts,
+    sets]``."""
+    if table.ndim != 2 or len(table) != len(ids):
+        raise CropiError(f"table has shape {list(table.shape)}: give [{len(ids)}, sets], a row per id")
+    fused = np.zeros(len(ids))
+    for column in table.T:
+        best = sorted(range(len(ids)), key=lambda i: (-column[i], ids[i]))[:n]
+        for rank, i in enumerate(best, 1):
+            fused[i] += 1.0 / rank
+    return fused
+
+
+def how_many(fraction: float, size: int) -> int:
+    """``floor(size * fraction + 1e-9)``, the number of prompts that a selection from a pool of ``size`` holds at most.
+
+    CROPI's released code takes ``int(size * fraction)``, which is one less where the product should be whole and its
+    rounding falls below: 28 of 100 for 0.29, against 29 here.
+
+    Raises:
+        CropiError: the fraction is not in (0, 1], or chooses nothing.
+    """
+    if not 0 < fraction <= 1:
+        raise CropiError(f"fraction must be in (0, 1], got {fraction}")
+    # 0.29 * 100 is 28.999... in binary; the rule means 29.
+    n = math.floor(size * fraction + 1e-9)
+    if n < 1:
+        raise CropiError(
+            f"fraction {fraction} of a pool of {size} prompts chooses none; give a larger fraction or more prompts"
+        )
+    return n
+
+
+def select(
+    scores: Scores, *, fraction: float = 0.1, method: str = "rrf", pool: str = "all", seed: int = 0
+) -> Selection:
+    """Choose ``floor(N_pool * fraction + 1e-9)`` prompts (see :func:`how_many`). Prompts without a usable sketch (zero
+    gradient) are never chosen.
+
+    Args:
+        scores: the score table.
+        fraction: share of the pool, in (0, 1].
+        method: "rrf" (the rule above), "max" (the highest score over the sets), or a baseline: "random",
+            "learnability" (p (1 - p) of the pass rate p), "pass_rate" (the highest p).
+        pool: what N_pool counts: "all" prompts of the file, as the released method does, or only "usable"
+            ones.
+        seed: of "random", and of the order among equal pass rates in the other two baselines.
+
+    Raises:
+        CropiError: the fraction chooses nothing, or an unknown option.
+    """
+    for given, allowed, name in ((method, METHODS, "method"), (pool, POOLS, "pool")):
+        if given not in allowed:
+            raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
+    usable = np.flatnonzero(scores.usable)
+    n = how_many(fraction, len(scores.rows) if pool == "all" else len(usable))
+    ids = [scores.rows[i].id for i in usable]
+    table = scores.table[usable]
+    rates = np.array([scores.rows[i].pass_rate for i in usable])
+    if method in ("rrf", "max"):
+        value = fuse_ranks(table, ids, n) if method == "rrf" else table.max(axis=1)
+        ties: list[str] = ids
+    else:
+        # Rounded: 0.2 * 0.8 and 0.8 * (1 - 0.8) differ in their last bit, and the harder prompt would always win.
+        learnable = np.round(rates * (1 - rates), 12)
+        value = {"random": np.zeros(len(ids)), "learnability": learnable, "pass_rate": rates}[method]
+        # Pass rates take few values: among equal ones the draw must not follow the names of the tasks.
+        ties = [hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in ids]
+    # Outside every L_v all fused values are 0; the score keeps that end of the list in a meaningful order.
+    beyond = np.where(value == 0, table.max(axis=1), 0.0) if method == "rrf" else np.zeros(len(ids))
+    order = sorted(range(len(ids)), key=lambda i: (-value[i], -beyond[i], ties[i]))
+    fused = np.full(len(scores.rows), math.nan)
+    fused[usable] = value
+    places = [int(usable[i]) for i in order]
+    return Selection(places[:n], places, fused, method)
+
+
+def write_selection(path: str | Path, scores: Scores, selection: Selection) -> None:
+    """Write ``selected.jsonl``: id, rank (from 1), fused value, method, scores per set, stage and model, best
+    first."""
+    origin = scores.meta["train"]
+    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for rank, i in enumerate(selection.chosen, 1):
+            row = {
+                "id": scores.rows[i].id, "rank": rank, "fused": float(selection.fused[i]), "method": selection.method,
+                "scores": {name: float(scores.table[i, v]) for v, name in enumerate(scores.sets)},
+                "stage": origin["stage"], "model": origin["model"]["weights"],
+            }  # fmt: skip
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_selection(path: str | Path) -> list[str]:
+    """The prompt ids in a selection file, best first: what :func:`write_selection` wrote, or one id a line.
+
+    Raises:
+        CropiError: the file is empty, or a line is not an id.
+    """
+    lines = [line for line in lines_of(Path(path)) if line.strip()]
+    if not lines:
+        raise CropiError(f"selection: {path} is empty")
+    if not lines[0].lstrip().startswith("{"):
+        return [line.strip() for line in lines]
+    try:
+        return [str(json.loads(line)["id"]) for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CropiError(f"selection: {path} is not what `cropi select` writes ({error})") from error
+
+
+def write_selected_records(
+    path: str | Path, trajectories: Sequence[str | Path], scores: Scores, selection: Selection
+) -> None:
+    """Copy the chosen prompts' trajectory records, unchanged, best first.
+
+    Raises:
+        CropiError: a chosen prompt is not in the trajectory files.
+    """
+    rank = {scores.rows[i].id: place for place, i in enumerate(selection.chosen)}
+    found: dict[int, str] = {}
+    for group in read_trajectories(trajectories, skip_bad=True):
+        if group.id in rank:
+            found[rank[group.id]] = group.raw
+    missing = [name for name, place in rank.items() if place not in found]
+    if missing:
+        raise CropiError(
+            f"{len(missing)} selected prompts are not in {', '.join(map(str, trajectories))}, for example "
+            f"{missing[0]!r}; give the files that the training store was made from"
+        )
+    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(found[place] + "\n" for place in range(len(found)))

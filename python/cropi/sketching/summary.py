@@ -1,0 +1,84 @@
+"""What a sketching job did: counts, speed, where the time went, memory and coverage."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cropi.store.shards import FAILED, OK, RowInfo
+
+
+@dataclass
+class Summary:
+    """Counts and times of one job. ``seconds`` holds forward, backward and sketch (a part of the other two)."""
+
+    out: Path
+    read: int = 0
+    resumed: int = 0
+    sketched: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    bad_records: list[str] = field(default_factory=list)
+    scored_tokens: int = 0
+    model_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    wall: float = 0.0
+    coverage: str = ""
+    peak_gib: float = 0.0
+    interrupted: bool = False
+
+    def add(self, seconds: dict[str, float], wall: float, model_tokens: int, scored_tokens: int) -> None:
+        """Add one micro-batch."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        self.wall += wall
+        self.model_tokens += model_tokens
+        self.scored_tokens += scored_tokens
+
+    def count(self, row: RowInfo) -> None:
+        """Count a finished prompt."""
+        if row.status == OK:
+            self.sketched += 1
+        elif row.status == FAILED:
+            self.failed.append((row.id, row.reason))
+        else:
+            self.skipped[row.reason] += 1
+
+    def text(self) -> str:
+        """A few lines for the terminal."""
+        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items())) or "none"
+        lines = [
+            f"prompts       {self.read} read, {self.sketched} sketched, {sum(self.skipped.values())} skipped "
+            f"({skipped}), {len(self.failed)} failed"
+            + (f", {self.resumed} from before" if self.resumed else ""),
+        ]
+        lines += [f"  failed      {name}: {reason}" for name, reason in self.failed[:10]]
+        if len(self.failed) > 10:
+            lines.append(f"  ...         and {len(self.failed) - 10} more (see `cropi info {self.out}`)")
+        if self.bad_records:
+            lines.append(f"bad records   {len(self.bad_records)} left out; the first: {self.bad_records[0]}")
+        if self.wall > 0 and self.model_tokens:
+            forward, backward, sketch = (self.seconds[name] for name in ("forward", "backward", "sketch"))
+            lines += [
+                f"tokens        {self.model_tokens} through the model, {self.scored_tokens} scored, "
+                f"{self.model_tokens / self.wall:.0f} tokens/s",
+                f"time          {self.wall:.1f} s: forward {forward / self.wall:.0%}, backward "
+                f"{backward / self.wall:.0%}, of which {sketch / self.wall:.0%} for sketching",
+            ]
+        lines.append(f"peak memory   {self.peak_gib:.2f} GiB")
+        if self.coverage:
+            lines.append(f"parameters    {self.coverage}")
+        return "\n".join(lines)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The largest amount of memory held so far: of the process, or of torch on a CUDA device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,313 @@
+"""The sketch store: a folder of shards and a manifest that says what they are sketches of.
+
+Rows are keyed by prompt id. A row is safe once :meth:`SketchStore.flush` has returned: a job that is killed
+at any instant resumes at the first missing prompt. A store refuses to be continued, or compared, under other
+settings.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from cropi.errors import CropiError
+from cropi.files import write_atomic
+from cropi.store.manifest import FORMAT, MANIFEST, check_comparable, check_same_job, read_manifest
+from cropi.store.shards import (
+    DTYPES,
+    RowInfo,
+    commit_path,
+    damaged,
+    read_rows,
+    read_sketches,
+    shard_number,
+    write_shard,
+)
+
+
+class SketchStore:
+    """Sketches of prompt gradients in a folder.
+
+    Use :meth:`create` to write (it continues a store that is there) and :meth:`open` to read. As a context
+    manager it flushes and releases the folder at the end, also after an error.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], *, shard_rows: int = 64) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.shard_rows = shard_rows
+        self._lock: int | None = None
+        self._pending: list[tuple[RowInfo, torch.Tensor | None]] = []
+        self._shards: dict[Path, list[RowInfo]] = {}
+        self._rows: dict[str, RowInfo] = {}
+
+    @classmethod
+    def create(cls, path: str | Path, manifest: Mapping[str, Any], *, shard_rows: int = 64) -> SketchStore:
+        """Make a store, or continue the one at ``path``, and lock it for this process.
+
+        Args:
+            path: the folder.
+            manifest: plain JSON values: ``spec``, ``hash_version``, ``stage``, ``model``, ``parameters``,
+                ``dtype``, and whatever else the rows depend on. Values under ``notes`` are kept but never
+                compared. ``prompts`` is how many rows the store is to hold: with fewer, it is unfinished
+                (see :meth:`check_finished`); a store that is continued keeps the larger number.
+            shard_rows: rows with a sketch per shard; :meth:`add` flushes when so many are pending.
+
+        Raises:
+            CropiError: the folder cannot be written, another process writes to it, it was made with other settings
+                (the first differing field is named with both values), or it is damaged.
+        """
+        path, wanted = Path(path), json.loads(json.dumps({"format": FORMAT, **manifest}))
+        if wanted.get("dtype", "float32") not in DTYPES:
+            raise CropiError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted['dtype']!r}")
+        if path.exists() and not path.is_dir():
+            raise CropiError(f"{path} is a file; give a folder for the store")
+        if (
+            path.is_dir()
+            and any(path.iterdir())
+            and not (path / MANIFEST).exists()
+            and not (path / ".lock").exists()
+        ):
+            raise CropiError(f"{path} is not empty and holds no {MANIFEST}; give a new folder for the store")
+        if next(path.glob("shard-*"), None) and not (path / MANIFEST).exists():
+            raise CropiError(
+                f"{path} holds shards but no {MANIFEST}, so what they are sketches of is not known; put it back, or "
+                "give a new folder for the store"
+            )
+        store = cls(path, wanted, shard_rows=shard_rows)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            store._acquire()
+        except OSError as error:
+            reason = error.strerror.lower() if error.strerror else error
+            raise CropiError(f"cannot write the store {path}: {reason}; give another --out") from error
+        try:
+            if (path / MANIFEST).exists():
+                made = read_manifest(path)
+                check_same_job(path, made, wanted)
+                store.manifest = made
+                if wanted.get("prompts", 0) > made.get("prompts", 0):
+                    store._write_manifest(made | {"prompts": wanted["prompts"]})
+            else:
+                store._write_manifest(wanted)
+            store._load(remove_unfinished=True)
+        except BaseException:
+            store._release()
+            raise
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path) -> SketchStore:
+        """Open a store for reading.
+
+        Raises:
+            CropiError: there is none, its format is newer, or a shard's header is damaged.
+        """
+        store = cls(Path(path), read_manifest(Path(path)))
+        store._load(remove_unfinished=False)
+        # Again, after the rows: a job that goes on meanwhile raises the number of prompts before it adds rows, so that
+        # a part cannot be taken for the whole.
+        store.manifest = read_manifest(store.path)
+        return store
+
+    @classmethod
+    def join(cls, stores: Sequence[SketchStore]) -> SketchStore:
+        """Several stores of one model and stage, read as one; its manifest and path are those of the first.
+
+        Raises:
+            CropiError: there is none, they cannot be compared, or two hold the same prompt.
+        """
+        if not stores:
+            raise CropiError("there is no store to read")
+        joined = cls(stores[0].path, dict(stores[0].manifest))
+        counts = [store.manifest.get("prompts") for store in stores]
+        joined.manifest.pop("prompts", None)
+        if None not in counts:
+            joined.manifest["prompts"] = sum(counts)
+        for store in stores:
+            check_comparable(stores[0].manifest, store.manifest, (str(stores[0].path), str(store.path)))
+            twice = sorted(joined._rows.keys() & store._rows.keys())
+            if twice:
+                raise CropiError(
+                    f"{store.path} holds the prompt {twice[0]!r}, and so does another store that is read with it"
+                )
+            joined._shards.update(store._shards)
+            joined._rows.update(store._rows)
+        return joined
+
+    def __contains__(self, prompt_id: str) -> bool:
+        return prompt_id in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self) -> list[RowInfo]:
+        """Every finished row, in order of prompt id: independent of the order in which they were computed."""
+        return [self._rows[key] for key in sorted(self._rows)]
+
+    def add(self, row: RowInfo, sketch: torch.Tensor | None = None) -> list[str]:
+        """Add a row; ``sketch`` is float ``[dim]``, or None for a prompt without one.
+
+        Returns:
+            The ids made safe by this call (empty unless a shard became full).
+
+        Raises:
+            CropiError: the id is already there, or the disk is full.
+        """
+        if row.id in self._rows or any(row.id == other.id for other, _ in self._pending):
+            raise CropiError(f"the store {self.path} already has the prompt {row.id!r}")
+        if sketch is not None and tuple(sketch.shape) != (self.dim,):
+            raise CropiError(f"sketch: shape [{self.dim}] is expected, got {list(sketch.shape)}")
+        kept = None if sketch is None else sketch.detach().to("cpu", torch.float32, copy=True)
+        self._pending.append((row, kept))
+        full = sum(kept is not None for _, kept in self._pending) >= self.shard_rows
+        return self.flush() if full or len(self._pending) >= 64 * self.shard_rows else []
+
+    def flush(self) -> list[str]:
+        """Write the pending rows as one shard. When it returns, they survive a kill and a power cut.
+
+        Raises:
+            CropiError: the disk is full; earlier shards are intact and the rows stay pending.
+        """
+        if not self._pending:
+            return []
+        self._check_writable()
+        sketches = [sketch for _, sketch in self._pending if sketch is not None]
+        places = iter(range(len(sketches)))
+        rows = [
+            RowInfo(**(vars(row) | {"row": None if sketch is None else next(places)}))
+            for row, sketch in self._pending
+        ]
+        table = torch.stack(sketches) if sketches else torch.empty(0, self.dim)
+        number = max(map(shard_number, self._shards), default=-1) + 1
+        path = self.path / f"shard-{number:05d}.safetensors"
+        write_shard(path, rows, table, self.manifest.get("dtype", "float32"))
+        self._shards[path] = rows
+        self._rows.update((row.id, row) for row in rows)
+        self._pending = []
+        return [row.id for row in rows]
+
+    def shards(self) -> Iterator[tuple[list[RowInfo], torch.Tensor]]:
+        """Stream the store: for every shard, its rows that have a sketch, and these as float32 ``[n, dim]``.
+
+        Raises:
+            CropiError: a shard's checksum does not match; the shard is named.
+        """
+        for path, rows in self._shards.items():
+            kept = [row for row in rows if row.row is not None]
+            if kept:
+                yield kept, read_sketches(path)[[int(row.row or 0) for row in kept]]
+
+    def verify(self) -> int:
+        """Check every shard's checksum; returns how many there are."""
+        for path in self._shards:
+            read_sketches(path)
+        return len(self._shards)
+
+    def finish(self) -> None:
+        """Note that the job has gone through all its prompts, so that what the store holds is all of them.
+
+        Raises:
+            CropiError: the disk is full.
+        """
+        self.flush()
+        if self.manifest.get("prompts") != len(self):
+            self._write_manifest(self.manifest | {"prompts": len(self)})
+
+    def check_finished(self) -> None:
+        """Refuse to rank a part of the prompts as if it were all.
+
+        A store that does not say how many prompts it is to hold passes: an earlier release made it, or other hands.
+
+        Raises:
+            CropiError: the job that fills the store has not gone through all its prompts.
+        """
+        if len(self) < self.expected:
+            raise CropiError(
+                f"the store {self.path} holds {len(self)} of {self.expected} prompts: its sketching run was "
+                "interrupted, or still goes on; run the same command again to sketch the rest, or with a --limit that "
+                "is reached to take fewer on purpose"
+            )
+
+    @property
+    def expected(self) -> int:
+        """Prompts that the store is to hold; where the manifest does not say, those that it holds."""
+        return int(self.manifest.get("prompts", len(self)))
+
+    @property
+    def dim(self) -> int:
+        """Numbers per sketch."""
+        return int(self.manifest["spec"]["dim"])
+
+    def close(self) -> None:
+        """Flush, and let other processes write."""
+        try:
+            if self._lock is not None:
+                self.flush()
+        finally:
+            self._release()
+
+    def __enter__(self) -> SketchStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except (CropiError, OSError):
+            pass  # the error that is already on its way says more
+
+    def _load(self, remove_unfinished: bool) -> None:
+        paths = sorted(self.path.glob("shard-*.safetensors"), key=shard_number)
+        for path in paths:
+            if not commit_path(path).exists():
+                if path is not paths[-1]:
+                    raise CropiError(damaged(path, "its checksum file is missing"))
+                if remove_unfinished:  # the job was killed inside write_shard: these rows were never reported
+                    path.unlink()
+                continue
+            rows = read_rows(path)
+            self._shards[path] = rows
+            self._rows.update((row.id, row) for row in rows)
+        if remove_unfinished:
+            for left in self.path.glob(".*.tmp"):
+                left.unlink()
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        self._check_writable()
+        write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        self.manifest = manifest
+
+    def _check_writable(self) -> None:
+        if self._lock is None:
+            raise CropiError(f"the store {self.path} is open for reading only")
+
+    def _acquire(self) -> None:
+        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
+            os.close(lock)
+            raise CropiError(
+                f"another process (pid {owner}) is writing to the store {self.path}; wait for it, or end it"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
+        self._lock = lock
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)  # closing drops the lock, as the end of the process does
+            self._lock = None

@@ -1,0 +1,1 @@
+"""Readers of the rollout files that trainers write."""

@@ -1,0 +1,133 @@
+"""Training a stage in this process, with TRL's GRPOTrainer."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cropi.data.export import ROLLOUT_KEYS
+from cropi.data.readers import read_trajectories
+from cropi.errors import CropiError, did_you_mean, optional
+from cropi.model.load import load_model
+from cropi.trainers.trl.checkpoints import newest_whole
+from cropi.trainers.trl.versions import check_version
+
+KEYS = ("reward", "args", "dtype", "device")
+# These belong to the stage.
+OURS = ("output_dir", "max_steps", "num_train_epochs")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the ``trl`` table of a config before any compute.
+
+    ``reward`` names one or more functions as ``FILE.py:NAME`` or ``MODULE:NAME``, with TRL's signature (completions and
+    the columns of the records as keyword arguments); ``args`` are options of ``GRPOConfig``; ``dtype`` and ``device``
+    are those of the policy.
+
+    Raises:
+        ModuleNotFoundError: TRL is not installed.
+        CropiError: a TRL that was not tried, a key is unknown or missing, or a reward function cannot be found.
+    """
+    for key in options:
+        if key not in KEYS:
+            raise CropiError(
+                f"trl: {key!r} is not known; {did_you_mean(key, KEYS)}known are {', '.join(KEYS)}"
+            )
+    if not options.get("reward"):
+        raise CropiError("trl: 'reward' is missing, the reward function as FILE.py:NAME or MODULE:NAME")
+    for name in _names(options["reward"]):
+        reward_function(name)
+    check_version()
+    known = set(optional("trl").GRPOConfig.__dataclass_fields__)
+    for key in options.get("args") or {}:
+        if key in OURS:
+            raise CropiError(f"trl.args: {key!r} is set by the stage; take it out")
+        if key not in known:
+            raise CropiError(
+                f"trl.args: GRPOConfig has no {key!r}; {did_you_mean(key, known)}see its documentation"
+            )
+
+
+def reward_function(name: str) -> Callable[..., Any]:
+    """The function that ``FILE.py:NAME`` or ``MODULE:NAME`` names.
+
+    Raises:
+        CropiError: there is none.
+    """
+    source, _, attribute = name.rpartition(":")
+    if not source:
+        raise CropiError(f"trl.reward: {name!r} should be FILE.py:NAME or MODULE:NAME")
+    try:
+        if source.endswith(".py"):
+            key = f"cropi_reward_{Path(source).stem}"
+            spec = importlib.util.spec_from_file_location(key, source)
+            if spec is None or spec.loader is None:
+                raise ImportError(source)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[key] = module
+            folder = str(Path(source).resolve().parent)
+            if folder not in sys.path:
+                sys.path.append(folder)  # it may import the files beside it, as a script may
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        found = getattr(module, attribute)
+    except Exception as error:  # it is the user's code that runs here
+        raise CropiError(
+            f"trl.reward: {name!r} cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
+    if not callable(found):
+        raise CropiError(f"trl.reward: {name!r} is no function")
+    return found
+
+
+def train_stage(options: Mapping[str, Any], model: str, records: Path, steps: int, out: Path) -> Path:
+    """Train on the selected prompts with GRPO; an attempt that was cut short goes on at its last checkpoint.
+
+    Args:
+        options: see :func:`check_options`.
+        model: the current policy, as for :func:`cropi.model.load.load_model`.
+        records: the trajectory records of the selected prompts. Their rollouts are left out: TRL samples new ones.
+        steps: optimizer steps.
+        out: a folder, for checkpoints and the new policy.
+
+    Returns:
+        The folder of the new policy, in Hugging Face form.
+    """
+    trl, datasets = optional("trl"), optional("datasets")
+    device = options.get("device", "cpu")
+    policy, tokenizer = load_model(model, dtype=options.get("dtype", "float32"), device=device)
+    rows = [
+        {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
+        for group in read_trajectories(records)
+    ]
+    config: dict[str, Any] = {"report_to": "none", "use_cpu": device == "cpu"}
+    if device == "cpu":
+        config["bf16"] = False  # TRL's default; slow and less exact where the CPU has no bfloat16 units
+    config |= options.get("args") or {}
+    arguments = trl.GRPOConfig(output_dir=str(out / "checkpoints"), max_steps=steps, **config)
+    trainer = trl.GRPOTrainer(
+        model=policy, reward_funcs=[reward_function(name) for name in _names(options["reward"])], args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+    )  # fmt: skip
+    started = newest_whole(out / "checkpoints", "trainer_state.json")
+    trainer.train(resume_from_checkpoint=str(started) if started else None)
+    new = out / "policy"
+    trainer.save_model(str(new))
+    tokenizer.save_pretrained(str(new))
+    # The next step loads the new policy; this one and its optimizer must be gone by then.
+    del trainer, policy
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return new
+
+
+def _names(reward: Any) -> list[str]:
+    return [reward] if isinstance(reward, str) else list(reward)

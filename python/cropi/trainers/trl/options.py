@@ -1,0 +1,152 @@
+"""What a user sets: how rollouts are recorded, and how the prompts of each stage are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cropi.errors import CropiError
+from cropi.gradient.estimators import Estimator, make_estimator
+from cropi.ranking.influence import MEANS, METRICS
+from cropi.ranking.selection import METHODS, POOLS
+from cropi_kernels import SketchSpec
+
+Paths = str | Path | Sequence[str | Path]
+ON_NOTHING = ("error", "keep")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How rollouts are recorded.
+
+    Attributes:
+        folder: where; None: ``<output_dir>/cropi/rollouts``.
+        id_column: the dataset's column of stable prompt ids.
+        set_column: validation set of a prompt of ``eval_dataset``; without the column, the key of the dataset in
+            a dictionary of eval datasets, else "valid".
+        columns: more columns that go into the record, where the dataset has them.
+        logprobs: record each token's log-prob under the policy that sampled it, as the trainer computes it.
+        text: record prompt and responses as text too (token ids always are).
+    """
+
+    folder: str | Path | None = None
+    id_column: str = "id"
+    set_column: str = "set"
+    columns: Sequence[str] = ("task", "answer")
+    logprobs: bool = True
+    text: bool = True
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """How the prompts of each stage are chosen. A stage is ``stage_steps`` optimizer steps.
+
+    Attributes:
+        stage_steps: optimizer steps between two selections (CROPI's 1.5B run: 200).
+        fraction: share of the pool that a stage trains on, in (0, 1].
+        train: files of stored trajectories of training prompts, as CROPI uses them; None: what this run records, so
+            that stage 0 trains on the whole dataset.
+        valid: files of trajectories of validation prompts; None: what this run records while it evaluates
+            ``eval_dataset`` (done once before the first selection, if no evaluation has been recorded by then).
+        valid_sets: names of validation sets that must be covered; None: whatever sets the trajectories hold.
+        use_recorded: let rollouts of this run replace those in the files ``train``, prompt by prompt.
+        recording: how rollouts are recorded; None: not at all.
+        folder: where selections, score tables and the log of stages go; None: ``<output_dir>/cropi``.
+        spec: the sketch.
+        estimator: a name ("cropi", "ppo", "reinforce", "dr_grpo", "dapo") or an :class:`Estimator`.
+        exclude: patterns of parameter names that are left out of the sketch.
+        behaviour: "file" (recorded log-probs), "current" (ratio 1), or "auto": the file's if every record has them.
+        metric, mean, max_valid: as in :func:`cropi.influence.influence`.
+        method, pool: as in :func:`cropi.ranking.selection.select`.
+        layout, tokens_per_batch: of the sketching passes.
+        seed: of the stages' orders and of every draw; None: the trainer's.
+        on_nothing: a stage in which no prompt has a gradient (all rewards equal): "error", or "keep" the prompts of the
+            stage before.
+        keep_sketches: keep the sketches of every stage (``dim`` x 4 bytes a prompt) instead of removing them once the
+            prompts are chosen.
+    """
+
+    stage_steps: int
+    fraction: float = 0.1
+    train: Paths | None = None
+    valid: Paths | None = None
+    valid_sets: Sequence[str] | None = None
+    use_recorded: bool | None = None
+    recording: Recording | None = field(default_factory=Recording)
+    folder: str | Path | None = None
+    spec: SketchSpec = field(default_factory=SketchSpec)
+    estimator: str | Estimator = "cropi"
+    exclude: Sequence[str] = ()
+    behaviour: str = "auto"
+    metric: str = "cosine"
+    mean: str = "plain"
+    max_valid: int | None = None
+    method: str = "rrf"
+    pool: str = "all"
+    layout: str = "auto"
+    tokens_per_batch: int = 1024
+    seed: int | None = None
+    on_nothing: str = "error"
+    keep_sketches: bool = False
+
+    def __post_init__(self) -> None:
+        if (
+            isinstance(self.stage_steps, bool)
+            or not isinstance(self.stage_steps, int)
+            or self.stage_steps < 1
+        ):
+            raise CropiError(f"stage_steps must be an integer of at least 1, got {self.stage_steps!r}")
+        if not 0 < self.fraction <= 1:
+            raise CropiError(f"fraction must be in (0, 1], got {self.fraction}")
+        for name, allowed in (
+            ("metric", METRICS), ("mean", MEANS), ("method", METHODS), ("pool", POOLS), ("on_nothing", ON_NOTHING),
+            ("behaviour", ("auto", "file", "current")), ("layout", ("auto", "shared", "padded")),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.estimator_used()
+        for name in ("train", "valid"):
+            files = self.files(name)
+            if files is not None and not files:
+                raise CropiError(
+                    f"{name} is an empty list of files; give files, or None for what this run records"
+                )
+            for path in files or ():
+                if not path.is_file():
+                    raise CropiError(f"{name}: there is no trajectory file {path}")
+            if files is None and self.recording is None:
+                raise CropiError(
+                    f"{name} is None, so it comes from what this run records, but recording is None too; give files "
+                    "of trajectories, or a Recording"
+                )
+        if self.use_recorded and self.recording is None:
+            raise CropiError(
+                "use_recorded needs rollouts of this run, but recording is None; give a Recording"
+            )
+
+    def files(self, name: str) -> list[Path] | None:
+        """The files ``train`` or ``valid``, or None for recorded rollouts."""
+        value = getattr(self, name)
+        if value is None:
+            return None
+        return [Path(path) for path in ([value] if isinstance(value, (str, Path)) else value)]
+
+    def estimator_used(self) -> Estimator:
+        """The estimator itself."""
+        if isinstance(self.estimator, Estimator):
+            return self.estimator
+        try:
+            return make_estimator(self.estimator)
+        except ValueError as error:
+            raise CropiError(str(error)) from None
+
+    def settings(self) -> dict[str, Any]:
+        """What the order of prompts depends on, to be compared when a run is resumed."""
+        return {
+            "stage_steps": self.stage_steps, "fraction": self.fraction, "method": self.method, "pool": self.pool,
+            "metric": self.metric, "mean": self.mean, "max_valid": self.max_valid, "spec": self.spec.to_dict(),
+            "estimator": self.estimator_used().to_dict(), "exclude": list(self.exclude), "behaviour": self.behaviour,
+            "recorded": [self.train is None, self.valid is None, bool(self.use_recorded)],
+        }  # fmt: skip

@@ -1,0 +1,237 @@
+"""Micro-batches: both layouts, any split, one exact gradient."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from support.made_data import make_model
+
+from cropi.data.records import PromptGroup
+from cropi.errors import CropiError
+from cropi.gradient.batches import MicroBatch, make_batches, plan_rows
+from cropi.gradient.estimators import ESTIMATORS
+from cropi.gradient.layout import Layout, additive_if_eager, choose_layout, prefix_mask
+from cropi.gradient.tokenize import TokenGroup
+from cropi_kernels import GradientSketcher, SketchSpec
+
+SHARED, PADDED = Layout(shared=True), Layout(shared=False)
+
+
+def make_group(
+    name: str, prompt: int, responses: list[int], seed: int, temperature: float = 1.0
+) -> TokenGroup:
+    rng = random.Random(seed)
+    tokens = [[rng.randrange(2, 98) for _ in range(n)] for n in responses]
+    logprobs = [[-3 * rng.random() for _ in ids] for ids in tokens]
+    rewards = [float(k % 2) + 0.1 * k for k in range(len(responses))]
+    record = PromptGroup(name, "text", None, rewards)
+    return TokenGroup(record, [rng.randrange(2, 98) for _ in range(prompt)], tokens, logprobs, temperature)
+
+
+GROUPS = [
+    make_group("a", 5, [4, 1, 7, 3], seed=1),
+    make_group("b", 1, [2, 2], seed=2),
+    make_group("c", 9, [6, 6, 5, 1, 1, 8], seed=3, temperature=0.5),
+    make_group("d", 3, [10, 2, 4], seed=4),
+]
+ESTIMATOR = ESTIMATORS["cropi"]
+
+
+def flat_gradient(model: Any, loss: torch.Tensor) -> torch.Tensor:
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=False)]
+    )
+
+
+def exact(model: Any, group: TokenGroup) -> torch.Tensor:
+    """The gradient from its definition: one response at a time, no batch, no mask."""
+    advantages = ESTIMATOR.advantages(group.group.rewards)
+    total = torch.zeros((), dtype=torch.float64)
+    assert group.logprobs is not None
+    for k, response in enumerate(group.responses):
+        logits = model(input_ids=torch.tensor([group.prompt + response])).logits[
+            0, len(group.prompt) - 1 : -1
+        ]
+        logp = (logits / group.temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        ratio = (logp - torch.tensor(group.logprobs[k], dtype=torch.float64)).exp()
+        total = total + (ratio * advantages[k]).mean() / len(group.responses)
+    return flat_gradient(model, total)
+
+
+def from_batches(model: Any, batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
+    """Each prompt's gradient from the arrays that the sketcher gets, by plain autograd."""
+    sums: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        logits = model(
+            input_ids=batch.input_ids,
+            attention_mask=additive_if_eager(model, batch.attention_mask),
+            position_ids=batch.position_ids,
+        ).logits
+        chosen = logits.flatten(0, 1)[batch.positions] / batch.temperature
+        logp = chosen.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        weights = ESTIMATOR.weights(logp.detach(), batch.behaviour, batch.advantages, batch.divisors)
+        for s, group in enumerate(batch.groups):
+            part = flat_gradient(model, (weights * logp)[batch.token_segments == s].sum()) if s + 1 == len(
+                batch.groups
+            ) else torch.cat([
+                g.flatten() for g in torch.autograd.grad(
+                    (weights * logp)[batch.token_segments == s].sum(), list(model.parameters()), retain_graph=True
+                )
+            ])  # fmt: skip
+            sums[group.id] = sums.get(group.id, torch.zeros(())) + part
+    return sums
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_layout_and_split_gives_the_exact_gradient(kind: str, attention: str) -> None:
+    model = make_model(kind).double()
+    model.set_attn_implementation(attention)
+    model.train().get_input_embeddings().eval()
+    layout = choose_layout(model)
+    assert model.training and not model.get_input_embeddings().training, "every module in its own mode"
+    model.eval()
+    assert layout.shared, layout.note
+    expected = {group.id: exact(model, group) for group in GROUPS}
+    for chosen, budget in ((layout, 2048), (SHARED, 25), (PADDED, 2048), (PADDED, 1)):
+        got = from_batches(
+            model, list(make_batches(GROUPS, ESTIMATOR, chosen, budget=budget, stored_behaviour=True))
+        )
+        assert got.keys() == expected.keys()
+        for name in expected:
+            # Advantages, divisors and behaviour log-probs are float32, the model float64.
+            torch.testing.assert_close(
+                got[name], expected[name], rtol=3e-6, atol=3e-6 * float(expected[name].abs().max())
+            )
+
+
+def test_sketches_agree_between_layouts_and_splits() -> None:
+    model = make_model("llama")
+    reference: dict[str, torch.Tensor] = {}
+    with GradientSketcher(model, SketchSpec(dim=512)) as sketcher:
+        for layout, budget in ((SHARED, 2048), (SHARED, 20), (PADDED, 64), (PADDED, 1)):
+            sums: dict[str, torch.Tensor] = {}
+            for batch in make_batches(GROUPS, ESTIMATOR, layout, budget=budget, stored_behaviour=True):
+                b = batch
+
+                def weigh(logp: torch.Tensor, start: int, stop: int, b: MicroBatch = b) -> torch.Tensor:
+                    assert b.behaviour is not None
+                    return ESTIMATOR.weights(
+                        logp, b.behaviour[start:stop], b.advantages[start:stop], b.divisors[start:stop]
+                    )
+
+                result = sketcher.policy_gradient(
+                    batch.input_ids, segments=batch.segments, positions=batch.positions, targets=batch.targets,
+                    weigh=weigh, num_segments=len(batch.groups), attention_mask=batch.attention_mask,
+                    position_ids=batch.position_ids, temperature=batch.temperature,
+                )  # fmt: skip
+                for s, group in enumerate(batch.groups):
+                    sums[group.id] = sums.get(group.id, 0) + result.sketches[s]
+            reference = reference or sums
+            for name, sketch in sums.items():
+                size = float(reference[name].norm())
+                assert float((sketch - reference[name]).norm()) < 1e-4 * size, (name, layout, budget)
+
+
+def test_rows_hold_every_response_once_and_respect_the_budget() -> None:
+    group = make_group("g", 20, [3, 30, 4, 4, 12, 1, 1, 9], seed=5)
+    for budget in (1, 30, 45, 60, 1000):
+        rows = plan_rows(group, SHARED, budget)
+        assert sorted(k for row in rows for k in row.chosen) == list(range(8))
+        assert all(row.length <= budget or len(row.chosen) == 1 for row in rows)
+        assert [row.last for row in rows] == [False] * (len(rows) - 1) + [True]
+    assert len(plan_rows(group, SHARED, 1000)) == 1, "without an attention cost sharing is always cheaper"
+    assert len(plan_rows(group, PADDED, 1000)) == 8
+    # 8 long responses to a short prompt: attention over one row of all costs more than the prompt saves.
+    long = make_group("h", 4, [200] * 8, seed=6)
+    assert len(plan_rows(long, Layout(True, attention_cost=1e-2), 10_000)) == 8
+
+
+def test_batches_respect_the_budget_and_never_mix_temperatures() -> None:
+    groups = [
+        make_group(f"g{i}", 3 + i % 5, [2 + i % 7, 4, 1], seed=i, temperature=(1.0, 0.5)[i % 2])
+        for i in range(40)
+    ]
+    for layout in (SHARED, PADDED):
+        finished: list[str] = []
+        for batch in make_batches(groups, ESTIMATOR, layout, budget=64, window=16):
+            assert batch.input_ids.numel() <= 64
+            assert {group.temperature for group in batch.groups} == {batch.temperature}
+            assert bool((batch.segments[1:] >= batch.segments[:-1]).all())
+            assert batch.behaviour is None
+            finished += [group.id for group, last in zip(batch.groups, batch.finished) if last]
+        assert sorted(finished) == sorted(group.id for group in groups), (
+            "each prompt is finished exactly once"
+        )
+
+
+def test_token_count_leaves_padding_out() -> None:
+    for layout in (SHARED, PADDED):
+        expected = sum(row.length for group in GROUPS for row in plan_rows(group, layout, 64))
+        assert sum(batch.tokens for batch in make_batches(GROUPS, ESTIMATOR, layout, budget=64)) == expected
+
+
+def test_prefix_mask_by_hand() -> None:
+    got = prefix_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
+    assert got == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+def test_models_that_cannot_share_are_found_by_trying() -> None:
+    bloom = make_model("bloom")  # ALiBi: distances come from the mask, not from position_ids
+    layout = choose_layout(bloom)
+    assert not layout.shared and "does not take a 4-D mask" in layout.note
+    with pytest.raises(CropiError, match="layout 'shared' does not work for this model"):
+        choose_layout(bloom, "shared")
+    assert choose_layout(bloom, "padded") == PADDED
+    with pytest.raises(CropiError, match="layout must be one of"):
+        choose_layout(bloom, "packed")
+    deaf = make_model("llama")
+    forward = deaf.forward
+    deaf.forward = lambda attention_mask=None, **rest: forward(**rest)
+    assert "do not follow a custom mask" in choose_layout(deaf).note
+
+
+def test_sliding_windows_bound_what_is_shared() -> None:
+    model = make_model("mistral", sliding_window=16)
+    layout = choose_layout(model)
+    assert layout.shared and layout.window == 16
+    short, long = make_group("s", 5, [4, 4], seed=1), make_group("l", 10, [12, 4], seed=2)
+    assert plan_rows(short, layout, 999)[0].shared and not plan_rows(long, layout, 999)[0].shared
+    with pytest.raises(CropiError, match="prompt 'l' needs 22 tokens.*layers of 16"):
+        plan_rows(long, choose_layout(model, "shared"), 999)
+    model = model.double()
+    got = from_batches(model, list(make_batches([short, long], ESTIMATOR, layout, stored_behaviour=True)))
+    for group in (short, long):
+        expected = exact(model, group)
+        torch.testing.assert_close(
+            got[group.id], expected, rtol=3e-6, atol=3e-6 * float(expected.abs().max())
+        )
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_weights_do_not_depend_on_how_groups_are_split(name: str) -> None:
+    def weights(layout: Layout, budget: int) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for batch in make_batches(GROUPS, ESTIMATORS[name], layout, budget=budget, stored_behaviour=True):
+            assert batch.behaviour is not None
+            # Some log-prob for every token.
+            current = batch.behaviour + 0.3 * torch.sin(batch.targets.float())
+            w = ESTIMATORS[name].weights(current, batch.behaviour, batch.advantages, batch.divisors)
+            for s, group in enumerate(batch.groups):
+                found.setdefault(group.id, []).extend(w[batch.token_segments == s].tolist())
+        return found
+
+    whole = weights(SHARED, 10_000)
+    assert {group.id: group.scored for group in GROUPS} == {key: len(w) for key, w in whole.items()}
+    for layout, budget in ((SHARED, 20), (PADDED, 10_000), (PADDED, 1)):
+        assert weights(layout, budget) == whole

@@ -1,0 +1,447 @@
+"""The command line end to end, on a small random model: results, resuming, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+
+from cropi.cli import main
+from cropi.gradient.estimators import ESTIMATORS
+from cropi.ranking.influence import read_scores
+from cropi.store.store import SketchStore
+
+SMALL = "--dim 1024 --no-progress"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and trajectory files."""
+    folder = tmp_path_factory.mktemp("made")
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    make_model(seed=1).save_pretrained(folder / "other")
+    make_tokenizer().save_pretrained(folder / "other")
+    write_lines(folder / "train.jsonl", make_records(40))
+    write_lines(folder / "valid.jsonl", make_records(12, seed=1, sets=["x", "y"]))
+    return folder
+
+
+def cropi(line: str) -> int:
+    return main(line.split())
+
+
+def sketch(made: Path, out: Path, more: str = "", *, file: object = "train.jsonl") -> int:
+    return cropi(f"sketch --model {made}/model --trajectories {made / str(file)} --out {out} {SMALL} {more}")
+
+
+def rows(store: Path) -> dict[str, torch.Tensor]:
+    return {r.id: s for kept, sketches in SketchStore.open(store).shards() for r, s in zip(kept, sketches)}
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, sketch in expected.items():
+        assert float((got[name] - sketch).norm()) <= 1e-4 * float(sketch.norm()), name
+
+
+def exact_gradient(model: Any, tokenizer: Any, record: dict[str, Any]) -> torch.Tensor:
+    prompt = tokenizer(record["prompt"])["input_ids"]
+    total = torch.zeros(())
+    heat = record.get("temperature", 1.0)
+    for text, a in zip(record["responses"], ESTIMATORS["cropi"].advantages(record["rewards"])):
+        response = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logp = (logits / heat).log_softmax(-1).gather(1, torch.tensor(response)[:, None])
+        total = total + a * logp.mean() / len(record["responses"])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])
+
+
+def test_four_commands_rank_as_exact_gradients_do(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = "--dim 32768 --width full --vocab-width full"
+    hot = [record | {"temperature": 0.5} for record in make_records(12, seed=1, sets=["x", "y"])]
+    assert sketch(made, tmp_path / "train", wide) == 0
+    summary = capsys.readouterr().out
+    assert sketch(made, tmp_path / "valid", wide, file=write_lines(tmp_path / "valid.jsonl", hot)) == 0
+    stores = f"--train {tmp_path}/train --valid {tmp_path}/valid"
+    assert cropi(f"influence {stores} --out {tmp_path}/s.parquet") == 0
+    selected = tmp_path / "selected.jsonl"
+    assert cropi(f"select --scores {tmp_path}/s.parquet --fraction 0.1 --out {selected}") == 0
+
+    model, tokenizer = make_model(), make_tokenizer()
+    records = {r["id"]: r for r in make_records(40) + hot}
+    usable = {name: r for name, r in records.items() if len(set(r["rewards"])) > 1}
+    exact = {name: exact_gradient(model, tokenizer, r) for name, r in usable.items()}
+    scores = read_scores(tmp_path / "s.parquet")
+    train = [name for name in scores.ids if name in usable]
+    means = [
+        torch.stack([exact[n] for n in usable if records[n].get("set") == s]).mean(0) for s in ("x", "y")
+    ]
+    cosine = torch.nn.functional.cosine_similarity
+    expected = np.array([[float(cosine(exact[n], mean, dim=0)) for mean in means] for n in train])
+    assert scores.sets == ["x", "y"] and np.flatnonzero(scores.usable).size == len(train)
+    # A cosine's standard error is at most 1 / sqrt(dim) = 0.0055; 5 of them for the largest of 60.
+    assert np.abs(scores.table[scores.usable] - expected).max() < 5 / 32768**0.5
+
+    skipped = 40 - len(train)
+    assert f"40 read, {len(train)} sketched, {skipped} skipped ({skipped} equal rewards), 0 failed" in summary
+    for word in ("tokens/s", "forward", "backward", "for sketching", "peak memory", "parameters    sketched"):
+        assert word in summary, word
+    chosen = [json.loads(line) for line in selected.read_text().splitlines()]
+    assert len(chosen) == 4 and {row["id"] for row in chosen} <= set(train)
+
+
+def test_run_does_all_four_from_a_config_file_too(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = f"--model {made}/model --train {made}/train.jsonl --valid {made}/valid.jsonl"
+    assert cropi(f"run {files} --out {tmp_path}/a --fraction 0.2 {SMALL}") == 0
+    shown = capsys.readouterr().out
+    for name in "scores.parquet scores.png selected.jsonl selected_trajectories.jsonl sketches/train".split():
+        assert (tmp_path / "a" / name).exists() and str(tmp_path / "a" / name) in shown
+    selected = (tmp_path / "a" / "selected.jsonl").read_text()
+    assert len(selected.splitlines()) == 8
+    records = [
+        json.loads(line)["id"]
+        for line in (tmp_path / "a" / "selected_trajectories.jsonl").read_text().splitlines()
+    ]
+    assert records == [json.loads(line)["id"] for line in selected.splitlines()]
+
+    values = {key: made / f"{key}.jsonl" for key in ("train", "valid")}
+    values |= {"model": made / "model", "out": tmp_path / "b"}
+    toml = "".join(f'{key} = "{value}"\n' for key, value in values.items())
+    (tmp_path / "run.toml").write_text(
+        toml + "[sketch]\ndim = 1024\nno_progress = true\n[select]\nfraction = 0.5\n"
+    )
+    assert cropi(f"run --config {tmp_path}/run.toml --fraction 0.2") == 0, "the command line wins"
+    assert (tmp_path / "b" / "selected.jsonl").read_text() == selected
+    yaml = "".join(f"{key}: {value}\n" for key, value in values.items())
+    (tmp_path / "run.yaml").write_text(yaml + "dim: 1024\nno-progress: true\nfraction: 0.2\n")
+    capsys.readouterr()
+    assert cropi(f"run --config {tmp_path}/run.yaml") == 0
+    assert "40 read, 0 sketched" in capsys.readouterr().out, "the sketches are there already"
+    for text, named in (
+        ("fractoin = 0.1\n", "'fractoin' is not an option of `cropi run`"),
+        ("fraction = [0.1, 0.2]\n", "'fraction' takes one value"),
+        ("skip-bad = 3\n", "'skip_bad' must be true or false"),
+        ("dim = \n", "not valid TOML"),
+        ("dim = 1\n[a]\ndim = 2\n", "'dim' is given twice"),
+    ):
+        (tmp_path / "bad.toml").write_text(text)
+        assert cropi(f"run --config {tmp_path}/bad.toml") == 2
+        assert named in capsys.readouterr().err
+
+
+def test_layouts_budgets_and_dtypes_give_the_same_sketches(made: Path, tmp_path: Path) -> None:
+    sketch(made, tmp_path / "a")
+    sketch(made, tmp_path / "b", "--layout padded --tokens-per-batch 24")
+    assert_same(rows(tmp_path / "b"), rows(tmp_path / "a"))
+    sketch(made, tmp_path / "c", "--store-dtype int8")
+    for name, expected in rows(tmp_path / "a").items():
+        got = rows(tmp_path / "c")[name]
+        assert float(torch.nn.functional.cosine_similarity(got, expected, dim=0)) > 0.9995
+
+
+def test_behaviour_model_and_stored_log_probs_agree(made: Path, tmp_path: Path) -> None:
+    """Log-probs that are computed by the behaviour model equal the same ones read from the file."""
+    records, tokenizer, beta = make_records(10), make_tokenizer(), make_model(seed=1)
+    for record in records:
+        record["temperature"] = 0.5
+        record["prompt_ids"] = tokenizer(record["prompt"])["input_ids"]
+        record["response_ids"] = [tokenizer(text)["input_ids"] + [1] for text in record["responses"]]
+    plain = write_lines(tmp_path / "plain.jsonl", records)
+    for record in records:
+        record["logprobs"] = []
+        for ids in record["response_ids"]:
+            with torch.no_grad():
+                logits = (
+                    beta(input_ids=torch.tensor([record["prompt_ids"] + ids])).logits[0, -len(ids) - 1 : -1]
+                    / 0.5
+                )
+            record["logprobs"].append(
+                logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+            )
+    stored = write_lines(tmp_path / "stored.jsonl", records)
+    sketch(made, tmp_path / "model", f"--behaviour-model {made}/other", file=plain)
+    sketch(made, tmp_path / "file", file=stored)
+    sketch(made, tmp_path / "current", "--behaviour current", file=stored)
+    assert_same(rows(tmp_path / "file"), rows(tmp_path / "model"))
+    first = next(iter(rows(tmp_path / "file").values()))
+    assert float((first - next(iter(rows(tmp_path / "current").values()))).norm()) > 0.05 * float(
+        first.norm()
+    )
+    assert SketchStore.open(tmp_path / "file").manifest["behaviour"] == {"source": "file", "model": None}
+
+
+def test_the_policy_is_taken_at_the_temperature_of_the_rollouts(made: Path, tmp_path: Path) -> None:
+    """Log-probs of the policy itself at the rollouts' temperature give ratios of 1, and only at that one."""
+    records, tokenizer, model = make_records(8), make_tokenizer(), make_model()
+    for record in records:
+        prompt = tokenizer(record["prompt"])["input_ids"]
+        record["temperature"], record["logprobs"] = 0.5, []
+        record["response_ids"] = [tokenizer(text)["input_ids"] + [1] for text in record["responses"]]
+        for ids in record["response_ids"]:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, -len(ids) - 1 : -1] / 0.5
+            chosen = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            record["logprobs"].append(chosen.clamp(max=0.0).tolist())
+    stored = write_lines(tmp_path / "stored.jsonl", records)
+    sketch(made, tmp_path / "file", file=stored)
+    sketch(made, tmp_path / "current", "--behaviour current", file=stored)
+    sketch(made, tmp_path / "warm", "--behaviour current --temperature 1", file=stored)
+    ratios = [row.extra["ratio"] for row in SketchStore.open(tmp_path / "file").rows() if row.status == "ok"]
+    np.testing.assert_allclose(ratios, 1.0, rtol=1e-4)
+    assert_same(rows(tmp_path / "file"), rows(tmp_path / "current"))
+    for name, warm in rows(tmp_path / "warm").items():
+        assert float((warm - rows(tmp_path / "current")[name]).norm()) > 0.05 * float(warm.norm())
+
+
+def test_a_prompt_that_fails_is_named_and_leaves_the_others_right(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records, tokenizer = make_records(8), make_tokenizer()
+    for record in records:
+        record["response_ids"] = [tokenizer(text)["input_ids"] + [1] for text in record["responses"]]
+        record["logprobs"] = [[-2.0] * len(ids) for ids in record["response_ids"]]
+    good = write_lines(tmp_path / "good.jsonl", records)
+    bad = next(record for record in records if len(set(record["rewards"])) > 1)
+    bad["logprobs"][0][0] = -500.0  # the ratio overflows
+    sketch(made, tmp_path / "good", file=good)
+    capsys.readouterr()
+    assert sketch(made, tmp_path / "bad", file=write_lines(tmp_path / "bad.jsonl", records)) == 0
+    shown = capsys.readouterr().out
+    assert "1 failed" in shown and f"{bad['id']}: NaN or infinity in its gradient" in shown
+    expected = rows(tmp_path / "good")
+    del expected[bad["id"]]
+    assert_same(rows(tmp_path / "bad"), expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ("--estimator ppo", "estimator.name"),
+        ("--eps 0.1", "estimator.eps"),
+        ("--behaviour-model {made}/other", "behaviour.source"),
+        ("--temperature 0.5", "temperature"),
+        ("--no-eos", "tokens.eos"),
+        ("--max-length 100", "tokens.max_length"),
+        ("--too-long skip", "tokens.too_long"),
+        ("--chat-template none", "tokens.chat_template"),
+        ("--set x", "set"),
+        ("--stage 1", "stage"),
+        ("--store-dtype int8", "dtype"),
+        ("--exclude *norm*", "parameters.covered"),
+    ],
+)
+def test_a_store_is_not_continued_under_an_option_that_changes_its_rows(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, field: str
+) -> None:
+    assert sketch(made, tmp_path / "s", "--limit 5") == 0
+    before = sorted((path.name, path.stat().st_size) for path in (tmp_path / "s").glob("shard-*"))
+    assert sketch(made, tmp_path / "s", words.format(made=made)) == 2
+    assert f"was made with {field} = " in capsys.readouterr().err
+    assert sorted((p.name, p.stat().st_size) for p in (tmp_path / "s").glob("shard-*")) == before
+
+
+def test_a_store_is_not_continued_with_another_tokenizer(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sketch(made, tmp_path / "s", "--limit 5") == 0
+    make_model().save_pretrained(tmp_path / "chatty")
+    make_tokenizer(chat=True).save_pretrained(tmp_path / "chatty")
+    line = f"sketch --model {tmp_path}/chatty --trajectories {made}/train.jsonl --out {tmp_path}/s {SMALL}"
+    assert cropi(line) == 2
+    assert "was made with tokenizer = " in capsys.readouterr().err
+
+
+def test_a_template_file_counts_by_content(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert sketch(made, tmp_path / "s", f"--limit 10 --chat-template {template}") == 0
+    template.rename(tmp_path / "moved.jinja")
+    assert sketch(made, tmp_path / "s", f"--limit 20 --chat-template {tmp_path}/moved.jinja") == 0
+    template.write_text("Q: {% for m in messages %}{{ m['content'] }}{% endfor %}")
+    capsys.readouterr()
+    assert sketch(made, tmp_path / "s", f"--chat-template {template}") == 2
+    assert "was made with tokens.chat_template = {% for m" in capsys.readouterr().err
+    assert len(SketchStore.open(tmp_path / "s")) == 20
+
+
+def test_every_mistake_is_one_clear_line(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(named: str, line: str) -> None:
+        assert cropi(line) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        problem = [line for line in error.splitlines() if line.startswith("cropi ")]
+        assert len(problem) == 1 and named in problem[0] and error.endswith(problem[0] + "\n"), error
+
+    common, train, out = (
+        f"sketch --model {made}/model {SMALL}",
+        f"--trajectories {made}/train.jsonl",
+        tmp_path / "o",
+    )
+    store = tmp_path / "store"
+    sketch(made, store)
+    fails("there is no such trajectory file", f"{common} --trajectories {tmp_path}/no.jsonl --out {out}")
+    fails("no such folder", f"sketch --model ./nowhere {train} --out {out}")
+    fails("dim=1000", f"{common} --dim 1000 {train} --out {out}")
+    fails("model.weights", f"sketch --model {made}/other {SMALL} {train} --out {store}")
+    fails("spec.seed = 0, but this run has 5", f"{common} --seed 5 {train} --out {store}")
+    fails("matches no trainable parameter", f"{common} --exclude *bananas* {train} --out {out}")
+    fails("trajectories = ", f"{common} --trajectories {made}/valid.jsonl --out {store}")
+    fails("no 'logprobs' in this record", f"{common} --behaviour file {train} --out {out}")
+    records = make_records(3)
+    records[1]["prompt"], records[1]["rewards"] = "x" * 200, [1, 0, 0, 0]
+    long = write_lines(tmp_path / "long.jsonl", records)
+    fails("the model's context of 128", f"{common} --trajectories {long} --out {tmp_path}/o1")
+    records = make_records(3)
+    records[2]["response_ids"] = [[5], [6], [7], [98]]
+    beyond = write_lines(tmp_path / "beyond.jsonl", records)
+    words = f"{common} --trajectories {beyond} --out {tmp_path}/o2"
+    fails("token id 98 is beyond the model's vocabulary of 98", words)
+    assert not (tmp_path / "o2").exists(), "found before anything was written"
+    fails("is not a score table", f"select --scores {made}/train.jsonl --out {tmp_path}/sel")
+    none = tmp_path / "no"
+    fails("there is no sketch store", f"influence --train {none} --valid {none} --out {tmp_path}/x")
+    broken, run = tmp_path / "broken.jsonl", tmp_path / "run"
+    broken.write_text((made / "train.jsonl").read_text() + "{\n")
+    words = f"run --model ./nowhere --valid {made}/valid.jsonl {SMALL} --out {run} --train {broken}"
+    fails(f"{broken}:41: not a JSON object", words)
+    equal = [record | {"rewards": [1, 1, 1, 1]} for record in make_records(3, seed=1, sets=["z"])]
+    valid = write_lines(tmp_path / "equal.jsonl", equal)
+    words = f"run --model {made}/model --train {made}/train.jsonl {SMALL} --out {run} --valid {valid}"
+    fails("the validation set 'z' usefully: none of its 3 prompts has a gradient", words)
+    assert not run.exists(), "found before the long part"
+    stores, file = f"--train {tmp_path}/store --valid {tmp_path}/store", f"--trajectories {made}/train.jsonl"
+    fails("is a folder; give the path of a file", f"influence {stores} --out {tmp_path}")
+    fails("is a file; give the folder", f"influence --train {broken} --valid {broken} --out {tmp_path}/x")
+    fails("give another --out", f"{common} {file} --out {broken}/below")
+    unused = f"--behaviour current --behaviour-model {made}/other"
+    fails("does not use the behaviour model", f"{common} {file} {unused} --out {tmp_path}/o")
+    fails("name it with --behaviour-model", f"{common} {file} --behaviour model --out {tmp_path}/o")
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(ValueError, match="there is no such trajectory file"):
+        cropi(f"{common} --debug --trajectories {tmp_path}/no.jsonl --out {out}")
+
+
+def test_no_progress_shows_no_bar_at_all(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers.utils.logging.enable_progress_bar()
+    assert sketch(made, tmp_path / "store") == 0
+    assert "%|" not in capsys.readouterr().err
+
+
+def test_run_that_has_nothing_to_select_ends_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, valid = make_records(8), make_records(8, seed=1, sets=["x", "y"])
+    equal = [record | {"rewards": [1.0] * 4} for record in good]
+    half = [record | ({"rewards": [1.0] * 4} if record["set"] == "y" else {}) for record in valid]
+    for train, against, words in (
+        (equal, valid, "train.jsonl: there is nothing to select: none of the 8 training prompts"),
+        (good, half, "no trajectory covers the validation set 'y' usefully: none of its 4 prompts"),
+        ([{**good[0], "id": None}], valid, "train.jsonl:1: the key 'id' is missing: the record has "),
+    ):
+        files = {"train": write_lines(tmp_path / "train.jsonl", train)}
+        files["valid"] = write_lines(tmp_path / "valid.jsonl", against)
+        given = f"--train {files['train']} --valid {files['valid']}"
+        assert cropi(f"run --model no/such-model {given} --out {tmp_path}/out") == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_skip_bad_goes_on_and_says_what_was_left_out(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = make_records(12)
+    records[3]["rewards"] = [1, 0]
+    records[4]["prompt"], records[4]["rewards"] = "x" * 200, [1, 0, 0, 0]
+    records[5]["rewards"] = [1, 0, 0, 0]
+    records[5]["response_ids"] = [[98], [5], [5], [5]]
+    path = write_lines(tmp_path / "t.jsonl", records)
+    path.write_text(path.read_text() + "{broken\n")
+    assert sketch(made, tmp_path / "s", "--skip-bad --too-long skip", file=path) == 0
+    shown = capsys.readouterr().out
+    assert "bad records   2 left out" in shown and f"{path}:4" in shown and "1 too long" in shown
+    assert f"{records[5]['id']}: token id 98" in shown
+    assert cropi(f"info {tmp_path}/s --verify") == 0
+    shown = capsys.readouterr().out
+    assert "skipped       1 prompts (too long)" in shown and "shards are intact" in shown
+    assert cropi(f"info {made}/train.jsonl") == 0 and "40 prompts, 160 responses" in capsys.readouterr().out
+
+
+# Runs the command in forked children, so that everything is imported once. The first child is killed when a shard is
+# there, the second one gets Ctrl-C after one more; each prints its exit status.
+STOPPER = """
+import os, signal, sys, time
+import torch, transformers
+import cropi.sketching.run, cropi.model.load
+from cropi.cli import main
+out, words = sys.argv[1], sys.argv[2:]
+
+def shards():
+    return len([n for n in os.listdir(out) if n.endswith(".sha256")]) if os.path.isdir(out) else 0
+
+for number in (signal.SIGKILL, signal.SIGINT):
+    before, child = shards(), os.fork()
+    if child == 0:
+        os._exit(main(words))
+    while shards() == before:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        assert ended == 0, f"ended by itself: {status}"
+        time.sleep(0.005)
+    os.kill(child, number)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shards(), flush=True)
+"""
+
+
+def test_kill_and_interrupt_lose_nothing_and_the_rest_is_computed(made: Path, tmp_path: Path) -> None:
+    many = write_lines(tmp_path / "many.jsonl", make_records(300, seed=2))
+    out = tmp_path / "cut"
+    words = f"sketch --model {made}/model --trajectories {many} --out {out} {SMALL} --tokens-per-batch 20"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STOPPER, str(out), *words.split()]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    (killed, first), (interrupted, second) = (
+        map(int, line.split()) for line in done.stdout.splitlines() if line[0] in "-0123456789"
+    )
+    assert (killed, interrupted) == (-9, 130) and second > first
+    assert "To go on with the rest:\n  cropi sketch --model" in done.stderr
+    middle = rows(out)
+    assert 64 <= len(middle) < len(SketchStore.open(out)) < 300
+
+    assert sketch(made, out, file=many) == 0, "another batch size may finish the job"
+    assert sketch(made, tmp_path / "whole", file=many) == 0
+    assert len(SketchStore.open(out)) == 300
+    finished = rows(out)
+    assert_same(finished, rows(tmp_path / "whole"))
+    assert {name: finished[name].tolist() for name in middle} == {
+        name: kept.tolist() for name, kept in middle.items()
+    }
+
+
+def test_help_is_quick() -> None:
+    code = (
+        "import sys; import cropi.cli as c; c._parser().format_help();"
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

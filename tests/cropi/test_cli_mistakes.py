@@ -1,0 +1,171 @@
+"""The command line finds mistakes early: in its words at once, in files and options before anything is computed."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import pytest
+from support.made_curriculum import config, make_folder
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+
+from cropi.cli import main
+from cropi.cli.parser import vocab_width, width
+from cropi.store.store import SketchStore
+from cropi_kernels import SketchSpec
+
+
+def cropi(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_a_mistake_in_the_words_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.toml").write_text("fraction = 2\n")
+    (tmp_path / "none.yaml").write_text("dim:\n")
+    for words, named in (
+        (
+            ["run", "--model", "m"],
+            "cropi run: error: the following arguments are required: --train, --valid, --out",
+        ),
+        (["run", "--modle", "m"], "cropi run: error: there is no option '--modle', did you mean --model?"),
+        (["run", "--frac", "0.1"], "there is no option '--frac', did you mean --fraction?"),
+        (["run", "--fraction", "2"], "argument --fraction: '2': give a number in (0, 1]"),
+        (["run", "--fraction", "nan"], "argument --fraction: 'nan': give"),
+        (["run", "--limit", "0"], "argument --limit: '0': give an integer of at least 1"),
+        (["run", "--temperature", "inf"], "argument --temperature: 'inf': give a number above 0"),
+        (
+            ["run", "--width", "63"],
+            "argument --width: '63': give a power of two from 16 to 65536, or 'full' for no fold",
+        ),
+        (["run", "--width", "8"], "argument --width: '8': give a power of two from 16 to 65536, or 'full'"),
+        (["run", "--vocab-width", "2097152"], "'2097152': give a power of two from 16 to 1048576, or 'full'"),
+        (["run", "--length-constant", "0"], "argument --length-constant: '0': give a number above 0"),
+        (
+            ["run", "--config", str(tmp_path / "bad.toml")],
+            f"error: {tmp_path / 'bad.toml'}: argument --fraction: '2': ",
+        ),
+        (["sketsh"], "invalid choice: 'sketsh'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cropi(*words)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and named in error and error.count("\n") == 1, error
+    assert cropi("run", "--config", tmp_path / "none.yaml") == 2
+    assert "'dim' has no value" in capsys.readouterr().err
+    (tmp_path / "no.yaml").write_text("sketch:\n  no: 1\n")
+    assert cropi("run", "--config", tmp_path / "no.yaml") == 2
+    assert "no.yaml: the key False is no text" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cropi("--version")
+    assert stopped.value.code == 0 and capsys.readouterr().out.startswith("cropi 0.")
+
+
+def test_widths_of_the_command_line_are_those_of_the_spec() -> None:
+    for parse, name in ((width, "width"), (vocab_width, "vocab_width")):
+        assert parse("full") is None
+        for power in range(23):
+            try:
+                wanted = getattr(SketchSpec(**{name: 1 << power}), name)
+            except ValueError:
+                with pytest.raises(ArgumentTypeError):
+                    parse(str(1 << power))
+            else:
+                assert parse(str(1 << power)) == wanted == 1 << power
+
+
+def test_no_command_writes_over_what_it_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    for name in ("scores.parquet", "train.jsonl", "data.jsonl"):
+        Path(name).write_text("precious")
+    select = ["select", "--scores", "scores.parquet", "--out"]
+    records = ["--trajectories", "train.jsonl", "--out-trajectories"]
+    for words, named in (
+        (
+            [*select, "there/../scores.parquet"],
+            "--out: there/../scores.parquet is the file that --scores reads",
+        ),
+        (
+            [*select, "s", *records, tmp_path / "train.jsonl"],
+            "train.jsonl is the file that --trajectories reads",
+        ),
+        (
+            [*select, "s", "--dataset", "data.jsonl", "--export", "data.jsonl"],
+            "--export: data.jsonl is the file that",
+        ),
+        ([*select, "s", "--export", "s", "--format", "ids"], "--export: s is the file that --out writes"),
+        (
+            ["convert", "data.jsonl", "train.jsonl", "--source", "verl", "--out", "train.jsonl"],
+            "cropi convert: error: --out: train.jsonl is the file that FILE reads; give another path",
+        ),
+    ):
+        assert cropi(*words) == 2 and named in capsys.readouterr().err
+    assert {path.read_text() for path in tmp_path.glob("*.*")} == {"precious"}
+
+
+def test_a_tokenizer_without_an_end_token_is_used_as_the_message_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    train = write_lines(tmp_path / "train.jsonl", make_records(4))
+    words = ["sketch", "--model", tmp_path / "model", "--trajectories", train, "--no-progress", "--dim", 1024]
+    assert cropi(*words, "--out", tmp_path / "s") == 2
+    assert "--no-eos" in capsys.readouterr().err and not (tmp_path / "s").exists()
+    assert cropi(*words, "--out", tmp_path / "s", "--no-eos") == 0
+
+
+def test_limit_is_one_of_training_prompts_alone(tmp_path: Path) -> None:
+    made, sizes = make_folder(tmp_path), {"train": 6, "valid": 12}
+    files = [
+        "--train",
+        made / "train.jsonl",
+        "--valid",
+        made / "valid.jsonl",
+        "--fraction",
+        0.5,
+        "--limit",
+        6,
+    ]
+    words = ["--model", made / "model", *files, "--no-progress", "--dim", 512]
+    assert cropi("run", *words, "--out", tmp_path / "run") == 0
+    assert {name: len(SketchStore.open(tmp_path / "run" / "sketches" / name)) for name in sizes} == sizes
+    plan = config(made, tmp_path / "staged", stages=1, limit=6, fraction=0.5)
+    assert cropi("curriculum", plan) == 0
+    folder = tmp_path / "staged" / "stage-00" / "sketches"
+    assert (
+        len(SketchStore.open(folder / "train")) == 6 and len(SketchStore.open(folder / "valid-valid")) == 12
+    )
+
+
+def test_run_finds_what_is_wrong_with_its_last_step_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is computed, and nothing is made, before a mistake in the training file or the selection shows."""
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    good = write_lines(tmp_path / "good.jsonl", make_records(40))
+    valid = write_lines(tmp_path / "valid.jsonl", make_records(12, seed=1, sets=["x", "y"]))
+    equal = write_lines(tmp_path / "equal.jsonl", [r | {"rewards": [1, 1, 1, 1]} for r in make_records(40)])
+    records = make_records(40)
+    records[-1]["prompt"], records[-1]["rewards"] = "x" * 200, [1, 0, 0, 0]
+    long = write_lines(tmp_path / "long.jsonl", records)
+
+    def fails(named: str, *more: object, train: Path = good, valid: Path = valid) -> None:
+        files = ["--train", train, "--valid", valid, "--out", tmp_path / "run"]
+        assert cropi("run", "--model", tmp_path / "model", *files, "--no-progress", *more) == 2
+        assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+    fails("fraction 0.01 of a pool of 40 prompts chooses none", "--fraction", 0.01)
+    fails("fraction 0.1 of a pool of 5 prompts chooses none", "--limit", 5)
+    fails("none of the 40 training prompts has a gradient (40 with equal rewards)", train=equal)
+    fails(f"{long}:40", train=long)
+    # --limit is for trying out the training prompts: the validation files are taken, and checked, whole.
+    fails(f"{long}:40", "--limit", 5, "--fraction", 0.5, valid=long)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    fails("the package 'pyarrow' is needed here: pip install 'cropi-kernels[run]'")

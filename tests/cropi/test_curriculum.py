@@ -1,0 +1,341 @@
+"""``cropi curriculum``: stages end to end, kills at every write, what may change in between."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support.made_curriculum import calls, config, curriculum, make_folder, report, selections
+from support.made_data import make_records, make_tokenizer, write_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "train_stage.py"
+TRAINER = f"{sys.executable} {EXAMPLE} {{model}} {{records}} --steps {{steps}} --out {{out}} --lr 0.01"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("curriculum"))
+
+
+# ------------------------------------------------------------------------------------------------ end to end
+def test_two_stages_with_a_real_trainer(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert curriculum(config(made, out, trainer=TRAINER)) == 0
+    first, second = selections(out)
+    assert len(first) == len(second) == 8
+    # Stage 1 is scored by the policy that stage 0 trained: other weights, other scores, off-policy ratios.
+    assert first[0]["model"] != second[0]["model"]
+    assert {row["id"]: row["scores"] for row in first} != {row["id"]: row["scores"] for row in second}
+    rows = report(out)
+    assert [row["behaviour"]["train"] for row in rows] == ["current", "model"]
+    assert [row["selected"] for row in rows] == [8, 8] and rows[0]["kept_from_last"] is None
+    kept = {row["id"] for row in first} & {row["id"] for row in second}
+    assert rows[1]["kept_from_last"] == len(kept) and rows[1]["overlap"] == len(kept) / 8
+    for row in rows:
+        for values in row["scores"].values():
+            assert values["selected"] > values["pool"]
+        assert 0 < row["select_share"] < 1 and row["seconds"]["train"] > 0
+    text = (out / "report.md").read_text()
+    assert text.count("\n| 0 |") == text.count("\n| 1 |") == 1 and "score on x" in text
+    log = (out / "stage-01" / "train.log").read_text()
+    assert [line for line in log.splitlines() if line.startswith("step 4/4: ")]
+    from transformers import AutoModelForCausalLM
+
+    weights = [AutoModelForCausalLM.from_pretrained(path).lm_head.weight for path in
+               (made / "model", out / "stage-00/trained", out / "stage-01/trained")]  # fmt: skip
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    shown = capsys.readouterr().out
+    assert "stage 1       select: 8 of 40 prompts" in shown and "report.md" in shown
+    assert shown.splitlines()[-1] in (out / "log.txt").read_text()
+
+
+def test_training_in_this_process_with_trl(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "rewards.py").write_text(
+        "def even(completions, answer, **columns):\n"
+        "    return [float(len(text) % 2 == 0) + 0.1 * len(a) for text, a in zip(completions, answer)]\n"
+    )
+    out = tmp_path / "run"
+    args = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "learning_rate": 0.01,
+            "save_steps": 1, "logging_steps": 1}  # fmt: skip
+    options = {"reward": f"{tmp_path}/rewards.py:even", "args": args}
+    path_of_config = config(made, out, trainer="trl", trl=options, stages=1, steps=2)
+    assert curriculum(path_of_config) == 0
+    new = out / "stage-00" / "trained" / "policy"
+    assert report(out)[0]["model"].endswith("trained/policy")
+    old, trained = (AutoModelForCausalLM.from_pretrained(p).lm_head.weight for p in (made / "model", new))
+    assert not torch.equal(old, trained)
+    assert (out / "stage-00" / "trained" / "checkpoints" / "checkpoint-2").is_dir()
+    # Killed while it wrote its last checkpoint: the stage goes on from the one before, to the same policy.
+    forget(out / "state.json", "train")
+    for path in (out / "stage-00" / "trained" / "checkpoints" / "checkpoint-2").iterdir():
+        path.unlink() if path.name == "trainer_state.json" else path.write_bytes(path.read_bytes()[:100])
+    shutil.rmtree(new)
+    assert curriculum(path_of_config) == 0
+    again = AutoModelForCausalLM.from_pretrained(new).lm_head.weight
+    assert torch.equal(trained, again)
+    # Killed between the last checkpoint and the end of the step: nothing is trained a second time.
+    forget(out / "state.json", "train")
+    shutil.rmtree(new)
+    assert curriculum(path_of_config) == 0
+    assert torch.equal(trained, AutoModelForCausalLM.from_pretrained(new).lm_head.weight)
+    capsys.readouterr()
+    for changes, words in (
+        ({"rewards": "x"}, "'rewards' is not known; did you mean 'reward'?"),
+        ({}, "'reward' is missing"),
+        ({"reward": "nowhere.py:f"}, "'nowhere.py:f' cannot be loaded"),
+        ({**options, "args": {"learning_rat": 1}}, "did you mean 'learning_rate'?"),
+        ({**options, "args": {"max_steps": 1}}, "'max_steps' is set by the stage"),
+    ):
+        assert curriculum(config(made, tmp_path / "bad", trainer="trl", trl=changes)) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def forget(path: Path, step: str) -> None:
+    """Make the state that of a run that was killed in the middle of a step."""
+    state = json.loads(path.read_text())
+    place = [entry["step"] for entry in state["done"]].index(step)
+    state["done"] = state["done"][:place]
+    state["started"] = {"stage": 0, "step": step, "attempts": 1}
+    path.write_text(json.dumps(state))
+
+
+# --------------------------------------------------------------------------------------------------- crashes
+def killed_at(path: Path, place: int) -> bool:
+    """Run in a child that is killed at its ``place``-th file replacement; True if it came through."""
+    child = os.fork()
+    if child == 0:
+        replace, count = os.replace, 0
+
+        def counting(*paths: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*paths)
+
+        os.replace = counting  # type: ignore[assignment]
+        os._exit(curriculum(path))
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+    return not os.WIFSIGNALED(status)
+
+
+def same_results(out: Path, expected: Path) -> None:
+    assert selections(out) == selections(expected)
+    for stage in ("stage-00", "stage-01"):
+        name = f"{stage}/trained/model.safetensors"
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def expected(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("expected") / "run"
+    assert curriculum(config(made, out)) == 0
+    return out
+
+
+def test_kills_between_and_inside_all_steps_change_nothing(
+    made: Path, tmp_path: Path, expected: Path
+) -> None:
+    """Each life is killed one write later than the last one was, so that the kills fall on all kinds of steps."""
+    out = tmp_path / "run"
+    first = 1
+    path, place = config(made, out), first
+    while not killed_at(path, place):
+        place += 1
+        assert place < 30
+    assert place - first >= 5
+    same_results(out, expected)
+    assert {row["stage"] for row in report(out)} == {0, 1}
+
+
+def test_finished_training_is_not_repeated(made: Path, tmp_path: Path, expected: Path) -> None:
+    out = tmp_path / "run"
+    path = config(made, out)
+    # Every step leaves its "done" in state.json: kill right after each of them, and before.
+    for place in range(8, 80, 12):
+        if killed_at(path, place):
+            break
+    assert curriculum(path) == 0
+    same_results(out, expected)
+    assert calls(expected) == ["0", "1"]
+    before = (out / "state.json").read_text()
+    assert curriculum(path) == 0  # nothing is left to do
+    assert (out / "state.json").read_text() == before
+    done = json.loads(before)["done"]
+    assert [(e["stage"], e["step"]) for e in done] == [
+        (stage, step) for stage in (0, 1) for step in ("sketch", "influence", "select", "train", "collect")
+    ]
+    for stage in "01":
+        attempts = next(e["attempts"] for e in done if (str(e["stage"]), e["step"]) == (stage, "train"))
+        assert calls(out).count(stage) == attempts
+
+
+def test_killed_while_the_trainer_runs(made: Path, tmp_path: Path, expected: Path) -> None:
+    """The trainer outlives us and keeps the folder locked; when it has ended, the run goes on."""
+    out = tmp_path / "run"
+    go, pid = tmp_path / "go", tmp_path / "pid"
+    nudge = yaml.safe_load(config(made, out).read_text())["trainer"]
+    slow = f"echo $$ > {pid}; while [ -d {tmp_path} ] && [ ! -e {go} ]; do sleep 0.05; done; {nudge}"
+    path = config(made, out, trainer=slow)
+    child = os.fork()
+    if child == 0:
+        os._exit(curriculum(path))
+    try:
+        wait_for(lambda: pid.exists() and bool(pid.read_text()))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert curriculum(path) == 2  # the first trainer still runs
+    finally:
+        go.touch()
+    wait_for(lambda: can_lock(out / ".lock"))
+    assert curriculum(path) == 0
+    same_results(out, expected)
+    assert calls(out) == ["0", "0", "1"]
+    assert (
+        report(out)[0]["cut_short"] == ["train"]
+        and "taken up again in: train" in (out / "report.md").read_text()
+    )
+
+
+def can_lock(path: Path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+# ------------------------------------------------------------------------------------- what may change, and not
+def test_a_failed_trainer_is_shown_and_can_be_mended(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert curriculum(config(made, out, trainer="echo {selected}; echo no memory left >&2; exit 7")) == 2
+    error = capsys.readouterr().err
+    assert "exit status 7" in error and "  | no memory left" in error and "train.log" in error
+    assert curriculum(config(made, out, trainer="true {selected}")) == 2
+    assert "holds no Hugging Face model" in capsys.readouterr().err
+    assert curriculum(config(made, out, stages=1)) == 0  # no finished stage has used the old commands
+    attempts = [entry["attempts"] for entry in json.loads((out / "state.json").read_text())["done"]]
+    assert attempts == [1, 1, 1, 3, 1]
+
+
+def test_changes_after_a_finished_stage(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert curriculum(config(made, out, stages=1)) == 0
+    capsys.readouterr()
+    assert curriculum(config(made, out, fraction=0.3)) == 2
+    error = capsys.readouterr().err
+    assert "select.fraction = 0.2" in error and "0.3" in error and "--accept-changes" in error
+    changed = tmp_path / "changed.jsonl"
+    write_lines(changed, make_records(40)[1:])
+    assert curriculum(config(made, out, train=str(changed))) == 2
+    assert "'train' have changed since stage 0" in capsys.readouterr().err
+    # More stages, other batches: the same job.
+    assert curriculum(config(made, out), "--tokens-per-batch", 256) == 0
+    assert [row["selected"] for row in report(out)] == [8, 8]
+    assert curriculum(config(made, out, stages=1)) == 2
+    assert "has reached stage 1" in capsys.readouterr().err
+    assert curriculum(config(made, out, stages=3, fraction=0.3), "--accept-changes") == 0
+    assert [row["selected"] for row in report(out)] == [8, 8, 12]
+
+
+def test_rollouts_of_every_stage_and_of_the_trainer(made: Path, tmp_path: Path) -> None:
+    """A command that makes trajectories, and a trainer that hands back newer ones."""
+    script = tmp_path / "roll.py"
+    script.write_text(
+        "import json, sys\n"
+        "source, out, stage = sys.argv[1:]\n"
+        "with open(source) as lines, open(out, 'w') as file:\n"
+        "    for line in lines:\n"
+        "        file.write(json.dumps(json.loads(line) | {'made_at': int(stage)}) + '\\n')\n"
+    )
+    out = tmp_path / "every"
+    roll = f"{sys.executable} {script} {made / 'train.jsonl'} {{train}} {{stage}}"
+    path = config(made, out, train=None, rollouts=roll, rollouts_when="every")
+    assert curriculum(path) == 0
+    for stage in (0, 1):
+        text = (out / f"stage-0{stage}" / "selected_trajectories.jsonl").read_text()
+        assert text.count(f'"made_at": {stage}') == 8
+    # Training trajectories are the current policy's own, validation ones still those of the first.
+    assert report(out)[1]["behaviour"] == {"train": "current", "valid": "model"}
+
+    out, records = tmp_path / "own", with_logprobs(made / "train.jsonl", made / "model")
+    write_lines(tmp_path / "logged.jsonl", records)
+    nudge = yaml.safe_load(config(made, out).read_text())["trainer"]
+    own = f"{sys.executable} {script} {{records}} {{rollouts}} {{stage}} && {nudge}"
+    assert curriculum(config(made, out, train=str(tmp_path / "logged.jsonl"), trainer=own)) == 0
+    merged = [json.loads(line) for line in (out / "stage-00" / "trajectories.jsonl").read_text().splitlines()]
+    chosen = {row["id"] for row in selections(out)[0]}
+    assert {record["id"] for record in merged if record.get("made_at") == 0} == chosen and len(merged) == 40
+    done = json.loads((out / "state.json").read_text())["done"]
+    sketched = {entry["stage"]: entry["train"]["files"] for entry in done if entry["step"] == "sketch"}
+    assert sketched == {
+        0: [str(tmp_path / "logged.jsonl")],
+        1: [str(out / "stage-00" / "trajectories.jsonl")],
+    }
+    # The file's log-probs, of whichever policy made each record.
+    assert report(out)[1]["behaviour"]["train"] == "file"
+
+
+def test_the_trainers_rollouts_need_log_probs_only_where_a_ratio_is_read(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str, **changes: Any) -> int:
+        out = tmp_path / name
+        nudge = yaml.safe_load(config(made, out).read_text())["trainer"]
+        return curriculum(config(made, out, trainer=f"cp {{records}} {{rollouts}} && {nudge}", **changes))
+
+    assert run("ratio", stages=1) == 2
+    assert "every record needs 'logprobs' (with 'response_ids'), but 40 have none" in capsys.readouterr().err
+    for name, changes in (("none", {"estimator": "reinforce"}), ("current", {"behaviour": "current"})):
+        assert run(name, **changes) == 0
+        assert report(tmp_path / name)[1]["behaviour"]["train"] in ("auto", "current")
+        assert (tmp_path / name / "stage-00" / "trajectories.jsonl").is_file()
+
+
+def with_logprobs(path: Path, model_name: Path) -> list[dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_name), make_tokenizer()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["response_ids"] = [[*tokenizer(text)["input_ids"], 1] for text in record["responses"]]
+        prompt = record["prompt_ids"] = tokenizer(record["prompt"])["input_ids"]
+        record["logprobs"] = []
+        for ids in record["response_ids"]:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            record["logprobs"].append(logits.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist())
+    return records

@@ -1,0 +1,146 @@
+"""``cropi curriculum``: what it says to bad input, before any work and in words; and the example configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.made_curriculum import config, curriculum, make_folder
+from support.made_data import make_records, write_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("curriculum"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fractoin": 0.1}, ["'fractoin' is not an option", "did you mean 'fraction'?"]),
+        ({"stage": 2}, ["'stage' is not an option", "did you mean 'stages'?"]),
+        ({"sketch": {"dimm": 512}}, ["'dimm'", "did you mean 'dim'?"]),
+        ({"trl": 3}, ["'trl' should be a table"]),
+        ({"trl": {"a": 1}}, ["trl: options are given, but the trainer is the command"]),
+        ({"stages": 0}, ["stages must be at least 1, got 0"]),
+        ({"steps": None}, ["required: --steps"]),
+        ({"trainer": "train {modle} {selected}"}, ["{modle} is not known here", "did you mean {model}?"]),
+        ({"trainer": "train {model}"}, ["does not name what was selected"]),
+        ({"trainer": "train {dataset}"}, ["names {dataset}", "--dataset"]),
+        ({"trained_model": "{out}/{step}"}, ["trained_model: {step}", "did you mean {steps}?"]),
+        ({"train": None}, ["train: is missing"]),
+        ({"rollouts": "roll {train}"}, ["train: files are given and the rollout command writes them too"]),
+        ({"rollouts": "roll {model}"}, ["names neither {train} nor {valid}"]),
+        (
+            {"sets": ["x", "z"]},
+            ["sets: no trajectory covers the validation set 'z'", "are trajectories of 'x', 'y'"],
+        ),
+        ({"model": "no/such/folder/at/all"}, ["no/such/folder/at/all"]),
+        ({"metric": "cos"}, ["invalid choice: 'cos'"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_configs(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: list[str]
+) -> None:
+    out = tmp_path / "run"
+    try:
+        status = curriculum(config(made, out, **changes))
+    except SystemExit as end:  # argparse
+        status = int(end.code or 0)
+    assert status == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+    assert not list(out.glob("stage-*/sketches/*"))
+
+
+def refused(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says when it refuses the configuration."""
+    assert curriculum(path) == 2
+    return capsys.readouterr().err
+
+
+def test_a_stage_with_nothing_to_select(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    equal = [record | {"rewards": [1.0] * 4} for record in make_records(40)]
+    path = config(made, tmp_path / "run", train=str(write_lines(tmp_path / "equal.jsonl", equal)))
+    error = refused(path, capsys)
+    assert "stage 0: there is nothing to select" in error and "40 with equal rewards" in error
+
+
+def test_a_validation_set_without_a_gradient(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [
+        record | ({"rewards": [0.0] * 4} if record["set"] == "y" else {})
+        for record in make_records(12, seed=1, sets=["x", "y"])
+    ]
+    path = config(made, tmp_path / "run", valid=str(write_lines(tmp_path / "half.jsonl", records)))
+    error = refused(path, capsys)
+    assert "no trajectory covers the validation set 'y' usefully" in error and "6 with equal rewards" in error
+
+
+def test_a_dataset_without_stable_ids_is_found_before_any_sketch(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nameless = write_lines(tmp_path / "nameless.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    twice = write_lines(tmp_path / "twice.jsonl", [{"id": 1}, {"id": "1"}])
+    for dataset, words in (
+        (nameless, "has no stable prompt id"),
+        (twice, "rows 0 and 1 have the same id '1'"),
+    ):
+        path = config(made, tmp_path / "run", dataset=str(dataset), trainer="true {dataset}")
+        error = refused(path, capsys)
+        assert words in error and "--dataset-id" in error and not (tmp_path / "run").exists()
+
+
+def test_rollout_commands_that_write_nothing(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    nothing = config(made, out, train=None, rollouts="true {train}")
+    assert "wrote no {train} file" in refused(nothing, capsys)
+    nothing = config(made, out, trainer=f"true {{rollouts}}; cp {made}/model/* {{out}}; : {{selected}}")
+    assert "names {rollouts}, but wrote no such file" in refused(nothing, capsys)
+
+
+def test_a_folder_of_something_else(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.tex").touch()
+    assert "is not empty and holds no state.json" in refused(config(made, out), capsys)
+
+
+@pytest.mark.parametrize("name", ["curriculum.yaml", "curriculum_trl.yaml", "verl/curriculum.yaml"])
+def test_example_configs_are_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cropi.cli import _parser
+    from cropi.cli.config import apply_config
+    from cropi.cli.curriculum import make_plan
+
+    args = _parser().parse_args(["curriculum", str(ROOT / "examples" / name)])
+    args.words, args.trl, args.stage = [args.config], {}, "0"
+    apply_config(args, tables=("trl",))
+    plan = make_plan(args)
+    assert plan.stages > 1 and plan.train and plan.valid
+    if plan.trainer == "trl":
+        from cropi.trainers.trl.in_process import check_options
+
+        monkeypatch.chdir(ROOT)
+        check_options(plan.trl)
+    else:
+        script = ROOT / plan.trainer.split()[1]
+        assert script.is_file()
+
+
+def test_switches_in_a_config_file_are_named_either_way(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (changes, shown) in enumerate((({"no_progress": None}, True), ({}, False))):
+        out = tmp_path / str(number)
+        error = refused(config(made, out, trainer="false {selected}", **changes), capsys)
+        assert ("prompt/s" in error) is shown

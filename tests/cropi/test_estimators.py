@@ -1,0 +1,138 @@
+"""Token weights against autograd of the objectives that the estimators are named after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from cropi.data.rewards import group_advantages, no_gradient_reason, pass_rate
+from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
+
+REWARDS = [1.0, 0.0, 0.0, 1.0, 0.5]
+LENGTHS = [3, 1, 7, 4, 2]
+EPS = 1e-4
+
+
+def mean_over_responses(terms: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([term.mean() for term in terms]).mean()
+
+
+def clipped(ratio: torch.Tensor, advantage: float, low: float, high: float) -> torch.Tensor:
+    return torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+# The objective of one prompt, written out from the papers, in the log-probs of its responses' tokens.
+Objective = Callable[[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
+OBJECTIVES: dict[str, Objective] = {
+    "cropi": lambda new, old, a, _: mean_over_responses(
+        [(p - q).exp() * a[k] for k, (p, q) in enumerate(zip(new, old))]
+    ),
+    "ppo": lambda new, old, a, _: mean_over_responses(
+        [clipped((p - q).exp(), float(a[k]), 0.2, 0.2) for k, (p, q) in enumerate(zip(new, old))]
+    ),
+    "reinforce": lambda new, old, _, c: torch.stack([p.sum() * c[k] for k, p in enumerate(new)]).mean(),
+    "dr_grpo": lambda new, old, _, c: torch.stack(
+        [clipped((p - q).exp(), float(c[k]), 0.2, 0.2).sum() / 50.0 for k, (p, q) in enumerate(zip(new, old))]
+    ).mean(),
+    "dapo": lambda new, old, a, _: (
+        sum(clipped((p - q).exp(), float(a[k]), 0.2, 0.28).sum() for k, (p, q) in enumerate(zip(new, old)))
+        / sum(LENGTHS)  # type: ignore[return-value]
+    ),
+}
+
+
+def log_probs(seed: int, spread: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Current and behaviour log-probs whose ratios fall inside and outside the clipping range."""
+    generator = torch.Generator().manual_seed(seed)
+    old = [-3 * torch.rand(n, generator=generator, dtype=torch.float64) for n in LENGTHS]
+    new = [q + spread * torch.randn(q.shape, generator=generator, dtype=torch.float64) for q in old]
+    return new, old
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_are_the_gradient_of_the_objective(name: str, seed: int) -> None:
+    new, old = log_probs(seed, 0.3)
+    for p in new:
+        p.requires_grad_()
+    rewards = torch.tensor(REWARDS, dtype=torch.float64)
+    centred = rewards - rewards.mean()
+    OBJECTIVES[name](new, old, centred / (rewards.std(unbiased=True) + EPS), centred).backward()
+    expected = torch.cat([p.grad for p in new if p.grad is not None])
+
+    estimator = make_estimator(name, constant=50.0 if name == "dr_grpo" else None)
+    lengths = torch.tensor(LENGTHS)
+    got = estimator.weights(
+        torch.cat(new).detach(),
+        torch.cat(old),
+        torch.from_numpy(estimator.advantages(REWARDS)).repeat_interleave(lengths),
+        torch.from_numpy(estimator.divisors(LENGTHS)).repeat_interleave(lengths),
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+    if name in ("ppo", "dr_grpo", "dapo"):
+        assert 0 < int((got == 0).sum()) < got.numel(), "the case must have clipped and unclipped tokens"
+
+
+def test_clipping_stops_only_moves_that_the_advantage_wants() -> None:
+    ratio = torch.tensor([0.5, 0.79, 0.81, 1.19, 1.21, 3.0, 0.5, 1.21])
+    advantage = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    clip = make_estimator("ppo").clipped(ratio, advantage)
+    assert clip.tolist() == [False, False, False, False, True, False, True, False]
+    assert not make_estimator("cropi").clipped(ratio, advantage).any()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_without_behaviour_the_ratio_is_one(name: str) -> None:
+    estimator = ESTIMATORS[name]
+    logprobs, advantage, divisor = -torch.rand(5), torch.randn(5), torch.full((5,), 4.0)
+    got = estimator.weights(logprobs, None, advantage, divisor)
+    torch.testing.assert_close(got, estimator.weights(logprobs, logprobs.clone(), advantage, divisor))
+    torch.testing.assert_close(got, advantage / 4)
+
+
+def test_advantages_by_hand() -> None:
+    # mean 0.5, deviations +-0.5, unbiased variance 4 * 0.25 / 3
+    sd = (1 / 3) ** 0.5
+    np.testing.assert_allclose(group_advantages([1, 0, 0, 1]), np.array([0.5, -0.5, -0.5, 0.5]) / (sd + 1e-4))
+    np.testing.assert_allclose(group_advantages([1, 0, 0, 1], std=False), [0.5, -0.5, -0.5, 0.5])
+    np.testing.assert_allclose(group_advantages([1, 0], eps=0.0), [0.5**0.5, -(0.5**0.5)])
+    with pytest.raises(ValueError, match="at least two are needed"):
+        group_advantages([1.0])
+
+
+def test_rewards_that_would_overflow_are_refused() -> None:
+    for std in (True, False):
+        for bad in (1e300, -1e31, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="rewards: .*at most 1e[+]30; scale them down"):
+                group_advantages([bad, 0.0, 1.0], std=std)
+        largest = group_advantages([1e30, -1e30, 0.0], std=std)
+        assert np.isfinite(largest.astype(np.float32)).all() and largest[0] == -largest[1] > 0.5
+
+
+def test_prompts_without_a_gradient_are_known_from_their_rewards() -> None:
+    assert no_gradient_reason([0.0, 0.0]) == "equal rewards" and no_gradient_reason([1.0]) == "one response"
+    assert no_gradient_reason([0.1, 0.1 + 1e-6]) is None
+    assert no_gradient_reason([0.1 + 0.2, 0.3]) == no_gradient_reason([-(0.1 + 0.2), -0.3]) == "equal rewards"
+    in_float32 = [float(np.float32(a) + np.float32(b)) for a, b in ((0.1, 0.6), (0.2, 0.5))]
+    assert in_float32[0] != in_float32[1] and no_gradient_reason(in_float32) == "equal rewards"
+    assert no_gradient_reason([5e-324, 0.0]) is None and no_gradient_reason([-1.0, 1.0]) is None
+    assert pass_rate([1.0, 0.0, 0.5, 0.1]) == 0.5
+
+
+def test_contradicting_options_are_refused() -> None:
+    for call, message in (
+        (lambda: make_estimator("grpo"), "estimator must be one of cropi, ppo"),
+        (lambda: make_estimator("reinforce", clip_low=0.1, clip_high=0.1), "has no ratio to clip"),
+        (lambda: make_estimator("cropi", clip_low=0.1), "needs both or none"),
+        (lambda: make_estimator("cropi", constant=3.0), "does not use it; leave it out"),
+        (lambda: make_estimator("reinforce", eps=0.1), "does not use it; leave it out"),
+        (lambda: make_estimator("ppo", eps=float("inf")), "eps must be a finite number"),
+        (lambda: make_estimator("ppo", eps=-1.0), "eps must be a finite number >= 0"),
+        (lambda: Estimator("x", length="words"), "length must be one of"),
+        (lambda: make_estimator("dr_grpo", constant=0.0), "constant must be a finite number above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,60 @@
+"""Fingerprints change with every weight and every token, and with nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from support.made_data import make_model, make_tokenizer
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from cropi.model.fingerprint import model_fingerprint, tokenizer_fingerprint
+
+
+def test_one_bit_of_one_weight_changes_the_fingerprint() -> None:
+    model, first = make_model(), model_fingerprint(make_model())
+    assert model_fingerprint(model) == first and first["dtype"] == "float32"
+    weight = model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    changed = model_fingerprint(model)
+    assert changed["weights"] != first["weights"] and changed["size"] == first["size"]
+    model.requires_grad_(False)
+    assert model_fingerprint(model) == changed, "freezing changes no weight"
+    assert model_fingerprint(make_model().to(torch.bfloat16))["dtype"] == "bfloat16"
+
+
+def test_the_last_weight_of_a_large_tensor_counts() -> None:
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        first = model_fingerprint(model)
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1.0
+        assert model_fingerprint(model)["weights"] != first["weights"], name
+
+
+def test_the_end_of_a_tokenizer_counts() -> None:
+    """Two tokens that change places at the end of the vocabulary, and the end of a long template."""
+    tokenizer = make_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["~"], vocabulary["}"] = vocabulary["}"], vocabulary["~"]
+    names = {"eos_token": "<eos>", "pad_token": "<pad>"}
+    backend = Tokenizer.from_str(json.dumps(state))
+    swapped = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    swapped.chat_template = tokenizer.chat_template = "{# " + "long " * 1000 + "#}x"
+    assert tokenizer_fingerprint(swapped) != tokenizer_fingerprint(tokenizer)
+    first = tokenizer_fingerprint(tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template[:-1] + "y"
+    assert tokenizer_fingerprint(tokenizer) != first
+
+
+def test_tokenizer_fingerprint_ignores_what_it_was_last_used_for() -> None:
+    tokenizer = make_tokenizer()
+    first = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a", "bc"], padding=True, truncation=True, max_length=1)
+    assert tokenizer_fingerprint(tokenizer) == first
+    assert tokenizer_fingerprint(make_tokenizer(chat=True)) != first
+    tokenizer.add_tokens(["new"])
+    assert tokenizer_fingerprint(tokenizer) != first

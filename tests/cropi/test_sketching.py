@@ -1,0 +1,113 @@
+"""The sketching job from Python: what it asks of a model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+
+from cropi.errors import CropiError
+from cropi.gradient.estimators import ESTIMATORS
+from cropi.sketching.job import SketchJob
+from cropi.sketching.run import sketch
+from cropi.store.store import SketchStore
+from cropi_kernels import SketchSpec, UncoveredParameterError
+
+pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+
+
+def sketched(out: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """The sketches of a few records by name."""
+    path = write_lines(out.with_suffix(".jsonl"), make_records(8))
+    sketch(
+        model, make_tokenizer(), SketchJob([path], out, spec=SketchSpec(dim=1024), **options), progress=False
+    )
+    return {
+        row.id: vector for rows, table in SketchStore.open(out).shards() for row, vector in zip(rows, table)
+    }
+
+
+def test_a_model_that_cannot_be_sketched_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """The remedy changes what the store is made of: one that was begun without it would refuse to go on."""
+    config = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model, exclude = transformers.MambaForCausalLM(config).eval(), ["*.A_log", "*.D", "*.conv1d.*"]
+    with pytest.raises(UncoveredParameterError, match="mixer.dt_proj"):
+        sketched(tmp_path / "out", model, exclude=exclude)
+    assert not (tmp_path / "out").exists()
+    assert sketched(tmp_path / "out", model, exclude=[*exclude, "*.dt_proj.*"])
+
+
+def test_active_dropout_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    by_rate, by_module = make_model().train(), make_model("gpt2").train()
+    by_rate.model.layers[1].self_attn.attention_dropout = 0.1
+    by_module.transformer.h[0].mlp.dropout.p = 0.2
+    for model, named in (
+        (by_rate, "model is in training mode, and model.layers.1.self_attn has attention_dropout = 0.1"),
+        (
+            by_module,
+            r"model is in training mode, and transformer.h.0.mlp.dropout has p = 0.2.*model.eval\(\)",
+        ),
+    ):
+        with pytest.raises(CropiError, match=named):
+            sketched(tmp_path / "s", model)
+        with pytest.raises(CropiError, match="behaviour_" + named):
+            sketched(tmp_path / "s", make_model(), behaviour="model", behaviour_model=model)
+    assert not (tmp_path / "s").exists()
+    assert sketched(tmp_path / "rate", by_rate.eval()) and sketched(tmp_path / "module", by_module.eval())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about a new name
+def test_training_mode_without_dropout_is_taken_and_gradient_checkpointing_with_it(tmp_path: Path) -> None:
+    expected = sketched(tmp_path / "eval", make_model())
+    model = make_model().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    got = sketched(tmp_path / "train", model)
+    assert model.training and got.keys() == expected.keys()
+    for name, vector in expected.items():
+        torch.testing.assert_close(got[name], vector, rtol=1e-5, atol=1e-6)
+
+
+def with_ratio(records: list[dict[str, Any]], model: Any, ratio: list[float]) -> list[dict[str, Any]]:
+    """Records with log-probs under which the policy's ratio is ``ratio[k]`` at every token of response k."""
+    tokenizer = make_tokenizer()
+    for record in records:
+        prompt = record["prompt_ids"] = tokenizer(record["prompt"])["input_ids"]
+        record["response_ids"] = [[*tokenizer(text)["input_ids"], 1] for text in record["responses"]]
+        record["logprobs"] = []
+        for k, ids in enumerate(record["response_ids"]):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            found = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0] - math.log(ratio[k])
+            record["logprobs"].append(found.clamp(max=0.0).tolist())
+    return records
+
+
+def test_norm_ratio_and_clipped_tokens_of_a_row_are_those_of_its_responses(tmp_path: Path) -> None:
+    """Rows of one response each, so that every prompt is put together from several micro-batches."""
+    model, ratio = make_model(), [1.5, 1.5, 1.0, 1.0]
+    records = with_ratio([r | {"rewards": [1.0, 0.0, 1.0, 0.0]} for r in make_records(6)], model, ratio)
+    path = write_lines(tmp_path / "t.jsonl", records)
+    job = SketchJob(
+        [path], tmp_path / "s", spec=SketchSpec(dim=1024), estimator=ESTIMATORS["ppo"], layout="padded",
+        tokens_per_batch=1,
+    )  # fmt: skip
+    sketch(model, make_tokenizer(), job, progress=False)
+    ((rows, vectors),) = SketchStore.open(tmp_path / "s").shards()
+    by_id = {record["id"]: [len(ids) for ids in record["response_ids"]] for record in records}
+    assert {row.id for row in rows} == set(by_id) and len({str(sizes) for sizes in by_id.values()}) > 1
+    for row, vector in zip(rows, vectors):
+        sizes = by_id[row.id]
+        assert (
+            row.tokens == sum(sizes)
+            and row.norm == pytest.approx(float(vector.norm()), rel=1e-5)
+            and row.norm > 0
+        )
+        mean = sum(r * n for r, n in zip(ratio, sizes)) / sum(sizes)
+        assert row.extra["ratio"] == pytest.approx(mean, rel=1e-4)
+        # Clipped at 1.2 where the advantage is positive: the first response alone.
+        assert row.extra["clipped"] == pytest.approx(sizes[0] / sum(sizes), rel=1e-9)

@@ -1,0 +1,384 @@
+"""The store: killed at any instant, damaged, full, locked, opened under other settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cropi.errors import CropiError
+from cropi.store.shards import DTYPES, RowInfo, decode, encode
+from cropi.store.store import SketchStore
+
+DIM = 64
+MANIFEST: dict[str, Any] = {
+    "spec": {"dim": DIM, "seed": 0}, "hash_version": 1, "stage": "0", "model": {"dtype": "float32", "weights": "aa"},
+    "parameters": {"covered": 10, "total": 10, "excluded": []}, "dtype": "float32", "notes": {"model": "here"},
+}  # fmt: skip
+
+
+def vector(i: int) -> torch.Tensor:
+    return torch.randn(DIM, generator=torch.Generator().manual_seed(i))
+
+
+def fill(path: Path, count: int, manifest: dict[str, Any] = MANIFEST, shard_rows: int = 4) -> None:
+    with SketchStore.create(path, manifest, shard_rows=shard_rows) as store:
+        for i in range(count):
+            store.add(RowInfo(f"p{i:03d}", tokens=i, norm=float(vector(i).norm())), vector(i))
+
+
+def content(path: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for rows, sketches in SketchStore.open(path).shards():
+        found.update({row.id: sketch for row, sketch in zip(rows, sketches)})
+    return found
+
+
+def test_rows_come_back_with_what_is_known_of_them(tmp_path: Path) -> None:
+    extra = {"ratio": 1.5}
+    with SketchStore.create(tmp_path / "s", MANIFEST, shard_rows=2) as store:
+        assert (
+            store.add(RowInfo("b", set="v", task="sum", pass_rate=0.5, tokens=7, extra=extra), vector(1))
+            == []
+        )
+        store.add(RowInfo("z", "skipped", "equal rewards"))
+        assert store.add(RowInfo("a"), vector(2)) == ["b", "z", "a"], "a full shard is written at once"
+        store.add(RowInfo("c", "failed", "NaN or infinity in its gradient"))
+    store = SketchStore.open(tmp_path / "s")
+    assert [row.id for row in store.rows()] == ["a", "b", "c", "z"] and len(store) == 4 and "c" in store
+    by_id = {row.id: row for row in store.rows()}
+    assert (by_id["b"].set, by_id["b"].task, by_id["b"].tokens, by_id["b"].extra) == ("v", "sum", 7, extra)
+    assert (by_id["z"].status, by_id["z"].reason, by_id["z"].row) == ("skipped", "equal rewards", None)
+    assert content(tmp_path / "s").keys() == {"a", "b"}
+    assert torch.equal(content(tmp_path / "s")["a"], vector(2))
+    checked = subprocess.run(
+        "sha256sum -c *.sha256", shell=True, cwd=tmp_path / "s", capture_output=True, text=True
+    )
+    assert checked.returncode == 0 and checked.stdout.count(": OK") == store.verify() == 2
+
+
+def test_shards_without_a_manifest_are_not_taken_over(tmp_path: Path) -> None:
+    fill(tmp_path / "s", 5)
+    (tmp_path / "s" / "manifest.json").unlink()
+    with pytest.raises(CropiError, match="holds shards but no manifest.json"):
+        SketchStore.create(tmp_path / "s", MANIFEST | {"spec": {"dim": DIM, "seed": 1}})
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_of_each_dtype_is_within_its_bound(dtype: str) -> None:
+    rows = torch.stack([vector(i) * 10.0 ** (i - 6) for i in range(12)] + [torch.zeros(DIM)]).repeat(1, 4)
+    rows[:, 100] *= 1000  # one entry that would spoil a scale per row
+    got = decode(encode(rows, dtype))
+    largest = rows.abs().amax(1, keepdim=True)
+    bound = {
+        "float32": 0 * rows,
+        "float16": rows.abs() * 2.0**-11
+        + largest * 2.0**-25,  # half an ulp; subnormals below the row's scale
+        "bfloat16": rows.abs() * 2.0**-8,
+        "int8": (rows.view(13, -1, 128).abs().amax(2) / 254).repeat_interleave(128, dim=1),
+    }[dtype]
+    assert bool(((got - rows).abs() <= bound * (1 + 1e-5)).all())
+    assert torch.equal(got[-1], rows[-1])
+    assert decode(encode(rows[:0], dtype)).shape == (0, rows.shape[1]), "a shard of skipped prompts alone"
+    assert torch.equal(decode(encode(rows[:, :3].contiguous(), "int8"))[-1], rows[-1, :3]), (
+        "a dim below one block"
+    )
+
+
+# Runs in one process that forks a child per kill, so that torch is imported once. Every child writes rows and dies
+# before its n-th file operation, or after a random time; what it had reported must be there afterwards.
+KILLER = """
+import os, random, signal, sys, time
+sys.path[:0] = sys.path_extra = {path!r}
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+import test_store as t
+from cropi import files
+from cropi.store import shards
+from cropi.store import store as s
+
+target, total = Path(sys.argv[1]), 300  # more than any child can finish before it is killed
+OPERATIONS = [(os, "fsync"), (os, "replace"), (os, "unlink"), (Path, "write_bytes"), (Path, "mkdir"), (Path, "unlink")]
+
+def die_before(n):
+    count = [0]
+    for owner, name in OPERATIONS:
+        def wrapped(*a, real=getattr(owner, name), **k):
+            count[0] += 1
+            if count[0] == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*a, **k)
+        setattr(owner, name, wrapped)
+
+def half_written(n):  # the n-th write leaves half a file behind
+    real, count = Path.write_bytes, [0]
+    def wrapped(self, data):
+        count[0] += 1
+        if count[0] == n:
+            real(self, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, data)
+    Path.write_bytes = wrapped
+
+def child(pipe):
+    with s.SketchStore.create(target, t.MANIFEST, shard_rows=3) as store:
+        for i in range(total):
+            name = f"p{{i:03d}}"
+            if name not in store:
+                for safe in store.add(t.RowInfo(name), t.vector(i)):
+                    os.write(pipe, (safe + "\\n").encode())
+        for safe in store.flush():
+            os.write(pipe, (safe + "\\n").encode())
+
+reported, kills, rng, n = set(), 0, random.Random(0), 0
+while True:
+    n += 1
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if n % 3 == 0:
+                half_written(1 + n % 5)
+            elif n % 3 == 1:
+                die_before(1 + n % 19)
+            child(writer)
+            os._exit(0)
+        except BaseException as error:
+            print("child", n, repr(error), file=sys.stderr)
+            os._exit(1)
+    os.close(writer)
+    if n % 3 == 2:
+        time.sleep(rng.random() * 0.03)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    reported |= set(os.fdopen(reader).read().split())
+    if os.WIFEXITED(status):
+        assert os.WEXITSTATUS(status) == 0, f"child {{n}} failed"
+        break
+    kills += 1
+    if (target / "manifest.json").exists():
+        found = t.content(target)
+        assert reported <= set(found), f"lost {{reported - set(found)}} after kill {{n}}"
+        assert all(torch.equal(found[name], t.vector(int(name[1:]))) for name in found)
+    assert n < 400
+found = t.content(target)
+assert set(found) == {{f"p{{i:03d}}" for i in range(total)}}, sorted(found)
+assert reported <= set(found)
+assert not [p for p in target.iterdir() if p.name.endswith(".tmp")], list(target.iterdir())
+print(kills)
+"""
+
+
+def test_killed_at_any_instant_it_resumes_and_loses_nothing_it_reported(tmp_path: Path) -> None:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER.format(path=paths), str(tmp_path / "s")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 10, "the store was hardly killed at all"
+
+
+def test_what_is_reported_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut takes what was not synced: content before its rename, and the folder after the last one."""
+    synced: dict[int, int] = {}  # size by inode, at its last sync
+    renamed_since: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+        if stat.S_ISDIR(found.st_mode):
+            renamed_since.clear()
+
+    def renaming(source: Path, target: Path) -> None:
+        found = os.stat(source)
+        assert synced.get(found.st_ino) == found.st_size, f"{target} is renamed before its content is synced"
+        replace(source, target)
+        renamed_since.append(str(target))
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", renaming)
+    with SketchStore.create(tmp_path / "s", MANIFEST, shard_rows=2) as store:
+        store.add(RowInfo("a"), vector(0))
+        assert store.add(RowInfo("b"), vector(1)) == ["a", "b"]
+        assert not renamed_since, "the folder is synced last"
+    files = [path for path in (tmp_path / "s").iterdir() if path.name != ".lock"]
+    assert len(files) == 3 and all(synced[path.stat().st_ino] == path.stat().st_size for path in files)
+
+
+def test_same_job_is_continued_and_notes_may_differ(tmp_path: Path) -> None:
+    fill(tmp_path / "s", 5)
+    with SketchStore.create(tmp_path / "s", MANIFEST | {"notes": {"model": "elsewhere"}}) as store:
+        assert len(store) == 5
+        with pytest.raises(CropiError, match="already has the prompt 'p000'"):
+            store.add(RowInfo("p000"), vector(0))
+        store.add(RowInfo("new"), vector(9))
+        with pytest.raises(CropiError, match="already has the prompt 'new'"):
+            store.add(RowInfo("new"), vector(9))
+        with pytest.raises(CropiError, match=r"shape \[64\] is expected, got \[3\]"):
+            store.add(RowInfo("short"), torch.zeros(3))
+    assert len(SketchStore.open(tmp_path / "s")) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"spec": {"dim": DIM, "seed": 1}}, "spec.seed = 0, but this run has 1"),
+        (
+            {"model": {"dtype": "float32", "weights": "bb"}},
+            "model.weights = aa (model 'here'), but this run has bb",
+        ),
+        ({"stage": "1"}, "stage = 0, but this run has 1"),
+        ({"dtype": "int8"}, "dtype = float32, but this run has int8"),
+        ({"trajectories": "ff"}, "trajectories = None, but this run has ff"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    fill(tmp_path / "s", 2)
+    with pytest.raises(CropiError, match=re.escape(named)):
+        SketchStore.create(tmp_path / "s", MANIFEST | change)
+    fill(tmp_path / "s", 2 - 2)  # the refusal has released the lock
+
+
+def test_damage_is_found_and_named(tmp_path: Path) -> None:
+    fill(tmp_path / "s", 12)
+    shard = tmp_path / "s" / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    store = SketchStore.open(tmp_path / "s")
+    for read in (store.verify, lambda: list(store.shards())):
+        with pytest.raises(
+            CropiError, match="shard-00001.safetensors is damaged: its checksum does not match"
+        ):
+            read()
+    shard.write_bytes(whole[:100])
+    with pytest.raises(CropiError, match="shard-00001.safetensors is damaged: its header cannot be read"):
+        SketchStore.open(tmp_path / "s")
+    # The remedy of the message: without the shard, its prompts alone are missing.
+    shard.unlink()
+    Path(f"{shard}.sha256").unlink()
+    assert sorted({f"p{i:03d}" for i in range(12)} - set(content(tmp_path / "s"))) == [
+        "p004",
+        "p005",
+        "p006",
+        "p007",
+    ]
+    with SketchStore.create(tmp_path / "s", MANIFEST) as store:
+        for i in range(4, 8):
+            store.add(RowInfo(f"p{i:03d}"), vector(i))
+    assert all(torch.equal(sketch, vector(int(name[1:]))) for name, sketch in content(tmp_path / "s").items())
+    Path(f"{shard}".replace("00001", "00000") + ".sha256").unlink()
+    with pytest.raises(CropiError, match="shard-00000.safetensors is damaged: its checksum file is missing"):
+        SketchStore.open(tmp_path / "s")
+
+
+def test_folders_that_are_no_store(tmp_path: Path) -> None:
+    with pytest.raises(CropiError, match="there is no sketch store"):
+        SketchStore.open(tmp_path / "none")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(CropiError, match="is not empty and holds no manifest.json"):
+        SketchStore.create(tmp_path / "other", MANIFEST)
+    with pytest.raises(CropiError, match="is a file; give a folder"):
+        SketchStore.create(tmp_path / "other" / "thesis.tex", MANIFEST)
+    with pytest.raises(CropiError, match="dtype must be one of float32, float16, bfloat16, int8, got 'int4'"):
+        SketchStore.create(tmp_path / "new", MANIFEST | {"dtype": "int4"})
+    fill(tmp_path / "s", 1)
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(CropiError, match="store format 99; this release reads format 1"):
+        SketchStore.open(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").write_text("{")
+    with pytest.raises(CropiError, match="manifest.json is damaged"):
+        SketchStore.open(tmp_path / "s")
+
+
+def test_one_writer_at_a_time_and_readers_always(tmp_path: Path) -> None:
+    fill(tmp_path / "s", 4)
+    with SketchStore.create(tmp_path / "s", MANIFEST) as writer:
+        with pytest.raises(CropiError, match=r"another process \(pid \d+\) is writing to the store"):
+            SketchStore.create(tmp_path / "s", MANIFEST)
+        writer.add(RowInfo("late"), vector(1))
+        reader = SketchStore.open(tmp_path / "s")
+        assert len(reader) == 4
+        reader.add(RowInfo("no"), vector(1))
+        with pytest.raises(CropiError, match="open for reading only"):
+            reader.flush()
+    assert len(SketchStore.open(tmp_path / "s")) == 5
+
+
+FULL = """
+import resource, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+import test_store as t
+target = Path(sys.argv[1])
+store = t.SketchStore.create(target, t.MANIFEST, shard_rows=4)
+for i in range(4):
+    store.add(t.RowInfo(f"p{{i:03d}}"), t.vector(i))
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+try:
+    for i in range(4, 8):
+        store.add(t.RowInfo(f"p{{i:03d}}"), t.vector(i))
+except t.CropiError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+before = len(t.content(target)), sorted(p.name for p in target.iterdir() if p.name.endswith((".tmp", ".safetensors")))
+store.close()
+print(before, len(t.content(target)))
+"""
+
+
+def test_a_full_disk_is_named_and_costs_no_finished_row(tmp_path: Path) -> None:
+    """A file-size limit makes the write itself fail half-way, as a full disk does."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL.format(path=paths), str(tmp_path / "s")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    message, counts = done.stdout.strip().split("\n")
+    assert message.startswith(
+        f"cannot write {tmp_path / 's' / 'shard-00001.safetensors'}: file too large; free some space"
+    )
+    assert counts == "(4, ['shard-00000.safetensors']) 8", (
+        "the rows stay pending, and are written once there is room"
+    )
+
+
+def test_reading_order_does_not_depend_on_writing_order(tmp_path: Path) -> None:
+    names = [f"p{i}" for i in range(20)]
+    for seed, folder in enumerate(("one", "two")):
+        shuffled = random.Random(seed).sample(names, len(names))
+        with SketchStore.create(tmp_path / folder, MANIFEST, shard_rows=3 + seed) as store:
+            for name in shuffled:
+                store.add(RowInfo(name), vector(int(name[1:])))
+    one, two = (SketchStore.open(tmp_path / folder) for folder in ("one", "two"))
+    assert [row.id for row in one.rows()] == [row.id for row in two.rows()]
+
+
+def test_shards_are_in_order_of_their_numbers(tmp_path: Path) -> None:
+    """The name of shard 100000 is longer, and comes before that of 99999."""
+    store = tmp_path / "s"
+    fill(store, 8)
+    for old, new in (("00000", "99999"), ("00001", "100000")):
+        for end in ("safetensors", "safetensors.sha256"):
+            (store / f"shard-{old}.{end}").rename(store / f"shard-{new}.{end}")
+    assert [rows[0].id for rows, _ in SketchStore.open(store).shards()] == ["p000", "p004"]
+    (store / "shard-100000.safetensors.sha256").unlink()  # killed inside the last shard: no damage
+    assert len(SketchStore.open(store)) == 4
+    fill(store, 0)
+    assert not (store / "shard-100000.safetensors").exists()
+    (store / "shard-00000 (copy).safetensors").write_bytes(b"")
+    with pytest.raises(CropiError, match="copy.*is no shard of this store .*; take it out"):
+        SketchStore.open(store)

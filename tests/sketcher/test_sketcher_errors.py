@@ -1,0 +1,263 @@
+"""What `GradientSketcher` says to bad arguments, and to models that it cannot take apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support import zoo
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cropi_kernels import GradientSketcher, SketchSpec, UncoveredParameterError
+
+SPEC = SketchSpec(width=16, vocab_width=64)
+transformers.logging.set_verbosity_error()
+
+BATCH = zoo.padded()
+ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    (dict(input_ids=BATCH.input_ids[0]), r"input_ids has shape \(9,\): give a non-empty \[batch, length\]"),
+    (dict(input_ids=BATCH.input_ids[:0]), r"input_ids has shape \(0, 9\)"),
+    (dict(input_ids=BATCH.input_ids.tolist()), r"input_ids is of type list: give a tensor"),
+    (dict(input_ids=BATCH.input_ids.float()), r"input_ids is torch.float32: give int64 token ids"),
+    (dict(targets=BATCH.targets.numpy()), r"targets is of type ndarray: give a tensor"),
+    (dict(segments=[0, 0, 1, 1, 1, 2]), r"segments is of type list: give a tensor"),
+    (
+        dict(attention_mask=torch.ones(5, 9)),
+        r"attention_mask has shape \(5, 9\): give \[6, 9\], 1 for tokens",
+    ),
+    (dict(attention_mask=torch.ones(6, 9, 9)), r"attention_mask has shape \(6, 9, 9\)"),
+    (dict(attention_mask=torch.ones(6, 1, 1, 9)), r"attention_mask has shape \(6, 1, 1, 9\)"),
+    (dict(position_ids=torch.zeros(6, 8)), r"position_ids has shape \(6, 8\): give int64 \[6, 9\]"),
+    (dict(input_ids=BATCH.input_ids + 90), r"input_ids runs from 90 to 186: the vocabulary is 0 .. 96"),
+    (dict(targets=BATCH.targets - 2), r"targets runs from -1 to 31: the vocabulary is 0 .. 96"),
+    (
+        dict(targets=BATCH.targets[1:]),
+        r"positions \(18,\) .* and targets \(17,\) .* must be int64 of one length",
+    ),
+    (dict(positions=BATCH.positions.int()), r"positions \(18,\) torch.int32"),
+    (dict(positions=BATCH.positions + 55), r"positions run from 58 to 106: input_ids holds 0 .. 53"),
+    (dict(positions=BATCH.positions - 4), r"positions run from -1 to 47"),
+    (dict(positions=BATCH.positions.flip(0)), r"positions jump back to an earlier segment: sort"),
+    (dict(segments=BATCH.segments.flip(0)), r"segments must be >= 0 and must not decrease"),
+    (dict(segments=BATCH.segments - 1), r"segments must be >= 0"),
+    (
+        dict(segments=BATCH.segments.float()),
+        r"segments is torch.float32 \(6,\): give int64 ids per row \[6\]",
+    ),
+    (dict(segments=BATCH.segments[1:]), r"segments is torch.int64 \(5,\)"),
+    (dict(num_segments=2), r"num_segments=2 but segments holds id 2"),
+    (dict(temperature=0.0), r"temperature"),
+    (dict(temperature=-1.0), r"temperature"),
+    (dict(temperature="1.0"), r"temperature='1.0'"),
+    (dict(weigh=lambda logp, a, b: torch.zeros(3)), r"weigh\(logp, 0, 18\) returned \(3,\)"),
+]
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return zoo.make("llama")
+
+
+@pytest.mark.parametrize("changes, message", ARGUMENTS, ids=[message[:40] for _, message in ARGUMENTS])
+def test_bad_arguments_are_named(llama: nn.Module, changes: dict[str, Any], message: str) -> None:
+    with GradientSketcher(llama, SPEC) as sketcher:
+        with pytest.raises(ValueError, match=message):
+            BATCH.sketch(sketcher, **changes)
+
+
+def test_what_is_no_model_no_spec_and_no_graph(llama: nn.Module) -> None:
+    with pytest.raises(ValueError, match="model is of type NoneType: give a Module"):
+        GradientSketcher(None, SPEC)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="spec is of type int: give a SketchSpec"):
+        GradientSketcher(llama, 32768)  # type: ignore[arg-type]
+    with GradientSketcher(llama, SPEC) as sketcher, torch.inference_mode():
+        with pytest.raises(RuntimeError, match="policy_gradient under torch.inference_mode"):
+            BATCH.sketch(sketcher)
+
+
+def test_a_model_without_decoder_and_head_is_sent_to_batch() -> None:
+    model = nn.Sequential(nn.Embedding(97, 8), nn.Linear(8, 97))
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(ValueError, match=r"not a decoder with a linear head: use `with sketcher.batch"):
+            zoo.padded().sketch(sketcher)
+        with pytest.raises(ValueError, match=r"segments has shape \(3,\): give ids per token, or shape="):
+            with sketcher.batch(torch.zeros(3, dtype=torch.int64)):
+                pass
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x)
+
+
+def test_a_head_that_is_not_all_is_noticed() -> None:
+    """The decoder and the head are run apart: what the model does between or behind them must not get lost."""
+    model = zoo.make("llama")
+    plain = type(model).forward
+
+    class Shifted(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = plain(self, *args, **kwargs)
+            out.logits = out.logits + torch.arange(97) * 0.01
+            return out
+
+    model.__class__ = Shifted
+    doubling = zoo.make("llama")
+    doubling.lm_head.__class__ = Doubling
+    doubling.lm_head.requires_grad_(False)
+    capped = zoo.make("gemma2")
+    capped.config.logit_scale = 2.0
+    for wrong, message in (
+        (model, "do not give its logits"),
+        (doubling, "do not give its logits"),
+        (capped, "scales its logits by 2.0 before a softcap"),
+    ):
+        with GradientSketcher(wrong, SPEC) as sketcher:
+            with pytest.raises(ValueError, match=message + ".*use `with sketcher.batch"):
+                zoo.padded().sketch(sketcher)
+
+
+def test_a_weight_that_is_used_without_its_module_is_noticed() -> None:
+    """Mamba multiplies by dt_proj's weight itself: its tap hears nothing, and that part of the gradient was missing."""
+    config = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(config).eval()
+    exclude = ["*.A_log", "*.D", "*.conv1d.*"]
+    with GradientSketcher(model, SPEC, exclude) as sketcher:
+        for _ in range(2):
+            with pytest.raises(UncoveredParameterError, match=r"layers.1.mixer.dt_proj \(Linear\)") as error:
+                BATCH.sketch(sketcher)
+        assert "exclude=['backbone.layers.0.mixer.dt_proj.*', ...]" in str(error.value)
+        assert not any(p.requires_grad for p in model.parameters())
+    exclude.append("*.dt_proj.*")
+    with GradientSketcher(model, SPEC, exclude) as sketcher:
+        got = BATCH.sketch(sketcher).sketches
+    own = zoo.sketches(model, zoo.gradients(model), SPEC, tuple(exclude), torch.float32)
+    exact = zoo.sketches(model, zoo.gradients(model.double()), SPEC, tuple(exclude))
+    assert ((got - exact).norm(dim=1) <= 2 * (own - exact).norm(dim=1)).all()
+
+
+def test_a_norm_with_a_gate_is_noticed() -> None:
+    """Without its gate it is an RMSNorm, and that is how it would be sketched."""
+    sizes = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
+    torch.manual_seed(0)
+    model = transformers.BambaForCausalLM(transformers.BambaConfig(**zoo.SIZES, **sizes)).eval()
+    exclude = ["*.A_log", "*.D", "*.dt_bias", "*.conv1d.*"]
+    with GradientSketcher(model, SPEC, exclude) as sketcher:
+        with pytest.raises(UncoveredParameterError, match=r"a gate.*\n  model.layers.0.mamba.norm \(Bamba"):
+            sketcher.check_model()
+    exclude.append("*.mamba.norm.*")
+    with GradientSketcher(model, SPEC, exclude) as sketcher:
+        got = BATCH.sketch(sketcher).sketches
+    own = zoo.sketches(model, zoo.gradients(model), SPEC, tuple(exclude), torch.float32)
+    torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_tensor_is_noticed_in_a_batch() -> None:
+    class Gated(nn.RMSNorm):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x if gate is None else x * gate)
+
+    norm = Gated(8, eps=1e-6)
+    with GradientSketcher(norm, SPEC) as sketcher, sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
+        with pytest.raises(ValueError, match="called with a second tensor .*: exclude its parameters"):
+            norm(torch.ones(2, 6, 8), torch.ones(2, 6, 8))
+        norm(torch.ones(2, 6, 8)).sum().backward()
+
+
+def test_a_module_that_nothing_uses_has_no_gradient() -> None:
+    """A tower for images, say: without images it is no error."""
+    model, plain = zoo.make("llama"), zoo.make("llama")
+    model.model.tower = nn.Linear(8, 8)  # type: ignore[union-attr]
+    results = []
+    for one in (model, plain):
+        with GradientSketcher(one, SPEC) as sketcher:
+            results.append(BATCH.sketch(sketcher).sketches)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    "kind, message", [("Prompt", r"give \[4, 97\] for 4 tokens"), ("Prefix", "difference")]
+)
+def test_tokens_that_peft_puts_in_front_are_noticed(kind: str, message: str) -> None:
+    """They are trained, but the decoder alone does not see them: their sketch would be zero."""
+    import peft
+
+    config = getattr(peft, f"{kind}TuningConfig")(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(zoo.make("llama"), config).eval()
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(ValueError, match=f"do not give its logits .*{message}"):
+            BATCH.sketch(sketcher)
+
+
+@pytest.mark.parametrize("where", ["plain", "checkpointed", "reentrant"])
+def test_outputs_may_be_changed_in_place(where: str) -> None:
+    """What ordinary training allows: an activation and a position added in the memory of a tapped module's output."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.first, self.second = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.get_input_embeddings = lambda: self.words
+            self.out_of_place = False
+
+        def block(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return self.second(torch.relu(y) if self.out_of_place else torch.relu_(y))  # type: ignore[no-any-return]
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.words(ids)
+            x = x + 0.5 if self.out_of_place else x.add_(0.5)
+            if where == "plain":
+                return self.block(x)
+            out: torch.Tensor = checkpoint(self.block, x, use_reentrant=where == "reentrant")
+            return out
+
+    torch.manual_seed(0)
+    model, ids = InPlace(), torch.randint(11, (2, 6))
+    sketches = []
+    with GradientSketcher(model, SPEC) as sketcher:
+        for model.out_of_place in (True, False):
+            with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)) as result:
+                model(ids).square().sum().backward()
+            sketches.append(result.sketches)
+    assert torch.equal(*sketches) and sketches[0].any(dim=1).all()
+
+
+def test_a_backward_pass_after_its_batch_is_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with GradientSketcher(model, SPEC) as sketcher:
+        with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
+            loss = model(torch.ones(2, 6, 8)).sum()
+        with pytest.raises(
+            RuntimeError, match="a backward pass reached 0 after its batch had ended: run it inside"
+        ):
+            loss.backward()
+        with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
+            with pytest.raises(RuntimeError, match="a backward pass reached 0 after its batch had ended"):
+                model(torch.ones(2, 6, 8)).sum().add(loss).backward()
+
+
+def test_a_module_that_does_not_see_every_token_is_named() -> None:
+    """Half the tokens go through the second layer: which segment they belong to is unknown."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)[:, ::2])
+
+    # [length, batch, n] has the right number of tokens in the wrong order.
+    for shape in ((2, 6, 8), (6, 2, 8)):
+        model = Half()
+        with GradientSketcher(model, SPEC) as sketcher:
+            with pytest.raises(
+                ValueError, match=r"(first|second) saw an input of shape .* in a batch of 2 x 6 tokens"
+            ):
+                with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
+                    model(torch.ones(shape)).sum().backward()

@@ -1,0 +1,225 @@
+"""The parts under the trainer adapters: prompt ids, logs of rollouts, joined stores, agreement among ranks."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pytest
+import torch
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+
+from cropi.data.prompt_ids import PromptIds
+from cropi.data.readers import replace_records
+from cropi.errors import CropiError
+from cropi.ranking.influence import influence, read_scores
+from cropi.sketching.job import SketchJob
+from cropi.sketching.run import sketch
+from cropi.store.store import SketchStore
+from cropi.trainers.trl.options import Curriculum
+from cropi.trainers.trl.ranks import Ranks
+from cropi.trainers.trl.rollout_log import (
+    RolloutLog,
+    cut_unfinished_line,
+    log_files,
+    merge_rollouts,
+    rewind,
+)
+from cropi.trainers.trl.scoring import choose_prompts
+from cropi_kernels import SketchSpec
+
+
+# --------------------------------------------------------------------------------------------- prompt ids
+def test_ids_and_places() -> None:
+    ids = PromptIds([{"id": 7}, {"id": "a"}, {"id": 0}], "id")
+    assert ids.names == ["7", "a", "0"] and ids.places(["0", "7"]) == [2, 0] and len(ids) == 3
+    assert "a" in ids and "b" not in ids
+    assert PromptIds([{"info": {"index": 3}}, {"info": {"index": 5}}], "info.index").names == ["3", "5"]
+    assert PromptIds([{"info.index": 3, "info": {"index": 5}}], "info.index").names == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": 7}, {"id": "7"}], "rows 0 and 1 have the same id '7'"),
+        ([{"id": "a"}, {"id": None}], "row 1 has the id None"),
+        ([{"id": True}], "row 0 has the id True"),
+        ([{"id": ""}], "row 0 has the id ''"),
+        ([{"prompt": "x"}], r"no column 'id' \(its columns: prompt\).*with id_column"),
+        (iter([{"id": 1}]), "can only be streamed"),
+    ],
+)
+def test_bad_ids(rows: Any, message: str) -> None:
+    with pytest.raises(CropiError, match=message):
+        PromptIds(rows, "id")
+
+
+def test_a_nested_id_that_is_missing_names_the_row_and_the_option() -> None:
+    with pytest.raises(CropiError, match="data: row 1 has the info.index None.*no other row has"):
+        PromptIds([{"info": {"index": 3}}, {"info": None}], "info.index", "data", "--id-key")
+    with pytest.raises(CropiError, match="rows 0 and 1 have the same info.index '3'.*with --id-key"):
+        PromptIds([{"info": {"index": 3}}, {"info": {"index": 3}}], "info.index", "data", "--id-key")
+
+
+# --------------------------------------------------------------------------------------------------- logs
+def record(name: str, step: int, **more: Any) -> dict[str, Any]:
+    return {"id": name, "prompt": "p", "responses": ["é", "b"], "rewards": [0, 1], "step": step} | more
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_log_goes_on_after_an_unfinished_line(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path / "new", 3)
+    log.append("train", [record("a", 0)])
+    log.append("train", [])
+    path = tmp_path / "new" / "train-rank00003.jsonl"
+    assert log.sync() == {path.name: path.stat().st_size}
+    with open(path, "ab") as file:
+        file.write(b'{"id": "half' + b"x" * 200_000)
+    again = RolloutLog(tmp_path / "new", 3)
+    again.append("train", [record("b", 1), record("c", 1)])
+    assert [r["id"] for r in read(path)] == ["a", "b", "c"]
+    path.write_bytes(b"no newline at all")
+    cut_unfinished_line(path)
+    assert path.read_bytes() == b""
+
+
+class Full:
+    """A file on a disk with room for a few bytes more: it takes them, and fails only when it is called again."""
+
+    def __init__(self, file: IO[bytes], room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: memoryview) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = self.file.write(data[: self.room])
+        self.room -= done
+        return done
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_a_record_that_does_not_fit_on_the_disk_is_an_error_and_harms_no_other(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path, 0)
+    log.append("train", [record("a", 0)])
+    log._open["train"] = Full(log._open["train"], 20)  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space left"):
+        log.append("train", [record("b", 0)])
+    log.append("train", [record("c", 1)])
+    assert [r["id"] for r in read(log.path("train"))] == ["a", "c"]
+
+
+def test_rewind_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:
+    logs = [RolloutLog(tmp_path, rank) for rank in (0, 1)]
+    logs[0].append("train", [record("a", 0)])
+    sizes = logs[0].sync()
+    for log in logs:
+        log.append("train", [record("b", 1)])
+        log.append("valid", [record("c", 1)])
+    rewind(tmp_path, sizes)
+    assert [path.name for path in log_files(tmp_path, "*")] == ["train-rank00000.jsonl"]
+    assert read(tmp_path / "train-rank00000.jsonl") == [record("a", 0)]
+    with pytest.raises(CropiError, match="has 0 bytes, but the checkpoint knows of 9: rollouts"):
+        rewind(tmp_path, {"train-rank00007.jsonl": 9})
+    # Nothing is cut when something is missing.
+    assert read(tmp_path / "train-rank00000.jsonl") == [record("a", 0)]
+
+
+def test_merge_keeps_one_record_a_prompt(tmp_path: Path) -> None:
+    first = write_lines(
+        tmp_path / "r0.jsonl", [record("b", 0, n=1), record("a", 3, n=2), record("a", 3, n=3)]
+    )
+    second = write_lines(tmp_path / "r1.jsonl", [record("b", 2, n=4), record("a", 1, n=5)])
+    with open(second, "a") as file:
+        file.write('{"id": "b", "st')  # another rank is writing
+    out = tmp_path / "merged.jsonl"
+    for logs in ([first, second], [second, first]):
+        assert merge_rollouts(logs, out) == 2
+        assert [(r["id"], r["n"]) for r in read(out)] == [("a", 3), ("b", 4)]
+    merge_rollouts([first, second], out, keep="first")
+    assert [(r["id"], r["n"]) for r in read(out)] == [("a", 5), ("b", 1)]
+    with pytest.raises(CropiError, match="no rollout has been recorded yet"):
+        merge_rollouts([], out)
+    with pytest.raises(CropiError, match="keep must be one of last, first, got 'best'"):
+        merge_rollouts([first], out, keep="best")
+    (tmp_path / "bad.jsonl").write_text("[1]\n")
+    with pytest.raises(CropiError, match="bad.jsonl: a line is not a recorded rollout"):
+        merge_rollouts([tmp_path / "bad.jsonl"], out)
+    assert [(r["id"], r["n"]) for r in read(out)] == [("a", 5), ("b", 1)]
+
+
+def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:
+    stored = write_lines(tmp_path / "stored.jsonl", [record("a", 0), record("b", 0)])
+    newer = write_lines(tmp_path / "newer.jsonl", [record("b", 5), record("c", 5)])
+    counts = replace_records([stored], newer, tmp_path / "both.jsonl")
+    assert (counts.replaced, counts.unknown, counts.without_logprobs) == (1, 1, 2)
+    assert [(r["id"], r["step"]) for r in read(tmp_path / "both.jsonl")] == [("a", 0), ("b", 5)]
+
+
+# ------------------------------------------------------------------------------------------------- stores
+def test_joined_stores_score_as_one(tmp_path: Path) -> None:
+    records, model, tokenizer = make_records(12), make_model(), make_tokenizer()
+    valid = make_records(6, seed=1)
+
+    def stored(name: str, some: list[dict[str, Any]], **changes: Any) -> SketchStore:
+        path = write_lines(tmp_path / f"{name}.jsonl", some)
+        job = SketchJob([path], tmp_path / name, spec=SketchSpec(dim=1024), **changes)
+        sketch(model, tokenizer, job, progress=False)
+        return SketchStore.open(tmp_path / name)
+
+    whole, parts = stored("whole", records), [stored("even", records[::2]), stored("odd", records[1::2])]
+    against = stored("valid", valid)
+    one, two = influence(whole, [against]), influence(SketchStore.join(parts), [against])
+    assert one.ids == two.ids and len(SketchStore.join(parts)) == 12
+    # The parts were packed into other micro-batches: sums of float32 in another order.
+    torch.testing.assert_close(
+        torch.tensor(one.table), torch.tensor(two.table), rtol=0, atol=1e-5, equal_nan=True
+    )
+    with pytest.raises(CropiError, match="holds the prompt 'p0-000', and so does another store"):
+        SketchStore.join([whole, *parts])
+    with pytest.raises(CropiError, match="cannot be compared: stage = 0 in the first, 1 in the second"):
+        SketchStore.join([parts[0], stored("later", records[1::2], stage="1")])
+    with pytest.raises(CropiError, match="no store"):
+        SketchStore.join([])
+
+
+# -------------------------------------------------------------------------------------------------- ranks
+def test_one_process_is_rank_zero_of_one() -> None:
+    ranks = Ranks()
+    assert (ranks.rank, ranks.world, ranks.first) == (0, 1, True)
+    assert ranks.gather("a") == ["a"] and ranks.share([1]) == [1] and ranks.agree(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        ranks.agree(lambda: 1 // 0)
+
+
+# ---------------------------------------------------------------------------------------------- selecting
+@pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+def test_a_policy_in_training_mode_is_scored_without_its_dropout_and_left_as_it_was(tmp_path: Path) -> None:
+    model = make_model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    files = {
+        "train": [write_lines(tmp_path / "train.jsonl", make_records(20))],
+        "valid": [write_lines(tmp_path / "valid.jsonl", make_records(8, seed=1))],
+    }
+    options = Curriculum(stage_steps=1, fraction=0.3, **files, spec=SketchSpec(dim=512))
+    found = {}
+    for mode in (False, True):
+        model.train(mode)
+        before = torch.get_rng_state()
+        folder = tmp_path / str(mode)
+        choose_prompts(
+            model, make_tokenizer(), options, stage=0, folder=folder, **files, known=lambda name: True,
+            ranks=Ranks(), seed=0, progress=False,
+        )  # fmt: skip
+        assert all(module.training is mode for module in model.modules())
+        assert torch.equal(torch.get_rng_state(), before)
+        found[mode] = read_scores(folder / "scores.parquet").table
+    np.testing.assert_array_equal(found[True], found[False])

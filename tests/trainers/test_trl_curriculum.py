@@ -1,0 +1,222 @@
+"""The staged curriculum in real GRPO runs: what is trained on, when, in which order, and how a run is resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.made_data import make_model, make_tokenizer
+
+pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+from support.trl_runs import SPEC, Seen, lines, selected, staged, stored  # noqa: E402
+
+from cropi.errors import CropiError  # noqa: E402
+from cropi.ranking.influence import influence  # noqa: E402
+from cropi.ranking.selection import select  # noqa: E402
+from cropi.sketching.job import SketchJob  # noqa: E402
+from cropi.sketching.run import sketch  # noqa: E402
+from cropi.store.store import SketchStore  # noqa: E402
+from cropi.trainers.trl.sampler import StagePlan, StageSampler  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Trajectories of 16 of the 20 training prompts, and of two validation sets."""
+    folder = tmp_path_factory.mktemp("stored")
+    return {
+        "train": stored(folder / "train.jsonl", seed=0, count=16),
+        "valid": stored(folder / "valid.jsonl", seed=1, count=8, sets=["x", "y"]),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ sampler
+def sampler(rows: list[int], stage: int = 0, **changes: Any) -> StageSampler:
+    given: dict[str, Any] = dict(chunks=7, prompts=3, generations=4, repeats=2, shuffle=True, seed=5)
+    return StageSampler(StagePlan(stage, rows), **(given | changes))
+
+
+def test_sampler_keeps_trl_pattern() -> None:
+    order = list(sampler([10, 11, 12, 13, 14, 15, 16, 17]))
+    assert len(order) == len(sampler([0, 1, 2])) == 7 * 3 * 4 * 2
+    batches = [order[i : i + 12] for i in range(0, len(order), 12)]
+    for first, again in zip(batches[::2], batches[1::2]):
+        assert first == again  # a generation batch is given out as often as it is used
+        assert len(set(first)) == 3  # different prompts
+        assert all(len(set(first[i : i + 4])) == 1 for i in (0, 4, 8))  # each num_generations times in a row
+    counts = Counter(order)
+    assert set(counts) <= set(range(10, 18)) and max(counts.values()) - min(counts.values()) <= 8 * 2
+
+
+def test_one_pass_is_trl_own_order() -> None:
+    from trl.trainer.utils import RepeatSampler
+
+    from cropi.trainers.trl.sampler import pass_seed
+
+    own = RepeatSampler(range(9), 4, batch_size=3, repeat_count=2, shuffle=True, seed=pass_seed(5, 2, 0))
+    assert list(sampler(list(range(9)), stage=2, chunks=3)) == list(own)
+
+
+def test_sampler_order_depends_on_stage_and_seed_and_the_plan_of_the_moment() -> None:
+    rows = list(range(9))
+    assert list(sampler(rows)) == list(sampler(rows)) == list(sampler(rows[::-1]))
+    assert list(sampler(rows)) != list(sampler(rows, stage=1)) != list(sampler(rows, stage=1, seed=6))
+    plan = StagePlan(0, rows)
+    one = StageSampler(plan, chunks=3, prompts=3, generations=1, repeats=1, shuffle=False, seed=0)
+    assert list(one) == rows
+    plan.rows = [4, 2, 8]
+    assert list(one) == [2, 4, 8] * 3
+
+
+# ------------------------------------------------------------------------------------------------- stages
+def test_stages_train_on_selected_prompts_only(files: dict[str, Path], tmp_path: Path) -> None:
+    seen = Seen()
+    trainer = staged(tmp_path, {**files, "fraction": 0.25}, reward_funcs=seen, max_steps=6)
+    trainer.train()
+    assert sorted(seen.ids) == [0, 1, 2, 3, 4, 5]
+    for stage in range(3):
+        chosen = selected(tmp_path, stage)
+        assert len(chosen) == 4  # a quarter of the 16 prompts that have trajectories
+        assert set(seen.ids[2 * stage]) | set(seen.ids[2 * stage + 1]) == set(chosen)
+    for ids in seen.ids.values():
+        assert len(ids) == 8 and len(set(ids[:4])) == len(set(ids[4:])) == 1 and ids[0] != ids[4]
+    notes = lines(tmp_path / "cropi" / "stages.jsonl")
+    assert [(n["stage"], n["step"], n["pool"], n["selected"], n["dataset"]) for n in notes] == [
+        (0, 0, 16, 4, 20), (1, 2, 16, 4, 20), (2, 4, 16, 4, 20),
+    ]  # fmt: skip
+
+
+def test_selection_is_that_of_the_command_line_under_the_current_policy(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    trainer = staged(
+        tmp_path,
+        files,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        learning_rate=3e-2,
+        eval_dataset=None,
+    )
+    trainer.train()
+    from transformers import AutoModelForCausalLM
+
+    policies = [make_model(), AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")]
+    expected = []
+    for stage, model in enumerate(policies):
+        stores = {}
+        for name in ("train", "valid"):
+            out = tmp_path / f"by-hand-{stage}-{name}"
+            sketch(model.eval(), make_tokenizer(), SketchJob([files[name]], out, spec=SPEC), progress=False)
+            stores[name] = SketchStore.open(out)
+        scores = influence(stores["train"], [stores["valid"]])
+        expected.append([scores.rows[i].id for i in select(scores, fraction=0.5).chosen])
+    assert [selected(tmp_path, stage) for stage in range(2)] == expected
+    assert expected[0] != expected[1]  # the policy moved far enough for a re-scoring to matter
+
+
+def test_recorded_rollouts_feed_the_next_stage(tmp_path: Path) -> None:
+    seen = Seen()
+    trainer = staged(tmp_path, reward_funcs=[seen], max_steps=6)
+    trainer.train()
+    warm = {i for step in (0, 1) for i in seen.ids[step]}
+    assert len(warm) == 4
+    assert set(selected(tmp_path, 1)) < warm and len(selected(tmp_path, 1)) == 2
+    assert {r["set"] for r in lines(tmp_path / "cropi/rollouts/valid.jsonl")} == {"valid"}
+    newest = {r["id"]: r["step"] for r in lines(tmp_path / "cropi/rollouts/train-rank00000.jsonl")}
+    assert {r["id"]: r["step"] for r in lines(tmp_path / "cropi/rollouts/train.jsonl")} == newest
+
+
+def test_use_recorded_replaces_stored_rollouts(files: dict[str, Path], tmp_path: Path) -> None:
+    trainer = staged(
+        tmp_path, {**files, "use_recorded": True, "behaviour": "current", "keep_sketches": True}, max_steps=4
+    )
+    trainer.train()
+    used = {g["id"]: g for g in lines(tmp_path / "cropi/stage-0001/train-00000.jsonl")}
+    recorded = {r["id"]: r for r in lines(tmp_path / "cropi/rollouts/train-rank00000.jsonl") if r["step"] < 2}
+    assert len(used) == 16 and recorded and set(recorded) <= set(used)
+    for name, group in used.items():
+        assert group.get("step") == (recorded[name]["step"] if name in recorded else None)
+
+
+def test_lora(files: dict[str, Path], tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1, task_type="CAUSAL_LM"
+    )
+    trainer = staged(
+        tmp_path, {**files, "keep_sketches": True}, peft_config=config, max_steps=4, learning_rate=1e-2
+    )
+    trainer.train()
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    store = SketchStore.open(tmp_path / "cropi/stage-0001/sketches-train-00000")
+    assert store.manifest["parameters"]["covered"] == trainable > 0
+    assert len(selected(tmp_path, 0)) == len(selected(tmp_path, 1)) == 8
+    assert all("lora" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+@pytest.mark.parametrize("at", [2, 3], ids=["between-stages", "inside-a-stage"])
+def test_resumed_run_is_the_run(at: int, tmp_path: Path) -> None:
+    runs: dict[str, Any] = {}
+    whole = tmp_path / "whole"
+    for name in ("whole", "again"):
+        seen = Seen()
+        out = tmp_path / name
+        trainer = staged(out, reward_funcs=[seen], save_strategy="steps", save_steps=1, max_steps=6)
+        if name == "again":
+            # A run that got to step 5 before it was killed, in the middle of a line, with a checkpoint of step `at`.
+            shutil.copytree(whole, out, dirs_exist_ok=True)
+            for step in range(at + 2, 7):
+                shutil.rmtree(out / f"checkpoint-{step}")
+            for path in (out / f"checkpoint-{at + 1}").iterdir():  # this one was being written
+                path.unlink() if path.suffix == ".json" else path.write_bytes(path.read_bytes()[:100])
+            with open(out / "cropi/rollouts/train-rank00000.jsonl", "a") as file:
+                file.write('{"id": "p0-0')
+            with open(out / "cropi/stages.jsonl", "a") as file:
+                file.write('{"stage": 2, "st')
+            trainer = staged(out, reward_funcs=[seen], save_strategy="steps", save_steps=1, max_steps=6)
+        trainer.train(resume_from_checkpoint=name == "again")
+        runs[name] = (trainer, seen)
+    (first, seen), (second, seen_again) = runs["whole"], runs["again"]
+    assert seen_again.ids == {step: ids for step, ids in seen.ids.items() if step >= at}
+    logs = [tmp_path / name / "cropi/rollouts/train-rank00000.jsonl" for name in runs]
+    assert logs[0].read_bytes() == logs[1].read_bytes()
+    notes = [lines(tmp_path / name / "cropi/stages.jsonl") for name in runs]
+    assert [[{**note, "seconds": 0} for note in run] for run in notes] == [
+        [{**n, "seconds": 0} for n in notes[0]]
+    ] * 2
+    for stage in (1, 2):
+        assert selected(tmp_path / "whole", stage) == selected(tmp_path / "again", stage)
+    for (name, a), b in zip(first.model.named_parameters(), second.model.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_resuming_with_other_settings_is_an_error(files: dict[str, Path], tmp_path: Path) -> None:
+    run = dict(save_strategy="steps", save_steps=2, max_steps=4)
+    staged(tmp_path, files, **run).train()
+    with pytest.raises(CropiError, match=r"fraction = 0.5, but this run has 0.25"):
+        staged(tmp_path, {**files, "fraction": 0.25}, **run).train(resume_from_checkpoint=True)
+    with pytest.raises(CropiError, match="rollouts of an earlier run.*resume_from_checkpoint=True"):
+        staged(tmp_path, files, **run).train()
+    (tmp_path / "checkpoint-4" / "cropi_state.json").unlink()
+    with pytest.raises(CropiError, match="holds no cropi_state.json"):
+        staged(tmp_path, files, **run).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    (tmp_path / "checkpoint-2" / "cropi_state.json").write_text('{"version": 1, "st')
+    with pytest.raises(CropiError, match="holds no whole checkpoint of a curriculum.*new output_dir"):
+        staged(tmp_path, files, **run).train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_state_is_plain_json(files: dict[str, Path], tmp_path: Path) -> None:
+    staged(tmp_path, files, save_strategy="steps", save_steps=2, max_steps=2).train()
+    state = json.loads((tmp_path / "checkpoint-2" / "cropi_state.json").read_text())
+    assert state["stage"] == 0 and state["selected"] == selected(tmp_path, 0)
+    log = tmp_path / "cropi/rollouts/train-rank00000.jsonl"
+    assert state["logs"] == {log.name: log.stat().st_size}

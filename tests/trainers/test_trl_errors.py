@@ -1,0 +1,240 @@
+"""Bad input to the TRL adapter: an error that says what to do, before a step is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.made_data import make_model, make_tokenizer
+
+pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+from support.trl_runs import arguments, dataset, digits, recorded, staged, stored  # noqa: E402
+
+from cropi.errors import CropiError  # noqa: E402
+from cropi.trainers.trl import Curriculum, curriculum, versions  # noqa: E402
+from cropi.trainers.trl import recording as record  # noqa: E402
+
+
+# ----------------------------------------------------------------------------------------------- versions
+def test_installed_version_is_in_the_tested_range_and_keeps_the_contract() -> None:
+    import trl
+
+    assert versions.check_version() == trl.__version__
+    assert versions.broken_contract(trl.GRPOTrainer) == []
+
+
+@pytest.mark.parametrize("other", ["1.7.1", "1.17.0", "2.0.0"])
+def test_version_outside_the_tested_range(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CROPI_TRL_UNTESTED", raising=False)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: other)
+    message = rf"trl {other} is installed.*tested with 1.8.0 to 1.16.0.*pip install '{versions.WANTED}'.*set CROPI_TRL"
+    for factory in (curriculum, record):
+        with pytest.raises(CropiError, match=message):
+            factory()
+        assert factory(allow_untested=True).__mro__[1].__name__.endswith("Mixin")
+    monkeypatch.setenv("CROPI_TRL_UNTESTED", "1")
+    assert versions.check_version() == other
+
+
+def test_missing_trl_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    def gone(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", gone)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'cropi-kernels\[trl\]'"):
+        curriculum()
+
+
+def test_changed_methods_are_named() -> None:
+    from trl import GRPOTrainer
+
+    class Moved(GRPOTrainer):
+        _save_checkpoint = None  # type: ignore[assignment]
+
+        def _compute_loss(self, model: Any, batch: Any) -> Any:
+            return None
+
+    with pytest.raises(CropiError, match=r"_compute_loss\(\) lacks inputs; _save_checkpoint\(\) is gone"):
+        curriculum(Moved)
+    with pytest.raises(CropiError, match="must be trl.GRPOTrainer or a subclass"):
+        curriculum(dict)  # type: ignore[type-var]
+
+
+# ----------------------------------------------------------------------------------------------- datasets
+def test_ids_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    loading = {"model": "no/such-model"}  # reached only if the dataset is let through
+    with pytest.raises(
+        CropiError, match=r"no column 'id' \(its columns: prompt, answer, task\).*with_indices=True"
+    ):
+        staged(tmp_path, train_dataset=dataset(8, id=None), **loading)
+    with pytest.raises(CropiError, match="rows 0 and 1 have the same id 'twice'"):
+        staged(tmp_path, train_dataset=dataset(8, id="twice"), **loading)
+    with pytest.raises(CropiError, match="row 0 has the id 1.5"):
+        staged(tmp_path, train_dataset=dataset(8, id=1.5), **loading)
+    with pytest.raises(CropiError, match="eval_dataset has no column 'id'"):
+        recorded(tmp_path, eval_dataset=dataset(8, id=None), **loading)
+    with pytest.raises(
+        CropiError, match=r"eval_dataset\['b'\] and eval_dataset\['a'\] both have the id 'p0-000'"
+    ):
+        recorded(tmp_path, eval_dataset={"a": dataset(2), "b": dataset(2)}, **loading)
+    with pytest.raises(CropiError, match="train_dataset is missing"):
+        staged(tmp_path, train_dataset=None, **loading)
+
+
+def test_streams_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CropiError, match="IterableDataset.*streaming=False"):
+        staged(tmp_path, train_dataset=dataset(8).to_iterable_dataset())
+
+
+def test_another_id_column(tmp_path: Path) -> None:
+    from cropi.trainers.trl import Recording
+
+    trainer = recorded(
+        tmp_path, Recording(id_column="number"), eval_dataset=None, max_steps=1, remove_unused_columns=True,
+        train_dataset=dataset(20, id=None).add_column("number", list(range(20))),
+    )  # fmt: skip
+    trainer.train()
+    text = (tmp_path / "cropi/rollouts/train-rank00000.jsonl").read_text()
+    assert text.count('"id": "') == 2
+
+
+# ----------------------------------------------------------------------------------------------- options
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage_steps": 0}, "stage_steps must be an integer of at least 1, got 0"),
+        ({"fraction": 1.5}, r"fraction must be in \(0, 1\], got 1.5"),
+        ({"method": "best"}, "method must be one of rrf, .*got 'best'"),
+        ({"estimator": "grpo"}, "estimator must be one of"),
+        ({"train": "nowhere.jsonl"}, "train: there is no trajectory file nowhere.jsonl"),
+        ({"valid": []}, "valid is an empty list"),
+        ({"recording": None}, "train is None, so it comes from what this run records"),
+        (
+            {"use_recorded": True, "train": __file__, "valid": __file__, "recording": None},
+            "use_recorded needs rollouts",
+        ),
+    ],
+)
+def test_options(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CropiError, match=message):
+        Curriculum(**({"stage_steps": 2} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_steps": -1}, "max_steps is -1.*max_steps=10 for 5 stages of 2"),
+        ({"steps_per_generation": 4}, "stage_steps 2 x gradient_accumulation_steps 1 is no multiple"),
+        ({"eval_dataset": None}, "valid is None.*eval_dataset, which is missing"),
+        ({"num_generations_eval": 1}, "num_generations_eval is 1"),
+        ({"per_device_train_batch_size": 128}, "stage 0 has 20 prompts, but one generation batch takes 32"),
+    ],
+)
+def test_arguments(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CropiError, match=message):
+        staged(tmp_path, **change)
+
+
+def test_curriculum_must_be_one(tmp_path: Path) -> None:
+    with pytest.raises(CropiError, match="curriculum must be a Curriculum, got dict"):
+        curriculum()(model=make_model(), args=arguments(tmp_path), curriculum={"stage_steps": 2})
+
+
+# ----------------------------------------------------------------------------------------------- stages
+def flat(completions: list[str], **columns: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def test_stage_with_nothing_to_select(tmp_path: Path) -> None:
+    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    trainer = staged(tmp_path / "a", {"valid": valid}, reward_funcs=flat)
+    with pytest.raises(
+        CropiError,
+        match=r"stage 1: there is nothing to select: none of the 4 .*4 with equal rewards.*on_nothing",
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    kept = staged(tmp_path / "b", {"valid": valid, "on_nothing": "keep"}, reward_funcs=flat)
+    kept.train()
+    assert kept.state.global_step == 6
+
+
+def test_validation_sets_must_be_covered(tmp_path: Path) -> None:
+    train = stored(tmp_path / "train.jsonl", seed=0, count=16)
+    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8, sets=["x", "y"])
+    files = {"train": train, "valid": valid}
+    with pytest.raises(
+        CropiError,
+        match="valid_sets: no trajectory covers the validation set 'z'; there are trajectories of 'x', 'y'",
+    ):
+        staged(tmp_path / "a", {**files, "valid_sets": ["x", "z"]}).train()
+    equal = stored(tmp_path / "equal.jsonl", seed=1, count=8, set="x", rewards=[1.0, 1.0, 1.0, 1.0])
+    with pytest.raises(
+        CropiError, match="no trajectory covers the validation set 'x' usefully: none of its 8 prompts"
+    ):
+        staged(tmp_path / "b", {**files, "valid": equal}).train()
+
+
+def test_files_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    loading = {"model": "no/such-model"}
+    train = stored(tmp_path / "train.jsonl", seed=0, count=16)
+    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    equal = stored(tmp_path / "equal.jsonl", seed=0, count=8, rewards=[0.0] * 4)
+    for change, message in (
+        ({"valid_sets": ["z"]}, "no trajectory covers the validation set 'z'"),
+        ({"train": equal}, "stage 0: there is nothing to select: none of the 8 training prompts"),
+        ({"behaviour": "file"}, "no 'logprobs' in this record"),
+        (
+            {"use_recorded": True},
+            "without log-probs, with recorded ones with.*set behaviour='current', or Recording",
+        ),
+    ):
+        with pytest.raises(CropiError, match=message):
+            staged(tmp_path, {"train": train, "valid": valid} | change, **loading)
+
+
+def test_trajectories_of_other_prompts(tmp_path: Path) -> None:
+    train = stored(tmp_path / "train.jsonl", seed=3, count=16)
+    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    with pytest.raises(
+        CropiError, match="none of the trajectories in .*train.jsonl belongs to a prompt of the dataset"
+    ):
+        staged(tmp_path / "a", {"train": train, "valid": valid}).train()
+
+
+def test_too_few_selected_prompts(tmp_path: Path) -> None:
+    train = stored(tmp_path / "train.jsonl", seed=0, count=16)
+    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    with pytest.raises(
+        CropiError, match="stage 0 has 1 prompts, but one generation batch takes 2.*raise fraction"
+    ):
+        staged(tmp_path / "a", {"train": train, "valid": valid, "fraction": 0.1}).train()
+
+
+def test_tools_cannot_be_recorded(tmp_path: Path) -> None:
+    from trl import GRPOTrainer
+
+    def fake(self: Any, *args: Any, **kwargs: Any) -> None:
+        GRPOTrainer.__init__(self, *args, **kwargs)
+        self.tools = [print]
+
+    base = type("WithTools", (GRPOTrainer,), {"__init__": fake})
+    with pytest.raises(CropiError, match="cannot be recorded with tools"):
+        record(base)(
+            model=make_model(), reward_funcs=digits, args=arguments(tmp_path), train_dataset=dataset(8),
+            processing_class=make_tokenizer(),
+        )  # fmt: skip
+
+
+def test_import_is_cheap() -> None:
+    import subprocess
+    import sys
+
+    heavy = "{'trl', 'transformers', 'datasets'}"
+    code = f"import sys, cropi.trainers, cropi.trainers.trl; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

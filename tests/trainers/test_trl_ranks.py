@@ -1,0 +1,93 @@
+"""`accelerate launch` with two processes: ranks share the sketching, agree on the selection, keep groups whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
+pytestmark = pytest.mark.slow
+
+from support.trl_runs import lines, selected, stored  # noqa: E402
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two ranks have trained."""
+    folder = tmp_path_factory.mktemp("ranks")
+    train = stored(folder / "train.jsonl", seed=0, count=16)
+    valid = stored(folder / "valid.jsonl", seed=1, count=8, sets=["x", "y"])
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+            "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
+            str(SUPPORT / "trl_two_ranks.py"), str(folder), str(train), str(valid),
+        ],
+        # "--multi_gpu" is plain data parallel; on CPUs it is gloo in place of nccl, and no MPI is needed.
+        capture_output=True, text=True, timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def notes(out: Path, name: str) -> list[dict[str, Any]]:
+    found = [json.loads((out / f"{name}-rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(note["world"] == 2 for note in found)
+    return found
+
+
+def test_ranks_agree_and_train_on_the_selection(out: Path) -> None:
+    one, two = notes(out, "whole-groups")
+    assert one["plan"] == two["plan"] and one["sum"] == two["sum"] and not one["error"]
+    for stage in (0, 1):
+        chosen = selected(out / "whole-groups", stage)
+        assert len(chosen) == 8
+        for step in (2 * stage, 2 * stage + 1):
+            first, second = one["seen"][str(step)], two["seen"][str(step)]
+            assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
+            assert {first[0], second[0]} <= set(chosen)
+
+
+def test_selection_is_that_of_one_process(out: Path, tmp_path: Path) -> None:
+    from support.trl_runs import staged
+
+    alone = staged(
+        tmp_path, {"train": out / "train.jsonl", "valid": out / "valid.jsonl"}, eval_dataset=None, max_steps=1
+    )
+    alone.train()
+    assert selected(tmp_path, 0) == selected(out / "whole-groups", 0)
+
+
+def test_resumed_ranks_go_on_where_they_were(out: Path) -> None:
+    for whole, resumed in zip(notes(out, "whole-groups"), notes(out, "whole-groups-resumed")):
+        assert resumed["seen"] == {"3": whole["seen"]["3"]}
+        assert resumed["sum"] == whole["sum"]
+
+
+def test_logs_hold_whole_groups(out: Path) -> None:
+    whole = [lines(out / f"whole-groups/cropi/rollouts/train-rank0000{rank}.jsonl") for rank in (0, 1)]
+    assert [len(log) for log in whole] == [4, 4]  # each rank writes its own groups
+    folder = out / "cut-groups/cropi/rollouts"
+    cut = lines(folder / "train-rank00000.jsonl")
+    assert not (folder / "train-rank00001.jsonl").exists()  # rank 0 writes those that were cut in two
+    assert len(cut) == 4 * 3 and all(len(r["rewards"]) == len(r["logprobs"]) == 4 for r in cut)
+    seen = [note["seen"] for note in notes(out, "cut-groups")]
+    for step in map(str, range(4)):
+        assert len(set(seen[0][step])) == len(set(seen[1][step])) == 2  # six rows each of three prompts
+        assert [r["id"] for r in cut if str(r["step"]) == step] == (seen[0][step] + seen[1][step])[::4]
+
+
+def test_an_error_on_one_rank_reaches_the_other(out: Path) -> None:
+    assert [note["error"] for note in notes(out, "broken")] == [
+        "rank 1 failed with CropiError: the disk is full",
+        "the disk is full",
+    ]

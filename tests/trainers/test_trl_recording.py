@@ -1,0 +1,222 @@
+"""Recorded rollouts: what was generated, with the log-probs of the policy that did it, ready for `cropi sketch`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.made_data import make_model, make_tokenizer
+
+pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+from support.trl_runs import SPEC, Seen, dataset, digits, lines, recorded  # noqa: E402
+
+from cropi.data.readers import read_trajectories  # noqa: E402
+from cropi.data.scan import scan  # noqa: E402
+from cropi.errors import CropiError  # noqa: E402
+from cropi.sketching.job import SketchJob  # noqa: E402
+from cropi.sketching.run import sketch  # noqa: E402
+from cropi.store.store import SketchStore  # noqa: E402
+from cropi.trainers.trl import Recording, collect  # noqa: E402
+from cropi.trainers.trl.rollout_log import merge_rollouts  # noqa: E402
+
+LOG = "cropi/rollouts/train-rank00000.jsonl"
+# float32 logits of size 10 divided by the temperature, a sum over 97 words, and six recorded decimals.
+TOLERANCE = 97 * 2.0**-24 * 10 / 0.7 + 1e-6
+
+
+def exact_logprobs(model: Any, record: dict[str, Any], k: int) -> torch.Tensor:
+    ids = record["prompt_ids"] + record["response_ids"][k]
+    with torch.no_grad():
+        logits = model.double()(input_ids=torch.tensor([ids])).logits[0] / record["temperature"]
+    start = len(record["prompt_ids"])
+    return torch.log_softmax(logits, dim=-1)[torch.arange(start - 1, len(ids) - 1), ids[start:]]
+
+
+# A policy that stays put within a generation (its log-probs come from the loss), the same cut in two micro-batches, and
+# two passes over each generation (TRL computes "old" log-probs itself).
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"num_iterations": 2},
+        {"per_device_train_batch_size": 4, "steps_per_generation": 2},
+    ],
+    ids=["one-batch", "accumulated", "two-passes", "two-steps"],
+)
+def test_logprobs_are_those_of_the_sampling_policy(shape: dict[str, Any], tmp_path: Path) -> None:
+    seen = Seen()
+    trainer = recorded(
+        tmp_path,
+        reward_funcs=seen,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        learning_rate=1e-2,
+        **shape,
+    )
+    policies = {0: make_model()}
+    trainer.train()
+    records = lines(tmp_path / LOG)
+    steps = sorted({record["step"] for record in records})
+    assert len(steps) >= 2 and [r["step"] for r in records] == sorted(r["step"] for r in records)
+    assert {s: list(dict.fromkeys(i)) for s, i in seen.ids.items()} == {
+        s: [r["id"] for r in records if r["step"] == s] for s in steps
+    }
+    worst = away = 0.0
+    for record in records:
+        step = record["step"]
+        if step not in policies:
+            from transformers import AutoModelForCausalLM
+
+            policies[step] = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}")
+        assert record["temperature"] == 0.7 and len(record["rewards"]) == 4
+        for k, ids in enumerate(record["response_ids"]):
+            got = torch.tensor(record["logprobs"][k], dtype=torch.float64)
+            assert len(got) == len(ids)
+            worst = max(worst, float((got - exact_logprobs(policies[step], record, k)).abs().max()))
+            if step:
+                away = max(away, float((got - exact_logprobs(policies[0], record, k)).abs().max()))
+    assert worst < TOLERANCE
+    assert away > 100 * worst  # the policy did move, so another step's log-probs would have shown
+
+
+def test_file_goes_through_the_sketcher_with_ratio_one(tmp_path: Path) -> None:
+    trainer = recorded(tmp_path, max_steps=2, learning_rate=0.0)
+    trainer.train()
+    merged = tmp_path / "train.jsonl"
+    assert merge_rollouts([tmp_path / LOG], merged) == len({r["id"] for r in lines(tmp_path / LOG)})
+    found = scan([merged])
+    assert found.with_ids == found.with_logprobs == found.prompts and not found.bad
+    job = SketchJob(trajectories=[merged], out=tmp_path / "store", spec=SPEC, behaviour="auto")
+    summary = sketch(make_model(), make_tokenizer(), job, progress=False)
+    rows = SketchStore.open(tmp_path / "store").rows()
+    used = [row for row in rows if row.status == "ok"]
+    assert summary.sketched == len(used) == found.usable > 0 and len(rows) == found.prompts
+    for row in used:  # weights that have not moved: pi = beta
+        assert row.extra["ratio"] == pytest.approx(1.0, abs=1e-4), row.id
+
+
+def test_training_is_not_changed(tmp_path: Path) -> None:
+    from support.trl_runs import arguments
+    from trl import GRPOTrainer
+
+    plain = GRPOTrainer(
+        model=make_model(), reward_funcs=digits, args=arguments(tmp_path / "plain", max_steps=3),
+        train_dataset=dataset(20), processing_class=make_tokenizer(),
+    )  # fmt: skip
+    plain.train()
+    ours = recorded(tmp_path / "ours", max_steps=3)  # a new trainer sets the seed again
+    ours.train()
+    start = make_model()
+    assert not torch.equal(start.lm_head.weight, ours.model.lm_head.weight)
+    for (name, a), b in zip(plain.model.named_parameters(), ours.model.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_record_holds_what_was_generated(tmp_path: Path) -> None:
+    kept: list[tuple[str, str, float]] = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        values = digits(completions)
+        kept.extend(zip(columns["id"], completions, values))
+        return values
+
+    def second(completions: list[str], **columns: Any) -> list[float | None]:
+        return [None if "0" in text else 1.0 for text in completions]
+
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[1] *= 30  # the end is likely now and then
+    options = {"reward_funcs": [reward, second], "reward_weights": [2.0, 0.5]}
+    trainer = recorded(tmp_path, model=model, max_steps=3, **options)
+    trainer.train()
+    tokenizer = make_tokenizer()
+    flat = [(r["id"], t, w) for r in lines(tmp_path / LOG) for t, w in zip(r["responses"], r["rewards"])]
+    assert flat == [(i, text, pytest.approx(2 * v + (0.0 if "0" in text else 0.5))) for i, text, v in kept]
+    for record in lines(tmp_path / LOG):
+        assert tokenizer.decode(record["prompt_ids"]) == record["prompt"] and record["task"] in (
+            "sum0",
+            "sum1",
+        )
+        assert record["answer"] == str(eval(record["prompt"][:-1]))
+        for ids, text, cut in zip(record["response_ids"], record["responses"], record["truncated"]):
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+            assert cut == (ids[-1] != 1) and len(ids) <= 8
+    cuts = [cut for record in lines(tmp_path / LOG) for cut in record["truncated"]]
+    assert len(cuts) == len(kept) == 24 and 4 <= sum(cuts) <= 20, "some end by themselves, some are cut"
+
+
+def test_responses_without_a_score_are_left_out(tmp_path: Path) -> None:
+    def reward(completions: list[str], **columns: Any) -> list[float | None]:
+        return [None if k % 4 == 1 or i == "p0-003" else k / 4 for k, i in enumerate(columns["id"])]
+
+    trainer = recorded(tmp_path, reward_funcs=reward, train_dataset=dataset(4), max_steps=4)
+    trainer.train()
+    records = lines(tmp_path / LOG)
+    assert {r["id"] for r in records} == {"p0-000", "p0-001", "p0-002"}
+    for record in records:
+        sizes = {
+            len(record[key]) for key in ("rewards", "responses", "response_ids", "logprobs", "truncated")
+        }
+        assert sizes == {3} and all(map(math.isfinite, record["rewards"]))
+
+
+def test_evaluations_are_recorded_by_set(tmp_path: Path) -> None:
+    sets = {"x": dataset(2, seed=1), "y": dataset(3, seed=2)}
+    trainer = recorded(tmp_path, Recording(text=False), eval_dataset=sets, per_device_eval_batch_size=4)
+    trainer.evaluate()
+    groups = list(read_trajectories(tmp_path / "cropi/rollouts/valid-rank00000.jsonl"))
+    assert [(g.id[:2], g.set) for g in groups] == [("p1", "x")] * 2 + [("p2", "y")] * 3
+    assert all(g.logprobs and g.responses is None and g.prompt is None for g in groups)
+
+
+def test_without_logprobs(tmp_path: Path) -> None:
+    trainer = recorded(tmp_path, Recording(logprobs=False, folder=tmp_path / "here"), max_steps=1)
+    trainer.train()
+    (group, _) = read_trajectories(tmp_path / "here/train-rank00000.jsonl")
+    assert group.logprobs is None and group.response_ids
+
+
+def test_a_loss_of_its_own_is_an_error_not_a_loss_of_logprobs(tmp_path: Path) -> None:
+    from trl import GRPOTrainer
+
+    from cropi.trainers.trl import recording
+
+    class Own(GRPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any) -> Any:
+            return model(inputs["completion_ids"]).logits.sum()
+
+    from support.trl_runs import arguments
+
+    trainer = recording(Own)(
+        model=make_model(), reward_funcs=digits, args=arguments(tmp_path), train_dataset=dataset(20),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(CropiError, match="logprobs=False"):
+        trainer.train()
+
+
+def test_collect_writes_a_trajectory_file_of_a_dataset(tmp_path: Path) -> None:
+    trainer = recorded(tmp_path, Recording(text=False), num_generations_eval=3, per_device_eval_batch_size=6)
+    for name, out in ((None, tmp_path / "train.jsonl"), ("sums", tmp_path / "valid.jsonl")):
+        assert collect(trainer, dataset(5, seed=4), out, set=name) == 5
+        groups = list(read_trajectories(out))
+        assert [group.id for group in groups] == [f"p4-{i:03d}" for i in range(5)]
+        assert all(group.size == 3 and group.set == name and group.logprobs for group in groups)
+    assert not list((tmp_path).glob(".*")) and not (tmp_path / "cropi").exists()
+    worst = max(
+        float((torch.tensor(line).double() - exact_logprobs(make_model(), record, k)).abs().max())
+        for record in lines(tmp_path / "train.jsonl")
+        for k, line in enumerate(record["logprobs"])
+    )
+    assert worst < TOLERANCE
+    with pytest.raises(CropiError, match="dataset has no column 'id'"):
+        collect(trainer, dataset(5, id=None), tmp_path / "no.jsonl")
+    with pytest.raises(CropiError, match="must be one of recording"):
+        collect(object(), dataset(5), tmp_path / "no.jsonl")

@@ -1,0 +1,1 @@
+"""Runs the PTX that Triton and nvcc emit, in numpy, on a CPU."""

@@ -1,0 +1,189 @@
+"""The lanes of some blocks of threads: their registers, where each one is in the program, and barriers.
+
+All threads run at once, every instruction under a mask. The lanes that are furthest behind go first, so that those that
+took different ways meet again; a basic block is run by all lanes that are at its beginning.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from ptx_emulator.memory import GlobalMemory, SharedMemory
+from ptx_emulator.numbers import KINDS, UNSIGNED, Array, words
+from ptx_emulator.text import Address, Instruction, Operand, Program
+
+
+class Divergent(AssertionError):
+    """Some lanes of a warp are missing where an instruction needs all of them."""
+
+
+class Registers(dict[str, Array]):
+    """Made when first named: of the thousands that a program declares, much is in blocks that no lane enters."""
+
+    def __init__(self, kinds: dict[str, type], lanes: int) -> None:
+        super().__init__()
+        self.kinds, self.lanes = kinds, lanes
+
+    def __missing__(self, name: str) -> Array:
+        self[name] = np.zeros(self.lanes, self.kinds[name])
+        return self[name]
+
+
+class Lanes:
+    """``blocks``: [n, 3] indices of the blocks that run together; ``parameters``: name to bytes.
+
+    A subclass has a method ``_name`` for every instruction's name, called where at least one lane takes part.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        blocks: Array,
+        grid: tuple[int, ...],
+        threads: int,
+        parameters: dict[str, bytes],
+        memory: GlobalMemory,
+        shared_size: int,
+    ) -> None:
+        assert threads % 32 == 0
+        self.program, self.memory, self.threads = program, memory, threads
+        self.parameters = np.frombuffer(
+            b"".join(parameters[n].ljust(8, b"\0") for n in program.parameters), np.uint8
+        )
+        sizes = [0, *(max(8, len(parameters[n])) for n in program.parameters)]
+        self.symbols = program.shared | dict(zip(program.parameters, np.cumsum(sizes).tolist()))
+        lanes = len(blocks) * threads
+        self.block = np.repeat(np.arange(len(blocks)), threads)
+        thread = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
+        self.warp = (thread >> 5).astype(np.int32)
+        self.special: dict[str, Any] = {"%tid.x": thread, "%ntid.x": np.uint32(threads)}
+        for i, axis in enumerate("xyz"):
+            self.special[f"%ctaid.{axis}"] = blocks[:, i].astype(np.uint32)[self.block]
+            self.special[f"%nctaid.{axis}"] = np.uint32(grid[i])
+        self.special |= {"%laneid": thread & 31, "%tid.y": np.uint32(0), "%tid.z": np.uint32(0)}
+        self.shared = SharedMemory(len(blocks), shared_size)
+        self.registers = Registers(program.registers, lanes)
+        self.at = np.zeros(lanes, np.int64)  # index of the next instruction
+        self.waiting = np.zeros(lanes, np.bool_)
+        self.mask = np.ones(lanes, np.bool_)  # of the instruction that is being run
+
+    # ------------------------------------------------------------------------------------------------ control
+    def run(self) -> None:
+        end, starts = len(self.program.instructions), set(self.program.labels.values())
+        while True:
+            ready = ~self.waiting & (self.at < end)
+            if not ready.any():
+                if not self.waiting.any():
+                    return
+                self._open_barrier(end)
+                continue
+            here = int(self.at[ready].min())
+            lanes = ready & (self.at == here)
+            for index in itertools.count(here):
+                if index == end or (index != here and index in starts):
+                    self.at[lanes] = index
+                    break
+                if not self._step(self.program.instructions[index], index, lanes):
+                    break
+
+    def _open_barrier(self, end: int) -> None:
+        """For the blocks all of whose threads wait or have left."""
+        complete = (self.waiting | (self.at >= end)).reshape(-1, self.threads).all(1)
+        if not complete.any():
+            raise Divergent("no block can go on: some threads wait at a barrier that others never reach")
+        self.shared.epoch[complete] += 1
+        self.waiting &= ~complete[self.block]
+
+    def _step(self, i: Instruction, index: int, lanes: Array) -> bool:
+        """Whether the lanes go on with the next instruction."""
+        self.mask = lanes if i.guard is None else lanes & (self.registers[i.guard] != i.negated)
+        if i.name in ("bra", "ret", "exit", "bar", "barrier"):
+            return self._control(i, index, lanes)
+        if self.mask.any():
+            try:
+                getattr(self, f"_{i.name}")(i)
+            except Exception as error:
+                opcode = ".".join((i.name, *i.modifiers))
+                error.add_note(f"{self.program.name}, line {i.line}: {opcode} {i.operands}")
+                raise
+        return True
+
+    def _control(self, i: Instruction, index: int, lanes: Array) -> bool:
+        if i.name.startswith("bar") and "warp" in i.modifiers:
+            return True
+        self.at[lanes] = index + 1
+        if i.name == "bra":
+            self.at[self.mask] = self.program.labels[str(i.operands[-1])]
+        elif i.name.startswith("bar"):
+            self.waiting[self.mask] = True
+        else:
+            self.at[self.mask] = len(self.program.instructions)
+        return False
+
+    def whole_warps(self) -> Array:
+        """[warps, 32] lanes of the warps that take part."""
+        per_warp = self.mask.reshape(-1, 32)
+        if (per_warp.any(1) != per_warp.all(1)).any():
+            raise Divergent("only a part of a warp")
+        return np.arange(len(self.at)).reshape(-1, 32)[per_warp.all(1)]
+
+    # ------------------------------------------------------------------------------------------------ operands
+    def value(self, operand: Operand, kind: str) -> Array:
+        """An operand as numbers: a register's array, or one number that all lanes share."""
+        want = np.dtype(KINDS[kind])
+        if isinstance(operand, int):
+            if kind == "pred":
+                return np.bool_(operand)
+            mask = (1 << want.itemsize * 8) - 1
+            return np.array([operand & mask], UNSIGNED[want.itemsize]).view(want)[0]
+        if isinstance(operand, tuple):
+            return self._joined(operand, want)
+        name = str(operand)
+        if name in self.symbols:
+            bits: Any = UNSIGNED[want.itemsize](self.symbols[name])
+        else:
+            bits = self.special[name] if name in self.special else self.registers[name]
+        if bits.dtype == np.bool_:
+            return bits
+        if bits.dtype.itemsize > want.itemsize:
+            bits = bits.astype(UNSIGNED[want.itemsize])
+        return bits.view(want) if bits.dtype.itemsize == want.itemsize else bits.astype(want)
+
+    def _joined(self, parts: tuple[str | int, ...], want: np.dtype[Any]) -> Array:
+        """``{low, ..., high}`` as one word."""
+        width = want.itemsize * 8 // len(parts)
+        word: Array = np.zeros((), np.uint64)
+        for n, part in enumerate(parts):
+            word = word | self.value(part, f"u{width}").astype(np.uint64) << np.uint64(n * width)
+        return word.astype(UNSIGNED[want.itemsize])
+
+    def lanes_of(self, operand: Operand, kind: str) -> Array:
+        """`value`, one number per lane."""
+        return np.broadcast_to(self.value(operand, kind), self.at.shape)
+
+    def assign(self, operand: Operand, values: Array) -> None:
+        """To a register, where the mask is set; narrower integers are extended, signed ones by their sign."""
+        if operand == "_":
+            return
+        register = self.registers[str(operand)]
+        values = np.atleast_1d(values)
+        if register.dtype != np.bool_:
+            if values.dtype.itemsize < register.dtype.itemsize and values.dtype.kind == "i":
+                values = values.astype(f"i{register.dtype.itemsize}")
+            values = words(values).astype(register.dtype)
+        np.copyto(register, values, where=self.mask)
+
+    def assign_some(self, operand: Operand, lanes: Array, values: Array) -> None:
+        """To a register of some of the lanes that the mask covers."""
+        if operand != "_":
+            full = np.zeros(len(self.at), values.dtype)
+            full[lanes] = values
+            self.assign(operand, full)
+
+    def address(self, operand: Operand, kind: str) -> Array:
+        assert isinstance(operand, Address)
+        base = self.lanes_of(int(operand.base) if operand.base.isdigit() else operand.base, kind)
+        return base + base.dtype.type(operand.offset % (1 << 8 * base.dtype.itemsize))

@@ -1,0 +1,212 @@
+"""Instructions that reach beyond a lane's registers: memory, other lanes, tensor cores."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ptx_emulator import numbers
+from ptx_emulator import tensor_core as cores
+from ptx_emulator.arithmetic import Arithmetic
+from ptx_emulator.memory import GlobalMemory
+from ptx_emulator.numbers import KINDS, Array
+from ptx_emulator.text import Instruction, Operand, Program
+
+TENSOR_CORES = -3  # as a reader of shared memory: no warp
+LANES = 8192  # run at once: enough to hide the cost of Python, few enough to stay in the cache
+ATOMICS = ("add", "max", "min", "or", "and", "xor", "exch")
+
+
+def _size(i: Instruction) -> int:
+    return int(i.modifiers[-1][1:]) // 8
+
+
+def _several(operand: Operand) -> tuple[str | int, ...]:
+    return operand if isinstance(operand, tuple) else (operand,)  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(eq=False)
+class Use:
+    """Shared memory that a product reads; ``age`` counts the commits of its warps since it began."""
+
+    lane: int
+    places: Array
+    age: int = 0
+
+
+class Machine(Arithmetic):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.uses: list[Use] = []
+
+    # ------------------------------------------------------------------------------------------------ memory
+    def _ld(self, i: Instruction) -> None:
+        targets, place = i.operands
+        kind, size = i.modifiers[-1].replace("b", "u"), _size(i)
+        whole = size * len(_several(targets))
+        lanes = np.flatnonzero(self.mask)
+        if "param" in i.modifiers:
+            address = self.address(place, "u64")[lanes].astype(np.int64)
+            got = self.parameters[address[:, None] + np.arange(whole)]
+        elif "shared" in i.modifiers:
+            address = self.address(place, "u32")[lanes]
+            got = self.shared.load(
+                self.block[lanes], self.warp[lanes], address, size * len(_several(targets))
+            )
+        else:
+            got = self.memory.load(self.address(place, "u64")[lanes], whole)
+        for n, target in enumerate(_several(targets)):
+            part = np.ascontiguousarray(got[:, n * size : (n + 1) * size])
+            self.assign_some(target, lanes, part.view(KINDS[kind])[:, 0])
+
+    def _st(self, i: Instruction) -> None:
+        place, sources = i.operands
+        lanes = np.flatnonzero(self.mask)
+        parts = [self.lanes_of(s, f"u{_size(i) * 8}")[lanes] for s in _several(sources)]
+        values = np.concatenate([np.ascontiguousarray(p)[:, None].view(np.uint8) for p in parts], 1)
+        if "shared" in i.modifiers:
+            self.shared.store(self.block[lanes], self.warp[lanes], self.address(place, "u32")[lanes], values)
+        else:
+            self.memory.store(self.address(place, "u64")[lanes], values)
+
+    def _atom(self, i: Instruction) -> None:
+        """Lane after lane: some order of arrival."""
+        kind = i.modifiers[-1].replace("b", "u")
+        how = next(m for m in i.modifiers if m in ATOMICS)
+        d, place, source = i.operands if i.name == "atom" else ("_", *i.operands)
+        address, operand = self.address(place, "u64"), self.lanes_of(source, kind)
+        for lane in np.flatnonzero(self.mask):
+            here, mine = address[lane : lane + 1], operand[lane : lane + 1]
+            before = self.memory.load(here, mine.itemsize).view(KINDS[kind])[:, 0]
+            after = mine if how == "exch" else numbers.BINARY[how](before, mine)
+            self.memory.store(here, np.ascontiguousarray(after)[:, None].view(np.uint8))
+            if d != "_":
+                self.registers[str(d)][lane] = numbers.words(before)[0]
+
+    _red = _atom
+
+    def _cp(self, i: Instruction) -> None:
+        """cp.async: delivered as late as its wait allows, so that a read that comes too early shows."""
+        copies = self.shared.copies
+        if "commit_group" in i.modifiers:
+            return copies.commit(self.mask)
+        if "wait_group" in i.modifiers or "wait_all" in i.modifiers:
+            pending = int(str(i.operands[0])) if i.operands else -1
+            return copies.wait(self.mask, pending, self.block, self.warp)
+        to, source, size, *present = i.operands
+        n, lanes = int(str(size)), np.flatnonzero(self.mask)
+        count = self.lanes_of(present[0], "u32")[lanes] if present else np.full(len(lanes), n)
+        assert np.isin(count, (0, n)).all(), "a copy of a part"
+        values = np.zeros((len(lanes), n), np.uint8)
+        values[count > 0] = self.memory.load(self.address(source, "u64")[lanes][count > 0], n)
+        copies.begin(lanes, self.block[lanes], self.warp[lanes], self.address(to, "u32")[lanes], values)
+
+    def _fence(self, i: Instruction) -> None:
+        """What orders memory between units: the order here is the program's."""
+
+    _membar = _fence
+
+    # ------------------------------------------------------------------------------------------------ warps
+    def _shfl(self, i: Instruction) -> None:
+        d, *rest = i.operands
+        source, by = rest[-4:-2]
+        lane, warps = np.arange(32), self.whole_warps()
+        n = self.lanes_of(by, "u32")[warps].astype(np.int64)
+        at = {"bfly": lane ^ n, "up": lane - n, "down": lane + n, "idx": lane * 0 + n % 32}[i.modifiers[1]]
+        at = np.where((at >= 0) & (at <= 31), at, lane)
+        self.assign_some(d, warps, self.lanes_of(source, "u32")[np.take_along_axis(warps, at, 1)])
+
+    def _ldmatrix(self, i: Instruction) -> None:
+        """Lanes 8 m to 8 m + 7 point at the rows of matrix m."""
+        targets, place = i.operands
+        address, warps = self.address(place, "u32"), self.whole_warps()
+        for m, target in enumerate(_several(targets)):
+            rows = warps[:, 8 * m : 8 * m + 8].ravel()
+            got = self.shared.load(self.block[rows], self.warp[rows], address[rows], 16)
+            tile = got.view(np.uint16).reshape(-1, 8, 8)
+            tile = tile.transpose(0, 2, 1) if "trans" in i.modifiers else tile
+            pair = numbers.pack(tile[:, cores.ROW, cores.PAIR], tile[:, cores.ROW, cores.PAIR + 1])
+            self.assign_some(target, warps, pair)
+
+    def _stmatrix(self, i: Instruction) -> None:
+        place, sources = i.operands
+        address, warps = self.address(place, "u32"), self.whole_warps()
+        for m, source in enumerate(_several(sources)):
+            tile = np.zeros((len(warps), 8, 8), np.uint16)
+            for half, bits in enumerate(numbers.halves(self.lanes_of(source, "u32")[warps])):
+                tile[:, cores.ROW, cores.PAIR + half] = bits
+            tile = tile.transpose(0, 2, 1) if "trans" in i.modifiers else tile
+            rows = warps[:, 8 * m : 8 * m + 8].ravel()
+            values = np.ascontiguousarray(tile).reshape(-1, 8).view(np.uint8)
+            self.shared.store(self.block[rows], self.warp[rows], address[rows], values)
+
+    def _fragments(self, registers: Operand, warps: Array) -> list[Array]:
+        return [self.lanes_of(r, "u32")[warps] for r in _several(registers)]
+
+    def _mma(self, i: Instruction) -> None:
+        assert "m16n8k16" in i.modifiers and i.modifiers[-1] == "f32"
+        d, a, b, c = i.operands
+        warps = self.whole_warps()
+        result = cores.mma(*(self._fragments(x, warps) for x in (a, b, c)), i.modifiers[-3])
+        for target, values in zip(_several(d), result, strict=True):
+            self.assign_some(target, warps, values)
+
+    def _wgmma(self, i: Instruction) -> None:
+        """``d = scale d + A B``, A in registers, B in shared memory: computed when begun, B in use until waited for."""
+        if i.modifiers[0] == "mma_async":
+            self._warpgroup_product(i)
+        elif i.modifiers[0] == "commit_group":
+            for use in self.uses:
+                use.age += int(self.mask[use.lane])
+        elif i.modifiers[0] == "wait_group":
+            for use in [
+                use for use in self.uses if self.mask[use.lane] and use.age > int(str(i.operands[0]))
+            ]:
+                self.shared.in_use[use.places] -= 1
+                self.uses.remove(use)
+
+    def _warpgroup_product(self, i: Instruction) -> None:
+        d, a, descriptor, scale, *flags = i.operands
+        kind, columns = i.modifiers[-1], int(i.modifiers[3].split("n")[1].split("k")[0])
+        assert isinstance(a, tuple) and flags[:2] == [1, 1], "A from registers, nothing negated"
+        warps = self.whole_warps()
+        left = cores.fragment(self._fragments(a, warps), cores.A_PLACES, (16, 16), kind)
+        total = cores.accumulator(self._fragments(d, warps))
+        keep, where = self.lanes_of(scale, "pred")[warps[:, 0]], self.lanes_of(descriptor, "u64")[warps[:, 0]]
+        for w in range(0, len(warps), 4):
+            assert len(set(where[w : w + 4])) == 1, "the warps of a group differ about the operand"
+            at = cores.descriptor_addresses(int(where[w]), columns, bool(flags[2]))
+            right = cores.numbers_of(self._operand_of_cores(at.ravel(), warps[w, 0]), kind).reshape(at.shape)
+            total[w : w + 4] = np.where(keep[w], total[w : w + 4], 0) + left[w : w + 4] @ right.T
+        for target, values in zip(_several(d), cores.registers(total, len(_several(d))), strict=True):
+            self.assign_some(target, warps, values)
+
+    def _operand_of_cores(self, address: Array, lane: int) -> Array:
+        """16-bit words of shared memory, in use from now on."""
+        block = np.full(address.shape, self.block[lane])
+        raw = self.shared.load(block, np.full(address.shape, TENSOR_CORES, np.int32), address, 2)
+        places = self.shared.places(block, address, 2, "an operand").ravel()  # every byte once
+        self.shared.in_use[places] += 1
+        self.uses.append(Use(lane, places))
+        return np.ascontiguousarray(raw).view(np.uint16).ravel()
+
+
+def launch(
+    program: Program,
+    grid: tuple[int, int, int],
+    threads: int,
+    parameters: dict[str, bytes],
+    memory: GlobalMemory,
+    shared_size: int | None = None,
+) -> None:
+    """All blocks of a grid, some at a time. Shared memory is what the program declares, or what the launch gives."""
+    x, y, z = (np.arange(n) for n in grid)
+    blocks = np.stack([a.ravel() for a in np.meshgrid(z, y, x, indexing="ij")][::-1], 1)
+    step = max(1, LANES // threads)
+    size = program.shared_size if shared_size is None else shared_size
+    with np.errstate(all="ignore"):
+        for first in range(0, len(blocks), step):
+            some = blocks[first : first + step]
+            Machine(program, some, grid, threads, parameters, memory, size).run()

@@ -1,0 +1,161 @@
+"""The PTX machine runs kernels as a GPU does, and finds the mistakes that it is there to find."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+from ptx_emulator.lanes import Divergent
+from ptx_emulator.machine import launch
+from ptx_emulator.memory import GlobalMemory, OutOfBounds, Race
+from ptx_emulator.text import parse
+
+HEADER = """
+.version 8.7
+.target sm_80
+.extern .shared .align 16 .b8 smem[];
+.visible .entry kernel(.param .u64 x, .param .u64 y)
+{
+.reg .pred %p<4>; .reg .b16 %h<4>; .reg .b32 %r<16>; .reg .b64 %rd<16>;
+ld.param.b64 %rd1, [x];
+ld.param.b64 %rd2, [y];
+mov.u32 %r1, %tid.x;
+mul.wide.u32 %rd3, %r1, 4;
+add.s64 %rd4, %rd1, %rd3;
+add.s64 %rd5, %rd2, %rd3;
+mov.b32 %r2, smem;
+shl.b32 %r3, %r1, 2;
+add.s32 %r4, %r2, %r3;      // this thread's word of shared memory
+xor.b32 %r5, %r3, 128;
+add.s32 %r6, %r2, %r5;      // another warp's
+"""
+
+
+def run(body: str, x: torch.Tensor, y: torch.Tensor, threads: int = 64, shared: int = 1024) -> None:
+    program = parse(HEADER + body + "\nret;\n}\n")
+    parameters = {n: struct.pack("Q", t.data_ptr()) for n, t in (("x", x), ("y", y))}
+    launch(program, (1, 1, 1), threads, parameters, GlobalMemory([x, y]), shared)
+
+
+@pytest.fixture
+def operands() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(64, dtype=torch.float32) - 20, torch.zeros(64)
+
+
+Operands = tuple[torch.Tensor, torch.Tensor]
+
+
+def test_lanes_part_and_meet_again(operands: Operands) -> None:
+    x, y = operands
+    run(
+        """
+        ld.global.b32 %r7, [%rd4];
+        setp.lt.f32 %p1, %r7, 0f00000000;
+        @%p1 bra $NEGATIVE;
+        mul.f32 %r7, %r7, 0f40000000;
+        bra $DONE;
+    $NEGATIVE:
+        neg.f32 %r7, %r7;
+    $DONE:
+        shfl.sync.bfly.b32 %r8, %r7, 1, 31, -1;
+        add.f32 %r7, %r7, %r8;
+        st.global.b32 [%rd5], %r7;
+        """,
+        x,
+        y,
+    )
+    one = torch.where(x < 0, -x, 2 * x).view(-1, 2)
+    assert torch.equal(y.view(-1, 2), one + one.flip(1))
+
+
+def test_a_loop_with_its_own_count_per_lane(operands: Operands) -> None:
+    x, y = operands
+    run(
+        """
+        mov.b32 %r7, 0;
+    $AGAIN:
+        add.s32 %r7, %r7, 1;
+        setp.le.s32 %p1, %r7, %r1;
+        @%p1 bra $AGAIN;
+        cvt.rn.f32.s32 %r8, %r7;
+        st.global.b32 [%rd5], %r8;
+        """,
+        x,
+        y,
+    )
+    assert torch.equal(y, torch.arange(64) + 1.0)
+
+
+EXCHANGE = """
+ld.global.b32 %r7, [%rd4];
+st.shared.b32 [%r4], %r7;
+{}
+ld.shared.b32 %r8, [%r6];
+st.global.b32 [%rd5], %r8;
+"""
+COPY = """
+cp.async.ca.shared.global [%r4], [%rd4], 0x4;
+cp.async.commit_group;
+{}
+bar.sync 0;
+ld.shared.b32 %r8, [%r6];
+st.global.b32 [%rd5], %r8;
+"""
+
+
+@pytest.mark.parametrize("body,between", [(EXCHANGE, "bar.sync 0;"), (COPY, "cp.async.wait_group 0;")])
+def test_warps_exchange_through_shared_memory(body: str, between: str, operands: Operands) -> None:
+    x, y = operands
+    run(body.format(between), x, y)
+    assert torch.equal(y, x.view(2, 32).flip(0).flatten())
+    with pytest.raises(Race):
+        run(body.format(""), x, y)
+
+
+def test_copies_of_a_later_group_are_not_there_yet(operands: Operands) -> None:
+    with pytest.raises(Race, match="not delivered"):
+        run(COPY.format("cp.async.wait_group 1;"), *operands)
+
+
+@pytest.mark.parametrize(
+    "body,message",
+    [
+        ("ld.shared.b32 %r8, [%r6]; st.shared.b32 [%r4], %r8;", "others have read"),
+        ("st.shared.b32 [%r4], %r1; st.shared.b32 [%r6], %r1;", "another warp wrote"),
+        ("st.shared.b32 [smem], %r1;", "different values"),
+        ("ld.shared.b32 %r8, [%r6]; cp.async.ca.shared.global [%r4], [%rd4], 0x4;", "others have read"),
+    ],
+)
+def test_races_in_shared_memory(body: str, message: str, operands: Operands) -> None:
+    with pytest.raises(Race, match=message):
+        run(body, *operands)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "ld.global.b32 %r7, [%rd4+4];",  # the last lane's is past the end
+        "ld.global.b32 %r7, [%rd4+-4];",
+        "st.global.b32 [%rd5+4], %r1;",
+        "ld.global.b64 %rd6, [%rd4];",  # not aligned
+        "st.shared.b32 [%r4+800], %r1;",
+        "mov.b64 %rd6, 64; ld.global.b32 %r7, [%rd6];",
+    ],
+)
+def test_accesses_outside_of_the_operands(body: str, operands: Operands) -> None:
+    with pytest.raises(OutOfBounds):
+        run(body, *operands)
+
+
+def test_shared_memory_begins_as_nan(operands: Operands) -> None:
+    x, y = operands
+    run("ld.shared.b32 %r8, [%r4]; st.global.b32 [%rd5], %r8;", x, y)
+    assert y.isnan().all()
+
+
+def test_what_needs_a_whole_warp_says_so(operands: Operands) -> None:
+    shuffle = "@%p1 shfl.sync.bfly.b32 %r8, %r1, 1, 31, -1;"
+    run("setp.lt.u32 %p1, %r1, 32;" + shuffle, *operands)
+    with pytest.raises(Divergent, match="part of a warp"):
+        run("setp.lt.u32 %p1, %r1, 7;" + shuffle, *operands)
