@@ -2,6 +2,6 @@
 
 from .coverage import Coverage, UncoveredParameterError
 from .gradient_sketcher import BatchSketch, GradientSketcher
-from .policy import PolicyGradient
+from .head import PolicyGradient
 
 __all__ = ["BatchSketch", "Coverage", "GradientSketcher", "PolicyGradient", "UncoveredParameterError"]

@@ -10,28 +10,39 @@ import torch
 
 from ..reduce import reduce_sketch
 from ..spec import SketchSpec
-from .batch import Segments
 from .clock import Clock
-from .direct import Direct
+from .engine import Operators, engine_for
+from .segments import Segments
 
 
 class Accumulator:
-    """Sketches [segments, base_dim] of one batch, and a cache of folded inputs that several layers share."""
+    """The engine of the batch that is open, and a cache of folded inputs that several layers share."""
 
     def __init__(self, spec: SketchSpec) -> None:
         self.spec = spec
-        self.segments: Segments | None = None
-        self.direct: Direct | None = None
+        self.segments: Segments | None = None  # of the open batch
+        self._engine: Operators | None = None
         self._folded = 0
-        self.out = torch.empty(0, spec.base_dim, dtype=torch.float32)
         self.clock = Clock(torch.device("cpu"))
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
+    @property
+    def engine(self) -> Operators:
+        """Of the open batch."""
+        if self._engine is None:
+            raise RuntimeError("no batch is open in this GradientSketcher")
+        return self._engine
+
+    @property
+    def out(self) -> torch.Tensor:
+        """The sketches [segments, base_dim] of the open batch."""
+        return self.engine.out
+
     def begin(self, segments: Segments, device: torch.device) -> None:
         out = torch.zeros(segments.count, self.spec.base_dim, dtype=torch.float32, device=device)
-        direct = Direct.of(segments, out, self._folded)
+        engine = engine_for(segments, out, self._folded)
         # Nothing above may have left a batch open: memory can run out, a backend refuse.
-        self.segments, self.out, self.direct = segments, out, direct
+        self.segments, self._engine = segments, engine
         self.clock = Clock(device)
         self._folds.clear()
 
@@ -46,17 +57,21 @@ class Accumulator:
 
     def close(self) -> None:
         """Let go of the batch, finished or failed: nothing of it stays in memory."""
-        if self.direct is not None:
-            self._folded = self.direct.folded
-        self.segments = self.direct = None
-        self.out = self.out.new_empty(0, self.spec.base_dim)
+        if self._engine is not None:
+            self._folded = self._engine.folded
+        self.segments = self._engine = None
         self._folds.clear()
 
     def timed(self) -> AbstractContextManager[None]:
         return self.clock.timed()
 
-    def folded(self, key: str, x: torch.Tensor, fold: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """``fold()``, computed once for all layers that fold the tensor ``x`` in the same way (q/k/v, gate/up)."""
+    def folded(self, key: str | None, x: torch.Tensor, fold: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """``fold()``, computed once for all layers that fold the tensor ``x`` in the same way (q/k/v, gate/up).
+
+        ``key`` says which way; None: in a way that no other layer shares.
+        """
+        if key is None:
+            return fold()
         found = self._folds.get(key)
         if found is not None and found[0]() is x and found[1] == x._version:
             return found[2]

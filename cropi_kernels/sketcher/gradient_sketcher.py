@@ -14,21 +14,13 @@ from .. import _memory
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from .accumulator import Accumulator
-from .batch import Segments
-from .bypass import calls, check_calls
-from .coverage import Coverage, plan_model
+from .attach import plan_model
+from .coverage import Coverage
 from .decoder import SplitModel, split_model
-from .policy import (
-    PolicyGradient,
-    additive_mask,
-    check_positions,
-    check_rows,
-    check_tensors,
-    check_vocabulary,
-    failed_segments,
-    head_pass,
-    scored_offsets,
-)
+from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
+from .inputs import additive_mask, check_positions, check_rows, check_tensors, check_vocabulary
+from .segments import Segments
+from .unseen import calls, check_calls
 
 
 class GradientSketcher:

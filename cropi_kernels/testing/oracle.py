@@ -14,7 +14,7 @@ from ..ops.sketch_linear import reference as linear
 from ..plan import MatrixPlan, plan_vector
 from ..reduce import reduce_sketch
 from ..sketcher.accumulator import Accumulator
-from ..sketcher.coverage import plan_model
+from ..sketcher.attach import plan_model
 from ..sketcher.matrix import KronMatrix, MatrixSketch, SlabMatrix, TensorMatrix
 from ..sketcher.taps import EmbeddingTap, LinearTap
 from ..spec import SketchSpec

@@ -52,7 +52,7 @@ def test_kinds_within_rounding(spec: SketchSpec, role: str) -> None:
     d, a = normal(75, 50, seed=1), normal(75, 40, seed=2)
     index = torch.randint(0, 50, (75,), generator=torch.Generator().manual_seed(3))
     linear, rows = torch.zeros(4, spec.base_dim), torch.zeros(4, spec.base_dim)
-    matrix.add(d, matrix.keep(a), OFFSETS, linear)
+    matrix.add(d, matrix.fold(a), OFFSETS, linear)
     matrix.add_rows(a, index, OFFSETS, rows)
     hot = torch.nn.functional.one_hot(index, 50).double()
     for s, (begin, end) in enumerate(zip(OFFSETS.tolist(), OFFSETS.tolist()[1:])):
@@ -71,7 +71,7 @@ def test_autocast_rounds_nothing(spec: SketchSpec) -> None:
 
     def run() -> torch.Tensor:
         out = torch.zeros(4, spec.base_dim)
-        matrix.add(d, matrix.keep(a), OFFSETS, out)
+        matrix.add(d, matrix.fold(a), OFFSETS, out)
         matrix.add_rows(a, rows, OFFSETS, out)
         return out
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.sketcher import taps
-from cropi_kernels.sketcher.graph import widened_input
+from cropi_kernels.sketcher.hooks import widened_input
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 

@@ -42,7 +42,7 @@ from support import zoo  # noqa: E402
 from cropi_kernels import GradientSketcher, ProjectionSpec, SketchSpec, _gpu, dispatch, project  # noqa: E402
 from cropi_kernels.ops import _checks  # noqa: E402
 from cropi_kernels.sketcher import coverage, decoder, gradient_sketcher, policy  # noqa: E402
-from cropi_kernels.sketcher.batch import Segments  # noqa: E402
+from cropi_kernels.sketcher.segments import Segments  # noqa: E402
 
 _checks.DEVICES = ("cpu", "meta")
 _gpu.on = lambda x: contextlib.nullcontext()

@@ -1,0 +1,132 @@
+"""The comparison kinds of matrix sketches: CountSketch with and without dropout, Kronecker, TensorSketch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from .. import philox as px
+from .._library import no_autocast
+from ..ops.flat_sketch import flat_sketch
+from ..plan import Role
+from ..spec import SketchSpec
+from .slab import MatrixSketch
+
+PANEL = 1 << 22  # numbers of a gradient that the comparison kinds form at a time
+
+
+class FlatMatrix(MatrixSketch):
+    """``countsketch`` and ``dropout``: a hash per coordinate, so panels of the gradient are formed."""
+
+    def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        panel = max(1, PANEL // self.cols)
+        for s, (begin, end) in enumerate(_ranges(offsets)):
+            a = kept[begin:end].float()
+            for r in range(0, self.rows if end > begin else 0, panel):
+                gradient = _product(d[begin:end, r : r + panel].float().T, a)
+                flat_sketch(gradient, self.spec, self.name, out[s], offset=r * self.cols)
+
+    def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        for s, (begin, end) in enumerate(_ranges(offsets)):
+            touched, inverse = rows[begin:end].unique(return_inverse=True)
+            gradient = x.new_zeros(len(touched), self.cols, dtype=torch.float32)
+            gradient.index_add_(0, inverse, x[begin:end].float())
+            for row, values in zip(touched.tolist(), gradient):
+                flat_sketch(values, self.spec, self.name, out[s], offset=row * self.cols)
+
+
+class KronMatrix(MatrixSketch):
+    """``kron``: Rademacher projections of both sides, ``(D P_out)^T (A P_in)`` (LoGra, arXiv 2405.13954, section 3).
+
+    Unlike LoGra, layers add into the same numbers instead of being laid side by side.
+    """
+
+    def __init__(self, spec: SketchSpec, name: str, rows: int, cols: int, role: Role) -> None:
+        super().__init__(spec, name, rows, cols, role)
+        key = px.key_of(spec.version, spec.seed, name)
+        self.in_dim = 1 << (int(math.log2(spec.dim)) // 2)
+        self.out_dim = spec.dim // self.in_dim
+        self.p_in = _rademacher(key, cols, self.in_dim, px.DENSE_COLUMNS)
+        self.p_out = _rademacher(key, rows, self.out_dim, px.DENSE_ROWS)
+
+    def fold(self, a: torch.Tensor) -> torch.Tensor:
+        return _product(a.float(), self.p_in.to(a.device))
+
+    def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        self._add_products(_product(d.float(), self.p_out.to(d.device)), kept, offsets, out)
+
+    def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        self._add_products(self.p_out.to(rows.device)[rows], self.fold(x), offsets, out)
+
+    def _add_products(
+        self, d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        for s, (begin, end) in enumerate(_ranges(offsets)):
+            out[s] += _product(d[begin:end].T, a[begin:end]).reshape(-1)
+
+
+class TensorMatrix(MatrixSketch):
+    """``tensor``: TensorSketch (Pham and Pagh, KDD 2013): bucket ``(h(r) + h'(c)) mod dim``, by FFT per token."""
+
+    def __init__(self, spec: SketchSpec, name: str, rows: int, cols: int, role: Role) -> None:
+        super().__init__(spec, name, rows, cols, role)
+        key = px.key_of(spec.version, spec.seed, name)
+        self.row_bucket, self.row_sign = _buckets(key, rows, spec.dim, px.TENSOR_ROWS)
+        self.col_bucket, self.col_sign = _buckets(key, cols, spec.dim, px.TENSOR_COLUMNS)
+
+    def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        def spectrum(t0: int, t1: int) -> torch.Tensor:
+            folded = d.new_zeros(t1 - t0, self.spec.dim, dtype=torch.float32)
+            folded.index_add_(1, self.row_bucket.to(d.device), d[t0:t1].float() * self.row_sign.to(d.device))
+            return torch.fft.rfft(folded)
+
+        self._convolve(spectrum, kept, offsets, out)
+
+    def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        frequency = torch.arange(self.spec.dim // 2 + 1, device=rows.device)
+
+        def spectrum(t0: int, t1: int) -> torch.Tensor:
+            row = rows[t0:t1]
+            # Whole turns are taken off in integers: bucket * frequency reaches dim^2 / 2.
+            turns = self.row_bucket.to(row.device)[row][:, None] * frequency % self.spec.dim
+            phase = turns.double() * (-2 * math.pi / self.spec.dim)
+            return torch.polar(
+                self.row_sign.to(row.device)[row].double()[:, None].expand_as(phase), phase
+            ).to(torch.complex64)
+
+        self._convolve(spectrum, x, offsets, out)
+
+    def _convolve(self, spectrum: object, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        chunk = max(1, PANEL // self.spec.dim)
+        for s, (begin, end) in enumerate(_ranges(offsets)):
+            for t in range(begin, end, chunk):
+                t1 = min(end, t + chunk)
+                folded = a.new_zeros(t1 - t, self.spec.dim, dtype=torch.float32)
+                folded.index_add_(
+                    1, self.col_bucket.to(a.device), a[t:t1].float() * self.col_sign.to(a.device)
+                )
+                product = (spectrum(t, t1) * torch.fft.rfft(folded)).sum(0)  # type: ignore[operator]
+                out[s] += torch.fft.irfft(product, n=self.spec.dim)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    with no_autocast(a):
+        return a @ b
+
+
+def _ranges(offsets: torch.Tensor) -> list[tuple[int, int]]:
+    bounds = offsets.tolist()
+    return list(zip(bounds, bounds[1:]))
+
+
+def _rademacher(key: tuple[int, int], n: int, dim: int, purpose: int) -> torch.Tensor:
+    """Signs [n, dim] / sqrt(dim), so that inner products keep their expectation."""
+    return torch.from_numpy(px.signs(key, n * dim, purpose).reshape(n, dim)) * dim**-0.5
+
+
+def _buckets(key: tuple[int, int], n: int, dim: int, purpose: int) -> tuple[torch.Tensor, torch.Tensor]:
+    words = px.philox(key, np.arange(-(-n // 4)), 0, purpose).reshape(-1)[:n]
+    sign = np.where(words >> 31, np.float32(-1), np.float32(1))
+    return torch.from_numpy((words & np.uint32(dim - 1)).astype(np.int64)), torch.from_numpy(sign)

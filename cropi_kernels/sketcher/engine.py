@@ -1,0 +1,202 @@
+"""What taps talk to: the sketches of one batch, and the ops that add to them.
+
+`Operators` serves every device and dtype. `CpuEngine` hands addresses straight to the CPU kernels in the common case
+and falls back to `Operators` in every other.
+
+Why straight: between two large matrix products everything in Python runs with cold caches. An operator's way (views,
+checks, choice of a backend, torch's dispatcher) took 190 us around a kernel of 700 us, and 380 us around a norm's of
+120 us, several hundred times a pass: 3 % of forward and backward (SmolLM2-135M, 2 cores). What those checks ask of
+every call holds for the whole batch here, and is asked once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .. import _native, dispatch
+from ..ops._checks import check_offset_values
+from ..ops.norm_grad import bias_grad, norm_grad
+from ..ops.sketch_vector import sketch_vector
+from ..plan import VectorPlan
+from .hooks import packed
+from .segments import Segments
+from .slab import MatrixSketch
+
+Matrix = tuple[int, int, int, int, int]  # as `_native.matrix`
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """The module that a tensor belongs to, and whether its axes are [batch, heads, length, n]."""
+
+    where: str
+    heads_first: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """``y = weight * xhat(x) + bias``, ``xhat`` centered (LayerNorm) or not (RMSNorm); None where there is no plan to
+    add to."""
+
+    centered: bool
+    eps: float
+    weight: VectorPlan | None
+    bias: VectorPlan | None
+
+
+class Operators:
+    """The ops on one batch: tensors as modules see them, any device, strides and dtype.
+
+    ``out`` float32 [segments, dim] is what everything is added to.
+    """
+
+    def __init__(self, segments: Segments, out: torch.Tensor) -> None:
+        self.segments, self.out = segments, out
+        self.folded = 0  # features of a token that were kept, where the engine counts them
+
+    def rows(self, x: torch.Tensor, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x`` as [tokens * repeats, n], and its offsets.
+
+        Raises:
+            ValueError: ``x`` does not hold every token of the batch once; names the module.
+        """
+        return self.segments.tokens_first(x, site.where, site.heads_first)
+
+    def fold(self, x: torch.Tensor, matrix: MatrixSketch, site: Site) -> torch.Tensor:
+        """What has to be kept of a module's inputs until backward."""
+        with torch.no_grad():
+            return matrix.fold(self.rows(x.detach(), site)[0])
+
+    def add_linear(self, dy: torch.Tensor, kept: torch.Tensor, matrix: MatrixSketch, site: Site) -> None:
+        """``out[s] += sketch(sum_{t in s} dy[t]^T x[t])``, where ``kept`` is `fold` of the inputs x."""
+        d, offsets = self.rows(dy, site)
+        matrix.add(d, kept, offsets, self.out)
+
+    def add_rows(self, dy: torch.Tensor, ids: torch.Tensor, matrix: MatrixSketch, site: Site) -> None:
+        """``out[s] += sketch(sum_{t in s} onehot(ids[t])^T dy[t])``; ``ids`` int64 [tokens]."""
+        d, offsets = self.rows(dy, site)
+        matrix.add_rows(d, ids, offsets, self.out)
+
+    def add_bias(self, dy: torch.Tensor, plan: VectorPlan, site: Site) -> None:
+        """``out[s] += sketch(sum_{t in s} dy[t])``."""
+        d, offsets = self.rows(dy, site)
+        self.add_vector(bias_grad(d, offsets), plan)
+
+    def add_norm(self, dy: torch.Tensor, x: torch.Tensor, norm: Norm, site: Site) -> None:
+        """The gradients of a norm's scale, ``sum_{t in s} dy[t] * xhat(x[t])``, and bias."""
+        d, offsets = self.rows(dy, site)
+        inputs = self.rows(x, site)[0]
+        with_bias = norm.bias is not None
+        weight, bias = norm_grad(inputs, d, offsets, norm.eps, centered=norm.centered, with_bias=with_bias)
+        if norm.weight is not None:
+            self.add_vector(weight, norm.weight)
+        if norm.bias is not None and bias is not None:
+            self.add_vector(bias, norm.bias)
+
+    def add_vector(self, gradients: torch.Tensor, plan: VectorPlan) -> None:
+        """``out[s] += sketch(gradients[s])`` of gradients [segments, n] that exist."""
+        sketch_vector(gradients, plan, self.out)
+
+
+class CpuEngine(Operators):
+    """The CPU kernels on plain dense tensors [batch, length, n]; everything else goes through `Operators`.
+
+    Args:
+        expected: features of a token that `fold` will give in this batch, if known: one block of memory holds them.
+    """
+
+    def __init__(self, segments: Segments, out: torch.Tensor, expected: int = 0) -> None:
+        super().__init__(segments, out)
+        check_offset_values(segments.offsets, segments.batch * segments.length)
+        self._kernels = _native.native()
+        self._batch, self._length = segments.batch, segments.length
+        self._ranges = segments.count, segments.offsets.data_ptr()
+        self._out = out.data_ptr(), out.stride(0)
+        self._threads = _native.threads()
+        self._expected, self._pool = expected, torch.empty(0, device="cpu")
+
+    @staticmethod
+    def serves(out: torch.Tensor) -> bool:
+        """Whether the CPU kernels are the backend of this batch."""
+        return out.device.type == "cpu" and dispatch.choose("sketch_linear", out) == "cpu"
+
+    def plain(self, x: torch.Tensor) -> Matrix | None:
+        """``x`` [batch, length, n] as the kernels take [tokens, n], or None: it is not the common case."""
+        if type(x) is not torch.Tensor or torch.compiler.is_compiling():  # no memory of its own, maybe
+            return None
+        code = _native.DTYPES.get(x.dtype)
+        if code is None or x.ndim != 3 or not x.is_cpu or not x.is_contiguous():
+            return None
+        batch, length, n = x.shape
+        if batch != self._batch or length != self._length:
+            return None
+        return x.data_ptr(), batch * length, n, n, code
+
+    def fold(self, x: torch.Tensor, matrix: MatrixSketch, site: Site) -> torch.Tensor:
+        rows, plan = self.plain(x), matrix.plan
+        if rows is None or plan is None or plan.col_fold is None or rows[2] != plan.cols:
+            return super().fold(x, matrix, site)
+        folded = self._memory(rows[1], plan.folded_cols, x.dtype)
+        offset, sign = _native.column_fold(plan)
+        self._kernels.fold_columns(rows, folded.data_ptr(), plan.folded_cols, offset, sign, self._threads)
+        return folded
+
+    def _memory(self, tokens: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """From one block for the whole batch, as large as the last batch needed: one by one, the small copies are cut
+        out of holes in the heap that large temporaries of the forward would fit in."""
+        if not packed():  # else copies come and go layer by layer: a block would hold them all
+            if not self.folded and self._expected:
+                self._pool = torch.empty(tokens * self._expected, dtype=dtype, device="cpu")
+            begin, self.folded = self.folded, self.folded + cols
+            if self.folded * tokens <= self._pool.numel() and dtype == self._pool.dtype:
+                return self._pool[begin * tokens : self.folded * tokens].view(tokens, cols)
+        return torch.empty(tokens, cols, dtype=dtype, device="cpu")
+
+    def add_linear(self, dy: torch.Tensor, kept: torch.Tensor, matrix: MatrixSketch, site: Site) -> None:
+        rows, plan = self.plain(dy), matrix.plan
+        common = plan is not None and plan.row_fold is None and plan.col_fold is not None
+        if rows is None or plan is None or not common or rows[2] != plan.rows:
+            return super().add_linear(dy, kept, matrix, site)
+        slab, inputs = _native.slab_plan(plan, True), _native.matrix(kept)
+        self._kernels.sketch_linear(
+            rows, inputs, slab, *self._ranges, *self._out, plan.n_slabs, self._threads
+        )
+
+    def add_bias(self, dy: torch.Tensor, plan: VectorPlan, site: Site) -> None:
+        rows = self.plain(dy)
+        if rows is None:
+            return super().add_bias(dy, plan, site)
+        self._sums(rows, rows, False, 0.0, None, plan)
+
+    def add_norm(self, dy: torch.Tensor, x: torch.Tensor, norm: Norm, site: Site) -> None:
+        rows, inputs = self.plain(dy), self.plain(x)
+        if rows is None or inputs is None or inputs[2] != rows[2]:
+            return super().add_norm(dy, x, norm, site)
+        self._sums(inputs, rows, norm.centered, norm.eps, norm.weight, norm.bias)
+
+    def _sums(
+        self,
+        inputs: Matrix,
+        rows: Matrix,
+        centered: bool,
+        eps: float,
+        weight: VectorPlan | None,
+        bias: VectorPlan | None,
+    ) -> None:
+        """`norm_grad` and the `sketch_vector` of what it gives; an output without a plan is not computed."""
+        n = rows[2]
+        sums = torch.empty(2, self._ranges[0], n, dtype=torch.float32, device="cpu")
+        at = sums.data_ptr()
+        to = at if weight is not None else 0, at + sums.stride(0) * 4 if bias is not None else 0
+        self._kernels.norm_grad(inputs, rows, centered, eps, *self._ranges, *to, self._threads)
+        for plan, address in zip((weight, bias), to, strict=True):
+            if plan is not None:
+                scatter = _native.vector_plan(plan)
+                self._kernels.sketch_vector(address, self._ranges[0], n, n, *scatter, *self._out)
+
+
+def engine_for(segments: Segments, out: torch.Tensor, expected: int = 0) -> Operators:
+    """The engine of one batch; ``expected`` as in `CpuEngine`."""
+    return CpuEngine(segments, out, expected) if CpuEngine.serves(out) else Operators(segments, out)

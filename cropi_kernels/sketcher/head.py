@@ -1,0 +1,90 @@
+"""The head of one policy-gradient pass: log-probs, weights, its own sketch, and which segments failed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..ops.linear_logprob import logprob_and_grad
+from ..ops.linear_logprob.contract import Weigh
+from ..ops.norm_grad import bias_grad
+from .accumulator import Accumulator
+from .attach import Attachment
+from .decoder import SplitModel
+from .segments import Segments
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyGradient:
+    """Result of `GradientSketcher.policy_gradient`.
+
+    ``sketches`` float32 [segments, dim], a row of NaN where the segment met a NaN or an infinity; ``logprobs`` and
+    ``weights`` float32 [scored tokens]; ``seconds``: forward, backward, and the part of both that was sketching.
+    """
+
+    sketches: torch.Tensor
+    logprobs: torch.Tensor
+    weights: torch.Tensor
+    seconds: dict[str, float]
+
+
+def head_pass(
+    split: SplitModel,
+    plan: Attachment,
+    acc: Accumulator,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    weigh: Weigh,
+    temperature: float,
+    scored: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs, gradient of the hidden states, weights; the head's own sketch rides along chunk by chunk."""
+    flat = hidden.detach().reshape(-1, hidden.shape[-1])
+    picked = flat[positions]
+    matrix, bias = plan.head_matrix, plan.head_bias
+    scored = scored.to(flat.device)
+
+    def sketch_head(begin: int, end: int, dz: torch.Tensor) -> None:
+        with acc.timed():
+            offsets = scored.clamp(begin, end) - begin
+            if matrix is not None:
+                matrix.add(dz, matrix.fold(picked[begin:end]), offsets, acc.out)
+            if bias is not None:
+                acc.engine.add_vector(bias_grad(dz, offsets), bias)
+
+    with torch.no_grad():
+        logprobs, grad_picked, weights = logprob_and_grad(
+            picked,
+            split.head.weight,
+            targets,
+            weigh,
+            bias=split.head.bias,
+            temperature=temperature / split.scale,
+            softcap=split.softcap,
+            on_dlogits=sketch_head if matrix is not None or bias is not None else None,
+        )
+        grad = _add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
+    return logprobs, grad.view_as(hidden), weights
+
+
+def _add_rows(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``out[positions] += rows`` in a fixed order: on a GPU `index_add_` adds in the order of arrival."""
+    if out.is_cuda:
+        return out.index_put_((positions,), rows, accumulate=True)  # sorts the positions first
+    return out.index_add_(0, positions, rows)
+
+
+def failed_segments(logprobs: torch.Tensor, weights: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """Segments with a log-prob or weight that is not finite: they fail even where the sum would hide it."""
+    bad = (~(logprobs.isfinite() & weights.isfinite())).nonzero().flatten().cpu()
+    return (torch.searchsorted(scored, bad, right=True) - 1).unique()
+
+
+def scored_offsets(where: Segments, positions: torch.Tensor) -> torch.Tensor:
+    """Range of scored tokens of each segment, from the segment of the token that predicts them."""
+    segment = torch.searchsorted(where.offsets, positions.cpu().contiguous(), right=True) - 1
+    if bool((segment[1:] < segment[:-1]).any()):
+        raise ValueError("positions jump back to an earlier segment: sort the scored tokens by segment")
+    return torch.searchsorted(segment, torch.arange(where.count + 1, device="cpu"))

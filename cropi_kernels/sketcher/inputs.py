@@ -1,0 +1,63 @@
+"""What may go into a policy-gradient pass: the checks of its tensors, and the masks that it hands on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_tensors(**given: object) -> None:
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} is of type {type(x).__name__}: give a tensor (torch.as_tensor({name}))")
+
+
+def check_rows(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> None:
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give a non-empty [batch, length]")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids is {input_ids.dtype}: give int64 token ids (input_ids.long())")
+    batch, length = input_ids.shape
+    optional = {"attention_mask": attention_mask, "position_ids": position_ids}
+    check_tensors(**{name: x for name, x in optional.items() if x is not None})
+    # Torch would broadcast some wrong shapes of a mask, and the wrong tokens be attended to.
+    if attention_mask is not None:
+        shape = tuple(attention_mask.shape)
+        square = len(shape) == 4 and shape[0] in (1, batch) and shape[2:] == (length, length)
+        if shape != (batch, length) and not square:
+            raise ValueError(
+                f"attention_mask has shape {shape}: give [{batch}, {length}], 1 for tokens and 0 for padding, or bool "
+                f"[{batch}, 1, {length}, {length}], True where to attend"
+            )
+    if position_ids is not None and tuple(position_ids.shape[-2:]) not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}: give int64 [{batch}, {length}], as input_ids"
+        )
+
+
+def check_positions(input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> None:
+    if positions.shape != targets.shape or positions.ndim != 1 or positions.dtype != torch.int64:
+        raise ValueError(
+            f"positions {tuple(positions.shape)} {positions.dtype} and targets {tuple(targets.shape)} "
+            f"{targets.dtype} must be int64 of one length: a position and a token id per scored token"
+        )
+    if positions.numel():
+        low, high = int(positions.min()), int(positions.max())
+        if low < 0 or high >= input_ids.numel():
+            last = input_ids.numel() - 1
+            raise ValueError(f"positions run from {low} to {high}: input_ids holds 0 .. {last}")
+
+
+def check_vocabulary(input_ids: torch.Tensor, targets: torch.Tensor, vocab: int) -> None:
+    for name, ids in (("input_ids", input_ids), ("targets", targets)):
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+            low, high = int(ids.min()), int(ids.max())
+            raise ValueError(f"{name} runs from {low} to {high}: the vocabulary is 0 .. {vocab - 1}")
+
+
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask (True where to attend) as eager attention wants it, which adds what it is given."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )
