@@ -34,11 +34,12 @@ END = ; mkdir -p $(STAMPS); touch $@; echo "== done in $$(($$(date +%s) - begin)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-verl build model wheel lint format bench clean distclean
+.PHONY: help demo quick test test-verl build model wheel lint format bench clean distclean
 
 help:
 	@echo "make demo    build, then pick the best prompts of the example data with SmolLM2-135M-Instruct"
 	@echo "make test    build, then run the tests"
+	@echo "make quick   build, then run the short tests: no model download, nothing compiled for a GPU"
 	@echo "make test-verl  the verl adapters against verl 0.7.1 and 0.9.1, each in an environment of its own"
 	@echo "make build   environment and package only (an editable install)"
 	@echo "make wheel   a wheel in dist/, tried out in a clean environment"
@@ -87,6 +88,11 @@ model: $(STAMPS)/model
 # ------------------------------------------------------------------------------------------------ work
 demo: build model
 	time $(BIN)/cropi run --config examples/demo.toml
+
+# What a contributor runs between two edits: no model download, no compiler runs for GPUs, nothing that takes long.
+quick: build
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -q -m "not slow" \
+	  --ignore tests/gpu --ignore tools --ignore benchmarks/tests --ignore tests/packaging/test_aarch64.py $(ARGS)
 
 test: build model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)

@@ -280,63 +280,92 @@ def test_a_template_file_counts_by_content(
     assert len(SketchStore.open(tmp_path / "s")) == 20
 
 
-def test_every_mistake_is_one_clear_line(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(named: str, line: str) -> None:
-        assert cropi(line) == 2
-        error = capsys.readouterr().err
-        assert "Traceback" not in error
-        problem = [line for line in error.splitlines() if line.startswith("cropi ")]
-        assert len(problem) == 1 and named in problem[0] and error.endswith(problem[0] + "\n"), error
-
-    common, train, out = (
-        f"sketch --model {made}/model {SMALL}",
-        f"--trajectories {made}/train.jsonl",
-        tmp_path / "o",
-    )
-    store = tmp_path / "store"
-    sketch(made, store)
-    fails("there is no such trajectory file", f"{common} --trajectories {tmp_path}/no.jsonl --out {out}")
-    fails("no such folder", f"sketch --model ./nowhere {train} --out {out}")
-    fails("dim=1000", f"{common} --dim 1000 {train} --out {out}")
-    fails("model.weights", f"sketch --model {made}/other {SMALL} {train} --out {store}")
-    fails("spec.seed = 0, but this run has 5", f"{common} --seed 5 {train} --out {store}")
-    fails("matches no trainable parameter", f"{common} --exclude *bananas* {train} --out {out}")
-    fails("trajectories = ", f"{common} --trajectories {made}/valid.jsonl --out {store}")
-    fails("no 'logprobs' in this record", f"{common} --behaviour file {train} --out {out}")
-    records = make_records(3)
-    records[1]["prompt"], records[1]["rewards"] = "x" * 200, [1, 0, 0, 0]
-    long = write_lines(tmp_path / "long.jsonl", records)
-    fails("the model's context of 128", f"{common} --trajectories {long} --out {tmp_path}/o1")
-    records = make_records(3)
-    records[2]["response_ids"] = [[5], [6], [7], [98]]
-    beyond = write_lines(tmp_path / "beyond.jsonl", records)
-    words = f"{common} --trajectories {beyond} --out {tmp_path}/o2"
-    fails("token id 98 is beyond the model's vocabulary of 98", words)
-    assert not (tmp_path / "o2").exists(), "found before anything was written"
-    fails("is not a score table", f"select --scores {made}/train.jsonl --out {tmp_path}/sel")
-    none = tmp_path / "no"
-    fails("there is no sketch store", f"influence --train {none} --valid {none} --out {tmp_path}/x")
-    broken, run = tmp_path / "broken.jsonl", tmp_path / "run"
-    broken.write_text((made / "train.jsonl").read_text() + "{\n")
-    words = f"run --model ./nowhere --valid {made}/valid.jsonl {SMALL} --out {run} --train {broken}"
-    fails(f"{broken}:41: not a JSON object", words)
+@pytest.fixture(scope="module")
+def mistaken(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Names for the lines of MISTAKES: files that are wrong, a store that is right, folders that nobody may write."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    sketch(made, folder / "store")
+    long = make_records(3)
+    long[1]["prompt"], long[1]["rewards"] = "x" * 200, [1, 0, 0, 0]
+    beyond = make_records(3)
+    beyond[2]["response_ids"] = [[5], [6], [7], [98]]
+    (folder / "broken.jsonl").write_text((made / "train.jsonl").read_text() + "{\n")
     equal = [record | {"rewards": [1, 1, 1, 1]} for record in make_records(3, seed=1, sets=["z"])]
-    valid = write_lines(tmp_path / "equal.jsonl", equal)
-    words = f"run --model {made}/model --train {made}/train.jsonl {SMALL} --out {run} --valid {valid}"
-    fails("the validation set 'z' usefully: none of its 3 prompts has a gradient", words)
-    assert not run.exists(), "found before the long part"
-    stores, file = f"--train {tmp_path}/store --valid {tmp_path}/store", f"--trajectories {made}/train.jsonl"
-    fails("is a folder; give the path of a file", f"influence {stores} --out {tmp_path}")
-    fails("is a file; give the folder", f"influence --train {broken} --valid {broken} --out {tmp_path}/x")
-    fails("give another --out", f"{common} {file} --out {broken}/below")
-    unused = f"--behaviour current --behaviour-model {made}/other"
-    fails("does not use the behaviour model", f"{common} {file} {unused} --out {tmp_path}/o")
-    fails("name it with --behaviour-model", f"{common} {file} --behaviour model --out {tmp_path}/o")
-    assert not (tmp_path / "o").exists()
+    return {
+        "folder": str(folder), "made": str(made), "out": str(folder / "out"), "store": str(folder / "store"),
+        "broken": str(folder / "broken.jsonl"), "train": f"--trajectories {made}/train.jsonl",
+        "sketch": f"sketch --model {made}/model {SMALL}", "small": SMALL,
+        "long": str(write_lines(folder / "long.jsonl", long)),
+        "beyond": str(write_lines(folder / "beyond.jsonl", beyond)),
+        "equal": str(write_lines(folder / "equal.jsonl", equal)),
+    }  # fmt: skip
+
+
+MISTAKES = {
+    "no file": ("there is no such trajectory file", "{sketch} --trajectories {folder}/no.jsonl --out {out}"),
+    "no model": ("no such folder", "sketch --model ./nowhere {train} --out {out}"),
+    "dim": ("dim=1000", "{sketch} --dim 1000 {train} --out {out}"),
+    "other weights": ("model.weights", "sketch --model {made}/other {small} {train} --out {store}"),
+    "other seed": ("spec.seed = 0, but this run has 5", "{sketch} --seed 5 {train} --out {store}"),
+    "exclude": ("matches no trainable parameter", "{sketch} --exclude *bananas* {train} --out {out}"),
+    "other files": ("trajectories = ", "{sketch} --trajectories {made}/valid.jsonl --out {store}"),
+    "no log-probs": ("no 'logprobs' in this record", "{sketch} --behaviour file {train} --out {out}"),
+    "too long": ("the model's context of 128", "{sketch} --trajectories {long} --out {out}"),
+    "token id": (
+        "token id 98 is beyond the model's vocabulary of 98",
+        "{sketch} --trajectories {beyond} --out {out}",
+    ),
+    "no score table": ("is not a score table", "select --scores {made}/train.jsonl --out {out}"),
+    "no store": (
+        "there is no sketch store",
+        "influence --train {folder}/no --valid {folder}/no --out {out}",
+    ),
+    "bad record": (
+        "{broken}:41: not a JSON object",
+        "run --model ./nowhere --valid {made}/valid.jsonl {small} --out {out} --train {broken}",
+    ),
+    "useless set": (
+        "the validation set 'z' usefully: none of its 3 prompts has a gradient",
+        "run --model {made}/model --train {made}/train.jsonl {small} --out {out} --valid {equal}",
+    ),
+    "folder as file": (
+        "is a folder; give the path of a file",
+        "influence --train {store} --valid {store} --out {folder}",
+    ),
+    "file as store": (
+        "is a file; give the folder",
+        "influence --train {broken} --valid {broken} --out {out}",
+    ),
+    "below a file": ("give another --out", "{sketch} {train} --out {broken}/below"),
+    "unused behaviour model": (
+        "does not use the behaviour model",
+        "{sketch} {train} --behaviour current --behaviour-model {made}/other --out {out}",
+    ),
+    "no behaviour model": (
+        "name it with --behaviour-model",
+        "{sketch} {train} --behaviour model --out {out}",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_mistake_is_one_clear_line(
+    mistake: str, mistaken: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    named, line = (text.format_map(mistaken) for text in MISTAKES[mistake])
+    capsys.readouterr()
+    assert cropi(line) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    problem = [line for line in error.splitlines() if line.startswith("cropi ")]
+    assert len(problem) == 1 and named in problem[0] and error.endswith(problem[0] + "\n"), error
+    assert not Path(mistaken["out"]).exists(), "found after something was written"
+
+
+def test_debug_shows_where_an_error_was_raised(mistaken: dict[str, str]) -> None:
+    line = "{sketch} --debug --trajectories {folder}/no.jsonl --out {out}".format_map(mistaken)
     with pytest.raises(ValueError, match="there is no such trajectory file"):
-        cropi(f"{common} --debug --trajectories {tmp_path}/no.jsonl --out {out}")
+        cropi(line)
 
 
 def test_no_progress_shows_no_bar_at_all(

@@ -20,42 +20,49 @@ def cropi(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def test_a_mistake_in_the_words_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "bad.toml").write_text("fraction = 2\n")
-    (tmp_path / "none.yaml").write_text("dim:\n")
-    for words, named in (
-        (
-            ["run", "--model", "m"],
-            "cropi run: error: the following arguments are required: --train, --valid, --out",
-        ),
-        (["run", "--modle", "m"], "cropi run: error: there is no option '--modle', did you mean --model?"),
-        (["run", "--frac", "0.1"], "there is no option '--frac', did you mean --fraction?"),
-        (["run", "--fraction", "2"], "argument --fraction: '2': give a number in (0, 1]"),
-        (["run", "--fraction", "nan"], "argument --fraction: 'nan': give"),
-        (["run", "--limit", "0"], "argument --limit: '0': give an integer of at least 1"),
-        (["run", "--temperature", "inf"], "argument --temperature: 'inf': give a number above 0"),
-        (
-            ["run", "--width", "63"],
-            "argument --width: '63': give a power of two from 16 to 65536, or 'full' for no fold",
-        ),
-        (["run", "--width", "8"], "argument --width: '8': give a power of two from 16 to 65536, or 'full'"),
-        (["run", "--vocab-width", "2097152"], "'2097152': give a power of two from 16 to 1048576, or 'full'"),
-        (["run", "--length-constant", "0"], "argument --length-constant: '0': give a number above 0"),
-        (
-            ["run", "--config", str(tmp_path / "bad.toml")],
-            f"error: {tmp_path / 'bad.toml'}: argument --fraction: '2': ",
-        ),
-        (["sketsh"], "invalid choice: 'sketsh'"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            cropi(*words)
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and named in error and error.count("\n") == 1, error
-    assert cropi("run", "--config", tmp_path / "none.yaml") == 2
-    assert "'dim' has no value" in capsys.readouterr().err
-    (tmp_path / "no.yaml").write_text("sketch:\n  no: 1\n")
-    assert cropi("run", "--config", tmp_path / "no.yaml") == 2
-    assert "no.yaml: the key False is no text" in capsys.readouterr().err
+WRONG_WORDS = [
+    ("run --model m", "cropi run: error: the following arguments are required: --train, --valid, --out"),
+    ("run --modle m", "cropi run: error: there is no option '--modle', did you mean --model?"),
+    ("run --frac 0.1", "there is no option '--frac', did you mean --fraction?"),
+    ("run --fraction 2", "argument --fraction: '2': give a number in (0, 1]"),
+    ("run --fraction nan", "argument --fraction: 'nan': give"),
+    ("run --limit 0", "argument --limit: '0': give an integer of at least 1"),
+    ("run --temperature inf", "argument --temperature: 'inf': give a number above 0"),
+    ("run --width 63", "argument --width: '63': give a power of two from 16 to 65536, or 'full' for no fold"),
+    ("run --width 8", "argument --width: '8': give a power of two from 16 to 65536, or 'full'"),
+    ("run --vocab-width 2097152", "'2097152': give a power of two from 16 to 1048576, or 'full'"),
+    ("run --length-constant 0", "argument --length-constant: '0': give a number above 0"),
+    ("run --config bad.toml", "error: bad.toml: argument --fraction: '2': "),
+    ("sketsh", "invalid choice: 'sketsh'"),
+]
+
+
+@pytest.mark.parametrize("line,named", WRONG_WORDS, ids=[line for line, _ in WRONG_WORDS])
+def test_a_mistake_in_the_words_is_one_line_too(
+    line: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_text("fraction = 2\n")
+    with pytest.raises(SystemExit) as stopped:
+        cropi(*line.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and named in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    "text,named",
+    [("dim:\n", "'dim' has no value"), ("sketch:\n  no: 1\n", "c.yaml: the key False is no text")],
+    ids=["no value", "key is no text"],
+)
+def test_a_mistake_in_a_config_file_is_named(
+    text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert cropi("run", "--config", tmp_path / "c.yaml") == 2
+    assert named in capsys.readouterr().err
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cropi("--version")
     assert stopped.value.code == 0 and capsys.readouterr().out.startswith("cropi 0.")

@@ -18,17 +18,26 @@ WAYS = {
 }
 
 
-PAPER = ["sm_80", "sm_90"]
-ONLY = {"test_launches.py": ["interpreted"], "test_paper_gpu.py": PAPER, "test_whole_model.py": PAPER}
+EMULATED = ["sm_80", "sm_90"]
+ONLY = {
+    "test_launches.py": ["interpreted"],
+    "test_emulated_gpu.py": EMULATED,
+    "test_whole_model.py": EMULATED,
+}
 RUNS = [(way, path.name) for path in FOLDER.glob("test_*.py") for way in ONLY.get(path.name, WAYS)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way,file", sorted(RUNS))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_on_cpu_tensors(way: str, file: str, tmp_path: Path) -> None:
+def test_kernels_on_cpu_tensors(way: str, file: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | WAYS[way]
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    # One cache for all files and workers of this run: a kernel is compiled once a capability, not once a file. The
+    # folder above a worker's base is the run's; Triton writes its entries whole and renames them.
+    base = tmp_path_factory.getbasetemp()
+    env["TRITON_CACHE_DIR"] = str(
+        (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"triton-{way}"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=FOLDER.parents[2])
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]

@@ -103,11 +103,14 @@ class Lanes:
         if i.name in ("bra", "ret", "exit", "bar", "barrier"):
             return self._control(i, index, lanes)
         if self.mask.any():
+            where = f"{self.program.name}, line {i.line}: {'.'.join((i.name, *i.modifiers))} {i.operands}"
+            run = getattr(self, f"_{i.name}", None)
+            if run is None:
+                raise NotImplementedError(f"{where}: the emulator has no such instruction")
             try:
-                getattr(self, f"_{i.name}")(i)
+                run(i)
             except Exception as error:
-                opcode = ".".join((i.name, *i.modifiers))
-                error.add_note(f"{self.program.name}, line {i.line}: {opcode} {i.operands}")
+                error.args = (f"{error} ({where})",)  # add_note needs Python 3.11
                 raise
         return True
 

@@ -31,7 +31,7 @@ FORMATS = {
 FORMATS |= {"fp32": "f", "f32": "f", "fp64": "d", "f64": "d"}
 
 
-class PaperDriver(DriverBase):  # type: ignore[misc]
+class EmulatedDriver(DriverBase):  # type: ignore[misc]
     """Says that there is a GPU of this compute capability."""
 
     def __init__(self, capability: int) -> None:
@@ -79,7 +79,7 @@ def execute(kernel: Any, grid: tuple[int, int, int], arguments: list[Any]) -> No
 
 
 @contextlib.contextmanager
-def paper_gpu(capability: int) -> Iterator[None]:
+def emulated_gpu(capability: int) -> Iterator[None]:
     """Inside, a launch compiles for ``capability`` as it would there, and runs here."""
 
     def handles(self: Any) -> None:
@@ -101,7 +101,7 @@ def paper_gpu(capability: int) -> Iterator[None]:
 
     before, active = CompiledKernel._init_handles, driver._active
     CompiledKernel._init_handles = handles
-    driver.set_active(PaperDriver(capability))
+    driver.set_active(EmulatedDriver(capability))
     try:
         yield
     finally:

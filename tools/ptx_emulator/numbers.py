@@ -84,7 +84,7 @@ def product(a: Array, b: Array, half: str) -> Array:
 
 
 def _high_of_64(a: Array, b: Array) -> Array:
-    """By halves of 32 bits, as on paper."""
+    """Long multiplication by halves of 32 bits."""
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     a0, a1, b0, b1 = a & low, a >> shift, b & low, b >> shift
     middle = a1 * b0 + (a0 * b0 >> shift)

@@ -23,7 +23,9 @@ INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 if importlib.util.find_spec("triton") is None or not (INTERPRETER or CAPABILITY):
     collect_ignore_glob = ["test_*.py"]
 else:  # what the host does is the same in both; the interpreter reads whatever is in memory
-    collect_ignore_glob = ["test_launches.py"] if CAPABILITY else ["test_paper_gpu.py", "test_whole_model.py"]
+    collect_ignore_glob = (
+        ["test_launches.py"] if CAPABILITY else ["test_emulated_gpu.py", "test_whole_model.py"]
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,12 +42,12 @@ def poisoned_memory(poisoned: None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def gpu_on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if CAPABILITY:
-            from ptx_emulator.launch import paper_gpu
+            from ptx_emulator.launch import emulated_gpu
 
             monkeypatch.setattr(_gpu, "interpreting", lambda: True)
             monkeypatch.setattr(_gpu, "has_warp_group_products", lambda device: CAPABILITY >= 90)
-            stack.enter_context(paper_gpu(CAPABILITY))
+            stack.enter_context(emulated_gpu(CAPABILITY))
         yield

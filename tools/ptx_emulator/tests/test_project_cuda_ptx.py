@@ -62,7 +62,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, s
 
 
 @pytest.fixture
-def on_paper(
+def on_emulator(
     compiled: tuple[Any, dict[str, str]], monkeypatch: pytest.MonkeyPatch, poisoned: None
 ) -> Iterator[Callable[..., None]]:
     """Runs `project.cuda`'s functions with the operands given, every launch on the PTX machine."""
@@ -115,11 +115,11 @@ CASES |= {  # the loads of every dtype: 16 bytes where the offset allows it, sin
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_compiled_kernel_is_the_cpu_kernel(case: str, on_paper: Callable[..., None]) -> None:
+def test_compiled_kernel_is_the_cpu_kernel(case: str, on_emulator: Callable[..., None]) -> None:
     spec, n, offset, dtype = CASES[case]
     x = torch.randn(2 if n < 100_000 else 1, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     out = torch.zeros(x.shape[0], spec.dim)
-    on_paper(cuda.project, x, spec, out, offset)
+    on_emulator(cuda.project, x, spec, out, offset)
     size = projection_magnitudes(x, spec, offset)
     terms = 2 * (n if not spec.sparse else n * spec.nnz // spec.dim + 200) + 20
     error = (out.double() - project(x.float(), spec, offset).double()).abs()
@@ -127,12 +127,12 @@ def test_compiled_kernel_is_the_cpu_kernel(case: str, on_paper: Callable[..., No
 
 
 @pytest.mark.parametrize("case", PROJECTION_CASES)
-def test_compiled_adjoint_is_the_cpu_adjoint(case: str, on_paper: Callable[..., None]) -> None:
+def test_compiled_adjoint_is_the_cpu_adjoint(case: str, on_emulator: Callable[..., None]) -> None:
     spec, n, offset = PROJECTION_CASES[case]
     n = min(n, 3000)
     y = torch.randn(3, spec.dim, generator=torch.Generator().manual_seed(0))
     got = torch.full((3, n), torch.nan)
-    on_paper(cuda.transpose, y, spec, got, offset)
+    on_emulator(cuda.transpose, y, spec, got, offset)
     want = project_transpose(y, spec, n, offset)
     size = y.double().abs().sum(1, keepdim=True) * spec.scale * (6 if spec.kind == "gaussian" else 1)
     assert ((got - want).abs() <= 2 * sum_error_bound(size, spec.dim + 16)).all()

@@ -1,4 +1,4 @@
-"""Kernels with a mistake, on the paper GPU: what passes in Triton's interpreter must not pass there."""
+"""Kernels with a mistake: what passes in Triton's interpreter must fail in the PTX emulator."""
 
 from __future__ import annotations
 
