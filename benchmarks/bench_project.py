@@ -62,7 +62,7 @@ def bandwidth_table(size: int, rounds: int) -> list[dict[str, Any]]:
     specs = [
         ProjectionSpec(4096),
         ProjectionSpec(32768),
-        ProjectionSpec(32768, "sjlt", nnz=4),
+        ProjectionSpec(32768, kind="sjlt", nnz=4),
         ProjectionSpec(32768, keep=0.1),
     ]
     table = []
@@ -113,7 +113,7 @@ class Peer:
 
 def ours(kind: str, **fields: Any) -> Callable[[int, int, int], Run]:
     def make(size: int, dim: int, seed: int) -> Run:
-        spec = ProjectionSpec(dim, kind, seed=seed, **fields)  # type: ignore[arg-type]
+        spec = ProjectionSpec(dim, kind=kind, seed=seed, **fields)  # type: ignore[arg-type]
         return lambda x: project(x, spec)
 
     return make

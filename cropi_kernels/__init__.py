@@ -7,7 +7,7 @@ mathematics. What there is:
 - the ops beneath: `plan_matrix` and `plan_vector` say where a parameter lands, `sketch_linear`, `sketch_embedding`,
   `sketch_vector` and `flat_sketch` add to a sketch, `norm_grad`, `bias_grad`, `fold_inputs` and `fold_outputs` come
   before them; names are those of `canonical_name`
-- token log-probs without the logits: `linear_logprob`, `logprob_and_grad`
+- token log-probs without the logits: `token_logprobs` of a model; `linear_logprob`, `logprob_and_grad` of a head
 - projections of gradients that exist: `ProjectionSpec`, `project`, `project_transpose`, `quantize_rows`; in the shapes
   that other code expects, `cropi_kernels.projectors`
 
@@ -29,10 +29,18 @@ from .ops.sketch_rows import sketch_embedding
 from .ops.sketch_vector import sketch_vector
 from .plan import MatrixPlan, VectorPlan, plan_matrix, plan_vector
 from .reduce import reduce_sketch
-from .sketcher import Coverage, GradientSketcher, PolicyGradient, UncoveredParameterError
+from .sketcher import (
+    BatchSketch,
+    Coverage,
+    GradientSketcher,
+    PolicyGradient,
+    UncoveredParameterError,
+    token_logprobs,
+)
 from .spec import SketchSpec
 
 __all__ = [
+    "BatchSketch",
     "Coverage",
     "GradientSketcher",
     "MatrixPlan",
@@ -61,4 +69,5 @@ __all__ = [
     "sketch_embedding",
     "sketch_linear",
     "sketch_vector",
+    "token_logprobs",
 ]

@@ -146,7 +146,7 @@ class BasicProjector(nn.Module):
         """The projection of one checkpoint."""
         nnz = self.nnz if self._kind == "sjlt" else 1
         return ProjectionSpec(
-            self.proj_dim, self._kind, nnz=nnz, seed=self.seed, stream=int(model_id), size=self.grad_dim
+            self.proj_dim, kind=self._kind, nnz=nnz, seed=self.seed, stream=int(model_id), size=self.grad_dim
         )
 
     def project(self, grads: Grads, model_id: int) -> torch.Tensor:

@@ -16,17 +16,21 @@ SLAB_SIZE = 32768  # entries of one slab; smaller sketches are folded from it, l
 
 @dataclasses.dataclass(frozen=True)
 class SketchSpec(base.Spec):
-    """A sketch ``S`` with ``E<S g, S h> = <g, h>``, defined by integers only (docs/sketch.md).
+    """A sketch ``S`` with ``E<S g, S h> = <g, h>``, defined by integers only (docs/sketch.md). All but ``dim`` go by
+    name.
+
+    >>> SketchSpec(4096, width=128).dim
+    4096
 
     Args:
         dim: numbers per sketch, a power of two from 64 to 2^20. The standard error of a cosine is about
             ``1 / sqrt(dim)``. A ``slab`` sketch of 32768 can be reduced to a smaller dim afterwards (`reduce_sketch`).
-        width: features that a linear layer's inputs are folded to before the sketch, a power of two from 16 on, or
-            ``None`` for no fold. Divides the matrix work by ``in_features / width``.
-        vocab_width: rows that a tied head / embedding is folded to, a power of two, or ``None`` for no fold.
         kind: ``slab`` (the fast one), or for comparison ``countsketch`` (one hash per coordinate), ``dropout`` (CROPI:
             keep a share of the coordinates, then CountSketch), ``kron`` (dense Rademacher projections of both sides)
             and ``tensor`` (TensorSketch by FFT).
+        width: features that a linear layer's inputs are folded to before the sketch, a power of two from 16 on, or
+            ``None`` for no fold. Divides the matrix work by ``in_features / width``.
+        vocab_width: rows that a tied head / embedding is folded to, a power of two, or ``None`` for no fold.
         keep: share of the coordinates that ``dropout`` keeps, in (0, 1].
         seed: any integer >= 0; different seeds are independent sketches.
         version: of the definition; a stored sketch of another version cannot be compared with this one.
@@ -36,11 +40,12 @@ class SketchSpec(base.Spec):
     """
 
     dim: int = 32768
-    width: int | None = 64
+    _: dataclasses.KW_ONLY
     kind: Kind = "slab"
-    seed: int = 0
+    width: int | None = 64
     vocab_width: int | None = 8192
     keep: float = 1.0
+    seed: int = 0
     version: int = VERSION
     _noun: ClassVar[str] = "sketch"
 

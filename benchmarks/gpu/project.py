@@ -24,8 +24,8 @@ SPECS = {
     "countsketch 4096": S(4096),
     "countsketch 32768": S(32768),
     "countsketch 65536": S(65536),
-    "sjlt 4096 nnz=4": S(4096, "sjlt", nnz=4),
-    "sjlt 32768 nnz=4": S(32768, "sjlt", nnz=4),
+    "sjlt 4096 nnz=4": S(4096, kind="sjlt", nnz=4),
+    "sjlt 32768 nnz=4": S(32768, kind="sjlt", nnz=4),
     "countsketch 32768 keep=0.1": S(32768, keep=0.1),
 }
 
@@ -119,7 +119,7 @@ def main() -> None:
         attempt(name, run)
     torch.cuda.empty_cache()
     y = filled(8, 2_000_000, torch.bfloat16)
-    for spec in (S(4096, "rademacher"), S(4096, "gaussian")):
+    for spec in (S(4096, kind="rademacher"), S(4096, kind="gaussian")):
         for backend in backends(spec):
             attempt(f"{spec.kind} 4096 {backend}", lambda s=spec, b=backend: ours(y, s, b, bandwidth))
     results.finish()

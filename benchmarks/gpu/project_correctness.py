@@ -118,7 +118,7 @@ def main() -> None:
     for backend in [] if small else backends(S(16)):
         results.attempt(f"strided rows, chunks {backend}", lambda b=backend: strided_and_chunks(b))
         results.attempt(f"streams and graphs {backend}", lambda b=backend: streams_and_graphs(b))
-        for spec in (S(4096), S(32768, "sjlt", nnz=4)):
+        for spec in (S(4096), S(32768, kind="sjlt", nnz=4)):
             name = f"4.5e9 elements {spec.kind} {backend}"
             results.attempt(name, lambda b=backend, s=spec: beyond_2_32(b, s))
     results.finish()

@@ -3,5 +3,13 @@
 from .coverage import Coverage, UncoveredParameterError
 from .gradient_sketcher import BatchSketch, GradientSketcher
 from .head import PolicyGradient
+from .logprobs import token_logprobs
 
-__all__ = ["BatchSketch", "Coverage", "GradientSketcher", "PolicyGradient", "UncoveredParameterError"]
+__all__ = [
+    "BatchSketch",
+    "Coverage",
+    "GradientSketcher",
+    "PolicyGradient",
+    "UncoveredParameterError",
+    "token_logprobs",
+]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+REMEDY = "use `with sketcher.batch(...)` around your own loss instead of policy_gradient"
+
 
 @dataclasses.dataclass(frozen=True)
 class SplitModel:
@@ -37,30 +39,43 @@ def split_model(model: nn.Module) -> SplitModel:
         ValueError: the model has no decoder + linear head, or its parts do not reproduce its logits; the message
             points to `GradientSketcher.batch`, which needs no split.
     """
-    remedy = "use `with sketcher.batch(...)` around your own loss instead of policy_gradient"
-    inner: Any = model
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    split = split_parts(model)
+    error = _split_error(model, split)  # of the whole: PEFT may put tokens or keys of its own in front
+    if error is not None:
+        raise ValueError(f"the decoder and head of {_name(model)} do not give its logits ({error}): {REMEDY}")
+    return split
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _name(model: Any) -> str:
+    return type(_inner(model)).__name__
+
+
+def split_parts(model: nn.Module) -> SplitModel:
+    """The parts as the model names them; that they make the whole is not checked.
+
+    Raises:
+        ValueError: as `split_model`.
+    """
+    inner = _inner(model)
     head = output_embeddings(inner)
     # Llama 4's prefix names no part of its text model.
     names = (getattr(inner, "base_model_prefix", ""), "model")
     decoder = next((getattr(inner, name) for name in names if name and hasattr(inner, name)), None)
     if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is inner:
         found = "" if head is None else f" (its head: {type(head).__module__}.{type(head).__name__})"
-        raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head{found}: {remedy}")
+        raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head{found}: {REMEDY}")
     config = getattr(inner, "config", None)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
         getattr(config, "logits_scaling", None) or 1.0
     )
     softcap = getattr(config, "final_logit_softcapping", None)
-    split = SplitModel(decoder, head, scale, float(softcap) if softcap else None)
-    if split.softcap is not None and scale != 1.0:
-        raise ValueError(f"{type(inner).__name__} scales its logits by {scale} before a softcap: {remedy}")
-    error = _split_error(model, split)  # of the whole: PEFT may put tokens or keys of its own in front
-    if error is not None:
-        raise ValueError(
-            f"the decoder and head of {type(inner).__name__} do not give its logits ({error}): {remedy}"
-        )
-    return split
+    if softcap and scale != 1.0:
+        raise ValueError(f"{type(inner).__name__} scales its logits by {scale} before a softcap: {REMEDY}")
+    return SplitModel(decoder, head, scale, float(softcap) if softcap else None)
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

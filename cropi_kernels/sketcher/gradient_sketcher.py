@@ -18,7 +18,7 @@ from .attach import plan_model
 from .coverage import Coverage
 from .decoder import SplitModel, split_model
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
-from .inputs import additive_mask, check_positions, check_rows, check_tensors, check_vocabulary
+from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, model_inputs
 from .segments import Segments
 from .unseen import calls, check_calls
 
@@ -32,13 +32,13 @@ class GradientSketcher:
     The model runs in the mode that it is in: in ``train()`` its dropout is part of log-probs and sketches, so call
     ``model.eval()`` first. Hugging Face's gradient checkpointing works in ``train()`` only: set dropout to 0 for it.
 
-    >>> with GradientSketcher(model, SketchSpec()) as sketcher:            # doctest: +SKIP
+    >>> with GradientSketcher(model) as sketcher:            # doctest: +SKIP
     ...     result = sketcher.policy_gradient(input_ids, segments=..., positions=..., targets=..., weigh=...)
 
     Args:
         model: any Hugging Face causal LM, or any module for `batch`; trainable parameters are sketched, frozen ones are
             not (LoRA: the adapters only).
-        spec: what the sketch is.
+        spec: what the sketch is; default: `SketchSpec()`.
         exclude: fnmatch patterns of parameter names to leave out.
 
     Raises:
@@ -46,7 +46,8 @@ class GradientSketcher:
         ValueError: nothing is left to sketch, or a pattern of ``exclude`` matches nothing.
     """
 
-    def __init__(self, model: nn.Module, spec: SketchSpec, exclude: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, spec: SketchSpec | None = None, exclude: Sequence[str] = ()) -> None:
+        spec = SketchSpec() if spec is None else spec
         for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
             if not isinstance(value, wanted):
                 raise ValueError(f"{name} is of type {type(value).__name__}: give a {wanted.__name__}")
@@ -56,6 +57,14 @@ class GradientSketcher:
         self._handles: list[Any] = []
         self._thawed: list[nn.Parameter] = []
         self._split: SplitModel | None = None
+
+    def __repr__(self) -> str:
+        """The model, the spec, how much is covered, and whether the model is tapped now."""
+        c, state = self.coverage, "active" if self._handles else "not active"
+        return (
+            f"GradientSketcher({type(self.model).__name__}, {self.spec}: {c.covered:,} of {c.total:,} parameters "
+            f"sketched, {len(c.excluded)} left out by name; {state})"
+        )
 
     @property
     def coverage(self) -> Coverage:
@@ -167,11 +176,7 @@ class GradientSketcher:
         batch, length = input_ids.shape
         where = Segments.of(segments, batch, length, num_segments)
         scored = scored_offsets(where, positions)
-        kwargs = dict(model_kwargs or {})
-        if attention_mask is not None:
-            kwargs["attention_mask"] = self._mask(attention_mask)
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids
+        kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
         with _memory.explained(
             f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
             f"segments (sketches: {_memory.size(where.count * self.spec.base_dim * 4)})",
@@ -229,17 +234,6 @@ class GradientSketcher:
         if self._acc.segments is not None:
             raise RuntimeError("a batch is already open in this GradientSketcher: close it first")
         self._acc.begin(segments, next(self.model.parameters()).device)
-
-    def _mask(self, mask: torch.Tensor) -> torch.Tensor:
-        """Bool 4-D masks become additive for eager attention, which adds what it is given."""
-        config = getattr(self.model, "config", None)
-        if (
-            mask.ndim != 4
-            or mask.dtype != torch.bool
-            or getattr(config, "_attn_implementation", None) != "eager"
-        ):
-            return mask
-        return additive_mask(mask, next(self.model.parameters()).dtype)
 
 
 class BatchSketch:

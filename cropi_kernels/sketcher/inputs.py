@@ -1,8 +1,11 @@
-"""What may go into a policy-gradient pass: the checks of its tensors, and the masks that it hands on."""
+"""What may go into a policy-gradient pass: the checks of its tensors, and what the model is handed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 
 def check_tensors(**given: object) -> None:
@@ -56,8 +59,24 @@ def check_vocabulary(input_ids: torch.Tensor, targets: torch.Tensor, vocab: int)
             raise ValueError(f"{name} runs from {low} to {high}: the vocabulary is 0 .. {vocab - 1}")
 
 
-def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bool mask (True where to attend) as eager attention wants it, which adds what it is given."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-        ~mask, torch.finfo(dtype).min
-    )
+def model_inputs(
+    model: nn.Module,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    more: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What the decoder is called with beside the tokens.
+
+    Bool 4-D masks (True where to attend) become additive for eager attention, which adds what it is given.
+    """
+    inputs = dict(more or {})
+    if attention_mask is not None:
+        kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if attention_mask.ndim == 4 and attention_mask.dtype == torch.bool and kind == "eager":
+            dtype = next(model.parameters()).dtype
+            zeros = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+            attention_mask = zeros.masked_fill_(~attention_mask, torch.finfo(dtype).min)
+        inputs["attention_mask"] = attention_mask
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    return inputs

@@ -80,7 +80,7 @@ class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
                     stacklevel=2,
                 )
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        self.spec_ = ProjectionSpec(dim, self.kind, nnz=self.nnz, seed=seed, size=n_features)  # type: ignore[arg-type]
+        self.spec_ = ProjectionSpec(dim, kind=self.kind, nnz=self.nnz, seed=seed, size=n_features)  # type: ignore[arg-type]
         self.n_components_ = dim
         return self
 

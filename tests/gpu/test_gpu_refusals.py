@@ -126,7 +126,7 @@ def test_a_projection_that_no_gpu_kernel_serves(
     """Dense kinds have a CUDA C++ kernel only: both reasons are shown. float64 is refused, not served slowly."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(_cuda, "_installed", lambda: (None, "the CUDA kernels were not built"))
-    dense = ProjectionSpec(4, "gaussian")
+    dense = ProjectionSpec(4, kind="gaussian")
     with pytest.warns(
         UserWarning,
         match=r"gaussian projections have no Triton kernel; CUDA C\+\+: the CUDA kernels were not built",

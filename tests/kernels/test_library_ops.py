@@ -148,7 +148,7 @@ def test_several_ops_in_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("op", [*OPS, "project"])
 def test_autocast_rounds_nothing(op: str, backend: str | None) -> None:
     """On a GPU without the CUDA C++ build plain torch serves dense projections, products that autocast would round."""
-    spec = ProjectionSpec(64, "gaussian")
+    spec = ProjectionSpec(64, kind="gaussian")
 
     def run() -> Any:
         return project(A, spec, backend=backend) if op == "project" else OPS[op](backend)

@@ -23,11 +23,11 @@ SPECS = [
     ProjectionSpec(48, stream=2),
     ProjectionSpec(7),
     ProjectionSpec(1),
-    ProjectionSpec(256, "sjlt", nnz=4),
-    ProjectionSpec(60, "sjlt", nnz=3),
+    ProjectionSpec(256, kind="sjlt", nnz=4),
+    ProjectionSpec(60, kind="sjlt", nnz=3),
     ProjectionSpec(512, keep=0.3),
-    ProjectionSpec(200, "rademacher"),
-    ProjectionSpec(130, "gaussian", keep=0.25),
+    ProjectionSpec(200, kind="rademacher"),
+    ProjectionSpec(130, kind="gaussian", keep=0.25),
 ]
 P = 3011  # a multiple of nothing
 NORMAL_ERROR = 6.0 * 8 * 2.0**-24  # largest normal (sqrt(-2 log 2^-24) < 6) times 8 roundings
@@ -122,7 +122,7 @@ def test_sparse_kinds_give_equal_bits_on_every_instruction_set() -> None:
 # ---------------------------------------------------------------------------------------------- cuts of the work
 @pytest.mark.parametrize(
     "spec",
-    [ProjectionSpec(512), ProjectionSpec(96, "sjlt", nnz=2), ProjectionSpec(64, "gaussian")],
+    [ProjectionSpec(512), ProjectionSpec(96, kind="sjlt", nnz=2), ProjectionSpec(64, kind="gaussian")],
     ids=spec_id,
 )
 def test_thread_count_and_neighbours_do_not_change_a_bit(spec: ProjectionSpec) -> None:
@@ -188,7 +188,7 @@ def test_kept_coordinates_are_a_uniform_share_of_all() -> None:
 # ----------------------------------------------------------------------------------------- not a number, and outputs
 @pytest.mark.parametrize(
     "spec",
-    [ProjectionSpec(128), ProjectionSpec(64, "sjlt", nnz=4), ProjectionSpec(32, "gaussian")],
+    [ProjectionSpec(128), ProjectionSpec(64, kind="sjlt", nnz=4), ProjectionSpec(32, kind="gaussian")],
     ids=spec_id,
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -232,7 +232,7 @@ def test_quantized_rows_hold_their_error_bounds() -> None:
 
 # ------------------------------------------------------------------------------------------------ torch integration
 def test_gradient_is_the_adjoint_and_operators_are_well_formed() -> None:
-    spec = ProjectionSpec(48, "sjlt", nnz=3)
+    spec = ProjectionSpec(48, kind="sjlt", nnz=3)
     x, y = rows(2, 200).requires_grad_(), rows(2, 48, seed=3).requires_grad_()
     (project(x, spec, 4) * y.detach()).sum().backward()
     assert torch.equal(x.grad, project_transpose(y.detach(), spec, 200, 4))

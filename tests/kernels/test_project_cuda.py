@@ -129,7 +129,7 @@ def test_cuts_of_the_call_change_no_bit_of_a_row(emulated: Callable[..., torch.T
 
 
 def test_chunks_add_up(emulated: Callable[..., torch.Tensor]) -> None:
-    spec, x, out = ProjectionSpec(1024, "sjlt", nnz=2), rows(2, 9001), torch.zeros(2, 1024)
+    spec, x, out = ProjectionSpec(1024, kind="sjlt", nnz=2), rows(2, 9001), torch.zeros(2, 1024)
     for begin, end in ((4096, 9001), (0, 1001), (1001, 4096)):
         emulated(x[:, begin:end], spec, 50 + begin, out)
     assert_same_map(out, x, spec, 50)

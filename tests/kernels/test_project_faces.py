@@ -116,7 +116,7 @@ def test_traker_runs_with_our_projector(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------- module
 def test_module_is_linear_differentiable_and_compiles() -> None:
-    spec = ProjectionSpec(32, "sjlt", nnz=2, size=300)
+    spec = ProjectionSpec(32, kind="sjlt", nnz=2, size=300)
     module = RandomProjection(spec, offset=100)
     x = torch.randn(2, 3, 200, requires_grad=True)
     y = module(x)

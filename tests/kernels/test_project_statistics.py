@@ -60,8 +60,8 @@ def test_other_kinds_have_the_error_of_their_dimension(fields: dict, seeds: int)
 
 UNBIASED = [
     ProjectionSpec(256),
-    ProjectionSpec(256, "sjlt", nnz=8),
-    ProjectionSpec(64, "gaussian"),
+    ProjectionSpec(256, kind="sjlt", nnz=8),
+    ProjectionSpec(64, kind="gaussian"),
     ProjectionSpec(256, keep=0.5),
 ]
 

@@ -238,3 +238,10 @@ def test_spec_round_trip_and_fingerprint() -> None:
         assert whole == same and whole.fingerprint() == same.fingerprint() and whole.recipe == same.recipe
     assert (SketchSpec(dim=64).base_dim, SketchSpec(dim=65536).base_dim) == (32768, 65536)
     assert SketchSpec(dim=64, kind="tensor").base_dim == 64
+
+
+@pytest.mark.parametrize("spec", [SketchSpec, ProjectionSpec])
+def test_all_but_the_dim_of_a_spec_go_by_name(spec: type) -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        spec(4096, "countsketch")
+    assert spec(4096, kind="countsketch") == spec(dim=4096, kind="countsketch")

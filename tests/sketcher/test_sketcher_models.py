@@ -16,7 +16,9 @@ import transformers
 from support import zoo
 from torch import nn
 
-from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
+from cropi_kernels.sketcher import logprobs
+from cropi_kernels.sketcher.decoder import split_model
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 transformers.logging.set_verbosity_error()
@@ -367,3 +369,53 @@ def test_an_input_that_changes_in_place_is_folded_again() -> None:
         (model["block"](x.to(dtype)) * w.to(dtype)).sum().backward()
         grads.append([{n: p.grad.clone() for n, p in model.named_parameters()}])  # type: ignore[union-attr]
     assert_close(out.sketches, model, SPEC, *grads)
+
+
+@pytest.mark.parametrize("layout", zoo.LAYOUTS)
+@pytest.mark.parametrize("name", ["gemma2", "granite", "phi"])
+def test_token_logprobs_are_those_of_the_pass(name: str, layout: str) -> None:
+    model, batch = zoo.make(name, attn_implementation="eager"), zoo.LAYOUTS[layout]()
+    scored = dict(positions=batch.positions, targets=batch.targets, temperature=0.7)
+    inputs = dict(attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+    got = token_logprobs(model, batch.input_ids, **scored, **inputs)
+    with GradientSketcher(model, SPEC) as sketcher:
+        assert torch.equal(got, batch.sketch(sketcher, temperature=0.7).logprobs)
+    assert got.dtype == torch.float32 and not got.requires_grad
+
+
+def test_token_logprobs_see_that_a_model_has_other_parts_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts are checked once a model, and again where its head has been replaced."""
+    model, batch = zoo.make("llama"), zoo.padded()
+    checked = []
+
+    def spy(model: nn.Module) -> object:
+        checked.append(model)
+        return split_model(model)
+
+    monkeypatch.setattr(logprobs, "split_model", spy)
+    scored = dict(positions=batch.positions, targets=batch.targets, attention_mask=batch.attention_mask)
+    first, again = (token_logprobs(model, batch.input_ids, **scored) for _ in range(2))
+    assert len(checked) == 1 and torch.equal(first, again)
+    model.lm_head = nn.Linear(32, 97, bias=False)  # type: ignore[assignment]
+    other = token_logprobs(model, batch.input_ids, **scored)
+    assert len(checked) == 2 and not torch.equal(first, other)
+    with pytest.raises(ValueError, match="targets runs from 0 to 97: the vocabulary is 0 .. 96"):
+        token_logprobs(model, batch.input_ids, positions=torch.tensor([0, 1]), targets=torch.tensor([0, 97]))
+    with pytest.raises(ValueError, match="not a decoder with a linear head"):
+        token_logprobs(
+            nn.Linear(2, 2),
+            torch.zeros(1, 1, dtype=torch.int64),
+            positions=torch.tensor([0]),
+            targets=torch.tensor([0]),
+        )
+
+
+def test_the_default_spec_and_what_a_sketcher_prints() -> None:
+    model = zoo.make("qwen2")
+    sketcher = GradientSketcher(model, exclude=["*.bias"])
+    assert sketcher.spec == SketchSpec()
+    c = sketcher.coverage
+    text = f"{c.covered:,} of {c.total:,} parameters sketched, 6 left out by name; not active)"
+    assert repr(sketcher) == f"GradientSketcher(Qwen2ForCausalLM, {SketchSpec()}: {text}"
+    with sketcher:
+        assert repr(sketcher).endswith("; active)")

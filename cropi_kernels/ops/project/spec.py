@@ -21,7 +21,8 @@ MAX_COORDINATE = 1 << 62
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionSpec(base.Spec):
-    """A random linear map ``S`` with ``E<S x, S y> = <x, y>``, defined by integers only (docs/project.md).
+    """A random linear map ``S`` with ``E<S x, S y> = <x, y>``, defined by integers only (docs/project.md). All
+    but ``dim`` go by name.
 
     Args:
         dim: numbers per projected row, 1 to 2^24. The standard error of a cosine is about ``1 / sqrt(dim)``.
@@ -42,6 +43,7 @@ class ProjectionSpec(base.Spec):
     """
 
     dim: int
+    _: dataclasses.KW_ONLY
     kind: Kind = "countsketch"
     nnz: int = 1
     keep: float = 1.0

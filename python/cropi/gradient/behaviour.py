@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 from cropi.gradient.batches import MicroBatch
-from cropi.gradient.layout import additive_if_eager
-from cropi_kernels import linear_logprob
-from cropi_kernels.sketcher.decoder import SplitModel, split_model
+from cropi_kernels import token_logprobs
 
 
 class BehaviourModel:
@@ -17,21 +15,19 @@ class BehaviourModel:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._split: SplitModel = split_model(model)
+        first = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
+        token_logprobs(model, first[None], positions=first, targets=first)  # what it cannot do is said now
 
-    @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> torch.Tensor:
         """log beta of the scored tokens: float32 ``[N]`` on the batch's device."""
-        split, device = self._split, self._split.head.weight.device
-        here = batch.to(device)
-        hidden = split.hidden(
+        here = batch.to(next(self.model.parameters()).device)
+        result = token_logprobs(
+            self.model,
             here.input_ids,
-            attention_mask=additive_if_eager(self.model, here.attention_mask),
+            positions=here.positions,
+            targets=here.targets,
+            attention_mask=here.attention_mask,
             position_ids=here.position_ids,
-        ).flatten(0, 1)[here.positions]
-        result = linear_logprob(
-            hidden, split.head.weight, here.targets,
-            bias=split.head.bias, temperature=batch.temperature / split.scale, softcap=split.softcap,
-        )  # fmt: skip
-        assert isinstance(result, torch.Tensor)
+            temperature=batch.temperature,
+        )
         return result.float().to(batch.targets.device)

@@ -79,5 +79,5 @@ for name in sorted(set(zoo.FAMILIES) - {"falcon"}):  # whose linear layers are r
 for kind, nnz in (("countsketch", 1), ("sjlt", 4)):
     for rows, size in ((1, 10**9), (8, 10**6 + 1), (3, 0)):
         x = torch.empty(rows, size, dtype=torch.bfloat16, device="meta")
-        assert project(x, ProjectionSpec(4096, kind, nnz=nnz), 10**10, nonfinite="ignore").is_meta
+        assert project(x, ProjectionSpec(4096, kind=kind, nnz=nnz), 10**10, nonfinite="ignore").is_meta
 print("launched", *sorted(LAUNCHED))

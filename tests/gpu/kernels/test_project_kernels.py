@@ -17,8 +17,8 @@ CASES = {
     "one bucket": (S(1), 9, 2**40),
     "wide": (S(4096), 10_000, 48),
     "keep": (S(512, keep=0.3), 3000, 128),
-    "sjlt": (S(240, "sjlt", nnz=3), 3011, 32),
-    "sjlt, keep, groups of four": (S(60, "sjlt", nnz=3, keep=0.5), 400, 1),
+    "sjlt": (S(240, kind="sjlt", nnz=3), 3011, 32),
+    "sjlt, keep, groups of four": (S(60, kind="sjlt", nnz=3, keep=0.5), 400, 1),
 }
 
 
@@ -72,4 +72,4 @@ def test_a_row_that_is_not_finite_stays_alone_and_dense_kinds_say_why() -> None:
     got = project(x, spec, backend="triton", nonfinite="ignore")
     assert got[1].isnan().all() and torch.equal(got[[0, 2]], want[[0, 2]])
     with pytest.raises(RuntimeError, match="gaussian projections have no Triton kernel"):
-        project(x, S(64, "gaussian"), backend="triton")
+        project(x, S(64, kind="gaussian"), backend="triton")

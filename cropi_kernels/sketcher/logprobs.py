@@ -1,0 +1,77 @@
+"""Token log-probs of a causal LM: the forward half of a policy-gradient pass, without logits of all tokens."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.linear_logprob import linear_logprob
+from .decoder import SplitModel, split_model, split_parts
+from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, model_inputs
+
+# Parts that were found to make the whole. References that keep nothing alive: a model may be large.
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def token_logprobs(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    model_kwargs: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """``log softmax(logits / temperature)[targets]`` of the scored tokens, computed as `GradientSketcher` does.
+
+    >>> logp = token_logprobs(model, input_ids, positions=positions, targets=targets)    # doctest: +SKIP
+
+    Logits exist for scored tokens only, one chunk at a time. The model runs in the mode that it is in, without a
+    gradient. Its first call runs it on four tokens, to see that its decoder and its head give its logits.
+
+    Args:
+        model: a Hugging Face causal LM with a linear head (also inside PEFT).
+        input_ids: int64 [batch, length].
+        positions: int64 [n]: flattened position (row * length + column) whose hidden state predicts scored token n.
+        targets: int64 [n], the scored tokens.
+        attention_mask, position_ids, temperature, model_kwargs: as in `GradientSketcher.policy_gradient`.
+
+    Returns:
+        float32 [n] (float64 for a float64 model), on the model's device.
+
+    Raises:
+        ValueError: the model has no decoder and linear head, or an argument does not fit; names which.
+    """
+    check_tensors(input_ids=input_ids, positions=positions, targets=targets)
+    check_rows(input_ids, attention_mask, position_ids)
+    check_positions(input_ids, positions, targets)
+    split = _split(model)
+    check_vocabulary(input_ids, targets, split.head.weight.shape[0])
+    kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
+    hidden = split.hidden(input_ids, **kwargs)
+    result = linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1])[positions],
+        split.head.weight,
+        targets,
+        bias=split.head.bias,
+        temperature=temperature / split.scale,
+        softcap=split.softcap,
+    )
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def _split(model: nn.Module) -> SplitModel:
+    """The model's parts, checked once a model: again where it has got other parts in the meantime."""
+    split = split_parts(model)
+    parts = weakref.ref(split.decoder), weakref.ref(split.head), split.scale, split.softcap
+    if _CHECKED.get(model) != parts:
+        split_model(model)
+        _CHECKED[model] = parts
+    return split
