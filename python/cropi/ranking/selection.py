@@ -43,17 +43,31 @@ class Selection:
     method: str
 
 
-def fuse_ranks(table: np.ndarray, ids: Sequence[str], n: int) -> np.ndarray:
-    """Reciprocal rank fusion truncated at n, constant 0: float64 ``[prompts]`` from scores ``[prompts,
-    sets]``."""
+def fuse_ranks(table: np.ndarray, ids: Sequence[str] | np.ndarray, n: int) -> np.ndarray:
+    """Reciprocal rank fusion truncated at n, constant 0: float64 ``[prompts]`` from scores ``[prompts, sets]``.
+
+    ``ids`` settle ties; :func:`ranks_of` them may be given in their place, to sort them once for many tables.
+    """
     if table.ndim != 2 or len(table) != len(ids):
         raise CropiError(f"table has shape {list(table.shape)}: give [{len(ids)}, sets], a row per id")
+    ties = ids if isinstance(ids, np.ndarray) else ranks_of(ids)
     fused = np.zeros(len(ids))
     for column in table.T:
-        best = sorted(range(len(ids)), key=lambda i: (-column[i], ids[i]))[:n]
-        for rank, i in enumerate(best, 1):
-            fused[i] += 1.0 / rank
+        best = np.lexsort((ties, -column))[:n]
+        fused[best] += 1.0 / np.arange(1, len(best) + 1)
     return fused
+
+
+def ranks_of(names: Sequence[str]) -> np.ndarray:
+    """The place of every name in sorted order, int64 ``[n]``: what settles ties, as one number a prompt."""
+    ranks = np.empty(len(names), dtype=np.int64)
+    ranks[np.argsort(np.array(names, dtype=object), kind="stable")] = np.arange(len(names))
+    return ranks
+
+
+def order_of(value: np.ndarray, beyond: np.ndarray, ties: np.ndarray) -> np.ndarray:
+    """The order of selection, int64 ``[n]``: the highest ``value``, then the highest ``beyond``, then ``ties``."""
+    return np.lexsort((ties, -beyond, -value))
 
 
 def how_many(fraction: float, size: int) -> int:
@@ -113,7 +127,7 @@ def select(
         ties = [hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in ids]
     # Outside every L_v all fused values are 0; the score keeps that end of the list in a meaningful order.
     beyond = np.where(value == 0, table.max(axis=1), 0.0) if method == "rrf" else np.zeros(len(ids))
-    order = sorted(range(len(ids)), key=lambda i: (-value[i], -beyond[i], ties[i]))
+    order = order_of(value, beyond, ranks_of(ties))
     fused = np.full(len(scores.rows), math.nan)
     fused[usable] = value
     places = [int(usable[i]) for i in order]

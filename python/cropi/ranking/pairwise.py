@@ -1,0 +1,196 @@
+"""Inner products of every training prompt's sketch with every validation prompt's: what lies below the mean.
+
+    dots[s, i] = <S g(s), S g(i)>        gram[i, j] = <S g(i), S g(j)>
+
+Everything that resamples, weighs or leaves out validation prompts follows from these two tables: the mean of any subset
+with weights w has the dot product ``dots @ w`` and the squared norm ``w' gram w``. So uncertainty and neighbours need
+the stores alone, and no model. The training store is streamed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cropi.errors import CropiError
+from cropi.ranking.influence import DEFAULT_SET
+from cropi.store.manifest import check_comparable, warn_unlike
+from cropi.store.shards import OK, RowInfo
+from cropi.store.store import SketchStore
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """Inner products between prompts.
+
+    ``rows``: the training prompts by id; ``valid``: the usable validation prompts, by set and id. ``dots`` float64
+    ``[n, V]``, NaN for a training prompt without a sketch; ``norms`` float64 ``[n]``; ``gram`` float64 ``[V, V]``.
+    """
+
+    rows: list[RowInfo]
+    valid: list[RowInfo]
+    dots: np.ndarray
+    norms: np.ndarray
+    gram: np.ndarray
+
+    @property
+    def sets(self) -> list[str]:
+        """The names of the validation sets, sorted."""
+        return sorted({row.set or DEFAULT_SET for row in self.valid})
+
+    def members(self, name: str) -> np.ndarray:
+        """The columns of one validation set, int64 ``[V_set]``."""
+        return np.flatnonzero([(row.set or DEFAULT_SET) == name for row in self.valid])
+
+    @property
+    def cosines(self) -> np.ndarray:
+        """float64 ``[n, V]``: the cosine of every training prompt with every validation prompt."""
+        lengths = np.sqrt(np.diagonal(self.gram))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.dots / self.norms[:, None] / lengths
+
+    def scores(self, *, metric: str = "cosine", mean: str = "plain", max: bool = False) -> np.ndarray:
+        """Scores against every set, float64 ``[n, sets]``: with the mean of its prompts, as
+        :func:`cropi.ranking.influence.influence` has them, or with the nearest of them (``max``)."""
+        table = []
+        for name in self.sets:
+            members = self.members(name)
+            if max:
+                values = self.cosines if metric == "cosine" else self.dots
+                table.append(values[:, members].max(axis=1))
+                continue
+            weights = self.weights(members, mean)
+            column = self.dots[:, members] @ weights
+            if metric == "cosine":
+                column = (
+                    column / self.norms / np.sqrt(weights @ self.gram[np.ix_(members, members)] @ weights)
+                )
+            table.append(column)
+        return np.stack(table, axis=1)
+
+    def weights(self, members: np.ndarray, mean: str = "plain") -> np.ndarray:
+        """The weight of each member in its set's mean, float64: ``1 / V``, or ``1 / (V |g_i|)`` if normalised."""
+        lengths = np.sqrt(np.diagonal(self.gram))[members] if mean == "normalised" else np.ones(len(members))
+        return 1.0 / lengths / len(members)
+
+
+def _validation(stores: Sequence[SketchStore]) -> tuple[list[RowInfo], torch.Tensor]:
+    found = [
+        (row, vector)
+        for store in stores
+        for rows, table in store.shards()
+        for row, vector in zip(rows, table)
+    ]
+    found = [(row, vector) for row, vector in found if row.status == OK]
+    if not found:
+        raise CropiError(
+            f"{', '.join(str(store.path) for store in stores)}: no validation prompt has a usable sketch; see "
+            "`cropi info` for the reasons"
+        )
+    found.sort(key=lambda pair: (pair[0].set or DEFAULT_SET, pair[0].id))
+    return [row for row, _ in found], torch.stack([vector for _, vector in found]).float()
+
+
+def _check(train: SketchStore, valid: Sequence[SketchStore]) -> None:
+    if not valid:
+        raise CropiError("valid is empty: give at least one store of validation prompts")
+    for store in (train, *valid):
+        store.check_finished()
+    for store in valid:
+        names = str(train.path), str(store.path)
+        check_comparable(train.manifest, store.manifest, names)
+        warn_unlike(train.manifest, store.manifest, names)
+
+
+def pairwise(train: SketchStore, valid: Sequence[SketchStore]) -> Pairwise:
+    """All inner products between training and validation prompts.
+
+    Memory: ``8 n V`` bytes and one shard. Products are summed in float32 over blocks, as torch's matrix product does:
+    their error is below ``1e-6 |g(s)| |g(i)|``, far under the sketch's own.
+
+    Args:
+        train: the store of training prompts.
+        valid: stores of validation prompts.
+
+    Raises:
+        CropiError: stores that cannot be compared, an unfinished one, or no usable validation prompt.
+    """
+    _check(train, valid)
+    names, sketches = _validation(valid)
+    rows = train.rows()
+    place = {row.id: i for i, row in enumerate(rows)}
+    dots = np.full((len(rows), len(names)), np.nan)
+    norms = np.full(len(rows), np.nan)
+    for kept, table in train.shards():
+        here = [place[row.id] for row in kept]
+        dots[here] = (table @ sketches.T).double().numpy()
+        norms[here] = torch.linalg.vector_norm(table.double(), dim=1).numpy()
+    norms[norms == 0] = np.nan  # a zero sketch has no direction
+    gram = (sketches.double() @ sketches.double().T).numpy()
+    return Pairwise(rows, names, dots, norms, gram)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training prompt near a validation prompt, or opposed to it, with the cosine of their gradients."""
+
+    id: str
+    cosine: float
+
+
+def neighbours(
+    train: SketchStore, valid: Sequence[SketchStore], k: int = 5, *, ids: Sequence[str] | None = None
+) -> dict[str, tuple[list[Neighbour], list[Neighbour]]]:
+    """For each validation prompt the ``k`` training prompts with the highest and the ``k`` with the lowest cosine.
+
+    Exact, over every row of the store, in memory for ``k`` rows a validation prompt and one shard: the store may be
+    larger than memory. Equal cosines are ordered by id.
+
+    Args:
+        train: the store of training prompts.
+        valid: stores of validation prompts.
+        k: how many, at least 1.
+        ids: the validation prompts that are wanted; None takes all.
+
+    Returns:
+        ``{validation id: (helpful, harmful)}``, best and worst first.
+
+    Raises:
+        CropiError: ``k`` below 1, an id that no validation store holds, or what :func:`pairwise` raises.
+    """
+    if k < 1:
+        raise CropiError(f"k must be at least 1, got {k}")
+    _check(train, valid)
+    rows, sketches = _validation(valid)
+    if ids is not None:
+        place = {row.id: i for i, row in enumerate(rows)}
+        missing = [name for name in ids if name not in place]
+        if missing:
+            raise CropiError(f"ids: {missing[0]!r} is no usable validation prompt of these stores")
+        rows, sketches = [rows[place[name]] for name in ids], sketches[[place[name] for name in ids]]
+    directions = torch.nn.functional.normalize(sketches, dim=1).T
+    best: list[list[tuple[float, str]]] = [[] for _ in rows]
+    worst: list[list[tuple[float, str]]] = [[] for _ in rows]
+    for kept, table in train.shards():
+        cosines = torch.nn.functional.normalize(table, dim=1) @ directions
+        for column in range(len(rows)):
+            values = cosines[:, column]
+            for sign, heap in ((1, best), (-1, worst)):
+                # The k-th value and all that equal it, so that ties are settled by id and not by the shard's order.
+                cut = torch.topk(sign * values, min(k, len(kept))).values[-1]
+                found = [
+                    (-float(sign * values[i]), kept[i].id)
+                    for i in (sign * values >= cut).nonzero().flatten().tolist()
+                ]
+                heap[column] = heapq.nsmallest(k, heap[column] + found)
+    return {
+        row.id: (
+            [Neighbour(name, -value) for value, name in best[i]],
+            [Neighbour(name, value) for value, name in worst[i]],
+        )
+        for i, row in enumerate(rows)
+    }

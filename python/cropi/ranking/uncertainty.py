@@ -1,0 +1,240 @@
+"""How far a score, and a choice, would move with other validation prompts: from the stores alone, without a model.
+
+The validation prompts are a sample. With n of them, weights w_i (1/n, or 1/(n |g_i|)), the mean m = sum_i w_i g_i and
+the training prompt's direction u = g(s) / |g(s)|, the score is ``c = <u, m> / |m|``. Its standard error is that of the
+mean of the influence values (the delta method; Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993)::
+
+    z_i = n w_i [ <u, g_i> / |m|  -  c <m, g_i> / |m|^2 ]          se(c)^2 = sum_i (z_i - mean z)^2 / (n (n - 1))
+
+The choice is resampled: validation prompts are drawn with replacement within each set, the selection rule runs on every
+draw, and ``p_selected`` is the share of the draws in which a prompt was chosen.
+
+The length of a sample mean is too large by its noise: E|m|^2 = |mu|^2 + tr(C)/n. So scores are smaller than the cosine
+with the mean gradient mu of all validation prompts that might have been drawn, by one factor for all training prompts
+of a set, which moves no rank. ``signal`` estimates |mu|^2 / E|m|^2 without bias in the numerator (the mean of
+<g_i, g_j> over i != j); :meth:`Uncertainty.interval` takes the factor out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from cropi.errors import CropiError, optional
+from cropi.ranking.pairwise import Pairwise
+from cropi.ranking.selection import fuse_ranks, how_many, order_of, ranks_of
+
+BAND = 0.1  # "at the cut": so many of the chosen prompts on each side of it
+
+
+@dataclass(frozen=True)
+class SetUncertainty:
+    """What the resampling says of one validation set."""
+
+    name: str
+    prompts: int
+    stderr: float  # rms over the usable training prompts
+    stderr_at_cut: float  # rms over those near the cut
+    signal: float  # |mu|^2 / E|m|^2, at most 1; 0 or less: the mean is not told from noise
+
+    def advice(self) -> str:
+        """One sentence in words."""
+        if self.prompts < 2:
+            return f"{self.name}: 1 prompt; its noise cannot be estimated, give at least 8"
+        if self.signal <= 0.2:
+            return (
+                f"{self.name}: {self.prompts} prompts; their mean gradient is mostly noise (signal "
+                f"{max(self.signal, 0):.2f} of 1), give more prompts or leave the set out"
+            )
+        return (
+            f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut; "
+            f"{4 * self.prompts} prompts would halve it"
+        )
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """The uncertainty of a score table and of the choice that is made from it.
+
+    ``stderr`` float64 ``[n, sets]``; ``p_selected`` float64 ``[n]``, NaN for prompts without a score; ``overlap`` is
+    the share of the chosen prompts that a draw keeps, on average; ``overlap_of_set`` the same with only this set drawn
+    anew; ``halves`` the agreement of the choices by two halves of every set; ``draws`` how many there were.
+    """
+
+    sets: list[SetUncertainty]
+    table: np.ndarray
+    stderr: np.ndarray
+    p_selected: np.ndarray
+    overlap: float
+    overlap_of_set: dict[str, float]
+    halves: float
+    draws: int
+    fraction: float
+
+    def interval(self, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+        """Limits of the cosine with each set's *population* mean, float64 ``[n, sets]`` each.
+
+        Student's t over n - 1 degrees of freedom times the standard error, divided by ``sqrt(signal)``. NaN where a
+        set's signal is not above 0, or a set has one prompt.
+        """
+        if not 0 < level < 1:
+            raise CropiError(f"level must be in (0, 1), got {level}")
+        degrees = np.array([s.prompts - 1 if s.prompts > 1 else math.nan for s in self.sets])
+        quantile = optional("scipy.stats").t.ppf(0.5 + level / 2, degrees)
+        scale = np.array([1 / math.sqrt(s.signal) if s.signal > 0 else math.nan for s in self.sets])
+        return (self.table - quantile * self.stderr) * scale, (self.table + quantile * self.stderr) * scale
+
+    def __str__(self) -> str:
+        lines = [
+            f"choice        {self.overlap:.0%} of the chosen prompts stay chosen when the validation prompts are drawn "
+            f"anew; two halves of them agree on {self.halves:.0%}"
+        ]
+        lines += [f"              {one.advice()}" for one in self.sets]
+        return "\n".join(lines)
+
+
+def uncertainty(
+    pairs: Pairwise,
+    *,
+    metric: str = "cosine",
+    mean: str = "plain",
+    fraction: float = 0.1,
+    pool: str = "all",
+    method: str = "rrf",
+    draws: int = 200,
+    seed: int = 0,
+) -> Uncertainty:
+    """Standard errors of all scores, and how the choice moves with the validation prompts.
+
+    Args:
+        pairs: what :func:`cropi.ranking.pairwise.pairwise` gives.
+        metric, mean: as in :func:`cropi.ranking.influence.influence`.
+        fraction, pool, method: as in :func:`cropi.ranking.selection.select`; the method is "rrf" or "max".
+        draws: resamples for the choice.
+        seed: of the draws.
+
+    Raises:
+        CropiError: an unknown option, a fraction that chooses nothing, no training prompt with a score.
+    """
+    if method not in ("rrf", "max"):
+        raise CropiError(
+            f"method must be rrf or max, got {method!r}: the baselines do not depend on validation prompts"
+        )
+    if draws < 2:
+        raise CropiError(f"draws must be at least 2, got {draws}")
+    usable = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
+    if not len(usable):
+        raise CropiError("no training prompt has a usable sketch, so there is no score to resample")
+    n = how_many(fraction, len(pairs.rows) if pool == "all" else len(usable))
+    sets = [_Set(pairs, name, usable, metric, mean) for name in pairs.sets]
+    table = np.stack([one.score(one.base) for one in sets], axis=1)
+    stderr = np.stack([one.stderr() for one in sets], axis=1)
+    ties = ranks_of([pairs.rows[i].id for i in usable])
+
+    def choose(columns: list[np.ndarray]) -> np.ndarray:
+        return _choose(np.stack(columns, axis=1), ties, n, method)
+
+    chosen = choose(list(table.T))
+    rng = np.random.default_rng(seed)
+    counts, kept = np.zeros(len(usable)), 0.0
+    alone = dict.fromkeys(pairs.sets, 0.0)
+    halves = 0.0
+    for _ in range(draws):
+        drawn = [one.score(one.resample(rng)) for one in sets]
+        picked = choose(drawn)
+        counts[picked] += 1
+        kept += _shared(picked, chosen)
+    for _ in range(small := max(draws // 4, 2)):
+        for v, one in enumerate(sets):
+            columns = list(table.T)
+            columns[v] = one.score(one.resample(rng))
+            alone[one.name] += _shared(choose(columns), chosen) / small
+        split = [one.halves(rng) for one in sets]
+        sides = [choose([one.score(s[side]) for one, s in zip(sets, split, strict=True)]) for side in (0, 1)]
+        halves += _shared(*sides) / small
+    near = _near_the_cut(table, ties, n, method)
+    full, p_selected = np.full((len(pairs.rows), len(sets)), math.nan), np.full(len(pairs.rows), math.nan)
+    scores = full.copy()
+    full[usable], scores[usable], p_selected[usable] = stderr, table, counts / draws
+    summary = [
+        SetUncertainty(one.name, len(one.members), _rms(stderr[:, v]), _rms(stderr[near, v]), one.signal())
+        for v, one in enumerate(sets)
+    ]
+    return Uncertainty(summary, scores, full, p_selected, kept / draws, alone, halves, draws, fraction)
+
+
+class _Set:
+    """One validation set's numbers: X [usable, V] = <u, g_i> times each prompt's weight, and the weighted gram."""
+
+    def __init__(self, pairs: Pairwise, name: str, usable: np.ndarray, metric: str, mean: str) -> None:
+        self.name, self.metric = name, metric
+        self.members = pairs.members(name)
+        lengths = pairs.norms[usable, None] if metric == "cosine" else 1.0
+        scale = pairs.weights(self.members, mean) * len(self.members)  # 1, or 1 / |g_i|
+        self.products = pairs.dots[np.ix_(usable, self.members)] * scale / lengths
+        self.gram = pairs.gram[np.ix_(self.members, self.members)] * scale[:, None] * scale
+        self.base = np.full(len(self.members), 1.0 / len(self.members))
+
+    def score(self, weights: np.ndarray) -> np.ndarray:
+        column = self.products @ weights
+        return column / math.sqrt(weights @ self.gram @ weights) if self.metric == "cosine" else column
+
+    def resample(self, rng: np.random.Generator) -> np.ndarray:
+        n = len(self.base)
+        return np.bincount(rng.integers(0, n, n), minlength=n) / n
+
+    def halves(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of two halves; a set of one prompt stands in both."""
+        n = len(self.base)
+        if n == 1:
+            return self.base, self.base
+        order = rng.permutation(n)
+        sides = np.zeros(n), np.zeros(n)
+        for side, part in zip(sides, (order[: n // 2], order[n // 2 :]), strict=True):
+            side[part] = 1.0 / len(part)
+        return sides
+
+    def stderr(self) -> np.ndarray:
+        n = len(self.base)
+        if n == 1:
+            return np.full(len(self.products), math.nan)
+        values = self.products
+        if self.metric == "cosine":
+            with_mean = self.gram @ self.base
+            squared = float(self.base @ with_mean)
+            values = values / math.sqrt(squared) - np.outer(self.score(self.base), with_mean / squared)
+        return values.std(axis=1, ddof=1) / math.sqrt(n)
+
+    def signal(self) -> float:
+        n = len(self.base)
+        if n == 1:
+            return math.nan
+        between = (self.gram.sum() - np.trace(self.gram)) / (n * (n - 1))
+        return float(between / (self.base @ self.gram @ self.base))
+
+
+def _shared(one: np.ndarray, other: np.ndarray) -> float:
+    """The share of prompts that two choices of one size have in common."""
+    return len(np.intersect1d(one, other)) / len(one)
+
+
+def _choose(table: np.ndarray, ties: np.ndarray, n: int, method: str) -> np.ndarray:
+    return _order(table, ties, n, method)[:n]
+
+
+def _order(table: np.ndarray, ties: np.ndarray, n: int, method: str) -> np.ndarray:
+    best = table.max(axis=1)
+    value = fuse_ranks(table, ties, n) if method == "rrf" else best
+    return order_of(value, best if method == "rrf" else np.zeros(len(best)), ties)
+
+
+def _near_the_cut(table: np.ndarray, ties: np.ndarray, n: int, method: str) -> np.ndarray:
+    """The prompts within BAND * n places of the last one chosen."""
+    order, width = _order(table, ties, n, method), max(1, round(BAND * n))
+    return order[max(0, n - width) : n + width]
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))

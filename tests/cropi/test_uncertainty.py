@@ -1,0 +1,221 @@
+"""Pairwise inner products, neighbours, and the uncertainty of scores and choices, from stores alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cropi.errors import CropiError
+from cropi.ranking.influence import influence
+from cropi.ranking.pairwise import Pairwise, neighbours, pairwise
+from cropi.ranking.selection import select
+from cropi.ranking.uncertainty import uncertainty
+from cropi.store.shards import RowInfo
+from cropi.store.store import SketchStore
+
+
+def make_store(
+    path: Path, sketches: torch.Tensor, sets: list[str], start: str, **changes: Any
+) -> SketchStore:
+    manifest = {
+        "spec": {"dim": sketches.shape[1]}, "hash_version": 1, "stage": "0",
+        "model": {"dtype": "float32", "weights": "aa"}, "parameters": {}, "dtype": "float32",
+    }  # fmt: skip
+    with SketchStore.create(path, manifest | changes, shard_rows=7) as store:
+        for i, (vector, name) in enumerate(zip(sketches, sets, strict=True)):
+            if bool(vector.abs().sum() == 0):
+                store.add(RowInfo(f"{start}{i:03d}", "skipped", "equal rewards", set=name))
+            else:
+                store.add(RowInfo(f"{start}{i:03d}", set=name), vector)
+    return SketchStore.open(path)
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[SketchStore, SketchStore]:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, 24, generator=generator)
+    train = torch.randn(40, 24, generator=generator) + 0.5 * common
+    valid = torch.randn(17, 24, generator=generator) + common
+    train[5] = 0
+    valid[3] = 0
+    return (
+        make_store(tmp_path / "t", train, ["train"] * 40, "t"),
+        make_store(tmp_path / "v", valid, ["x"] * 9 + ["y"] * 8, "v"),
+    )
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("mean", ["plain", "normalised"])
+def test_scores_from_the_pairs_are_those_of_influence(
+    stores: tuple[SketchStore, SketchStore], metric: str, mean: str
+) -> None:
+    train, valid = stores
+    wanted = influence(train, [valid], metric=metric, mean=mean)
+    pairs = pairwise(train, [valid])
+    assert (pairs.sets, [row.id for row in pairs.rows]) == (wanted.sets, wanted.ids)
+    assert len(pairs.valid) == 16, "a validation prompt without a gradient is no column"
+    got = pairs.scores(metric=metric, mean=mean)
+    # Products of 24 float32 numbers against float64 ones.
+    bound = 24 * 2**-23 * float(np.nanmax(np.abs(wanted.table))) + 24 * 2**-23
+    np.testing.assert_allclose(got, wanted.table, atol=bound)
+    made = uncertainty(pairs, metric=metric, mean=mean, draws=4)
+    np.testing.assert_allclose(made.table, wanted.table, atol=bound)
+    assert np.isnan(made.p_selected[5]) and np.isnan(made.stderr[5]).all()
+
+
+def test_the_nearest_validation_prompt_instead_of_the_mean(stores: tuple[SketchStore, SketchStore]) -> None:
+    train, valid = stores
+    pairs = pairwise(train, [valid])
+    rows = torch.cat([table for _, table in train.shards()]).double()
+    others = torch.cat([table for _, table in valid.shards()]).double()
+    cosines = torch.nn.functional.normalize(rows, dim=1) @ torch.nn.functional.normalize(others, dim=1).T
+    usable = [i for i in range(40) if i != 5]
+    np.testing.assert_allclose(pairs.cosines[usable], cosines.numpy(), atol=1e-5)
+    got = pairs.scores(max=True)[usable]
+    np.testing.assert_allclose(got[:, 0], cosines[:, :8].max(dim=1).values.numpy(), atol=1e-5)
+    np.testing.assert_allclose(got[:, 1], cosines[:, 8:].max(dim=1).values.numpy(), atol=1e-5)
+
+
+def test_neighbours_are_the_ends_of_the_whole_order(stores: tuple[SketchStore, SketchStore]) -> None:
+    train, valid = stores
+    pairs = pairwise(train, [valid])
+    usable = [i for i in range(40) if i != 5]
+    for column, row in enumerate(pairs.valid):
+        order = sorted(usable, key=lambda i: (-pairs.cosines[i, column], pairs.rows[i].id))
+        helpful, harmful = neighbours(train, [valid], 3, ids=[row.id])[row.id]
+        assert [n.id for n in helpful] == [pairs.rows[i].id for i in order[:3]]
+        assert [n.id for n in harmful] == [pairs.rows[i].id for i in order[::-1][:3]]
+        assert helpful[0].cosine == pytest.approx(pairs.cosines[order[0], column], abs=1e-5)
+    assert len(neighbours(train, [valid], 100)["v000"][0]) == 39, "no more than there are"
+
+
+def test_equal_neighbours_are_ordered_by_id(tmp_path: Path) -> None:
+    train = make_store(tmp_path / "t", torch.ones(20, 4), ["t"] * 20, "t")
+    valid = make_store(tmp_path / "v", torch.ones(1, 4), ["x"], "v")
+    helpful, harmful = neighbours(train, [valid], 4)["v000"]
+    assert [n.id for n in helpful] == [n.id for n in harmful] == ["t000", "t001", "t002", "t003"]
+
+
+def made_pairs(train: np.ndarray, valid: np.ndarray, sets: list[str]) -> Pairwise:
+    rows = [RowInfo(f"t{i:04d}") for i in range(len(train))]
+    columns = [RowInfo(f"v{i:03d}", set=name) for i, name in enumerate(sets)]
+    return Pairwise(rows, columns, train @ valid.T, np.linalg.norm(train, axis=1), valid @ valid.T)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("mean", ["plain", "normalised"])
+def test_standard_errors_are_those_of_the_bootstrap(metric: str, mean: str) -> None:
+    """The formula against its definition: draw the validation prompts anew, score, and take the spread."""
+    rng = np.random.default_rng(1)
+    common = rng.normal(size=32)
+    train, valid = rng.normal(size=(12, 32)) + 0.5 * common, rng.normal(size=(60, 32)) + common
+    made = uncertainty(made_pairs(train, valid, ["x"] * 60), metric=metric, mean=mean, fraction=0.5, draws=2)
+    if mean == "normalised":
+        valid = valid / np.linalg.norm(valid, axis=1, keepdims=True)
+    draws = 4000
+    drawn = rng.integers(0, 60, (draws, 60))
+    means = valid[drawn].mean(axis=1)
+    scores = train @ means.T
+    if metric == "cosine":
+        scores = scores / np.linalg.norm(train, axis=1)[:, None] / np.linalg.norm(means, axis=1)
+    spread = scores.std(axis=1) * np.sqrt(60 / 59)
+    # The spread of `draws` draws has a relative standard error of 1/sqrt(2 draws) = 0.011; the linearisation, of order
+    # 1/n = 0.017. Four of the one and two of the other.
+    np.testing.assert_allclose(made.stderr[:, 0], spread, rtol=0.08)
+
+
+@pytest.mark.parametrize("prompts", [8, 16, 60])
+def test_intervals_hold_the_truth(prompts: int) -> None:
+    """90 % intervals of the cosine with the known mean gradient of the population: 85 to 95 % of them hold it."""
+    rng = np.random.default_rng(2)
+    dim, trials, inside, total = 64, 60, 0, 0
+    population = rng.normal(size=dim)
+    for _ in range(trials):
+        train = rng.normal(size=(30, dim)) + 0.7 * population
+        # Lengths that differ, as those of policy gradients do.
+        valid = (rng.normal(size=(prompts, dim)) + population) * rng.gamma(4.0, 0.25, size=(prompts, 1))
+        low, high = uncertainty(made_pairs(train, valid, ["x"] * prompts), fraction=0.5, draws=2).interval(
+            0.9
+        )
+        truth = train @ population / np.linalg.norm(train, axis=1) / np.linalg.norm(population)
+        inside += int(((low[:, 0] <= truth) & (truth <= high[:, 0])).sum())
+        total += 30
+    assert 0.85 <= inside / total <= 0.95, inside / total
+
+
+def test_the_chance_of_being_chosen_by_hand() -> None:
+    """One validation prompt along x or y, drawn from two: each of the two leaders is chosen when its axis is drawn
+    alone; both axes drawn (half of the draws), the diagonal prompt wins."""
+    train = np.array([[1.0, 0.05], [0.05, 1.0], [0.75, 0.74], [-1.0, -1.0]])
+    made = uncertainty(made_pairs(train, np.eye(2), ["x", "x"]), fraction=0.25, draws=2000)
+    # (x, x) 1/4, (y, y) 1/4, mixed 1/2; four standard errors of a share over 2000 draws.
+    np.testing.assert_allclose(made.p_selected, [0.25, 0.25, 0.5, 0], atol=4 * np.sqrt(0.25 / 2000))
+    assert made.overlap == pytest.approx(made.p_selected[2])
+    assert made.halves == 0, "each half is one axis: never the same prompt"
+    assert made.sets[0].signal == 0, "orthogonal gradients have no common direction"
+    assert "mostly noise" in made.sets[0].advice()
+
+
+def test_a_choice_that_nothing_can_move() -> None:
+    rng = np.random.default_rng(3)
+    valid = np.array([5.0, 0, 0, 0]) + 0.01 * rng.normal(size=(12, 4))
+    train = np.concatenate([np.tile([1.0, 0, 0, 0], (5, 1)), -np.tile([1.0, 0, 0, 0], (5, 1))])
+    train += 0.01 * rng.normal(size=train.shape)
+    made = uncertainty(made_pairs(train, valid, ["a"] * 6 + ["b"] * 6), fraction=0.5, draws=50)
+    assert made.p_selected.tolist() == [1.0] * 5 + [0.0] * 5
+    assert made.overlap == made.halves == 1 and made.overlap_of_set == {"a": 1.0, "b": 1.0}
+    assert all(one.signal > 0.99 and one.prompts == 6 for one in made.sets)
+    assert "24 prompts would halve it" in str(made)
+
+
+def test_the_choice_is_that_of_select(stores: tuple[SketchStore, SketchStore]) -> None:
+    """Without noise (every validation prompt the same) every draw must choose what ``select`` chooses."""
+    train, _ = stores
+    folder = train.path.parent
+    valid = make_store(folder / "w", torch.ones(6, 24), ["x"] * 3 + ["y"] * 3, "v")
+    scores = influence(train, [valid])
+    for method in ("rrf", "max"):
+        made = uncertainty(pairwise(train, [valid]), fraction=0.2, method=method, draws=3)
+        chosen = set(select(scores, fraction=0.2, method=method).chosen)
+        assert {i for i, p in enumerate(made.p_selected) if p == 1} == chosen
+
+
+def test_the_same_seed_gives_the_same_numbers(stores: tuple[SketchStore, SketchStore]) -> None:
+    pairs = pairwise(stores[0], [stores[1]])
+    one, same, other = (uncertainty(pairs, draws=20, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.p_selected, same.p_selected)
+    assert not np.array_equal(one.p_selected, other.p_selected, equal_nan=True)
+
+
+def test_a_set_of_one_prompt_has_no_estimate() -> None:
+    rng = np.random.default_rng(4)
+    made = uncertainty(
+        made_pairs(rng.normal(size=(10, 6)), rng.normal(size=(4, 6)), ["a"] * 3 + ["b"]), draws=5
+    )
+    assert np.isnan(made.stderr[:, 1]).all() and np.isfinite(made.stderr[:, 0]).all()
+    assert "1 prompt; its noise cannot be estimated" in made.sets[1].advice()
+    assert np.isnan(made.interval()[0][:, 1]).all()
+
+
+def test_mistakes(stores: tuple[SketchStore, SketchStore], tmp_path: Path) -> None:
+    train, valid = stores
+    pairs = pairwise(train, [valid])
+    other = make_store(tmp_path / "o", torch.ones(2, 24), ["x"] * 2, "v", stage="1")
+    empty = make_store(tmp_path / "e", torch.zeros(2, 24), ["x"] * 2, "v")
+    for call, named in (
+        (lambda: pairwise(train, []), "valid is empty"),
+        (lambda: pairwise(train, [other]), "stage"),
+        (lambda: pairwise(train, [empty]), "no validation prompt has a usable sketch"),
+        (lambda: neighbours(train, [valid], 0), "k must be at least 1, got 0"),
+        (lambda: neighbours(train, [valid], ids=["v003"]), "'v003' is no usable validation prompt"),
+        (lambda: uncertainty(pairs, method="random"), "method must be rrf or max, got 'random'"),
+        (lambda: uncertainty(pairs, draws=1), "draws must be at least 2, got 1"),
+        (lambda: uncertainty(pairs, fraction=0.001), "chooses none"),
+        (lambda: uncertainty(pairs, draws=2).interval(90), r"level must be in \(0, 1\), got 90"),
+    ):
+        with pytest.raises(CropiError, match=named):
+            call()
