@@ -77,6 +77,39 @@ def test_thin_layer_reaches_kernels_only_through_public_names() -> None:
     assert not wrong, wrong
 
 
+FLOORS = [
+    {"cli", "curriculum", "trainers", "distributed", "report"},
+    {"pipeline"},
+    {"sketching", "ranking"},
+    {"gradient", "store"},
+    {"data"},
+    {"model"},
+    {"commands", "files", "summary"},
+    {"errors"},
+]  # of python/cropi, from the top; __init__ is the door and sklearn stands beside
+
+
+def test_packages_of_the_thin_layer_import_downwards() -> None:
+    """No arrow up and no circle between the packages of cropi; inside a floor only the two that are named."""
+    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
+    beside = {("cli", "curriculum"), ("cli", "trainers"), ("cli", "report"), ("cli", "distributed")}
+    beside |= {("curriculum", "trainers"), ("curriculum", "report"), ("gradient", "store")}
+    wrong = []
+    for path in LAYER.rglob("*.py"):
+        here = path.relative_to(LAYER).parts[0].removesuffix(".py")
+        if here not in floor:
+            continue
+        for line, name in imports(path):
+            parts = name.split(".")
+            if parts[0] != "cropi" or len(parts) < 2 or parts[1] == here:
+                continue
+            there = parts[1]
+            down = there in floor and floor[there] > floor[here]
+            if not down and (here, there) not in beside:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, wrong
+
+
 def test_kernels_in_csrc_know_neither_python_nor_torch() -> None:
     foreign = re.compile(r"#include\s*[<\"](Python\.h|pybind11/|torch/|ATen/|c10/|omp\.h)")
     wrong = [
@@ -223,10 +256,28 @@ def test_links_between_documents_lead_somewhere() -> None:
     assert ROOT / "README.md" in documents
     broken = []
     for path in documents:
-        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+        text = re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8"))  # kernel[grid](x) is no link
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
             if "://" not in target and not (path.parent / target).exists():
                 broken.append(f"{path.relative_to(ROOT)} -> {target}")
     assert not broken, broken
+
+
+def test_files_that_prose_names_exist() -> None:
+    """`docs/sketch.md` in a page, ``tests/kernels/vectors`` in a docstring: what moves must be renamed there too."""
+    tops = "csrc|cropi_kernels|python|tests|benchmarks|docs|examples|scripts|tools"
+    named = re.compile(rf"(?<![\w./-])((?:{tops})/[\w./-]*\w)")
+    history = {ROOT / "CHANGELOG.md"}  # it names what was there
+    wrong = []
+    for path in [p for p in files(".md", ".py", ".cpp", ".h", ".cu", ".cuh") if p not in history]:
+        if path.parent == ROOT / "tests" / "packaging":
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            prose = path.suffix == ".md" or "``" in line or line.lstrip().startswith(("#", "//"))
+            for name in named.findall(line) if prose else ():
+                if not (ROOT / name).exists() and not list(ROOT.glob(f"{name}.*")):
+                    wrong.append(f"{path.relative_to(ROOT)}:{number}: {name}")
+    assert not wrong, wrong
 
 
 def test_no_machine_path_in_any_file() -> None:
