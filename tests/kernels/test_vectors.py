@@ -34,7 +34,7 @@ FOLDER = Path(__file__).parent / "vectors"
 VECTORS = json.loads((FOLDER / f"sketch_v{VERSION}.json").read_text())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-# Random123's known answers for philox4x32-10 (its file tests/kat_vectors): counter, key, words.
+# Random123's known answers for philox4x32-10 (its file kat_vectors): counter, key, words.
 KNOWN = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),

@@ -77,6 +77,7 @@ def test_thin_layer_reaches_kernels_only_through_public_names() -> None:
     assert not wrong, wrong
 
 
+# The packages of python/cropi from the top; __init__ is the door, and sklearn stands beside.
 FLOORS = [
     {"cli", "curriculum", "trainers", "distributed", "report"},
     {"pipeline"},
@@ -86,7 +87,7 @@ FLOORS = [
     {"model"},
     {"commands", "files", "summary"},
     {"errors"},
-]  # of python/cropi, from the top; __init__ is the door and sklearn stands beside
+]
 
 
 def test_packages_of_the_thin_layer_import_downwards() -> None:
@@ -266,8 +267,9 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_files_that_prose_names_exist() -> None:
     """`docs/sketch.md` in a page, ``tests/kernels/vectors`` in a docstring: what moves must be renamed there too."""
     tops = "csrc|cropi_kernels|python|tests|benchmarks|docs|examples|scripts|tools"
-    named = re.compile(rf"(?<![\w./-])((?:{tops})/[\w./-]*\w)")
+    named = re.compile(rf"(?<![\w./-])((?:{tops})/[\w./-]*\w)(?![\w<*{])")
     history = {ROOT / "CHANGELOG.md"}  # it names what was there
+    written_later = {"benchmarks/results/gpu.md"}
     wrong = []
     for path in [p for p in files(".md", ".py", ".cpp", ".h", ".cu", ".cuh") if p not in history]:
         if path.parent == ROOT / "tests" / "packaging":
@@ -275,7 +277,7 @@ def test_files_that_prose_names_exist() -> None:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             prose = path.suffix == ".md" or "``" in line or line.lstrip().startswith(("#", "//"))
             for name in named.findall(line) if prose else ():
-                if not (ROOT / name).exists() and not list(ROOT.glob(f"{name}.*")):
+                if name not in written_later and not (ROOT / name).exists() and not list(ROOT.glob(f"{name}.*")):
                     wrong.append(f"{path.relative_to(ROOT)}:{number}: {name}")
     assert not wrong, wrong
 

@@ -10,7 +10,7 @@
     +trainer.cropi.record=rollouts             # optional: write every step's rollouts there, with token ids
     +trainer.cropi.id_key=extra_info.index     # where the prompt id stands (this is the default)
 
-The command merges the checkpoint, scores the prompts and writes the selection anew; ``examples/verl_select.sh`` is
+The command merges the checkpoint, scores the prompts and writes the selection anew; ``examples/verl/select.sh`` is
 one. It runs while the rollout engine sleeps. Without a command the selection file is only looked at after every
 step, and whatever replaces it decides.
 """
