@@ -267,7 +267,7 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_files_that_prose_names_exist() -> None:
     """`docs/sketch.md` in a page, ``tests/kernels/vectors`` in a docstring: what moves must be renamed there too."""
     tops = "csrc|cropi_kernels|python|tests|benchmarks|docs|examples|scripts|tools"
-    named = re.compile(rf"(?<![\w./-])((?:{tops})/[\w./-]*\w)(?![\w<*{])")
+    named = re.compile(rf"(?<![\w./-])((?:{tops})/[\w./-]*\w)(?![\w<*{{])")
     history = {ROOT / "CHANGELOG.md"}  # it names what was there
     written_later = {"benchmarks/results/gpu.md"}
     wrong = []
@@ -277,7 +277,11 @@ def test_files_that_prose_names_exist() -> None:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             prose = path.suffix == ".md" or "``" in line or line.lstrip().startswith(("#", "//"))
             for name in named.findall(line) if prose else ():
-                if name not in written_later and not (ROOT / name).exists() and not list(ROOT.glob(f"{name}.*")):
+                if (
+                    name not in written_later
+                    and not (ROOT / name).exists()
+                    and not list(ROOT.glob(f"{name}.*"))
+                ):
                     wrong.append(f"{path.relative_to(ROOT)}:{number}: {name}")
     assert not wrong, wrong
 
