@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +28,30 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Sequen
         if path:
             if (other := taken.setdefault(os.path.realpath(path), f"{name} writes")) != f"{name} writes":
                 raise CropiError(f"{name}: {path} is the file that {other}; give another path")
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Check that a folder, which need not be there yet, can be written and has room, before hours of work.
+
+    Args:
+        folder: where the files will go.
+        needed: bytes, at least.
+        what: what needs them, for the message.
+
+    Raises:
+        CropiError: too little is free, or the folder cannot be written.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise CropiError(f"{folder}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CropiError(f"{folder}: nothing can be written to {there}; give another folder")
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise CropiError(
+            f"{folder}: {what} need {needed / 1e9:.3g} GB at least, but {free / 1e9:.3g} GB are free there; free some "
+            "space, give another folder, or make the sketches smaller (dim, store dtype)"
+        )
 
 
 @contextlib.contextmanager

@@ -40,6 +40,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ({"model": "no/such/folder/at/all"}, ["no/such/folder/at/all"]),
         ({"metric": "cos"}, ["invalid choice: 'cos'"]),
+        (
+            {"trainer": "no-such-program {selected}"},
+            ["trainer: the shell finds no program 'no-such-program'"],
+        ),
+        ({"trainer": "X=1 no-such-program {selected}"}, ["finds no program 'no-such-program'"]),
+        ({"trainer": "echo '{selected}"}, ["trainer: the shell cannot read", "nterminated"]),
+        ({"device": "cdua"}, ["device 'cdua' is not a torch device"]),
+        ({"behaviour_model": "no/such/folder/too"}, ["no/such/folder/too"]),
+        (
+            {"train": None, "rollouts": "true {train}", "exclude": ["*nrom*"]},
+            ["'*nrom*' matches no parameter"],
+        ),
+        ({"train": None, "rollouts": "true {train}", "valid": "nowhere.jsonl"}, ["nowhere.jsonl"]),
+        ({"train": None, "rollouts": "no-such-program {train}"}, ["rollouts: the shell finds no program"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -144,3 +158,109 @@ def test_switches_in_a_config_file_are_named_either_way(
         out = tmp_path / str(number)
         error = refused(config(made, out, trainer="false {selected}", **changes), capsys)
         assert ("prompt/s" in error) is shown
+
+
+def trl(**changes: Any) -> dict[str, Any]:
+    args = {"per_device_train_batch_size": 4, "num_generations": 2, "learning_rate": 1e-6}
+    return {"trainer": "trl", "trl": {"reward": f"{__file__}:reward", "args": args} | changes}
+
+
+def reward(completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"args": {"learning_rate": "1e-6"}}, ["learning_rate must be a finite number, got '1e-6'", "1.0e-6 a number"]),
+        ({"args": {"num_generations": "4"}}, ["num_generations must be an integer or None, got '4'"]),
+        ({"args": {"temperature": True}}, ["temperature must be a finite number, got True"]),
+        ({"args": {"bf16": "yes"}}, ["bf16 must be True or False", "got 'yes'"]),
+        ({"args": {"num_generations": 1}}, ["GRPOConfig does not take these options", "at least 2 generations"]),
+        ({"args": {"per_device_train_batch_size": 3, "num_generations": 2}}, ["GRPOConfig does not take", "divisible"]),
+        ({"args": {"optim": "adamx"}}, ["GRPOConfig does not take these options", "adamx"]),
+        ({"args": ["a"]}, ["trl.args should be a table"]),
+        ({"dtype": "float23"}, ["trl: dtype must be one of float32, bfloat16, float16, got 'float23'"]),
+        ({"device": "cdua"}, ["trl: device 'cdua' is not a torch device"]),
+        ({"args": {"per_device_train_batch_size": 40, "num_generations": 2}},
+         ["stage 0: 4 of 40 prompts are selected, but one generation batch takes 20 different ones"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_options_of_the_in_process_trainer(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: list[str]
+) -> None:
+    pytest.importorskip("trl")
+    error = refused(config(made, tmp_path / "run", **trl(**changes), fraction=0.1), capsys)
+    for word in words:
+        assert word in error
+    assert not list((tmp_path / "run").glob("stage-*/sketches/*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stages": "2"}, "stages must be an integer, got '2'"),
+        ({"steps": True}, "steps must be an integer, got True"),
+        ({"train": "a.jsonl"}, r"train must be a list .*got 'a.jsonl'; for one, write \['a.jsonl'\]"),
+        ({"out": "run"}, "out must be a path"),
+        ({"progress": 0}, "progress must be True or False, got 0"),
+        ({"influence": ["metric"]}, "influence must be a table of keys and values"),
+        ({"dtype": "float23"}, "dtype must be one of float32"),
+        ({"influence": {"metrics": "dot"}}, "influence: 'metrics' is not known; did you mean 'metric'"),
+        ({"influence": {"metric": "dott"}}, "influence.metric must be one of cosine, dot"),
+        ({"influence": {"max_valid": 0}}, "influence.max_valid must be at least 1"),
+        ({"select": {"fraction": 1.5}}, r"select.fraction must be a number in \(0, 1\], got 1.5"),
+        ({"select": {"method": "best"}}, "select.method must be one of rrf"),
+        ({"select": {"seed": "1"}}, "select.seed must be an integer, got '1'"),
+        ({"export": {"format": "csv"}}, "export.format must be one of jsonl"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_plan_from_python_is_checked_before_any_work(
+    made: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    from cropi.curriculum import Plan, run
+    from cropi.errors import CropiError
+
+    given: dict[str, Any] = {
+        "model": str(made / "model"), "out": tmp_path / "run", "stages": 1, "steps": 1, "trainer": "echo {selected}",
+        "train": [str(made / "train.jsonl")], "valid": [str(made / "valid.jsonl")],
+    }  # fmt: skip
+    with pytest.raises(CropiError, match=words):
+        run(Plan(**(given | changes)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_the_sketches(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    # 40 prompts of both kinds have a gradient: 512 float32 numbers each, in two stages.
+    words = f"the sketches of 40 prompts in 2 stages need {40 * 512 * 4 * 2 / 1e9:.3g} GB at least"
+    assert words in refused(config(made, tmp_path / "run"), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"selection": 3}, "trainer.cropi.selection must be text, got 3"),
+        ({"selection": "s", "stage_steps": "4"}, "stage_steps must be an integer, got '4'"),
+        ({"selection": "s", "stage_steps": True}, "stage_steps must be an integer, got True"),
+        ({"selection": "s", "comand": "x"}, "did you mean 'command'"),
+        ({"selection": "s", "command": "x {step}", "stage_steps": 4}, "does not name {selection}"),
+        ({"selection": "s", "command": "x {selection} {rollouts}", "stage_steps": 4}, "record=FOLDER is needed"),
+        ({"selection": "s", "record": f"{__file__}/x"}, "is a file; give a folder"),
+    ],
+)  # fmt: skip
+def test_options_of_the_trainer_in_verl(options: dict[str, Any], words: str) -> None:
+    from types import SimpleNamespace
+
+    from cropi.errors import CropiError
+    from cropi.trainers.verl.options import check_options
+
+    with pytest.raises(CropiError) as caught:
+        check_options(options, SimpleNamespace(save_freq=2))
+    assert words in str(caught.value)

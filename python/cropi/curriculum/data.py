@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cropi.curriculum.checks import check_stage
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.state import State
 from cropi.data.readers import replace_records
@@ -66,6 +67,7 @@ def check(plan: Plan, source: Source, stage: int) -> Scanned:
     for path, name in zip(source.valid, set_names(source.valid)):
         found.valid[name] = scan([path], skip_bad=plan.job.skip_bad)
     check_covered(found.valid, plan.sets, option="sets", before=f"stage {stage}: ")
+    check_stage(plan, found.train, found.valid, stage)
     return found
 
 

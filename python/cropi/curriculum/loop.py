@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable
 
 from cropi.curriculum import steps
-from cropi.curriculum.plan import IN_PROCESS, Plan
+from cropi.curriculum.checks import check_plan
+from cropi.curriculum.plan import Plan
 from cropi.curriculum.report import line, write_report
 from cropi.curriculum.state import State, locked
-from cropi.data.export import dataset_ids, read_dataset
-from cropi.trainers.trl.in_process import check_options
 
 LOG = "log.txt"
 WORK: dict[str, Callable[[steps.Stage], steps.Result]] = {
@@ -47,12 +46,7 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> State:
         CropiError: bad input, a failed command, or a folder that was begun with other settings.
         KeyboardInterrupt: after Ctrl-C; what was finished is kept.
     """
-    if plan.trainer == IN_PROCESS:
-        check_options(plan.trl)
-    if plan.export and plan.export.get("dataset"):
-        # Selected prompts are looked up in it after hours of sketching: they must be found then.
-        dataset = plan.export["dataset"]
-        dataset_ids(read_dataset(dataset), dataset, plan.export.get("id_key"))
+    check_plan(plan)
     with locked(plan.out) as lock:
         state = State.open(plan)
         log = plan.out / LOG

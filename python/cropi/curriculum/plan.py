@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cropi.checked import check_fields
 from cropi.commands import check_template
 from cropi.errors import CropiError
 from cropi.gradient.tokenize import template_text
 from cropi.sketching.job import SketchJob
 
-STEPS = ("rollouts", "sketch", "influence", "select", "train", "collect")
 WHEN = ("first", "every")
 IN_PROCESS = "trl"
 
@@ -73,6 +73,8 @@ class Plan:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_fields(self.job, "job: ")
         for name in ("stages", "steps"):
             if getattr(self, name) < 1:
                 raise CropiError(f"{name} must be at least 1, got {getattr(self, name)}")

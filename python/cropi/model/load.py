@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cropi.errors import optional
+from cropi.errors import CropiError, optional
 from cropi.model.sources import locate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -141,12 +141,25 @@ def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _checked_device(device: torch.device | str) -> torch.device:
+    check_device("device", str(device))
+    return torch.device(device)
+
+
+def check_device(option: str, device: str) -> None:
+    """Check that torch can use a device.
+
+    Args:
+        option: what named it, for messages.
+        device: its name.
+
+    Raises:
+        CropiError: no such device, none that there are kernels for, or this torch does not see it.
+    """
     try:
-        found = torch.device(device)
+        kind = torch.device(device).type
     except RuntimeError as error:
-        raise ValueError(f"device {device!r} is not a torch device: {error}") from error
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r}: there are kernels for cpu and cuda only")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this torch sees no CUDA device; use device='cpu'")
-    return found
+        raise CropiError(f"{option} {device!r} is not a torch device: {error}") from error
+    if kind not in ("cpu", "cuda"):
+        raise CropiError(f"{option} {device!r}: there are kernels for cpu and cuda only")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CropiError(f"{option} {device!r}: this torch sees no CUDA device; use 'cpu'")

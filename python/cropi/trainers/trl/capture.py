@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
 from cropi.trainers.trl.options import Recording
 from cropi.trainers.trl.ranks import Ranks
+from cropi.trainers.trl.records import (
+    check_datasets,
+    columns_of,
+    group_record,
+    id_of,
+    plain_value,
+    whole_text,
+)
 from cropi.trainers.trl.rollout_log import RolloutLog
 
 if TYPE_CHECKING:
@@ -22,6 +31,7 @@ else:
     Base = object
 
 ROWS = "cropi_rows"
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,12 +77,16 @@ class RecordingMixin(Base):
 
     def __init__(self, *args: Any, recording: Recording | None = None, **kwargs: Any) -> None:
         chosen = Recording() if recording is None else recording
-        check_datasets(type(self), args, kwargs, chosen.id_column, chosen.set_column)
+        if not isinstance(chosen, Recording):
+            raise CropiError(f"recording must be a Recording, got {type(chosen).__name__}")
+        check_datasets(args, kwargs, chosen.id_column, chosen)
         super().__init__(*args, **kwargs)
         self._cropi_start(chosen)
 
     def _cropi_start(self, recording: Recording | None) -> None:
         self._cropi_ranks = Ranks()
+        self._cropi_left_out: Counter[str] = Counter()
+        self._cropi_without_record: Counter[str] = Counter()  # prompts by kind
         self._cropi_recording = recording
         folder = (recording and recording.folder) or Path(self.args.output_dir) / "cropi" / "rollouts"
         self._cropi_log = RolloutLog(folder, self._cropi_ranks.rank)
@@ -97,6 +111,7 @@ class RecordingMixin(Base):
         if self._cropi_recording is not None:
             wanted = (
                 self._cropi_recording.id_column,
+                self._cropi_recording.id_column.split(".")[0],
                 self._cropi_recording.set_column,
                 *self._cropi_recording.columns,
             )
@@ -178,17 +193,18 @@ class RecordingMixin(Base):
         ends = getattr(self, "eos_token_ids", None) or [self._tokenizer.eos_token_id]
         records = []
         for i, row in enumerate(inputs):
-            record: dict[str, Any] = {"id": str(row[recording.id_column]), "prompt_ids": prompts[i]}
+            record: dict[str, Any] = {"id": id_of(row, recording.id_column), "prompt_ids": prompts[i]}
             if not training and self._cropi_has_sets:
                 record["set"] = str(row.get(recording.set_column) or self._cropi_eval_name)
-            record |= {name: row[name] for name in recording.columns if row.get(name) is not None}
+            record |= columns_of(row, recording.columns, f"the prompt {record['id']!r}")
             record["response_ids"] = [int(token) for token in responses[i]]
             record["truncated"] = not responses[i] or responses[i][-1] not in ends
             if recording.text:
-                record |= {"prompt": row["prompt"], "responses": _text(completions[i])}
+                prompt = plain_value(row["prompt"], f"the prompt {record['id']!r}")
+                record |= {"prompt": prompt, "responses": whole_text(_text(completions[i]))}
             if len(self.reward_func_names) > 1:
                 record["rewards_by_function"] = {
-                    name: None if math.isnan(value) else value
+                    name: value if math.isfinite(value) else None
                     for name, value in zip(self.reward_func_names, table[i].tolist())
                 }
             records.append(record)
@@ -215,61 +231,17 @@ class RecordingMixin(Base):
             "stage": self._cropi_stage,
         }
         groups = [rows[i : i + generation.size] for i in range(0, len(rows), generation.size)]
-        self._cropi_log.append(
-            generation.kind, [r for g in groups if (r := group_record(g, common)) is not None]
-        )
-
-
-PER_RESPONSE = ("responses", "response_ids", "truncated", "logprobs", "rewards_by_function")
-
-
-def group_record(rows: list[dict[str, Any]], common: Mapping[str, Any]) -> dict[str, Any] | None:
-    """One trajectory record from the rows of one prompt; None if fewer than two of them could be scored.
-
-    Responses that no reward function scored are left out, as TRL leaves them out of the advantages; so are empty ones.
-
-    Raises:
-        CropiError: the rows belong to different prompts.
-    """
-    ids = {row["id"] for row in rows}
-    if len(ids) != 1:
-        raise CropiError(
-            f"the prompts {', '.join(sorted(ids))} stand in one group: the trainer's rows are not in groups of "
-            f"{len(rows)}; a sampler that is not TRL's cannot be recorded"
-        )
-    rows = [row for row in rows if row["response_ids"] and not math.isnan(row["reward"])]
-    if len(rows) < 2:
-        return None
-    record = {key: value for key, value in rows[0].items() if key not in (*PER_RESPONSE, "reward")}
-    record["rewards"] = [row["reward"] for row in rows]
-    record |= {key: [row[key] for row in rows] for key in PER_RESPONSE if key in rows[0]}
-    return record | dict(common)
-
-
-def check_datasets(
-    cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], column: str, sets: str
-) -> PromptIds | None:
-    """Check the ids of the datasets that a trainer is about to be built with, before a model is loaded.
-
-    Returns:
-        The ids of ``train_dataset``, or None without one.
-    """
-    names = ("model", "reward_funcs", "args", "train_dataset", "eval_dataset")
-    given = dict(zip(names, args)) | kwargs
-    train, valid = given.get("train_dataset"), given.get("eval_dataset")
-    found = None if train is None else PromptIds(train, column)
-    seen: dict[str, str] = {}
-    parts = valid.items() if isinstance(valid, Mapping) else [] if valid is None else [("", valid)]
-    for key, dataset in parts:
-        name = f"eval_dataset[{key!r}]" if key else "eval_dataset"
-        for prompt in PromptIds(dataset, column, name).names:
-            if prompt in seen:
-                raise CropiError(
-                    f"{name} and {seen[prompt]} both have the {column} {prompt!r}; ids must be unique over all eval "
-                    "datasets, for example by putting the set's name in front"
-                )
-            seen[prompt] = name
-    return found
+        left_out: Counter[str] = Counter()
+        records = [group_record(group, common, left_out) for group in groups]
+        self._cropi_log.append(generation.kind, [record for record in records if record is not None])
+        self._cropi_without_record[generation.kind] += records.count(None)
+        for reason, count in left_out.items():
+            if reason not in self._cropi_left_out:
+                logger.warning(
+                    "%d of %d responses at step %d are %s and left out of the records (said once; TRL trains on as it "
+                    "does)", count, len(rows), self.state.global_step, reason,
+                )  # fmt: skip
+        self._cropi_left_out.update(left_out)
 
 
 def _unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

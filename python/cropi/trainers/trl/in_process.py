@@ -7,14 +7,15 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
+from cropi.checked import fits, in_words, is_number
 from cropi.data.export import ROLLOUT_KEYS
 from cropi.data.readers import read_trajectories
 from cropi.errors import CropiError, did_you_mean, optional
-from cropi.model.load import load_model
+from cropi.model.load import DTYPES, check_device, load_model
 from cropi.trainers.trl.checkpoints import newest_whole
 from cropi.trainers.trl.versions import check_version
 
@@ -44,14 +45,51 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in _names(options["reward"]):
         reward_function(name)
     check_version()
-    known = set(optional("trl").GRPOConfig.__dataclass_fields__)
-    for key in options.get("args") or {}:
+    if options.get("dtype", "float32") not in DTYPES:
+        raise CropiError(f"trl: dtype must be one of {', '.join(DTYPES)}, got {options['dtype']!r}")
+    check_device("trl: device", options.get("device", "cpu"))
+    given = options.get("args") or {}
+    if not isinstance(given, Mapping):
+        raise CropiError(f"trl.args should be a table of options of GRPOConfig, got {given!r:.200}")
+    config = optional("trl").GRPOConfig
+    known, hints = set(config.__dataclass_fields__), get_type_hints(config)
+    for key, value in given.items():
         if key in OURS:
             raise CropiError(f"trl.args: {key!r} is set by the stage; take it out")
         if key not in known:
             raise CropiError(
                 f"trl.args: GRPOConfig has no {key!r}; {did_you_mean(key, known)}see its documentation"
             )
+        if not fits(value, hints[key]):
+            number = isinstance(value, str) and is_number(value)
+            raise CropiError(
+                f"trl.args: {key} must be {in_words(hints[key])}, got {value!r:.200}"
+                + ("; it is text: in YAML, 1e-6 is text and 1.0e-6 a number" if number else "")
+            )
+    make_config(options, 1, Path("checked"))
+
+
+def make_config(options: Mapping[str, Any], steps: int, out: Path) -> Any:
+    """The GRPOConfig of a stage. It makes no folder.
+
+    Raises:
+        CropiError: TRL or transformers refuses a value, or two that do not fit together.
+    """
+    device = options.get("device", "cpu")
+    config: dict[str, Any] = {"report_to": "none", "use_cpu": device == "cpu"}
+    if device == "cpu":
+        config["bf16"] = False  # TRL's default; slow and less exact where the CPU has no bfloat16 units
+    config |= options.get("args") or {}
+    try:
+        return optional("trl").GRPOConfig(output_dir=str(out), max_steps=steps, **config)
+    except (ValueError, TypeError, ImportError) as error:
+        raise CropiError(f"trl.args: GRPOConfig does not take these options: {error}") from error
+
+
+def prompts_a_batch(options: Mapping[str, Any]) -> int:
+    """Different prompts in one generation batch."""
+    config = make_config(options, 1, Path("checked"))
+    return int(config.generation_batch_size // config.num_generations)
 
 
 def reward_function(name: str) -> Callable[..., Any]:
@@ -107,11 +145,14 @@ def train_stage(options: Mapping[str, Any], model: str, records: Path, steps: in
         {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
         for group in read_trajectories(records)
     ]
-    config: dict[str, Any] = {"report_to": "none", "use_cpu": device == "cpu"}
-    if device == "cpu":
-        config["bf16"] = False  # TRL's default; slow and less exact where the CPU has no bfloat16 units
-    config |= options.get("args") or {}
-    arguments = trl.GRPOConfig(output_dir=str(out / "checkpoints"), max_steps=steps, **config)
+    arguments = make_config(options, steps, out / "checkpoints")
+    batch = int(arguments.generation_batch_size // arguments.num_generations)
+    if len(rows) < batch:
+        raise CropiError(
+            f"{records}: {len(rows)} prompts are selected, but one generation batch takes {batch} different ones "
+            "(generation_batch_size / num_generations in trl.args), so TRL would train nothing; raise fraction, or "
+            "make the batch smaller"
+        )
     trainer = trl.GRPOTrainer(
         model=policy, reward_funcs=[reward_function(name) for name in _names(options["reward"])], args=arguments,
         train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cropi.checked import check_fields
 from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.ranking.influence import MEANS, METRICS
@@ -37,6 +38,9 @@ class Recording:
     columns: Sequence[str] = ("task", "answer")
     logprobs: bool = True
     text: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "recording: ")
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,11 @@ class Curriculum:
     keep_sketches: bool = False
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.stage_steps, bool)
-            or not isinstance(self.stage_steps, int)
-            or self.stage_steps < 1
-        ):
-            raise CropiError(f"stage_steps must be an integer of at least 1, got {self.stage_steps!r}")
+        check_fields(self)
+        for name in ("stage_steps", "max_valid", "tokens_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CropiError(f"{name} must be an integer of at least 1, got {value!r}")
         if not 0 < self.fraction <= 1:
             raise CropiError(f"fraction must be in (0, 1], got {self.fraction}")
         for name, allowed in (

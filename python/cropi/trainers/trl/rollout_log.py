@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from cropi.errors import CropiError
 from cropi.files import replacing
+from cropi.trainers.trl.records import checked_line
 
 KEEP = ("last", "first")
 
@@ -34,8 +35,12 @@ class RolloutLog:
         return self.folder / f"{kind}-rank{self.rank:05d}.jsonl"
 
     def append(self, kind: str, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add records. They are the operating system's when this returns, and on the disk after :meth:`sync`."""
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        """Add records. They are the operating system's when this returns, and on the disk after :meth:`sync`.
+
+        Raises:
+            CropiError: a record that ``cropi sketch`` could not read; nothing is written then.
+        """
+        lines = [checked_line(record, str(self.path(kind))) for record in records]
         if not lines:
             return
         if kind not in self._open:

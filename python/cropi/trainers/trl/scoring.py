@@ -124,8 +124,11 @@ def choose_prompts(
     return result
 
 
-def check_files(options: Curriculum, known: Callable[[str], bool]) -> None:
+def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, Scan]:
     """Check the trajectory files of a curriculum before a model is loaded, as every selection will.
+
+    Returns:
+        What was found of those that are files, by "train" and "valid".
 
     Raises:
         CropiError: what :func:`choose_prompts` would raise for these files in stage 0, or log-probs that the files lack
@@ -138,7 +141,7 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> None:
     if "valid" in found:
         check_valid(found["valid"], options.valid_sets, 0)
     if train is None:
-        return
+        return found
     try:
         check_pool(_count(train, known), train, 0)
     except NothingToSelect:
@@ -152,6 +155,7 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> None:
             f"recorded ones {'with' if recorded else 'without'}: ratios of two kinds would be ranked against "
             f"each other; set behaviour='current'{'' if stored else ', or Recording(logprobs=False)'}"
         )
+    return found
 
 
 def check_pool(pool: Mapping[str, Any], files: Sequence[Path], stage: int) -> None:

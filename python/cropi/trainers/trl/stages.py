@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from cropi.data.scan import NothingToSelect
 from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.store.manifest import first_difference
-from cropi.trainers.trl.capture import RecordingMixin, check_datasets
+from cropi.trainers.trl.capture import RecordingMixin
 from cropi.trainers.trl.checkpoints import newest_whole
+from cropi.trainers.trl.checks import check_arguments, check_policy, check_space
 from cropi.trainers.trl.options import Curriculum
+from cropi.trainers.trl.records import check_datasets
 from cropi.trainers.trl.rollout_log import cut_unfinished_line, log_files, merge_rollouts, rewind
 from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
 from cropi.trainers.trl.scoring import Chosen, check_files, choose_prompts, own_randomness
@@ -58,11 +61,10 @@ class CurriculumMixin(RecordingMixin):
         if not isinstance(curriculum, Curriculum):
             raise CropiError(f"curriculum must be a Curriculum, got {type(curriculum).__name__}")
         recording = curriculum.recording
-        column, sets = (recording.id_column, recording.set_column) if recording else ("id", "set")
-        found = check_datasets(type(self), args, kwargs, column, sets)
+        found = check_datasets(args, kwargs, recording.id_column if recording else "id", recording)
         if found is None:
             raise CropiError("train_dataset is missing: the curriculum selects its prompts")
-        check_files(curriculum, found.__contains__)
+        scans = check_files(curriculum, found.__contains__)
         self._cropi_ids: PromptIds = found
         self._cropi_curriculum = curriculum
         self._cropi_plan = StagePlan(0, list(range(len(found))))
@@ -75,7 +77,9 @@ class CurriculumMixin(RecordingMixin):
         self._cropi_earlier = [
             path for kind in ("train", "valid") for path in log_files(self._cropi_log.folder, kind)
         ]
-        self._cropi_check_arguments()
+        check_arguments(self, curriculum, len(found))
+        check_policy(self.accelerator.unwrap_model(self.model), curriculum)
+        check_space(self, curriculum, scans, self._cropi_folder, len(found))
         self.add_callback(StageCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -91,43 +95,6 @@ class CurriculumMixin(RecordingMixin):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------ checks
-    def _cropi_check_arguments(self) -> None:
-        args, steps = self.args, self._cropi_curriculum.stage_steps
-        if args.max_steps <= 0:
-            raise CropiError(
-                f"args.max_steps is {args.max_steps}: the curriculum needs the number of optimizer steps in all, for "
-                f"example max_steps={5 * steps} for 5 stages of {steps} (num_train_epochs is not used)"
-            )
-        every = args.steps_per_generation * self.num_iterations
-        if (steps * args.gradient_accumulation_steps) % every:
-            raise CropiError(
-                f"stage_steps {steps} x gradient_accumulation_steps {args.gradient_accumulation_steps} is no multiple "
-                f"of steps_per_generation {args.steps_per_generation} x num_iterations {self.num_iterations}: a "
-                "generation batch would be used across two stages; change stage_steps"
-            )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise CropiError(
-                "FSDP and DeepSpeed cut the model up, and sketches need it whole on every rank: use plain data "
-                "parallel (accelerate launch --multi_gpu), or run `cropi sketch`, `influence` and `select` between runs"
-            )
-        if len(self.train_dataset) != len(self._cropi_ids):
-            raise CropiError(
-                f"the trainer holds {len(self.train_dataset)} rows of the {len(self._cropi_ids)} of train_dataset, so "
-                "ids and rows do not match; prepare the dataset before it is passed"
-            )
-        check_enough(range(len(self._cropi_ids)), self._cropi_prompts, 0)
-        if self._cropi_curriculum.valid is None:
-            if self.eval_dataset is None:
-                raise CropiError(
-                    "valid is None, so validation rollouts come from eval_dataset, which is missing; pass one, or "
-                    "files of trajectories as valid"
-                )
-            if self.num_generations_eval < 2:
-                raise CropiError(
-                    f"num_generations_eval is {self.num_generations_eval}: a validation prompt needs at least 2 "
-                    "responses for an advantage"
-                )
-
     def _cropi_check_fresh(self) -> None:
         if self._cropi_earlier and not self._cropi_resumed:
             raise CropiError(
@@ -181,6 +148,7 @@ class CurriculumMixin(RecordingMixin):
         self._cropi_merge()
         folder = self._cropi_folder / f"stage-{stage:04d}"
         try:
+            self._cropi_check_recorded(stage)
             return choose_prompts(
                 self.accelerator.unwrap_model(self.model), self._tokenizer, options, stage=stage,
                 folder=folder, train=self._cropi_sources("train", folder),
@@ -204,6 +172,23 @@ class CurriculumMixin(RecordingMixin):
                     merge_rollouts(logs, folder / f"{kind}.jsonl")
 
         self._cropi_ranks.agree(lambda: write() if self._cropi_ranks.first else None)
+
+    def _cropi_check_recorded(self, stage: int) -> None:
+        """What a stage needs of this run's rollouts may be missing: no reward function may have scored one."""
+        for kind in ("train", "valid"):
+            needed = self._cropi_curriculum.files(kind) is None
+            if not needed or (self._cropi_log.folder / f"{kind}.jsonl").exists():
+                continue
+            lost = sum(self._cropi_ranks.gather(self._cropi_without_record[kind]))
+            if kind == "train":
+                raise NothingToSelect(
+                    lost, Counter({"fewer than two responses that a reward function scored": lost}),
+                    before=f"stage {stage}: ", otherwise=", or set on_nothing='keep'",
+                )  # fmt: skip
+            raise CropiError(
+                f"stage {stage}: nothing was recorded of eval_dataset: none of its {lost} prompts has two responses "
+                "that a reward function scored with a finite number; check the reward functions"
+            )
 
     def _cropi_sources(self, kind: str, folder: Path) -> list[Path]:
         files = self._cropi_curriculum.files(kind)

@@ -20,11 +20,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cropi.commands import check_template, fill, run_command
+from cropi.commands import fill, run_command
 from cropi.data.prompt_ids import PromptIds
-from cropi.errors import CropiError
 from cropi.trainers.dumps.rollout import group_rollouts, write_groups
 from cropi.trainers.dumps.verl_batch import LOGPROBS, rollouts_of_table
+from cropi.trainers.verl.options import check_options
 from cropi.trainers.verl.order import SelectionOrder
 from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need
@@ -33,7 +33,6 @@ INSTEAD = "up to 0.7 use cropi.trainers.verl.sampler"
 BASE = "verl.trainer.ppo.v1.trainer_base"
 register_trainer: Any = need(BASE, "register_trainer", "CropiTrainerSync", INSTEAD)
 PPOTrainerSync: Any = need("verl.trainer.ppo.v1.trainer_sync", "PPOTrainerSync", "CropiTrainerSync", INSTEAD)
-NAMES = ("checkpoint", "stage", "step", "selection", "rollouts")
 FIELDS = ("prompts", "responses", "response_mask", "rm_scores", "reward_model")
 
 
@@ -56,7 +55,7 @@ class CropiTrainerSync(PPOTrainerSync):
             CropiError: a missing option, a row without a stable id, or stages that no checkpoint falls on.
         """
         options = self.config.trainer.get("cropi") or {}
-        self.cropi_options = _checked(options, self.config.trainer)
+        self.cropi_options = check_options(options, self.config.trainer)
         super()._init_dataloader()
         frame = getattr(self.train_dataset, "dataframe", self.train_dataset)
         key = options.get("id_key") or ID_KEY
@@ -125,25 +124,3 @@ class CropiTrainerSync(PPOTrainerSync):
         )
         path = Path(self.cropi_options["record"]) / f"{self.global_steps}.jsonl"
         write_groups(path, group_rollouts(rollouts))
-
-
-def _checked(options: Any, trainer: Any) -> Any:
-    if not options.get("selection"):
-        raise CropiError(
-            "trainer_mode cropi_sync: +trainer.cropi.selection=FILE is missing, the selection to train on"
-        )
-    known = ("selection", "stage_steps", "command", "record", "id_key")
-    for key in options:
-        if key not in known:
-            raise CropiError(f"trainer.cropi.{key} is not known; known are {', '.join(known)}")
-    if options.get("command"):
-        check_template("trainer.cropi.command", options["command"], NAMES)
-        every, saved = options.get("stage_steps") or 0, trainer.save_freq
-        if every < 1:
-            raise CropiError(f"trainer.cropi.stage_steps must be at least 1 for the command, got {every}")
-        if saved < 1 or every % saved:
-            raise CropiError(
-                f"trainer.cropi.stage_steps is {every} and trainer.save_freq {saved}: every stage has to end with a "
-                f"checkpoint, which the command scores; set trainer.save_freq={every}"
-            )
-    return options

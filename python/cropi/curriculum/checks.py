@@ -1,0 +1,155 @@
+"""What can be wrong with a curriculum, found when it starts: before rollouts and before anything is sketched."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cropi.commands import NAME
+from cropi.curriculum.plan import IN_PROCESS, Plan
+from cropi.data.export import FORMATS, dataset_ids, read_dataset
+from cropi.data.scan import Scan, check_covered, scan
+from cropi.errors import CropiError, did_you_mean, optional
+from cropi.files import check_room
+from cropi.model.load import DTYPES, check_device
+from cropi.model.sources import locate
+from cropi.ranking.influence import MEANS, METRICS, influence
+from cropi.ranking.selection import METHODS, POOLS, how_many, select
+from cropi.trainers.trl.in_process import check_options, prompts_a_batch
+from cropi_kernels import canonical_name
+
+STORE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+def check_plan(plan: Plan) -> None:
+    """Everything that can be checked of a plan without a model.
+
+    Raises:
+        CropiError, OSError, ModuleNotFoundError: names the option, its value and the remedy.
+    """
+    if plan.dtype not in DTYPES:
+        raise CropiError(f"dtype must be one of {', '.join(DTYPES)}, got {plan.dtype!r}")
+    check_device("device", plan.device)
+    for name in (plan.model, plan.behaviour_model):
+        if name:
+            locate(name)
+    choices = {"metric": METRICS, "mean": MEANS, "method": METHODS, "pool": POOLS}
+    _check_table("influence", plan.influence, influence, choices)
+    _check_table("select", plan.select, select, choices)
+    fraction = plan.select.get("fraction", 0.1)
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        raise CropiError(f"select.fraction must be a number in (0, 1], got {fraction!r}")
+    if plan.trainer == IN_PROCESS:
+        check_options(plan.trl)
+    else:
+        check_command("trainer", plan.trainer)
+    if plan.export is not None:
+        form, dataset = plan.export.get("format", "jsonl"), plan.export.get("dataset")
+        if form not in FORMATS:
+            raise CropiError(f"export.format must be one of {', '.join(FORMATS)}, got {form!r}")
+        if dataset:
+            # Selected prompts are looked up in it after hours of sketching: they must be found then.
+            dataset_ids(read_dataset(dataset), dataset, plan.export.get("id_key"))
+    if plan.rollouts:
+        check_command("rollouts", plan.rollouts)
+        # Without this command they are read at once, in the first step.
+        found = {path: scan([path], skip_bad=plan.job.skip_bad) for path in (*plan.train, *plan.valid)}
+        check_covered({path: found[path] for path in plan.valid}, (), option="valid")
+        check_names(plan)
+
+
+def _check_table(option: str, table: Mapping[str, Any], used: Any, choices: Mapping[str, Any]) -> None:
+    """The keys of a table are arguments of the function that will be called with it, their values of those allowed."""
+    parameters = inspect.signature(used).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for key, value in table.items():
+        if key not in known:
+            raise CropiError(
+                f"{option}: {key!r} is not known; {did_you_mean(key, known)}known are {', '.join(known)}"
+            )
+        if key in choices and value not in choices[key]:
+            raise CropiError(f"{option}.{key} must be one of {', '.join(choices[key])}, got {value!r}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if key in ("seed", "max_valid") and not whole and not (value is None and key == "max_valid"):
+            raise CropiError(f"{option}.{key} must be an integer, got {value!r}")
+        if key == "max_valid" and whole and value < 1:
+            raise CropiError(f"{option}.{key} must be at least 1, got {value}")
+
+
+def check_command(option: str, template: str) -> None:
+    """Check that the shell can parse a command, and finds its first word.
+
+    Raises:
+        CropiError: a quote that is not closed, say, or a program that is not there.
+    """
+    text = NAME.sub(lambda match: f"{{{match[1]}}}" if match[1] else "name", template)
+    parsed = subprocess.run(["/bin/sh", "-n", "-c", text], capture_output=True, text=True, check=False)
+    if parsed.returncode:
+        raise CropiError(f"{option}: the shell cannot read {template!r}: {parsed.stderr.strip()}")
+    try:
+        words = shlex.split(template, comments=True)
+    except ValueError:
+        return  # the shell's own ways of quoting, which it could read
+    while words and re.fullmatch(r"\w+=.*", words[0], re.DOTALL):
+        del words[0]
+    if not words or not re.fullmatch(r"[\w./+-]+", words[0]):
+        return  # a name in braces, a variable, a bracket: known when it runs
+    find = ["/bin/sh", "-c", 'command -v -- "$1"', "sh", words[0]]
+    if subprocess.run(find, capture_output=True, check=False).returncode:
+        raise CropiError(
+            f"{option}: the shell finds no program {words[0]!r}, which the command begins with; install it, or "
+            "give its path"
+        )
+
+
+def check_names(plan: Plan) -> None:
+    """Check the patterns of ``exclude`` on the names of a model without weights.
+
+    Raises:
+        CropiError: a pattern matches no parameter.
+    """
+    source, options = locate(plan.model)
+    if not plan.job.exclude or "gguf_file" in options:
+        return  # the layers of a .gguf file are known when it is loaded
+    transformers = optional("transformers")
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    names = [canonical_name(name) for name, _ in model.named_parameters()]
+    for pattern in plan.job.exclude:
+        if not fnmatch.filter(names, pattern):
+            raise CropiError(
+                f"exclude: the pattern {pattern!r} matches no parameter of {plan.model} ({did_you_mean(pattern, names)}"
+                f"one of them is {names[0]!r})"
+            )
+
+
+def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) -> None:
+    """Check what depends on the number of prompts: the disk, and batches of the in-process trainer.
+
+    Raises:
+        CropiError: too little space for the sketches of the stages that are left, or a selection that is too small for
+            one generation batch, on which TRL would train nothing without a word.
+    """
+    rows = train.usable + sum(found.usable for found in valid.values())
+    size = STORE_BYTES.get(plan.job.dtype, 1) * plan.job.spec.dim * rows
+    left = plan.stages - stage
+    check_room(plan.out, size * left, f"the sketches of {rows} prompts in {left} stages")
+    if plan.trainer != IN_PROCESS:
+        return
+    pool = train.usable if plan.select.get("pool", "all") == "usable" else train.prompts
+    pool = min(pool, plan.job.limit or pool)
+    chosen, batch = how_many(plan.select.get("fraction", 0.1), pool), prompts_a_batch(plan.trl)
+    if chosen < batch:
+        raise CropiError(
+            f"stage {stage}: {chosen} of {pool} prompts are selected, but one generation batch takes {batch} different "
+            "ones (generation_batch_size / num_generations in trl.args); raise fraction, give more trajectories, or "
+            "make the batch smaller"
+        )

@@ -1,0 +1,102 @@
+"""What can be wrong with a curriculum's trainer, found when it is built and not after its first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cropi.data.scan import Scan
+from cropi.errors import CropiError
+from cropi.files import check_room
+from cropi.trainers.trl.options import Curriculum
+from cropi.trainers.trl.sampler import check_enough
+from cropi.trainers.trl.scoring import _evaluating
+from cropi_kernels import GradientSketcher
+
+
+def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
+    """Check the trainer's arguments against the stages.
+
+    Args:
+        trainer: a GRPOTrainer.
+        options: of the curriculum.
+        prompts: rows of the dataset that was given.
+
+    Raises:
+        CropiError: no number of steps, stages that cut a generation batch in two, a model in shards, rows that the
+            trainer dropped, too few prompts for one batch, or a missing eval_dataset.
+    """
+    args, steps = trainer.args, options.stage_steps
+    if args.max_steps <= 0:
+        raise CropiError(
+            f"args.max_steps is {args.max_steps}: the curriculum needs the number of optimizer steps in all, for "
+            f"example max_steps={5 * steps} for 5 stages of {steps} (num_train_epochs is not used)"
+        )
+    every = args.steps_per_generation * trainer.num_iterations
+    if (steps * args.gradient_accumulation_steps) % every:
+        raise CropiError(
+            f"stage_steps {steps} x gradient_accumulation_steps {args.gradient_accumulation_steps} is no multiple "
+            f"of steps_per_generation {args.steps_per_generation} x num_iterations {trainer.num_iterations}: a "
+            "generation batch would be used across two stages; change stage_steps"
+        )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise CropiError(
+            "FSDP and DeepSpeed cut the model up, and sketches need it whole on every rank: use plain data "
+            "parallel (accelerate launch --multi_gpu), or run `cropi sketch`, `influence` and `select` between runs"
+        )
+    if len(trainer.train_dataset) != prompts:
+        raise CropiError(
+            f"the trainer holds {len(trainer.train_dataset)} rows of the {prompts} of train_dataset, so "
+            "ids and rows do not match; prepare the dataset before it is passed"
+        )
+    check_enough(range(prompts), int(args.generation_batch_size // trainer.num_generations), 0)
+    if options.valid is None:
+        if trainer.eval_dataset is None:
+            raise CropiError(
+                "valid is None, so validation rollouts come from eval_dataset, which is missing; pass one, or "
+                "files of trajectories as valid"
+            )
+        if trainer.num_generations_eval < 2:
+            raise CropiError(
+                f"num_generations_eval is {trainer.num_generations_eval}: a validation prompt needs at least 2 "
+                "responses for an advantage"
+            )
+
+
+def check_policy(model: Any, options: Curriculum) -> None:
+    """Check that the policy can be sketched: that every parameter has a tap, and every pattern of ``exclude`` a match.
+
+    The model runs on a few tokens; its mode and the random state are left as they were.
+
+    Raises:
+        CropiError: says why not, as the first selection would.
+    """
+    try:
+        with (
+            _evaluating(model),
+            GradientSketcher(model, options.spec, exclude=tuple(options.exclude)) as taps,
+        ):
+            taps.check_model()
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise CropiError(f"the policy cannot be sketched: {error}") from error
+
+
+def check_space(
+    trainer: Any, options: Curriculum, found: Mapping[str, Scan], folder: Path, prompts: int
+) -> None:
+    """Check that the disk has room for the sketches, which the first selection would find out otherwise.
+
+    Counted are ``dim`` float32 numbers for every prompt with a gradient in the files, and for every prompt that the
+    first stage can record at most, where there are none; of every stage with ``keep_sketches``.
+
+    Raises:
+        CropiError: names the folder, what is needed and what is free.
+    """
+    steps = options.stage_steps * trainer.args.gradient_accumulation_steps
+    batches = steps // (trainer.args.steps_per_generation * trainer.num_iterations)
+    recorded = min(prompts, batches * int(trainer.args.generation_batch_size // trainer.num_generations))
+    rows = found["train"].usable if "train" in found else recorded
+    rows += found["valid"].usable if "valid" in found else 0
+    stages = -(-trainer.args.max_steps // options.stage_steps) if options.keep_sketches else 1
+    check_room(folder, 4 * options.spec.dim * rows * stages, f"the sketches of {rows} prompts")
