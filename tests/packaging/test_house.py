@@ -85,7 +85,7 @@ FLOORS = [
     {"gradient", "store"},
     {"data"},
     {"model"},
-    {"commands", "files", "summary"},
+    {"checked", "commands", "files", "summary"},
     {"errors"},
 ]
 
