@@ -16,6 +16,7 @@ from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.gradient.layout import choose_layout
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.load import load_model
+from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob, make_tokenize
 from cropi_kernels.sketcher.decoder import SplitModel, split_model
 
@@ -45,7 +46,7 @@ class Example:
 
 def read_groups(model: Any, tokenizer: Any, path: str) -> list[TokenGroup]:
     """Tokenised prompt groups with a gradient, in the file's order."""
-    tokenize = make_tokenize(model, tokenizer, SketchJob([path], "unused"), scan([path]))
+    tokenize = make_tokenize(Policy(model, tokenizer), SketchJob([path], "unused"), scan([path]))
     return [tokenize(g) for g in read_trajectories([path]) if no_gradient_reason(g.rewards) is None]
 
 

@@ -19,13 +19,15 @@ from benchmarks.rlvr_mini.rollouts import to_tokens
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason, pass_rate
 from cropi.gradient.batches import MicroBatch, make_batches
+from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import Estimator
 from cropi.gradient.tokenize import TokenGroup
-from cropi.model.fingerprint import model_fingerprint
+from cropi.model.policy import Policy
 from cropi.ranking.influence import Scores, influence
-from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
-from cropi.store.store import SketchStore
-from cropi_kernels import GradientSketcher, SketchSpec
+from cropi.sketching.groups import sketch_groups
+from cropi.sketching.job import SketchJob, open_store
+from cropi.store.shards import OK, SKIPPED, RowInfo
+from cropi_kernels import SketchSpec
 from cropi_kernels.sketcher.decoder import split_model
 
 
@@ -42,64 +44,16 @@ def sketched_scores(
     tokens: int = 2048,
 ) -> Scores:
     """Scores by sketches. The stores in ``folder`` are continued; see :func:`cropi.ranking.influence`."""
-    manifest = {
-        "spec": spec.to_dict(),
-        "hash_version": spec.version,
-        "stage": str(stage),
-        "model": model_fingerprint(model),
-        "estimator": estimator.to_dict(),
-        "dtype": "float32",
-    }
-    with GradientSketcher(model, spec) as sketcher:
-        stores = [
-            _fill(sketcher, groups, manifest, estimator, folder / name, tokens)
-            for name, groups in (("pool", pool), ("valid", valid))
-        ]
-    return influence(stores[0], [stores[1]], mean=mean)
-
-
-def _fill(
-    sketcher: GradientSketcher,
-    groups: Sequence[PromptGroup],
-    manifest: dict[str, Any],
-    estimator: Estimator,
-    path: Path,
-    tokens: int,
-) -> SketchStore:
-    with SketchStore.create(path, manifest, shard_rows=4096) as store:
-        left = [group for group in groups if group.id not in store]
-        for group in left:
-            if reason := no_gradient_reason(group.rewards):
-                store.add(_info(group, SKIPPED, reason))
-        mixed = [to_tokens(group) for group in left if not no_gradient_reason(group.rewards)]
-        # A group may be spread over several micro-batches: its sketches add.
-        parts: dict[str, torch.Tensor] = {}
-        for batch in _batches(sketcher.model, mixed, estimator, tokens):
-            here = batch.to(next(sketcher.model.parameters()).device)
-            result = sketcher.policy_gradient(
-                here.input_ids,
-                segments=here.segments,
-                positions=here.positions,
-                targets=here.targets,
-                weigh=_weigh(here, estimator),
-                num_segments=len(here.groups),
-                attention_mask=here.attention_mask,
-                position_ids=here.position_ids,
+    policy, behaviour, stores = Policy(model), Behaviour("file"), []
+    for name, groups in (("pool", pool), ("valid", valid)):
+        job = SketchJob((), folder / name, spec, estimator=estimator, stage=str(stage), shard_rows=4096)
+        with open_store(policy, job, behaviour) as store:
+            made = (to_tokens(group) for group in groups)
+            sketch_groups(
+                policy, made, store, estimator, behaviour=behaviour, layout="shared", tokens_per_batch=tokens
             )
-            for tokens_of, sketch, last in zip(
-                batch.groups, result.sketches.cpu(), batch.finished, strict=True
-            ):
-                sketch = sketch + parts.pop(tokens_of.id, 0.0)
-                if not last:
-                    parts[tokens_of.id] = sketch
-                    continue
-                good = bool(torch.isfinite(sketch).all())
-                reason = "" if good else "NaN or infinity in its gradient"
-                norm = float(sketch.norm()) if good else 0.0
-                store.add(
-                    _info(tokens_of.group, OK if good else FAILED, reason, norm), sketch if good else None
-                )
-    return store
+        stores.append(store)
+    return influence(stores[0], [stores[1]], mean=mean)
 
 
 def _batches(

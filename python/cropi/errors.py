@@ -13,6 +13,7 @@ EXTRAS = {
     "tqdm": "run",
     "transformers": "run",
     "pyarrow": "run",
+    "xxhash": "run",
     "matplotlib": "run",
     "yaml": "run",
     "tomli": "run",

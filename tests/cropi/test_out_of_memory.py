@@ -18,6 +18,7 @@ from cropi.errors import CropiError
 from cropi.gradient.batches import make_batches
 from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.layout import Layout
+from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
 from cropi.store.store import SketchStore
 from cropi_kernels import (
@@ -145,7 +146,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def run_job(tmp_path: Path, out: str, **options: Any) -> dict[str, torch.Tensor]:
     file = write_lines(tmp_path / "train.jsonl", make_records(16))
     job = SketchJob([file], tmp_path / out, SketchSpec(dim=1024), tokens_per_batch=300, **options)
-    cropi.sketching.run.sketch(make_model(), make_tokenizer(), job, progress=False)
+    cropi.sketching.run.sketch(Policy(make_model(), make_tokenizer()), job, progress=False)
     return rows(tmp_path / out)
 
 

@@ -13,6 +13,7 @@ from support.made_data import make_model, make_records, make_tokenizer, write_li
 from cropi.cli import main
 from cropi.errors import CropiError
 from cropi.gradient.estimators import make_estimator
+from cropi.model.policy import Policy
 from cropi.ranking.influence import influence, validation_means
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
@@ -30,7 +31,7 @@ def stored(
     path = write_lines(out.with_suffix(".jsonl"), records)
     job = SketchJob([path], out, spec=SketchSpec(dim=1024), shard_rows=1, tokens_per_batch=20, **options)
     if stop_after is None:
-        sketch(make_model(), make_tokenizer(), job, progress=False)
+        sketch(Policy(make_model(), make_tokenizer()), job, progress=False)
     else:
         add = SketchStore.add
 
@@ -41,7 +42,7 @@ def stored(
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(SketchStore, "add", stopping)
-            sketch(make_model(), make_tokenizer(), job, progress=False)
+            sketch(Policy(make_model(), make_tokenizer()), job, progress=False)
     return SketchStore.open(out)
 
 

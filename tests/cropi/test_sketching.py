@@ -13,6 +13,7 @@ from support.made_data import make_model, make_records, make_tokenizer, write_li
 
 from cropi.errors import CropiError
 from cropi.gradient.estimators import ESTIMATORS
+from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store.store import SketchStore
@@ -25,7 +26,9 @@ def sketched(out: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]:
     """The sketches of a few records by name."""
     path = write_lines(out.with_suffix(".jsonl"), make_records(8))
     sketch(
-        model, make_tokenizer(), SketchJob([path], out, spec=SketchSpec(dim=1024), **options), progress=False
+        Policy(model, make_tokenizer()),
+        SketchJob([path], out, spec=SketchSpec(dim=1024), **options),
+        progress=False,
     )
     return {
         row.id: vector for rows, table in SketchStore.open(out).shards() for row, vector in zip(rows, table)
@@ -96,7 +99,7 @@ def test_norm_ratio_and_clipped_tokens_of_a_row_are_those_of_its_responses(tmp_p
         [path], tmp_path / "s", spec=SketchSpec(dim=1024), estimator=ESTIMATORS["ppo"], layout="padded",
         tokens_per_batch=1,
     )  # fmt: skip
-    sketch(model, make_tokenizer(), job, progress=False)
+    sketch(Policy(model, make_tokenizer()), job, progress=False)
     ((rows, vectors),) = SketchStore.open(tmp_path / "s").shards()
     by_id = {record["id"]: [len(ids) for ids in record["response_ids"]] for record in records}
     assert {row.id for row in rows} == set(by_id) and len({str(sizes) for sizes in by_id.values()}) > 1

@@ -12,8 +12,9 @@ import pytest
 from support.made_data import make_records, write_lines
 
 from cropi.data.readers import read_trajectories, write_trajectories
-from cropi.data.scan import LossyTokens, resolve_behaviour, scan, warn_lossy
+from cropi.data.scan import LossyTokens, scan, warn_lossy
 from cropi.errors import CropiError, RecordError
+from cropi.gradient.behaviour import behaviour_source
 
 GOOD: dict[str, Any] = {
     "id": "a", "prompt": "1+1=", "responses": ["2", "3"], "rewards": [1, 0.0],
@@ -173,15 +174,14 @@ def test_behaviour_source_is_decided_once_for_all_records(tmp_path: Path) -> Non
     every = scan([write_lines(tmp_path / "all.jsonl", [GOOD])])
     none = scan([write_lines(tmp_path / "none.jsonl", without)])
     assert (
-        resolve_behaviour("auto", every, True) == "file"
-        and resolve_behaviour("auto", none, True) == "current"
+        behaviour_source("auto", every, True) == "file" and behaviour_source("auto", none, True) == "current"
     )
     assert (
-        resolve_behaviour("model", some, True) == "model"
-        and resolve_behaviour("current", every, True) == "current"
+        behaviour_source("model", some, True) == "model"
+        and behaviour_source("current", every, True) == "current"
     )
-    assert resolve_behaviour("file", none, needed=False) == "current"
+    assert behaviour_source("file", none, needed=False) == "current"
     for asked, found in (("auto", some), ("file", some), ("file", none)):
         with pytest.raises(CropiError, match="no 'logprobs' in this record") as caught:
-            resolve_behaviour(asked, found, True)
+            behaviour_source(asked, found, True)
         assert without[0]["id"] in str(caught.value)

@@ -15,6 +15,7 @@ from support.made_data import make_model, make_records, make_tokenizer, write_li
 from cropi.data.prompt_ids import PromptIds
 from cropi.data.readers import replace_records
 from cropi.errors import CropiError
+from cropi.model.policy import Policy
 from cropi.ranking.influence import influence, read_scores
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
@@ -171,7 +172,7 @@ def test_joined_stores_score_as_one(tmp_path: Path) -> None:
     def stored(name: str, some: list[dict[str, Any]], **changes: Any) -> SketchStore:
         path = write_lines(tmp_path / f"{name}.jsonl", some)
         job = SketchJob([path], tmp_path / name, spec=SketchSpec(dim=1024), **changes)
-        sketch(model, tokenizer, job, progress=False)
+        sketch(Policy(model, tokenizer), job, progress=False)
         return SketchStore.open(tmp_path / name)
 
     whole, parts = stored("whole", records), [stored("even", records[::2]), stored("odd", records[1::2])]

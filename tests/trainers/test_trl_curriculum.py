@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 from support.trl_runs import SPEC, Seen, lines, selected, staged, stored  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
+from cropi.model.policy import Policy  # noqa: E402
 from cropi.ranking.influence import influence  # noqa: E402
 from cropi.ranking.selection import select  # noqa: E402
 from cropi.sketching.job import SketchJob  # noqa: E402
@@ -113,7 +114,11 @@ def test_selection_is_that_of_the_command_line_under_the_current_policy(
         stores = {}
         for name in ("train", "valid"):
             out = tmp_path / f"by-hand-{stage}-{name}"
-            sketch(model.eval(), make_tokenizer(), SketchJob([files[name]], out, spec=SPEC), progress=False)
+            sketch(
+                Policy(model.eval(), make_tokenizer()),
+                SketchJob([files[name]], out, spec=SPEC),
+                progress=False,
+            )
             stores[name] = SketchStore.open(out)
         scores = influence(stores["train"], [stores["valid"]])
         expected.append([scores.rows[i].id for i in select(scores, fraction=0.5).chosen])

@@ -18,6 +18,7 @@ from support.trl_runs import SPEC, Seen, dataset, digits, lines, recorded  # noq
 from cropi.data.readers import read_trajectories  # noqa: E402
 from cropi.data.scan import scan  # noqa: E402
 from cropi.errors import CropiError  # noqa: E402
+from cropi.model.policy import Policy  # noqa: E402
 from cropi.sketching.job import SketchJob  # noqa: E402
 from cropi.sketching.run import sketch  # noqa: E402
 from cropi.store.store import SketchStore  # noqa: E402
@@ -94,7 +95,7 @@ def test_file_goes_through_the_sketcher_with_ratio_one(tmp_path: Path) -> None:
     found = scan([merged])
     assert found.with_ids == found.with_logprobs == found.prompts and not found.bad
     job = SketchJob(trajectories=[merged], out=tmp_path / "store", spec=SPEC, behaviour="auto")
-    summary = sketch(make_model(), make_tokenizer(), job, progress=False)
+    summary = sketch(Policy(make_model(), make_tokenizer()), job, progress=False)
     rows = SketchStore.open(tmp_path / "store").rows()
     used = [row for row in rows if row.status == "ok"]
     assert summary.sketched == len(used) == found.usable > 0 and len(rows) == found.prompts

@@ -41,38 +41,40 @@ def scan_files(args: argparse.Namespace, files: list[str]) -> Any:
     return scan(files, skip_bad=args.skip_bad)
 
 
-def load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The model, its tokenizer, and the behaviour model or None."""
+def load_models(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The policy, and the behaviour model or None."""
     from cropi.errors import optional
-    from cropi.model.load import load_model
+    from cropi.model.policy import Policy
 
     options.make_spec(args)  # a wrong option should not cost the time that loading takes
     options.make_estimator_of(args)
     if not args.progress:
         optional("transformers").utils.logging.disable_progress_bar()  # it shows one for a model's weights
-    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device, eos=args.eos)
-    behaviour = None
-    if args.behaviour_model:
-        behaviour, _ = load_model(args.behaviour_model, dtype=args.dtype, device=args.device, eos=args.eos)
-    return model, tokenizer, behaviour
+    options_of = {"dtype": args.dtype, "device": args.device, "eos": args.eos}
+    policy = Policy(args.model, **options_of)
+    behaviour = Policy(args.behaviour_model, **options_of) if args.behaviour_model else None
+    for needed in (policy, behaviour):
+        if needed is not None:
+            needed.model  # noqa: B018  (loaded here, before the long part)
+    return policy, behaviour
 
 
 def check_files(
-    args: argparse.Namespace, models: tuple[Any, Any, Any], found: Any, files: list[str], limit: int | None
+    args: argparse.Namespace, models: tuple[Any, Any], found: Any, files: list[str], limit: int | None
 ) -> None:
     """What can be wrong with some files for these models, before any are sketched; ``found`` is their scan."""
-    from cropi.data.scan import resolve_behaviour
+    from cropi.gradient.behaviour import behaviour_source
     from cropi.sketching.job import check_tokens, make_tokenize
 
-    model, tokenizer, behaviour_model = models
+    policy, behaviour_model = models
     job = replace(make_job(args, files, "", behaviour_model=behaviour_model), limit=limit)
-    resolve_behaviour(job.behaviour, found, job.estimator.ratio)
-    check_tokens(make_tokenize(model, tokenizer, job, found), job, found, args.progress)
+    behaviour_source(job.behaviour, found, job.estimator.ratio)
+    check_tokens(make_tokenize(policy, job, found), job, found, args.progress)
 
 
 def sketch_files(
     args: argparse.Namespace,
-    models: tuple[Any, Any, Any],
+    models: tuple[Any, Any],
     found: Any,
     files: list[str],
     out: str,
@@ -81,10 +83,10 @@ def sketch_files(
     """Sketch some files, of which ``found`` is the scan, into one store; print the summary; the exit status."""
     from cropi.sketching.run import sketch
 
-    model, tokenizer, behaviour_model = models
+    policy, behaviour_model = models
     command = shlex.join(["cropi", args.command, *args.words])
     job = make_job(args, files, out, default_set, behaviour_model)
-    summary = sketch(model, tokenizer, job, found=found, progress=args.progress)
+    summary = sketch(policy, job, scan=found, progress=args.progress)
     print(summary.text())
     if summary.interrupted:
         print(

@@ -13,6 +13,7 @@ from cropi.curriculum.state import State
 from cropi.data.readers import replace_records
 from cropi.data.scan import NothingToSelect, Scan, check_covered, scan
 from cropi.errors import CropiError
+from cropi.gradient.behaviour import behaviour_source
 
 
 @dataclass
@@ -88,13 +89,12 @@ def behaviour_of(plan: Plan, found: Scan, maker: str, model: str) -> str:
 
     The file's log-probs if every record has them; the current policy (ratio 1) while it is itself the one that
     made them; from then on the model that made them, run again.
+
+    Raises:
+        CropiError: some records have log-probs, and others have none.
     """
-    job = plan.job
-    if job.behaviour != "auto" or not job.estimator.ratio:
-        return job.behaviour
-    if found.with_logprobs:
-        return "file"  # which refuses a mixture of records with and without
-    return "current" if maker == model else "model"
+    who = "policy" if maker == model else "other"
+    return behaviour_source(plan.job.behaviour, found, plan.job.estimator.ratio, maker=who)
 
 
 def refresh(plan: Plan, files: Sequence[str], newer: Path, out: Path) -> Mapping[str, int]:

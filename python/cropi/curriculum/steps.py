@@ -18,7 +18,7 @@ from cropi.curriculum.state import State
 from cropi.data.export import export
 from cropi.data.scan import Scan
 from cropi.errors import CropiError
-from cropi.model.load import load_model
+from cropi.model.policy import Policy
 from cropi.ranking.influence import influence, read_scores, write_scores
 from cropi.ranking.report import plot_scores
 from cropi.ranking.selection import read_selection, select, write_selected_records, write_selection
@@ -88,7 +88,7 @@ def sketch_all(stage: Stage) -> Result:
     plan, source = stage.plan, data.source_of(stage.plan, stage.state, stage.number)
     found = data.check(plan, source, stage.number)
     _check_unchanged(stage, found)
-    models: dict[str, Any] = {}
+    models: dict[str, Policy] = {}
     valid = {
         name: _sketch_one(stage, source.valid_maker, models, f"valid-{name}", [path], found.valid[name], name)
         for path, name in zip(source.valid, data.set_names(source.valid))
@@ -110,7 +110,7 @@ def sketch_all(stage: Stage) -> Result:
 def _sketch_one(
     stage: Stage,
     maker: str,
-    models: dict[str, Any],
+    models: dict[str, Policy],
     name: str,
     files: list[str],
     found: Scan,
@@ -123,15 +123,14 @@ def _sketch_one(
     for role, source in (("policy", stage.model), (f"behaviour {maker}", maker)):
         if role not in models and (role == "policy" or behaviour == "model"):
             eos = plan.job.eos or plan.trainer == IN_PROCESS  # TRL ends its rollouts by one
-            models[role] = load_model(source, dtype=plan.dtype, device=plan.device, eos=eos)
-    model, tokenizer = models["policy"]
+            models[role] = Policy(source, dtype=plan.dtype, device=plan.device, eos=eos)
     job = replace(
         plan.job, trajectories=files, out=stage.folder / "sketches" / name, stage=str(stage.number), set=set,
         limit=None if set else plan.job.limit, behaviour=behaviour,
-        behaviour_model=models[f"behaviour {maker}"][0] if behaviour == "model" else None,
+        behaviour_model=models[f"behaviour {maker}"] if behaviour == "model" else None,
         notes={**plan.job.notes, "model": stage.model},
     )  # fmt: skip
-    summary = sketch(model, tokenizer, job, found=found, progress=plan.progress)
+    summary = sketch(models["policy"], job, scan=found, progress=plan.progress)
     if summary.interrupted:
         raise Interrupted
     return {"files": files, "behaviour": behaviour}

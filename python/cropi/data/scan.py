@@ -19,9 +19,6 @@ class LossyTokens(UserWarning):
     """Responses have to be tokenised again from text."""
 
 
-BEHAVIOURS = ("auto", "file", "current", "model")
-
-
 @dataclass
 class Scan:
     """What the files hold. ``fingerprint`` is the SHA-256 of their uncompressed lines, file by file in
@@ -148,28 +145,3 @@ def _count(found: Scan, group: PromptGroup) -> None:
         largest = max(ids, default=-1)
         if largest > found.largest_id[0]:
             found.largest_id = largest, f"{group.where} (prompt {group.id!r})"
-
-
-def resolve_behaviour(asked: str, found: Scan, needed: bool) -> str:
-    """Where the behaviour log-probs come from: "file", "current" or "model".
-
-    "auto" takes the file's log-probs when every record has them, and the current policy itself (ratio 1,
-    right for the first stage of a curriculum) when none has. A mixture is an error, since ratios of two kinds
-    would be ranked against each other. An estimator without a ratio always uses "current".
-
-    Raises:
-        CropiError: a record without log-probs where they are needed.
-    """
-    if asked not in BEHAVIOURS:
-        raise CropiError(f"behaviour must be one of {', '.join(BEHAVIOURS)}, got {asked!r}")
-    if not needed:
-        return "current"
-    if asked == "auto" and found.with_logprobs in (0, found.prompts):
-        return "file" if found.with_logprobs else "current"
-    if asked in ("auto", "file") and found.with_logprobs < found.prompts:
-        raise CropiError(
-            f"{found.without_logprobs}: no 'logprobs' in this record, while {found.with_logprobs} of "
-            f"{found.prompts} records have them; add them, or pass --behaviour current (ratio 1) or "
-            "--behaviour-model"
-        )
-    return asked

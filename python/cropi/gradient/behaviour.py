@@ -1,20 +1,34 @@
-"""Behaviour log-probs computed by the model that made the rollouts."""
+"""Behaviour log-probs: where they come from, and the model that made the rollouts, where it has to be run again."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from cropi.data.scan import Scan
+from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch
+from cropi.gradient.estimators import Estimator
+from cropi.model.policy import Policy, check_dropout
 from cropi_kernels import token_logprobs
+
+BEHAVIOURS = ("auto", "file", "current", "model")
+# Who made the trajectories, as far as the caller knows.
+MAKERS = ("unknown", "policy", "other")
 
 
 class BehaviourModel:
-    """Scores the tokens of a batch under the rollouts' temperature, without a gradient and without all logits."""
+    """Scores the tokens of a batch under the rollouts' temperature, without a gradient and without all logits.
+
+    Args:
+        model: the module, or a :class:`Policy` of it, which keeps its fingerprint for the next job.
+    """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.policy = Policy.of(model)
+        self.model = model = self.policy.model
         first = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
         token_logprobs(model, first[None], positions=first, targets=first)  # what it cannot do is said now
 
@@ -31,3 +45,82 @@ class BehaviourModel:
             temperature=batch.temperature,
         )
         return result.float().to(batch.targets.device)
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Where the behaviour log-probs come from, decided: ``source`` is "file", "current" (the policy itself: ratio 1) or
+    "model", and ``model`` is there in the last case alone."""
+
+    source: str
+    model: BehaviourModel | None = None
+
+    def __post_init__(self) -> None:
+        if self.source not in BEHAVIOURS[1:]:
+            raise CropiError(f"behaviour must be one of {', '.join(BEHAVIOURS[1:])}, got {self.source!r}")
+        if (self.source == "model") != (self.model is not None):
+            raise CropiError(
+                f"behaviour is {self.source!r} {'with' if self.model else 'without'} a model; a model goes with 'model'"
+            )
+
+
+def behaviour_source(asked: str, scan: Scan, needed: bool, *, maker: str = "unknown") -> str:
+    """Where the behaviour log-probs come from: "file", "current" or "model".
+
+    "auto" takes the file's log-probs when every record has them. When none has, it takes the current policy itself
+    (ratio 1, right for the first stage of a curriculum), unless another model is known to have made the rollouts:
+    then that model has to be run again. A mixture is an error, since ratios of two kinds would be ranked against each
+    other. An estimator without a ratio uses "current", whatever was asked for.
+
+    Args:
+        asked: one of :data:`BEHAVIOURS`.
+        scan: what the trajectory files hold.
+        needed: whether the estimator has a ratio to them.
+        maker: who made the trajectories: "unknown", "policy" (the one that is sketched) or "other".
+
+    Raises:
+        CropiError: a record without log-probs where they are needed.
+    """
+    if asked not in BEHAVIOURS:
+        raise CropiError(f"behaviour must be one of {', '.join(BEHAVIOURS)}, got {asked!r}")
+    if maker not in MAKERS:
+        raise CropiError(f"maker must be one of {', '.join(MAKERS)}, got {maker!r}")
+    if not needed:
+        return "current"
+    if asked == "auto" and scan.with_logprobs == 0:
+        return "model" if maker == "other" else "current"
+    if asked in ("auto", "file") and scan.with_logprobs < scan.prompts:
+        raise CropiError(
+            f"{scan.without_logprobs}: no 'logprobs' in this record, while {scan.with_logprobs} of "
+            f"{scan.prompts} records have them; add them, or pass --behaviour current (ratio 1) or "
+            "--behaviour-model"
+        )
+    return "file" if asked == "auto" else asked
+
+
+def resolve_behaviour(asked: str, scan: Scan, estimator: Estimator, model: Any = None) -> Behaviour:
+    """The behaviour of a job, from what was asked for, what the files hold, and the model that was given for it.
+
+    Args:
+        asked, scan: as for :func:`behaviour_source`.
+        estimator: it may have no ratio, and then needs no behaviour.
+        model: the model that made the rollouts (a module or a :class:`Policy`), or None.
+
+    Raises:
+        CropiError: a record without log-probs where they are needed; a model that is needed and not given, or given and
+            not used; a model with active dropout.
+    """
+    if model is not None:
+        check_dropout(Policy.of(model).model, "behaviour_model")
+    source = behaviour_source(asked, scan, estimator.ratio)
+    if model is not None and not estimator.ratio:
+        raise CropiError(
+            f"behaviour_model: the estimator {estimator.name!r} has no ratio to it; leave the model out"
+        )
+    if source == "model" and model is None:
+        raise CropiError("behaviour is 'model', but no model is given; name it with --behaviour-model")
+    if model is not None and source != "model":
+        raise CropiError(
+            f"behaviour is {source!r}, which does not use the behaviour model that is given; leave one of them out"
+        )
+    return Behaviour(source, BehaviourModel(model) if source == "model" else None)

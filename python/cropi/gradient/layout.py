@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError
+from cropi.model.policy import Policy
 from cropi_kernels.sketcher.decoder import evaluating
 
 LAYOUTS = ("auto", "shared", "padded")
@@ -76,6 +77,11 @@ def choose_layout(model: Any, asked: str = "auto") -> Layout:
     if problem:
         return Layout(shared=False, note=f"prompts are not shared between responses: {problem}")
     return Layout(True, sliding_window(model), asked == "shared", attention_cost(model))
+
+
+def layout_of(policy: Policy, asked: str = "auto") -> Layout:
+    """:func:`choose_layout` for a policy; the model is asked once."""
+    return policy.once(("layout", asked), lambda: choose_layout(policy.model, asked))
 
 
 def prefix_mask(blocks: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,27 @@ from typing import Any
 
 import torch
 
+from cropi.errors import optional
 
-def model_fingerprint(model: Any) -> dict[str, Any]:
-    """The model's dtype, number of parameters and a SHA-256 over the names, shapes and bytes of all parameters.
+XXH3 = "xxh3:"
 
-    Every byte counts: one step of training with a small learning rate may change few weights.
+
+def model_fingerprint(model: Any, *, sha256: bool = False) -> dict[str, Any]:
+    """The model's dtype, number of parameters and a hash of the names, shapes and bytes of all parameters.
+
+    Every byte counts: one step of training with a small learning rate may change few weights. ``weights`` is
+    ``"xxh3:"`` and 32 hex digits of XXH3 (128 bits), which reads weights ten times as fast as SHA-256.
+
+    Args:
+        model: a module.
+        sha256: the hash of earlier releases in its place (32 hex digits of SHA-256, without a prefix), to compare with
+            a store that one of them made.
+
+    Raises:
+        ModuleNotFoundError: the package xxhash is not installed.
     """
-    digest, total = hashlib.sha256(), 0
+    digest: Any = hashlib.sha256() if sha256 else optional("xxhash").xxh3_128()
+    total = 0
     for name, parameter in sorted(model.named_parameters()):
         total += parameter.numel()
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
@@ -23,7 +37,7 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "size": total,
-        "weights": digest.hexdigest()[:32],
+        "weights": digest.hexdigest()[:32] if sha256 else XXH3 + digest.hexdigest(),
     }
 
 

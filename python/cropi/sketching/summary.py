@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from cropi.store.shards import FAILED, OK, RowInfo
+from cropi.store.store import SketchStore
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Summary:
     coverage: str = ""
     peak_gib: float = 0.0
     interrupted: bool = False
+    store: SketchStore | None = field(default=None, repr=False)
 
     def add(self, seconds: dict[str, float], wall: float, model_tokens: int, scored_tokens: int) -> None:
         """Add one micro-batch."""

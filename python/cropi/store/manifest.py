@@ -57,6 +57,13 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[st
     """
     left, right = ({key: manifest.get(key) for key in COMPARABLE} for manifest in (a, b))
     differs = first_difference(left, right)
+    if differs and differs[0] == "model.weights" and _is_xxh3(differs[1]) != _is_xxh3(differs[2]):
+        earlier = names[0] if _is_xxh3(differs[2]) else names[1]
+        raise CropiError(
+            f"{names[0]} and {names[1]} cannot be compared: an earlier release made {earlier}, and named its model by "
+            "another hash; run the command that made it once more (it checks the model, computes nothing again, and "
+            "adds the new hash), or sketch both with this release"
+        )
     if differs:
         raise CropiError(
             f"{names[0]} and {names[1]} cannot be compared: {differs[0]} = {differs[1]} in the first"
@@ -83,6 +90,16 @@ def warn_unlike(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, st
             UnlikeStores,
             stacklevel=3,
         )
+
+
+def _is_xxh3(weights: Any) -> bool:
+    return str(weights).startswith("xxh3:")
+
+
+def of_earlier_release(manifest: Mapping[str, Any]) -> bool:
+    """Whether the manifest names its model by the hash of earlier releases (SHA-256)."""
+    weights = (manifest.get("model") or {}).get("weights")
+    return isinstance(weights, str) and not _is_xxh3(weights)
 
 
 def _get(manifest: Mapping[str, Any], field: str) -> Any:

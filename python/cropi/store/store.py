@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +19,17 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.files import write_atomic
-from cropi.store.manifest import FORMAT, MANIFEST, check_comparable, check_same_job, read_manifest
+from cropi.store.manifest import (
+    FORMAT,
+    MANIFEST,
+    check_comparable,
+    check_same_job,
+    of_earlier_release,
+    read_manifest,
+)
 from cropi.store.shards import (
     DTYPES,
+    OK,
     RowInfo,
     commit_path,
     damaged,
@@ -47,9 +55,17 @@ class SketchStore:
         self._pending: list[tuple[RowInfo, torch.Tensor | None]] = []
         self._shards: dict[Path, list[RowInfo]] = {}
         self._rows: dict[str, RowInfo] = {}
+        self._tables: dict[Path, torch.Tensor] = {}  # of shards that are in memory
 
     @classmethod
-    def create(cls, path: str | Path, manifest: Mapping[str, Any], *, shard_rows: int = 64) -> SketchStore:
+    def create(
+        cls,
+        path: str | Path,
+        manifest: Mapping[str, Any],
+        *,
+        shard_rows: int = 64,
+        earlier: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> SketchStore:
         """Make a store, or continue the one at ``path``, and lock it for this process.
 
         Args:
@@ -59,6 +75,8 @@ class SketchStore:
                 compared. ``prompts`` is how many rows the store is to hold: with fewer, it is unfinished
                 (see :meth:`check_finished`); a store that is continued keeps the larger number.
             shard_rows: rows with a sketch per shard; :meth:`add` flushes when so many are pending.
+            earlier: the same manifest with models named as earlier releases did (by SHA-256), asked for where one of
+                them made the store at ``path``. Where it agrees, the store gets the new names.
 
         Raises:
             CropiError: the folder cannot be written, another process writes to it, it was made with other settings
@@ -91,6 +109,10 @@ class SketchStore:
         try:
             if (path / MANIFEST).exists():
                 made = read_manifest(path)
+                if earlier is not None and of_earlier_release(made):
+                    check_same_job(path, made, json.loads(json.dumps({"format": FORMAT, **earlier()})))
+                    made |= {key: wanted[key] for key in ("model", "behaviour") if key in wanted}
+                    store._write_manifest(made)
                 check_same_job(path, made, wanted)
                 store.manifest = made
                 if wanted.get("prompts", 0) > made.get("prompts", 0):
@@ -140,6 +162,7 @@ class SketchStore:
                 )
             joined._shards.update(store._shards)
             joined._rows.update(store._rows)
+            joined._tables.update(store._tables)
         return joined
 
     def __contains__(self, prompt_id: str) -> bool:
@@ -179,6 +202,7 @@ class SketchStore:
         if not self._pending:
             return []
         self._check_writable()
+        path = self.path / f"shard-{max(map(shard_number, self._shards), default=-1) + 1:05d}.safetensors"
         sketches = [sketch for _, sketch in self._pending if sketch is not None]
         places = iter(range(len(sketches)))
         rows = [
@@ -186,9 +210,7 @@ class SketchStore:
             for row, sketch in self._pending
         ]
         table = torch.stack(sketches) if sketches else torch.empty(0, self.dim)
-        number = max(map(shard_number, self._shards), default=-1) + 1
-        path = self.path / f"shard-{number:05d}.safetensors"
-        write_shard(path, rows, table, self.manifest.get("dtype", "float32"))
+        self._write_shard(path, rows, table)
         self._shards[path] = rows
         self._rows.update((row.id, row) for row in rows)
         self._pending = []
@@ -203,13 +225,16 @@ class SketchStore:
         for path, rows in self._shards.items():
             kept = [row for row in rows if row.row is not None]
             if kept:
-                yield kept, read_sketches(path)[[int(row.row or 0) for row in kept]]
+                yield kept, self._read(path)[[int(row.row or 0) for row in kept]]
 
     def verify(self) -> int:
         """Check every shard's checksum; returns how many there are."""
         for path in self._shards:
-            read_sketches(path)
+            self._read(path)
         return len(self._shards)
+
+    def _read(self, path: Path) -> torch.Tensor:
+        return self._tables[path] if path in self._tables else read_sketches(path)
 
     def finish(self) -> None:
         """Note that the job has gone through all its prompts, so that what the store holds is all of them.
@@ -268,6 +293,11 @@ class SketchStore:
         except (CropiError, OSError):
             pass  # the error that is already on its way says more
 
+    def __repr__(self) -> str:
+        spec, ready = self.manifest.get("spec", {}), sum(row.status == OK for row in self._rows.values())
+        held = f"{len(self)} prompts, {ready} with a sketch of {spec.get('dim')}"
+        return f"{type(self).__name__}({str(self.path)!r}: {held}, stage {self.manifest.get('stage')!r})"
+
     def _load(self, remove_unfinished: bool) -> None:
         paths = sorted(self.path.glob("shard-*.safetensors"), key=shard_number)
         for path in paths:
@@ -283,6 +313,9 @@ class SketchStore:
         if remove_unfinished:
             for left in self.path.glob(".*.tmp"):
                 left.unlink()
+
+    def _write_shard(self, path: Path, rows: list[RowInfo], table: torch.Tensor) -> None:
+        write_shard(path, rows, table, self.manifest.get("dtype", "float32"))
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self._check_writable()

@@ -20,9 +20,11 @@ import torch
 from cropi.data.readers import read_trajectories
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
-from cropi.data.scan import NothingToSelect, Scan, check_covered, resolve_behaviour, scan
+from cropi.data.scan import NothingToSelect, Scan, check_covered, scan
 from cropi.errors import CropiError
 from cropi.files import replacing
+from cropi.gradient.behaviour import behaviour_source
+from cropi.model.policy import Policy
 from cropi.ranking.influence import DEFAULT_SET, influence, write_scores
 from cropi.ranking.selection import select, write_selection
 from cropi.sketching.job import SketchJob
@@ -91,12 +93,14 @@ def choose_prompts(
         mine, pool = _share(train, folder / f"train-{ranks.rank:05d}.jsonl", ranks, known)
         check_pool(pool, train, stage)
         theirs, _ = _share(valid, folder / f"valid-{ranks.rank:05d}.jsonl", ranks, lambda name: True)
-        sources = [resolve_behaviour(options.behaviour, found, estimator.ratio) for found in scans]
+        sources = [behaviour_source(options.behaviour, found, estimator.ratio) for found in scans]
         return Share(mine[0], mine[1], sources[0]), Share(theirs[0], theirs[1], sources[1]), pool
 
     # A run that was killed right here may have left stores of another policy, or of another number of ranks.
     ranks.agree(lambda: _clean(folder) if ranks.first else None)
     train_share, valid_share, pool = ranks.agree(prepare)
+
+    policy = Policy(model, tokenizer)
 
     def compute() -> None:
         for name, share in (("train", train_share), ("valid", valid_share)):
@@ -106,7 +110,7 @@ def choose_prompts(
                     exclude=options.exclude, estimator=estimator, behaviour=share.behaviour, layout=options.layout,
                     tokens_per_batch=options.tokens_per_batch, stage=str(stage),
                 )  # fmt: skip
-                if sketch(model, tokenizer, job, progress=progress and ranks.first).interrupted:
+                if sketch(policy, job, progress=progress and ranks.first).interrupted:
                     raise KeyboardInterrupt
 
     with _evaluating(model):
@@ -137,7 +141,7 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, 
     train, valid, estimator = options.files("train"), options.files("valid"), options.estimator_used()
     found = {name: scan(files) for name, files in (("train", train), ("valid", valid)) if files is not None}
     for part in found.values():
-        resolve_behaviour(options.behaviour, part, estimator.ratio)
+        behaviour_source(options.behaviour, part, estimator.ratio)
     if "valid" in found:
         check_valid(found["valid"], options.valid_sets, 0)
     if train is None:

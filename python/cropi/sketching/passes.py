@@ -1,0 +1,152 @@
+"""Micro-batches to rows: forward, weights, backward, and the sums over the micro-batches of one prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cropi.data.rewards import pass_rate
+from cropi.errors import CropiError
+from cropi.gradient.batches import MicroBatch
+from cropi.gradient.behaviour import BehaviourModel
+from cropi.gradient.estimators import Estimator
+from cropi.gradient.tokenize import TokenGroup
+from cropi.sketching.summary import Summary
+from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
+from cropi_kernels import GradientSketcher
+
+Finished = tuple[RowInfo, torch.Tensor | None]
+
+
+@dataclass
+class Part:
+    """The sum over micro-batches of what belongs to one prompt."""
+
+    sketch: torch.Tensor
+    ratio: float = 0.0
+    clipped: float = 0.0
+
+    def finish(self, group: TokenGroup, default_set: str | None) -> Finished:
+        """The prompt's row, and its sketch if that is usable."""
+        record, status, reason = group.group, OK, ""
+        norm = float(self.sketch.double().norm())
+        if not bool(torch.isfinite(self.sketch).all()):
+            status, reason, norm = FAILED, "NaN or infinity in its gradient", 0.0
+        elif norm == 0:
+            status, reason = SKIPPED, "zero gradient"  # every token is clipped
+        row = RowInfo(
+            id=group.id,
+            status=status,
+            reason=reason,
+            set=record.set or default_set,
+            task=record.task,
+            pass_rate=pass_rate(record.rewards),
+            tokens=group.scored,
+            norm=norm,
+            extra={"ratio": self.ratio / group.scored, "clipped": self.clipped / group.scored},
+        )
+        return row, self.sketch if status == OK else None
+
+
+class Passes:
+    """Runs micro-batches, and gives out each prompt's row once its last one is through.
+
+    Args:
+        sketcher: the active taps.
+        estimator: the weight of every token.
+        behaviour: the model that made the rollouts, or None where its log-probs are in the batches, or are not needed.
+        default_set: validation set of prompts that carry none.
+        summary: counts and times are added to it.
+        keeps: where finished prompts are, for the message when a device's memory is too small.
+        say: takes a line for the user.
+    """
+
+    def __init__(
+        self,
+        sketcher: GradientSketcher,
+        estimator: Estimator,
+        behaviour: BehaviourModel | None,
+        default_set: str | None,
+        summary: Summary,
+        keeps: str,
+        say: Callable[[str], Any],
+    ) -> None:
+        self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
+        self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
+        self.device = next(sketcher.model.parameters()).device
+        self.parts: dict[str, Part] = {}
+        self.too_many: int | None = None  # tokens, padding included, that the device's memory did not hold
+
+    def run(self, batch: MicroBatch) -> Iterator[Finished]:
+        """One micro-batch; where the device's memory does not hold it, its halves: the sums are the same."""
+        waiting = [batch]
+        while waiting:
+            part = waiting.pop()
+            rows, tokens = part.input_ids.shape[0], part.input_ids.numel()
+            if rows > 1 and self.too_many is not None and tokens >= self.too_many:
+                waiting += reversed(part.halves())
+                continue
+            try:
+                finished = self._compute(part)
+            except torch.cuda.OutOfMemoryError as error:
+                if rows == 1:
+                    raise CropiError(
+                        f"prompt {part.groups[0].id!r}: the {self.device.type} device has no memory for one row of "
+                        f"{tokens} tokens ({error}); finished prompts are in {self.keeps}, and the same command goes "
+                        "on with the rest on a larger device; here, leave long responses out by --max-length or load "
+                        "the model in a smaller --dtype, into a new --out"
+                    ) from error
+                self.too_many = tokens
+                self.say(
+                    f"{rows} rows of {part.input_ids.shape[1]} tokens do not fit into the device's memory: halved; "
+                    f"--tokens-per-batch {tokens // 2} spares the attempt"
+                )
+                waiting.append(part)
+            else:
+                yield from finished
+                continue
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the halves need other sizes
+
+    def _compute(self, batch: MicroBatch) -> list[Finished]:
+        """Forward, weights, backward, sketches; the rows of the prompts that are complete with it."""
+        begun, tokens, estimator = time.monotonic(), batch.tokens, self.estimator
+        batch = batch.to(self.device)
+        behaviour = self.behaviour.logprobs(batch) if self.behaviour is not None else batch.behaviour
+
+        def weigh(logprobs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+            old = None if behaviour is None else behaviour[start:stop]
+            return estimator.weights(logprobs, old, batch.advantages[start:stop], batch.divisors[start:stop])
+
+        result = self.sketcher.policy_gradient(
+            batch.input_ids,
+            segments=batch.segments,
+            positions=batch.positions,
+            targets=batch.targets,
+            weigh=weigh,
+            num_segments=len(batch.groups),
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            temperature=batch.temperature,
+        )
+        ratio = torch.ones_like(result.logprobs)
+        if behaviour is not None:
+            ratio = torch.exp(result.logprobs - behaviour)
+        clipped = estimator.clipped(ratio, batch.advantages)
+        sums = torch.zeros(len(batch.groups), 2, dtype=torch.float64, device=self.device)
+        sums.index_add_(0, batch.token_segments, torch.stack([ratio, clipped], dim=1).double())
+        for s, group in enumerate(batch.groups):
+            part = self.parts.setdefault(group.id, Part(torch.zeros_like(result.sketches[s])))
+            part.sketch = part.sketch + result.sketches[s]
+            part.ratio += float(sums[s, 0])
+            part.clipped += float(sums[s, 1])
+        self.summary.add(result.seconds, time.monotonic() - begun, tokens, len(batch.targets))
+        return [
+            self.parts.pop(group.id).finish(group, self.default_set)
+            for group, last in zip(batch.groups, batch.finished, strict=True)
+            if last
+        ]

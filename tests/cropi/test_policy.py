@@ -1,0 +1,176 @@
+"""The policy: what is computed once, when it is computed again, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+
+import cropi.gradient.layout
+import cropi.model.policy
+import cropi_kernels.sketcher.gradient_sketcher
+from cropi.errors import CropiError
+from cropi.gradient.layout import layout_of
+from cropi.model.fingerprint import model_fingerprint
+from cropi.model.policy import Policy
+from cropi.ranking.influence import influence
+from cropi.sketching.groups import sketch_groups
+from cropi.sketching.job import SketchJob
+from cropi.sketching.run import sketch
+from cropi.store.memory import MemoryStore
+from cropi.store.shards import RowInfo
+from cropi.store.store import SketchStore
+from cropi_kernels import SketchSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+SPEC = SketchSpec(dim=1024)
+
+
+def sketches(store: SketchStore) -> dict[str, torch.Tensor]:
+    return {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
+
+
+def test_three_stores_hash_check_and_tap_the_model_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(module: Any, name: str) -> None:
+        inner = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (calls.append(name), inner(*a, **k))[1])
+
+    counted(cropi.model.policy, "model_fingerprint")
+    counted(cropi.gradient.layout, "choose_layout")
+    counted(cropi_kernels.sketcher.gradient_sketcher, "split_model")
+    counted(cropi_kernels.sketcher.gradient_sketcher, "plan_model")
+    policy = Policy(make_model(), make_tokenizer())
+    for number in range(3):
+        path = write_lines(tmp_path / f"{number}.jsonl", make_records(4, seed=number))
+        sketch(policy, SketchJob([path], tmp_path / str(number), SPEC), progress=False)
+    assert sorted(calls) == ["choose_layout", "model_fingerprint", "plan_model", "split_model"]
+
+
+def test_training_in_between_is_noticed(tmp_path: Path) -> None:
+    model = make_model()
+    policy = Policy(model, make_tokenizer())
+    first, layout = policy.fingerprint, layout_of(policy)
+    assert layout_of(policy) is layout
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    optimiser.step()
+    assert policy.fingerprint == model_fingerprint(model) != first
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1.0  # torch does not count this one
+    policy.refresh()
+    assert policy.fingerprint == model_fingerprint(model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    assert policy.fingerprint == model_fingerprint(model)
+
+
+def test_freezing_gives_other_taps() -> None:
+    model = make_model()
+    policy = Policy(model)
+    whole = policy.sketcher(SPEC)
+    assert policy.sketcher(SPEC) is whole and policy.sketcher(SPEC, ["*norm*"]) is not whole
+    model.model.embed_tokens.requires_grad_(False)
+    assert policy.sketcher(SPEC).coverage.covered < whole.coverage.covered
+
+
+def test_memory_holds_what_a_folder_holds(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "t.jsonl", make_records(8))
+    policy = Policy(make_model(), make_tokenizer())
+    for dtype in ("float32", "int8"):
+        on_disk = tmp_path / dtype
+        sketch(policy, SketchJob([path], on_disk, SPEC, dtype=dtype), progress=False)
+        summary = sketch(policy, SketchJob([path], None, SPEC, dtype=dtype), progress=False)
+        assert isinstance(summary.store, MemoryStore) and summary.store.expected == 8
+        want, got = sketches(SketchStore.open(on_disk)), sketches(summary.store)
+        assert want.keys() == got.keys() and all(torch.equal(got[name], want[name]) for name in want)
+        assert summary.store.rows() == [
+            RowInfo(**(vars(a) | {"row": b.row}))
+            for a, b in zip(SketchStore.open(on_disk).rows(), summary.store.rows())
+        ]
+    joined = SketchStore.join([SketchStore.open(on_disk)])
+    scores = influence(joined, [summary.store])
+    assert scores.usable.sum() == len(want)
+    assert not list(tmp_path.glob("memory*"))
+
+
+def older(path: Path, policy: Policy) -> None:
+    """Make a store name its model as release 0.1 did."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["model"] = model_fingerprint(policy.model, sha256=True)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_stores_of_an_earlier_release_compare_and_continue(tmp_path: Path) -> None:
+    policy = Policy(make_model(), make_tokenizer())
+    jobs = {}
+    for number, name in enumerate(("train", "valid")):
+        path = write_lines(tmp_path / f"{name}.jsonl", make_records(8, seed=number))
+        jobs[name] = SketchJob([path], tmp_path / name, SPEC)
+        sketch(policy, jobs[name], progress=False)
+    want = influence(SketchStore.open(tmp_path / "train"), [SketchStore.open(tmp_path / "valid")])
+    for name in jobs:
+        older(tmp_path / name, policy)
+    got = influence(SketchStore.open(tmp_path / "train"), [SketchStore.open(tmp_path / "valid")])
+    assert (got.table[got.usable] == want.table[want.usable]).all() and got.usable.any()
+    assert sketch(policy, jobs["train"], progress=False).resumed == 8
+    with pytest.raises(CropiError, match="earlier release made .*valid.*run the command that made it once"):
+        influence(SketchStore.open(tmp_path / "train"), [SketchStore.open(tmp_path / "valid")])
+    assert sketch(policy, jobs["valid"], progress=False).sketched == 0
+    influence(SketchStore.open(tmp_path / "train"), [SketchStore.open(tmp_path / "valid")])
+    older(tmp_path / "train", policy)
+    other = Policy(make_model(seed=1), make_tokenizer())
+    with pytest.raises(CropiError, match="was made with model.weights"):
+        sketch(other, jobs["train"], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((None,), {}, "model is of type NoneType: give a name"),
+        (("",), {}, "model is an empty name"),
+        ((3,), {}, "model is of type int"),
+        ((torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)), {}, r"tokenizer is a Linear: the order is Policy"),
+        ((torch.nn.Linear(1, 1), "gpt2"), {}, r"tokenizer is 'gpt2': give the tokenizer itself"),
+        ((torch.nn.Linear(1, 1),), {"dtype": "bfloat16"}, r"dtype='bfloat16' is for a model that is loaded"),
+        ((torch.nn.Linear(1, 1),), {"device": "cuda"}, r"device='cuda' is for a model that is loaded"),
+    ],
+)
+def test_what_is_no_model_is_refused_at_once(
+    arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CropiError, match=message):
+        Policy(*arguments, **options)
+
+
+def test_a_policy_takes_nothing_beside_it() -> None:
+    policy = Policy(make_model())
+    assert Policy.of(policy) is policy
+    with pytest.raises(CropiError, match="tokenizer is given beside a Policy"):
+        Policy.of(policy, make_tokenizer())
+
+
+def test_sketch_and_sketch_groups_name_what_they_were_given() -> None:
+    policy, job = Policy(make_model(), make_tokenizer()), SketchJob((), None, SPEC)
+    with pytest.raises(CropiError, match="policy is a LlamaForCausalLM: give cropi.Policy"):
+        sketch(policy.model, job)
+    with pytest.raises(CropiError, match="job is a SketchSpec"):
+        sketch(policy, SPEC)  # type: ignore[arg-type]
+    store = MemoryStore({"spec": SPEC.to_dict()})
+    with pytest.raises(CropiError, match="groups holds a dict: give TokenGroups"):
+        sketch_groups(policy, [{"id": "a"}], store)  # type: ignore[list-item]
+    with pytest.raises(CropiError, match="behaviour must be one of file, current, model, got 'auto'"):
+        sketch_groups(policy, [], store, behaviour="auto")
+
+
+def test_the_old_form_of_sketch_works_for_one_more_release(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "t.jsonl", make_records(4))
+    job = SketchJob([path], tmp_path / "s", SPEC)
+    with pytest.warns(DeprecationWarning, match="is now sketch"):
+        summary = sketch(make_model(), make_tokenizer(), job, progress=False)  # type: ignore[arg-type]
+    assert summary.sketched > 0
