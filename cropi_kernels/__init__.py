@@ -4,9 +4,9 @@ Start with `SketchSpec` (what a sketch is) and `GradientSketcher` (attaches to a
 mathematics. What there is:
 
 - a model's policy gradients: `GradientSketcher`, its `Coverage` and its results, `PolicyGradient`; `reduce_sketch`
-- the ops beneath: `plan_matrix` and `plan_vector` say where a parameter lands, `sketch_linear`, `sketch_embedding`,
-  `sketch_vector` and `flat_sketch` add to a sketch, `norm_grad`, `bias_grad`, `fold_inputs` and `fold_outputs` come
-  before them; names are those of `canonical_name`
+- the ops beneath: `plan_matrix` and `plan_vector` say where a parameter lands, `sketch_linear`, `sketch_grouped`,
+  `sketch_embedding`, `sketch_vector` and `flat_sketch` add to a sketch, `norm_grad`, `bias_grad`, `fold_inputs` and
+  `fold_outputs` come before them; names are those of `canonical_name`
 - token log-probs without the logits: `token_logprobs` of a model; `linear_logprob`, `logprob_and_grad` of a head
 - projections of gradients that exist: `ProjectionSpec`, `project`, `project_transpose`, `quantize_rows`; in the shapes
   that other code expects, `cropi_kernels.projectors`
@@ -24,6 +24,7 @@ from .ops.flat_sketch import flat_sketch
 from .ops.linear_logprob import linear_logprob, logprob_and_grad
 from .ops.norm_grad import bias_grad, norm_grad
 from .ops.project import ProjectionSpec, QuantizedRows, project, project_transpose, quantize_rows
+from .ops.sketch_grouped import sketch_grouped
 from .ops.sketch_linear import fold_inputs, fold_outputs, sketch_linear
 from .ops.sketch_rows import sketch_embedding
 from .ops.sketch_vector import sketch_vector
@@ -67,6 +68,7 @@ __all__ = [
     "quantize_rows",
     "reduce_sketch",
     "sketch_embedding",
+    "sketch_grouped",
     "sketch_linear",
     "sketch_vector",
     "token_logprobs",

@@ -85,21 +85,33 @@ def slab_row_signs(plan: MatrixPlan, device: torch.device, dtype: torch.dtype) -
     return _cached(plan, device, build, dtype)
 
 
-def _build_matrix(plan: MatrixPlan, device: torch.device) -> MatrixTables:
+def pair_words(plan: MatrixPlan) -> np.ndarray:
+    """uint64 [row blocks, col blocks], the bits of `MatrixTables.pairs`.
+
+    Raises:
+        ValueError: more blocks than a word has bits for.
+    """
     if plan.n_row_blocks > 1 << _ROW_BITS or plan.n_col_blocks > 1 << _COL_BITS:
         raise ValueError(
             f"{plan.name} [{plan.rows}, {plan.cols}] has {plan.n_row_blocks} x {plan.n_col_blocks} blocks; the GPU "
             f"kernels address {1 << _ROW_BITS} x {1 << _COL_BITS}: fold it, or use backend='reference'"
         )
+    row_block, col_block = (_wide(block) for block in np.indices(plan.pair_row.shape))
+    words: np.ndarray = _draw(plan) | col_block << np.uint64(32) | row_block << np.uint64(48)
+    return words
 
-    def wide(table: Any) -> np.ndarray:
-        return np.ascontiguousarray(table).astype(np.uint64)
 
-    draw = wide(plan.pair_row) | wide(plan.pair_col) << np.uint64(16)
-    draw |= wide(plan.pair_sign < 0) << np.uint64(SIGN_BIT)
-    blocks = np.indices(plan.pair_row.shape)
-    row_block, col_block = wide(blocks[0]), wide(blocks[1])
-    words = (draw | col_block << np.uint64(32) | row_block << np.uint64(48)).reshape(-1)
+def _draw(plan: MatrixPlan) -> np.ndarray:
+    draw: np.ndarray = _wide(plan.pair_row) | _wide(plan.pair_col) << np.uint64(16)
+    return draw | _wide(plan.pair_sign < 0) << np.uint64(SIGN_BIT)
+
+
+def _wide(table: Any) -> np.ndarray:
+    return np.ascontiguousarray(table).astype(np.uint64)
+
+
+def _build_matrix(plan: MatrixPlan, device: torch.device) -> MatrixTables:
+    words = pair_words(plan).reshape(-1)
     slab = plan.pair_slab.reshape(-1).astype(np.int64)
     order = np.argsort(slab, kind="stable")
     counts = np.bincount(slab, minlength=plan.n_slabs)
@@ -114,7 +126,7 @@ def _build_matrix(plan: MatrixPlan, device: torch.device) -> MatrixTables:
     return MatrixTables(
         pairs=put(words[order].view(np.int64), np.int64),
         first=put(first, np.int32),
-        by_pair=put((draw | wide(plan.pair_slab) << np.uint64(32)).view(np.int64), np.int64),
+        by_pair=put((_draw(plan) | _wide(plan.pair_slab) << np.uint64(32)).view(np.int64), np.int64),
         row_sign=put(plan.row_sign, np.int8),
         col_sign=put(plan.col_sign, np.int8),
         row_fold=put(no_fold if plan.row_fold is None else plan.row_fold, np.int32),

@@ -68,7 +68,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                             uintptr_t offsets, uintptr_t out, int64_t out_stride, int64_t n_slabs, int threads) {
     call(kernels().sketch_linear,
          SketchLinearArgs{matrix(d), matrix(a), slab_plan(plan), n_segments, ptr<const int64_t>(offsets),
-                          ptr<float>(out), out_stride, n_slabs, threads});
+                          ptr<float>(out), out_stride, n_slabs, threads, 1, 0, 0});
+  });
+
+  m.def("sketch_grouped", [](const py::tuple& d, const py::tuple& a, const py::tuple& plan, int64_t n_segments,
+                             uintptr_t offsets, uintptr_t out, int64_t out_stride, int64_t n_slabs, int threads,
+                             int64_t n_groups, int64_t first_row, int64_t row_step) {
+    call(kernels().sketch_linear,
+         SketchLinearArgs{matrix(d), matrix(a), slab_plan(plan), n_segments, ptr<const int64_t>(offsets),
+                          ptr<float>(out), out_stride, n_slabs, threads, n_groups, first_row, row_step});
   });
 
   m.def("sketch_rows", [](const py::tuple& x, uintptr_t row, uintptr_t scale, const py::tuple& plan, int64_t n_segments,

@@ -32,15 +32,20 @@ struct SlabPlan {
 };
 
 // out[s] += sketch of sum over tokens t of segment s of d[t]^T a[t].
+//
+// Grouped: tokens are sorted by (group, segment), range q = g * n_segments + s holds those of group g in segment s, and
+// column i of d is row first_row + g * row_step + i of the matrix: an expert's rows in the stack of all experts, or the
+// rows that a rank holds. n_groups = 1 and first_row = 0 is a plain linear layer.
 struct SketchLinearArgs {
   MatrixView d, a;
   SlabPlan plan;
   int64_t n_segments;
-  const int64_t* offsets;  // [n_segments + 1], token ranges
+  const int64_t* offsets;  // [n_groups * n_segments + 1], token ranges
   float* out;
   int64_t out_stride;
   int64_t n_slabs;
   int n_threads;
+  int64_t n_groups = 1, first_row = 0, row_step = 0;
 };
 
 // out[s] += sketch of sum over tokens t of segment s of onehot(row[t])^T x[t].

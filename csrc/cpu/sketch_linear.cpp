@@ -109,29 +109,30 @@ void pack_a(const SketchLinearArgs& args, int64_t begin, int64_t end, int64_t n_
   }
 }
 
-// strip[t][kUnit] = kUnit rows of D from row r0, zero beyond the last row.
+// strip[t][kUnit] = kUnit columns of D from column c0, zero where there is none: c0 may be negative, too.
 template <class T>
-Tokens pack_d(const SketchLinearArgs& args, int64_t t0, int64_t n, int64_t r0, float* strip) {
-  const int64_t rows = args.plan.rows - r0 < kUnit ? args.plan.rows - r0 : kUnit;
+Tokens pack_d(const SketchLinearArgs& args, int64_t t0, int64_t n, int64_t c0, float* strip) {
+  const int64_t begin = c0 < 0 ? -c0 : 0;
+  const int64_t end = args.d.cols - c0 < kUnit ? args.d.cols - c0 : kUnit;
   for (int64_t t = 0; t < n; ++t) {
-    const T* in = static_cast<const T*>(args.d.data) + (t0 + t) * args.d.row_stride + r0;
+    const T* in = static_cast<const T*>(args.d.data) + (t0 + t) * args.d.row_stride + c0;
     float* out = strip + t * kUnit;
-    if (rows == kUnit) {
+    if (end - begin == kUnit) {
       for (int i = 0; i < kUnit; ++i) out[i] = to_float(in[i]);
     } else {
-      for (int64_t i = 0; i < kUnit; ++i) out[i] = i < rows ? to_float(in[i]) : 0.0f;
+      for (int64_t i = 0; i < kUnit; ++i) out[i] = i >= begin && i < end ? to_float(in[i]) : 0.0f;
     }
   }
   return {strip, kUnit};
 }
 
 template <class T>
-Tokens rows_of_d(const SketchLinearArgs& args, int64_t t0, int64_t n, int64_t r0, float* strip) {
+Tokens columns_of_d(const SketchLinearArgs& args, int64_t t0, int64_t n, int64_t c0, float* strip) {
   if constexpr (std::is_same_v<T, float>) {
-    if (r0 + kUnit <= args.plan.rows)
-      return {static_cast<const float*>(args.d.data) + t0 * args.d.row_stride + r0, args.d.row_stride};
+    if (c0 >= 0 && c0 + kUnit <= args.d.cols)
+      return {static_cast<const float*>(args.d.data) + t0 * args.d.row_stride + c0, args.d.row_stride};
   }
-  return pack_d<T>(args, t0, n, r0, strip);
+  return pack_d<T>(args, t0, n, c0, strip);
 }
 
 // A, by tiles of kTileCols: tile i of token t is at data + i * tile_step + t * step.
@@ -141,28 +142,32 @@ struct ATiles {
   Tokens tile(int64_t i, int64_t t) const { return tokens.from(i * tile_step + t * tokens.step); }
 };
 
-// One unit of 16 slab rows, all block pairs that reach it, tokens [t0, t0 + n) of one segment; a_t0 is t0 in `a`.
+// One unit of 16 slab rows, all block pairs of D's rows [first_row, ..) that reach it, tokens [t0, t0 + n) of one range;
+// a_t0 is t0 in `a`.
 template <class T>
-void accumulate_unit(const SketchLinearArgs& args, int64_t unit, int64_t slab, int64_t t0, int64_t n, const ATiles& a,
-                     int64_t a_t0, float* strip, float* out) {
+void accumulate_unit(const SketchLinearArgs& args, int64_t first_row, int64_t unit, int64_t slab, int64_t t0, int64_t n,
+                     const ATiles& a, int64_t a_t0, float* strip, float* out) {
   const SlabPlan& plan = args.plan;
+  const int64_t end_row = first_row + args.d.cols;
+  const int64_t first_block = first_row / plan.slab_rows, last_block = (end_row - 1) / plan.slab_rows;
   const int64_t tiles_per_block = tiles_of(plan.slab_cols < plan.cols ? plan.slab_cols : plan.cols);
   for (int64_t col_block = 0; col_block < plan.n_col_blocks; ++col_block) {
     const int64_t first_tile = col_block * tiles_per_block;
     const int64_t tiles_left = tiles_of(plan.cols) - first_tile;
     const int64_t tiles = tiles_left < tiles_per_block ? tiles_left : tiles_per_block;
-    for (int64_t row_block = 0; row_block < plan.n_row_blocks; ++row_block) {
+    for (int64_t row_block = first_block; row_block <= last_block; ++row_block) {
       const int64_t pair = row_block * plan.n_col_blocks + col_block;
       if (plan.pair_slab[pair] != slab) continue;
       const int64_t row_xor = plan.pair_row[pair], col_xor = plan.pair_col[pair];
       const int64_t r0 = row_block * plan.slab_rows + ((unit * kUnit) ^ (row_xor & ~(kUnit - 1)));
-      if (r0 >= plan.rows) continue;
-      const Tokens d = rows_of_d<T>(args, t0, n, r0, strip);
+      if (r0 >= end_row || r0 + kUnit <= first_row) continue;
+      const Tokens d = columns_of_d<T>(args, t0, n, r0 - first_row, strip);
       bool first = true;
-      for (int64_t half = 0; half < kUnit && r0 + half < plan.rows; half += 8) {
+      for (int64_t half = 0; half < kUnit; half += 8) {
+        if (r0 + half >= end_row || r0 + half + 8 <= first_row) continue;
         float* rows = out + (unit * kUnit + (half ^ (row_xor & 8))) * plan.slab_cols;
         float signs[8];
-        for (int64_t i = 0, r = r0 + half; i < 8; ++i, ++r)  // beyond the last row the sums are 0
+        for (int64_t i = 0, r = r0 + half; i < 8; ++i, ++r)  // outside of D's rows the sums are 0
           signs[i] = plan.pair_sign[pair] * (plan.row_sign && r < plan.rows ? plan.row_sign[r] : 1.0f);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const Tokens at = a.tile(first_tile + tile, a_t0);
@@ -180,31 +185,39 @@ void accumulate_unit(const SketchLinearArgs& args, int64_t unit, int64_t slab, i
   }
 }
 
-// First token after t where a flush falls: every kTokens tokens, counted from the segment's own first token, so
+// First token after t where a flush falls: every kTokens tokens, counted from the range's own first token, so
 // that neighbours in the batch cannot change a segment's sums.
-int64_t chunk_end(const SketchLinearArgs& args, int64_t segment, int64_t t) {
-  const int64_t begin = args.offsets[segment], end = args.offsets[segment + 1];
+int64_t chunk_end(const SketchLinearArgs& args, int64_t range, int64_t t) {
+  const int64_t begin = args.offsets[range], end = args.offsets[range + 1];
   const int64_t next = begin + ((t - begin) / kTokens + 1) * kTokens;
   return next < end ? next : end;
 }
 
-// All units of all segments, tokens [t0, t1), which hold whole chunks; a's first token is t0.
+// All units of all ranges, tokens [t0, t1), which hold whole chunks; a's first token is t0. A task adds the groups of its
+// segment in their order.
 template <class T>
 void accumulate(const SketchLinearArgs& args, int64_t t0, int64_t t1, const ATiles& a) {
-  const int64_t units = args.plan.slab_rows / kUnit;
-  int64_t first_segment = 0, last_segment = args.n_segments;
-  while (args.offsets[first_segment + 1] <= t0) ++first_segment;
-  while (args.offsets[last_segment - 1] >= t1) --last_segment;
-  run_tasks((last_segment - first_segment) * args.n_slabs * units, args.n_threads, [&](int64_t task) {
+  const int64_t units = args.plan.slab_rows / kUnit, segments = args.n_segments;
+  int64_t first_range = 0, last_range = args.n_groups * segments;
+  while (args.offsets[first_range + 1] <= t0) ++first_range;
+  while (args.offsets[last_range - 1] >= t1) --last_range;
+  const int64_t first_group = first_range / segments, last_group = (last_range - 1) / segments;
+  const bool one_group = first_group == last_group;
+  const int64_t first_segment = one_group ? first_range % segments : 0;
+  const int64_t n_segments = one_group ? last_range - first_range : segments;
+  run_tasks(n_segments * args.n_slabs * units, args.n_threads, [&](int64_t task) {
     const int64_t s = first_segment + task / (args.n_slabs * units);
     const int64_t slab = task / units % args.n_slabs, unit = task % units;
-    const int64_t begin = args.offsets[s] > t0 ? args.offsets[s] : t0;
-    const int64_t end = args.offsets[s + 1] < t1 ? args.offsets[s + 1] : t1;
     alignas(64) float strip[kTokens * kUnit];
     float* out = args.out + s * args.out_stride + slab * args.plan.slab_rows * args.plan.slab_cols;
-    for (int64_t t = begin, stop; t < end; t = stop) {
-      stop = chunk_end(args, s, t);
-      accumulate_unit<T>(args, unit, slab, t, stop - t, a, t - t0, strip, out);
+    for (int64_t group = first_group; group <= last_group; ++group) {
+      const int64_t range = group * segments + s, first_row = args.first_row + group * args.row_step;
+      const int64_t begin = args.offsets[range] > t0 ? args.offsets[range] : t0;
+      const int64_t end = args.offsets[range + 1] < t1 ? args.offsets[range + 1] : t1;
+      for (int64_t t = begin, stop; t < end; t = stop) {
+        stop = chunk_end(args, range, t);
+        accumulate_unit<T>(args, first_row, unit, slab, t, stop - t, a, t - t0, strip, out);
+      }
     }
   });
 }
@@ -213,7 +226,7 @@ template <class TD, class TA>
 void run(const SketchLinearArgs& args) {
   const SlabPlan& plan = args.plan;
   const int64_t tiles = tiles_of(plan.cols);
-  const int64_t first = args.offsets[0], last = args.offsets[args.n_segments];
+  const int64_t first = args.offsets[0], last = args.offsets[args.n_groups * args.n_segments];
   if constexpr (std::is_same_v<TA, float>) {
     if (!plan.col_sign && plan.cols % kTileCols == 0) {  // folded inputs: small, whole tiles, signs already in
       const float* a = static_cast<const float*>(args.a.data) + first * args.a.row_stride;
@@ -225,11 +238,11 @@ void run(const SketchLinearArgs& args) {
   const int64_t fit = (int64_t(8) << 20) / (tiles * kTileCols * 4);
   const int64_t budget = fit < kTokens ? kTokens : fit;
   Scratch packed(tiles * kTileCols * (last - first < budget ? last - first : budget));
-  int64_t segment = 0;
+  int64_t range = 0;
   for (int64_t t0 = first, t1 = first; t0 < last; t0 = t1) {
     while (t1 < last) {
-      while (args.offsets[segment + 1] <= t1) ++segment;
-      const int64_t end = chunk_end(args, segment, t1);
+      while (args.offsets[range + 1] <= t1) ++range;
+      const int64_t end = chunk_end(args, range, t1);
       if (end - t0 > budget) break;
       t1 = end;
     }
@@ -245,7 +258,7 @@ void run(const SketchLinearArgs& args) {
 }  // namespace
 
 void sketch_linear(const SketchLinearArgs& args) {
-  if (args.offsets[args.n_segments] == args.offsets[0]) return;
+  if (args.offsets[args.n_groups * args.n_segments] == args.offsets[0]) return;
   with_dtype(args.d.dtype, [&](auto* d) {
     with_dtype(args.a.dtype,
                [&](auto* a) { run<std::remove_pointer_t<decltype(d)>, std::remove_pointer_t<decltype(a)>>(args); });

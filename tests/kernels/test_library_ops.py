@@ -7,7 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_calls import FLAT, HEAD, NORM, OFFSETS, OPS, OUT, PLAN, ROWS, TIED, A, D, X, rand
+from support.op_calls import (
+    FLAT,
+    HEAD,
+    NORM,
+    OFFSETS,
+    OPS,
+    OUT,
+    PLAN,
+    RANGES,
+    ROWS,
+    STACK,
+    TIED,
+    A,
+    D,
+    X,
+    rand,
+)
 from torch import library
 
 from cropi_kernels import (
@@ -39,6 +55,11 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
         (D.bfloat16(), fold_inputs(A, PLAN), OFFSETS, OUT.clone(), recipe_of(PLAN), "cpu"),
         (D.double(), A.double(), OFFSETS, OUT.double(), recipe_of(PLAN), "reference"),
         (X, A, OFFSETS, OUT.clone(), recipe_of(TIED), None),
+    ],
+    "sketch_grouped": [
+        (D, A, RANGES, OUT.clone(), recipe_of(STACK), 0, 20, None),
+        (D[:, :8], fold_inputs(A, STACK), RANGES, OUT.clone(), recipe_of(STACK), 3, 20, "cpu"),
+        (D.double(), A.double(), RANGES, OUT.double(), recipe_of(STACK), 0, 20, "reference"),
     ],
     "sketch_rows": [
         (A, ROWS, OFFSETS, OUT.clone(), recipe_of(TIED), None),

@@ -19,12 +19,14 @@ from cropi_kernels import (
     plan_matrix,
     plan_vector,
     sketch_embedding,
+    sketch_grouped,
     sketch_linear,
     sketch_vector,
 )
 
 SPEC = SketchSpec(width=16, vocab_width=16)
 PLAN = plan_matrix(SPEC, "model.layers.0.mlp.up_proj.weight", 20, 40)
+STACK = plan_matrix(SPEC, "model.layers.0.mlp.experts.down_proj", 40, 40)
 TIED = plan_matrix(SPEC, "lm_head.weight", 60, 40, "tied")
 NORM = plan_vector(SPEC, "model.norm.weight", 40)
 FLAT = SketchSpec(kind="dropout", keep=0.5, dim=64)
@@ -36,7 +38,8 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
 
 D, A, X, OUT = rand(9, 20), rand(9, 40, seed=1), rand(9, 60, seed=2), rand(3, 32768, seed=3)
 HEAD = rand(60, 40, seed=4)
-OFFSETS, ROWS = torch.tensor([0, 4, 4, 9]), torch.tensor([1, 5, 5, 0, 59, 2, 2, 7, 7])
+OFFSETS, RANGES = torch.tensor([0, 4, 4, 9]), torch.tensor([0, 2, 2, 4, 4, 5, 9])
+ROWS = torch.tensor([1, 5, 5, 0, 59, 2, 2, 7, 7])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,9 @@ OPS = {
     "fold_outputs": OpCall({"d": X}, lambda b, d: fold_outputs(d, TIED, backend=b)),
     "sketch_linear": OpCall(
         {"d": D, "a": A, "out": OUT}, lambda b, d, a, out: sketch_linear(d, a, OFFSETS, PLAN, out, backend=b)
+    ),
+    "sketch_grouped": OpCall(
+        {"d": D, "a": A, "out": OUT}, lambda b, d, a, out: sketch_grouped(d, a, RANGES, STACK, out, backend=b)
     ),
     "sketch_embedding": OpCall(
         {"x": A, "out": OUT}, lambda b, x, out: sketch_embedding(x, ROWS, OFFSETS, TIED, out, backend=b)

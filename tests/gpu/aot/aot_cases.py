@@ -13,6 +13,7 @@ from cropi_kernels.ops.flat_sketch import triton as flat
 from cropi_kernels.ops.linear_logprob import triton as logprob
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.project import triton as project_kernels
+from cropi_kernels.ops.sketch_grouped import triton as stack
 from cropi_kernels.ops.sketch_linear import triton as linear
 from cropi_kernels.ops.sketch_rows import triton as rows
 from cropi_kernels.ops.sketch_vector import triton as vector
@@ -64,6 +65,24 @@ def slab(dtype: str, slab_cols: int, capability: int) -> Case:
     return Case(
         f"slab {dtype} {slab_cols}", linear.slab_kernel, _types(linear.slab_kernel, pointers), constants,
         ("rows", "cols", "padded_rows", "stride_d", "stride_a"), options, most, tensor_cores=dtype != "float32",
+    )  # fmt: skip
+
+
+def grouped(dtype: str, slab_cols: int, capability: int, entries: int, aligned: bool = True) -> Case:
+    config = linear.slab_config(slab_cols, _dtype(dtype), capability >= 90)
+    shape = dataclasses.asdict(config)
+    options = {"num_warps": shape.pop("num_warps"), "num_stages": shape.pop("num_stages")}
+    word = f"*{FLOATS[dtype]}"
+    pointers = dict(d=word, a=word, partial="*fp32", offsets="*i64", words="*i64", group="*i32", first="*i32")
+    constants = dict(
+        shape, SLAB_ROWS=32768 // slab_cols, SLAB_COLS=slab_cols, ENTRIES=entries, ALIGNED=aligned
+    )
+    integers = ("rows", "cols", "first_row", "row_step", "padded_rows", "stride_d", "stride_a")
+    return Case(
+        f"grouped {dtype} {slab_cols} {entries}{'' if aligned else ' anywhere'}", stack.grouped_kernel,
+        _types(stack.grouped_kernel, pointers | {"row_sign": word}), constants,
+        integers if aligned else ("cols", "padded_rows", "stride_d", "stride_a"), options,
+        {256: 250, 128: 200}.get(config.BN, 168 if aligned and entries <= 32 else 200), tensor_cores=dtype != "float32",
     )  # fmt: skip
 
 
@@ -203,6 +222,11 @@ def all_cases(capability: int) -> list[Case]:
         *(slab("bfloat16", cols, capability) for cols in (256, 128, 64, 16)),
         slab("float16", 64, capability),
         slab("float32", 64, capability),
+        grouped("bfloat16", 64, capability, 32),
+        grouped("bfloat16", 256, capability, 32),
+        grouped("bfloat16", 64, capability, stack.MOST_ENTRIES),
+        grouped("bfloat16", 64, capability, 32, aligned=False),
+        grouped("float32", 64, capability, 32),
         fold("bfloat16", 64),
         fold("float32", 128),
         embedding("bfloat16", folded=False),
