@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from types import ModuleType
+from typing import Any
 
 # The extra of the distribution that brings each optional package.
 EXTRAS = {
@@ -14,12 +15,17 @@ EXTRAS = {
     "transformers": "run",
     "pyarrow": "run",
     "xxhash": "run",
+    "msgspec": "run",
     "matplotlib": "run",
     "yaml": "run",
     "tomli": "run",
     "trl": "trl",
     "datasets": "trl",
 }
+
+
+# Longer messages are cut in the middle: a value of a megabyte must not become a message of a megabyte.
+LONGEST_MESSAGE = 1900
 
 
 class CropiError(ValueError):
@@ -32,9 +38,32 @@ class RecordError(CropiError):
     def __init__(
         self, where: str, problem: str, remedy: str = "mend or remove the record, or pass --skip-bad"
     ):
-        super().__init__(f"{where}: {problem}; {remedy}")
+        super().__init__(shortened(f"{where}: {problem}; {remedy}"))
         self.where = where
         self.problem = problem
+
+
+def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
+    """A text of at most ``limit`` UTF-8 bytes: a longer one loses its middle."""
+    if len(text) * 4 <= limit or len(text.encode("utf-8", "backslashreplace")) <= limit:
+        return text
+    data, half = text.encode("utf-8", "backslashreplace"), (limit - 5) // 2
+    return f"{data[:half].decode(errors='ignore')} ... {data[-half:].decode(errors='ignore')}"
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """The beginning of a value's repr, whatever its size."""
+    if isinstance(value, (str, bytes)):
+        value = value[: limit + 1]
+    elif isinstance(value, int) and value.bit_length() > 4000:
+        return f"an integer of {value.bit_length()} bits"
+    elif isinstance(value, (list, tuple)):
+        value = value[: limit // 2]  # its repr is longer than the limit all the same
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits inside, or thousands of brackets
+        return f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[:limit]
 
 
 def did_you_mean(name: str, known: Iterable[str], shown: str = "{!r}") -> str:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from support.made_data import make_records, write_lines
 
-from cropi.data.readers import read_trajectories, write_trajectories
+from cropi.data.readers import read_trajectories
 from cropi.data.scan import LossyTokens, scan, warn_lossy
+from cropi.data.writers import write_trajectories
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.behaviour import behaviour_source
 
@@ -88,7 +89,7 @@ BAD = {
     "empty prompt": ({"prompt": ""}, "the prompt is empty"),
     "message without role": ({"prompt": [{"content": "hi"}]}, "needs 'role' and 'content'"),
     "set": ({"set": 3}, "'set' must be a string, got 3"),
-    "misnamed key": ({"responses": None, "response_ids": None, "completions": []}, "the record has 'id', 'prompt'"),
+    "misnamed key": ({"responses": None, "response_ids": None, "replies": []}, "the record has 'id', 'prompt'"),
     "number beyond any float": ({"rewards": [10**400, 0]}, "rewards[0] must be a finite number, got 1000"),
     "number of 5000 digits": (f'{{"id": {"1" * 5000}}}', "not readable as JSON"),
     "brackets without end": ("[" * 100_000, "not readable as JSON"),

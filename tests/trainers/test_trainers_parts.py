@@ -13,7 +13,7 @@ import torch
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.data.prompt_ids import PromptIds
-from cropi.data.readers import replace_records
+from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.ranking.influence import influence, read_scores

@@ -10,8 +10,8 @@ from typing import Any
 from cropi.curriculum.checks import check_stage
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.state import State
-from cropi.data.readers import replace_records
 from cropi.data.scan import NothingToSelect, Scan, check_covered, scan
+from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 

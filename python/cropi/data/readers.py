@@ -1,31 +1,173 @@
-"""Files of prompt groups: streaming JSON lines in and out, gzip or plain."""
+"""Prompt groups from whatever holds them: one function, :func:`read`, for files, hub data sets and memory."""
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from cropi.data.records import PromptGroup, parse_record
+from cropi.data.fast import RecordReader
+from cropi.data.forms import (
+    CONVERSATION,
+    RECORD,
+    content_id,
+    form_of,
+    group_key,
+    joined,
+    parse_columns,
+    renamed,
+    split_conversation,
+)
+from cropi.data.places import Places, kept_places
+from cropi.data.records import PromptGroup, check_characters, make_group, parse_json
+from cropi.data.sources import Row, Source, sources_of
 from cropi.errors import CropiError, RecordError
-from cropi.files import replacing
+
+
+class HashedIds(UserWarning):
+    """Records without ids: they get one that is a hash of their prompt."""
+
+
+def read(
+    source: Any,
+    *,
+    skip_bad: bool = False,
+    columns: str | Mapping[str, str] | None = None,
+    name: str = "records",
+) -> PromptGroups:
+    """The prompt groups of a source, which can be gone through again and again.
+
+    Args:
+        source: a path (JSON lines or a JSON array, plain or packed by gzip, zstd, bz2 or xz; parquet; arrow; a folder
+            of ``save_to_disk``), ``-`` for standard input, a data set of the hub (``owner/name``, ``hf://...``), a
+            list of any of these, a ``datasets.Dataset``, a pyarrow table, a pandas frame, a list of dictionaries or of
+            groups, or what this function returned.
+        skip_bad: leave bad records out, and count them in :attr:`PromptGroups.bad`, instead of raising.
+        columns: names of columns, ``{"prompt": "question", "reward": "score"}`` or ``"prompt=question,reward=score"``.
+        name: what messages call a source in memory.
+
+    Raises:
+        CropiError: nothing that can be read; what is wrong inside shows when the groups are gone through.
+
+    Example:
+        >>> groups = read([{"id": "a", "prompt": "1+1=", "responses": ["2", "3"], "rewards": [1, 0]}])
+        >>> [(group.id, group.size) for group in groups]
+        [('a', 2)]
+    """
+    if isinstance(source, PromptGroups):
+        return source
+    return PromptGroups(sources_of(source, name), skip_bad=skip_bad, columns=parse_columns(columns))
+
+
+@dataclass
+class PromptGroups:
+    """Prompt groups that are read anew each time they are gone through, one in memory at a time.
+
+    Attributes:
+        sources: where they come from, in order.
+        skip_bad: leave bad records out, and count them.
+        columns: names of columns.
+        bad: the errors of the records that the last full pass left out.
+    """
+
+    sources: list[Source]
+    skip_bad: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
+    bad: list[RecordError] = field(default_factory=list)
+    # What scan() found; it is looked for once.
+    found: Any = field(default=None, repr=False)
+
+    @property
+    def names(self) -> str:
+        """The sources, for messages."""
+        return ", ".join(source.name for source in self.sources)
+
+    def __iter__(self) -> Iterator[PromptGroup]:
+        return self.each()
+
+    def each(
+        self,
+        on_bad: Callable[[RecordError], None] | None = None,
+        on_line: Callable[[bytes], None] | None = None,
+    ) -> Iterator[PromptGroup]:
+        """Go through the groups.
+
+        Args:
+            on_bad: called with the error of every record that is left out.
+            on_line: called with the bytes of every line as it is read (of a row that is none: with its record).
+
+        Raises:
+            RecordError: a malformed or inconsistent record, with ``file:line`` and the remedy.
+            CropiError: a file is missing, unreadable, damaged or holds no record.
+        """
+        places, bad = Places(), list[RecordError]()
+        state = _State(self.columns, on_line)
+        for number, source in enumerate(self.sources):
+            empty = True
+            for where, offset, made in state.groups(source):
+                empty = False
+                try:
+                    if isinstance(made, RecordError):
+                        raise made
+                    places.add(made, number, where, offset, state.hashed)
+                except RecordError as error:
+                    if not self.skip_bad:
+                        raise error
+                    bad.append(error)
+                    if on_bad is not None:
+                        on_bad(error)
+                    continue
+                yield made
+            if empty:
+                raise CropiError(
+                    f"{source.name}: the file holds no trajectory record (one JSON object a line is expected)"
+                )
+        if state.hashed:
+            warnings.warn(
+                f"{self.names}: the records have no 'id', so every prompt's id is a hash of its content; a prompt "
+                "whose text changes is another one then, so give ids for a curriculum",
+                HashedIds,
+                stacklevel=3,
+            )
+        self.bad = bad
+        places.keep(self.sources, self.columns)
+
+    def take(self, ids: Iterable[str]) -> Iterator[PromptGroup]:
+        """The groups with these ids, in this order; read by their places where a full pass has found them.
+
+        Raises:
+            CropiError: an id is not there.
+        """
+        wanted = list(ids)
+        places = kept_places(self.sources, self.columns)
+        if places is not None:
+            reader = RecordReader()
+            for name in wanted:
+                yield places.read(name, self.sources, reader, self.names)
+            return
+        rest, found = set(wanted), dict[str, PromptGroup]()
+        for group in self.each():
+            if group.id in rest:
+                found[group.id] = group
+        for name in wanted:
+            if name not in found:
+                raise CropiError(f"the prompt {name!r:.100} is not in {self.names}")
+            yield found[name]
 
 
 def read_trajectories(
-    paths: str | Path | Sequence[str | Path],
+    paths: Any,
     *,
     skip_bad: bool = False,
     on_bad: Callable[[RecordError], None] | None = None,
     on_line: Callable[[bytes], None] | None = None,
 ) -> Iterator[PromptGroup]:
-    """Stream the prompt groups of one or more ``.jsonl`` or ``.jsonl.gz`` files, one line in memory at a
-    time.
+    """Stream the prompt groups of one or more files (or of anything that :func:`read` takes), one in memory at a time.
 
     Args:
         paths: the files, read in the order given. A prompt id must be unique over all of them.
@@ -37,109 +179,128 @@ def read_trajectories(
         RecordError: a malformed or inconsistent record, with ``file:line`` and the remedy.
         CropiError: a file is missing, unreadable, damaged or holds no record.
     """
-    seen: dict[str, str] = {}
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        empty = True
-        for where, line in _lines(Path(path)):
-            if on_line is not None:
-                on_line(line)
-            if not line.strip():
-                continue
-            empty = False
+    groups = read(paths)
+    if skip_bad and not groups.skip_bad:
+        groups = PromptGroups(groups.sources, skip_bad=True, columns=groups.columns)
+    return groups.each(on_bad, on_line)
+
+
+class _State:
+    """What one pass over several sources has to remember."""
+
+    def __init__(self, columns: Mapping[str, str], on_line: Callable[[bytes], None] | None) -> None:
+        self.columns, self.on_line = columns, on_line
+        self.reader = RecordReader()
+        self.hashed: bool | None = None  # whether the records have no ids; None before the first
+
+    def groups(self, source: Source) -> Iterator[tuple[str, int | None, Any]]:
+        """``(where, offset, group or the error in its place)`` of every record."""
+        table = source.table_file() if self.on_line is not None else None
+        if table is not None:
+            self._tell_file(table)
+        rows = self._told(source.rows(), table is not None)
+        first = next(rows, None)
+        if first is None:
+            return
+        form = self._form(first)
+        if form == RECORD:
+            for where, offset, row in _chained(first, rows):
+                try:
+                    yield where, offset, self._record(row, where)
+                except RecordError as error:
+                    yield where, offset, error
+        else:
+            yield from self._grouped(form, first, rows)
+
+    def _tell_file(self, path: Path) -> None:
+        assert self.on_line is not None
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                self.on_line(part)
+
+    def _told(self, rows: Iterator[Row], told: bool) -> Iterator[Row]:
+        """The rows that are not blank; their bytes are told unless the file's have been."""
+        for where, offset, row in rows:
+            if isinstance(row, bytes):
+                if self.on_line is not None:
+                    self.on_line(row)
+                if not row.strip(b" \t\r\n\xef\xbb\xbf"):
+                    continue
+            elif self.on_line is not None and not told:
+                text = row.raw if isinstance(row, PromptGroup) else json.dumps(row, default=repr)
+                self.on_line(text.encode("utf-8", "backslashreplace") + b"\n")
+            yield where, offset, row
+
+    def _form(self, first: Row) -> str:
+        where, _, row = first
+        if isinstance(row, PromptGroup):
+            return RECORD
+        try:
+            return form_of(self._dictionary(row, where), where)
+        except RecordError:
+            return RECORD  # the error comes again, when the record is read
+
+    def _dictionary(self, row: Any, where: str) -> dict[str, Any]:
+        if isinstance(row, bytes):
+            row = parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
+        else:
+            check_characters(row, where)
+        return renamed(row, self.columns, where) if self.columns else dict(row)
+
+    def _record(self, row: Any, where: str) -> PromptGroup:
+        if isinstance(row, PromptGroup):
+            return row
+        if isinstance(row, bytes) and not self.columns and not self.hashed:
             try:
-                group = parse_record(line, where)
-                if group.id in seen:
-                    raise RecordError(
-                        where,
-                        f"the prompt id {group.id!r} was used before, at {seen[group.id]}",
-                        "give every prompt its own id, or pass --skip-bad to keep the first",
-                    )
+                group = self.reader(row, where)
             except RecordError as error:
-                if not skip_bad:
+                if self.hashed is False or not error.problem.startswith("the key 'id' is missing"):
                     raise
-                if on_bad is not None:
-                    on_bad(error)
-                continue
-            seen[group.id] = where
-            yield group
-        if empty:
-            raise CropiError(
-                f"{path}: the file holds no trajectory record (one JSON object a line is expected)"
+            else:
+                self.hashed = False
+                return group
+        record = self._dictionary(row, where)
+        if self.hashed is None:
+            self.hashed = "id" not in record
+        if self.hashed and record.get("id") is not None:
+            raise RecordError(
+                where, "this record has an 'id', and those before it have none", "give all an id, or none"
             )
+        line = row if isinstance(row, bytes) and not self.columns else None
+        return make_group(record, where, line=line, default_id=content_id(record) if self.hashed else None)
+
+    def _grouped(self, form: str, first: Row, rows: Iterator[Row]) -> Iterator[tuple[str, None, Any]]:
+        """Rows of one response each, kept in a temporary file until all rows of their prompt are there."""
+        places: dict[str, list[int]] = {}
+        with tempfile.TemporaryFile() as file:
+            for where, _, row in _chained(first, rows):
+                try:
+                    made = self._dictionary(row, where)
+                    if form == CONVERSATION:
+                        made = split_conversation(made, where)
+                except RecordError as error:
+                    yield where, None, error
+                    continue
+                places.setdefault(group_key(made), []).append(file.tell())
+                pickle.dump((where, made), file, pickle.HIGHEST_PROTOCOL)
+            for offsets in places.values():
+                held = []
+                for offset in offsets:
+                    file.seek(offset)
+                    held.append(pickle.load(file))  # what was written above
+                wheres = [where for where, _ in held]
+                try:
+                    record = joined([row for _, row in held], wheres)
+                    yield wheres[0], None, self._record(record, wheres[0])
+                except RecordError as error:
+                    yield wheres[0], None, error
 
 
-def write_trajectories(path: str | Path, groups: Iterable[PromptGroup]) -> int:
-    """Write prompt groups as JSON lines (gzip when the name ends in ``.gz``); returns how many."""
-    count = 0
-    with _open_to_write(Path(path)) as file:
-        for group in groups:
-            file.write(json.dumps(group.to_record(), ensure_ascii=False) + "\n")
-            count += 1
-    return count
+def _chained(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
+    yield first
+    yield from rows
 
 
-@dataclass
-class Replaced:
-    """What :func:`replace_records` did: records that it replaced, newer ones that belong to no stored one (and are left
-    out), and records without log-probs among those that it wrote."""
-
-    replaced: int = 0
-    unknown: int = 0
-    without_logprobs: int = 0
-
-
-def replace_records(
-    stored: Sequence[str | Path], newer: str | Path, out: str | Path, *, skip_bad: bool = False
-) -> Replaced:
-    """Write the records of ``stored`` to ``out``, each replaced by that of ``newer`` where it has the same id.
-
-    Raises:
-        CropiError, RecordError: a file is missing or holds a bad record.
-    """
-    fresh = {group.id: group for group in read_trajectories(newer, skip_bad=skip_bad)}
-    counts = Replaced()
-    with replacing(Path(out)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        for group in read_trajectories(stored, skip_bad=skip_bad):
-            counts.replaced += group.id in fresh
-            group = fresh.get(group.id, group)
-            counts.without_logprobs += group.logprobs is None
-            file.write(group.raw + "\n")
-    counts.unknown = len(fresh) - counts.replaced
-    return counts
-
-
-def _open_to_read(path: Path) -> IO[bytes]:
-    # By content, not by name: files are renamed, and a download may have unpacked one.
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return cast(IO[bytes], gzip.open(path, "rb")) if packed else open(path, "rb")
-
-
-@contextmanager
-def _open_to_write(path: Path) -> Iterator[IO[str]]:
-    with ExitStack() as stack:
-        file: Any = stack.enter_context(open(path, "wb"))
-        if path.suffix == ".gz":
-            # No time stamp and no name in the header: equal content gives equal bytes.
-            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
-        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline="\n"))
-
-
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    if path.is_dir():
-        raise CropiError(f"{path} is a folder; give trajectory files (.jsonl or .jsonl.gz)")
-    if not path.exists():
-        raise CropiError(f"{path}: there is no such trajectory file")
-    if not path.is_file():
-        raise CropiError(
-            f"{path} is a pipe or a device, but trajectories are read twice; write them to a file"
-        )
-    number = 0
-    try:
-        with _open_to_read(path) as file:
-            for number, line in enumerate(file, 1):
-                yield f"{path}:{number}", line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise CropiError(
-            f"{path}: the gzip stream is damaged after line {number} ({error}); copy it again"
-        ) from error
+def raw_records(source: Any, ids: Sequence[str]) -> Iterator[str]:
+    """The records with these ids as JSON lines, unchanged, in this order; see :meth:`PromptGroups.take`."""
+    return (group.raw for group in read(source).take(ids))

@@ -7,9 +7,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError, RecordError
@@ -60,10 +60,14 @@ class NothingToSelect(CropiError):
         )
 
 
-def scan(
-    paths: Sequence[str | Path], *, skip_bad: bool = False, on_line: Callable[[bytes], None] | None = None
-) -> Scan:
-    """Read every record once and count. Raises what :func:`cropi.data.readers.read_trajectories` raises."""
+def scan(source: Any, *, skip_bad: bool = False, on_line: Callable[[bytes], None] | None = None) -> Scan:
+    """Read every record once and count; groups that :func:`cropi.data.readers.read` gave are scanned once.
+
+    Raises what :func:`cropi.data.readers.read_trajectories` raises.
+    """
+    groups = read(source, skip_bad=skip_bad)
+    if isinstance(groups.found, Scan):
+        return groups.found
     found, digest = Scan(), hashlib.sha256()
 
     def take(line: bytes) -> None:
@@ -71,14 +75,15 @@ def scan(
         if on_line is not None:
             on_line(line)
 
-    for group in read_trajectories(paths, skip_bad=skip_bad, on_bad=found.bad.append, on_line=take):
+    for group in groups.each(found.bad.append, take):
         _count(found, group)
     if not found.prompts:
         raise CropiError(
-            f"{', '.join(map(str, paths))}: no usable record is left ({len(found.bad)} bad ones skipped); the first: "
+            f"{groups.names}: no usable record is left ({len(found.bad)} bad ones skipped); the first: "
             f"{found.bad[0]}"
         )
     found.fingerprint = digest.hexdigest()
+    groups.found = found
     return found
 
 

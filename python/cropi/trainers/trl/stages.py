@@ -16,8 +16,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from cropi.data.prompt_ids import PromptIds
-from cropi.data.readers import replace_records
 from cropi.data.scan import NothingToSelect
+from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.store.manifest import first_difference

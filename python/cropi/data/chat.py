@@ -1,0 +1,70 @@
+"""Messages of a conversation, in the one form that templates for text render."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cropi.errors import RecordError, shown
+
+# Kinds of content parts that hold text, with the key it stands under.
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
+IMAGE_REMEDY = "a policy that reads more than text is not supported; leave the prompt out, or pass --skip-bad"
+
+
+def plain_messages(messages: Any, name: str, where: str) -> list[dict[str, Any]]:
+    """The messages with their text parts joined, and without keys that hold nothing.
+
+    Raises:
+        RecordError: not a list of messages, or one holds an image, a video or a sound.
+    """
+    if not isinstance(messages, list):
+        raise RecordError(where, f"{name} must be a string or a list of messages, got {shown(messages)}")
+    return [_plain(message, f"{name}[{i}]", where) for i, message in enumerate(messages)]
+
+
+def text_of(messages: list[dict[str, Any]]) -> str:
+    """The text of the last message."""
+    return str(messages[-1].get("content") or "") if messages else ""
+
+
+def _plain(message: Any, name: str, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RecordError(
+            where, f"a message of {name.split('[')[0]!r} needs 'role' and 'content', got {shown(message)}"
+        )
+    # Columns of a table hold an empty value for every key that another row has.
+    made = {str(key): value for key, value in message.items() if value is not None}
+    content = made.get("content")
+    if content is None:
+        if not (made.get("tool_calls") or made.get("function_call") or made.get("reasoning_content")):
+            raise RecordError(
+                where,
+                f"a message of {name.split('[')[0]!r} needs 'role' and 'content', got {shown(message)}",
+            )
+        return made
+    if isinstance(content, list):
+        made["content"] = "".join(
+            _part(part, f"{name}.content[{i}]", where) for i, part in enumerate(content)
+        )
+    elif not isinstance(content, str):
+        raise RecordError(
+            where,
+            f"{name}.content must be a string or a list of text parts, got {shown(content)}",
+            "write the text itself, or pass --skip-bad",
+        )
+    return made
+
+
+def _part(part: Any, name: str, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text" if "text" in part else None) if isinstance(part, Mapping) else None
+    text = part.get(TEXT_PARTS[kind]) if kind in TEXT_PARTS else None
+    if isinstance(text, str):
+        return text
+    if isinstance(kind, str) and kind not in TEXT_PARTS:
+        raise RecordError(
+            where, f"{name} holds a part of the type {shown(kind)}, which is not text", IMAGE_REMEDY
+        )
+    raise RecordError(where, f'{name} must be {{"type": "text", "text": ...}}, got {shown(part)}')

@@ -1,0 +1,198 @@
+"""Rows in the forms that people have them: columns of other names, a row a response, conversations, prompts alone.
+
+===============  ====================================================  ==============================================
+form             a row has                                             what becomes of it
+===============  ====================================================  ==============================================
+record           ``rewards``, a list                                   it is one prompt group
+response         ``reward``, a number, and one response                rows are grouped by ``id``, or by the prompt
+conversation     ``reward`` and ``messages`` with the assistant's      the same; the prompt ends where the assistant
+                                                                       first speaks
+prompt           neither rewards nor responses                         an error: it has to be rolled out first
+===============  ====================================================  ==============================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cropi.data.keys import ALIASES, FIELDS
+from cropi.errors import CropiError, RecordError, did_you_mean, shown
+
+RECORD, RESPONSE, CONVERSATION, PROMPT = "record", "response", "conversation", "prompt"
+# What a row that holds one response calls the parts of a record, and what it is in the record.
+SINGLE = {
+    "response": "responses", "completion": "responses", "reward": "rewards", "response_ids": "response_ids",
+    "completion_ids": "response_ids", "response_token_ids": "response_ids", "logprobs": "logprobs",
+    "truncated": "truncated", **{key: name for key, name in ALIASES.items() if name == "loss_mask"},
+    "loss_mask": "loss_mask",
+}  # fmt: skip
+COLUMNS = tuple(dict.fromkeys((*FIELDS, "response", "reward")))
+_PROMPTS = ("prompt", "prompt_ids", "messages", "question", "problem", "query", "instruction", "input")
+_SCORES = ("score", "scores", "reward_score", "rewards", "reward", "correct", "accuracy")
+_ANSWERS = (
+    "response",
+    "responses",
+    "completion",
+    "completions",
+    "output",
+    "outputs",
+    "generation",
+    "generations",
+)
+ROLL_OUT = (
+    "these are prompts without responses; selection needs several scored responses of your policy to each of them: "
+    "roll the prompts out first (sample, score, and store the token ids and log-probs), and see docs/trajectories.md"
+)
+
+
+def parse_columns(words: str | Mapping[str, str] | None) -> dict[str, str]:
+    """``prompt=question,reward=score`` as a dictionary; a name without a column leaves that column out.
+
+    Raises:
+        CropiError: not of that form, or a name that no record has.
+    """
+    if words is None or isinstance(words, Mapping):
+        found = dict(words or {})
+    else:
+        pairs = [part.partition("=") for part in words.split(",") if part.strip()]
+        if not all(mark for _, mark, _ in pairs):
+            raise CropiError(f"columns: NAME=COLUMN,... is expected, got {shown(words)}")
+        found = {name.strip(): column.strip() for name, _, column in pairs}
+    for name, column in found.items():
+        if name not in COLUMNS and column:
+            raise CropiError(
+                f"columns: {name!r} is no part of a record; {did_you_mean(name, COLUMNS)}known are {', '.join(COLUMNS)}"
+            )
+    return found
+
+
+def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The row with its columns under the names of the record.
+
+    Raises:
+        RecordError: it has no such column.
+    """
+    made = {key: value for key, value in row.items() if key not in columns}
+    for column in columns.values():
+        made.pop(column, None)
+    for name, column in columns.items():
+        if not column:
+            continue
+        value: Any = row
+        for part in [column] if column in row else column.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                if any(column in path for path in (row, *row.values()) if isinstance(path, Mapping)):
+                    break
+                raise RecordError(
+                    where,
+                    f"there is no column {column!r} for {name!r}",
+                    f"{did_you_mean(column, map(str, row))}its columns are {', '.join(map(str, row)):.300}",
+                )
+            value = value[part]
+        made[name] = value
+    return made
+
+
+def form_of(row: Mapping[str, Any], where: str) -> str:
+    """The form of a row (see above).
+
+    Raises:
+        CropiError: it holds prompts alone, or neither form whole; the message says what is missing.
+    """
+    keys = [key for key, value in row.items() if value is not None]
+    if "rewards" in keys or "responses" in keys or "completions" in keys:
+        return RECORD
+    has_reward, has_response = "reward" in keys, any(key in SINGLE and key != "reward" for key in keys)
+    messages = row.get("messages")
+    talks = isinstance(messages, list) and any(
+        isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
+    )
+    if has_reward and has_response:
+        return RESPONSE
+    if has_reward and talks:
+        return CONVERSATION
+    answered = has_response or talks or any(key in _ANSWERS for key in keys)
+    scored = has_reward or any(key in _SCORES for key in keys)
+    if not any(key in _PROMPTS for key in keys) and not (answered or scored):
+        return RECORD  # which says what is missing
+    held = f"the row has {', '.join(map(repr, keys[:40]))}"
+    if not answered and not scored:
+        raise CropiError(f"{where}: {ROLL_OUT} ({held})")
+    for wanted, there, names in (
+        ("reward", has_reward, _SCORES),
+        ("response", has_response or talks, _ANSWERS),
+    ):
+        near = next((key for key in keys if key in names and key != wanted), None)
+        if not there and ("id" not in keys or near):
+            hint = f"did you mean --columns {wanted}={near}? " if near else ""
+            raise CropiError(
+                f"{where}: a row a response needs {wanted!r}, and has none; {hint}name the column with --columns "
+                f"{wanted}=NAME ({held})"
+            )
+    return RECORD
+
+
+def split_conversation(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row with ``messages`` as one with a prompt and a response, which begins where the assistant first speaks."""
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise RecordError(where, f"'messages' must be a list of messages, got {shown(messages)}")
+    first = next((i for i, message in enumerate(messages) if message.get("role") == "assistant"), None)
+    if not first:
+        raise RecordError(
+            where, "'messages' needs a message before the assistant's first one, and one of the assistant",
+            "give the whole conversation, prompt and response",
+        )  # fmt: skip
+    made = {key: value for key, value in row.items() if key != "messages"}
+    return made | {"prompt": messages[:first], "response": messages[first:]}
+
+
+def group_key(row: Mapping[str, Any]) -> str:
+    """What rows of one prompt share: their id, or the content of the prompt."""
+    return f"id {row['id']}" if row.get("id") is not None else content_id(row)
+
+
+def content_id(record: Mapping[str, Any]) -> str:
+    """An id made from the prompt and its reference answer: equal prompts have equal ids, and a changed one a new id."""
+    ids = record.get("prompt_ids", record.get("prompt_token_ids"))
+    prompt = record.get("prompt", record.get("messages"))
+    content = [prompt if prompt is not None else ids, record.get("answer"), record.get("tools")]
+    text = json.dumps(content, sort_keys=True, default=repr)
+    return "text-" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def joined(rows: list[dict[str, Any]], wheres: list[str]) -> dict[str, Any]:
+    """The record of some rows that hold a response each. Columns that differ between them are left out.
+
+    Raises:
+        RecordError: the rows disagree on the prompt or on what the record can hold once.
+    """
+    made: dict[str, Any] = {}
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    for key in names:
+        values = [row.get(key) for row in rows]
+        if key in SINGLE:
+            if any(value is not None for value in values):
+                if (name := SINGLE[key]) in made:
+                    raise RecordError(wheres[0], f"{name!r} is there under two names", "keep one of them")
+                made[name] = values
+        elif all(value == values[0] for value in values[1:]):
+            made[key] = values[0]
+        elif key in ("step", "policy", "policy_version"):
+            raise RecordError(
+                wheres[0],
+                f"the responses to this prompt are of several policies ({key} {shown(values)})",
+                "give the files of one step, or `cropi convert --keep newest` the trainer's dump",
+            )
+        elif key in FIELDS or key in ALIASES:
+            other = next(i for i, value in enumerate(values) if value != values[0])
+            raise RecordError(
+                wheres[other], f"another row of the same prompt, at {wheres[0]}, has another {key!r}",
+                "give every prompt its own id, or pass --skip-bad",
+            )  # fmt: skip
+    if "logprobs" in made and any(value is None for value in made["logprobs"]):
+        raise RecordError(wheres[0], "some responses to this prompt have 'logprobs', and some have none")
+    return made

@@ -1,0 +1,112 @@
+"""Files as streams of unpacked bytes, with limits that a packed bomb runs into."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from cropi.data.formats import packing_of
+from cropi.errors import CropiError, optional
+
+# Records of 64 responses of 32,000 tokens with log-probs have 60 MB. A line is held in memory, and its objects take
+# some ten times its size.
+LONGEST_LINE = 512 * 2**20
+# Text packs to a third, token ids to a fifth, many equal records to a hundredth.
+LARGEST_RATIO, RATIO_FROM = 400, 64 * 2**20
+_DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+
+
+def check_file(path: Path) -> None:
+    """Check that there is a file that can be read more than once.
+
+    Raises:
+        CropiError: there is none, or it is a folder, a pipe or a device.
+    """
+    if path.is_dir():
+        raise CropiError(
+            f"{path} is a folder; give trajectory files (.jsonl, .jsonl.gz, .parquet), or the folder that "
+            "datasets' save_to_disk wrote"
+        )
+    try:
+        there, plain = path.exists(), path.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        raise CropiError(f"{str(path)[:200]!r}: there is no such trajectory file ({error})") from None
+    if not there:
+        raise CropiError(f"{path}: there is no such trajectory file")
+    if not plain:
+        raise CropiError(
+            f"{path} is a pipe or a device, but trajectories are read twice; write them to a file"
+        )
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """The unpacked bytes of a file.
+
+    Raises:
+        CropiError: the packed stream is damaged, or unpacks to more than :data:`LARGEST_RATIO` times its size.
+    """
+    with open(path, "rb") as file:
+        packing = packing_of(file.read(16))
+        file.seek(0)
+        if packing is None:
+            yield file
+            return
+        counted = _Counted(_unpacker(packing, file), file, path)
+        try:
+            yield cast(IO[bytes], Unpacked(counted, 2**18))
+        except (*_DAMAGE, OSError) as error:
+            if (
+                isinstance(error, OSError)
+                and not isinstance(error, gzip.BadGzipFile)
+                and error.errno is not None
+            ):
+                raise
+            raise CropiError(
+                f"{path}: the {packing} stream is damaged after line {counted.lines} ({error}); copy it again"
+            ) from error
+
+
+def _unpacker(packing: str, file: IO[bytes]) -> Any:
+    if packing == "gzip":
+        return gzip.GzipFile(fileobj=file, mode="rb")
+    if packing == "bz2":
+        return bz2.BZ2File(file, "rb")
+    if packing == "xz":
+        return lzma.LZMAFile(file, "rb")
+    pyarrow = optional("pyarrow")
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
+
+
+class Unpacked(io.BufferedReader):
+    """The unpacked bytes of a packed file."""
+
+
+class _Counted(io.RawIOBase):
+    """An unpacker's output, counted against the packed bytes that it has taken."""
+
+    def __init__(self, source: Any, packed: IO[bytes], path: Path) -> None:
+        self.source, self.packed, self.path = source, packed, path
+        self.read_bytes = self.lines = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.source.read(len(buffer))
+        buffer[: len(data)] = data
+        self.read_bytes += len(data)
+        self.lines += data.count(b"\n")
+        if self.read_bytes > RATIO_FROM and self.read_bytes > LARGEST_RATIO * max(self.packed.tell(), 1):
+            raise CropiError(
+                f"{self.path} unpacks to more than {LARGEST_RATIO} times its size ({self.read_bytes >> 20} MiB from "
+                f"{self.packed.tell() >> 10} KiB so far), which no trajectories do; unpack it yourself if it is right"
+            )
+        return len(data)

@@ -1,0 +1,105 @@
+"""Where every record of some files stands, so that later passes read only the records they need."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cropi.data.fast import RecordReader
+from cropi.data.records import PromptGroup
+from cropi.data.sources import Source
+from cropi.errors import CropiError, RecordError
+
+# Of so many lists of files, the places are kept; a run has one for training and one for every validation set.
+_KEPT: OrderedDict[tuple[Any, ...], Places] = OrderedDict()
+_MOST = 16
+
+
+class Places:
+    """The place of every prompt id: a number, and by it the source and the line's offset. Some 150 bytes a prompt."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._sources, self._offsets, self._lines = array("H"), array("q"), array("q")
+        self._names: dict[int, str] = {}
+        self._wheres: dict[int, str] = {}
+        self.by_offset = True
+
+    def add(
+        self, group: PromptGroup, source: int, where: str, offset: int | None, hashed: bool | None
+    ) -> None:
+        """Take note of a group.
+
+        Raises:
+            RecordError: its id was used before.
+        """
+        number = self._numbers.setdefault(group.id, len(self._offsets))
+        if number < len(self._offsets):
+            raise RecordError(
+                where,
+                f"the prompt id {group.id!r:.100} was used before, at {self._where(number)}",
+                "two records have the same prompt and answer: give them ids, or put their responses into one record"
+                if hashed
+                else "give every prompt its own id, or pass --skip-bad to keep the first",
+            )
+        self.by_offset &= offset is not None and not hashed
+        self._sources.append(source)
+        self._offsets.append(-1 if offset is None else offset)
+        name, _, line = where.rpartition(":")
+        if offset is not None and line.isdigit():
+            self._lines.append(int(line))
+            self._names[source] = name
+        else:
+            self._lines.append(-1)
+            self._wheres[number] = where
+
+    def _where(self, number: int) -> str:
+        line = self._lines[number]
+        return f"{self._names[self._sources[number]]}:{line}" if line >= 0 else self._wheres[number]
+
+    def keep(self, sources: Sequence[Source], columns: Mapping[str, str]) -> None:
+        """Keep these places for :func:`kept_places`, if every source is a file with records in lines."""
+        if self.by_offset and (key := _key(sources, columns)) is not None:
+            _KEPT[key] = self
+            _KEPT.move_to_end(key)
+            while len(_KEPT) > _MOST:
+                _KEPT.popitem(last=False)
+
+    def read(self, name: str, sources: Sequence[Source], reader: RecordReader, shown: str) -> PromptGroup:
+        """The group with an id, from its line.
+
+        Raises:
+            CropiError: no such id, or the file was changed.
+        """
+        number = self._numbers.get(name)
+        if number is None:
+            raise CropiError(f"the prompt {name!r:.100} is not in {shown}")
+        path = sources[self._sources[number]].lines_file()
+        if path is None:
+            raise CropiError(f"{sources[self._sources[number]].name} was changed while it was used")
+        with open(path, "rb") as file:
+            file.seek(self._offsets[number])
+            group = reader(file.readline(), self._where(number))
+        if group.id != name:
+            raise CropiError(f"{path} was changed while it was used: {name!r:.100} is not where it was")
+        return group
+
+
+def kept_places(sources: Sequence[Source], columns: Mapping[str, str]) -> Places | None:
+    """The places that a full pass over these very files has found, if they have not changed since."""
+    key = _key(sources, columns)
+    return _KEPT.get(key) if key is not None else None
+
+
+def _key(sources: Sequence[Source], columns: Mapping[str, str]) -> tuple[Any, ...] | None:
+    parts: list[Any] = sorted(columns.items())
+    for source in sources:
+        path = source.lines_file()
+        if path is None:
+            return None
+        state = os.stat(path)
+        parts.append((str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns))
+    return tuple(parts)

@@ -1,0 +1,179 @@
+"""Where rows come from: files of any format that is read, folders, hub data sets, and what is in memory."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Union
+
+from cropi.data.formats import JSON, format_of, packing_of
+from cropi.data.hub import from_hub, is_hub_name
+from cropi.data.lines import elements_of, lines_of
+from cropi.data.opened import Unpacked, check_file, unpacked
+from cropi.data.records import PromptGroup
+from cropi.data.tables import is_saved, rows_of_batch, rows_of_saved, rows_of_table_file
+from cropi.errors import CropiError, optional
+
+# (file:line, offset of the line or None, the line as bytes or the row as a dictionary)
+Row = tuple[str, Union[int, None], Any]  # noqa: UP007 (evaluated, also by Python 3.10)
+
+
+class Source:
+    """Something that gives its rows again and again, in the same order. ``name`` is what messages call it."""
+
+    name: str
+
+    def rows(self) -> Iterator[Row]:
+        """The rows, from the first one."""
+        raise NotImplementedError
+
+    def lines_file(self) -> Path | None:
+        """The file whose lines the rows' offsets point at, where there is one."""
+        return None
+
+    def table_file(self) -> Path | None:
+        """The file that holds the rows as a table, where there is one."""
+        return None
+
+
+class PathSource(Source):
+    """A file, or a folder that datasets' ``save_to_disk`` wrote."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.name, self.file = name or str(path), path
+
+    def rows(self) -> Iterator[Row]:
+        if is_saved(self.file):
+            return ((where, None, row) for where, row in rows_of_saved(self.file))
+        check_file(self.file)
+        return self._rows()
+
+    def lines_file(self) -> Path | None:
+        head = self._head()
+        return self.file if head and not packing_of(head) and _begins(head) == b"{" else None
+
+    def table_file(self) -> Path | None:
+        head = self._head()
+        return self.file if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) else None
+
+    def _head(self) -> bytes:
+        if not self.file.is_file():
+            return b""
+        with open(self.file, "rb") as file:
+            return file.read(512)
+
+    def _rows(self) -> Iterator[Row]:
+        with unpacked(self.file) as stream, tempfile.NamedTemporaryFile(suffix=".unpacked") as kept:
+            head = _peek(stream)
+            form, table = format_of(head, self.name), self.file
+            if form == JSON:
+                rows = elements_of if _begins(head) == b"[" else lines_of
+                for where, offset, line in rows(stream, self.name):
+                    yield where, offset, line
+                return
+            if isinstance(stream, Unpacked):  # tables are not read in one direction
+                shutil.copyfileobj(stream, kept)
+                kept.flush()
+                table = Path(kept.name)
+            for where, row in rows_of_table_file(table, form, self.name):
+                yield where, None, row
+
+
+class StdinSource(PathSource):
+    """Standard input, kept in a temporary file because rows are read more than once."""
+
+    def __init__(self) -> None:
+        self._kept = tempfile.NamedTemporaryFile(prefix="cropi-stdin-")
+        shutil.copyfileobj(sys.stdin.buffer, self._kept)
+        self._kept.flush()
+        super().__init__(Path(self._kept.name), "standard input")
+
+
+class MemorySource(Source):
+    """Dictionaries, prompt groups, a ``datasets.Dataset``, a pyarrow table or a pandas frame."""
+
+    def __init__(self, held: Any, name: str) -> None:
+        self.held, self.name = held, name
+
+    def rows(self) -> Iterator[Row]:
+        for i, row in enumerate(_rows_of_object(self.held, self.name)):
+            where = f"{self.name}[{i}]"
+            if not isinstance(row, (Mapping, PromptGroup)):
+                raise CropiError(
+                    f"{where}: a record is a dictionary (or a PromptGroup), got {type(row).__name__}; see "
+                    "docs/trajectories.md for its keys"
+                )
+            yield where, None, row
+
+
+def sources_of(source: Any, name: str = "records") -> list[Source]:
+    """The sources that something names or is: a path, a hub id, ``-``, a table, rows, or a list of any of these.
+
+    Raises:
+        CropiError: nothing, or something else.
+    """
+    if isinstance(source, (str, Path)):
+        return [_named(source)]
+    if isinstance(source, Mapping):
+        if all(hasattr(part, "column_names") for part in source.values()) and source:
+            raise CropiError(
+                f"{name} is a dictionary of data sets ({', '.join(map(str, source))}); give one of them, for example "
+                f"{name}[{str(next(iter(source)))!r}]"
+            )
+        raise CropiError(f"{name} is one dictionary; give a list of records, even of one")
+    if isinstance(source, Sequence) and source and all(isinstance(part, (str, Path)) for part in source):
+        return [_named(part) for part in source]
+    if isinstance(source, Sequence) and any(isinstance(part, (str, Path)) for part in source):
+        raise CropiError(f"{name}: paths and records are mixed in one list; give one or the other")
+    if isinstance(source, Sequence) and source and all(_is_table(part) for part in source):
+        return [MemorySource(part, f"{name}[{i}]") for i, part in enumerate(source)]
+    if isinstance(source, Sequence) or _is_table(source):
+        if hasattr(source, "__len__") and not len(source):
+            raise CropiError(f"{name} is empty; give at least one record")
+        return [MemorySource(source, name)]
+    if isinstance(source, Iterator):
+        raise CropiError(
+            f"{name} is a {type(source).__name__}, which can be read once, but records are read twice; give a list"
+        )
+    raise CropiError(
+        f"{name} must be a path, a list of paths or of records, or a datasets.Dataset, got {type(source).__name__}"
+    )
+
+
+def _named(name: str | Path) -> Source:
+    if str(name) == "-":
+        return StdinSource()
+    path = Path(name)
+    if is_hub_name(name) and not (str(name) and path.exists()):
+        made: Source = from_hub(str(name), PathSource, MemorySource)
+        return made
+    return PathSource(path)
+
+
+def _is_table(held: Any) -> bool:
+    return hasattr(held, "column_names") or hasattr(held, "to_batches") or hasattr(held, "iterrows")
+
+
+def _rows_of_object(held: Any, name: str) -> Iterator[Any]:
+    if hasattr(held, "iterrows"):  # pandas
+        held = optional("pyarrow").Table.from_pandas(held, preserve_index=False)
+    if hasattr(held, "to_batches"):  # pyarrow
+        return itertools.chain.from_iterable(map(rows_of_batch, held.to_batches(max_chunksize=1024)))
+    if hasattr(held, "with_format") and hasattr(held, "iter"):  # datasets
+        tables = held.with_format("arrow").iter(batch_size=256)
+        batches = itertools.chain.from_iterable(table.to_batches() for table in tables)
+        return itertools.chain.from_iterable(map(rows_of_batch, batches))
+    return iter(held)
+
+
+def _peek(stream: IO[bytes]) -> bytes:
+    """The first bytes, which are not taken."""
+    return stream.peek(512)[:512]  # type: ignore[attr-defined]
+
+
+def _begins(head: bytes) -> bytes:
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]

@@ -1,0 +1,124 @@
+"""Rows of tables as records: parquet, arrow and datasets, some rows in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cropi.data.formats import ARROW_FILE, PARQUET
+from cropi.errors import CropiError, optional
+
+BATCH_BYTES, MOST_ROWS = 64 * 2**20, 4096
+# datasets' save_to_disk writes these into a folder.
+STATE, SPLITS = "state.json", "dataset_dict.json"
+
+
+def rows_of_table_file(
+    path: Path, form: str, shown: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(file, row n)`` and the row, of a parquet or arrow file.
+
+    Raises:
+        CropiError: the file is damaged or cut.
+    """
+    pyarrow, name = optional("pyarrow"), shown or str(path)
+    start = 0
+    try:
+        for batch in _parquet(path) if form == PARQUET else _arrow(path, form):
+            for i, row in enumerate(rows_of_batch(batch)):
+                yield f"{name}, row {start + i}", row
+            start += batch.num_rows
+    except (pyarrow.ArrowException, OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CropiError(
+            f"{name}: the {form} file is damaged or was cut after row {start} ({str(error)[:200]}); copy it again"
+        ) from error
+
+
+def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a folder that datasets' ``save_to_disk`` wrote.
+
+    Raises:
+        CropiError: it holds several splits, or a file of it is missing.
+    """
+    if (path / SPLITS).exists():
+        try:
+            names = json.loads((path / SPLITS).read_text(encoding="utf-8"))["splits"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CropiError(f"{path / SPLITS} is damaged ({error}); save the dataset again") from None
+        raise CropiError(
+            f"{path} holds the splits {', '.join(map(str, names))}; give the folder of one, for example "
+            f"{path / str(names[0]) if names else path}"
+        )
+    try:
+        files = [
+            path / entry["filename"] for entry in json.loads((path / STATE).read_text("utf-8"))["_data_files"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CropiError(f"{path / STATE} is damaged ({error}); save the dataset again") from None
+    for file in files:
+        if not file.is_file():
+            raise CropiError(f"{path}: its file {file.name} is missing; copy the folder again")
+        yield from rows_of_table_file(file, "arrow stream")
+
+
+def is_saved(path: Path) -> bool:
+    """Whether datasets' ``save_to_disk`` wrote this folder."""
+    return path.is_dir() and ((path / STATE).is_file() or (path / SPLITS).is_file())
+
+
+def rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a record batch as dictionaries, without the columns that are null in a row."""
+    names = batch.schema.names
+    columns = [_values(batch.column(i)) for i in range(batch.num_columns)]
+    for row in zip(*columns):
+        yield {name: value for name, value in zip(names, row) if value is not None}
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    with optional("pyarrow.parquet").ParquetFile(path) as file:
+        meta = file.metadata
+        size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+        rows = int(BATCH_BYTES / max(size / max(meta.num_rows, 1), 1))
+        yield from file.iter_batches(batch_size=max(1, min(rows, MOST_ROWS)))
+
+
+def _arrow(path: Path, form: str) -> Iterator[Any]:
+    pyarrow = optional("pyarrow")
+    with pyarrow.memory_map(str(path)) as source:
+        if form == ARROW_FILE:
+            reader = pyarrow.ipc.open_file(source)
+            batches: Iterator[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = iter(pyarrow.ipc.open_stream(source))
+        for batch in batches:
+            rows = int(BATCH_BYTES / max(batch.nbytes / max(batch.num_rows, 1), 1))
+            for start in range(0, batch.num_rows, max(1, min(rows, MOST_ROWS))):
+                yield batch.slice(start, max(1, min(rows, MOST_ROWS)))
+
+
+def _values(column: Any) -> list[Any]:
+    """A column as Python values. Lists of numbers, which hold nearly all of a rollout, go through numpy."""
+    types, kind = optional("pyarrow").types, column.type
+    if types.is_list(kind) or types.is_large_list(kind):
+        inner, ends = _values(column.flatten()), _lengths(column)
+        found, start = [], 0
+        for size in ends:
+            found.append(None if size is None else inner[start : start + size])
+            start += size or 0
+        return found
+    if types.is_struct(kind):
+        fields = [_values(part) for part in column.flatten()]  # nulls of the struct are nulls of its parts
+        names, valid = [field.name for field in kind], column.is_valid().to_pylist()
+        rows = zip(*fields) if fields else ((),) * len(column)
+        return [dict(zip(names, row)) if there else None for row, there in zip(rows, valid)]
+    if (types.is_integer(kind) or types.is_floating(kind)) and column.null_count == 0:
+        return list(column.to_numpy(zero_copy_only=False).tolist())
+    return list(column.to_pylist())
+
+
+def _lengths(column: Any) -> list[int | None]:
+    return list(optional("pyarrow.compute").list_value_length(column).to_pylist())

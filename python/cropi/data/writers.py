@@ -1,0 +1,66 @@
+"""Prompt groups to files, and newer records in place of older ones."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from cropi.data.readers import read_trajectories
+from cropi.data.records import PromptGroup
+from cropi.files import replacing
+
+
+def write_trajectories(path: str | Path, groups: Iterable[PromptGroup]) -> int:
+    """Write prompt groups as JSON lines (gzip when the name ends in ``.gz``); returns how many."""
+    count = 0
+    with _open_to_write(Path(path)) as file:
+        for group in groups:
+            file.write(json.dumps(group.to_record(), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+@dataclass
+class Replaced:
+    """What :func:`replace_records` did: records that it replaced, newer ones that belong to no stored one (and are left
+    out), and records without log-probs among those that it wrote."""
+
+    replaced: int = 0
+    unknown: int = 0
+    without_logprobs: int = 0
+
+
+def replace_records(
+    stored: Sequence[str | Path], newer: str | Path, out: str | Path, *, skip_bad: bool = False
+) -> Replaced:
+    """Write the records of ``stored`` to ``out``, each replaced by that of ``newer`` where it has the same id.
+
+    Raises:
+        CropiError, RecordError: a file is missing or holds a bad record.
+    """
+    fresh = {group.id: group for group in read_trajectories(newer, skip_bad=skip_bad)}
+    counts = Replaced()
+    with replacing(Path(out)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for group in read_trajectories(stored, skip_bad=skip_bad):
+            counts.replaced += group.id in fresh
+            group = fresh.get(group.id, group)
+            counts.without_logprobs += group.logprobs is None
+            file.write(group.raw + "\n")
+    counts.unknown = len(fresh) - counts.replaced
+    return counts
+
+
+@contextmanager
+def _open_to_write(path: Path) -> Iterator[IO[str]]:
+    with ExitStack() as stack:
+        file: Any = stack.enter_context(open(path, "wb"))
+        if path.suffix == ".gz":
+            # No time stamp and no name in the header: equal content gives equal bytes.
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
+        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline="\n"))
