@@ -33,11 +33,12 @@ def main() -> None:
         group = groups[step % len(groups)]
         advantages = group_advantages(group.group.rewards)
         total = 0.0
-        for response, advantage in zip(group.responses, advantages, strict=True):
+        for k, (response, advantage) in enumerate(zip(group.responses, advantages, strict=True)):
+            mask = torch.tensor(group.masks[k] if group.masks else [1] * len(response), dtype=torch.bool)
             ids = torch.tensor([group.prompt + response])
             logprobs = model(ids).logits[0, len(group.prompt) - 1 : -1].float().log_softmax(-1)
             chosen = logprobs.gather(1, torch.tensor(response)[:, None])
-            loss = -float(advantage) * chosen.mean() / len(advantages)
+            loss = -float(advantage) * chosen[mask].mean() / len(advantages)
             loss.backward()
             total += loss.item()
         optimizer.step()

@@ -234,7 +234,7 @@ def _fill(
     """Write one row's inputs in place; yield, per response, the arrays of its scored tokens."""
     group, size = row.group, len(row.group.prompt)
     advantages = estimator.advantages(group.group.rewards)
-    divisors = estimator.divisors([len(response) for response in group.responses])
+    divisors = estimator.divisors(group.lengths)
     ids[:size], places[:size], blocks[:size] = group.prompt, np.arange(size), 0
     start = size
     for number, k in enumerate(row.chosen, 1):
@@ -247,14 +247,18 @@ def _fill(
         )
         # The first token is predicted by the prompt's last one, the others by the token before them.
         where = np.concatenate([[size - 1], np.arange(inputs.start, inputs.stop)])
+        behaviour = np.asarray(
+            group.logprobs[k] if stored and group.logprobs else np.zeros(len(response)), dtype=np.float64
+        )
+        if group.masks is not None:
+            scored = np.asarray(group.masks[k], dtype=bool)
+            where, response, behaviour = where[scored], response[scored], behaviour[scored]
         yield (
             where.astype(np.int64) + offset,
             response,
             np.full(len(response), segment, dtype=np.int64),
             np.full(len(response), advantages[k]),
             np.full(len(response), divisors[k]),
-            np.asarray(
-                group.logprobs[k] if stored and group.logprobs else np.zeros(len(response)), dtype=np.float64
-            ),
+            behaviour,
         )
         start = inputs.stop

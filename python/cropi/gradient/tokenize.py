@@ -39,13 +39,18 @@ def template_text(template: str) -> str:
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """A prompt group as token ids; every response ends with the end token unless it was truncated."""
+    """A prompt group as token ids; every response ends with the end token unless it was truncated.
+
+    ``masks`` holds a 1 for every token of ``responses`` that is scored, and a 0 for those that are only read (what
+    tools and users said in between); None: all are scored. The last token of a response is always scored.
+    """
 
     group: PromptGroup
     prompt: list[int]
     responses: list[list[int]]
     logprobs: list[list[float]] | None
     temperature: float
+    masks: list[list[int]] | None = None
 
     @property
     def id(self) -> str:
@@ -55,7 +60,12 @@ class TokenGroup:
     @property
     def scored(self) -> int:
         """The number of scored tokens."""
-        return sum(map(len, self.responses))
+        return sum(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of scored tokens of every response."""
+        return list(map(len, self.responses)) if self.masks is None else list(map(sum, self.masks))
 
 
 @dataclass(frozen=True)
@@ -123,11 +133,27 @@ class Tokenize:
             self._check_vocabulary(where, f"responses[{k}]", ids)
             if not ids:
                 raise RecordError(where, f"responses[{k}] has no token")
-        logprobs = group.logprobs
+        logprobs, masks = group.logprobs, group.loss_mask
+        if masks is not None:
+            responses = _without_rest(responses, masks)
         prompt, responses = self._fit(where, prompt, responses)
+        if masks is not None:
+            masks = [list(mask[: len(ids)]) for mask, ids in zip(masks, responses, strict=True)]
+            for k, mask in enumerate(masks):
+                if not any(mask):
+                    raise RecordError(
+                        where,
+                        f"responses[{k}] has no scored token left where it is cut",
+                        "pass a higher --max-length, --too-long skip, or --skip-bad",
+                    )
+            responses = _without_rest(responses, masks)
+            masks = [mask[: len(ids)] for mask, ids in zip(masks, responses, strict=True)]
+            if all(map(all, masks)):
+                masks = None
         if logprobs is not None:
             logprobs = [values[: len(ids)] for values, ids in zip(logprobs, responses, strict=True)]
-        return TokenGroup(group, prompt, responses, logprobs, self.temperature or group.temperature or 1.0)
+        temperature = self.temperature or group.temperature or 1.0
+        return TokenGroup(group, prompt, responses, logprobs, temperature, masks)
 
     def _prompt(self, group: PromptGroup, where: str) -> list[int]:
         prompt, template = group.prompt, self.chat_template
@@ -192,3 +218,11 @@ class Tokenize:
         cure = " or ".join(name for name, works in cures.items() if works)
         higher = "a higher --max-length or " if self.max_length and self.max_length != self.context else ""
         raise RecordError(where, f"{what}, together more than {bound}", f"pass {higher}--too-long {cure}")
+
+
+def _without_rest(responses: list[list[int]], masks: list[list[int]]) -> list[list[int]]:
+    """The responses up to their last scored token: nothing that is scored reads what comes behind it."""
+    return [
+        ids[: max((t for t, scored in enumerate(mask) if scored), default=len(ids) - 1) + 1]
+        for ids, mask in zip(responses, masks, strict=True)
+    ]
