@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
+import re
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -58,8 +62,9 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced to disk and renamed to ``path``.
 
-    On any error the temporary file is removed and ``path`` keeps its old content. After a kill, a
-    ``.tmp`` file may stay behind; nobody reads it.
+    On any error the temporary file is removed and ``path`` keeps its old content. After a kill, a ``.tmp`` file may
+    stay behind; nobody reads it, and the next call for the same ``path`` on this machine removes it. The file is made
+    under a random name and never opened through a link that stands there. A replaced file keeps its permissions.
 
     Raises:
         CropiError: ``path`` is a folder or cannot be written, or the disk is full (or a quota or a file size limit
@@ -68,9 +73,15 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise CropiError(f"cannot write {path}: it is a folder; give the path of a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    prefix, made = _temporary_prefix(path.name), False
+    temporary = path.with_name(f"{prefix}{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent, prefix)
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        made = True
+        with contextlib.closing(os.fdopen(descriptor, "wb")), contextlib.suppress(OSError):
+            os.fchmod(descriptor, path.stat().st_mode & 0o777)  # where there is a file to replace
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -91,8 +102,34 @@ def replacing(path: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if made:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _temporary_prefix(name: str) -> str:
+    """What the temporary files of ``name`` begin with on this machine, before the process id."""
+    host = re.sub(r"[^\w-]", "_", socket.gethostname())
+    return f".{name[:80]}.{host}."  # names are limited to 255 bytes
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove the temporary files that killed processes of this machine left for one file."""
+    for left in folder.glob(f"{glob.escape(prefix)}*.tmp"):
+        owner = left.name.split(".")[-3]
+        if owner.isdecimal() and not _alive(int(owner)):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

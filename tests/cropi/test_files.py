@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cropi.errors import CropiError
-from cropi.files import replacing
+from cropi.files import replacing, write_atomic
 
 
 def test_an_error_of_a_file_that_is_read_meanwhile_is_not_one_of_writing(tmp_path: Path) -> None:
@@ -33,3 +36,49 @@ def test_an_error_of_the_file_itself_its_folder_or_the_disk_is_one_of_writing(tm
     with pytest.raises(CropiError, match="cannot write .*out.jsonl: .*; give a path"):
         with replacing(tmp_path / "file" / "below" / "out.jsonl"):
             pass
+
+
+def test_a_link_that_was_planted_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who may write into the folder and guesses the temporary name: the link's target stays as it is."""
+    monkeypatch.setattr("secrets.token_hex", lambda n: "00000000")
+    target, out = tmp_path / "target", tmp_path / "out.txt"
+    target.write_text("precious")
+    with replacing(out) as temporary:
+        name = temporary.name
+        temporary.write_text("new")
+    (tmp_path / name).symlink_to(target)
+    with pytest.raises(CropiError, match="cannot write .*out.txt: file exists"):
+        write_atomic(out, "newer")
+    assert (target.read_text(), out.read_text()) == ("precious", "new")
+
+
+def test_permissions_of_a_replaced_file_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out.txt"
+    before = os.umask(0o027)
+    try:
+        write_atomic(out, "1")
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o640, "a new file has those of any new file"
+    out.chmod(0o604)
+    write_atomic(out, "2")
+    assert (out.stat().st_mode & 0o777, out.read_text()) == (0o604, "2")
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    out, code = tmp_path / "a[1].txt", "import os, sys\nfrom cropi.files import replacing\n"
+    code += (
+        "with replacing(__import__('pathlib').Path(sys.argv[1])) as t:\n    t.write_text('half'); os._exit(9)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(out)], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    other = tmp_path / f".a[1].txt.elsewhere.{os.getpid()}.00.tmp"
+    other.write_text("another machine's")
+    with replacing(out) as temporary:
+        temporary.write_text("whole")
+        write_atomic(out, "by another call meanwhile")
+        assert temporary.exists(), "a living process's file stays"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out.name, other.name])
+    assert out.read_text() == "whole"

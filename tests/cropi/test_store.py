@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -382,3 +384,107 @@ def test_shards_are_in_order_of_their_numbers(tmp_path: Path) -> None:
     (store / "shard-00000 (copy).safetensors").write_bytes(b"")
     with pytest.raises(CropiError, match="copy.*is no shard of this store .*; take it out"):
         SketchStore.open(store)
+
+
+def shard_of(folder: Path, number: int = 0) -> tuple[Path, Path]:
+    path = folder / f"shard-{number:05d}.safetensors"
+    return path, Path(f"{path}.sha256")
+
+
+def copy_shard(source: Path, number: int, target: Path, new: int) -> None:
+    for old, path in zip(shard_of(source, number), shard_of(target, new), strict=True):
+        path.write_bytes(old.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": {"dtype": "float32", "weights": "bb"}}, {"trajectories": "ff"}, {"stage": "1"}]
+)
+def test_a_shard_of_another_store_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """With its own checksum beside it: sketches of other weights would be compared as if they were this model's."""
+    fill(tmp_path / "s", 8)
+    fill(tmp_path / "other", 8, MANIFEST | change)
+    copy_shard(tmp_path / "other", 1, tmp_path / "s", 1)
+    for opening in (SketchStore.open, lambda path: SketchStore.create(path, MANIFEST)):
+        with pytest.raises(CropiError, match="shard-00001.* belongs to another store"):
+            opening(tmp_path / "s")
+
+
+def test_a_shard_twice_or_too_many_rows_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "s", 4, MANIFEST | {"prompts": 4})
+    copy_shard(tmp_path / "s", 0, tmp_path / "s", 1)
+    with pytest.raises(CropiError, match="shard-00001.* holds the prompt 'p000', and so does another shard"):
+        SketchStore.open(tmp_path / "s")
+    with SketchStore.create(tmp_path / "more", MANIFEST) as store:
+        for i in range(4, 8):
+            store.add(RowInfo(f"p{i:03d}"), vector(i))
+    copy_shard(tmp_path / "more", 0, tmp_path / "s", 1)
+    for opening in (SketchStore.open, lambda path: SketchStore.create(path, MANIFEST | {"prompts": 4})):
+        with pytest.raises(CropiError, match="holds 8 prompts, but its manifest says 4: a shard of another"):
+            opening(tmp_path / "s")
+
+
+def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
+    """Each edit of one byte is an error, or leaves everything that the manifest says as it was."""
+    fill(tmp_path / "s", 2, MANIFEST | {"prompts": 2})
+    file = tmp_path / "s" / "manifest.json"
+    whole, before = file.read_bytes(), SketchStore.open(tmp_path / "s").manifest
+    found = 0
+    for place in range(len(whole)):
+        for new in (whole[place] ^ 1, ord("0"), ord(" ")):
+            if new == whole[place]:
+                continue
+            file.write_bytes(whole[:place] + bytes([new]) + whole[place + 1 :])
+            try:
+                manifest = SketchStore.open(tmp_path / "s").manifest
+            except CropiError:
+                found += 1
+            else:  # spaces between values, and the checksum's own name
+                assert {key: manifest[key] for key in before} == before, (place, new)
+    assert found > 2 * len(whole), found
+
+
+def test_every_byte_of_a_shard_of_skipped_prompts_counts(tmp_path: Path) -> None:
+    """Such a shard has no sketches, so nobody reads the file whole: its header has a checksum of its own."""
+    with SketchStore.create(tmp_path / "s", MANIFEST) as store:
+        for i in range(3):
+            store.add(RowInfo(f"p{i}", "skipped", "equal rewards", set="a", pass_rate=0.25))
+    shard, _ = shard_of(tmp_path / "s")
+    whole, before = shard.read_bytes(), SketchStore.open(tmp_path / "s").rows()
+    for place in range(len(whole)):
+        for new in (whole[place] ^ 1, whole[place] ^ 2, ord("9")):
+            shard.write_bytes(whole[:place] + bytes([new]) + whole[place + 1 :])
+            try:
+                rows = SketchStore.open(tmp_path / "s").rows()
+            except CropiError:
+                continue
+            assert rows == before, (place, new)
+
+
+def test_stores_of_the_first_release_open_and_continue(tmp_path: Path) -> None:
+    """They have no checksum in the manifest and no job in their shards."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    fill(tmp_path / "s", 4)
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    del manifest["checksum"]
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    shard, commit = shard_of(tmp_path / "s")
+    rows = [vars(row) for row in SketchStore.open(tmp_path / "s").rows()]
+    data = safetensors.save(
+        {"sketch": torch.stack([vector(i) for i in range(4)])}, metadata={"rows": json.dumps(rows)}
+    )
+    shard.write_bytes(data)
+    commit.write_text(f"{hashlib.sha256(data).hexdigest()}  {shard.name}\n")
+    assert torch.equal(content(tmp_path / "s")["p003"], vector(3))
+    with SketchStore.create(tmp_path / "s", MANIFEST) as store:
+        store.add(RowInfo("new"), vector(9))
+    assert len(content(tmp_path / "s")) == 5
+
+
+def test_a_folder_that_is_removed_under_a_running_job_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(CropiError, match="was removed or replaced while this job writes to it"):
+        with SketchStore.create(tmp_path / "s", MANIFEST, shard_rows=2) as store:
+            store.add(RowInfo("a"), vector(0))
+            shutil.rmtree(tmp_path / "s")
+            fill(tmp_path / "s", 1)
+            store.add(RowInfo("b"), vector(1))
+    assert [row.id for row in SketchStore.open(tmp_path / "s").rows()] == ["p000"], "the other's is untouched"

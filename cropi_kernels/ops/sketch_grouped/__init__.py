@@ -44,7 +44,7 @@ def sketch_grouped(
         backend: ``"triton"``, ``"cpu"``, ``"reference"`` or None for the best.
 
     The sums are float32 in an order that depends on the segment alone: equal bits for any thread count and for any
-    neighbours in the batch. One group with ``first_row=0`` that covers the matrix is `sketch_linear`, on a CPU bit by bit.
+    neighbours in the batch. One group with ``first_row=0`` over the matrix is `sketch_linear`, on a CPU bit by bit.
 
     Raises:
         ValueError: shapes, dtypes or offsets are wrong; the groups' rows leave the matrix or overlap; ``plan`` folds

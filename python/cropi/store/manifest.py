@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters")
 ALIKE = ("estimator", "temperature", "tokenizer", "tokens.eos", "tokens.chat_template")
 # What two runs of one job may differ in: notes, and the number of prompts that the store is to hold (--limit).
 NOTES = ("notes", "prompts")
+CHECKSUM = "checksum"
 _UNKNOWN = object()
 
 
@@ -46,7 +48,29 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CropiError(f"{file} is damaged ({error}); make the store again") from error
     if version != FORMAT:
         raise CropiError(f"{path} has the store format {version}; this release reads format {FORMAT}")
-    return dict(manifest)
+    manifest = dict(manifest)
+    # Manifests of the first release have none.
+    if CHECKSUM in manifest and manifest.pop(CHECKSUM) != _digest(manifest):
+        raise CropiError(
+            f"{file} is damaged: its checksum does not match, so what the rows are sketches of is not known; put the "
+            "file back, or make the store again"
+        )
+    return manifest
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """What stands in the file: the manifest and the SHA-256 of everything else in it."""
+    sealed = {**manifest, CHECKSUM: _digest(manifest)}
+    return json.dumps(sealed, indent=2, ensure_ascii=False) + "\n"
+
+
+def job_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """What a shard carries to say which store it belongs to: the SHA-256 of all that two runs of a job share."""
+    return _digest({key: value for key, value in manifest.items() if key not in NOTES})
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) -> None:

@@ -1,7 +1,8 @@
 """One shard of a sketch store: a safetensors file of rows, and beside it its SHA-256, which commits it.
 
 ``shard-00000.safetensors`` holds the tensor ``sketch [n, dim]`` (``scale [n, blocks]`` with float16 and int8) and,
-in its header, one JSON object per prompt. ``shard-00000.safetensors.sha256`` is written after it, in the
+in its header, one JSON object per prompt, their SHA-256 (a header is read without the rest of the file), and the
+fingerprint of the job whose store it belongs to. ``shard-00000.safetensors.sha256`` is written after it, in the
 format of ``sha256sum``, so a shard without it was never finished and ``sha256sum -c *.sha256`` checks a store
 by hand.
 """
@@ -82,14 +83,16 @@ def decode(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return (rows.view(*scale.shape, -1) * scale[..., None]).view_as(rows)
 
 
-def write_shard(path: Path, rows: Sequence[RowInfo], sketches: torch.Tensor, dtype: str) -> str:
-    """Write and commit one shard; returns its SHA-256.
+def write_shard(path: Path, rows: Sequence[RowInfo], sketches: torch.Tensor, dtype: str, job: str) -> str:
+    """Write and commit one shard of the store of a job (:func:`cropi.store.manifest.job_fingerprint`); returns its
+    SHA-256.
 
     Raises:
         CropiError: no space is left. What stays behind of this shard has no checksum file, so it does not count.
     """
     safetensors = optional("safetensors.torch")
-    header = {"rows": json.dumps([asdict(row) for row in rows], ensure_ascii=False)}
+    text = json.dumps([asdict(row) for row in rows], ensure_ascii=False)
+    header = {"rows": text, "rows_sha256": _sha256(text), "job": job}
     data: bytes = safetensors.save(encode(sketches, dtype), metadata=header)
     checksum = hashlib.sha256(data).hexdigest()
     commit_path(path).unlink(missing_ok=True)  # of a shard that was removed by hand
@@ -98,18 +101,31 @@ def write_shard(path: Path, rows: Sequence[RowInfo], sketches: torch.Tensor, dty
     return checksum
 
 
-def read_rows(path: Path) -> list[RowInfo]:
-    """The prompts of a shard, from its header alone.
+def read_rows(path: Path, job: str) -> list[RowInfo]:
+    """The prompts of a shard of a job's store, from its header alone.
+
+    Shards of the first release say neither what their rows' checksum is nor which job they belong to.
 
     Raises:
-        CropiError: the header is damaged.
+        CropiError: the header is damaged, or the shard belongs to the store of another job.
     """
     safetensors = optional("safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return [RowInfo(**row) for row in json.loads(file.metadata()["rows"])]
+            header = file.metadata()
+        text = header["rows"]
+        intact = header.get("rows_sha256", _sha256(text)) == _sha256(text)
+        rows = [RowInfo(**row) for row in json.loads(text)] if intact else []
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CropiError(damaged(path, f"its header cannot be read ({error})")) from error
+    if not intact:
+        raise CropiError(damaged(path, "the checksum of its header does not match"))
+    if header.get("job", job) != job:
+        raise CropiError(
+            f"the shard {path} belongs to another store: it was made with other settings, files or weights than "
+            "manifest.json says; take it and its .sha256 out of the folder"
+        )
+    return rows
 
 
 def read_sketches(path: Path) -> torch.Tensor:
@@ -123,6 +139,10 @@ def read_sketches(path: Path) -> torch.Tensor:
     if not expected or hashlib.sha256(data).hexdigest() != expected[0]:
         raise CropiError(damaged(path, "its checksum does not match"))
     return decode(optional("safetensors.torch").load(data))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def shard_number(path: Path) -> int:

@@ -24,6 +24,8 @@ from cropi.store.manifest import (
     MANIFEST,
     check_comparable,
     check_same_job,
+    job_fingerprint,
+    manifest_text,
     of_earlier_release,
     read_manifest,
 )
@@ -120,6 +122,7 @@ class SketchStore:
             else:
                 store._write_manifest(wanted)
             store._load(remove_unfinished=True)
+            store._check_count()
         except BaseException:
             store._release()
             raise
@@ -137,6 +140,7 @@ class SketchStore:
         # Again, after the rows: a job that goes on meanwhile raises the number of prompts before it adds rows, so that
         # a part cannot be taken for the whole.
         store.manifest = read_manifest(store.path)
+        store._check_count()
         return store
 
     @classmethod
@@ -300,6 +304,7 @@ class SketchStore:
 
     def _load(self, remove_unfinished: bool) -> None:
         paths = sorted(self.path.glob("shard-*.safetensors"), key=shard_number)
+        job = job_fingerprint(self.manifest)
         for path in paths:
             if not commit_path(path).exists():
                 if path is not paths[-1]:
@@ -307,24 +312,46 @@ class SketchStore:
                 if remove_unfinished:  # the job was killed inside write_shard: these rows were never reported
                     path.unlink()
                 continue
-            rows = read_rows(path)
+            rows = read_rows(path, job)
+            for row in rows:
+                if row.id in self._rows:
+                    raise CropiError(
+                        f"the shard {path} holds the prompt {row.id!r}, and so does another shard of {self.path}: one "
+                        "of them is a copy; take it and its .sha256 out of the folder"
+                    )
+                self._rows[row.id] = row
             self._shards[path] = rows
-            self._rows.update((row.id, row) for row in rows)
         if remove_unfinished:
             for left in self.path.glob(".*.tmp"):
                 left.unlink()
 
     def _write_shard(self, path: Path, rows: list[RowInfo], table: torch.Tensor) -> None:
-        write_shard(path, rows, table, self.manifest.get("dtype", "float32"))
+        write_shard(path, rows, table, self.manifest.get("dtype", "float32"), job_fingerprint(self.manifest))
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self._check_writable()
-        write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(self.path / MANIFEST, manifest_text(manifest))
         self.manifest = manifest
+
+    def _check_count(self) -> None:
+        if len(self) > self.expected:
+            raise CropiError(
+                f"the store {self.path} holds {len(self)} prompts, but its manifest says {self.expected}: a shard of "
+                "another store was copied into it; take it out of the folder, or make the store again"
+            )
 
     def _check_writable(self) -> None:
         if self._lock is None:
             raise CropiError(f"the store {self.path} is open for reading only")
+        try:
+            here = os.path.samestat(os.fstat(self._lock), os.stat(self.path / ".lock"))
+        except OSError:
+            here = False
+        if not here:
+            raise CropiError(
+                f"the folder {self.path} was removed or replaced while this job writes to it; what it held is gone "
+                "from there; run the same command again"
+            )
 
     def _acquire(self) -> None:
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
