@@ -14,12 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from .precision import own_precision, unwrapped
+
 REMEDY = "use `with sketcher.batch(...)` around your own loss instead of policy_gradient"
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitModel:
-    """``logits = softcap((decoder(tokens) @ head.weight.T + bias) * scale)``; no model has both softcap and scale."""
+    """``logits = softcap((decoder(tokens) @ head.weight.T + bias) * scale)``; no model has both softcap and scale.
+
+    The head multiplies in its own dtype, which may be wider than the decoder's: `head_input` is what it is given.
+    """
 
     decoder: nn.Module
     head: nn.Linear
@@ -31,22 +36,33 @@ class SplitModel:
         hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
         return hidden
 
+    def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states in the head's dtype: a float32 head on a bfloat16 decoder is given them in float32."""
+        return hidden.to(self.head.weight.dtype)
+
 
 def split_model(model: nn.Module) -> SplitModel:
-    """Split a Hugging Face causal LM (also inside PEFT).
+    """Split a Hugging Face causal LM (also inside PEFT, DistributedDataParallel and torch.compile's module).
+
+    The parts and the whole are compared in the precision of the weights: see `precision`.
 
     Raises:
         ValueError: the model has no decoder + linear head, or its parts do not reproduce its logits; the message
-            points to `GradientSketcher.batch`, which needs no split.
+            points to `GradientSketcher.batch`, which needs no split. Or its weights lie on several devices, or on none,
+            or it does not run in the precision of its weights.
     """
+    model = unwrapped(model)
+    _check_place(model)
     split = split_parts(model)
-    error = _split_error(model, split)  # of the whole: PEFT may put tokens or keys of its own in front
+    with own_precision(model):
+        error = _split_error(model, split)  # of the whole: PEFT may put tokens or keys of its own in front
     if error is not None:
         raise ValueError(f"the decoder and head of {_name(model)} do not give its logits ({error}): {REMEDY}")
     return split
 
 
 def _inner(model: Any) -> Any:
+    model = unwrapped(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -106,13 +122,38 @@ def few_tokens(split: SplitModel) -> torch.Tensor:
     return torch.arange(4, device=split.head.weight.device)[None] % split.head.weight.shape[0]
 
 
+def _check_place(model: nn.Module) -> None:
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if "meta" in devices:
+        raise ValueError(
+            f"parameters of {type(model).__name__} are on the meta device: they are not loaded, or a device_map has "
+            "moved them to the disk or to the host; load the model whole on one device (device_map=None)"
+        )
+    if len(devices) > 1:
+        raise ValueError(
+            f"the parameters of {type(model).__name__} lie on {', '.join(devices)}: a pass needs them on one device; "
+            f"load the model with device_map={{'': {devices[-1]!r}}}"
+        )
+
+
 @torch.no_grad()
 def _split_error(model: Any, split: SplitModel) -> str | None:
     ids, head = few_tokens(split), split.head
     with evaluating(model):  # dropout would make the two forwards differ
-        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        try:
+            expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        except RuntimeError as problem:
+            dtypes = {str(p.dtype) for p in model.parameters() if p.dtype.is_floating_point}
+            if "dtype" not in str(problem) or len(dtypes) == 1:
+                raise
+            raise ValueError(
+                f"{type(model).__name__} does not run in the precision of its weights, which are of {len(dtypes)} "
+                f"dtypes ({', '.join(sorted(dtypes))}): {problem}. A scoring pass runs without autocast: give "
+                "all weights one dtype, for example by model.to(torch.bfloat16)"
+            ) from problem
         # By the weights, as the fused pass has it: a head's own forward may do more.
-        z = (nn.functional.linear(split.hidden(ids)[0], head.weight, head.bias) * split.scale).float()
+        hidden = split.hidden(ids)[0]
+        z = nn.functional.linear(split.head_input(hidden), head.weight, head.bias).float() * split.scale
     if z.shape != expected.shape:
         return f"they give {list(z.shape)} for 4 tokens, the model {list(expected.shape)}"
     if split.softcap is not None:
@@ -123,7 +164,8 @@ def _split_error(model: Any, split: SplitModel) -> str | None:
         float(off.nan_to_num(torch.inf).max()),
         float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()),
     )
-    tolerance = 3e-2 if split.head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    half = (torch.bfloat16, torch.float16)
+    tolerance = 3e-2 if hidden.dtype in half or head.weight.dtype in half else 1e-4
     if error <= tolerance * max(size, 1.0):
         return None
     return f"largest difference {error:.2g} at logits up to {size:.2g}"

@@ -19,6 +19,7 @@ from .coverage import Coverage
 from .decoder import SplitModel, split_model
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, model_inputs
+from .precision import own_precision, unwrapped
 from .segments import Segments
 from .unseen import calls, check_calls
 
@@ -36,7 +37,8 @@ class GradientSketcher:
     ...     result = sketcher.policy_gradient(input_ids, segments=..., positions=..., targets=..., weigh=...)
 
     Args:
-        model: any Hugging Face causal LM, or any module for `batch`; trainable parameters are sketched, frozen ones are
+        model: any Hugging Face causal LM, or any module for `batch`, also inside of PEFT, DistributedDataParallel or
+            torch.compile's module; trainable parameters are sketched, frozen ones are
             not (LoRA: the adapters only).
         spec: what the sketch is; default: `SketchSpec()`.
         exclude: fnmatch patterns of parameter names to leave out.
@@ -51,9 +53,9 @@ class GradientSketcher:
         for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
             if not isinstance(value, wanted):
                 raise ValueError(f"{name} is of type {type(value).__name__}: give a {wanted.__name__}")
-        self.model, self.spec = model, spec
+        self.model, self.spec = unwrapped(model), spec
         self._acc = Accumulator(spec)
-        self._plan = plan_model(model, spec, self._acc, exclude)
+        self._plan = plan_model(self.model, spec, self._acc, exclude)
         self._handles: list[Any] = []
         self._thawed: list[nn.Parameter] = []
         self._split: SplitModel | None = None
@@ -161,7 +163,9 @@ class GradientSketcher:
                 these (Falcon, for one, does not), or a 4-D mask.
             temperature: log-probs are those of softmax(logits / temperature), and so is the gradient.
 
-        Logits exist for scored tokens only, one chunk at a time; no weight gradient is formed.
+        Logits exist for scored tokens only, one chunk at a time; no weight gradient is formed. The pass runs in the
+        dtypes of the weights: autocast, the caller's or a trainer's around the model, does not apply. Weights of any
+        size keep their bits: each segment is scaled by a power of two, and its sketch back (float16 ends at 6e-8).
 
         Raises:
             RuntimeError: outside the ``with`` block. ValueError: shapes, ranges or order are wrong; names which.
@@ -177,23 +181,25 @@ class GradientSketcher:
         where = Segments.of(segments, batch, length, num_segments)
         scored = scored_offsets(where, positions)
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
-        with _memory.explained(
+        explained = _memory.explained(
             f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
             f"segments (sketches: {_memory.size(where.count * self.spec.base_dim * 4)})",
             "give fewer rows a call (nothing of this call is left; sketches of parts of a prompt add up), or turn on "
             "gradient checkpointing",
-        ):
+        )
+        with explained, own_precision(self.model):
             self._begin(where)
             try:
                 mark = self._acc.clock.mark
                 start = mark()
                 with torch.enable_grad():
                     hidden = split.hidden(input_ids, **kwargs)
-                logprobs, grad, weights = head_pass(
+                logprobs, grad, weights, scales = head_pass(
                     split, self._plan, self._acc, hidden, positions, targets, weigh, temperature, scored
                 )
                 middle = mark()
                 hidden.backward(grad)
+                scales.restore(self._acc.out)
                 end = mark()
                 self._acc.out[failed_segments(logprobs, weights, scored)] = float("nan")
                 clock, sketches = self._acc.clock, self._acc.end()
@@ -216,9 +222,10 @@ class GradientSketcher:
     def _taken_apart(self) -> SplitModel:
         """The model's parts, checked on the first call."""
         if self._split is None:
-            with calls(self._plan.taps) as called:
-                split = split_model(self.model)
-            check_calls(split, self._plan.taps, called)
+            with own_precision(self.model):
+                with calls(self._plan.taps) as called:
+                    split = split_model(self.model)
+                check_calls(split, self._plan.taps, called)
             self._split = split
         return self._split
 

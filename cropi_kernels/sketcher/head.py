@@ -12,6 +12,7 @@ from ..ops.norm_grad import bias_grad
 from .accumulator import Accumulator
 from .attach import Attachment
 from .decoder import SplitModel
+from .scale import SegmentScales
 from .segments import Segments
 
 
@@ -39,11 +40,15 @@ def head_pass(
     weigh: Weigh,
     temperature: float,
     scored: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs, gradient of the hidden states, weights; the head's own sketch rides along chunk by chunk."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SegmentScales]:
+    """Log-probs, gradient of the hidden states, weights; the head's own sketch rides along chunk by chunk.
+
+    The gradient and the sketches are those of scaled segments: `SegmentScales.restore` comes after the backward pass.
+    """
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
-    picked = flat[positions]
+    picked = split.head_input(flat[positions])
     matrix, bias = plan.head_matrix, plan.head_bias
+    scales = SegmentScales(scored, flat.device)
     scored = scored.to(flat.device)
 
     def sketch_head(begin: int, end: int, dz: torch.Tensor) -> None:
@@ -59,14 +64,16 @@ def head_pass(
             picked,
             split.head.weight,
             targets,
-            weigh,
+            scales.weigh(weigh),
             bias=split.head.bias,
             temperature=temperature / split.scale,
             softcap=split.softcap,
             on_dlogits=sketch_head if matrix is not None or bias is not None else None,
         )
+        weights = scales.unscaled(weights)
+        grad_picked = scales.normalise(grad_picked, acc.out)
         grad = _add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
-    return logprobs, grad.view_as(hidden), weights
+    return logprobs, grad.view_as(hidden), weights, scales
 
 
 def _add_rows(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

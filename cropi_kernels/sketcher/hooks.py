@@ -46,7 +46,8 @@ def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
     if y.is_leaf or packed() or torch.compiler.is_compiling() or y._is_view():
         out: torch.Tensor = _Capture.apply(y, sink, *saved)
         return out
-    y.register_hook(lambda dy: sink(dy, *saved))
+    # None is what a function says for no gradient at all (a gate that is cut off): a zero, to which nothing is added.
+    y.register_hook(lambda dy: None if dy is None else sink(dy, *saved))
     return y
 
 

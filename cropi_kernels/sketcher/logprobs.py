@@ -11,6 +11,7 @@ from torch import nn
 from ..ops.linear_logprob import linear_logprob
 from .decoder import SplitModel, split_model, split_parts
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, model_inputs
+from .precision import own_precision, unwrapped
 
 # Parts that were found to make the whole. References that keep nothing alive: a model may be large.
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
@@ -51,12 +52,14 @@ def token_logprobs(
     check_tensors(input_ids=input_ids, positions=positions, targets=targets)
     check_rows(input_ids, attention_mask, position_ids)
     check_positions(input_ids, positions, targets)
+    model = unwrapped(model)
     split = _split(model)
     check_vocabulary(input_ids, targets, split.head.weight.shape[0])
     kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
-    hidden = split.hidden(input_ids, **kwargs)
+    with own_precision(model):
+        hidden = split.hidden(input_ids, **kwargs)
     result = linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1])[positions],
+        split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions]),
         split.head.weight,
         targets,
         bias=split.head.bias,

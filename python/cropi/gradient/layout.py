@@ -21,6 +21,7 @@ import torch
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi_kernels.sketcher.decoder import evaluating
+from cropi_kernels.sketcher.precision import own_precision, unwrapped
 
 LAYOUTS = ("auto", "shared", "padded")
 # Relative difference of the two layouts' logits in the check: far above rounding, far below what a leak
@@ -71,6 +72,7 @@ def choose_layout(model: Any, asked: str = "auto") -> Layout:
         raise CropiError(f"layout must be one of {', '.join(LAYOUTS)}, got {asked!r}")
     if asked == "padded":
         return Layout(shared=False)
+    model = unwrapped(model)
     problem = _why_not_shared(model)
     if problem and asked == "shared":
         raise CropiError(f"layout 'shared' does not work for this model: {problem}; pass --layout padded")
@@ -146,7 +148,7 @@ def _why_not_shared(model: Any) -> str:
     blocks = torch.tensor([[0] * 5 + [1] * 4 + [2] * 4], device=device)
     positions = torch.tensor([[*range(5), *range(5, 9), *range(5, 9)]], device=device)
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), own_precision(model):
             alone = [_logits(model, [prompt + answer])[5:] for answer in answers]
             mask = additive_if_eager(model, prefix_mask(blocks))
             together = _logits(model, [made], attention_mask=mask, position_ids=positions)[5:]

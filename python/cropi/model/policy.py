@@ -12,6 +12,7 @@ from cropi.errors import CropiError
 from cropi.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from cropi.model.load import load_model
 from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels.sketcher.precision import unwrapped
 
 T = TypeVar("T")
 
@@ -26,7 +27,8 @@ class Policy:
 
     Args:
         model: a name that :func:`cropi.model.load.load_model` takes (folder, hub id, ``.gguf`` file, ``pypi:`` name),
-            loaded when it is first needed, or a module, taken as it is (mode, dtype, device, trainable parameters).
+            loaded when it is first needed, or a module, taken as it is (mode, dtype, device, trainable parameters);
+            of DistributedDataParallel and torch.compile's module the one inside.
         tokenizer: the module's tokenizer. None is enough where prompts and responses are given as token ids. A name
             brings its own.
         dtype: of the weights, for a name: "float32" (default), "bfloat16" or "float16".
@@ -66,7 +68,7 @@ class Policy:
                         f"{option}={value!r} is for a model that is loaded by name; the module that is given has its "
                         f"own: leave {option} out, and call model.to(...) where it should be another"
                     )
-            self._model = model
+            self._model = unwrapped(model)
         elif isinstance(model, (str, os.PathLike)) and os.fspath(model):
             self._source = os.fspath(model)
         else:

@@ -1,0 +1,88 @@
+"""In which precision a scoring pass runs: that of the weights, whatever autocast a trainer has put around the model.
+
+A fused pass calls the decoder and the head apart. A trainer with mixed precision wraps the whole model's forward in
+autocast, which neither part sees: the parts would run in one precision, and the model that they are compared with in
+another. So autocast applies to neither: it is switched off around every scoring pass, and the trainer's wrapper is
+taken off for as long as the whole model is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of `DistributedDataParallel`, `DataParallel` and `torch.compile`'s module, in any order.
+
+    Their parameters are the model's own, whole on this rank. Sharding wrappers (FSDP, DeepSpeed) are left: theirs are
+    not.
+    """
+    while True:
+        inside: Any = None
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inside = model.module
+        elif "_orig_mod" in model._modules:
+            inside = model._modules["_orig_mod"]
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside
+
+
+@contextlib.contextmanager
+def own_precision(model: nn.Module) -> Iterator[None]:
+    """Everything inside runs in the dtypes of the weights: no autocast of the caller's, and none around ``model``."""
+    kinds = {p.device.type for p in model.parameters()} - {"meta"}
+    with contextlib.ExitStack() as stack:
+        for kind in sorted(kinds):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_bare_forward(model))
+        yield
+
+
+@contextlib.contextmanager
+def _bare_forward(model: nn.Module) -> Iterator[None]:
+    bare = without_autocast(model.forward)
+    if bare is None:
+        yield
+        return
+    before = model.__dict__.get("forward")
+    model.forward = bare if hasattr(bare, "__self__") else MethodType(bare, model)
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+
+
+def without_autocast(forward: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What ``forward`` calls under autocast, or None where nothing of it is an autocast wrapper.
+
+    Looked through are the wrappers of ``torch.autocast(...)(function)`` and of accelerate (autocast, and outputs turned
+    to float32). A wrapper of somebody else's outside of them may change what the model computes: it is not taken off.
+    """
+    found, here = None, getattr(forward, "__func__", forward)
+    while hasattr(here, "__wrapped__") and (_is_autocast(here) or _is_accelerate(here)):
+        found = here.__wrapped__ if _is_autocast(here) else found
+        here = here.__wrapped__
+    return found
+
+
+def _is_autocast(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_name == "decorate_autocast" and "amp" in code.co_filename
+
+
+def _is_accelerate(function: Any) -> bool:
+    # By where it was written: wrappers take over the name and module of what they wrap.
+    code = getattr(function, "__code__", None)
+    module = type(function).__module__ if code is None else code.co_filename.replace("\\", "/")
+    return module.startswith("accelerate.") or "/accelerate/" in module

@@ -1,0 +1,225 @@
+"""A scoring pass runs in the dtypes of the weights: whatever wraps the model, and however small the weights are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from support.zoo import Batch, make, padded, weights_of
+from torch import nn
+
+from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels.names import canonical_name
+from cropi_kernels.testing import sketch_gradients
+
+SPEC = SketchSpec(dim=1024)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def sketches(model: nn.Module, batch: Batch | None = None, **changes: Any) -> torch.Tensor:
+    with GradientSketcher(model, SPEC) as sketcher:
+        return (batch or padded()).sketch(sketcher, **changes).sketches
+
+
+def by_accelerate(model: nn.Module) -> nn.Module:
+    from accelerate import Accelerator
+
+    wrapped: nn.Module = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    assert "_original_forward" in vars(wrapped)
+    return wrapped
+
+
+def by_autocast(model: nn.Module) -> nn.Module:
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return model
+
+
+def by_autocast_of_the_function(model: nn.Module) -> nn.Module:
+    model.forward = MethodType(torch.autocast("cpu", torch.bfloat16)(type(model).forward), model)
+    return model
+
+
+def by_compile(model: nn.Module) -> nn.Module:
+    compiled: nn.Module = torch.compile(model, backend="eager")
+    return compiled
+
+
+def by_data_parallel(model: nn.Module) -> nn.Module:
+    return nn.DataParallel(model)
+
+
+def by_all(model: nn.Module) -> nn.Module:
+    return by_data_parallel(by_compile(by_accelerate(model)))
+
+
+WRAPPERS = [by_accelerate, by_autocast, by_autocast_of_the_function, by_compile, by_data_parallel, by_all]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_what_a_trainer_puts_around_a_model_changes_no_bit(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    plain, model = make("llama"), wrap(make("llama"))
+    forward = vars(model).get("forward")
+    assert torch.equal(sketches(model), sketches(plain))
+    assert vars(model).get("forward") is forward
+    ids = torch.arange(6)[None]
+    autocast = wrap not in (
+        by_compile,
+        by_data_parallel,
+    )  # the wrapper is back: training goes on under autocast
+    assert torch.equal(model(input_ids=ids).logits.float(), plain(input_ids=ids).logits) is not autocast
+
+
+def test_distributed_data_parallel_is_looked_through(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(make("llama"))
+        assert torch.equal(sketches(model), sketches(make("llama")))
+        model(
+            input_ids=torch.arange(6)[None]
+        ).logits.sum().backward()  # the reducer waits for nothing of the pass
+        model(input_ids=torch.arange(6)[None]).logits.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_lora_under_accelerate_and_autocast_of_the_caller() -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> nn.Module:
+        torch.manual_seed(3)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        model: nn.Module = peft.get_peft_model(make("llama"), config).eval()
+        return model
+
+    expected = sketches(adapted())
+    assert torch.equal(sketches(by_accelerate(adapted())), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sketches(adapted()), expected)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_wrapper_that_may_change_the_output_is_not_taken_off() -> None:
+    """It is outside of the autocast: to run without it would be to score another model."""
+    model = by_autocast(make("llama"))
+    inside = model.forward
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        out = inside(*args, **kwargs)
+        out.logits = out.logits / 2
+        return out
+
+    halved.__wrapped__ = inside  # type: ignore[attr-defined]
+    model.forward = halved
+    with pytest.raises(ValueError, match="do not give its logits"):
+        sketches(model)
+    assert model.forward is halved
+
+
+def exact(model: nn.Module, batch: Batch, weights: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Gradients by plain autograd in the model's own arithmetic, a segment at a time, as float64."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits = logits.flatten(0, 1)[batch.positions]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    terms = torch.log_softmax(logits, -1).gather(1, batch.targets[:, None])[:, 0] * weights
+    rows = batch.segments[batch.positions // batch.input_ids.shape[1]]
+    named = dict(model.named_parameters())
+    result = []
+    for s in range(int(rows.max()) + 1):
+        found = torch.autograd.grad(terms[rows == s].sum(), list(named.values()), retain_graph=True)
+        result.append({canonical_name(n): g.double() for n, g in zip(named, found)})
+    return result
+
+
+def errors(model: nn.Module, batch: Batch, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relative errors against float64, by segment: ours, and those of plain torch with its weights scaled to 1."""
+    wide = copy.deepcopy(model).double()
+    wide.lm_head.__dict__.pop("forward", None)
+    got = sketches(model, batch, weigh=lambda logp, a, b: weights[a:b])
+    scale = 2.0 ** -float(torch.log2(weights.abs().max()).ceil())
+    right, theirs = (
+        torch.stack([sketch_gradients(wide, gradients, SPEC) for gradients in found])
+        for found in (exact(wide, batch, weights.double()), exact(model, batch, weights * scale))
+    )
+    size = right.norm(dim=1)
+    return (got - right).norm(dim=1) / size, (theirs / scale - right).norm(dim=1) / size
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_float32_head_on_a_half_precision_decoder(dtype: torch.dtype) -> None:
+    """As TRL's cast_lm_head_to_fp32 makes it."""
+    model = make("llama", dtype)
+    head: Any = model.lm_head.float()
+    head.forward = lambda hidden: nn.functional.linear(hidden.float(), head.weight)
+    ours, theirs = errors(model, padded(), weights_of(padded()))
+    assert bool((ours <= 2 * theirs).all())
+
+
+def test_mixed_dtypes_that_run_under_autocast_alone_are_an_error_that_says_so() -> None:
+    model = make("llama", torch.bfloat16)
+    model.model.norm.float()
+    with pytest.raises(
+        ValueError, match="does not run in the precision of its weights.*torch.bfloat16, torch.float32"
+    ):
+        sketches(by_accelerate(model))
+
+
+def test_weights_that_are_not_on_one_device_are_an_error() -> None:
+    model = make("llama")
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(ValueError, match="meta device.*device_map=None"):
+        sketches(model)
+
+
+# ------------------------------------------------------------------------------------------ small weights
+def response(length: int) -> Batch:
+    """Two prompts of 4 tokens with a response each, of ``length`` and of half as many tokens."""
+    ids = torch.randint(3, 97, (2, 4 + length), generator=torch.Generator().manual_seed(length))
+    rows = [(0, length), (1, length // 2)]
+    positions = torch.cat([torch.arange(3, 3 + n) + row * (3 + length) for row, n in rows])
+    targets = torch.cat([ids[row, 4 : 4 + n] for row, n in rows])
+    return Batch(ids[:, :-1].clone(), torch.tensor([0, 1]), positions, targets, torch.ones(2, 3 + length))
+
+
+@pytest.mark.parametrize("length", [8, 128, 1024])
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_does_not_lose_long_responses(dtype: torch.dtype, length: int) -> None:
+    """Weights 1 / (8 tokens), as a mean over 8 responses gives; one segment 1000 times smaller than the other."""
+    batch = response(length)
+    weights = torch.full((len(batch.targets),), 1 / (8 * length))
+    weights[length:] /= 1000
+    ours, theirs = errors(make("llama", dtype, max_position_embeddings=2048), batch, weights)
+    eps = torch.finfo(dtype).eps
+    # A gradient passes about 32 roundings a layer, forward and backward, each of at most eps / 2: a random walk.
+    assert bool((ours <= eps / 2 * (2 * 32) ** 0.5).all()) and bool((ours <= 2 * theirs).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+@pytest.mark.parametrize("power", [-100, -40, 40])
+def test_weights_scaled_by_a_power_of_two_give_the_same_bits(dtype: torch.dtype, power: int) -> None:
+    model, batch = make("llama-tied", dtype), padded()
+    weights = weights_of(batch).to(torch.promote_types(dtype, torch.float32))
+    with GradientSketcher(model, SPEC) as sketcher:
+        plain = batch.sketch(sketcher, weigh=lambda logp, a, b: weights[a:b])
+        scaled = batch.sketch(sketcher, weigh=lambda logp, a, b: weights[a:b] * 2.0**power)
+    assert torch.equal(scaled.sketches * 2.0**-power, plain.sketches)
+    assert torch.equal(scaled.weights, weights * 2.0**power) and torch.equal(plain.weights, weights)
+
+
+def test_weights_of_one_segment_do_not_touch_the_bits_of_another_nor_do_zeros() -> None:
+    batch = padded()
+    weights = weights_of(batch)
+    other = weights.clone()
+    segment = batch.segments[batch.positions // batch.input_ids.shape[1]]
+    other[segment == 1] *= 1e6
+    other[segment == 2] = 0.0
+    first, second = (
+        sketches(make("llama"), batch, weigh=lambda logp, a, b, w=w: w[a:b]) for w in (weights, other)
+    )
+    assert torch.equal(first[0], second[0]) and not bool(second[2].any())
+    other[segment == 1] = torch.nan
+    failed = sketches(make("llama"), batch, weigh=lambda logp, a, b: other[a:b])
+    assert torch.equal(failed[0], first[0]) and bool(failed[1].isnan().all())
