@@ -66,10 +66,8 @@ def test_what_a_trainer_puts_around_a_model_changes_no_bit(wrap: Callable[[nn.Mo
     assert torch.equal(sketches(model), sketches(plain))
     assert vars(model).get("forward") is forward
     ids = torch.arange(6)[None]
-    autocast = wrap not in (
-        by_compile,
-        by_data_parallel,
-    )  # the wrapper is back: training goes on under autocast
+    # The wrapper is back: training goes on under autocast.
+    autocast = wrap not in (by_compile, by_data_parallel)
     assert torch.equal(model(input_ids=ids).logits.float(), plain(input_ids=ids).logits) is not autocast
 
 
