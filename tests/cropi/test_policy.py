@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.first_release import as_first_release
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
 import cropi.gradient.layout
@@ -101,9 +101,7 @@ def test_memory_holds_what_a_folder_holds(tmp_path: Path) -> None:
 
 def older(path: Path, policy: Policy) -> None:
     """Make a store name its model as release 0.1 did."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["model"] = model_fingerprint(policy.model, sha256=True)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    as_first_release(path, model=model_fingerprint(policy.model, sha256=True))
 
 
 def test_stores_of_an_earlier_release_compare_and_continue(tmp_path: Path) -> None:

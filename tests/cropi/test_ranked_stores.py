@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.first_release import as_first_release
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.cli import main
@@ -98,10 +98,7 @@ def test_a_part_of_a_joined_store_counts(tmp_path: Path) -> None:
 def test_a_store_of_an_earlier_release_is_ranked_and_continued(tmp_path: Path) -> None:
     records, valid = make_records(12), stored(tmp_path / "valid", make_records(8, seed=1))
     stored(tmp_path / "old", records, stop_after=6)
-    file = tmp_path / "old" / "manifest.json"
-    manifest = json.loads(file.read_text())
-    del manifest["prompts"], manifest["checksum"]  # an earlier release wrote neither
-    file.write_text(json.dumps(manifest))
+    as_first_release(tmp_path / "old", "prompts")
     old = SketchStore.open(tmp_path / "old")
     assert 6 <= len(influence(old, [valid]).rows) < 12
     assert "prompts" not in SketchStore.join([old, valid]).manifest

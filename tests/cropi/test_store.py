@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.first_release import as_first_release
 
 from cropi.errors import CropiError
 from cropi.store.shards import DTYPES, RowInfo, decode, encode
@@ -462,18 +462,8 @@ def test_every_byte_of_a_shard_of_skipped_prompts_counts(tmp_path: Path) -> None
 
 def test_stores_of_the_first_release_open_and_continue(tmp_path: Path) -> None:
     """They have no checksum in the manifest and no job in their shards."""
-    safetensors = pytest.importorskip("safetensors.torch")
     fill(tmp_path / "s", 4)
-    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
-    del manifest["checksum"]
-    (tmp_path / "s" / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    shard, commit = shard_of(tmp_path / "s")
-    rows = [vars(row) for row in SketchStore.open(tmp_path / "s").rows()]
-    data = safetensors.save(
-        {"sketch": torch.stack([vector(i) for i in range(4)])}, metadata={"rows": json.dumps(rows)}
-    )
-    shard.write_bytes(data)
-    commit.write_text(f"{hashlib.sha256(data).hexdigest()}  {shard.name}\n")
+    as_first_release(tmp_path / "s")
     assert torch.equal(content(tmp_path / "s")["p003"], vector(3))
     with SketchStore.create(tmp_path / "s", MANIFEST) as store:
         store.add(RowInfo("new"), vector(9))
