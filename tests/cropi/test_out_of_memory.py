@@ -188,3 +188,43 @@ def test_one_row_that_does_not_fit_ends_the_job_and_loses_nothing(
     assert 0 < len(kept) < len(want), "the first batch is in the store"
     got = run_job(tmp_path, "broken", layout="padded")  # the device is free again
     assert want.keys() == got.keys() and all(torch.equal(got[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["bad_alloc", "cpu", "cublas", "triton"],
+)
+def test_other_ways_to_say_it_are_halved_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    want = run_job(tmp_path, "whole")
+    compute, refused = GradientSketcher.policy_gradient, 0
+
+    def limited(self: GradientSketcher, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        nonlocal refused
+        if input_ids.numel() > 60:
+            refused += 1
+            raise error
+        return compute(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(GradientSketcher, "policy_gradient", limited)
+    got = run_job(tmp_path, "halved")
+    assert refused and want.keys() == got.keys()
+    assert all(torch.allclose(got[name], want[name], rtol=1e-4, atol=1e-6) for name in want)
+
+
+def test_another_error_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(GradientSketcher, "policy_gradient", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run_job(tmp_path, "broken")

@@ -6,7 +6,7 @@ The sum of a prompt's sketches over micro-batches is the prompt's sketch, so any
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,8 +143,13 @@ def make_batches(
     budget: int = 1024,
     window: int = 256,
     stored_behaviour: bool = False,
+    done: Container[str] = (),
 ) -> Iterator[MicroBatch]:
     """Group prompts into micro-batches of at most ``budget`` tokens, padding included.
+
+    How float sums round depends on the shape of a batch. So batches are cut from all prompts of a job, and those whose
+    prompts are all ``done`` are left out: a job that was interrupted computes the same batches as one that was not, and
+    gives the same bits.
 
     Args:
         groups: tokenised prompts; read ``window`` at a time, and sorted by length within the window.
@@ -152,6 +157,8 @@ def make_batches(
         layout: see :func:`cropi.gradient.layout.choose_layout`.
         budget: rows x longest row. A single row may exceed it when it holds one response.
         stored_behaviour: carry the groups' stored log-probs.
+        done: ids of prompts that need not be computed. One that shares a batch with another prompt is in it all the
+            same, perhaps with a part of its rows.
     """
     if budget < 1 or window < 1:
         raise ValueError(f"budget and window must be at least 1, got {budget} and {window}")
@@ -159,9 +166,9 @@ def make_batches(
     for group in groups:
         held.append(group)
         if len(held) == window:
-            yield from _pack(held, estimator, layout, budget, stored_behaviour)
+            yield from _pack(held, estimator, layout, budget, stored_behaviour, done)
             held = []
-    yield from _pack(held, estimator, layout, budget, stored_behaviour)
+    yield from _pack(held, estimator, layout, budget, stored_behaviour, done)
 
 
 def _chunks(count: int, size: int) -> list[tuple[int, ...]]:
@@ -169,7 +176,12 @@ def _chunks(count: int, size: int) -> list[tuple[int, ...]]:
 
 
 def _pack(
-    groups: list[TokenGroup], estimator: Estimator, layout: Layout, budget: int, stored: bool
+    groups: list[TokenGroup],
+    estimator: Estimator,
+    layout: Layout,
+    budget: int,
+    stored: bool,
+    done: Container[str],
 ) -> Iterator[MicroBatch]:
     plans = [plan_rows(group, layout, budget) for group in groups]
     # Longest first: if memory is short, it shows at once and not after an hour.
@@ -181,11 +193,16 @@ def _pack(
         if batch and (
             (len(batch) + 1) * longest > budget or kind != (batch[0].group.temperature, batch[0].shared)
         ):
-            yield _build(batch, estimator, stored)
+            if not _all_done(batch, done):
+                yield _build(batch, estimator, stored)
             batch = []
         batch.append(row)
-    if batch:
+    if batch and not _all_done(batch, done):
         yield _build(batch, estimator, stored)
+
+
+def _all_done(rows: Sequence[Row], done: Container[str]) -> bool:
+    return all(row.group.id in done for row in rows)
 
 
 def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatch:

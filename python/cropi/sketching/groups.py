@@ -43,7 +43,11 @@ def sketch_groups(
     """Sketch tokenised prompts into a store, on disk or in memory.
 
     Prompts that the store holds are not computed again; those without a gradient (equal rewards) become rows without a
-    sketch. Ctrl-C lets the current micro-batch finish, and returns with ``interrupted`` set.
+    sketch. Ctrl-C, SIGTERM and SIGHUP let the current micro-batch finish; the call returns with ``interrupted`` set.
+
+    A store that is continued gets the same bits as one that was filled at once, if ``groups`` holds the prompts that
+    are done too, at their places: micro-batches are cut from all of them. With other groups (another limit, another
+    share of the prompts) or ``tokens_per_batch`` the rows agree up to float32 rounding of the sums.
 
     Args:
         policy: the current policy.
@@ -72,17 +76,19 @@ def sketch_groups(
         sketcher.check_model()
         summary.coverage = str(sketcher.coverage)
         summary.resumed = len(store)
+        done = frozenset(row.id for row in store.rows())
         left = None if total is None else max(total - len(store), 0)
         with Interrupt() as interrupt, _bar(left, Path(store.path).name, progress) as bar:
             if plan.note:
                 bar.write(plan.note)
             stored = source.source == "file" and estimator.ratio
             batches = make_batches(
-                _to_compute(groups, store, summary, bar, stored, default_set),
+                _to_compute(groups, store, done, summary, bar, stored, default_set),
                 estimator,
                 plan,
                 budget=tokens_per_batch,
                 stored_behaviour=source.source == "file",
+                done=done,
             )
             passes = Passes(
                 sketcher, estimator, source.model, default_set, summary, str(store.path), bar.write
@@ -90,6 +96,8 @@ def sketch_groups(
             flushed = time.monotonic()
             for batch in batches:
                 for row, vector in passes.run(batch):
+                    if row.id in done:  # it only fills its batch, as it did when it was computed
+                        continue
                     summary.count(row)
                     store.add(row, vector)
                     bar.update(1)
@@ -109,18 +117,17 @@ def sketch_groups(
 def _to_compute(
     groups: Iterable[TokenGroup | RowInfo],
     store: SketchStore,
+    done: frozenset[str],
     summary: Summary,
     bar: Any,
     needs_logprobs: bool,
     default_set: str | None,
 ) -> Iterator[TokenGroup]:
-    """The prompts that are left to compute; the others go into the store right here."""
+    """The prompts with a gradient, those that are done among them; the others go into the store right here."""
     for group in groups:
         if isinstance(group, RowInfo):
             row = group
         elif isinstance(group, TokenGroup):
-            if group.id in store:
-                continue
             reason = no_gradient_reason(group.group.rewards)
             if not reason:
                 if needs_logprobs and group.logprobs is None:
@@ -138,6 +145,8 @@ def _to_compute(
             raise CropiError(
                 f"groups holds a {type(group).__name__}: give TokenGroups (see cropi.gradient.tokenize.Tokenize)"
             )
+        if row.id in done:
+            continue
         summary.count(row)
         store.add(row)
         bar.update(1)

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the work in hand is finished first."""
+"""Ctrl-C and the signals that schedulers send, as a request: the work in hand is finished first."""
 
 from __future__ import annotations
 
@@ -6,27 +6,40 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+# SLURM and Kubernetes send SIGTERM some seconds before they kill; a terminal that is closed sends SIGHUP.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
 
 class Interrupt:
-    """Turns the first Ctrl-C into a flag, so that the work in hand is finished; the second one acts as usual."""
+    """Turns the first signal into a flag, so that the work in hand is finished; the second one acts as usual.
+
+    A signal that is ignored (SIGHUP under ``nohup``) stays ignored.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         try:
-            self._before = signal.signal(signal.SIGINT, self._note)
-        except ValueError:  # not in the main thread: there is no Ctrl-C to catch
-            self._before = None
+            for number in SIGNALS:
+                # None: a handler that Python did not install, and could not put back.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._note)
+        except ValueError:  # not in the main thread: it gets no signals
+            pass
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self._before)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        self._restore()

@@ -20,6 +20,15 @@ from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher
 
 Finished = tuple[RowInfo, torch.Tensor | None]
+# How errors that are not torch's OutOfMemoryError say it: torch's CPU allocator, C++, cuBLAS, the CUDA driver (Triton).
+NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, the host among them, has no memory left."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 @dataclass
@@ -92,7 +101,9 @@ class Passes:
                 continue
             try:
                 finished = self._compute(part)
-            except torch.cuda.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if rows == 1:
                     raise CropiError(
                         f"prompt {part.groups[0].id!r}: the {self.device.type} device has no memory for one row of "

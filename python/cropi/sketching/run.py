@@ -81,12 +81,16 @@ def scan_files(job: SketchJob) -> Scan:
 def _token_groups(
     job: SketchJob, tokens: Tokenize, store: SketchStore, summary: Summary
 ) -> Iterator[TokenGroup | RowInfo]:
-    """The prompts that are not in the store yet, tokenised; as rows those that have nothing to compute."""
+    """All prompts of the job, tokenised, or as rows where there is nothing to compute; of a store that is full, none.
+
+    Those that the store holds come too: batches are cut from all of them (see :func:`sketch_groups`).
+    """
+    full = len(store) >= store.expected
     for group in read_trajectories(job.trajectories, skip_bad=job.skip_bad):
         if job.limit is not None and summary.read >= job.limit:
             return
         summary.read += 1
-        if group.id in store:
+        if full and group.id in store:
             continue
         status, reason = SKIPPED, no_gradient_reason(group.rewards)
         if not reason:

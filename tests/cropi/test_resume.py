@@ -1,0 +1,134 @@
+"""A job that was ended and goes on: the same bits as one that ran through, whatever ended it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+
+from cropi.model.policy import Policy
+from cropi.sketching.interrupt import Interrupt
+from cropi.sketching.job import SketchJob
+from cropi.sketching.run import sketch
+from cropi.store.store import SketchStore
+from cropi_kernels import SketchSpec
+
+
+def content(path: Path) -> dict[str, tuple[Any, ...]]:
+    store = SketchStore.open(path)
+    sketches = {r.id: s for kept, table in store.shards() for r, s in zip(kept, table)}
+    return {
+        row.id: (row.status, row.reason, row.norm, row.extra, sketches.get(row.id)) for row in store.rows()
+    }
+
+
+def equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    same = one[-1] is other[-1] is None or torch.equal(one[-1], other[-1])
+    return one[:-1] == other[:-1] and same
+
+
+@pytest.mark.parametrize("budget", [20, 60, 200], ids=["rows of a prompt apart", "few rows", "many rows"])
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_a_resumed_store_has_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, layout: str
+) -> None:
+    """Stopped after every third row, again and again, until it is done."""
+    policy = Policy(make_model(), make_tokenizer())
+    path = write_lines(tmp_path / "t.jsonl", make_records(24))
+
+    def job(out: str) -> SketchJob:
+        return SketchJob(
+            [path], tmp_path / out, SketchSpec(dim=1024), shard_rows=1, tokens_per_batch=budget, layout=layout
+        )
+
+    sketch(policy, job("whole"), progress=False)
+    add, left = SketchStore.add, 0
+
+    def stopping(store: SketchStore, *row: Any) -> list[str]:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        return add(store, *row)
+
+    monkeypatch.setattr(SketchStore, "add", stopping)
+    stops = 0
+    while True:
+        left = 3
+        try:
+            sketch(policy, job("cut"), progress=False)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 5, "it was hardly stopped at all"
+    whole, cut = content(tmp_path / "whole"), content(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and len(whole) == 24
+    assert all(equal(whole[name], cut[name]) for name in whole)
+
+
+STOPPED = """
+import sys, time
+sys.path[:0] = {path!r}
+from pathlib import Path
+from support.made_data import make_model, make_tokenizer
+from cropi.model.policy import Policy
+from cropi.sketching.job import SketchJob
+from cropi.sketching.run import sketch
+from cropi_kernels import GradientSketcher, SketchSpec
+
+compute = GradientSketcher.policy_gradient
+def slow(*args, **kwargs):
+    print("pass", flush=True)
+    time.sleep(0.2)
+    return compute(*args, **kwargs)
+GradientSketcher.policy_gradient = slow
+job = SketchJob([sys.argv[1]], sys.argv[2], SketchSpec(dim=1024), tokens_per_batch=60)
+print("interrupted", sketch(Policy(make_model(), make_tokenizer()), job, progress=False).interrupted, flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_of_schedulers_keep_what_is_done(tmp_path: Path, name: str) -> None:
+    """SLURM and Kubernetes send SIGTERM first, a lost terminal sends SIGHUP: nothing that was computed is dropped."""
+    path = write_lines(tmp_path / "t.jsonl", make_records(40))
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED.format(path=paths), str(path), str(tmp_path / "s")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for _ in range(3):
+        assert process.stdout.readline() == "pass\n"
+    process.send_signal(getattr(signal, name))
+    lines = process.stdout.read().splitlines()
+    assert process.wait(timeout=60) == 0 and lines[-1] == "interrupted True"
+    store = SketchStore.open(tmp_path / "s")
+    assert 3 <= sum(row.status == "ok" for row in store.rows()) and len(store) < 40
+
+
+def test_a_second_signal_acts_as_usual_and_an_ignored_one_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert not interrupt.asked, "nohup"
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            assert interrupt.asked
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
