@@ -78,7 +78,8 @@ def test_the_sketcher_names_the_batch_and_stays_usable() -> None:
         ) as error:
             batch.sketch(sketcher, weigh=full)
         assert "0.4 MiB" in str(error.value) and "fewer rows a call" in str(error.value)
-        assert sketcher._acc.segments is None and sketcher._acc.out.numel() == 0 and not sketcher._acc._folds
+        acc = sketcher._acc
+        assert acc.segments is None and acc._engine is None and not acc._folds
         assert torch.equal(batch.sketch(sketcher).sketches, want), "nothing of the failed call is left"
 
 
