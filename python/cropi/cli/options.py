@@ -80,6 +80,10 @@ def add_gradient_options(command: argparse.ArgumentParser) -> None:
         help="auto: the tokenizer's, if it has one; none: prompts as they are; or a Jinja template",
     )  # fmt: skip
     tokens.add_argument(
+        "--template-date", metavar="YYYY-MM-DD",
+        help="what a template that prints the date prints (default: today's, kept with the store)",
+    )  # fmt: skip
+    tokens.add_argument(
         "--no-eos", dest="eos", action="store_false", help="append no end token to responses given as text"
     )
     tokens.add_argument(

@@ -112,6 +112,7 @@ def make_job(
         estimator=options.make_estimator_of(args),
         behaviour="model" if args.behaviour_model and args.behaviour == "auto" else args.behaviour,
         behaviour_model=behaviour_model, temperature=args.temperature, chat_template=args.chat_template,
+        template_date=args.template_date,
         eos=args.eos, max_length=args.max_length, too_long=args.too_long, layout=args.layout,
         tokens_per_batch=args.tokens_per_batch, dtype=args.store_dtype, stage=args.stage, set=default_set,
         limit=args.limit, skip_bad=args.skip_bad,

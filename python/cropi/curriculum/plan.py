@@ -141,6 +141,7 @@ class Plan:
                 "chat_template": template_text(job.chat_template), "eos": job.eos, "max_length": job.max_length,
                 "too_long": job.too_long, "store_dtype": job.dtype, "limit": job.limit, "skip_bad": job.skip_bad,
                 "sets": list(self.sets),
+                **({"template_date": job.template_date} if job.template_date else {}),
             },
             "influence": dict(self.influence),
             "select": {**self.select, "export": None if self.export is None else dict(self.export)},

@@ -30,6 +30,7 @@ class Scan:
     # Prompts by set, then by reason; "" for none.
     by_set: dict[str, Counter[str]] = field(default_factory=dict)
     with_ids: int = 0
+    with_prompt_ids: int = 0
     with_logprobs: int = 0
     without_logprobs: str = ""  # where the first record without log-probs stands
     largest_id: tuple[int, str] = (-1, "")  # the largest token id and where it stands
@@ -142,6 +143,7 @@ def _count(found: Scan, group: PromptGroup) -> None:
         found.without_gradient[reason] += 1
     found.by_set.setdefault(group.set or "", Counter())[reason or ""] += 1
     found.with_ids += group.response_ids is not None
+    found.with_prompt_ids += group.prompt_ids is not None
     if group.logprobs is not None:
         found.with_logprobs += 1
     elif not found.without_logprobs:

@@ -7,12 +7,14 @@ token sequences to one text, so the ids may differ from those that were sampled 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, RecordError
+from cropi.gradient.template import ChatTemplate, check_variables, special_tokens, template_text
 
 TOO_LONG = ("error", "skip", "truncate-right", "truncate-left")
 
@@ -21,20 +23,8 @@ class TooLong(RecordError):
     """A prompt group does not fit, under ``too_long="skip"``: the prompt is left out and reported."""
 
 
-def template_text(template: str) -> str:
-    """A chat template as :class:`Tokenize` takes it, with the content of a file in place of its path.
-
-    Raises:
-        CropiError: there is no such file.
-    """
-    if template in ("auto", "none") or "{" in template:
-        return template
-    path = Path(template)
-    if not path.is_file():
-        raise CropiError(
-            f"chat_template must be auto, none, a Jinja template or the path of one; there is no file {template!r}"
-        )
-    return path.read_text(encoding="utf-8")
+class QuotedToken(UserWarning):
+    """A prompt quotes a special token, which is taken as text."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +67,18 @@ class Tokenize:
         vocabulary: number of rows of the model's embedding; ids from there on are errors.
         context: the model's context length, or None when it has no limit.
         chat_template: "auto" (messages go through the tokenizer's template; so does a string, as one user
-            message, if the tokenizer has a template and the string does not already contain one of its
-            special tokens), "none" (strings as they are), or a Jinja template, as text or as the path of a
-            file.
-        eos: append the end token to responses that are given as text and are not marked as truncated.
+            message, if the tokenizer has a template and the string does not begin as a rendered one does),
+            "none" (strings as they are), or a Jinja template, as text or as the path of a file.
+        eos: append the end token to responses that are given as text and are not marked as truncated: the token
+            that closes an assistant's turn in the template, or the tokenizer's own without one.
         max_length: limit on prompt + response in tokens; None: the context.
         too_long: what to do above the limit: "error", "skip" (leave the prompt out, with the reason),
             "truncate-right" (drop the last tokens of the response) or "truncate-left" (drop the first of the
             prompt).
         temperature: of the rollouts, for all records; None takes each record's own, and 1 where it has none.
+        ends: further tokens that end a response (``generation_config.eos_token_id``): one that ends with any of
+            them gets no other.
+        template_date: what a template that prints the date prints, ``YYYY-MM-DD``; None: today.
     """
 
     tokenizer: Any
@@ -96,6 +89,9 @@ class Tokenize:
     max_length: int | None = None
     too_long: str = "error"
     temperature: float | None = None
+    ends: tuple[int, ...] = ()
+    template_date: str | None = None
+    _warned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.too_long not in TOO_LONG:
@@ -108,11 +104,36 @@ class Tokenize:
             )
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise CropiError(f"temperature must be a finite number above 0, got {self.temperature}")
-        if self.eos and self.tokenizer.eos_token_id is None:
+        object.__setattr__(self, "chat_template", template_text(self.chat_template))
+        if self.eos and self.tokenizer is not None and self.end is None:
             raise CropiError(
                 "the tokenizer has no end token to append; set its eos_token, or pass --no-eos (eos=False)"
             )
-        object.__setattr__(self, "chat_template", template_text(self.chat_template))
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, or None where strings are taken as they are."""
+        if self.tokenizer is None or self.chat_template == "none":
+            return None
+        if self.chat_template == "auto" and not self.tokenizer.chat_template:
+            return None
+        own = None if self.chat_template == "auto" else self.chat_template
+        return ChatTemplate(self.tokenizer, own, self.template_date)
+
+    @cached_property
+    def end(self) -> int | None:
+        """The token that is appended to a response that is given as text."""
+        if self.tokenizer is None:
+            return None
+        closing = self.template.closing if self.template is not None else None
+        return self.tokenizer.eos_token_id if closing is None else closing
+
+    @cached_property
+    def all_ends(self) -> frozenset[int]:
+        """Every token that ends a response."""
+        own = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        ends = {self.end, own, *self.ends}
+        return frozenset(end for end in ends if end is not None)
 
     def __call__(self, group: PromptGroup) -> TokenGroup:
         """Tokenise one group.
@@ -122,18 +143,23 @@ class Tokenize:
                 response that does not fit (unless it is truncated), or messages that no template renders.
             TooLong: the same lengths, under ``too_long="skip"``.
         """
-        where = f"{group.where} (prompt {group.id!r})"
+        where = f"{group.where} (prompt {group.id!r:.100})"
+        if self.tokenizer is None and (group.prompt_ids is None or group.response_ids is None):
+            raise RecordError(
+                where, "its text needs a tokenizer, and there is none", "give one, or store token ids"
+            )
         prompt = list(group.prompt_ids) if group.prompt_ids is not None else self._prompt(group, where)
+        masks = group.loss_mask
         if group.response_ids is not None:
             responses = [list(ids) for ids in group.response_ids]
         else:
-            responses = [self._response(group, k) for k in range(group.size)]
+            responses, masks = self._responses(group, where)
         self._check_vocabulary(where, "prompt", prompt)
         for k, ids in enumerate(responses):
             self._check_vocabulary(where, f"responses[{k}]", ids)
             if not ids:
                 raise RecordError(where, f"responses[{k}] has no token")
-        logprobs, masks = group.logprobs, group.loss_mask
+        logprobs = group.logprobs
         if masks is not None:
             responses = _without_rest(responses, masks)
         prompt, responses = self._fit(where, prompt, responses)
@@ -156,38 +182,100 @@ class Tokenize:
         return TokenGroup(group, prompt, responses, logprobs, temperature, masks)
 
     def _prompt(self, group: PromptGroup, where: str) -> list[int]:
-        prompt, template = group.prompt, self.chat_template
-        if isinstance(prompt, str):
-            plain = template == "none"
-            if template == "auto":
-                plain = not self.tokenizer.chat_template or any(
-                    token in prompt for token in self.tokenizer.all_special_tokens
-                )
-            if plain:
-                # A string that was rendered by a template carries its own start token.
-                rendered = any(token in prompt for token in self.tokenizer.all_special_tokens)
-                return list(self.tokenizer(prompt, add_special_tokens=not rendered)["input_ids"])
-            prompt = [{"role": "user", "content": prompt}]
-        if template == "none" or (template == "auto" and not self.tokenizer.chat_template):
+        prompt, template = group.prompt, self.template
+        check_variables(group.chat_template_kwargs, where)
+        if isinstance(prompt, str) and (template is None or self._is_rendered(prompt, template)):
+            for name in ("tools", "chat_template_kwargs"):
+                if getattr(group, name):
+                    raise RecordError(
+                        where,
+                        f"the record has {name!r}, but its prompt is not rendered by a chat template",
+                        "give the prompt as messages and a --chat-template, or store 'prompt_ids'",
+                    )
+            return self._plain(prompt)
+        if template is None:
             raise RecordError(
                 where,
                 "the prompt is a list of messages, but there is no chat template",
                 "pass --chat-template FILE, or store the prompt as text or prompt_ids",
             )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True,
-                chat_template=None if template == "auto" else template,
-            )  # fmt: skip
-        except Exception as error:  # a template may raise anything, jinja2's own errors included
-            raise RecordError(where, f"the chat template does not render this prompt: {error}") from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        assert messages is not None
+        ids, quoted = template.prompt_ids(messages, where, group.tools, group.chat_template_kwargs)
+        if quoted:
+            self._warn(
+                "quoted",
+                f"{where}: the prompt quotes {', '.join(quoted)}, which is taken as text and not as the token; an "
+                "engine that tokenised the rendered text may have read the token: store prompt_ids to be exact",
+            )
+        return ids
 
-    def _response(self, group: PromptGroup, k: int) -> list[int]:
+    def _is_rendered(self, prompt: str, template: ChatTemplate) -> bool:
+        """Whether a string was rendered by a template before: it begins as one that was."""
+        if self.chat_template != "auto":
+            return False
+        return prompt.lstrip().startswith(template.openings) if template.openings else False
+
+    def _plain(self, prompt: str) -> list[int]:
+        """A string as it is, behind the tokenizer's start token; one that was rendered carries its own."""
+        if any(token in prompt for token in special_tokens(self.tokenizer)):
+            return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        whole = list(self.tokenizer(prompt)["input_ids"])
+        # A tokenizer may close every text; the response goes on where the prompt ends.
+        bare = list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        for start in range(len(whole) - len(bare) + 1):
+            if bare and whole[start : start + len(bare)] == bare:
+                return whole[: start + len(bare)]
+        while whole and whole[-1] in self.all_ends:
+            whole.pop()
+        return whole
+
+    def _responses(self, group: PromptGroup, where: str) -> tuple[list[list[int]], list[list[int]] | None]:
+        """Token ids of responses that are given as text or messages, and masks if there are messages of others."""
         assert group.responses is not None
-        ids = list(self.tokenizer(group.responses[k], add_special_tokens=False)["input_ids"])
-        end, cut = self.tokenizer.eos_token_id, group.truncated is not None and group.truncated[k]
-        return [*ids, end] if self.eos and not cut and ids[-1:] != [end] else ids
+        made: list[tuple[list[int], list[int] | None]] = []
+        for k, response in enumerate(group.responses):
+            cut = group.truncated is not None and group.truncated[k]
+            if isinstance(response, list):
+                made.append(self._turns(group, k, response, cut, where))
+            else:
+                made.append((self._text(response, cut), None))
+        if all(mask is None for _, mask in made):
+            return [ids for ids, _ in made], None
+        return [ids for ids, _ in made], [[1] * len(ids) if mask is None else mask for ids, mask in made]
+
+    def _turns(
+        self, group: PromptGroup, k: int, response: list[dict[str, Any]], cut: bool, where: str
+    ) -> tuple[list[int], list[int] | None]:
+        first = response[0] if response else {}
+        if len(response) == 1 and first.keys() <= {"role", "content"} and first.get("role") == "assistant":
+            return self._text(first["content"], cut), None
+        name = f"{where}, responses[{k}]"
+        if self.template is None:
+            raise RecordError(
+                name, "a response of several messages needs a chat template", "pass --chat-template FILE"
+            )
+        if group.prompt_ids is not None:
+            raise RecordError(
+                name, "the prompt is given as token ids, and the response as messages",
+                "give both as messages, or both as token ids (with 'loss_mask')",
+            )  # fmt: skip
+        prompt = (
+            group.prompt if isinstance(group.prompt, list) else [{"role": "user", "content": group.prompt}]
+        )
+        return self.template.turn_ids(prompt, response, name, group.tools, group.chat_template_kwargs)
+
+    def _text(self, response: str, cut: bool) -> list[int]:
+        ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
+        if not self.eos or cut or (ids and ids[-1] in self.all_ends):
+            return ids
+        assert self.end is not None
+        return [*ids, self.end]
+
+    def _warn(self, kind: str, words: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(words, QuotedToken, stacklevel=2)
 
     def _check_vocabulary(self, where: str, name: str, ids: list[int]) -> None:
         for t, token in enumerate(ids):

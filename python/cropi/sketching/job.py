@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,17 @@ from cropi.data.scan import Scan
 from cropi.errors import CropiError, RecordError, optional
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
-from cropi.gradient.tokenize import Tokenize, TooLong, template_text
+from cropi.gradient.template import prints_date, template_text
+from cropi.gradient.tokenize import Tokenize, TooLong
 from cropi.model.policy import Policy
+from cropi.store.manifest import MANIFEST, read_manifest
 from cropi.store.memory import MemoryStore
 from cropi.store.store import SketchStore
 from cropi_kernels import Coverage, SketchSpec
+
+
+class DatedTemplate(UserWarning):
+    """The chat template prints the date of the day it is rendered on."""
 
 
 @dataclass
@@ -37,6 +45,7 @@ class SketchJob:
     behaviour_model: Any = None
     temperature: float | None = None
     chat_template: str = "auto"
+    template_date: str | None = None
     eos: bool = True
     max_length: int | None = None
     too_long: str = "error"
@@ -73,7 +82,50 @@ def make_tokenize(policy: Policy, job: SketchJob, scan: Scan) -> Tokenize:
     return Tokenize(
         policy.tokenizer, policy.vocabulary, policy.context, chat_template=job.chat_template, eos=job.eos,
         max_length=job.max_length, too_long=job.too_long, temperature=job.temperature,
+        ends=_ends(policy.model), template_date=job.template_date,
     )  # fmt: skip
+
+
+def with_date(policy: Policy, job: SketchJob, scan: Scan) -> SketchJob:
+    """The job with the date that the chat template prints: as given, as in the store that is continued, or today's.
+
+    Without it a store that is continued on another day would hold prompts of two kinds.
+    """
+    if job.template_date or policy.tokenizer is None or scan.with_prompt_ids == scan.prompts:
+        return job
+    if not prints_date(policy.tokenizer, template_text(job.chat_template)):
+        return job
+    date = None
+    if job.out is not None and (Path(job.out) / MANIFEST).is_file():
+        date = read_manifest(Path(job.out))["tokens"].get("template_date")
+    if date is None:
+        date = datetime.date.today().isoformat()
+        warnings.warn(
+            f"the chat template prints the date, and policies that were sampled on another day saw another prompt; "
+            f"{date} is taken for all: give the day of the rollouts with --template-date, or store prompt_ids",
+            DatedTemplate,
+            stacklevel=3,
+        )
+    return replace(job, template_date=date)
+
+
+def _ends(model: Any) -> tuple[int, ...]:
+    """The tokens at which the model stops to generate."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
+
+
+def _text_rules(policy: Policy, job: SketchJob, scan: Scan | None) -> dict[str, Any]:
+    """What the tokens of text depend on beyond the options; nothing where all records hold token ids."""
+    made: dict[str, Any] = {}
+    if scan is None or policy.tokenizer is None:
+        return made
+    if job.template_date and scan.with_prompt_ids < scan.prompts:
+        made["template_date"] = job.template_date
+    end = make_tokenize(policy, replace(job, skip_bad=True), scan).end if job.eos else None
+    if scan.with_ids < scan.prompts and end is not None and end != policy.tokenizer.eos_token_id:
+        made["end"] = end
+    return made
 
 
 def check_tokens(tokens: Tokenize, job: SketchJob, scan: Scan, progress: bool = False) -> None:
@@ -138,7 +190,8 @@ def make_manifest(
         },
         "temperature": job.temperature,
         "tokens": {name: getattr(job, name) for name in ("eos", "max_length", "too_long")}
-        | {"chat_template": template_text(job.chat_template)},
+        | {"chat_template": template_text(job.chat_template)}
+        | _text_rules(policy, job, scan),
         "dtype": job.dtype,
     }
     if scan is not None:

@@ -17,7 +17,7 @@ from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup, Tokenize, TooLong
 from cropi.model.policy import Policy, check_dropout
 from cropi.sketching.groups import sketch_groups
-from cropi.sketching.job import SketchJob, check_tokens, make_tokenize, open_store
+from cropi.sketching.job import SketchJob, check_tokens, make_tokenize, open_store, with_date
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, SKIPPED, RowInfo
 from cropi.store.store import SketchStore
@@ -50,6 +50,7 @@ def sketch(
         scan = scan_files(job)
     warn_lossy(scan)
     behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model)
+    job = with_date(policy, job, scan)
     tokens = make_tokenize(policy, job, scan)
     check_tokens(tokens, job, scan, progress)
     layout_of(policy, job.layout)  # a layout that the model cannot take shows before a store is made
