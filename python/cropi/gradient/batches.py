@@ -33,9 +33,11 @@ class MicroBatch:
             predicted.
         targets: int64 ``[N]``, the token predicted there.
         token_segments: int64 ``[N]``.
-        advantages, divisors: float32 ``[N]``.
-        behaviour: float32 ``[N]``, stored behaviour log-probs, or None.
+        advantages, divisors: float32 ``[N]``, or ``[N, R]`` where some response stands for up to R equal ones:
+            see :meth:`cropi.gradient.estimators.Estimator.weights`.
+        behaviour: float32, stored behaviour log-probs, shaped like ``advantages``, or None.
         temperature: of the rollouts; one per batch.
+        members: int64 ``[N]``, for how many equal responses each token stands; None: for one.
     """
 
     groups: list[TokenGroup]
@@ -51,6 +53,7 @@ class MicroBatch:
     divisors: torch.Tensor
     behaviour: torch.Tensor | None
     temperature: float
+    members: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -92,12 +95,13 @@ class MicroBatch:
             advantages=self.advantages[chosen],
             divisors=self.divisors[chosen],
             behaviour=None if self.behaviour is None else self.behaviour[chosen],
+            members=None if self.members is None else self.members[chosen],
         )
 
 
 @dataclass(frozen=True)
 class Row:
-    """Some responses of one prompt, in one row of the batch."""
+    """Some responses of one prompt, in one row of the batch: the first ones of those that are equal."""
 
     group: TokenGroup
     chosen: tuple[int, ...]
@@ -118,8 +122,8 @@ def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
     rows fit the budget.
     A single response always fits: it cannot be split.
     """
-    prompt, sizes = len(group.prompt), [len(ids) - 1 for ids in group.responses]
-    best: list[tuple[int, ...]] = [(k,) for k in range(len(sizes))]
+    prompt, sizes = len(group.prompt), [len(group.responses[k]) - 1 for k, *_ in group.equal]
+    best: list[tuple[int, ...]] = [(i,) for i in range(len(sizes))]
     if layout.shares(prompt + max(sizes) + 1, group.id):
         plans = [_chunks(len(sizes), m) for m in range(1, len(sizes) + 1)]
         lengths = [[prompt + sum(sizes[k] for k in row) for row in plan] for plan in plans]
@@ -132,7 +136,10 @@ def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
         }
         best = plans[min(cost, key=lambda i: cost[i])]
     # One response a row needs no mask of its own.
-    return [Row(group, chosen, len(best[0]) > 1, chosen is best[-1]) for chosen in best]
+    return [
+        Row(group, tuple(group.equal[i][0] for i in chosen), len(best[0]) > 1, chosen is best[-1])
+        for chosen in best
+    ]
 
 
 def make_batches(
@@ -217,9 +224,15 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
             groups.append(row.group)
         segments.append(len(groups) - 1)
         parts.extend(_fill(row, estimator, stored, ids[b], places[b], blocks[b], b * width, segments[-1]))
-    positions, targets, token_segments, advantages, divisors, behaviour = (
-        np.concatenate(column) for column in zip(*parts, strict=True)
-    )
+    columns = list(zip(*parts, strict=True))
+    positions, targets, token_segments, members = (np.concatenate(column) for column in columns[:4])
+    most = int(members.max())
+    tables = [np.concatenate([_widened(table, most) for table in column]) for column in columns[4:]]
+    if most == 1:  # no response stands for others: there is nothing to sum
+        tables = [table[:, 0] for table in tables]
+    else:
+        tables[0] = tables[0] * (np.arange(most) < members[:, None])
+    advantages, divisors, behaviour = tables
     block_table = torch.from_numpy(blocks)
     return MicroBatch(
         groups=groups,
@@ -235,7 +248,13 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
         divisors=torch.from_numpy(divisors).float(),
         behaviour=torch.from_numpy(behaviour).float() if stored else None,
         temperature=rows[0].group.temperature,
+        members=torch.from_numpy(members) if most > 1 else None,
     )
+
+
+def _widened(table: np.ndarray, columns: int) -> np.ndarray:
+    """``table`` [n, R] with its last column repeated."""
+    return np.concatenate([table, np.repeat(table[:, -1:], columns - table.shape[1], axis=1)], axis=1)
 
 
 def _fill(
@@ -264,18 +283,21 @@ def _fill(
         )
         # The first token is predicted by the prompt's last one, the others by the token before them.
         where = np.concatenate([[size - 1], np.arange(inputs.start, inputs.stop)])
-        behaviour = np.asarray(
-            group.logprobs[k] if stored and group.logprobs else np.zeros(len(response)), dtype=np.float64
-        )
+        equal = next(members for members in group.equal if members[0] == k)
+        behaviour = np.zeros((len(response), len(equal)))
+        if stored and group.logprobs:
+            behaviour[:] = np.asarray([group.logprobs[member] for member in equal], dtype=np.float64).T
         if group.masks is not None:
             scored = np.asarray(group.masks[k], dtype=bool)
             where, response, behaviour = where[scored], response[scored], behaviour[scored]
+        shape = len(response), len(equal)
         yield (
             where.astype(np.int64) + offset,
             response,
             np.full(len(response), segment, dtype=np.int64),
-            np.full(len(response), advantages[k]),
-            np.full(len(response), divisors[k]),
+            np.full(len(response), len(equal), dtype=np.int64),
+            np.broadcast_to(advantages[list(equal)], shape),
+            np.broadcast_to(divisors[list(equal)], shape),
             behaviour,
         )
         start = inputs.stop

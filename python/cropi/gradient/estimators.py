@@ -40,6 +40,7 @@ import numpy as np
 import torch
 
 from cropi.data.rewards import group_advantages
+from cropi.gradient.equal import sum_of_equals
 
 LENGTHS = ("response", "group", "constant")
 
@@ -109,15 +110,29 @@ class Estimator:
             logprobs: float32 ``[n]``, log pi of the tokens under the current policy.
             behaviour: float32 ``[n]``, log beta; None takes the current policy as its own behaviour (rho =
                 1).
-            advantages, divisors: float32 ``[n]``, A_k and d_k of the response that each token belongs to.
+            advantages, divisors: float32 ``[n]``, A_k and d_k of the response that each token belongs to; ``[n, R]``
+                where a token stands for those of up to R equal responses (A = 0 where it stands for fewer), and
+                ``behaviour`` then likewise, or ``[n]`` for all of them.
 
         Returns:
-            float32 ``[n]``.
+            float32 ``[n]``; of R equal responses the sum: see :func:`cropi.gradient.equal.sum_of_equals`.
         """
         scale = advantages / divisors
+        if advantages.ndim == 2:
+            each = scale if behaviour is None else self._each(logprobs[:, None], behaviour, advantages, scale)
+            return sum_of_equals(each).to(scale.dtype)
+        return self._each(logprobs, behaviour, advantages, scale)
+
+    def _each(
+        self,
+        logprobs: torch.Tensor,
+        behaviour: torch.Tensor | None,
+        advantages: torch.Tensor,
+        scale: torch.Tensor,
+    ) -> torch.Tensor:
         if not self.ratio or behaviour is None:
             return scale
-        ratio = torch.exp(logprobs - behaviour)
+        ratio = torch.exp(logprobs - (behaviour[:, None] if behaviour.ndim < scale.ndim else behaviour))
         return torch.where(self.clipped(ratio, advantages), torch.zeros_like(scale), ratio * scale)
 
     def clipped(self, ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, RecordError
+from cropi.gradient.equal import equal_responses
 from cropi.gradient.template import ChatTemplate, check_variables, special_tokens, template_text
 
 TOO_LONG = ("error", "skip", "truncate-right", "truncate-left")
@@ -46,6 +47,11 @@ class TokenGroup:
     def id(self) -> str:
         """The prompt's id."""
         return self.group.id
+
+    @cached_property
+    def equal(self) -> list[tuple[int, ...]]:
+        """See :func:`cropi.gradient.equal.equal_responses`."""
+        return equal_responses(self.responses, self.masks)
 
     @property
     def scored(self) -> int:

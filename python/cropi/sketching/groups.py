@@ -14,9 +14,10 @@ from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup
+from cropi.gradient.zero import cancels
 from cropi.model.policy import Policy
 from cropi.sketching.interrupt import Interrupt
-from cropi.sketching.passes import Passes
+from cropi.sketching.passes import ZERO_GRADIENT, Passes
 from cropi.sketching.summary import Summary, peak_memory_gib
 from cropi.store.shards import SKIPPED, RowInfo
 from cropi.store.store import SketchStore
@@ -81,9 +82,8 @@ def sketch_groups(
         with Interrupt() as interrupt, _bar(left, Path(store.path).name, progress) as bar:
             if plan.note:
                 bar.write(plan.note)
-            stored = source.source == "file" and estimator.ratio
             batches = make_batches(
-                _to_compute(groups, store, done, summary, bar, stored, default_set),
+                _to_compute(groups, store, done, summary, bar, estimator, source.source, default_set),
                 estimator,
                 plan,
                 budget=tokens_per_batch,
@@ -120,7 +120,8 @@ def _to_compute(
     done: frozenset[str],
     summary: Summary,
     bar: Any,
-    needs_logprobs: bool,
+    estimator: Estimator,
+    source: str,
     default_set: str | None,
 ) -> Iterator[TokenGroup]:
     """The prompts with a gradient, those that are done among them; the others go into the store right here."""
@@ -130,13 +131,15 @@ def _to_compute(
         elif isinstance(group, TokenGroup):
             reason = no_gradient_reason(group.group.rewards)
             if not reason:
-                if needs_logprobs and group.logprobs is None:
+                if source == "file" and estimator.ratio and group.logprobs is None:
                     raise CropiError(
                         f"prompt {group.id!r} has no log-probs of the policy that made its responses, and behaviour is "
                         "'file'; give them, or behaviour='current' (ratio 1)"
                     )
-                yield group
-                continue
+                if not cancels(group, estimator, source):
+                    yield group
+                    continue
+                reason = ZERO_GRADIENT
             record = group.group
             row = RowInfo(
                 group.id, SKIPPED, reason, record.set or default_set, record.task, pass_rate(record.rewards)

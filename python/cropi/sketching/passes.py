@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from cropi.data.rewards import pass_rate
 from cropi.errors import CropiError
-from cropi.gradient.batches import MicroBatch
+from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.behaviour import BehaviourModel
 from cropi.gradient.estimators import Estimator
+from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
+from cropi.gradient.zero import Suspicion, is_zero, rounding
+from cropi.sketching.health import Health, batch_health
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
-from cropi_kernels import GradientSketcher
+from cropi_kernels import GradientSketcher, PolicyGradient
 
+ZERO_GRADIENT = "zero gradient"
 Finished = tuple[RowInfo, torch.Tensor | None]
 # How errors that are not torch's OutOfMemoryError say it: torch's CPU allocator, C++, cuBLAS, the CUDA driver (Triton).
 NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
@@ -36,17 +40,20 @@ class Part:
     """The sum over micro-batches of what belongs to one prompt."""
 
     sketch: torch.Tensor
-    ratio: float = 0.0
-    clipped: float = 0.0
+    health: Health = field(default_factory=Health)
+    weight: float = 0.0  # the sum of its tokens' absolute weights
 
-    def finish(self, group: TokenGroup, default_set: str | None) -> Finished:
-        """The prompt's row, and its sketch if that is usable."""
-        record, status, reason = group.group, OK, ""
-        norm = float(self.sketch.double().norm())
+    @property
+    def norm(self) -> float:
+        return float(self.sketch.double().norm())
+
+    def finish(self, group: TokenGroup, default_set: str | None, zero: bool) -> Finished:
+        """The prompt's row, and its sketch if that is usable. ``zero``: it is rounding and nothing else."""
+        record, status, reason, norm = group.group, OK, "", self.norm
         if not bool(torch.isfinite(self.sketch).all()):
             status, reason, norm = FAILED, "NaN or infinity in its gradient", 0.0
-        elif norm == 0:
-            status, reason = SKIPPED, "zero gradient"  # every token is clipped
+        elif norm == 0 or zero:  # every token is clipped, or the responses cancel
+            status, reason, norm = SKIPPED, ZERO_GRADIENT, 0.0
         row = RowInfo(
             id=group.id,
             status=status,
@@ -56,7 +63,7 @@ class Part:
             pass_rate=pass_rate(record.rewards),
             tokens=group.scored,
             norm=norm,
-            extra={"ratio": self.ratio / group.scored, "clipped": self.clipped / group.scored},
+            extra=self.health.to_dict(),
         )
         return row, self.sketch if status == OK else None
 
@@ -87,6 +94,8 @@ class Passes:
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
         self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
         self.device = next(sketcher.model.parameters()).device
+        self.bound = rounding(sketcher.model)
+        self.suspicion = Suspicion(self.bound)
         self.parts: dict[str, Part] = {}
         self.too_many: int | None = None  # tokens, padding included, that the device's memory did not hold
 
@@ -127,37 +136,60 @@ class Passes:
         """Forward, weights, backward, sketches; the rows of the prompts that are complete with it."""
         begun, tokens, estimator = time.monotonic(), batch.tokens, self.estimator
         batch = batch.to(self.device)
-        behaviour = self.behaviour.logprobs(batch) if self.behaviour is not None else batch.behaviour
+        behaviour = self._behaviour_of(batch)
+        result = self._gradient(batch, behaviour)
+        health = batch_health(estimator, batch, result.logprobs, behaviour)
+        weights = torch.zeros(len(batch.groups), dtype=torch.float64, device=self.device)
+        weights.index_add_(0, batch.token_segments, result.weights.double().abs())
+        for s, (group, weight) in enumerate(zip(batch.groups, weights.tolist(), strict=True)):
+            part = self.parts.setdefault(group.id, Part(torch.zeros_like(result.sketches[s])))
+            part.sketch = part.sketch + result.sketches[s]
+            part.health += health[s]
+            part.weight += weight
+            self.summary.health += health[s]
+        self.summary.add(result.seconds, time.monotonic() - begun, tokens, len(batch.targets))
+        return [
+            self._finished(group, self.parts.pop(group.id), batch)
+            for group, last in zip(batch.groups, batch.finished, strict=True)
+            if last
+        ]
 
+    def _behaviour_of(self, batch: MicroBatch) -> torch.Tensor | None:
+        return self.behaviour.logprobs(batch) if self.behaviour is not None else batch.behaviour
+
+    def _gradient(self, batch: MicroBatch, behaviour: torch.Tensor | None) -> PolicyGradient:
         def weigh(logprobs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
             old = None if behaviour is None else behaviour[start:stop]
-            return estimator.weights(logprobs, old, batch.advantages[start:stop], batch.divisors[start:stop])
+            return self.estimator.weights(
+                logprobs, old, batch.advantages[start:stop], batch.divisors[start:stop]
+            )
 
-        result = self.sketcher.policy_gradient(
+        return self.sketcher.policy_gradient(
             batch.input_ids,
             segments=batch.segments,
             positions=batch.positions,
             targets=batch.targets,
             weigh=weigh,
-            num_segments=len(batch.groups),
+            num_segments=int(batch.segments[-1]) + 1,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             temperature=batch.temperature,
         )
-        ratio = torch.ones_like(result.logprobs)
-        if behaviour is not None:
-            ratio = torch.exp(result.logprobs - behaviour)
-        clipped = estimator.clipped(ratio, batch.advantages)
-        sums = torch.zeros(len(batch.groups), 2, dtype=torch.float64, device=self.device)
-        sums.index_add_(0, batch.token_segments, torch.stack([ratio, clipped], dim=1).double())
-        for s, group in enumerate(batch.groups):
-            part = self.parts.setdefault(group.id, Part(torch.zeros_like(result.sketches[s])))
-            part.sketch = part.sketch + result.sketches[s]
-            part.ratio += float(sums[s, 0])
-            part.clipped += float(sums[s, 1])
-        self.summary.add(result.seconds, time.monotonic() - begun, tokens, len(batch.targets))
-        return [
-            self.parts.pop(group.id).finish(group, self.default_set)
-            for group, last in zip(batch.groups, batch.finished, strict=True)
-            if last
-        ]
+
+    def _finished(self, group: TokenGroup, part: Part, batch: MicroBatch) -> Finished:
+        """Its row. A gradient that is small beside its weights is held to the sizes of its responses' gradients."""
+        norm, zero = part.norm, False
+        if len(group.equal) > 1 and self.suspicion.is_suspicious(norm, part.weight):
+            zero = is_zero(
+                norm, self._sizes(group, batch.input_ids.numel(), batch.behaviour is not None), self.bound
+            )
+        return part.finish(group, self.default_set, zero)
+
+    def _sizes(self, group: TokenGroup, budget: int, stored: bool) -> float:
+        """The sum of the sizes of its responses' gradients, each in a segment of its own."""
+        total = 0.0
+        padded = Layout(shared=False)
+        for batch in make_batches([group], self.estimator, padded, budget=budget, stored_behaviour=stored):
+            rows = replace(batch, segments=torch.arange(batch.input_ids.shape[0])).to(self.device)
+            total += float(self._gradient(rows, self._behaviour_of(rows)).sketches.double().norm(dim=1).sum())
+        return total

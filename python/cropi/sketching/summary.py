@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cropi.sketching.health import Health
 from cropi.store.shards import FAILED, OK, RowInfo
 from cropi.store.store import SketchStore
 
@@ -32,6 +33,7 @@ class Summary:
     coverage: str = ""
     peak_gib: float = 0.0
     interrupted: bool = False
+    health: Health = field(default_factory=Health)
     store: SketchStore | None = field(default=None, repr=False)
 
     def add(self, seconds: dict[str, float], wall: float, model_tokens: int, scored_tokens: int) -> None:

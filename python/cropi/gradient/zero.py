@@ -1,0 +1,88 @@
+"""Gradients that are zero by algebra but not by rounding: how small is nothing.
+
+A prompt's gradient is a sum over its responses, ``g = sum_k g_k``. Where the terms cancel, what comes out of arithmetic
+with unit roundoff u is not 0 but rounding, and a cosine sees no size: noise is scored in full. So ``|g|`` is compared
+with ``sum_k |g_k|``, the size of what was added.
+
+**The bound.** On its way through a model a token's gradient is rounded about 16 times a layer forward and 16 times
+backward (products, norms, activations, residual sums; the sums within a product are blocked and add less). Roundings
+are independent, each at most u relative, so that after n of them the error is about ``sqrt(n) u`` of the size of what
+passed (Higham and Mary, SIAM J. Sci. Comput. 41, 2019): each g_k is known to ``sqrt(32 layers) u |g_k|``, and their sum
+to ``sqrt(32 layers) u sum_k |g_k|``. Below that it is "zero gradient": 1.8e-6 for 30 layers in float32.
+
+The sizes ``|g_k|`` need every response on its own, which costs one more pass over the prompt. It is made for prompts
+alone whose gradient is small beside the weights that went into it: see :class:`Suspicion`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from cropi.gradient.equal import all_cancel
+from cropi.gradient.estimators import Estimator
+from cropi.gradient.tokenize import TokenGroup
+
+ROUNDINGS = 32  # of a token, per layer, forward and backward
+SMALL = 2.0**-8
+
+
+def rounding(model: Any) -> float:
+    """``sqrt(32 layers) u``, with u of the model's least precise dtype."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers = int(getattr(text, "num_hidden_layers", None) or 32)
+    eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=2**-23)
+    return math.sqrt(ROUNDINGS * layers) * eps / 2
+
+
+def cancels(group: TokenGroup, estimator: Estimator, source: str) -> bool:
+    """Whether a prompt's gradient is zero because equal responses' weights add up to nothing: known before any compute.
+
+    Args:
+        group: the tokenised prompt.
+        estimator: the weight of every token.
+        source: of the behaviour log-probs, "file", "current" or "model".
+    """
+    if len(group.equal) == len(group.responses):
+        return False
+    if estimator.ratio and source != "current":
+        if estimator.clip_low is not None:  # of equal responses those with one sign may be clipped alone
+            return False
+        logprobs = group.logprobs if source == "file" else None
+        if logprobs is not None and any(
+            logprobs[k] != logprobs[equal[0]] for equal in group.equal for k in equal
+        ):
+            return False
+    weights = estimator.advantages(group.group.rewards) / estimator.divisors(group.lengths)
+    return all_cancel(list(weights), group.equal)
+
+
+def is_zero(norm: float, sizes: float, bound: float) -> bool:
+    """Whether a gradient of size ``norm``, the sum of terms of ``sizes`` in all, is rounding.
+
+    >>> is_zero(3e-7, 1.0, 1.8e-6), is_zero(3e-5, 1.0, 1.8e-6)
+    (True, False)
+    """
+    return norm <= bound * sizes
+
+
+class Suspicion:
+    """Which prompts are worth the pass that measures their responses one by one.
+
+    Rounding is at most ``bound sum_k |g_k|``, and ``sum_k |g_k|`` at most the sum of the tokens' weights times the
+    largest gradient of a token's log-prob. For that stands the largest ``|g| / sum_t |w_t|`` of the prompts so far, but
+    at least 1; the margin (1 / 256, where the bound is not larger) is for prompts that differ.
+    """
+
+    def __init__(self, bound: float) -> None:
+        self.share, self.largest = max(SMALL, bound), 1.0
+
+    def is_suspicious(self, norm: float, weight: float) -> bool:
+        """``norm``: of the prompt's sketch; ``weight``: the sum of its tokens' absolute weights."""
+        if weight <= 0 or not math.isfinite(norm) or not math.isfinite(weight):
+            return False
+        self.largest = max(self.largest, norm / weight)
+        return norm <= self.share * self.largest * weight
