@@ -1,0 +1,157 @@
+"""The check of a sketch on one's own model: its numbers against ones that are computed another way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.made_data import make_model, make_records, make_tokenizer
+
+from cropi.data.readers import read
+from cropi.errors import CropiError
+from cropi.gradient.behaviour import Behaviour
+from cropi.gradient.estimators import ESTIMATORS
+from cropi.gradient.tokenize import TokenGroup, Tokenize
+from cropi.model.policy import Policy
+from cropi.report.check import check, sample_of
+from cropi.report.exact import exact_gradients, leave_one_out
+from cropi_kernels import GradientSketcher, SketchSpec
+
+SPEC = SketchSpec(dim=8192)
+ESTIMATOR = ESTIMATORS["cropi"]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return Policy(make_model(), make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def groups(policy: Policy) -> list[TokenGroup]:
+    tokens = Tokenize(policy.tokenizer, policy.vocabulary, policy.context)
+    return [tokens(group) for group in read(make_records(24))]
+
+
+def test_leave_one_out_is_the_cosine_with_the_mean_of_the_others() -> None:
+    rows = torch.randn(7, 20, dtype=torch.float64)
+    want = [
+        torch.nn.functional.cosine_similarity(rows[i], rows[[j for j in range(7) if j != i]].mean(0), dim=0)
+        for i in range(7)
+    ]
+    torch.testing.assert_close(leave_one_out(rows @ rows.T), torch.stack(want))
+
+
+def test_exact_gradients_are_those_of_each_response_in_float64(
+    policy: Policy, groups: list[TokenGroup]
+) -> None:
+    """Against a double-precision model, one response at a time, the objective written out."""
+    model = make_model().double()
+    some = [g for g in groups if len(set(g.group.rewards)) > 1][:5]
+    names = GradientSketcher(policy.model, SPEC).coverage.names
+    flat = []
+    for group in some:
+        model.zero_grad()
+        rewards = torch.tensor(group.group.rewards, dtype=torch.float64)
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        for advantage, response in zip(advantages, group.responses, strict=True):
+            ids = torch.tensor([[*group.prompt, *response]])
+            logp = torch.log_softmax(model(ids).logits[0].double(), -1)
+            chosen = logp[len(group.prompt) - 1 : -1].gather(1, ids[0, len(group.prompt) :, None])
+            (advantage * chosen.mean() / len(group.responses)).backward()
+        flat.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    rows = torch.stack(flat)
+    made = exact_gradients(policy, some, names, ESTIMATOR, Behaviour("current"), tokens_per_batch=50)
+    lengths = rows.norm(dim=1)
+    # Kept in bfloat16: 2^-9 of every number, less in an inner product of many; float32 sums beside it.
+    error = ((made.gram - rows @ rows.T) / lengths[:, None] / lengths).abs().max()
+    assert error < 2**-9, float(error)
+    assert sum(made.squares.values()) == pytest.approx(1)
+    assert all(p.requires_grad and p.grad is None for p in policy.model.parameters())
+
+
+def test_the_error_is_the_difference_of_sketched_and_exact_scores(
+    policy: Policy, groups: list[TokenGroup]
+) -> None:
+    report = check(policy, groups, spec=SPEC, estimator=ESTIMATOR, pool=1000)
+    assert (
+        report.method == "exact"
+        and report.ok
+        and report.prompts == sum(len(set(g.group.rewards)) > 1 for g in groups)
+    )
+    assert 0 < report.error < 4 * report.theory
+    assert report.agreement is not None and report.agreement >= 0.5
+    assert sum(report.by_type.values()) == pytest.approx(1) and set(report.by_layer) == {"0", "1"}
+    assert report.layouts is not None and report.layouts < 1e-4 and report.batches is not None
+    assert report.bytes_per_prompt == 4 * 8192 and "1,000 prompts: " in str(report)
+    assert report.to_dict()["findings"][0]["name"] == "sketch error"
+
+
+def test_two_seeds_estimate_the_error_that_exact_gradients_show(
+    policy: Policy, groups: list[TokenGroup]
+) -> None:
+    """Over seeds, so that the comparison is not that of two draws."""
+    exact, estimated = [], []
+    for seed in range(6):
+        spec = SketchSpec(dim=8192, seed=10 * seed)
+        exact.append(check(policy, groups, spec=spec, estimator=ESTIMATOR, exact=True).error)
+        report = check(policy, groups, spec=spec, estimator=ESTIMATOR, exact=False)
+        assert report.method == "seeds" and report.agreement is None and report.exact_seconds is None
+        estimated.append(report.error)
+    rms = [float(torch.tensor(values).square().mean().sqrt()) for values in (exact, estimated)]
+    # 6 seeds x about 20 prompts that share a mean: the ratio of two such rms has a standard error below 0.15.
+    assert 0.6 < rms[1] / rms[0] < 1.6, rms
+
+
+def test_a_sketch_that_is_too_small_is_said_to_be(policy: Policy, groups: list[TokenGroup]) -> None:
+    report = check(policy, groups, spec=SketchSpec(dim=64), estimator=ESTIMATOR)
+    assert report.findings[0].level != "ok" and "a larger --dim" in report.findings[0].text
+
+
+def test_a_wrong_gradient_fails(
+    policy: Policy, groups: list[TokenGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sketches of other gradients than the model's own: the error says so."""
+    compute = GradientSketcher.policy_gradient
+
+    def wrong(self: GradientSketcher, *args: Any, **kwargs: Any) -> Any:
+        result = compute(self, *args, **kwargs)
+        noise = torch.randn(result.sketches.shape, generator=torch.Generator().manual_seed(0))
+        result.sketches.add_(
+            noise * result.sketches.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+        )
+        return result
+
+    monkeypatch.setattr(GradientSketcher, "policy_gradient", wrong)
+    report = check(policy, groups, spec=SPEC, estimator=ESTIMATOR)
+    assert not report.ok and report.findings[0].level == "failed"
+
+
+def test_models_with_adapters_count_the_adapters_alone(groups: list[TokenGroup]) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at the start: half of the gradients would vanish
+            torch.nn.init.normal_(parameter, std=0.1)
+    report = check(Policy(model.eval(), make_tokenizer()), groups, spec=SPEC, estimator=ESTIMATOR)
+    assert report.ok and all("lora" in kind for kind in report.by_type)
+
+
+def test_a_sample_is_drawn_at_random_and_the_same_again() -> None:
+    drawn = sample_of(list(range(100)), 10)
+    assert drawn == sample_of(list(range(100)), 10) == sorted(drawn) and drawn != list(range(10))
+    assert sample_of([1, 2], 10) == [1, 2]
+
+
+@pytest.fixture
+def equal(groups: list[TokenGroup]) -> Iterator[list[TokenGroup]]:
+    yield [group for group in groups if len(set(group.group.rewards)) == 1]
+
+
+def test_prompts_without_a_gradient_make_no_sample(policy: Policy, equal: list[TokenGroup]) -> None:
+    assert equal
+    with pytest.raises(
+        CropiError, match=r"the sample holds 0 prompts with a gradient \(\d+ in all\): give at"
+    ):
+        check(policy, equal, spec=SPEC)
