@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -23,6 +23,7 @@ class Accumulator:
         self.segments: Segments | None = None  # of the open batch
         self._engine: Operators | None = None
         self._folded = 0
+        self._deaf = False
         self.clock = Clock(torch.device("cpu"))
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
@@ -61,6 +62,27 @@ class Accumulator:
             self._folded = self._engine.folded
         self.segments = self._engine = None
         self._folds.clear()
+
+    def hears(self, segments: Segments | None, where: str) -> bool:
+        """Whether a backward pass that comes by ``where`` is to be added; ``segments`` is the batch of its forward.
+
+        Raises:
+            RuntimeError: that batch has ended. The graph of one that failed may still be run in the next.
+        """
+        if self.segments is not segments:
+            raise RuntimeError(
+                f"a backward pass reached {where} after its batch had ended: run it inside the batch"
+            )
+        return not self._deaf
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Backward passes inside are the sketcher's own: no tap adds anything."""
+        self._deaf = True
+        try:
+            yield
+        finally:
+            self._deaf = False
 
     def timed(self) -> AbstractContextManager[None]:
         return self.clock.timed()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
 from ..names import canonical_name
 from ..plan import Role, VectorPlan, plan_vector
 from ..spec import SketchSpec
+from . import exact
 from .accumulator import Accumulator
 from .coverage import Coverage, uncovered
-from .decoder import output_embeddings
+from .decoder import SplitModel, output_embeddings
 from .engine import Norm
+from .exact import ExactTaps
 from .matrix import MatrixSketch, matrix_sketch
-from .recognise import embedding_scale, is_conv1d, is_linear, norm_of
+from .recognise import embedding_scale, is_conv1d, is_linear, norm_of, takes_one_tensor
 from .taps import EmbeddingTap, LinearTap, NormTap, Tap
+
+UNCOVERED = "uncovered"  # as a pattern of `exclude`: whatever has no tap
 
 
 @dataclasses.dataclass
@@ -29,6 +33,16 @@ class Attachment:
     coverage: Coverage
     head_matrix: MatrixSketch | None
     head_bias: VectorPlan | None
+    exact: ExactTaps
+    wanted: dict[int, str]  # names of what is sketched, by the parameters' ids
+
+    def form(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        """Form the gradients of these modules' parameters instead of what their taps do."""
+        builder = _Builder(model, self.exact.acc.spec, self.exact.acc, self.wanted, set(modules))
+        assert not builder.missing()
+        self.taps = builder.taps
+        self.exact = ExactTaps(self.exact.acc, builder.exact)
+        self.coverage = dataclasses.replace(self.coverage, by_kind=builder.by_kind)
 
 
 def plan_model(
@@ -43,34 +57,38 @@ def plan_model(
     """
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
-    excluded = _excluded(names, trainable, exclude)
+    patterns: Sequence[str] = [UNCOVERED] if exclude == UNCOVERED else exclude
+    excluded = _excluded(names, trainable, patterns)
     wanted = {i: names[i] for i in trainable if names[i] not in excluded}
+    total, left_out = sum(p.numel() for p in model.parameters()), {}
+    builder = _Builder(model, spec, accumulator, wanted)
+    # Every module that uses a parameter needs its tap: a tied weight has two, and half a gradient is a wrong one.
+    while missing := builder.missing():
+        lost = {wanted[i]: trainable[i].numel() for i, _ in missing}
+        if UNCOVERED not in patterns:
+            lines = [_describe(wanted[i], trainable[i], m, builder.owners[i]) for i, m in missing]
+            problem, share = "no tap covers these trainable parameters", sum(lost.values()) / total
+            raise uncovered(problem, lines, next(iter(lost)), share)
+        left_out.update(lost)
+        wanted = {i: name for i, name in wanted.items() if name not in lost}
+        builder = _Builder(model, spec, accumulator, wanted)
     if not wanted:
         raise ValueError(
             f"nothing to sketch: {len(trainable)} of the model's {len(names)} parameters have requires_grad, and "
-            f"exclude leaves out {len(excluded)}; call model.requires_grad_(True), or exclude less"
+            f"exclude leaves out {len(excluded) + len(left_out)}; call model.requires_grad_(True), or exclude less"
         )
     if len(set(wanted.values())) < len(wanted):
         twice = next(n for n in wanted.values() if list(wanted.values()).count(n) > 1)
         raise ValueError(f"two parameters are named {twice!r} once wrappers' parts are gone: rename one")
-    owners = _owners(model)
-    head = output_embeddings(model)
-    builder = _Builder(spec, accumulator, wanted, owners, head)
-    for path, module in model.named_modules():
-        builder.visit(canonical_name(path + ".")[:-1] if path else "", module)
-    # Every module that uses a parameter needs its tap: a tied weight has two, and half a gradient is a wrong one.
-    missing = [(i, m) for i in wanted for m in owners[i] if i not in builder.covered or m not in builder.taps]
-    if missing:
-        lines = [f"{wanted[i]} {tuple(trainable[i].shape)} in {type(m).__name__}" for i, m in missing]
-        raise uncovered("no tap covers these trainable parameters", lines, wanted[missing[0][0]])
     coverage = Coverage(
-        total=sum(p.numel() for p in model.parameters()),
+        total=total,
         covered=sum(trainable[i].numel() for i in builder.covered),
         by_kind=builder.by_kind,
         names=tuple(wanted.values()),
         excluded=excluded,
+        uncovered=left_out,
     )
-    head_tap = builder.taps.get(head) if head is not None else None
+    head_tap = builder.taps.get(builder.head) if builder.head is not None else None
     linear = head_tap if isinstance(head_tap, LinearTap) else None
     return Attachment(
         builder.taps,
@@ -78,25 +96,82 @@ def plan_model(
         coverage,
         linear.matrix if linear else None,
         linear.bias if linear else None,
+        ExactTaps(accumulator, builder.exact),
+        wanted,
     )
 
 
+def refused_modules(
+    model: nn.Module, attachment: Attachment, split: SplitModel, wrong: dict[nn.Module, str]
+) -> dict[nn.Module, tuple[str, str]]:
+    """Modules that `policy_gradient` cannot sketch, with their names and why.
+
+    Their tap is ``wrong`` and the gradient cannot be formed, or it would be formed of a module outside the decoder,
+    which does not run.
+    """
+    names = {module: canonical_name(path + ".")[:-1] for path, module in model.named_modules()}
+    users, refused = _owners(model), {}
+    for module, why in wrong.items():
+        mine = [p for p in module.parameters(recurse=False) if id(p) in attachment.wanted]
+        if any(len(users[id(p)]) > 1 or p.numel() > exact.LARGEST for p in mine):
+            refused[module] = names[module], why
+    inside = set(split.decoder.modules())
+    for module in (*wrong, *(one.chain[0] for one in attachment.exact.parameters)):
+        if module not in inside:
+            refused[module] = (
+                names[module],
+                "outside the decoder, where no formula is known for its parameters",
+            )
+    return refused
+
+
+def _describe(name: str, p: nn.Parameter, module: nn.Module, owners: Sequence[nn.Module]) -> str:
+    """A parameter that has no tap in ``module``, and what keeps its gradient from being formed."""
+    if len(owners) > 1:
+        why = f"shared by {len(owners)} modules ({', '.join(type(m).__name__ for m in owners)})"
+    else:
+        why = f"no formula is known for its use, and its {p.numel():,} numbers are too many for a gradient to be formed"
+        why += f" (at most {exact.LARGEST:,})"
+    return f"{name} {tuple(p.shape)} in {type(module).__name__}: {why}"
+
+
 class _Builder:
+    """A tap for every wanted parameter that has one; ``formed``: modules whose gradients are to be formed."""
+
     def __init__(
         self,
+        model: nn.Module,
         spec: SketchSpec,
         acc: Accumulator,
         wanted: dict[int, str],
-        owners: dict[int, list[nn.Module]],
-        head: nn.Module | None,
+        formed: Collection[nn.Module] = (),
     ) -> None:
-        self.spec, self.acc, self.wanted, self.owners, self.head = spec, acc, wanted, owners, head
+        self.spec, self.acc, self.wanted = spec, acc, wanted
+        self.owners, self.head = _owners(model), output_embeddings(model)
         self.taps: dict[nn.Module, Tap] = {}
+        self.exact: list[exact.Exact] = []
         self.covered: dict[int, None] = {}
         self.by_kind: dict[str, int] = {}
         self._matrices: dict[int, MatrixSketch] = {}
+        modules = dict(model.named_modules())
+        for path, module in modules.items():
+            if module not in formed:
+                self._visit(canonical_name(path + ".")[:-1] if path else "", module)
+        for path in modules:
+            parts = path.split(".") if path else []
+            self._form([modules[".".join(parts[:n])] for n in range(len(parts), -1, -1)])
 
-    def visit(self, path: str, module: nn.Module) -> None:
+    def missing(self) -> list[tuple[int, nn.Module]]:
+        """Wanted parameters and modules that use them without a tap."""
+        formed = {id(one.parameter) for one in self.exact}
+        return [
+            (i, m)
+            for i in self.wanted
+            for m in self.owners[i]
+            if i not in formed and (i not in self.covered or m not in self.taps)
+        ]
+
+    def _visit(self, path: str, module: nn.Module) -> None:
         own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in self.wanted}
         if not own:
             return
@@ -130,7 +205,7 @@ class _Builder:
         self._cover(own["weight"], "embedding")
 
     def _norm(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
-        if (found := norm_of(module)) is None:
+        if not takes_one_tensor(module) or (found := norm_of(module)) is None:
             return
         plans = {}
         for which, p in own.items():
@@ -139,6 +214,21 @@ class _Builder:
         centered, eps = found
         norm = Norm(centered, eps, plans.get("weight"), plans.get("bias"))
         self.taps[module] = NormTap(self.acc, path, norm)
+
+    def _form(self, chain: Sequence[nn.Module]) -> None:
+        """Parameters of a module that no tap covers, where they are small enough that their gradient can be formed."""
+        module = chain[0]
+        for key, p in module.named_parameters(recurse=False):
+            name, alone = self.wanted.get(id(p)), len(self.owners[id(p)]) == 1
+            if name is None or id(p) in self.covered or not alone or not 0 < p.numel() <= exact.LARGEST:
+                continue
+            # Coordinates do not depend on the way to the gradient: a linear layer that is used beside its module has
+            # those of any other.
+            known = isinstance(module, nn.Embedding | nn.Linear) and p is module.weight
+            matrix = self._matrix(p) if known else None
+            plan = None if known else plan_vector(self.spec, name, p.numel())
+            self.exact.append(exact.Exact(name, key, p, tuple(chain), plan, matrix))
+            self._cover(p, "exact")
 
     def _matrix(self, weight: nn.Parameter, transposed: bool = False) -> MatrixSketch:
         """One sketch per parameter: a tied weight's two modules must agree on every coordinate."""
@@ -172,7 +262,7 @@ def _excluded(
     excluded: dict[str, int] = {}
     for pattern in patterns:
         matched = [i for i in trainable if fnmatch.fnmatchcase(names[i], pattern)]
-        if not matched:
+        if not matched and pattern != UNCOVERED:
             example = next(iter(names.values()), "none at all")
             raise ValueError(f"exclude pattern {pattern!r} matches no trainable parameter (e.g. {example})")
         excluded.update({names[i]: trainable[i].numel() for i in matched})

@@ -13,9 +13,11 @@ class Coverage:
     Attributes:
         total: numbers in all parameters, a tied one counted once: those covered, excluded and frozen.
         covered: numbers that are sketched.
-        by_kind: the same by the kind of parameter: ``linear``, ``bias``, ``norm``, ``embedding``, ``head``.
+        by_kind: the same by the kind of parameter: ``linear``, ``bias``, ``norm``, ``embedding``, ``head``; ``exact``:
+            small ones that the model uses in a way of its own, whose gradient is formed.
         names: canonical names of the covered parameters.
         excluded: numbers of every trainable parameter that the caller left out, by canonical name.
+        uncovered: the same of those that ``exclude="uncovered"`` left out.
     """
 
     total: int
@@ -23,24 +25,33 @@ class Coverage:
     by_kind: dict[str, int]
     names: tuple[str, ...]
     excluded: dict[str, int]
+    uncovered: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
             f"sketched {self.covered:,} of {self.total:,} parameters ({self.covered / max(1, self.total):.1%})"
         ]
         lines += [f"  {kind:<10} {count:>14,}" for kind, count in sorted(self.by_kind.items())]
-        if self.excluded:
-            lines.append(f"  {'excluded':<10} {sum(self.excluded.values()):>14,}  {', '.join(self.excluded)}")
+        for what, left_out in (("excluded", self.excluded), ("uncovered", self.uncovered)):
+            if left_out:
+                size = sum(left_out.values())
+                share = f"{size / max(1, self.total):.2%}"
+                lines.append(f"  {what:<10} {size:>14,}  ({share} of all): {', '.join(left_out)}")
         return "\n".join(lines)
 
 
 class UncoveredParameterError(ValueError):
-    """A trainable parameter that no tap can sketch and that the user has not excluded."""
+    """Trainable parameters that no tap can sketch and that the user has not excluded."""
 
 
-def uncovered(problem: str, lines: Sequence[str], pattern: str) -> UncoveredParameterError:
-    """The error for what ``lines`` name; ``pattern`` is an example of what to exclude."""
+def uncovered(
+    problem: str, lines: Sequence[str], pattern: str, share: float, all_at_once: bool = True
+) -> UncoveredParameterError:
+    """The error for what ``lines`` name; ``pattern`` is an example of what to exclude, ``share`` what they hold of all
+    parameters."""
     listed = "".join(f"  {line}\n" for line in lines)
+    whole = "; exclude='uncovered' leaves out all of them" if all_at_once else ""
     return UncoveredParameterError(
-        f"{problem}:\n{listed}freeze them, or leave them out by name: exclude=[{pattern!r}, ...]"
+        f"{problem} ({share:.2%} of all parameters):\n{listed}freeze them, or leave them out by name: "
+        f"exclude=[{pattern!r}, ...]{whole}"
     )

@@ -14,14 +14,14 @@ from .. import _memory
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from .accumulator import Accumulator
-from .attach import plan_model
-from .coverage import Coverage
+from .attach import plan_model, refused_modules
+from .coverage import Coverage, uncovered
 from .decoder import SplitModel, split_model
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, model_inputs
 from .precision import own_precision, unwrapped
 from .segments import Segments
-from .unseen import calls, check_calls
+from .unseen import calls, seen_wrong
 
 
 class GradientSketcher:
@@ -59,6 +59,7 @@ class GradientSketcher:
         self._handles: list[Any] = []
         self._thawed: list[nn.Parameter] = []
         self._split: SplitModel | None = None
+        self._embeddings: nn.Module | None = None
 
     def __repr__(self) -> str:
         """The model, the spec, how much is covered, and whether the model is tapped now."""
@@ -81,20 +82,31 @@ class GradientSketcher:
         self._thawed = [p for p in self.model.parameters() if p.requires_grad]
         for p in self._thawed:
             p.requires_grad_(False)
-        if isinstance(embeddings, nn.Module):
-            self._handles.append(embeddings.register_forward_hook(_start_graph))
-        for module, tap in self._plan.taps.items():
-            self._handles.append(module.register_forward_hook(tap, with_kwargs=True))
+        self._embeddings = embeddings if isinstance(embeddings, nn.Module) else None
+        self._hook()
         return self
+
+    def _hook(self) -> None:
+        if self._embeddings is not None:
+            self._handles.append(self._embeddings.register_forward_hook(_start_graph))
+        for module, tap in self._plan.taps.items():
+            # Before the hooks of others, which may change the output.
+            self._handles.append(module.register_forward_hook(tap, prepend=True, with_kwargs=True))
+        self._handles += self._plan.exact.register()
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._plan.exact.forget()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._unhook()
         for p in self._thawed:
             p.requires_grad_(True)
-        self._handles, self._thawed = [], []
+        self._thawed, self._embeddings = [], None
 
     def check_model(self) -> None:
         """What the first `policy_gradient` checks of the model, which is run on a few tokens; it will not do so again.
@@ -225,9 +237,24 @@ class GradientSketcher:
             with own_precision(self.model):
                 with calls(self._plan.taps) as called:
                     split = split_model(self.model)
-                check_calls(split, self._plan.taps, called)
+                self._mend(split, seen_wrong(split, self._plan.taps, called))
             self._split = split
         return self._split
+
+    def _mend(self, split: SplitModel, wrong: dict[nn.Module, str]) -> None:
+        """Taps that do not see all are replaced; what cannot be sketched in `policy_gradient` is an error."""
+        refused = refused_modules(self.model, self._plan, split, wrong)
+        if refused:
+            share = sum(p.numel() for m in refused for p in m.parameters(recurse=False)) / self.coverage.total
+            lines = [f"{where} ({type(m).__name__}): {why}" for m, (where, why) in refused.items()]
+            pattern = f"{next(iter(refused.values()))[0]}.*"
+            raise uncovered(
+                "no tap sees all that these modules do with their parameters", lines, pattern, share, False
+            )
+        if wrong:
+            self._unhook()
+            self._plan.form(self.model, wrong)
+            self._hook()
 
     def _active(self, method: str) -> None:
         if torch.is_inference_mode_enabled():

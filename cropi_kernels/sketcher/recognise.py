@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -96,3 +98,13 @@ def norm_of(module: nn.Module) -> tuple[bool, float] | None:
         if torch.allclose(slope.float(), xhat, rtol=1e-4, atol=1e-4):
             return centered, eps
     return None
+
+
+def takes_one_tensor(module: nn.Module) -> bool:
+    """Whether the module's forward has one argument: a norm that has more (a gate) may do more than normalise."""
+    try:
+        arguments = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # not written in Python: it will be seen to when it is called
+        return True
+    named = [a for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    return len(named) == 1

@@ -7,6 +7,10 @@ import dataclasses
 import torch
 
 
+class NotTokensError(ValueError):
+    """A tensor does not hold every token of the batch once."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Segments:
     """Tokens [batch, length] in flattened order; ``offsets`` [segments + 1] cuts them into segments.
@@ -76,12 +80,50 @@ class Segments:
         leads = _not_one(self.batch, self.length), _not_one(self.batch * self.length)
         heads = next((axes[len(lead) :] for lead in leads if axes[: len(lead)] == lead), None)
         if heads is None or len(heads) > 1:
-            raise ValueError(
+            raise NotTokensError(
                 f"{where} saw an input of shape {tuple(x.shape)} in a batch of {self.batch} x {self.length} tokens: "
                 "it does not see every token once; exclude its parameters"
             )
         repeats = heads[0] if heads else 1
         return x.reshape(-1, x.shape[-1]), self.offsets_on(x.device, repeats)
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """First and last (exclusive) token of every segment."""
+        bounds = self.offsets.tolist()
+        return list(zip(bounds, bounds[1:]))
+
+    def token_views(self, x: torch.Tensor) -> dict[str, tuple[int, ...]]:
+        """The shapes in which a number per token, [batch, length], may meet ``x``, by what its axes would be then.
+
+        Empty: ``x`` does not hold every token once. More than one: its sizes do not tell, say as many heads as rows.
+        """
+        shape, tokens = tuple(x.shape), (self.batch, self.length)
+        views: dict[str, tuple[int, ...]] = {}
+        if shape[:2] == tokens:
+            views["batch, length, ..."] = (*tokens, *(1 for _ in shape[2:]))
+        if shape[:1] == (self.batch * self.length,) and not views:
+            views["tokens, ..."] = (self.batch * self.length, *(1 for _ in shape[1:]))
+        if shape[1:3] == tokens:
+            views["copies, batch, length, ..."] = (1, *tokens, *(1 for _ in shape[3:]))
+        if len(shape) == 4 and (shape[0], shape[2]) == tokens:
+            views["batch, heads, length, n"] = (self.batch, 1, self.length, 1)
+        return views
+
+    def convolved_view(self, x: torch.Tensor) -> dict[str, tuple[int, ...]]:
+        """The same for [batch, channels, length or more], as a convolution over the tokens gives it."""
+        fits = x.ndim == 3 and x.shape[0] == self.batch and x.shape[2] >= self.length
+        return {"batch, channels, length": (self.batch, 1, self.length)} if fits else {}
+
+    def only(self, segment: int, x: torch.Tensor, view: tuple[int, ...]) -> torch.Tensor:
+        """``x`` with zeros for the tokens of all other segments; ``view``: one of `token_views`."""
+        begin, end = self.bounds[segment]
+        mine = torch.zeros(self.batch * self.length, dtype=torch.bool, device=x.device)
+        mine[begin:end] = True
+        mine = mine.view(view)
+        if x.shape[-1] > self.length == mine.shape[-1] > 1:  # a convolution's padding belongs to no token
+            mine = torch.nn.functional.pad(mine, (0, x.shape[-1] - self.length))
+        return torch.where(mine, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def offsets_on(self, device: torch.device, repeats: int = 1) -> torch.Tensor:
         """``offsets * repeats`` on a device."""

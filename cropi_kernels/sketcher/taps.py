@@ -12,6 +12,7 @@ from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .engine import Norm, Site
 from .hooks import Sink, capture, widened_input
+from .segments import NotTokensError
 from .slab import MatrixSketch
 
 
@@ -35,7 +36,23 @@ class Tap(abc.ABC):
                 "parameters"
             )
         x = args[0] if args else next(iter(kwargs.values()))
-        return self.attach(x, y, self._sites[self.acc.segments.heads_first(x)])
+        try:
+            return self.attach(x, y, self._sites[self.acc.segments.heads_first(x)])
+        except NotTokensError as error:
+            return capture(y, self._refusal(error))
+
+    def _refusal(self, error: NotTokensError) -> Sink:
+        """For a call on something else than the batch's tokens: wrong as soon as a gradient comes by.
+
+        DoRA calls its matrices on a unit matrix, and uses the product without its gradient.
+        """
+        segments = self.acc.segments
+
+        def refuse(dy: torch.Tensor) -> None:
+            if self.acc.hears(segments, self.where):
+                raise error
+
+        return refuse
 
     @abc.abstractmethod
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
@@ -50,12 +67,9 @@ class Tap(abc.ABC):
         segments = self.acc.segments
 
         def add(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
-            if self.acc.segments is not segments:
-                raise RuntimeError(
-                    f"a backward pass reached {self.where} after its batch had ended: run it inside the batch"
-                )
-            with self.acc.timed():
-                self.backward(site, dy, kept)
+            if self.acc.hears(segments, self.where):
+                with self.acc.timed():
+                    self.backward(site, dy, kept)
 
         return add
 

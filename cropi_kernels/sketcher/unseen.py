@@ -1,4 +1,4 @@
-"""Parameters that a model uses in a way that their tap does not see: half a gradient is a wrong one.
+"""Modules whose tap does not see all that their parameters do.
 
 Mamba multiplies by ``dt_proj.weight`` itself and never calls the module; the norms of later state-space layers are
 called with a gate.
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .coverage import uncovered
 from .decoder import SplitModel, evaluating, few_tokens
 from .taps import Tap, count_tensors
 
@@ -54,22 +53,17 @@ def _bypassed(split: SplitModel, modules: Collection[nn.Module]) -> list[nn.Modu
     return list(found)
 
 
-def check_calls(split: SplitModel, taps: Mapping[nn.Module, Tap], called: Mapping[nn.Module, int]) -> None:
-    """``called``: what `calls` saw of a forward of the whole model. What nobody uses has no gradient: no error.
-
-    Raises:
-        UncoveredParameterError: names the modules, and the remedy.
-    """
+def seen_wrong(
+    split: SplitModel, taps: Mapping[nn.Module, Tap], called: Mapping[nn.Module, int]
+) -> dict[nn.Module, str]:
+    """Modules whose tap does not see all that their parameters do, and why; ``called``: what `calls` saw of a forward
+    of the whole model. What nobody uses has no gradient, and its tap is right."""
     seen = {id(p) for module in called for p in module.parameters(recurse=False)}
     silent = [
         module
         for module in taps
         if module not in called and not any(id(p) in seen for p in module.parameters(recurse=False))
     ]
-    for what, modules in (
-        ("are used without calling the module, so that no tap sees them", _bypassed(split, silent)),
-        ("meet a second tensor (a gate?), of which no tap knows", [m for m, n in called.items() if n > 1]),
-    ):
-        if modules:
-            lines = [f"{taps[module].where} ({type(module).__name__})" for module in modules]
-            raise uncovered(f"these modules' parameters {what}", lines, f"{taps[modules[0]].where}.*")
+    wrong = dict.fromkeys(_bypassed(split, silent), "used without calling the module, so that no tap sees it")
+    wrong |= {m: "called with a second tensor (for example a gate)" for m, n in called.items() if n > 1}
+    return wrong

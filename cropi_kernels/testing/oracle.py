@@ -60,6 +60,7 @@ def sketch_gradients(
         if isinstance(tap, (LinearTap, EmbeddingTap)) and tap.matrix is not None:
             transposed = isinstance(tap, LinearTap) and not isinstance(module, nn.Linear)
             matrices[tap.matrix.name] = tap.matrix, transposed
+    matrices |= {one.name: (one.matrix, False) for one in plan.exact.parameters if one.matrix is not None}
     dtype = next(iter(gradients.values())).dtype
     out = torch.zeros(spec.base_dim, dtype=dtype)
     for name in plan.coverage.names:
@@ -69,9 +70,8 @@ def sketch_gradients(
             out += _sketch_matrix(matrix, gradient.T.contiguous() if transposed else gradient)
         else:
             vector = plan_vector(spec, name, gradient.numel())
-            out.index_add_(
-                0, torch.from_numpy(vector.position), gradient * torch.from_numpy(vector.sign).to(dtype)
-            )
+            signed = gradient.reshape(-1) * torch.from_numpy(vector.sign).to(dtype)
+            out.index_add_(0, torch.from_numpy(vector.position), signed)
     return reduce_sketch(out, spec.dim, seed=spec.seed, version=spec.version)
 
 

@@ -1,0 +1,280 @@
+"""Small parameters that a model uses in a way of its own: attention sinks, raw scales, gates, state-space parameters.
+
+No formula is known for them. Their gradient is formed, one segment after the other, by autograd itself: of the module
+that uses the parameter, from its outputs, whose gradient is set to zero but for one segment's tokens. Whatever the
+module computes, that is exact, as long as tokens of different segments do not meet in it (nor do they in any model that
+keeps its prompts apart).
+
+The module is the innermost one that is called: the owner, or where nobody calls the owner, the module around it. The
+cost is one backward pass of that module for each segment of the batch, and the parameter's gradient for one segment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from ..ops.sketch_vector import sketch_vector
+from ..plan import VectorPlan
+from .accumulator import Accumulator
+from .segments import Segments
+from .slab import MatrixSketch
+
+LARGEST = 1 << 22  # numbers of a parameter: its gradient exists, one segment at a time
+
+
+@dataclasses.dataclass(eq=False)
+class Exact:
+    """One parameter. ``chain`` is its owner, which has it under ``key``, the module around that, and so on out to the
+    model.
+
+    ``plan`` says where its numbers go, taken as a vector; of the weight of a linear layer or an embedding the
+    ``matrix`` does.
+    """
+
+    name: str
+    key: str
+    parameter: nn.Parameter
+    chain: tuple[nn.Module, ...]
+    plan: VectorPlan | None
+    matrix: MatrixSketch | None = None
+
+    def add(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        """Add the sketch of a ``gradient`` that exists, of the parameter's shape, to ``out`` [1, base_dim]."""
+        wide = gradient.detach().float()
+        if self.matrix is not None:
+            ids = torch.arange(wide.shape[0], device=wide.device)
+            offsets = torch.tensor([0, wide.shape[0]], device=wide.device)
+            self.matrix.add_rows(wide, ids, offsets, out)
+        elif self.plan is not None:
+            sketch_vector(wide.reshape(1, -1).contiguous(), self.plan, out)
+
+
+@dataclasses.dataclass(eq=False)
+class _Call:
+    """A call of a module that is running.
+
+    ``edges`` leads to the parameters as this call alone sees them; ``before`` holds what stood in their place;
+    ``taken`` are parameters that a module inside it has seen to.
+    """
+
+    module: nn.Module
+    edges: dict[Exact, GradientEdge] = dataclasses.field(default_factory=dict)
+    before: dict[Exact, Any] = dataclasses.field(default_factory=dict)
+    taken: set[Exact] = dataclasses.field(default_factory=set)
+
+    def open(self, parameters: Iterable[Exact]) -> None:
+        """Put an alias in place of every parameter, which stays frozen itself.
+
+        An alias of its own for every call: a module that is called twice has its first call behind its second in the
+        graph, and each is to be counted once.
+        """
+        for exact in parameters:
+            place = exact.chain[0]._parameters
+            before = place[exact.key]
+            assert before is not None
+            with torch.enable_grad():
+                start = before if before.requires_grad else before.detach().requires_grad_(True)
+                alias = start.view_as(start)
+            self.before[exact], self.edges[exact] = before, get_gradient_edge(alias)
+            place[exact.key] = alias  # type: ignore[assignment]
+
+    def close(self) -> None:
+        for exact, before in self.before.items():
+            exact.chain[0]._parameters[exact.key] = before
+        self.before = {}
+
+
+class _Captures(torch.autograd.Function):
+    """``ys -> ys``; in backward ``sink(gradients)``, None for an output that has none."""
+
+    @staticmethod
+    def forward(ctx: Any, sink: Callable[..., None], *ys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.sink = sink
+        ctx.set_materialize_grads(False)
+        return tuple(y.detach() for y in ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.sink(grads)
+        return (None, *grads)
+
+
+class ExactTaps:
+    """Hooks on all modules that may turn out to be the innermost one that is called."""
+
+    def __init__(self, accumulator: Accumulator, parameters: Iterable[Exact] = ()) -> None:
+        self.acc, self.parameters = accumulator, list(parameters)
+        self.sites: dict[nn.Module, list[Exact]] = {}
+        for exact in self.parameters:
+            for module in exact.chain:
+                mine = self.sites.setdefault(module, [])
+                if not any(other.parameter is exact.parameter for other in mine):
+                    mine.append(exact)
+        self._calls: list[_Call] = []
+        self._batch: Segments | None = None
+        self._layouts: dict[
+            tuple[nn.Module, int], str
+        ] = {}  # of outputs, found where the sizes left one possible
+
+    def register(self) -> list[Any]:
+        """The handles of the hooks."""
+        handles: list[Any] = []
+        for module in self.sites:
+            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(module.register_forward_hook(self._leave, prepend=True, always_call=True))
+        return handles
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        segments = self.acc.segments
+        if segments is not self._batch:
+            self.forget()
+            self._batch = segments
+        if segments is None:
+            return
+        self._calls.append(_Call(module))
+        if torch.is_grad_enabled():
+            self._calls[-1].open(self.sites[module])
+
+    def _leave(self, module: nn.Module, args: Any, y: Any) -> Any:
+        while self._calls and self._calls[-1].module is not module:  # a call that failed before its hooks
+            self._calls.pop().close()
+        if not self._calls:
+            return y
+        call = self._calls.pop()
+        call.close()
+        if not torch.is_grad_enabled():  # reentrant checkpointing: it will be called again
+            call.taken.update(self.sites[module])
+        elif (
+            y is not None
+            and self.acc.segments is self._batch
+            and not call.taken.issuperset(self.sites[module])
+        ):
+            y = self._capture(call, y)
+        if self._calls:
+            self._calls[-1].taken |= call.taken
+        return y
+
+    def forget(self) -> None:
+        """Put back every parameter: a forward that failed may have left calls open."""
+        while self._calls:
+            self._calls.pop().close()
+
+    # ---------------------------------------------------------------------------------------------- a call
+    def _capture(self, call: _Call, y: Any) -> Any:
+        """``y`` with a capture in its graph, if it holds the batch's tokens; else the module around will do it."""
+        leaves, tree = pytree.tree_flatten(y)
+        where = [
+            i
+            for i, t in enumerate(leaves)
+            if isinstance(t, torch.Tensor) and t.requires_grad and t.is_floating_point()
+        ]
+        ys = [leaves[i] for i in where]
+        views = [self._view(call.module, i, t) for i, t in zip(where, ys, strict=True)]
+        if not any(views):
+            return y
+        edges = {exact: edge for exact, edge in call.edges.items() if exact not in call.taken}
+        if any(exact.chain[0] is not call.module for exact in edges):
+            reached = _reached(ys)
+            edges = {exact: edge for exact, edge in edges.items() if edge.node in reached}
+        call.taken.update(edges)
+        if not edges:
+            return y
+        sink = self._lookup(ys, edges) or self._products(call.module, ys, views, edges)
+        for i, t in zip(where, _Captures.apply(sink, *ys), strict=True):
+            leaves[i] = t
+        return pytree.tree_unflatten(leaves, tree)
+
+    def _view(self, module: nn.Module, output: int, y: torch.Tensor) -> tuple[int, ...] | None:
+        segments = self._batch
+        assert segments is not None
+        views = (segments.convolved_view if isinstance(module, nn.Conv1d) else segments.token_views)(y)
+        if len(views) == 1:
+            (self._layouts[module, output],) = views
+        return views.get(self._layouts.get((module, output), ""))
+
+    def _products(
+        self,
+        module: nn.Module,
+        ys: Sequence[torch.Tensor],
+        views: Sequence[tuple[int, ...] | None],
+        edges: dict[Exact, GradientEdge],
+    ) -> Callable[..., None]:
+        segments, acc = self._batch, self.acc
+        assert segments is not None
+        names = ", ".join(exact.name for exact in edges)
+
+        def sink(grads: Sequence[torch.Tensor | None]) -> None:
+            if not acc.hears(segments, names):
+                return
+            outputs, given = [], []
+            for y, g, view in zip(ys, grads, views, strict=True):
+                if g is not None and view is None:
+                    raise ValueError(
+                        f"{names}: an output of shape {tuple(g.shape)} of {type(module).__name__} has a gradient, and "
+                        f"does not hold the {segments.batch} x {segments.length} tokens of the batch: exclude them"
+                    )
+                if g is not None and view is not None:
+                    outputs.append(y)
+                    given.append((g, view))
+            with acc.timed(), acc.deaf():
+                for s, (begin, end) in enumerate(segments.bounds):
+                    if begin == end or not given:
+                        continue
+                    mine = [segments.only(s, g, view) for g, view in given]
+                    gradients = torch.autograd.grad(
+                        outputs, list(edges.values()), mine, retain_graph=True, allow_unused=True
+                    )
+                    for exact, gradient in zip(edges, gradients, strict=True):
+                        if gradient is not None:
+                            exact.add(gradient, acc.out[s : s + 1])
+
+        return sink
+
+    def _lookup(
+        self, ys: Sequence[torch.Tensor], edges: dict[Exact, GradientEdge]
+    ) -> Callable[..., None] | None:
+        """For rows of an embedding that are returned as they are (learned positions): no dense gradient."""
+        (exact, edge), *others = edges.items()
+        node = ys[0].grad_fn
+        if (
+            others
+            or len(ys) > 1
+            or exact.matrix is None
+            or node is None
+            or node.name() != "EmbeddingBackward0"
+        ):
+            return None
+        if node.next_functions[0][0] is not edge.node or node._saved_scale_grad_by_freq:  # type: ignore[attr-defined]
+            return None
+        ids, padding = node._saved_indices.reshape(-1), node._saved_padding_idx  # type: ignore[attr-defined]
+        segments, acc, matrix = self._batch, self.acc, exact.matrix
+        assert segments is not None
+
+        def sink(grads: Sequence[torch.Tensor | None]) -> None:
+            if not acc.hears(segments, exact.name) or grads[0] is None:
+                return
+            with acc.timed():
+                dy, offsets = segments.tokens_first(grads[0], exact.name)
+                if 0 <= padding < matrix.rows:  # torch gives the padding row no gradient
+                    dy = dy * (ids != padding).unsqueeze(-1)
+                matrix.add_rows(dy, ids, offsets, acc.out)
+
+        return sink
+
+
+def _reached(ys: Sequence[torch.Tensor]) -> set[Any]:
+    """The nodes of the graph behind ``ys``."""
+    nodes, seen = [y.grad_fn for y in ys], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return seen
