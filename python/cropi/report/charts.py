@@ -1,0 +1,69 @@
+"""Small charts as SVG text: densities with a cut and its band, and bars of two shares. They hold numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+WIDTH, HEIGHT, LEFT, BOTTOM = 360, 150, 6, 18
+
+
+def density(
+    pool: np.ndarray,
+    chosen: np.ndarray,
+    *,
+    cut: float | None = None,
+    noise: float | None = None,
+    bins: int = 40,
+) -> str:
+    """Histograms of all scores and of the chosen ones on one axis, as shares of each; the cut, and ``cut +- noise``."""
+    pool, chosen = pool[np.isfinite(pool)], chosen[np.isfinite(chosen)]
+    if not len(pool):
+        return (
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><text x="8" y="20">no finite value</text></svg>'
+        )
+    low, high = float(pool.min()), float(pool.max())
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, bins + 1)
+    shares = [np.histogram(x, edges)[0] / max(len(x), 1) for x in (pool, chosen)]
+    top = max(float(s.max()) for s in shares) or 1.0
+    plot = HEIGHT - BOTTOM - 8
+
+    def x(value: float) -> float:
+        return LEFT + (value - low) / (high - low) * (WIDTH - 2 * LEFT)
+
+    step = (WIDTH - 2 * LEFT) / bins
+    parts = []
+    if cut is not None and noise is not None and np.isfinite(noise):
+        a, b = max(low, cut - noise), min(high, cut + noise)
+        parts.append(
+            f'<rect class="band" x="{x(a):.1f}" y="4" width="{max(x(b) - x(a), 1):.1f}" height="{plot + 4}"/>'
+        )
+    for share, name, inset in ((shares[0], "pool", 0.0), (shares[1], "chosen", 0.3)):
+        for i, value in enumerate(share):
+            if value > 0:
+                size = max(value / top * plot, 0.8)
+                parts.append(
+                    f'<rect class="{name}" x="{LEFT + (i + inset / 2) * step:.1f}" y="{8 + plot - size:.1f}" '
+                    f'width="{step * (1 - inset) - 0.5:.1f}" height="{size:.1f}"/>'
+                )
+    if cut is not None:
+        parts.append(f'<line class="cut" x1="{x(cut):.1f}" x2="{x(cut):.1f}" y1="4" y2="{8 + plot}"/>')
+    base = 8 + plot
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - LEFT}" y1="{base}" y2="{base}"/>')
+    for value, anchor in ((low, "start"), ((low + high) / 2, "middle"), (high, "end")):
+        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - 4}" text-anchor="{anchor}">{value:.3g}</text>')
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def bars(pool: Sequence[float], chosen: Sequence[float]) -> list[str]:
+    """For each line of a table: two bars, the share of the pool and the share of the choice."""
+    top = max([*pool, *chosen, 1e-9])
+    return [
+        f'<svg viewBox="0 0 160 18" width="160" height="18" aria-hidden="true">'
+        f'<rect class="pool" x="0" y="1" width="{160 * a / top:.1f}" height="7"/>'
+        f'<rect class="chosen" x="0" y="10" width="{160 * b / top:.1f}" height="7"/></svg>'
+        for a, b in zip(pool, chosen, strict=True)
+    ]

@@ -1,0 +1,396 @@
+"""One self-contained HTML page for a selection: what was chosen, why, and whether to believe it.
+
+Everything is in the file: no request leaves it (a content policy forbids them). Text of prompts and responses enters
+the page as data that a script writes with ``textContent``, or escaped by the template; nothing in it is markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cropi.data.records import PromptGroup
+from cropi.data.rewards import group_advantages, no_gradient_reason
+from cropi.errors import CropiError, optional
+from cropi.files import write_atomic
+from cropi.ranking.influence import Scores
+from cropi.ranking.pairwise import Neighbour
+from cropi.ranking.selection import Selection, select
+from cropi.ranking.uncertainty import Uncertainty
+from cropi.report.charts import bars, density
+
+FULL = 120  # prompts of each kind (best, at the cut, worst, without a score, largest norm) whose responses are shown
+SNIPPET = 70  # characters of the other prompts
+LONG = 6000  # characters of one text
+STATUSES = ("ok", "skipped", "failed")
+
+
+@dataclass
+class ReportInput:
+    """What a report shows; everything but scores and selection may be missing.
+
+    ``groups`` are the training prompts' records; ``uncertainty``, ``neighbours`` (of some validation prompts) and
+    ``check`` (:meth:`cropi.report.check.CheckReport.to_dict`) are what those functions gave; ``run`` are lines of
+    configuration and cost, ``command`` what repeats the run, ``unfinished`` what is missing of it.
+    """
+
+    scores: Scores
+    selection: Selection
+    groups: Iterable[PromptGroup] = ()
+    uncertainty: Uncertainty | None = None
+    uncertainty_missing: str = "the stores of sketches are not beside the scores"
+    neighbours: Mapping[str, tuple[list[Neighbour], list[Neighbour]]] = field(default_factory=dict)
+    validation_texts: Mapping[str, str] = field(default_factory=dict)
+    check: Mapping[str, Any] | None = None
+    run: Sequence[tuple[str, str]] = ()
+    command: str = ""
+    unfinished: str = ""
+    title: str = "Selection report"
+
+
+def write_report(path: str | Path, given: ReportInput) -> None:
+    """Write the page.
+
+    Args:
+        path: the file; it should end in .html.
+        given: what to show.
+
+    Raises:
+        CropiError: no prompt has a score, or the file cannot be written.
+    """
+    if not given.scores.usable.any():
+        raise CropiError("there is nothing to report: no training prompt has a score")
+    write_atomic(Path(path), render(given))
+
+
+def render(given: ReportInput) -> str:
+    """The page as text."""
+    jinja2 = optional("jinja2")
+    files = resources.files("cropi.report")
+    parts = {name: (files / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    environment = jinja2.Environment(autoescape=True, finalize=lambda x: _shown(x) if type(x) is str else x)
+    template = environment.from_string(parts["html"])
+    markup = optional("markupsafe").Markup
+    values = _values(given, markup)
+    packed = gzip.compress(
+        json.dumps(_data(given), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"),
+        9,
+        mtime=0,
+    )
+    return str(
+        template.render(
+            **values,
+            style=markup(parts["css"]),
+            script=markup(parts["js"]),
+            data=base64.b64encode(packed).decode(),
+        )
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the page
+def _values(given: ReportInput, markup: Any) -> dict[str, Any]:
+    scores, selection, sure = given.scores, given.selection, given.uncertainty
+    usable, chosen = np.flatnonzero(scores.usable), np.array(selection.chosen)
+    sets = []
+    for v, name in enumerate(scores.sets):
+        column = scores.table[usable, v]
+        cut = float(np.sort(column)[::-1][min(len(chosen), len(column)) - 1])
+        of_set = None if sure is None else next((s for s in sure.sets if s.name == name), None)
+        noise = None if of_set is None else of_set.stderr_at_cut
+        chart = density(column, scores.table[chosen, v], cut=cut, noise=noise)
+        sets.append(
+            {
+                "name": name, "chart": markup(chart), "prompts": None if of_set is None else of_set.prompts,
+                "stderr": noise if noise is not None and math.isfinite(noise) else None,
+            }
+        )  # fmt: skip
+    origin = scores.meta.get("train") or {}
+    texts = given.validation_texts
+    return {
+        "title": given.title, "prompts": len(scores.rows), "ranked": len(usable), "chosen": len(chosen),
+        "method": selection.method, "sets": sets, "unfinished": given.unfinished,
+        "model": str((origin.get("model") or {}).get("weights", "unknown"))[:16],
+        "stage": str(origin.get("stage", "unknown")),
+        "verdict": _verdict(given), "choice": _choice(sure, markup),
+        "choice_missing": given.uncertainty_missing,
+        "composition": _composition(scores, usable, chosen, markup), "overlap": _overlap(scores, selection),
+        "tasks": sorted({row.task for row in scores.rows if row.task}),
+        "neighbours": [
+            {"name": name, "text": _cut(texts.get(name, ""), SNIPPET), "helpful": pair[0], "harmful": pair[1]}
+            for name, pair in given.neighbours.items()
+        ],
+        "policy": _policy(scores, markup), "anatomy": _anatomy(given.check), "run": list(given.run),
+        "command": given.command,
+    }  # fmt: skip
+
+
+def _verdict(given: ReportInput) -> list[dict[str, str]]:
+    """The lines of the strip: level, name, text."""
+    scores, sure = given.scores, given.uncertainty
+    lines = []
+
+    def add(level: str, name: str, text: str) -> None:
+        lines.append({"level": level, "name": name, "text": text})
+
+    unscored = len(scores.rows) - int(scores.usable.sum())
+    failed = sum(row.status == "failed" for row in scores.rows)
+    add(
+        "warning" if failed else "ok",
+        "prompts",
+        f"{len(scores.rows)} read, {int(scores.usable.sum())} with a gradient, {len(given.selection.chosen)} chosen, "
+        f"{unscored - failed} without a gradient, {failed} failed",
+    )
+    for finding in (given.check or {}).get("findings", []):
+        if finding["name"] in ("sketch error", "layout", "batch", "attention"):
+            add(finding["level"], finding["name"], finding["text"])
+    if given.check is None:
+        add("warning", "sketch error", "not measured on this model: run `cropi check`")
+    if sure is None:
+        add("warning", "choice", f"not resampled: {given.uncertainty_missing}")
+    else:
+        level = "ok" if sure.overlap >= 0.75 else "warning" if sure.overlap >= 0.5 else "failed"
+        add(
+            level,
+            "choice",
+            f"{sure.overlap:.0%} of the chosen prompts would stay with other validation prompts",
+        )
+        weak = [s for s in sure.sets if s.prompts < 2 or s.signal <= 0.2]
+        for one in weak:
+            add("warning", "validation", one.advice())
+    median, sample = _median(scores, "ratio"), _median(scores, "ess")
+    if median is not None:
+        good = 0.8 <= median <= 1.25 and (sample is None or sample >= 0.5)
+        add("ok" if good else "warning", "policy", _policy_text(median, sample))
+    return lines
+
+
+def _policy_text(median: float, sample: float | None) -> str:
+    more = "" if sample is None else f", effective sample size {sample:.2f} of a prompt's tokens (medians)"
+    plain = (
+        "the trajectories are this policy's or close to it"
+        if 0.8 <= median <= 1.25
+        else ("the trajectories are another policy's: their weights are far from 1")
+    )
+    return f"ratio {median:.3f}{more}: {plain}"
+
+
+def _choice(sure: Uncertainty | None, markup: Any) -> dict[str, Any] | None:
+    if sure is None:
+        return None
+    lines = [
+        {
+            "name": one.name, "prompts": one.prompts, "overlap": sure.overlap_of_set[one.name],
+            "signal": f"{one.signal:.2f}" if math.isfinite(one.signal) else "–", "advice": one.advice(),
+        }
+        for one in sure.sets
+    ]  # fmt: skip
+    drawn = sure.p_selected[np.isfinite(sure.p_selected) & (sure.p_selected > 0)]
+    chart = markup(density(drawn, np.array([]), bins=20))
+    return {
+        "overlap": sure.overlap,
+        "halves": sure.halves,
+        "draws": sure.draws,
+        "lines": lines,
+        "chart": chart,
+    }
+
+
+def _composition(scores: Scores, usable: np.ndarray, chosen: np.ndarray, markup: Any) -> list[dict[str, Any]]:
+    """Tables of shares: by task, by pass rate, by length, by where the prompt comes from."""
+    rows = scores.rows
+    lengths = np.array([rows[i].tokens for i in usable])
+    edges = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75]).round()) if len(lengths) else np.array([])
+
+    def length(i: int) -> str:
+        place = int(np.searchsorted(edges, rows[i].tokens))
+        low = "0" if place == 0 else f"{edges[place - 1]:.0f}"
+        return f"over {low}" if place == len(edges) else f"{low} to {edges[place]:.0f}"
+
+    def rate(i: int) -> str:
+        low = min(int(rows[i].pass_rate * 4), 3) / 4
+        return f"{low:.2f} to {low + 0.25:.2f}"
+
+    kinds = {
+        "task": lambda i: rows[i].task or "(none)",
+        "pass rate": rate,
+        "scored tokens": length,
+        "source": lambda i: str(rows[i].extra.get("source") or rows[i].set or "(none)"),
+    }
+    tables = []
+    for name, kind in kinds.items():
+        pool, some = ([kind(int(i)) for i in places] for places in (usable, chosen))
+        everywhere, here = Counter(pool), Counter(some)
+        if len(everywhere) < 2 and name != "task":
+            continue
+        counts = [(p, everywhere[p] / len(pool), here[p] / max(len(some), 1)) for p in sorted(everywhere)]
+        if name in ("task", "source"):
+            counts.sort(key=lambda line: -line[2])
+        counts = counts[:30]
+        drawn = bars([c[1] for c in counts], [c[2] for c in counts])
+        lines = [
+            {"name": n, "pool": a, "chosen": b, "bars": markup(svg)}
+            for (n, a, b), svg in zip(counts, drawn, strict=True)
+        ]
+        tables.append({"name": name, "lines": lines})
+    return tables
+
+
+def _overlap(scores: Scores, selection: Selection) -> dict[str, Any]:
+    """Choices of one size: this one, every set alone, and the baselines."""
+    n = len(selection.chosen)
+    choices = {"this choice": set(selection.chosen)}
+    usable = np.flatnonzero(scores.usable)
+    if len(scores.sets) > 1:
+        for v, name in enumerate(scores.sets):
+            best = usable[np.argsort(-scores.table[usable, v], kind="stable")[:n]]
+            choices[f"{name} alone"] = set(best.tolist())
+    fraction = n / len(scores.rows)
+    for method in ("max", "random", "learnability"):
+        if method != selection.method:
+            choices[method] = set(select(scores, fraction=fraction, method=method).chosen)
+    names = list(choices)
+    table = [[len(choices[a] & choices[b]) / n for b in names] for a in names]
+    return {"names": names, "table": table}
+
+
+def _median(scores: Scores, key: str) -> float | None:
+    values = [row.extra[key] for row in scores.rows if row.status == "ok" and key in row.extra]
+    return float(np.median(values)) if values else None
+
+
+def _policy(scores: Scores, markup: Any) -> dict[str, Any]:
+    median, sample = _median(scores, "ratio"), _median(scores, "ess")
+    if median is None:
+        return {
+            "text": "Not known: the score table holds no ratio (it comes from an earlier release).",
+            "charts": [],
+        }
+    charts = []
+    for key, name in (("ratio", "mean ratio of a prompt's tokens"), ("ess", "effective sample size, share of tokens"),
+                      ("clipped", "share of clipped tokens")):  # fmt: skip
+        values = np.array([row.extra[key] for row in scores.rows if row.status == "ok" and key in row.extra])
+        if len(values):
+            chosen = np.array([scores.rows[i].extra.get(key, np.nan) for i in np.flatnonzero(scores.usable)])
+            charts.append({"name": name, "chart": markup(density(values, chosen[:0]))})
+    return {"text": _policy_text(median, sample) + ".", "charts": charts}
+
+
+def _anatomy(check: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if not check or not check.get("by_type"):
+        return []
+    types = sorted(check["by_type"].items(), key=lambda pair: -pair[1])[:16]
+    layers = sorted(check["by_layer"].items(), key=lambda pair: int(pair[0]))
+    return [{"name": "type of parameter", "lines": types}, {"name": "layer", "lines": layers}]
+
+
+# ------------------------------------------------------------------------------------------ the prompt browser
+def _data(given: ReportInput) -> dict[str, Any]:
+    """What the script shows: columns over all prompts, and the full text of some."""
+    scores, selection, sure = given.scores, given.selection, given.uncertainty
+    rank = {i: place for place, i in enumerate(selection.order, 1)}
+    rows, near = scores.rows, max(5, len(selection.chosen) // 10)
+    wanted = _wanted(scores, selection, near)
+    snippets, details = _texts(given.groups, {rows[i].id for i in wanted})
+    columns: dict[str, list[Any]] = {
+        "rank": [rank.get(i) for i in range(len(rows))],
+        "id": [_shown(row.id) for row in rows],
+        "task": [_shown(row.task or "") for row in rows],
+        "pass": [round(row.pass_rate, 4) for row in rows],
+        "norm": [_digits(row.norm) if row.status == "ok" else None for row in rows],
+        "tokens": [row.tokens for row in rows],
+    }
+    for v in range(len(scores.sets)):
+        columns[f"score{v}"] = [_digits(x) for x in scores.table[:, v]]
+        if sure is not None and sure.stderr.shape == scores.table.shape:
+            columns[f"se{v}"] = [_digits(x) for x in sure.stderr[:, v]]
+    if sure is not None and len(sure.p_selected) == len(rows):
+        columns["p"] = [_digits(x) for x in sure.p_selected]
+    for key in ("ratio", "ess"):
+        if any(key in row.extra for row in rows):
+            columns[key] = [_digits(row.extra.get(key)) for row in rows]
+    reasons = [STATUSES[0], *sorted({f"{row.status}: {row.reason}" for row in rows if row.status != "ok"})]
+    place = {reason: i for i, reason in enumerate(reasons)}
+    columns["status"] = [0 if row.status == "ok" else place[f"{row.status}: {row.reason}"] for row in rows]
+    if snippets:
+        columns["text"] = [snippets.get(row.id, "") for row in rows]
+    return {
+        "columns": columns, "sets": [_shown(name) for name in scores.sets], "statuses": reasons,
+        "chosen": len(selection.chosen), "ranked": len(selection.order), "near": near,
+        "details": {_shown(name): detail for name, detail in details.items()},
+        "nodetail": "(its responses are not in this page: they are kept for the best, the worst and those at the cut)"
+        if snippets else "(the trajectory files were not given)",
+    }  # fmt: skip
+
+
+def _wanted(scores: Scores, selection: Selection, near: int) -> set[int]:
+    """Prompts that are shown in full."""
+    order, cut = selection.order, len(selection.chosen)
+    some = {*order[:FULL], *order[-FULL:], *order[max(0, cut - near) : cut + near][:FULL]}
+    unscored = [
+        i for i, row in enumerate(scores.rows) if row.status != "ok" and not _equal_rewards(row.reason)
+    ]
+    largest = sorted(range(len(scores.rows)), key=lambda i: -scores.rows[i].norm)[:20]
+    return some | set(unscored[:FULL]) | set(largest)
+
+
+def _equal_rewards(reason: str) -> bool:
+    return reason == no_gradient_reason([1.0, 1.0])
+
+
+def _texts(groups: Iterable[PromptGroup], full: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    snippets, details = {}, {}
+    for group in groups:
+        prompt = _conversation(group.prompt) or "(token ids)"
+        snippets[group.id] = _cut(" ".join(prompt.split()), SNIPPET)
+        if group.id in full:
+            rewards = group.rewards
+            equal = no_gradient_reason(rewards) is not None
+            advantages = [0.0] * len(rewards) if equal else group_advantages(rewards).tolist()
+            responses = group.responses or ["(token ids)"] * len(rewards)
+            details[group.id] = {
+                "prompt": _cut(_shown(prompt), LONG),
+                "responses": [
+                    {
+                        "text": _cut(_shown(_conversation(text)), LONG),
+                        "reward": reward,
+                        "advantage": round(a, 4),
+                    }
+                    for text, reward, a in zip(responses, rewards, advantages, strict=True)
+                ],
+            }
+    return snippets, details
+
+
+def _conversation(text: Any) -> str:
+    """A prompt or response as text; of messages, each with its role."""
+    if isinstance(text, str):
+        return text
+    return "\n\n".join(f"[{m.get('role', '')}] {m.get('content', '')}" for m in text or [])
+
+
+def _shown(text: str) -> str:
+    """Control characters as escapes: a terminal code, a null or a change of direction acts on whoever copies it.
+
+    Joiners stay, which emoji and some scripts are written with.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" else ascii(c)[1:-1] for c in text)
+
+
+def _cut(text: str, size: int) -> str:
+    text = text if len(text) <= size else text[: size - 1] + "…"
+    return _shown(text)
+
+
+def _digits(x: Any) -> float | None:
+    """Five digits, None for what is not a finite number."""
+    return float(f"{x:.5g}") if x is not None and math.isfinite(x) else None

@@ -1,0 +1,207 @@
+"""The HTML report: what stands in it, that nothing in it acts, and what a browser shows of it."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cropi.data.records import PromptGroup
+from cropi.errors import CropiError
+from cropi.ranking.influence import Scores
+from cropi.ranking.pairwise import Neighbour, Pairwise
+from cropi.ranking.selection import select
+from cropi.ranking.uncertainty import uncertainty
+from cropi.report.charts import density
+from cropi.report.html import ReportInput, render, write_report
+from cropi.store.shards import RowInfo
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+EVIL = '<script>document.title="taken"</script><img src=x onerror=alert(1)> \x1b[31mred\x00 \u202eright to left 😀'
+
+
+def make_input(prompts: int = 60, sets: int = 2, **changes: Any) -> ReportInput:
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=16)
+    train = rng.normal(size=(prompts, 16)) + 0.6 * common
+    valid = rng.normal(size=(12 * sets, 16)) + common
+    rows = [
+        RowInfo(
+            f"p{i:05d}", task=f"task{i % 3}", pass_rate=(i % 5) / 4, tokens=10 + i % 90,
+            norm=float(np.linalg.norm(train[i])), extra={"ratio": 1.0 + 0.01 * (i % 7), "ess": 0.97, "clipped": 0.0},
+        )
+        for i in range(prompts)
+    ]  # fmt: skip
+    rows[1] = RowInfo("p00001", "skipped", "equal rewards", task="task1", pass_rate=1.0)
+    rows[2] = RowInfo("p00002", "failed", "NaN or infinity in its gradient", task="task2", pass_rate=0.5)
+    train[1:3] = np.nan
+    names = [f"set{i // 12}" for i in range(len(valid))]
+    columns = [RowInfo(f"v{i:02d}", set=name) for i, name in enumerate(names)]
+    pairs = Pairwise(rows, columns, train @ valid.T, np.linalg.norm(train, axis=1), valid @ valid.T)
+    scores = Scores(
+        rows,
+        pairs.sets,
+        pairs.scores(),
+        {"metric": "cosine", "train": {"stage": "0", "model": {"weights": "ab" * 16}}},
+    )
+    groups = [
+        PromptGroup(
+            row.id, f"What is {i} + {i}? {EVIL if i == 5 else ''}", [str(2 * i), "no " + EVIL], [1.0, 0.0]
+        )
+        for i, row in enumerate(rows)
+    ]
+    given = ReportInput(
+        scores,
+        select(scores, fraction=0.2),
+        groups,
+        uncertainty=uncertainty(pairs, fraction=0.2, draws=20),
+        neighbours={"v00": ([Neighbour("p00005", 0.5)], [Neighbour("p00007", -0.25)])},
+        validation_texts={"v00": "A <b>validation</b> prompt"},
+        run=[("command", "cropi run --config <x>"), ("time", "12 s")],
+        command="cropi run --config out/config.toml",
+    )
+    for name, value in changes.items():
+        setattr(given, name, value)
+    return given
+
+
+def data_of(page: str) -> dict[str, Any]:
+    packed = re.search(r'<script type="text/plain" id="data">(.*?)</script>', page, re.DOTALL)
+    assert packed
+    return json.loads(gzip.decompress(base64.b64decode(packed[1])))  # type: ignore[no-any-return]
+
+
+def test_numbers_of_the_page_are_those_of_the_selection() -> None:
+    given = make_input()
+    page = render(given)
+    data, scores, chosen = data_of(page), given.scores, given.selection.chosen
+    columns = data["columns"]
+    assert [columns["id"][i] for i in np.argsort([r or 10**9 for r in columns["rank"]])[: len(chosen)]] == [
+        scores.rows[i].id for i in chosen
+    ]
+    usable = np.flatnonzero(scores.usable)
+    for v in range(2):
+        np.testing.assert_allclose(
+            [columns[f"score{v}"][i] for i in usable], scores.table[usable, v], rtol=1e-4, atol=1e-9
+        )
+    assert columns["score0"][1] is None and data["statuses"][columns["status"][2]].startswith("failed: NaN")
+    assert given.uncertainty is not None
+    assert columns["p"][chosen[0]] == pytest.approx(given.uncertainty.p_selected[chosen[0]], rel=1e-4)
+    text = html.unescape(re.sub(r"<[^>]+>", "", page.split("</style>")[1]))
+    assert f"{len(chosen)} of {len(usable)} prompts with a gradient chosen by rrf (60 read)" in text
+    assert f"{given.uncertainty.overlap:.0%} of the chosen prompts would stay" in text
+    assert "ratio 1.03" in text and "1 failed" in text and "not measured on this model" in text
+    detail = data["details"][scores.rows[chosen[0]].id]
+    assert [r["reward"] for r in detail["responses"]] == [1.0, 0.0]
+    assert detail["responses"][0]["advantage"] == pytest.approx(0.7071, abs=1e-3)
+
+
+def test_text_of_users_is_never_markup() -> None:
+    evil = make_input()
+    evil.validation_texts = {"v00": EVIL}
+    evil.run = [("note", EVIL)]
+    evil.command = EVIL
+    object.__setattr__(evil.scores, "sets", ["<b>bold</b>", "plain"])
+    page = render(evil)
+    assert page.count("<script") == 2 and "<img" not in page and "<b>bold" not in page
+    body = page.split("</style>")[1].split('<script type="text/plain"')[0]
+    assert "\x00" not in page and "\x1b" not in data_of(page)["details"]["p00005"]["prompt"]
+    assert "onerror" in body and "&lt;img" in body, "it is shown, as text"
+    assert "https://" not in page and "http://" not in page and "default-src 'none'" in page
+
+
+def test_a_large_page_stays_small(tmp_path: Path) -> None:
+    given = make_input(20000, sets=4)
+    write_report(tmp_path / "r.html", given)
+    assert (tmp_path / "r.html").stat().st_size < 3_000_000
+    data = data_of((tmp_path / "r.html").read_text())
+    assert len(data["columns"]["id"]) == 20000 and 200 < len(data["details"]) < 700
+
+
+def test_what_is_missing_is_said() -> None:
+    given = make_input(uncertainty=None, groups=(), neighbours={}, unfinished="train holds 3 of 60 prompts")
+    page = render(given)
+    assert "not finished" in page and "train holds 3 of 60 prompts" in page
+    assert "Not known: the stores of sketches are not beside the scores" in page
+    assert data_of(page)["nodetail"] == "(the trajectory files were not given)"
+    rows = [RowInfo("a", "skipped", "equal rewards")]
+    nothing = ReportInput(Scores(rows, ["x"], np.full((1, 1), np.nan), {}), given.selection)
+    with pytest.raises(CropiError, match="nothing to report"):
+        write_report("never.html", nothing)
+
+
+def test_one_prompt_and_one_set() -> None:
+    rows = [RowInfo("only", norm=1.0)]
+    scores = Scores(rows, ["x"], np.array([[0.5]]), {})
+    page = render(ReportInput(scores, select(scores, fraction=1.0)))
+    assert "1 of 1 prompts with a gradient chosen" in page
+
+
+@pytest.mark.parametrize("values", [[], [np.nan], [0.25], [0.0, 1.0, 1.0, 0.5]])
+def test_densities_of_few_values(values: list[float]) -> None:
+    svg = density(np.array(values), np.array(values[:1]), cut=0.5, noise=0.1)
+    assert svg.startswith("<svg") and svg.endswith("</svg>") and "nan" not in svg
+
+
+# ---------------------------------------------------------------------------------------------- in a browser
+PROBE = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const rows = () => [...document.querySelectorAll("#rows tr")].map((row) => row.dataset.id);
+  const out = {chosen: rows(), count: document.getElementById("count").textContent};
+  document.querySelector('[data-tab="failed"]').click();
+  out.failed = rows();
+  document.querySelector('[data-tab="all"]').click();
+  const search = document.getElementById("search");
+  search.value = "p00005"; search.dispatchEvent(new Event("input"));
+  out.found = rows();
+  document.querySelector("#rows tr").dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
+  out.detail = document.getElementById("detail").textContent;
+  out.images = document.images.length; out.title = document.title;
+  search.value = ""; search.dispatchEvent(new Event("input"));
+  document.querySelectorAll("#head button")[3].click();
+  out.sorted = rows().slice(0, 5);
+  out.wide = document.documentElement.scrollWidth <= innerWidth;
+  document.body.replaceChildren(document.createTextNode("PROBE" + JSON.stringify(out) + "END"));
+}, 300));
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium (Debian: apt-get install chromium)")
+def test_a_browser_shows_the_numbers(tmp_path: Path) -> None:
+    given = make_input()
+    page, path = render(given), tmp_path / "r.html"
+    path.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}/profile",
+    ]
+    command += ["--window-size=1200,900", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    shown = re.search("PROBE(.*)END", done.stdout, re.DOTALL)
+    assert shown, done.stderr[-2000:]
+    seen = json.loads(html.unescape(shown[1]))
+    scores, chosen = given.scores, given.selection.chosen
+    assert seen["chosen"] == [scores.rows[i].id for i in chosen]
+    assert seen["count"] == f"1 to {len(chosen)} of {len(chosen)} prompts"
+    assert seen["failed"] == ["p00001", "p00002"] and seen["found"] == ["p00005"]
+    assert "What is 5 + 5?" in seen["detail"] and '<script>document.title="taken"' in seen["detail"]
+    assert "reward 1" in seen["detail"] and seen["images"] == 0 and seen["title"] == "Selection report"
+    best = sorted(np.flatnonzero(scores.usable), key=lambda i: -scores.table[i, 0])[:5]
+    assert seen["sorted"] == [scores.rows[i].id for i in best] and seen["wide"]
