@@ -34,10 +34,9 @@ from cropi.trainers.trl.records import (  # noqa: E402
     checked_line,
     group_record,
     id_of,
-    plain_value,
-    text_value,
 )
 from cropi.trainers.trl.rollout_log import RolloutLog  # noqa: E402
+from cropi.trainers.values import plain_value, text_value  # noqa: E402
 
 LOG = "cropi/rollouts/train-rank00000.jsonl"
 NO_MODEL = {"model": "no/such-model"}  # reached only if everything before is let through

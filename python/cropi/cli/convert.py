@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from cropi.cli.parser import positive
+
 SOURCES = ("verl", "slime", "nemo-rl")
 
 
@@ -26,6 +28,19 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--keep", default="newest", choices=("newest", "all"),
         help="of a prompt with rollouts of several steps: those of its last step, or all (needs log-probs)",
     )  # fmt: skip
+    command.add_argument(
+        "--skip-bad", action="store_true",
+        help="go on after a sample that cannot be used (no reward, NaN, another type), and count it; samples that the "
+        "trainer itself leaves out (aborted, removed, empty) are left out in any case",
+    )  # fmt: skip
+    command.add_argument(
+        "--allow-pickle", action="store_true",
+        help="load .pt and .dp files with all that they name, which RUNS THEIR CODE: only for files of people you trust. "
+        "Without it plain data, arrays, tensors and the containers of verl and slime are read, and no code is run",
+    )  # fmt: skip
+    command.add_argument(
+        "--max-gib", type=positive, default=16.0, metavar="N", help="largest dump that is read (default 16 GiB)"
+    )
     text = command.add_argument_group("verl's text dumps (.jsonl)")
     text.add_argument(
         "--dataset", metavar="FILE", help="the dataset of the run, to find the prompts' ids and messages"
@@ -37,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and say what came out."""
     from cropi.errors import CropiError
     from cropi.files import check_outputs
+    from cropi.trainers.dumps.fields import Left
     from cropi.trainers.dumps.rollout import group_rollouts, write_groups
 
     if bool(args.dataset) != bool(args.model):
@@ -48,18 +64,30 @@ def run(args: argparse.Namespace) -> int:
             f"--dataset is for verl's text dumps; the dumps of {args.source} hold the prompts' tokens"
         )
     check_outputs({"--out": args.out}, {"FILE": args.files, "--dataset": [args.dataset]})
-    groups = group_rollouts(_rollouts(args), keep=args.keep)
+    if args.allow_pickle:
+        print(f"pickles       --allow-pickle: code that {', '.join(map(printable, args.files))} names is run")
+    left = Left(args.skip_bad)
+    groups = group_rollouts(_rollouts(args, left), keep=args.keep, left=left)
     write_groups(args.out, groups)
     exact = sum(group.response_ids is not None for group in groups)
     print(
         f"trajectories  {args.out}: {len(groups)} prompts, {sum(group.size for group in groups)} responses; token "
         f"ids in {exact} records, log-probs in {sum(group.logprobs is not None for group in groups)}"
     )
+    if left.counts:
+        reasons = ", ".join(f"{count} by {name}" for name, count in sorted(left.counts.items()))
+        print(f"left out      {left.counts.total()} samples: {reasons}")
+        for error in left.first.values():
+            print(f"  the first   {error.where}: {error.problem}")
     return 0
 
 
-def _rollouts(args: argparse.Namespace) -> Iterator[Any]:
-    options: dict[str, Any] = {"id_key": args.id_key, "temperature": args.temperature}
+def _rollouts(args: argparse.Namespace, left: Any) -> Iterator[Any]:
+    options: dict[str, Any] = {
+        "id_key": args.id_key, "temperature": args.temperature, "left": left, "largest": int(args.max_gib * 2**30),
+    }  # fmt: skip
+    if args.source != "nemo-rl":
+        options["allow_pickle"] = args.allow_pickle
     if args.source == "verl":
         from cropi.trainers.dumps.verl import read_dump
 

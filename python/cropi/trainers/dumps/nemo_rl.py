@@ -2,102 +2,135 @@
 
 Every line is a JSON object whose values are lists over some of the step's rollouts (one, as a rule): ``token_ids`` and,
 of the same lengths, ``token_loss_mask`` (1 on response tokens), ``generation_logprobs`` and ``prev_logprobs``;
-``rewards``, ``input_lengths``, ``content``. Rows that belong to one prompt are found by their prompt tokens. NeMo-RL
-writes no such file where NeMo-Gym does the logging.
+``rewards``, ``input_lengths``, ``content``. Where ``rewards`` is a number, the line is one rollout. Rows that belong to
+one prompt are found by their prompt tokens. NeMo-RL writes no such file where NeMo-Gym does the logging.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError
-from cropi.files import lines_of
-from cropi.trainers.dumps.rollout import Rollout, finite, text_id
+from cropi.trainers.dumps.fields import (
+    BadSample,
+    Left,
+    Unused,
+    finite,
+    is_bit,
+    listed,
+    log_probs,
+    loss_mask,
+    names,
+    prompt_id,
+    shown,
+    token_ids,
+    whole,
+)
+from cropi.trainers.dumps.lines import json_lines
+from cropi.trainers.dumps.pickled import LARGEST, check_size
+from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 
 COLUMNS = ("token_ids", "token_loss_mask", "rewards", "input_lengths")
 LOGPROBS = ("generation_logprobs", "prev_logprobs")
 
 
 def read_dump(
-    path: str | Path, *, id_key: str | None = None, temperature: float | None = None
+    path: str | Path,
+    *,
+    id_key: str | None = None,
+    temperature: float | None = None,
+    left: Left | None = None,
+    largest: int = LARGEST,
 ) -> Iterator[Rollout]:
-    """The rollouts in one file.
+    """The rollouts in one file. Those without a token of the policy are left out, as in NeMo-RL's loss.
 
     Args:
         path: ``train_data_step{N}.jsonl``; N is the step.
         id_key: a column with the prompt's id; None: a hash of the prompt's tokens.
         temperature: of the sampling, which the file does not hold.
+        left: takes the rollouts that are left out; None raises at the first bad one.
+        largest: bytes that the file may have.
 
     Raises:
-        CropiError: another layout, columns of different lengths, or rollouts of several turns.
+        CropiError: there is no such file, or it is too large.
+        BadSample: a line of another layout, columns of different lengths, or a value of another form.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CropiError(f"there is no file {path}")
-    columns = _columns(path)
+    path, left = Path(path), Left() if left is None else left
+    check_size(path, largest)
+    found = re.search(r"step(\d{1,18})", path.name)
+    step = int(found[1]) if found else 0
+    rows = (
+        row
+        for line in json_lines(path, left)
+        for rows in left.each([line], lambda x: _rows(*x, id_key))
+        for row in rows
+    )
+    yield from left.each(rows, lambda row: _rollout(row[0], row[1], step, id_key, temperature))
+
+
+def _rows(where: str, line: dict[str, Any], id_key: str | None) -> list[tuple[str, dict[str, Any]]]:
+    """The rollouts of a line, each as its own object. What is no list (``idx``) describes the line."""
     for name in (*COLUMNS, *([id_key] if id_key else [])):
-        if name not in columns:
-            raise CropiError(
-                f"{path}: no column {name!r}, so this is not training data of NeMo-RL ({', '.join(columns)})"
+        if name not in line:
+            raise BadSample(
+                where,
+                shown(name),
+                f"is missing, so this is not training data of NeMo-RL (it has {names(line)})",
             )
-    count = len(columns["token_ids"])
-    for name, values in columns.items():
-        if len(values) != count:
-            raise CropiError(f"{path}: {len(values)} values of {name!r} for {count} rollouts")
-    step = re.search(r"step(\d+)", path.name)
-    for i in range(count):
-        yield _rollout(columns, i, f"{path}, rollout {i}", int(step[1]) if step else 0, id_key, temperature)
-
-
-def _columns(path: Path) -> dict[str, list[Any]]:
-    """Join the lines. What is no list (``idx``) describes the line, except where a line is a rollout."""
-    columns: dict[str, list[Any]] = {}
-    for number, line in enumerate(lines_of(path), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-            rewards = found["rewards"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CropiError(f"{path}:{number}: not training data of NeMo-RL ({error!r})") from None
-        for name, value in found.items():
-            if not isinstance(rewards, list):
-                columns.setdefault(name, []).append(value)
-            elif isinstance(value, list):
-                columns.setdefault(name, []).extend(value)
-    if not columns:
-        raise CropiError(f"{path} is empty")
-    return columns
+    if not isinstance(line["rewards"], list):
+        return [(where, line)]
+    columns = {name: values for name, values in line.items() if isinstance(values, list)}
+    count = len(line["rewards"])
+    for name in (*COLUMNS, *(name for name in (*LOGPROBS, id_key) if name in columns)):
+        values = columns.get(name)
+        if values is None or len(values) != count:
+            got = shown(line[name]) if values is None else f"{len(values)} values"
+            raise BadSample(
+                where, shown(name), f"should have one value for each of {count} rollouts, got {got}"
+            )
+    wanted = [name for name in (*COLUMNS, *LOGPROBS, id_key) if name in columns]
+    single = {id_key: line[id_key]} if id_key and id_key not in columns else {}
+    return [
+        (f"{where}, rollout {i}", {name: columns[name][i] for name in wanted} | single) for i in range(count)
+    ]
 
 
 def _rollout(
-    columns: dict[str, list[Any]],
-    i: int,
-    where: str,
-    step: int,
-    id_key: str | None,
-    temperature: float | None,
+    where: str, row: dict[str, Any], step: int, id_key: str | None, temperature: float | None
 ) -> Rollout:
-    length = int(columns["input_lengths"][i])
-    tokens, mask = (list(columns[name][i])[:length] for name in ("token_ids", "token_loss_mask"))
-    start = next((place for place, value in enumerate(mask) if value), length)
-    end = max((place for place, value in enumerate(mask) if value), default=-1) + 1
-    if not 0 < start < end:
-        raise CropiError(f"{where}: its token_loss_mask marks no response after a prompt")
-    if not all(mask[start:end]):
-        raise CropiError(
-            f"{where}: tokens of tools or of the user stand between those of the policy; a trajectory record holds one "
-            "uninterrupted response"
+    length = whole(row["input_lengths"], "input_lengths", where)
+    tokens = listed(row["token_ids"], "token_ids", where)
+    marks = listed(row["token_loss_mask"], "token_loss_mask", where)
+    if not 0 < length <= len(tokens) or len(marks) < length:
+        raise BadSample(
+            where,
+            "input_lengths",
+            f"is {shown(length)} for {len(tokens)} token_ids and {len(marks)} of token_loss_mask",
         )
-    source = next((name for name in LOGPROBS if name in columns), None)
+    tokens = token_ids(tokens[:length], "token_ids", where)
+    marked = [t for t, value in enumerate(marks[:length]) if _mark(value, t, where)]
+    if not marked:
+        raise Unused(where, "token_loss_mask", "marks no token of the policy")
+    start, end = marked[0], marked[-1] + 1
+    if start == 0:
+        raise BadSample(where, "token_loss_mask", "marks the first token, so there is no prompt")
+    mask = loss_mask(marks[start:end], end - start, "token_loss_mask", where)
+    source = next((name for name in LOGPROBS if row.get(name) is not None), None)
     # The value beside a token is that token's own log-prob; the prompt's are zero.
-    logprobs = [float(v) for v in columns[source][i][start:end]] if source else None
-    name = columns[id_key][i] if id_key else text_id(" ".join(map(str, tokens[:start])))
-    return Rollout(
-        id=str(name), reward=finite(columns["rewards"][i], "reward", where), step=step, where=where,
-        prompt_ids=tokens[:start], response_ids=tokens[start:end], logprobs=logprobs, temperature=temperature,
-    )  # fmt: skip
+    values = None if source is None else listed(row[source], source, where)
+    if values is not None and len(values) < end:
+        raise BadSample(where, str(source), f"has {len(values)} entries for {length} tokens")
+    probs = None if values is None else log_probs(values[start:end], end - start, mask, str(source), where)
+    name = prompt_id(row[id_key], id_key, where) if id_key else text_id(" ".join(map(str, tokens[:start])))
+    return checked(Rollout(
+        id=name, reward=finite(row["rewards"], "rewards", where), step=step, where=where, prompt_ids=tokens[:start],
+        response_ids=tokens[start:end], logprobs=probs, loss_mask=mask, temperature=temperature,
+    ))  # fmt: skip
+
+
+def _mark(value: Any, t: int, where: str) -> bool:
+    if not is_bit(value):
+        raise BadSample(where, f"token_loss_mask[{t}]", f"should be 0 or 1, got {shown(value)}")
+    return bool(value)

@@ -1,26 +1,104 @@
-"""Dumps that a trainer wrote by ``torch.save``."""
+"""Dumps that a trainer pickled, by ``torch.save`` or ``pickle``: read without running what they name."""
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
+from cropi.trainers.dumps.unpickle import Forbidden, Reader, StandIn, read_zip
+
+LARGEST = 16 * 2**30
+# What damaged bytes make the readers raise.
+DAMAGED = (
+    pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, TypeError,
+    AttributeError, IndexError, EOFError, NotImplementedError, RuntimeError, OverflowError, ArithmeticError,
+    RecursionError, MemoryError, OSError,
+)  # fmt: skip
 
 
-@contextmanager
-def opened_dump(path: Path, what: str) -> Iterator[Any]:
-    """What the file holds, to be taken apart inside the block. It can run code: read the files of people you trust.
+def load_dump(path: Path, what: str, *, allow_pickle: bool = False, largest: int = LARGEST) -> Any:
+    """What a pickled file holds.
+
+    Plain containers, numbers, arrays and tensors come out as such; objects of a trainer's classes as a
+    :class:`~cropi.trainers.dumps.unpickle.StandIn`, without the class.
+
+    Args:
+        path: the file.
+        what: what it should be, for messages.
+        allow_pickle: load it by ``torch.load`` or ``pickle`` instead, which **run whatever code the file names**.
+        largest: bytes that it may hold, packed and unpacked.
 
     Raises:
-        CropiError: the file cannot be loaded, or taken apart: it is not ``what``.
+        CropiError: it is too large, damaged, of another kind, or names what a dump has no need of.
     """
+    check_size(path, largest)
+    try:
+        if allow_pickle:
+            return _trusted(path)
+        with open(path, "rb") as file:
+            data = file.read()
+        if data[:2] == b"PK":
+            return read_zip(io.BytesIO(data), largest)
+        return Reader(io.BytesIO(data)).load()
+    except Forbidden as error:
+        raise CropiError(
+            f"{path}: {error}, which {what} has no need of. Pickles can run code, so only plain data is read; if you "
+            "wrote this file yourself, or trust who did, pass --allow-pickle"
+        ) from error
+    except DAMAGED as error:
+        raise CropiError(f"{path} is not {what} ({type(error).__name__}: {str(error)[:300]})") from error
+
+
+def check_size(path: Path, largest: int = LARGEST) -> None:
+    """Check that a file is there, and not larger than is read at once.
+
+    Raises:
+        CropiError: it is not.
+    """
+    if not path.is_file():
+        raise CropiError(f"there is no file {path}")
+    size = path.stat().st_size
+    if size > largest:
+        raise CropiError(
+            f"{path} has {size / 2**30:.3g} GiB, more than the {largest / 2**30:.3g} GiB that are read at once; dump "
+            "fewer steps into a file, or pass a larger --max-gib"
+        )
+
+
+def inner(data: Any, largest: int = LARGEST) -> Any:
+    """A file of ``torch.save`` inside a pickle, as verl's DataProto has it.
+
+    Raises:
+        Forbidden, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError: as :func:`read_zip`.
+    """
+    if not isinstance(data, bytes):
+        raise pickle.UnpicklingError("a batch without its bytes")
+    return read_zip(io.BytesIO(data), largest)
+
+
+def contents(value: Any) -> Any:
+    """The state of an object of a trainer's class as a table of its fields, anything else as it is.
+
+    An enumeration's member is the value that it was made from.
+    """
+    if not isinstance(value, StandIn):
+        return value
+    if isinstance(value.state, Mapping):
+        return value.state
+    return value.args[0] if len(value.args) == 1 and value.state is None else value
+
+
+def _trusted(path: Path) -> Any:
     import torch
 
-    try:
-        yield torch.load(path, map_location="cpu", weights_only=False)
-    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CropiError(f"{path} is not {what} ({error!r})") from error
+    if path.suffix == ".dp":
+        with open(path, "rb") as file:
+            return pickle.load(file)
+    return torch.load(path, map_location="cpu", weights_only=False)

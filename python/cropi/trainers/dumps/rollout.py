@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cropi.data.records import PromptGroup, parse_record
-from cropi.errors import CropiError
+from cropi.data.records import FIELDS, PromptGroup, parse_record
+from cropi.errors import CropiError, RecordError
 from cropi.files import replacing
+from cropi.trainers.dumps.fields import BadSample, Left, shown
+from cropi.trainers.values import plain_value, whole_text
 
 KEEP = ("newest", "all")
 
@@ -22,6 +24,7 @@ class Rollout:
     """One response to one prompt. ``id`` is the prompt's; ``step`` the training step that it was sampled at.
 
     Either ``prompt_ids`` and ``response_ids``, or text: ``prompt`` (a string or messages) and ``response``.
+    ``loss_mask`` is 0 on response tokens of tools and of the user, which are context; None where all are the policy's.
     """
 
     id: str
@@ -35,15 +38,67 @@ class Rollout:
     response: str | None = None
     answer: Any = None
     temperature: float | None = None
+    loss_mask: list[int] | None = None
+    truncated: bool | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 def text_id(text: str) -> str:
     """A prompt id made from the prompt's text, for dumps that carry none: equal texts have equal ids."""
-    return "text-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+    return "text-" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def group_rollouts(rollouts: Iterable[Rollout], *, keep: str = "newest") -> list[PromptGroup]:
+def messages(value: Any) -> Any:
+    """A prompt as text or text messages, for people and exports, or None; token ids are what counts."""
+    if isinstance(value, str):
+        return whole_text(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    texts = ("role", "content")
+    if not all(isinstance(m, Mapping) and all(isinstance(m.get(key), str) for key in texts) for m in value):
+        return None
+    try:
+        return [plain_value(dict(m), "") for m in value]
+    except CropiError:
+        return None
+
+
+def answer(value: Any, field: str, where: str) -> Any:
+    """A reference answer in JSON's types.
+
+    Raises:
+        BadSample: it has no form in JSON.
+    """
+    try:
+        return plain_value(value, where)
+    except CropiError:
+        raise BadSample(where, field, f"has no form in JSON: {shown(value)}") from None
+
+
+def checked(rollout: Rollout) -> Rollout:
+    """The rollout, once it has made a record of one response that reads like any other.
+
+    Raises:
+        BadSample: it does not; names the field.
+    """
+    where, problem = rollout.where, ""
+    try:
+        parse_record(_line(rollout.id, [rollout]), where)
+    except RecordError as error:
+        problem = error.problem
+    except (ValueError, TypeError, RecursionError) as error:
+        problem = str(error)
+    if problem:
+        found = re.match(r"'?([a-z_]+)", problem)
+        raise BadSample(where, found[1] if found and found[1] in FIELDS else "record", problem)
+    return rollout
+
+
+def group_rollouts(
+    rollouts: Iterable[Rollout], *, keep: str = "newest", left: Left | None = None
+) -> list[PromptGroup]:
     """Collect the responses to each prompt, in order of id.
 
     Args:
@@ -51,52 +106,68 @@ def group_rollouts(rollouts: Iterable[Rollout], *, keep: str = "newest") -> list
         keep: of a prompt that was rolled out at several steps: "newest" takes those of its last step, so that a group
             has one behaviour policy; "all" takes them all, which needs log-probs with every one, since the policies
             differ.
+        left: takes the rollouts that do not fit to the first one of their prompt; None raises.
 
     Raises:
-        CropiError: nothing to group, mixed policies without log-probs, or rollouts of one prompt that disagree on it.
-        RecordError: the values do not make a trajectory record.
+        CropiError: nothing to group, or mixed policies without log-probs.
+        BadSample: rollouts of one prompt disagree on it.
     """
     if keep not in KEEP:
         raise CropiError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
+    left = Left() if left is None else left
     groups: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.id, []).append(rollout)
     if not groups:
-        raise CropiError("the dump holds no rollout")
-    return [_record(name, members, keep) for name, members in sorted(groups.items())]
+        reasons = "; ".join(str(error)[:300] for error in list(left.first.values())[:3])
+        raise CropiError(f"the dump holds no rollout that can be used{': ' if reasons else ''}{reasons}")
+    return [_record(name, members, keep, left) for name, members in sorted(groups.items())]
 
 
-def _record(name: str, members: list[Rollout], keep: str) -> PromptGroup:
+def _record(name: str, members: list[Rollout], keep: str, left: Left) -> PromptGroup:
     last = max(member.step for member in members)
     if keep == "newest":
         members = [member for member in members if member.step == last]
     elif len({member.step for member in members}) > 1 and any(m.logprobs is None for m in members):
         raise CropiError(
-            f"{members[0].where}: the prompt {name!r} was rolled out at several steps, by different policies, and not "
-            "every rollout has log-probs, so they cannot be put into one group; use --keep newest"
+            f"{members[0].where}: the prompt {shown(name)} was rolled out at several steps, by different policies, and "
+            "not every rollout has log-probs, so they cannot be put into one group; use --keep newest"
         )
     first = members[0]
-    for other in members:
-        if (other.prompt_ids, other.prompt) != (first.prompt_ids, first.prompt):
-            raise CropiError(
-                f"{other.where}: another prompt at {first.where} has the same id {name!r}; give every prompt of the "
-                "dataset its own id, and name it with --id-key"
-            )
-        if other.temperature != first.temperature:
-            raise CropiError(
-                f"{other.where}: prompt {name!r} was sampled at temperature {other.temperature}, and at "
-                f"{first.temperature} at {first.where}; a record has one temperature, use --keep newest"
-            )
+    members = [first, *left.each(members[1:], lambda other: _alike(first, other))]
+    return parse_record(_line(name, members), first.where)  # by the rules of every other record
+
+
+def _alike(first: Rollout, other: Rollout) -> Rollout:
+    if (other.prompt_ids, other.prompt) != (first.prompt_ids, first.prompt):
+        raise BadSample(
+            other.where, "prompt", f"another prompt at {first.where} has the same id {shown(first.id)}",
+            "give every prompt of the dataset its own id, and name it with --id-key, or pass --skip-bad",
+        )  # fmt: skip
+    if other.temperature != first.temperature:
+        raise BadSample(
+            other.where, "temperature", f"{other.temperature} here and {first.temperature} at {first.where}, "
+            "but a record has one", "use --keep newest, or pass --skip-bad",
+        )  # fmt: skip
+    return other
+
+
+def _line(name: str, members: list[Rollout]) -> str:
+    first = members[0]
+    masked = any(m.loss_mask for m in members)
+    cut = [m.truncated for m in members]
     record: dict[str, Any] = {
         "id": name, "prompt": first.prompt, "prompt_ids": first.prompt_ids, "answer": first.answer,
         "responses": [m.response for m in members] if first.response is not None else None,
         "response_ids": [m.response_ids for m in members] if first.response_ids is not None else None,
         "logprobs": [m.logprobs for m in members] if all(m.logprobs is not None for m in members) else None,
-        "rewards": [m.reward for m in members], "temperature": first.temperature, "policy": f"step {last}",
-        **first.extra,
+        "loss_mask": [m.loss_mask or [1] * len(m.response_ids or ()) for m in members] if masked else None,
+        "truncated": cut if all(value is not None for value in cut) else None,
+        "rewards": [m.reward for m in members], "temperature": first.temperature,
+        "policy": f"step {max(m.step for m in members)}", **first.extra,
     }  # fmt: skip
-    text = json.dumps({key: value for key, value in record.items() if value is not None}, ensure_ascii=False)
-    return parse_record(text, first.where)  # by the rules of every other record
+    record = {key: value for key, value in record.items() if value is not None}
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def write_groups(path: str | Path, groups: Iterable[PromptGroup]) -> int:
@@ -107,18 +178,3 @@ def write_groups(path: str | Path, groups: Iterable[PromptGroup]) -> int:
             file.write(group.raw + "\n")
             count += 1
     return count
-
-
-def finite(value: Any, name: str, where: str) -> float:
-    """A finite number.
-
-    Raises:
-        CropiError: it is not one.
-    """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise CropiError(f"{where}: {name} should be a finite number, got {value!r}")
-    return number

@@ -1,8 +1,8 @@
 """Reader of slime's rollout dumps: ``--dump-details DIR`` or ``--save-debug-rollout-data TEMPLATE``.
 
-Every ``.pt`` file is ``{"rollout_id": n, "samples": [...]}``; a sample has ``tokens`` (prompt and response),
-``response_length``, ``reward``, ``rollout_log_probs`` (of the response), ``loss_mask``, ``group_index``, ``index``,
-``label``, ``prompt`` and ``metadata``. Nothing of slime is needed to read it.
+Every ``.pt`` file is ``{"rollout_id": n, "samples": [...]}``, the samples flat or in lists by group. A sample has
+``tokens`` (prompt and response), ``response_length``, ``reward``, ``rollout_log_probs`` and ``loss_mask`` (of the
+response), ``status``, ``remove_sample``, ``label``, ``prompt`` and ``metadata``. Nothing of slime is needed to read it.
 """
 
 from __future__ import annotations
@@ -12,62 +12,118 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
-from cropi.trainers.dumps.pickled import opened_dump
-from cropi.trainers.dumps.rollout import Rollout, finite, text_id
+from cropi.trainers.dumps.fields import (
+    BadSample,
+    Left,
+    Unused,
+    finite,
+    is_bit,
+    listed,
+    log_probs,
+    loss_mask,
+    names,
+    prompt_id,
+    shown,
+    token_ids,
+    whole,
+)
+from cropi.trainers.dumps.pickled import LARGEST, contents, load_dump
+from cropi.trainers.dumps.rollout import Rollout, checked, messages, text_id
+from cropi.trainers.dumps.rollout import answer as plain_answer
+
+WHAT = "a rollout dump of slime"
 
 
 def read_dump(
-    path: str | Path, *, id_key: str | None = None, temperature: float | None = None
+    path: str | Path,
+    *,
+    id_key: str | None = None,
+    temperature: float | None = None,
+    left: Left | None = None,
+    allow_pickle: bool = False,
+    largest: int = LARGEST,
 ) -> Iterator[Rollout]:
-    """The rollouts in one file.
+    """The rollouts in one file. Samples that were aborted, or that slime does not train on, are left out.
 
     Args:
         path: the ``.pt`` file.
-        id_key: the key of a sample's ``metadata`` with the prompt's id. None: a hash of the prompt's text, because
+        id_key: the key of a sample's ``metadata`` with the prompt's id. None: a hash of the prompt's tokens, because
             slime's ``group_index`` counts groups over the run and is another one in the next epoch.
         temperature: of the sampling (``--rollout-temperature``), which the file does not hold.
+        left: takes the samples that are left out; None raises at the first bad one.
+        allow_pickle, largest: see :func:`cropi.trainers.dumps.pickled.load_dump`.
 
     Raises:
-        CropiError: another layout, a sample without reward or id, or one of several turns.
+        CropiError: another layout.
+        BadSample: a sample without reward or id, or with a field of another form.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CropiError(f"there is no file {path}")
-    with opened_dump(path, "a rollout dump of slime") as saved:
-        step, samples = int(saved["rollout_id"]), saved["samples"]
-    for number, sample in enumerate(samples):
-        yield _rollout(sample, f"{path}, sample {number}", step, id_key, temperature)
+    path, left = Path(path), Left() if left is None else left
+    saved = load_dump(path, WHAT, allow_pickle=allow_pickle, largest=largest)
+    if not isinstance(saved, Mapping) or "samples" not in saved or "rollout_id" not in saved:
+        held = names(saved) if isinstance(saved, Mapping) else shown(saved)
+        raise CropiError(f"{path} is not {WHAT}, which has 'rollout_id' and 'samples', but holds {held}")
+    try:
+        step = whole(saved["rollout_id"], "rollout_id", str(path))
+        samples = _flat(listed(saved["samples"], "samples", str(path)), str(path))
+    except BadSample as error:  # of the file, so that leaving out a sample is no remedy
+        raise CropiError(f"{path} is not {WHAT}: {error.where}: {error.problem}") from error
+    yield from left.each(samples, lambda pair: _rollout(pair[0], pair[1], step, id_key, temperature))
 
 
-def _rollout(
-    sample: Mapping[str, Any], where: str, step: int, id_key: str | None, temperature: float | None
-) -> Rollout:
+def _flat(samples: list[Any], where: str) -> list[tuple[Any, str]]:
+    """The samples one by one, whether they stand in lists by group or not, and what each is called."""
+    flat = []
+    for number, entry in enumerate(samples):
+        if isinstance(entry, (list, tuple)):
+            flat += [(sample, f"{where}, group {number}, sample {k}") for k, sample in enumerate(entry)]
+        else:
+            flat.append((entry, f"{where}, sample {number}"))
+    return flat
+
+
+def _rollout(held: Any, where: str, step: int, id_key: str | None, temperature: float | None) -> Rollout:
+    sample = contents(held) if not hasattr(held, "__dataclass_fields__") else vars(held)
+    if not isinstance(sample, Mapping):
+        raise BadSample(where, "sample", f"should be a table of fields, got {shown(held)}")
+    status = contents(sample.get("status"))
+    status = getattr(status, "value", status)
+    if isinstance(status, str) and status in ("aborted", "pending"):
+        raise Unused(where, "status", f"is {status!r}")
+    if is_bit(sample.get("remove_sample")) and sample["remove_sample"]:
+        raise Unused(where, "remove_sample", "is set")
     for key in ("tokens", "response_length", "reward"):
         if sample.get(key) is None:
-            raise CropiError(f"{where}: no {key!r}")
-    tokens, size = [int(t) for t in sample["tokens"]], int(sample["response_length"])
+            raise BadSample(where, key, "is missing")
+    tokens = token_ids(sample["tokens"], "tokens", where)
+    size = whole(sample["response_length"], "response_length", where)
+    if size == 0:
+        raise Unused(where, "response_length", "is 0")
     if not 0 < size < len(tokens):
-        raise CropiError(f"{where}: response_length is {size} of {len(tokens)} tokens")
-    mask, logprobs = sample.get("loss_mask"), sample.get("rollout_log_probs")
-    if mask is not None and not all(mask[-size:]):
-        raise CropiError(
-            f"{where}: some response tokens are masked (tools, several turns); a trajectory record holds one "
-            "uninterrupted response"
-        )
-    reward, prompt = sample["reward"], sample.get("prompt")
+        raise BadSample(where, "response_length", f"is {shown(size)} of {len(tokens)} tokens")
+    key = "loss_mask" if sample.get("loss_mask") is not None else "loss_masks"
+    mask = loss_mask(sample.get(key), size, key, where)
+    reward = sample["reward"]
     if isinstance(reward, Mapping):
-        raise CropiError(f"{where}: the reward is {reward!r}; dump one number (slime's --reward-key)")
+        raise BadSample(
+            where, "reward", f"is a table: {names(reward)}",
+            "dump one number (slime's --reward-key), or pass --skip-bad",
+        )  # fmt: skip
     if id_key is not None:
-        name = (sample.get("metadata") or {}).get(id_key)
+        metadata = sample.get("metadata")
+        name = metadata.get(id_key) if isinstance(metadata, Mapping) else None
         if name is None:
-            raise CropiError(
-                f"{where}: its metadata has no {id_key!r}; put a stable id into the column of "
-                "--metadata-key of your prompt data"
-            )
+            raise BadSample(
+                where, "metadata", f"has no {shown(id_key)}",
+                "put a stable id into the column of --metadata-key of your prompt data, or pass --skip-bad",
+            )  # fmt: skip
+        name = prompt_id(name, f"metadata.{id_key}"[:80], where)
     else:
         name = text_id(" ".join(map(str, tokens[:-size])))
-    return Rollout(
-        id=str(name), reward=finite(reward, "reward", where), step=step, where=where, prompt_ids=tokens[:-size],
-        response_ids=tokens[-size:], logprobs=None if logprobs is None else [float(v) for v in logprobs][-size:],
-        prompt=prompt, answer=sample.get("label"), temperature=temperature,
-    )  # fmt: skip
+    return checked(Rollout(
+        id=name, reward=finite(reward, "reward", where), step=step, where=where, prompt_ids=tokens[:-size],
+        response_ids=tokens[-size:], loss_mask=mask,
+        logprobs=log_probs(sample.get("rollout_log_probs"), size, mask, "rollout_log_probs", where),
+        prompt=messages(sample.get("prompt")), answer=plain_answer(sample.get("label"), "label", where),
+        truncated={"truncated": True, "completed": False}.get(status) if isinstance(status, str) else None,
+        temperature=temperature,
+    ))  # fmt: skip

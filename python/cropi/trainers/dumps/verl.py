@@ -9,14 +9,12 @@ option of verl                                      file                        
 ==================================================  ======================================================  =======
 
 The text is decoded without special tokens, prompt and response each on its own, so it **cannot be turned back into
-the tokens that were sampled**: use it to look at, or for a first try; use token ids to select. The two binary
-formats are pickles: read only what you wrote yourself.
+the tokens that were sampled**: use it to look at, or for a first try; use token ids to select. The two binary formats
+are pickles, which are read without verl and without running their code (:mod:`cropi.trainers.dumps.unpickle`).
 """
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,9 +23,10 @@ from typing import Any
 
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError, optional
-from cropi.files import lines_of
-from cropi.trainers.dumps.pickled import opened_dump
-from cropi.trainers.dumps.rollout import Rollout, finite, text_id
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, names, prompt_id, shown, whole
+from cropi.trainers.dumps.lines import json_lines
+from cropi.trainers.dumps.pickled import LARGEST, check_size, load_dump
+from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto, rollouts_of_table
 from cropi.trainers.verl.selected import ID_KEY
 
@@ -40,6 +39,9 @@ def read_dump(
     id_key: str | None = None,
     temperature: float | None = None,
     prompts: Mapping[str, Any] | None = None,
+    left: Left | None = None,
+    allow_pickle: bool = False,
+    largest: int = LARGEST,
 ) -> Iterator[Rollout]:
     """The rollouts in one file, by its ending.
 
@@ -48,23 +50,28 @@ def read_dump(
         id_key: where the prompt's id stands (default ``extra_info.index``; in text, the hash of the prompt's text).
         temperature: of the sampling, which the files do not hold.
         prompts: for text: ``(id, messages)`` by the prompt's decoded text, see :func:`prompts_by_text`.
+        left: takes the samples that are left out; None raises at the first bad one.
+        allow_pickle, largest: see :func:`cropi.trainers.dumps.pickled.load_dump`.
 
     Raises:
         CropiError: not such a file, or of an unknown layout.
+        BadSample: a sample with a field that is missing or of another form.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CropiError(f"there is no file {path}")
+    path, left = Path(path), Left() if left is None else left
+    check_size(path, largest)
     if path.suffix == ".jsonl":
-        yield from _text(path, id_key, temperature, prompts)
-    elif path.suffix == ".pt":
-        yield from _table(path, id_key or ID_KEY, temperature)
-    elif path.suffix == ".dp":
-        yield from _proto(path, id_key or ID_KEY, temperature)
-    else:
+        yield from _text(path, id_key, temperature, prompts, left)
+        return
+    if path.suffix not in (".pt", ".dp"):
         raise CropiError(
             f"{path}: a dump of verl ends in .jsonl (text), .pt (transfer queue) or .dp (DataProto)"
         )
+    if allow_pickle:
+        optional("tensordict" if path.suffix == ".pt" else "verl")  # the file is a pickle of its classes
+    what = "a batch of verl's transfer queue" if path.suffix == ".pt" else "a DataProto of verl"
+    saved = load_dump(path, what, allow_pickle=allow_pickle, largest=largest)
+    rollouts = _table if path.suffix == ".pt" else _proto
+    yield from rollouts(path, saved, id_key or ID_KEY, temperature, left)
 
 
 def prompts_by_text(rows: Any, ids: list[str], tokenizer: Any, prompt_key: str = "prompt") -> dict[str, Any]:
@@ -92,7 +99,7 @@ def prompts_by_text(rows: Any, ids: list[str], tokenizer: Any, prompt_key: str =
 
 
 def _text(
-    path: Path, id_key: str | None, temperature: float | None, prompts: Mapping[str, Any] | None
+    path: Path, id_key: str | None, temperature: float | None, prompts: Mapping[str, Any] | None, left: Left
 ) -> Iterator[Rollout]:
     warnings.warn(
         f"{path} holds text without special tokens: its responses are tokenised again, which may give other "
@@ -100,57 +107,60 @@ def _text(
         LossyTokens,
         stacklevel=2,
     )
-    for number, line in enumerate(lines_of(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-            missing = [key for key in TEXT_KEYS if key not in row]
-        except (ValueError, TypeError) as error:
-            raise CropiError(f"{where}: not a JSON object ({error})") from None
-        if missing:
-            raise CropiError(
-                f"{where}: no {missing[0]!r}, so this is not a rollout dump of verl ({', '.join(row)})"
-            )
-        name, prompt = text_id(row["input"]), row["input"]
+
+    def read(line: tuple[str, dict[str, Any]]) -> Rollout:
+        where, row = line
+        for key in TEXT_KEYS:
+            if key not in row:
+                raise BadSample(
+                    where, key, f"is missing, so this is not a rollout dump of verl ({names(row)})"
+                )
+        shown_prompt, response = (_words(row[key], key, where) for key in ("input", "output"))
+        if not response:
+            raise Unused(where, "output", "is empty")
+        name, prompt = text_id(shown_prompt), shown_prompt
         if id_key is not None:
             if row.get(id_key) is None:
-                raise CropiError(f"{where}: no {id_key!r} in this row, which holds {', '.join(row)}")
-            name = str(row[id_key])
+                raise BadSample(where, shown(id_key), f"is missing in this row, which holds {names(row)}")
+            name = prompt_id(row[id_key], shown(id_key), where)
         elif prompts is not None:
-            if row["input"] not in prompts:
-                raise CropiError(
-                    f"{where}: no row of the dataset renders to the prompt {row['input'][:60]!r}; give the "
-                    "dataset and the model that the rollouts were made with"
-                )
-            name, prompt = prompts[row["input"]]
-        yield Rollout(
-            id=name, reward=finite(row["score"], "score", where), step=int(row["step"]), where=where, prompt=prompt,
-            response=row["output"], answer=row.get("gts"), temperature=temperature, extra={"lossy": True},
-        )  # fmt: skip
+            if shown_prompt not in prompts:
+                raise BadSample(
+                    where, "input", f"no row of the dataset renders to the prompt {shown(shown_prompt)}",
+                    "give the dataset and the model that the rollouts were made with, or pass --skip-bad",
+                )  # fmt: skip
+            name, prompt = prompts[shown_prompt]
+        return checked(Rollout(
+            id=name, reward=finite(row["score"], "score", where), step=whole(row["step"], "step", where), where=where,
+            prompt=prompt, response=response, answer=row.get("gts"), temperature=temperature, extra={"lossy": True},
+        ))  # fmt: skip
+
+    yield from left.each(json_lines(path, left), read)
 
 
-def _table(path: Path, id_key: str, temperature: float | None) -> Iterator[Rollout]:
-    optional("tensordict")  # the file is a pickle of its classes
-    with opened_dump(path, "a batch of verl's transfer queue") as saved:
-        table, keys, tags, step = (saved[name] for name in ("tensordict", "keys", "tags", "global_steps"))
+def _words(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadSample(where, field, f"should be text, got {shown(value)}")
+    return value
+
+
+def _table(path: Path, saved: Any, id_key: str, temperature: float | None, left: Left) -> Iterator[Rollout]:
+    parts = ("tensordict", "keys", "tags", "global_steps")
+    if not isinstance(saved, Mapping) or any(name not in saved for name in parts):
+        held = names(saved) if isinstance(saved, Mapping) else shown(saved)
+        raise CropiError(
+            f"{path} is not a batch of verl's transfer queue, which has {', '.join(parts)}, but holds {held}"
+        )
+    step = whole(saved["global_steps"], "global_steps", str(path))
     yield from rollouts_of_table(
-        table, keys, tags, int(step), id_key=id_key, temperature=temperature, where=str(path)
-    )
+        saved["tensordict"], saved["keys"], saved["tags"], step, id_key=id_key, temperature=temperature,
+        where=str(path), left=left,
+    )  # fmt: skip
 
 
-def _proto(path: Path, id_key: str, temperature: float | None) -> Iterator[Rollout]:
-    optional("verl")  # the file is a pickle of its classes
-    with open(path, "rb") as file:
-        try:
-            proto = pickle.load(file)
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise CropiError(f"{path} is not a DataProto of verl ({error})") from error
-    if not hasattr(proto, "non_tensor_batch"):
-        raise CropiError(f"{path} holds a {type(proto).__name__}, not a DataProto of verl")
+def _proto(path: Path, saved: Any, id_key: str, temperature: float | None, left: Left) -> Iterator[Rollout]:
     # The step is the name of the folder, as in .../{step}/gen_batch.dp.
-    step = re.fullmatch(r"\d+", path.parent.name)
+    step = re.fullmatch(r"\d{1,18}", path.parent.name)
     yield from rollouts_of_proto(
-        proto, int(step[0]) if step else 0, id_key=id_key, temperature=temperature, where=str(path)
+        saved, int(step[0]) if step else 0, id_key=id_key, temperature=temperature, where=str(path), left=left
     )

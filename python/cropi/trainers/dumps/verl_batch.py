@@ -9,18 +9,36 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cropi.errors import CropiError
-from cropi.trainers.dumps.rollout import Rollout, finite
+import torch
+
+from cropi.trainers.dumps.fields import (
+    BadSample,
+    Left,
+    Unused,
+    finite,
+    listed,
+    log_probs,
+    loss_mask,
+    nested,
+    prompt_id,
+    shown,
+    token_ids,
+)
+from cropi.trainers.dumps.rollout import Rollout, checked, messages
+from cropi.trainers.dumps.rollout import answer as plain_answer
+from cropi.trainers.dumps.verl_tables import columns_of, need, parts_of_proto, rows_of
 from cropi.trainers.verl.selected import ID_KEY
 
 # What the sampling engine reported comes first: it is the policy that the tokens were drawn from.
 LOGPROBS = ("rollout_log_probs", "old_log_probs")
 REWARDS = ("token_level_scores", "rm_scores", "token_level_rewards")
+OTHERS = ("reward_model", "raw_prompt", "data_source")
 
 
 def rollouts_of_proto(
-    proto: Any, step: int, *, id_key: str = ID_KEY, temperature: float | None = None, where: str = "DataProto"
-) -> Iterator[Rollout]:
+    proto: Any, step: int, *, id_key: str = ID_KEY, temperature: float | None = None, where: str = "DataProto",
+    left: Left | None = None,
+) -> Iterator[Rollout]:  # fmt: skip
     """The rollouts of a ``DataProto``.
 
     Its tensors: ``prompts [B, P]`` padded on the left, ``responses [B, R]`` padded on the right, ``attention_mask
@@ -32,38 +50,58 @@ def rollouts_of_proto(
         id_key: where the prompt's id stands in ``non_tensor_batch``.
         temperature: of the sampling; None: ``meta_info["temperature"]``.
         where: named in messages.
+        left: takes the rows that are left out; None raises at the first bad one.
 
     Raises:
-        CropiError: a missing field or prompt id, no reward, or tokens between those of the policy.
+        BadSample: a missing or misshapen field, no prompt id or no reward.
     """
-    batch, other = proto.batch, proto.non_tensor_batch
-    if temperature is None:
-        temperature = (getattr(proto, "meta_info", None) or {}).get("temperature")
-    for name in ("prompts", "responses", "attention_mask"):
-        _need(name, batch, where)
-    width = batch["prompts"].shape[1]
-    mask = batch["attention_mask"].bool()
-    reward = next((name for name in REWARDS if name in batch), None)
-    logprobs = next((name for name in LOGPROBS if name in batch), None)
-    for i in range(len(mask)):
-        size = int(mask[i, width:].sum())
-        yield _rollout(
-            f"{where}, row {i}",
-            {name: other[name][i] for name in other},
-            id_key,
-            prompt=batch["prompts"][i][mask[i, :width]].tolist(),
-            response=batch["responses"][i][:size].tolist(),
-            mask=batch["response_mask"][i][:size].tolist() if "response_mask" in batch else None,
-            logprobs=batch[logprobs][i][:size].tolist() if logprobs else None,
-            reward=None if reward is None else float(batch[reward][i].sum()),
-            step=step,
-            temperature=temperature,
+    left = Left() if left is None else left
+    batch, other, meta = parts_of_proto(proto, where)
+    if temperature is None and meta.get("temperature") is not None:
+        temperature = finite(meta["temperature"], "meta_info.temperature", where)
+    need(("prompts", "responses", "attention_mask"), batch, where)
+    prompts, responses, attention = (
+        _matrix(batch[name], name, where) for name in ("prompts", "responses", "attention_mask")
+    )
+    if attention.shape != (len(prompts), prompts.shape[1] + responses.shape[1]) or len(responses) != len(
+        prompts
+    ):
+        shapes = ", ".join(str(list(x.shape)) for x in (prompts, responses, attention))
+        raise BadSample(
+            where, "attention_mask", f"prompts, responses and attention_mask have the shapes {shapes}"
         )
+    tensors = {
+        name: _matrix(batch[name], name, where)
+        for name in ("response_mask", *LOGPROBS, *REWARDS)
+        if name in batch
+    }
+    for name, tensor in tensors.items():
+        if tensor.shape != responses.shape:
+            raise BadSample(
+                where, name, f"has the shape {list(tensor.shape)}, responses {list(responses.shape)}"
+            )
+    wanted = (id_key.split(".")[0], *OTHERS)
+    others = {name: rows_of(other[name], len(prompts), name, where) for name in wanted if name in other}
+    seen = attention.bool()
+
+    def read(i: int) -> Rollout:
+        ones = seen[i, prompts.shape[1] :]
+        size = int(ones.sum())
+        if not bool(ones[:size].all()):
+            raise BadSample(f"{where}, row {i}", "attention_mask", "has gaps in the response")
+        row = {name: tensor[i, :size] for name, tensor in tensors.items()}
+        row |= {"prompts": prompts[i][seen[i, : prompts.shape[1]]], "responses": responses[i, :size]}
+        outside = {name: values[i] for name, values in others.items()}
+        # Scores stand on the last token, or on each; what is padded carries none.
+        full = {name: tensors[name][i] for name in REWARDS if name in tensors}
+        return _rollout(f"{where}, row {i}", row | full, outside, id_key, step, temperature)
+
+    yield from left.each(range(len(prompts)), read)
 
 
 def rollouts_of_table(
     table: Any, keys: Sequence[str], tags: Sequence[Mapping[str, Any]], step: int, *, id_key: str = ID_KEY,
-    temperature: float | None = None, where: str = "transfer queue",
+    temperature: float | None = None, where: str = "transfer queue", left: Left | None = None,
 ) -> Iterator[Rollout]:  # fmt: skip
     """The rollouts of a table of the transfer queue (a ``TensorDict`` with one row per trajectory).
 
@@ -72,100 +110,76 @@ def rollouts_of_table(
             length; other columns hold Python values.
         keys: ``{prompt}_{rollout}_{output}`` of every row.
         tags: of every row; rows that only pad a batch (``is_padding``) are left out.
-        step, id_key, temperature, where: as in :func:`rollouts_of_proto`.
+        step, id_key, temperature, where, left: as in :func:`rollouts_of_proto`.
 
     Raises:
-        CropiError: as there, and several outputs of one rollout.
+        BadSample: as there, and several outputs of one rollout.
     """
-    names = set(table.keys())
-    for name in ("prompts", "responses"):
-        _need(name, names, where)
-    tensors = {name: _rows(table[name]) for name in ("prompts", "responses", "response_mask", *LOGPROBS, *REWARDS)
-               if name in names}  # fmt: skip
-    first = id_key.split(".")[0]
-    others = {
-        name: list(table[name])
-        for name in (first, "reward_model", "raw_prompt", "data_source")
-        if name in names
-    }
-    reward = next((name for name in REWARDS if name in tensors), None)
-    logprobs = next((name for name in LOGPROBS if name in tensors), None)
-    for i, key in enumerate(keys):
-        if i < len(tags) and tags[i].get("is_padding"):
-            continue
+    left = Left() if left is None else left
+    columns = columns_of(table, where)
+    need(("prompts", "responses"), columns, where)
+    keys, tags = listed(keys, "keys", where), listed(tags, "tags", where)
+    wanted = ("prompts", "responses", "response_mask", *LOGPROBS, *REWARDS, id_key.split(".")[0], *OTHERS)
+    rows = {name: rows_of(columns[name], len(keys), name, where) for name in wanted if name in columns}
+
+    def read(i: int) -> Rollout | None:
+        key, here = keys[i], f"{where}, row {i}"
+        if not isinstance(key, str):
+            raise BadSample(here, "keys", f"should be text, got {shown(key)}")
+        here = f"{where}, {shown(key)[1:-1]}"
+        if i < len(tags) and isinstance(tags[i], Mapping) and tags[i].get("is_padding"):
+            return None
         if key.rpartition("_")[2] not in ("0", key):
-            raise CropiError(f"{where}, {key}: {_MULTI_TURN}")
-        yield _rollout(
-            f"{where}, {key}",
-            {name: _plain(values[i]) for name, values in others.items()},
-            id_key,
-            prompt=tensors["prompts"][i].tolist(),
-            response=tensors["responses"][i].tolist(),
-            mask=tensors["response_mask"][i].tolist() if "response_mask" in tensors else None,
-            logprobs=tensors[logprobs][i].tolist() if logprobs else None,
-            reward=None if reward is None else float(tensors[reward][i].sum()),
-            step=step,
-            temperature=temperature,
-        )
+            raise BadSample(here, "keys", _SEVERAL)
+        row = {name: values[i] for name, values in rows.items()}
+        return _rollout(here, row, row, id_key, step, temperature)
+
+    yield from (rollout for rollout in left.each(range(len(keys)), read) if rollout is not None)
 
 
-_MULTI_TURN = (
-    "tokens of tools or of the user stand between those of the policy (several turns); a trajectory record holds a "
-    "prompt and one uninterrupted response, so rollouts of several turns cannot be used"
-)
+_SEVERAL = "one of several outputs of a rollout; a trajectory record holds one prompt and one response"
+
+
+def _matrix(value: Any, field: str, where: str) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) or value.is_nested or value.ndim != 2 or value.is_complex():
+        raise BadSample(where, field, f"should be a tensor [rows, tokens], got {shown(value)}")
+    return value
 
 
 def _rollout(
-    where: str, other: Mapping[str, Any], id_key: str, *, prompt: list[int], response: list[int],
-    mask: list[int] | None, logprobs: list[float] | None, reward: float | None, step: int, temperature: float | None,
-) -> Rollout:  # fmt: skip
-    name: Any = other
-    for key in id_key.split("."):
-        name = name.get(key) if isinstance(name, Mapping) else None
+    where: str,
+    row: Mapping[str, Any],
+    other: Mapping[str, Any],
+    id_key: str,
+    step: int,
+    temperature: float | None,
+) -> Rollout:
+    name = nested(other, id_key)
     if name is None:
-        raise CropiError(
-            f"{where}: no {id_key}, which is the only stable id that a prompt has in verl; put an index into every "
-            "row's extra_info, or name another column"
-        )
+        raise BadSample(
+            where, id_key[:80], "is missing, which is the only stable id that a prompt has in verl",
+            "put an index into every row's extra_info, name another column with --id-key, or pass --skip-bad",
+        )  # fmt: skip
+    reward = next((key for key in REWARDS if row.get(key) is not None), None)
     if reward is None:
-        raise CropiError(
-            f"{where}: no rewards ({', '.join(REWARDS)}); dump the batch after its rewards were computed"
-        )
-    if mask is not None and not all(mask):
-        raise CropiError(f"{where}: {_MULTI_TURN}")
-    if logprobs is not None and len(logprobs) != len(response):
-        raise CropiError(f"{where}: {len(logprobs)} log-probs for {len(response)} response tokens")
-    model = other.get("reward_model")
-    messages = other.get("raw_prompt")
-    return Rollout(
-        id=str(name), reward=finite(reward, "reward", where), step=step, where=where, prompt_ids=prompt,
-        response_ids=response, logprobs=logprobs, prompt=_messages(messages),
-        answer=model.get("ground_truth") if isinstance(model, Mapping) else None,
-        temperature=None if temperature is None else float(temperature),
-        extra={"task": str(other["data_source"])} if other.get("data_source") is not None else {},
-    )  # fmt: skip
-
-
-def _messages(value: Any) -> Any:
-    """The prompt as text messages, for people and exports; the token ids are what counts."""
-    messages = list(value) if value is not None and not isinstance(value, str) else value
-    if isinstance(messages, list) and not all(
-        isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages
-    ):
-        return None
-    return [dict(m) for m in messages] if isinstance(messages, list) else messages
-
-
-def _rows(value: Any) -> Any:
-    """A ragged tensor's rows as a list; a plain one as it is."""
-    return value.unbind() if getattr(value, "is_nested", False) else value
-
-
-def _plain(value: Any) -> Any:
-    """Out of tensordict's wrapper for Python values."""
-    return value.data if type(value).__name__ in ("NonTensorData", "NonTensorStack") else value
-
-
-def _need(name: str, holder: Any, where: str) -> None:
-    if name not in holder:
-        raise CropiError(f"{where}: no {name!r}, so this is not a batch of rollouts")
+        raise BadSample(
+            where, "reward", f"is missing ({', '.join(REWARDS)})",
+            "dump the batch after its rewards were computed, or pass --skip-bad",
+        )  # fmt: skip
+    prompt, response = (token_ids(row[key], key, where) for key in ("prompts", "responses"))
+    if not response:
+        raise Unused(where, "responses", "is empty")
+    mask = loss_mask(row.get("response_mask"), len(response), "response_mask", where)
+    probs = next((key for key in LOGPROBS if row.get(key) is not None), LOGPROBS[0])
+    scores = listed(row[reward], reward, where)
+    total = sum(finite(score, f"{reward}[{t}]", where) for t, score in enumerate(scores))
+    model, source = other.get("reward_model"), other.get("data_source")
+    task = prompt_id(source, "data_source", where) if source is not None else None
+    return checked(Rollout(
+        id=prompt_id(name, id_key[:80], where), reward=finite(total, reward, where), step=step, where=where,
+        prompt_ids=prompt, response_ids=response, loss_mask=mask,
+        logprobs=log_probs(row.get(probs), len(response), mask, probs, where), prompt=messages(other.get("raw_prompt")),
+        answer=plain_answer(model.get("ground_truth"), "reward_model.ground_truth", where)
+        if isinstance(model, Mapping) else None,
+        temperature=temperature, extra={} if task is None else {"task": task},
+    ))  # fmt: skip

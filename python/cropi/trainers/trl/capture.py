@@ -20,10 +20,9 @@ from cropi.trainers.trl.records import (
     columns_of,
     group_record,
     id_of,
-    plain_value,
-    whole_text,
 )
 from cropi.trainers.trl.rollout_log import RolloutLog
+from cropi.trainers.values import plain_value, whole_text
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as Base

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import datetime
-import decimal
-import enum
-import fractions
 import json
 import math
-import pathlib
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,63 +13,11 @@ from cropi.data.records import FIELDS, parse_record
 from cropi.data.rewards import LARGEST_REWARD
 from cropi.errors import CropiError, RecordError
 from cropi.trainers.trl.options import Recording
+from cropi.trainers.values import plain_value, text_value
 
 PER_RESPONSE = ("responses", "response_ids", "truncated", "logprobs", "rewards_by_function")
 # The recorder sets these itself, so that no column of the dataset can.
 OURS = frozenset(FIELDS) - {"task", "answer"} | {"rewards_by_function", "reward", "step", "stage"}
-AS_TEXT = (decimal.Decimal, fractions.Fraction, uuid.UUID, pathlib.PurePath, datetime.timedelta)
-
-
-def plain_value(value: Any, where: str) -> Any:
-    """A value of a dataset in JSON's types.
-
-    Dates and times become text in ISO form, decimals and fractions their digits, bytes base64, numbers of NumPy and
-    tensors plain numbers and lists; NaN, which a table has where there is nothing, becomes null.
-
-    Args:
-        value: anything.
-        where: named in the message.
-
-    Raises:
-        CropiError: an object that has no form in JSON (an image, say).
-    """
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if isinstance(value, str):
-        return whole_text(value)
-    if isinstance(value, float):
-        return None if math.isnan(value) else float(value) if math.isfinite(value) else str(value)
-    if isinstance(value, enum.Enum):
-        return plain_value(value.value, where)
-    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
-        return value.isoformat()
-    if isinstance(value, AS_TEXT):
-        return str(value)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return base64.b64encode(bytes(value)).decode()
-    if isinstance(value, Mapping):
-        return {whole_text(str(key)): plain_value(item, where) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_value(item, where) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return [plain_value(item, where) for item in sorted(value, key=repr)]
-    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # NumPy and torch
-        return plain_value(value.tolist(), where)
-    raise CropiError(
-        f"{where}: a value of type {type(value).__name__} cannot be written into a record; leave the column out of "
-        "Recording(columns=...), or turn it into text or numbers in the dataset"
-    )
-
-
-def text_value(value: Any, where: str) -> str | None:
-    """The same where the record takes a string (``task``): other values become their JSON text."""
-    plain = plain_value(value, where)
-    return plain if plain is None or isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
-
-
-def whole_text(text: str) -> str:
-    """A text without halves of surrogate pairs, which no file takes: each becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def id_of(row: Mapping[str, Any], column: str) -> str:

@@ -1,0 +1,220 @@
+"""The fields of one dumped sample: what is not of the form that it must have is named, with the sample and the file."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from cropi.errors import RecordError
+
+REMEDY = "mend it, or pass --skip-bad to leave such samples out and count them"
+LARGEST_ID = 2**31 - 1
+T = TypeVar("T")
+
+
+class BadSample(RecordError):
+    """One sample of a dump that cannot be used. ``--skip-bad`` goes on without it.
+
+    Attributes:
+        field: of the sample; what samples that are left out are counted by.
+    """
+
+    def __init__(self, where: str, field: str, problem: str, remedy: str = REMEDY) -> None:
+        super().__init__(f"{where}, {field}", problem[:1000], remedy)
+        self.field = field
+
+
+class Unused(BadSample):
+    """A sample that its trainer does not train on either (aborted, removed): left out and counted in any case."""
+
+
+class Left:
+    """Which samples were left out, by reason, and the first of each.
+
+    Args:
+        skip_bad: leave bad samples out too, instead of raising.
+    """
+
+    def __init__(self, skip_bad: bool = False) -> None:
+        self.skip_bad = skip_bad
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, BadSample] = {}
+
+    def note(self, error: BadSample) -> None:
+        """Count a sample that is left out.
+
+        Raises:
+            BadSample: it is a bad one, and they are not to be skipped.
+        """
+        if not self.skip_bad and not isinstance(error, Unused):
+            raise error
+        self.counts[error.field] += 1
+        self.first.setdefault(error.field, error)
+
+    def each(self, samples: Iterable[T], read: Callable[[T], Any]) -> Iterator[Any]:
+        """``read`` of every sample, without those that are left out."""
+        for sample in samples:
+            try:
+                yield read(sample)
+            except BadSample as error:
+                self.note(error)
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, however large or deep it is, and without control characters."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 3
+    short.maxlevel = 2
+    try:
+        text = short.repr(value) if not isinstance(value, torch.Tensor) else f"a tensor {list(value.shape)}"
+    except Exception:  # an object's own repr may raise anything
+        text = f"a {type(value).__name__}"
+    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)[:200]
+
+
+def names(keys: Iterable[Any]) -> str:
+    """Some of the keys that there are, for a message."""
+    listed = [shown(key) for key, _ in zip(keys, range(12))]
+    return ", ".join(listed) or "nothing"
+
+
+def whole(value: Any, field: str, where: str) -> int:
+    """An integer. A float that holds one is none: it was rounded somewhere.
+
+    Raises:
+        BadSample: it is not one.
+    """
+    if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise BadSample(where, field, f"should be an integer, got {shown(value)}")
+    return int(value)
+
+
+def finite(value: Any, field: str, where: str) -> float:
+    """A finite number.
+
+    Raises:
+        BadSample: it is not one.
+    """
+    number = math.nan
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        value = value.item() if value.size == 1 else value if isinstance(value, np.ndarray) else _item(value)
+    if isinstance(value, (int, float, np.number, np.bool_)) and not isinstance(value, np.complexfloating):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+    if not math.isfinite(number):
+        raise BadSample(where, field, f"should be a finite number, got {shown(value)}")
+    return number
+
+
+def _item(value: torch.Tensor) -> Any:
+    return value.item() if value.numel() == 1 and not value.is_complex() else value
+
+
+def listed(value: Any, field: str, where: str) -> list[Any]:
+    """A flat list of Python values out of a list, a tuple, an array or a tensor of one dimension.
+
+    Raises:
+        BadSample: it is something else.
+    """
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        if value.ndim != 1 or (isinstance(value, torch.Tensor) and (value.is_nested or value.is_quantized)):
+            raise BadSample(where, field, f"should have one dimension, got {shown(value)}")
+        return list(value.tolist())
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)):
+        raise BadSample(where, field, f"should be a list, got {shown(value)}")
+    return list(value)
+
+
+def token_ids(value: Any, field: str, where: str) -> list[int]:
+    """Token ids.
+
+    Raises:
+        BadSample: no list, or an entry that is no integer from 0 to 2^31 - 1.
+    """
+    ids = listed(value, field, where)
+    for t, token in enumerate(ids):
+        if type(token) is not int:
+            token = ids[t] = whole(token, f"{field}[{t}]", where)
+        if not 0 <= token <= LARGEST_ID:
+            raise BadSample(where, f"{field}[{t}]", f"should be a token id, got {shown(token)}")
+    return ids
+
+
+def is_bit(value: Any) -> bool:
+    """Whether a value is 0 or 1, as an integer, a float or a truth value."""
+    return isinstance(value, (int, float, np.number, np.bool_)) and value in (0, 1)
+
+
+def loss_mask(value: Any, size: int, field: str, where: str) -> list[int] | None:
+    """A mask of 0 and 1 over ``size`` response tokens, None where all of them count.
+
+    Raises:
+        BadSample: another length or other values.
+        Unused: no token counts.
+    """
+    if value is None:
+        return None
+    mask = listed(value, field, where)
+    if len(mask) != size:
+        raise BadSample(where, field, f"has {len(mask)} entries for {size} response tokens")
+    for t, entry in enumerate(mask):
+        if not is_bit(entry):
+            raise BadSample(where, f"{field}[{t}]", f"should be 0 or 1, got {shown(entry)}")
+    plain = [int(entry) for entry in mask]
+    if not any(plain):
+        raise Unused(where, field, "no response token counts")
+    return None if all(plain) else plain
+
+
+def log_probs(
+    value: Any, size: int, mask: Sequence[int] | None, field: str, where: str
+) -> list[float] | None:
+    """Log-probs of ``size`` response tokens. Those of tokens that do not count are set to 0.
+
+    Raises:
+        BadSample: another length, or one that is no finite number.
+    """
+    if value is None:
+        return None
+    values = listed(value, field, where)
+    if len(values) != size:
+        raise BadSample(where, field, f"has {len(values)} entries for {size} response tokens")
+    for t, entry in enumerate(values):
+        if mask is not None and not mask[t]:
+            values[t] = 0.0
+        elif type(entry) is not float or not math.isfinite(entry):
+            values[t] = finite(entry, f"{field}[{t}]", where)
+    return values
+
+
+def prompt_id(value: Any, field: str, where: str) -> str:
+    """A prompt's id: text or an integer.
+
+    Raises:
+        BadSample: it is something else.
+    """
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, (np.ndarray, torch.Tensor)) or type(value).__module__ == "numpy":
+        return str(whole(value, field, where))
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BadSample(where, field, f"a prompt's id should be text or an integer, got {shown(value)}")
+    return str(value)
+
+
+def nested(value: Any, path: str) -> Any:
+    """What stands at a path of keys joined by dots; None where the way ends."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,38 @@
+"""Dumps of JSON lines: every line an object, or a bad sample."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cropi.trainers.dumps.fields import BadSample, Left, shown
+
+
+def json_lines(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(file:line, object)`` of every line that is not empty; a byte order mark at the beginning is no part of it.
+
+    Raises:
+        BadSample: a line is not UTF-8, not JSON, or no object.
+    """
+    with open(path, "rb") as file:
+        for number, data in enumerate(file, 1):
+            if number == 1:
+                data = data.removeprefix(codecs.BOM_UTF8)
+            if data.strip():
+                yield from left.each([(f"{path}:{number}", data)], _parsed)
+
+
+def _parsed(line: tuple[str, bytes]) -> tuple[str, dict[str, Any]]:
+    where, data = line
+    try:
+        found = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadSample(where, "line", f"not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadSample(where, "line", f"not JSON ({str(error)[:200]})") from None
+    if not isinstance(found, dict):
+        raise BadSample(where, "line", f"not a JSON object, but {shown(found)}")
+    return where, found
