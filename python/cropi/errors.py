@@ -66,6 +66,11 @@ def shown(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit]
 
 
+def printable(text: object) -> str:
+    """A text on one line of a terminal: control characters, line ends and marks that turn the direction are escaped."""
+    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in str(text))
+
+
 def did_you_mean(name: str, known: Iterable[str], shown: str = "{!r}") -> str:
     """``"did you mean 'x'? "`` with the known name that is nearest to a misspelt one, or nothing if none is near.
 

@@ -266,10 +266,17 @@ def test_verl_padded_batches_that_cannot_be_used() -> None:
             group_rollouts(rollouts_of_proto(proto, 0))
         return str(caught.value)
 
-    assert "no extra_info.index" in error(lambda p: p.non_tensor_batch["extra_info"].__setitem__(0, {}))
-    assert "several turns" in error(lambda p: p.batch["response_mask"].__setitem__((0, 1), 0))
-    assert "no rewards" in error(lambda p: p.batch.pop("token_level_scores"))
-    assert "no 'responses'" in error(lambda p: p.batch.pop("responses"))
+    assert "row 0, extra_info.index: is missing, which is the only stable id" in error(
+        lambda p: p.non_tensor_batch["extra_info"].__setitem__(0, {})
+    )
+    assert "row 0, reward: is missing" in error(lambda p: p.batch.pop("token_level_scores"))
+    assert "DataProto, responses: is missing" in error(lambda p: p.batch.pop("responses"))
+    assert "row 1, attention_mask: has gaps" in error(
+        lambda p: p.batch["attention_mask"].__setitem__((1, 3), 0)
+    )
+    assert "old_log_probs: has the shape [4, 2], responses [4, 3]" in error(
+        lambda p: p.batch.__setitem__("old_log_probs", torch.zeros(4, 2))
+    )
     same = [{"index": 0}] * 4
     assert "another prompt" in error(lambda p: p.non_tensor_batch.__setitem__("extra_info", same))
 
@@ -313,7 +320,7 @@ def test_verl_text_dumps_are_read_and_called_lossy(
         str(i + 10): record["prompt"] for i, record in enumerate(records)}  # fmt: skip
     assert found["10"].responses == records[0]["responses"]
     assert cropi(*convert, "--id-key", "nothing") == 2
-    assert "no 'nothing' in this row, which holds input, output" in capsys.readouterr().err
+    assert "'nothing': is missing in this row, which holds 'input', 'output'" in capsys.readouterr().err
     with pytest.raises(CropiError, match="no row of the dataset renders"), pytest.warns(LossyTokens):
         list(read_verl(files[0], prompts={}))
 
@@ -345,12 +352,7 @@ def test_slime_dumps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     check_records(tmp_path / "t.jsonl")
     capsys.readouterr()
     assert cropi(*convert, "--id-key", "nothing") == 2
-    assert "its metadata has no 'nothing'" in capsys.readouterr().err
-    turns = slime_samples()
-    turns[1]["loss_mask"] = [0, 1]
-    torch.save({"rollout_id": 7, "samples": turns}, tmp_path / "7.pt")
-    assert cropi(*convert) == 2
-    assert "sample 1: some response tokens are masked" in capsys.readouterr().err
+    assert "sample 0, metadata: has no 'nothing'" in capsys.readouterr().err
     (tmp_path / "7.pt").write_bytes(b"")
     assert cropi(*convert) == 2
     assert "7.pt is not a rollout dump of slime" in capsys.readouterr().err
@@ -384,7 +386,9 @@ def test_nemo_rl_dumps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     columns["rewards"] = columns["rewards"][1:]
     write_lines(source, [columns])
     assert cropi(*convert) == 2
-    assert "3 values of 'rewards' for 4 rollouts" in capsys.readouterr().err
+    assert (
+        "'token_ids': should have one value for each of 3 rollouts, got 4 values" in capsys.readouterr().err
+    )
     assert cropi(*convert, "--dataset", source, "--model", "x") == 2
     assert "--dataset is for verl's text dumps" in capsys.readouterr().err
 

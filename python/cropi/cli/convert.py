@@ -35,11 +35,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument(
         "--allow-pickle", action="store_true",
-        help="load .pt and .dp files with all that they name, which RUNS THEIR CODE: only for files of people you trust. "
-        "Without it plain data, arrays, tensors and the containers of verl and slime are read, and no code is run",
+        help="load .pt and .dp files with all that they name, which RUNS THEIR CODE: only for files of people you "
+        "trust. Without it plain data, arrays, tensors and the containers of verl and slime are read; no code is run",
     )  # fmt: skip
     command.add_argument(
-        "--max-gib", type=positive, default=16.0, metavar="N", help="largest dump that is read (default 16 GiB)"
+        "--max-gib",
+        type=positive,
+        default=16.0,
+        metavar="N",
+        help="largest dump that is read (default 16 GiB)",
     )
     text = command.add_argument_group("verl's text dumps (.jsonl)")
     text.add_argument(
@@ -50,7 +54,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what came out."""
-    from cropi.errors import CropiError
+    from cropi.errors import CropiError, printable
     from cropi.files import check_outputs
     from cropi.trainers.dumps.fields import Left
     from cropi.trainers.dumps.rollout import group_rollouts, write_groups
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         reasons = ", ".join(f"{count} by {name}" for name, count in sorted(left.counts.items()))
         print(f"left out      {left.counts.total()} samples: {reasons}")
         for error in left.first.values():
-            print(f"  the first   {error.where}: {error.problem}")
+            print(printable(f"  the first   {error.where}: {error.problem}"))
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from cropi.errors import RecordError
+from cropi.errors import RecordError, printable
 
 REMEDY = "mend it, or pass --skip-bad to leave such samples out and count them"
 LARGEST_ID = 2**31 - 1
@@ -54,8 +54,9 @@ class Left:
         """
         if not self.skip_bad and not isinstance(error, Unused):
             raise error
-        self.counts[error.field] += 1
-        self.first.setdefault(error.field, error)
+        name = error.field.partition("[")[0]
+        self.counts[name] += 1
+        self.first.setdefault(name, error)
 
     def each(self, samples: Iterable[T], read: Callable[[T], Any]) -> Iterator[Any]:
         """``read`` of every sample, without those that are left out."""
@@ -76,7 +77,7 @@ def shown(value: Any) -> str:
         text = short.repr(value) if not isinstance(value, torch.Tensor) else f"a tensor {list(value.shape)}"
     except Exception:  # an object's own repr may raise anything
         text = f"a {type(value).__name__}"
-    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)[:200]
+    return printable(text[:200])[:200]
 
 
 def names(keys: Iterable[Any]) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cropi.data.records import FIELDS, PromptGroup, parse_record
+from cropi.data.keys import FIELDS
+from cropi.data.records import PromptGroup, parse_record
 from cropi.errors import CropiError, RecordError
 from cropi.files import replacing
 from cropi.trainers.dumps.fields import BadSample, Left, shown

@@ -262,23 +262,26 @@ TYPES = {
     "torch.Size": tuple,
 }
 TENSOR, NESTED, STRIDED = _Call(_tensor), _Call(_nested), _Call(_strided)
-CALLS: dict[str, Callable[..., Any]] = {
-    "builtins.bytes": _plain_bytes, "__builtin__.bytes": _plain_bytes,
-    "builtins.bytearray": _plain_bytes, "__builtin__.bytearray": _plain_bytes,
-    "_codecs.encode": _bytes,
-    "copyreg._reconstructor": _object,
-    "copy_reg._reconstructor": _object,
-    "torch._tensor._rebuild_from_type_v2": _typed,
-} | {
-    f"numpy.{core}.{name}": function
-    for core in ("core", "_core")
-    for name, function in (
-        ("multiarray._reconstruct", _array), ("multiarray.scalar", _scalar), ("numeric._frombuffer", _from_buffer),
-    )
-}  # fmt: skip
+CALLS: list[tuple[str, Callable[..., Any]]] = [
+    *(
+        (f"{module}.{name}", _plain_bytes)
+        for module in ("builtins", "__builtin__")
+        for name in ("bytes", "bytearray")
+    ),
+    ("_codecs.encode", _bytes),
+    ("copyreg._reconstructor", _object),
+    ("copy_reg._reconstructor", _object),
+    ("torch._tensor._rebuild_from_type_v2", _typed),
+]
+for core in ("core", "_core"):
+    CALLS += [
+        (f"numpy.{core}.multiarray._reconstruct", _array),
+        (f"numpy.{core}.multiarray.scalar", _scalar),
+        (f"numpy.{core}.numeric._frombuffer", _from_buffer),
+    ]
 ALLOWED: dict[str, Any] = (
     TYPES
-    | {name: _Call(function) for name, function in CALLS.items()}
+    | {name: _Call(function) for name, function in CALLS}
     | {
         "torch._utils._rebuild_tensor_v2": TENSOR,
         "torch._utils._rebuild_nested_tensor": STRIDED,

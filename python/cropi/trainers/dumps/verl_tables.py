@@ -74,7 +74,7 @@ def rows_of(value: Any, count: int, field: str, where: str) -> list[Any]:
     """A column as one value a row: of a tensor, a nested tensor, a list, or tensordict's stack of Python values.
 
     Raises:
-        BadSample: it is none of these, or has another number of rows.
+        BadSample: it is none of these, or has fewer rows.
     """
     rows: Sequence[Any]
     if isinstance(value, Ragged):
@@ -92,9 +92,9 @@ def rows_of(value: Any, count: int, field: str, where: str) -> list[Any]:
         rows = list(value)
     else:
         rows = ()
-    if len(rows) != count:
+    if len(rows) < count:
         raise BadSample(where, field, f"should have {count} rows, got {shown(value)}")
-    return [plain(row) for row in rows]
+    return [plain(row) for row in rows[:count]]
 
 
 def plain(value: Any) -> Any:

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cropi.data.keys import FIELDS
 from cropi.data.prompt_ids import PromptIds, column_values
-from cropi.data.records import FIELDS, parse_record
+from cropi.data.records import parse_record
 from cropi.data.rewards import LARGEST_REWARD
 from cropi.errors import CropiError, RecordError
 from cropi.trainers.trl.options import Recording

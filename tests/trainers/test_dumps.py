@@ -1,0 +1,462 @@
+"""Dumps of trainers: masks are kept, one bad sample does not end a conversion, and no file runs code."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.made_dumps import KINDS, ROLLOUTS, logprobs, made, words, write
+
+from cropi.cli import main
+from cropi.data.readers import read_trajectories
+from cropi.errors import CropiError
+from cropi.trainers.dumps.pickled import load_dump
+from cropi.trainers.dumps.slime import read_dump as read_slime
+from cropi.trainers.dumps.unpickle import DTYPES
+
+pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+TOKENS = ("slime", "nemo-rl", "verl")
+
+
+def converted(kind: str, tmp_path: Path, content: Any, *more: str) -> int:
+    return main([*words(kind, write(tmp_path / KINDS[kind][0], content), tmp_path / "out.jsonl"), *more])
+
+
+# ----------------------------------------------------------------------------------------------------- masks
+@pytest.mark.parametrize("kind", TOKENS)
+def test_masks_log_probs_and_tokens_are_kept(kind: str, tmp_path: Path) -> None:
+    assert converted(kind, tmp_path, made(kind)) == 0
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in written] == ["m0", "m1"]
+    for number, record in enumerate(written):
+        expected = ROLLOUTS[2 * number : 2 * number + 2]
+        assert record["prompt_ids"] == expected[0][0] and record["rewards"] == [r for *_, r in expected]
+        assert record["response_ids"] == [ids for _, ids, *_ in expected]
+        # A token of a tool has no log-prob of the policy: it is written as 0.
+        assert record["logprobs"] == [
+            [p if m else 0.0 for p, m in zip(logprobs(ids), mask)] for _, ids, mask, _ in expected
+        ]
+        assert record.get("loss_mask") == (None if number == 0 else [mask for _, _, mask, _ in expected])
+        assert record["policy"] == "step 7" and record["temperature"] == 0.7
+    assert [group.id for group in read_trajectories(tmp_path / "out.jsonl")] == ["m0", "m1"]
+
+
+def test_responses_that_were_cut_are_marked(tmp_path: Path) -> None:
+    assert converted("slime", tmp_path, made("slime")) == 0
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["truncated"] for record in written] == [[False, False], [False, True]]
+
+
+def test_a_mask_beside_responses_without_one_is_of_ones(tmp_path: Path) -> None:
+    content = made("slime")
+    content["samples"][2]["loss_mask"] = None
+    assert converted("slime", tmp_path, content) == 0
+    record = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])
+    assert record["loss_mask"] == [[1, 1, 1], [1, 0, 0, 1]]
+
+
+def test_slimes_samples_may_stand_in_groups(tmp_path: Path) -> None:
+    content = made("slime")
+    assert converted("slime", tmp_path, content) == 0
+    flat = (tmp_path / "out.jsonl").read_bytes()
+    content["samples"] = [content["samples"][:2], content["samples"][2:]]
+    assert converted("slime", tmp_path, content) == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == flat
+
+
+# ------------------------------------------------------------------- samples that no trainer trains on either
+def aborted(sample: dict[str, Any]) -> None:
+    sample |= {"status": "aborted", "reward": None, "response_length": 0, "tokens": [5, 6]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("slime", aborted, "status"),
+        ("slime", lambda s: s.update(status="pending"), "status"),
+        ("slime", lambda s: s.update(remove_sample=True), "remove_sample"),
+        ("slime", lambda s: s.update(response_length=0), "response_length"),
+        ("slime", lambda s: s.update(loss_mask=[0, 0, 0]), "loss_mask"),
+        ("nemo-rl", lambda s: s.update(token_loss_mask=[[0] * 8]), "token_loss_mask"),
+        ("verl text", lambda s: s.update(output=""), "output"),
+    ],
+)  # fmt: skip
+def test_unused_samples_are_left_out_and_counted(
+    kind: str, change: Callable[[Any], None], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = made(kind)
+    change(KINDS[kind][2](content)[2])
+    assert converted(kind, tmp_path, content) == 0
+    groups = list(read_trajectories(tmp_path / "out.jsonl"))
+    assert [group.size for group in groups] == [2, 1] and groups[1].rewards == [1.0]
+    shown = capsys.readouterr().out
+    assert f"left out      1 samples: 1 by {reason}" in shown and f", {reason}: " in shown
+
+
+def test_rows_of_verl_without_a_response_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = made("verl")
+    content["tensordict"]["responses"][1] = torch.tensor([], dtype=torch.long)
+    content["tensordict"]["response_mask"][2] = torch.zeros(3)
+    assert converted("verl", tmp_path, content) == 0
+    assert "left out      2 samples: 1 by response_mask, 1 by responses" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ bad samples
+def put(field: str, value: Any) -> Callable[[str, Any], None]:
+    """Set a field of the third sample, whatever the kind."""
+
+    def change(kind: str, content: Any) -> None:
+        if kind == "verl":
+            if field in ("keys", "tags"):
+                content[field][2] = value
+            else:
+                content["tensordict"][field][2] = value
+        elif kind == "nemo-rl":
+            content[2][field] = [value]
+        else:
+            KINDS[kind][2](content)[2][field] = value
+
+    return change
+
+
+BAD: list[tuple[str, str, Any, str]] = [
+    ("slime", "reward", None, "reward: is missing"),
+    ("slime", "reward", math.nan, "reward: should be a finite number, got nan"),
+    ("slime", "reward", "1", "reward: should be a finite number, got '1'"),
+    ("slime", "reward", [1.0], "reward: should be a finite number, got [1.0]"),
+    ("slime", "reward", {"acc": 1.0}, "reward: is a table: 'acc'; dump one number"),
+    ("slime", "reward", 1e31, "rewards: rewards[0] is"),
+    ("slime", "tokens", "abc", "tokens: should be a list, got 'abc'"),
+    ("slime", "tokens", [1, [2]], "tokens[1]: should be an integer, got [2]"),
+    ("slime", "tokens", [1, 2.5, 3, 4, 5], "tokens[1]: should be an integer, got 2.5"),
+    ("slime", "tokens", [1, True, 3, 4, 5], "tokens[1]: should be an integer, got True"),
+    ("slime", "tokens", [1, -2, 3, 4, 5], "tokens[1]: should be a token id, got -2"),
+    ("slime", "response_length", 5, "response_length: is 5 of 5 tokens"),
+    ("slime", "response_length", None, "response_length: is missing"),
+    ("slime", "loss_mask", [1, 1], "loss_mask: has 2 entries for 3 response tokens"),
+    ("slime", "loss_mask", [1, 2, 1], "loss_mask[1]: should be 0 or 1, got 2"),
+    ("slime", "rollout_log_probs", [-1.0], "rollout_log_probs: has 1 entries for 3 response tokens"),
+    ("slime", "rollout_log_probs", [-1.0, -1.0, -math.inf], "rollout_log_probs[2]: should be a finite number, got -"),
+    ("slime", "rollout_log_probs", [0.5, -1.0, -1.0], "logprobs: logprobs[0][0] must be a finite number <= 0"),
+    ("slime", "metadata", None, "metadata: has no 'id'"),
+    ("slime", "metadata", {"id": 1.5}, "metadata.id: a prompt's id should be text or an integer, got 1.5"),
+    ("nemo-rl", "rewards", math.nan, "rewards: should be a finite number, got nan"),
+    ("nemo-rl", "input_lengths", 9, "input_lengths: is 9 for 8 token_ids and 8 of token_loss_mask"),
+    ("nemo-rl", "token_ids", 3, "token_ids: should be a list, got 3"),
+    ("nemo-rl", "token_loss_mask", [1] * 8, "token_loss_mask: marks the first token"),
+    ("nemo-rl", "token_loss_mask", [0, 0, 3, 0, 0, 0, 0, 0], "token_loss_mask[2]: should be 0 or 1, got 3"),
+    ("nemo-rl", "generation_logprobs", [0.0], "generation_logprobs: has 1 entries for 5 tokens"),
+    ("nemo-rl", "name", None, "name: a prompt's id should be text or an integer, got None"),
+    ("verl", "rm_scores", torch.tensor([math.nan]), "rm_scores[0]: should be a finite number, got nan"),
+    ("verl", "responses", torch.tensor([[1]]), "responses: should have one dimension"),
+    ("verl", "responses", torch.tensor([1.5]), "responses[0]: should be an integer, got 1.5"),
+    ("verl", "response_mask", torch.ones(2), "response_mask: has 2 entries for 3 response tokens"),
+    ("verl", "rollout_log_probs", torch.zeros(7), "rollout_log_probs: has 7 entries for 3 response tokens"),
+    ("verl", "extra_info", {}, "extra_info.id: is missing, which is the only stable id"),
+    ("verl", "extra_info", 3, "extra_info.id: is missing"),
+    ("verl", "keys", "b_0_1", "keys: one of several outputs of a rollout"),
+    ("verl", "data_source", [1], "data_source: a prompt's id should be text"),
+    ("verl text", "score", None, "score: should be a finite number, got None"),
+    ("verl text", "step", "7", "step: should be an integer, got '7'"),
+    ("verl text", "input", 5, "input: should be text, got 5"),
+    ("verl text", "output", None, "output: should be text, got None"),
+    ("verl text", "uid", None, "'uid': is missing in this row"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "field", "value", "message"), BAD)
+def test_a_bad_sample_is_named_and_can_be_skipped(
+    kind: str, field: str, value: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = made(kind)
+    put(field, value)(kind, content)
+    assert converted(kind, tmp_path, content) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / KINDS[kind][0]) in error and message in error and "--skip-bad" in error, error
+    assert not (tmp_path / "out.jsonl").exists()
+    assert converted(kind, tmp_path, content, "--skip-bad") == 0
+    groups = list(read_trajectories(tmp_path / "out.jsonl"))
+    assert [group.size for group in groups] == [2, 1] and groups[1].rewards == [1.0]
+    assert "left out      1 samples: 1 by" in capsys.readouterr().out
+
+
+def test_lines_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("nemo-rl", "verl text"):
+        path = write(tmp_path / KINDS[kind][0], made(kind))
+        good = path.read_bytes()
+        for line in (
+            b"{",
+            b"[1]",
+            b"3",
+            b'"x"',
+            b"\xff\xfe",
+            b"[" * 100_000,
+            b"{}",
+            b'{"rewards": [1], "token_ids": 2}',
+        ):
+            path.write_bytes(b"\xef\xbb\xbf" + good + line + b"\n")
+            assert main(words(kind, path, tmp_path / "out.jsonl")) == 2
+            assert f"{path}:5" in capsys.readouterr().err
+            assert main([*words(kind, path, tmp_path / "out.jsonl"), "--skip-bad"]) == 0
+            assert "left out      1 samples" in capsys.readouterr().out
+            assert [group.size for group in read_trajectories(tmp_path / "out.jsonl")] == [2, 2]
+
+
+def test_samples_that_disagree_on_their_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = made("slime")
+    content["samples"][1]["metadata"] = {"id": "m1"}
+    assert converted("slime", tmp_path, content) == 2
+    error = capsys.readouterr().err
+    assert "another prompt at" in error and "--id-key, or pass --skip-bad" in error
+    assert converted("slime", tmp_path, content, "--skip-bad") == 0
+    assert "left out      2 samples: 2 by prompt" in capsys.readouterr().out
+
+
+def test_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = made("slime")
+    for sample in content["samples"]:
+        sample["reward"] = None
+    assert converted("slime", tmp_path, content, "--skip-bad") == 2
+    error = capsys.readouterr().err
+    assert "holds no rollout that can be used: " in error and "sample 0, reward: is missing" in error
+
+
+# ---------------------------------------------------------------------------------------------- other layouts
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("slime", [1], "has 'rollout_id' and 'samples', but holds [1]"),
+        ("slime", {"samples": []}, "but holds 'samples'"),
+        ("slime", {"samples": {}, "rollout_id": 1}, "samples: should be a list, got {}"),
+        ("slime", {"samples": [], "rollout_id": None}, "rollout_id: should be an integer, got None"),
+        ("slime", {"samples": [], "rollout_id": 1}, "holds no rollout that can be used"),
+        ("slime", {"samples": [5], "rollout_id": 1}, "sample 0, sample: should be a table of fields, got 5"),
+        ("verl", {"keys": []}, "has tensordict, keys, tags, global_steps, but holds 'keys'"),
+        ("verl", {"keys": 1, "tensordict": {}, "tags": 1, "global_steps": 1}, "prompts: is missing"),
+        ("verl", {"keys": [1], "tensordict": 3, "tags": [], "global_steps": 1}, "should be a table of columns, got 3"),
+    ],
+)  # fmt: skip
+def test_files_of_another_layout(
+    kind: str, content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert converted(kind, tmp_path, content) == 2
+    assert message in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------- security
+class Evil:
+    """Loading it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def pickled(path: Path, value: Any) -> Path:
+    if path.suffix == ".pt":
+        torch.save(value, path)
+    else:
+        path.write_bytes(pickle.dumps(value))
+    return path
+
+
+@pytest.mark.parametrize(("source", "name"), [("slime", "7.pt"), ("verl", "tq.pt"), ("verl", "gen_batch.dp")])
+def test_no_code_of_a_dump_is_run(
+    source: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "was_run"
+    path = pickled(tmp_path / name, {"rollout_id": 0, "samples": [Evil(target)], "keys": [Evil(target)]})
+    convert = ["convert", str(path), "--source", source, "--out", str(tmp_path / "o.jsonl")]
+    for more in ((), ("--skip-bad",)):
+        assert main([*convert, *more]) == 2
+        error = capsys.readouterr().err
+        assert str(path) in error and "it calls posix.mkdir" in error and "pass --allow-pickle" in error
+        assert not target.exists()
+    if name == "7.pt":  # the others need verl's packages for it
+        assert main([*convert, "--allow-pickle"]) == 2
+        assert target.exists() and "--allow-pickle: code that" in capsys.readouterr().out
+
+
+CALLS = {
+    "os.system": b"cos\nsystem\n(S'true'\ntR.",
+    "builtins.eval": b"cbuiltins\neval\n(S'1'\ntR.",
+    "builtins.getattr": b"cbuiltins\ngetattr\n(S'1'\nS'x'\ntR.",
+    "torch.load": b"ctorch\nload\n(S'x'\ntR.",
+    "numpy.load": b"cnumpy\nload\n(S'x'\ntR.",
+    "torch.hub.load": b"ctorch.hub\nload\n(S'x'\ntR.",
+    "operator.attrgetter": b"coperator\nattrgetter\n(S'x'\ntR.",
+    "collections.Counter": b"ccollections\nCounter\n(tR.",
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_not_named_in_the_list_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.dp"
+    path.write_bytes(CALLS[name])
+    with pytest.raises(CropiError, match=f"it calls {name}, which a dump has no need of"):
+        load_dump(path, "a dump")
+
+
+# Each would take memory or change the reader; a value or an error in words, at once.
+BOMBS = {
+    "bytes of a number": b"cbuiltins\nbytes\n(I99999999999\ntR.",
+    "bytearray of a number": b"cbuiltins\nbytearray\n(I99999999999\ntR.",
+    "a tensor of a number": b"ctorch\nTensor\n(I99999999999\ntR.",
+    "an array of a shape": b"cnumpy\nndarray\n((I99999\nI99999\nttR.",
+    "attributes of a function": b"c_codecs\nencode\n(N}S'x'\nI1\nstb.",
+    "attributes of a type": b"cbuiltins\ndict\n(N}S'x'\nI1\nstb.",
+    "a storage without a file": b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI5\ntQ.",
+    "a stack without an end": b"(((((",
+    "a long of a gigabyte": b"\x80\x02\x8b\xff\xff\xff\x3f.",
+    "many digits": b"I" + b"9" * 5000 + b"\n.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_pickles_that_take_memory_or_change_the_reader(name: str, tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = tmp_path / "x.dp"
+    path.write_bytes(BOMBS[name])
+    tracemalloc.start()
+    try:
+        load_dump(path, "a dump")
+    except CropiError as error:
+        assert len(str(error)) < 2000 and str(path) in str(error)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+    assert load_dump(pickled(tmp_path / "y.dp", {"a": b"\xff" * 3}), "a dump") == {"a": b"\xff" * 3}
+
+
+def test_files_that_are_larger_than_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "7.pt", made("slime"))
+    assert main([*words("slime", path, tmp_path / "o.jsonl"), "--max-gib", "1e-6"]) == 2
+    assert "pass a larger --max-gib" in capsys.readouterr().err
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"\x80\x02N." + b"\0" * 50_000_000)
+    with pytest.raises(CropiError, match="more than 1000000 bytes unpacked"):
+        load_dump(tmp_path / "bomb.pt", "a dump", largest=1_000_000)
+
+
+def forged(path: Path, tensor: torch.Tensor, size: int) -> Path:
+    """A file whose storage is said to hold ``size`` numbers."""
+    torch.save({"t": tensor}, tmp := path.with_suffix(".orig"))
+    with zipfile.ZipFile(tmp) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("data.pkl"):
+                data = data.replace(b"K" + bytes([tensor.numel()]) + b"tq", b"K" + bytes([size]) + b"tq", 1)
+            new.writestr(name, data)
+    return path
+
+
+def test_tensors_that_reach_beyond_their_storage(tmp_path: Path) -> None:
+    tensor = torch.arange(3)
+    assert load_dump(forged(tmp_path / "a.pt", tensor, 3), "a dump")["t"].tolist() == [0, 1, 2]
+    with pytest.raises(CropiError, match="a storage has 24 bytes where 9 numbers are said to be"):
+        load_dump(forged(tmp_path / "b.pt", tensor, 9), "a dump")
+    torch.save(torch.zeros(1).expand(1000, 1000), tmp_path / "c.pt")
+    with pytest.raises(CropiError, match="a tensor of 1000000 numbers on a storage of 1"):
+        load_dump(tmp_path / "c.pt", "a dump")
+
+
+# ------------------------------------------------------------------------------------- what is read for certain
+VALUES: dict[str, Any] = {
+    "containers": {"a": [1, (2.5, None)], "b": {3}, "c": frozenset([4]), "d": b"x", "e": True, "f": 1j},
+    "numbers of NumPy": [np.float32(1.5), np.int64(7), np.bool_(True), np.float64(-2)],
+    "arrays": {"a": np.arange(6).reshape(2, 3), "b": np.array([{"x": 1}, None], dtype=object)},
+    "text": np.array(["ab", "c"]),
+    "Fortran order": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "big-endian": np.arange(3).astype(">i4"),
+    "no array": np.array(3.5),
+    "empty": np.zeros((0, 4), dtype=np.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("ending", ["pt", "dp"])
+def test_plain_data_is_read_as_it_was_written(name: str, ending: str, tmp_path: Path) -> None:
+    found = load_dump(pickled(tmp_path / f"x.{ending}", VALUES[name]), "a dump")
+    np.testing.assert_equal(found, VALUES[name])
+    assert type(found) is type(VALUES[name]) or isinstance(found, np.ndarray)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_protocol_of_pickle(protocol: int, tmp_path: Path) -> None:
+    value = [np.arange(4), np.float32(0.5), b"\x00\xff", {"a": (1, "é")}, 2**70]
+    (tmp_path / "x.dp").write_bytes(pickle.dumps(value, protocol=protocol))
+    np.testing.assert_equal(load_dump(tmp_path / "x.dp", "a dump"), value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_tensors_of_every_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.tensor([[0, 1, 3], [1, 0, 2]]).to(dtype)
+    saved = {"a": values, "view": values.t(), "part": values[:, 1:], "one": values[0, 0], "none": values[:0]}
+    torch.save(saved, tmp_path / "x.pt")
+    found = load_dump(tmp_path / "x.pt", "a dump")
+    for key, tensor in saved.items():
+        assert found[key].dtype == dtype and torch.equal(found[key], tensor), key
+
+
+def test_ragged_tensors_are_read_row_by_row(tmp_path: Path) -> None:
+    rows = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5, 6])]
+    for layout in (torch.jagged, torch.strided):
+        torch.save(torch.nested.nested_tensor(rows, layout=layout), tmp_path / "x.pt")
+        assert [row.tolist() for row in load_dump(tmp_path / "x.pt", "a dump").rows] == [
+            [1, 2],
+            [3],
+            [4, 5, 6],
+        ]
+
+
+def test_objects_of_slimes_own_class_are_read_without_it(tmp_path: Path) -> None:
+    """slime has dumped dictionaries only; an older or a changed one may dump its samples as they are."""
+    import sys
+    import types
+    from enum import Enum
+
+    module = types.ModuleType("slime")
+
+    class Status(Enum):
+        COMPLETED = "completed"
+        ABORTED = "aborted"
+
+    class Sample:
+        pass
+
+    for part in (Status, Sample):
+        part.__module__, part.__qualname__ = "slime", part.__name__
+        setattr(module, part.__name__, part)
+    samples = []
+    for fields in made("slime")["samples"]:
+        sample = Sample()
+        vars(sample).update(
+            fields, status=Status(fields["status"]) if fields["status"] == "completed" else Status.ABORTED
+        )
+        samples.append(sample)
+    sys.modules["slime"] = module
+    try:
+        torch.save({"rollout_id": 7, "samples": samples}, tmp_path / "7.pt")
+    finally:
+        del sys.modules["slime"]
+    found = list(read_slime(tmp_path / "7.pt", id_key="id"))
+    assert [rollout.id for rollout in found] == [
+        "m0",
+        "m0",
+        "m1",
+    ]  # the truncated one was made an aborted one here
+    assert found[0].response_ids == ROLLOUTS[0][1]
