@@ -454,9 +454,6 @@ def test_objects_of_slimes_own_class_are_read_without_it(tmp_path: Path) -> None
     finally:
         del sys.modules["slime"]
     found = list(read_slime(tmp_path / "7.pt", id_key="id"))
-    assert [rollout.id for rollout in found] == [
-        "m0",
-        "m0",
-        "m1",
-    ]  # the truncated one was made an aborted one here
+    # The truncated one was made an aborted one here.
+    assert [rollout.id for rollout in found] == ["m0", "m0", "m1"]
     assert found[0].response_ids == ROLLOUTS[0][1]
