@@ -84,8 +84,8 @@ def test_memory_holds_what_a_folder_holds(tmp_path: Path) -> None:
     policy = Policy(make_model(), make_tokenizer())
     for dtype in ("float32", "int8"):
         on_disk = tmp_path / dtype
-        sketch(policy, SketchJob([path], on_disk, SPEC, dtype=dtype), progress=False)
-        summary = sketch(policy, SketchJob([path], None, SPEC, dtype=dtype), progress=False)
+        sketch(policy, SketchJob([path], on_disk, SPEC, store_dtype=dtype), progress=False)
+        summary = sketch(policy, SketchJob([path], None, SPEC, store_dtype=dtype), progress=False)
         assert isinstance(summary.store, MemoryStore) and summary.store.expected == 8
         want, got = sketches(SketchStore.open(on_disk)), sketches(summary.store)
         assert want.keys() == got.keys() and all(torch.equal(got[name], want[name]) for name in want)

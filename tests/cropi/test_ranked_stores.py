@@ -145,7 +145,7 @@ def test_another_tokenizer_is_warned_of(tmp_path: Path) -> None:
 def test_what_may_differ_between_training_and_validation_is_not_warned_of(tmp_path: Path) -> None:
     train = stored(tmp_path / "train", make_records(8))
     valid = stored(
-        tmp_path / "valid", make_records(8, seed=1), dtype="int8", set="x", behaviour="current", max_length=100,
+        tmp_path / "valid", make_records(8, seed=1), store_dtype="int8", set="x", behaviour="current", max_length=100,
         too_long="skip", notes={"model": "elsewhere"},
     )  # fmt: skip
     older = stored(tmp_path / "older", make_records(8, seed=2))

@@ -85,6 +85,7 @@ FLOORS = [
     {"gradient", "store"},
     {"data"},
     {"model"},
+    {"options"},
     {"checked", "commands", "files", "summary"},
     {"errors"},
 ]

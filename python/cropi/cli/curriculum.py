@@ -8,8 +8,9 @@ from typing import Any
 
 from cropi.cli import options
 from cropi.cli.config import apply_config
-from cropi.cli.sketch import make_job
+from cropi.cli.sketch import notes
 from cropi.errors import CropiError
+from cropi.options import Influence, Selecting, Sketching
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -55,16 +56,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="before the first stage only (default), or at every stage with the current policy",
     )  # fmt: skip
     options.add_export_options(command)
-    options.add_model_options(command)
-    options.add_gradient_options(command)
-    options.add_job_options(command, stage=False)
-    options.add_influence_options(command)
-    options.add_select_options(command, table=False)
+    options.add_model(command)
+    options.add(command, Sketching, leave=("stage",))
+    options.add(command, Influence, Selecting)
+    options.add_progress(command)
 
 
 def run(args: argparse.Namespace) -> int:
     """Read the config, and do what is left to do."""
-    args.trl, args.stage = {}, "0"
+    args.trl = {}
     apply_config(args, tables=("trl",))
     missing = [
         f"--{name}" for name in ("model", "out", "stages", "steps", "trainer") if getattr(args, name) is None
@@ -80,16 +80,24 @@ def run(args: argparse.Namespace) -> int:
 def make_plan(args: argparse.Namespace) -> Any:
     """The Plan of the options that were given."""
     from cropi.curriculum import Plan
+    from cropi.sketching.job import make_job
 
     exported = None
     if args.dataset or args.format:
         exported = {"dataset": args.dataset, "id_key": args.dataset_id, "format": options.export_format(args)}
+    given = options.selection(args)
+    compare, choose = given.influence, given.selecting
     return Plan(
         model=args.model, out=Path(args.out), stages=args.stages, steps=args.steps, trainer=args.trainer,
         train=args.train, valid=args.valid, sets=args.sets, rollouts=args.rollouts,
-        rollouts_when=args.rollouts_when, trained_model=args.trained_model, job=make_job(args, [], ""),
-        behaviour_model=args.behaviour_model, dtype=args.dtype, device=args.device,
-        influence={"metric": args.metric, "mean": args.mean, "max_valid": args.max_valid, "seed": args.valid_seed},
-        select={"fraction": args.fraction, "method": args.method, "pool": args.pool, "seed": args.select_seed},
+        rollouts_when=args.rollouts_when, trained_model=args.trained_model,
+        job=make_job(given.sketching, (), "", notes=notes(args)), behaviour_model=args.behaviour_model,
+        dtype=args.dtype, device=args.device,
+        influence={
+            "metric": compare.metric, "mean": compare.mean, "max_valid": compare.max_valid, "seed": compare.valid_seed,
+        },
+        select={
+            "fraction": choose.fraction, "method": choose.method, "pool": choose.pool, "seed": choose.select_seed,
+        },
         export=exported, trl=args.trl, accept_changes=args.accept_changes, progress=args.progress,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from cropi.cli import options
+from cropi.options import Influence
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -15,27 +16,25 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--valid", required=True, nargs="+", metavar="FOLDER", help="stores of the validation prompts"
     )
     command.add_argument("--out", required=True, metavar="FILE.parquet", help="the score table")
-    options.add_influence_options(command)
+    options.add(command, Influence)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score, and say what was compared."""
-    score(args, args.train, args.valid, args.out)
+    """Score one store against others, write the table, and say what was compared."""
+    from cropi import pipeline
+    from cropi.ranking.influence import write_scores
+    from cropi.store.store import SketchStore
+
+    given = options.made(Influence, args)
+    scores = pipeline.score(
+        SketchStore.open(args.train), [SketchStore.open(path) for path in args.valid], given
+    )
+    write_scores(args.out, scores)
+    print(line(scores, given.metric, args.out))
     return 0
 
 
-def score(args: argparse.Namespace, train: str, valid: list[str], out: str) -> Any:
-    """Score one store against others and write the table; returns the scores."""
-    from cropi.ranking.influence import influence, write_scores
-    from cropi.store.store import SketchStore
-
-    scores = influence(
-        SketchStore.open(train), [SketchStore.open(path) for path in valid],
-        metric=args.metric, mean=args.mean, max_valid=args.max_valid, seed=args.valid_seed,
-    )  # fmt: skip
-    write_scores(out, scores)
-    print(
-        f"scores        {int(scores.usable.sum())} of {len(scores.rows)} prompts against "
-        f"{', '.join(map(repr, scores.sets))} ({args.metric}): {out}"
-    )
-    return scores
+def line(scores: Any, metric: str, out: object) -> str:
+    """What is said of a table of scores."""
+    sets = ", ".join(map(repr, scores.sets))
+    return f"scores        {int(scores.usable.sum())} of {len(scores.rows)} prompts against {sets} ({metric}): {out}"

@@ -9,6 +9,7 @@ from typing import Any
 from cropi.cli import influence, options, select, sketch
 from cropi.cli.config import apply_config
 from cropi.errors import optional
+from cropi.options import Influence, Selecting, Sketching
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -26,15 +27,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="validation trajectories; records without a set get their file's name",
     )
     command.add_argument("--out", metavar="FOLDER", help="everything is written there")
-    options.add_model_options(command)
-    options.add_gradient_options(command)
-    options.add_job_options(command)
-    options.add_influence_options(command)
-    options.add_select_options(command)
+    options.add_model(command)
+    options.add(command, Sketching, Influence, Selecting)
+    select.add_table(command)
+    options.add_progress(command)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Validation sketches first: a validation set that is no use should show before the long part."""
+    """Everything is checked first: what is wrong with the last step must not show after hours of the first."""
+    from cropi import pipeline
+    from cropi.sketching.interrupt import Interrupted
+
     if args.config:
         apply_config(args)
     missing = [f"--{name}" for name in ("model", "train", "valid", "out") if not getattr(args, name)]
@@ -43,60 +46,38 @@ def run(args: argparse.Namespace) -> int:
     names = [file_stem(path) for path in args.valid]
     if len(set(names)) < len(names):
         args.parser.error(f"--valid: two files of one name ({', '.join(names)}), but each names a store")
-    return _run_all(args, Path(args.out), names)
-
-
-def _run_all(args: argparse.Namespace, out: Path, names: list[str]) -> int:
-    from cropi.ranking.influence import validation_means
-    from cropi.store.store import SketchStore
-
-    # Everything is checked first: what is wrong with the last step must not show after hours of the first.
     for package in ("tqdm", "safetensors.torch", "pyarrow.parquet", "matplotlib"):
         optional(package)
-    scans = [sketch.scan_files(args, [path]) for path in args.valid]
-    train_scan = sketch.scan_files(args, args.train)
-    _check_usable(args, scans, names, train_scan)
-    models = sketch.load_models(args)
-    for path, scan in zip(args.valid, scans, strict=True):
-        sketch.check_files(args, models, scan, [path], None)
-    sketch.check_files(args, models, train_scan, args.train, args.limit)
-    folder, stores = out / "sketches", []
-    limit, args.limit = args.limit, None  # --limit is for trying out the training files
-    for path, name, scan in zip(args.valid, names, scans, strict=True):
-        stores.append(str(folder / ("valid" if len(names) == 1 else f"valid-{name}")))
-        print(f"== {path}")
-        if status := sketch.sketch_files(args, models, scan, [path], stores[-1], name):
-            return status
-    validation_means([SketchStore.open(store) for store in stores])
-    print(f"== {' '.join(args.train)}")
-    args.limit = limit
-    train = str(folder / "train")
-    if status := sketch.sketch_files(args, models, train_scan, args.train, train, None):
-        return status
-    print("== results")
-    scores: Any = influence.score(args, train, stores, str(out / "scores.parquet"))
-    select.choose(
-        args,
-        scores,
-        out=str(out / "selected.jsonl"),
-        plot=str(out / "scores.png"),
-        files=args.train,
-        records=str(out / "selected_trajectories.jsonl"),
+    policy, behaviour_model = sketch.policies(args)
+    setup = pipeline.Setup.of(
+        options.selection(args), behaviour_model=behaviour_model, notes=sketch.notes(args)
     )
-    print(f"sketches      {train}, {', '.join(stores)}")
+    valid = dict(zip(names, args.valid, strict=True))
+    checked = pipeline.check(policy, args.train, valid, setup)
+    try:
+        chosen = pipeline.choose(
+            policy, args.train, valid, setup, args.out, checked=checked, say=print, progress=args.progress
+        )
+    except Interrupted as error:
+        print(error.summary.text())
+        return sketch.stopped(args, error)
+    _show(args, Path(args.out), checked, chosen)
     return 0
 
 
-def _check_usable(args: argparse.Namespace, scans: list[Any], names: list[str], train: Any) -> None:
-    """Every validation set and the training files need a prompt with a gradient, and the fraction has to choose one."""
-    from cropi.data.scan import NothingToSelect, check_covered
-    from cropi.ranking.selection import how_many
-
-    check_covered(dict(zip(names, scans, strict=True)), (), option="--valid")
-    if not train.usable:
-        raise NothingToSelect(train.prompts, train.without_gradient, before=f"{', '.join(args.train)}: ")
-    size = train.usable if args.pool == "usable" else train.prompts
-    how_many(args.fraction, min(size, args.limit or size))
+def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> None:
+    """Write what is for people, and print what was found."""
+    print("== results")
+    print(influence.line(chosen.scores, args.metric, out / "scores.parquet"))
+    written = select.Written(
+        out / "selected.jsonl",
+        plot=out / "scores.png",
+        records=out / "selected_trajectories.jsonl",
+        table=args.table,
+    )
+    select.show(chosen, written, checked.train.groups)
+    stores = [out / "sketches" / part.name for part in (checked.train, *checked.valid)]
+    print(f"sketches      {', '.join(map(str, stores))}")
 
 
 def file_stem(path: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cropi.cli import options
+from cropi.options import Selecting
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -25,13 +28,24 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--export", metavar="FILE", help="write the chosen prompts there for a trainer")
     options.add_export_options(command)
-    options.add_select_options(command)
+    options.add(command, Selecting)
+    add_table(command)
+
+
+def add_table(command: argparse.ArgumentParser) -> None:
+    """How much of the selection is shown."""
+    command.add_argument(
+        "--table", type=int, default=5, metavar="N", help="show the N best and worst prompts (default: 5)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Choose, write, and show."""
+    from cropi import pipeline
+    from cropi.data.readers import read
     from cropi.files import check_outputs
     from cropi.ranking.influence import read_scores
+    from cropi.ranking.selection import write_selection
 
     if args.out_trajectories and not args.trajectories:
         args.parser.error(
@@ -54,9 +68,12 @@ def run(args: argparse.Namespace) -> int:
             "--dataset": [args.dataset],
         },
     )
-    ids = choose(
-        args, read_scores(args.scores), args.out, args.plot, args.trajectories, args.out_trajectories
-    )
+    given = options.made(Selecting, args)
+    chosen = pipeline.pick(read_scores(args.scores), given)
+    write_selection(args.out, chosen.scores, chosen)
+    written = Written(args.out, args.plot, args.out_trajectories, args.table)
+    show(chosen, written, read(args.trajectories, skip_bad=True) if args.trajectories else None)
+    ids = chosen.ids
     if args.export:
         from cropi.data.export import export
 
@@ -78,33 +95,35 @@ def _check_export(args: argparse.Namespace) -> None:
         )
 
 
-def choose(
-    args: argparse.Namespace,
-    scores: Any,
-    out: str,
-    plot: str | None,
-    files: list[str] | None,
-    records: str | None,
-) -> list[str]:
-    """Select from the scores, write everything that was asked for, and print the table; the chosen ids, best first."""
-    from cropi.ranking.report import best_and_worst, plot_scores, prompt_texts
-    from cropi.ranking.selection import select, write_selected_records, write_selection
+@dataclass(frozen=True)
+class Written:
+    """Where a selection goes: the ids; and, where they are wanted, a plot, the records, and a table of so many rows."""
 
-    selection = select(
-        scores, fraction=args.fraction, method=args.method, pool=args.pool, seed=args.select_seed
-    )  # fmt: skip
-    write_selection(out, scores, selection)
-    if records and files:
-        write_selected_records(records, files, scores, selection)
-    if plot:
-        plot_scores(plot, scores, selection)
-    if args.table > 0:
-        shown = selection.order[: args.table] + selection.order[-args.table :]
-        texts = prompt_texts(files, {scores.rows[i].id for i in shown}) if files else None
-        print("\n" + best_and_worst(scores, selection, count=args.table, texts=texts) + "\n")
-    print(f"selected      {len(selection.chosen)} of {len(scores.rows)} prompts by {args.method}: {out}")
-    if records:
-        print(f"records       {records}")
-    if plot:
-        print(f"plot          {plot}")
-    return [scores.rows[i].id for i in selection.chosen]
+    out: str | Path
+    plot: str | Path | None = None
+    records: str | Path | None = None
+    table: int = 5
+
+
+def show(selection: Any, written: Written, groups: Any) -> None:
+    """Write the plot and the records, and print the table; ``groups`` are the training prompts, or None."""
+    from cropi.ranking.report import best_and_worst, plot_scores, prompt_texts
+    from cropi.ranking.selection import write_selected_records
+
+    scores = selection.scores
+    if written.records and groups is not None:
+        write_selected_records(written.records, groups, scores, selection)
+    if written.plot:
+        plot_scores(written.plot, scores, selection)
+    if written.table > 0:
+        shown = selection.order[: written.table] + selection.order[-written.table :]
+        ids = list(dict.fromkeys(scores.rows[i].id for i in shown))
+        texts = None if groups is None else prompt_texts(groups, ids)
+        print("\n" + best_and_worst(scores, selection, count=written.table, texts=texts) + "\n")
+    print(
+        f"selected      {len(selection.chosen)} of {len(scores.rows)} prompts by {selection.method}: {written.out}"
+    )
+    if written.records:
+        print(f"records       {written.records}")
+    if written.plot:
+        print(f"plot          {written.plot}")

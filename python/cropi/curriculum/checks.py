@@ -139,7 +139,7 @@ def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) 
             one generation batch, on which TRL would train nothing without a word.
     """
     rows = train.usable + sum(found.usable for found in valid.values())
-    size = STORE_BYTES.get(plan.job.dtype, 1) * plan.job.spec.dim * rows
+    size = STORE_BYTES.get(plan.job.store_dtype, 1) * plan.job.spec.dim * rows
     left = plan.stages - stage
     check_room(plan.out, size * left, f"the sketches of {rows} prompts in {left} stages")
     if plan.trainer != IN_PROCESS:

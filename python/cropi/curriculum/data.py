@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from cropi import pipeline
 from cropi.curriculum.checks import check_stage
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.state import State
-from cropi.data.scan import NothingToSelect, Scan, check_covered, scan
+from cropi.data.scan import Scan
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
+from cropi.model.policy import Policy
+from cropi.options import Selecting
+from cropi.pipeline import Checked, Setup
 
 
 @dataclass
@@ -24,18 +27,6 @@ class Source:
     valid: list[str]
     train_maker: str
     valid_maker: str
-
-
-@dataclass
-class Scanned:
-    """What :func:`check` found, per file list: ``train`` and one for every validation file."""
-
-    train: Scan
-    valid: dict[str, Scan] = field(default_factory=dict)
-
-    def fingerprints(self) -> dict[str, Any]:
-        """The content of the files."""
-        return {"train": self.train.fingerprint} | {n: s.fingerprint for n, s in self.valid.items()}
 
 
 def source_of(plan: Plan, state: State, stage: int) -> Source:
@@ -55,21 +46,32 @@ def source_of(plan: Plan, state: State, stage: int) -> Source:
     return source
 
 
-def check(plan: Plan, source: Source, stage: int) -> Scanned:
-    """Read all files once, before a model is loaded.
+def check(plan: Plan, source: Source, stage: int, policy: Policy) -> Checked:
+    """Read all files once, before the policy's weights are loaded.
 
     Raises:
-        RecordError: a bad record.
+        RecordError: a bad record, or one that does not fit the model.
         CropiError: no training prompt has a gradient, or a validation set has no prompt with one.
     """
-    found = Scanned(scan(source.train, skip_bad=plan.job.skip_bad))
-    if not found.train.usable:
-        raise NothingToSelect(found.train.prompts, found.train.without_gradient, before=f"stage {stage}: ")
-    for path, name in zip(source.valid, set_names(source.valid)):
-        found.valid[name] = scan([path], skip_bad=plan.job.skip_bad)
-    check_covered(found.valid, plan.sets, option="sets", before=f"stage {stage}: ")
-    check_stage(plan, found.train, found.valid, stage)
-    return found
+    names = set_names(source.valid)
+    setup = Setup(plan.job, selecting=Selecting(**{k: v for k, v in plan.select.items() if k != "seed"}))
+    checked = pipeline.check(
+        policy,
+        source.train,
+        dict(zip(names, source.valid, strict=True)),
+        setup,
+        sets=plan.sets,
+        option="sets",
+        before=f"stage {stage}: ",
+    )
+    check_stage(plan, checked.train.scan, {str(part.set): part.scan for part in checked.valid}, stage)
+    return replace(checked, valid=[replace(part, name=f"valid-{part.set}") for part in checked.valid])
+
+
+def fingerprints(checked: Checked) -> dict[str, str]:
+    """The content of the files: of the training files, and of every validation file."""
+    parts = {str(part.set): part.scan.fingerprint for part in checked.valid}
+    return {"train": checked.train.scan.fingerprint} | parts
 
 
 def set_names(valid: Sequence[str]) -> list[str]:

@@ -139,7 +139,7 @@ class Plan:
                 "estimator": job.estimator.to_dict(), "behaviour": job.behaviour,
                 "behaviour_model": self.behaviour_model, "temperature": job.temperature,
                 "chat_template": template_text(job.chat_template), "eos": job.eos, "max_length": job.max_length,
-                "too_long": job.too_long, "store_dtype": job.dtype, "limit": job.limit, "skip_bad": job.skip_bad,
+                "too_long": job.too_long, "store_dtype": job.store_dtype, "limit": job.limit, "skip_bad": job.skip_bad,
                 "sets": list(self.sets),
                 **({"template_date": job.template_date} if job.template_date else {}),
             },

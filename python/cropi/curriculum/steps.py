@@ -5,33 +5,30 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cropi import pipeline
 from cropi.commands import fill, run_command
 from cropi.curriculum import data
 from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.state import State
 from cropi.data.export import export
-from cropi.data.scan import Scan
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
+from cropi.pipeline import Part
 from cropi.ranking.influence import influence, read_scores, write_scores
 from cropi.ranking.report import plot_scores
 from cropi.ranking.selection import read_selection, select, write_selected_records, write_selection
-from cropi.sketching.run import sketch
 from cropi.store.shards import OK
 from cropi.store.store import SketchStore
 from cropi.trainers.trl.in_process import train_stage
 
 Result = dict[str, Any]
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while sketching: the finished prompts are in the store."""
 
 
 @dataclass
@@ -86,14 +83,11 @@ def rollouts(stage: Stage) -> Result:
 def sketch_all(stage: Stage) -> Result:
     """Sketch the validation prompts, then the training prompts, with the current policy."""
     plan, source = stage.plan, data.source_of(stage.plan, stage.state, stage.number)
-    found = data.check(plan, source, stage.number)
-    _check_unchanged(stage, found)
-    models: dict[str, Policy] = {}
-    valid = {
-        name: _sketch_one(stage, source.valid_maker, models, f"valid-{name}", [path], found.valid[name], name)
-        for path, name in zip(source.valid, data.set_names(source.valid))
-    }
-    train = _sketch_one(stage, source.train_maker, models, "train", source.train, found.train, None)
+    models = {"policy": _load(stage, stage.model)}
+    checked = data.check(plan, source, stage.number, models["policy"])
+    _check_unchanged(stage, data.fingerprints(checked))
+    valid = {str(part.set): _sketch_one(stage, source.valid_maker, models, part) for part in checked.valid}
+    train = _sketch_one(stage, source.train_maker, models, checked.train)
     store = SketchStore.open(stage.folder / "sketches" / "train")
     rows, weights = store.rows(), store.manifest["model"]["weights"]
     models.clear()  # the trainer needs the memory, a GPU's most of all
@@ -101,39 +95,35 @@ def sketch_all(stage: Stage) -> Result:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return {
-        "train": train, "valid": valid, "fingerprints": found.fingerprints(), "weights": weights,
+        "train": train, "valid": valid, "fingerprints": data.fingerprints(checked), "weights": weights,
         "prompts": len(rows), "usable": sum(row.status == OK for row in rows),
         "without_gradient": dict(Counter(row.reason for row in rows if row.status != OK)),
     }  # fmt: skip
 
 
-def _sketch_one(
-    stage: Stage,
-    maker: str,
-    models: dict[str, Policy],
-    name: str,
-    files: list[str],
-    found: Scan,
-    set: str | None,
-) -> Result:
-    """Sketch some files into one store of the stage; ``models`` holds what is loaded already."""
+def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part) -> Result:
+    """Sketch one part into its store of the stage; ``models`` holds what is loaded already."""
     plan = stage.plan
-    behaviour = data.behaviour_of(plan, found, maker, stage.model)
+    behaviour = data.behaviour_of(plan, part.scan, maker, stage.model)
     # Two of one weights are two models: the sketched one is tapped, and must not score for the other.
-    for role, source in (("policy", stage.model), (f"behaviour {maker}", maker)):
-        if role not in models and (role == "policy" or behaviour == "model"):
-            eos = plan.job.eos or plan.trainer == IN_PROCESS  # TRL ends its rollouts by one
-            models[role] = Policy(source, dtype=plan.dtype, device=plan.device, eos=eos)
-    job = replace(
-        plan.job, trajectories=files, out=stage.folder / "sketches" / name, stage=str(stage.number), set=set,
-        limit=None if set else plan.job.limit, behaviour=behaviour,
-        behaviour_model=models[f"behaviour {maker}"] if behaviour == "model" else None,
-        notes={**plan.job.notes, "model": stage.model},
+    role = f"behaviour {maker}"
+    if behaviour == "model" and role not in models:
+        models[role] = _load(stage, maker)
+    part = replace(
+        part, behaviour=behaviour,
+        behaviour_model=models[role] if behaviour == "model" else None,
     )  # fmt: skip
-    summary = sketch(models["policy"], job, scan=found, progress=plan.progress)
-    if summary.interrupted:
-        raise Interrupted
-    return {"files": files, "behaviour": behaviour}
+    job = replace(plan.job, stage=str(stage.number), notes={**plan.job.notes, "model": stage.model})
+    pipeline.sketch_part(
+        models["policy"], part, job, stage.folder / "sketches" / part.name, progress=plan.progress
+    )
+    return {"files": [source.name for source in part.groups.sources], "behaviour": behaviour}
+
+
+def _load(stage: Stage, model: str) -> Policy:
+    plan = stage.plan
+    eos = plan.job.eos or plan.trainer == IN_PROCESS  # TRL ends its rollouts by one
+    return Policy(model, dtype=plan.dtype, device=plan.device, eos=eos)
 
 
 def influence_all(stage: Stage) -> Result:
@@ -221,13 +211,12 @@ def collect(stage: Stage) -> Result:
     return result
 
 
-def _check_unchanged(stage: Stage, found: data.Scanned) -> None:
+def _check_unchanged(stage: Stage, now: Mapping[str, str]) -> None:
     """Stored trajectories are read again at every stage; they must still be the same."""
     before = stage.state.latest("sketch", stage.number)
     renewed = stage.plan.rollouts_when == "every" or "rollouts" in stage.plan.trainer_uses
     if before is None or stage.plan.accept_changes or renewed:
         return
-    now = found.fingerprints()
     for name, fingerprint in before["fingerprints"].items():
         if now.get(name) != fingerprint:
             raise CropiError(

@@ -137,27 +137,28 @@ class PromptGroups:
         self.bad = bad
         places.keep(self.sources, self.columns)
 
-    def take(self, ids: Iterable[str]) -> Iterator[PromptGroup]:
+    def take(self, ids: Iterable[str], *, missing_ok: bool = False) -> Iterator[PromptGroup]:
         """The groups with these ids, in this order; read by their places where a full pass has found them.
+
+        Args:
+            ids: of prompts.
+            missing_ok: leave out an id that is not there.
 
         Raises:
             CropiError: an id is not there.
         """
         wanted = list(ids)
         places = kept_places(self.sources, self.columns)
-        if places is not None:
-            reader = RecordReader()
-            for name in wanted:
-                yield places.read(name, self.sources, reader, self.names)
-            return
-        rest, found = set(wanted), dict[str, PromptGroup]()
-        for group in self.each():
-            if group.id in rest:
-                found[group.id] = group
+        if places is None:
+            rest = set(wanted)
+            found = {group.id: group for group in self.each() if group.id in rest}
+        reader = RecordReader()
         for name in wanted:
-            if name not in found:
+            if name not in (found if places is None else places):
+                if missing_ok:
+                    continue
                 raise CropiError(f"the prompt {name!r:.100} is not in {self.names}")
-            yield found[name]
+            yield found[name] if places is None else places.read(name, self.sources, reader, self.names)
 
 
 def read_trajectories(

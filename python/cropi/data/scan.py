@@ -36,7 +36,13 @@ class Scan:
     largest_id: tuple[int, str] = (-1, "")  # the largest token id and where it stands
     bad: list[RecordError] = field(default_factory=list)
     fingerprint: str = ""
-    tokens_checked: bool = False  # by :func:`cropi.sketching.job.check_tokens`
+    unknown: int = 0  # prompts that were left out because their trainer does not know them
+    # Of the prompts that have a gradient: the most tokens of a prompt and one response, where their ids are stored, and
+    # how many have to be tokenised.
+    longest: int = 0
+    texts: int = 0
+    texts_checked: bool = False  # every one of them has been tokenised
+    tokens_checked: bool = False  # by :func:`cropi.sketching.run.check_tokens`
 
     @property
     def usable(self) -> int:
@@ -47,6 +53,29 @@ class Scan:
     def sets(self) -> dict[str, int]:
         """Prompts of every set that records name."""
         return {name: counts.total() for name, counts in self.by_set.items() if name}
+
+    def add(self, group: PromptGroup) -> None:
+        """Count one group."""
+        self.prompts += 1
+        self.responses += group.size
+        reason = no_gradient_reason(group.rewards)
+        if reason:
+            self.without_gradient[reason] += 1
+        self.by_set.setdefault(group.set or "", Counter())[reason or ""] += 1
+        self.with_ids += group.response_ids is not None
+        self.with_prompt_ids += group.prompt_ids is not None
+        if group.logprobs is not None:
+            self.with_logprobs += 1
+        elif not self.without_logprobs:
+            self.without_logprobs = f"{group.where} (prompt {group.id!r})"
+        if not reason and group.prompt_ids is not None and group.response_ids is not None:
+            self.longest = max(self.longest, len(group.prompt_ids) + max(map(len, group.response_ids)))
+        elif not reason:
+            self.texts += 1
+        for ids in (group.prompt_ids or [], *(group.response_ids or [])):
+            largest = max(ids, default=-1)
+            if largest > self.largest_id[0]:
+                self.largest_id = largest, f"{group.where} (prompt {group.id!r})"
 
 
 class NothingToSelect(CropiError):
@@ -61,13 +90,21 @@ class NothingToSelect(CropiError):
         )
 
 
-def scan(source: Any, *, skip_bad: bool = False, on_line: Callable[[bytes], None] | None = None) -> Scan:
+def scan(
+    source: Any,
+    *,
+    skip_bad: bool = False,
+    on_line: Callable[[bytes], None] | None = None,
+    on_group: Callable[[PromptGroup], None] | None = None,
+) -> Scan:
     """Read every record once and count; groups that :func:`cropi.data.readers.read` gave are scanned once.
+
+    ``on_line`` is called with the bytes of every line, ``on_group`` with every group, where the source is read.
 
     Raises what :func:`cropi.data.readers.read_trajectories` raises.
     """
     groups = read(source, skip_bad=skip_bad)
-    if isinstance(groups.found, Scan):
+    if isinstance(groups.found, Scan) and on_group is None:
         return groups.found
     found, digest = Scan(), hashlib.sha256()
 
@@ -77,7 +114,9 @@ def scan(source: Any, *, skip_bad: bool = False, on_line: Callable[[bytes], None
             on_line(line)
 
     for group in groups.each(found.bad.append, take):
-        _count(found, group)
+        found.add(group)
+        if on_group is not None:
+            on_group(group)
     if not found.prompts:
         raise CropiError(
             f"{groups.names}: no usable record is left ({len(found.bad)} bad ones skipped); the first: "
@@ -133,22 +172,3 @@ def check_covered(found: Mapping[str, Scan], wanted: Sequence[str], *, option: s
 
 def _listed(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} with {reason}" for reason, count in sorted(reasons.items()))
-
-
-def _count(found: Scan, group: PromptGroup) -> None:
-    found.prompts += 1
-    found.responses += group.size
-    reason = no_gradient_reason(group.rewards)
-    if reason:
-        found.without_gradient[reason] += 1
-    found.by_set.setdefault(group.set or "", Counter())[reason or ""] += 1
-    found.with_ids += group.response_ids is not None
-    found.with_prompt_ids += group.prompt_ids is not None
-    if group.logprobs is not None:
-        found.with_logprobs += 1
-    elif not found.without_logprobs:
-        found.without_logprobs = f"{group.where} (prompt {group.id!r})"
-    for ids in (group.prompt_ids or [], *(group.response_ids or [])):
-        largest = max(ids, default=-1)
-        if largest > found.largest_id[0]:
-            found.largest_id = largest, f"{group.where} (prompt {group.id!r})"

@@ -7,6 +7,8 @@ Nothing is cached here. Only a hub id makes ``transformers`` download, into the 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,7 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     eos: bool = True,
+    tokenizer: Any = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model in ``eval`` mode, with SDPA attention if it has that, and its tokenizer.
 
@@ -34,6 +37,7 @@ def load_model(
         dtype: dtype of the weights: float32, bfloat16 or float16, as ``torch.dtype`` or by name.
         device: where the model goes.
         eos: the tokenizer needs an EOS token; False takes one without, for texts to which none is appended.
+        tokenizer: the one that :func:`load_tokenizer` gave, if it has been loaded already.
 
     Returns:
         ``(model, tokenizer)``. A missing pad token is set to EOS.
@@ -47,20 +51,53 @@ def load_model(
     name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
     optional("transformers")
     source, options = locate(name)
-    try:
+    with _explained(name):
         model = _load_weights(name, source, options, dtype)
-        tokenizer = _load_tokenizer(name, source, options, eos)
+        if tokenizer is None:
+            tokenizer = _load_tokenizer(name, source, options, eos)
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str | os.PathLike[str], *, eos: bool = True) -> Any:
+    """The tokenizer alone of what :func:`load_model` takes. Raises what that raises."""
+    optional("transformers")
+    source, options = locate(os.fspath(name))
+    with _explained(os.fspath(name)):
+        return _load_tokenizer(os.fspath(name), source, options, eos)
+
+
+def load_config(name: str | os.PathLike[str]) -> Any:
+    """The configuration alone of what :func:`load_model` takes. Raises what that raises."""
+    optional("transformers")
+    source, options = locate(os.fspath(name))
+    with _explained(os.fspath(name)):
+        return _load_config(os.fspath(name), source, options)
+
+
+def load_generation_config(name: str | os.PathLike[str], config: Any) -> Any:
+    """The generation configuration that a model of this name is loaded with; ``config`` is that of the model."""
+    transformers = optional("transformers")
+    source, options = locate(os.fspath(name))
+    if "gguf_file" not in options:
+        with suppress(OSError):  # it has none: transformers makes one from the model's configuration
+            return transformers.GenerationConfig.from_pretrained(source, **options)
+    return transformers.GenerationConfig.from_model_config(config)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
     except (ImportError, OSError, ValueError):
         raise  # they name the file or the package
     except Exception as error:  # a damaged file: every format has errors of its own
         raise ValueError(
             f"model {name!r} cannot be loaded ({type(error).__name__}: {error}); if a file is damaged, get it again"
         ) from error
-    return model.to(device).eval(), tokenizer
 
 
-def _load_weights(name: str, source: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _load_config(name: str, source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -70,6 +107,13 @@ def _load_weights(name: str, source: str, options: dict[str, Any], dtype: torch.
         problem = "there is no such local folder, and the hub id cannot be read"
         raise OSError(f"model {name!r}: {problem}: {error}") from error
     _check_causal(name, config)
+    return config
+
+
+def _load_weights(name: str, source: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = _load_config(name, source, options)
     is_gguf = "gguf_file" in options
     load = partial(
         AutoModelForCausalLM.from_pretrained, source, config=config, dtype=dtype, output_loading_info=True,

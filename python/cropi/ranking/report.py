@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.errors import CropiError, optional
 from cropi.files import replacing
 from cropi.ranking.influence import Scores
@@ -86,14 +87,16 @@ def best_and_worst(
     return "\n".join(lines)
 
 
-def prompt_texts(paths: Sequence[str | Path], ids: set[str], width: int = 60) -> dict[str, str]:
-    """The beginning of the prompts with these ids, on one line each."""
+def prompt_texts(trajectories: Any, ids: Sequence[str], width: int = 60) -> dict[str, str]:
+    """The beginning of the prompts with these ids, on one line each.
+
+    ``trajectories`` is what :func:`cropi.data.readers.read` takes or gave.
+    """
     texts = {}
-    for group in read_trajectories(paths, skip_bad=True):
-        if group.id in ids:
-            prompt = group.prompt if isinstance(group.prompt, str) else last_message(group.prompt)
-            text = " ".join("".join(c if c.isprintable() else " " for c in prompt).split())
-            texts[group.id] = text if len(text) <= width else text[: width - 3] + "..."
+    for group in read(trajectories, skip_bad=True).take(ids, missing_ok=True):
+        prompt = group.prompt if isinstance(group.prompt, str) else last_message(group.prompt)
+        text = " ".join("".join(c if c.isprintable() else " " for c in prompt).split())
+        texts[group.id] = text if len(text) <= width else text[: width - 3] + "..."
     return texts
 
 

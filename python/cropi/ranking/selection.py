@@ -16,12 +16,13 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.files import lines_of, replacing
 from cropi.ranking.influence import Scores
@@ -34,13 +35,27 @@ POOLS = ("all", "usable")
 class Selection:
     """The chosen prompts, best first: places in the score table, and the value each was ranked by.
 
-    ``order`` ranks every usable prompt, the chosen ones first; ``fused`` is float64 ``[n prompts]``.
+    ``order`` ranks every usable prompt, the chosen ones first; ``fused`` is float64 ``[n prompts]``; ``scores`` is the
+    table that the selection was made from.
     """
 
     chosen: list[int]
     order: list[int]
     fused: np.ndarray
     method: str
+    scores: Scores = field(repr=False)
+
+    @property
+    def ids(self) -> list[str]:
+        """The chosen prompts' ids, best first."""
+        return [self.scores.rows[i].id for i in self.chosen]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __repr__(self) -> str:
+        first = ", ".join(map(repr, self.ids[:3])) + (", ..." if len(self) > 3 else "")
+        return f"Selection({len(self)} of {len(self.scores.rows)} prompts by {self.method}: {first})"
 
 
 def fuse_ranks(table: np.ndarray, ids: Sequence[str] | np.ndarray, n: int) -> np.ndarray:
@@ -131,7 +146,7 @@ def select(
     fused = np.full(len(scores.rows), math.nan)
     fused[usable] = value
     places = [int(usable[i]) for i in order]
-    return Selection(places[:n], places, fused, method)
+    return Selection(places[:n], places, fused, method, scores)
 
 
 def write_selection(path: str | Path, scores: Scores, selection: Selection) -> None:
@@ -165,24 +180,23 @@ def read_selection(path: str | Path) -> list[str]:
         raise CropiError(f"selection: {path} is not what `cropi select` writes ({error})") from error
 
 
-def write_selected_records(
-    path: str | Path, trajectories: Sequence[str | Path], scores: Scores, selection: Selection
-) -> None:
+def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, selection: Selection) -> None:
     """Copy the chosen prompts' trajectory records, unchanged, best first.
 
+    ``trajectories`` is what :func:`cropi.data.readers.read` takes or gave; where a full pass has kept the places of its
+    records, the chosen ones alone are read.
+
     Raises:
-        CropiError: a chosen prompt is not in the trajectory files.
+        CropiError: a chosen prompt is not in the trajectories.
     """
-    rank = {scores.rows[i].id: place for place, i in enumerate(selection.chosen)}
-    found: dict[int, str] = {}
-    for group in read_trajectories(trajectories, skip_bad=True):
-        if group.id in rank:
-            found[rank[group.id]] = group.raw
-    missing = [name for name, place in rank.items() if place not in found]
-    if missing:
-        raise CropiError(
-            f"{len(missing)} selected prompts are not in {', '.join(map(str, trajectories))}, for example "
-            f"{missing[0]!r}; give the files that the training store was made from"
-        )
+    groups = read(trajectories, skip_bad=True)
+    rest = dict.fromkeys(scores.rows[i].id for i in selection.chosen)
     with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(found[place] + "\n" for place in range(len(found)))
+        for group in groups.take(list(rest), missing_ok=True):
+            file.write(group.raw + "\n")
+            del rest[group.id]
+        if rest:
+            raise CropiError(
+                f"{len(rest)} selected prompts are not in {groups.names}, for example {next(iter(rest))!r}; give the "
+                "files that the training store was made from"
+            )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+from cropi.sketching.summary import Summary
 
 # SLURM and Kubernetes send SIGTERM some seconds before they kill; a terminal that is closed sends SIGHUP.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -43,3 +46,11 @@ class Interrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while sketching: the finished prompts are in the store ``out``; ``summary`` says what was done."""
+
+    def __init__(self, out: str | Path | None, summary: Summary) -> None:
+        super().__init__()
+        self.out, self.summary = out, summary

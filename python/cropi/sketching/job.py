@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import datetime
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cropi.data.readers import read_trajectories
-from cropi.data.rewards import no_gradient_reason
 from cropi.data.scan import Scan
-from cropi.errors import CropiError, RecordError, optional
+from cropi.errors import CropiError
 from cropi.gradient.behaviour import Behaviour
-from cropi.gradient.estimators import ESTIMATORS, Estimator
+from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
 from cropi.gradient.template import prints_date, template_text
-from cropi.gradient.tokenize import Tokenize, TooLong
+from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy
+from cropi.options import Gradient, Running, Sketch, Sketching, Storing, Tokens, names_of
 from cropi.store.manifest import MANIFEST, read_manifest
 from cropi.store.memory import MemoryStore
 from cropi.store.store import SketchStore
@@ -30,13 +27,28 @@ class DatedTemplate(UserWarning):
     """The chat template prints the date of the day it is rendered on."""
 
 
-@dataclass
-class SketchJob:
-    """Everything that a job depends on besides the model. The fields are the options of ``cropi sketch``.
+@dataclass(frozen=True)
+class SketchJob(Tokens, Running, Storing):
+    """Everything that a job depends on besides the model; :func:`make_job` makes one from options.
 
-    ``out`` is the store's folder; None keeps the sketches in memory."""
+    Attributes:
+        trajectories: files, or anything else that :func:`cropi.data.readers.read` takes.
+        out: the store's folder; None keeps the sketches in memory.
+        spec: what a sketch is.
+        exclude: patterns of parameter names to leave out.
+        estimator: the weight of every token.
+        behaviour: "auto", "file", "current" or "model".
+        behaviour_model: for "model": the model that made the rollouts (a module or a Policy).
+        temperature: of the rollouts; None: each record's own, else 1.
+        set: validation set of records that carry none.
+        shard_rows: sketches per file of the store.
+        notes: kept in the manifest, never compared.
 
-    trajectories: Sequence[str | Path]
+    The other fields are those of :class:`cropi.options.Tokens`, :class:`~cropi.options.Running` and
+    :class:`~cropi.options.Storing`.
+    """
+
+    trajectories: Any
     out: str | Path | None
     spec: SketchSpec = field(default_factory=SketchSpec)
     exclude: Sequence[str] = ()
@@ -44,45 +56,71 @@ class SketchJob:
     behaviour: str = "auto"
     behaviour_model: Any = None
     temperature: float | None = None
-    chat_template: str = "auto"
-    template_date: str | None = None
-    eos: bool = True
-    max_length: int | None = None
-    too_long: str = "error"
-    layout: str = "auto"
-    tokens_per_batch: int = 1024
-    dtype: str = "float32"
-    stage: str = "0"
     set: str | None = None
-    limit: int | None = None
-    skip_bad: bool = False
     shard_rows: int = 64
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("tokens_per_batch", "shard_rows", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise CropiError(f"{name} must be at least 1, got {value}")
+        super().__post_init__()
+        if self.shard_rows < 1:
+            raise CropiError(f"shard_rows must be at least 1, got {self.shard_rows}")
+
+    @property
+    def names(self) -> list[str]:
+        """What messages and notes call the trajectories."""
+        held = self.trajectories
+        if isinstance(held, (str, Path)):
+            return [str(held)]
+        if isinstance(held, Sequence) and all(isinstance(part, (str, Path)) for part in held):
+            return [str(part) for part in held]
+        return [str(getattr(held, "names", type(held).__name__))]
 
 
-def make_tokenize(policy: Policy, job: SketchJob, scan: Scan) -> Tokenize:
+def spec_of(options: Sketch) -> SketchSpec:
+    """The spec that some options name."""
+    return SketchSpec(**{name: getattr(options, name) for name in names_of(Sketch)})
+
+
+def estimator_of(options: Gradient) -> Estimator:
+    """The estimator that some options name."""
+    return make_estimator(
+        options.estimator,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        eps=options.eps,
+        constant=options.length_constant,
+    )
+
+
+def make_job(
+    options: Sketching,
+    trajectories: Any,
+    out: str | Path | None,
+    *,
+    set: str | None = None,
+    behaviour_model: Any = None,
+    notes: Mapping[str, Any] | None = None,
+) -> SketchJob:
+    """The job of some options. A behaviour model that is given is used, unless ``behaviour`` names another source."""
+    shared = {name: getattr(options, name) for name in names_of(Tokens, Running, Storing)}
+    behaviour = "model" if behaviour_model is not None and options.behaviour == "auto" else options.behaviour
+    return SketchJob(
+        trajectories, out, spec=spec_of(options), exclude=options.exclude, estimator=estimator_of(options),
+        behaviour=behaviour, behaviour_model=behaviour_model, temperature=options.temperature, set=set,
+        notes=dict(notes or {}), **shared,
+    )  # fmt: skip
+
+
+def make_tokenize(policy: Policy, job: SketchJob) -> Tokenize:
     """The tokenisation rules for this model.
 
     Raises:
-        RecordError: a stored token id is beyond the vocabulary.
         CropiError: an option does not fit the model or the tokenizer.
     """
-    if scan.largest_id[0] >= policy.vocabulary and not job.skip_bad:
-        raise RecordError(
-            scan.largest_id[1],
-            f"token id {scan.largest_id[0]} is beyond the model's vocabulary of {policy.vocabulary}",
-            "use the model that made the trajectories, or pass --skip-bad",
-        )
     return Tokenize(
         policy.tokenizer, policy.vocabulary, policy.context, chat_template=job.chat_template, eos=job.eos,
         max_length=job.max_length, too_long=job.too_long, temperature=job.temperature,
-        ends=_ends(policy.model), template_date=job.template_date,
+        ends=policy.ends, template_date=job.template_date,
     )  # fmt: skip
 
 
@@ -109,12 +147,6 @@ def with_date(policy: Policy, job: SketchJob, scan: Scan) -> SketchJob:
     return replace(job, template_date=date)
 
 
-def _ends(model: Any) -> tuple[int, ...]:
-    """The tokens at which the model stops to generate."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
-
-
 def _text_rules(policy: Policy, job: SketchJob, scan: Scan | None) -> dict[str, Any]:
     """What the tokens of text depend on beyond the options; nothing where all records hold token ids."""
     made: dict[str, Any] = {}
@@ -122,28 +154,10 @@ def _text_rules(policy: Policy, job: SketchJob, scan: Scan | None) -> dict[str, 
         return made
     if job.template_date and scan.with_prompt_ids < scan.prompts:
         made["template_date"] = job.template_date
-    end = make_tokenize(policy, replace(job, skip_bad=True), scan).end if job.eos else None
+    end = make_tokenize(policy, job).end if job.eos else None
     if scan.with_ids < scan.prompts and end is not None and end != policy.tokenizer.eos_token_id:
         made["end"] = end
     return made
-
-
-def check_tokens(tokens: Tokenize, job: SketchJob, scan: Scan, progress: bool = False) -> None:
-    """Tokenise every prompt that has a gradient once, so that one that does not fit shows before any compute.
-
-    Raises:
-        RecordError: as :meth:`Tokenize.__call__`.
-    """
-    if scan.tokens_checked or job.skip_bad:
-        return
-    bar = optional("tqdm.auto").tqdm
-    groups = islice(read_trajectories(job.trajectories), job.limit)
-    total = min(scan.prompts, job.limit or scan.prompts)
-    for group in bar(groups, "checking", total, unit="prompt", disable=not progress, delay=2, leave=False):
-        if no_gradient_reason(group.rewards) is None:
-            with suppress(TooLong):
-                tokens(group)
-    scan.tokens_checked = True
 
 
 def make_manifest(
@@ -192,11 +206,11 @@ def make_manifest(
         "tokens": {name: getattr(job, name) for name in ("eos", "max_length", "too_long")}
         | {"chat_template": template_text(job.chat_template)}
         | _text_rules(policy, job, scan),
-        "dtype": job.dtype,
+        "dtype": job.store_dtype,
     }
     if scan is not None:
         manifest["prompts"] = min(scan.prompts, job.limit or scan.prompts)
-    notes = {"trajectories": [str(path) for path in job.trajectories], **job.notes}
+    notes = {"trajectories": job.names, **job.notes}
     return manifest | {"notes": notes}
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import PromptGroups, read
+from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason, pass_rate
 from cropi.data.scan import Scan, warn_lossy
 from cropi.data.scan import scan as scan_trajectories
@@ -17,7 +20,7 @@ from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup, Tokenize, TooLong
 from cropi.model.policy import Policy, check_dropout
 from cropi.sketching.groups import sketch_groups
-from cropi.sketching.job import SketchJob, check_tokens, make_tokenize, open_store, with_date
+from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, SKIPPED, RowInfo
 from cropi.store.store import SketchStore
@@ -45,20 +48,23 @@ def sketch(
             checked before the first prompt is computed.
     """
     policy, job, scan = _arguments(policy, job, rest, scan, old)
-    check_dropout(policy.model, "model")
+    if policy.loaded:
+        check_dropout(policy.model, "model")
+    groups = read(job.trajectories, skip_bad=job.skip_bad)
     if scan is None:
-        scan = scan_files(job)
+        scan = scan_groups(policy, job, groups)
+    check_tokens(policy, job, groups, scan)
     warn_lossy(scan)
+    check_dropout(policy.model, "model")
     behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model)
     job = with_date(policy, job, scan)
-    tokens = make_tokenize(policy, job, scan)
-    check_tokens(tokens, job, scan, progress)
+    tokens = make_tokenize(policy, job)
     layout_of(policy, job.layout)  # a layout that the model cannot take shows before a store is made
     summary = Summary(Path(job.out or "memory"), bad_records=[str(error) for error in scan.bad])
     with open_store(policy, job, behaviour, scan) as store:
         sketch_groups(
             policy,
-            _token_groups(job, tokens, store, summary),
+            _token_groups(job, groups, tokens, store, summary),
             store,
             job.estimator,
             behaviour=behaviour,
@@ -74,20 +80,102 @@ def sketch(
     return summary
 
 
-def scan_files(job: SketchJob) -> Scan:
-    """The first pass over the files of a job."""
-    return scan_trajectories(job.trajectories, skip_bad=job.skip_bad)
+def scan_groups(
+    policy: Policy,
+    job: SketchJob,
+    groups: PromptGroups | None = None,
+    *,
+    on_group: Callable[[PromptGroup], bool] | None = None,
+) -> Scan:
+    """The first pass over the trajectories of a job. Text is tokenised on the way, where a tokenizer is at hand.
+
+    Args:
+        policy: weights are not loaded for it.
+        job: the options.
+        groups: the trajectories; None: those of the job.
+        on_group: called with every group; where it returns False, the group is not tokenised. It makes this pass read
+            the trajectories, also where they have been scanned before.
+
+    Raises:
+        RecordError: a bad record, or one that does not fit the model.
+    """
+    groups = read(job.trajectories if groups is None else groups, skip_bad=job.skip_bad)
+    tokens: Tokenize | None = None
+    at_hand, count = policy.at_hand and not job.skip_bad, 0
+
+    def take(group: PromptGroup) -> None:
+        nonlocal tokens, at_hand, count
+        count += 1
+        wanted = (on_group is None or on_group(group)) and (job.limit is None or count <= job.limit)
+        exact = group.prompt_ids is not None and group.response_ids is not None
+        if not (wanted and at_hand) or exact or no_gradient_reason(group.rewards) is not None:
+            return
+        if tokens is None:
+            try:
+                tokens = make_tokenize(policy, job)
+            except (
+                ValueError,
+                OSError,
+                ImportError,
+            ):  # comes again when the model is loaded; bad records go first
+                at_hand = False
+                return
+        try:
+            tokens(group)
+        except TooLong:
+            pass
+        except RecordError:  # bad records go first; check_tokens finds this one again
+            at_hand = False
+
+    if on_group is None and isinstance(groups.found, Scan):
+        return groups.found
+    found = scan_trajectories(groups, on_group=take)
+    found.texts_checked = at_hand
+    return found
+
+
+def check_tokens(policy: Policy, job: SketchJob, groups: PromptGroups, scan: Scan) -> None:
+    """Check that every prompt with a gradient fits the model. Trajectories are read again only where the first pass
+    could not tell.
+
+    Args:
+        policy: its tokenizer, vocabulary and context; weights are not loaded for it.
+        job: the options. With ``skip_bad``, what does not fit becomes a row of the store, so nothing is checked.
+        groups: the trajectories.
+        scan: what the first pass found in them.
+
+    Raises:
+        RecordError: a token id beyond the vocabulary, or a prompt that does not fit.
+        CropiError: an option does not fit the model or the tokenizer.
+    """
+    if scan.tokens_checked:
+        return
+    tokens = make_tokenize(policy, job)
+    limit = job.max_length or policy.context
+    if not job.skip_bad:
+        if scan.largest_id[0] >= policy.vocabulary:
+            raise RecordError(
+                scan.largest_id[1],
+                f"token id {scan.largest_id[0]} is beyond the model's vocabulary of {policy.vocabulary}",
+                "use the model that made the trajectories, or pass --skip-bad",
+            )
+        if (scan.texts and not scan.texts_checked) or (limit is not None and scan.longest > limit):
+            for group in islice(groups.each(), job.limit):
+                if no_gradient_reason(group.rewards) is None:
+                    with suppress(TooLong):
+                        tokens(group)
+    scan.tokens_checked = True
 
 
 def _token_groups(
-    job: SketchJob, tokens: Tokenize, store: SketchStore, summary: Summary
+    job: SketchJob, groups: PromptGroups, tokens: Tokenize, store: SketchStore, summary: Summary
 ) -> Iterator[TokenGroup | RowInfo]:
     """All prompts of the job, tokenised, or as rows where there is nothing to compute; of a store that is full, none.
 
     Those that the store holds come too: batches are cut from all of them (see :func:`sketch_groups`).
     """
     full = len(store) >= store.expected
-    for group in read_trajectories(job.trajectories, skip_bad=job.skip_bad):
+    for group in groups.each():
         if job.limit is not None and summary.read >= job.limit:
             return
         summary.read += 1

@@ -1,0 +1,305 @@
+"""The options of a selection: one place from which the command line, config files and Python take them.
+
+Every field is an option: its name is the keyword in Python and the key in a config file, and with dashes for
+underscores the flag of the command line. Its metadata carry the help text, what the value may be, and what ``--help``
+shows. Nothing here imports torch, so that ``cropi --help`` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from cropi.checked import check_fields
+from cropi.errors import CropiError, did_you_mean
+
+ESTIMATORS = ("cropi", "ppo", "reinforce", "dr_grpo", "dapo")
+KINDS = ("slab", "countsketch", "dropout", "kron", "tensor")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    kind: str = "text",
+    metavar: str | None = None,
+    flag: str | None = None,
+    shown: str | None = None,
+    many: bool = False,
+) -> Any:
+    """A field of an options class.
+
+    Args:
+        default: its value where nothing is given.
+        help: a phrase that stands alone; the default is added to it.
+        choices: the strings that it may be.
+        kind: how the command line reads it: "text", "count" (an integer of at least 1), "whole" (any integer),
+            "number", "positive" (a number above 0), "share" (a number in (0, 1]), "width" or "vocab_width" (a power of
+            two, or "full" for None), "switch" (a truth value).
+        metavar: what stands for the value in ``--help``.
+        flag: the flag, where it is not the name with dashes.
+        shown: how ``--help`` words the default, where ``str(default)`` does not say it.
+        many: any number of values.
+    """
+    about = {
+        "help": help,
+        "choices": tuple(choices),
+        "kind": kind,
+        "metavar": metavar,
+        "flag": flag,
+        "many": many,
+    }
+    about["shown"] = shown
+    if many:
+        return field(default=tuple(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+class Options:
+    """What all option classes share: every value is checked when an instance is made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for about in fields(self):  # type: ignore[arg-type]
+            _check(about, getattr(self, about.name))
+
+
+def _check(about: Field[Any], value: Any) -> None:
+    name, kind, choices = about.name, about.metadata.get("kind"), about.metadata.get("choices")
+    if choices and value not in choices:
+        raise CropiError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if value is None or kind is None:
+        return
+    if kind == "count" and value < 1:
+        raise CropiError(f"{name} must be at least 1, got {value!r}")
+    if kind == "positive" and not value > 0:
+        raise CropiError(f"{name} must be a number above 0, got {value!r}")
+    if kind == "share" and not 0 < value <= 1:
+        raise CropiError(f"{name} must be in (0, 1], got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(Options):
+    """How a model is loaded by its name."""
+
+    dtype: str = option("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    device: str = option("cpu", "where the model runs: cpu, cuda, cuda:1, ...")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketch(Options):
+    """What a sketch is: see :class:`cropi_kernels.SketchSpec`, which checks the values."""
+
+    dim: int = option(32768, "numbers per sketch", kind="whole", metavar="N")
+    width: int | None = option(
+        64, "features that a layer's inputs are folded to", kind="width", metavar="N|full"
+    )
+    vocab_width: int | None = option(
+        8192, "rows that a tied head is folded to", kind="vocab_width", metavar="N|full"
+    )
+    kind: str = option("slab", "kind of sketch", choices=KINDS)
+    keep: float = option(1.0, "share of the coordinates that kind dropout keeps", kind="number")
+    seed: int = option(0, "seed of the sketch", kind="whole")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient(Options):
+    """Which gradient is sketched."""
+
+    exclude: Sequence[str] = option(
+        (),
+        "patterns of parameter names to leave out, e.g. '*norm*'",
+        metavar="PATTERN",
+        shown="none",
+        many=True,
+    )
+    estimator: str = option("cropi", "policy gradient (docs/method.md)", choices=ESTIMATORS)
+    clip_low: float | None = option(
+        None, "tokens with a ratio below 1 - CLIP_LOW have no gradient (ppo, dr_grpo, dapo)", kind="number",
+        shown="the estimator's own",
+    )  # fmt: skip
+    clip_high: float | None = option(
+        None, "tokens with a ratio above 1 + CLIP_HIGH have no gradient (ppo, dr_grpo, dapo)", kind="number",
+        shown="the estimator's own",
+    )  # fmt: skip
+    eps: float | None = option(
+        None, "number added to the rewards' standard deviation", kind="number", shown="1e-4"
+    )
+    length_constant: float | None = option(
+        None, "the constant that dr_grpo divides by", kind="positive", shown="1"
+    )
+    behaviour: str = option(
+        "auto",
+        "where the log-probs of the policy that made the rollouts come from: the file, the current policy (ratio 1), "
+        "or --behaviour-model; auto takes the file's if every record has them, and the current policy if none has",
+        choices=("auto", "file", "current", "model"),
+    )
+    temperature: float | None = option(
+        None, "temperature of the rollouts", kind="positive", shown="each record's own, else 1"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Options):
+    """How text becomes token ids; stored ids always win."""
+
+    chat_template: str = option(
+        "auto",
+        "auto: the tokenizer's template, if it has one; none: prompts as they are; or a Jinja template, or a file with "
+        "one",
+        metavar="auto|none|FILE",
+    )
+    template_date: str | None = option(
+        None, "what a template that prints the date prints", metavar="YYYY-MM-DD",
+        shown="today's, kept with the store",
+    )  # fmt: skip
+    eos: bool = option(
+        True, "append no end token to responses that are given as text", kind="switch", flag="--no-eos"
+    )
+    max_length: int | None = option(
+        None, "limit on prompt + response, in tokens", kind="count", metavar="N", shown="the model's context"
+    )
+    too_long: str = option(
+        "error",
+        "above the limit: stop, leave the prompt out, cut the response, or cut the prompt's beginning",
+        choices=("error", "skip", "truncate-right", "truncate-left"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Options):
+    """How the sketching runs; none of these changes a sketch beyond rounding."""
+
+    layout: str = option(
+        "auto",
+        "rows that share a prompt between its responses, or one padded row a response; auto takes the cheaper",
+        choices=("auto", "shared", "padded"),
+    )
+    tokens_per_batch: int = option(1024, "tokens per forward, padding included", kind="count", metavar="N")
+    limit: int | None = option(
+        None, "only the first so many (training) prompts", kind="count", metavar="N", shown="all"
+    )
+    skip_bad: bool = option(False, "go on after a bad record, and count it", kind="switch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storing(Options):
+    """What the stored sketches are, and which stage they belong to."""
+
+    store_dtype: str = option(
+        "float32", "dtype of the stored sketches", choices=("float32", "float16", "bfloat16", "int8")
+    )
+    stage: str = option("0", "name of the training stage; sketches of two stages are never compared")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketching(Sketch, Gradient, Tokens, Running, Storing):
+    """How trajectories become sketches.
+
+    >>> Sketching(dim=4096, estimator="ppo").tokens_per_batch
+    1024
+    >>> Sketching(estimator="grpo2")
+    Traceback (most recent call last):
+        ...
+    cropi.errors.CropiError: estimator must be one of cropi, ppo, reinforce, dr_grpo, dapo, got 'grpo2'
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparing(Options):
+    """How training and validation sketches are compared."""
+
+    metric: str = option(
+        "cosine", "what is compared of two sketches (docs/method.md)", choices=("cosine", "dot")
+    )
+    mean: str = option(
+        "plain",
+        "mean of the validation gradients as they are, or of their directions",
+        choices=("plain", "normalised"),
+    )
+    max_valid: int | None = option(
+        None, "at most so many prompts per validation set", kind="count", metavar="N", shown="all"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence(Comparing):
+    """:class:`Comparing`, and its seed."""
+
+    valid_seed: int = option(0, "seed of the draw for --max-valid", kind="whole")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosing(Options):
+    """Which prompts are chosen."""
+
+    fraction: float = option(0.1, "share of the pool to choose", kind="share")
+    method: str = option(
+        "rrf",
+        "rrf: reciprocal rank fusion over the validation sets; max: highest score; or a baseline",
+        choices=("rrf", "max", "random", "learnability", "pass_rate"),
+    )
+    pool: str = option(
+        "all",
+        "what the fraction is a share of: all prompts, or the usable ones, which have a gradient",
+        choices=("all", "usable"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selecting(Choosing):
+    """:class:`Choosing`, and its seed."""
+
+    select_seed: int = option(0, "seed of --method random, and of the baselines' ties", kind="whole")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions:
+    """All options between trajectories and chosen prompts."""
+
+    sketching: Sketching = field(default_factory=Sketching)
+    influence: Influence = field(default_factory=Influence)
+    selecting: Selecting = field(default_factory=Selecting)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> SelectionOptions:
+        """From one mapping of option names to values.
+
+        Raises:
+            CropiError: a name that is no option, with the nearest one; or a value that the option does not take.
+
+        >>> SelectionOptions.of({"dim": 4096, "metric": "dot", "fraction": 0.2}).influence.metric
+        'dot'
+        """
+        parts = {"sketching": Sketching, "influence": Influence, "selecting": Selecting}
+        return cls(**dict(zip(parts, split(given, *parts.values()))))
+
+
+def names_of(*classes: type[Any]) -> list[str]:
+    """The names of the options of some classes."""
+    return [about.name for one in classes for about in fields(one)]
+
+
+def split(given: Mapping[str, Any], *classes: type[Any]) -> list[Any]:
+    """Instances of some option classes from one mapping of names to values.
+
+    Raises:
+        CropiError: a name that none of them has.
+    """
+    known = names_of(*classes)
+    for name in given:
+        if name not in known:
+            raise CropiError(
+                f"{name!r} is not an option; {did_you_mean(name, known)}known are {', '.join(known)}"
+            )
+    return [one(**{name: given[name] for name in names_of(one) if name in given}) for one in classes]
+
+
+def default_in_words(about: Field[Any]) -> str:
+    """How ``--help`` words a default."""
+    if about.metadata["shown"] is not None:
+        return str(about.metadata["shown"])
+    default = about.default if about.default is not MISSING else None
+    return f"{default:g}" if isinstance(default, float) else str(default)

@@ -1,0 +1,364 @@
+"""The one chain from trajectories to chosen prompts, which the command line, curricula, TRL and Python call.
+
+    check:  scan all trajectories; every validation set and the training files need a prompt with a gradient
+    choose: check -> sketch the validation sets -> sketch the training prompts -> influence -> select -> write
+
+Its parts can be called alone: a curriculum keeps its state between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from cropi.data.readers import PromptGroups, read
+from cropi.data.records import PromptGroup
+from cropi.data.scan import NothingToSelect, Scan, check_covered
+from cropi.data.share import Share
+from cropi.errors import CropiError
+from cropi.gradient.behaviour import behaviour_source
+from cropi.model.policy import Policy
+from cropi.options import Influence, Selecting, SelectionOptions
+from cropi.ranking.influence import DEFAULT_SET, Scores, influence, validation_means, write_scores
+from cropi.ranking.selection import Selection, how_many, select, write_selection
+from cropi.sketching.interrupt import Interrupted
+from cropi.sketching.job import SketchJob, make_job
+from cropi.sketching.run import check_tokens, scan_groups, sketch
+from cropi.sketching.summary import Summary
+from cropi.store.store import SketchStore
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """The processes that share the work; :class:`cropi.trainers.trl.ranks.Ranks` is one."""
+
+    rank: int
+    world: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes what only one may write."""
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do ``work``; if it fails on any rank, raise on every rank."""
+
+    def share(self, value: T | None) -> T:
+        """Rank 0's value, on every rank."""
+
+
+class Alone:
+    """One process."""
+
+    rank, world, first = 0, 1, True
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """``work()``."""
+        return work()
+
+    def share(self, value: T | None) -> T:
+        """The value itself."""
+        assert value is not None
+        return value
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How prompts are chosen. The job's trajectories and store are filled in for every part."""
+
+    job: SketchJob = field(default_factory=lambda: SketchJob((), None))
+    influence: Influence = field(default_factory=Influence)
+    selecting: Selecting = field(default_factory=Selecting)
+
+    @classmethod
+    def of(
+        cls,
+        options: SelectionOptions,
+        *,
+        behaviour_model: Any = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Setup:
+        """The setup of some options."""
+        job = make_job(options.sketching, (), None, behaviour_model=behaviour_model, notes=notes)
+        return cls(job, options.influence, options.selecting)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Trajectories that have been checked, and what they are for.
+
+    Attributes:
+        name: of the store: "train", "valid" or "valid-<name>".
+        groups: what this rank sketches of them.
+        scan: what is in ``groups``.
+        set: the validation set of records that carry none; None for training prompts.
+        behaviour: where the behaviour log-probs come from; "auto" leaves it to what the trajectories hold.
+        behaviour_model: the model that made them, where it has to be run again.
+    """
+
+    name: str
+    groups: PromptGroups
+    scan: Scan
+    set: str | None = None
+    behaviour: str = "auto"
+    behaviour_model: Any = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What :func:`check` found: the parts, and figures of the whole pool of training prompts, all ranks together."""
+
+    train: Part
+    valid: list[Part]
+    prompts: int
+    usable: int
+    unknown: int = 0
+
+
+def check(
+    policy: Policy,
+    train: Any,
+    valid: Any,
+    setup: Setup,
+    *,
+    known: Callable[[str], bool] | None = None,
+    sets: Sequence[str] = (),
+    ranks: Ranks | None = None,
+    before: str = "",
+    option: str = "--valid",
+    otherwise: str = "",
+) -> Checked:
+    """Read all trajectories once, and find what is wrong with them before any compute is spent.
+
+    Args:
+        policy: the current policy. Of a name only the tokenizer and the configuration are loaded here.
+        train, valid: see :func:`choose`.
+        setup: how prompts are chosen.
+        known: whether a training prompt may be chosen; the others are left out. None: all may.
+        sets: validation sets that must be covered.
+        ranks: the processes that share the work.
+        before: what messages begin with.
+        option: what names the validation sets, for messages.
+        otherwise: what the message ends with where there is nothing to select.
+
+    Raises:
+        RecordError: a bad record, or one that does not fit the model.
+        NothingToSelect: no training prompt has a gradient.
+        CropiError: a validation set without a prompt that has one, or a fraction that chooses nothing.
+    """
+    ranks, job = ranks or Alone(), setup.job
+    sources = _validation(valid)
+    parts, scans = [], {}
+    for name, source in sources.items():
+        stem = "valid" if len(sources) == 1 else f"valid-{name}"
+        part, scans[name], _ = _part(policy, source, replace(job, limit=None), stem, name, None, ranks)
+        parts.append(part)
+    check_covered(scans, sets, option=option, before=before)
+    mine, _, pool = _part(policy, train, job, "train", None, known, ranks)
+    if not pool.prompts and known is not None:
+        raise CropiError(
+            f"{before}none of the trajectories in {mine.groups.names} belongs to a prompt of the dataset; their ids "
+            "must be those of its id column"
+        )
+    if not pool.usable:
+        start = before or f"{mine.groups.names}: "
+        raise NothingToSelect(pool.prompts, pool.without_gradient, before=start, otherwise=otherwise)
+    size = pool.usable if setup.selecting.pool == "usable" else pool.prompts
+    how_many(setup.selecting.fraction, min(size, job.limit or size))
+    for part in (*parts, mine):
+        check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)
+    return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown)
+
+
+def _part(
+    policy: Policy,
+    source: Any,
+    job: SketchJob,
+    name: str,
+    default_set: str | None,
+    known: Callable[[str], bool] | None,
+    ranks: Ranks,
+) -> tuple[Part, Scan, Scan]:
+    """The part of this rank, the scan of everything, and the scan of the prompts that may be chosen."""
+    groups = read(source, skip_bad=job.skip_bad, name="train" if name == "train" else "valid")
+    if known is None and ranks.world == 1:
+        found = scan_groups(policy, job, groups)
+        behaviour_source(job.behaviour, found, job.estimator.ratio)
+        return Part(name, groups, found, default_set), found, found
+    pool, mine, ids = Scan(), Scan(), list[str]()
+
+    def take(group: PromptGroup) -> bool:
+        if known is not None and not known(group.id):
+            mine.unknown += 1
+            return False
+        here = pool.prompts % ranks.world == ranks.rank
+        if here:
+            mine.add(group)
+            ids.append(group.id)
+        pool.add(group)
+        return here
+
+    found = scan_groups(policy, job, groups, on_group=take)
+    source_of = behaviour_source(job.behaviour, found, job.estimator.ratio)
+    mine.fingerprint, mine.texts_checked = found.fingerprint, found.texts_checked
+    part = Part(name, Share(groups, ids, mine), mine, default_set, behaviour=source_of)
+    return part, found, pool
+
+
+def _validation(valid: Any) -> dict[str, Any]:
+    """Validation sources by the name of their set."""
+    if isinstance(valid, Mapping) and valid and all(isinstance(name, str) for name in valid):
+        if any(isinstance(part, (str, int, float)) and not isinstance(part, str) for part in valid.values()):
+            raise CropiError("valid is one record: give a list of records, or {set name: list of records}")
+        return dict(valid)
+    if isinstance(valid, Mapping):
+        raise CropiError("valid is an empty dict: give {set name: trajectories}, at least one")
+    return {DEFAULT_SET: valid}
+
+
+def sketch_part(
+    policy: Policy, part: Part, job: SketchJob, out: Path | None, *, progress: bool = True
+) -> Summary:
+    """Sketch one part into a store.
+
+    Raises:
+        Interrupted: Ctrl-C; what is finished is in the store.
+    """
+    job = replace(
+        job,
+        trajectories=part.groups,
+        out=out,
+        set=part.set,
+        limit=None if part.set is not None else job.limit,  # --limit is for trying out the training files
+        behaviour=part.behaviour if part.behaviour != "auto" else job.behaviour,
+        behaviour_model=part.behaviour_model if part.behaviour_model is not None else job.behaviour_model,
+    )
+    summary = sketch(policy, job, scan=part.scan, progress=progress)
+    if summary.interrupted:
+        raise Interrupted(out, summary)
+    return summary
+
+
+def sketch_all(
+    policy: Policy,
+    checked: Checked,
+    job: SketchJob,
+    store_at: Callable[[str], Path | None],
+    *,
+    ranks: Ranks | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+    progress: bool = True,
+) -> dict[str, SketchStore]:
+    """Sketch the validation sets, then the training prompts: the stores of this rank by the name of their part.
+
+    A validation set whose mean gradient is zero shows before the long part. A rank without a share makes no store.
+    """
+    stores: dict[str, SketchStore] = {}
+    parts = [*checked.valid, checked.train]
+    for part in parts:
+        if part is parts[-1] and (ranks or Alone()).world == 1:
+            validation_means(list(stores.values()))
+        if part.scan.prompts:
+            say(f"== {part.groups.names}")
+            summary = sketch_part(policy, part, job, store_at(part.name), progress=progress)
+            say(summary.text())
+            assert summary.store is not None
+            stores[part.name] = summary.store
+    return stores
+
+
+def choose(
+    policy: Policy,
+    train: Any,
+    valid: Any,
+    setup: Setup | None = None,
+    folder: str | Path | None = None,
+    ranks: Ranks | None = None,
+    *,
+    checked: Checked | None = None,
+    store_at: Callable[[str, int], Path] | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+    progress: bool = True,
+) -> Selection:
+    """Choose the training prompts with the highest influence on the validation sets, under a policy.
+
+    Args:
+        policy: the current policy.
+        train: stored trajectories of training prompts: anything that :func:`cropi.data.readers.read` takes.
+        valid: the same for validation prompts, or a dict of them by the name of their set.
+        setup: how to sketch, compare and select; None: the defaults.
+        folder: sketches, ``scores.parquet`` and ``selected.jsonl`` go there, and sketches that are there already are
+            not computed again. None: everything stays in memory.
+        ranks: the processes that share the work; every one calls this, and every one gets the selection.
+        checked: what :func:`check` said of these very trajectories; None: it is asked here.
+        store_at: the folder of a part's store on a rank; None: ``<folder>/sketches/<part>``.
+        say: takes lines for the user.
+        progress: show progress bars.
+
+    Returns:
+        The selection; ``selection.scores`` is the table that it was made from.
+
+    Raises:
+        CropiError: as by :func:`check`, before anything is sketched.
+        Interrupted: Ctrl-C; finished prompts are in the stores.
+    """
+    setup, who = setup or Setup(), ranks or Alone()
+    if checked is None:
+        checked = who.agree(lambda: check(policy, train, valid, setup, ranks=who))
+    root = None if folder is None else Path(folder)
+    if root is None and who.world > 1:
+        raise CropiError(
+            f"folder is None, but {who.world} processes share the work: give a folder for their stores"
+        )
+
+    def at(name: str, rank: int) -> Path | None:
+        if root is None or store_at is not None:
+            return None if store_at is None else store_at(name, rank)
+        return root / "sketches" / (name if who.world == 1 else f"{name}-{rank:05d}")
+
+    parts = checked
+    mine = who.agree(
+        lambda: sketch_all(
+            policy, parts, setup.job, lambda name: at(name, who.rank), ranks=who, say=say, progress=progress
+        )
+    )
+
+    def finish() -> Selection:
+        stores = {part.name: _joined(part.name, mine, at, who) for part in (*parts.valid, parts.train)}
+        scores = score(stores.pop("train"), list(stores.values()), setup.influence)
+        chosen = pick(scores, setup.selecting)
+        if root is not None:
+            write_scores(root / "scores.parquet", scores)
+            write_selection(root / "selected.jsonl", scores, chosen)
+        return chosen
+
+    result = who.agree(lambda: finish() if who.first else None)
+    return who.share(result)
+
+
+def _joined(
+    name: str, mine: Mapping[str, SketchStore], at: Callable[[str, int], Path | None], ranks: Ranks
+) -> SketchStore:
+    """The stores of a part on all ranks, read as one."""
+    if ranks.world == 1:
+        return mine[name]
+    paths = [at(name, rank) for rank in range(ranks.world)]
+    return SketchStore.join([SketchStore.open(path) for path in paths if path is not None and path.is_dir()])
+
+
+def score(train: SketchStore, valid: Sequence[SketchStore], options: Influence | None = None) -> Scores:
+    """:func:`cropi.ranking.influence.influence` by its options."""
+    given = options or Influence()
+    return influence(
+        train, valid, metric=given.metric, mean=given.mean, max_valid=given.max_valid, seed=given.valid_seed
+    )
+
+
+def pick(scores: Scores, options: Selecting | None = None) -> Selection:
+    """:func:`cropi.ranking.selection.select` by its options."""
+    given = options or Selecting()
+    return select(
+        scores, fraction=given.fraction, method=given.method, pool=given.pool, seed=given.select_seed
+    )
