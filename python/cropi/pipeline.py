@@ -157,19 +157,35 @@ def check(
         parts.append(part)
     check_covered(scans, sets, option=option, before=before)
     mine, _, pool = _part(policy, train, job, "train", None, known, ranks)
-    if not pool.prompts and known is not None:
-        raise CropiError(
-            f"{before}none of the trajectories in {mine.groups.names} belongs to a prompt of the dataset; their ids "
-            "must be those of its id column"
-        )
-    if not pool.usable:
-        start = before or f"{mine.groups.names}: "
-        raise NothingToSelect(pool.prompts, pool.without_gradient, before=start, otherwise=otherwise)
+    check_pool(pool, mine.groups.names, known=known is not None, before=before, otherwise=otherwise)
     size = pool.usable if setup.selecting.pool == "usable" else pool.prompts
     how_many(setup.selecting.fraction, min(size, job.limit or size))
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)
     return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown)
+
+
+def check_pool(pool: Scan, names: str, *, known: bool = False, before: str = "", otherwise: str = "") -> None:
+    """Check that there is something to select.
+
+    Args:
+        pool: what the prompts that may be chosen are.
+        names: of the trajectories.
+        known: whether they are those of a trainer's dataset.
+        before, otherwise: what messages begin and end with.
+
+    Raises:
+        NothingToSelect: no prompt has a gradient.
+        CropiError: no trajectory belongs to a prompt of the dataset.
+    """
+    if known and not pool.prompts:
+        raise CropiError(
+            f"{before}none of the trajectories in {names} belongs to a prompt of the dataset; their ids must be those "
+            "of its id column"
+        )
+    if not pool.usable:
+        start = before or f"{names}: "
+        raise NothingToSelect(pool.prompts, pool.without_gradient, before=start, otherwise=otherwise)
 
 
 def _part(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,21 +16,19 @@ from typing import Any
 
 import torch
 
-from cropi.data.readers import read_trajectories
-from cropi.data.records import PromptGroup
-from cropi.data.rewards import no_gradient_reason
+from cropi import pipeline
 from cropi.data.scan import NothingToSelect, Scan, check_covered, scan
 from cropi.errors import CropiError
-from cropi.files import replacing
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
-from cropi.ranking.influence import DEFAULT_SET, influence, write_scores
-from cropi.ranking.selection import select, write_selection
+from cropi.options import Influence, Selecting
+from cropi.pipeline import Setup
+from cropi.ranking.influence import DEFAULT_SET
 from cropi.sketching.job import SketchJob
-from cropi.sketching.run import sketch
-from cropi.store.store import SketchStore
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.ranks import Ranks
+
+OTHERWISE = ", or set on_nothing='keep'"
 
 
 @dataclass
@@ -40,15 +37,6 @@ class Chosen:
 
     ids: list[str]
     figures: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Share:
-    """The trajectories that one rank sketches: a file, and the number of records in it."""
-
-    path: Path
-    count: int
-    behaviour: str
 
 
 def choose_prompts(
@@ -85,47 +73,51 @@ def choose_prompts(
             records. Raised on every rank, before anything is sketched.
     """
     begun = time.monotonic()
-    estimator = options.estimator_used()
-
-    def prepare() -> tuple[Share, Share, dict[str, Any]]:
-        scans = [scan(files) for files in (train, valid)]
-        check_valid(scans[1], options.valid_sets, stage)
-        mine, pool = _share(train, folder / f"train-{ranks.rank:05d}.jsonl", ranks, known)
-        check_pool(pool, train, stage)
-        theirs, _ = _share(valid, folder / f"valid-{ranks.rank:05d}.jsonl", ranks, lambda name: True)
-        sources = [behaviour_source(options.behaviour, found, estimator.ratio) for found in scans]
-        return Share(mine[0], mine[1], sources[0]), Share(theirs[0], theirs[1], sources[1]), pool
-
+    policy, setup = Policy(model, tokenizer), setup_of(options, stage, seed)
     # A run that was killed right here may have left stores of another policy, or of another number of ranks.
     ranks.agree(lambda: _clean(folder) if ranks.first else None)
-    train_share, valid_share, pool = ranks.agree(prepare)
-
-    policy = Policy(model, tokenizer)
-
-    def compute() -> None:
-        for name, share in (("train", train_share), ("valid", valid_share)):
-            if share.count:
-                job = SketchJob(
-                    trajectories=[share.path], out=folder / f"sketches-{name}-{ranks.rank:05d}", spec=options.spec,
-                    exclude=options.exclude, estimator=estimator, behaviour=share.behaviour, layout=options.layout,
-                    tokens_per_batch=options.tokens_per_batch, stage=str(stage),
-                )  # fmt: skip
-                if sketch(policy, job, progress=progress and ranks.first).interrupted:
-                    raise KeyboardInterrupt
-
     with _evaluating(model):
-        ranks.agree(compute)
-
-    chosen = ranks.agree(lambda: _select(options, folder, seed) if ranks.first else None)
-    result = Chosen(ranks.share(chosen))
-    ranks.barrier()
+        checked = ranks.agree(
+            lambda: pipeline.check(
+                policy,
+                train,
+                valid,
+                setup,
+                known=known,
+                sets=options.valid_sets or (),
+                ranks=ranks,
+                before=f"stage {stage}: ",
+                option="valid_sets",
+                otherwise=OTHERWISE,
+            )  # fmt: skip
+        )
+        chosen = pipeline.choose(
+            policy, train, valid, setup, folder, ranks, checked=checked, progress=progress and ranks.first,
+            store_at=lambda name, rank: folder / f"sketches-{name}-{rank:05d}",
+        )  # fmt: skip
     if ranks.first and not options.keep_sketches:
         _clean(folder)
-    result.figures = {
-        "pool": pool["prompts"], "usable": pool["usable"], "unknown": pool["unknown"], "selected": len(result.ids),
+    figures = {
+        "pool": checked.prompts, "usable": checked.usable, "unknown": checked.unknown, "selected": len(chosen),
         "seconds": time.monotonic() - begun,
     }  # fmt: skip
-    return result
+    return Chosen(chosen.ids, figures)
+
+
+def setup_of(options: Curriculum, stage: int, seed: int) -> Setup:
+    """How the prompts of a stage are chosen."""
+    job = SketchJob(
+        (), None, spec=options.spec, exclude=options.exclude, estimator=options.estimator_used(),
+        behaviour=options.behaviour, layout=options.layout, tokens_per_batch=options.tokens_per_batch, stage=str(stage),
+    )  # fmt: skip
+    compare = Influence(
+        metric=options.metric, mean=options.mean, max_valid=options.max_valid, valid_seed=seed
+    )
+    return Setup(
+        job,
+        compare,
+        Selecting(fraction=options.fraction, method=options.method, pool=options.pool, select_seed=seed),
+    )
 
 
 def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, Scan]:
@@ -139,15 +131,20 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, 
             and rollouts of this run, which are to replace some of theirs, have.
     """
     train, valid, estimator = options.files("train"), options.files("valid"), options.estimator_used()
-    found = {name: scan(files) for name, files in (("train", train), ("valid", valid)) if files is not None}
+    pool, found = Scan(), {}
+    if train is not None:
+        found["train"] = scan(train, on_group=lambda group: pool.add(group) if known(group.id) else None)
+    if valid is not None:
+        found["valid"] = scan(valid)
     for part in found.values():
         behaviour_source(options.behaviour, part, estimator.ratio)
     if "valid" in found:
-        check_valid(found["valid"], options.valid_sets, 0)
+        sets = options.valid_sets or ()
+        check_covered({DEFAULT_SET: found["valid"]}, sets, option="valid_sets", before="stage 0: ")
     if train is None:
         return found
     try:
-        check_pool(_count(train, known), train, 0)
+        pipeline.check_pool(pool, _names(train), known=True, before="stage 0: ", otherwise=OTHERWISE)
     except NothingToSelect:
         if options.on_nothing == "error":
             raise
@@ -162,32 +159,6 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, 
     return found
 
 
-def check_pool(pool: Mapping[str, Any], files: Sequence[Path], stage: int) -> None:
-    """Check that there is something to select.
-
-    Raises:
-        NothingToSelect: all rewards are equal, prompt by prompt.
-        CropiError: no trajectory belongs to a prompt of the dataset.
-    """
-    if not pool["prompts"]:
-        raise CropiError(
-            f"stage {stage}: none of the trajectories in {_names(files)} belongs to a prompt of the dataset; their "
-            "ids must be those of its id column"
-        )
-    if not pool["usable"]:
-        raise NothingToSelect(
-            pool["prompts"],
-            pool["reasons"],
-            before=f"stage {stage}: ",
-            otherwise=", or set on_nothing='keep'",
-        )
-
-
-def check_valid(found: Scan, wanted: Sequence[str] | None, stage: int) -> None:
-    """Check that every validation set has a trajectory with a gradient: see :func:`cropi.data.scan.check_covered`."""
-    check_covered({DEFAULT_SET: found}, wanted or (), option="valid_sets", before=f"stage {stage}: ")
-
-
 def _names(files: Sequence[Path]) -> str:
     return ", ".join(map(str, files))
 
@@ -195,57 +166,6 @@ def _names(files: Sequence[Path]) -> str:
 def _clean(folder: Path) -> None:
     for left in (*folder.glob("sketches-*-*"), *folder.glob("train-*.jsonl"), *folder.glob("valid-*.jsonl")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def _share(
-    files: Sequence[Path], out: Path, ranks: Ranks, known: Callable[[str], bool]
-) -> tuple[tuple[Path, int], dict[str, Any]]:
-    """Write this rank's share of the known prompts to ``out``; its path and size, and counts over all shares."""
-    taken: list[int] = []
-    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-
-        def take(number: int, group: PromptGroup) -> None:
-            if number % ranks.world == ranks.rank:
-                file.write(group.raw + "\n")
-                taken.append(number)
-
-        counts = _count(files, known, take)
-    return (out, len(taken)), counts
-
-
-def _count(
-    files: Sequence[Path],
-    known: Callable[[str], bool],
-    take: Callable[[int, PromptGroup], None] | None = None,
-) -> dict[str, Any]:
-    """Count known prompts and those with a gradient, and hand every known one to ``take`` with its number."""
-    prompts = usable = unknown = 0
-    reasons: Counter[str] = Counter()
-    for group in read_trajectories(files):
-        if not known(group.id):
-            unknown += 1
-            continue
-        reason = no_gradient_reason(group.rewards)
-        usable += reason is None
-        reasons.update([reason] if reason else [])
-        if take is not None:
-            take(prompts, group)
-        prompts += 1
-    return {"prompts": prompts, "usable": usable, "unknown": unknown, "reasons": reasons}
-
-
-def _select(options: Curriculum, folder: Path, seed: int) -> list[str]:
-    train, valid = (
-        SketchStore.join([SketchStore.open(path) for path in sorted(folder.glob(f"sketches-{name}-*"))])
-        for name in ("train", "valid")
-    )
-    scores = influence(
-        train, [valid], metric=options.metric, mean=options.mean, max_valid=options.max_valid, seed=seed
-    )
-    best = select(scores, fraction=options.fraction, method=options.method, pool=options.pool, seed=seed)
-    write_scores(folder / "scores.parquet", scores)
-    write_selection(folder / "selected.jsonl", scores, best)
-    return [scores.rows[i].id for i in best.chosen]
 
 
 @contextmanager
