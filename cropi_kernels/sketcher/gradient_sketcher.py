@@ -19,6 +19,7 @@ from .coverage import Coverage, uncovered
 from .decoder import SplitModel, split_model
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, model_inputs
+from .labels import scored_tokens
 from .precision import own_precision, unwrapped
 from .segments import Segments
 from .unseen import calls, seen_wrong
@@ -151,9 +152,11 @@ class GradientSketcher:
         input_ids: torch.Tensor,
         *,
         segments: torch.Tensor,
-        positions: torch.Tensor,
-        targets: torch.Tensor,
-        weigh: Weigh,
+        labels: torch.Tensor | None = None,
+        weights: torch.Tensor | Weigh | None = None,
+        positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        weigh: Weigh | None = None,
         num_segments: int | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -162,14 +165,24 @@ class GradientSketcher:
     ) -> PolicyGradient:
         """Forward, log-probs, weights, backward and sketches of one micro-batch in one pass.
 
+        >>> result = sketcher.policy_gradient(rows, segments=prompt_of_row, labels=labels, weights=advantages
+        ...     )                                                              # doctest: +SKIP
+
+        Which tokens are scored is said by ``labels``, or by ``positions`` and ``targets``; both give the same bits.
+
         Args:
             input_ids: int64 [batch, length].
             segments: int64 [batch] or [batch, length], as in `batch`.
+            labels: int64 [batch, length], as Hugging Face models take them: ``labels[i, t]`` is the token that is
+                scored in column t (predicted from column t - 1), -100 where none is; the first column never is.
+            weights: of the scored tokens. A tensor: [batch, length] (the weight of the token in that place; with
+                ``labels``), [batch] (one for a row; with ``labels``) or [n] (one for each scored token, row by row). Or
+                a function ``weights(logprobs, start, stop)`` that gives those of scored tokens start .. stop from their
+                log-probs (float32, detached), and is called once per chunk, in order.
             positions: int64 [n]: flattened position (row * length + column) whose hidden state predicts scored token n.
                 May repeat (K responses share the last prompt token); sorted by segment.
             targets: int64 [n], the scored tokens.
-            weigh: ``weigh(logprobs, start, stop)`` gives the weights of scored tokens start .. stop from their
-                log-probs (float32, detached). Called once per chunk, in order.
+            weigh: another name of ``weights``, for a function.
             attention_mask: None (causal), [batch, length], or bool [batch, 1, length, length], True where to attend.
             position_ids: as the model takes them. Several sequences in one row need a model that keeps them apart by
                 these (Falcon, for one, does not), or a 4-D mask.
@@ -185,9 +198,12 @@ class GradientSketcher:
             torch.OutOfMemoryError: names the sizes and the remedy. The sketcher stays usable.
         """
         self._active("policy_gradient")
-        check_tensors(input_ids=input_ids, segments=segments, positions=positions, targets=targets)
+        check_tensors(input_ids=input_ids, segments=segments)
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
+        positions, targets, weigh = scored_tokens(
+            input_ids, segments, attention_mask, labels, weights, positions, targets, weigh
+        )
         split = self._ready(input_ids, positions, targets)
         batch, length = input_ids.shape
         where = Segments.of(segments, batch, length, num_segments)
@@ -206,14 +222,14 @@ class GradientSketcher:
                 start = mark()
                 with torch.enable_grad():
                     hidden = split.hidden(input_ids, **kwargs)
-                logprobs, grad, weights, scales = head_pass(
+                logprobs, grad, used, scales = head_pass(
                     split, self._plan, self._acc, hidden, positions, targets, weigh, temperature, scored
                 )
                 middle = mark()
                 hidden.backward(grad)
                 scales.restore(self._acc.out)
                 end = mark()
-                self._acc.out[failed_segments(logprobs, weights, scored)] = float("nan")
+                self._acc.out[failed_segments(logprobs, used, scored)] = float("nan")
                 clock, sketches = self._acc.clock, self._acc.end()
             finally:
                 self._acc.close()
@@ -222,7 +238,7 @@ class GradientSketcher:
             "backward": clock.between(middle, end),
             "sketch": clock.seconds(),
         }
-        return PolicyGradient(sketches, logprobs, weights, seconds)
+        return PolicyGradient(sketches, logprobs, used, seconds)
 
     def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
         check_positions(input_ids, positions, targets)
