@@ -10,7 +10,6 @@ import torch
 
 from cropi.data.readers import read_trajectories
 from cropi.data.rewards import no_gradient_reason
-from cropi.data.scan import scan
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.gradient.layout import choose_layout
@@ -46,7 +45,7 @@ class Example:
 
 def read_groups(model: Any, tokenizer: Any, path: str) -> list[TokenGroup]:
     """Tokenised prompt groups with a gradient, in the file's order."""
-    tokenize = make_tokenize(Policy(model, tokenizer), SketchJob([path], "unused"), scan([path]))
+    tokenize = make_tokenize(Policy(model, tokenizer), SketchJob([path], "unused"))
     return [tokenize(g) for g in read_trajectories([path]) if no_gradient_reason(g.rewards) is None]
 
 

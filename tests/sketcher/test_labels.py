@@ -1,4 +1,4 @@
-"""Labels and tensors of weights give the bits of positions and a function; a shape that means two things is an error."""
+"""Labels and tensors of weights give the bits of positions and a function; what means two things is an error."""
 
 from __future__ import annotations
 

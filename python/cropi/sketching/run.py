@@ -113,11 +113,8 @@ def scan_groups(
         if tokens is None:
             try:
                 tokens = make_tokenize(policy, job)
-            except (
-                ValueError,
-                OSError,
-                ImportError,
-            ):  # comes again when the model is loaded; bad records go first
+            except (ValueError, OSError, ImportError):
+                # It comes again when the model is loaded; bad records go first.
                 at_hand = False
                 return
         try:
