@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,33 +13,68 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "layer_norm_eps")
 
 
+class _Bare(nn.Module):
+    """A module's forward without the hooks on it: taps stand before them, and a wrapper's may not run out of turn."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self.module.forward(*args)
+
+
+def _call(module: nn.Module, tensors: dict[str, torch.Tensor], *args: torch.Tensor) -> Any:
+    """What the module computes of ``args`` with other parameters and buffers; may raise anything."""
+    with torch.no_grad():
+        return functional_call(_Bare(module), {f"module.{name}": x for name, x in tensors.items()}, args)
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """The function that the module runs; accelerate's wrapper, which moves tensors and computes nothing, left out."""
+    forward = vars(module).get("_old_forward") if hasattr(module, "_hf_hook") else None
+    forward = module.forward if forward is None else forward
+    return getattr(forward, "__func__", forward)
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is an nn.Linear, and ``y = x W^T + b`` all that it does: a subclass (a router) may do more."""
+    """Whether the module is an nn.Linear, and ``y = x W^T + b`` all that it does.
+
+    A subclass (a router) may do more, and so may a forward that was put in place of the class's own.
+    """
     # nn.MultiheadAttention takes its weight and never calls it.
-    if isinstance(module, NonDynamicallyQuantizableLinear):
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
-        return isinstance(module, nn.Linear)
-    weight = module.weight
-    x = torch.empty(4, weight.shape[1], dtype=torch.float32, device="cpu")
-    x = x.normal_(generator=torch.Generator().manual_seed(0)).to(weight)
-    try:  # on a weight of our own, expanded and so without memory: the model's may be zero
-        with torch.no_grad():
-            got = functional_call(module, {"weight": x[3].expand_as(weight)}, (x[:3],))
-    except Exception:  # not a function of one matrix; the code is not ours and may raise anything
-        return False
-    want = nn.functional.linear(x[:3].float(), x[3:].float()).expand(3, weight.shape[0])
-    want = want if module.bias is None else want + module.bias.detach().float()
-    if not isinstance(got, torch.Tensor) or got.shape != want.shape:
-        return False
-    tolerance = 3e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return bool((got.detach().float() - want).abs().max() <= tolerance * want.abs().max())
+    return _forward_of(module) is nn.Linear.forward or _multiplies(module, module.weight, False)
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's Conv1D: a linear layer with its weight stored [in, out]. By shape: transformers is no dependency."""
     weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(weight, "ndim", 0) == 2
+    named = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return (
+        named and isinstance(weight, torch.Tensor) and weight.ndim == 2 and _multiplies(module, weight, True)
+    )
+
+
+def _multiplies(module: nn.Module, weight: torch.Tensor, transposed: bool) -> bool:
+    """Whether the module computes ``x W^T + b`` (``x W + b``), tried on a few rows."""
+    cols, rows = weight.shape if transposed else weight.T.shape
+    x = torch.empty(4, cols, dtype=torch.float32, device="cpu")
+    x = x.normal_(generator=torch.Generator().manual_seed(0)).to(weight)
+    # A weight of our own, expanded and so without memory: the model's may be zero.
+    tried = x[3].unsqueeze(1).expand(cols, rows) if transposed else x[3].expand(rows, cols)
+    try:
+        got = _call(module, {"weight": tried}, x[:3])
+    except Exception:  # not a function of one matrix; the code is not ours and may raise anything
+        return False
+    want = nn.functional.linear(x[:3].float(), x[3:].float()).expand(3, rows)
+    bias = getattr(module, "bias", None)
+    want = want if bias is None else want + bias.detach().float()
+    if not isinstance(got, torch.Tensor) or got.shape != want.shape:
+        return False
+    tolerance = 3e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    return bool((got.detach().float() - want).abs().max() <= tolerance * want.abs().max())
 
 
 def embedding_scale(module: nn.Embedding) -> float | None:
@@ -50,14 +86,13 @@ def embedding_scale(module: nn.Embedding) -> float | None:
     row = row.repeat(-(-weight.shape[1] // 4))[: weight.shape[1]]
     ids = torch.arange(min(2, weight.shape[0]), device=weight.device)  # two rows: one may be the padding
     try:  # on a weight of our own, expanded and so without memory: the model's may be zero where we look
-        with torch.no_grad():
-            got = functional_call(module, {"weight": row.expand_as(weight)}, (ids,))
-            scale = functional_call(module, {"weight": torch.ones_like(row).expand_as(weight)}, (ids,))
+        got = _call(module, {"weight": row.expand_as(weight)}, ids)
+        scale = _call(module, {"weight": torch.ones_like(row).expand_as(weight)}, ids)
     except Exception:  # not a function of ids alone: OPT's positions raise an IndexError
         return None
     if not isinstance(got, torch.Tensor) or got.shape != (len(ids), len(row)):
         return None
-    factor = scale[0, 0].detach()  # hooks on the module may have asked for gradients
+    factor = scale[0, 0]
     return float(factor) if torch.equal(got, (row * factor).expand_as(got)) else None
 
 
@@ -76,6 +111,8 @@ def norm_of(module: nn.Module) -> tuple[bool, float] | None:
     )
     if eps is None:
         return None
+    if (centered := _of_liger(module)) is not None:
+        return centered, eps
     # On the CPU and in float32 whatever torch's defaults are. Small rows tell where eps sits.
     normal = torch.empty(4, weight.numel(), dtype=torch.float32, device="cpu")
     normal.normal_(generator=torch.Generator().manual_seed(0))
@@ -85,9 +122,7 @@ def norm_of(module: nn.Module) -> tuple[bool, float] | None:
     # A BatchNorm in training counts what it sees.
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     try:
-        with torch.no_grad():
-            slope = functional_call(module, {**twos, **buffers}, (x,))
-            slope = slope - functional_call(module, {**ones, **buffers}, (x,))
+        slope = _call(module, {**twos, **buffers}, x) - _call(module, {**ones, **buffers}, x)
     except Exception:  # not a function of one tensor; the code is not ours and may raise anything
         return None
     if not isinstance(slope, torch.Tensor) or slope.shape != x.shape:
@@ -98,6 +133,18 @@ def norm_of(module: nn.Module) -> tuple[bool, float] | None:
         if torch.allclose(slope.float(), xhat, rtol=1e-4, atol=1e-4):
             return centered, eps
     return None
+
+
+def _of_liger(module: nn.Module) -> bool | None:
+    """Whether one of Liger's norms is centered; None: it is none of them.
+
+    Their kernels run on a GPU only, and the trial of `norm_of` on a CPU. The formulas are the same, ``offset`` is c.
+    """
+    forward = _forward_of(module)
+    if not str(getattr(forward, "__module__", "")).startswith("liger_kernel."):
+        return None
+    kind = str(getattr(forward, "__qualname__", "")).split(".")[0]
+    return {"LigerRMSNorm": False, "LigerLayerNorm": True}.get(kind)
 
 
 def takes_one_tensor(module: nn.Module) -> bool:

@@ -224,8 +224,24 @@ class Sub(nn.Embedding):
         return super().forward(x).tanh()
 
 
+def replaced(module: nn.Module) -> nn.Module:
+    """A user's forward in place of the class's own."""
+    plain = module.forward
+    module.forward = lambda x: plain(x) * 1.5 + x  # type: ignore[method-assign]
+    return module
+
+
+def conv1d() -> nn.Module:
+    layer = transformers.pytorch_utils.Conv1D(8, 8)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "scaled": lambda: Scaled(8, 8),
+    "replaced linear": lambda: replaced(nn.Linear(8, 8)),
+    "replaced Conv1D": lambda: replaced(conv1d()),
+    "replaced norm": lambda: replaced(nn.RMSNorm(8, 1e-6)),
     "router": Routed,
     "affine": Affine,
     "gated": Gated,
