@@ -182,6 +182,19 @@ def _chunks(count: int, size: int) -> list[tuple[int, ...]]:
     return [tuple(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
+def _plan(groups: list[TokenGroup], layout: Layout, budget: int) -> list[list[Row]]:
+    """Rows of every group. The longest shared row, and that which reaches furthest, are tried in both layouts first."""
+    plans = [plan_rows(group, layout, budget) for group in groups]
+    shared = [row for rows in plans for row in rows if row.shared]
+    for measure in (lambda row: row.length, lambda row: row.length - len(row.group.prompt)):
+        row = max(shared, key=measure, default=None)
+        if row is not None and not layout.take(
+            row.group.prompt, [row.group.responses[k][:-1] for k in row.chosen], row.group.id
+        ):
+            return [plan_rows(group, layout, budget) for group in groups]
+    return plans
+
+
 def _pack(
     groups: list[TokenGroup],
     estimator: Estimator,
@@ -190,7 +203,7 @@ def _pack(
     stored: bool,
     done: Container[str],
 ) -> Iterator[MicroBatch]:
-    plans = [plan_rows(group, layout, budget) for group in groups]
+    plans = _plan(groups, layout, budget)
     # Longest first: if memory is short, it shows at once and not after an hour.
     plans.sort(key=lambda rows: (rows[0].group.temperature, rows[0].shared, -max(row.length for row in rows)))
     batch: list[Row] = []

@@ -7,27 +7,24 @@ the prompt's, and a mask lets a response see the prompt and itself only. The pro
 
 Both give the same gradient wherever attention is the only path between tokens and positions come from
 ``position_ids``. That is not so for ALiBi, state-space or linear-attention layers, or attention code that
-takes no boolean mask, so a model is asked, by running a dozen tokens through it in both layouts.
+takes no boolean mask, so a model is tried in both layouts: see ``layout_trial.py``.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from cropi.errors import CropiError
+from cropi.gradient.layout_trial import LayoutTrial
 from cropi.model.policy import Policy
-from cropi_kernels.sketcher.decoder import evaluating
-from cropi_kernels.sketcher.precision import own_precision, unwrapped
+from cropi_kernels.sketcher.precision import unwrapped
 
 LAYOUTS = ("auto", "shared", "padded")
-# Relative difference of the two layouts' logits in the check: far above rounding, far below what a leak
-# causes.
-AGREE = {torch.float32: 1e-3, torch.float64: 1e-6}
-AGREE_HALF = 5e-2
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class Layout:
         attention_cost: cost of attending to one token, in units of the cost of one token in all linear
             layers.
         note: why the layout is not the shared one, to be shown to the user.
+        trial: what the model was tried on; longer rows are tried before they are used. None: it is taken as it is.
     """
 
     shared: bool
@@ -49,9 +47,12 @@ class Layout:
     strict: bool = False
     attention_cost: float = 0.0
     note: str = ""
+    trial: LayoutTrial | None = field(default=None, repr=False, compare=False)
 
     def shares(self, longest: int, name: str) -> bool:
         """Whether a group may be shared whose longest prompt + response has ``longest`` tokens."""
+        if self.trial is not None and self.trial.problem:
+            return False
         if not self.shared or self.window is None or longest <= self.window:
             return self.shared
         if self.strict:
@@ -59,6 +60,22 @@ class Layout:
                 f"layout 'shared': prompt {name!r} needs {longest} tokens, but the model has sliding-window "
                 f"layers of {self.window}; pass --layout auto or --layout padded"
             )
+        return False
+
+    def take(self, prompt: Sequence[int], responses: Sequence[Sequence[int]], name: str) -> bool:
+        """Whether this row may be shared: the model is tried on it, unless it was on a longer one.
+
+        Raises:
+            CropiError: "shared" was asked for by name, and the model would compute something else.
+        """
+        if self.trial is None or self.trial.passes(prompt, responses):
+            return True
+        if self.strict:
+            raise CropiError(
+                f"layout 'shared' does not work for prompt {name!r}: {self.trial.problem}; pass --layout auto or "
+                "--layout padded"
+            )
+        warnings.warn(f"prompts are not shared between responses: {self.trial.problem}", stacklevel=2)
         return False
 
 
@@ -72,13 +89,17 @@ def choose_layout(model: Any, asked: str = "auto") -> Layout:
         raise CropiError(f"layout must be one of {', '.join(LAYOUTS)}, got {asked!r}")
     if asked == "padded":
         return Layout(shared=False)
-    model = unwrapped(model)
-    problem = _why_not_shared(model)
-    if problem and asked == "shared":
-        raise CropiError(f"layout 'shared' does not work for this model: {problem}; pass --layout padded")
-    if problem:
-        return Layout(shared=False, note=f"prompts are not shared between responses: {problem}")
-    return Layout(True, sliding_window(model), asked == "shared", attention_cost(model))
+    trial = LayoutTrial(unwrapped(model))
+    size = trial.model.get_input_embeddings().weight.shape[0]
+    made = [(7919 * (i + 1)) % size for i in range(13)]
+    if trial.passes(made[:5], [made[5:9], made[9:13]]):
+        cost = attention_cost(trial.model)
+        return Layout(True, sliding_window(trial.model), asked == "shared", cost, trial=trial)
+    if asked == "shared":
+        raise CropiError(
+            f"layout 'shared' does not work for this model: {trial.problem}; pass --layout padded"
+        )
+    return Layout(shared=False, note=f"prompts are not shared between responses: {trial.problem}")
 
 
 def layout_of(policy: Policy, asked: str = "auto") -> Layout:
@@ -131,41 +152,22 @@ def attention_cost(model: Any) -> float:
     costs two products of size H forward and five backward in each layer, 14 H operations.
     """
     config = model.config.get_text_config()
-    heads = int(getattr(config, "num_attention_heads", 1))
-    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads, sizes = (_by_layer(config, name) for name in ("num_attention_heads", "head_dim"))
+    width = 0
+    for count, size in zip(heads, sizes, strict=True):
+        count = int(count or 1)
+        width += count * int(size or config.hidden_size // count)
     tables = {
         id(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table
     }
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in tables)
-    return 3.5 * heads * head_size * int(config.num_hidden_layers) / max(weights, 1)
+    return 3.5 * width / max(weights, 1)
 
 
-def _why_not_shared(model: Any) -> str:
-    """Run a small group through the model in both layouts; the reason when they disagree, else ""."""
-    size, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
-    made = [(7919 * (i + 1)) % size for i in range(13)]
-    prompt, answers = made[:5], [made[5:9], made[9:13]]
-    blocks = torch.tensor([[0] * 5 + [1] * 4 + [2] * 4], device=device)
-    positions = torch.tensor([[*range(5), *range(5, 9), *range(5, 9)]], device=device)
+def _by_layer(config: Any, name: str) -> list[Any]:
+    """A value of the config for every layer; where layers differ, ``transformers`` refuses to name one for all."""
+    layers = int(config.num_hidden_layers)
     try:
-        with torch.no_grad(), evaluating(model), own_precision(model):
-            alone = [_logits(model, [prompt + answer])[5:] for answer in answers]
-            mask = additive_if_eager(model, prefix_mask(blocks))
-            together = _logits(model, [made], attention_mask=mask, position_ids=positions)[5:]
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        return f"the model does not take a 4-D mask and position_ids ({type(error).__name__}: {error})"
-    expected = torch.cat(alone)
-    change = float((together - expected).norm() / expected.norm().clamp_min(1e-30))
-    if change <= AGREE.get(model.dtype, AGREE_HALF):
-        return ""
-    kind = getattr(model.config, "_attn_implementation", "?")
-    return (
-        f"its output changes by {change:.1%} when responses share a row (model type "
-        f"{model.config.model_type!r}, attention {kind!r}), so its layers do not follow a custom mask"
-    )
-
-
-def _logits(model: Any, ids: Sequence[Sequence[int]], **inputs: torch.Tensor) -> torch.Tensor:
-    device = model.get_input_embeddings().weight.device
-    output = model(input_ids=torch.tensor(ids, device=device), use_cache=False, **inputs)
-    return output.logits[0].float()
+        return [getattr(config, name, None)] * layers
+    except RuntimeError:
+        return [getattr(config.per_layer_config[i], name, None) for i in range(layers)]
