@@ -196,7 +196,8 @@ def test_models_that_cannot_share_are_found_by_trying() -> None:
     with pytest.raises(CropiError, match="layout must be one of"):
         choose_layout(bloom, "packed")
     deaf = make_model("llama")
-    forward = deaf.model.forward  # the decoder is what a pass runs
+    # The decoder is what a pass runs.
+    forward = deaf.model.forward
     deaf.model.forward = lambda attention_mask=None, **rest: forward(**rest)
     assert "do not follow a custom mask" in choose_layout(deaf).note
 

@@ -47,9 +47,8 @@ class LayoutTrial:
         Args:
             prompt, responses: token ids of the row, in its order.
         """
-        responses = [
-            ids for ids in responses if len(ids)
-        ]  # one token is predicted by the prompt, and no input
+        # A single token is predicted by the prompt, and is no input.
+        responses = [ids for ids in responses if len(ids)]
         length, distance = len(prompt) + sum(map(len, responses)), sum(map(len, responses[:-1]))
         if responses and not self.problem and (length > self.longest or distance > self.furthest):
             self.problem = self._problem(list(prompt), [list(ids) for ids in responses])
@@ -72,7 +71,9 @@ class LayoutTrial:
                 alone = self._hidden([prompt + responses[k]])[len(prompt) :]
                 with one_unit_off(self.model):
                     moved = self._hidden([prompt + responses[k]])[len(prompt) :]
-                noise, change = difference(moved, alone), difference(together[k], alone)
+                change = difference(together[k], alone)
+                # Softmax and rotations are float32 in a float64 model, too.
+                noise = difference(moved, alone).clamp_min(torch.finfo(torch.float32).eps)
                 if excess(change, noise):
                     return self._message(prompt, responses, change, noise, "when responses share a row")
         change = difference(changed, together[-1])
