@@ -6,3 +6,7 @@ report and the command line. Modules are imported where they are used, so that `
 """
 
 from __future__ import annotations
+
+from cropi import _moved
+
+_moved.install()

@@ -1,0 +1,93 @@
+"""Modules of the first release that have moved: importable at their old places for one more release, with a warning."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+MOVED = {
+    "cropi.advantages": "cropi.data.rewards",
+    "cropi.batches": "cropi.gradient.batches",
+    "cropi.behaviour": "cropi.gradient.behaviour",
+    "cropi.curriculum.command": "cropi.commands",
+    "cropi.curriculum.in_process": "cropi.trainers.trl.in_process",
+    "cropi.estimators": "cropi.gradient.estimators",
+    "cropi.export": "cropi.data.export",
+    "cropi.fingerprint": "cropi.model.fingerprint",
+    "cropi.influence": "cropi.ranking.influence",
+    "cropi.interrupt": "cropi.sketching.interrupt",
+    "cropi.job": "cropi.sketching.job",
+    "cropi.layout": "cropi.gradient.layout",
+    "cropi.manifest": "cropi.store.manifest",
+    "cropi.model_sources": "cropi.model.sources",
+    "cropi.models": "cropi.model.load",
+    "cropi.prompt_ids": "cropi.data.prompt_ids",
+    "cropi.records": "cropi.data.records",
+    "cropi.scan": "cropi.data.scan",
+    "cropi.selection": "cropi.ranking.selection",
+    "cropi.shards": "cropi.store.shards",
+    "cropi.summary": "cropi.sketching.summary",
+    "cropi.tokenize": "cropi.gradient.tokenize",
+    "cropi.trainers.checkpoints": "cropi.trainers.trl.checkpoints",
+    "cropi.trainers.grouping": "cropi.trainers.dumps.rollout",
+    "cropi.trainers.nemo_rl": "cropi.trainers.dumps.nemo_rl",
+    "cropi.trainers.options": "cropi.trainers.trl.options",
+    "cropi.trainers.pickled": "cropi.trainers.dumps.pickled",
+    "cropi.trainers.ranks": "cropi.trainers.trl.ranks",
+    "cropi.trainers.rollout_log": "cropi.trainers.trl.rollout_log",
+    "cropi.trainers.scoring": "cropi.trainers.trl.scoring",
+    "cropi.trainers.slime": "cropi.trainers.dumps.slime",
+    "cropi.trainers.verl.batch": "cropi.trainers.dumps.verl_batch",
+    "cropi.trainers.verl.dumps": "cropi.trainers.dumps.verl",
+    "cropi.trajectories": "cropi.data.readers",
+}
+
+
+class MovedModule(types.ModuleType):
+    """Stands at the old place; what is asked of it is looked up at the new one.
+
+    It can be called where the module of that name held a function of that name: an import of the old module
+    ``cropi.influence`` sets the attribute ``influence`` of ``cropi``, which is the function.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(importlib.import_module(MOVED[self.__name__]), name)
+
+    def __dir__(self) -> list[str]:
+        return dir(importlib.import_module(MOVED[self.__name__]))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return MovedModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        new = MOVED[module.__name__]
+        importlib.import_module(new)
+        warnings.warn(
+            f"{module.__name__} is now {new}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+
+def install() -> None:
+    """Let the old names be imported; asked last, after every real module."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
