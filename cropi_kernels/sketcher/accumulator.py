@@ -24,6 +24,9 @@ class Accumulator:
         self._engine: Operators | None = None
         self._folded = 0
         self._deaf = False
+        self.refusals: dict[str, str] | None = (
+            None  # what taps would have raised, by module, while a model is tried
+        )
         self.clock = Clock(torch.device("cpu"))
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 

@@ -46,7 +46,7 @@ class Attachment:
 
 
 def plan_model(
-    model: nn.Module, spec: SketchSpec, accumulator: Accumulator, exclude: Sequence[str]
+    model: nn.Module, spec: SketchSpec, accumulator: Accumulator, exclude: Sequence[str] | str
 ) -> Attachment:
     """Find a tap for every trainable parameter.
 
@@ -57,7 +57,7 @@ def plan_model(
     """
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
-    patterns: Sequence[str] = [UNCOVERED] if exclude == UNCOVERED else exclude
+    patterns: Sequence[str] | str = [UNCOVERED] if exclude == UNCOVERED else exclude
     excluded = _excluded(names, trainable, patterns)
     wanted = {i: names[i] for i in trainable if names[i] not in excluded}
     total, left_out = sum(p.numel() for p in model.parameters()), {}
@@ -255,7 +255,7 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 
 def _excluded(
-    names: dict[int, str], trainable: dict[int, nn.Parameter], patterns: Sequence[str]
+    names: dict[int, str], trainable: dict[int, nn.Parameter], patterns: Sequence[str] | str
 ) -> dict[str, int]:
     if isinstance(patterns, str):
         raise ValueError(f"exclude={patterns!r}: give a list of patterns, e.g. exclude=[{patterns!r}]")

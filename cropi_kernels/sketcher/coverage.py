@@ -44,14 +44,11 @@ class UncoveredParameterError(ValueError):
     """Trainable parameters that no tap can sketch and that the user has not excluded."""
 
 
-def uncovered(
-    problem: str, lines: Sequence[str], pattern: str, share: float, all_at_once: bool = True
-) -> UncoveredParameterError:
+def uncovered(problem: str, lines: Sequence[str], pattern: str, share: float) -> UncoveredParameterError:
     """The error for what ``lines`` name; ``pattern`` is an example of what to exclude, ``share`` what they hold of all
     parameters."""
     listed = "".join(f"  {line}\n" for line in lines)
-    whole = "; exclude='uncovered' leaves out all of them" if all_at_once else ""
     return UncoveredParameterError(
         f"{problem} ({share:.2%} of all parameters):\n{listed}freeze them, or leave them out by name: "
-        f"exclude=[{pattern!r}, ...]{whole}"
+        f"exclude=[{pattern!r}, ...]; exclude='uncovered' leaves out all of them"
     )

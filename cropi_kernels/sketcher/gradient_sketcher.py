@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ from .. import _memory
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from .accumulator import Accumulator
-from .attach import plan_model, refused_modules
+from .attach import UNCOVERED, plan_model, refused_modules
 from .coverage import Coverage, uncovered
 from .decoder import SplitModel, split_model
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
@@ -42,20 +43,24 @@ class GradientSketcher:
             torch.compile's module; trainable parameters are sketched, frozen ones are
             not (LoRA: the adapters only).
         spec: what the sketch is; default: `SketchSpec()`.
-        exclude: fnmatch patterns of parameter names to leave out.
+        exclude: fnmatch patterns of parameter names to leave out; ``"uncovered"``, alone or among them, leaves out what
+            cannot be sketched (`coverage` says how much that is).
 
     Raises:
         UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
         ValueError: nothing is left to sketch, or a pattern of ``exclude`` matches nothing.
     """
 
-    def __init__(self, model: nn.Module, spec: SketchSpec | None = None, exclude: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, spec: SketchSpec | None = None, exclude: Sequence[str] | str = ()
+    ) -> None:
         spec = SketchSpec() if spec is None else spec
         for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
             if not isinstance(value, wanted):
                 raise ValueError(f"{name} is of type {type(value).__name__}: give a {wanted.__name__}")
         self.model, self.spec = unwrapped(model), spec
         self._acc = Accumulator(spec)
+        self._exclude = exclude
         self._plan = plan_model(self.model, spec, self._acc, exclude)
         self._handles: list[Any] = []
         self._thawed: list[nn.Parameter] = []
@@ -253,24 +258,44 @@ class GradientSketcher:
             with own_precision(self.model):
                 with calls(self._plan.taps) as called:
                     split = split_model(self.model)
-                self._mend(split, seen_wrong(split, self._plan.taps, called))
+                self._mend(split, seen_wrong(split, self._plan.taps, called, self._acc))
             self._split = split
         return self._split
 
     def _mend(self, split: SplitModel, wrong: dict[nn.Module, str]) -> None:
         """Taps that do not see all are replaced; what cannot be sketched in `policy_gradient` is an error."""
         refused = refused_modules(self.model, self._plan, split, wrong)
-        if refused:
+        if refused and UNCOVERED in ([self._exclude] if isinstance(self._exclude, str) else self._exclude):
+            self._leave_out(refused)
+            wrong = {module: why for module, why in wrong.items() if module not in refused}
+        elif refused:
             share = sum(p.numel() for m in refused for p in m.parameters(recurse=False)) / self.coverage.total
             lines = [f"{where} ({type(m).__name__}): {why}" for m, (where, why) in refused.items()]
             pattern = f"{next(iter(refused.values()))[0]}.*"
             raise uncovered(
-                "no tap sees all that these modules do with their parameters", lines, pattern, share, False
+                "no tap sees all that these modules do with their parameters", lines, pattern, share
             )
         if wrong:
             self._unhook()
             self._plan.form(self.model, wrong)
             self._hook()
+
+    def _leave_out(self, modules: Iterable[nn.Module]) -> None:
+        """Plan again without the parameters of these modules."""
+        lost = {id(p): p.numel() for m in modules for p in m.parameters(recurse=False)}
+        names = {name: lost[i] for i, name in self._plan.wanted.items() if i in lost}
+        before = self._plan.coverage
+        self._unhook()
+        for p in self._thawed:
+            p.requires_grad_(True)
+        exclude = [self._exclude] if isinstance(self._exclude, str) else self._exclude
+        self._plan = plan_model(self.model, self.spec, self._acc, [*exclude, *names])
+        self._plan.coverage = dataclasses.replace(
+            self._plan.coverage, excluded=before.excluded, uncovered={**before.uncovered, **names}
+        )
+        for p in self._thawed:
+            p.requires_grad_(False)
+        self._hook()
 
     def _active(self, method: str) -> None:
         if torch.is_inference_mode_enabled():

@@ -31,17 +31,24 @@ class Tap(abc.ABC):
         if self.acc.segments is None or not torch.is_grad_enabled():
             return y
         if count_tensors(args, kwargs) > 1:
-            raise ValueError(
+            self.refuse(
                 f"{self.where} is called with a second tensor (a gate?), of which its tap does not know: exclude its "
                 "parameters"
             )
+            return y
         x = args[0] if args else next(iter(kwargs.values()))
         try:
             return self.attach(x, y, self._sites[self.acc.segments.heads_first(x)])
         except NotTokensError as error:
-            return capture(y, self._refusal(error))
+            return capture(y, self._refusal(str(error)))
 
-    def _refusal(self, error: NotTokensError) -> Sink:
+    def refuse(self, message: str) -> None:
+        """What the module does here cannot be sketched: an error, or while a model is tried, a note."""
+        if self.acc.refusals is None:
+            raise NotTokensError(message)
+        self.acc.refusals[self.where] = message
+
+    def _refusal(self, message: str) -> Sink:
         """For a call on something else than the batch's tokens: wrong as soon as a gradient comes by.
 
         DoRA calls its matrices on a unit matrix, and uses the product without its gradient.
@@ -50,7 +57,7 @@ class Tap(abc.ABC):
 
         def refuse(dy: torch.Tensor) -> None:
             if self.acc.hears(segments, self.where):
-                raise error
+                self.refuse(message)
 
         return refuse
 
@@ -69,7 +76,10 @@ class Tap(abc.ABC):
         def add(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
             if self.acc.hears(segments, self.where):
                 with self.acc.timed():
-                    self.backward(site, dy, kept)
+                    try:
+                        self.backward(site, dy, kept)
+                    except NotTokensError as error:
+                        self.refuse(str(error))
 
         return add
 

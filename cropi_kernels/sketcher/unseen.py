@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .accumulator import Accumulator
 from .decoder import SplitModel, evaluating, few_tokens
+from .segments import Segments
 from .taps import Tap, count_tensors
+
+ROWS = 3  # of the trial
 
 
 @contextlib.contextmanager
@@ -53,11 +57,35 @@ def _bypassed(split: SplitModel, modules: Collection[nn.Module]) -> list[nn.Modu
     return list(found)
 
 
+def _tried(split: SplitModel, acc: Accumulator) -> dict[str, str]:
+    """What taps refuse in a pass over a few rows of two segments, by their names.
+
+    The number of tokens is unlike any size of the model: what has another shape cannot fit by accident.
+    """
+    sizes = {n for p in split.decoder.parameters() for n in p.shape}
+    length = next((n for n in (7, 11, 13, 17, 19) if not sizes & {n, ROWS * n}), 7)
+    device = split.head.weight.device
+    ids = torch.arange(ROWS * length, device=device).view(ROWS, length) % split.head.weight.shape[0]
+    acc.begin(Segments.of(torch.tensor([0, 0, 1]), ROWS, length, 2), device)
+    acc.refusals = {}
+    try:
+        with evaluating(split.decoder), torch.enable_grad():
+            hidden = split.hidden(ids)
+            if hidden.requires_grad:
+                hidden.backward(torch.ones_like(hidden))
+        return acc.refusals
+    finally:
+        acc.refusals = None
+        acc.close()
+
+
 def seen_wrong(
-    split: SplitModel, taps: Mapping[nn.Module, Tap], called: Mapping[nn.Module, int]
+    split: SplitModel, taps: Mapping[nn.Module, Tap], called: Mapping[nn.Module, int], acc: Accumulator
 ) -> dict[nn.Module, str]:
-    """Modules whose tap does not see all that their parameters do, and why; ``called``: what `calls` saw of a forward
-    of the whole model. What nobody uses has no gradient, and its tap is right."""
+    """Modules whose tap does not see all that their parameters do, and why.
+
+    ``called``: what `calls` saw of a forward of the whole model. What nobody uses has no gradient: its tap is right.
+    """
     seen = {id(p) for module in called for p in module.parameters(recurse=False)}
     silent = [
         module
@@ -65,5 +93,10 @@ def seen_wrong(
         if module not in called and not any(id(p) in seen for p in module.parameters(recurse=False))
     ]
     wrong = dict.fromkeys(_bypassed(split, silent), "used without calling the module, so that no tap sees it")
-    wrong |= {m: "called with a second tensor (for example a gate)" for m, n in called.items() if n > 1}
+    refusals = _tried(split, acc)
+    for module, tap in taps.items():
+        if tap.where in refusals and called.get(module, 0) > 1:
+            wrong[module] = "called with a second tensor (for example a gate)"
+        elif tap.where in refusals:
+            wrong[module] = "called on something else than every token once"
     return wrong

@@ -451,3 +451,28 @@ def test_parameters_outside_the_decoder_are_an_error_of_policy_gradient_alone() 
             (logp * zoo.weights_of(batch)).sum().backward()
     own = zoo.gradients(model)
     assert_close(out.sketches, model, zoo.gradients(model.double()), own)
+
+
+def test_all_that_a_model_cannot_do_is_found_before_the_first_batch() -> None:
+    """XLNet has its tokens as [length, batch, n]; its embedding is too much for all of them: it is the head as well."""
+    config = transformers.XLNetConfig(vocab_size=97, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    torch.manual_seed(0)
+    model = transformers.XLNetLMHeadModel(config).eval()
+    with GradientSketcher(model, SPEC) as sketcher:
+        for _ in range(2):
+            with pytest.raises(UncoveredParameterError) as error:
+                sketcher.check_model()
+    share = 97 * 32 / sum(p.numel() for p in model.parameters())
+    assert f"({share:.2%} of all parameters):\n  transformer.word_embedding (Embedding): called on" in str(
+        error.value
+    )
+    with GradientSketcher(model, SPEC, "uncovered") as sketcher:
+        sketcher.check_model()
+        assert sketcher.coverage.uncovered == {"transformer.word_embedding.weight": 97 * 32}
+        got = zoo.padded().sketch(sketcher).sketches
+    own = zoo.gradients(model)
+    exclude = ("transformer.word_embedding.weight",)
+    for gradient in own:
+        assert all(g.isfinite().all() for g in gradient.values())
+    assert_close(got, model, zoo.gradients(model.double()), own, exclude=exclude)
+    assert all(p.requires_grad for p in model.parameters())

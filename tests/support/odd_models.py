@@ -50,6 +50,35 @@ DEEPSEEK = dict(
     moe_intermediate_size=16,
     first_k_dense_replace=1,
 )
+DEEPSEEK4 = dict(
+    SHORT,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=16,
+    q_lora_rank=16,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    o_groups=2,
+    o_lora_rank=8,
+    index_n_heads=2,
+    index_head_dim=8,
+    index_topk=4,
+    sliding_window=32,
+    partial_rotary_factor=0.5,
+    max_position_embeddings=64,
+)
+ZAYA = dict(
+    SHORT,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    moe_intermediate_size=16,
+    num_experts=4,
+    num_experts_per_tok=1,
+    router_hidden_size=16,
+    max_position_embeddings=64,
+)
 
 # name: (class, its configuration, a parameter that is used in a way of its own)
 ODD: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -95,6 +124,13 @@ ODD: dict[str, tuple[str, dict[str, Any], str]] = {
     "rwkv": ("Rwkv", dict(SHORT, attention_hidden_size=32, context_length=64), "attention.time_decay"),
     "mixtral": ("Mixtral", dict(SIZES, num_local_experts=4, num_experts_per_tok=2, **EAGER), "gate.weight"),
     "qwen3-next": ("Qwen3Next", dict(SIZES, **QWEN3_NEXT, **EAGER), "linear_attn.dt_bias"),
+    "deepseek-v4": ("DeepseekV4", dict(DEEPSEEK4, **EAGER), "sinks"),
+    "zaya": ("Zaya", dict(ZAYA, **EAGER), "v_proj_delayed.weight"),
+    "cpmant": (
+        "CpmAnt",
+        dict(SHORT, num_attention_heads=4, dim_head=8, dim_ff=48, prompt_length=4),
+        "output_layernorm.weight",
+    ),
     "deepseek-v3": ("DeepseekV3", dict(SIZES, **{**DEEPSEEK, **EAGER}), "gate.weight"),
 }
 
