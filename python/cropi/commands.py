@@ -15,6 +15,8 @@ from cropi.errors import CropiError, did_you_mean
 # ${NAME} is the shell's own, {{name}} a brace that is meant; {a,b} and {"key": 1} are no names.
 NAME = re.compile(r"\{\{(\w+)\}\}|(?<!\$)\{([A-Za-z_]\w*)\}")
 LAST_LINES = 15
+# What no shell reads as more than a letter.
+SAFE = re.compile(r"[\w@%+=:,./-]*")
 
 
 def check_template(option: str, template: str, allowed: Sequence[str]) -> set[str]:
@@ -35,19 +37,68 @@ def check_template(option: str, template: str, allowed: Sequence[str]) -> set[st
     return names
 
 
-def fill(template: str, values: Mapping[str, object], *, quote: bool = True) -> str:
-    """Put values in the places of their names, quoted for the shell."""
+def fill(template: str, values: Mapping[str, object], *, quote: bool = True, option: str = "command") -> str:
+    """Put values in the places of their names, quoted for the shell.
+
+    Inside quotes of the user's the value goes in as it is, since a second pair of quotes would end the first. There it
+    may hold no character that any shell reads as more than a letter: what stands in quotes is often read by another one
+    (``sh -c "... {model}"``).
+
+    Args:
+        template: with names in braces.
+        values: by name.
+        quote: for the shell; False for a path.
+        option: whose command this is, for messages.
+
+    Raises:
+        CropiError: a value with a blank or a special character stands inside quotes.
+    """
 
     def put(match: re.Match[str]) -> str:
         if match[1]:
             return f"{{{match[1]}}}"
         value = str(values[match[2]])
-        return shlex.quote(value) if quote else value
+        if not quote:
+            return value
+        if not _quoted(template[: match.start()]):
+            return shlex.quote(value)
+        if not SAFE.fullmatch(value):
+            raise CropiError(
+                f"{option}: {{{match[2]}}} stands inside quotes, and its value {value!r} holds characters that a shell "
+                f"would read in its own way; take it out of the quotes, or write ${variable(match[2])} in its place"
+            )
+        return value
 
     return NAME.sub(put, template)
 
 
-def run_command(option: str, command: str, log: Path, keep_open: Sequence[int] = ()) -> None:
+def variable(name: str) -> str:
+    """The environment variable that holds a name's value while a command runs."""
+    return f"CROPI_{name.upper()}"
+
+
+def _quoted(text: str) -> bool:
+    """Whether the shell is inside quotes at the end of ``text``."""
+    quote, position = "", 0
+    while position < len(text):
+        ch = text[position]
+        if ch == "\\" and quote != "'":
+            position += 1
+        elif quote:
+            quote = "" if ch == quote else quote
+        elif ch in "'\"":
+            quote = ch
+        position += 1
+    return bool(quote)
+
+
+def run_command(
+    option: str,
+    command: str,
+    log: Path,
+    keep_open: Sequence[int] = (),
+    values: Mapping[str, object] | None = None,
+) -> None:
     """Run a command by ``/bin/sh``, its output appended to ``log``.
 
     Ctrl-C reaches the command by itself; it is waited for, so that it can save what it has.
@@ -57,6 +108,7 @@ def run_command(option: str, command: str, log: Path, keep_open: Sequence[int] =
         command: the whole command line.
         log: a file.
         keep_open: file descriptors that the command inherits (a lock that must outlive this process).
+        values: what it finds in its environment, ``{model}`` as ``$CROPI_MODEL`` and so on.
 
     Raises:
         CropiError: it failed; with its exit status and the last lines of its output.
@@ -69,6 +121,7 @@ def run_command(option: str, command: str, log: Path, keep_open: Sequence[int] =
         process = subprocess.Popen(
             command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             pass_fds=tuple(keep_open),
+            env=os.environ | {variable(name): str(value) for name, value in (values or {}).items()},
         )  # fmt: skip
         try:
             status = process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from types import ModuleType
@@ -26,6 +27,10 @@ EXTRAS = {
 
 # Longer messages are cut in the middle: a value of a megabyte must not become a message of a megabyte.
 LONGEST_MESSAGE = 1900
+
+
+# C0 and C1 control characters, line and paragraph ends, marks that turn the direction of writing.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class CropiError(ValueError):
@@ -68,7 +73,12 @@ def shown(value: Any, limit: int = 60) -> str:
 
 def printable(text: object) -> str:
     """A text on one line of a terminal: control characters, line ends and marks that turn the direction are escaped."""
-    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in str(text))
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def printable_lines(text: object) -> str:
+    """The same for a text of several lines, whose ends stay."""
+    return "\n".join(map(printable, str(text).split("\n")))
 
 
 def did_you_mean(name: str, known: Iterable[str], shown: str = "{!r}") -> str:

@@ -86,6 +86,9 @@ class Loading(Options):
 
     dtype: str = option("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
     device: str = option("cpu", "where the model runs: cpu, cuda, cuda:1, ...")
+    trust_remote_code: bool = option(
+        False, "let the model's folder or hub repository bring code of its own, WHICH IS RUN", kind="switch"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from cropi.cli.parser import Parser, ShowVersion
+from cropi.errors import printable_lines
 
 COMMANDS = {
     "sketch": "sketch the policy gradient of every prompt in trajectory files",
@@ -20,6 +23,21 @@ COMMANDS = {
     "curriculum": "stages of selecting and training, from one config file",
     "info": "what a store, a score table or a trajectory file holds",
 }
+
+
+class Plain:
+    """A stream whose control characters are escaped: ids, tasks and names come from files that others made."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As a stream's, the whole text at once."""
+        self._stream.write(printable_lines(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest, **more: print(
-                f"warning: {message}", file=sys.stderr
+                printable_lines(f"warning: {message}"), file=sys.stderr
             )
-            status: int = args.run(args)
+            with contextlib.redirect_stdout(Plain(sys.stdout)):
+                status: int = args.run(args)
         return status
     except KeyboardInterrupt:
         print(f"cropi {args.command}: stopped; what was stored is kept", file=sys.stderr)
@@ -47,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         if args.debug:
             raise
-        print(f"cropi {args.command}: error: {error}", file=sys.stderr)
+        print(printable_lines(f"cropi {args.command}: error: {error}"), file=sys.stderr)
         return 2
 
 

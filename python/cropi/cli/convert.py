@@ -50,6 +50,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--dataset", metavar="FILE", help="the dataset of the run, to find the prompts' ids and messages"
     )
     text.add_argument("--model", metavar="PATH_OR_ID", help="whose tokenizer rendered the prompts")
+    text.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="let the model's folder or hub repository bring code of its own, WHICH IS RUN (default: no)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,6 +118,8 @@ def _prompts(args: argparse.Namespace) -> Any:
 
     table = read_dataset(args.dataset)
     rows = table if isinstance(table, list) else table.to_pylist()
-    tokenizer = optional("transformers").AutoTokenizer.from_pretrained(args.model)
+    tokenizer = optional("transformers").AutoTokenizer.from_pretrained(
+        args.model, trust_remote_code=args.trust_remote_code
+    )
     ids = PromptIds(rows, args.id_key or ID_KEY, args.dataset, "--id-key")
     return prompts_by_text(rows, ids.names, tokenizer)

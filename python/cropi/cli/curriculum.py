@@ -92,7 +92,7 @@ def make_plan(args: argparse.Namespace) -> Any:
         train=args.train, valid=args.valid, sets=args.sets, rollouts=args.rollouts,
         rollouts_when=args.rollouts_when, trained_model=args.trained_model,
         job=make_job(given.sketching, (), "", notes=notes(args)), behaviour_model=args.behaviour_model,
-        dtype=args.dtype, device=args.device,
+        dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code,
         influence={
             "metric": compare.metric, "mean": compare.mean, "max_valid": compare.max_valid, "seed": compare.valid_seed,
         },

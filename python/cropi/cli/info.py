@@ -7,6 +7,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from cropi.errors import printable
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -48,10 +50,10 @@ def _store(path: Path, verify: bool) -> None:
             f"unfinished    {len(store)} of {store.expected} prompts; the same command goes on with the rest"
         )
     for name, count in sorted(Counter(row.set for row in rows if row.set).items()):
-        print(f"set           {name}: {count} prompts")
+        print(f"set           {printable(name)}: {count} prompts")
     for row in rows:
         if row.status == FAILED:
-            print(f"  failed      {row.id}: {row.reason}")
+            print(f"  failed      {printable(row.id)}: {row.reason}")
     if verify:
         print(f"checksums     {store.verify()} shards are intact")
 
@@ -77,7 +79,7 @@ def _trajectories(path: Path, skip_bad: bool) -> None:
     for reason, count in sorted(found.without_gradient.items()):
         print(f"no gradient   {count} prompts: {reason}")
     for name, count in sorted(found.sets.items()):
-        print(f"set           {name}: {count} prompts")
+        print(f"set           {printable(name)}: {count} prompts")
     print(f"token ids     in {found.with_ids} records; log-probs in {found.with_logprobs}")
     for error in found.bad:
         print(f"bad record    {error}")

@@ -52,7 +52,9 @@ def policies(args: argparse.Namespace) -> tuple[Any, Any]:
 
     if not args.progress:
         optional("transformers").utils.logging.disable_progress_bar()  # it shows one for a model's weights
-    named = {"dtype": args.dtype, "device": args.device, "eos": args.eos}
+    named = {
+        "dtype": args.dtype, "device": args.device, "eos": args.eos, "trust_remote_code": args.trust_remote_code
+    }  # fmt: skip
     behaviour = Policy(args.behaviour_model, **named) if args.behaviour_model else None
     return Policy(args.model, **named), behaviour
 

@@ -119,9 +119,13 @@ def check_names(plan: Plan) -> None:
     if not plan.job.exclude or "gguf_file" in options:
         return  # the layers of a .gguf file are known when it is loaded
     transformers = optional("transformers")
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    config = transformers.AutoConfig.from_pretrained(
+        source, trust_remote_code=plan.trust_remote_code, **options
+    )
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=plan.trust_remote_code
+        )
     names = [canonical_name(name) for name, _ in model.named_parameters()]
     for pattern in plan.job.exclude:
         if not fnmatch.filter(names, pattern):

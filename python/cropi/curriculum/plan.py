@@ -44,6 +44,7 @@ class Plan:
         job: how to sketch; its files, store and stage are filled in for every stage.
         behaviour_model: the model that made the trajectories, where it is not ``model``.
         dtype, device: of the policy while it is sketched.
+        trust_remote_code: let models bring code of their own, which is run.
         influence: options of :func:`cropi.influence.influence`.
         select: options of :func:`cropi.ranking.selection.select`.
         export: options of :func:`cropi.data.export.export`, for ``{dataset}``; None: the trainer reads records.
@@ -65,6 +66,7 @@ class Plan:
     behaviour_model: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    trust_remote_code: bool = False
     influence: Mapping[str, Any] = field(default_factory=dict)
     select: Mapping[str, Any] = field(default_factory=dict)
     export: Mapping[str, Any] | None = None

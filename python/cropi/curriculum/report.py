@@ -7,6 +7,7 @@ from typing import Any
 
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.state import State
+from cropi.errors import printable
 from cropi.files import write_atomic
 
 CHOOSING = ("sketch", "influence", "select")
@@ -48,8 +49,9 @@ def write_report(plan: Plan, state: State) -> None:
 
 def _markdown(plan: Plan, table: list[dict[str, Any]]) -> str:
     sets = sorted({name for row in table for name in row.get("scores", {})})
-    head = ["stage", "prompts", "usable", "selected", *(f"score on {name}" for name in sets), "pass rate", "kept",
-            "rollouts s", "select s", "train s", "selection's share", "new policy"]  # fmt: skip
+    scores = [f"score on {_cell(name)}" for name in sets]
+    head = ["stage", "prompts", "usable", "selected", *scores, "pass rate", "kept", "rollouts s",
+            "select s", "train s", "selection's share", "new policy"]  # fmt: skip
     lines = [
         f"# Curriculum {plan.out.name}", "",
         f"{plan.stages} stages of {plan.steps} steps from `{plan.model}`; settings `{plan.fingerprint()}`.", "",
@@ -69,6 +71,11 @@ def _markdown(plan: Plan, table: list[dict[str, Any]]) -> str:
                 f"Stage {row['stage']} was cut short and taken up again in: {', '.join(row['cut_short'])}.",
             ]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A name in a cell of a Markdown table."""
+    return printable(text).replace("|", "\\|")
 
 
 def _cells(row: dict[str, Any], sets: list[str]) -> list[str]:

@@ -69,7 +69,8 @@ def rollouts(stage: Stage) -> Result:
         "model": _absolute(stage.model), "stage": stage.number, "out": folder.absolute(), "python": sys.executable,
         **files,
     }  # fmt: skip
-    run_command("rollouts", fill(stage.plan.rollouts, values), stage.folder / "rollouts.log", [stage.lock])
+    command = fill(stage.plan.rollouts, values, option="rollouts")
+    run_command("rollouts", command, stage.folder / "rollouts.log", [stage.lock], values)
     made: Result = {"maker": stage.model}
     for name, path in files.items():
         if f"{{{name}}}" not in stage.plan.rollouts:
@@ -123,7 +124,9 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part)
 def _load(stage: Stage, model: str) -> Policy:
     plan = stage.plan
     eos = plan.job.eos or plan.trainer == IN_PROCESS  # TRL ends its rollouts by one
-    return Policy(model, dtype=plan.dtype, device=plan.device, eos=eos)
+    return Policy(
+        model, dtype=plan.dtype, device=plan.device, eos=eos, trust_remote_code=plan.trust_remote_code
+    )  # fmt: skip
 
 
 def influence_all(stage: Stage) -> Result:
@@ -180,10 +183,12 @@ def train(stage: Stage) -> Result:
             Path(str(values["records"])),
             plan.steps,
             Path(str(values["out"])),
+            trust_remote_code=plan.trust_remote_code,
         )
     else:
         Path(str(values["rollouts"])).unlink(missing_ok=True)
-        run_command("trainer", fill(plan.trainer, values), stage.folder / "train.log", [stage.lock])
+        command = fill(plan.trainer, values, option="trainer")
+        run_command("trainer", command, stage.folder / "train.log", [stage.lock], values)
         model = Path(fill(plan.trained_model, values, quote=False))
     if not (model / "config.json").is_file():
         raise CropiError(

@@ -27,6 +27,7 @@ def load_model(
     *,
     eos: bool = True,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a causal language model in ``eval`` mode, with SDPA attention if it has that, and its tokenizer.
 
@@ -38,6 +39,7 @@ def load_model(
         device: where the model goes.
         eos: the tokenizer needs an EOS token; False takes one without, for texts to which none is appended.
         tokenizer: the one that :func:`load_tokenizer` gave, if it has been loaded already.
+        trust_remote_code: let the model's folder or hub repository bring code of its own, **which is run**.
 
     Returns:
         ``(model, tokenizer)``. A missing pad token is set to EOS.
@@ -50,7 +52,7 @@ def load_model(
     """
     name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
     optional("transformers")
-    source, options = locate(name)
+    source, options = _located(name, trust_remote_code)
     with _explained(name):
         model = _load_weights(name, source, options, dtype)
         if tokenizer is None:
@@ -58,18 +60,18 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer(name: str | os.PathLike[str], *, eos: bool = True) -> Any:
+def load_tokenizer(name: str | os.PathLike[str], *, eos: bool = True, trust_remote_code: bool = False) -> Any:
     """The tokenizer alone of what :func:`load_model` takes. Raises what that raises."""
     optional("transformers")
-    source, options = locate(os.fspath(name))
+    source, options = _located(os.fspath(name), trust_remote_code)
     with _explained(os.fspath(name)):
         return _load_tokenizer(os.fspath(name), source, options, eos)
 
 
-def load_config(name: str | os.PathLike[str]) -> Any:
+def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
     """The configuration alone of what :func:`load_model` takes. Raises what that raises."""
     optional("transformers")
-    source, options = locate(os.fspath(name))
+    source, options = _located(os.fspath(name), trust_remote_code)
     with _explained(os.fspath(name)):
         return _load_config(os.fspath(name), source, options)
 
@@ -84,11 +86,22 @@ def load_generation_config(name: str | os.PathLike[str], config: Any) -> Any:
     return transformers.GenerationConfig.from_model_config(config)
 
 
+def _located(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    source, options = locate(name)
+    # Said in every call: left out, transformers would ask at a terminal.
+    return source, options | {"trust_remote_code": trust_remote_code}
+
+
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     try:
         yield
-    except (ImportError, OSError, ValueError):
+    except (ImportError, OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {name!r} brings code of its own, which is not run; if you trust it, pass --trust-remote-code "
+                "(trust_remote_code=True)"
+            ) from error
         raise  # they name the file or the package
     except Exception as error:  # a damaged file: every format has errors of its own
         raise ValueError(
@@ -102,11 +115,14 @@ def _load_config(name: str, source: str, options: dict[str, Any]) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except OSError as error:
-        if options:  # a local source: transformers' own message says what is wrong with it
+        if "local_files_only" in options:  # transformers' own message says what is wrong with it
             raise
         problem = "there is no such local folder, and the hub id cannot be read"
         raise OSError(f"model {name!r}: {problem}: {error}") from error
-    _check_causal(name, config)
+    if not (
+        options["trust_remote_code"] and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    ):
+        _check_causal(name, config)
     return config
 
 

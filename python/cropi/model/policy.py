@@ -34,6 +34,7 @@ class Policy:
         dtype: of the weights, for a name: "float32" (default), "bfloat16" or "float16".
         device: where the model of a name goes; default "cpu".
         eos: for a name: its tokenizer needs an end token.
+        trust_remote_code: for a name: let the model bring code of its own, which is run.
         name: what messages and manifests call it; default: the name, or the module's own ``name_or_path``.
 
     Raises:
@@ -58,6 +59,7 @@ class Policy:
         device: torch.device | str | None = None,
         eos: bool = True,
         name: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self._source: str | None = None
         self._model: Any = None
@@ -85,7 +87,9 @@ class Policy:
                 f"tokenizer is a {type(tokenizer).__name__}: the order is Policy(model, tokenizer)"
             )
         self._tokenizer = tokenizer
-        self._load: dict[str, Any] = {"dtype": dtype or "float32", "device": device or "cpu", "eos": eos}
+        self._load: dict[str, Any] = {
+            "dtype": dtype or "float32", "device": device or "cpu", "eos": eos, "trust_remote_code": trust_remote_code
+        }  # fmt: skip
         self.name = name or self._source or str(getattr(model, "name_or_path", "") or type(model).__name__)
         self._memo: dict[Hashable, Any] = {}
         self._state: Hashable = None
@@ -119,7 +123,9 @@ class Policy:
     def tokenizer(self) -> Any:
         """The tokenizer, or None for a module that came without one. A name's is loaded alone, before the weights."""
         if self._tokenizer is None and self._source is not None:
-            self._tokenizer = load_tokenizer(self._source, eos=self._load["eos"])
+            self._tokenizer = load_tokenizer(
+                self._source, eos=self._load["eos"], trust_remote_code=self._load["trust_remote_code"]
+            )
         return self._tokenizer
 
     @property
@@ -148,7 +154,11 @@ class Policy:
         """The model's configuration. A name's is loaded alone, before the weights."""
         if self._config is None:
             assert self._source is not None or self._model is not None
-            self._config = self._model.config if self.loaded else load_config(str(self._source))
+            self._config = (
+                self._model.config
+                if self.loaded
+                else load_config(str(self._source), trust_remote_code=self._load["trust_remote_code"])
+            )
         return self._config
 
     @property

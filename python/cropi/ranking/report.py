@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cropi.data.readers import read
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, printable
 from cropi.files import replacing
 from cropi.ranking.influence import Scores
 from cropi.ranking.selection import Selection
@@ -59,23 +59,24 @@ def best_and_worst(
     order = selection.order
     best = order[:count]
     worst = [i for i in order[-count:] if i not in best]
-    width = max([6, *(len(scores.rows[i].id) for i in best + worst)])
-    task_width = max([4, *(len(scores.rows[i].task or "-") for i in best + worst)])
-    set_widths = [max(8, len(name)) for name in scores.sets]
+    width = max([6, *(len(printable(scores.rows[i].id)) for i in best + worst)])
+    task_width = max([4, *(len(printable(scores.rows[i].task or "-")) for i in best + worst)])
+    names = [printable(name) for name in scores.sets]
+    set_widths = [max(8, len(name)) for name in names]
 
     def line(rank: str, name: str, task: str, rate: str, fused: str, values: Sequence[str], text: str) -> str:
         columns = " ".join(f"{value:>{size}}" for value, size in zip(values, set_widths, strict=True))
         return f"{rank:>5}  {name:<{width}}  {task:<{task_width}}  {rate:>5}  {fused:>6}  {columns}  {text}".rstrip()
 
-    lines = [line("rank", "prompt", "task", "pass", "fused", scores.sets, "text" if texts else "")]
+    lines = [line("rank", "prompt", "task", "pass", "fused", names, "text" if texts else "")]
     for group in (best, worst):
         for i in group:
             row, values = scores.rows[i], [f"{value:.4f}" for value in scores.table[i]]
             lines.append(
                 line(
                     str(order.index(i) + 1),
-                    row.id,
-                    row.task or "-",
+                    printable(row.id),
+                    printable(row.task or "-"),
                     f"{row.pass_rate:.2f}",
                     f"{selection.fused[i]:.3f}",
                     values,

@@ -125,7 +125,15 @@ def reward_function(name: str) -> Callable[..., Any]:
     return found
 
 
-def train_stage(options: Mapping[str, Any], model: str, records: Path, steps: int, out: Path) -> Path:
+def train_stage(
+    options: Mapping[str, Any],
+    model: str,
+    records: Path,
+    steps: int,
+    out: Path,
+    *,
+    trust_remote_code: bool = False,
+) -> Path:
     """Train on the selected prompts with GRPO; an attempt that was cut short goes on at its last checkpoint.
 
     Args:
@@ -134,13 +142,16 @@ def train_stage(options: Mapping[str, Any], model: str, records: Path, steps: in
         records: the trajectory records of the selected prompts. Their rollouts are left out: TRL samples new ones.
         steps: optimizer steps.
         out: a folder, for checkpoints and the new policy.
+        trust_remote_code: as for :func:`cropi.model.load.load_model`.
 
     Returns:
         The folder of the new policy, in Hugging Face form.
     """
     trl, datasets = optional("trl"), optional("datasets")
     device = options.get("device", "cpu")
-    policy, tokenizer = load_model(model, dtype=options.get("dtype", "float32"), device=device)
+    policy, tokenizer = load_model(
+        model, dtype=options.get("dtype", "float32"), device=device, trust_remote_code=trust_remote_code
+    )
     rows = [
         {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
         for group in read_trajectories(records)

@@ -93,9 +93,9 @@ class CropiTrainerSync(PPOTrainerSync):
         every, command = self.cropi_options.get("stage_steps"), self.cropi_options.get("command")
         if command and finished and finished % every == 0 and finished < self.total_training_steps:
             values = self._values(finished, every)
-            run_command(
-                "trainer.cropi.command", fill(command, values), Path(f"{self._folder()}/cropi_select.log")
-            )
+            filled = fill(command, values, option="trainer.cropi.command")
+            log = Path(f"{self._folder()}/cropi_select.log")
+            run_command("trainer.cropi.command", filled, log, values=values)
         if self.cropi_order.refresh():
             self.train_dataloader_it = None  # worker processes have read ahead of the old selection
 
