@@ -254,6 +254,7 @@ class GradientSketcher:
 
     def _taken_apart(self) -> SplitModel:
         """The model's parts, checked on the first call."""
+        self._no_batch()
         if self._split is None:
             with own_precision(self.model):
                 with calls(self._plan.taps) as called:
@@ -305,9 +306,12 @@ class GradientSketcher:
         if not self._handles:
             raise RuntimeError(f"{method} outside the `with GradientSketcher(...)` block: nothing is tapped")
 
-    def _begin(self, segments: Segments) -> None:
+    def _no_batch(self) -> None:
         if self._acc.segments is not None:
             raise RuntimeError("a batch is already open in this GradientSketcher: close it first")
+
+    def _begin(self, segments: Segments) -> None:
+        self._no_batch()
         self._acc.begin(segments, next(self.model.parameters()).device)
 
 

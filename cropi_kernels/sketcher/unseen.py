@@ -66,7 +66,7 @@ def _tried(split: SplitModel, acc: Accumulator) -> dict[str, str]:
     length = next((n for n in (7, 11, 13, 17, 19) if not sizes & {n, ROWS * n}), 7)
     device = split.head.weight.device
     ids = torch.arange(ROWS * length, device=device).view(ROWS, length) % split.head.weight.shape[0]
-    acc.begin(Segments.of(torch.tensor([0, 0, 1]), ROWS, length, 2), device)
+    acc.begin(Segments.of(torch.tensor([0, 0, 1], device="cpu"), ROWS, length, 2), device)
     acc.refusals = {}
     try:
         with evaluating(split.decoder), torch.enable_grad():
