@@ -8,8 +8,8 @@ mathematics. What there is:
   `sketch_embedding`, `sketch_vector` and `flat_sketch` add to a sketch, `norm_grad`, `bias_grad`, `fold_inputs` and
   `fold_outputs` come before them; names are those of `canonical_name`
 - token log-probs without the logits: `token_logprobs` of a model; `linear_logprob`, `logprob_and_grad` of a head
-- projections of gradients that exist: `ProjectionSpec`, `project`, `project_transpose`, `quantize_rows`; in the shapes
-  that other code expects, `cropi_kernels.projectors`
+- projections of gradients that exist: `ProjectionSpec`, `project`, `project_transpose`, `quantize_rows`; of sparse rows
+  (`CsrRows`), `project_csr` and `project_csr_sparse`; in the shapes that other code expects, `cropi_kernels.projectors`
 
 Every op takes ``backend=``; `explain` tells which one serves given tensors, and the environment variable
 ``CROPI_KERNELS_BACKEND`` names one for all calls.
@@ -23,7 +23,16 @@ from .names import canonical_name
 from .ops.flat_sketch import flat_sketch
 from .ops.linear_logprob import linear_logprob, logprob_and_grad
 from .ops.norm_grad import bias_grad, norm_grad
-from .ops.project import ProjectionSpec, QuantizedRows, project, project_transpose, quantize_rows
+from .ops.project import (
+    CsrRows,
+    ProjectionSpec,
+    QuantizedRows,
+    project,
+    project_csr,
+    project_csr_sparse,
+    project_transpose,
+    quantize_rows,
+)
 from .ops.sketch_grouped import sketch_grouped
 from .ops.sketch_linear import fold_inputs, fold_outputs, sketch_linear
 from .ops.sketch_rows import sketch_embedding
@@ -43,6 +52,7 @@ from .spec import SketchSpec
 __all__ = [
     "BatchSketch",
     "Coverage",
+    "CsrRows",
     "GradientSketcher",
     "MatrixPlan",
     "PolicyGradient",
@@ -64,6 +74,8 @@ __all__ = [
     "plan_matrix",
     "plan_vector",
     "project",
+    "project_csr",
+    "project_csr_sparse",
     "project_transpose",
     "quantize_rows",
     "reduce_sketch",

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 from typing import Any, ClassVar, TypeVar
 
 S = TypeVar("S", bound="Spec")
@@ -16,6 +17,11 @@ class Spec:
     """Numbers and strings that define a random linear map, and nothing else does."""
 
     _noun: ClassVar[str]  # in messages
+
+    def _hold(self, **fields: Any) -> None:
+        """Sets fields of the frozen spec to their checked values."""
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
         # Made here and not when it is asked for: a call may be traced, which json is not for.
@@ -57,36 +63,57 @@ class Spec:
 
 
 # -------------------------------------------------------------------------------------------------- checks
-def is_int(value: Any, low: int, high: int | None = None) -> bool:
-    """Whether ``value`` is an integer from ``low`` to ``high``; True and False are none."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and low <= value and (high is None or value <= high)
+def as_int(value: Any, low: int, high: int | None = None) -> int | None:
+    """``value`` as a Python integer from ``low`` to ``high``, or None where it is none.
+
+    Integers of NumPy and torch, also as arrays without dimensions, are integers; True and False, in any library, are not.
+    """
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or getattr(value, "ndim", 0):
+        return None
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        return None
+    return whole if low <= whole and (high is None or whole <= high) else None
 
 
-def check_int(field: str, value: Any, low: int, high: int | None = None, extra: str = "") -> None:
-    if not is_int(value, low, high):
+def check_int(field: str, value: Any, low: int, high: int | None = None, extra: str = "") -> int:
+    """``value`` as a Python integer, or a ValueError that names the field."""
+    whole = as_int(value, low, high)
+    if whole is None:
         limits = f"from {low} to {high}" if high is not None else f">= {low}"
         raise ValueError(f"{field}={value!r}: give an integer {limits}{extra}")
+    return whole
 
 
-def check_power_of_two(field: str, value: Any, low: int, high: int, extra: str = "") -> None:
-    if not is_int(value, low, high) or value & (value - 1):
+def check_power_of_two(field: str, value: Any, low: int, high: int, extra: str = "") -> int:
+    """As `check_int`, for powers of two."""
+    whole = as_int(value, low, high)
+    if whole is None or whole & (whole - 1):
         raise ValueError(f"{field}={value!r}: give a power of two from {low} to {high}{extra}")
+    return whole
 
 
-def check_kind(kind: Any, kinds: tuple[str, ...]) -> None:
-    if kind not in kinds:
+def check_kind(kind: Any, kinds: tuple[str, ...]) -> Any:
+    """The name itself, whichever string type said it (an enumeration's, NumPy's)."""
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(kinds)}")
+    return kinds[kinds.index(kind)]
 
 
-def check_keep(keep: Any) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0.0 < keep <= 1.0:
+def check_keep(keep: Any) -> float:
+    """``keep`` as a Python float: 1 and 1.0 are one spec, and must be one text."""
+    dtype = str(getattr(keep, "dtype", "float"))
+    number = isinstance(keep, (int, float)) or "float" in dtype or "int" in dtype
+    if isinstance(keep, (bool, str)) or not number or getattr(keep, "ndim", 0) or not 0.0 < keep <= 1.0:
         raise ValueError(f"keep={keep!r}: give the share of coordinates to keep, in (0, 1]")
+    return float(keep)
 
 
-def check_version(version: Any, built: int, again: str, stored: str) -> None:
+def check_version(version: Any, built: int, again: str, stored: str) -> int:
     if version != built:
         raise ValueError(
             f"version={version!r}: this build defines version {built}; {again} again, or install the release that "
             f"wrote the stored {stored}"
         )
+    return built

@@ -50,18 +50,15 @@ class SketchSpec(base.Spec):
     _noun: ClassVar[str] = "sketch"
 
     def __post_init__(self) -> None:
-        base.check_power_of_two("dim", self.dim, 64, 1 << 20)
-        if self.width is not None:
-            base.check_power_of_two("width", self.width, 16, 1 << 16, " or None for no fold")
-        if self.vocab_width is not None:
-            base.check_power_of_two("vocab_width", self.vocab_width, 16, 1 << 20, " or None for no fold")
-        base.check_kind(self.kind, KINDS)
-        base.check_int("seed", self.seed, 0)
-        base.check_keep(self.keep)
-        object.__setattr__(self, "keep", float(self.keep))  # 1 and 1.0 are one spec, and must be one text
+        self._hold(dim=base.check_power_of_two("dim", self.dim, 64, 1 << 20))
+        for name, most in (("width", 1 << 16), ("vocab_width", 1 << 20)):
+            if (value := getattr(self, name)) is not None:
+                self._hold(**{name: base.check_power_of_two(name, value, 16, most, " or None for no fold")})
+        self._hold(kind=base.check_kind(self.kind, KINDS), seed=base.check_int("seed", self.seed, 0))
+        self._hold(keep=base.check_keep(self.keep))
         if self.keep != 1.0 and self.kind != "dropout":
             raise ValueError(f"keep={self.keep!r} needs kind='dropout', not kind={self.kind!r}")
-        base.check_version(self.version, VERSION, "sketch", "sketches")
+        self._hold(version=base.check_version(self.version, VERSION, "sketch", "sketches"))
         super().__post_init__()
 
     @property

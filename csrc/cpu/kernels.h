@@ -150,6 +150,26 @@ struct ProjectArgs {
   int n_threads;
 };
 
+// project, sparse kinds, of CSR rows: y[b] = scale * S x[b], NaN throughout where a number is not finite. With `bucket`
+// the result is sparse too: count[b] entries of row b, one row after the other. Without `start` the rows are dense
+// float64, and y[b] += scale * S x[b].
+struct ProjectCsrArgs {
+  const void* value;   // float32, or float64
+  const void* column;  // int32, or int64, each below `cols`
+  const void* start;   // [rows + 1], of the same type
+  bool wide_value, wide_index;
+  int64_t rows, cols, n_values, row_stride;
+  uint64_t offset;
+  Key key;
+  int64_t dim, nnz;
+  uint32_t keep;
+  double scale;
+  void* y;          // of the values' type: [rows, dim], or [n_values * nnz]
+  int32_t* bucket;  // [n_values * nnz] or null
+  int64_t* count;   // [rows] or null
+  int n_threads;
+};
+
 #define CROPI_KERNELS(X)                        \
   X(fold_columns, FoldArgs)                     \
   X(sketch_linear, SketchLinearArgs)            \
@@ -163,6 +183,7 @@ struct ProjectArgs {
   X(logprob_rows_backward, LogprobBackwardArgs) \
   X(project_sparse, ProjectArgs)                \
   X(project_sparse_adjoint, ProjectArgs)        \
+  X(project_csr, ProjectCsrArgs)                \
   X(project_dense, ProjectArgs)                 \
   X(project_dense_adjoint, ProjectArgs)
 

@@ -19,16 +19,19 @@ constexpr int64_t kTileAlone = 512;       // narrower tiles are added one by one
 constexpr int64_t kTilesBy8 = 8192;       // up to here 8 together are faster than 4
 constexpr int64_t kPartFloats = 1 << 20;  // partial sums of one row, all parts together
 
-// Coordinates in their order, any run of them.
-template <class T, bool kKeep>
+// Coordinates in their order, any run of them. A vector holds whole groups when it begins at a bucket that is a multiple
+// of `group`: `low` is below that, so lanes change places within the vector. With groups of 16, 16 coordinates have
+// their bits at a multiple of 16 too; with narrower ones (kWhole false) anywhere.
+template <class T, bool kKeep, bool kWhole>
 void add_run(const T* x, int64_t n, float* out, int64_t bucket, uint32_t low, const uint32_t* sign,
-             const uint32_t* keep, uint64_t bit, bool whole_groups) {
+             const uint32_t* keep, uint64_t bit, int64_t group) {
   auto one = [&](int64_t i) {
     if (!kKeep || bit_of(keep, bit + uint64_t(i)))
       out[(bucket + i) ^ int64_t(low)] += flip_sign(to_float(x[i]), bit_of(sign, bit + uint64_t(i)));
   };
   int64_t i = 0;
-  const int64_t head = whole_groups ? min64(n, int64_t(-bit & (kGroup - 1))) : n;
+  const auto bits = [](const uint32_t* of, uint64_t at) { return kWhole ? group_bits(of, at) : any_bits(of, at); };
+  const int64_t head = min64(n, -bucket & (group - 1));
   for (; i < head; ++i) one(i);
   const Swap swap(low);
   constexpr int kVectors = kGroup / kLanes;
@@ -37,8 +40,8 @@ void add_run(const T* x, int64_t n, float* out, int64_t bucket, uint32_t low, co
     Vec value[kCount][kVectors];
 #pragma GCC unroll 8
     for (int g = 0; g < kCount; ++g) {
-      const uint32_t s = group_bits(sign, bit + uint64_t(i + g * kGroup));
-      const uint32_t k = kKeep ? group_bits(keep, bit + uint64_t(i + g * kGroup)) : 0;
+      const uint32_t s = bits(sign, bit + uint64_t(i + g * kGroup));
+      const uint32_t k = kKeep ? bits(keep, bit + uint64_t(i + g * kGroup)) : 0;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         Vec loaded = load_as_float(x + i + g * kGroup + v * kLanes);
@@ -108,7 +111,8 @@ void add_block(const ProjectArgs& args, const Shape& s, const Draws& draws, int6
     const uint32_t *sign = draws.sign_bits(j), *keep = draws.keep_bits();
     auto runs = [&](uint64_t first, uint64_t last) {
       for_runs(draws, s, j, first, last, [&](uint64_t p, int64_t n, int64_t bucket, uint32_t low) {
-        add_run<T, kKeep>(x + (p - args.offset), n, to, bucket, low, sign, keep, p - draws.first, s.group == kGroup);
+        const auto run = s.group == kGroup ? add_run<T, kKeep, true> : add_run<T, kKeep, false>;
+        run(x + (p - args.offset), n, to, bucket, low, sign, keep, p - draws.first, s.group);
       });
     };
     auto tiles = [&](auto count, uint64_t p) {

@@ -100,6 +100,13 @@ inline uint32_t group_bits(const uint32_t* bits, uint64_t i) {
   return piece;
 }
 
+// 16 bits from anywhere on.
+inline uint32_t any_bits(const uint32_t* bits, uint64_t i) {
+  uint32_t piece;
+  std::memcpy(&piece, reinterpret_cast<const char*>(bits) + i / 8, 4);
+  return piece >> (i % 8) & 0xffff;
+}
+
 // v[lane ^ low]. The shuffle of the baseline is chosen among four that are known when compiling.
 struct Swap {
   int64_t high;  // which vector of the group

@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import torch
 
+from ..._spec_base import as_int
 from ...dispatch import checked
 from . import ops
 from .quantize import QuantizedRows, quantize_rows
@@ -68,7 +69,8 @@ def project(
             ``"warn"`` names such rows in a RuntimeWarning, ``"raise"`` in an error, ``"ignore"`` says nothing.
             Coordinates that ``keep`` drops are never looked at.
         backend: ``"cuda"`` (compiled CUDA C++), ``"triton"`` (sparse kinds on a GPU), ``"cpu"``, ``"reference"`` (plain
-            torch, any device, also float64) or None for the first of them that can.
+            torch, any device) or None for the first of them that can. The last two take float64 as well, where they
+            are named; ``out`` and the result are float64 then.
 
     Raises:
         ValueError: names the argument, its value and the remedy.
@@ -77,9 +79,8 @@ def project(
     Sources: Charikar, Chen and Farach-Colton (2002); Kane and Nelson (2014) for sparse Johnson-Lindenstrauss maps.
     """
     _check_input("x", x, spec, "[B, P]")
-    _check_range(offset, x.shape[1], spec)
-    if nonfinite not in ("warn", "raise", "ignore"):
-        raise ValueError(f"nonfinite={nonfinite!r}: choose warn, raise or ignore")
+    offset = check_range(offset, x.shape[1], spec)
+    check_nonfinite(nonfinite)
     if dtype not in (torch.float32, torch.int8, torch.float16):
         raise ValueError(f"dtype={dtype}: results are torch.float32, torch.float16 or torch.int8")
     failed = None
@@ -90,7 +91,8 @@ def project(
         failed = ~torch.isfinite(out).all(dim=1)
         y = ops.accumulate(x, spec, out, offset, checked(backend))
     if nonfinite != "ignore":
-        _report(y.detach(), failed, offset, nonfinite)
+        bad = torch.isnan(y.detach()[:, 0])
+        report(bad if failed is None else bad & ~failed, offset, nonfinite)
     return y if dtype == torch.float32 else quantize_rows(y.detach(), dtype)
 
 
@@ -112,16 +114,16 @@ def project_transpose(
         raise ValueError(
             f"y has shape {tuple(y.shape)}: the spec has dim={spec.dim}, so it must be [B, {spec.dim}]"
         )
-    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+    whole = as_int(n, 0)
+    if whole is None:
         raise ValueError(f"n={n!r}: give the number of coordinates, an integer >= 0")
-    _check_range(offset, n, spec)
-    result: torch.Tensor = torch.ops.cropi.project_transpose(y, n, offset, spec.recipe, checked(backend))
+    offset = check_range(offset, whole, spec)
+    result: torch.Tensor = torch.ops.cropi.project_transpose(y, whole, offset, spec.recipe, checked(backend))
     return result
 
 
 def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -> None:
-    if not isinstance(spec, ProjectionSpec):
-        raise ValueError(f"spec={spec!r}: give a cropi_kernels.ProjectionSpec")
+    check_spec(spec)
     if not isinstance(x, torch.Tensor):
         raise ValueError(
             f"{name} is a {type(x).__name__}: give a torch.Tensor {shape} (torch.from_numpy for arrays)"
@@ -138,9 +140,22 @@ def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -
         raise ValueError(f"{name} is {x.dtype}: give float32, bfloat16 or float16")
 
 
-def _check_range(offset: int, n: int, spec: ProjectionSpec) -> None:
-    if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0:
+def check_spec(spec: ProjectionSpec) -> None:
+    if not isinstance(spec, ProjectionSpec):
+        raise ValueError(f"spec={spec!r}: give a cropi_kernels.ProjectionSpec")
+
+
+def check_nonfinite(nonfinite: str) -> None:
+    if nonfinite not in ("warn", "raise", "ignore"):
+        raise ValueError(f"nonfinite={nonfinite!r}: choose warn, raise or ignore")
+
+
+def check_range(offset: int, n: int, spec: ProjectionSpec) -> int:
+    """``offset`` as a Python integer."""
+    whole = as_int(offset, 0)
+    if whole is None:
         raise ValueError(f"offset={offset!r}: give the coordinate of the first column, an integer >= 0")
+    offset = whole
     if offset + n > MAX_COORDINATE:
         raise ValueError(f"offset={offset} with {n} columns: coordinates must stay below 2^62")
     if spec.size is not None and offset + n > spec.size:
@@ -148,6 +163,7 @@ def _check_range(offset: int, n: int, spec: ProjectionSpec) -> None:
             f"columns {offset} .. {offset + n} do not fit: the spec has size={spec.size} coordinates; was the model's "
             "set of parameters changed?"
         )
+    return offset
 
 
 def _check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, dtype: torch.dtype) -> None:
@@ -168,9 +184,9 @@ def _check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, dtype: 
             )
 
 
-def _report(y: torch.Tensor, failed: torch.Tensor | None, offset: int, nonfinite: NonFinite) -> None:
-    bad = torch.isnan(y[:, 0]) if y.shape[0] else torch.zeros(0, dtype=torch.bool)
-    rows = (bad if failed is None else bad & ~failed).nonzero()[:, 0].tolist()
+def report(failed: torch.Tensor, offset: int, nonfinite: NonFinite) -> None:
+    """Names the rows whose projections are NaN, for the public function that asks."""
+    rows = failed.nonzero()[:, 0].tolist()
     if not rows:
         return
     shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")

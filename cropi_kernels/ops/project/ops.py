@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import library
 
-from ... import _cuda, dispatch
+from ... import _cuda, _native, dispatch
 from ..._library import LIB, NAMESPACE, register
 from . import cpu, cuda, reference
 from .columns import contiguous_columns
@@ -17,6 +17,9 @@ from .spec import ProjectionSpec
 
 def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str) -> Any:
     """The module that serves the call. On the host the reference is never chosen for a caller: it is far slower."""
+    if backend == "cpu" and x.dtype == torch.float64 and x.device.type == "cpu" and not x.requires_grad:
+        _native.native()
+        return cpu  # by name only: float64 is most often NumPy's default and not a wish, and costs more than float32
     no_triton = None if spec.sparse else f"{spec.kind} projections have no Triton kernel"
     name = dispatch.choose(
         "project",
@@ -56,7 +59,12 @@ def _project_fake(x: torch.Tensor, offset: int, spec: str, backend: str) -> torc
 def _transpose(y: torch.Tensor, n: int, offset: int, spec: str, backend: str) -> torch.Tensor:
     wide, plan = y.detach().to(_dtype(y)).contiguous(), ProjectionSpec.from_recipe(spec)
     out = wide.new_empty(y.shape[0], n)
-    choose(wide, plan, backend).transpose(wide, plan, out, offset)
+    served_by = choose(wide, plan, backend)
+    if served_by is cpu and wide.dtype == torch.float64:
+        raise RuntimeError(
+            "backend='cpu' cannot run project_transpose: dtype torch.float64; name 'reference'"
+        )
+    served_by.transpose(wide, plan, out, offset)
     return out
 
 

@@ -54,24 +54,24 @@ class ProjectionSpec(base.Spec):
     _noun: ClassVar[str] = "projection"
 
     def __post_init__(self) -> None:
-        base.check_int("dim", self.dim, 1, MAX_DIM)
-        base.check_kind(self.kind, KINDS)
-        base.check_int("nnz", self.nnz, 1, MAX_NNZ)
+        self._hold(
+            dim=base.check_int("dim", self.dim, 1, MAX_DIM),
+            kind=base.check_kind(self.kind, KINDS),
+            nnz=base.check_int("nnz", self.nnz, 1, MAX_NNZ),
+        )
         if self.nnz != 1 and self.kind != "sjlt":
             raise ValueError(f"nnz={self.nnz} needs kind='sjlt', not kind={self.kind!r}")
         if self.dim % self.nnz:
             raise ValueError(
                 f"nnz={self.nnz} must divide dim={self.dim}: every nonzero has dim / nnz buckets of its own"
             )
-        base.check_keep(self.keep)
-        object.__setattr__(self, "keep", float(self.keep))  # 1 and 1.0 are one spec, and must be one text
+        self._hold(keep=base.check_keep(self.keep))
         if self.keep_count == 0:
             raise ValueError(f"keep={self.keep!r} rounds to 0 / 65536: give at least {1 / KEEP_ALL:.2e}")
-        base.check_int("seed", self.seed, 0)
-        base.check_int("stream", self.stream, 0)
+        self._hold(seed=base.check_int("seed", self.seed, 0), stream=base.check_int("stream", self.stream, 0))
         if self.size is not None:
-            base.check_int("size", self.size, 1, MAX_COORDINATE, " or None")
-        base.check_version(self.version, VERSION, "project", "rows")
+            self._hold(size=base.check_int("size", self.size, 1, MAX_COORDINATE, " or None"))
+        self._hold(version=base.check_version(self.version, VERSION, "project", "rows"))
         super().__post_init__()
 
     @property
