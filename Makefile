@@ -5,7 +5,8 @@
 #   VENV=path                the environment, made if it is not there; a torch in it is kept as it is
 #   TORCH_INDEX=URL          the only index to take torch from
 #   JOBS=2                   test processes at once, one torch thread each; ARGS="-k store" goes to pytest
-#   BENCHES="cost"           which benchmarks `make bench` runs; all of them take a little over an hour
+#   COMPARE=0123abc          the commit whose `make bench` is compared with
+#   BENCHES="cost"           which tables `make tables` writes; all of them take a little over an hour
 #   OFFLINE=1                install nothing from the network: what is needed must be in the environment already
 
 SHELL := /bin/bash
@@ -34,7 +35,7 @@ END = ; mkdir -p $(STAMPS); touch $@; echo "== done in $$(($$(date +%s) - begin)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo quick test test-verl build model wheel lint format bench clean distclean
+.PHONY: help demo quick test test-verl build model wheel lint format bench tables clean distclean
 
 help:
 	@echo "make demo    build, then pick the best prompts of the example data with SmolLM2-135M-Instruct"
@@ -44,7 +45,8 @@ help:
 	@echo "make build   environment and package only (an editable install)"
 	@echo "make wheel   a wheel in dist/, tried out in a clean environment"
 	@echo "make lint    ruff, clang-format, mypy          make format   let ruff and clang-format rewrite"
-	@echo "make bench   fidelity and cost tables          make clean    build outputs; distclean: .venv too"
+	@echo "make bench   what every op and a step cost     make tables   fidelity and cost tables, beside peers"
+	@echo "make clean   build outputs                     make distclean  .venv too"
 
 # ------------------------------------------------------------------------------------------- environment
 $(STAMPS)/venv:
@@ -113,8 +115,14 @@ format: $(STAMPS)/deps
 	$(BIN)/ruff format .
 	find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
-BENCHES ?= bench_ops bench_linear_logprob cost fidelity
-bench: build model
+# Figures of every op and of a step, kept in .benchmarks under the commit's name; COMPARE=name sets them beside earlier ones.
+COMPARE ?=
+bench: build
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
+	  --benchmark-save=$$(git rev-parse --short HEAD) $(if $(COMPARE),--benchmark-compare='*_$(COMPARE)') $(ARGS)
+
+BENCHES ?= bench_linear_logprob bench_project bench_sklearn cost fidelity
+tables: build model
 	for name in $(BENCHES); do $(BIN)/python -m benchmarks.$$name; done
 
 # The source archive is built first and the wheel from it, both in environments of their own, so that a file missing

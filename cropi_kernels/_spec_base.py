@@ -66,15 +66,22 @@ class Spec:
 def as_int(value: Any, low: int, high: int | None = None) -> int | None:
     """``value`` as a Python integer from ``low`` to ``high``, or None where it is none.
 
-    Integers of NumPy and torch, also as arrays without dimensions, are integers; True and False, in any library, are not.
+    Integers of NumPy and torch, also as arrays without dimensions, are integers; True and False, of any library, are
+    not.
     """
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or getattr(value, "ndim", 0):
+    if type(value) is int:  # the rule, and all that a traced call can ask
+        return value if low <= value and (high is None or value <= high) else None
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or _dimensions(value):
         return None
     try:
         whole = operator.index(value)
     except TypeError:
         return None
     return whole if low <= whole and (high is None or whole <= high) else None
+
+
+def _dimensions(value: Any) -> int:
+    return int(getattr(value, "ndim", 0))
 
 
 def check_int(field: str, value: Any, low: int, high: int | None = None, extra: str = "") -> int:
@@ -103,9 +110,9 @@ def check_kind(kind: Any, kinds: tuple[str, ...]) -> Any:
 
 def check_keep(keep: Any) -> float:
     """``keep`` as a Python float: 1 and 1.0 are one spec, and must be one text."""
-    dtype = str(getattr(keep, "dtype", "float"))
-    number = isinstance(keep, (int, float)) or "float" in dtype or "int" in dtype
-    if isinstance(keep, (bool, str)) or not number or getattr(keep, "ndim", 0) or not 0.0 < keep <= 1.0:
+    dtype = str(getattr(keep, "dtype", type(keep).__name__))  # numbers of NumPy and torch are numbers
+    number = any(kind in dtype for kind in ("float", "int")) and not _dimensions(keep)
+    if not number or not 0.0 < keep <= 1.0:
         raise ValueError(f"keep={keep!r}: give the share of coordinates to keep, in (0, 1]")
     return float(keep)
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import philox as px
+from ._spec_base import as_int
 from .spec import SLAB_SIZE, SketchSpec
 
 Role = Literal["linear", "embedding", "tied"]
@@ -111,14 +112,15 @@ def plan_matrix(spec: SketchSpec, name: str, rows: int, cols: int, role: Role = 
     Raises:
         ValueError: a side is below 1, or ``role`` is none of the three.
     """
-    if rows < 1 or cols < 1:
-        raise ValueError(f"shape=({rows}, {cols}) of {name!r}: both sides must be at least 1")
+    sides = as_int(rows, 1), as_int(cols, 1)
+    if None in sides:
+        raise ValueError(f"shape=({rows}, {cols}) of {name!r}: both sides must be integers, at least 1")
     if role not in ("linear", "embedding", "tied"):
         raise ValueError(f"role={role!r} of {name!r}: give 'linear', 'embedding' or 'tied'")
     width = spec.width if role == "linear" else None
     vocab = spec.vocab_width if role == "tied" else None
     return _plan_matrix(
-        spec.version, spec.seed, max(1, spec.base_dim // SLAB_SIZE), name, rows, cols, width, vocab
+        spec.version, spec.seed, max(1, spec.base_dim // SLAB_SIZE), name, *sides, width, vocab
     )
 
 
@@ -176,9 +178,10 @@ def plan_vector(spec: SketchSpec, name: str, size: int) -> VectorPlan:
     Raises:
         ValueError: ``size`` is below 1.
     """
-    if size < 1:
-        raise ValueError(f"size={size} of {name!r}: must be at least 1")
-    return _plan_vector(spec.version, spec.seed, spec.base_dim, name, size)
+    whole = as_int(size, 1)
+    if whole is None:
+        raise ValueError(f"size={size} of {name!r}: must be an integer, at least 1")
+    return _plan_vector(spec.version, spec.seed, spec.base_dim, name, whole)
 
 
 @functools.lru_cache(maxsize=16384)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._spec_base import check_int
 from .ops.project import ProjectionSpec, project, project_transpose
 from .ops.project.spec import Kind
 
@@ -58,7 +59,7 @@ class RandomProjection(nn.Module):
     def __init__(self, spec: ProjectionSpec, offset: int = 0) -> None:
         super().__init__()
         self.spec = spec
-        self.offset = offset
+        self.offset = check_int("offset", offset, 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -137,7 +138,9 @@ class BasicProjector(nn.Module):
                 f"device={device}: there is no such device here, or no kernel; use device='cpu'"
             )
         self._kind = _KINDS[name]
-        self.grad_dim, self.proj_dim, self.seed = grad_dim, proj_dim, seed
+        self.grad_dim = check_int("grad_dim", grad_dim, 1)
+        self.proj_dim = check_int("proj_dim", proj_dim, 1)
+        self.seed = check_int("seed", seed, 0)
         self.proj_type, self.device, self.dtype, self.model_id = proj_type, device, dtype, model_id
         self.block_size, self.nnz, self.normalize = min(proj_dim, block_size), nnz, normalize
         self.spec(model_id)  # refuses bad sizes now
@@ -146,7 +149,7 @@ class BasicProjector(nn.Module):
         """The projection of one checkpoint."""
         nnz = self.nnz if self._kind == "sjlt" else 1
         return ProjectionSpec(
-            self.proj_dim, kind=self._kind, nnz=nnz, seed=self.seed, stream=int(model_id), size=self.grad_dim
+            self.proj_dim, kind=self._kind, nnz=nnz, seed=self.seed, stream=model_id, size=self.grad_dim
         )
 
     def project(self, grads: Grads, model_id: int) -> torch.Tensor:

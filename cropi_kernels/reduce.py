@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import philox as px
+from ._spec_base import as_int, check_int
 from .spec import VERSION
 
 
@@ -29,8 +30,10 @@ def reduce_sketch(sketch: torch.Tensor, dim: int, *, seed: int = 0, version: int
     n = sketch.shape[-1]
     if n < 1 or n & (n - 1):
         raise ValueError(f"sketch has {n} numbers per row: a sketch has a power of two")
-    if dim < 1 or dim & (dim - 1) or dim > n:
+    whole = as_int(dim, 1, n)
+    if whole is None or whole & (whole - 1):
         raise ValueError(f"dim={dim}: give a power of two up to the sketch's own size {n}")
+    dim, seed = whole, check_int("seed", seed, 0)
     while n > dim:
         key, half = px.key_of(version, seed, f"reduce/{n}"), n // 2
         sign = torch.from_numpy(px.signs(key, n, px.REDUCE_SIGN)).to(sketch)

@@ -190,6 +190,7 @@ void add_rows(const ProjectCsrArgs& args, Each&& each) {
     Scratch sums(args.dim * int64_t(sizeof(T) / 4)), marks(args.dim);
     T* sum = reinterpret_cast<T*>(sums.data());
     uint32_t* met_in = reinterpret_cast<uint32_t*>(marks.data());
+    std::memset(sum, 0, size_t(args.dim) * sizeof(T));
     std::memset(met_in, 0, size_t(args.dim) * 4);
     for (int64_t r = task * per_task; r < last; ++r) {
       const uint32_t mark = uint32_t(r - task * per_task) + 1;
@@ -197,14 +198,16 @@ void add_rows(const ProjectCsrArgs& args, Each&& each) {
       int32_t* met = args.bucket + from;
       int64_t n = 0;
       each(column, int64_t(start[r]), int64_t(start[r + 1]), [&](uint32_t bucket, uint32_t sign, int64_t i) {
-        const bool first = met_in[bucket] != mark;  // no branch: it would be guessed wrongly half the time
+        met[n] = int32_t(bucket);  // no branch: it would be guessed wrongly half the time
+        n += met_in[bucket] != mark;
         met_in[bucket] = mark;
-        met[n] = int32_t(bucket);
-        n += first;
-        sum[bucket] = (first ? T(0) : sum[bucket]) + flip(value[i], sign);
+        sum[bucket] += flip(value[i], sign);
       });
       T* y = static_cast<T*>(args.y) + from;
-      for (int64_t k = 0; k < n; ++k) y[k] = sum[met[k]];
+      for (int64_t k = 0; k < n; ++k) {
+        y[k] = sum[met[k]];
+        sum[met[k]] = 0;
+      }
       finish(y, n, T(args.scale));
       args.count[r] = n;
     }

@@ -6,7 +6,6 @@ Needs scikit-learn (``pip install scikit-learn``); nothing else in cropi does, a
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import warnings
 from typing import Any
 
@@ -41,7 +40,7 @@ class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     Args:
         n_components: an integer, or ``"auto"`` for the Johnson-Lindenstrauss dimension of ``eps`` and the number of
             samples seen by ``fit`` (an error where that exceeds the number of features).
-        kind, nnz: as in `cropi_kernels.ProjectionSpec`; ``nnz`` above ``n_components`` is lowered to it, with a warning.
+        kind, nnz: as in `cropi_kernels.ProjectionSpec`; ``nnz`` above ``n_components`` is lowered to it with a warning.
         eps: greatest relative error of squared distances, for ``n_components="auto"``.
         dense_output: False gives a CSR matrix for sparse input. A row of n numbers has up to ``n * nnz`` of
             ``n_components``, so that pays where ``n_components`` is several times as large. It needs a sparse kind.
@@ -50,8 +49,8 @@ class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     Attributes:
         n_components_: features after the projection.
         spec_: the `ProjectionSpec`, which defines S.
-        components_: S as a matrix [n_components_, n_features_in_], CSR for the sparse kinds. It is made when it is asked
-            for, and not used: ``transform(X)`` equals ``X @ components_.T`` up to rounding.
+        components_: S as a float32 matrix [n_components_, n_features_in_], CSR for the sparse kinds. It is made when it
+            is asked for, and not used: ``transform(X)`` equals ``X @ components_.T`` up to rounding.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
     """
 
@@ -88,16 +87,8 @@ class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
                 )
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         spec = ProjectionSpec(dim, kind=self.kind, seed=seed, size=n_features)  # type: ignore[arg-type]
-        nnz = self.nnz
-        if self.kind == "sjlt" and isinstance(nnz, numbers.Integral) and nnz > spec.dim:
-            warnings.warn(
-                f"nnz={nnz} is higher than n_components={spec.dim}: a column has at most {spec.dim} nonzeros, and so "
-                "many are used",
-                DataDimensionalityWarning,
-                stacklevel=2,
-            )
-            nnz = spec.dim
-        spec = self.spec_ = dataclasses.replace(spec, nnz=nnz)
+        spec = dataclasses.replace(spec, nnz=self._nonzeros(spec.dim))
+        self.spec_ = spec
         if spec.dim > n_features:
             warnings.warn(
                 f"n_components={spec.dim} is higher than the number of features {n_features}: the dimensionality is "
@@ -107,11 +98,22 @@ class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             )
         if not self.dense_output and not spec.sparse:
             raise ValueError(
-                f"dense_output={self.dense_output!r} with kind={self.kind!r}: every number of a row meets all components; "
-                "give dense_output=True, or kind='countsketch' or 'sjlt'"
+                f"dense_output={self.dense_output!r} with kind={self.kind!r}: every number of a row meets all "
+                "components; give dense_output=True, or kind='countsketch' or 'sjlt'"
             )
         self.n_components_ = spec.dim
         return self
+
+    def _nonzeros(self, dim: int) -> Any:
+        """``nnz``, or ``dim`` where that is less: n_components=1 leaves a column no more."""
+        if self.kind != "sjlt" or not isinstance(self.nnz, (int, np.integer)) or self.nnz <= dim:
+            return self.nnz
+        warnings.warn(
+            f"nnz={self.nnz} is higher than n_components={dim}: a column has at most {dim} nonzeros, which are used",
+            DataDimensionalityWarning,
+            stacklevel=3,
+        )
+        return dim
 
     def transform(self, X: Any) -> Any:
         """[n_samples, n_components_] of a dense or sparse ``X`` [n_samples, n_features_in_], float32 or float64."""

@@ -8,6 +8,7 @@ import torch
 
 from ... import _memory, dispatch
 from ..._library import no_autocast
+from ..._spec_base import as_int, check_int
 from . import chunks, ops
 from .contract import OnDlogits, Settings, Weigh, check_temperature
 
@@ -169,6 +170,8 @@ def _checked(
     check_temperature(temperature)
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap={softcap}: give a finite number above 0, or None for no soft-cap")
-    if chunk_size is not None and chunk_size < 1:
+    tokens = 0 if chunk_size is None else as_int(chunk_size, 1)
+    if tokens is None:
         raise ValueError(f"chunk_size={chunk_size}: give at least 1 token, or None for the default")
-    return Settings(temperature, softcap or 0.0, ignore_index, chunk_size or 0, dispatch.checked(backend))
+    ignored = check_int("ignore_index", ignore_index, -(1 << 63), (1 << 63) - 1)
+    return Settings(float(temperature), float(softcap or 0.0), ignored, tokens, dispatch.checked(backend))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..._library import plain
+from ..._spec_base import check_int
 from ...plan import MatrixPlan, recipe_of
 from . import ops
 
 __all__ = ["sketch_grouped"]
+
+_MOST = 1 << 62
 
 
 def sketch_grouped(
@@ -51,6 +54,7 @@ def sketch_grouped(
             its rows (a tied head); names which.
         RuntimeError: the backend that was named cannot serve the call; says why.
     """
-    step = ops.step_of(d, row_step)
+    step = ops.step_of(d, row_step if row_step is None else check_int("row_step", row_step, -_MOST, _MOST))
+    first_row = check_int("first_row", first_row, -_MOST, _MOST)  # what does not fit is found beside the plan
     ops.SKETCH(plain(d), plain(a), offsets, out, recipe_of(plan), first_row, step, backend)
     return out
