@@ -13,13 +13,15 @@ import pytest
 import cropi_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_TIMED = {
+# Done once a parameter, or in messages.
+NOT_TIMED = {"plan_matrix", "plan_vector", "canonical_name", "explain"}
     "plan_matrix",
     "plan_vector",
     "canonical_name",
     "explain",
 }  # done once a parameter, or in messages
-OF_MODELS = {"token_logprobs"}  # logprob_and_grad behind a model's forward, which the whole step has too
+# `logprob_and_grad` behind a model's forward, which the whole step has too.
+OF_MODELS = {"token_logprobs"}
 
 
 def bench(*args: str) -> subprocess.CompletedProcess[str]:
