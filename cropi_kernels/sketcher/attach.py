@@ -17,8 +17,18 @@ from .coverage import Coverage, uncovered
 from .decoder import SplitModel, output_embeddings
 from .engine import Norm
 from .exact import ExactTaps
+from .expert_taps import ExpertsTap, RouterTap
+from .experts import Unsupported, recognise_experts
 from .matrix import MatrixSketch, matrix_sketch
-from .recognise import embedding_scale, is_conv1d, is_linear, norm_of, takes_one_tensor
+from .recognise import (
+    embedding_scale,
+    is_conv1d,
+    is_linear,
+    is_router,
+    norm_of,
+    takes_one_tensor,
+    uses_weight_once,
+)
 from .taps import EmbeddingTap, LinearTap, NormTap, Tap
 
 UNCOVERED = "uncovered"  # as a pattern of `exclude`: whatever has no tap
@@ -66,7 +76,7 @@ def plan_model(
     while missing := builder.missing():
         lost = {wanted[i]: trainable[i].numel() for i, _ in missing}
         if UNCOVERED not in patterns:
-            lines = [_describe(wanted[i], trainable[i], m, builder.owners[i]) for i, m in missing]
+            lines = [_describe(builder, wanted[i], trainable[i], m) for i, m in missing]
             problem, share = "no tap covers these trainable parameters", sum(lost.values()) / total
             raise uncovered(problem, lines, next(iter(lost)), share)
         left_out.update(lost)
@@ -125,9 +135,12 @@ def refused_modules(
     return refused
 
 
-def _describe(name: str, p: nn.Parameter, module: nn.Module, owners: Sequence[nn.Module]) -> str:
+def _describe(builder: _Builder, name: str, p: nn.Parameter, module: nn.Module) -> str:
     """A parameter that has no tap in ``module``, and what keeps its gradient from being formed."""
-    if len(owners) > 1:
+    owners = builder.owners[id(p)]
+    if module in builder.reasons:
+        why = builder.reasons[module]
+    elif len(owners) > 1:
         why = f"shared by {len(owners)} modules ({', '.join(type(m).__name__ for m in owners)})"
     else:
         why = f"no formula is known for its use, and its {p.numel():,} numbers are too many for a gradient to be formed"
@@ -152,6 +165,7 @@ class _Builder:
         self.exact: list[exact.Exact] = []
         self.covered: dict[int, None] = {}
         self.by_kind: dict[str, int] = {}
+        self.reasons: dict[nn.Module, str] = {}  # why experts are not sketched
         self._matrices: dict[int, MatrixSketch] = {}
         modules = dict(model.named_modules())
         for path, module in modules.items():
@@ -179,8 +193,10 @@ class _Builder:
             self._linear(path, module, own, transposed=not isinstance(module, nn.Linear))
         elif isinstance(module, nn.Embedding):
             self._embedding(path, module, own)
-        elif own.keys() <= {"weight", "bias"}:
+        elif not self._experts(path, module, own) and own.keys() <= {"weight", "bias"}:
             self._norm(path, module, own)
+            if module not in self.taps and is_router(module) and uses_weight_once(module):
+                self._router(path, module, own)
 
     def _linear(self, path: str, module: nn.Module, own: dict[str, nn.Parameter], transposed: bool) -> None:
         if not own.keys() <= {"weight", "bias"}:
@@ -215,16 +231,49 @@ class _Builder:
         norm = Norm(centered, eps, plans.get("weight"), plans.get("bias"))
         self.taps[module] = NormTap(self.acc, path, norm)
 
+    def _experts(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+        try:
+            layout = recognise_experts(module)
+            if layout is not None and self.spec.kind != "slab":
+                raise Unsupported(f"experts are sketched by kind='slab', not by kind={self.spec.kind!r}")
+        except Unsupported as error:
+            self.reasons[module] = str(error)
+            return True
+        if layout is None:
+            return False
+        matrices, biases = {}, {}
+        for name, p in own.items():
+            if name in layout.matrices():
+                experts, rows, cols = layout.rows_and_cols(p)
+                matrices[name] = matrix_sketch(self.spec, self.wanted[id(p)], experts * rows, cols, "linear")
+            else:
+                biases[layout.weight_of(name)] = plan_vector(self.spec, self.wanted[id(p)], p.numel())
+            self._cover(p, "expert" if name in layout.matrices() else "bias")
+        self.taps[module] = ExpertsTap(self.acc, path, layout, matrices, biases)
+        return True
+
+    def _router(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
+        matrix = bias = None
+        if (weight := own.get("weight")) is not None:
+            matrix = self._matrix(weight)
+            self._cover(weight, "router")
+        if (b := own.get("bias")) is not None:
+            bias = plan_vector(self.spec, self.wanted[id(b)], b.numel())
+            self._cover(b, "bias")
+        self.taps[module] = RouterTap(self.acc, path, matrix, bias)
+
     def _form(self, chain: Sequence[nn.Module]) -> None:
         """Parameters of a module that no tap covers, where they are small enough that their gradient can be formed."""
         module = chain[0]
+        if module in self.reasons:
+            return
         for key, p in module.named_parameters(recurse=False):
             name, alone = self.wanted.get(id(p)), len(self.owners[id(p)]) == 1
             if name is None or id(p) in self.covered or not alone or not 0 < p.numel() <= exact.LARGEST:
                 continue
             # Coordinates do not depend on the way to the gradient: a linear layer that is used beside its module has
             # those of any other.
-            known = isinstance(module, nn.Embedding | nn.Linear) and p is module.weight
+            known = key == "weight" and (isinstance(module, nn.Embedding | nn.Linear) or is_router(module))
             matrix = self._matrix(p) if known else None
             plan = None if known else plan_vector(self.spec, name, p.numel())
             self.exact.append(exact.Exact(name, key, p, tuple(chain), plan, matrix))

@@ -18,6 +18,7 @@ import torch
 from .. import _native, dispatch
 from ..ops._checks import check_offset_values
 from ..ops.norm_grad import bias_grad, norm_grad
+from ..ops.sketch_grouped import sketch_grouped
 from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .hooks import packed
@@ -98,6 +99,18 @@ class Operators:
     def add_vector(self, gradients: torch.Tensor, plan: VectorPlan) -> None:
         """``out[s] += sketch(gradients[s])`` of gradients [segments, n] that exist."""
         sketch_vector(gradients, plan, self.out)
+
+    def add_grouped(
+        self, dy: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, matrix: MatrixSketch
+    ) -> None:
+        """Add ``D^T A`` of a stack of experts: rows sorted by (expert, segment), cut into ``ranges``."""
+        assert matrix.plan is not None
+        sketch_grouped(dy, kept, ranges, matrix.plan, self.out)
+
+    def add_grouped_bias(self, dy: torch.Tensor, ranges: torch.Tensor, plan: VectorPlan) -> None:
+        sums, segments = bias_grad(dy, ranges), self.out.shape[0]
+        by_segment = sums.view(-1, segments, sums.shape[1]).transpose(0, 1).reshape(segments, -1)
+        sketch_vector(by_segment, plan, self.out)
 
 
 class CpuEngine(Operators):

@@ -96,8 +96,7 @@ class GradientSketcher:
         if self._embeddings is not None:
             self._handles.append(self._embeddings.register_forward_hook(_start_graph))
         for module, tap in self._plan.taps.items():
-            # Before the hooks of others, which may change the output.
-            self._handles.append(module.register_forward_hook(tap, prepend=True, with_kwargs=True))
+            self._handles.append(tap.hook(module))
         self._handles += self._plan.exact.register()
 
     def _unhook(self) -> None:

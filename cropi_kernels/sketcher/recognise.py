@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from typing import Any
 
@@ -46,6 +47,34 @@ def is_linear(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
     return _forward_of(module) is nn.Linear.forward or _multiplies(module, module.weight, False)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether the module's own code multiplies by its weight, whatever it does with the product.
+
+    By the names in the code, to leave out what holds a weight for others to use.
+    """
+    weight, names = getattr(module, "weight", None), _names_in_forward(module)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or "forward" in vars(module):
+        return False
+    if isinstance(module, nn.Linear) and inspect.unwrap(type(module).forward) is nn.Linear.forward:
+        return False  # not linear all the same: nn.MultiheadAttention takes its weight and never calls it
+    return names.count("linear") > 0 or isinstance(module, nn.Linear) and names.count("forward") > 0
+
+
+def uses_weight_once(module: nn.Module) -> bool:
+    """Whether that product is the one use of the weight: what a `RouterTap` then holds every call to."""
+    names = _names_in_forward(module)
+    uses = names.count("weight"), names.count("linear"), names.count("forward")
+    return uses[:2] == (1, 1) or isinstance(module, nn.Linear) and uses == (0, 0, 1)
+
+
+def _names_in_forward(module: nn.Module) -> list[str]:
+    """Attributes and globals that the code of the module's forward reads, as often as it does."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return (
+        [] if code is None else [i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_")]
+    )
 
 
 def is_conv1d(module: nn.Module) -> bool:

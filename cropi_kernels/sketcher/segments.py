@@ -125,6 +125,13 @@ class Segments:
             mine = torch.nn.functional.pad(mine, (0, x.shape[-1] - self.length))
         return torch.where(mine, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
+    def ranges_of(self, expert: torch.Tensor, token: torch.Tensor, n_experts: int) -> torch.Tensor:
+        """Offsets [experts * segments + 1] of rows that are sorted by (expert, token), for `sketch_grouped`."""
+        offsets = self.offsets_on(token.device)
+        segment = torch.searchsorted(offsets, token, right=True) - 1
+        keys = torch.arange(n_experts * self.count + 1, device=token.device)
+        return torch.searchsorted(expert * self.count + segment, keys)
+
     def offsets_on(self, device: torch.device, repeats: int = 1) -> torch.Tensor:
         """``offsets * repeats`` on a device."""
         if device.type == "cpu" and repeats == 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+import functools
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,12 +21,23 @@ def count_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return sum(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values()))
 
 
+class Hook(Protocol):
+    """What ends a tap."""
+
+    def remove(self) -> None: ...
+
+
 class Tap(abc.ABC):
     """Forward hook of a module; ``where`` is the module's name, for messages."""
 
     def __init__(self, accumulator: Accumulator, where: str) -> None:
         self.acc, self.where = accumulator, where
         self._sites = Site(where, False), Site(where, True)
+
+    def hook(self, module: nn.Module) -> Hook:
+        """Tap the module until the returned handle's `remove`."""
+        # Before the hooks of others, which may change the output.
+        return module.register_forward_hook(self, prepend=True, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         if self.acc.segments is None or not torch.is_grad_enabled():
@@ -70,18 +82,21 @@ class Tap(abc.ABC):
         """Add the output's gradient ``dy``, with what `attach` kept, to the sketches."""
 
     def sink(self, site: Site) -> Sink:
-        """`backward`, for this batch alone: the graph of one that failed may still be run in the next."""
+        return self.within(functools.partial(self.backward, site))
+
+    def within(self, add: Sink) -> Sink:
+        """``add``, for this batch alone: the graph of one that failed may still be run in the next."""
         segments = self.acc.segments
 
-        def add(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        def guarded(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
             if self.acc.hears(segments, self.where):
                 with self.acc.timed():
                     try:
-                        self.backward(site, dy, kept)
+                        add(dy, kept)
                     except NotTokensError as error:
                         self.refuse(str(error))
 
-        return add
+        return guarded
 
 
 class LinearTap(Tap):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..plan import MatrixPlan, plan_vector
 from ..reduce import reduce_sketch
 from ..sketcher.accumulator import Accumulator
 from ..sketcher.attach import plan_model
+from ..sketcher.expert_taps import ExpertsTap
 from ..sketcher.matrix import KronMatrix, MatrixSketch, SlabMatrix, TensorMatrix
 from ..sketcher.taps import EmbeddingTap, LinearTap
 from ..spec import SketchSpec
@@ -55,20 +57,25 @@ def sketch_gradients(
 ) -> torch.Tensor:
     """Sketch [dim] of a gradient that exists, coordinate by coordinate, in its dtype (float64: an oracle)."""
     plan = plan_model(model, spec, Accumulator(spec), exclude)
-    matrices: dict[str, tuple[MatrixSketch, bool]] = {}
+    matrices: dict[str, tuple[MatrixSketch, Callable[[torch.Tensor], torch.Tensor]]] = {}
     for module, tap in plan.taps.items():
-        if isinstance(tap, (LinearTap, EmbeddingTap)) and tap.matrix is not None:
-            transposed = isinstance(tap, LinearTap) and not isinstance(module, nn.Linear)
-            matrices[tap.matrix.name] = tap.matrix, transposed
-    matrices |= {one.name: (one.matrix, False) for one in plan.exact.parameters if one.matrix is not None}
+        if isinstance(tap, ExpertsTap):
+            matrices.update({m.name: (m, tap.layout.stacked) for m in tap.experts.values()})
+        elif isinstance(tap, (LinearTap, EmbeddingTap)) and tap.matrix is not None:
+            transposed = type(tap) is LinearTap and not isinstance(module, nn.Linear)
+            matrices[tap.matrix.name] = tap.matrix, torch.t if transposed else torch.Tensor.contiguous
+    for one in plan.exact.parameters:
+        if one.matrix is not None:
+            matrices[one.name] = one.matrix, torch.Tensor.contiguous
     dtype = next(iter(gradients.values())).dtype
     out = torch.zeros(spec.base_dim, dtype=dtype)
     for name in plan.coverage.names:
         gradient = gradients[name]
         if name in matrices:
-            matrix, transposed = matrices[name]
-            out += _sketch_matrix(matrix, gradient.T.contiguous() if transposed else gradient)
+            matrix, outputs_first = matrices[name]
+            out += _sketch_matrix(matrix, outputs_first(gradient).contiguous())
         else:
+            gradient = gradient.flatten()
             vector = plan_vector(spec, name, gradient.numel())
             signed = gradient.reshape(-1) * torch.from_numpy(vector.sign).to(dtype)
             out.index_add_(0, torch.from_numpy(vector.position), signed)

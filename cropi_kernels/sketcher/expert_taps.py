@@ -1,0 +1,183 @@
+"""Taps of a mixture of experts: the fused experts themselves, and the routers that choose among them.
+
+Neither shows a hook on the module's output what is needed: experts multiply inside, a router returns scores. While a
+sketcher is active their ``forward`` is replaced, on the module and not in its class, and put back afterwards.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..plan import VectorPlan
+from .accumulator import Accumulator
+from .engine import Site
+from .experts import Experts, Order, run_experts
+from .hooks import capture
+from .slab import MatrixSketch
+from .taps import LinearTap, Tap
+
+CASTS = frozenset({"to", "type", "type_as", "float", "double", "bfloat16", "half"})
+
+
+class Replaced:
+    """A module's ``forward``, replaced until `remove`."""
+
+    def __init__(self, module: nn.Module, forward: Any) -> None:
+        self.module, self.before = module, vars(module).get("forward")
+        module.forward = forward
+
+    def remove(self) -> None:
+        if self.before is None:
+            vars(self.module).pop("forward", None)
+        else:
+            self.module.forward = self.before
+
+
+class ExpertsTap(Tap):
+    """Fused experts: the rows of all tokens, sorted by (expert, segment), with their inputs and output gradients."""
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        where: str,
+        layout: Experts,
+        matrices: dict[str, MatrixSketch],
+        biases: dict[str, VectorPlan],
+    ) -> None:
+        super().__init__(accumulator, where)
+        self.layout, self.experts, self.biases = layout, matrices, biases
+
+    def hook(self, module: nn.Module) -> Replaced:
+        original = module.forward
+        signature = inspect.signature(original)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.acc.segments is None or not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            given = tuple(signature.bind(*args, **kwargs).arguments.values())
+            if not self._fits(module, given):
+                return original(*args, **kwargs)
+            return self.run(module, given)
+
+        return Replaced(module, forward)
+
+    def _fits(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
+        """Whether the call is given every token once; if not, it is refused."""
+        segments, hidden, repeated = self.acc.segments, args[0], self.layout.repeated
+        assert segments is not None
+        tokens = segments.batch * segments.length
+        rows = tokens * (len(getattr(module, self.layout.up)) if repeated else 1)
+        if hidden.ndim == 2 and len(hidden) == rows and len(args) == (1 if repeated else 3):
+            return True
+        self.refuse(
+            f"{self.where} saw an input of shape {tuple(hidden.shape)} in a batch of {segments.batch} x "
+            f"{segments.length} tokens: it does not see every token once; exclude its parameters"
+        )
+        return False
+
+    def run(self, module: nn.Module, args: tuple[Any, ...]) -> torch.Tensor:
+        segments, layout, hidden = self.acc.segments, self.layout, args[0]
+        assert segments is not None
+        tokens, n_experts = segments.batch * segments.length, len(getattr(module, layout.up))
+        if layout.repeated:
+            order = Order.of(torch.arange(len(hidden), device=hidden.device)[:, None] // tokens, n_experts)
+        else:
+            order = Order.of(args[1], n_experts)
+        token = order.token % tokens
+        ranges = segments.ranges_of(order.expert, token, n_experts)
+
+        def tapped(name: str, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            matrix = self.experts.get(name)
+            bias = self.biases.get(name)
+            if matrix is None and bias is None:
+                return y
+            shared = name == layout.up and not layout.repeated
+
+            def add(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+                if matrix is not None and kept is not None:
+                    rows = kept.index_select(0, token) if shared else kept
+                    self.acc.engine.add_grouped(dy, rows, ranges, matrix)
+                if bias is not None:
+                    self.acc.engine.add_grouped_bias(dy, ranges, bias)
+
+            if matrix is None:
+                return capture(y, self.within(add))
+            # A token is folded and kept once, not once for every expert that it goes to.
+            a, key = (hidden, matrix.fold_key) if shared else (x, None)
+            with self.acc.timed(), torch.no_grad():
+                kept = self.acc.folded(key, a, lambda: matrix.fold(a.detach()))
+            return capture(y, self.within(add), kept)
+
+        return run_experts(module, layout, args, tapped, order)
+
+    def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
+        raise AssertionError(f"{self.where}: experts have no forward hook")
+
+    def backward(self, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        raise AssertionError(f"{self.where}: experts have no forward hook")
+
+
+class RouterTap(LinearTap):
+    """A module that calls ``F.linear(x, weight[, bias])`` with its own weight, and returns anything (scores, indices).
+
+    Found by the weight's identity, casts followed: exact, whatever is done with the logits.
+    """
+
+    def hook(self, module: nn.Module) -> Replaced:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.acc.segments is None or not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            with _Products(self, module) as products:
+                out = original(*args, **kwargs)
+            if products.seen != 1:
+                self.refuse(
+                    f"{self.where} multiplies by its weight {products.seen} times: exclude its parameters"
+                )
+            return out
+
+        return Replaced(module, forward)
+
+    def product(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        assert self.acc.segments is not None
+        return self.attach(x, y, self._sites[self.acc.segments.heads_first(x)])
+
+
+class _Products(TorchFunctionMode):
+    """Sees every torch function inside; hands the product with a module's weight to its tap."""
+
+    def __init__(self, tap: RouterTap, module: nn.Module) -> None:
+        super().__init__()
+        self.tap, self.module, self.seen = tap, module, 0
+        self.weight = [module.weight]  # and its casts
+        self.own = [module.weight] if tap.bias is None else [module.weight, module.bias]
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        given = [v for v in (*args, *kwargs.values()) if any(v is w for w in self.own)]
+        if not given:
+            return out
+        name = getattr(function, "__name__", "")
+        if function is nn.functional.linear:
+            x, weight = (*args, *kwargs.values())[:2]
+            if any(weight is w for w in self.weight) and not any(x is w for w in self.own):
+                self.seen += 1
+                return self.tap.product(x, out)
+        if name in CASTS:
+            if any(given[0] is w for w in self.weight):
+                self.weight.append(out)
+            self.own.append(out)
+        elif isinstance(out, torch.Tensor):
+            self.tap.refuse(
+                f"{self.tap.where} uses its weight in {name}, which no tap sees: exclude its parameters"
+            )
+        return out

@@ -1,0 +1,79 @@
+"""Small models of every family of experts that transformers has, and what they need to be built small."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+from support import zoo
+
+# By the names that configurations have: a family takes those that it knows.
+SIZES: dict[str, Any] = dict(
+    vocab_size=zoo.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=64, sliding_window=32, pad_token_id=0,
+    moe_intermediate_size=24, shared_expert_intermediate_size=24, n_shared_experts=1, num_shared_experts=1,
+    num_experts=6, num_local_experts=6, n_routed_experts=6, moe_num_experts=6,
+    num_experts_per_tok=2, num_experts_per_token=2, moe_k=2, top_k_experts=2, moe_topk=2, topk=2,
+    n_group=2, topk_group=1, first_k_dense_replace=1, moe_layer_freq=1, decoder_sparse_step=1,
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    mamba_num_heads=4, mamba_head_dim=16, mamba_n_groups=2, mamba_d_state=8, mamba_d_head=16, mamba_n_heads=4,
+    ssm_state_size=8, n_groups=2, chunk_size=8, enable_moe_block=True, hidden_size_per_layer_input=0,
+)  # fmt: skip
+CHANGES: dict[str, dict[str, Any]] = {
+    "zaya": dict(num_experts_per_tok=1),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+}
+LARGEST = 4_000_000  # parameters
+
+
+@functools.cache
+def families() -> tuple[str, ...]:
+    """Model types of causal LMs whose code has experts."""
+    found = []
+    for kind, name in CAUSAL.items():
+        source = inspect.getsource(inspect.getmodule(getattr(transformers, name)) or transformers)
+        if "Experts" in source and kind not in found:
+            found.append(kind)
+    return tuple(found)
+
+
+def small(kind: str) -> nn.Module:
+    """A model of the family in float32, its weights seeded, scales and biases off 1 and 0.
+
+    Raises:
+        ValueError: the family asks for more than a few sizes; says what.
+    """
+    model_class = getattr(transformers, CAUSAL[kind])
+    known = set(inspect.signature(model_class.config_class.__init__).parameters)
+    sizes = {name: value for name, value in SIZES.items() if name in known} | CHANGES.get(kind, {})
+    if "qk_rope_head_dim" in known:  # latent attention: as many heads of keys, of a width of their own
+        sizes.pop("head_dim", None)
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    try:
+        config = model_class.config_class(**sizes)
+        with torch.device("meta"):
+            total = sum(p.numel() for p in model_class(config).parameters())
+    except Exception as error:  # their code
+        raise ValueError(f"{kind} needs sizes of its own: {type(error).__name__}: {error}") from error
+    if total > LARGEST:
+        raise ValueError(f"{kind} has {total} parameters at these sizes")
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1 if p.ndim == 1 else 0.05)
+    return model  # type: ignore[no-any-return]
+
+
+def eager(model: nn.Module) -> nn.Module:
+    """With the family's own loop over experts, the one implementation that takes float64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
