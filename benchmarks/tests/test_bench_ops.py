@@ -15,11 +15,6 @@ import cropi_kernels
 ROOT = Path(__file__).resolve().parents[2]
 # Done once a parameter, or in messages.
 NOT_TIMED = {"plan_matrix", "plan_vector", "canonical_name", "explain"}
-    "plan_matrix",
-    "plan_vector",
-    "canonical_name",
-    "explain",
-}  # done once a parameter, or in messages
 # `logprob_and_grad` behind a model's forward, which the whole step has too.
 OF_MODELS = {"token_logprobs"}
 
