@@ -5,32 +5,90 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 from cropi.errors import printable
+from cropi.cli import options
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
     command.add_argument(
-        "path", help="a store's folder, a score table (.parquet) or trajectories (.jsonl, .jsonl.gz)"
+        "path", help="a store's folder, a score table (.parquet) or trajectories (in any format that is read)"
     )
     command.add_argument("--verify", action="store_true", help="read every shard and check its checksum")
     command.add_argument(
         "--skip-bad", action="store_true", help="count bad records instead of stopping at the first"
     )
+    options.add_columns(command)
+    tokens = command.add_argument_group("trajectories")
+    tokens.add_argument(
+        "--show-tokens",
+        type=int,
+        metavar="N",
+        help="show the tokens of the first N prompts, and which are scored",
+    )
+    tokens.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="whose tokenizer and chat template make the tokens (for --show-tokens)",
+    )
+    tokens.add_argument(
+        "--chat-template", default="auto", metavar="auto|none|FILE", help="as for cropi sketch"
+    )
+    tokens.add_argument("--template-date", metavar="YYYY-MM-DD", help="as for cropi sketch")
+    tokens.add_argument("--no-eos", dest="eos", action="store_false", help="as for cropi sketch")
 
 
 def run(args: argparse.Namespace) -> int:
     """Describe whatever the path is."""
+    from cropi.data.tables import is_saved
+
     path = Path(args.path)
-    if path.is_dir():
+    if args.show_tokens is not None:
+        _tokens(args)
+    elif path.is_dir() and not is_saved(path):
         _store(path, args.verify)
-    elif path.suffix == ".parquet":
+    elif path.suffix == ".parquet" and _is_scores(path):
         _scores(path)
     else:
-        _trajectories(path, args.skip_bad)
+        _trajectories(args)
     return 0
+
+
+def _is_scores(path: Path) -> bool:
+    """Whether a table was written by ``cropi influence``; one that is not there is called so in its message."""
+    from cropi.errors import optional
+
+    try:
+        schema = optional("pyarrow.parquet").read_schema(path)
+    except (OSError, ValueError):
+        return not path.exists()
+    return b"cropi" in (schema.metadata or {}) or any(name.startswith("score[") for name in schema.names)
+
+
+def _tokens(args: argparse.Namespace) -> None:
+    """Show what the first prompts become, as ``cropi sketch`` would read them."""
+    from cropi.data.readers import read
+    from cropi.errors import CropiError
+    from cropi.gradient.shown import token_lines
+    from cropi.gradient.tokenize import Tokenize
+    from cropi.model.load import load_tokenizer
+
+    if args.show_tokens < 1:
+        raise CropiError(f"show_tokens must be at least 1, got {args.show_tokens}")
+    tokenizer, ends = load_tokenizer(args.model) if args.model else (None, ())
+    tokens = Tokenize(
+        tokenizer,
+        2**31,
+        chat_template=args.chat_template,
+        eos=args.eos,
+        ends=ends,
+        template_date=args.template_date,
+    )
+    for group in islice(read(args.path, skip_bad=args.skip_bad, columns=args.columns), args.show_tokens):
+        print("\n".join(token_lines(tokens(group), tokenizer)))
 
 
 def _store(path: Path, verify: bool) -> None:
@@ -69,10 +127,12 @@ def _scores(path: Path) -> None:
     print(json.dumps(scores.meta, indent=2))
 
 
-def _trajectories(path: Path, skip_bad: bool) -> None:
+def _trajectories(args: argparse.Namespace) -> None:
+    from cropi.data.readers import read
     from cropi.data.scan import scan
 
-    found = scan([path], skip_bad=skip_bad)
+    path = args.path
+    found = scan(read(path, skip_bad=args.skip_bad, columns=args.columns))
     print(
         f"trajectories  {path}: {found.prompts} prompts, {found.responses} responses, {found.usable} prompts usable"
     )

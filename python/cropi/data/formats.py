@@ -9,6 +9,8 @@ from cropi.errors import CropiError
 # The formats that are read.
 JSON, PARQUET, ARROW_FILE, ARROW_STREAM = "json", "parquet", "arrow file", "arrow stream"
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
+ENDINGS_OF_PACKED = (".gz", ".zst", ".bz2", ".xz")
+ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather")
 READ = "JSON lines or a JSON array (plain, .gz, .zst, .bz2 or .xz), parquet and arrow are read"
 
 _CONVERT = "`cropi convert --source ...` turns a trainer's dump into records"
@@ -77,3 +79,11 @@ def format_of(head: bytes, path: str | Path) -> str:
 def packing_of(head: bytes) -> str | None:
     """How a file that begins with ``head`` is packed: gzip, zstd, bz2, xz, or None."""
     return next((name for magic, name in PACKED.items() if head.startswith(magic)), None)
+
+
+def stem(path: str | Path) -> str:
+    """The name of a trajectory file, of a folder or of a data set without its endings."""
+    name = str(path).partition("?")[0].rstrip("/").rpartition("/")[2] or "records"
+    for ending in (*ENDINGS_OF_PACKED, *ENDINGS):
+        name = name.removesuffix(ending) or name
+    return name

@@ -75,24 +75,20 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> d
     Raises:
         RecordError: it has no such column.
     """
-    made = {key: value for key, value in row.items() if key not in columns}
-    for column in columns.values():
-        made.pop(column, None)
+    taken = set(columns.values())
+    made = {key: value for key, value in row.items() if key not in columns and key not in taken}
     for name, column in columns.items():
-        if not column:
-            continue
         value: Any = row
-        for part in [column] if column in row else column.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                if any(column in path for path in (row, *row.values()) if isinstance(path, Mapping)):
-                    break
+        for part in [column] if column in row or not column else column.split("."):
+            if column and (not isinstance(value, Mapping) or part not in value):
                 raise RecordError(
                     where,
                     f"there is no column {column!r} for {name!r}",
                     f"{did_you_mean(column, map(str, row))}its columns are {', '.join(map(str, row)):.300}",
                 )
-            value = value[part]
-        made[name] = value
+            value = value[part] if column else None
+        if value is not None:
+            made[name] = value
     return made
 
 

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from cropi.data.formats import packing_of
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, shortened
 
 # Records of 64 responses of 32,000 tokens with log-probs have 60 MB. A line is held in memory, and its objects take
 # some ten times its size.
@@ -29,18 +30,14 @@ def check_file(path: Path) -> None:
     Raises:
         CropiError: there is none, or it is a folder, a pipe or a device.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CropiError(
             f"{path} is a folder; give trajectory files (.jsonl, .jsonl.gz, .parquet), or the folder that "
             "datasets' save_to_disk wrote"
         )
-    try:
-        there, plain = path.exists(), path.is_file()
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
-        raise CropiError(f"{str(path)[:200]!r}: there is no such trajectory file ({error})") from None
-    if not there:
-        raise CropiError(f"{path}: there is no such trajectory file")
-    if not plain:
+    if not os.path.exists(path):  # False also for a name that no file system takes
+        raise CropiError(f"{shortened(str(path), 500)}: there is no such trajectory file")
+    if not os.path.isfile(path):
         raise CropiError(
             f"{path} is a pipe or a device, but trajectories are read twice; write them to a file"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, KeysView, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from cropi.data.fast import RecordReader
@@ -65,30 +66,41 @@ class Places:
 
     def keep(self, sources: Sequence[Source], columns: Mapping[str, str]) -> None:
         """Keep these places for :func:`kept_places`, if every source is a file with records in lines."""
-        if self.by_offset and (key := _key(sources, columns)) is not None:
+        if self.by_offset and not columns and (key := _key(sources, columns)) is not None:
             _KEPT[key] = self
             _KEPT.move_to_end(key)
             while len(_KEPT) > _MOST:
                 _KEPT.popitem(last=False)
 
-    def read(self, name: str, sources: Sequence[Source], reader: RecordReader, shown: str) -> PromptGroup:
-        """The group with an id, from its line.
+    def ids(self) -> KeysView[str]:
+        """The ids of all prompts."""
+        return self._numbers.keys()
 
-        Raises:
-            CropiError: no such id, or the file was changed.
+    def reader(self, sources: Sequence[Source], stack: ExitStack) -> Callable[[str], PromptGroup]:
+        """A function that gives the group with an id, from its line; the files stay open as long as ``stack``.
+
+        It raises a CropiError where a file was changed.
         """
-        number = self._numbers.get(name)
-        if number is None:
-            raise CropiError(f"the prompt {name!r:.100} is not in {shown}")
-        path = sources[self._sources[number]].lines_file()
-        if path is None:
-            raise CropiError(f"{sources[self._sources[number]].name} was changed while it was used")
-        with open(path, "rb") as file:
-            file.seek(self._offsets[number])
-            group = reader(file.readline(), self._where(number))
-        if group.id != name:
-            raise CropiError(f"{path} was changed while it was used: {name!r:.100} is not where it was")
-        return group
+        files: dict[int, Any] = {}
+        parse = RecordReader()
+
+        def read(name: str) -> PromptGroup:
+            number = self._numbers[name]
+            source = self._sources[number]
+            if source not in files:
+                path = sources[source].lines_file()
+                if path is None:
+                    raise CropiError(f"{sources[source].name} was changed while it was used")
+                files[source] = stack.enter_context(open(path, "rb"))
+            files[source].seek(self._offsets[number])
+            group = parse(files[source].readline(), self._where(number))
+            if group.id != name:
+                raise CropiError(
+                    f"{sources[source].name} was changed while it was used: {name!r:.100} is elsewhere"
+                )
+            return group
+
+        return read
 
 
 def kept_places(sources: Sequence[Source], columns: Mapping[str, str]) -> Places | None:

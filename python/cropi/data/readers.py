@@ -6,10 +6,11 @@ import json
 import pickle
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cropi.data.fast import RecordReader
 from cropi.data.forms import (
@@ -26,6 +27,7 @@ from cropi.data.forms import (
 from cropi.data.places import Places, kept_places
 from cropi.data.records import PromptGroup, check_characters, make_group, parse_json
 from cropi.data.sources import Row, Source, sources_of
+from cropi.data.tables import TableRow
 from cropi.errors import CropiError, RecordError
 
 
@@ -138,27 +140,66 @@ class PromptGroups:
         places.keep(self.sources, self.columns)
 
     def take(self, ids: Iterable[str], *, missing_ok: bool = False) -> Iterator[PromptGroup]:
-        """The groups with these ids, in this order; read by their places where a full pass has found them.
+        """The groups with these ids, in this order.
+
+        They are read by their places if a full pass over the same files has been made before; otherwise this is one.
 
         Args:
-            ids: of prompts.
-            missing_ok: leave out an id that is not there.
+            ids: prompt ids.
+            missing_ok: leave out ids that are not there.
 
         Raises:
             CropiError: an id is not there.
         """
         wanted = list(ids)
+        with self._found(set(wanted)) as (there, find):
+            absent = [name for name in wanted if name not in there] if not missing_ok else []
+            if absent:
+                raise CropiError(
+                    f"{len(absent)} selected prompts are not in {self.names}, for example {absent[0]!r:.100}; give the "
+                    "files that the training store was made from"
+                )
+            for name in wanted:
+                if name in there:
+                    yield find(name)
+
+    @contextmanager
+    def lookup(self) -> Iterator[Callable[[str], PromptGroup]]:
+        """A function that gives the group with an id."""
+        with self._found(None) as (_, find):
+            yield find
+
+    @contextmanager
+    def _found(self, ids: set[str] | None) -> Iterator[tuple[Collection[str], Callable[[str], PromptGroup]]]:
+        """The ids that are there, of those that are asked for, and a function that gives the group with an id."""
         places = kept_places(self.sources, self.columns)
-        if places is None:
-            rest = set(wanted)
-            found = {group.id: group for group in self.each() if group.id in rest}
-        reader = RecordReader()
-        for name in wanted:
-            if name not in (found if places is None else places):
-                if missing_ok:
-                    continue
-                raise CropiError(f"the prompt {name!r:.100} is not in {self.names}")
-            yield found[name] if places is None else places.read(name, self.sources, reader, self.names)
+        with ExitStack() as stack:
+            if places is not None:
+                yield places.ids(), places.reader(self.sources, stack)
+                return
+            kept = _Kept(stack.enter_context(tempfile.TemporaryFile()))
+            for group in self.each():
+                if ids is None or group.id in ids:
+                    kept.put(group)
+            yield kept.places.keys(), kept.get
+
+
+class _Kept:
+    """Groups in a temporary file, by their ids."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.places = file, dict[str, int]()
+
+    def put(self, group: PromptGroup) -> None:
+        """Keep a group."""
+        self.places[group.id] = self.file.seek(0, 2)
+        pickle.dump(group, self.file, pickle.HIGHEST_PROTOCOL)
+
+    def get(self, name: str) -> PromptGroup:
+        """A group that was kept."""
+        self.file.seek(self.places[name])
+        found: PromptGroup = pickle.load(self.file)  # what put() wrote
+        return found
 
 
 def read_trajectories(
@@ -246,7 +287,12 @@ class _State:
             row = parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
         else:
             check_characters(row, where)
-        return renamed(row, self.columns, where) if self.columns else dict(row)
+        made = renamed(row, self.columns, where) if self.columns else dict(row)
+        return (
+            {key: value for key, value in made.items() if value is not None}
+            if isinstance(row, TableRow)
+            else made
+        )
 
     def _record(self, row: Any, where: str) -> PromptGroup:
         if isinstance(row, PromptGroup):
@@ -260,14 +306,16 @@ class _State:
             else:
                 self.hashed = False
                 return group
-        record = self._dictionary(row, where)
+        line = row if isinstance(row, bytes) and not self.columns else None
+        return self._named_record(self._dictionary(row, where), where, line)
+
+    def _named_record(self, record: dict[str, Any], where: str, line: bytes | None = None) -> PromptGroup:
         if self.hashed is None:
             self.hashed = "id" not in record
         if self.hashed and record.get("id") is not None:
             raise RecordError(
                 where, "this record has an 'id', and those before it have none", "give all an id, or none"
             )
-        line = row if isinstance(row, bytes) and not self.columns else None
         return make_group(record, where, line=line, default_id=content_id(record) if self.hashed else None)
 
     def _grouped(self, form: str, first: Row, rows: Iterator[Row]) -> Iterator[tuple[str, None, Any]]:
@@ -292,7 +340,7 @@ class _State:
                 wheres = [where for where, _ in held]
                 try:
                     record = joined([row for _, row in held], wheres)
-                    yield wheres[0], None, self._record(record, wheres[0])
+                    yield wheres[0], None, self._named_record(record, wheres[0])
                 except RecordError as error:
                     yield wheres[0], None, error
 
@@ -302,6 +350,6 @@ def _chained(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
     yield from rows
 
 
-def raw_records(source: Any, ids: Sequence[str]) -> Iterator[str]:
+def raw_records(source: Any, ids: Iterable[str], *, skip_bad: bool = False) -> Iterator[str]:
     """The records with these ids as JSON lines, unchanged, in this order; see :meth:`PromptGroups.take`."""
-    return (group.raw for group in read(source).take(ids))
+    return (group.raw for group in read(source, skip_bad=skip_bad).take(ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import sys
 import tempfile
@@ -61,7 +62,7 @@ class PathSource(Source):
         return self.file if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) else None
 
     def _head(self) -> bytes:
-        if not self.file.is_file():
+        if not os.path.isfile(self.file):
             return b""
         with open(self.file, "rb") as file:
             return file.read(512)
@@ -85,6 +86,14 @@ class PathSource(Source):
 
 class StdinSource(PathSource):
     """Standard input, kept in a temporary file because rows are read more than once."""
+
+    _only: StdinSource | None = None
+
+    @classmethod
+    def get(cls) -> StdinSource:
+        """The one there is: standard input ends when it was read."""
+        cls._only = cls._only or cls()
+        return cls._only
 
     def __init__(self) -> None:
         self._kept = tempfile.NamedTemporaryFile(prefix="cropi-stdin-")
@@ -146,9 +155,9 @@ def sources_of(source: Any, name: str = "records") -> list[Source]:
 
 def _named(name: str | Path) -> Source:
     if str(name) == "-":
-        return StdinSource()
+        return StdinSource.get()
     path = Path(name)
-    if is_hub_name(name) and not (str(name) and path.exists()):
+    if is_hub_name(name) and not os.path.exists(path):
         made: Source = from_hub(str(name), PathSource, MemorySource)
         return made
     return PathSource(path)

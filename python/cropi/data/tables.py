@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from cropi.errors import CropiError, optional
 BATCH_BYTES, MOST_ROWS = 64 * 2**20, 4096
 # datasets' save_to_disk writes these into a folder.
 STATE, SPLITS = "state.json", "dataset_dict.json"
+
+
+class TableRow(dict[str, Any]):
+    """A row of a table, which holds None where the table has a column and the row has nothing in it."""
 
 
 def rows_of_table_file(
@@ -67,15 +72,15 @@ def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def is_saved(path: Path) -> bool:
     """Whether datasets' ``save_to_disk`` wrote this folder."""
-    return path.is_dir() and ((path / STATE).is_file() or (path / SPLITS).is_file())
+    return any(os.path.isfile(path / name) for name in (STATE, SPLITS))
 
 
 def rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a record batch as dictionaries, without the columns that are null in a row."""
+    """The rows of a record batch as dictionaries."""
     names = batch.schema.names
     columns = [_values(batch.column(i)) for i in range(batch.num_columns)]
     for row in zip(*columns):
-        yield {name: value for name, value in zip(names, row) if value is not None}
+        yield TableRow(zip(names, row))
 
 
 def _parquet(path: Path) -> Iterator[Any]:

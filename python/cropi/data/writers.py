@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read, read_trajectories
 from cropi.data.records import PromptGroup
 from cropi.files import replacing
 
@@ -44,15 +44,17 @@ def replace_records(
     Raises:
         CropiError, RecordError: a file is missing or holds a bad record.
     """
-    fresh = {group.id: group for group in read_trajectories(newer, skip_bad=skip_bad)}
-    counts = Replaced()
+    fresh, counts = read(newer, skip_bad=skip_bad), Replaced()
+    known = {group.id for group in fresh}  # a full pass, which checks the records and keeps their places
     with replacing(Path(out)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        for group in read_trajectories(stored, skip_bad=skip_bad):
-            counts.replaced += group.id in fresh
-            group = fresh.get(group.id, group)
-            counts.without_logprobs += group.logprobs is None
-            file.write(group.raw + "\n")
-    counts.unknown = len(fresh) - counts.replaced
+        with fresh.lookup() as find:
+            for group in read_trajectories(stored, skip_bad=skip_bad):
+                if group.id in known:
+                    counts.replaced += 1
+                    group = find(group.id)
+                counts.without_logprobs += group.logprobs is None
+                file.write(group.raw + "\n")
+    counts.unknown = len(known) - counts.replaced
     return counts
 
 

@@ -1,0 +1,280 @@
+"""Every format of trajectory files: the same groups and the same sketches, and what is said of files that are none."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import safetensors.torch
+import torch
+from data.make_formats import HERE, long_form, records
+from support.made_data import make_model
+
+from cropi.cli import main
+from cropi.data import hub
+from cropi.data.readers import read, read_trajectories
+from cropi.data.scan import scan
+from cropi.errors import CropiError
+from cropi.model.policy import Policy
+from cropi.sketching.job import SketchJob
+from cropi.sketching.run import sketch
+from cropi_kernels import SketchSpec
+
+datasets = pytest.importorskip("datasets")
+
+COLUMNS = "prompt=question,rewards=scores,id=extra_info.index"
+FILES = [
+    path.name for path in sorted(HERE.iterdir()) if path.suffix != ".py" and not path.name.startswith("__")
+]
+
+
+def made(source: Any, **options: Any) -> list[dict[str, Any]]:
+    return [group.to_record() for group in read(source, **options)]
+
+
+def sketched(policy: Policy, source: Any, **options: Any) -> dict[str, torch.Tensor]:
+    job = SketchJob(source, None, spec=SketchSpec(dim=512), **options)
+    summary = sketch(policy, job, progress=False)
+    return {row.id: vector for rows, table in summary.store.shards() for row, vector in zip(rows, table)}
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return Policy(make_model())
+
+
+@pytest.fixture(scope="module")
+def expected(policy: Policy) -> dict[str, torch.Tensor]:
+    return sketched(policy, records())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_gives_the_same_groups_and_the_same_sketches(
+    name: str, policy: Policy, expected: dict[str, torch.Tensor]
+) -> None:
+    options = {"columns": COLUMNS} if name == "columns.jsonl" else {}
+    got = made(HERE / name, **options)
+    for record in got:
+        record.pop("extra_info", None)
+    assert got == records()
+    found = sketched(policy, [HERE / name], **options)
+    assert found.keys() == expected.keys() == {record["id"] for record in records()}
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_committed_files_are_what_the_script_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data import make_formats
+
+    monkeypatch.setattr(make_formats, "HERE", tmp_path)
+    make_formats.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    for name in FILES:
+        if name.endswith((".jsonl", ".json")):  # the others hold versions of what wrote them
+            assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes(), name
+
+
+def test_what_is_in_memory_is_read_as_files_are(policy: Policy, expected: dict[str, torch.Tensor]) -> None:
+    rows = records()
+    table = pyarrow.Table.from_pylist(rows)
+    dataset = datasets.Dataset.from_list(rows)
+    sources = {
+        "list": rows, "tuple": tuple(rows), "dataset": dataset, "table": table, "groups": list(read(rows)),
+        "long": long_form(), "long dataset": datasets.Dataset.from_list(long_form()), "frame": table.to_pandas(),
+        "shuffled back": dataset.select([5, 4, 3, 2, 1, 0]).select([5, 4, 3, 2, 1, 0]),
+        "stream": dataset.to_iterable_dataset(), "PromptGroups": read(rows),
+    }  # fmt: skip
+    for name, source in sources.items():
+        assert made(source) == rows, name
+        assert made(source) == rows, f"{name}, a second time"
+    assert all(torch.equal(sketched(policy, dataset)[key], expected[key]) for key in expected)
+    assert made([datasets.Dataset.from_list(rows[:2]), datasets.Dataset.from_list(rows[2:])]) == rows
+    assert rows == records(), "what was given is not changed"
+
+
+def test_fingerprints_do_not_depend_on_packing_and_follow_content(tmp_path: Path) -> None:
+    wanted = scan([HERE / "records.jsonl"]).fingerprint
+    for name in (
+        "records.jsonl.gz",
+        "parts.jsonl.gz",
+        "records.jsonl.zst",
+        "records.jsonl.bz2",
+        "records.jsonl.xz",
+    ):
+        assert scan([HERE / name]).fingerprint == wanted, name
+    rows = records()
+    other = [*rows[:-1], rows[-1] | {"level": 7}]
+    for form in (list, datasets.Dataset.from_list, pyarrow.Table.from_pylist):
+        assert scan(form(rows)).fingerprint == scan(form(rows)).fingerprint != scan(form(other)).fingerprint
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(other), tmp_path / "o.parquet")
+    assert scan([tmp_path / "o.parquet"]).fingerprint != scan([HERE / "records.parquet"]).fingerprint
+
+
+def test_standard_input_is_read_like_a_file(tmp_path: Path) -> None:
+    for name in ("records.jsonl", "records.jsonl.gz", "records.parquet"):
+        with open(HERE / name, "rb") as file:
+            done = subprocess.run(
+                [sys.executable, "-m", "cropi", "info", "-"], stdin=file, capture_output=True, text=True
+            )
+        assert "6 prompts, 18 responses" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["saved", "records.parquet", "long.jsonl"])
+def test_info_counts_every_format(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(HERE / name)]) == 0
+    assert "6 prompts, 18 responses" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------- refusals
+def other_formats(folder: Path) -> dict[str, str]:
+    """Files of other formats, with the words that name them."""
+    torch.save({"a": 1}, folder / "t.pt")
+    safetensors.torch.save_file({"a": torch.zeros(2)}, folder / "m.safetensors")
+    np.save(folder / "a.npy", np.zeros(3))
+    with zipfile.ZipFile(folder / "z.zip", "w") as file:
+        file.writestr("records.jsonl", "{}")
+    shutil.make_archive(str(folder / "t"), "tar", HERE / "saved")
+    for name, data in {
+        "p.pkl": pickle.dumps([1]),
+        "i.png": b"\x89PNG\r\n\x1a\n....",
+        "i.jpg": b"\xff\xd8\xff\xe0....",
+        "s.db": b"SQLite format 3\x00",
+        "u.jsonl": '{"id": 1}'.encode("utf-16"),
+        "w.jsonl": b"<!DOCTYPE html><html>",
+        "l.jsonl": b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
+        "g.gguf": b"GGUF\x03\x00\x00\x00",
+        "b.bin": b"abc\x00\x01",
+        "d.pdf": b"%PDF-1.7",
+    }.items():
+        (folder / name).write_bytes(data)  # fmt: skip
+    return {
+        "t.pt": "zip archive, as torch.save", "m.safetensors": "safetensors file", "a.npy": "a numpy array",
+        "z.zip": "a zip archive", "t.tar": "a tar archive", "p.pkl": "a pickle", "i.png": "a PNG picture",
+        "i.jpg": "a JPEG picture", "s.db": "SQLite", "u.jsonl": "text in UTF-16", "w.jsonl": "a web page",
+        "l.jsonl": "a pointer of Git LFS", "g.gguf": "model weights", "b.bin": "a binary file (it begins with 61 62",
+        "d.pdf": "a PDF document",
+    }  # fmt: skip
+
+
+def test_other_formats_are_named_also_with_skip_bad_and_inside_gzip(tmp_path: Path) -> None:
+    for name, words in other_formats(tmp_path).items():
+        packed = tmp_path / f"{name}.packed"
+        packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        for path in (tmp_path / name, packed):
+            with pytest.raises(CropiError) as caught:
+                list(read_trajectories(path, skip_bad=True))
+            assert words in str(caught.value) and str(path) in str(caught.value), name
+
+
+@pytest.mark.parametrize("name", [
+    "records.parquet", "records.arrow", "stream.arrow", "records.jsonl.gz", "records.jsonl.zst", "records.jsonl.bz2",
+    "records.jsonl.xz", "array.json",
+])  # fmt: skip
+def test_a_file_that_was_cut_is_called_damaged(tmp_path: Path, name: str) -> None:
+    data = (HERE / name).read_bytes()
+    for size in (len(data) // 2, len(data) - 9):
+        (tmp_path / name).write_bytes(data[:size])
+        with pytest.raises(CropiError, match="damaged|cut|is not JSON|comma or"):
+            list(read_trajectories(tmp_path / name))
+
+
+def test_folders_of_datasets_that_cannot_be_read(tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(records())}).save_to_disk(tmp_path / "d")
+    with pytest.raises(
+        CropiError, match="holds the splits train; give the folder of one, for example .*d/train"
+    ):
+        list(read(tmp_path / "d"))
+    assert made(tmp_path / "d/train") == records()
+    next((tmp_path / "d/train").glob("*.arrow")).unlink()
+    with pytest.raises(CropiError, match="its file data-00000-of-00001.arrow is missing"):
+        list(read(tmp_path / "d/train"))
+    with pytest.raises(CropiError, match="splits|dictionary of data sets"):
+        read(datasets.DatasetDict({"train": datasets.Dataset.from_list(records())}))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ([], "is empty; give at least one record"),
+        ({"id": 1}, "is one dictionary; give a list of records"),
+        (7, "must be a path, a list of paths or of records, or a datasets.Dataset, got int"),
+        ([1, 2], r"records\[0\]: a record is a dictionary"),
+        ([{"id": 1}, "t.jsonl"], "paths and records are mixed"),
+        ((row for row in records()), "is a generator, which can be read once"),
+        ("none.jsonl", "there is no such trajectory file"),
+        ("x" * 5000, "there is no such trajectory file"),
+    ],
+)
+def test_sources_that_are_none(source: Any, words: str) -> None:
+    with pytest.raises(CropiError, match=words) as caught:
+        list(read(source))
+    assert len(str(caught.value)) < 2000
+
+
+# ----------------------------------------------------------------------------------------------------- hub
+def test_hub_names_are_told_from_paths() -> None:
+    for name in (
+        "openai/gsm8k",
+        "hf://openai/gsm8k",
+        "a/b@main?split=train",
+        "hf://datasets/a/b/train.parquet",
+    ):
+        assert hub.is_hub_name(name), name
+    for name in (
+        "data/train.jsonl",
+        "train.jsonl",
+        "/data/train",
+        "./a/b",
+        "a/b/c",
+        "data/t.jsonl.gz",
+        Path("a/b"),
+    ):
+        assert not hub.is_hub_name(name), name
+
+
+def test_a_data_set_of_the_hub_is_loaded_by_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    splits = {
+        "train": datasets.Dataset.from_list(records()),
+        "test": datasets.Dataset.from_list(records()[:2]),
+    }
+
+    def load(name: str, config: str | None, *, split: str | None, revision: str | None) -> Any:
+        asked.append((name, config, split, revision))
+        return splits[split] if split else datasets.DatasetDict(splits)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert made("hf://datasets/me/rollouts@v1?split=test&config=main") == records()[:2]
+    assert made("me/rollouts?split=train") == records()
+    assert asked == [("me/rollouts", "main", "test", "v1"), ("me/rollouts", None, "train", None)]
+    with pytest.raises(CropiError, match=r"has the splits train, test; name one: me/rollouts\?split=train"):
+        made("me/rollouts")
+    with pytest.raises(CropiError, match="a data set of the hub is named as owner/name"):
+        made("hf://rollouts")
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: str(HERE / "records.parquet"))
+    assert made("hf://datasets/me/rollouts/data/train.parquet") == records()
+
+
+def test_without_a_network_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*words: Any, **options: Any) -> Any:
+        raise ConnectionError("Couldn't reach the Hub\n" * 100)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        CropiError, match="cannot be loaded from the hub .ConnectionError: Couldn't reach"
+    ) as caught:
+        made("me/rollouts")
+    assert "the network" in str(caught.value) and len(str(caught.value)) < 1000

@@ -1,0 +1,132 @@
+"""Rows in other forms than a record: a row a response, conversations, other columns, no ids, prompts alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from data.make_formats import records
+
+from cropi.data.readers import HashedIds, read
+from cropi.errors import CropiError, RecordError
+
+
+def made(source: Any, **options: Any) -> list[dict[str, Any]]:
+    return [group.to_record() for group in read(source, **options)]
+
+
+TEXT = [{"prompt": f"{i}+1=", "response": str(k), "reward": float(k == i + 1), "answer": str(i + 1)}
+        for i in range(3) for k in range(4)]  # fmt: skip
+
+
+def test_rows_of_one_response_are_grouped_by_their_prompt_where_there_is_no_id() -> None:
+    with pytest.warns(HashedIds, match="no 'id'.*give ids for a curriculum"):
+        got = made(TEXT)
+    assert [(r["prompt"], r["responses"], r["rewards"]) for r in got] == [
+        (f"{i}+1=", list("0123"), [float(k == i + 1) for k in range(4)]) for i in range(3)
+    ]
+    names = [record["id"] for record in got]
+    assert len(set(names)) == 3 and all(name.startswith("text-") for name in names)
+    with pytest.warns(HashedIds):
+        assert [record["id"] for record in made(TEXT[::-1])] == names[::-1], "ids follow content, not order"
+    with pytest.warns(HashedIds):
+        changed = [record["id"] for record in made([row | {"answer": "x"} for row in TEXT])]
+    assert not set(changed) & set(names), "two prompts of one text and other answers are two prompts"
+
+
+def test_records_without_ids_get_the_hash_of_their_content(tmp_path: Path) -> None:
+    rows = [{key: value for key, value in record.items() if key != "id"} for record in records()]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(HashedIds):
+        ids = [group.id for group in read(path)]
+    with pytest.warns(HashedIds):
+        assert ids == [group.id for group in read(rows)] and len(set(ids)) == 6
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    with pytest.raises(RecordError, match="two records have the same prompt and answer: give them ids"):
+        list(read(path))
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, records()[0]]))
+    with pytest.raises(RecordError, match="this record has an 'id', and those before it have none"):
+        list(read(path))
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*records()[:2], rows[3]]))
+    with pytest.raises(RecordError, match="the key 'id' is missing"):
+        list(read(path))
+
+
+def test_conversations_with_a_reward_are_split_where_the_assistant_first_speaks() -> None:
+    def talk(i: int, k: int) -> dict[str, Any]:
+        messages = [{"role": "system", "content": "s"}, {"role": "user", "content": f"{i}?"},
+                    {"role": "assistant", "content": str(k)}]  # fmt: skip
+        return {"id": i, "messages": messages, "reward": k}
+
+    got = made([talk(i, k) for k in range(2) for i in range(2)])
+    assert [record["prompt"][-1]["content"] for record in got] == ["0?", "1?"] and got[0]["rewards"] == [0, 1]
+    assert got[0]["responses"] == [[{"role": "assistant", "content": str(k)}] for k in range(2)]
+
+
+def test_rows_of_one_prompt_that_disagree() -> None:
+    rows = [row | {"id": row["prompt"]} for row in TEXT]
+    for change, words in (
+        ({"answer": "other"}, "has another 'answer'"),
+        ({"prompt": "other"}, "has another 'prompt'"),
+        ({"temperature": 0.5}, "has another 'temperature'"),
+    ):
+        with pytest.raises(RecordError, match=words):
+            made([*rows[:3], rows[3] | change])
+        assert len(made([*rows[:3], rows[3] | change, *rows[4:]], skip_bad=True)) == 2
+    with pytest.raises(RecordError, match="are of several policies .step"):
+        made([row | {"step": i} for i, row in enumerate(rows)])
+    ids = [row | {"response_ids": [1, 2], "logprobs": [-1.0, -1.0]} for row in rows]
+    with pytest.raises(
+        RecordError, match="some responses to this prompt have 'logprobs', and some have none"
+    ):
+        made([*ids[:3], {key: value for key, value in ids[3].items() if key != "logprobs"}])
+
+
+def test_columns_that_vary_between_the_responses_of_a_prompt_are_not_the_prompts() -> None:
+    rows = [row | {"id": row["prompt"], "finish": i, "level": 3} for i, row in enumerate(TEXT)]
+    assert all("finish" not in record and record["level"] == 3 for record in made(rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "p"}, "these are prompts without responses"),
+        ({"question": "p", "answer": "a"}, "these are prompts without responses"),
+        ({"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": "1"}}, "roll the prompts out"),
+        ({"prompt": "p", "completion": "c"}, "a row a response needs 'reward', and has none"),
+        ({"prompt": "p", "response": "c", "score": 1}, "did you mean --columns reward=score?"),
+        ({"prompt": "p", "output": "c", "reward": 1}, "did you mean --columns response=output?"),
+        ({"id": 1, "prompt": "p", "respones": ["c"], "rewards": [1]}, "did you mean --columns responses=respones?"),
+    ],
+)  # fmt: skip
+def test_rows_of_no_known_form_say_what_is_missing(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(CropiError) as caught:
+        made([row])
+    assert words in str(caught.value) and "records[0]" in str(caught.value)
+
+
+def test_columns_are_named_and_misnamed() -> None:
+    rows = [
+        {"q": {"text": row["prompt"]}, "out": row["response"], "score": row["reward"], "note": None}
+        for row in TEXT
+    ]
+    with pytest.warns(HashedIds):
+        got = made(rows, columns="prompt=q.text, response=out, reward=score, note=")
+    assert got[0]["prompt"] == "0+1=" and got[0]["rewards"] == [0.0, 1.0, 0.0, 0.0] and "note" not in got[0]
+    table = pyarrow.Table.from_pylist(rows)
+    with pytest.warns(HashedIds):
+        assert (
+            made(table, columns={"prompt": "q.text", "response": "out", "reward": "score", "task": "note"})
+            == got
+        )
+    for columns, words in (
+        ("prompt", "NAME=COLUMN,... is expected"),
+        ("prmpt=q", "'prmpt' is no part of a record; did you mean 'prompt'?"),
+        ("prompt=qq,response=out,reward=score", "there is no column 'qq' for 'prompt'"),
+    ):
+        with pytest.raises(CropiError, match=words):
+            made(rows, columns=columns)

@@ -1,0 +1,143 @@
+"""Limits against input that never ends, short messages, and records that are read again by their places."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data.make_formats import HERE, records
+from support.made_data import make_model, make_tokenizer
+
+from cropi.cli import main
+from cropi.data import lines, opened, tables
+from cropi.data.readers import read, read_trajectories
+from cropi.errors import CropiError, RecordError
+
+
+def made(source: Any, **options: Any) -> list[dict[str, Any]]:
+    return [group.to_record() for group in read(source, **options)]
+
+
+# ----------------------------------------------------------------------------------------------------- limits
+def test_a_packed_bomb_is_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        for _ in range(80):
+            file.write(b" " * 2**20)
+    with pytest.raises(CropiError, match="unpacks to more than 400 times its size .*unpack it yourself"):
+        list(read_trajectories(path, skip_bad=True))
+
+
+def test_a_line_and_an_element_without_end_are_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LONGEST_LINE", 2**20)
+    (tmp_path / "t.jsonl").write_bytes(b'{"id": "' + b"x" * 2**21)
+    with pytest.raises(CropiError, match="t.jsonl:1 is longer than 1 MiB"):
+        list(read_trajectories(tmp_path / "t.jsonl"))
+    (tmp_path / "t.json").write_bytes(b'[{"id": "' + b"x" * 2**23)
+    with pytest.raises(CropiError, match=r"t.json\[0\] is not JSON, or longer than 1 MiB"):
+        list(read_trajectories(tmp_path / "t.json"))
+    assert opened.LONGEST_LINE == 512 * 2**20
+
+
+@pytest.mark.parametrize("key", ["answer", "level", "tools", "prompt"])
+def test_deep_nesting_and_long_numbers_are_bad_records(key: str, tmp_path: Path) -> None:
+    deep = "[" * 70 + "]" * 70
+    plain = {k: v for k, v in records()[0].items() if k != key}
+    path = tmp_path / "t.jsonl"
+    for value in (deep, "[" * 5000 + "]" * 5000, "1" * 5000, '{"a":' * 70 + "1" + "}" * 70):
+        line = json.dumps(plain)[:-1] + f', "{key}": {value}}}'
+        path.write_text(f"{json.dumps(records()[1])}\n{line}\n")
+        with pytest.raises(RecordError, match="nested deeper than 64|not readable as JSON") as caught:
+            list(read(path))
+        assert len(str(caught.value)) < 2000 and "t.jsonl:2" in str(caught.value)
+        assert [group.id for group in read(path, skip_bad=True)] == ["p1"]
+
+
+def test_messages_stay_short_whatever_a_record_holds(tmp_path: Path) -> None:
+    long = "y" * 10**6
+    good = records()[0]
+    for change in (
+        {"id": long}, {"id": [long]}, {"rewards": [long, 1, 2]}, {"rewards": long}, {"responses": [[long], "b"]},
+        {"prompt": {long: long}}, {"temperature": long}, {"response_ids": [[long], [1], [2]]},
+        {"truncated": [long] * 3},
+        {"logprobs": [[long], [1], [2]]}, {"task": [long]}, {long: 1, "rewards": None}, {"tools": long},
+        {"rewards": [10**4000, 1, 2]}, {"loss_mask": [[long], [1], [2]]}, {"prompt": [{"role": long}]},
+        {"id": "x" * 4000, "rewards": [None, 1, 2]}, {"prompt_ids": [10**4000]},
+    ):  # fmt: skip
+        (tmp_path / "t.jsonl").write_text(json.dumps(good | change) + "\n")
+        with pytest.raises(RecordError) as caught:
+            list(read(tmp_path / "t.jsonl"))
+        assert len(str(caught.value).encode()) < 2000 and "t.jsonl:1" in str(caught.value), list(change)
+
+
+# ----------------------------------------------------------------------------------------------------- places
+def test_records_are_taken_by_their_places(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_bytes(b"\xef\xbb\xbf" + b"\n".join(json.dumps(r).encode() for r in records()[:3]))
+    two.write_bytes(b"\n" + b"\r\n".join(json.dumps(r).encode() for r in records()[3:]))
+    wanted = ["p4", "p0", "p5", "p2"]
+    for source in ([one, two], HERE / "records.parquet", records(), [HERE / "records.jsonl.gz"]):
+        before = [group.to_record() for group in read(source).take(wanted)]  # by a full pass
+        list(read(source))
+        after = [group.to_record() for group in read(source).take(wanted)]  # by places, where lines have any
+        assert before == after == [records()[int(name[1])] for name in wanted]
+        with pytest.raises(CropiError, match="1 selected prompts are not in .*, for example 'p9'"):
+            list(read(source).take(["p0", "p9"]))
+        assert [group.id for group in read(source).take(["p9", "p1"], missing=False)] == ["p1"]
+
+
+def test_places_are_read_where_the_lines_are_and_not_through_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes((HERE / "records.jsonl").read_bytes())
+    list(read(path))
+
+    def fail(*words: Any) -> Any:
+        raise AssertionError("a full pass")
+
+    monkeypatch.setattr("cropi.data.sources.lines_of", fail)
+    assert [group.raw for group in read(path).take(["p3"])] == [json.dumps(records()[3], ensure_ascii=False)]
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(AssertionError, match="a full pass"):
+        list(read(path).take(["p3"]))
+
+
+def test_a_table_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MOST_ROWS", 2)
+    sizes: list[int] = []
+    whole = tables.rows_of_batch
+    monkeypatch.setattr(tables, "rows_of_batch", lambda batch: sizes.append(batch.num_rows) or whole(batch))
+    for name in ("records.parquet", "records.arrow", "stream.arrow", "saved"):
+        sizes.clear()
+        assert made(HERE / name) == records()
+        assert max(sizes) == 2 and sum(sizes) == 6
+
+
+def test_both_ways_of_parsing_give_the_same_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = list(read(HERE / "records.jsonl"))
+    monkeypatch.setattr("cropi.data.fast._msgspec", lambda: None)
+    assert list(read(HERE / "records.jsonl")) == fast
+
+
+def test_show_tokens_marks_what_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    record = {"id": "a", "prompt": "hi", "prompt_ids": [10, 11], "response_ids": [[12, 13, 14, 15]], "rewards": [1],
+              "loss_mask": [[1, 0, 0, 1]]}  # fmt: skip
+    text = {"id": "b", "prompt": "hi", "responses": ["yo"], "rewards": [0.5]}
+    (tmp_path / "t.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps(text)}\n")
+    assert main(["info", str(tmp_path / "t.jsonl"), "--show-tokens", "2"]) != 0
+    capsys.readouterr()
+    words = ["info", str(tmp_path / "t.jsonl"), "--show-tokens", "2", "--model", str(tmp_path / "model")]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "prompt a (" in shown and "2 tokens, 2 tokens scored (stored token ids)" in shown
+    assert "    scored  '*'\n    read    '+,'\n    scored  '-'\n" in shown
+    assert "  prompt    '<user>hi\\n>'\n  response 0, reward 0.5\n    scored  'yo<eos>'" in shown
