@@ -146,8 +146,12 @@ class Gradient(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(Options):
-    """How text becomes token ids; stored ids always win."""
+    """How records are read and text becomes token ids; stored ids always win."""
 
+    columns: str | None = option(
+        None, "columns of the trajectories under other names: prompt=question,response=answer,reward=score",
+        metavar="NAME=COLUMN,...", shown="the names of the record",
+    )  # fmt: skip
     chat_template: str = option(
         "auto",
         "auto: the tokenizer's template, if it has one; none: prompts as they are; or a Jinja template, or a file with "

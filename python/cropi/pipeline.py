@@ -198,7 +198,8 @@ def _part(
     ranks: Ranks,
 ) -> tuple[Part, Scan, Scan]:
     """The part of this rank, the scan of everything, and the scan of the prompts that may be chosen."""
-    groups = read(source, skip_bad=job.skip_bad, name="train" if name == "train" else "valid")
+    kind = "train" if name == "train" else "valid"
+    groups = read(source, skip_bad=job.skip_bad, columns=job.columns, name=kind)
     if known is None and ranks.world == 1:
         found = scan_groups(policy, job, groups)
         behaviour_source(job.behaviour, found, job.estimator.ratio)

@@ -88,7 +88,7 @@ def test_records_are_taken_by_their_places(tmp_path: Path) -> None:
         assert before == after == [records()[int(name[1])] for name in wanted]
         with pytest.raises(CropiError, match="1 selected prompts are not in .*, for example 'p9'"):
             list(read(source).take(["p0", "p9"]))
-        assert [group.id for group in read(source).take(["p9", "p1"], missing=False)] == ["p1"]
+        assert [group.id for group in read(source).take(["p9", "p1"], missing_ok=True)] == ["p1"]
 
 
 def test_places_are_read_where_the_lines_are_and_not_through_the_file(

@@ -85,7 +85,7 @@ def test_every_token_at_which_the_model_stops_ends_a_response() -> None:
     model = make_model(vocab_size=len(tokenizer))
     model.generation_config.eos_token_id = [1, stop]
     job = SketchJob(["t.jsonl"], None)
-    made = jobs.make_tokenize(Policy(model, tokenizer), job, jobs.Scan())
+    made = jobs.make_tokenize(Policy(model, tokenizer), job)
     assert made.all_ends == {1, stop}
 
 

@@ -57,7 +57,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     options.add_export_options(command)
     options.add_model(command)
-    options.add(command, Sketching, leave=("stage",))
+    options.add(command, Sketching, leave=("stage", "columns"))
     options.add(command, Influence, Selecting)
     options.add_progress(command)
 

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 from cropi.errors import printable
-from cropi.cli import options
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -21,7 +20,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--skip-bad", action="store_true", help="count bad records instead of stopping at the first"
     )
-    options.add_columns(command)
+    command.add_argument(
+        "--columns",
+        metavar="NAME=COLUMN,...",
+        help="columns of trajectories under other names, as for cropi sketch",
+    )
     tokens = command.add_argument_group("trajectories")
     tokens.add_argument(
         "--show-tokens",
@@ -74,11 +77,12 @@ def _tokens(args: argparse.Namespace) -> None:
     from cropi.errors import CropiError
     from cropi.gradient.shown import token_lines
     from cropi.gradient.tokenize import Tokenize
-    from cropi.model.load import load_tokenizer
+    from cropi.model.policy import Policy
 
     if args.show_tokens < 1:
         raise CropiError(f"show_tokens must be at least 1, got {args.show_tokens}")
-    tokenizer, ends = load_tokenizer(args.model) if args.model else (None, ())
+    policy = Policy(args.model, eos=args.eos) if args.model else None  # its weights are not loaded
+    tokenizer, ends = (policy.tokenizer, policy.ends) if policy else (None, ())
     tokens = Tokenize(
         tokenizer,
         2**31,

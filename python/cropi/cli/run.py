@@ -82,4 +82,6 @@ def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> Non
 
 def file_stem(path: str) -> str:
     """The name of a trajectory file without its endings."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
+    from cropi.data.formats import stem
+
+    return stem(path)

@@ -27,6 +27,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="copy the chosen records there (needs --trajectories)",
     )
     command.add_argument("--export", metavar="FILE", help="write the chosen prompts there for a trainer")
+    command.add_argument(
+        "--columns",
+        metavar="NAME=COLUMN,...",
+        help="columns of --trajectories under other names, as for cropi sketch",
+    )
     options.add_export_options(command)
     options.add(command, Selecting)
     add_table(command)
@@ -42,7 +47,6 @@ def add_table(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Choose, write, and show."""
     from cropi import pipeline
-    from cropi.data.readers import read
     from cropi.files import check_outputs
     from cropi.ranking.influence import read_scores
     from cropi.ranking.selection import write_selection
@@ -72,17 +76,24 @@ def run(args: argparse.Namespace) -> int:
     chosen = pipeline.pick(read_scores(args.scores), given)
     write_selection(args.out, chosen.scores, chosen)
     written = Written(args.out, args.plot, args.out_trajectories, args.table)
-    show(chosen, written, read(args.trajectories, skip_bad=True) if args.trajectories else None)
+    show(chosen, written, _groups(args))
     ids = chosen.ids
     if args.export:
         from cropi.data.export import export
 
         count = export(
-            args.export, ids, format=options.export_format(args), trajectories=args.trajectories or (),
+            args.export, ids, format=options.export_format(args), trajectories=_groups(args) or (),
             dataset=args.dataset, id_key=args.dataset_id,
         )  # fmt: skip
         print(f"export        {count} prompts as {options.export_format(args)}: {args.export}")
     return 0
+
+
+def _groups(args: argparse.Namespace) -> Any:
+    """The training records, under the names that they were sketched with."""
+    from cropi.data.readers import read
+
+    return read(args.trajectories, skip_bad=True, columns=args.columns) if args.trajectories else None
 
 
 def _check_export(args: argparse.Namespace) -> None:

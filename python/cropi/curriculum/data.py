@@ -10,6 +10,7 @@ from cropi import pipeline
 from cropi.curriculum.checks import check_stage
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.state import State
+from cropi.data.formats import stem
 from cropi.data.scan import Scan
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
@@ -80,7 +81,7 @@ def set_names(valid: Sequence[str]) -> list[str]:
     Raises:
         CropiError: two files of one name.
     """
-    names = [Path(path).name.removesuffix(".gz").removesuffix(".jsonl") for path in valid]
+    names = [stem(path) for path in valid]
     if len(set(names)) < len(names):
         raise CropiError(f"valid: two files of one name ({', '.join(names)}), but each names a store")
     return names

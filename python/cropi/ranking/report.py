@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cropi.data.chat import text_of
 from cropi.data.readers import read
 from cropi.errors import CropiError, optional, printable
 from cropi.files import replacing
@@ -103,4 +104,4 @@ def prompt_texts(trajectories: Any, ids: Sequence[str], width: int = 60) -> dict
 
 def last_message(messages: list[dict[str, object]] | None) -> str:
     """The text of the last message of a conversation."""
-    return str(messages[-1]["content"]) if messages else ""
+    return text_of(messages or [])

@@ -149,7 +149,7 @@ def with_date(policy: Policy, job: SketchJob, scan: Scan) -> SketchJob:
 
 def _text_rules(policy: Policy, job: SketchJob, scan: Scan | None) -> dict[str, Any]:
     """What the tokens of text depend on beyond the options; nothing where all records hold token ids."""
-    made: dict[str, Any] = {}
+    made: dict[str, Any] = {"columns": job.columns} if job.columns else {}
     if scan is None or policy.tokenizer is None:
         return made
     if job.template_date and scan.with_prompt_ids < scan.prompts:

@@ -50,7 +50,7 @@ def sketch(
     policy, job, scan = _arguments(policy, job, rest, scan, old)
     if policy.loaded:
         check_dropout(policy.model, "model")
-    groups = read(job.trajectories, skip_bad=job.skip_bad)
+    groups = read(job.trajectories, skip_bad=job.skip_bad, columns=job.columns)
     if scan is None:
         scan = scan_groups(policy, job, groups)
     check_tokens(policy, job, groups, scan)
@@ -99,7 +99,8 @@ def scan_groups(
     Raises:
         RecordError: a bad record, or one that does not fit the model.
     """
-    groups = read(job.trajectories if groups is None else groups, skip_bad=job.skip_bad)
+    source = job.trajectories if groups is None else groups
+    groups = read(source, skip_bad=job.skip_bad, columns=job.columns)
     tokens: Tokenize | None = None
     at_hand, count = policy.at_hand and not job.skip_bad, 0
 
