@@ -1,12 +1,87 @@
-"""Influence-based choice of training prompts for reinforcement learning, on sketches of per-prompt policy
-gradients.
+"""Choose the training prompts that help most, by sketches of per-prompt policy gradients.
 
-The thin layer over ``cropi_kernels``: trajectories, estimators, the sketch store, influence, selection, the
-report and the command line. Modules are imported where they are used, so that ``import cropi`` costs nothing.
+>>> import cropi
+>>> scores = cropi.score(model, train, valid, tokenizer=tokenizer)        # doctest: +SKIP
+>>> scores.select(0.1).ids                                                # doctest: +SKIP
+
+What stands in ``__all__`` is public, and changes with a warning first (docs/api.md). It is imported when it is first
+used: ``import cropi`` costs nothing.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from cropi import _moved
 
+if TYPE_CHECKING:
+    from cropi.api import influence, score, select, sketch
+    from cropi.errors import CropiError, RecordError
+    from cropi.gradient.estimators import Estimator, make_estimator
+    from cropi.model.policy import Policy
+    from cropi.ranking.influence import Scores
+    from cropi.ranking.selection import Selection
+    from cropi.sketching.batch import SketchedBatch, score_batch
+    from cropi.store.store import SketchStore
+    from cropi_kernels import GradientSketcher, SketchSpec
+
+    __version__: str
+
 _moved.install()
+
+_PLACES = {
+    "CropiError": "cropi.errors",
+    "Estimator": "cropi.gradient.estimators",
+    "GradientSketcher": "cropi_kernels",
+    "Policy": "cropi.model.policy",
+    "RecordError": "cropi.errors",
+    "Scores": "cropi.ranking.influence",
+    "Selection": "cropi.ranking.selection",
+    "SketchSpec": "cropi_kernels",
+    "SketchStore": "cropi.store.store",
+    "SketchedBatch": "cropi.sketching.batch",
+    "influence": "cropi.api",
+    "make_estimator": "cropi.gradient.estimators",
+    "score": "cropi.api",
+    "score_batch": "cropi.sketching.batch",
+    "select": "cropi.api",
+    "sketch": "cropi.api",
+}
+
+__all__ = [
+    "CropiError",
+    "Estimator",
+    "GradientSketcher",
+    "Policy",
+    "RecordError",
+    "Scores",
+    "Selection",
+    "SketchSpec",
+    "SketchStore",
+    "SketchedBatch",
+    "__version__",
+    "influence",
+    "make_estimator",
+    "score",
+    "score_batch",
+    "select",
+    "sketch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("cropi-kernels")
+    elif name in _PLACES:
+        value = getattr(importlib.import_module(_PLACES[name]), name)
+    else:
+        raise AttributeError(f"module 'cropi' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

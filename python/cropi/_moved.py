@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import sys
 import types
@@ -47,32 +46,41 @@ MOVED = {
     "cropi.trainers.verl.dumps": "cropi.trainers.dumps.verl",
     "cropi.trajectories": "cropi.data.readers",
 }
+# Where the rest of a module is that has been split.
+REST = {"cropi.tokenize": "cropi.gradient.template", "cropi.trajectories": "cropi.data.writers"}
 
 
 class MovedModule(types.ModuleType):
     """Stands at the old place; what is asked of it is looked up at the new one.
 
     It can be called where the module of that name held a function of that name: an import of the old module
-    ``cropi.influence`` sets the attribute ``influence`` of ``cropi``, which is the function.
+    ``cropi.influence`` sets the attribute ``influence`` of ``cropi``, which is the function :func:`cropi.api.influence`.
     """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(MOVED[self.__name__]), name)
+        new = importlib.import_module(MOVED[self.__name__])
+        if not hasattr(new, name) and self.__name__ in REST:
+            new = importlib.import_module(REST[self.__name__])
+        return getattr(new, name)
 
     def __dir__(self) -> list[str]:
         return dir(importlib.import_module(MOVED[self.__name__]))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.__name__ == "cropi.influence":
+            return importlib.import_module("cropi.api").influence(*args, **kwargs)
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _Finder:
+    """Finder and loader in one, without the base classes: importlib.abc takes longer to import than this package."""
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
+        return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None  # type: ignore[arg-type]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return MovedModule(spec.name)

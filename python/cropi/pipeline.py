@@ -226,13 +226,13 @@ def _part(
 
 def _validation(valid: Any) -> dict[str, Any]:
     """Validation sources by the name of their set."""
-    if isinstance(valid, Mapping) and valid and all(isinstance(name, str) for name in valid):
-        if any(isinstance(part, (str, int, float)) and not isinstance(part, str) for part in valid.values()):
-            raise CropiError("valid is one record: give a list of records, or {set name: list of records}")
-        return dict(valid)
-    if isinstance(valid, Mapping):
-        raise CropiError("valid is an empty dict: give {set name: trajectories}, at least one")
-    return {DEFAULT_SET: valid}
+    if not isinstance(valid, Mapping) or hasattr(valid, "column_names"):
+        return {DEFAULT_SET: valid}
+    if {"rewards", "reward", "responses", "prompt", "messages"} & valid.keys():
+        raise CropiError("valid is one record: give a list of records, or {set name: list of records}")
+    if not valid or not all(isinstance(name, str) and name for name in valid):
+        raise CropiError(f"valid has the keys {list(valid)}: give {{set name: trajectories}}, at least one")
+    return dict(valid)
 
 
 def sketch_part(

@@ -6,11 +6,15 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+import cropi
 import cropi_kernels
 
 PUBLIC = [name for name in cropi_kernels.__all__ if name != "__version__"]
@@ -40,3 +44,48 @@ def test_every_public_name_is_explained(name: str) -> None:
     assert text and not text.startswith(f"{name}("), (
         "a docstring of its own, not the one that dataclasses write"
     )
+
+
+# ------------------------------------------------------------------------------------------- the thin layer
+PUBLIC_OF_CROPI = [name for name in cropi.__all__ if name != "__version__"]
+
+
+def documented(name: str) -> list[Any]:
+    """A public name of cropi and, of a class, its public methods that it defines itself."""
+    held = getattr(cropi, name)
+    own = vars(held).items() if inspect.isclass(held) else ()
+    methods = [value for key, value in own if not key.startswith("_") and inspect.isfunction(value)]
+    return [held, *methods]
+
+
+@pytest.mark.parametrize("name", PUBLIC_OF_CROPI)
+def test_every_public_name_of_cropi_is_explained(name: str) -> None:
+    for held in documented(name):
+        text = inspect.getdoc(held)
+        assert text and not text.startswith(f"{name}("), held
+
+
+@pytest.mark.parametrize("name", ["score", "sketch", "influence", "select", "score_batch", "Policy"])
+def test_examples_of_cropi_run(name: str) -> None:
+    held = getattr(cropi, name)
+    module = importlib.import_module(held.__module__)
+    tests = doctest.DocTestFinder(recurse=False).find(
+        held, name, module, globs={**vars(module), "torch": torch}
+    )
+    assert tests and tests[0].examples, "a runnable example"
+    runner = doctest.DocTestRunner()
+    for test in tests:
+        assert runner.run(test).failed == 0
+
+
+def test_examples_of_options_and_stores_run() -> None:
+    for place in ("cropi.options", "cropi.store.memory", "cropi.data.readers"):
+        done = doctest.testmod(importlib.import_module(place), extraglobs={"torch": torch})
+        assert done.attempted and not done.failed
+
+
+def test_the_page_of_the_api_names_what_is_public() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    table = page.split("## `import cropi`")[1].split("\n\n")[1]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(cropi.__all__)

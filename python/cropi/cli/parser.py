@@ -35,12 +35,12 @@ class Parser(argparse.ArgumentParser):
 
 
 class ShowVersion(argparse.Action):
-    """Print the version; the package is imported for that only when it is asked for."""
+    """Print the version; nothing is imported for it."""
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> NoReturn:
-        from cropi_kernels import __version__
+        import cropi
 
-        print(parser.prog, __version__)
+        print(parser.prog, cropi.__version__)
         parser.exit()
 
 

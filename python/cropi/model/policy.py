@@ -45,7 +45,7 @@ class Policy:
     ...     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)).eval()
     >>> policy = Policy(model, name="tiny")
     >>> policy
-    Policy('tiny': LlamaForCausalLM, 4192 parameters, float32, cpu, no tokenizer)
+    Policy('tiny': LlamaForCausalLM, 4208 parameters, float32, cpu, no tokenizer)
     >>> policy.vocabulary, policy.context
     (50, 64)
     """
@@ -86,6 +86,8 @@ class Policy:
             raise CropiError(
                 f"tokenizer is a {type(tokenizer).__name__}: the order is Policy(model, tokenizer)"
             )
+        if tokenizer is not None and not hasattr(tokenizer, "eos_token_id"):
+            raise CropiError(f"tokenizer is a {type(tokenizer).__name__}: give a Hugging Face tokenizer")
         self._tokenizer = tokenizer
         self._load: dict[str, Any] = {
             "dtype": dtype or "float32", "device": device or "cpu", "eos": eos, "trust_remote_code": trust_remote_code

@@ -8,12 +8,13 @@ streamed shard by shard. Method: arXiv 2510.26491.
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from cropi.files import replacing
 from cropi.store.manifest import check_comparable, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
+
+if TYPE_CHECKING:
+    from cropi.ranking.selection import Selection
 
 METRICS = ("cosine", "dot")
 MEANS = ("plain", "normalised")
@@ -56,6 +60,63 @@ class Scores:
     def usable(self) -> np.ndarray:
         """bool ``[n]``: prompts with a score for every set."""
         return np.isfinite(self.table).all(axis=1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(
+        self, fraction: float = 0.1, *, method: str = "rrf", pool: str = "all", seed: int = 0
+    ) -> Selection:
+        """The best fraction of the prompts: :func:`cropi.ranking.selection.select`."""
+        from cropi.ranking.selection import select
+
+        return select(self, fraction=fraction, method=method, pool=pool, seed=seed)
+
+    def top(self, set: str | None = None, n: int = 5) -> list[tuple[str, float]]:
+        """The ``n`` prompts with the highest scores for a validation set, and these; equal ones by id.
+
+        ``set`` may be left out where there is one set.
+
+        Raises:
+            CropiError: no such set, several sets and no name, or ``n`` below 1.
+        """
+        if set is None and len(self.sets) == 1:
+            set = self.sets[0]
+        if set not in self.sets:
+            raise CropiError(f"set is {set!r}: give one of {', '.join(map(repr, self.sets))}")
+        if not isinstance(n, int) or n < 1:
+            raise CropiError(f"n must be an integer of at least 1, got {n!r}")
+        column = self.table[:, self.sets.index(set)]
+        order = sorted(np.flatnonzero(np.isfinite(column)), key=lambda i: (-column[i], self.rows[i].id))
+        return [(self.rows[i].id, float(column[i])) for i in order[:n]]
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` with the columns of :func:`write_scores`, a row a prompt."""
+        return optional("pandas").DataFrame(_columns(self))
+
+    def plot(self, path: str | Path, *, fraction: float = 0.1, method: str = "rrf") -> None:
+        """Write a plot (.png, .pdf or .svg) of the scores, with the prompts that would be selected."""
+        from cropi.ranking.report import plot_scores
+
+        plot_scores(path, self, self.select(fraction, method=method))
+
+    def __repr__(self) -> str:
+        sets = ", ".join(map(repr, self.sets))
+        return f"Scores({len(self)} prompts, {int(self.usable.sum())} usable, against {sets})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the five highest prompts for every set."""
+        head = "".join(f"<th>{html.escape(name)}</th><th></th>" for name in self.sets)
+        best = [self.top(name) for name in self.sets]
+        rows = ""
+        for place in range(max(map(len, best))):
+            cells = [column[place] if place < len(column) else ("", math.nan) for column in best]
+            shown = "".join(
+                f"<td>{html.escape(name)}</td><td>{'' if math.isnan(value) else f'{value:.4f}'}</td>"
+                for name, value in cells
+            )
+            rows += f"<tr><td>{place + 1}</td>{shown}</tr>"
+        return f"<p>{html.escape(repr(self))}</p><table><tr><th>rank</th>{head}</tr>{rows}</table>"
 
 
 def influence(
@@ -217,6 +278,16 @@ def _origin(store: SketchStore) -> dict[str, Any]:
     return {"path": str(store.path)} | {key: store.manifest.get(key) for key in kept}
 
 
+def _columns(scores: Scores) -> dict[str, Any]:
+    """The table by the names of its columns."""
+    named = {"id": "id", "set": "set", "task": "task", "pass_rate": "pass_rate", "n_tokens": "tokens"}
+    named |= {"norm": "norm", "status": "status", "reason": "reason"}
+    columns: dict[str, Any] = {
+        name: [getattr(row, key) for row in scores.rows] for name, key in named.items()
+    }
+    return columns | {f"score[{name}]": scores.table[:, v] for v, name in enumerate(scores.sets)}
+
+
 def write_scores(path: str | Path, scores: Scores) -> None:
     """Write ``scores.parquet``: id, set, task, pass_rate, n_tokens, norm, status, reason and ``score[<set>]``
     columns.
@@ -224,12 +295,7 @@ def write_scores(path: str | Path, scores: Scores) -> None:
     What the scores were made from stands in the schema's metadata under ``cropi``, as JSON.
     """
     pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
-    named = {"id": "id", "set": "set", "task": "task", "pass_rate": "pass_rate", "n_tokens": "tokens"}
-    named |= {"norm": "norm", "status": "status", "reason": "reason"}
-    columns: dict[str, Any] = {
-        name: [getattr(row, key) for row in scores.rows] for name, key in named.items()
-    }
-    columns |= {f"score[{name}]": scores.table[:, v] for v, name in enumerate(scores.sets)}
+    columns = _columns(scores)
     text = ("set", "task")
     arrays = {k: pyarrow.array(v, pyarrow.string() if k in text else None) for k, v in columns.items()}
     table = pyarrow.table(arrays).replace_schema_metadata({"cropi": json.dumps(scores.meta)})

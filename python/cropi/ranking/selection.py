@@ -13,6 +13,7 @@ Equal values are ordered by prompt id, so the result does not depend on the orde
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import math
 from collections.abc import Sequence
@@ -56,6 +57,16 @@ class Selection:
     def __repr__(self) -> str:
         first = ", ".join(map(repr, self.ids[:3])) + (", ..." if len(self) > 3 else "")
         return f"Selection({len(self)} of {len(self.scores.rows)} prompts by {self.method}: {first})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the chosen prompts, best first, at most twenty."""
+        cells = [
+            f"<td>{rank}</td><td>{html.escape(self.scores.rows[i].id)}</td><td>{self.fused[i]:.4f}</td>"
+            for rank, i in enumerate(self.chosen[:20], 1)
+        ]
+        rows = "".join(f"<tr>{row}</tr>" for row in cells)
+        head = "<tr><th>rank</th><th>prompt</th><th>value</th></tr>"
+        return f"<p>{html.escape(repr(self))}</p><table>{head}{rows}</table>"
 
 
 def fuse_ranks(table: np.ndarray, ids: Sequence[str] | np.ndarray, n: int) -> np.ndarray:

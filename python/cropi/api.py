@@ -1,0 +1,205 @@
+"""The front door: what ``import cropi`` offers as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cropi import pipeline
+from cropi.errors import CropiError
+from cropi.model.policy import Policy
+from cropi.options import Influence, Loading, Selecting, Sketching, names_of, split
+from cropi.pipeline import Setup
+from cropi.ranking.influence import Scores
+from cropi.ranking.selection import Selection
+from cropi.sketching.interrupt import Interrupted
+from cropi.sketching.job import make_job
+from cropi.sketching.run import sketch as run_job
+from cropi.store.store import SketchStore
+
+
+def score(
+    model: Any,
+    train: Any,
+    valid: Any,
+    tokenizer: Any = None,
+    *,
+    out: str | Path | None = None,
+    behaviour_model: Any = None,
+    progress: bool = True,
+    **options: Any,
+) -> Scores:
+    """Score training prompts by how well their policy gradients point along those of validation prompts.
+
+    Args:
+        model: the current policy: a name or folder, a module (with ``tokenizer``, where text is to be tokenised), or a
+            :class:`cropi.Policy`.
+        train: stored trajectories of the training prompts, several scored responses to each: a list of records
+            (dictionaries, docs/trajectories.md), a ``datasets.Dataset``, a path, or a list of paths.
+        valid: the same for validation prompts; or a dict of them by the name of their set.
+        tokenizer: of a module.
+        out: folder for the sketches, which are continued if they are there; None keeps them in memory.
+        behaviour_model: the model that made the responses, where records have no log-probs and it is not ``model``.
+        progress: show progress bars.
+        options: the fields of :class:`cropi.options.Sketching` and :class:`cropi.options.Influence`, such as
+            ``estimator="ppo"``, ``dim=8192``, ``metric="dot"``; for a model by its name, those of
+            :class:`cropi.options.Loading` (``dtype``, ``device``).
+
+    Returns:
+        One row a training prompt and one column a validation set.
+
+    Raises:
+        CropiError: nothing is scored that cannot be: names the argument, its value and the remedy.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> _ = torch.manual_seed(0)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)).eval()
+    >>> def record(name, first):                       # token ids need no tokenizer
+    ...     return {"id": name, "prompt_ids": [first, 7], "response_ids": [[8, 1], [9, 10, 1]], "rewards": [1.0, 0.0]}
+    >>> train, valid = [record(f"t{i}", 20 + i) for i in range(4)], [record("v", 21)]
+    >>> scores = score(model, train, valid, dim=1024, progress=False)
+    >>> scores
+    Scores(4 prompts, 4 usable, against 'valid')
+    >>> scores.top(n=1)[0][0], scores.select(0.25).ids
+    ('t1', ['t1'])
+    """
+    loading, rest = _loading(options, model)
+    sketching, compare = split(rest, Sketching, Influence)
+    policy = Policy.of(model, tokenizer, **loading)
+    beta = (
+        None
+        if behaviour_model is None
+        else Policy.of(behaviour_model, **_loading_of_beta(behaviour_model, loading))
+    )
+    job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
+    setup = Setup(job, compare, Selecting(fraction=1.0))  # nothing is chosen here, so no pool is too small
+    checked = pipeline.check(policy, train, valid, setup, option="valid")
+    folder = None if out is None else Path(out)
+    stores = pipeline.sketch_all(
+        policy, checked, job, lambda name: None if folder is None else folder / name, progress=progress
+    )
+    return pipeline.score(stores.pop("train"), list(stores.values()), compare)
+
+
+def sketch(
+    model: Any,
+    trajectories: Any,
+    tokenizer: Any = None,
+    *,
+    out: str | Path | None = None,
+    set: str | None = None,
+    behaviour_model: Any = None,
+    progress: bool = True,
+    **options: Any,
+) -> SketchStore:
+    """Sketch the policy gradient of every prompt.
+
+    Args:
+        model, tokenizer, behaviour_model, progress: as for :func:`cropi.score`.
+        trajectories: as ``train`` there.
+        out: the store's folder, continued if it is there: prompts that it holds are not computed again. None keeps the
+            sketches in memory.
+        set: validation set of records that carry none.
+        options: the fields of :class:`cropi.options.Sketching`.
+
+    Raises:
+        CropiError: bad records or options, or a store that was made with others.
+        Interrupted: Ctrl-C; finished prompts are in the store. (A KeyboardInterrupt.)
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)).eval()
+    >>> records = [{"id": "a", "prompt_ids": [5, 7], "response_ids": [[8, 1], [9, 1]], "rewards": [1.0, 0.0]}]
+    >>> store = sketch(model, records, dim=1024, progress=False)
+    >>> len(store), [vectors.shape for rows, vectors in store.shards()]
+    (1, [torch.Size([1, 1024])])
+    """
+    loading, rest = _loading(options, model)
+    (sketching,) = split(rest, Sketching)
+    policy = Policy.of(model, tokenizer, **loading)
+    beta = (
+        None
+        if behaviour_model is None
+        else Policy.of(behaviour_model, **_loading_of_beta(behaviour_model, loading))
+    )
+    job = make_job(sketching, trajectories, out, set=set, behaviour_model=beta, notes={"model": policy.name})
+    summary = run_job(policy, job, progress=progress)
+    if summary.interrupted:
+        raise Interrupted(out, summary)
+    assert summary.store is not None
+    return summary.store
+
+
+def influence(train: SketchStore, valid: SketchStore | Sequence[SketchStore], **options: Any) -> Scores:
+    """Score the prompts of one store against the validation prompts of others.
+
+    Args:
+        train: sketches of training prompts.
+        valid: sketches of validation prompts, in one store or several; a set is the prompts with one ``set`` name.
+        options: the fields of :class:`cropi.options.Influence`: ``metric``, ``mean``, ``max_valid``, ``valid_seed``.
+
+    Raises:
+        CropiError: stores that cannot be compared, an unfinished one, or a validation set without a usable prompt.
+
+    >>> from cropi.store.memory import MemoryStore
+    >>> from cropi.store.shards import RowInfo
+    >>> import torch
+    >>> train, valid = (MemoryStore({"spec": {"dim": 64}}) for _ in range(2))
+    >>> for name, vector in (("a", torch.ones(64)), ("b", -torch.ones(64))):
+    ...     _ = train.add(RowInfo(name, norm=8.0), vector)
+    >>> _ = valid.add(RowInfo("v", set="sums"), torch.ones(64))
+    >>> train.finish(), valid.finish()
+    (None, None)
+    >>> influence(train, valid).top("sums")
+    [('a', 1.0), ('b', -1.0)]
+    """
+    (given,) = split(options, Influence)
+    stores = [valid] if isinstance(valid, SketchStore) else valid
+    if not isinstance(train, SketchStore):
+        raise CropiError(
+            f"train is a {type(train).__name__}: give a SketchStore (cropi.sketch, SketchStore.open)"
+        )
+    if not isinstance(stores, (list, tuple)) or not stores:
+        kind = "empty" if isinstance(stores, (list, tuple)) else f"a {type(valid).__name__}"
+        raise CropiError(f"valid is {kind}: give a SketchStore, or a list of at least one")
+    return pipeline.score(train, stores, given)
+
+
+def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
+    """Choose the best fraction of the prompts.
+
+    Args:
+        scores: what :func:`cropi.score` or :func:`cropi.influence` gave.
+        fraction: share of the pool, in (0, 1].
+        options: the fields of :class:`cropi.options.Selecting`: ``method``, ``pool``, ``select_seed``.
+
+    Raises:
+        CropiError: no Scores, or a fraction that chooses none.
+
+    >>> import numpy as np
+    >>> from cropi.store.shards import RowInfo
+    >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
+    >>> select(scores, fraction=0.5)
+    Selection(1 of 2 prompts by rrf: 'b')
+    """
+    if not isinstance(scores, Scores):
+        raise CropiError(
+            f"scores is a {type(scores).__name__}: give the Scores of cropi.score or cropi.influence"
+        )
+    (given,) = split({"fraction": fraction, **options}, Selecting)
+    return pipeline.pick(scores, given)
+
+
+def _loading(options: dict[str, Any], model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of loading, checked, and the others."""
+    own = {name: options[name] for name in names_of(Loading) if name in options}
+    split(own, Loading)
+    return own, {name: value for name, value in options.items() if name not in own}
+
+
+def _loading_of_beta(model: Any, loading: dict[str, Any]) -> dict[str, Any]:
+    return loading if isinstance(model, (str, Path)) else {}

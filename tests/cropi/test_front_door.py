@@ -1,0 +1,294 @@
+"""``import cropi``: what is public, in memory as from files, and what misuse of it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+
+import cropi
+from cropi.cli import main
+from cropi.errors import CropiError
+from cropi.ranking.influence import Scores, read_scores
+from cropi.ranking.selection import read_selection
+from cropi.store.memory import MemoryStore
+from cropi.store.shards import RowInfo
+
+pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+TRAIN, VALID = make_records(12), make_records(8, seed=1, sets=["x", "y"])
+SMALL: dict[str, Any] = {"dim": 1024, "progress": False}
+
+
+def exact(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records with token ids, which need no tokenizer."""
+    tokenizer, made = make_tokenizer(), []
+    for record in records:
+        ids = [[*tokenizer(text)["input_ids"], 1] for text in record["responses"]]
+        made.append(record | {"prompt_ids": tokenizer(record["prompt"])["input_ids"], "response_ids": ids})
+    return made
+
+
+@pytest.fixture(scope="module")
+def scores() -> Scores:
+    return cropi.score(make_model(), TRAIN, VALID, make_tokenizer(), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("front")
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    write_lines(folder / "train.jsonl", TRAIN)
+    write_lines(folder / "valid.jsonl", VALID)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------- results
+def test_memory_files_and_the_command_line_agree_to_the_bit(
+    scores: Scores, saved: Path, tmp_path: Path
+) -> None:
+    words = f"run --model {saved}/model --train {saved}/train.jsonl --valid {saved}/valid.jsonl --dim 1024"
+    assert main([*words.split(), "--out", str(tmp_path / "out"), "--fraction", "0.25", "--no-progress"]) == 0
+    table = read_scores(tmp_path / "out/scores.parquet")
+    assert table.ids == scores.ids and table.sets == scores.sets == ["x", "y"]
+    np.testing.assert_array_equal(table.table, scores.table)
+    assert scores.select(0.25).ids == read_selection(tmp_path / "out/selected.jsonl")
+
+    named = cropi.score(str(saved / "model"), saved / "train.jsonl", [saved / "valid.jsonl"], **SMALL)
+    policy = cropi.Policy(make_model(), make_tokenizer())
+    store = cropi.sketch(policy, TRAIN, out=tmp_path / "train", **SMALL)
+    valid = cropi.sketch(policy, VALID, **SMALL)
+    parts = cropi.influence(store, valid)
+    ids_alone = cropi.score(make_model(), exact(TRAIN), exact(VALID), **SMALL)
+    for other in (named, parts, ids_alone):
+        np.testing.assert_array_equal(other.table, scores.table)
+    again = cropi.sketch(policy, TRAIN, out=tmp_path / "train", **SMALL)
+    assert len(again) == 12 and type(again) is cropi.SketchStore and isinstance(valid, MemoryStore)
+    assert cropi.select(parts, 0.25).ids == scores.select(0.25).ids
+
+
+def test_other_holders_of_the_same_records(scores: Scores) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed (the extra 'trl')")
+    held = datasets.Dataset.from_list(TRAIN)
+    sets = {"x": VALID[::2], "y": VALID[1::2]}
+    got = cropi.score(make_model(), held, sets, make_tokenizer(), **SMALL)
+    assert got.sets == ["x", "y"]
+    np.testing.assert_array_equal(got.table, scores.table)
+
+
+def test_names_of_sets_are_the_keys_where_records_have_none() -> None:
+    plain = [{key: value for key, value in record.items() if key != "set"} for record in VALID]
+    got = cropi.score(make_model(), TRAIN, {"a": plain[:4], "b": plain[4:]}, make_tokenizer(), **SMALL)
+    assert got.sets == ["a", "b"]
+    one = cropi.score(make_model(), TRAIN, plain, make_tokenizer(), **SMALL)
+    assert one.sets == ["valid"]
+
+
+def test_options_reach_the_sketches(scores: Scores) -> None:
+    policy = cropi.Policy(make_model(), make_tokenizer())
+    store = cropi.sketch(policy, TRAIN, estimator="ppo", seed=3, stage="7", store_dtype="int8", **SMALL)
+    manifest = store.manifest
+    assert manifest["estimator"]["name"] == "ppo" and manifest["spec"]["seed"] == 3
+    assert manifest["stage"] == "7" and manifest["dtype"] == "int8"
+    valid = cropi.sketch(policy, VALID, estimator="ppo", seed=3, stage="7", **SMALL)
+    dots = cropi.influence(store, valid, metric="dot", mean="normalised", max_valid=2)
+    assert dots.meta["metric"] == "dot" and dots.meta["mean"] == "normalised"
+    assert not np.array_equal(dots.table, scores.table)
+
+
+def test_a_sketched_folder_is_continued(tmp_path: Path) -> None:
+    policy = cropi.Policy(make_model(), make_tokenizer())
+    first = cropi.score(policy, TRAIN, VALID, out=tmp_path / "s", **SMALL)
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"train", "valid"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*.safetensors")}
+    second = cropi.score(policy, TRAIN, VALID, out=tmp_path / "s", **SMALL)
+    np.testing.assert_array_equal(first.table, second.table)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*.safetensors")} == before
+
+
+# --------------------------------------------------------------------------------------------- Scores
+def test_scores_show_what_they_hold(scores: Scores, tmp_path: Path) -> None:
+    assert repr(scores) == f"Scores(12 prompts, {scores.usable.sum()} usable, against 'x', 'y')"
+    best = scores.top("x", 3)
+    column = scores.table[scores.usable, 0]
+    assert [value for _, value in best] == sorted(column, reverse=True)[:3]
+    assert all(scores.table[scores.ids.index(name), 0] == value for name, value in best)
+    assert len(scores.top("y", 100)) == scores.usable.sum()
+    page = scores._repr_html_()
+    assert page.count("<tr>") == 6 and best[0][0] in page
+    chosen = scores.select(0.25)
+    assert len(chosen) == 3 and chosen.scores is scores
+    assert repr(chosen).startswith("Selection(3 of 12 prompts by rrf: 'p0-") and chosen.ids[0] in repr(chosen)
+    assert chosen._repr_html_().count("<tr>") == 4
+    scores.plot(tmp_path / "scores.png", fraction=0.25)
+    assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    for wrong, message in (((None, 5), "set is None: give one of 'x', 'y'"), (("z", 5), "set is 'z'"),
+                           (("x", 0), "n must be an integer of at least 1, got 0")):  # fmt: skip
+        with pytest.raises(CropiError, match=message):
+            scores.top(*wrong)
+
+
+def test_names_are_escaped_in_notebooks() -> None:
+    made = Scores([RowInfo("<b>&")], ["<i>"], np.array([[0.5]]), {})
+    assert "<b>" not in made._repr_html_() and "<i>" not in made._repr_html_()
+    assert "<b>" not in made.select(1.0)._repr_html_()
+
+
+def test_scores_as_a_data_frame(scores: Scores) -> None:
+    pytest.importorskip("pandas", reason="pandas is not installed (datasets brings it)")
+    frame = scores.to_pandas()
+    assert list(frame["id"]) == scores.ids and {"score[x]", "score[y]", "norm", "status"} <= set(frame)
+    np.testing.assert_array_equal(frame["score[y]"].to_numpy(), scores.table[:, 1])
+
+
+# --------------------------------------------------------------------------------------------- misuse
+MODEL, EQUAL = make_model(), [record | {"rewards": [1.0] * 4} for record in VALID]
+RECORD = TRAIN[0]
+
+
+def optioned(**options: Any) -> Scores:
+    return cropi.score(MODEL, TRAIN, VALID, **options)
+
+
+def without_ratio(**options: Any) -> Scores:
+    return cropi.score(MODEL, exact(TRAIN), exact(VALID), estimator="reinforce", **SMALL, **options)
+
+
+MISUSE: dict[str, tuple[Any, str]] = {
+    "model of a wrong type": (lambda: cropi.score(TRAIN, MODEL, VALID), "model is of type list: give a name"),
+    "no model": (lambda: cropi.score(None, TRAIN, VALID), "model is of type NoneType"),
+    "tokenizer second": (
+        lambda: cropi.score(MODEL, make_tokenizer(), TRAIN, VALID), "tokenizer is a list: give a Hugging Face",
+    ),
+    "tokenizer for train": (lambda: cropi.score(MODEL, make_tokenizer(), VALID), "train must be a path, a list"),
+    "a tensor for train": (lambda: cropi.score(MODEL, torch.ones(3), VALID), "train must be a path, a list"),
+    "one record for train": (lambda: cropi.score(MODEL, RECORD, VALID), "train is one dictionary; give a list"),
+    "one record for valid": (lambda: cropi.score(MODEL, TRAIN, RECORD), "valid is one record: give a list"),
+    "no train": (lambda: cropi.score(MODEL, [], VALID), "train is empty; give at least one record"),
+    "no valid": (lambda: cropi.score(MODEL, exact(TRAIN), []), "valid is empty; give at least one record"),
+    "no sets": (lambda: cropi.score(MODEL, TRAIN, {}), r"valid has the keys \[\]: give"),
+    "sets by number": (lambda: cropi.score(MODEL, TRAIN, {1: VALID}), r"valid has the keys \[1\]: give"),
+    "an empty set": (lambda: cropi.score(MODEL, exact(TRAIN), {"x": []}), "valid is empty"),
+    "a generator": (lambda: cropi.score(MODEL, iter(TRAIN), VALID), "can be read once"),
+    "a list of numbers": (lambda: cropi.score(MODEL, [1, 2], exact(VALID)), r"train\[0\]: a record is a dictionary"),
+    "text without a tokenizer": (
+        lambda: cropi.score(MODEL, TRAIN, exact(VALID)), r"train\[\d+\].*its text needs a tokenizer",
+    ),
+    "no validation prompt with a gradient": (
+        lambda: cropi.score(MODEL, exact(TRAIN), exact(EQUAL)), "validation set 'x' usefully: none of its 4 prompts",
+    ),
+    "no training prompt with a gradient": (
+        lambda: cropi.score(MODEL, exact(EQUAL), exact(VALID)), "there is nothing to select: none of the 8",
+    ),
+    "an option that is none": (
+        lambda: optioned(estimater="ppo"), "'estimater' is not an option; did you mean 'estimator'",
+    ),
+    "an option of selecting": (lambda: optioned(fraction=0.1), "'fraction' is not an option"),
+    "a value of an option": (lambda: optioned(metric="cos"), "metric must be one of cosine, dot"),
+    "a type of an option": (
+        lambda: optioned(tokens_per_batch="many"), "tokens_per_batch must be an integer, got",
+    ),
+    "a dim that is none": (lambda: optioned(dim=1000), "dim"),
+    "a device for a module": (lambda: optioned(device="cpu"), "device='cpu' is for a model that"),
+    "a dtype that is none": (lambda: cropi.score("m", TRAIN, VALID, dtype="int4"), "dtype must be one of float32"),
+    "behaviour model unused": (
+        lambda: without_ratio(behaviour_model=make_model()),
+        "the estimator 'reinforce' has no ratio",
+    ),
+    "a store for a store's folder": (lambda: cropi.sketch(MODEL, TRAIN, make_tokenizer(), out=3), "out"),
+    "influence of a path": (lambda: cropi.influence("sketches/train", []), "train is a str: give a SketchStore"),
+    "influence on nothing": (lambda: cropi.influence(store(), []), "valid is empty: give a SketchStore"),
+    "influence on a path": (lambda: cropi.influence(store(), "valid"), "valid is a str: give a SketchStore"),
+    "influence option": (lambda: cropi.influence(store(), store(), metrik="dot"), "did you mean 'metric'"),
+    "select from a table": (lambda: cropi.select(np.ones((2, 1))), "scores is a ndarray: give the Scores"),
+    "select too much": (lambda: cropi.select(two(), 1.5), r"fraction must be in \(0, 1\], got 1.5"),
+    "select nothing": (lambda: cropi.select(two(), 0.1), "fraction 0.1 of a pool of 2 prompts chooses none"),
+    "select by what": (lambda: cropi.select(two(), 1.0, method="best"), "method must be one of rrf"),
+}  # fmt: skip
+
+
+def store() -> MemoryStore:
+    made = MemoryStore({"spec": {"dim": 64}})
+    made.add(RowInfo("a", norm=1.0), torch.ones(64))
+    made.finish()
+    return made
+
+
+def two() -> Scores:
+    return Scores([RowInfo("a"), RowInfo("b")], ["v"], np.array([[0.1], [0.2]]), {})
+
+
+@pytest.mark.parametrize("name", MISUSE)
+def test_misuse_names_the_argument_and_the_remedy(name: str) -> None:
+    call, message = MISUSE[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_one_training_prompt_is_enough() -> None:
+    good = [record for record in TRAIN if len(set(record["rewards"])) > 1][:1]
+    scores = cropi.score(make_model(), good, VALID, make_tokenizer(), **SMALL)
+    assert len(scores) == 1 and scores.select(1.0).ids == [good[0]["id"]]
+
+
+# --------------------------------------------------------------------------------------------- the module
+def test_public_names_are_there_and_importing_them_is_lazy() -> None:
+    assert sorted(cropi.__all__) == cropi.__all__ and set(cropi.__all__) <= set(dir(cropi))
+    for name in cropi.__all__:
+        assert getattr(cropi, name) is not None
+    with pytest.raises(AttributeError, match="module 'cropi' has no attribute 'scores'"):
+        cropi.scores  # noqa: B018
+    code = (
+        "import sys, cropi; assert cropi.__version__; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_the_version_is_printed_without_torch() -> None:
+    code = (
+        "import sys, cropi.cli\ntry: cropi.cli.main(['--version'])\nexcept SystemExit as end: assert not end.code\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["cropi", cropi.__version__, "False"]
+
+
+def test_old_names_of_the_documentation_are_what_they_were() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from cropi.advantages import group_advantages
+        from cropi.influence import score_rows
+        from cropi.models import load_model
+        from cropi.selection import fuse_ranks
+        from cropi.trajectories import read_trajectories, write_trajectories
+    assert group_advantages([1.0, 0.0]).shape == (2,) and callable(load_model)
+    assert score_rows(torch.eye(2), {"v": torch.ones(2)}).shape == (2, 1)
+    assert fuse_ranks(np.array([[1.0], [2.0]]), ["a", "b"], 1).tolist() == [0.0, 1.0]
+    assert callable(read_trajectories) and callable(write_trajectories)
+
+
+def test_influence_is_a_function_also_after_its_old_module_was_imported() -> None:
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\nimport cropi, torch\nimport cropi.influence\n"
+        "from cropi.store.memory import MemoryStore\nfrom cropi.store.shards import RowInfo\n"
+        "store = MemoryStore({'spec': {'dim': 64}})\n"
+        "store.add(RowInfo('a', norm=1.0), torch.ones(64)); store.finish()\n"
+        "print(cropi.influence(store, store).top())\nprint(cropi.influence.score_rows.__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[('a', 1.0)]\nscore_rows\n", done.stderr
+
+
+def test_records_are_left_as_they_were() -> None:
+    before = json.dumps(TRAIN)
+    cropi.sketch(make_model(), TRAIN, make_tokenizer(), **SMALL)
+    assert json.dumps(TRAIN) == before
