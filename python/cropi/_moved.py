@@ -54,7 +54,7 @@ class MovedModule(types.ModuleType):
     """Stands at the old place; what is asked of it is looked up at the new one.
 
     It can be called where the module of that name held a function of that name: an import of the old module
-    ``cropi.influence`` sets the attribute ``influence`` of ``cropi``, which is the function :func:`cropi.api.influence`.
+    ``cropi.influence`` sets the attribute ``influence`` of ``cropi``, and that is the function `cropi.api.influence`.
     """
 
     def __getattr__(self, name: str) -> Any:
