@@ -89,21 +89,40 @@ def is_conv1d(module: nn.Module) -> bool:
 def _multiplies(module: nn.Module, weight: torch.Tensor, transposed: bool) -> bool:
     """Whether the module computes ``x W^T + b`` (``x W + b``), tried on a few rows."""
     cols, rows = weight.shape if transposed else weight.T.shape
-    x = torch.empty(4, cols, dtype=torch.float32, device="cpu")
+    x = torch.empty(7, cols, dtype=torch.float32, device="cpu")
     x = x.normal_(generator=torch.Generator().manual_seed(0)).to(weight)
+    x, w = x[:6], x[6]
     # A weight of our own, expanded and so without memory: the model's may be zero.
-    tried = x[3].unsqueeze(1).expand(cols, rows) if transposed else x[3].expand(rows, cols)
-    try:
-        got = _call(module, {"weight": tried}, x[:3])
-    except Exception:  # not a function of one matrix; the code is not ours and may raise anything
-        return False
-    want = nn.functional.linear(x[:3].float(), x[3:].float()).expand(3, rows)
+    tried = w.unsqueeze(1).expand(cols, rows) if transposed else w.expand(rows, cols)
+    got = _rows_apart(module, {"weight": tried}, x)
+    want = (x.float() @ w.float()).unsqueeze(1).expand(6, rows)
     bias = getattr(module, "bias", None)
     want = want if bias is None else want + bias.detach().float()
-    if not isinstance(got, torch.Tensor) or got.shape != want.shape:
+    if got is None or got.shape != want.shape:
         return False
     tolerance = 3e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return bool((got.detach().float() - want).abs().max() <= tolerance * want.abs().max())
+    return bool((got.float() - want).abs().max() <= tolerance * want.abs().max())
+
+
+def _rows_apart(module: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
+    """What the module computes of rows ``x`` [tokens, n], if that is a tensor and the same for [2, tokens / 2, n]: one
+    that takes three axes apart may mix tokens there."""
+    try:
+        got = _call(module, tensors, x)
+    except Exception:  # not a function of one tensor; the code is not ours and may raise anything
+        return None
+    if not isinstance(got, torch.Tensor):
+        return None
+    try:
+        batched = _call(module, tensors, x.unflatten(0, (2, -1)))
+    except Exception:  # a module that sees all tokens in one axis
+        return got.detach()
+    if not isinstance(batched, torch.Tensor) or batched.shape[:-1] != (2, len(x) // 2):
+        return None
+    same = torch.allclose(
+        batched.flatten(0, 1).float(), got.float(), rtol=1e-2, atol=1e-2 * float(got.abs().max())
+    )
+    return got.detach() if same else None
 
 
 def embedding_scale(module: nn.Embedding) -> float | None:
@@ -150,12 +169,10 @@ def norm_of(module: nn.Module) -> tuple[bool, float] | None:
     twos = {**ones, "weight": x.new_full(weight.shape, 2.0)}
     # A BatchNorm in training counts what it sees.
     buffers = {name: b.clone() for name, b in module.named_buffers()}
-    try:
-        slope = _call(module, {**twos, **buffers}, x) - _call(module, {**ones, **buffers}, x)
-    except Exception:  # not a function of one tensor; the code is not ours and may raise anything
+    high, low = (_rows_apart(module, {**scales, **buffers}, x) for scales in (twos, ones))
+    if high is None or low is None or high.shape != x.shape or low.shape != x.shape:
         return None
-    if not isinstance(slope, torch.Tensor) or slope.shape != x.shape:
-        return None
+    slope = high - low
     for centered in (False, True):
         shifted = x - x.mean(-1, keepdim=True) if centered else x
         xhat = shifted * torch.rsqrt(shifted.square().mean(-1, keepdim=True) + eps)

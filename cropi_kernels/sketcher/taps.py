@@ -13,6 +13,7 @@ from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .engine import Norm, Site
 from .hooks import Sink, capture, widened_input
+from .one_row import one_row
 from .segments import NotTokensError
 from .slab import MatrixSketch
 
@@ -140,10 +141,14 @@ class EmbeddingTap(Tap):
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
         segments = self.acc.segments
         assert segments is not None
-        if y.ndim == 3 and y.shape[0] == 1 < segments.batch:
-            # Positions looked up once for all rows (GPT-2): broadcasting them later would sum their gradients over
-            # the batch, and with them over the segments.
-            x, y = x.expand(segments.batch, -1), y.expand(segments.batch, -1, -1)
+        rows = segments.batch
+        if y.ndim == 3 and y.shape[0] == 1 < rows and x.ndim == 2:
+
+            def wide() -> torch.Tensor:
+                return capture(y.detach().expand(rows, -1, -1), self.sink(self._sites[0]), x.expand(rows, -1))
+
+            refused = f"{self.where} is looked up for one row of {rows}, and used otherwise than by adding it to all"
+            return one_row(capture(y, self._refusal(f"{refused}: exclude its parameters")), rows, wide)
         return capture(y, self.sink(self._sites[0]), x)
 
     def backward(self, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:

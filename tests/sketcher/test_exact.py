@@ -240,7 +240,15 @@ def conv1d() -> nn.Module:
     return layer
 
 
+class Mixing(nn.Linear):
+    """Mixes the tokens of a row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.cumsum(1) if x.ndim == 3 else x)
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
+    "mixing": lambda: Mixing(8, 8),
     "scaled": lambda: Scaled(8, 8),
     "replaced linear": lambda: replaced(nn.Linear(8, 8)),
     "replaced Conv1D": lambda: replaced(conv1d()),
@@ -283,7 +291,7 @@ def test_modules(case: str, checkpointed: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 8), Sum(MODULES[case]()), nn.Linear(8, 8))
     x, w = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
     ids = [torch.tensor([[0] * 6, [1] * 6])]
-    if case != "convolution":
+    if case not in ("convolution", "mixing"):
         ids.append(torch.tensor([[0] * 4 + [1] * 2, [1] * 3 + [2] * 3]))
     for segments in ids:
         with GradientSketcher(model, SPEC) as sketcher:

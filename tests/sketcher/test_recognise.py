@@ -71,3 +71,28 @@ def test_ligers_norms_are_known_without_a_call() -> None:
     assert norm_of(liger("LigerRMSNorm")) == (False, 1e-5)
     assert norm_of(liger("LigerLayerNorm")) == (True, 1e-5)
     assert norm_of(liger("LigerFusedAddRMSNorm")) is None
+
+
+def running_mean(x: torch.Tensor) -> torch.Tensor:
+    return x if x.ndim < 3 else x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None]
+
+
+def test_modules_that_mix_tokens_where_they_see_rows_are_not_known() -> None:
+    class Linear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(running_mean(x))
+
+    class Norm(nn.RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return running_mean(super().forward(x))
+
+    assert not is_linear(Linear(8, 5)) and norm_of(Norm(8, 1e-6)) is None
+
+
+def test_modules_that_see_tokens_in_one_axis_only_are_known() -> None:
+    class Flat(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.ndim == 2
+            return x @ self.weight.T + self.bias
+
+    assert is_linear(Flat(8, 5))

@@ -80,6 +80,7 @@ def test_the_copy_in_the_graph_gives_the_bits_of_the_input_itself(monkeypatch: p
         return found[-1]
 
     with GradientSketcher(model, SPEC) as sketcher:
+        sketcher.check_model()  # runs the model too
         monkeypatch.setattr(taps, "widened_input", spy)
         with_copy = batch.sketch(sketcher).sketches
         monkeypatch.setattr(taps, "widened_input", lambda x, y: None)
