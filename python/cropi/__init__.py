@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from cropi import _moved
 
 if TYPE_CHECKING:
-    from cropi.api import influence, score, select, sketch
+    from cropi.api import check, influence, score, select, sketch
     from cropi.errors import CropiError, RecordError
     from cropi.gradient.estimators import Estimator, make_estimator
     from cropi.model.policy import Policy
     from cropi.ranking.influence import Scores
     from cropi.ranking.selection import Selection
+    from cropi.report.check import CheckReport
     from cropi.sketching.batch import SketchedBatch, score_batch
     from cropi.store.store import SketchStore
     from cropi_kernels import GradientSketcher, SketchSpec
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _moved.install()
 
 _PLACES = {
+    "CheckReport": "cropi.report.check",
     "CropiError": "cropi.errors",
     "Estimator": "cropi.gradient.estimators",
     "GradientSketcher": "cropi_kernels",
@@ -41,6 +43,7 @@ _PLACES = {
     "SketchSpec": "cropi_kernels",
     "SketchStore": "cropi.store.store",
     "SketchedBatch": "cropi.sketching.batch",
+    "check": "cropi.api",
     "influence": "cropi.api",
     "make_estimator": "cropi.gradient.estimators",
     "score": "cropi.api",
@@ -50,6 +53,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "CheckReport",
     "CropiError",
     "Estimator",
     "GradientSketcher",
@@ -61,6 +65,7 @@ __all__ = [
     "SketchStore",
     "SketchedBatch",
     "__version__",
+    "check",
     "influence",
     "make_estimator",
     "score",

@@ -13,6 +13,7 @@ from cropi.options import Influence, Loading, Selecting, Sketching, names_of, sp
 from cropi.pipeline import Setup
 from cropi.ranking.influence import Scores
 from cropi.ranking.selection import Selection
+from cropi.report.check import CheckReport, check_job
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import make_job
 from cropi.sketching.run import sketch as run_job
@@ -192,6 +193,57 @@ def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
         )
     (given,) = split({"fraction": fraction, **options}, Selecting)
     return pipeline.pick(scores, given)
+
+
+def check(
+    model: Any,
+    trajectories: Any,
+    tokenizer: Any = None,
+    *,
+    n: int = 16,
+    seed: int = 0,
+    exact: bool | None = None,
+    behaviour_model: Any = None,
+    progress: bool = True,
+    **options: Any,
+) -> CheckReport:
+    """Hold the sketch to exact gradients on some of one's own prompts: the error of scores, other faults, and what
+    a pool costs.
+
+    Args:
+        model, trajectories, tokenizer, behaviour_model: as for :func:`cropi.sketch`.
+        n: prompts in the sample, at least 4; their error is known to about ``1 / sqrt(2 n)`` of itself.
+        seed: of the draw.
+        exact: compare with exact gradients (True), a second seed (False), or as memory allows (None).
+        progress: say what is being done.
+        options: the fields of :class:`cropi.options.Sketching`.
+
+    Returns:
+        Printed, a verdict line by line; ``ok`` says whether nothing failed.
+
+    Raises:
+        CropiError: bad records or options, or fewer than four prompts with a gradient.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> _ = torch.manual_seed(0)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)).eval()
+    >>> records = [{"id": str(i), "prompt_ids": [5, i], "response_ids": [[8, 1], [9, 1]], "rewards": [1.0, 0.0]}
+    ...     for i in range(6)]
+    >>> check(model, records, dim=8192, progress=False).ok
+    True
+    """
+    loading, rest = _loading(options, model)
+    (sketching,) = split(rest, Sketching)
+    policy = Policy.of(model, tokenizer, **loading)
+    beta = (
+        None
+        if behaviour_model is None
+        else Policy.of(behaviour_model, **_loading_of_beta(behaviour_model, loading))
+    )
+    job = make_job(sketching, trajectories, None, behaviour_model=beta)
+    return check_job(policy, job, n=n, seed=seed, exact=exact, say=print if progress else lambda text: None)
 
 
 def _loading(options: dict[str, Any], model: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.made_data import make_model, make_records, make_tokenizer
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
+import cropi
+from cropi.cli import main
 from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.tokenize import TokenGroup, Tokenize
 from cropi.model.policy import Policy
-from cropi.report.check import check, sample_of
+from cropi.report.check import check_groups, check_job
 from cropi.report.exact import exact_gradients, leave_one_out
+from cropi.sketching.job import SketchJob
 from cropi_kernels import GradientSketcher, SketchSpec
 
 SPEC = SketchSpec(dim=8192)
@@ -74,7 +79,7 @@ def test_exact_gradients_are_those_of_each_response_in_float64(
 def test_the_error_is_the_difference_of_sketched_and_exact_scores(
     policy: Policy, groups: list[TokenGroup]
 ) -> None:
-    report = check(policy, groups, spec=SPEC, estimator=ESTIMATOR, pool=1000)
+    report = check_groups(policy, groups, spec=SPEC, estimator=ESTIMATOR, pool=1000)
     assert (
         report.method == "exact"
         and report.ok
@@ -95,8 +100,8 @@ def test_two_seeds_estimate_the_error_that_exact_gradients_show(
     exact, estimated = [], []
     for seed in range(6):
         spec = SketchSpec(dim=8192, seed=10 * seed)
-        exact.append(check(policy, groups, spec=spec, estimator=ESTIMATOR, exact=True).error)
-        report = check(policy, groups, spec=spec, estimator=ESTIMATOR, exact=False)
+        exact.append(check_groups(policy, groups, spec=spec, estimator=ESTIMATOR, exact=True).error)
+        report = check_groups(policy, groups, spec=spec, estimator=ESTIMATOR, exact=False)
         assert report.method == "seeds" and report.agreement is None and report.exact_seconds is None
         estimated.append(report.error)
     rms = [float(torch.tensor(values).square().mean().sqrt()) for values in (exact, estimated)]
@@ -105,7 +110,7 @@ def test_two_seeds_estimate_the_error_that_exact_gradients_show(
 
 
 def test_a_sketch_that_is_too_small_is_said_to_be(policy: Policy, groups: list[TokenGroup]) -> None:
-    report = check(policy, groups, spec=SketchSpec(dim=64), estimator=ESTIMATOR)
+    report = check_groups(policy, groups, spec=SketchSpec(dim=64), estimator=ESTIMATOR)
     assert report.findings[0].level != "ok" and "a larger --dim" in report.findings[0].text
 
 
@@ -124,7 +129,7 @@ def test_a_wrong_gradient_fails(
         return result
 
     monkeypatch.setattr(GradientSketcher, "policy_gradient", wrong)
-    report = check(policy, groups, spec=SPEC, estimator=ESTIMATOR)
+    report = check_groups(policy, groups, spec=SPEC, estimator=ESTIMATOR)
     assert not report.ok and report.findings[0].level == "failed"
 
 
@@ -134,14 +139,41 @@ def test_models_with_adapters_count_the_adapters_alone(groups: list[TokenGroup])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start: half of the gradients would vanish
             torch.nn.init.normal_(parameter, std=0.1)
-    report = check(Policy(model.eval(), make_tokenizer()), groups, spec=SPEC, estimator=ESTIMATOR)
+    report = check_groups(Policy(model.eval(), make_tokenizer()), groups, spec=SPEC, estimator=ESTIMATOR)
     assert report.ok and all("lora" in kind for kind in report.by_type)
 
 
-def test_a_sample_is_drawn_at_random_and_the_same_again() -> None:
-    drawn = sample_of(list(range(100)), 10)
-    assert drawn == sample_of(list(range(100)), 10) == sorted(drawn) and drawn != list(range(10))
-    assert sample_of([1, 2], 10) == [1, 2]
+def test_a_sample_of_a_file_is_drawn_at_random_and_the_same_again(policy: Policy, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "t.jsonl", make_records(60))
+    job = SketchJob([path], None, SPEC)
+    one, same, other = (check_job(policy, job, n=8, seed=seed, exact=False) for seed in (0, 0, 1))
+    assert one.error == same.error != other.error and one.prompts == 8
+    assert "60 prompts: " in str(one)
+    with pytest.raises(CropiError, match="n must be at least 4, got 3"):
+        check_job(policy, job, n=3)
+
+
+def test_the_command_prints_a_verdict_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    path = write_lines(tmp_path / "t.jsonl", make_records(40))
+    words = ["check", "--model", str(tmp_path / "m"), "--trajectories", str(path), "-n", "8", "--no-progress"]
+    assert main([*words, "--dim", "8192", "--out", str(tmp_path / "c.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "sketch error" in shown and "rms over 8 prompts, against exact gradients" in shown
+    assert json.loads((tmp_path / "c.json").read_text())["ok"] is True
+    assert main([*words, "--dim", "8192", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompts"] == 8
+    assert main([*words, "--dim", "64"]) == 1, "scripts see that it failed"
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_front_door_checks_what_is_in_memory() -> None:
+    report = cropi.check(make_model(), make_records(24), make_tokenizer(), n=8, dim=8192, progress=False)
+    assert report.ok and report.prompts == 8 and repr(report).startswith("CheckReport(")
 
 
 @pytest.fixture
@@ -154,4 +186,4 @@ def test_prompts_without_a_gradient_make_no_sample(policy: Policy, equal: list[T
     with pytest.raises(
         CropiError, match=r"the sample holds 0 prompts with a gradient \(\d+ in all\): give at"
     ):
-        check(policy, equal, spec=SPEC)
+        check_groups(policy, equal, spec=SPEC)

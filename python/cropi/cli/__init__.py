@@ -1,4 +1,4 @@
-"""The command line: ``cropi sketch | influence | select | run | convert | curriculum | info``."""
+"""The command line: ``cropi sketch | influence | select | run | check | convert | curriculum | info``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "influence": "score training sketches against validation sketches",
     "select": "choose the best fraction of the prompts",
     "run": "sketch, influence and select in one, from a command line or a config file",
+    "check": "hold the sketch to exact gradients on some of the prompts: its error, what a pool costs, a verdict",
     "convert": "a trainer's rollout dumps to trajectory records",
     "curriculum": "stages of selecting and training, from one config file",
     "info": "what a store, a score table or a trajectory file holds",

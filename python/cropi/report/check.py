@@ -11,20 +11,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
+from cropi.data.readers import read
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
-from cropi.gradient.behaviour import Behaviour
+from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
-from cropi.gradient.tokenize import TokenGroup
+from cropi.gradient.tokenize import TokenGroup, TooLong
 from cropi.model.policy import Policy, check_dropout
 from cropi.report.exact import by_depth, exact_bytes, exact_gradients, leave_one_out
 from cropi.sketching.groups import sketch_groups
-from cropi.sketching.job import SketchJob, open_store
+from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
+from cropi.sketching.run import check_tokens, scan_groups
 from cropi_kernels import SketchSpec
 
 OK, WARN, FAIL = "ok", "warning", "failed"
@@ -48,7 +51,7 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What :func:`check` found.
+    """What :func:`check_groups` found.
 
     Attributes:
         prompts: in the sample.
@@ -106,7 +109,7 @@ class CheckReport:
         return "\n".join(f"{mark[f.level]}  {f.name:<{width}}  {f.text}" for f in self.findings)
 
 
-def check(
+def check_groups(
     policy: Policy,
     groups: Sequence[TokenGroup],
     *,
@@ -143,7 +146,7 @@ def check(
     >>> from dataclasses import replace
     >>> tokenize = t.Tokenize(None, 32, None, eos=False)
     >>> sample = [tokenize(replace(record, id=str(i), prompt_ids=[1, i])) for i in range(6)]
-    >>> found = check(Policy(model), sample, spec=SketchSpec(dim=4096))
+    >>> found = check_groups(Policy(model), sample, spec=SketchSpec(dim=4096))
     >>> found.method, found.prompts, found.ok
     ('exact', 6, True)
     """
@@ -307,8 +310,47 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def sample_of(groups: Sequence[Any], count: int, seed: int = 0) -> list[Any]:
-    """``count`` of the groups, drawn at random with ``seed``, in their order."""
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(len(groups), generator=generator)[:count]
-    return [groups[i] for i in sorted(picked.tolist())]
+def check_job(
+    policy: Policy,
+    job: SketchJob,
+    *,
+    n: int = 16,
+    seed: int = 0,
+    exact: bool | None = None,
+    say: Callable[[str], Any] = lambda text: None,
+) -> CheckReport:
+    """:func:`check_groups` on ``n`` prompts with a gradient, drawn at random from a job's trajectories.
+
+    Args:
+        policy: the current policy.
+        job: the options; ``out`` is not used.
+        n: prompts in the sample, at least 4.
+        seed: of the draw.
+        exact, say: see :func:`check_groups`.
+
+    Raises:
+        CropiError: ``n`` below 4, bad records, or fewer than four prompts with a gradient.
+    """
+    if n < 4:
+        raise CropiError(f"n must be at least 4, got {n}")
+    groups = read(job.trajectories, skip_bad=job.skip_bad, columns=job.columns)
+    scan = scan_groups(policy, job, groups)
+    check_tokens(policy, job, groups, scan)
+    behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model)
+    job = with_date(policy, job, scan)
+    tokens = make_tokenize(policy, job)
+    usable = [group.id for group in groups.each() if no_gradient_reason(group.rewards) is None]
+    sample = []
+    for group in groups.take(_drawn(usable, n, seed)):
+        with suppress(TooLong):
+            sample.append(tokens(group))
+    return check_groups(
+        policy, sample, spec=job.spec, estimator=job.estimator, behaviour=behaviour, exclude=job.exclude,
+        tokens_per_batch=job.tokens_per_batch, pool=scan.prompts, exact=exact, say=say,
+    )  # fmt: skip
+
+
+def _drawn(names: Sequence[str], count: int, seed: int) -> list[str]:
+    """``count`` of the names, drawn at random with ``seed``, in their order."""
+    picked = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:count]
+    return [names[i] for i in sorted(picked.tolist())]

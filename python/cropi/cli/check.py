@@ -1,0 +1,62 @@
+"""``cropi check``: is the sketch right on this model and these prompts, and what will the pool cost?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from cropi.cli import options, sketch
+from cropi.cli.parser import count
+from cropi.options import Sketching
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    command.add_argument(
+        "--trajectories", nargs="+", required=True, metavar="FILE", help="trajectories (docs/trajectories.md)"
+    )
+    command.add_argument(
+        "-n", type=count, default=16, metavar="N", help="prompts to try, at least 4 (default: 16)"
+    )
+    command.add_argument(
+        "--sample-seed", type=int, default=0, metavar="N", help="seed of the draw (default: 0)"
+    )
+    command.add_argument(
+        "--against", choices=("auto", "exact", "seeds"), default="auto",
+        help="what to compare with: exact gradients (two bytes a parameter and prompt), or a second seed of the sketch "
+        "(default: auto, exact below 4 GB)",
+    )  # fmt: skip
+    command.add_argument("--out", metavar="FILE.json", help="write the figures there")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options.add_model(command)
+    options.add(command, Sketching, leave=("store_dtype", "stage", "limit"))
+    options.add_progress(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, and print the verdict; 1 if something failed."""
+    from pathlib import Path
+
+    from cropi.files import check_outputs, write_atomic
+    from cropi.report.check import check_job
+    from cropi.sketching.job import make_job
+
+    if not args.model:
+        args.parser.error("the following arguments are required: --model")
+    check_outputs({"--out": args.out}, {"--trajectories": args.trajectories})
+    policy, behaviour_model = sketch.policies(args)
+    job = make_job(options.made(Sketching, args), args.trajectories, None, behaviour_model=behaviour_model)
+    report = check_job(
+        policy,
+        job,
+        n=args.n,
+        seed=args.sample_seed,
+        exact={"auto": None, "exact": True, "seeds": False}[args.against],
+        say=(lambda text: print(text, file=sys.stderr)) if args.progress else lambda text: None,
+    )
+    figures = json.dumps(report.to_dict(), indent=2) + "\n"
+    if args.out:
+        write_atomic(Path(args.out), figures)
+    print(figures if args.json else report, end="" if args.json else "\n")
+    return 0 if report.ok else 1
