@@ -72,6 +72,15 @@ def run(args: argparse.Namespace) -> int:
             "--dataset": [args.dataset],
         },
     )
+    if args.export:
+        from cropi.data.export import check_export
+
+        check_export(
+            options.export_format(args),
+            trajectories=_groups(args) or (),
+            dataset=args.dataset,
+            id_key=args.dataset_id,
+        )
     given = options.made(Selecting, args)
     chosen = pipeline.pick(read_scores(args.scores), given)
     write_selection(args.out, chosen.scores, chosen)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import os
 import re
 import shlex
 import subprocess
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 
 from cropi.commands import NAME
 from cropi.curriculum.plan import IN_PROCESS, Plan
-from cropi.data.export import FORMATS, dataset_ids, read_dataset
+from cropi.data.export import FORMATS, check_export
+from cropi.data.readers import read
 from cropi.data.scan import Scan, check_covered, scan
 from cropi.errors import CropiError, did_you_mean, optional
 from cropi.files import check_room
@@ -54,9 +57,13 @@ def check_plan(plan: Plan) -> None:
         form, dataset = plan.export.get("format", "jsonl"), plan.export.get("dataset")
         if form not in FORMATS:
             raise CropiError(f"export.format must be one of {', '.join(FORMATS)}, got {form!r}")
-        if dataset:
-            # Selected prompts are looked up in it after hours of sketching: they must be found then.
-            dataset_ids(read_dataset(dataset), dataset, plan.export.get("id_key"))
+        # Selected prompts are looked up and written after hours of sketching: that must go well then.
+        files = [] if plan.rollouts else [path for path in plan.train if os.path.isfile(path)]
+        some = list(islice(read(files, skip_bad=True), 200)) if files and dataset else []
+        check_export(
+            form, dataset=dataset, id_key=plan.export.get("id_key"), trajectories=() if dataset else files,
+            records=some,
+        )  # fmt: skip
     if plan.rollouts:
         check_command("rollouts", plan.rollouts)
         # Without this command they are read at once, in the first step.

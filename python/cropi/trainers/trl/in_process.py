@@ -14,6 +14,7 @@ import torch
 from cropi.checked import fits, in_words, is_number
 from cropi.data.export import ROLLOUT_KEYS
 from cropi.data.readers import read_trajectories
+from cropi.data.rows_out import columns_of
 from cropi.errors import CropiError, did_you_mean, optional
 from cropi.model.load import DTYPES, check_device, load_model
 from cropi.trainers.trl.checkpoints import newest_whole
@@ -166,7 +167,7 @@ def train_stage(
         )
     trainer = trl.GRPOTrainer(
         model=policy, reward_funcs=[reward_function(name) for name in _names(options["reward"])], args=arguments,
-        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict(columns_of(rows)), processing_class=tokenizer,
     )  # fmt: skip
     started = newest_whole(out / "checkpoints", "trainer_state.json")
     trainer.train(resume_from_checkpoint=str(started) if started else None)

@@ -1,0 +1,114 @@
+"""Which row of a trainer's dataset belongs to which prompt id.
+
+A dataset may have several columns of integers that could be the id (``id`` and ``extra_info.index``): which one holds
+the ids is told by what the rows say, not by its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cropi.data.prompt_ids import PromptIds, column_values
+from cropi.data.records import PromptGroup
+from cropi.errors import CropiError, shown
+
+ID_KEYS = ("id", "extra_info.index", "index", "uid")
+PROMPT_KEYS = ("prompt", "messages", "question", "problem")
+
+
+def dataset_ids(
+    table: Any, path: str | Path, id_key: str | None, records: Sequence[PromptGroup] = ()
+) -> PromptIds:
+    """The prompt ids of a dataset that :func:`cropi.data.export.read_dataset` read.
+
+    Args:
+        table: a pyarrow table or a list of rows.
+        path: what messages call it.
+        id_key: the column; None finds it among :data:`ID_KEYS`.
+        records: some prompts by their ids; a column is taken if all of them are in it and each row has the record's own
+            prompt, wherever the two can be compared.
+
+    Raises:
+        CropiError: there is no such column, an id is missing or twice in it, no column agrees with the records, or two
+            do that name different rows.
+    """
+    columns = list(table[0]) if isinstance(table, list) else table.column_names
+    fitting: list[PromptIds] = []
+    reasons: list[CropiError] = []
+    for key in [id_key] if id_key else ID_KEYS:
+        first = key if key in columns else key.split(".")[0]
+        if not isinstance(table, list) and first not in columns:
+            continue
+        rows = table if isinstance(table, list) else table.select([first]).to_pylist()
+        values = column_values(rows, key)[1]
+        if values is None or None in values:
+            continue
+        try:
+            found = PromptIds(rows, key, f"dataset: {path}", "--dataset-id")
+            _check_rows(table, path, found, records)
+        except CropiError as error:
+            reasons.append(error)
+        else:
+            fitting.append(found)
+    if not fitting and reasons:
+        raise reasons[0]
+    if not fitting:
+        wanted = f"column {id_key!r}" if id_key else f"one of {', '.join(ID_KEYS)}"
+        raise CropiError(
+            f"dataset: {path} has no stable prompt id ({wanted} is not among its columns {', '.join(columns)}, or not "
+            "in every row); add the trajectories' ids to it as a column, and name it with --dataset-id"
+        )
+    names = [record.id for record in records]
+    for other in fitting[1:]:
+        if names and other.places(names) != fitting[0].places(names):
+            raise CropiError(
+                f"dataset: {path}: the ids are in the columns {fitting[0].column!r} and {other.column!r}, which name "
+                f"different rows ({shown(names[0])}: {fitting[0].place[names[0]]} and {other.place[names[0]]}), and "
+                "the prompts do not tell which is meant; name the column with --dataset-id"
+            )
+    return fitting[0]
+
+
+def _check_rows(table: Any, path: str | Path, found: PromptIds, records: Sequence[PromptGroup]) -> None:
+    """Check that the records' ids are all there, and that each row has the prompt of its record."""
+    missing = [record.id for record in records if record.id not in found]
+    if missing:
+        raise CropiError(
+            f"dataset: {path}: {len(missing)} of {len(records)} selected prompts have no row, for example "
+            f"{missing[0]!r} (its column {found.column!r} holds, for example, {found.names[0]!r}); give the dataset "
+            "that the rollouts were made from"
+        )
+    columns = list(table[0]) if isinstance(table, list) else table.column_names
+    key = next((name for name in PROMPT_KEYS if name in columns), None)
+    if key is None:
+        return
+    for record in records:
+        row = found.place[record.id]
+        there = table[row].get(key) if isinstance(table, list) else table.column(key)[row].as_py()
+        mine, theirs = _comparable(record.prompt), _comparable(there)
+        if mine is not None and theirs is not None and type(mine) is type(theirs) and mine != theirs:
+            raise CropiError(
+                f"dataset: {path}: by its column {found.column!r}, row {row} is the prompt {record.id!r:.100}, but it "
+                f"holds {shown(there)}, and the trajectories hold {shown(record.prompt)}; name the column with the "
+                "trajectories' ids with --dataset-id"
+            )
+
+
+def _comparable(prompt: Any) -> Any:
+    """A prompt as it can be compared: a string, or messages as (role, text); None for anything else."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(message, Mapping) for message in prompt):
+        return None
+    made = []
+    for message in prompt:
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
+        made.append(
+            (message.get("role"), content.strip() if isinstance(content, str) else json.dumps(content))
+        )
+    return made

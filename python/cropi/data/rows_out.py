@@ -1,0 +1,156 @@
+"""Rows to files that trainers read: JSON lines and parquet, with the columns of all rows and with errors in words."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from cropi.errors import CropiError, optional, shown
+from cropi.files import replacing
+
+# From this size on, a column of text has offsets that 32 bits do not hold once its parts are put together.
+LARGEST_COLUMN = 2**31 - 1
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The rows as columns: every column that any row has, with None where a row lacks it."""
+    names = dict.fromkeys(key for row in rows for key in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def write_jsonl(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines. Dates become ISO text and NaN becomes null.
+
+    Raises:
+        CropiError: a value that JSON has no form for; the message names the column.
+    """
+    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for number, row in enumerate(rows):
+            made = {key: _plain(value, key, number) for key, value in row.items()}
+            try:
+                file.write(json.dumps(made, ensure_ascii=False, allow_nan=False) + "\n")
+            except (ValueError, UnicodeEncodeError, RecursionError) as error:
+                raise CropiError(
+                    f"format jsonl: row {number} cannot be written ({str(error)[:200]})"
+                ) from None
+
+
+def write_parquet(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as parquet, with the columns of all of them.
+
+    Raises:
+        CropiError: a column whose values have no common type; the message names it.
+    """
+    table = table_of(rows)
+    with replacing(out) as temporary:
+        optional("pyarrow.parquet").write_table(table, temporary)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The rows as a pyarrow table.
+
+    Raises:
+        CropiError: a column whose values have no common type, or none that parquet can hold.
+    """
+    pyarrow = optional("pyarrow")
+    made = {}
+    for name, values in columns_of(rows).items():
+        try:
+            column = pyarrow.array(values)
+        except (pyarrow.ArrowException, OverflowError, ValueError, TypeError, RecursionError) as error:
+            raise CropiError(
+                f"format parquet: the values of the column {name!r} do not fit into a column of one type "
+                f"({' '.join(str(error).split())[:200]}); use jsonl, or give them one type"
+            ) from None
+        _check_type(column.type, name)
+        made[name] = column
+    return pyarrow.table(made)
+
+
+def taken(table: Any, places: Sequence[int]) -> Any:
+    """Rows of a pyarrow table, in this order, with its schema; columns may be larger than 2 GiB."""
+    if table.nbytes <= LARGEST_COLUMN:
+        return table.take(places)
+    # take() puts the parts of a column together, whose offsets then do not fit into 32 bits: rows are cut one by one.
+    pyarrow = optional("pyarrow")
+    return pyarrow.concat_tables([table.slice(place, 1) for place in places]) if places else table.slice(0, 0)
+
+
+def rows_of(table: Any, places: Sequence[int]) -> Iterable[dict[str, Any]]:
+    """Rows of a table or of a list as dictionaries, some in memory at a time."""
+    if isinstance(table, list):
+        yield from (table[place] for place in places)
+        return
+    for start in range(0, len(places), 256):
+        yield from taken(table, places[start : start + 256]).to_pylist()
+
+
+def check_json(schema: Any, path: str | Path) -> None:
+    """Check that the rows of a table can be written as JSON.
+
+    Raises:
+        CropiError: a column of bytes or of durations; the message names it.
+    """
+    types = optional("pyarrow").types
+    for name, kind in _leaves(schema):
+        if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+            raise CropiError(
+                f"format jsonl: {path} has bytes in its column {name!r}, which JSON cannot hold; use parquet"
+            )
+        if types.is_duration(kind):
+            raise CropiError(f"format jsonl: {path} has durations in its column {name!r}; use parquet")
+
+
+def _check_type(kind: Any, name: str) -> None:
+    types = optional("pyarrow").types
+    if types.is_struct(kind):
+        if kind.num_fields == 0:
+            raise CropiError(
+                f"format parquet: the objects in {name!r} are all empty, which parquet cannot hold; use jsonl, or "
+                "leave them out"
+            )
+        for field in kind:
+            _check_type(field.type, f"{name}.{field.name}")
+    elif types.is_list(kind) or types.is_large_list(kind):
+        _check_type(kind.value_type, name)
+
+
+def _leaves(schema: Any) -> Iterable[tuple[str, Any]]:
+    types = optional("pyarrow").types
+    waiting = [(field.name, field.type) for field in schema]
+    while waiting:
+        name, kind = waiting.pop()
+        if types.is_struct(kind):
+            waiting += [(f"{name}.{field.name}", field.type) for field in kind]
+        elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+            waiting.append((name, kind.value_type))
+        else:
+            yield name, kind
+
+
+def _plain(value: Any, name: str, row: int) -> Any:
+    """A value of a table as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, f"{name}.{key}", row) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, name, row) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        if math.isnan(value):
+            return None
+        raise CropiError(
+            f"format jsonl: row {row} has an infinity in {name!r}, which JSON cannot hold; use parquet"
+        )
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    raise CropiError(
+        f"format jsonl: row {row} has a value in {name!r} that JSON cannot hold, {shown(value)}; use parquet"
+    )
