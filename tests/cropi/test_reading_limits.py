@@ -75,6 +75,17 @@ def test_messages_stay_short_whatever_a_record_holds(tmp_path: Path) -> None:
         assert len(str(caught.value).encode()) < 2000 and "t.jsonl:1" in str(caught.value), list(change)
 
 
+def test_yaml_aliases_of_aliases_are_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    for text in (bomb, "a: &a [*a]\n"):
+        (tmp_path / "c.yaml").write_text(text)
+        assert main(["run", "--config", str(tmp_path / "c.yaml")]) == 2
+        assert "holds more than 10000 values once its aliases are filled in" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("[" * 5000)
+    assert main(["run", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "not valid YAML" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------- places
 def test_records_are_taken_by_their_places(tmp_path: Path) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"

@@ -13,6 +13,7 @@ from cropi.errors import CropiError, did_you_mean, optional
 
 # Options that make no sense inside a config file.
 UNUSABLE = ("config", "help")
+MOST_VALUES = 10_000
 
 
 def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
@@ -82,14 +83,26 @@ def _read(path: Path) -> Any:
         if path.suffix == ".toml":
             return optional("tomllib" if sys.version_info >= (3, 11) else "tomli").loads(text)
         if path.suffix in (".yaml", ".yml"):
-            return optional("yaml").safe_load(text) or {}
-    except ImportError:
+            return _bounded(path, optional("yaml").safe_load(text) or {})
+    except (ImportError, CropiError):
         raise
     except Exception as error:  # both parsers have errors of their own
         raise CropiError(
             f"{path}: not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}"
         ) from error
     raise CropiError(f"{path}: a config file ends in .toml, .yaml or .yml")
+
+
+def _bounded(path: Path, content: Any) -> Any:
+    """The content, if it is of a size that a person writes: a few YAML aliases of aliases make billions of values."""
+    waiting, count = [content], 0
+    while waiting:
+        value, count = waiting.pop(), count + 1
+        if count > MOST_VALUES:
+            raise CropiError(f"{path} holds more than {MOST_VALUES} values once its aliases are filled in")
+        if isinstance(value, (dict, list)):
+            waiting += value.values() if isinstance(value, dict) else value
+    return content
 
 
 def _flat(path: Path, values: Any) -> dict[str, Any]:
