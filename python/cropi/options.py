@@ -185,6 +185,12 @@ class Running(Options):
         choices=("auto", "shared", "padded"),
     )
     tokens_per_batch: int = option(1024, "tokens per forward, padding included", kind="count", metavar="N")
+    behaviour_check: str = option(
+        "error",
+        "stored log-probs that the policy's own contradict (another temperature, base or policy), on a few prompts "
+        "before the job: stop, warn, or do not look",
+        choices=("off", "warn", "error"),
+    )
     limit: int | None = option(
         None, "only the first so many (training) prompts", kind="count", metavar="N", shown="all"
     )

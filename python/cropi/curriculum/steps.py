@@ -114,7 +114,14 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part)
         part, behaviour=behaviour,
         behaviour_model=models[role] if behaviour == "model" else None,
     )  # fmt: skip
-    job = replace(plan.job, stage=str(stage.number), notes={**plan.job.notes, "model": stage.model})
+    # Later the policy has moved away from its rollouts on purpose: no reason to stop.
+    check = "warn" if stage.number and plan.job.behaviour_check == "error" else plan.job.behaviour_check
+    job = replace(
+        plan.job,
+        behaviour_check=check,
+        stage=str(stage.number),
+        notes={**plan.job.notes, "model": stage.model},
+    )
     pipeline.sketch_part(
         models["policy"], part, job, stage.folder / "sketches" / part.name, progress=plan.progress
     )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 METRICS = ("cosine", "dot")
 MEANS = ("plain", "normalised")
 DEFAULT_SET = "valid"
+HEALTH = ("ratio", "ess", "clipped")  # of a row's ``extra``
 
 
 @dataclass(frozen=True)
@@ -285,19 +286,21 @@ def _columns(scores: Scores) -> dict[str, Any]:
     columns: dict[str, Any] = {
         name: [getattr(row, key) for row in scores.rows] for name, key in named.items()
     }
+    columns |= {name: [row.extra.get(name) for row in scores.rows] for name in HEALTH}
     return columns | {f"score[{name}]": scores.table[:, v] for v, name in enumerate(scores.sets)}
 
 
 def write_scores(path: str | Path, scores: Scores) -> None:
-    """Write ``scores.parquet``: id, set, task, pass_rate, n_tokens, norm, status, reason and ``score[<set>]``
-    columns.
+    """Write ``scores.parquet``: id, set, task, pass_rate, n_tokens, norm, status, reason, ratio, ess, clipped and
+    ``score[<set>]`` columns. ratio, ess and clipped are null where a prompt was not computed.
 
     What the scores were made from stands in the schema's metadata under ``cropi``, as JSON.
     """
     pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
     columns = _columns(scores)
     text = ("set", "task")
-    arrays = {k: pyarrow.array(v, pyarrow.string() if k in text else None) for k, v in columns.items()}
+    kinds = dict.fromkeys(text, pyarrow.string()) | dict.fromkeys(HEALTH, pyarrow.float64())
+    arrays = {k: pyarrow.array(v, kinds.get(k)) for k, v in columns.items()}
     table = pyarrow.table(arrays).replace_schema_metadata({"cropi": json.dumps(scores.meta)})
     with replacing(Path(path)) as temporary:
         parquet.write_table(table, temporary)
@@ -319,18 +322,17 @@ def read_scores(path: str | Path) -> Scores:
         meta = json.loads((table.schema.metadata or {})[b"cropi"])
         columns: Mapping[str, list[Any]] = table.to_pydict()
         sets = [name[6:-1] for name in columns if name.startswith("score[")]
+        keys = ("id", "status", "reason", "set", "task", "pass_rate", "n_tokens", "norm")
         rows = [
             RowInfo(
-                id=i, status=status, reason=reason, set=s, task=task, pass_rate=rate, tokens=tokens, norm=norm
+                id=i, status=status, reason=reason, set=s, task=task, pass_rate=rate, tokens=tokens, norm=norm,
+                # Files of earlier releases have no such columns.
+                extra={name: columns[name][n] for name in HEALTH if name in columns and columns[name][n] is not None},
             )
-            for i, status, reason, s, task, rate, tokens, norm in zip(
-                *(
-                    columns[k]
-                    for k in ("id", "status", "reason", "set", "task", "pass_rate", "n_tokens", "norm")
-                ),
-                strict=True,
+            for n, (i, status, reason, s, task, rate, tokens, norm) in enumerate(
+                zip(*(columns[key] for key in keys), strict=True)
             )
-        ]
+        ]  # fmt: skip
         scores = np.array([columns[f"score[{name}]"] for name in sets], dtype=np.float64).T
     except (KeyError, ValueError, OSError) as error:
         raise CropiError(f"{file} is not a score table of this release ({error}); make it again") from error

@@ -14,10 +14,10 @@ from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.behaviour import BehaviourModel
 from cropi.gradient.estimators import Estimator
+from cropi.gradient.health import Health, batch_health
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import Suspicion, is_zero, rounding
-from cropi.sketching.health import Health, batch_health
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +17,7 @@ from cropi.data.scan import Scan, warn_lossy
 from cropi.data.scan import scan as scan_trajectories
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.behaviour import resolve_behaviour
+from cropi.gradient.behaviour_check import check_behaviour
 from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup, Tokenize, TooLong
 from cropi.model.policy import Policy, check_dropout
@@ -45,7 +47,8 @@ def sketch(
 
     Raises:
         CropiError: bad input or options, found as early as can be: files, token ids, settings and the store are
-            checked before the first prompt is computed.
+            checked before the first prompt is computed. So are stored log-probs, on a few prompts: see
+            :func:`cropi.gradient.behaviour_check.check_behaviour`.
     """
     policy, job, scan = _arguments(policy, job, rest, scan, old)
     if policy.loaded:
@@ -61,6 +64,17 @@ def sketch(
     tokens = make_tokenize(policy, job)
     layout_of(policy, job.layout)  # a layout that the model cannot take shows before a store is made
     summary = Summary(Path(job.out or "memory"), bad_records=[str(error) for error in scan.bad])
+    summary.behaviour = behaviour.source if job.estimator.ratio else ""
+    if behaviour.source == "file" and job.estimator.ratio and job.behaviour_check != "off":
+        summary.finding = check_behaviour(
+            policy,
+            _few_groups(groups, tokens),
+            job.estimator,
+            budget=job.tokens_per_batch,
+            level=job.behaviour_check,
+        )
+        if progress and summary.finding is not None:
+            print(f"behaviour     {summary.finding}", file=sys.stderr)
     with open_store(policy, job, behaviour, scan) as store:
         sketch_groups(
             policy,
@@ -78,6 +92,14 @@ def sketch(
         )
     summary.store = store
     return summary
+
+
+def _few_groups(groups: PromptGroups, tokens: Tokenize) -> Iterator[TokenGroup]:
+    """Prompts with a gradient, tokenised, for a look at their log-probs; what is bad of them is said later."""
+    for group in groups:
+        if no_gradient_reason(group.rewards) is None and group.logprobs is not None:
+            with suppress(RecordError):
+                yield tokens(group)
 
 
 def scan_groups(

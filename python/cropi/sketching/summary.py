@@ -10,14 +10,18 @@ from pathlib import Path
 
 import torch
 
-from cropi.sketching.health import Health
+from cropi.gradient.behaviour_check import Finding
+from cropi.gradient.health import Health
 from cropi.store.shards import FAILED, OK, RowInfo
 from cropi.store.store import SketchStore
 
 
 @dataclass
 class Summary:
-    """Counts and times of one job. ``seconds`` holds forward, backward and sketch (a part of the other two)."""
+    """Counts and times of one job. ``seconds`` holds forward, backward and sketch (a part of the other two).
+
+    ``health``: ratios of all tokens of this run; ``finding``: of the few that were looked at before it.
+    """
 
     out: Path
     read: int = 0
@@ -34,6 +38,8 @@ class Summary:
     peak_gib: float = 0.0
     interrupted: bool = False
     health: Health = field(default_factory=Health)
+    behaviour: str = ""
+    finding: Finding | None = None
     store: SketchStore | None = field(default=None, repr=False)
 
     def add(self, seconds: dict[str, float], wall: float, model_tokens: int, scored_tokens: int) -> None:
@@ -74,6 +80,13 @@ class Summary:
                 f"time          {self.wall:.1f} s: forward {forward / self.wall:.0%}, backward "
                 f"{backward / self.wall:.0%}, of which {sketch / self.wall:.0%} for sketching",
             ]
+        if self.behaviour in ("file", "model") and self.health.tokens:
+            lines.append(
+                f"behaviour     {self.behaviour}; ratio {self.health.ratio:.3g}, effective sample size "
+                f"{self.health.ess:.0%}, clipped {self.health.clipped:.0%}"
+            )
+        elif self.behaviour:
+            lines.append(f"behaviour     {self.behaviour} (ratio 1)")
         lines.append(f"peak memory   {self.peak_gib:.2f} GiB")
         if self.coverage:
             lines.append(f"parameters    {self.coverage}")
