@@ -161,6 +161,13 @@ def test_a_policy_that_training_has_moved_passes_or_warns_by_how_far() -> None:
             assert health.ess == pytest.approx(math.exp(-(spread**2)), rel=0.25)
 
 
+def test_tokens_whose_ratio_overflows_do_not_hide_the_others(tmp_path: Path) -> None:
+    records = scaled(rollouts(make_model()), 1 / math.log(2))
+    records[0]["logprobs"][0][0] = -500.0
+    with pytest.raises(CropiError, match="logarithms to base 2"):
+        run(tmp_path, make_model(), records)
+
+
 def test_a_signature_is_named_only_where_it_fits_much_better() -> None:
     generator = torch.Generator().manual_seed(1)
     own = -torch.rand(500, generator=generator).double() * 4

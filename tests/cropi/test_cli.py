@@ -217,9 +217,10 @@ def test_a_prompt_that_fails_is_named_and_leaves_the_others_right(
     good = write_lines(tmp_path / "good.jsonl", records)
     bad = next(record for record in records if len(set(record["rewards"])) > 1)
     bad["logprobs"][0][0] = -500.0  # the ratio overflows
-    sketch(made, tmp_path / "good", file=good)
+    made_up = "--behaviour-check off"
+    sketch(made, tmp_path / "good", made_up, file=good)
     capsys.readouterr()
-    assert sketch(made, tmp_path / "bad", file=write_lines(tmp_path / "bad.jsonl", records)) == 0
+    assert sketch(made, tmp_path / "bad", made_up, file=write_lines(tmp_path / "bad.jsonl", records)) == 0
     shown = capsys.readouterr().out
     assert "1 failed" in shown and f"{bad['id']}: NaN or infinity in its gradient" in shown
     expected = rows(tmp_path / "good")

@@ -29,7 +29,7 @@ import torch
 from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.estimators import Estimator
-from cropi.gradient.health import Health, batch_health
+from cropi.gradient.health import Health
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.policy import Policy
@@ -165,13 +165,20 @@ def examine(parts: list[_Part], estimator: Estimator) -> Finding:
         return torch.cat([part.each(part.logprobs(temperature)) for part in parts])
 
     stored = torch.cat([part.each(_behaviour(part)) for part in parts])
-    own, health = policy_at(None), Health()
-    for part in parts:
-        for one in batch_health(estimator, part.batch, part.logprobs().float(), _behaviour(part)):
-            health += one
-    median = float((own - stored).median().exp())
+    own = policy_at(None)
+    advantages = torch.cat([part.each(part.batch.advantages) for part in parts])
+    ratio = torch.exp(own - stored)
+    # A token whose ratio is no number fails its prompt later, by name; it must not hide the others here.
+    usable = ratio.isfinite()
+    stored, own, ratio = stored[usable], own[usable], ratio[usable]
+    health = Health.of_ratios(ratio, estimator.clipped(ratio, advantages[usable]))
+    median = float(ratio.median()) if len(ratio) else math.nan
+
+    def usable_at(temperature: float | None) -> torch.Tensor:
+        return policy_at(temperature)[usable]
+
     stated = sorted({part.batch.temperature for part in parts})
-    level, problem = judge(stored, own, policy_at, stated, median, health)
+    level, problem = judge(stored, own, usable_at, stated, median, health)
     return Finding(len(stored), median, health, level, problem)
 
 
@@ -197,8 +204,6 @@ def judge(
         "use the policy that made the rollouts or one trained from it, make new rollouts, or leave the ratio out "
         "(--behaviour current)"
     )
-    if not all(map(math.isfinite, (median, health.ratio, health.ess))):
-        return "", ""  # the policy has diverged: its prompts fail by name
     if median > IMPOSSIBLE:
         return "error", (
             f"{seen}: it gives half of the tokens more than {IMPOSSIBLE:g} times the probability that they are said to "
