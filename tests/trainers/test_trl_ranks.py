@@ -33,7 +33,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         # "--multi_gpu" is plain data parallel; on CPUs it is gloo in place of nccl, and no MPI is needed.
         capture_output=True, text=True, timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
