@@ -143,7 +143,9 @@ def test_use_recorded_replaces_stored_rollouts(files: dict[str, Path], tmp_path:
         tmp_path, {**files, "use_recorded": True, "behaviour": "current", "keep_sketches": True}, max_steps=4
     )
     trainer.train()
-    used = {g["id"]: g for g in lines(tmp_path / "cropi/stage-0001/train-00000.jsonl")}
+    used = {g["id"]: g for g in lines(tmp_path / "cropi/stage-0001/both-train.jsonl")}
+    store = SketchStore.open(tmp_path / "cropi/stage-0001/sketches-train-00000")
+    assert {row.id for row in store.rows()} == set(used), "the merged records are what is sketched"
     recorded = {r["id"]: r for r in lines(tmp_path / "cropi/rollouts/train-rank00000.jsonl") if r["step"] < 2}
     assert len(used) == 16 and recorded and set(recorded) <= set(used)
     for name, group in used.items():

@@ -10,8 +10,7 @@ from typing import Any
 from cropi.checked import check_fields
 from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator, make_estimator
-from cropi.ranking.influence import MEANS, METRICS
-from cropi.ranking.selection import METHODS, POOLS
+from cropi.options import Choosing, Comparing
 from cropi_kernels import SketchSpec
 
 Paths = str | Path | Sequence[str | Path]
@@ -44,12 +43,12 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class Curriculum:
+class Curriculum(Comparing, Choosing):
     """How the prompts of each stage are chosen. A stage is ``stage_steps`` optimizer steps.
 
     Attributes:
         stage_steps: optimizer steps between two selections (CROPI's 1.5B run: 200).
-        fraction: share of the pool that a stage trains on, in (0, 1].
+        fraction: share of the pool that a stage trains on, in (0, 1]; by keyword.
         train: files of stored trajectories of training prompts, as CROPI uses them; None: what this run records, so
             that stage 0 trains on the whole dataset.
         valid: files of trajectories of validation prompts; None: what this run records while it evaluates
@@ -62,8 +61,8 @@ class Curriculum:
         estimator: a name ("cropi", "ppo", "reinforce", "dr_grpo", "dapo") or an :class:`Estimator`.
         exclude: patterns of parameter names that are left out of the sketch.
         behaviour: "file" (recorded log-probs), "current" (ratio 1), or "auto": the file's if every record has them.
-        metric, mean, max_valid: as in :func:`cropi.influence.influence`.
-        method, pool: as in :func:`cropi.ranking.selection.select`.
+        metric, mean, max_valid: as in :class:`cropi.options.Comparing`, by keyword.
+        method, pool: as in :class:`cropi.options.Choosing`, by keyword.
         layout, tokens_per_batch: of the sketching passes.
         seed: of the stages' orders and of every draw; None: the trainer's.
         on_nothing: a stage in which no prompt has a gradient (all rewards equal): "error", or "keep" the prompts of the
@@ -73,7 +72,6 @@ class Curriculum:
     """
 
     stage_steps: int
-    fraction: float = 0.1
     train: Paths | None = None
     valid: Paths | None = None
     valid_sets: Sequence[str] | None = None
@@ -84,11 +82,6 @@ class Curriculum:
     estimator: str | Estimator = "cropi"
     exclude: Sequence[str] = ()
     behaviour: str = "auto"
-    metric: str = "cosine"
-    mean: str = "plain"
-    max_valid: int | None = None
-    method: str = "rrf"
-    pool: str = "all"
     layout: str = "auto"
     tokens_per_batch: int = 1024
     seed: int | None = None
@@ -101,11 +94,10 @@ class Curriculum:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CropiError(f"{name} must be an integer of at least 1, got {value!r}")
-        if not 0 < self.fraction <= 1:
-            raise CropiError(f"fraction must be in (0, 1], got {self.fraction}")
+        super().__post_init__()
         for name, allowed in (
-            ("metric", METRICS), ("mean", MEANS), ("method", METHODS), ("pool", POOLS), ("on_nothing", ON_NOTHING),
-            ("behaviour", ("auto", "file", "current")), ("layout", ("auto", "shared", "padded")),
+            ("on_nothing", ON_NOTHING), ("behaviour", ("auto", "file", "current")),
+            ("layout", ("auto", "shared", "padded")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
