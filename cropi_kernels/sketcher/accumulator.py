@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +16,16 @@ from .engine import Operators, engine_for
 from .segments import Segments
 
 
+class Listener(Protocol):
+    """Told what taps do, while the self-test runs."""
+
+    def attached(self, tap: Any, y: torch.Tensor) -> None:
+        """``tap`` is about to be put behind a module's output ``y``."""
+
+    def added(self, tap: Any, dy: torch.Tensor, kept: torch.Tensor | None) -> None:
+        """``tap`` has added to the sketches what it had kept in forward, with the output's gradient ``dy``."""
+
+
 class Accumulator:
     """The engine of the batch that is open, and a cache of folded inputs that several layers share."""
 
@@ -22,6 +33,7 @@ class Accumulator:
         self.spec = spec
         self.segments: Segments | None = None  # of the open batch
         self._engine: Operators | None = None
+        self.listener: Listener | None = None
         self._folded = 0
         self._deaf = False
         self.refusals: dict[str, str] | None = (

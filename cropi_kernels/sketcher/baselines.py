@@ -36,6 +36,9 @@ class FlatMatrix(MatrixSketch):
             for row, values in zip(touched.tolist(), gradient):
                 flat_sketch(values, self.spec, self.name, out[s], offset=row * self.cols)
 
+    def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        flat_sketch(gradient.contiguous(), self.spec, self.name, out[0])
+
 
 class KronMatrix(MatrixSketch):
     """``kron``: Rademacher projections of both sides, ``(D P_out)^T (A P_in)`` (LoGra, arXiv 2405.13954, section 3).
@@ -97,6 +100,15 @@ class TensorMatrix(MatrixSketch):
             ).to(torch.complex64)
 
         self._convolve(spectrum, x, offsets, out)
+
+    def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        g = gradient.reshape(self.rows, self.cols)
+        panel = max(1, PANEL // self.cols)
+        for r in range(0, self.rows, panel):
+            rows = slice(r, r + panel)
+            bucket = (self.row_bucket[rows, None] + self.col_bucket[None, :]) % self.spec.dim
+            sign = self.row_sign[rows, None] * self.col_sign[None, :]
+            out[0].index_add_(0, bucket.reshape(-1).to(g.device), (g[rows] * sign.to(g)).reshape(-1))
 
     def _convolve(self, spectrum: object, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         chunk = max(1, PANEL // self.spec.dim)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .measure import measure_head
 from .precision import own_precision, unwrapped
 
 REMEDY = "use `with sketcher.batch(...)` around your own loss instead of policy_gradient"
@@ -21,7 +22,7 @@ REMEDY = "use `with sketcher.batch(...)` around your own loss instead of policy_
 
 @dataclasses.dataclass(frozen=True)
 class SplitModel:
-    """``logits = softcap((decoder(tokens) @ head.weight.T + bias) * scale)``; no model has both softcap and scale.
+    """``logits = softcap * tanh(scale * (decoder(tokens) @ head.weight.T + bias) / softcap)``; softcap None: no cap.
 
     The head multiplies in its own dtype, which may be wider than the decoder's: `head_input` is what it is given.
     """
@@ -40,11 +41,17 @@ class SplitModel:
         """Hidden states in the head's dtype: a float32 head on a bfloat16 decoder is given them in float32."""
         return hidden.to(self.head.weight.dtype)
 
+    def of_products(self, temperature: float) -> dict[str, Any]:
+        """Temperature and soft-cap of ``h W^T + b`` itself, of which `linear_logprob` takes them."""
+        cap = None if self.softcap is None else self.softcap / self.scale
+        return {"temperature": temperature / self.scale, "softcap": cap}
+
 
 def split_model(model: nn.Module) -> SplitModel:
     """Split a Hugging Face causal LM (also inside PEFT, DistributedDataParallel and torch.compile's module).
 
-    The parts and the whole are compared in the precision of the weights: see `precision`.
+    The parts and the whole are compared in the precision of the weights: see `precision`. The factor and cap of the
+    logits are measured.
 
     Raises:
         ValueError: the model has no decoder + linear head, or its parts do not reproduce its logits; the message
@@ -54,11 +61,24 @@ def split_model(model: nn.Module) -> SplitModel:
     model = unwrapped(model)
     _check_place(model)
     split = split_parts(model)
-    with own_precision(model):
-        error = _split_error(model, split)  # of the whole: PEFT may put tokens or keys of its own in front
-    if error is not None:
-        raise ValueError(f"the decoder and head of {_name(model)} do not give its logits ({error}): {REMEDY}")
-    return split
+    ids = few_tokens(split.head)
+    with own_precision(model), evaluating(model), torch.no_grad():  # dropout would make two forwards differ
+        # Of the whole: PEFT may put tokens or keys of its own in front.
+        try:
+            found = measure_head(model, split.decoder, split.head, split.hidden(ids), ids)
+        except RuntimeError as problem:
+            dtypes = {str(p.dtype) for p in model.parameters() if p.dtype.is_floating_point}
+            if "dtype" not in str(problem) or len(dtypes) == 1:
+                raise
+            raise ValueError(
+                f"{type(model).__name__} does not run in the precision of its weights, which are of {len(dtypes)} "
+                f"dtypes ({', '.join(sorted(dtypes))}): {problem}. A scoring pass runs without autocast: give "
+                "all weights one dtype, for example by model.to(torch.bfloat16)"
+            ) from problem
+    if isinstance(found, str):
+        raise ValueError(f"the decoder and head of {_name(model)} do not give its logits ({found}): {REMEDY}")
+    scale, softcap = found
+    return dataclasses.replace(split, scale=scale, softcap=softcap)
 
 
 def _inner(model: Any) -> Any:
@@ -71,7 +91,8 @@ def _name(model: Any) -> str:
 
 
 def split_parts(model: nn.Module) -> SplitModel:
-    """The parts as the model names them; that they make the whole is not checked.
+    """The decoder and the head as the model names them; that they make the whole is not checked, nor is a factor or cap
+    of the logits measured.
 
     Raises:
         ValueError: as `split_model`.
@@ -84,14 +105,7 @@ def split_parts(model: nn.Module) -> SplitModel:
     if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is inner:
         found = "" if head is None else f" (its head: {type(head).__module__}.{type(head).__name__})"
         raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head{found}: {REMEDY}")
-    config = getattr(inner, "config", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap and scale != 1.0:
-        raise ValueError(f"{type(inner).__name__} scales its logits by {scale} before a softcap: {REMEDY}")
-    return SplitModel(decoder, head, scale, float(softcap) if softcap else None)
+    return SplitModel(decoder, head, 1.0, None)
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -117,9 +131,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def few_tokens(split: SplitModel) -> torch.Tensor:
+def few_tokens(head: nn.Linear) -> torch.Tensor:
     """Ids [1, 4] to try the model on."""
-    return torch.arange(4, device=split.head.weight.device)[None] % split.head.weight.shape[0]
+    return torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
 
 
 def _check_place(model: nn.Module) -> None:
@@ -134,38 +148,3 @@ def _check_place(model: nn.Module) -> None:
             f"the parameters of {type(model).__name__} lie on {', '.join(devices)}: a pass needs them on one device; "
             f"load the model with device_map={{'': {devices[-1]!r}}}"
         )
-
-
-@torch.no_grad()
-def _split_error(model: Any, split: SplitModel) -> str | None:
-    ids, head = few_tokens(split), split.head
-    with evaluating(model):  # dropout would make the two forwards differ
-        try:
-            expected = model(input_ids=ids, use_cache=False).logits[0].float()
-        except RuntimeError as problem:
-            dtypes = {str(p.dtype) for p in model.parameters() if p.dtype.is_floating_point}
-            if "dtype" not in str(problem) or len(dtypes) == 1:
-                raise
-            raise ValueError(
-                f"{type(model).__name__} does not run in the precision of its weights, which are of {len(dtypes)} "
-                f"dtypes ({', '.join(sorted(dtypes))}): {problem}. A scoring pass runs without autocast: give "
-                "all weights one dtype, for example by model.to(torch.bfloat16)"
-            ) from problem
-        # By the weights, as the fused pass has it: a head's own forward may do more.
-        hidden = split.hidden(ids)[0]
-        z = nn.functional.linear(split.head_input(hidden), head.weight, head.bias).float() * split.scale
-    if z.shape != expected.shape:
-        return f"they give {list(z.shape)} for 4 tokens, the model {list(expected.shape)}"
-    if split.softcap is not None:
-        z = split.softcap * torch.tanh(z / split.softcap)
-    # A model that has diverged fails segment by segment later; here NaN in both is no difference.
-    off = (z - expected).abs().masked_fill_(z.isnan() & expected.isnan() | (z == expected), 0.0)
-    error, size = (
-        float(off.nan_to_num(torch.inf).max()),
-        float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()),
-    )
-    half = (torch.bfloat16, torch.float16)
-    tolerance = 3e-2 if hidden.dtype in half or head.weight.dtype in half else 1e-4
-    if error <= tolerance * max(size, 1.0):
-        return None
-    return f"largest difference {error:.2g} at logits up to {size:.2g}"

@@ -44,6 +44,11 @@ class Exact:
     chain: tuple[nn.Module, ...]
     plan: VectorPlan | None
     matrix: MatrixSketch | None = None
+    heard: Segments | None = None  # the last batch whose backward pass came by
+
+    @property
+    def where(self) -> str:
+        return self.name
 
     def add(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
         """Add the sketch of a ``gradient`` that exists, of the parameter's shape, to ``out`` [1, base_dim]."""
@@ -232,8 +237,11 @@ class ExactTaps:
                         outputs, list(edges.values()), mine, retain_graph=True, allow_unused=True
                     )
                     for exact, gradient in zip(edges, gradients, strict=True):
+                        exact.heard = segments
                         if gradient is not None:
                             exact.add(gradient, acc.out[s : s + 1])
+                            if acc.listener is not None:
+                                acc.listener.added(exact, gradient, None)
 
         return sink
 
@@ -265,6 +273,9 @@ class ExactTaps:
                 if 0 <= padding < matrix.rows:  # torch gives the padding row no gradient
                     dy = dy * (ids != padding).unsqueeze(-1)
                 matrix.add_rows(dy, ids, offsets, acc.out)
+            exact.heard = segments
+            if acc.listener is not None:
+                acc.listener.added(exact, dy, None)
 
         return sink
 

@@ -19,7 +19,7 @@ from .engine import Site
 from .experts import Experts, Order, run_experts
 from .hooks import capture
 from .slab import MatrixSketch
-from .taps import LinearTap, Tap
+from .taps import Formed, LinearTap, Tap, formed_vectors, owned
 
 CASTS = frozenset({"to", "type", "type_as", "float", "double", "bfloat16", "half"})
 
@@ -115,6 +115,16 @@ class ExpertsTap(Tap):
 
         return run_experts(module, layout, args, tapped, order)
 
+    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
+        def adder(matrix: MatrixSketch) -> Formed:
+            return lambda g, out: matrix.add_formed(self.layout.stacked(g).contiguous(), out)
+
+        weights = [(owned(module, name), adder(matrix)) for name, matrix in self.experts.items()]
+        named = {self.layout.up: self.layout.up_bias, self.layout.down: self.layout.down_bias}
+        return weights + formed_vectors(
+            module, **{str(named[name]): plan for name, plan in self.biases.items()}
+        )
+
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
         raise AssertionError(f"{self.where}: experts have no forward hook")
 
@@ -143,6 +153,10 @@ class RouterTap(LinearTap):
             return out
 
         return Replaced(module, forward)
+
+    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
+        weights = [] if self.matrix is None else [(owned(module, "weight"), self.matrix.add_formed)]
+        return weights + formed_vectors(module, bias=self.bias)
 
     def product(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert self.acc.segments is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,20 @@ from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from .accumulator import Accumulator
 from .attach import UNCOVERED, plan_model, refused_modules
+from .beside import check_heard, watch_weights
 from .coverage import Coverage, uncovered
 from .decoder import SplitModel, split_model
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
-from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, model_inputs
+from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import scored_tokens
 from .precision import own_precision, unwrapped
+from .probe import Probe, check_lengths, pads_left, positions_for, probe_policy
+from .replay import Recorded, model_self_test, replayed_self_test
 from .segments import Segments
+from .selftest import SelfTest
+from .trial import policy_self_test
 from .unseen import calls, seen_wrong
+from .untouched import code_shape
 
 
 class GradientSketcher:
@@ -45,6 +52,13 @@ class GradientSketcher:
         spec: what the sketch is; default: `SketchSpec()`.
         exclude: fnmatch patterns of parameter names to leave out; ``"uncovered"``, alone or among them, leaves out what
             cannot be sketched (`coverage` says how much that is).
+        verify: before the first work, run the model on a few tokens: its taps are held to autograd (`SelfTest`), and
+            `policy_gradient` asks what the model is like (`Probe`). False leaves both out, and with them the check that
+            every tap is heard in every batch.
+
+    Attributes:
+        self_test: what the last self-test found; None before it.
+        probe: what the model is like; None before `policy_gradient` or `check_model`.
 
     Raises:
         UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
@@ -52,7 +66,12 @@ class GradientSketcher:
     """
 
     def __init__(
-        self, model: nn.Module, spec: SketchSpec | None = None, exclude: Sequence[str] | str = ()
+        self,
+        model: nn.Module,
+        spec: SketchSpec | None = None,
+        exclude: Sequence[str] | str = (),
+        *,
+        verify: bool = True,
     ) -> None:
         spec = SketchSpec() if spec is None else spec
         for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
@@ -66,6 +85,12 @@ class GradientSketcher:
         self._thawed: list[nn.Parameter] = []
         self._split: SplitModel | None = None
         self._embeddings: nn.Module | None = None
+        self._verify = verify
+        self._shape: object = None  # of the model's code, when it was tested
+        self._batch_tested = False
+        self._heard: dict[str, frozenset[str]] = {}  # the taps that a method's self-test heard
+        self.self_test: SelfTest | None = None
+        self.probe: Probe | None = None
 
     def __repr__(self) -> str:
         """The model, the spec, how much is covered, and whether the model is tapped now."""
@@ -82,6 +107,11 @@ class GradientSketcher:
     def __enter__(self) -> GradientSketcher:
         if self._handles:
             raise RuntimeError("this GradientSketcher is already active: leave its `with` block first")
+        if (
+            shape := code_shape(self.model)
+        ) != self._shape:  # hooks or forwards have come or gone: test again
+            self._shape, self._split, self._batch_tested, self._heard = shape, None, False, {}
+            self.self_test = self.probe = None
         # The model's own code runs before anything is changed: where it fails, `__exit__` is not called.
         embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
         # Everything is frozen, excluded parameters too: their gradients would cost memory and nobody reads them.
@@ -119,6 +149,7 @@ class GradientSketcher:
         Raises:
             RuntimeError: outside the ``with`` block. ValueError: `policy_gradient` cannot take the model; says why.
             UncoveredParameterError: the model uses a parameter in a way that its tap does not see.
+            SelfTestError: what a tap gives is not autograd's gradient; names the parameters.
         """
         self._active("check_model")
         self._taken_apart()
@@ -135,21 +166,44 @@ class GradientSketcher:
 
         The yielded object's ``sketches`` is set when the block ends. The loss must be a sum over tokens of terms that
         each belong to one segment; a mean over the batch scales all sketches.
+
+        The first block is preceded by the self-test: on a few tokens where the model takes token ids; else the call of
+        the model inside is made again when the block ends.
+
+        Raises:
+            RuntimeError: outside the ``with`` block. ValueError: segments do not fit; says how.
+            SelfTestError: what a tap gives is not autograd's gradient, the block uses a weight beside its module, or
+                taps were not heard; names the parameters or modules.
         """
         self._active("batch")
+        self._no_batch()
         check_tensors(segments=segments)
         if segments.ndim != 2 and shape is None:
             raise ValueError(
                 f"segments has shape {tuple(segments.shape)}: give ids per token, or shape=(batch, length)"
             )
         batch, length = shape if shape is not None else segments.shape
-        self._begin(Segments.of(segments, batch, length, num_segments))
-        result = BatchSketch()
-        try:
-            yield result
-            result.sketches = self._acc.end()
-        finally:
-            self._acc.close()
+        where = Segments.of(segments, batch, length, num_segments)
+        with contextlib.ExitStack() as watching:
+            recorded = Recorded()
+            first = self._verify and not self._batch_tested
+            if first:
+                self._note("batch", model_self_test(self.model, self._plan, self._acc))
+                watching.enter_context(watch_weights(self.model, self._plan.taps))
+                watching.enter_context(recorded.of(self.model))
+            self._begin(where)
+            result = BatchSketch()
+            try:
+                yield result
+                sketches = self._acc.end()
+            finally:
+                self._acc.close()
+        if self._verify:
+            if first and "batch" not in self._heard:
+                self._note("batch", replayed_self_test(self.model, self._plan, self._acc, recorded, where))
+            self._batch_tested = True
+            self._check_heard("batch", where)
+        result.sketches = sketches
 
     def policy_gradient(
         self,
@@ -202,6 +256,7 @@ class GradientSketcher:
             torch.OutOfMemoryError: names the sizes and the remedy. The sketcher stays usable.
         """
         self._active("policy_gradient")
+        self._no_batch()
         check_tensors(input_ids=input_ids, segments=segments)
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
@@ -213,6 +268,10 @@ class GradientSketcher:
         where = Segments.of(segments, batch, length, num_segments)
         scored = scored_offsets(where, positions)
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
+        if self.probe is not None:
+            check_lengths(self.probe, input_ids.shape, attention_mask, position_ids)
+            if attention_mask is not None and pads_left(attention_mask, kwargs.get("position_ids")):
+                kwargs.update(positions_for(self.probe, attention_mask))
         explained = _memory.explained(
             f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
             f"segments (sketches: {_memory.size(where.count * self.spec.base_dim * 4)})",
@@ -234,6 +293,7 @@ class GradientSketcher:
                 scales.restore(self._acc.out)
                 end = mark()
                 self._acc.out[failed_segments(logprobs, used, scored)] = float("nan")
+                self._check_heard("policy_gradient", where)
                 clock, sketches = self._acc.clock, self._acc.end()
             finally:
                 self._acc.close()
@@ -248,7 +308,7 @@ class GradientSketcher:
         check_positions(input_ids, positions, targets)
         split = self._taken_apart()
         # Not `out_features`: PEFT's copy of a tied head has it the wrong way round.
-        check_vocabulary(input_ids, targets, split.head.weight.shape[0])
+        check_vocabulary(input_ids, targets, split.head.weight.shape[0], known_ids(self.model))
         return split
 
     def _taken_apart(self) -> SplitModel:
@@ -259,6 +319,9 @@ class GradientSketcher:
                 with calls(self._plan.taps) as called:
                     split = split_model(self.model)
                 self._mend(split, seen_wrong(split, self._plan.taps, called, self._acc))
+                if self._verify:
+                    self.probe = probe_policy(self.model, split)
+                    self._note("policy_gradient", policy_self_test(self.model, split, self._plan, self._acc))
             self._split = split
         return self._split
 
@@ -296,6 +359,14 @@ class GradientSketcher:
         for p in self._thawed:
             p.requires_grad_(False)
         self._hook()
+
+    def _note(self, method: str, found: SelfTest | None) -> None:
+        if found is not None:
+            self.self_test, self._heard[method] = found, found.heard
+
+    def _check_heard(self, method: str, where: Segments) -> None:
+        if (heard := self._heard.get(method)) is not None:
+            check_heard(self.model, self._plan, heard, where, partly=method == "batch")
 
     def _active(self, method: str) -> None:
         if torch.is_inference_mode_enabled():

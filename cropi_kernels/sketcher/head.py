@@ -66,8 +66,7 @@ def head_pass(
             targets,
             scales.weigh(weigh),
             bias=split.head.bias,
-            temperature=temperature / split.scale,
-            softcap=split.softcap,
+            **split.of_products(temperature),
             on_dlogits=sketch_head if matrix is not None or bias is not None else None,
         )
         weights = scales.unscaled(weights)

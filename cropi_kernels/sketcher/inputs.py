@@ -52,11 +52,24 @@ def check_positions(input_ids: torch.Tensor, positions: torch.Tensor, targets: t
             raise ValueError(f"positions run from {low} to {high}: input_ids holds 0 .. {last}")
 
 
-def check_vocabulary(input_ids: torch.Tensor, targets: torch.Tensor, vocab: int) -> None:
-    for name, ids in (("input_ids", input_ids), ("targets", targets)):
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+def check_vocabulary(
+    input_ids: torch.Tensor, targets: torch.Tensor, vocab: int, known: int | None = None
+) -> None:
+    """Targets are rows of the head (``vocab``), inputs rows of the embedding (``known``; None: as many)."""
+    for name, ids, size in (("input_ids", input_ids, known or vocab), ("targets", targets, vocab)):
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             low, high = int(ids.min()), int(ids.max())
-            raise ValueError(f"{name} runs from {low} to {high}: the vocabulary is 0 .. {vocab - 1}")
+            raise ValueError(f"{name} runs from {low} to {high}: the vocabulary is 0 .. {size - 1}")
+
+
+def known_ids(model: nn.Module) -> int | None:
+    """Rows of the model's embedding, if it names one."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        weight = getattr(get() if callable(get) else None, "weight", None)
+    except NotImplementedError:
+        return None
+    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
 def model_inputs(

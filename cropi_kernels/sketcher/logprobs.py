@@ -10,11 +10,11 @@ from torch import nn
 
 from ..ops.linear_logprob import linear_logprob
 from .decoder import SplitModel, split_model, split_parts
-from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, model_inputs
+from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .precision import own_precision, unwrapped
 
 # Parts that were found to make the whole. References that keep nothing alive: a model may be large.
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def token_logprobs(
     check_positions(input_ids, positions, targets)
     model = unwrapped(model)
     split = _split(model)
-    check_vocabulary(input_ids, targets, split.head.weight.shape[0])
+    check_vocabulary(input_ids, targets, split.head.weight.shape[0], known_ids(model))
     kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
     with own_precision(model):
         hidden = split.hidden(input_ids, **kwargs)
@@ -63,18 +63,18 @@ def token_logprobs(
         split.head.weight,
         targets,
         bias=split.head.bias,
-        temperature=temperature / split.scale,
-        softcap=split.softcap,
+        **split.of_products(temperature),
     )
     assert isinstance(result, torch.Tensor)
     return result
 
 
 def _split(model: nn.Module) -> SplitModel:
-    """The model's parts, checked once a model: again where it has got other parts in the meantime."""
-    split = split_parts(model)
-    parts = weakref.ref(split.decoder), weakref.ref(split.head), split.scale, split.softcap
-    if _CHECKED.get(model) != parts:
-        split_model(model)
-        _CHECKED[model] = parts
-    return split
+    """The model's parts, measured once a model: again where it has got other parts in the meantime."""
+    named = split_parts(model)
+    parts = weakref.ref(named.decoder), weakref.ref(named.head)
+    known = _MEASURED.get(model)
+    if known is None or known[:2] != parts:
+        split = split_model(model)
+        known = _MEASURED[model] = *parts, split.scale, split.softcap
+    return SplitModel(named.decoder, named.head, known[2], known[3])

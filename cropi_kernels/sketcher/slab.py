@@ -40,6 +40,12 @@ class MatrixSketch(abc.ABC):
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         """``out[s] += sketch(sum_{t in s} onehot(rows[t])^T x[t])``."""
 
+    def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        """``out += sketch(gradient)`` of a gradient [rows, cols] that exists; ``out`` [1, base_dim]."""
+        rows = torch.arange(self.rows, device=gradient.device)
+        offsets = torch.tensor([0, self.rows], device="cpu")
+        self.add_rows(gradient.reshape(self.rows, self.cols), rows, offsets, out)
+
 
 class SlabMatrix(MatrixSketch):
     """``slab``: the sketch of docs/sketch.md."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import abc
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .engine import Norm, Site
 from .hooks import Sink, capture, widened_input
 from .one_row import one_row
-from .segments import NotTokensError
+from .segments import NotTokensError, Segments
 from .slab import MatrixSketch
 
 
@@ -28,12 +30,16 @@ class Hook(Protocol):
     def remove(self) -> None: ...
 
 
+Formed = Callable[[torch.Tensor, torch.Tensor], None]
+
+
 class Tap(abc.ABC):
     """Forward hook of a module; ``where`` is the module's name, for messages."""
 
     def __init__(self, accumulator: Accumulator, where: str) -> None:
         self.acc, self.where = accumulator, where
         self._sites = Site(where, False), Site(where, True)
+        self.heard: Segments | None = None  # the last batch whose backward pass came by
 
     def hook(self, module: nn.Module) -> Hook:
         """Tap the module until the returned handle's `remove`."""
@@ -50,6 +56,8 @@ class Tap(abc.ABC):
             )
             return y
         x = args[0] if args else next(iter(kwargs.values()))
+        if self.acc.listener is not None:
+            self.acc.listener.attached(self, y)
         try:
             return self.attach(x, y, self._sites[self.acc.segments.heads_first(x)])
         except NotTokensError as error:
@@ -91,13 +99,21 @@ class Tap(abc.ABC):
 
         def guarded(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
             if self.acc.hears(segments, self.where):
+                self.heard = segments
                 with self.acc.timed():
                     try:
                         add(dy, kept)
                     except NotTokensError as error:
                         self.refuse(str(error))
+                if self.acc.listener is not None:
+                    self.acc.listener.added(self, dy, kept)
 
         return guarded
+
+    @abc.abstractmethod
+    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
+        """The parameters of ``module`` that this tap sketches, each with ``add(gradient, out)``: the sketch of a
+        gradient that exists (float32, of the parameter's shape) added to ``out`` float32 [1, base_dim]."""
 
 
 class LinearTap(Tap):
@@ -116,6 +132,18 @@ class LinearTap(Tap):
         with self.acc.timed():
             kept = self.acc.folded(matrix.fold_key, x, lambda: self.acc.engine.fold(x, matrix, site))
         return capture(y, self.sink(site), kept)
+
+    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
+        matrix, own = self.matrix, []
+        if matrix is not None:
+            turned = not isinstance(module, nn.Linear)
+            own.append(
+                (
+                    owned(module, "weight"),
+                    lambda g, out: matrix.add_formed((g.T if turned else g).contiguous(), out),
+                )
+            )
+        return own + formed_vectors(module, bias=self.bias)
 
     def backward(self, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         if self.matrix is not None and kept is not None:
@@ -145,11 +173,16 @@ class EmbeddingTap(Tap):
         if y.ndim == 3 and y.shape[0] == 1 < rows and x.ndim == 2:
 
             def wide() -> torch.Tensor:
-                return capture(y.detach().expand(rows, -1, -1), self.sink(self._sites[0]), x.expand(rows, -1))
+                return capture(y.expand(rows, -1, -1), self.sink(self._sites[0]), x.expand(rows, -1))
 
             refused = f"{self.where} is looked up for one row of {rows}, and used otherwise than by adding it to all"
-            return one_row(capture(y, self._refusal(f"{refused}: exclude its parameters")), rows, wide)
+            # Of weights that are trained, both ways lead to the weight: the refusal is for the narrow one alone.
+            narrow = y.view_as(y) if y.requires_grad else y
+            return one_row(capture(narrow, self._refusal(f"{refused}: exclude its parameters")), rows, wide)
         return capture(y, self.sink(self._sites[0]), x)
+
+    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
+        return [(owned(module, "weight"), self.matrix.add_formed)]
 
     def backward(self, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         assert kept is not None
@@ -174,8 +207,27 @@ class NormTap(Tap):
         widened = widened_input(x, y)
         return capture(y, self.sink(site), x.detach() if widened is None else widened)
 
+    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
+        return formed_vectors(module, weight=self.norm.weight, bias=self.norm.bias)
+
     def backward(self, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         if kept is not None:
             self.acc.engine.add_norm(dy, kept, self.norm, site)
         elif self.norm.bias is not None:
             self.acc.engine.add_bias(dy, self.norm.bias, site)
+
+
+def owned(module: nn.Module, name: str) -> nn.Parameter:
+    p = getattr(module, name)
+    assert isinstance(p, nn.Parameter)
+    return p
+
+
+def formed_vectors(module: nn.Module, **plans: VectorPlan | None) -> list[tuple[nn.Parameter, Formed]]:
+    def adder(plan: VectorPlan) -> Formed:
+        def add(gradient: torch.Tensor, out: torch.Tensor) -> None:
+            sketch_vector(gradient.reshape(1, -1), plan, out)
+
+        return add
+
+    return [(owned(module, name), adder(plan)) for name, plan in plans.items() if plan is not None]

@@ -46,7 +46,7 @@ def _bypassed(split: SplitModel, modules: Collection[nn.Module]) -> list[nn.Modu
         for _, p in parameters:
             p.requires_grad_(True)
         with evaluating(split.decoder), torch.enable_grad():
-            hidden = split.hidden(few_tokens(split))
+            hidden = split.hidden(few_tokens(split.head))
         if not hidden.requires_grad:
             return []
         grads = torch.autograd.grad(hidden.sum(), [p for _, p in parameters], allow_unused=True)

@@ -89,11 +89,6 @@ def test_a_model_without_decoder_and_head_is_sent_to_batch() -> None:
                 pass
 
 
-class Doubling(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2.0 * super().forward(x)
-
-
 def test_a_head_that_is_not_all_is_noticed() -> None:
     """The decoder and the head are run apart: what the model does between or behind them must not get lost."""
     model = zoo.make("llama")
@@ -106,19 +101,9 @@ def test_a_head_that_is_not_all_is_noticed() -> None:
             return out
 
     model.__class__ = Shifted
-    doubling = zoo.make("llama")
-    doubling.lm_head.__class__ = Doubling
-    doubling.lm_head.requires_grad_(False)
-    capped = zoo.make("gemma2")
-    capped.config.logit_scale = 2.0
-    for wrong, message in (
-        (model, "do not give its logits"),
-        (doubling, "do not give its logits"),
-        (capped, "scales its logits by 2.0 before a softcap"),
-    ):
-        with GradientSketcher(wrong, SPEC) as sketcher:
-            with pytest.raises(ValueError, match=message + ".*use `with sketcher.batch"):
-                zoo.padded().sketch(sketcher)
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(ValueError, match="do not give its logits.*use `with sketcher.batch"):
+            zoo.padded().sketch(sketcher)
 
 
 def test_a_weight_that_is_used_without_its_module_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

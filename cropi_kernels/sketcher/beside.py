@@ -1,0 +1,129 @@
+"""Weights that the caller's own code uses beside their modules, and taps that are not heard: found in his batches.
+
+The self-test runs the model; what is around it (a fused loss that multiplies by the head's weight itself, a forward
+that was compiled for the shape of this batch before the taps came) only his own forward and backward show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..names import canonical_name
+from .attach import Attachment
+from .segments import Segments
+from .selftest import SelfTestError, Source
+from .taps import Tap
+
+
+@contextlib.contextmanager
+def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[None]:
+    """Covered parameters have ``requires_grad`` inside, except while their own module runs: a gradient that reaches one
+    comes from a use that no tap sees, by whatever function. It costs neither memory nor a weight gradient. Nothing is
+    watched where modules are compiled.
+
+    Raises (from the backward pass inside):
+        SelfTestError: names the parameter.
+    """
+    if inside_compiled(model):  # a graph that was made for trainable weights would be taken, without the taps
+        yield
+        return
+    names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
+    own = {module: [p for p, _ in tap.formed(module) if not p.requires_grad] for module, tap in taps.items()}
+    watched = list({id(p): p for parameters in own.values() for p in parameters}.values())
+    traced: list[bool] = []
+
+    def freeze(flag: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, *args: Any) -> None:
+            # A graph cannot change a flag: it forms weight gradients this once.
+            if torch.compiler.is_compiling():
+                traced.append(True)
+                return
+            for p in own[module]:
+                p.requires_grad_(flag)
+
+        return hook
+
+    def found(p: nn.Parameter) -> Callable[[torch.Tensor], None]:
+        def hook(gradient: torch.Tensor) -> None:
+            if not traced and bool(gradient.any()):
+                raise SelfTestError(
+                    f"{names[id(p)]} has a gradient that did not pass through its module: this batch uses the weight "
+                    f"itself, which no tap sees (or was compiled before the taps came). Call the module, leave the "
+                    f"parameter out (exclude=[{names[id(p)]!r}, ...]), or leave out this test (verify=False)"
+                )
+
+        return hook
+
+    handles: list[Any] = [p.register_hook(found(p)) for p in watched if _hookable(p)]
+    for module in own:
+        handles.append(module.register_forward_pre_hook(freeze(False)))
+        handles.append(module.register_forward_hook(freeze(True), always_call=True))
+    before = [(p, p.grad) for p in watched]
+    try:
+        for p in watched:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, grad in before:
+            p.requires_grad_(False)
+            p.grad = grad
+
+
+def _hookable(p: nn.Parameter) -> bool:
+    """Torch takes hooks of what requires a gradient only."""
+    p.requires_grad_(True)
+    return True
+
+
+def check_heard(
+    model: nn.Module, plan: Attachment, heard: frozenset[str], segments: Segments, partly: bool
+) -> None:
+    """Every tap that the self-test heard must be heard in this batch.
+
+    ``partly``: the caller may have run a part of the model; then only what lies in a compiled module is an error, and
+    a batch in which no tap was heard.
+
+    Raises:
+        SelfTestError: names the modules.
+    """
+    sources: list[tuple[nn.Module, Source]] = list(plan.taps.items())
+    sources += [(one.chain[0], one) for one in plan.exact.parameters]
+    expected = [(module, source) for module, source in sources if source.where in heard]
+    missing = [(module, source) for module, source in expected if source.heard is not segments]
+    if not missing:
+        return
+    why = "their graphs were compiled before the taps came, or the forward goes another way than a few tokens did"
+    if partly and len(missing) < len(expected):
+        compiled = inside_compiled(model)
+        missing = [(module, source) for module, source in missing if module in compiled]
+        why = "their graphs were compiled before the taps came"
+    elif partly:
+        why = "no backward pass ran inside the block, or the model was compiled before the taps came"
+    if missing:
+        listed = [source.where or "the model itself" for _, source in missing]
+        more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
+        raise SelfTestError(
+            f"no gradient came by the taps of {', '.join(listed[:10])}{more} in this batch: {why}. Compile inside of "
+            "the `with GradientSketcher(...)` block (torch.compiler.reset() forgets what was compiled), or leave out "
+            "this test: verify=False"
+        )
+
+
+def inside_compiled(model: nn.Module) -> set[nn.Module]:
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if (
+            getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(module, "_orig_mod")
+            or hasattr(forward, "_torchdynamo_orig_callable")
+        ):
+            found.update(module.modules())
+    return found

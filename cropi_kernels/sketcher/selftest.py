@@ -1,0 +1,500 @@
+"""The self-test: what the taps of a model add up, held to plain autograd on a few tokens before any work.
+
+Two runs of the model on the same tokens, cut into two segments of unequal length:
+
+*held*: the covered parameters have ``requires_grad`` while the taps listen. So a tap sees the very numbers from which
+autograd forms the parameter's gradient, and the two may differ by the rounding of their sums alone, whatever the
+model's depth and dtype: that is what lets the bound be tight in bfloat16. Once for each segment, with the loss of that
+segment only: a tap must give autograd's gradient to this segment, and nothing to the other.
+
+*frozen*: as `GradientSketcher` works, weights frozen. Every tap must give what it gave before, but for the rounding of
+the backward pass; and the output must be that of the model without taps.
+
+Nothing is known of the modules: a hook that changes an output, a forward that was replaced, a weight that is used
+elsewhere too, tokens in another order, a hook on a parameter's gradient, a graph that was compiled before the taps
+came all show as a difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ..names import canonical_name
+from .accumulator import Accumulator
+from .attach import Attachment
+from .coverage import UncoveredParameterError
+from .exact import Exact
+from .segments import Segments
+from .taps import NormTap, Tap
+from .untouched import nothing_kept, thawed, untouched
+
+PROJECTED = 2048  # numbers that a sketch is summed down to, with signs: they are kept for every parameter
+LISTED = 20  # parameters that an error names
+
+Forward = Callable[[], torch.Tensor]
+Owned = list[tuple[nn.Parameter, Callable[[torch.Tensor, torch.Tensor], None]]]
+Source = Tap | Exact  # of sketches: what hears a backward pass
+
+
+class SelfTestError(UncoveredParameterError):
+    """A tap does not give autograd's gradient of its parameter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Parameters that are compared as one (a module's weight and bias; all that share a weight), in one segment.
+
+    ``error`` and ``allowed`` are norms of sketches, in units of that of autograd's gradient (``size``; where that is
+    0, of the error itself).
+    """
+
+    names: tuple[str, ...]
+    what: str
+    error: float
+    allowed: float
+    size: float
+
+    @property
+    def right(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+    def __str__(self) -> str:
+        size = self.size or self.error or 1.0
+        return (
+            f"{', '.join(self.names)}: off by {self.error / size:.2g} of its gradient, where rounding allows "
+            f"{self.allowed / size:.1g}; {self.what}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfTest:
+    """What the self-test found; printed, two lines.
+
+    Attributes:
+        tokens: the batch and length that it ran on.
+        names: parameters whose taps were held to autograd.
+        untested: parameters that no part of the run used: they have no gradient, and their taps gave none.
+        closest: the part nearest to its bound.
+        heard: the modules whose taps heard the backward pass; one that is not heard in a later batch is an error.
+        seconds: what it took.
+    """
+
+    tokens: tuple[int, int]
+    names: tuple[str, ...]
+    untested: tuple[str, ...]
+    closest: Part | None
+    heard: frozenset[str] = dataclasses.field(repr=False)
+    seconds: float
+
+    def __str__(self) -> str:
+        batch, length = self.tokens
+        text = f"taps held to autograd on {batch} x {length} tokens: {len(self.names)} parameters right"
+        if self.untested:
+            text += f", {len(self.untested)} without a gradient there ({', '.join(self.untested[:3])})"
+        if self.closest is not None:
+            text += f"\n  nearest to its bound: {self.closest}"
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What to run: ``forward()`` gives a tensor, ``cotangents`` are gradients of it.
+
+    All that the i-th of them makes belongs to the segments ``owners[i]`` and to no other.
+    """
+
+    forward: Forward
+    segments: Segments
+    cotangents: tuple[torch.Tensor, ...]
+    owners: tuple[tuple[int, ...], ...] = ((0,), (1,))
+    remedy: str = ""  # the end of the error's message, before "this test"
+
+
+# ----------------------------------------------------------------------------------------------- listening
+class Listener:
+    """Takes away what each tap adds to the accumulator's sketches, call by call."""
+
+    def __init__(self, acc: Accumulator) -> None:
+        self.acc = acc
+        self.sums: dict[Source, torch.Tensor] = {}  # [segments, numbers]
+        self.size: dict[
+            Source, float
+        ] = {}  # sum over calls of |dy| |a|: the terms that rounding is a part of
+        self.unit: dict[Source, float] = {}  # the coarsest unit roundoff of what went in
+        self.calls: dict[Source, int] = {}
+        self.outputs: list[torch.Tensor] = []
+
+    def attached(self, tap: Source, y: torch.Tensor) -> None:
+        if y.requires_grad:
+            self.outputs.append(y)
+
+    def added(self, tap: Source, dy: torch.Tensor, kept: torch.Tensor | None) -> None:
+        took = projected(self.acc.out)
+        self.acc.out.zero_()
+        self.sums[tap] = self.sums[tap] + took if tap in self.sums else took
+        d = dy.detach()
+        terms = (d.numel() / max(1, d.shape[-1] if d.ndim else 1)) ** 0.5
+        if isinstance(tap, Exact):  # a gradient that autograd formed, of sums that nobody sees
+            terms = max(terms, 16.0)
+        unit = unit_roundoff(d)
+        if kept is not None and kept.is_floating_point():
+            unit = max(unit, unit_roundoff(kept))
+            # A norm's input is normalised: its rows have norm sqrt(n).
+            terms = (
+                kept.numel() ** 0.5 if isinstance(tap, NormTap) else max(terms, _uses(d, kept) * norm(kept))
+            )
+        self.size[tap] = self.size.get(tap, 0.0) + norm(d) * terms
+        self.unit[tap] = max(self.unit.get(tap, 0.0), unit)
+        self.calls[tap] = self.calls.get(tap, 0) + 1
+
+    @contextlib.contextmanager
+    def batch(self, segments: Segments, device: torch.device) -> Iterator[None]:
+        self.acc.begin(segments, device)
+        self.acc.listener = self
+        try:
+            yield
+        finally:
+            self.acc.listener = None
+            self.acc.close()
+
+
+def _uses(dy: torch.Tensor, kept: torch.Tensor) -> float:
+    """The root of how often each row of ``kept`` met a row of ``dy``: once for every expert of a token."""
+    rows = dy.numel() / max(1, dy.shape[-1]), kept.numel() / max(1, kept.shape[-1])
+    return float(max(1.0, rows[0] / max(1.0, rows[1])) ** 0.5)
+
+
+def projected(out: torch.Tensor) -> torch.Tensor:
+    """Sketches [segments, dim] summed with fixed signs to at most `PROJECTED` numbers, on the CPU in float64."""
+    dim = out.shape[-1]
+    width = min(PROJECTED, dim)
+    generator = torch.Generator(device="cpu").manual_seed(dim)
+    signs = torch.randint(0, 2, (dim,), generator=generator, device="cpu", dtype=torch.float64) * 2 - 1
+    wide = out.detach().to("cpu", torch.float64, copy=True) * signs
+    return wide.view(*out.shape[:-1], dim // width, width).sum(-2)
+
+
+def norm(x: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32)))
+
+
+def unit_roundoff(x: torch.Tensor) -> float:
+    """Of the arithmetic that makes sums of ``x``; sketches are float32 at best."""
+    if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        return 2.0**-11
+    return max(torch.finfo(x.dtype).eps / 2, 2.0**-24)
+
+
+def smallest(x: torch.Tensor) -> float:
+    """Half the distance of ``x``'s subnormal numbers: what a number loses below them."""
+    info = torch.finfo(x.dtype)
+    return float(info.tiny * info.eps / 2)
+
+
+# -------------------------------------------------------------------------------------------------- parts
+class _Parts:
+    """Taps and parameters in groups that share one: a group's taps add up to its parameters' gradients."""
+
+    def __init__(self, model: nn.Module, attachment: Attachment) -> None:
+        names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
+        self.formed: dict[int, tuple[nn.Parameter, Callable[[torch.Tensor, torch.Tensor], None]]] = {}
+        group: dict[int, int] = {}  # a parameter's id -> its group
+        members: dict[int, list[Source]] = {}
+        sources: list[tuple[Source, Owned]] = [
+            (tap, tap.formed(module)) for module, tap in attachment.taps.items()
+        ]
+        sources += [(one, [(one.parameter, one.add)]) for one in attachment.exact.parameters]
+        for tap, own in sources:
+            for p, add in own:
+                self.formed.setdefault(id(p), (p, add))
+            mine = sorted({group.get(id(p), id(p)) for p, _ in own})
+            for other in mine[1:]:
+                members[mine[0]] = members.get(mine[0], []) + members.pop(other, [])
+                group = {k: mine[0] if g == other else g for k, g in group.items()}
+            group.update({id(p): mine[0] for p, _ in own})
+            members.setdefault(mine[0], []).append(tap)
+        self.taps = members
+        self.names: dict[int, tuple[str, ...]] = {
+            g: tuple(names.get(i, "?") for i, mine in group.items() if mine == g) for g in members
+        }
+        self.group = group
+        self.known = {n for mine in self.names.values() for n in mine}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p, _ in self.formed.values()]
+
+
+class _Exact:
+    """Autograd's gradients, sketched one by one as they are formed: only one exists at a time."""
+
+    def __init__(self, parts: _Parts, dim: int, device: torch.device) -> None:
+        self.parts, self.dim, self.device = parts, dim, device
+        self.sums: dict[int, torch.Tensor] = {}
+        self.floor: dict[int, float] = {}  # what numbers below the dtype's smallest may have lost
+        self.unit: dict[int, float] = {}
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        # Hooks run in the order in which they were registered: ours see what those of the model's owner have made.
+        handles = [p.register_hook(self._taker(p, add)) for p, add in self.parts.formed.values()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _taker(
+        self, p: nn.Parameter, add: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        group = self.parts.group[id(p)]
+
+        def take(gradient: torch.Tensor) -> torch.Tensor:
+            out = torch.zeros(1, self.dim, dtype=torch.float32, device=self.device)
+            with torch.no_grad():
+                add(gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)), out)
+            took = projected(out)[0]
+            self.sums[group] = self.sums[group] + took if group in self.sums else took
+            self.floor[group] = self.floor.get(group, 0.0) + smallest(gradient) * gradient.numel() ** 0.5
+            self.unit[group] = max(self.unit.get(group, 0.0), unit_roundoff(gradient))
+            return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps this: a gradient would stay
+
+        return take
+
+
+# --------------------------------------------------------------------------------------------------- runs
+def self_test(
+    model: nn.Module, attachment: Attachment, acc: Accumulator, trial: Trial, others: Sequence[Part] = ()
+) -> SelfTest:
+    """Hold the taps to autograd. Inside the ``with`` block of a `GradientSketcher`; leaves no trace in the model.
+
+    ``others`` are parts that were compared elsewhere; they are reported together.
+
+    Extra memory: one parameter's gradient at a time and `PROJECTED` numbers for each.
+
+    Raises:
+        SelfTestError: names the parameters whose taps are off, and by how much; or says how the model's output changes
+            where taps are.
+        ValueError: the model cannot be differentiated by ordinary autograd; says why.
+    """
+    started = time.perf_counter()
+    parts = _Parts(model, attachment)
+    runs = _Runs(model, acc, parts, trial)
+    with untouched(model):
+        try:
+            found, tested, heard = runs.compare()
+        except RuntimeError as error:
+            if "inplace operation" in str(error):
+                raise SelfTestError(
+                    f"ordinary autograd cannot run the model, so that its taps can be held to nothing ({error}); leave "
+                    "out this test, and take the sketch as it is: verify=False"
+                ) from error
+            if "use_reentrant" not in str(error):
+                raise
+            runs.reentrant = True
+            found, tested, heard = runs.compare()
+    found += others
+    held = [n for g in parts.taps if g in tested for n in parts.names[g]] + [
+        n for part in others for n in part.names
+    ]
+    unused = [n for g in parts.taps for n in parts.names[g] if n not in held]
+    wrong = [part for part in found if not part.right]
+    if wrong:
+        raise _error(wrong, trial.remedy)
+    return SelfTest(
+        (trial.segments.batch, trial.segments.length),
+        tuple(dict.fromkeys(n for n in held if n in parts.known)),
+        tuple(unused),
+        max(found, key=lambda part: part.error / part.allowed if part.allowed else 0.0, default=None),
+        frozenset(tap.where for tap in heard),
+        time.perf_counter() - started,
+    )
+
+
+class _Runs:
+    def __init__(self, model: nn.Module, acc: Accumulator, parts: _Parts, trial: Trial) -> None:
+        self.acc, self.parts, self.trial = acc, parts, trial
+        self.reentrant = False
+        self.device = trial.cotangents[0].device
+        self.devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+
+    def again(self) -> contextlib.AbstractContextManager[None]:
+        """The same random numbers in every run: dropout drops the same. No weights that autocast has cast and kept."""
+        torch.clear_autocast_cache()
+        return torch.random.fork_rng(devices=self.devices)
+
+    def compare(self) -> tuple[list[Part], set[int], dict[Source, torch.Tensor]]:
+        """The parts; the groups of parameters that have a gradient; the taps that were heard over frozen weights."""
+        with self.again(), torch.no_grad():
+            plain = self.trial.forward()
+        with self.again():
+            frozen = self.frozen(plain)
+        found: list[Part] = []
+        held: dict[Source, torch.Tensor] = {}
+        sizes: dict[Source, float] = {}
+        tested: set[int] = set()
+        for s in range(len(self.trial.cotangents)):
+            with self.again():
+                listener, exact = self.held(s)
+            found += _compare(self.parts, listener, exact, self.trial.owners[s], self.trial.segments)
+            tested |= set(exact.sums)
+            for tap, took in listener.sums.items():
+                held[tap] = held[tap] + took if tap in held else took
+                sizes[tap] = sizes.get(tap, 0.0) + listener.size[tap]
+        return found + _compare_frozen(self.parts, frozen, held, sizes), tested, frozen.sums
+
+    def frozen(self, plain: torch.Tensor) -> Listener:
+        listener = Listener(self.acc)
+        with listener.batch(self.trial.segments, self.device):
+            with torch.enable_grad():
+                y = self.trial.forward()
+            _check_output(y.detach(), plain, len(self.parts.taps))
+            if y.requires_grad:
+                y.backward(torch.stack(self.trial.cotangents).sum(0).to(y.dtype))
+        return listener
+
+    def held(self, s: int) -> tuple[Listener, _Exact]:
+        listener, exact = Listener(self.acc), _Exact(self.parts, self.acc.spec.base_dim, self.device)
+        parameters = self.parts.parameters
+        with thawed(parameters), listener.batch(self.trial.segments, self.device), exact.hooked():
+            with torch.enable_grad():
+                y = self.trial.forward()
+            # Of the modules' outputs too: a tap must be heard where no parameter lies behind it.
+            inputs = [*parameters, *{id(t): t for t in listener.outputs}.values()]
+            cotangent = self.trial.cotangents[s].to(y.dtype)
+            if y.requires_grad and self.reentrant:  # that kind of checkpointing knows no named inputs
+                with nothing_kept(parameters):
+                    y.backward(cotangent)
+            elif y.requires_grad:
+                torch.autograd.grad(y, inputs, cotangent, allow_unused=True)
+        return listener, exact
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raises ValueError: a parameter's numbers are not all here (DTensor)."""
+    for name, p in model.named_parameters():
+        if type(p.data).__name__ == "DTensor":
+            raise ValueError(
+                f"{canonical_name(name)} is a DTensor of shape {tuple(p.shape)}: the self-test does not support "
+                "sharded parameters; leave it out: verify=False"
+            )
+
+
+def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int) -> None:
+    if y.shape != plain.shape:
+        raise SelfTestError(
+            f"with taps the model's output has the shape {tuple(y.shape)}, without {tuple(plain.shape)}"
+        )
+    if torch.equal(y, plain) or not bool(plain.isfinite().all()):
+        return
+    error, size = norm(y - plain), norm(plain)
+    if not error <= 8 * unit_roundoff(plain) * max(1, depth) ** 0.5 * size:
+        raise SelfTestError(
+            f"the model's output changes by {error / max(size, 1e-30):.1%} when taps are on its modules: it gives "
+            "different results for the same tokens, or what lies between its modules depends on the tensors that they "
+            "return; leave out this test, and take the sketch as it is: verify=False"
+        )
+
+
+# --------------------------------------------------------------------------------------------- comparisons
+def _compare(
+    parts: _Parts, listener: Listener, exact: _Exact, owners: tuple[int, ...], segments: Segments
+) -> list[Part]:
+    """What the taps gave to each segment, and what autograd formed of a loss that belongs to ``owners``."""
+    found = []
+    tokens = segments.batch * segments.length
+    mine = torch.zeros(segments.count, dtype=torch.bool, device="cpu")
+    mine[list(owners)] = True
+    for group, taps in parts.taps.items():
+        heard = [tap for tap in taps if tap in listener.sums]
+        want = exact.sums.get(group)
+        if want is None and not heard:
+            continue
+        allowed = 4 * exact.floor.get(group, 0.0)
+        error = elsewhere = 0.0
+        if heard:
+            got = torch.stack([listener.sums[tap] for tap in heard]).sum(0)
+            error = norm(got[mine].sum(0) - (0.0 if want is None else want))
+            elsewhere = norm(got[~mine])
+        elif want is not None:
+            error = norm(want)
+        for tap in heard:
+            unit = max(listener.unit[tap], exact.unit.get(group, 0.0))
+            allowed += listener.size[tap] * bound(unit, listener.calls[tap], tokens)
+        if not heard:
+            what = "its tap heard nothing: the weight is used without its module"
+        elif elsewhere > allowed:
+            what = (
+                "tokens of one segment count for another: the module does not see them in the batch's order"
+            )
+        else:
+            what = "its tap saw something else than autograd"
+        error = (error * error + elsewhere * elsewhere) ** 0.5
+        found.append(Part(parts.names[group], what, error, allowed, 0.0 if want is None else norm(want)))
+    return found
+
+
+def _compare_frozen(
+    parts: _Parts, frozen: Listener, held: dict[Source, torch.Tensor], sizes: dict[Source, float]
+) -> list[Part]:
+    """The taps over frozen weights, against themselves: between the two lies the rounding of a backward pass."""
+    found = []
+    depth = max(1, len(held)) ** 0.5
+    for group, taps in parts.taps.items():
+        for tap in taps:
+            if tap not in frozen.sums and tap not in held:
+                continue
+            want, got = held.get(tap), frozen.sums.get(tap)
+            size = max(sizes.get(tap, 0.0), frozen.size.get(tap, 0.0))
+            allowed = 8 * depth * frozen.unit.get(tap, 2.0**-24) * size
+            if got is None:
+                assert want is not None
+                # A gradient of zeros may come or stay away.
+                what, error = (
+                    "over frozen weights its tap heard nothing (compiled before the taps came?)",
+                    norm(want),
+                )
+            elif want is None:
+                what, error = "its tap is heard over frozen weights only", norm(got)
+            else:
+                what, error = "over frozen weights its tap gives something else", norm(got - want)
+            found.append(Part(parts.names[group], what, error, allowed, 0.0 if want is None else norm(want)))
+    return found
+
+
+def bound(unit: float, calls: int, tokens: int) -> float:
+    """Of the difference of two sums of the same products, in units of ``sum |d| |a|``.
+
+    Rounded to the tensors' dtype are the folded inputs, the products of a norm, the gradient, and its sum over
+    ``calls``; in float32 sums of ``tokens`` products and of the columns that meet in a number of the sketch (1024 for
+    the widest layers), whose errors add like a random walk (Higham and Mary, SIAM J. Sci. Comput. 41, 2019). A sketch
+    keeps norms up to a small factor: 4 for all of it.
+    """
+    return 4 * ((3 + calls) * unit + (tokens + 1024) ** 0.5 * 2.0**-24)
+
+
+def _error(wrong: list[Part], remedy: str) -> SelfTestError:
+    worst: dict[tuple[str, ...], Part] = {}
+    for part in wrong:
+        before = worst.get(part.names)
+        if before is None or not part.error <= before.error:
+            worst[part.names] = part
+    lines = [f"  {part}\n" for part in list(worst.values())[:LISTED]]
+    if len(worst) > LISTED:
+        lines.append(f"  and {len(worst) - LISTED} more\n")
+    example = next(iter(worst))[0]
+    return SelfTestError(
+        "the sketches of these parameters are not those of their gradients, which autograd formed on a few tokens:\n"
+        + "".join(lines)
+        + (
+            remedy
+            or f"freeze them, or leave them out by name (exclude=[{example!r}, ...]); verify=False leaves out "
+        )
+        + "this test"
+    )

@@ -1,0 +1,236 @@
+"""A few tokens to try a model on: what they are, where the segments lie, and the head's own part of the self-test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..names import canonical_name
+from ..ops.norm_grad import bias_grad
+from .accumulator import Accumulator
+from .attach import Attachment
+from .decoder import SplitModel
+from .head import head_pass, scored_offsets
+from .segments import Segments
+from .selftest import (
+    Part,
+    SelfTest,
+    Trial,
+    bound,
+    norm,
+    projected,
+    refuse_sharded,
+    self_test,
+    smallest,
+    unit_roundoff,
+)
+from .untouched import thawed, untouched
+
+PANEL = 8192  # rows of the head that are float64 at one time
+ROWS = 3
+LENGTHS = (11, 13, 17, 19, 23, 29, 31, 37)
+
+
+def few_rows(model: nn.Module, vocab: int, device: torch.device) -> torch.Tensor:
+    """Token ids [ROWS, length], their number unlike any size of the model: what has another shape cannot fit by
+    accident. No id that the model's configuration names (padding, images)."""
+    config = getattr(model, "config", None)
+    special = {value for name, value in config_numbers(config) if "token" in name}
+    sizes = {n for p in model.parameters() for n in p.shape} | {n for _, n in config_numbers(config)}
+    most = min(
+        (n for name, n in config_numbers(config) if name in ("max_position_embeddings", "n_positions")),
+        default=11,
+    )
+    fitting = [n for n in LENGTHS if n not in sizes and n * ROWS not in sizes and n <= max(most, LENGTHS[0])]
+    length = fitting[0] if fitting else LENGTHS[0]
+    plain = [i for i in range(min(vocab, 65536)) if i not in special] or list(range(vocab))
+    chosen = [plain[(7919 * (i + 1)) % len(plain)] for i in range(ROWS * length)]
+    return torch.tensor(chosen, device=device).view(ROWS, length)
+
+
+def config_numbers(config: Any, depth: int = 2) -> Iterator[tuple[str, int]]:
+    """Names and values of the integers in a configuration, and in the configurations and lists inside it."""
+    for name, value in _items(config):
+        inner = value if isinstance(value, (list, tuple)) else (value,)
+        for item in inner:
+            if isinstance(item, int) and not isinstance(item, bool):
+                yield name, item
+            elif (
+                depth and (isinstance(item, dict) or hasattr(item, "__dict__")) and not isinstance(item, type)
+            ):
+                yield from config_numbers(item, depth - 1)
+
+
+def _items(config: Any) -> list[tuple[Any, Any]]:
+    inner = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    return [(str(name), value) for name, value in inner.items()]
+
+
+def two_segments(batch: int, length: int, *, causal: bool) -> Segments:
+    """Segments of unequal length: with causal attention the first ends within the second row, so that tokens that
+    change places in a row show too."""
+    ids = torch.ones(batch * length, dtype=torch.int64, device="cpu")
+    ids[: length + (length // 3 if causal else 0)] = 0
+    return Segments.of(ids.view(batch, length), batch, length, 2)
+
+
+def scored_rows(segments: Segments) -> list[torch.Tensor]:
+    """Positions whose losses belong to each of `two_segments`: all gradients of theirs stay in their segment."""
+    cut, length = int(segments.offsets[1]), segments.length
+    whole = torch.arange(segments.batch * length, device="cpu")
+    return [whole[:cut], whole[-(-cut // length) * length :]]
+
+
+def weights_of(n: int, device: torch.device) -> torch.Tensor:
+    return torch.sin(torch.arange(n, device=device, dtype=torch.float32) * 1.7 + 1.0)
+
+
+# --------------------------------------------------------------------------------------------- the head
+def policy_self_test(
+    model: nn.Module, split: SplitModel, attachment: Attachment, acc: Accumulator, causal: bool = True
+) -> SelfTest:
+    """The self-test of `GradientSketcher.policy_gradient`: decoder and head run apart, as it runs them."""
+    refuse_sharded(model)
+    device = split.head.weight.device
+    ids = few_rows(model, split.head.weight.shape[0], device)
+    segments = two_segments(ids.shape[0], ids.shape[1], causal=causal)
+    with untouched(model), torch.no_grad():
+        hidden = split.hidden(ids)
+    scored = scored_rows(segments)
+    positions = torch.cat(scored).to(device)
+    targets = ids.flatten().flip(0)[positions]
+    parts, grad = _head_parts(model, split, attachment, acc, hidden, segments, positions, targets)
+    cotangents = []
+    for mine in scored:
+        one = torch.zeros_like(grad)
+        one[mine.to(device)] = grad[mine.to(device)]
+        cotangents.append(one.view_as(hidden))
+    trial = Trial(lambda: split.hidden(ids), segments, tuple(cotangents))
+    return self_test(model, attachment, acc, trial, parts)
+
+
+def _head_parts(
+    model: nn.Module,
+    split: SplitModel,
+    attachment: Attachment,
+    acc: Accumulator,
+    hidden: torch.Tensor,
+    segments: Segments,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+) -> tuple[list[Part], torch.Tensor]:
+    """The head's sketch and the gradient of the hidden states by `head_pass`, held to autograd in float64.
+
+    Returns the gradient too, [tokens, n].
+    """
+    head, device = split.head, hidden.device
+    weights = weights_of(len(positions), device)
+    offsets = scored_offsets(segments, positions)
+    acc.begin(segments, device)
+    try:
+        logprobs, grad, _, scales = head_pass(
+            split, attachment, acc, hidden, positions, targets, lambda _, a, b: weights[a:b], 1.0, offsets
+        )
+        scales.restore(acc.out)
+        took = projected(acc.out)
+        acc.out.zero_()
+        h = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
+        z, widest = _wide_logits(h, head)
+        logits = z * split.scale
+        if split.softcap is not None:
+            logits = split.softcap * torch.tanh(logits / split.softcap)
+        wide = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+        (dz,) = torch.autograd.grad(wide @ weights.double(), z)
+        # A logit is a float32 sum of products (a GPU rounds it to the dtype of the head).
+        unit = unit_roundoff(h) if h.is_cuda else 2.0**-24
+        off_z = 4 * max(unit, h.shape[1] ** 0.5 * 2.0**-24) * float(h.float().norm(dim=1).max()) * widest
+        off_dz = 2 * abs(split.scale) * float(weights.abs().sum()) * off_z
+        names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
+        mine, own = (head.weight, head.bias), (attachment.head_matrix, attachment.head_bias)
+        covered = tuple(
+            names.get(id(p), "lm_head") for p, plan in zip(mine, own, strict=True) if plan is not None
+        )
+        found = []
+        if attachment.head_matrix is not None:
+            attachment.head_matrix.add(
+                dz.float(), attachment.head_matrix.fold(h), offsets.to(device), acc.out
+            )
+        if attachment.head_bias is not None:
+            acc.engine.add_vector(bias_grad(dz.float(), offsets.to(device)), attachment.head_bias)
+        want = projected(acc.out)
+    finally:
+        acc.close()
+    error = float((wide.detach().float() - logprobs).abs().max())
+    what = "the log-probs are not those of softmax(logits)"
+    found.append(Part(("log-probs",), what, error, 2 * abs(split.scale) * off_z + 1e-5, 1.0))
+    terms = norm(h) + len(positions) ** 0.5
+    allowed = terms * (norm(dz) * bound(unit, 1, len(positions)) + off_dz)
+    if covered:
+        what = "the head's sketch is not that of its gradient"
+        found.append(Part(covered, what, norm(took - want), allowed, norm(want)))
+        found += _hooked(head, dz, h, attachment, covered, unit)
+    flat = grad.reshape(-1, grad.shape[-1])
+    exact = torch.zeros(flat.shape, dtype=torch.float64, device=device)
+    powers = torch.ldexp(torch.ones_like(dz[:, :1]), -scales.exponent[scales.segment][:, None])
+    dz = dz.detach() * powers
+    off_dz *= float(powers.max())
+    exact.index_add_(0, positions, _times_head(dz, head))
+    allowed = (
+        widest
+        * (
+            (2 * unit_roundoff(flat) + 64 * 2.0**-24) * float(dz.abs().sum())
+            + off_dz * head.weight.shape[0] ** 0.5
+        )
+        + 4 * smallest(flat) * flat.numel() ** 0.5
+    )
+    what = "the head does not hand on the gradient of its logits"
+    found.append(Part(("hidden states",), what, norm(flat - exact), allowed, norm(exact)))
+    return found, flat
+
+
+def _wide_logits(h: torch.Tensor, head: nn.Linear) -> tuple[torch.Tensor, float]:
+    """``h W^T + b`` in float64, a leaf of its own, and the largest norm of a row of W."""
+    z = torch.empty(h.shape[0], head.weight.shape[0], dtype=torch.float64, device=h.device)
+    widest = 0.0
+    with torch.no_grad():
+        for begin in range(0, head.weight.shape[0], PANEL):
+            rows = head.weight[begin : begin + PANEL].double()
+            z[:, begin : begin + PANEL] = h.double() @ rows.T
+            widest = max(widest, float(rows.norm(dim=1).max()))
+        if head.bias is not None:
+            z += head.bias.double()
+    return z.requires_grad_(True), widest
+
+
+def _times_head(dz: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+    out = torch.zeros(dz.shape[0], head.weight.shape[1], dtype=torch.float64, device=dz.device)
+    with torch.no_grad():
+        for begin in range(0, head.weight.shape[0], PANEL):
+            out += dz[:, begin : begin + PANEL] @ head.weight[begin : begin + PANEL].double()
+    return out
+
+
+def _hooked(
+    head: nn.Linear,
+    dz: torch.Tensor,
+    h: torch.Tensor,
+    attachment: Attachment,
+    names: tuple[str, ...],
+    unit: float,
+) -> list[Part]:
+    """Hooks on the gradients of the head's parameters, which the head's pass never forms: do they change them?"""
+    found = []
+    covered = attachment.head_matrix is not None, attachment.head_bias is not None
+    for p, mine, formed in zip(
+        (head.weight, head.bias), covered, (lambda: dz.T @ h.double(), lambda: dz.sum(0))
+    ):
+        if mine and p is not None and p._backward_hooks:
+            plain = formed().to(p.dtype)
+            with thawed([p]):
+                (got,) = torch.autograd.grad(p, p, plain)
+            what = "a hook on the parameter changes its gradient, which no tap sees"
+            found.append(Part(names, what, norm(got - plain), unit * norm(plain), norm(plain)))
+    return found
