@@ -62,7 +62,7 @@ def test_record_is_a_record() -> None:
 def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
-    (code,) = blocks("python")
+    _, code = blocks("python")
     exec(compile(code, "README.md", "exec"), names)
     result, model = names["result"], names["model"]
     assert result.sketches.shape == (2, 32768) and result.logprobs.shape == (8,)
@@ -72,11 +72,33 @@ def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for s in (0, 1):
         model.zero_grad()
         chosen = names["segments"].repeat_interleave(2) == s
-        (expected.flatten() * names["advantages"])[chosen].sum().backward(retain_graph=True)
+        (expected.flatten() * names["advantages"].repeat_interleave(2))[chosen].sum().backward(
+            retain_graph=True
+        )
         exact.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     cosine = float(torch.nn.functional.cosine_similarity(exact[0], exact[1], dim=0))
     assert abs(float(names["similarity"]) - cosine) < 6 / 32768**0.5
     assert "100.0%" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+def test_six_lines_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand there, but for the model."""
+    from support.made_data import make_model, make_records, make_tokenizer, write_lines
+
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    for number, name in enumerate(("train", "math", "code")):
+        write_lines(tmp_path / f"{name}.jsonl", make_records(12, seed=number))
+    code, _ = blocks("python")
+    assert "Qwen/Qwen2.5-0.5B-Instruct" in code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("Qwen/Qwen2.5-0.5B-Instruct", "model"), "README.md", "exec"), {})
+    top, chosen = capsys.readouterr().out.splitlines()
+    assert top.count("p0-") == 5 and chosen.count("p0-") == 1
+    assert (tmp_path / "scores.png").is_file()
 
 
 @pytest.mark.slow
