@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
+import json
 import pickle
 import shutil
 import subprocess
@@ -101,6 +103,31 @@ def test_what_is_in_memory_is_read_as_files_are(policy: Policy, expected: dict[s
     assert all(torch.equal(sketched(policy, dataset)[key], expected[key]) for key in expected)
     assert made([datasets.Dataset.from_list(rows[:2]), datasets.Dataset.from_list(rows[2:])]) == rows
     assert rows == records(), "what was given is not changed"
+
+
+def test_arrays_tensors_and_tuples_are_lists() -> None:
+    record = records()[0]
+    arrays = record | {
+        "rewards": np.array(record["rewards"], dtype=np.float32), "prompt_ids": torch.tensor(record["prompt_ids"]),
+        "response_ids": [np.array(ids) for ids in record["response_ids"]], "responses": tuple(record["responses"]),
+        "logprobs": [torch.tensor(part, dtype=torch.float64) for part in record["logprobs"]],
+        "loss_mask": tuple(tuple(mask) for mask in record["loss_mask"]), "temperature": np.float32(0.5),
+        "truncated": np.array(record["truncated"]), "level": np.int64(0),
+    }  # fmt: skip
+    assert made([arrays]) == [record]
+    scalars = record | {"rewards": [np.float32(1), torch.tensor(0.0), 0.5]}
+    assert made([scalars]) == [record]
+
+
+def test_records_of_tables_are_written_as_json(tmp_path: Path) -> None:
+    rows = [record | {"day": datetime.date(2026, 1, 31), "score": float("nan")} for record in records()]
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    (group,) = read(path).take(["p3"])
+    assert json.loads(group.raw) == records()[3] | {"day": "2026-01-31", "score": None}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([records()[0] | {"png": b"\x89"}]), path)
+    with pytest.raises(CropiError, match="'png' that JSON cannot hold"):
+        _ = next(iter(read(path))).raw
 
 
 def test_fingerprints_do_not_depend_on_packing_and_follow_content(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,30 @@ def test_places_are_read_where_the_lines_are_and_not_through_the_file(
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(AssertionError, match="a full pass"):
         list(read(path).take(["p3"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.json"])
+def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path: Path, name: str) -> None:
+    ids = [[(7 * t) % 50_000 for t in range(500)] for _ in range(4)]
+    record = {"id": "", "prompt": "p", "response_ids": ids, "logprobs": [[-t / 500 for t in range(500)]] * 4,
+              "rewards": [0, 1, 0, 1]}  # fmt: skip
+
+    def peak(count: int) -> int:
+        rows = (json.dumps(record | {"id": f"p{i}"}) for i in range(count))
+        text = f"[{','.join(rows)}]" if name == "t.json" else "\n".join(rows)
+        path = tmp_path / f"{count}-{name}"
+        path.write_bytes(gzip.compress(text.encode(), 1) if name.endswith(".gz") else text.encode())
+        del text, rows
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in read(path)) == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(150), peak(600)  # more than what is read ahead
+    assert many < few + 450 * 1000, (few, many)  # an id and its place take far less than a record's 150 kB
 
 
 def test_a_table_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

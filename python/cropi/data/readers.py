@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from cropi.data.checks import FLAT
 from cropi.data.fast import RecordReader
 from cropi.data.forms import (
     CONVERSATION,
@@ -28,6 +29,7 @@ from cropi.data.places import Places, kept_places
 from cropi.data.records import PromptGroup, check_characters, make_group, parse_json
 from cropi.data.sources import Row, Source, sources_of
 from cropi.data.tables import TableRow
+from cropi.data.values import python_value
 from cropi.errors import CropiError, RecordError
 
 
@@ -285,8 +287,9 @@ class _State:
     def _dictionary(self, row: Any, where: str) -> dict[str, Any]:
         if isinstance(row, bytes):
             row = parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
-        else:
-            check_characters(row, where)
+        elif not isinstance(row, TableRow):  # whose text is UTF-8
+            row = {str(key): python_value(value) for key, value in row.items()}
+            check_characters({key: value for key, value in row.items() if key not in FLAT}, where)
         made = renamed(row, self.columns, where) if self.columns else dict(row)
         return (
             {key: value for key, value in made.items() if value is not None}

@@ -13,6 +13,7 @@ from typing import Any
 
 from cropi.data.checks import ID_REMEDY, check_depth, check_group, check_id
 from cropi.data.keys import FIELDS, named
+from cropi.data.values import json_value
 from cropi.errors import RecordError, did_you_mean
 
 Message = dict[str, Any]
@@ -56,7 +57,10 @@ class PromptGroup:
         """The line that the group was read from, without its end; its record as JSON where it came another way."""
         if self.line is not None:
             return self.line.decode("utf-8").strip()
-        return json.dumps(self.to_record(), ensure_ascii=False)
+        return json.dumps(
+            {key: json_value(value, key, self.where) for key, value in self.to_record().items()},
+            ensure_ascii=False,
+        )
 
     def to_record(self) -> dict[str, Any]:
         """The JSON object of this group: every field that is set, then the extra keys."""

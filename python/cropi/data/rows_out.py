@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError, optional, shown
+from cropi.data.values import json_value
+from cropi.errors import CropiError, optional
 from cropi.files import replacing
 
 # From this size on, a column of text has offsets that 32 bits do not hold once its parts are put together.
@@ -31,7 +29,7 @@ def write_jsonl(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for number, row in enumerate(rows):
-            made = {key: _plain(value, key, number) for key, value in row.items()}
+            made = {key: json_value(value, key, number) for key, value in row.items()}
             try:
                 file.write(json.dumps(made, ensure_ascii=False, allow_nan=False) + "\n")
             except (ValueError, UnicodeEncodeError, RecursionError) as error:
@@ -131,26 +129,3 @@ def _leaves(schema: Any) -> Iterable[tuple[str, Any]]:
             waiting.append((name, kind.value_type))
         else:
             yield name, kind
-
-
-def _plain(value: Any, name: str, row: int) -> Any:
-    """A value of a table as JSON has it."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner, f"{name}.{key}", row) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner, name, row) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        if math.isnan(value):
-            return None
-        raise CropiError(
-            f"format jsonl: row {row} has an infinity in {name!r}, which JSON cannot hold; use parquet"
-        )
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
-        return value.isoformat()
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    raise CropiError(
-        f"format jsonl: row {row} has a value in {name!r} that JSON cannot hold, {shown(value)}; use parquet"
-    )

@@ -11,7 +11,8 @@ from typing import Any
 from cropi.data.formats import ARROW_FILE, PARQUET
 from cropi.errors import CropiError, optional
 
-BATCH_BYTES, MOST_ROWS = 64 * 2**20, 4096
+# Python's objects take some five times the room of a table's numbers.
+BATCH_BYTES, MOST_ROWS = 8 * 2**20, 4096
 # datasets' save_to_disk writes these into a folder.
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
