@@ -120,11 +120,11 @@ class Gradient(Options):
     )
     estimator: str = option("cropi", "policy gradient (docs/method.md)", choices=ESTIMATORS)
     clip_low: float | None = option(
-        None, "tokens with a ratio below 1 - CLIP_LOW have no gradient (ppo, dr_grpo, dapo)", kind="number",
+        None, "tokens with a ratio below 1 minus this have no gradient (ppo, dr_grpo, dapo)", kind="number",
         shown="the estimator's own",
     )  # fmt: skip
     clip_high: float | None = option(
-        None, "tokens with a ratio above 1 + CLIP_HIGH have no gradient (ppo, dr_grpo, dapo)", kind="number",
+        None, "tokens with a ratio above 1 plus this have no gradient (ppo, dr_grpo, dapo)", kind="number",
         shown="the estimator's own",
     )  # fmt: skip
     eps: float | None = option(

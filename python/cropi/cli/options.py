@@ -18,6 +18,7 @@ READERS: dict[str, Any] = {
     "text": str, "count": count, "whole": int, "number": float, "positive": positive, "share": share, "width": width,
     "vocab_width": vocab_width,
 }  # fmt: skip
+METAVARS = {"count": "N", "whole": "N", "number": "X", "positive": "X", "share": "X"}
 TITLES = {
     "Loading": "model", "Sketch": "sketch", "Gradient": "gradient", "Tokens": "tokens", "Running": "job",
     "Storing": "store", "Comparing": "influence", "Influence": "influence", "Choosing": "selection",
@@ -51,7 +52,7 @@ def _add(group: Any, about: Any) -> None:
         default=list(about.default) if meta["many"] else about.default,
         type=READERS[meta["kind"]],
         choices=meta["choices"] or None,
-        metavar=meta["metavar"],
+        metavar=meta["metavar"] or METAVARS.get(meta["kind"]),
         nargs="+" if meta["many"] else None,
         help=f"{meta['help']} (default: {default_in_words(about)})",
     )
