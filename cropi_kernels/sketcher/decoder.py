@@ -65,7 +65,13 @@ def split_model(model: nn.Module) -> SplitModel:
     with own_precision(model), evaluating(model), torch.no_grad():  # dropout would make two forwards differ
         # Of the whole: PEFT may put tokens or keys of its own in front.
         try:
-            found = measure_head(model, split.decoder, split.head, split.hidden(ids), ids)
+            hidden = split.hidden(ids)
+            if hidden.shape[-1] != split.head.weight.shape[1]:
+                raise ValueError(
+                    f"the hidden states of {_name(model)} have {hidden.shape[-1]} features, and its head takes "
+                    f"{split.head.weight.shape[1]}: {REMEDY}"
+                )
+            found = measure_head(model, split.decoder, split.head, hidden, ids)
         except RuntimeError as problem:
             dtypes = {str(p.dtype) for p in model.parameters() if p.dtype.is_floating_point}
             if "dtype" not in str(problem) or len(dtypes) == 1:

@@ -23,7 +23,7 @@ from .decoder import SplitModel, split_model
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import scored_tokens
-from .precision import own_precision, unwrapped
+from .precision import check_adapters, own_precision, unwrapped
 from .probe import Probe, check_lengths, pads_left, positions_for, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test
 from .segments import Segments
@@ -62,7 +62,8 @@ class GradientSketcher:
 
     Raises:
         UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
-        ValueError: nothing is left to sketch, or a pattern of ``exclude`` matches nothing.
+        ValueError: adapters are merged into their base, nothing is left to sketch, or a pattern of ``exclude`` matches
+            nothing.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class GradientSketcher:
             if not isinstance(value, wanted):
                 raise ValueError(f"{name} is of type {type(value).__name__}: give a {wanted.__name__}")
         self.model, self.spec = unwrapped(model), spec
+        check_adapters(self.model)
         self._acc = Accumulator(spec)
         self._exclude = exclude
         self._plan = plan_model(self.model, spec, self._acc, exclude)

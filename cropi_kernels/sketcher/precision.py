@@ -34,6 +34,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inside
 
 
+def check_adapters(model: nn.Module) -> None:
+    """Adapters that are merged into their base weights (PEFT) take no part in a forward.
+
+    Raises:
+        ValueError: some are, and are to be sketched: all their gradients would be zero.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "merged_adapters", None) and any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                f"{name}: the adapter {module.merged_adapters[0]!r} is merged into its base weights and has no "
+                "gradient: call model.unmerge_adapter() first, or sketch the base (merge_and_unload)"
+            )
+
+
 @contextlib.contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
     """Everything inside runs in the dtypes of the weights: no autocast of the caller's, and none around ``model``."""

@@ -203,3 +203,12 @@ def test_scores_hold_the_health_of_every_prompt_and_old_tables_are_read(tmp_path
     old = table.drop_columns(["ratio", "ess", "clipped"])
     pyarrow.parquet.write_table(old, tmp_path / "old.parquet")
     assert all(row.extra == {} for row in read_scores(tmp_path / "old.parquet").rows)
+
+
+def test_token_ids_beyond_the_behaviour_models_vocabulary_are_named_before_the_job(tmp_path: Path) -> None:
+    records = [
+        {"id": "a", "prompt_ids": [5], "response_ids": [[96, 7], [8]], "rewards": [1.0, 0.0]},
+    ]
+    with pytest.raises(CropiError, match="token id 96 is beyond the behaviour model's vocabulary of 90"):
+        run(tmp_path, make_model(), records, behaviour="model", behaviour_model=make_model(vocab_size=90))
+    assert not (tmp_path / "s").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from support.made_data import make_model, make_tokenizer
@@ -58,3 +59,37 @@ def test_tokenizer_fingerprint_ignores_what_it_was_last_used_for() -> None:
     assert tokenizer_fingerprint(make_tokenizer(chat=True)) != first
     tokenizer.add_tokens(["new"])
     assert tokenizer_fingerprint(tokenizer) != first
+
+
+class Pair(torch.Tensor):
+    """A tensor made of two, as quantised weights are of numbers and scales; it has no bytes of its own."""
+
+    @staticmethod
+    def __new__(cls, first: torch.Tensor, second: torch.Tensor) -> Pair:
+        return torch.Tensor._make_wrapper_subclass(cls, first.shape, dtype=torch.float32)  # type: ignore[attr-defined,no-any-return]
+
+    def __init__(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        self.first, self.second = first, second
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["first", "second"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, torch.Tensor], *rest: object) -> Pair:
+        return Pair(parts["first"], parts["second"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(str(function))
+
+
+def test_every_part_of_a_quantised_weight_counts() -> None:
+    found = set()
+    for first, second in ((1, 1), (2, 1), (1, 2)):
+        model = make_model()
+        part = Pair(torch.full((2, 2), first, dtype=torch.int8), torch.full((2,), float(second)))
+        model.lm_head.weight = torch.nn.Parameter(part, requires_grad=False)
+        found.add(model_fingerprint(model)["weights"])
+    assert len(found) == 3

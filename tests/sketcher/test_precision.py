@@ -172,6 +172,33 @@ def test_weights_that_are_not_on_one_device_are_an_error() -> None:
         sketches(model)
 
 
+def test_merged_adapters_are_an_error_and_unmerged_ones_are_not() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make("llama"), config).eval()
+    expected = sketches(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"q_proj: the adapter 'default' is merged.*unmerge_adapter"):
+        sketches(model)
+    model.unmerge_adapter()
+    torch.testing.assert_close(sketches(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_on_other_features_than_the_decoders_is_named() -> None:
+    """Electra: a head of its own stands between."""
+    import transformers
+
+    config = transformers.ElectraConfig(
+        vocab_size=97, embedding_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, is_decoder=True,
+    )  # fmt: skip
+    model = transformers.ElectraForCausalLM(config).eval()
+    with pytest.raises(
+        ValueError, match="hidden states of Electra.* have 32 features, and its head takes 16.*sketcher.batch"
+    ):
+        sketches(model)
+
+
 # ------------------------------------------------------------------------------------------ small weights
 def response(length: int) -> Batch:
     """Two prompts of 4 tokens with a response each, of ``length`` and of half as many tokens."""

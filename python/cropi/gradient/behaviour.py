@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cropi.data.scan import Scan
-from cropi.errors import CropiError
+from cropi.errors import CropiError, RecordError
 from cropi.gradient.batches import MicroBatch
 from cropi.gradient.estimators import Estimator
 from cropi.model.policy import Policy, check_dropout
@@ -123,4 +123,12 @@ def resolve_behaviour(asked: str, scan: Scan, estimator: Estimator, model: Any =
         raise CropiError(
             f"behaviour is {source!r}, which does not use the behaviour model that is given; leave one of them out"
         )
-    return Behaviour(source, BehaviourModel(model) if source == "model" else None)
+    made = BehaviourModel(model) if source == "model" else None
+    largest, where = scan.largest_id
+    if made is not None and largest >= made.policy.vocabulary:
+        raise RecordError(
+            where,
+            f"token id {largest} is beyond the behaviour model's vocabulary of {made.policy.vocabulary}",
+            "give the model that made the trajectories",
+        )
+    return Behaviour(source, made)

@@ -40,7 +40,7 @@ from cropi_kernels.sketcher.precision import own_precision
 
 LEVELS = ("off", "warn", "error")
 # Scored tokens to ask for, batches to read at most, tokens to judge by.
-ENOUGH, MOST_BATCHES, FEWEST = 512, 4, 16
+ENOUGH, MOST_BATCHES, FEWEST = 256, 4, 16
 FAR, TOO_FAR, IMPOSSIBLE = 0.5, 0.1, 2.0
 CLEAR = 0.02  # a mean difference in nats that engines' rounding explains
 BETTER, CLOSE = 4.0, 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,13 +33,26 @@ def model_fingerprint(model: Any, *, sha256: bool = False) -> dict[str, Any]:
     for name, parameter in sorted(model.named_parameters()):
         total += parameter.numel()
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
-        flat = parameter.detach().cpu().contiguous().view(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        for part in _plain_parts(parameter.detach()):
+            flat = part.cpu().contiguous().view(-1)
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "size": total,
         "weights": digest.hexdigest()[:32] if sha256 else XXH3 + digest.hexdigest(),
     }
+
+
+def _plain_parts(tensor: torch.Tensor) -> Iterator[Any]:
+    """What a tensor is made of: itself, or the tensors inside of a quantised one (torchao), which has no bytes."""
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor
+        return
+    for name in flatten()[0]:
+        part = getattr(tensor, name)
+        if isinstance(part, torch.Tensor):
+            yield from _plain_parts(part)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
