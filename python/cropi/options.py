@@ -235,6 +235,11 @@ class Comparing(Options):
     max_valid: int | None = option(
         None, "at most so many prompts per validation set", kind="count", metavar="N", shown="all"
     )
+    draws: int = option(
+        200,
+        "draws of the validation prompts, for the uncertainty of scores and choice; 0: none",
+        kind="whole",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

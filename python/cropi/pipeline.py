@@ -21,8 +21,10 @@ from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting, SelectionOptions
-from cropi.ranking.influence import DEFAULT_SET, Scores, influence, validation_means, write_scores
+from cropi.ranking.influence import DEFAULT_SET, Scores, influence, validation_means
 from cropi.ranking.selection import Selection, how_many, select, write_selection
+from cropi.ranking.table import write_scores
+from cropi.ranking.uncertainty import with_uncertainty
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import SketchJob, make_job
 from cropi.sketching.run import check_tokens, scan_groups, sketch
@@ -344,10 +346,10 @@ def choose(
 
     def finish() -> Selection:
         stores = {part.name: _joined(part.name, mine, at, who) for part in (*parts.valid, parts.train)}
-        scores = score(stores.pop("train"), list(stores.values()), setup.influence)
+        scores = score(stores.pop("train"), list(stores.values()), setup.influence, setup.selecting)
         chosen = pick(scores, setup.selecting)
         if root is not None:
-            write_scores(root / "scores.parquet", scores)
+            write_scores(root / "scores.parquet", scores, chosen)
             write_selection(root / "selected.jsonl", scores, chosen)
         return chosen
 
@@ -365,11 +367,25 @@ def _joined(
     return SketchStore.join([SketchStore.open(path) for path in paths if path is not None and path.is_dir()])
 
 
-def score(train: SketchStore, valid: Sequence[SketchStore], options: Influence | None = None) -> Scores:
-    """:func:`cropi.ranking.influence.influence` by its options."""
-    given = options or Influence()
-    return influence(
+def score(
+    train: SketchStore,
+    valid: Sequence[SketchStore],
+    options: Influence | None = None,
+    selecting: Selecting | None = None,
+) -> Scores:
+    """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``."""
+    given, choice = options or Influence(), selecting or Selecting()
+    scores = influence(
         train, valid, metric=given.metric, mean=given.mean, max_valid=given.max_valid, seed=given.valid_seed
+    )
+    return with_uncertainty(
+        scores,
+        train,
+        valid,
+        fraction=choice.fraction,
+        pool=choice.pool,
+        method=choice.method,
+        draws=given.draws,
     )
 
 

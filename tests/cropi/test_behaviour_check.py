@@ -17,7 +17,8 @@ from cropi.errors import CropiError
 from cropi.gradient.behaviour_check import BehaviourMismatch, judge, signature
 from cropi.gradient.health import Health
 from cropi.model.policy import Policy
-from cropi.ranking.influence import influence, read_scores, write_scores
+from cropi.ranking.influence import influence
+from cropi.ranking.table import read_scores, write_scores
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.sketching.summary import Summary

@@ -17,7 +17,7 @@ from support.made_data import make_model, make_records, make_tokenizer, write_li
 
 from cropi.cli import main
 from cropi.gradient.estimators import ESTIMATORS
-from cropi.ranking.influence import read_scores
+from cropi.ranking.table import read_scores
 from cropi.store.store import SketchStore
 
 SMALL = "--dim 1024 --no-progress"

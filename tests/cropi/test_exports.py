@@ -21,8 +21,9 @@ from cropi.data.export import export
 from cropi.data.readers import read_trajectories
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores, write_scores
+from cropi.ranking.influence import Scores
 from cropi.ranking.selection import read_selection, select, write_selection
+from cropi.ranking.table import write_scores
 from cropi.store.shards import RowInfo
 from cropi.trainers.dumps.nemo_rl import read_dump as read_nemo
 from cropi.trainers.dumps.rollout import group_rollouts

@@ -17,8 +17,9 @@ from support.made_data import make_model, make_records, make_tokenizer, write_li
 import cropi
 from cropi.cli import main
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores, read_scores
+from cropi.ranking.influence import Scores
 from cropi.ranking.selection import read_selection
+from cropi.ranking.table import read_scores
 from cropi.store.memory import MemoryStore
 from cropi.store.shards import RowInfo
 

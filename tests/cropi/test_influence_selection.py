@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores, influence, read_scores, score_rows, validation_means, write_scores
+from cropi.ranking.influence import Scores, influence, score_rows, validation_means
 from cropi.ranking.report import best_and_worst, plot_scores
 from cropi.ranking.selection import fuse_ranks, select, write_selected_records, write_selection
+from cropi.ranking.table import read_scores, write_scores
 from cropi.store.shards import RowInfo
 from cropi.store.store import SketchStore
 

@@ -16,7 +16,8 @@ from cropi.data.prompt_ids import PromptIds
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
-from cropi.ranking.influence import influence, read_scores
+from cropi.ranking.influence import influence
+from cropi.ranking.table import read_scores
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store.store import SketchStore

@@ -22,7 +22,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score one store against others, write the table, and say what was compared."""
     from cropi import pipeline
-    from cropi.ranking.influence import write_scores
+    from cropi.ranking.table import write_scores
     from cropi.store.store import SketchStore
 
     given = options.made(Influence, args)
@@ -31,7 +31,20 @@ def run(args: argparse.Namespace) -> int:
     )
     write_scores(args.out, scores)
     print(line(scores, given.metric, args.out))
+    print(sure(scores))
     return 0
+
+
+def sure(scores: Any) -> str:
+    """What is said of the uncertainty of a table of scores."""
+    from cropi.ranking.uncertainty import Uncertainty
+
+    found = Uncertainty.of(scores)
+    return (
+        f"choice        not resampled: {scores.meta.get('uncertainty_missing')}"
+        if found is None
+        else str(found)
+    )
 
 
 def line(scores: Any, metric: str, out: object) -> str:

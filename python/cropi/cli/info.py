@@ -121,7 +121,7 @@ def _store(path: Path, verify: bool) -> None:
 
 
 def _scores(path: Path) -> None:
-    from cropi.ranking.influence import read_scores
+    from cropi.ranking.table import read_scores
 
     scores = read_scores(path)
     print(f"scores        {path}: {int(scores.usable.sum())} of {len(scores.rows)} prompts have scores")

@@ -69,6 +69,7 @@ def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> Non
     """Write what is for people, and print what was found."""
     print("== results")
     print(influence.line(chosen.scores, args.metric, out / "scores.parquet"))
+    print(influence.sure(chosen.scores))
     written = select.Written(
         out / "selected.jsonl",
         plot=out / "scores.png",

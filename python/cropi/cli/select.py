@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Choose, write, and show."""
     from cropi import pipeline
     from cropi.files import check_outputs
-    from cropi.ranking.influence import read_scores
     from cropi.ranking.selection import write_selection
+    from cropi.ranking.table import read_scores
 
     if args.out_trajectories and not args.trajectories:
         args.parser.error(

@@ -21,9 +21,10 @@ from cropi.data.export import export
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.pipeline import Part
-from cropi.ranking.influence import influence, read_scores, write_scores
+from cropi.ranking.influence import influence
 from cropi.ranking.report import plot_scores
 from cropi.ranking.selection import read_selection, select, write_selected_records, write_selection
+from cropi.ranking.table import read_scores, write_scores
 from cropi.store.shards import OK
 from cropi.store.store import SketchStore
 from cropi.trainers.trl.in_process import train_stage

@@ -9,7 +9,6 @@ streamed shard by shard. Method: arXiv 2510.26491.
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError, optional
-from cropi.files import replacing
 from cropi.store.manifest import check_comparable, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
@@ -31,18 +29,23 @@ if TYPE_CHECKING:
 METRICS = ("cosine", "dot")
 MEANS = ("plain", "normalised")
 DEFAULT_SET = "valid"
-HEALTH = ("ratio", "ess", "clipped")  # of a row's ``extra``
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One row per training prompt, in order of id. ``table`` is float64 ``[n, sets]``, NaN without a usable
-    sketch."""
+    """One row per training prompt, in order of id. ``table`` is float64 ``[n, sets]``, NaN without a usable sketch.
+
+    Where the validation prompts were resampled (:mod:`cropi.ranking.uncertainty`), ``stderr`` float64 ``[n, sets]``
+    holds the standard errors of the scores, ``p_selected`` float64 ``[n]`` how often a prompt was chosen, and
+    ``meta["uncertainty"]`` the rest.
+    """
 
     rows: list[RowInfo]
     sets: list[str]
     table: np.ndarray
     meta: dict[str, Any]
+    stderr: np.ndarray | None = None
+    p_selected: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         kind, shape = type(self.table).__name__, list(np.shape(self.table))
@@ -92,8 +95,10 @@ class Scores:
         return [(self.rows[i].id, float(column[i])) for i in order[:n]]
 
     def to_pandas(self) -> Any:
-        """A ``pandas.DataFrame`` with the columns of :func:`write_scores`, a row a prompt."""
-        return optional("pandas").DataFrame(_columns(self))
+        """A ``pandas.DataFrame`` with the columns of :func:`cropi.ranking.table.write_scores`, a row a prompt."""
+        from cropi.ranking.table import columns_of
+
+        return optional("pandas").DataFrame(columns_of(self))
 
     def plot(self, path: str | Path, *, fraction: float = 0.1, method: str = "rrf") -> None:
         """Write a plot (.png, .pdf or .svg) of the scores, with the prompts that would be selected."""
@@ -227,7 +232,7 @@ def validation_means(
     """
     for store in stores:
         store.check_finished()
-    chosen = _choose(stores, max_valid, seed)
+    chosen = choose_members(stores, max_valid, seed)
     sums = {name: torch.zeros(stores[0].dim, dtype=torch.float64) for name in chosen}
     for number, store in enumerate(stores):
         for kept, sketches in store.shards():
@@ -243,7 +248,9 @@ def validation_means(
     return {name: total / len(chosen[name]) for name, total in sums.items()}
 
 
-def _choose(stores: Sequence[SketchStore], cap: int | None, seed: int) -> dict[str, set[tuple[int, str]]]:
+def choose_members(
+    stores: Sequence[SketchStore], cap: int | None, seed: int
+) -> dict[str, set[tuple[int, str]]]:
     """The prompts of every set that count, as (store number, id)."""
     members: dict[str, list[tuple[int, str]]] = {}
     reasons: dict[str, list[str]] = {}
@@ -279,61 +286,10 @@ def _origin(store: SketchStore) -> dict[str, Any]:
     return {"path": str(store.path)} | {key: store.manifest.get(key) for key in kept}
 
 
-def _columns(scores: Scores) -> dict[str, Any]:
-    """The table by the names of its columns."""
-    named = {"id": "id", "set": "set", "task": "task", "pass_rate": "pass_rate", "n_tokens": "tokens"}
-    named |= {"norm": "norm", "status": "status", "reason": "reason"}
-    columns: dict[str, Any] = {
-        name: [getattr(row, key) for row in scores.rows] for name, key in named.items()
-    }
-    columns |= {name: [row.extra.get(name) for row in scores.rows] for name in HEALTH}
-    return columns | {f"score[{name}]": scores.table[:, v] for v, name in enumerate(scores.sets)}
+def __getattr__(name: str) -> Any:
+    """The first release had the score table's file here."""
+    if name not in ("read_scores", "write_scores"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cropi.ranking import table
 
-
-def write_scores(path: str | Path, scores: Scores) -> None:
-    """Write ``scores.parquet``: id, set, task, pass_rate, n_tokens, norm, status, reason, ratio, ess, clipped and
-    ``score[<set>]`` columns. ratio, ess and clipped are null where a prompt was not computed.
-
-    What the scores were made from stands in the schema's metadata under ``cropi``, as JSON.
-    """
-    pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
-    columns = _columns(scores)
-    text = ("set", "task")
-    kinds = dict.fromkeys(text, pyarrow.string()) | dict.fromkeys(HEALTH, pyarrow.float64())
-    arrays = {k: pyarrow.array(v, kinds.get(k)) for k, v in columns.items()}
-    table = pyarrow.table(arrays).replace_schema_metadata({"cropi": json.dumps(scores.meta)})
-    with replacing(Path(path)) as temporary:
-        parquet.write_table(table, temporary)
-
-
-def read_scores(path: str | Path) -> Scores:
-    """Read what :func:`write_scores` wrote.
-
-    Raises:
-        CropiError: there is no such file, or it is not a score table.
-    """
-    parquet, file = optional("pyarrow.parquet"), Path(path)
-    if not file.is_file():
-        raise CropiError(
-            f"{file}: there is no such score table; make one with `cropi influence --out {file}`"
-        )
-    try:
-        table = parquet.read_table(file)
-        meta = json.loads((table.schema.metadata or {})[b"cropi"])
-        columns: Mapping[str, list[Any]] = table.to_pydict()
-        sets = [name[6:-1] for name in columns if name.startswith("score[")]
-        keys = ("id", "status", "reason", "set", "task", "pass_rate", "n_tokens", "norm")
-        rows = [
-            RowInfo(
-                id=i, status=status, reason=reason, set=s, task=task, pass_rate=rate, tokens=tokens, norm=norm,
-                # Files of earlier releases have no such columns.
-                extra={name: columns[name][n] for name in HEALTH if name in columns and columns[name][n] is not None},
-            )
-            for n, (i, status, reason, s, task, rate, tokens, norm) in enumerate(
-                zip(*(columns[key] for key in keys), strict=True)
-            )
-        ]  # fmt: skip
-        scores = np.array([columns[f"score[{name}]"] for name in sets], dtype=np.float64).T
-    except (KeyError, ValueError, OSError) as error:
-        raise CropiError(f"{file} is not a score table of this release ({error}); make it again") from error
-    return Scores(rows, sets, scores, meta)
+    return getattr(table, name)

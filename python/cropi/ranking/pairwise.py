@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError
-from cropi.ranking.influence import DEFAULT_SET
+from cropi.ranking.influence import DEFAULT_SET, choose_members
 from cropi.store.manifest import check_comparable, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
@@ -78,14 +78,19 @@ class Pairwise:
         return 1.0 / lengths / len(members)
 
 
-def _validation(stores: Sequence[SketchStore]) -> tuple[list[RowInfo], torch.Tensor]:
+def _validation(
+    stores: Sequence[SketchStore], max_valid: int | None = None, seed: int = 0
+) -> tuple[list[RowInfo], torch.Tensor]:
+    """The usable validation prompts that count, and their sketches float32 ``[V, dim]``."""
+    if max_valid is not None:
+        members = set().union(*choose_members(stores, max_valid, seed).values())
     found = [
         (row, vector)
-        for store in stores
+        for number, store in enumerate(stores)
         for rows, table in store.shards()
         for row, vector in zip(rows, table)
+        if row.status == OK and (max_valid is None or (number, row.id) in members)
     ]
-    found = [(row, vector) for row, vector in found if row.status == OK]
     if not found:
         raise CropiError(
             f"{', '.join(str(store.path) for store in stores)}: no validation prompt has a usable sketch; see "
@@ -106,7 +111,9 @@ def _check(train: SketchStore, valid: Sequence[SketchStore]) -> None:
         warn_unlike(train.manifest, store.manifest, names)
 
 
-def pairwise(train: SketchStore, valid: Sequence[SketchStore]) -> Pairwise:
+def pairwise(
+    train: SketchStore, valid: Sequence[SketchStore], *, max_valid: int | None = None, seed: int = 0
+) -> Pairwise:
     """All inner products between training and validation prompts.
 
     Memory: ``8 n V`` bytes and one shard. Products are summed in float32 over blocks, as torch's matrix product does:
@@ -115,12 +122,13 @@ def pairwise(train: SketchStore, valid: Sequence[SketchStore]) -> Pairwise:
     Args:
         train: the store of training prompts.
         valid: stores of validation prompts.
+        max_valid, seed: the validation prompts that count, as in :func:`cropi.ranking.influence.influence`.
 
     Raises:
         CropiError: stores that cannot be compared, an unfinished one, or no usable validation prompt.
     """
     _check(train, valid)
-    names, sketches = _validation(valid)
+    names, sketches = _validation(valid, max_valid, seed)
     rows = train.rows()
     place = {row.id: i for i, row in enumerate(rows)}
     dots = np.full((len(rows), len(names)), np.nan)

@@ -18,13 +18,17 @@ of a set, which moves no rank. ``signal`` estimates |mu|^2 / E|m|^2 without bias
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from cropi.errors import CropiError, optional
-from cropi.ranking.pairwise import Pairwise
+from cropi.ranking.influence import Scores
+from cropi.ranking.pairwise import Pairwise, pairwise
 from cropi.ranking.selection import fuse_ranks, how_many, order_of, ranks_of
+from cropi.store.store import SketchStore
 
 BAND = 0.1  # "at the cut": so many of the chosen prompts on each side of it
 
@@ -85,6 +89,23 @@ class Uncertainty:
         quantile = optional("scipy.stats").t.ppf(0.5 + level / 2, degrees)
         scale = np.array([1 / math.sqrt(s.signal) if s.signal > 0 else math.nan for s in self.sets])
         return (self.table - quantile * self.stderr) * scale, (self.table + quantile * self.stderr) * scale
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: all but the tables, for the metadata of a score table."""
+        return {
+            "sets": [asdict(one) for one in self.sets], "overlap": self.overlap, "halves": self.halves,
+            "overlap_of_set": self.overlap_of_set, "draws": self.draws, "fraction": self.fraction,
+        }  # fmt: skip
+
+    @classmethod
+    def of(cls, scores: Scores) -> Uncertainty | None:
+        """What a score table holds of it, or None."""
+        held = scores.meta.get("uncertainty")
+        if held is None or scores.stderr is None or scores.p_selected is None:
+            return None
+        sets = [SetUncertainty(**one) for one in held["sets"]]
+        rest = {name: held[name] for name in ("overlap", "overlap_of_set", "halves", "draws", "fraction")}
+        return cls(sets, scores.table, scores.stderr, scores.p_selected, **rest)
 
     def __str__(self) -> str:
         lines = [
@@ -163,6 +184,48 @@ def uncertainty(
         for v, one in enumerate(sets)
     ]
     return Uncertainty(summary, scores, full, p_selected, kept / draws, alone, halves, draws, fraction)
+
+
+# Products of this many pairs take 1 GB; resampling many more is a matter of minutes, too.
+MOST_PAIRS = 1 << 27
+
+
+def with_uncertainty(
+    scores: Scores,
+    train: SketchStore,
+    valid: Sequence[SketchStore],
+    *,
+    fraction: float = 0.1,
+    pool: str = "all",
+    method: str = "rrf",
+    draws: int = 200,
+) -> Scores:
+    """A score table with its standard errors and ``p_selected``, from the stores that it was made from.
+
+    Left out, and said why in ``meta["uncertainty_missing"]``: with ``draws`` 0, where the fraction chooses none, and
+    beyond :data:`MOST_PAIRS` pairs of a training and a validation prompt.
+    """
+    options = {name: scores.meta[name] for name in ("max_valid", "seed")}
+    members = sum(row.status == "ok" for store in valid for row in store.rows())
+    members = min(members, (options["max_valid"] or members) * len(scores.sets))
+    size = len(scores.rows) if pool == "all" else int(scores.usable.sum())
+    why = ""
+    if draws < 2:
+        why = "resampling was switched off (draws)"
+    elif math.floor(size * fraction + 1e-9) < 1:
+        why = f"a fraction of {fraction:g} of {size} prompts chooses none"
+    elif len(scores.rows) * members > MOST_PAIRS:
+        why = (
+            f"{len(scores.rows)} x {members} pairs are more than are resampled; --max-valid makes them fewer"
+        )
+    if why:
+        return replace(scores, meta=scores.meta | {"uncertainty_missing": why})
+    made = uncertainty(
+        pairwise(train, valid, **options), metric=scores.meta["metric"], mean=scores.meta["mean"], fraction=fraction,
+        pool=pool, method=method if method in ("rrf", "max") else "rrf", draws=draws,
+    )  # fmt: skip
+    meta = scores.meta | {"uncertainty": made.to_dict()}
+    return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected)
 
 
 class _Set:

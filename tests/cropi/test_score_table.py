@@ -1,0 +1,114 @@
+"""The file of scores: everything comes back, every byte counts, and the first release's files are read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_uncertainty import make_store
+
+from cropi.errors import CropiError
+from cropi.options import Influence, Selecting
+from cropi.pipeline import pick, score
+from cropi.ranking.influence import Scores
+from cropi.ranking.table import read_scores, write_scores
+from cropi.ranking.uncertainty import Uncertainty, with_uncertainty
+from cropi.store.store import SketchStore
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[SketchStore, SketchStore]:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, 16, generator=generator)
+    train = torch.randn(30, 16, generator=generator) + 0.5 * common
+    valid = torch.randn(12, 16, generator=generator) + common
+    train[5] = 0
+    return (
+        make_store(tmp_path / "t", train, ["train"] * 30, "t"),
+        make_store(tmp_path / "v", valid, ["x"] * 6 + ["y"] * 6, "v"),
+    )
+
+
+@pytest.fixture
+def scores(stores: tuple[SketchStore, SketchStore]) -> Scores:
+    train, valid = stores
+    return score(train, [valid], Influence(draws=20), Selecting(fraction=0.2))
+
+
+def test_a_table_comes_back_whole(scores: Scores, tmp_path: Path) -> None:
+    chosen = pick(scores, Selecting(fraction=0.2))
+    write_scores(tmp_path / "s.parquet", scores, chosen)
+    back = read_scores(tmp_path / "s.parquet")
+    assert back.rows == [replace(row, row=None) for row in scores.rows], "a place in a shard is the store's"
+    assert (back.sets, back.meta) == (scores.sets, json.loads(json.dumps(scores.meta)))
+    for name in ("table", "stderr", "p_selected"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(scores, name))
+    sure = Uncertainty.of(back)
+    assert sure is not None and sure.draws == 20 and str(sure) == str(Uncertainty.of(scores))
+    pandas = pytest.importorskip("pandas")
+    table = pandas.read_parquet(tmp_path / "s.parquet")
+    assert table[table["selected"]].sort_values("rank")["id"].tolist() == chosen.ids
+    assert table["rank"].isna().sum() == 1 and table.loc[table["id"] == "t005", "p_selected"].isna().all()
+    assert list(scores.to_pandas().columns)[-3:] == ["stderr[x]", "stderr[y]", "p_selected"]
+
+
+def test_every_byte_of_a_table_counts(scores: Scores, tmp_path: Path) -> None:
+    """Each edit of one byte is an error, or the same table: no flip selects other prompts."""
+    file = tmp_path / "s.parquet"
+    write_scores(file, scores)
+    whole, before = file.read_bytes(), read_scores(file)
+    found = 0
+    rng = np.random.default_rng(0)
+    places = np.unique(
+        np.concatenate([rng.integers(0, len(whole), 1500), np.arange(len(whole) - 600, len(whole))])
+    )
+    for place in places.tolist():
+        file.write_bytes(
+            whole[:place] + bytes([whole[place] ^ (1 << int(rng.integers(8)))]) + whole[place + 1 :]
+        )
+        try:
+            back = read_scores(file)
+        except CropiError:
+            found += 1
+            continue
+        assert back.rows == before.rows and back.meta == before.meta and back.sets == before.sets, place
+        np.testing.assert_array_equal(back.table, before.table)
+    assert found > len(places) / 2, found
+
+
+def test_what_is_not_resampled_says_why(stores: tuple[SketchStore, SketchStore], scores: Scores) -> None:
+    train, valid = stores
+    plain = score(train, [valid], Influence(draws=0))
+    assert plain.stderr is None and Uncertainty.of(plain) is None
+    assert plain.meta["uncertainty_missing"] == "resampling was switched off (draws)"
+    np.testing.assert_array_equal(plain.table, scores.table)
+    few = with_uncertainty(plain, train, [valid], fraction=0.01)
+    assert few.meta["uncertainty_missing"] == "a fraction of 0.01 of 30 prompts chooses none"
+
+
+def test_at_most_so_many_validation_prompts_count_in_the_resampling_too(
+    stores: tuple[SketchStore, SketchStore],
+) -> None:
+    train, valid = stores
+    made = score(train, [valid], Influence(max_valid=3, draws=10), Selecting(fraction=0.2))
+    sure = Uncertainty.of(made)
+    assert sure is not None and [one.prompts for one in sure.sets] == [3, 3]
+    np.testing.assert_array_equal(np.isfinite(sure.table), np.isfinite(made.table))
+
+
+def test_a_table_of_the_first_release_is_read(scores: Scores, tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_scores(tmp_path / "s.parquet", scores)
+    table = parquet.read_table(tmp_path / "s.parquet")
+    names = [
+        n for n in table.column_names if not n.startswith(("stderr", "p_sel", "ratio", "ess", "clipped"))
+    ]
+    old = table.select(names).replace_schema_metadata({"cropi": json.dumps({"metric": "cosine"})})
+    parquet.write_table(old, tmp_path / "old.parquet")
+    back = read_scores(tmp_path / "old.parquet")
+    np.testing.assert_array_equal(back.table, scores.table)
+    assert back.stderr is None and back.p_selected is None and pyarrow.__version__
