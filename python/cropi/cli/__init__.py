@@ -1,4 +1,4 @@
-"""The command line: ``cropi sketch | influence | select | run | check | convert | curriculum | info``."""
+"""The command line: ``cropi sketch | influence | select | run | check | report | convert | curriculum | info``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "select": "choose the best fraction of the prompts",
     "run": "sketch, influence and select in one, from a command line or a config file",
     "check": "hold the sketch to exact gradients on some of the prompts: its error, what a pool costs, a verdict",
+    "report": "one HTML page: what was chosen, why, and whether to believe it",
     "convert": "a trainer's rollout dumps to trajectory records",
     "curriculum": "stages of selecting and training, from one config file",
     "info": "what a store, a score table or a trajectory file holds",

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     names = [file_stem(path) for path in args.valid]
     if len(set(names)) < len(names):
         args.parser.error(f"--valid: two files of one name ({', '.join(names)}), but each names a store")
-    for package in ("tqdm", "safetensors.torch", "pyarrow.parquet", "matplotlib"):
+    for package in ("tqdm", "safetensors.torch", "pyarrow.parquet", "matplotlib", "jinja2"):
         optional(package)
     policy, behaviour_model = sketch.policies(args)
     setup = pipeline.Setup.of(
@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> None:
     """Write what is for people, and print what was found."""
+    from cropi.report.folder import report_folder
+
     print("== results")
     print(influence.line(chosen.scores, args.metric, out / "scores.parquet"))
     print(influence.sure(chosen.scores))
@@ -77,6 +79,7 @@ def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> Non
         table=args.table,
     )
     select.show(chosen, written, checked.train.groups)
+    print(f"report        {report_folder(out)}")
     stores = [out / "sketches" / part.name for part in (checked.train, *checked.valid)]
     print(f"sketches      {', '.join(map(str, stores))}")
 

@@ -1,0 +1,27 @@
+"""``cropi report``: one page that shows what was chosen, why, and whether to believe it."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    command.add_argument(
+        "folder",
+        help="what `cropi run --out` wrote, or a stage of a curriculum (scores, selection, sketches)",
+    )
+    command.add_argument("--out", metavar="FILE.html", help="the page (default: report.html in the folder)")
+    command.add_argument(
+        "--check",
+        metavar="FILE.json",
+        help="figures of `cropi check --out` (default: check.json in the folder, if it is there)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page, and say where it is."""
+    from cropi.report.folder import report_folder
+
+    print(f"report        {report_folder(args.folder, args.out, check=args.check)}")
+    return 0

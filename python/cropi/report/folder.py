@@ -1,0 +1,164 @@
+"""What a folder of ``cropi run`` or of one stage of a curriculum holds, put together for the report page."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cropi.data.readers import read
+from cropi.data.records import PromptGroup
+from cropi.errors import CropiError
+from cropi.ranking.influence import Scores
+from cropi.ranking.pairwise import neighbours
+from cropi.ranking.report import last_message
+from cropi.ranking.selection import Selection, read_selection
+from cropi.ranking.table import read_scores
+from cropi.ranking.uncertainty import Uncertainty
+from cropi.report.html import ReportInput, write_report
+from cropi.store.store import SketchStore
+
+SHOWN = 12  # validation prompts whose neighbours are shown
+
+
+def report_folder(
+    folder: str | Path, out: str | Path | None = None, *, check: str | Path | None = None
+) -> Path:
+    """Write the report page of a folder that holds ``scores.parquet`` and ``selected.jsonl``.
+
+    Trajectories are found by the paths that the stores note; what is not there any more is left out, and said so.
+
+    Args:
+        folder: what ``cropi run --out`` or a curriculum's stage wrote.
+        out: the page; None: ``report.html`` in the folder.
+        check: what ``cropi check --out`` wrote; None: ``check.json`` in the folder, if it is there.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        CropiError: the folder holds no score table or selection, or these do not belong together.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise CropiError(f"{root} is no folder: give what `cropi run --out` or a stage of a curriculum wrote")
+    scores = read_scores(root / "scores.parquet")
+    if not (root / "selected.jsonl").is_file():
+        raise CropiError(
+            f"{root} holds no selected.jsonl: choose first, by `cropi select --out {root}/selected.jsonl`"
+        )
+    selection = selection_of(scores, root / "selected.jsonl")
+    train, valid, unfinished = _stores(root)
+    given = ReportInput(
+        scores, selection, _records(train), uncertainty=Uncertainty.of(scores), unfinished=unfinished,
+        uncertainty_missing=str(scores.meta.get("uncertainty_missing", "the table comes from an earlier release")),
+        check=_check(root, check), run=_run(scores, train), command=_note(train, "command"),
+        title=f"Selection: {root.name}",
+    )  # fmt: skip
+    if train is not None and valid and not unfinished:
+        texts = _texts(valid)
+        some = [
+            row.id for store in valid for row in islice((r for r in store.rows() if r.status == "ok"), SHOWN)
+        ]
+        given.neighbours = neighbours(train, valid, ids=some[:SHOWN])
+        given.validation_texts = {name: texts.get(name, "") for name in given.neighbours}
+    page = root / "report.html" if out is None else Path(out)
+    write_report(page, given)
+    return page
+
+
+def selection_of(scores: Scores, path: Path) -> Selection:
+    """The selection that a file names, with its place in a score table.
+
+    Raises:
+        CropiError: a chosen prompt has no score in the table.
+    """
+    place = {row.id: i for i, row in enumerate(scores.rows)}
+    ids = read_selection(path)
+    unknown = [name for name in ids if name not in place or not scores.usable[place[name]]]
+    if unknown:
+        raise CropiError(
+            f"{path} holds {unknown[0]!r}, which has no score in the table beside it; select again"
+        )
+    chosen = [place[name] for name in ids]
+    best = np.where(scores.usable, scores.table.max(axis=1), -np.inf)
+    rest = [
+        int(i) for i in np.argsort(-best, kind="stable") if scores.usable[i] and int(i) not in set(chosen)
+    ]
+    fused = np.full(len(scores.rows), np.nan)
+    method = "rrf"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("{"):
+            row = json.loads(line)
+            fused[place[row["id"]]], method = row.get("fused", np.nan), row.get("method", method)
+    return Selection(chosen, chosen + rest, fused, method, scores)
+
+
+def _stores(root: Path) -> tuple[SketchStore | None, list[SketchStore], str]:
+    """The training store, the validation stores, and what is missing of them in words."""
+    folder = root / "sketches"
+    try:
+        train = SketchStore.open(folder / "train") if (folder / "train").is_dir() else None
+        valid = [SketchStore.open(path) for path in sorted(folder.glob("valid*")) if path.is_dir()]
+        for store in ([train] if train is not None else []) + valid:
+            store.check_finished()
+    except CropiError as error:
+        return None, [], str(error)
+    return train, valid, ""
+
+
+def _records(train: SketchStore | None) -> list[PromptGroup] | Any:
+    """The training prompts' records, or nothing where their files are not there any more."""
+    paths = [Path(path) for path in (_notes(train).get("trajectories") or [])]
+    if not paths or not all(path.exists() for path in paths):
+        return ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        columns = (train.manifest.get("tokens") or {}).get("columns") if train is not None else None
+        return read(paths, skip_bad=True, columns=columns)
+
+
+def _texts(valid: list[SketchStore]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for store in valid:
+        for group in _records(store):
+            prompt = group.prompt if isinstance(group.prompt, str) else last_message(group.prompt)
+            texts[group.id] = prompt
+    return texts
+
+
+def _notes(store: SketchStore | None) -> dict[str, Any]:
+    return {} if store is None else dict(store.manifest.get("notes") or {})
+
+
+def _note(store: SketchStore | None, name: str) -> str:
+    return str(_notes(store).get(name, ""))
+
+
+def _check(root: Path, path: str | Path | None) -> dict[str, Any] | None:
+    file = root / "check.json" if path is None else Path(path)
+    if path is None and not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        findings = found["findings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CropiError(f"{file} is not what `cropi check --out` writes ({error})") from error
+    return found if isinstance(findings, list) else None
+
+
+def _run(scores: Scores, train: SketchStore | None) -> list[tuple[str, str]]:
+    """Lines of configuration."""
+    lines = [("compared by", f"{scores.meta.get('metric')}, mean {scores.meta.get('mean')}")]
+    manifest = {} if train is None else train.manifest
+    for key, value in manifest.items():
+        if key not in ("notes", "prompts", "spec_fingerprint"):
+            lines.append((key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    for key, value in _notes(train).items():
+        if key != "command":
+            lines.append((key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    return lines

@@ -1,0 +1,101 @@
+"""The report page of a real run's folder: written by ``cropi run``, and again by ``cropi report``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from test_report_page import data_of
+
+from cropi.cli import main
+from cropi.errors import CropiError
+from cropi.ranking.selection import read_selection
+from cropi.report.folder import report_folder
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ran")
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    write_lines(folder / "train.jsonl", make_records(40))
+    write_lines(folder / "sums.jsonl", make_records(16, seed=1))
+    write_lines(folder / "more.jsonl", make_records(16, seed=2))
+    words = f"run --model {folder}/model --train {folder}/train.jsonl --valid {folder}/sums.jsonl {folder}/more.jsonl"
+    assert (
+        main(
+            [
+                *words.split(),
+                "--out",
+                str(folder / "out"),
+                "--dim",
+                "4096",
+                "--fraction",
+                "0.2",
+                "--no-progress",
+            ]
+        )
+        == 0
+    )
+    return folder / "out"
+
+
+def test_a_run_writes_the_page(ran: Path) -> None:
+    page = (ran / "report.html").read_text()
+    data, chosen = data_of(page), read_selection(ran / "selected.jsonl")
+    ranks = data["columns"]["rank"]
+    shown = sorted(
+        (rank, name) for rank, name in zip(ranks, data["columns"]["id"]) if rank and rank <= len(chosen)
+    )
+    assert [name for _, name in shown] == chosen and data["sets"] == ["more", "sums"]
+    detail = data["details"][chosen[0]]
+    assert detail["prompt"].endswith("=") and len(detail["responses"]) == 4
+    assert "standard error" in page and "Nearest training prompts" in page and "cropi run --model" in page
+    assert "not measured on this model: run `cropi check`" in page
+
+
+def test_the_command_takes_a_check(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = tmp_path / "c.json"
+    finding = {"name": "sketch error", "level": "ok", "text": "scores are off by 0.0123"}
+    check.write_text(
+        json.dumps({"findings": [finding], "by_type": {"mlp.up_proj": 1.0}, "by_layer": {"0": 1.0}})
+    )
+    assert main(["report", str(ran), "--out", str(tmp_path / "r.html"), "--check", str(check)]) == 0
+    assert capsys.readouterr().out == f"report        {tmp_path / 'r.html'}\n"
+    page = (tmp_path / "r.html").read_text()
+    assert "scores are off by 0.0123" in page and "mlp.up_proj" in page
+
+
+def test_what_is_not_there_any_more_is_left_out_in_words(ran: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(ran, copy)
+    store = copy / "sketches" / "train"
+    last = sorted(store.glob("shard-*.safetensors"))[-1]
+    last.unlink()
+    Path(f"{last}.sha256").unlink()
+    page = report_folder(copy).read_text()
+    assert "This run is not finished" in page and "prompts: its sketching run was interrupted" in page
+    shutil.rmtree(copy / "sketches")
+    page = report_folder(copy).read_text()
+    assert data_of(page)["nodetail"] == "(the trajectory files were not given)"
+    assert "Nearest training prompts" not in page
+
+
+def test_folders_that_are_no_run(ran: Path, tmp_path: Path) -> None:
+    with pytest.raises(CropiError, match="is no folder"):
+        report_folder(tmp_path / "none")
+    with pytest.raises(CropiError, match="there is no such score table"):
+        report_folder(tmp_path)
+    shutil.copy(ran / "scores.parquet", tmp_path)
+    with pytest.raises(CropiError, match="holds no selected.jsonl: choose first"):
+        report_folder(tmp_path)
+    (tmp_path / "selected.jsonl").write_text("somebody\n")
+    with pytest.raises(CropiError, match="holds 'somebody', which has no score in the table"):
+        report_folder(tmp_path)
+    shutil.copy(ran / "selected.jsonl", tmp_path)
+    (tmp_path / "check.json").write_text("[]")
+    with pytest.raises(CropiError, match="check.json is not what `cropi check --out` writes"):
+        report_folder(tmp_path)
