@@ -14,7 +14,7 @@ from typing import Any
 from cropi.checked import check_fields
 from cropi.errors import CropiError, did_you_mean
 
-ESTIMATORS = ("cropi", "ppo", "reinforce", "dr_grpo", "dapo")
+ESTIMATORS = ("cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo", "cispo")
 KINDS = ("slab", "countsketch", "dropout", "kron", "tensor")
 
 
@@ -120,18 +120,19 @@ class Gradient(Options):
     )
     estimator: str = option("cropi", "policy gradient (docs/method.md)", choices=ESTIMATORS)
     clip_low: float | None = option(
-        None, "tokens with a ratio below 1 minus this have no gradient (ppo, dr_grpo, dapo)", kind="number",
+        None, "tokens with a ratio below 1 minus this have no gradient (estimators with clipping)", kind="number",
         shown="the estimator's own",
     )  # fmt: skip
     clip_high: float | None = option(
-        None, "tokens with a ratio above 1 plus this have no gradient (ppo, dr_grpo, dapo)", kind="number",
+        None, "tokens with a ratio above 1 plus this have no gradient (estimators with clipping)", kind="number",
         shown="the estimator's own",
     )  # fmt: skip
     eps: float | None = option(
         None, "number added to the rewards' standard deviation", kind="number", shown="1e-4"
     )
+    cap: float | None = option(None, "the most that a ratio counts as (cispo)", kind="positive", shown="5")
     length_constant: float | None = option(
-        None, "the constant that dr_grpo divides by", kind="positive", shown="1"
+        None, "the constant that dr_grpo, bnpo, reinforce and rloo divide by", kind="positive", shown="1"
     )
     behaviour: str = option(
         "auto",

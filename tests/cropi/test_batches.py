@@ -12,7 +12,7 @@ from support.made_data import make_model
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches, plan_rows
-from cropi.gradient.estimators import ESTIMATORS
+from cropi.gradient.estimators import ESTIMATORS, sequence_behaviour
 from cropi.gradient.layout import Layout, additive_if_eager, choose_layout, prefix_mask
 from cropi.gradient.tokenize import TokenGroup
 from cropi_kernels import GradientSketcher, SketchSpec
@@ -227,7 +227,11 @@ def test_weights_do_not_depend_on_how_groups_are_split(name: str) -> None:
             assert batch.behaviour is not None
             # Some log-prob for every token.
             current = batch.behaviour + 0.3 * torch.sin(batch.targets.float())
-            w = ESTIMATORS[name].weights(current, batch.behaviour, batch.advantages, batch.divisors)
+            old, estimator = batch.behaviour, ESTIMATORS[name]
+            if estimator.level == "sequence":
+                assert batch.responses is not None
+                old = sequence_behaviour(current, old, batch.responses)
+            w = estimator.of_sequences().weights(current, old, batch.advantages, batch.divisors)
             for s, group in enumerate(batch.groups):
                 found.setdefault(group.id, []).extend(w[batch.token_segments == s].tolist())
         return found

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cropi.data.rewards import group_advantages, no_gradient_reason, pass_rate
-from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
+from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator, sequence_behaviour
 
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.5]
 LENGTHS = [3, 1, 7, 4, 2]
@@ -37,6 +37,25 @@ OBJECTIVES: dict[str, Objective] = {
     "dr_grpo": lambda new, old, _, c: torch.stack(
         [clipped((p - q).exp(), float(c[k]), 0.2, 0.2).sum() / 50.0 for k, (p, q) in enumerate(zip(new, old))]
     ).mean(),
+    "grpo": lambda new, old, a, _: mean_over_responses(
+        [clipped((p - q).exp(), float(a[k]), 0.2, 0.2) for k, (p, q) in enumerate(zip(new, old))]
+    ),
+    "gspo": lambda new, old, a, _: torch.stack(
+        [clipped((p - q).mean().exp(), float(a[k]), 3e-4, 4e-4) for k, (p, q) in enumerate(zip(new, old))]
+    ).mean(),
+    "rloo": lambda new, old, _, c: torch.stack(
+        [p.sum() * (REWARDS[k] - (sum(REWARDS) - REWARDS[k]) / (len(REWARDS) - 1)) for k, p in enumerate(new)]
+    ).mean(),
+    "bnpo": lambda new, old, a, _: torch.stack(
+        [clipped((p - q).exp(), float(a[k]), 0.2, 0.2).sum() / 50.0 for k, (p, q) in enumerate(zip(new, old))]
+    ).mean(),
+    "cispo": lambda new, old, a, _: (
+        sum(
+            ((p - q).exp().clamp(max=5.0).detach() * float(a[k]) * p).sum()
+            for k, (p, q) in enumerate(zip(new, old))
+        )
+        / sum(LENGTHS)  # type: ignore[return-value]
+    ),
     "dapo": lambda new, old, a, _: (
         sum(clipped((p - q).exp(), float(a[k]), 0.2, 0.28).sum() for k, (p, q) in enumerate(zip(new, old)))
         / sum(LENGTHS)  # type: ignore[return-value]
@@ -55,7 +74,7 @@ def log_probs(seed: int, spread: float) -> tuple[list[torch.Tensor], list[torch.
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("seed", range(3))
 def test_weights_are_the_gradient_of_the_objective(name: str, seed: int) -> None:
-    new, old = log_probs(seed, 0.3)
+    new, old = log_probs(seed, {"gspo": 6e-4, "cispo": 1.5}.get(name, 0.3))
     for p in new:
         p.requires_grad_()
     rewards = torch.tensor(REWARDS, dtype=torch.float64)
@@ -63,16 +82,24 @@ def test_weights_are_the_gradient_of_the_objective(name: str, seed: int) -> None
     OBJECTIVES[name](new, old, centred / (rewards.std(unbiased=True) + EPS), centred).backward()
     expected = torch.cat([p.grad for p in new if p.grad is not None])
 
-    estimator = make_estimator(name, constant=50.0 if name == "dr_grpo" else None)
+    estimator = make_estimator(name, constant=50.0 if name in ("dr_grpo", "bnpo") else None)
     lengths = torch.tensor(LENGTHS)
-    got = estimator.weights(
+    behaviour = torch.cat(old)
+    if estimator.level == "sequence":
+        responses = torch.arange(len(LENGTHS)).repeat_interleave(lengths)
+        behaviour = sequence_behaviour(torch.cat(new).detach(), behaviour, responses)
+    got = estimator.of_sequences().weights(
         torch.cat(new).detach(),
-        torch.cat(old),
+        behaviour,
         torch.from_numpy(estimator.advantages(REWARDS)).repeat_interleave(lengths),
         torch.from_numpy(estimator.divisors(LENGTHS)).repeat_interleave(lengths),
     )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
-    if name in ("ppo", "dr_grpo", "dapo"):
+    if estimator.cap is not None:
+        assert 0 < int((torch.cat(new) - torch.cat(old) > 1.61).sum()) < got.numel(), (
+            "some ratios must be bounded"
+        )
+    if estimator.clip_low is not None:
         assert 0 < int((got == 0).sum()) < got.numel(), "the case must have clipped and unclipped tokens"
 
 
@@ -89,7 +116,8 @@ def test_without_behaviour_the_ratio_is_one(name: str) -> None:
     estimator = ESTIMATORS[name]
     logprobs, advantage, divisor = -torch.rand(5), torch.randn(5), torch.full((5,), 4.0)
     got = estimator.weights(logprobs, None, advantage, divisor)
-    torch.testing.assert_close(got, estimator.weights(logprobs, logprobs.clone(), advantage, divisor))
+    equal = estimator.of_sequences().weights(logprobs, logprobs.clone(), advantage, divisor)
+    torch.testing.assert_close(got, equal)
     torch.testing.assert_close(got, advantage / 4)
 
 
@@ -124,7 +152,15 @@ def test_prompts_without_a_gradient_are_known_from_their_rewards() -> None:
 
 def test_contradicting_options_are_refused() -> None:
     for call, message in (
-        (lambda: make_estimator("grpo"), "estimator must be one of cropi, ppo"),
+        (lambda: make_estimator("trpo"), "estimator must be one of cropi, grpo, ppo"),
+        (lambda: make_estimator("grpo", cap=2.0), "cap=2.0: the ratio is bounded or clipped, not both"),
+        (lambda: make_estimator("cropi", cap=2.0), "cap=2.0: the estimator 'cropi' does not use it"),
+        (lambda: make_estimator("cispo", cap=0.0), "cap must be a finite number above 0"),
+        (lambda: make_estimator("cispo", clip_low=0.1, clip_high=0.1), "bounded or clipped, not both"),
+        (lambda: make_estimator("cropi", delta=2.0), "delta=2.0: it bounds a clipped ratio"),
+        (lambda: make_estimator("rloo", std=True), "loo: an advantage that leaves one out is not divided"),
+        (lambda: make_estimator("rloo", level="sequence"), "has no ratio; leave them out"),
+        (lambda: make_estimator("grpo", level="group"), "level must be one of token, sequence"),
         (lambda: make_estimator("reinforce", clip_low=0.1, clip_high=0.1), "has no ratio to clip"),
         (lambda: make_estimator("cropi", clip_low=0.1), "needs both or none"),
         (lambda: make_estimator("cropi", constant=3.0), "does not use it; leave it out"),
@@ -136,3 +172,28 @@ def test_contradicting_options_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_ratios_of_responses_are_refused_token_by_token() -> None:
+    estimator, some = make_estimator("gspo"), torch.zeros(3)
+    with pytest.raises(ValueError, match="'gspo' has a ratio of responses: give it sequence_behaviour"):
+        estimator.weights(some, some, some, some + 1)
+    assert estimator.weights(some, None, some + 2, some + 1).tolist() == [2.0] * 3
+
+
+def test_the_ratio_of_a_response_for_equal_responses_of_other_policies() -> None:
+    new = torch.tensor([-1.0, -2.0, -3.0, -1.0], dtype=torch.float64)
+    old = torch.tensor([[-1.5, -1.0], [-2.5, -2.0], [-1.0, -4.0], [-1.0, -1.0]], dtype=torch.float64)
+    found = new[:, None] - sequence_behaviour(new, old, torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(
+        found, torch.tensor([[0.5, 0.0], [0.5, 0.0], [-1.0, 0.5], [-1.0, 0.5]]).double()
+    )
+
+
+def test_manifests_of_estimators_that_were_there_before_are_as_they_were() -> None:
+    assert ESTIMATORS["ppo"].to_dict() == {
+        "name": "ppo", "ratio": True, "clip_low": 0.2, "clip_high": 0.2, "std": True, "eps": 1e-4, "length": "response",
+        "constant": 1.0,
+    }  # fmt: skip
+    assert ESTIMATORS["gspo"].to_dict()["level"] == "sequence" and ESTIMATORS["cispo"].to_dict()["cap"] == 5.0
+    assert Estimator(**ESTIMATORS["rloo"].to_dict()) == ESTIMATORS["rloo"]

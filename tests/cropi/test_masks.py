@@ -58,6 +58,9 @@ def exact(record: dict[str, Any], model: Any, estimator: Estimator) -> torch.Ten
     """The sketch of the prompt's gradient: plain autograd, one response at a time, in the model's dtype."""
     responses, masks = record["response_ids"], record["loss_mask"]
     advantages = group_advantages(record["rewards"], std=estimator.std, eps=estimator.eps)
+    if estimator.loo:
+        rewards = record["rewards"]
+        advantages = np.array([r - (sum(rewards) - r) / (len(rewards) - 1) for r in rewards])
     counts = [sum(mask) for mask in masks]
     divisors = {
         "response": [len(responses) * count for count in counts],
@@ -68,13 +71,20 @@ def exact(record: dict[str, Any], model: Any, estimator: Estimator) -> torch.Ten
     total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in parameters.items()}
     for k, ids in enumerate(responses):
         logprobs = token_logprobs(model, record["prompt_ids"], ids)
-        loss = logprobs.new_zeros(())
+        loss = 0.0 * logprobs.sum()  # a response may be clipped as a whole
         for t in range(len(ids)):
             if not masks[k][t]:
                 continue
             rho = torch.ones(())
             if estimator.ratio and "logprobs" in record:
+                off = [
+                    logprobs[u].detach() - record["logprobs"][k][u] for u in range(len(ids)) if masks[k][u]
+                ]
                 rho = torch.exp(logprobs[t].detach() - record["logprobs"][k][t])
+                if estimator.level == "sequence":
+                    rho = torch.exp(torch.stack(off).mean())
+                if estimator.cap is not None:
+                    rho = rho.clamp(max=estimator.cap)
                 low, high = estimator.clip_low, estimator.clip_high
                 if low is not None and high is not None:
                     if (rho > 1 + high and advantages[k] > 0) or (rho < 1 - low and advantages[k] <= 0):

@@ -38,6 +38,7 @@ class MicroBatch:
         behaviour: float32, stored behaviour log-probs, shaped like ``advantages``, or None.
         temperature: of the rollouts; one per batch.
         members: int64 ``[N]``, for how many equal responses each token stands; None: for one.
+        responses: int64 ``[N]``, a number for each response, which all of its tokens share.
     """
 
     groups: list[TokenGroup]
@@ -54,6 +55,7 @@ class MicroBatch:
     behaviour: torch.Tensor | None
     temperature: float
     members: torch.Tensor | None = None
+    responses: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -96,6 +98,7 @@ class MicroBatch:
             divisors=self.divisors[chosen],
             behaviour=None if self.behaviour is None else self.behaviour[chosen],
             members=None if self.members is None else self.members[chosen],
+            responses=None if self.responses is None else self.responses[chosen],
         )
 
 
@@ -262,6 +265,7 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
         behaviour=torch.from_numpy(behaviour).float() if stored else None,
         temperature=rows[0].group.temperature,
         members=torch.from_numpy(members) if most > 1 else None,
+        responses=torch.from_numpy(np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])),
     )
 
 

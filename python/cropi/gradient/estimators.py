@@ -4,8 +4,8 @@ Every estimator is a choice of three things, and nothing else::
 
     g(s) = sum_{k,t} w_{k,t} * grad log pi(x_{k,t} | x_{<t}),      w_{k,t} = rho_{k,t} * m_{k,t} * A_k / d_k
 
-- the advantage A_k of a response (``advantages.py``),
-- the token ratio rho = pi / beta (1 without a ratio) and the clipping mask m in {0, 1},
+- the advantage A_k of a response (``rewards.py``),
+- the ratio rho = pi / beta of the token, or of the response (1 without a ratio), and the clipping mask m in {0, 1},
 - the divisor d_k, which is how tokens are averaged.
 
 A_k and d_k come from the whole prompt group before it is split, so the weights do not depend on
@@ -13,20 +13,28 @@ micro-batching. g points uphill (it is the gradient of the objective, not of a l
 
 ``rho * grad log pi = grad rho``, so these weights are exactly the gradients of the surrogate objectives, with
 
-===========  ====================================  =========  =================  ===========
-name         objective of one prompt               advantage  clipping           divisor d_k
-===========  ====================================  =========  =================  ===========
-cropi        mean_k mean_t rho A                   mean, sd   none               K |tau_k|
-ppo          mean_k mean_t C(rho, A)               mean, sd   l = h = 0.2        K |tau_k|
-reinforce    mean_k sum_t log pi A                 mean       no ratio at all    K
-dr_grpo      (1/c) mean_k sum_t C(rho, A)          mean       l = h = 0.2        K c
-dapo         (1/sum_k |tau_k|) sum_{k,t} C(rho,A)  mean, sd   l = 0.2, h = 0.28  sum |tau_k|
-===========  ====================================  =========  =================  ===========
+===========  ====================================  ============  =================  ===========
+name         objective of one prompt               advantage     clipping           divisor d_k
+===========  ====================================  ============  =================  ===========
+cropi        mean_k mean_t rho A                   mean, sd      none               K |tau_k|
+grpo, ppo    mean_k mean_t C(rho, A)               mean, sd      l = h = 0.2        K |tau_k|
+gspo         mean_k C(s_k, A)                      mean, sd      l, h = 3e-4, 4e-4  K |tau_k|
+reinforce    mean_k sum_t log pi A                 mean          no ratio at all    K
+rloo         mean_k sum_t log pi A                 leave one out no ratio at all    K
+dr_grpo      (1/c) mean_k sum_t C(rho, A)          mean          l = h = 0.2        K c
+bnpo         (1/c) mean_k sum_t C(rho, A)          mean, sd      l = h = 0.2        K c
+dapo         (1/sum_k |tau_k|) sum_{k,t} C(rho,A)  mean, sd      l = 0.2, h = 0.28  sum |tau_k|
+cispo        (1/sum_k |tau_k|) sum_{k,t}           mean, sd      rho counts as at   sum |tau_k|
+             stop(min(rho, 5)) log pi A                          most 5
+===========  ====================================  ============  =================  ===========
 
-C(rho, A) = min(rho A, clip(rho, 1 - l, 1 + h) A) is PPO's clipped objective.
+C(rho, A) = min(rho A, clip(rho, 1 - l, 1 + h) A) is PPO's clipped objective; s_k = exp(mean_t log rho) is the ratio of
+a response; the advantage that leaves one out is R_k minus the mean of the other rewards, K / (K - 1) (R_k - mean).
+bnpo's c is the number of tokens in a batch, one for all of its prompts, so that it changes no cosine.
 
-Sources: CROPI arXiv 2510.26491; PPO arXiv 1707.06347 with GRPO's averaging (arXiv 2402.03300); REINFORCE
-(Williams 1992) with the group mean as baseline; Dr. GRPO arXiv 2503.20783; DAPO arXiv 2503.14476.
+Sources: CROPI arXiv 2510.26491; PPO arXiv 1707.06347 with GRPO's averaging (arXiv 2402.03300); GSPO arXiv 2507.18071;
+REINFORCE (Williams 1992) with the group mean as baseline; RLOO arXiv 2402.14740; Dr. GRPO arXiv 2503.20783; BNPO as in
+TRL's ``loss_type="bnpo"``; DAPO arXiv 2503.14476; CISPO arXiv 2506.13585, with the bound of arXiv 2510.13786.
 """
 
 from __future__ import annotations
@@ -43,6 +51,9 @@ from cropi.data.rewards import group_advantages
 from cropi.gradient.equal import sum_of_equals
 
 LENGTHS = ("response", "group", "constant")
+LEVELS = ("token", "sequence")
+# Fields that the first manifests did not have: they are written where they say something.
+LATER = {"level": "token", "cap": None, "delta": None, "loo": False}
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,10 @@ class Estimator:
         length: "response" (mean over a response, then over responses), "group" (mean over all tokens of the
             group) or "constant" (sum over tokens divided by ``constant``, mean over responses).
         constant: the divisor c of ``length="constant"``. One c for all prompts changes no cosine.
+        level: "token" (a ratio for each token) or "sequence" (that of its response, for each of its tokens).
+        cap: the ratio counts as this at most, without an end of the gradient there; None: no bound.
+        delta: a second bound of the clipped objective: no gradient where the ratio is above it; None: no bound.
+        loo: the advantage's mean leaves the response itself out.
     """
 
     name: str
@@ -68,6 +83,10 @@ class Estimator:
     eps: float = 1e-4
     length: str = "response"
     constant: float = 1.0
+    level: str = "token"
+    cap: float | None = None
+    delta: float | None = None
+    loo: bool = False
 
     def __post_init__(self) -> None:
         if self.length not in LENGTHS:
@@ -81,12 +100,33 @@ class Estimator:
             value = getattr(self, field)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{field} must be a finite number >= 0, got {value}")
+        if self.level not in LEVELS:
+            raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {self.level!r}")
+        for field in ("cap", "delta"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{field} must be a finite number above 0, got {value}")
+        if (self.cap is not None or self.level == "sequence") and not self.ratio:
+            raise ValueError(f"cap and level: the estimator {self.name!r} has no ratio; leave them out")
+        if self.cap is not None and (self.clip_low is not None or self.delta is not None):
+            raise ValueError(
+                f"cap={self.cap}: the ratio is bounded or clipped, not both; leave cap or the clips out"
+            )
+        if self.delta is not None and self.clip_low is None:
+            raise ValueError(
+                f"delta={self.delta}: it bounds a clipped ratio; give clip_low and clip_high too"
+            )
+        if self.loo and self.std:
+            raise ValueError(
+                "loo: an advantage that leaves one out is not divided by the standard deviation; std=False"
+            )
         if not 0 < self.constant < math.inf:
             raise ValueError(f"constant must be a finite number above 0, got {self.constant}")
 
     def advantages(self, rewards: Sequence[float]) -> np.ndarray:
         """Advantages of one prompt's K responses, float64 ``[K]``."""
-        return group_advantages(rewards, std=self.std, eps=self.eps)
+        found = group_advantages(rewards, std=self.std, eps=self.eps)
+        return found * (len(found) / (len(found) - 1)) if self.loo else found
 
     def divisors(self, lengths: Sequence[int]) -> np.ndarray:
         """The divisor d_k of every response of one prompt from their token counts, float64 ``[K]``."""
@@ -114,9 +154,17 @@ class Estimator:
                 where a token stands for those of up to R equal responses (A = 0 where it stands for fewer), and
                 ``behaviour`` then likewise, or ``[n]`` for all of them.
 
+        Raises:
+            ValueError: a ratio of responses, of which a part of the tokens does not tell: see :meth:`of_sequences`.
+
         Returns:
             float32 ``[n]``; of R equal responses the sum: see :func:`cropi.gradient.equal.sum_of_equals`.
         """
+        if self.level == "sequence" and behaviour is not None:
+            raise ValueError(
+                f"the estimator {self.name!r} has a ratio of responses: give it sequence_behaviour(...) as "
+                "behaviour, and call of_sequences().weights(...)"
+            )
         scale = advantages / divisors
         if advantages.ndim == 2:
             each = scale if behaviour is None else self._each(logprobs[:, None], behaviour, advantages, scale)
@@ -133,25 +181,55 @@ class Estimator:
         if not self.ratio or behaviour is None:
             return scale
         ratio = torch.exp(logprobs - (behaviour[:, None] if behaviour.ndim < scale.ndim else behaviour))
+        if self.cap is not None:
+            ratio = ratio.clamp(max=self.cap)
         return torch.where(self.clipped(ratio, advantages), torch.zeros_like(scale), ratio * scale)
+
+    def of_sequences(self) -> Estimator:
+        """The same weights for log-ratios that :func:`sequence_behaviour` has made those of responses."""
+        return replace(self, level="token")
 
     def clipped(self, ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         """True where min(rho A, clip(rho) A) is flat in rho, so that the token has no gradient."""
         if self.clip_low is None or self.clip_high is None:
             return torch.zeros_like(ratio, dtype=torch.bool)
-        return torch.where(advantages > 0, ratio > 1 + self.clip_high, ratio < 1 - self.clip_low)
+        flat = torch.where(advantages > 0, ratio > 1 + self.clip_high, ratio < 1 - self.clip_low)
+        return flat if self.delta is None else flat | (ratio > self.delta)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key not in LATER or value != LATER[key]}
+
+
+def sequence_behaviour(
+    logprobs: torch.Tensor, behaviour: torch.Tensor, responses: torch.Tensor
+) -> torch.Tensor:
+    """Behaviour log-probs with which every token has the log-ratio of its response, ``mean_t (log pi - log beta)``.
+
+    Args:
+        logprobs: float ``[n]``, log pi of all scored tokens of whole responses.
+        behaviour: float ``[n]`` or ``[n, R]``, log beta.
+        responses: int64 ``[n]``, the response that each token belongs to.
+    """
+    log_ratio = (logprobs[:, None] if behaviour.ndim == 2 else logprobs).double() - behaviour.double()
+    count = int(responses.max()) + 1 if responses.numel() else 0
+    sums = log_ratio.new_zeros(count, *log_ratio.shape[1:]).index_add_(0, responses, log_ratio)
+    sizes = torch.bincount(responses, minlength=count).clamp(min=1).to(sums)
+    mean = (sums / (sizes[:, None] if sums.ndim == 2 else sizes))[responses]
+    return ((logprobs[:, None] if behaviour.ndim == 2 else logprobs) - mean).to(behaviour.dtype)
 
 
 ESTIMATORS = {
     "cropi": Estimator("cropi"),
+    "grpo": Estimator("grpo", clip_low=0.2, clip_high=0.2),
     "ppo": Estimator("ppo", clip_low=0.2, clip_high=0.2),
+    "gspo": Estimator("gspo", clip_low=3e-4, clip_high=4e-4, level="sequence"),
     "reinforce": Estimator("reinforce", ratio=False, std=False, length="constant"),
+    "rloo": Estimator("rloo", ratio=False, std=False, length="constant", loo=True),
     "dr_grpo": Estimator("dr_grpo", clip_low=0.2, clip_high=0.2, std=False, length="constant"),
+    "bnpo": Estimator("bnpo", clip_low=0.2, clip_high=0.2, length="constant"),
     "dapo": Estimator("dapo", clip_low=0.2, clip_high=0.28, length="group"),
+    "cispo": Estimator("cispo", length="group", cap=5.0),
 }
 
 
@@ -165,7 +243,8 @@ def make_estimator(name: str, **changes: Any) -> Estimator:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
     given = {key: value for key, value in changes.items() if value is not None}
     made = replace(ESTIMATORS[name], **given)
-    for field, used in (("eps", made.std), ("constant", made.length == "constant")):
+    capped = ESTIMATORS[name].cap is not None
+    for field, used in (("eps", made.std), ("constant", made.length == "constant"), ("cap", capped)):
         if field in given and not used:
             raise ValueError(f"{field}={given[field]}: the estimator {name!r} does not use it; leave it out")
     return made

@@ -87,6 +87,7 @@ def estimator_of(options: Gradient) -> Estimator:
         options.estimator,
         clip_low=options.clip_low,
         clip_high=options.clip_high,
+        cap=options.cap,
         eps=options.eps,
         constant=options.length_constant,
     )

@@ -13,7 +13,7 @@ from cropi.data.rewards import pass_rate
 from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.behaviour import BehaviourModel
-from cropi.gradient.estimators import Estimator
+from cropi.gradient.estimators import Estimator, sequence_behaviour
 from cropi.gradient.health import Health, batch_health
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
@@ -92,6 +92,7 @@ class Passes:
         say: Callable[[str], Any],
     ) -> None:
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
+        self.current: BehaviourModel | None = None
         self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
         self.device = next(sketcher.model.parameters()).device
         self.bound = rounding(sketcher.model)
@@ -155,12 +156,19 @@ class Passes:
         ]
 
     def _behaviour_of(self, batch: MicroBatch) -> torch.Tensor | None:
-        return self.behaviour.logprobs(batch) if self.behaviour is not None else batch.behaviour
+        found = self.behaviour.logprobs(batch) if self.behaviour is not None else batch.behaviour
+        if found is None or self.estimator.level == "token":
+            return found
+        # The ratio of a response is known with its last token, but weights are asked for chunk by chunk.
+        if self.current is None:
+            self.current = BehaviourModel(self.sketcher.model)
+        assert batch.responses is not None
+        return sequence_behaviour(self.current.logprobs(batch), found, batch.responses)
 
     def _gradient(self, batch: MicroBatch, behaviour: torch.Tensor | None) -> PolicyGradient:
         def weigh(logprobs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
             old = None if behaviour is None else behaviour[start:stop]
-            return self.estimator.weights(
+            return self.estimator.of_sequences().weights(
                 logprobs, old, batch.advantages[start:stop], batch.divisors[start:stop]
             )
 

@@ -58,7 +58,8 @@ class Curriculum(Comparing, Choosing):
         recording: how rollouts are recorded; None: not at all.
         folder: where selections, score tables and the log of stages go; None: ``<output_dir>/cropi``.
         spec: the sketch.
-        estimator: a name ("cropi", "ppo", "reinforce", "dr_grpo", "dapo") or an :class:`Estimator`.
+        estimator: "auto" (that of the loss that is trained: see :mod:`cropi.trainers.trl.losses`), a name
+            (docs/method.md) or an :class:`Estimator`.
         exclude: patterns of parameter names that are left out of the sketch.
         behaviour: "file" (recorded log-probs), "current" (ratio 1), or "auto": the file's if every record has them.
         metric, mean, max_valid: as in :class:`cropi.options.Comparing`, by keyword.
@@ -79,7 +80,7 @@ class Curriculum(Comparing, Choosing):
     recording: Recording | None = field(default_factory=Recording)
     folder: str | Path | None = None
     spec: SketchSpec = field(default_factory=SketchSpec)
-    estimator: str | Estimator = "cropi"
+    estimator: str | Estimator = "auto"
     exclude: Sequence[str] = ()
     behaviour: str = "auto"
     layout: str = "auto"
@@ -129,9 +130,11 @@ class Curriculum(Comparing, Choosing):
         return [Path(path) for path in ([value] if isinstance(value, (str, Path)) else value)]
 
     def estimator_used(self) -> Estimator:
-        """The estimator itself."""
+        """The estimator itself. "auto" is known with the trainer's configuration, and has a ratio until then."""
         if isinstance(self.estimator, Estimator):
             return self.estimator
+        if self.estimator == "auto":
+            return make_estimator("grpo")
         try:
             return make_estimator(self.estimator)
         except ValueError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cropi.store.manifest import first_difference
 from cropi.trainers.trl.capture import RecordingMixin
 from cropi.trainers.trl.checkpoints import newest_whole
 from cropi.trainers.trl.checks import check_arguments, check_policy, check_space
+from cropi.trainers.trl.losses import estimator_of_config
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.records import check_datasets
 from cropi.trainers.trl.rollout_log import cut_unfinished_line, log_files, merge_rollouts, rewind
@@ -72,6 +74,11 @@ class CurriculumMixin(RecordingMixin):
         self._cropi_stage_known = -1
         super(RecordingMixin, self).__init__(*args, **kwargs)
         self._cropi_folder = Path(curriculum.folder or Path(self.args.output_dir) / "cropi")
+        if curriculum.estimator == "auto":
+            estimator, left_out = estimator_of_config(self.args)
+            self._cropi_curriculum = curriculum = replace(curriculum, estimator=estimator)
+            for text in left_out:
+                logger.warning("selections leave out a part of the loss: %s", text)
         self._cropi_seed = int(self.args.seed if curriculum.seed is None else curriculum.seed)
         self._cropi_start(recording)
         self._cropi_earlier = [

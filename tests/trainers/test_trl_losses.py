@@ -1,0 +1,168 @@
+"""The estimator that is read from a GRPOConfig against the gradient of TRL's own loss, in float64."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.made_data import make_model, make_tokenizer
+
+pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+from support.trl_runs import arguments, dataset, digits, lines, staged, stored  # noqa: E402
+
+from cropi.errors import CropiError  # noqa: E402
+from cropi.gradient.estimators import Estimator, sequence_behaviour  # noqa: E402
+from cropi.store.store import SketchStore  # noqa: E402
+from cropi.trainers.trl.losses import AVERAGED, estimator_of_config  # noqa: E402
+
+GROUPS, SIZE, WIDTH = 3, 4, 8
+REWARDS = [[1.0, 0.0, 0.5, 0.0], [0.0, 0.0, 3.0, 1.0], [0.25, 1.0, 1.0, 0.5]]
+
+
+def trl_gradient(
+    tmp_path: Path, spread: float, **config: Any
+) -> tuple[Any, Any, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(args, mask, new, old, d loss / d new)`` of one batch of TRL's own loss, all ``[rows, tokens]`` in float64."""
+    from trl import GRPOTrainer
+
+    args = arguments(tmp_path, per_device_train_batch_size=12, num_generations=4, **config)
+    trainer = GRPOTrainer(
+        model=make_model(),
+        reward_funcs=digits,
+        args=args,
+        train_dataset=dataset(20),
+        processing_class=make_tokenizer(),
+    )
+    generator = torch.Generator().manual_seed(5)
+    rows = GROUPS * SIZE
+    lengths = torch.randint(1, WIDTH + 1, (rows,), generator=generator)
+    mask = (torch.arange(WIDTH) < lengths[:, None]).long()
+    old = -3 * torch.rand(rows, WIDTH, generator=generator, dtype=torch.float64)
+    new = old + spread * torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
+    leaf = new.clone().requires_grad_()
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: (leaf, torch.zeros_like(leaf), None)
+    rewards = torch.tensor(REWARDS, dtype=torch.float64)
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if args.scale_rewards == "group":
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+    elif args.scale_rewards == "batch":
+        advantages = advantages / (rewards.std() + 1e-4)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    ids = torch.zeros(rows, WIDTH, dtype=torch.long)
+    loss = trainer._compute_loss(trainer.model, {
+        "prompt_ids": ids[:, :2], "prompt_mask": ids[:, :2] + 1, "completion_ids": ids, "completion_mask": mask,
+        "advantages": advantages.flatten(), "old_per_token_logps": old, "num_items_in_batch": mask.sum(),
+    })  # fmt: skip
+    loss.backward()
+    return args, mask.bool(), new, old, leaf.grad
+
+
+def our_weights(
+    estimator: Estimator, mask: torch.Tensor, new: torch.Tensor, old: torch.Tensor
+) -> torch.Tensor:
+    """The weights of every prompt on its own, ``[rows, tokens]``, 0 where nothing is scored."""
+    found = torch.zeros_like(new)
+    for g in range(GROUPS):
+        rows = slice(g * SIZE, (g + 1) * SIZE)
+        scored = mask[rows]
+        lengths = scored.sum(1)
+        responses = torch.arange(SIZE).repeat_interleave(lengths)
+        behaviour = old[rows][scored]
+        if estimator.level == "sequence":
+            behaviour = sequence_behaviour(new[rows][scored], behaviour, responses)
+        per_token = [
+            torch.from_numpy(values)[responses]
+            for values in (estimator.advantages(REWARDS[g]), estimator.divisors(lengths.tolist()))
+        ]
+        part = torch.zeros_like(new[rows])
+        part[scored] = estimator.of_sequences().weights(new[rows][scored], behaviour, *per_token)
+        found[rows] = part
+    return found
+
+
+CONFIGS: dict[str, tuple[float, dict[str, Any]]] = {
+    "defaults": (0.3, {}),
+    "grpo": (0.3, {"loss_type": "grpo"}),
+    "grpo, clip higher": (0.3, {"loss_type": "grpo", "epsilon": 0.1, "epsilon_high": 0.3}),
+    "grpo, two sides": (0.6, {"loss_type": "grpo", "delta": 1.5}),
+    "bnpo": (0.3, {"loss_type": "bnpo"}),
+    "dapo": (0.3, {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "dr_grpo": (0.3, {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+    "cispo": (1.2, {"loss_type": "cispo", "epsilon_high": 2.0}),
+    "gspo": (1e-3, {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4}),
+    "dapo of sequences": (0.3, {"loss_type": "dapo", "importance_sampling_level": "sequence"}),
+    "luspo": (0.3, {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
+    "batch": (0.3, {"loss_type": "grpo", "scale_rewards": "batch"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_are_the_gradient_of_trls_loss_up_to_one_factor(name: str, tmp_path: Path) -> None:
+    import trl
+
+    spread, config = CONFIGS[name]
+    known = trl.GRPOConfig.__dataclass_fields__
+    if any(key not in known for key in config):
+        pytest.skip(f"this TRL has no {', '.join(key for key in config if key not in known)}")
+    args, mask, new, old, gradient = trl_gradient(tmp_path, spread, **config)
+    estimator, _ = estimator_of_config(args)
+    ours, theirs = our_weights(estimator, mask, new, old), -gradient
+    live = ours != 0
+    assert torch.equal(live, theirs != 0), "the same tokens have a gradient"
+    assert 0 < int(live.sum()) and not bool(live[~mask].any())
+    if estimator.clip_low is not None:
+        assert int(live.sum()) < int(mask.sum()), "some tokens must be clipped"
+    factors = theirs[live] / ours[live]
+    # One factor for all prompts and tokens: a product and a few quotients in float64.
+    torch.testing.assert_close(factors, factors[:1].expand_as(factors), rtol=64 * 2.0**-52, atol=0.0)
+    assert float(factors[0]) > 0
+
+
+def test_what_the_estimator_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = arguments(tmp_path, beta=0.04, scale_rewards="batch", mask_truncated_completions=True)
+    _, left_out = estimator_of_config(args)
+    assert [text.split(":")[0] for text in left_out] == [
+        "beta=0.04", "scale_rewards='batch'", "mask_truncated_completions"
+    ]  # fmt: skip
+    assert estimator_of_config(arguments(tmp_path))[1] == []
+    with caplog.at_level(logging.WARNING):
+        staged(tmp_path, top_entropy_quantile=0.5)
+    assert "selections leave out a part of the loss: top_entropy_quantile" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["sapo", "vespo", "dpo"])
+def test_a_loss_without_an_estimator_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.loss_type = kind
+    with pytest.raises(
+        CropiError, match=rf"loss_type is '{kind}'.*there are those of grpo, bnpo.*estimator=\.\.\."
+    ):
+        estimator_of_config(args)
+    assert kind not in AVERAGED
+
+
+def test_the_curriculum_sketches_the_loss_that_is_trained(tmp_path: Path) -> None:
+    train = stored(tmp_path / "train.jsonl", seed=0, count=16)
+    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    files = {"train": train, "valid": valid, "keep_sketches": True}
+    trainer = staged(
+        tmp_path / "a", files, max_steps=2, loss_type="dr_grpo", scale_rewards="none", epsilon=0.15
+    )
+    trainer.train()
+    (store, *_) = sorted((tmp_path / "a").rglob("sketches-train*"))
+    made = SketchStore.open(store).manifest["estimator"]
+    assert (
+        made
+        == Estimator("trl dr_grpo", clip_low=0.15, clip_high=0.15, std=False, length="constant").to_dict()
+    )
+    other = staged(tmp_path / "b", files | {"estimator": "cropi"}, max_steps=2)
+    other.train()
+    (store, *_) = sorted((tmp_path / "b").rglob("sketches-train*"))
+    assert SketchStore.open(store).manifest["estimator"]["name"] == "cropi"
+    assert len(lines(tmp_path / "a" / "cropi" / "stages.jsonl")) == 1
