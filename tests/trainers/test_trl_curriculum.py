@@ -98,7 +98,7 @@ def test_selection_is_that_of_the_command_line_under_the_current_policy(
 ) -> None:
     trainer = staged(
         tmp_path,
-        files,
+        files | {"estimator": "cropi"},  # the command line's default; the trainer's own is that of its loss
         max_steps=4,
         save_strategy="steps",
         save_steps=2,

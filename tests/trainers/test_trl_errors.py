@@ -16,6 +16,7 @@ from support.trl_runs import arguments, dataset, digits, recorded, staged, store
 from cropi.errors import CropiError  # noqa: E402
 from cropi.trainers.trl import Curriculum, curriculum, versions  # noqa: E402
 from cropi.trainers.trl import recording as record  # noqa: E402
+from cropi.trainers.versions import UntestedVersion  # noqa: E402
 
 
 # ----------------------------------------------------------------------------------------------- versions
@@ -26,17 +27,90 @@ def test_installed_version_is_in_the_tested_range_and_keeps_the_contract() -> No
     assert versions.broken_contract(trl.GRPOTrainer) == []
 
 
-@pytest.mark.parametrize("other", ["1.7.1", "1.17.0", "2.0.0"])
-def test_version_outside_the_tested_range(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_below_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CROPI_TRL_UNTESTED", raising=False)
-    monkeypatch.setattr("importlib.metadata.version", lambda name: other)
-    message = rf"trl {other} is installed.*tested with 1.8.0 to 1.16.0.*pip install '{versions.WANTED}'.*set CROPI_TRL"
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.7.1")
+    message = rf"trl 1.7.1 is installed.*tested with 1.8.0 to 1.16.0.*pip install '{versions.WANTED}'.*set CROPI_TRL"
     for factory in (curriculum, record):
         with pytest.raises(CropiError, match=message):
             factory()
         assert factory(allow_untested=True).__mro__[1].__name__.endswith("Mixin")
     monkeypatch.setenv("CROPI_TRL_UNTESTED", "1")
+    assert versions.check_version() == "1.7.1"
+
+
+@pytest.mark.parametrize("other", ["1.17.0", "2.0.0"])
+def test_version_above_the_tested_range_is_warned_of_and_checked(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl import GRPOTrainer
+
+    class Newer(GRPOTrainer):
+        _save_checkpoint = None  # type: ignore[assignment]
+
+    monkeypatch.delenv("CROPI_TRL_UNTESTED", raising=False)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: other)
+    message = (
+        rf"trl {other} is installed.*tested with 1.8.0 to 1.16.0.*checked by name.*CROPI_TRL_UNTESTED=1 turns"
+    )
+    for factory in (curriculum, record):
+        with pytest.warns(UntestedVersion, match=message):
+            assert factory().__mro__[1].__name__.endswith("Mixin")
+        with pytest.warns(UntestedVersion), pytest.raises(CropiError, match=r"_save_checkpoint\(\) is gone"):
+            factory(Newer)
+    monkeypatch.setenv("CROPI_TRL_UNTESTED", "1")
     assert versions.check_version() == other
+
+
+def test_trl_1_15_on_a_cpu_with_triton_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.15.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for there in (True, False):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, there=there: object() if there else None)
+        if not there:
+            assert versions.check_version() == "1.15.0"
+            continue
+        for allowed in (False, True):
+            with pytest.raises(CropiError, match="0 active drivers.*trl>=1.16.*uninstall triton"):
+                versions.check_version(allow_untested=allowed)
+
+
+def test_whatever_is_read_from_a_trainer_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TRL 1.7, which has every method and lacks an attribute that the recorder reads."""
+    import trl
+
+    assert {"environment_factories", "reward_weights", "num_generations_eval"} <= versions._attributes(
+        trl.GRPOTrainer
+    )
+    monkeypatch.setattr(versions, "ATTRIBUTES", (*versions.ATTRIBUTES, "not_there"))
+    with pytest.raises(CropiError, match=r"GRPOTrainer of trl .*: the trainer has no not_there; pip install"):
+        versions.check_trainer_class(trl.GRPOTrainer)
+    monkeypatch.setattr(versions, "OPTIONS", (*versions.OPTIONS, "no_option"))
+    assert "GRPOConfig has no no_option" in versions.broken_contract(trl.GRPOTrainer)
+
+
+def test_what_a_built_trainer_lacks_is_named_before_training(tmp_path: Path) -> None:
+    from trl import GRPOTrainer
+
+    class Without(GRPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            del self.reward_weights
+
+    given = dict(
+        model=make_model(), reward_funcs=digits, train_dataset=dataset(8), processing_class=make_tokenizer()
+    )
+    with pytest.raises(CropiError, match="Without of trl .*: the trainer has no reward_weights"):
+        record(Without)(**given, args=arguments(tmp_path))
+
+    class Other(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            output = super()._generate_and_score_completions(inputs)
+            return {key: value for key, value in output.items() if key != "prompt_mask"}
+
+    trainer = record(Other)(**given, args=arguments(tmp_path))
+    with pytest.raises(CropiError, match=r"_generate_and_score_completions\(\) gives no prompt_mask"):
+        trainer.train()
 
 
 def test_missing_trl_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +184,7 @@ def test_another_id_column(tmp_path: Path) -> None:
         ({"stage_steps": 0}, "stage_steps must be an integer of at least 1, got 0"),
         ({"fraction": 1.5}, r"fraction must be in \(0, 1\], got 1.5"),
         ({"method": "best"}, "method must be one of rrf, .*got 'best'"),
-        ({"estimator": "grpo"}, "estimator must be one of"),
+        ({"estimator": "trpo"}, "estimator must be one of"),
         ({"train": "nowhere.jsonl"}, "train: there is no trajectory file nowhere.jsonl"),
         ({"valid": []}, "valid is an empty list"),
         ({"recording": None}, "train is None, so it comes from what this run records"),

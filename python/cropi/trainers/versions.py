@@ -1,12 +1,17 @@
-"""Which releases of a trainer an adapter works with: a range that was tried, and a way past it at one's own risk."""
+"""Which releases of a trainer an adapter works with: a range that was tried, and what happens outside of it."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import re
+import warnings
 
 from cropi.errors import CropiError
+
+
+class UntestedVersion(UserWarning):
+    """A trainer is newer than what an adapter was tried with."""
 
 
 def checked_version(
@@ -14,16 +19,19 @@ def checked_version(
 ) -> str:
     """The installed version of ``package``.
 
+    An older one than those that were tried is an error. A newer one is a warning: what the adapter relies on is checked
+    by name when a trainer is built, and most releases change none of it.
+
     Args:
         package: its name; ``CROPI_<PACKAGE>_UNTESTED=1`` in the environment accepts any version.
         oldest, newest: the ends of the tested range; third numbers are free.
         missing: what to do where it is not installed.
         remedy: what to do where its version is another one.
-        allow_untested: accept any version.
+        allow_untested: accept any version without a word.
 
     Raises:
         ModuleNotFoundError: it is not installed.
-        CropiError: its version is outside the range.
+        CropiError: its version is below the range.
     """
     try:
         installed = importlib.metadata.version(package)
@@ -34,11 +42,17 @@ def checked_version(
     override = f"CROPI_{package.upper()}_UNTESTED"
     if allow_untested or os.environ.get(override, "") not in ("", "0"):
         return installed
-    if not minor(oldest) <= minor(installed) <= minor(newest):
-        raise CropiError(
-            f"{package} {installed} is installed; this adapter is tested with {oldest} to {newest}, and relies on "
-            f"parts of it that any release may change: {remedy}, or, to try it all the same, set {override}=1"
-        )
+    problem = (
+        f"{package} {installed} is installed; this adapter is tested with {oldest} to {newest}, and relies on "
+        "parts of it that any release may change"
+    )
+    if minor(installed) < minor(oldest):
+        raise CropiError(f"{problem}: {remedy}, or, to try it all the same, set {override}=1")
+    if minor(installed) > minor(newest):
+        warnings.warn(
+            f"{problem}. What it relies on is checked by name; should something fail: {remedy}. {override}=1 turns "
+            "this warning off", UntestedVersion, stacklevel=3,
+        )  # fmt: skip
     return installed
 
 

@@ -22,6 +22,7 @@ from cropi.trainers.trl.records import (
     id_of,
 )
 from cropi.trainers.trl.rollout_log import RolloutLog
+from cropi.trainers.trl.versions import check_batch, check_trainer
 from cropi.trainers.values import plain_value, whole_text
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class RecordingMixin(Base):
         self._cropi_start(chosen)
 
     def _cropi_start(self, recording: Recording | None) -> None:
+        check_trainer(self)
         self._cropi_ranks = Ranks()
         self._cropi_left_out: Counter[str] = Counter()
         self._cropi_without_record: Counter[str] = Counter()  # prompts by kind
@@ -134,6 +136,7 @@ class RecordingMixin(Base):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self._cropi_recording is None:
             return output
+        check_batch(self, output)
         if self._cropi_pending is not None and self._cropi_pending.waiting:
             self._cropi_pending = None
             raise CropiError(

@@ -6,11 +6,16 @@ check of every signature before a trainer is built.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
+import re
 from typing import Any
 
+import torch
+
 from cropi.errors import CropiError
-from cropi.trainers.versions import checked_version
+from cropi.trainers.versions import checked_version, minor
 
 # The tests ran with 1.8.0, 1.10.0, 1.13.0, 1.14.2 and 1.16.0; 1.15 cannot train on a CPU where Triton is installed.
 OLDEST, NEWEST = "1.8.0", "1.16.0"
@@ -28,6 +33,20 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     "evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
 }
+# What is read from a trainer, from its arguments, and from the batch that it makes of its rollouts.
+ATTRIBUTES = (
+    "accelerator", "args", "callback_handler", "eval_dataset", "is_deepspeed_enabled", "is_fsdp_enabled", "model",
+    "num_generations", "num_iterations", "reward_func_names", "reward_weights", "shuffle_dataset", "state",
+    "temperature", "tools", "train_dataset", "_metrics", "_signature_columns", "_tokenizer", "num_generations_eval",
+    "rollout_func", "environment_factories",
+)  # fmt: skip
+OPTIONS = (
+    "disable_tqdm", "epsilon", "epsilon_high", "generation_batch_size", "gradient_accumulation_steps",
+    "importance_sampling_level", "loss_type", "max_steps", "output_dir", "scale_rewards", "seed",
+    "steps_per_generation",
+)  # fmt: skip
+BATCH = ("prompt_ids", "prompt_mask", "completion_ids")
+METHODS = ("add_callback", "_get_output_dir", "train")
 SAMPLER = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
 
 
@@ -40,17 +59,27 @@ def check_version(*, allow_untested: bool = False) -> str:
 
     Raises:
         ModuleNotFoundError: TRL is not installed.
-        CropiError: its version is outside the tested range.
+        CropiError: its version is older than the tested range, or cannot train here.
     """
-    return checked_version(
+    installed = checked_version(
         "trl", OLDEST, NEWEST, missing="pip install 'cropi-kernels[trl]'", allow_untested=allow_untested,
         remedy=f"pip install '{WANTED}' (allow_untested=True in Python accepts any version)",
     )  # fmt: skip
+    if (
+        minor(installed) == (1, 15)
+        and not torch.cuda.is_available()
+        and importlib.util.find_spec("triton") is not None
+    ):
+        raise CropiError(
+            f"trl {installed} does not train on a CPU where Triton is installed: it asks Triton for a GPU and ends "
+            "with \"0 active drivers\"; pip install 'trl>=1.16,<1.17' (or 1.14), or uninstall triton"
+        )
+    return installed
 
 
 def broken_contract(base: type) -> list[str]:
     """What the adapter relies on and ``base`` (a GRPOTrainer) does not have, in words; empty if all is there."""
-    from trl.trainer.utils import RepeatSampler
+    import trl
 
     found = []
     for name, needed in CONTRACT.items():
@@ -58,8 +87,59 @@ def broken_contract(base: type) -> list[str]:
         missing = needed if method is None else _missing(method, needed)
         if missing:
             found.append(f"{name}() {'is gone' if method is None else 'lacks ' + ', '.join(missing)}")
-    missing = _missing(RepeatSampler.__init__, SAMPLER)
-    return found + ([f"RepeatSampler lacks {', '.join(missing)}"] if missing else [])
+    sampler = getattr(importlib.import_module("trl.trainer.utils"), "RepeatSampler", None)
+    missing = SAMPLER if sampler is None else _missing(sampler.__init__, SAMPLER)
+    found += [f"RepeatSampler lacks {', '.join(missing)}"] if missing else []
+    set_there = _attributes(base)
+    missing = tuple(
+        name for name in (*ATTRIBUTES, *METHODS) if not hasattr(base, name) and name not in set_there
+    )
+    found += [f"the trainer has no {', '.join(missing)}"] if missing and set_there else []
+    missing = tuple(name for name in OPTIONS if name not in trl.GRPOConfig.__dataclass_fields__)
+    return found + ([f"GRPOConfig has no {', '.join(missing)}"] if missing else [])
+
+
+def check_trainer(trainer: Any) -> None:
+    """Check that a trainer that has been built holds everything that is read from it.
+
+    Raises:
+        CropiError: names what is missing, before anything is trained.
+    """
+    missing = [name for name in ATTRIBUTES if not hasattr(trainer, name)]
+    if missing:
+        raise _changed(type(trainer), f"the trainer has no {', '.join(missing)}")
+
+
+def check_batch(trainer: Any, output: Any) -> None:
+    """Check that a generation batch holds what is recorded of it.
+
+    Raises:
+        CropiError: names what is missing.
+    """
+    missing = [name for name in BATCH if name not in output]
+    if missing:
+        raise _changed(type(trainer), f"_generate_and_score_completions() gives no {', '.join(missing)}")
+
+
+def _attributes(base: type) -> set[str]:
+    """The names that the methods of a class and of those above it set on ``self``; empty if no source can be read."""
+    found: set[str] = set()
+    for cls in base.__mro__:
+        try:
+            source = inspect.getsource(cls)
+        except (OSError, TypeError):
+            continue
+        found |= set(re.findall(r"\bself\.(\w+)\s*(?:,\s*self\.\w+\s*)*(?::[^=\n]+)?=(?!=)", source))
+    return found
+
+
+def _changed(base: Any, what: str) -> CropiError:
+    import trl
+
+    return CropiError(
+        f"{base.__name__} of trl {trl.__version__} is not what this adapter was written for: {what}; "
+        f"pip install '{WANTED}'"
+    )
 
 
 def check_trainer_class(base: Any) -> None:
@@ -74,10 +154,7 @@ def check_trainer_class(base: Any) -> None:
         raise CropiError(f"base must be trl.GRPOTrainer or a subclass of it, got {base!r}")
     broken = broken_contract(base)
     if broken:
-        raise CropiError(
-            f"{base.__name__} of trl {trl.__version__} is not what this adapter was written for: {'; '.join(broken)}; "
-            f"pip install '{WANTED}'"
-        )
+        raise _changed(base, "; ".join(broken))
 
 
 def _missing(function: Any, needed: tuple[str, ...]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ def verl_version() -> tuple[int, int]:
 
     Raises:
         ModuleNotFoundError: verl is not installed.
-        CropiError: it is outside the tested range.
+        CropiError: it is older than the tested range.
     """
     oldest, newest = TESTED
     return minor(
@@ -39,7 +39,7 @@ def need(module: str, name: str, what: str, instead: str) -> Any:
 
     Raises:
         ModuleNotFoundError: verl is not installed.
-        CropiError: this verl is outside the tested range, or has no such class.
+        CropiError: this verl is older than the tested range, or has no such class.
     """
     found = verl_version()
     try:
