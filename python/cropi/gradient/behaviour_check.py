@@ -28,7 +28,7 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
-from cropi.gradient.estimators import Estimator
+from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.gradient.health import Health
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
@@ -171,7 +171,9 @@ def examine(parts: list[_Part], estimator: Estimator) -> Finding:
     # A token whose ratio is no number fails its prompt later, by name; it must not hide the others here.
     usable = ratio.isfinite()
     stored, own, ratio = stored[usable], own[usable], ratio[usable]
-    health = Health.of_ratios(ratio, estimator.clipped(ratio, advantages[usable]))
+    # Ratios of responses are clipped response by response, of which single tokens do not tell.
+    tokens = estimator if estimator.level == "token" else make_estimator("cropi")
+    health = Health.of_ratios(ratio, tokens.clipped(ratio, advantages[usable]))
     median = float(ratio.median()) if len(ratio) else math.nan
 
     def usable_at(temperature: float | None) -> torch.Tensor:

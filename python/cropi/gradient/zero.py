@@ -49,9 +49,7 @@ def cancels(group: TokenGroup, estimator: Estimator, source: str) -> bool:
     if len(group.equal) == len(group.responses):
         return False
     if estimator.ratio and source != "current":
-        if (
-            estimator.clip_low is not None or estimator.delta is not None
-        ):  # of equal responses those with one sign may be clipped alone
+        if estimator.clip_low is not None:  # of equal responses those with one sign may be clipped alone
             return False
         logprobs = group.logprobs if source == "file" else None
         if logprobs is not None and any(
