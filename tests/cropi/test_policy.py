@@ -13,6 +13,7 @@ from support.made_data import make_model, make_records, make_tokenizer, write_li
 import cropi.gradient.layout
 import cropi.model.policy
 import cropi_kernels.sketcher.gradient_sketcher
+from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.gradient.layout import layout_of
 from cropi.model.fingerprint import model_fingerprint
@@ -20,7 +21,7 @@ from cropi.model.policy import Policy
 from cropi.ranking.influence import influence
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob
-from cropi.sketching.run import sketch
+from cropi.sketching.run import check_tokens, sketch
 from cropi.store.memory import MemoryStore
 from cropi.store.shards import RowInfo
 from cropi.store.store import SketchStore
@@ -172,3 +173,15 @@ def test_the_old_form_of_sketch_works_for_one_more_release(tmp_path: Path) -> No
     with pytest.warns(DeprecationWarning, match="is now sketch"):
         summary = sketch(make_model(), make_tokenizer(), job, progress=False)  # type: ignore[arg-type]
     assert summary.sketched > 0
+
+
+def test_groups_that_were_checked_for_one_policy_are_checked_again_for_another() -> None:
+    """Scanned once, sketched twice: what fits one model may not fit the other."""
+    tokenizer, records = make_tokenizer(), make_records(4)
+    groups = read(records)
+    sketch(Policy(make_model(), tokenizer), SketchJob(groups, None, SPEC), progress=False)
+    short = Policy(make_model(max_position_embeddings=4), tokenizer)
+    with pytest.raises(CropiError, match="more than the model's context of 4"):
+        check_tokens(short, SketchJob(groups, None, SPEC), groups, groups.found)
+    with pytest.raises(CropiError, match="more than max_length 3"):
+        sketch(Policy(make_model(), tokenizer), SketchJob(groups, None, SPEC, max_length=3), progress=False)

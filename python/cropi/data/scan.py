@@ -41,8 +41,10 @@ class Scan:
     # how many have to be tokenised.
     longest: int = 0
     texts: int = 0
-    texts_checked: bool = False  # every one of them has been tokenised
-    tokens_checked: bool = False  # by :func:`cropi.sketching.run.check_tokens`
+    # For which policy and options every one of these has been tokenised, and all prompts have been found to fit (see
+    # :func:`cropi.sketching.run.check_tokens`).
+    texts_checked: Any = None
+    tokens_checked: Any = None
 
     @property
     def usable(self) -> int:

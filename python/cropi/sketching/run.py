@@ -150,7 +150,7 @@ def scan_groups(
     if on_group is None and isinstance(groups.found, Scan):
         return groups.found
     found = scan_trajectories(groups, on_group=take)
-    found.texts_checked = at_hand
+    found.texts_checked = _checked_for(policy, job) if at_hand else None
     return found
 
 
@@ -168,7 +168,7 @@ def check_tokens(policy: Policy, job: SketchJob, groups: PromptGroups, scan: Sca
         RecordError: a token id beyond the vocabulary, or a prompt that does not fit.
         CropiError: an option does not fit the model or the tokenizer.
     """
-    if scan.tokens_checked:
+    if scan.tokens_checked == _checked_for(policy, job):
         return
     tokens = make_tokenize(policy, job)
     limit = job.max_length or policy.context
@@ -179,12 +179,19 @@ def check_tokens(policy: Policy, job: SketchJob, groups: PromptGroups, scan: Sca
                 f"token id {scan.largest_id[0]} is beyond the model's vocabulary of {policy.vocabulary}",
                 "use the model that made the trajectories, or pass --skip-bad",
             )
-        if (scan.texts and not scan.texts_checked) or (limit is not None and scan.longest > limit):
+        if (scan.texts and scan.texts_checked != _checked_for(policy, job)) or (
+            limit is not None and scan.longest > limit
+        ):
             for group in islice(groups.each(), job.limit):
                 if no_gradient_reason(group.rewards) is None:
                     with suppress(TooLong):
                         tokens(group)
-    scan.tokens_checked = True
+    scan.tokens_checked = _checked_for(policy, job)
+
+
+def _checked_for(policy: Policy, job: SketchJob) -> tuple[Any, ...]:
+    """What a check of tokens holds for: groups may be scanned once and sketched for several policies."""
+    return policy.identity, job.chat_template, job.eos, job.max_length, job.too_long, job.limit, job.skip_bad
 
 
 def _token_groups(
