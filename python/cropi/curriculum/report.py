@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cropi.curriculum.learnt import nothing_learnt
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.state import State
 from cropi.errors import printable
@@ -27,6 +28,8 @@ def rows(state: State) -> list[dict[str, Any]]:
         if select := done.get("select"):
             row |= {key: select[key] for key in ("selected", "scores", "pass_rate", "kept_from_last")}
             row["overlap"] = select["kept_from_last"] / select["last"] if select["last"] else None
+        if "training" in (trained := done.get("train", {})):
+            row["training"] = trained["training"]
         if collect := done.get("collect"):
             row["model"] = collect["model"]
         seconds = {step: entry["seconds"] for step, entry in done.items()}
@@ -50,8 +53,8 @@ def write_report(plan: Plan, state: State) -> None:
 def _markdown(plan: Plan, table: list[dict[str, Any]]) -> str:
     sets = sorted({name for row in table for name in row.get("scores", {})})
     scores = [f"score on {_cell(name)}" for name in sets]
-    head = ["stage", "prompts", "usable", "selected", *scores, "pass rate", "kept", "rollouts s",
-            "select s", "train s", "selection's share", "new policy"]  # fmt: skip
+    head = ["stage", "prompts", "usable", "selected", *scores, "pass rate", "kept", "reward", "equal rewards",
+            "rollouts s", "select s", "train s", "selection's share", "new policy"]  # fmt: skip
     lines = [
         f"# Curriculum {plan.out.name}", "",
         f"{plan.stages} stages of {plan.steps} steps from `{plan.model}`; settings `{plan.fingerprint()}`.", "",
@@ -61,9 +64,13 @@ def _markdown(plan: Plan, table: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "Score and pass rate: mean over the selected prompts, and in brackets over all usable ones. Kept: prompts of "
-        "the last selection that were selected again. Select: sketch, influence and selection; its share is of "
+        "the last selection that were selected again. Reward and equal rewards (the share of prompts whose "
+        "responses have equal rewards, which teach nothing): from the first to the last quarter of what the training "
+        "logged. Select: sketch, influence and selection; its share is of "
         "the whole stage. Seconds are of the attempt that finished a step.",
     ]
+    for text in nothing_learnt(table):
+        lines += ["", f"**Warning.** {text}"]
     for row in table:
         if row["cut_short"]:
             lines += [
@@ -78,6 +85,11 @@ def _cell(text: str) -> str:
     return printable(text).replace("|", "\\|")
 
 
+def _change(row: dict[str, Any], name: str, form: str) -> str:
+    before, after = row.get("training", {}).get(name) or (None, None)
+    return "-" if before is None or after is None else f"{before:{form}} to {after:{form}}"
+
+
 def _cells(row: dict[str, Any], sets: list[str]) -> list[str]:
     def score(name: str) -> str:
         values = row.get("scores", {}).get(name)
@@ -90,7 +102,8 @@ def _cells(row: dict[str, Any], sets: list[str]) -> list[str]:
     return [
         str(row["stage"]), str(row.get("prompts", "-")), str(row.get("usable", "-")), str(row.get("selected", "-")),
         *map(score, sets), f"{rate['selected']:.2f} ({rate['pool']:.2f})" if rate else "-",
-        "-" if kept is None else f"{kept} ({row['overlap']:.0%})", seconds("rollouts"),
+        "-" if kept is None else f"{kept} ({row['overlap']:.0%})",
+        _change(row, "reward", ".4g"), _change(row, "equal_rewards", ".0%"), seconds("rollouts"),
         f"{row['select_seconds']:.1f}", seconds("train"),
         f"{row['select_share']:.1%}" if "select_share" in row else "-", row.get("model", "-"),
     ]  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from cropi import pipeline
 from cropi.commands import fill, run_command
 from cropi.curriculum import data
+from cropi.curriculum.learnt import read_training
 from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.state import State
 from cropi.data.export import export
@@ -203,7 +204,7 @@ def train(stage: Stage) -> Result:
             f"trainer: training ended well, but {model} holds no Hugging Face model (no config.json); save the new "
             "policy there, or say by trained_model where it is"
         )
-    return {"model": _relative(model)}
+    return {"model": _relative(model)} | read_training(stage.folder / "trained")
 
 
 def collect(stage: Stage) -> Result:

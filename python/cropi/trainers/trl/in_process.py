@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +17,10 @@ from cropi.data.export import ROLLOUT_KEYS
 from cropi.data.readers import read_trajectories
 from cropi.data.rows_out import columns_of
 from cropi.errors import CropiError, did_you_mean, optional
+from cropi.files import write_atomic
 from cropi.model.load import DTYPES, check_device, load_model
 from cropi.trainers.trl.checkpoints import newest_whole
+from cropi.trainers.trl.history import training_summary
 from cropi.trainers.trl.versions import check_version
 
 KEYS = ("reward", "args", "dtype", "device")
@@ -171,6 +174,8 @@ def train_stage(
     )  # fmt: skip
     started = newest_whole(out / "checkpoints", "trainer_state.json")
     trainer.train(resume_from_checkpoint=str(started) if started else None)
+    if found := training_summary(trainer.state.log_history):
+        write_atomic(out / "training.json", json.dumps(found) + "\n")
     new = out / "policy"
     trainer.save_model(str(new))
     tokenizer.save_pretrained(str(new))

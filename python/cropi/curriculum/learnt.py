@@ -1,0 +1,49 @@
+"""What a stage's training did: the reward before and after it, and whether anything could be learnt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TRAINING = "training.json"
+# Above this share of prompts whose responses have equal rewards, a step has next to no gradient.
+FLAT = 0.95
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """``{"training": ...}`` of a trainer's folder, or nothing where the trainer left no :data:`TRAINING`."""
+    try:
+        found = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {"training": found} if isinstance(found, dict) and "reward" in found else {}
+
+
+def nothing_learnt(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences about stages in which nothing seems to have been learnt, from the rows of a report."""
+    said = []
+    for row, later in zip(table, [*table[1:], {}]):
+        stage = f"Stage {row['stage']}"
+        if row.get("weights") is not None and row.get("weights") == later.get("weights"):
+            said.append(
+                f"{stage}: the policy is the same before and after training, weight by weight; check that the trainer "
+                "saves what it trained, and its learning rate."
+            )
+        training = row.get("training") or {}
+        equal = [share for share in training.get("equal_rewards", ()) if share is not None]
+        if equal and min(equal) > FLAT:
+            said.append(
+                f"{stage}: all responses had equal rewards for {min(equal):.0%} of the prompts or more, so there was "
+                "next to nothing to learn from; check the reward function, the temperature, and how hard the prompts are."
+            )
+        before, after = training.get("reward") or (None, None)
+        if (
+            before is not None
+            and after is not None
+            and after <= before
+            and training["steps"][0] < training["steps"][1]
+        ):
+            said.append(f"{stage}: the reward did not rise: {before:.4g} before, {after:.4g} after.")
+    return said

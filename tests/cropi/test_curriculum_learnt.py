@@ -1,0 +1,77 @@
+"""Whether a stage learnt anything, as the report of a curriculum says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.made_curriculum import config, curriculum, make_folder, report
+
+from cropi.curriculum.learnt import nothing_learnt, read_training
+from cropi.trainers.trl.history import training_summary
+
+
+def entry(step: int, reward: float | None, equal: float | None = 0.0) -> dict[str, float | int | None]:
+    return {"step": step, "reward": reward, "frac_reward_zero_std": equal, "loss": 0.1}
+
+
+def test_the_first_and_the_last_quarter_of_what_was_logged() -> None:
+    logged = [entry(i, i / 10, 1 - i / 10) for i in range(1, 9)] + [{"train_runtime": 3.0}, entry(9, None)]
+    found = training_summary(logged)
+    assert found is not None and found["steps"] == [1, 8]
+    assert found["reward"] == pytest.approx([0.15, 0.75]) and found["equal_rewards"] == pytest.approx(
+        [0.85, 0.25]
+    )
+    assert training_summary([]) is None and training_summary([entry(1, float("nan"))]) is None
+    assert training_summary([entry(4, 0.5, None)]) == {
+        "steps": [4, 4], "reward": [0.5, 0.5], "equal_rewards": [None, None]
+    }  # fmt: skip
+
+
+def row(stage: int, weights: str, reward: list[float], equal: list[float]) -> dict[str, object]:
+    return {
+        "stage": stage,
+        "weights": weights,
+        "training": {"steps": [1, 9], "reward": reward, "equal_rewards": equal},
+    }
+
+
+def test_what_is_said_of_stages_that_learnt_nothing() -> None:
+    assert nothing_learnt([row(0, "a", [0.1, 0.2], [0.5, 0.4]), row(1, "b", [0.2, 0.3], [0.5, 0.96])]) == []
+    said = nothing_learnt([row(0, "a", [0.2, 0.2], [0.0, 0.0]), row(1, "a", [0.2, 0.3], [0.97, 1.0])])
+    assert [text.split(":")[0] for text in said] == ["Stage 0", "Stage 0", "Stage 1"]
+    assert (
+        "weight by weight" in said[0]
+        and "did not rise: 0.2 before, 0.2 after" in said[1]
+        and "97%" in said[2]
+    )
+    assert nothing_learnt([{"stage": 0}]) == []
+
+
+def test_a_trainer_that_trains_nothing_is_named_in_the_report(tmp_path: Path) -> None:
+    made = make_folder(tmp_path)
+    assert curriculum(config(made, tmp_path / "run", trainer="cp {model}/* {out} # {selected}")) == 0
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "**Warning.** Stage 0: the policy is the same before and after training" in text
+    assert "training" not in report(tmp_path / "run")[0] and read_training(tmp_path) == {}
+
+
+def test_the_reward_of_trls_training_is_in_the_report(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    made = make_folder(tmp_path)
+    args = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "logging_steps": 1,
+        "max_completion_length": 4,
+    }
+    trl = {"reward": f"{__file__}:constant", "args": args}
+    assert curriculum(config(made, tmp_path / "run", trainer="trl", trl=trl, stages=1)) == 0
+    (found,) = report(tmp_path / "run")
+    assert found["training"] == {"steps": [1, 4], "reward": [1.0, 1.0], "equal_rewards": [1.0, 1.0]}
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "1 to 1 | 100% to 100%" in text and "equal rewards for 100% of the prompts" in text
+
+
+def constant(completions: list[str], **columns: object) -> list[float]:
+    return [1.0] * len(completions)
