@@ -36,7 +36,7 @@ def nothing_learnt(table: Sequence[Mapping[str, Any]]) -> list[str]:
         if equal and min(equal) > FLAT:
             said.append(
                 f"{stage}: all responses had equal rewards for {min(equal):.0%} of the prompts or more, so there was "
-                "next to nothing to learn from; check the reward function, the temperature, and how hard the prompts are."
+                "next to nothing to learn from; check the reward function, the temperature and the prompts."
             )
         before, after = training.get("reward") or (None, None)
         if (
