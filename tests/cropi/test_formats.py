@@ -20,7 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 from data.make_formats import HERE, long_form, records
-from support.made_data import make_model
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.cli import main
 from cropi.data import hub
@@ -305,3 +305,35 @@ def test_without_a_network_the_error_says_so(monkeypatch: pytest.MonkeyPatch) ->
     ) as caught:
         made("me/rollouts")
     assert "the network" in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+def test_a_run_on_tables_with_other_columns_selects_what_a_run_on_records_selects(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    columns = {"prompt": "q", "responses": "outs", "rewards": "score"}
+    for name, rows in (("train", make_records(12)), ("valid", make_records(6, seed=1))):
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+        other = [
+            {columns.get(k, k): v for k, v in row.items() if k != "id"} | {"at": {"id": row["id"]}}
+            for row in rows
+        ]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(other), tmp_path / f"{name}.parquet")
+    named = ",".join(f"{name}={column}" for name, column in columns.items()) + ",id=at.id"
+    for suffix, more in (("jsonl", []), ("parquet", ["--columns", named])):
+        files = ["--train", tmp_path / f"train.{suffix}", "--valid", tmp_path / f"valid.{suffix}"]
+        words = [
+            "run",
+            "--model",
+            tmp_path / "model",
+            *files,
+            "--out",
+            tmp_path / suffix,
+            "--dim",
+            512,
+            "--no-progress",
+        ]
+        assert main([str(word) for word in [*words, *more]]) == 0
+    assert (tmp_path / "jsonl/selected.jsonl").read_bytes() == (
+        tmp_path / "parquet/selected.jsonl"
+    ).read_bytes()

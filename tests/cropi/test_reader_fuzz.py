@@ -20,7 +20,7 @@ from cropi.errors import CropiError, RecordError
 
 pytestmark = pytest.mark.slow
 # 10,000 inputs for every change; CROPI_FUZZ=1000000 for a night.
-INPUTS = int(os.environ.get("CROPI_FUZZ", 2500))
+INPUTS = int(os.environ.get("CROPI_FUZZ", 2900))
 QUICK = settings(
     max_examples=INPUTS,
     deadline=None,

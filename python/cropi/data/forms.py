@@ -123,11 +123,15 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     ):
         near = next((key for key in keys if key in names and key != wanted), None)
         if not there and ("id" not in keys or near):
-            hint = f"did you mean --columns {wanted}={near}? " if near else ""
-            raise CropiError(
-                f"{where}: a row a response needs {wanted!r}, and has none; {hint}name the column with --columns "
-                f"{wanted}=NAME ({held})"
+            # One row a prompt holds lists, one row a response single values.
+            plural = f"{wanted}s" if near and isinstance(row[near], (list, tuple)) else wanted
+            needs = (
+                f"the key {plural!r} is missing"
+                if plural != wanted
+                else f"a row a response needs {wanted!r}, and has none"
             )
+            hint = f"did you mean --columns {plural}={near}? " if near else ""
+            raise CropiError(f"{where}: {needs}; {hint}name the column with --columns {plural}=NAME ({held})")
     return RECORD
 
 
