@@ -100,7 +100,7 @@ def test_columns_that_vary_between_the_responses_of_a_prompt_are_not_the_prompts
         ({"prompt": "p", "completion": "c"}, "a row a response needs 'reward', and has none"),
         ({"prompt": "p", "response": "c", "score": 1}, "did you mean --columns reward=score?"),
         ({"prompt": "p", "output": "c", "reward": 1}, "did you mean --columns response=output?"),
-        ({"q": "p", "outs": ["c"], "score": [1]}, "the key 'rewards' is missing; did you mean --columns rewards=score?"),
+        ({"q": "p", "outs": ["c"], "score": [1]}, "'rewards' is missing; did you mean --columns rewards=score?"),
         ({"id": 1, "prompt": "p", "respones": ["c"], "rewards": [1]}, "did you mean --columns responses=respones?"),
     ],
 )  # fmt: skip
