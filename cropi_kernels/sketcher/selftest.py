@@ -490,8 +490,8 @@ def _error(wrong: list[Part], remedy: str) -> SelfTestError:
         lines.append(f"  and {len(worst) - LISTED} more\n")
     example = next(iter(worst))[0]
     return SelfTestError(
-        "sketches are not those of the gradients that autograd formed on a few tokens (a module does not see every token "
-        "once and in order, or its weight is used in another way):\n"
+        "sketches are not those of the gradients that autograd formed on a few tokens (a module does not see every "
+        "token once and in order, or its weight is used in another way):\n"
         + "".join(lines)
         + (
             remedy

@@ -93,9 +93,8 @@ class Policy:
             "dtype": dtype or "float32", "device": device or "cpu", "eos": eos, "trust_remote_code": trust_remote_code
         }  # fmt: skip
         self.name = name or self._source or str(getattr(model, "name_or_path", "") or type(model).__name__)
-        self.identity = (
-            object()
-        )  # what was checked for this policy is remembered by it, which keeps no weights
+        # What was checked for this policy is remembered by it, which keeps no weights.
+        self.identity = object()
         self._memo: dict[Hashable, Any] = {}
         self._state: Hashable = None
 
