@@ -1,0 +1,242 @@
+"""Products with frozen weights by oneDNN, weights packed once in both directions, where torch's own are slow.
+
+``y = x W^T + b`` and ``dx = dy W`` of float32 ``nn.functional.linear`` on a CPU. torch multiplies by MKL, which reaches
+half of the machine's rate on some processors that are not Intel's; oneDNN, which torch carries too, packs a weight into
+its kernel's own order, and a weight that stays as it is for a whole scoring pass need be packed once.
+
+- ``"torch"``: nothing is changed.
+- ``"onednn"``: every such product of the model's own frozen weights, whatever it costs.
+- ``"auto"``: the shapes of which a measurement at the first pass says that they take 0.6 of torch's time or less. Where
+  oneDNN wins it takes less than half; where torch is near the machine's rate, 0.8 to 1. The margin keeps noise from
+  deciding, so that a job that goes on tomorrow computes the same bits.
+
+Results are within rounding of torch's, the same bits for every thread count. Left to torch are products of fewer than
+16 rows, whose bits would depend on the threads, and checkpointed layers. The packed copies take twice the memory of the
+weights that are used so (`PackedLinears.nbytes`) and are freed with the sketcher's ``with`` block.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+Linears = Literal["auto", "torch", "onednn"]
+VARIABLE = "CROPI_KERNELS_LINEARS"
+_GAIN = 0.6  # of torch's time, at most
+_TOKENS, _ROUNDS = 128, 5  # of the measurement
+_LEAST_ROWS = 16  # for fewer, oneDNN splits the sum between threads
+_LEAST_SIZE = 1 << 16  # of a weight that is measured: what smaller ones take is mostly the call
+_SAMPLE = 32  # numbers of a weight that tell whether it is still the one that was packed
+
+
+def checked(linears: str | None) -> Linears:
+    """The choice, or that of the environment where none was made.
+
+    Raises:
+        ValueError: it is none of the three.
+    """
+    chosen, said = (os.environ.get(VARIABLE) or "auto", VARIABLE) if linears is None else (linears, "linears")
+    if chosen not in get_args(Linears):
+        raise ValueError(f"{said}={chosen!r}: choose one of {', '.join(get_args(Linears))}")
+    return chosen  # type: ignore[return-value]
+
+
+def unsupported() -> str | None:
+    """Why this build of torch has no such products, or None."""
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch is without oneDNN"
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(
+        torch.ops.mkldnn, "_reorder_linear_weight"
+    ):
+        return f"torch {torch.__version__} has no packed linear layers"
+    return None
+
+
+def product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x W^T + b`` for a packed W."""
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of ``weight`` [out, in] in the order of oneDNN's kernel."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _TOKENS)
+    return packed
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, pair: _Pair, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.pair = pair
+        return product(x.contiguous(), pair.forward, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        return product(dy.contiguous(), ctx.pair.backward), None, None
+
+
+class _Pair:
+    """A weight, packed for both directions; ``backward`` when it is first asked for."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.state, self.forward = weight, _state(weight), pack(weight)
+
+    @functools.cached_property
+    def backward(self) -> torch.Tensor:
+        return pack(self.weight.detach().t())
+
+    def is_current(self) -> bool:
+        pointer, version, sample = _state(self.weight)
+        return (pointer, version) == self.state[:2] and torch.equal(sample, self.state[2])
+
+    @property
+    def nbytes(self) -> int:
+        copies = 2 if "backward" in self.__dict__ else 1
+        return copies * self.weight.numel() * self.weight.element_size()
+
+
+def _state(weight: torch.Tensor) -> tuple[int, int, torch.Tensor]:
+    # Optimizers raise the version; what writes through `.data` does not, and shows in the sample.
+    flat = weight.detach().view(-1)
+    return weight.data_ptr(), weight._version, flat[:: max(1, flat.numel() // _SAMPLE)].clone()
+
+
+class PackedLinears(TorchFunctionMode):
+    """While it is entered, ``linear`` of these parameters runs as `linears` says.
+
+    Args:
+        parameters: the model's; those that require a gradient, or are no dense float32 matrices on the CPU, are left.
+        linears: one of the three.
+
+    Raises:
+        RuntimeError: ``"onednn"`` was asked for by name, and torch has none; says why.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], linears: Linears = "auto") -> None:
+        super().__init__()
+        why = unsupported()
+        if linears == "onednn" and why is not None:
+            raise RuntimeError(f"linears='onednn' cannot be had: {why}; give linears='torch'")
+        self.linears: Linears = "torch" if why is not None else linears
+        self._own = {id(p): p for p in parameters} if self.linears != "torch" else {}
+        self._pairs: dict[int, _Pair] = {}
+        self._asked = False  # whether a product came by since the last `clear`
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed copies."""
+        return sum(pair.nbytes for pair in self._pairs.values())
+
+    def around(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+        """The context of a pass of ``model``: this, or nothing where no product would change.
+
+        Raises:
+            RuntimeError: ``"onednn"`` was asked for by name, and modules are compiled, whose products it does not see.
+        """
+        if not self._own or (self._asked and not self._pairs):
+            return nullcontext()
+        if not any(p.dtype == torch.float32 and p.device.type == "cpu" for p in self._own.values()):
+            return nullcontext()
+        if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
+            if self.linears == "onednn":
+                raise RuntimeError(
+                    "linears='onednn' does not see the products of compiled modules: give linears='torch', or the "
+                    "model as it was before torch.compile"
+                )
+            return nullcontext()
+        return self
+
+    def clear(self) -> None:
+        """Frees the packed copies."""
+        self._pairs.clear()
+        self._asked = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            x, weight, bias = _operands(*args, **kwargs)
+            self._asked = True
+            if (
+                id(weight) in self._own
+                and not _recomputed()
+                and _is_plain(x, weight, bias)
+                and self._gains(weight)
+            ):
+                return _Product.apply(x, self._pair(weight), bias)
+        return func(*args, **kwargs)
+
+    def _gains(self, weight: torch.Tensor) -> bool:
+        if self.linears == "onednn":
+            return True
+        rows, cols = weight.shape
+        return weight.numel() >= _LEAST_SIZE and _ratio(rows, cols, torch.get_num_threads()) <= _GAIN
+
+    def _pair(self, weight: torch.Tensor) -> _Pair:
+        pair = self._pairs.get(id(weight))
+        if pair is None or not pair.is_current():
+            pair = self._pairs[id(weight)] = _Pair(weight)
+        return pair
+
+
+def _operands(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return input, weight, bias
+
+
+def _recomputed() -> bool:
+    """Whether the layer is checkpointed: it runs again in the backward pass, where no mode of torch functions is on."""
+    return (
+        not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    )
+
+
+def _is_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the product is one of dense float32 numbers on the CPU with nothing but ``x`` to differentiate."""
+    for t in (x, weight) if bias is None else (x, weight, bias):
+        subclass = type(t) not in (torch.Tensor, torch.nn.Parameter)
+        if subclass or t.dtype != torch.float32 or t.device.type != "cpu" or t.layout != torch.strided:
+            return False
+    still = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    return (
+        still
+        and weight.ndim == 2
+        and x.numel() >= _LEAST_ROWS * weight.shape[1] > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@functools.cache
+def _ratio(rows: int, cols: int, threads: int) -> float:
+    """Time of the packed products over torch's, both directions, for weights [rows, cols]: the least of some rounds."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        weight = torch.randn(rows, cols, generator=generator)
+        x, dy = (torch.randn(_TOKENS, n, generator=generator) for n in (cols, rows))
+        there, back = pack(weight), pack(weight.t())
+        runs: tuple[Callable[[], Any], ...] = (
+            lambda: (product(x, there), product(dy, back)),
+            lambda: (x @ weight.t(), dy @ weight),
+        )
+        best = [float("inf"), float("inf")]
+        for _ in range(_ROUNDS):
+            for i, run in enumerate(runs):
+                start = time.perf_counter()
+                run()
+                best[i] = min(best[i], time.perf_counter() - start)
+    return best[0] / best[1]
