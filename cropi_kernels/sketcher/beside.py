@@ -48,9 +48,9 @@ def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[N
 
         return hook
 
-    def found(p: nn.Parameter) -> Callable[[torch.Tensor], None]:
-        def hook(gradient: torch.Tensor) -> None:
-            if not traced and bool(gradient.any()):
+    def found(p: nn.Parameter) -> Callable[[torch.Tensor | None], None]:
+        def hook(gradient: torch.Tensor | None) -> None:
+            if gradient is not None and not traced and bool(gradient.any()):
                 raise SelfTestError(
                     f"{names[id(p)]} has a gradient that did not pass through its module: this batch uses the weight "
                     f"itself, which no tap sees (or was compiled before the taps came). Call the module, leave the "

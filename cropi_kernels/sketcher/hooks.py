@@ -4,11 +4,12 @@ of a module's input, found, so that it is not kept twice."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Sink = Callable[..., None]
+T = TypeVar("T")
 REACH = 16  # nodes looked at: an RMSNorm's scale, cast and product are three, its statistics five more
 
 
@@ -30,6 +31,11 @@ class _Capture(torch.autograd.Function):
         return (dy, None) + (None,) * len(saved)
 
 
+def unless_none(hook: Callable[[torch.Tensor], T]) -> Callable[[torch.Tensor | None], T | None]:
+    """``hook`` for gradients that exist: a function may say None for no gradient at all, to which nothing is added."""
+    return lambda gradient: None if gradient is None else hook(gradient)
+
+
 def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
     """``y`` for the module's users, in a graph whose backward calls ``sink(dy, *saved)``. A no-op without a graph.
 
@@ -46,8 +52,7 @@ def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
     if y.is_leaf or packed() or torch.compiler.is_compiling() or y._is_view():
         out: torch.Tensor = _Capture.apply(y, sink, *saved)
         return out
-    # None is what a function says for no gradient at all (a gate that is cut off): a zero, to which nothing is added.
-    y.register_hook(lambda dy: None if dy is None else sink(dy, *saved))
+    y.register_hook(unless_none(lambda dy: sink(dy, *saved)))
     return y
 
 

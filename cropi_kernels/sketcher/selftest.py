@@ -30,6 +30,7 @@ from .accumulator import Accumulator
 from .attach import Attachment
 from .coverage import UncoveredParameterError
 from .exact import Exact
+from .hooks import unless_none
 from .segments import Segments
 from .taps import NormTap, Tap
 from .untouched import nothing_kept, thawed, untouched
@@ -243,7 +244,7 @@ class _Exact:
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
         # Hooks run in the order in which they were registered: ours see what those of the model's owner have made.
-        handles = [p.register_hook(self._taker(p, add)) for p, add in self.parts.formed.values()]
+        handles = [p.register_hook(unless_none(self._taker(p, add))) for p, add in self.parts.formed.values()]
         try:
             yield
         finally:
@@ -259,8 +260,7 @@ class _Exact:
             out = torch.zeros(1, self.dim, dtype=torch.float32, device=self.device)
             with torch.no_grad():
                 add(gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)), out)
-            took = projected(out)[0]
-            self.sums[group] = self.sums[group] + took if group in self.sums else took
+            self.sums[group] = self.sums.get(group, 0.0) + projected(out)[0]
             self.floor[group] = self.floor.get(group, 0.0) + smallest(gradient) * gradient.numel() ** 0.5
             self.unit[group] = max(self.unit.get(group, 0.0), unit_roundoff(gradient))
             return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps this: a gradient would stay

@@ -172,6 +172,53 @@ def test_weights_that_are_not_on_one_device_are_an_error() -> None:
         sketches(model)
 
 
+class Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+        return x * (score > 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+class Gated(nn.Module):
+    """The gate's own weights have no gradient at all: None, which autograd takes as zero."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.score = base, nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = Gate.apply(self.base(x), self.score(x))
+        return out
+
+
+def test_no_gradient_at_all_is_a_zero() -> None:
+    model, batch = make("llama"), padded()
+    torch.manual_seed(5)
+    model.model.layers[0].mlp = Gated(model.model.layers[0].mlp)
+    weights = weights_of(batch)
+    wide = copy.deepcopy(model).double()
+    named = {canonical_name(n): p for n, p in wide.named_parameters()}
+    logits = wide(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
+    terms = logits[batch.positions].log_softmax(-1).gather(1, batch.targets[:, None])[:, 0] * weights
+    found = torch.autograd.grad(terms.sum(), list(named.values()), allow_unused=True)
+    right = sketch_gradients(
+        wide, {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found)}, SPEC
+    )
+    got = sketches(model, batch).sum(0)
+    assert float((got - right).norm() / right.norm()) < 1e-5
+    with (
+        GradientSketcher(model, SPEC) as sketcher,
+        sketcher.batch(batch.segments, shape=batch.input_ids.shape) as out,
+    ):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
+        terms = logits[batch.positions].log_softmax(-1).gather(1, batch.targets[:, None])[:, 0] * weights
+        terms.sum().backward()
+    assert float((out.sketches.sum(0) - right).norm() / right.norm()) < 1e-5
+
+
 def test_merged_adapters_are_an_error_and_unmerged_ones_are_not() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
