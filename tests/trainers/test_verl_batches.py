@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from cropi.data.readers import read_trajectories
+from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.verl_batch import LOGPROBS, REWARDS, rollouts_of_proto, rollouts_of_table
+from cropi.trainers.verl.recording import record_step
 
 # A number of its own for every name: the sum over two tokens says which was taken.
 SCORES = {
@@ -58,3 +63,20 @@ def test_rows_that_only_pad_a_batch_are_left_out() -> None:
     tags = [{"is_padding": False}, {"is_padding": True}, {}, {"is_padding": True}]
     assert [rollout.id for rollout in rollouts_of_table(table, keys, tags, 1)] == ["0", "2"]
     assert [rollout.id for rollout in rollouts_of_table(table, keys[:3], tags[:1], 1)] == ["0", "1", "2"]
+
+
+def test_a_bad_rollout_does_not_end_the_training_that_records_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = columns(["rm_scores"], rows=4) | {"extra_info": [{"index": i // 2} for i in range(4)]}
+    table["rm_scores"][1] = float("nan")
+    path = tmp_path / "7.jsonl"
+
+    def read(left: Left) -> Iterator[Any]:
+        return rollouts_of_table(table, ["a_0_0", "a_1_0", "b_0_0", "b_1_0"], [{}] * 4, 7, left=left)
+
+    assert record_step(path, read) == 2
+    assert [group.size for group in read_trajectories(path)] == [1, 2]
+    assert "1 rollouts are left out; the first" in caplog.text and "rm_scores[0]" in caplog.text
+    table["rm_scores"][:] = float("nan")
+    assert record_step(tmp_path / "8.jsonl", read) == 0 and not (tmp_path / "8.jsonl").exists()

@@ -17,9 +17,9 @@ from typing import Any
 
 from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
-from cropi.trainers.dumps.rollout import group_rollouts, write_groups
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
 from cropi.trainers.verl.order import SelectionOrder
+from cropi.trainers.verl.recording import record_step
 from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need
 
@@ -62,8 +62,10 @@ class CropiSampler(SelectionOrder, AbstractCurriculumSampler):
         """After a step: record its rollouts, and take up a new selection if there is one."""
         self.steps = int(batch.meta_info.get("global_steps", self.steps + 1))
         if self.record is not None:
-            groups = group_rollouts(rollouts_of_proto(batch, self.steps, id_key=self.id_key))
-            write_groups(self.record / f"{self.steps}.jsonl", groups)
+            record_step(
+                self.record / f"{self.steps}.jsonl",
+                lambda left: rollouts_of_proto(batch, self.steps, id_key=self.id_key, left=left),
+            )
         self.refresh()
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from typing import Any
 
 from cropi.commands import fill, run_command
 from cropi.data.prompt_ids import PromptIds
-from cropi.trainers.dumps.rollout import group_rollouts, write_groups
 from cropi.trainers.dumps.verl_batch import LOGPROBS, rollouts_of_table
 from cropi.trainers.verl.options import check_options
 from cropi.trainers.verl.order import SelectionOrder
+from cropi.trainers.verl.recording import record_step
 from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need
 
@@ -119,8 +119,10 @@ class CropiTrainerSync(PPOTrainerSync):
         table = transfer_queue.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
         )
-        rollouts = rollouts_of_table(
-            table, batch.keys, batch.tags, self.global_steps, id_key=id_key, temperature=rollout.temperature
-        )
-        path = Path(self.cropi_options["record"]) / f"{self.global_steps}.jsonl"
-        write_groups(path, group_rollouts(rollouts))
+        record_step(
+            Path(self.cropi_options["record"]) / f"{self.global_steps}.jsonl",
+            lambda left: rollouts_of_table(
+                table, batch.keys, batch.tags, self.global_steps, id_key=id_key,
+                temperature=rollout.temperature, left=left,
+            ),
+        )  # fmt: skip
