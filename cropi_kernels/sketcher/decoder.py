@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import sharded
 from .measure import measure_head
 from .precision import own_precision, unwrapped
 
@@ -31,11 +32,18 @@ class SplitModel:
     head: nn.Linear
     scale: float
     softcap: float | None
+    model: nn.Module
 
     def hidden(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        out = self.decoder(input_ids=input_ids, use_cache=False, **kwargs)
-        hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
-        return hidden
+        def run() -> torch.Tensor:
+            out = self.decoder(input_ids=input_ids, use_cache=False, **kwargs)
+            return out[0] if isinstance(out, tuple) else out.last_hidden_state
+
+        return sharded.through(sharded.root_around(self.model, self.decoder), run)
+
+    def whole_head(self) -> contextlib.AbstractContextManager[None]:
+        """The head's weights as the pass uses them: of a sharded model they are whole inside alone."""
+        return sharded.whole(self.model, self.head)
 
     def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states in the head's dtype: a float32 head on a bfloat16 decoder is given them in float32."""
@@ -61,7 +69,7 @@ def split_model(model: nn.Module) -> SplitModel:
     model = unwrapped(model)
     _check_place(model)
     split = split_parts(model)
-    ids = few_tokens(split.head)
+    ids = few_tokens(split)
     with own_precision(model), evaluating(model), torch.no_grad():  # dropout would make two forwards differ
         # Of the whole: PEFT may put tokens or keys of its own in front.
         try:
@@ -111,7 +119,7 @@ def split_parts(model: nn.Module) -> SplitModel:
     if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is inner:
         found = "" if head is None else f" (its head: {type(head).__module__}.{type(head).__name__})"
         raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head{found}: {REMEDY}")
-    return SplitModel(decoder, head, 1.0, None)
+    return SplitModel(decoder, head, 1.0, None, unwrapped(model))
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -137,9 +145,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def few_tokens(head: nn.Linear) -> torch.Tensor:
+def few_tokens(split: SplitModel) -> torch.Tensor:
     """Ids [1, 4] to try the model on."""
-    return torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+    return torch.arange(4, device=sharded.device_of(split.model))[None] % split.head.weight.shape[0]
 
 
 def _check_place(model: nn.Module) -> None:

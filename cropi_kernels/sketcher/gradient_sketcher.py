@@ -16,6 +16,7 @@ from .. import _memory, frozen
 from ..frozen import Linears, PackedLinears
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
+from . import sharded
 from .accumulator import Accumulator
 from .attach import UNCOVERED, plan_model, refused_modules
 from .beside import check_heard, watch_weights
@@ -86,7 +87,13 @@ class GradientSketcher:
                 raise ValueError(f"{name} is of type {type(value).__name__}: give a {wanted.__name__}")
         self.model, self.spec = unwrapped(model), spec
         check_adapters(self.model)
-        self._linears = PackedLinears(self.model.parameters(), frozen.checked(linears))
+        sharded.check_parallel(self.model)
+        if sharded.units(self.model) and linears == "onednn":
+            raise ValueError(
+                "linears='onednn' packs whole weights, and this model's are sharded: give linears='torch'"
+            )
+        chosen = "torch" if sharded.units(self.model) else linears
+        self._linears = PackedLinears(self.model.parameters(), frozen.checked(chosen))
         self._acc = Accumulator(spec)
         self._exclude = exclude
         self._plan = plan_model(self.model, spec, self._acc, exclude)
@@ -94,7 +101,8 @@ class GradientSketcher:
         self._thawed: list[nn.Parameter] = []
         self._split: SplitModel | None = None
         self._embeddings: nn.Module | None = None
-        self._verify = verify
+        # It asks autograd for weight gradients, which of a sharded model are shards.
+        self._verify = verify and not sharded.units(self.model)
         self._shape: object = None  # of the model's code, when it was tested
         self._batch_tested = False
         self._heard: dict[str, frozenset[str]] = {}  # the taps that a method's self-test heard
@@ -125,6 +133,7 @@ class GradientSketcher:
             self.self_test = self.probe = None
         # The model's own code runs before anything is changed: where it fails, `__exit__` is not called.
         embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
+        sharded.reshard(self.model)
         # Everything is frozen, excluded parameters too: their gradients would cost memory and nobody reads them.
         self._thawed = [p for p in self.model.parameters() if p.requires_grad]
         for p in self._thawed:
@@ -150,6 +159,7 @@ class GradientSketcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._unhook()
+        sharded.reshard(self.model)
         for p in self._thawed:
             p.requires_grad_(True)
         self._thawed, self._embeddings = [], None
@@ -208,6 +218,9 @@ class GradientSketcher:
             try:
                 yield result
                 sketches = self._acc.end()
+            except BaseException:
+                sharded.start_over(self.model)
+                raise
             finally:
                 self._acc.close()
         if self._verify:
@@ -297,9 +310,10 @@ class GradientSketcher:
                 start = mark()
                 with torch.enable_grad():
                     hidden = split.hidden(input_ids, **kwargs)
-                logprobs, grad, used, scales = head_pass(
-                    split, self._plan, self._acc, hidden, positions, targets, weigh, temperature, scored
-                )
+                with split.whole_head():
+                    logprobs, grad, used, scales = head_pass(
+                        split, self._plan, self._acc, hidden, positions, targets, weigh, temperature, scored
+                    )
                 middle = mark()
                 hidden.backward(grad)
                 scales.restore(self._acc.out)
@@ -307,6 +321,9 @@ class GradientSketcher:
                 self._acc.out[failed_segments(logprobs, used, scored)] = float("nan")
                 self._check_heard("policy_gradient", where)
                 clock, sketches = self._acc.clock, self._acc.end()
+            except BaseException:
+                sharded.start_over(self.model)
+                raise
             finally:
                 self._acc.close()
         seconds = {
@@ -394,7 +411,7 @@ class GradientSketcher:
 
     def _begin(self, segments: Segments) -> None:
         self._no_batch()
-        self._acc.begin(segments, next(self.model.parameters()).device)
+        self._acc.begin(segments, sharded.device_of(self.model))
 
 
 class BatchSketch:

@@ -58,13 +58,14 @@ def token_logprobs(
     kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
     with own_precision(model):
         hidden = split.hidden(input_ids, **kwargs)
-    result = linear_logprob(
-        split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions]),
-        split.head.weight,
-        targets,
-        bias=split.head.bias,
-        **split.of_products(temperature),
-    )
+    with split.whole_head():
+        result = linear_logprob(
+            split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions]),
+            split.head.weight,
+            targets,
+            bias=split.head.bias,
+            **split.of_products(temperature),
+        )
     assert isinstance(result, torch.Tensor)
     return result
 
@@ -77,4 +78,4 @@ def _split(model: nn.Module) -> SplitModel:
     if known is None or known[:2] != parts:
         split = split_model(model)
         known = _MEASURED[model] = *parts, split.scale, split.softcap
-    return SplitModel(named.decoder, named.head, known[2], known[3])
+    return SplitModel(named.decoder, named.head, known[2], known[3], model)

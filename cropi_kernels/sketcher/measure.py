@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import sharded
+
 SMALL, LARGE = 0.05, 1500.0  # largest logits to try: far below every cap, and far above
 
 
@@ -32,7 +34,8 @@ def measure_head(
         if factor != 1.0 and not seen:
             return None  # the model does not call its decoder as a module
         # By the weights, as the fused pass has it: a head's own forward may do more.
-        z = nn.functional.linear(h.to(head.weight.dtype), head.weight, head.bias)
+        with sharded.whole(model, head):
+            z = nn.functional.linear(h.to(head.weight.dtype), head.weight, head.bias)
         return z.float(), out.float()
 
     first = logits(1.0)

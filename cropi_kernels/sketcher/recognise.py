@@ -134,8 +134,8 @@ def embedding_scale(module: nn.Embedding) -> float | None:
     row = row.repeat(-(-weight.shape[1] // 4))[: weight.shape[1]]
     ids = torch.arange(min(2, weight.shape[0]), device=weight.device)  # two rows: one may be the padding
     try:  # on a weight of our own, expanded and so without memory: the model's may be zero where we look
-        got = _call(module, {"weight": row.expand_as(weight)}, ids)
-        scale = _call(module, {"weight": torch.ones_like(row).expand_as(weight)}, ids)
+        got = _call(module, {"weight": row.expand(weight.shape)}, ids)
+        scale = _call(module, {"weight": torch.ones_like(row).expand(weight.shape)}, ids)
     except Exception:  # not a function of ids alone: OPT's positions raise an IndexError
         return None
     if not isinstance(got, torch.Tensor) or got.shape != (len(ids), len(row)):

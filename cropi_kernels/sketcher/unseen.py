@@ -16,6 +16,7 @@ from torch import nn
 from .accumulator import Accumulator
 from .decoder import SplitModel, evaluating, few_tokens
 from .segments import Segments
+from .sharded import device_of
 from .taps import Tap, count_tensors
 
 ROWS = 3  # of the trial
@@ -46,7 +47,7 @@ def _bypassed(split: SplitModel, modules: Collection[nn.Module]) -> list[nn.Modu
         for _, p in parameters:
             p.requires_grad_(True)
         with evaluating(split.decoder), torch.enable_grad():
-            hidden = split.hidden(few_tokens(split.head))
+            hidden = split.hidden(few_tokens(split))
         if not hidden.requires_grad:
             return []
         grads = torch.autograd.grad(hidden.sum(), [p for _, p in parameters], allow_unused=True)
@@ -64,7 +65,7 @@ def _tried(split: SplitModel, acc: Accumulator) -> dict[str, str]:
     """
     sizes = {n for p in split.decoder.parameters() for n in p.shape}
     length = next((n for n in (7, 11, 13, 17, 19) if not sizes & {n, ROWS * n}), 7)
-    device = split.head.weight.device
+    device = device_of(split.model)
     ids = torch.arange(ROWS * length, device=device).view(ROWS, length) % split.head.weight.shape[0]
     acc.begin(Segments.of(torch.tensor([0, 0, 1], device="cpu"), ROWS, length, 2), device)
     acc.refusals = {}

@@ -1,0 +1,151 @@
+"""Models whose weights are spread over ranks: what FSDP2 needs of a pass that calls the decoder and the head apart, and
+which other ways are refused.
+
+FSDP2 (``fully_shard``) gathers a unit's weights when the unit is called, and hooks its outputs to gather them again in
+backward. The pass calls the decoder, whose embeddings may belong to the model around it: so it goes by a method of that
+model, registered as one of its forwards. The head is used by its weight, which is gathered meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+_METHOD = "_cropi_pass"
+_OTHER_AXES = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "sp": "sequence"}
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 shards the module as a unit."""
+    return hasattr(module, "set_reshard_after_forward") and hasattr(module, "unshard")
+
+
+def units(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if is_unit(module)]
+
+
+def is_spread(p: torch.Tensor) -> bool:
+    return hasattr(p, "device_mesh") and hasattr(p, "placements")
+
+
+def check_parallel(model: nn.Module) -> None:
+    """Refuse the ways of spreading a model that a pass cannot follow.
+
+    Raises:
+        ValueError: FSDP1, DeepSpeed ZeRO-3, tensor, pipeline, context or expert parallel; names the supported way.
+    """
+    remedy = (
+        "shard the model by torch.distributed.fsdp.fully_shard (FSDP2), or give every rank the whole model"
+    )
+    inside = {type(m).__name__ for m in model.modules()}
+    if "FullyShardedDataParallel" in inside:
+        raise ValueError(f"{type(model).__name__} is wrapped by FullyShardedDataParallel (FSDP1): {remedy}")
+    if "DeepSpeedEngine" in inside or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(f"{type(model).__name__} is sharded by DeepSpeed (ZeRO-3): {remedy}")
+    inside_units = {id(p) for unit in units(model) for p in unit.parameters()}
+    for name, p in model.named_parameters():
+        if not is_spread(p):
+            continue
+        mesh: Any = p.device_mesh  # type: ignore[attr-defined]
+        axes = [kind for axis, kind in _OTHER_AXES.items() if axis in (mesh.mesh_dim_names or ())]
+        shards = sum(placement.is_shard() for placement in p.placements)  # type: ignore[attr-defined]
+        if axes or id(p) not in inside_units or shards > 1:
+            kind = axes[0] if axes else "tensor"
+            raise ValueError(
+                f"{name} is spread over ranks by {kind} parallel (mesh {mesh.mesh_dim_names}, {p.placements}): "  # type: ignore[attr-defined]
+                f"only FSDP2's data-parallel sharding is followed; {remedy}"
+            )
+
+    _check_ties(model)
+
+
+def _check_ties(model: Any) -> None:
+    """A tied weight that is in one unit and not in another is two weights from then on."""
+    if not units(model) or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    weights = [getattr(end, "weight", None) for end in ends]
+    if None not in ends and weights[0] is not weights[1]:
+        raise ValueError(
+            f"the embeddings and the head of {type(model).__name__} are tied by its configuration, but fully_shard has "
+            "taken them apart: shard the whole model as one unit around its layers, fully_shard(model)"
+        )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: with offloaded shards that is not where its parameters lie."""
+    p = next(model.parameters())
+    if not is_spread(p):
+        return p.device
+    kind = p.device_mesh.device_type  # type: ignore[attr-defined]
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the sharded parameters in their places: they are what is frozen and thawed, and copied to the whole ones."""
+    for unit in units(model):
+        unit.reshard()
+
+
+def through(root: Any, run: Callable[[], T]) -> T:
+    """``run()`` as a forward of ``root``: its own weights are whole meanwhile, and again in backward.
+
+    None: nothing to go through.
+    """
+    if root is None:
+        return run()
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    setattr(root, _METHOD, MethodType(lambda self: run(), root))
+    try:
+        register_fsdp_forward_method(root, _METHOD)
+        return getattr(root, _METHOD)()
+    finally:
+        delattr(root, _METHOD)
+
+
+def root_around(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
+    """The outermost unit with ``decoder`` inside; None where there is none: the decoder then sees to itself."""
+    around = [
+        unit for unit in units(model) if unit is not decoder and any(m is decoder for m in unit.modules())
+    ]
+    return around[0] if around else None
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """The module's own weights are whole inside, though it is not called."""
+    if not any(is_spread(p) for p in module.parameters(recurse=False)):
+        yield
+        return
+    owner: Any = next(u for u in reversed(units(model)) if any(m is module for m in _of_unit(u)))
+    owner.unshard()
+    try:
+        yield
+    finally:
+        owner.reshard()
+
+
+def _of_unit(unit: Any) -> list[nn.Module]:
+    """Modules whose parameters the unit gathers: several where units were made of a list of modules."""
+    group = unit._get_fsdp_state()._fsdp_param_group
+    own = [] if group is None else [p._module_info.module for p in group.fsdp_params]
+    return [*own, *unit.modules()]
+
+
+def start_over(model: nn.Module) -> None:
+    """After a pass that failed between its forward and the end of its backward."""
+    found = units(model)
+    if found:
+        root: Any = found[0]
+        try:
+            root.reset_iter_state()
+        except (AttributeError, RuntimeError):  # an older torch; or a root that never ran
+            pass
+        reshard(model)

@@ -1,0 +1,126 @@
+"""FSDP2 on two gloo ranks: the sketches of the unsharded model, in the same bits; other shardings are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import zoo
+from torch import nn
+
+from cropi_kernels import GradientSketcher, SketchSpec
+
+WORKER = Path(__file__).parents[1] / "support" / "fsdp_ranks.py"
+EXACT = (
+    "llama:layers_and_root", "llama:root_resharded", "llama:head_alone", "llama:norm_and_head", "llama:decoder_alone",
+    "llama:offloaded", "llama-tied:layers_and_root", "gemma2:layers_and_root", "qwen3_moe:layers_and_root",
+)  # fmt: skip
+
+
+def on_two_ranks(case: str) -> list[dict[str, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(WORKER), case],
+            env=dict(common, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        done = [rank.communicate(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), done[0][1][-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in done]
+
+
+def left_as_it_was(found: dict[str, Any]) -> bool:
+    """No weight gradient, so no gradient communication; all weights trainable again; nothing held whole."""
+    return not found["weight gradients"] and not found["frozen"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXACT)
+def test_sketches_of_the_unsharded_model(case: str) -> None:
+    """Each rank on prompts of its own: three passes, one that fails in the middle, two of `batch`, again a pass."""
+    for found in on_two_ranks(case):
+        assert found["bits"] and found["logp"] == 0.0 and left_as_it_was(found), found
+        if "decoder_alone" not in case:  # whose head is no part of any unit
+            assert found["held"] == 0.0, "weights were whole between passes"
+
+
+@pytest.mark.slow
+def test_mixed_precision_costs_what_bfloat16_costs() -> None:
+    for found in on_two_ranks("llama:mixed"):
+        assert 0 < max(found["errors"]) <= 2 * found["bfloat16"] < 0.1 and left_as_it_was(found), found
+
+
+# ------------------------------------------------------------------------------------------- refused in words
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GradientSketcher(model, SketchSpec())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_tensor_parallel_is_refused(one_rank: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model, mesh = zoo.make("llama"), init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+    parallelize_module(model, mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
+    refused(model, r"mlp.up_proj.weight is spread over ranks by tensor parallel .* only FSDP2's")
+
+
+@pytest.mark.parametrize("axis, kind", [("pp", "pipeline"), ("cp", "context"), ("ep", "expert")])
+def test_other_meshes_are_refused(axis: str, kind: str, one_rank: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    model, mesh = zoo.make("llama"), init_device_mesh("cpu", (1,), mesh_dim_names=(axis,))
+    norm = model.model.norm  # type: ignore[union-attr]
+    norm.weight = nn.Parameter(distribute_tensor(norm.weight.detach(), mesh, [Replicate()]))
+    refused(model, f"model.norm.weight is spread over ranks by {kind} parallel")
+
+
+def test_fsdp1_is_refused(one_rank: None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(zoo.make("llama"), device_id=torch.device("cpu"), use_orig_params=True)
+    refused(
+        model, "wrapped by FullyShardedDataParallel .FSDP1.: shard the model by torch.distributed.fsdp.fully"
+    )
+
+
+def test_deepspeed_is_refused() -> None:
+    model = zoo.make("llama")
+    next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
+    refused(model, "sharded by DeepSpeed .ZeRO-3.: shard the model by")
+
+
+def test_a_tied_weight_that_was_taken_apart_is_refused(one_rank: None) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = zoo.make("llama-tied")
+    fully_shard(model.model)  # type: ignore[arg-type]
+    refused(model, "tied by its configuration, but fully_shard has taken them apart: shard the whole model")

@@ -1,0 +1,162 @@
+"""One rank of a job on a sharded model: `tests/sketcher/test_sharded.py` starts two. Prints what it found, as JSON.
+
+python tests/support/fsdp_ranks.py CASE       with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
+from support import moe, zoo
+
+SPEC = SketchSpec(width=16, vocab_width=64)
+
+
+def layers_and_root(model: Any, **options: Any) -> None:
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+
+
+def root_resharded(model: Any) -> None:
+    layers_and_root(model, reshard_after_forward=True)
+
+
+def head_alone(model: Any) -> None:
+    fully_shard(model.lm_head)
+    layers_and_root(model)
+
+
+def norm_and_head(model: Any) -> None:
+    """As transformers' own plan groups them."""
+    fully_shard(model.model.embed_tokens)
+    fully_shard([model.model.norm, model.lm_head])
+    layers_and_root(model)
+
+
+def decoder_alone(model: Any) -> None:
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.model)
+
+
+def offloaded(model: Any) -> None:
+    layers_and_root(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def mixed(model: Any) -> None:
+    layers_and_root(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+
+WAYS = {
+    f.__name__: f
+    for f in (
+        layers_and_root, root_resharded, head_alone, norm_and_head, decoder_alone, offloaded, mixed,
+    )
+}  # fmt: skip
+MODELS = {"llama": lambda: zoo.make("llama"), "llama-tied": lambda: zoo.make("llama-tied"),
+          "gemma2": lambda: zoo.make("gemma2"), "qwen3_moe": lambda: moe.small("qwen3_moe")}  # fmt: skip
+
+
+def batch_for(rank: int) -> zoo.Batch:
+    """Every rank has prompts of its own: sketches need no communication."""
+    return (zoo.padded, zoo.packed)[rank]()
+
+
+def through_batch(sketcher: GradientSketcher, model: nn.Module, batch: zoo.Batch) -> torch.Tensor:
+    with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as result:  # type: ignore[arg-type]
+        mask = batch.attention_mask
+        logits = model(
+            batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        ).logits.flatten(0, 1)
+        logp = torch.log_softmax(logits[batch.positions].float(), -1).gather(1, batch.targets[:, None])[:, 0]
+        (logp * zoo.weights_of(batch)).sum().backward()
+    return result.sketches
+
+
+def gathered(model: nn.Module) -> int:
+    """Numbers of parameters that this rank holds whole though they should be sharded."""
+    return sum(p.numel() for p in model.parameters() if not hasattr(p, "placements"))
+
+
+def off(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float(((x - y).norm(dim=1) / y.norm(dim=1)).max())
+
+
+def bfloat16_sketches(model: nn.Module, batch: zoo.Batch) -> torch.Tensor:
+    with GradientSketcher(model.to(torch.bfloat16), SPEC) as sketcher:
+        return batch.sketch(sketcher).sketches
+
+
+def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
+    plain, model, batch = MODELS[model_name](), MODELS[model_name](), batch_for(rank)
+    checkpointed = model_name == "llama-tied"
+    for m in (plain, model):
+        if checkpointed:
+            m.train().gradient_checkpointing_enable({"use_reentrant": False})
+    whole = gathered(model)
+    with GradientSketcher(plain, SPEC) as sketcher:
+        want = batch.sketch(sketcher).sketches
+        want_batch = through_batch(sketcher, plain, batch)
+    half = off(bfloat16_sketches(plain, batch), want) if way == "mixed" else 0.0
+    WAYS[way](model)
+    results, held = [], []
+    with GradientSketcher(model, SPEC) as sketcher:
+        for _ in range(3):
+            results.append(batch.sketch(sketcher).sketches)
+            held.append(gathered(model))
+        try:
+            batch.sketch(sketcher, weigh=lambda logp, a, b: 1 / 0)
+        except ZeroDivisionError:
+            pass
+        results.append(batch.sketch(sketcher).sketches)
+        of_batch = through_batch(sketcher, model, batch)
+        try:
+            with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)):  # type: ignore[arg-type]
+                model(batch.input_ids, use_cache=False)
+                raise KeyError
+        except KeyError:
+            pass
+        results.append(batch.sketch(sketcher).sketches)
+    arguments = dict(positions=batch.positions, targets=batch.targets, attention_mask=batch.attention_mask)
+    logp, own = (
+        token_logprobs(m, batch.input_ids, position_ids=batch.position_ids, **arguments)
+        for m in (model, plain)
+    )
+    grads = [n for n, p in model.named_parameters() if p.grad is not None]
+
+    return {
+        "bfloat16": half,
+        "errors": [off(x, want) for x in results],
+        "batch": off(of_batch, want_batch),
+        "bits": all(torch.equal(x, want) for x in results) and torch.equal(of_batch, want_batch),
+        "logp": float((logp - own).abs().max()),
+        "held": max(held) / whole,
+        "weight gradients": grads,
+        "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        model, way = sys.argv[1].split(":")
+        print(json.dumps(run(model, way, dist.get_rank())), flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
