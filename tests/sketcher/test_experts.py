@@ -260,7 +260,7 @@ def test_comparison_kinds_do_not_sketch_experts() -> None:
 
 def test_experts_of_other_ranks_are_named() -> None:
     model = qwen()
-    with GradientSketcher(model, SPEC) as sketcher:
+    with GradientSketcher(model, SPEC, verify=False) as sketcher:
         sketcher.check_model()
         experts_of(model).forward(torch.zeros(1, 32), torch.tensor([[0, 5]]), torch.ones(1, 2))
         with sketcher.batch(torch.zeros(1, dtype=torch.int64), shape=(1, 1)):
