@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from cropi_kernels import _native
-from cropi_kernels.ops.linear_logprob import chunks, linear_logprob, logprob_and_grad, reference
+from cropi_kernels.ops.linear_logprob import chunks, linear_logprob, logprob_and_grad, oracle
 
 CHECKED = 24  # tokens compared with float64
 Result = tuple[torch.Tensor, "torch.Tensor | None"]  # log-probs (or their sum), gradient to hidden
@@ -46,8 +46,8 @@ class Problem:
         self.targets = torch.randint(0, vocab, (tokens,), generator=generator)
         self.weights = torch.randn(tokens, generator=generator)
         few = (self.hidden[:CHECKED], self.head, self.targets[:CHECKED])
-        self.logp = reference.linear_logprob(*few).logp
-        self.grad = reference.gradients(self.weights[:CHECKED], *few)[1]
+        self.logp = oracle.linear_logprob(*few).logp
+        self.grad = oracle.gradients(self.weights[:CHECKED], *few)[1]
 
     def gemm(self, products: int) -> Result:
         """The floor: the same products by torch.mm in the same dtype, nothing between them."""

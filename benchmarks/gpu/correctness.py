@@ -26,7 +26,7 @@ from cropi_kernels import (
     sketch_linear,
     sketch_vector,
 )
-from cropi_kernels.ops.linear_logprob import reference as logprob_reference
+from cropi_kernels.ops.linear_logprob import oracle
 from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
 from cropi_kernels.ops.norm_grad.reference import segment_sums
 from cropi_kernels.ops.sketch_rows.reference import sketch_rows
@@ -136,8 +136,8 @@ def log_probs(vocab: int, dtype: torch.dtype, softcap: float | None) -> dict[str
     head = (torch.randn(vocab, 256, generator=g) / 6).to(dtype)
     target, weight = torch.randint(0, vocab, (SCORED,), generator=g), torch.randn(SCORED, generator=g)
     target[3] = -100
-    right = logprob_reference.linear_logprob(hidden, head, target, softcap=softcap)
-    _, gradient = logprob_reference.gradients(weight.double(), hidden, head, target, softcap=softcap)
+    right = oracle.linear_logprob(hidden, head, target, softcap=softcap)
+    _, gradient = oracle.gradients(weight.double(), hidden, head, target, softcap=softcap)
     args, chunk = (hidden.cuda(), head.cuda(), target.cuda()), SCORED // 2 - 1
     runs = [
         logprob_and_grad(*args, lambda _, a, b: weight[a:b].cuda(), softcap=softcap, chunk_size=chunk)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cropi_kernels.ops.linear_logprob import chunks, linear_logprob, logprob_and_grad, ops, plain, reference
+from cropi_kernels.ops.linear_logprob import chunks, linear_logprob, logprob_and_grad, ops, oracle, reference
 
 EPS = 2.0**-24
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -65,8 +65,8 @@ def test_matches_float64(vocab: int, n: int, backend: str) -> None:
     if n > 1:
         targets[1] = -100
         grad[0] = 0.0
-    want = reference.linear_logprob(hidden, head, targets)
-    dlogits, dhidden = reference.gradients(grad, hidden, head, targets)
+    want = oracle.linear_logprob(hidden, head, targets)
+    dlogits, dhidden = oracle.gradients(grad, hidden, head, targets)
     bound = logit_bound(hidden, head) if n else torch.zeros(0)
     # d of softmax rows: an error b in every logit moves g (onehot - p) by at most 2 b |g| in the 1-norm.
     slack = (2 * bound + 300 * EPS) * grad.abs()
@@ -94,10 +94,10 @@ def test_temperature_softcap_bias_twice_torchs_error(
     hidden, head, targets, grad = problem(65, 48, 1003)
     bias = torch.randn(1003) if with_bias else None
     leaf = hidden.clone().requires_grad_()
-    plain = reference.linear_logprob(leaf, head, targets, bias=bias, dtype=torch.float32, **kwargs)
+    plain = oracle.linear_logprob(leaf, head, targets, bias=bias, dtype=torch.float32, **kwargs)
     plain.logp.backward(grad)
-    want = reference.linear_logprob(hidden, head, targets, bias=bias, **kwargs)
-    _, dhidden = reference.gradients(grad, hidden, head, targets, bias=bias, **kwargs)
+    want = oracle.linear_logprob(hidden, head, targets, bias=bias, **kwargs)
+    _, dhidden = oracle.gradients(grad, hidden, head, targets, bias=bias, **kwargs)
     for logp, got in both(hidden, head, targets, grad, bias=bias, backend=backend, **kwargs):
         assert (logp - want.logp).abs().max() <= 2 * (plain.logp - want.logp).abs().max() + EPS
         assert (got - dhidden).abs().max() <= 2 * (leaf.grad - dhidden).abs().max() + EPS
@@ -108,12 +108,12 @@ def test_reference_formula_is_autograds() -> None:
     targets[3] = -100
     for kwargs in ({}, {"temperature": 0.5, "softcap": 2.0}):
         leaf = hidden.clone().requires_grad_()
-        reference.linear_logprob(leaf, head, targets, **kwargs).logp.backward(grad)
-        torch.testing.assert_close(leaf.grad, reference.gradients(grad, hidden, head, targets, **kwargs)[1])
+        oracle.linear_logprob(leaf, head, targets, **kwargs).logp.backward(grad)
+        torch.testing.assert_close(leaf.grad, oracle.gradients(grad, hidden, head, targets, **kwargs)[1])
         z = F.linear(hidden, head)
         z = (2.0 * torch.tanh(z / 2.0) / 0.5) if kwargs else z
         plain = -F.cross_entropy(z, targets, reduction="none", ignore_index=-100)
-        torch.testing.assert_close(reference.linear_logprob(hidden, head, targets, **kwargs).logp, plain)
+        torch.testing.assert_close(oracle.linear_logprob(hidden, head, targets, **kwargs).logp, plain)
 
 
 def test_float64_passes_gradcheck() -> None:
@@ -135,8 +135,8 @@ def test_confident_target(missing: float, backend: str) -> None:
     z.scatter_(1, targets[:, None], -float(torch.tensor(missing / 1002).log()))
     hidden, head = exact_logits(z)
     grad = torch.tensor([1.0, -3.0, 0.5, 2.0])
-    want = reference.linear_logprob(hidden, head, targets)
-    dlogits, _ = reference.gradients(grad, hidden, head, targets)
+    want = oracle.linear_logprob(hidden, head, targets)
+    dlogits, _ = oracle.gradients(grad, hidden, head, targets)
     seen = torch.zeros(4, 1003)
 
     def keep(start: int, stop: int, dz: torch.Tensor) -> None:
@@ -172,7 +172,7 @@ def test_gradient_belongs_to_its_token(backend: str) -> None:
     for got in (d for _, d in both(hidden, head, targets, one_hot, backend=backend, chunk_size=16)):
         assert (got[one_hot == 0] == 0).all()
         # alone in its chunk, the token meets another kernel of the GEMM: other roundings, the same sums
-        dlogits, _ = reference.gradients(one_hot[40:41], hidden[40:41], head, targets[40:41])
+        dlogits, _ = oracle.gradients(one_hot[40:41], hidden[40:41], head, targets[40:41])
         assert ((got[40] - 3 * whole[40]).abs() <= 100 * EPS * (dlogits.abs() @ head.double().abs())[0]).all()
 
 
@@ -216,11 +216,11 @@ def test_error_does_not_grow_with_chunks_or_panels(monkeypatch: pytest.MonkeyPat
     """Plain torch: sums over panels of the head are carried in float32."""
     hidden, head, targets, grad = problem(64, 64, 4099)
     hidden, head = hidden.bfloat16(), head.bfloat16()
-    want = reference.linear_logprob(hidden, head, targets).logp
-    _, dwant = reference.gradients(grad, hidden, head, targets)
+    want = oracle.linear_logprob(hidden, head, targets).logp
+    _, dwant = oracle.gradients(grad, hidden, head, targets)
     errors = {}
     for panel in (16, 256, 8192):
-        monkeypatch.setattr(plain, "PANEL", panel)
+        monkeypatch.setattr(reference, "PANEL", panel)
         for chunk in (1, 4, 16, 64):
             logp, got = both(hidden, head, targets, grad, chunk_size=chunk, backend="reference")[0]
             errors[panel, chunk] = ((logp - want).abs().max(), (got - dwant).abs().max())
@@ -237,8 +237,8 @@ def test_half_precision_against_plain_torch(dtype: torch.dtype, backend: str) ->
     leaf = hidden.clone().requires_grad_()
     plain = torch.log_softmax(F.linear(leaf, head).float(), -1).gather(1, targets[:, None])[:, 0]
     plain.backward(grad)
-    want = reference.linear_logprob(hidden, head, targets).logp
-    _, dwant = reference.gradients(grad, hidden, head, targets)
+    want = oracle.linear_logprob(hidden, head, targets).logp
+    _, dwant = oracle.gradients(grad, hidden, head, targets)
     for logp, got in both(hidden, head, targets, grad, backend=backend):
         assert logp.dtype == torch.float32 and got.dtype == dtype
         assert (logp - want).abs().max() <= 2 * logit_bound(hidden, head).max() + 300 * EPS  # float32 sums
@@ -332,7 +332,7 @@ def test_one_pass_sees_each_chunk_once() -> None:
     )
     assert calls == chunks_seen == [(0, 16), (16, 32), (32, 48), (48, 50)]
     assert torch.equal(weights, logp.exp() * grad)
-    dlogits, want = reference.gradients(weights, hidden.detach(), head, targets, softcap=4.0)
+    dlogits, want = oracle.gradients(weights, hidden.detach(), head, targets, softcap=4.0)
     torch.testing.assert_close(dz_all.double(), dlogits, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(dhidden.double(), want, rtol=1e-4, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Token log-probs of a linear head that never form the logits of all tokens (formulas: `reference`)."""
+"""Token log-probs of a linear head that never form the logits of all tokens (formulas: `oracle`)."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from torch import library
 
 from ... import dispatch
 from ..._library import LIB, NAMESPACE, register
-from . import chunks, cpu, plain
+from . import chunks, cpu, reference
 from .contract import Kernels, RowMath, Settings, Stats
 
-_KERNELS: dict[str, Kernels] = {"cpu": cpu, "reference": plain}
+_KERNELS: dict[str, Kernels] = {"cpu": cpu, "reference": reference}
 
 REMEDY = "a smaller chunk_size holds fewer logits at a time, fewer tokens a call make everything smaller"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cropi_kernels import bias_grad, linear_logprob, logprob_and_grad, norm_grad
-from cropi_kernels.ops.linear_logprob import reference
+from cropi_kernels.ops.linear_logprob import oracle
 from cropi_kernels.ops.linear_logprob.contract import RowMath, Stats
 from cropi_kernels.ops.linear_logprob.triton import DeviceKernels
 from cropi_kernels.ops.norm_grad import triton as kernels
@@ -59,7 +59,7 @@ def test_rows_against_the_formula(vocab: int, softcap: float) -> None:
     hidden, head = torch.eye(5, dtype=torch.float64), z.double().t()
     named = target.where(target >= 0, -100)
     cap = softcap or None
-    right = reference.linear_logprob(hidden, head, named, temperature=0.7, softcap=cap)
+    right = oracle.linear_logprob(hidden, head, named, temperature=0.7, softcap=cap)
     scale = z.abs().amax(1).double() if softcap == 0 else torch.full((5,), 30.0, dtype=torch.float64)
     slack = 2e-6 * (1 + (right.logp.abs())) + 2.0**-22 * scale / 0.7
     assert got.entropy is not None
@@ -70,7 +70,7 @@ def test_rows_against_the_formula(vocab: int, softcap: float) -> None:
         p = torch.expm1(right.logp[3])
         assert abs(float(torch.expm1(got.logp[3].double()) / p) - 1) < 1e-4
     dz = kernels.backward(view, target, grad, math, got)
-    exact, _ = reference.gradients(grad.double(), hidden, head, named, temperature=0.7, softcap=cap)
+    exact, _ = oracle.gradients(grad.double(), hidden, head, named, temperature=0.7, softcap=cap)
     assert dz.data_ptr() == buffer.data_ptr() and (dz[4] == 0).all()
     assert (
         (dz.double() - exact).abs()
@@ -108,8 +108,8 @@ def test_the_whole_op() -> None:
     logp = linear_logprob(hidden, head, targets, chunk_size=4, backend="triton")
     assert isinstance(logp, torch.Tensor)
     (logp * grad).sum().backward()
-    right = reference.linear_logprob(hidden.detach(), head, targets).logp
-    _, dhidden = reference.gradients(grad.double(), hidden.detach(), head, targets)
+    right = oracle.linear_logprob(hidden.detach(), head, targets).logp
+    _, dhidden = oracle.gradients(grad.double(), hidden.detach(), head, targets)
     torch.testing.assert_close(logp.detach().double(), right, rtol=1e-5, atol=1e-5)
     assert hidden.grad is not None
     torch.testing.assert_close(hidden.grad.double(), dhidden, rtol=1e-4, atol=1e-5)
