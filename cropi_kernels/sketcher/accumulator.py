@@ -35,7 +35,7 @@ class Accumulator:
         self._engine: Operators | None = None
         self.listener: Listener | None = None
         self._folded = 0
-        self._deaf = False
+        self._deaf = self._absent = False
         self.refusals: dict[str, str] | None = (
             None  # what taps would have raised, by module, while a model is tried
         )
@@ -89,6 +89,24 @@ class Accumulator:
                 f"a backward pass reached {where} after its batch had ended: run it inside the batch"
             )
         return not self._deaf
+
+    @property
+    def listens(self) -> bool:
+        """Whether taps are to be put behind the modules that are called now."""
+        return self.segments is not None and not self._absent and torch.is_grad_enabled()
+
+    @property
+    def is_absent(self) -> bool:
+        return self._absent
+
+    @contextmanager
+    def absent(self) -> Iterator[None]:
+        """Forward passes inside are the sketcher's own: no tap is put behind a module."""
+        before, self._absent = self._absent, True
+        try:
+            yield
+        finally:
+            self._absent = before
 
     @contextmanager
     def deaf(self) -> Iterator[None]:

@@ -6,7 +6,8 @@ module computes, that is exact, as long as tokens of different segments do not m
 keeps its prompts apart).
 
 The module is the innermost one that is called: the owner, or where nobody calls the owner, the module around it. The
-cost is one backward pass of that module for each segment of the batch, and the parameter's gradient for one segment.
+cost is one backward pass of that module for each segment of the batch (where segments are whole rows, one forward and
+one backward pass in all: `again`), and the parameter's gradient for one segment.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .accumulator import Accumulator
+from .again import Replay, rows_of, same, view_axis
 from .segments import Segments
 from .slab import MatrixSketch
 
@@ -97,18 +99,30 @@ class _Call:
 
 
 class _Captures(torch.autograd.Function):
-    """``ys -> ys``; in backward ``sink(gradients)``, None for an output that has none."""
+    """``ys -> ys``, the first ``n`` tensors; in backward ``sink(gradients, the other tensors)``.
+
+    A gradient may be None. The others are None where one of them was changed in place in the meantime.
+    """
 
     @staticmethod
-    def forward(ctx: Any, sink: Callable[..., None], *ys: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.sink = sink
+    def forward(
+        ctx: Any, sink: Callable[..., None], n: int, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.sink, ctx.others = sink, len(tensors) - n
+        ctx.save_for_backward(*tensors[n:])
         ctx.set_materialize_grads(False)
-        return tuple(y.detach() for y in ys)
+        return tuple(y.detach() for y in tensors[:n])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.sink(grads)
-        return (None, *grads)
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            saved = None
+        ctx.sink(grads, saved)
+        return (None, None, *grads, *(None,) * ctx.others)
 
 
 class ExactTaps:
@@ -124,16 +138,17 @@ class ExactTaps:
                     mine.append(exact)
         self._calls: list[_Call] = []
         self._batch: Segments | None = None
-        self._layouts: dict[
-            tuple[nn.Module, int], str
-        ] = {}  # of outputs, found where the sizes left one possible
+        # Of outputs: found where the sizes left one possible.
+        self._layouts: dict[tuple[nn.Module, int], str] = {}
 
     def register(self) -> list[Any]:
         """The handles of the hooks."""
         handles: list[Any] = []
         for module in self.sites:
             handles.append(module.register_forward_pre_hook(self._enter))
-            handles.append(module.register_forward_hook(self._leave, prepend=True, always_call=True))
+            handles.append(
+                module.register_forward_hook(self._leave, prepend=True, with_kwargs=True, always_call=True)
+            )
         return handles
 
     def _enter(self, module: nn.Module, args: Any) -> None:
@@ -141,13 +156,15 @@ class ExactTaps:
         if segments is not self._batch:
             self.forget()
             self._batch = segments
-        if segments is None:
+        if segments is None or self.acc.is_absent:
             return
         self._calls.append(_Call(module))
         if torch.is_grad_enabled():
             self._calls[-1].open(self.sites[module])
 
-    def _leave(self, module: nn.Module, args: Any, y: Any) -> Any:
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
+        if self.acc.is_absent:
+            return y
         while self._calls and self._calls[-1].module is not module:  # a call that failed before its hooks
             self._calls.pop().close()
         if not self._calls:
@@ -161,7 +178,7 @@ class ExactTaps:
             and self.acc.segments is self._batch
             and not call.taken.issuperset(self.sites[module])
         ):
-            y = self._capture(call, y)
+            y = self._capture(call, args, kwargs, y)
         if self._calls:
             self._calls[-1].taken |= call.taken
         return y
@@ -172,7 +189,7 @@ class ExactTaps:
             self._calls.pop().close()
 
     # ---------------------------------------------------------------------------------------------- a call
-    def _capture(self, call: _Call, y: Any) -> Any:
+    def _capture(self, call: _Call, args: Any, kwargs: Any, y: Any) -> Any:
         """``y`` with a capture in its graph, if it holds the batch's tokens; else the module around will do it."""
         leaves, tree = pytree.tree_flatten(y)
         where = [
@@ -191,8 +208,12 @@ class ExactTaps:
         call.taken.update(edges)
         if not edges:
             return y
-        sink = self._lookup(ys, edges) or self._products(call.module, ys, views, edges)
-        for i, t in zip(where, _Captures.apply(sink, *ys), strict=True):
+        saved: list[torch.Tensor] = []
+        if (sink := self._lookup(ys, edges)) is None:
+            again = self._replay(call.module, args, kwargs)
+            replay, saved = again if again is not None else (None, [])
+            sink = self._products(call.module, where, ys, views, edges, replay)
+        for i, t in zip(where, _Captures.apply(sink, len(ys), *ys, *saved), strict=True):
             leaves[i] = t
         return pytree.tree_unflatten(leaves, tree)
 
@@ -204,22 +225,33 @@ class ExactTaps:
             (self._layouts[module, output],) = views
         return views.get(self._layouts.get((module, output), ""))
 
+    def _replay(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Replay, list[torch.Tensor]] | None:
+        """How to repeat the call on the rows of a segment, where segments are whole rows and there are several."""
+        segments = self._batch
+        assert segments is not None
+        bounds = [span for span in segments.bounds if span[0] < span[1]]
+        if len(bounds) < 2 or any(end % segments.length for _, end in bounds):
+            return None
+        return Replay.of(module, args, kwargs, segments)
+
     def _products(
         self,
         module: nn.Module,
+        where: Sequence[int],
         ys: Sequence[torch.Tensor],
         views: Sequence[tuple[int, ...] | None],
         edges: dict[Exact, GradientEdge],
+        replay: Replay | None,
     ) -> Callable[..., None]:
         segments, acc = self._batch, self.acc
         assert segments is not None
         names = ", ".join(exact.name for exact in edges)
 
-        def sink(grads: Sequence[torch.Tensor | None]) -> None:
+        def sink(grads: Sequence[torch.Tensor | None], saved: Sequence[torch.Tensor] | None) -> None:
             if not acc.hears(segments, names):
                 return
-            outputs, given = [], []
-            for y, g, view in zip(ys, grads, views, strict=True):
+            outputs, given, used = [], [], []
+            for i, y, g, view in zip(where, ys, grads, views, strict=True):
                 if g is not None and view is None:
                     raise ValueError(
                         f"{names}: an output of shape {tuple(g.shape)} of {type(module).__name__} has a gradient, and "
@@ -228,14 +260,21 @@ class ExactTaps:
                 if g is not None and view is not None:
                     outputs.append(y)
                     given.append((g, view))
+                    used.append(i)
             with acc.timed(), acc.deaf():
                 for s, (begin, end) in enumerate(segments.bounds):
                     if begin == end or not given:
                         continue
-                    mine = [segments.only(s, g, view) for g, view in given]
-                    gradients = torch.autograd.grad(
-                        outputs, list(edges.values()), mine, retain_graph=True, allow_unused=True
-                    )
+                    gradients: Sequence[torch.Tensor | None] | None = None
+                    if replay is not None and saved is not None:
+                        rows = begin // segments.length, end // segments.length
+                        with acc.absent():
+                            gradients = _again(replay, saved, list(edges), used, outputs, given, *rows)
+                    if gradients is None:
+                        mine = [segments.only(s, g, view) for g, view in given]
+                        gradients = torch.autograd.grad(
+                            outputs, list(edges.values()), mine, retain_graph=True, allow_unused=True
+                        )
                     for exact, gradient in zip(edges, gradients, strict=True):
                         exact.heard = segments
                         if gradient is not None:
@@ -265,7 +304,7 @@ class ExactTaps:
         segments, acc, matrix = self._batch, self.acc, exact.matrix
         assert segments is not None
 
-        def sink(grads: Sequence[torch.Tensor | None]) -> None:
+        def sink(grads: Sequence[torch.Tensor | None], saved: object) -> None:
             if not acc.hears(segments, exact.name) or grads[0] is None:
                 return
             with acc.timed():
@@ -278,6 +317,44 @@ class ExactTaps:
                 acc.listener.added(exact, dy, None)
 
         return sink
+
+
+def _again(
+    replay: Replay,
+    saved: Sequence[torch.Tensor],
+    parameters: Sequence[Exact],
+    used: Sequence[int],
+    outputs: Sequence[torch.Tensor],
+    given: Sequence[tuple[torch.Tensor, tuple[int, ...]]],
+    begin: int,
+    end: int,
+) -> Sequence[torch.Tensor | None] | None:
+    """Gradients of the rows ``begin`` to ``end``, from the module's call on those rows alone.
+
+    None where that gives other results than the call of all rows did: dropout, rows that are not where they seem.
+    """
+    call = _Call(replay.module)
+    call.open(parameters)
+    aliases = [exact.chain[0]._parameters[exact.key] for exact in parameters]
+    try:
+        with torch.enable_grad():
+            leaves = replay.run(saved, begin, end)
+    except Exception:  # what the module does with fewer rows is its own affair
+        return None
+    finally:
+        call.close()
+    ys, gradients = [], []
+    for i, whole, (g, view) in zip(used, outputs, given, strict=True):
+        axis = view_axis(view, replay.segments)
+        y = leaves[i] if i < len(leaves) else None
+        if not isinstance(y, torch.Tensor) or not same(y, rows_of(whole, axis, begin, end)):
+            return None
+        if y.requires_grad:
+            ys.append(y)
+            gradients.append(rows_of(g, axis, begin, end))
+    if not ys:
+        return None
+    return torch.autograd.grad(ys, aliases, gradients, allow_unused=True)  # type: ignore[arg-type]
 
 
 def _reached(ys: Sequence[torch.Tensor]) -> set[Any]:

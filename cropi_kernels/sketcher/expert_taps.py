@@ -57,7 +57,7 @@ class ExpertsTap(Tap):
         signature = inspect.signature(original)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.acc.segments is None or not torch.is_grad_enabled():
+            if not self.acc.listens:
                 return original(*args, **kwargs)
             given = tuple(signature.bind(*args, **kwargs).arguments.values())
             if not self._fits(module, given):
@@ -142,7 +142,7 @@ class RouterTap(LinearTap):
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.acc.segments is None or not torch.is_grad_enabled():
+            if not self.acc.listens:
                 return original(*args, **kwargs)
             with _Products(self, module) as products:
                 out = original(*args, **kwargs)

@@ -47,7 +47,7 @@ class Tap(abc.ABC):
         return module.register_forward_hook(self, prepend=True, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-        if self.acc.segments is None or not torch.is_grad_enabled():
+        if not self.acc.listens or self.acc.segments is None:
             return y
         if count_tensors(args, kwargs) > 1:
             self.refuse(

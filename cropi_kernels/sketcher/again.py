@@ -1,0 +1,85 @@
+"""A module's call, repeated on the rows of one segment: what a backward pass of all rows would cost once a segment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .segments import Segments
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """How to call the module again; its tensors are kept apart, so that autograd's hooks can pack them."""
+
+    module: nn.Module
+    segments: Segments
+    leaves: list[Any]
+    tree: Any
+    places: list[int]  # of tensors among the leaves
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, args: Any, kwargs: Any, segments: Segments
+    ) -> tuple[Replay, list[torch.Tensor]] | None:
+        """None where the call may do more than compute its result (a cache), or has no tensor with the batch's rows."""
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        others = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+        if not all(isinstance(leaf, _PLAIN) for leaf in others):
+            return None
+        tensors = [leaves[i].detach() for i in places]
+        if not any(_axis(t, segments) for t in tensors):
+            return None
+        kept = [None if i in places else leaf for i, leaf in enumerate(leaves)]
+        return cls(module, segments, kept, tree, places), tensors
+
+    def run(self, tensors: Sequence[torch.Tensor], begin: int, end: int) -> list[Any]:
+        """The leaves of what the module gives for rows ``begin`` to ``end``."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = rows_of(tensor, _axis(tensor, self.segments), begin, end)
+        args, kwargs = pytree.tree_unflatten(leaves, self.tree)
+        found: list[Any] = pytree.tree_flatten(self.module.forward(*args, **kwargs))[0]
+        return found
+
+
+Axis = tuple[int, int]  # which axis holds rows, and how many of its entries one row has
+
+
+def _axis(x: torch.Tensor, segments: Segments) -> Axis | None:
+    """None: ``x`` is the same for all rows. A wrong guess shows, since the results are compared."""
+    if x.ndim and x.shape[0] == segments.batch:
+        return 0, 1
+    if x.ndim and x.shape[0] == segments.batch * segments.length:
+        return 0, segments.length
+    if x.shape[1:3] == (segments.batch, segments.length):
+        return 1, 1
+    return None
+
+
+def view_axis(view: tuple[int, ...], segments: Segments) -> Axis:
+    """The same for an output whose `Segments.token_views` is ``view``."""
+    if view[0] == segments.batch * segments.length:
+        return 0, segments.length
+    return (1, 1) if view[0] == 1 != segments.batch else (0, 1)
+
+
+def rows_of(x: torch.Tensor, axis: Axis | None, begin: int, end: int) -> torch.Tensor:
+    return x if axis is None else x.narrow(axis[0], begin * axis[1], (end - begin) * axis[1])
+
+
+def same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two results are equal but for the order of sums."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    size = float(y.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()) if y.numel() else 0.0
+    bound = 2.0**7 * torch.finfo(y.dtype).eps
+    return torch.allclose(x.detach(), y.detach(), rtol=bound, atol=bound * size, equal_nan=True)
