@@ -220,7 +220,10 @@ class ExactTaps:
     def _view(self, module: nn.Module, output: int, y: torch.Tensor) -> tuple[int, ...] | None:
         segments = self._batch
         assert segments is not None
-        views = (segments.convolved_view if isinstance(module, nn.Conv1d) else segments.token_views)(y)
+        if isinstance(module, nn.Conv1d):
+            views = segments.convolved_view(y, module.padding)
+        else:
+            views = segments.token_views(y)
         if len(views) == 1:
             (self._layouts[module, output],) = views
         return views.get(self._layouts.get((module, output), ""))

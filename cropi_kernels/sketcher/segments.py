@@ -110,9 +110,11 @@ class Segments:
             views["batch, heads, length, n"] = (self.batch, 1, self.length, 1)
         return views
 
-    def convolved_view(self, x: torch.Tensor) -> dict[str, tuple[int, ...]]:
-        """The same for [batch, channels, length or more], as a convolution over the tokens gives it."""
-        fits = x.ndim == 3 and x.shape[0] == self.batch and x.shape[2] >= self.length
+    def convolved_view(self, x: torch.Tensor, padding: object) -> dict[str, tuple[int, ...]]:
+        """The same for [batch, channels, length] as a convolution over the tokens gives it, with ``padding`` more at the
+        end where the convolution pads both ends itself and is causal."""
+        more = (0, *padding[:1]) if isinstance(padding, tuple) else (0,)
+        fits = x.ndim == 3 and x.shape[0] == self.batch and x.shape[2] - self.length in more
         return {"batch, channels, length": (self.batch, 1, self.length)} if fits else {}
 
     def only(self, segment: int, x: torch.Tensor, view: tuple[int, ...]) -> torch.Tensor:

@@ -478,7 +478,8 @@ def test_all_that_a_model_cannot_do_is_found_before_the_first_batch() -> None:
     assert f"({share:.2%} of all parameters):\n  transformer.word_embedding (Embedding): called on" in str(
         error.value
     )
-    with GradientSketcher(model, SPEC, "uncovered") as sketcher:
+    # Without the probe of the policy, which says that XLNet is not causal.
+    with GradientSketcher(model, SPEC, "uncovered", verify=False) as sketcher:
         sketcher.check_model()
         assert sketcher.coverage.uncovered == {"transformer.word_embedding.weight": 97 * 32}
         got = zoo.padded().sketch(sketcher).sketches

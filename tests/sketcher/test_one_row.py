@@ -85,7 +85,10 @@ OTHERWISE: dict[str, Add] = {
 @pytest.mark.parametrize("case", OTHERWISE)
 def test_an_error_where_it_is_used_otherwise(case: str) -> None:
     model, ids = Positions(OTHERWISE[case]), torch.randint(11, (3, 6))
-    with GradientSketcher(model, SPEC) as sketcher, sketcher.batch(torch.tensor([0, 1, 2]), shape=(3, 6)):
+    with (
+        GradientSketcher(model, SPEC, verify=False) as sketcher,
+        sketcher.batch(torch.tensor([0, 1, 2]), shape=(3, 6)),
+    ):
         plain = model.add(model.words.weight[ids], model.places.weight[None, :6]).tanh()
         y = model(ids)
         assert torch.equal(y, plain), "shapes are those that the model counts on"
