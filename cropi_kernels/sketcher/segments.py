@@ -111,8 +111,10 @@ class Segments:
         return views
 
     def convolved_view(self, x: torch.Tensor, padding: object) -> dict[str, tuple[int, ...]]:
-        """The same for [batch, channels, length] as a convolution over the tokens gives it, with ``padding`` more at the
-        end where the convolution pads both ends itself and is causal."""
+        """The same for [batch, channels, length] as a convolution over the tokens gives it.
+
+        With ``padding`` more at the end where it pads both ends itself and is causal.
+        """
         more = (0, *padding[:1]) if isinstance(padding, tuple) else (0,)
         fits = x.ndim == 3 and x.shape[0] == self.batch and x.shape[2] - self.length in more
         return {"batch, channels, length": (self.batch, 1, self.length)} if fits else {}
