@@ -14,23 +14,14 @@ import pytest
 import torch
 import transformers
 from support import odd_models, zoo
+from support.formed import SPEC, Affine, Gradients, assert_close, by_autograd
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cropi_kernels import GradientSketcher, SketchSpec, UncoveredParameterError
+from cropi_kernels import GradientSketcher, UncoveredParameterError
 from cropi_kernels.sketcher import attach, exact
 
-SPEC = SketchSpec(width=16, vocab_width=64)
 transformers.logging.set_verbosity_error()
-Gradients = list[dict[str, torch.Tensor]]
-
-
-def assert_close(got: torch.Tensor, model: nn.Module, wide: Gradients, own: Gradients, **given: Any) -> None:
-    want = zoo.sketches(model, wide, SPEC, **given)
-    near = zoo.sketches(model, own, SPEC, **given, dtype=torch.float32)
-    error, allowed, size = (got - want).norm(dim=1), (near - want).norm(dim=1), want.norm(dim=1)
-    assert (error <= 2 * allowed).all(), (error / size, allowed / size)
-    assert (allowed <= 0.1 * size).all(), "a yardstick this long measures nothing"
 
 
 @functools.cache
@@ -119,21 +110,6 @@ class Routed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, logits = self.gate(x)
         return x * weights + logits  # type: ignore[no-any-return]
-
-
-class Affine(nn.Module):
-    """Looks like a norm and is none; its scale has three axes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = (
-            nn.Parameter(torch.rand(1, 1, 8)),
-            nn.Parameter(torch.rand(8)),
-            1e-6,
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.weight + self.bias
 
 
 class Gated(nn.Module):
@@ -264,23 +240,6 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "several calls": lambda: nn.Sequential(*[Affine()] * 2),
     "batch norm of running numbers": lambda: nn.Sequential(Affine(), nn.BatchNorm1d(6).eval()),
 }
-
-
-def by_autograd(
-    model: nn.Module, x: torch.Tensor, w: torch.Tensor, spans: list[slice], wide: bool
-) -> Gradients:
-    dtype = torch.float64 if wide else torch.float32
-    model.to(dtype)
-    found = []
-    for span in spans:
-        model.zero_grad()
-        inputs = x.to(dtype) if x.is_floating_point() else x
-        (model(inputs) * w.to(dtype)).flatten(0, 1)[span].sum().backward()
-        grads = {n: p.grad for n, p in model.named_parameters()}
-        found.append({n: torch.zeros(()) if g is None else g.clone() for n, g in grads.items()})
-    model.zero_grad()
-    model.float()
-    return found
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -489,83 +448,3 @@ def test_all_that_a_model_cannot_do_is_found_before_the_first_batch() -> None:
         assert all(g.isfinite().all() for g in gradient.values())
     assert_close(got, model, zoo.gradients(model.double()), own, exclude=exclude)
     assert all(p.requires_grad for p in model.parameters())
-
-
-# ------------------------------------------------------------------------------------------ rows of a segment
-@pytest.mark.parametrize("name", ["gpt-oss", "apertus", "mamba2", "bamba"])
-def test_a_bad_token_fails_its_segment_alone(name: str) -> None:
-    """Token 94 occurs in the last prompt only: a segment of whole rows is formed from its own rows."""
-    model, batch = odd_models.make(name), zoo.padded()
-    with GradientSketcher(model, SPEC) as sketcher:
-        clean = batch.sketch(sketcher).sketches
-        with torch.no_grad():
-            model.get_input_embeddings().weight[94, 3] = float("nan")  # type: ignore[operator]
-        got = batch.sketch(sketcher).sketches
-    assert got[2].isnan().all()
-    torch.testing.assert_close(got[:2], clean[:2], rtol=1e-4, atol=1e-6)
-
-
-class Counting(nn.Module):
-    """Counts its calls, and what a call of fewer rows is told."""
-
-    def __init__(self, change: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.scale, self.change, self.rows = nn.Parameter(torch.rand(8)), change, []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.rows.append(len(x))
-        return self.change(self, x * self.scale)
-
-
-CHANGES: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], bool]] = {
-    "rows apart": (lambda m, y: y, True),
-    "counts its calls": (lambda m, y: y * len(m.rows), False),
-    "another first row": (lambda m, y: y * torch.arange(1, len(y) + 1)[:, None, None], False),
-    "fails on fewer rows": (lambda m, y: y.view(2, 6, 8), False),
-}
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_rows_are_taken_apart_where_the_module_does_so(case: str) -> None:
-    """The call is repeated on a segment's rows; where that gives something else, all rows are differentiated."""
-    change, apart = CHANGES[case]
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), Counting(change), nn.Linear(8, 8))
-    x, w = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
-    with GradientSketcher(model, SPEC) as sketcher, sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)) as out:
-        (model(x) * w).sum().backward()
-    rows, model[1].rows = model[1].rows, []
-    assert (rows == [2, 1, 1]) == apart or not apart
-    grads = []
-    for dtype in (torch.float64, torch.float32):
-        model.to(dtype)
-        found = []
-        for span in (slice(0, 6), slice(6, 12)):
-            model.zero_grad()
-            model[1].rows = []
-            (model(x.to(dtype)) * w.to(dtype)).flatten(0, 1)[span].sum().backward()
-            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        grads.append(found)
-    assert_close(out.sketches, model, *grads)
-
-
-def test_an_input_that_is_changed_later_is_not_used_again() -> None:
-    class Residual(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.in_place = Affine(), True
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = x * 1.0
-            z = self.inner(y).sigmoid()
-            return y.add_(z) if self.in_place else y + z
-
-    torch.manual_seed(0)
-    model = Residual()
-    model.inner.weight.requires_grad_(False)  # its gradient needs the input as it was, with and without taps
-    x, w = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
-    with GradientSketcher(model, SPEC) as sketcher, sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)) as out:
-        (model(x) * w).sum().backward()
-    spans, model.in_place = [slice(0, 6), slice(6, 12)], False
-    grads = [by_autograd(model, x, w, spans, wide) for wide in (True, False)]
-    assert_close(out.sketches, model, *grads)

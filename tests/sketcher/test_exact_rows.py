@@ -1,0 +1,96 @@
+"""Formed gradients of segments that are whole rows: from the module's call on their rows, where that is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import odd_models, zoo
+from support.formed import SPEC, Affine, assert_close, by_autograd
+from torch import nn
+
+from cropi_kernels import GradientSketcher
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "apertus", "mamba2", "bamba"])
+def test_a_bad_token_fails_its_segment_alone(name: str) -> None:
+    """Token 94 occurs in the last prompt only: a segment of whole rows is formed from its own rows."""
+    model, batch = odd_models.make(name), zoo.padded()
+    with GradientSketcher(model, SPEC) as sketcher:
+        clean = batch.sketch(sketcher).sketches
+        with torch.no_grad():
+            model.get_input_embeddings().weight[94, 3] = float("nan")  # type: ignore[operator]
+        got = batch.sketch(sketcher).sketches
+    assert got[2].isnan().all()
+    torch.testing.assert_close(got[:2], clean[:2], rtol=1e-4, atol=1e-6)
+
+
+class Counting(nn.Module):
+    """Counts its calls, and what a call of fewer rows is told."""
+
+    def __init__(self, change: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.scale, self.change, self.rows = nn.Parameter(torch.rand(8)), change, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(x))
+        return self.change(self, x * self.scale)
+
+
+CHANGES: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], bool]] = {
+    "rows apart": (lambda m, y: y, True),
+    "counts its calls": (lambda m, y: y * len(m.rows), False),
+    "another first row": (lambda m, y: y * torch.arange(1, len(y) + 1)[:, None, None], False),
+    "fails on fewer rows": (lambda m, y: y.view(2, 6, 8), False),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_rows_are_taken_apart_where_the_module_does_so(case: str) -> None:
+    """The call is repeated on a segment's rows; where that gives something else, all rows are differentiated."""
+    change, apart = CHANGES[case]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Counting(change), nn.Linear(8, 8))
+    x, w = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    with (
+        GradientSketcher(model, SPEC, verify=False) as sketcher,
+        sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)) as out,
+    ):
+        (model(x) * w).sum().backward()
+    rows, model[1].rows = model[1].rows, []
+    assert (rows == [2, 1, 1]) == apart or not apart
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        found = []
+        for span in (slice(0, 6), slice(6, 12)):
+            model.zero_grad()
+            model[1].rows = []
+            (model(x.to(dtype)) * w.to(dtype)).flatten(0, 1)[span].sum().backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        grads.append(found)
+    assert_close(out.sketches, model, *grads)
+
+
+def test_an_input_that_is_changed_later_is_not_used_again() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.in_place = Affine(), True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * 1.0
+            z = self.inner(y).sigmoid()
+            return y.add_(z) if self.in_place else y + z
+
+    torch.manual_seed(0)
+    model = Residual()
+    model.inner.weight.requires_grad_(False)  # its gradient needs the input as it was, with and without taps
+    x, w = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    with GradientSketcher(model, SPEC) as sketcher, sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)) as out:
+        (model(x) * w).sum().backward()
+    spans, model.in_place = [slice(0, 6), slice(6, 12)], False
+    grads = [by_autograd(model, x, w, spans, wide) for wide in (True, False)]
+    assert_close(out.sketches, model, *grads)
