@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .plan import MatrixPlan, VectorPlan
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _C: ModuleType | None
@@ -40,6 +42,8 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
     if _C is None:
         return f"cropi_kernels._C is not built ({IMPORT_ERROR})"
     for tensor in tensors:
+        if (reason := not_plain(tensor)) is not None:
+            return reason
         if tensor.device.type != "cpu":
             return f"the tensor is on {tensor.device}, not on the CPU"
         if tensor.dtype not in DTYPES:
@@ -47,9 +51,37 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
     return None
 
 
+def not_plain(x: torch.Tensor) -> str | None:
+    """Why ``x`` has no one piece of memory of its own numbers (a DTensor, a nested or sparse tensor), or None."""
+    if type(x) in PLAIN and x.layout is torch.strided and not x.is_nested:
+        return None
+    if x.layout is not torch.strided or x.is_nested:
+        return f"the tensor has the layout {'nested' if x.is_nested else x.layout}: give a dense tensor"
+    wrapper: bool = is_traceable_wrapper_subclass(
+        x
+    )  # as a variable: mypy takes the check for one that is never true
+    if wrapper:
+        return f"the tensor is a {type(x).__name__}: give a plain tensor (of a DTensor: full_tensor() or to_local())"
+    return None
+
+
+def pointer(x: torch.Tensor) -> int:
+    """The address of ``x``'s numbers: the one place where a CPU kernel gets it.
+
+    Raises:
+        ValueError: they have none; the kernel would read what lies elsewhere.
+    """
+    if not (type(x) in PLAIN and x.layout is torch.strided and x.is_cpu):
+        if (reason := not_plain(x)) is not None or not x.is_cpu:
+            raise ValueError(
+                f"a CPU kernel was given other memory: {reason or f'the tensor is on {x.device}'}"
+            )
+    return x.data_ptr()
+
+
 def matrix(x: torch.Tensor) -> tuple[int, int, int, int, int]:
     """(address, rows, cols, row stride, dtype code) of a 2-D tensor with contiguous columns."""
-    return x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), DTYPES[x.dtype]
+    return pointer(x), x.shape[0], x.shape[1], x.stride(0), DTYPES[x.dtype]
 
 
 def rows_view(x: torch.Tensor) -> torch.Tensor:

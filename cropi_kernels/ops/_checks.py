@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .. import _native
+
 DEVICES = ("cpu", "cuda")
 FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -22,8 +24,15 @@ def check_operand(name: str, x: torch.Tensor, cols: int, what: str) -> None:
 def check_floating(name: str, x: torch.Tensor) -> None:
     if x.dtype not in FLOATING:
         raise ValueError(f"{name} is {x.dtype}: give float32, bfloat16 or float16 ({name}.float())")
-    if x.layout != torch.strided:
+    if x.layout != torch.strided and not x.is_nested:
         raise ValueError(f"{name} has the sparse layout {x.layout}: give a dense tensor ({name}.to_dense())")
+    check_plain(name, x)
+
+
+def check_plain(name: str, x: torch.Tensor) -> None:
+    """``x`` must have one piece of memory of its own: no DTensor, no nested tensor, no other wrapper."""
+    if (reason := _native.not_plain(x)) is not None:
+        raise ValueError(f"{name}: {reason}")
 
 
 def check_devices(first: str, x: torch.Tensor, **others: torch.Tensor) -> None:

@@ -38,6 +38,8 @@ def measure_head(
             z = nn.functional.linear(h.to(head.weight.dtype), head.weight, head.bias)
         return z.float(), out.float()
 
+    if hidden.shape[-1] != head.weight.shape[1]:
+        return f"the decoder gives {hidden.shape[-1]} numbers a token, the head takes {head.weight.shape[1]}"
     first = logits(1.0)
     assert first is not None
     z, given = first

@@ -11,13 +11,13 @@ def flat_sketch(
     x: torch.Tensor, key: tuple[int, int], keep_below: int, scale: float, out: torch.Tensor, offset: int
 ) -> None:
     _native.native().flat_sketch(
-        x.data_ptr(),
+        _native.pointer(x),
         x.numel(),
         offset,
         *key,
         keep_below,
         scale,
         out.numel(),
-        out.data_ptr(),
+        _native.pointer(out),
         _native.threads(),
     )

@@ -9,6 +9,7 @@ import torch
 from ... import _memory, dispatch
 from ..._library import no_autocast
 from ..._spec_base import as_int, check_int
+from .._checks import check_plain
 from . import chunks, ops
 from .contract import OnDlogits, Settings, Weigh, check_temperature
 
@@ -143,6 +144,9 @@ def _checked(
     backend: str | None,
 ) -> Settings:
     """Everything that shapes and numbers alone decide, so that it also runs while a graph is traced."""
+    for name, x in (("hidden", hidden), ("head", head), ("targets", targets), ("bias", bias)):
+        if x is not None:
+            check_plain(name, x)
     if hidden.ndim != 2:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}: give [N, D], hidden.reshape(-1, hidden.shape[-1])"

@@ -10,22 +10,27 @@ from .contract import RowMath, Stats
 
 def logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, z: torch.Tensor) -> None:
     hidden, head = _native.rows_view(hidden), _native.rows_view(head)
-    address = 0 if bias is None else bias.data_ptr()
+    address = 0 if bias is None else _native.pointer(bias)
     _native.native().head_logits(
-        _native.matrix(hidden), _native.matrix(head), address, z.data_ptr(), z.stride(0), _native.threads()
+        _native.matrix(hidden),
+        _native.matrix(head),
+        address,
+        _native.pointer(z),
+        z.stride(0),
+        _native.threads(),
     )
 
 
 def forward(z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) -> None:
     _native.native().logprob_rows(
         _native.matrix(z),
-        target.data_ptr(),
+        _native.pointer(target),
         math.temperature,
         math.softcap,
-        stats.logp.data_ptr(),
-        stats.top.data_ptr(),
-        stats.log_sum.data_ptr(),
-        0 if stats.entropy is None else stats.entropy.data_ptr(),
+        _native.pointer(stats.logp),
+        _native.pointer(stats.top),
+        _native.pointer(stats.log_sum),
+        0 if stats.entropy is None else _native.pointer(stats.entropy),
         _native.threads(),
     )
 
@@ -35,11 +40,11 @@ def backward(
 ) -> torch.Tensor:
     _native.native().logprob_rows_backward(
         _native.matrix(z),
-        target.data_ptr(),
-        grad.data_ptr(),
-        stats.logp.data_ptr(),
-        stats.top.data_ptr(),
-        stats.log_sum.data_ptr(),
+        _native.pointer(target),
+        _native.pointer(grad),
+        _native.pointer(stats.logp),
+        _native.pointer(stats.top),
+        _native.pointer(stats.log_sum),
         math.temperature,
         math.softcap,
         _native.threads(),

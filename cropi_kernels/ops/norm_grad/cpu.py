@@ -24,8 +24,8 @@ def norm_grad(
         centered,
         eps,
         offsets.numel() - 1,
-        offsets.data_ptr(),
-        weight.data_ptr() if weight.numel() else 0,
-        bias.data_ptr() if bias.numel() else 0,
+        _native.pointer(offsets),
+        _native.pointer(weight) if weight.numel() else 0,
+        _native.pointer(bias) if bias.numel() else 0,
         _native.threads(),
     )

@@ -52,8 +52,8 @@ def _double_dense(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offs
 
 def _double_sparse(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
     _native.native().project_csr(
-        x.data_ptr(), 0, 0, True, True, *x.shape, 0, x.stride(0), offset, *spec.key, spec.dim, spec.nnz,
-        spec.keep_count, spec.scale, out.data_ptr(), 0, 0, _native.threads(),
+        _native.pointer(x), 0, 0, True, True, *x.shape, 0, x.stride(0), offset, *spec.key, spec.dim, spec.nnz,
+        spec.keep_count, spec.scale, _native.pointer(out), 0, 0, _native.threads(),
     )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def _call(
         spec.nnz,
         spec.keep_count,
         scale,
-        y.data_ptr(),
+        _native.pointer(y),
         y.stride(0),
         _native.threads(),
     )

@@ -14,7 +14,7 @@ def fold_columns(x: torch.Tensor, sign: np.ndarray, offset: np.ndarray, width: i
     out = torch.empty(x.shape[0], width, dtype=x.dtype, device="cpu")
     _native.native().fold_columns(
         _native.matrix(x),
-        out.data_ptr(),
+        _native.pointer(out),
         width,
         _native.address(offset),
         _native.address(sign),
@@ -32,8 +32,8 @@ def sketch_linear(
         _native.matrix(a),
         _native.slab_plan(plan, True),
         offsets.numel() - 1,
-        offsets.data_ptr(),
-        out.data_ptr(),
+        _native.pointer(offsets),
+        _native.pointer(out),
         out.stride(0),
         plan.n_slabs,
         _native.threads(),

@@ -22,8 +22,8 @@ def sketch_rows(
         _native.address(scale),
         _native.slab_plan(plan, False),
         offsets.numel() - 1,
-        offsets.data_ptr(),
-        out.data_ptr(),
+        _native.pointer(offsets),
+        _native.pointer(out),
         out.stride(0),
         _native.threads(),
     )

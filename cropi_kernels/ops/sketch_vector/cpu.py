@@ -11,11 +11,11 @@ from ...plan import VectorPlan
 def sketch_vector(gradient: torch.Tensor, plan: VectorPlan, out: torch.Tensor) -> None:
     gradient = _native.rows_view(gradient.to(torch.float32))
     _native.native().sketch_vector(
-        gradient.data_ptr(),
+        _native.pointer(gradient),
         gradient.shape[0],
         plan.size,
         gradient.stride(0),
         *_native.vector_plan(plan),
-        out.data_ptr(),
+        _native.pointer(out),
         out.stride(0),
     )

@@ -1,0 +1,125 @@
+"""The probe of a policy: what a model is like is measured, and what `policy_gradient` cannot take is an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support import zoo
+from torch import nn
+
+from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels.sketcher import PolicyProbeError
+
+SPEC = SketchSpec(width=16, vocab_width=64)
+
+
+def probed(model: nn.Module) -> Any:
+    with GradientSketcher(model, SPEC) as sketcher:
+        sketcher.check_model()
+    return sketcher.probe
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_factor_and_cap_of_the_logits_are_measured(dtype: torch.dtype) -> None:
+    for name, scale, cap in (("llama", 1.0, None), ("granite", 0.5, None), ("gemma2", 1.0, 30.0)):
+        found = probed(zoo.make(name, dtype))
+        assert (found.scale, found.softcap) == (scale, cap)
+    unused = zoo.make("gemma2", dtype)
+    unused.config.logit_scale = 2.0  # type: ignore[union-attr]  # a name that the model does not read
+    assert (probed(unused).scale, probed(unused).softcap) == (1.0, 30.0)
+
+
+def test_a_head_with_a_factor_of_its_own_is_right() -> None:
+    model: Any = zoo.make("gemma2", tie_word_embeddings=False)
+    model.lm_head.__class__ = Doubling
+    model.lm_head.requires_grad_(False)
+    with GradientSketcher(model, SPEC) as sketcher:
+        got = zoo.padded().sketch(sketcher).sketches
+    assert (sketcher.probe.scale, sketcher.probe.softcap) == (2.0, 30.0)  # type: ignore[union-attr]
+    exact = zoo.sketches(model, zoo.gradients(model.double()), SPEC)
+    assert ((got - exact).norm(dim=1) <= 1e-5 * exact.norm(dim=1)).all()
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    model: Any = zoo.make("llama")
+    norm = model.model.norm
+    norm.register_forward_hook(lambda m, args, y: y + 0.1 * y.mean(1, keepdim=True))
+    with GradientSketcher(model, SPEC) as sketcher, pytest.raises(PolicyProbeError, match="is not causal"):
+        sketcher.check_model()
+
+
+def test_a_row_that_depends_on_others_is_refused() -> None:
+    model: Any = zoo.make("llama")
+    model.model.norm.register_forward_hook(lambda m, args, y: y - 0.1 * y.mean(0, keepdim=True))
+    with (
+        GradientSketcher(model, SPEC) as sketcher,
+        pytest.raises(PolicyProbeError, match="other rows of the batch"),
+    ):
+        sketcher.check_model()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_padded_on_the_left_are_right(name: str) -> None:
+    """GPT-2 counts its learned positions from the padding on, unless it is told."""
+    model, batch = zoo.make(name), zoo.padded()
+    assert batch.attention_mask is not None
+    length = batch.input_ids.shape[1]
+    shift = length - batch.attention_mask.sum(1)
+    column = (torch.arange(length)[None] - shift[:, None]) % length
+    left = dict(
+        input_ids=batch.input_ids.gather(1, column),
+        attention_mask=batch.attention_mask.gather(1, column),
+        positions=batch.positions + shift[batch.positions // length],
+    )
+    with GradientSketcher(model, SPEC) as sketcher:
+        want = batch.sketch(sketcher)
+        got = batch.sketch(sketcher, **left)
+    assert torch.allclose(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
+    assert ((got.sketches - want.sketches).norm(dim=1) <= 1e-5 * want.sketches.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_the_longest_row_scales_are_found(kind: str) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 24}
+    longest = 24 if kind == "dynamic" else 96
+    sizes = {**zoo.SIZES, "max_position_embeddings": longest, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, rope_parameters=rope)).eval()
+    ids = torch.randint(3, zoo.VOCAB, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, 10:] = 0
+    with GradientSketcher(model, SPEC) as sketcher:
+        sketcher.check_model()
+        assert sketcher.probe is not None and sketcher.probe.switch == 24
+        assert "beyond 24 tokens" in str(sketcher.probe)
+        with pytest.raises(ValueError, match="rows of 10 and of 40 tokens .* beyond 24 tokens"):
+            sketcher.policy_gradient(
+                ids,
+                segments=torch.tensor([0, 1]),
+                positions=torch.tensor([5, 45]),
+                targets=torch.tensor([7, 8]),
+                weigh=lambda logp, a, b: torch.ones(b - a),
+                attention_mask=mask,
+            )
+
+
+def test_inputs_are_rows_of_the_embedding_and_targets_rows_of_the_head() -> None:
+    model: Any = zoo.make("llama")
+    model.model.embed_tokens = nn.Embedding(120, 32)
+    batch = zoo.padded()
+    ids = batch.input_ids.clone()
+    ids[0, 0] = 119
+    with GradientSketcher(model, SPEC) as sketcher:
+        assert batch.sketch(sketcher, input_ids=ids).sketches.isfinite().all()
+        with pytest.raises(ValueError, match="targets runs from .* to 119: the vocabulary is 0 .. 96"):
+            batch.sketch(sketcher, targets=batch.targets.clamp_min(119))

@@ -1,0 +1,52 @@
+"""Which architectures are refused, with the words that say why; and which are not built from sizes alone."""
+
+from __future__ import annotations
+
+
+def _both(words: str) -> dict[str, str]:
+    return {"policy_gradient": words, "batch": words}
+
+
+_PARTS = "do not give its logits"
+# A head of BERT's kind owns its bias twice, in two modules.
+_TWICE = "no tap covers these trainable parameters"
+_UNCALLED = "the weight is used without its module"
+REFUSED: dict[str, dict[str, str]] = {
+    **dict.fromkeys(
+        (
+            *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "ernie", "megatron-bert"),
+            *("roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        ),
+        _both(_TWICE),
+    ),
+    # Their experts are not gate and up, activation, down, or not as many of each.
+    "inkling_text": _both("do not hold the same experts"),
+    "inkling2_text": _both("its forward is not gate and up, activation, down"),
+    "longcat_flash": _both("do not hold the same experts"),
+    # Between decoder and head these do more than a factor and a cap; `batch` takes them.
+    "electra": {"policy_gradient": _PARTS},
+    "modernbert-decoder": {"policy_gradient": _PARTS},
+    "rembert": {"policy_gradient": _PARTS},
+    # State-space layers that multiply by a weight whose module nobody calls: `policy_gradient` forms the gradient.
+    "falcon_mamba": {"batch": _UNCALLED},
+    "jamba": {"batch": _UNCALLED},
+    "mamba": {"batch": _UNCALLED},
+    # A bias that is returned, and added elsewhere.
+    "gpt_neox_japanese": _both("dense_bias: an output of shape (32,)"),
+    # Its prompt is seen from both sides.
+    "cpmant": {"policy_gradient": "is not causal", "batch": "does not see every token once"},
+    # Several streams of tokens, and [length, batch].
+    "prophetnet": {"policy_gradient": _PARTS, "batch": "does not see every token once"},
+    "xlnet": {
+        "policy_gradient": "called on something else than every token once",
+        "batch": "does not see every token",
+    },
+}
+# Configurations of several models, sizes that must fit each other, and defaults that are too large.
+NOT_SMALL = frozenset(
+    """
+    blt cohere_compass_text dbrx dots3_note dots3_note_text emu3 falcon_h1 fuyu gemma3 gemma3n gemma3n_text gemma4
+    gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 lfm2_moe llama4 mllama moss_transcribe_diarize
+    musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp reformer roc_bert xlm zamba zamba2 zaya
+    """.split()
+)
