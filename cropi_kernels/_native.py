@@ -57,9 +57,8 @@ def not_plain(x: torch.Tensor) -> str | None:
         return None
     if x.layout is not torch.strided or x.is_nested:
         return f"the tensor has the layout {'nested' if x.is_nested else x.layout}: give a dense tensor"
-    wrapper: bool = is_traceable_wrapper_subclass(
-        x
-    )  # as a variable: mypy takes the check for one that is never true
+    # As a variable: mypy takes the check for one that is never true.
+    wrapper: bool = is_traceable_wrapper_subclass(x)
     if wrapper:
         return f"the tensor is a {type(x).__name__}: give a plain tensor (of a DTensor: full_tensor() or to_local())"
     return None

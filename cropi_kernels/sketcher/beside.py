@@ -15,8 +15,9 @@ from torch import nn
 
 from ..names import canonical_name
 from .attach import Attachment
+from .listener import Source
 from .segments import Segments
-from .selftest import SelfTestError, Source
+from .selftest import SelfTestError
 from .taps import Tap
 
 

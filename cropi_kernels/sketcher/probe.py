@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .decoder import SplitModel
-from .selftest import unit_roundoff
+from .listener import unit_roundoff
 from .trial import config_numbers, few_rows
 from .untouched import untouched
 

@@ -29,18 +29,15 @@ from ..names import canonical_name
 from .accumulator import Accumulator
 from .attach import Attachment
 from .coverage import UncoveredParameterError
-from .exact import Exact
 from .hooks import unless_none
+from .listener import Listener, Source, norm, projected, smallest, unit_roundoff
 from .segments import Segments
-from .taps import NormTap, Tap
 from .untouched import nothing_kept, thawed, untouched
 
-PROJECTED = 2048  # numbers that a sketch is summed down to, with signs: they are kept for every parameter
 LISTED = 20  # parameters that an error names
 
 Forward = Callable[[], torch.Tensor]
 Owned = list[tuple[nn.Parameter, Callable[[torch.Tensor, torch.Tensor], None]]]
-Source = Tap | Exact  # of sketches: what hears a backward pass
 
 
 class SelfTestError(UncoveredParameterError):
@@ -115,87 +112,6 @@ class Trial:
     cotangents: tuple[torch.Tensor, ...]
     owners: tuple[tuple[int, ...], ...] = ((0,), (1,))
     remedy: str = ""  # the end of the error's message, before "this test"
-
-
-# ----------------------------------------------------------------------------------------------- listening
-class Listener:
-    """Takes away what each tap adds to the accumulator's sketches, call by call."""
-
-    def __init__(self, acc: Accumulator) -> None:
-        self.acc = acc
-        self.sums: dict[Source, torch.Tensor] = {}  # [segments, numbers]
-        self.size: dict[
-            Source, float
-        ] = {}  # sum over calls of |dy| |a|: the terms that rounding is a part of
-        self.unit: dict[Source, float] = {}  # the coarsest unit roundoff of what went in
-        self.calls: dict[Source, int] = {}
-        self.outputs: list[torch.Tensor] = []
-
-    def attached(self, tap: Source, y: torch.Tensor) -> None:
-        if y.requires_grad:
-            self.outputs.append(y)
-
-    def added(self, tap: Source, dy: torch.Tensor, kept: torch.Tensor | None) -> None:
-        took = projected(self.acc.out)
-        self.acc.out.zero_()
-        self.sums[tap] = self.sums[tap] + took if tap in self.sums else took
-        d = dy.detach()
-        terms = (d.numel() / max(1, d.shape[-1] if d.ndim else 1)) ** 0.5
-        if isinstance(tap, Exact):  # a gradient that autograd formed, of sums that nobody sees
-            terms = max(terms, 16.0)
-        unit = unit_roundoff(d)
-        if kept is not None and kept.is_floating_point():
-            unit = max(unit, unit_roundoff(kept))
-            # A norm's input is normalised: its rows have norm sqrt(n).
-            terms = (
-                kept.numel() ** 0.5 if isinstance(tap, NormTap) else max(terms, _uses(d, kept) * norm(kept))
-            )
-        self.size[tap] = self.size.get(tap, 0.0) + norm(d) * terms
-        self.unit[tap] = max(self.unit.get(tap, 0.0), unit)
-        self.calls[tap] = self.calls.get(tap, 0) + 1
-
-    @contextlib.contextmanager
-    def batch(self, segments: Segments, device: torch.device) -> Iterator[None]:
-        self.acc.begin(segments, device)
-        self.acc.listener = self
-        try:
-            yield
-        finally:
-            self.acc.listener = None
-            self.acc.close()
-
-
-def _uses(dy: torch.Tensor, kept: torch.Tensor) -> float:
-    """The root of how often each row of ``kept`` met a row of ``dy``: once for every expert of a token."""
-    rows = dy.numel() / max(1, dy.shape[-1]), kept.numel() / max(1, kept.shape[-1])
-    return float(max(1.0, rows[0] / max(1.0, rows[1])) ** 0.5)
-
-
-def projected(out: torch.Tensor) -> torch.Tensor:
-    """Sketches [segments, dim] summed with fixed signs to at most `PROJECTED` numbers, on the CPU in float64."""
-    dim = out.shape[-1]
-    width = min(PROJECTED, dim)
-    generator = torch.Generator(device="cpu").manual_seed(dim)
-    signs = torch.randint(0, 2, (dim,), generator=generator, device="cpu", dtype=torch.float64) * 2 - 1
-    wide = out.detach().to("cpu", torch.float64, copy=True) * signs
-    return wide.view(*out.shape[:-1], dim // width, width).sum(-2)
-
-
-def norm(x: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32)))
-
-
-def unit_roundoff(x: torch.Tensor) -> float:
-    """Of the arithmetic that makes sums of ``x``; sketches are float32 at best."""
-    if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        return 2.0**-11
-    return max(torch.finfo(x.dtype).eps / 2, 2.0**-24)
-
-
-def smallest(x: torch.Tensor) -> float:
-    """Half the distance of ``x``'s subnormal numbers: what a number loses below them."""
-    info = torch.finfo(x.dtype)
-    return float(info.tiny * info.eps / 2)
 
 
 # -------------------------------------------------------------------------------------------------- parts

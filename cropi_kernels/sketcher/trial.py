@@ -14,19 +14,9 @@ from .accumulator import Accumulator
 from .attach import Attachment
 from .decoder import SplitModel
 from .head import head_pass, scored_offsets
+from .listener import norm, projected, smallest, unit_roundoff
 from .segments import Segments
-from .selftest import (
-    Part,
-    SelfTest,
-    Trial,
-    bound,
-    norm,
-    projected,
-    refuse_sharded,
-    self_test,
-    smallest,
-    unit_roundoff,
-)
+from .selftest import Part, SelfTest, Trial, bound, refuse_sharded, self_test
 from .untouched import thawed, untouched
 
 PANEL = 8192  # rows of the head that are float64 at one time
