@@ -10,9 +10,8 @@ segment only: a tap must give autograd's gradient to this segment, and nothing t
 *frozen*: as `GradientSketcher` works, weights frozen. Every tap must give what it gave before, but for the rounding of
 the backward pass; and the output must be that of the model without taps.
 
-Nothing is known of the modules: a hook that changes an output, a forward that was replaced, a weight that is used
-elsewhere too, tokens in another order, a hook on a parameter's gradient, a graph that was compiled before the taps
-came all show as a difference.
+Nothing is known of the modules: hooks that change an output or a gradient, replaced forwards, weights that are used
+elsewhere too, tokens in another order, graphs that were compiled before the taps came all show as a difference.
 """
 
 from __future__ import annotations
