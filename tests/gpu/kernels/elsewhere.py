@@ -50,7 +50,7 @@ _gpu.has_warp_group_products = lambda device: True
 dispatch.choose = lambda *args, **kwargs: "triton"
 torch.is_autocast_enabled = lambda *args: False  # type: ignore[assignment]
 coverage._embedding_scale = lambda module: 1.0
-decoder._split_error = lambda model, split: None
+decoder.measure_head = lambda *args: (1.0, None)
 for check in ("check_calls", "check_positions", "check_vocabulary"):
     setattr(gradient_sketcher, check, lambda *args: None)
 gradient_sketcher.failed_segments = lambda *args: torch.empty(0, dtype=torch.int64)
@@ -67,7 +67,7 @@ def one_pass(name: str, layout: str, dtype: torch.dtype) -> None:
     there = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}
     model = zoo.make(name, dtype).to("meta")
     model.set_attn_implementation("eager")  # type: ignore[operator]  # others look for masks that may be left out
-    with GradientSketcher(model, SketchSpec(width=16, vocab_width=64)) as sketcher:
+    with GradientSketcher(model, SketchSpec(width=16, vocab_width=64), verify=False) as sketcher:
         got = sketcher.policy_gradient(**there, weigh=lambda logp, a, b: weights[a:b])
     assert got.sketches.is_meta and got.sketches.shape == (zoo.N_SEGMENTS, 32768)
 
