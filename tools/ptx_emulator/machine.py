@@ -118,6 +118,15 @@ class Machine(Arithmetic):
         at = np.where((at >= 0) & (at <= 31), at, lane)
         self.assign_some(d, warps, self.lanes_of(source, "u32")[np.take_along_axis(warps, at, 1)])
 
+    def _redux(self, i: Instruction) -> None:
+        """The sum of whole warps, in every lane: of 32 bits, with or without a sign."""
+        d, source, _ = i.operands
+        if i.modifiers[1] != "add":
+            raise NotImplementedError(f"redux.{i.modifiers[1]}")
+        warps = self.whole_warps()
+        total = self.lanes_of(source, "u32")[warps].sum(1, dtype=np.uint32, keepdims=True)
+        self.assign_some(d, warps, np.broadcast_to(total, warps.shape))
+
     def _ldmatrix(self, i: Instruction) -> None:
         """Lanes 8 m to 8 m + 7 point at the rows of matrix m."""
         targets, place = i.operands
