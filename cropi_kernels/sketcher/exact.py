@@ -28,6 +28,7 @@ from .again import Replay, rows_of, same, view_axis
 from .segments import Segments
 from .slab import MatrixSketch
 
+NO_LAYOUT = "none"  # of an output that does not hold every token once
 LARGEST = 1 << 22  # numbers of a parameter: its gradient exists, one segment at a time
 
 
@@ -138,7 +139,7 @@ class ExactTaps:
                     mine.append(exact)
         self._calls: list[_Call] = []
         self._batch: Segments | None = None
-        # Of outputs: found where the sizes left one possible.
+        # Of outputs: found where the sizes left one possible, or none.
         self._layouts: dict[tuple[nn.Module, int], str] = {}
 
     def register(self) -> list[Any]:
@@ -224,9 +225,12 @@ class ExactTaps:
             views = segments.convolved_view(y, module.padding)
         else:
             views = segments.token_views(y)
-        if len(views) == 1:
-            (self._layouts[module, output],) = views
-        return views.get(self._layouts.get((module, output), ""))
+        if not views:
+            # For good: a batch may have as many rows as tokens, where [length, batch] passes for [batch, length].
+            self._layouts[module, output] = NO_LAYOUT
+        elif len(views) == 1:
+            self._layouts.setdefault((module, output), *views)
+        return views.get(self._layouts.get((module, output), NO_LAYOUT))
 
     def _replay(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Replay, list[torch.Tensor]] | None:
         """How to repeat the call on the rows of a segment, where segments are whole rows and there are several."""
