@@ -68,11 +68,15 @@ class Alone:
 
 @dataclass(frozen=True)
 class Setup:
-    """How prompts are chosen. The job's trajectories and store are filled in for every part."""
+    """How prompts are chosen. The job's trajectories and store are filled in for every part.
+
+    ``least`` prompts are chosen, where there are so many usable ones and the fraction would choose fewer.
+    """
 
     job: SketchJob = field(default_factory=lambda: SketchJob((), None))
     influence: Influence = field(default_factory=Influence)
     selecting: Selecting = field(default_factory=Selecting)
+    least: int = 0
 
     @classmethod
     def of(
@@ -161,7 +165,7 @@ def check(
     mine, _, pool = _part(policy, train, job, "train", None, known, ranks)
     check_pool(pool, mine.groups.names, known=known is not None, before=before, otherwise=otherwise)
     size = pool.usable if setup.selecting.pool == "usable" else pool.prompts
-    how_many(setup.selecting.fraction, min(size, job.limit or size))
+    how_many(setup.selecting.fraction, min(size, job.limit or size), setup.least)
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)
     return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown)
@@ -347,7 +351,7 @@ def choose(
     def finish() -> Selection:
         stores = {part.name: _joined(part.name, mine, at, who) for part in (*parts.valid, parts.train)}
         scores = score(stores.pop("train"), list(stores.values()), setup.influence, setup.selecting)
-        chosen = pick(scores, setup.selecting)
+        chosen = pick(scores, setup.selecting, setup.least)
         if root is not None:
             write_scores(root / "scores.parquet", scores, chosen)
             write_selection(root / "selected.jsonl", scores, chosen)
@@ -389,9 +393,14 @@ def score(
     )
 
 
-def pick(scores: Scores, options: Selecting | None = None) -> Selection:
+def pick(scores: Scores, options: Selecting | None = None, least: int = 0) -> Selection:
     """:func:`cropi.ranking.selection.select` by its options."""
     given = options or Selecting()
     return select(
-        scores, fraction=given.fraction, method=given.method, pool=given.pool, seed=given.select_seed
+        scores,
+        fraction=given.fraction,
+        method=given.method,
+        pool=given.pool,
+        seed=given.select_seed,
+        least=least,
     )

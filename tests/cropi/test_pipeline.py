@@ -69,7 +69,7 @@ def test_a_run_parses_every_record_twice_and_hashes_the_weights_once(
     valid = [write_lines(tmp_path / f"v{i}.jsonl", make_records(6, seed=i + 1)) for i in range(3)]
     words = [
         "run", "--model", str(tmp_path / "model"), "--train", str(train), "--valid", *map(str, valid), "--out",
-        str(tmp_path / "out"), "--dim", "1024", "--no-progress", "--table", "3",
+        str(tmp_path / "out"), "--dim", "1024", "--no-progress", "--table", "3", "--no-report",
     ]  # fmt: skip
     assert main(words) == 0
     assert counted.pop("model") == 1

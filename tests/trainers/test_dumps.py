@@ -132,7 +132,6 @@ def put(field: str, value: Any) -> Callable[[str, Any], None]:
 
 BAD: list[tuple[str, str, Any, str]] = [
     ("slime", "reward", None, "reward: is missing"),
-    ("slime", "reward", math.nan, "reward: should be a finite number, got nan"),
     ("slime", "reward", "1", "reward: should be a finite number, got '1'"),
     ("slime", "reward", [1.0], "reward: should be a finite number, got [1.0]"),
     ("slime", "reward", {"acc": 1.0}, "reward: is a table: 'acc'; dump one number"),
@@ -147,18 +146,15 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("slime", "loss_mask", [1, 1], "loss_mask: has 2 entries for 3 response tokens"),
     ("slime", "loss_mask", [1, 2, 1], "loss_mask[1]: should be 0 or 1, got 2"),
     ("slime", "rollout_log_probs", [-1.0], "rollout_log_probs: has 1 entries for 3 response tokens"),
-    ("slime", "rollout_log_probs", [-1.0, -1.0, -math.inf], "rollout_log_probs[2]: should be a finite number, got -"),
     ("slime", "rollout_log_probs", [0.5, -1.0, -1.0], "logprobs: logprobs[0][0] must be a finite number <= 0"),
     ("slime", "metadata", None, "metadata: has no 'id'"),
     ("slime", "metadata", {"id": 1.5}, "metadata.id: a prompt's id should be text or an integer, got 1.5"),
-    ("nemo-rl", "rewards", math.nan, "rewards: should be a finite number, got nan"),
     ("nemo-rl", "input_lengths", 9, "input_lengths: is 9 for 8 token_ids and 8 of token_loss_mask"),
     ("nemo-rl", "token_ids", 3, "token_ids: should be a list, got 3"),
     ("nemo-rl", "token_loss_mask", [1] * 8, "token_loss_mask: marks the first token"),
     ("nemo-rl", "token_loss_mask", [0, 0, 3, 0, 0, 0, 0, 0], "token_loss_mask[2]: should be 0 or 1, got 3"),
     ("nemo-rl", "generation_logprobs", [0.0], "generation_logprobs: has 1 entries for 5 tokens"),
     ("nemo-rl", "name", None, "name: a prompt's id should be text or an integer, got None"),
-    ("verl", "rm_scores", torch.tensor([math.nan]), "rm_scores[0]: should be a finite number, got nan"),
     ("verl", "responses", torch.tensor([[1]]), "responses: should have one dimension"),
     ("verl", "responses", torch.tensor([1.5]), "responses[0]: should be an integer, got 1.5"),
     ("verl", "response_mask", torch.ones(2), "response_mask: has 2 entries for 3 response tokens"),
@@ -173,6 +169,28 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("verl text", "output", None, "output: should be text, got None"),
     ("verl text", "uid", None, "'uid': is missing in this row"),
 ]  # fmt: skip
+
+
+NOT_FINITE: list[tuple[str, str, Any, str]] = [
+    ("slime", "reward", math.nan, "reward: should be a finite number, got nan"),
+    ("slime", "rollout_log_probs", [-1.0, -1.0, -math.inf], "rollout_log_probs[2]: should be a finite number, got -"),
+    ("nemo-rl", "rewards", math.nan, "rewards: should be a finite number, got nan"),
+    ("verl", "rm_scores", torch.tensor([math.nan]), "rm_scores[0]: should be a finite number, got nan"),
+    ("slime", "reward", 10**400, "reward: should be a finite number, got 1000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "field", "value", "message"), NOT_FINITE)
+def test_a_sample_with_a_number_that_is_not_finite_is_left_out_and_counted(
+    kind: str, field: str, value: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = made(kind)
+    put(field, value)(kind, content)
+    assert converted(kind, tmp_path, content) == 0
+    groups = list(read_trajectories(tmp_path / "out.jsonl"))
+    assert [group.size for group in groups] == [2, 1] and groups[1].rewards == [1.0]
+    shown = capsys.readouterr().out
+    assert "left out      1 samples: 1 by" in shown and message in shown
 
 
 @pytest.mark.parametrize(("kind", "field", "value", "message"), BAD)

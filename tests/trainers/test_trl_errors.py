@@ -11,7 +11,7 @@ from support.made_data import make_model, make_tokenizer
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-from support.trl_runs import arguments, dataset, digits, recorded, staged, stored  # noqa: E402
+from support.trl_runs import arguments, dataset, digits, recorded, selected, staged, stored  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
 from cropi.trainers.trl import Curriculum, curriculum, versions  # noqa: E402
@@ -288,6 +288,35 @@ def test_too_few_selected_prompts(tmp_path: Path) -> None:
         CropiError, match="stage 0 has 1 prompts, but one generation batch takes 2.*raise fraction"
     ):
         staged(tmp_path / "a", {"train": train, "valid": valid, "fraction": 0.1}).train()
+
+
+def test_a_stage_of_recorded_prompts_has_enough_for_a_batch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two prompts are recorded in a stage of one batch, and half of them is one: training goes on with both."""
+    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    trainer = staged(tmp_path / "a", {"valid": valid, "stage_steps": 1, "fraction": 0.5}, max_steps=2)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert trainer.state.global_step == 2 and len(selected(tmp_path / "a", 1)) == 2
+    assert (
+        "fraction 0.5 of 2 prompts chooses fewer than one generation batch takes; 2 are chosen" in caplog.text
+    )
+
+
+def unscored(completions: list[str], **columns: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+def test_rewards_that_are_all_none_do_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """TRL warns of them and trains on."""
+    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    trainer = staged(tmp_path / "a", {"valid": valid}, reward_funcs=unscored)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert trainer.state.global_step == 6
+    assert "fewer than two responses that a reward function scored" in caplog.text
+    assert "the prompts of the stage before are kept" in caplog.text
 
 
 def test_tools_cannot_be_recorded(tmp_path: Path) -> None:

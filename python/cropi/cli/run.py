@@ -30,6 +30,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_model(command)
     options.add(command, Sketching, Influence, Selecting)
     select.add_table(command)
+    command.add_argument(
+        "--no-report",
+        dest="report",
+        action="store_false",
+        help="write no report.html (`cropi report` writes it later)",
+    )
     options.add_progress(command)
 
 
@@ -79,7 +85,8 @@ def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> Non
         table=args.table,
     )
     select.show(chosen, written, checked.train.groups)
-    print(f"report        {report_folder(out)}")
+    if args.report:
+        print(f"report        {report_folder(out, every_text=False)}")
     stores = [out / "sketches" / part.name for part in (checked.train, *checked.valid)]
     print(f"sketches      {', '.join(map(str, stores))}")
 

@@ -92,6 +92,10 @@ class NothingToSelect(CropiError):
         )
 
 
+class NothingScored(NothingToSelect):
+    """No reward function gave any response a finite number."""
+
+
 def scan(
     source: Any,
     *,

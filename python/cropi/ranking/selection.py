@@ -96,8 +96,9 @@ def order_of(value: np.ndarray, beyond: np.ndarray, ties: np.ndarray) -> np.ndar
     return np.lexsort((ties, -beyond, -value))
 
 
-def how_many(fraction: float, size: int) -> int:
-    """``floor(size * fraction + 1e-9)``, the number of prompts that a selection from a pool of ``size`` holds at most.
+def how_many(fraction: float, size: int, least: int = 0) -> int:
+    """``floor(size * fraction + 1e-9)``, the number of prompts that a selection from a pool of ``size`` holds at most;
+    ``least``, where that is more.
 
     CROPI's released code takes ``int(size * fraction)``, which is one less where the product should be whole and its
     rounding falls below: 28 of 100 for 0.29, against 29 here.
@@ -108,7 +109,7 @@ def how_many(fraction: float, size: int) -> int:
     if not 0 < fraction <= 1:
         raise CropiError(f"fraction must be in (0, 1], got {fraction}")
     # 0.29 * 100 is 28.999... in binary; the rule means 29.
-    n = math.floor(size * fraction + 1e-9)
+    n = max(math.floor(size * fraction + 1e-9), least)
     if n < 1:
         raise CropiError(
             f"fraction {fraction} of a pool of {size} prompts chooses none; give a larger fraction or more prompts"
@@ -117,7 +118,13 @@ def how_many(fraction: float, size: int) -> int:
 
 
 def select(
-    scores: Scores, *, fraction: float = 0.1, method: str = "rrf", pool: str = "all", seed: int = 0
+    scores: Scores,
+    *,
+    fraction: float = 0.1,
+    method: str = "rrf",
+    pool: str = "all",
+    seed: int = 0,
+    least: int = 0,
 ) -> Selection:
     """Choose ``floor(N_pool * fraction + 1e-9)`` prompts (see :func:`how_many`). Prompts without a usable sketch (zero
     gradient) are never chosen.
@@ -130,6 +137,7 @@ def select(
         pool: what N_pool counts: "all" prompts of the file, as the released method does, or only "usable"
             ones.
         seed: of "random", and of the order among equal pass rates in the other two baselines.
+        least: choose at least so many, where there are so many usable ones (a trainer's batch may need them).
 
     Raises:
         CropiError: the fraction chooses nothing, or an unknown option.
@@ -138,7 +146,7 @@ def select(
         if given not in allowed:
             raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
     usable = np.flatnonzero(scores.usable)
-    n = how_many(fraction, len(scores.rows) if pool == "all" else len(usable))
+    n = how_many(fraction, len(scores.rows) if pool == "all" else len(usable), least)
     ids = [scores.rows[i].id for i in usable]
     table = scores.table[usable]
     rates = np.array([scores.rows[i].pass_rate for i in usable])

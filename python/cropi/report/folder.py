@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cropi.data.readers import read
+from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
 from cropi.ranking.influence import Scores
@@ -19,14 +19,19 @@ from cropi.ranking.report import last_message
 from cropi.ranking.selection import Selection, read_selection
 from cropi.ranking.table import read_scores
 from cropi.ranking.uncertainty import Uncertainty
-from cropi.report.html import ReportInput, write_report
+from cropi.report.html import ReportInput, shown_in_full, write_report
+from cropi.store.shards import OK
 from cropi.store.store import SketchStore
 
 SHOWN = 12  # validation prompts whose neighbours are shown
 
 
 def report_folder(
-    folder: str | Path, out: str | Path | None = None, *, check: str | Path | None = None
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    check: str | Path | None = None,
+    every_text: bool = True,
 ) -> Path:
     """Write the report page of a folder that holds ``scores.parquet`` and ``selected.jsonl``.
 
@@ -36,6 +41,8 @@ def report_folder(
         folder: what ``cropi run --out`` or a curriculum's stage wrote.
         out: the page; None: ``report.html`` in the folder.
         check: what ``cropi check --out`` wrote; None: ``check.json`` in the folder, if it is there.
+        every_text: read the trajectories through, so that every prompt's text can be searched; else only the prompts
+            that are shown in full are read, by their places in the files.
 
     Returns:
         The page's path.
@@ -53,19 +60,18 @@ def report_folder(
         )
     selection = selection_of(scores, root / "selected.jsonl")
     train, valid, unfinished = _stores(root)
+    missing = str(scores.meta.get("uncertainty_missing", "the table comes from an earlier release"))
     given = ReportInput(
-        scores, selection, _records(train), uncertainty=Uncertainty.of(scores), unfinished=unfinished,
-        uncertainty_missing=str(scores.meta.get("uncertainty_missing", "the table comes from an earlier release")),
+        scores, selection, _shown(train, scores, selection, every_text),
+        uncertainty=Uncertainty.of(scores), unfinished=unfinished,
+        uncertainty_missing=missing,
         check=_check(root, check), run=_run(scores, train), command=_note(train, "command"),
         title=f"Selection: {root.name}",
     )  # fmt: skip
     if train is not None and valid and not unfinished:
-        texts = _texts(valid)
-        some = [
-            row.id for store in valid for row in islice((r for r in store.rows() if r.status == "ok"), SHOWN)
-        ]
-        given.neighbours = neighbours(train, valid, ids=some[:SHOWN])
-        given.validation_texts = {name: texts.get(name, "") for name in given.neighbours}
+        some = [row.id for store in valid for row in store.rows() if row.status == OK][:SHOWN]
+        given.neighbours = neighbours(train, valid, ids=some)
+        given.validation_texts = _texts(valid, some)
     page = root / "report.html" if out is None else Path(out)
     write_report(page, given)
     return page
@@ -111,21 +117,32 @@ def _stores(root: Path) -> tuple[SketchStore | None, list[SketchStore], str]:
     return train, valid, ""
 
 
-def _records(train: SketchStore | None) -> list[PromptGroup] | Any:
-    """The training prompts' records, or nothing where their files are not there any more."""
+def _records(train: SketchStore | None) -> PromptGroups | None:
+    """The records of a store, or None where their files are not there any more."""
     paths = [Path(path) for path in (_notes(train).get("trajectories") or [])]
     if not paths or not all(path.exists() for path in paths):
-        return ()
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         columns = (train.manifest.get("tokens") or {}).get("columns") if train is not None else None
         return read(paths, skip_bad=True, columns=columns)
 
 
-def _texts(valid: list[SketchStore]) -> dict[str, str]:
+def _shown(
+    train: SketchStore | None, scores: Scores, selection: Selection, every_text: bool
+) -> Iterable[PromptGroup]:
+    """The records that the page needs."""
+    groups = _records(train)
+    if groups is None or every_text:
+        return groups or ()
+    return groups.take([scores.rows[i].id for i in sorted(shown_in_full(scores, selection))])
+
+
+def _texts(valid: list[SketchStore], names: Sequence[str]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for store in valid:
-        for group in _records(store):
+        groups = _records(store)
+        for group in groups.take([name for name in names if name in store]) if groups is not None else ():
             prompt = group.prompt if isinstance(group.prompt, str) else last_message(group.prompt)
             texts[group.id] = prompt
     return texts

@@ -39,9 +39,10 @@ STATUSES = ("ok", "skipped", "failed")
 class ReportInput:
     """What a report shows; everything but scores and selection may be missing.
 
-    ``groups`` are the training prompts' records; ``uncertainty``, ``neighbours`` (of some validation prompts) and
-    ``check`` (:meth:`cropi.report.check.CheckReport.to_dict`) are what those functions gave; ``run`` are lines of
-    configuration and cost, ``command`` what repeats the run, ``unfinished`` what is missing of it.
+    ``groups`` are the training prompts' records, all of them or those that :func:`shown_in_full` names;
+    ``uncertainty``, ``neighbours`` (of some validation prompts) and ``check``
+    (:meth:`cropi.report.check.CheckReport.to_dict`) are what those functions gave; ``run`` are lines of configuration
+    and cost, ``command`` what repeats the run, ``unfinished`` what is missing of it.
     """
 
     scores: Scores
@@ -298,9 +299,8 @@ def _data(given: ReportInput) -> dict[str, Any]:
     """What the script shows: columns over all prompts, and the full text of some."""
     scores, selection, sure = given.scores, given.selection, given.uncertainty
     rank = {i: place for place, i in enumerate(selection.order, 1)}
-    rows, near = scores.rows, max(5, len(selection.chosen) // 10)
-    wanted = _wanted(scores, selection, near)
-    snippets, details = _texts(given.groups, {rows[i].id for i in wanted})
+    rows, near = scores.rows, near_the_cut(selection)
+    snippets, details = _texts(given.groups, {rows[i].id for i in shown_in_full(scores, selection)})
     columns: dict[str, list[Any]] = {
         "rank": [rank.get(i) for i in range(len(rows))],
         "id": [_shown(row.id) for row in rows],
@@ -332,8 +332,13 @@ def _data(given: ReportInput) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _wanted(scores: Scores, selection: Selection, near: int) -> set[int]:
-    """Prompts that are shown in full."""
+def shown_in_full(scores: Scores, selection: Selection) -> set[int]:
+    """The prompts whose text and responses are shown whole, as rows of the table.
+
+    The best, the worst, those at the cut, those without a score for another reason than equal rewards, and those with
+    the largest gradients.
+    """
+    near = near_the_cut(selection)
     order, cut = selection.order, len(selection.chosen)
     some = {*order[:FULL], *order[-FULL:], *order[max(0, cut - near) : cut + near][:FULL]}
     unscored = [
@@ -341,6 +346,11 @@ def _wanted(scores: Scores, selection: Selection, near: int) -> set[int]:
     ]
     largest = sorted(range(len(scores.rows)), key=lambda i: -scores.rows[i].norm)[:20]
     return some | set(unscored[:FULL]) | set(largest)
+
+
+def near_the_cut(selection: Selection) -> int:
+    """How many places on either side of the last chosen prompt count as "at the cut"."""
+    return max(5, len(selection.chosen) // 10)
 
 
 def _equal_rewards(reason: str) -> bool:

@@ -34,6 +34,13 @@ class Unused(BadSample):
     """A sample that its trainer does not train on either (aborted, removed): left out and counted in any case."""
 
 
+class NotFinite(Unused):
+    """A reward or log-prob that is NaN or infinite: the sample was not scored, or not sampled, as it should have been.
+
+    One such sample is no reason to lose a run's dumps, and no gradient can be formed from it.
+    """
+
+
 class Left:
     """Which samples were left out, by reason, and the first of each.
 
@@ -103,9 +110,10 @@ def finite(value: Any, field: str, where: str) -> float:
     """A finite number.
 
     Raises:
-        BadSample: it is not one.
+        NotFinite: it is NaN or infinite.
+        BadSample: it is no number.
     """
-    number = math.nan
+    number: float | None = None
     if isinstance(value, (torch.Tensor, np.ndarray)):
         value = value.item() if value.size == 1 else value if isinstance(value, np.ndarray) else _item(value)
     if isinstance(value, (int, float, np.number, np.bool_)) and not isinstance(value, np.complexfloating):
@@ -113,8 +121,9 @@ def finite(value: Any, field: str, where: str) -> float:
             number = float(value)
         except OverflowError:
             number = math.inf
-    if not math.isfinite(number):
-        raise BadSample(where, field, f"should be a finite number, got {shown(value)}")
+    if number is None or not math.isfinite(number):
+        kind = BadSample if number is None else NotFinite
+        raise kind(where, field, f"should be a finite number, got {shown(value)}")
     return number
 
 
@@ -184,7 +193,8 @@ def log_probs(
     """Log-probs of ``size`` response tokens. Those of tokens that do not count are set to 0.
 
     Raises:
-        BadSample: another length, or one that is no finite number.
+        NotFinite: one is NaN or infinite.
+        BadSample: another length, or one that is no number.
     """
     if value is None:
         return None

@@ -6,11 +6,13 @@ own; rank 0 reads all stores, scores and chooses, and every rank gets the ids.
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from cropi.ranking.influence import DEFAULT_SET
 from cropi.sketching.job import SketchJob
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 OTHERWISE = ", or set on_nothing='keep'"
 
@@ -51,6 +55,7 @@ def choose_prompts(
     known: Callable[[str], bool],
     ranks: Ranks,
     seed: int,
+    least: int = 0,
     progress: bool = True,
 ) -> Chosen:
     """Choose the prompts of a stage by the influence of their stored trajectories under ``model``.
@@ -65,6 +70,7 @@ def choose_prompts(
         known: whether a training prompt is in the dataset; the others are left out.
         ranks: the processes that share the work.
         seed: of the draws.
+        least: prompts that a generation batch takes: so many are chosen, where the fraction would choose fewer.
         progress: show bars (on rank 0).
 
     Raises:
@@ -73,7 +79,7 @@ def choose_prompts(
             records. Raised on every rank, before anything is sketched.
     """
     begun = time.monotonic()
-    policy, setup = Policy(model, tokenizer), setup_of(options, stage, seed)
+    policy, setup = Policy(model, tokenizer), replace(setup_of(options, stage, seed), least=least)
     # A run that was killed right here may have left stores of another policy, or of another number of ranks.
     ranks.agree(lambda: _clean(folder) if ranks.first else None)
     with _evaluating(model):
@@ -97,6 +103,12 @@ def choose_prompts(
         )  # fmt: skip
     if ranks.first and not options.keep_sketches:
         _clean(folder)
+    size = checked.usable if options.pool == "usable" else checked.prompts
+    if ranks.first and len(chosen) > math.floor(size * options.fraction + 1e-9):
+        logger.warning(
+            "stage %d: fraction %g of %d prompts chooses fewer than one generation batch takes; %d are chosen",
+            stage, options.fraction, size, len(chosen),
+        )  # fmt: skip
     figures = {
         "pool": checked.prompts, "usable": checked.usable, "unknown": checked.unknown, "selected": len(chosen),
         "seconds": time.monotonic() - begun,

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from cropi.data.prompt_ids import PromptIds
-from cropi.data.scan import NothingToSelect
+from cropi.data.scan import NothingScored, NothingToSelect
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.files import write_atomic
@@ -158,10 +158,16 @@ class CurriculumMixin(RecordingMixin):
             self._cropi_check_recorded(stage)
             return choose_prompts(
                 self.accelerator.unwrap_model(self.model), self._tokenizer, options, stage=stage,
+                # In stage 0 too small a fraction is an error; later, work would be lost by one.
+                least=self._cropi_prompts if stage else 0,
                 folder=folder, train=self._cropi_sources("train", folder),
                 valid=self._cropi_sources("valid", folder), known=self._cropi_ids.__contains__, ranks=self._cropi_ranks,
                 seed=self._cropi_seed, progress=not self.args.disable_tqdm,
             )  # fmt: skip
+        except NothingScored as error:
+            # TRL warns of such rewards and trains on; so does this.
+            logger.warning("%s; the prompts of the stage before are kept", error)
+            return None if self._cropi_chosen is None else Chosen(self._cropi_chosen, {"kept": True})
         except NothingToSelect as error:
             if options.on_nothing == "error":
                 raise
@@ -188,9 +194,9 @@ class CurriculumMixin(RecordingMixin):
                 continue
             lost = sum(self._cropi_ranks.gather(self._cropi_without_record[kind]))
             if kind == "train":
-                raise NothingToSelect(
+                raise NothingScored(
                     lost, Counter({"fewer than two responses that a reward function scored": lost}),
-                    before=f"stage {stage}: ", otherwise=", or set on_nothing='keep'",
+                    before=f"stage {stage}: ", otherwise="; check the reward functions",
                 )  # fmt: skip
             raise CropiError(
                 f"stage {stage}: nothing was recorded of eval_dataset: none of its {lost} prompts has two responses "
