@@ -192,6 +192,10 @@ class Running(Options):
         "before the job: stop, warn, or do not look",
         choices=("off", "warn", "error"),
     )
+    verify: bool = option(
+        True, "leave out the self-test, which holds every tap to autograd on a few tokens before the job, and the "
+        "probe of the policy (is it causal, does a prompt depend on the others)", kind="switch", flag="--no-verify",
+    )  # fmt: skip
     limit: int | None = option(
         None, "only the first so many (training) prompts", kind="count", metavar="N", shown="all"
     )

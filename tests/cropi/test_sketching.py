@@ -117,3 +117,26 @@ def test_norm_ratio_and_clipped_tokens_of_a_row_are_those_of_its_responses(tmp_p
         assert row.extra["ratio"] == pytest.approx(mean, rel=1e-4)
         # Clipped at 1.2 where the advantage is positive: the first response alone.
         assert row.extra["clipped"] == pytest.approx(sizes[0] / sum(sizes), rel=1e-9)
+
+
+def test_the_checks_of_the_model_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name; and what they found is kept with the policy, so that the second store does not pay for it again."""
+    from cropi_kernels.sketcher import gradient_sketcher
+
+    tests: list[int] = []
+    compute = gradient_sketcher.policy_self_test
+
+    def counted(*args: Any) -> Any:
+        tests.append(1)
+        return compute(*args)
+
+    monkeypatch.setattr(gradient_sketcher, "policy_self_test", counted)
+    policy = Policy(make_model(), make_tokenizer())
+    path = write_lines(tmp_path / "t.jsonl", make_records(6))
+    for name, verify in (("off", False), ("on", True), ("again", True)):
+        job = SketchJob([path], tmp_path / name, SketchSpec(dim=1024), verify=verify)
+        sketch(policy, job, progress=False)
+        assert len(tests) == (0 if not verify else 1)
+    stores = [SketchStore.open(tmp_path / name) for name in ("off", "on")]
+    one, other = ({r.id: s for rows, t in store.shards() for r, s in zip(rows, t)} for store in stores)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -224,11 +224,18 @@ class Policy:
         # Not kept: special tokens and the template may be set at any time, and this takes milliseconds.
         return None if tokenizer is None else tokenizer_fingerprint(tokenizer)
 
-    def sketcher(self, spec: SketchSpec, exclude: Sequence[str] = ()) -> GradientSketcher:
-        """The taps of one sketch. They are planned once for each spec; enter it with ``with`` to sketch."""
+    def sketcher(
+        self, spec: SketchSpec, exclude: Sequence[str] = (), *, verify: bool = True
+    ) -> GradientSketcher:
+        """The taps of one sketch. They are planned once for each spec; enter it with ``with`` to sketch.
+
+        ``verify``: see :class:`cropi_kernels.GradientSketcher`; what it finds is kept with the taps.
+        """
         trainable = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        key = "sketcher", spec.fingerprint(), tuple(exclude), trainable
-        return self.once(key, lambda: GradientSketcher(self.model, spec, exclude=tuple(exclude)))
+        key = "sketcher", spec.fingerprint(), tuple(exclude), trainable, verify
+        return self.once(
+            key, lambda: GradientSketcher(self.model, spec, exclude=tuple(exclude), verify=verify)
+        )
 
     def _parameters_state(self) -> Hashable:
         return tuple(

@@ -36,6 +36,7 @@ def sketch_groups(
     exclude: Iterable[str] = (),
     layout: str = "auto",
     tokens_per_batch: int = 1024,
+    verify: bool = True,
     default_set: str | None = None,
     total: int | None = None,
     progress: bool = False,
@@ -59,7 +60,7 @@ def sketch_groups(
         behaviour: where the log-probs of the policy that made the rollouts come from: "file" (each group's own),
             "current" (the policy itself: ratio 1), or a :class:`Behaviour`, which may hold a model.
         exclude: patterns of parameter names to leave out.
-        layout, tokens_per_batch: see :class:`cropi.sketching.job.SketchJob`.
+        layout, tokens_per_batch, verify: see :class:`cropi.sketching.job.SketchJob`.
         default_set: validation set of prompts that carry none.
         total: how many prompts there are, for the progress bar.
         progress: show one.
@@ -73,7 +74,8 @@ def sketch_groups(
     source = behaviour if isinstance(behaviour, Behaviour) else Behaviour(behaviour)
     summary = summary or Summary(Path(store.path))
     plan = layout_of(policy, layout)
-    with policy.sketcher(SketchSpec.from_dict(store.manifest["spec"]), tuple(exclude)) as sketcher:
+    spec = SketchSpec.from_dict(store.manifest["spec"])
+    with policy.sketcher(spec, tuple(exclude), verify=verify) as sketcher:
         sketcher.check_model()
         summary.coverage = str(sketcher.coverage)
         summary.resumed = len(store)

@@ -228,7 +228,7 @@ def open_store(policy: Policy, job: SketchJob, behaviour: Behaviour, scan: Scan 
         UncoveredParameterError: a trainable parameter cannot be sketched.
         CropiError: the folder cannot be written, or its store was made with other settings.
     """
-    sketcher = policy.sketcher(job.spec, tuple(job.exclude))
+    sketcher = policy.sketcher(job.spec, tuple(job.exclude), verify=job.verify)
     with sketcher:
         sketcher.check_model()
 

@@ -85,6 +85,7 @@ def sketch(
             exclude=job.exclude,
             layout=job.layout,
             tokens_per_batch=job.tokens_per_batch,
+            verify=job.verify,
             default_set=job.set,
             total=min(scan.prompts, job.limit or scan.prompts),
             progress=progress,
