@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ OF_MODELS = {"token_logprobs"}
 
 def bench(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.bench_ops", "-p", "no:cacheprovider", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    # Of the process that runs this test: with xdist's variables pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
 
 
 def test_every_public_function_is_timed() -> None:

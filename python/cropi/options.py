@@ -218,10 +218,10 @@ class Sketching(Sketch, Gradient, Tokens, Running, Storing):
 
     >>> Sketching(dim=4096, estimator="ppo").tokens_per_batch
     1024
-    >>> Sketching(estimator="grpo2")
+    >>> Sketching(layout="wide")
     Traceback (most recent call last):
         ...
-    cropi.errors.CropiError: estimator must be one of cropi, ppo, reinforce, dr_grpo, dapo, got 'grpo2'
+    cropi.errors.CropiError: layout must be one of auto, shared, padded, got 'wide'
     """
 
 

@@ -207,7 +207,7 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "old log-probs and weights": (
         {"advantages": None, "weights": ADVANTAGES, "old_logprobs": torch.zeros(7, 8)}, "is not applied to weights",
     ),
-    "an estimator that is none": ({"estimator": "grpo2"}, "estimator is 'grpo2': give one of cropi, ppo"),
+    "an estimator that is none": ({"estimator": "grpo2"}, "estimator is 'grpo2': give one of cropi, grpo"),
     "temperature": ({"temperature": 0.0}, "temperature=0.0"),
     "budget": ({"tokens_per_batch": 0}, "tokens_per_batch must be an integer of at least 1, got 0"),
     "positions": ({"position_ids": torch.arange(8)}, r"position_ids has shape \[8\]: give \[7, 8\]"),
