@@ -20,7 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import cropi_kernels
-from cropi_kernels import SketchSpec, _gpu, linear_logprob, logprob_and_grad, plan_matrix, sketch_linear
+from cropi_kernels import (
+    ProjectionSpec,
+    SketchSpec,
+    _gpu,
+    linear_logprob,
+    logprob_and_grad,
+    plan_matrix,
+    project,
+    project_transpose,
+    sketch_linear,
+)
 
 READS = {
     torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.equal, torch.ops.aten.is_nonzero,
@@ -68,17 +78,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(GridExecutor, "__call__", launch)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     # Offsets on a device are not read; these are on the host, where the ops would.
-    for op in ("sketch_linear", "sketch_rows", "norm_grad"):
+    for op in ("sketch_linear", "sketch_grouped", "sketch_rows", "norm_grad"):
         monkeypatch.setattr(f"cropi_kernels.ops.{op}.ops.check_offset_values", lambda offsets, n: None)
     yield launched
 
 
 WIDE = plan_matrix(SketchSpec(width=None), "a.mlp.down_proj.weight", 1300, 700)
 TARGETS = torch.where(ROWS == 0, -100, ROWS)
+THINNED = ProjectionSpec(64, keep=0.5)
+# The ops of OPS that Triton serves; `test_the_list_is_whole` holds the keys to what the ops themselves say.
 KERNELS = {
     "fold_inputs": {"fold_kernel"},
     "fold_outputs": {"fold_kernel"},
     "sketch_linear": {"fold_kernel", "slab_kernel"},
+    "sketch_grouped": {"fold_kernel", "grouped_kernel"},
     "sketch_embedding": {"rows_kernel"},
     "sketch_vector": {"vector_kernel"},
     "norm_grad": {"norm_kernel"},
@@ -95,8 +108,8 @@ def wide_and_strided() -> None:
 
 # What is called, and the kernels that it must launch at least.
 CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
-    op: (lambda call=call: call("triton"), KERNELS[op])  # type: ignore[misc]
-    for op, call in OPS.items()
+    op: (lambda op=op: OPS[op]("triton"), kernels)  # type: ignore[misc]
+    for op, kernels in KERNELS.items()
 } | {
     "sketch_linear without a fold, strided": (
         wide_and_strided,
@@ -109,6 +122,14 @@ CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "logprob_and_grad": (
         lambda: logprob_and_grad(A, HEAD, TARGETS, lambda logp, a, b: logp, chunk_size=4, backend="triton"),
         {"forward_kernel", "backward_kernel"},
+    ),
+    "project": (
+        lambda: project(A, THINNED, nonfinite="ignore", backend="triton"),
+        {"bits_kernel", "places_kernel", "gather_kernel", "add_kernel"},
+    ),
+    "project_transpose": (
+        lambda: project_transpose(A, ProjectionSpec(40), 300, backend="triton"),
+        {"bits_kernel", "places_kernel", "spread_kernel"},
     ),
 }
 
@@ -137,6 +158,24 @@ def test_what_is_forbidden_is_seen() -> None:
             waits()
 
 
+def served_by_triton(op: str) -> bool:
+    """False where the op itself refuses the backend; any other error is the test's."""
+    try:
+        OPS[op]("triton")
+    except RuntimeError as error:
+        if str(error).startswith(f"backend='triton' cannot run {op}: "):
+            return False
+        raise
+    return True
+
+
+def test_the_list_is_whole(gpu: list[str]) -> None:
+    """An op is left out above if Triton does not serve it, and a kernel never."""
+    assert set(KERNELS) == {op for op in OPS if served_by_triton(op)}
+    named = set().union(*(kernels for _, kernels in CALLS.values()))
+    assert named == {kernel for _, _, kernel, _ in all_launches()}
+
+
 # ------------------------------------------------------------------------------------------------- source
 def launches(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[int, str, bool]]:
     """(line, kernel, whether inside ``with _gpu.on(...)``) of every ``some_kernel[grid](...)``."""
@@ -150,12 +189,17 @@ def launches(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[int, str, b
         yield from launches(node, inside)
 
 
-def test_every_launch_is_on_its_operands_device() -> None:
-    """Several GPUs in one process: Triton launches on the current device, whatever its operands are on."""
-    found = [
+def all_launches() -> list[tuple[str, int, str, bool]]:
+    """Those of the package, the file's name in front."""
+    return [
         (path.name, *launch)
         for path in Path(cropi_kernels.__file__).parent.rglob("*.py")
         for launch in launches(ast.parse(path.read_text(encoding="utf-8")))
     ]
+
+
+def test_every_launch_is_on_its_operands_device() -> None:
+    """Several GPUs in one process: Triton launches on the current device, whatever its operands are on."""
+    found = all_launches()
     assert len(found) >= 9, found
     assert not [launch for launch in found if not launch[-1]]
