@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support import fuzz
 
 from cropi.data.fast import RecordReader
 from cropi.data.keys import ALIASES, FIELDS, REFUSED
@@ -18,16 +17,7 @@ from cropi.data.readers import read
 from cropi.data.records import PromptGroup, parse_record
 from cropi.errors import CropiError, RecordError
 
-pytestmark = pytest.mark.slow
-# 10,000 inputs for every change; CROPI_FUZZ=1000000 for a night.
-INPUTS = int(os.environ.get("CROPI_FUZZ", 2900))
-QUICK = settings(
-    max_examples=INPUTS,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    database=None,
-    derandomize=True,
-)
+INPUTS = 500
 
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 100), st.integers(-(10**40), 10**40), st.floats(), st.text(max_size=6),
@@ -133,7 +123,7 @@ def check(line: bytes) -> PromptGroup | None:
     return slow
 
 
-@QUICK
+@fuzz.inputs(INPUTS)
 @given(good())
 def test_right_records_are_read_to_what_they_hold(record: dict[str, Any]) -> None:
     try:
@@ -150,13 +140,13 @@ def test_right_records_are_read_to_what_they_hold(record: dict[str, Any]) -> Non
         assert group.id == str(record["id"])
 
 
-@QUICK
+@fuzz.inputs(INPUTS)
 @given(broken())
 def test_broken_records_end_in_a_group_or_in_words(record: dict[str, Any]) -> None:
     check(text_of(record))
 
 
-@QUICK
+@fuzz.inputs(INPUTS)
 @given(good(), st.data())
 def test_broken_text_ends_in_a_group_or_in_words(record: dict[str, Any], data: st.DataObject) -> None:
     line = bytearray(text_of(record))
@@ -173,7 +163,7 @@ def test_broken_text_ends_in_a_group_or_in_words(record: dict[str, Any], data: s
     check(bytes(line))
 
 
-@settings(parent=QUICK, max_examples=max(INPUTS // 2, 1))
+@fuzz.inputs(INPUTS // 2, share=0.5)
 @given(
     st.lists(
         st.one_of(good(), broken(), anything.filter(lambda v: not isinstance(v, str))), min_size=1, max_size=4
