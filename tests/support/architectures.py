@@ -129,12 +129,15 @@ MORE: dict[str, dict[str, Any]] = {
             "deepseek_v32",
             "glm_moe_dsa",
             "glm4_moe_lite",
+            "longcat_flash",
             "minicpm3",
             "youtu",
         ),
         {"num_key_value_heads": 4},
     ),
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "num_key_value_heads": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "expand": 2},
+    "xmod": {"default_language": "en_XX"},
 }
 FLOAT32 = {"xglm"}  # their own code does not run in float64
 NAMES = sorted(dict.fromkeys(str(name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))

@@ -28,6 +28,13 @@ SIZES: dict[str, Any] = dict(
 )  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
     "zaya": dict(num_experts_per_tok=1),
+    "longcat_flash": dict(
+        num_layers=2, ffn_hidden_size=48, expert_ffn_hidden_size=24, zero_expert_num=2, head_dim=8
+    ),
+    # By default 32 linear heads of 128, in both layers.
+    "kimi_linear": dict(
+        linear_head_dim=8, linear_num_heads=4, layer_types=["linear_attention", "full_attention"]
+    ),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
 }
 LARGEST = 4_000_000  # parameters
@@ -52,10 +59,11 @@ def small(kind: str) -> nn.Module:
     """
     model_class = getattr(transformers, CAUSAL[kind])
     known = set(inspect.signature(model_class.config_class.__init__).parameters)
-    sizes = {name: value for name, value in SIZES.items() if name in known} | CHANGES.get(kind, {})
+    sizes = {name: value for name, value in SIZES.items() if name in known}
     if "qk_rope_head_dim" in known:  # latent attention: as many heads of keys, of a width of their own
         sizes.pop("head_dim", None)
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    sizes |= CHANGES.get(kind, {})
     try:
         config = model_class.config_class(**sizes)
         with torch.device("meta"):

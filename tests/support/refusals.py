@@ -46,7 +46,7 @@ REFUSED: dict[str, dict[str, str]] = {
 NOT_SMALL = frozenset(
     """
     blt cohere_compass_text dbrx dots3_note dots3_note_text emu3 falcon_h1 fuyu gemma3 gemma3n gemma3n_text gemma4
-    gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 kimi_linear lfm2_moe llama4 mllama
+    gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 lfm2_moe llama4 mllama
     moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp reformer
     roc_bert xlm zamba zamba2 zaya
     """.split()
