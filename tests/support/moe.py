@@ -31,6 +31,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "longcat_flash": dict(
         num_layers=2, ffn_hidden_size=48, expert_ffn_hidden_size=24, zero_expert_num=2, head_dim=8
     ),
+    "bailing_hybrid": dict(head_dim=16, layer_types=["linear_attention", "full_attention"]),
     # By default 32 linear heads of 128, in both layers.
     "kimi_linear": dict(
         linear_head_dim=8, linear_num_heads=4, layer_types=["linear_attention", "full_attention"]
