@@ -31,7 +31,7 @@ def test_sketches_of_a_model(
             return backend
 
         patch.setattr(dispatch, "choose", noted)
-        with GradientSketcher(model, SPEC) as sketcher:
+        with GradientSketcher(model, SPEC, verify=False) as sketcher:
             got = zoo.LAYOUTS[layout]().sketch(sketcher).sketches
     assert {op for op, backend in served if backend == "triton"} >= OPS
     assert {backend for _, backend in served} == {"triton"}
