@@ -38,10 +38,11 @@ triton.JITFunction.run = launch
 torch.Tensor.is_cuda = property(lambda x: x.is_meta)  # type: ignore[assignment, method-assign]
 
 from support import zoo  # noqa: E402
+from transformers import masking_utils  # noqa: E402
 
 from cropi_kernels import GradientSketcher, ProjectionSpec, SketchSpec, _gpu, dispatch, project  # noqa: E402
 from cropi_kernels.ops import _checks  # noqa: E402
-from cropi_kernels.sketcher import coverage, decoder, gradient_sketcher, policy  # noqa: E402
+from cropi_kernels.sketcher import attach, decoder, gradient_sketcher, head, recognise  # noqa: E402
 from cropi_kernels.sketcher.segments import Segments  # noqa: E402
 
 _checks.DEVICES = ("cpu", "meta")
@@ -49,9 +50,15 @@ _gpu.on = lambda x: contextlib.nullcontext()
 _gpu.has_warp_group_products = lambda device: True
 dispatch.choose = lambda *args, **kwargs: "triton"
 torch.is_autocast_enabled = lambda *args: False  # type: ignore[assignment]
-coverage._embedding_scale = lambda module: 1.0
+# What a module is, and whether the parts make the model, is found out by values, once, before any pass.
+attach.embedding_scale = lambda module: 1.0
+recognise._multiplies = lambda *args: True
+masking_utils.find_packed_sequence_indices = lambda position_ids: (
+    None
+)  # transformers reads them, where no mask is
+decoder._check_place = lambda model: None  # which refuses weights that are not loaded
 decoder.measure_head = lambda *args: (1.0, None)
-for check in ("check_calls", "check_positions", "check_vocabulary"):
+for check in ("check_positions", "check_vocabulary"):
     setattr(gradient_sketcher, check, lambda *args: None)
 gradient_sketcher.failed_segments = lambda *args: torch.empty(0, dtype=torch.int64)
 segments_of = Segments.of
@@ -60,8 +67,9 @@ segments_of = Segments.of
 def one_pass(name: str, layout: str, dtype: torch.dtype) -> None:
     batch = zoo.LAYOUTS[layout]()
     where = segments_of(batch.segments, *batch.input_ids.shape, None)
-    scored = policy.scored_offsets(where, batch.positions)
-    Segments.of = lambda *args: where  # type: ignore[method-assign]
+    scored = head.scored_offsets(where, batch.positions)
+    of_host = lambda ids, *rest: where if ids.is_meta else segments_of(ids, *rest)  # noqa: E731
+    Segments.of = of_host  # type: ignore[method-assign]
     gradient_sketcher.scored_offsets = lambda *args: scored
     weights = zoo.weights_of(batch).to("meta")
     there = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}
@@ -72,7 +80,7 @@ def one_pass(name: str, layout: str, dtype: torch.dtype) -> None:
     assert got.sketches.is_meta and got.sketches.shape == (zoo.N_SEGMENTS, 32768)
 
 
-for name in sorted(set(zoo.FAMILIES) - {"falcon"}):  # whose linear layers are recognised by their values
+for name in sorted(zoo.FAMILIES):
     for layout in ("padded", "shared"):
         for dtype in (torch.float32, torch.bfloat16):
             one_pass(name, layout, dtype)
