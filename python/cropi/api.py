@@ -67,14 +67,8 @@ def score(
     >>> scores.top(n=1)[0][0], scores.select(0.25).ids
     ('t1', ['t1'])
     """
-    loading, rest = _loading(options, model)
+    policy, beta, rest = _policies(model, tokenizer, behaviour_model, options)
     sketching, compare = split(rest, Sketching, Influence)
-    policy = Policy.of(model, tokenizer, **loading)
-    beta = (
-        None
-        if behaviour_model is None
-        else Policy.of(behaviour_model, **_loading_of_beta(behaviour_model, loading))
-    )
     job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
     setup = Setup(job, compare, Selecting(fraction=1.0))  # nothing is chosen here, so no pool is too small
     checked = pipeline.check(policy, train, valid, setup, option="valid")
@@ -119,14 +113,8 @@ def sketch(
     >>> len(store), [vectors.shape for rows, vectors in store.shards()]
     (1, [torch.Size([1, 1024])])
     """
-    loading, rest = _loading(options, model)
+    policy, beta, rest = _policies(model, tokenizer, behaviour_model, options)
     (sketching,) = split(rest, Sketching)
-    policy = Policy.of(model, tokenizer, **loading)
-    beta = (
-        None
-        if behaviour_model is None
-        else Policy.of(behaviour_model, **_loading_of_beta(behaviour_model, loading))
-    )
     job = make_job(sketching, trajectories, out, set=set, behaviour_model=beta, notes={"model": policy.name})
     summary = run_job(policy, job, progress=progress)
     if summary.interrupted:
@@ -234,16 +222,22 @@ def check(
     >>> check(model, records, dim=8192, progress=False).ok
     True
     """
-    loading, rest = _loading(options, model)
+    policy, beta, rest = _policies(model, tokenizer, behaviour_model, options)
     (sketching,) = split(rest, Sketching)
-    policy = Policy.of(model, tokenizer, **loading)
-    beta = (
-        None
-        if behaviour_model is None
-        else Policy.of(behaviour_model, **_loading_of_beta(behaviour_model, loading))
-    )
     job = make_job(sketching, trajectories, None, behaviour_model=beta)
     return check_job(policy, job, n=n, seed=seed, exact=exact, say=print if progress else lambda text: None)
+
+
+def _policies(
+    model: Any, tokenizer: Any, behaviour_model: Any, options: dict[str, Any]
+) -> tuple[Policy, Policy | None, dict[str, Any]]:
+    """The policy, the one that made the responses if it is given, and the options that are not about loading them."""
+    loading, rest = _loading(options, model)
+    policy = Policy.of(model, tokenizer, **loading)
+    if behaviour_model is None:
+        return policy, None, rest
+    named = isinstance(behaviour_model, (str, Path))
+    return policy, Policy.of(behaviour_model, **(loading if named else {})), rest
 
 
 def _loading(options: dict[str, Any], model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -251,7 +245,3 @@ def _loading(options: dict[str, Any], model: Any) -> tuple[dict[str, Any], dict[
     own = {name: options[name] for name in names_of(Loading) if name in options}
     split(own, Loading)
     return own, {name: value for name, value in options.items() if name not in own}
-
-
-def _loading_of_beta(model: Any, loading: dict[str, Any]) -> dict[str, Any]:
-    return loading if isinstance(model, (str, Path)) else {}
