@@ -74,8 +74,11 @@ def test_a_resumed_store_has_the_same_bits(
     assert all(equal(whole[name], cut[name]) for name in whole)
 
 
+# The process that runs the tests may ignore signals (nohup, a shell's background job), which its children inherit.
 STOPPED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = {path!r}
 from pathlib import Path
 from support.made_data import make_model, make_tokenizer
@@ -117,6 +120,7 @@ def test_signals_of_schedulers_keep_what_is_done(tmp_path: Path, name: str) -> N
 
 def test_a_second_signal_acts_as_usual_and_an_ignored_one_stays_so() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupting = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with Interrupt() as interrupt:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -131,4 +135,5 @@ def test_a_second_signal_acts_as_usual_and_an_ignored_one_stays_so() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGINT, interrupting)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

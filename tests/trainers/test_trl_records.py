@@ -190,7 +190,8 @@ def test_nothing_scored_is_nothing_to_select(tmp_path: Path) -> None:
     with pytest.raises(
         NothingToSelect, match="none of the 4 .*4 with fewer than two responses that a reward"
     ):
-        staged(tmp_path / "a", {"valid": valid}, reward_funcs=nothing, eval_dataset=None).train()
+        options = {"valid": valid, "on_nothing": "error"}
+        staged(tmp_path / "a", options, reward_funcs=nothing, eval_dataset=None).train()
     kept = staged(
         tmp_path / "b", {"valid": valid, "on_nothing": "keep"}, reward_funcs=nothing, eval_dataset=None
     )

@@ -16,7 +16,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 class Interrupt:
     """Turns the first signal into a flag, so that the work in hand is finished; the second one acts as usual.
 
-    A signal that is ignored (SIGHUP under ``nohup``) stays ignored.
+    SIGTERM and SIGHUP stay ignored where they are (``nohup``); SIGINT, which a shell has its background jobs ignore, is
+    noted even so.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,8 @@ class Interrupt:
         try:
             for number in SIGNALS:
                 # None: a handler that Python did not install, and could not put back.
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before = signal.getsignal(number)
+                if before is not None and (before is not signal.SIG_IGN or number == signal.SIGINT):
                     self._before[number] = signal.signal(number, self._note)
         except ValueError:  # not in the main thread: it gets no signals
             pass

@@ -14,7 +14,7 @@ from cropi.options import Choosing, Comparing
 from cropi_kernels import SketchSpec
 
 Paths = str | Path | Sequence[str | Path]
-ON_NOTHING = ("error", "keep")
+ON_NOTHING = ("auto", "error", "keep")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ class Curriculum(Comparing, Choosing):
         method, pool: as in :class:`cropi.options.Choosing`, by keyword.
         layout, tokens_per_batch: of the sketching passes.
         seed: of the stages' orders and of every draw; None: the trainer's.
-        on_nothing: a stage in which no prompt has a gradient (all rewards equal): "error", or "keep" the prompts of the
-            stage before.
+        on_nothing: a stage in which no prompt has a gradient: "error", or "keep" the prompts of the stage before, with
+            a warning. "auto": an error where all rewards are equal; kept where no reward function scored any response,
+            of which TRL warns too and trains on.
         keep_sketches: keep the sketches of every stage (``dim`` x 4 bytes a prompt) instead of removing them once the
             prompts are chosen.
     """
@@ -86,7 +87,7 @@ class Curriculum(Comparing, Choosing):
     layout: str = "auto"
     tokens_per_batch: int = 1024
     seed: int | None = None
-    on_nothing: str = "error"
+    on_nothing: str = "auto"
     keep_sketches: bool = False
 
     def __post_init__(self) -> None:

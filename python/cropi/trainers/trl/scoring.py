@@ -160,7 +160,7 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, 
     try:
         pipeline.check_pool(pool, _names(train), known=True, before="stage 0: ", otherwise=OTHERWISE)
     except NothingToSelect:
-        if options.on_nothing == "error":
+        if options.on_nothing != "keep":
             raise
     recorded = options.recording is not None and options.recording.logprobs
     stored = found["train"].with_logprobs > 0

@@ -164,14 +164,11 @@ class CurriculumMixin(RecordingMixin):
                 valid=self._cropi_sources("valid", folder), known=self._cropi_ids.__contains__, ranks=self._cropi_ranks,
                 seed=self._cropi_seed, progress=not self.args.disable_tqdm,
             )  # fmt: skip
-        except NothingScored as error:
-            # TRL warns of such rewards and trains on; so does this.
-            logger.warning("%s; the prompts of the stage before are kept", error)
-            return None if self._cropi_chosen is None else Chosen(self._cropi_chosen, {"kept": True})
         except NothingToSelect as error:
-            if options.on_nothing == "error":
+            scored = not isinstance(error, NothingScored)
+            if options.on_nothing == "error" or (options.on_nothing == "auto" and scored):
                 raise
-            logger.warning("%s; on_nothing='keep': the prompts of the stage before are kept", error)
+            logger.warning("%s; the prompts of the stage before are kept", error)
             return None if self._cropi_chosen is None else Chosen(self._cropi_chosen, {"kept": True})
 
     def _cropi_merge(self) -> None:
