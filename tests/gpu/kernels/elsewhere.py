@@ -53,9 +53,8 @@ torch.is_autocast_enabled = lambda *args: False  # type: ignore[assignment]
 # What a module is, and whether the parts make the model, is found out by values, once, before any pass.
 attach.embedding_scale = lambda module: 1.0
 recognise._multiplies = lambda *args: True
-masking_utils.find_packed_sequence_indices = lambda position_ids: (
-    None
-)  # transformers reads them, where no mask is
+# transformers reads them, where no mask is.
+masking_utils.find_packed_sequence_indices = lambda position_ids: None
 decoder._check_place = lambda model: None  # which refuses weights that are not loaded
 decoder.measure_head = lambda *args: (1.0, None)
 for check in ("check_positions", "check_vocabulary"):
