@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -478,3 +479,12 @@ def test_a_folder_that_is_removed_under_a_running_job_is_noticed(tmp_path: Path)
             fill(tmp_path / "s", 1)
             store.add(RowInfo("b"), vector(1))
     assert [row.id for row in SketchStore.open(tmp_path / "s").rows()] == ["p000"], "the other's is untouched"
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(CropiError, match=r"the file system of .* gives no file locks \(No locks available\)"):
+        SketchStore.create(tmp_path / "s", MANIFEST)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 from cropi.curriculum.plan import Plan
 from cropi.errors import CropiError
-from cropi.files import write_atomic
+from cropi.files import try_lock, write_atomic
 from cropi.store.manifest import first_difference
 
 FORMAT = 1
@@ -128,14 +127,12 @@ def locked(out: Path) -> Iterator[int]:
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(lock, out):
             owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
             raise CropiError(
                 f"{out} is in use: by the `cropi curriculum` of process {owner}, or by a command that it started and "
                 "that is still running; wait for it, or end it"
-            ) from None
+            )
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
         yield lock

@@ -7,7 +7,6 @@ settings.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError
-from cropi.files import write_atomic
+from cropi.files import try_lock, write_atomic
 from cropi.store.manifest import (
     FORMAT,
     MANIFEST,
@@ -356,13 +355,16 @@ class SketchStore:
     def _acquire(self) -> None:
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            free = try_lock(lock, self.path)
+        except CropiError:
+            os.close(lock)
+            raise
+        if not free:
             owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
             os.close(lock)
             raise CropiError(
                 f"another process (pid {owner}) is writing to the store {self.path}; wait for it, or end it"
-            ) from None
+            )
         os.ftruncate(lock, 0)
         os.write(lock, str(os.getpid()).encode())
         self._lock = lock
