@@ -13,6 +13,7 @@ import numpy as np
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
+from cropi.files import lines_of
 from cropi.ranking.influence import Scores
 from cropi.ranking.pairwise import neighbours
 from cropi.ranking.report import last_message
@@ -84,20 +85,19 @@ def selection_of(scores: Scores, path: Path) -> Selection:
         CropiError: a chosen prompt has no score in the table.
     """
     place = {row.id: i for i, row in enumerate(scores.rows)}
-    ids = read_selection(path)
-    unknown = [name for name in ids if name not in place or not scores.usable[place[name]]]
+    ids, usable = read_selection(path), scores.usable  # which is worked out anew each time
+    unknown = [name for name in ids if name not in place or not usable[place[name]]]
     if unknown:
         raise CropiError(
             f"{path} holds {unknown[0]!r}, which has no score in the table beside it; select again"
         )
     chosen = [place[name] for name in ids]
-    best = np.where(scores.usable, scores.table.max(axis=1), -np.inf)
-    rest = [
-        int(i) for i in np.argsort(-best, kind="stable") if scores.usable[i] and int(i) not in set(chosen)
-    ]
+    picked = set(chosen)
+    best = np.where(usable, scores.table.max(axis=1), -np.inf)
+    rest = [i for i in np.argsort(-best, kind="stable").tolist() if usable[i] and i not in picked]
     fused = np.full(len(scores.rows), np.nan)
     method = "rrf"
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines_of(path):
         if line.lstrip().startswith("{"):
             row = json.loads(line)
             fused[place[row["id"]]], method = row.get("fused", np.nan), row.get("method", method)
