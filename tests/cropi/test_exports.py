@@ -114,7 +114,11 @@ def test_without_a_dataset_the_prompts_come_from_the_records(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"format": "csv"}, "format must be one of jsonl, parquet, ids, indices, got 'csv'"),
+        (
+            {"format": "csv"},
+            "format must be one of jsonl, parquet, ids, indices, weights, save_to_disk, verl, slime, openrlhf, got "
+            "'csv'",
+        ),
         ({"format": "indices"}, "needs a dataset"),
         ({"format": "jsonl"}, "give --dataset or --trajectories"),
         ({"dataset": "none.parquet"}, "there is no file"),

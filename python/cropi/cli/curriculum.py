@@ -85,6 +85,8 @@ def make_plan(args: argparse.Namespace) -> Any:
     exported = None
     if args.dataset or args.format:
         exported = {"dataset": args.dataset, "id_key": args.dataset_id, "format": options.export_format(args)}
+        if args.data_source:
+            exported["data_source"] = args.data_source
     given = options.selection(args)
     compare, choose = given.influence, given.selecting
     return Plan(

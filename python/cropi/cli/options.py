@@ -12,7 +12,7 @@ from cropi.options import default_in_words
 
 T = TypeVar("T")
 
-FORMATS = ("jsonl", "parquet", "ids", "indices")
+FORMATS = ("jsonl", "parquet", "ids", "indices", "weights", "save_to_disk", "verl", "slime", "openrlhf")
 # How the command line reads a kind of value.
 READERS: dict[str, Any] = {
     "text": str, "count": count, "whole": int, "number": float, "positive": positive, "share": share, "width": width,
@@ -100,17 +100,39 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("export for a trainer")
     group.add_argument(
         "--format", choices=FORMATS,
-        help="rows as jsonl or parquet, prompt ids one a line, or row numbers of --dataset (default: as --dataset)",
+        help="rows as jsonl, parquet or a folder of datasets (save_to_disk); prompt ids one a line; row numbers of "
+        "--dataset, or a weight for each of its rows; or rows that verl, slime or OpenRLHF read (default: as "
+        "--dataset, else jsonl)",
     )  # fmt: skip
     group.add_argument(
         "--dataset",
         metavar="FILE",
-        help="the trainer's own dataset (.parquet, .jsonl, .json): whole rows of it",
+        help="the trainer's own dataset (.parquet, .jsonl, .json, a folder of save_to_disk, a name on the hub): whole "
+        "rows of it (default: the records' prompts)",
     )
     group.add_argument(
         "--dataset-id", metavar="COLUMN",
         help="its column with the prompt ids; dots lead into nested ones (default: id, extra_info.index, index or uid)",
     )  # fmt: skip
+    group.add_argument(
+        "--data-source", metavar="NAME",
+        help="--format verl: the name of verl's reward function (default: each record's data_source, else its task)",
+    )  # fmt: skip
+
+
+def add_push_options(command: argparse.ArgumentParser) -> None:
+    """Whether the chosen prompts go to the hub."""
+    group = command.add_argument_group("export for a trainer")
+    group.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="push the chosen prompts to the Hugging Face hub (default: no)",
+    )
+    group.add_argument(
+        "--private",
+        action="store_true",
+        help="as a private repository (default: as the owner's settings say)",
+    )
 
 
 def export_format(args: argparse.Namespace) -> str:

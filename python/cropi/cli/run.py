@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cropi.cli import influence, options, select, sketch
+from cropi.cli import exporting, influence, options, select, sketch
 from cropi.cli.config import apply_config
 from cropi.errors import optional
 from cropi.options import Influence, Selecting, Sketching
@@ -36,12 +36,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
         action="store_false",
         help="write no report.html (`cropi report` writes it later)",
     )
+    exporting.add_options(command)
     options.add_progress(command)
 
 
 def run(args: argparse.Namespace) -> int:
     """Everything is checked first: what is wrong with the last step must not show after hours of the first."""
     from cropi import pipeline
+    from cropi.files import check_outputs
     from cropi.sketching.interrupt import Interrupted
 
     if args.config:
@@ -52,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     names = [file_stem(path) for path in args.valid]
     if len(set(names)) < len(names):
         args.parser.error(f"--valid: two files of one name ({', '.join(names)}), but each names a store")
+    check_outputs(
+        {"--export": args.export}, {"--train": args.train, "--valid": args.valid, "--dataset": [args.dataset]}
+    )
     for package in ("tqdm", "safetensors.torch", "pyarrow.parquet", "matplotlib", "jinja2"):
         optional(package)
     policy, behaviour_model = sketch.policies(args)
@@ -60,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     )
     valid = dict(zip(names, args.valid, strict=True))
     checked = pipeline.check(policy, args.train, valid, setup)
+    exporting.check(args, checked.train.groups)
     try:
         chosen = pipeline.choose(
             policy, args.train, valid, setup, args.out, checked=checked, say=print, progress=args.progress
@@ -85,6 +91,7 @@ def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> Non
         table=args.table,
     )
     select.show(chosen, written, checked.train.groups)
+    exporting.write(args, chosen, checked.train.groups)
     if args.report:
         print(f"report        {report_folder(out, every_text=False)}")
     stores = [out / "sketches" / part.name for part in (checked.train, *checked.valid)]

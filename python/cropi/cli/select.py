@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cropi.cli import options
+from cropi.cli import exporting, options
 from cropi.options import Selecting
 
 
@@ -26,13 +26,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help="copy the chosen records there (needs --trajectories)",
     )
-    command.add_argument("--export", metavar="FILE", help="write the chosen prompts there for a trainer")
     command.add_argument(
         "--columns",
         metavar="NAME=COLUMN,...",
         help="columns of --trajectories under other names, as for cropi sketch",
     )
-    options.add_export_options(command)
+    exporting.add_options(command)
     options.add(command, Selecting)
     add_table(command)
 
@@ -55,10 +54,6 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(
             "--out-trajectories needs --trajectories, the files that the records are copied from"
         )
-    if args.export:
-        _check_export(args)
-    elif args.format or args.dataset:
-        args.parser.error("--format and --dataset say what --export FILE holds; give it too")
     check_outputs(
         {
             "--out": args.out,
@@ -72,29 +67,13 @@ def run(args: argparse.Namespace) -> int:
             "--dataset": [args.dataset],
         },
     )
-    if args.export:
-        from cropi.data.export import check_export
-
-        check_export(
-            options.export_format(args),
-            trajectories=_groups(args) or (),
-            dataset=args.dataset,
-            id_key=args.dataset_id,
-        )
+    exporting.check(args, _groups(args))
     given = options.made(Selecting, args)
     chosen = pipeline.pick(read_scores(args.scores), given)
     write_selection(args.out, chosen.scores, chosen)
     written = Written(args.out, args.plot, args.out_trajectories, args.table)
     show(chosen, written, _groups(args))
-    ids = chosen.ids
-    if args.export:
-        from cropi.data.export import export
-
-        count = export(
-            args.export, ids, format=options.export_format(args), trajectories=_groups(args) or (),
-            dataset=args.dataset, id_key=args.dataset_id,
-        )  # fmt: skip
-        print(f"export        {count} prompts as {options.export_format(args)}: {args.export}")
+    exporting.write(args, chosen, _groups(args))
     return 0
 
 
@@ -103,16 +82,6 @@ def _groups(args: argparse.Namespace) -> Any:
     from cropi.data.readers import read
 
     return read(args.trajectories, skip_bad=True, columns=args.columns) if args.trajectories else None
-
-
-def _check_export(args: argparse.Namespace) -> None:
-    form = options.export_format(args)
-    if form == "indices" and not args.dataset:
-        args.parser.error("--format indices needs --dataset, whose rows it numbers")
-    if form in ("jsonl", "parquet") and not (args.dataset or args.trajectories):
-        args.parser.error(
-            f"--format {form} needs the prompts' rows: give the trainer's own --dataset, or --trajectories"
-        )
 
 
 @dataclass(frozen=True)

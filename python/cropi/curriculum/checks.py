@@ -62,7 +62,7 @@ def check_plan(plan: Plan) -> None:
         some = list(islice(read(files, skip_bad=True), 200)) if files and dataset else []
         check_export(
             form, dataset=dataset, id_key=plan.export.get("id_key"), trajectories=() if dataset else files,
-            records=some,
+            records=some, data_source=plan.export.get("data_source"),
         )  # fmt: skip
     if plan.rollouts:
         check_command("rollouts", plan.rollouts)

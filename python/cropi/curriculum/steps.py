@@ -19,6 +19,7 @@ from cropi.curriculum.learnt import read_training
 from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.state import State
 from cropi.data.export import export
+from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.pipeline import Part
@@ -159,7 +160,11 @@ def select_best(stage: Stage) -> Result:
     ids = [scores.rows[i].id for i in selection.chosen]
     if plan.export is not None:
         export(
-            _dataset(folder, plan), ids, trajectories=[folder / "selected_trajectories.jsonl"], **plan.export
+            _dataset(folder, plan),
+            ids,
+            trajectories=[folder / "selected_trajectories.jsonl"],
+            weights=selection.weights if plan.export.get("format") == "weights" else None,
+            **plan.export,
         )
     plot_scores(folder / "scores.png", scores, selection)
     usable, chosen = scores.table[scores.usable], scores.table[selection.chosen]
@@ -240,7 +245,8 @@ def _check_unchanged(stage: Stage, now: Mapping[str, str]) -> None:
 
 
 def _dataset(folder: Path, plan: Plan) -> Path:
-    return folder / f"dataset.{(plan.export or {}).get('format', 'jsonl')}"
+    form = (plan.export or {}).get("format", "jsonl")
+    return folder / f"dataset.{FILES.get(form, form)}"  # trainers tell the format by the ending
 
 
 def _absolute(model: str) -> str:

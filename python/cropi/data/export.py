@@ -10,14 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cropi.data import saved
+from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.identity import dataset_ids
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.rows_out import check_json, rows_of, table_of, taken, write_jsonl, write_parquet
+from cropi.data.tables import is_saved
+from cropi.data.trainer_rows import FILES, trainer_row
 from cropi.errors import CropiError, optional
 from cropi.files import lines_of, replacing, write_atomic
 
-FORMATS = ("jsonl", "parquet", "ids", "indices")
+FORMATS = ("jsonl", "parquet", "ids", "indices", "weights", "save_to_disk", *FILES)
+# These name rows of a dataset by their places, and mean nothing without it.
+BY_PLACE = ("indices", "weights")
 # What a trajectory record holds besides the prompt; a trainer makes its own.
 ROLLOUT_KEYS = (
     "responses",
@@ -38,30 +44,36 @@ def export(
     *,
     format: str = "jsonl",
     trajectories: Any = (),
-    dataset: str | Path | None = None,
+    dataset: Any = None,
     id_key: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    data_source: str | None = None,
 ) -> int:
     """Write the chosen prompts, best first, for a trainer; returns how many rows.
 
     Args:
-        out: the file.
+        out: the file; of "save_to_disk" the folder.
         ids: prompt ids, best first.
-        format: "jsonl" or "parquet" (rows), "ids" (one id a line), or "indices" (a JSON list of row numbers of
-            ``dataset``, from 0).
+        format: "jsonl" or "parquet" (rows), "save_to_disk" (rows, as a folder of ``datasets``), "ids" (one id a line),
+            "indices" (a JSON list of row numbers of ``dataset``, from 0), "weights" (a JSON list with a number for
+            every row of ``dataset``, 0 where a prompt has none), or a trainer of
+            :data:`cropi.data.trainer_rows.FILES`: rows with the columns that it reads.
         trajectories: the records of the chosen prompts (anything that :func:`cropi.data.readers.read` takes); the rows
             are made from them, without the rollouts, when there is no ``dataset``. With one, they tell whether its rows
             are the prompts that their ids say.
-        dataset: the trainer's own dataset (``.parquet``, ``.jsonl`` or ``.json``); its rows are copied whole, with
-            every column. A parquet file's schema is kept.
+        dataset: the trainer's own dataset: a path (``.parquet``, ``.jsonl``, ``.json``, a folder of ``save_to_disk``),
+            a name on the hub, or a ``datasets.Dataset``; its rows are copied whole, with every column. A table's
+            schema is kept.
         id_key: the column of ``dataset`` that holds the prompt id; dots lead into nested columns
             (``extra_info.index``). None takes the one of :data:`cropi.data.identity.ID_KEYS` that agrees with the ids
             and, where ``trajectories`` are given, with the prompts.
+        weights: of "weights": by prompt id.
+        data_source: of "verl": see :func:`cropi.data.trainer_rows.trainer_row`.
 
     Raises:
         CropiError: unknown format, no such dataset or column, ids that are missing or twice in it.
     """
-    if format not in FORMATS:
-        raise CropiError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    check_format(format, dataset, trajectories)
     out = Path(out)
     if format == "ids":
         for name in ids:
@@ -69,20 +81,27 @@ def export(
                 raise CropiError(f"format ids: the prompt id {name!r} is not one line; use jsonl")
         write_atomic(out, "".join(f"{name}\n" for name in ids))
         return len(ids)
+    if format in BY_PLACE:
+        table, places, names = located(dataset, ids, id_key, trajectories)
+        if format == "weights":
+            if weights is None:
+                raise CropiError("format weights needs the weights; use Selection.save, or cropi select")
+            write_atomic(out, json.dumps([weights.get(name, 0.0) for name in names]) + "\n")
+            return len(names)
+        write_atomic(out, json.dumps(places) + "\n")
+        return len(ids)
+    if format in FILES:
+        groups = read(trajectories, skip_bad=True).take(ids)
+        _write_rows(out, FILES[format], (trainer_row(format, group, data_source) for group in groups))
+        return len(ids)
+    if format == "save_to_disk":
+        saved.save_folder(out, chosen_dataset(ids, trajectories=trajectories, dataset=dataset, id_key=id_key))
+        return len(ids)
     if dataset is None:
-        if format == "indices":
-            raise CropiError("format indices needs a dataset, whose rows it numbers; give --dataset")
-        if not trajectories:
-            raise CropiError(f"format {format} needs the prompts' rows: give --dataset or --trajectories")
         _write_rows(out, format, _rows_of_records(trajectories, ids))
         return len(ids)
-    table = read_dataset(dataset)
-    chosen = read(trajectories, skip_bad=True).take(ids) if trajectories else ()
-    known = [PromptGroup(group.id, group.prompt, None, []) for group in chosen]  # without the rollouts
-    places = _places(table, dataset, ids, id_key, known)
-    if format == "indices":
-        write_atomic(out, json.dumps(places) + "\n")
-    elif format == "parquet" and not isinstance(table, list):
+    table, places, _ = located(dataset, ids, id_key, trajectories)
+    if format == "parquet" and not isinstance(table, list):
         with replacing(out) as temporary:
             optional("pyarrow.parquet").write_table(taken(table, places), temporary)
     else:
@@ -90,36 +109,84 @@ def export(
     return len(ids)
 
 
+def chosen_dataset(
+    ids: Sequence[str], *, trajectories: Any = (), dataset: Any = None, id_key: str | None = None
+) -> Any:
+    """The chosen prompts as a ``datasets.Dataset``, best first; the arguments are those of :func:`export`.
+
+    Raises:
+        CropiError: as there.
+    """
+    if dataset is None:
+        return saved.dataset_of(table_of(_rows_of_records(trajectories, ids)))
+    table, places, _ = located(dataset, ids, id_key, trajectories)
+    if hasattr(dataset, "select") and hasattr(dataset, "features"):
+        return dataset.select(places)  # whose features say more than a table's types
+    rows = table_of([table[place] for place in places]) if isinstance(table, list) else taken(table, places)
+    return saved.dataset_of(rows)
+
+
+def check_format(format: str, dataset: Any, trajectories: Any = None) -> None:
+    """Check that a format is known and has what it is made from; ``trajectories=None``: they are still to come.
+
+    Raises:
+        CropiError: it is not, or has not.
+    """
+    if format not in FORMATS:
+        raise CropiError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format in BY_PLACE and dataset is None:
+        raise CropiError(f"format {format} needs a dataset, whose rows it numbers; give --dataset")
+    if format in FILES and dataset is not None:
+        raise CropiError(
+            f"format {format} makes rows from the records; a dataset's own rows are copied whole by --format "
+            f"{FILES[format]}; leave --dataset out, or give that format"
+        )
+    if format != "ids" and dataset is None and trajectories is not None and not trajectories:
+        raise CropiError(f"format {format} needs the prompts' rows: give --dataset or --trajectories")
+
+
 def check_export(
     format: str,
     *,
     trajectories: Any = (),
-    dataset: str | Path | None = None,
+    dataset: Any = None,
     id_key: str | None = None,
     records: Sequence[PromptGroup] = (),
+    data_source: str | None = None,
+    out: str | Path | None = None,
 ) -> None:
     """Check before the work that an export can be written: the dataset is there, has the ids, and fits the format.
 
     Args:
-        format, trajectories, dataset, id_key: as for :func:`export`.
+        format, trajectories, dataset, id_key, data_source: as for :func:`export`.
         records: some prompts of the trajectories, by whose ids and texts the dataset's rows are checked.
+        out: where it will be written.
 
     Raises:
         CropiError: as :func:`export` would after it.
     """
-    if format not in FORMATS:
-        raise CropiError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    check_format(format, dataset)
+    if format == "save_to_disk":
+        optional("datasets")
+        if out is not None:
+            saved.check_folder(Path(out))
     if dataset is None:
-        if format == "indices":
-            raise CropiError("format indices needs a dataset, whose rows it numbers; give --dataset")
-        if format == "parquet" and trajectories:
-            table_of([_row(group) for group in read(trajectories, skip_bad=True)])
+        if trajectories and (format in FILES or format in ("parquet", "save_to_disk")):
+            rows = (
+                trainer_row(format, group, data_source) if format in FILES else _row(group)
+                for group in read(trajectories, skip_bad=True)
+            )
+            if FILES.get(format) == "jsonl":
+                for _ in rows:  # a row that cannot be made is an error
+                    pass
+            else:
+                table_of(list(rows))
         return
     table = read_dataset(dataset)
-    dataset_ids(table, dataset, id_key, records)
+    dataset_ids(table, _called(dataset), id_key, records)
     if format == "jsonl" and not isinstance(table, list):
-        check_json(table.schema, dataset)
-    elif format == "parquet" and isinstance(table, list):
+        check_json(table.schema, _called(dataset))
+    elif format in ("parquet", "save_to_disk") and isinstance(table, list):
         table_of(table)
 
 
@@ -141,13 +208,27 @@ def _rows_of_records(trajectories: Any, ids: Sequence[str]) -> list[dict[str, An
     return rows
 
 
-def read_dataset(path: str | Path) -> Any:
-    """A trainer's dataset: a pyarrow table (``.parquet``), or a list of JSON objects (``.jsonl``, ``.json``).
+def read_dataset(path: Any) -> Any:
+    """A trainer's dataset: a pyarrow table (``.parquet``, a folder of ``save_to_disk``, a name on the hub, a
+    ``datasets.Dataset``), or a list of JSON objects (``.jsonl``, ``.json``).
 
     Raises:
         CropiError: there is no such file, or it is not of that form.
     """
+    if hasattr(path, "with_format"):
+        return saved.table_of_dataset(path)
+    if hasattr(path, "schema") and hasattr(path, "column_names"):
+        return path
+    if is_hub_name(path) and not Path(path).exists():
+        return from_hub(str(path), lambda file, _: read_dataset(file), lambda held, _: read_dataset(held))
     path = Path(path)
+    if is_saved(path):
+        held = optional("datasets").load_from_disk(str(path))
+        if not hasattr(held, "column_names") or isinstance(held, dict):
+            raise CropiError(
+                f"dataset: {path} holds the splits {', '.join(map(str, held))}; give the folder of one"
+            )
+        return saved.table_of_dataset(held)
     if not path.is_file():
         raise CropiError(f"dataset: there is no file {path}")
     if path.suffix == ".parquet":
@@ -167,12 +248,25 @@ def read_dataset(path: str | Path) -> Any:
     return rows
 
 
-def _places(
-    table: Any, path: str | Path, ids: Sequence[str], id_key: str | None, records: Sequence[PromptGroup]
-) -> list[int]:
-    """The row number of every id."""
-    found = dataset_ids(table, path, id_key, records or [PromptGroup(name, None, None, []) for name in ids])
-    return found.places(ids)
+def located(
+    dataset: Any, ids: Sequence[str], id_key: str | None = None, trajectories: Any = ()
+) -> tuple[Any, list[int], list[str]]:
+    """A dataset's rows, the row number of every id, and the ids of all rows.
+
+    Raises:
+        CropiError: as :func:`cropi.data.identity.dataset_ids`.
+    """
+    table = read_dataset(dataset)
+    chosen = read(trajectories, skip_bad=True).take(ids) if trajectories else ()
+    known = [PromptGroup(group.id, group.prompt, None, []) for group in chosen]  # without the rollouts
+    known = known or [PromptGroup(name, None, None, []) for name in ids]
+    found = dataset_ids(table, _called(dataset), id_key, known)
+    return table, found.places(ids), found.names
+
+
+def _called(dataset: Any) -> str:
+    """What messages call a dataset."""
+    return str(dataset) if isinstance(dataset, (str, Path)) else f"the {type(dataset).__name__}"
 
 
 def _write_rows(out: Path, format: str, rows: Iterable[Mapping[str, Any]]) -> None:

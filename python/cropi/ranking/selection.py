@@ -51,6 +51,81 @@ class Selection:
         """The chosen prompts' ids, best first."""
         return [self.scores.rows[i].id for i in self.chosen]
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """How often each prompt is chosen when the validation prompts are drawn anew (``p_selected``), by prompt id:
+        weights for sampling in place of a filter. Prompts that are never chosen are left out.
+
+        Raises:
+            CropiError: the scores hold none, or for choices of another number of prompts.
+        """
+        from cropi.ranking.saving import weights_of
+
+        return weights_of(self)
+
+    def to_dataset(self, rows: Any = None, *, id_column: str | None = None) -> Any:
+        """The chosen prompts as a ``datasets.Dataset``, best first.
+
+        Args:
+            rows: a dataset, whose rows are taken whole (a ``datasets.Dataset``, a path, a name on the hub), or
+                trajectory records, whose prompts are taken without the rollouts. None: id, rank and scores alone.
+            id_column: the column of a dataset that holds the prompt ids; None finds it.
+
+        Raises:
+            CropiError: an id has no row.
+
+        >>> import numpy as np
+        >>> from cropi.store.shards import RowInfo
+        >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
+        >>> scores.select(0.5).to_dataset()["id"][:]
+        ['b']
+        """
+        from cropi.ranking.saving import to_dataset
+
+        return to_dataset(self, rows, id_column)
+
+    def save(
+        self,
+        path: str | Path,
+        format: str | None = None,
+        *,
+        rows: Any = None,
+        id_column: str | None = None,
+        data_source: str | None = None,
+    ) -> int:
+        """Write the chosen prompts, best first; returns how many rows.
+
+        Args:
+            path: the file, or the folder of "save_to_disk".
+            format: see :func:`cropi.data.export.export`; None: by the ending of the path (``.jsonl``, ``.parquet``,
+                ``.txt`` for ids, ``.json`` for row numbers, none for "save_to_disk").
+            rows, id_column: as for :meth:`to_dataset`.
+            data_source: of the format "verl": the name of the reward function.
+
+        Raises:
+            CropiError: as :func:`cropi.data.export.export`.
+        """
+        from cropi.ranking.saving import save
+
+        return save(self, path, format, rows, id_column, data_source)
+
+    def push_to_hub(
+        self, name: str, rows: Any = None, *, id_column: str | None = None, **options: Any
+    ) -> str:
+        """Push the chosen prompts to the Hugging Face hub; returns the address.
+
+        Args:
+            name: ``owner/name``.
+            rows, id_column: as for :meth:`to_dataset`.
+            options: of ``datasets.Dataset.push_to_hub``: ``private``, ``token``, ``split``, ...
+
+        Raises:
+            CropiError: nobody is logged in, or the hub refuses it.
+        """
+        from cropi.ranking.saving import push_to_hub
+
+        return push_to_hub(self, name, rows, id_column, **options)
+
     def __len__(self) -> int:
         return len(self.chosen)
 

@@ -1,0 +1,92 @@
+"""``--export`` and ``--push-to-hub`` of ``cropi select`` and ``cropi run``: checked before the work, then written."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from cropi.cli import options
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    command.add_argument("--export", metavar="FILE", help="write the chosen prompts there for a trainer")
+    options.add_export_options(command)
+    options.add_push_options(command)
+
+
+def check(args: argparse.Namespace, groups: Any) -> None:
+    """Check that what is asked for can be written.
+
+    Args:
+        args: the command's.
+        groups: the training records, or None where there are none.
+
+    Raises:
+        CropiError: as :func:`cropi.data.export.check_export`; nobody is logged in to the hub.
+    """
+    from itertools import islice
+
+    from cropi.data.export import BY_PLACE, check_export
+    from cropi.data.saved import check_hub_name
+
+    given = args.format or args.dataset or args.dataset_id or args.data_source
+    if given and not (args.export or args.push_to_hub):
+        args.parser.error("--format and --dataset say what --export FILE holds; give it too")
+    if args.private and not args.push_to_hub:
+        args.parser.error("--private is for --push-to-hub; give it too")
+    form = options.export_format(args)
+    if args.export:
+        if form in BY_PLACE and not args.dataset:
+            args.parser.error(f"--format {form} needs --dataset, whose rows it numbers")
+        if form != "ids" and not (args.dataset or groups is not None):
+            args.parser.error(
+                f"--format {form} needs the prompts' rows: give the trainer's own --dataset, or --trajectories"
+            )
+        some = list(islice(groups, 200)) if groups is not None and args.dataset else []
+        check_export(
+            form,
+            trajectories=groups if groups is not None else (),
+            dataset=args.dataset,
+            id_key=args.dataset_id,
+            records=some if form not in ("ids", *BY_PLACE) else (),
+            data_source=args.data_source,
+            out=args.export,
+        )
+    if args.push_to_hub:
+        check_hub_name(args.push_to_hub)
+        if not (args.dataset or groups is not None):
+            args.parser.error(
+                "--push-to-hub needs the prompts' rows: give the trainer's own --dataset, or --trajectories"
+            )
+        if not args.export:
+            check_export(
+                "save_to_disk", trajectories=groups or (), dataset=args.dataset, id_key=args.dataset_id
+            )
+
+
+def write(args: argparse.Namespace, selection: Any, groups: Any) -> None:
+    """Write what is asked for, and say so."""
+    if args.export:
+        from cropi.data.export import export
+
+        form = options.export_format(args)
+        count = export(
+            args.export, selection.ids, format=form, trajectories=groups if groups is not None else (),
+            dataset=args.dataset, id_key=args.dataset_id, data_source=args.data_source,
+            weights=selection.weights if form == "weights" else None,
+        )  # fmt: skip
+        print(
+            f"export        {count} {'weights' if form == 'weights' else 'prompts'} as {form}: {args.export}"
+        )
+    if args.push_to_hub:
+        from cropi.data.export import chosen_dataset
+        from cropi.data.saved import push
+
+        records = groups if groups is not None else ()
+        rows = chosen_dataset(
+            selection.ids, trajectories=records, dataset=args.dataset, id_key=args.dataset_id
+        )
+        print(
+            f"pushed        {len(rows)} prompts: {push(rows, args.push_to_hub, private=args.private or None)}"
+        )

@@ -1,0 +1,99 @@
+"""Rows as a data set of the ``datasets`` library: in memory, in a folder (``save_to_disk``), on the hub."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cropi.data.tables import is_saved
+from cropi.errors import CropiError, optional
+
+
+def dataset_of(table: Any) -> Any:
+    """A pyarrow table as a ``datasets.Dataset``."""
+    datasets = optional("datasets")
+    return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+
+def table_of_dataset(dataset: Any) -> Any:
+    """The rows of a ``datasets.Dataset`` as a pyarrow table, in its order."""
+    return dataset.with_format("arrow")[:]
+
+
+def check_folder(out: Path) -> None:
+    """Check that a data set can be saved in a folder.
+
+    Raises:
+        CropiError: something else stands there.
+    """
+    if out.exists() and not is_saved(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise CropiError(
+            f"format save_to_disk: {out} is there already and is no saved data set; give another folder"
+        )
+
+
+def save_folder(out: Path, dataset: Any) -> None:
+    """``save_to_disk``, whole or not at all; a data set that was saved there before is replaced.
+
+    Raises:
+        CropiError: something else stands there.
+    """
+    check_folder(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = out.with_name(f".{out.name[:80]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    old = made.with_name(f"{made.name}.old")
+    try:
+        dataset.save_to_disk(str(made))
+        if out.exists():
+            os.replace(out, old)
+        os.replace(made, out)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def push(dataset: Any, name: str, *, private: bool | None = None, **options: Any) -> str:
+    """Push a data set to the Hugging Face hub; returns where it is.
+
+    Args:
+        dataset: a ``datasets.Dataset``.
+        name: ``owner/name``.
+        private: make the repository private; None: what the owner's settings say.
+        options: of ``datasets.Dataset.push_to_hub`` (``token``, ``split``, ``commit_message``, ...).
+
+    Raises:
+        CropiError: the hub refuses it or cannot be reached.
+    """
+    try:
+        pushed = dataset.push_to_hub(name, private=private, **options)
+    except Exception as error:  # the libraries raise what their HTTP clients and their own code raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CropiError(
+            f"push_to_hub {name!r}: {why[:400]}; log in with `hf auth login` (or set HF_TOKEN), and check the name and "
+            "the network"
+        ) from error
+    return str(getattr(pushed, "repo_url", "") or name)
+
+
+def check_hub_name(name: str) -> None:
+    """Check the name of a repository to push to, and that somebody is logged in.
+
+    Raises:
+        CropiError: it is not of the form ``owner/name``, or there is no token.
+    """
+    hub = optional("huggingface_hub")
+    try:
+        hub.utils.validate_repo_id(name)
+    except hub.utils.HFValidationError as error:
+        raise CropiError(f"push_to_hub {name!r}: {error}; give owner/name") from None
+    if "/" not in name:
+        raise CropiError(f"push_to_hub {name!r}: give owner/name")
+    if not hub.get_token():
+        raise CropiError(
+            f"push_to_hub {name!r}: nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN"
+        )

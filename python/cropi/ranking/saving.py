@@ -1,0 +1,127 @@
+"""A selection in the forms that people take it on in: rows, a data set, weights, a file for a trainer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cropi.data.export import FORMATS, chosen_dataset, export
+from cropi.data.rows_out import table_of, write_jsonl, write_parquet
+from cropi.data.saved import check_hub_name, dataset_of, push, save_folder
+from cropi.errors import CropiError
+
+if TYPE_CHECKING:
+    from cropi.ranking.selection import Selection
+
+# By the ending of a path.
+ENDINGS = {".jsonl": "jsonl", ".json": "indices", ".parquet": "parquet", ".txt": "ids", "": "save_to_disk"}
+
+
+def own_rows(selection: Selection) -> list[dict[str, Any]]:
+    """A row a chosen prompt, best first: id, rank from 1, the value it was ranked by, its score per validation set, and
+    how often it is chosen when the validation prompts are drawn anew, where that is known."""
+    scores = selection.scores
+    rows = []
+    for rank, i in enumerate(selection.chosen, 1):
+        row: dict[str, Any] = {"id": scores.rows[i].id, "rank": rank, "value": float(selection.fused[i])}
+        row |= {f"score[{name}]": float(scores.table[i, v]) for v, name in enumerate(scores.sets)}
+        if scores.p_selected is not None:
+            row["p_selected"] = float(scores.p_selected[i])
+        rows.append(row)
+    return rows
+
+
+def weights_of(selection: Selection) -> dict[str, float]:
+    """See :attr:`cropi.ranking.selection.Selection.weights`."""
+    scores = selection.scores
+    if scores.p_selected is None:
+        why = scores.meta.get("uncertainty_missing", "they were made without --draws")
+        raise CropiError(
+            f"weights: the scores hold no p_selected ({why}); score again with --draws 200 (draws=200) and two "
+            "validation prompts a set at least, or take the chosen prompts"
+        )
+    found = {
+        row.id: float(p) for row, p in zip(scores.rows, scores.p_selected) if not math.isnan(p) and p > 0
+    }
+    drawn = round(sum(found.values()))
+    if drawn != len(selection.chosen):
+        raise CropiError(
+            f"weights: p_selected in the scores is of choices of {drawn} prompts, and this selection has "
+            f"{len(selection.chosen)}; score again with its fraction and pool, or select with the fraction that the "
+            "scores were made with"
+        )
+    return found
+
+
+def to_dataset(selection: Selection, rows: Any, id_column: str | None) -> Any:
+    """See :meth:`cropi.ranking.selection.Selection.to_dataset`."""
+    if rows is None:
+        return dataset_of(table_of(own_rows(selection)))
+    trajectories, dataset = _parts(rows, id_column)
+    return chosen_dataset(selection.ids, trajectories=trajectories, dataset=dataset, id_key=id_column)
+
+
+def save(
+    selection: Selection,
+    path: str | Path,
+    format: str | None,
+    rows: Any,
+    id_column: str | None,
+    data_source: str | None,
+) -> int:
+    """See :meth:`cropi.ranking.selection.Selection.save`."""
+    path = Path(path)
+    form = format or ENDINGS.get(path.suffix)
+    if form is None or form not in FORMATS:
+        raise CropiError(
+            f"format must be one of {', '.join(FORMATS)}, got {form!r}; or let the path end in "
+            f"{', '.join(end for end in ENDINGS if end)}"
+        )
+    if rows is None and form in ("jsonl", "parquet", "save_to_disk"):
+        made = own_rows(selection)
+        if form == "save_to_disk":
+            save_folder(path, dataset_of(table_of(made)))
+        else:
+            (write_jsonl if form == "jsonl" else write_parquet)(path, made)
+        return len(made)
+    trajectories, dataset = _parts(rows, id_column, form)
+    return export(
+        path,
+        selection.ids,
+        format=form,
+        trajectories=trajectories,
+        dataset=dataset,
+        id_key=id_column,
+        weights=weights_of(selection) if form == "weights" else None,
+        data_source=data_source,
+    )
+
+
+def push_to_hub(selection: Selection, name: str, rows: Any, id_column: str | None, **options: Any) -> str:
+    """See :meth:`cropi.ranking.selection.Selection.push_to_hub`."""
+    if not options.get("token"):
+        check_hub_name(name)
+    return push(to_dataset(selection, rows, id_column), name, **options)
+
+
+def _parts(rows: Any, id_column: str | None, format: str = "") -> tuple[Any, Any]:
+    """``(trajectories, dataset)``: rows are records where they are rolled out, and a trainer's own dataset if not."""
+    from cropi.data.export import BY_PLACE, read_dataset
+    from cropi.data.readers import PromptGroups
+    from cropi.data.trainer_rows import FILES
+
+    if rows is None:
+        return (), None
+    if isinstance(rows, PromptGroups) or format in FILES:
+        return rows, None
+    if format in BY_PLACE or id_column is not None:
+        return (), rows
+    if isinstance(rows, (list, tuple)):
+        return rows, None
+    try:
+        table = read_dataset(rows)
+    except CropiError:
+        return rows, None  # a form that trajectories alone have
+    columns = list(table[0]) if isinstance(table, list) else table.column_names
+    return (rows, None) if {"rewards", "reward"} & set(columns) else ((), rows)
