@@ -14,7 +14,7 @@ from ..spec import SketchSpec
 from . import exact
 from .accumulator import Accumulator
 from .coverage import Coverage, uncovered
-from .decoder import SplitModel, output_embeddings
+from .decoder import output_embeddings
 from .engine import Norm
 from .exact import ExactTaps
 from .expert_taps import ExpertsTap, RouterTap
@@ -47,8 +47,9 @@ class Attachment:
     wanted: dict[int, str]  # names of what is sketched, by the parameters' ids
 
     def form(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
-        """Form the gradients of these modules' parameters instead of what their taps do."""
-        builder = _Builder(model, self.exact.acc.spec, self.exact.acc, self.wanted, set(modules))
+        """Form the gradients of these modules' parameters too, instead of what their taps do."""
+        formed = {one.chain[0] for one in self.exact.parameters} | set(modules)
+        builder = _Builder(model, self.exact.acc.spec, self.exact.acc, self.wanted, formed)
         assert not builder.missing()
         self.taps = builder.taps
         self.exact = ExactTaps(self.exact.acc, builder.exact)
@@ -112,26 +113,26 @@ def plan_model(
 
 
 def refused_modules(
-    model: nn.Module, attachment: Attachment, split: SplitModel, wrong: dict[nn.Module, str]
+    model: nn.Module, attachment: Attachment, decoder: nn.Module | None, wrong: dict[nn.Module, str]
 ) -> dict[nn.Module, tuple[str, str]]:
-    """Modules that `policy_gradient` cannot sketch, with their names and why.
+    """Modules that cannot be sketched, with their names and why.
 
-    Their tap is ``wrong`` and the gradient cannot be formed, or it would be formed of a module outside the decoder,
-    which does not run.
+    Their tap is ``wrong`` and the gradient cannot be formed; or, where the ``decoder`` alone runs (in
+    `policy_gradient`), it would be formed of a module outside it.
     """
     names = {module: canonical_name(path + ".")[:-1] for path, module in model.named_modules()}
     users, refused = _owners(model), {}
+    formed = {one.chain[0] for one in attachment.exact.parameters}
     for module, why in wrong.items():
         mine = [p for p in module.parameters(recurse=False) if id(p) in attachment.wanted]
-        if any(len(users[id(p)]) > 1 or p.numel() > exact.LARGEST for p in mine):
-            refused[module] = names[module], why
-    inside = set(split.decoder.modules())
-    for module in (*wrong, *(one.chain[0] for one in attachment.exact.parameters)):
-        if module not in inside:
-            refused[module] = (
-                names[module],
-                "outside the decoder, where no formula is known for its parameters",
-            )
+        if module in formed or any(len(users[id(p)]) > 1 or p.numel() > exact.LARGEST for p in mine):
+            refused[module] = names[module] or "the model itself", why
+    if decoder is not None:
+        inside = set(decoder.modules())
+        for module in (*wrong, *formed):
+            if module not in inside:
+                why = "outside the decoder, where no formula is known for its parameters"
+                refused[module] = names[module] or "the model itself", why
     return refused
 
 

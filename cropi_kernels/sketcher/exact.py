@@ -260,10 +260,14 @@ class ExactTaps:
             outputs, given, used = [], [], []
             for i, y, g, view in zip(where, ys, grads, views, strict=True):
                 if g is not None and view is None:
-                    raise ValueError(
-                        f"{names}: an output of shape {tuple(g.shape)} of {type(module).__name__} has a gradient, and "
-                        f"does not hold the {segments.batch} x {segments.length} tokens of the batch: exclude them"
+                    why = (
+                        f"an output of shape {tuple(g.shape)} of {type(module).__name__} has a gradient, and does not "
+                        f"hold the {segments.batch} x {segments.length} tokens of the batch"
                     )
+                    if acc.refusals is None:
+                        raise ValueError(f"{', '.join(exact.name for exact in edges)}: {why}: exclude them")
+                    acc.refusals |= {exact.name: why for exact in edges}
+                    return
                 if g is not None and view is not None:
                     outputs.append(y)
                     given.append((g, view))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -19,20 +19,21 @@ from ..spec import SketchSpec
 from . import sharded
 from .accumulator import Accumulator
 from .attach import UNCOVERED, plan_model, refused_modules
-from .beside import check_heard, watch_weights
+from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage, uncovered
 from .decoder import SplitModel, split_model
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
+from .hooks import start_graph
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import scored_tokens
 from .precision import check_adapters, own_precision, unwrapped
 from .probe import Probe, check_lengths, pads_left, positions_for, probe_policy
-from .replay import Recorded, model_self_test, replayed_self_test
+from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
 from .segments import Segments
 from .selftest import SelfTest
-from .trial import policy_self_test
-from .unseen import calls, seen_wrong
-from .untouched import code_shape
+from .trial import few_rows, policy_self_test
+from .unseen import Run, calls, seen_wrong
+from .untouched import code_shape, untouched
 
 
 class GradientSketcher:
@@ -144,7 +145,7 @@ class GradientSketcher:
 
     def _hook(self) -> None:
         if self._embeddings is not None:
-            self._handles.append(self._embeddings.register_forward_hook(_start_graph))
+            self._handles.append(self._embeddings.register_forward_hook(start_graph))
         for module, tap in self._plan.taps.items():
             self._handles.append(tap.hook(module))
         self._handles += self._plan.exact.register()
@@ -210,7 +211,7 @@ class GradientSketcher:
             recorded = Recorded()
             first = self._verify and not self._batch_tested
             if first:
-                self._note("batch", model_self_test(self.model, self._plan, self._acc))
+                self._try_batch()
                 watching.enter_context(watch_weights(self.model, self._plan.taps))
                 watching.enter_context(recorded.of(self.model))
             self._begin(where)
@@ -347,43 +348,72 @@ class GradientSketcher:
             with own_precision(self.model):
                 with calls(self._plan.taps) as called:
                     split = split_model(self.model)
-                self._mend(split, seen_wrong(split, self._plan.taps, called, self._acc))
+                ids = few_rows(self.model, split.head.weight.shape[0], sharded.device_of(self.model))
+                self._mend(split.hidden, ids, called, split.decoder)
                 if self._verify:
                     self.probe = probe_policy(self.model, split)
                     self._note("policy_gradient", policy_self_test(self.model, split, self._plan, self._acc))
             self._split = split
         return self._split
 
-    def _mend(self, split: SplitModel, wrong: dict[nn.Module, str]) -> None:
-        """Taps that do not see all are replaced; what cannot be sketched in `policy_gradient` is an error."""
-        refused = refused_modules(self.model, self._plan, split, wrong)
-        if refused and UNCOVERED in ([self._exclude] if isinstance(self._exclude, str) else self._exclude):
-            self._leave_out(refused)
-            wrong = {module: why for module, why in wrong.items() if module not in refused}
-        elif refused:
-            share = sum(p.numel() for m in refused for p in m.parameters(recurse=False)) / self.coverage.total
-            lines = [f"{where} ({type(m).__name__}): {why}" for m, (where, why) in refused.items()]
-            pattern = f"{next(iter(refused.values()))[0]}.*"
-            raise uncovered(
-                "no tap sees all that these modules do with their parameters", lines, pattern, share
-            )
-        if wrong:
-            self._unhook()
-            self._plan.form(self.model, wrong)
-            self._hook()
+    def _try_batch(self) -> None:
+        """What is checked before the first batch, where the model runs on token ids alone."""
+        if (found := takes_ids(self.model)) is None:
+            return
+        run, ids, plain = found
+        # A graph that was compiled before the taps came calls no hook: the self-test will say so.
+        if not inside_compiled(self.model):
+            with untouched(self.model):
+                with calls(self._plan.taps) as called, torch.no_grad():
+                    run(ids)
+                self._mend(run, ids, called)
+        self._note("batch", model_self_test(self.model, self._plan, self._acc, run, ids, plain))
+
+    def _mend(
+        self, run: Run, ids: torch.Tensor, called: Mapping[nn.Module, int], decoder: nn.Module | None = None
+    ) -> None:
+        """Taps that do not see all are replaced; what cannot be sketched is one error, or left out where the caller
+        said so. ``decoder``: nothing outside of it runs."""
+        while True:
+            wrong = seen_wrong(self.model, run, ids, self._plan, called, self._acc)
+            refused = refused_modules(self.model, self._plan, decoder, wrong)
+            if formed := [module for module in wrong if module not in refused]:
+                self._unhook()
+                self._plan.form(self.model, formed)
+                self._hook()
+            elif not refused:
+                return
+            elif UNCOVERED in self._patterns:
+                self._leave_out(refused)
+            else:
+                share = (
+                    sum(p.numel() for m in refused for p in m.parameters(recurse=False)) / self.coverage.total
+                )
+                lines = [f"{where} ({type(m).__name__}): {why}" for m, (where, why) in refused.items()]
+                problem = "no tap sees all that these modules do with their parameters"
+                raise uncovered(problem, lines, next(iter(self._names(refused))), share)
+
+    @property
+    def _patterns(self) -> Sequence[str]:
+        return [self._exclude] if isinstance(self._exclude, str) else self._exclude
+
+    def _names(self, modules: Iterable[nn.Module]) -> dict[str, int]:
+        """Names and sizes of what these modules own and the sketch holds."""
+        sizes = {id(p): p.numel() for m in modules for p in m.parameters(recurse=False)}
+        return {name: sizes[i] for i, name in self._plan.wanted.items() if i in sizes}
 
     def _leave_out(self, modules: Iterable[nn.Module]) -> None:
         """Plan again without the parameters of these modules."""
-        lost = {id(p): p.numel() for m in modules for p in m.parameters(recurse=False)}
-        names = {name: lost[i] for i, name in self._plan.wanted.items() if i in lost}
-        before = self._plan.coverage
+        names, before = self._names(modules), self._plan
         self._unhook()
         for p in self._thawed:
             p.requires_grad_(True)
-        exclude = [self._exclude] if isinstance(self._exclude, str) else self._exclude
-        self._plan = plan_model(self.model, self.spec, self._acc, [*exclude, *names])
+        self._plan = plan_model(self.model, self.spec, self._acc, [*self._patterns, *names])
+        self._plan.form(self.model, [one.chain[0] for one in before.exact.parameters])
         self._plan.coverage = dataclasses.replace(
-            self._plan.coverage, excluded=before.excluded, uncovered={**before.uncovered, **names}
+            self._plan.coverage,
+            excluded=before.coverage.excluded,
+            uncovered={**before.coverage.uncovered, **names},
         )
         for p in self._thawed:
             p.requires_grad_(False)
@@ -418,10 +448,3 @@ class BatchSketch:
     """Filled by `GradientSketcher.batch` when its block ends: float32 [segments, dim]."""
 
     sketches: torch.Tensor
-
-
-def _start_graph(module: nn.Module, args: Any, output: Any) -> Any:
-    """Frozen weights give outputs without a graph: start one at the embeddings, where the taps' gradients end."""
-    if isinstance(output, torch.Tensor) and torch.is_grad_enabled() and not output.requires_grad:
-        return output.detach().requires_grad_(True)
-    return output

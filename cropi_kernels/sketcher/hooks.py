@@ -56,6 +56,25 @@ def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
     return y
 
 
+class _Start(torch.autograd.Function):
+    """``y -> y``, where gradients end. Not the leaf itself: a model may change what it has looked up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None
+
+
+def start_graph(module: torch.nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook: frozen weights give outputs without a graph; it starts here, where the taps' gradients end."""
+    if isinstance(output, torch.Tensor) and torch.is_grad_enabled() and not output.requires_grad:
+        return _Start.apply(output.detach().requires_grad_(True))
+    return output
+
+
 def widened_input(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
     """The float32 copy of ``x`` that the graph of ``y = f(x)`` keeps for its own backward, or None.
 

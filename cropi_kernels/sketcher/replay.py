@@ -4,7 +4,7 @@ ids, else on the call that he made."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,20 +12,22 @@ from torch import nn
 
 from .accumulator import Accumulator
 from .attach import Attachment
-from .probe import is_causal
+from .probe import Run, is_causal
 from .segments import Segments
 from .selftest import SelfTest, Trial, refuse_sharded, self_test
 from .trial import few_rows, scored_rows, two_segments, weights_of
 from .untouched import untouched
 
 
-def model_self_test(model: nn.Module, attachment: Attachment, acc: Accumulator) -> SelfTest | None:
-    """The self-test on a few tokens through the model's own forward; None: it does not run on token ids alone."""
-    refuse_sharded(model)
-    found = takes_ids(model)
-    if found is None:
-        return None
-    run, ids, plain = found
+def model_self_test(
+    model: nn.Module,
+    attachment: Attachment,
+    acc: Accumulator,
+    run: Run,
+    ids: torch.Tensor,
+    plain: torch.Tensor,
+) -> SelfTest:
+    """The self-test through the model's own forward, on what `takes_ids` found."""
     causal = is_causal(run, ids, plain)
     segments = two_segments(ids.shape[0], ids.shape[1], causal=causal)
     pattern = weights_of(plain.numel(), plain.device).view(plain.shape).flatten(0, 1)
@@ -37,10 +39,10 @@ def model_self_test(model: nn.Module, attachment: Attachment, acc: Accumulator) 
     return self_test(model, attachment, acc, Trial(lambda: run(ids), segments, tuple(cotangents)))
 
 
-def takes_ids(
-    model: nn.Module,
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor, torch.Tensor] | None:
-    """How the model is run on token ids, a few of them, and what it gives for them [batch, length, n]; or None."""
+def takes_ids(model: nn.Module) -> tuple[Run, torch.Tensor, torch.Tensor] | None:
+    """How the model is run on token ids, a few of them, and what it gives for them [batch, length, n]; None: it does
+    not run on token ids alone."""
+    refuse_sharded(model)
     get = getattr(model, "get_input_embeddings", None)
     try:
         embeddings = get() if callable(get) else None

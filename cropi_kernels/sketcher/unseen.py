@@ -7,19 +7,20 @@ called with a gate.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .accumulator import Accumulator
-from .decoder import SplitModel, evaluating, few_tokens
+from .attach import Attachment
+from .decoder import evaluating
 from .segments import Segments
-from .sharded import device_of
-from .taps import Tap, count_tensors
+from .taps import count_tensors
+from .untouched import thawed
 
-ROWS = 3  # of the trial
+Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextlib.contextmanager
@@ -38,66 +39,76 @@ def calls(modules: Collection[nn.Module]) -> Iterator[dict[nn.Module, int]]:
             handle.remove()
 
 
-def _bypassed(split: SplitModel, modules: Collection[nn.Module]) -> list[nn.Module]:
-    """Those of ``modules``, none of which the decoder calls, whose frozen parameters have a gradient all the same."""
+def _bypassed(
+    model: nn.Module, run: Run, ids: torch.Tensor, modules: Collection[nn.Module]
+) -> list[nn.Module]:
+    """Those of ``modules``, none of which a tap hears, whose frozen parameters have a gradient all the same."""
     parameters = [(module, p) for module in modules for p in module.parameters(recurse=False)]
     if not parameters:
         return []
-    try:
-        for _, p in parameters:
-            p.requires_grad_(True)
-        with evaluating(split.decoder), torch.enable_grad():
-            hidden = split.hidden(few_tokens(split))
-        if not hidden.requires_grad:
+    with thawed([p for _, p in parameters]), evaluating(model), torch.enable_grad():
+        y = run(ids)
+        if not y.requires_grad:
             return []
-        grads = torch.autograd.grad(hidden.sum(), [p for _, p in parameters], allow_unused=True)
-    finally:
-        for _, p in parameters:
-            p.requires_grad_(False)
+        grads = torch.autograd.grad(y.sum(), [p for _, p in parameters], allow_unused=True)
     found = {module: None for (module, _), grad in zip(parameters, grads, strict=True) if grad is not None}
     return list(found)
 
 
-def _tried(split: SplitModel, acc: Accumulator) -> dict[str, str]:
-    """What taps refuse in a pass over a few rows of two segments, by their names.
-
-    The number of tokens is unlike any size of the model: what has another shape cannot fit by accident.
-    """
-    sizes = {n for p in split.decoder.parameters() for n in p.shape}
-    length = next((n for n in (7, 11, 13, 17, 19) if not sizes & {n, ROWS * n}), 7)
-    device = device_of(split.model)
-    ids = torch.arange(ROWS * length, device=device).view(ROWS, length) % split.head.weight.shape[0]
-    acc.begin(Segments.of(torch.tensor([0, 0, 1], device="cpu"), ROWS, length, 2), device)
+def _tried(
+    model: nn.Module, run: Run, ids: torch.Tensor, acc: Accumulator
+) -> tuple[dict[str, str], Segments]:
+    """What taps refuse in a pass over a few rows of two segments, by their names; and these segments."""
+    batch, length = ids.shape
+    rows = torch.arange(batch, device="cpu").clamp_min(1) - 1  # the first two rows are one segment
+    segments = Segments.of(rows, batch, length, None)
+    acc.begin(segments, ids.device)
     acc.refusals = {}
     try:
-        with evaluating(split.decoder), torch.enable_grad():
-            hidden = split.hidden(ids)
-            if hidden.requires_grad:
-                hidden.backward(torch.ones_like(hidden))
-        return acc.refusals
+        with evaluating(model), torch.enable_grad():
+            y = run(ids)
+            if y.requires_grad:
+                y.backward(torch.ones_like(y))
+        return acc.refusals, segments
     finally:
         acc.refusals = None
         acc.close()
 
 
 def seen_wrong(
-    split: SplitModel, taps: Mapping[nn.Module, Tap], called: Mapping[nn.Module, int], acc: Accumulator
+    model: nn.Module,
+    run: Run,
+    ids: torch.Tensor,
+    attachment: Attachment,
+    called: Mapping[nn.Module, int],
+    acc: Accumulator,
 ) -> dict[nn.Module, str]:
-    """Modules whose tap does not see all that their parameters do, and why.
+    """Modules whose parameters do more than their tap sees, or whose gradient cannot be formed, and why.
 
-    ``called``: what `calls` saw of a forward of the whole model. What nobody uses has no gradient: its tap is right.
+    Args:
+        run: what the model, or the part of it that will run, gives for token ids.
+        ids: see `trial.few_rows`.
+        called: what `calls` saw of a forward of the whole model. What nobody uses has no gradient: its tap is right.
     """
+    taps = attachment.taps
     seen = {id(p) for module in called for p in module.parameters(recurse=False)}
     silent = [
         module
         for module in taps
         if module not in called and not any(id(p) in seen for p in module.parameters(recurse=False))
     ]
-    wrong = dict.fromkeys(_bypassed(split, silent), "used without calling the module, so that no tap sees it")
-    refusals = _tried(split, acc)
+    bypassed = _bypassed(model, run, ids, silent)
+    wrong = dict.fromkeys(bypassed, "used without calling the module, so that no tap sees it")
+    refusals, segments = _tried(model, run, ids, acc)
     for module, tap in taps.items():
         if tap.where in refusals and called.get(module, 0) > 1:
             wrong[module] = "called with a second tensor (for example a gate)"
         elif tap.where in refusals:
             wrong[module] = "called on something else than every token once"
+    unheard = [one.chain[0] for one in attachment.exact.parameters if one.heard is not segments]
+    for module in _bypassed(model, run, ids, unheard):
+        wrong[module] = "no output of it, or of a module around it, holds every token of the batch once"
+    for one in attachment.exact.parameters:
+        if one.name in refusals:
+            wrong[one.chain[0]] = refusals[one.name]
     return wrong

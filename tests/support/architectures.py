@@ -117,6 +117,16 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_BLT = dict(
+    vocab_size=zoo.VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+    max_position_embeddings=64,
+)
 # What the sizes above do not say.
 MORE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -138,6 +148,18 @@ MORE: dict[str, dict[str, Any]] = {
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "num_key_value_heads": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "expand": 2},
     "xmod": {"default_language": "en_XX"},
+    "blt": dict(
+        patch_in_forward=True,
+        patch_size=4,
+        cross_attn_k=2,
+        encoder_hash_byte_group_vocab=50,
+        encoder_hash_byte_group_size=[2, 3],
+        encoder_hash_byte_group_nb_functions=1,
+        patcher_config=_BLT,
+        encoder_config={**_BLT, "cross_attn_k": 2, "hidden_size_global": 64},
+        decoder_config={**_BLT, "cross_attn_k": 2, "hidden_size_global": 64},
+        global_config={**_BLT, "hidden_size": 64, "head_dim": 16},
+    ),
 }
 FLOAT32 = {"xglm"}  # their own code does not run in float64
 NAMES = sorted(dict.fromkeys(str(name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))

@@ -10,7 +10,6 @@ def _both(words: str) -> dict[str, str]:
 _PARTS = "do not give its logits"
 # A head of BERT's kind owns its bias twice, in two modules.
 _TWICE = "no tap covers these trainable parameters"
-_UNCALLED = "the weight is used without its module"
 REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys(
         (
@@ -27,25 +26,20 @@ REFUSED: dict[str, dict[str, str]] = {
     "electra": {"policy_gradient": _PARTS},
     "modernbert-decoder": {"policy_gradient": _PARTS},
     "rembert": {"policy_gradient": "have 32 features, and its head takes 1664"},
-    # State-space layers that multiply by a weight whose module nobody calls: `policy_gradient` forms the gradient.
-    "falcon_mamba": {"batch": _UNCALLED},
-    "jamba": {"batch": _UNCALLED},
-    "mamba": {"batch": _UNCALLED},
     # A bias that is returned, and added elsewhere.
-    "gpt_neox_japanese": _both("dense_bias: an output of shape (32,)"),
+    "gpt_neox_japanese": _both("GPTNeoXJapaneseAttention): an output of shape (32,)"),
     # Its prompt is seen from both sides.
-    "cpmant": {"policy_gradient": "is not causal", "batch": "does not see every token once"},
+    "cpmant": {"policy_gradient": "is not causal"},
+    # Its encoder hands patches to the next part beside its tokens.
+    "blt": _both("BltLocalEncoder has a gradient, and does not hold the"),
     # Several streams of tokens, and [length, batch].
-    "prophetnet": {"policy_gradient": _PARTS, "batch": "does not see every token once"},
-    "xlnet": {
-        "policy_gradient": "called on something else than every token once",
-        "batch": "does not see every token",
-    },
+    "prophetnet": {"policy_gradient": _PARTS, "batch": "does not hold the"},
+    "xlnet": _both("called on something else than every token once"),
 }
 # Configurations of several models, sizes that must fit each other, and defaults that are too large.
 NOT_SMALL = frozenset(
     """
-    blt cohere_compass_text dbrx dots3_note dots3_note_text emu3 falcon_h1 fuyu gemma3 gemma3n gemma3n_text gemma4
+    cohere_compass_text dbrx dots3_note dots3_note_text emu3 falcon_h1 fuyu gemma3 gemma3n gemma3n_text gemma4
     gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 lfm2_moe llama4 mllama
     moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp reformer
     roc_bert xlm zamba zamba2 zaya
