@@ -17,9 +17,8 @@ import torch
 from benchmarks.lib.environment import describe
 from benchmarks.lib.examples import load_example
 from benchmarks.lib.fidelity_collect import Exact, Gradient
-from cropi_kernels import SketchSpec, flat_sketch
-from cropi_kernels.ops.flat_sketch.reference import words
-from cropi_kernels.philox import FLAT_KEEP, key_of
+from cropi_kernels import SketchSpec, project, projection_of
+from cropi_kernels.ops.project.reference import kept_coordinates as kept_of
 
 KEEP, DIM, PANEL = 0.1, 256, 1 << 16
 
@@ -28,14 +27,11 @@ def kept_coordinates(gradient: Gradient, spec: SketchSpec) -> torch.Tensor:
     """The coordinates that the dropout of ``spec`` keeps, in the order of the parameters."""
     parts = []
     for name, g in gradient.items():
-        key, below, flat = (
-            key_of(spec.version, spec.seed, name),
-            np.uint32(int(spec.keep * 2.0**32)),
-            g.reshape(-1),
-        )
+        projection, flat = projection_of(spec, name), g.reshape(-1)
         for start in range(0, flat.numel(), 1 << 22):
             part = flat[start : start + (1 << 22)]
-            parts.append(part[torch.from_numpy(words(key, start, part.numel(), FLAT_KEEP) < below)])
+            p = np.arange(start, start + part.numel(), dtype=np.uint64)
+            parts.append(part[torch.from_numpy(kept_of(projection, p))])
     return torch.cat(parts)
 
 
@@ -77,7 +73,7 @@ def main() -> None:
         for seed in range(args.seeds):
             # The seed decides the kept coordinates too: sketch the kept vector itself, so that they stay the same.
             count = SketchSpec(kind="countsketch", dim=DIM, seed=seed)
-            flat_sketch(kept[-1], count, "kept", counted[seed, i])
+            project(kept[-1][None], projection_of(count, "kept"), out=counted[seed, i : i + 1])
     x = torch.stack(kept)
     del kept
     example.model.zero_grad(set_to_none=True)

@@ -4,12 +4,14 @@ Start with `SketchSpec` (what a sketch is) and `GradientSketcher` (attaches to a
 mathematics. What there is:
 
 - a model's policy gradients: `GradientSketcher`, its `Coverage` and its results, `PolicyGradient`; `reduce_sketch`
-- the ops beneath: `plan_matrix` and `plan_vector` say where a parameter lands, `sketch_linear`, `sketch_grouped`,
-  `sketch_embedding`, `sketch_vector` and `flat_sketch` add to a sketch, `norm_grad`, `bias_grad`, `fold_inputs` and
+- the ops beneath (`cropi_kernels.ops`): `plan_matrix` and `plan_vector` say where a parameter lands, `sketch_linear`,
+  `sketch_grouped`, `sketch_embedding` and `sketch_vector` add to a sketch, `norm_grad`, `bias_grad`, `fold_inputs` and
   `fold_outputs` come before them; names are those of `canonical_name`
 - token log-probs without the logits: `token_logprobs` of a model; `linear_logprob`, `logprob_and_grad` of a head
-- projections of gradients that exist: `ProjectionSpec`, `project`, `project_transpose`, `quantize_rows`; of sparse rows
-  (`CsrRows`), `project_csr` and `project_csr_sparse`; in the shapes that other code expects, `cropi_kernels.projectors`
+- projections of gradients that exist: `ProjectionSpec`, `project`, `project_transpose`; of sparse rows (`CsrRows`),
+  `project_csr` and `project_csr_sparse`; the one that a sketch of kind ``countsketch`` or ``dropout`` makes of a
+  parameter, `projection_of`; in the shapes that other code expects, `cropi_kernels.projectors`
+- rows in one or two bytes a number: `quantize_rows`, `QuantizedRows`
 
 Every op takes ``backend=``; `explain` tells which one serves given tensors, and the environment variable
 ``CROPI_KERNELS_BACKEND`` names one for all calls.
@@ -17,27 +19,29 @@ Every op takes ``backend=``; `explain` tells which one serves given tensors, and
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from ._version import __version__
 from .dispatch import explain
 from .names import canonical_name
-from .ops.flat_sketch import flat_sketch
 from .ops.linear_logprob import linear_logprob, logprob_and_grad
 from .ops.norm_grad import bias_grad, norm_grad
 from .ops.project import (
     CsrRows,
     ProjectionSpec,
-    QuantizedRows,
     project,
     project_csr,
     project_csr_sparse,
     project_transpose,
-    quantize_rows,
+    projection_of,
 )
+from .ops.sketch_embedding import sketch_embedding
 from .ops.sketch_grouped import sketch_grouped
 from .ops.sketch_linear import fold_inputs, fold_outputs, sketch_linear
-from .ops.sketch_rows import sketch_embedding
 from .ops.sketch_vector import sketch_vector
 from .plan import MatrixPlan, VectorPlan, plan_matrix, plan_vector
+from .quantize import QuantizedRows, quantize_rows
 from .reduce import reduce_sketch
 from .sketcher import (
     BatchSketch,
@@ -65,7 +69,6 @@ __all__ = [
     "bias_grad",
     "canonical_name",
     "explain",
-    "flat_sketch",
     "fold_inputs",
     "fold_outputs",
     "linear_logprob",
@@ -77,6 +80,7 @@ __all__ = [
     "project_csr",
     "project_csr_sparse",
     "project_transpose",
+    "projection_of",
     "quantize_rows",
     "reduce_sketch",
     "sketch_embedding",
@@ -85,3 +89,16 @@ __all__ = [
     "sketch_vector",
     "token_logprobs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "flat_sketch":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import _moved
+
+    warnings.warn(
+        f"cropi_kernels.{name} goes with the next release: use {_moved.MOVED[name]}",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(_moved, name)

@@ -108,19 +108,24 @@ def check_kind(kind: Any, kinds: tuple[str, ...]) -> Any:
     return kinds[kinds.index(kind)]
 
 
+KEEP_ALL = 1 << 16  # a share of coordinates is drawn in 65536ths
+
+
 def check_keep(keep: Any) -> float:
     """``keep`` as a Python float: 1 and 1.0 are one spec, and must be one text."""
     dtype = str(getattr(keep, "dtype", type(keep).__name__))  # numbers of NumPy and torch are numbers
     number = any(kind in dtype for kind in ("float", "int")) and not _dimensions(keep)
     if not number or not 0.0 < keep <= 1.0:
         raise ValueError(f"keep={keep!r}: give the share of coordinates to keep, in (0, 1]")
+    if round(float(keep) * KEEP_ALL) == 0:
+        raise ValueError(f"keep={keep!r} rounds to 0 / 65536: give at least {1 / KEEP_ALL:.2e}")
     return float(keep)
 
 
-def check_version(version: Any, built: int, again: str, stored: str) -> int:
+def check_version(version: Any, built: int, again: str, stored: str, what: str = "") -> int:
     if version != built:
         raise ValueError(
-            f"version={version!r}: this build defines version {built}; {again} again, or install the release that "
-            f"wrote the stored {stored}"
+            f"version={version!r}: this build defines version {built}{what}; {again} again, or install the release "
+            f"that wrote the stored {stored}"
         )
     return built

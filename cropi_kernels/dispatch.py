@@ -37,15 +37,15 @@ def reasons_against(
     }
 
 
-def checked(backend: str | None) -> str:
-    """A backend's name as operators take it: "" for None, which a caller cannot write himself.
+def checked(backend: str | None) -> str | None:
+    """``backend``, for the best one None.
 
     Raises:
         ValueError: ``backend`` is not a known name.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}, or None for the best")
-    return backend or ""
+    return backend
 
 
 def choose(
@@ -62,9 +62,7 @@ def choose(
         RuntimeError: the named backend cannot serve the call, or none was named, no kernel can, and the reference is no
             ``fallback`` for them; the message gives the reason.
     """
-    named = (
-        checked(backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None) or None
-    )
+    named = checked(backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None)
     if named == "reference":
         return named
     on_host = not tensors or tensors[0].device.type == "cpu"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 U32 = NDArray[np.uint32]
 
 # What a draw is for. The number is counter word c2, so that two uses of one key never share a draw.
-FLAT_PLACE, FLAT_KEEP = 0, 1
+# 0 and 1 were those of the CountSketch of version 1.
 COLUMN_SIGN, COLUMN_FOLD, ROW_SIGN, ROW_FOLD, PAIR = 2, 3, 4, 5, 6
 REDUCE_SIGN, REDUCE_FOLD, DENSE_ROWS, DENSE_COLUMNS, TENSOR_ROWS, TENSOR_COLUMNS = 7, 8, 9, 10, 11, 12
 PROJECT_SIGN, PROJECT_TILE, PROJECT_KEEP, PROJECT_RADEMACHER, PROJECT_GAUSSIAN = 13, 14, 15, 16, 17

@@ -65,7 +65,7 @@ class RandomProjection(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         if not torch.compiler.is_compiling():
             return project(flat, self.spec, self.offset).reshape(*x.shape[:-1], self.spec.dim)
-        y: torch.Tensor = torch.ops.cropi.project(flat, self.offset, self.spec.recipe, "")
+        y: torch.Tensor = torch.ops.cropi.project(flat, self.offset, self.spec.recipe, None)
         return y.reshape(*x.shape[:-1], self.spec.dim)
 
     def transpose(self, y: torch.Tensor, size: int | None = None) -> torch.Tensor:

@@ -11,6 +11,9 @@ Kind = Literal["slab", "countsketch", "dropout", "kron", "tensor"]
 KINDS: tuple[Kind, ...] = ("slab", "countsketch", "dropout", "kron", "tensor")
 
 VERSION = 1  # of the integers behind a sketch; rises whenever one hash, sign or address changes
+# Kinds whose integers have changed since version 1. From version 2 on, these two are the CountSketch of
+# `cropi_kernels.project`: a change of its version raises theirs.
+VERSIONS: dict[str, int] = {"countsketch": 2, "dropout": 2}
 SLAB_SIZE = 32768  # entries of one slab; smaller sketches are folded from it, larger ones use several
 
 
@@ -25,15 +28,16 @@ class SketchSpec(base.Spec):
     Args:
         dim: numbers per sketch, a power of two from 64 to 2^20. The standard error of a cosine is about
             ``1 / sqrt(dim)``. A ``slab`` sketch of 32768 can be reduced to a smaller dim afterwards (`reduce_sketch`).
-        kind: ``slab`` (the fast one), or for comparison ``countsketch`` (one hash per coordinate), ``dropout`` (CROPI:
-            keep a share of the coordinates, then CountSketch), ``kron`` (dense Rademacher projections of both sides)
-            and ``tensor`` (TensorSketch by FFT).
+        kind: ``slab`` (the fast one), or for comparison ``countsketch`` (`project` of the formed gradient), ``dropout``
+            (CROPI: keep a share of the coordinates, then CountSketch), ``kron`` (dense Rademacher projections of both
+            sides) and ``tensor`` (TensorSketch by FFT).
         width: features that a linear layer's inputs are folded to before the sketch, a power of two from 16 on, or
             ``None`` for no fold. Divides the matrix work by ``in_features / width``.
         vocab_width: rows that a tied head / embedding is folded to, a power of two, or ``None`` for no fold.
-        keep: share of the coordinates that ``dropout`` keeps, in (0, 1].
+        keep: share of the coordinates that ``dropout`` keeps, in (0, 1]; rounded to 65536ths.
         seed: any integer >= 0; different seeds are independent sketches.
-        version: of the definition; a stored sketch of another version cannot be compared with this one.
+        version: of the kind's definition (None: this build's); a stored sketch of another version cannot be compared
+            with this one.
 
     Raises:
         ValueError: names the field, its value and what it may be.
@@ -46,7 +50,7 @@ class SketchSpec(base.Spec):
     vocab_width: int | None = 8192
     keep: float = 1.0
     seed: int = 0
-    version: int = VERSION
+    version: int = None  # type: ignore[assignment]  # never None in a spec that was made
     _noun: ClassVar[str] = "sketch"
 
     def __post_init__(self) -> None:
@@ -58,7 +62,9 @@ class SketchSpec(base.Spec):
         self._hold(keep=base.check_keep(self.keep))
         if self.keep != 1.0 and self.kind != "dropout":
             raise ValueError(f"keep={self.keep!r} needs kind='dropout', not kind={self.kind!r}")
-        self._hold(version=base.check_version(self.version, VERSION, "sketch", "sketches"))
+        built = VERSIONS.get(self.kind, VERSION)
+        given = built if self.version is None else self.version
+        self._hold(version=base.check_version(given, built, "sketch", "sketches", f" of kind={self.kind!r}"))
         super().__post_init__()
 
     @property

@@ -15,7 +15,6 @@ import torch
 from cropi_kernels import (
     SketchSpec,
     bias_grad,
-    flat_sketch,
     fold_inputs,
     linear_logprob,
     logprob_and_grad,
@@ -29,7 +28,7 @@ from cropi_kernels import (
 from cropi_kernels.ops.linear_logprob import oracle
 from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
 from cropi_kernels.ops.norm_grad.reference import segment_sums
-from cropi_kernels.ops.sketch_rows.reference import sketch_rows
+from cropi_kernels.ops.sketch_embedding.reference import sketch_embedding as embedding_reference
 from cropi_kernels.testing import sketch_and_magnitudes, sum_error_bound
 
 TOKENS, SCORED = 700, 130  # of embeddings and norms, and of log-probs
@@ -81,7 +80,7 @@ def embedding(role: str, dtype: torch.dtype) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     x, ids = torch.randn(TOKENS, 300, generator=g).to(dtype), torch.randint(0, 1003, (TOKENS,), generator=g)
     ids[40:90] = 7
-    exact = sketch_rows(x.double(), ids, offsets, plan, torch.zeros(3, 32768, dtype=torch.float64))
+    exact = embedding_reference(x.double(), ids, offsets, plan, torch.zeros(3, 32768, dtype=torch.float64))
     runs = [
         sketch_embedding(x.cuda(), ids.cuda(), offsets, plan, torch.zeros(3, 32768, device="cuda"))
         for _ in "ab"
@@ -206,25 +205,6 @@ def beyond_int32_logits() -> dict[str, Any]:
     return {"elements": n * vocab, "ok": ok}
 
 
-def flat(n: int, offset: int, keep: float) -> dict[str, Any]:
-    """Equal to the CPU's for integers, whose sums are exact; within the last rounding for other values; repeatable."""
-    spec = SketchSpec(kind="dropout", keep=keep, dim=32768)
-    g = torch.Generator().manual_seed(0)
-    whole, x = torch.randint(-8, 9, (n,), generator=g).float(), torch.randn(n, generator=g)
-    exact_spec = SketchSpec(kind="dropout", keep=0.25, dim=32768)
-    bits = torch.equal(
-        flat_sketch(whole.cuda(), exact_spec, "w", torch.zeros(32768, device="cuda"), offset=offset).cpu(),
-        flat_sketch(whole, exact_spec, "w", torch.zeros(32768), offset=offset),
-    )
-    runs = [flat_sketch(x.cuda(), spec, "w", torch.zeros(32768, device="cuda"), offset=offset) for _ in "ab"]
-    exact = flat_sketch(
-        x.double(), spec, "w", torch.zeros(32768, dtype=torch.float64), offset=offset, backend="reference"
-    )
-    row = check((runs[0].cpu().double() - exact).abs(), sum_error_bound(exact.abs(), 2) + 1e-9)
-    same = torch.equal(*runs)
-    return row | {"repeatable": same, "ok": row["ok"] and same and bits}
-
-
 def refusals() -> dict[str, Any]:
     plan = plan_matrix(SketchSpec(), "a.b.weight", 64, 64)
     d = torch.zeros(4, 64, device="cuda")
@@ -259,9 +239,6 @@ def main() -> None:
                     f"log-probs V={vocab} cap={cap} {name}",
                     lambda v=vocab, c=cap, t=dtype: log_probs(v, t, c),
                 )
-    for keep in (1.0, 0.1):
-        n = 5003 if small else 4_000_003
-        results.attempt(f"flat_sketch n={n} keep={keep}", lambda k=keep, n=n: flat(n, (1 << 40) + 3, k))
     if not small:
         for op in launches.calls("cpu"):
             results.attempt(f"{op}: streams, graphs, devices", lambda o=op: launches.check(o))

@@ -10,13 +10,14 @@ import torch
 from cropi_kernels import (
     SketchSpec,
     bias_grad,
-    flat_sketch,
     fold_inputs,
     linear_logprob,
     logprob_and_grad,
     norm_grad,
     plan_matrix,
     plan_vector,
+    project,
+    projection_of,
     sketch_embedding,
     sketch_linear,
     sketch_vector,
@@ -38,7 +39,8 @@ def calls(device: str) -> dict[str, Callable[[], Results]]:
     folded = plan_matrix(SketchSpec(), "a.mlp.up_proj.weight", ROWS, FEATURES)
     whole = plan_matrix(SketchSpec(width=None), "a.mlp.down_proj.weight", FEATURES, FEATURES)
     table = plan_matrix(SketchSpec(vocab_width=1024), "embed.weight", VOCAB, FEATURES, "tied")
-    vector, hashed = plan_vector(SketchSpec(), "a.norm.weight", FEATURES), SketchSpec(kind="countsketch")
+    vector = plan_vector(SketchSpec(), "a.norm.weight", FEATURES)
+    hashed = projection_of(SketchSpec(kind="countsketch"), "w")
 
     def out(*shape: int) -> torch.Tensor:
         return torch.zeros(shape or (3, 32768), device=device)
@@ -61,7 +63,7 @@ def calls(device: str) -> dict[str, Callable[[], Results]]:
         "sketch_vector": lambda: (sketch_vector(scale, vector, out()),),
         "norm_grad": both,
         "bias_grad": lambda: (bias_grad(d, offsets),),
-        "flat_sketch": lambda: (flat_sketch(flat, hashed, "w", out(32768), offset=5),),
+        "project": lambda: (project(flat[None], hashed, 5, out=out(32768)[None], nonfinite="ignore"),),
         "linear_logprob": entropies,
         "logprob_and_grad": lambda: logprob_and_grad(a, head, ids, lambda p, i, j: p.exp(), chunk_size=512),
     }

@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from cropi_kernels import SketchSpec, flat_sketch, plan_matrix, sketch_embedding, sketch_vector
+from cropi_kernels import SketchSpec, plan_matrix, project, projection_of, sketch_embedding, sketch_vector
 from cropi_kernels.plan import VectorPlan, plan_vector
 from cropi_kernels.sketcher.matrix import KronMatrix, TensorMatrix
 
@@ -64,9 +64,8 @@ class Sketcher:
         spec = self.spec
         if spec.kind == "slab":
             return _slab(spec, name, gradient, role)
-        out = torch.zeros(spec.dim)
         if spec.kind == "dropout":
-            return flat_sketch(gradient, spec, name, out)
+            return project(gradient.reshape(1, -1), projection_of(spec, name))[0]
         if name not in self._drawn:
             kind = KronMatrix if spec.kind == "kron" else TensorMatrix
             self._drawn[name] = kind(spec, name, *gradient.shape, "linear")

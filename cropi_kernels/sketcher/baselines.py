@@ -9,7 +9,7 @@ import torch
 
 from .. import philox as px
 from .._library import no_autocast
-from ..ops.flat_sketch import flat_sketch
+from ..ops.project import project, projection_of
 from ..plan import Role
 from ..spec import SketchSpec
 from .slab import MatrixSketch
@@ -18,7 +18,12 @@ PANEL = 1 << 22  # numbers of a gradient that the comparison kinds form at a tim
 
 
 class FlatMatrix(MatrixSketch):
-    """``countsketch`` and ``dropout``: a hash per coordinate, so panels of the gradient are formed."""
+    """``countsketch`` and ``dropout``: the projection of the gradient, of which panels are formed."""
+
+    def _project(self, piece: torch.Tensor, offset: int, out: torch.Tensor) -> None:
+        """``out += S piece``, for the coordinates from ``offset`` on."""
+        spec = projection_of(self.spec, self.name)
+        project(piece.reshape(1, -1), spec, offset, out=out[None], nonfinite="ignore")
 
     def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         panel = max(1, PANEL // self.cols)
@@ -26,7 +31,7 @@ class FlatMatrix(MatrixSketch):
             a = kept[begin:end].float()
             for r in range(0, self.rows if end > begin else 0, panel):
                 gradient = _product(d[begin:end, r : r + panel].float().T, a)
-                flat_sketch(gradient, self.spec, self.name, out[s], offset=r * self.cols)
+                self._project(gradient, r * self.cols, out[s])
 
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         for s, (begin, end) in enumerate(_ranges(offsets)):
@@ -34,10 +39,10 @@ class FlatMatrix(MatrixSketch):
             gradient = x.new_zeros(len(touched), self.cols, dtype=torch.float32)
             gradient.index_add_(0, inverse, x[begin:end].float())
             for row, values in zip(touched.tolist(), gradient):
-                flat_sketch(values, self.spec, self.name, out[s], offset=row * self.cols)
+                self._project(values, row * self.cols, out[s])
 
     def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
-        flat_sketch(gradient.contiguous(), self.spec, self.name, out[0])
+        self._project(gradient.contiguous(), 0, out[0])
 
 
 class KronMatrix(MatrixSketch):

@@ -6,8 +6,8 @@ import abc
 
 import torch
 
+from ..ops.sketch_embedding import sketch_embedding
 from ..ops.sketch_linear import fold_inputs, sketch_linear
-from ..ops.sketch_rows import sketch_embedding
 from ..plan import MatrixPlan, Role, plan_matrix
 from ..spec import SketchSpec
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..names import canonical_name
-from ..ops.flat_sketch.ops import draw_of
-from ..ops.flat_sketch.reference import flat_sketch as flat_sketch_reference
+from ..ops.project import projection_of
+from ..ops.project.reference import project as project_reference
 from ..ops.sketch_linear import reference as linear
 from ..plan import MatrixPlan, plan_vector
 from ..reduce import reduce_sketch
@@ -112,4 +112,5 @@ def _sketch_matrix(matrix: MatrixSketch, gradient: torch.Tensor) -> torch.Tensor
         bucket = (matrix.row_bucket[:, None] + matrix.col_bucket[None, :]) % spec.dim
         sign = matrix.row_sign[:, None] * matrix.col_sign[None, :]
         return out.index_add_(0, bucket.reshape(-1), (gradient * sign.to(gradient)).reshape(-1))
-    return flat_sketch_reference(gradient.contiguous(), *draw_of(spec.recipe, matrix.name), out, 0)
+    project_reference(gradient.reshape(1, -1), projection_of(spec, matrix.name), out[None], 0)
+    return out

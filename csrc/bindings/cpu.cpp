@@ -1,7 +1,5 @@
 // Python glue: pointers come in as integers, already checked by cropi_kernels; the GIL is released around each kernel.
-#include <pybind11/pybind11.h>
-
-#include "cpu/kernels.h"
+#include "bindings/arguments.h"
 
 namespace py = pybind11;
 using namespace cropi;
@@ -9,17 +7,6 @@ using namespace cropi;
 void bind_project(py::module_& m);  // bindings/project.cpp
 
 namespace {
-
-template <class T>
-T* ptr(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (address, rows, cols, row stride, dtype code)
-MatrixView matrix(const py::tuple& t) {
-  return MatrixView{ptr<void>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
-                    static_cast<DType>(t[4].cast<int>())};
-}
 
 // (rows, cols, slab rows, slab cols, row blocks, col blocks, row signs, col signs, pair row, col, slab, sign)
 SlabPlan slab_plan(const py::tuple& t) {
@@ -37,12 +24,6 @@ SlabPlan slab_plan(const py::tuple& t) {
   p.pair_slab = ptr<const uint32_t>(t[10].cast<uintptr_t>());
   p.pair_sign = ptr<const float>(t[11].cast<uintptr_t>());
   return p;
-}
-
-template <class Args>
-void call(void (*kernel)(const Args&), const Args& args) {
-  py::gil_scoped_release release;
-  kernel(args);
 }
 
 }  // namespace
@@ -79,11 +60,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                           ptr<float>(out), out_stride, n_slabs, threads, n_groups, first_row, row_step});
   });
 
-  m.def("sketch_rows", [](const py::tuple& x, uintptr_t row, uintptr_t scale, const py::tuple& plan, int64_t n_segments,
-                          uintptr_t offsets, uintptr_t out, int64_t out_stride, int threads) {
-    call(kernels().sketch_rows,
-         SketchRowsArgs{matrix(x), ptr<const int64_t>(row), ptr<const float>(scale), slab_plan(plan), n_segments,
-                        ptr<const int64_t>(offsets), ptr<float>(out), out_stride, threads});
+  m.def("sketch_embedding", [](const py::tuple& x, uintptr_t row, uintptr_t row_sign, const py::tuple& plan,
+                               int64_t n_segments, uintptr_t offsets, uintptr_t out, int64_t out_stride, int threads) {
+    call(kernels().sketch_embedding,
+         SketchEmbeddingArgs{matrix(x), ptr<const int64_t>(row), ptr<const float>(row_sign), slab_plan(plan),
+                             n_segments, ptr<const int64_t>(offsets), ptr<float>(out), out_stride, threads});
   });
 
   m.def("norm_grad", [](const py::tuple& x, const py::tuple& dy, bool centered, float eps, int64_t n_segments,
@@ -97,12 +78,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     call(kernels().sketch_vector,
          SketchVectorArgs{ptr<const float>(gradient), n_segments, size, gradient_stride, ptr<const int64_t>(position),
                           ptr<const float>(sign), ptr<float>(out), out_stride});
-  });
-
-  m.def("flat_sketch", [](uintptr_t x, int64_t n, uint64_t offset, uint32_t k0, uint32_t k1, uint32_t keep_below,
-                          float scale, int64_t dim, uintptr_t out, int threads) {
-    call(kernels().flat_sketch,
-         FlatSketchArgs{ptr<const float>(x), n, offset, Key{k0, k1}, keep_below, scale, dim, ptr<float>(out), threads});
   });
 
   m.def("head_logits", [](const py::tuple& hidden, const py::tuple& head, uintptr_t bias, uintptr_t out,

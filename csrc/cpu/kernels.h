@@ -49,11 +49,11 @@ struct SketchLinearArgs {
 };
 
 // out[s] += sketch of sum over tokens t of segment s of onehot(row[t])^T x[t].
-struct SketchRowsArgs {
+struct SketchEmbeddingArgs {
   MatrixView x;
-  const int64_t* row;  // [tokens], already folded; null: row[t] = t
-  const float* scale;  // [tokens] sign of the row, or null
-  SlabPlan plan;       // row_sign is not read
+  const int64_t* row;     // [tokens], already folded
+  const float* row_sign;  // [tokens], of the row; that of the plan is not read
+  SlabPlan plan;
   int64_t n_segments;
   const int64_t* offsets;
   float* out;
@@ -81,19 +81,6 @@ struct SketchVectorArgs {
   const float* sign;
   float* out;
   int64_t out_stride;
-};
-
-// out[bucket(p)] += sign(p) * x[p] for coordinates p = offset + i that are kept: one hash per coordinate.
-struct FlatSketchArgs {
-  const float* x;
-  int64_t n;
-  uint64_t offset;
-  Key key;
-  uint32_t keep_below;  // keep coordinate p if its draw < keep_below; 0 keeps all
-  float scale;
-  int64_t dim;  // power of two
-  float* out;   // [dim]
-  int n_threads;
 };
 
 // out[t, v] = sum_k hidden[t, k] head[v, k] + bias[v], in float32.
@@ -173,10 +160,9 @@ struct ProjectCsrArgs {
 #define CROPI_KERNELS(X)                        \
   X(fold_columns, FoldArgs)                     \
   X(sketch_linear, SketchLinearArgs)            \
-  X(sketch_rows, SketchRowsArgs)                \
+  X(sketch_embedding, SketchEmbeddingArgs)      \
   X(norm_grad, NormGradArgs)                    \
   X(sketch_vector, SketchVectorArgs)            \
-  X(flat_sketch, FlatSketchArgs)                \
   X(head_logits, HeadLogitsArgs)                \
   X(times_head, TimesHeadArgs)                  \
   X(logprob_rows, LogprobRowsArgs)              \

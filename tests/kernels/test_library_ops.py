@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.op_calls import (
-    FLAT,
     HEAD,
     NORM,
     OFFSETS,
@@ -26,15 +27,18 @@ from support.op_calls import (
 )
 from torch import library
 
+import cropi_kernels
 from cropi_kernels import (
     MatrixPlan,
     ProjectionSpec,
+    SketchSpec,
     bias_grad,
-    flat_sketch,
+    dispatch,
     fold_inputs,
     linear_logprob,
     norm_grad,
     project,
+    projection_of,
     sketch_embedding,
     sketch_linear,
     sketch_vector,
@@ -61,7 +65,7 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
         (D[:, :8], fold_inputs(A, STACK), RANGES, OUT.clone(), recipe_of(STACK), 3, 20, "cpu"),
         (D.double(), A.double(), RANGES, OUT.double(), recipe_of(STACK), 0, 20, "reference"),
     ],
-    "sketch_rows": [
+    "sketch_embedding": [
         (A, ROWS, OFFSETS, OUT.clone(), recipe_of(TIED), None),
         (A, ROWS, OFFSETS, OUT.clone(), recipe_of(TIED), "reference"),
     ],
@@ -75,10 +79,6 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
         (A.double(), A, OFFSETS, 1e-6, False, True, None),
     ],
     "bias_grad": [(A, OFFSETS, None), (A.double(), OFFSETS, None), (A.half(), OFFSETS, "reference")],
-    "flat_sketch": [
-        (A, OUT[0, :64].clone(), FLAT.recipe, "w", 3, None),
-        (A.double(), OUT[0, :64].double(), FLAT.recipe, "w", 0, None),
-    ],
 }
 
 
@@ -90,13 +90,19 @@ def test_opcheck(op: str, i: int) -> None:
     library.opcheck(getattr(torch.ops.cropi, op).default, args)
 
 
-def test_every_operator_is_checked() -> None:
-    """A new op must come with its opcheck: here, or in the tests of the ops that have a gradient."""
+def operators() -> dict[str, str]:
+    """The schema of every operator of this package, by name."""
     names = {
         name.split("::")[1].split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("cropi::")
     }
+    return {name: str(getattr(torch.ops.cropi, name).default._schema) for name in names}
+
+
+def test_every_operator_is_checked() -> None:
+    """A new op must come with its opcheck: here, or in the tests of the ops that have a gradient."""
+    names = set(operators())
     elsewhere = {"linear_logprob", "linear_logprob_backward", "project", "project_transpose"}
     elsewhere |= {"project_csr", "project_csr_entries"}
     assert names == set(CALLS) | elsewhere
@@ -106,23 +112,47 @@ def test_schemas_say_what_is_written() -> None:
     for op in CALLS:
         schema = getattr(torch.ops.cropi, op).default._schema
         written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        adds = op.startswith("sketch") or op == "flat_sketch"
+        adds = op.startswith("sketch")
         assert written == (["out"] if adds else []) and bool(schema.returns) != adds
         assert all(r.alias_info is None for r in schema.returns), "results are new memory"
+
+
+def test_the_document_lists_every_operator() -> None:
+    """docs/ops.md: the schemas as they are registered, and for each op a folder that has the files of its backends."""
+    root = Path(cropi_kernels.__file__).parent
+    text = (Path(__file__).parents[2] / "docs" / "ops.md").read_text()
+    assert re.findall(r"^cropi::.*$", text, re.MULTILINE) == sorted(operators().values())
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| `(\w+)` \| (.*?) \|$", text, re.MULTILINE)
+    assert {row[0] for row in rows} == set(operators())
+    for _, functions, folder, backends in rows:
+        for function in re.findall(r"`(\w+)`", functions):
+            assert function in cropi_kernels.ops.__all__ and callable(getattr(cropi_kernels, function))
+        for backend in re.sub(r" \(.*?\)", "", backends).split(", "):
+            assert backend in dispatch.BACKENDS and (root / "ops" / folder / f"{backend}.py").exists()
+
+
+def test_a_name_that_went_still_works_with_a_warning() -> None:
+    spec, out = SketchSpec(kind="dropout", keep=0.5, dim=64), torch.zeros(64)
+    with pytest.warns(DeprecationWarning, match="flat_sketch goes with the next release: use project"):
+        flat_sketch = cropi_kernels.flat_sketch
+    assert flat_sketch(A, spec, "w", out, offset=3) is out
+    want = project(A.reshape(1, -1), projection_of(spec, "w"), 3)
+    assert torch.equal(out, want[0])
+    with pytest.raises(AttributeError, match="no attribute 'flat_sketches'"):
+        cropi_kernels.flat_sketches  # noqa: B018
 
 
 # ------------------------------------------------------------------------------------------------ tracing
 def everything(
     d: torch.Tensor, a: torch.Tensor, ids: torch.Tensor, head: torch.Tensor, out: torch.Tensor
 ) -> Any:
-    """Several ops, ordinary operators between them, one accumulator that is written five times."""
+    """Several ops, ordinary operators between them, one accumulator that is written four times."""
     sketch_linear(d * 2, fold_inputs(a, PLAN), OFFSETS, PLAN, out)
     weight, bias = norm_grad(a, a + 1, OFFSETS, 1e-6, centered=True, with_bias=True)
     assert bias is not None
     sketch_vector(weight, NORM, out)
     sketch_vector(bias - bias_grad(a, OFFSETS), NORM, out)
     sketch_embedding(a.sin(), ids, OFFSETS, TIED, out)
-    flat_sketch(d.exp(), FLAT, "flat", out[0, :64])
     logp = linear_logprob(a, head, ids)
     return out.cos(), weight, logp
 

@@ -380,7 +380,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     hidden, head, targets, grad = problem(9, 8, 37)
     hidden, head = hidden.to(dtype).requires_grad_(), head.to(dtype)
     targets[2] = -100
-    settings = (0.7, 5.0, -100, 4, "")
+    settings = (0.7, 5.0, -100, 4, None)
     op, bias = torch.ops.cropi.linear_logprob.default, torch.randn(37, dtype=dtype)
     library.opcheck(op, (hidden, head, targets, None, True, *settings))
     library.opcheck(op, (hidden, head, targets, bias, False, *settings))
@@ -464,5 +464,5 @@ def test_trainable_head_is_fine_without_grad_mode() -> None:
         assert not linear_logprob(hidden, head.requires_grad_(), targets).requires_grad
     with pytest.raises(RuntimeError, match="no gradient for head"):
         leaf = hidden.requires_grad_()
-        out = torch.ops.cropi.linear_logprob(leaf, head, targets, None, False, 1.0, 0.0, -100, 0, "")
+        out = torch.ops.cropi.linear_logprob(leaf, head, targets, None, False, 1.0, 0.0, -100, 0, None)
         out[0].sum().backward()

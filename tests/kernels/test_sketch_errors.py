@@ -18,12 +18,12 @@ from cropi_kernels import (
     bias_grad,
     dispatch,
     explain,
-    flat_sketch,
     fold_inputs,
     fold_outputs,
     norm_grad,
     plan_matrix,
     plan_vector,
+    projection_of,
     reduce_sketch,
     sketch_embedding,
     sketch_linear,
@@ -34,7 +34,6 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 PLAN = plan_matrix(SketchSpec(width=16, vocab_width=16), NAME, 20, 40)
 TIED = plan_matrix(SketchSpec(width=16, vocab_width=16), NAME, 20, 40, "tied")
 VECTOR = plan_vector(SketchSpec(), "model.norm.weight", 40)
-FLAT = SketchSpec(kind="countsketch", dim=64)
 OFFSETS = torch.tensor([0, 2, 5])
 D, A, OUT = torch.ones(5, 20), torch.ones(5, 40), torch.zeros(2, 32768)
 ROWS = torch.arange(5)
@@ -117,11 +116,8 @@ CASES: list[tuple[Callable[[], object], str, str]] = [
     (lambda: bias_grad(A, torch.tensor([3, 9])), "offsets run from 3 to 9", "5 tokens"),
     (lambda: sketch_vector(torch.ones(2, 39), VECTOR, OUT), "gradient has shape (2, 39)", "[segments, 40]"),
     (lambda: sketch_vector(torch.ones(3, 40), VECTOR, OUT), "out has shape (2, 32768)", "[3, 32768]"),
-    (lambda: flat_sketch(A.bfloat16(), FLAT, NAME, OUT[0, :64]), "x is torch.bfloat16", "float32"),
-    (lambda: flat_sketch(A.T, FLAT, NAME, OUT[0, :64]), "x is torch.float32, contiguous=False", "contiguous"),
-    (lambda: flat_sketch(A, FLAT, NAME, OUT[0, :65]), "out has shape (65,)", "[64]"),
-    (lambda: flat_sketch(A, FLAT, NAME, torch.zeros(64).half()), "out is torch.float16", "float32"),
-    (lambda: flat_sketch(A, FLAT, NAME, OUT[0, :64], offset=-1), "offset=-1", "between 0 and 2^62"),
+    (lambda: projection_of(SketchSpec(), NAME), "kind='slab'", "'countsketch' or 'dropout'"),
+    (lambda: SketchSpec(kind="dropout", keep=1e-6), "keep=1e-06 rounds to 0 / 65536", "at least 1.53e-05"),
     (lambda: reduce_sketch(OUT, 3000), "dim=3000", "power of two"),
     (lambda: reduce_sketch(OUT, 65536), "dim=65536", "32768"),
     (lambda: reduce_sketch(torch.ones(3, 100), 64), "100 numbers", "power of two"),

@@ -13,10 +13,11 @@ import torch
 
 from cropi_kernels import (
     SketchSpec,
-    flat_sketch,
     fold_inputs,
     plan_matrix,
     plan_vector,
+    project,
+    projection_of,
     reduce_sketch,
     sketch_embedding,
     sketch_linear,
@@ -260,13 +261,12 @@ def test_row_shards_add_up(role: str) -> None:
     assert torch.equal(whole, parts) and whole.any()
 
 
-def test_shards_of_a_flat_gradient_add_up() -> None:
-    spec, x = SketchSpec(kind="dropout", dim=256, width=None, keep=0.25), whole_numbers(1003)
-    whole, parts = torch.zeros(256), torch.zeros(256)
-    flat_sketch(x, spec, NAME, whole)
+def test_shards_of_a_formed_gradient_add_up() -> None:
+    spec = projection_of(SketchSpec(kind="dropout", dim=256, width=None, keep=0.25), NAME)
+    x, parts = whole_numbers(1, 1003), torch.zeros(1, 256)
     for begin, end in ((0, 1), (1, 6), (6, 777), (777, 1003)):
-        flat_sketch(x[begin:end], spec, NAME, parts, offset=begin)
-    assert torch.equal(whole, parts) and whole.any()
+        project(x[:, begin:end], spec, begin, out=parts)
+    assert torch.equal(project(x, spec), parts) and parts.any()
 
 
 def test_micro_batches_add_up() -> None:

@@ -11,7 +11,6 @@ import torch
 from cropi_kernels import (
     SketchSpec,
     bias_grad,
-    flat_sketch,
     fold_inputs,
     fold_outputs,
     linear_logprob,
@@ -29,7 +28,6 @@ PLAN = plan_matrix(SPEC, "model.layers.0.mlp.up_proj.weight", 20, 40)
 STACK = plan_matrix(SPEC, "model.layers.0.mlp.experts.down_proj", 40, 40)
 TIED = plan_matrix(SPEC, "lm_head.weight", 60, 40, "tied")
 NORM = plan_vector(SPEC, "model.norm.weight", 40)
-FLAT = SketchSpec(kind="dropout", keep=0.5, dim=64)
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -75,9 +73,6 @@ OPS = {
         lambda b, x, dy: norm_grad(x, dy, OFFSETS, 1e-6, centered=True, with_bias=True, backend=b),
     ),
     "bias_grad": OpCall({"dy": A}, lambda b, dy: bias_grad(dy, OFFSETS, backend=b)),
-    "flat_sketch": OpCall(
-        {"x": A, "out": OUT[0, :64]}, lambda b, x, out: flat_sketch(x, FLAT, "w", out, backend=b)
-    ),
     "linear_logprob": OpCall(
         {"hidden": A, "head": HEAD}, lambda b, hidden, head: linear_logprob(hidden, head, ROWS, backend=b)
     ),

@@ -15,13 +15,13 @@ OnDlogits = Callable[[int, int, torch.Tensor], None]
 
 
 class Settings(NamedTuple):
-    """The numbers of a call, as the operators take them: their schemas know no object, and no None for a number."""
+    """What a call is told beside its tensors, in the order of the operators' arguments."""
 
     temperature: float
     softcap: float  # 0: none
     ignore_index: int
     chunk_size: int  # 0: the default
-    backend: str  # "": the best
+    backend: str | None  # None: the best
 
 
 class RowMath(NamedTuple):

@@ -32,7 +32,7 @@ def prepare(
         "linear_logprob",
         hidden,
         head,
-        backend=settings.backend or None,
+        backend=settings.backend,
         without={"triton": _no_wide_products(hidden)},
     )
     # The host does not wait for a device to look: there a bad target gives NaN.
@@ -152,13 +152,13 @@ def _no_second(ctx: Any, grad: torch.Tensor) -> None:
 
 register(
     "linear_logprob(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, bool entropy, "
-    "float temperature, float softcap, int ignore_index, int chunk_size, str backend) "
+    "float temperature, float softcap, int ignore_index, int chunk_size, str? backend) "
     "-> (Tensor logp, Tensor top, Tensor log_sum, Tensor entropy)",
     _forward, _forward_fake, remedy=REMEDY,
 )  # fmt: skip
 register(
     "linear_logprob_backward(Tensor grad, Tensor hidden, Tensor head, Tensor targets, Tensor? bias, Tensor logp, "
-    "Tensor top, Tensor log_sum, float temperature, float softcap, int ignore_index, int chunk_size, str backend) "
+    "Tensor top, Tensor log_sum, float temperature, float softcap, int ignore_index, int chunk_size, str? backend) "
     "-> Tensor",
     _backward, _backward_fake, remedy=REMEDY,
 )  # fmt: skip

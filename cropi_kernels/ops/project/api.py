@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 
 from ..._spec_base import as_int
 from ...dispatch import checked
 from . import ops
-from .quantize import QuantizedRows, quantize_rows
 from .spec import MAX_COORDINATE, ProjectionSpec
 
 NonFinite = Literal["warn", "raise", "ignore"]
 
 
-@overload
 def project(
     x: torch.Tensor,
     spec: ProjectionSpec,
@@ -25,27 +23,7 @@ def project(
     out: torch.Tensor | None = None,
     nonfinite: NonFinite = "warn",
     backend: str | None = None,
-) -> torch.Tensor: ...
-@overload
-def project(
-    x: torch.Tensor,
-    spec: ProjectionSpec,
-    offset: int = 0,
-    *,
-    dtype: torch.dtype,
-    nonfinite: NonFinite = "warn",
-    backend: str | None = None,
-) -> QuantizedRows: ...
-def project(
-    x: torch.Tensor,
-    spec: ProjectionSpec,
-    offset: int = 0,
-    *,
-    out: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    nonfinite: NonFinite = "warn",
-    backend: str | None = None,
-) -> torch.Tensor | QuantizedRows:
+) -> torch.Tensor:
     """``y[b] = sum_p x[b, p] S[:, offset + p]``: random projections of rows that exist, ``E <S x, S x'> = <x, x'>``.
 
     S is a function of ``spec`` and the coordinate alone: shards and chunks of a row, each at its own offset, add up to
@@ -64,7 +42,6 @@ def project(
         spec: what S is.
         offset: coordinate of the first column; ``offset + P`` may reach 2^62.
         out: contiguous float32 [B, dim] to add to, for streams of chunks; returned.
-        dtype: ``torch.int8`` or ``torch.float16`` gives `QuantizedRows`, values with a scale per row.
         nonfinite: a row that holds NaN or infinity (or overflows) comes out NaN throughout, all others right;
             ``"warn"`` names such rows in a RuntimeWarning, ``"raise"`` in an error, ``"ignore"`` says nothing.
             Coordinates that ``keep`` drops are never looked at.
@@ -81,19 +58,17 @@ def project(
     _check_input("x", x, spec, "[B, P]")
     offset = check_range(offset, x.shape[1], spec)
     check_nonfinite(nonfinite)
-    if dtype not in (torch.float32, torch.int8, torch.float16):
-        raise ValueError(f"dtype={dtype}: results are torch.float32, torch.float16 or torch.int8")
-    failed = None
-    if out is None:
+    failed, y = None, out
+    if y is None:
         y = torch.ops.cropi.project(x, offset, spec.recipe, checked(backend))
     else:
-        _check_out(out, x, spec, dtype)
-        failed = ~torch.isfinite(out).all(dim=1)
-        y = ops.accumulate(x, spec, out, offset, checked(backend))
+        _check_out(y, x, spec)
+        failed = None if nonfinite == "ignore" else ~torch.isfinite(y).all(dim=1)
+        ops.accumulate(x, spec, y, offset, checked(backend))
     if nonfinite != "ignore":
         bad = torch.isnan(y.detach()[:, 0])
         report(bad if failed is None else bad & ~failed, offset, nonfinite)
-    return y if dtype == torch.float32 else quantize_rows(y.detach(), dtype)
+    return y
 
 
 def project_transpose(
@@ -166,9 +141,7 @@ def check_range(offset: int, n: int, spec: ProjectionSpec) -> int:
     return offset
 
 
-def _check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, dtype: torch.dtype) -> None:
-    if dtype != torch.float32:
-        raise ValueError(f"out with dtype={dtype}: add all chunks up in float32, then call quantize_rows")
+def _check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec) -> None:
     want = torch.float64 if x.dtype == torch.float64 else torch.float32
     if tuple(out.shape) != (x.shape[0], spec.dim) or out.dtype != want or not out.is_contiguous():
         raise ValueError(

@@ -60,9 +60,9 @@ def _double_sparse(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, off
 def _call(
     adjoint: bool, x: torch.Tensor, spec: ProjectionSpec, y: torch.Tensor, offset: int, scale: float
 ) -> None:
-    family = "sparse" if spec.sparse else spec.kind
     _native.native().project(
-        family,
+        spec.sparse,
+        spec.kind == "gaussian",
         adjoint,
         _native.matrix(x),
         offset,

@@ -142,7 +142,7 @@ def _dense(
     n: int,
     offset: int,
     spec: str,
-    backend: str,
+    backend: str | None,
 ) -> torch.Tensor:
     plan, x = ProjectionSpec.from_recipe(spec), CsrRows(starts, columns, values, n)
     y = values.new_empty(len(starts) - 1, plan.dim)
@@ -161,7 +161,7 @@ def _entries(
     n: int,
     offset: int,
     spec: str,
-    backend: str,
+    backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     plan, x = ProjectionSpec.from_recipe(spec), CsrRows(starts, columns, values, n)
     rows, most = len(starts) - 1, len(values) * plan.nnz
@@ -181,10 +181,10 @@ def _entries(
     return bucket, y, count
 
 
-def _served_by_reference(x: CsrRows, spec: ProjectionSpec, backend: str) -> bool:
+def _served_by_reference(x: CsrRows, spec: ProjectionSpec, backend: str | None) -> bool:
     # The values' dtype is no reason against the kernel, which sums float64 too.
     name = dispatch.choose(
-        "project_csr", torch.empty(0, device=x.values.device), backend=backend or None,
+        "project_csr", torch.empty(0, device=x.values.device), backend=backend,
         without={"triton": "sparse rows have no Triton kernel"},
     )  # fmt: skip
     return name == "reference"
@@ -240,7 +240,7 @@ def _dense_fake(
     n: int,
     offset: int,
     spec: str,
-    backend: str,
+    backend: str | None,
 ) -> torch.Tensor:
     return values.new_empty(starts.shape[0] - 1, ProjectionSpec.from_recipe(spec).dim)
 
@@ -252,7 +252,7 @@ def _entries_fake(
     n: int,
     offset: int,
     spec: str,
-    backend: str,
+    backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     most = values.shape[0] * ProjectionSpec.from_recipe(spec).nnz
     return (
@@ -262,7 +262,7 @@ def _entries_fake(
     )
 
 
-_ARGUMENTS = "Tensor starts, Tensor columns, Tensor values, int n, int offset, str spec, str backend"
+_ARGUMENTS = "Tensor starts, Tensor columns, Tensor values, int n, int offset, str spec, str? backend"
 _REMEDY = "give fewer rows a call"
 register(f"project_csr({_ARGUMENTS}) -> Tensor", _dense, _dense_fake, remedy=_REMEDY)
 register(

@@ -15,7 +15,7 @@ from .columns import contiguous_columns
 from .spec import ProjectionSpec
 
 
-def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str) -> Any:
+def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str | None) -> Any:
     """The module that serves the call. On the host the reference is never chosen for a caller: it is far slower."""
     if backend == "cpu" and x.dtype == torch.float64 and x.device.type == "cpu" and not x.requires_grad:
         _native.native()
@@ -24,7 +24,7 @@ def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str) -> Any:
     name = dispatch.choose(
         "project",
         x,
-        backend=backend or None,
+        backend=backend,
         without={"cuda": _cuda.unsupported(x), "triton": no_triton},
         fallback=x.is_cuda and x.dtype != torch.float64,
     )
@@ -34,7 +34,7 @@ def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str) -> Any:
 
 
 def accumulate(
-    x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int, backend: str
+    x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int, backend: str | None
 ) -> torch.Tensor:
     """``out += S x``; rows of the result that are not finite become NaN throughout."""
     served_by = choose(x, spec, backend)
@@ -47,16 +47,16 @@ def _dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _project(x: torch.Tensor, offset: int, spec: str, backend: str) -> torch.Tensor:
+def _project(x: torch.Tensor, offset: int, spec: str, backend: str | None) -> torch.Tensor:
     plan = ProjectionSpec.from_recipe(spec)
     return accumulate(x, plan, x.new_zeros(x.shape[0], plan.dim, dtype=_dtype(x)), offset, backend)
 
 
-def _project_fake(x: torch.Tensor, offset: int, spec: str, backend: str) -> torch.Tensor:
+def _project_fake(x: torch.Tensor, offset: int, spec: str, backend: str | None) -> torch.Tensor:
     return x.new_empty(x.shape[0], ProjectionSpec.from_recipe(spec).dim, dtype=_dtype(x))
 
 
-def _transpose(y: torch.Tensor, n: int, offset: int, spec: str, backend: str) -> torch.Tensor:
+def _transpose(y: torch.Tensor, n: int, offset: int, spec: str, backend: str | None) -> torch.Tensor:
     wide, plan = y.detach().to(_dtype(y)).contiguous(), ProjectionSpec.from_recipe(spec)
     out = wide.new_empty(y.shape[0], n)
     served_by = choose(wide, plan, backend)
@@ -68,7 +68,7 @@ def _transpose(y: torch.Tensor, n: int, offset: int, spec: str, backend: str) ->
     return out
 
 
-def _transpose_fake(y: torch.Tensor, n: int, offset: int, spec: str, backend: str) -> torch.Tensor:
+def _transpose_fake(y: torch.Tensor, n: int, offset: int, spec: str, backend: str | None) -> torch.Tensor:
     return y.new_empty(y.shape[0], n, dtype=_dtype(y))
 
 
@@ -94,10 +94,10 @@ def _grad_transpose(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 REMEDY = "give fewer rows a call, or fewer columns at a time, each piece at its offset with the same out"
 register(
-    "project(Tensor x, int offset, str spec, str backend) -> Tensor", _project, _project_fake, remedy=REMEDY
+    "project(Tensor x, int offset, str spec, str? backend) -> Tensor", _project, _project_fake, remedy=REMEDY
 )
 register(
-    "project_transpose(Tensor y, int n, int offset, str spec, str backend) -> Tensor",
+    "project_transpose(Tensor y, int n, int offset, str spec, str? backend) -> Tensor",
     _transpose, _transpose_fake, remedy=REMEDY,
 )  # fmt: skip
 library.register_autograd(f"{NAMESPACE}::project", _grad_project, setup_context=_save_project, lib=LIB)

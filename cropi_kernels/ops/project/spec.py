@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import math
 from typing import ClassVar, Literal
 
 from ... import _spec_base as base
+from ..._spec_base import KEEP_ALL
 from ...philox import key_of
+from ...spec import SketchSpec
 
 Kind = Literal["countsketch", "sjlt", "rademacher", "gaussian"]
 KINDS: tuple[Kind, ...] = ("countsketch", "sjlt", "rademacher", "gaussian")
 
 VERSION = 1  # of the integers behind a projection; rises whenever one bucket, sign or draw changes
-KEEP_ALL = 1 << 16  # `keep` is held in 65536ths
 MAX_DIM = 1 << 24
 MAX_NNZ = 64
 MAX_COORDINATE = 1 << 62
@@ -66,8 +69,6 @@ class ProjectionSpec(base.Spec):
                 f"nnz={self.nnz} must divide dim={self.dim}: every nonzero has dim / nnz buckets of its own"
             )
         self._hold(keep=base.check_keep(self.keep))
-        if self.keep_count == 0:
-            raise ValueError(f"keep={self.keep!r} rounds to 0 / 65536: give at least {1 / KEEP_ALL:.2e}")
         self._hold(seed=base.check_int("seed", self.seed, 0), stream=base.check_int("stream", self.stream, 0))
         if self.size is not None:
             self._hold(size=base.check_int("size", self.size, 1, MAX_COORDINATE, " or None"))
@@ -103,3 +104,21 @@ class ProjectionSpec(base.Spec):
     def scale(self) -> float:
         """``1 / sqrt(keep)``, times ``1 / sqrt(nnz)`` or ``1 / sqrt(dim)`` for the dense kinds."""
         return (self.keep_count / KEEP_ALL * (self.nnz if self.sparse else self.dim)) ** -0.5
+
+
+@functools.lru_cache(maxsize=16384)
+def projection_of(spec: SketchSpec, name: str) -> ProjectionSpec:
+    """The projection that a sketch of kind ``countsketch`` or ``dropout`` makes of the gradient of parameter ``name``.
+
+    It has a stream of its own for every name: the first 8 bytes, little endian, of SHA-256(name). The gradient goes in
+    row-major order, from coordinate 0 on.
+
+    Raises:
+        ValueError: ``spec`` is of another kind.
+    """
+    if spec.kind not in ("countsketch", "dropout"):
+        raise ValueError(
+            f"kind={spec.kind!r} is no projection of formed gradients: give 'countsketch' or 'dropout'"
+        )
+    stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return ProjectionSpec(spec.dim, keep=spec.keep, seed=spec.seed, stream=stream)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.files import write_atomic
+from cropi_kernels import QuantizedRows, quantize_rows
 
 DTYPES = {
     "float32": torch.float32,
@@ -28,7 +28,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
-BLOCK = 128  # entries that share an int8 scale; costs 3 % of the space
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 
 
@@ -54,33 +53,18 @@ class RowInfo:
 
 
 def encode(rows: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
-    """Float32 rows ``[n, dim]`` in the store's dtype.
-
-    int8 keeps ``round(x / scale)`` with ``scale = max|x| / 127`` per block of :data:`BLOCK` entries, an error of at
-    most scale / 2 per entry. One scale per row would not do: a few coordinates that many tokens share hold up to
-    half of a policy gradient's norm, and the others would be rounded away (a relative error of 0.1 instead of 0.015).
-    float16 keeps ``x / scale`` with a power of two per row, because unscaled gradients fall below its range.
-    """
-    rows = rows.to(torch.float32).contiguous()
-    if dtype == "int8":
-        block = math.gcd(rows.shape[1], BLOCK)
-        blocks = rows.view(len(rows), rows.shape[1] // block, block)
-        scale = (blocks.abs().amax(dim=2) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        return {"sketch": (blocks / scale[..., None]).round().to(torch.int8).view_as(rows), "scale": scale}
-    if dtype == "float16":
-        largest = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        scale = torch.exp2(torch.floor(torch.log2(largest)))
-        return {"sketch": (rows / scale).to(torch.float16), "scale": scale}
-    return {"sketch": rows.to(DTYPES[dtype])}
+    """Float32 rows ``[n, dim]`` in the store's dtype: int8 and float16 with the scales of `quantize_rows`."""
+    if dtype in ("int8", "float16"):
+        held = quantize_rows(rows.to(torch.float32), DTYPES[dtype])
+        return {"sketch": held.values, "scale": held.scale}
+    return {"sketch": rows.to(torch.float32).contiguous().to(DTYPES[dtype])}
 
 
 def decode(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """The float32 rows of a shard's tensors."""
-    rows = tensors["sketch"].to(torch.float32)
-    if "scale" not in tensors or rows.numel() == 0:
-        return rows
-    scale = tensors["scale"]
-    return (rows.view(*scale.shape, -1) * scale[..., None]).view_as(rows)
+    if "scale" not in tensors:
+        return tensors["sketch"].to(torch.float32)
+    return QuantizedRows(tensors["sketch"], tensors["scale"]).float()
 
 
 def write_shard(path: Path, rows: Sequence[RowInfo], sketches: torch.Tensor, dtype: str, job: str) -> str:

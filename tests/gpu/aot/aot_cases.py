@@ -9,13 +9,12 @@ import torch
 from aot_compile import FLOATS
 
 from cropi_kernels.ops import _triton_segments as segments
-from cropi_kernels.ops.flat_sketch import triton as flat
 from cropi_kernels.ops.linear_logprob import triton as logprob
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.project import triton as project_kernels
+from cropi_kernels.ops.sketch_embedding import triton as rows
 from cropi_kernels.ops.sketch_grouped import triton as stack
 from cropi_kernels.ops.sketch_linear import triton as linear
-from cropi_kernels.ops.sketch_rows import triton as rows
 from cropi_kernels.ops.sketch_vector import triton as vector
 
 
@@ -157,22 +156,6 @@ def sketch_vector() -> Case:
     )
 
 
-def flat_scatter(drop: bool) -> Case:
-    kernel = flat.scatter_kernel
-    types = _types(kernel, dict(x="*fp32", total="*i64", largest="*fp32"))
-    constants = dict(DROP=drop, PLACE=0, KEEP=1, DRAWS=flat.DRAWS)
-    return Case(
-        f"flat scatter {'dropout' if drop else ''}", kernel, types | {"first": "i64"}, constants, (),
-        {"num_warps": 4}, 96,
-    )  # fmt: skip
-
-
-def flat_flush() -> Case:
-    kernel = flat.flush_kernel
-    types = _types(kernel, dict(total="*i64", out="*fp32", largest="*fp32"), ("scale",))
-    return Case("flat flush", kernel, types, dict(BLOCK=flat.FLUSH), ("dim",), {"num_warps": 4}, 64)
-
-
 _PROJECT = {
     "x": "*fp32",
     "y": "*fp32",
@@ -242,8 +225,5 @@ def all_cases(capability: int) -> list[Case]:
         log_prob("float32", capped=True, backward=True),
         reduce_partials(),
         sketch_vector(),
-        flat_scatter(drop=False),
-        flat_scatter(drop=True),
-        flat_flush(),
         *projects(),
     ]

@@ -78,7 +78,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(GridExecutor, "__call__", launch)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     # Offsets on a device are not read; these are on the host, where the ops would.
-    for op in ("sketch_linear", "sketch_grouped", "sketch_rows", "norm_grad"):
+    for op in ("sketch_linear", "sketch_grouped", "sketch_embedding", "norm_grad"):
         monkeypatch.setattr(f"cropi_kernels.ops.{op}.ops.check_offset_values", lambda offsets, n: None)
     yield launched
 
@@ -96,7 +96,6 @@ KERNELS = {
     "sketch_vector": {"vector_kernel"},
     "norm_grad": {"norm_kernel"},
     "bias_grad": {"norm_kernel"},
-    "flat_sketch": {"scatter_kernel", "flush_kernel"},
     "linear_logprob": {"forward_kernel"},
 }
 

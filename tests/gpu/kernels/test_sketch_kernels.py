@@ -18,8 +18,8 @@ from cropi_kernels import (
     sketch_vector,
 )
 from cropi_kernels.ops import _device_plan
+from cropi_kernels.ops.sketch_embedding.reference import sketch_embedding as embedding_reference
 from cropi_kernels.ops.sketch_linear import triton as kernels
-from cropi_kernels.ops.sketch_rows.reference import sketch_rows
 from cropi_kernels.ops.sketch_vector.reference import sketch_vector as vector_reference
 from cropi_kernels.plan import MatrixPlan
 from cropi_kernels.testing import sketch_and_magnitudes, sum_error_bound
@@ -145,7 +145,7 @@ def test_sketch_embedding(role: str, rows: int, cols: int, dim: int) -> None:
     x, ids = torch.randn(n, cols, generator=g), torch.randint(0, rows, (n,), generator=g)
     ids[offsets[0] : offsets[0] + 9] = 5  # many tokens on one row
     shape = offsets.numel() - 1, spec.base_dim
-    exact = sketch_rows(x.double(), ids, offsets, plan, torch.zeros(shape, dtype=torch.float64))
+    exact = embedding_reference(x.double(), ids, offsets, plan, torch.zeros(shape, dtype=torch.float64))
     size = x.abs().double().sum()
     got = sketch_embedding(x, ids, offsets, plan, torch.zeros(shape), backend="triton")
     assert ((got.double() - exact).abs() <= sum_error_bound(size, 2)).all()
@@ -155,9 +155,9 @@ def test_sketch_embedding(role: str, rows: int, cols: int, dim: int) -> None:
 def test_an_unknown_row_breaks_only_its_segment() -> None:
     plan = plan_matrix(SketchSpec(), "embed.weight", 50, 24, role="embedding")
     x, ids, out = torch.ones(6, 24), torch.tensor([1, 2, 3, 50, 5, 6]), torch.zeros(2, 32768)
-    from cropi_kernels.ops.sketch_rows import triton as kernels_rows
+    from cropi_kernels.ops.sketch_embedding import triton as kernels_rows
 
-    kernels_rows.sketch_rows(x, ids, torch.tensor([0, 3, 6]), plan, out)
+    kernels_rows.sketch_embedding(x, ids, torch.tensor([0, 3, 6]), plan, out)
     assert out[0].isfinite().all() and out[1].isnan().any()
 
 

@@ -1,5 +1,5 @@
-// The slab sketch of rows that land on known rows of a matrix: an embedding's gradient (only the rows touched), or
-// a gradient that already exists. One signed, XOR-addressed copy per row and column block.
+// The slab sketch of rows that land on known rows of a matrix: an embedding's gradient, of which only the rows touched
+// cost anything. One signed, XOR-addressed copy per row and column block.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -7,19 +7,18 @@ namespace cropi::CROPI_ISA {
 namespace {
 
 template <class T>
-void add_row(const SketchRowsArgs& args, int64_t t, float* out) {
+void add_row(const SketchEmbeddingArgs& args, int64_t t, float* out) {
   const SlabPlan& plan = args.plan;
   const T* x = static_cast<const T*>(args.x.data) + t * args.x.row_stride;
-  const int64_t row = args.row ? args.row[t] : t;
+  const int64_t row = args.row[t];
   const int64_t row_block = row / plan.slab_rows, in_block = row % plan.slab_rows;
-  const float row_sign = args.scale ? args.scale[t] : 1.0f;
   const int64_t slab_size = plan.slab_rows * plan.slab_cols;
   for (int64_t col_block = 0; col_block < plan.n_col_blocks; ++col_block) {
     const int64_t pair = row_block * plan.n_col_blocks + col_block;
     const int64_t c0 = col_block * plan.slab_cols;
     const int64_t n = plan.cols - c0 < plan.slab_cols ? plan.cols - c0 : plan.slab_cols;
     const int64_t col_xor = plan.pair_col[pair];
-    const float sign = row_sign * plan.pair_sign[pair];
+    const float sign = args.row_sign[t] * plan.pair_sign[pair];
     float* dst = out + plan.pair_slab[pair] * slab_size + (in_block ^ plan.pair_row[pair]) * plan.slab_cols;
     int64_t j = 0;
     for (; j + 8 <= n; j += 8) {
@@ -38,7 +37,7 @@ void add_row(const SketchRowsArgs& args, int64_t t, float* out) {
 
 }  // namespace
 
-void sketch_rows(const SketchRowsArgs& args) {
+void sketch_embedding(const SketchEmbeddingArgs& args) {
   with_dtype(args.x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     run_tasks(args.n_segments, args.n_threads, [&](int64_t s) {

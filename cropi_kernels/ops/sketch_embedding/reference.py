@@ -8,7 +8,7 @@ from ...plan import MatrixPlan
 from ..sketch_linear.reference import sketch_matrix
 
 
-def sketch_rows(
+def sketch_embedding(
     x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
 ) -> torch.Tensor:
     for s, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):

@@ -1,4 +1,4 @@
-"""C++ kernel behind `sketch_embedding` (csrc/cpu/sketch_rows.cpp)."""
+"""C++ kernel behind `sketch_embedding` (csrc/cpu/sketch_embedding.cpp)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ... import _native
 from ...plan import MatrixPlan
 
 
-def sketch_rows(
+def sketch_embedding(
     x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
 ) -> None:
     """For ``x`` whose columns are folded where the plan folds them."""
-    folded, scale = plan.fold_rows(rows.numpy())
-    folded, scale = np.ascontiguousarray(folded, np.int64), np.ascontiguousarray(scale)
+    folded, sign = plan.fold_rows(rows.numpy())
+    folded, sign = np.ascontiguousarray(folded, np.int64), np.ascontiguousarray(sign)
     x = _native.rows_view(x)
-    _native.native().sketch_rows(
+    _native.native().sketch_embedding(
         _native.matrix(x),
         _native.address(folded),
-        _native.address(scale),
+        _native.address(sign),
         _native.slab_plan(plan, False),
         offsets.numel() - 1,
         _native.pointer(offsets),

@@ -1,4 +1,4 @@
-"""The operator ``cropi::sketch_rows``: checks, choice of backend, shapes for tracing."""
+"""The operator ``cropi::sketch_embedding``: checks, choice of backend, shapes for tracing."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def _sketch(
     if chosen == "triton":
         from . import triton
 
-        triton.sketch_rows(x, rows, on_device(offsets, x.device), made, out)
+        triton.sketch_embedding(x, rows, on_device(offsets, x.device), made, out)
     elif chosen == "cpu":
-        cpu.sketch_rows(fold(x, made, False, backend), rows, on_host(offsets, x.shape[0]), made, out)
+        cpu.sketch_embedding(fold(x, made, False, backend), rows, on_host(offsets, x.shape[0]), made, out)
     else:
-        reference.sketch_rows(x, rows, offsets, made, out)
+        reference.sketch_embedding(x, rows, offsets, made, out)
 
 
 def _sketch_fake(
@@ -72,6 +72,6 @@ def _check(
 
 
 SKETCH = register(
-    "sketch_rows(Tensor x, Tensor rows, Tensor offsets, Tensor(a!) out, str plan, str? backend) -> ()",
+    "sketch_embedding(Tensor x, Tensor rows, Tensor offsets, Tensor(a!) out, str plan, str? backend) -> ()",
     _sketch, _sketch_fake, remedy="give fewer tokens a call (a smaller micro-batch), or fewer segments",
 )  # fmt: skip

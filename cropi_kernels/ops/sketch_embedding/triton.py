@@ -95,7 +95,7 @@ def tile(slab_cols: int) -> dict[str, int]:
     return {"BM": 128, "BN": min(64, max(16, slab_cols)), "BK": 32}
 
 
-def sketch_rows(
+def sketch_embedding(
     x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
 ) -> None:
     """``out[s] += S vec(sum_t onehot(rows[t])^T x[t])``; a row id out of range makes its segment NaN."""
