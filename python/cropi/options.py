@@ -259,16 +259,83 @@ class Choosing(Options):
     """Which prompts are chosen."""
 
     fraction: float = option(0.1, "share of the pool to choose", kind="share")
+    count: int | None = option(
+        None, "how many prompts to choose, in the place of --fraction", kind="count", metavar="N", shown="by --fraction"
+    )  # fmt: skip
     method: str = option(
         "rrf",
-        "rrf: reciprocal rank fusion over the validation sets; max: highest score; or a baseline",
-        choices=("rrf", "max", "random", "learnability", "pass_rate"),
+        "rrf: CROPI's reciprocal rank fusion over the validation sets; rrf_classic: that of Cormack et al. (constant "
+        "60, whole lists); max or mean: highest or mean score; p_selected: how often a prompt is chosen when the "
+        "validation prompts are drawn anew; or a baseline",
+        choices=("rrf", "rrf_classic", "max", "mean", "p_selected", "random", "learnability", "pass_rate"),
     )
+    rrf_constant: float = option(60.0, "constant of --method rrf_classic", kind="number")
     pool: str = option(
         "all",
         "what the fraction is a share of: all prompts, or the usable ones, which have a gradient",
         choices=("all", "usable"),
     )
+    per: str = option(
+        "pool",
+        "choose from the whole pool; or the fraction of every training file by itself, as the released CROPI code "
+        "does; or of every task",
+        choices=("pool", "file", "task"),
+    )
+    quota: Sequence[str] = option(
+        (),
+        "what tasks (with --per file: files) get of the selection: gsm8k=0.5 is half of it, gsm8k=40 are 40 prompts; "
+        "the others share the rest by rank",
+        metavar="NAME=NUMBER",
+        shown="none",
+        many=True,
+    )
+    min_score: float | None = option(
+        None, "choose no prompt whose highest score is below this", kind="number", shown="no bound"
+    )
+    confidence: float | None = option(
+        None,
+        "rank by the lower bound of each score at this one-sided level (0.9: the value that it exceeds in 90 % of "
+        "draws of the validation prompts) instead of the score",
+        kind="number",
+        shown="the score itself",
+    )
+    draw: str = option(
+        "best",
+        "best: the first ones; soft: drawn, the better the likelier; p_selected: drawn in proportion to p_selected",
+        choices=("best", "soft", "p_selected"),
+    )
+    draw_temperature: float = option(
+        1.0, "temperature of --draw soft: near 0 the best ones are drawn, far above 1 any", kind="positive"
+    )
+    dedup: float | None = option(
+        None, "leave out a prompt whose sketch has a cosine above this with that of a better one", kind="number",
+        shown="none is left out",
+    )  # fmt: skip
+    diversity: str = option(
+        "none",
+        "of the best --candidates, choose prompts whose gradients differ: in turns from k-means clusters of the "
+        "sketches, or by facility location",
+        choices=("none", "kmeans", "facility"),
+    )
+    candidates: float = option(
+        4.0, "how many times the number that is chosen --diversity chooses from", kind="number"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low, high in (("confidence", 0.5, 1.0), ("dedup", -1.0, 1.0)):
+            value = getattr(self, name)
+            if value is not None and not low < value < high:
+                raise CropiError(f"{name} must be above {low:g} and below {high:g}, got {value!r}")
+        if self.rrf_constant < 0:
+            raise CropiError(f"rrf_constant must be at least 0, got {self.rrf_constant!r}")
+        if self.candidates < 1:
+            raise CropiError(f"candidates must be at least 1, got {self.candidates!r}")
+
+    @property
+    def needs_sketches(self) -> bool:
+        """Whether the choice looks at the training prompts' sketches beside their scores."""
+        return self.dedup is not None or self.diversity != "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +370,11 @@ class SelectionOptions:
 def names_of(*classes: type[Any]) -> list[str]:
     """The names of the options of some classes."""
     return [about.name for one in classes for about in fields(one)]
+
+
+def part_of(options: Any, one: type[Any]) -> dict[str, Any]:
+    """The options of one class that an instance of another one, which has them too, holds."""
+    return {name: getattr(options, name) for name in names_of(one)}
 
 
 def split(given: Mapping[str, Any], *classes: type[Any]) -> list[Any]:

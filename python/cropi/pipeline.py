@@ -22,7 +22,7 @@ from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting, SelectionOptions
 from cropi.ranking.influence import DEFAULT_SET, Scores, influence, validation_means
-from cropi.ranking.selection import Selection, how_many, select, write_selection
+from cropi.ranking.selection import Selection, check_selecting, select, write_selection
 from cropi.ranking.table import write_scores
 from cropi.ranking.uncertainty import with_uncertainty
 from cropi.sketching.interrupt import Interrupted
@@ -164,8 +164,11 @@ def check(
     check_covered(scans, sets, option=option, before=before)
     mine, _, pool = _part(policy, train, job, "train", None, known, ranks)
     check_pool(pool, mine.groups.names, known=known is not None, before=before, otherwise=otherwise)
-    size = pool.usable if setup.selecting.pool == "usable" else pool.prompts
-    how_many(setup.selecting.fraction, min(size, job.limit or size), setup.least)
+    most = job.limit or pool.prompts
+    check_selecting(
+        setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most), least=setup.least,
+        draws=setup.influence.draws,
+    )  # fmt: skip
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)
     return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown)
@@ -350,8 +353,9 @@ def choose(
 
     def finish() -> Selection:
         stores = {part.name: _joined(part.name, mine, at, who) for part in (*parts.valid, parts.train)}
-        scores = score(stores.pop("train"), list(stores.values()), setup.influence, setup.selecting)
-        chosen = pick(scores, setup.selecting, setup.least)
+        trained = stores.pop("train")
+        scores = score(trained, list(stores.values()), setup.influence, setup.selecting)
+        chosen = pick(scores, setup.selecting, setup.least, trained)
         if root is not None:
             write_scores(root / "scores.parquet", scores, chosen)
             write_selection(root / "selected.jsonl", scores, chosen)
@@ -382,25 +386,13 @@ def score(
     scores = influence(
         train, valid, metric=given.metric, mean=given.mean, max_valid=given.max_valid, seed=given.valid_seed
     )
-    return with_uncertainty(
-        scores,
-        train,
-        valid,
-        fraction=choice.fraction,
-        pool=choice.pool,
-        method=choice.method,
-        draws=given.draws,
-    )
+    return with_uncertainty(scores, train, valid, draws=given.draws, selecting=choice)
 
 
-def pick(scores: Scores, options: Selecting | None = None, least: int = 0) -> Selection:
+def pick(
+    scores: Scores, options: Selecting | None = None, least: int = 0, sketches: SketchStore | None = None
+) -> Selection:
     """:func:`cropi.ranking.selection.select` by its options."""
-    given = options or Selecting()
-    return select(
-        scores,
-        fraction=given.fraction,
-        method=given.method,
-        pool=given.pool,
-        seed=given.select_seed,
-        least=least,
-    )
+    given = dict(vars(options or Selecting()))
+    seed = given.pop("select_seed")
+    return select(scores, **given, seed=seed, least=least, sketches=sketches)

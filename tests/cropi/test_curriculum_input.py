@@ -210,7 +210,7 @@ def test_options_of_the_in_process_trainer(
         ({"influence": {"metrics": "dot"}}, "influence: 'metrics' is not known; did you mean 'metric'"),
         ({"influence": {"metric": "dott"}}, "influence.metric must be one of cosine, dot"),
         ({"influence": {"max_valid": 0}}, "influence.max_valid must be at least 1"),
-        ({"select": {"fraction": 1.5}}, r"select.fraction must be a number in \(0, 1\], got 1.5"),
+        ({"select": {"fraction": 1.5}}, r"select.fraction must be in \(0, 1\], got 1.5"),
         ({"select": {"method": "best"}}, "select.method must be one of rrf"),
         ({"select": {"seed": "1"}}, "select.seed must be an integer, got '1'"),
         ({"export": {"format": "csv"}}, "export.format must be one of jsonl"),

@@ -44,7 +44,10 @@ def test_a_table_comes_back_whole(scores: Scores, tmp_path: Path) -> None:
     write_scores(tmp_path / "s.parquet", scores, chosen)
     back = read_scores(tmp_path / "s.parquet")
     assert back.rows == [replace(row, row=None) for row in scores.rows], "a place in a shard is the store's"
-    assert (back.sets, back.meta) == (scores.sets, json.loads(json.dumps(scores.meta)))
+    assert (back.sets, back.meta) == (
+        scores.sets,
+        json.loads(json.dumps(scores.meta | {"selection": chosen.settings})),
+    )
     for name in ("table", "stderr", "p_selected"):
         np.testing.assert_array_equal(getattr(back, name), getattr(scores, name))
     sure = Uncertainty.of(back)
@@ -87,7 +90,10 @@ def test_what_is_not_resampled_says_why(stores: tuple[SketchStore, SketchStore],
     assert plain.meta["uncertainty_missing"] == "resampling was switched off (draws)"
     np.testing.assert_array_equal(plain.table, scores.table)
     few = with_uncertainty(plain, train, [valid], fraction=0.01)
-    assert few.meta["uncertainty_missing"] == "a fraction of 0.01 of 30 prompts chooses none"
+    assert (
+        few.meta["uncertainty_missing"]
+        == "fraction 0.01 of a pool of 30 prompts chooses none; give a larger fraction or more prompts"
+    )
 
 
 def test_at_most_so_many_validation_prompts_count_in_the_resampling_too(

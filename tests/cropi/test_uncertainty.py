@@ -212,7 +212,10 @@ def test_mistakes(stores: tuple[SketchStore, SketchStore], tmp_path: Path) -> No
         (lambda: pairwise(train, [empty]), "no validation prompt has a usable sketch"),
         (lambda: neighbours(train, [valid], 0), "k must be at least 1, got 0"),
         (lambda: neighbours(train, [valid], ids=["v003"]), "'v003' is no usable validation prompt"),
-        (lambda: uncertainty(pairs, method="random"), "method must be rrf or max, got 'random'"),
+        (
+            lambda: uncertainty(pairs, method="random"),
+            "method must be one of rrf, rrf_classic, max, mean, got 'random'",
+        ),
         (lambda: uncertainty(pairs, draws=1), "draws must be at least 2, got 1"),
         (lambda: uncertainty(pairs, fraction=0.001), "chooses none"),
         (lambda: uncertainty(pairs, draws=2).interval(90), r"level must be in \(0, 1\), got 90"),

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
 def make_plan(args: argparse.Namespace) -> Any:
     """The Plan of the options that were given."""
     from cropi.curriculum import Plan
+    from cropi.curriculum.plan import table_of
     from cropi.sketching.job import make_job
 
     exported = None
@@ -88,18 +89,12 @@ def make_plan(args: argparse.Namespace) -> Any:
         if args.data_source:
             exported["data_source"] = args.data_source
     given = options.selection(args)
-    compare, choose = given.influence, given.selecting
     return Plan(
         model=args.model, out=Path(args.out), stages=args.stages, steps=args.steps, trainer=args.trainer,
         train=args.train, valid=args.valid, sets=args.sets, rollouts=args.rollouts,
         rollouts_when=args.rollouts_when, trained_model=args.trained_model,
         job=make_job(given.sketching, (), "", notes=notes(args)), behaviour_model=args.behaviour_model,
         dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code,
-        influence={
-            "metric": compare.metric, "mean": compare.mean, "max_valid": compare.max_valid, "seed": compare.valid_seed,
-        },
-        select={
-            "fraction": choose.fraction, "method": choose.method, "pool": choose.pool, "seed": choose.select_seed,
-        },
+        influence=table_of(given.influence, "valid_seed"), select=table_of(given.selecting, "select_seed"),
         export=exported, trl=args.trl, accept_changes=args.accept_changes, progress=args.progress,
     )  # fmt: skip

@@ -54,7 +54,7 @@ def _add(group: Any, about: Any) -> None:
         choices=meta["choices"] or None,
         metavar=meta["metavar"] or METAVARS.get(meta["kind"]),
         nargs="+" if meta["many"] else None,
-        help=f"{meta['help']} (default: {default_in_words(about)})",
+        help=f"{meta['help']} (default: {default_in_words(about)})".replace("%", "%%"),
     )
 
 

@@ -17,6 +17,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--scores", required=True, metavar="FILE.parquet", help="what `cropi influence` wrote"
     )
     command.add_argument("--out", required=True, metavar="FILE.jsonl", help="the chosen prompts, best first")
+    command.add_argument(
+        "--sketches",
+        nargs="+",
+        metavar="FOLDER",
+        help="stores of the training prompts, for --dedup and --diversity (default: that of the scores)",
+    )
     command.add_argument("--plot", metavar="FILE.png", help="plot the scores")
     command.add_argument(
         "--trajectories", nargs="+", metavar="FILE", help="the training files, to show prompts' text"
@@ -49,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from cropi.files import check_outputs
     from cropi.ranking.selection import write_selection
     from cropi.ranking.table import read_scores
+    from cropi.store.store import SketchStore
 
     if args.out_trajectories and not args.trajectories:
         args.parser.error(
@@ -69,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
     )
     exporting.check(args, _groups(args))
     given = options.made(Selecting, args)
-    chosen = pipeline.pick(read_scores(args.scores), given)
+    stores = [SketchStore.open(path) for path in args.sketches or ()]
+    sketches = SketchStore.join(stores) if stores else None
+    chosen = pipeline.pick(read_scores(args.scores), given, sketches=sketches)
     write_selection(args.out, chosen.scores, chosen)
     written = Written(args.out, args.plot, args.out_trajectories, args.table)
     show(chosen, written, _groups(args))
@@ -112,6 +121,8 @@ def show(selection: Any, written: Written, groups: Any) -> None:
     print(
         f"selected      {len(selection.chosen)} of {len(scores.rows)} prompts by {selection.method}: {written.out}"
     )
+    if selection.copies:
+        print(f"copies        {len(selection.copies)} prompts left out, near to a chosen one")
     if written.records:
         print(f"records       {written.records}")
     if written.plot:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
 import os
 import re
 import shlex
 import subprocess
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -23,8 +21,7 @@ from cropi.errors import CropiError, did_you_mean, optional
 from cropi.files import check_room
 from cropi.model.load import DTYPES, check_device
 from cropi.model.sources import locate
-from cropi.ranking.influence import MEANS, METRICS, influence
-from cropi.ranking.selection import METHODS, POOLS, how_many, select
+from cropi.ranking.selection import check_selecting, how_many
 from cropi.trainers.trl.in_process import check_options, prompts_a_batch
 from cropi_kernels import canonical_name
 
@@ -43,12 +40,7 @@ def check_plan(plan: Plan) -> None:
     for name in (plan.model, plan.behaviour_model):
         if name:
             locate(name)
-    choices = {"metric": METRICS, "mean": MEANS, "method": METHODS, "pool": POOLS}
-    _check_table("influence", plan.influence, influence, choices)
-    _check_table("select", plan.select, select, choices)
-    fraction = plan.select.get("fraction", 0.1)
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise CropiError(f"select.fraction must be a number in (0, 1], got {fraction!r}")
+    check_selecting(plan.selecting, draws=plan.influencing.draws)
     if plan.trainer == IN_PROCESS:
         check_options(plan.trl)
     else:
@@ -70,24 +62,6 @@ def check_plan(plan: Plan) -> None:
         found = {path: scan([path], skip_bad=plan.job.skip_bad) for path in (*plan.train, *plan.valid)}
         check_covered({path: found[path] for path in plan.valid}, (), option="valid")
         check_names(plan)
-
-
-def _check_table(option: str, table: Mapping[str, Any], used: Any, choices: Mapping[str, Any]) -> None:
-    """The keys of a table are arguments of the function that will be called with it, their values of those allowed."""
-    parameters = inspect.signature(used).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    for key, value in table.items():
-        if key not in known:
-            raise CropiError(
-                f"{option}: {key!r} is not known; {did_you_mean(key, known)}known are {', '.join(known)}"
-            )
-        if key in choices and value not in choices[key]:
-            raise CropiError(f"{option}.{key} must be one of {', '.join(choices[key])}, got {value!r}")
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if key in ("seed", "max_valid") and not whole and not (value is None and key == "max_valid"):
-            raise CropiError(f"{option}.{key} must be an integer, got {value!r}")
-        if key == "max_valid" and whole and value < 1:
-            raise CropiError(f"{option}.{key} must be at least 1, got {value}")
 
 
 def check_command(option: str, template: str) -> None:
@@ -155,9 +129,10 @@ def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) 
     check_room(plan.out, size * left, f"the sketches of {rows} prompts in {left} stages")
     if plan.trainer != IN_PROCESS:
         return
-    pool = train.usable if plan.select.get("pool", "all") == "usable" else train.prompts
+    given = plan.selecting
+    pool = train.usable if given.pool == "usable" else train.prompts
     pool = min(pool, plan.job.limit or pool)
-    chosen, batch = how_many(plan.select.get("fraction", 0.1), pool), prompts_a_batch(plan.trl)
+    chosen, batch = given.count or how_many(given.fraction, pool), prompts_a_batch(plan.trl)
     if chosen < batch:
         raise CropiError(
             f"stage {stage}: {chosen} of {pool} prompts are selected, but one generation batch takes {batch} different "

@@ -16,7 +16,6 @@ from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
-from cropi.options import Selecting
 from cropi.pipeline import Checked, Setup
 
 
@@ -55,7 +54,7 @@ def check(plan: Plan, source: Source, stage: int, policy: Policy) -> Checked:
         CropiError: no training prompt has a gradient, or a validation set has no prompt with one.
     """
     names = set_names(source.valid)
-    setup = Setup(plan.job, selecting=Selecting(**{k: v for k, v in plan.select.items() if k != "seed"}))
+    setup = Setup(plan.job, plan.influencing, plan.selecting)
     checked = pipeline.check(
         policy,
         source.train,

@@ -7,13 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cropi.checked import check_fields
 from cropi.commands import check_template
-from cropi.errors import CropiError
+from cropi.errors import CropiError, did_you_mean
 from cropi.gradient.tokenize import template_text
+from cropi.options import Influence, Selecting, names_of
 from cropi.sketching.job import SketchJob
+
+T = TypeVar("T")
 
 WHEN = ("first", "every")
 IN_PROCESS = "trl"
@@ -45,8 +48,8 @@ class Plan:
         behaviour_model: the model that made the trajectories, where it is not ``model``.
         dtype, device: of the policy while it is sketched.
         trust_remote_code: let models bring code of their own, which is run.
-        influence: options of :func:`cropi.influence.influence`.
-        select: options of :func:`cropi.ranking.selection.select`.
+        influence: options of :class:`cropi.options.Influence`; ``seed`` is its ``valid_seed``.
+        select: options of :class:`cropi.options.Selecting`; ``seed`` is its ``select_seed``.
         export: options of :func:`cropi.data.export.export`, for ``{dataset}``; None: the trainer reads records.
         trl: options of the in-process trainer.
     """
@@ -124,6 +127,20 @@ class Plan:
             )
 
     @property
+    def influencing(self) -> Influence:
+        """The table ``influence`` as options.
+
+        Raises:
+            CropiError: a key that is no option, or a value that it does not take.
+        """
+        return _options("influence", self.influence, Influence, "valid_seed")
+
+    @property
+    def selecting(self) -> Selecting:
+        """The table ``select`` as options; raises as :attr:`influencing` does."""
+        return _options("select", self.select, Selecting, "select_seed")
+
+    @property
     def trainer_uses(self) -> set[str]:
         """The names in the trainer's template."""
         return set() if self.trainer == IN_PROCESS else check_template("trainer", self.trainer, TRAINER_NAMES)
@@ -161,3 +178,29 @@ class Plan:
     def stage_folder(self, stage: int) -> Path:
         """Where a stage's files are."""
         return self.out / f"stage-{stage:02d}"
+
+
+def _options(option: str, table: Mapping[str, Any], one: type[T], seed: str) -> T:
+    """A table of options by their names; a curriculum's tables call each seed "seed"."""
+    known = ["seed" if name == seed else name for name in names_of(one)]
+    for key in table:
+        if key not in known:
+            raise CropiError(
+                f"{option}: {key!r} is not known; {did_you_mean(key, known)}known are {', '.join(known)}"
+            )
+    try:
+        return one(**{seed if key == "seed" else key: value for key, value in table.items()})
+    except CropiError as error:
+        raise CropiError(f"{option}.{str(error).replace(seed, 'seed')}") from None
+
+
+def table_of(options: Influence | Selecting, seed: str) -> dict[str, Any]:
+    """Options as a table of :class:`Plan`: the first release's keys, and of later ones those that differ from their
+    defaults, so that a curriculum of an earlier release goes on."""
+    first = ("metric", "mean", "max_valid", "fraction", "method", "pool", seed)
+    default = type(options)()
+    return {
+        "seed" if name == seed else name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(options).items()
+        if name in first or value != getattr(default, name)
+    }

@@ -23,9 +23,8 @@ from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.pipeline import Part
-from cropi.ranking.influence import influence
 from cropi.ranking.report import plot_scores
-from cropi.ranking.selection import read_selection, select, write_selected_records, write_selection
+from cropi.ranking.selection import read_selection, write_selected_records, write_selection
 from cropi.ranking.table import read_scores, write_scores
 from cropi.store.shards import OK
 from cropi.store.store import SketchStore
@@ -144,7 +143,9 @@ def influence_all(stage: Stage) -> Result:
     folder = stage.folder / "sketches"
     names = stage.state.result(stage.number, "sketch")["valid"]  # type: ignore[index]
     stores = [SketchStore.open(folder / f"valid-{name}") for name in names]
-    scores = influence(SketchStore.open(folder / "train"), stores, **stage.plan.influence)
+    scores = pipeline.score(
+        SketchStore.open(folder / "train"), stores, stage.plan.influencing, stage.plan.selecting
+    )
     write_scores(stage.folder / "scores.parquet", scores)
     return {"sets": scores.sets, "scored": int(scores.usable.sum())}
 
@@ -153,7 +154,8 @@ def select_best(stage: Stage) -> Result:
     """Choose the prompts, write them in every form that was asked for, and compare with the last selection."""
     plan, folder = stage.plan, stage.folder
     scores = read_scores(folder / "scores.parquet")
-    selection = select(scores, **plan.select)
+    sketches = SketchStore.open(folder / "sketches" / "train") if plan.selecting.needs_sketches else None
+    selection = pipeline.pick(scores, plan.selecting, sketches=sketches)
     source = data.source_of(plan, stage.state, stage.number)
     write_selection(folder / "selected.jsonl", scores, selection)
     write_selected_records(folder / "selected_trajectories.jsonl", source.train, scores, selection)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,12 @@ class PromptGroup:
     def size(self) -> int:
         """The number of responses, K."""
         return len(self.rewards)
+
+    @property
+    def file(self) -> str | None:
+        """The file (or the argument, of records in memory) that the group came from, without the number of the line."""
+        found = re.fullmatch(r"(.+?)(?::\d+|\[\d+\])", self.where, re.DOTALL)
+        return found[1] if found else None
 
     @property
     def raw(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ class Scores:
 
     Where the validation prompts were resampled (:mod:`cropi.ranking.uncertainty`), ``stderr`` float64 ``[n, sets]``
     holds the standard errors of the scores, ``p_selected`` float64 ``[n]`` how often a prompt was chosen, and
-    ``meta["uncertainty"]`` the rest.
+    ``meta["uncertainty"]`` the rest. ``store`` is the training prompts' store, where this call made the scores.
     """
 
     rows: list[RowInfo]
@@ -46,6 +46,7 @@ class Scores:
     meta: dict[str, Any]
     stderr: np.ndarray | None = None
     p_selected: np.ndarray | None = None
+    store: SketchStore | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kind, shape = type(self.table).__name__, list(np.shape(self.table))
@@ -54,6 +55,10 @@ class Scores:
                 f"table is a {kind} of shape {shape}: give a numpy array [{len(self.rows)}, {len(self.sets)}], a row "
                 "per prompt and a column per validation set"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the store: other processes have its folder."""
+        return {name: value for name, value in vars(self).items() if name != "store"}
 
     @property
     def ids(self) -> list[str]:
@@ -68,13 +73,11 @@ class Scores:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(
-        self, fraction: float = 0.1, *, method: str = "rrf", pool: str = "all", seed: int = 0
-    ) -> Selection:
-        """The best fraction of the prompts: :func:`cropi.ranking.selection.select`."""
+    def select(self, fraction: float = 0.1, **options: Any) -> Selection:
+        """The best fraction of the prompts: :func:`cropi.ranking.selection.select`, with its options."""
         from cropi.ranking.selection import select
 
-        return select(self, fraction=fraction, method=method, pool=pool, seed=seed)
+        return select(self, fraction=fraction, **options)
 
     def top(self, set: str | None = None, n: int = 5) -> list[tuple[str, float]]:
         """The ``n`` prompts with the highest scores for a validation set, and these; equal ones by id.
@@ -179,7 +182,7 @@ def influence(
         "metric": metric, "mean": mean, "max_valid": max_valid, "seed": seed,
         "train": _origin(train), "valid": [_origin(store) for store in valid],
     }  # fmt: skip
-    return Scores(rows, list(means), table, meta)
+    return Scores(rows, list(means), table, meta, store=train)
 
 
 def score_rows(

@@ -1,18 +1,19 @@
 """Selection: the best fraction of the pool, by fused influence or by a baseline.
 
-The rule (arXiv 2510.26491)::
+The rule of the released CROPI code (arXiv 2510.26491)::
 
     n        = floor(N_pool * fraction + 1e-9)
     L_v      = the n prompts with the highest score[., v];   rank_v = 1 .. n inside L_v
     fused(s) = sum over v with s in L_v of 1 / rank_v(s)     (reciprocal rank fusion, constant 0, truncated at
     n) selected = the n prompts with the highest fused
 
-Equal values are ordered by prompt id, so the result does not depend on the order of the files.
+Equal values are ordered by prompt id, so the result does not depend on the order of the files. Other values to rank by
+are in :mod:`cropi.ranking.values`, shares of groups in :mod:`cropi.ranking.shares`, soft draws in
+:mod:`cropi.ranking.draws`, and what looks at sketches in :mod:`cropi.ranking.distinct`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import math
@@ -24,11 +25,21 @@ from typing import Any
 import numpy as np
 
 from cropi.data.readers import read
-from cropi.errors import CropiError
+from cropi.errors import CropiError, optional
 from cropi.files import lines_of, replacing
+from cropi.options import Selecting
+from cropi.ranking.distinct import Distinct, diverse, unit_sketches
+from cropi.ranking.draws import draw, soft_weights
 from cropi.ranking.influence import Scores
+from cropi.ranking.rule import Rule
+from cropi.ranking.shares import how_many, read_quotas
+from cropi.ranking.values import METHODS, fuse_ranks, order_of, ranks_of
+from cropi.store.store import SketchStore
 
-METHODS = ("rrf", "max", "random", "learnability", "pass_rate")
+__all__ = [
+    "METHODS", "POOLS", "Selection", "check_selecting", "fuse_ranks", "how_many", "order_of", "ranks_of",
+    "read_selection", "select", "write_selected_records", "write_selection",
+]  # fmt: skip
 POOLS = ("all", "usable")
 
 
@@ -37,7 +48,8 @@ class Selection:
     """The chosen prompts, best first: places in the score table, and the value each was ranked by.
 
     ``order`` ranks every usable prompt, the chosen ones first; ``fused`` is float64 ``[n prompts]``; ``scores`` is the
-    table that the selection was made from.
+    table that the selection was made from; ``settings`` are the options that choose the same again; ``copies`` names
+    for every prompt that was left out as a near copy the chosen one that it is near to.
     """
 
     chosen: list[int]
@@ -45,6 +57,8 @@ class Selection:
     fused: np.ndarray
     method: str
     scores: Scores = field(repr=False)
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+    copies: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def ids(self) -> list[str]:
@@ -126,6 +140,20 @@ class Selection:
 
         return push_to_hub(self, name, rows, id_column, **options)
 
+    def soft_weights(self, temperature: float = 1.0) -> dict[str, float]:
+        """A weight for every usable prompt by id, with mean 1, best first: all are trained on, the better the more.
+
+            w = exp(z / temperature), divided by its mean,        z the normal score of the prompt's rank
+
+        >>> import numpy as np
+        >>> from cropi.store.shards import RowInfo
+        >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
+        >>> {name: round(weight, 3) for name, weight in select(scores, fraction=0.5).soft_weights().items()}
+        {'b': 1.588, 'a': 0.412}
+        """
+        weights = soft_weights(len(self.order), temperature)
+        return {self.scores.rows[i].id: float(weight) for i, weight in zip(self.order, weights, strict=True)}
+
     def __len__(self) -> int:
         return len(self.chosen)
 
@@ -144,103 +172,217 @@ class Selection:
         return f"<p>{html.escape(repr(self))}</p><table>{head}{rows}</table>"
 
 
-def fuse_ranks(table: np.ndarray, ids: Sequence[str] | np.ndarray, n: int) -> np.ndarray:
-    """Reciprocal rank fusion truncated at n, constant 0: float64 ``[prompts]`` from scores ``[prompts, sets]``.
-
-    ``ids`` settle ties; :func:`ranks_of` them may be given in their place, to sort them once for many tables.
-    """
-    if table.ndim != 2 or len(table) != len(ids):
-        raise CropiError(f"table has shape {list(table.shape)}: give [{len(ids)}, sets], a row per id")
-    ties = ids if isinstance(ids, np.ndarray) else ranks_of(ids)
-    fused = np.zeros(len(ids))
-    for column in table.T:
-        best = np.lexsort((ties, -column))[:n]
-        fused[best] += 1.0 / np.arange(1, len(best) + 1)
-    return fused
-
-
-def ranks_of(names: Sequence[str]) -> np.ndarray:
-    """The place of every name in sorted order, int64 ``[n]``: what settles ties, as one number a prompt."""
-    ranks = np.empty(len(names), dtype=np.int64)
-    ranks[np.argsort(np.array(names, dtype=object), kind="stable")] = np.arange(len(names))
-    return ranks
-
-
-def order_of(value: np.ndarray, beyond: np.ndarray, ties: np.ndarray) -> np.ndarray:
-    """The order of selection, int64 ``[n]``: the highest ``value``, then the highest ``beyond``, then ``ties``."""
-    return np.lexsort((ties, -beyond, -value))
-
-
-def how_many(fraction: float, size: int, least: int = 0) -> int:
-    """``floor(size * fraction + 1e-9)``, the number of prompts that a selection from a pool of ``size`` holds at most;
-    ``least``, where that is more.
-
-    CROPI's released code takes ``int(size * fraction)``, which is one less where the product should be whole and its
-    rounding falls below: 28 of 100 for 0.29, against 29 here.
-
-    Raises:
-        CropiError: the fraction is not in (0, 1], or chooses nothing.
-    """
-    if not 0 < fraction <= 1:
-        raise CropiError(f"fraction must be in (0, 1], got {fraction}")
-    # 0.29 * 100 is 28.999... in binary; the rule means 29.
-    n = max(math.floor(size * fraction + 1e-9), least)
-    if n < 1:
-        raise CropiError(
-            f"fraction {fraction} of a pool of {size} prompts chooses none; give a larger fraction or more prompts"
-        )
-    return n
-
-
 def select(
     scores: Scores,
     *,
     fraction: float = 0.1,
+    count: int | None = None,
     method: str = "rrf",
+    rrf_constant: float = 60.0,
     pool: str = "all",
+    per: str = "pool",
+    quota: Sequence[str] = (),
+    min_score: float | None = None,
+    confidence: float | None = None,
+    draw: str = "best",
+    draw_temperature: float = 1.0,
+    dedup: float | None = None,
+    diversity: str = "none",
+    candidates: float = 4.0,
     seed: int = 0,
     least: int = 0,
+    sketches: SketchStore | None = None,
 ) -> Selection:
-    """Choose ``floor(N_pool * fraction + 1e-9)`` prompts (see :func:`how_many`). Prompts without a usable sketch (zero
-    gradient) are never chosen.
+    """Choose ``floor(N_pool * fraction + 1e-9)`` prompts (see :func:`cropi.ranking.shares.how_many`). Prompts without a
+    usable sketch (zero gradient) are never chosen.
+
+    What is done, in this order: scores become lower bounds (``confidence``); prompts below ``min_score`` are dropped;
+    the rest is ranked (``method``, within the groups of ``per`` and ``quota``) or drawn (``draw``); near copies are
+    left out (``dedup``); of the candidates those are chosen that differ (``diversity``).
 
     Args:
         scores: the score table.
         fraction: share of the pool, in (0, 1].
-        method: "rrf" (the rule above), "max" (the highest score over the sets), or a baseline: "random",
-            "learnability" (p (1 - p) of the pass rate p), "pass_rate" (the highest p).
+        count: how many, in the place of ``fraction``.
+        method: "rrf" (the rule above), "rrf_classic" (constant ``rrf_constant``, whole lists), "max" or "mean" (the
+            highest or the mean score over the sets), "p_selected" (how often the prompt is chosen when the validation
+            prompts are drawn anew), or a baseline: "random", "learnability" (p (1 - p) of the pass rate p), "pass_rate"
+            (the highest p).
+        rrf_constant: of "rrf_classic"; 60 in Cormack, Clarke and Buettcher (SIGIR 2009).
         pool: what N_pool counts: "all" prompts of the file, as the released method does, or only "usable"
             ones.
-        seed: of "random", and of the order among equal pass rates in the other two baselines.
+        per: "pool"; or "file" or "task", to run the rule in each of them by itself, with its own n.
+        quota: what groups get of the selection: ``"gsm8k=0.5"`` is a share of it, ``"gsm8k=40"`` a number of prompts.
+            Groups are tasks, or files with ``per="file"``. The others share the rest by rank.
+        min_score: prompts whose highest score over the sets is below this are not chosen, even if fewer are.
+        confidence: rank by ``score - t stderr``, t Student's quantile of this one-sided level over the set's prompts.
+        draw: "best"; "soft" (without replacement, in proportion to ``exp(z / draw_temperature)``, z the normal score of
+            the rank); or "p_selected" (in proportion to it).
+        draw_temperature: of "soft".
+        dedup: the highest cosine of the sketches of two chosen prompts.
+        diversity: "none", "kmeans" or "facility": :func:`cropi.ranking.distinct.diverse` of the best
+            ``candidates * n``.
+        candidates: for ``diversity``.
+        seed: of "random", of the order among equal pass rates in the other two baselines, of draws and of k-means.
         least: choose at least so many, where there are so many usable ones (a trainer's batch may need them).
+        sketches: the training prompts' store, for ``dedup`` and ``diversity``; None: the one that the scores were made
+            from.
 
     Raises:
-        CropiError: the fraction chooses nothing, or an unknown option.
+        CropiError: the fraction chooses nothing, an option does not fit the scores, or an unknown option.
     """
-    for given, allowed, name in ((method, METHODS, "method"), (pool, POOLS, "pool")):
-        if given not in allowed:
-            raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
+    given = Selecting(
+        fraction=fraction, count=count, method=method, rrf_constant=rrf_constant, pool=pool, per=per, quota=quota,
+        min_score=min_score, confidence=confidence, draw=draw, draw_temperature=draw_temperature, dedup=dedup,
+        diversity=diversity, candidates=candidates, select_seed=seed,
+    )  # fmt: skip
     usable = np.flatnonzero(scores.usable)
-    n = how_many(fraction, len(scores.rows) if pool == "all" else len(usable), least)
-    ids = [scores.rows[i].id for i in usable]
+    rule = Rule(scores.rows, usable, given, least)
     table = scores.table[usable]
-    rates = np.array([scores.rows[i].pass_rate for i in usable])
-    if method in ("rrf", "max"):
-        value = fuse_ranks(table, ids, n) if method == "rrf" else table.max(axis=1)
-        ties: list[str] = ids
-    else:
-        # Rounded: 0.2 * 0.8 and 0.8 * (1 - 0.8) differ in their last bit, and the harder prompt would always win.
-        learnable = np.round(rates * (1 - rates), 12)
-        value = {"random": np.zeros(len(ids)), "learnability": learnable, "pass_rate": rates}[method]
-        # Pass rates take few values: among equal ones the draw must not follow the names of the tasks.
-        ties = [hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in ids]
-    # Outside every L_v all fused values are 0; the score keeps that end of the list in a meaningful order.
-    beyond = np.where(value == 0, table.max(axis=1), 0.0) if method == "rrf" else np.zeros(len(ids))
-    order = order_of(value, beyond, ranks_of(ties))
+    if confidence is not None:
+        table = table - _margin(scores, confidence)[usable]
+    p_selected = None
+    if "p_selected" in (method, draw):
+        p_selected = _p_selected(scores)[usable]
+    orders, value = rule.rank(table, p_selected)
+    good = np.ones(len(usable), bool) if min_score is None else table.max(axis=1) >= min_score
+    if not good.any():
+        raise CropiError(
+            f"min_score {min_score}: no prompt has so high a score, the highest is {table.max():.4f}; lower it"
+        )
+    store = _store(scores, sketches) if given.needs_sketches else None
+    distinct = Distinct(store, dedup) if store is not None and dedup is not None else None
+    chosen: list[int] = []
+    for number, (order, (_, n)) in enumerate(zip(orders, rule.groups, strict=True)):
+        ranked = _drawn(order[good[order]], given, p_selected, number)
+        wanted = n if diversity == "none" else math.ceil(n * candidates)
+        if distinct is not None:
+            ranked = ranked[distinct.take([rule.ids[i] for i in ranked], wanted)]
+        if diversity != "none" and len(ranked) > n:
+            assert store is not None
+            ranked = ranked[:wanted]
+            near = unit_sketches(store, [rule.ids[i] for i in ranked])
+            ranked = ranked[diverse(near, n, diversity, seed)]
+        chosen += [int(i) for i in ranked[:n]]
+    merged = _merged(orders, value, table, rule.ties)
+    taken = set(chosen)
+    chosen = [i for i in merged if i in taken]
+    rest = [i for i in merged if i not in taken]
     fused = np.full(len(scores.rows), math.nan)
     fused[usable] = value
-    places = [int(usable[i]) for i in order]
-    return Selection(places[:n], places, fused, method, scores)
+    copies = {} if distinct is None else distinct.copies
+    settings = _settings(given, scores, least)
+    places = [int(usable[i]) for i in (*chosen, *rest)]
+    return Selection(places[: len(chosen)], places, fused, method, scores, settings, copies)
+
+
+def check_selecting(
+    given: Selecting, *, prompts: int | None = None, usable: int = 0, least: int = 0, draws: int = 200
+) -> None:
+    """Find what would stop a selection, before anything is sketched.
+
+    Args:
+        given: the options.
+        prompts, usable: of the pool: all, and those with a gradient; None where they are not known yet.
+        least: as in :func:`select`.
+        draws: resamples that the scores will have.
+
+    Raises:
+        CropiError: too few prompts, a package that is missing, or options that need resampled scores without them.
+    """
+    read_quotas(given.quota)
+    if prompts is not None:
+        if given.count is not None and given.count > usable:
+            raise CropiError(
+                f"count {given.count} is more than the {usable} prompts that have a gradient; lower it"
+            )
+        if given.count is None and given.per == "pool":
+            how_many(given.fraction, prompts if given.pool == "all" else usable, least)
+    for name, used in (
+        ("method p_selected", given.method == "p_selected"), ("draw p_selected", given.draw == "p_selected"),
+        ("confidence", given.confidence is not None),
+    ):  # fmt: skip
+        if used and draws < 2:
+            raise CropiError(f"{name} needs resampled scores, and draws is {draws}; give draws of at least 2")
+    if given.diversity == "kmeans":
+        optional("sklearn.cluster")
+    if given.confidence is not None:
+        optional("scipy.stats")
+
+
+def _settings(given: Selecting, scores: Scores, least: int) -> dict[str, Any]:
+    """The options that make this choice from this table again."""
+    settings = {name: value for name, value in vars(given).items() if value != getattr(Selecting(), name)}
+    return {"fraction": given.fraction, "method": given.method, **settings} | (
+        {"least": least} if least else {}
+    )
+
+
+def _drawn(order: np.ndarray, given: Selecting, p_selected: np.ndarray | None, number: int) -> np.ndarray:
+    if given.draw == "best":
+        return order
+    if given.draw == "soft":
+        weights = soft_weights(len(order), given.draw_temperature)
+    else:
+        assert p_selected is not None
+        weights = p_selected[order]
+    return order[draw(weights, given.select_seed + number)]
+
+
+def _merged(
+    orders: Sequence[np.ndarray], value: np.ndarray, table: np.ndarray, ties: np.ndarray
+) -> list[int]:
+    """One ranking of all groups: as it is where there is one, else by value, then by the highest score."""
+    if len(orders) == 1:
+        return [int(i) for i in orders[0]]
+    everyone = order_of(np.nan_to_num(value, nan=-math.inf), table.max(axis=1), ties)
+    return [int(i) for i in everyone]
+
+
+def _margin(scores: Scores, level: float) -> np.ndarray:
+    """Student's quantile times the standard error of every score, float64 ``[n, sets]``."""
+    held = scores.meta.get("uncertainty")
+    if scores.stderr is None or held is None:
+        raise CropiError(
+            "confidence: the scores have no standard errors "
+            f"({scores.meta.get('uncertainty_missing', 'none were made')}); score with draws of at least 2"
+        )
+    prompts = {one["name"]: one["prompts"] for one in held["sets"]}
+    alone = [name for name in scores.sets if prompts[name] < 2]
+    if alone:
+        raise CropiError(
+            f"confidence: the validation set {alone[0]!r} has 1 prompt, so its standard error is unknown; give it more"
+        )
+    quantile = optional("scipy.stats").t.ppf(level, np.array([prompts[name] - 1 for name in scores.sets]))
+    return scores.stderr * quantile
+
+
+def _p_selected(scores: Scores) -> np.ndarray:
+    if scores.p_selected is None:
+        raise CropiError(
+            f"p_selected: the scores have none ({scores.meta.get('uncertainty_missing', 'none was made')}); score with "
+            "draws of at least 2"
+        )
+    return scores.p_selected
+
+
+def _store(scores: Scores, given: SketchStore | None) -> SketchStore:
+    """The training prompts' sketches: those that were given, those of the call that made the scores, or its folder."""
+    if given is not None:
+        if not isinstance(given, SketchStore):
+            raise CropiError(
+                f"sketches is a {type(given).__name__}: give the SketchStore of the training prompts"
+            )
+        return given
+    if scores.store is not None:
+        return scores.store
+    path = scores.meta.get("train", {}).get("path")
+    if path is None or not Path(path).is_dir():
+        raise CropiError(
+            f"sketches: dedup and diversity look at the training prompts' sketches, and their store ({path}) is not "
+            "there; give it"
+        )
+    return SketchStore.open(path)
 
 
 def write_selection(path: str | Path, scores: Scores, selection: Selection) -> None:

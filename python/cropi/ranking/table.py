@@ -32,6 +32,7 @@ DAMAGED = (
     NotImplementedError,
 )
 HEALTH = ("ratio", "ess", "clipped")  # of a row's ``extra``
+EXTRA = (*HEALTH, "file")
 FIELDS = {
     "id": "id", "set": "set", "task": "task", "pass_rate": "pass_rate", "n_tokens": "tokens", "norm": "norm",
     "status": "status", "reason": "reason",
@@ -43,7 +44,7 @@ def columns_of(scores: Scores, selection: Selection | None = None) -> dict[str, 
     columns: dict[str, Any] = {
         name: [getattr(row, key) for row in scores.rows] for name, key in FIELDS.items()
     }
-    columns |= {name: [row.extra.get(name) for row in scores.rows] for name in HEALTH}
+    columns |= {name: [row.extra.get(name) for row in scores.rows] for name in EXTRA}
     columns |= {f"score[{name}]": scores.table[:, v] for v, name in enumerate(scores.sets)}
     if scores.stderr is not None:
         columns |= {f"stderr[{name}]": scores.stderr[:, v] for v, name in enumerate(scores.sets)}
@@ -61,16 +62,18 @@ def write_scores(path: str | Path, scores: Scores, selection: Selection | None =
     """Write ``scores.parquet``.
 
     Columns: id, set, task, pass_rate, n_tokens, norm, status, reason; ratio, ess and clipped (null where a prompt was
-    not computed); ``score[<set>]``; where validation prompts were resampled ``stderr[<set>]`` and p_selected; with a
-    selection rank (from 1, null without a score) and selected. What the scores were made from stands in the schema's
-    metadata under ``cropi``, as JSON.
+    not computed); file (what it was read from); ``score[<set>]``; where validation prompts were resampled
+    ``stderr[<set>]`` and p_selected; with a selection rank (from 1, null without a score) and selected. What the
+    scores were made from stands in the schema's metadata under ``cropi``, as JSON.
     """
     pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
-    kinds = dict.fromkeys(("set", "task"), pyarrow.string()) | dict.fromkeys(HEALTH, pyarrow.float64())
+    kinds = dict.fromkeys(("set", "task", "file"), pyarrow.string()) | dict.fromkeys(
+        HEALTH, pyarrow.float64()
+    )
     kinds["rank"] = pyarrow.int64()
     arrays = {k: pyarrow.array(v, kinds.get(k)) for k, v in columns_of(scores, selection).items()}
     table = pyarrow.table(arrays)
-    meta = json.dumps(scores.meta)
+    meta = json.dumps(scores.meta | ({} if selection is None else {"selection": selection.settings}))
     table = table.replace_schema_metadata({"cropi": meta, "cropi_sha256": _sealed(table, meta)})
     with replacing(Path(path)) as temporary:
         parquet.write_table(table, temporary, write_page_checksum=True)
@@ -111,7 +114,7 @@ def _scores(columns: Mapping[str, list[Any]], meta: dict[str, Any]) -> Scores:
         RowInfo(
             **dict(zip(keys, values, strict=True)),
             # Files of the first release have no such columns.
-            extra={name: columns[name][n] for name in HEALTH if name in columns and columns[name][n] is not None},
+            extra={name: columns[name][n] for name in EXTRA if name in columns and columns[name][n] is not None},
         )
         for n, values in enumerate(zip(*(columns[name] for name in FIELDS), strict=True))
     ]  # fmt: skip

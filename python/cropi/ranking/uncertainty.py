@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 
 from cropi.errors import CropiError, optional
+from cropi.options import Selecting
 from cropi.ranking.influence import Scores
 from cropi.ranking.pairwise import Pairwise, pairwise
-from cropi.ranking.selection import fuse_ranks, how_many, order_of, ranks_of
+from cropi.ranking.rule import Rule
+from cropi.ranking.values import FROM_SCORES
 from cropi.store.store import SketchStore
 
 BAND = 0.1  # "at the cut": so many of the chosen prompts on each side of it
@@ -126,36 +128,42 @@ def uncertainty(
     method: str = "rrf",
     draws: int = 200,
     seed: int = 0,
+    selecting: Selecting | None = None,
 ) -> Uncertainty:
     """Standard errors of all scores, and how the choice moves with the validation prompts.
+
+    The choice is the ranking's: near copies, diversity, draws and bounds come after it and are not resampled.
 
     Args:
         pairs: what :func:`cropi.ranking.pairwise.pairwise` gives.
         metric, mean: as in :func:`cropi.ranking.influence.influence`.
-        fraction, pool, method: as in :func:`cropi.ranking.selection.select`; the method is "rrf" or "max".
+        fraction, pool, method: as in :func:`cropi.ranking.selection.select`; the method is one that ranks by scores
+            ("rrf", "rrf_classic", "max", "mean").
         draws: resamples for the choice.
         seed: of the draws.
+        selecting: all options of the selection, in the place of ``fraction``, ``pool`` and ``method``.
 
     Raises:
         CropiError: an unknown option, a fraction that chooses nothing, no training prompt with a score.
     """
-    if method not in ("rrf", "max"):
+    given = selecting or Selecting(fraction=fraction, pool=pool, method=method)
+    if given.method not in FROM_SCORES:
         raise CropiError(
-            f"method must be rrf or max, got {method!r}: the baselines do not depend on validation prompts"
+            f"method must be one of {', '.join(FROM_SCORES)}, got {given.method!r}: others do not depend on the "
+            "validation prompts"
         )
     if draws < 2:
         raise CropiError(f"draws must be at least 2, got {draws}")
     usable = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
     if not len(usable):
         raise CropiError("no training prompt has a usable sketch, so there is no score to resample")
-    n = how_many(fraction, len(pairs.rows) if pool == "all" else len(usable))
+    rule = Rule(pairs.rows, usable, given)
     sets = [_Set(pairs, name, usable, metric, mean) for name in pairs.sets]
     table = np.stack([one.score(one.base) for one in sets], axis=1)
     stderr = np.stack([one.stderr() for one in sets], axis=1)
-    ties = ranks_of([pairs.rows[i].id for i in usable])
 
     def choose(columns: list[np.ndarray]) -> np.ndarray:
-        return _choose(np.stack(columns, axis=1), ties, n, method)
+        return rule.choose(np.stack(columns, axis=1))
 
     chosen = choose(list(table.T))
     rng = np.random.default_rng(seed)
@@ -175,7 +183,7 @@ def uncertainty(
         split = [one.halves(rng) for one in sets]
         sides = [choose([one.score(s[side]) for one, s in zip(sets, split, strict=True)]) for side in (0, 1)]
         halves += _shared(*sides) / small
-    near = _near_the_cut(table, ties, n, method)
+    near = rule.near_the_cut(table, BAND)
     full, p_selected = np.full((len(pairs.rows), len(sets)), math.nan), np.full(len(pairs.rows), math.nan)
     scores = full.copy()
     full[usable], scores[usable], p_selected[usable] = stderr, table, counts / draws
@@ -183,7 +191,7 @@ def uncertainty(
         SetUncertainty(one.name, len(one.members), _rms(stderr[:, v]), _rms(stderr[near, v]), one.signal())
         for v, one in enumerate(sets)
     ]
-    return Uncertainty(summary, scores, full, p_selected, kept / draws, alone, halves, draws, fraction)
+    return Uncertainty(summary, scores, full, p_selected, kept / draws, alone, halves, draws, given.fraction)
 
 
 # Products of this many pairs take 1 GB; resampling many more is a matter of minutes, too.
@@ -199,6 +207,7 @@ def with_uncertainty(
     pool: str = "all",
     method: str = "rrf",
     draws: int = 200,
+    selecting: Selecting | None = None,
 ) -> Scores:
     """A score table with its standard errors and ``p_selected``, from the stores that it was made from.
 
@@ -208,12 +217,14 @@ def with_uncertainty(
     options = {name: scores.meta[name] for name in ("max_valid", "seed")}
     members = sum(row.status == "ok" for store in valid for row in store.rows())
     members = min(members, (options["max_valid"] or members) * len(scores.sets))
-    size = len(scores.rows) if pool == "all" else int(scores.usable.sum())
+    given = selecting or Selecting(fraction=fraction, pool=pool, method=method)
+    if given.method not in FROM_SCORES:
+        given = replace(given, method="rrf")
     why = ""
     if draws < 2:
         why = "resampling was switched off (draws)"
-    elif math.floor(size * fraction + 1e-9) < 1:
-        why = f"a fraction of {fraction:g} of {size} prompts chooses none"
+    elif nothing := _chooses_nothing(scores, given):
+        why = nothing
     elif len(scores.rows) * members > MOST_PAIRS:
         why = (
             f"{len(scores.rows)} x {members} pairs are more than are resampled; --max-valid makes them fewer"
@@ -221,8 +232,8 @@ def with_uncertainty(
     if why:
         return replace(scores, meta=scores.meta | {"uncertainty_missing": why})
     made = uncertainty(
-        pairwise(train, valid, **options), metric=scores.meta["metric"], mean=scores.meta["mean"], fraction=fraction,
-        pool=pool, method=method if method in ("rrf", "max") else "rrf", draws=draws,
+        pairwise(train, valid, **options), metric=scores.meta["metric"], mean=scores.meta["mean"], draws=draws,
+        selecting=given,
     )  # fmt: skip
     meta = scores.meta | {"uncertainty": made.to_dict()}
     return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected)
@@ -283,20 +294,13 @@ def _shared(one: np.ndarray, other: np.ndarray) -> float:
     return len(np.intersect1d(one, other)) / len(one)
 
 
-def _choose(table: np.ndarray, ties: np.ndarray, n: int, method: str) -> np.ndarray:
-    return _order(table, ties, n, method)[:n]
-
-
-def _order(table: np.ndarray, ties: np.ndarray, n: int, method: str) -> np.ndarray:
-    best = table.max(axis=1)
-    value = fuse_ranks(table, ties, n) if method == "rrf" else best
-    return order_of(value, best if method == "rrf" else np.zeros(len(best)), ties)
-
-
-def _near_the_cut(table: np.ndarray, ties: np.ndarray, n: int, method: str) -> np.ndarray:
-    """The prompts within BAND * n places of the last one chosen."""
-    order, width = _order(table, ties, n, method), max(1, round(BAND * n))
-    return order[max(0, n - width) : n + width]
+def _chooses_nothing(scores: Scores, given: Selecting) -> str:
+    """Why the options choose no prompt of a table, or nothing."""
+    try:
+        Rule(scores.rows, np.flatnonzero(scores.usable), given)
+    except CropiError as error:
+        return str(error)
+    return ""
 
 
 def _rms(values: np.ndarray) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cropi.data.rewards import no_gradient_reason, pass_rate
+from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError, optional
 from cropi.gradient.batches import make_batches
 from cropi.gradient.behaviour import Behaviour
@@ -18,6 +18,7 @@ from cropi.gradient.zero import cancels
 from cropi.model.policy import Policy
 from cropi.sketching.interrupt import Interrupt
 from cropi.sketching.passes import ZERO_GRADIENT, Passes
+from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary, peak_memory_gib
 from cropi.store.shards import SKIPPED, RowInfo
 from cropi.store.store import SketchStore
@@ -142,10 +143,7 @@ def _to_compute(
                     yield group
                     continue
                 reason = ZERO_GRADIENT
-            record = group.group
-            row = RowInfo(
-                group.id, SKIPPED, reason, record.set or default_set, record.task, pass_rate(record.rewards)
-            )
+            row = row_of(group.group, SKIPPED, reason, default_set)
         else:
             raise CropiError(
                 f"groups holds a {type(group).__name__}: give TokenGroups (see cropi.gradient.tokenize.Tokenize)"

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from cropi.data.rewards import pass_rate
 from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.behaviour import BehaviourModel
@@ -18,6 +17,7 @@ from cropi.gradient.health import Health, batch_health
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import Suspicion, is_zero, rounding
+from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient
@@ -54,17 +54,9 @@ class Part:
             status, reason, norm = FAILED, "NaN or infinity in its gradient", 0.0
         elif norm == 0 or zero:  # every token is clipped, or the responses cancel
             status, reason, norm = SKIPPED, ZERO_GRADIENT, 0.0
-        row = RowInfo(
-            id=group.id,
-            status=status,
-            reason=reason,
-            set=record.set or default_set,
-            task=record.task,
-            pass_rate=pass_rate(record.rewards),
-            tokens=group.scored,
-            norm=norm,
-            extra=self.health.to_dict(),
-        )
+        row = row_of(
+            record, status, reason, default_set, tokens=group.scored, norm=norm, extra=self.health.to_dict()
+        )  # fmt: skip
         return row, self.sketch if status == OK else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
-from cropi.data.rewards import no_gradient_reason, pass_rate
+from cropi.data.rewards import no_gradient_reason
 from cropi.data.scan import Scan, warn_lossy
 from cropi.data.scan import scan as scan_trajectories
 from cropi.errors import CropiError, RecordError
@@ -23,6 +23,7 @@ from cropi.gradient.tokenize import TokenGroup, Tokenize, TooLong
 from cropi.model.policy import Policy, check_dropout
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
+from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, SKIPPED, RowInfo
 from cropi.store.store import SketchStore
@@ -220,7 +221,7 @@ def _token_groups(
                 if not job.skip_bad:
                     raise
                 status, reason = FAILED, error.problem
-        yield RowInfo(group.id, status, reason, group.set or job.set, group.task, pass_rate(group.rewards))
+        yield row_of(group, status, reason, job.set)
 
 
 def _arguments(

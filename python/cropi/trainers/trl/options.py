@@ -10,7 +10,7 @@ from typing import Any
 from cropi.checked import check_fields
 from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator, make_estimator
-from cropi.options import Choosing, Comparing
+from cropi.options import Choosing, Comparing, Influence, Selecting, names_of
 from cropi_kernels import SketchSpec
 
 Paths = str | Path | Sequence[str | Path]
@@ -63,7 +63,7 @@ class Curriculum(Comparing, Choosing):
         exclude: patterns of parameter names that are left out of the sketch.
         behaviour: "file" (recorded log-probs), "current" (ratio 1), or "auto": the file's if every record has them.
         metric, mean, max_valid: as in :class:`cropi.options.Comparing`, by keyword.
-        method, pool: as in :class:`cropi.options.Choosing`, by keyword.
+        method, pool, and the others of :class:`cropi.options.Choosing`, by keyword.
         layout, tokens_per_batch: of the sketching passes.
         seed: of the stages' orders and of every draw; None: the trainer's.
         on_nothing: a stage in which no prompt has a gradient: "error", or "keep" the prompts of the stage before, with
@@ -141,11 +141,25 @@ class Curriculum(Comparing, Choosing):
         except ValueError as error:
             raise CropiError(str(error)) from None
 
+    def _later(self) -> dict[str, Any]:
+        """Options that the first release did not have, where they are used: without them its runs can be resumed."""
+        names = names_of(Comparing) + names_of(Choosing)
+        first = ("metric", "mean", "max_valid", "fraction", "method", "pool", "draws")
+        plain = Selecting(), Influence()
+        default = {name: getattr(one, name) for one in plain for name in vars(one)}
+        held = {name: getattr(self, name) for name in names if name not in first}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in held.items()
+            if value != default[name]
+        }
+
     def settings(self) -> dict[str, Any]:
         """What the order of prompts depends on, to be compared when a run is resumed."""
         return {
             "stage_steps": self.stage_steps, "fraction": self.fraction, "method": self.method, "pool": self.pool,
             "metric": self.metric, "mean": self.mean, "max_valid": self.max_valid, "spec": self.spec.to_dict(),
+            **self._later(),
             "estimator": self.estimator_used().to_dict(), "exclude": list(self.exclude), "behaviour": self.behaviour,
             "recorded": [self.train is None, self.valid is None, bool(self.use_recorded)],
         }  # fmt: skip

@@ -23,7 +23,7 @@ from cropi.data.scan import NothingToSelect, Scan, check_covered, scan
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
-from cropi.options import Influence, Selecting
+from cropi.options import Choosing, Comparing, Influence, Selecting, part_of
 from cropi.pipeline import Setup
 from cropi.ranking.influence import DEFAULT_SET
 from cropi.sketching.job import SketchJob
@@ -104,7 +104,8 @@ def choose_prompts(
     if ranks.first and not options.keep_sketches:
         _clean(folder)
     size = checked.usable if options.pool == "usable" else checked.prompts
-    if ranks.first and len(chosen) > math.floor(size * options.fraction + 1e-9):
+    wanted = options.count or math.floor(size * options.fraction + 1e-9)
+    if ranks.first and len(chosen) > wanted:
         logger.warning(
             "stage %d: fraction %g of %d prompts chooses fewer than one generation batch takes; %d are chosen",
             stage, options.fraction, size, len(chosen),
@@ -124,14 +125,8 @@ def setup_of(options: Curriculum, stage: int, seed: int) -> Setup:
         # Later the policy has moved away on purpose, and a run in the middle of its training is not stopped for it.
         behaviour_check="warn" if stage else "error",
     )  # fmt: skip
-    compare = Influence(
-        metric=options.metric, mean=options.mean, max_valid=options.max_valid, valid_seed=seed
-    )
-    return Setup(
-        job,
-        compare,
-        Selecting(fraction=options.fraction, method=options.method, pool=options.pool, select_seed=seed),
-    )
+    compare = Influence(**part_of(options, Comparing), valid_seed=seed)
+    return Setup(job, compare, Selecting(**part_of(options, Choosing), select_seed=seed))
 
 
 def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, Scan]:

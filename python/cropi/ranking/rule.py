@@ -1,0 +1,144 @@
+"""The rule of a selection, prepared once for the prompts it ranks and then used on many score tables of them.
+
+The rule runs in every group of prompts by itself: the whole pool (the default), every training file, as the released
+CROPI code does, or every task. Resampling (:mod:`cropi.ranking.uncertainty`) runs the same rule on every draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cropi.errors import CropiError
+from cropi.options import Selecting
+from cropi.ranking.shares import apportion, how_many, part_of, read_quotas, with_quotas
+from cropi.ranking.values import FROM_SCORES, baseline, drawn_ties, order_of, ranks_of, value_of
+from cropi.store.shards import RowInfo
+
+
+def group_of(row: RowInfo, per: str) -> str:
+    """The name of the group that a prompt belongs to: of its task or file.
+
+    Raises:
+        CropiError: the store is of an earlier release, which kept no file names.
+    """
+    if per == "task":
+        return row.task or ""
+    try:
+        return str(row.extra["file"])
+    except KeyError:
+        raise CropiError(
+            f"per: the row of {row.id!r:.100} does not name the file it came from (an earlier release made its "
+            "store, or it came from memory); make the store again from files, or choose per task"
+        ) from None
+
+
+class Rule:
+    """Which prompts are chosen by a score table ``[usable prompts, sets]``.
+
+    Args:
+        rows: all prompts of the pool.
+        usable: the places in ``rows`` of those with a score, int64; tables have a row for each of these.
+        options: the selection's.
+        least: choose at least so many, where there are so many usable ones.
+
+    Raises:
+        CropiError: the fraction chooses nothing, the pool is smaller than the count, or quotas do not fit.
+    """
+
+    def __init__(
+        self, rows: Sequence[RowInfo], usable: np.ndarray, options: Selecting | None = None, least: int = 0
+    ) -> None:
+        self.options = given = options or Selecting()
+        self.ids = [rows[i].id for i in usable]
+        self.rates = np.array([rows[i].pass_rate for i in usable])
+        self.ties = ranks_of(self.ids)
+        size = len(rows) if given.pool == "all" else len(usable)
+        if given.count is not None and given.count > len(usable):
+            raise CropiError(
+                f"count {given.count} is more than the {len(usable)} prompts that have a score; lower it"
+            )
+        quotas = read_quotas(given.quota)
+        per = "task" if quotas and given.per == "pool" else given.per
+        if per == "pool":
+            n = given.count or how_many(given.fraction, size, least)
+            self.groups = [(np.arange(len(usable)), n)]
+            return
+        names = np.array([group_of(rows[i], per) for i in usable], dtype=object)
+        members = {name: np.flatnonzero(names == name) for name in sorted(set(names))}
+        pool = usable if given.pool == "usable" else range(len(rows))
+        sizes: dict[str, int] = {}
+        for i in pool:
+            name = group_of(rows[i], per)
+            sizes[name] = sizes.get(name, 0) + 1
+        if not quotas:
+            counts = self._by_size(given, sizes, {name: len(members.get(name, ())) for name in sizes}, least)
+            self.groups = [(places, counts[name]) for name, places in members.items() if counts[name]]
+            return
+        n = given.count or how_many(given.fraction, size, least)
+        counts = with_quotas(n, quotas, {name: len(places) for name, places in members.items()}, per)
+        others = np.flatnonzero([name not in quotas for name in names])
+        self.groups = [(members[name], number) for name, number in counts.items() if number]
+        if left := n - sum(counts.values()):
+            self.groups.append((others, left))
+
+    @staticmethod
+    def _by_size(
+        given: Selecting, sizes: dict[str, int], usable: dict[str, int], least: int
+    ) -> dict[str, int]:
+        if given.count is not None:
+            return apportion(given.count, sizes, usable)
+        counts = {name: part_of(given.fraction, size) for name, size in sizes.items()}
+        if sum(counts.values()) < least:
+            return apportion(least, sizes, usable)
+        if not any(counts.values()):
+            raise CropiError(
+                f"fraction {given.fraction} of groups of at most {max(sizes.values())} prompts chooses none; give a "
+                "larger fraction, a count, or leave out per"
+            )
+        return counts
+
+    @property
+    def n(self) -> int:
+        """How many are chosen at most."""
+        return sum(min(number, len(places)) for places, number in self.groups)
+
+    def rank(
+        self, table: np.ndarray, p_selected: np.ndarray | None = None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Every group's prompts, best first, and the value of every prompt, float64 ``[usable]``; NaN without a
+        group."""
+        given = self.options
+        orders, values = [], np.full(len(table), np.nan)
+        ties = (
+            self.ties
+            if given.method in (*FROM_SCORES, "p_selected")
+            else drawn_ties(self.ids, given.select_seed)
+        )
+        for places, n in self.groups:
+            own = table[places]
+            if given.method in FROM_SCORES:
+                value, beyond = value_of(own, ties[places], n, given.method, given.rrf_constant)
+            elif given.method == "p_selected":
+                assert p_selected is not None
+                value, beyond = p_selected[places], own.max(axis=1)
+            else:
+                value, beyond = baseline(given.method, self.rates[places]), np.zeros(len(places))
+            orders.append(places[order_of(value, beyond, ties[places])])
+            values[places] = value
+        return orders, values
+
+    def choose(self, table: np.ndarray) -> np.ndarray:
+        """The chosen prompts' places, int64, group by group."""
+        orders, _ = self.rank(table)
+        return np.concatenate([order[:n] for order, (_, n) in zip(orders, self.groups, strict=True)])
+
+    def near_the_cut(self, table: np.ndarray, share: float) -> np.ndarray:
+        """Prompts within ``share`` of the chosen number of places from the last one that is chosen, int64."""
+        orders, _ = self.rank(table)
+        near = []
+        for order, (_, n) in zip(orders, self.groups, strict=True):
+            width = max(1, round(share * n))
+            near.append(order[max(0, n - width) : n + width])
+        return np.concatenate(near)

@@ -1,0 +1,139 @@
+"""How many prompts are chosen, and how many of each group: whole numbers that add up.
+
+    n = floor(N * fraction + 1e-9)        or a count that is given
+
+Without groups there is one n. With groups (the released CROPI code selects per training file) each has its own, from
+its own number of prompts. Quotas name groups and what part of the selection, or how many prompts, they get.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from cropi.errors import CropiError, did_you_mean
+
+
+def how_many(fraction: float, size: int, least: int = 0) -> int:
+    """``floor(size * fraction + 1e-9)``, the number of prompts that a selection from a pool of ``size`` holds at most;
+    ``least``, where that is more.
+
+    CROPI's released code takes ``int(size * fraction)``, which is one less where the product should be whole and its
+    rounding falls below: 28 of 100 for 0.29, against 29 here.
+
+    Raises:
+        CropiError: the fraction is not in (0, 1], or chooses nothing.
+    """
+    n = max(part_of(fraction, size), least)
+    if n < 1:
+        raise CropiError(
+            f"fraction {fraction} of a pool of {size} prompts chooses none; give a larger fraction or more prompts"
+        )
+    return n
+
+
+def part_of(fraction: float, size: int) -> int:
+    """``floor(size * fraction + 1e-9)``, which may be 0.
+
+    Raises:
+        CropiError: the fraction is not in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise CropiError(f"fraction must be in (0, 1], got {fraction}")
+    # 0.29 * 100 is 28.999... in binary; the rule means 29.
+    return math.floor(size * fraction + 1e-9)
+
+
+def apportion(n: int, weights: Mapping[str, float], most: Mapping[str, int] | None = None) -> dict[str, int]:
+    """``n`` as whole numbers in proportion to weights, by largest remainder (Hamilton's method); ties by name.
+
+    With ``most``, what a group cannot hold goes to the others in the same way.
+
+    >>> apportion(10, {"a": 1, "b": 1, "c": 1})
+    {'a': 4, 'b': 3, 'c': 3}
+    >>> apportion(10, {"a": 1, "b": 1, "c": 1}, {"a": 2, "b": 9, "c": 9})
+    {'a': 2, 'b': 4, 'c': 4}
+    """
+    if most is not None:
+        given = dict.fromkeys(weights, 0)
+        while (left := n - sum(given.values())) and (
+            room := {name: weights[name] for name in weights if given[name] < most[name]}
+        ):
+            for name, number in apportion(left, room).items():
+                given[name] = min(given[name] + number, most[name])
+        return given
+    total = sum(weights.values())
+    exact = {name: n * weight / total for name, weight in weights.items()}
+    whole = {name: math.floor(value + 1e-9) for name, value in exact.items()}
+    left = n - sum(whole.values())
+    for name in sorted(exact, key=lambda name: (whole[name] - exact[name], name))[:left]:
+        whole[name] += 1
+    return whole
+
+
+def read_quotas(quotas: Sequence[str]) -> dict[str, float]:
+    """``["gsm=0.5", "code=40"]`` as ``{"gsm": 0.5, "code": 40}``: a number with a point is a share, one without a
+    count.
+
+    Shares are kept as floats, counts as integers.
+
+    Raises:
+        CropiError: a quota that is not NAME=NUMBER, or a name twice.
+    """
+    read: dict[str, float] = {}
+    for quota in quotas:
+        name, equal, text = quota.rpartition("=")
+        try:
+            value: float = float(text) if "." in text else int(text)
+        except ValueError:
+            value = -1
+        good = 0 <= value <= 1 if isinstance(value, float) else value >= 0
+        if not equal or not name or not good:
+            raise CropiError(
+                f"quota {quota!r} is not NAME=NUMBER: give a share of the selection with a point (gsm8k=0.5), or a "
+                "number of prompts without one (gsm8k=40)"
+            )
+        if name in read:
+            raise CropiError(f"quota names the group {name!r} twice")
+        read[name] = value
+    return read
+
+
+def with_quotas(n: int, quotas: Mapping[str, float], usable: Mapping[str, int], per: str) -> dict[str, int]:
+    """How many of ``n`` prompts every named group gets; the rest is for the others.
+
+    Raises:
+        CropiError: a group that is not there, has too few prompts with a gradient, or quotas that do not fit ``n``.
+    """
+    for name in quotas:
+        if name not in usable:
+            raise CropiError(
+                f"quota: there is no {per} {name!r}; {did_you_mean(name, usable)}there are "
+                f"{', '.join(map(repr, sorted(usable)))}"
+            )
+    counts = {name: int(value) for name, value in quotas.items() if not isinstance(value, float)}
+    shares = {name: value for name, value in quotas.items() if isinstance(value, float)}
+    if sum(shares.values()) > 1 + 1e-9:
+        raise CropiError(
+            f"quota: the shares add up to {sum(shares.values()):g}, more than the whole selection"
+        )
+    if shares:
+        rest = max(1 - sum(shares.values()), 0.0)
+        parts = apportion(n, shares | ({"": rest} if rest > 1e-9 else {}))
+        counts |= {name: parts[name] for name in shares}
+    taken = sum(counts.values())
+    if taken > n:
+        raise CropiError(
+            f"quota: the groups get {taken} prompts, but {n} are chosen; raise fraction or count, or lower the quotas"
+        )
+    for name, number in counts.items():
+        if number > usable[name]:
+            raise CropiError(
+                f"quota: {name!r} is to give {number} prompts, but {usable[name]} of it have a gradient; lower it"
+            )
+    if taken < n and set(quotas) == set(usable):
+        raise CropiError(
+            f"quota: the groups get {taken} of {n} prompts and no other group is left for the rest; raise the "
+            f"quotas, or choose {taken} (count)"
+        )
+    return counts

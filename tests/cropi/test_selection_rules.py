@@ -1,0 +1,333 @@
+"""Selection by groups, quotas, bounds, draws, and by what the sketches say: against examples worked out by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cropi.errors import CropiError
+from cropi.ranking.distinct import Distinct, diverse, unit_sketches
+from cropi.ranking.draws import draw, normal_scores, soft_weights
+from cropi.ranking.influence import Scores, influence
+from cropi.ranking.selection import select
+from cropi.ranking.shares import apportion, read_quotas
+from cropi.ranking.table import read_scores, write_scores
+from cropi.ranking.values import fuse_ranks
+from cropi.store.memory import MemoryStore
+from cropi.store.shards import RowInfo
+
+
+def table_of(
+    values: Any, tasks: str = "", files: str = "", stderr: Any = None, p_selected: Any = None
+) -> Scores:
+    """Prompts 00, 01, ... with scores, a letter of ``tasks`` and one of ``files`` each."""
+    table = np.asarray(values, dtype=float)
+    table = table[:, None] if table.ndim == 1 else table
+    rows = [
+        RowInfo(f"{i:02d}", task=tasks[i : i + 1] or None, extra={"file": files[i]} if files else {})
+        for i in range(len(table))
+    ]
+    sets = [f"s{v}" for v in range(table.shape[1])]
+    held = [{"name": name, "prompts": 9} for name in sets]
+    meta = {} if stderr is None else {"uncertainty": {"sets": held}}
+    error = None if stderr is None else np.asarray(stderr, dtype=float).reshape(table.shape)
+    return Scores(rows, sets, table, meta, error, None if p_selected is None else np.asarray(p_selected))
+
+
+def test_per_file_is_the_rule_of_every_file_by_itself() -> None:
+    """The released code's int(N * ratio) of each file: here 3 of 10 and 1 of 6, whatever the scores of the other."""
+    values = [*range(10), *range(100, 106)]
+    scores = table_of(values, files="a" * 10 + "b" * 6)
+    together = select(scores, fraction=0.3)
+    assert together.ids == ["15", "14", "13", "12"]
+    apart = select(scores, fraction=0.3, per="file")
+    assert sorted(apart.ids) == ["07", "08", "09", "15"]
+    assert apart.ids[0] == "15"  # equal fused values (1 / rank 1): the higher score first
+    # A file's own choice is what the file alone gives.
+    alone = select(Scores(scores.rows[:10], scores.sets, scores.table[:10], {}), fraction=0.3)
+    assert [name for name in apart.ids if name < "10"] == alone.ids
+    assert select(scores, fraction=0.3, per="file").settings == {
+        "fraction": 0.3,
+        "method": "rrf",
+        "per": "file",
+    }
+
+
+def test_a_file_whose_share_is_below_one_prompt_gives_none() -> None:
+    scores = table_of(range(12), files="a" * 10 + "b" * 2)
+    assert select(scores, fraction=0.3, per="file").ids == ["09", "08", "07"]
+    with pytest.raises(CropiError, match="of groups of at most 10 prompts chooses none"):
+        select(scores, fraction=0.05, per="file")
+
+
+def test_count_is_shared_out_by_size_and_what_a_group_lacks_goes_to_the_others() -> None:
+    scores = table_of(range(12), tasks="a" * 8 + "b" * 4)
+    assert Counter(scores.rows[i].task for i in select(scores, count=6, per="task").chosen) == {
+        "a": 4,
+        "b": 2,
+    }
+    table = np.array(range(12), dtype=float)
+    table[9:] = np.nan  # one usable prompt is left of task b
+    few = select(table_of(table, tasks="a" * 8 + "b" * 4), count=6, per="task")
+    assert Counter(few.scores.rows[i].task for i in few.chosen) == {"a": 5, "b": 1}
+    assert len(select(scores, count=5)) == 5
+    with pytest.raises(CropiError, match="count 13 is more than the 12 prompts that have a score"):
+        select(scores, count=13)
+
+
+def test_quotas_are_kept_and_the_rest_goes_by_rank() -> None:
+    scores = table_of([*range(20)], tasks="a" * 8 + "b" * 6 + "c" * 6)  # c is best, a worst
+    assert Counter(scores.rows[i].task for i in select(scores, count=8).chosen) == {"c": 6, "b": 2}
+    half = select(scores, count=8, quota=["a=0.5"])
+    assert Counter(scores.rows[i].task for i in half.chosen) == {"a": 4, "c": 4}
+    two = select(scores, count=8, quota=["a=1", "b=3"])
+    assert Counter(scores.rows[i].task for i in two.chosen) == {"a": 1, "b": 3, "c": 4}
+    assert {"07", "13", "12", "11"} < set(two.ids)  # the best of each
+    none = select(scores, count=8, quota=["c=0"])
+    assert Counter(scores.rows[i].task for i in none.chosen) == {"b": 6, "a": 2}
+    thirds = select(scores, count=10, quota=["a=0.3", "b=0.3", "c=0.4"])
+    assert Counter(scores.rows[i].task for i in thirds.chosen) == {"a": 3, "b": 3, "c": 4}
+
+
+@pytest.mark.parametrize(
+    ("quota", "named"),
+    [
+        (["d=1"], "there is no task 'd'; .*there are 'a', 'b', 'c'"),
+        (["a=9"], "'a' is to give 9 prompts, but 8 of it have a gradient"),
+        (["a=0.7", "b=0.7"], "the shares add up to 1.4"),
+        (["a=7", "b=6"], "the groups get 13 prompts, but 10 are chosen"),
+        (["a=1", "b=1", "c=1"], "the groups get 3 of 10 prompts and no other group is left"),
+        (["a"], "quota 'a' is not NAME=NUMBER"),
+        (["a=1.5"], "is not NAME=NUMBER"),
+        (["a=-1"], "is not NAME=NUMBER"),
+        (["a=x"], "is not NAME=NUMBER"),
+        (["a=1", "a=2"], "names the group 'a' twice"),
+    ],
+)
+def test_quotas_that_do_not_fit_are_errors(quota: list[str], named: str) -> None:
+    scores = table_of([*range(20)], tasks="a" * 8 + "b" * 6 + "c" * 6)
+    with pytest.raises(CropiError, match=named):
+        select(scores, count=10, quota=quota)
+
+
+def test_names_of_quotas_may_hold_the_equals_sign() -> None:
+    assert read_quotas(["a=b=3", "c=1.0"]) == {"a=b": 3, "c": 1.0}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_apportionment_adds_up_and_is_off_by_less_than_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = {str(i): float(w) for i, w in enumerate(rng.random(rng.integers(1, 9)))}
+    n = int(rng.integers(0, 50))
+    parts = apportion(n, weights)
+    assert sum(parts.values()) == n
+    for name, weight in weights.items():
+        assert abs(parts[name] - n * weight / sum(weights.values())) < 1
+    most = {name: int(rng.integers(0, 9)) for name in weights}
+    held = apportion(n, weights, most)
+    assert sum(held.values()) == min(n, sum(most.values())) and all(held[k] <= most[k] for k in held)
+
+
+def test_a_store_without_file_names_says_so() -> None:
+    with pytest.raises(CropiError, match="does not name the file it came from"):
+        select(table_of(range(10)), per="file")
+
+
+def test_classic_fusion_takes_whole_lists_and_sixty() -> None:
+    table = np.array([[9.0, 0.0], [8.0, 8.0], [0.0, 9.0], [1.0, 1.0]])
+    ids = list("abcd")
+    # Ranks: a 1, 4; b 2, 2; c 4, 1; d 3, 3. Equal values go by id.
+    expected = [1 / 61 + 1 / 64, 2 / 62, 1 / 64 + 1 / 61, 2 / 63]
+    np.testing.assert_allclose(fuse_ranks(table, ids, None, 60.0), expected, rtol=1e-15)
+    scores = table_of(table)
+    assert select(scores, count=1).ids == ["00"]  # CROPI's: first of one list
+    assert select(scores, count=3, method="rrf_classic").ids == ["01", "00", "02"]  # 2/62 > 1/61 + 1/64
+    assert select(scores, count=1, method="rrf_classic", rrf_constant=0).ids == ["00"]  # 1/1 + 1/4 > 2/2
+    assert select(scores, count=1, method="mean").ids == ["01"]
+    with pytest.raises(CropiError, match="rrf_constant must be at least 0"):
+        select(scores, method="rrf_classic", rrf_constant=-1)
+
+
+def test_min_score_leaves_places_empty() -> None:
+    scores = table_of([0.1, 0.2, 0.3, 0.4])
+    assert select(scores, fraction=1.0, min_score=0.25).ids == ["03", "02"]
+    with pytest.raises(CropiError, match="no prompt has so high a score, the highest is 0.4000"):
+        select(scores, fraction=1.0, min_score=0.5)
+
+
+def test_confidence_ranks_by_the_lower_bound() -> None:
+    """t(0.9) of 8 degrees of freedom is 1.397: 0.50 - 1.397 * 0.2 = 0.22 lies below 0.40 - 1.397 * 0.05 = 0.33."""
+    scores = table_of([0.50, 0.40, 0.1], stderr=[0.2, 0.05, 0.0])
+    assert select(scores, count=1).ids == ["00"]
+    assert select(scores, count=1, confidence=0.9).ids == ["01"]
+    assert select(scores, count=1, confidence=0.6).ids == ["00"]  # t is 0.26
+    for level in (0.5, 1.0, 0.3):
+        with pytest.raises(CropiError, match="confidence must be above 0.5 and below 1"):
+            select(scores, confidence=level)
+    with pytest.raises(CropiError, match="the scores have no standard errors"):
+        select(table_of([1.0, 2.0]), count=1, confidence=0.9)
+
+
+def test_choice_by_p_selected() -> None:
+    """Draws are in proportion, to 4 standard errors of 600."""
+    scores = table_of([0.5, 0.4, 0.3], p_selected=[0.2, 0.9, 0.9])
+    assert select(scores, count=2, method="p_selected").ids == ["01", "02"]
+    drawn = Counter(select(scores, count=1, draw="p_selected", seed=seed).ids[0] for seed in range(600))
+    for name, share in (
+        ("00", 0.1),
+        ("01", 0.45),
+        ("02", 0.45),
+    ):
+        assert abs(drawn[name] / 600 - share) < 4 * (share * (1 - share) / 600) ** 0.5
+    with pytest.raises(CropiError, match="p_selected: the scores have none"):
+        select(table_of([1.0, 2.0]), count=1, method="p_selected")
+
+
+def test_draws_follow_their_weights() -> None:
+    weights = np.array([4.0, 2.0, 1.0, 1.0, 0.0])
+    first = Counter(int(draw(weights, seed)[0]) for seed in range(2000))
+    for place, weight in enumerate(weights):
+        share = weight / weights.sum()
+        assert abs(first[place] / 2000 - share) <= 4 * (share * (1 - share) / 2000) ** 0.5
+    order = draw(weights, 3)
+    assert sorted(order) == [0, 1, 2, 3, 4] and order[-1] == 4
+    assert (draw(weights, 3) == order).all()
+
+
+def test_soft_draws_go_from_the_best_to_any() -> None:
+    np.testing.assert_allclose(normal_scores(np.array([1, 2, 3]), 3), [0.967422, 0.0, -0.967422], atol=1e-6)
+    weights = soft_weights(1000, 0.5)
+    assert weights.mean() == pytest.approx(1) and (np.diff(weights) < 0).all()
+    scores = table_of(np.arange(100.0))
+    best = set(select(scores, count=10).ids)
+
+    def shared(temperature: float) -> float:
+        options: dict[str, Any] = {"count": 10, "draw": "soft", "draw_temperature": temperature}
+        return float(np.mean([len(best & set(select(scores, seed=s, **options).ids)) for s in range(40)]))
+
+    kept = {temperature: shared(temperature) for temperature in (0.02, 1.0, 100.0)}
+    assert kept[0.02] > 9 and 1.5 < kept[1.0] < 7 and kept[100.0] < 2
+    one = select(scores, count=10, draw="soft", seed=5)
+    assert one.ids == select(scores, count=10, draw="soft", seed=5).ids
+    assert one.ids == sorted(one.ids, reverse=True)  # best first, as in every selection
+
+
+def test_weights_for_all_have_mean_one() -> None:
+    chosen = select(table_of([0.1, np.nan, 0.3, 0.2]), count=1)
+    weights = chosen.soft_weights()
+    assert list(weights) == ["02", "03", "00"] and sum(weights.values()) == pytest.approx(3)
+    assert chosen.soft_weights(1e6)["00"] == pytest.approx(1, abs=1e-5)
+    with pytest.raises(CropiError, match="temperature must be a number above 0"):
+        chosen.soft_weights(0)
+
+
+def store_of(vectors: torch.Tensor, names: list[str]) -> MemoryStore:
+    store = MemoryStore({"spec": {"dim": vectors.shape[1]}})
+    for name, vector in zip(names, vectors):
+        store.add(RowInfo(name, norm=float(vector.norm())), vector)
+    store.finish()
+    return store
+
+
+def test_near_copies_are_left_out_and_named() -> None:
+    eye = torch.eye(4)
+    rows = torch.stack([eye[0], 2 * eye[0] + 0.1 * eye[1], eye[1], -eye[0], eye[2], 3 * eye[1]])
+    names = [f"{i:02d}" for i in range(6)]
+    scores = table_of([9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
+    chosen = select(scores, count=4, dedup=0.9, sketches=store_of(rows, names))
+    assert chosen.ids == ["00", "02", "03", "04"] and chosen.copies == {"01": "00"}
+    assert select(scores, count=5, dedup=0.9, sketches=store_of(rows, names)).copies == {
+        "01": "00",
+        "05": "02",
+    }
+    assert select(scores, count=4, dedup=0.9999, sketches=store_of(rows, names)).ids == [
+        "00",
+        "01",
+        "02",
+        "03",
+    ]
+
+
+def test_deduplication_is_greedy_over_blocks_and_groups() -> None:
+    """Against the definition, one pair at a time, over more prompts than one block."""
+    torch.manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(300, 64), dim=1)
+    rows = centres[torch.randint(300, (900,))] + 0.05 * torch.nn.functional.normalize(
+        torch.randn(900, 64), dim=1
+    )
+    names = [f"{i:04d}" for i in range(900)]
+    unit = torch.nn.functional.normalize(rows, dim=1).half().float()
+    taken: list[int] = []
+    for i in range(900):
+        if all(float(unit[i] @ unit[j]) <= 0.9 for j in taken):
+            taken.append(i)
+    made = Distinct(store_of(rows, names), 0.9)
+    assert made.take(names, 900) == taken
+    assert len(made.copies) == 900 - len(taken)
+    again = Distinct(store_of(rows, names), 0.9)
+    first = again.take(names[:400], 100)
+    assert first == taken[:100]
+    later = again.take(names[400:], 900)  # also far from what the first call took
+    alone = [i for i in range(400, 900) if all(float(unit[i] @ unit[j]) <= 0.9 for j in first)]
+    expected: list[int] = []
+    for i in alone:
+        if all(float(unit[i] @ unit[j]) <= 0.9 for j in expected):
+            expected.append(i)
+    assert [400 + i for i in later] == expected
+
+
+@pytest.mark.parametrize("method", ["kmeans", "facility"])
+def test_diverse_choices_cover_the_directions(method: str) -> None:
+    """Twelve prompts of four directions, the best three of one: four are chosen, one of every direction."""
+    torch.manual_seed(1)
+    eye = torch.eye(16)
+    which = [0, 0, 0, 1, 1, 0, 2, 2, 3, 1, 3, 2]
+    rows = torch.stack([eye[i] for i in which]) + 0.01 * torch.randn(12, 16)
+    scores = table_of(np.arange(12.0)[::-1])
+    store = store_of(rows, [f"{i:02d}" for i in range(12)])
+    plain = select(scores, count=4)
+    assert {which[int(name)] for name in plain.ids} == {0, 1}
+    options: dict[str, Any] = {
+        "count": 4, "diversity": method, "candidates": 3, "seed": 2, "sketches": store,
+    }  # fmt: skip
+    chosen = select(scores, **options)
+    covered = {which[int(name)] for name in chosen.ids}
+    assert covered == {0, 1, 2, 3} if method == "facility" else len(covered) >= 3
+    assert chosen.ids == select(scores, **options).ids
+    assert len(select(scores, count=4, diversity=method, candidates=1, sketches=store)) == 4
+
+
+def test_facility_location_is_the_greedy_maximum() -> None:
+    """Against the plain greedy algorithm, which works out every gain at every step."""
+    torch.manual_seed(2)
+    rows = torch.nn.functional.normalize(torch.randn(60, 8), dim=1).half()
+    near = (rows.float() @ rows.float().T).clamp_min(0)
+    chosen: list[int] = []
+    for _ in range(12):
+        best = near[chosen].max(dim=0).values if chosen else torch.zeros(60)
+        gains = (near - best).clamp_min(0).sum(dim=1)
+        gains[chosen] = -1
+        chosen.append(int(gains.argmax()))
+    assert diverse(rows, 12, "facility").tolist() == sorted(chosen)
+
+
+def test_the_store_of_the_scores_is_found_or_asked_for(tmp_path: Path) -> None:
+    rows = torch.eye(4)
+    train, valid = store_of(rows, list("abcd")), store_of(rows[:1], ["v"])
+    scores = influence(train, [valid])
+    assert select(scores, count=2, dedup=0.5).ids == ["a", "b"]
+    write_scores(tmp_path / "s.parquet", scores, select(scores, count=2, per="pool"))
+    read = read_scores(tmp_path / "s.parquet")
+    assert read.meta["selection"] == {"fraction": 0.1, "method": "rrf", "count": 2}
+    with pytest.raises(CropiError, match="their store .* is not there; give it"):
+        select(read, count=2, dedup=0.5)
+    assert select(read, count=2, dedup=0.5, sketches=train).ids == ["a", "b"]
+    with pytest.raises(CropiError, match="holds no sketch of 1 of the ranked prompts, for example 'e'"):
+        unit_sketches(train, ["a", "e"])
+    with pytest.raises(CropiError, match="sketches is a Tensor"):
+        select(read, count=2, dedup=0.5, sketches=rows)  # type: ignore[arg-type]
