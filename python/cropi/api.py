@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi import pipeline
+from cropi.data.forms import parse_columns
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.options import Influence, Loading, Selecting, Sketching, names_of, split
@@ -28,6 +29,7 @@ def score(
     *,
     out: str | Path | None = None,
     behaviour_model: Any = None,
+    source: str = "auto",
     progress: bool = True,
     **options: Any,
 ) -> Scores:
@@ -42,6 +44,8 @@ def score(
         tokenizer: of a module.
         out: folder for the sketches, which are continued if they are there; None keeps them in memory.
         behaviour_model: the model that made the responses, where records have no log-probs and it is not ``model``.
+        source: what wrote the files that ``train`` and ``valid`` name, a dump of a trainer or of an engine among them
+            (see :class:`cropi.options.Reading`); "auto" tells by what stands in them.
         progress: show progress bars.
         options: the fields of :class:`cropi.options.Sketching` and :class:`cropi.options.Influence`, such as
             ``estimator="ppo"``, ``dim=8192``, ``metric="dot"``; for a model by its name, those of
@@ -71,6 +75,7 @@ def score(
     sketching, compare = split(rest, Sketching, Influence)
     job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
     setup = Setup(job, compare, Selecting(fraction=1.0))  # nothing is chosen here, so no pool is too small
+    train, valid = _opened(policy, sketching, train, source), _opened(policy, sketching, valid, source)
     checked = pipeline.check(policy, train, valid, setup, option="valid")
     folder = None if out is None else Path(out)
     stores = pipeline.sketch_all(
@@ -87,13 +92,14 @@ def sketch(
     out: str | Path | None = None,
     set: str | None = None,
     behaviour_model: Any = None,
+    source: str = "auto",
     progress: bool = True,
     **options: Any,
 ) -> SketchStore:
     """Sketch the policy gradient of every prompt.
 
     Args:
-        model, tokenizer, behaviour_model, progress: as for :func:`cropi.score`.
+        model, tokenizer, behaviour_model, source, progress: as for :func:`cropi.score`.
         trajectories: as ``train`` there.
         out: the store's folder, continued if it is there: prompts that it holds are not computed again. None keeps the
             sketches in memory.
@@ -115,6 +121,7 @@ def sketch(
     """
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, options)
     (sketching,) = split(rest, Sketching)
+    trajectories = _opened(policy, sketching, trajectories, source)
     job = make_job(sketching, trajectories, out, set=set, behaviour_model=beta, notes={"model": policy.name})
     summary = run_job(policy, job, progress=progress)
     if summary.interrupted:
@@ -192,6 +199,7 @@ def check(
     seed: int = 0,
     exact: bool | None = None,
     behaviour_model: Any = None,
+    source: str = "auto",
     progress: bool = True,
     **options: Any,
 ) -> CheckReport:
@@ -199,7 +207,7 @@ def check(
     a pool costs.
 
     Args:
-        model, trajectories, tokenizer, behaviour_model: as for :func:`cropi.sketch`.
+        model, trajectories, tokenizer, behaviour_model, source: as for :func:`cropi.sketch`.
         n: prompts in the sample, at least 4; their error is known to about ``1 / sqrt(2 n)`` of itself.
         seed: of the draw.
         exact: compare with exact gradients (True), a second seed (False), or as memory allows (None).
@@ -224,8 +232,21 @@ def check(
     """
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, options)
     (sketching,) = split(rest, Sketching)
+    trajectories = _opened(policy, sketching, trajectories, source)
     job = make_job(sketching, trajectories, None, behaviour_model=beta)
     return check_job(policy, job, n=n, seed=seed, exact=exact, say=print if progress else lambda text: None)
+
+
+def _opened(policy: Policy, options: Sketching, given: Any, source: str) -> Any:
+    """Trajectories, with records in place of trainers' dumps; of a dictionary, every value."""
+    from cropi.trainers.dumps import auto
+
+    if isinstance(given, dict) and all(
+        isinstance(value, (str, Path, list, tuple)) for value in given.values()
+    ):
+        return {name: _opened(policy, options, value, source) for name, value in given.items()}
+    reading = auto.Reading(columns=parse_columns(options.columns), tokenizer=lambda: policy.tokenizer)
+    return auto.opened(given, source, skip_bad=options.skip_bad, columns=options.columns, reading=reading)
 
 
 def _policies(

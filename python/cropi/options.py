@@ -145,6 +145,22 @@ class Gradient(Options):
     )
 
 
+SOURCES = (
+    "auto", "records", "verl", "slime", "nemo-rl", "trl", "vllm", "openai", "openrlhf", "prime-rl", "skyrl", "areal",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Options):
+    """What the files of trajectories are."""
+
+    source: str = option(
+        "auto",
+        "what wrote the files; auto tells by what stands in them, and says so; `cropi convert` has more options",
+        choices=SOURCES,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tokens(Options):
     """How records are read and text becomes token ids; stored ids always win."""

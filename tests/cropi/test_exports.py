@@ -395,7 +395,9 @@ def test_nemo_rl_dumps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "'token_ids': should have one value for each of 3 rollouts, got 4 values" in capsys.readouterr().err
     )
     assert cropi(*convert, "--dataset", source, "--model", "x") == 2
-    assert "--dataset is for verl's text dumps" in capsys.readouterr().err
+    assert (
+        "--dataset and --model are for verl's text dumps and for chat completions" in capsys.readouterr().err
+    )
 
 
 def test_rollouts_of_several_policies_need_logprobs() -> None:

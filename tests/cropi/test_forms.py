@@ -96,7 +96,7 @@ def test_columns_that_vary_between_the_responses_of_a_prompt_are_not_the_prompts
     [
         ({"prompt": "p"}, "these are prompts without responses"),
         ({"question": "p", "answer": "a"}, "these are prompts without responses"),
-        ({"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": "1"}}, "roll the prompts out"),
+        ({"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": "1"}}, "`cropi rollout`"),
         ({"prompt": "p", "completion": "c"}, "a row a response needs 'reward', and has none"),
         ({"prompt": "p", "response": "c", "score": 1}, "did you mean --columns reward=score?"),
         ({"prompt": "p", "output": "c", "reward": 1}, "did you mean --columns response=output?"),

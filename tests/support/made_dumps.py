@@ -82,10 +82,116 @@ def text() -> list[dict[str, Any]]:
     ]
 
 
+def messages(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"q{number}"}]
+
+
+def vllm() -> list[dict[str, Any]]:
+    """RequestOutput of vLLM as JSON: a table of the likeliest tokens at each place, and rewards added by a user."""
+    made: list[dict[str, Any]] = []
+    for k in (0, 2):
+        outputs = []
+        for n, (_, ids, _, reward) in enumerate(ROLLOUTS[k : k + 2]):
+            tables = [
+                {
+                    str(token): {"logprob": p, "rank": 2, "decoded_token": "x"},
+                    "3": {"logprob": -0.5, "rank": 1},
+                }
+                for token, p in zip(ids, logprobs(ids))
+            ]
+            outputs.append({
+                "index": n, "text": f"r{k + n}", "token_ids": ids, "cumulative_logprob": sum(logprobs(ids)),
+                "logprobs": tables, "finish_reason": "length" if k + n == 3 else "stop", "stop_reason": None,
+                "reward": reward,
+            })  # fmt: skip
+        made.append({
+            "request_id": str(k), "prompt": f"q{k // 2}", "prompt_token_ids": ROLLOUTS[k][0], "outputs": outputs,
+            "finished": True, "name": f"m{k // 2}",
+        })  # fmt: skip
+    return made
+
+
+def chat() -> list[dict[str, Any]]:
+    """A batch's output: an answer a request, with the server's token ids, and what a user wrote beside it."""
+    made = []
+    for k, (prompt, ids, _, reward) in enumerate(ROLLOUTS):
+        entries = [
+            {"token": f"token_id:{token}", "logprob": p, "bytes": [65], "top_logprobs": []}
+            for token, p in zip(ids, logprobs(ids))
+        ]
+        choice = {
+            "index": 0, "message": {"role": "assistant", "content": f"r{k}", "tool_calls": []},
+            "logprobs": {"content": entries}, "finish_reason": "length" if k == 3 else "stop",
+        }  # fmt: skip
+        body = {"id": f"c{k}", "object": "chat.completion", "choices": [choice], "prompt_token_ids": prompt}
+        made.append({
+            "id": f"b{k}", "custom_id": f"m{k // 2}", "response": {"status_code": 200, "body": body}, "error": None,
+            "reward": reward, "messages": messages(k // 2),
+        })  # fmt: skip
+    return made
+
+
+def prime() -> list[dict[str, Any]]:
+    """prime-rl's rollouts with the tokens of every turn: the second prompt's have two, with a tool's answer between."""
+    made = []
+    for k, (prompt, ids, mask, reward) in enumerate(ROLLOUTS):
+        turns, start = [], 0
+        while start < len(ids):
+            end = start + (mask[start:] + [0]).index(0)
+            turns.append({"tokens": {
+                "prompt_ids": prompt + ids[:start], "prompt_mask": [0] * (len(prompt) + start),
+                "completion_ids": ids[start:end], "completion_mask": [1] * (end - start),
+                "completion_logprobs": logprobs(ids[start:end]), "overlong_prompt": False, "is_truncated": False,
+            }})  # fmt: skip
+            start = end + (mask[end:] + [1]).index(1)
+        made.append({
+            "example_id": k // 2, "task": "sums", "prompt": messages(k // 2), "reward": reward, "answer": "g",
+            "completion": [{"role": "assistant", "content": f"r{k}"}], "trajectory": turns, "error": None,
+            "is_truncated": k == 3, "sampling_args": {"temperature": 0.7}, "name": f"m{k // 2}",
+        })  # fmt: skip
+    return made
+
+
+def trl() -> list[dict[str, Any]]:
+    """TRL's completions: two reward functions, and advantages of their sum."""
+    made = []
+    for k, (*_, reward) in enumerate(ROLLOUTS):
+        pair = [ROLLOUTS[k // 2 * 2 + n][3] for n in (0, 1)]
+        made.append({
+            "step": 7, "prompt": f"q{k // 2}", "completion": f"r{k}", "accuracy": reward - 0.25, "form": 0.25,
+            "solution": "g", "advantage": (reward - sum(pair) / 2) / (abs(pair[0] - pair[1]) / 2**0.5 + 1e-4),
+        })  # fmt: skip
+    return made
+
+
+def rows(prompt: str, response: str, score: str, **more: Any) -> list[dict[str, Any]]:
+    """A row a response as text."""
+    return [
+        {prompt: f"q{k // 2}", response: f"r{k}", score: reward, "name": f"m{k // 2}", **more}
+        for k, (*_, reward) in enumerate(ROLLOUTS)
+    ]
+
+
+def skyrl() -> list[dict[str, Any]]:
+    return rows(
+        "input_prompt", "output_response", "score", stop_reason="stop", env_class="sums", data_source="sums",
+        env_extras={"reward_spec": {"ground_truth": "g"}},
+    )  # fmt: skip
+
+
+def areal() -> list[dict[str, Any]]:
+    return rows("prompt", "completion", "reward", task_id=3, sample_idx=0, head_version=7, tail_version=7)
+
+
 def write(path: Path, made: Any) -> Path:
     """By the ending of the name: by torch.save, or as lines of JSON."""
     if path.suffix == ".pt":
         torch.save(made, path)
+    elif path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), path)
     else:
         path.write_text("".join(json.dumps(line) + "\n" for line in made))
     return path
@@ -99,14 +205,33 @@ KINDS: dict[str, Kind] = {
     "verl": ("tq_batch.pt", queue, lambda made: made["keys"], "extra_info.id"),
     "verl text": ("7.jsonl", text, lambda made: made, "uid"),
 }
+# Those that `--source auto` came with; all are told by what stands in them.
+MORE: dict[str, Kind] = {
+    "vllm": ("7.json", vllm, lambda made: made, "name"),
+    "openai": ("step_7.jsonl", chat, lambda made: made, "custom_id"),
+    "prime-rl": ("step_7.jsonl", prime, lambda made: made, "name"),
+    "trl": ("completions_00007.parquet", trl, lambda made: made, "prompt"),
+    "openrlhf": ("7.jsonl", lambda: rows("input", "output", "reward", label="g"), lambda made: made, "name"),
+    "skyrl": ("step_7.jsonl", skyrl, lambda made: made, "name"),
+    "areal": ("7.jsonl", areal, lambda made: made, "name"),
+}
 
 
 def made(kind: str) -> Any:
     """A copy that may be changed."""
-    return copy.deepcopy(KINDS[kind][1]())
+    return copy.deepcopy((KINDS | MORE)[kind][1]())
 
 
 def words(kind: str, path: Path, out: Path) -> list[str]:
     """The words of ``cropi convert`` for a file."""
-    given = ["convert", str(path), "--source", kind.split()[0], "--out", str(out), "--id-key", KINDS[kind][3]]
+    given = [
+        "convert",
+        str(path),
+        "--source",
+        kind.split()[0],
+        "--out",
+        str(out),
+        "--id-key",
+        (KINDS | MORE)[kind][3],
+    ]
     return given + list(TEMPERATURE)

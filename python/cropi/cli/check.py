@@ -8,7 +8,7 @@ import sys
 
 from cropi.cli import options, sketch
 from cropi.cli.parser import count
-from cropi.options import Sketching
+from cropi.options import Reading, Sketching
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", metavar="FILE.json", help="write the figures there")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
     options.add_model(command)
-    options.add(command, Sketching, leave=("store_dtype", "stage", "limit"))
+    options.add(command, Reading, Sketching, leave=("store_dtype", "stage", "limit"))
     options.add_progress(command)
 
 
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("the following arguments are required: --model")
     check_outputs({"--out": args.out}, {"--trajectories": args.trajectories})
     policy, behaviour_model = sketch.policies(args)
-    job = make_job(options.made(Sketching, args), args.trajectories, None, behaviour_model=behaviour_model)
+    trajectories = options.opened(args, args.trajectories, policy)
+    job = make_job(options.made(Sketching, args), trajectories, None, behaviour_model=behaviour_model)
     report = check_job(
         policy,
         job,

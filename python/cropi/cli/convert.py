@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from typing import Any
 
 from cropi.cli.parser import positive
-
-SOURCES = ("verl", "slime", "nemo-rl")
+from cropi.options import SOURCES
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    command.add_argument("files", nargs="+", metavar="FILE", help="dumps of one run, of any number of steps")
-    command.add_argument("--source", required=True, choices=SOURCES, help="the trainer that wrote them")
+    command.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="dumps of one run, of any number of steps; a folder stands for its files",
+    )
+    command.add_argument(
+        "--source", default="auto", choices=SOURCES,
+        help="what wrote them; auto tells by what stands in them, and says so (default: auto)",
+    )  # fmt: skip
     command.add_argument("--out", required=True, metavar="FILE.jsonl", help="the trajectories")
     command.add_argument(
         "--id-key", metavar="KEY",
         help="where the prompt's id stands: verl (default extra_info.index), a key of slime's metadata, or a column of "
-        "NeMo-RL's file; without it the id is a hash of the prompt",
+        "the file, dots leading into nested ones (default: prime-rl's task and example_id, else a hash of the prompt)",
     )  # fmt: skip
     command.add_argument(
-        "--temperature", type=float, help="of the sampling; dumps do not hold it, and log-probs depend on it"
+        "--temperature",
+        type=float,
+        help="of the sampling; log-probs depend on it (default: what the dump says, as prime-rl's and requests do)",
     )
     command.add_argument(
         "--keep", default="newest", choices=("newest", "all"),
@@ -45,11 +53,21 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="largest dump that is read (default 16 GiB)",
     )
-    text = command.add_argument_group("verl's text dumps (.jsonl)")
-    text.add_argument(
-        "--dataset", metavar="FILE", help="the dataset of the run, to find the prompts' ids and messages"
+    command.add_argument(
+        "--columns",
+        metavar="reward=NAME",
+        help="the column of TRL's file with the reward (default: the sum of all)",
     )
-    text.add_argument("--model", metavar="PATH_OR_ID", help="whose tokenizer rendered the prompts")
+    text = command.add_argument_group("dumps that lack prompts or token ids")
+    text.add_argument(
+        "--dataset", metavar="FILE",
+        help="verl's text (.jsonl): the dataset of the run, to find the prompts' ids and messages; a batch of "
+        "requests: its input file, with the prompts",
+    )  # fmt: skip
+    text.add_argument(
+        "--model", metavar="PATH_OR_ID",
+        help="whose tokenizer rendered verl's prompts, or wrote the tokens of chat completions",
+    )  # fmt: skip
     text.add_argument(
         "--trust-remote-code", action="store_true",
         help="let the model's folder or hub repository bring code of its own, WHICH IS RUN (default: no)",
@@ -58,24 +76,38 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what came out."""
+    from cropi.data.forms import parse_columns
     from cropi.errors import CropiError, printable
     from cropi.files import check_outputs
+    from cropi.trainers.dumps.auto import Reading, groups_of
     from cropi.trainers.dumps.fields import Left
-    from cropi.trainers.dumps.rollout import group_rollouts, write_groups
+    from cropi.trainers.dumps.recognise import recognise
+    from cropi.trainers.dumps.rollout import write_groups
 
-    if bool(args.dataset) != bool(args.model):
-        raise CropiError(
-            "--dataset and --model are needed together: prompts are found by their rendered text"
-        )
-    if args.dataset and args.source != "verl":
-        raise CropiError(
-            f"--dataset is for verl's text dumps; the dumps of {args.source} hold the prompts' tokens"
-        )
     check_outputs({"--out": args.out}, {"FILE": args.files, "--dataset": [args.dataset]})
+    source = args.source
+    if args.dataset or args.model:
+        source = recognise(args.files[0]).source if source == "auto" else source
+        if source not in ("verl", "openai"):
+            raise CropiError(
+                f"--dataset and --model are for verl's text dumps and for chat completions; the dumps of {source} hold "
+                "the prompts"
+            )
+        if source == "verl" and not (args.dataset and args.model):
+            raise CropiError(
+                "--dataset and --model are needed together: prompts are found by their rendered text"
+            )
     if args.allow_pickle:
         print(f"pickles       --allow-pickle: code that {', '.join(map(printable, args.files))} names is run")
     left = Left(args.skip_bad)
-    groups = group_rollouts(_rollouts(args, left), keep=args.keep, left=left)
+    found = args.dataset and source == "verl"
+    reading = Reading(
+        id_key=None if found else args.id_key, temperature=args.temperature, keep=args.keep,
+        allow_pickle=args.allow_pickle, largest=int(args.max_gib * 2**30), columns=parse_columns(args.columns),
+        requests=args.dataset if source == "openai" else None, prompts=_prompts(args) if found else None,
+        tokenizer=(lambda: _tokenizer(args)) if args.model else None,
+    )  # fmt: skip
+    groups = groups_of(args.files, args.source, reading, left, print)
     write_groups(args.out, groups)
     exact = sum(group.response_ids is not None for group in groups)
     print(
@@ -90,36 +122,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rollouts(args: argparse.Namespace, left: Any) -> Iterator[Any]:
-    options: dict[str, Any] = {
-        "id_key": args.id_key, "temperature": args.temperature, "left": left, "largest": int(args.max_gib * 2**30),
-    }  # fmt: skip
-    if args.source != "nemo-rl":
-        options["allow_pickle"] = args.allow_pickle
-    if args.source == "verl":
-        from cropi.trainers.dumps.verl import read_dump
+def _tokenizer(args: argparse.Namespace) -> Any:
+    from pathlib import Path
 
-        if args.dataset:
-            options |= {"id_key": None, "prompts": _prompts(args)}
-    elif args.source == "slime":
-        from cropi.trainers.dumps.slime import read_dump  # type: ignore[assignment]
-    else:
-        from cropi.trainers.dumps.nemo_rl import read_dump  # type: ignore[assignment]
-    for path in args.files:
-        yield from read_dump(path, **options)
+    from cropi.errors import optional
+    from cropi.model.load import load_tokenizer
+
+    folder = Path(args.model)
+    if folder.is_dir() and not (folder / "config.json").exists():  # a tokenizer alone
+        return optional("transformers").AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=args.trust_remote_code
+        )
+    return load_tokenizer(args.model, eos=False, trust_remote_code=args.trust_remote_code)
 
 
 def _prompts(args: argparse.Namespace) -> Any:
     from cropi.data.export import read_dataset
     from cropi.data.prompt_ids import PromptIds
-    from cropi.errors import optional
     from cropi.trainers.dumps.verl import prompts_by_text
     from cropi.trainers.verl.selected import ID_KEY
 
     table = read_dataset(args.dataset)
     rows = table if isinstance(table, list) else table.to_pylist()
-    tokenizer = optional("transformers").AutoTokenizer.from_pretrained(
-        args.model, trust_remote_code=args.trust_remote_code
-    )
     ids = PromptIds(rows, args.id_key or ID_KEY, args.dataset, "--id-key")
-    return prompts_by_text(rows, ids.names, tokenizer)
+    return prompts_by_text(rows, ids.names, _tokenizer(args))

@@ -8,7 +8,9 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+from cropi.cli import options
 from cropi.errors import printable
+from cropi.options import Reading
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -16,6 +18,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "path", help="a store's folder, a score table (.parquet) or trajectories (in any format that is read)"
     )
+    options.add(command, Reading)
     command.add_argument("--verify", action="store_true", help="read every shard and check its checksum")
     command.add_argument(
         "--skip-bad", action="store_true", help="count bad records instead of stopping at the first"
@@ -91,7 +94,10 @@ def _tokens(args: argparse.Namespace) -> None:
         ends=ends,
         template_date=args.template_date,
     )
-    for group in islice(read(args.path, skip_bad=args.skip_bad, columns=args.columns), args.show_tokens):
+    for group in islice(
+        read(options.opened(args, args.path, policy), skip_bad=args.skip_bad, columns=args.columns),
+        args.show_tokens,
+    ):
         print("\n".join(token_lines(tokens(group), tokenizer)))
 
 
@@ -136,7 +142,7 @@ def _trajectories(args: argparse.Namespace) -> None:
     from cropi.data.scan import scan
 
     path = args.path
-    found = scan(read(path, skip_bad=args.skip_bad, columns=args.columns))
+    found = scan(read(options.opened(args, path), skip_bad=args.skip_bad, columns=args.columns))
     print(
         f"trajectories  {path}: {found.prompts} prompts, {found.responses} responses, {found.usable} prompts usable"
     )

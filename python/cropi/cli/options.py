@@ -20,7 +20,8 @@ READERS: dict[str, Any] = {
 }  # fmt: skip
 METAVARS = {"count": "N", "whole": "N", "number": "X", "positive": "X", "share": "X"}
 TITLES = {
-    "Loading": "model", "Sketch": "sketch", "Gradient": "gradient", "Tokens": "tokens", "Running": "job",
+    "Loading": "model", "Reading": "trajectories",
+    "Sketch": "sketch", "Gradient": "gradient", "Tokens": "tokens", "Running": "job",
     "Storing": "store", "Comparing": "influence", "Influence": "influence", "Choosing": "selection",
     "Selecting": "selection",
 }  # fmt: skip
@@ -79,6 +80,21 @@ def add_model(command: argparse.ArgumentParser) -> None:
         help="the model that made the rollouts, to compute their log-probs again",
     )
     add(command, options.Loading)
+
+
+def opened(args: argparse.Namespace, given: Any, policy: Any = None) -> Any:
+    """The trajectories that a command was given, with records in place of trainers' dumps; says what it took them for.
+
+    ``policy`` has the tokenizer for tokens that are written as text.
+    """
+    from cropi.data.forms import parse_columns
+    from cropi.trainers.dumps import auto
+
+    columns = parse_columns(args.columns)
+    reading = auto.Reading(columns=columns, tokenizer=None if policy is None else lambda: policy.tokenizer)
+    return auto.opened(
+        given, args.source, skip_bad=args.skip_bad, columns=columns, reading=reading, say=print
+    )
 
 
 def add_progress(command: argparse.ArgumentParser) -> None:

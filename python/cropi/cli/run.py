@@ -9,7 +9,7 @@ from typing import Any
 from cropi.cli import exporting, influence, options, select, sketch
 from cropi.cli.config import apply_config
 from cropi.errors import optional
-from cropi.options import Influence, Selecting, Sketching
+from cropi.options import Influence, Reading, Selecting, Sketching
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--out", metavar="FOLDER", help="everything is written there")
     options.add_model(command)
-    options.add(command, Sketching, Influence, Selecting)
+    options.add(command, Reading, Sketching, Influence, Selecting)
     select.add_table(command)
     command.add_argument(
         "--no-report",
@@ -63,12 +63,13 @@ def run(args: argparse.Namespace) -> int:
     setup = pipeline.Setup.of(
         options.selection(args), behaviour_model=behaviour_model, notes=sketch.notes(args)
     )
-    valid = dict(zip(names, args.valid, strict=True))
-    checked = pipeline.check(policy, args.train, valid, setup)
+    train = options.opened(args, args.train, policy)
+    valid = {name: options.opened(args, path, policy) for name, path in zip(names, args.valid, strict=True)}
+    checked = pipeline.check(policy, train, valid, setup)
     exporting.check(args, checked.train.groups)
     try:
         chosen = pipeline.choose(
-            policy, args.train, valid, setup, args.out, checked=checked, say=print, progress=args.progress
+            policy, train, valid, setup, args.out, checked=checked, say=print, progress=args.progress
         )
     except Interrupted as error:
         print(error.summary.text())

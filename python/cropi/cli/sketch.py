@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from cropi.cli import options
-from cropi.options import Sketching
+from cropi.options import Reading, Sketching
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="FOLDER", help="the store; continued if it is there")
     command.add_argument("--set", help="validation set of records that carry none (default: none)")
     options.add_model(command)
-    options.add(command, Sketching)
+    options.add(command, Reading, Sketching)
     options.add_progress(command)
 
 
@@ -34,7 +34,12 @@ def run(args: argparse.Namespace) -> int:
     given = options.made(Sketching, args)
     policy, behaviour_model = policies(args)
     job = make_job(
-        given, args.trajectories, args.out, set=args.set, behaviour_model=behaviour_model, notes=notes(args)
+        given,
+        options.opened(args, args.trajectories, policy),
+        args.out,
+        set=args.set,
+        behaviour_model=behaviour_model,
+        notes=notes(args),
     )
     scan = scan_groups(policy, job)  # before the time that loading the weights takes is spent
     summary = sketch(policy, job, scan=scan, progress=args.progress)

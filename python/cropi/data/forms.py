@@ -44,8 +44,19 @@ _ANSWERS = (
 )
 ROLL_OUT = (
     "these are prompts without responses; selection needs several scored responses of your policy to each of them: "
-    "roll the prompts out first (sample, score, and store the token ids and log-probs), and see docs/trajectories.md"
+    "`cropi rollout` samples and scores them, and see docs/trajectories.md"
 )
+
+
+def is_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds a prompt, and neither a response nor a score."""
+    keys = [key for key, value in row.items() if value is not None]
+    messages = row.get("messages")
+    talks = isinstance(messages, list) and any(
+        isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
+    )
+    answered = talks or any(key in (*_ANSWERS, *_SCORES) or key in SINGLE for key in keys)
+    return any(key in _PROMPTS for key in keys) and not answered
 
 
 def parse_columns(words: str | Mapping[str, str] | None) -> dict[str, str]:

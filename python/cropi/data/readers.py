@@ -348,6 +348,20 @@ class _State:
                     yield wheres[0], None, error
 
 
+def first_row(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """``(where, row)`` of the first row of a file that is not blank.
+
+    Raises:
+        CropiError: not a file that is read, or an empty one.
+        RecordError: the row is no JSON object.
+    """
+    state = _State({}, None)
+    for source in sources_of(path):
+        for where, _, row in state._told(source.rows(), False):
+            return where, state._dictionary(row, where)
+    raise CropiError(f"{path}: the file holds no trajectory record (one JSON object a line is expected)")
+
+
 def _chained(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
     yield first
     yield from rows

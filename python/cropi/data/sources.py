@@ -125,7 +125,7 @@ def sources_of(source: Any, name: str = "records") -> list[Source]:
     Raises:
         CropiError: nothing, or something else.
     """
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, Path, Source)):
         return [_named(source)]
     if isinstance(source, Mapping):
         if all(hasattr(part, "column_names") for part in source.values()) and source:
@@ -134,9 +134,13 @@ def sources_of(source: Any, name: str = "records") -> list[Source]:
                 f"{name}[{str(next(iter(source)))!r}]"
             )
         raise CropiError(f"{name} is one dictionary; give a list of records, even of one")
-    if isinstance(source, Sequence) and source and all(isinstance(part, (str, Path)) for part in source):
+    if (
+        isinstance(source, Sequence)
+        and source
+        and all(isinstance(part, (str, Path, Source)) for part in source)
+    ):
         return [_named(part) for part in source]
-    if isinstance(source, Sequence) and any(isinstance(part, (str, Path)) for part in source):
+    if isinstance(source, Sequence) and any(isinstance(part, (str, Path, Source)) for part in source):
         raise CropiError(f"{name}: paths and records are mixed in one list; give one or the other")
     if isinstance(source, Sequence) and source and all(_is_table(part) for part in source):
         return [MemorySource(part, f"{name}[{i}]") for i, part in enumerate(source)]
@@ -153,7 +157,9 @@ def sources_of(source: Any, name: str = "records") -> list[Source]:
     )
 
 
-def _named(name: str | Path) -> Source:
+def _named(name: str | Path | Source) -> Source:
+    if isinstance(name, Source):
+        return name
     if str(name) == "-":
         return StdinSource.get()
     path = Path(name)

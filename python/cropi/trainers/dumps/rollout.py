@@ -24,7 +24,7 @@ KEEP = ("newest", "all")
 class Rollout:
     """One response to one prompt. ``id`` is the prompt's; ``step`` the training step that it was sampled at.
 
-    Either ``prompt_ids`` and ``response_ids``, or text: ``prompt`` (a string or messages) and ``response``.
+    Either ``prompt_ids`` and ``response_ids``, or text: ``prompt`` and ``response``, each a string or messages.
     ``loss_mask`` is 0 on response tokens of tools and of the user, which are context; None where all are the policy's.
     """
 
@@ -36,7 +36,7 @@ class Rollout:
     response_ids: list[int] | None = None
     logprobs: list[float] | None = None
     prompt: Any = None
-    response: str | None = None
+    response: Any = None
     answer: Any = None
     temperature: float | None = None
     loss_mask: list[int] | None = None

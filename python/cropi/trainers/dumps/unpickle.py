@@ -1,8 +1,8 @@
 """A reader of pickled dumps that runs none of their code.
 
 ``pickle`` calls whatever a file names. Here a file may name plain containers, numbers, dates, NumPy arrays and tensors,
-which are rebuilt by the functions below, and the classes of tensordict, verl and slime, whose contents are kept without
-the class (:class:`StandIn`). Anything else is an error that names it.
+which are rebuilt by the functions below, and the classes of tensordict, verl, slime and vLLM, whose contents are kept
+without the class (:class:`StandIn`). Anything else is an error that names it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 # Classes of these packages are kept as what they hold.
-TRAINERS = ("tensordict", "verl", "slime")
+TRAINERS = ("tensordict", "verl", "slime", "vllm")
 DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,

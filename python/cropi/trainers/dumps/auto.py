@@ -1,0 +1,244 @@
+"""Files of trainers and engines where trajectory records are expected: recognised, converted, and read as records."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cropi.data.forms import parse_columns
+from cropi.data.hub import is_hub_name
+from cropi.data.records import PromptGroup
+from cropi.data.sources import PathSource
+from cropi.data.tables import is_saved
+from cropi.errors import CropiError, printable
+from cropi.trainers.dumps.fields import Left
+from cropi.trainers.dumps.pickled import LARGEST
+from cropi.trainers.dumps.recognise import RECORDS, SOURCES, WORDS, recognise
+from cropi.trainers.dumps.rollout import Rollout, group_rollouts, write_groups
+
+AUTO = "auto"
+PICKLED = ("verl", "slime", "vllm")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How dumps are read; see the options of ``cropi convert``.
+
+    Attributes:
+        id_key: where the prompt's id stands.
+        temperature: of the sampling.
+        keep: of a prompt with rollouts of several steps those of the last one ("newest") or "all".
+        allow_pickle: load pickles with all that they name, which runs their code.
+        largest: bytes that a dump may have.
+        columns: ``{"reward": name}`` for TRL's files.
+        requests: the input file of a batch of requests.
+        prompts: verl's prompts by their text.
+        tokenizer: gives the model's tokenizer, for tokens that are written as text.
+    """
+
+    id_key: str | None = None
+    temperature: float | None = None
+    keep: str = "newest"
+    allow_pickle: bool = False
+    largest: int = LARGEST
+    columns: Mapping[str, str] = field(default_factory=dict)
+    requests: str | None = None
+    prompts: Mapping[str, Any] | None = None
+    tokenizer: Callable[[], Any] | None = None
+
+
+def read_rollouts(path: str | Path, source: str, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one dump.
+
+    Raises:
+        CropiError, BadSample: as the reader of the source.
+    """
+    given: dict[str, Any] = {
+        "id_key": reading.id_key, "temperature": reading.temperature, "left": left, "largest": reading.largest,
+    }  # fmt: skip
+    if source in PICKLED:
+        given["allow_pickle"] = reading.allow_pickle
+    if source == "verl":
+        from cropi.trainers.dumps.verl import read_dump
+
+        return read_dump(path, **given, prompts=reading.prompts)
+    if source == "slime":
+        from cropi.trainers.dumps import slime
+
+        return slime.read_dump(path, **given)
+    if source == "nemo-rl":
+        from cropi.trainers.dumps import nemo_rl
+
+        return nemo_rl.read_dump(path, **given)
+    if source == "vllm":
+        from cropi.trainers.dumps import vllm
+
+        return vllm.read_dump(path, **given)
+    if source == "openai":
+        from cropi.trainers.dumps import openai
+
+        return openai.read_dump(path, **given, requests=reading.requests, tokenizer=reading.tokenizer)
+    if source == "trl":
+        from cropi.trainers.dumps import trl
+
+        return trl.read_dump(path, **given, columns=reading.columns)
+    if source == "prime-rl":
+        from cropi.trainers.dumps import verifiers
+
+        return verifiers.read_dump(path, **given)
+    from cropi.trainers.dumps import text_rows
+
+    return text_rows.read_dump(path, source, **given)
+
+
+class DumpSource(PathSource):
+    """Dumps of one run, as a file of records that lives as long as this.
+
+    Attributes:
+        files: the dumps.
+        source: what wrote them.
+        groups: how many prompts they hold, ``responses`` how many responses; ``ids`` and ``logprobs`` in how many
+            records there are such.
+        left: the samples that were left out.
+    """
+
+    def __init__(self, files: Sequence[str | Path], source: str, reading: Reading, skip_bad: bool) -> None:
+        self.files, self.source, self.left = list(files), source, Left(skip_bad)
+        rollouts = (one for path in files for one in read_rollouts(path, source, reading, self.left))
+        groups = group_rollouts(rollouts, keep=reading.keep, left=self.left)
+        self._folder = tempfile.TemporaryDirectory(prefix="cropi-dump-")
+        path = Path(self._folder.name) / "records.jsonl"
+        write_groups(path, groups)
+        self.groups, self.responses = len(groups), sum(group.size for group in groups)
+        self.ids = sum(group.response_ids is not None for group in groups)
+        self.logprobs = sum(group.logprobs is not None for group in groups)
+        super().__init__(path, f"{', '.join(map(str, files))}, as records")
+
+    def line(self) -> str:
+        """One line that says what was read."""
+        held = [name for name, count in (("token ids", self.ids), ("log-probs", self.logprobs)) if count]
+        some = f"{', '.join(held)}" if held else "text"
+        out = f"; {self.left.counts.total()} samples left out" if self.left.counts else ""
+        shown = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
+        return (
+            f"read as       {WORDS[self.source]}: {printable(shown)} ({self.groups} prompts, {self.responses} "
+            f"responses; {some}{out})"
+        )
+
+
+def opened(
+    given: Any,
+    source: str = AUTO,
+    *,
+    skip_bad: bool = False,
+    columns: str | Mapping[str, str] | None = None,
+    reading: Reading | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Any:
+    """What :func:`cropi.data.readers.read` takes, with a source of records in place of every dump.
+
+    Args:
+        given: a path, a list of paths (a folder stands for the files in it), or anything else, which is left as it is.
+        source: what wrote the files: one of :data:`cropi.trainers.dumps.recognise.SOURCES`, or "auto".
+        skip_bad: leave bad samples of dumps out, and count them.
+        columns: as for :func:`cropi.data.readers.read`.
+        reading: how dumps are read.
+        say: takes a line that says what a dump was taken for.
+
+    Raises:
+        CropiError: an unknown source, or as :func:`cropi.trainers.dumps.recognise.recognise` and the readers.
+    """
+    if source not in (AUTO, *SOURCES):
+        raise CropiError(f"source must be one of {AUTO}, {', '.join(SOURCES)}, got {source!r}")
+    several = isinstance(given, (list, tuple))
+    paths = list(given) if several else [given]
+    if source == RECORDS or not paths or not all(isinstance(path, (str, Path)) for path in paths):
+        return given
+    made: list[Any] = []
+    runs: dict[str, list[str | Path]] = {}
+    for path in expanded(paths):
+        kind = _kind(path, source, columns)
+        if kind == RECORDS:
+            made.append(path)
+        else:
+            if kind not in runs:
+                made.append(kind)  # its place in the order
+            runs.setdefault(kind, []).append(path)
+    if not runs:
+        return given
+    reading = reading or Reading(columns=parse_columns(columns))
+    for kind, files in runs.items():
+        held = DumpSource(files, kind, reading, skip_bad)
+        if say is not None:
+            say(held.line())
+            for name, error in held.left.first.items():
+                say(
+                    printable(
+                        f"  left out    {held.left.counts[name]} by {name}, the first {error.where}: {error.problem}"
+                    )
+                )
+        made[made.index(kind)] = held
+    return made
+
+
+def expanded(paths: Sequence[str | Path]) -> list[str | Path]:
+    """The paths, with the files of a folder in its place, steps in order of their numbers."""
+    found: list[str | Path] = []
+    for path in paths:
+        if not _is_name(path) and Path(path).is_dir() and not is_saved(Path(path)):
+            files: list[Path] = [
+                file for file in Path(path).iterdir() if file.is_file() and not file.name.startswith(".")
+            ]
+            if not files:
+                raise CropiError(
+                    f"{path} is a folder without files; give trajectories, or a folder of a trainer's dumps"
+                )
+            found += [*sorted(files, key=_numbered)]
+        else:
+            found.append(path)
+    return found
+
+
+def _numbered(file: Path) -> list[Any]:
+    """What sorts ``2.jsonl`` before ``10.jsonl``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", file.name)]
+
+
+def _is_name(path: str | Path) -> bool:
+    return str(path) == "-" or (is_hub_name(path) and not Path(path).exists())
+
+
+def _kind(path: str | Path, source: str, columns: Any) -> str:
+    if _is_name(path):
+        return RECORDS
+    if source != AUTO:
+        return source
+    return recognise(path, renamed=bool(columns)).source
+
+
+def groups_of(
+    given: Sequence[str | Path], source: str, reading: Reading, left: Left, say: Callable[[str], None]
+) -> list[PromptGroup]:
+    """All prompt groups of some files, for ``cropi convert``.
+
+    Raises:
+        CropiError: the files are of several kinds, or as the readers.
+    """
+    paths = expanded(list(given))
+    kinds = {str(path): _kind(path, source, None) for path in paths}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{path} ({WORDS[kind]})" for path, kind in list(kinds.items())[:6])
+        raise CropiError(f"the files are of several kinds: {told}; convert each kind by itself")
+    kind = next(iter(kinds.values()))
+    if source == AUTO:
+        say(f"read as       {WORDS[kind]}")
+    if kind == RECORDS:
+        from cropi.data.readers import read
+
+        return list(read(paths, skip_bad=left.skip_bad, columns=dict(reading.columns)))
+    rollouts = (one for path in paths for one in read_rollouts(path, kind, reading, left))
+    return group_rollouts(rollouts, keep=reading.keep, left=left)

@@ -1,0 +1,171 @@
+"""What wrote a file, told by what stands in it: trajectory records, prompts alone, a trainer's or an engine's dump."""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from cropi.data.forms import form_of, is_prompt
+from cropi.data.readers import first_row
+from cropi.data.tables import is_saved
+from cropi.errors import CropiError, RecordError
+from cropi.trainers.dumps.fields import names
+
+RECORDS, PROMPTS = "records", "prompts"
+# What the sources are called in words.
+WORDS = {
+    RECORDS: "trajectory records", "verl": "rollouts of verl", "slime": "a rollout dump of slime",
+    "nemo-rl": "training data of NeMo-RL", "trl": "completions of TRL", "vllm": "outputs of vLLM",
+    "openai": "chat completions", "openrlhf": "batch inference of OpenRLHF",
+    "prime-rl": "rollouts of prime-rl (verifiers)",
+    "skyrl": "results of SkyRL", "areal": "a rollout dump of AReaL",
+}  # fmt: skip
+SOURCES = tuple(WORDS)
+# Rows are told by keys that they have together; the first that fits wins.
+KEYS: list[tuple[str, tuple[str, ...]]] = [
+    ("vllm", ("request_id", "outputs")),
+    ("vllm", ("prompt_token_ids", "outputs")),
+    ("nemo-rl", ("token_ids", "token_loss_mask", "rewards")),
+    ("verl", ("input", "output", "score", "step")),
+    ("skyrl", ("input_prompt", "output_response", "score")),
+    ("areal", ("task_id", "head_version", "prompt", "completion")),
+    ("prime-rl", ("example_id", "prompt", "completion")),
+    ("trl", ("step", "prompt", "completion", "advantage")),
+    ("openrlhf", ("input", "output", "reward")),
+]
+# Enough of a pickle to have met the keys of its outermost table and the first class.
+MOST_OPCODES = 20_000
+_ROLL = "`cropi rollout` samples and scores responses to them; then give its file"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file was taken for: one of :data:`SOURCES`."""
+
+    source: str
+
+    @property
+    def words(self) -> str:
+        """The same in words."""
+        return WORDS[self.source]
+
+
+def recognise(path: str | Path, *, renamed: bool = False) -> Found:
+    """What wrote a file; ``renamed``: its columns have names of their own, so that they are not judged.
+
+    Raises:
+        CropiError: it holds prompts alone, is a dump that cannot be read, or a file of an unknown kind; the message
+            says which, and what to do.
+    """
+    path = Path(path)
+    if is_saved(path) or not path.is_file():
+        return Found(RECORDS)  # whose reader says what is wrong
+    with open(path, "rb") as file:
+        head = file.read(16)
+        if head.startswith(b"PK\x03\x04"):
+            return _of_strings(path, _strings_of_zip(path))
+        if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+            file.seek(0)
+            return _of_strings(path, _strings(file))
+    if path.suffix == ".bin" and head and (head[0] >> 4 == 9 or head[0] in (0xDC, 0xDD)):
+        raise CropiError(
+            f"{path} is a packed batch of prime-rl (msgpack), which holds no prompt ids, and whose fields change their "
+            "order from release to release; give the rollouts that it saves beside it, train_rollouts.jsonl"
+        )
+    try:
+        where, row = first_row(path)
+    except RecordError:
+        return Found(RECORDS)  # the error comes again, when the record is read
+    return source_of_row(row, where, renamed=renamed)
+
+
+def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) -> Found:
+    """What wrote a row.
+
+    Raises:
+        CropiError: it holds a prompt alone.
+    """
+    held = {key for key, value in row.items() if value is not None}
+    for source, keys in KEYS:
+        if held >= set(keys):
+            return Found(source)
+    if "choices" in held or _answer(row.get("response")):
+        return Found("openai")
+    if renamed:
+        return Found(RECORDS)
+    if {"custom_id", "body"} <= held:
+        raise CropiError(
+            f"{where}: this is the input of a batch of requests, without answers; run the batch, score the answers, "
+            f"and give its output (and this file as --dataset of `cropi convert`); or {_ROLL}"
+        )
+    if {"prompt", "reward_model"} <= held and not held & {"responses", "rewards", "response_ids"}:
+        raise CropiError(
+            f"{where}: these are prompts of verl (data_source, prompt, reward_model), without responses; {_ROLL}"
+        )
+    if is_prompt(row):
+        kind = "of slime or OpenRLHF " if "label" in held else ""
+        raise CropiError(
+            f"{where}: these are prompts {kind}without responses (the row has {names(row)}), and selection needs "
+            f"several scored responses of your policy to each; {_ROLL}"
+        )
+    form_of(row, where)  # says what is missing
+    return Found(RECORDS)
+
+
+def _answer(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    body = value.get("body")
+    return "choices" in value or "status_code" in value or (isinstance(body, Mapping) and "choices" in body)
+
+
+def _of_strings(path: Path, found: set[str]) -> Found:
+    """By the keys and classes that a pickle names."""
+    if {"rollout_id", "samples"} <= found:
+        return Found("slime")
+    if {"tensordict", "global_steps"} <= found or any(name.startswith("verl") for name in found):
+        return Found("verl")
+    if any(name.startswith("vllm") for name in found) or {"prompt_token_ids", "outputs"} <= found:
+        return Found("vllm")
+    if any("TrainingInputBatch" in name or name.startswith("skyrl") for name in found):
+        raise CropiError(
+            f"{path} is a training batch of SkyRL, which holds no prompt ids and, once advantages are made, no "
+            "rewards; give the results that trainer.dump_eval_results writes ({data_source}.jsonl)"
+        )
+    raise CropiError(
+        f"{path} is a pickle, but none of slime, verl or vLLM (it names {names(sorted(found)[:12])}); write the "
+        "records as JSON lines or parquet (docs/trajectories.md)"
+    )
+
+
+def _strings_of_zip(path: Path) -> set[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next((n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl"), None)
+            if name is None:
+                raise CropiError(
+                    f"{path} is a zip archive that torch.save did not write (a numpy or other archive); unpack it, and "
+                    "write the records as JSON lines or parquet (docs/trajectories.md)"
+                )
+            with archive.open(name) as file:
+                return _strings(file)
+    except zipfile.BadZipFile as error:
+        raise CropiError(f"{path} is a damaged zip archive ({error}); copy it again") from error
+
+
+def _strings(file: IO[bytes]) -> set[str]:
+    """The texts that a pickle's first instructions hold; nothing of it is run."""
+    found: set[str] = set()
+    try:
+        for number, (code, value, _) in enumerate(pickletools.genops(file)):
+            if isinstance(value, str):
+                found.add(value.replace(" ", ".") if code.name == "GLOBAL" else value)
+            if number > MOST_OPCODES:
+                break
+    except Exception:  # damaged: whoever reads it says how
+        pass
+    return found

@@ -1,0 +1,85 @@
+"""Rows of a dump in any form that tables have: JSON lines or an array, packed or not, parquet, arrow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cropi.data.records import parse_json
+from cropi.data.sources import PathSource
+from cropi.data.tables import TableRow
+from cropi.data.values import python_value
+from cropi.errors import RecordError
+from cropi.trainers.dumps.fields import BadSample, Left, finite, nested, prompt_id, shown
+from cropi.trainers.dumps.rollout import text_id
+
+
+def rows_of_dump(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(file:line, object)`` of every row; keys of a table's row that hold nothing are left out.
+
+    Raises:
+        CropiError: not a file that is read.
+        BadSample: a line is not UTF-8, not JSON, or no object.
+    """
+    blank = (
+        row for row in PathSource(path).rows() if not isinstance(row[2], bytes) or row[2].strip(b" \t\r\n")
+    )
+    for where, _, row in blank:
+        yield from left.each([(where, row)], _parsed)
+
+
+def _parsed(pair: tuple[str, Any]) -> tuple[str, dict[str, Any]]:
+    where, row = pair
+    if isinstance(row, bytes):
+        try:
+            return where, parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
+        except RecordError as error:
+            raise BadSample(where, "line", error.problem) from None
+    if isinstance(row, TableRow):
+        return where, {key: value for key, value in row.items() if value is not None}
+    return where, {str(key): python_value(value) for key, value in row.items()}
+
+
+def id_of(row: Any, id_key: str | None, prompt: Any, where: str) -> str:
+    """The prompt's id: what stands at ``id_key``, or a hash of the prompt.
+
+    Raises:
+        BadSample: there is nothing at ``id_key``.
+    """
+    if id_key is None:
+        return text_id(
+            prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=repr)
+        )
+    found = row.get(id_key) if id_key in row else nested(row, id_key)
+    if found is None:
+        raise BadSample(where, id_key[:80], "is missing, which --id-key names")
+    return prompt_id(found, id_key[:80], where)
+
+
+def reward_of(value: Any, field: str, where: str) -> float:
+    """A reward: a number, or one a token, which are added up.
+
+    Raises:
+        BadSample: it is missing, or neither.
+    """
+    if value is None:
+        raise BadSample(
+            where, field, "is missing: the responses are not scored",
+            "score them, and write a number for every response under this key, or pass --skip-bad",
+        )  # fmt: skip
+    if isinstance(value, list):
+        return sum(finite(one, f"{field}[{t}]", where) for t, one in enumerate(value))
+    return finite(value, field, where)
+
+
+def text_of(value: Any, field: str, where: str) -> str:
+    """Text that is not empty.
+
+    Raises:
+        BadSample: it is something else.
+    """
+    if not isinstance(value, str) or not value:
+        raise BadSample(where, field, f"should be text, got {shown(value)}")
+    return value

@@ -1,0 +1,128 @@
+"""Readers of dumps that hold a row a response as text: OpenRLHF's batch inference, SkyRL, AReaL.
+
+==========  ===============================================================  ==========================================
+source      file                                                             columns
+==========  ===============================================================  ==========================================
+openrlhf    ``openrlhf.cli.batch_inference`` (``--eval_task generate``, then  ``input``, ``output``, ``reward``
+            ``rm``)
+skyrl       ``trainer.dump_eval_results``: ``{data_source}.jsonl``           ``input_prompt``, ``output_response``,
+                                                                             ``score``, ``stop_reason``, ``env_extras``
+areal       ``dump_to_file``: ``{version}/{task_id}.jsonl``                  ``prompt``, ``completion``, ``reward``,
+                                                                             ``head_version``
+==========  ===============================================================  ==========================================
+
+Text cannot be turned back into the tokens that were sampled with certainty, and none of these holds log-probs.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cropi.data.scan import LossyTokens
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, names, nested, whole
+from cropi.trainers.dumps.pickled import LARGEST, check_size
+from cropi.trainers.dumps.rollout import Rollout, checked
+from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump, text_of
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a source's rows hold what a record is made of."""
+
+    prompt: str
+    response: str
+    reward: str
+    answer: str | None = None
+    step: str | None = None
+    stop: str | None = None
+    task: str | None = None
+
+
+COLUMNS = {
+    "openrlhf": Columns("input", "output", "reward", answer="label"),
+    "skyrl": Columns(
+        "input_prompt", "output_response", "score", answer="env_extras.reward_spec.ground_truth",
+        stop="stop_reason", task="data_source",
+    ),
+    "areal": Columns("prompt", "completion", "reward", step="head_version"),
+}  # fmt: skip
+
+
+def read_dump(
+    path: str | Path,
+    source: str,
+    *,
+    id_key: str | None = None,
+    temperature: float | None = None,
+    left: Left | None = None,
+    largest: int = LARGEST,
+) -> Iterator[Rollout]:
+    """The rollouts in one file.
+
+    Args:
+        path: JSON lines, packed or not.
+        source: one of :data:`COLUMNS`.
+        id_key: a column with the prompt's id, dots leading into nested ones; None: a hash of the prompt's text.
+        temperature: of the sampling, which the file does not hold.
+        left: takes the rows that are left out; None raises at the first bad one.
+        largest: bytes that the file may have.
+
+    Raises:
+        CropiError: there is no such file, or it is too large.
+        BadSample: a row without reward or id, or with a field of another form.
+    """
+    path, left, columns = Path(path), Left() if left is None else left, COLUMNS[source]
+    check_size(path, largest)
+    warn_text(path)
+    step = step_of(path)
+
+    def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
+        where, row = pair
+        for key in (columns.prompt, columns.response):
+            if key not in row:
+                raise BadSample(
+                    where, key, f"is missing, so this is no dump of {source} (it has {names(row)})"
+                )
+        if row[columns.response] == "":
+            raise Unused(where, columns.response, "is empty")
+        prompt = text_of(row[columns.prompt], columns.prompt, where)
+        stop = row.get(columns.stop) if columns.stop else None
+        task = row.get(columns.task) if columns.task else None
+        extra: dict[str, Any] = {"lossy": True}
+        if isinstance(task, str) and task:
+            extra["task"] = task
+        return checked(Rollout(
+            id=id_of(row, id_key, prompt, where), reward=reward_of(row.get(columns.reward), columns.reward, where),
+            step=step if columns.step not in row else whole(row[str(columns.step)], str(columns.step), where),
+            where=where,
+            prompt=prompt, response=text_of(row[columns.response], columns.response, where),
+            answer=nested(row, columns.answer) if columns.answer else None, temperature=temperature,
+            truncated={"length": True, "stop": False}.get(stop) if isinstance(stop, str) else None, extra=extra,
+        ))  # fmt: skip
+
+    yield from left.each(rows_of_dump(path, left), read)
+
+
+def warn_text(path: Path, lost: str = "there are no log-probs") -> None:
+    """Say that a file holds text."""
+    warnings.warn(
+        f"{path} holds text: its responses are tokenised again, which may give other tokens than were sampled, and "
+        f"{lost}; store token ids to be exact",
+        LossyTokens,
+        stacklevel=3,
+    )
+
+
+def step_of(path: Path) -> int:
+    """The training step that the name of a file or of its folder says, or 0."""
+    for name in (path.name, path.parent.name):
+        if found := re.search(r"(?:step|completions)[_-]?(\d{1,18})", name):
+            return int(found[1])
+        if found := re.fullmatch(r"(\d{1,18})(\.\w+)*", name):
+            return int(found[1])
+    return 0

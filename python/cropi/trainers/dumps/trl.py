@@ -1,0 +1,136 @@
+"""Reader of TRL's completions (``log_completions=True``): ``{output_dir}/completions/completions_{step}.parquet``.
+
+Columns: ``step``, ``prompt``, ``completion``, one with the number that each reward function gave, extra ones, and
+``advantage``. Text is decoded without special tokens; there are neither ids nor log-probs: to have those, record by
+:mod:`cropi.trainers.trl`.
+
+The reward is the sum of the reward functions' numbers (TRL's default weights), and is held to the advantages: those of
+a prompt grow with its rewards. Where they do not, because functions have weights, or a column of numbers is no reward,
+the column has to be named (``--columns reward=NAME``).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cropi.errors import CropiError
+from cropi.trainers.dumps.fields import Left, NotFinite, Unused, finite, names, whole
+from cropi.trainers.dumps.pickled import LARGEST, check_size
+from cropi.trainers.dumps.rollout import Rollout, checked
+from cropi.trainers.dumps.rows import id_of, rows_of_dump
+from cropi.trainers.dumps.text_rows import warn_text
+
+KEYS = ("step", "prompt", "completion", "advantage")
+# Rewards and advantages are float32 in TRL, and advantages may be divided by a standard deviation plus 1e-4.
+SLACK = 1e-3
+
+
+def read_dump(
+    path: str | Path,
+    *,
+    id_key: str | None = None,
+    temperature: float | None = None,
+    left: Left | None = None,
+    largest: int = LARGEST,
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[Rollout]:
+    """The rollouts in one file.
+
+    Args:
+        path: ``completions_{step}.parquet``.
+        id_key: a column with the prompt's id; None: a hash of the prompt.
+        temperature: of the sampling, which the file does not hold.
+        left: takes the rows that are left out; None raises at the first bad one.
+        largest: bytes that the file may have.
+        columns: ``{"reward": name}``, where the rewards are not the sum of the functions' numbers.
+
+    Raises:
+        CropiError: another layout, or the advantages contradict the rewards.
+        BadSample: a row with a field of another form.
+    """
+    path, left = Path(path), Left() if left is None else left
+    check_size(path, largest)
+    warn_text(path)
+    rows = list(rows_of_dump(path, left))
+    if not rows or any(key not in rows[0][1] for key in KEYS[:3]):
+        held = names(rows[0][1]) if rows else "no row"
+        raise CropiError(
+            f"{path} is no completions file of TRL, which has {', '.join(KEYS)}, but holds {held}"
+        )
+    rewards = _reward_columns(rows, path, (columns or {}).get("reward"), id_key)
+
+    def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
+        where, row = pair
+        numbers = [row.get(name) for name in rewards]
+        known = [finite(value, name, where) for name, value in zip(rewards, numbers) if value is not None]
+        if not known:
+            raise NotFinite(where, rewards[0], "no reward function gave this completion a number")
+        completion = row.get("completion")
+        if not completion:
+            raise Unused(where, "completion", "is empty")
+        prompt = row["prompt"]
+        return checked(Rollout(
+            id=id_of(row, id_key, prompt, where), reward=sum(known), step=whole(row["step"], "step", where),
+            where=where, prompt=prompt, response=completion, temperature=temperature, extra={"lossy": True},
+        ))  # fmt: skip
+
+    yield from left.each(rows, read)
+
+
+def _reward_columns(
+    rows: list[tuple[str, dict[str, Any]]], path: Path, named: str | None, id_key: str | None
+) -> list[str]:
+    """The columns whose sum is the reward.
+
+    Raises:
+        CropiError: no column of numbers, or the advantages contradict their sum.
+    """
+    keys = dict.fromkeys(key for _, row in rows for key in row)
+    if named is not None:
+        if named not in keys:
+            raise CropiError(
+                f"{path}: there is no column {named!r}, which --columns reward= names; it has {names(keys)}"
+            )
+        return [named]
+    found = [
+        key
+        for key in keys
+        if key not in (*KEYS, id_key)
+        and any(isinstance(row.get(key), float) for _, row in rows)
+        and all(isinstance(row.get(key), (float, int, type(None))) for _, row in rows)
+    ]
+    if not found:
+        raise CropiError(
+            f"{path} has no column of rewards (numbers); it has {names(keys)}; name it with --columns reward=NAME"
+        )
+    if "advantage" in keys and not _agree(rows, found):
+        raise CropiError(
+            f"{path}: the advantages do not follow the sum of the columns {', '.join(found)}, so these are not the "
+            "rewards, or have weights; name the column with the reward with --columns reward=NAME"
+        )
+    return found
+
+
+def _agree(rows: list[tuple[str, dict[str, Any]]], rewards: list[str]) -> bool:
+    """Whether within each prompt the advantages are the centred rewards times one number above 0."""
+    groups: dict[Any, list[tuple[float, float]]] = defaultdict(list)
+    for _, row in rows:
+        numbers = [row[name] for name in rewards if isinstance(row.get(name), (int, float))]
+        advantage = row.get("advantage")
+        if numbers and isinstance(advantage, (int, float)) and np.isfinite([*numbers, advantage]).all():
+            groups[repr(row["step"]), repr(row["prompt"])].append((sum(numbers), float(advantage)))
+    for pairs in groups.values():
+        reward, advantage = np.array(pairs).T
+        reward, advantage = reward - reward.mean(), advantage - advantage.mean()
+        size = np.abs(reward).max(initial=0.0)
+        if size <= SLACK:
+            continue
+        scale = float(reward @ advantage) / float(reward @ reward)
+        if scale < 0 or np.abs(advantage - scale * reward).max() > SLACK * max(scale * size, SLACK):
+            return False
+    return True

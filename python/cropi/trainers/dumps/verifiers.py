@@ -1,0 +1,140 @@
+"""Reader of rollouts of prime-rl and of verifiers: ``rollouts/step_{N}/train_rollouts.jsonl``, ``results.jsonl``.
+
+A row is one rollout: ``example_id`` (the prompt's number in its environment), ``task``, ``prompt`` and ``completion``
+(messages), ``reward``, ``answer``; where the trajectory is saved, ``trajectory`` has a step a turn, whose ``tokens``
+hold ``prompt_ids``, ``completion_ids``, ``completion_mask`` and ``completion_logprobs``. Where every turn's prompt
+begins with all tokens before it, they are one sequence: what lies between two turns (tools, users) is context,
+masked with 0.
+
+prime-rl's packed ``.bin`` batches hold no prompt ids, and their fields stand in an order that changes from release to
+release: they are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cropi.trainers.dumps.fields import (
+    BadSample,
+    Left,
+    Unused,
+    listed,
+    log_probs,
+    loss_mask,
+    names,
+    prompt_id,
+    token_ids,
+)
+from cropi.trainers.dumps.pickled import LARGEST, check_size
+from cropi.trainers.dumps.rollout import Rollout, checked
+from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
+from cropi.trainers.dumps.text_rows import step_of, warn_text
+
+
+def read_dump(
+    path: str | Path,
+    *,
+    id_key: str | None = None,
+    temperature: float | None = None,
+    left: Left | None = None,
+    largest: int = LARGEST,
+) -> Iterator[Rollout]:
+    """The rollouts in one file. Those that ended in an error are left out, as in training.
+
+    Args:
+        path: JSON lines, packed or not; the step is in the name of the file or of its folder.
+        id_key: a column with the prompt's id; None: ``task`` and ``example_id``.
+        temperature: of the sampling; None: ``sampling_args.temperature`` of each row.
+        left: takes the rows that are left out; None raises at the first bad one.
+        largest: bytes that the file may have.
+
+    Raises:
+        CropiError: there is no such file, or it is too large.
+        BadSample: a row of another layout, or whose turns are no single sequence.
+    """
+    path, left = Path(path), Left() if left is None else left
+    check_size(path, largest)
+    step, told = step_of(path), False
+
+    def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
+        nonlocal told
+        where, row = pair
+        for key in ("example_id", "prompt", "completion"):
+            if key not in row:
+                raise BadSample(
+                    where, key, f"is missing, so this is no rollout of prime-rl (it has {names(row)})"
+                )
+        if row.get("error"):
+            raise Unused(where, "error", "the rollout ended in an error")
+        task = row.get("task") or row.get("env_id")
+        name = str(prompt_id(row["example_id"], "example_id", where))
+        name = f"{task}-{name}" if isinstance(task, str) and task else name
+        if id_key is not None:
+            name = id_of(row, id_key, row["prompt"], where)
+        sampling = row.get("sampling_args")
+        warm = (
+            sampling.get("temperature") if temperature is None and isinstance(sampling, dict) else temperature
+        )
+        tokens = _sequence(row.get("trajectory"), where)
+        if tokens is None and not told:
+            told = True
+            warn_text(path)
+        response = row["completion"]
+        if tokens is None and not response:
+            raise Unused(where, "completion", "is empty")
+        cut = row.get("is_truncated")
+        return checked(Rollout(
+            id=name, reward=reward_of(row.get("reward"), "reward", where), step=step, where=where, prompt=row["prompt"],
+            response=response or None, answer=row.get("answer"), temperature=warm,
+            truncated=cut if isinstance(cut, bool) else None,
+            extra={**({"task": task} if isinstance(task, str) and task else {}), **({} if tokens else {"lossy": True})},
+            **(tokens or {}),
+        ))  # fmt: skip
+
+    yield from left.each(rows_of_dump(path, left), read)
+
+
+def _sequence(turns: Any, where: str) -> dict[str, Any] | None:
+    """Prompt, response, mask and log-probs of a trajectory's turns as one sequence; None where no tokens are saved.
+
+    Raises:
+        BadSample: a turn does not go on from the one before it.
+    """
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or any(not isinstance(turn, dict) or not isinstance(turn.get("tokens"), dict) for turn in turns)
+    ):
+        return None
+    prompt: list[int] = []
+    ids: list[int] = []
+    mask: list[int] = []
+    probs: list[float] = []
+    for number, turn in enumerate(turns):
+        name, held = f"trajectory[{number}].tokens", turn["tokens"]
+        before = token_ids(held.get("prompt_ids"), f"{name}.prompt_ids", where)
+        said = token_ids(held.get("completion_ids"), f"{name}.completion_ids", where)
+        if number == 0:
+            prompt = before
+        so_far = prompt + ids
+        if before[: len(so_far)] != so_far:
+            raise BadSample(
+                where, name, "does not go on from the turns before it, so the rollout is no single sequence",
+                "save rollouts whose turns only add to the conversation, or pass --skip-bad",
+            )  # fmt: skip
+        between = before[len(so_far) :]
+        marks = listed(held.get("completion_mask", [1] * len(said)), f"{name}.completion_mask", where)
+        logprobs = log_probs(
+            held.get("completion_logprobs"), len(said), None, f"{name}.completion_logprobs", where
+        )
+        if logprobs is None or len(marks) != len(said):
+            raise BadSample(where, name, "has no mask or log-prob for every token")
+        ids += between + said
+        mask += [0] * len(between) + marks
+        probs += [0.0] * len(between) + logprobs
+    if not ids:
+        raise Unused(where, "trajectory", "holds no token of the policy")
+    kept = loss_mask(mask, len(ids), "completion_mask", where)
+    return {"prompt_ids": prompt, "response_ids": ids, "loss_mask": kept, "logprobs": probs}

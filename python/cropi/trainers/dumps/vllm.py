@@ -1,0 +1,175 @@
+"""Reader of vLLM's ``RequestOutput``, as people dump it: JSON lines, a JSON array, parquet, or a pickle.
+
+An output has ``prompt``, ``prompt_token_ids`` and ``outputs``, of which each has ``token_ids``, ``text``,
+``finish_reason`` and ``logprobs``: a token's entry is a number, or a table by token id whose value is a number or has a
+``logprob``. The sampled token is in that table, beside the likeliest ones. By default vLLM's log-probs are those of
+the model at temperature 1; for a ratio at another temperature, run it with ``--logprobs-mode processed_logprobs``.
+
+vLLM scores nothing: the rewards have to be written into the file, as ``reward`` in every one of ``outputs``, or as a
+list ``rewards`` beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cropi.errors import CropiError
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, listed, log_probs, names, shown, token_ids
+from cropi.trainers.dumps.pickled import LARGEST, check_size, contents, load_dump
+from cropi.trainers.dumps.rollout import Rollout, checked, text_id
+from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
+from cropi.trainers.dumps.text_rows import step_of
+
+WHAT = "a dump of vLLM's outputs"
+REWARDS = ("reward", "score")
+TOP_ONLY = (
+    "sample with logprobs=1 or more, which holds the sampled token's own beside the likeliest, or take 'logprobs' out "
+    "of the dump; or pass --skip-bad"
+)
+
+
+def read_dump(
+    path: str | Path,
+    *,
+    id_key: str | None = None,
+    temperature: float | None = None,
+    left: Left | None = None,
+    allow_pickle: bool = False,
+    largest: int = LARGEST,
+) -> Iterator[Rollout]:
+    """The rollouts in one file. Outputs that were aborted are left out.
+
+    Args:
+        path: the file.
+        id_key: a key of the request with the prompt's id; None: a hash of the prompt's tokens.
+        temperature: of the sampling, which the file does not hold.
+        left: takes the outputs that are left out; None raises at the first bad one.
+        allow_pickle, largest: see :func:`cropi.trainers.dumps.pickled.load_dump`.
+
+    Raises:
+        CropiError: another layout.
+        BadSample: an output without reward or tokens, or whose log-probs lack the sampled token.
+    """
+    path, left = Path(path), Left() if left is None else left
+    check_size(path, largest)
+    step = step_of(path)
+    requests = _requests(path, left, allow_pickle, largest)
+    outputs = (one for request in requests for one in _outputs(request, left))
+    yield from left.each(outputs, lambda one: _rollout(*one, step, id_key, temperature))
+
+
+def _requests(path: Path, left: Left, allow_pickle: bool, largest: int) -> Iterator[tuple[str, Any]]:
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if head[:1] != b"\x80" and head != b"PK":
+        yield from rows_of_dump(path, left)
+        return
+    saved = load_dump(path, WHAT, allow_pickle=allow_pickle, largest=largest)
+    if not isinstance(saved, (list, tuple)):
+        raise CropiError(f"{path} is not {WHAT}: a list of RequestOutput is expected, got {shown(saved)}")
+    for number, one in enumerate(saved):
+        yield f"{path}, request {number}", one
+
+
+def _outputs(request: tuple[str, Any], left: Left) -> list[tuple[str, dict[str, Any], Any, int]]:
+    """``(where, request, output, its number)`` of every output of a request."""
+    where, held = request
+    made = []
+    for row in left.each([held], lambda value: _table(value, where, "request")):
+        for outputs in left.each([row], lambda value: listed(value.get("outputs"), "outputs", where)):
+            made += [(f"{where}, output {k}", row, output, k) for k, output in enumerate(outputs)]
+    return made
+
+
+def _table(value: Any, where: str, field: str) -> dict[str, Any]:
+    value = contents(value) if not hasattr(value, "__dataclass_fields__") else vars(value)
+    value = vars(value) if not isinstance(value, Mapping) and hasattr(value, "__dict__") else value
+    if not isinstance(value, Mapping):
+        raise BadSample(where, field, f"should be a table of fields, got {shown(value)}")
+    return {str(key): inner for key, inner in value.items() if inner is not None}
+
+
+def _rollout(
+    where: str,
+    request: dict[str, Any],
+    held: Any,
+    number: int,
+    step: int,
+    id_key: str | None,
+    temperature: float | None,
+) -> Rollout:
+    output = _table(held, where, "output")
+    if output.get("finish_reason") == "abort":
+        raise Unused(where, "finish_reason", "is 'abort'")
+    for key, there in (("prompt_token_ids", request), ("token_ids", output)):
+        if key not in there:
+            raise BadSample(where, key, f"is missing, so this is not {WHAT} (it has {names(there)})")
+    prompt = token_ids(request["prompt_token_ids"], "prompt_token_ids", where)
+    ids = token_ids(output["token_ids"], "token_ids", where)
+    if not ids:
+        raise Unused(where, "token_ids", "is empty")
+    name = text_id(" ".join(map(str, prompt))) if id_key is None else id_of(request, id_key, None, where)
+    text, reason = output.get("text"), output.get("finish_reason")
+    return checked(Rollout(
+        id=name, reward=_reward(request, output, number, where), step=step, where=where, prompt_ids=prompt,
+        response_ids=ids, logprobs=sampled_logprobs(output.get("logprobs"), ids, where),
+        prompt=request.get("messages") or request.get("prompt"), response=text if isinstance(text, str) else None,
+        answer=request.get("answer"), temperature=temperature,
+        truncated={"length": True, "stop": False}.get(reason) if isinstance(reason, str) else None,
+    ))  # fmt: skip
+
+
+def _reward(request: dict[str, Any], output: dict[str, Any], number: int, where: str) -> float:
+    for key in REWARDS:
+        if key in output:
+            return reward_of(output[key], key, where)
+    for key in ("rewards", "scores", *REWARDS):
+        if key in request:
+            value = request[key]
+            if isinstance(value, (list, tuple)) and number < len(value):
+                return reward_of(value[number], f"{key}[{number}]", where)
+            if len(request.get("outputs", ())) == 1:
+                return reward_of(value, key, where)
+            raise BadSample(where, key, f"should have one number per output, got {shown(value)}")
+    return reward_of(None, "reward", where)
+
+
+def sampled_logprobs(value: Any, ids: list[int], where: str) -> list[float] | None:
+    """The log-probs of the sampled tokens, from numbers or from tables of the likeliest tokens.
+
+    Raises:
+        BadSample: another length, or a table without the sampled token.
+    """
+    if value is None:
+        return None
+    flat = _table(value, where, "logprobs") if not isinstance(value, (list, tuple)) else {}
+    if {
+        "start_indices",
+        "end_indices",
+        "token_ids",
+        "logprobs",
+    } <= flat.keys():  # vLLM's flat form of the tables
+        spans = zip(flat["start_indices"], flat["end_indices"])
+        value = [dict(zip(flat["token_ids"][a:b], flat["logprobs"][a:b])) for a, b in spans]
+    entries = listed(value, "logprobs", where)
+    if len(entries) != len(ids):
+        raise BadSample(where, "logprobs", f"has {len(entries)} entries for {len(ids)} tokens")
+    found = []
+    for t, (entry, token) in enumerate(zip(entries, ids)):
+        field = f"logprobs[{t}]"
+        if not isinstance(entry, (int, float)):
+            table = _table(entry, where, field)
+            entry = table.get(str(token))
+            if entry is None:
+                raise BadSample(
+                    where,
+                    field,
+                    f"holds the {len(table)} likeliest tokens, and not the sampled one ({token})",
+                    TOP_ONLY,
+                )
+            if not isinstance(entry, (int, float)):
+                entry = _table(entry, where, field).get("logprob")
+        found.append(entry)
+    return log_probs(found, len(ids), None, "logprobs", where)

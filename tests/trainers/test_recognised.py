@@ -1,0 +1,391 @@
+"""Dumps of trainers and engines given as they are: told by what stands in them, and read to the same trajectories."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_dumps import KINDS, MORE, ROLLOUTS, chat, logprobs, made, messages, trl, vllm, write
+
+import cropi
+from cropi.cli import main
+from cropi.data.readers import read
+from cropi.data.scan import LossyTokens
+from cropi.errors import CropiError
+from cropi.trainers.dumps.auto import Reading, opened
+from cropi.trainers.dumps.recognise import SOURCES, WORDS, recognise
+from cropi.trainers.dumps.vocabulary import bytes_of_tokens
+
+ALL = KINDS | MORE
+EXACT = ("slime", "nemo-rl", "verl", "vllm", "openai", "prime-rl")
+MASKED = ("slime", "nemo-rl", "verl", "prime-rl")  # vLLM and servers know no tools' tokens
+TEXT = ("verl text", "trl", "openrlhf", "skyrl", "areal")
+pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+
+
+def records(masked: bool) -> list[dict[str, Any]]:
+    """The rollouts as records, by whose sketches those of every dump are held."""
+    found = []
+    for k in (0, 2):
+        (prompt, _, _, _), group = ROLLOUTS[k], ROLLOUTS[k : k + 2]
+        record = {
+            "id": f"m{k // 2}", "prompt_ids": prompt, "response_ids": [ids for _, ids, *_ in group],
+            "rewards": [reward for *_, reward in group], "temperature": 0.7,
+            "logprobs": [logprobs(ids) for _, ids, *_ in group],
+        }  # fmt: skip
+        if masked and k:
+            record["loss_mask"] = [mask for _, _, mask, _ in group]
+        found.append(record)
+    return found
+
+
+def dump(kind: str, folder: Path, content: Any = None) -> Path:
+    return write(folder / ALL[kind][0], made(kind) if content is None else content)
+
+
+def reading(kind: str) -> Reading:
+    return Reading(id_key=ALL[kind][3], temperature=0.7)
+
+
+def same(store: Any, other: Any) -> None:
+    """Two stores hold the same sketches, to the bit."""
+    for (rows, vectors), (their_rows, theirs) in zip(store.shards(), other.shards(), strict=True):
+        assert [row.id for row in rows] == [row.id for row in their_rows]
+        assert torch.equal(vectors, theirs) and bool((vectors != 0).any())
+
+
+# ------------------------------------------------------------------------------------------------ all formats
+@pytest.mark.parametrize("kind", list(ALL))
+def test_a_file_is_told_by_what_stands_in_it(kind: str, tmp_path: Path) -> None:
+    path = dump(kind, tmp_path)
+    found = recognise(path.rename(tmp_path / f"renamed{path.suffix}"))
+    assert found.source == kind.split()[0] and found.words == WORDS[found.source]
+
+
+def test_every_source_is_known_everywhere() -> None:
+    from cropi.options import SOURCES as CHOICES
+
+    assert set(CHOICES) == {"auto", *SOURCES} and {kind.split()[0] for kind in ALL} | {"records"} == set(
+        SOURCES
+    )
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_token_level_dumps_give_the_same_sketches_to_the_bit(kind: str, tmp_path: Path) -> None:
+    model, options = make_model(), {"dim": 512, "progress": False, "behaviour_check": "off"}
+    want = cropi.sketch(model, records(kind in MASKED), **options)
+    given = opened(dump(kind, tmp_path), reading=reading(kind))
+    same(cropi.sketch(model, given, **options), want)
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_text_dumps_give_the_sketches_of_their_text(kind: str, tmp_path: Path) -> None:
+    model, tokenizer, options = make_model(), make_tokenizer(), {"dim": 512, "progress": False}
+    plain = [
+        {"id": f"m{n}", "prompt": f"q{n}", "responses": [f"r{2 * n}", f"r{2 * n + 1}"], "temperature": 0.7,
+         "rewards": [ROLLOUTS[2 * n + k][3] for k in (0, 1)]} for n in (0, 1)
+    ]  # fmt: skip
+    if kind == "trl":  # which names no prompt
+        plain = [record | {"id": record["prompt"]} for record in plain]
+    with pytest.warns(LossyTokens, match="holds text.*tokenised again"):
+        given = opened(dump(kind, tmp_path), reading=reading(kind))
+    same(cropi.sketch(model, given, tokenizer, **options), cropi.sketch(model, plain, tokenizer, **options))
+
+
+@pytest.mark.parametrize("kind", list(ALL))
+def test_convert_writes_records_and_says_what_it_took_the_file_for(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = dump(kind, tmp_path), tmp_path / "out.jsonl"
+    assert (
+        main(["convert", str(path), "--out", str(out), "--id-key", ALL[kind][3], "--temperature", "0.7"]) == 0
+    )
+    assert f"read as       {WORDS[kind.split()[0]]}" in capsys.readouterr().out
+    groups = list(read(out))
+    assert [group.rewards for group in groups] == [[1.0, 0.0], [0.5, 1.0]]
+    assert all(group.policy == "step 7" and group.temperature == 0.7 for group in groups)
+    if kind in EXACT:
+        assert [group.response_ids for group in groups] == [
+            record["response_ids"] for record in records(True)
+        ]
+        assert [group.loss_mask for group in groups] == [r.get("loss_mask") for r in records(kind in MASKED)]
+
+
+def test_commands_take_dumps_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    path = dump("slime", tmp_path)
+    words = [
+        "sketch",
+        "--model",
+        str(tmp_path / "model"),
+        "--dim",
+        "512",
+        "--no-progress",
+        "--behaviour-check",
+        "off",
+    ]
+    assert main([*words, "--trajectories", str(path), "--out", str(tmp_path / "store")]) == 0
+    told = capsys.readouterr().out
+    assert (
+        f"read as       a rollout dump of slime: {path} (2 prompts, 4 responses; token ids, log-probs)"
+        in told
+    )
+    # The same again goes on with the store.
+    assert main([*words, "--trajectories", str(path), "--out", str(tmp_path / "store")]) == 0
+    assert main(["info", str(path)]) == 0
+    assert "2 prompts, 4 responses, 2 prompts usable" in capsys.readouterr().out
+    # A folder stands for its files, and steps of one run are put together: the newest rollouts count.
+    (tmp_path / "run").mkdir()
+    for step in (2, 10):
+        write(tmp_path / f"run/{step}.pt", made("slime") | {"rollout_id": step})
+    assert main(["convert", str(tmp_path / "run"), "--out", str(tmp_path / "all.jsonl")]) == 0
+    assert {group.policy for group in read(tmp_path / "all.jsonl")} == {"step 10"}
+    write_lines(tmp_path / "records.jsonl", make_records(2))
+    assert (
+        main(["convert", str(path), str(tmp_path / "records.jsonl"), "--out", str(tmp_path / "x.jsonl")]) == 2
+    )
+    assert "the files are of several kinds" in capsys.readouterr().err
+    assert main(["info", str(path), "--source", "records"]) == 2  # what is named is not guessed at
+    assert "is a zip archive" in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = made("openrlhf")
+    content[1]["reward"] = None
+    path = dump("openrlhf", tmp_path, content)
+    assert main(["info", str(path)]) == 2
+    assert "reward: is missing: the responses are not scored" in capsys.readouterr().err
+    assert main(["info", str(path), "--skip-bad"]) == 0
+    told = capsys.readouterr().out
+    assert "1 samples left out" in told and "left out    1 by reward, the first" in told
+
+
+# ---------------------------------------------------------------------------------------------- prompts alone
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"data_source": "x", "prompt": messages(0), "reward_model": {"ground_truth": "g"}},
+            "prompts of verl",
+        ),
+        ({"prompt": "q", "label": "7"}, "prompts of slime or OpenRLHF without responses"),
+        ({"input": "q", "label": "7"}, "prompts of slime or OpenRLHF without responses"),
+        ({"question": "q", "answer": "7"}, "these are prompts without responses"),
+        (
+            {"custom_id": "a", "method": "POST", "url": "/v1", "body": {"messages": messages(0)}},
+            "input of a batch",
+        ),
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_prompts_alone_are_said_to_be_prompts(
+    row: dict[str, Any], words: str, ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / f"p.{ending}", [row, row])
+    for command in (["info", str(path)], ["convert", str(path), "--out", str(tmp_path / "o.jsonl")]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert words in error and "`cropi rollout`" in error
+
+
+# -------------------------------------------------------------------------------------------------------- TRL
+def test_rewards_of_trl_are_held_to_its_advantages(tmp_path: Path) -> None:
+    rows = trl()
+    for k, row in enumerate(rows):
+        row["length"] = float(100 * k)  # a column of numbers that is no reward
+    path = dump("trl", tmp_path, rows)
+    with pytest.raises(
+        CropiError, match="advantages do not follow the sum of the columns accuracy, form, length"
+    ):
+        opened(path)
+    for named, want in (("accuracy", [0.75, -0.25]), ("advantage", [rows[k]["advantage"] for k in (0, 1)])):
+        (held,) = opened(path, columns=f"reward={named}")
+        assert next(iter(read(held))).rewards == want
+    with pytest.raises(CropiError, match="there is no column 'x'"):
+        opened(path, columns="reward=x")
+    rows = [
+        row | {"prompt": messages(0), "completion": [{"role": "assistant", "content": "a"}]}
+        for row in trl()[:2]
+    ]
+    (held,) = opened(dump("trl", tmp_path, rows))
+    (group,) = read(held)
+    assert group.prompt == messages(0) and group.responses == [[{"role": "assistant", "content": "a"}]] * 2
+
+
+# ------------------------------------------------------------------------------------------------------- vLLM
+def test_log_probs_of_vllm_in_every_form(tmp_path: Path) -> None:
+    rows = vllm()
+    for row in rows:
+        for output in row["outputs"]:
+            output["logprobs"] = logprobs(output["token_ids"])  # as numbers
+    rows[1]["rewards"] = [output.pop("reward") for output in rows[1]["outputs"]]
+    (held,) = opened(dump("vllm", tmp_path, rows), reading=reading("vllm"))
+    want = [group.to_record() for group in read(held)]
+    assert [record["logprobs"] for record in want] == [record["logprobs"] for record in records(False)]
+    for output in rows[0]["outputs"]:  # the flat form of newer releases
+        ids = output["token_ids"]
+        output["logprobs"] = {
+            "start_indices": [2 * t for t in range(len(ids))], "end_indices": [2 * t + 2 for t in range(len(ids))],
+            "token_ids": [n for token in ids for n in (3, token)],
+            "logprobs": [n for p in logprobs(ids) for n in (-1, p)],
+        }  # fmt: skip
+    (held,) = opened(dump("vllm", tmp_path, rows), reading=reading("vllm"))
+    assert [group.to_record() for group in read(held)] == want
+
+
+def test_only_the_likeliest_tokens_are_no_log_probs_of_the_sampled_ones(tmp_path: Path) -> None:
+    rows = vllm()
+    del rows[0]["outputs"][1]["logprobs"][0]["12"]
+    path = dump("vllm", tmp_path, rows)
+    with pytest.raises(
+        CropiError, match=r"logprobs\[0\]: holds the 1 likeliest tokens, and not the sampled one \(12\)"
+    ):
+        opened(path)
+    (held,) = opened(path, skip_bad=True)
+    assert held.left.counts == {"logprobs": 1} and sorted(group.size for group in read(held)) == [1, 2]
+
+
+def test_a_pickle_of_vllm_is_read_without_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("vllm.outputs")
+    for name in ("RequestOutput", "CompletionOutput", "Logprob"):
+        setattr(module, name, type(name, (), {"__module__": "vllm.outputs", "__qualname__": name}))
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.outputs", module)
+
+    def instance(name: str, fields: dict[str, Any]) -> Any:
+        held = getattr(module, name)()
+        vars(held).update(fields)
+        return held
+
+    requests = []
+    for row in vllm():
+        for output in row["outputs"]:
+            output["logprobs"] = [
+                {int(k): instance("Logprob", v) for k, v in table.items()} for table in output["logprobs"]
+            ]
+        outputs = [instance("CompletionOutput", output) for output in row["outputs"]]
+        requests.append(instance("RequestOutput", row | {"outputs": outputs}))
+    path = tmp_path / "outputs.pkl"
+    path.write_bytes(pickle.dumps(requests))
+    monkeypatch.delitem(sys.modules, "vllm.outputs")
+    monkeypatch.delitem(sys.modules, "vllm")
+    assert recognise(path).source == "vllm"
+    (held,) = opened(path, reading=reading("vllm"))
+    assert [group.logprobs for group in read(held)] == [record["logprobs"] for record in records(False)]
+
+
+# ------------------------------------------------------------------------------------------- chat completions
+def bytes_tokenizer() -> Any:
+    """Byte-level BPE: a token a byte, and a few longer ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {letter: i + 2 for i, letter in enumerate(letters)}
+    vocabulary |= {"\u0120a": 300, "ab": 301}
+    merges = [("\u0120", "a"), ("a", "b")]
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+def as_text(text: str, pieces: list[bytes], reward: float) -> dict[str, Any]:
+    content = [
+        {"token": piece.decode(errors="replace"), "bytes": list(piece), "logprob": -0.5 - n}
+        for n, piece in enumerate(pieces)
+    ]
+    choice = {"message": {"role": "assistant", "content": text}, "logprobs": {"content": content},
+              "finish_reason": "stop", "reward": reward}  # fmt: skip
+    return {"messages": messages(0), "response": {"object": "chat.completion", "choices": [choice]}}
+
+
+def test_tokens_as_text_become_ids_by_their_bytes(tmp_path: Path) -> None:
+    tokenizer = bytes_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    # Not the tokens that the tokenizer would give for the text, and one of them half of a letter.
+    pieces = [b"a", b"b", b" a", b"\xc3", b"\xa9", b"<eos>"]
+    ids = [vocabulary["a"], vocabulary["b"], 300, vocabulary["\u00c3"], vocabulary["\u00a9"], 1]
+    assert tokenizer("ab a\u00e9")["input_ids"] != ids[:-1]
+    rows = [as_text("ab a\u00e9", pieces, 1.0), as_text("ab", [b"ab"], 0.0)]
+    path = write_lines(tmp_path / "answers.jsonl", rows)
+    (held,) = opened(path, reading=Reading(tokenizer=lambda: tokenizer))
+    (group,) = read(held)
+    assert group.response_ids == [ids, [301]] and group.prompt == messages(0) and group.rewards == [1.0, 0.0]
+    assert group.logprobs == [[-0.5 - n for n in range(6)], [-0.5]]
+    with pytest.warns(
+        LossyTokens, match="2 responses hold their tokens as text.*the log-probs of 2 are left out"
+    ):
+        (held,) = opened(path)
+    (group,) = read(held)
+    assert group.response_ids is None and group.logprobs is None and group.responses == ["ab a\u00e9", "ab"]
+    assert bytes_of_tokens(tokenizer)[b"ab"] == 301
+
+
+def test_a_batch_finds_its_prompts_in_its_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = chat()
+    for k, row in enumerate(rows):
+        del row["messages"], row["response"]["body"]["prompt_token_ids"]
+        row["custom_id"] = f"m{k // 2}-{k}"
+    path = dump("openai", tmp_path, rows)
+    convert = ["convert", str(path), "--out", str(tmp_path / "o.jsonl")]
+    assert main(convert) == 2
+    assert "give the input file of the batch as --dataset" in capsys.readouterr().err
+    asked = [
+        {"custom_id": row["custom_id"], "method": "POST", "url": "/v1/chat/completions",
+         "body": {"messages": messages(k // 2), "temperature": 0.7, "tools": [{"name": "f"}]}}
+        for k, row in enumerate(rows)
+    ]  # fmt: skip
+    rows.append({"custom_id": "m1-9", "response": {"status_code": 500, "body": {}}, "error": {"code": "x"}})
+    dump("openai", tmp_path, rows)
+    assert main([*convert, "--dataset", str(write_lines(tmp_path / "in.jsonl", asked))]) == 0
+    assert "left out      1 samples: 1 by error" in capsys.readouterr().out
+    groups = {json.dumps(group.prompt): group for group in read(tmp_path / "o.jsonl")}
+    assert groups.keys() == {json.dumps(messages(0)), json.dumps(messages(1))}
+    group = groups[json.dumps(messages(0))]
+    assert (
+        group.temperature == 0.7
+        and group.tools == [{"name": "f"}]
+        and group.response_ids == [[10, 11, 1], [12, 1]]
+    )
+
+
+# -------------------------------------------------------------------------------------------------- prime-rl
+def test_turns_of_prime_rl_that_are_no_single_sequence(tmp_path: Path) -> None:
+    content = made("prime-rl")
+    content[2]["trajectory"][1]["tokens"]["prompt_ids"] = [8, 9, 99, 40]
+    path = dump("prime-rl", tmp_path, content)
+    with pytest.raises(CropiError, match=r"trajectory\[1\].tokens: does not go on from the turns before it"):
+        opened(path)
+    (held,) = opened(path, skip_bad=True)
+    assert held.left.counts == {"trajectory": 1}
+    for row in content:
+        del row["trajectory"]  # saved without tokens: messages are left
+    with pytest.warns(LossyTokens, match="holds text"):
+        (held,) = opened(dump("prime-rl", tmp_path, content))
+    group = next(iter(read(held)))
+    assert group.id == "sums-0" and group.responses == [
+        [{"role": "assistant", "content": f"r{k}"}] for k in (0, 1)
+    ]
+    packed = tmp_path / "rank_0.bin"
+    packed.write_bytes(b"\x93\x91\x9a\x01\x02\x03")
+    with pytest.raises(CropiError, match="packed batch of prime-rl.*train_rollouts.jsonl"):
+        opened(packed)
+
+
+def test_pickles_of_others_are_named(tmp_path: Path) -> None:
+    for content, words in (({"sequences": 1, "a": 2}, "is a pickle, but none of slime, verl or vLLM"),):
+        path = tmp_path / "x.pt"
+        torch.save(content, path)
+        with pytest.raises(CropiError, match=words):
+            opened(path)
+    with pytest.raises(CropiError, match="source must be one of auto, records, verl"):
+        opened(path, "trlx")
