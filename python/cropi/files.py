@@ -151,10 +151,17 @@ def try_lock(descriptor: int, folder: Path) -> bool:
     return True
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write ``data`` to ``path`` whole or not at all (see :func:`replacing`)."""
+def write_atomic(path: Path, *parts: bytes | memoryview | str) -> None:
+    """Write the parts to ``path``, one after the other, whole or not at all (see :func:`replacing`)."""
     with replacing(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        write_parts(temporary, [part.encode() if isinstance(part, str) else part for part in parts])
+
+
+def write_parts(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write the parts to a file as they are."""
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
 
 
 def lines_of(path: Path) -> list[str]:

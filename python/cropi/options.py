@@ -15,6 +15,7 @@ from cropi.checked import check_fields
 from cropi.errors import CropiError, did_you_mean
 
 ESTIMATORS = ("cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo", "cispo")
+STORE_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "int1")
 KINDS = ("slab", "countsketch", "dropout", "kron", "tensor")
 
 
@@ -222,8 +223,12 @@ class Running(Options):
 class Storing(Options):
     """What the stored sketches are, and which stage they belong to."""
 
-    store_dtype: str = option(
-        "float32", "dtype of the stored sketches", choices=("float32", "float16", "bfloat16", "int8")
+    store_dtype: str = option("float32", "dtype of the stored sketches", choices=STORE_DTYPES)
+    shard_bytes: int = option(
+        1 << 28,
+        "about the size of a file of the store; small ones are joined to it",
+        kind="count",
+        metavar="N",
     )
     stage: str = option("0", "name of the training stage; sketches of two stages are never compared")
 

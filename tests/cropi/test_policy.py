@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import check_tokens, sketch
 from cropi.store.memory import MemoryStore
-from cropi.store.shards import RowInfo
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
 
@@ -91,8 +91,7 @@ def test_memory_holds_what_a_folder_holds(tmp_path: Path) -> None:
         want, got = sketches(SketchStore.open(on_disk)), sketches(summary.store)
         assert want.keys() == got.keys() and all(torch.equal(got[name], want[name]) for name in want)
         assert summary.store.rows() == [
-            RowInfo(**(vars(a) | {"row": b.row}))
-            for a, b in zip(SketchStore.open(on_disk).rows(), summary.store.rows())
+            replace(a, row=b.row) for a, b in zip(SketchStore.open(on_disk).rows(), summary.store.rows())
         ]
     joined = SketchStore.join([SketchStore.open(on_disk)])
     scores = influence(joined, [summary.store])

@@ -1,4 +1,4 @@
-"""The command line: ``cropi sketch | influence | select | run | check | report | convert | curriculum | info``."""
+"""The command line: ``cropi sketch | influence | select | run | check | report | convert | curriculum | ...``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "one HTML page: what was chosen, why, and whether to believe it",
     "convert": "a trainer's rollout dumps to trajectory records",
     "curriculum": "stages of selecting and training, from one config file",
+    "store": "merge, verify, compact or export stores of sketches",
     "info": "what a store, a score table or a trajectory file holds",
 }
 

@@ -11,7 +11,13 @@ from cropi.options import Influence
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    command.add_argument("--train", required=True, metavar="FOLDER", help="store of the training prompts")
+    command.add_argument(
+        "--train",
+        required=True,
+        nargs="+",
+        metavar="FOLDER",
+        help="store of the training prompts; several are read as one",
+    )
     command.add_argument(
         "--valid", required=True, nargs="+", metavar="FOLDER", help="stores of the validation prompts"
     )
@@ -26,8 +32,11 @@ def run(args: argparse.Namespace) -> int:
     from cropi.store.store import SketchStore
 
     given = options.made(Influence, args)
+    train = [SketchStore.open(path) for path in args.train]
     scores = pipeline.score(
-        SketchStore.open(args.train), [SketchStore.open(path) for path in args.valid], given
+        train[0] if len(train) == 1 else SketchStore.join(train),
+        [SketchStore.open(path) for path in args.valid],
+        given,
     )
     write_scores(args.out, scores)
     print(line(scores, given.metric, args.out))

@@ -41,7 +41,7 @@ class SketchJob(Tokens, Running, Storing):
         behaviour_model: for "model": the model that made the rollouts (a module or a Policy).
         temperature: of the rollouts; None: each record's own, else 1.
         set: validation set of records that carry none.
-        shard_rows: sketches per file of the store.
+        shard_rows: sketches that are written at once; what a kill may cost.
         notes: kept in the manifest, never compared.
 
     The other fields are those of :class:`cropi.options.Tokens`, :class:`~cropi.options.Running` and
@@ -238,5 +238,9 @@ def open_store(policy: Policy, job: SketchJob, behaviour: Behaviour, scan: Scan 
     if job.out is None:
         return MemoryStore(manifest())
     return SketchStore.create(
-        job.out, manifest(), shard_rows=job.shard_rows, earlier=lambda: manifest(sha256=True)
+        job.out,
+        manifest(),
+        shard_rows=job.shard_rows,
+        shard_bytes=job.shard_bytes,
+        earlier=lambda: manifest(sha256=True),
     )

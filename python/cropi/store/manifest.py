@@ -103,7 +103,7 @@ def warn_unlike(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, st
     """
     found = []
     for field in ALIKE:
-        left, right = (_get(manifest, field) for manifest in (a, b))
+        left, right = (get_field(manifest, field) for manifest in (a, b))
         differs = None if _UNKNOWN in (left, right) else first_difference(left, right, field)
         if differs:
             found.append(f"{differs[0]} = {_cut(differs[1])} in the first, {_cut(differs[2])} in the second")
@@ -126,10 +126,11 @@ def of_earlier_release(manifest: Mapping[str, Any]) -> bool:
     return isinstance(weights, str) and not _is_xxh3(weights)
 
 
-def _get(manifest: Mapping[str, Any], field: str) -> Any:
+def get_field(manifest: Mapping[str, Any], field: str, missing: Any = _UNKNOWN) -> Any:
+    """A field by its dotted name."""
     value: Any = manifest
     for key in field.split("."):
-        value = value.get(key, _UNKNOWN) if isinstance(value, Mapping) else _UNKNOWN
+        value = value.get(key, missing) if isinstance(value, Mapping) else missing
     return value
 
 

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cropi.errors import CropiError
+from cropi.store.codec import check_dtype, decode
 from cropi.store.manifest import FORMAT
-from cropi.store.shards import DTYPES, RowInfo, decode, encode
+from cropi.store.rows import RowInfo
+from cropi.store.shards import Shard
 from cropi.store.store import SketchStore
 
 _numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryShard(Shard):
+    """A shard in memory: float32 rows, which went through the store's dtype."""
+
+    table: torch.Tensor
+
+    def blocks(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """One block."""
+        if self.kept:
+            yield 0, {"sketch": self.table}
+
+    def verify(self) -> None:
+        """Nothing can be damaged."""
 
 
 class MemoryStore(SketchStore):
@@ -33,12 +50,17 @@ class MemoryStore(SketchStore):
 
     def __init__(self, manifest: Mapping[str, Any], *, shard_rows: int = 1024) -> None:
         values = json.loads(json.dumps({"format": FORMAT, "dtype": "float32", **manifest}))
-        if values["dtype"] not in DTYPES:
-            raise CropiError(f"dtype must be one of {', '.join(DTYPES)}, got {values['dtype']!r}")
+        check_dtype(values["dtype"], int(values["spec"]["dim"]))
         super().__init__(Path(f"memory-{next(_numbers)}"), values, shard_rows=shard_rows)
 
-    def _write_shard(self, path: Path, rows: list[RowInfo], table: torch.Tensor) -> None:
-        self._tables[path] = decode(encode(table, self.manifest["dtype"]))
+    def _write_shard(
+        self, path: Path, rows: list[RowInfo], tensors: Mapping[str, torch.Tensor], replaces: Sequence[int]
+    ) -> Shard:
+        kept = [row for row in rows if row.row is not None]
+        return MemoryShard(path, rows, kept, {}, None, (), decode(tensors))
+
+    def _tidy(self, shards: Sequence[Shard]) -> None:
+        pass
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self.manifest = manifest

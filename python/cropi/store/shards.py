@@ -1,128 +1,351 @@
 """One shard of a sketch store: a safetensors file of rows, and beside it its SHA-256, which commits it.
 
-``shard-00000.safetensors`` holds the tensor ``sketch [n, dim]`` (``scale [n, blocks]`` with float16 and int8) and,
-in its header, one JSON object per prompt, their SHA-256 (a header is read without the rest of the file), and the
-fingerprint of the job whose store it belongs to. ``shard-00000.safetensors.sha256`` is written after it, in the
-format of ``sha256sum``, so a shard without it was never finished and ``sha256sum -c *.sha256`` checks a store
-by hand.
+``shard-00000.safetensors`` holds the tensor ``sketch [n, dim]`` (``int4`` or ``int1``, packed, with these dtypes), with
+the dtypes that have one ``scale [n, blocks]`` before it, and in its header, as metadata:
+
+- ``seal``: the SHA-256 of the header, its length included, with zeros in the seal's own place; it stands first
+- ``rows``: one JSON object per prompt
+- ``job``: the fingerprint of the job whose store the shard belongs to
+- ``checks``: XXH3-128 of the scales and of every block of rows, so that a block is checked when it is read
+- ``replaces``: numbers of the shards whose rows it took over (:mod:`cropi.store.compact`)
+
+``shard-00000.safetensors.sha256`` is written after it, in the format of ``sha256sum``, so a shard without it was never
+finished and ``sha256sum -c *.sha256`` checks a store by hand. Shards of the first release have ``rows`` alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, shown
 from cropi.files import write_atomic
-from cropi_kernels import QuantizedRows, quantize_rows
+from cropi.store.codec import DTYPES, decode, encode
+from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo, rows_from_json, rows_to_json
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
+__all__ = [
+    "DTYPES", "FAILED", "OK", "SKIPPED", "RowInfo", "Shard", "commit_path", "damaged", "decode", "encode",
+    "read_shard", "shard_number", "write_shard",
+]  # fmt: skip
+
+_SEAL = b'{"__metadata__":{"seal":"'
+_KINDS = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
-OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+_HEAD = 1 << 16  # what is read at once of a file, to have the header of most shards
+# A block fits into a processor's cache as it is stored, and into little memory as float32.
+_STORED, _DECODED = 1 << 22, 1 << 24
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 
 
-@dataclass(frozen=True)
-class RowInfo:
-    """What the store knows about one prompt. ``row`` is its place in the shard's tensor, or None without a
-    sketch.
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where a tensor lies in the file, and what it is."""
 
-    ``status`` is "ok", "failed" (tried, and no usable sketch came out) or "skipped" (not tried); ``reason``
-    says why.
-    """
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    begin: int
+    end: int
 
-    id: str
-    status: str = OK
-    reason: str = ""
-    set: str | None = None
-    task: str | None = None
-    pass_rate: float = 0.0
-    tokens: int = 0
-    norm: float = 0.0
-    row: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    def of(self, data: torch.Tensor) -> torch.Tensor:
+        """Bytes of whole rows as the tensor's rows."""
+        return data.view(self.dtype).view(-1, self.shape[1])
 
 
-def encode(rows: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
-    """Float32 rows ``[n, dim]`` in the store's dtype: int8 and float16 with the scales of `quantize_rows`."""
-    if dtype in ("int8", "float16"):
-        held = quantize_rows(rows.to(torch.float32), DTYPES[dtype])
-        return {"sketch": held.values, "scale": held.scale}
-    return {"sketch": rows.to(torch.float32).contiguous().to(DTYPES[dtype])}
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The header of a shard. ``kept`` are its rows with a sketch, in the order of the tensors' rows."""
+
+    path: Path
+    rows: list[RowInfo]
+    kept: list[RowInfo]
+    tensors: dict[str, Held]
+    checks: dict[str, Any] | None
+    replaces: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors, and about those of its rows."""
+        return sum(held.end - held.begin for held in self.tensors.values()) + 256 * len(self.rows)
+
+    def blocks(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """The tensors by blocks of rows, checked: the number of a block's first row, and its rows of every tensor.
+
+        A block is valid until the third one after it is asked for.
+
+        Raises:
+            CropiError: the file is not what was written, or is gone.
+        """
+        if not self.kept:
+            return
+        if self.checks is None:
+            yield 0, self._whole()
+            return
+        (name, values), step = (
+            next((n, h) for n, h in self.tensors.items() if n != "scale"),
+            self.checks["rows"],
+        )
+        width = (values.end - values.begin) // values.shape[0]
+        file = self._open()
+        try:
+            scale = self.tensors.get("scale")
+            scales = (
+                None
+                if scale is None
+                else scale.of(self._read(file, scale.begin, scale.end, self.checks["scale"]))
+            )
+            rings = cycle([torch.empty(step * width, dtype=torch.uint8) for _ in range(4)])
+            for number, first in enumerate(range(0, values.shape[0], step)):
+                begin = values.begin + first * width
+                end = min(begin + step * width, values.end)
+                data = self._read(file, begin, end, self.checks["values"][number], next(rings))
+                block = {name: values.of(data)}
+                if scales is not None:
+                    block["scale"] = scales[first : first + step]
+                yield first, block
+        finally:
+            os.close(file)
+
+    def verify(self) -> None:
+        """Check the whole file, its SHA-256 included.
+
+        Raises:
+            CropiError: it is not what was written.
+        """
+        digest, file = hashlib.sha256(), self._open()
+        with os.fdopen(file, "rb") as stream:
+            while piece := stream.read(_STORED):
+                digest.update(piece)
+        self._check_commit(digest.hexdigest())
+        if self.checks is not None:
+            for _ in self.blocks():
+                pass
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise CropiError(
+                f"the shard {self.path} is gone: another process compacted or removed the store while it was read; run "
+                "the same command again"
+            ) from error
+
+    def _read(
+        self, file: int, begin: int, end: int, check: str, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        data = torch.empty(end - begin, dtype=torch.uint8) if into is None else into[: end - begin]
+        view, done = _bytes(data), 0
+        while done < len(view):
+            count = os.preadv(file, [view[done:]], begin + done)
+            if count == 0:
+                raise CropiError(damaged(self.path, "it is shorter than its header says"))
+            done += count
+        if _xxh3(view) != check:
+            raise CropiError(damaged(self.path, "its checksum does not match"))
+        return data
+
+    def _check_commit(self, digest: str) -> None:
+        try:
+            expected = commit_path(self.path).read_text(errors="replace").split()
+        except FileNotFoundError:
+            expected = []
+        if expected[:1] != [digest]:
+            raise CropiError(damaged(self.path, "its checksum does not match"))
+
+    def _whole(self) -> dict[str, torch.Tensor]:
+        """All tensors, after checking the file's SHA-256."""
+        with os.fdopen(self._open(), "rb") as stream:
+            data = bytearray(stream.read())
+        self._check_commit(hashlib.sha256(data).hexdigest())
+        whole = torch.frombuffer(data, dtype=torch.uint8)
+        return {name: held.of(whole[held.begin : held.end].clone()) for name, held in self.tensors.items()}
 
 
-def decode(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The float32 rows of a shard's tensors."""
-    if "scale" not in tensors:
-        return tensors["sketch"].to(torch.float32)
-    return QuantizedRows(tensors["sketch"], tensors["scale"]).float()
+def write_shard(
+    path: Path,
+    rows: Sequence[RowInfo],
+    tensors: Mapping[str, torch.Tensor],
+    job: str,
+    replaces: Sequence[int] = (),
+) -> Shard:
+    """Write and commit one shard of the store of a job (:func:`cropi.store.manifest.job_fingerprint`).
 
-
-def write_shard(path: Path, rows: Sequence[RowInfo], sketches: torch.Tensor, dtype: str, job: str) -> str:
-    """Write and commit one shard of the store of a job (:func:`cropi.store.manifest.job_fingerprint`); returns its
-    SHA-256.
+    Args:
+        path: of the shard.
+        rows: its prompts; the place of each with a sketch counts up.
+        tensors: what :func:`cropi.store.codec.encode` gives of the sketches.
+        job: the fingerprint.
+        replaces: numbers of the shards whose rows these are.
 
     Raises:
         CropiError: no space is left. What stays behind of this shard has no checksum file, so it does not count.
     """
-    safetensors = optional("safetensors.torch")
-    text = json.dumps([asdict(row) for row in rows], ensure_ascii=False)
-    header = {"rows": text, "rows_sha256": _sha256(text), "job": job}
-    data: bytes = safetensors.save(encode(sketches, dtype), metadata=header)
-    checksum = hashlib.sha256(data).hexdigest()
+    data = {name: _bytes(tensors[name]) for name in sorted(tensors, key=lambda name: name != "scale")}
+    held, begin = {}, 0
+    for name, tensor in data.items():
+        held[name] = Held(tensors[name].dtype, _shape(tensors[name]), begin, begin + len(tensor))
+        begin += len(tensor)
+    checks = _checks(held, data)
+    header = _header(rows, held, job, checks, replaces)
+    whole = hashlib.sha256(header)
+    for part in data.values():
+        whole.update(part)
     commit_path(path).unlink(missing_ok=True)  # of a shard that was removed by hand
-    write_atomic(path, data)
-    write_atomic(commit_path(path), f"{checksum}  {path.name}\n")
-    return checksum
+    write_atomic(path, header, *data.values())
+    write_atomic(commit_path(path), f"{whole.hexdigest()}  {path.name}\n")
+    held = {n: Held(h.dtype, h.shape, h.begin + len(header), h.end + len(header)) for n, h in held.items()}
+    return Shard(
+        path, list(rows), [row for row in rows if row.row is not None], held, checks, tuple(replaces)
+    )
 
 
-def read_rows(path: Path, job: str) -> list[RowInfo]:
-    """The prompts of a shard of a job's store, from its header alone.
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
-    Shards of the first release say neither what their rows' checksum is nor which job they belong to.
+
+def _shape(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.shape[0], tensor.shape[1]
+
+
+def _checks(held: Mapping[str, Held], data: Mapping[str, memoryview]) -> dict[str, Any]:
+    name = next(name for name in held if name != "scale")
+    count, entries = held[name].shape
+    width = len(data[name]) // count if count else 1
+    decoded = 4 * entries * {"int4": 2, "int1": 8}.get(name, 1)
+    step = max(1, min(_STORED // max(width, 1), _DECODED // max(decoded, 1)))
+    values = [_xxh3(data[name][at : at + step * width]) for at in range(0, len(data[name]), step * width)]
+    return {"rows": step, "scale": _xxh3(data["scale"]) if "scale" in data else "", "values": values}
+
+
+def _header(
+    rows: Sequence[RowInfo], held: Mapping[str, Held], job: str, checks: Any, replaces: Sequence[int]
+) -> bytes:
+    about = {"rows": rows_to_json(rows), "job": job, "checks": json.dumps(checks)}
+    if replaces:
+        about["replaces"] = json.dumps(list(replaces))
+    tensors = {
+        name: {"dtype": _NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [one.begin, one.end]}
+        for name, one in held.items()
+    }
+    rest = json.dumps(about, ensure_ascii=False)[1:].encode() + b"," + json.dumps(tensors)[1:].encode()
+    text = _SEAL + b"0" * 64 + b'",' + rest
+    text += b" " * (-len(text) % 8)
+    size = len(text).to_bytes(8, "little")
+    seal = hashlib.sha256(size + text).hexdigest().encode()
+    return size + _SEAL + seal + text[len(_SEAL) + 64 :]
+
+
+def read_shard(path: Path, job: str) -> Shard:
+    """The header of a shard of a job's store.
 
     Raises:
         CropiError: the header is damaged, or the shard belongs to the store of another job.
+        FileNotFoundError: the file is gone.
     """
-    safetensors = optional("safetensors")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata()
-        text = header["rows"]
-        intact = header.get("rows_sha256", _sha256(text)) == _sha256(text)
-        rows = [RowInfo(**row) for row in json.loads(text)] if intact else []
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CropiError(damaged(path, f"its header cannot be read ({error})")) from error
-    if not intact:
-        raise CropiError(damaged(path, "the checksum of its header does not match"))
-    if header.get("job", job) != job:
+        text, size, sealed = _read_header(path)
+        header = json.loads(text)
+        about = header.pop("__metadata__")
+        if not sealed and "seal" in about:
+            raise CropiError(damaged(path, "the checksum of its header does not match"))
+        # What an earlier build wrote.
+        if not sealed and about.get("rows_sha256", _sha256(about["rows"])) != _sha256(about["rows"]):
+            raise CropiError(damaged(path, "the checksum of its header does not match"))
+        begin = 8 + len(text)
+        tensors = {name: _held(one, begin) for name, one in header.items()}
+        rows = rows_from_json(about["rows"])
+        kept = [row for row in rows if row.row is not None]
+        checks = json.loads(about["checks"]) if sealed else None
+        replaces = tuple(map(int, json.loads(about.get("replaces", "[]")))) if sealed else ()
+        _check_tensors(tensors, kept, size)
+    except FileNotFoundError:
+        raise
+    except CropiError:
+        raise
+    except _DAMAGE as error:
+        raise CropiError(damaged(path, f"its header cannot be read ({shown(str(error), 200)})")) from error
+    if about.get("job", job) != job:
         raise CropiError(
             f"the shard {path} belongs to another store: it was made with other settings, files or weights than "
             "manifest.json says; take it and its .sha256 out of the folder"
         )
-    return rows
+    return Shard(path, rows, kept, tensors, checks, replaces)
 
 
-def read_sketches(path: Path) -> torch.Tensor:
-    """The sketches of a shard as float32 ``[n, dim]``, after checking its SHA-256.
+def _read_header(path: Path) -> tuple[bytes, int, bool]:
+    """The header's text, the file's size, and whether the header's seal holds."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(file).st_size
+        head = os.pread(file, _HEAD, 0)
+        length = int.from_bytes(head[:8], "little")
+        if len(head) < 8 or length > size - 8:
+            raise ValueError("it is shorter than its header says")
+        if 8 + length > len(head):
+            head += os.pread(file, 8 + length - len(head), len(head))
+    finally:
+        os.close(file)
+    text, start = head[8 : 8 + length], len(_SEAL)
+    if len(text) < length:
+        raise ValueError("it is shorter than its header says")
+    if not text.startswith(_SEAL):
+        return text, size, False
+    own = hashlib.sha256(head[: 8 + start])
+    own.update(b"0" * 64)
+    own.update(text[start + 64 :])
+    return text, size, own.hexdigest().encode() == text[start : start + 64]
 
-    Raises:
-        CropiError: the file is not what was written.
-    """
-    data = path.read_bytes()
-    expected = commit_path(path).read_text().split()
-    if not expected or hashlib.sha256(data).hexdigest() != expected[0]:
-        raise CropiError(damaged(path, "its checksum does not match"))
-    return decode(optional("safetensors.torch").load(data))
+
+def _held(one: Any, begin: int) -> Held:
+    rows, columns = one["shape"]
+    first, last = one["data_offsets"]
+    kind = _KINDS[one["dtype"]]
+    if not all(type(n) is int and n >= 0 for n in (rows, columns, first, last)):
+        raise ValueError("a tensor's shape or place is no count")
+    if last - first != rows * columns * kind.itemsize:
+        raise ValueError("a tensor's place does not fit its shape")
+    return Held(kind, (rows, columns), begin + first, begin + last)
+
+
+def _check_tensors(tensors: Mapping[str, Held], kept: Sequence[RowInfo], size: int) -> None:
+    names = [name for name in tensors if name != "scale"]
+    if names not in (["sketch"], ["int4"], ["int1"]):
+        raise ValueError(f"its tensors are {shown(list(tensors))}")
+    if max(held.end for held in tensors.values()) != size:
+        raise ValueError("its size is not what its header says")
+    if any(held.shape[0] != len(kept) for held in tensors.values()):
+        raise ValueError("its rows are not those of its tensors")
+    if any(row.row != place for place, row in enumerate(kept)):
+        raise ValueError("its rows are not in the order of its tensors")
+    if not all(type(row.id) is str for row in kept):
+        raise ValueError("an id is no text")
+
+
+def _xxh3(data: Any) -> str:
+    return str(optional("xxhash").xxh3_128_hexdigest(data))
 
 
 def _sha256(text: str) -> str:
@@ -136,7 +359,7 @@ def shard_number(path: Path) -> int:
         CropiError: the file's name has none.
     """
     text = path.stem.removeprefix("shard-")
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal()):
         raise CropiError(
             f"{path} is no shard of this store (its name has no number); take it out of the folder"
         )

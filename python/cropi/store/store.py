@@ -7,6 +7,7 @@ settings.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,9 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.files import try_lock, write_atomic
+from cropi.store.codec import check_dtype, decode, encode
+from cropi.store.compact import SHARD_BYTES, due, groups, join_blocks, tail
+from cropi.store.loading import load, load_steady, remove
 from cropi.store.manifest import (
     FORMAT,
     MANIFEST,
@@ -28,17 +32,8 @@ from cropi.store.manifest import (
     of_earlier_release,
     read_manifest,
 )
-from cropi.store.shards import (
-    DTYPES,
-    OK,
-    RowInfo,
-    commit_path,
-    damaged,
-    read_rows,
-    read_sketches,
-    shard_number,
-    write_shard,
-)
+from cropi.store.rows import OK, RowInfo, placed
+from cropi.store.shards import Shard, shard_number, write_shard
 
 
 class SketchStore:
@@ -48,15 +43,18 @@ class SketchStore:
     manager it flushes and releases the folder at the end, also after an error.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, shard_rows: int = 64) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], *, shard_rows: int = 64, shard_bytes: int = SHARD_BYTES
+    ) -> None:
         self.path = path
         self.manifest = manifest
-        self.shard_rows = shard_rows
+        self.shard_rows, self.shard_bytes = shard_rows, shard_bytes
         self._lock: int | None = None
-        self._pending: list[tuple[RowInfo, torch.Tensor | None]] = []
-        self._shards: dict[Path, list[RowInfo]] = {}
+        self._pending: dict[str, tuple[RowInfo, torch.Tensor | None]] = {}
+        self._pending_sketches = 0
+        self._shards: dict[Path, Shard] = {}
         self._rows: dict[str, RowInfo] = {}
-        self._tables: dict[Path, torch.Tensor] = {}  # of shards that are in memory
+        self.paths = [path]  # of the stores that are read as one
 
     @classmethod
     def create(
@@ -65,6 +63,7 @@ class SketchStore:
         manifest: Mapping[str, Any],
         *,
         shard_rows: int = 64,
+        shard_bytes: int = SHARD_BYTES,
         earlier: Callable[[], Mapping[str, Any]] | None = None,
     ) -> SketchStore:
         """Make a store, or continue the one at ``path``, and lock it for this process.
@@ -75,7 +74,8 @@ class SketchStore:
                 ``dtype``, and whatever else the rows depend on. Values under ``notes`` are kept but never
                 compared. ``prompts`` is how many rows the store is to hold: with fewer, it is unfinished
                 (see :meth:`check_finished`); a store that is continued keeps the larger number.
-            shard_rows: rows with a sketch per shard; :meth:`add` flushes when so many are pending.
+            shard_rows: rows with a sketch that :meth:`add` collects before it writes them, as a small shard.
+            shard_bytes: small shards are joined to shards of this size.
             earlier: the same manifest with models named as earlier releases did (by SHA-256), asked for where one of
                 them made the store at ``path``. Where it agrees, the store gets the new names.
 
@@ -84,8 +84,7 @@ class SketchStore:
                 (the first differing field is named with both values), or it is damaged.
         """
         path, wanted = Path(path), json.loads(json.dumps({"format": FORMAT, **manifest}))
-        if wanted.get("dtype", "float32") not in DTYPES:
-            raise CropiError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted['dtype']!r}")
+        check_dtype(wanted.get("dtype", "float32"), int(wanted["spec"]["dim"]))
         if path.exists() and not path.is_dir():
             raise CropiError(f"{path} is a file; give a folder for the store")
         if (
@@ -100,7 +99,7 @@ class SketchStore:
                 f"{path} holds shards but no {MANIFEST}, so what they are sketches of is not known; put it back, or "
                 "give a new folder for the store"
             )
-        store = cls(path, wanted, shard_rows=shard_rows)
+        store = cls(path, wanted, shard_rows=shard_rows, shard_bytes=shard_bytes)
         try:
             path.mkdir(parents=True, exist_ok=True)
             store._acquire()
@@ -120,12 +119,21 @@ class SketchStore:
                     store._write_manifest(made | {"prompts": wanted["prompts"]})
             else:
                 store._write_manifest(wanted)
-            store._load(remove_unfinished=True)
+            store._shards, store._rows = load(path, job_fingerprint(store.manifest), clean=True)
             store._check_count()
         except BaseException:
             store._release()
             raise
         return store
+
+    @classmethod
+    def resume(cls, path: str | Path, *, shard_bytes: int = SHARD_BYTES) -> SketchStore:
+        """Open the store at ``path`` for writing, under the settings that it was made with.
+
+        Raises:
+            CropiError: there is none, or what :meth:`create` raises.
+        """
+        return cls.create(path, read_manifest(Path(path)), shard_bytes=shard_bytes)
 
     @classmethod
     def open(cls, path: str | Path) -> SketchStore:
@@ -135,7 +143,7 @@ class SketchStore:
             CropiError: there is none, its format is newer, or a shard's header is damaged.
         """
         store = cls(Path(path), read_manifest(Path(path)))
-        store._load(remove_unfinished=False)
+        store._shards, store._rows = load_steady(store.path, job_fingerprint(store.manifest))
         # Again, after the rows: a job that goes on meanwhile raises the number of prompts before it adds rows, so that
         # a part cannot be taken for the whole.
         store.manifest = read_manifest(store.path)
@@ -165,7 +173,7 @@ class SketchStore:
                 )
             joined._shards.update(store._shards)
             joined._rows.update(store._rows)
-            joined._tables.update(store._tables)
+        joined.paths = [path for store in stores for path in store.paths]
         return joined
 
     def __contains__(self, prompt_id: str) -> bool:
@@ -173,6 +181,10 @@ class SketchStore:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def files(self) -> list[Shard]:
+        """The shards, in the order in which they are read."""
+        return list(self._shards.values())
 
     def rows(self) -> list[RowInfo]:
         """Every finished row, in order of prompt id: independent of the order in which they were computed."""
@@ -187,57 +199,125 @@ class SketchStore:
         Raises:
             CropiError: the id is already there, or the disk is full.
         """
-        if row.id in self._rows or any(row.id == other.id for other, _ in self._pending):
+        if row.id in self._rows or row.id in self._pending:
             raise CropiError(f"the store {self.path} already has the prompt {row.id!r}")
-        if sketch is not None and tuple(sketch.shape) != (self.dim,):
-            raise CropiError(f"sketch: shape [{self.dim}] is expected, got {list(sketch.shape)}")
-        kept = None if sketch is None else sketch.detach().to("cpu", torch.float32, copy=True)
-        self._pending.append((row, kept))
-        full = sum(kept is not None for _, kept in self._pending) >= self.shard_rows
-        return self.flush() if full or len(self._pending) >= 64 * self.shard_rows else []
+        kept = None
+        if sketch is not None:
+            if tuple(sketch.shape) != (self.dim,):
+                raise CropiError(f"sketch: shape [{self.dim}] is expected, got {list(sketch.shape)}")
+            kept = sketch.detach().to("cpu", torch.float32, copy=True)
+            self._pending_sketches += 1
+        self._pending[row.id] = row, kept
+        full = self._pending_sketches >= self.shard_rows or len(self._pending) >= 64 * self.shard_rows
+        return self.flush() if full else []
 
     def flush(self) -> list[str]:
-        """Write the pending rows as one shard. When it returns, they survive a kill and a power cut.
+        """Write the pending rows as one small shard. When it returns, they survive a kill and a power cut.
 
         Raises:
             CropiError: the disk is full; earlier shards are intact and the rows stay pending.
         """
         if not self._pending:
             return []
-        self._check_writable()
-        path = self.path / f"shard-{max(map(shard_number, self._shards), default=-1) + 1:05d}.safetensors"
-        sketches = [sketch for _, sketch in self._pending if sketch is not None]
-        places = iter(range(len(sketches)))
-        rows = [
-            RowInfo(**(vars(row) | {"row": None if sketch is None else next(places)}))
-            for row, sketch in self._pending
-        ]
+        sketches = [sketch for _, sketch in self._pending.values() if sketch is not None]
+        rows = [row for row, _ in self._pending.values()]
+        has = [sketch is not None for _, sketch in self._pending.values()]
         table = torch.stack(sketches) if sketches else torch.empty(0, self.dim)
-        self._write_shard(path, rows, table)
-        self._shards[path] = rows
-        self._rows.update((row.id, row) for row in rows)
-        self._pending = []
+        self._append(rows, has, encode(table, self.dtype))
+        self._pending, self._pending_sketches = {}, 0
+        self._tidy(due(self.files(), self.shard_bytes))
         return [row.id for row in rows]
 
-    def shards(self) -> Iterator[tuple[list[RowInfo], torch.Tensor]]:
-        """Stream the store: for every shard, its rows that have a sketch, and these as float32 ``[n, dim]``.
+    def append(self, rows: Sequence[RowInfo], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write rows whose sketches are stored numbers already, as one shard.
+
+        Args:
+            rows: those with a sketch have a place (``row``), in the order of the tensors' rows.
+            tensors: as :func:`cropi.store.codec.encode` gives them, in this store's dtype.
+
+        Raises:
+            CropiError: an id is already there, or the disk is full.
+        """
+        self.flush()
+        for row in rows:
+            if row.id in self._rows:
+                raise CropiError(f"the store {self.path} already has the prompt {row.id!r}")
+        self._append(rows, [row.row is not None for row in rows], tensors)
+
+    def _append(
+        self,
+        rows: Sequence[RowInfo],
+        has: Sequence[bool],
+        tensors: Mapping[str, torch.Tensor],
+        replaces: Sequence[Shard] = (),
+    ) -> None:
+        self._check_writable()
+        number = max(map(shard_number, self._shards), default=-1) + 1
+        places = iter(range(len(rows)))
+        rows = [placed(row, next(places) if one else None) for row, one in zip(rows, has, strict=True)]
+        path = self.path / f"shard-{number:05d}.safetensors"
+        shard = self._write_shard(path, rows, tensors, [shard_number(one.path) for one in replaces])
+        self._shards[path] = shard
+        self._rows.update((row.id, row) for row in rows)
+        for old in replaces:
+            del self._shards[old.path]
+            remove(old.path)
+
+    def blocks(self) -> Iterator[tuple[list[RowInfo], dict[str, torch.Tensor]]]:
+        """Stream the sketches as they are stored: rows, and their numbers (:func:`cropi.store.codec.decode`).
+
+        Every block's checksum is checked. Its memory is used again: a block is valid until the third one after it.
 
         Raises:
             CropiError: a shard's checksum does not match; the shard is named.
         """
-        for path, rows in self._shards.items():
-            kept = [row for row in rows if row.row is not None]
-            if kept:
-                yield kept, self._read(path)[[int(row.row or 0) for row in kept]]
+        for shard in self.files():
+            for first, tensors in shard.blocks():
+                count = len(next(iter(tensors.values())))
+                yield shard.kept[first : first + count], tensors
+
+    def shards(self) -> Iterator[tuple[list[RowInfo], torch.Tensor]]:
+        """Stream the store by blocks of at most 16 MiB (or one row): rows, and their sketches as float32 ``[n, dim]``.
+
+        Raises:
+            CropiError: a shard's checksum does not match; the shard is named.
+        """
+        for rows, tensors in self.blocks():
+            table = decode(tensors)
+            yield (
+                rows,
+                table.clone() if table.data_ptr() == next(iter(tensors.values())).data_ptr() else table,
+            )
 
     def verify(self) -> int:
-        """Check every shard's checksum; returns how many there are."""
-        for path in self._shards:
-            self._read(path)
+        """Check every shard's checksums, those of ``sha256sum`` too; returns how many shards there are."""
+        for shard in self._shards.values():
+            shard.verify()
         return len(self._shards)
 
-    def _read(self, path: Path) -> torch.Tensor:
-        return self._tables[path] if path in self._tables else read_sketches(path)
+    def compact(self) -> tuple[int, int]:
+        """Join all shards that are smaller than ``shard_bytes``; gives the numbers of shards before and after.
+
+        A kill at any instant leaves every row where it was or in its new shard, and never in both for a reader.
+
+        Raises:
+            CropiError: the disk is full, or a shard is damaged; the store is as it was.
+        """
+        self.flush()
+        before = len(self._shards)
+        for group in groups(self.files(), self.shard_bytes):
+            self._join(group)
+        return before, len(self._shards)
+
+    def _tidy(self, shards: Sequence[Shard]) -> None:
+        """Join shards, unless there is no room for it: every row is safe where it is."""
+        if len(shards) > 1:
+            with contextlib.suppress(CropiError):
+                self._join(shards)
+
+    def _join(self, shards: Sequence[Shard]) -> None:
+        rows = [row for shard in shards for row in shard.rows]
+        self._append(rows, [row.row is not None for row in rows], join_blocks(shards), shards)
 
     def finish(self) -> None:
         """Note that the job has gone through all its prompts, so that what the store holds is all of them.
@@ -246,6 +326,7 @@ class SketchStore:
             CropiError: the disk is full.
         """
         self.flush()
+        self._tidy(tail(self.files(), self.shard_bytes))
         if self.manifest.get("prompts") != len(self):
             self._write_manifest(self.manifest | {"prompts": len(self)})
 
@@ -268,6 +349,11 @@ class SketchStore:
     def expected(self) -> int:
         """Prompts that the store is to hold; where the manifest does not say, those that it holds."""
         return int(self.manifest.get("prompts", len(self)))
+
+    @property
+    def dtype(self) -> str:
+        """How its numbers are stored."""
+        return str(self.manifest.get("dtype", "float32"))
 
     @property
     def dim(self) -> int:
@@ -301,31 +387,10 @@ class SketchStore:
         held = f"{len(self)} prompts, {ready} with a sketch of {spec.get('dim')}"
         return f"{type(self).__name__}({str(self.path)!r}: {held}, stage {self.manifest.get('stage')!r})"
 
-    def _load(self, remove_unfinished: bool) -> None:
-        paths = sorted(self.path.glob("shard-*.safetensors"), key=shard_number)
-        job = job_fingerprint(self.manifest)
-        for path in paths:
-            if not commit_path(path).exists():
-                if path is not paths[-1]:
-                    raise CropiError(damaged(path, "its checksum file is missing"))
-                if remove_unfinished:  # the job was killed inside write_shard: these rows were never reported
-                    path.unlink()
-                continue
-            rows = read_rows(path, job)
-            for row in rows:
-                if row.id in self._rows:
-                    raise CropiError(
-                        f"the shard {path} holds the prompt {row.id!r}, and so does another shard of {self.path}: one "
-                        "of them is a copy; take it and its .sha256 out of the folder"
-                    )
-                self._rows[row.id] = row
-            self._shards[path] = rows
-        if remove_unfinished:
-            for left in self.path.glob(".*.tmp"):
-                left.unlink()
-
-    def _write_shard(self, path: Path, rows: list[RowInfo], table: torch.Tensor) -> None:
-        write_shard(path, rows, table, self.manifest.get("dtype", "float32"), job_fingerprint(self.manifest))
+    def _write_shard(
+        self, path: Path, rows: list[RowInfo], tensors: Mapping[str, torch.Tensor], replaces: Sequence[int]
+    ) -> Shard:
+        return write_shard(path, rows, tensors, job_fingerprint(self.manifest), replaces)
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self._check_writable()

@@ -1,0 +1,89 @@
+"""``cropi store merge | verify | compact | export``: what is done with stores of sketches."""
+
+from __future__ import annotations
+
+import argparse
+
+from cropi.cli.parser import count
+
+_SIZE = 1 << 28
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the actions and their options."""
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    merge = _action(actions, "merge", "copy the rows of several stores of one model into one")
+    merge.add_argument("out", metavar="OUT", help="the new store")
+    merge.add_argument("stores", nargs="+", metavar="FOLDER", help="the stores to merge")
+    verify = _action(actions, "verify", "read every shard and check its checksums")
+    verify.add_argument("stores", nargs="+", metavar="FOLDER", help="stores")
+    compact = _action(actions, "compact", "join small shards to large ones")
+    compact.add_argument("store", metavar="FOLDER", help="a store that no other process writes to")
+    for action in (merge, compact):
+        action.add_argument(
+            "--shard-bytes", type=count, default=_SIZE, metavar="N",
+            help=f"about the size of a file of the store (default: {_SIZE})",
+        )  # fmt: skip
+    export = _action(actions, "export", "the sketches as a NumPy or parquet file, the prompts' ids with them")
+    export.add_argument("store", metavar="FOLDER", help="a store")
+    export.add_argument(
+        "--out", required=True, metavar="FILE", help="the file; of npy, the ids go to FILE.rows.jsonl"
+    )
+    export.add_argument(
+        "--to", choices=("npy", "parquet"),
+        help="a float32 matrix for np.load(FILE, mmap_mode='r'), or a table (default: as FILE ends)",
+    )  # fmt: skip
+    export.add_argument(
+        "--normalise",
+        action="store_true",
+        help="divide every sketch by its length: inner products are cosines",
+    )
+
+
+def _action(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str
+) -> argparse.ArgumentParser:
+    return actions.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it, and say what was done."""
+    return {"merge": _merge, "verify": _verify, "compact": _compact, "export": _export}[args.action](args)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from cropi.store.merge import merge
+
+    made = merge(args.out, args.stores, shard_bytes=args.shard_bytes)
+    print(f"merged        {len(made)} prompts of {len(args.stores)} stores: {args.out}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from cropi.store.store import SketchStore
+
+    for path in args.stores:
+        store = SketchStore.open(path)
+        part = "" if len(store) >= store.expected else f" of {store.expected} (unfinished)"
+        print(f"checksums     {store.verify()} shards with {len(store)} prompts{part} are intact: {path}")
+    return 0
+
+
+def _compact(args: argparse.Namespace) -> int:
+    from cropi.store.store import SketchStore
+
+    with SketchStore.resume(args.store, shard_bytes=args.shard_bytes) as store:
+        before, after = store.compact()
+    print(f"compacted     {before} shards to {after}: {args.store}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from cropi.store.export import export
+    from cropi.store.store import SketchStore
+
+    for path in export(SketchStore.open(args.store), args.out, to=args.to, normalise=args.normalise):
+        print(f"exported      {path}")
+    return 0

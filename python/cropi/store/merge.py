@@ -1,0 +1,107 @@
+"""Several stores of one model and stage, written as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cropi.errors import CropiError, shown
+from cropi.store.compact import SHARD_BYTES, join_blocks
+from cropi.store.manifest import ALIKE, first_difference, get_field
+from cropi.store.rows import RowInfo
+from cropi.store.shards import Shard
+from cropi.store.store import SketchStore
+
+
+def merge(
+    out: str | Path, stores: Sequence[SketchStore | str | Path], *, shard_bytes: int = SHARD_BYTES
+) -> SketchStore:
+    """Copy the rows of several stores into one; the stored numbers stay as they are.
+
+    Killed at any instant, the same call goes on: rows that ``out`` holds are not copied again. The stores stay as they
+    are.
+
+    Args:
+        out: the folder of the new store.
+        stores: those to merge, or their folders.
+        shard_bytes: about the size of a file of the new store.
+
+    Returns:
+        The new store, open for reading.
+
+    Raises:
+        CropiError: there is none; ``out`` is one of them; one is unfinished; they were made with other specs, models,
+            stages, estimators, tokenizers, templates, temperatures or dtypes; two hold one prompt; or the disk is full.
+    """
+    parts = [one if isinstance(one, SketchStore) else SketchStore.open(one) for one in stores]
+    whole = SketchStore.join(parts)
+    folder = Path(out)
+    for part in parts:
+        if folder.resolve() == part.path.resolve():
+            raise CropiError(f"{out} is one of the stores that are merged; give a new folder")
+        part.check_finished()
+    with SketchStore.create(folder, merged_manifest(parts), shard_bytes=shard_bytes) as store:
+        for group in _full(whole.files(), shard_bytes):
+            rows = [row for shard in group for row in shard.rows]
+            left = [row.id not in store for row in rows]
+            if any(left):
+                store.append(*_left(rows, join_blocks(group), left))
+        store.finish()
+    return SketchStore.open(folder)
+
+
+def _full(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
+    """The shards in groups of about so many bytes, the last one smaller."""
+    found: list[list[Shard]] = [[]]
+    for shard in shards:
+        found[-1].append(shard)
+        if sum(one.size for one in found[-1]) >= limit:
+            found.append([])
+    return [group for group in found if group]
+
+
+def _left(
+    rows: Sequence[RowInfo], tensors: Mapping[str, torch.Tensor], left: Sequence[bool]
+) -> tuple[list[RowInfo], Mapping[str, torch.Tensor]]:
+    """The rows that are not copied yet."""
+    if not all(left):
+        kept = torch.tensor([one for row, one in zip(rows, left, strict=True) if row.row is not None])
+        tensors = {name: tensor[kept] for name, tensor in tensors.items()}
+    return [row for row, one in zip(rows, left, strict=True) if one], tensors
+
+
+def merged_manifest(stores: Sequence[SketchStore]) -> dict[str, Any]:
+    """The manifest of all together. What differs, and may (trajectories, set, behaviour, lengths), is null.
+
+    Raises:
+        CropiError: what may not differ does; the field is named with both values.
+    """
+    first = stores[0]
+    for store in stores[1:]:
+        for field in (*ALIKE, "dtype"):
+            left, right = (get_field(one.manifest, field, None) for one in (first, store))
+            differs = first_difference(left, right, field)
+            if differs:
+                raise CropiError(
+                    f"{first.path} and {store.path} cannot be merged: {differs[0]} = {shown(differs[1])} in the first, "
+                    f"{shown(differs[2])} in the second; sketch both with the same settings, or give both to "
+                    "`cropi influence --train`, which reads several stores as one"
+                )
+    held = [{k: v for k, v in one.manifest.items() if k not in ("notes", "prompts")} for one in stores]
+    made: dict[str, Any] = _common(held)
+    made["merged"] = [store.manifest.get("trajectories") for store in stores]
+    made["notes"] = dict(first.manifest.get("notes", {})) | {"merged": [str(store.path) for store in stores]}
+    return made | {"prompts": sum(len(store) for store in stores)}
+
+
+def _common(values: Sequence[Any]) -> Any:
+    """What JSON values have in common: the value itself, a table of it, or None."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    if all(isinstance(value, Mapping) for value in values):
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: _common([value.get(key) for value in values]) for key in keys}
+    return None
