@@ -30,7 +30,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", metavar="FILE.json", help="write the figures there")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
     options.add_model(command)
-    options.add(command, Reading, Sketching, leave=("store_dtype", "stage", "limit"))
+    options.add(command, Reading, Sketching, leave=("store_dtype", "shard_bytes", "stage", "limit"))
     options.add_progress(command)
 
 

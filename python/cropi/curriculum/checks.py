@@ -25,7 +25,7 @@ from cropi.ranking.selection import check_selecting, how_many
 from cropi.trainers.trl.in_process import check_options, prompts_a_batch
 from cropi_kernels import canonical_name
 
-STORE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+STORE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5, "int1": 0.125}
 
 
 def check_plan(plan: Plan) -> None:
@@ -124,7 +124,7 @@ def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) 
             one generation batch, on which TRL would train nothing without a word.
     """
     rows = train.usable + sum(found.usable for found in valid.values())
-    size = STORE_BYTES.get(plan.job.store_dtype, 1) * plan.job.spec.dim * rows
+    size = int(STORE_BYTES[plan.job.store_dtype] * plan.job.spec.dim * rows)
     left = plan.stages - stage
     check_room(plan.out, size * left, f"the sketches of {rows} prompts in {left} stages")
     if plan.trainer != IN_PROCESS:
