@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import sharded
+from .growing import forget_longest
 from .measure import measure_head
 from .precision import own_precision, unwrapped
 
@@ -36,6 +37,7 @@ class SplitModel:
 
     def hidden(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         def run() -> torch.Tensor:
+            forget_longest(self.decoder)
             out = self.decoder(input_ids=input_ids, use_cache=False, **kwargs)
             return out[0] if isinstance(out, tuple) else out.last_hidden_state
 

@@ -26,8 +26,9 @@ from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
 from .hooks import start_graph
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import scored_tokens
+from .lengths import Lengths, check_lengths
 from .precision import check_adapters, own_precision, unwrapped
-from .probe import Probe, check_lengths, pads_left, positions_for, probe_policy
+from .probe import Probe, pads_left, positions_for, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
 from .segments import Segments
 from .selftest import SelfTest
@@ -295,7 +296,8 @@ class GradientSketcher:
         scored = scored_offsets(where, positions)
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
         if self.probe is not None:
-            check_lengths(self.probe, input_ids.shape, attention_mask, position_ids)
+            lengths = Lengths(self.probe.switch, self.probe.by_length)
+            check_lengths(lengths, input_ids.shape, attention_mask, position_ids)
             if attention_mask is not None and pads_left(attention_mask, kwargs.get("position_ids")):
                 kwargs.update(positions_for(self.probe, attention_mask))
         explained = _memory.explained(

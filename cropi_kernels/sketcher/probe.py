@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from .decoder import SplitModel
-from .listener import unit_roundoff
-from .trial import config_numbers, few_rows
+from .lengths import lengths_of, same
+from .trial import few_rows
 from .untouched import untouched
 
 Run = Callable[[torch.Tensor], torch.Tensor]
-WRONG = 16  # unit roundoffs, relative to the largest logits or hidden states, beyond which two runs are not the same
 
 
 class PolicyProbeError(ValueError):
@@ -74,9 +73,9 @@ def probe_policy(model: nn.Module, split: SplitModel) -> Probe:
                 "around your own loss"
             )
         _check_alone(split.hidden, ids, plain, name)
-        switch, by_length = _length_switch(model, split, ids, plain)
+        lengths = lengths_of(model, split, ids)
         padding = _left_padding(split, ids, plain)
-    return Probe(split.scale, split.softcap, switch, by_length, padding)
+    return Probe(split.scale, split.softcap, lengths.switch, lengths.by_length, padding)
 
 
 def is_causal(run: Run, ids: torch.Tensor, plain: torch.Tensor) -> bool:
@@ -88,15 +87,6 @@ def is_causal(run: Run, ids: torch.Tensor, plain: torch.Tensor) -> bool:
         return same(run(changed)[:, :keep], plain[:, :keep])
 
 
-def same(got: torch.Tensor, want: torch.Tensor, most: bool = False) -> bool:
-    """Equal but for rounding; ``most``: for more than half of the tokens (in half precision an expert may be chosen by
-    the rounding of its router). What is not finite is not compared."""
-    off = (got - want).float().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
-    size = want.float().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
-    off = off.flatten().median() if most else off.max()
-    return bool(off <= WRONG * max(unit_roundoff(want), 2.0**-20) * size.max())
-
-
 def _check_alone(run: Run, ids: torch.Tensor, plain: torch.Tensor, name: str) -> None:
     """The first row beside others, all of one token: experts with a capacity are full of it then."""
     beside = ids.clone()
@@ -106,90 +96,6 @@ def _check_alone(run: Run, ids: torch.Tensor, plain: torch.Tensor, name: str) ->
         raise PolicyProbeError(
             f"what {name} gives for a row depends on the other rows of the batch (experts that drop tokens beyond a "
             "capacity, a norm over the batch?): give one row a call by `with sketcher.batch(...)`, or turn that off"
-        )
-
-
-# ------------------------------------------------------------------------------------------ long positions
-def _length_switch(
-    model: nn.Module, split: SplitModel, ids: torch.Tensor, plain: torch.Tensor
-) -> tuple[int | None, bool]:
-    """(`Probe.switch`, `Probe.by_length`). A row of few tokens whose positions are far out makes a batch long."""
-    length = ids.shape[1]
-    known = [
-        n for name, n in config_numbers(getattr(model, "config", None)) if "position" in name and n > length
-    ]
-    if not known or not _may_go_beyond(model, split):
-        return None, False
-
-    def beside(last: int) -> torch.Tensor:
-        where = torch.arange(length, device=ids.device).repeat(2, 1)
-        where[1] += last + 1 - length
-        return split.hidden(ids[:2], position_ids=where)[:1]
-
-    try:
-        near = beside(length - 1)
-        if same(beside(2 * max(known)), near):
-            return None, False
-        # Lengths: with `low` tokens nothing changes, with `high` something does.
-        low, high = length, 2 * max(known) + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if same(beside(middle - 1), near) else (low, middle)
-        return low, not same(beside(2 * max(known)), beside(low + 1 + length))
-    except (IndexError, TypeError, ValueError, RuntimeError):  # a table of positions ends, or none are taken
-        return None, False
-
-
-def _may_go_beyond(model: nn.Module, split: SplitModel) -> bool:
-    """On a CPU a table of positions that ends is an error like any other; on a GPU it would take the process with it,
-    so there only a configuration that names a scaling is tried."""
-    if split.head.weight.device.type == "cpu":
-        return True
-    config = getattr(model, "config", None)
-    for name in ("rope_parameters", "rope_scaling"):
-        found = getattr(config, name, None)
-        if isinstance(found, dict) and {found.get("rope_type"), found.get("type")} & {
-            "longrope",
-            "dynamic",
-            "su",
-        }:
-            return True
-    return False
-
-
-def check_lengths(
-    probe: Probe,
-    shape: torch.Size,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-) -> None:
-    """Raises ValueError: a row of the batch is long enough to change the positions of a shorter one."""
-    if probe.switch is None:
-        return
-    batch, length = shape
-    own = torch.full((batch,), length, device="cpu")
-    if position_ids is not None:
-        where = position_ids.reshape(-1, position_ids.shape[-1])
-        if attention_mask is not None and attention_mask.ndim == 2 and where.shape == attention_mask.shape:
-            where = where * attention_mask
-        own = where.max(dim=1).values.cpu() + 1
-        longest = int(position_ids.max()) + 1
-    else:
-        longest = length
-        if attention_mask is not None and attention_mask.ndim == 2:
-            own = attention_mask.sum(1).cpu()
-    if longest <= probe.switch:
-        return
-    short = own < longest if probe.by_length else own <= probe.switch
-    if bool(short.any()):
-        raise ValueError(
-            f"rows of {int(own[short].min())} and of {longest} tokens (with padding) are in one batch: beyond "
-            f"{probe.switch} tokens the model scales the positions of all rows by the longest one. Give "
-            + (
-                "rows of one length a call there"
-                if probe.by_length
-                else f"rows up to {probe.switch} in other calls"
-            )
         )
 
 

@@ -69,7 +69,7 @@ def test_what_shows_in_long_rows_only_is_found_there(make_one: Any, dtype: torch
     assert layout.shared, layout.note
     assert layout.trial is not None and layout.trial.passes(*row(12, 10, 9, 11))
     assert not layout.trial.passes(*row(40, 20, 20, 20))
-    assert "40 + 60 tokens" in layout.trial.problem and not layout.shares(10, "p")
+    assert "40 + 60 tokens" in layout.trial.problem and not layout.shares(10, 10, "p")
 
 
 @pytest.mark.parametrize("dtype", ALL)

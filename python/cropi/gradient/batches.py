@@ -63,6 +63,11 @@ class MicroBatch:
         mask = self.attention_mask
         return int(mask.sum()) if mask.ndim == 2 else int((mask.sum(-1) > 1).sum()) + self.input_ids.shape[0]
 
+    @property
+    def reaches(self) -> list[int]:
+        """The last position + 1 of every row."""
+        return [int(n) + 1 for n in self.position_ids.amax(dim=1)]
+
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same batch with its tensors on ``device``."""
         tensors: dict[str, Any] = {
@@ -116,6 +121,11 @@ class Row:
         """Input tokens. A response's last token is predicted but predicts nothing, so it is not an input."""
         return len(self.group.prompt) + sum(len(self.group.responses[k]) - 1 for k in self.chosen)
 
+    @property
+    def reach(self) -> int:
+        """Its last position + 1."""
+        return len(self.group.prompt) + max(len(self.group.responses[k]) - 1 for k in self.chosen)
+
 
 def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
     """Split a group into rows.
@@ -127,7 +137,7 @@ def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
     """
     prompt, sizes = len(group.prompt), [len(group.responses[k]) - 1 for k, *_ in group.equal]
     best: list[tuple[int, ...]] = [(i,) for i in range(len(sizes))]
-    if layout.shares(prompt + max(sizes) + 1, group.id):
+    if layout.shares(prompt + min(sizes) + 1, prompt + max(sizes) + 1, group.id):
         plans = [_chunks(len(sizes), m) for m in range(1, len(sizes) + 1)]
         lengths = [[prompt + sum(sizes[k] for k in row) for row in plan] for plan in plans]
         # Without a mask of its own (the first plan, one response a row) causal attention skips half of the products.
@@ -138,6 +148,8 @@ def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
             if i == 0 or max(rows) <= budget
         }
         best = plans[min(cost, key=lambda i: cost[i])]
+    if not layout.lengths.together(prompt + min(sizes), prompt + max(sizes)):
+        best.sort(key=lambda row: -sizes[row[0]])  # those that may be in one batch follow each other
     # One response a row needs no mask of its own.
     return [
         Row(group, tuple(group.equal[i][0] for i in chosen), len(best[0]) > 1, chosen is best[-1])
@@ -213,8 +225,11 @@ def _pack(
     for row in (row for rows in plans for row in rows):
         longest = max([row.length, *(other.length for other in batch)])
         kind = (row.group.temperature, row.shared)
+        reaches = [other.reach for other in (*batch, row)]
         if batch and (
-            (len(batch) + 1) * longest > budget or kind != (batch[0].group.temperature, batch[0].shared)
+            (len(batch) + 1) * longest > budget
+            or kind != (batch[0].group.temperature, batch[0].shared)
+            or not layout.lengths.together(min(reaches), max(reaches))
         ):
             if not _all_done(batch, done):
                 yield _build(batch, estimator, stored)

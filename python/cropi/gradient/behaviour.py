@@ -13,6 +13,7 @@ from cropi.gradient.batches import MicroBatch
 from cropi.gradient.estimators import Estimator
 from cropi.model.policy import Policy, check_dropout
 from cropi_kernels import token_logprobs
+from cropi_kernels.sketcher.lengths import measure_lengths
 
 BEHAVIOURS = ("auto", "file", "current", "model")
 # Who made the trajectories, as far as the caller knows.
@@ -31,9 +32,14 @@ class BehaviourModel:
         self.model = model = self.policy.model
         first = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
         token_logprobs(model, first[None], positions=first, targets=first)  # what it cannot do is said now
+        self.lengths = measure_lengths(model)
 
     def logprobs(self, batch: MicroBatch) -> torch.Tensor:
         """log beta of the scored tokens: float32 ``[N]`` on the batch's device."""
+        if self.lengths.switch is not None:
+            reaches = batch.reaches
+            if not self.lengths.together(min(reaches), max(reaches)):
+                return torch.cat([self.logprobs(half) for half in batch.halves()])
         here = batch.to(next(self.model.parameters()).device)
         result = token_logprobs(
             self.model,

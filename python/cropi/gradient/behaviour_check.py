@@ -30,7 +30,7 @@ from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.gradient.health import Health
-from cropi.gradient.layout import Layout
+from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.policy import Policy
 from cropi_kernels import linear_logprob
@@ -105,7 +105,7 @@ def check_behaviour(
     if level not in LEVELS:
         raise CropiError(f"behaviour_check must be one of {', '.join(LEVELS)}, got {level!r}")
     made = make_batches(
-        groups, estimator, Layout(shared=False), budget=budget, window=8, stored_behaviour=True
+        groups, estimator, layout_of(policy, "padded"), budget=budget, window=8, stored_behaviour=True
     )
     parts, seen = [], 0
     for batch in made:

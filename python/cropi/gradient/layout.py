@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import torch
 from cropi.errors import CropiError
 from cropi.gradient.layout_trial import LayoutTrial
 from cropi.model.policy import Policy
+from cropi_kernels.sketcher.lengths import Lengths, measure_lengths
 from cropi_kernels.sketcher.precision import unwrapped
 
 LAYOUTS = ("auto", "shared", "padded")
@@ -39,6 +40,7 @@ class Layout:
         attention_cost: cost of attending to one token, in units of the cost of one token in all linear
             layers.
         note: why the layout is not the shared one, to be shown to the user.
+        lengths: which rows may be in one batch, of a model that scales positions by the longest row of a batch.
         trial: what the model was tried on; longer rows are tried before they are used. None: it is taken as it is.
     """
 
@@ -47,20 +49,44 @@ class Layout:
     strict: bool = False
     attention_cost: float = 0.0
     note: str = ""
+    lengths: Lengths = Lengths()
     trial: LayoutTrial | None = field(default=None, repr=False, compare=False)
 
-    def shares(self, longest: int, name: str) -> bool:
-        """Whether a group may be shared whose longest prompt + response has ``longest`` tokens."""
-        if self.trial is not None and self.trial.problem:
+    def shares(self, shortest: int, longest: int, name: str) -> bool:
+        """Whether a group may be shared whose shortest prompt + response has ``shortest`` tokens, the longest
+        ``longest``."""
+        if not self.shared or (self.trial is not None and self.trial.problem):
             return False
-        if not self.shared or self.window is None or longest <= self.window:
-            return self.shared
+        if self.window is not None and longest > self.window:
+            problem = f"needs {longest} tokens, but the model has sliding-window layers of {self.window}"
+        # The last token of a response is predicted and no input.
+        elif not self.lengths.together(shortest - 1, longest - 1):
+            problem = (
+                f"has responses of {shortest} to {longest} tokens with the prompt, and beyond "
+                f"{self.lengths.switch} tokens the model scales the positions of all of them by the longest one"
+            )
+        else:
+            return True
         if self.strict:
             raise CropiError(
-                f"layout 'shared': prompt {name!r} needs {longest} tokens, but the model has sliding-window "
-                f"layers of {self.window}; pass --layout auto or --layout padded"
+                f"layout 'shared': prompt {name!r} {problem}; pass --layout auto or --layout padded"
             )
         return False
+
+    def beside(self, behaviour: Lengths) -> Layout:
+        """The layout where a behaviour model reads the same rows, which may have lengths of its own.
+
+        Raises:
+            CropiError: "shared" was asked for by name, and that model's positions depend on the longest response.
+        """
+        if not self.shared or behaviour.switch is None or behaviour == self.lengths:
+            return self
+        problem = (
+            f"beyond {behaviour.switch} tokens the behaviour model scales positions by the longest response"
+        )
+        if self.strict:
+            raise CropiError(f"layout 'shared': {problem}; pass --layout auto or --layout padded")
+        return replace(self, shared=False, note=f"prompts are not shared between responses: {problem}")
 
     def take(self, prompt: Sequence[int], responses: Sequence[Sequence[int]], name: str) -> bool:
         """Whether this row may be shared: the model is tried on it, unless it was on a longer one.
@@ -87,19 +113,23 @@ def choose_layout(model: Any, asked: str = "auto") -> Layout:
     """
     if asked not in LAYOUTS:
         raise CropiError(f"layout must be one of {', '.join(LAYOUTS)}, got {asked!r}")
+    lengths = measure_lengths(model)
     if asked == "padded":
-        return Layout(shared=False)
+        return Layout(shared=False, lengths=lengths)
     trial = LayoutTrial(unwrapped(model))
     size = trial.model.get_input_embeddings().weight.shape[0]
     made = [(7919 * (i + 1)) % size for i in range(13)]
     if trial.passes(made[:5], [made[5:9], made[9:13]]):
         cost = attention_cost(trial.model)
-        return Layout(True, sliding_window(trial.model), asked == "shared", cost, trial=trial)
+        return Layout(
+            True, sliding_window(trial.model), asked == "shared", cost, lengths=lengths, trial=trial
+        )
     if asked == "shared":
         raise CropiError(
             f"layout 'shared' does not work for this model: {trial.problem}; pass --layout padded"
         )
-    return Layout(shared=False, note=f"prompts are not shared between responses: {trial.problem}")
+    note = f"prompts are not shared between responses: {trial.problem}"
+    return Layout(shared=False, note=note, lengths=lengths)
 
 
 def layout_of(policy: Policy, asked: str = "auto") -> Layout:

@@ -174,9 +174,13 @@ class Policy:
 
     @property
     def context(self) -> int | None:
-        """The largest number of positions, or None where the model names no limit."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+        """The largest number of positions, or None where the model names no limit. Dynamic NTK stretches those that the
+        configuration names by its factor."""
+        config = self.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        factor = rope.get("factor", 1) if rope.get("rope_type") == "dynamic" else 1
+        return None if limit is None else int(limit * factor)
 
     @property
     def ends(self) -> tuple[int, ...]:

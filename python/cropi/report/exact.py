@@ -19,10 +19,11 @@ from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import Estimator, sequence_behaviour
-from cropi.gradient.layout import Layout
+from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.policy import Policy
 from cropi_kernels import canonical_name
+from cropi_kernels.sketcher.growing import forget_longest
 
 CHUNK = 1 << 22  # numbers of a parameter that are multiplied at once
 
@@ -118,7 +119,7 @@ def _backward(
     weights far below 1."""
     stored = behaviour.source == "file" and estimator.ratio
     batches = list(
-        make_batches([group], estimator, Layout(shared=False), budget=budget, stored_behaviour=stored)
+        make_batches([group], estimator, layout_of(policy, "padded"), budget=budget, stored_behaviour=stored)
     )
     largest = max(float((b.advantages / b.divisors).abs().max()) for b in batches)
     scale = 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
@@ -135,6 +136,7 @@ def _backward(
 
 
 def _logprobs(model: Any, batch: MicroBatch) -> torch.Tensor:
+    forget_longest(model)
     logits = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,

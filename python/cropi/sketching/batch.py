@@ -11,8 +11,10 @@ import torch
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
 from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
+from cropi.gradient.layout import layout_of
 from cropi.model.policy import Policy, check_dropout
 from cropi_kernels import SketchSpec
+from cropi_kernels.sketcher.lengths import Lengths
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,23 @@ class _Rows:
             raise CropiError(f"attention_mask: row {row} is all padding; leave the row out")
         counted = (self.mask.long().cumsum(1) - 1).clamp_min(0)
         self.positions = counted if positions is None else self._shaped("position_ids", positions)
+
+    def cut(self, segments: torch.Tensor, budget: int, lengths: Lengths) -> Iterator[torch.Tensor]:
+        """Numbers of rows that go through the model together: sorted by prompt, within the budget."""
+        order, step = torch.argsort(segments, stable=True), max(1, budget // self.length)
+        if lengths.switch is None:
+            yield from order.split(step)
+            return
+        reach = ((self.positions * self.mask.bool()).amax(dim=1) + 1).tolist()
+        chosen: list[int] = []
+        # Rows of one prompt that may be in one batch follow each other.
+        for row in sorted(order.tolist(), key=lambda row: (int(segments[row]), reach[row])):
+            together = [reach[other] for other in (*chosen, row)]
+            if chosen and (len(chosen) == step or not lengths.together(min(together), max(together))):
+                yield torch.tensor(chosen)
+                chosen = []
+            chosen.append(row)
+        yield torch.tensor(chosen)
 
     def _shaped(self, name: str, value: Any) -> torch.Tensor:
         _check_tensor(name, value)
@@ -301,10 +320,8 @@ def _sketched(
         raise CropiError(f"tokens_per_batch must be an integer of at least 1, got {budget!r}")
     sketches = torch.zeros(len(names), spec.dim, device=rows.device)
     logprobs, weights = (torch.zeros(rows.batch, rows.length, device=rows.device) for _ in range(2))
-    order, step = torch.argsort(segments, stable=True), max(1, budget // rows.length)
     with policy.sketcher(spec, exclude) as sketcher:
-        for start in range(0, rows.batch, step):
-            chosen = order[start : start + step]
+        for chosen in rows.cut(segments, budget, layout_of(policy, "padded").lengths):
             here = chosen.to(rows.device)
             ids, marks = rows.ids[here], scored[here]
             first = int(segments[chosen[0]])

@@ -75,6 +75,8 @@ def sketch_groups(
     source = behaviour if isinstance(behaviour, Behaviour) else Behaviour(behaviour)
     summary = summary or Summary(Path(store.path))
     plan = layout_of(policy, layout)
+    if source.model is not None:
+        plan = plan.beside(source.model.lengths)
     spec = SketchSpec.from_dict(store.manifest["spec"])
     with policy.sketcher(spec, tuple(exclude), verify=verify) as sketcher:
         sketcher.check_model()
@@ -94,7 +96,14 @@ def sketch_groups(
                 done=done,
             )
             passes = Passes(
-                sketcher, estimator, source.model, default_set, summary, str(store.path), bar.write
+                sketcher,
+                estimator,
+                source.model,
+                default_set,
+                summary,
+                str(store.path),
+                bar.write,
+                plan.lengths,
             )
             flushed = time.monotonic()
             for batch in batches:

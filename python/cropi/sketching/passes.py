@@ -21,6 +21,7 @@ from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient
+from cropi_kernels.sketcher.lengths import Lengths
 
 ZERO_GRADIENT = "zero gradient"
 Finished = tuple[RowInfo, torch.Tensor | None]
@@ -71,6 +72,7 @@ class Passes:
         summary: counts and times are added to it.
         keeps: where finished prompts are, for the message when a device's memory is too small.
         say: takes a line for the user.
+        lengths: which rows may be in one batch.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class Passes:
         summary: Summary,
         keeps: str,
         say: Callable[[str], Any],
+        lengths: Lengths,
     ) -> None:
+        self.lengths = lengths
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
         self.current: BehaviourModel | None = None
         self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
@@ -188,7 +192,7 @@ class Passes:
     def _sizes(self, group: TokenGroup, budget: int, stored: bool) -> float:
         """The sum of the sizes of its responses' gradients, each in a segment of its own."""
         total = 0.0
-        padded = Layout(shared=False)
+        padded = Layout(shared=False, lengths=self.lengths)
         for batch in make_batches([group], self.estimator, padded, budget=budget, stored_behaviour=stored):
             rows = replace(batch, segments=torch.arange(batch.input_ids.shape[0])).to(self.device)
             total += float(self._gradient(rows, self._behaviour_of(rows)).sketches.double().norm(dim=1).sum())

@@ -1,0 +1,35 @@
+"""What a model keeps of its longest batch so far, so that a row's results would depend on the calls before."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+_GROWING: weakref.WeakKeyDictionary[nn.Module, list[tuple[weakref.ref[nn.Module], str]]] = (
+    weakref.WeakKeyDictionary()
+)
+_CACHED = "max_seq_len_cached"
+
+
+def forget_longest(decoder: nn.Module) -> None:
+    """Put the frequencies back with which positions began: dynamic NTK of transformers keeps those of the longest batch
+    for every later one that is longer than the original context, until a shorter one comes."""
+    if decoder not in _GROWING:
+        _GROWING[decoder] = [
+            (weakref.ref(module), name.removesuffix(_CACHED))
+            for module in decoder.modules()
+            if hasattr(module, "original_max_seq_len")
+            for name in list(vars(module))
+            if name.endswith(_CACHED)
+        ]
+    for reference, prefix in _GROWING[decoder]:
+        module: Any = reference()
+        original = getattr(module, f"{prefix}original_inv_freq", None)
+        if original is not None and getattr(module, prefix + _CACHED) > module.original_max_seq_len:
+            current = module._buffers.get(f"{prefix}inv_freq")
+            module._buffers[f"{prefix}inv_freq"] = (
+                original if current is None else original.to(current.device)
+            )
+            setattr(module, prefix + _CACHED, module.original_max_seq_len)
