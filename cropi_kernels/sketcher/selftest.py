@@ -147,6 +147,14 @@ class _Parts:
         return [p for p, _ in self.formed.values()]
 
 
+def parameters_of(
+    model: nn.Module, attachment: Attachment
+) -> list[tuple[nn.Parameter, Callable[[torch.Tensor, torch.Tensor], None]]]:
+    """Every sketched parameter, and what adds the sketch of its gradient, once that exists, to ``out`` [1,
+    base_dim]."""
+    return list(_Parts(model, attachment).formed.values())
+
+
 class _Exact:
     """Autograd's gradients, sketched one by one as they are formed: only one exists at a time."""
 

@@ -135,6 +135,13 @@ class Gradient(Options):
     length_constant: float | None = option(
         None, "the constant that dr_grpo, bnpo, reinforce and rloo divide by", kind="positive", shown="1"
     )
+    optimizer_state: Any = option(
+        None,
+        "a checkpoint with an optimiser's second moments (Adam, Adafactor): validation gradients are divided by their "
+        "roots, as a step of that optimiser divides the training gradient (docs/method.md)",
+        metavar="PATH",
+        shown="none",
+    )
     behaviour: str = option(
         "auto",
         "where the log-probs of the policy that made the rollouts come from: the file, the current policy (ratio 1), "

@@ -257,6 +257,8 @@ def sketch_part(
         trajectories=part.groups,
         out=out,
         set=part.set,
+        # The validation side alone is scaled: <D g(s), g(v)> = <g(s), D g(v)>.
+        optimizer_state=None if part.set is None else job.optimizer_state,
         limit=None if part.set is not None else job.limit,  # --limit is for trying out the training files
         behaviour=part.behaviour if part.behaviour != "auto" else job.behaviour,
         behaviour_model=part.behaviour_model if part.behaviour_model is not None else job.behaviour_model,

@@ -57,7 +57,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     options.add_export_options(command)
     options.add_model(command)
-    options.add(command, Sketching, leave=("stage", "columns"))
+    options.add(command, Sketching, leave=("stage", "columns", "optimizer_state"))
     options.add(command, Influence, Selecting)
     options.add_progress(command)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError, optional
-from cropi.store.manifest import check_comparable, warn_unlike
+from cropi.store.manifest import check_comparable, check_scaled, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
 
@@ -168,6 +168,9 @@ def influence(
         names = str(train.path), str(store.path)
         check_comparable(train.manifest, store.manifest, names)
         warn_unlike(train.manifest, store.manifest, names)
+    check_scaled(
+        train.manifest, [store.manifest for store in valid], [str(store.path) for store in (train, *valid)]
+    )
     means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
     rows = train.rows()
     place = {row.id: i for i, row in enumerate(rows)}

@@ -18,7 +18,7 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.ranking.influence import DEFAULT_SET, choose_members
-from cropi.store.manifest import check_comparable, warn_unlike
+from cropi.store.manifest import check_comparable, check_scaled, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
 
@@ -105,6 +105,9 @@ def _check(train: SketchStore, valid: Sequence[SketchStore]) -> None:
         raise CropiError("valid is empty: give at least one store of validation prompts")
     for store in (train, *valid):
         store.check_finished()
+    check_scaled(
+        train.manifest, [store.manifest for store in valid], [str(store.path) for store in (train, *valid)]
+    )
     for store in valid:
         names = str(train.path), str(store.path)
         check_comparable(train.manifest, store.manifest, names)

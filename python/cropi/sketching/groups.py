@@ -15,6 +15,7 @@ from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import cancels
+from cropi.model.moments import SecondMoments
 from cropi.model.policy import Policy
 from cropi.sketching.interrupt import Interrupt
 from cropi.sketching.passes import ZERO_GRADIENT, Passes
@@ -23,6 +24,7 @@ from cropi.sketching.summary import Summary, peak_memory_gib
 from cropi.store.shards import SKIPPED, RowInfo
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
+from cropi_kernels.sketcher.formed import FormedSketcher
 
 FLUSH_SECONDS = 60.0
 
@@ -38,6 +40,7 @@ def sketch_groups(
     layout: str = "auto",
     tokens_per_batch: int = 1024,
     verify: bool = True,
+    moments: SecondMoments | None = None,
     default_set: str | None = None,
     total: int | None = None,
     progress: bool = False,
@@ -62,6 +65,7 @@ def sketch_groups(
             "current" (the policy itself: ratio 1), or a :class:`Behaviour`, which may hold a model.
         exclude: patterns of parameter names to leave out.
         layout, tokens_per_batch, verify: see :class:`cropi.sketching.job.SketchJob`.
+        moments: of an optimiser: gradients are formed by autograd and divided by their roots before they are sketched.
         default_set: validation set of prompts that carry none.
         total: how many prompts there are, for the progress bar.
         progress: show one.
@@ -78,7 +82,7 @@ def sketch_groups(
     if source.model is not None:
         plan = plan.beside(source.model.lengths)
     spec = SketchSpec.from_dict(store.manifest["spec"])
-    with policy.sketcher(spec, tuple(exclude), verify=verify) as sketcher:
+    with _sketcher(policy, spec, tuple(exclude), verify, moments) as sketcher:
         sketcher.check_model()
         summary.coverage = str(sketcher.coverage)
         summary.resumed = len(store)
@@ -124,6 +128,19 @@ def sketch_groups(
             store.finish()
     summary.peak_gib = peak_memory_gib(policy.device)
     return summary
+
+
+def _sketcher(
+    policy: Policy, spec: SketchSpec, exclude: tuple[str, ...], verify: bool, moments: SecondMoments | None
+) -> Any:
+    """The taps, or where gradients are scaled before they are sketched, what forms them; of the same parameters."""
+    taps = policy.sketcher(spec, exclude, verify=verify)
+    if moments is None:
+        return taps
+    with taps:
+        taps.check_model()
+    names = taps.coverage.names
+    return FormedSketcher(policy.model, spec, exclude, change=moments.scaled, only=set(names))
 
 
 def _to_compute(

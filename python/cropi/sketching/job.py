@@ -15,6 +15,7 @@ from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
 from cropi.gradient.template import prints_date, template_text
 from cropi.gradient.tokenize import Tokenize
+from cropi.model.moments import SecondMoments, file_of
 from cropi.model.policy import Policy
 from cropi.options import Gradient, Running, Sketch, Sketching, Storing, Tokens, names_of
 from cropi.store.manifest import MANIFEST, read_manifest
@@ -40,6 +41,8 @@ class SketchJob(Tokens, Running, Storing):
         behaviour: "auto", "file", "current" or "model".
         behaviour_model: for "model": the model that made the rollouts (a module or a Policy).
         temperature: of the rollouts; None: each record's own, else 1.
+        optimizer_state: what :func:`cropi.model.moments.read_moments` takes: these are validation prompts, and their
+            gradients are scaled as a step of that optimiser scales the training prompts'.
         set: validation set of records that carry none.
         shard_rows: sketches that are written at once; what a kill may cost.
         notes: kept in the manifest, never compared.
@@ -56,6 +59,7 @@ class SketchJob(Tokens, Running, Storing):
     behaviour: str = "auto"
     behaviour_model: Any = None
     temperature: float | None = None
+    optimizer_state: Any = None
     set: str | None = None
     shard_rows: int = 64
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -64,6 +68,8 @@ class SketchJob(Tokens, Running, Storing):
         super().__post_init__()
         if self.shard_rows < 1:
             raise CropiError(f"shard_rows must be at least 1, got {self.shard_rows}")
+        if isinstance(self.optimizer_state, (str, Path)):
+            file_of(Path(self.optimizer_state))
 
     @property
     def names(self) -> list[str]:
@@ -108,6 +114,7 @@ def make_job(
     return SketchJob(
         trajectories, out, spec=spec_of(options), exclude=options.exclude, estimator=estimator_of(options),
         behaviour=behaviour, behaviour_model=behaviour_model, temperature=options.temperature, set=set,
+        optimizer_state=options.optimizer_state,
         notes=dict(notes or {}), **shared,
     )  # fmt: skip
 
@@ -168,6 +175,7 @@ def make_manifest(
     behaviour: Behaviour,
     coverage: Coverage,
     *,
+    moments: SecondMoments | None = None,
     sha256: bool = False,
 ) -> dict[str, Any]:
     """What the store's rows will depend on; ``notes`` apart, a run with other values may not continue the store.
@@ -178,6 +186,7 @@ def make_manifest(
         scan: what the files hold; None for prompts that come from no file.
         behaviour: where the behaviour log-probs come from.
         coverage: what is sketched of the model.
+        moments: what its gradients are scaled by.
         sha256: name models by the hash of earlier releases.
     """
 
@@ -209,13 +218,21 @@ def make_manifest(
         | _text_rules(policy, job, scan),
         "dtype": job.store_dtype,
     }
+    if moments is not None:
+        manifest["preconditioner"] = moments.fingerprint()
     if scan is not None:
         manifest["prompts"] = min(scan.prompts, job.limit or scan.prompts)
     notes = {"trajectories": job.names, **job.notes}
     return manifest | {"notes": notes}
 
 
-def open_store(policy: Policy, job: SketchJob, behaviour: Behaviour, scan: Scan | None = None) -> SketchStore:
+def open_store(
+    policy: Policy,
+    job: SketchJob,
+    behaviour: Behaviour,
+    scan: Scan | None = None,
+    moments: SecondMoments | None = None,
+) -> SketchStore:
     """The store that a job fills: ``job.out``, continued if it is there, or one in memory.
 
     Args:
@@ -223,6 +240,7 @@ def open_store(policy: Policy, job: SketchJob, behaviour: Behaviour, scan: Scan 
         job: the options.
         behaviour: where the behaviour log-probs come from.
         scan: what the files hold; None for prompts that come from no file.
+        moments: what the gradients are scaled by.
 
     Raises:
         UncoveredParameterError: a trainable parameter cannot be sketched.
@@ -231,9 +249,11 @@ def open_store(policy: Policy, job: SketchJob, behaviour: Behaviour, scan: Scan 
     sketcher = policy.sketcher(job.spec, tuple(job.exclude), verify=job.verify)
     with sketcher:
         sketcher.check_model()
+    if moments is not None:
+        moments.check(policy.model, sketcher.coverage.names)
 
     def manifest(sha256: bool = False) -> dict[str, Any]:
-        return make_manifest(policy, job, scan, behaviour, sketcher.coverage, sha256=sha256)
+        return make_manifest(policy, job, scan, behaviour, sketcher.coverage, moments=moments, sha256=sha256)
 
     if job.out is None:
         return MemoryStore(manifest())

@@ -20,6 +20,7 @@ from cropi.gradient.behaviour import resolve_behaviour
 from cropi.gradient.behaviour_check import check_behaviour
 from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup, Tokenize, TooLong
+from cropi.model.moments import read_moments
 from cropi.model.policy import Policy, check_dropout
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
@@ -76,7 +77,8 @@ def sketch(
         )
         if progress and summary.finding is not None:
             print(f"behaviour     {summary.finding}", file=sys.stderr)
-    with open_store(policy, job, behaviour, scan) as store:
+    moments = None if job.optimizer_state is None else read_moments(job.optimizer_state, policy.model)
+    with open_store(policy, job, behaviour, scan, moments) as store:
         sketch_groups(
             policy,
             _token_groups(job, groups, tokens, store, summary),
@@ -87,6 +89,7 @@ def sketch(
             layout=job.layout,
             tokens_per_batch=job.tokens_per_batch,
             verify=job.verify,
+            moments=moments,
             default_set=job.set,
             total=min(scan.prompts, job.limit or scan.prompts),
             progress=progress,

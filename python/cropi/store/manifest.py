@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ ALIKE = ("estimator", "temperature", "tokenizer", "tokens.eos", "tokens.chat_tem
 # What two runs of one job may differ in: notes, and the number of prompts that the store is to hold (--limit).
 NOTES = ("notes", "prompts")
 CHECKSUM = "checksum"
+SCALED = "preconditioner"  # which moments the gradients were divided by
 _UNKNOWN = object()
 
 
@@ -94,6 +95,31 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[st
             f"{_model_of(a, differs[0])}, {differs[2]} in the second{_model_of(b, differs[0])}; sketch both with the "
             "same settings"
         )
+
+
+def check_scaled(train: Mapping[str, Any], valid: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Check that an optimiser's moments scale the validation prompts' gradients alone, and all of them alike.
+
+    Args:
+        train: the manifest of the training prompts' store.
+        valid: those of the validation stores.
+        names: of the stores, the training one first.
+
+    Raises:
+        CropiError: names the store.
+    """
+    if train.get(SCALED):
+        raise CropiError(
+            f"{names[0]} holds gradients that are scaled by an optimiser's moments (--optimizer-state): that belongs "
+            "to the validation side alone; sketch the training prompts without it"
+        )
+    for manifest, name in zip(valid[1:], names[2:]):
+        differs = first_difference({SCALED: valid[0].get(SCALED)}, {SCALED: manifest.get(SCALED)})
+        if differs:
+            raise CropiError(
+                f"{names[1]} and {name} cannot be used together: {differs[0]} = {differs[1]} in the first, "
+                f"{differs[2]} in the second; give both the same --optimizer-state, or neither"
+            )
 
 
 def warn_unlike(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) -> None:

@@ -25,6 +25,7 @@ from cropi.store.loading import load, load_steady, remove
 from cropi.store.manifest import (
     FORMAT,
     MANIFEST,
+    SCALED,
     check_comparable,
     check_same_job,
     job_fingerprint,
@@ -166,6 +167,10 @@ class SketchStore:
             joined.manifest["prompts"] = sum(counts)
         for store in stores:
             check_comparable(stores[0].manifest, store.manifest, (str(stores[0].path), str(store.path)))
+            if store.manifest.get(SCALED) != joined.manifest.get(SCALED):
+                raise CropiError(
+                    f"{stores[0].path} and {store.path} were made with different --optimizer-state; they cannot be one"
+                )
             twice = sorted(joined._rows.keys() & store._rows.keys())
             if twice:
                 raise CropiError(

@@ -1,0 +1,329 @@
+"""Second moments of an optimiser, from a checkpoint: what a step divides each coordinate of a gradient by.
+
+    Adam       D = 1 / (sqrt(v / (1 - beta_2^t)) + eps)
+    Adafactor  D = 1 / (sqrt(r c^T / mean(r)) + eps),    r, c the moving averages over rows and columns
+
+(Kingma and Ba, ICLR 2015; Shazeer and Stern, ICML 2018.) A step of such an optimiser along a training prompt's gradient
+g(s) changes the validation objective by ``eta <D g(s), g(v)> = eta <g(s), D g(v)>``: the validation side alone has to
+be scaled, and stores of training prompts stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cropi.errors import CropiError, optional
+from cropi_kernels import canonical_name
+
+SECOND = "exp_avg_sq"
+ROW, COLUMN = "exp_avg_sq_row", "exp_avg_sq_col"
+# torch.optim.Adafactor's names; its rows are [..., r, 1] and its columns [..., 1, c].
+OTHER_NAMES = {"variance": SECOND, "row_var": ROW, "col_var": COLUMN}
+NAMES = ("optimizer.pt", "optimizer.bin", "optimizer.safetensors")  # of a checkpoint folder, in this order
+GIVE = (
+    "give a file that torch.save wrote of optimizer.state_dict(), a .safetensors file with NAME.exp_avg_sq, a folder "
+    "of torch.distributed.checkpoint, or a checkpoint folder that holds one of them"
+)
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Second moments by the canonical name of the parameter.
+
+    Attributes:
+        whole: float tensors of the parameters' shapes (Adam; Adafactor's vectors).
+        factored: pairs of row and column averages (Adafactor's matrices).
+        correction: what ``whole`` is divided by: ``1 - beta_2^t``; by name.
+        eps: added to the root.
+        kind: "adam" or "adafactor".
+        source: what it was read from.
+    """
+
+    whole: Mapping[str, torch.Tensor]
+    factored: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    correction: Mapping[str, float]
+    eps: float
+    kind: str
+    source: str
+
+    def scaled(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """``D gradient`` of one parameter, float32."""
+        if name in self.factored:
+            row, column = (part.to(gradient) for part in self.factored[name])
+            moment = row[..., :, None] * column[..., None, :] / row.mean(dim=-1, keepdim=True)[..., None]
+        else:
+            moment = self.whole[name].to(gradient) / self.correction[name]
+        return gradient / (moment.sqrt() + self.eps)
+
+    def check(self, model: Any, names: Sequence[str]) -> None:
+        """Check that every one of a model's parameters has a moment of its shape.
+
+        Raises:
+            CropiError: names the first parameter that has none, or one of another shape.
+        """
+        wanted = set(names)
+        for full, p in model.named_parameters():
+            name = canonical_name(full)
+            if name not in wanted:
+                continue
+            shape = self._shape(name)
+            if shape != tuple(p.shape):
+                found = "has none" if shape is None else f"has one of shape {list(shape)}"
+                raise CropiError(
+                    f"optimizer_state: {self.source} {found} for the parameter {name} {list(p.shape)}; give the state "
+                    "of the optimiser that trained this model"
+                )
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        if name in self.factored:
+            row, column = self.factored[name]
+            return (*row.shape, column.shape[-1])
+        return tuple(self.whole[name].shape) if name in self.whole else None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a store's manifest says of it: the kind, eps, and a SHA-256 of all moments."""
+        digest = hashlib.sha256()
+        parts: list[tuple[str, torch.Tensor]] = [(name, value) for name, value in self.whole.items()]
+        parts += [
+            (f"{name}.{i}", part) for name, pair in self.factored.items() for i, part in enumerate(pair)
+        ]
+        for name, value in sorted(parts, key=lambda pair: pair[0]):
+            digest.update(f"{name} {list(value.shape)} {self.correction.get(name)}\n".encode())
+            digest.update(value.float().contiguous().cpu().numpy().tobytes())
+        return {"kind": self.kind, "eps": self.eps, "moments": digest.hexdigest()[:32]}
+
+
+def read_moments(source: Any, model: Any) -> SecondMoments:
+    """The second moments in a checkpoint, or of an optimiser.
+
+    Args:
+        source: a ``torch.optim.Optimizer`` of the model's parameters; a path: what ``torch.save`` wrote of its
+            ``state_dict()`` (``optimizer.pt`` of Hugging Face's Trainer), a ``.safetensors`` file with the keys
+            ``NAME.exp_avg_sq``, a folder of ``torch.distributed.checkpoint``, or a checkpoint folder with one of these.
+        model: whose parameters the moments belong to.
+
+    Raises:
+        CropiError: there is no such file, it holds no second moments, or they are of another model: names the first
+            parameter that differs.
+    """
+    if isinstance(source, torch.optim.Optimizer):
+        return _of_optimizer(source, model)
+    path = file_of(Path(source))
+    if path.is_dir():
+        return _by_name(_distributed(path), str(path))
+    if path.suffix == ".safetensors":
+        return _by_name(optional("safetensors.torch").load_file(path), str(path))
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CropiError(f"optimizer_state: {path} cannot be read ({error}); {GIVE}") from error
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        return _by_name(state if isinstance(state, dict) else {}, str(path))
+    return _of_state(state, model, str(path))
+
+
+def file_of(path: Path) -> Path:
+    """The file, or the folder of a distributed checkpoint, that a path leads to; raises a CropiError where none is."""
+    if path.is_file() or (path / ".metadata").is_file():
+        return path
+    if not path.is_dir():
+        raise CropiError(f"optimizer_state: there is no file {path}; {GIVE}")
+    for name in NAMES:
+        if (path / name).is_file():
+            return path / name
+    for folder in sorted(path.glob("optim*")):
+        if (folder / ".metadata").is_file():
+            return folder
+    raise CropiError(
+        f"optimizer_state: {path} holds none of {', '.join(NAMES)} and no distributed checkpoint; {GIVE}"
+    )
+
+
+def _distributed(path: Path) -> dict[str, Any]:
+    """Everything of a distributed checkpoint, by its flat keys."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "state.pt"
+        try:
+            dcp_to_torch_save(path, whole)
+            held = torch.load(whole, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise CropiError(f"optimizer_state: {path} cannot be read ({error}); {GIVE}") from error
+    return dict(_flat(held))
+
+
+def _flat(held: Any, before: str = "") -> list[tuple[str, Any]]:
+    if isinstance(held, (list, tuple)) and held and all(isinstance(one, Mapping) for one in held):
+        held = {str(i): one for i, one in enumerate(held)}
+    if not isinstance(held, Mapping):
+        return [(before, held)]
+    return [
+        pair
+        for key, value in held.items()
+        for pair in _flat(value, f"{before}.{key}" if before else str(key))
+    ]
+
+
+def _by_name(flat: Mapping[str, Any], source: str) -> SecondMoments:
+    """From keys like ``NAME.exp_avg_sq``, with anything that ends in ``state.`` before the name."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in dict(_flat(flat)).items():
+        name, _, field = key.rpartition(".")
+        if field in (SECOND, ROW, COLUMN, "step", *OTHER_NAMES):
+            found.setdefault(canonical_name(name.rpartition("state.")[2]), {})[field] = value
+    groups = [
+        value for key, value in dict(_flat(flat)).items() if "param_groups" in key and key.endswith(".eps")
+    ]
+    betas = [value for key, value in dict(_flat(flat)).items() if "param_groups" in key and "betas" in key]
+    eps = float(groups[0][-1] if isinstance(groups[0], (tuple, list)) else groups[0]) if groups else None
+    beta = None
+    if betas:
+        beta = float(betas[0][1]) if isinstance(betas[0], (tuple, list)) else float(betas[-1])
+    return _made(found, dict.fromkeys(found, (eps, beta)), source)
+
+
+def _of_optimizer(optimizer: torch.optim.Optimizer, model: Any) -> SecondMoments:
+    names = {id(p): canonical_name(name) for name, p in model.named_parameters()}
+    found, settings = {}, {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in names:
+                raise CropiError(
+                    f"optimizer_state: the optimiser trains a parameter of shape {list(p.shape)} that the model does "
+                    "not have; give the optimiser of this model"
+                )
+            found[names[id(p)]] = optimizer.state.get(p, {})
+            settings[names[id(p)]] = _settings(group)
+    return _made(found, settings, type(optimizer).__name__)
+
+
+def _of_state(state: Mapping[str, Any], model: Any, source: str) -> SecondMoments:
+    """From ``optimizer.state_dict()``, which numbers its parameters group by group."""
+    parameters = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    found, settings = {}, {}
+    orders = _orders(state["param_groups"], parameters, model)
+    first_problem = ""
+    for names in orders:
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        if len(numbers) != len(names):
+            first_problem = (
+                first_problem or f"holds {len(numbers)} parameters, and the model trains {len(names)}"
+            )
+            continue
+        wrong = _first_wrong(names, numbers, state["state"], parameters)
+        if wrong:
+            first_problem = first_problem or wrong
+            continue
+        of_group = [group for group in state["param_groups"] for _ in group["params"]]
+        for name, number, group in zip(names, numbers, of_group, strict=True):
+            found[name] = state["state"].get(number, state["state"].get(str(number), {}))
+            settings[name] = _settings(group)
+        return _made(found, settings, source)
+    raise CropiError(
+        f"optimizer_state: {source} {first_problem}; give the state of the optimiser that trained this model"
+    )
+
+
+def _orders(
+    groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], model: Any
+) -> list[list[str]]:
+    """In which order the numbered parameters may stand: by the names that the groups hold, else as in the model, else
+    weights that decay before those that do not, as Hugging Face's Trainer has them."""
+    if all("param_names" in group for group in groups):
+        return [[canonical_name(name) for group in groups for name in group["param_names"]]]
+    plain = list(parameters)
+    orders = [plain]
+    try:
+        from transformers.trainer_pt_utils import get_parameter_names
+
+        kept = get_parameter_names(
+            model,
+            [torch.nn.LayerNorm],
+            [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"],
+        )
+        decay = {canonical_name(name) for name in kept}
+        orders.insert(
+            0, [name for name in plain if name in decay] + [name for name in plain if name not in decay]
+        )
+    except (ImportError, TypeError):
+        pass
+    if len(groups) == 1:
+        orders.reverse()
+    return orders
+
+
+def _first_wrong(
+    names: Sequence[str], numbers: Sequence[Any], state: Mapping[Any, Any], parameters: Mapping[str, Any]
+) -> str:
+    """What is said of the first parameter whose moment has another shape, or nothing."""
+    for name, number in zip(names, numbers, strict=True):
+        held = _named(state.get(number, state.get(str(number), {})))
+        shape = None
+        if isinstance(held.get(SECOND), torch.Tensor):
+            shape = list(held[SECOND].shape)
+        elif isinstance(held.get(ROW), torch.Tensor):
+            shape = [*held[ROW].shape, held[COLUMN].shape[-1]]
+        if name not in parameters:
+            return f"names the parameter {name}, which the model does not train"
+        if shape is not None and shape != list(parameters[name].shape):
+            return f"has a moment of shape {shape} for the parameter {name} {list(parameters[name].shape)}"
+    return ""
+
+
+def _named(held: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's state under the names of this module."""
+    made = {OTHER_NAMES.get(key, key): value for key, value in held.items()}
+    if "row_var" in held:
+        made |= {ROW: held["row_var"].squeeze(-1), COLUMN: held["col_var"].squeeze(-2)}
+    return made
+
+
+def _settings(group: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """eps and beta_2 of a group of parameters."""
+    eps, betas = group.get("eps"), group.get("betas")
+    if isinstance(eps, (tuple, list)):  # Adafactor's first is added to the squares, and far below any of them
+        eps = eps[0] or 0.0
+    return (None if eps is None else float(eps)), (None if betas is None else float(betas[1]))
+
+
+def _made(
+    found: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, tuple[float | None, float | None]],
+    source: str,
+) -> SecondMoments:
+    found = {name: _named(held) for name, held in found.items()}
+    whole = {n: held[SECOND] for n, held in found.items() if isinstance(held.get(SECOND), torch.Tensor)}
+    factored = {
+        n: (held[ROW], held[COLUMN]) for n, held in found.items() if isinstance(held.get(ROW), torch.Tensor)
+    }
+    if not whole and not factored:
+        raise CropiError(f"optimizer_state: {source} holds no second moments ({SECOND}); {GIVE}")
+    kind = "adafactor" if factored else "adam"
+    correction = {}
+    for name in whole:
+        beta, step = settings[name][1], found[name].get("step")
+        # Adafactor's moments are corrected by their growing decay; a file without steps holds late ones.
+        known = kind == "adam" and beta is not None and step is not None
+        correction[name] = 1.0 - float(beta) ** float(step) if known else 1.0  # type: ignore[arg-type]
+        if not correction[name] > 0:
+            raise CropiError(
+                f"optimizer_state: {source} is of an optimiser that has made no step yet ({name})"
+            )
+    values = [eps for eps, _ in settings.values() if eps is not None]
+    eps = values[0] if values else 1e-8
+    bad = [n for n, v in whole.items() if not bool(v.isfinite().all()) or bool((v < 0).any())]
+    if bad or not (math.isfinite(eps) and eps >= 0):
+        raise CropiError(
+            f"optimizer_state: {source} holds a negative or infinite moment for {(bad or ['eps'])[0]}"
+        )
+    return SecondMoments(whole, factored, correction, max(eps, 1e-30), kind, source)

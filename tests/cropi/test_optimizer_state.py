@@ -1,0 +1,303 @@
+"""Influence under an optimiser: validation gradients divided by the roots of its second moments, held to autograd."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+
+import cropi
+from cropi.errors import CropiError
+from cropi.model.moments import SecondMoments, read_moments
+from cropi.model.policy import Policy
+from cropi.sketching.job import SketchJob
+from cropi.sketching.run import sketch
+from cropi.store.store import SketchStore
+from cropi_kernels import SketchSpec, canonical_name
+from cropi_kernels.sketcher.formed import FormedSketcher
+from cropi_kernels.testing import sketch_gradients
+
+pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+SPEC = SketchSpec(dim=4096)
+
+
+def trained(optimizer: str = "AdamW", steps: int = 3, **options: Any) -> tuple[Any, torch.optim.Optimizer]:
+    """A small model and its optimiser after some steps."""
+    model = make_model()
+    made = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3, **options)
+    torch.manual_seed(1)
+    for _ in range(steps):
+        ids = torch.randint(5, 60, (2, 12))
+        model(input_ids=ids, labels=ids).loss.backward()
+        made.step()
+        made.zero_grad()
+    return model, made
+
+
+def sketches(store: SketchStore) -> dict[str, torch.Tensor]:
+    return {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
+
+
+def expected(model: Any, scale: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """Every prompt's scaled gradient in float64, one response at a time, sketched coordinate by coordinate."""
+    from cropi.data.records import make_group
+    from cropi.sketching.job import make_tokenize
+
+    wide = copy.deepcopy(model).double()
+    tokens = make_tokenize(Policy(model, make_tokenizer()), SketchJob((), None))
+    found = {}
+    for number, record in enumerate(make_records(8)):
+        group = make_group(record, f"x:{number}")
+        rewards = torch.tensor(group.rewards, dtype=torch.float64)
+        if float(rewards.std()) == 0:
+            continue
+        made = tokens(group)
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        wide.zero_grad()
+        for response, advantage in zip(made.responses, advantages):
+            ids = torch.tensor([[*made.prompt, *response]])
+            logits = wide(input_ids=ids).logits[0, len(made.prompt) - 1 : -1]
+            logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+            (logprobs.mean() * advantage / len(rewards)).backward()
+        gradients = {canonical_name(n): p.grad.clone() for n, p in wide.named_parameters()}
+        if scale is not None:
+            gradients = {name: gradient * scale[name] for name, gradient in gradients.items()}
+        found[group.id] = sketch_gradients(wide, gradients, SPEC)
+    return found
+
+
+def adam_scale(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    scale = {}
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        corrected = state["exp_avg_sq"].double() / (1 - 0.999 ** float(state["step"]))
+        scale[canonical_name(name)] = 1 / (corrected.sqrt() + 1e-8)
+    return scale
+
+
+def run(model: Any, tmp_path: Path, **options: Any) -> dict[str, torch.Tensor]:
+    tmp_path.mkdir(exist_ok=True)
+    path = write_lines(tmp_path / "records.jsonl", make_records(8))
+    job = SketchJob([path], tmp_path / "out", spec=SPEC, **options)
+    sketch(Policy(model, make_tokenizer()), job, progress=False)
+    return sketches(SketchStore.open(tmp_path / "out"))
+
+
+def close(made: dict[str, torch.Tensor], right: dict[str, torch.Tensor], bound: float) -> None:
+    assert made.keys() == right.keys() and len(made) > 3
+    for name, vector in made.items():
+        error = float((vector.double() - right[name]).norm() / right[name].norm())
+        assert error < bound, (name, error)
+
+
+def test_sketches_are_those_of_scaled_gradients(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    scaled = run(model, tmp_path, optimizer_state=optimizer)
+    close(scaled, expected(model, adam_scale(model, optimizer)), 2e-4)
+    manifest = SketchStore.open(tmp_path / "out").manifest["preconditioner"]
+    assert manifest["kind"] == "adam" and manifest["eps"] == 1e-8
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_without_a_change_both_sketchers_agree(name: str) -> None:
+    """The same map: what autograd forms and what the taps add up, over several prompts, padded rows and one segment
+    without a token."""
+    from support.zoo import make
+
+    from cropi_kernels import GradientSketcher
+
+    model = make(name).eval()
+    torch.manual_seed(2)
+    ids = torch.randint(5, 90, (4, 9))
+    arguments: dict[str, Any] = {
+        "segments": torch.tensor([0, 0, 1, 3]), "num_segments": 4, "temperature": 0.7,
+        "positions": torch.tensor([2, 3, 4, 11, 13, 20, 21, 30, 33]),
+        "targets": torch.randint(5, 90, (9,)), "weigh": lambda logprobs, start, stop: 1e-3 * logprobs.exp() - 0.5,
+    }  # fmt: skip
+    with GradientSketcher(model, SPEC) as sketcher:
+        taps = sketcher.policy_gradient(ids, **arguments)
+    state = {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}
+    with FormedSketcher(model, SPEC) as formed:
+        made = formed.policy_gradient(ids, **arguments)
+        again = formed.policy_gradient(ids, **arguments)
+    assert {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()} == state
+    assert torch.equal(made.sketches, again.sketches) and not made.sketches[2].any()
+    torch.testing.assert_close(made.logprobs, taps.logprobs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(made.sketches, taps.sketches):
+        assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-12
+
+
+def test_every_form_of_a_checkpoint_is_the_same(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    right = read_moments(optimizer, model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    flat = {
+        f"{names[id(p)]}.{key}": value if value.ndim else value.reshape(1)
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    from safetensors.torch import save_file
+
+    save_file({k: v for k, v in flat.items() if k.endswith("exp_avg_sq")}, tmp_path / "o.safetensors")
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    held = get_optimizer_state_dict(model, optimizer)
+    dcp.save({"optimizer": held}, checkpoint_id=tmp_path / "dcp")
+    for source in (tmp_path / "optimizer.pt", tmp_path, str(tmp_path / "optimizer.pt"), tmp_path / "dcp"):
+        found = read_moments(source, model)
+        assert found.fingerprint() == right.fingerprint(), source
+    late = read_moments(tmp_path / "o.safetensors", model)
+    assert late.whole.keys() == right.whole.keys() and set(late.correction.values()) == {1.0}
+
+
+def test_the_order_of_hugging_faces_trainer_is_known(tmp_path: Path) -> None:
+    """Two groups, weights that decay first: the numbers of the parameters are not those of the model's order."""
+    model, _ = trained(steps=1)
+    kept = [p for n, p in model.named_parameters() if "norm" not in n and "bias" not in n]
+    rest = [p for n, p in model.named_parameters() if "norm" in n or "bias" in n]
+    optimizer = torch.optim.AdamW(
+        [{"params": kept, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    )
+    ids = torch.randint(5, 60, (2, 12))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    found = read_moments(tmp_path, model)
+    for name, p in model.named_parameters():
+        assert torch.equal(found.whole[canonical_name(name)], optimizer.state[p]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("kind", ["torch", "transformers"])
+def test_adafactor_is_its_own_update(kind: str, tmp_path: Path) -> None:
+    """Against the step that each implementation makes of a new gradient, up to one factor for the whole parameter (the
+    clipping of the update by its root mean square)."""
+    model = make_model()
+    if kind == "torch":
+        optimizer: Any = torch.optim.Adafactor(model.parameters(), lr=1e-2, d=1e30)
+    else:
+        from transformers.optimization import Adafactor
+
+        optimizer = Adafactor(model.parameters(), lr=1e-3, scale_parameter=False, relative_step=False)
+    torch.manual_seed(1)
+    ids = torch.randint(5, 60, (2, 12))
+    for _ in range(2):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    moments = read_moments(optimizer, model)
+    assert moments.kind == "adafactor"
+    for name, p in model.named_parameters():
+        step = (before[name] - p.detach()).double().flatten()
+        mine = moments.scaled(canonical_name(name), p.grad.float()).double().flatten()
+        some = p.grad.flatten().abs() > 1e-6
+        cosine = torch.nn.functional.cosine_similarity(step[some], mine[some], dim=0)
+        assert float(cosine) > 0.999, (name, float(cosine))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    again = read_moments(tmp_path / "optimizer.pt", model)
+    assert again.fingerprint()["moments"] == moments.fingerprint()["moments"]
+
+
+def test_scores_are_dot_products_with_the_step(tmp_path: Path) -> None:
+    """<g(s), D g(v)> = <D g(s), g(v)>: the effect of a step of Adam along a training prompt's gradient."""
+    model, optimizer = trained()
+    records = make_records(8)
+    options: dict[str, Any] = {"dim": 4096, "metric": "dot", "progress": False, "draws": 0}
+    scores = cropi.score(model, records, records, make_tokenizer(), optimizer_state=optimizer, **options)
+    plain, scaled = expected(model, None), expected(model, adam_scale(model, optimizer))
+    mean = torch.stack(list(scaled.values())).mean(dim=0)
+    for row, value in zip(scores.rows, scores.table[:, 0]):
+        if row.id in plain:
+            right = float(plain[row.id] @ mean)
+            assert abs(value - right) < 1e-4 * float(plain[row.id].norm() * mean.norm())
+
+
+def test_the_training_side_is_never_scaled(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    policy, records = Policy(model, make_tokenizer()), make_records(8)
+    options: dict[str, Any] = {"dim": 1024, "progress": False}
+    scaled = cropi.sketch(policy, records, optimizer_state=optimizer, **options)
+    plain = cropi.sketch(policy, records, **options)
+    assert cropi.influence(plain, scaled, draws=0)
+    with pytest.raises(CropiError, match="holds gradients that are scaled by an optimiser's moments"):
+        cropi.influence(scaled, plain)
+    with pytest.raises(CropiError, match="cannot be used together: preconditioner"):
+        cropi.influence(plain, [scaled, plain])
+    with pytest.raises(CropiError, match="were made with different --optimizer-state"):
+        SketchStore.join([plain, scaled])
+
+
+def test_states_that_do_not_fit_name_what_differs(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    other = make_model("gpt2")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(CropiError, match="parameters, and the model trains"):
+        read_moments(tmp_path, other)
+    state = optimizer.state_dict()
+    state["state"][3]["exp_avg_sq"] = torch.zeros(2, 2)
+    torch.save(state, tmp_path / "wrong.pt")
+    named = [n for n, _ in model.named_parameters()][3]
+    with pytest.raises(CropiError, match=rf"has a moment of shape \[2, 2\] for the parameter {named}"):
+        read_moments(tmp_path / "wrong.pt", model)
+    fresh = torch.optim.AdamW(model.parameters())
+    with pytest.raises(CropiError, match="holds no second moments"):
+        read_moments(fresh, model)
+    sgd = trained("SGD", momentum=0.9)
+    with pytest.raises(CropiError, match="holds no second moments"):
+        read_moments(sgd[1], sgd[0])
+    with pytest.raises(CropiError, match="the optimiser trains a parameter of shape"):
+        read_moments(optimizer, other)
+    with pytest.raises(CropiError, match="there is no file"):
+        SketchJob((), None, optimizer_state=str(tmp_path / "nothing.pt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CropiError, match="holds none of optimizer.pt"):
+        SketchJob((), None, optimizer_state=tmp_path / "empty")
+    (tmp_path / "junk.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(CropiError, match="cannot be read"):
+        read_moments(tmp_path / "junk.pt", model)
+    found = read_moments(optimizer, model)
+    few = SecondMoments({}, {}, {}, 1e-8, "adam", "x")
+    with pytest.raises(CropiError, match="x has none for the parameter"):
+        few.check(model, list(found.whole))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_lora_has_moments_of_its_adapters(frozen: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        make_model(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    parameters = [p for p in model.parameters() if p.requires_grad or not frozen]
+    optimizer = torch.optim.AdamW(parameters)
+    ids = torch.randint(5, 60, (2, 12))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    found = read_moments(optimizer, model)
+    made = run(model, tmp_path, optimizer_state=optimizer)
+    assert len(made) > 3 and all(bool(vector.isfinite().all()) for vector in made.values())
+    assert len(found.whole) == sum(p.requires_grad for p in model.parameters())
+    if frozen:
+        assert read_moments(tmp_path / "optimizer.pt", model).fingerprint() == found.fingerprint()
+
+
+def test_half_precision_weights_do_not_lose_small_gradients(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    right = run(model, tmp_path / "wide", optimizer_state=optimizer)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    moments = read_moments(optimizer, model)
+    states = dict(half.named_parameters())
+    other = torch.optim.AdamW(half.parameters())
+    for name, p in model.named_parameters():
+        other.state[states[name]] = {k: v.clone() for k, v in optimizer.state[p].items()}
+    assert moments.whole.keys() == read_moments(other, half).whole.keys()
+    made = run(half, tmp_path / "half", optimizer_state=other)
+    close(made, {name: vector.double() for name, vector in right.items()}, 0.2)
+    assert isinstance(half, transformers.PreTrainedModel)
