@@ -265,6 +265,16 @@ class Comparing(Options):
         "mean of the validation gradients as they are, or of their directions",
         choices=("plain", "normalised"),
     )
+    aggregate: str = option(
+        "mean",
+        "score a prompt against the mean of a validation set's gradients, or against the nearest of its prompts",
+        choices=("mean", "nearest"),
+    )
+    minus: str | None = option(
+        None, "a validation set that counts against a prompt: its score is taken off the others'", metavar="SET",
+        shown="none",
+    )  # fmt: skip
+    minus_weight: float = option(1.0, "how much of the score for --minus is taken off", kind="positive")
     max_valid: int | None = option(
         None, "at most so many prompts per validation set", kind="count", metavar="N", shown="all"
     )

@@ -385,9 +385,8 @@ def score(
 ) -> Scores:
     """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``."""
     given, choice = options or Influence(), selecting or Selecting()
-    scores = influence(
-        train, valid, metric=given.metric, mean=given.mean, max_valid=given.max_valid, seed=given.valid_seed
-    )
+    how = {name: value for name, value in vars(given).items() if name not in ("draws", "valid_seed")}
+    scores = influence(train, valid, **how, seed=given.valid_seed)
     return with_uncertainty(scores, train, valid, draws=given.draws, selecting=choice)
 
 

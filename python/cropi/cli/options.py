@@ -132,7 +132,7 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--data-source", metavar="NAME",
-        help="--format verl: the name of verl's reward function (default: each record's data_source, else its task)",
+        help="name of verl's reward function, for --format verl (default: each record's data_source, else its task)",
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError, optional
+from cropi.ranking.contrast import names_without, without
 from cropi.store.manifest import check_comparable, check_scaled, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 METRICS = ("cosine", "dot")
 MEANS = ("plain", "normalised")
+AGGREGATES = ("mean", "nearest")
 DEFAULT_SET = "valid"
 
 
@@ -64,6 +67,12 @@ class Scores:
     def ids(self) -> list[str]:
         """The prompt ids."""
         return [row.id for row in self.rows]
+
+    @property
+    def self_influence(self) -> np.ndarray:
+        """``|S g(s)|^2``, float64 ``[n]``: the influence of a prompt on itself; 0 without a gradient. Large ones are
+        prompts that move the policy most, whatever the direction."""
+        return np.array([row.norm for row in self.rows], dtype=np.float64) ** 2
 
     @property
     def usable(self) -> np.ndarray:
@@ -134,6 +143,9 @@ def influence(
     *,
     metric: str = "cosine",
     mean: str = "plain",
+    aggregate: str = "mean",
+    minus: str | None = None,
+    minus_weight: float = 1.0,
     max_valid: int | None = None,
     seed: int = 0,
 ) -> Scores:
@@ -148,6 +160,10 @@ def influence(
         metric: "cosine" or "dot".
         mean: "plain", or "normalised" to give every validation prompt the same length first, so that a few
             prompts with long gradients do not make up the mean alone.
+        aggregate: "mean", or "nearest": the highest cosine (or dot product) with a single prompt of the set.
+        minus: a set whose score counts against a prompt: ``score[s, v] - minus_weight * score[s, minus]``; it has no
+            column of its own.
+        minus_weight: see there.
         max_valid: at most so many prompts per set, drawn with ``seed``; None takes all.
         seed: of that draw.
 
@@ -155,7 +171,11 @@ def influence(
         CropiError: stores that cannot be compared, an unfinished one, a validation set without a usable prompt,
             an unknown option.
     """
-    for value, allowed, name in ((metric, METRICS, "metric"), (mean, MEANS, "mean")):
+    for value, allowed, name in (
+        (metric, METRICS, "metric"),
+        (mean, MEANS, "mean"),
+        (aggregate, AGGREGATES, "aggregate"),
+    ):
         if value not in allowed:
             raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if max_valid is not None and max_valid < 1:
@@ -171,21 +191,33 @@ def influence(
     check_scaled(
         train.manifest, [store.manifest for store in valid], [str(store.path) for store in (train, *valid)]
     )
-    means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
     rows = train.rows()
     place = {row.id: i for i, row in enumerate(rows)}
-    table = np.full((len(rows), len(means)), math.nan)
+    if aggregate == "nearest":
+        from cropi.ranking.pairwise import nearest_scores
+
+        sets, score_shard = nearest_scores(valid, metric=metric, max_valid=max_valid, seed=seed)
+    else:
+        means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
+        sets, score_shard = list(means), partial(score_rows, means=means, metric=metric)
+    kept_sets = names_without(sets, minus)
+    table = np.full((len(rows), len(kept_sets)), math.nan)
     for kept, sketches in train.shards():
-        table[[place[row.id] for row in kept]] = score_rows(sketches, means, metric=metric)
+        found = without(score_shard(sketches), sets, minus, minus_weight)
+        table[[place[row.id] for row in kept]] = found
     if not np.isfinite(table).all(axis=1).any():
         raise CropiError(
             f"{train.path}: no training prompt has a usable sketch; see `cropi info {train.path}`"
         )
-    meta = {
+    meta: dict[str, Any] = {
         "metric": metric, "mean": mean, "max_valid": max_valid, "seed": seed,
         "train": _origin(train), "valid": [_origin(store) for store in valid],
     }  # fmt: skip
-    return Scores(rows, list(means), table, meta, store=train)
+    if aggregate != "mean":
+        meta["aggregate"] = aggregate
+    if minus is not None:
+        meta |= {"minus": minus, "minus_weight": minus_weight}
+    return Scores(rows, kept_sets, table, meta, store=train)
 
 
 def score_rows(

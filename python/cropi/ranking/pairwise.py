@@ -10,7 +10,7 @@ the stores alone, and no model. The training store is streamed.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,6 +143,27 @@ def pairwise(
     norms[norms == 0] = np.nan  # a zero sketch has no direction
     gram = (sketches.double() @ sketches.double().T).numpy()
     return Pairwise(rows, names, dots, norms, gram)
+
+
+def nearest_scores(
+    valid: Sequence[SketchStore], *, metric: str = "cosine", max_valid: int | None = None, seed: int = 0
+) -> tuple[list[str], Callable[[torch.Tensor], np.ndarray]]:
+    """The names of the validation sets, and a function of sketches ``[n, dim]``: the highest cosine (or dot product) of
+    each row with a prompt of each set, float64 ``[n, sets]``; NaN for a zero sketch."""
+    rows, sketches = _validation(valid, max_valid, seed)
+    sets = sorted({row.set or DEFAULT_SET for row in rows})
+    members = [torch.tensor([(row.set or DEFAULT_SET) == name for row in rows]) for name in sets]
+    if metric == "cosine":
+        sketches = torch.nn.functional.normalize(sketches, dim=1)
+
+    def score(table: torch.Tensor) -> np.ndarray:
+        products = table.float() @ sketches.T
+        best = torch.stack([products[:, one].max(dim=1).values for one in members], dim=1).double()
+        if metric == "cosine":
+            best /= torch.linalg.vector_norm(table.double(), dim=1, keepdim=True)
+        return best.numpy()
+
+    return sets, score
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ import numpy as np
 
 from cropi.errors import CropiError, optional
 from cropi.options import Selecting
+from cropi.ranking.contrast import names_without, without
 from cropi.ranking.influence import Scores
 from cropi.ranking.pairwise import Pairwise, pairwise
+from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
 from cropi.ranking.rule import Rule
 from cropi.ranking.values import FROM_SCORES
 from cropi.store.store import SketchStore
@@ -43,12 +45,19 @@ class SetUncertainty:
     prompts: int
     stderr: float  # rms over the usable training prompts
     stderr_at_cut: float  # rms over those near the cut
-    signal: float  # |mu|^2 / E|m|^2, at most 1; 0 or less: the mean is not told from noise
+    signal: (
+        float  # |mu|^2 / E|m|^2, at most 1; 0 or less: the mean is not told from noise; NaN: no mean is used
+    )
 
     def advice(self) -> str:
         """One sentence in words."""
         if self.prompts < 2:
             return f"{self.name}: 1 prompt; its noise cannot be estimated, give at least 8"
+        if math.isnan(self.signal):
+            return (
+                f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut (of the "
+                "nearest prompt)"
+            )
         if self.signal <= 0.2:
             return (
                 f"{self.name}: {self.prompts} prompts; their mean gradient is mostly noise (signal "
@@ -123,6 +132,9 @@ def uncertainty(
     *,
     metric: str = "cosine",
     mean: str = "plain",
+    aggregate: str = "mean",
+    minus: str | None = None,
+    minus_weight: float = 1.0,
     fraction: float = 0.1,
     pool: str = "all",
     method: str = "rrf",
@@ -136,7 +148,7 @@ def uncertainty(
 
     Args:
         pairs: what :func:`cropi.ranking.pairwise.pairwise` gives.
-        metric, mean: as in :func:`cropi.ranking.influence.influence`.
+        metric, mean, aggregate, minus, minus_weight: as in :func:`cropi.ranking.influence.influence`.
         fraction, pool, method: as in :func:`cropi.ranking.selection.select`; the method is one that ranks by scores
             ("rrf", "rrf_classic", "max", "mean").
         draws: resamples for the choice.
@@ -158,14 +170,27 @@ def uncertainty(
     if not len(usable):
         raise CropiError("no training prompt has a usable sketch, so there is no score to resample")
     rule = Rule(pairs.rows, usable, given)
-    sets = [_Set(pairs, name, usable, metric, mean) for name in pairs.sets]
-    table = np.stack([one.score(one.base) for one in sets], axis=1)
-    stderr = np.stack([one.stderr() for one in sets], axis=1)
+    everyone: dict[str, ResampledSet] = {
+        name: NearestSet(pairs, name, usable, metric)
+        if aggregate == "nearest"
+        else MeanSet(pairs, name, usable, metric, mean)
+        for name in pairs.sets
+    }
+    sets = list(everyone.values())
+    kept_sets = names_without(pairs.sets, minus)
+    ranked = [everyone[name] for name in kept_sets]
+
+    def contrasted(columns: list[np.ndarray]) -> np.ndarray:
+        return without(np.stack(columns, axis=1), pairs.sets, minus, minus_weight)
 
     def choose(columns: list[np.ndarray]) -> np.ndarray:
-        return rule.choose(np.stack(columns, axis=1))
+        return rule.choose(contrasted(columns))
 
-    chosen = choose(list(table.T))
+    base = [one.score(one.base) for one in sets]
+    table = contrasted(base)
+    errors = np.stack([one.stderr() for one in sets], axis=1)
+    stderr = np.sqrt(without(errors**2, pairs.sets, minus, -(minus_weight**2)))
+    chosen = rule.choose(table)
     rng = np.random.default_rng(seed)
     counts, kept = np.zeros(len(usable)), 0.0
     alone = dict.fromkeys(pairs.sets, 0.0)
@@ -177,19 +202,19 @@ def uncertainty(
         kept += _shared(picked, chosen)
     for _ in range(small := max(draws // 4, 2)):
         for v, one in enumerate(sets):
-            columns = list(table.T)
+            columns = list(base)
             columns[v] = one.score(one.resample(rng))
             alone[one.name] += _shared(choose(columns), chosen) / small
         split = [one.halves(rng) for one in sets]
         sides = [choose([one.score(s[side]) for one, s in zip(sets, split, strict=True)]) for side in (0, 1)]
         halves += _shared(*sides) / small
     near = rule.near_the_cut(table, BAND)
-    full, p_selected = np.full((len(pairs.rows), len(sets)), math.nan), np.full(len(pairs.rows), math.nan)
+    full, p_selected = np.full((len(pairs.rows), len(ranked)), math.nan), np.full(len(pairs.rows), math.nan)
     scores = full.copy()
     full[usable], scores[usable], p_selected[usable] = stderr, table, counts / draws
     summary = [
         SetUncertainty(one.name, len(one.members), _rms(stderr[:, v]), _rms(stderr[near, v]), one.signal())
-        for v, one in enumerate(sets)
+        for v, one in enumerate(ranked)
     ]
     return Uncertainty(summary, scores, full, p_selected, kept / draws, alone, halves, draws, given.fraction)
 
@@ -233,60 +258,12 @@ def with_uncertainty(
         return replace(scores, meta=scores.meta | {"uncertainty_missing": why})
     made = uncertainty(
         pairwise(train, valid, **options), metric=scores.meta["metric"], mean=scores.meta["mean"], draws=draws,
+        aggregate=scores.meta.get("aggregate", "mean"), minus=scores.meta.get("minus"),
+        minus_weight=scores.meta.get("minus_weight", 1.0),
         selecting=given,
     )  # fmt: skip
     meta = scores.meta | {"uncertainty": made.to_dict()}
     return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected)
-
-
-class _Set:
-    """One validation set's numbers: X [usable, V] = <u, g_i> times each prompt's weight, and the weighted gram."""
-
-    def __init__(self, pairs: Pairwise, name: str, usable: np.ndarray, metric: str, mean: str) -> None:
-        self.name, self.metric = name, metric
-        self.members = pairs.members(name)
-        lengths = pairs.norms[usable, None] if metric == "cosine" else 1.0
-        scale = pairs.weights(self.members, mean) * len(self.members)  # 1, or 1 / |g_i|
-        self.products = pairs.dots[np.ix_(usable, self.members)] * scale / lengths
-        self.gram = pairs.gram[np.ix_(self.members, self.members)] * scale[:, None] * scale
-        self.base = np.full(len(self.members), 1.0 / len(self.members))
-
-    def score(self, weights: np.ndarray) -> np.ndarray:
-        column = self.products @ weights
-        return column / math.sqrt(weights @ self.gram @ weights) if self.metric == "cosine" else column
-
-    def resample(self, rng: np.random.Generator) -> np.ndarray:
-        n = len(self.base)
-        return np.bincount(rng.integers(0, n, n), minlength=n) / n
-
-    def halves(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Weights of two halves; a set of one prompt stands in both."""
-        n = len(self.base)
-        if n == 1:
-            return self.base, self.base
-        order = rng.permutation(n)
-        sides = np.zeros(n), np.zeros(n)
-        for side, part in zip(sides, (order[: n // 2], order[n // 2 :]), strict=True):
-            side[part] = 1.0 / len(part)
-        return sides
-
-    def stderr(self) -> np.ndarray:
-        n = len(self.base)
-        if n == 1:
-            return np.full(len(self.products), math.nan)
-        values = self.products
-        if self.metric == "cosine":
-            with_mean = self.gram @ self.base
-            squared = float(self.base @ with_mean)
-            values = values / math.sqrt(squared) - np.outer(self.score(self.base), with_mean / squared)
-        return values.std(axis=1, ddof=1) / math.sqrt(n)
-
-    def signal(self) -> float:
-        n = len(self.base)
-        if n == 1:
-            return math.nan
-        between = (self.gram.sum() - np.trace(self.gram)) / (n * (n - 1))
-        return float(between / (self.base @ self.gram @ self.base))
 
 
 def _shared(one: np.ndarray, other: np.ndarray) -> float:

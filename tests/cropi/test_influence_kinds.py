@@ -1,0 +1,150 @@
+"""Influence beyond the mean: the nearest validation prompt, a contrast set, self-influence, one prompt left out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cropi
+from cropi.errors import CropiError
+from cropi.options import Selecting
+from cropi.ranking.influence import influence
+from cropi.ranking.leave_one_out import leave_one_out
+from cropi.ranking.pairwise import pairwise
+from cropi.ranking.resampled import NearestSet
+from cropi.ranking.selection import select
+from cropi.ranking.table import read_scores, write_scores
+from cropi.ranking.uncertainty import Uncertainty, uncertainty
+from cropi.store.memory import MemoryStore
+from cropi.store.shards import RowInfo
+
+
+def store_of(vectors: torch.Tensor, sets: list[str], start: str) -> MemoryStore:
+    store = MemoryStore({"spec": {"dim": vectors.shape[1]}})
+    for i, (vector, name) in enumerate(zip(vectors, sets, strict=True)):
+        if bool(vector.any()):
+            store.add(RowInfo(f"{start}{i:03d}", set=name, norm=float(vector.norm())), vector)
+        else:
+            store.add(RowInfo(f"{start}{i:03d}", "skipped", "equal rewards", set=name))
+    store.finish()
+    return store
+
+
+@pytest.fixture
+def stores() -> tuple[MemoryStore, MemoryStore, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    train, valid = torch.randn(30, 24), torch.randn(15, 24)
+    train[5] = 0
+    return store_of(train, ["t"] * 30, "t"), store_of(valid, ["x"] * 8 + ["y"] * 7, "v"), train, valid
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_nearest_is_the_largest_over_single_prompts(stores: Any, metric: str) -> None:
+    train, valid, rows, others = stores
+    scores = influence(train, [valid], metric=metric, aggregate="nearest")
+    for i in range(30):
+        for v, part in enumerate((others[:8], others[8:])):
+            products = part.double() @ rows[i].double()
+            if metric == "cosine":
+                products = products / part.double().norm(dim=1) / rows[i].double().norm()
+            if i == 5:
+                assert math.isnan(scores.table[i, v])
+            else:
+                assert scores.table[i, v] == pytest.approx(float(products.max()), abs=1e-5)
+    assert scores.meta["aggregate"] == "nearest"
+    made = uncertainty(pairwise(train, [valid]), metric=metric, aggregate="nearest", draws=5)
+    np.testing.assert_allclose(made.table, scores.table, atol=2e-5)
+
+
+def test_standard_error_of_the_nearest_is_the_bootstraps(stores: Any) -> None:
+    """The formula against 4000 draws: a variance is known to 2 sqrt(2 / 4000) or so."""
+    train, valid, _, _ = stores
+    pairs = pairwise(train, [valid])
+    usable = np.array([i for i in range(30) if i != 5])
+    one = NearestSet(pairs, "x", usable, "cosine")
+    rng = np.random.default_rng(0)
+    drawn = np.stack([one.score(one.resample(rng)) for _ in range(4000)])
+    np.testing.assert_allclose(one.stderr(), drawn.std(axis=0), rtol=0.15)
+    alone = pairwise(train, [store_of(stores[3][:1], ["x"], "v")])
+    assert np.isnan(NearestSet(alone, "x", usable, "cosine").stderr()).all()
+
+
+def test_draws_look_beyond_the_nearest_that_are_kept(monkeypatch: pytest.MonkeyPatch, stores: Any) -> None:
+    monkeypatch.setattr("cropi.ranking.resampled.KEPT", 2)
+    pairs = pairwise(stores[0], [stores[1]])
+    one = NearestSet(pairs, "x", np.arange(5), "cosine")
+    weights = np.zeros(8)
+    weights[[3, 6]] = 0.5
+    np.testing.assert_array_equal(one.score(weights), one.products[:, [3, 6]].max(axis=1))
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "nearest"])
+def test_a_contrast_set_is_taken_off(stores: Any, aggregate: str) -> None:
+    train, valid, _, _ = stores
+    plain = influence(train, [valid], aggregate=aggregate)
+    less = influence(train, [valid], aggregate=aggregate, minus="y", minus_weight=0.5)
+    assert less.sets == ["x"]
+    np.testing.assert_allclose(less.table[:, 0], plain.table[:, 0] - 0.5 * plain.table[:, 1], atol=1e-12)
+    assert (less.meta["minus"], less.meta["minus_weight"]) == ("y", 0.5)
+    options: dict[str, Any] = {"aggregate": aggregate, "draws": 8}
+    pairs = pairwise(train, [valid])
+    whole = uncertainty(pairs, **options)
+    made = uncertainty(pairs, minus="y", minus_weight=0.5, **options)
+    np.testing.assert_allclose(made.table, less.table, atol=2e-5)
+    expected = np.sqrt(whole.stderr[:, 0] ** 2 + 0.25 * whole.stderr[:, 1] ** 2)
+    np.testing.assert_allclose(made.stderr[:, 0], expected)
+    assert [one.name for one in made.sets] == ["x"] and set(made.overlap_of_set) == {"x", "y"}
+
+
+def test_what_a_contrast_cannot_be(stores: Any) -> None:
+    train, valid, _, others = stores
+    with pytest.raises(CropiError, match="there is no validation set 'z'; there are 'x', 'y'"):
+        influence(train, [valid], minus="z")
+    with pytest.raises(CropiError, match="'x' is the only validation set"):
+        influence(train, [store_of(others[:8], ["x"] * 8, "v")], minus="x")
+    with pytest.raises(CropiError, match="minus_weight must be a number above 0"):
+        cropi.influence(train, valid, minus="y", minus_weight=0)
+    with pytest.raises(CropiError, match="aggregate must be one of mean, nearest"):
+        influence(train, [valid], aggregate="max")
+
+
+def test_kinds_survive_the_score_table_and_the_choice(stores: Any, tmp_path: Path) -> None:
+    train, valid, _, _ = stores
+    scores = cropi.influence(train, valid, aggregate="nearest", minus="y", draws=10)
+    write_scores(tmp_path / "s.parquet", scores)
+    back = read_scores(tmp_path / "s.parquet")
+    sure = Uncertainty.of(back)
+    assert sure is not None and "of the nearest prompt" in str(sure)
+    assert select(back, count=3).ids == select(scores, count=3).ids
+    assert np.isfinite(back.p_selected).sum() == 29  # type: ignore[arg-type]
+
+
+def test_self_influence_is_the_squared_length(stores: Any) -> None:
+    train, valid, rows, _ = stores
+    made = influence(train, [valid]).self_influence
+    np.testing.assert_allclose(made, rows.double().square().sum(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mean", ["plain", "normalised"])
+def test_one_prompt_left_out_is_a_store_without_it(stores: Any, mean: str) -> None:
+    train, valid, _, others = stores
+    given = Selecting(count=5)
+    whole = select(influence(train, [valid], mean=mean), count=5)
+    found = leave_one_out(pairwise(train, [valid]), mean=mean, selecting=given)
+    assert len(found) == 15 and [one.kept for one in found] == sorted(one.kept for one in found)
+    for one in found:
+        place = int(one.id[1:])
+        rest = [i for i in range(15) if i != place]
+        sets = [("x" if i < 8 else "y") for i in rest]
+        scores = influence(train, [store_of(others[rest], sets, "v")], mean=mean)
+        assert one.kept == len(set(select(scores, count=5).ids) & set(whole.ids)) / 5
+        column = whole.scores.sets.index(one.set)
+        moved = np.nanmax(np.abs(scores.table[:, column] - whole.scores.table[:, column]))
+        assert one.moved == pytest.approx(moved, abs=1e-5)
+    with pytest.raises(CropiError, match="others do not depend on the validation prompts"):
+        leave_one_out(pairwise(train, [valid]), selecting=Selecting(method="random"))
