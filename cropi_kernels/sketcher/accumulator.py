@@ -13,6 +13,7 @@ from ..reduce import reduce_sketch
 from ..spec import SketchSpec
 from .clock import Clock
 from .engine import Operators, engine_for
+from .ranks import Ranks
 from .segments import Segments
 
 
@@ -31,6 +32,7 @@ class Accumulator:
 
     def __init__(self, spec: SketchSpec) -> None:
         self.spec = spec
+        self.ranks: Ranks | None = None  # that share the model, and whose sketches add up
         self.segments: Segments | None = None  # of the open batch
         self._engine: Operators | None = None
         self.listener: Listener | None = None
@@ -64,7 +66,7 @@ class Accumulator:
 
     def end(self) -> torch.Tensor:
         """The sketches [segments, dim]; rows that met a NaN or an infinity are NaN throughout."""
-        sketches = self.out
+        sketches = self.out if self.ranks is None else self.ranks.sum(self.out)
         if self.spec.dim < self.spec.base_dim:
             sketches = reduce_sketch(sketches, self.spec.dim, seed=self.spec.seed, version=self.spec.version)
         sketches.masked_fill_(~sketches.isfinite().all(dim=1, keepdim=True), float("nan"))

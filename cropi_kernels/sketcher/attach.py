@@ -20,6 +20,8 @@ from .exact import ExactTaps
 from .expert_taps import ExpertsTap, RouterTap
 from .experts import Unsupported, recognise_experts
 from .matrix import MatrixSketch, matrix_sketch
+from .parts import PartEmbeddingTap, PartLinearTap, PartMatrix, PartNormTap
+from .ranks import Ranks, Share, ranks_of
 from .recognise import (
     embedding_scale,
     is_conv1d,
@@ -45,6 +47,8 @@ class Attachment:
     head_bias: VectorPlan | None
     exact: ExactTaps
     wanted: dict[int, str]  # names of what is sketched, by the parameters' ids
+    head_adds: tuple[bool, bool] = (True, True)  # whether this rank adds the head's weight, and its bias
+    ranks: Ranks | None = None  # of a tensor-parallel group
 
     def form(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         """Form the gradients of these modules' parameters too, instead of what their taps do."""
@@ -101,6 +105,7 @@ def plan_model(
     )
     head_tap = builder.taps.get(builder.head) if builder.head is not None else None
     linear = head_tap if isinstance(head_tap, LinearTap) else None
+    shares = linear.shares if isinstance(linear, PartLinearTap) else {}
     return Attachment(
         builder.taps,
         [trainable[i] for i in builder.covered],
@@ -109,6 +114,11 @@ def plan_model(
         linear.bias if linear else None,
         ExactTaps(accumulator, builder.exact),
         wanted,
+        (
+            "weight" not in shares or shares["weight"].axis is not None or shares["weight"].adds,
+            "bias" not in shares or shares["bias"].axis is not None or shares["bias"].adds,
+        ),
+        builder.ranks,
     )
 
 
@@ -162,6 +172,7 @@ class _Builder:
     ) -> None:
         self.spec, self.acc, self.wanted = spec, acc, wanted
         self.owners, self.head = _owners(model), output_embeddings(model)
+        self.ranks = ranks_of(model)
         self.taps: dict[nn.Module, Tap] = {}
         self.exact: list[exact.Exact] = []
         self.covered: dict[int, None] = {}
@@ -210,19 +221,35 @@ class _Builder:
         if (b := own.get("bias")) is not None:
             bias = plan_vector(self.spec, self.wanted[id(b)], b.numel())
             self._cover(b, "bias")
-        self.taps[module] = LinearTap(self.acc, path, matrix, bias)
+        if self.ranks is None:
+            self.taps[module] = LinearTap(self.acc, path, matrix, bias)
+            return
+        shares = {which: self.ranks.share(p) for which, p in own.items()}
+        split = shares.get("weight", shares.get("bias"))
+        outputs = split is not None and split.axis is not None and (split.axis == 0) != transposed
+        if outputs and (loose := shares.get("bias")) is not None and loose.axis is None:
+            self.reasons[module] = "its outputs are split over ranks, and its bias is not"
+            return
+        self.taps[module] = PartLinearTap(self.acc, path, matrix, bias, shares, outputs)
 
     def _embedding(self, path: str, module: nn.Embedding, own: dict[str, nn.Parameter]) -> None:
         scale = embedding_scale(module)
         if scale is None or own.keys() != {"weight"}:
             return
-        self.taps[module] = EmbeddingTap(
-            self.acc, path, self._matrix(own["weight"]), module.padding_idx, scale
-        )
+        matrix, padding = self._matrix(own["weight"]), module.padding_idx
+        if self.ranks is None:
+            self.taps[module] = EmbeddingTap(self.acc, path, matrix, padding, scale)
+        else:
+            share = self.ranks.share(own["weight"])
+            tap = self.taps[module] = PartEmbeddingTap(self.acc, path, matrix, padding, scale, share)
+            tap.adds = share.axis is not None or share.adds
         self._cover(own["weight"], "embedding")
 
     def _norm(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
         if not takes_one_tensor(module) or (found := norm_of(module)) is None:
+            return
+        shares = {} if self.ranks is None else {which: self.ranks.share(p) for which, p in own.items()}
+        if any(share.axis is not None for share in shares.values()):
             return
         plans = {}
         for which, p in own.items():
@@ -230,11 +257,16 @@ class _Builder:
             self._cover(p, "norm")
         centered, eps = found
         norm = Norm(centered, eps, plans.get("weight"), plans.get("bias"))
-        self.taps[module] = NormTap(self.acc, path, norm)
+        if shares:
+            self.taps[module] = PartNormTap(self.acc, path, norm, shares)
+        else:
+            self.taps[module] = NormTap(self.acc, path, norm)
 
     def _experts(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
         try:
             layout = recognise_experts(module)
+            if layout is not None and self._whole_share(own).axis is not None:
+                raise Unsupported("experts are split over ranks (tensor parallel)")
             if layout is not None and self.spec.kind != "slab":
                 raise Unsupported(f"experts are sketched by kind='slab', not by kind={self.spec.kind!r}")
         except Unsupported as error:
@@ -250,10 +282,14 @@ class _Builder:
             else:
                 biases[layout.weight_of(name)] = plan_vector(self.spec, self.wanted[id(p)], p.numel())
             self._cover(p, "expert" if name in layout.matrices() else "bias")
-        self.taps[module] = ExpertsTap(self.acc, path, layout, matrices, biases)
+        tap = self.taps[module] = ExpertsTap(self.acc, path, layout, matrices, biases)
+        tap.adds = self._whole_share(own).adds
         return True
 
     def _router(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
+        if (share := self._whole_share(own)).axis is not None:
+            self.reasons[module] = "split over ranks, and no plain linear layer"
+            return
         matrix = bias = None
         if (weight := own.get("weight")) is not None:
             matrix = self._matrix(weight)
@@ -261,7 +297,13 @@ class _Builder:
         if (b := own.get("bias")) is not None:
             bias = plan_vector(self.spec, self.wanted[id(b)], b.numel())
             self._cover(b, "bias")
-        self.taps[module] = RouterTap(self.acc, path, matrix, bias)
+        tap = self.taps[module] = RouterTap(self.acc, path, matrix, bias)
+        tap.adds = share.adds
+
+    def _whole_share(self, own: dict[str, nn.Parameter]) -> Share:
+        """Of the parameters of a module that are split nowhere; else that of one that is."""
+        shares = [Share(()) if self.ranks is None else self.ranks.share(p) for p in own.values()]
+        return next((share for share in shares if share.axis is not None), shares[0])
 
     def _form(self, chain: Sequence[nn.Module]) -> None:
         """Parameters of a module that no tap covers, where they are small enough that their gradient can be formed."""
@@ -277,7 +319,10 @@ class _Builder:
             known = key == "weight" and (isinstance(module, nn.Embedding | nn.Linear) or is_router(module))
             matrix = self._matrix(p) if known else None
             plan = None if known else plan_vector(self.spec, name, p.numel())
-            self.exact.append(exact.Exact(name, key, p, tuple(chain), plan, matrix))
+            share = None if self.ranks is None else self.ranks.share(p)
+            if isinstance(matrix, PartMatrix):  # the gradient is put at its place in the whole before
+                matrix = matrix.matrix
+            self.exact.append(exact.Exact(name, key, p, tuple(chain), plan, matrix, share=share))
             self._cover(p, "exact")
 
     def _matrix(self, weight: nn.Parameter, transposed: bool = False) -> MatrixSketch:
@@ -287,7 +332,11 @@ class _Builder:
             users = self.owners[id(weight)]
             looked_up = any(isinstance(m, nn.Embedding) for m in users)
             role: Role = "tied" if looked_up and len(users) > 1 else "embedding" if looked_up else "linear"
-            self._matrices[id(weight)] = matrix_sketch(self.spec, self.wanted[id(weight)], rows, cols, role)
+            matrix = matrix_sketch(self.spec, self.wanted[id(weight)], rows, cols, role)
+            share = None if self.ranks is None else self.ranks.share(weight)
+            if share is not None and share.axis is not None:
+                matrix = PartMatrix(matrix, share, transposed)
+            self._matrices[id(weight)] = matrix
         return self._matrices[id(weight)]
 
     def _cover(self, p: nn.Parameter, kind: str) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import sharded
+from ..ops.linear_logprob.slices import Words
+from . import ranks, sharded
 from .growing import forget_longest
 from .measure import measure_head
 from .precision import own_precision, unwrapped
@@ -39,13 +40,35 @@ class SplitModel:
         def run() -> torch.Tensor:
             forget_longest(self.decoder)
             out = self.decoder(input_ids=input_ids, use_cache=False, **kwargs)
-            return out[0] if isinstance(out, tuple) else out.last_hidden_state
+            return _gathered(out[0] if isinstance(out, tuple) else out.last_hidden_state)
 
         return sharded.through(sharded.root_around(self.model, self.decoder), run)
 
     def whole_head(self) -> contextlib.AbstractContextManager[None]:
         """The head's weights as the pass uses them: of a sharded model they are whole inside alone."""
         return sharded.whole(self.model, self.head)
+
+    def head_here(self) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """This rank's words of the head: weight, bias, and the first of them."""
+        weight, bias = ranks.local(self.head.weight), ranks.local(self.head.bias)
+        group = ranks.ranks_of(self.model) if ranks.is_spread(self.head.weight) else None
+        if group is None:
+            return weight, bias, 0
+        share = group.share(self.head.weight)
+        first = share.ranges[0][0] if share.axis == 0 and share.ranges else 0
+        if bias is not None and not ranks.is_spread(self.head.bias) and share.axis == 0:
+            bias = bias[first : first + len(weight)]
+        return weight, bias, first
+
+    def head_ranks(self) -> ranks.Ranks | None:
+        """The ranks that the head's words are spread over; None: all are here."""
+        group = ranks.ranks_of(self.model) if ranks.is_spread(self.head.weight) else None
+        return None if group is None or group.share(self.head.weight).axis is None else group
+
+    def words(self) -> Words | None:
+        """The same for the products with the head."""
+        group = self.head_ranks()
+        return None if group is None else Words(self.head_here()[2], group.sum, group.max)
 
     def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states in the head's dtype: a float32 head on a bfloat16 decoder is given them in float32."""
@@ -95,6 +118,18 @@ def split_model(model: nn.Module) -> SplitModel:
         raise ValueError(f"the decoder and head of {_name(model)} do not give its logits ({found}): {REMEDY}")
     scale, softcap = found
     return dataclasses.replace(split, scale=scale, softcap=softcap)
+
+
+def _gathered(hidden: torch.Tensor) -> torch.Tensor:
+    """All tokens, of a decoder that leaves some of them on every rank."""
+    if not ranks.is_spread(hidden):
+        return hidden
+    from torch.distributed.tensor import Replicate
+
+    whole: torch.Tensor = hidden.redistribute(placements=[Replicate()]).to_local(  # type: ignore[attr-defined]
+        grad_placements=[Replicate()]
+    )
+    return whole
 
 
 def _inner(model: Any) -> Any:

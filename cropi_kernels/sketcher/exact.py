@@ -25,6 +25,7 @@ from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .again import Replay, rows_of, same, view_axis
+from .ranks import Share, settled
 from .segments import Segments
 from .slab import MatrixSketch
 
@@ -47,6 +48,7 @@ class Exact:
     chain: tuple[nn.Module, ...]
     plan: VectorPlan | None
     matrix: MatrixSketch | None = None
+    share: Share | None = None  # what of it this rank adds, in a tensor-parallel group
     heard: Segments | None = None  # the last batch whose backward pass came by
 
     @property
@@ -55,6 +57,11 @@ class Exact:
 
     def add(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
         """Add the sketch of a ``gradient`` that exists, of the parameter's shape, to ``out`` [1, base_dim]."""
+        if self.share is not None:
+            mine = self.share.whole(settled(gradient.detach(), self.parameter))
+            if mine is None:
+                return
+            gradient = mine
         wide = gradient.detach().float()
         if self.matrix is not None:
             ids = torch.arange(wide.shape[0], device=wide.device)
@@ -305,6 +312,7 @@ class ExactTaps:
             others
             or len(ys) > 1
             or exact.matrix is None
+            or exact.share is not None
             or node is None
             or node.name() != "EmbeddingBackward0"
         ):

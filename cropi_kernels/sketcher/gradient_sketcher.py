@@ -18,7 +18,7 @@ from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from . import sharded
 from .accumulator import Accumulator
-from .attach import UNCOVERED, plan_model, refused_modules
+from .attach import UNCOVERED, Attachment, plan_model, refused_modules
 from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage, uncovered
 from .decoder import SplitModel, split_model
@@ -90,15 +90,13 @@ class GradientSketcher:
         self.model, self.spec = unwrapped(model), spec
         check_adapters(self.model)
         sharded.check_parallel(self.model)
-        if sharded.units(self.model) and linears == "onednn":
-            raise ValueError(
-                "linears='onednn' packs whole weights, and this model's are sharded: give linears='torch'"
-            )
-        chosen = "torch" if sharded.units(self.model) else linears
-        self._linears = PackedLinears(self.model.parameters(), frozen.checked(chosen))
+        self._linears = PackedLinears(self.model.parameters(), _linears_of(self.model, linears))
         self._acc = Accumulator(spec)
         self._exclude = exclude
         self._plan = plan_model(self.model, spec, self._acc, exclude)
+        self._ranks = self._acc.ranks = self._plan.ranks
+        if self._ranks is not None:
+            self._ranks.check_model(_described(self.model, spec, self._plan))
         self._handles: list[Any] = []
         self._thawed: list[nn.Parameter] = []
         self._split: SplitModel | None = None
@@ -208,6 +206,8 @@ class GradientSketcher:
             )
         batch, length = shape if shape is not None else segments.shape
         where = Segments.of(segments, batch, length, num_segments)
+        if self._ranks is not None:
+            self._ranks.check_same("segments", where.offsets)
         with contextlib.ExitStack() as watching:
             recorded = Recorded()
             first = self._verify and not self._batch_tested
@@ -290,6 +290,9 @@ class GradientSketcher:
         positions, targets, weigh = scored_tokens(
             input_ids, segments, attention_mask, labels, weights, positions, targets, weigh
         )
+        if self._ranks is not None:
+            given = input_ids, segments, positions, targets, attention_mask, position_ids
+            self._ranks.check_same("the batch", *given)
         split = self._ready(input_ids, positions, targets)
         batch, length = input_ids.shape
         where = Segments.of(segments, batch, length, num_segments)
@@ -444,6 +447,30 @@ class GradientSketcher:
     def _begin(self, segments: Segments) -> None:
         self._no_batch()
         self._acc.begin(segments, sharded.device_of(self.model))
+
+
+def _linears_of(model: nn.Module, linears: Linears | None) -> Linears:
+    """Who multiplies by frozen weights. Those that are spread over ranks are torch's.
+
+    Raises:
+        ValueError: oneDNN is asked for by name, and weights are spread over ranks.
+    """
+    chosen = frozen.checked(linears)
+    if not sharded.is_sharded(model):
+        return chosen
+    if chosen == "onednn":
+        said = f"{frozen.VARIABLE}=onednn" if linears is None else "linears='onednn'"
+        raise ValueError(
+            f"{said} packs whole weights, and this model's are sharded: give linears='torch', or unset "
+            f"{frozen.VARIABLE}"
+        )
+    return "torch"
+
+
+def _described(model: nn.Module, spec: SketchSpec, plan: Attachment) -> str:
+    """What all ranks of a group must have alike."""
+    shapes = {id(p): tuple(p.shape) for p in model.parameters()}
+    return "\n".join([f"{spec}", *(f"{name} {shapes[i]}" for i, name in plan.wanted.items())])
 
 
 class BatchSketch:

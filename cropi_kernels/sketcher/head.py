@@ -8,6 +8,7 @@ import torch
 
 from ..ops.linear_logprob import logprob_and_grad
 from ..ops.linear_logprob.contract import Weigh
+from ..ops.linear_logprob.slices import sliced_logprob_and_grad
 from ..ops.norm_grad import bias_grad
 from .accumulator import Accumulator
 from .attach import Attachment
@@ -47,7 +48,10 @@ def head_pass(
     """
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
     picked = split.head_input(flat[positions])
-    matrix, bias = plan.head_matrix, plan.head_bias
+    matrix = plan.head_matrix if plan.head_adds[0] else None
+    bias = plan.head_bias if plan.head_adds[1] else None
+    weight, own_bias, _ = split.head_here()
+    words = split.words()
     scales = SegmentScales(scored, flat.device)
     scored = scored.to(flat.device)
 
@@ -57,22 +61,33 @@ def head_pass(
             if matrix is not None:
                 matrix.add(dz, matrix.fold(picked[begin:end]), offsets, acc.out)
             if bias is not None:
-                acc.engine.add_vector(bias_grad(dz, offsets), bias)
+                acc.engine.add_vector(_placed(plan, split, bias_grad(dz, offsets)), bias)
 
     with torch.no_grad():
-        logprobs, grad_picked, weights = logprob_and_grad(
-            picked,
-            split.head.weight,
-            targets,
-            scales.weigh(weigh),
-            bias=split.head.bias,
+        settings = dict(
+            bias=own_bias,
             **split.of_products(temperature),
             on_dlogits=sketch_head if matrix is not None or bias is not None else None,
         )
+        if words is None:
+            logprobs, grad_picked, weights = logprob_and_grad(
+                picked, weight, targets, scales.weigh(weigh), **settings
+            )
+        else:
+            logprobs, grad_picked, weights = sliced_logprob_and_grad(
+                picked, weight, targets, scales.weigh(weigh), words, **settings
+            )
         weights = scales.unscaled(weights)
         grad_picked = scales.normalise(grad_picked, acc.out)
         grad = _add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
     return logprobs, grad.view_as(hidden), weights, scales
+
+
+def _placed(plan: Attachment, split: SplitModel, gradients: torch.Tensor) -> torch.Tensor:
+    """Gradients of the head's bias, of this rank's words, as those of the whole."""
+    if plan.ranks is None or gradients.shape[1] == split.head.weight.shape[0]:
+        return gradients
+    return plan.ranks.share(split.head.weight).placed(gradients, 1)
 
 
 def _add_rows(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops.linear_logprob import linear_logprob
+from ..ops.linear_logprob.slices import sliced_logprob_and_grad
 from .decoder import SplitModel, split_model, split_parts
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .precision import own_precision, unwrapped
@@ -59,13 +60,12 @@ def token_logprobs(
     with own_precision(model):
         hidden = split.hidden(input_ids, **kwargs)
     with split.whole_head():
-        result = linear_logprob(
-            split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions]),
-            split.head.weight,
-            targets,
-            bias=split.head.bias,
-            **split.of_products(temperature),
-        )
+        picked = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
+        (weight, bias, _), words = split.head_here(), split.words()
+        settings = dict(bias=bias, **split.of_products(temperature))
+        if words is not None:
+            return sliced_logprob_and_grad(picked, weight, targets, None, words, **settings)[0]
+        result = linear_logprob(picked, weight, targets, **settings)
     assert isinstance(result, torch.Tensor)
     return result
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import sharded
+from .ranks import laid_like
 
 SMALL, LARGE = 0.05, 1500.0  # largest logits to try: far below every cap, and far above
 
@@ -34,8 +35,7 @@ def measure_head(
         if factor != 1.0 and not seen:
             return None  # the model does not call its decoder as a module
         # By the weights, as the fused pass has it: a head's own forward may do more.
-        with sharded.whole(model, head):
-            z = nn.functional.linear(h.to(head.weight.dtype), head.weight, head.bias)
+        z = sharded.logits(model, head, h.to(head.weight.dtype))
         return z.float(), out.float()
 
     if hidden.shape[-1] != head.weight.shape[1]:
@@ -121,8 +121,8 @@ def _handed_on(decoder: nn.Module, hidden: torch.Tensor | None) -> Iterator[list
         if hidden is None:
             return out
         if isinstance(out, tuple):
-            return (hidden, *out[1:])
-        out["last_hidden_state"] = hidden
+            return (laid_like(hidden, out[0]), *out[1:])
+        out["last_hidden_state"] = laid_like(hidden, out["last_hidden_state"])
         return out
 
     handle = decoder.register_forward_hook(swap)

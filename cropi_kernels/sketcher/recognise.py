@@ -11,6 +11,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .ranks import parallel_forward
+
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "layer_norm_eps")
 
 
@@ -22,7 +24,8 @@ class _Bare(nn.Module):
         self.module = module
 
     def forward(self, *args: torch.Tensor) -> Any:
-        return self.module.forward(*args)
+        parallel = parallel_forward(self.module)
+        return self.module.forward(*args) if parallel is None else parallel["forward"](*args)
 
 
 def _call(module: nn.Module, tensors: dict[str, torch.Tensor], *args: torch.Tensor) -> Any:
@@ -32,9 +35,12 @@ def _call(module: nn.Module, tensors: dict[str, torch.Tensor], *args: torch.Tens
 
 
 def _forward_of(module: nn.Module) -> Any:
-    """The function that the module runs; accelerate's wrapper, which moves tensors and computes nothing, left out."""
+    """The function that the module runs; accelerate's wrapper, which moves tensors and computes nothing, left out, and
+    that of a tensor-parallel plan, which spreads them over ranks."""
     forward = vars(module).get("_old_forward") if hasattr(module, "_hf_hook") else None
-    forward = module.forward if forward is None else forward
+    if forward is None:
+        parallel = parallel_forward(module)
+        forward = module.forward if parallel is None else parallel["forward"]
     return getattr(forward, "__func__", forward)
 
 
@@ -195,8 +201,10 @@ def _of_liger(module: nn.Module) -> bool | None:
 
 def takes_one_tensor(module: nn.Module) -> bool:
     """Whether the module's forward has one argument: a norm that has more (a gate) may do more than normalise."""
+    parallel = parallel_forward(module)
+    forward = module.forward if parallel is None else parallel["forward"]
     try:
-        arguments = inspect.signature(module.forward).parameters.values()
+        arguments = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):  # not written in Python: it will be seen to when it is called
         return True
     named = [a for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]

@@ -14,7 +14,7 @@ from .accumulator import Accumulator
 from .attach import Attachment
 from .probe import Run, is_causal
 from .segments import Segments
-from .selftest import SelfTest, Trial, refuse_sharded, self_test
+from .selftest import SelfTest, Trial, self_test
 from .trial import few_rows, scored_rows, two_segments, weights_of
 from .untouched import untouched
 
@@ -42,7 +42,6 @@ def model_self_test(
 def takes_ids(model: nn.Module) -> tuple[Run, torch.Tensor, torch.Tensor] | None:
     """How the model is run on token ids, a few of them, and what it gives for them [batch, length, n]; None: it does
     not run on token ids alone."""
-    refuse_sharded(model)
     get = getattr(model, "get_input_embeddings", None)
     try:
         embeddings = get() if callable(get) else None

@@ -24,6 +24,8 @@ class Segments:
     _copies: dict[tuple[torch.device, int], torch.Tensor] = dataclasses.field(
         default_factory=dict, compare=False
     )
+    # Those of a part of the tokens (sequence parallel), by what says which.
+    windows: dict[object, Segments] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, segments: torch.Tensor, batch: int, length: int, n_segments: int | None) -> Segments:

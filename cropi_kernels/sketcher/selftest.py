@@ -30,6 +30,7 @@ from .attach import Attachment
 from .coverage import UncoveredParameterError
 from .hooks import unless_none
 from .listener import Listener, Source, norm, projected, smallest, unit_roundoff
+from .ranks import Copies, Ranks, add_over_ranks, like_spread, settled
 from .segments import Segments
 from .untouched import nothing_kept, thawed, untouched
 
@@ -123,7 +124,8 @@ class _Parts:
         group: dict[int, int] = {}  # a parameter's id -> its group
         members: dict[int, list[Source]] = {}
         sources: list[tuple[Source, Owned]] = [
-            (tap, tap.formed(module)) for module, tap in attachment.taps.items()
+            (tap, tap.formed(module) if tap.adds else [(p, _nothing) for p, _ in tap.formed(module)])
+            for module, tap in attachment.taps.items()
         ]
         sources += [(one, [(one.parameter, one.add)]) for one in attachment.exact.parameters]
         for tap, own in sources:
@@ -155,11 +157,16 @@ def parameters_of(
     return list(_Parts(model, attachment).formed.values())
 
 
+def _nothing(gradient: torch.Tensor, out: torch.Tensor) -> None:
+    """Of a gradient that another rank adds."""
+
+
 class _Exact:
     """Autograd's gradients, sketched one by one as they are formed: only one exists at a time."""
 
-    def __init__(self, parts: _Parts, dim: int, device: torch.device) -> None:
+    def __init__(self, parts: _Parts, dim: int, device: torch.device, ranks: Ranks | None = None) -> None:
         self.parts, self.dim, self.device = parts, dim, device
+        self.copies = Copies(ranks, parts.parameters)
         self.sums: dict[int, torch.Tensor] = {}
         self.floor: dict[int, float] = {}  # what numbers below the dtype's smallest may have lost
         self.unit: dict[int, float] = {}
@@ -181,12 +188,15 @@ class _Exact:
 
         def take(gradient: torch.Tensor) -> torch.Tensor:
             out = torch.zeros(1, self.dim, dtype=torch.float32, device=self.device)
+            here = settled(gradient.detach(), p)
             with torch.no_grad():
-                add(gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)), out)
+                add(here.to(torch.promote_types(here.dtype, torch.float32)), out)
             self.sums[group] = self.sums.get(group, 0.0) + projected(out)[0]
-            self.floor[group] = self.floor.get(group, 0.0) + smallest(gradient) * gradient.numel() ** 0.5
-            self.unit[group] = max(self.unit.get(group, 0.0), unit_roundoff(gradient))
-            return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps this: a gradient would stay
+            self.copies.note(p, here)
+            self.floor[group] = self.floor.get(group, 0.0) + smallest(here) * gradient.numel() ** 0.5
+            self.unit[group] = max(self.unit.get(group, 0.0), unit_roundoff(here))
+            nothing = here.new_zeros(()).expand_as(here)  # autograd keeps this: a gradient would stay
+            return like_spread(nothing, gradient)
 
         return take
 
@@ -242,7 +252,7 @@ def self_test(
 
 class _Runs:
     def __init__(self, model: nn.Module, acc: Accumulator, parts: _Parts, trial: Trial) -> None:
-        self.acc, self.parts, self.trial = acc, parts, trial
+        self.acc, self.parts, self.trial, self.ranks = acc, parts, trial, acc.ranks
         self.reentrant = False
         self.device = trial.cotangents[0].device
         self.devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
@@ -277,13 +287,17 @@ class _Runs:
         with listener.batch(self.trial.segments, self.device):
             with torch.enable_grad():
                 y = self.trial.forward()
-            _check_output(y.detach(), plain, len(self.parts.taps))
+            _check_output(y.detach(), plain, len(self.parts.taps), self.ranks)
             if y.requires_grad:
                 y.backward(torch.stack(self.trial.cotangents).sum(0).to(y.dtype))
+        self.over_ranks(listener)
         return listener
 
     def held(self, s: int) -> tuple[Listener, _Exact]:
-        listener, exact = Listener(self.acc), _Exact(self.parts, self.acc.spec.base_dim, self.device)
+        listener, exact = (
+            Listener(self.acc),
+            _Exact(self.parts, self.acc.spec.base_dim, self.device, self.ranks),
+        )
         parameters = self.parts.parameters
         with thawed(parameters), listener.batch(self.trial.segments, self.device), exact.hooked():
             with torch.enable_grad():
@@ -296,27 +310,35 @@ class _Runs:
                     y.backward(cotangent)
             elif y.requires_grad:
                 torch.autograd.grad(y, inputs, cotangent, allow_unused=True)
+        self.over_ranks(listener, exact)
         return listener, exact
 
+    def over_ranks(self, listener: Listener, exact: _Exact | None = None) -> None:
+        """What all ranks of a tensor-parallel group found, on each of them: all come to the same conclusion."""
+        if self.ranks is None:
+            return
+        for taps in self.parts.taps.values():
+            for tap in taps:
+                add_over_ranks(
+                    self.ranks, tap, listener.sums, [listener.size], [listener.unit, listener.calls]
+                )
+        if exact is None:
+            return
+        exact.copies.compare()
+        for group in self.parts.taps:
+            add_over_ranks(self.ranks, group, exact.sums, [exact.floor], [exact.unit])
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Raises ValueError: a parameter's numbers are not all here (DTensor)."""
-    for name, p in model.named_parameters():
-        if type(p.data).__name__ == "DTensor":
-            raise ValueError(
-                f"{canonical_name(name)} is a DTensor of shape {tuple(p.shape)}: the self-test does not support "
-                "sharded parameters; leave it out: verify=False"
-            )
 
-
-def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int) -> None:
+def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int, ranks: Ranks | None = None) -> None:
     if y.shape != plain.shape:
         raise SelfTestError(
             f"with taps the model's output has the shape {tuple(y.shape)}, without {tuple(plain.shape)}"
         )
-    if torch.equal(y, plain) or not bool(plain.isfinite().all()):
+    if ranks is None and torch.equal(y, plain) or not bool(plain.isfinite().all()):
         return
     error, size = norm(y - plain), norm(plain)
+    if ranks is not None:  # one that raised alone would leave the others waiting
+        error = float(ranks.max(torch.tensor([error], dtype=torch.float64, device=plain.device)))
     if not error <= 8 * unit_roundoff(plain) * max(1, depth) ** 0.5 * size:
         raise SelfTestError(
             f"the model's output changes by {error / max(size, 1e-30):.1%} when taps are on its modules: it gives "
@@ -347,6 +369,7 @@ def _compare(
             elsewhere = norm(got[~mine])
         elif want is not None:
             error = norm(want)
+        copies = max((exact.copies.apart[i] for i, g in parts.group.items() if g == group), default=0.0)
         for tap in heard:
             unit = max(listener.unit[tap], exact.unit.get(group, 0.0))
             allowed += listener.size[tap] * bound(unit, listener.calls[tap], tokens)
@@ -360,6 +383,12 @@ def _compare(
             what = "its tap saw something else than autograd"
         error = (error * error + elsewhere * elsewhere) ** 0.5
         found.append(Part(parts.names[group], what, error, allowed, 0.0 if want is None else norm(want)))
+        if copies:
+            what = (
+                "every rank of the tensor-parallel group has it whole, and another gradient of it (of its own heads or "
+                "tokens?)"
+            )
+            found.append(Part(parts.names[group], what, copies, allowed, 0.0 if want is None else norm(want)))
     return found
 
 

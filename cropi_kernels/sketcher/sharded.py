@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .ranks import is_spread, local, ranks_of
+
 T = TypeVar("T")
 _METHOD = "_cropi_pass"
-_OTHER_AXES = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "sp": "sequence"}
+_OTHER_AXES = {"pp": "pipeline", "cp": "context", "ep": "expert", "sp": "sequence"}
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -30,18 +32,16 @@ def units(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_unit(module)]
 
 
-def is_spread(p: torch.Tensor) -> bool:
-    return hasattr(p, "device_mesh") and hasattr(p, "placements")
-
-
 def check_parallel(model: nn.Module) -> None:
     """Refuse the ways of spreading a model that a pass cannot follow.
 
     Raises:
-        ValueError: FSDP1, DeepSpeed ZeRO-3, tensor, pipeline, context or expert parallel; names the supported way.
+        ValueError: FSDP1, DeepSpeed ZeRO-3, pipeline, context or expert parallel, tensor parallel within FSDP2, or a
+            head that is split along its inputs; names the supported way.
     """
     remedy = (
-        "shard the model by torch.distributed.fsdp.fully_shard (FSDP2), or give every rank the whole model"
+        "shard the model by torch.distributed.fsdp.fully_shard (FSDP2) or by tensor parallel alone, or give every rank "
+        "the whole model"
     )
     inside = {type(m).__name__ for m in model.modules()}
     if "FullyShardedDataParallel" in inside:
@@ -54,14 +54,24 @@ def check_parallel(model: nn.Module) -> None:
             continue
         mesh: Any = p.device_mesh  # type: ignore[attr-defined]
         axes = [kind for axis, kind in _OTHER_AXES.items() if axis in (mesh.mesh_dim_names or ())]
-        shards = sum(placement.is_shard() for placement in p.placements)  # type: ignore[attr-defined]
-        if axes or id(p) not in inside_units or shards > 1:
-            kind = axes[0] if axes else "tensor"
+        shards = sum(not placement.is_replicate() for placement in p.placements)  # type: ignore[attr-defined]
+        within = id(p) in inside_units
+        if axes or mesh.ndim > 1 and (not within or shards > 1 or "tp" in (mesh.mesh_dim_names or ())):
+            kind = f"{axes[0]} parallel" if axes else "tensor parallel within another sharding"
             raise ValueError(
-                f"{name} is spread over ranks by {kind} parallel (mesh {mesh.mesh_dim_names}, {p.placements}): "  # type: ignore[attr-defined]
-                f"only FSDP2's data-parallel sharding is followed; {remedy}"
+                f"{name} is spread over ranks by {kind} (mesh {mesh.mesh_dim_names}, {p.placements}), which is not "  # type: ignore[attr-defined]
+                f"followed; {remedy}"
             )
-
+        if not within and inside_units:
+            raise ValueError(
+                f"{name} is spread over ranks by tensor parallel, and other parameters by FSDP2, which is not followed "
+                f"together; {remedy}"
+            )
+    for name, module in model.named_modules():
+        if getattr(module, "_is_expert_parallel", False):
+            raise ValueError(
+                f"the experts of {name} are spread over ranks by expert parallel, which is not followed; {remedy}"
+            )
     _check_ties(model)
 
 
@@ -76,6 +86,11 @@ def _check_ties(model: Any) -> None:
             f"the embeddings and the head of {type(model).__name__} are tied by its configuration, but fully_shard has "
             "taken them apart: shard the whole model as one unit around its layers, fully_shard(model)"
         )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over ranks."""
+    return bool(units(model)) or any(is_spread(p) for p in model.parameters())
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -120,8 +135,8 @@ def root_around(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def whole(model: nn.Module, module: nn.Module) -> Iterator[None]:
-    """The module's own weights are whole inside, though it is not called."""
-    if not any(is_spread(p) for p in module.parameters(recurse=False)):
+    """The module's own weights are whole inside, though it is not called; a tensor-parallel rank's stay parts."""
+    if not units(model) or not any(is_spread(p) for p in module.parameters(recurse=False)):
         yield
         return
     owner: Any = next(u for u in reversed(units(model)) if any(m is module for m in _of_unit(u)))
@@ -137,6 +152,19 @@ def _of_unit(unit: Any) -> list[nn.Module]:
     group = unit._get_fsdp_state()._fsdp_param_group
     own = [] if group is None else [p._module_info.module for p in group.fsdp_params]
     return [*own, *unit.modules()]
+
+
+def logits(model: nn.Module, head: nn.Linear, h: torch.Tensor) -> torch.Tensor:
+    """``h W^T + b`` of the head's weights, which this rank may have a part of."""
+    group = ranks_of(model) if is_spread(head.weight) else None
+    with whole(model, head):
+        if group is None:
+            return nn.functional.linear(h, head.weight, head.bias)
+        share = group.share(head.weight)
+        if share.axis is None:
+            return nn.functional.linear(h, local(head.weight), local(head.bias))
+        z = nn.functional.linear(h, local(head.weight), local(head.bias))
+        return group.gathered(z, head.weight.shape[0])
 
 
 def start_over(model: nn.Module) -> None:

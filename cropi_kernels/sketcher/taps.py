@@ -40,6 +40,7 @@ class Tap(abc.ABC):
         self.acc, self.where = accumulator, where
         self._sites = Site(where, False), Site(where, True)
         self.heard: Segments | None = None  # the last batch whose backward pass came by
+        self.adds = True  # False: another rank adds what this one has too
 
     def hook(self, module: nn.Module) -> Hook:
         """Tap the module until the returned handle's `remove`."""
@@ -102,7 +103,8 @@ class Tap(abc.ABC):
                 self.heard = segments
                 with self.acc.timed():
                     try:
-                        add(dy, kept)
+                        if self.adds:
+                            add(dy, kept)
                     except NotTokensError as error:
                         self.refuse(str(error))
                 if self.acc.listener is not None:

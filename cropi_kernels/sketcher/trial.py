@@ -16,7 +16,7 @@ from .decoder import SplitModel
 from .head import head_pass, scored_offsets
 from .listener import norm, projected, smallest, unit_roundoff
 from .segments import Segments
-from .selftest import Part, SelfTest, Trial, bound, refuse_sharded, self_test
+from .selftest import Part, SelfTest, Trial, bound, self_test
 from .untouched import thawed, untouched
 
 PANEL = 8192  # rows of the head that are float64 at one time
@@ -83,7 +83,6 @@ def policy_self_test(
     model: nn.Module, split: SplitModel, attachment: Attachment, acc: Accumulator, causal: bool = True
 ) -> SelfTest:
     """The self-test of `GradientSketcher.policy_gradient`: decoder and head run apart, as it runs them."""
-    refuse_sharded(model)
     device = split.head.weight.device
     ids = few_rows(model, split.head.weight.shape[0], device)
     segments = two_segments(ids.shape[0], ids.shape[1], causal=causal)
@@ -125,10 +124,10 @@ def _head_parts(
             split, attachment, acc, hidden, positions, targets, lambda _, a, b: weights[a:b], 1.0, offsets
         )
         scales.restore(acc.out)
-        took = projected(acc.out)
+        took = _summed(acc, projected(acc.out))
         acc.out.zero_()
         h = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
-        z, widest = _wide_logits(h, head)
+        z, widest = _wide_logits(h, split)
         logits = z * split.scale
         if split.softcap is not None:
             logits = split.softcap * torch.tanh(logits / split.softcap)
@@ -144,13 +143,13 @@ def _head_parts(
             names.get(id(p), "lm_head") for p, plan in zip(mine, own, strict=True) if plan is not None
         )
         found = []
-        if attachment.head_matrix is not None:
+        if attachment.head_matrix is not None and attachment.head_adds[0]:
             attachment.head_matrix.add(
                 dz.float(), attachment.head_matrix.fold(h), offsets.to(device), acc.out
             )
-        if attachment.head_bias is not None:
+        if attachment.head_bias is not None and (acc.ranks is None or acc.ranks.rank == 0):
             acc.engine.add_vector(bias_grad(dz.float(), offsets.to(device)), attachment.head_bias)
-        want = projected(acc.out)
+        want = _summed(acc, projected(acc.out))
     finally:
         acc.close()
     error = float((wide.detach().float() - logprobs).abs().max())
@@ -167,7 +166,7 @@ def _head_parts(
     powers = torch.ldexp(torch.ones_like(dz[:, :1]), -scales.exponent[scales.segment][:, None])
     dz = dz.detach() * powers
     off_dz *= float(powers.max())
-    exact.index_add_(0, positions, _times_head(dz, head))
+    exact.index_add_(0, positions, _times_head(dz, split))
     allowed = (
         widest
         * (
@@ -181,26 +180,36 @@ def _head_parts(
     return found, flat
 
 
-def _wide_logits(h: torch.Tensor, head: nn.Linear) -> tuple[torch.Tensor, float]:
+def _summed(acc: Accumulator, x: torch.Tensor) -> torch.Tensor:
+    """Over the ranks of a tensor-parallel group."""
+    return x if acc.ranks is None else acc.ranks.sum(x.to(acc.ranks.mesh.device_type)).to(x.device)
+
+
+def _wide_logits(h: torch.Tensor, split: SplitModel) -> tuple[torch.Tensor, float]:
     """``h W^T + b`` in float64, a leaf of its own, and the largest norm of a row of W."""
-    z = torch.empty(h.shape[0], head.weight.shape[0], dtype=torch.float64, device=h.device)
-    widest = 0.0
+    (weight, bias, _), group = split.head_here(), split.head_ranks()
+    z = torch.empty(h.shape[0], weight.shape[0], dtype=torch.float64, device=h.device)
+    widest = torch.zeros(1, dtype=torch.float64, device=h.device)
     with torch.no_grad():
-        for begin in range(0, head.weight.shape[0], PANEL):
-            rows = head.weight[begin : begin + PANEL].double()
+        for begin in range(0, weight.shape[0], PANEL):
+            rows = weight[begin : begin + PANEL].double()
             z[:, begin : begin + PANEL] = h.double() @ rows.T
-            widest = max(widest, float(rows.norm(dim=1).max()))
-        if head.bias is not None:
-            z += head.bias.double()
-    return z.requires_grad_(True), widest
+            widest = torch.maximum(widest, rows.norm(dim=1).max())
+        if bias is not None:
+            z += bias.double()
+        if group is not None:
+            z, widest = group.gathered(z, split.head.weight.shape[0]), group.max(widest)
+    return z.requires_grad_(True), float(widest)
 
 
-def _times_head(dz: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-    out = torch.zeros(dz.shape[0], head.weight.shape[1], dtype=torch.float64, device=dz.device)
+def _times_head(dz: torch.Tensor, split: SplitModel) -> torch.Tensor:
+    (weight, _, first), group = split.head_here(), split.head_ranks()
+    out = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.float64, device=dz.device)
     with torch.no_grad():
-        for begin in range(0, head.weight.shape[0], PANEL):
-            out += dz[:, begin : begin + PANEL] @ head.weight[begin : begin + PANEL].double()
-    return out
+        for begin in range(0, weight.shape[0], PANEL):
+            rows = weight[begin : begin + PANEL]
+            out += dz[:, first + begin : first + begin + len(rows)] @ rows.double()
+        return out if group is None else group.sum(out)
 
 
 def _hooked(

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import zoo
+from support.launch import on_ranks
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec
@@ -27,25 +23,7 @@ EXACT = (
 
 
 def on_two_ranks(case: str) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(WORKER), case],
-            env=dict(common, RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        done = [rank.communicate(timeout=300) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), done[0][1][-3000:]
-    return [json.loads(out.splitlines()[-1]) for out, _ in done]
+    return on_ranks(WORKER, case)
 
 
 def left_as_it_was(found: dict[str, Any]) -> bool:
@@ -83,13 +61,29 @@ def refused(model: nn.Module, message: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_tensor_parallel_is_refused(one_rank: None) -> None:
+def test_tensor_parallel_within_another_sharding_is_refused(one_rank: None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    model, mesh = zoo.make("llama"), init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
-    parallelize_module(model, mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
-    refused(model, r"mlp.up_proj.weight is spread over ranks by tensor parallel .* only FSDP2's")
+    model, mesh = zoo.make("llama"), init_device_mesh("cpu", (1, 1), mesh_dim_names=("fsdp", "tp"))
+    norm = model.model.norm  # type: ignore[union-attr]
+    norm.weight = nn.Parameter(distribute_tensor(norm.weight.detach(), mesh, [Replicate(), Shard(0)]))
+    refused(model, r"model.norm.weight is spread over ranks by tensor parallel within another sharding")
+
+
+def test_onednn_by_name_is_refused_where_weights_are_sharded(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = zoo.make("llama")
+    fully_shard(model)
+    with pytest.raises(
+        ValueError, match="linears='onednn' packs whole weights, and this model's are sharded"
+    ):
+        GradientSketcher(model, SketchSpec(), linears="onednn")
+    monkeypatch.setenv("CROPI_KERNELS_LINEARS", "onednn")
+    refused(model, "CROPI_KERNELS_LINEARS=onednn packs whole weights, and this model's are sharded")
 
 
 @pytest.mark.parametrize("axis, kind", [("pp", "pipeline"), ("cp", "context"), ("ep", "expert")])

@@ -1,0 +1,340 @@
+"""Sketches and taps of parameters of which this rank has a part (tensor parallel)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.norm_grad import bias_grad, norm_grad
+from ..ops.sketch_grouped import sketch_grouped
+from ..ops.sketch_vector import sketch_vector
+from ..plan import VectorPlan
+from .accumulator import Accumulator
+from .engine import Operators, Site
+from .hooks import Sink, capture
+from .matrix import MatrixSketch
+from .ranks import Share, is_spread, local
+from .segments import NotTokensError, Segments
+from .taps import EmbeddingTap, Formed, LinearTap, NormTap, Tap, owned
+
+
+class PartMatrix(MatrixSketch):
+    """The sketch of a matrix of which some rows, or some columns, are here: at their places in the whole.
+
+    Output gradients and inputs may come whole or cut; what is not this rank's is left out, so that every rank adds its
+    own part of the gradient once. ``turned``: the parameter is stored [cols, rows].
+    """
+
+    def __init__(self, whole: MatrixSketch, share: Share, turned: bool = False) -> None:
+        super().__init__(whole.spec, whole.name, whole.rows, whole.cols, whole.role)
+        assert share.axis is not None
+        self.matrix, self.share = whole, share
+        self.splits_rows = (share.axis == 0) != turned
+
+    @property
+    def fold_key(self) -> str | None:
+        return self.matrix.fold_key if self.splits_rows else None
+
+    def fold(self, a: torch.Tensor) -> torch.Tensor:
+        if self.splits_rows:
+            return self.matrix.fold(a)
+        here = self._here(a, "input")
+        if self.matrix.fold_key is None:  # kept as it is until backward: then without the zeros
+            return here
+        return self.matrix.fold(self.share.placed(here, 1))
+
+    def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        if not self.splits_rows:
+            folded = self.matrix.fold_key is not None
+            self.matrix.add(d, kept if folded else self.share.placed(kept, 1), offsets, out)
+            return
+        d, plan = self._here(d, "output"), self.matrix.plan
+        if plan is None or plan.row_fold is not None:
+            self.matrix.add(self.share.placed(d, 1), kept, offsets, out)
+            return
+        at = 0
+        for begin, end in self.share.ranges:
+            columns = d[:, at : at + end - begin]
+            sketch_grouped(columns, kept, offsets, plan, out, first_row=begin)
+            at += end - begin
+
+    def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        if self.splits_rows:
+            here = torch.zeros_like(rows, dtype=torch.bool)
+            for begin, end in self.share.ranges:
+                here |= (rows >= begin) & (rows < end)
+            # Not taken out: where the tokens of a segment lie is not to be counted again.
+            self.matrix.add_rows(torch.where(here[:, None], x, 0), rows, offsets, out)
+        else:
+            self.matrix.add_rows(self.share.placed(self._here(x, "output"), 1), rows, offsets, out)
+
+    def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        self.matrix.add_formed(self.share.placed(gradient, 0 if self.splits_rows else 1), out)
+
+    def _here(self, x: torch.Tensor, what: str) -> torch.Tensor:
+        found = self.share.part(x, 1)
+        if found is None:
+            raise NotTokensError(
+                f"{self.name}: an {what} has {x.shape[1]} features where the whole has "
+                f"{self.share.shape[self.share.axis or 0]} and this rank {self.share.size}: exclude it"
+            )
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """How the tensors of one call of a module lie: the engine of the tokens that are here, what the output's gradient
+    is turned into (None: it is a plain tensor), and whether parameters that all ranks have are added here."""
+
+    engine: Operators
+    placement: Any
+    adds: bool
+
+    def gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        if not is_spread(dy):
+            return dy
+        return local(dy.redistribute(placements=[self.placement]))  # type: ignore[attr-defined]
+
+
+class PartTap(Tap):
+    """A tap of a module whose inputs and outputs may be spread over ranks.
+
+    ``shares`` of its parameters by their names in the module.
+    """
+
+    shares: dict[str, Share]
+
+    @property
+    def splits(self) -> Share | None:
+        """How the weight is split."""
+        found = self.shares.get("weight")
+        return found if found is not None and found.axis is not None else None
+
+    def call(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> Call:
+        """Of an output ``y``. Tokens (or heads) that are here alone make a gradient that all ranks add."""
+        segments = self.acc.segments
+        assert segments is not None
+        adds = all(share.adds for share in self.shares.values())
+        if not is_spread(y):
+            return Call(self.acc.engine, None, adds)
+        from torch.distributed.tensor import Replicate, Shard
+
+        (placement,) = y.placements  # type: ignore[attr-defined]
+        last = y.ndim - 1
+        if self.splits is not None and self.splits_outputs:
+            return Call(self.acc.engine, Shard(last), adds)
+        if not placement.is_shard() or placement.dim % y.ndim == last:
+            return Call(self.acc.engine, Replicate(), adds)
+        axis = placement.dim % y.ndim
+        if self.splits is not None:
+            return Call(self.acc.engine, Replicate(), adds)
+        here = window(segments, y, axis, site.heads_first)
+        engine = self.acc.engine if here is segments else Operators(here, self.acc.out)
+        return Call(engine, Shard(axis), True)
+
+    @property
+    def splits_outputs(self) -> bool:
+        return False
+
+    def input(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """What is needed of the module's input, as a plain tensor."""
+        if not is_spread(x):
+            return x
+        from torch.distributed.tensor import Replicate, Shard
+
+        cut = Shard(x.ndim - 1) if self.splits is not None and not self.splits_outputs else Replicate()
+        if self.splits is None and call.placement is not None and call.placement.is_shard():
+            cut = call.placement
+        return local(x.detach().redistribute(placements=[cut]))  # type: ignore[attr-defined]
+
+    def sink_of(self, call: Call, site: Site) -> Sink:
+        inner = self.within(functools.partial(self.add_part, call, site))
+        return lambda dy, *kept: inner(call.gradient(dy), *kept)
+
+    def add_part(self, call: Call, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        raise NotImplementedError
+
+    def vector(self, which: str, gradients: torch.Tensor, plan: VectorPlan, call: Call) -> None:
+        """Add gradients [segments, n] of a vector, whole or this rank's part."""
+        share = self.shares[which]
+        if share.axis is not None:
+            part = share.part(gradients, 1)
+            assert part is not None
+            call.engine.add_vector(share.placed(part, 1), plan)
+        elif call.adds:
+            call.engine.add_vector(gradients, plan)
+
+    def formed_vectors(
+        self, module: nn.Module, **plans: VectorPlan | None
+    ) -> list[tuple[nn.Parameter, Formed]]:
+        def adder(which: str, plan: VectorPlan) -> Formed:
+            def add(gradient: torch.Tensor, out: torch.Tensor) -> None:
+                if (whole := self.shares[which].whole(gradient)) is not None:
+                    sketch_vector(whole.reshape(1, -1), plan, out)
+
+            return add
+
+        return [(owned(module, name), adder(name, plan)) for name, plan in plans.items() if plan is not None]
+
+    def formed_matrix(
+        self, gradient: torch.Tensor, matrix: MatrixSketch, turned: bool, out: torch.Tensor
+    ) -> None:
+        share = self.shares["weight"]
+        if share.axis is not None or share.adds:
+            matrix.add_formed((gradient.T if turned else gradient).contiguous(), out)
+
+
+class PartLinearTap(PartTap, LinearTap):
+    """A linear layer of which this rank has some outputs, some inputs, or all."""
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        where: str,
+        matrix: MatrixSketch | None,
+        bias: VectorPlan | None,
+        shares: dict[str, Share],
+        splits_outputs: bool,
+    ) -> None:
+        LinearTap.__init__(self, accumulator, where, matrix, bias)
+        self.shares, self._outputs = shares, splits_outputs
+
+    @property
+    def splits_outputs(self) -> bool:
+        return self._outputs
+
+    @property
+    def splits(self) -> Share | None:
+        found = self.shares.get("weight", self.shares.get("bias"))
+        return found if found is not None and found.axis is not None else None
+
+    def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
+        call, matrix = self.call(x, y, site), self.matrix
+        if matrix is None:
+            return capture(y, self.sink_of(call, site))
+        with self.acc.timed():
+            key = matrix.fold_key if not is_spread(x) else None
+            kept = self.acc.folded(key, x, lambda: call.engine.fold(self.input(x, call), matrix, site))
+        return capture(y, self.sink_of(call, site), kept)
+
+    def add_part(self, call: Call, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        if (
+            self.matrix is not None
+            and kept is not None
+            and (self.shares["weight"].axis is not None or call.adds)
+        ):
+            call.engine.add_linear(dy, kept, self.matrix, site)
+        if self.bias is not None:
+            d, offsets = call.engine.rows(dy, site)
+            self.vector("bias", bias_grad(d, offsets), self.bias, call)
+
+    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
+        matrix, own = self.matrix, []
+        if matrix is not None:
+            turned = not isinstance(module, nn.Linear)
+            own.append((owned(module, "weight"), lambda g, out: self.formed_matrix(g, matrix, turned, out)))
+        return own + self.formed_vectors(module, bias=self.bias)
+
+
+class PartEmbeddingTap(PartTap, EmbeddingTap):
+    """An embedding of which this rank has some words, or some features of all."""
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        where: str,
+        matrix: MatrixSketch,
+        padding_idx: int | None,
+        scale: float,
+        share: Share,
+    ) -> None:
+        EmbeddingTap.__init__(self, accumulator, where, matrix, padding_idx, scale)
+        self.shares = {"weight": share}
+
+    @property
+    def splits_outputs(self) -> bool:
+        return self.shares["weight"].axis == 1
+
+    def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
+        if not is_spread(y):
+            return super().attach(x, y, site)
+        call = self.call(x, y, self._sites[0])
+        ids = local(x.redistribute(placements=[_whole()])) if is_spread(x) else x  # type: ignore[attr-defined]
+        return capture(y, self.sink_of(call, site), ids)
+
+    def add_part(self, call: Call, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        EmbeddingTap.backward(self, site, dy, kept)
+
+    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
+        matrix = self.matrix
+        return [(owned(module, "weight"), lambda g, out: self.formed_matrix(g, matrix, False, out))]
+
+
+class PartNormTap(PartTap, NormTap):
+    """A norm that all ranks have, of tokens or heads that may be this rank's alone."""
+
+    def __init__(self, accumulator: Accumulator, where: str, norm: Any, shares: dict[str, Share]) -> None:
+        NormTap.__init__(self, accumulator, where, norm)
+        self.shares = shares
+
+    def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
+        call = self.call(x, y, site)
+        if self.norm.weight is None:
+            return capture(y, self.sink_of(call, site))
+        return capture(y, self.sink_of(call, site), self.input(x, call).detach())
+
+    def add_part(self, call: Call, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        norm, (d, offsets) = self.norm, call.engine.rows(dy, site)
+        sums: tuple[torch.Tensor | None, torch.Tensor | None]
+        if kept is None:
+            sums = None, bias_grad(d, offsets)
+        else:
+            x = call.engine.rows(kept, site)[0]
+            sums = norm_grad(x, d, offsets, norm.eps, centered=norm.centered, with_bias=norm.bias is not None)
+        for which, plan, gradient in zip(("weight", "bias"), (norm.weight, norm.bias), sums, strict=True):
+            if plan is not None and gradient is not None:
+                self.vector(which, gradient, plan, call)
+
+    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
+        return self.formed_vectors(module, weight=self.norm.weight, bias=self.norm.bias)
+
+
+def _whole() -> Any:
+    from torch.distributed.tensor import Replicate
+
+    return Replicate()
+
+
+def window(segments: Segments, y: torch.Tensor, axis: int, heads_first: bool) -> Segments:
+    """The segments of the tokens that are here of ``y``, of which ``axis`` is split; all of them where it has heads."""
+    shape, key = tuple(y.shape), ("window", tuple(y.shape), axis, heads_first)
+    known: dict[Any, Segments] = segments.windows
+    if key in known:
+        return known[key]
+    batch, length = segments.batch, segments.length
+    ids = torch.repeat_interleave(
+        torch.arange(segments.count), segments.offsets[1:] - segments.offsets[:-1], output_size=batch * length
+    )
+    token_axis = 2 if heads_first else 1
+    grid = None
+    if shape[0] == batch and shape[min(token_axis, len(shape) - 1)] == length:
+        grid, cut = ids.view(batch, length), {0: 0, token_axis: 1}.get(axis)
+    elif shape[0] == batch * length:
+        grid, cut = ids.view(1, -1), 1 if axis == 0 else None
+    if grid is None:
+        raise NotTokensError(
+            f"an output of shape {shape} does not hold the {batch} x {length} tokens of the batch once"
+        )
+    found = segments
+    if cut is not None:
+        mesh = y.device_mesh  # type: ignore[attr-defined]
+        step = -(-grid.shape[cut] // mesh.size())
+        begin = min(mesh.get_local_rank() * step, grid.shape[cut])
+        mine = grid.narrow(cut, begin, min(step, grid.shape[cut] - begin))
+        found = Segments.of(mine, mine.shape[0], mine.shape[1], segments.count)
+    known[key] = found
+    return found

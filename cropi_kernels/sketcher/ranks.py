@@ -1,0 +1,354 @@
+"""Tensor parallel: which part of a parameter's gradient this rank sketches, and the sums over the ranks of a group.
+
+Every rank of a group runs the same batch. Of a parameter that is split (a DTensor) it sketches its own rows or columns
+at their place in the whole; of one that all ranks have, one rank adds, unless each has the gradient of its own tokens
+or heads, which add up. So the ranks' sketches add up to the whole one: one sum of [segments, dim] a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+PARTIAL_STYLES = frozenset({"replicated_with_grad_allreduce"})  # transformers': a norm of this rank's heads
+Range = tuple[int, int]
+
+
+def is_spread(x: object) -> bool:
+    """Whether ``x`` is a DTensor."""
+    return hasattr(x, "device_mesh") and hasattr(x, "placements")
+
+
+def local(x: Any) -> Any:
+    """This rank's numbers of a tensor."""
+    return x.to_local() if is_spread(x) else x
+
+
+def settled(gradient: Any, p: torch.Tensor) -> Any:
+    """This rank's part of a gradient of ``p``, which autograd may give in another layout than that of ``p``."""
+    if not is_spread(gradient):
+        return gradient
+    if is_spread(p) and gradient.placements != p.placements:  # type: ignore[attr-defined]
+        gradient = gradient.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return gradient.to_local()
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """This rank's part of a parameter of shape ``shape``: ``ranges`` of axis ``axis``, one behind the other.
+
+    ``axis`` None: all of it. ``adds``: whether this rank adds what it has of such a gradient.
+    """
+
+    shape: tuple[int, ...]
+    axis: int | None = None
+    ranges: tuple[Range, ...] = ()
+    adds: bool = True
+
+    @property
+    def size(self) -> int:
+        """Of the axis here."""
+        return sum(end - begin for begin, end in self.ranges)
+
+    def part(self, x: torch.Tensor, axis: int) -> torch.Tensor | None:
+        """What is here of ``x``, whose ``axis`` is that of the parameter, whole or already this rank's part."""
+        assert self.axis is not None
+        if x.shape[axis] == self.size:
+            return x
+        if x.shape[axis] != self.shape[self.axis]:
+            return None
+        pieces = [x.narrow(axis, begin, end - begin) for begin, end in self.ranges]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+
+    def placed(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """``x`` in zeros of the whole's size."""
+        assert self.axis is not None
+        shape = list(x.shape)
+        shape[axis] = self.shape[self.axis]
+        out, at = x.new_zeros(shape), 0
+        for begin, end in self.ranges:
+            out.narrow(axis, begin, end - begin).copy_(x.narrow(axis, at, end - begin))
+            at += end - begin
+        return out
+
+    def whole(self, here: torch.Tensor) -> torch.Tensor | None:
+        """What this rank adds of its part of a gradient, in the whole's shape; None: nothing."""
+        if self.axis is not None:
+            return self.placed(here, self.axis)
+        return here if self.adds else None
+
+
+def like_spread(x: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """``x`` as this rank's part of a tensor that is spread like ``spread``; ``x`` itself if that is none."""
+    if not is_spread(spread):
+        return x
+    from torch.distributed.tensor import DTensor
+
+    made: torch.Tensor = DTensor.from_local(
+        x,
+        spread.device_mesh,  # type: ignore[attr-defined]
+        spread.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=spread.shape,
+        stride=spread.stride(),
+    )
+    return made
+
+
+def laid_like(x: torch.Tensor, spread: Any) -> torch.Tensor:
+    """``x``, whole on every rank, in the layout of ``spread``."""
+    if not is_spread(spread):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    whole = DTensor.from_local(x, spread.device_mesh, [Replicate()], run_check=False)
+    laid: torch.Tensor = whole.redistribute(placements=spread.placements)
+    return laid
+
+
+class Ranks:
+    """The group of ranks that share a model by tensor parallel."""
+
+    def __init__(self, mesh: Any, partial: Mapping[int, str]) -> None:
+        self.mesh, self.group = mesh, mesh.get_group()
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.partial = partial  # names of parameters whose gradient is the sum of all ranks', by their ids
+
+    def share(self, p: torch.Tensor) -> Share:
+        """Of a parameter.
+
+        Raises:
+            ValueError: it is spread in a way that is not followed; says which.
+        """
+        shape = tuple(p.shape)
+        if is_spread(p):
+            (placement,) = p.placements  # type: ignore[attr-defined]
+            axis = getattr(placement, "dim", None)
+            if axis is not None:
+                axis %= len(shape)
+                ranges = ranges_of(
+                    shape[axis], self.size, self.rank, int(getattr(placement, "split_factor", 1))
+                )
+                share = Share(shape, axis, ranges)
+                if share.size != local(p).shape[axis]:
+                    raise ValueError(
+                        f"a parameter of shape {shape} has {local(p).shape[axis]} numbers of axis {axis} on rank "
+                        f"{self.rank}, where {placement} should leave {share.size}: it is split in another way"
+                    )
+                return share
+        return Share(shape, adds=self.rank == 0 or id(p) in self.partial)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def max(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def equal(self, x: torch.Tensor) -> bool:
+        """Whether all ranks have the same few numbers."""
+        ends = self.max(torch.stack([x, -x]))
+        return torch.equal(ends[0], -ends[1])
+
+    def check_same(self, what: str, *tensors: torch.Tensor | None) -> None:
+        """Every rank must be given the same batch.
+
+        Raises:
+            ValueError: they differ; on every rank.
+        """
+        mine = _digest([_bytes(t) for t in tensors])
+        device = self.mesh.device_type
+        if not self.equal(torch.tensor(mine, dtype=torch.float64, device=device)):
+            raise ValueError(
+                f"{what} differs between the {self.size} ranks of a tensor-parallel group: all of them run the same "
+                "batch; give them the same tensors"
+            )
+
+    def check_model(self, described: str) -> None:
+        """Every rank must have the same model and spec.
+
+        Raises:
+            ValueError: they differ; shows two of them, on every rank.
+        """
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, described, group=self.group)
+        other = next((i for i, text in enumerate(found) if text != found[0]), None)
+        if other is not None:
+            raise ValueError(
+                "the ranks of a tensor-parallel group have different models or specs: rank 0 has "
+                f"{_first_difference(found[0], found[other])}, rank {other} has "
+                f"{_first_difference(found[other], found[0])}"
+            )
+
+    def gathered(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        """``x`` [.., a rank's share of ``size``] of all ranks, side by side."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        shape = (*x.shape[:-1], size)
+        stride = torch.empty(shape, device="meta").stride()
+        spread = DTensor.from_local(
+            x.contiguous(),
+            self.mesh,
+            [Shard(x.ndim - 1)],
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=stride,
+        )
+        return spread.full_tensor()
+
+
+class Copies:
+    """Of parameters that every rank has whole: whether their gradients are the same on all of them."""
+
+    def __init__(self, ranks: Ranks | None, parameters: Iterable[torch.Tensor]) -> None:
+        self.ranks = ranks
+        whole = (
+            []
+            if ranks is None
+            else [p for p in parameters if not is_spread(p) and id(p) not in ranks.partial]
+        )
+        self.numbers = {id(p): [0.0, 0.0] for p in whole}
+        self.apart: dict[int, float] = defaultdict(
+            float
+        )  # the largest difference of two ranks, by a parameter's id
+
+    def note(self, p: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Two sums of the gradient, with weights that differ from number to number."""
+        if id(p) not in self.numbers:
+            return
+        flat = gradient.reshape(-1).double()
+        where = torch.arange(len(flat), device=flat.device, dtype=torch.float64)
+        for i, turn in enumerate((0.0, 1.6)):
+            self.numbers[id(p)][i] += float(flat @ torch.sin(1.7 * where + turn))
+
+    def compare(self) -> None:
+        if self.ranks is None or not self.numbers:
+            return
+        mine = torch.tensor(
+            list(self.numbers.values()), dtype=torch.float64, device=self.ranks.mesh.device_type
+        )
+        most, least = self.ranks.max(torch.stack([mine, -mine]))
+        self.apart.update(zip(self.numbers, (most + least).amax(1).tolist()))
+
+
+def add_over_ranks(
+    ranks: Ranks,
+    key: Any,
+    sums: dict[Any, torch.Tensor],
+    added: list[dict[Any, float]],
+    largest: list[dict[Any, Any]],
+) -> None:
+    """Sum what the ranks have under ``key``, in place; ranks that have nothing have zeros. ``largest``: the maximum."""
+    device = ranks.mesh.device_type
+    shape = list(sums[key].shape) if key in sums else []
+    sizes = torch.tensor([0.0, *shape, *[0.0] * (2 - len(shape))][:3], dtype=torch.float64, device=device)
+    sizes[0] = len(shape)
+    dims = [int(n) for n in ranks.max(sizes).tolist()]
+    if not dims[0]:
+        return
+    mine = sums.get(key, torch.zeros(dims[1 : 1 + dims[0]], dtype=torch.float64))
+    sums[key] = ranks.sum(mine.to(device)).to(mine.device)
+    for table, reduce in [(t, ranks.sum) for t in added] + [(t, ranks.max) for t in largest]:
+        value = reduce(torch.tensor([float(table.get(key, 0.0))], dtype=torch.float64, device=device))
+        table[key] = type(table.get(key, 0.0))(value.item())
+
+
+def ranges_of(size: int, ranks: int, rank: int, factor: int = 1) -> tuple[Range, ...]:
+    """Which part of ``size`` numbers torch's ``Shard`` gives to a rank: the ceiling of an equal share, the last ones
+    less. ``factor`` > 1: of each of so many equal parts, as ``_StridedShard`` does."""
+    found = []
+    for first in range(0, size, max(1, size // factor)):
+        length = min(size // factor, size - first)
+        step = -(-length // ranks)
+        begin, end = min(rank * step, length), min((rank + 1) * step, length)
+        if begin < end:
+            found.append((first + begin, first + end))
+    return tuple(found)
+
+
+def ranks_of(model: nn.Module) -> Ranks | None:
+    """The tensor-parallel group of a model; None: its parameters are whole, or sharded by FSDP2.
+
+    Raises:
+        ValueError: its parameters are spread over more than one group.
+    """
+    from .sharded import units
+
+    inside = {id(p) for unit in units(model) for p in unit.parameters()}
+    spread = {n: p for n, p in model.named_parameters() if is_spread(p) and id(p) not in inside}
+    if not spread:
+        return None
+    first_name, first = next(iter(spread.items()))
+    mesh: Any = first.device_mesh  # type: ignore[attr-defined]
+    for name, p in spread.items():
+        if p.device_mesh != mesh:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{first_name} and {name} are spread over different meshes of ranks: only one tensor-parallel group is "
+                "followed"
+            )
+    partial = {
+        id(p): name
+        for name, module in model.named_modules()
+        if style_of(module) in PARTIAL_STYLES
+        for p in module.parameters(recurse=False)
+    }
+    return Ranks(mesh, partial)
+
+
+# --------------------------------------------------------------------------------------- transformers' styles
+def parallel_forward(module: nn.Module) -> dict[str, Any] | None:
+    """What transformers' replacement of a module's forward holds: its ``style`` and the forward that it calls."""
+    forward: Any = vars(module).get("forward")
+    code = getattr(forward, "__code__", None)
+    if code is None or not str(getattr(forward, "__module__", "")).startswith("transformers.distributed."):
+        return None
+    cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in forward.__closure__ or ())))
+    if "original_forward" not in cells:
+        return None
+    kind = str(getattr(forward, "__qualname__", "")).split(".")[0]
+    return {"class": kind, "style": cells.get("self"), "forward": cells["original_forward"]}
+
+
+@functools.lru_cache(maxsize=1)
+def _styles() -> dict[str, str]:
+    return {"ReplicatedWithGradAllReduce": "replicated_with_grad_allreduce"}
+
+
+def style_of(module: nn.Module) -> str | None:
+    """The name of the style that keeps a module's gradient in parts; None: any other, or none."""
+    found = parallel_forward(module)
+    return None if found is None else _styles().get(found["class"])
+
+
+# ------------------------------------------------------------------------------------------------- digests
+def _bytes(t: torch.Tensor | None) -> bytes:
+    if t is None:
+        return b"none"
+    here = t.detach().cpu().contiguous()
+    return (
+        repr((tuple(t.shape), t.dtype)).encode() + here.view(torch.uint8).numpy().tobytes()
+        if here.numel()
+        else b""
+    )
+
+
+def _digest(parts: list[bytes]) -> list[float]:
+    """Numbers that float64 holds exactly."""
+    sha = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+    return [float(int.from_bytes(sha[i : i + 4], "little")) for i in range(0, 16, 4)]
+
+
+def _first_difference(mine: str, other: str) -> str:
+    for line, against in zip(mine.splitlines(), [*other.splitlines(), *[""] * mine.count("\n")]):
+        if line != against:
+            return line
+    return "less"

@@ -1,0 +1,37 @@
+"""Several processes of one job, each a rank of a process group, on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def on_ranks(worker: Path, *words: str, ranks: int = 2, seconds: float = 300) -> list[Any]:
+    """What every rank of ``worker`` prints last, read as JSON; the worker finds RANK, WORLD_SIZE and MASTER_ADDR."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = dict(
+        os.environ, WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(worker), *words],
+            env=dict(common, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        done = [rank.communicate(timeout=seconds) for rank in started]
+    finally:
+        for rank in started:
+            rank.kill()
+    failed = [err for rank, (_, err) in zip(started, done) if rank.returncode]
+    assert not failed, failed[0][-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in done]
