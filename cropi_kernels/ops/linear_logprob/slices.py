@@ -59,7 +59,7 @@ def sliced_logprob_and_grad(
         mine, targets - words.first, 0
     )  # of others' targets: a word whose place is filled below
     call = ops.prepare(
-        hidden, head, own, bias, Settings(float(temperature), float(softcap or 0.0), -1, 0, "")
+        hidden, head, own, bias, Settings(float(temperature), float(softcap or 0.0), -1, 0, None)
     )
     n = len(targets)
     logps, weights = call.numbers(), call.numbers()
