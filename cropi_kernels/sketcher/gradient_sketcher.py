@@ -27,6 +27,7 @@ from .hooks import start_graph
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import scored_tokens
 from .lengths import Lengths, check_lengths
+from .packed import keep_gradients
 from .precision import check_adapters, own_precision, unwrapped
 from .probe import Probe, pads_left, positions_for, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
@@ -89,6 +90,7 @@ class GradientSketcher:
                 raise ValueError(f"{name} is of type {type(value).__name__}: give a {wanted.__name__}")
         self.model, self.spec = unwrapped(model), spec
         check_adapters(self.model)
+        keep_gradients(self.model)
         sharded.check_parallel(self.model)
         self._linears = PackedLinears(self.model.parameters(), _linears_of(self.model, linears))
         self._acc = Accumulator(spec)
@@ -131,6 +133,7 @@ class GradientSketcher:
         ) != self._shape:  # hooks or forwards have come or gone: test again
             self._shape, self._split, self._batch_tested, self._heard = shape, None, False, {}
             self.self_test = self.probe = None
+        keep_gradients(self.model)
         # The model's own code runs before anything is changed: where it fails, `__exit__` is not called.
         embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
         sharded.reshard(self.model)

@@ -22,6 +22,8 @@ EXTRAS = {
     "tomli": "run",
     "trl": "trl",
     "datasets": "trl",
+    "peft": "peft",
+    "bitsandbytes": "quantize",
 }
 
 

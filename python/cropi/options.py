@@ -69,7 +69,7 @@ class Options:
 
 def _check(about: Field[Any], value: Any) -> None:
     name, kind, choices = about.name, about.metadata.get("kind"), about.metadata.get("choices")
-    if choices and value not in choices:
+    if choices and value not in choices and not (value is None and about.default is None):
         raise CropiError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     if value is None or kind is None:
         return
@@ -85,10 +85,32 @@ def _check(about: Field[Any], value: Any) -> None:
 class Loading(Options):
     """How a model is loaded by its name."""
 
-    dtype: str = option("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
-    device: str = option("cpu", "where the model runs: cpu, cuda, cuda:1, ...")
+    dtype: str = option(
+        "auto", "dtype of the weights; auto: float32 on a CPU, the checkpoint's own on a GPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    device: str = option(
+        "auto", "where the model runs: cpu, cuda, cuda:1, ...; auto: a GPU, where torch sees one"
+    )
     trust_remote_code: bool = option(
         False, "let the model's folder or hub repository bring code of its own, WHICH IS RUN", kind="switch"
+    )
+    revision: str | None = option(
+        None, "branch, tag or commit of a hub id", metavar="NAME", shown="the main branch"
+    )
+    adapter: str | None = option(
+        None,
+        "a PEFT adapter on the model, whose parameters are then sketched",
+        metavar="PATH_OR_ID",
+        shown="none",
+    )
+    quantize: str | None = option(
+        None, "pack the weights under an adapter by bitsandbytes", choices=("4bit", "8bit"), shown="no"
+    )
+    attn_implementation: str = option(
+        "auto",
+        "attention: sdpa, eager, flash_attention_2, ...; auto: sdpa if the model has it",
+        metavar="NAME",
     )
 
 
@@ -209,7 +231,10 @@ class Running(Options):
         "rows that share a prompt between its responses, or one padded row a response; auto takes the cheaper",
         choices=("auto", "shared", "padded"),
     )
-    tokens_per_batch: int = option(1024, "tokens per forward, padding included", kind="count", metavar="N")
+    tokens_per_batch: int | None = option(
+        None, "tokens per forward, padding included", kind="count", metavar="N",
+        shown="1024 on a CPU, by its memory on a GPU",
+    )  # fmt: skip
     behaviour_check: str = option(
         "error",
         "stored log-probs that the policy's own contradict (another temperature, base or policy), on a few prompts "
@@ -244,8 +269,8 @@ class Storing(Options):
 class Sketching(Sketch, Gradient, Tokens, Running, Storing):
     """How trajectories become sketches.
 
-    >>> Sketching(dim=4096, estimator="ppo").tokens_per_batch
-    1024
+    >>> Sketching(dim=4096, estimator="ppo").behaviour
+    'auto'
     >>> Sketching(layout="wide")
     Traceback (most recent call last):
         ...

@@ -195,11 +195,11 @@ MISUSE: dict[str, tuple[Any, str]] = {
     "an option of selecting": (lambda: optioned(fraction=0.1), "'fraction' is not an option"),
     "a value of an option": (lambda: optioned(metric="cos"), "metric must be one of cosine, dot"),
     "a type of an option": (
-        lambda: optioned(tokens_per_batch="many"), "tokens_per_batch must be an integer, got",
+        lambda: optioned(tokens_per_batch="many"), "tokens_per_batch must be an integer or None, got",
     ),
     "a dim that is none": (lambda: optioned(dim=1000), "dim"),
     "a device for a module": (lambda: optioned(device="cpu"), "device='cpu' is for a model that"),
-    "a dtype that is none": (lambda: cropi.score("m", TRAIN, VALID, dtype="int4"), "dtype must be one of float32"),
+    "a dtype that is none": (lambda: cropi.score("m", TRAIN, VALID, dtype="int4"), "dtype must be one of auto, float32"),
     "behaviour model unused": (
         lambda: without_ratio(behaviour_model=make_model()),
         "the estimator 'reinforce' has no ratio",

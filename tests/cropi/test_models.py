@@ -180,7 +180,7 @@ def test_near_misses_get_a_hint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="did you mean .*model.gguf"):
         load_model(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="LoRA adapter: merge"):
+    with pytest.raises(FileNotFoundError, match="it holds an adapter of PEFT: give its base model, and this folder as --adapter"):
         load_model(tmp_path)
     (tmp_path / "weights.bin").touch()
     with pytest.raises(ValueError, match="weights.bin' is a file; give a model folder"):
@@ -264,7 +264,7 @@ def test_tokenizer_is_needed_and_needs_eos(folder: Path) -> None:
 
 def test_dtype_and_device_are_checked_before_anything_is_read() -> None:
     for dtype in ("int8", "float64", torch.int64, "nonsense"):
-        with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16"):
+        with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, float16"):
             load_model("nowhere/at/all", dtype=dtype)
     with pytest.raises(ValueError, match="'warp' is not a torch device"):
         load_model("nowhere/at/all", device="warp")

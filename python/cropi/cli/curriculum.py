@@ -56,7 +56,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="before the first stage only (default), or at every stage with the current policy",
     )  # fmt: skip
     options.add_export_options(command)
-    options.add_model(command)
+    # Of a hub's model or an adapter there are no later stages: these write folders.
+    options.add_model(command, leave=("revision", "adapter", "quantize", "attn_implementation"))
     options.add(command, Sketching, leave=("stage", "columns", "optimizer_state"))
     options.add(command, Influence, Selecting)
     options.add_progress(command)
@@ -81,6 +82,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     """The Plan of the options that were given."""
     from cropi.curriculum import Plan
     from cropi.curriculum.plan import table_of
+    from cropi.model.placing import placed_device
     from cropi.sketching.job import make_job
 
     exported = None
@@ -89,12 +91,14 @@ def make_plan(args: argparse.Namespace) -> Any:
         if args.data_source:
             exported["data_source"] = args.data_source
     given = options.selection(args)
+    device = str(placed_device(args.device)) if args.device == "auto" else args.device
     return Plan(
         model=args.model, out=Path(args.out), stages=args.stages, steps=args.steps, trainer=args.trainer,
         train=args.train, valid=args.valid, sets=args.sets, rollouts=args.rollouts,
         rollouts_when=args.rollouts_when, trained_model=args.trained_model,
         job=make_job(given.sketching, (), "", notes=notes(args)), behaviour_model=args.behaviour_model,
-        dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code,
+        dtype="float32" if args.dtype == "auto" and device == "cpu" else args.dtype, device=device,
+        trust_remote_code=args.trust_remote_code,
         influence=table_of(given.influence, "valid_seed"), select=table_of(given.selecting, "select_seed"),
         export=exported, trl=args.trl, accept_changes=args.accept_changes, progress=args.progress,
     )  # fmt: skip

@@ -66,8 +66,8 @@ def made(one: type[T], args: argparse.Namespace) -> T:
     return one(**{name: held[name] for name in names})
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """Which models."""
+def add_model(command: argparse.ArgumentParser, leave: tuple[str, ...] = ()) -> None:
+    """Which models, and how they are loaded but for ``leave``."""
     group = command.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -79,7 +79,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_ID",
         help="the model that made the rollouts, to compute their log-probs again",
     )
-    add(command, options.Loading)
+    add(command, options.Loading, leave=leave)
 
 
 def opened(args: argparse.Namespace, given: Any, policy: Any = None) -> Any:

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     valid = {name: options.opened(args, path, policy) for name, path in zip(names, args.valid, strict=True)}
     checked = pipeline.check(policy, train, valid, setup)
     exporting.check(args, checked.train.groups)
+    print(sketch.placed(args, policy))
     try:
         chosen = pipeline.choose(
             policy, train, valid, setup, args.out, checked=checked, say=print, progress=args.progress

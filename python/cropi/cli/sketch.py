@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         notes=notes(args),
     )
     scan = scan_groups(policy, job)  # before the time that loading the weights takes is spent
+    print(placed(args, policy))
     summary = sketch(policy, job, scan=scan, progress=args.progress)
     print(summary.text())
     if summary.interrupted:
@@ -58,10 +59,24 @@ def policies(args: argparse.Namespace) -> tuple[Any, Any]:
     if not args.progress:
         optional("transformers").utils.logging.disable_progress_bar()  # it shows one for a model's weights
     named = {
-        "dtype": args.dtype, "device": args.device, "eos": args.eos, "trust_remote_code": args.trust_remote_code
+        "dtype": args.dtype, "device": args.device, "eos": args.eos, "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": args.attn_implementation,
     }  # fmt: skip
     behaviour = Policy(args.behaviour_model, **named) if args.behaviour_model else None
-    return Policy(args.model, **named), behaviour
+    own = {name: getattr(args, name) for name in ("quantize", "adapter", "revision")}  # of the policy alone
+    return Policy(args.model, **named, **own), behaviour
+
+
+def placed(args: argparse.Namespace, policy: Any) -> str:
+    """One line that says where the policy runs, in which dtype, and how many tokens at once."""
+    from cropi.model.placing import tokens_at_once
+
+    device, dtype = policy.plan
+    more = "".join(f", {name} {value}" for name in ("quantize", "adapter") if (value := getattr(args, name)))
+    tokens = tokens_at_once(policy, args.tokens_per_batch)
+    return (
+        f"running on    {device}, {str(dtype).removeprefix('torch.')} weights{more}, {tokens} tokens a batch"
+    )
 
 
 def notes(args: argparse.Namespace) -> dict[str, str]:

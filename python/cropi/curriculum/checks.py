@@ -34,8 +34,8 @@ def check_plan(plan: Plan) -> None:
     Raises:
         CropiError, OSError, ModuleNotFoundError: names the option, its value and the remedy.
     """
-    if plan.dtype not in DTYPES:
-        raise CropiError(f"dtype must be one of {', '.join(DTYPES)}, got {plan.dtype!r}")
+    if plan.dtype not in ("auto", *DTYPES):
+        raise CropiError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {plan.dtype!r}")
     check_device("device", plan.device)
     for name in (plan.model, plan.behaviour_model):
         if name:

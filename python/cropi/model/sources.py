@@ -49,7 +49,7 @@ def require(module: str, purpose: str, command: str) -> None:
 
 def _hint(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
-        return " (it holds a LoRA adapter: merge it into its base model and save that first)"
+        return " (it holds an adapter of PEFT: give its base model, and this folder as --adapter)"
     ggufs = sorted(path.glob("*.gguf"))
     return f" (did you mean {str(ggufs[0])!r}?)" if ggufs else ""
 

@@ -23,6 +23,7 @@ from cropi.errors import CropiError
 from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.tokenize import TokenGroup, TooLong
+from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
 from cropi.report.exact import by_depth, exact_bytes, exact_gradients, leave_one_out
 from cropi.sketching.groups import sketch_groups
@@ -346,7 +347,7 @@ def check_job(
             sample.append(tokens(group))
     return check_groups(
         policy, sample, spec=job.spec, estimator=job.estimator, behaviour=behaviour, exclude=job.exclude,
-        tokens_per_batch=job.tokens_per_batch, pool=scan.prompts, exact=exact, say=say,
+        tokens_per_batch=tokens_at_once(policy, job.tokens_per_batch), pool=scan.prompts, exact=exact, say=say,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from cropi.gradient.behaviour_check import check_behaviour
 from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup, Tokenize, TooLong
 from cropi.model.moments import read_moments
+from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
@@ -61,6 +62,7 @@ def sketch(
     check_tokens(policy, job, groups, scan)
     warn_lossy(scan)
     check_dropout(policy.model, "model")
+    tokens_per_batch = tokens_at_once(policy, job.tokens_per_batch)
     behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model)
     job = with_date(policy, job, scan)
     tokens = make_tokenize(policy, job)
@@ -72,7 +74,7 @@ def sketch(
             policy,
             _few_groups(groups, tokens),
             job.estimator,
-            budget=job.tokens_per_batch,
+            budget=tokens_per_batch,
             level=job.behaviour_check,
         )
         if progress and summary.finding is not None:
@@ -87,7 +89,7 @@ def sketch(
             behaviour=behaviour,
             exclude=job.exclude,
             layout=job.layout,
-            tokens_per_batch=job.tokens_per_batch,
+            tokens_per_batch=tokens_per_batch,
             verify=job.verify,
             moments=moments,
             default_set=job.set,

@@ -1,0 +1,95 @@
+"""Weights in 4 or 8 bits, and adapters on them: what bitsandbytes and PEFT do while a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cropi.errors import CropiError, optional
+
+QUANTIZE = ("4bit", "8bit")
+
+
+def quantization(
+    kind: str | None, dtype: torch.dtype, device: torch.device, options: dict[str, Any], *, has_adapter: bool
+) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that pack the linear layers' weights; none for None.
+
+    Args:
+        kind: "4bit" (NF4) or "8bit" (LLM.int8()).
+        dtype: what products are computed in, and the dtype of all other weights.
+        device: where they go.
+        options: the other options of ``from_pretrained``.
+        has_adapter: packed weights have no gradient, so that an adapter has to be there.
+
+    Raises:
+        CropiError: an unknown kind, no adapter, or a ``.gguf`` file.
+        ModuleNotFoundError: bitsandbytes is not installed.
+    """
+    if kind is None:
+        return {}
+    if kind not in QUANTIZE:
+        raise CropiError(f"quantize must be one of {', '.join(QUANTIZE)}, got {kind!r}")
+    if not has_adapter:
+        raise CropiError(
+            f"quantize {kind!r}: packed weights have no gradient, so nothing of the linear layers would be in a "
+            "sketch; give the adapter that is trained as --adapter (adapter=...), or leave quantize out"
+        )
+    if "gguf_file" in options:
+        raise CropiError(f"quantize {kind!r} is not for .gguf files, whose weights are unpacked to the dtype")
+    optional("bitsandbytes")
+    config = optional("transformers").BitsAndBytesConfig(
+        load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit", bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )  # fmt: skip
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:
+    """A model with a PEFT adapter, whose parameters are the trainable ones.
+
+    Raises:
+        CropiError: no adapter there, one of another model, or one whose weights are incomplete.
+        ModuleNotFoundError: PEFT is not installed.
+    """
+    peft, where = optional("peft"), os.fspath(adapter)
+    folder = Path(where).expanduser()
+    if folder.exists() and not (folder / "adapter_config.json").is_file():
+        raise CropiError(
+            f"adapter {where!r}: the folder holds no adapter_config.json, so it is no adapter of PEFT"
+        )
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            made = peft.PeftModel.from_pretrained(
+                model, str(folder) if folder.exists() else where, is_trainable=True
+            )
+    except Exception as error:  # PEFT, safetensors, torch and the hub's client have errors of their own
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CropiError(
+            f"adapter {where!r} cannot be put on model {name!r}{_base(folder)} ({why[:400]}); give the adapter's own "
+            "base model as --model"
+        ) from error
+    for one in told:
+        text = " ".join(str(one.message).split())
+        if "missing adapter keys" in text or "unexpected keys" in text.lower():
+            raise CropiError(
+                f"adapter {where!r}: its weights do not fit model {name!r}{_base(folder)} ({text[:300]}); give "
+                "its own base model as --model, or save the adapter again"
+            )
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return made
+
+
+def _base(folder: Path) -> str:
+    """Which model an adapter says that it is of."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f", but is of {base!r}" if base else ""
