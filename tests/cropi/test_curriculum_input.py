@@ -180,7 +180,7 @@ def reward(completions: list[str], **columns: Any) -> list[float]:
         ({"args": {"per_device_train_batch_size": 3, "num_generations": 2}}, ["GRPOConfig does not take", "divisible"]),
         ({"args": {"optim": "adamx"}}, ["GRPOConfig does not take these options", "adamx"]),
         ({"args": ["a"]}, ["trl.args should be a table"]),
-        ({"dtype": "float23"}, ["trl: dtype must be one of auto, float32, bfloat16, float16, got 'float23'"]),
+        ({"dtype": "float23"}, ["trl: dtype must be one of float32, bfloat16, float16, got 'float23'"]),
         ({"device": "cdua"}, ["trl: device 'cdua' is not a torch device"]),
         ({"args": {"per_device_train_batch_size": 40, "num_generations": 2}},
          ["stage 0: 4 of 40 prompts are selected, but one generation batch takes 20 different ones"]),

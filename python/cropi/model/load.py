@@ -73,10 +73,10 @@ def load_model(
             model, a variant that this kind of name has not.
     """
     from cropi.model.adapting import quantization, with_adapter
-    from cropi.model.placing import placed_device, placed_dtype
+    from cropi.model.placing import placed_dtype
 
     variant = variant or Variant()
-    name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(placed_device(device))
+    name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
     optional("transformers")
     source, options = _located(name, trust_remote_code, variant.revision)
     with _explained(name):
@@ -260,8 +260,10 @@ def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 
 
 def _checked_device(device: torch.device | str) -> torch.device:
+    from cropi.model.placing import placed_device
+
     check_device("device", str(device))
-    return torch.device(device)
+    return placed_device(device)
 
 
 def check_device(option: str, device: str) -> None:
