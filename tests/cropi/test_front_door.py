@@ -199,7 +199,7 @@ MISUSE: dict[str, tuple[Any, str]] = {
     ),
     "a dim that is none": (lambda: optioned(dim=1000), "dim"),
     "a device for a module": (lambda: optioned(device="cpu"), "device='cpu' is for a model that"),
-    "a dtype that is none": (lambda: cropi.score("m", TRAIN, VALID, dtype="int4"), "dtype must be one of auto, float32"),
+    "a dtype that is none": (lambda: cropi.score("m", TRAIN, VALID, dtype="int4"), "dtype must be one of auto, float"),
     "behaviour model unused": (
         lambda: without_ratio(behaviour_model=make_model()),
         "the estimator 'reinforce' has no ratio",
