@@ -4,6 +4,7 @@ Start with `SketchSpec` (what a sketch is) and `GradientSketcher` (attaches to a
 mathematics. What there is:
 
 - a model's policy gradients: `GradientSketcher`, its `Coverage` and its results, `PolicyGradient`; `reduce_sketch`
+- the gradients of a training step, prompt by prompt, from the trainer's own backward pass: `LiveSketcher`
 - the ops beneath (`cropi_kernels.ops`): `plan_matrix` and `plan_vector` say where a parameter lands, `sketch_linear`,
   `sketch_grouped`, `sketch_embedding` and `sketch_vector` add to a sketch, `norm_grad`, `bias_grad`, `fold_inputs` and
   `fold_outputs` come before them; names are those of `canonical_name`
@@ -45,8 +46,11 @@ from .quantize import QuantizedRows, quantize_rows
 from .reduce import reduce_sketch
 from .sketcher import (
     BatchSketch,
+    CoupledLossError,
     Coverage,
     GradientSketcher,
+    LiveSketch,
+    LiveSketcher,
     PolicyGradient,
     UncoveredParameterError,
     token_logprobs,
@@ -55,9 +59,12 @@ from .spec import SketchSpec
 
 __all__ = [
     "BatchSketch",
+    "CoupledLossError",
     "Coverage",
     "CsrRows",
     "GradientSketcher",
+    "LiveSketch",
+    "LiveSketcher",
     "MatrixPlan",
     "PolicyGradient",
     "ProjectionSpec",

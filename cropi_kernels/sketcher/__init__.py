@@ -3,14 +3,19 @@
 from .coverage import Coverage, UncoveredParameterError
 from .gradient_sketcher import BatchSketch, GradientSketcher
 from .head import PolicyGradient
+from .live import LiveSketch, LiveSketcher
 from .logprobs import token_logprobs
 from .probe import PolicyProbeError, Probe
 from .selftest import SelfTest, SelfTestError
+from .split_loss import CoupledLossError
 
 __all__ = [
     "BatchSketch",
+    "CoupledLossError",
     "Coverage",
     "GradientSketcher",
+    "LiveSketch",
+    "LiveSketcher",
     "PolicyGradient",
     "PolicyProbeError",
     "Probe",

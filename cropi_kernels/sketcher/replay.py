@@ -28,7 +28,9 @@ def model_self_test(
     plain: torch.Tensor,
 ) -> SelfTest:
     """The self-test through the model's own forward, on what `takes_ids` found."""
-    causal = is_causal(run, ids, plain)
+    with untouched(model), torch.no_grad():
+        model.eval()  # dropout would make two forwards differ
+        causal = is_causal(run, ids, run(ids))
     segments = two_segments(ids.shape[0], ids.shape[1], causal=causal)
     pattern = weights_of(plain.numel(), plain.device).view(plain.shape).flatten(0, 1)
     cotangents = []

@@ -115,7 +115,7 @@ class Trial:
 
 
 # -------------------------------------------------------------------------------------------------- parts
-class _Parts:
+class Parts:
     """Taps and parameters in groups that share one: a group's taps add up to its parameters' gradients."""
 
     def __init__(self, model: nn.Module, attachment: Attachment) -> None:
@@ -154,18 +154,26 @@ def parameters_of(
 ) -> list[tuple[nn.Parameter, Callable[[torch.Tensor, torch.Tensor], None]]]:
     """Every sketched parameter, and what adds the sketch of its gradient, once that exists, to ``out`` [1,
     base_dim]."""
-    return list(_Parts(model, attachment).formed.values())
+    return list(Parts(model, attachment).formed.values())
 
 
 def _nothing(gradient: torch.Tensor, out: torch.Tensor) -> None:
     """Of a gradient that another rank adds."""
 
 
-class _Exact:
+class FormedSums:
     """Autograd's gradients, sketched one by one as they are formed: only one exists at a time."""
 
-    def __init__(self, parts: _Parts, dim: int, device: torch.device, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        dim: int,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        keep: bool = False,
+    ) -> None:
         self.parts, self.dim, self.device = parts, dim, device
+        self.keep = keep  # the gradients, for an optimizer
         self.copies = Copies(ranks, parts.parameters)
         self.sums: dict[int, torch.Tensor] = {}
         self.floor: dict[int, float] = {}  # what numbers below the dtype's smallest may have lost
@@ -183,10 +191,10 @@ class _Exact:
 
     def _taker(
         self, p: nn.Parameter, add: Callable[[torch.Tensor, torch.Tensor], None]
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+    ) -> Callable[[torch.Tensor], torch.Tensor | None]:
         group = self.parts.group[id(p)]
 
-        def take(gradient: torch.Tensor) -> torch.Tensor:
+        def take(gradient: torch.Tensor) -> torch.Tensor | None:
             out = torch.zeros(1, self.dim, dtype=torch.float32, device=self.device)
             here = settled(gradient.detach(), p)
             with torch.no_grad():
@@ -195,6 +203,8 @@ class _Exact:
             self.copies.note(p, here)
             self.floor[group] = self.floor.get(group, 0.0) + smallest(here) * gradient.numel() ** 0.5
             self.unit[group] = max(self.unit.get(group, 0.0), unit_roundoff(here))
+            if self.keep:
+                return None
             nothing = here.new_zeros(()).expand_as(here)  # autograd keeps this: a gradient would stay
             return like_spread(nothing, gradient)
 
@@ -217,7 +227,7 @@ def self_test(
         ValueError: the model cannot be differentiated by ordinary autograd; says why.
     """
     started = time.perf_counter()
-    parts = _Parts(model, attachment)
+    parts = Parts(model, attachment)
     runs = _Runs(model, acc, parts, trial)
     with untouched(model):
         try:
@@ -251,7 +261,7 @@ def self_test(
 
 
 class _Runs:
-    def __init__(self, model: nn.Module, acc: Accumulator, parts: _Parts, trial: Trial) -> None:
+    def __init__(self, model: nn.Module, acc: Accumulator, parts: Parts, trial: Trial) -> None:
         self.acc, self.parts, self.trial, self.ranks = acc, parts, trial, acc.ranks
         self.reentrant = False
         self.device = trial.cotangents[0].device
@@ -275,7 +285,7 @@ class _Runs:
         for s in range(len(self.trial.cotangents)):
             with self.again():
                 listener, exact = self.held(s)
-            found += _compare(self.parts, listener, exact, self.trial.owners[s], self.trial.segments)
+            found += compare(self.parts, listener, exact, self.trial.owners[s], self.trial.segments)
             tested |= set(exact.sums)
             for tap, took in listener.sums.items():
                 held[tap] = held[tap] + took if tap in held else took
@@ -293,10 +303,10 @@ class _Runs:
         self.over_ranks(listener)
         return listener
 
-    def held(self, s: int) -> tuple[Listener, _Exact]:
+    def held(self, s: int) -> tuple[Listener, FormedSums]:
         listener, exact = (
             Listener(self.acc),
-            _Exact(self.parts, self.acc.spec.base_dim, self.device, self.ranks),
+            FormedSums(self.parts, self.acc.spec.base_dim, self.device, self.ranks),
         )
         parameters = self.parts.parameters
         with thawed(parameters), listener.batch(self.trial.segments, self.device), exact.hooked():
@@ -313,7 +323,7 @@ class _Runs:
         self.over_ranks(listener, exact)
         return listener, exact
 
-    def over_ranks(self, listener: Listener, exact: _Exact | None = None) -> None:
+    def over_ranks(self, listener: Listener, exact: FormedSums | None = None) -> None:
         """What all ranks of a tensor-parallel group found, on each of them: all come to the same conclusion."""
         if self.ranks is None:
             return
@@ -348,8 +358,8 @@ def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int, ranks: Ranks
 
 
 # --------------------------------------------------------------------------------------------- comparisons
-def _compare(
-    parts: _Parts, listener: Listener, exact: _Exact, owners: tuple[int, ...], segments: Segments
+def compare(
+    parts: Parts, listener: Listener, exact: FormedSums, owners: tuple[int, ...], segments: Segments
 ) -> list[Part]:
     """What the taps gave to each segment, and what autograd formed of a loss that belongs to ``owners``."""
     found = []
@@ -393,7 +403,7 @@ def _compare(
 
 
 def _compare_frozen(
-    parts: _Parts, frozen: Listener, held: dict[Source, torch.Tensor], sizes: dict[Source, float]
+    parts: Parts, frozen: Listener, held: dict[Source, torch.Tensor], sizes: dict[Source, float]
 ) -> list[Part]:
     """The taps over frozen weights, against themselves: between the two lies the rounding of a backward pass."""
     found = []
@@ -432,6 +442,21 @@ def bound(unit: float, calls: int, tokens: int) -> float:
 
 
 def _error(wrong: list[Part], remedy: str) -> SelfTestError:
+    example = wrong[0].names[0]
+    return SelfTestError(
+        "sketches are not those of the gradients that autograd formed on a few tokens (a module does not see every "
+        "token once and in order, or its weight is used in another way):\n"
+        + named(wrong)
+        + (
+            remedy
+            or f"freeze them, or leave them out by name (exclude=[{example!r}, ...]); verify=False leaves out "
+        )
+        + "this test"
+    )
+
+
+def named(wrong: list[Part]) -> str:
+    """A line for each parameter that is off, with its worst part."""
     worst: dict[tuple[str, ...], Part] = {}
     for part in wrong:
         before = worst.get(part.names)
@@ -440,14 +465,4 @@ def _error(wrong: list[Part], remedy: str) -> SelfTestError:
     lines = [f"  {part}\n" for part in list(worst.values())[:LISTED]]
     if len(worst) > LISTED:
         lines.append(f"  and {len(worst) - LISTED} more\n")
-    example = next(iter(worst))[0]
-    return SelfTestError(
-        "sketches are not those of the gradients that autograd formed on a few tokens (a module does not see every "
-        "token once and in order, or its weight is used in another way):\n"
-        + "".join(lines)
-        + (
-            remedy
-            or f"freeze them, or leave them out by name (exclude=[{example!r}, ...]); verify=False leaves out "
-        )
-        + "this test"
-    )
+    return "".join(lines)

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from cropi.model.policy import Policy
     from cropi.ranking.influence import Scores
     from cropi.ranking.selection import Selection
+    from cropi.ranking.selector import Selector
     from cropi.report.check import CheckReport
     from cropi.sketching.batch import SketchedBatch, score_batch
     from cropi.store.store import SketchStore
-    from cropi_kernels import GradientSketcher, SketchSpec
+    from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
 
     __version__: str
 
@@ -36,10 +37,12 @@ _PLACES = {
     "CropiError": "cropi.errors",
     "Estimator": "cropi.gradient.estimators",
     "GradientSketcher": "cropi_kernels",
+    "LiveSketcher": "cropi_kernels",
     "Policy": "cropi.model.policy",
     "RecordError": "cropi.errors",
     "Scores": "cropi.ranking.influence",
     "Selection": "cropi.ranking.selection",
+    "Selector": "cropi.ranking.selector",
     "SketchSpec": "cropi_kernels",
     "SketchStore": "cropi.store.store",
     "SketchedBatch": "cropi.sketching.batch",
@@ -57,10 +60,12 @@ __all__ = [
     "CropiError",
     "Estimator",
     "GradientSketcher",
+    "LiveSketcher",
     "Policy",
     "RecordError",
     "Scores",
     "Selection",
+    "Selector",
     "SketchSpec",
     "SketchStore",
     "SketchedBatch",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,47 @@ def test_six_lines_run(
     top, chosen = capsys.readouterr().out.splitlines()
     assert top.count("p0-") == 5 and chosen.count("p0-") == 1
     assert (tmp_path / "scores.png").is_file()
+
+
+def test_loop_of_a_trainer_runs() -> None:
+    """As it stands in docs/live.md, around a trainer of two functions."""
+    from support import zoo
+
+    import cropi
+
+    def rollouts(model: Any, ids: list[int]) -> Any:
+        draw = torch.Generator().manual_seed(len(seen))
+        seen.append(ids)
+        rows = torch.randint(1, zoo.VOCAB, (2 * len(ids), 6), generator=draw)
+        rows[:, 0] = torch.tensor(ids).repeat_interleave(2)
+        mask = torch.zeros_like(rows)
+        mask[:, 3:] = 1
+        prompts = torch.arange(len(ids)).repeat_interleave(2)
+        return SimpleNamespace(
+            input_ids=rows, mask=mask, prompts=prompts, advantages=torch.tensor([1.0, -1.0] * len(ids))
+        )
+
+    def loss(model: Any, rows: Any) -> torch.Tensor:
+        logp = (
+            model(input_ids=rows.input_ids)
+            .logits[:, :-1]
+            .log_softmax(-1)
+            .gather(2, rows.input_ids[:, 1:, None])[..., 0]
+        )
+        return -(logp * rows.mask[:, 1:] * rows.advantages[:, None]).sum() / rows.mask.sum()
+
+    seen: list[list[int]] = []
+    model = zoo.make("llama")
+    names = {
+        "cropi": cropi, "pool": list(range(40)), "validation": [90, 91], "steps": 22, "model": model,
+        "rollouts": rollouts, "loss": loss, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+    }  # fmt: skip
+    code = blocks("python", (ROOT / "docs" / "live.md").read_text(encoding="utf-8"))[0]
+    exec(compile(code, "docs/live.md", "exec"), names)
+    chosen = [ids for ids in seen if ids != [90, 91]]
+    assert [len(set(ids)) for ids in chosen] == [8] * 22 and len(seen) == 24
+    assert names["selector"].step == 21 and len({name for ids in chosen for name in ids}) > 20
+    assert names["live"].loss == "a sum over prompts"
 
 
 @pytest.mark.slow

@@ -26,12 +26,15 @@ class SketchedBatch:
         sketches: float32 ``[prompts, dim]``; NaN where a gradient is not finite.
         logprobs: float32 ``[batch, length]``: log pi of the scored tokens in their places, 0 elsewhere.
         weights: float32 ``[batch, length]``: their weights, 0 elsewhere.
+        spec: what a sketch is; names: the parameters that are in it.
     """
 
     ids: list[Any]
     sketches: torch.Tensor
     logprobs: torch.Tensor
     weights: torch.Tensor
+    spec: SketchSpec
+    names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -342,7 +345,8 @@ def _sketched(
             sketches[first : first + len(result.sketches)] += result.sketches
             logprobs[here[row], column] = result.logprobs.float()
             weights[here[row], column] = result.weights.float()
-    return SketchedBatch(names, sketches, logprobs, weights)
+        covered = sketcher.coverage.names
+    return SketchedBatch(names, sketches, logprobs, weights, spec, covered)
 
 
 def _weigher(

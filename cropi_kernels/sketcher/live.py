@@ -1,0 +1,262 @@
+"""`LiveSketcher`: sketches of what a trainer's own backward pass makes, one for each prompt of the step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..names import canonical_name
+from ..spec import SketchSpec
+from . import sharded
+from .attach import Attachment
+from .beside import check_heard
+from .coverage import Coverage
+from .gradient_sketcher import GradientSketcher
+from .live_audit import Audit
+from .one_sequence import one_sequence_a_row
+from .precision import own_precision
+from .row_segments import Runs
+from .selftest import SelfTest
+from .split_loss import LossCheck
+from .untouched import code_shape
+
+
+class Scaler(Protocol):
+    """What a mixed-precision trainer multiplies its loss by: `torch.amp.GradScaler` is one."""
+
+    def get_scale(self) -> float: ...
+
+
+class LiveSketcher:
+    """Sketches ``g_s``, prompt s's part of a training step's gradient, while the trainer's backward pass runs.
+
+    For a loss ``L = sum_s L_s`` over prompts, ``g_s = -grad L_s`` with respect to every trainable parameter: the way
+    down the loss, and so the policy gradient, as in `GradientSketcher`. No pass is added: weights stay trainable,
+    autograd forms their gradients as always, in the same bits, and taps listen.
+
+    >>> with LiveSketcher(model) as live:                                    # doctest: +SKIP
+    ...     for rows, prompt_of_row in loader:
+    ...         with live.batch(prompt_of_row, shape=rows.shape) as step:
+    ...             loss(model, rows).backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    ...         selector.update(ids, step)
+
+    Gradient accumulation: a block for each micro-batch, with the step's own numbers of prompts and `num_segments`; add
+    the sketches up. Checkpointing, autocast, LoRA, DistributedDataParallel (each rank its own prompts, before gradients
+    are averaged), FSDP2 and modules that are compiled inside of the ``with`` block need nothing. Fused experts run in
+    this package's own code while they are tapped: equal but for rounding, not in the same bits.
+
+    Args:
+        model: as for `GradientSketcher`: any module, also inside of PEFT or DistributedDataParallel; what has
+            ``requires_grad`` now is sketched.
+        spec: what the sketch is; default: `SketchSpec()`.
+        exclude: as for `GradientSketcher`.
+        verify: before the first step, hold the taps to autograd on a few tokens; in the first step, hold their sum to
+            every parameter's gradient, and look whether the loss is a sum over prompts. False leaves all of it out.
+        coupled: take losses that are no sum over prompts: ``g_s`` is then the part of the gradient that passes through
+            the tokens of s. The parts add up to the gradient all the same.
+
+    Attributes:
+        self_test: what the test on a few tokens found; None before it, or where the model takes more than token ids.
+        loss: what was found out about the loss, in words; None before the first step.
+
+    Raises:
+        UncoveredParameterError, ValueError: as `GradientSketcher`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: SketchSpec | None = None,
+        exclude: Sequence[str] | str = (),
+        *,
+        verify: bool = True,
+        coupled: bool = False,
+    ) -> None:
+        # It plans the taps, and tries them before the first step.
+        self._tried = GradientSketcher(model, spec, exclude, verify=verify)
+        self.model, self.spec, self.coupled = self._tried.model, self._tried.spec, coupled
+        self._acc = self._tried._acc
+        self._handles: list[Any] = []
+        self._verify = verify
+        # Of a model in parts weight gradients are parts, and the step's are held to nothing.
+        self._whole = not sharded.units(self.model)
+        self._audited = self._whole and self._plan.ranks is None
+        self._shape: object = None
+        self._heard: frozenset[str] | None = None
+        self._ready = False
+        self.loss: str | None = None
+
+    def __repr__(self) -> str:
+        c, state = self.coverage, "active" if self._handles else "not active"
+        return (
+            f"LiveSketcher({type(self.model).__name__}, {self.spec}: {c.covered:,} of {c.total:,} parameters sketched; "
+            f"{state})"
+        )
+
+    @property
+    def _plan(self) -> Attachment:
+        return self._tried._plan
+
+    @property
+    def coverage(self) -> Coverage:
+        return self._plan.coverage
+
+    @property
+    def self_test(self) -> SelfTest | None:
+        return self._tried.self_test
+
+    # ---------------------------------------------------------------------------------------------- the block
+    def __enter__(self) -> LiveSketcher:
+        if self._handles:
+            raise RuntimeError("this LiveSketcher is already active: leave its `with` block first")
+        if (shape := code_shape(self.model)) != self._shape:
+            self._shape, self._heard, self._ready, self.loss = shape, None, False, None
+        self._hook()
+        return self
+
+    def _hook(self) -> None:
+        for module, tap in self._plan.taps.items():
+            self._handles.append(tap.hook(module))
+        self._handles += self._plan.exact.register()
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._plan.exact.forget()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._unhook()
+        self._acc.close()
+
+    @contextmanager
+    def batch(
+        self,
+        segments: torch.Tensor,
+        *,
+        shape: tuple[int, int] | None = None,
+        num_segments: int | None = None,
+        scale: float | torch.Tensor | Scaler = 1.0,
+    ) -> Iterator[LiveSketch]:
+        """Sketch whatever backward runs inside: forward and backward of one micro-batch.
+
+        Args:
+            segments: int64 number of the prompt, per row [batch] with ``shape=(batch, length)`` (the model may then be
+                run on the last columns only, as trainers run its head), or per token [batch, length]; in any order.
+                Padding may carry any number that stands beside it: its gradients are zero.
+            num_segments: rows of the sketches; None: the highest number and one.
+            scale: what the trainer multiplies the loss by, and is divided out of the sketches: a number, or a
+                `torch.amp.GradScaler`.
+
+        The yielded `LiveSketch` is filled when the block ends.
+
+        Raises:
+            RuntimeError: outside the ``with`` block, or inside another batch.
+            ValueError: ``segments`` do not fit, a row that was given one number holds several sequences, or what is
+                trainable has changed.
+            SelfTestError: a tap does not give autograd's gradient; names the parameters.
+            CoupledLossError: the loss is no sum over prompts.
+        """
+        self._check_state()
+        runs = Runs.of(segments, shape, num_segments)
+        if self._plan.ranks is not None:
+            self._plan.ranks.check_same("segments", runs.segments.offsets)
+        size = _number(scale)
+        first = self._verify and self._heard is None
+        if first and self._whole and not self._ready:
+            self._try()
+        check = LossCheck(self.model, self._acc, runs) if first and not self.coupled else None
+        self._acc.begin(runs.segments, sharded.device_of(self.model))
+        result, started = LiveSketch(), time.perf_counter()
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(one_sequence_a_row(self.model, runs))
+                audit = Audit(self.model, self._plan, self._acc) if first and self._audited else None
+                if audit is not None:
+                    stack.enter_context(audit.listening())
+                if check is not None:
+                    stack.enter_context(check.watching())
+                yield result
+            if audit is not None:
+                self._heard = audit.verdict(runs.segments)
+            if check is not None and check.found is not None:
+                self.loss = check.found
+            if self._verify and self._heard is not None:
+                check_heard(self.model, self._plan, self._heard, runs.segments, partly=True)
+            clock, sketches = self._acc.clock, self._acc.end()
+        finally:
+            self._acc.close()
+        sketches /= -size  # down the loss
+        result.sketches = runs.gathered(sketches)
+        result.spec, result.names = self.spec, self.coverage.names
+        result.seconds = {"block": time.perf_counter() - started, "sketch": clock.seconds()}
+
+    def _check_state(self) -> None:
+        if not self._handles:
+            raise RuntimeError("batch outside the `with LiveSketcher(...)` block: nothing is tapped")
+        if self._acc.segments is not None:
+            raise RuntimeError("a batch is already open in this LiveSketcher: close it first")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "batch under torch.inference_mode(), where nothing can be differentiated: leave it"
+            )
+        known = {*self._plan.coverage.names, *self._plan.coverage.excluded, *self._plan.coverage.uncovered}
+        now = {canonical_name(name) for name, p in self.model.named_parameters() if p.requires_grad}
+        if changed := sorted(known ^ now):
+            raise ValueError(
+                f"what is trainable has changed since this LiveSketcher was made ({changed[0]} and {len(changed) - 1} "
+                "more): make a new one"
+            )
+
+    def _try(self) -> None:
+        """What `GradientSketcher.batch` checks before its first block: over frozen weights, on a few tokens."""
+        self._unhook()
+        try:
+            with self._tried, own_precision(self.model):
+                self._tried._try_batch()
+        finally:
+            self._hook()
+        self._ready = True
+
+
+class LiveSketch:
+    """Filled by `LiveSketcher.batch` when its block ends.
+
+    Attributes:
+        sketches: float32 [num_segments, dim], of ``-grad L_s``; a row of NaN where the prompt met a NaN or an infinity;
+            zero where no gradient came by.
+        spec: what a sketch is; names: the parameters that are in it.
+        seconds: ``block``, all that ran inside, and ``sketch``, the taps' part of it.
+    """
+
+    sketches: torch.Tensor
+    spec: SketchSpec
+    names: tuple[str, ...]
+    seconds: dict[str, float]
+
+    @property
+    def failed(self) -> torch.Tensor:
+        """bool [num_segments]: whose gradient is not finite."""
+        return ~self.sketches.isfinite().all(dim=1)
+
+
+def _number(scale: float | torch.Tensor | Scaler) -> float:
+    value = scale.get_scale() if hasattr(scale, "get_scale") else scale
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"scale is {scale!r}: give a number, or a torch.amp.GradScaler") from error
+    if not 0.0 < abs(number) < float("inf"):
+        raise ValueError(f"scale is {number}: give a finite number other than 0")
+    return number

@@ -1,0 +1,74 @@
+"""The first step of a live sketcher, held to the gradient that autograd formed in that very step.
+
+Per parameter, the sketches of all prompts must add up to the sketch of its gradient: whatever the trainer's loss,
+precision, checkpointing or compiler did. That a tap gives each prompt its own part is what the self-test on a few
+tokens shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .accumulator import Accumulator
+from .attach import Attachment
+from .listener import Listener, Source
+from .segments import Segments
+from .selftest import FormedSums, Parts, SelfTestError, compare, named
+
+PROBLEM = (
+    "the sketches of this step do not add up to the gradient that its backward pass formed (a weight is used beside "
+    "its module, a hook changes its gradient, or a module was compiled before the taps came):\n"
+)
+REMEDY = (
+    "leave them out by name (exclude=[...]), or compile inside of the `with` block; verify=False leaves out "
+)
+
+
+class _Both(Listener):
+    """Hears each tap alone, and keeps the sum of all."""
+
+    def __init__(self, acc: Accumulator) -> None:
+        super().__init__(acc)
+        self.total = torch.zeros_like(acc.out)
+
+    def added(self, tap: Source, dy: torch.Tensor, kept: torch.Tensor | None) -> None:
+        self.total += self.acc.out
+        super().added(tap, dy, kept)
+
+
+class Audit:
+    """What the taps and autograd gave in one open batch."""
+
+    def __init__(self, model: nn.Module, attachment: Attachment, acc: Accumulator) -> None:
+        self._acc, self._parts = acc, Parts(model, attachment)
+        self._listener = _Both(acc)
+        self._formed = FormedSums(self._parts, acc.spec.base_dim, acc.out.device, keep=True)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        self._acc.listener = self._listener
+        try:
+            with self._formed.hooked():
+                yield
+        finally:
+            self._acc.listener = None
+        self._acc.out.copy_(self._listener.total)
+
+    def verdict(self, segments: Segments) -> frozenset[str] | None:
+        """The modules whose taps were heard; None: a number is not finite, or nothing came by, so nothing is known.
+
+        Raises:
+            SelfTestError: names the parameters that are off.
+        """
+        sums = [*self._listener.sums.values(), *self._formed.sums.values()]
+        if not self._formed.sums or not all(bool(took.isfinite().all()) for took in sums):
+            return None
+        found = compare(self._parts, self._listener, self._formed, tuple(range(segments.count)), segments)
+        wrong = [part for part in found if not part.right]
+        if wrong:
+            raise SelfTestError(PROBLEM + named(wrong) + REMEDY + "this test")
+        return frozenset(tap.where for tap in self._listener.sums)

@@ -1,0 +1,91 @@
+"""Segments of a batch that a trainer made: prompts in any order, rows of which a module sees the last columns alone.
+
+`Segments` needs ids that do not decrease. A trainer shuffles the rows of its prompts, so every run of equal ids is a
+segment here, and the sketches of a prompt's runs are added afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .segments import Segments
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSegments(Segments):
+    """`Segments` whose bounds are bounds of rows: a module that is called on [batch, n, features] with another n than
+    the batch's length (the head, on the last columns) is followed too: whose a token is, its row says."""
+
+    def tokens_first(
+        self, x: torch.Tensor, where: str, heads_first: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if x.ndim != 3 or x.shape[0] != self.batch or x.shape[1] == self.length:
+            return super().tokens_first(x, where, heads_first)
+        columns = x.shape[1]
+        key = x.device, -columns  # `offsets_on` has the positive numbers
+        if key not in self._copies:
+            self._copies[key] = (self.offsets // self.length * columns).to(x.device)
+        return x.reshape(-1, x.shape[-1]), self._copies[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """The runs of equal ids in a batch, each a segment of ``segments``; ``owner`` int64 [runs] is the id of each.
+
+    ``count`` is the number of ids, ``rows`` whether they were given per row.
+    """
+
+    segments: Segments
+    owner: torch.Tensor
+    count: int
+    rows: bool
+
+    @classmethod
+    def of(
+        cls, ids: torch.Tensor, shape: tuple[int, int] | None, count: int | None, name: str = "segments"
+    ) -> Runs:
+        """From ids per row [batch] with ``shape``, or per token [batch, length]; in any order, all >= 0.
+
+        Raises:
+            ValueError: no tensor of such ids; names what is wrong.
+        """
+        if not isinstance(ids, torch.Tensor):
+            raise ValueError(
+                f"{name} is of type {type(ids).__name__}: give a tensor (torch.as_tensor({name}))"
+            )
+        if ids.ndim != 2 and shape is None:
+            raise ValueError(
+                f"{name} has shape {tuple(ids.shape)}: give ids per token, or shape=(batch, length)"
+            )
+        batch, length = (int(n) for n in (ids.shape if shape is None else shape))
+        if ids.dtype not in (torch.int64, torch.int32) or tuple(ids.shape) not in ((batch,), (batch, length)):
+            raise ValueError(
+                f"{name} is {ids.dtype} {tuple(ids.shape)}: give int64 ids per row [{batch}] or per token [{batch}, "
+                f"{length}]"
+            )
+        flat = ids.detach().to("cpu", torch.int64).reshape(-1)
+        if flat.numel() == 0 or length < 1:
+            raise ValueError(f"{name} is empty: a batch has at least one row")
+        if int(flat.min()) < 0:
+            raise ValueError(f"{name} holds {int(flat.min())}: ids are 0 or more")
+        highest = int(flat.max()) + 1
+        count = highest if count is None else count
+        if count < highest:
+            raise ValueError(f"num_segments={count} but {name} holds id {highest - 1}")
+        owner, sizes = torch.unique_consecutive(flat, return_counts=True)
+        offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+        rows = ids.ndim == 1
+        kind = RowSegments if rows else Segments
+        return cls(kind(batch, length, offsets * length if rows else offsets), owner, count, rows)
+
+    def gathered(self, sketches: torch.Tensor) -> torch.Tensor:
+        """The sketches [runs, dim] added up by id: [count, dim], in a fixed order."""
+        if len(self.owner) == self.count and bool((self.owner == torch.arange(self.count)).all()):
+            return sketches
+        owner = self.owner.to(sketches.device)
+        out = torch.zeros(self.count, sketches.shape[1], dtype=sketches.dtype, device=sketches.device)
+        if out.is_cuda:
+            return out.index_put_((owner,), sketches, accumulate=True)
+        return out.index_add_(0, owner, sketches)

@@ -1,0 +1,182 @@
+"""Whether a trainer's loss is a sum over prompts, seen in the graph of its first step.
+
+The parts of a gradient that pass through the tokens of each prompt add up to the gradient, whatever the loss. They are
+the gradients of the prompts' own losses only where the loss is a sum of terms of which each depends on one prompt. Two
+things are looked for before the first backward pass runs:
+
+- a way from the loss to a weight that does not pass through what the model gave for each token (a term of all tokens
+  together, as experts' load balancing; a norm of the weights);
+- second derivatives between what the model gave for two prompts: of a sum they are zero exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..names import canonical_name
+from .accumulator import Accumulator
+from .beside import inside_compiled
+from .row_segments import Runs
+
+LARGEST = 1 << 26  # numbers that a model gave; the test needs a few copies
+REMEDY = (
+    "make it a sum over prompts (what is averaged or normalised over a batch must not carry a gradient), or take the "
+    "parts that pass through each prompt's tokens, which add up to the gradient all the same: coupled=True"
+)
+
+
+class CoupledLossError(ValueError):
+    """The loss of a step is no sum over its prompts."""
+
+
+class _Backward(TorchFunctionMode):
+    """Calls ``check(loss)`` before a `torch.Tensor.backward`."""
+
+    def __init__(self, check: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self.check = check
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.backward and args:
+            self.check(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class LossCheck:
+    """Watches one batch. ``found`` says in words what is known of the loss afterwards; None: no backward pass came.
+
+    Args:
+        model: whose outputs are looked at.
+        acc: of its taps.
+        runs: of the batch.
+    """
+
+    def __init__(self, model: nn.Module, acc: Accumulator, runs: Runs) -> None:
+        self.model, self.acc, self.runs = model, acc, runs
+        self.found: str | None = None
+        self._outputs: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        if inside_compiled(self.model):  # a mode of torch functions would have every graph compiled anew
+            self.found = "not checked: modules are compiled"
+            yield
+            return
+
+        def note(module: nn.Module, args: Any, y: Any) -> None:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._outputs += _tensors(y)
+
+        handle = self.model.register_forward_hook(note)
+        try:
+            with _Backward(self._try):
+                yield
+        finally:
+            handle.remove()
+            self._outputs = []
+
+    # ------------------------------------------------------------------------------------------------ checks
+    def _try(self, loss: torch.Tensor) -> None:
+        with self.acc.deaf():  # the taps of what is looked at are on it already
+            self._check(loss)
+
+    def _check(self, loss: torch.Tensor) -> None:
+        if self.found is not None or loss.numel() != 1 or loss.grad_fn is None:
+            return
+        ys = [y for y in self._outputs if self._per_token(y)]
+        if not ys:
+            self.found = "not checked: the model's own forward gave nothing per token"
+            return
+        beside = _weights_beside(loss, ys, self.model)
+        if beside:
+            raise CoupledLossError(
+                f"the loss depends on {', '.join(beside[:5])} otherwise than through what the model gave for each "
+                f"token (a term of all tokens together, such as experts' load balancing, or of the weights): {REMEDY}"
+            )
+        if self.runs.count < 2 or sum(y.numel() for y in ys) > LARGEST:
+            why = "one prompt" if self.runs.count < 2 else f"more than {LARGEST:,} numbers in the outputs"
+            self.found = f"not checked for terms of several prompts: {why}"
+            return
+        self.found = self._second_derivatives(loss, ys)
+
+    def _per_token(self, y: torch.Tensor) -> bool:
+        segments = self.runs.segments
+        if segments.token_views(y):
+            return True
+        return self.runs.rows and y.ndim == 3 and y.shape[0] == segments.batch
+
+    def _second_derivatives(self, loss: torch.Tensor, ys: list[torch.Tensor]) -> str:
+        marks = [self._half(y) for y in ys]
+        try:
+            first = torch.autograd.grad(loss, ys, create_graph=True, allow_unused=True)
+            terms = [
+                (g * torch.where(mark, _pattern(y), 0.0)).sum()
+                for g, y, mark in zip(first, ys, marks, strict=True)
+                if g is not None and g.requires_grad
+            ]
+            if not terms:
+                return "a sum over prompts (linear in what the model gave)"
+            # Of one half of the prompts' gradients, with respect to all.
+            half = torch.stack(terms).sum()
+            second = torch.autograd.grad(half, ys, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:  # a function that has no second derivative (a fused loss)
+            return f"not checked for terms of several prompts: {str(error).splitlines()[0]}"
+        own = other = 0.0
+        for h, mark in zip(second, marks, strict=True):
+            if h is not None:
+                size = h.detach().abs().nan_to_num(0.0, 0.0, 0.0)
+                own = max(own, float(torch.where(mark, size, 0.0).max()))
+                other = max(other, float(torch.where(mark, 0.0, size).max()))
+        if other > 64 * torch.finfo(torch.float32).eps * own:
+            raise CoupledLossError(
+                f"the loss is no sum over prompts: what it asks of one prompt changes with another's tokens (second "
+                f"derivatives up to {other:.2g} between prompts, {own:.2g} within them): {REMEDY}"
+            )
+        return "a sum over prompts"
+
+    def _half(self, y: torch.Tensor) -> torch.Tensor:
+        """bool, of ``y``'s shape but for trailing axes of 1: the tokens of every second prompt."""
+        runs, segments = self.runs, self.runs.segments
+        odd = (runs.owner % 2 == 1).repeat_interleave(segments.offsets.diff()).to(y.device)
+        views = segments.token_views(y)
+        if views:
+            return odd.view(next(iter(views.values())))
+        return odd.view(segments.batch, segments.length)[:, :1, None]
+
+
+def _pattern(y: torch.Tensor) -> torch.Tensor:
+    """Numbers between -1 and 1 without a pattern that a loss could cancel, one a number of ``y``."""
+    places = torch.arange(y.numel(), device=y.device, dtype=torch.float32)
+    return torch.sin(places * 12.9898 + 1.0).view(y.shape).to(y.dtype)
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(dict(out) if isinstance(out, dict) else out)
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point() and t.requires_grad]
+
+
+def _weights_beside(loss: torch.Tensor, ys: list[torch.Tensor], model: nn.Module) -> list[str]:
+    """Names of parameters that ``loss`` reaches without passing through one of ``ys``."""
+    names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
+    cut = {y.grad_fn for y in ys}
+    found: dict[str, None] = {}
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or node in cut:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            found[names[id(variable)]] = None
+        nodes += [following for following, _ in node.next_functions]
+    return list(found)

@@ -1,0 +1,346 @@
+"""`Selector`: what a trainer needs to choose prompts by the sketches of its own steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from cropi.errors import CropiError
+from cropi.ranking.exploring import Noise, Values, draw, known
+from cropi.ranking.packed_rows import PackedRows
+from cropi_kernels import SketchSpec, reduce_sketch
+
+CHUNK = 65536  # rows that are float32 at one time
+KEYS = (
+    "version", "settings", "ids", "rows", "weight", "shown", "last", "failed", "valid", "noise", "step", "names",
+)  # fmt: skip
+
+
+class Selector:
+    """Keeps what the sketches of training steps say of every prompt of a pool, and chooses the next prompts.
+
+    For each prompt: the sum of its sketches, each of length 1, with forgetting by age: ``sum_v w_v g_v / |g_v|`` over
+    its visits v, ``w_v = 2^(-(t - t_v) / half_life)``. Its usefulness is that sum, divided by ``sum_v w_v``, times the
+    validation mean of length 1: the average of its visits' cosines with the present validation mean, 0 for visits
+    without a gradient; with several validation sets, the average over sets. How the next prompts are drawn:
+    :mod:`cropi.ranking.exploring`.
+
+    Everything is decided by what was given and ``seed``: processes that are given the same choose the same.
+
+    Args:
+        ids: the pool; strings or integers, all different.
+        spec: of the sketches that will be given; None: ``SketchSpec()``.
+        dim: numbers that are kept of a sketch (`cropi_kernels.reduce_sketch`).
+        bits: 16 or 4 for each of them (4: with a scale for each 64; docs/live.md has the memory of a million prompts).
+        half_life: optimizer steps after which a visit counts half.
+        explore: times the uncertainty of the draws; 1 is the rule, 0 takes the best known.
+        seed: of all draws.
+
+    >>> spec = SketchSpec(256)
+    >>> selector = Selector(["a", "b", "c"], spec, dim=64, explore=0.0)
+    >>> towards = torch.ones(1, 256)
+    >>> selector.refresh(towards)
+    >>> selector.update(["a", "b"], torch.cat([towards, -towards]), step=1)
+    >>> selector.next(2)
+    ['a', 'c']
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[Hashable],
+        spec: SketchSpec | None = None,
+        *,
+        dim: int = 1024,
+        bits: int = 16,
+        half_life: float = 200.0,
+        explore: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.spec = SketchSpec() if spec is None else spec
+        if not isinstance(self.spec, SketchSpec):
+            raise CropiError(f"spec is a {type(spec).__name__}: give a SketchSpec")
+        self.ids = _names(ids)
+        if not isinstance(dim, int) or dim < 1 or dim & (dim - 1) or dim > self.spec.dim:
+            raise CropiError(f"dim must be a power of two up to the sketch's {self.spec.dim}, got {dim!r}")
+        for name, value, least in (("half_life", half_life, 1e-9), ("explore", explore, 0.0)):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not least <= value < float("inf")
+            ):
+                raise CropiError(f"{name} must be a number of at least {least:g}, got {value!r}")
+        self.dim, self.half_life, self.explore, self.seed = dim, float(half_life), float(explore), int(seed)
+        self._place = {name: i for i, name in enumerate(self.ids)}
+        n = len(self.ids)
+        self._rows = PackedRows(n, dim, bits, seed)
+        self._weight = np.zeros(n)  # of visits, at the step `_last`
+        self._last = np.full(n, -1, dtype=np.int64)
+        self._failed = np.zeros(n, dtype=np.int32)
+        self._valid = torch.zeros(0, dim)
+        self._noise = Noise()
+        self._shown = np.zeros(n)  # usefulness, on average over visits
+        self._names = ""  # of the parameters in the sketches
+        self.step = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        seen = int((self._last >= 0).sum())
+        return (
+            f"Selector({len(self)} prompts, {seen} seen up to step {self.step}, {len(self._valid)} validation sets, "
+            f"{self._rows.bits} bits x {self.dim}: {self.nbytes / 1e6:.1f} MB)"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept, ids aside."""
+        tables = (self._weight, self._shown, self._last, self._failed)
+        return self._rows.nbytes + sum(t.nbytes for t in tables)
+
+    # ------------------------------------------------------------------------------------------------- given
+    def update(self, ids: Sequence[Hashable], sketches: Any, step: int, *, gather: bool = False) -> None:
+        """Add the sketches of one training step.
+
+        Args:
+            ids: the prompt of each row; a prompt that has several (of ranks, of micro-batches) gets their sum.
+            sketches: float ``[n, spec.dim]``, or what has them: a `cropi_kernels.LiveSketch` or a `SketchedBatch`, of
+                which spec and parameters are compared. Rows of zeros are visits without a gradient; so are rows with a
+                NaN or an infinity, which mark their prompts as failed besides (where no row of a step is finite, they
+                only do that: an overflow under loss scaling says nothing of a prompt).
+            step: the optimizer step; never less than before.
+            gather: take the updates of all ranks of torch.distributed's default group, in their order; every rank must
+                call, with as many rows as it has (none, too), and has the same selector afterwards.
+
+        Raises:
+            CropiError: an id that is not in the pool, or None; sketches of another spec, size or model; a step back.
+        """
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < self.step:
+            raise CropiError(f"step is {step!r}: give an integer of at least {self.step}, the last one")
+        rows = self._reduced(sketches, "sketches")
+        places = self._places(ids, len(rows))
+        if gather and dist.is_available() and dist.is_initialized():
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (places, rows))
+            places = np.concatenate([part[0] for part in parts])
+            rows = torch.cat([part[1] for part in parts])
+        self.step = int(step)
+        if len(places):
+            self._add(places, rows)
+
+    def refresh(self, sketches: Any, sets: Sequence[str] | None = None) -> None:
+        """Take new sketches of validation prompts: their means, one a set, replace the ones before.
+
+        Args:
+            sketches: as for `update`; rows that are not finite, or zero, are left out.
+            sets: the validation set of each row; None: they are one.
+
+        Raises:
+            CropiError: as for `update`; a set without a usable row.
+        """
+        rows = self._reduced(sketches, "validation sketches")
+        if sets is not None and (isinstance(sets, str) or len(sets) != len(rows)):
+            raise CropiError(f"sets must be a list of {len(rows)} names, one for each row, got {sets!r:.200}")
+        names = ["valid"] * len(rows) if sets is None else [str(name) for name in sets]
+        usable = rows.isfinite().all(dim=1) & (rows != 0).any(dim=1)
+        means = []
+        for name in sorted(set(names)) or ["valid"]:
+            mine = torch.tensor([other == name for other in names], dtype=torch.bool) & usable
+            mean = rows[mine].double().mean(dim=0) if bool(mine.any()) else torch.zeros(self.dim).double()
+            if not bool(mine.any()) or not float(mean.norm()) > 0:
+                raise CropiError(
+                    f"validation set {name!r} has no row with a gradient ({names.count(name)} were given): give "
+                    "sketches of prompts whose rewards differ"
+                )
+            means.append((mean / mean.norm()).float())
+        self._valid = torch.stack(means)
+        self._rescore(np.flatnonzero(self._last >= 0))
+
+    # ------------------------------------------------------------------------------------------------- asked
+    def next(self, n: int, step: int | None = None) -> list[Any]:
+        """The ids of ``n`` different prompts, best draw first.
+
+        Args:
+            n: how many.
+            step: when they will be used; None: the last step that was given. The draw depends on it.
+
+        Raises:
+            CropiError: more than the pool holds, or no integer.
+        """
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= len(self):
+            raise CropiError(f"n must be an integer from 1 to {len(self)}, the size of the pool, got {n!r}")
+        means, deviations = self.known(step)
+        when = self.step if step is None else int(step)
+        return [self.ids[i] for i in draw(means, deviations, int(n), self.explore, (self.seed, when))]
+
+    def known(self, step: int | None = None) -> tuple[Values, Values]:
+        """Means and standard deviations of the usefulness of every prompt, in the order of `ids`."""
+        when = self.step if step is None else max(int(step), self.step)
+        weight = self._weight * self._kept(self._last, when)
+        return known(self._shown, weight, self._noise.variance)
+
+    def scores(self, ids: Sequence[Hashable]) -> Values:
+        """The usefulness of these prompts as their visits show it; NaN where there was none."""
+        places = self._places(ids, len(ids))
+        return np.where(self._weight[places] > 0, self._shown[places], np.nan)
+
+    @property
+    def failed(self) -> dict[Any, int]:
+        """How often the gradient of a prompt was not finite, where it ever was."""
+        return {self.ids[i]: int(self._failed[i]) for i in np.flatnonzero(self._failed)}
+
+    # ------------------------------------------------------------------------------------------------- state
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, of tensors and plain values: ``torch.save`` writes it, ``torch.load(weights_only=True)`` reads it.
+
+        The same on every rank, whatever the number of ranks; tensors are not copied.
+        """
+        return {
+            "version": 1, "settings": self._settings(), "ids": list(self.ids), "rows": self._rows.state_dict(),
+            "weight": torch.from_numpy(self._weight), "shown": torch.from_numpy(self._shown),
+            "last": torch.from_numpy(self._last), "failed": torch.from_numpy(self._failed), "valid": self._valid,
+            "noise": [self._noise.total, self._noise.count], "step": self.step, "names": self._names,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the pool must be the same, in any order.
+
+        Raises:
+            CropiError: no such state, of other settings, or of another pool; names what differs.
+        """
+        missing = [key for key in KEYS if not isinstance(state, Mapping) or key not in state]
+        if missing:
+            raise CropiError(
+                f"this is no state of a Selector: {missing[0]!r} is missing; save selector.state_dict() with every "
+                "checkpoint, or begin with a new Selector"
+            )
+        if state["version"] != 1:
+            raise CropiError(f"the state is of version {state['version']!r}: this release reads version 1")
+        mine, given = self._settings(), dict(state["settings"])
+        for key in mine:
+            if given.get(key) != mine[key]:
+                raise CropiError(
+                    f"the state was saved with {key} = {given.get(key)!r}, but this Selector has {mine[key]!r}: make "
+                    "it with the same, or begin with a new one"
+                )
+        before = {name: i for i, name in enumerate(state["ids"])}
+        for here, there, where in ((self._place, before, "state"), (before, self._place, "pool")):
+            lost = [name for name in here if name not in there]
+            if lost:
+                raise CropiError(
+                    f"{len(lost)} prompts are not in the {where}, for example {lost[0]!r}: a Selector goes on with the "
+                    "pool that it was saved with"
+                )
+        order = torch.tensor([before[name] for name in self.ids], dtype=torch.int64)
+        self._rows.load_state_dict(state["rows"], order)
+        for key in ("weight", "shown", "last", "failed"):
+            getattr(self, f"_{key}")[:] = state[key][order].numpy()
+        self._valid, self.step, self._names = state["valid"].clone(), int(state["step"]), str(state["names"])
+        self._noise = Noise(*map(float, state["noise"]))
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "spec": json.dumps(self.spec.to_dict(), sort_keys=True), "dim": self.dim, "bits": self._rows.bits,
+            "half_life": self.half_life, "seed": self.seed,
+        }  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------- parts
+    def _reduced(self, given: Any, what: str) -> torch.Tensor:
+        """float32 rows [n, dim] on the CPU."""
+        self._check_origin(given, what)
+        rows = getattr(given, "sketches", given)
+        if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or not rows.is_floating_point():
+            raise CropiError(f"{what}: give a float tensor [n, {self.spec.dim}], got {given!r:.200}")
+        if rows.shape[1] != self.spec.dim:
+            raise CropiError(
+                f"{what} have {rows.shape[1]} numbers a row, but this Selector is for {self.spec}: give sketches of "
+                "that spec, or make the Selector with theirs"
+            )
+        rows = rows.detach().float()
+        return reduce_sketch(rows, self.dim, seed=self.spec.seed, version=self.spec.version).cpu()
+
+    def _check_origin(self, given: Any, what: str) -> None:
+        spec, names = getattr(given, "spec", None), getattr(given, "names", None)
+        if isinstance(spec, SketchSpec) and spec != self.spec:
+            raise CropiError(f"{what} are of {spec}, but this Selector is for {self.spec}")
+        if names:
+            found = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
+            if self._names and found != self._names:
+                raise CropiError(
+                    f"{what} are of another model: their {len(names)} parameters (the first is {sorted(names)[0]!r}) "
+                    "are not those of the sketches before"
+                )
+            self._names = found
+
+    def _places(self, ids: Sequence[Hashable], count: int) -> Any:
+        if isinstance(ids, str) or not isinstance(ids, Sequence) or len(ids) != count:
+            got = f"{len(ids)}" if isinstance(ids, Sequence) and not isinstance(ids, str) else f"{ids!r:.100}"
+            raise CropiError(f"ids must be a list of {count}, one for each row, got {got}")
+        for i, name in enumerate(ids):
+            if name not in self._place:
+                why = "has no id" if name is None else f"is {name!r}, which is not in the pool"
+                raise CropiError(
+                    f"the prompt of row {i} {why}: the ids are those that the Selector was made with"
+                )
+        return np.array([self._place[name] for name in ids], dtype=np.int64)
+
+    def _add(self, places: Any, rows: torch.Tensor) -> None:
+        finite = rows.isfinite().all(dim=1)
+        # A part that is not finite spoils the sum of a prompt's parts.
+        broken = np.unique(places[~finite.numpy()])
+        self._failed[broken] += 1
+        if len(broken) == len(np.unique(places)):
+            return  # the step failed (an overflow under loss scaling), and says nothing of any prompt
+        unique, inverse = np.unique(places, return_inverse=True)
+        new = torch.zeros(len(unique), self.dim).index_add_(0, torch.from_numpy(inverse), rows)
+        new[torch.from_numpy(np.isin(unique, broken))] = 0.0
+        new = torch.nn.functional.normalize(new, dim=1, eps=torch.finfo(torch.float32).tiny)
+        kept = self._kept(self._last[unique], self.step)
+        before = self._weight[unique] * kept
+        if len(self._valid):
+            again = before > 0
+            seen = _along(new, self._valid)
+            self._noise.note(seen[again] - self._shown[unique][again], before[again])
+        where = torch.from_numpy(unique)
+        self._rows.write(where, self._rows.read(where) * torch.from_numpy(kept).float()[:, None] + new)
+        self._weight[unique] = before + 1.0
+        self._last[unique] = self.step
+        self._rescore(unique)
+
+    def _kept(self, last: Any, when: int) -> Values:
+        """What visits count at a step, of what they counted at ``last``."""
+        ages = np.maximum(when - last, 0)
+        kept: Values = np.where(last >= 0, np.exp2(-ages / self.half_life), 0.0)
+        return kept
+
+    def _rescore(self, places: Any) -> None:
+        if not len(self._valid):
+            return
+        for start in range(0, len(places), CHUNK):
+            part = places[start : start + CHUNK]
+            along = _along(self._rows.read(torch.from_numpy(part)), self._valid)
+            self._shown[part] = along / self._weight[part]
+
+
+def _along(rows: torch.Tensor, valid: torch.Tensor) -> Values:
+    """Of each row, the mean of its products with the rows of ``valid``."""
+    products: Values = (rows @ valid.T).mean(dim=1).double().numpy()
+    return products
+
+
+def _names(ids: Any) -> list[Any]:
+    if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__") or not len(ids):
+        raise CropiError(f"ids is {ids!r:.100}: give a list of at least one prompt's id")
+    names = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if None in names:
+        raise CropiError(f"ids holds None in place {names.index(None)}: every prompt needs an id")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CropiError(f"ids holds {twice!r} twice: ids must be different")
+    return names

@@ -1,0 +1,271 @@
+"""The selector: sums with forgetting, the rule of its draws, its memory, its state, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cropi import Selector
+from cropi.errors import CropiError
+from cropi.ranking.packed_rows import PackedRows
+from cropi_kernels import LiveSketcher, SketchSpec, reduce_sketch
+
+SPEC = SketchSpec(256)
+
+
+def made(n: int = 4, **options: Any) -> Selector:
+    return Selector([f"p{i}" for i in range(n)], SPEC, **({"dim": 64, "explore": 0.0} | options))
+
+
+def rows(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 256, generator=torch.Generator().manual_seed(seed))
+
+
+def test_sums_forget_by_age() -> None:
+    """Unit sketches by 2^(-(t - t_v) / half_life), whatever the steps in between were used for."""
+    selector, x, y = made(half_life=10.0), rows(1, 1), rows(1, 2)
+    selector.refresh(rows(3, 3))
+    selector.update(["p1"], x, step=5)
+    selector.update(["p0"], y, step=15)
+    selector.update(["p1"], y, step=25)
+    x, y = (torch.nn.functional.normalize(reduce_sketch(z, 64)) for z in (x, y))
+    want = 0.25 * x + y
+    assert (selector._rows.read(torch.tensor([1])) - want).norm() <= 2**-10 * want.norm()  # float16 twice
+    mean = torch.nn.functional.normalize(reduce_sketch(rows(3, 3), 64).mean(0), dim=0)
+    assert selector.scores(["p1"])[0] == pytest.approx(float(want[0] @ mean) / 1.25, abs=1e-3)
+    assert np.isnan(selector.scores(["p2"])[0])
+    selector.refresh(-rows(3, 3))
+    assert selector.scores(["p1"])[0] == pytest.approx(-float(want[0] @ mean) / 1.25, abs=1e-3)
+
+
+def test_visits_without_a_gradient_lower_a_prompt() -> None:
+    selector, x = made(), rows(1)
+    selector.refresh(x)
+    selector.update(["p0", "p1"], torch.cat([x, x]), step=1)
+    selector.update(["p0"], torch.zeros(1, 256), step=1)
+    assert selector.scores(["p0", "p1"]) == pytest.approx([0.5, 1.0], abs=1e-3)
+
+
+def test_parts_of_a_prompt_add_up() -> None:
+    one, other, x = made(), made(), rows(2)
+    one.update(["p0", "p0"], x, step=1)
+    other.update(["p0"], x.sum(0, keepdim=True), step=1)
+    assert (one._rows.read(slice(0, 1)) - other._rows.read(slice(0, 1))).norm() <= 2**-10
+
+
+def test_several_validation_sets_count_alike() -> None:
+    selector = made()
+    a, b = rows(1, 1), rows(1, 2)
+    selector.refresh(torch.cat([a, a, 100 * b]), ["a", "a", "b"])
+    selector.update(["p0"], a, step=1)
+    u, v = reduce_sketch(a, 64)[0], reduce_sketch(b, 64)[0]
+    want = (1 + float(torch.nn.functional.cosine_similarity(u, v, dim=0))) / 2
+    assert selector.scores(["p0"])[0] == pytest.approx(want, abs=1e-3)
+
+
+def test_what_is_not_finite_marks_its_prompt_alone() -> None:
+    selector, x = made(), rows(2)
+    selector.refresh(x[:1])
+    selector.update(["p0", "p1"], x, step=1)
+    before = selector.scores(["p0", "p1"])
+    selector.update(["p0", "p1"], torch.full((2, 256), float("inf")), step=1)  # a step that overflowed
+    assert selector.scores(["p0", "p1"]).tolist() == before.tolist()
+    selector.update(["p0", "p1"], torch.cat([x[:1] * float("nan"), x[1:]]), step=1)
+    assert selector.failed == {"p0": 2, "p1": 1}
+    assert selector.scores(["p0"])[0] == pytest.approx(before[0] / 2)
+    with pytest.raises(CropiError, match="'valid' has no row with a gradient"):
+        selector.refresh(torch.full((2, 256), float("nan")))
+
+
+# ------------------------------------------------------------------------------------------------ the rule
+def stream(
+    explore: float, *, seed: int, steps: int = 200, n: int = 200, each: int = 6
+) -> tuple[float, float]:
+    """Mean usefulness of the prompts that were chosen, and of the best of every step.
+
+    A visit's gradient is ``u_i(t) / 10`` along the validation mean and noise of length 1 in 256 dimensions, of which
+    1 / 16 lies along it; the ``u_i`` have unit variance over prompts and drift with a memory of 300 steps.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    selector = Selector(range(n), SPEC, dim=256, half_life=100.0, explore=explore, seed=seed)
+    valid = torch.nn.functional.normalize(torch.randn(256, generator=draws), dim=0)
+    selector.refresh(valid[None])
+    useful, total, best = torch.randn(n, generator=draws), 0.0, 0.0
+    for step in range(steps):
+        ids = selector.next(each, step)
+        places = torch.tensor(ids)
+        total += float(useful[places].mean()) / steps
+        best += float(useful.topk(each).values.mean()) / steps
+        noise = torch.nn.functional.normalize(torch.randn(each, 256, generator=draws), dim=1)
+        selector.update(ids, 0.1 * useful[places][:, None] * valid + noise, step)
+        useful = 0.997 * useful + (1 - 0.997**2) ** 0.5 * torch.randn(n, generator=draws)
+    return total, best
+
+
+def test_regret_on_a_stream() -> None:
+    """Of 2.3, what a random draw loses against the best prompts of every step, the rule loses less than half, and less
+    than three quarters of what is lost by always taking the best known."""
+    rule, greedy = (np.array([stream(explore, seed=s) for s in range(3)]) for explore in (1.0, 0.0))
+    regret = {
+        name: float((runs[:, 1] - runs[:, 0]).mean()) for name, runs in (("rule", rule), ("greedy", greedy))
+    }
+    assert regret["rule"] <= 0.5 * rule[:, 1].mean(), regret
+    assert regret["rule"] <= 0.75 * regret["greedy"], regret
+
+
+def test_draws_are_the_same_in_every_process_and_differ_by_step() -> None:
+    one, other = made(50, explore=1.0, seed=3), made(50, explore=1.0, seed=3)
+    assert one.next(5, 1) == other.next(5, 1) != one.next(5, 2)
+    assert len(set(one.next(50))) == 50
+
+
+# -------------------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize("bits, per_number, error", [(16, 2.0, 2**-11), (4, 0.53125, 0.2)])
+def test_packed_rows(bits: int, per_number: float, error: float) -> None:
+    table, x = PackedRows(10, 1024, bits), torch.randn(3, 1024) * torch.tensor([[1e-6], [1.0], [1e5]])
+    places = torch.tensor([7, 2, 5])
+    table.write(places, x)
+    got = table.read(places)
+    assert ((got - x).norm(dim=1) <= error * x.norm(dim=1)).all()
+    assert not table.read(torch.tensor([0, 1])).any()
+    assert table.nbytes == 10 * (1024 * per_number + 2)
+
+
+def test_four_bits_are_right_on_average() -> None:
+    """Many small rows on a large one: each is below half a step, their sum is not."""
+    table, place = PackedRows(1, 64, 4), torch.tensor([0])
+    large = torch.zeros(1, 64)
+    large[0, 0] = 7.0
+    table.write(place, large)
+    for _ in range(200):
+        table.write(place, table.read(place) + 0.05 * (torch.arange(64) == 1))
+    # 200 roundings of a step of 1, each with a variance of at most 1/4 and far less at first.
+    assert abs(float(table.read(place)[0, 1]) - 10.0) <= 4 * (200 * 0.05) ** 0.5
+
+
+def test_a_million_prompts() -> None:
+    """4 bits of 256 numbers: 138 bytes a prompt and 28 for its counts; a draw takes a fraction of a second."""
+    selector = Selector(range(1_000_000), dim=256, bits=4)
+    assert selector.nbytes == 1e6 * (138 + 28)
+    selector.refresh(torch.randn(4, 32768))
+    selector.update([5, 999_999], torch.randn(2, 32768), 1)
+    assert len(set(selector.next(64))) == 64
+
+
+# --------------------------------------------------------------------------------------------------- state
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_run_goes_on_where_it_was_saved(bits: int) -> None:
+    def go_on(selector: Selector) -> list[Any]:
+        chosen = []
+        for step in range(5, 8):
+            ids = selector.next(3, step)
+            selector.update(ids, rows(3, step), step)
+            chosen.append(ids)
+        return chosen
+
+    selector = made(20, explore=1.0, bits=bits)
+    selector.refresh(rows(3, 9))
+    for step in range(4):
+        selector.update([f"p{step}", "p7"], rows(2, step), step)
+    file = io.BytesIO()
+    torch.save(selector.state_dict(), file)
+    file.seek(0)
+    again = made(20, explore=1.0, bits=bits)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert go_on(again) == go_on(selector)
+    assert np.array_equal(again.scores(again.ids), selector.scores(selector.ids), equal_nan=True)
+
+
+def test_states_that_do_not_fit_are_refused() -> None:
+    state = made().state_dict()
+    for other, message in (
+        (made(5), "1 prompts are not in the state, for example 'p4'"),
+        (made(3), "1 prompts are not in the pool, for example 'p3'"),
+        (made(dim=128), "saved with dim = 64, but this Selector has 128"),
+        (made(bits=4), "saved with bits = 16"),
+        (Selector([f"p{i}" for i in range(4)], SketchSpec(512), dim=64), "saved with spec"),
+    ):
+        with pytest.raises(CropiError, match=message):
+            other.load_state_dict(state)
+    with pytest.raises(CropiError, match="no state of a Selector: 'version' is missing"):
+        made().load_state_dict({"model": {}})
+    with pytest.raises(CropiError, match="version 2"):
+        made().load_state_dict(state | {"version": 2})
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+def test_refused_in_words() -> None:
+    selector = made()
+    selector.update(["p0"], rows(1), step=3)
+    for ids, sketches, step, message in (
+        (["p0"], rows(1), 2, "step is 2: give an integer of at least 3"),
+        (["p0"], rows(1), 3.5, "step is 3.5"),
+        (["p0", "p1"], rows(1), 4, "ids must be a list of 1"),
+        ([None], rows(1), 4, "the prompt of row 0 has no id"),
+        (["p0", "other"], rows(2), 4, "row 1 is 'other', which is not in the pool"),
+        (["p0"], rows(1)[:, :128], 4, "128 numbers a row"),
+        (["p0"], rows(1).tolist(), 4, "give a float tensor"),
+    ):
+        with pytest.raises(CropiError, match=message):
+            selector.update(ids, sketches, step)
+    for options, message in (
+        ({"dim": 48}, "power of two"),
+        ({"dim": 512}, "up to the sketch's 256"),
+        ({"bits": 8}, "bits must be one of 16, 4"),
+        ({"half_life": 0.0}, "half_life"),
+        ({"explore": -1.0}, "explore"),
+    ):
+        with pytest.raises(CropiError, match=message):
+            made(**options)
+    for ids, message in ((["a", "a"], "'a' twice"), (["a", None], "None in place 1"), ([], "at least one")):
+        with pytest.raises(CropiError, match=message):
+            Selector(ids)
+    for n in (0, 5, 1.5, True):
+        with pytest.raises(CropiError, match="from 1 to 4"):
+            selector.next(n)  # type: ignore[arg-type]
+
+
+class Given:
+    def __init__(self, spec: SketchSpec, names: tuple[str, ...]) -> None:
+        self.sketches, self.spec, self.names = rows(1), spec, names
+
+
+def test_sketches_of_another_spec_or_model_are_refused() -> None:
+    selector = made()
+    with pytest.raises(CropiError, match="but this Selector is for"):
+        selector.update(["p0"], Given(SketchSpec(256, seed=1), ("w",)), 1)
+    selector.update(["p0"], Given(SPEC, ("w",)), 1)
+    with pytest.raises(CropiError, match="another model: their 1 parameters"):
+        selector.refresh(Given(SPEC, ("v",)))
+
+
+def test_with_a_trainers_step_and_a_scored_batch() -> None:
+    """The pair: live sketches of training prompts, scored validation prompts, one direction for both.
+
+    The loss is minus what is scored, divided by a number: every prompt is useful for itself.
+    """
+    from support import live as steps
+    from support import zoo
+
+    import cropi
+
+    model, step = zoo.make("llama"), steps.Step()
+    scored = torch.nn.functional.pad(step.scored, (1, 0))
+    valid = cropi.score_batch(
+        model, step.ids, step.mask, response_mask=scored, prompt_ids=step.prompts, weights=step.mask.float(),
+        spec=steps.SPEC,
+    )  # fmt: skip
+    selector = Selector(range(3), steps.SPEC, explore=0.0)
+    selector.refresh(valid)
+    with LiveSketcher(model, steps.SPEC) as live, live.batch(step.prompts, shape=step.shape) as got:
+        steps.cross_entropy(steps.logits_of(model, step), step, step.rows(None)).backward()
+    selector.update(range(3), got, 1)
+    same = torch.nn.functional.cosine_similarity(got.sketches[valid.ids], valid.sketches)
+    assert (same > 0.9999).all(), "one direction, and one up to the divisor"
+    want = torch.nn.functional.cosine_similarity(got.sketches, valid.sketches.mean(0)[None])
+    # 3 / sqrt(1024): so many of 32768 numbers are kept.
+    assert selector.scores(range(3)) == pytest.approx(want.tolist(), abs=0.1)

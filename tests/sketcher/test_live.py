@@ -1,0 +1,401 @@
+"""Live capture: every prompt's part of a trainer's own gradient, held to plain autograd of one prompt at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from support import live as made
+from support import odd_models, zoo
+from support.live import LOSSES, SPEC, Step
+from torch import nn
+
+from cropi_kernels import CoupledLossError, LiveSketcher
+from cropi_kernels.sketcher import SelfTestError
+
+transformers.logging.set_verbosity_error()
+ALL = torch.ones(1, 1)
+
+
+def captured(model: nn.Module, loss: Any, step: Step | None = None, **options: Any) -> torch.Tensor:
+    step = Step() if step is None else step
+    with LiveSketcher(model, SPEC, **options) as live, live.batch(step.prompts, shape=step.shape) as sketch:
+        loss(made.logits_of(model, step), step, step.rows(None)).backward()
+    return -sketch.sketches  # of the loss's gradient
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_prompts_part(name: str, loss: str) -> None:
+    model, step = zoo.make(name), Step()
+    wide = made.prompt_gradients(copy.deepcopy(model).double(), step, LOSSES[loss])
+    own = made.prompt_gradients(copy.deepcopy(model), step, LOSSES[loss])
+    made.close_to_autograd(captured(model, LOSSES[loss]), zoo.make(name), own, wide)
+
+
+# ------------------------------------------------------------------------------------------- the step itself
+def weights_after(
+    model: nn.Module, tapped: bool, around: Any = contextlib.nullcontext, steps: int = 2
+) -> Any:
+    """All parameters after AdamW steps of the GRPO loss in training mode."""
+    step = Step()
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    torch.manual_seed(1)
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(LiveSketcher(model, SPEC)) if tapped else None
+        for _ in range(steps):
+            block = live.batch(step.prompts, shape=step.shape) if live else contextlib.nullcontext()
+            with block, around():
+                loss = made.grpo(made.logits_of(model, step), step, step.rows(None))
+                with torch.autocast("cpu", enabled=False):
+                    loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def plain(name: str, **changes: Any) -> nn.Module:
+    return zoo.make(name, **changes)
+
+
+def checkpointed(name: str, reentrant: bool) -> nn.Module:
+    model: Any = zoo.make(name)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    return model  # type: ignore[no-any-return]
+
+
+def with_lora(name: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(4)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1, init_lora_weights=False
+    )
+    return get_peft_model(zoo.make(name), config)  # type: ignore[return-value]
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+STEPS: dict[str, Any] = {
+    "llama-tied": lambda: plain("llama-tied"),
+    "positions of all rows": lambda: plain("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "dropout, positions of all rows": lambda: plain("gpt2", resid_pdrop=0.1, embd_pdrop=0.1),
+    "biases": lambda: plain("qwen2"),
+    "norms of heads": lambda: plain("gemma3"),
+    "checkpointing": lambda: checkpointed("llama", False),
+    "reentrant checkpointing": lambda: checkpointed("llama", True),
+    "LoRA": lambda: with_lora("llama"),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_the_step_has_the_same_bits(kind: str) -> None:
+    with_taps, without = weights_after(STEPS[kind](), True), weights_after(STEPS[kind](), False)
+    assert all(torch.equal(a, b) for a, b in zip(with_taps, without, strict=True))
+    start = list(STEPS[kind]().parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(with_taps, start, strict=True)), "nothing was trained"
+
+
+def test_the_step_has_the_same_bits_under_autocast() -> None:
+    a, b = (weights_after(zoo.make("llama-tied"), tapped, autocast) for tapped in (True, False))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "opt", "mamba", "mamba2", "mixtral"])
+def test_parameters_that_a_model_uses_in_its_own_way(name: str) -> None:
+    """Sinks, routers, experts, state spaces: their parts are formed from the same backward pass."""
+    step = Step()
+    wide = made.prompt_gradients(odd_models.make(name, torch.float64), step, made.grpo)
+    own = made.prompt_gradients(odd_models.make(name), step, made.grpo)
+    made.close_to_autograd(captured(odd_models.make(name), made.grpo), odd_models.make(name), own, wide)
+
+
+@pytest.mark.parametrize("name", ["opt", "cohere", "mamba2"])
+def test_formed_gradients_leave_the_step_its_bits(name: str) -> None:
+    a, b = (weights_after(odd_models.make(name), tapped) for tapped in (True, False))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_experts_leave_the_step_within_rounding() -> None:
+    a, b = (weights_after(odd_models.make("mixtral"), tapped, steps=1) for tapped in (True, False))
+    # AdamW's first step is lr * sign(g) where |g| is far above eps; where g is nearly 0, rounding may turn its sign.
+    off = torch.cat([(x - y).abs().flatten() for x, y in zip(a, b, strict=True)])
+    assert off.median() <= 1e-6 and (off > 1e-4).float().mean() < 0.01
+
+
+# ------------------------------------------------------------------------------------------ ways of training
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    model, step = checkpointed("llama", reentrant).train(), Step()
+    wide = made.prompt_gradients(zoo.make("llama", torch.float64), step, made.grpo)
+    own = made.prompt_gradients(zoo.make("llama"), step, made.grpo)
+    made.close_to_autograd(captured(model, made.grpo), zoo.make("llama"), own, wide)
+
+
+def test_lora() -> None:
+    """The adapters alone; autograd as it trains them."""
+    model, step = with_lora("llama").eval(), Step()
+    wide = made.prompt_gradients(copy.deepcopy(model).double(), step, made.grpo)
+    own = made.prompt_gradients(copy.deepcopy(model), step, made.grpo)
+    made.close_to_autograd(captured(model, made.grpo), model, own, wide)
+
+
+def test_autocast() -> None:
+    """At most twice as far from the exact gradients as autograd under the same autocast."""
+    model, step = zoo.make("llama-tied"), Step()
+    wide = made.prompt_gradients(zoo.make("llama-tied", torch.float64), step, made.grpo)
+    other = zoo.make("llama-tied")
+    with autocast():
+        own = made.prompt_gradients(other, step, made.grpo)
+        got = captured(model, made.grpo)
+    made.close_to_autograd(got, zoo.make("llama-tied"), own, wide)
+
+
+def test_micro_batches_add_up() -> None:
+    model, step = zoo.make("llama"), Step()
+    whole = captured(model, made.grpo)
+    model.zero_grad()
+    total = torch.zeros_like(whole)
+    with LiveSketcher(model, SPEC) as live:
+        for part in (slice(0, 2), slice(2, 5), slice(5, 6)):
+            own = copy.copy(step)
+            for name in ("ids", "mask", "prompts", "scored", "advantages", "old", "reference"):
+                setattr(own, name, getattr(step, name)[part])
+            rows = torch.ones(len(own.ids), 1)
+            with live.batch(own.prompts, shape=own.shape, num_segments=zoo.N_SEGMENTS) as sketch:
+                made.grpo(made.logits_of(model, own), own, rows).backward()
+            total -= sketch.sketches
+    # Float32 sums in another order: some thousand terms, each rounded to 2^-24 of its size.
+    assert (total - whole).norm() <= 1e-5 * whole.norm()
+
+
+class Doubling:
+    def get_scale(self) -> float:
+        return 1024.0
+
+
+def test_what_the_loss_is_scaled_by_is_divided_out() -> None:
+    model, step = zoo.make("llama"), Step()
+    want = captured(zoo.make("llama"), made.grpo)
+    with (
+        LiveSketcher(model, SPEC) as live,
+        live.batch(step.prompts, shape=step.shape, scale=Doubling()) as got,
+    ):
+        (1024.0 * made.grpo(made.logits_of(model, step), step, step.rows(None))).backward()
+    assert torch.equal(-got.sketches, want), "a power of two changes no bit"
+
+
+def test_a_head_on_the_last_columns() -> None:
+    """As trainers run it: logits of the completion alone."""
+    step, keep = Step(), 4
+
+    def loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        out = model(input_ids=step.ids, attention_mask=step.mask, use_cache=False, logits_to_keep=keep).logits
+        logp = out.to(torch.promote_types(out.dtype, torch.float32)).log_softmax(-1)[..., 5]
+        return (logp * rows * step.advantages[:, None].to(logp)).sum()
+
+    model = zoo.make("llama-tied")
+    with LiveSketcher(model, SPEC) as live, live.batch(step.prompts, shape=step.shape) as got:
+        loss(model, step.rows(None)).backward()
+    gradients = {}
+    for dtype in (torch.float64, torch.float32):
+        other, gradients[dtype] = zoo.make("llama-tied", dtype), []
+        for prompt in range(zoo.N_SEGMENTS):
+            other.zero_grad()
+            loss(other, step.rows(prompt)).backward()
+            gradients[dtype].append({n: p.grad.clone() for n, p in other.named_parameters()})
+    made.close_to_autograd(
+        -got.sketches, zoo.make("llama-tied"), gradients[torch.float32], gradients[torch.float64]
+    )
+
+
+def test_ids_per_token() -> None:
+    """Two prompts in one row of a packed batch."""
+    batch = zoo.packed()
+    weights = zoo.weights_of(batch)
+
+    def loss(model: nn.Module, mine: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32))[batch.positions]
+        logp = z.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        return (logp * weights.to(logp) * mine).sum()
+
+    model = zoo.make("llama")
+    with LiveSketcher(model, SPEC) as live, live.batch(batch.segments) as got:
+        loss(model, torch.ones(len(weights))).backward()
+    owner = batch.segments[0][batch.positions]
+    gradients = {}
+    for dtype in (torch.float64, torch.float32):
+        other, gradients[dtype] = zoo.make("llama", dtype), []
+        for prompt in range(zoo.N_SEGMENTS):
+            other.zero_grad()
+            loss(other, (owner == prompt).float()).backward()
+            gradients[dtype].append({n: p.grad.clone() for n, p in other.named_parameters()})
+    made.close_to_autograd(
+        -got.sketches, zoo.make("llama"), gradients[torch.float32], gradients[torch.float64]
+    )
+
+
+# ---------------------------------------------------------------------------------------- models in wrappers
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_data_parallel(one_rank: None) -> None:
+    model, step = zoo.make("llama"), Step()
+    want = captured(zoo.make("llama"), made.grpo)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with LiveSketcher(wrapped, SPEC) as live:
+        for _ in range(2):
+            with live.batch(step.prompts, shape=step.shape) as got:
+                made.grpo(made.logits_of(wrapped, step), step, step.rows(None)).backward()
+            assert torch.equal(-got.sketches, want)
+            assert live.loss == "a sum over prompts"
+
+
+def test_sharded(one_rank: None) -> None:
+    """FSDP2: the taps see whole weights' products, autograd leaves shards."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, step = zoo.make("llama"), Step()
+    want = captured(zoo.make("llama"), made.grpo)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with LiveSketcher(model, SPEC) as live:
+        for _ in range(2):
+            with live.batch(step.prompts, shape=step.shape) as got:
+                made.grpo(made.logits_of(model, step), step, step.rows(None)).backward()
+            assert torch.equal(-got.sketches, want)
+    assert all(hasattr(p.grad, "placements") for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_modules() -> None:
+    """Compiled before the taps came or after: a compiled module sees hooks come."""
+    model, step = zoo.make("llama"), Step()
+    want = captured(zoo.make("llama"), made.grpo)
+    torch.compiler.reset()
+    model.model.layers[0].mlp.compile(backend="eager")
+    made.grpo(made.logits_of(model, step), step, step.rows(None)).backward()
+    with LiveSketcher(model, SPEC) as live:
+        for _ in range(2):
+            with live.batch(step.prompts, shape=step.shape) as got:
+                made.grpo(made.logits_of(model, step), step, step.rows(None)).backward()
+            assert torch.equal(-got.sketches, want)
+        assert live.loss == "not checked: modules are compiled"
+    torch.compiler.reset()
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+def test_a_nan_marks_its_prompt_alone() -> None:
+    model, step = zoo.make("llama"), Step()
+    want = captured(zoo.make("llama"), made.cross_entropy)
+    bad = copy.copy(step)
+
+    def loss(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
+        rows = torch.where(step.prompts == 1, float("nan"), 1.0)[:, None]
+        return (-made.logprobs_of(logits, step) * step.scored * rows).sum() / step.scored.sum()
+
+    with LiveSketcher(model, SPEC) as live:
+        with live.batch(step.prompts, shape=step.shape) as got:
+            loss(made.logits_of(model, bad), bad, step.rows(None)).backward()
+        assert got.failed.tolist() == [False, True, False]
+        assert torch.equal(-got.sketches[[0, 2]], want[[0, 2]])
+        with live.batch(step.prompts, shape=step.shape) as got:  # the taps are held to autograd now
+            made.cross_entropy(made.logits_of(model, step), step, step.rows(None)).backward()
+        assert not got.failed.any() and live._heard
+
+
+def coupled_by_a_norm(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
+    logp = made.logprobs_of(logits, step)
+    return (logp * step.advantages[:, None] * step.scored).sum() / logp.std()
+
+
+def coupled_by_the_weights(model: nn.Module) -> Any:
+    def loss(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
+        return made.cross_entropy(logits, step, mine) + 1e-3 * model.model.norm.weight.square().sum()
+
+    return loss
+
+
+def test_a_loss_that_is_no_sum_over_prompts_is_named() -> None:
+    with pytest.raises(CoupledLossError, match="no sum over prompts"):
+        captured(zoo.make("llama"), coupled_by_a_norm)
+    model = zoo.make("llama")
+    with pytest.raises(CoupledLossError, match=r"model\.norm\.weight"):
+        captured(model, coupled_by_the_weights(model))
+    assert captured(zoo.make("llama"), coupled_by_a_norm, coupled=True).isfinite().all()
+
+
+def test_losses_of_trainers_are_sums() -> None:
+    for loss in LOSSES.values():
+        model, step = zoo.make("llama"), Step()
+        with LiveSketcher(model, SPEC) as live, live.batch(step.prompts, shape=step.shape):
+            loss(made.logits_of(model, step), step, step.rows(None)).backward()
+        assert live.loss == "a sum over prompts"
+
+
+def test_a_weight_that_is_used_beside_its_module_is_named() -> None:
+    model = zoo.make("llama")
+
+    def loss(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
+        hidden = model.model(input_ids=step.ids, attention_mask=step.mask, use_cache=False).last_hidden_state
+        return made.grpo((hidden @ model.lm_head.weight.T)[:, :-1], step, mine)
+
+    with pytest.raises(SelfTestError, match=r"lm_head\.weight.*heard nothing"):
+        captured(model, loss, coupled=True)
+
+
+def test_rows_of_several_sequences_are_refused() -> None:
+    batch, model = zoo.packed(), zoo.make("llama")
+    with (
+        LiveSketcher(model, SPEC) as live,
+        pytest.raises(ValueError, match="position_ids restart in column 7"),
+    ):
+        with live.batch(torch.zeros(1, dtype=torch.int64), shape=tuple(batch.input_ids.shape)):
+            model(input_ids=batch.input_ids, position_ids=batch.position_ids)
+
+
+def test_refused_in_words() -> None:
+    model, step = zoo.make("llama"), Step()
+    live = LiveSketcher(model, SPEC)
+    with (
+        pytest.raises(RuntimeError, match="outside the `with LiveSketcher"),
+        live.batch(step.prompts, shape=(6, 9)),
+    ):
+        pass
+    with live:
+        for segments, options, message in (
+            (step.prompts.tolist(), {}, "segments is of type list"),
+            (step.prompts, {}, "give ids per token, or shape"),
+            (step.prompts.float(), {"shape": (6, 9)}, "torch.float32"),
+            (step.prompts - 1, {"shape": (6, 9)}, "holds -1"),
+            (step.prompts, {"shape": (6, 9), "num_segments": 2}, "num_segments=2 but segments holds id 2"),
+            (step.prompts, {"shape": (6, 9), "scale": float("inf")}, "scale is inf"),
+        ):
+            with pytest.raises(ValueError, match=message), live.batch(segments, **options):
+                pass
+        model.lm_head.weight.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"what is trainable has changed.*lm_head\.weight"):
+            with live.batch(step.prompts, shape=(6, 9)):
+                pass
+        model.lm_head.weight.requires_grad_(True)
+        with live.batch(step.prompts, shape=step.shape):
+            loss = made.grpo(made.logits_of(model, step), step, step.rows(None))
+        with pytest.raises(RuntimeError, match="after its batch had ended"):
+            loss.backward()
+    assert not any(m._forward_hooks for m in model.modules())
