@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import library
 
-from . import _memory
+from . import _fork, _memory, _native
 
 NAMESPACE = "cropi"
 LIB = library.Library(NAMESPACE, "DEF")  # kept alive here: its ops vanish with it
@@ -28,11 +28,19 @@ def register(
     """Define an op, with one kernel for all devices (it chooses the backend itself) and the shapes for tracing.
 
     ``remedy`` is what its caller can do when the device's memory is full. Returns the op.
+
+    Operands that begin between two elements are copied; what the op writes must not, which is a ValueError.
     """
     name = schema.split("(")[0]
+    arguments = schema.split(") -> ")[0].split(", ")
+    written = [(i, argument.split()[-1]) for i, argument in enumerate(arguments) if "!)" in argument]
 
     @functools.wraps(kernel)
     def explained(*args: Any) -> Any:
+        _fork.one_thread_after_fork()
+        for i, operand in written:
+            refuse_misaligned(operand, args[i])
+        args = tuple(_native.aligned(a) if isinstance(a, torch.Tensor) else a for a in args)
         try:
             with no_autocast(*args):
                 return kernel(*args)
@@ -43,6 +51,14 @@ def register(
     LIB.impl(name, explained, "CompositeExplicitAutograd")
     library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIB)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def refuse_misaligned(name: str, x: torch.Tensor) -> None:
+    if _native.misaligned(x):
+        raise ValueError(
+            f"{name} is {x.dtype} and begins at an address that is no multiple of {x.element_size()}: give fresh "
+            f"memory ({name}.clone())"
+        )
 
 
 def no_autocast(*args: Any) -> contextlib.AbstractContextManager[Any]:

@@ -64,18 +64,33 @@ def not_plain(x: torch.Tensor) -> str | None:
     return None
 
 
+def misaligned(x: torch.Tensor) -> bool:
+    """Whether the numbers of ``x`` begin between two elements, as a buffer that is read from an odd byte on does."""
+    return type(x) in PLAIN and x.layout is torch.strided and x.data_ptr() % x.element_size() != 0
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy where no kernel may read it: some processors cannot, and in C++ it is undefined on all."""
+    return x.clone() if misaligned(x) else x
+
+
 def pointer(x: torch.Tensor) -> int:
     """The address of ``x``'s numbers: the one place where a CPU kernel gets it.
 
     Raises:
-        ValueError: they have none; the kernel would read what lies elsewhere.
+        ValueError: they have none, or one between two elements; the kernel would read what lies elsewhere.
     """
     if not (type(x) in PLAIN and x.layout is torch.strided and x.is_cpu):
         if (reason := not_plain(x)) is not None or not x.is_cpu:
             raise ValueError(
                 f"a CPU kernel was given other memory: {reason or f'the tensor is on {x.device}'}"
             )
-    return x.data_ptr()
+    address = x.data_ptr()
+    if address % x.element_size():
+        raise ValueError(
+            f"a CPU kernel was given {x.dtype} at an address that is no multiple of {x.element_size()}: give a clone"
+        )
+    return address
 
 
 def matrix(x: torch.Tensor) -> tuple[int, int, int, int, int]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from ._fork import one_thread_after_fork
+
 BLOCK = 128  # numbers that share an int8 scale; costs 3 % of the space
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -46,6 +48,7 @@ def quantize_rows(y: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
         raise ValueError(f"dtype={dtype}: rows can be held as torch.int8 or torch.float16")
     if y.ndim != 2 or not y.dtype.is_floating_point:
         raise ValueError(f"y is {y.dtype} {tuple(y.shape)}: give floating-point rows [B, dim]")
+    one_thread_after_fork()
     n, dim = y.shape
     block = max(1, math.gcd(dim, BLOCK) if dtype == torch.int8 else dim)
     blocks = y.float().contiguous().view(n, dim // block, block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import philox as px
+from ._fork import one_thread_after_fork
 from ._spec_base import as_int, check_int
 from .spec import VERSION
 
@@ -27,6 +28,7 @@ def reduce_sketch(sketch: torch.Tensor, dim: int, *, seed: int = 0, version: int
     Raises:
         ValueError: ``dim`` or the sketch's own size is not a power of two, or ``dim`` is the larger one.
     """
+    one_thread_after_fork()
     n = sketch.shape[-1]
     if n < 1 or n & (n - 1):
         raise ValueError(f"sketch has {n} numbers per row: a sketch has a power of two")

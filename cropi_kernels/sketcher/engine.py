@@ -143,9 +143,10 @@ class CpuEngine(Operators):
         if code is None or x.ndim != 3 or not x.is_cpu or not x.is_contiguous():
             return None
         batch, length, n = x.shape
-        if batch != self._batch or length != self._length:
+        address = x.data_ptr()
+        if batch != self._batch or length != self._length or address % x.element_size():
             return None
-        return x.data_ptr(), batch * length, n, n, code
+        return address, batch * length, n, n, code
 
     def fold(self, x: torch.Tensor, matrix: MatrixSketch, site: Site) -> torch.Tensor:
         rows, plan = self.plain(x), matrix.plan

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import _memory, frozen
+from .._fork import one_thread_after_fork
 from ..frozen import Linears, PackedLinears
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
@@ -436,6 +437,7 @@ class GradientSketcher:
             check_heard(self.model, self._plan, heard, where, partly=method == "batch")
 
     def _active(self, method: str) -> None:
+        one_thread_after_fork()
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"{method} under torch.inference_mode(), where nothing can be differentiated: leave it"

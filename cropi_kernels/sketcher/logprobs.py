@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._fork import one_thread_after_fork
 from ..ops.linear_logprob import linear_logprob
 from ..ops.linear_logprob.slices import sliced_logprob_and_grad
 from .decoder import SplitModel, split_model, split_parts
@@ -50,6 +51,7 @@ def token_logprobs(
     Raises:
         ValueError: the model has no decoder and linear head, or an argument does not fit; names which.
     """
+    one_thread_after_fork()
     check_tensors(input_ids=input_ids, positions=positions, targets=targets)
     check_rows(input_ids, attention_mask, position_ids)
     check_positions(input_ids, positions, targets)

@@ -1,5 +1,6 @@
 // Python glue: pointers come in as integers, already checked by cropi_kernels; the GIL is released around each kernel.
 #include "bindings/arguments.h"
+#include "cpu/levels.h"
 
 namespace py = pybind11;
 using namespace cropi;
@@ -33,6 +34,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("detected_level", &detected_level);
   m.def("current_level", &current_level);
   m.def("set_level", &set_level);
+  m.def("cpu_words", [] {
+    const CpuWords cpu = this_cpu();
+    return py::make_tuple(cpu.leaf1_ecx, cpu.leaf7_ebx, cpu.extended_ecx, cpu.xcr0);
+  });
+  m.def("level_of", [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t extended_ecx, uint32_t xcr0) {
+    return level_of(CpuWords{leaf1_ecx, leaf7_ebx, extended_ecx, xcr0});
+  });
 
   m.def("philox", [](uint32_t k0, uint32_t k1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
     const Draw d = philox(Key{k0, k1}, c0, c1, c2, c3);

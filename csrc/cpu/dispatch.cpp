@@ -1,6 +1,11 @@
 #include <atomic>
 
 #include "cpu/kernels.h"
+#include "cpu/levels.h"
+
+#if defined(CROPI_HAVE_v3)
+#  include <cpuid.h>
+#endif
 
 namespace cropi {
 namespace {
@@ -16,28 +21,31 @@ const Kernels kV3 = {CROPI_KERNELS(CROPI_ENTRY_V3)};
 const Kernels kV4 = {CROPI_KERNELS(CROPI_ENTRY_V4)};
 #endif
 
-int detect() {
-#if defined(CROPI_HAVE_v3)
-  __builtin_cpu_init();  // feature names: clang before 17 does not know "x86-64-v4"
-  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl");
-  return v4 ? 4 : v3 ? 3 : 1;
-#else
-  return 1;
-#endif
-}
-
-std::atomic<int> level{detect()};
+std::atomic<int> level{level_of(this_cpu())};
 
 }  // namespace
 
-int detected_level() { return detect(); }
+CpuWords this_cpu() {
+  CpuWords cpu{};
+#if defined(CROPI_HAVE_v3)
+  // Asked for itself: compilers differ in the feature names that their builtins know.
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx)) cpu.leaf1_ecx = ecx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) cpu.leaf7_ebx = ebx;
+  if (__get_cpuid(0x80000001u, &eax, &ebx, &ecx, &edx)) cpu.extended_ecx = ecx;
+  if (cpu.leaf1_ecx >> 27 & 1) {  // OSXSAVE: XGETBV exists
+    __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+    cpu.xcr0 = eax;
+  }
+#endif
+  return cpu;
+}
+
+int detected_level() { return level_of(this_cpu()); }
 int current_level() { return level; }
 
 void set_level(int wanted) {
-  int best = detect();
+  int best = detected_level();
   int capped = wanted < best ? wanted : best;
   level = capped >= 4 ? 4 : capped >= 3 ? 3 : 1;
 }

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from ... import _memory, dispatch
+from ... import _memory, _native, dispatch
+from ..._fork import one_thread_after_fork
 from ..._library import no_autocast
 from ..._spec_base import as_int, check_int
 from .._checks import check_plain
@@ -124,12 +125,12 @@ def logprob_and_grad(
             raise ValueError(
                 f"weigh(logp, {start}, {stop}) returned {shape}: return a tensor of {stop - start} weights"
             )
-        return weights.detach()
+        return _native.aligned(weights.detach())
 
     with _memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
         call = ops.prepare(hidden, head, targets, bias, settings)
         with no_autocast(hidden):
-            return chunks.one_pass(hidden.detach(), call, checked, on_dlogits)
+            return chunks.one_pass(_native.aligned(hidden.detach()), call, checked, on_dlogits)
 
 
 def _checked(
@@ -144,6 +145,7 @@ def _checked(
     backend: str | None,
 ) -> Settings:
     """Everything that shapes and numbers alone decide, so that it also runs while a graph is traced."""
+    one_thread_after_fork()
     for name, x in (("hidden", hidden), ("head", head), ("targets", targets), ("bias", bias)):
         if x is not None:
             check_plain(name, x)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import library
 
-from ... import dispatch
+from ... import _native, dispatch
 from ..._library import LIB, NAMESPACE, register
 from . import chunks, cpu, reference
 from .contract import Kernels, RowMath, Settings, Stats
@@ -25,6 +25,7 @@ def prepare(
     settings: Settings,
 ) -> chunks.Call:
     """Checks the values of ``targets`` and chooses the backend and the chunk."""
+    head, targets = _native.aligned(head), _native.aligned(targets)
     vocab = head.shape[0]
     counted = targets != settings.ignore_index
     bad = counted & ((targets < 0) | (targets >= vocab))
@@ -44,7 +45,7 @@ def prepare(
             f"ignore_index={settings.ignore_index}; is this the tokenizer of another model?"
         )
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    bias = None if bias is None else bias.detach().to(dtype).contiguous()
+    bias = None if bias is None else _native.aligned(bias.detach().to(dtype).contiguous())
     chunk = settings.chunk_size or chunks.default_chunk(
         hidden.shape[0], vocab, dtype.itemsize, on_device=hidden.is_cuda
     )

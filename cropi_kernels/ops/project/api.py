@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from ..._fork import one_thread_after_fork
+from ..._library import refuse_misaligned
 from ..._spec_base import as_int
 from ...dispatch import checked
 from . import ops
@@ -116,6 +118,7 @@ def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -
 
 
 def check_spec(spec: ProjectionSpec) -> None:
+    one_thread_after_fork()  # the operators ask too, but what public functions look at may be large as well
     if not isinstance(spec, ProjectionSpec):
         raise ValueError(f"spec={spec!r}: give a cropi_kernels.ProjectionSpec")
 
@@ -148,6 +151,7 @@ def _check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec) -> None
             f"out is {out.dtype} {tuple(out.shape)}, contiguous={out.is_contiguous()}: it must be contiguous {want} "
             f"[{x.shape[0]}, {spec.dim}]"
         )
+    refuse_misaligned("out", out)
     if out.device != x.device:
         raise ValueError(f"out is on {out.device} but x is on {x.device}")
     for name, tensor in (("x", x), ("out", out)):

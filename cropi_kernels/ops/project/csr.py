@@ -211,9 +211,9 @@ def _native_call(
 ) -> None:
     starts, columns, values = (t.contiguous() for t in x[:3])
     _native.native().project_csr(
-        values.data_ptr(),
-        columns.data_ptr(),
-        starts.data_ptr(),
+        _native.pointer(values),
+        _native.pointer(columns),
+        _native.pointer(starts),
         values.dtype == torch.float64,
         columns.dtype == torch.int64,
         len(starts) - 1,
@@ -226,9 +226,9 @@ def _native_call(
         spec.nnz,
         spec.keep_count,
         spec.scale,
-        y.data_ptr(),
-        0 if bucket is None else bucket.data_ptr(),
-        0 if count is None else count.data_ptr(),
+        _native.pointer(y),
+        0 if bucket is None else _native.pointer(bucket),
+        0 if count is None else _native.pointer(count),
         _native.threads(),
     )
 

@@ -38,7 +38,7 @@ def accumulate(
 ) -> torch.Tensor:
     """``out += S x``; rows of the result that are not finite become NaN throughout."""
     served_by = choose(x, spec, backend)
-    for start, piece in contiguous_columns(x.detach()):
+    for start, piece in contiguous_columns(_native.aligned(x.detach())):
         served_by.project(piece, spec, out, offset + start)
     return out.masked_fill_(~torch.isfinite(out).all(dim=1, keepdim=True), torch.nan)
 
