@@ -51,6 +51,13 @@ class Ranks(Protocol):
         """Rank 0's value, on every rank."""
 
 
+class Sketches(Protocol):
+    """How a job becomes a store: :func:`cropi.sketching.run.sketch`, or that of several processes together."""
+
+    def __call__(self, policy: Policy, job: SketchJob, *, scan: Scan, progress: bool) -> Summary:
+        """See :func:`cropi.sketching.run.sketch`."""
+
+
 class Alone:
     """One process."""
 
@@ -245,7 +252,13 @@ def _validation(valid: Any) -> dict[str, Any]:
 
 
 def sketch_part(
-    policy: Policy, part: Part, job: SketchJob, out: Path | None, *, progress: bool = True
+    policy: Policy,
+    part: Part,
+    job: SketchJob,
+    out: Path | None,
+    *,
+    progress: bool = True,
+    by: Sketches = sketch,
 ) -> Summary:
     """Sketch one part into a store.
 
@@ -263,7 +276,7 @@ def sketch_part(
         behaviour=part.behaviour if part.behaviour != "auto" else job.behaviour,
         behaviour_model=part.behaviour_model if part.behaviour_model is not None else job.behaviour_model,
     )
-    summary = sketch(policy, job, scan=part.scan, progress=progress)
+    summary = by(policy, job, scan=part.scan, progress=progress)
     if summary.interrupted:
         raise Interrupted(out, summary)
     return summary
@@ -278,22 +291,24 @@ def sketch_all(
     ranks: Ranks | None = None,
     say: Callable[[str], Any] = lambda line: None,
     progress: bool = True,
+    by: Sketches = sketch,
 ) -> dict[str, SketchStore]:
     """Sketch the validation sets, then the training prompts: the stores of this rank by the name of their part.
 
     A validation set whose mean gradient is zero shows before the long part. A rank without a share makes no store.
+    ``by`` is how a part is sketched; where that gives no store (rank 0 has it), none is in what is returned.
     """
     stores: dict[str, SketchStore] = {}
     parts = [*checked.valid, checked.train]
     for part in parts:
-        if part is parts[-1] and (ranks or Alone()).world == 1:
+        if part is parts[-1] and (ranks or Alone()).world == 1 and stores:
             validation_means(list(stores.values()))
         if part.scan.prompts:
             say(f"== {part.groups.names}")
-            summary = sketch_part(policy, part, job, store_at(part.name), progress=progress)
+            summary = sketch_part(policy, part, job, store_at(part.name), progress=progress, by=by)
             say(summary.text())
-            assert summary.store is not None
-            stores[part.name] = summary.store
+            if summary.store is not None:
+                stores[part.name] = summary.store
     return stores
 
 
@@ -355,16 +370,21 @@ def choose(
 
     def finish() -> Selection:
         stores = {part.name: _joined(part.name, mine, at, who) for part in (*parts.valid, parts.train)}
-        trained = stores.pop("train")
-        scores = score(trained, list(stores.values()), setup.influence, setup.selecting)
-        chosen = pick(scores, setup.selecting, setup.least, trained)
-        if root is not None:
-            write_scores(root / "scores.parquet", scores, chosen)
-            write_selection(root / "selected.jsonl", scores, chosen)
-        return chosen
+        return conclude(stores, setup, root)
 
     result = who.agree(lambda: finish() if who.first else None)
     return who.share(result)
+
+
+def conclude(stores: Mapping[str, SketchStore], setup: Setup, folder: Path | None) -> Selection:
+    """The last part of :func:`choose`: from the stores of all parts to the selection, and its files in ``folder``."""
+    valid = [store for name, store in stores.items() if name != "train"]
+    scores = score(stores["train"], valid, setup.influence, setup.selecting)
+    chosen = pick(scores, setup.selecting, setup.least, stores["train"])
+    if folder is not None:
+        write_scores(folder / "scores.parquet", scores, chosen)
+        write_selection(folder / "selected.jsonl", scores, chosen)
+    return chosen
 
 
 def _joined(

@@ -72,6 +72,16 @@ def vocab_width(text: str) -> int | None:
     return width(text, 1 << 20)
 
 
+def shard(text: str) -> tuple[int, int]:
+    """``i/n``: share i of n, counted from 1."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give i/n with 1 <= i <= n, such as 1/4, 2/4, 3/4 and 4/4"
+        )
+    return int(number), int(count)
+
+
 def _number(text: str, kind: Callable[[str], T], good: Callable[[T], bool], remedy: str) -> T:
     try:
         value = kind(text)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cropi.cli import exporting, influence, options, select, sketch
+from cropi.cli import exporting, influence, options, ranks, select, sketch
 from cropi.cli.config import apply_config
 from cropi.errors import optional
 from cropi.options import Influence, Reading, Selecting, Sketching
@@ -42,9 +43,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Everything is checked first: what is wrong with the last step must not show after hours of the first."""
-    from cropi import pipeline
     from cropi.files import check_outputs
-    from cropi.sketching.interrupt import Interrupted
 
     if args.config:
         apply_config(args)
@@ -59,23 +58,55 @@ def run(args: argparse.Namespace) -> int:
     )
     for package in ("tqdm", "safetensors.torch", "pyarrow.parquet", "matplotlib", "jinja2"):
         optional(package)
+    with ranks.joined(args) as team:
+        return _run(args, team, names)
+
+
+def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
+    from cropi import pipeline
+    from cropi.sketching.interrupt import Interrupted
+
     policy, behaviour_model = sketch.policies(args)
     setup = pipeline.Setup.of(
         options.selection(args), behaviour_model=behaviour_model, notes=sketch.notes(args)
     )
     train = options.opened(args, args.train, policy)
     valid = {name: options.opened(args, path, policy) for name, path in zip(names, args.valid, strict=True)}
-    checked = pipeline.check(policy, train, valid, setup)
-    exporting.check(args, checked.train.groups)
-    print(sketch.placed(args, policy))
+    out = Path(args.out)
     try:
-        chosen = pipeline.choose(
-            policy, train, valid, setup, args.out, checked=checked, say=print, progress=args.progress
-        )
+        if team is None:
+            checked = pipeline.check(policy, train, valid, setup)
+            exporting.check(args, checked.train.groups)
+            print(sketch.placed(args, policy))
+            chosen = pipeline.choose(
+                policy, train, valid, setup, out, checked=checked, say=print, progress=args.progress
+            )
+        else:
+            from cropi.distributed import ranks as together
+
+            def check() -> Any:
+                found = pipeline.check(policy, train, valid, setup)
+                if team.first:
+                    exporting.check(args, found.train.groups)
+                return found
+
+            checked = team.agree(check)
+            if team.first:
+                print(sketch.placed(args, policy, team.world))
+            stores = pipeline.sketch_all(
+                policy, checked, setup.job, lambda name: out / "sketches" / name,
+                say=print if team.first else ranks.quiet, progress=args.progress,
+                by=partial(together.sketch, team),
+            )  # fmt: skip
+            if not team.first:
+                return 0
+            chosen = pipeline.conclude(stores, setup, out)
     except Interrupted as error:
+        if team is not None and not team.first:
+            return 130
         print(error.summary.text())
         return sketch.stopped(args, error)
-    _show(args, Path(args.out), checked, chosen)
+    _show(args, out, checked, chosen)
     return 0
 
 

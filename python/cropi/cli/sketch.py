@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from typing import Any
 
-from cropi.cli import options
+from cropi.cli import options, ranks
+from cropi.cli.parser import shard
+from cropi.errors import CropiError
 from cropi.options import Reading, Sketching
 
 
@@ -18,6 +21,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--out", required=True, metavar="FOLDER", help="the store; continued if it is there")
     command.add_argument("--set", help="validation set of records that carry none (default: none)")
+    command.add_argument(
+        "--shard", type=shard, metavar="I/N",
+        help="only share I of N, about as many tokens as the others; every share into an --out of its own",
+    )  # fmt: skip
     options.add_model(command)
     options.add(command, Reading, Sketching)
     options.add_progress(command)
@@ -25,12 +32,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sketch, and print the summary."""
+    if not args.model:
+        args.parser.error("the following arguments are required: --model")
+    with ranks.joined(args) as team:
+        return _run(args, team)
+
+
+def _run(args: argparse.Namespace, team: Any) -> int:
     from cropi.sketching.interrupt import Interrupted
     from cropi.sketching.job import make_job
     from cropi.sketching.run import scan_groups, sketch
 
-    if not args.model:
-        args.parser.error("the following arguments are required: --model")
     given = options.made(Sketching, args)
     policy, behaviour_model = policies(args)
     job = make_job(
@@ -41,9 +53,24 @@ def run(args: argparse.Namespace) -> int:
         behaviour_model=behaviour_model,
         notes=notes(args),
     )
-    scan = scan_groups(policy, job)  # before the time that loading the weights takes is spent
-    print(placed(args, policy))
-    summary = sketch(policy, job, scan=scan, progress=args.progress)
+    if team is not None:
+        from cropi.distributed import ranks as together
+
+        if args.shard is not None:
+            raise CropiError(
+                f"--shard {args.shard[0]}/{args.shard[1]} is for processes without a launcher, and WORLD_SIZE="
+                f"{team.world} is set: leave --shard out, the processes share the prompts by themselves"
+            )
+        if team.first:
+            print(placed(args, policy, team.world))
+        summary = together.sketch(team, policy, job, progress=args.progress)
+        if not team.first:
+            return 130 if summary.interrupted else 0
+    else:
+        job = replace(job, shard=args.shard)
+        scan = scan_groups(policy, job)  # before the time that loading the weights takes is spent
+        print(placed(args, policy))
+        summary = sketch(policy, job, scan=scan, progress=args.progress)
     print(summary.text())
     if summary.interrupted:
         return stopped(args, Interrupted(args.out, summary))
@@ -67,12 +94,16 @@ def policies(args: argparse.Namespace) -> tuple[Any, Any]:
     return Policy(args.model, **named, **own), behaviour
 
 
-def placed(args: argparse.Namespace, policy: Any) -> str:
-    """One line that says where the policy runs, in which dtype, and how many tokens at once."""
+def placed(args: argparse.Namespace, policy: Any, processes: int = 1) -> str:
+    """One line that says where the policy runs, in which dtype, and how many tokens at once, which several processes
+    agree on later."""
     from cropi.model.placing import tokens_at_once
 
     device, dtype = policy.plan
     more = "".join(f", {name} {value}" for name in ("quantize", "adapter") if (value := getattr(args, name)))
+    if processes > 1:
+        kind = str(dtype).removeprefix("torch.")
+        return f"running on    {processes} processes, rank 0 on {device}, {kind} weights{more}"
     tokens = tokens_at_once(policy, args.tokens_per_batch)
     return (
         f"running on    {device}, {str(dtype).removeprefix('torch.')} weights{more}, {tokens} tokens a batch"

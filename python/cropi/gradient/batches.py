@@ -188,9 +188,18 @@ def make_batches(
     for group in groups:
         held.append(group)
         if len(held) == window:
-            yield from _pack(held, estimator, layout, budget, stored_behaviour, done)
+            yield from built(cut_batches(held, layout, budget), estimator, stored_behaviour, done)
             held = []
-    yield from _pack(held, estimator, layout, budget, stored_behaviour, done)
+    yield from built(cut_batches(held, layout, budget), estimator, stored_behaviour, done)
+
+
+def built(
+    batches: Iterable[Sequence[Row]], estimator: Estimator, stored: bool, done: Container[str] = ()
+) -> Iterator[MicroBatch]:
+    """The micro-batches of some rows (:func:`cut_batches`); those whose prompts are all ``done`` are left out."""
+    for rows in batches:
+        if not all(row.group.id in done for row in rows):
+            yield _build(rows, estimator, stored)
 
 
 def _chunks(count: int, size: int) -> list[tuple[int, ...]]:
@@ -210,17 +219,12 @@ def _plan(groups: list[TokenGroup], layout: Layout, budget: int) -> list[list[Ro
     return plans
 
 
-def _pack(
-    groups: list[TokenGroup],
-    estimator: Estimator,
-    layout: Layout,
-    budget: int,
-    stored: bool,
-    done: Container[str],
-) -> Iterator[MicroBatch]:
+def cut_batches(groups: list[TokenGroup], layout: Layout, budget: int) -> list[list[Row]]:
+    """The rows of each micro-batch of some groups, sorted by length; the rows of a prompt follow each other."""
     plans = _plan(groups, layout, budget)
     # Longest first: if memory is short, it shows at once and not after an hour.
     plans.sort(key=lambda rows: (rows[0].group.temperature, rows[0].shared, -max(row.length for row in rows)))
+    batches: list[list[Row]] = []
     batch: list[Row] = []
     for row in (row for rows in plans for row in rows):
         longest = max([row.length, *(other.length for other in batch)])
@@ -231,16 +235,10 @@ def _pack(
             or kind != (batch[0].group.temperature, batch[0].shared)
             or not layout.lengths.together(min(reaches), max(reaches))
         ):
-            if not _all_done(batch, done):
-                yield _build(batch, estimator, stored)
+            batches.append(batch)
             batch = []
         batch.append(row)
-    if batch and not _all_done(batch, done):
-        yield _build(batch, estimator, stored)
-
-
-def _all_done(rows: Sequence[Row], done: Container[str]) -> bool:
-    return all(row.group.id in done for row in rows)
+    return [*batches, batch] if batch else batches
 
 
 def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatch:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError, optional
-from cropi.gradient.batches import make_batches
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.layout import layout_of
@@ -17,6 +18,7 @@ from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import cancels
 from cropi.model.moments import SecondMoments
 from cropi.model.policy import Policy
+from cropi.sketching.chunks import Part, make_chunks
 from cropi.sketching.interrupt import Interrupt
 from cropi.sketching.passes import ZERO_GRADIENT, Passes
 from cropi.sketching.rows import row_of
@@ -45,6 +47,7 @@ def sketch_groups(
     total: int | None = None,
     progress: bool = False,
     summary: Summary | None = None,
+    part: Part | None = None,
 ) -> Summary:
     """Sketch tokenised prompts into a store, on disk or in memory.
 
@@ -70,6 +73,8 @@ def sketch_groups(
         total: how many prompts there are, for the progress bar.
         progress: show one.
         summary: counts are added to this one; None: to a new one.
+        part: where several processes share the job: which of its chunks are computed here. ``groups`` are all prompts
+            all the same.
 
     Raises:
         CropiError: a group of another type, a behaviour that the groups do not carry, or a layout that the model cannot
@@ -86,18 +91,16 @@ def sketch_groups(
         sketcher.check_model()
         summary.coverage = str(sketcher.coverage)
         summary.resumed = len(store)
-        done = frozenset(row.id for row in store.rows())
-        left = None if total is None else max(total - len(store), 0)
+        done = frozenset(row.id for row in store.rows()) | (part.done if part else frozenset())
+        left = None if total is None or part else max(total - len(store), 0)
         with Interrupt() as interrupt, _bar(left, Path(store.path).name, progress) as bar:
             if plan.note:
                 bar.write(plan.note)
-            batches = make_batches(
-                _to_compute(groups, store, done, summary, bar, estimator, source.source, default_set),
-                estimator,
+            chunks = make_chunks(
+                _checked(groups, estimator, source.source, default_set),
                 plan,
                 budget=tokens_per_batch,
-                stored_behaviour=source.source == "file",
-                done=done,
+                tokens=part.tokens if part else None,
             )
             passes = Passes(
                 sketcher,
@@ -109,23 +112,33 @@ def sketch_groups(
                 bar.write,
                 plan.lengths,
             )
-            flushed = time.monotonic()
-            for batch in batches:
-                for row, vector in passes.run(batch):
-                    if row.id in done:  # it only fills its batch, as it did when it was computed
-                        continue
+
+            def keep(row: RowInfo, vector: torch.Tensor | None = None) -> None:
+                if row.id not in done:
                     summary.count(row)
                     store.add(row, vector)
                     bar.update(1)
-                bar.set_postfix_str(f"{summary.model_tokens / summary.wall:.0f} tokens/s", refresh=False)
-                if time.monotonic() - flushed > FLUSH_SECONDS:
-                    store.flush()
-                    flushed = time.monotonic()
+
+            flushed = time.monotonic()
+            for chunk in part.take(chunks) if part else chunks:
+                for row in chunk.rows:
+                    keep(row)
+                for batch in chunk.built(estimator, source.source == "file", done):
+                    for row, vector in passes.run(batch):
+                        if row.id in chunk.prompts:  # others only fill the batch, as those do that are done
+                            keep(row, vector)
+                    bar.set_postfix_str(f"{summary.model_tokens / summary.wall:.0f} tokens/s", refresh=False)
+                    if time.monotonic() - flushed > FLUSH_SECONDS:
+                        store.flush()
+                        flushed = time.monotonic()
+                    if interrupt.asked:
+                        break
+                passes.forget()
                 if interrupt.asked:
                     summary.interrupted = True
                     break
         if not summary.interrupted:
-            store.finish()
+            part.finish(store) if part else store.finish()
     summary.peak_gib = peak_memory_gib(policy.device)
     return summary
 
@@ -143,42 +156,30 @@ def _sketcher(
     return FormedSketcher(policy.model, spec, exclude, change=moments.scaled, only=set(names))
 
 
-def _to_compute(
-    groups: Iterable[TokenGroup | RowInfo],
-    store: SketchStore,
-    done: frozenset[str],
-    summary: Summary,
-    bar: Any,
-    estimator: Estimator,
-    source: str,
-    default_set: str | None,
-) -> Iterator[TokenGroup]:
-    """The prompts with a gradient, those that are done among them; the others go into the store right here."""
+def _checked(
+    groups: Iterable[TokenGroup | RowInfo], estimator: Estimator, source: str, default_set: str | None
+) -> Iterator[TokenGroup | RowInfo]:
+    """The prompts with a gradient, and rows in place of the others."""
     for group in groups:
         if isinstance(group, RowInfo):
-            row = group
-        elif isinstance(group, TokenGroup):
-            reason = no_gradient_reason(group.group.rewards)
-            if not reason:
-                if source == "file" and estimator.ratio and group.logprobs is None:
-                    raise CropiError(
-                        f"prompt {group.id!r} has no log-probs of the policy that made its responses, and behaviour is "
-                        "'file'; give them, or behaviour='current' (ratio 1)"
-                    )
-                if not cancels(group, estimator, source):
-                    yield group
-                    continue
-                reason = ZERO_GRADIENT
-            row = row_of(group.group, SKIPPED, reason, default_set)
-        else:
+            yield group
+            continue
+        if not isinstance(group, TokenGroup):
             raise CropiError(
                 f"groups holds a {type(group).__name__}: give TokenGroups (see cropi.gradient.tokenize.Tokenize)"
             )
-        if row.id in done:
-            continue
-        summary.count(row)
-        store.add(row)
-        bar.update(1)
+        reason = no_gradient_reason(group.group.rewards)
+        if not reason:
+            if source == "file" and estimator.ratio and group.logprobs is None:
+                raise CropiError(
+                    f"prompt {group.id!r} has no log-probs of the policy that made its responses, and behaviour is "
+                    "'file'; give them, or behaviour='current' (ratio 1)"
+                )
+            if not cancels(group, estimator, source):
+                yield group
+                continue
+            reason = ZERO_GRADIENT
+        yield row_of(group.group, SKIPPED, reason, default_set)
 
 
 def _bar(total: int | None, name: str, progress: bool) -> Any:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cropi.data.scan import Scan
 from cropi.errors import CropiError
@@ -18,8 +18,9 @@ from cropi.gradient.tokenize import Tokenize
 from cropi.model.moments import SecondMoments, file_of
 from cropi.model.policy import Policy
 from cropi.options import Gradient, Running, Sketch, Sketching, Storing, Tokens, names_of
-from cropi.store.manifest import MANIFEST, read_manifest
+from cropi.store.manifest import MANIFEST, read_manifest, share_text
 from cropi.store.memory import MemoryStore
+from cropi.store.parts import take_parts
 from cropi.store.store import SketchStore
 from cropi_kernels import Coverage, SketchSpec
 
@@ -44,6 +45,7 @@ class SketchJob(Tokens, Running, Storing):
         optimizer_state: what :func:`cropi.model.moments.read_moments` takes: these are validation prompts, and their
             gradients are scaled as a step of that optimiser scales the training prompts'.
         set: validation set of records that carry none.
+        shard: ``(i, n)``: only share i of n, counted from 1; None: all prompts.
         shard_rows: sketches that are written at once; what a kill may cost.
         notes: kept in the manifest, never compared.
 
@@ -61,6 +63,7 @@ class SketchJob(Tokens, Running, Storing):
     temperature: float | None = None
     optimizer_state: Any = None
     set: str | None = None
+    shard: tuple[int, int] | None = None
     shard_rows: int = 64
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -70,6 +73,10 @@ class SketchJob(Tokens, Running, Storing):
             raise CropiError(f"shard_rows must be at least 1, got {self.shard_rows}")
         if isinstance(self.optimizer_state, (str, Path)):
             file_of(Path(self.optimizer_state))
+        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
+            raise CropiError(
+                f"shard {self.shard[0]}/{self.shard[1]}: give i/n with 1 <= i <= n; shares are counted from 1"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -222,6 +229,12 @@ def make_manifest(
         manifest["preconditioner"] = moments.fingerprint()
     if scan is not None:
         manifest["prompts"] = min(scan.prompts, job.limit or scan.prompts)
+    if job.shard is not None:
+        number, count = job.shard
+        manifest["share"] = {
+            "number": number, "count": count, "prompts": manifest.get("prompts"), "layout": job.layout,
+            "tokens_per_batch": job.tokens_per_batch,
+        }  # fmt: skip
     notes = {"trajectories": job.names, **job.notes}
     return manifest | {"notes": notes}
 
@@ -246,6 +259,56 @@ def open_store(
         UncoveredParameterError: a trainable parameter cannot be sketched.
         CropiError: the folder cannot be written, or its store was made with other settings.
     """
+    manifest = manifest_of(policy, job, behaviour, scan, moments)
+    if job.out is None:
+        return MemoryStore(manifest())
+    store = SketchStore.create(
+        job.out,
+        manifest(),
+        shard_rows=job.shard_rows,
+        shard_bytes=job.shard_bytes,
+        earlier=lambda: manifest(sha256=True),
+    )
+    try:
+        _check_share(store, job)
+        take_parts(store)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _check_share(store: SketchStore, job: SketchJob) -> None:
+    made, wanted = share_text(store.manifest), "" if job.shard is None else "{}/{}".format(*job.shard)
+    for name in ("tokens_per_batch", "layout") if made and made == wanted else ():
+        if store.manifest["share"][name] != getattr(job, name):
+            before = store.manifest["share"][name]
+            raise CropiError(
+                f"the store {store.path} was made with --shard {made} and {name} = {before}, but this run has "
+                f"{getattr(job, name)}: other shares would hold its prompts; run with the same"
+            )
+    if made != wanted:
+        before, now = (f"with --shard {text}" if text else "without --shard" for text in (made, wanted))
+        raise CropiError(
+            f"the store {store.path} was made {before}, but this run is {now}; give another --out, or run with the same"
+        )
+
+
+class ManifestOf(Protocol):
+    """A function that gives a manifest."""
+
+    def __call__(self, sha256: bool = False) -> dict[str, Any]:
+        """``sha256``: name models by the hash of earlier releases."""
+
+
+def manifest_of(
+    policy: Policy,
+    job: SketchJob,
+    behaviour: Behaviour,
+    scan: Scan | None = None,
+    moments: SecondMoments | None = None,
+) -> ManifestOf:
+    """The manifest of :func:`open_store`, with the same arguments and errors."""
     sketcher = policy.sketcher(job.spec, tuple(job.exclude), verify=job.verify)
     with sketcher:
         sketcher.check_model()
@@ -255,12 +318,4 @@ def open_store(
     def manifest(sha256: bool = False) -> dict[str, Any]:
         return make_manifest(policy, job, scan, behaviour, sketcher.coverage, moments=moments, sha256=sha256)
 
-    if job.out is None:
-        return MemoryStore(manifest())
-    return SketchStore.create(
-        job.out,
-        manifest(),
-        shard_rows=job.shard_rows,
-        shard_bytes=job.shard_bytes,
-        earlier=lambda: manifest(sha256=True),
-    )
+    return manifest

@@ -96,6 +96,10 @@ class Passes:
         self.parts: dict[str, Part] = {}
         self.too_many: int | None = None  # tokens, padding included, that the device's memory did not hold
 
+    def forget(self) -> None:
+        """Drop the sums of prompts that began in the batches so far: the batches that come next hold all of theirs."""
+        self.parts = {}
+
     def run(self, batch: MicroBatch) -> Iterator[Finished]:
         """One micro-batch; where the device's memory does not hold it, its halves: the sums are the same."""
         waiting = [batch]

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from cropi.data.rewards import no_gradient_reason
 from cropi.data.scan import Scan, warn_lossy
 from cropi.data.scan import scan as scan_trajectories
 from cropi.errors import CropiError, RecordError
-from cropi.gradient.behaviour import resolve_behaviour
+from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.behaviour_check import check_behaviour
 from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup, Tokenize, TooLong
-from cropi.model.moments import read_moments
+from cropi.model.moments import SecondMoments, read_moments
 from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
+from cropi.sketching.chunks import BATCHES, Dealt, Part
 from cropi.sketching.groups import sketch_groups
-from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
+from cropi.sketching.job import SketchJob, make_tokenize, manifest_of, open_store, with_date
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, SKIPPED, RowInfo
@@ -54,6 +56,81 @@ def sketch(
             :func:`cropi.gradient.behaviour_check.check_behaviour`.
     """
     policy, job, scan = _arguments(policy, job, rest, scan, old)
+    ready = prepare(policy, job, scan, progress)
+    with ready.open() as store:
+        ready.fill(store, progress=progress)
+    ready.summary.store = store
+    return ready.summary
+
+
+@dataclass
+class Prepared:
+    """A job whose input has been checked, so that only computing is left.
+
+    Attributes:
+        policy: with its weights.
+        job: the options; the date of the chat template and the tokens a batch are filled in.
+        groups: the trajectories.
+        scan: what they hold.
+        tokens: how they become token ids.
+        behaviour: where the log-probs of the policy that made them come from.
+        summary: what is counted.
+        moments: what the gradients are scaled by.
+    """
+
+    policy: Policy
+    job: SketchJob
+    groups: PromptGroups
+    scan: Scan
+    tokens: Tokenize
+    behaviour: Behaviour
+    summary: Summary
+    moments: SecondMoments | None = None
+
+    def open(self) -> SketchStore:
+        """The job's store: see :func:`cropi.sketching.job.open_store`."""
+        return open_store(self.policy, self.job, self.behaviour, self.scan, self.moments)
+
+    def manifest(self) -> dict[str, Any]:
+        """What its rows depend on: see :func:`cropi.sketching.job.make_manifest`."""
+        return manifest_of(self.policy, self.job, self.behaviour, self.scan, self.moments)()
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens that go through the model at once."""
+        return tokens_at_once(self.policy, self.job.tokens_per_batch)
+
+    @property
+    def total(self) -> int:
+        """Prompts of the job."""
+        return min(self.scan.prompts, self.job.limit or self.scan.prompts)
+
+    def fill(self, store: SketchStore, *, progress: bool = True, part: Part | None = None) -> None:
+        """Sketch the prompts that the store lacks; of a job that several processes share, those of ``part``."""
+        job, budget = self.job, self.tokens_per_batch
+        if job.shard is not None:
+            part = Dealt(*job.shard, BATCHES * budget)
+        sketch_groups(
+            self.policy,
+            _token_groups(job, self.groups, self.tokens, store, self.summary),
+            store,
+            job.estimator,
+            behaviour=self.behaviour,
+            exclude=job.exclude,
+            layout=job.layout,
+            tokens_per_batch=budget,
+            verify=job.verify,
+            moments=self.moments,
+            default_set=job.set,
+            total=self.total,
+            progress=progress,
+            summary=self.summary,
+            part=part,
+        )
+
+
+def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: bool = True) -> Prepared:
+    """Load the policy, and find what is wrong with a job before the first prompt is computed. See :func:`sketch`."""
     if policy.loaded:
         check_dropout(policy.model, "model")
     groups = read(job.trajectories, skip_bad=job.skip_bad, columns=job.columns)
@@ -62,9 +139,14 @@ def sketch(
     check_tokens(policy, job, groups, scan)
     warn_lossy(scan)
     check_dropout(policy.model, "model")
-    tokens_per_batch = tokens_at_once(policy, job.tokens_per_batch)
+    if job.shard is not None and job.tokens_per_batch is None and policy.plan[0].type != "cpu":
+        raise CropiError(
+            f"shard {job.shard[0]}/{job.shard[1]} on {policy.plan[0]}: give tokens_per_batch, the same for every share "
+            "(--tokens-per-batch); left to the free memory of each GPU, shares would hold some prompts twice"
+        )
+    budget = tokens_at_once(policy, job.tokens_per_batch)
     behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model)
-    job = with_date(policy, job, scan)
+    job = replace(with_date(policy, job, scan), tokens_per_batch=budget)
     tokens = make_tokenize(policy, job)
     layout_of(policy, job.layout)  # a layout that the model cannot take shows before a store is made
     summary = Summary(Path(job.out or "memory"), bad_records=[str(error) for error in scan.bad])
@@ -74,31 +156,13 @@ def sketch(
             policy,
             _few_groups(groups, tokens),
             job.estimator,
-            budget=tokens_per_batch,
+            budget=budget,
             level=job.behaviour_check,
         )
         if progress and summary.finding is not None:
             print(f"behaviour     {summary.finding}", file=sys.stderr)
     moments = None if job.optimizer_state is None else read_moments(job.optimizer_state, policy.model)
-    with open_store(policy, job, behaviour, scan, moments) as store:
-        sketch_groups(
-            policy,
-            _token_groups(job, groups, tokens, store, summary),
-            store,
-            job.estimator,
-            behaviour=behaviour,
-            exclude=job.exclude,
-            layout=job.layout,
-            tokens_per_batch=tokens_per_batch,
-            verify=job.verify,
-            moments=moments,
-            default_set=job.set,
-            total=min(scan.prompts, job.limit or scan.prompts),
-            progress=progress,
-            summary=summary,
-        )
-    summary.store = store
-    return summary
+    return Prepared(policy, job, groups, scan, tokens, behaviour, summary, moments)
 
 
 def _few_groups(groups: PromptGroups, tokens: Tokenize) -> Iterator[TokenGroup]:

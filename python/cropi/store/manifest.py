@@ -18,8 +18,9 @@ COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters")
 # What two stores may differ in, but seldom mean to: scores between them compare gradients of two kinds. Where the
 # trajectories come from may well differ between training and validation, and so may behaviour, lengths and dtypes.
 ALIKE = ("estimator", "temperature", "tokenizer", "tokens.eos", "tokens.chat_template")
-# What two runs of one job may differ in: notes, and the number of prompts that the store is to hold (--limit).
-NOTES = ("notes", "prompts")
+# What two runs of one job may differ in: notes, the number of prompts that the store is to hold (--limit), and which
+# share of the job's prompts these are (--shard).
+NOTES = ("notes", "prompts", "share")
 CHECKSUM = "checksum"
 SCALED = "preconditioner"  # which moments the gradients were divided by
 _UNKNOWN = object()
@@ -197,3 +198,27 @@ def check_same_job(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any
             f"has {differs[2]}{_model_of(wanted, differs[0])}; give another --out, or run with the same "
             + ("files" if differs[0] == "trajectories" else "settings")
         )
+
+
+def share_text(manifest: Mapping[str, Any]) -> str:
+    """The share of a job's prompts that a store holds, as it was asked for: ``2/4``; "" for all of them."""
+    share = manifest.get("share")
+    return f"{share['number']}/{share['count']}" if share else ""
+
+
+def joined_share(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The share that some stores hold together: None where they are all shares of their jobs, else one that is not
+    whole, with the numbers that are ``missing``."""
+    jobs: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for manifest in manifests:
+        if manifest.get("share"):
+            cut = {name: value for name, value in manifest["share"].items() if name != "number"}
+            key = f"{job_fingerprint(manifest)} {_digest(cut)}"
+            jobs.setdefault(key, {})[int(manifest["share"]["number"])] = manifest
+    for parts in jobs.values():
+        share = dict(next(iter(parts.values()))["share"])
+        missing = [number for number in range(1, share["count"] + 1) if number not in parts]
+        held = sum(int(manifest["prompts"]) for manifest in parts.values())
+        if missing or held < share["prompts"]:
+            return share | {"missing": missing or sorted(parts)}
+    return None

@@ -10,7 +10,7 @@ import torch
 
 from cropi.errors import CropiError, shown
 from cropi.store.compact import SHARD_BYTES, join_blocks
-from cropi.store.manifest import ALIKE, first_difference, get_field
+from cropi.store.manifest import ALIKE, NOTES, first_difference, get_field
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Shard
 from cropi.store.store import SketchStore
@@ -42,18 +42,19 @@ def merge(
     for part in parts:
         if folder.resolve() == part.path.resolve():
             raise CropiError(f"{out} is one of the stores that are merged; give a new folder")
-        part.check_finished()
+        part.check_finished(alone=False)
+    whole.check_finished()
     with SketchStore.create(folder, merged_manifest(parts), shard_bytes=shard_bytes) as store:
-        for group in _full(whole.files(), shard_bytes):
+        for group in full(whole.files(), shard_bytes):
             rows = [row for shard in group for row in shard.rows]
             left = [row.id not in store for row in rows]
             if any(left):
-                store.append(*_left(rows, join_blocks(group), left))
+                store.append(*left_rows(rows, join_blocks(group), left))
         store.finish()
     return SketchStore.open(folder)
 
 
-def _full(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
+def full(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
     """The shards in groups of about so many bytes, the last one smaller."""
     found: list[list[Shard]] = [[]]
     for shard in shards:
@@ -63,7 +64,7 @@ def _full(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
     return [group for group in found if group]
 
 
-def _left(
+def left_rows(
     rows: Sequence[RowInfo], tensors: Mapping[str, torch.Tensor], left: Sequence[bool]
 ) -> tuple[list[RowInfo], Mapping[str, torch.Tensor]]:
     """The rows that are not copied yet."""
@@ -90,7 +91,7 @@ def merged_manifest(stores: Sequence[SketchStore]) -> dict[str, Any]:
                     f"{shown(differs[2])} in the second; sketch both with the same settings, or give both to "
                     "`cropi influence --train`, which reads several stores as one"
                 )
-    held = [{k: v for k, v in one.manifest.items() if k not in ("notes", "prompts")} for one in stores]
+    held = [{k: v for k, v in one.manifest.items() if k not in NOTES} for one in stores]
     made: dict[str, Any] = _common(held)
     made["merged"] = [store.manifest.get("trajectories") for store in stores]
     made["notes"] = dict(first.manifest.get("notes", {})) | {"merged": [str(store.path) for store in stores]}

@@ -29,9 +29,11 @@ from cropi.store.manifest import (
     check_comparable,
     check_same_job,
     job_fingerprint,
+    joined_share,
     manifest_text,
     of_earlier_release,
     read_manifest,
+    share_text,
 )
 from cropi.store.rows import OK, RowInfo, placed
 from cropi.store.shards import Shard, shard_number, write_shard
@@ -165,6 +167,10 @@ class SketchStore:
         joined.manifest.pop("prompts", None)
         if None not in counts:
             joined.manifest["prompts"] = sum(counts)
+        share = joined_share([store.manifest for store in stores])
+        joined.manifest.pop("share", None)
+        if share is not None:
+            joined.manifest["share"] = share
         for store in stores:
             check_comparable(stores[0].manifest, store.manifest, (str(stores[0].path), str(store.path)))
             if store.manifest.get(SCALED) != joined.manifest.get(SCALED):
@@ -335,10 +341,13 @@ class SketchStore:
         if self.manifest.get("prompts") != len(self):
             self._write_manifest(self.manifest | {"prompts": len(self)})
 
-    def check_finished(self) -> None:
+    def check_finished(self, *, alone: bool = True) -> None:
         """Refuse to rank a part of the prompts as if it were all.
 
         A store that does not say how many prompts it is to hold passes: an earlier release made it, or other hands.
+
+        Args:
+            alone: it is read without others, so that a share of a job (``--shard``) will not do.
 
         Raises:
             CropiError: the job that fills the store has not gone through all its prompts.
@@ -348,6 +357,17 @@ class SketchStore:
                 f"the store {self.path} holds {len(self)} of {self.expected} prompts: its sketching run was "
                 "interrupted, or still goes on; run the same command again to sketch the rest, or with a --limit that "
                 "is reached to take fewer on purpose"
+            )
+        share = self.manifest.get("share")
+        if alone and share and share["count"] > 1:
+            missing = share.get("missing") or [
+                n for n in range(1, share["count"] + 1) if n != share["number"]
+            ]
+            lacking = ", ".join(f"{n}/{share['count']}" for n in missing)
+            raise CropiError(
+                f"the store {self.path} was made with --shard {share_text(self.manifest)} and holds a share of the "
+                f"{share['prompts']} prompts of its job: the share{'s' * (len(missing) > 1)} "
+                f"{lacking} must be read with it (`cropi store merge`, or several stores to --train)"
             )
 
     @property

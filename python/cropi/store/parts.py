@@ -1,0 +1,83 @@
+"""The stores of the processes that share a job, and how their rows become those of the job's store.
+
+While a job runs, every process writes to a store of its own in ``OUT/part-00000``, ``OUT/part-00001``, ... At its end,
+or when it goes on after it was ended, the rows are moved to ``OUT``, which then is a store like any other. A process
+that is killed while it moves them loses nothing: a part is removed only after all of its rows are in ``OUT``, and rows
+that are there already are not taken again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from cropi.errors import CropiError
+from cropi.store.compact import join_blocks
+from cropi.store.loading import remove
+from cropi.store.manifest import MANIFEST
+from cropi.store.merge import full, left_rows
+from cropi.store.shards import shard_number
+from cropi.store.store import SketchStore
+
+PART = "part-"
+
+
+def part_path(out: Path, number: int) -> Path:
+    """The folder of one process's store."""
+    return out / f"{PART}{number:05d}"
+
+
+def part_paths(out: Path) -> list[Path]:
+    """The parts that are there, in order."""
+    return sorted(path for path in out.glob(f"{PART}*") if path.is_dir())
+
+
+def take_parts(store: SketchStore) -> int:
+    """Move all rows of the parts of a store into it; gives the number of rows that it did not have.
+
+    Args:
+        store: open for writing.
+
+    Raises:
+        CropiError: a process still writes to a part, a part was made with other settings, or it is damaged.
+    """
+    before = len(store)
+    for path in part_paths(store.path):
+        if (path / MANIFEST).exists():  # else its process was killed before it wrote anything
+            with SketchStore.create(path, store.manifest) as part:  # removes what was not finished
+                _take(store, part)
+                _remove_shards(path)
+        _remove(path)
+    return len(store) - before
+
+
+def _take(store: SketchStore, part: SketchStore) -> None:
+    """In shards as large as the store's, the stored numbers as they are."""
+    for group in full(part.files(), store.shard_bytes):
+        rows = [row for shard in group for row in shard.rows]
+        left = [row.id not in store for row in rows]
+        if any(left):
+            store.append(*left_rows(rows, join_blocks(group), left))
+
+
+def _remove_shards(path: Path) -> None:
+    """The last one first: a part that is left half removed can be read."""
+    for shard in sorted(path.glob("shard-*.safetensors"), key=shard_number, reverse=True):
+        remove(shard)
+
+
+def _remove(path: Path) -> None:
+    for name in (MANIFEST, ".lock"):
+        (path / name).unlink(missing_ok=True)
+    for left in path.glob(".*.tmp"):
+        left.unlink()
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            path.rmdir()
+        except OSError as error:
+            held = ", ".join(sorted(os.listdir(path))[:3])
+            raise CropiError(
+                f"the folder {path} holds what no process of a job wrote ({held}); take it out, and run the same "
+                "command again"
+            ) from error
