@@ -103,6 +103,10 @@ def test_shares_hold_the_rows_of_one_process(
     joined = SketchStore.join(stores)
     joined.check_finished()
     assert equal(content(tmp_path / "whole"), content(joined))
+    assert main(["store", "merge", str(tmp_path / "merged"), *(str(store.path) for store in stores)]) == 0
+    merged = SketchStore.open(tmp_path / "merged")
+    merged.check_finished()
+    assert equal(content(tmp_path / "whole"), content(merged)) and "share" not in merged.manifest
     sketch(policy, job("part-2", shard=(2, 3)), progress=False)
     assert len(SketchStore.open(tmp_path / "part-2")) == len(stores[1]), "nothing is computed again"
     for few, missing in ((stores[:1], "the shares 2/3, 3/3 must"), (stores[1:], "the share 1/3 must")):

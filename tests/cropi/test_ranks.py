@@ -46,7 +46,7 @@ def policy_of() -> Policy:
 def job_of(folder: Path, out: str, **changes: Any) -> SketchJob:
     given: dict[str, Any] = dict(tokens_per_batch=24, shard_rows=2, behaviour_check="off", verify=False)
     given |= {"trajectories": [folder / "t.jsonl"], "spec": SketchSpec(dim=1024)}
-    return SketchJob(out=folder / out, **(given | changes))
+    return SketchJob(**(given | {"out": folder / out} | changes))
 
 
 def on_ranks(world: int, work: Callable[[Team], Any], silence: float = 60.0) -> list[Any]:
@@ -85,10 +85,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("longest", [1, 4], ids=["prompts cut between chunks", "at ends of batches"])
-def test_the_store_of_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+@pytest.mark.parametrize(
+    "longest, dtype",
+    [(1, "float32"), (4, "int8")],
+    ids=["prompts cut between chunks", "at ends of batches, int8"],
+)
+def test_the_store_of_one_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, longest: int, dtype: str
+) -> None:
     monkeypatch.setattr(chunks_module, "LONGEST", longest)
-    found = together(folder, "out", 3)
+    if dtype != "float32":
+        sketch(
+            policy_of(), job_of(folder, "whole-8", store_dtype=dtype), progress=False
+        )
+        (folder / "whole").rename(folder / "whole-32")
+        (folder / "whole-8").rename(folder / "whole")
+    found = together(folder, "out", 3, store_dtype=dtype)
     assert all(isinstance(one, Summary) for one in found), found
     assert equal(content(folder / "whole"), content(folder / "out"))
     store = SketchStore.open(folder / "out")
@@ -97,7 +109,7 @@ def test_the_store_of_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch,
     first = found[0]
     assert first.sketched + first.skipped.total() == 48 == first.read and first.resumed == 0
     assert found[1].sketched == found[2].sketched == first.sketched
-    again = together(folder, "out", 2)
+    again = together(folder, "out", 2, store_dtype=dtype)
     assert again[0].resumed == 48 and again[0].sketched == 0
 
 

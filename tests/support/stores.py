@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,7 @@ def content(store: Path | SketchStore) -> dict[str, tuple[Any, ...]]:
     if isinstance(store, Path):
         store = SketchStore.open(store)
     sketches = {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
-    return {
-        row.id: (*(value for key, value in vars(row).items() if key != "row"), sketches.get(row.id))
-        for row in store.rows()
-    }
+    return {row.id: (*asdict(replace(row, row=None)).values(), sketches.get(row.id)) for row in store.rows()}
 
 
 def equal(one: dict[str, tuple[Any, ...]], other: dict[str, tuple[Any, ...]]) -> bool:
