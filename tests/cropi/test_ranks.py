@@ -95,9 +95,7 @@ def test_the_store_of_one_process(
 ) -> None:
     monkeypatch.setattr(chunks_module, "LONGEST", longest)
     if dtype != "float32":
-        sketch(
-            policy_of(), job_of(folder, "whole-8", store_dtype=dtype), progress=False
-        )
+        sketch(policy_of(), job_of(folder, "whole-8", store_dtype=dtype), progress=False)
         (folder / "whole").rename(folder / "whole-32")
         (folder / "whole-8").rename(folder / "whole")
     found = together(folder, "out", 3, store_dtype=dtype)
