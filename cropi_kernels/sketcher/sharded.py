@@ -67,11 +67,6 @@ def check_parallel(model: nn.Module) -> None:
                 f"{name} is spread over ranks by tensor parallel, and other parameters by FSDP2, which is not followed "
                 f"together; {remedy}"
             )
-    for name, module in model.named_modules():
-        if getattr(module, "_is_expert_parallel", False):
-            raise ValueError(
-                f"the experts of {name} are spread over ranks by expert parallel, which is not followed; {remedy}"
-            )
     _check_ties(model)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels.ops.linear_logprob import chunks
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 transformers.logging.set_verbosity_error()
@@ -215,7 +216,7 @@ def test_weights_may_depend_on_log_probs(monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.equal(whole.weights, whole.logprobs.exp() + 1)
         assert set(whole.seconds) == {"forward", "backward", "sketch"} and min(whole.seconds.values()) > 0
         calls.clear()
-        monkeypatch.setattr("cropi_kernels.ops.linear_logprob.chunks.default_chunk", lambda *a, **k: 8)
+        monkeypatch.setattr(chunks, "default_chunk", lambda *a, **k: 8)
         parts = batch.sketch(sketcher, weigh=weigh)
     n = len(batch.targets)
     assert calls == [(a, min(a + 8, n)) for a in range(0, n, 8)] and len(calls) > 1
