@@ -29,10 +29,12 @@ class Listener:
         self.unit: dict[Source, float] = {}  # the coarsest unit roundoff of what went in
         self.calls: dict[Source, int] = {}
         self.outputs: list[torch.Tensor] = []
+        self.called: dict[Source, None] = {}  # taps of modules that ran on numbers that have a gradient
 
     def attached(self, tap: Source, y: torch.Tensor) -> None:
         if y.requires_grad:
             self.outputs.append(y)
+            self.called[tap] = None
 
     def added(self, tap: Source, dy: torch.Tensor, kept: torch.Tensor | None) -> None:
         took = projected(self.acc.out)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -231,7 +232,7 @@ def self_test(
     runs = _Runs(model, acc, parts, trial)
     with untouched(model):
         try:
-            found, tested, heard = runs.compare()
+            found, tested, frozen = runs.compare()
         except RuntimeError as error:
             if "inplace operation" in str(error):
                 raise SelfTestError(
@@ -241,7 +242,7 @@ def self_test(
             if "use_reentrant" not in str(error):
                 raise
             runs.reentrant = True
-            found, tested, heard = runs.compare()
+            found, tested, frozen = runs.compare()
     found += others
     held = [n for g in parts.taps if g in tested for n in parts.names[g]] + [
         n for part in others for n in part.names
@@ -250,12 +251,13 @@ def self_test(
     wrong = [part for part in found if not part.right]
     if wrong:
         raise _error(wrong, trial.remedy)
+    _check_reached(parts, frozen, found)
     return SelfTest(
         (trial.segments.batch, trial.segments.length),
         tuple(dict.fromkeys(n for n in held if n in parts.known)),
         tuple(unused),
         max(found, key=lambda part: part.error / part.allowed if part.allowed else 0.0, default=None),
-        frozenset(tap.where for tap in heard),
+        frozenset(tap.where for tap in frozen.sums),
         time.perf_counter() - started,
     )
 
@@ -272,8 +274,8 @@ class _Runs:
         torch.clear_autocast_cache()
         return torch.random.fork_rng(devices=self.devices)
 
-    def compare(self) -> tuple[list[Part], set[int], dict[Source, torch.Tensor]]:
-        """The parts; the groups of parameters that have a gradient; the taps that were heard over frozen weights."""
+    def compare(self) -> tuple[list[Part], set[int], Listener]:
+        """The parts; the groups of parameters that have a gradient; what the taps gave over frozen weights."""
         with self.again(), torch.no_grad():
             plain = self.trial.forward()
         with self.again():
@@ -290,7 +292,7 @@ class _Runs:
             for tap, took in listener.sums.items():
                 held[tap] = held[tap] + took if tap in held else took
                 sizes[tap] = sizes.get(tap, 0.0) + listener.size[tap]
-        return found + _compare_frozen(self.parts, frozen, held, sizes), tested, frozen.sums
+        return found + _compare_frozen(self.parts, frozen, held, sizes), tested, frozen
 
     def frozen(self, plain: torch.Tensor) -> Listener:
         listener = Listener(self.acc)
@@ -355,6 +357,33 @@ def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int, ranks: Ranks
             "different results for the same tokens, or what lies between its modules depends on the tensors that they "
             "return; leave out this test, and take the sketch as it is: verify=False"
         )
+
+
+def _check_reached(parts: _Parts, frozen: Listener, found: Sequence[Part]) -> None:
+    """Parameters with which the model computes, and which no gradient reaches: autograd gives them none either."""
+    reached = {name for part in found if part.size > 0 for name in part.names}
+    silent = [
+        name
+        for group, taps in parts.taps.items()
+        if not any(tap in frozen.sums for tap in taps) and any(tap in frozen.called for tap in taps)
+        for name in parts.names[group]
+    ]
+    said = (
+        "the model computes with them, and a part behind them has no derivative (a base whose activations are "
+        "quantised, a detach, no_grad)"
+    )
+    if not reached & parts.known and (silent or found):
+        raise SelfTestError(
+            f"none of the {len(parts.known)} sketched parameters has a gradient other than 0 on a few tokens, in plain "
+            f"autograd either ({_shown(sorted(parts.known))}): {said}. Load the model in another way, or leave out "
+            "this test: verify=False"
+        )
+    if silent:
+        warnings.warn(f"no gradient reaches {_shown(silent)} on a few tokens: {said}", stacklevel=3)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 # --------------------------------------------------------------------------------------------- comparisons

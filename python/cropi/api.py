@@ -71,7 +71,7 @@ def score(
     >>> scores.top(n=1)[0][0], scores.select(0.25).ids
     ('t1', ['t1'])
     """
-    policy, beta, rest = _policies(model, tokenizer, behaviour_model, options)
+    policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
     sketching, compare = split(rest, Sketching, Influence)
     job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
     setup = Setup(job, compare, Selecting(fraction=1.0))  # nothing is chosen here, so no pool is too small
@@ -119,7 +119,7 @@ def sketch(
     >>> len(store), [vectors.shape for rows, vectors in store.shards()]
     (1, [torch.Size([1, 1024])])
     """
-    policy, beta, rest = _policies(model, tokenizer, behaviour_model, options)
+    policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
     (sketching,) = split(rest, Sketching)
     trajectories = _opened(policy, sketching, trajectories, source)
     job = make_job(sketching, trajectories, out, set=set, behaviour_model=beta, notes={"model": policy.name})
@@ -230,7 +230,7 @@ def check(
     >>> check(model, records, dim=8192, progress=False).ok
     True
     """
-    policy, beta, rest = _policies(model, tokenizer, behaviour_model, options)
+    policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
     (sketching,) = split(rest, Sketching)
     trajectories = _opened(policy, sketching, trajectories, source)
     job = make_job(sketching, trajectories, None, behaviour_model=beta)
@@ -250,15 +250,23 @@ def _opened(policy: Policy, options: Sketching, given: Any, source: str) -> Any:
 
 
 def _policies(
-    model: Any, tokenizer: Any, behaviour_model: Any, options: dict[str, Any]
+    model: Any, tokenizer: Any, behaviour_model: Any, progress: bool, options: dict[str, Any]
 ) -> tuple[Policy, Policy | None, dict[str, Any]]:
     """The policy, the one that made the responses if it is given, and the options that are not about loading them."""
     loading, rest = _loading(options, model)
-    policy = Policy.of(model, tokenizer, **loading)
+    if not isinstance(progress, bool):
+        raise CropiError(f"progress must be True or False, got {progress!r}")
+
+    def made(given: Any, tokenizer: Any = None, **loading: Any) -> Policy:
+        if isinstance(given, Policy):
+            return Policy.of(given, tokenizer, **loading)
+        return Policy(given, tokenizer, progress=progress, **loading)
+
+    policy = made(model, tokenizer, **loading)
     if behaviour_model is None:
         return policy, None, rest
     named = isinstance(behaviour_model, (str, Path))
-    return policy, Policy.of(behaviour_model, **(loading if named else {})), rest
+    return policy, made(behaviour_model, **(loading if named else {})), rest
 
 
 def _loading(options: dict[str, Any], model: Any) -> tuple[dict[str, Any], dict[str, Any]]:

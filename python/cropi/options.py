@@ -223,7 +223,27 @@ class Tokens(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Running(Options):
+class Checks(Options):
+    """What is checked before the work and while it runs; docs/checks.md says what each costs."""
+
+    behaviour_check: str = option(
+        "error",
+        "stored log-probs that the policy's own contradict (another temperature, base or policy), on a few prompts "
+        "before the job: stop, warn, or do not look",
+        choices=("off", "warn", "error"),
+    )
+    verify: bool = option(
+        True, "leave out the self-test, which holds every tap to autograd on a few tokens before the job, and the "
+        "probe of the policy (is it causal, does a prompt depend on the others)", kind="switch", flag="--no-verify",
+    )  # fmt: skip
+    zero_check: bool = option(
+        True, "score gradients too that are zero by algebra but for rounding (equal responses whose advantages cancel)",
+        kind="switch", flag="--no-zero-check",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Checks):
     """How the sketching runs; none of these changes a sketch beyond rounding."""
 
     layout: str = option(
@@ -234,16 +254,6 @@ class Running(Options):
     tokens_per_batch: int | None = option(
         None, "tokens per forward, padding included", kind="count", metavar="N",
         shown="1024 on a CPU, by its memory on a GPU",
-    )  # fmt: skip
-    behaviour_check: str = option(
-        "error",
-        "stored log-probs that the policy's own contradict (another temperature, base or policy), on a few prompts "
-        "before the job: stop, warn, or do not look",
-        choices=("off", "warn", "error"),
-    )
-    verify: bool = option(
-        True, "leave out the self-test, which holds every tap to autograd on a few tokens before the job, and the "
-        "probe of the policy (is it causal, does a prompt depend on the others)", kind="switch", flag="--no-verify",
     )  # fmt: skip
     limit: int | None = option(
         None, "only the first so many (training) prompts", kind="count", metavar="N", shown="all"

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from cropi.model.load import load_model
+from cropi.model.policy import Policy
 from cropi.model.sources import PYPI_MODELS
 
 WORDS = ["<unk>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "Ġ", "c"]
@@ -145,6 +146,22 @@ def test_gguf_is_dequantised_into_a_dense_model(tmp_path: Path, llama: LlamaForC
     tok.save_pretrained(tmp_path / "dense")
     again, _ = load_model(tmp_path / "dense")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+
+
+def test_no_progress_is_shown_where_none_is_wanted(
+    tmp_path: Path, llama: LlamaForCausalLM, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither that of the weights nor that of transformers' GGUF reader, which asks no setting."""
+    write_gguf(tmp_path / "tiny.gguf", llama)
+    load_model(tmp_path / "tiny.gguf")
+    shown = capfd.readouterr().err
+    assert "de-quantizing" in shown or "Loading weights" in shown
+    load_model(tmp_path / "tiny.gguf", progress=False)
+    policy = Policy(tmp_path / "tiny.gguf", progress=False)
+    assert policy.model is not None
+    assert "%|" not in (quiet := capfd.readouterr()).err and not quiet.out
+    load_model(tmp_path / "tiny.gguf")
+    assert "%|" in capfd.readouterr().err  # as before
 
 
 @pytest.mark.slow

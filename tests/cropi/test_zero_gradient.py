@@ -228,6 +228,34 @@ def test_what_cancels_by_rounding_alone_is_a_zero_gradient(
     assert set(got) == {f"good{i}" for i in range(6)}
 
 
+def test_the_rule_can_be_switched_off(tmp_path: Path) -> None:
+    rng, model = random.Random(3), twins(make_model(tie_word_embeddings=False))
+    with torch.no_grad():
+        row = model.model.embed_tokens.weight[6]
+        row += 2.0**-22 * row.abs().max() * torch.linspace(-1, 1, len(row))  # units in the last place
+    rest, records = ids(rng, 9), []
+    for i in range(4):
+        responses = [[5, *rest], [6, *rest]] * 2
+        records.append(
+            {
+                "id": str(i),
+                "prompt_ids": ids(rng, 4 + i),
+                "response_ids": responses,
+                "rewards": [1.0, 0, 1, 0],
+            }
+        )
+    _, rows = job(tmp_path / "on", model, records, exclude=TWINS)
+    assert {row.reason for row in rows.values()} == {"zero gradient"}
+    got, rows = job(tmp_path / "off", model, records, exclude=TWINS, zero_check=False)
+    assert len(got) == 4 and all(0 < float(sketch.norm()) < 1e-4 for sketch in got.values())
+    record = records[0]
+    record["response_ids"] = [rest] * 4
+    _, rows = job(tmp_path / "equal", model, [record], exclude=TWINS, zero_check=False)
+    assert rows["0"].reason == "zero gradient"
+    with pytest.raises(CropiError, match="zero_check"):  # the rows of one store are made by one rule
+        job(tmp_path / "equal", model, [record], exclude=TWINS)
+
+
 def test_small_gradients_that_are_right_stay(tmp_path: Path) -> None:
     """A long common beginning cancels; a sure policy; rewards that hardly differ. Held to float64."""
     rng, model = random.Random(4), make_model(max_position_embeddings=512)

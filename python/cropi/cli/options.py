@@ -21,7 +21,7 @@ READERS: dict[str, Any] = {
 METAVARS = {"count": "N", "whole": "N", "number": "X", "positive": "X", "share": "X"}
 TITLES = {
     "Loading": "model", "Reading": "trajectories",
-    "Sketch": "sketch", "Gradient": "gradient", "Tokens": "tokens", "Running": "job",
+    "Sketch": "sketch", "Gradient": "gradient", "Tokens": "tokens", "Checks": "checks", "Running": "job",
     "Storing": "store", "Comparing": "influence", "Influence": "influence", "Choosing": "selection",
     "Selecting": "selection",
 }  # fmt: skip

@@ -80,14 +80,12 @@ def _run(args: argparse.Namespace, team: Any) -> int:
 
 def policies(args: argparse.Namespace) -> tuple[Any, Any]:
     """The policy, and the behaviour model or None; weights are loaded when they are first needed."""
-    from cropi.errors import optional
     from cropi.model.policy import Policy
 
-    if not args.progress:
-        optional("transformers").utils.logging.disable_progress_bar()  # it shows one for a model's weights
     named = {
         "dtype": args.dtype, "device": args.device, "eos": args.eos, "trust_remote_code": args.trust_remote_code,
         "attn_implementation": args.attn_implementation,
+        "progress": args.progress,
     }  # fmt: skip
     behaviour = Policy(args.behaviour_model, **named) if args.behaviour_model else None
     own = {name: getattr(args, name) for name in ("quantize", "adapter", "revision")}  # of the policy alone

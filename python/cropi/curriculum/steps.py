@@ -134,7 +134,8 @@ def _load(stage: Stage, model: str) -> Policy:
     plan = stage.plan
     eos = plan.job.eos or plan.trainer == IN_PROCESS  # TRL ends its rollouts by one
     return Policy(
-        model, dtype=plan.dtype, device=plan.device, eos=eos, trust_remote_code=plan.trust_remote_code
+        model, dtype=plan.dtype, device=plan.device, eos=eos, trust_remote_code=plan.trust_remote_code,
+        progress=plan.progress,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,6 +47,7 @@ def load_model(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     variant: Variant | None = None,
+    progress: bool = True,
 ) -> tuple[Any, Any]:
     """Load a causal language model in ``eval`` mode, with SDPA attention if it has that, and its tokenizer.
 
@@ -61,6 +62,7 @@ def load_model(
         tokenizer: the one that :func:`load_tokenizer` gave, if it has been loaded already.
         trust_remote_code: let the model's folder or hub repository bring code of its own, **which is run**.
         variant: quantised, with an adapter, of a revision, with another attention.
+        progress: leave transformers its progress bars.
 
     Returns:
         ``(model, tokenizer)``. A missing pad token is set to EOS.
@@ -79,7 +81,7 @@ def load_model(
     name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
     optional("transformers")
     source, options = _located(name, trust_remote_code, variant.revision)
-    with _explained(name):
+    with _explained(name), nullcontext() if progress else _no_bars():
         config = _load_config(name, source, options)
         dtype = placed_dtype(dtype, device, config)
         packed = quantization(
@@ -207,6 +209,25 @@ def _load_weights(
     if is_gguf and quantizer is not None:
         quantizer.remove_quantization_config(model)  # it is a dense model now, and may be saved as one
     return model
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars of transformers, that of its GGUF reader included, which asks no setting."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
+    from transformers.utils import logging
+
+    enabled, bar = logging.is_progress_bar_enabled(), getattr(gguf_reader, "tqdm", None)
+    logging.disable_progress_bar()
+    if bar is not None:
+        gguf_reader.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        if bar is not None:
+            gguf_reader.tqdm = bar
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _dense_gguf() -> dict[str, Any]:

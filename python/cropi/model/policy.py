@@ -39,6 +39,7 @@ class Policy:
         eos: for a name: its tokenizer needs an end token.
         trust_remote_code: for a name: let the model bring code of its own, which is run.
         quantize, adapter, revision, attn_implementation: for a name: see :class:`cropi.model.load.Variant`.
+        progress: for a name: show transformers' progress bars while it is loaded.
         name: what messages and manifests call it; default: the name, or the module's own ``name_or_path``.
 
     Raises:
@@ -68,6 +69,7 @@ class Policy:
         adapter: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         attn_implementation: str | None = None,
+        progress: bool = True,
     ) -> None:
         self._source: str | None = None
         self._model: Any = None
@@ -104,6 +106,7 @@ class Policy:
         self._tokenizer = tokenizer
         self._load: dict[str, Any] = {
             "dtype": dtype or "auto", "device": device or "auto", "eos": eos, "trust_remote_code": trust_remote_code,
+            "progress": progress,
             "variant": Variant(
                 quantize, None if adapter is None else os.fspath(adapter), revision, attn_implementation or "auto"
             ),

@@ -43,6 +43,7 @@ def sketch_groups(
     tokens_per_batch: int = 1024,
     verify: bool = True,
     moments: SecondMoments | None = None,
+    zero_check: bool = True,
     default_set: str | None = None,
     total: int | None = None,
     progress: bool = False,
@@ -67,7 +68,7 @@ def sketch_groups(
         behaviour: where the log-probs of the policy that made the rollouts come from: "file" (each group's own),
             "current" (the policy itself: ratio 1), or a :class:`Behaviour`, which may hold a model.
         exclude: patterns of parameter names to leave out.
-        layout, tokens_per_batch, verify: see :class:`cropi.sketching.job.SketchJob`.
+        layout, tokens_per_batch, verify, zero_check: see :class:`cropi.sketching.job.SketchJob`.
         moments: of an optimiser: gradients are formed by autograd and divided by their roots before they are sketched.
         default_set: validation set of prompts that carry none.
         total: how many prompts there are, for the progress bar.
@@ -97,7 +98,7 @@ def sketch_groups(
             if plan.note:
                 bar.write(plan.note)
             chunks = make_chunks(
-                _checked(groups, estimator, source.source, default_set),
+                _checked(groups, estimator, source.source, default_set, zero_check),
                 plan,
                 budget=tokens_per_batch,
                 tokens=part.tokens if part else None,
@@ -111,6 +112,7 @@ def sketch_groups(
                 str(store.path),
                 bar.write,
                 plan.lengths,
+                zero_check,
             )
 
             def keep(row: RowInfo, vector: torch.Tensor | None = None) -> None:
@@ -157,7 +159,11 @@ def _sketcher(
 
 
 def _checked(
-    groups: Iterable[TokenGroup | RowInfo], estimator: Estimator, source: str, default_set: str | None
+    groups: Iterable[TokenGroup | RowInfo],
+    estimator: Estimator,
+    source: str,
+    default_set: str | None,
+    zero_check: bool,
 ) -> Iterator[TokenGroup | RowInfo]:
     """The prompts with a gradient, and rows in place of the others."""
     for group in groups:
@@ -175,7 +181,7 @@ def _checked(
                     f"prompt {group.id!r} has no log-probs of the policy that made its responses, and behaviour is "
                     "'file'; give them, or behaviour='current' (ratio 1)"
                 )
-            if not cancels(group, estimator, source):
+            if not (zero_check and cancels(group, estimator, source)):
                 yield group
                 continue
             reason = ZERO_GRADIENT

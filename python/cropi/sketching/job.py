@@ -227,6 +227,8 @@ def make_manifest(
     }
     if moments is not None:
         manifest["preconditioner"] = moments.fingerprint()
+    if not job.zero_check:
+        manifest["zero_check"] = False
     if scan is not None:
         manifest["prompts"] = min(scan.prompts, job.limit or scan.prompts)
     if job.shard is not None:

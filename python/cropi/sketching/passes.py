@@ -73,6 +73,7 @@ class Passes:
         keeps: where finished prompts are, for the message when a device's memory is too small.
         say: takes a line for the user.
         lengths: which rows may be in one batch.
+        zero_check: a gradient that is rounding and nothing else is "zero gradient".
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Passes:
         keeps: str,
         say: Callable[[str], Any],
         lengths: Lengths,
+        zero_check: bool = True,
     ) -> None:
-        self.lengths = lengths
+        self.lengths, self.zero_check = lengths, zero_check
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
         self.current: BehaviourModel | None = None
         self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
@@ -187,7 +189,7 @@ class Passes:
     def _finished(self, group: TokenGroup, part: Part, batch: MicroBatch) -> Finished:
         """Its row. A gradient that is small beside its weights is held to the sizes of its responses' gradients."""
         norm, zero = part.norm, False
-        if len(group.equal) > 1 and self.suspicion.is_suspicious(norm, part.weight):
+        if self.zero_check and len(group.equal) > 1 and self.suspicion.is_suspicious(norm, part.weight):
             zero = is_zero(
                 norm, self._sizes(group, batch.input_ids.numel(), batch.behaviour is not None), self.bound
             )

@@ -120,6 +120,7 @@ class Prepared:
             layout=job.layout,
             tokens_per_batch=budget,
             verify=job.verify,
+            zero_check=job.zero_check,
             moments=self.moments,
             default_set=job.set,
             total=self.total,

@@ -10,7 +10,7 @@ from typing import Any
 from cropi.checked import check_fields
 from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator, make_estimator
-from cropi.options import Choosing, Comparing, Influence, Selecting, names_of
+from cropi.options import Checks, Choosing, Comparing, Influence, Selecting, names_of
 from cropi_kernels import SketchSpec
 
 Paths = str | Path | Sequence[str | Path]
@@ -43,7 +43,7 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class Curriculum(Comparing, Choosing):
+class Curriculum(Comparing, Choosing, Checks):
     """How the prompts of each stage are chosen. A stage is ``stage_steps`` optimizer steps.
 
     Attributes:
@@ -64,6 +64,8 @@ class Curriculum(Comparing, Choosing):
         behaviour: "file" (recorded log-probs), "current" (ratio 1), or "auto": the file's if every record has them.
         metric, mean, max_valid: as in :class:`cropi.options.Comparing`, by keyword.
         method, pool, and the others of :class:`cropi.options.Choosing`, by keyword.
+        behaviour_check, verify, zero_check: as in :class:`cropi.options.Checks`, by keyword. Log-probs far from
+            the policy stop stage 0 alone: later the policy has moved away on purpose.
         layout, tokens_per_batch: of the sketching passes.
         seed: of the stages' orders and of every draw; None: the trainer's.
         on_nothing: a stage in which no prompt has a gradient: "error", or "keep" the prompts of the stage before, with
@@ -143,9 +145,9 @@ class Curriculum(Comparing, Choosing):
 
     def _later(self) -> dict[str, Any]:
         """Options that the first release did not have, where they are used: without them its runs can be resumed."""
-        names = names_of(Comparing) + names_of(Choosing)
+        names = names_of(Comparing, Choosing, Checks)
         first = ("metric", "mean", "max_valid", "fraction", "method", "pool", "draws")
-        plain = Selecting(), Influence()
+        plain = Selecting(), Influence(), Checks()
         default = {name: getattr(one, name) for one in plain for name in vars(one)}
         held = {name: getattr(self, name) for name in names if name not in first}
         return {

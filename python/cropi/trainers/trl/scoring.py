@@ -122,8 +122,9 @@ def setup_of(options: Curriculum, stage: int, seed: int) -> Setup:
     job = SketchJob(
         (), None, spec=options.spec, exclude=options.exclude, estimator=options.estimator_used(),
         behaviour=options.behaviour, layout=options.layout, tokens_per_batch=options.tokens_per_batch, stage=str(stage),
+        verify=options.verify, zero_check=options.zero_check,
         # Later the policy has moved away on purpose, and a run in the middle of its training is not stopped for it.
-        behaviour_check="warn" if stage else "error",
+        behaviour_check="warn" if stage and options.behaviour_check == "error" else options.behaviour_check,
     )  # fmt: skip
     compare = Influence(**part_of(options, Comparing), valid_seed=seed)
     return Setup(job, compare, Selecting(**part_of(options, Choosing), select_seed=seed))
