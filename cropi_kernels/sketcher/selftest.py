@@ -359,7 +359,7 @@ def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int, ranks: Ranks
         )
 
 
-def _check_reached(parts: _Parts, frozen: Listener, found: Sequence[Part]) -> None:
+def _check_reached(parts: Parts, frozen: Listener, found: Sequence[Part]) -> None:
     """Parameters with which the model computes, and which no gradient reaches: autograd gives them none either."""
     reached = {name for part in found if part.size > 0 for name in part.names}
     silent = [
