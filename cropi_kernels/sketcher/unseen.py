@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..names import canonical_name
 from .accumulator import Accumulator
 from .attach import Attachment
 from .decoder import evaluating
@@ -55,6 +56,25 @@ def _bypassed(
     return list(found)
 
 
+@contextlib.contextmanager
+def _cut(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Linear layers of any class whose output has no graph though their input has one."""
+    found: list[nn.Module] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        has_graph = any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+        lost = isinstance(y, torch.Tensor) and y.is_floating_point() and not y.requires_grad
+        if torch.is_grad_enabled() and has_graph and lost and module not in found:
+            found.append(module)
+
+    handles = [m.register_forward_hook(note) for m in model.modules() if hasattr(m, "out_features")]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _tried(
     model: nn.Module, run: Run, ids: torch.Tensor, acc: Accumulator
 ) -> tuple[dict[str, str], Segments]:
@@ -65,10 +85,19 @@ def _tried(
     acc.begin(segments, ids.device)
     acc.refusals = {}
     try:
-        with evaluating(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad(), _cut(model) as cut:
             y = run(ids)
             if y.requires_grad:
                 y.backward(torch.ones_like(y))
+        if cut:
+            names = {m: canonical_name(n + ".")[:-1] for n, m in model.named_modules()}
+            listed = [f"{names[m]} ({type(m).__name__})" for m in cut]
+            more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
+            raise ValueError(
+                f"no gradient passes through {', '.join(listed[:10])}{more}: quantised weights whose kernel has no "
+                "backward (or a forward without gradients); nothing before them could be sketched. Load the weights in "
+                "a format that adapters are trained on, for example bitsandbytes' or GPTQ's, or as bfloat16"
+            )
         return acc.refusals, segments
     finally:
         acc.refusals = None

@@ -1,0 +1,272 @@
+"""PEFT's adapters, on experts and routers too, and on quantised bases: held to autograd, one response at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from support import moe, zoo
+from torch import nn
+from torch.nn import functional as F
+
+from cropi_kernels import GradientSketcher, SketchSpec, UncoveredParameterError, canonical_name
+from cropi_kernels.sketcher import SelfTestError
+
+SPEC = SketchSpec(width=16, vocab_width=64)
+HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
+
+
+def adapted(base: nn.Module, config: Any) -> nn.Module:
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base, config).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:  # half of them start at zero
+                p.add_(torch.randn_like(p), alpha=0.1)
+    return model  # type: ignore[no-any-return]
+
+
+def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float(((got - want).norm(dim=1) / want.norm(dim=1)).max())
+
+
+def check(model: nn.Module, wide: Callable[[nn.Module], nn.Module] = nn.Module.double) -> GradientSketcher:
+    """Held to float64; off by at most twice what torch's own float32 gradients are off."""
+    with GradientSketcher(model, SPEC) as sketcher:
+        got = zoo.padded().sketch(sketcher).sketches.double()
+    assert sketcher.self_test is not None and not sketcher.self_test.untested
+    own = zoo.sketches(model, zoo.gradients(model), SPEC)
+    model = wide(model)
+    exact = zoo.sketches(model, zoo.gradients(model), SPEC)
+    assert 0 < error_of(got, exact) <= 2 * error_of(own, exact) + 2.0**-23, error_of(own, exact)
+    return sketcher
+
+
+ATTENTION = dict(target_modules=["q_proj", "down_proj"])
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "rsLoRA": lambda: peft.LoraConfig(r=4, use_rslora=True, **ATTENTION),
+    "PiSSA": lambda: peft.LoraConfig(r=4, init_lora_weights="pissa", **ATTENTION),
+    "LoRA with a bias": lambda: peft.LoraConfig(r=4, lora_bias=True, **ATTENTION),
+    "saved embeddings": lambda: peft.LoraConfig(r=4, modules_to_save=["embed_tokens"], **ATTENTION),
+    "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "VeRA": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+    "LoHa": lambda: peft.LoHaConfig(r=4, target_modules=["q_proj"]),
+    "LoKr": lambda: peft.LoKrConfig(r=4, target_modules=["q_proj"]),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"]),
+    "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]),
+    "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_adapters_of_a_dense_model(kind: str) -> None:
+    check(adapted(zoo.make("llama"), CONFIGS[kind]()))
+
+
+@pytest.mark.parametrize(
+    "config, error, message",
+    [
+        (lambda: peft.VBLoRAConfig(r=4, num_vectors=8, vector_length=8, target_modules=["q_proj"]),
+         SelfTestError, "vblora_vector_bank.* its tap saw something else than autograd"),
+        (lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=["embed_tokens"]),
+         UncoveredParameterError, "embed_tokens.lora_magnitude_vector.* does not hold the 3 x 11 tokens"),
+    ],
+    ids=["VB-LoRA", "DoRA on embeddings"],
+)  # fmt: skip
+def test_adapters_that_are_refused(config: Callable[[], Any], error: type[Exception], message: str) -> None:
+    """One bank of vectors for all layers; a magnitude that is used outside of the layer's output."""
+    with GradientSketcher(adapted(zoo.make("llama"), config()), SPEC) as sketcher:
+        with pytest.raises(error, match=f"(?s){message}.*exclude="):
+            zoo.padded().sketch(sketcher)
+
+
+# -------------------------------------------------------------------------------------- experts and routers
+TARGETS = {
+    "both products": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "routers": ["mlp.gate.weight"],
+    "one product, and routers": ["mlp.experts.down_proj", "mlp.gate.weight"],
+}
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """The grouped kernels take no float64."""
+    model.get_base_model().set_experts_implementation("eager")  # type: ignore[operator]
+    return model.double()
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_lora_on_experts_and_routers(targets: str) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=8, target_modules=["q_proj"], target_parameters=TARGETS[targets])
+    sketcher = check(adapted(moe.small("qwen3_moe"), config), in_float64)
+    assert sum("lora_" in n and "mlp." in n for n in sketcher.coverage.names) == 4 * len(TARGETS[targets])
+
+
+def test_lora_on_transposed_experts() -> None:
+    config = peft.LoraConfig(r=3, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    check(adapted(moe.small("gpt_oss"), config), in_float64)
+
+
+def test_lora_on_experts_beside_their_own_weights() -> None:
+    """The adapters are put on a weight and taken off around every call; the weight's own gradient is the same."""
+    config = peft.LoraConfig(r=3, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    model = adapted(moe.small("qwen3_moe"), config)
+    model.requires_grad_(True)
+    check(model, in_float64)
+
+
+def test_names_of_a_nest() -> None:
+    """Every wrapper of a nest has adapters of its own; what lies in the middle keeps the name that it always had."""
+    inner = "base_model.model.model.layers.0.mlp.experts"
+    assert canonical_name(f"{inner}.lora_A.a.weight") == "model.layers.0.mlp.experts.lora_A.a.weight"
+    nested = canonical_name(f"{inner}.base_layer.lora_A.a.weight")
+    assert nested == "model.layers.0.mlp.experts.base_layer.lora_A.a.weight"
+    assert (
+        canonical_name(f"{inner}.base_layer.base_layer.down_proj") == "model.layers.0.mlp.experts.down_proj"
+    )
+    assert canonical_name("model.q_proj.base_layer.weight") == "model.q_proj.weight"
+
+
+# ---------------------------------------------------------------------------------------------- the head
+@pytest.mark.parametrize(
+    "settings",
+    [dict(target_modules=["lm_head", "q_proj"]), dict(target_modules=["v_proj"], trainable_token_indices={"lm_head": [5, 7]})],
+    ids=["LoRA", "tokens"],
+)  # fmt: skip
+def test_adapters_of_the_head_go_through_batch(settings: dict[str, Any]) -> None:
+    model, batch = adapted(zoo.make("llama"), peft.LoraConfig(r=4, **settings)), zoo.padded()
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(
+            ValueError, match="is not a decoder with a linear head .its head: peft.* use `with sket"
+        ):
+            batch.sketch(sketcher)
+        with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as out:  # type: ignore[arg-type]
+            logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
+            logp = torch.log_softmax(logits[batch.positions], -1).gather(1, batch.targets[:, None])[:, 0]
+            (logp * zoo.weights_of(batch)).sum().backward()
+    own = zoo.sketches(model, zoo.gradients(model), SPEC)
+    model = model.double()
+    exact = zoo.sketches(model, zoo.gradients(model), SPEC)
+    assert 0 < error_of(out.sketches.double(), exact) <= 2 * error_of(own, exact) + 2.0**-23
+
+
+# --------------------------------------------------------------------------------------- quantised bases
+class Int4Linear(nn.Module):
+    """As GPTQ and AWQ keep a layer: integers and scales in buffers, no parameter; dequantised in the forward."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        scale = layer.weight.detach().abs().amax(1, keepdim=True) / 7
+        self.register_buffer("qweight", (layer.weight.detach() / scale).round().to(torch.int32))
+        self.register_buffer("scales", scale)
+
+    def dequantised(self) -> torch.Tensor:
+        return self.qweight * self.scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.dequantised().to(x.dtype))
+
+
+class CompressedLinear(nn.Linear):
+    """As compressed-tensors keep a layer: a linear layer with a packed weight of another shape, and a scale."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        scale = layer.weight.detach().abs().max() / 127
+        packed = (layer.weight.detach() / scale).round().to(torch.int8)
+        del self.weight
+        self.weight_packed = nn.Parameter(packed.reshape(-1, 1), requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight_packed.view(self.out_features, self.in_features).to(x.dtype) * self.weight_scale
+        return F.linear(x, weight.to(x.dtype))
+
+
+class FP8Linear(nn.Linear):
+    """As fine-grained FP8 keeps a layer: a linear layer with a weight in float8, dequantised in the forward."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.scale = layer.weight.detach().abs().max() / 448
+        self.weight = nn.Parameter(
+            (layer.weight.detach() / self.scale).to(torch.float8_e4m3fn), requires_grad=False
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+
+
+class NoBackward(Int4Linear):
+    """A kernel for inference."""
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+def quantised(kind: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    model = adapted(zoo.make("llama"), peft.LoraConfig(r=4, **ATTENTION))
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if (
+                type(child) is nn.Linear
+                and "lora" not in name
+                and not child.weight.requires_grad
+                and name != "lm_head"
+            ):
+                setattr(module, name, kind(child))
+    return model
+
+
+@pytest.mark.parametrize("kind", [Int4Linear, CompressedLinear, FP8Linear])
+def test_adapters_on_a_quantised_base(kind: Callable[[nn.Linear], nn.Module]) -> None:
+    model = quantised(kind)
+    assert sum(type(m) is kind for m in model.modules()) == 14
+    with GradientSketcher(model, SPEC) as sketcher:
+        got = zoo.padded().sketch(sketcher).sketches
+    assert len(sketcher.coverage.names) == 8
+    want = zoo.sketches(model, zoo.gradients(model), SPEC)
+    assert 0 < error_of(got.double(), want) <= 5e-6  # two float32 backward passes of 2 layers
+
+
+@pytest.mark.parametrize("method", ["policy_gradient", "batch"])
+def test_a_base_without_a_backward_is_named(method: str) -> None:
+    """Its graph ends there: what lies before would have no gradient, and autograd itself would say the same."""
+    model, batch = quantised(NoBackward), zoo.padded()
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(
+            ValueError, match=r"no gradient passes through .*k_proj \(NoBackward\), .* and 2 more: quant"
+        ):
+            if method == "policy_gradient":
+                batch.sketch(sketcher)
+            else:
+                with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)):  # type: ignore[arg-type]
+                    pass
+
+
+@pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_on_bitsandbytes(bits: int, tmp_path: Path) -> None:
+    import transformers
+
+    zoo.make("llama").save_pretrained(tmp_path)  # type: ignore[operator]
+    settings = (
+        dict(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        if bits == 4
+        else dict(load_in_8bit=True)
+    )
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.BitsAndBytesConfig(**settings), dtype=torch.float32
+    )
+    model = adapted(base, peft.LoraConfig(r=4, **ATTENTION))
+    with GradientSketcher(model, SPEC) as sketcher:
+        got = zoo.padded().sketch(sketcher).sketches
+    assert sketcher.self_test is not None and not sketcher.self_test.untested
+    want = zoo.sketches(model, zoo.gradients(model), SPEC)
+    assert 0 < error_of(got.double(), want) <= 5e-6
