@@ -134,9 +134,12 @@ def test_names_of_a_nest() -> None:
 # ---------------------------------------------------------------------------------------------- the head
 @pytest.mark.parametrize(
     "settings",
-    [dict(target_modules=["lm_head", "q_proj"]), dict(target_modules=["v_proj"], trainable_token_indices={"lm_head": [5, 7]})],
+    [
+        dict(target_modules=["lm_head", "q_proj"]),
+        dict(target_modules=["v_proj"], trainable_token_indices={"lm_head": [5, 7]}),
+    ],
     ids=["LoRA", "tokens"],
-)  # fmt: skip
+)
 def test_adapters_of_the_head_go_through_batch(settings: dict[str, Any]) -> None:
     model, batch = adapted(zoo.make("llama"), peft.LoraConfig(r=4, **settings)), zoo.padded()
     with GradientSketcher(model, SPEC) as sketcher:
