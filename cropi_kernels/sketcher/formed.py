@@ -117,12 +117,16 @@ class FormedSketcher:
         targets: torch.Tensor,
         weigh: Weigh,
         num_segments: int,
+        whole: bool = False,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         temperature: float = 1.0,
         model_kwargs: dict[str, Any] | None = None,
     ) -> PolicyGradient:
-        """As `GradientSketcher.policy_gradient`, for ``segments`` by row, int64 ``[batch]``, that do not decrease."""
+        """As `GradientSketcher.policy_gradient`, for ``segments`` by row, int64 ``[batch]``, that do not decrease.
+
+        ``weigh`` is always asked for all tokens of a segment at once, so that ``whole`` changes nothing.
+        """
         if not self._handles:
             raise RuntimeError("policy_gradient works inside of `with sketcher:`")
         check_tensors(input_ids=input_ids, segments=segments, positions=positions, targets=targets)

@@ -246,6 +246,7 @@ class GradientSketcher:
         positions: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         weigh: Weigh | None = None,
+        whole: bool = False,
         num_segments: int | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -272,6 +273,7 @@ class GradientSketcher:
                 May repeat (K responses share the last prompt token); sorted by segment.
             targets: int64 [n], the scored tokens.
             weigh: another name of ``weights``, for a function.
+            whole: call it once, with all log-probs (for ratios of whole responses): one more product with the head.
             attention_mask: None (causal), [batch, length], or bool [batch, 1, length, length], True where to attend.
             position_ids: as the model takes them. Several sequences in one row need a model that keeps them apart by
                 these (Falcon, for one, does not), or a 4-D mask.
@@ -322,7 +324,16 @@ class GradientSketcher:
                     hidden = split.hidden(input_ids, **kwargs)
                 with split.whole_head():
                     logprobs, grad, used, scales = head_pass(
-                        split, self._plan, self._acc, hidden, positions, targets, weigh, temperature, scored
+                        split,
+                        self._plan,
+                        self._acc,
+                        hidden,
+                        positions,
+                        targets,
+                        weigh,
+                        temperature,
+                        scored,
+                        whole,
                     )
                 middle = mark()
                 hidden.backward(grad)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
-from ..ops.linear_logprob import logprob_and_grad
+from ..ops.linear_logprob import linear_logprob, logprob_and_grad
 from ..ops.linear_logprob.contract import Weigh
-from ..ops.linear_logprob.slices import sliced_logprob_and_grad
+from ..ops.linear_logprob.slices import Words, sliced_logprob_and_grad
 from ..ops.norm_grad import bias_grad
 from .accumulator import Accumulator
 from .attach import Attachment
@@ -41,9 +42,11 @@ def head_pass(
     weigh: Weigh,
     temperature: float,
     scored: torch.Tensor,
+    whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SegmentScales]:
     """Log-probs, gradient of the hidden states, weights; the head's own sketch rides along chunk by chunk.
 
+    ``whole``: ``weigh`` is asked once for all tokens, whose log-probs cost one more product with the head.
     The gradient and the sketches are those of scaled segments: `SegmentScales.restore` comes after the backward pass.
     """
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
@@ -64,9 +67,11 @@ def head_pass(
                 acc.engine.add_vector(_placed(plan, split, bias_grad(dz, offsets)), bias)
 
     with torch.no_grad():
+        products = dict(bias=own_bias, **split.of_products(temperature))
+        if whole:
+            weigh = _asked_once(weigh, picked, weight, targets, words, products)
         settings = dict(
-            bias=own_bias,
-            **split.of_products(temperature),
+            products,
             on_dlogits=sketch_head if matrix is not None or bias is not None else None,
         )
         if words is None:
@@ -81,6 +86,24 @@ def head_pass(
         grad_picked = scales.normalise(grad_picked, acc.out)
         grad = _add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
     return logprobs, grad.view_as(hidden), weights, scales
+
+
+def _asked_once(
+    weigh: Weigh,
+    picked: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    words: Words | None,
+    products: dict[str, Any],
+) -> Weigh:
+    """A function that gives parts of what ``weigh`` says of all tokens."""
+    if words is None:
+        logprobs = linear_logprob(picked, weight, targets, **products)
+    else:
+        logprobs = sliced_logprob_and_grad(picked, weight, targets, None, words, **products)[0]
+    assert isinstance(logprobs, torch.Tensor)
+    made = weigh(logprobs.float(), 0, len(targets))
+    return lambda _, start, stop: made[start:stop]
 
 
 def _placed(plan: Attachment, split: SplitModel, gradients: torch.Tensor) -> torch.Tensor:

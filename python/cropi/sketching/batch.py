@@ -10,7 +10,7 @@ import torch
 
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
-from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
+from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator, sequence_behaviour
 from cropi.gradient.layout import layout_of
 from cropi.model.policy import Policy, check_dropout
 from cropi_kernels import SketchSpec
@@ -337,7 +337,8 @@ def _sketched(
                 ids,
                 segments=(segments[chosen] - first).to(rows.device),
                 labels=torch.where(marks, ids.long(), -100),
-                weights=_weigher(kind, token_scale, token_divisor, old),
+                weights=_weigher(kind, token_scale, token_divisor, old, row),
+                whole=kind is not None and kind.level == "sequence",
                 attention_mask=None if bool(rows.mask[here].all()) else rows.mask[here].long(),
                 position_ids=rows.positions[here],
                 temperature=temperature,
@@ -350,7 +351,11 @@ def _sketched(
 
 
 def _weigher(
-    kind: Estimator | None, scale: torch.Tensor, divisors: torch.Tensor, old: torch.Tensor | None
+    kind: Estimator | None,
+    scale: torch.Tensor,
+    divisors: torch.Tensor,
+    old: torch.Tensor | None,
+    responses: torch.Tensor,
 ) -> Callable[[torch.Tensor, int, int], torch.Tensor]:
     """The weights of scored tokens start .. stop: given ones, or the estimator's."""
 
@@ -358,6 +363,8 @@ def _weigher(
         if kind is None:
             return scale[start:stop]
         beta = None if old is None else old[start:stop]
-        return kind.weights(logprobs, beta, scale[start:stop], divisors[start:stop])
+        if beta is not None and kind.level == "sequence":
+            beta = sequence_behaviour(logprobs, beta, responses[start:stop])
+        return kind.of_sequences().weights(logprobs, beta, scale[start:stop], divisors[start:stop])
 
     return weigh

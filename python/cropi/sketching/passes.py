@@ -90,7 +90,6 @@ class Passes:
     ) -> None:
         self.lengths, self.zero_check = lengths, zero_check
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
-        self.current: BehaviourModel | None = None
         self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
         self.device = next(sketcher.model.parameters()).device
         self.bound = rounding(sketcher.model)
@@ -141,7 +140,8 @@ class Passes:
         batch = batch.to(self.device)
         behaviour = self._behaviour_of(batch)
         result = self._gradient(batch, behaviour)
-        health = batch_health(estimator, batch, result.logprobs, behaviour)
+        ratios = self._ratios_of_sequences(result.logprobs, behaviour, batch.responses)
+        health = batch_health(estimator, batch, result.logprobs, ratios)
         weights = torch.zeros(len(batch.groups), dtype=torch.float64, device=self.device)
         weights.index_add_(0, batch.token_segments, result.weights.double().abs())
         for s, (group, weight) in enumerate(zip(batch.groups, weights.tolist(), strict=True)):
@@ -158,18 +158,24 @@ class Passes:
         ]
 
     def _behaviour_of(self, batch: MicroBatch) -> torch.Tensor | None:
-        found = self.behaviour.logprobs(batch) if self.behaviour is not None else batch.behaviour
-        if found is None or self.estimator.level == "token":
-            return found
-        # The ratio of a response is known with its last token, but weights are asked for chunk by chunk.
-        if self.current is None:
-            self.current = BehaviourModel(self.sketcher.model)
-        assert batch.responses is not None
-        return sequence_behaviour(self.current.logprobs(batch), found, batch.responses)
+        return self.behaviour.logprobs(batch) if self.behaviour is not None else batch.behaviour
+
+    def _ratios_of_sequences(
+        self, logprobs: torch.Tensor, behaviour: torch.Tensor | None, responses: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Behaviour log-probs that give the estimator's ratios of whole responses, where it has such."""
+        if behaviour is None or responses is None or self.estimator.level == "token":
+            return behaviour
+        return sequence_behaviour(logprobs, behaviour, responses)
 
     def _gradient(self, batch: MicroBatch, behaviour: torch.Tensor | None) -> PolicyGradient:
+        # The ratio of a response is known with its last token, but weights are asked for chunk by chunk.
+        whole = self.estimator.level == "sequence" and behaviour is not None
+
         def weigh(logprobs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
             old = None if behaviour is None else behaviour[start:stop]
+            responses = None if batch.responses is None else batch.responses[start:stop]
+            old = self._ratios_of_sequences(logprobs, old, responses)
             return self.estimator.of_sequences().weights(
                 logprobs, old, batch.advantages[start:stop], batch.divisors[start:stop]
             )
@@ -180,6 +186,7 @@ class Passes:
             positions=batch.positions,
             targets=batch.targets,
             weigh=weigh,
+            whole=whole,
             num_segments=int(batch.segments[-1]) + 1,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
