@@ -35,13 +35,14 @@ END = ; mkdir -p $(STAMPS); touch $@; echo "== done in $$(($$(date +%s) - begin)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo quick test test-verl build model wheel lint format bench tables clean distclean
+.PHONY: help demo quick test test-verl test-ray build model wheel lint format bench tables clean distclean
 
 help:
 	@echo "make demo    build, then pick the best prompts of the example data with SmolLM2-135M-Instruct"
 	@echo "make test    build, then run the tests"
 	@echo "make quick   build, then run the short tests: no model download, nothing compiled for a GPU"
 	@echo "make test-verl  the verl adapters against verl 0.7.1 and 0.9.1, each in an environment of its own"
+	@echo "make test-ray   a job on a Ray cluster of two nodes, on this machine; installs ray"
 	@echo "make build   environment and package only (an editable install)"
 	@echo "make wheel   a wheel in dist/, tried out in a clean environment"
 	@echo "make lint    ruff, clang-format, mypy          make format   let ruff and clang-format rewrite"
@@ -103,6 +104,11 @@ test: build model
 VERLS ?= 0.7.1 0.9.1
 test-verl: build
 	for version in $(VERLS); do OMP_NUM_THREADS=1 scripts/test_verl.sh $$version $(VENV) $(ARGS); done
+
+# Ray is large, and its cluster of two nodes takes half a minute to come up: outside of `make test`, which skips them.
+test-ray: build
+	$(PIP) -c $(PINS) --no-build-isolation --only-deps '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/cropi/test_ray.py $(ARGS)
 
 lint: $(STAMPS)/deps
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ EXTRAS = {
     "yaml": "run",
     "tomli": "run",
     "trl": "trl",
+    "ray": "ray",
     "datasets": "trl",
     "peft": "peft",
     "bitsandbytes": "quantize",

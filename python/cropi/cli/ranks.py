@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 from cropi.distributed.launch import launched
@@ -14,7 +15,7 @@ from cropi.distributed.launch import launched
 @contextmanager
 def joined(args: argparse.Namespace) -> Iterator[Any]:
     """The processes that a launcher started with this one, as a :class:`cropi.distributed.team.Team`; None where it is
-    alone. Only rank 0 shows warnings and progress."""
+    alone. Only rank 0 prints anything but errors."""
     found = launched()
     if found is None:
         yield None
@@ -24,12 +25,9 @@ def joined(args: argparse.Namespace) -> Iterator[Any]:
     from cropi.distributed.team import Team
 
     team = Team(store, found.rank, found.world)
-    with team.telling(), warnings.catch_warnings():
+    with team.telling(), warnings.catch_warnings(), ExitStack() as stack:
         if not team.first:
             args.progress = False
             warnings.simplefilter("ignore")
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield team
-
-
-def quiet(line: object = "") -> None:
-    """Say nothing: rank 0 says it."""

@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
                 print(sketch.placed(args, policy, team.world))
             stores = pipeline.sketch_all(
                 policy, checked, setup.job, lambda name: out / "sketches" / name,
-                say=print if team.first else ranks.quiet, progress=args.progress,
+                say=print, progress=args.progress,
                 by=partial(together.sketch, team),
             )  # fmt: skip
             if not team.first:

@@ -6,10 +6,11 @@ import argparse
 import shlex
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from cropi.cli import options, ranks
-from cropi.cli.parser import shard
+from cropi.cli.parser import count, shard
 from cropi.errors import CropiError
 from cropi.options import Reading, Sketching
 
@@ -25,6 +26,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--shard", type=shard, metavar="I/N",
         help="only share I of N, about as many tokens as the others; every share into an --out of its own",
     )  # fmt: skip
+    command.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="on the nodes of a Ray cluster (auto, host:port, or local), a worker a GPU or CPU slot (docs/scaling.md)",
+    )  # fmt: skip
+    command.add_argument("--workers", type=count, metavar="N", help="workers of Ray at most (default: all)")
     options.add_model(command)
     options.add(command, Reading, Sketching)
     options.add_progress(command)
@@ -34,25 +40,50 @@ def run(args: argparse.Namespace) -> int:
     """Sketch, and print the summary."""
     if not args.model:
         args.parser.error("the following arguments are required: --model")
+    if args.ray is not None:
+        return _on_ray(args)
+    if args.workers is not None:
+        raise CropiError(f"--workers {args.workers} is for --ray ADDRESS: give both")
     with ranks.joined(args) as team:
         return _run(args, team)
 
 
-def _run(args: argparse.Namespace, team: Any) -> int:
-    from cropi.sketching.interrupt import Interrupted
+def _inputs(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The policy, not loaded yet, and the job."""
     from cropi.sketching.job import make_job
+
+    policy, behaviour_model = policies(args)
+    trajectories = options.opened(args, args.trajectories, policy)
+    job = make_job(
+        options.made(Sketching, args), trajectories, args.out, set=args.set, behaviour_model=behaviour_model,
+        notes=notes(args),
+    )  # fmt: skip
+    return policy, job
+
+
+def _on_ray(args: argparse.Namespace) -> int:
+    from cropi.distributed import ray
+    from cropi.distributed.launch import launched
+
+    if args.shard is not None or launched() is not None:
+        other = "a launcher's WORLD_SIZE" if args.shard is None else "--shard"
+        raise CropiError(f"--ray {args.ray} and {other} are two ways to share one job: give one")
+    held = {name: value for name, value in vars(args).items() if name not in ("parser", "run")}
+    for name in ("model", "behaviour_model", "adapter", "chat_template", "optimizer_state"):
+        if name in held:
+            held[name] = ray.absolute(held[name])
+    held["trajectories"] = [ray.absolute(path) for path in args.trajectories]
+    make = partial(_inputs, argparse.Namespace(**held | {"progress": False}))
+    summary = ray.sketch(
+        make, args.out, address=args.ray, workers=args.workers, device=args.device, progress=args.progress
+    )
+    return _said(args, summary)
+
+
+def _run(args: argparse.Namespace, team: Any) -> int:
     from cropi.sketching.run import scan_groups, sketch
 
-    given = options.made(Sketching, args)
-    policy, behaviour_model = policies(args)
-    job = make_job(
-        given,
-        options.opened(args, args.trajectories, policy),
-        args.out,
-        set=args.set,
-        behaviour_model=behaviour_model,
-        notes=notes(args),
-    )
+    policy, job = _inputs(args)
     if team is not None:
         from cropi.distributed import ranks as together
 
@@ -71,6 +102,12 @@ def _run(args: argparse.Namespace, team: Any) -> int:
         scan = scan_groups(policy, job)  # before the time that loading the weights takes is spent
         print(placed(args, policy))
         summary = sketch(policy, job, scan=scan, progress=args.progress)
+    return _said(args, summary)
+
+
+def _said(args: argparse.Namespace, summary: Any) -> int:
+    from cropi.sketching.interrupt import Interrupted
+
     print(summary.text())
     if summary.interrupted:
         return stopped(args, Interrupted(args.out, summary))

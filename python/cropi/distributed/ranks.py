@@ -74,7 +74,7 @@ def sketch(
     try:
         held = team.agree(lambda: whole or SketchStore.open(out))
         done = frozenset(row.id for row in held.rows())
-        team.same({"store": _digest(done)}, REMEDIES)
+        team.same({"store": digest(done)}, REMEDIES)
         ready.summary.resumed = len(done)
         if len(done) < ready.total:
             _work(team, ready, out, manifest, done, progress)
@@ -204,6 +204,7 @@ def _work(
             team.stop()
 
 
-def _digest(names: frozenset[str]) -> str:
+def digest(names: frozenset[str]) -> str:
+    """Which prompts these are, in a few characters."""
     text = "\n".join(sorted(names))
     return f"{len(names)} prompts, {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"

@@ -10,7 +10,7 @@ import itertools
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -102,17 +102,12 @@ class Team:
             CropiError: in every process, the same: names the first process that differs from rank 0, and how.
         """
         every = self.gather(dict(facts))
-        for rank, other in enumerate(every):
-            differs = first_difference(every[0], other)
-            if differs:
-                name, left, right = differs
-                keys = [key for key in remedies if name == key or name.startswith(f"{key}.")]
-                remedy = remedies[max(keys, key=len)] if keys else remedies[""]
-                kind = CropiError if self.rank in (0, rank) else RankFailed
-                raise kind(
-                    f"rank {rank} does not have the same job as rank 0: {name} = {_cut(right)} there, {_cut(left)} in "
-                    f"rank 0; {remedy}"
-                )
+        try:
+            check_same(every, [f"rank {rank}" for rank in range(self.world)], remedies)
+        except Unlike as error:
+            if self.rank not in (0, error.number):  # they say it
+                raise RankFailed(str(error)) from None
+            raise
 
     # ------------------------------------------------------------------------------------------------ while they work
     def new_job(self) -> str:
@@ -219,6 +214,36 @@ class Team:
                 f"rank {self.rank} has lost the launcher or the process that keeps the list of work (rank 0): "
                 f"{str(error).splitlines()[0]}; finished prompts are stored; run the same command again"
             ) from error
+
+
+class Unlike(CropiError):
+    """Two processes do not have the same job; ``number`` is the second one's."""
+
+    number = 0
+
+
+def check_same(facts: Sequence[Mapping[str, Any]], names: Sequence[str], remedies: Mapping[str, str]) -> None:
+    """Check that some processes have the same facts.
+
+    Args:
+        facts: of each process, JSON values by name.
+        names: of the processes.
+        remedies: what to do, by the beginning of a fact's dotted name; "" stands for all others.
+
+    Raises:
+        Unlike: names the first process that differs from the first, and how.
+    """
+    for number, other in enumerate(facts):
+        differs = first_difference(dict(facts[0]), dict(other))
+        if differs:
+            name, left, right = differs
+            keys = [key for key in remedies if name == key or name.startswith(f"{key}.")]
+            found = Unlike(
+                f"{names[number]} does not have the same job as {names[0]}: {name} = {_cut(right)} there, {_cut(left)} "
+                f"in {names[0]}; {remedies[max(keys, key=len)] if keys else remedies['']}"
+            )
+            found.number = number
+            raise found
 
 
 def _words(error: BaseException) -> str:

@@ -28,6 +28,12 @@ def part_path(out: Path, number: int) -> Path:
     return out / f"{PART}{number:05d}"
 
 
+def next_part(out: Path, number: int) -> int:
+    """A number from ``number`` on that no part has."""
+    taken = {path.name for path in part_paths(out)}
+    return next(n for n in range(number, number + len(taken) + 1) if part_path(out, n).name not in taken)
+
+
 def part_paths(out: Path) -> list[Path]:
     """The parts that are there, in order."""
     return sorted(path for path in out.glob(f"{PART}*") if path.is_dir())

@@ -39,6 +39,10 @@ from cropi.store.rows import OK, RowInfo, placed
 from cropi.store.shards import Shard, shard_number, write_shard
 
 
+class InUse(CropiError):
+    """Another process writes to the store."""
+
+
 class SketchStore:
     """Sketches of prompt gradients in a folder.
 
@@ -452,7 +456,7 @@ class SketchStore:
         if not free:
             owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
             os.close(lock)
-            raise CropiError(
+            raise InUse(
                 f"another process (pid {owner}) is writing to the store {self.path}; wait for it, or end it"
             )
         os.ftruncate(lock, 0)

@@ -1,0 +1,157 @@
+"""What runs in one actor of a Ray cluster: the job in a thread, which waits for the number of its next chunk."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cropi.distributed.ranks import digest, facts
+from cropi.model.policy import Policy
+from cropi.sketching.chunks import BATCHES, Chunk
+from cropi.sketching.job import SketchJob
+from cropi.sketching.run import Prepared as Ready
+from cropi.sketching.run import prepare
+from cropi.sketching.summary import Summary
+from cropi.store.parts import part_path
+from cropi.store.store import SketchStore
+
+Make = Callable[[], tuple[Policy, SketchJob]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a worker says of its job before it begins."""
+
+    manifest: dict[str, Any]
+    facts: dict[str, Any]
+    total: int
+    tokens_per_batch: int
+    shard_rows: int
+    shard_bytes: int
+    bad_records: tuple[str, ...]
+    pid: int
+    node: str
+
+
+class Worker:
+    """:meth:`prepare`, then :meth:`begin`, then :meth:`work` for every chunk, and :meth:`finish`.
+
+    Args:
+        make: gives the policy and the job.
+    """
+
+    def __init__(self, make: Make) -> None:
+        self.make = make
+        self.ready: Ready | None = None
+        self.part = Asked(1, frozenset())
+
+    def prepare(self) -> Prepared:
+        """Read the trajectories, load the model, and say what the rows depend on."""
+        policy, job = self.make()
+        ready = self.ready = prepare(policy, job, progress=False)
+        budget, manifest = ready.tokens_per_batch, ready.manifest()
+        ready.job = replace(ready.job, tokens_per_batch=None)  # the driver says it
+        return Prepared(
+            manifest, facts(ready, manifest), ready.total, budget, job.shard_rows, job.shard_bytes,
+            tuple(ready.summary.bad_records), os.getpid(), socket.gethostname(),
+        )  # fmt: skip
+
+    def begin(self, out: Path, number: int, manifest: Mapping[str, Any], tokens_per_batch: int) -> str:
+        """Open this worker's store; says which prompts it sees in the job's."""
+        assert self.ready is not None
+        done = frozenset(row.id for row in SketchStore.open(out).rows())
+        job = self.ready.job = replace(self.ready.job, tokens_per_batch=tokens_per_batch)
+        self.part = Asked(BATCHES * tokens_per_batch, done)
+        store = SketchStore.create(
+            part_path(out, number), manifest, shard_rows=job.shard_rows, shard_bytes=job.shard_bytes
+        )
+        threading.Thread(target=self._run, args=(store,), name="cropi-sketch", daemon=True).start()
+        return digest(done)
+
+    def work(self, number: int) -> dict[int, str] | None:
+        """Compute a chunk; when this returns, its rows are on the disk.
+
+        Returns:
+            How the windows were cut that were met for the first time; None: there is no chunk with this number.
+        """
+        found: dict[int, str] | None = self.part.ask(number)
+        return found
+
+    def finish(self) -> Summary:
+        """Close the store."""
+        self.part.ask(None)
+        assert self.ready is not None
+        return replace(self.ready.summary, store=None)
+
+    def _run(self, store: SketchStore) -> None:
+        assert self.ready is not None
+        try:
+            with store:
+                self.part.store = store
+                while self.part.going_on:
+                    self.ready.fill(store, progress=False, part=self.part)
+            self.part.answers.put(None)
+        except BaseException as error:
+            self.part.answers.put(error)
+
+
+class Asked:
+    """Chunks by the numbers that are asked for, in any order: see :class:`cropi.sketching.chunks.Part`.
+
+    A number before the place where a pass over the trajectories is ends the pass, and the next one begins with it.
+    """
+
+    def __init__(self, tokens: int, done: frozenset[str]) -> None:
+        self.tokens, self.done = tokens, done
+        self.numbers: queue.Queue[int | None] = queue.Queue()
+        self.answers: queue.Queue[Any] = queue.Queue()
+        self.kept: int | None = None
+        self.going_on = True
+        self.told: set[int] = set()
+        self.store: SketchStore | None = None
+
+    def ask(self, number: int | None) -> Any:
+        """Ask for a chunk (None: for the end), and wait for the answer.
+
+        Raises what ended the job.
+        """
+        self.numbers.put(number)
+        answer = self.answers.get()
+        if isinstance(answer, BaseException):
+            self.answers.put(answer)  # whoever asks again hears it again
+            raise answer
+        return answer
+
+    def take(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """See :class:`cropi.sketching.chunks.Part`."""
+        number, self.kept = self.kept if self.kept is not None else self.numbers.get(), None
+        cuts: dict[int, str] = {}
+        for chunk in chunks:
+            if chunk.cut != "rows" and chunk.window not in self.told:
+                self.told.add(chunk.window)
+                cuts[chunk.window] = chunk.cut
+            if number is not None and chunk.number < number:
+                continue
+            if number is None or chunk.number > number:
+                break
+            yield chunk
+            assert self.store is not None
+            self.store.flush()
+            self.answers.put(cuts)
+            number, cuts = self.numbers.get(), {}
+        else:
+            if number is not None:  # beyond the last one
+                self.answers.put(None)
+                number = self.numbers.get()
+        self.told -= set(cuts)
+        self.kept, self.going_on = number, number is not None
+
+    def finish(self, store: SketchStore) -> None:
+        """The rows are safe; the driver moves them to the job's store."""
+        store.flush()
