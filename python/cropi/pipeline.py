@@ -26,7 +26,7 @@ from cropi.ranking.selection import Selection, check_selecting, select, write_se
 from cropi.ranking.table import write_scores
 from cropi.ranking.uncertainty import with_uncertainty
 from cropi.sketching.interrupt import Interrupted
-from cropi.sketching.job import SketchJob, make_job
+from cropi.sketching.job import SketchJob, make_job, with_date
 from cropi.sketching.run import check_tokens, scan_groups, sketch
 from cropi.sketching.summary import Summary
 from cropi.store.store import SketchStore
@@ -300,6 +300,7 @@ def sketch_all(
     """
     stores: dict[str, SketchStore] = {}
     parts = [*checked.valid, checked.train]
+    job = one_date(policy, job, parts, [store_at(part.name) for part in parts])
     for part in parts:
         if part is parts[-1] and (ranks or Alone()).world == 1 and stores:
             validation_means(list(stores.values()))
@@ -310,6 +311,15 @@ def sketch_all(
             if summary.store is not None:
                 stores[part.name] = summary.store
     return stores
+
+
+def one_date(
+    policy: Policy, job: SketchJob, parts: Sequence[Part], stores: Sequence[str | Path | None]
+) -> SketchJob:
+    """The job with one date for all parts, where the chat template prints one: what is compared must not have two."""
+    for part in parts:
+        job = with_date(policy, job, part.scan, stores)
+    return job
 
 
 def choose(

@@ -26,6 +26,7 @@ from cropi.pipeline import Part
 from cropi.ranking.report import plot_scores
 from cropi.ranking.selection import read_selection, write_selected_records, write_selection
 from cropi.ranking.table import read_scores, write_scores
+from cropi.sketching.job import SketchJob
 from cropi.store.shards import OK
 from cropi.store.store import SketchStore
 from cropi.trainers.trl.in_process import train_stage
@@ -89,8 +90,15 @@ def sketch_all(stage: Stage) -> Result:
     models = {"policy": _load(stage, stage.model)}
     checked = data.check(plan, source, stage.number, models["policy"])
     _check_unchanged(stage, data.fingerprints(checked))
-    valid = {str(part.set): _sketch_one(stage, source.valid_maker, models, part) for part in checked.valid}
-    train = _sketch_one(stage, source.train_maker, models, checked.train)
+    parts = [*checked.valid, checked.train]
+    earlier = [
+        plan.stage_folder(n) / "sketches" / part.name for n in range(stage.number + 1) for part in parts
+    ]
+    job = pipeline.one_date(models["policy"], plan.job, parts, earlier)
+    valid = {
+        str(part.set): _sketch_one(stage, source.valid_maker, models, part, job) for part in checked.valid
+    }
+    train = _sketch_one(stage, source.train_maker, models, checked.train, job)
     store = SketchStore.open(stage.folder / "sketches" / "train")
     rows, weights = store.rows(), store.manifest["model"]["weights"]
     models.clear()  # the trainer needs the memory, a GPU's most of all
@@ -104,7 +112,7 @@ def sketch_all(stage: Stage) -> Result:
     }  # fmt: skip
 
 
-def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part) -> Result:
+def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part, job: SketchJob) -> Result:
     """Sketch one part into its store of the stage; ``models`` holds what is loaded already."""
     plan = stage.plan
     behaviour = data.behaviour_of(plan, part.scan, maker, stage.model)
@@ -119,7 +127,7 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part)
     # Later the policy has moved away from its rollouts on purpose: no reason to stop.
     check = "warn" if stage.number and plan.job.behaviour_check == "error" else plan.job.behaviour_check
     job = replace(
-        plan.job,
+        job,
         behaviour_check=check,
         stage=str(stage.number),
         notes={**plan.job.notes, "model": stage.model},

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cropi.data.checks import FLAT
+from cropi.data.columns import TableGroup
 from cropi.data.fast import RecordReader
 from cropi.data.forms import (
     CONVERSATION,
@@ -31,6 +32,8 @@ from cropi.data.sources import Row, Source, sources_of
 from cropi.data.tables import TableRow
 from cropi.data.values import python_value
 from cropi.errors import CropiError, RecordError
+
+WITH_ID = "this record has an 'id', and those before it have none", "give all an id, or none"
 
 
 class HashedIds(UserWarning):
@@ -242,7 +245,8 @@ class _State:
         table = source.table_file() if self.on_line is not None else None
         if table is not None:
             self._tell_file(table)
-        rows = self._told(source.rows(), table is not None)
+        given = source.rows() if self.columns else source.grouped_rows()
+        rows = self._told(given, table is not None)
         first = next(rows, None)
         if first is None:
             return
@@ -298,6 +302,10 @@ class _State:
         )
 
     def _record(self, row: Any, where: str) -> PromptGroup:
+        if isinstance(row, TableGroup):
+            if self.hashed:
+                raise RecordError(where, *WITH_ID)
+            self.hashed = False
         if isinstance(row, PromptGroup):
             return row
         if isinstance(row, bytes) and not self.columns and not self.hashed:
@@ -316,9 +324,7 @@ class _State:
         if self.hashed is None:
             self.hashed = "id" not in record
         if self.hashed and record.get("id") is not None:
-            raise RecordError(
-                where, "this record has an 'id', and those before it have none", "give all an id, or none"
-            )
+            raise RecordError(where, *WITH_ID)
         return make_group(record, where, line=line, default_id=content_id(record) if self.hashed else None)
 
     def _grouped(self, form: str, first: Row, rows: Iterator[Row]) -> Iterator[tuple[str, None, Any]]:

@@ -60,6 +60,26 @@ class PromptGroup:
         return found[1] if found else None
 
     @property
+    def lengths(self) -> tuple[int | None, list[int] | None]:
+        """Tokens of the prompt, and of every response; None where their ids are not stored."""
+        ids = self.response_ids
+        return None if self.prompt_ids is None else len(self.prompt_ids), None if ids is None else list(
+            map(len, ids)
+        )
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether log-probs are stored."""
+        return self.logprobs is not None
+
+    @property
+    def largest(self) -> int:
+        """The largest token id, -1 where there are none."""
+        return max(
+            (max(ids, default=-1) for ids in (self.prompt_ids or [], *(self.response_ids or []))), default=-1
+        )
+
+    @property
     def raw(self) -> str:
         """The line that the group was read from, without its end; its record as JSON where it came another way."""
         if self.line is not None:

@@ -44,6 +44,8 @@ class Scan:
     # For which policy and options every one of these has been tokenised, and all prompts have been found to fit (see
     # :func:`cropi.sketching.run.check_tokens`).
     texts_checked: Any = None
+    # What they were tokenised to; a :class:`cropi.gradient.kept.KeptTokens`.
+    texts_kept: Any = field(default=None, repr=False, compare=False)
     tokens_checked: Any = None
 
     @property
@@ -64,20 +66,19 @@ class Scan:
         if reason:
             self.without_gradient[reason] += 1
         self.by_set.setdefault(group.set or "", Counter())[reason or ""] += 1
-        self.with_ids += group.response_ids is not None
-        self.with_prompt_ids += group.prompt_ids is not None
-        if group.logprobs is not None:
+        prompt, sizes = group.lengths
+        self.with_ids += sizes is not None
+        self.with_prompt_ids += prompt is not None
+        if group.has_logprobs:
             self.with_logprobs += 1
         elif not self.without_logprobs:
             self.without_logprobs = f"{group.where} (prompt {group.id!r})"
-        if not reason and group.prompt_ids is not None and group.response_ids is not None:
-            self.longest = max(self.longest, len(group.prompt_ids) + max(map(len, group.response_ids)))
+        if not reason and prompt is not None and sizes is not None:
+            self.longest = max(self.longest, prompt + max(sizes))
         elif not reason:
             self.texts += 1
-        for ids in (group.prompt_ids or [], *(group.response_ids or [])):
-            largest = max(ids, default=-1)
-            if largest > self.largest_id[0]:
-                self.largest_id = largest, f"{group.where} (prompt {group.id!r})"
+        if (largest := group.largest) > self.largest_id[0]:
+            self.largest_id = largest, f"{group.where} (prompt {group.id!r})"
 
 
 class NothingToSelect(CropiError):

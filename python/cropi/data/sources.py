@@ -32,6 +32,10 @@ class Source:
         """The rows, from the first one."""
         raise NotImplementedError
 
+    def grouped_rows(self) -> Iterator[Row]:
+        """The same, with prompt groups in place of rows that are checked as columns."""
+        return self.rows()
+
     def lines_file(self) -> Path | None:
         """The file whose lines the rows' offsets point at, where there is one."""
         return None
@@ -53,6 +57,12 @@ class PathSource(Source):
         check_file(self.file)
         return self._rows()
 
+    def grouped_rows(self) -> Iterator[Row]:
+        if is_saved(self.file):
+            return self.rows()
+        check_file(self.file)
+        return self._rows(groups=self.table_file() is not None)
+
     def lines_file(self) -> Path | None:
         head = self._head()
         return self.file if head and not packing_of(head) and _begins(head) == b"{" else None
@@ -67,7 +77,7 @@ class PathSource(Source):
         with open(self.file, "rb") as file:
             return file.read(512)
 
-    def _rows(self) -> Iterator[Row]:
+    def _rows(self, groups: bool = False) -> Iterator[Row]:
         with unpacked(self.file) as stream, tempfile.NamedTemporaryFile(suffix=".unpacked") as kept:
             head = _peek(stream)
             form, table = format_of(head, self.name), self.file
@@ -80,7 +90,7 @@ class PathSource(Source):
                 shutil.copyfileobj(stream, kept)
                 kept.flush()
                 table = Path(kept.name)
-            for where, row in rows_of_table_file(table, form, self.name):
+            for where, row in rows_of_table_file(table, form, self.name, groups=groups):
                 yield where, None, row
 
 

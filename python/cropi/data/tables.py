@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cropi.data.columns import table_groups
 from cropi.data.formats import ARROW_FILE, PARQUET
 from cropi.errors import CropiError, optional
 
@@ -22,9 +23,9 @@ class TableRow(dict[str, Any]):
 
 
 def rows_of_table_file(
-    path: Path, form: str, shown: str | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``(file, row n)`` and the row, of a parquet or arrow file.
+    path: Path, form: str, shown: str | None = None, *, groups: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """``(file, row n)`` and the row of a parquet or arrow file; ``groups``: its prompt group, where it is simple.
 
     Raises:
         CropiError: the file is damaged or cut.
@@ -33,8 +34,12 @@ def rows_of_table_file(
     start = 0
     try:
         for batch in _parquet(path) if form == PARQUET else _arrow(path, form):
-            for i, row in enumerate(rows_of_batch(batch)):
-                yield f"{name}, row {start + i}", row
+            made = table_groups(batch, name, start) if groups else None
+            if made is not None:
+                yield from made
+            else:
+                for i, row in enumerate(rows_of_batch(batch)):
+                    yield f"{name}, row {start + i}", row
             start += batch.num_rows
     except (pyarrow.ArrowException, OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -85,7 +90,7 @@ def rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[Any]:
-    with optional("pyarrow.parquet").ParquetFile(path) as file:
+    with optional("pyarrow.parquet").ParquetFile(path, pre_buffer=False) as file:
         meta = file.metadata
         size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
         rows = int(BATCH_BYTES / max(size / max(meta.num_rows, 1), 1))

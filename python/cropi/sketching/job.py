@@ -139,18 +139,29 @@ def make_tokenize(policy: Policy, job: SketchJob) -> Tokenize:
     )  # fmt: skip
 
 
-def with_date(policy: Policy, job: SketchJob, scan: Scan) -> SketchJob:
-    """The job with the date that the chat template prints: as given, as in the store that is continued, or today's.
+def with_date(
+    policy: Policy, job: SketchJob, scan: Scan, stores: Sequence[str | Path | None] = ()
+) -> SketchJob:
+    """The job with the date that the chat template prints: as given, as in a store that is there, or today's.
 
-    Without it a store that is continued on another day would hold prompts of two kinds.
+    Without it a store that is continued on another day, the stores that are compared with it, and the stages of a
+    curriculum would hold prompts of two kinds.
+
+    Args:
+        policy: has the tokenizer.
+        job: the options.
+        scan: what is in the trajectories.
+        stores: folders of stores that belong together with the job's own, which is asked first; the first date that one
+            of them names is taken.
     """
     if job.template_date or policy.tokenizer is None or scan.with_prompt_ids == scan.prompts:
         return job
     if not prints_date(policy.tokenizer, template_text(job.chat_template)):
         return job
     date = None
-    if job.out is not None and (Path(job.out) / MANIFEST).is_file():
-        date = read_manifest(Path(job.out))["tokens"].get("template_date")
+    for folder in (job.out, *stores):
+        if date is None and folder is not None and (Path(folder) / MANIFEST).is_file():
+            date = read_manifest(Path(folder))["tokens"].get("template_date")
     if date is None:
         date = datetime.date.today().isoformat()
         warnings.warn(

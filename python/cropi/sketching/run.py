@@ -19,6 +19,7 @@ from cropi.data.scan import scan as scan_trajectories
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.behaviour_check import check_behaviour
+from cropi.gradient.kept import KeptTokens
 from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup, Tokenize, TooLong
 from cropi.model.moments import SecondMoments, read_moments
@@ -112,7 +113,7 @@ class Prepared:
             part = Dealt(*job.shard, BATCHES * budget)
         sketch_groups(
             self.policy,
-            _token_groups(job, self.groups, self.tokens, store, self.summary),
+            _token_groups(job, self.groups, self.tokens, store, self.summary, self.scan.texts_kept),
             store,
             job.estimator,
             behaviour=self.behaviour,
@@ -196,6 +197,7 @@ def scan_groups(
     source = job.trajectories if groups is None else groups
     groups = read(source, skip_bad=job.skip_bad, columns=job.columns)
     tokens: Tokenize | None = None
+    kept: list[KeptTokens] = []
     at_hand, count = policy.at_hand and not job.skip_bad, 0
 
     def take(group: PromptGroup) -> None:
@@ -213,7 +215,10 @@ def scan_groups(
                 at_hand = False
                 return
         try:
-            tokens(group)
+            made = tokens(group)
+            if not kept:
+                kept.append(KeptTokens(tokens))
+            kept[0].put(made)
         except TooLong:
             pass
         except RecordError:  # bad records go first; check_tokens finds this one again
@@ -223,6 +228,7 @@ def scan_groups(
         return groups.found
     found = scan_trajectories(groups, on_group=take)
     found.texts_checked = _checked_for(policy, job) if at_hand else None
+    found.texts_kept = kept[0] if kept else None
     return found
 
 
@@ -267,7 +273,12 @@ def _checked_for(policy: Policy, job: SketchJob) -> tuple[Any, ...]:
 
 
 def _token_groups(
-    job: SketchJob, groups: PromptGroups, tokens: Tokenize, store: SketchStore, summary: Summary
+    job: SketchJob,
+    groups: PromptGroups,
+    tokens: Tokenize,
+    store: SketchStore,
+    summary: Summary,
+    kept: KeptTokens | None = None,
 ) -> Iterator[TokenGroup | RowInfo]:
     """All prompts of the job, tokenised, or as rows where there is nothing to compute; of a store that is full, none.
 
@@ -283,7 +294,8 @@ def _token_groups(
         status, reason = SKIPPED, no_gradient_reason(group.rewards)
         if not reason:
             try:
-                yield tokens(group)
+                made = None if kept is None else kept.get(group, tokens)
+                yield tokens(group) if made is None else made
                 continue
             except TooLong:
                 reason = "too long"
