@@ -43,7 +43,8 @@ def test_a_text_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tokens_are_kept_whole(tmp_path: Path) -> None:
     record = {"id": "a", "prompt": "1+1=", "response_ids": [[20, 21, 1], [22, 1]], "rewards": [1, 0],
-              "temperature": 0.5, "logprobs": [[-1.0, -2.5, -0.125], [-3.0, -1e-9]], "loss_mask": [[1, 0, 1], [1, 1]]}  # fmt: skip
+              "temperature": 0.5, "logprobs": [[-1.0, -2.5, -0.125], [-3.0, -1e-9]],
+              "loss_mask": [[1, 0, 1], [1, 1]]}  # fmt: skip
     (group,) = read([record])
     tokens = Tokenize(make_tokenizer(), 97)
     kept, made = KeptTokens(tokens), tokens(group)
