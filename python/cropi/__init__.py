@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from cropi.ranking.selection import Selection
     from cropi.ranking.selector import Selector
     from cropi.report.check import CheckReport
+    from cropi.rollouts.api import rollout
+    from cropi.rollouts.job import RolloutReport
     from cropi.sketching.batch import SketchedBatch, score_batch
     from cropi.store.store import SketchStore
     from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
@@ -40,6 +42,7 @@ _PLACES = {
     "LiveSketcher": "cropi_kernels",
     "Policy": "cropi.model.policy",
     "RecordError": "cropi.errors",
+    "RolloutReport": "cropi.rollouts.job",
     "Scores": "cropi.ranking.influence",
     "Selection": "cropi.ranking.selection",
     "Selector": "cropi.ranking.selector",
@@ -49,6 +52,7 @@ _PLACES = {
     "check": "cropi.api",
     "influence": "cropi.api",
     "make_estimator": "cropi.gradient.estimators",
+    "rollout": "cropi.rollouts.api",
     "score": "cropi.api",
     "score_batch": "cropi.sketching.batch",
     "select": "cropi.api",
@@ -63,6 +67,7 @@ __all__ = [
     "LiveSketcher",
     "Policy",
     "RecordError",
+    "RolloutReport",
     "Scores",
     "Selection",
     "Selector",
@@ -73,6 +78,7 @@ __all__ = [
     "check",
     "influence",
     "make_estimator",
+    "rollout",
     "score",
     "score_batch",
     "select",

@@ -25,6 +25,7 @@ EXTRAS = {
     "datasets": "trl",
     "peft": "peft",
     "bitsandbytes": "quantize",
+    "math_verify": "rollout",
 }
 
 

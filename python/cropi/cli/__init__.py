@@ -1,4 +1,4 @@
-"""The command line: ``cropi sketch | influence | select | run | check | report | convert | curriculum | ...``."""
+"""The command line: ``cropi rollout``, ``sketch``, ``run`` and the others; a module each."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cropi.cli.parser import Parser, ShowVersion
 from cropi.errors import printable_lines
 
 COMMANDS = {
+    "rollout": "responses of a model to prompts, scored by a reward function: trajectories for all that follows",
     "sketch": "sketch the policy gradient of every prompt in trajectory files",
     "influence": "score training sketches against validation sketches",
     "select": "choose the best fraction of the prompts",

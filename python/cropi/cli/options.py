@@ -23,7 +23,7 @@ TITLES = {
     "Loading": "model", "Reading": "trajectories",
     "Sketch": "sketch", "Gradient": "gradient", "Tokens": "tokens", "Checks": "checks", "Running": "job",
     "Storing": "store", "Comparing": "influence", "Influence": "influence", "Choosing": "selection",
-    "Selecting": "selection",
+    "Selecting": "selection", "Sampling": "sampling", "Prompting": "prompts", "Engines": "engine",
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ _ANSWERS = (
 )
 ROLL_OUT = (
     "these are prompts without responses; selection needs several scored responses of your policy to each of them: "
-    "`cropi rollout` samples and scores them, and see docs/trajectories.md"
+    "`cropi rollout` samples and scores them (docs/rollout.md)"
 )
 
 

@@ -187,6 +187,23 @@ class Tokenize:
         temperature = self.temperature or group.temperature or 1.0
         return TokenGroup(group, prompt, responses, logprobs, temperature, masks)
 
+    def prompt(self, group: PromptGroup) -> list[int]:
+        """The token ids of a group's prompt alone; stored ones win.
+
+        Raises:
+            RecordError: a token id beyond the vocabulary, or messages that no template renders.
+        """
+        where = f"{group.where} (prompt {group.id!r:.100})"
+        if group.prompt_ids is None and self.tokenizer is None:
+            raise RecordError(
+                where, "its text needs a tokenizer, and there is none", "give one, or prompt_ids"
+            )
+        ids = list(group.prompt_ids) if group.prompt_ids is not None else self._prompt(group, where)
+        self._check_vocabulary(where, "prompt", ids)
+        if not ids:
+            raise RecordError(where, "the prompt has no token")
+        return ids
+
     def _prompt(self, group: PromptGroup, where: str) -> list[int]:
         prompt, template = group.prompt, self.template
         check_variables(group.chat_template_kwargs, where)

@@ -151,6 +151,11 @@ class Policy:
         return self._tokenizer
 
     @property
+    def source(self) -> str | None:
+        """The name or folder that the model is loaded from; None for a module that was given."""
+        return self._source
+
+    @property
     def loaded(self) -> bool:
         """Whether the weights are in memory."""
         return self._model is not None

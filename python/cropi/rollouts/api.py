@@ -1,0 +1,207 @@
+"""``cropi.rollout``: prompts and a reward function in, trajectory records out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cropi.checked import check_fields
+from cropi.errors import CropiError, RecordError, optional
+from cropi.gradient.template import prints_date
+from cropi.gradient.tokenize import Tokenize
+from cropi.model.policy import Policy
+from cropi.options import Loading, names_of, split
+from cropi.rollouts.engine import Engine
+from cropi.rollouts.file import hash_of
+from cropi.rollouts.hf import HfEngine
+from cropi.rollouts.http import Server
+from cropi.rollouts.job import Job, RolloutReport, run, warn_truncated
+from cropi.rollouts.options import Rollout
+from cropi.rollouts.prompts import Prompt, read_prompts
+from cropi.rollouts.rewards import Reward
+from cropi.rollouts.server import ServerEngine
+from cropi.rollouts.vllm import VllmEngine
+
+CLOSELY = 256  # answers that a verifier parses beforehand, which takes milliseconds each
+
+
+def rollout(
+    model: Any,
+    prompts: Any,
+    reward: str | Callable[..., Any],
+    out: str | Path,
+    tokenizer: Any = None,
+    *,
+    progress: bool = True,
+    say: Callable[[str], None] | None = None,
+    **options: Any,
+) -> RolloutReport:
+    """Sample responses to prompts, score them, and write trajectory records with token ids and log-probs.
+
+    A run that was interrupted goes on where it stopped when it is called again; one that is finished samples only
+    prompts that are new.
+
+    Args:
+        model: the policy: a name or folder, a module (with ``tokenizer``), or a :class:`cropi.Policy`. For the engine
+            openai-url its tokenizer and template alone are used, which must be those of the served model.
+        prompts: rows with ``prompt`` (text or messages), ``answer`` and others: whatever :func:`cropi.score` takes as
+            ``train``; of trajectory records the prompts are taken.
+        reward: ``"math"``, ``"exact"``, ``"FILE.py:function"``, ``"package.module:function"``, or a function of
+            ``(prompt, response, **row)``, or of ``(prompts, completions, **columns)`` as TRL's.
+        out: the ``.jsonl`` file.
+        tokenizer: of a module.
+        progress: show a bar.
+        say: takes the line about what is done; None: printed where ``progress`` is on.
+        options: the fields of :class:`cropi.rollouts.options.Rollout`, such as ``n=8``, ``temperature=1.0``; for a
+            model by its name, those of :class:`cropi.options.Loading`.
+
+    Returns:
+        What was done: ``RolloutReport``.
+
+    Raises:
+        CropiError: a bad option, prompt, reward or server, or a file that was made with other settings.
+
+    >>> import tempfile, torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> _ = torch.manual_seed(0)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)).eval()
+    >>> prompts = [{"id": "a", "prompt": "-", "prompt_ids": [5, 7]}, {"id": "b", "prompt": "-", "prompt_ids": [8]}]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = rollout(model, prompts, lambda prompt, response: 0.0, folder + "/out.jsonl", n=4, max_tokens=6,
+    ...         progress=False)
+    >>> report.prompts, report.responses
+    (2, 8)
+    """
+    loading = {name: options.pop(name) for name in names_of(Loading) if name in options}
+    split(loading, Loading)
+    (given,) = split(options, Rollout)
+    job = make_job(Policy.of(model, tokenizer, **loading), prompts, reward, given, loading)
+    return run(job, out, say=say or (print if progress else _silent), progress=progress)
+
+
+def make_job(
+    policy: Policy, prompts: Any, reward: str | Callable[..., Any], given: Rollout, loading: dict[str, Any]
+) -> Job:
+    """Check everything that can be checked before the model is loaded, and put the job together."""
+    check_fields(given)
+    _check_unused(given)
+    scorer = Reward(reward)
+    tokens = Tokenize(
+        policy.tokenizer, policy.vocabulary, policy.context, chat_template=given.chat_template, ends=policy.ends,
+        template_date=given.template_date, eos=policy.tokenizer is not None,
+    )  # fmt: skip
+    if not tokens.all_ends and policy.tokenizer is not None:
+        raise CropiError(
+            "the model names no token that ends a response; set eos_token_id in its generation_config"
+        )
+    found, bad = read_prompts(
+        prompts, tokens, columns=given.columns, system=given.system, room=given.max_tokens, limit=given.limit,
+        skip_bad=given.skip_bad,
+    )  # fmt: skip
+    found = _scorable(found, scorer, bad, given.skip_bad)
+    warn_truncated(given)
+    engine = _engine(policy, given, tokens, loading)
+    identity = engine.identity()
+    settings = _settings(policy, given, tokens, scorer) | {"engine": engine.name, **identity}
+    name = policy.name if engine.name != "openai-url" else str(identity["served_model"])
+    notes = {
+        key: value for key, value in (("top_k", given.top_k), ("top_p", given.top_p)) if value not in (0, 1.0)
+    }
+    job = Job(
+        found, engine, given, given.n, scorer, tokens, settings, f"{name} {identity.get('weights', '')}".strip(), notes,
+        given.skip_bad,
+    )  # fmt: skip
+    job.bad.extend(bad)
+    return job
+
+
+def _scorable(prompts: list[Prompt], scorer: Reward, bad: list[RecordError], skip_bad: bool) -> list[Prompt]:
+    """The prompts that have what the reward function needs; the others are errors."""
+    kept = []
+    for number, prompt in enumerate(prompts):
+        try:
+            scorer.check(prompt, closely=number < CLOSELY)
+        except RecordError as error:
+            if not skip_bad:
+                raise
+            bad.append(error)
+        else:
+            kept.append(prompt)
+    if not kept:
+        raise CropiError(f"no prompt is left: all are bad; the first: {bad[0]}")
+    return kept
+
+
+def _engine(policy: Policy, given: Rollout, tokens: Tokenize, loading: dict[str, Any]) -> Engine:
+    if given.engine == "hf":
+        return HfEngine(policy, tokens, given, given.rows)
+    if given.engine == "vllm":
+        if policy.source is None:
+            raise CropiError(
+                "engine vllm loads the model by its name: give its folder or hub id, not a module"
+            )
+        return VllmEngine(policy.source, given, tokens, **_for_vllm(loading))
+    assert given.url is not None
+    server = Server(given.url, os.environ.get(given.api_key), given.timeout, given.retries)
+    return ServerEngine(
+        server, given, tokens, api=given.api, served_model=given.served_model, logprobs=given.server_logprobs,
+        concurrency=given.concurrency,
+    )  # fmt: skip
+
+
+def _for_vllm(loading: dict[str, Any]) -> dict[str, Any]:
+    """The options of loading that vLLM has too."""
+    default, taken = Loading(), ("dtype", "trust_remote_code", "revision")
+    for name, value in loading.items():
+        if name not in taken and value != getattr(default, name):
+            raise CropiError(f"{name}={value!r}: not for --engine vllm; leave it out, or use --engine hf")
+    chosen = {name: loading.get(name, getattr(default, name)) for name in taken}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _check_unused(given: Rollout) -> None:
+    """An option of another engine is not ignored."""
+    default = Rollout()
+    of = {"openai-url": ("url", "served_model", "api", "server_logprobs", "concurrency"), "hf": ("rows",)}
+    for engine, names in of.items():
+        for name in names if engine != given.engine else ():
+            if getattr(given, name) != getattr(default, name):
+                flag = name.replace("_", "-")
+                raise CropiError(
+                    f"{name} is for --engine {engine}, and the engine is {given.engine!r}; leave --{flag} out"
+                )
+    if given.engine == "openai-url" and given.url is None:
+        raise CropiError("engine openai-url needs the server's --url, such as http://localhost:8000/v1")
+
+
+def _settings(policy: Policy, given: Rollout, tokens: Tokenize, scorer: Reward) -> dict[str, Any]:
+    names = ("n", "temperature", "top_k", "top_p", "max_tokens", "seed", "system", "columns", "rows")
+    settings = {name: getattr(given, name) for name in names}
+    if given.engine == "openai-url":
+        settings |= {"api": given.api, "server_logprobs": given.server_logprobs}
+    tokenizer = policy.tokenizer
+    if tokenizer is not None:
+        settings |= {
+            "tokenizer": policy.tokenizer_fingerprint,
+            "chat_template": hash_of({"": tokens.chat_template}),
+        }
+        if tokens.template is not None and prints_date(tokenizer, tokens.chat_template):
+            settings["template_date"] = str(tokens.template.date)
+    return settings | {"reward": scorer.name, "max_length": tokens.context}
+
+
+def _silent(text: str) -> None:
+    return None
+
+
+def check_packages(engine: str) -> None:
+    """Check that the packages of an engine are there, before anything is read.
+
+    Raises:
+        ModuleNotFoundError: names the pip command.
+    """
+    for package in ("tqdm", "transformers", "xxhash", *(["vllm"] if engine == "vllm" else [])):
+        optional(package)

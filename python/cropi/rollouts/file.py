@@ -1,0 +1,193 @@
+"""The file of a rollout: finished prompts go into ``OUT.part``, and into ``OUT`` in the prompts' order at the end.
+
+The first line of ``OUT.part`` holds the settings. A run that is started again with the same ones goes on with the
+prompts that are missing; with others it is an error that names what differs. Every record carries a hash of the
+settings under ``rollout``, so that a finished file is known too: more prompts are added to it, and nothing is sampled
+twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from cropi.errors import CropiError, shown
+from cropi.files import replacing, try_lock
+
+MARK = "cropi_rollout"
+REMEDY = "give the same options, another --out, or remove {path}"
+
+
+class RolloutFile:
+    """Records by prompt id, appended as they are finished.
+
+    Args:
+        out: the file to be written.
+        settings: what the records depend on, in JSON's types.
+
+    Raises:
+        CropiError: it was begun with other settings, is written by another process, is not of a rollout, or cannot be
+            written.
+    """
+
+    def __init__(self, out: str | Path, settings: Mapping[str, Any]) -> None:
+        self.out = Path(out)
+        if self.out.suffix not in (".jsonl", ".json", ".ndjson"):
+            raise CropiError(
+                f"out: {out}: records are written as JSON lines; give a path that ends in .jsonl"
+            )
+        if self.out.is_dir():
+            raise CropiError(f"out: {out} is a folder; give the path of a file")
+        self.part = self.out.with_name(self.out.name + ".part")
+        self.settings = json.loads(json.dumps(dict(settings)))
+        self.mark = hash_of(self.settings)
+        self.places: dict[str, int] = {}
+        self.notes: dict[str, Any] = {}  # what the first line holds beside the settings
+        self._begun = False
+        self._file: IO[bytes] | None = None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[RolloutFile]:
+        """Open the part file, and read which prompts it and the finished file hold."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.part.exists()
+        try:
+            file = open(self.part, "a+b", buffering=0)
+        except OSError as error:
+            raise CropiError(f"out: {self.part} cannot be written: {error.strerror}") from error
+        with file:
+            self._file = file
+            if not try_lock(file.fileno(), self.part.parent):
+                raise CropiError(
+                    f"out: another process writes {self.part}; wait for it, or give another --out"
+                )
+            try:
+                self._begun = self._read()
+                if self.out.exists():
+                    self._take()
+            except CropiError:
+                if new:
+                    self.part.unlink()
+                raise
+            yield self
+            self._file = None
+
+    def begin(self, notes: Mapping[str, Any]) -> None:
+        """Write the first line, if there is none; ``notes`` are what a run that goes on should know."""
+        if not self._begun:
+            self._append({MARK: self.settings, **notes})
+            self._begun = True
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.places
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append a finished record; it is the operating system's when this returns."""
+        self._append({**record, "rollout": self.mark})
+
+    def finish(self, order: Sequence[str]) -> None:
+        """Write the records of these prompts to the file, whole or not at all, and remove the part file."""
+        assert self._file is not None
+        with replacing(self.out) as temporary, open(temporary, "wb") as target:
+            for name in order:
+                if name in self.places:
+                    self._file.seek(self.places[name])
+                    target.write(_line(self._file))
+        self.part.unlink()
+
+    # --------------------------------------------------------------------------------------------- inside
+    def _append(self, value: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        end = self._file.seek(0, os.SEEK_END)
+        data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            written = 0
+            while written < len(data):  # a disk that is nearly full takes a part
+                written += self._file.write(data[written:]) or 0
+        except OSError as error:
+            self._file.truncate(end)
+            raise CropiError(
+                f"cannot write {self.part}: {os.strerror(error.errno or 0).lower()}; free some space and run the same "
+                "command again (finished prompts are kept)"
+            ) from error
+        if "id" in value:
+            self.places[str(value["id"])] = end
+
+    def _read(self) -> bool:
+        """Take note of what the part file holds; a line that a kill left unfinished is cut off."""
+        assert self._file is not None
+        self._file.seek(0)
+        first = True
+        while True:
+            start = self._file.tell()
+            line = _line(self._file)
+            if not line.endswith(b"\n"):
+                self._file.truncate(start)
+                return not first
+            held = _object(line, self.part)
+            if first:
+                self._check(held.get(MARK), self.part)
+                self.notes = {key: value for key, value in held.items() if key != MARK}
+                first = False
+            else:
+                self.places[str(held.get("id"))] = start
+
+    def _check(self, found: Any, path: Path) -> None:
+        if not isinstance(found, dict):
+            raise CropiError(f"out: {path} was not begun by a rollout; {REMEDY.format(path=path)}")
+        keys = dict.fromkeys([*found, *self.settings])
+        for key in keys:
+            before, now = found.get(key), self.settings.get(key)
+            if before != now:
+                raise CropiError(
+                    f"out: {path} was begun with {key} = {shown(before)}, and now it is {shown(now)}; "
+                    f"{REMEDY.format(path=path)}"
+                )
+
+    def _take(self) -> None:
+        """Take the records of the finished file over."""
+        self.begin({})
+        with open(self.out, "rb") as file:
+            for number, line in enumerate(file, 1):
+                held = _object(line, self.out)
+                if held.get("rollout") != self.mark:
+                    raise CropiError(
+                        f"out: {self.out}:{number} holds a record that was not made with these settings; "
+                        f"{REMEDY.format(path=self.out)}"
+                    )
+                if str(held.get("id")) not in self.places:
+                    self._append(held)
+
+
+def hash_of(settings: Mapping[str, Any]) -> str:
+    """Sixteen hex digits that stand for some settings."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _line(file: IO[bytes]) -> bytes:
+    """The next line of a file without a buffer."""
+    parts = []
+    while part := file.read(1 << 16):
+        end = part.find(b"\n")
+        if end >= 0:
+            file.seek(end + 1 - len(part), os.SEEK_CUR)
+            parts.append(part[: end + 1])
+            break
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _object(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(line)
+    except ValueError:
+        held = None
+    if not isinstance(held, dict):
+        raise CropiError(f"out: {path} holds a line that is no record; {REMEDY.format(path=path)}")
+    return held

@@ -1,0 +1,207 @@
+"""Responses of a Hugging Face model to a batch of prompts, with the log-prob of every token as it was drawn.
+
+What is the same is computed once: what all prompts of the batch begin with (a system message, solved examples), each
+prompt, and what responses to one prompt have in common so far. A row of the batch stands for all responses that
+have drawn the same tokens; where their next tokens differ, it is split, and the keys and values are copied. Rows whose
+responses have ended leave the batch. Prompts are padded on the left, or behind the shared beginning; what a model
+takes of that is tried before (:mod:`cropi.rollouts.trial`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from cropi.rollouts.cache import keeps_all, make_cache
+from cropi.rollouts.draw import draw, uniforms
+from cropi.rollouts.engine import Request, Response, Sampling
+
+LEAVE = 0.8  # rows in use, of those in the batch, below which the others are taken out of it
+PIECE = 8192  # tokens of a forward over prompts
+SHORTEST_PREFIX = 8  # tokens that are worth a forward of their own
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, requests: Sequence[Request], n: int, sampling: Sampling, ends: frozenset[int], *, shared: bool
+) -> list[list[Response]]:
+    """Sample ``n`` responses to each prompt.
+
+    Args:
+        model: in ``eval`` mode.
+        requests: the prompts of one batch.
+        n: responses to each.
+        sampling: how.
+        ends: tokens that end a response.
+        shared: process what all prompts begin with once, where every layer keeps all tokens.
+
+    Returns:
+        The responses of each prompt. A log-prob is NaN where the model's output is no number.
+    """
+    batch = Decoding(model, [request.prompt for request in requests], shared=shared)
+    numbers = np.stack(
+        [uniforms(sampling.seed, r.name, k, sampling.max_tokens) for r in requests for k in range(n)]
+    )
+    made = [Drawn() for _ in numbers]
+    rows = np.arange(len(requests)).repeat(n)  # the row of the batch that stands for each live response
+    live = np.arange(len(made))
+    device = batch.logits.device
+    for step in range(sampling.max_tokens):
+        uniform = torch.from_numpy(numbers[live, step]).to(device)
+        tokens, logprobs = draw(batch.logits, uniform, sampling, torch.from_numpy(rows).to(device))
+        drawn = tokens.cpu().numpy()
+        ended = np.isin(drawn, list(ends))
+        for i, token, value, end in zip(live, drawn.tolist(), logprobs.tolist(), ended):
+            made[i].ids.append(token)
+            made[i].logprobs.append(value)
+            made[i].truncated = not end
+        if step + 1 == sampling.max_tokens or ended.all():
+            break
+        live, rows, drawn = live[~ended], rows[~ended], drawn[~ended]
+        source, rows = split_rows(rows, drawn, batch.rows)
+        following = np.zeros(len(source), dtype=np.int64)
+        following[rows] = drawn
+        if not np.array_equal(source, np.arange(batch.rows)):
+            batch.select(torch.from_numpy(source).to(device))
+        batch.step(torch.from_numpy(following).to(device))
+    whole = [Response(one.ids, one.logprobs, one.truncated) for one in made]
+    return [whole[i : i + n] for i in range(0, len(whole), n)]
+
+
+def split_rows(rows: np.ndarray, tokens: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """One row for all responses of a row that drew the same token.
+
+    Args:
+        rows, tokens: of every live response, the row that it was drawn from and its token.
+        count: rows of the batch.
+
+    Returns:
+        The row of the old batch that each row of the new one goes on from, and the new row of every response. A row
+        whose first token's responses go on stays in its place; further ones take the places of rows that nobody needs
+        any more, and then new ones at the end. Rows that are still unused are left out when they are many.
+    """
+    places: dict[tuple[int, int], int] = {}
+    kept: set[int] = set()
+    further: list[tuple[int, int]] = []
+    for pair in zip(rows.tolist(), tokens.tolist()):
+        if pair in places:
+            continue
+        if pair[0] in kept:
+            places[pair] = -1
+            further.append(pair)
+        else:
+            places[pair] = pair[0]
+            kept.add(pair[0])
+    source = list(range(count))
+    free = [row for row in range(count) if row not in kept]
+    used = list(kept)
+    for pair, place in itertools.zip_longest(further, free[: len(further)]):
+        if place is None:
+            place = len(source)
+            source.append(pair[0])
+        else:
+            source[place] = pair[0]
+        places[pair] = place
+        used.append(place)
+    new = np.array([places[pair] for pair in zip(rows.tolist(), tokens.tolist())])
+    if len(used) <= LEAVE * len(source):
+        used.sort()
+        moved = np.zeros(len(source), dtype=np.int64)
+        moved[used] = np.arange(len(used))
+        return np.array(source)[used], moved[new]
+    return np.array(source), new
+
+
+@dataclass
+class Drawn:
+    """What was drawn so far of one response."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    truncated: bool = True
+
+
+class Decoding:
+    """A batch of rows with their keys and values; ``logits`` ``[rows, V]`` are those of the next token of each."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], *, shared: bool) -> None:
+        self.model, self.cache = model, make_cache(model)
+        self.logits: torch.Tensor
+        self.device = model.get_input_embeddings().weight.device
+        self._positions, self._last_only = takes(model, "position_ids"), last_logits(model, 1)
+        self.gaps = False  # padding stands behind a shared beginning
+        begin = common_length(prompts) if shared else 0
+        if begin >= SHORTEST_PREFIX and len(prompts) > 1:
+            self.mask = torch.ones(1, 0, dtype=torch.long, device=self.device)
+            self._forward(torch.tensor([list(prompts[0][:begin])], device=self.device))
+            if keeps_all(self.cache):
+                self.select(torch.zeros(len(prompts), dtype=torch.long, device=self.device))
+                self.gaps = True
+                prompts = [ids[begin:] for ids in prompts]
+            else:  # padding behind the beginning would move what a layer with a window sees
+                self.cache = make_cache(model)
+                self.mask = self.mask.new_ones(len(prompts), 0)
+        else:
+            self.mask = torch.ones(len(prompts), 0, dtype=torch.long, device=self.device)
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        # A long prompt in pieces: what a layer holds of all its tokens at once is a multiple of the model's width.
+        piece = max(1, PIECE // len(prompts)) if shared and keeps_all(self.cache) else width
+        for start in range(0, width, piece):
+            self._forward(ids[:, start : start + piece], mask[:, start : start + piece])
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self.mask)
+
+    def select(self, index: torch.Tensor) -> None:
+        """Row ``index[i]`` in the place of row i; a row may be taken several times."""
+        self.cache.reorder_cache(index)
+        self.mask = self.mask[index]
+
+    def step(self, tokens: torch.Tensor) -> None:
+        """One more token to every row."""
+        self._forward(tokens[:, None])
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        new = ids.new_ones(ids.shape) if mask is None else mask
+        self.mask = torch.cat([self.mask, new], 1)
+        places = {}
+        if self._positions:
+            places["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        out = self.model(
+            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
+            **places, **self._last_only,
+        )  # fmt: skip
+        self.logits = out.logits[:, -1]
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether the model's forward has this argument, as far as its signature says."""
+    accepted = inspect.signature(model.forward).parameters
+    return name in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+
+
+def last_logits(model: Any, count: int) -> dict[str, int]:
+    """The argument that asks for the logits of the last tokens alone, where the model has one."""
+    named = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": count} if named else {}
+
+
+def common_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; each keeps one of its own at least."""
+    first, last = min(prompts, key=list), max(prompts, key=list)
+    same = 0
+    for a, b in zip(first, last):
+        if a != b:
+            break
+        same += 1
+    return min(same, min(map(len, prompts)) - 1)

@@ -1,0 +1,198 @@
+"""The embedded engine: a Hugging Face model in this process.
+
+A batch is planned from the prompts alone, longest first and of similar lengths, and holds whole prompts: a run that is
+continued samples the same batches, to the bit on the same machine. The log-probs of a row depend on its batch by
+rounding, and so do its tokens where a draw falls that near to the end of a token's share.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from cropi.errors import CropiError
+from cropi.gradient.tokenize import Tokenize
+from cropi.model.policy import Policy, check_dropout
+from cropi.rollouts.cache import bytes_of, make_cache
+from cropi.rollouts.engine import Request, Response, Sampling
+from cropi.rollouts.generate import generate
+from cropi.rollouts.trial import way_of
+from cropi_kernels.frozen import Linears, PackedLinears, unsupported
+from cropi_kernels.sketcher.precision import own_precision
+
+MOST_ROWS = 256  # more bring nothing on a CPU; a GPU is left half idle below
+SHARE_OF_MEMORY = 0.5  # of what is free, for keys and values
+GAIN, MEASURED, ROUNDS = 0.9, 64, 3  # of torch's time, at most; rows and repetitions of the measurement
+LEAST_FREE = 2**31  # what is assumed to be free where nobody says
+
+
+class FewerRows(UserWarning):
+    """Memory ran out: the batch is sampled again in smaller parts."""
+
+
+class HfEngine:
+    """Samples with a :class:`cropi.Policy`.
+
+    Args:
+        policy: its model is taken as it is.
+        tokens: knows which tokens end a response.
+        sampling: how.
+        rows: responses that are decoded at once; None: as many as memory allows, at most 256.
+    """
+
+    name = "hf"
+
+    def __init__(self, policy: Policy, tokens: Tokenize, sampling: Sampling, rows: int | None = None) -> None:
+        self.policy, self.sampling, self.rows = policy, sampling, rows
+        self.ends = tokens.all_ends
+        self.way = ""
+        self.linears: Linears = "torch"  # who multiplies; see cropi_kernels.frozen
+        self._packed: PackedLinears | None = None
+
+    def describe(self) -> str:
+        """Dtype, device, rows at once, and how prompts share a batch."""
+        dtype = str(self.policy.dtype).removeprefix("torch.")
+        how = {"shared": "", "padded": "", "alone": ", prompts of one length together"}[self.way]
+        return f"{dtype} on {self.policy.device}, {self.rows} responses at once{how}"
+
+    def identity(self) -> dict[str, Any]:
+        """The weights."""
+        return {"weights": self.policy.fingerprint["weights"]}
+
+    def notes(self) -> dict[str, Any]:
+        """The rows at once, on which batches depend, and who multiplies, on which rounding depends."""
+        return {"rows": self.rows, "linears": self.linears}
+
+    def prepare(self, requests: Sequence[Request], notes: dict[str, Any]) -> None:
+        """Try the model, and find how many rows fit; once, before work begins.
+
+        Raises:
+            CropiError: active dropout, or a model that cannot be sampled here.
+        """
+        model = self.policy.model
+        check_dropout(model, "model")
+        longest = max(len(request.prompt) for request in requests)
+        with own_precision(model):
+            self.way = way_of(model, longest)
+        if self.rows is None:
+            self.rows = notes.get("rows")
+        if self.rows is None:
+            self.rows = self._fitting(longest + self.sampling.max_tokens)
+        self.linears = notes.get("linears") or self._faster(self.rows)
+        self._packed = PackedLinears(model.parameters(), self.linears, inference=True)
+
+    def plan(self, requests: Sequence[Request], n: int) -> Iterator[list[Request]]:
+        """At most ``rows`` responses a batch (but one prompt at least), longest prompts first."""
+        each = max(1, (self.rows or MOST_ROWS) // n)
+        batch: list[Request] = []
+        for request in sorted(requests, key=lambda r: -len(r.prompt)):  # stable: in the order of the file
+            other = self.way == "alone" and batch and len(batch[0].prompt) != len(request.prompt)
+            if len(batch) == each or other:
+                yield batch
+                batch = []
+            batch.append(request)
+        if batch:
+            yield batch
+
+    def sample(
+        self, batch: Sequence[Request], n: int, done: Callable[[str], bool] = lambda name: False
+    ) -> Iterator[tuple[Request, list[Response]]]:
+        """The responses to each prompt of the batch, those that are done among them: a batch is the same whenever it is
+        sampled.
+
+        Raises:
+            CropiError: the model's output is no number, or one prompt alone does not fit in memory.
+        """
+        try:
+            made = self._generate(batch, n)
+        except torch.OutOfMemoryError:
+            made = None
+        if made is None:  # outside of the handler, whose traceback holds the tensors
+            yield from self._halves(batch, n)
+            return
+        for request, responses in zip(batch, made):
+            for response in responses:
+                if any(value != value for value in response.logprobs or ()):
+                    raise CropiError(
+                        f"prompt {request.name!r:.100}: the model's output is not finite in "
+                        f"{str(self.policy.dtype).removeprefix('torch.')}; use another --dtype"
+                    )
+            yield request, responses
+
+    def _generate(self, batch: Sequence[Request], n: int) -> list[list[Response]]:
+        model, packed = self.policy.model, self._packed
+        assert packed is not None
+        with torch.inference_mode(), own_precision(model), packed.around(model):
+            return generate(model, batch, n, self.sampling, self.ends, shared=self.way == "shared")
+
+    def _halves(self, batch: Sequence[Request], n: int) -> Iterator[tuple[Request, list[Response]]]:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            raise CropiError(
+                f"prompt {batch[0].name!r:.100}: {n} responses do not fit into the memory of {self.policy.device}; "
+                "give a smaller -n or --max-tokens"
+            )
+        warnings.warn(
+            f"memory ran out with {len(batch) * n} responses at once; their prompts are sampled in two parts (a "
+            "smaller --rows does not waste this time)", FewerRows, stacklevel=2,
+        )  # fmt: skip
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            yield from self.sample(half, n)
+
+    @torch.inference_mode()
+    def _faster(self, rows: int) -> Linears:
+        """Who multiplies faster by this model's weights: measured on one step of as many rows as are decoded."""
+        model = self.policy.model
+        if (
+            unsupported() is not None
+            or self.policy.device.type != "cpu"
+            or self.policy.dtype != torch.float32
+        ):
+            return "torch"
+        ids = torch.zeros(min(rows, MEASURED), 1, dtype=torch.long)
+        best: dict[str, float] = {}
+        kinds: tuple[Linears, ...] = ("torch", "onednn")
+        for linears in kinds:
+            packed = PackedLinears(model.parameters(), linears, inference=True)
+            with own_precision(model), packed.around(model):
+                model(input_ids=ids, use_cache=False)
+                for _ in range(ROUNDS):
+                    start = time.thread_time()
+                    model(input_ids=ids, use_cache=False)
+                    best[linears] = min(best.get(linears, math.inf), time.thread_time() - start)
+        return "onednn" if best["onednn"] <= GAIN * best["torch"] else "torch"
+
+    @torch.inference_mode()
+    def _fitting(self, length: int) -> int:
+        """Rows of ``length`` tokens whose keys and values fit into a share of the free memory."""
+        model, device = self.policy.model, self.policy.device
+        sizes = []
+        for count in (8, 16):
+            cache = make_cache(model)
+            ids = torch.zeros(1, count, dtype=torch.long, device=device)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+            sizes.append(bytes_of(cache))
+        grows = max(sizes[1] - sizes[0], 0) / 8
+        row = max(1.0, sizes[0] + grows * length)
+        # Half is for keys and values, a quarter of it for their room to grow and the rows that leave.
+        return max(1, min(MOST_ROWS, int(SHARE_OF_MEMORY * free_memory(device) / (1.5 * row))))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if "kB" in line}
+        return found["MemAvailable"]
+    except (OSError, KeyError, ValueError):
+        pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else 0
+        return pages * os.sysconf("SC_PAGE_SIZE") // 4 if pages > 0 else LEAST_FREE

@@ -1,0 +1,221 @@
+"""A rollout from prompts to the file of records: what is checked before, what is sampled, what each record holds."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cropi.data.records import make_group
+from cropi.errors import CropiError, RecordError, optional
+from cropi.gradient.tokenize import Tokenize
+from cropi.rollouts.engine import Engine, Request, Response, Sampling
+from cropi.rollouts.file import RolloutFile
+from cropi.rollouts.prompts import Prompt
+from cropi.rollouts.rewards import Reward
+
+
+@dataclass
+class RolloutReport:
+    """What a rollout did.
+
+    Attributes:
+        out: the file.
+        prompts: records in it.
+        responses, tokens: sampled in this run.
+        seconds: that sampling took.
+        mean_reward: over all responses of this run; NaN where there are none.
+        mixed: prompts of this run whose rewards are not all equal: those that have a gradient.
+        truncated: responses of this run that ``max_tokens`` cut.
+        skipped: the errors of prompts that were left out.
+    """
+
+    out: Path
+    prompts: int = 0
+    responses: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    mean_reward: float = math.nan
+    mixed: int = 0
+    truncated: int = 0
+    skipped: list[RecordError] = field(default_factory=list)
+
+    def text(self) -> str:
+        """For people, a few lines."""
+        lines = [f"records       {self.out}: {self.prompts} prompts"]
+        if self.responses:
+            rate = f", {self.tokens / self.seconds:.0f} tokens a second" if self.seconds > 0 else ""
+            lines.append(f"sampled       {self.responses} responses, {self.tokens} tokens{rate}")
+            lines.append(
+                f"rewards       mean {self.mean_reward:.3g}; {self.mixed} prompts have different rewards, and so a "
+                f"gradient; {self.truncated} responses were cut"
+            )
+        for error in self.skipped[:20]:
+            lines.append(f"left out      {error}")
+        if len(self.skipped) > 20:
+            lines.append(f"left out      {len(self.skipped) - 20} more")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a rollout needs, checked.
+
+    Attributes:
+        prompts: to be rolled out, in the order of the file.
+        engine, sampling, n, reward: what samples, how, how often, and what scores.
+        tokens: its tokenizer makes text of the responses.
+        settings: what the records depend on.
+        policy: what records call the policy.
+        notes: further keys of every record.
+        skip_bad: leave prompts out that cannot be scored, and count them.
+        bad: the errors of rows that were left out before.
+    """
+
+    prompts: Sequence[Prompt]
+    engine: Engine
+    sampling: Sampling
+    n: int
+    reward: Reward
+    tokens: Tokenize
+    settings: dict[str, Any]
+    policy: str
+    notes: dict[str, Any] = field(default_factory=dict)
+    skip_bad: bool = False
+    bad: list[RecordError] = field(default_factory=list)
+
+
+def run(
+    job: Job, out: str | Path, *, say: Callable[[str], None] = lambda text: None, progress: bool = True
+) -> RolloutReport:
+    """Sample, score and write; see :class:`cropi.rollouts.file.RolloutFile` for how a run goes on.
+
+    Raises:
+        CropiError: what is wrong with the file, the engine, or a reward.
+    """
+    file = RolloutFile(out, job.settings)
+    report = RolloutReport(file.out, skipped=list(job.bad))
+    with file.opened():
+        requests = [Request(p.id, p.ids, p.row.get("prompt"), _options(p)) for p in job.prompts]
+        job.engine.prepare(requests, file.notes)
+        file.begin(job.engine.notes())
+        done = sum(request.name in file for request in requests)
+        say(_start_line(job, len(requests), done))
+        _sample(job, file, requests, report, done, progress)
+        report.prompts = sum(prompt.id in file for prompt in job.prompts)
+        if report.prompts == 0:
+            raise CropiError(f"no prompt is left: all are bad; the first: {report.skipped[0]}")
+        file.finish([prompt.id for prompt in job.prompts])
+    return report
+
+
+def _sample(
+    job: Job, file: RolloutFile, requests: list[Request], report: RolloutReport, done: int, progress: bool
+) -> None:
+    import time
+
+    by_id, total = {prompt.id: prompt for prompt in job.prompts}, 0.0
+    bar = optional("tqdm.auto").tqdm(
+        total=len(requests), initial=done, desc="rollout", unit="prompt", disable=not progress, smoothing=0.1
+    )
+    with bar:
+        for batch in job.engine.plan(requests, job.n):
+            if all(request.name in file for request in batch):
+                continue
+            start = time.perf_counter()
+            for request, responses in job.engine.sample(batch, job.n, lambda name: name in file):
+                report.seconds += time.perf_counter() - start
+                if request.name not in file:
+                    prompt = by_id[request.name]
+                    try:
+                        record = record_of(job, prompt, responses)
+                        file.add(record)
+                    except RecordError as error:
+                        if not job.skip_bad:
+                            raise
+                        report.skipped.append(error)
+                    else:
+                        total += sum(record["rewards"])
+                        report.responses += len(responses)
+                        report.tokens += sum(len(response.ids) for response in responses)
+                        report.mixed += len(set(record["rewards"])) > 1
+                        report.truncated += sum(response.truncated for response in responses)
+                    bar.update(1)
+                    if report.responses:
+                        rate, mean = report.tokens / max(report.seconds, 1e-9), total / report.responses
+                        bar.set_postfix_str(f"{rate:.0f} tok/s, reward {mean:.3g}", refresh=False)
+                start = time.perf_counter()
+    if report.responses:
+        report.mean_reward = total / report.responses
+
+
+def record_of(job: Job, prompt: Prompt, responses: Sequence[Response]) -> dict[str, Any]:
+    """The trajectory record of a prompt's responses, scored, and read once as ``cropi sketch`` will read it.
+
+    Raises:
+        RecordError: a reward or a log-prob is not what it has to be.
+    """
+    texts = [_text(job.tokens.tokenizer, response) for response in responses]
+    rewards = job.reward(prompt, texts, [response.ids for response in responses])
+    exact = all(response.ids for response in responses)
+    prompts = {tuple(response.prompt_ids or prompt.ids) for response in responses}
+    if exact and len(prompts) > 1:
+        raise RecordError(
+            prompt.where, f"prompt {prompt.id!r:.100}: the engine read the prompt in {len(prompts)} ways"
+        )
+    record: dict[str, Any] = {**prompt.row, "responses": texts, "rewards": rewards}
+    if exact:
+        record |= {
+            "prompt_ids": list(prompts.pop()),
+            "response_ids": [response.ids for response in responses],
+        }
+        if all(response.logprobs is not None for response in responses):
+            record["logprobs"] = [
+                [round(min(value, 0.0), 7) for value in response.logprobs or ()] for response in responses
+            ]
+    record |= {
+        "truncated": [response.truncated for response in responses],
+        "temperature": job.sampling.temperature, "policy": job.policy, **job.notes,
+    }  # fmt: skip
+    make_group(record, prompt.where)
+    return record
+
+
+def _text(tokenizer: Any, response: Response) -> str:
+    if response.text is not None:
+        return response.text
+    return "" if tokenizer is None else str(tokenizer.decode(response.ids, skip_special_tokens=True))
+
+
+def _options(prompt: Prompt) -> dict[str, Any]:
+    """What a chat server needs to render the prompt."""
+    return {key: prompt.row[key] for key in ("tools", "chat_template_kwargs") if prompt.row.get(key)}
+
+
+def _start_line(job: Job, count: int, done: int) -> str:
+    how = f"temperature {job.sampling.temperature:g}"
+    how += f", top-k {job.sampling.top_k}" if job.sampling.top_k else ""
+    how += f", top-p {job.sampling.top_p:g}" if job.sampling.top_p < 1 else ""
+    before = f", {done} of them done before" if done else ""
+    return (
+        f"rollout       {job.policy} by {job.engine.name} ({job.engine.describe()}): {job.n} responses of at most "
+        f"{job.sampling.max_tokens} tokens to each of {count} prompts{before}; {how}, seed {job.sampling.seed}, reward "
+        f"{job.reward.name}"
+    )
+
+
+class Truncated(UserWarning):
+    """Responses are drawn from a part of the distribution."""
+
+
+def warn_truncated(sampling: Sampling) -> None:
+    """Say once what ``top_k`` and ``top_p`` do to the estimate."""
+    if sampling.truncates:
+        warnings.warn(
+            "top-k and top-p: the recorded log-probs are those of the whole distribution, as trainers take them, so "
+            "that the ratio of an unchanged policy is 1; the responses are drawn from a part of it, which an estimator "
+            "does not see", Truncated, stacklevel=3,
+        )  # fmt: skip

@@ -1,0 +1,192 @@
+"""Prompts to be rolled out, from whatever holds them: files, hub data sets, tables, lists; also trajectory records.
+
+Of a record that was rolled out before, the prompt is taken and the responses are dropped.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cropi.data.chat import plain_messages
+from cropi.data.checks import check_depth, check_id
+from cropi.data.forms import content_id, parse_columns, renamed
+from cropi.data.keys import FIELDS, named
+from cropi.data.readers import HashedIds
+from cropi.data.records import PromptGroup, check_characters, parse_json
+from cropi.data.sources import Row, sources_of
+from cropi.data.values import json_value, python_value
+from cropi.errors import CropiError, RecordError, did_you_mean
+from cropi.gradient.tokenize import Tokenize
+
+# What an earlier rollout left in a record.
+OLD = {
+    "responses", "rewards", "response_ids", "logprobs", "loss_mask", "temperature", "truncated", "policy", "response",
+    "completion", "completions", "reward", "rollout", "top_k", "top_p",
+}  # fmt: skip
+_NAMES = ("prompt", "messages", "question", "problem", "query", "instruction", "input", "text")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        id: unique.
+        row: what the record keeps of it: ``id``, ``prompt``, ``answer``, ``task`` and the user's own columns.
+        ids: its token ids.
+        where: ``file:line``, for messages.
+    """
+
+    id: str
+    row: dict[str, Any]
+    ids: list[int]
+    where: str
+
+
+def read_prompts(
+    source: Any,
+    tokens: Tokenize,
+    *,
+    columns: str | Mapping[str, str] | None = None,
+    system: str | None = None,
+    room: int = 0,
+    limit: int | None = None,
+    skip_bad: bool = False,
+) -> tuple[list[Prompt], list[RecordError]]:
+    """All prompts of a source, tokenised.
+
+    Args:
+        source: as for :func:`cropi.data.readers.read`.
+        tokens: turns a prompt into token ids; stored ``prompt_ids`` win.
+        columns: names of columns, as there.
+        system: a system message that is put in front of prompts that have none.
+        room: tokens that have to be left in the context for the response.
+        limit: only the first so many.
+        skip_bad: leave bad rows out; they are returned.
+
+    Raises:
+        CropiError: a file is missing or empty.
+        RecordError: a bad row: no prompt, an id used twice, or a prompt that leaves no room.
+    """
+    names, found, bad = parse_columns(columns), list[Prompt](), list[RecordError]()
+    seen: dict[str, str] = {}
+    hashed: bool | None = None
+    for part in sources_of(source, "prompts"):
+        empty = True
+        for where, row in _rows(part.rows()):
+            if limit is not None and len(found) == limit:
+                break
+            empty = False
+            try:
+                record = _record(row, names, where)
+                if hashed is None:
+                    hashed = record.get("id") is None
+                made = _prompt(record, where, tokens, hashed, system, room)
+                if made.id in seen:
+                    raise RecordError(
+                        where, f"the prompt id {made.id!r:.100} was used before, at {seen[made.id]}",
+                        "two rows have the same prompt and answer: remove one, or pass --skip-bad"
+                        if hashed else "give every prompt its own id, or pass --skip-bad to keep the first",
+                    )  # fmt: skip
+            except RecordError as error:
+                if not skip_bad:
+                    raise
+                bad.append(error)
+                continue
+            seen[made.id] = where
+            found.append(made)
+        if empty and (limit is None or len(found) < limit):
+            raise CropiError(
+                f"{part.name}: it holds no prompt (one JSON object a line, or one row, is expected)"
+            )
+    if not found:
+        raise CropiError(f"no prompt is left: all {len(bad)} rows are bad; the first: {bad[0]}")
+    if hashed:
+        warnings.warn(
+            "the prompts have no 'id', so every prompt's id is a hash of its text and answer; a prompt whose text "
+            "changes is another one then, so give ids for a curriculum (--columns id=NAME)", HashedIds, stacklevel=2,
+        )  # fmt: skip
+    return found, bad
+
+
+def _rows(rows: Iterator[Row]) -> Iterator[tuple[str, Any]]:
+    for where, _, row in rows:
+        if not isinstance(row, bytes) or row.strip(b" \t\r\n\xef\xbb\xbf"):
+            yield where, row
+
+
+def _record(row: Any, columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    if isinstance(row, bytes):
+        row = parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
+    elif isinstance(row, PromptGroup):
+        row = row.to_record()
+    else:
+        row = {str(key): python_value(value) for key, value in row.items()}
+        check_characters(row, where)
+    row = {key: value for key, value in row.items() if key not in OLD or key in columns.values()}
+    made = named(renamed(row, columns, where) if columns else row, where)
+    made = {key: value for key, value in made.items() if value is not None and key not in OLD}
+    check_depth(made, where)
+    try:
+        return {key: json_value(value, key, where) for key, value in made.items()}
+    except CropiError as error:
+        raise RecordError(
+            where, f"a column has no form in JSON: {error}", "leave it out with --columns NAME="
+        ) from None
+
+
+def _prompt(
+    record: dict[str, Any], where: str, tokens: Tokenize, hashed: bool, system: str | None, room: int
+) -> Prompt:
+    given = record.get("id")
+    if (given is None) != hashed:
+        raise RecordError(
+            where, "some rows have an 'id', and some have none" if hashed else "the key 'id' is missing",
+            "give every row one, or none of them",
+        )  # fmt: skip
+    prompt = record.get("prompt")
+    if isinstance(prompt, list) and prompt:
+        record["prompt"] = prompt = plain_messages(prompt, "prompt", where)
+    elif not (isinstance(prompt, str) and prompt) and "prompt_ids" not in record:
+        raise RecordError(where, "the key 'prompt' is missing or empty: " + _held(record), _near(record))
+    if system is not None:
+        record["prompt"] = prompt = _with_system(record, system, where)
+    name = content_id(record) if hashed else check_id(given, where)
+    wanted: dict[str, Any] = {key: record.get(key) for key in FIELDS} | {
+        "rewards": [],
+        "id": name,
+        "where": where,
+    }
+    ids = tokens.prompt(PromptGroup(**wanted))
+    if tokens.context is not None and len(ids) + room > tokens.context:
+        raise RecordError(
+            where, f"the prompt {name!r:.100} has {len(ids)} tokens and a response may have {room}, but the model's "
+            f"context is {tokens.context}", "give a smaller --max-tokens, or pass --skip-bad to leave such prompts out",
+        )  # fmt: skip
+    return Prompt(name, {"id": name, **{k: v for k, v in record.items() if k != "id"}}, ids, where)
+
+
+def _with_system(record: dict[str, Any], system: str, where: str) -> list[dict[str, Any]]:
+    prompt = record.get("prompt")
+    if "prompt_ids" in record:
+        raise RecordError(
+            where, "the row holds 'prompt_ids', to which no system message can be added",
+            "leave --system out, or the column (--columns prompt_ids=)",
+        )  # fmt: skip
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
+    if messages and messages[0].get("role") == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _held(record: Mapping[str, Any]) -> str:
+    return f"the row has {', '.join(map(repr, list(record)[:40])) or 'no column'}"
+
+
+def _near(record: Mapping[str, Any]) -> str:
+    near = next((name for name in _NAMES if name in record), None)
+    hint = f"did you mean --columns prompt={near}? " if near else did_you_mean("prompt", record)
+    return f"{hint}name the column with --columns prompt=NAME, or pass --skip-bad"

@@ -1,0 +1,223 @@
+"""Reward functions: the user's own, in two forms, and the built-in verifiers; what they return is checked.
+
+A function is named ``FILE.py:function`` or ``package.module:function``. Its parameters tell the form:
+
+- ``f(prompt, response, **row) -> float``: one response; ``row`` holds the columns of the prompt's row.
+- ``f(prompts, completions, **columns) -> list[float]``: as TRL calls it, with the responses to one prompt: lists of
+  equal length; a completion is ``[{"role": "assistant", "content": ...}]`` where the prompt is a list of messages, and
+  text where it is text. ``completion_ids`` is there too. The function may be a coroutine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cropi.data.rewards import LARGEST_REWARD
+from cropi.errors import CropiError, RecordError, did_you_mean, shown
+from cropi.rollouts.prompts import Prompt
+from cropi.rollouts.verifiers import VERIFIERS
+
+ASSISTANT = "assistant"
+
+
+class Reward:
+    """A reward function, called in the form that its parameters tell.
+
+    Args:
+        given: a name (see above), one of :data:`cropi.rollouts.verifiers.VERIFIERS`, or the function itself.
+
+    Raises:
+        CropiError: there is no such file, module or function, or its parameters are of neither form.
+    """
+
+    def __init__(self, given: str | Callable[..., Any]) -> None:
+        self.name = given if isinstance(given, str) else getattr(given, "__qualname__", repr(given))
+        self.function = _function(given) if isinstance(given, str) else given
+        if not callable(self.function):
+            raise CropiError(
+                f"reward: {self.name} is a {type(self.function).__name__}, which cannot be called"
+            )
+        try:
+            parameters = inspect.signature(self.function).parameters
+        except (TypeError, ValueError) as error:
+            raise CropiError(f"reward: the parameters of {self.name} are not known: {error}") from error
+        self.batched = "completions" in parameters
+        self._all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        named = [p for p in parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        ours = ("prompts", "completions", "completion_ids") if self.batched else ()
+        self._places = [] if self.batched else named[:2]
+        if not self.batched and (len(named) < 2 or any(p.kind is p.KEYWORD_ONLY for p in self._places)):
+            raise CropiError(
+                f"reward: {self.name}({', '.join(parameters)}) takes neither (prompt, response, **row) nor (prompts, "
+                "completions, **columns)"
+            )
+        rest = [p for p in named if p.name not in ours and p not in self._places]
+        self._names = [p.name for p in named if self.batched or p not in self._places]
+        self.needs = [p.name for p in rest if p.default is p.empty]
+        self.needs += [name for name in getattr(self.function, "needs", ()) if name not in self.needs]
+
+    def check(self, prompt: Prompt, *, closely: bool = True) -> None:
+        """Check that a prompt has the columns that the function needs, before work begins.
+
+        Args:
+            closely: a verifier looks at the answer too.
+
+        Raises:
+            RecordError: it has not.
+        """
+        for name in self.needs:
+            if prompt.row.get(name) is None:
+                near = did_you_mean(name, prompt.row, f"--columns {name}={{}}")
+                raise RecordError(
+                    prompt.where, f"the reward function {self.name} needs {name!r}, and the row has "
+                    f"{', '.join(map(repr, list(prompt.row)[:40]))}",
+                    f"{near or f'name the column with --columns {name}=NAME; '}or pass another --reward",
+                )  # fmt: skip
+        look = getattr(self.function, "check", None)
+        if closely and callable(look):
+            self._called(prompt, partial(look, **{name: prompt.row[name] for name in self.needs}))
+
+    def __call__(self, prompt: Prompt, responses: Sequence[str], ids: Sequence[list[int]]) -> list[float]:
+        """The rewards of the responses to one prompt.
+
+        Raises:
+            RecordError: the function raised, or returned something that is no finite number for every response; names
+                the row, the prompt, the response and the value.
+        """
+        if self.batched:
+            values = self._called(prompt, lambda: self._together(prompt, responses, ids))
+        else:
+            values = [
+                self._called(prompt, partial(self._single, prompt, r), k) for k, r in enumerate(responses)
+            ]
+        if hasattr(values, "tolist"):
+            values = values.tolist()
+        if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+            raise self._bad(
+                prompt, f"returned {shown(values)} in place of a list of {len(responses)} numbers"
+            )
+        if len(values) != len(responses):
+            raise self._bad(prompt, f"returned {len(values)} rewards for {len(responses)} responses")
+        return [self._number(prompt, k, value, responses[k]) for k, value in enumerate(values)]
+
+    def _single(self, prompt: Prompt, response: str) -> Any:
+        given = {k: v for k, v in prompt.row.items() if self._all or k in self._names}
+        for place in self._places:  # a column of that name would be given twice
+            given.pop(place.name, None)
+        return self.function(prompt.row.get("prompt"), response, **given)
+
+    def _together(self, prompt: Prompt, responses: Sequence[str], ids: Sequence[list[int]]) -> Any:
+        talk = isinstance(prompt.row.get("prompt"), list)
+        columns: dict[str, Any] = {
+            "prompts": prompt.row.get("prompt"), **{k: v for k, v in prompt.row.items() if k != "prompt"}
+        }  # fmt: skip
+        given = {k: [v] * len(responses) for k, v in columns.items() if self._all or k in self._names}
+        given["completions"] = [[{"role": ASSISTANT, "content": r}] if talk else r for r in responses]
+        if self._all or "completion_ids" in self._names:
+            given["completion_ids"] = [list(one) for one in ids]
+        made = self.function(**given)
+        return asyncio.run(_awaited(made)) if inspect.isawaitable(made) else made
+
+    def _called(self, prompt: Prompt, call: Callable[[], Any], k: int | None = None) -> Any:
+        try:
+            return call()
+        except RecordError:
+            raise
+        except Exception as error:  # it is the user's code
+            where = "" if k is None else f" for responses[{k}]"
+            last = _last_line(error)
+            raise self._bad(
+                prompt, f"raised {type(error).__name__}{where}: {shown(str(error), 200)}{last}"
+            ) from error
+
+    def _number(self, prompt: Prompt, k: int, value: Any, response: str) -> float:
+        if hasattr(value, "item") and getattr(value, "size", 1) is not None:
+            try:
+                value = value.item()
+            except (ValueError, RuntimeError):
+                pass
+        problem = ""
+        if isinstance(value, str) or not isinstance(value, (bool, int, float)):
+            problem = f"returned {shown(value)}, which is no number,"
+        elif not math.isfinite(value):
+            problem = f"returned {value}"
+        elif abs(value) > LARGEST_REWARD:
+            problem = f"returned {value:g}, beyond {LARGEST_REWARD:g}, so that advantages would overflow,"
+        if problem:
+            raise self._bad(prompt, f"{problem} for responses[{k}] ({shown(response)})")
+        return float(value)
+
+    def _bad(self, prompt: Prompt, problem: str) -> RecordError:
+        return RecordError(
+            f"{prompt.where} (prompt {prompt.id!r:.100})", f"the reward function {self.name} {problem}",
+            "mend it and run the same command again (finished prompts are kept), or pass --skip-bad to leave such "
+            "prompts out and count them",
+        )  # fmt: skip
+
+
+async def _awaited(made: Any) -> Any:
+    return await made
+
+
+def _last_line(error: Exception) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" (line {trace.tb_lineno} of {Path(trace.tb_frame.f_code.co_filename).name})" if trace else ""
+
+
+def _function(name: str) -> Callable[..., Any]:
+    if name in VERIFIERS:
+        return VERIFIERS[name]()
+    place, mark, attribute = name.rpartition(":")
+    if not mark or not place or not attribute:
+        hint = did_you_mean(name, VERIFIERS)
+        raise CropiError(
+            f"reward {name!r}: give FILE.py:function, package.module:function, or one of {', '.join(VERIFIERS)}"
+            f"{'; ' + hint.strip() if hint else ''}"
+        )
+    module = _file(place) if place.endswith(".py") else _module(place)
+    found: Callable[..., Any] | None = getattr(module, attribute, None)
+    if found is None:
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise CropiError(
+            f"reward: {place} has no {attribute!r}; {did_you_mean(attribute, known)}it has {', '.join(known) or 'none'}"
+        )
+    return found
+
+
+def _file(path: str) -> Any:
+    """The module in a file, run as a script's neighbours would import it: its own folder comes first."""
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise CropiError(f"reward: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"cropi_reward_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look it up
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is the user's code
+        raise CropiError(
+            f"reward: {path} cannot be imported: {type(error).__name__}: {shown(str(error), 200)}{_last_line(error)}"
+        ) from error
+    finally:
+        sys.path.remove(str(file.parent))
+    return module
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise CropiError(f"reward: the module {name!r} cannot be imported: {error}") from error

@@ -1,0 +1,96 @@
+"""Whether a model decodes in a padded batch as it does alone: tried once, before any response is sampled.
+
+A model may take the place in the row for the position (padding on the left moves it), see what lies behind a gap in the
+mask (a window, a scan), or keep a state that padding changes. Three ways of batching are tried in order, and the first
+one is taken in which every row has the logits that it has alone:
+
+1. *shared*: what all prompts begin with once, padding behind it;
+2. *padded*: padding on the left;
+3. *alone*: prompts of one length alone share a batch.
+
+Where not even the cache of a single row gives the logits of a pass without one, the model cannot be sampled here.
+
+The comparison is of log-probs in the model's own dtype. The tolerance is measured: the same row alone, with every
+module's output moved by one unit in the last place (:mod:`cropi.gradient.layout_trial`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cropi.errors import CropiError
+from cropi.gradient.layout_trial import one_unit_off
+from cropi.rollouts.generate import SHORTEST_PREFIX, Decoding, last_logits
+
+WAYS = ("shared", "padded", "alone")
+MARGIN = 16.0  # times what one unit in the last place does
+_LENGTHS, _DECODED = (SHORTEST_PREFIX + 3, SHORTEST_PREFIX + 9, SHORTEST_PREFIX + 16), 3
+
+
+@torch.inference_mode()
+def way_of(model: Any, longest: int) -> str:
+    """The first of :data:`WAYS` that is exact for this model.
+
+    Args:
+        longest: tokens of the longest prompt; a window or a scale that begins further on shows there alone.
+
+    Raises:
+        CropiError: none is; the model is named, and what to do.
+    """
+    problem = ""
+    for way in WAYS:
+        try:
+            off = _excess(model, way, longest)
+        except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+            continue
+        if off <= 1:
+            return way
+        problem = f"its log-probs differ by {off:.3g} times the tolerance"
+    raise CropiError(
+        f"engine hf: {type(model).__name__} does not decode with a cache as it does without one ({problem}); sample "
+        "with --engine vllm or --engine openai-url"
+    )
+
+
+def _excess(model: Any, way: str, longest: int) -> float:
+    """The largest difference of a log-prob to the row alone, over the tolerance."""
+    size = int(model.get_input_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    lengths = [n if way != "alone" else _LENGTHS[0] for n in _LENGTHS]
+    lengths[-1] = max(lengths[-1], min(longest, 4096)) if way != "alone" else lengths[-1]
+    whole = [torch.randint(0, size, (n + _DECODED,), generator=generator).tolist() for n in lengths]
+    if way == "shared":
+        whole = [whole[0][:SHORTEST_PREFIX] + ids[SHORTEST_PREFIX:] for ids in whole]
+    batch = Decoding(model, [ids[:-_DECODED] for ids in whole], shared=way == "shared")
+    if way == "shared" and not batch.gaps:
+        return float("inf")  # nothing was shared: the next way is what runs
+    got, device = [batch.logits], batch.logits.device
+    # As rows are split and leave: copied behind the others, and then taken in their place.
+    count = torch.arange(len(whole), device=device)
+    batch.select(torch.cat([count, count.flip(0)]))
+    batch.select(count.flip(0) + len(whole))
+    for t in range(_DECODED, 1, -1):
+        batch.step(torch.tensor([ids[-t] for ids in whole], device=device))
+        got.append(batch.logits)
+    worst = 0.0
+    for row, ids in enumerate(whole):
+        alone = _alone(model, ids[:-1])
+        with one_unit_off(model):
+            moved = _alone(model, ids[:-1])
+        here = _logprobs(torch.stack([step[row] for step in got]))
+        noise = (moved - alone).abs().max().clamp_min(torch.finfo(torch.float32).eps)
+        worst = max(worst, float(((here - alone).abs().max() / (MARGIN * noise)).nan_to_num(torch.inf)))
+    return worst
+
+
+def _alone(model: Any, ids: list[int]) -> torch.Tensor:
+    tokens = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    out = model(input_ids=tokens, use_cache=False, **last_logits(model, _DECODED))
+    return _logprobs(out.logits[0, -_DECODED:])
+
+
+def _logprobs(logits: torch.Tensor) -> torch.Tensor:
+    return logits.double().log_softmax(-1)

@@ -1,0 +1,440 @@
+"""Rollouts by the embedded engine: exact log-probs, the same file after a kill, rewards and inputs that are wrong."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+
+import cropi
+from cropi.errors import CropiError, RecordError
+from cropi.rollouts import trial
+from cropi.rollouts.generate import common_length
+from cropi.rollouts.hf import FewerRows, HfEngine
+
+
+def prompts(count: int = 7) -> list[dict[str, Any]]:
+    """Prompts of different lengths with a common beginning."""
+    system = {"role": "system", "content": "say it"}
+    asked = [{"role": "user", "content": f"{'7' * (i % 4 + 1)}+{i}="} for i in range(count)]
+    return [{"id": f"p{i}", "prompt": [system, turn], "answer": str(i)} for i, turn in enumerate(asked)]
+
+
+def has_digit(prompt: Any, response: str, answer: str) -> float:
+    return float(answer in response)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rolled(
+    out: Path, model: Any, tokenizer: Any = None, asked: Any = None, **options: Any
+) -> list[dict[str, Any]]:
+    given = {"n": 4, "max_tokens": 10, "progress": False, "rows": 12} | options
+    tokenizer = tokenizer or make_tokenizer(chat=True)
+    cropi.rollout(model, asked or prompts(), given.pop("reward", has_digit), out, tokenizer, **given)
+    return lines(out)
+
+
+def teacher_forced(model: Any, record: dict[str, Any], k: int) -> torch.Tensor:
+    """Log-probs in float64 of one response alone, in a pass without cache and padding."""
+    wide = type(model)(model.config).double().eval()
+    wide.load_state_dict(model.state_dict())
+    ids = record["response_ids"][k]
+    with torch.no_grad():
+        logits = wide(torch.tensor([record["prompt_ids"] + ids])).logits[
+            0, len(record["prompt_ids"]) - 1 : -1
+        ]
+    return (logits / record["temperature"]).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "way", "temperature"),
+    [
+        ("llama", {}, "shared", 0.7),
+        ("gpt2", {}, "shared", 1.0),
+        ("bloom", {}, "shared", 1.3),
+        ("mistral", {"sliding_window": 6}, "padded", 0.7),
+    ],
+)
+def test_log_probs_are_those_of_the_response_alone(
+    tmp_path: Path, kind: str, changes: Any, way: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(kind, **changes)
+    taken: list[str] = []
+    real = trial.way_of
+    monkeypatch.setattr("cropi.rollouts.hf.way_of", lambda *args: taken.append(real(*args)) or taken[-1])
+    records = rolled(tmp_path / "out.jsonl", model, temperature=temperature)
+    assert taken == [way]
+    assert [record["id"] for record in records] == [f"p{i}" for i in range(7)]
+    eps = torch.finfo(torch.float32).eps
+    for record in records:
+        assert record["temperature"] == temperature
+        for k in range(4):
+            ids = record["response_ids"][k]
+            assert record["truncated"][k] == (ids[-1] != 1) and 1 not in ids[:-1] and len(ids) <= 10
+            want = teacher_forced(model, record, k)
+            got = torch.tensor(record["logprobs"][k], dtype=torch.float64)
+            # A few hundred roundings of logits of size 10, as in any float32 pass.
+            torch.testing.assert_close(got, want, rtol=0, atol=300 * 10 * eps)
+
+
+class Places(torch.nn.Module):
+    """A wrapper that makes a model take the column for the position, whatever it is told."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config, self.generation_config = model, model.config, model.generation_config
+        self.dtype = model.dtype
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **inputs: Any) -> Any:
+        start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs["position_ids"] = torch.arange(start, start + input_ids.shape[1])[None]
+        return self.model(input_ids, past_key_values=past_key_values, **inputs)
+
+
+class Forgets(Places):
+    """One whose cache is not read."""
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **inputs: Any) -> Any:
+        inputs.pop("attention_mask", None)
+        return self.model(input_ids, position_ids=inputs.get("position_ids"), use_cache=False)
+
+
+def test_a_model_that_padding_moves_is_given_prompts_of_one_length(tmp_path: Path) -> None:
+    """GPT-2's positions are absolute, so that a column in place of a position shows."""
+    model = make_model("gpt2")
+    assert trial.way_of(Places(model), 20) == "alone"
+    with pytest.raises(CropiError, match="Forgets does not decode with a cache.*--engine vllm or"):
+        trial.way_of(Forgets(model), 20)
+    policy = cropi.Policy(Places(model), make_tokenizer(chat=True), name="gpt2")
+    records = rolled_policy(tmp_path / "out.jsonl", policy)
+    for record in records:
+        want = teacher_forced(model, record, 0)
+        got = torch.tensor(record["logprobs"][0], dtype=torch.float64)
+        torch.testing.assert_close(got, want, rtol=0, atol=300 * 10 * torch.finfo(torch.float32).eps)
+
+
+def rolled_policy(out: Path, policy: Any) -> list[dict[str, Any]]:
+    cropi.rollout(policy, prompts(), has_digit, out, n=2, max_tokens=6, progress=False)
+    return lines(out)
+
+
+def test_what_is_sampled_is_the_policys_distribution(tmp_path: Path) -> None:
+    """The first tokens of many responses against the probabilities of one plain pass."""
+    model = make_model()
+    (record,) = rolled(tmp_path / "out.jsonl", model, asked=prompts(1), n=3000, max_tokens=1)
+    with torch.no_grad():
+        p = model(torch.tensor([record["prompt_ids"]])).logits[0, -1].double().softmax(0)
+    counts = torch.bincount(torch.tensor(record["response_ids"])[:, 0], minlength=len(p)).double()
+    chi = float(((counts - 3000 * p) ** 2 / (3000 * p)).sum())
+    degrees = len(p) - 1
+    assert abs(chi - degrees) < 5 * (2 * degrees) ** 0.5
+
+
+def test_every_end_token_of_the_generation_config_ends_a_response(tmp_path: Path) -> None:
+    model = make_model()
+    model.generation_config.eos_token_id = list(range(1, 40))
+    records = rolled(tmp_path / "out.jsonl", model)
+    ends = [0 < ids[-1] < 40 for record in records for ids in record["response_ids"]]
+    assert not any(
+        0 < token < 40 for record in records for ids in record["response_ids"] for token in ids[:-1]
+    )
+    assert ends == [not cut for record in records for cut in record["truncated"]] and any(ends)
+
+
+def test_the_batch_changes_rounding_alone(tmp_path: Path) -> None:
+    model = make_model()
+    whole = rolled(tmp_path / "a.jsonl", model)
+    single = [rolled(tmp_path / f"{i}.jsonl", model, asked=[row])[0] for i, row in enumerate(prompts())]
+    for a, b in zip(whole, single):
+        assert a["response_ids"] == b["response_ids"] and a["rewards"] == b["rewards"]
+        for x, y in zip(a["logprobs"], b["logprobs"]):
+            torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=0, atol=3e-5)
+
+
+def test_the_records_go_into_a_sketch_with_ratio_one(tmp_path: Path) -> None:
+    """The look at the stored log-probs passes, and the effective sample size is whole, also under top-p."""
+    model, tokenizer = make_model(), make_tokenizer(chat=True)
+    for number, options in enumerate(({"temperature": 0.7}, {"top_p": 0.8})):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rolled(tmp_path / f"{number}.jsonl", model, tokenizer, **options)
+            warnings.simplefilter("error", category=UserWarning)
+            store = cropi.sketch(
+                model, str(tmp_path / f"{number}.jsonl"), tokenizer, dim=1024, progress=False,
+                estimator="ppo", behaviour="file",
+            )  # fmt: skip
+        assert len(store) == 7
+
+
+def test_a_run_that_is_killed_and_continued_gives_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before every batch in turn, and in the middle of a line: the bytes are those of a run in one go."""
+    model = make_model()
+    rolled(tmp_path / "whole.jsonl", model)
+    out, sample, left = tmp_path / "out.jsonl", HfEngine.sample, [0]
+
+    def stopping(self: HfEngine, *args: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return sample(self, *args)
+
+    monkeypatch.setattr(HfEngine, "sample", stopping)
+    for batches in (1, 1, 9):
+        left[0] = batches
+        try:
+            rolled(out, model)
+        except KeyboardInterrupt:
+            assert not out.exists()
+            with open(tmp_path / "out.jsonl.part", "ab") as file:
+                file.write(b'{"id": "p3", "prom')  # a line that a kill left
+    assert left[0] > 0
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not (tmp_path / "out.jsonl.part").exists()
+
+
+def test_a_finished_file_takes_more_prompts_and_refuses_other_settings(tmp_path: Path) -> None:
+    model, out = make_model(), tmp_path / "out.jsonl"
+    first = rolled(out, model, asked=prompts(4))
+    more = rolled(out, model, asked=prompts(6))
+    assert more[:4] == first and len(more) == 6
+    with pytest.raises(CropiError, match=r"out.jsonl:1 holds a record that was not made with these settings"):
+        rolled(out, model, seed=1)
+    with pytest.raises(CropiError, match="weights"):
+        rolled_part(out, model)
+    assert lines(out) == more
+
+
+def rolled_part(out: Path, model: Any) -> None:
+    """A part file of other weights stands there."""
+    held = '{"cropi_rollout": {"weights": "xxh3:00"}}\n'
+    part = out.with_name("other.jsonl.part")
+    part.write_text(held)
+    try:
+        rolled(out.with_name("other.jsonl"), model)
+    except CropiError as error:
+        assert part.read_text() == held
+        raise CropiError(f"weights: {error}") from error
+
+
+def test_memory_that_runs_out_makes_smaller_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cropi.rollouts import hf
+
+    real, model = hf.generate, make_model()
+    expected = rolled(tmp_path / "a.jsonl", model)
+
+    def small(model: Any, batch: Any, n: int, *args: Any, **options: Any) -> Any:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, batch, n, *args, **options)
+
+    monkeypatch.setattr(hf, "generate", small)
+    with pytest.warns(FewerRows, match="memory ran out with (12|8) responses") as said:
+        found = rolled(tmp_path / "b.jsonl", model)
+    assert len(said) >= 2
+    assert [r["response_ids"] for r in found] == [r["response_ids"] for r in expected]
+    monkeypatch.setattr(
+        hf, "generate", lambda *args, **options: small(*args[:1], [1, 2], *args[2:], **options)
+    )
+    with pytest.raises(CropiError, match="give a smaller -n or --max-tokens"):
+        rolled(tmp_path / "c.jsonl", model)
+
+
+def test_prompts_of_a_trajectory_file_are_rolled_out_again(tmp_path: Path) -> None:
+    old = write_lines(tmp_path / "old.jsonl", make_records(3))
+    made = rolled(tmp_path / "new.jsonl", make_model(), make_tokenizer(), asked=str(old))
+    for before, after in zip(lines(old), made):
+        same = ("id", "prompt", "answer", "task")
+        assert [before[key] for key in same] == [after[key] for key in same]
+        assert after["responses"] != before["responses"] and len(after["rewards"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"id": "p0"}, r"prompts\[3\]: the prompt id 'p0' was used before, at prompts\[0\]"),
+        ({"prompt": None, "question": "1+1"}, r"did you mean --columns prompt=question\?"),
+        ({"prompt": "7" * 200}, "a response may have 10, but the model's context is 128"),
+        ({"images": ["a.png"]}, "'images' is known, but not supported"),
+        ({"prompt_ids": [3, 900]}, "beyond the model's vocabulary"),
+        ({"id": None}, "the key 'id' is missing"),
+    ],
+)  # fmt: skip
+def test_bad_prompts_are_named_before_work_begins(
+    tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    rows = prompts()
+    rows[3] = {key: value for key, value in (rows[3] | change).items() if value is not None}
+    with pytest.raises(RecordError, match=problem):
+        rolled(tmp_path / "out.jsonl", make_model(), asked=rows)
+    assert not list(tmp_path.iterdir())
+    report = cropi.rollout(
+        make_model(), rows, has_digit, tmp_path / "out.jsonl", make_tokenizer(chat=True), n=2, max_tokens=10,
+        progress=False, skip_bad=True,
+    )  # fmt: skip
+    assert report.prompts == 6 and len(report.skipped) == 1 and "left out" in report.text()
+
+
+def raises(prompt: Any, response: str, answer: str) -> float:
+    if answer == "5":
+        raise ZeroDivisionError("no such thing")
+    return 0.0
+
+
+def trl_style(prompts: Any, completions: Any, answer: list[str], **columns: Any) -> list[Any]:
+    assert all(message["role"] == "assistant" for (message,) in completions)
+    assert len(prompts) == len(completions) == len(answer) == len(columns["completion_ids"])
+    return [len(message["content"]) / 10 for (message,) in completions]
+
+
+async def awaited(prompts: Any, completions: Any, **columns: Any) -> list[Any]:
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        (
+            raises,
+            r"\(prompt 'p5'\): the reward function raises raised ZeroDivisionError for responses\[0\]: 'no such",
+        ),
+        (lambda prompt, response: None, "returned None, which is no number,"),
+        (lambda prompt, response: float("nan"), r"returned nan for responses\[0\]"),
+        (lambda prompt, response: "1", "which is no number"),
+        (lambda prompt, response: 1e31, "advantages would overflow"),
+        (lambda prompts, completions, **c: [1.0], "returned 1 rewards for 4 responses"),
+        (lambda prompts, completions, **c: 1.0, "in place of a list of 4 numbers"),
+        (lambda prompts, completions, **c: [None] * 4, "which is no number"),
+    ],
+)
+def test_a_reward_that_is_none_names_the_row(tmp_path: Path, reward: Any, problem: str) -> None:
+    with pytest.raises(RecordError, match=problem):
+        rolled(tmp_path / "out.jsonl", make_model(), reward=reward)
+    if reward is raises:  # what was finished before is kept, and the mended function goes on from there
+        kept = len((tmp_path / "out.jsonl.part").read_text().splitlines()) - 1
+        assert kept > 0
+        records = rolled(tmp_path / "out.jsonl", make_model(), reward=raises, skip_bad=True)
+        assert [record["id"] for record in records] == ["p0", "p1", "p2", "p3", "p4", "p6"]
+
+
+def test_both_forms_of_rewards_are_called_as_they_expect(tmp_path: Path) -> None:
+    for number, reward in enumerate((trl_style, awaited)):
+        records = rolled(tmp_path / f"{number}.jsonl", make_model(), reward=reward)
+        wanted = [[len(r) / 10 if number == 0 else 1.0 for r in record["responses"]] for record in records]
+        assert [record["rewards"] for record in records] == wanted
+    with pytest.raises(RecordError, match="needs 'solution'.*--columns solution=NAME"):
+        rolled(tmp_path / "x.jsonl", make_model(), reward=lambda prompt, response, solution: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("nothing.py:f", "there is no file nothing.py"),
+        ("FILE:g", "has no 'g'; .*it has f"),
+        ("maths", "did you mean 'math'"),
+        ("no.such.module:f", "cannot be imported"),
+        ("FILE:three", "takes neither"),
+        ("BROKEN:f", "cannot be imported: NameError.*line 1 of broken.py"),
+    ],
+)
+def test_rewards_that_cannot_be_had(tmp_path: Path, name: str, problem: str) -> None:
+    (tmp_path / "reward.py").write_text("def f(prompt, response): return 1\ndef three(x): return 1\n")
+    (tmp_path / "broken.py").write_text("undefined\n")
+    name = name.replace("FILE", f"{tmp_path}/reward.py").replace("BROKEN", f"{tmp_path}/broken.py")
+    with pytest.raises(CropiError, match=problem):
+        rolled(tmp_path / "out.jsonl", make_model(), reward=name)
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "reward"),
+    [
+        ("42", "so it is 42.", 1.0), ("#### 1,234", "The answer is $1234$", 1.0), ("steps\n#### 7", "7", 1.0),
+        (r"\frac{1}{2}", r"\boxed{0.5}", 1.0), ("x^2+1", "$1 + x^2$", 1.0), ("(1,2)", r"\boxed{(1,2)}", 1.0),
+        ("42", "43", 0.0), ("42", "no idea", 0.0), (7, "7", 1.0),
+    ],
+)  # fmt: skip
+def test_answers_are_verified(answer: Any, response: str, reward: float) -> None:
+    pytest.importorskip(
+        "math_verify", reason="math-verify is not installed (the extra 'rollout', part of 'test')"
+    )
+    from cropi.rollouts.verifiers import Math
+
+    assert Math()("question", response, answer=answer) == reward
+
+
+def test_an_answer_that_is_no_formula_is_named_before_work_begins(tmp_path: Path) -> None:
+    pytest.importorskip(
+        "math_verify", reason="math-verify is not installed (the extra 'rollout', part of 'test')"
+    )
+    rows = prompts()
+    rows[2]["answer"] = "the cat sat"
+    with pytest.raises(
+        RecordError, match=r"prompts\[2\].*the answer 'the cat sat' is no mathematical expression"
+    ):
+        rolled(tmp_path / "out.jsonl", make_model(), reward="math", asked=rows)
+
+
+def test_options_of_another_engine_are_refused(tmp_path: Path) -> None:
+    for options, problem in (
+        ({"url": "http://localhost:1"}, "leave --url out"),
+        ({"engine": "openai-url", "rows": None}, "needs the server's --url"),
+        ({"engine": "openai-url", "url": "localhost", "rows": None}, "is no URL of a server"),
+        ({"engine": "openai-url", "url": "http://localhost:1"}, "leave --rows out"),
+        ({"temperature": 0.0}, "temperature must be a number above 0"),
+        ({"top_k": -2}, "top_k must be 0 or more"),
+        ({"tempreture": 1.0}, "did you mean 'temperature'"),
+    ):
+        with pytest.raises(CropiError, match=problem):
+            rolled(tmp_path / "out.jsonl", make_model(), **options)
+
+
+def test_common_beginnings() -> None:
+    assert common_length([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert common_length([[1, 2], [1, 2, 3]]) == 1  # every prompt keeps one token of its own
+    assert common_length([[4], [5]]) == 0
+
+
+def test_the_three_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts alone name the command, and what it writes is selected from; as they stand there, but for the model."""
+    from cropi.cli import main
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = next(part for part in readme.split("```") if "cropi rollout" in part)
+    commands = [shlex.split(line)[1:] for line in block.strip().splitlines()]
+    assert [words[0] for words in commands] == ["rollout", "rollout", "run"]
+    monkeypatch.chdir(tmp_path)
+    make_model(max_position_embeddings=64).save_pretrained("model")
+    make_tokenizer(chat=True).save_pretrained("model")
+    (tmp_path / "reward.py").write_text("def f(prompt, response, answer): return len(set(response)) / 10\n")
+    write_lines(tmp_path / "prompts.jsonl", prompts(10))
+    write_lines(tmp_path / "math500.jsonl", prompts(4))
+    own = {"Qwen/Qwen2.5-0.5B-Instruct": "model", "512": "8", "math": "reward.py:f"}
+    quick = {"rollout": ["-n", "3"], "run": ["--dim", "1024", "--no-report", "--draws", "0"]}
+    for words in commands:
+        assert main([*(own.get(word, word) for word in words), *quick[words[0]], "--no-progress"]) == 0
+    assert len((tmp_path / "out" / "selected.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_on_prompts_alone_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cropi.cli import main
+
+    path = write_lines(tmp_path / "prompts.jsonl", prompts(3))
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--train", str(path), "--valid", str(path)]
+    assert main(["run", *words, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "prompts" in said and "`cropi rollout" in said and str(path) in said
