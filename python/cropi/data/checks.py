@@ -23,6 +23,10 @@ ID_REMEDY = (
     "give every prompt an id that no other one has and that stays the same from run to run, the one of your dataset, "
     "or pass --skip-bad"
 )
+TOP_REMEDY = (
+    "give the log-prob of the sampled token alone; `cropi convert --source vllm` takes it out of a table of the "
+    "likeliest tokens; or pass --skip-bad"
+)
 MASK_REMEDY = "give one 0 or 1 per token of response_ids, or pass --skip-bad"
 
 
@@ -162,7 +166,10 @@ def _checked_logprobs(values: dict[str, Any], k: int, where: str) -> list[float]
         if finite(value) and value <= LOGPROB_SLACK:
             continue
         if scored[t]:
-            raise RecordError(where, f"logprobs[{k}][{t}] must be a finite number <= 0, got {shown(value)}")
+            remedy = [TOP_REMEDY] if isinstance(value, (list, Mapping)) else []
+            raise RecordError(
+                where, f"logprobs[{k}][{t}] must be a finite number <= 0, got {shown(value)}", *remedy
+            )
         found[t] = 0.0  # trainers write anything, or nothing, at the tokens of others
     return found
 

@@ -136,6 +136,7 @@ class Columns:
             name in ALIASES or name in REFUSED or name in BY_ROW for name in names
         ):
             raise NotSimple
+        batch.validate(full=True)  # text that is no UTF-8, offsets out of order
         self.batch = batch
         self.held: dict[str, Any] = {name: batch.column(i) for i, name in enumerate(names)}
         self.count = batch.num_rows
@@ -291,7 +292,7 @@ def table_groups(batch: Any, name: str, start: int) -> Iterator[tuple[str, Table
     """The groups of a batch of rows, or None where it is not simple."""
     try:
         return Columns(batch).groups(name, start) if batch.num_rows else iter(())
-    except (NotSimple, RecordError):
+    except (NotSimple, RecordError, UnicodeDecodeError, optional("pyarrow").ArrowInvalid):
         return None
 
 

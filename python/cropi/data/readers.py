@@ -274,7 +274,7 @@ class _State:
                     self.on_line(row)
                 if not row.strip(b" \t\r\n\xef\xbb\xbf"):
                     continue
-            elif self.on_line is not None and not told:
+            elif self.on_line is not None and not told and not isinstance(row, RecordError):
                 text = row.raw if isinstance(row, PromptGroup) else json.dumps(row, default=repr)
                 self.on_line(text.encode("utf-8", "backslashreplace") + b"\n")
             yield where, offset, row
@@ -289,6 +289,8 @@ class _State:
             return RECORD  # the error comes again, when the record is read
 
     def _dictionary(self, row: Any, where: str) -> dict[str, Any]:
+        if isinstance(row, RecordError):
+            raise row
         if isinstance(row, bytes):
             row = parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
         elif not isinstance(row, TableRow):  # whose text is UTF-8

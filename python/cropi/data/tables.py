@@ -10,7 +10,7 @@ from typing import Any
 
 from cropi.data.columns import table_groups
 from cropi.data.formats import ARROW_FILE, PARQUET
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, RecordError, optional
 
 # Python's objects take some five times the room of a table's numbers.
 BATCH_BYTES, MOST_ROWS = 8 * 2**20, 4096
@@ -38,7 +38,7 @@ def rows_of_table_file(
             if made is not None:
                 yield from made
             else:
-                for i, row in enumerate(rows_of_batch(batch)):
+                for i, row in enumerate(_rows_or_errors(batch, name, start)):
                     yield f"{name}, row {start + i}", row
             start += batch.num_rows
     except (pyarrow.ArrowException, OSError, EOFError) as error:
@@ -47,6 +47,27 @@ def rows_of_table_file(
         raise CropiError(
             f"{name}: the {form} file is damaged or was cut after row {start} ({str(error)[:200]}); copy it again"
         ) from error
+
+
+def _rows_or_errors(batch: Any, name: str, start: int) -> Iterator[Any]:
+    """The rows of a batch; a RecordError in place of one whose text is not UTF-8."""
+    try:
+        yield from list(rows_of_batch(batch))
+        return
+    except UnicodeDecodeError:
+        pass
+    for i in range(batch.num_rows):
+        row = TableRow()
+        try:
+            for column in batch.schema.names:
+                row[column] = batch.column(column)[i].as_py()
+        except UnicodeDecodeError as error:
+            yield RecordError(
+                f"{name}, row {start + i}",
+                f"the text in the column {column!r} is not UTF-8 (byte {error.start})",
+            )
+        else:
+            yield row
 
 
 def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

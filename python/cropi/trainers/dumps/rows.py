@@ -37,6 +37,8 @@ def _parsed(pair: tuple[str, Any]) -> tuple[str, dict[str, Any]]:
             return where, parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
         except RecordError as error:
             raise BadSample(where, "line", error.problem) from None
+    if isinstance(row, RecordError):
+        raise BadSample(where, "row", row.problem)
     if isinstance(row, TableRow):
         return where, {key: value for key, value in row.items() if value is not None}
     return where, {str(key): python_value(value) for key, value in row.items()}
