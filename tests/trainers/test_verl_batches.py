@@ -13,7 +13,7 @@ import torch
 from cropi.data.readers import read_trajectories
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.verl_batch import LOGPROBS, REWARDS, rollouts_of_proto, rollouts_of_table
-from cropi.trainers.verl.recording import record_step
+from cropi.trainers.recording import record_step
 
 # A number of its own for every name: the sum over two tokens says which was taken.
 SCORES = {

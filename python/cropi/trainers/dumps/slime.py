@@ -8,6 +8,7 @@ response), ``status``, ``remove_sample``, ``label``, ``prompt`` and ``metadata``
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,33 @@ def read_dump(
     yield from left.each(samples, lambda pair: _rollout(pair[0], pair[1], step, id_key, temperature))
 
 
+def rollouts_of(
+    samples: list[Any],
+    where: str,
+    step: int,
+    *,
+    id_key: str | None = None,
+    temperature: float | None = None,
+    left: Left | None = None,
+    reward_key: str | None = None,
+) -> Iterator[Rollout]:
+    """The rollouts of samples that slime holds, as :func:`read_dump` reads them.
+
+    Args:
+        samples: slime's, flat or in lists by group.
+        where: named in messages.
+        step: the number of the rollout.
+        id_key, temperature, left: as there.
+        reward_key: the reward to take, of samples whose reward is a table.
+
+    Raises:
+        BadSample: a sample without reward or id, or with a field of another form.
+    """
+    left = Left() if left is None else left
+    read = partial(_rollout, step=step, id_key=id_key, temperature=temperature, reward_key=reward_key)
+    yield from left.each(_flat(samples, where), lambda pair: read(pair[0], pair[1]))
+
+
 def _flat(samples: list[Any], where: str) -> list[tuple[Any, str]]:
     """The samples one by one, whether they stand in lists by group or not, and what each is called."""
     flat = []
@@ -81,7 +109,14 @@ def _flat(samples: list[Any], where: str) -> list[tuple[Any, str]]:
     return flat
 
 
-def _rollout(held: Any, where: str, step: int, id_key: str | None, temperature: float | None) -> Rollout:
+def _rollout(
+    held: Any,
+    where: str,
+    step: int,
+    id_key: str | None,
+    temperature: float | None,
+    reward_key: str | None = None,
+) -> Rollout:
     sample = contents(held) if not hasattr(held, "__dataclass_fields__") else vars(held)
     if not isinstance(sample, Mapping):
         raise BadSample(where, "sample", f"should be a table of fields, got {shown(held)}")
@@ -103,6 +138,8 @@ def _rollout(held: Any, where: str, step: int, id_key: str | None, temperature: 
     key = "loss_mask" if sample.get("loss_mask") is not None else "loss_masks"
     mask = loss_mask(sample.get(key), size, key, where)
     reward = sample["reward"]
+    if reward_key and isinstance(reward, Mapping):
+        reward = reward.get(reward_key, reward)
     if isinstance(reward, Mapping):
         raise BadSample(
             where, "reward", f"is a table: {names(reward)}",

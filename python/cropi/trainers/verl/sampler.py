@@ -18,8 +18,8 @@ from typing import Any
 from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
+from cropi.trainers.recording import record_step
 from cropi.trainers.verl.order import SelectionOrder
-from cropi.trainers.verl.recording import record_step
 from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need
 

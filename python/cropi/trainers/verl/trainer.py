@@ -23,9 +23,9 @@ from typing import Any
 from cropi.commands import fill, run_command
 from cropi.data.prompt_ids import PromptIds
 from cropi.trainers.dumps.verl_batch import LOGPROBS, rollouts_of_table
+from cropi.trainers.recording import record_step
 from cropi.trainers.verl.options import check_options
 from cropi.trainers.verl.order import SelectionOrder
-from cropi.trainers.verl.recording import record_step
 from cropi.trainers.verl.selected import ID_KEY, Selected
 from cropi.trainers.verl.versions import need
 

@@ -1,4 +1,4 @@
-"""Writing a step's rollouts while verl trains: what cannot be a record is left out and said, and training goes on."""
+"""Writing a step's rollouts while training runs: what cannot be a record is left out and said, and it goes on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def record_step(path: Path, read: Callable[[Left], Iterator[Rollout]]) -> int:
         read: gives the rollouts, and hands those that cannot be used to its argument.
 
     Raises:
-        CropiError: the batch as a whole is not what verl's batches are, or the file cannot be written.
+        CropiError: the batch as a whole is not what the trainer's batches are, or the file cannot be written.
     """
     left = Left(skip_bad=True)
     rollouts = list(read(left))
