@@ -18,6 +18,7 @@ from . import sharded
 from .attach import Attachment
 from .beside import check_heard
 from .coverage import Coverage
+from .fused_head import HeadCall, listen
 from .gradient_sketcher import GradientSketcher
 from .live_audit import Audit
 from .one_sequence import one_sequence_a_row
@@ -93,6 +94,7 @@ class LiveSketcher:
         self._shape: object = None
         self._heard: frozenset[str] | None = None
         self._ready = False
+        self._runs: Runs | None = None  # of the open batch
         self.loss: str | None = None
 
     def __repr__(self) -> str:
@@ -178,6 +180,7 @@ class LiveSketcher:
             self._try()
         check = LossCheck(self.model, self._acc, runs) if first and not self.coupled else None
         self._acc.begin(runs.segments, sharded.device_of(self.model))
+        self._runs = runs
         result, started = LiveSketch(), time.perf_counter()
         try:
             with contextlib.ExitStack() as stack:
@@ -197,10 +200,46 @@ class LiveSketcher:
             clock, sketches = self._acc.clock, self._acc.end()
         finally:
             self._acc.close()
+            self._runs = None
         sketches /= -size  # down the loss
         result.sketches = runs.gathered(sketches)
         result.spec, result.names = self.spec, self.coverage.names
         result.seconds = {"block": time.perf_counter() - started, "sketch": clock.seconds()}
+
+    def fused_head(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        rows: torch.Tensor,
+        log_probs: torch.Tensor,
+        entropy: torch.Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        scale: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Tell the open batch of a head that multiplies by the head's weight itself and gives log-probs, no logits.
+
+        Called right after it, with what went in and came out: ``log_probs[i] = log softmax(z_i)[targets[i]]`` with
+        ``z = cap(scale * (hidden W^T + b)) / temperature``. The head's sketch costs one more product with it then.
+
+        Args:
+            hidden: [n, features], what the head was given.
+            targets: int64 [n]. rows: int64 [n], the row of the batch that each token stands in.
+            log_probs, entropy: [n], the function's own outputs.
+            dtype: in which ``hidden`` and W are multiplied; None: that of ``hidden``.
+            softcap: ``cap(y) = softcap * tanh(y / softcap)``; None: no cap.
+
+        Raises:
+            ValueError: shapes do not fit, or the batch's segments are per token.
+        """
+        if self._runs is None or not self._acc.listens:
+            return
+        call = HeadCall(
+            hidden, targets, rows, float(temperature), softcap, float(scale), dtype or hidden.dtype
+        )
+        listen(self.model, self._plan, self._acc, self._runs, call, log_probs, entropy)
 
     def _check_state(self) -> None:
         if not self._handles:

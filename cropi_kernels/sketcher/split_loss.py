@@ -112,7 +112,7 @@ class LossCheck:
         segments = self.runs.segments
         if segments.token_views(y):
             return True
-        return self.runs.rows and y.ndim == 3 and y.shape[0] == segments.batch
+        return self.runs.rows and y.ndim >= 2 and y.shape[0] == segments.batch
 
     def _second_derivatives(self, loss: torch.Tensor, ys: list[torch.Tensor]) -> str:
         marks = [self._half(y) for y in ys]
@@ -150,7 +150,7 @@ class LossCheck:
         views = segments.token_views(y)
         if views:
             return odd.view(next(iter(views.values())))
-        return odd.view(segments.batch, segments.length)[:, :1, None]
+        return odd.view(segments.batch, segments.length)[:, 0].view(-1, *(1 for _ in y.shape[1:]))
 
 
 def _pattern(y: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.data.scan import NothingToSelect, Scan, check_covered
@@ -320,6 +322,51 @@ def one_date(
     for part in parts:
         job = with_date(policy, job, part.scan, stores)
     return job
+
+
+def sketch_validation(
+    policy: Policy,
+    valid: Any,
+    job: SketchJob,
+    ranks: Ranks | None = None,
+    *,
+    sets: Sequence[str] = (),
+    before: str = "",
+    option: str = "--valid",
+    progress: bool = True,
+) -> tuple[list[str], torch.Tensor]:
+    """This rank's sketches of validation prompts, in memory: the set of each row, and float32 rows ``[n, dim]``.
+
+    Args:
+        policy, valid, ranks, sets, before, option: as for :func:`check`.
+        job: how they are sketched.
+        progress: show a bar.
+
+    Raises:
+        CropiError: as :func:`check`, on every rank, before anything is sketched.
+    """
+    who = ranks or Alone()
+
+    def checked() -> list[Part]:
+        parts, scans = [], {}
+        for name, source in _validation(valid).items():
+            known = None if who.world == 1 else (lambda _: True)
+            part, scans[name], _ = _part(policy, source, job, f"valid-{name}", name, known, who)
+            check_tokens(policy, job, part.groups, part.scan)
+            parts.append(part)
+        check_covered(scans, sets, option=option, before=before)
+        return parts
+
+    names, rows, parts = [], [], who.agree(checked)
+    job = one_date(policy, job, parts, [None] * len(parts))
+    for part in parts:
+        if part.scan.prompts:
+            store = sketch_part(policy, part, job, None, progress=progress).store
+            assert store is not None
+            for kept, sketches in store.shards():
+                names += [row.set or DEFAULT_SET for row in kept]
+                rows.append(sketches.float())
+    return names, torch.cat(rows) if rows else torch.zeros(0, job.spec.dim)
 
 
 def choose(

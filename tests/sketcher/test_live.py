@@ -219,6 +219,63 @@ def test_a_head_on_the_last_columns() -> None:
     )
 
 
+class FusedLogProbs(torch.autograd.Function):
+    """A head that multiplies by its weight itself, as trainers' fused ones do: log-probs and entropies, no logits."""
+
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Any:
+        ctx.save_for_backward(h, weight, targets)
+        logp = FusedLogProbs.of(h, weight)
+        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    @staticmethod
+    def of(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (15.0 * torch.tanh(1.5 * (h @ weight.T) / 15.0) / 0.7).log_softmax(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        h, weight, targets = (x.detach() for x in ctx.saved_tensors)
+        with torch.enable_grad():
+            h, weight = h.requires_grad_(), weight.requires_grad_()
+            logp = FusedLogProbs.of(h, weight)
+            out = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+            return (*torch.autograd.grad(out, (h, weight), grads), None)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_fused_head(told: bool) -> None:
+    """Its sketch is made of what goes in and out, with a factor, a cap, a temperature and an entropy bonus; a trainer
+    that does not tell of it is told by the parameter's name."""
+    step = Step()
+    rows = torch.arange(step.shape[0])[:, None].expand(-1, step.shape[1] - 1).reshape(-1)
+
+    def loss(model: Any, mine: torch.Tensor, live: LiveSketcher | None) -> torch.Tensor:
+        hidden = model.model(input_ids=step.ids, attention_mask=step.mask, use_cache=False).last_hidden_state
+        hidden, targets = hidden[:, :-1].flatten(0, 1), step.ids[:, 1:].flatten()
+        logp, entropy = FusedLogProbs.apply(hidden, model.lm_head.weight, targets)
+        if live is not None:
+            live.fused_head(hidden, targets, rows, logp, entropy, temperature=0.7, softcap=15.0, scale=1.5)
+        each = (logp * step.advantages.to(logp)[rows] + 0.1 * entropy) * step.scored.flatten()
+        return -(each * mine.to(logp)[:, 0][rows]).sum() / 7.0
+
+    model = zoo.make("llama-tied")
+    with LiveSketcher(model, SPEC) as live:
+        expected = contextlib.nullcontext() if told else pytest.raises(SelfTestError, match="embed_tokens")
+        with expected, live.batch(step.prompts, shape=step.shape) as got:
+            loss(model, step.rows(None), live if told else None).backward()
+    if not told:
+        return
+    gradients = {}
+    for dtype in (torch.float64, torch.float32):
+        other, gradients[dtype] = zoo.make("llama-tied", dtype), []
+        for prompt in range(zoo.N_SEGMENTS):
+            other.zero_grad()
+            loss(other, step.rows(prompt), None).backward()
+            gradients[dtype].append({n: p.grad.clone() for n, p in other.named_parameters()})
+    plain = zoo.make("llama-tied")
+    made.close_to_autograd(-got.sketches, plain, gradients[torch.float32], gradients[torch.float64])
+
+
 def test_ids_per_token() -> None:
     """Two prompts in one row of a packed batch."""
     batch = zoo.packed()

@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 
 from cropi import pipeline  # noqa: E402
 from cropi.errors import CropiError  # noqa: E402
+from cropi.trainers.trl import Live  # noqa: E402
 from support.trl_runs import Seen, staged  # noqa: E402
 
 
@@ -34,11 +35,19 @@ def run(name: str, out: Path, stages: dict[str, Any], resume: bool = False, **ch
         error = str(caught)
     note = {
         "seen": seen.ids, "world": trainer.accelerator.num_processes, "error": error,
+        "selector": _selector(trainer),
         "plan": trainer._cropi_plan.rows, "sum": float(sum(p.double().sum() for p in trainer.model.parameters())),
     }  # fmt: skip
     (out / f"{name}{'-resumed' if resume else ''}-rank{trainer.accelerator.process_index}.json").write_text(
         json.dumps(note)
     )
+
+
+def _selector(trainer: Any) -> list[Any]:
+    if trainer._cropi_live is None:
+        return []
+    selector = trainer._cropi_live.selector
+    return [selector.step, selector._weight.tolist(), selector._shown.tolist()]
 
 
 def broken(*args: Any, **kwargs: Any) -> None:
@@ -68,6 +77,17 @@ if __name__ == "__main__":
         **small,
     )
     run("cut-groups", folder, {"valid": files["valid"]}, per_device_train_batch_size=6, **small)
+    live = {"valid": files["valid"], "live": Live(dim=1024)}
+    run(
+        "live",
+        folder,
+        live,
+        per_device_train_batch_size=4,
+        save_strategy="steps",
+        save_steps=3,
+        **small,
+    )
+    run("live-cut-groups", folder, live, per_device_train_batch_size=6, **small)
     if int(os.environ["RANK"]) == 1:  # rank 0 must not wait for it for ever
         pipeline.sketch = broken  # type: ignore[assignment]
     run("broken", folder, files, per_device_train_batch_size=4, **small)

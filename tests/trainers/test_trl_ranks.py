@@ -92,3 +92,34 @@ def test_an_error_on_one_rank_reaches_the_other(out: Path) -> None:
         "rank 1 failed with CropiError: the disk is full",
         "the disk is full",
     ]
+
+
+@pytest.mark.parametrize("name, each", [("live", 2), ("live-cut-groups", 3)])
+def test_live_ranks_have_one_selector(out: Path, name: str, each: int) -> None:
+    """Every rank's sketches reach every rank, whole groups or groups that the ranks cut in two."""
+    one, two = notes(out, name)
+    assert one["selector"] == two["selector"] and one["plan"] == two["plan"] and one["sum"] == two["sum"]
+    assert not one["error"]
+    step, weight, shown = one["selector"]
+    assert step == 4 and sum(w > 0 for w in weight) >= each
+    assert abs(sum(weight) - 4 * each) < 0.2  # visits, with little forgotten in four steps
+    assert any(shown)
+
+
+def test_a_live_run_goes_on_with_another_number_of_ranks(out: Path, tmp_path: Path) -> None:
+    """One process in the place of two, with generation batches of one size: the fourth step has the same prompts."""
+    import shutil
+
+    from support.trl_runs import Seen, staged
+
+    from cropi.trainers.trl import Live
+
+    shutil.copytree(out / "live", tmp_path / "live")
+    seen = Seen()
+    alone = staged(
+        tmp_path / "live", {"valid": out / "valid.jsonl", "live": Live(dim=1024)}, eval_dataset=None, max_steps=4,
+        per_device_train_batch_size=8, reward_funcs=[seen], save_strategy="steps", save_steps=3,
+    )  # fmt: skip
+    alone.train(resume_from_checkpoint=str(tmp_path / "live" / "checkpoint-3"))
+    both = [note["seen"]["3"] for note in notes(out, "live")]
+    assert set(seen.ids[3]) == {*both[0], *both[1]} and alone._cropi_live.selector.step == 4

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -92,7 +93,7 @@ class Selector:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        seen = int((self._last >= 0).sum())
+        seen = int(self.seen.sum())
         return (
             f"Selector({len(self)} prompts, {seen} seen up to step {self.step}, {len(self._valid)} validation sets, "
             f"{self._rows.bits} bits x {self.dim}: {self.nbytes / 1e6:.1f} MB)"
@@ -124,7 +125,7 @@ class Selector:
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < self.step:
             raise CropiError(f"step is {step!r}: give an integer of at least {self.step}, the last one")
         rows = self._reduced(sketches, "sketches")
-        places = self._places(ids, len(rows))
+        places = self.places(ids, len(rows))
         if gather and dist.is_available() and dist.is_initialized():
             parts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(parts, (places, rows))
@@ -187,8 +188,14 @@ class Selector:
 
     def scores(self, ids: Sequence[Hashable]) -> Values:
         """The usefulness of these prompts as their visits show it; NaN where there was none."""
-        places = self._places(ids, len(ids))
+        places = self.places(ids)
         return np.where(self._weight[places] > 0, self._shown[places], np.nan)
+
+    @property
+    def seen(self) -> npt.NDArray[np.bool_]:
+        """Whether there was a visit, in the order of `ids`."""
+        result: npt.NDArray[np.bool_] = self._weight > 0
+        return result
 
     @property
     def failed(self) -> dict[Any, int]:
@@ -278,7 +285,9 @@ class Selector:
                 )
             self._names = found
 
-    def _places(self, ids: Sequence[Hashable], count: int) -> Any:
+    def places(self, ids: Sequence[Hashable], count: int | None = None) -> npt.NDArray[np.int64]:
+        """The places of prompts in `ids`; ``count``: how many there must be."""
+        count = len(ids) if count is None else count
         if isinstance(ids, str) or not isinstance(ids, Sequence) or len(ids) != count:
             got = f"{len(ids)}" if isinstance(ids, Sequence) and not isinstance(ids, str) else f"{ids!r:.100}"
             raise CropiError(f"ids must be a list of {count}, one for each row, got {got}")

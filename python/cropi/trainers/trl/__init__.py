@@ -8,8 +8,9 @@
     )
     trainer.train()
 
-``recording(GRPOTrainer)`` only records; ``collect`` makes trajectory files of whole datasets with such a trainer. TRL
-is imported when one of these functions is called, not before.
+``Curriculum(live=Live())`` chooses by the sketches of the run's own steps. ``recording(GRPOTrainer)`` only records;
+``collect`` makes trajectory files of whole datasets with such a trainer. TRL is imported when one of these functions is
+called, not before.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cropi.trainers.trl.options import Curriculum, Recording
+from cropi.trainers.trl.options import Curriculum, Live, Recording
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-__all__ = ["Curriculum", "Recording", "collect", "curriculum", "recording"]
+__all__ = ["Curriculum", "Live", "Recording", "collect", "curriculum", "recording"]
 
 
 def curriculum(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = False) -> type[Any]:

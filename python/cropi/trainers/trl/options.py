@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,35 @@ class Recording:
 
 
 @dataclass(frozen=True)
+class Live:
+    """Selection by the sketches of the run's own training steps (docs/live.md): no scoring pass over the pool.
+
+    Attributes:
+        refresh: stages between two sketches of the validation prompts under the current policy.
+        dim, bits, half_life, explore: of :class:`cropi.Selector`.
+        opposed: what the advantages of prompts are multiplied by, whose earlier visits say that they point against the
+            validation mean (mean and one standard deviation below 0): 1 leaves them, 0 drops them from the step.
+        coupled: as in :class:`cropi_kernels.LiveSketcher`: take losses that are no sum over prompts (experts' load
+            balancing) by the tokens that their gradient passes through.
+    """
+
+    refresh: int = 1
+    dim: int = 1024
+    bits: int = 16
+    half_life: float = 200.0
+    explore: float = 1.0
+    opposed: float = 1.0
+    coupled: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "live: ")
+        if self.refresh < 1:
+            raise CropiError(f"live: refresh must be an integer of at least 1, got {self.refresh!r}")
+        if not 0.0 <= self.opposed <= 1.0:
+            raise CropiError(f"live: opposed must be a number from 0 to 1, got {self.opposed!r}")
+
+
+@dataclass(frozen=True)
 class Curriculum(Comparing, Choosing, Checks):
     """How the prompts of each stage are chosen. A stage is ``stage_steps`` optimizer steps.
 
@@ -71,6 +100,7 @@ class Curriculum(Comparing, Choosing, Checks):
         on_nothing: a stage in which no prompt has a gradient: "error", or "keep" the prompts of the stage before, with
             a warning. "auto": an error where all rewards are equal; kept where no reward function scored any response,
             of which TRL warns too and trains on.
+        live: choose by the sketches of the training steps themselves; None: by a scoring pass before every stage.
         keep_sketches: keep the sketches of every stage (``dim`` x 4 bytes a prompt) instead of removing them once the
             prompts are chosen.
     """
@@ -91,9 +121,11 @@ class Curriculum(Comparing, Choosing, Checks):
     seed: int | None = None
     on_nothing: str = "auto"
     keep_sketches: bool = False
+    live: Live | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_live()
         for name in ("stage_steps", "max_valid", "tokens_per_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -123,6 +155,22 @@ class Curriculum(Comparing, Choosing, Checks):
         if self.use_recorded and self.recording is None:
             raise CropiError(
                 "use_recorded needs rollouts of this run, but recording is None; give a Recording"
+            )
+
+    def _check_live(self) -> None:
+        if self.live is None:
+            return
+        if self.train is not None:
+            raise CropiError(
+                "train names files, but live chooses by the sketches of this run's own steps: leave train out, or live"
+            )
+        plain = {f.name: f.default for f in fields(Choosing) + fields(Comparing)}
+        kept = ("fraction", "count")
+        changed = [name for name, value in plain.items() if name not in kept and getattr(self, name) != value]
+        if changed:
+            raise CropiError(
+                f"{changed[0]} is {getattr(self, changed[0])!r}, but live chooses by cropi.Selector, which has no such "
+                f"option: leave {', '.join(changed)} out, or live"
             )
 
     def files(self, name: str) -> list[Path] | None:
@@ -164,4 +212,5 @@ class Curriculum(Comparing, Choosing, Checks):
             **self._later(),
             "estimator": self.estimator_used().to_dict(), "exclude": list(self.exclude), "behaviour": self.behaviour,
             "recorded": [self.train is None, self.valid is None, bool(self.use_recorded)],
+            **({} if self.live is None else {"live": asdict(self.live)}),
         }  # fmt: skip

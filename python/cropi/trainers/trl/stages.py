@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from cropi.store.manifest import first_difference
 from cropi.trainers.trl.capture import RecordingMixin
 from cropi.trainers.trl.checkpoints import newest_whole
 from cropi.trainers.trl.checks import check_arguments, check_policy, check_space
+from cropi.trainers.trl.live import LiveMixin, LiveRun
 from cropi.trainers.trl.losses import estimator_of_config
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.records import check_datasets
@@ -49,11 +52,15 @@ class StageCallback(TrainerCallback):
         # The trainer's own count of epochs is not passed on; this one is exact, because an epoch has stage_steps steps.
         self.trainer._cropi_begin_stage(int(state.global_step) // self.trainer._cropi_curriculum.stage_steps)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._cropi_live is not None:
+            self.trainer._cropi_live.end_step(int(state.global_step))
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._cropi_merge()
 
 
-class CurriculumMixin(RecordingMixin):
+class CurriculumMixin(LiveMixin):
     """Trains each stage on the prompts that the current policy's gradients speak for. See :class:`Curriculum`."""
 
     _cropi_curriculum: Curriculum
@@ -86,7 +93,11 @@ class CurriculumMixin(RecordingMixin):
         ]
         check_arguments(self, curriculum, len(found))
         check_policy(self.accelerator.unwrap_model(self.model), curriculum)
-        check_space(self, curriculum, scans, self._cropi_folder, len(found))
+        if curriculum.live is None:
+            check_space(self, curriculum, scans, self._cropi_folder, len(found))
+        else:
+            model = self.accelerator.unwrap_model(self.model)
+            self._cropi_live = LiveRun(model, curriculum, found.names, self._cropi_seed)
         self.add_callback(StageCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -142,8 +153,10 @@ class CurriculumMixin(RecordingMixin):
         self._metrics["train"]["cropi/prompts"].append(float(len(self._cropi_plan.rows)))
 
     def _cropi_choose(self, stage: int) -> Chosen | None:
-        options = self._cropi_curriculum
-        if options.train is None and stage == 0:
+        options, live = self._cropi_curriculum, self._cropi_live
+        if live is not None and stage % live.live.refresh and self._cropi_chosen is not None:
+            return self._cropi_draw(live)
+        if live is None and options.train is None and stage == 0:
             return None  # nothing has been recorded yet
         if options.valid is None and not any(
             self._cropi_ranks.gather(log_files(self._cropi_log.folder, "valid"))
@@ -154,6 +167,14 @@ class CurriculumMixin(RecordingMixin):
                 self.evaluate()
         self._cropi_merge()
         folder = self._cropi_folder / f"stage-{stage:04d}"
+        if live is not None:
+            begun = time.monotonic()
+            model, valid = self.accelerator.unwrap_model(self.model), self._cropi_sources("valid", folder)
+            self._cropi_check_recorded(stage, ("valid",))
+            live.refresh(model, self._tokenizer, valid, stage, self._cropi_seed, self._cropi_ranks)
+            chosen = self._cropi_draw(live)
+            chosen.figures["seconds"] = time.monotonic() - begun
+            return chosen
         try:
             self._cropi_check_recorded(stage)
             return choose_prompts(
@@ -171,6 +192,12 @@ class CurriculumMixin(RecordingMixin):
             logger.warning("%s; the prompts of the stage before are kept", error)
             return None if self._cropi_chosen is None else Chosen(self._cropi_chosen, {"kept": True})
 
+    def _cropi_draw(self, live: LiveRun) -> Chosen:
+        """The next prompts by what the steps so far have shown."""
+        options, pool = self._cropi_curriculum, len(self._cropi_ids)
+        wanted = options.count or math.floor(pool * options.fraction + 1e-9)
+        return Chosen(*live.choose(min(max(wanted, self._cropi_prompts), pool), int(self.state.global_step)))
+
     def _cropi_merge(self) -> None:
         """Rank 0 writes one record a prompt, for this stage's selection and for ``cropi sketch``."""
         self._cropi_ranks.barrier()  # every rank has written
@@ -183,9 +210,9 @@ class CurriculumMixin(RecordingMixin):
 
         self._cropi_ranks.agree(lambda: write() if self._cropi_ranks.first else None)
 
-    def _cropi_check_recorded(self, stage: int) -> None:
+    def _cropi_check_recorded(self, stage: int, kinds: tuple[str, ...] = ("train", "valid")) -> None:
         """What a stage needs of this run's rollouts may be missing: no reward function may have scored one."""
-        for kind in ("train", "valid"):
+        for kind in kinds:
             needed = self._cropi_curriculum.files(kind) is None
             if not needed or (self._cropi_log.folder / f"{kind}.jsonl").exists():
                 continue
@@ -244,6 +271,8 @@ class CurriculumMixin(RecordingMixin):
                 "version": 1, "stage": self._cropi_stage_known, "selected": self._cropi_chosen, "logs": sizes,
                 "settings": self._cropi_settings(),
             }  # fmt: skip
+            if self._cropi_live is not None:
+                self._cropi_live.save(folder)
             write_atomic(folder / STATE, json.dumps(state, ensure_ascii=False) + "\n")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -271,6 +300,8 @@ class CurriculumMixin(RecordingMixin):
             raise CropiError(
                 f"{len(lost)} selected prompts are not in train_dataset any more, for example {lost[0]!r}"
             )
+        if self._cropi_live is not None:
+            self._cropi_live.load(checkpoint)
         self._cropi_stage_known, self._cropi_chosen = int(state["stage"]), ids
         self._cropi_log.close()
         self._cropi_ranks.agree(lambda: self._cropi_rewind(state) if self._cropi_ranks.first else None)

@@ -1,0 +1,199 @@
+"""Selection by the sketches of a GRPOTrainer's own training steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cropi import pipeline
+from cropi.errors import CropiError
+from cropi.files import replacing
+from cropi.model.policy import Policy
+from cropi.ranking.selector import Selector
+from cropi.trainers.trl.capture import RecordingMixin
+from cropi.trainers.trl.fused import fused_heads
+from cropi.trainers.trl.options import Curriculum
+from cropi.trainers.trl.ranks import Ranks
+from cropi.trainers.trl.records import id_of
+from cropi.trainers.trl.scoring import _evaluating, setup_of
+from cropi_kernels import LiveSketcher
+
+PLACES = "cropi_places"  # of a generation batch: the place of each row's prompt in the dataset
+STATE = "cropi_selector.pt"
+
+
+class LiveRun:
+    """The sketcher and the selector of one trainer.
+
+    Args:
+        model: whole, and not in a wrapper.
+        options: of the curriculum.
+        ids: the prompts of the dataset.
+        seed: of the draws.
+    """
+
+    def __init__(self, model: Any, options: Curriculum, ids: Sequence[str], seed: int) -> None:
+        assert options.live is not None
+        self.options, self.live = options, options.live
+        self.sketcher = LiveSketcher(
+            model, options.spec, tuple(options.exclude), verify=options.verify, coupled=self.live.coupled
+        )
+        self.selector = Selector(
+            ids, options.spec, dim=self.live.dim, bits=self.live.bits, half_life=self.live.half_life,
+            explore=self.live.explore, seed=seed,
+        )  # fmt: skip
+        self.seconds = 0.0  # of sketching, since the last stage
+        self._open: contextlib.ExitStack | None = None  # of the training step that runs
+        self._places: list[torch.Tensor] = []
+        self._sketches: list[torch.Tensor] = []
+        self.dropped = 0
+
+    @contextlib.contextmanager
+    def training_step(self) -> Iterator[None]:
+        """Around forward and backward of one micro-batch."""
+        with contextlib.ExitStack() as self._open:
+            try:
+                yield
+            finally:
+                self._open = None
+
+    def begin(self, inputs: dict[str, Any], scale: Any) -> dict[str, Any]:
+        """The rows are known: listen to their forward and backward. What the loss is to be given."""
+        if self._open is None or PLACES not in inputs:
+            return inputs
+        places = inputs[PLACES].cpu()
+        known, segments = places.unique(return_inverse=True)
+        rows, columns = inputs["prompt_ids"].shape
+        shape = rows, columns + inputs["completion_ids"].shape[1]
+        dropped, inputs = self._weighed(inputs, places)
+        self._open.enter_context(self._listening(segments, shape, known, dropped, scale))
+        self._open.enter_context(fused_heads(self.sketcher))
+        return inputs
+
+    @contextlib.contextmanager
+    def _listening(
+        self,
+        segments: torch.Tensor,
+        shape: tuple[int, int],
+        known: torch.Tensor,
+        dropped: torch.Tensor,
+        scale: Any,
+    ) -> Iterator[None]:
+        with self.sketcher.batch(segments, shape=shape, scale=1.0 if scale is None else scale) as got:
+            yield
+        self.seconds += got.seconds["sketch"]
+        kept = ~torch.isin(known, dropped)
+        self._places.append(known[kept])
+        self._sketches.append(got.sketches[kept.to(got.sketches.device)].cpu())
+
+    def _weighed(self, inputs: dict[str, Any], places: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Prompts whose gradients are dropped, and inputs in which the advantages of opposed prompts are smaller."""
+        none = torch.zeros(0, dtype=torch.int64)
+        if self.live.opposed == 1.0:
+            return none, inputs
+        means, deviations = self.selector.known()
+        against = torch.from_numpy((means + deviations < 0) & self.selector.seen)
+        rows = against[places]
+        if not bool(rows.any()):
+            return none, inputs
+        self.dropped += int(rows.sum())
+        factor = torch.where(rows, self.live.opposed, 1.0).to(inputs["advantages"])
+        shaped = factor.view(-1, *(1 for _ in inputs["advantages"].shape[1:]))
+        weighed = {**inputs, "advantages": inputs["advantages"] * shaped}
+        return (places[rows].unique() if self.live.opposed == 0.0 else none), weighed
+
+    def end_step(self, step: int) -> None:
+        """The optimizer has stepped: every rank's sketches go to every rank's selector."""
+        places = torch.cat(self._places) if self._places else torch.zeros(0, dtype=torch.int64)
+        rows = torch.cat(self._sketches) if self._sketches else torch.zeros(0, self.options.spec.dim)
+        self._places, self._sketches = [], []
+        ids = [self.selector.ids[place] for place in places.tolist()]
+        self.selector.update(ids, rows, step, gather=True)
+
+    def refresh(
+        self, model: Any, tokenizer: Any, valid: Sequence[Path], stage: int, seed: int, ranks: Ranks
+    ) -> None:
+        """Sketch the validation prompts under the current policy; the ranks share them."""
+        job = setup_of(self.options, stage, seed).job
+        with _evaluating(model):
+            names, rows = pipeline.sketch_validation(
+                Policy(model, tokenizer), valid, job, ranks, sets=self.options.valid_sets or (),
+                before=f"stage {stage}: ", option="valid_sets", progress=False,
+            )  # fmt: skip
+        parts = ranks.gather((names, rows))
+        self.selector.refresh(
+            torch.cat([part[1] for part in parts]), [name for part in parts for name in part[0]]
+        )
+
+    def choose(self, n: int, step: int) -> tuple[list[str], dict[str, Any]]:
+        """The prompts of the next stage, and figures for the log."""
+        ids = self.selector.next(n, step)
+        shown = self.selector.scores(ids)
+        known = shown[~np.isnan(shown)]
+        figures = {
+            "pool": len(self.selector), "selected": n, "seen": int(self.selector.seen.sum()),
+            "new": int(np.isnan(shown).sum()), "score": float(known.mean()) if len(known) else None,
+            "failed": len(self.selector.failed), "dropped": self.dropped, "seconds_sketching": self.seconds,
+        }  # fmt: skip
+        self.seconds, self.dropped = 0.0, 0
+        return ids, figures
+
+    def save(self, folder: Path) -> None:
+        with replacing(folder / STATE) as temporary:
+            torch.save(self.selector.state_dict(), temporary)
+
+    def load(self, folder: Path) -> None:
+        """Raises CropiError: the checkpoint has no state of a selector, or one that does not fit."""
+        if not (folder / STATE).is_file():
+            raise CropiError(
+                f"{folder} holds no {STATE}: it was saved without live; load its weights as the model of a new run, or "
+                "go on without live"
+            )
+        self.selector.load_state_dict(torch.load(folder / STATE, weights_only=True))
+
+
+class LiveMixin(RecordingMixin):
+    """Where a GRPOTrainer's step is listened to. Nothing happens without a :class:`LiveRun`."""
+
+    _cropi_live: LiveRun | None = None
+
+    def _cropi_row_ids(self) -> str:
+        """The column of prompt ids."""
+        recording = self._cropi_recording
+        return "id" if recording is None else recording.id_column
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        column = self._cropi_row_ids()
+        wanted = {column, column.split(".")[0]} if self._cropi_live is not None else set()
+        self._signature_columns += sorted(wanted - set(self._signature_columns))
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self._cropi_live is not None and self.model.training:
+            column = self._cropi_row_ids()
+            places = self._cropi_live.selector.places([id_of(row, column) for row in inputs])
+            output[PLACES] = torch.from_numpy(places).to(output["completion_ids"].device)
+        return output
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._cropi_live is None:
+            return super().training_step(*args, **kwargs)
+        with self._cropi_live.training_step():
+            return super().training_step(*args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self._cropi_live is not None and torch.is_grad_enabled():
+            inputs = self._cropi_live.begin(inputs, self.accelerator.scaler)
+        return super()._compute_loss(model, inputs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            if self._cropi_live is not None:
+                stack.enter_context(self._cropi_live.sketcher)
+            return super().train(*args, **kwargs)

@@ -1,0 +1,188 @@
+"""Live capture inside GRPOTrainer: every prompt's part of TRL's own gradient, and selection by it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
+
+from support.made_data import make_model
+from support.trl_runs import SPEC, lines, staged, stored
+
+from cropi.errors import CropiError
+from cropi.trainers.trl import Curriculum, Live
+from cropi.trainers.trl.capture import RecordingMixin
+from cropi.trainers.trl.live import PLACES, STATE, LiveRun
+from cropi_kernels.names import canonical_name
+from cropi_kernels.testing import sketch_gradients
+
+LIVE = {"live": Live(dim=1024), "fraction": 0.5, "stage_steps": 2}
+
+
+@pytest.fixture
+def valid(tmp_path: Path) -> Path:
+    return stored(tmp_path / "valid.jsonl", seed=1, count=4)
+
+
+class Watched:
+    """What one step of a trainer was given, and the sketches that came of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.inputs: list[dict[str, Any]] = []
+        self.updates: list[tuple[list[Any], torch.Tensor]] = []
+        begin, end = LiveRun.begin, LiveRun.end_step
+
+        def beginning(run: LiveRun, inputs: dict[str, Any], scale: Any) -> dict[str, Any]:
+            self.inputs.append(copy.deepcopy(inputs))
+            return begin(run, inputs, scale)
+
+        def ending(run: LiveRun, step: int) -> None:
+            places = torch.cat(run._places)
+            assert places.numel() == sum(map(len, run._sketches))
+            self.updates.append(([run.selector.ids[i] for i in places.tolist()], torch.cat(run._sketches)))
+            end(run, step)
+
+        monkeypatch.setattr(LiveRun, "begin", beginning)
+        monkeypatch.setattr(LiveRun, "end_step", ending)
+
+
+def by_autograd(trainer: Any, model: Any, inputs: dict[str, Any], place: int) -> dict[str, torch.Tensor]:
+    """The gradient of TRL's loss with no other prompt's advantages: each prompt's own part."""
+    mine = inputs[PLACES] == place
+    given = {**inputs, "advantages": torch.where(mine, inputs["advantages"], 0.0)}
+    model.zero_grad()
+    with trainer.compute_loss_context_manager():
+        loss = super(RecordingMixin, trainer)._compute_loss(model, given)
+    loss.backward()
+    return {
+        canonical_name(n): -p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "defaults but for bfloat16": {},
+    "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "sequence ratios": {"importance_sampling_level": "sequence", "loss_type": "grpo", "num_iterations": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sketches_are_those_of_trls_own_loss(
+    case: str, tmp_path: Path, valid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    trainer = staged(tmp_path / "out", LIVE | {"valid": valid, "stage_steps": 2}, max_steps=2, **CASES[case])
+    first = copy.deepcopy(trainer.model)
+    trainer.train()
+    live = trainer._cropi_live
+    assert len(set(watched.updates[0][0])) == 2 and watched.updates[0][1].any()
+    assert live.sketcher.loss == "a sum over prompts" and not live.sketcher._handles
+    ids, rows = watched.updates[0]
+    micro = watched.inputs[: CASES[case].get("gradient_accumulation_steps", 1)]
+    for name in set(ids):
+        place = live.selector.places([name])[0]
+        parts = [inputs for inputs in micro if bool((inputs[PLACES] == place).any())]
+        want = sum(sketch_gradients(first, by_autograd(trainer, first, part, place), SPEC) for part in parts)
+        got = rows[[i for i, other in enumerate(ids) if other == name]].sum(0)
+        # A float32 pass of two layers: a few hundred roundings of 2^-24, and float32 sums.
+        assert (got - want).norm() <= 1e-4 * want.norm() or not want.any(), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}])
+def test_the_steps_keep_their_bits(changes: dict[str, Any], tmp_path: Path, valid: Path) -> None:
+    """All prompts in both runs, in one order: with TRL's defaults, and in bfloat16, which is one."""
+    whole = {"fraction": 1.0, "stage_steps": 2, "valid": valid, "seed": 3}
+    after = []
+    for name, options in (("live", whole | {"live": Live()}), ("plain", whole)):
+        trainer = staged(tmp_path / name, options, max_steps=2, **changes)
+        trainer.train()
+        after.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(after[0], make_model().parameters(), strict=True))
+
+
+def test_lora(tmp_path: Path, valid: Path) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    trainer = staged(tmp_path / "out", LIVE | {"valid": valid}, max_steps=4, peft_config=config)
+    trainer.train()
+    live = trainer._cropi_live
+    assert all("lora" in name for name in live.sketcher.coverage.names)
+    assert live.selector.seen.any() and not live.selector.failed
+
+
+def test_stages_are_drawn_from_what_steps_have_shown(tmp_path: Path, valid: Path) -> None:
+    trainer = staged(tmp_path / "out", LIVE | {"valid": valid}, max_steps=6)
+    trainer.train()
+    notes = lines(tmp_path / "out" / "cropi" / "stages.jsonl")
+    assert [note["selected"] for note in notes] == [10, 10, 10]
+    assert notes[0]["new"] == 10 and notes[0]["score"] is None
+    assert notes[2]["seen"] >= 4 and notes[2]["seconds_sketching"] > 0
+    selector = trainer._cropi_live.selector
+    shown = selector.scores(selector.ids)
+    assert selector.step == 6 and ((shown >= -1) & (shown <= 1) | [math.isnan(x) for x in shown]).all()
+
+
+def test_validation_by_evaluation(tmp_path: Path) -> None:
+    """No files at all: the eval dataset is sampled once, and its rollouts are sketched anew every second stage."""
+    trainer = staged(tmp_path / "out", LIVE | {"live": Live(refresh=2)}, max_steps=4)
+    trainer.train()
+    assert len(trainer._cropi_live.selector._valid) == 1
+
+
+def test_opposed_prompts_are_dropped_from_a_step(
+    tmp_path: Path, valid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second use of a generation batch on: what the first use showed."""
+    watched = Watched(monkeypatch)
+    options = LIVE | {"valid": valid, "live": Live(opposed=0.0, explore=0.0)}
+    trainer = staged(tmp_path / "out", options, max_steps=2, num_iterations=2)
+    known = trainer._cropi_live.selector.known
+    monkeypatch.setattr(
+        trainer._cropi_live.selector, "known", lambda step=None: (known()[0] - 5.0, known()[1])
+    )
+    trainer.train()
+    assert len(watched.updates[0][0]) == 2 and watched.updates[1][0] == []
+    assert trainer._cropi_live.selector.scores(watched.updates[0][0]).shape == (2,)
+
+
+# --------------------------------------------------------------------------------------------------- resuming
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, valid: Path) -> None:
+    options, saved = LIVE | {"valid": valid}, {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
+    whole = staged(tmp_path / "out", options, **saved)
+    whole.train()
+    again = staged(tmp_path / "out", options, **saved)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True)
+    )
+    one, other = whole._cropi_live.selector, again._cropi_live.selector
+    assert torch.equal(one._rows.values, other._rows.values) and one.step == other.step == 4
+    (tmp_path / "out" / "checkpoint-3" / STATE).unlink()
+    third = staged(tmp_path / "out", options, **saved)
+    with pytest.raises(CropiError, match=f"holds no {STATE}"):
+        third.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+def test_options_are_checked(valid: Path) -> None:
+    for options, message in (
+        ({"train": valid}, "train names files, but live"),
+        ({"method": "max"}, "method is 'max', but live chooses by cropi.Selector"),
+    ):
+        with pytest.raises(CropiError, match=message):
+            Curriculum(stage_steps=2, live=Live(), valid=valid, **options)
+    for changes, message in (
+        ({"refresh": 0}, "refresh"),
+        ({"opposed": 2.0}, "from 0 to 1"),
+        ({"dim": "a"}, "dim"),
+    ):
+        with pytest.raises(CropiError, match=message):
+            Live(**changes)
