@@ -12,7 +12,7 @@ mathematics. What there is:
 - projections of gradients that exist: `ProjectionSpec`, `project`, `project_transpose`; of sparse rows (`CsrRows`),
   `project_csr` and `project_csr_sparse`; the one that a sketch of kind ``countsketch`` or ``dropout`` makes of a
   parameter, `projection_of`; in the shapes that other code expects, `cropi_kernels.projectors`
-- rows in one or two bytes a number: `quantize_rows`, `QuantizedRows`
+- rows in one or two bytes a number: `quantize_rows`, `QuantizedRows`; `row_products` of such rows with directions
 
 Every op takes ``backend=``; `explain` tells which one serves given tensors, and the environment variable
 ``CROPI_KERNELS_BACKEND`` names one for all calls.
@@ -37,6 +37,7 @@ from .ops.project import (
     project_transpose,
     projection_of,
 )
+from .ops.row_products import row_products
 from .ops.sketch_embedding import sketch_embedding
 from .ops.sketch_grouped import sketch_grouped
 from .ops.sketch_linear import fold_inputs, fold_outputs, sketch_linear
@@ -90,6 +91,7 @@ __all__ = [
     "projection_of",
     "quantize_rows",
     "reduce_sketch",
+    "row_products",
     "sketch_embedding",
     "sketch_grouped",
     "sketch_linear",

@@ -15,6 +15,7 @@ registration with PyTorch in ``ops``. `docs/ops.md` lists the schemas.
 `project`              ``y = x S^T``: CountSketch, SJLT, Rademacher or Gaussian projections of rows that exist
 `project_transpose`    ``x = y S``, its adjoint
 `project_csr`          `project` of sparse rows; `project_csr_sparse` with a sparse result
+`row_products`         ``<x[b], d[v]>`` and ``<x[b], x[b]>`` for rows in 32 to 1 bits with scales
 =====================  ==========================================================================================
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 from .linear_logprob import linear_logprob, logprob_and_grad
 from .norm_grad import bias_grad, norm_grad
 from .project import project, project_csr, project_csr_sparse, project_transpose
+from .row_products import row_products
 from .sketch_embedding import sketch_embedding
 from .sketch_grouped import sketch_grouped
 from .sketch_linear import fold_inputs, fold_outputs, sketch_linear
@@ -39,6 +41,7 @@ __all__ = [
     "project_csr",
     "project_csr_sparse",
     "project_transpose",
+    "row_products",
     "sketch_embedding",
     "sketch_grouped",
     "sketch_linear",

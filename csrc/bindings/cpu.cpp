@@ -113,5 +113,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                              softcap, threads});
   });
 
+  m.def("row_products", [](uintptr_t rows, int kind, int64_t n_rows, int64_t dim, int64_t row_bytes, uintptr_t scale,
+                           int64_t n_blocks, uintptr_t directions, int64_t n_directions, uintptr_t out, int threads) {
+    call(kernels().row_products,
+         RowProductsArgs{ptr<const void>(rows), static_cast<RowKind>(kind), n_rows, dim, row_bytes,
+                         ptr<const float>(scale), n_blocks, ptr<const float>(directions), n_directions,
+                         ptr<double>(out), threads});
+  });
+
   bind_project(m);
 }

@@ -157,6 +157,23 @@ struct ProjectCsrArgs {
   int n_threads;
 };
 
+// How the entries of a row are stored (the numbers are part of the binding's contract). i4 and i1 are packed, the first
+// entry in the lowest bits: i4 holds q + 8, i1 a set bit for 1 and a clear one for -1.
+enum class RowKind : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, i4 = 4, i1 = 5 };
+
+// out[b, v] = <x[b], directions[v]>, out[b, n_directions] = <x[b], x[b]> with x[b, i] = rows[b, i] scale[b, i / block].
+struct RowProductsArgs {
+  const void* rows;
+  RowKind kind;
+  int64_t n_rows, dim, row_bytes;
+  const float* scale;  // [n_rows, n_blocks] or null
+  int64_t n_blocks;
+  const float* directions;  // [n_directions, dim]
+  int64_t n_directions;
+  double* out;  // [n_rows, n_directions + 1]
+  int n_threads;
+};
+
 #define CROPI_KERNELS(X)                        \
   X(fold_columns, FoldArgs)                     \
   X(sketch_linear, SketchLinearArgs)            \
@@ -171,7 +188,8 @@ struct ProjectCsrArgs {
   X(project_sparse_adjoint, ProjectArgs)        \
   X(project_csr, ProjectCsrArgs)                \
   X(project_dense, ProjectArgs)                 \
-  X(project_dense_adjoint, ProjectArgs)
+  X(project_dense_adjoint, ProjectArgs)         \
+  X(row_products, RowProductsArgs)
 
 #define CROPI_DECLARE_KERNEL(name, Args) void name(const Args&);
 namespace v1 {

@@ -26,7 +26,7 @@ from cropi.options import Influence, Selecting, SelectionOptions
 from cropi.ranking.influence import DEFAULT_SET, Scores, influence, validation_means
 from cropi.ranking.selection import Selection, check_selecting, select, write_selection
 from cropi.ranking.table import write_scores
-from cropi.ranking.uncertainty import with_uncertainty
+from cropi.ranking.uncertainty import few_pairs, with_uncertainty
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import SketchJob, make_job, with_date
 from cropi.sketching.run import check_tokens, scan_groups, sketch
@@ -463,7 +463,8 @@ def score(
     """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``."""
     given, choice = options or Influence(), selecting or Selecting()
     how = {name: value for name, value in vars(given).items() if name not in ("draws", "valid_seed")}
-    scores = influence(train, valid, **how, seed=given.valid_seed)
+    pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
+    scores = influence(train, valid, **how, seed=given.valid_seed, pairs=pairs)
     return with_uncertainty(scores, train, valid, draws=given.draws, selecting=choice)
 
 

@@ -78,6 +78,11 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
         (A.bfloat16(), A, OFFSETS, 1e-6, False, False, "reference"),
         (A.double(), A, OFFSETS, 1e-6, False, True, None),
     ],
+    "row_products": [
+        (A, rand(2, 40), None, 0, 0, None),
+        (torch.ones(3, 5, dtype=torch.uint8), rand(2, 40), rand(3, 4), 1, 1, "cpu"),
+        (A.to(torch.int8), rand(2, 40), rand(9, 1), 0, 0, "reference"),
+    ],
     "bias_grad": [(A, OFFSETS, None), (A.double(), OFFSETS, None), (A.half(), OFFSETS, "reference")],
 }
 

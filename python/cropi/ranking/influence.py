@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,13 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.ranking.contrast import names_without, without
+from cropi.ranking.products import in_order
 from cropi.store.manifest import check_comparable, check_scaled, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
 
 if TYPE_CHECKING:
+    from cropi.ranking.pairwise import Pairwise
     from cropi.ranking.selection import Selection
 
 METRICS = ("cosine", "dot")
@@ -50,6 +51,7 @@ class Scores:
     stderr: np.ndarray | None = None
     p_selected: np.ndarray | None = None
     store: SketchStore | None = field(default=None, repr=False, compare=False)
+    pairs: Pairwise | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kind, shape = type(self.table).__name__, list(np.shape(self.table))
@@ -148,6 +150,7 @@ def influence(
     minus_weight: float = 1.0,
     max_valid: int | None = None,
     seed: int = 0,
+    pairs: bool = False,
 ) -> Scores:
     """Score every training prompt against every validation set.
 
@@ -166,6 +169,8 @@ def influence(
         minus_weight: see there.
         max_valid: at most so many prompts per set, drawn with ``seed``; None takes all.
         seed: of that draw.
+        pairs: keep the inner products with every validation prompt as ``scores.pairs``
+            (:class:`cropi.ranking.pairwise.Pairwise`): the training store is read once for both.
 
     Raises:
         CropiError: stores that cannot be compared, an unfinished one, a validation set without a usable prompt,
@@ -191,20 +196,16 @@ def influence(
     check_scaled(
         train.manifest, [store.manifest for store in valid], [str(store.path) for store in (train, *valid)]
     )
-    rows = train.rows()
-    place = {row.id: i for i, row in enumerate(rows)}
-    if aggregate == "nearest":
-        from cropi.ranking.pairwise import nearest_scores
+    compared = _compared(valid, metric, mean, aggregate, max_valid, seed, pairs)
+    kept_sets, wanted = names_without(compared.sets, minus), len(compared.valid) if pairs else 0
 
-        sets, score_shard = nearest_scores(valid, metric=metric, max_valid=max_valid, seed=seed)
-    else:
-        means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
-        sets, score_shard = list(means), partial(score_rows, means=means, metric=metric)
-    kept_sets = names_without(sets, minus)
-    table = np.full((len(rows), len(kept_sets)), math.nan)
-    for kept, sketches in train.shards():
-        found = without(score_shard(sketches), sets, minus, minus_weight)
-        table[[place[row.id] for row in kept]] = found
+    def score(found: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a zero sketch has no direction: NaN
+            values = without(compared.score(found, lengths), compared.sets, minus, minus_weight)
+        return np.concatenate([values, lengths[:, None], found[:, found.shape[1] - wanted :]], axis=1)
+
+    rows, streamed = in_order(train, compared.directions, score, len(kept_sets) + 1 + wanted)
+    table = np.ascontiguousarray(streamed[:, : len(kept_sets)])
     if not np.isfinite(table).all(axis=1).any():
         raise CropiError(
             f"{train.path}: no training prompt has a usable sketch; see `cropi info {train.path}`"
@@ -217,7 +218,55 @@ def influence(
         meta["aggregate"] = aggregate
     if minus is not None:
         meta |= {"minus": minus, "minus_weight": minus_weight}
-    return Scores(rows, kept_sets, table, meta, store=train)
+    if not pairs:
+        return Scores(rows, kept_sets, table, meta, store=train)
+    from cropi.ranking.pairwise import made
+
+    count = len(kept_sets)
+    held = made(rows, compared.valid, compared.sketches, streamed[:, count + 1 :], streamed[:, count])
+    return Scores(rows, kept_sets, table, meta, store=train, pairs=held)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What training sketches are multiplied with, and the scores of the products: the sets' means first, or none of
+    them, then the validation prompts ``valid``, where they are wanted."""
+
+    sets: list[str]
+    directions: torch.Tensor
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    valid: list[RowInfo]
+    sketches: torch.Tensor
+
+
+def _compared(
+    valid: Sequence[SketchStore],
+    metric: str,
+    mean: str,
+    aggregate: str,
+    max_valid: int | None,
+    seed: int,
+    pairs: bool,
+) -> _Compared:
+    from cropi.ranking.pairwise import nearest_scores, validation
+
+    nearest = aggregate == "nearest"
+    rows, sketches = (
+        validation(valid, max_valid, seed) if pairs or nearest else ([], torch.empty(0, valid[0].dim))
+    )
+    if nearest:
+        sets, score = nearest_scores(rows, sketches, metric)
+        return _Compared(sets, sketches, score, rows, sketches)
+    means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
+    directions = torch.stack(list(means.values())).float()
+    norms = np.linalg.norm(directions.double().numpy(), axis=1)
+    count = len(means)
+
+    def of_means(products: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        found = products[:, :count]
+        return found / norms / lengths[:, None] if metric == "cosine" else found
+
+    return _Compared(list(means), torch.cat([directions, sketches]), of_means, rows, sketches)
 
 
 def score_rows(

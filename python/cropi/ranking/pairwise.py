@@ -18,6 +18,7 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.ranking.influence import DEFAULT_SET, choose_members
+from cropi.ranking.products import in_order
 from cropi.store.manifest import check_comparable, check_scaled, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
@@ -78,7 +79,7 @@ class Pairwise:
         return 1.0 / lengths / len(members)
 
 
-def _validation(
+def validation(
     stores: Sequence[SketchStore], max_valid: int | None = None, seed: int = 0
 ) -> tuple[list[RowInfo], torch.Tensor]:
     """The usable validation prompts that count, and their sketches float32 ``[V, dim]``."""
@@ -119,8 +120,8 @@ def pairwise(
 ) -> Pairwise:
     """All inner products between training and validation prompts.
 
-    Memory: ``8 n V`` bytes and one shard. Products are summed in float32 over blocks, as torch's matrix product does:
-    their error is below ``1e-6 |g(s)| |g(i)|``, far under the sketch's own.
+    Memory: ``8 n V`` bytes and a few blocks of rows. Errors are those of :func:`cropi.ranking.products.products`, far
+    under the sketch's own.
 
     Args:
         train: the store of training prompts.
@@ -131,37 +132,34 @@ def pairwise(
         CropiError: stores that cannot be compared, an unfinished one, or no usable validation prompt.
     """
     _check(train, valid)
-    names, sketches = _validation(valid, max_valid, seed)
-    rows = train.rows()
-    place = {row.id: i for i, row in enumerate(rows)}
-    dots = np.full((len(rows), len(names)), np.nan)
-    norms = np.full(len(rows), np.nan)
-    for kept, table in train.shards():
-        here = [place[row.id] for row in kept]
-        dots[here] = (table @ sketches.T).double().numpy()
-        norms[here] = torch.linalg.vector_norm(table.double(), dim=1).numpy()
+    names, sketches = validation(valid, max_valid, seed)
+    rows, found = in_order(train, sketches, lambda dots, norms: np.c_[dots, norms], len(names) + 1)
+    return made(rows, names, sketches, found[:, :-1], found[:, -1])
+
+
+def made(
+    rows: list[RowInfo], valid: list[RowInfo], sketches: torch.Tensor, dots: np.ndarray, norms: np.ndarray
+) -> Pairwise:
+    """The products and lengths that were streamed, with those between the validation prompts."""
     norms[norms == 0] = np.nan  # a zero sketch has no direction
     gram = (sketches.double() @ sketches.double().T).numpy()
-    return Pairwise(rows, names, dots, norms, gram)
+    return Pairwise(rows, valid, dots, norms, gram)
 
 
 def nearest_scores(
-    valid: Sequence[SketchStore], *, metric: str = "cosine", max_valid: int | None = None, seed: int = 0
-) -> tuple[list[str], Callable[[torch.Tensor], np.ndarray]]:
-    """The names of the validation sets, and a function of sketches ``[n, dim]``: the highest cosine (or dot product) of
-    each row with a prompt of each set, float64 ``[n, sets]``; NaN for a zero sketch."""
-    rows, sketches = _validation(valid, max_valid, seed)
-    sets = sorted({row.set or DEFAULT_SET for row in rows})
-    members = [torch.tensor([(row.set or DEFAULT_SET) == name for row in rows]) for name in sets]
-    if metric == "cosine":
-        sketches = torch.nn.functional.normalize(sketches, dim=1)
+    rows: Sequence[RowInfo], sketches: torch.Tensor, metric: str = "cosine"
+) -> tuple[list[str], Callable[[np.ndarray, np.ndarray], np.ndarray]]:
+    """The names of the validation sets, and a function of products ``[n, V]`` with the validation prompts and lengths
+    ``[n]``: the highest cosine (or dot product) of each row with a prompt of each set, float64 ``[n, sets]``."""
+    names = np.array([row.set or DEFAULT_SET for row in rows], dtype=object)
+    sets = sorted(set(names))
+    members = [np.flatnonzero(names == name) for name in sets]
+    norms = torch.linalg.vector_norm(sketches.double(), dim=1).numpy() if metric == "cosine" else 1.0
 
-    def score(table: torch.Tensor) -> np.ndarray:
-        products = table.float() @ sketches.T
-        best = torch.stack([products[:, one].max(dim=1).values for one in members], dim=1).double()
-        if metric == "cosine":
-            best /= torch.linalg.vector_norm(table.double(), dim=1, keepdim=True)
-        return best.numpy()
+    def score(products: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        values = products[:, products.shape[1] - len(rows) :] / norms
+        best = np.stack([values[:, one].max(axis=1) for one in members], axis=1)
+        return best / lengths[:, None] if metric == "cosine" else best
 
     return sets, score
 
@@ -197,7 +195,7 @@ def neighbours(
     if k < 1:
         raise CropiError(f"k must be at least 1, got {k}")
     _check(train, valid)
-    rows, sketches = _validation(valid)
+    rows, sketches = validation(valid)
     if ids is not None:
         place = {row.id: i for i, row in enumerate(rows)}
         missing = [name for name in ids if name not in place]

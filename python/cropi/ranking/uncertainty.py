@@ -18,6 +18,7 @@ of a set, which moves no rank. ``signal`` estimates |mu|^2 / E|m|^2 without bias
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,11 +28,12 @@ import numpy as np
 from cropi.errors import CropiError, optional
 from cropi.options import Selecting
 from cropi.ranking.contrast import names_without, without
-from cropi.ranking.influence import Scores
+from cropi.ranking.influence import DEFAULT_SET, Scores
 from cropi.ranking.pairwise import Pairwise, pairwise
 from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
 from cropi.ranking.rule import Rule
 from cropi.ranking.values import FROM_SCORES
+from cropi.store.shards import OK
 from cropi.store.store import SketchStore
 
 BAND = 0.1  # "at the cut": so many of the chosen prompts on each side of it
@@ -223,6 +225,16 @@ def uncertainty(
 MOST_PAIRS = 1 << 27
 
 
+def few_pairs(train: SketchStore, valid: Sequence[SketchStore], max_valid: int | None) -> bool:
+    """Whether the products of all training and validation prompts that count are few enough to be resampled."""
+    return len(train) * _members(valid, max_valid) <= MOST_PAIRS
+
+
+def _members(valid: Sequence[SketchStore], max_valid: int | None) -> int:
+    counts = Counter(row.set or DEFAULT_SET for store in valid for row in store.rows() if row.status == OK)
+    return sum(min(count, max_valid or count) for count in counts.values())
+
+
 def with_uncertainty(
     scores: Scores,
     train: SketchStore,
@@ -240,8 +252,7 @@ def with_uncertainty(
     beyond :data:`MOST_PAIRS` pairs of a training and a validation prompt.
     """
     options = {name: scores.meta[name] for name in ("max_valid", "seed")}
-    members = sum(row.status == "ok" for store in valid for row in store.rows())
-    members = min(members, (options["max_valid"] or members) * len(scores.sets))
+    members = _members(valid, options["max_valid"])
     given = selecting or Selecting(fraction=fraction, pool=pool, method=method)
     if given.method not in FROM_SCORES:
         given = replace(given, method="rrf")
@@ -250,20 +261,21 @@ def with_uncertainty(
         why = "resampling was switched off (draws)"
     elif nothing := _chooses_nothing(scores, given):
         why = nothing
-    elif len(scores.rows) * members > MOST_PAIRS:
+    elif not few_pairs(train, valid, options["max_valid"]):
         why = (
             f"{len(scores.rows)} x {members} pairs are more than are resampled; --max-valid makes them fewer"
         )
     if why:
-        return replace(scores, meta=scores.meta | {"uncertainty_missing": why})
+        return replace(scores, meta=scores.meta | {"uncertainty_missing": why}, pairs=None)
     made = uncertainty(
-        pairwise(train, valid, **options), metric=scores.meta["metric"], mean=scores.meta["mean"], draws=draws,
+        scores.pairs or pairwise(train, valid, **options),
+        metric=scores.meta["metric"], mean=scores.meta["mean"], draws=draws,
         aggregate=scores.meta.get("aggregate", "mean"), minus=scores.meta.get("minus"),
         minus_weight=scores.meta.get("minus_weight", 1.0),
         selecting=given,
     )  # fmt: skip
     meta = scores.meta | {"uncertainty": made.to_dict()}
-    return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected)
+    return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected, pairs=None)
 
 
 def _shared(one: np.ndarray, other: np.ndarray) -> float:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 
 from cropi.errors import CropiError
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Shard, commit_path, damaged, read_shard, shard_number
 
+_ID = attrgetter("id")
 Loaded = tuple[dict[Path, Shard], dict[str, RowInfo]]
 
 
@@ -44,12 +48,29 @@ def load(folder: Path, job: str, *, clean: bool = False) -> Loaded:
         CropiError: a shard is damaged, belongs to another store, or holds a prompt that another one holds.
         FileNotFoundError: a shard went while they were read.
     """
+    with _without_collection():
+        return _load(folder, job, clean)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Millions of rows are made, and none is garbage: looking for some would take longer than all the rest."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def _load(folder: Path, job: str, clean: bool) -> Loaded:
     present = _names(folder)
     paths = sorted((folder / name for name in present if name.endswith(".safetensors")), key=shard_number)
-    found = [read_shard(path, job) for path in paths if commit_path(path).name in present]
+    found = [read_shard(path, job) for path in paths if f"{path.name}.sha256" in present]
     replaced = {number for shard in found for number in shard.replaces}
     unfinished = [
-        path for path in paths if commit_path(path).name not in present and shard_number(path) not in replaced
+        path for path in paths if f"{path.name}.sha256" not in present and shard_number(path) not in replaced
     ]
     for path in unfinished:
         if path is not paths[-1]:
@@ -60,7 +81,7 @@ def load(folder: Path, job: str, *, clean: bool = False) -> Loaded:
         if shard_number(shard.path) in replaced:  # the job was killed before it removed what it had joined
             continue
         before = len(rows)
-        rows.update((row.id, row) for row in shard.rows)
+        rows.update(zip(map(_ID, shard.rows), shard.rows, strict=True))
         if len(rows) < before + len(shard.rows):
             _name_twice(shard, shards)
         shards[shard.path] = shard

@@ -26,7 +26,7 @@ class MemoryShard(Shard):
 
     table: torch.Tensor
 
-    def blocks(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def blocks(self, held: int = 1) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """One block."""
         if self.kept:
             yield 0, {"sketch": self.table}

@@ -29,7 +29,7 @@ import torch
 from cropi.errors import CropiError, optional, shown
 from cropi.files import write_atomic
 from cropi.store.codec import DTYPES, decode, encode
-from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo, rows_from_json, rows_to_json
+from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo, from_json, rows_from_json, rows_to_json
 
 __all__ = [
     "DTYPES", "FAILED", "OK", "SKIPPED", "RowInfo", "Shard", "commit_path", "damaged", "decode", "encode",
@@ -47,7 +47,7 @@ _KINDS = {
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 _HEAD = 1 << 16  # what is read at once of a file, to have the header of most shards
 # A block fits into a processor's cache as it is stored, and into little memory as float32.
-_STORED, _DECODED = 1 << 22, 1 << 24
+_STORED, _DECODED = 1 << 21, 1 << 24
 _DAMAGE = (
     OSError,
     ValueError,
@@ -90,10 +90,10 @@ class Shard:
         """Bytes of its tensors, and about those of its rows."""
         return sum(held.end - held.begin for held in self.tensors.values()) + 256 * len(self.rows)
 
-    def blocks(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def blocks(self, held: int = 1) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """The tensors by blocks of rows, checked: the number of a block's first row, and its rows of every tensor.
 
-        A block is valid until the third one after it is asked for.
+        The last ``held`` blocks are valid, those before are overwritten.
 
         Raises:
             CropiError: the file is not what was written, or is gone.
@@ -116,7 +116,7 @@ class Shard:
                 if scale is None
                 else scale.of(self._read(file, scale.begin, scale.end, self.checks["scale"]))
             )
-            rings = cycle([torch.empty(step * width, dtype=torch.uint8) for _ in range(4)])
+            rings = cycle([torch.empty(step * width, dtype=torch.uint8) for _ in range(held + 1)])
             for number, first in enumerate(range(0, values.shape[0], step)):
                 begin = values.begin + first * width
                 end = min(begin + step * width, values.end)
@@ -267,7 +267,7 @@ def read_shard(path: Path, job: str) -> Shard:
     """
     try:
         text, size, sealed = _read_header(path)
-        header = json.loads(text)
+        header = from_json(text)
         about = header.pop("__metadata__")
         if not sealed and "seal" in about:
             raise CropiError(damaged(path, "the checksum of its header does not match"))
@@ -278,7 +278,7 @@ def read_shard(path: Path, job: str) -> Shard:
         tensors = {name: _held(one, begin) for name, one in header.items()}
         rows = rows_from_json(about["rows"])
         kept = [row for row in rows if row.row is not None]
-        checks = json.loads(about["checks"]) if sealed else None
+        checks = from_json(about["checks"].encode()) if sealed else None
         replaces = tuple(map(int, json.loads(about.get("replaces", "[]")))) if sealed else ()
         _check_tensors(tensors, kept, size)
     except FileNotFoundError:
@@ -304,18 +304,16 @@ def _read_header(path: Path) -> tuple[bytes, int, bool]:
         length = int.from_bytes(head[:8], "little")
         if len(head) < 8 or length > size - 8:
             raise ValueError("it is shorter than its header says")
-        if 8 + length > len(head):
-            head += os.pread(file, 8 + length - len(head), len(head))
+        text = head[8 : 8 + length] if 8 + length <= len(head) else os.pread(file, length, 8)
     finally:
         os.close(file)
-    text, start = head[8 : 8 + length], len(_SEAL)
+    start = len(_SEAL)
     if len(text) < length:
         raise ValueError("it is shorter than its header says")
     if not text.startswith(_SEAL):
         return text, size, False
-    own = hashlib.sha256(head[: 8 + start])
-    own.update(b"0" * 64)
-    own.update(text[start + 64 :])
+    own = hashlib.sha256(head[:8] + _SEAL + b"0" * 64)
+    own.update(memoryview(text)[start + 64 :])
     return text, size, own.hexdigest().encode() == text[start : start + 64]
 
 
@@ -338,10 +336,8 @@ def _check_tensors(tensors: Mapping[str, Held], kept: Sequence[RowInfo], size: i
         raise ValueError("its size is not what its header says")
     if any(held.shape[0] != len(kept) for held in tensors.values()):
         raise ValueError("its rows are not those of its tensors")
-    if any(row.row != place for place, row in enumerate(kept)):
+    if [row.row for row in kept] != list(range(len(kept))):
         raise ValueError("its rows are not in the order of its tensors")
-    if not all(type(row.id) is str for row in kept):
-        raise ValueError("an id is no text")
 
 
 def _xxh3(data: Any) -> str:

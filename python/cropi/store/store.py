@@ -278,16 +278,16 @@ class SketchStore:
             del self._shards[old.path]
             remove(old.path)
 
-    def blocks(self) -> Iterator[tuple[list[RowInfo], dict[str, torch.Tensor]]]:
+    def blocks(self, held: int = 1) -> Iterator[tuple[list[RowInfo], dict[str, torch.Tensor]]]:
         """Stream the sketches as they are stored: rows, and their numbers (:func:`cropi.store.codec.decode`).
 
-        Every block's checksum is checked. Its memory is used again: a block is valid until the third one after it.
+        Every block's checksum is checked. Memory is used again: the last ``held`` blocks are valid.
 
         Raises:
             CropiError: a shard's checksum does not match; the shard is named.
         """
         for shard in self.files():
-            for first, tensors in shard.blocks():
+            for first, tensors in shard.blocks(held):
                 count = len(next(iter(tensors.values())))
                 yield shard.kept[first : first + count], tensors
 
