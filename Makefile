@@ -35,7 +35,8 @@ END = ; mkdir -p $(STAMPS); touch $@; echo "== done in $$(($$(date +%s) - begin)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo quick test test-verl test-ray build model wheel lint format bench tables clean distclean
+.PHONY: help demo quick test test-verl test-ray test-lowest test-newest build model wheel sdist docs notebooks lint format bench \
+  tables check-ci check-version clean distclean
 
 help:
 	@echo "make demo    build, then pick the best prompts of the example data with SmolLM2-135M-Instruct"
@@ -43,6 +44,8 @@ help:
 	@echo "make quick   build, then run the short tests: no model download, nothing compiled for a GPU"
 	@echo "make test-verl  the verl adapters against verl 0.7.1 and 0.9.1, each in an environment of its own"
 	@echo "make test-ray   a job on a Ray cluster of two nodes, on this machine; installs ray"
+	@echo "make test-lowest, test-newest  the short tests on the oldest and the newest packages that are allowed"
+	@echo "make docs    the site in build/site, every code block run     make notebooks  run the notebooks"
 	@echo "make build   environment and package only (an editable install)"
 	@echo "make wheel   a wheel in dist/, tried out in a clean environment"
 	@echo "make lint    ruff, clang-format, mypy          make format   let ruff and clang-format rewrite"
@@ -109,6 +112,38 @@ test-verl: build
 test-ray: build
 	$(PIP) -c $(PINS) --no-build-isolation --only-deps '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/cropi/test_ray.py $(ARGS)
+# The oldest versions that pyproject.toml allows, and the newest that there are, in environments of their own.
+test-lowest:
+	scripts/test_versions.sh lowest $(PYTHON) $(ARGS)
+
+test-newest:
+	scripts/test_versions.sh newest $(PYTHON) $(ARGS)
+
+$(STAMPS)/docs: $(STAMPS)/build
+	$(call BEGIN,packages of the documentation) \
+	if [ -z "$(OFFLINE)" ]; then $(PIP) -c $(PINS) --no-build-isolation --only-deps '.[docs]'; fi $(END)
+
+# The code blocks of all pages run in the tests; the site fails on a link that leads nowhere.
+docs: $(STAMPS)/docs
+	$(BIN)/python scripts/site_pages.py build/pages
+	$(BIN)/mkdocs build --strict --config-file build/mkdocs.yml
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/packaging/test_docs.py tests/packaging/test_readme.py $(ARGS)
+
+notebooks: $(STAMPS)/docs model
+	$(BIN)/python scripts/run_notebooks.py examples/notebooks
+
+# Workflows, issue forms and the citation against their schemas; needs the network once.
+check-ci: $(STAMPS)/docs
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+check-version:
+	@grep -q '^__version__ = "$(TAG:v%=%)"' cropi_kernels/_version.py \
+	  || { echo "the tag $(TAG) is not the version in cropi_kernels/_version.py" >&2; exit 1; }
+
+sdist: $(STAMPS)/deps
+	rm -rf dist
+	$(BIN)/python -m build --sdist --outdir dist .
 
 lint: $(STAMPS)/deps
 	$(BIN)/ruff check .

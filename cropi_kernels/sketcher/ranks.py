@@ -217,9 +217,8 @@ class Copies:
             else [p for p in parameters if not is_spread(p) and id(p) not in ranks.partial]
         )
         self.numbers = {id(p): [0.0, 0.0] for p in whole}
-        self.apart: dict[int, float] = defaultdict(
-            float
-        )  # the largest difference of two ranks, by a parameter's id
+        # The largest difference of two ranks, by a parameter's id.
+        self.apart: dict[int, float] = defaultdict(float)
 
     def note(self, p: torch.Tensor, gradient: torch.Tensor) -> None:
         """Two sums of the gradient, with weights that differ from number to number."""

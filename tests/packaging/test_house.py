@@ -81,7 +81,7 @@ def test_thin_layer_reaches_kernels_only_through_public_names() -> None:
 FLOORS = [
     {"cli", "curriculum", "trainers", "distributed", "report"},
     {"pipeline", "rollouts"},
-    {"sketching", "ranking"},
+    {"sketching", "ranking", "bench"},
     {"gradient", "store"},
     {"data"},
     {"model"},

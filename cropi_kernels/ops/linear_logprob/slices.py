@@ -55,9 +55,8 @@ def sliced_logprob_and_grad(
     if not len(head):
         raise ValueError("a rank has no words of the head: take fewer ranks than the vocabulary has parts")
     mine = (targets >= words.first) & (targets < words.first + len(head))
-    own = torch.where(
-        mine, targets - words.first, 0
-    )  # of others' targets: a word whose place is filled below
+    # Of others' targets: a word whose place is filled below.
+    own = torch.where(mine, targets - words.first, 0)
     call = ops.prepare(
         hidden, head, own, bias, Settings(float(temperature), float(softcap or 0.0), -1, 0, None)
     )

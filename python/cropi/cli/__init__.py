@@ -25,6 +25,8 @@ COMMANDS = {
     "convert": "a trainer's rollout dumps to trajectory records",
     "curriculum": "stages of selecting and training, from one config file",
     "store": "merge, verify, compact or export stores of sketches",
+    "bench": "what the kernels take on this machine, beside what it can do at most",
+    "env": "versions, machine and kernels, for a report of a fault",
     "info": "what a store, a score table or a trajectory file holds",
 }
 

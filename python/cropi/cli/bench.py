@@ -1,0 +1,62 @@
+"""``cropi bench``: what the kernels take on this machine, beside its floors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    command.add_argument(
+        "--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)"
+    )
+    command.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of activations (default: float32)",
+    )
+    command.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="medians are over so many rounds (default: 7)"
+    )
+    command.add_argument("--json", metavar="FILE", help="write the figures, with machine and versions")
+    command.add_argument(
+        "--compare", metavar="FILE", help="figures that --json wrote earlier, to stand beside"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, and keep."""
+    from cropi.bench.machine import machine, versions
+    from cropi.bench.table import measure
+    from cropi.errors import CropiError
+    from cropi.files import check_outputs, write_atomic
+
+    if args.rounds < 1:
+        args.parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    check_outputs({"--json": args.json}, {"--compare": [args.compare] if args.compare else []})
+    before = None
+    if args.compare:
+        try:
+            before = json.loads(Path(args.compare).read_text(encoding="utf-8"))["table"]
+            of = before["device"], before["dtype"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CropiError(
+                f"--compare: {args.compare} is not what `cropi bench --json` wrote ({error})"
+            ) from error
+        if of != (args.device, args.dtype):
+            raise CropiError(
+                f"--compare: {args.compare} is of {of[0]} in {of[1]}, and this run of {args.device} in {args.dtype}; "
+                "measure the same"
+            )
+    about = machine()
+    print(about["processor"])
+    table = measure(args.device, args.dtype, rounds=args.rounds)
+    print("\n".join(table.lines(before)))
+    if args.json:
+        held = {"machine": about, "versions": versions(), "table": table.to_dict()}
+        write_atomic(Path(args.json), json.dumps(held, indent=2) + "\n")
+        print(f"figures       {args.json}")
+    return 0
