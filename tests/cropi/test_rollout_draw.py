@@ -97,8 +97,7 @@ def test_rows_are_split_where_tokens_differ_and_nowhere_else(seed: int) -> None:
     """Against the tokens themselves, through some steps with random draws and ends."""
     rng = np.random.default_rng(seed)
     said: list[tuple[int, ...]] = [(prompt,) for prompt in range(5) for _ in range(4)]
-    rows, count = np.arange(5).repeat(4), 5
-    content: list[tuple[int, ...]] = [(prompt,) for prompt in range(5)]
+    rows, content = np.arange(5).repeat(4), [(prompt,) for prompt in range(5)]
     while said:
         assert [content[row] for row in rows] == said
         tokens = rng.integers(0, 3, len(said))
@@ -106,9 +105,7 @@ def test_rows_are_split_where_tokens_differ_and_nowhere_else(seed: int) -> None:
         said = [(*before, int(token)) for before, token, go in zip(said, tokens, keep) if go]
         if not said:
             break
-        source, rows = split_rows(rows[keep], tokens[keep], count)
-        parents, count = [content[row] for row in source], len(source)
-        following = {int(row): int(token) for row, token in zip(rows, tokens[keep])}
-        content = [(*parent, following.get(i, -1)) for i, parent in enumerate(parents)]
-        needed = len(set(said))
-        assert len(set(rows.tolist())) == needed and count <= 1.25 * max(needed, 5) + 1
+        source, rows = split_rows(rows[keep], tokens[keep])
+        following = dict(zip(rows.tolist(), tokens[keep].tolist()))
+        content = [(*content[row], following[i]) for i, row in enumerate(source)]
+        assert len(content) == len(set(said))  # each once, and nothing that nobody needs

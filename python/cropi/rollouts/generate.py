@@ -10,7 +10,6 @@ takes of that is tried before (:mod:`cropi.rollouts.trial`).
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,6 @@ from cropi.rollouts.cache import keeps_all, make_cache
 from cropi.rollouts.draw import draw, uniforms
 from cropi.rollouts.engine import Request, Response, Sampling
 
-LEAVE = 0.8  # rows in use, of those in the batch, below which the others are taken out of it
 PIECE = 8192  # tokens of a forward over prompts
 SHORTEST_PREFIX = 8  # tokens that are worth a forward of their own
 
@@ -64,58 +62,42 @@ def generate(
         if step + 1 == sampling.max_tokens or ended.all():
             break
         live, rows, drawn = live[~ended], rows[~ended], drawn[~ended]
-        source, rows = split_rows(rows, drawn, batch.rows)
+        source, rows = split_rows(rows, drawn)
         following = np.zeros(len(source), dtype=np.int64)
         following[rows] = drawn
-        if not np.array_equal(source, np.arange(batch.rows)):
+        if len(source) != batch.rows or (source != np.arange(batch.rows)).any():
             batch.select(torch.from_numpy(source).to(device))
         batch.step(torch.from_numpy(following).to(device))
     whole = [Response(one.ids, one.logprobs, one.truncated) for one in made]
     return [whole[i : i + n] for i in range(0, len(whole), n)]
 
 
-def split_rows(rows: np.ndarray, tokens: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """One row for all responses of a row that drew the same token.
+def split_rows(rows: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One row for all responses of a row that drew the same token, and none that nobody needs.
 
     Args:
         rows, tokens: of every live response, the row that it was drawn from and its token.
-        count: rows of the batch.
 
     Returns:
         The row of the old batch that each row of the new one goes on from, and the new row of every response. A row
-        whose first token's responses go on stays in its place; further ones take the places of rows that nobody needs
-        any more, and then new ones at the end. Rows that are still unused are left out when they are many.
+        whose responses go on stays in its place if there is such a place in the new batch, so that few are copied.
     """
+    pairs = list(zip(rows.tolist(), tokens.tolist()))
+    distinct = list(dict.fromkeys(pairs))
+    count = len(distinct)
     places: dict[tuple[int, int], int] = {}
-    kept: set[int] = set()
-    further: list[tuple[int, int]] = []
-    for pair in zip(rows.tolist(), tokens.tolist()):
-        if pair in places:
-            continue
-        if pair[0] in kept:
-            places[pair] = -1
-            further.append(pair)
-        else:
+    staying: set[int] = set()
+    for pair in distinct:
+        if pair[0] < count and pair[0] not in staying:
             places[pair] = pair[0]
-            kept.add(pair[0])
-    source = list(range(count))
-    free = [row for row in range(count) if row not in kept]
-    used = list(kept)
-    for pair, place in itertools.zip_longest(further, free[: len(further)]):
-        if place is None:
-            place = len(source)
-            source.append(pair[0])
-        else:
-            source[place] = pair[0]
-        places[pair] = place
-        used.append(place)
-    new = np.array([places[pair] for pair in zip(rows.tolist(), tokens.tolist())])
-    if len(used) <= LEAVE * len(source):
-        used.sort()
-        moved = np.zeros(len(source), dtype=np.int64)
-        moved[used] = np.arange(len(used))
-        return np.array(source)[used], moved[new]
-    return np.array(source), new
+            staying.add(pair[0])
+    free = (place for place in range(count) if place not in staying)
+    source = np.arange(count)
+    for pair in distinct:
+        if pair not in places:
+            places[pair] = next(free)
+            source[places[pair]] = pair[0]
+    return source, np.array([places[pair] for pair in pairs])
 
 
 @dataclass
