@@ -18,12 +18,9 @@ text and its label. Records hold log-probs where OpenRLHF asks its engine for th
 from __future__ import annotations
 
 import inspect
-import json
-import logging
 import os
-import socket
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from cropi.data.forms import content_id
@@ -31,9 +28,9 @@ from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import BadSample, Unused, finite, log_probs, token_ids, whole
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rollout import answer as plain_answer
+from cropi.trainers.response_log import ResponseLog
 from cropi.trainers.values import whole_text
 
-logger = logging.getLogger(__name__)
 NEEDED = ("prompt", "label", "sampling_params")
 
 
@@ -54,10 +51,7 @@ def recording(executor: type[Any], folder: str | os.PathLike[str]) -> type[Any]:
             f"recording: {executor.__name__}.execute({', '.join(names)}) is not an executor's, which is a coroutine "
             f"with the arguments {', '.join(NEEDED)}; it was written for OpenRLHF 0.9 to 0.11"
         )
-    path = Path(folder) / f"rollouts-{socket.gethostname()}-{os.getpid()}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    failures = 0
-
+    log = ResponseLog(folder)
     base: Any = executor
 
     class Recording(base):
@@ -67,32 +61,15 @@ def recording(executor: type[Any], folder: str | os.PathLike[str]) -> type[Any]:
             temperature = getattr(given.get("sampling_params"), "temperature", None)
             made = await super().execute(*args, **kwargs)
             for output in made if isinstance(made, list) else [made]:
-                self._record(output, temperature)
+                log.add("rollouts", partial(rollout_of, output, temperature))
             return made
-
-        def _record(self, output: Any, temperature: Any) -> None:
-            nonlocal failures
-            try:
-                row = row_of(output, temperature, str(path))
-                data = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-                with open(
-                    path, "ab", buffering=0
-                ) as file:  # one write: another task's line stands before or behind
-                    file.write(data)
-            except (
-                BadSample,
-                OSError,
-            ) as error:  # a rollout that cannot be recorded is trained on all the same
-                failures += 1
-                if failures & (failures - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
-                    logger.warning("%s: %d rollouts were not recorded; the last: %s", path, failures, error)
 
     Recording.__name__ = Recording.__qualname__ = f"Recording{executor.__name__}"
     return Recording
 
 
-def row_of(output: Any, temperature: Any, where: str) -> dict[str, Any]:
-    """The row of one response, checked as every record is.
+def rollout_of(output: Any, temperature: Any, where: str) -> Rollout:
+    """One response, checked as every record is.
 
     Args:
         output: what ``execute`` returned: ``prompt``, ``label``, ``observation_tokens``, ``action_ranges`` (begin and
@@ -127,16 +104,10 @@ def row_of(output: Any, temperature: Any, where: str) -> dict[str, Any]:
     values = log_probs(output.get("rollout_log_probs"), len(tokens), mask, "rollout_log_probs", where)
     prompt = whole_text(str(output.get("prompt")))
     label = plain_answer(output.get("label"), "label", where)
-    made = checked(Rollout(
+    return checked(Rollout(
         id=content_id({"prompt": prompt, "answer": label}), reward=finite(output["reward"], "reward", where), step=0,
         where=where, prompt=prompt, answer=label, prompt_ids=tokens[:begin], response_ids=tokens[begin:stop],
         loss_mask=None if all(mask[begin:stop]) else mask[begin:stop],
         logprobs=None if values is None else values[begin:stop],
         temperature=None if temperature is None else finite(temperature, "temperature", where),
     ))  # fmt: skip
-    row = {
-        "id": made.id, "prompt": prompt, "answer": label, "reward": made.reward, "prompt_ids": made.prompt_ids,
-        "response_ids": made.response_ids, "logprobs": made.logprobs, "temperature": made.temperature,
-        "loss_mask": mask[begin:stop],
-    }  # fmt: skip
-    return {key: value for key, value in row.items() if value is not None}

@@ -1,10 +1,11 @@
-"""slime's data source and recorder, and OpenRLHF's recorder, against stand-ins of what the trainers hand over."""
+"""Adapters of slime, OpenRLHF, SkyRL and NeMo-RL, against stand-ins of what these trainers hand over."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ from support.made_slime import RolloutDataSourceWithBuffer, Sample, slime
 import cropi
 from cropi.data.readers import read
 from cropi.errors import CropiError
-from cropi.trainers.openrlhf import recording
+from cropi.trainers import openrlhf, skyrl
+from cropi.trainers.nemo_rl import selected_batches
 from cropi.trainers.slime.record import record_rollouts
 
 
@@ -216,7 +218,7 @@ def test_openrlhfs_rollouts_are_recorded_exactly(tmp_path: Path) -> None:
         outputs(0.5, [20, 21, 8, 1], [(2, 9)]),
     ]
     kept = list(made)
-    held = recording(Executor, tmp_path / "rollouts")(made)
+    held = openrlhf.recording(Executor, tmp_path / "rollouts")(made)
     for expected in kept:
         params = SimpleNamespace(temperature=0.6)
         assert asyncio.run(held.execute("<user>1+1=", "2", params, 64, None, llm_engine=None)) is expected
@@ -235,4 +237,90 @@ def test_an_executor_of_another_kind_is_named(tmp_path: Path) -> None:
             return json.dumps(prompt)
 
     with pytest.raises(CropiError, match=r"Plain.execute\(prompt\) is not an executor's"):
-        recording(Plain, tmp_path)
+        openrlhf.recording(Plain, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- SkyRL
+@dataclass
+class TrajectoryID:
+    instance_id: str
+    repetition_id: int
+
+
+class Generator:
+    """As SkyRL's: one coroutine, from a batch to lists over its trajectories."""
+
+    def __init__(self, output: dict[str, Any]) -> None:
+        self.output = output
+
+    async def generate(self, input_batch: dict[str, Any], disable_tqdm: bool = False) -> dict[str, Any]:
+        return self.output
+
+
+def test_skyrls_rollouts_are_recorded_exactly(tmp_path: Path) -> None:
+    names = [TrajectoryID("a", 0), TrajectoryID("a", 1), TrajectoryID("b", 0), TrajectoryID("b", 1)]
+    chat = [{"role": "user", "content": "1+1="}]
+    batch = {
+        "prompts": [chat] * 4, "env_classes": ["gsm8k"] * 4, "env_extras": None, "trajectory_ids": names,
+        "sampling_params": {"temperature": 0.8},
+        "batch_metadata": SimpleNamespace(global_step=7, training_phase="train"),
+    }  # fmt: skip
+    output = {
+        "prompt_token_ids": [[20, 21]] * 4, "response_ids": [[5, 30, 1], [6, 7], [8, 1], []],
+        "rewards": [[0.0, 0.0, 1.0], [0.25, 0.25], [0.0, float("nan")], [0.0]],
+        "loss_masks": [[1, 0, 1], [1, 1], [1, 1], []], "stop_reasons": ["stop", "length", "stop", "stop"],
+        "rollout_logprobs": [[-0.5, 0.0, -0.25], [-1.0, -2.0], [-0.5, -0.5], []], "rollout_metrics": {},
+    }  # fmt: skip
+    held = skyrl.recording(Generator, tmp_path)(output)
+    assert asyncio.run(held.generate(batch, disable_tqdm=True)) is output
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("train-000007-")
+    (a,) = read(str(path))  # of b one reward is no number, and the other response is empty
+    assert (a.id, a.prompt, a.prompt_ids, a.response_ids) == ("a", chat, [20, 21], [[5, 30, 1], [6, 7]])
+    assert a.rewards == [1.0, 0.5] and a.loss_mask == [[1, 0, 1], [1, 1]] and a.truncated == [False, True]
+    assert a.logprobs == [[-0.5, 0.0, -0.25], [-1.0, -2.0]] and a.temperature == 0.8
+    with pytest.raises(CropiError, match=r"Source.generate\(\) is not a generator's"):
+        skyrl.recording(type("Source", (), {"generate": lambda self: None}), tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- NeMo-RL
+def loader(rows: int = 20, size: int = 4) -> Any:
+    """As NeMo-RL's: a dataset by row number, and a collate function."""
+    data = [{"message_log": [f"row {i}"], "idx": i} for i in range(rows)]
+
+    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+        return {key: [item[key] for item in items] for key in items[0]}
+
+    return torch.utils.data.DataLoader(data, batch_size=size, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def test_nemo_rl_is_given_the_selected_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "selected.json"
+    monkeypatch.setenv("CROPI_INDICES", str(path))
+    path.write_text("[3, 11, 5, 19, 7, 2]")
+    loaders, iterators = {"math": loader()}, {"math": object()}
+    seen: list[int] = []
+    for _ in range(6):
+        batch, back = selected_batches(iterators, loaders, step=1)
+        assert back is iterators and len(batch["message_log"]) == 4
+        assert batch["message_log"] == [[f"row {i}"] for i in batch["idx"]]
+        seen += batch["idx"]
+    for epoch in range(4):
+        assert sorted(seen[6 * epoch : 6 * epoch + 6]) == [2, 3, 5, 7, 11, 19]
+    assert seen[:6] != seen[6:12]
+    (tmp_path / "new.json").write_text("[0, 1]")
+    (tmp_path / "new.json").rename(path)
+    assert sorted(selected_batches(iterators, loaders)[0]["idx"]) == [0, 0, 1, 1]
+    other = {"math": loader()}
+    for text, problem in (
+        ("[3, 20]", "names row 20, and the dataset has 20"), ("{}", "is no list of row numbers"),
+        ('["a"]', "is no list of row numbers"), ("[", "cannot be read"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(CropiError, match=problem):
+            selected_batches(iterators, other)
+    with pytest.raises(CropiError, match=r"there are 2 dataloaders \(math, code\)"):
+        selected_batches({}, {"math": loader(), "code": loader()})
+    monkeypatch.delenv("CROPI_INDICES")
+    with pytest.raises(CropiError, match=r"set \$CROPI_INDICES to the file"):
+        selected_batches(iterators, other)
