@@ -25,6 +25,8 @@ ELSEWHERE = {
     ("trl.md", 0): "tests/packaging/test_readme.py",
     ("trl.md", 1): "tests/trainers/test_trl_recording.py",
     ("rollout.md", 0): "needs a model that talks: tests/cropi/test_rollout.py",
+    ("trainers.md", 1): "needs OpenRLHF: tests/trainers/test_other_trainers.py",
+    ("trainers.md", 2): "needs SkyRL: tests/trainers/test_other_trainers.py",
     ("live.md", 0): "needs a trainer: tests/sketcher/test_live.py",
 }
 
