@@ -18,6 +18,7 @@ from .attach import Attachment
 from .listener import Source
 from .segments import Segments
 from .selftest import SelfTestError
+from .sharded import units
 from .taps import Tap
 
 
@@ -25,12 +26,14 @@ from .taps import Tap
 def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[None]:
     """Covered parameters have ``requires_grad`` inside, except while their own module runs: a gradient that reaches one
     comes from a use that no tap sees, by whatever function. It costs neither memory nor a weight gradient. Nothing is
-    watched where modules are compiled.
+    watched where modules are compiled, or sharded by FSDP2.
 
     Raises (from the backward pass inside):
         SelfTestError: names the parameter.
     """
-    if inside_compiled(model):  # a graph that was made for trainable weights would be taken, without the taps
+    # A graph that was made for trainable weights would be taken, without the taps; FSDP2 puts other tensors in the
+    # weights' places.
+    if inside_compiled(model) or units(model):
         yield
         return
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}

@@ -104,8 +104,7 @@ class GradientSketcher:
         self._thawed: list[nn.Parameter] = []
         self._split: SplitModel | None = None
         self._embeddings: nn.Module | None = None
-        # It asks autograd for weight gradients, which of a sharded model are shards.
-        self._verify = verify and not sharded.units(self.model)
+        self._verify = verify
         self._shape: object = None  # of the model's code, when it was tested
         self._batch_tested = False
         self._heard: dict[str, frozenset[str]] = {}  # the taps that a method's self-test heard

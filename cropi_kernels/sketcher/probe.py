@@ -15,6 +15,7 @@ from torch import nn
 
 from .decoder import SplitModel
 from .lengths import lengths_of, same
+from .sharded import device_of
 from .trial import few_rows
 from .untouched import untouched
 
@@ -61,7 +62,7 @@ def probe_policy(model: nn.Module, split: SplitModel) -> Probe:
     Raises:
         PolicyProbeError: the model is not causal, or a row's logits depend on what other rows hold.
     """
-    ids = few_rows(model, split.head.weight.shape[0], split.head.weight.device)
+    ids = few_rows(model, split.head.weight.shape[0], device_of(model))
     name = type(model).__name__
     with untouched(model), torch.no_grad():
         model.eval()  # dropout would make two forwards differ

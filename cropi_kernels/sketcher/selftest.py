@@ -33,6 +33,7 @@ from .hooks import unless_none
 from .listener import Listener, Source, norm, projected, smallest, unit_roundoff
 from .ranks import Copies, Ranks, add_over_ranks, like_spread, settled
 from .segments import Segments
+from .sharded import hooked_whole, reshard, starting_over, units
 from .untouched import nothing_kept, thawed, untouched
 
 LISTED = 20  # parameters that an error names
@@ -120,6 +121,8 @@ class Parts:
     """Taps and parameters in groups that share one: a group's taps add up to its parameters' gradients."""
 
     def __init__(self, model: nn.Module, attachment: Attachment) -> None:
+        reshard(model)
+        self.model = model
         names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
         self.formed: dict[int, tuple[nn.Parameter, Callable[[torch.Tensor, torch.Tensor], None]]] = {}
         group: dict[int, int] = {}  # a parameter's id -> its group
@@ -175,6 +178,7 @@ class FormedSums:
     ) -> None:
         self.parts, self.dim, self.device = parts, dim, device
         self.keep = keep  # the gradients, for an optimizer
+        self.units = units(parts.model)
         self.copies = Copies(ranks, parts.parameters)
         self.sums: dict[int, torch.Tensor] = {}
         self.floor: dict[int, float] = {}  # what numbers below the dtype's smallest may have lost
@@ -182,6 +186,11 @@ class FormedSums:
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
+        if self.units:
+            hooks = {id(p): unless_none(self._taker(p, add)) for p, add in self.parts.formed.values()}
+            with hooked_whole(self.parts.model, hooks):
+                yield
+            return
         # Hooks run in the order in which they were registered: ours see what those of the model's owner have made.
         handles = [p.register_hook(unless_none(self._taker(p, add))) for p, add in self.parts.formed.values()]
         try:
@@ -230,7 +239,7 @@ def self_test(
     started = time.perf_counter()
     parts = Parts(model, attachment)
     runs = _Runs(model, acc, parts, trial)
-    with untouched(model):
+    with untouched(model), starting_over(model):
         try:
             found, tested, frozen = runs.compare()
         except RuntimeError as error:
@@ -317,7 +326,8 @@ class _Runs:
             # Of the modules' outputs too: a tap must be heard where no parameter lies behind it.
             inputs = [*parameters, *{id(t): t for t in listener.outputs}.values()]
             cotangent = self.trial.cotangents[s].to(y.dtype)
-            if y.requires_grad and self.reentrant:  # that kind of checkpointing knows no named inputs
+            # That kind of checkpointing knows no named inputs; FSDP2's whole parameters have no names.
+            if y.requires_grad and (self.reentrant or exact.units):
                 with nothing_kept(parameters):
                     y.backward(cotangent)
             elif y.requires_grad:

@@ -9,7 +9,7 @@ model, registered as one of its forwards. The head is used by its weight, which 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -160,6 +160,62 @@ def logits(model: nn.Module, head: nn.Linear, h: torch.Tensor) -> torch.Tensor:
             return nn.functional.linear(h, local(head.weight), local(head.bias))
         z = nn.functional.linear(h, local(head.weight), local(head.bias))
         return group.gathered(z, head.weight.shape[0])
+
+
+@contextlib.contextmanager
+def hooked_whole(model: nn.Module, hooks: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
+    """Hooks on the gradients of FSDP2's parameters, by the ids of the sharded ones.
+
+    Autograd knows the whole ones, which stand in their places while their unit runs: they are found when a module is
+    called. What the hooks return is what FSDP2 spreads over the ranks.
+    """
+    reshard(model)
+    places = {
+        module: [
+            (key, hooks[id(p)]) for key, p in module._parameters.items() if p is not None and id(p) in hooks
+        ]
+        for module in model.modules()
+    }
+    seen: list[torch.Tensor] = []
+    handles: list[Any] = []
+
+    def look(module: nn.Module, args: Any) -> None:
+        for inner in module.modules():
+            for key, hook in places.get(inner, ()):
+                p: Any = inner._parameters[key]
+                p = (
+                    p if p.is_leaf or p._base is None else p._base
+                )  # what a tap has put in its place is a view
+                if is_spread(p) or not p.requires_grad or any(p is other for other in seen):
+                    continue
+                seen.append(p)
+                handles.append(p.register_hook(hook))
+
+    looked: Any = torch.compiler.disable(look)  # a compiled layer's graph ends there and goes on behind
+    calls = [module.register_forward_pre_hook(looked) for module in model.modules()]
+    # Of mixed precision a gradient has the computation's dtype, which torch does not take for one of the parameter.
+    spread: list[Any] = [p for p in model.parameters() if is_spread(p) and hasattr(p, "grad_dtype")]
+    dtypes = [p.grad_dtype for p in spread]
+    try:
+        for p in spread:
+            p.grad_dtype = None
+        yield
+    finally:
+        for handle in [*calls, *handles]:
+            handle.remove()
+        reshard(model)
+        for p, dtype in zip(spread, dtypes, strict=True):
+            p.grad_dtype = dtype
+
+
+@contextlib.contextmanager
+def starting_over(model: nn.Module) -> Iterator[None]:
+    """`start_over` where what runs inside fails."""
+    try:
+        yield
+    except BaseException:
+        start_over(model)
+        raise
 
 
 def start_over(model: nn.Module) -> None:

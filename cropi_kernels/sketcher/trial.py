@@ -17,6 +17,7 @@ from .head import head_pass, scored_offsets
 from .listener import norm, projected, smallest, unit_roundoff
 from .segments import Segments
 from .selftest import Part, SelfTest, Trial, bound, self_test
+from .sharded import device_of
 from .untouched import thawed, untouched
 
 PANEL = 8192  # rows of the head that are float64 at one time
@@ -83,7 +84,7 @@ def policy_self_test(
     model: nn.Module, split: SplitModel, attachment: Attachment, acc: Accumulator, causal: bool = True
 ) -> SelfTest:
     """The self-test of `GradientSketcher.policy_gradient`: decoder and head run apart, as it runs them."""
-    device = split.head.weight.device
+    device = device_of(model)
     ids = few_rows(model, split.head.weight.shape[0], device)
     segments = two_segments(ids.shape[0], ids.shape[1], causal=causal)
     with untouched(model), torch.no_grad():
@@ -91,7 +92,8 @@ def policy_self_test(
     scored = scored_rows(segments)
     positions = torch.cat(scored).to(device)
     targets = ids.flatten().flip(0)[positions]
-    parts, grad = _head_parts(model, split, attachment, acc, hidden, segments, positions, targets)
+    with split.whole_head():
+        parts, grad = _head_parts(model, split, attachment, acc, hidden, segments, positions, targets)
     cotangents = []
     for mine in scored:
         one = torch.zeros_like(grad)

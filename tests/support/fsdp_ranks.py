@@ -55,6 +55,13 @@ def offloaded(model: Any) -> None:
     layers_and_root(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
 
 
+def compiled(model: Any) -> None:
+    """Layers, not the root: FSDP2's hooks are no part of a graph."""
+    layers_and_root(model)
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+
+
 def mixed(model: Any) -> None:
     layers_and_root(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
 
@@ -62,10 +69,12 @@ def mixed(model: Any) -> None:
 WAYS = {
     f.__name__: f
     for f in (
-        layers_and_root, root_resharded, head_alone, norm_and_head, decoder_alone, offloaded, mixed,
+        layers_and_root, root_resharded, head_alone, norm_and_head, decoder_alone, offloaded, compiled, mixed,
     )
 }  # fmt: skip
-MODELS = {"llama": lambda: zoo.make("llama"), "llama-tied": lambda: zoo.make("llama-tied"),
+MODELS = {"llama": lambda: zoo.make("llama"),
+          "llama-one": lambda: zoo.make("llama", num_hidden_layers=1),
+          "llama-tied": lambda: zoo.make("llama-tied"),
           "gemma2": lambda: zoo.make("gemma2"), "qwen3_moe": lambda: moe.small("qwen3_moe")}  # fmt: skip
 
 
@@ -111,11 +120,12 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
         want_batch = through_batch(sketcher, plain, batch)
     half = off(bfloat16_sketches(plain, batch), want) if way == "mixed" else 0.0
     WAYS[way](model)
-    results, held = [], []
+    results, held, tested = [], [], []
     with GradientSketcher(model, SPEC) as sketcher:
         for _ in range(3):
             results.append(batch.sketch(sketcher).sketches)
             held.append(gathered(model))
+            tested.append(set(sketcher.self_test.names) if sketcher.self_test else set())
         try:
             batch.sketch(sketcher, weigh=lambda logp, a, b: 1 / 0)
         except ZeroDivisionError:
@@ -135,6 +145,7 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
         for m in (model, plain)
     )
     grads = [n for n, p in model.named_parameters() if p.grad is not None]
+    names = {n for n, _ in model.named_parameters()}
 
     return {
         "bfloat16": half,
@@ -143,6 +154,7 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
         "bits": all(torch.equal(x, want) for x in results) and torch.equal(of_batch, want_batch),
         "logp": float((logp - own).abs().max()),
         "held": max(held) / whole,
+        "untested": sorted(names - tested[0]),
         "weight gradients": grads,
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
     }
