@@ -136,6 +136,8 @@ notebooks: $(STAMPS)/docs model
 check-ci: $(STAMPS)/docs
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $$(ls .github/ISSUE_TEMPLATE/*.yml | grep -v config)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 
 check-version:
 	@grep -q '^__version__ = "$(TAG:v%=%)"' cropi_kernels/_version.py \
