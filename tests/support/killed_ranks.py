@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -39,7 +40,7 @@ from cropi.store.store import SketchStore  # noqa: E402
 from cropi_kernels import SketchSpec  # noqa: E402
 from support.made_data import make_model, make_records, make_tokenizer, write_lines  # noqa: E402
 
-WORLD, SILENCE = 4, 2.0
+WORLD, SILENCE = 4, 4.0
 
 
 def job(folder: Path, out: str) -> SketchJob:
@@ -49,9 +50,20 @@ def job(folder: Path, out: str) -> SketchJob:
     )  # fmt: skip
 
 
-def start(policy: Policy, folder: Path, out: str, world: int) -> tuple[list[int], Any]:
-    """Fork the processes of a job; each ends with status 0 (done), 3 (an error in words) or 4 (any other)."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def start(policy: Policy, folder: Path, out: str, world: int) -> tuple[list[int], int]:
+    """Fork the processes of a job; each ends with status 0 (done), 3 (an error in words) or 4 (any other).
+
+    Gives their ids, and that of the process that keeps the list of work, which stands for a launcher's. This process
+    itself starts no thread: a fork could copy a lock that a thread holds.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = os.fork()
+    if not server:
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        while store:
+            time.sleep(60)
     children = []
     for rank in range(world):
         child = os.fork()
@@ -60,7 +72,7 @@ def start(policy: Policy, folder: Path, out: str, world: int) -> tuple[list[int]
             continue
         status = 4
         try:
-            client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+            client = dist.TCPStore("127.0.0.1", port, is_master=False)
             team = Team(client, rank, world, silence=SILENCE)
             with team.telling():
                 summary = ranks.sketch(team, policy, job(folder, out), progress=False)
@@ -76,6 +88,14 @@ def start(policy: Policy, folder: Path, out: str, world: int) -> tuple[list[int]
         finally:
             os._exit(status)
     return children, server
+
+
+def wait(children: list[int], server: int) -> list[int]:
+    """Their statuses."""
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    os.kill(server, signal.SIGKILL)
+    os.waitpid(server, 0)
+    return statuses
 
 
 def finished(out: Path) -> set[str]:
@@ -97,16 +117,14 @@ def content(path: Path) -> dict[str, Any]:
 
 def trial(policy: Policy, folder: Path, name: str, seconds: float, rng: random.Random) -> dict[str, Any]:
     victim, after = rng.randrange(WORLD), rng.uniform(0, 0.8 * seconds)
-    children, _server = start(policy, folder, name, WORLD)
+    children, server = start(policy, folder, name, WORLD)
     time.sleep(after)
     os.kill(children[victim], signal.SIGKILL)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    statuses = wait(children, server)
     kept = finished(folder / name)
     parts = len(part_paths(folder / name))
     world = rng.choice([1, 2, 3, 5])
-    again, _server = start(policy, folder, name, world)
-    for child in again:
-        os.waitpid(child, 0)
+    assert set(wait(*start(policy, folder, name, world))) == {0}
     resumed, computed = json.loads((folder / f"{name}.counts").read_text())
     return {
         "victim": victim, "after": after, "statuses": statuses, "kept": len(kept), "parts": parts, "world": world,
@@ -122,9 +140,7 @@ def main() -> None:
     sketch(policy, job(folder, "whole"), progress=False)
     (folder / "whole.pickle").write_bytes(pickle.dumps(content(folder / "whole")))
     begun = time.monotonic()
-    children, _server = start(policy, folder, "quiet", WORLD)
-    for child in children:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert set(wait(*start(policy, folder, "quiet", WORLD))) == {0}
     seconds = time.monotonic() - begun
     for i in range(trials):
         print(json.dumps(trial(policy, folder, f"cut-{i}", seconds, rng) | {"whole": 60}), flush=True)

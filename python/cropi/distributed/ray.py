@@ -186,6 +186,7 @@ class _Driver:
         try:
             result = self.ray.get(ref)
         except errors.RayTaskError as error:  # its own code raised
+            self.ray.kill(held.actor)
             cause = getattr(error, "cause", None) or error
             raise CropiError(f"{held} of Ray failed: {cause}") from error
         except errors.RayError as error:
@@ -210,9 +211,10 @@ class _Driver:
             )
             _unlocked(self.store)
         check_same([self.first.facts, found.facts], ["the first worker", str(held)], REMEDIES)
-        self.part = next_part(self.out, self.part)
+        number = next_part(self.out, self.part)
+        self.part = number + 1  # its folder comes later
         # What fits into the memory of the first worker, where nobody said; others halve what does not fit into theirs.
-        begun = held.actor.begin.remote(self.out, self.part, self.first.manifest, self.first.tokens_per_batch)
+        begun = held.actor.begin.remote(self.out, number, self.first.manifest, self.first.tokens_per_batch)
         self._ask(held, "begin", begun)
 
     def _assign(self, held: _Held) -> None:
@@ -246,6 +248,7 @@ class _Driver:
 
     def _lost(self, held: _Held, error: Exception) -> None:
         """A worker is dead: its chunk goes back, and another worker is started."""
+        self.ray.kill(held.actor)
         why = str(error).strip().splitlines()[0]
         if held.doing == "work":
             self.deaths[held.chunk] += 1
@@ -259,7 +262,6 @@ class _Driver:
                 "memory was too small, give a smaller --tokens-per-batch or larger nodes, and a new --out"
             )
         self.bar.write(f"{held} of Ray died ({why}); its chunk goes to another one")
-        self.ray.kill(held.actor)
         self._start()
         while self.idle and self.returned:
             self._assign(self.idle.pop())

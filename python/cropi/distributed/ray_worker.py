@@ -67,10 +67,10 @@ class Worker:
         assert self.ready is not None
         done = frozenset(row.id for row in SketchStore.open(out).rows())
         job = self.ready.job = replace(self.ready.job, tokens_per_batch=tokens_per_batch)
-        self.part = Asked(BATCHES * tokens_per_batch, done)
         store = SketchStore.create(
             part_path(out, number), manifest, shard_rows=job.shard_rows, shard_bytes=job.shard_bytes
         )
+        self.part = Asked(BATCHES * tokens_per_batch, done, store)
         threading.Thread(target=self._run, args=(store,), name="cropi-sketch", daemon=True).start()
         return digest(done)
 
@@ -84,16 +84,16 @@ class Worker:
         return found
 
     def finish(self) -> Summary:
-        """Close the store."""
-        self.part.ask(None)
+        """Close the store, if there is one."""
         assert self.ready is not None
+        if self.part.store is not None:
+            self.part.ask(None)
         return replace(self.ready.summary, store=None)
 
     def _run(self, store: SketchStore) -> None:
         assert self.ready is not None
         try:
             with store:
-                self.part.store = store
                 while self.part.going_on:
                     self.ready.fill(store, progress=False, part=self.part)
             self.part.answers.put(None)
@@ -107,14 +107,13 @@ class Asked:
     A number before the place where a pass over the trajectories is ends the pass, and the next one begins with it.
     """
 
-    def __init__(self, tokens: int, done: frozenset[str]) -> None:
-        self.tokens, self.done = tokens, done
+    def __init__(self, tokens: int, done: frozenset[str], store: SketchStore | None = None) -> None:
+        self.tokens, self.done, self.store = tokens, done, store
         self.numbers: queue.Queue[int | None] = queue.Queue()
         self.answers: queue.Queue[Any] = queue.Queue()
         self.kept: int | None = None
         self.going_on = True
         self.told: set[int] = set()
-        self.store: SketchStore | None = None
 
     def ask(self, number: int | None) -> Any:
         """Ask for a chunk (None: for the end), and wait for the answer.
@@ -132,7 +131,9 @@ class Asked:
         """See :class:`cropi.sketching.chunks.Part`."""
         number, self.kept = self.kept if self.kept is not None else self.numbers.get(), None
         cuts: dict[int, str] = {}
+        last = -1
         for chunk in chunks:
+            last = chunk.number
             if chunk.cut != "rows" and chunk.window not in self.told:
                 self.told.add(chunk.window)
                 cuts[chunk.window] = chunk.cut
@@ -146,7 +147,7 @@ class Asked:
             self.answers.put(cuts)
             number, cuts = self.numbers.get(), {}
         else:
-            if number is not None:  # beyond the last one
+            while number is not None and number > last:  # there is none
                 self.answers.put(None)
                 number = self.numbers.get()
         self.told -= set(cuts)
