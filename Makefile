@@ -35,7 +35,7 @@ END = ; mkdir -p $(STAMPS); touch $@; echo "== done in $$(($$(date +%s) - begin)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo quick test test-verl test-ray test-lowest test-newest build model wheel sdist docs notebooks lint format bench \
+.PHONY: help demo quick test test-verl test-ray test-lowest test-newest sanitize build model wheel sdist docs notebooks lint format bench \
   tables check-ci check-version clean distclean
 
 help:
@@ -46,6 +46,7 @@ help:
 	@echo "make test-ray   a job on a Ray cluster of two nodes, on this machine; installs ray"
 	@echo "make test-lowest, test-newest  the short tests on the oldest and the newest packages that are allowed"
 	@echo "make docs    the site in build/site, every code block run     make notebooks  run the notebooks"
+	@echo "make sanitize  the kernels' tests under ASan with UBSan, and under TSan"
 	@echo "make build   environment and package only (an editable install)"
 	@echo "make wheel   a wheel in dist/, tried out in a clean environment"
 	@echo "make lint    ruff, clang-format, mypy          make format   let ruff and clang-format rewrite"
@@ -146,6 +147,11 @@ check-version:
 sdist: $(STAMPS)/deps
 	rm -rf dist
 	$(BIN)/python -m build --sdist --outdir dist .
+
+# The C++ kernels' tests under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer: gcc, Linux.
+sanitize: build
+	scripts/sanitize.sh address $(VENV)
+	scripts/sanitize.sh thread $(VENV)
 
 lint: $(STAMPS)/deps
 	$(BIN)/ruff check .

@@ -100,7 +100,7 @@ def matrix(x: torch.Tensor) -> tuple[int, int, int, int, int]:
 
 def rows_view(x: torch.Tensor) -> torch.Tensor:
     """``x`` [..., n] as [rows, n] with contiguous columns; copies only where the strides leave no other way."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 and flat.is_contiguous() else flat.contiguous()
 
 

@@ -65,6 +65,7 @@ def check_accumulator(out: torch.Tensor) -> None:
 
 def check_offsets(offsets: torch.Tensor) -> int:
     """Returns the number of segments; token range s is offsets[s] .. offsets[s + 1]."""
+    check_plain("offsets", offsets)
     if (
         offsets.dtype != torch.int64
         or offsets.ndim != 1

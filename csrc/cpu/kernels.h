@@ -137,7 +137,7 @@ struct ProjectArgs {
   int n_threads;
 };
 
-// project, sparse kinds, of CSR rows: y[b] = scale * S x[b], NaN throughout where a number is not finite. With `bucket`
+// project, sparse kinds, of CSR rows: y[b] = scale * S x[b], NaN throughout where a number is not finite. With `count`
 // the result is sparse too: count[b] entries of row b, one row after the other. Without `start` the rows are dense
 // float64, and y[b] += scale * S x[b].
 struct ProjectCsrArgs {
@@ -152,8 +152,8 @@ struct ProjectCsrArgs {
   uint32_t keep;
   double scale;
   void* y;          // of the values' type: [rows, dim], or [n_values * nnz]
-  int32_t* bucket;  // [n_values * nnz] or null
-  int64_t* count;   // [rows] or null
+  int32_t* bucket;  // [n_values * nnz], of a sparse result: null where there are no values
+  int64_t* count;   // [rows], or null for a dense result
   int n_threads;
 };
 

@@ -176,7 +176,7 @@ void add_rows(const ProjectCsrArgs& args, Each&& each) {
   const int64_t per_task = max64(1, min64(args.rows, (args.rows << 14) / (work + 1)));
   run_tasks((args.rows + per_task - 1) / per_task, args.n_threads, [&](int64_t task) {
     const int64_t last = min64(args.rows, (task + 1) * per_task);
-    if (args.bucket == nullptr) {
+    if (args.count == nullptr) {
       for (int64_t r = task * per_task; r < last; ++r) {
         T* y = static_cast<T*>(args.y) + r * args.dim;
         std::memset(y, 0, size_t(args.dim) * sizeof(T));
@@ -243,7 +243,7 @@ void sparse_rows(const ProjectCsrArgs& args) {
       each_drawn(args, g, column, begin, end, add);
     });
   }
-  if (args.bucket != nullptr) close_gaps<T, Index>(args);
+  if (args.count != nullptr) close_gaps<T, Index>(args);
 }
 
 // y += scale * S x for the columns of the table, in their order.

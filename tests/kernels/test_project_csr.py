@@ -229,3 +229,21 @@ def test_errors() -> None:
         RuntimeError, match="backend='triton' cannot run project_csr: sparse rows have no Triton"
     ):
         project_csr(x, spec, backend="triton")
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_rows_without_any_value(index: torch.dtype) -> None:
+    """Their memory has no address: the kernel once took that for a call with a dense result, and wrote to address 0."""
+    x = CsrRows(torch.zeros(5, dtype=index), torch.zeros(0, dtype=index), torch.zeros(0), 500)
+    got = project_csr_sparse(x, ProjectionSpec(64))
+    assert got.starts.tolist() == [0] * 5 and got.starts.dtype == index and not len(got.values)
+    assert torch.equal(project_csr(x, ProjectionSpec(64)), torch.zeros(4, 64))
+
+
+def test_a_width_is_an_integer() -> None:
+    x = made(5, 100, 6)
+    for wrong in (float("nan"), 1.5, -1, None):
+        with pytest.raises(ValueError, match="x.width=.*: give the number of the matrix's columns"):
+            project_csr(x._replace(width=wrong), ProjectionSpec(64))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x.values: the tensor has the layout torch.sparse_coo"):
+        project_csr(x._replace(values=x.values.to_sparse()), ProjectionSpec(64))

@@ -107,6 +107,12 @@ CASES: list[tuple[Callable[[], object], str, str]] = [
     (lambda: embedding(rows=ROWS.int()), "rows is torch.int32", "int64"),
     (lambda: embedding(rows=ROWS + 16), "rows runs from 16 to 20", "rows 0 .. 19"),
     (lambda: embedding(rows=ROWS - 1), "rows runs from -1 to 3", "rows 0 .. 19"),
+    (lambda: embedding(rows=ROWS.to_sparse()), "rows: the tensor has the layout", "give a dense tensor"),
+    (
+        lambda: linear(offsets=OFFSETS.to_sparse()),
+        "offsets: the tensor has the layout",
+        "give a dense tensor",
+    ),
     (lambda: embedding(out=torch.zeros(2, 64)), "out has shape (2, 64)", "[2, 32768]"),
     (lambda: norm(A, torch.ones(5, 39)), "x has shape (5, 40) but dy (5, 39)", "[tokens, n]"),
     (lambda: norm(A, torch.ones(4, 40)), "x has shape (5, 40) but dy (4, 40)", "[tokens, n]"),

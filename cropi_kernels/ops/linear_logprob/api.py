@@ -176,7 +176,7 @@ def _checked(
     check_temperature(temperature)
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap={softcap}: give a finite number above 0, or None for no soft-cap")
-    tokens = 0 if chunk_size is None else as_int(chunk_size, 1)
+    tokens = 0 if chunk_size is None else as_int(chunk_size, 1, 1 << 62)
     if tokens is None:
         raise ValueError(f"chunk_size={chunk_size}: give at least 1 token, or None for the default")
     ignored = check_int("ignore_index", ignore_index, -(1 << 63), (1 << 63) - 1)

@@ -9,6 +9,8 @@ import torch
 
 from ... import _native, dispatch
 from ..._library import register
+from ..._spec_base import as_int
+from .._checks import check_plain
 from . import reference
 from .api import NonFinite, check_nonfinite, check_range, check_spec, report
 from .spec import ProjectionSpec
@@ -99,6 +101,8 @@ def _check(x: CsrRows, spec: ProjectionSpec, offset: int, nonfinite: str) -> int
             f"kind={spec.kind!r} has no kernel for sparse rows: give dense rows, some columns at a time"
         )
     check_nonfinite(nonfinite)
+    if as_int(x.width, 0) is None:
+        raise ValueError(f"x.width={x.width!r}: give the number of the matrix's columns, an integer >= 0")
     offset = check_range(offset, x.width, spec)
     for name, tensor, dtypes in (
         ("starts", x.starts, _INDEX),
@@ -109,6 +113,7 @@ def _check(x: CsrRows, spec: ProjectionSpec, offset: int, nonfinite: str) -> int
             raise ValueError(
                 f"x.{name} is {_seen(tensor)}: give a 1-D tensor of {' or '.join(map(str, dtypes))}"
             )
+        check_plain(f"x.{name}", tensor)
         if tensor.device.type != "cpu":
             raise RuntimeError(
                 f"x.{name} is on {tensor.device}: sparse rows are projected on the CPU (x.cpu())"

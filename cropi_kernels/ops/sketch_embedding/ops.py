@@ -13,6 +13,7 @@ from .._checks import (
     check_offsets,
     check_operand,
     check_out,
+    check_plain,
     on_device,
     on_host,
 )
@@ -67,6 +68,7 @@ def _check(
         raise ValueError(
             f"rows is {rows.dtype} {tuple(rows.shape)}: it must be int64 [{x.shape[0]}], a row per token"
         )
+    check_plain("rows", rows)
     check_devices("x", x, rows=rows, out=out)
     check_out(out, check_offsets(offsets), plan.n_slabs * plan.slab_rows * plan.slab_cols)
 

@@ -22,8 +22,10 @@ from . import cpu, reference
 
 
 def step_of(d: torch.Tensor, row_step: int | None) -> int:
-    if d.ndim != 2:
-        raise ValueError(f"d has shape {tuple(d.shape)}: it must be [tokens, rows of a group]")
+    if d.ndim != 2 or d.shape[1] < 1:
+        raise ValueError(
+            f"d has shape {tuple(d.shape)}: it must be [tokens, rows of a group], at least one row"
+        )
     return d.shape[1] if row_step is None else row_step
 
 
