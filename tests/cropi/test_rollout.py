@@ -62,6 +62,7 @@ def teacher_forced(model: Any, record: dict[str, Any], k: int) -> torch.Tensor:
         ("gpt2", {}, "shared", 1.0),
         ("bloom", {}, "shared", 1.3),
         ("mistral", {"sliding_window": 6}, "padded", 0.7),
+        ("lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "padded", 1.0),
     ],
 )
 def test_log_probs_are_those_of_the_response_alone(

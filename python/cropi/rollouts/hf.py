@@ -29,6 +29,7 @@ from cropi_kernels.sketcher.precision import own_precision
 MOST_ROWS = 256  # more bring nothing on a CPU; a GPU is left half idle below
 SHARE_OF_MEMORY = 0.5  # of what is free, for keys and values
 GAIN, MEASURED, ROUNDS = 0.9, 64, 3  # of torch's time, at most; rows and repetitions of the measurement
+SHARE_OF_COPIES = 0.25  # of what is free, for weights in oneDNN's order
 LEAST_FREE = 2**31  # what is assumed to be free where nobody says
 
 
@@ -150,11 +151,11 @@ class HfEngine:
     def _faster(self, rows: int) -> Linears:
         """Who multiplies faster by this model's weights: measured on one step of as many rows as are decoded."""
         model = self.policy.model
-        if (
-            unsupported() is not None
-            or self.policy.device.type != "cpu"
-            or self.policy.dtype != torch.float32
-        ):
+        device = self.policy.device
+        if unsupported() is not None or device.type != "cpu" or self.policy.dtype != torch.float32:
+            return "torch"
+        copies = sum(p.numel() * p.element_size() for p in model.parameters() if p.ndim == 2)
+        if copies > SHARE_OF_COPIES * free_memory(device):
             return "torch"
         ids = torch.zeros(min(rows, MEASURED), 1, dtype=torch.long)
         best: dict[str, float] = {}
