@@ -153,7 +153,8 @@ class ExactTaps:
         """The handles of the hooks."""
         handles: list[Any] = []
         for module in self.sites:
-            handles.append(module.register_forward_pre_hook(self._enter))
+            # Before the hooks of others: one may compute a weight from the parameters.
+            handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
             handles.append(
                 module.register_forward_hook(self._leave, prepend=True, with_kwargs=True, always_call=True)
             )
@@ -350,7 +351,8 @@ def _again(
 ) -> Sequence[torch.Tensor | None] | None:
     """Gradients of the rows ``begin`` to ``end``, from the module's call on those rows alone.
 
-    None where that gives other results than the call of all rows did: dropout, rows that are not where they seem.
+    None where that gives other results than the call of all rows did: dropout, rows that are not where they seem. Or
+    where a parameter has no part in it: a hook before the call may have made a weight of it (`weight_norm`).
     """
     call = _Call(replay.module)
     call.open(parameters)
@@ -373,7 +375,8 @@ def _again(
             gradients.append(rows_of(g, axis, begin, end))
     if not ys:
         return None
-    return torch.autograd.grad(ys, aliases, gradients, allow_unused=True)  # type: ignore[arg-type]
+    found = torch.autograd.grad(ys, aliases, gradients, allow_unused=True)  # type: ignore[arg-type]
+    return None if any(gradient is None for gradient in found) else found
 
 
 def _reached(ys: Sequence[torch.Tensor]) -> set[Any]:

@@ -364,7 +364,7 @@ class GradientSketcher:
         """The model's parts, checked on the first call."""
         self._no_batch()
         if self._split is None:
-            with own_precision(self.model):
+            with own_precision(self.model), torch.enable_grad():
                 with calls(self._plan.taps) as called:
                     split = split_model(self.model)
                 ids = few_rows(self.model, split.head.weight.shape[0], sharded.device_of(self.model))

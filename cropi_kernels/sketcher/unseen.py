@@ -7,7 +7,7 @@ called with a gate.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,20 +40,21 @@ def calls(modules: Collection[nn.Module]) -> Iterator[dict[nn.Module, int]]:
             handle.remove()
 
 
-def _bypassed(
-    model: nn.Module, run: Run, ids: torch.Tensor, modules: Collection[nn.Module]
-) -> list[nn.Module]:
-    """Those of ``modules``, none of which a tap hears, whose frozen parameters have a gradient all the same."""
-    parameters = [(module, p) for module in modules for p in module.parameters(recurse=False)]
-    if not parameters:
+Owned = tuple[nn.Module, nn.Parameter]
+
+
+def _bypassed(model: nn.Module, run: Run, ids: torch.Tensor, owned: Sequence[Owned]) -> list[nn.Module]:
+    """The modules of ``owned`` frozen parameters, none of which a tap hears, that have a gradient all the same."""
+    if not owned:
         return []
-    with thawed([p for _, p in parameters]), evaluating(model), torch.enable_grad():
+    with thawed([p for _, p in owned]), evaluating(model), torch.enable_grad():
         y = run(ids)
         if not y.requires_grad:
             return []
-        grads = torch.autograd.grad(y.sum(), [p for _, p in parameters], allow_unused=True)
-    found = {module: None for (module, _), grad in zip(parameters, grads, strict=True) if grad is not None}
-    return list(found)
+        grads = torch.autograd.grad(y.sum(), [p for _, p in owned], allow_unused=True)
+    return list(
+        dict.fromkeys(module for (module, _), grad in zip(owned, grads, strict=True) if grad is not None)
+    )
 
 
 @contextlib.contextmanager
@@ -122,9 +123,10 @@ def seen_wrong(
     taps = attachment.taps
     seen = {id(p) for module in called for p in module.parameters(recurse=False)}
     silent = [
-        module
+        (module, p)
         for module in taps
         if module not in called and not any(id(p) in seen for p in module.parameters(recurse=False))
+        for p in module.parameters(recurse=False)
     ]
     bypassed = _bypassed(model, run, ids, silent)
     wrong = dict.fromkeys(bypassed, "used without calling the module, so that no tap sees it")
@@ -134,7 +136,9 @@ def seen_wrong(
             wrong[module] = "called with a second tensor (for example a gate)"
         elif tap.where in refusals:
             wrong[module] = "called on something else than every token once"
-    unheard = [one.chain[0] for one in attachment.exact.parameters if one.heard is not segments]
+    unheard = [
+        (one.chain[0], one.parameter) for one in attachment.exact.parameters if one.heard is not segments
+    ]
     for module in _bypassed(model, run, ids, unheard):
         wrong[module] = "no output of it, or of a module around it, holds every token of the batch once"
     for one in attachment.exact.parameters:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import architectures
+from support import architectures, zoo
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec
@@ -176,4 +176,26 @@ def test_blt_without_what_its_encoder_hands_on(way: str) -> None:
     left_out = sketcher.coverage.uncovered
     assert left_out and all(name.startswith("model.local_encoder.") for name in left_out)
     want = architectures.exact("blt", tuple(left_out))
+    assert bool(((got - want).norm(dim=1) <= 1e-5 * want.norm(dim=1)).all())
+
+
+@pytest.mark.parametrize("segments", ["rows", "within a row"])
+def test_a_weight_that_a_hook_makes_before_the_call_is_formed(segments: str) -> None:
+    """torch.nn.utils.weight_norm: a hook before the call computes the weight from two parameters."""
+    torch.manual_seed(0)
+    model: Any = zoo.make("llama")
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(model.model.layers[0].mlp.up_proj)
+    batch = zoo.padded()
+    with (
+        torch.no_grad(),
+        GradientSketcher(model, architectures.SPEC) as sketcher,
+    ):  # a caller's no_grad does not apply
+        if segments == "rows":
+            got = batch.sketch(sketcher).sketches
+        else:
+            got = batch.sketch(
+                sketcher, segments=batch.segments[:, None].expand_as(batch.input_ids).contiguous()
+            ).sketches
+    want = zoo.sketches(model, zoo.gradients(model), architectures.SPEC)
     assert bool(((got - want).norm(dim=1) <= 1e-5 * want.norm(dim=1)).all())
