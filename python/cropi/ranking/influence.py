@@ -21,6 +21,7 @@ import torch
 from cropi.errors import CropiError, optional
 from cropi.ranking.contrast import names_without, without
 from cropi.ranking.products import in_order
+from cropi.ranking.table_rows import values_of
 from cropi.store.manifest import check_comparable, check_scaled, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
@@ -44,7 +45,7 @@ class Scores:
     ``meta["uncertainty"]`` the rest. ``store`` is the training prompts' store, where this call made the scores.
     """
 
-    rows: list[RowInfo]
+    rows: Sequence[RowInfo]
     sets: list[str]
     table: np.ndarray
     meta: dict[str, Any]
@@ -68,7 +69,7 @@ class Scores:
     @property
     def ids(self) -> list[str]:
         """The prompt ids."""
-        return [row.id for row in self.rows]
+        return values_of(self.rows, "id", np.arange(len(self.rows)))
 
     @property
     def self_influence(self) -> np.ndarray:
@@ -105,7 +106,9 @@ class Scores:
         if not isinstance(n, int) or n < 1:
             raise CropiError(f"n must be an integer of at least 1, got {n!r}")
         column = self.table[:, self.sets.index(set)]
-        order = sorted(np.flatnonzero(np.isfinite(column)), key=lambda i: (-column[i], self.rows[i].id))
+        order = sorted(
+            np.flatnonzero(np.isfinite(column)).tolist(), key=lambda i: (-column[i], self.rows[i].id)
+        )
         return [(self.rows[i].id, float(column[i])) for i in order[:n]]
 
     def to_pandas(self) -> Any:

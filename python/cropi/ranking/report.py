@@ -28,7 +28,7 @@ def plot_scores(path: str | Path, scores: Scores, selection: Selection) -> None:
     plt = optional("matplotlib.pyplot")
     usable = np.flatnonzero(scores.usable)
     chosen = np.isin(usable, selection.chosen)
-    rates = np.array([scores.rows[i].pass_rate for i in usable])
+    rates = np.array([scores.rows[i].pass_rate for i in usable.tolist()])
     metric = scores.meta.get("metric", "score")
     height = 2.6 * len(scores.sets) + 0.6
     figure, axes = plt.subplots(

@@ -13,6 +13,7 @@ import numpy as np
 from cropi.errors import CropiError
 from cropi.options import Selecting
 from cropi.ranking.shares import apportion, how_many, part_of, read_quotas, with_quotas
+from cropi.ranking.table_rows import values_of
 from cropi.ranking.values import FROM_SCORES, baseline, drawn_ties, order_of, ranks_of, value_of
 from cropi.store.shards import RowInfo
 
@@ -51,8 +52,8 @@ class Rule:
         self, rows: Sequence[RowInfo], usable: np.ndarray, options: Selecting | None = None, least: int = 0
     ) -> None:
         self.options = given = options or Selecting()
-        self.ids = [rows[i].id for i in usable]
-        self.rates = np.array([rows[i].pass_rate for i in usable])
+        self.ids = values_of(rows, "id", usable)
+        self.rates = np.array(values_of(rows, "pass_rate", usable))
         self.ties = ranks_of(self.ids)
         size = len(rows) if given.pool == "all" else len(usable)
         if given.count is not None and given.count > len(usable):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from cropi.errors import CropiError, optional
 from cropi.files import replacing
 from cropi.ranking.influence import Scores
 from cropi.ranking.selection import Selection
-from cropi.store.shards import RowInfo
+from cropi.ranking.table_rows import TableRows
 
 # What pyarrow and the lines below raise on a damaged file, beside Arrow's own errors.
 DAMAGED = (
@@ -74,9 +73,11 @@ def write_scores(path: str | Path, scores: Scores, selection: Selection | None =
     arrays = {k: pyarrow.array(v, kinds.get(k)) for k, v in columns_of(scores, selection).items()}
     table = pyarrow.table(arrays)
     meta = json.dumps(scores.meta | ({} if selection is None else {"selection": selection.settings}))
-    table = table.replace_schema_metadata({"cropi": meta, "cropi_sha256": _sealed(table, meta)})
+    table = table.replace_schema_metadata(
+        {"cropi": meta, "cropi_sha256": _sealed(table.schema, table.num_rows, meta)}
+    )
     with replacing(Path(path)) as temporary:
-        parquet.write_table(table, temporary, write_page_checksum=True)
+        parquet.write_table(table, temporary, write_page_checksum=True, row_group_size=1 << 16)
 
 
 def read_scores(path: str | Path) -> Scores:
@@ -91,13 +92,14 @@ def read_scores(path: str | Path) -> Scores:
             f"{file}: there is no such score table; make one with `cropi influence --out {file}`"
         )
     try:
-        table = parquet.read_table(file, page_checksum_verification=True)
-        metadata = table.schema.metadata or {}
-        text = metadata[b"cropi"].decode("utf-8")
-        meta = json.loads(text)
-        # Files of the first release have no checksum.
-        intact = metadata.get(b"cropi_sha256", _sealed(table, text).encode()).decode() == _sealed(table, text)
-        scores = _scores(table.to_pydict(), meta)
+        with parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as opened:
+            metadata = opened.schema_arrow.metadata or {}
+            text = metadata[b"cropi"].decode("utf-8")
+            meta = json.loads(text)
+            seal = _sealed(opened.schema_arrow, opened.metadata.num_rows, text)
+            # Files of the first release have no checksum.
+            intact = metadata.get(b"cropi_sha256", seal.encode()).decode() == seal
+            scores = _scores(opened, meta)
     except (*DAMAGED, optional("pyarrow").ArrowException) as error:
         raise CropiError(f"{file} is not a score table of this release ({error}); make it again") from error
     if not intact:
@@ -107,27 +109,28 @@ def read_scores(path: str | Path) -> Scores:
     return scores
 
 
-def _scores(columns: Mapping[str, list[Any]], meta: dict[str, Any]) -> Scores:
-    sets = [name[6:-1] for name in columns if name.startswith("score[")]
-    keys = [key for name, key in FIELDS.items()]
-    rows = [
-        RowInfo(
-            **dict(zip(keys, values, strict=True)),
-            # Files of the first release have no such columns.
-            extra={name: columns[name][n] for name in EXTRA if name in columns and columns[name][n] is not None},
-        )
-        for n, values in enumerate(zip(*(columns[name] for name in FIELDS), strict=True))
-    ]  # fmt: skip
+def _scores(file: Any, meta: dict[str, Any]) -> Scores:
+    """The table, read by batches: the whole of it as Arrow's takes as much memory again."""
+    schema, count = file.schema_arrow, file.metadata.num_rows
+    sets = [name[6:-1] for name in schema.names if name.startswith("score[")]
+    rows = TableRows(schema, count, FIELDS, EXTRA)
+    kinds = ["score", *(["stderr"] if sets and f"stderr[{sets[0]}]" in schema.names else [])]
+    numbers = {kind: np.empty((count, len(sets))) for kind in kinds}
+    drawn = np.empty(count) if "p_selected" in schema.names else None
+    for batch in file.iter_batches(65536):
+        begin = len(rows)
+        rows.add(batch)
+        for kind, table in numbers.items():
+            for v, name in enumerate(sets):
+                table[begin : len(rows), v] = batch.column(f"{kind}[{name}]").to_numpy(zero_copy_only=False)
+        if drawn is not None:
+            drawn[begin : len(rows)] = batch.column("p_selected").to_numpy(zero_copy_only=False)
+    if len(rows) != count:
+        raise ValueError(f"it holds {len(rows)} of {count} rows")
+    return Scores(rows, sets, numbers["score"], meta, numbers.get("stderr"), drawn)
 
-    def table(kind: str) -> np.ndarray:
-        return np.array([columns[f"{kind}[{name}]"] for name in sets], dtype=np.float64).T
 
-    sure = bool(sets) and f"stderr[{sets[0]}]" in columns
-    drawn = np.array(columns["p_selected"], dtype=np.float64) if "p_selected" in columns else None
-    return Scores(rows, sets, table("score"), meta, table("stderr") if sure else None, drawn)
-
-
-def _sealed(table: Any, meta: str) -> str:
+def _sealed(schema: Any, count: int, meta: str) -> str:
     """The SHA-256 of what pages do not hold: the columns' names and kinds, the number of rows, the metadata."""
-    kinds = [(field.name, str(field.type)) for field in table.schema]
-    return hashlib.sha256(json.dumps([kinds, table.num_rows, meta]).encode()).hexdigest()
+    kinds = [(field.name, str(field.type)) for field in schema]
+    return hashlib.sha256(json.dumps([kinds, count, meta]).encode()).hexdigest()

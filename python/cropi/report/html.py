@@ -281,7 +281,9 @@ def _policy(scores: Scores, markup: Any) -> dict[str, Any]:
                       ("clipped", "share of clipped tokens")):  # fmt: skip
         values = np.array([row.extra[key] for row in scores.rows if row.status == "ok" and key in row.extra])
         if len(values):
-            chosen = np.array([scores.rows[i].extra.get(key, np.nan) for i in np.flatnonzero(scores.usable)])
+            chosen = np.array(
+                [scores.rows[i].extra.get(key, np.nan) for i in np.flatnonzero(scores.usable).tolist()]
+            )
             charts.append({"name": name, "chart": markup(density(values, chosen[:0]))})
     return {"text": _policy_text(median, sample) + ".", "charts": charts}
 

@@ -1,0 +1,134 @@
+"""Rows of a score table by columns: a million prompts are held in the memory of their numbers and ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from cropi.store.rows import RowInfo
+
+
+class TableRows(Sequence[RowInfo]):
+    """The prompts of a score table that was read; a row is made when it is asked for.
+
+    Args:
+        schema: of the table.
+        count: how many there are.
+        fields: the attribute of a row by the name of its column.
+        extra: columns that go to ``row.extra`` where they are not null. Files of the first release have none.
+    """
+
+    def __init__(self, schema: Any, count: int, fields: dict[str, str], extra: Sequence[str]) -> None:
+        self.ids: list[str] = []
+        kinds = {
+            name: schema.field(name).type
+            for name in (*fields, *extra)
+            if name in schema.names or name in fields
+        }
+        self._columns = {key: _column(kinds[name], count) for name, key in fields.items() if key != "id"}
+        self._extra = {name: _column(kinds[name], count) for name in extra if name in kinds}
+        self._names = {key: name for name, key in fields.items()}
+
+    def add(self, batch: Any) -> None:
+        """Take the next rows, from an Arrow record batch."""
+        ids = batch.column(self._names["id"]).to_pylist()
+        if not all(type(one) is str for one in ids):
+            raise TypeError("an id is no text")
+        for key, column in self._columns.items():
+            column.fill(len(self.ids), batch.column(self._names[key]))
+        for name, column in self._extra.items():
+            column.fill(len(self.ids), batch.column(name))
+        self.ids += ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, place: int) -> RowInfo: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[RowInfo]: ...
+
+    def __getitem__(self, place: int | slice) -> RowInfo | list[RowInfo]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        held: dict[str, Any] = {key: column[place] for key, column in self._columns.items()}
+        extra = {name: value for name, column in self._extra.items() if (value := column[place]) is not None}
+        return RowInfo(self.ids[place], extra=extra, **held)
+
+    def __iter__(self) -> Iterator[RowInfo]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Sequence)
+            and len(self) == len(other)
+            and all(a == b for a, b in zip(self, other))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def values(self, key: str, places: np.ndarray) -> list[Any]:
+        """One attribute of some rows."""
+        if key == "id":
+            return [self.ids[i] for i in places.tolist()]
+        column = self._columns[key]
+        return [column[i] for i in places.tolist()]
+
+
+def values_of(rows: Sequence[RowInfo], key: str, places: np.ndarray) -> list[Any]:
+    """One attribute of some rows, without making whole rows where they are held by columns."""
+    if isinstance(rows, TableRows):
+        return rows.values(key, places)
+    return [getattr(rows[i], key) for i in places.tolist()]
+
+
+class _Texts:
+    """A column of few texts, or null: a number a row."""
+
+    def __init__(self, count: int) -> None:
+        self._numbers: dict[str | None, int] = {}
+        self._texts: list[str | None] = []
+        self._codes = np.empty(count, dtype=np.int32)
+
+    def fill(self, begin: int, column: Any) -> None:
+        coded = column.cast("string").dictionary_encode()
+        texts = [*coded.dictionary.to_pylist(), None]
+        for text in texts:
+            if text not in self._numbers:
+                self._numbers[text] = len(self._texts)
+                self._texts.append(text)
+        codes = np.array([self._numbers[text] for text in texts], dtype=np.int32)
+        own = coded.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)
+        self._codes[begin : begin + len(own)] = codes[own]
+
+    def __getitem__(self, place: int) -> str | None:
+        return self._texts[self._codes[place]]
+
+
+class _Numbers:
+    """A column of numbers, or null."""
+
+    def __init__(self, count: int, whole: bool) -> None:
+        self._values = np.empty(count, dtype=np.int64 if whole else np.float64)
+        self._missing: np.ndarray | None = None
+
+    def fill(self, begin: int, column: Any) -> None:
+        if column.null_count:
+            if self._missing is None:
+                self._missing = np.zeros(len(self._values), dtype=bool)
+            self._missing[begin : begin + len(column)] = column.is_null().to_numpy(zero_copy_only=False)
+        self._values[begin : begin + len(column)] = column.fill_null(0).to_numpy(zero_copy_only=False)
+
+    def __getitem__(self, place: int) -> int | float | None:
+        if self._missing is not None and self._missing[place]:
+            return None
+        value: int | float = self._values[place].item()
+        return value
+
+
+def _column(kind: Any, count: int) -> _Texts | _Numbers:
+    if kind in ("string", "large_string", "null"):
+        return _Texts(count)
+    return _Numbers(count, whole=kind == "int64")
