@@ -24,6 +24,7 @@ EXTRAS = {
     "ray": "ray",
     "datasets": "trl",
     "peft": "peft",
+    "shtab": "completion",
     "bitsandbytes": "quantize",
     "math_verify": "rollout",
 }

@@ -190,10 +190,12 @@ def test_prompts_alone_are_said_to_be_prompts(
     row: dict[str, Any], words: str, ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / f"p.{ending}", [row, row])
-    for command in (["info", str(path)], ["convert", str(path), "--out", str(tmp_path / "o.jsonl")]):
-        assert main(command) == 2
-        error = capsys.readouterr().err
-        assert words in error and "`cropi rollout`" in error
+    assert main(["convert", str(path), "--out", str(tmp_path / "o.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "`cropi rollout`" in error
+    assert main(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"prompts       {path}: 2 " in out and "`cropi rollout`" in out and "columns       " in out
 
 
 # -------------------------------------------------------------------------------------------------------- TRL

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
+from cropi.cli import manners
+from cropi.cli.manners import Plain, conclude, speaking
 from cropi.cli.parser import Parser, ShowVersion
 from cropi.errors import printable_lines
+
+__all__ = ["COMMANDS", "Plain", "main", "make_parser"]
 
 COMMANDS = {
     "rollout": "responses of a model to prompts, scored by a reward function: trajectories for all that follows",
@@ -27,40 +28,23 @@ COMMANDS = {
     "store": "merge, verify, compact or export stores of sketches",
     "bench": "what the kernels take on this machine, beside what it can do at most",
     "env": "versions, machine and kernels, for a report of a fault",
-    "info": "what a store, a score table or a trajectory file holds",
+    "info": "what a file or a folder holds: all that these commands read and write",
+    "completion": "a script by which bash or zsh completes commands, options and files",
 }
-
-
-class Plain:
-    """A stream whose control characters are escaped: ids, tasks and names come from files that others made."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """As a stream's, the whole text at once."""
-        self._stream.write(printable_lines(text))
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(words)
+    args = make_parser().parse_args(words)
     args.words = words[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without a prompt's letters must not end the work.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *rest, **more: print(
-                printable_lines(f"warning: {message}"), file=sys.stderr
-            )
-            with contextlib.redirect_stdout(Plain(sys.stdout)):
-                status: int = args.run(args)
+        with speaking(args):
+            status: int = args.run(args)
+        conclude(args, status)
         return status
     except KeyboardInterrupt:
         print(f"cropi {args.command}: stopped; what was stored is kept", file=sys.stderr)
@@ -73,10 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(printable_lines(f"cropi {args.command}: error: {error}"), file=sys.stderr)
+        conclude(args, 2, error)
         return 2
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The parser of all commands."""
     parser = Parser(
         prog="cropi",
         description="Choose the training prompts that help most, from stored rollouts, by sketched policy gradients.",
@@ -90,6 +76,6 @@ def _parser() -> Parser:
         )
         module = import_module(f"cropi.cli.{name}")
         module.add_options(command)
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        manners.add_options(command)
         command.set_defaults(run=module.run, parser=command)
     return parser

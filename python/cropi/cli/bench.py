@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from cropi.cli.manners import tell
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -21,9 +23,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rounds", type=int, default=7, metavar="N", help="medians are over so many rounds (default: 7)"
     )
-    command.add_argument("--json", metavar="FILE", help="write the figures, with machine and versions")
+    command.add_argument("--out", metavar="FILE.json", help="write the figures there, with machine and versions")
     command.add_argument(
-        "--compare", metavar="FILE", help="figures that --json wrote earlier, to stand beside"
+        "--compare", metavar="FILE", help="figures that --out wrote earlier, to stand beside"
     )
 
 
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.rounds < 1:
         args.parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    check_outputs({"--json": args.json}, {"--compare": [args.compare] if args.compare else []})
+    check_outputs({"--out": args.out}, {"--compare": [args.compare] if args.compare else []})
     before = None
     if args.compare:
         try:
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             of = before["device"], before["dtype"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CropiError(
-                f"--compare: {args.compare} is not what `cropi bench --json` wrote ({error})"
+                f"--compare: {args.compare} is not what `cropi bench --out` wrote ({error})"
             ) from error
         if of != (args.device, args.dtype):
             raise CropiError(
@@ -55,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
     print(about["processor"])
     table = measure(args.device, args.dtype, rounds=args.rounds)
     print("\n".join(table.lines(before)))
-    if args.json:
-        held = {"machine": about, "versions": versions(), "table": table.to_dict()}
-        write_atomic(Path(args.json), json.dumps(held, indent=2) + "\n")
-        print(f"figures       {args.json}")
+    held = {"machine": about, "versions": versions(), "table": table.to_dict()}
+    tell(args, **held)
+    if args.out:
+        write_atomic(Path(args.out), json.dumps(held, indent=2) + "\n")
+        print(f"figures       {args.out}")
     return 0

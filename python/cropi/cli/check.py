@@ -7,6 +7,7 @@ import json
 import sys
 
 from cropi.cli import options, sketch
+from cropi.cli.manners import tell
 from cropi.cli.parser import count
 from cropi.options import Reading, Sketching
 
@@ -28,7 +29,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "(default: auto, exact below 4 GB)",
     )  # fmt: skip
     command.add_argument("--out", metavar="FILE.json", help="write the figures there")
-    command.add_argument("--json", action="store_true", help="print the figures as JSON")
     options.add_model(command)
     options.add(command, Reading, Sketching, leave=("store_dtype", "shard_bytes", "stage", "limit"))
     options.add_progress(command)
@@ -59,5 +59,6 @@ def run(args: argparse.Namespace) -> int:
     figures = json.dumps(report.to_dict(), indent=2) + "\n"
     if args.out:
         write_atomic(Path(args.out), figures)
-    print(figures if args.json else report, end="" if args.json else "\n")
+    print(report)
+    tell(args, **report.to_dict())
     return 0 if report.ok else 1

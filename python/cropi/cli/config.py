@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cropi.cli.parser import Parser
-from cropi.errors import CropiError, did_you_mean, optional
+from cropi.errors import CropiError, did_you_mean, optional, printable
 
 # Options that make no sense inside a config file.
-UNUSABLE = ("config", "help")
+UNUSABLE = ("config", "help", "dry_run", "json", "quiet", "verbose", "debug")
+# What says nothing about the result.
+NOT_KEPT = (*UNUSABLE, "progress")
+CONFIG = "config.yaml"
 MOST_VALUES = 10_000
 
 
@@ -56,6 +61,41 @@ def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
     parser.parse_args(args.words, namespace=args)
 
 
+def write_config(args: argparse.Namespace, out: Path) -> Path:
+    """Write every option of a command to ``out``'s :data:`CONFIG`, for ``--config``.
+
+    Files that are there are named by their absolute paths, so that the file works from any folder.
+    """
+    import cropi
+    from cropi.files import write_atomic
+
+    parser: Parser = args.parser
+    held: dict[str, Any] = {}
+    for action in parser._actions:
+        if not action.option_strings or action.dest in NOT_KEPT:
+            continue
+        value = getattr(args, action.dest, None)
+        if value is None and action.default is not None:
+            value = "full"  # a width without a fold
+        if value is None or value == []:
+            continue
+        several = isinstance(value, (list, tuple))
+        held[action.dest] = [_absolute(one) for one in value] if several else _absolute(value)
+        if action.dest in ("out", "export"):
+            held[action.dest] = os.path.abspath(str(value))
+    text = optional("yaml").safe_dump(held, sort_keys=False, allow_unicode=True, width=120)
+    words = shlex.join(["cropi", args.command, *args.words])
+    head = f"# cropi {cropi.__version__}; made by: {printable(words)}\n"
+    head += f"# `cropi {args.command} --config {CONFIG}` repeats it\n"
+    path = out / CONFIG
+    write_atomic(path, head + text)
+    return path
+
+
+def _absolute(value: Any) -> Any:
+    return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+
 def _words(path: Path, key: str, value: Any, action: argparse.Action) -> list[str]:
     """One config entry as command-line words, so that both are checked by the same rules."""
     option = action.option_strings[-1]
@@ -73,6 +113,15 @@ def _words(path: Path, key: str, value: Any, action: argparse.Action) -> list[st
             raise CropiError(f"{path}: {key!r} takes one value, got {value!r}")
         return [f"{option}={values[0]}"]  # in one word, so that a value may begin with a dash
     return [option, *map(str, values)] if values else []
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What a config file holds, by the names of its options; tables are groups.
+
+    Raises:
+        CropiError: as :func:`apply_config`.
+    """
+    return _flat(path, _read(path))
 
 
 def _read(path: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from cropi.cli.manners import tell
 from cropi.cli.parser import positive
 from cropi.options import SOURCES
 
@@ -34,7 +35,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--keep", default="newest", choices=("newest", "all"),
-        help="of a prompt with rollouts of several steps: those of its last step, or all (needs log-probs)",
+        help="of a prompt with rollouts of several steps: those of its last step, or all (needs log-probs) "
+        "(default: newest)",
     )  # fmt: skip
     command.add_argument(
         "--skip-bad", action="store_true",
@@ -114,6 +116,10 @@ def run(args: argparse.Namespace) -> int:
         f"trajectories  {args.out}: {len(groups)} prompts, {sum(group.size for group in groups)} responses; token "
         f"ids in {exact} records, log-probs in {sum(group.logprobs is not None for group in groups)}"
     )
+    tell(
+        args, out=args.out, prompts=len(groups), responses=sum(group.size for group in groups), with_ids=exact,
+        with_logprobs=sum(group.logprobs is not None for group in groups), left_out=dict(left.counts),
+    )  # fmt: skip
     if left.counts:
         reasons = ", ".join(f"{count} by {name}" for name, count in sorted(left.counts.items()))
         print(f"left out      {left.counts.total()} samples: {reasons}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from cropi.cli import options
 from cropi.cli.config import apply_config
+from cropi.cli.manners import tell
 from cropi.cli.sketch import notes
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting, Sketching
@@ -74,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
         raise CropiError(f"{args.config}: the following options are required: {', '.join(missing)}")
     from cropi import curriculum
 
-    curriculum.run(make_plan(args))
+    plan = make_plan(args)
+    curriculum.run(plan)
+    tell(args, out=plan.out, stages=plan.stages)
     return 0
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
+
+from cropi.cli.manners import tell
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    command.add_argument("--json", action="store_true", help="print JSON")
+    """Declare the options: none of its own."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -16,9 +16,7 @@ def run(args: argparse.Namespace) -> int:
     from cropi.bench.machine import machine, versions
 
     found = versions() | machine()
-    if args.json:
-        print(json.dumps(found, indent=2))
-        return 0
+    tell(args, **found)
     width = max(map(len, found))
     for name, value in found.items():
         print(f"{name:<{width}}  {value}")

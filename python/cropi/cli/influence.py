@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from cropi.cli import options
+from cropi.cli.manners import tell
 from cropi.options import Influence
 
 
@@ -41,6 +42,10 @@ def run(args: argparse.Namespace) -> int:
     write_scores(args.out, scores)
     print(line(scores, given.metric, args.out))
     print(sure(scores))
+    tell(
+        args, scores=args.out, prompts=len(scores.rows), usable=int(scores.usable.sum()), sets=scores.sets,
+        metric=given.metric, uncertainty=scores.meta.get("uncertainty"),
+    )  # fmt: skip
     return 0
 
 

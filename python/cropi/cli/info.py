@@ -1,4 +1,4 @@
-"""``cropi info``: what a store, a score table or a trajectory file holds."""
+"""``cropi info``: what a file or a folder holds, of all that these commands read and write."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from cropi.cli import options
+from cropi.cli.manners import tell
 from cropi.errors import printable
 from cropi.options import Reading
+from cropi.store.manifest import MANIFEST
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
     command.add_argument(
-        "path", help="a store's folder, a score table (.parquet) or trajectories (in any format that is read)"
+        "path",
+        help="trajectories and prompts in any format that is read, trainers' dumps, stores, score tables, selections, "
+        "exports, reports, configs, and the folders of `cropi run` and `cropi curriculum`",
     )
     options.add(command, Reading)
     command.add_argument("--verify", action="store_true", help="read every shard and check its checksum")
@@ -41,7 +46,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="whose tokenizer and chat template make the tokens (for --show-tokens)",
     )
     tokens.add_argument(
-        "--chat-template", default="auto", metavar="auto|none|FILE", help="as for cropi sketch"
+        "--chat-template",
+        default="auto",
+        metavar="auto|none|FILE",
+        help="as for cropi sketch (default: auto)",
     )
     tokens.add_argument("--template-date", metavar="YYYY-MM-DD", help="as for cropi sketch")
     tokens.add_argument("--no-eos", dest="eos", action="store_false", help="as for cropi sketch")
@@ -49,18 +57,35 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe whatever the path is."""
-    from cropi.data.tables import is_saved
-
     path = Path(args.path)
     if args.show_tokens is not None:
         _tokens(args)
-    elif path.is_dir() and not is_saved(path):
-        _store(path, args.verify)
-    elif path.suffix == ".parquet" and _is_scores(path):
-        _scores(path)
-    else:
-        _trajectories(args)
+        return 0
+    found = _described(args, path)
+    tell(args, path=args.path, **found)
     return 0
+
+
+def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    from cropi.cli import contents
+    from cropi.data.tables import is_saved
+
+    if path.is_dir() and not is_saved(path):
+        found = contents.describe_folder(path)
+        if found is not None:
+            return found
+        if (path / MANIFEST).exists() or not any(one.is_file() for one in path.iterdir()):
+            return _store(path, args.verify)
+        return _trajectories(args)  # a trainer's dumps
+    if path.suffix == ".parquet" and _is_scores(path):
+        return _scores(path)
+    if args.source == "auto" and not args.columns:
+        found = contents.describe_file(path)
+        if found is None and path.exists():
+            found = contents.describe_rows(path)
+        if found is not None:
+            return found
+    return _trajectories(args)
 
 
 def _is_scores(path: Path) -> bool:
@@ -101,7 +126,7 @@ def _tokens(args: argparse.Namespace) -> None:
         print("\n".join(token_lines(tokens(group), tokenizer)))
 
 
-def _store(path: Path, verify: bool) -> None:
+def _store(path: Path, verify: bool) -> dict[str, Any]:
     from cropi.store.shards import FAILED
     from cropi.store.store import SketchStore
 
@@ -124,9 +149,13 @@ def _store(path: Path, verify: bool) -> None:
             print(f"  failed      {printable(row.id)}: {row.reason}")
     if verify:
         print(f"checksums     {store.verify()} shards are intact")
+    return {
+        "kind": "store", "prompts": len(store), "expected": store.expected, "manifest": store.manifest,
+        "status": dict(Counter(row.status for row in rows)), "verified": verify,
+    }  # fmt: skip
 
 
-def _scores(path: Path) -> None:
+def _scores(path: Path) -> dict[str, Any]:
     from cropi.ranking.table import read_scores
 
     scores = read_scores(path)
@@ -135,9 +164,13 @@ def _scores(path: Path) -> None:
         column = scores.table[scores.usable, v]
         print(f"{name:<13} lowest {column.min():.4f}, mean {column.mean():.4f}, highest {column.max():.4f}")
     print(json.dumps(scores.meta, indent=2))
+    return {
+        "kind": "scores", "prompts": len(scores.rows), "usable": int(scores.usable.sum()), "sets": scores.sets,
+        "meta": scores.meta,
+    }  # fmt: skip
 
 
-def _trajectories(args: argparse.Namespace) -> None:
+def _trajectories(args: argparse.Namespace) -> dict[str, Any]:
     from cropi.data.readers import read
     from cropi.data.scan import scan
 
@@ -154,3 +187,9 @@ def _trajectories(args: argparse.Namespace) -> None:
     for error in found.bad:
         print(f"bad record    {error}")
     print(f"fingerprint   {found.fingerprint}")
+    return {
+        "kind": "trajectories", "prompts": found.prompts, "responses": found.responses, "usable": found.usable,
+        "without_gradient": dict(found.without_gradient), "sets": found.sets, "with_ids": found.with_ids,
+        "with_logprobs": found.with_logprobs, "bad": [str(error) for error in found.bad],
+        "fingerprint": found.fingerprint,
+    }  # fmt: skip

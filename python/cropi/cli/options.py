@@ -97,6 +97,14 @@ def opened(args: argparse.Namespace, given: Any, policy: Any = None) -> Any:
     )
 
 
+def add_dry_run(command: argparse.ArgumentParser) -> None:
+    """Whether the work is done, or only said."""
+    command.add_argument(
+        "--dry-run", action="store_true",
+        help="check everything, try a few prompts, and say how many prompts, tokens, seconds and bytes it would take",
+    )  # fmt: skip
+
+
 def add_progress(command: argparse.ArgumentParser) -> None:
     """Whether progress is shown."""
     command.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bars")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from cropi.cli.manners import tell
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -23,5 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the page, and say where it is."""
     from cropi.report.folder import report_folder
 
-    print(f"report        {report_folder(args.folder, args.out, check=args.check)}")
+    made = report_folder(args.folder, args.out, check=args.check)
+    print(f"report        {made}")
+    tell(args, report=made)
     return 0

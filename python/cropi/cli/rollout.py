@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from cropi.cli import options
+from cropi.cli.manners import tell
 from cropi.options import Loading
 from cropi.rollouts.options import Rollout
 
@@ -44,8 +46,13 @@ def run(args: argparse.Namespace) -> int:
         {"--out": args.out}, {"--prompts": args.prompts, "--reward": [args.reward.rpartition(":")[0]]}
     )
     loading = vars(options.made(Loading, args))
-    policy = Policy(args.model, progress=args.progress, **loading)
+    policy = Policy(args.model, progress=args.progress and sys.stderr.isatty(), **loading)
     job = make_job(policy, args.prompts, args.reward, options.made(Rollout, args), loading)
     report = run_job(job, args.out, say=print, progress=args.progress)
     print(report.text())
+    tell(
+        args,
+        out=args.out,
+        **{name: value for name, value in vars(report).items() if not name.startswith("_")},
+    )
     return 0

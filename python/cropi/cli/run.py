@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cropi.cli import exporting, influence, options, ranks, select, sketch
-from cropi.cli.config import apply_config
-from cropi.errors import optional
+from cropi.cli import dry, exporting, influence, options, ranks, select, sketch
+from cropi.cli.config import CONFIG, apply_config, write_config
+from cropi.cli.manners import tell
+from cropi.errors import CropiError, optional
 from cropi.options import Influence, Reading, Selecting, Sketching
 
 
@@ -38,6 +39,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="write no report.html (`cropi report` writes it later)",
     )
     exporting.add_options(command)
+    options.add_dry_run(command)
     options.add_progress(command)
 
 
@@ -78,11 +80,20 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
             checked = pipeline.check(policy, train, valid, setup)
             exporting.check(args, checked.train.groups)
             print(sketch.placed(args, policy))
+            if args.dry_run:
+                parts = [*checked.valid, checked.train]
+                return dry.show(
+                    args, policy, [(p.name, p.groups, setup.job, out / "sketches" / p.name) for p in parts]
+                )
+            write_config(args, out)
             chosen = pipeline.choose(
                 policy, train, valid, setup, out, checked=checked, say=print, progress=args.progress
             )
         else:
             from cropi.distributed import ranks as together
+
+            if args.dry_run:
+                raise CropiError("--dry-run is for one process: run it without a launcher")
 
             def check() -> Any:
                 found = pipeline.check(policy, train, valid, setup)
@@ -93,6 +104,7 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
             checked = team.agree(check)
             if team.first:
                 print(sketch.placed(args, policy, team.world))
+                write_config(args, out)
             stores = pipeline.sketch_all(
                 policy, checked, setup.job, lambda name: out / "sketches" / name,
                 say=print, progress=args.progress,
@@ -129,6 +141,12 @@ def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> Non
         print(f"report        {report_folder(out, every_text=False)}")
     stores = [out / "sketches" / part.name for part in (checked.train, *checked.valid)]
     print(f"sketches      {', '.join(map(str, stores))}")
+    tell(
+        args, out=out, scores=out / "scores.parquet", selected=chosen.ids, prompts=len(chosen.scores.rows),
+        usable=int(chosen.scores.usable.sum()), sets=chosen.scores.sets, method=chosen.method, stores=stores,
+        report=out / "report.html" if args.report else None, config=out / CONFIG,
+        uncertainty=chosen.scores.meta.get("uncertainty"), export=args.export,
+    )  # fmt: skip
 
 
 def file_stem(path: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.cli import exporting, options
+from cropi.cli.manners import tell
 from cropi.options import Selecting
 
 
@@ -83,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
     written = Written(args.out, args.plot, args.out_trajectories, args.table)
     show(chosen, written, _groups(args))
     exporting.write(args, chosen, _groups(args))
+    tell(
+        args, out=args.out, selected=chosen.ids, prompts=len(chosen.scores.rows), method=chosen.method,
+        export=args.export, records=args.out_trajectories, plot=args.plot,
+    )  # fmt: skip
     return 0
 
 

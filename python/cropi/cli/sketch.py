@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cropi.cli import options, ranks
+from cropi.cli import dry, options, ranks
+from cropi.cli.manners import tell
 from cropi.cli.parser import count, shard
 from cropi.errors import CropiError
 from cropi.options import Reading, Sketching
@@ -33,6 +34,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=count, metavar="N", help="workers of Ray at most (default: all)")
     options.add_model(command)
     options.add(command, Reading, Sketching)
+    options.add_dry_run(command)
     options.add_progress(command)
 
 
@@ -41,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.model:
         args.parser.error("the following arguments are required: --model")
     if args.ray is not None:
+        if args.dry_run:
+            raise CropiError("--dry-run is for one process: leave --ray out")
         return _on_ray(args)
     if args.workers is not None:
         raise CropiError(f"--workers {args.workers} is for --ray ADDRESS: give both")
@@ -81,12 +85,15 @@ def _on_ray(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, team: Any) -> int:
-    from cropi.sketching.run import scan_groups, sketch
+    from cropi.data.readers import read
+    from cropi.sketching.run import check_tokens, scan_groups, sketch
 
     policy, job = _inputs(args)
     if team is not None:
         from cropi.distributed import ranks as together
 
+        if args.dry_run:
+            raise CropiError("--dry-run is for one process: run it without a launcher")
         if args.shard is not None:
             raise CropiError(
                 f"--shard {args.shard[0]}/{args.shard[1]} is for processes without a launcher, and WORLD_SIZE="
@@ -99,8 +106,16 @@ def _run(args: argparse.Namespace, team: Any) -> int:
             return 130 if summary.interrupted else 0
     else:
         job = replace(job, shard=args.shard)
+        if args.dry_run:
+            job = replace(
+                job, trajectories=read(job.trajectories, skip_bad=job.skip_bad, columns=job.columns)
+            )
         scan = scan_groups(policy, job)  # before the time that loading the weights takes is spent
+        if args.dry_run:
+            check_tokens(policy, job, job.trajectories, scan)
         print(placed(args, policy))
+        if args.dry_run:
+            return dry.show(args, policy, [("prompts", job.trajectories, job, args.out)])
         summary = sketch(policy, job, scan=scan, progress=args.progress)
     return _said(args, summary)
 
@@ -109,6 +124,7 @@ def _said(args: argparse.Namespace, summary: Any) -> int:
     from cropi.sketching.interrupt import Interrupted
 
     print(summary.text())
+    tell(args, **summary.to_dict())
     if summary.interrupted:
         return stopped(args, Interrupted(args.out, summary))
     print(f"sketches      {args.out}")
@@ -122,7 +138,7 @@ def policies(args: argparse.Namespace) -> tuple[Any, Any]:
     named = {
         "dtype": args.dtype, "device": args.device, "eos": args.eos, "trust_remote_code": args.trust_remote_code,
         "attn_implementation": args.attn_implementation,
-        "progress": args.progress,
+        "progress": args.progress and sys.stderr.isatty(),
     }  # fmt: skip
     behaviour = Policy(args.behaviour_model, **named) if args.behaviour_model else None
     own = {name: getattr(args, name) for name in ("quantize", "adapter", "revision")}  # of the policy alone

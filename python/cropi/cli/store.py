@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from cropi.cli import manners
+from cropi.cli.manners import tell
 from cropi.cli.parser import count
 
 _SIZE = 1 << 28
@@ -43,9 +45,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def _action(
     actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str
 ) -> argparse.ArgumentParser:
-    return actions.add_parser(
+    action = actions.add_parser(
         name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False
     )
+    manners.add_options(action, inner=True)
+    return action
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +61,7 @@ def _merge(args: argparse.Namespace) -> int:
     from cropi.store.merge import merge
 
     made = merge(args.out, args.stores, shard_bytes=args.shard_bytes)
+    tell(args, out=args.out, prompts=len(made), stores=args.stores)
     print(f"merged        {len(made)} prompts of {len(args.stores)} stores: {args.out}")
     return 0
 
@@ -66,6 +71,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     for path in args.stores:
         store = SketchStore.open(path)
+        tell(args, **{str(path): {"prompts": len(store), "expected": store.expected}})
         part = "" if len(store) >= store.expected else f" of {store.expected} (unfinished)"
         print(f"checksums     {store.verify()} shards with {len(store)} prompts{part} are intact: {path}")
     return 0
@@ -76,6 +82,7 @@ def _compact(args: argparse.Namespace) -> int:
 
     with SketchStore.resume(args.store, shard_bytes=args.shard_bytes) as store:
         before, after = store.compact()
+    tell(args, store=args.store, shards_before=before, shards=after)
     print(f"compacted     {before} shards to {after}: {args.store}")
     return 0
 
@@ -84,6 +91,8 @@ def _export(args: argparse.Namespace) -> int:
     from cropi.store.export import export
     from cropi.store.store import SketchStore
 
-    for path in export(SketchStore.open(args.store), args.out, to=args.to, normalise=args.normalise):
+    made = export(SketchStore.open(args.store), args.out, to=args.to, normalise=args.normalise)
+    tell(args, exported=made)
+    for path in made:
         print(f"exported      {path}")
     return 0

@@ -370,6 +370,19 @@ def first_row(path: str | Path) -> tuple[str, dict[str, Any]]:
     raise CropiError(f"{path}: the file holds no trajectory record (one JSON object a line is expected)")
 
 
+def rows_without_checks(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file or a folder of ``save_to_disk`` as dictionaries, whatever they hold.
+
+    Raises:
+        CropiError: not a file that is read.
+        RecordError: a row is no JSON object.
+    """
+    state = _State({}, None)
+    for source in sources_of(path):
+        for where, _, row in state._told(source.rows(), False):
+            yield state._dictionary(row, where)
+
+
 def _chained(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
     yield first
     yield from rows

@@ -122,7 +122,7 @@ class _Driver:
 
     def __init__(self, ray: Any, make: Make, out: Path, kind: str, progress: bool, on_chunk: Any) -> None:
         self.ray, self.make, self.out, self.kind, self.on_chunk = ray, make, out, kind, on_chunk
-        self.bar = optional("tqdm.auto").tqdm(desc=out.name, unit="chunk", disable=not progress)
+        self.bar = optional("tqdm.auto").tqdm(desc=out.name, unit="chunk", disable=None if progress else True)
         self.refs: dict[Any, _Held] = {}
         self.idle: list[_Held] = []
         self.store: SketchStore | None = None

@@ -119,7 +119,12 @@ def _sample(
 
     by_id, total = {prompt.id: prompt for prompt in job.prompts}, 0.0
     bar = optional("tqdm.auto").tqdm(
-        total=len(requests), initial=done, desc="rollout", unit="prompt", disable=not progress, smoothing=0.1
+        total=len(requests),
+        initial=done,
+        desc="rollout",
+        unit="prompt",
+        disable=None if progress else True,
+        smoothing=0.1,
     )
     with bar:
         for batch in job.engine.plan(requests, job.n):

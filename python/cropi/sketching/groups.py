@@ -190,4 +190,5 @@ def _checked(
 
 def _bar(total: int | None, name: str, progress: bool) -> Any:
     bar = optional("tqdm.auto").tqdm
-    return bar(total=total, desc=name, unit="prompt", disable=not progress, smoothing=0.1)
+    # None: no bar where standard error is no terminal
+    return bar(total=total, desc=name, unit="prompt", disable=None if progress else True, smoothing=0.1)

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,6 +59,18 @@ class Summary:
             self.failed.append((row.id, row.reason))
         else:
             self.skipped[row.reason] += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in JSON's types."""
+        return {
+            "store": str(self.out), "read": self.read, "stored_before": self.resumed, "sketched": self.sketched,
+            "skipped": dict(self.skipped), "failed": dict(self.failed), "bad_records": self.bad_records,
+            "model_tokens": self.model_tokens, "scored_tokens": self.scored_tokens, "seconds": dict(self.seconds),
+            "wall_seconds": self.wall, "peak_gib": self.peak_gib, "behaviour": self.behaviour,
+            "ratio": self.health.ratio if self.health.tokens else None,
+            "ess": self.health.ess if self.health.tokens else None,
+            "clipped": self.health.clipped if self.health.tokens else None, "interrupted": self.interrupted,
+        }  # fmt: skip
 
     def text(self) -> str:
         """A few lines for the terminal."""

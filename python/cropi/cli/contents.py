@@ -1,0 +1,230 @@
+"""What the smaller files and folders hold that these commands write: told by what stands in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cropi.errors import CropiError, printable
+
+# Keys by which a JSON object is what `cropi check --out` wrote.
+CHECK = {"error", "theory", "findings", "method"}
+
+
+def told(lines: Iterable[str], kind: str, **figures: Any) -> dict[str, Any]:
+    """Print what was found; and the same for ``--json``."""
+    for line in lines:
+        print(printable(line))
+    return {"kind": kind, **figures}
+
+
+def describe_folder(path: Path) -> dict[str, Any] | None:
+    """What ``cropi run`` or a curriculum wrote, or a folder of dumps; None: a store."""
+    from cropi.curriculum.state import NAME
+    from cropi.store.manifest import MANIFEST
+
+    if (path / MANIFEST).is_file():
+        return None
+    if (path / NAME).is_file():
+        return _curriculum(path, path / NAME)
+    if any((path / name).exists() for name in ("scores.parquet", "selected.jsonl", "sketches")):
+        return _run(path)
+    return None
+
+
+def describe_file(path: Path) -> dict[str, Any] | None:
+    """A file that holds no trajectories; None: it may."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head.startswith(b"\x89PNG"):
+        return told([f"picture       {path} (PNG)"], "picture")
+    if head.startswith(b"\x93NUMPY"):
+        return _matrix(path)
+    if b"<!doctype html" in head[:200].lower():
+        return _page(path, head)
+    if path.suffix in (".yaml", ".yml", ".toml"):
+        return _config(path)
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if start in (b"{", b"[") and path.stat().st_size < 2**26:
+        return _json(path)
+    if path.suffix == ".txt" or (
+        start and start not in (b"{", b"[") and b"\x00" not in head and path.suffix == ""
+    ):
+        return _ids(path)
+    return None
+
+
+def describe_rows(path: str | Path) -> dict[str, Any] | None:
+    """Rows that are no trajectories: a selection, prompts alone, exported sketches; None: they may be trajectories."""
+    from cropi.data.forms import is_prompt
+    from cropi.data.readers import first_row, rows_without_checks
+    from cropi.errors import RecordError
+
+    try:
+        _, row = first_row(path)
+    except (RecordError, CropiError):
+        return None
+    keys = {key for key, value in row.items() if value is not None}
+    if {"id", "rank"} <= keys and keys & {"fused", "value"}:
+        return _selection(path, list(rows_without_checks(path)))
+    if {"id", "row", "norm"} <= keys and not keys & {"prompt", "responses"}:
+        count = sum(1 for _ in rows_without_checks(path))
+        return told([f"rows          {path}: the prompts of {count} rows of a matrix"], "rows", prompts=count)
+    if "sketch" in keys and "id" in keys:
+        count = sum(1 for _ in rows_without_checks(path))
+        size = len(row["sketch"])
+        return told(
+            [f"sketches      {path}: {count} rows of {size} numbers"], "sketches", prompts=count, dim=size
+        )
+    if {"prompt", "reward_model"} <= keys and not keys & {"responses", "rewards", "response_ids"}:
+        return _prompts(path, row, "prompts of verl", rows_without_checks(path))
+    if {"custom_id", "body"} <= keys:
+        return _prompts(path, row, "requests of a batch", rows_without_checks(path))
+    if is_prompt(row):
+        return _prompts(path, row, "prompts", rows_without_checks(path))
+    return None
+
+
+def _prompts(path: Any, row: Mapping[str, Any], what: str, rows: Iterable[Any]) -> dict[str, Any]:
+    count = sum(1 for _ in rows)
+    return told(
+        [f"prompts       {path}: {count} {what}, without responses; `cropi rollout` samples and scores them",
+         f"columns       {', '.join(map(str, row))}"],
+        "prompts", prompts=count, columns=list(map(str, row)),
+    )  # fmt: skip
+
+
+def _selection(path: Any, rows: list[Any]) -> dict[str, Any]:
+    sets = list(rows[0].get("scores") or [key for key in rows[0] if key.startswith("score[")])
+    how = f" by {rows[0]['method']}" if "method" in rows[0] else ""
+    return told(
+        [f"selection     {path}: {len(rows)} prompts{how}, best first: {', '.join(str(r['id']) for r in rows[:5])}"
+         + (", ..." if len(rows) > 5 else ""), f"sets          {', '.join(map(str, sets))}"],
+        "selection", selected=len(rows), method=rows[0].get("method"), stage=rows[0].get("stage"),
+    )  # fmt: skip
+
+
+def _run(path: Path) -> dict[str, Any]:
+    from cropi.ranking.selection import read_selection
+    from cropi.ranking.table import read_scores
+    from cropi.store.store import SketchStore
+
+    lines, found = [f"run           {path}"], dict[str, Any]()
+    stores = (
+        sorted(p for p in (path / "sketches").glob("*") if p.is_dir()) if (path / "sketches").is_dir() else []
+    )
+    for folder in stores:
+        store = SketchStore.open(folder)
+        part = (
+            ""
+            if len(store) >= store.expected
+            else f" of {store.expected} (unfinished; the same command goes on)"
+        )
+        lines.append(f"sketches      {folder.name}: {len(store)} prompts{part}")
+        found.setdefault("stores", {})[folder.name] = {"prompts": len(store), "expected": store.expected}
+    if (path / "scores.parquet").is_file():
+        scores = read_scores(path / "scores.parquet")
+        found |= {"prompts": len(scores.rows), "usable": int(scores.usable.sum()), "sets": scores.sets}
+        lines.append(
+            f"scores        {int(scores.usable.sum())} of {len(scores.rows)} prompts against "
+            f"{', '.join(map(repr, scores.sets))}"
+        )
+    if (path / "selected.jsonl").is_file():
+        found["selected"] = len(read_selection(path / "selected.jsonl"))
+        lines.append(f"selected      {found['selected']} prompts")
+    else:
+        lines.append("unfinished    nothing is selected yet; the same command goes on")
+    rest = [
+        name for name in ("config.yaml", "check.json", "report.html", "scores.png") if (path / name).exists()
+    ]
+    if rest:
+        lines.append(f"beside        {', '.join(rest)}")
+    return told(lines, "run", **found)
+
+
+def _curriculum(path: Path, state: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(state.read_text("utf-8"))
+        done = [(int(entry["stage"]), str(entry["step"]), float(entry["seconds"])) for entry in data["done"]]
+        started = data.get("started")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CropiError(f"{state} is damaged ({error})") from error
+    lines = [f"curriculum    {path}: {len({stage for stage, *_ in done})} stages begun"]
+    lines += [f"  stage {stage:<5} {step}: {seconds:.1f} s" for stage, step, seconds in done]
+    if started:
+        lines.append(
+            f"unfinished    stage {started['stage']}, {started['step']}; the same command goes on with it"
+        )
+    return told(
+        lines, "curriculum", done=[{"stage": a, "step": b, "seconds": c} for a, b, c in done], started=started
+    )
+
+
+def _matrix(path: Path) -> dict[str, Any]:
+    import numpy as np
+
+    try:
+        held = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise CropiError(f"{path} is a damaged NumPy file, or holds objects ({str(error)[:200]})") from error
+    shape = list(held.shape)
+    return told(
+        [f"matrix        {path}: {shape} {held.dtype} (NumPy)"], "matrix", shape=shape, dtype=str(held.dtype)
+    )
+
+
+def _page(path: Path, head: bytes) -> dict[str, Any]:
+    title = re.search(rb"<title>(.*?)</title>", head, re.S | re.I)
+    words = title[1].decode("utf-8", "replace").strip() if title else "a page"
+    return told([f"page          {path}: {words}"], "page", title=words)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    from cropi.cli.config import read_config
+
+    held = read_config(path)
+    return told(
+        [f"config        {path}", *(f"{name:<22} {value}" for name, value in held.items())],
+        "config",
+        options=held,
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        held = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None  # lines, or damaged: whoever reads records says how
+    if isinstance(held, dict) and held.keys() >= CHECK:
+        lines = [
+            f"check         {path}: error {held['error']:.4f}, theory {held['theory']:.4f} ({held['method']})"
+        ]
+        lines += [
+            f"{one.get('level', ''):<8}  {one.get('name')}  {one.get('text')}" for one in held["findings"]
+        ]
+        return told(lines, "check", error=held["error"], theory=held["theory"], findings=held["findings"])
+    if isinstance(held, list) and held and all(type(one) is int for one in held):
+        return told(
+            [f"indices       {path}: {len(held)} row numbers of a dataset, best first"],
+            "indices",
+            rows=len(held),
+        )
+    if isinstance(held, list) and held and all(isinstance(one, (int, float)) for one in held):
+        some = sum(one > 0 for one in held)
+        return told(
+            [f"weights       {path}: {len(held)} rows of a dataset, {some} above 0, sum {sum(held):.4g}"],
+            "weights", rows=len(held), above_zero=some, sum=sum(held),
+        )  # fmt: skip
+    return None
+
+
+def _ids(path: Path) -> dict[str, Any] | None:
+    from cropi.ranking.selection import read_selection
+
+    ids = read_selection(path)
+    return told([f"ids           {path}: {len(ids)} prompts: {', '.join(ids[:5])}"], "ids", ids=len(ids))

@@ -1,0 +1,128 @@
+"""``--dry-run``: everything is checked, a few prompts are sketched in memory, and what the whole would take is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+# Enough for a rate, few enough for seconds.
+TRIED = 6
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "int1": 1}
+
+
+@dataclass
+class Cost:
+    """What sketching some prompts takes: prompts with a gradient, their tokens, seconds on this machine, bytes."""
+
+    prompts: int = 0
+    stored: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def line(self, name: str) -> str:
+        """In words."""
+        before = f" ({self.stored} more are stored already)" if self.stored else ""
+        return (
+            f"{name:<13} {self.prompts} prompts{before}, {self.tokens:,} tokens, about {in_words(self.seconds)} on "
+            f"this machine, {self.bytes / 1e9:.3g} GB of sketches"
+        )
+
+
+def in_words(seconds: float) -> str:
+    """A time."""
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, Cost]:
+    """What each part takes, by its name.
+
+    Args:
+        policy: its weights are loaded.
+        parts: name, groups, job and the folder of the store (or None).
+    """
+    from cropi.sketching.job import make_tokenize
+    from cropi.sketching.run import sketch
+
+    found: dict[str, Cost] = {}
+    rate = 0.0
+    for name, groups, job, out in parts:
+        tokens = make_tokenize(policy, job)
+        stored = _stored(out)
+        cost = found[name] = Cost(stored=len(stored))
+        few: list[Any] = []
+        sizes: list[int] = []
+        for group, size in _sizes(islice(groups.each(), job.limit), tokens, job.skip_bad):
+            if group.id in stored:
+                continue
+            cost.prompts += 1
+            cost.tokens += size
+            if len(few) < TRIED:
+                few.append(group)
+                sizes.append(size)
+        if few and not rate:
+            tried = replace(
+                job, trajectories=few, out=None, limit=None, shard=None, columns=None, behaviour_check="off"
+            )
+            summary = sketch(policy, tried, progress=False)
+            rate = sum(sizes) / max(summary.wall, 1e-9)
+        cost.seconds = cost.tokens / rate if rate else 0.0
+        cost.bytes = cost.prompts * job.spec.dim * BITS[job.store_dtype] // 8
+    return found
+
+
+def _sizes(groups: Any, tokens: Any, skip_bad: bool) -> Iterator[tuple[Any, int]]:
+    """Prompts with a gradient, and how many tokens they and their responses have."""
+    from cropi.data.rewards import no_gradient_reason
+    from cropi.errors import RecordError
+    from cropi.gradient.tokenize import TooLong
+
+    for group in groups:
+        if no_gradient_reason(group.rewards) is not None:
+            continue
+        prompt, responses = group.lengths
+        if prompt is None or responses is None:
+            try:
+                made = tokens(group)
+            except TooLong:
+                continue
+            except RecordError:
+                if skip_bad:
+                    continue
+                raise
+            prompt, responses = len(made.prompt), list(map(len, made.responses))
+        yield group, prompt + sum(responses)
+
+
+def _stored(out: Any) -> set[str]:
+    """The ids of the prompts that a store holds; none where there is no store."""
+    from pathlib import Path
+
+    from cropi.store.manifest import MANIFEST
+    from cropi.store.store import SketchStore
+
+    if out is None or not (Path(out) / MANIFEST).is_file():
+        return set()
+    return {row.id for row in SketchStore.open(out).rows()}
+
+
+def show(args: Any, policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> int:
+    """Print what each part would take, and all of them together; the exit status."""
+    from cropi.cli.manners import tell
+
+    found = costs(policy, parts)
+    for name, cost in found.items():
+        print(cost.line(name))
+    if len(found) > 1:
+        whole = Cost(
+            *(sum(getattr(cost, key) for cost in found.values()) for key in Cost.__dataclass_fields__)
+        )
+        print(whole.line("together"))
+    print("nothing was written (--dry-run)")
+    tell(args, dry_run={name: vars(cost) for name, cost in found.items()})
+    return 0
