@@ -23,7 +23,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rounds", type=int, default=7, metavar="N", help="medians are over so many rounds (default: 7)"
     )
-    command.add_argument("--out", metavar="FILE.json", help="write the figures there, with machine and versions")
+    command.add_argument(
+        "--out", metavar="FILE.json", help="write the figures there, with machine and versions"
+    )
     command.add_argument(
         "--compare", metavar="FILE", help="figures that --out wrote earlier, to stand beside"
     )
