@@ -24,7 +24,7 @@ from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage, uncovered
 from .decoder import SplitModel, split_model
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
-from .hooks import start_graph
+from .hooks import checkpointed, start_graph
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import scored_tokens
 from .lengths import Lengths, check_lengths
@@ -141,7 +141,9 @@ class GradientSketcher:
         self._thawed = [p for p in self.model.parameters() if p.requires_grad]
         for p in self._thawed:
             p.requires_grad_(False)
-        self._embeddings = embeddings if isinstance(embeddings, nn.Module) else None
+        # Else the graph starts at the first tapped module: what lies before it is not passed back through.
+        needed = isinstance(embeddings, nn.Module) and checkpointed(self.model)
+        self._embeddings = embeddings if needed else None
         self._hook()
         return self
 
@@ -335,7 +337,8 @@ class GradientSketcher:
                         whole,
                     )
                 middle = mark()
-                hidden.backward(grad)
+                if hidden.requires_grad:  # else nothing of the decoder is tapped
+                    hidden.backward(grad)
                 scales.restore(self._acc.out)
                 end = mark()
                 self._acc.out[failed_segments(logprobs, used, scored)] = float("nan")

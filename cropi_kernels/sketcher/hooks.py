@@ -68,6 +68,11 @@ class _Start(torch.autograd.Function):
         return None
 
 
+def checkpointed(model: torch.nn.Module) -> bool:
+    """Whether layers may be checkpointed, the older way of which needs an input with a graph."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def start_graph(module: torch.nn.Module, args: Any, output: Any) -> Any:
     """A forward hook: frozen weights give outputs without a graph; it starts here, where the taps' gradients end."""
     if isinstance(output, torch.Tensor) and torch.is_grad_enabled() and not output.requires_grad:
