@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -32,6 +31,7 @@ from .coverage import UncoveredParameterError
 from .hooks import unless_none
 from .listener import Listener, Source, norm, projected, smallest, unit_roundoff
 from .ranks import Copies, Ranks, add_over_ranks, like_spread, settled
+from .reached import unreached
 from .segments import Segments
 from .sharded import hooked_whole, reshard, starting_over, units
 from .untouched import nothing_kept, thawed, untouched
@@ -260,7 +260,9 @@ def self_test(
     wrong = [part for part in found if not part.right]
     if wrong:
         raise _error(wrong, trial.remedy)
-    _check_reached(parts, frozen, found)
+    reached = {name for part in found if part.size > 0 for name in part.names}
+    if problem := unreached(parts.taps, parts.names, frozen, reached):
+        raise SelfTestError(problem)
     return SelfTest(
         (trial.segments.batch, trial.segments.length),
         tuple(dict.fromkeys(n for n in held if n in parts.known)),
@@ -367,33 +369,6 @@ def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int, ranks: Ranks
             "different results for the same tokens, or what lies between its modules depends on the tensors that they "
             "return; leave out this test, and take the sketch as it is: verify=False"
         )
-
-
-def _check_reached(parts: Parts, frozen: Listener, found: Sequence[Part]) -> None:
-    """Parameters with which the model computes, and which no gradient reaches: autograd gives them none either."""
-    reached = {name for part in found if part.size > 0 for name in part.names}
-    silent = [
-        name
-        for group, taps in parts.taps.items()
-        if not any(tap in frozen.sums for tap in taps) and any(tap in frozen.called for tap in taps)
-        for name in parts.names[group]
-    ]
-    said = (
-        "the model computes with them, and a part behind them has no derivative (a base whose activations are "
-        "quantised, a detach, no_grad)"
-    )
-    if not reached & parts.known and (silent or found):
-        raise SelfTestError(
-            f"none of the {len(parts.known)} sketched parameters has a gradient other than 0 on a few tokens, in plain "
-            f"autograd either ({_shown(sorted(parts.known))}): {said}. Load the model in another way, or leave out "
-            "this test: verify=False"
-        )
-    if silent:
-        warnings.warn(f"no gradient reaches {_shown(silent)} on a few tokens: {said}", stacklevel=3)
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 # --------------------------------------------------------------------------------------------- comparisons

@@ -187,10 +187,8 @@ def test_a_weight_that_a_hook_makes_before_the_call_is_formed(segments: str) -> 
     with pytest.warns(FutureWarning):
         torch.nn.utils.weight_norm(model.model.layers[0].mlp.up_proj)
     batch = zoo.padded()
-    with (
-        torch.no_grad(),
-        GradientSketcher(model, architectures.SPEC) as sketcher,
-    ):  # a caller's no_grad does not apply
+    # A caller's no_grad does not apply.
+    with torch.no_grad(), GradientSketcher(model, architectures.SPEC) as sketcher:
         if segments == "rows":
             got = batch.sketch(sketcher).sketches
         else:
