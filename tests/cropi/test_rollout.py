@@ -87,6 +87,29 @@ def test_log_probs_are_those_of_the_response_alone(
             torch.testing.assert_close(got, want, rtol=0, atol=300 * 10 * eps)
 
 
+def test_an_adapter_is_part_of_the_policy_that_samples(tmp_path: Path) -> None:
+    """The records are of the model with its adapter, and only the logits that are drawn from are computed."""
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    made = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_alpha=64)
+    )
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    sizes: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1]))
+    records = rolled(tmp_path / "out.jsonl", made.eval())
+    kept = sizes[:]
+    for record in records:
+        ids, prompt = record["response_ids"][0], record["prompt_ids"]
+        with torch.no_grad():
+            logits = made(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+        want = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(record["logprobs"][0]).double(), want, rtol=0, atol=1e-4)
+    assert max(kept) <= 16  # no pass over a prompt has the logits of all its tokens
+
+
 class Places(torch.nn.Module):
     """A wrapper that makes a model take the column for the position, whatever it is told."""
 
@@ -396,6 +419,7 @@ def test_options_of_another_engine_are_refused(tmp_path: Path) -> None:
         ({"engine": "openai-url", "url": "http://localhost:1"}, "leave --rows out"),
         ({"temperature": 0.0}, "temperature must be a number above 0"),
         ({"top_k": -2}, "top_k must be 0 or more"),
+        ({"retries": -1}, "retries must be 0 or more"),
         ({"tempreture": 1.0}, "did you mean 'temperature'"),
     ):
         with pytest.raises(CropiError, match=problem):

@@ -10,7 +10,7 @@ takes of that is tried before (:mod:`cropi.rollouts.trial`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,14 +168,19 @@ class Decoding:
 
 def takes(model: Any, name: str) -> bool:
     """Whether the model's forward has this argument, as far as its signature says."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = _parameters(model)
     return name in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
 
 
 def last_logits(model: Any, count: int) -> dict[str, int]:
     """The argument that asks for the logits of the last tokens alone, where the model has one."""
-    named = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": count} if named else {}
+    return {"logits_to_keep": count} if "logits_to_keep" in _parameters(model) else {}
+
+
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """Of the forward; of an adapter's wrapper that of the model inside, to which it hands everything on."""
+    inside = getattr(model, "get_base_model", None)
+    return inspect.signature((inside() if callable(inside) else model).forward).parameters
 
 
 def common_length(prompts: Sequence[Sequence[int]]) -> int:

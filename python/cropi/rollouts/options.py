@@ -91,6 +91,11 @@ class Engines(Options):
     retries: int = option(6, "times that a request is repeated, after longer and longer pauses", kind="whole")
     api_key: str = option("OPENAI_API_KEY", "environment variable with the server's key", metavar="VARIABLE")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.retries < 0:
+            raise CropiError(f"retries must be 0 or more, got {self.retries}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Sampling, Prompting, Engines):
