@@ -360,6 +360,46 @@ def test_a_batch_finds_its_prompts_in_its_input(tmp_path: Path, capsys: pytest.C
     )
 
 
+@pytest.mark.parametrize("kind", ["vllm", "openai"])
+def test_a_reward_function_scores_what_the_file_does_not(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def single(prompt, response, answer, **row):\n"
+        "    if response == 'r3': raise ValueError('no')\n"
+        "    return float(response == answer)\n"
+        "def many(prompts, completions, answer, **columns):\n"
+        "    last = [c if isinstance(c, str) else c[-1]['content'] for c in completions]\n"
+        "    return [float(c == a) for c, a in zip(last, answer)]\n"
+    )
+    rows = made(kind)
+    for row in rows:
+        row["answer"] = "r2"
+        row.pop("reward", None)
+        for output in row.get("outputs", ()):
+            del output["reward"]
+    convert = [
+        "convert",
+        str(dump(kind, tmp_path, rows)),
+        "--out",
+        str(tmp_path / "o.jsonl"),
+        "--id-key",
+        ALL[kind][3],
+    ]
+    assert main(convert) == 2
+    assert "reward: is missing: the responses are not scored" in capsys.readouterr().err
+    assert main([*convert, "--reward", f"{tmp_path}/mine.py:many"]) == 0
+    assert [group.rewards for group in read(tmp_path / "o.jsonl")] == [[0.0, 0.0], [1.0, 0.0]]
+    assert main([*convert, "--reward", f"{tmp_path}/mine.py:single"]) == 2
+    assert "raised ValueError" in capsys.readouterr().err
+    assert main([*convert, "--reward", f"{tmp_path}/mine.py:single", "--skip-bad"]) == 0
+    assert [group.rewards for group in read(tmp_path / "o.jsonl")] == [[0.0, 0.0], [1.0]]
+    assert "1 by reward" in capsys.readouterr().out
+    path = dump("slime", tmp_path)
+    assert main(["convert", str(path), "--out", str(tmp_path / "o.jsonl"), "--reward", "exact"]) == 2
+    assert "--reward is for vLLM's outputs and chat completions" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------- prime-rl
 def test_turns_of_prime_rl_that_are_no_single_sequence(tmp_path: Path) -> None:
     content = made("prime-rl")

@@ -60,6 +60,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="reward=NAME",
         help="the column of TRL's file with the reward (default: the sum of all)",
     )
+    command.add_argument(
+        "--reward", metavar="FILE.py:FUNCTION",
+        help="score vLLM's outputs and chat completions by it, as `cropi rollout --reward` (default: the file's)",
+    )  # fmt: skip
     text = command.add_argument_group("dumps that lack prompts or token ids")
     text.add_argument(
         "--dataset", metavar="FILE",
@@ -99,6 +103,16 @@ def run(args: argparse.Namespace) -> int:
             raise CropiError(
                 "--dataset and --model are needed together: prompts are found by their rendered text"
             )
+    scorer = None
+    if args.reward:
+        from cropi.trainers.dumps.scoring import Scorer
+
+        source = recognise(args.files[0]).source if source == "auto" else source
+        if source not in ("vllm", "openai"):
+            raise CropiError(
+                f"--reward is for vLLM's outputs and chat completions; the dumps of {source} hold rewards"
+            )
+        scorer = Scorer(args.reward)
     if args.allow_pickle:
         print(f"pickles       --allow-pickle: code that {', '.join(map(printable, args.files))} names is run")
     left = Left(args.skip_bad)
@@ -107,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         id_key=None if found else args.id_key, temperature=args.temperature, keep=args.keep,
         allow_pickle=args.allow_pickle, largest=int(args.max_gib * 2**30), columns=parse_columns(args.columns),
         requests=args.dataset if source == "openai" else None, prompts=_prompts(args) if found else None,
-        tokenizer=(lambda: _tokenizer(args)) if args.model else None,
+        tokenizer=(lambda: _tokenizer(args)) if args.model else None, scorer=scorer,
     )  # fmt: skip
     groups = groups_of(args.files, args.source, reading, left, print)
     write_groups(args.out, groups)

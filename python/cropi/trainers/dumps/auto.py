@@ -38,6 +38,7 @@ class Reading:
         requests: the input file of a batch of requests.
         prompts: verl's prompts by their text.
         tokenizer: gives the model's tokenizer, for tokens that are written as text.
+        scorer: a :class:`cropi.trainers.dumps.scoring.Scorer`, in place of the rewards of vLLM's and servers' files.
     """
 
     id_key: str | None = None
@@ -49,6 +50,7 @@ class Reading:
     requests: str | None = None
     prompts: Mapping[str, Any] | None = None
     tokenizer: Callable[[], Any] | None = None
+    scorer: Any = None
 
 
 def read_rollouts(path: str | Path, source: str, reading: Reading, left: Left) -> Iterator[Rollout]:
@@ -77,11 +79,13 @@ def read_rollouts(path: str | Path, source: str, reading: Reading, left: Left) -
     if source == "vllm":
         from cropi.trainers.dumps import vllm
 
-        return vllm.read_dump(path, **given)
+        return vllm.read_dump(path, **given, scorer=reading.scorer)
     if source == "openai":
         from cropi.trainers.dumps import openai
 
-        return openai.read_dump(path, **given, requests=reading.requests, tokenizer=reading.tokenizer)
+        return openai.read_dump(
+            path, **given, requests=reading.requests, tokenizer=reading.tokenizer, scorer=reading.scorer
+        )
     if source == "trl":
         from cropi.trainers.dumps import trl
 

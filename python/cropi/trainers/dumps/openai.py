@@ -51,6 +51,7 @@ def read_dump(
     largest: int = LARGEST,
     requests: str | Path | None = None,
     tokenizer: Callable[[], Any] | None = None,
+    scorer: Any = None,
 ) -> Iterator[Rollout]:
     """The rollouts in one file. Requests that failed are left out.
 
@@ -62,6 +63,7 @@ def read_dump(
         largest: bytes that the file may have.
         requests: the batch's input file, for the prompts.
         tokenizer: gives the model's tokenizer, for the ids of tokens that are written as text.
+        scorer: gives the rewards; None: the file has them.
 
     Raises:
         CropiError: another layout.
@@ -81,7 +83,7 @@ def read_dump(
         ]
 
     rows = (one for many in left.each(rows_of_dump(path, left), choices) for one in many)
-    yield from left.each(rows, lambda one: _rollout(one, step, id_key, temperature, vocabulary, lost))
+    yield from left.each(rows, lambda one: _rollout(one, step, id_key, temperature, vocabulary, lost, scorer))
     if lost[0]:
         warnings.warn(
             f"{path}: {lost[0]} responses hold their tokens as text, so they are tokenised again, which may give other "
@@ -100,6 +102,17 @@ class _Row:
         self.choices = answer.get("choices")
         messages = request.get("messages", row.get("messages"))
         self.prompt = messages if messages is not None else request.get("prompt", row.get("prompt"))
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What a reward function may ask for: the row's own keys, and the request's metadata."""
+        about = self.request.get("metadata")
+        own = {
+            key: value
+            for key, value in self.row.items()
+            if key not in ("response", "choices", "request", "body")
+        }
+        return {**(about if isinstance(about, Mapping) else {}), **own}
 
 
 def _asked(path: Path) -> dict[str, Mapping[str, Any]]:
@@ -137,7 +150,7 @@ def _row(row: dict[str, Any], where: str, asked: Mapping[str, Mapping[str, Any]]
 
 def _rollout(
     one: tuple[str, _Row, Any, int], step: int, id_key: str | None, temperature: float | None, vocabulary: Vocabulary,
-    lost: list[int],
+    lost: list[int], scorer: Any,
 ) -> Rollout:  # fmt: skip
     where, row, choice, number = one
     if not isinstance(choice, Mapping):
@@ -172,13 +185,23 @@ def _rollout(
     if tools:
         extra["tools"] = tools
     prompt = prompt_ids if row.prompt is None else row.prompt
+    if scorer is None:
+        reward = _reward(row, choice, number, where)
+    else:
+        words = text if isinstance(text, str) else plain_text(text)
+        reward = scorer(where, row.prompt, words, ids, row.columns)
     return checked(Rollout(
-        id=id_of(row.row, id_key, prompt, where), reward=_reward(row, choice, number, where), step=step, where=where,
+        id=id_of(row.row, id_key, prompt, where), reward=reward, step=step, where=where,
         prompt_ids=prompt_ids, response_ids=ids, logprobs=probs, prompt=row.prompt, response=text or None,
         answer=row.row.get("answer"), temperature=None if warm is None else finite(warm, "temperature", where),
         truncated={"length": True, "stop": False, "tool_calls": False}.get(reason) if isinstance(reason, str) else None,
         extra=extra,
     ))  # fmt: skip
+
+
+def plain_text(messages: Any) -> str:
+    """The text of a message with more than text."""
+    return str(messages[-1].get("content") or "") if messages else ""
 
 
 def _reward(row: _Row, choice: Mapping[str, Any], number: int, where: str) -> float:

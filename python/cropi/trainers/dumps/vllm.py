@@ -38,6 +38,7 @@ def read_dump(
     left: Left | None = None,
     allow_pickle: bool = False,
     largest: int = LARGEST,
+    scorer: Any = None,
 ) -> Iterator[Rollout]:
     """The rollouts in one file. Outputs that were aborted are left out.
 
@@ -47,6 +48,7 @@ def read_dump(
         temperature: of the sampling, which the file does not hold.
         left: takes the outputs that are left out; None raises at the first bad one.
         allow_pickle, largest: see :func:`cropi.trainers.dumps.pickled.load_dump`.
+        scorer: gives the rewards; None: the file has them.
 
     Raises:
         CropiError: another layout.
@@ -57,7 +59,7 @@ def read_dump(
     step = step_of(path)
     requests = _requests(path, left, allow_pickle, largest)
     outputs = (one for request in requests for one in _outputs(request, left))
-    yield from left.each(outputs, lambda one: _rollout(*one, step, id_key, temperature))
+    yield from left.each(outputs, lambda one: _rollout(*one, step, id_key, temperature, scorer))
 
 
 def _requests(path: Path, left: Left, allow_pickle: bool, largest: int) -> Iterator[tuple[str, Any]]:
@@ -99,6 +101,7 @@ def _rollout(
     step: int,
     id_key: str | None,
     temperature: float | None,
+    scorer: Any,
 ) -> Rollout:
     output = _table(held, where, "output")
     if output.get("finish_reason") == "abort":
@@ -112,8 +115,14 @@ def _rollout(
         raise Unused(where, "token_ids", "is empty")
     name = text_id(" ".join(map(str, prompt))) if id_key is None else id_of(request, id_key, None, where)
     text, reason = output.get("text"), output.get("finish_reason")
+    if scorer is None:
+        reward = _reward(request, output, number, where)
+    else:
+        row = {key: value for key, value in request.items() if key not in ("outputs", "messages")}
+        asked = request.get("messages") or request.get("prompt")
+        reward = scorer(where, asked, text if isinstance(text, str) else "", ids, row)
     return checked(Rollout(
-        id=name, reward=_reward(request, output, number, where), step=step, where=where, prompt_ids=prompt,
+        id=name, reward=reward, step=step, where=where, prompt_ids=prompt,
         response_ids=ids, logprobs=sampled_logprobs(output.get("logprobs"), ids, where),
         prompt=request.get("messages") or request.get("prompt"), response=text if isinstance(text, str) else None,
         answer=request.get("answer"), temperature=temperature,
