@@ -432,7 +432,9 @@ def test_common_beginnings() -> None:
     assert common_length([[4], [5]]) == 0
 
 
-def test_the_three_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_three_commands_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Prompts alone name the command, and what it writes is selected from; as they stand there, but for the model."""
     from cropi.cli import main
 
@@ -451,6 +453,26 @@ def test_the_three_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.Mo
     for words in commands:
         assert main([*(own.get(word, word) for word in words), *quick[words[0]], "--no-progress"]) == 0
     assert len((tmp_path / "out" / "selected.jsonl").read_text().splitlines()) == 1
+    capsys.readouterr()
+    words = [
+        "--model",
+        "model",
+        "--prompts",
+        "math500.jsonl",
+        "--reward",
+        "reward.py:f",
+        "--out",
+        "math.jsonl",
+        "--json",
+    ]
+    assert main(["rollout", *words, "-n", "3", "--max-tokens", "8", "-q"]) == 0  # nothing is left to be done
+    told = json.loads(capsys.readouterr().out)
+    assert (told["out"], told["prompts"], told["responses"], told["mean_reward"]) == (
+        "math.jsonl",
+        4,
+        0,
+        None,
+    )
 
 
 def test_a_run_on_prompts_alone_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,9 +50,5 @@ def run(args: argparse.Namespace) -> int:
     job = make_job(policy, args.prompts, args.reward, options.made(Rollout, args), loading)
     report = run_job(job, args.out, say=print, progress=args.progress)
     print(report.text())
-    tell(
-        args,
-        out=args.out,
-        **{name: value for name, value in vars(report).items() if not name.startswith("_")},
-    )
+    tell(args, **vars(report))
     return 0
