@@ -23,6 +23,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from ._arguments import named
 from ._version import __version__
 from .dispatch import explain
 from .names import canonical_name
@@ -57,6 +58,26 @@ from .sketcher import (
     token_logprobs,
 )
 from .spec import SketchSpec
+
+# A wrong type is an error that names the argument. Inside of the package the functions are called as they are.
+bias_grad = named(bias_grad)
+canonical_name = named(canonical_name)
+fold_inputs = named(fold_inputs)
+fold_outputs = named(fold_outputs)
+linear_logprob = named(linear_logprob)
+logprob_and_grad = named(logprob_and_grad)
+norm_grad = named(norm_grad)
+plan_matrix = named(plan_matrix)
+plan_vector = named(plan_vector)
+project_csr = named(project_csr)
+project_csr_sparse = named(project_csr_sparse)
+quantize_rows = named(quantize_rows)
+reduce_sketch = named(reduce_sketch)
+row_products = named(row_products)
+sketch_embedding = named(sketch_embedding)
+sketch_grouped = named(sketch_grouped)
+sketch_linear = named(sketch_linear)
+sketch_vector = named(sketch_vector)
 
 __all__ = [
     "BatchSketch",

@@ -358,6 +358,8 @@ def _excluded(
 ) -> dict[str, int]:
     if isinstance(patterns, str):
         raise ValueError(f"exclude={patterns!r}: give a list of patterns, e.g. exclude=[{patterns!r}]")
+    if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"exclude={patterns!r}: give a list of patterns, e.g. exclude=['*.mlp.*']")
     excluded: dict[str, int] = {}
     for pattern in patterns:
         matched = [i for i in trainable if fnmatch.fnmatchcase(names[i], pattern)]

@@ -88,7 +88,8 @@ class GradientSketcher:
         spec = SketchSpec() if spec is None else spec
         for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
             if not isinstance(value, wanted):
-                raise ValueError(f"{name} is of type {type(value).__name__}: give a {wanted.__name__}")
+                shown = "torch.nn.Module" if wanted is nn.Module else wanted.__name__
+                raise ValueError(f"{name} is of type {type(value).__name__}: give a {shown}")
         self.model, self.spec = unwrapped(model), spec
         check_adapters(self.model)
         keep_gradients(self.model)

@@ -183,9 +183,8 @@ def hooked_whole(model: nn.Module, hooks: Mapping[int, Callable[..., Any]]) -> I
         for inner in module.modules():
             for key, hook in places.get(inner, ()):
                 p: Any = inner._parameters[key]
-                p = (
-                    p if p.is_leaf or p._base is None else p._base
-                )  # what a tap has put in its place is a view
+                # What a tap has put in its place is a view.
+                p = p if p.is_leaf or p._base is None else p._base
                 if is_spread(p) or not p.requires_grad or any(p is other for other in seen):
                     continue
                 seen.append(p)

@@ -93,9 +93,8 @@ class FakeRay:
 
     def kill(self, actor: Any) -> None:
         if actor.held.worker.part.store is not None:
-            actor.held.worker.part.numbers.put(
-                None
-            )  # its store is closed, as the end of a process would close it
+            # Its store is closed, as the end of a process would close it.
+            actor.held.worker.part.numbers.put(None)
 
 
 @pytest.fixture

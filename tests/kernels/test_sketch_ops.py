@@ -78,9 +78,8 @@ def blank(n: int, plan: MatrixPlan) -> torch.Tensor:
 def poison(poisoned: None) -> Iterator[None]:
     """Every buffer starts as NaN in torch and as 3.4e38 in C++: an element that nobody wrote, or a stray one, shows."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if (
-        libc is None or not hasattr(libc, "mallopt") or "CROPI_SANITIZED" in os.environ
-    ):  # which has its own malloc
+    # Which has its own malloc.
+    if libc is None or not hasattr(libc, "mallopt") or "CROPI_SANITIZED" in os.environ:
         yield
         return
     libc.mallopt(-4, 0)  # M_MMAP_MAX: mapped memory would be zero

@@ -120,7 +120,7 @@ def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -
 def check_spec(spec: ProjectionSpec) -> None:
     one_thread_after_fork()  # the operators ask too, but what public functions look at may be large as well
     if not isinstance(spec, ProjectionSpec):
-        raise ValueError(f"spec={spec!r}: give a cropi_kernels.ProjectionSpec")
+        raise ValueError(f"spec is of type {type(spec).__name__}: give a cropi_kernels.ProjectionSpec")
 
 
 def check_nonfinite(nonfinite: str) -> None:

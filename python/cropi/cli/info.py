@@ -13,7 +13,6 @@ from cropi.cli import options
 from cropi.cli.manners import tell
 from cropi.errors import printable
 from cropi.options import Reading
-from cropi.store.manifest import MANIFEST
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -74,7 +73,7 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
         found = contents.describe_folder(path)
         if found is not None:
             return found
-        if (path / MANIFEST).exists() or not any(one.is_file() for one in path.iterdir()):
+        if (path / "manifest.json").exists() or not any(one.is_file() for one in path.iterdir()):
             return _store(path, args.verify)
         return _trajectories(args)  # a trainer's dumps
     if path.suffix == ".parquet" and _is_scores(path):

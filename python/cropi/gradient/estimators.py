@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,8 @@ class Estimator:
     loo: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name must be a name for the manifest, got {self.name!r}")
         if self.length not in LENGTHS:
             raise ValueError(f"length must be one of {', '.join(LENGTHS)}, got {self.length!r}")
         limits = f"clip_low={self.clip_low}, clip_high={self.clip_high}"
@@ -236,12 +238,19 @@ ESTIMATORS = {
 def make_estimator(name: str, **changes: Any) -> Estimator:
     """The estimator called ``name``, with the fields that are not None in ``changes`` replaced.
 
+    >>> make_estimator("ppo", clip_low=0.1).clip_low
+    0.1
+
     Raises:
         ValueError: no such estimator, a field that it does not use, or fields that contradict each other.
     """
-    if name not in ESTIMATORS:
+    if not isinstance(name, str) or name not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
     given = {key: value for key, value in changes.items() if value is not None}
+    known = [field.name for field in fields(Estimator) if field.name != "name"]
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"{key}={value!r} is no field of an estimator: give one of {', '.join(known)}")
     made = replace(ESTIMATORS[name], **given)
     capped = ESTIMATORS[name].cap is not None
     for field, used in (("eps", made.std), ("constant", made.length == "constant"), ("cap", capped)):

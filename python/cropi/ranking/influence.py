@@ -55,6 +55,10 @@ class Scores:
     pairs: Pairwise | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("rows", "sets"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise CropiError(f"{name} is of type {type(value).__name__}: give a list")
         kind, shape = type(self.table).__name__, list(np.shape(self.table))
         if not isinstance(self.table, np.ndarray) or shape != [len(self.rows), len(self.sets)]:
             raise CropiError(

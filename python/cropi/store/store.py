@@ -149,6 +149,8 @@ class SketchStore:
         Raises:
             CropiError: there is none, its format is newer, or a shard's header is damaged.
         """
+        if not isinstance(path, (str, Path)):
+            raise CropiError(f"path is of type {type(path).__name__}: give the folder of a store")
         store = cls(Path(path), read_manifest(Path(path)))
         store._shards, store._rows = load_steady(store.path, job_fingerprint(store.manifest))
         # Again, after the rows: a job that goes on meanwhile raises the number of prompts before it adds rows, so that
@@ -164,6 +166,8 @@ class SketchStore:
         Raises:
             CropiError: there is none, they cannot be compared, or two hold the same prompt.
         """
+        if not isinstance(stores, Sequence) or not all(isinstance(store, SketchStore) for store in stores):
+            raise CropiError(f"stores is {stores!r:.100}: give a list of SketchStores (SketchStore.open)")
         if not stores:
             raise CropiError("there is no store to read")
         joined = cls(stores[0].path, dict(stores[0].manifest))

@@ -1,0 +1,81 @@
+"""Arguments of another type than a public function takes: an error that names the argument, its type and the remedy."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+FAILURES = (AttributeError, TypeError, RuntimeError)
+
+
+def named(function: F) -> F:
+    """``function``, whose failures because of a wrong type are a ValueError that names the argument. Where nothing
+    fails, nothing is checked."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except FAILURES as error:
+            problem = wrong_argument(function, args, kwargs)
+            if not problem:
+                raise
+            raise ValueError(problem) from error
+
+    return call  # type: ignore[return-value]
+
+
+def wrong_argument(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """What is wrong with the type of an argument; "" where nothing is.
+
+    >>> def f(x: torch.Tensor, n: int | None = None) -> None: ...
+    >>> wrong_argument(f, ([1.0],), {})
+    'x is of type list: give a torch.Tensor (torch.as_tensor(x))'
+    >>> wrong_argument(f, (torch.ones(1), "2"), {})
+    'n is of type str: give an int or None'
+    >>> wrong_argument(f, (torch.ones(1), 2), {})
+    ''
+    """
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError:  # too few or too many arguments: Python says which
+        return ""
+    hints = get_type_hints(function)
+    for name, value in given.items():
+        hint = hints.get(name, Any)
+        if get_origin(hint) is Callable and not callable(value):
+            return f"{name} is of type {type(value).__name__}: give a function"
+        wanted = _classes(hint)
+        if wanted and not isinstance(value, tuple(wanted)):
+            shown = " or ".join(_in_words(one) for one in wanted)
+            more = f" (torch.as_tensor({name}))" if torch.Tensor in wanted else ""
+            return f"{name} is of type {type(value).__name__}: give {shown}{more}"
+    return ""
+
+
+def _classes(hint: Any) -> list[type]:
+    """The classes that an annotation names; none where it says more than that."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found: list[type] = []
+    for part in parts:
+        if not isinstance(part, type) or part is object:
+            return []
+        found.append(part)
+    if float in found:
+        found.append(int)
+    return found
+
+
+def _in_words(wanted: type) -> str:
+    if wanted is type(None):
+        return "None"
+    name = f"{wanted.__module__}.{wanted.__qualname__}" if wanted is torch.Tensor else wanted.__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -1,0 +1,189 @@
+"""Every public name that is used in a wrong way raises at once: the argument, its value or type, and the remedy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.made_data import make_model, make_tokenizer
+
+import cropi
+import cropi_kernels as kernels
+
+QUIET: dict[str, Any] = dict(progress=False, dim=1024)
+T, O = torch.randn(2, 8), torch.tensor([0, 2])
+OUT = torch.zeros(1, 1024)
+META = torch.randn(5, 8, device="meta")
+
+
+def record(name: str, rewards: Any = (1.0, 0.0)) -> dict[str, Any]:
+    return {"id": name, "prompt_ids": [5, 7], "response_ids": [[8, 9, 1], [10, 1]], "rewards": list(rewards)}
+
+
+TRAIN, VALID = [record(f"p{i}") for i in range(4)], [record("v")]
+
+
+@functools.cache
+def model() -> Any:
+    return make_model()
+
+
+@functools.cache
+def scores() -> cropi.Scores:
+    return cropi.score(model(), TRAIN, VALID, **QUIET)
+
+
+@functools.cache
+def store() -> cropi.SketchStore:
+    return cropi.sketch(model(), TRAIN, **QUIET)
+
+
+def batch(**changes: Any) -> Any:
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 8]])
+    mask = torch.tensor([[0, 0, 1, 1]] * 2)
+    given = dict(response_mask=mask, prompt_ids=["a", "a"], advantages=torch.tensor([1.0, -1.0]))
+    return cropi.score_batch(model(), changes.pop("input_ids", ids), **{**given, **changes})
+
+
+def tapped(call: Callable[[Any], Any]) -> Any:
+    with kernels.GradientSketcher(model(), kernels.SketchSpec(1024)) as sketcher:
+        return call(sketcher)
+
+
+def plan() -> Any:
+    return kernels.plan_matrix(kernels.SketchSpec(1024), "w", 8, 8, role="linear")
+
+
+ROWS = torch.tensor([[5, 6, 7]])
+PASS: dict[str, Any] = dict(
+    segments=torch.tensor([0]), positions=torch.tensor([1]), targets=torch.tensor([7])
+)
+CSR = kernels.ProjectionSpec(64)
+
+# name of the public name, and what is wrong: the call, and what its message names
+CASES: dict[str, tuple[Callable[[], Any], str]] = {
+    "score: order": (lambda: cropi.score(TRAIN, model(), VALID, **QUIET), "model is of type list"),
+    "score: a tokenizer for the model": (lambda: cropi.score(make_tokenizer(), TRAIN, VALID), "model is of type"),
+    "score: no training prompts": (lambda: cropi.score(model(), [], VALID, **QUIET), "train is empty"),
+    "score: no validation prompts": (lambda: cropi.score(model(), TRAIN, [], **QUIET), "valid is empty"),
+    "score: no validation set": (lambda: cropi.score(model(), TRAIN, {}, **QUIET), r"valid has the keys \[\]"),
+    "score: validation without a gradient": (
+        lambda: cropi.score(model(), TRAIN, [record("v", (1.0, 1.0))], **QUIET),
+        "none of its 1 prompts has a gradient",
+    ),
+    "score: one record": (lambda: cropi.score(model(), TRAIN, VALID[0], **QUIET), "valid is one record"),
+    "score: read once": (lambda: cropi.score(model(), iter(TRAIN), VALID, **QUIET), "train is a list_iterator"),
+    "score: an option": (lambda: cropi.score(model(), TRAIN, VALID, dims=3), "'dims' is not an option.*'dim'"),
+    "score: progress": (lambda: cropi.score(model(), TRAIN, VALID, progress="no"), "progress must be True or False"),
+    "score: device": (lambda: cropi.score(model(), TRAIN, VALID, device="cpu"), "device='cpu' is for a model that"),
+    "sketch: a number": (lambda: cropi.sketch(model(), 3, **QUIET), "int"),
+    "sketch: a token id": (
+        lambda: cropi.sketch(model(), [{**record("a"), "prompt_ids": [10**6]}], **QUIET), "token id 1000000 is beyond",
+    ),
+    "influence: paths": (lambda: cropi.influence("a", "b"), "train is a str"),  # type: ignore[arg-type]
+    "influence: none": (lambda: cropi.influence(store(), []), "valid is empty"),
+    "influence: other specs": (
+        lambda: cropi.influence(store(), cropi.sketch(model(), VALID, dim=2048, progress=False)), "dim = 1024",
+    ),
+    "select: a list": (lambda: cropi.select([1.0]), "scores is a list"),  # type: ignore[arg-type]
+    "select: text": (lambda: cropi.select(scores(), "0.5"), "fraction must be a finite number, got '0.5'"),  # type: ignore[arg-type]
+    "select: nothing": (lambda: cropi.select(scores(), 0.01), "fraction 0.01 of a pool of 4 prompts chooses none"),
+    "score_batch: lists": (lambda: batch(input_ids=[[5, 6]]), "input_ids is of type list: give a tensor"),
+    "score_batch: no rows": (lambda: batch(input_ids=torch.zeros(0, 4, dtype=torch.int64)), "input_ids is torch.int64"),
+    "score_batch: device": (lambda: batch(advantages=torch.ones(2, device="meta")), "advantages is on meta"),
+    "score_batch: both": (lambda: batch(weights=torch.ones(2)), "advantages and weights are given"),
+    "score_batch: one row": (
+        lambda: batch(advantages=None, rewards=torch.ones(2), prompt_ids=["a", "b"]), "a prompt has one row alone",
+    ),
+    "check: few": (lambda: cropi.check(model(), TRAIN[:2], **QUIET), "holds 2 prompts with a gradient"),
+    "check: n": (lambda: cropi.check(model(), TRAIN, n=1, **QUIET), "n must be at least 4, got 1"),
+    "Policy: nothing": (lambda: cropi.Policy(None), "model is of type NoneType"),  # type: ignore[arg-type]
+    "Policy: order": (lambda: cropi.Policy(model(), model()), "the order is Policy"),
+    "Scores: table": (lambda: cropi.Scores([], ["v"], [[1.0]], {}), "table is a list"),  # type: ignore[arg-type]
+    "Scores: rows": (lambda: cropi.Scores(3, ["v"], T.numpy(), {}), "rows is of type int"),  # type: ignore[arg-type]
+    "Scores: set": (lambda: scores().top("math", 5), "set is 'math': give one of 'valid'"),
+    "Scores: n": (lambda: scores().top(n=-1), "n must be an integer of at least 1, got -1"),
+    "Scores: folder": (lambda: scores().plot("nowhere/at/all/x.png"), "fraction 0.1|nowhere"),
+    "SketchStore: path": (lambda: cropi.SketchStore.open(3), "path is of type int"),  # type: ignore[arg-type]
+    "SketchStore: none there": (lambda: cropi.SketchStore.open("nowhere"), "nowhere: there is no sketch store"),
+    "SketchStore: join": (lambda: cropi.SketchStore.join(["a"]), r"stores is \['a'\]"),  # type: ignore[list-item]
+    "Estimator: name": (lambda: cropi.Estimator(3), "name must be a name"),  # type: ignore[arg-type]
+    "Estimator: clip": (lambda: cropi.Estimator("mine", clip_low=0.2), "clip_low=0.2"),
+    "make_estimator: name": (lambda: cropi.make_estimator("gppo"), "got 'gppo'"),
+    "make_estimator: field": (lambda: cropi.make_estimator("ppo", clip=0.1), "clip=0.1 is no field.*clip_low"),
+    "Selector: ids": (lambda: cropi.Selector(3), "ids is 3"),  # type: ignore[arg-type]
+    "LiveSketcher: model": (lambda: kernels.LiveSketcher("m"), "model is of type str"),  # type: ignore[arg-type]
+    "SketchSpec: dim": (lambda: kernels.SketchSpec("1024"), "dim='1024': give a power of two"),  # type: ignore[arg-type]
+    "SketchSpec: kind": (lambda: kernels.SketchSpec(kind="slabs"), "kind='slabs': choose one of slab"),  # type: ignore[arg-type]
+    "GradientSketcher: model": (lambda: kernels.GradientSketcher("m"), "give a torch.nn.Module"),  # type: ignore[arg-type]
+    "GradientSketcher: order": (
+        lambda: kernels.GradientSketcher(kernels.SketchSpec(), model()), "model is of type SketchSpec",  # type: ignore[arg-type]
+    ),
+    "GradientSketcher: exclude": (lambda: kernels.GradientSketcher(model(), exclude=[3]), r"exclude=\[3\]"),  # type: ignore[list-item]
+    "GradientSketcher: outside": (
+        lambda: kernels.GradientSketcher(model()).policy_gradient(ROWS, weigh=lambda *_: T, **PASS),
+        "outside the `with",
+    ),
+    "GradientSketcher: ids": (
+        lambda: tapped(lambda s: s.policy_gradient([[5]], weigh=lambda *_: T, **PASS)), "input_ids is of type list",
+    ),
+    "GradientSketcher: weights": (
+        lambda: tapped(lambda s: s.policy_gradient(ROWS, weights="a", **PASS)), "weights",
+    ),
+    "GradientSketcher: segments": (
+        lambda: tapped(lambda s: s.batch([0, 0]).__enter__()), "segments is of type list",
+    ),
+    "token_logprobs: ids": (
+        lambda: kernels.token_logprobs(model(), [[5]], positions=O, targets=O), "input_ids is of type list",  # type: ignore[arg-type]
+    ),
+    "ProjectionSpec: dim": (lambda: kernels.ProjectionSpec("64"), "dim='64': give an integer"),  # type: ignore[arg-type]
+    "project: order": (lambda: kernels.project(CSR, T), "spec is of type Tensor"),  # type: ignore[call-overload]
+    "project: a list": (lambda: kernels.project([1.0], CSR), "x is a list: give a torch.Tensor"),  # type: ignore[call-overload]
+    "project: one row": (lambda: kernels.project(T[0], CSR), r"x\[None\] for one row"),
+    "project_transpose: a list": (lambda: kernels.project_transpose([1.0], CSR, 8), "y is a list"),  # type: ignore[arg-type]
+    "project_csr: dense": (lambda: kernels.project_csr(T, CSR), "is of type Tensor: give a CsrRows"),  # type: ignore[arg-type]
+    "project_csr_sparse: dense": (lambda: kernels.project_csr_sparse(T, CSR), "give a CsrRows"),  # type: ignore[arg-type]
+    "explain: nothing": (lambda: kernels.explain(None), r"explain\(None\)"),
+    "canonical_name: a number": (lambda: kernels.canonical_name(3), "name is of type int"),  # type: ignore[arg-type]
+    "plan_matrix: spec": (lambda: kernels.plan_matrix(3, "w", 8, 8, role="linear"), "spec is of type int"),  # type: ignore[arg-type]
+    "plan_vector: size": (lambda: kernels.plan_vector(kernels.SketchSpec(1024), "w", "8"), "size=8 of 'w'"),  # type: ignore[arg-type]
+    "fold_inputs: a list": (lambda: kernels.fold_inputs([1.0], plan()), "is of type list: give a torch.Tensor"),  # type: ignore[arg-type]
+    "fold_outputs: a list": (lambda: kernels.fold_outputs([1.0], plan()), "is of type list: give a torch.Tensor"),  # type: ignore[arg-type]
+    "sketch_linear: plan": (lambda: kernels.sketch_linear(T, T, O, 3, OUT), "plan is of type int"),  # type: ignore[arg-type]
+    "sketch_grouped: a list": (lambda: kernels.sketch_grouped([1.0], T, O, plan(), OUT), "give a torch.Tensor"),  # type: ignore[arg-type]
+    "sketch_embedding: a list": (lambda: kernels.sketch_embedding([1.0], O, O, plan(), OUT), "give a torch.Tensor"),  # type: ignore[arg-type]
+    "sketch_vector: a list": (lambda: kernels.sketch_vector([1.0], plan(), OUT), "is of type"),  # type: ignore[arg-type]
+    "bias_grad: offsets": (lambda: kernels.bias_grad(T, [0, 2]), "offsets is of type list"),  # type: ignore[arg-type]
+    "norm_grad: a list": (lambda: kernels.norm_grad([1.0], T, O, eps=1e-6, centered=False), "is of type list"),  # type: ignore[arg-type]
+    "linear_logprob: a list": (lambda: kernels.linear_logprob([1.0], T, O), "hidden is of type list"),  # type: ignore[call-overload]
+    "linear_logprob: device": (lambda: kernels.linear_logprob(T, META, O), "on meta"),
+    "logprob_and_grad: weights": (
+        lambda: kernels.logprob_and_grad(T, torch.randn(5, 8), O, torch.ones(2)), "is of type Tensor: give a function",  # type: ignore[arg-type]
+    ),
+    "reduce_sketch: a list": (lambda: kernels.reduce_sketch([1.0], 64), "is of type list"),  # type: ignore[arg-type]
+    "quantize_rows: a list": (lambda: kernels.quantize_rows([1.0], torch.int8), "is of type list"),  # type: ignore[arg-type]
+    "row_products: a list": (lambda: kernels.row_products([1.0], T), "is of type list"),  # type: ignore[arg-type]
+}  # fmt: skip
+# What is returned or raised and not called by users; `rollout` and `projection_of` have tests of their own arguments.
+GIVEN = {
+    "BatchSketch", "CheckReport", "CoupledLossError", "Coverage", "CropiError", "CsrRows", "LiveSketch", "MatrixPlan",
+    "PolicyGradient", "QuantizedRows", "RecordError", "RolloutReport", "Selection", "SketchedBatch",
+    "UncoveredParameterError", "VectorPlan", "__version__", "projection_of", "rollout",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_misuse_is_an_error_that_says_what_to_do(case: str) -> None:
+    call, words = CASES[case]
+    kinds = RuntimeError if "outside" in case else ValueError
+    with pytest.raises(kinds, match=words):
+        call()
+
+
+def test_every_public_name_is_misused() -> None:
+    tried = {case.split(":")[0] for case in CASES}
+    assert tried.isdisjoint(GIVEN)
+    assert tried | GIVEN == {*cropi.__all__, *kernels.__all__}
