@@ -1,6 +1,10 @@
 """What sketching a mixture of experts costs: a Qwen3-MoE shape with 8 of 64 experts, widths 1024 and 384.
 
-    python -m benchmarks.bench_moe [--rounds 9] [--tokens 1024] [--threads 1]
+    python -m benchmarks.bench_moe [--rounds 9] [--tokens 1024] [--threads 1] [--only sketch]
+
+Where bergson is installed (2.5.1 was), its `moe_experts` runs on the same model and tokens: every expert a module of
+its own, projected to 16 x 16 numbers each. ``--only`` runs one job in a process of its own and says the peak of its
+memory.
 
 Jobs take turns; a ratio is the median over rounds of two costs of the same round. The floor of the sketch is its share
 of the multiplications: forward and backward of a matrix [R, C] are 2 R C a row, its sketch is R w, with w = 64.
@@ -10,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
+import resource
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,6 +93,47 @@ class Step:
         return result.sketches
 
 
+class Bergson:
+    """bergson's collector on the same model and tokens: the hooks and projections are its own; nothing is stored."""
+
+    def __init__(self, step: Step) -> None:
+        from bergson.collector.collector import HookCollectorBase
+        from bergson.gradients import GradientProcessor
+        from bergson.moe import expand_moe
+
+        class Collector(HookCollectorBase):  # type: ignore[misc]
+            def setup(self) -> None: ...
+
+            def teardown(self) -> None: ...
+
+            def process_batch(self, indices: list[int], **kwargs: Any) -> None: ...
+
+            @HookCollectorBase.split_attention_heads  # type: ignore[untyped-decorator]
+            def backward_hook(self, module: Any, g: torch.Tensor) -> None:
+                self.mod_grads[module._name] = self._materialize_gradient(self._module_gradient(module, g))
+
+        self.step, self.make = (
+            step,
+            lambda model, names: Collector(
+                model=model, target_modules=names, processor=GradientProcessor(projection_dim=16)
+            ),
+        )
+        self.other = Step(step.ids.numel())
+        experts = expand_moe(self.other.model, "model.layers.*.mlp.experts")
+        linear = {
+            n
+            for n, m in self.other.model.named_modules()
+            if isinstance(m, torch.nn.Linear) and n != "lm_head"
+        }
+        self.names = {*experts, *linear}
+
+    def __call__(self, i: int) -> torch.Tensor:
+        model = self.other.model
+        with self.make(model, self.names) as collector:
+            self.other.frozen(i)
+        return torch.cat([g.flatten(1) for g in collector.mod_grads.values()], 1)
+
+
 @contextmanager
 def sorted_experts(model: Any) -> Iterator[None]:
     """The experts as the taps run them, stably sorted, without a sketch: what the taps' own forward is worth."""
@@ -123,10 +170,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", choices=("frozen", "sketch", "bergson"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     step = Step(options.tokens)
+    if options.only:
+        alone = {"frozen": step.frozen, "sketch": step.sketched}.get(options.only)
+        job = Bergson(step) if alone is None else alone
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for i in range(options.rounds):
+            job(i)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(
+            f"{options.only}: peak {after / 1024:.0f} MiB, {(after - before) / 1024:.0f} MiB above the model's"
+        )
+        return
     assert (step.frozen(0) - step.sorted_frozen(0)).norm() <= 1e-5 * step.frozen(0).norm()
     assert step.sketched(0).isfinite().all() and step.sketched(0).norm(dim=1).gt(0).all()
     jobs = {
@@ -134,8 +193,12 @@ def main() -> None:
         "the same, experts as the taps run them": step.sorted_frozen,
         "with the sketch": step.sketched,
     }
+    if importlib.util.find_spec("bergson") is not None:
+        peer = Bergson(step)
+        assert peer(0).shape[0] == SEGMENTS and peer(0).isfinite().all()
+        jobs["bergson's moe_experts"] = peer
     costs = alternate(jobs, options.rounds)
-    base, taps, _ = costs.values()
+    base, taps = list(costs.values())[:2]
     print(f"{describe()}\n{options.tokens} tokens, {options.threads} threads, {options.rounds} rounds")
     print(f"multiplications of the sketch: {floor():.1%} of the experts' forward and backward\n")
     print("| job | median s | seconds over the first | processor time over the first | over the second |")

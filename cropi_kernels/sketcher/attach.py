@@ -265,8 +265,8 @@ class _Builder:
     def _experts(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
         try:
             layout = recognise_experts(module)
-            if layout is not None and self._whole_share(own).axis is not None:
-                raise Unsupported("experts are split over ranks (tensor parallel)")
+            if layout is not None and (layout.repeated or layout.biases()) and self._is_split(own):
+                raise Unsupported("split over ranks (tensor parallel), and they have biases or are Llama 4's")
             if layout is not None and self.spec.kind != "slab":
                 raise Unsupported(f"experts are sketched by kind='slab', not by kind={self.spec.kind!r}")
         except Unsupported as error:
@@ -275,15 +275,19 @@ class _Builder:
         if layout is None:
             return False
         matrices, biases = {}, {}
+        shares = {} if self.ranks is None else {name: self.ranks.share(p) for name, p in own.items()}
         for name, p in own.items():
             if name in layout.matrices():
                 experts, rows, cols = layout.rows_and_cols(p)
                 matrices[name] = matrix_sketch(self.spec, self.wanted[id(p)], experts * rows, cols, "linear")
+                if (share := shares.get(name)) is not None and share.axis is not None:
+                    matrices[name] = PartMatrix(matrices[name], share, (share.axis == 1) != layout.transposed)
             else:
                 biases[layout.weight_of(name)] = plan_vector(self.spec, self.wanted[id(p)], p.numel())
             self._cover(p, "expert" if name in layout.matrices() else "bias")
-        tap = self.taps[module] = ExpertsTap(self.acc, path, layout, matrices, biases)
-        tap.adds = self._whole_share(own).adds
+        group = self.ranks if self._is_split(own) else None
+        tap = self.taps[module] = ExpertsTap(self.acc, path, layout, matrices, biases, group)
+        tap.adds = group is not None or self._whole_share(own).adds
         return True
 
     def _router(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
@@ -299,6 +303,9 @@ class _Builder:
             self._cover(b, "bias")
         tap = self.taps[module] = RouterTap(self.acc, path, matrix, bias)
         tap.adds = share.adds
+
+    def _is_split(self, own: dict[str, nn.Parameter]) -> bool:
+        return self._whole_share(own).axis is not None
 
     def _whole_share(self, own: dict[str, nn.Parameter]) -> Share:
         """Of the parameters of a module that are split nowhere; else that of one that is."""
@@ -335,7 +342,7 @@ class _Builder:
             matrix = matrix_sketch(self.spec, self.wanted[id(weight)], rows, cols, role)
             share = None if self.ranks is None else self.ranks.share(weight)
             if share is not None and share.axis is not None:
-                matrix = PartMatrix(matrix, share, transposed)
+                matrix = PartMatrix(matrix, share, (share.axis == 0) != transposed)
             self._matrices[id(weight)] = matrix
         return self._matrices[id(weight)]
 

@@ -18,7 +18,6 @@ import torch
 from .. import _native, dispatch
 from ..ops._checks import check_offset_values
 from ..ops.norm_grad import bias_grad, norm_grad
-from ..ops.sketch_grouped import sketch_grouped
 from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .hooks import packed
@@ -104,8 +103,7 @@ class Operators:
         self, dy: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, matrix: MatrixSketch
     ) -> None:
         """Add ``D^T A`` of a stack of experts: rows sorted by (expert, segment), cut into ``ranges``."""
-        assert matrix.plan is not None
-        sketch_grouped(dy, kept, ranges, matrix.plan, self.out)
+        matrix.add_grouped(dy, kept, ranges, self.out)
 
     def add_grouped_bias(self, dy: torch.Tensor, ranges: torch.Tensor, plan: VectorPlan) -> None:
         sums, segments = bias_grad(dy, ranges), self.out.shape[0]

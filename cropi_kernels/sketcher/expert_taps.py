@@ -6,6 +6,7 @@ sketcher is active their ``forward`` is replaced, on the module and not in its c
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -18,6 +19,8 @@ from .accumulator import Accumulator
 from .engine import Site
 from .experts import Experts, Order, run_experts
 from .hooks import capture
+from .parts import PartMatrix
+from .ranks import Ranks, into_parts, local, of_parts, parallel_forward
 from .slab import MatrixSketch
 from .taps import Formed, LinearTap, Tap, formed_vectors, owned
 
@@ -48,13 +51,16 @@ class ExpertsTap(Tap):
         layout: Experts,
         matrices: dict[str, MatrixSketch],
         biases: dict[str, VectorPlan],
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__(accumulator, where)
         self.layout, self.experts, self.biases = layout, matrices, biases
+        self.ranks = ranks  # that have some outputs of each expert's first product, some inputs of its second
 
     def hook(self, module: nn.Module) -> Replaced:
         original = module.forward
-        signature = inspect.signature(original)
+        parallel = parallel_forward(module)
+        signature = inspect.signature(original if parallel is None else parallel["forward"])
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self.acc.listens:
@@ -113,11 +119,23 @@ class ExpertsTap(Tap):
                 kept = self.acc.folded(key, a, lambda: matrix.fold(a.detach()))
             return capture(y, self.within(add), kept)
 
-        return run_experts(module, layout, args, tapped, order)
+        if self.ranks is None:
+            return run_experts(module, layout, args, tapped, order)
+        part = copy.copy(module)  # shares all but the parameters
+        part.__dict__["_parameters"] = {name: local(p) for name, p in module.named_parameters(recurse=False)}
+        given = into_parts(hidden, self.ranks), args[1], into_parts(args[2], self.ranks)
+        return of_parts(run_experts(part, layout, given, tapped, order), self.ranks)
 
     def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
         def adder(matrix: MatrixSketch) -> Formed:
-            return lambda g, out: matrix.add_formed(self.layout.stacked(g).contiguous(), out)
+            def add(gradient: torch.Tensor, out: torch.Tensor) -> None:
+                whole = matrix
+                if isinstance(matrix, PartMatrix):
+                    assert matrix.share.axis is not None
+                    gradient, whole = matrix.share.placed(gradient, matrix.share.axis), matrix.matrix
+                whole.add_formed(self.layout.stacked(gradient).contiguous(), out)
+
+            return add
 
         weights = [(owned(module, name), adder(matrix)) for name, matrix in self.experts.items()]
         named = {self.layout.up: self.layout.up_bias, self.layout.down: self.layout.down_bias}

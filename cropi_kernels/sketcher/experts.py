@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .._library import no_autocast
+from .ranks import parallel_forward
 
 Tapped = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -227,7 +228,7 @@ def recognise_experts(module: nn.Module) -> Experts | None:
         ("experts are spread over ranks (expert parallel)", getattr(module, "_is_expert_parallel", False)),
         (
             "something replaced the module's forward (a parallel plan, an offloading hook)",
-            "forward" in vars(module),
+            "forward" in vars(module) and not _spread_by_plan(module),
         ),
         ("they have parameters besides their weights", own.keys() != {*layout.matrices(), *layout.biases()}),
         ("they normalise each expert's output", getattr(module, "has_post_expert_norm", False)),
@@ -238,6 +239,12 @@ def recognise_experts(module: nn.Module) -> Experts | None:
     if not _computes(module, layout, own):
         raise Unsupported("its forward is not gate and up, activation, down")
     return layout
+
+
+def _spread_by_plan(module: nn.Module) -> bool:
+    """Whether transformers' tensor-parallel plan replaced the forward: every rank has a part of each expert."""
+    parallel = parallel_forward(module)
+    return parallel is not None and parallel["class"] == "MoeExpertsParallel"
 
 
 def _layout(module: Any, own: dict[str, nn.Parameter]) -> Experts:

@@ -26,14 +26,13 @@ class PartMatrix(MatrixSketch):
     """The sketch of a matrix of which some rows, or some columns, are here: at their places in the whole.
 
     Output gradients and inputs may come whole or cut; what is not this rank's is left out, so that every rank adds its
-    own part of the gradient once. ``turned``: the parameter is stored [cols, rows].
+    own part of the gradient once.
     """
 
-    def __init__(self, whole: MatrixSketch, share: Share, turned: bool = False) -> None:
+    def __init__(self, whole: MatrixSketch, share: Share, splits_rows: bool) -> None:
         super().__init__(whole.spec, whole.name, whole.rows, whole.cols, whole.role)
         assert share.axis is not None
-        self.matrix, self.share = whole, share
-        self.splits_rows = (share.axis == 0) != turned
+        self.matrix, self.share, self.splits_rows = whole, share, splits_rows
 
     @property
     def fold_key(self) -> str | None:
@@ -60,6 +59,23 @@ class PartMatrix(MatrixSketch):
         for begin, end in self.share.ranges:
             columns = d[:, at : at + end - begin]
             sketch_grouped(columns, kept, offsets, plan, out, first_row=begin)
+            at += end - begin
+
+    def add_grouped(
+        self, d: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Of a stack of matrices (experts), whose rows or columns ``share`` cuts alike."""
+        plan = self.matrix.plan
+        assert plan is not None
+        if not self.splits_rows:
+            folded = self.matrix.fold_key is not None
+            sketch_grouped(d, kept if folded else self.share.placed(kept, 1), ranges, plan, out)
+            return
+        d, at = self._here(d, "output"), 0
+        rows = self.share.shape[self.share.axis or 0]
+        for begin, end in self.share.ranges:
+            columns = d[:, at : at + end - begin]
+            sketch_grouped(columns, kept, ranges, plan, out, first_row=begin, row_step=rows)
             at += end - begin
 
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:

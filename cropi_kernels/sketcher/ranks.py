@@ -206,6 +206,43 @@ class Ranks:
         return spread.full_tensor()
 
 
+class _SumBackward(torch.autograd.Function):
+    """``x``; its gradient is the sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.ranks.sum(grads[0].clone()), None
+
+
+class _SumForward(torch.autograd.Function):
+    """The sum over the ranks of ``x``; its gradient is each rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        return ranks.sum(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def into_parts(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """``x`` as the input of a part of a computation on every rank."""
+    out: torch.Tensor = _SumBackward.apply(x, ranks)
+    return out
+
+
+def of_parts(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The whole of what every rank has a part of."""
+    out: torch.Tensor = _SumForward.apply(x, ranks)
+    return out
+
+
 class Copies:
     """Of parameters that every rank has whole: whether their gradients are the same on all of them."""
 
@@ -305,7 +342,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
 
 # --------------------------------------------------------------------------------------- transformers' styles
 def parallel_forward(module: nn.Module) -> dict[str, Any] | None:
-    """What transformers' replacement of a module's forward holds: its ``style`` and the forward that it calls."""
+    """What transformers' replacement of a module's forward holds: the class of its style, and the forward it calls."""
     forward: Any = vars(module).get("forward")
     code = getattr(forward, "__code__", None)
     if code is None or not str(getattr(forward, "__module__", "")).startswith("transformers.distributed."):
@@ -313,8 +350,9 @@ def parallel_forward(module: nn.Module) -> dict[str, Any] | None:
     cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in forward.__closure__ or ())))
     if "original_forward" not in cells:
         return None
-    kind = str(getattr(forward, "__qualname__", "")).split(".")[0]
-    return {"class": kind, "style": cells.get("self"), "forward": cells["original_forward"]}
+    style = cells.get("self")
+    kind = type(style).__name__ if style is not None else str(forward.__qualname__).split(".")[0]
+    return {"class": kind, "forward": cells["original_forward"]}
 
 
 @functools.lru_cache(maxsize=1)

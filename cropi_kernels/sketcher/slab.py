@@ -7,6 +7,7 @@ import abc
 import torch
 
 from ..ops.sketch_embedding import sketch_embedding
+from ..ops.sketch_grouped import sketch_grouped
 from ..ops.sketch_linear import fold_inputs, sketch_linear
 from ..plan import MatrixPlan, Role, plan_matrix
 from ..spec import SketchSpec
@@ -35,6 +36,12 @@ class MatrixSketch(abc.ABC):
     @abc.abstractmethod
     def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         """``out[s] += sketch(sum_{t in s} d[t]^T a[t])``."""
+
+    def add_grouped(
+        self, d: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Of a stack of matrices: ``ranges`` cuts rows that are sorted by (matrix, segment)."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
@@ -68,6 +75,11 @@ class SlabMatrix(MatrixSketch):
 
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         sketch_embedding(x, rows, offsets, self.plan, out)
+
+    def add_grouped(
+        self, d: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        sketch_grouped(d, kept, ranges, self.plan, out)
 
     def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
         rows = torch.arange(self.rows, device=gradient.device)

@@ -17,7 +17,8 @@ WORKER = Path(__file__).parents[1] / "support" / "tp_ranks.py"
 # Transformers' own plans: head norms that see some heads, a soft-capped tied head, biases, a head without a plan.
 CASES = (
     "llama-tied:auto", "qwen2:auto", "qwen3:auto", "gemma2:auto", "phi3:auto",
-    "llama:embeddings_by_features", "llama:sequence_parallel",
+    "llama:embeddings_by_features", "llama:sequence_parallel", "qwen3:head_norms",
+    "moe-qwen3_moe:auto", "moe-deepseek_v3:auto",
 )  # fmt: skip
 ON_FOUR = ("llama-tied:auto", "llama:sequence_parallel")
 

@@ -52,6 +52,15 @@ def embeddings_by_features() -> dict[str, Any]:
     return by_hand() | {"model.embed_tokens": ColwiseParallel(output_layouts=Replicate())}
 
 
+def head_norms() -> dict[str, Any]:
+    """Norms of this rank's heads: a DTensor of heads, whose gradients torch adds over the ranks."""
+    heads = {LAYER + f"self_attn.{k}_proj": ColwiseParallel(use_local_output=False) for k in "qk"}
+    norms = {
+        LAYER + f"self_attn.{k}_norm": SequenceParallel(sequence_dim=2, use_local_output=True) for k in "qk"
+    }
+    return by_hand() | heads | norms
+
+
 def sequence_parallel() -> dict[str, Any]:
     """Between attention and MLP every rank has some tokens of each row."""
     tokens = dict(output_layouts=Shard(1), use_local_output=False)
@@ -77,7 +86,7 @@ def sequence_parallel() -> dict[str, Any]:
 
 
 PLANS: dict[str, Callable[[], dict[str, Any]]] = {
-    f.__name__: f for f in (by_hand, embeddings_by_features, sequence_parallel)
+    f.__name__: f for f in (by_hand, embeddings_by_features, head_norms, sequence_parallel)
 }
 
 
@@ -111,6 +120,11 @@ def through_batch(sketcher: GradientSketcher, model: nn.Module, batch: zoo.Batch
     return result.sketches
 
 
+def widened(model: nn.Module) -> nn.Module:
+    """In float64, which the grouped kernels of experts do not take."""
+    return moe.eager(model.double()) if hasattr(model.config, "num_experts_per_tok") else model.double()
+
+
 def off(x: torch.Tensor, y: torch.Tensor) -> float:
     return float(((x - y).norm(dim=1) / y.norm(dim=1)).max())
 
@@ -118,7 +132,7 @@ def off(x: torch.Tensor, y: torch.Tensor) -> float:
 def found_on(case: str, mesh: DeviceMesh) -> dict[str, Any]:
     name, way = case.split(":")
     batch, plain = zoo.padded(), make(name)
-    exact = zoo.sketches(plain, zoo.gradients(plain.double()), SPEC).float()
+    exact = zoo.sketches(plain, zoo.gradients(widened(plain)), SPEC).float()
     plain = make(name)
     with GradientSketcher(plain, SPEC) as sketcher:
         own = batch.sketch(sketcher)
