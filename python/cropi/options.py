@@ -164,6 +164,14 @@ class Gradient(Options):
         metavar="PATH",
         shown="none",
     )
+    responses: int | None = option(
+        None,
+        "sketch at most so many responses of a training prompt, drawn and weighted so that its gradient is right on "
+        "average (docs/method.md)",
+        kind="count",
+        metavar="N",
+        shown="all",
+    )
     behaviour: str = option(
         "auto",
         "where the log-probs of the policy that made the rollouts come from: the file, the current policy (ratio 1), "

@@ -274,6 +274,9 @@ def sketch_part(
         set=part.set,
         # The validation side alone is scaled: <D g(s), g(v)> = <g(s), D g(v)>.
         optimizer_state=None if part.set is None else job.optimizer_state,
+        responses=None
+        if part.set is not None
+        else job.responses,  # few prompts, whose noise is every score's
         limit=None if part.set is not None else job.limit,  # --limit is for trying out the training files
         behaviour=part.behaviour if part.behaviour != "auto" else job.behaviour,
         behaviour_model=part.behaviour_model if part.behaviour_model is not None else job.behaviour_model,

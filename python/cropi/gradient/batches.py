@@ -326,7 +326,7 @@ def _fill(
             response,
             np.full(len(response), segment, dtype=np.int64),
             np.full(len(response), len(equal), dtype=np.int64),
-            np.broadcast_to(advantages[list(equal)], shape),
+            np.broadcast_to(advantages[list(equal)] * (1.0 if group.kept is None else group.kept[k]), shape),
             np.broadcast_to(divisors[list(equal)], shape),
             behaviour,
         )

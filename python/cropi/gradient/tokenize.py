@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,7 @@ class TokenGroup:
 
     ``masks`` holds a 1 for every token of ``responses`` that is scored, and a 0 for those that are only read (what
     tools and users said in between); None: all are scored. The last token of a response is always scored.
+    ``kept``: of a subset of the responses, the factor on the weights of each, by its number; None: all are sketched.
     """
 
     group: PromptGroup
@@ -42,6 +44,7 @@ class TokenGroup:
     logprobs: list[list[float]] | None
     temperature: float
     masks: list[list[int]] | None = None
+    kept: Mapping[int, float] | None = None
 
     @property
     def id(self) -> str:
@@ -50,8 +53,9 @@ class TokenGroup:
 
     @cached_property
     def equal(self) -> list[tuple[int, ...]]:
-        """See :func:`cropi.gradient.equal.equal_responses`."""
-        return equal_responses(self.responses, self.masks)
+        """See :func:`cropi.gradient.equal.equal_responses`; of those that are kept."""
+        found = equal_responses(self.responses, self.masks)
+        return found if self.kept is None else [members for members in found if members[0] in self.kept]
 
     @property
     def scored(self) -> int:

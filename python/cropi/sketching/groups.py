@@ -14,6 +14,7 @@ from cropi.errors import CropiError, optional
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.layout import layout_of
+from cropi.gradient.subset import sampled
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import cancels
 from cropi.model.moments import SecondMoments
@@ -44,6 +45,7 @@ def sketch_groups(
     verify: bool = True,
     moments: SecondMoments | None = None,
     zero_check: bool = True,
+    responses: tuple[int, str] | None = None,
     default_set: str | None = None,
     total: int | None = None,
     progress: bool = False,
@@ -70,6 +72,7 @@ def sketch_groups(
         exclude: patterns of parameter names to leave out.
         layout, tokens_per_batch, verify, zero_check: see :class:`cropi.sketching.job.SketchJob`.
         moments: of an optimiser: gradients are formed by autograd and divided by their roots before they are sketched.
+        responses: at most so many of each prompt, and the seed of their draw (:func:`cropi.gradient.subset.sampled`).
         default_set: validation set of prompts that carry none.
         total: how many prompts there are, for the progress bar.
         progress: show one.
@@ -98,7 +101,7 @@ def sketch_groups(
             if plan.note:
                 bar.write(plan.note)
             chunks = make_chunks(
-                _checked(groups, estimator, source.source, default_set, zero_check),
+                _checked(groups, estimator, source.source, default_set, zero_check, responses),
                 plan,
                 budget=tokens_per_batch,
                 tokens=part.tokens if part else None,
@@ -164,6 +167,7 @@ def _checked(
     source: str,
     default_set: str | None,
     zero_check: bool,
+    responses: tuple[int, str] | None,
 ) -> Iterator[TokenGroup | RowInfo]:
     """The prompts with a gradient, and rows in place of the others."""
     for group in groups:
@@ -182,7 +186,7 @@ def _checked(
                     "'file'; give them, or behaviour='current' (ratio 1)"
                 )
             if not (zero_check and cancels(group, estimator, source)):
-                yield group
+                yield group if responses is None else sampled(group, responses[0], estimator, responses[1])
                 continue
             reason = ZERO_GRADIENT
         yield row_of(group.group, SKIPPED, reason, default_set)

@@ -42,6 +42,7 @@ class SketchJob(Tokens, Running, Storing):
         behaviour: "auto", "file", "current" or "model".
         behaviour_model: for "model": the model that made the rollouts (a module or a Policy).
         temperature: of the rollouts; None: each record's own, else 1.
+        responses: at most so many of each prompt, drawn (:mod:`cropi.gradient.subset`); None: all.
         optimizer_state: what :func:`cropi.model.moments.read_moments` takes: these are validation prompts, and their
             gradients are scaled as a step of that optimiser scales the training prompts'.
         set: validation set of records that carry none.
@@ -61,6 +62,7 @@ class SketchJob(Tokens, Running, Storing):
     behaviour: str = "auto"
     behaviour_model: Any = None
     temperature: float | None = None
+    responses: int | None = None
     optimizer_state: Any = None
     set: str | None = None
     shard: tuple[int, int] | None = None
@@ -121,7 +123,7 @@ def make_job(
     return SketchJob(
         trajectories, out, spec=spec_of(options), exclude=options.exclude, estimator=estimator_of(options),
         behaviour=behaviour, behaviour_model=behaviour_model, temperature=options.temperature, set=set,
-        optimizer_state=options.optimizer_state,
+        optimizer_state=options.optimizer_state, responses=options.responses,
         notes=dict(notes or {}), **shared,
     )  # fmt: skip
 
@@ -238,6 +240,8 @@ def make_manifest(
     }
     if moments is not None:
         manifest["preconditioner"] = moments.fingerprint()
+    if job.responses is not None:
+        manifest["responses"] = job.responses
     if not job.zero_check:
         manifest["zero_check"] = False
     if scan is not None:
