@@ -148,3 +148,21 @@ def test_one_prompt_left_out_is_a_store_without_it(stores: Any, mean: str) -> No
         assert one.moved == pytest.approx(moved, abs=1e-5)
     with pytest.raises(CropiError, match="others do not depend on the validation prompts"):
         leave_one_out(pairwise(train, [valid]), selecting=Selecting(method="random"))
+
+
+def test_plots_of_large_pools_hold_densities_and_not_a_point_a_prompt(tmp_path: Path) -> None:
+    """20,000 points on one panel are a solid block, and 8 panels of them a file of 10 MB."""
+    from cropi.ranking.influence import Scores
+    from cropi.ranking.plot import plot_scores
+
+    rng = np.random.default_rng(0)
+    sizes = {}
+    for n in (2000, 20_000):
+        rows = [RowInfo(f"p{i:05d}", pass_rate=float(rng.integers(1, 8) / 8)) for i in range(n)]
+        table = rng.normal(0, 0.1, (n, 2))
+        scores = Scores(rows, ["x", "y"], table, {"metric": "cosine"}, np.full((n, 2), 0.04), rng.random(n))
+        plot_scores(tmp_path / f"{n}.svg", scores, select(scores))
+        text = (tmp_path / f"{n}.svg").read_text()
+        sizes[n] = len(text)
+        assert ("PathCollection" in text) == (n == 2000)
+    assert sizes[20_000] < sizes[2000]

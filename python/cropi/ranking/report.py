@@ -1,56 +1,18 @@
-"""What a person looks at: a plot of the scores, and a table of the best and the worst prompts."""
+"""The table of the best and the worst prompts; the plot is in :mod:`cropi.ranking.plot`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cropi.data.chat import text_of
 from cropi.data.readers import read
-from cropi.errors import CropiError, optional, printable
-from cropi.files import replacing
+from cropi.errors import printable
 from cropi.ranking.influence import Scores
+from cropi.ranking.plot import plot_scores
 from cropi.ranking.selection import Selection
 
-PLOTS = ("png", "pdf", "svg")
-
-
-def plot_scores(path: str | Path, scores: Scores, selection: Selection) -> None:
-    """Write a plot (.png, .pdf or .svg): for every validation set, the prompts' scores in order (left) and against the
-    pass rate (right)."""
-    kind = Path(path).suffix[1:].lower()
-    if kind not in PLOTS:
-        raise CropiError(f"plot: {path} should end in one of .{', .'.join(PLOTS)}")
-    optional("matplotlib").use("Agg")
-    plt = optional("matplotlib.pyplot")
-    usable = np.flatnonzero(scores.usable)
-    chosen = np.isin(usable, selection.chosen)
-    rates = np.array([scores.rows[i].pass_rate for i in usable.tolist()])
-    metric = scores.meta.get("metric", "score")
-    height = 2.6 * len(scores.sets) + 0.6
-    figure, axes = plt.subplots(
-        len(scores.sets), 2, figsize=(10, height), squeeze=False, layout="constrained"
-    )
-    for v, name in enumerate(scores.sets):
-        column = scores.table[usable, v]
-        order = np.argsort(-column, kind="stable")
-        ranked, spread = axes[v]
-        for mask, colour, label in ((~chosen, "0.7", "not selected"), (chosen, "tab:red", "selected")):
-            places = np.flatnonzero(mask[order])
-            ranked.scatter(places + 1, column[order][places], s=14, c=colour, label=label)
-            spread.scatter(rates[mask], column[mask], s=14, c=colour)
-        ranked.axhline(0, color="0.85", zorder=0)
-        spread.axhline(0, color="0.85", zorder=0)
-        ranked.set(ylabel=f"{metric} with {name!r}", xlabel="rank of the prompt")
-        spread.set(xlabel="pass rate of the stored rollouts", xlim=(-0.03, 1.03))
-    axes[0][0].legend(frameon=False)
-    figure.suptitle(f"{len(selection.chosen)} of {len(usable)} usable prompts selected by {selection.method}")
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format=kind, dpi=120)
-    plt.close(figure)
+__all__ = ["best_and_worst", "last_message", "plot_scores", "prompt_texts"]
 
 
 def best_and_worst(
