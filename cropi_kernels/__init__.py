@@ -15,7 +15,8 @@ mathematics. What there is:
 - rows in one or two bytes a number: `quantize_rows`, `QuantizedRows`; `row_products` of such rows with directions
 
 Every op takes ``backend=``; `explain` tells which one serves given tensors, and the environment variable
-``CROPI_KERNELS_BACKEND`` names one for all calls.
+``CROPI_KERNELS_BACKEND`` names one for all calls; ``CROPI_KERNELS_ISA`` (baseline, avx2, avx512) the instruction set of
+the CPU kernels.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,29 @@ try:
     IMPORT_ERROR: str | None = None
 except ImportError as error:  # a source checkout that was not built, or a wheel for another platform
     _C, IMPORT_ERROR = None, str(error)
+
+
+ISA = "CROPI_KERNELS_ISA"
+LEVELS = {"baseline": 1, "avx2": 3, "avx512": 4}
+
+
+def apply_isa(named: str | None, module: Any) -> None:
+    """Use the kernels of an instruction set that the environment names, for tests of what other processors would run.
+
+    Raises:
+        ImportError: an unknown name, or one that this processor or this build does not have.
+    """
+    if not named:
+        return
+    if named not in LEVELS:
+        raise ImportError(f"{ISA}={named!r}: give one of {', '.join(LEVELS)}")
+    if LEVELS[named] > module.detected_level():
+        raise ImportError(f"{ISA}={named!r}: this processor, or the build of cropi_kernels, does not have it")
+    module.set_level(LEVELS[named])
+
+
+if _C is not None:
+    apply_isa(os.environ.get(ISA), _C)
 
 
 def native() -> Any:

@@ -11,7 +11,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
     command.add_argument(
         "folder",
-        help="what `cropi run --out` wrote, or a stage of a curriculum (scores, selection, sketches)",
+        help="what `cropi run --out` or `cropi curriculum` wrote, or the folder of one stage",
     )
     command.add_argument("--out", metavar="FILE.html", help="the page (default: report.html in the folder)")
     command.add_argument(

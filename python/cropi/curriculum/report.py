@@ -10,6 +10,7 @@ from cropi.curriculum.plan import Plan
 from cropi.curriculum.state import State
 from cropi.errors import printable
 from cropi.files import write_atomic
+from cropi.report.curriculum import curriculum_page
 
 CHOOSING = ("sketch", "influence", "select")
 
@@ -43,11 +44,16 @@ def rows(state: State) -> list[dict[str, Any]]:
 
 
 def write_report(plan: Plan, state: State) -> None:
-    """Write ``report.json`` and ``report.md``."""
+    """Write ``report.json``, ``report.md`` and the page ``report.html``."""
     table = rows(state)
-    document = {"settings": plan.settings(), "fingerprint": plan.fingerprint(), "stages": table}
+    document = {
+        "settings": plan.settings(), "fingerprint": plan.fingerprint(), "planned": plan.stages, "stages": table,
+        "warnings": nothing_learnt(table),
+    }  # fmt: skip
     write_atomic(plan.out / "report.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     write_atomic(plan.out / "report.md", _markdown(plan, table))
+    if table:
+        curriculum_page(plan.out)
 
 
 def _markdown(plan: Plan, table: list[dict[str, Any]]) -> str:

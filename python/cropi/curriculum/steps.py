@@ -26,6 +26,7 @@ from cropi.pipeline import Part
 from cropi.ranking.report import plot_scores
 from cropi.ranking.selection import read_selection, write_selected_records, write_selection
 from cropi.ranking.table import read_scores, write_scores
+from cropi.report.folder import report_folder
 from cropi.sketching.job import SketchJob
 from cropi.store.shards import OK
 from cropi.store.store import SketchStore
@@ -178,6 +179,7 @@ def select_best(stage: Stage) -> Result:
             **plan.export,
         )
     plot_scores(folder / "scores.png", scores, selection)
+    report_folder(folder, every_text=False)
     usable, chosen = scores.table[scores.usable], scores.table[selection.chosen]
     rates = [row.pass_rate for row, ok in zip(scores.rows, scores.usable) if ok]
     last = read_selection(plan.stage_folder(stage.number - 1) / "selected.jsonl") if stage.number else []

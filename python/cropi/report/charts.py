@@ -67,3 +67,38 @@ def bars(pool: Sequence[float], chosen: Sequence[float]) -> list[str]:
         f'<rect class="chosen" x="0" y="10" width="{160 * b / top:.1f}" height="7"/></svg>'
         for a, b in zip(pool, chosen, strict=True)
     ]
+
+
+def line(values: Sequence[float | None], *, low: float | None = None, high: float | None = None) -> str:
+    """One value a stage, from stage 0 on, as a line with a dot for each; None leaves a gap."""
+    known = [float(v) for v in values if v is not None and np.isfinite(v)]
+    if not known:
+        return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><text x="8" y="20">not known</text></svg>'
+    bottom = min(known) if low is None else low
+    top = max(known) if high is None else high
+    if top <= bottom:
+        bottom, top = bottom - 0.5, top + 0.5
+    plot, left, wide = HEIGHT - BOTTOM - 16, 44, WIDTH - 60
+
+    def place(i: int, value: float) -> tuple[float, float]:
+        across = left + wide * (i / (len(values) - 1) if len(values) > 1 else 0.5)
+        return across, 8 + plot * (1 - (value - bottom) / (top - bottom))
+
+    parts = [f'<line class="axis" x1="{left}" x2="{left + wide}" y1="{8 + plot}" y2="{8 + plot}"/>']
+    last: tuple[float, float] | None = None
+    for i, value in enumerate(values):
+        here = None if value is None or not np.isfinite(value) else place(i, float(value))
+        if here is not None and last is not None:
+            parts.append(
+                f'<line class="trend" x1="{last[0]:.1f}" y1="{last[1]:.1f}" x2="{here[0]:.1f}" y2="{here[1]:.1f}"/>'
+            )
+        if here is not None:
+            parts.append(f'<circle class="chosen" cx="{here[0]:.1f}" cy="{here[1]:.1f}" r="3"/>')
+        last = here
+    for value in (bottom, top):
+        parts.append(
+            f'<text x="{left - 4}" y="{place(0, value)[1] + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+        )
+    for i in sorted({0, len(values) - 1}):
+        parts.append(f'<text x="{place(i, bottom)[0]:.1f}" y="{HEIGHT - 4}" text-anchor="middle">{i}</text>')
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'

@@ -20,6 +20,7 @@ from cropi.ranking.report import last_message
 from cropi.ranking.selection import Selection, read_selection
 from cropi.ranking.table import read_scores
 from cropi.ranking.uncertainty import Uncertainty
+from cropi.report.curriculum import curriculum_page, is_curriculum
 from cropi.report.html import ReportInput, shown_in_full, write_report
 from cropi.store.shards import OK
 from cropi.store.store import SketchStore
@@ -39,7 +40,7 @@ def report_folder(
     Trajectories are found by the paths that the stores note; what is not there any more is left out, and said so.
 
     Args:
-        folder: what ``cropi run --out`` or a curriculum's stage wrote.
+        folder: what ``cropi run --out``, a curriculum or one of its stages wrote.
         out: the page; None: ``report.html`` in the folder.
         check: what ``cropi check --out`` wrote; None: ``check.json`` in the folder, if it is there.
         every_text: read the trajectories through, so that every prompt's text can be searched; else only the prompts
@@ -53,7 +54,9 @@ def report_folder(
     """
     root = Path(folder)
     if not root.is_dir():
-        raise CropiError(f"{root} is no folder: give what `cropi run --out` or a stage of a curriculum wrote")
+        raise CropiError(f"{root} is no folder: give what `cropi run --out` or `cropi curriculum` wrote")
+    if is_curriculum(root):
+        return curriculum_page(root, out)
     scores = read_scores(root / "scores.parquet")
     if not (root / "selected.jsonl").is_file():
         raise CropiError(
