@@ -37,6 +37,9 @@ class MatrixPlan:
     there is one, in the slab otherwise. ``row_fold`` and ``col_fold`` hold the XOR of each block of a fold, None for no
     fold; the ``pair_*`` [row blocks, column blocks] the XOR of rows and of columns, the slab and the sign of each block
     of the folded matrix. Layers with one ``fold_key`` fold their inputs alike.
+
+    >>> plan_matrix(SketchSpec(1024), "up_proj.weight", 48, 32, role="linear").folded_cols
+    32
     """
 
     name: str
@@ -82,6 +85,9 @@ class VectorPlan:
     """Plan of a vector parameter: coordinate i is added to ``position[i]``, below ``dim``, with ``sign[i]``.
 
     Made by `plan_vector`.
+
+    >>> plan_vector(SketchSpec(1024), "norm.weight", 32).size
+    32
     """
 
     name: str
@@ -177,6 +183,11 @@ def plan_vector(spec: SketchSpec, name: str, size: int) -> VectorPlan:
 
     Raises:
         ValueError: ``size`` is below 1.
+
+    >>> out = torch.zeros(1, 32768)
+    >>> _ = sketch_vector(torch.ones(1, 32), plan_vector(SketchSpec(1024), "norm.weight", 32), out)
+    >>> float(out.norm()) ** 2 > 0
+    True
     """
     whole = as_int(size, 1)
     if whole is None:

@@ -18,6 +18,9 @@ class Coverage:
         names: canonical names of the covered parameters.
         excluded: numbers of every trainable parameter that the caller left out, by canonical name.
         uncovered: the same of those that ``exclude="uncovered"`` left out.
+
+    >>> GradientSketcher(torch.nn.Linear(4, 4), SketchSpec(1024), ["bias"]).coverage.excluded
+    {'bias': 4}
     """
 
     total: int
@@ -41,7 +44,11 @@ class Coverage:
 
 
 class UncoveredParameterError(ValueError):
-    """Trainable parameters that no tap can sketch and that the user has not excluded."""
+    """Trainable parameters that no tap can sketch and that the user has not excluded.
+
+    >>> issubclass(UncoveredParameterError, ValueError)
+    True
+    """
 
 
 def uncovered(problem: str, lines: Sequence[str], pattern: str, share: float) -> UncoveredParameterError:

@@ -74,6 +74,15 @@ class GradientSketcher:
         UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
         ValueError: adapters are merged into their base, nothing is left to sketch, or a pattern of ``exclude`` matches
             nothing.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)).eval()
+    >>> rows, labels = torch.tensor([[5, 6, 7], [5, 8, 9]]), torch.tensor([[-100, 6, 7], [-100, 8, 9]])
+    >>> with GradientSketcher(model, SketchSpec(1024)) as sketcher:
+    ...     result = sketcher.policy_gradient(rows, segments=torch.tensor([0, 1]), labels=labels, weights=torch.ones(2))
+    >>> result.sketches.shape
+    torch.Size([2, 1024])
     """
 
     def __init__(
@@ -493,6 +502,14 @@ def _described(model: nn.Module, spec: SketchSpec, plan: Attachment) -> str:
 
 
 class BatchSketch:
-    """Filled by `GradientSketcher.batch` when its block ends: float32 [segments, dim]."""
+    """Filled by `GradientSketcher.batch` when its block ends: float32 [segments, dim].
+
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> with GradientSketcher(layer, SketchSpec(1024)) as sketcher:
+    ...     with sketcher.batch(torch.tensor([0, 1]), shape=(2, 3)) as batch:
+    ...         layer(torch.ones(2, 3, 4, requires_grad=True)).sum().backward()
+    >>> batch.sketches.shape
+    torch.Size([2, 1024])
+    """
 
     sketches: torch.Tensor

@@ -24,6 +24,9 @@ class PolicyGradient:
 
     ``sketches`` float32 [segments, dim], a row of NaN where the segment met a NaN or an infinity; ``logprobs`` and
     ``weights`` float32 [scored tokens]; ``seconds``: forward, backward, and the part of both that was sketching.
+
+    >>> PolicyGradient(torch.zeros(2, 64), torch.zeros(5), torch.ones(5), {}).weights.sum()
+    tensor(5.)
     """
 
     sketches: torch.Tensor

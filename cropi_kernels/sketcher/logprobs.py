@@ -50,6 +50,12 @@ def token_logprobs(
 
     Raises:
         ValueError: the model has no decoder and linear head, or an argument does not fit; names which.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)).eval()
+    >>> token_logprobs(model, torch.tensor([[5, 6, 7]]), positions=torch.tensor([1]), targets=torch.tensor([7])).shape
+    torch.Size([1])
     """
     one_thread_after_fork()
     check_tensors(input_ids=input_ids, positions=positions, targets=targets)

@@ -39,11 +39,19 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 class CropiError(ValueError):
-    """Something in the input or the options is wrong; the message names it, its value and the remedy."""
+    """Something in the input or the options is wrong; the message names it, its value and the remedy.
+
+    >>> issubclass(CropiError, ValueError)
+    True
+    """
 
 
 class RecordError(CropiError):
-    """One bad trajectory record. ``--skip-bad`` goes on without it."""
+    """One bad trajectory record. ``--skip-bad`` goes on without it.
+
+    >>> str(RecordError("train.jsonl:3", "'rewards' is missing"))
+    "train.jsonl:3: 'rewards' is missing; mend or remove the record, or pass --skip-bad"
+    """
 
     def __init__(
         self, where: str, problem: str, remedy: str = "mend or remove the record, or pass --skip-bad"

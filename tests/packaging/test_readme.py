@@ -168,3 +168,24 @@ def test_trl_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     notes = lines(tmp_path / "trl-out" / "cropi" / "stages.jsonl")
     assert [(note["step"], note["selected"]) for note in notes] == [(0, 4), (2, 4)]
     assert len(selected(tmp_path / "trl-out", 1)) == 4
+
+
+@pytest.mark.parametrize("page", ["project.md", "method.md"])
+def test_examples_of_a_page_run(page: str) -> None:
+    """One after the other, as they stand there."""
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    found = blocks("python", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert found
+    for code in found:
+        exec(compile(code, page, "exec"), names)
+    if page == "project.md":
+        assert abs(float(names["estimate"] - names["exact"])) < 6 / 4096**0.5
+        assert torch.allclose(names["halves"], names["sketches"], rtol=1e-4, atol=1e-3)
+        assert names["back"].shape == (3, 100_000) and names["of_sparse"].norm() ** 2 == pytest.approx(5.0)
+        assert names["projected"].shape == (3, 512) and names["features"].shape == (3, 256)
+    else:
+        ratio = torch.tensor([0.1, -0.5]).exp()
+        want = ratio * names["advantages"][0] / (4 * 12)
+        torch.testing.assert_close(names["weights"], want.to(names["weights"].dtype))
+        assert len(names["chosen"].ids) == 2

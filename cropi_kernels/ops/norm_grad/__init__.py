@@ -45,5 +45,9 @@ def bias_grad(dy: torch.Tensor, offsets: torch.Tensor, *, backend: str | None = 
     """``bias[s] = sum_{t in s} dy[t]`` for ``dy`` [tokens, n]: float32 [segments, n] (float64 for float64 inputs).
 
     Arguments and errors are those of `norm_grad`.
+
+    >>> bias_grad(torch.ones(3, 2), torch.tensor([0, 1, 3]))
+    tensor([[1., 1.],
+            [2., 2.]])
     """
     return ops.BIAS(plain(dy), offsets, backend)

@@ -85,6 +85,12 @@ def project_transpose(
     Raises:
         ValueError: names the argument, its value and the remedy.
         RuntimeError: no kernel serves the tensor's device or dtype.
+
+    >>> spec, x = ProjectionSpec(64), torch.randn(1, 500)
+    >>> y = torch.randn(1, 64)
+    >>> left, right = (project(x, spec) * y).sum(), (x * project_transpose(y, spec, 500)).sum()
+    >>> torch.allclose(left, right, rtol=1e-3, atol=1e-3)
+    True
     """
     _check_input("y", y, spec, "[B, dim]")
     if y.shape[1] != spec.dim:

@@ -19,7 +19,12 @@ _INDEX = (torch.int32, torch.int64)
 
 
 class CsrRows(NamedTuple):
-    """Row b has ``values[k]`` in column ``columns[k]`` for k from ``starts[b]`` to ``starts[b + 1]``, in any order."""
+    """Row b has ``values[k]`` in column ``columns[k]`` for k from ``starts[b]`` to ``starts[b + 1]``, in any order.
+
+    >>> rows = CsrRows(torch.tensor([0, 1, 2]), torch.tensor([3, 0]), torch.tensor([1.0, -2.0]), 8)
+    >>> project_csr(rows, ProjectionSpec(64)).norm(dim=1)
+    tensor([1., 2.])
+    """
 
     starts: torch.Tensor  # int32 or int64 [B + 1]
     columns: torch.Tensor  # of the same dtype [n]

@@ -21,6 +21,9 @@ def fold_inputs(a: torch.Tensor, plan: MatrixPlan, *, backend: str | None = None
     Raises:
         ValueError: ``a`` is not a dense floating-point [tokens, plan.cols].
         RuntimeError: the backend that was named cannot serve the call; says why.
+
+    >>> fold_inputs(torch.ones(3, 4), plan_matrix(SketchSpec(), "w", 8, 4, role="linear")).shape[0]
+    3
     """
     if plan.folded_cols == plan.cols:
         ops.check_unfolded(a, plan, rows=False)
@@ -62,6 +65,11 @@ def sketch_linear(
     The sums are float32 in an order that depends on the segment alone: equal bits for any thread count and for any
     neighbours in the batch. On a CPU over at most 256 tokens, then over blocks; on a GPU over all block pairs and
     tokens of a chunk (512 tokens, 24 pairs), then over the chunks.
+
+    >>> plan, out = plan_matrix(SketchSpec(), "w", 8, 4, role="linear"), torch.zeros(1, 32768)
+    >>> _ = sketch_linear(torch.ones(3, 8), fold_inputs(torch.ones(3, 4), plan), torch.tensor([0, 3]), plan, out)
+    >>> round(float(out.norm()), 3)  # of the gradient, which is 3 everywhere: 3 sqrt(32)
+    16.971
     """
     ops.SKETCH(plain(d), plain(a), offsets, out, recipe_of(plan), backend)
     return out

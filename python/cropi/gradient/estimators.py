@@ -73,6 +73,9 @@ class Estimator:
         cap: the ratio counts as this at most, without an end of the gradient there; None: no bound.
         delta: a second bound of the clipped objective: no gradient where the ratio is above it; None: no bound.
         loo: the advantage's mean leaves the response itself out.
+
+    >>> Estimator("mine", clip_low=0.2, clip_high=0.28, length="group").divisors([3, 5])
+    array([8., 8.])
     """
 
     name: str

@@ -43,6 +43,11 @@ class Scores:
     Where the validation prompts were resampled (:mod:`cropi.ranking.uncertainty`), ``stderr`` float64 ``[n, sets]``
     holds the standard errors of the scores, ``p_selected`` float64 ``[n]`` how often a prompt was chosen, and
     ``meta["uncertainty"]`` the rest. ``store`` is the training prompts' store, where this call made the scores.
+
+    >>> from cropi.store.shards import RowInfo
+    >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
+    >>> scores.top("sums", 1)
+    [('b', 0.4)]
     """
 
     rows: Sequence[RowInfo]

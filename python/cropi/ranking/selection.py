@@ -50,6 +50,12 @@ class Selection:
     ``order`` ranks every usable prompt, the chosen ones first; ``fused`` is float64 ``[n prompts]``; ``scores`` is the
     table that the selection was made from; ``settings`` are the options that choose the same again; ``copies`` names
     for every prompt that was left out as a near copy the chosen one that it is near to.
+
+    >>> import cropi
+    >>> from cropi.store.shards import RowInfo
+    >>> scores = cropi.Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
+    >>> scores.select(0.5).ids
+    ['b']
     """
 
     chosen: list[int]

@@ -27,6 +27,9 @@ class SketchedBatch:
         logprobs: float32 ``[batch, length]``: log pi of the scored tokens in their places, 0 elsewhere.
         weights: float32 ``[batch, length]``: their weights, 0 elsewhere.
         spec: what a sketch is; names: the parameters that are in it.
+
+    >>> SketchedBatch(["a"], torch.zeros(1, 64), torch.zeros(1, 5), torch.zeros(1, 5), SketchSpec(64), ()).ids
+    ['a']
     """
 
     ids: list[Any]
