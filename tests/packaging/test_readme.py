@@ -29,9 +29,9 @@ def commands(first_word: str) -> list[str]:
 
 @pytest.mark.parametrize("line", [c for c in commands("cropi") if "COMMAND" not in c])
 def test_command_lines_are_understood(line: str) -> None:
-    from cropi.cli import _parser
+    from cropi.cli import make_parser
 
-    assert _parser().parse_args(shlex.split(line)[1:]).command in line
+    assert make_parser().parse_args(shlex.split(line)[1:]).command in line
 
 
 @pytest.mark.parametrize("line", sorted(set(commands("make"))))
@@ -41,10 +41,10 @@ def test_make_targets_exist(line: str) -> None:
 
 
 def test_demo_config_names_options_and_files_that_exist() -> None:
-    from cropi.cli import _parser
+    from cropi.cli import make_parser
     from cropi.cli.config import apply_config
 
-    args = _parser().parse_args(["run", "--config", str(ROOT / "examples" / "demo.toml")])
+    args = make_parser().parse_args(["run", "--config", str(ROOT / "examples" / "demo.toml")])
     args.words = []
     apply_config(args)  # an unknown key is an error
     assert args.model and args.out
