@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -261,6 +262,37 @@ def test_info_reads_everything_that_is_written(
     damaged = tmp_path / "x.npy"
     damaged.write_bytes(b"\x93NUMPY\x01\x00v\x00{}")
     assert main(["info", str(damaged)]) == 2 and "damaged NumPy file" in capsys.readouterr().err
+
+
+def test_info_of_what_is_not_finished(
+    work: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that has not selected, a curriculum in the middle, a folder of a trainer's dumps."""
+    (tmp_path / "half/sketches").mkdir(parents=True)
+    shutil.copytree(run / "sketches/valid", tmp_path / "half/sketches/valid")
+    assert main(["info", str(tmp_path / "half"), "--json"]) == 0
+    found, told = printed(capsys)
+    assert (
+        found["kind"] == "run"
+        and found["stores"]["valid"]["prompts"] == 8
+        and "nothing is selected yet" in told
+    )
+    (tmp_path / "stages").mkdir()
+    state = {"format": 1, "settings": {}, "done": [{"stage": 0, "step": "sketch", "seconds": 1.5, "attempts": 1}],
+             "started": {"stage": 0, "step": "select", "attempts": 1}}  # fmt: skip
+    (tmp_path / "stages/state.json").write_text(json.dumps(state))
+    assert main(["info", str(tmp_path / "stages"), "--json"]) == 0
+    found, told = printed(capsys)
+    assert (
+        found["kind"] == "curriculum" and found["started"]["step"] == "select" and "stage 0, select" in told
+    )
+    (tmp_path / "stages/state.json").write_text("{")
+    assert main(["info", str(tmp_path / "stages")]) == 2 and "is damaged" in capsys.readouterr().err
+    (tmp_path / "dumps").mkdir()
+    write_lines(tmp_path / "dumps/1.jsonl", [{"input": "q", "output": "a", "score": 1.0, "step": 1}] * 2)
+    assert main(["info", str(tmp_path / "dumps"), "--json"]) == 0
+    found, told = printed(capsys)
+    assert found["kind"] == "trajectories" and "read as       rollouts of verl" in told
 
 
 # ------------------------------------------------------------------------------------------------------- shells

@@ -32,6 +32,7 @@ from support.made_verl import (
     verl_only,
 )  # fmt: skip
 
+from cropi.data.export import export
 from cropi.data.readers import read_trajectories
 from cropi.errors import CropiError
 
@@ -48,6 +49,25 @@ def test_modules_that_need_another_verl_say_so(name: str) -> None:
         assert "since 0.8 verl has no curriculum sampler" in str(caught.value)
     else:
         assert "verl 0.7" in str(caught.value) and "cropi.trainers.verl.sampler" in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------- export
+@verl_only
+def test_verls_own_dataset_reads_an_export(tmp_path: Path) -> None:
+    """`--format verl` from records: parquet, in order, with what its reward manager and samplers look up."""
+    records = [
+        {"id": f"p{i}", "prompt": f"{i}+{i}=", "answer": 2 * i, "task": "sums", "responses": ["a", "b"], "level": i,
+         "rewards": [1.0, 0.0]} for i in range(4)
+    ]  # fmt: skip
+    export(tmp_path / "chosen.parquet", ["p3", "p1"], format="verl", trajectories=records)
+    dataset = make_dataset(
+        data_config(tmp_path, train_files=[str(tmp_path / "chosen.parquet")], shuffle=False)
+    )
+    assert len(dataset) == 2
+    row = dataset[0]
+    assert row["raw_prompt"][0]["content"] == "3+3=" and row["index"] == "p3"
+    assert row["data_source"] == "sums" and row["reward_model"]["ground_truth"] == "6"
+    assert row["extra_info"]["index"] == "p3" and row["extra_info"]["level"] == 3
 
 
 # --------------------------------------------------------------------------------------------------- dataset

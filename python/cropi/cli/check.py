@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     policy, behaviour_model = sketch.policies(args)
     trajectories = options.opened(args, args.trajectories, policy)
     job = make_job(options.made(Sketching, args), trajectories, None, behaviour_model=behaviour_model)
+    if args.progress:
+        print(sketch.placed(args, policy), file=sys.stderr)
     report = check_job(
         policy,
         job,

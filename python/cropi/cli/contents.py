@@ -28,7 +28,8 @@ def describe_folder(path: Path) -> dict[str, Any] | None:
 
     if (path / MANIFEST).is_file():
         return None
-    if (path / NAME).is_file():
+    # datasets' save_to_disk has a file of that name, too, and describes itself in another one.
+    if (path / NAME).is_file() and not (path / "dataset_info.json").exists():
         return _curriculum(path, path / NAME)
     if any((path / name).exists() for name in ("scores.parquet", "selected.jsonl", "sketches")):
         return _run(path)

@@ -69,10 +69,10 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     from cropi.cli import contents
     from cropi.data.tables import is_saved
 
+    found = contents.describe_folder(path) if path.is_dir() else None
+    if found is not None:
+        return found
     if path.is_dir() and not is_saved(path):
-        found = contents.describe_folder(path)
-        if found is not None:
-            return found
         if (path / "manifest.json").exists() or not any(one.is_file() for one in path.iterdir()):
             return _store(path, args.verify)
         return _trajectories(args)  # a trainer's dumps
