@@ -468,7 +468,7 @@ def test_kill_and_interrupt_lose_nothing_and_the_rest_is_computed(made: Path, tm
 
 def test_help_is_quick() -> None:
     code = (
-        "import sys; import cropi.cli as c; c._parser().format_help();"
+        "import sys; import cropi.cli as c; c.make_parser().format_help();"
         "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -132,11 +132,11 @@ def test_a_folder_of_something_else(made: Path, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("name", ["curriculum.yaml", "curriculum_trl.yaml", "verl/curriculum.yaml"])
 def test_example_configs_are_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cropi.cli import _parser
+    from cropi.cli import make_parser
     from cropi.cli.config import apply_config
     from cropi.cli.curriculum import make_plan
 
-    args = _parser().parse_args(["curriculum", str(ROOT / "examples" / name)])
+    args = make_parser().parse_args(["curriculum", str(ROOT / "examples" / name)])
     args.words, args.trl, args.stage = [args.config], {}, "0"
     apply_config(args, tables=("trl",))
     plan = make_plan(args)

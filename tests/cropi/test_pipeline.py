@@ -195,9 +195,9 @@ def test_help_shows_every_default(command: str, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         main([command, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    from cropi.cli import _parser
+    from cropi.cli import make_parser
 
-    (commands,) = [action for action in _parser()._actions if action.dest == "command"]
+    (commands,) = [action for action in make_parser()._actions if action.dest == "command"]
     for action in commands.choices[command]._actions:  # type: ignore[union-attr,index]
         about = f"{action.help or ''}"
         assert about and about[0].islower() or about[0].isupper() or about[0] == ".", action.option_strings

@@ -115,7 +115,7 @@ def test_the_stage_script_speaks_verls_options(tmp_path: Path, rollouts: bool) -
 
 
 def test_the_select_script_speaks_our_own_options(tmp_path: Path) -> None:
-    from cropi.cli import _parser
+    from cropi.cli import make_parser
 
     selection = select_into(tmp_path / "selected.jsonl", [1])
     (tmp_path / "select-2").mkdir()
@@ -125,7 +125,7 @@ def test_the_select_script_speaks_our_own_options(tmp_path: Path) -> None:
     subprocess.run(["bash", str(script), *words], env=recorder(tmp_path), check=True)
     merge, run = calls(tmp_path)
     assert merge[:3] == ["-m", "verl.model_merger", "merge"]
-    args = _parser().parse_args(run[2:])
+    args = make_parser().parse_args(run[2:])
     assert args.behaviour_model == "base" and args.valid == ["a.jsonl", "b.jsonl"] and args.stage == "2"
     assert [json.loads(line)["id"] for line in selection.read_text().splitlines()] == ["5", "6"]
 
