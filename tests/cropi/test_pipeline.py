@@ -214,6 +214,7 @@ def test_options_are_one_with_the_modules_that_use_them() -> None:
     from cropi.gradient.estimators import ESTIMATORS
     from cropi.gradient.layout import LAYOUTS
     from cropi.gradient.tokenize import TOO_LONG
+    from cropi.model.adapting import QUANTIZE
     from cropi.model.load import DTYPES
     from cropi.ranking.influence import MEANS, METRICS
     from cropi.ranking.selection import METHODS, POOLS
@@ -228,7 +229,7 @@ def test_options_are_one_with_the_modules_that_use_them() -> None:
     }
     for name, wanted in (
         ("behaviour", BEHAVIOURS), ("estimator", ESTIMATORS), ("layout", LAYOUTS), ("too_long", TOO_LONG),
-        ("dtype", DTYPES), ("mean", MEANS), ("metric", METRICS), ("method", METHODS), ("pool", POOLS),
+        ("dtype", ("auto", *DTYPES)), ("quantize", QUANTIZE), ("mean", MEANS), ("metric", METRICS), ("method", METHODS), ("pool", POOLS),
         ("store_dtype", STORED), ("kind", KINDS),
     ):  # fmt: skip
         assert set(held[name].metadata["choices"]) == set(wanted), name
