@@ -229,7 +229,8 @@ def test_options_are_one_with_the_modules_that_use_them() -> None:
     }
     for name, wanted in (
         ("behaviour", BEHAVIOURS), ("estimator", ESTIMATORS), ("layout", LAYOUTS), ("too_long", TOO_LONG),
-        ("dtype", ("auto", *DTYPES)), ("quantize", QUANTIZE), ("mean", MEANS), ("metric", METRICS), ("method", METHODS), ("pool", POOLS),
+        ("dtype", ("auto", *DTYPES)), ("quantize", QUANTIZE),
+        ("mean", MEANS), ("metric", METRICS), ("method", METHODS), ("pool", POOLS),
         ("store_dtype", STORED), ("kind", KINDS),
     ):  # fmt: skip
         assert set(held[name].metadata["choices"]) == set(wanted), name
