@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -280,6 +281,37 @@ def test_others_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> N
             found.connect(0.3)
 
 
+def test_processes_that_are_started_again_see_nothing_of_the_dead_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A launcher keeps its list of keys over restarts: a claim of before would be a chunk that nobody computes."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = WORD | {"MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = launched()
+    assert found is not None
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        monkeypatch.setattr("cropi.distributed.launch._connections", itertools.count())
+        team = Team(found.connect(5), 1, 4)
+        with team.telling():
+            assert team.claim("job") == 0 and not team.stopped
+            team.stop()
+            assert team.stopped
+
+
+def test_who_was_asked_to_stop_does_not_wait_for_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cropi.distributed.team.STOPPING", 0.3)
+    team = Team(dist.HashStore(), 1, 2)
+    with (
+        pytest.raises(RankFailed, match="stopped, without rank 0, which still works or is gone"),
+        team.telling(),
+    ):
+        team.stop()
+        team.gather(1)
+
+
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Launched(5, 8, 1, WORD)
     for count, device in ((0, "cuda"), (1, "cuda"), (2, "cuda:1"), (8, "cuda:1")):
@@ -292,9 +324,9 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Monk
 
 
 def test_a_rank_that_falls_silent_is_given_up() -> None:
-    store = dist.HashStore()
-    with pytest.raises(CropiError, match="rank 1 has given no sign of life for"):
-        Team(store, 0, 2, silence=0.3).gather(1)
+    team = Team(dist.HashStore(), 1, 2, silence=0.3)
+    with pytest.raises(CropiError, match="rank 0 has given no sign of life for"), team.telling():
+        team.gather(1)
 
 
 def test_calls_of_a_team() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from cropi.errors import CropiError
 
 # How long processes wait for each other to start. Weights are loaded later.
 JOIN_SECONDS = 600.0
+# Every process makes as many.
+_connections = itertools.count()
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 REMEDY = (
     "start the job by `torchrun --nproc-per-node N -m cropi ...` or `accelerate launch -m cropi ...`, which set RANK, "
@@ -62,6 +65,7 @@ class Launched:
         Raises:
             CropiError: the others do not come, or the address is wrong.
         """
+        from torch.distributed import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
         address = f"{self.variables['MASTER_ADDR']}:{self.variables['MASTER_PORT']}"
@@ -73,7 +77,9 @@ class Launched:
                 f"RANK={self.rank} and WORLD_SIZE={self.world} are set, but {self.world} processes did not come "
                 f"together at {address} within {seconds:.0f} s ({first}); {REMEDY}"
             ) from error
-        return store
+        # A launcher that starts its processes again (--max-restarts) keeps the list, with what the dead ones wrote.
+        attempt, run = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RESTART_COUNT", "RUN_ID"))
+        return PrefixStore(f"cropi/{run}/{attempt}/{next(_connections)}", store)
 
 
 def launched(variables: Mapping[str, str] | None = None) -> Launched | None:

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 # A process says so often that it is there, and is given up after so long.
 BEAT, SILENCE = 5.0, 300.0
+# Once all were asked to stop, nobody waits longer for another one: schedulers kill after 30 s.
+STOPPING = 10.0
 
 
 class RankFailed(CropiError):
@@ -159,6 +161,7 @@ class Team:
     def _leave(self) -> None:
         """Rank 0 may hold the list: it waits a moment until the others need it no more."""
         self._over.set()
+        self._thread.join(timeout=2 * BEAT)  # a thread inside of a call must not meet the interpreter's end
         with suppress(CropiError):
             self._do(lambda: self.store.add("left", 1))
             deadline = time.monotonic() + 10
@@ -178,8 +181,13 @@ class Team:
 
     def _wait(self, key: str, rank: int) -> bytes:
         """The value of a key that one process sets."""
-        pause = 0.001
+        pause, begun = 0.001, time.monotonic()
         while not self._has(key):
+            if self.stopped and time.monotonic() - begun > STOPPING:
+                raise RankFailed(
+                    f"stopped, without rank {rank}, which still works or is gone; finished prompts are stored; run the "
+                    "same command again"
+                )
             self.check()
             self._check_alive(rank)
             time.sleep(pause)
