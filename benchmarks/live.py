@@ -24,12 +24,8 @@ from benchmarks.lib.environment import describe
 from cropi_kernels import LiveSketcher, SketchSpec
 from cropi_kernels.names import canonical_name
 
-ROWS, LENGTH, PROMPT, EACH = (
-    8,
-    128,
-    32,
-    4,
-)  # rows of a step, tokens of a row and of its prompt, responses to a prompt
+# Rows of a step, tokens of a row and of its prompt, responses to a prompt.
+ROWS, LENGTH, PROMPT, EACH = 8, 128, 32, 4
 SHAPES: dict[str, Any] = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True,
