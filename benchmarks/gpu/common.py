@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ MODELS: dict[str, dict[str, Any]] = {
                     ("gate_proj", 14336, 4096), ("up_proj", 14336, 4096), ("down_proj", 4096, 14336)],
     },
 }  # fmt: skip
+COPIED, GEMM = 256 << 20, 8192  # numbers copied, side of the product: far beyond any cache
+MOST_SETS = 24
+RESTART = 75  # exit status of a part whose process cannot use the GPU any more: it is to be started again
 
 
 def ragged(n_tokens: int, n_segments: int, seed: int = 0) -> torch.Tensor:
@@ -48,19 +53,15 @@ def ragged(n_tokens: int, n_segments: int, seed: int = 0) -> torch.Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), cuts])
 
 
-_flush: torch.Tensor | None = None
-
-
 def milliseconds(run: Callable[[], Any], *, repeats: int = 10, warm: int = 2) -> float:
-    """Median time on the device, the L2 cache overwritten before each run."""
-    global _flush
-    if _flush is None:
-        _flush = torch.empty(64 << 20, dtype=torch.float32, device="cuda")
+    """Median time on the device of work that lasts far longer than its launches and reads far more than the L2 holds.
+
+    `kernel_milliseconds` is for everything smaller.
+    """
     for _ in range(warm):
         run()
     marks = []
     for _ in range(repeats):
-        _flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -68,6 +69,39 @@ def milliseconds(run: Callable[[], Any], *, repeats: int = 10, warm: int = 2) ->
         marks.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in marks)
+
+
+def n_sets(size: float) -> int:
+    """Operand sets of ``size`` bytes to rotate over, so that none is in the L2 when its turn comes again."""
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, min(MOST_SETS, math.ceil(3 * l2 / max(1.0, size))))
+
+
+def kernel_milliseconds(
+    runs: Sequence[Callable[[], Any]], *, calls: int = 24, replays: int = 5
+) -> dict[str, float]:
+    """``ms`` of one call on the device, and ``eager_ms``, the same with every launch made by the host.
+
+    ``runs`` are the same call on different operands (`n_sets` says how many). The device's time is that of a CUDA
+    graph of at least ``calls`` calls: no launch waits for the host, and no cache is overwritten between the calls.
+    """
+    rounds = math.ceil(calls / len(runs))
+    for run in runs:  # compiles, uploads tables
+        run()
+    torch.cuda.synchronize()
+
+    def all_of_them() -> None:
+        for _ in range(rounds):
+            for run in runs:
+                run()
+
+    eager = milliseconds(all_of_them, repeats=2, warm=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_of_them()
+    replayed = milliseconds(graph.replay, repeats=replays, warm=1)
+    n = rounds * len(runs)
+    return {"ms": replayed / n, "eager_ms": eager / n}
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -83,20 +117,43 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 def copy_bandwidth() -> float:
     """Bytes per second that a plain copy reads plus writes."""
-    x = torch.empty(256 << 20, dtype=torch.float32, device="cuda")
+    x = torch.empty(COPIED, dtype=torch.float32, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.numel() * 4 / (milliseconds(lambda: y.copy_(x)) / 1000)
 
 
+def gemm_rate() -> float:
+    """Operations per second of one large bfloat16 product, on random numbers (zeros run faster)."""
+    a, b = (torch.randn(GEMM, GEMM, device="cuda").bfloat16() for _ in range(2))
+    out = torch.empty(GEMM, GEMM, device="cuda", dtype=torch.bfloat16)
+    return 2.0 * GEMM**3 / (milliseconds(lambda: torch.mm(a, b, out=out)) / 1000)
+
+
 class Results:
-    """Rows of one part, written after every row: what was measured survives whatever comes next."""
+    """Rows of one part, written after every row: what was measured survives whatever comes next.
+
+    A row that is there already is not measured again: a second call goes on where the first one ended, and a part that
+    was started again goes on behind the attempt that broke it. The environment says what the caller wants:
+
+    - ``GPU_SUITE_OUT``: the folder of the rows;
+    - ``GPU_SUITE_SHARD=i/n``: this process makes every n-th attempt, from the i-th on, into rows of its own;
+    - ``GPU_SUITE_PART_ENDS``: the clock (seconds since 1970) at which the part will be ended.
+    """
 
     def __init__(self, part: str) -> None:
-        self.path = Path(os.environ["GPU_SUITE_OUT"]) / f"{part}.jsonl"
-        self.failed = 0
+        shard = os.environ.get("GPU_SUITE_SHARD", "")
+        self.shard, self.shards = map(int, shard.split("/")) if shard else (0, 1)
+        self.path = Path(os.environ["GPU_SUITE_OUT"]) / f"{part}{f'.{self.shard}' if shard else ''}.jsonl"
+        self.ends = float(os.environ.get("GPU_SUITE_PART_ENDS", "inf"))
+        earlier = (
+            [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        )
+        self.known = {row["name"] for row in earlier}
+        self.failed = sum(map(bad, earlier))
+        self.attempts = 0
 
     def add(self, **row: Any) -> None:
-        self.failed += row.get("ok") is False
+        self.failed += bad(row)
         print(json.dumps(row), flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -105,11 +162,40 @@ class Results:
         sys.exit(1 if self.failed else 0)
 
     def attempt(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
-        """One row from ``run``; an exception becomes a row of its own, and the rest still runs."""
+        """One row from ``run``; an exception becomes a row of its own, and the rest still runs.
+
+        After a CUDA error every further call of the process fails: the process ends with the status RESTART.
+        """
+        mine = self.attempts % self.shards == self.shard
+        self.attempts += 1
+        if name in self.known or not mine:
+            return
+        if time.time() > self.ends - 5:
+            return self.add(name=name, error="not run: the part's time was up")
         try:
             self.add(name=name, **run())
         except Exception as error:
-            self.failed += 1
             traceback.print_exc()
             self.add(name=name, error=f"{type(error).__name__}: {error}"[:400])
+            if spoils_the_process(error):
+                sys.stdout.flush()
+                os._exit(RESTART)  # without clean-up: it would call CUDA again
             torch.cuda.empty_cache()
+
+
+def bad(row: dict[str, Any]) -> bool:
+    """Whether a row says that its attempt failed or was not made."""
+    return row.get("ok") is False or isinstance(row.get("error"), str)
+
+
+def spoils_the_process(error: Exception) -> bool:
+    """Whether the CUDA context is lost: kernels that went wrong are, memory that ran out is not."""
+    text = f"{type(error).__name__}: {error}"
+    lost = (
+        "CUDA error",
+        "AcceleratorError",
+        "illegal memory access",
+        "unspecified launch failure",
+        "misaligned address",
+    )
+    return any(word in text for word in lost) and "out of memory" not in text

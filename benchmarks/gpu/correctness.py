@@ -73,12 +73,15 @@ def linear(case: str, dtype: torch.dtype) -> dict[str, Any]:
     return row | {"repeatable": torch.equal(out, again)}
 
 
-def embedding(role: str, dtype: torch.dtype) -> dict[str, Any]:
+def embedding(role: str, dtype: torch.dtype, vocab: int = 1003, features: int = 300) -> dict[str, Any]:
     spec = SketchSpec(vocab_width=128)
-    plan = plan_matrix(spec, "embed.weight", 1003, 300, role=role)  # type: ignore[arg-type]
+    plan = plan_matrix(spec, "embed.weight", vocab, features, role=role)  # type: ignore[arg-type]
     offsets = torch.tensor([0, 30, 30, TOKENS])
     g = torch.Generator().manual_seed(0)
-    x, ids = torch.randn(TOKENS, 300, generator=g).to(dtype), torch.randint(0, 1003, (TOKENS,), generator=g)
+    x, ids = (
+        torch.randn(TOKENS, features, generator=g).to(dtype),
+        torch.randint(0, vocab, (TOKENS,), generator=g),
+    )
     ids[40:90] = 7
     exact = embedding_reference(x.double(), ids, offsets, plan, torch.zeros(3, 32768, dtype=torch.float64))
     runs = [

@@ -36,10 +36,11 @@ def build() -> Any:
     return model.train()
 
 
-def batch(rows: int) -> dict[str, torch.Tensor]:
+def batch(rows: int, length: int | None = None) -> dict[str, torch.Tensor]:
+    length = length or LENGTH
     words, g = SHAPE["vocab_size"], torch.Generator("cuda").manual_seed(0)
-    ids = torch.randint(0, words, (rows, LENGTH), device="cuda", generator=g)
-    at = torch.arange(rows * LENGTH, device="cuda").view(rows, LENGTH)[:, :-1].reshape(-1)
+    ids = torch.randint(0, words, (rows, length), device="cuda", generator=g)
+    at = torch.arange(rows * length, device="cuda").view(rows, length)[:, :-1].reshape(-1)
     return {
         "input_ids": ids,
         "positions": at,

@@ -67,6 +67,10 @@ class Stream:
         pass
 
 
+class Properties:
+    name, multi_processor_count, total_memory, L2_cache_size = "a stage", 2, 1 << 30, 256
+
+
 REAL_GENERATOR = torch.Generator
 
 
@@ -98,6 +102,7 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, kernels: bool = True) -> Stage:
         "max_memory_allocated": lambda: 1 << 20,
         "current_stream": lambda *args: Stream(),
         "device_count": lambda: 2,
+        "get_device_properties": lambda device: Properties(),
         "graph": lambda graph: contextlib.nullcontext(),
         "stream": lambda stream: contextlib.nullcontext(),
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,14 +43,16 @@ def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.syspath_prepend(str(SUITE))
 
     def load(name: str) -> ModuleType:
-        for known in ("common", "launches", "correctness", "sketch", "logprob", "model", "report"):
-            monkeypatch.delitem(sys.modules, known, raising=False)
+        for path in SUITE.glob("*.py"):
+            monkeypatch.delitem(sys.modules, path.stem, raising=False)
         module, common = importlib.import_module(name), importlib.import_module("common")
         monkeypatch.setattr(common, "MODELS", TINY)
-        monkeypatch.setattr(common, "_flush", torch.zeros(1))
-        monkeypatch.setattr(common, "copy_bandwidth", lambda: 1e12)
-        timed = common.milliseconds
+        monkeypatch.setattr(common, "COPIED", 64)
+        monkeypatch.setattr(common, "GEMM", 8)
+        monkeypatch.setattr(common, "MOST_SETS", 2)
+        timed, kernels = common.milliseconds, common.kernel_milliseconds
         monkeypatch.setattr(common, "milliseconds", lambda run, **kwargs: timed(run, repeats=1, warm=0))
+        monkeypatch.setattr(common, "kernel_milliseconds", lambda runs, **kwargs: kernels(runs, calls=1))
         return module
 
     return load
@@ -111,11 +114,14 @@ def test_sketch(
 def test_logprob(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = suite("logprob")
     monkeypatch.setattr(module, "TOKENS", 8)
-    monkeypatch.setattr(module, "CHUNK", 4)
     finish(module)
     got = rows(tmp_path, "logprob")
+    assert got.pop("gemm rate")["tflops"] > 0
     assert set(got) == {"qwen2.5-1.5b", "qwen2.5-1.5b with the head's sketch"}
-    assert all(0 < row["forward_of_mm"] and row["both_extra_gb"] > 0 for row in got.values())
+    for row in got.values():
+        assert row["forward_of_gemm"] == pytest.approx(row["gemm_ms"] / row["forward_ms"])
+        assert row["both_of_gemm"] == pytest.approx(2 * row["gemm_ms"] / row["both_ms"])
+        assert row["both_extra_gb"] > 0
 
 
 def test_model(
@@ -140,6 +146,116 @@ def test_model(
     assert got["loop: dense projection of a tenth"]["of"] > 2
 
 
+def test_first(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels: its cases are the first that any GPU computes."""
+    pytest.importorskip("transformers")
+    module = suite("first")
+    for name, value in {
+        "REPEATS": 2,
+        "REPEATED_TOKENS": 24,
+        "SLABS": (("gate_proj", 16, 48, 40),),
+        "PASSES": (),
+        "VOCAB": 70,
+        "HIDDEN": 48,
+        "REAL": {"gate_proj": (48, 40, 16, 32768, [9, 0, 5])},
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module.correctness, "TOKENS", 100)
+    monkeypatch.setattr(module.correctness, "SCORED", 12)
+    monkeypatch.setattr(module.whole, "build", lambda: None)
+    finish(module)
+    got = rows(tmp_path, "first")
+    assert got["rates"]["copy_gb_per_s"] > 0 and got["bits of gate_proj w=16"]["different"] == 0
+    assert {n for n, row in got.items() if row.get("ok")} == set(got) - {"rates"} and len(got) == 6
+
+
+def test_first_sees_bits_that_change(suite: Any, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = suite("first")
+    monkeypatch.setattr(module, "REPEATS", 3)
+    monkeypatch.setattr(module, "REPEATED_TOKENS", 24)
+    calls = iter([1.0, 1.0, 1.5, 1.0])
+    monkeypatch.setattr(module, "sketch_linear", lambda d, a, offsets, plan, out: out.fill_(next(calls)))
+    row = module.repeats(16, 48, 40, "gate_proj")
+    assert row["different"] == 1 and not row["ok"]
+
+
+def test_first_passes(
+    suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    module = suite("first")
+    monkeypatch.setattr(module.whole, "SHAPE", TINY_MODEL)
+    monkeypatch.setattr(module, "wall", lambda run, wall=module.wall: wall(run, repeats=1))
+    model = module.whole.build()
+    row = module.passes(model, 1, 8)
+    assert row["tokens"] == 8 and row["ratio"] == row["sketched_ms"] / row["frozen_ms"]
+    assert row["frozen_launches"] == 0, "no CUDA kernel runs on the stage"
+
+
+def test_busy_share_counts_overlaps_once(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = suite("first")
+
+    def event(name: str, start: float, end: float, device: Any) -> Any:
+        return SimpleNamespace(
+            name=name, time_range=SimpleNamespace(start=start, end=end), device_type=device
+        )
+
+    cuda, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        event("fold_kernel", 0, 40, cuda),
+        event("gemm", 30, 50, cuda),
+        event("slab_kernel", 90, 100, cuda),
+    ]
+    recorded = SimpleNamespace(events=lambda: [*events, event("aten::mm", 0, 500, host)])
+    profile = lambda **kwargs: contextlib.nullcontext(recorded)  # noqa: E731
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert module.profiled(lambda: None) == {
+        "launches": 3, "span_ms": 0.1, "busy_share": 0.6, "fold_kernel_ms": 0.04, "slab_kernel_ms": 0.01,
+    }  # fmt: skip
+
+
+def test_variants(
+    suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = suite("variants")
+    for name, value in {"TOKENS": 32, "SCORED": 8, "VOCAB": 130, "HIDDEN": 32, "WIDE": 64}.items():
+        monkeypatch.setattr(module, name, value)
+    before = module.slab.GROUP_PAIRS, module.slab.slab_config, module.norm.CHUNK_TOKENS
+    finish(module)
+    got = rows(tmp_path, "variants")
+    assert len(got) == 26 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
+    assert (
+        got["dz times head: float32 result"]["worst_error"]
+        < got["dz times head: bfloat16 result"]["worst_error"]
+    )
+    assert (module.slab.GROUP_PAIRS, module.slab.slab_config, module.norm.CHUNK_TOKENS) == before
+
+
+def test_counted(suite: Any, stage_without_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = suite("counted")
+    monkeypatch.setattr(module, "TOKENS", 8)
+    module.main()
+
+
+def test_operands_rotate_until_the_cache_has_lost_them(suite: Any, stage: None) -> None:
+    suite("common")
+    common = sys.modules["common"]
+    sizes = [common.n_sets(size) for size in (10_000, 768, 500, 1)]
+    assert sizes == [1, 1, 2, common.MOST_SETS]
+
+
+def test_kernels_are_timed_in_one_graph(suite: Any, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many calls of each operand set in the graph as outside of it, and one of each before."""
+    module = importlib.reload(suite("common"))  # its own function of that name, not the shortened one
+    calls: list[int] = []
+    monkeypatch.setattr(module, "milliseconds", lambda run, **kwargs: (run(), 12.0)[1])
+    got = module.kernel_milliseconds([lambda: calls.append(0), lambda: calls.append(1)], calls=5)
+    assert (
+        got == {"ms": 2.0, "eager_ms": 2.0} and calls == [0, 1] * 7
+    )  # once to warm up, 3 rounds eager, 3 captured
+
+
 def test_report_of_whatever_was_measured(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of the verdicts' keys are those that the parts write; and nothing at all is reported as nothing."""
     module = suite("report")
@@ -153,7 +269,7 @@ def test_report_of_whatever_was_measured(suite: Any, tmp_path: Path, monkeypatch
             {"name": "c", "width": 256, "times_read": 1.9},
         ],
         "logprob": [
-            {"name": "h", "sketch": True, "forward_of_mm": 0.9, "both_of_mm": 0.88, "both_extra_gb": 1.1}
+            {"name": "h", "sketch": True, "forward_of_gemm": 0.9, "both_of_gemm": 0.88, "both_extra_gb": 1.1}
         ],
         "model": [
             {"name": "frozen weights", "ms": 10.0, "extra_gb": 5.0},

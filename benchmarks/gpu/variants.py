@@ -1,0 +1,137 @@
+"""One choice of the kernels' changed at a time, the time of each beside what was calculated for it.
+
+Each row's ``prediction_us`` is arithmetic for an H100 (3.0 TB/s of copies, 790 TFLOP/s of large products), written down
+before any measurement. Nothing here changes what ships: a variant that wins is a reason to change the constant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import common
+import torch
+
+from cropi_kernels import SketchSpec, fold_inputs, logprob_and_grad, norm_grad, plan_matrix, sketch_linear
+from cropi_kernels.ops.linear_logprob import chunks
+from cropi_kernels.ops.norm_grad import triton as norm
+from cropi_kernels.ops.sketch_linear import triton as slab
+
+TOKENS, SCORED = 16384, 8192
+VOCAB, HIDDEN = 151936, 1536
+WIDE = 8960  # features of the fold
+Row = dict[str, Any]
+
+
+@contextlib.contextmanager
+def changed(module: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def random(n: int, features: int) -> torch.Tensor:
+    return torch.randn(n, features, device="cuda").bfloat16()
+
+
+def measured(runs: list[Callable[[], Any]], prediction: float | None) -> Row:
+    got = common.kernel_milliseconds(runs, calls=12)
+    return {"us": got["ms"] * 1000, "eager_us": got["eager_ms"] * 1000, "prediction_us": prediction}
+
+
+class Slab:
+    """gate_proj of Qwen2.5-1.5B; without a fold, down_proj."""
+
+    def __init__(self, width: int | None) -> None:
+        name, rows, cols = ("gate_proj", WIDE, HIDDEN) if width else ("down_proj", HIDDEN, WIDE)
+        self.plan = plan_matrix(SketchSpec(width=width), f"model.layers.0.mlp.{name}.weight", rows, cols)
+        self.d, self.a = random(TOKENS, rows), random(TOKENS, self.plan.folded_cols)
+        self.offsets, self.out = common.ragged(TOKENS, 16).cuda(), torch.zeros(16, 32768, device="cuda")
+
+    def time(self, prediction: float | None, **values: Any) -> Row:
+        with changed(slab, **values):
+            run = lambda: sketch_linear(self.d, self.a, self.offsets, self.plan, self.out)  # noqa: E731
+            return measured([run], prediction)
+
+    def shaped(self, prediction: float | None, **shape: int) -> Row:
+        """With another tile, depth of the pipeline, or number of warps."""
+        choose = slab.slab_config
+        other = lambda *args: dataclasses.replace(choose(*args), **shape)  # noqa: E731
+        return self.time(prediction, slab_config=other)
+
+
+def fold(tokens: int, prediction: float) -> Row:
+    plan = plan_matrix(SketchSpec(), "model.layers.0.mlp.down_proj.weight", HIDDEN, WIDE)
+    x = random(TOKENS, WIDE)
+    with changed(slab, FOLD_TOKENS=tokens):
+        return measured([lambda: fold_inputs(x, plan)], prediction)
+
+
+def norms(chunk: int, prediction: float) -> Row:
+    sets = [(random(TOKENS, HIDDEN).float(), random(TOKENS, HIDDEN)) for _ in range(2)]  # 150 MB each
+    offsets = common.ragged(TOKENS, 16).cuda()
+    with changed(norm, CHUNK_TOKENS=chunk):
+        runs = [
+            lambda x=x, dy=dy: norm_grad(x, dy, offsets, 1e-6, centered=False, with_bias=False)  # type: ignore[misc]
+            for x, dy in sets
+        ]
+        return measured(runs, prediction)  # type: ignore[arg-type]
+
+
+class Head:
+    def __init__(self) -> None:
+        self.hidden, self.weight = random(SCORED, HIDDEN), random(VOCAB, HIDDEN) / HIDDEN**0.5
+        self.target = torch.randint(0, VOCAB, (SCORED,), device="cuda")
+
+    def both(self, chunk: int, prediction: float | None) -> Row:
+        weigh = lambda p, a, b: torch.ones_like(p)  # noqa: E731
+        run = lambda: logprob_and_grad(self.hidden, self.weight, self.target, weigh, chunk_size=chunk)  # noqa: E731
+        ms = common.milliseconds(run, repeats=3, warm=1)
+        return {"us": ms * 1000, "prediction_us": prediction}
+
+    def product(self, float_sums: bool, prediction: float) -> Row:
+        """dz times head of one chunk. A sum that is split may be added in bfloat16 unless the result is float32."""
+        dz = random(chunks.default_chunk(SCORED, VOCAB, on_device=True), VOCAB)
+        dtype = torch.float32 if float_sums else torch.bfloat16
+        out = torch.empty(dz.shape[0], HIDDEN, device="cuda", dtype=dtype)
+        kwargs = {"out_dtype": dtype} if float_sums else {}
+        row = measured([lambda: torch.mm(dz, self.weight, out=out, **kwargs)], prediction)
+        exact = dz[:8].double() @ self.weight.double()
+        return row | {"tokens": dz.shape[0], "worst_error": float((out[:8].double() - exact).abs().max())}
+
+
+def main() -> None:
+    results = common.Results("variants")
+    gate, whole, head = Slab(64), Slab(None), Head()
+    todo: list[tuple[str, Callable[[], Row]]] = []
+    for pairs, us in ((24, 112), (9, 116), (6, 120)):
+        todo.append((f"slab w=64: {pairs} pairs a group", lambda n=pairs, p=us: gate.time(p, GROUP_PAIRS=n)))
+    for tokens, us in ((512, 112), (256, 116), (1024, 118)):
+        todo.append((f"slab w=64: chunks of {tokens}", lambda n=tokens, p=us: gate.time(p, CHUNK_TOKENS=n)))
+    for stages, us in ((4, 112), (3, 118), (5, 110)):
+        todo.append((f"slab w=64: {stages} stages", lambda n=stages, p=us: gate.shaped(p, num_stages=n)))
+    todo.append(("slab w=64: tile of 256 rows", lambda: gate.shaped(118, BM=256)))
+    for stages, us in ((4, 570), (3, 600)):
+        todo.append((f"slab, no fold: {stages} stages", lambda n=stages, p=us: whole.shaped(p, num_stages=n)))
+    for tokens, us in ((16, 116), (8, 120), (32, 116)):
+        todo.append((f"fold 8960: {tokens} tokens", lambda n=tokens, p=us: fold(n, p)))
+    for chunk, us in ((128, 78), (64, 62), (32, 56)):
+        todo.append((f"norm 1536: chunks of {chunk}", lambda n=chunk, p=us: norms(n, p)))
+    for chunk in (1024, 1664, 2048, 2816, 4096, 8192):
+        todo.append((f"head: chunks of {chunk}", lambda n=chunk: head.both(n, 18000.0)))
+    todo.append(("dz times head: bfloat16 result", lambda: head.product(False, 1450)))
+    todo.append(("dz times head: float32 result", lambda: head.product(True, 1450)))
+    for name, run in todo:
+        results.attempt(name, run)
+    results.finish()
+
+
+if __name__ == "__main__":
+    main()
