@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,11 +49,15 @@ class SplitModel:
         """The head's weights as the pass uses them: of a sharded model they are whole inside alone."""
         return sharded.whole(self.model, self.head)
 
+    @functools.cached_property
+    def _ranks(self) -> ranks.Ranks | None:
+        """Of a tensor-parallel head."""
+        return ranks.ranks_of(self.model) if ranks.is_spread(self.head.weight) else None
+
     def head_here(self) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """This rank's words of the head: weight, bias, and the first of them."""
         weight, bias = ranks.local(self.head.weight), ranks.local(self.head.bias)
-        group = ranks.ranks_of(self.model) if ranks.is_spread(self.head.weight) else None
-        if group is None:
+        if (group := self._ranks) is None:
             return weight, bias, 0
         share = group.share(self.head.weight)
         first = share.ranges[0][0] if share.axis == 0 and share.ranges else 0
@@ -62,7 +67,7 @@ class SplitModel:
 
     def head_ranks(self) -> ranks.Ranks | None:
         """The ranks that the head's words are spread over; None: all are here."""
-        group = ranks.ranks_of(self.model) if ranks.is_spread(self.head.weight) else None
+        group = self._ranks
         return None if group is None or group.share(self.head.weight).axis is None else group
 
     def words(self) -> Words | None:
