@@ -20,6 +20,7 @@ from ..spec import SketchSpec
 from . import sharded
 from .accumulator import Accumulator
 from .attach import UNCOVERED, Attachment, plan_model, refused_modules
+from .batch_sketch import BatchSketch
 from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage, uncovered
 from .decoder import SplitModel, split_model
@@ -47,9 +48,6 @@ class GradientSketcher:
 
     The model runs in the mode that it is in: in ``train()`` its dropout is part of log-probs and sketches, so call
     ``model.eval()`` first. Hugging Face's gradient checkpointing works in ``train()`` only: set dropout to 0 for it.
-
-    >>> with GradientSketcher(model) as sketcher:            # doctest: +SKIP
-    ...     result = sketcher.policy_gradient(input_ids, segments=..., positions=..., targets=..., weigh=...)
 
     Args:
         model: any Hugging Face causal LM, or any module for `batch`, also inside of PEFT, DistributedDataParallel or
@@ -265,9 +263,6 @@ class GradientSketcher:
         model_kwargs: dict[str, Any] | None = None,
     ) -> PolicyGradient:
         """Forward, log-probs, weights, backward and sketches of one micro-batch in one pass.
-
-        >>> result = sketcher.policy_gradient(rows, segments=prompt_of_row, labels=labels, weights=advantages
-        ...     )                                                              # doctest: +SKIP
 
         Which tokens are scored is said by ``labels``, or by ``positions`` and ``targets``; both give the same bits.
 
@@ -499,17 +494,3 @@ def _described(model: nn.Module, spec: SketchSpec, plan: Attachment) -> str:
     """What all ranks of a group must have alike."""
     shapes = {id(p): tuple(p.shape) for p in model.parameters()}
     return "\n".join([f"{spec}", *(f"{name} {shapes[i]}" for i, name in plan.wanted.items())])
-
-
-class BatchSketch:
-    """Filled by `GradientSketcher.batch` when its block ends: float32 [segments, dim].
-
-    >>> layer = torch.nn.Linear(4, 4)
-    >>> with GradientSketcher(layer, SketchSpec(1024)) as sketcher:
-    ...     with sketcher.batch(torch.tensor([0, 1]), shape=(2, 3)) as batch:
-    ...         layer(torch.ones(2, 3, 4, requires_grad=True)).sum().backward()
-    >>> batch.sketches.shape
-    torch.Size([2, 1024])
-    """
-
-    sketches: torch.Tensor

@@ -1,6 +1,6 @@
 """The probe of a policy: what a causal LM is like, measured on a few tokens of its own before any work.
 
-Each answer decides something that would be wrong without a word: is it causal; do a row's logits depend on the rows
+Each answer decides something that would silently be wrong: is it causal; do a row's logits depend on the rows
 beside it (experts that drop tokens, positions that are scaled by the longest row); what do padded rows need.
 """
 

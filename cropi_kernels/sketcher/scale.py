@@ -2,7 +2,7 @@
 
 The weights of a policy gradient are small: ``A / (K * tokens)`` is 1e-4 for 8 responses of 1000 tokens, and the
 gradient of a logit is often a thousandth of it. float16 has no numbers below 6e-8 and few bits below 6e-5: a pass in
-float16 would lose most of a long response without a word. A gradient is linear in its weights, so each segment runs
+float16 would silently lose most of a long response. A gradient is linear in its weights, so each segment runs
 with weights of about 1, and with hidden gradients of about 1 from the decoder's end on; its sketch is multiplied by
 what was divided out. Powers of two change no bit of other numbers (float32, bfloat16) unless they would underflow, too.
 """

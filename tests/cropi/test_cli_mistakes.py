@@ -51,8 +51,8 @@ def test_a_mistake_in_the_words_is_one_line_too(
 
 @pytest.mark.parametrize(
     "text,named",
-    [("dim:\n", "'dim' has no value"), ("sketch:\n  no: 1\n", "c.yaml: the key False is no text")],
-    ids=["no value", "key is no text"],
+    [("dim:\n", "'dim' has no value"), ("sketch:\n  no: 1\n", "c.yaml: the key False is not a string")],
+    ids=["no value", "key is not a string"],
 )
 def test_a_mistake_in_a_config_file_is_named(
     text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -313,8 +313,8 @@ def test_nemo_rl_is_given_the_selected_rows(tmp_path: Path, monkeypatch: pytest.
     assert sorted(selected_batches(iterators, loaders)[0]["idx"]) == [0, 0, 1, 1]
     other = {"math": loader()}
     for text, problem in (
-        ("[3, 20]", "names row 20, and the dataset has 20"), ("{}", "is no list of row numbers"),
-        ('["a"]', "is no list of row numbers"), ("[", "cannot be read"),
+        ("[3, 20]", "names row 20, and the dataset has 20"), ("{}", "is not a list of row numbers"),
+        ('["a"]', "is not a list of row numbers"), ("[", "cannot be read"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(CropiError, match=problem):

@@ -160,7 +160,7 @@ def _flat(path: Path, values: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if not isinstance(key, str):  # YAML reads `no:` and `1:` as a truth value and a number
-            raise CropiError(f"{path}: the key {key!r} is no text; put it into quotes, or mend it")
+            raise CropiError(f"{path}: the key {key!r} is not a string; put it into quotes")
         for name, inner in (
             _flat(path, value).items() if isinstance(value, dict) else [(key.replace("-", "_"), value)]
         ):

@@ -121,7 +121,7 @@ def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) 
 
     Raises:
         CropiError: too little space for the sketches of the stages that are left, or a selection that is too small for
-            one generation batch, on which TRL would train nothing without a word.
+            one generation batch, on which TRL would silently train nothing.
     """
     rows = train.usable + sum(found.usable for found in valid.values())
     size = int(STORE_BYTES[plan.job.store_dtype] * plan.job.spec.dim * rows)

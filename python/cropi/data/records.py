@@ -177,4 +177,4 @@ def check_characters(record: Any, where: str) -> None:
         json.dumps(record, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         found = error.object[error.start].encode("ascii", "backslashreplace").decode()
-        raise RecordError(where, f"{found} is half of a surrogate pair, which is no character") from None
+        raise RecordError(where, f"{found} is half of a surrogate pair, which is not a character") from None

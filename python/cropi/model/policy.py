@@ -299,7 +299,7 @@ class Policy:
 
 
 def check_dropout(model: Any, name: str) -> None:
-    """Check that a model leaves nothing to chance: active dropout would give every pass another gradient.
+    """Check that a model has no active dropout, which would give every pass another gradient.
 
     Training mode alone is no mistake: gradient checkpointing of ``transformers`` works in no other.
 
@@ -317,7 +317,7 @@ def check_dropout(model: Any, name: str) -> None:
             if named and isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0:
                 raise CropiError(
                     f"{name} is in training mode, and {path or type(module).__name__} has {key} = {rate}: every pass "
-                    "would drop other activations, so that its gradient is left to chance; call model.eval(), or set "
+                    "would drop other activations, so that gradients would be random; call model.eval(), or set "
                     "every such rate to 0 where gradient checkpointing needs training mode"
                 )
 

@@ -35,7 +35,7 @@ class TableRows(Sequence[RowInfo]):
         """Take the next rows, from an Arrow record batch."""
         ids = batch.column(self._names["id"]).to_pylist()
         if not all(type(one) is str for one in ids):
-            raise TypeError("an id is no text")
+            raise TypeError("an id is not a string")
         for key, column in self._columns.items():
             column.fill(len(self.ids), batch.column(self._names[key]))
         for name, column in self._extra.items():

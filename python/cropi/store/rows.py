@@ -97,7 +97,7 @@ def rows_from_json(text: str | bytes) -> list[RowInfo]:
         raise TypeError(f"a list of rows is expected, got {type(found).__name__}")
     rows = [RowInfo(**row) for row in found]
     if not all(type(row.id) is str for row in rows):
-        raise TypeError("an id is no text")
+        raise TypeError("an id is not a string")
     return rows
 
 

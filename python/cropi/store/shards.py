@@ -322,7 +322,7 @@ def _held(one: Any, begin: int) -> Held:
     first, last = one["data_offsets"]
     kind = _KINDS[one["dtype"]]
     if not all(type(n) is int and n >= 0 for n in (rows, columns, first, last)):
-        raise ValueError("a tensor's shape or place is no count")
+        raise ValueError("a tensor's shape or position is not a count")
     if last - first != rows * columns * kind.itemsize:
         raise ValueError("a tensor's place does not fit its shape")
     return Held(kind, (rows, columns), begin + first, begin + last)

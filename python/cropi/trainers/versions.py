@@ -27,7 +27,7 @@ def checked_version(
         oldest, newest: the ends of the tested range; third numbers are free.
         missing: what to do where it is not installed.
         remedy: what to do where its version is another one.
-        allow_untested: accept any version without a word.
+        allow_untested: accept any version silently.
 
     Raises:
         ModuleNotFoundError: it is not installed.

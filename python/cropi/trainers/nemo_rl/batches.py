@@ -64,7 +64,7 @@ class Order:
             raise CropiError(f"${VARIABLE}: {self.path} cannot be read: {error}") from error
         if not isinstance(held, list) or not held or not all(type(row) is int and row >= 0 for row in held):
             raise CropiError(
-                f"${VARIABLE}: {self.path} is no list of row numbers; write it by `cropi select --format indices`"
+                f"${VARIABLE}: {self.path} is not a list of row numbers; write it by `cropi select --format indices`"
             )
         if max(held) >= self.rows:
             raise CropiError(
