@@ -251,9 +251,8 @@ def test_kernels_are_timed_in_one_graph(suite: Any, stage: None, monkeypatch: py
     calls: list[int] = []
     monkeypatch.setattr(module, "milliseconds", lambda run, **kwargs: (run(), 12.0)[1])
     got = module.kernel_milliseconds([lambda: calls.append(0), lambda: calls.append(1)], calls=5)
-    assert (
-        got == {"ms": 2.0, "eager_ms": 2.0} and calls == [0, 1] * 7
-    )  # once to warm up, 3 rounds eager, 3 captured
+    # Once to warm up, 3 rounds eager, 3 captured.
+    assert got == {"ms": 2.0, "eager_ms": 2.0} and calls == [0, 1] * 7
 
 
 def test_report_of_whatever_was_measured(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
