@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cropi.data.pieces import Pieces
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
@@ -47,6 +48,8 @@ class Scan:
     # What they were tokenised to; a :class:`cropi.gradient.kept.KeptTokens`.
     texts_kept: Any = field(default=None, repr=False, compare=False)
     tokens_checked: Any = None
+    # The lines of the files, for the passes that follow.
+    pieces: Pieces | None = field(default=None, repr=False, compare=False)
 
     @property
     def usable(self) -> int:
@@ -113,10 +116,11 @@ def scan(
     groups = read(source, skip_bad=skip_bad)
     if isinstance(groups.found, Scan) and on_group is None:
         return groups.found
-    found, digest = Scan(), hashlib.sha256()
+    found, digest, pieces = Scan(), hashlib.sha256(), Pieces()
 
     def take(line: bytes) -> None:
         digest.update(line)
+        pieces.add(line)
         if on_line is not None:
             on_line(line)
 
@@ -129,7 +133,7 @@ def scan(
             f"{groups.names}: no usable record is left ({len(found.bad)} bad ones skipped); the first: "
             f"{found.bad[0]}"
         )
-    found.fingerprint = digest.hexdigest()
+    found.fingerprint, found.pieces = digest.hexdigest(), pieces
     groups.found = found
     return found
 

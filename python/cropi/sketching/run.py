@@ -11,11 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cropi.data.pieces import Again
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
 from cropi.data.scan import Scan, warn_lossy
 from cropi.data.scan import scan as scan_trajectories
+from cropi.data.sources import PathSource
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.behaviour_check import check_behaviour
@@ -113,7 +115,7 @@ class Prepared:
             part = Dealt(*job.shard, BATCHES * budget)
         sketch_groups(
             self.policy,
-            _token_groups(job, self.groups, self.tokens, store, self.summary, self.scan.texts_kept),
+            _token_groups(job, self.groups, self.tokens, store, self.summary, self.scan),
             store,
             job.estimator,
             behaviour=self.behaviour,
@@ -279,14 +281,16 @@ def _token_groups(
     tokens: Tokenize,
     store: SketchStore,
     summary: Summary,
-    kept: KeptTokens | None = None,
+    scan: Scan,
 ) -> Iterator[TokenGroup | RowInfo]:
     """All prompts of the job, tokenised, or as rows where there is nothing to compute; of a store that is full, none.
 
     Those that the store holds come too: batches are cut from all of them (see :func:`sketch_groups`).
     """
     full = len(store) >= store.expected
-    for group in groups.each():
+    kept: KeptTokens | None = scan.texts_kept
+    again = _again(groups, scan)
+    for group in groups.each(on_line=None if again is None else again.check):
         if job.limit is not None and summary.read >= job.limit:
             return
         summary.read += 1
@@ -305,6 +309,16 @@ def _token_groups(
                     raise
                 status, reason = FAILED, error.problem
         yield row_of(group, status, reason, job.set)
+    if again is not None:
+        again.finish()
+
+
+def _again(groups: PromptGroups, scan: Scan) -> Again | None:
+    """What compares this pass with the first one, line by line; a share of the prompts is read by their places."""
+    files = all(isinstance(one, PathSource) for one in groups.sources)
+    if scan.pieces is None or not files or type(groups) is not PromptGroups:
+        return None
+    return scan.pieces.again(groups.names)
 
 
 def _arguments(
