@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from cropi.cli import manners
 from cropi.cli.manners import Plain, conclude, speaking
 from cropi.cli.parser import Parser, ShowVersion
+from cropi.cli.streams import lasting_streams
 from cropi.errors import printable_lines
 
 __all__ = ["COMMANDS", "Plain", "main", "make_parser"]
@@ -34,13 +35,20 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; returns the exit status: 0, 1 where its output was lost (a full disk, a reader that has gone; the
+    work is done even so), 2 for bad input, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = make_parser().parse_args(words)
     args.words = words[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without a prompt's letters must not end the work.
         sys.stdout.reconfigure(errors="backslashreplace")
+    with lasting_streams() as out:
+        status = _run(args)
+    return 1 if out.lost and not status and not args.quiet else status
+
+
+def _run(args: Any) -> int:
     try:
         with speaking(args):
             status: int = args.run(args)
@@ -49,10 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"cropi {args.command}: stopped; what was stored is kept", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone (a pager, `head`): nothing is left to say, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         if args.debug:
             raise
