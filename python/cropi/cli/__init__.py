@@ -35,8 +35,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 where its output was lost (a full disk, a reader that has gone; the
-    work is done even so), 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; returns the exit status: 0, 1 where its output was lost (a full disk, a reader that has gone)
+    and the work is done even so, 2 for bad input, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = make_parser().parse_args(words)
     args.words = words[1:]
