@@ -19,7 +19,7 @@ if [ ! -e "$venv/ready" ]; then
   pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
   pip --no-deps "verl==$version" tensordict==0.10.0
   # pip names the pins of verl that these packages break; the adapters are tried without them.
-  pip -c "$pins" ray hydra-core codetiming dill torchdata pylatexenc datasets pybind11 pandas cachetools msgspec pyzmq \
+  pip -c "$pins" ray 'hydra-core>=1.3' codetiming dill torchdata pylatexenc datasets pybind11 pandas cachetools msgspec pyzmq \
     tensorboard orjson importlib_metadata pyvers aiohttp uvicorn fastapi TransferQueue
   touch "$venv/ready"
 fi
