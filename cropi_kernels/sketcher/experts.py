@@ -167,9 +167,9 @@ def grouped_product(x: torch.Tensor, weight: torch.Tensor, order: Order, transpo
     if _has_grouped_kernel(weight):
         return torch.nn.functional.grouped_mm(x.to(weight.dtype), stacked, offs=order.ends.to(torch.int32))
     if weight.requires_grad:  # a trainer's own weight gradients: torch's own backward
-        parts = [
-            part @ stacked[e] for e, part in enumerate(x.to(weight.dtype).split(order.counts)) if len(part)
-        ]
+        # Taken apart at once: of an expert taken by its index, backward would make a gradient of all experts each time.
+        experts = zip(x.to(weight.dtype).split(order.counts), stacked.unbind(0), strict=True)
+        parts = [part @ own for part, own in experts if len(part)]
         return torch.cat(parts) if parts else x.new_empty(0, stacked.shape[2])
     return _Product.apply(x.to(weight.dtype), stacked, order.counts)
 
