@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 
 import torch
 
 from . import _gpu
 
+FENCED = (3, 7, 1)  # the first release whose products wait for the copies' writes
 _INSTALL = "a CUDA build of torch brings it; otherwise `pip install 'triton>=3.6'` (Linux)"
 
 
@@ -25,9 +27,40 @@ def import_error() -> str | None:
     return None if found else f"triton is not installed: {_INSTALL}"
 
 
+def release(version: str) -> tuple[int, ...]:
+    """``3.7.1+git12`` as (3, 7, 1)."""
+    return tuple(int(n) for n in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))  # type: ignore[index]
+
+
+def fence_reason(capability: tuple[int, int], version: str) -> str | None:
+    """Why this Triton's products may read shared memory too early on such a GPU, or None.
+
+    Before 3.7.1, Triton put no proxy fence between asynchronous copies to shared memory and the warp-group products
+    that read it. On compute capability 10 and newer, its tensor cores were seen to read what was there before.
+    """
+    if capability < (10, 0) or release(version) >= FENCED:
+        return None
+    need = ".".join(map(str, FENCED))
+    return (
+        f"triton {version} misses a fence that compute capability {capability[0]}.{capability[1]} needs between copies "
+        f"and products, so that results may be wrong: install triton>={need} (and a torch that goes with it)"
+    )
+
+
+@functools.cache
+def _fence_reason_of(index: int) -> str | None:
+    import triton
+
+    return fence_reason(torch.cuda.get_device_capability(index), triton.__version__)
+
+
 def unsupported(*tensors: torch.Tensor) -> str | None:
     """Why the Triton kernels cannot serve these tensors, or None."""
-    return import_error() or _gpu.unsupported(*tensors)
+    reason = import_error() or _gpu.unsupported(*tensors)
+    if reason is not None or _gpu.interpreting():
+        return reason
+    device = tensors[0].device if tensors else torch.device("cuda")
+    return _fence_reason_of(device.index if device.index is not None else torch.cuda.current_device())
 
 
 def next_power_of_two(n: int) -> int:

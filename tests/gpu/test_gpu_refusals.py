@@ -74,6 +74,26 @@ def test_without_triton_the_remedy_is_named(
         OPS[op]("triton")
 
 
+@pytest.mark.parametrize(
+    "capability,version,refused",
+    [
+        ((10, 0), "3.6.0", True),
+        ((12, 0), "3.7.0+git1234", True),
+        ((10, 3), "3.7.1", False),
+        ((12, 0), "3.10.0", False),
+        ((9, 0), "3.6.0", False),
+        ((8, 0), "3.6.0", False),
+    ],
+)
+def test_a_triton_without_the_fence_is_refused_where_it_matters(
+    capability: tuple[int, int], version: str, refused: bool
+) -> None:
+    reason = _triton.fence_reason(capability, version)
+    assert (reason is not None) == refused
+    if reason is not None:
+        assert version in reason and "install triton>=3.7.1" in reason
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_gpu_kernel_does_not_run_on_the_cpu(op: str, fresh_warnings: None) -> None:
     with pytest.raises(

@@ -27,6 +27,7 @@ class Compiled:
     shared: int
     opcodes: Counter[str]
     ttir: str
+    ptx: str
 
     @property
     def spills(self) -> int:
@@ -57,8 +58,33 @@ def compile_for(
     sass = _dump(result.asm["cubin"], "-sass")
     opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", sass))
     return Compiled(
-        int(usage["REG"]), int(usage["STACK"]), result.metadata.shared, opcodes, result.asm["ttir"]
+        int(usage["REG"]),
+        int(usage["STACK"]),
+        result.metadata.shared,
+        opcodes,
+        result.asm["ttir"],
+        result.asm["ptx"],
     )
+
+
+def unfenced_products(ptx: str) -> int:
+    """Warp-group products that may read shared memory before copies to it are visible to them.
+
+    `cp.async` writes through the generic proxy, `wgmma` reads its operands in shared memory through the async proxy:
+    between the wait for the one and the other there must be a ``fence.proxy.async`` (PTX ISA, memory consistency model,
+    proxies). Instructions are taken in the order of the text: a loop's wait stands in the loop.
+    """
+    waited, unfenced = False, 0
+    for line in ptx.splitlines():
+        word = re.match(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)", line)
+        name = word.group(1) if word else ""
+        if name.startswith("cp.async.wait"):
+            waited = True
+        elif name.startswith("fence.proxy.async"):
+            waited = False
+        elif name.startswith("wgmma.mma_async"):
+            unfenced += waited
+    return unfenced
 
 
 def _dump(cubin: bytes, flag: str) -> str:

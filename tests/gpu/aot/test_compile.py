@@ -6,8 +6,11 @@ import functools
 import re
 
 import pytest
+import triton
 from aot_cases import Case, all_cases, slab
-from aot_compile import SHARED_LIMIT, Compiled, compile_for
+from aot_compile import SHARED_LIMIT, Compiled, compile_for, unfenced_products
+
+from cropi_kernels import _triton
 
 CASES = {(capability, case.name): case for capability in SHARED_LIMIT for case in all_cases(capability)}
 
@@ -33,6 +36,21 @@ def test_kernel_fits(capability: int, name: str) -> None:
     if case.name.startswith(("slab", "grouped")) and "anywhere" not in case.name:
         assert got.opcodes["LDGSTS"] >= 4, "operands must arrive by asynchronous copies"
     offsets_in_32_bits(case, got.ttir)
+
+
+@pytest.mark.parametrize("name", [n for c, n in CASES if c == 90 and CASES[c, n].tensor_cores])
+def test_copies_are_fenced_from_products(name: str) -> None:
+    """What this Triton compiles is what the package says of it: fenced, or refused where it is known to matter."""
+    ptx = build(90, name).ptx
+    assert "wgmma.mma_async" in ptx and "cp.async.wait" in ptx, "the check would see nothing"
+    fenced = unfenced_products(ptx) == 0
+    assert fenced or _triton.release(triton.__version__) < _triton.FENCED
+
+
+def test_the_check_sees_a_missing_fence() -> None:
+    loop = "$L:\n\tcp.async.wait_group 2;\n\tbar.sync 0;\n{}\twgmma.mma_async.sync.aligned.m64n64k16 {{}};\n\tbra L;\n"
+    assert unfenced_products(loop.format("")) == 1
+    assert unfenced_products(loop.format("\tfence.proxy.async.shared::cta;\n")) == 0
 
 
 # Products of two run-time numbers that may be 32 bits wide: a pair's index, the loop's length; a column below `cols`;
