@@ -173,7 +173,9 @@ class Results:
         if time.time() > self.ends - 5:
             return self.add(name=name, error="not run: the part's time was up")
         try:
-            self.add(name=name, **run())
+            start = time.monotonic()
+            row = run()
+            self.add(name=name, **row, took_s=round(time.monotonic() - start, 2))
         except Exception as error:
             traceback.print_exc()
             self.add(name=name, error=f"{type(error).__name__}: {error}"[:400])

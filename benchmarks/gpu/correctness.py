@@ -165,6 +165,9 @@ def log_probs(vocab: int, dtype: torch.dtype, softcap: float | None) -> dict[str
     return {
         "error": error,
         "gradient_error": gradient_error,
+        "torch_gradient_error": their_gradient,
+        "entropy_error": float((entropy.cpu().double() - right.entropy).abs().max()),
+        "highest": float(logp.max()),
         "torch_error": theirs,
         "repeatable": same,
         "ok": ok and same,

@@ -111,8 +111,10 @@ def main() -> None:
     results = common.Results("variants")
     gate, whole, head = Slab(64), Slab(None), Head()
     todo: list[tuple[str, Callable[[], Row]]] = []
-    for pairs, us in ((24, 112), (9, 116), (6, 120)):
-        todo.append((f"slab w=64: {pairs} pairs a group", lambda n=pairs, p=us: gate.time(p, GROUP_PAIRS=n)))
+    for width, made in (64, gate), (128, Slab(128)), (256, Slab(256)):
+        for pairs, us in ((24, 112), (12, 114), (6, 120), (3, 130)):
+            run = lambda n=pairs, p=us, s=made: s.time(p, group_pairs=lambda cols: n)  # noqa: E731
+            todo.append((f"slab w={width}: {pairs} pairs a group", run))
     for tokens, us in ((512, 112), (256, 116), (1024, 118)):
         todo.append((f"slab w=64: chunks of {tokens}", lambda n=tokens, p=us: gate.time(p, CHUNK_TOKENS=n)))
     for stages, us in ((4, 112), (3, 118), (5, 110)):
@@ -120,9 +122,9 @@ def main() -> None:
     todo.append(("slab w=64: tile of 256 rows", lambda: gate.shaped(118, BM=256)))
     for stages, us in ((4, 570), (3, 600)):
         todo.append((f"slab, no fold: {stages} stages", lambda n=stages, p=us: whole.shaped(p, num_stages=n)))
-    for tokens, us in ((16, 116), (8, 120), (32, 116)):
+    for tokens, us in ((16, 116), (8, 120), (32, 116), (4, 140)):
         todo.append((f"fold 8960: {tokens} tokens", lambda n=tokens, p=us: fold(n, p)))
-    for chunk, us in ((128, 78), (64, 62), (32, 56)):
+    for chunk, us in ((128, 78), (64, 62), (32, 56), (16, 60)):
         todo.append((f"norm 1536: chunks of {chunk}", lambda n=chunk, p=us: norms(n, p)))
     for chunk in (1024, 1664, 2048, 2816, 4096, 8192):
         todo.append((f"head: chunks of {chunk}", lambda n=chunk: head.both(n, 18000.0)))

@@ -191,7 +191,9 @@ class DeviceKernels:
         return dz
 
     def times_head(self, dz: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
-        if dz.is_cuda or dz.dtype == torch.float32:
+        if dz.dtype == torch.float32:
             torch.mm(dz, head, out=out)
+        elif dz.is_cuda:  # a product with a narrow result may be split, and its parts added in that dtype
+            out.copy_(torch.mm(dz, head, out_dtype=torch.float32))
         else:
             out.copy_(torch.mm(dz.float(), head.float()))

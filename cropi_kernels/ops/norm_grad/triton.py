@@ -10,7 +10,7 @@ from ... import _gpu, _native, _triton
 from .._triton_segments import SEGMENT_BLOCK, locate, n_items, n_slots, reduce_partials
 
 BIAS_FEATURES = 256
-CHUNK_TOKENS = 128
+CHUNK_TOKENS = 32  # measured on an H200, 1536 features: 55 us, 64 tokens 64 us, 128 tokens 97 us
 
 
 @triton.jit

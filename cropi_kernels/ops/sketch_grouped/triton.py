@@ -20,8 +20,9 @@ from ... import _gpu, _native, _triton
 from ...plan import MatrixPlan
 from .._device_plan import _cached, matrix_tables, pair_words, slab_row_signs
 from .._triton_segments import _offset, reduce_partials
-from ..sketch_linear.triton import GROUP_PAIRS, _pick, fold_columns, slab_config
+from ..sketch_linear.triton import _pick, fold_columns, slab_config
 
+GROUP_PAIRS = 24  # entries of a partial result, where no limit below asks for more
 MOST_PARTIALS = (
     32  # results of one slab and segment that are added up, 128 KiB each; more only where an entry a lane
 )

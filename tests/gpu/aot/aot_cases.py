@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from aot_compile import FLOATS
 
+from cropi_kernels import _triton
 from cropi_kernels.ops import _triton_segments as segments
 from cropi_kernels.ops.linear_logprob import triton as logprob
 from cropi_kernels.ops.norm_grad import triton as norm
@@ -58,7 +59,7 @@ def slab(dtype: str, slab_cols: int, capability: int) -> Case:
     always = config.BN > 128
     constants = dict(
         shape, SLAB_ROWS=32768 // slab_cols, SLAB_COLS=slab_cols, CHUNK=linear.CHUNK_TOKENS, ALWAYS=always,
-        SEGMENTS=segments.SEGMENT_BLOCK, PAIRS=32,
+        SEGMENTS=segments.SEGMENT_BLOCK, PAIRS=_triton.next_power_of_two(linear.group_pairs(slab_cols)),
     )  # fmt: skip
     most = {256: 240, 128: 184, 64: 144}.get(config.BN, 128) if dtype != "float32" else 160
     return Case(

@@ -148,13 +148,11 @@ def test_model(
 
 def test_first(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With kernels: its cases are the first that any GPU computes."""
-    pytest.importorskip("transformers")
     module = suite("first")
     for name, value in {
         "REPEATS": 2,
         "REPEATED_TOKENS": 24,
         "SLABS": (("gate_proj", 16, 48, 40),),
-        "PASSES": (),
         "VOCAB": 70,
         "HIDDEN": 48,
         "REAL": {"gate_proj": (48, 40, 16, 32768, [9, 0, 5])},
@@ -162,7 +160,6 @@ def test_first(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module.correctness, "TOKENS", 100)
     monkeypatch.setattr(module.correctness, "SCORED", 12)
-    monkeypatch.setattr(module.whole, "build", lambda: None)
     finish(module)
     got = rows(tmp_path, "first")
     assert got["rates"]["copy_gb_per_s"] > 0 and got["bits of gate_proj w=16"]["different"] == 0
@@ -179,21 +176,24 @@ def test_first_sees_bits_that_change(suite: Any, stage: None, monkeypatch: pytes
     assert row["different"] == 1 and not row["ok"]
 
 
-def test_first_passes(
+def test_passes(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    module = suite("first")
+    module = suite("passes")
     monkeypatch.setattr(module.whole, "SHAPE", TINY_MODEL)
     monkeypatch.setattr(module, "wall", lambda run, wall=module.wall: wall(run, repeats=1))
-    model = module.whole.build()
-    row = module.passes(model, 1, 8)
+    monkeypatch.setattr(module, "PASSES", ((1, 8),))
+    profile, host = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile(activities=host))
+    finish(module)
+    row = rows(tmp_path, "passes")["pass of 8 tokens"]
     assert row["tokens"] == 8 and row["ratio"] == row["sketched_ms"] / row["frozen_ms"]
     assert row["frozen_launches"] == 0, "no CUDA kernel runs on the stage"
 
 
 def test_busy_share_counts_overlaps_once(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = suite("first")
+    module = suite("passes")
 
     def event(name: str, start: float, end: float, device: Any) -> Any:
         return SimpleNamespace(
@@ -221,15 +221,15 @@ def test_variants(
     module = suite("variants")
     for name, value in {"TOKENS": 32, "SCORED": 8, "VOCAB": 130, "HIDDEN": 32, "WIDE": 64}.items():
         monkeypatch.setattr(module, name, value)
-    before = module.slab.GROUP_PAIRS, module.slab.slab_config, module.norm.CHUNK_TOKENS
+    before = module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS
     finish(module)
     got = rows(tmp_path, "variants")
-    assert len(got) == 26 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
+    assert len(got) == 37 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
     assert (
         got["dz times head: float32 result"]["worst_error"]
         < got["dz times head: bfloat16 result"]["worst_error"]
     )
-    assert (module.slab.GROUP_PAIRS, module.slab.slab_config, module.norm.CHUNK_TOKENS) == before
+    assert (module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS) == before
 
 
 def test_counted(suite: Any, stage_without_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
