@@ -3,29 +3,39 @@
 Steps of a model with SmolLM2-135M's shapes and random weights: forward, a clipped GRPO loss over the completions,
 backward, AdamW; plain, and with `LiveSketcher`. They alternate in one process on the same rows, and medians of paired
 ratios are taken, of seconds and of processor seconds; memory is that of processes of their own. The sketches are
-held to plain autograd of one prompt at a time in the same run.
+held to plain autograd of one prompt at a time in the same run. Where `dattri_llm` is installed, its capture of the same
+step with the products of all rows' gradients (`HookManager`, `Gradient.similarity`) is a third kind.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cost.timing import Cost, timed
+from benchmarks.cost.timing import Cost, rotated, timed
 from benchmarks.lib.environment import describe
 from cropi_kernels import LiveSketcher, SketchSpec
 from cropi_kernels.names import canonical_name
 
 # Rows of a step, tokens of a row and of its prompt, responses to a prompt.
 ROWS, LENGTH, PROMPT, EACH = 8, 128, 32, 4
+PEER = "dattri-llm"
+NAMES = {
+    "plain": "plain",
+    "live": "`LiveSketcher`, 32768 numbers a prompt",
+    PEER: "dattri-llm: capture, and products of all rows",
+}
 SHAPES: dict[str, Any] = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True,
@@ -53,15 +63,32 @@ class Step:
         ratio, a = (logp - logp.detach()).exp(), (self.advantages * rows)[:, None]
         return -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()
 
-    def run(self, live: bool) -> torch.Tensor | None:
+    def run(self, kind: str) -> None:
         around: Any = contextlib.nullcontext()
-        if live:
+        if kind == "live":
             around = self.live.batch(self.prompts, shape=(ROWS, LENGTH))
-        with around as sketch:
+        with around:
             self.loss(torch.ones(ROWS)).backward()
+        if kind == PEER:
+            gradient = self.peer.get_gradient()
+            gradient.similarity(gradient)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return sketch.sketches if live else None
+
+    @contextlib.contextmanager
+    def tapped(self, kind: str) -> Iterator[None]:
+        """The model as steps of this kind need it."""
+        with contextlib.ExitStack() as stack:
+            if kind == "live":
+                stack.enter_context(self.live)
+            elif kind == PEER:
+                import dattri_llm
+
+                config = dattri_llm.HookManagerConfig(linear_io=dattri_llm.REGISTER_ALL)
+                self.peer = dattri_llm.HookManager(self.model, config=config, callbacks=[])
+                stack.callback(self.peer.remove)
+                stack.enter_context(self.peer.collect())
+            yield
 
     def agreement(self) -> float:
         """Largest error of a cosine of two prompts' sketches with exact gradients' cosine, in 1 / sqrt(dim)."""
@@ -83,24 +110,28 @@ class Step:
 def measure(layers: int, rounds: int) -> tuple[dict[str, list[Cost]], float]:
     """The cost of every step, by kind; and `Step.agreement`."""
     step = Step(layers)
-    costs: dict[str, list[Cost]] = {"plain": [], "live": []}
+    costs: dict[str, list[Cost]] = {kind: [] for kind in kinds()}
     for round_ in range(rounds + 1):
-        for kind in ("plain", "live") if round_ % 2 else ("live", "plain"):
-            with step.live if kind == "live" else contextlib.nullcontext():
-                cost = timed(lambda: step.run(kind == "live"))  # noqa: B023
+        for kind in rotated(costs, round_):
+            with step.tapped(kind):
+                cost = timed(functools.partial(step.run, kind))
             if round_:  # the first is the self-test's and the audit's
                 costs[kind].append(cost)
     return costs, step.agreement()
 
 
-def peak(layers: int, live: bool) -> int:
+def kinds() -> list[str]:
+    return ["plain", "live"] + ([PEER] if importlib.util.find_spec("dattri_llm") else [])
+
+
+def peak(layers: int, kind: str) -> int:
     """KiB resident at the peak of steps after the first."""
     step = Step(layers)
-    with step.live:
-        step.run(live)
+    with step.tapped(kind):
+        step.run(kind)
         Path("/proc/self/clear_refs").write_text("5")
         for _ in range(2):
-            step.run(live)
+            step.run(kind)
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
@@ -111,28 +142,31 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=SHAPES["num_hidden_layers"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/live.md"))
-    parser.add_argument("--peak", choices=("plain", "live"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=("plain", "live", PEER), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        print(json.dumps(peak(args.layers, args.peak == "live")))
+        print(json.dumps(peak(args.layers, args.peak)))
         return
     costs, off = measure(args.layers, args.rounds)
-    pairs = list(zip(costs["live"], costs["plain"], strict=True))
-    wall, processor = [a.seconds / b.seconds for a, b in pairs], [a.processor / b.processor for a, b in pairs]
     peaks = {}
     for kind in costs:
         command = [sys.executable, "-m", "benchmarks.live", "--peak", kind, "--layers", str(args.layers)]
         peaks[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    middle = {kind: statistics.median(cost.seconds for cost in costs[kind]) for kind in costs}
+    rows = [
+        f"| {NAMES[kind]} | {statistics.median(cost.seconds for cost in costs[kind]):.2f} | "
+        f"{_spread([a.seconds / b.seconds for a, b in zip(costs[kind], costs['plain'], strict=True)])} | "
+        f"{_spread([a.processor / b.processor for a, b in zip(costs[kind], costs['plain'], strict=True)])} | "
+        f"{peaks[kind] / 1024:.0f} ({peaks[kind] / peaks['plain'] - 1:+.1%}) |"
+        for kind in costs
+    ]
     text = f"""# Live capture: cost of a training step
 
 {ROWS} x {LENGTH} tokens, {args.layers} layers of SmolLM2-135M's shapes, float32: forward, GRPO loss, backward, AdamW.
-{args.rounds} pairs of steps; {describe()}
+{args.rounds} rounds; {describe()}
 
 | step | seconds | of plain (median of pairs, quartiles) | processor seconds, of plain | peak memory, MiB |
 | --- | --- | --- | --- | --- |
-| plain | {middle["plain"]:.2f} | 1 | 1 | {peaks["plain"] / 1024:.0f} |
-| `LiveSketcher` | {middle["live"]:.2f} | {_spread(wall)} | {_spread(processor)} | {_more(peaks)} |
+{chr(10).join(rows)}
 
 The cosine of the two prompts' sketches is off from that of their exact gradients by {off:.2f} / sqrt(32768).
 """
@@ -143,10 +177,6 @@ The cosine of the two prompts' sketches is off from that of their exact gradient
 def _spread(ratios: list[float]) -> str:
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _more(peaks: dict[str, int]) -> str:
-    return f"{peaks['live'] / 1024:.0f} ({peaks['live'] / peaks['plain'] - 1:+.1%})"
 
 
 if __name__ == "__main__":
