@@ -99,9 +99,8 @@ def sketches(
     tmp_path: Path, record: dict[str, Any], model: Any, estimator: str = "cropi", **options: Any
 ) -> tuple[torch.Tensor, Any]:
     out = tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
-    path = write_lines(
-        tmp_path / "records.jsonl", [record]
-    )  # one name: a row notes the file that it came from
+    # One name: a row notes the file that it came from.
+    path = write_lines(tmp_path / "records.jsonl", [record])
     job = SketchJob([path], out, spec=SPEC, estimator=ESTIMATORS[estimator], **options)
     sketch(Policy(model, make_tokenizer()), job, progress=False)
     ((rows, table),) = SketchStore.open(out).shards()

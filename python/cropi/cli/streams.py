@@ -46,11 +46,8 @@ class Lasting:
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[Lasting]:
     """Inside, standard output and error are such streams; gives the first one."""
-    for descriptor in (
-        0,
-        1,
-        2,
-    ):  # where one is closed, the next file would take its number, and what is printed
+    # Where one is closed, the next file would take its number, and what is printed.
+    for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
