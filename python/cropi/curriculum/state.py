@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -47,11 +48,16 @@ class State:
             return state
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            made = data["format"]
+            made, seal = data["format"], data.pop("checksum", None)
         except (ValueError, KeyError, TypeError) as error:
             raise CropiError(f"{path} is damaged ({error}); start again with another --out") from error
         if made != FORMAT:
             raise CropiError(f"{path} has the format {made}; this release reads format {FORMAT}")
+        # Files of the first release have none.
+        if seal is not None and seal != _seal(data):
+            raise CropiError(
+                f"{path} is damaged: its checksum does not match; put the file back, or start again with another --out"
+            )
         state = cls(path, data)
         state._check_settings(plan, settings)
         return state
@@ -109,7 +115,13 @@ class State:
 
     def write(self) -> None:
         """Replace the file."""
-        write_atomic(self.path, json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+        sealed = {**self.data, "checksum": _seal(self.data)}
+        write_atomic(self.path, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
+
+
+def _seal(data: dict[str, Any]) -> str:
+    """The SHA-256 of all values: a damaged file would repeat or leave out steps."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -402,7 +403,12 @@ def write_selection(path: str | Path, scores: Scores, selection: Selection) -> N
                 "scores": {name: float(scores.table[i, v]) for v, name in enumerate(scores.sets)},
                 "stage": origin["stage"], "model": origin["model"]["weights"],
             }  # fmt: skip
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row | {"check": _check(row)}, ensure_ascii=False) + "\n")
+
+
+def _check(row: dict[str, Any]) -> str:
+    """The CRC-32 of a line's values: a damaged id would be another prompt, or none."""
+    return f"{zlib.crc32(json.dumps(row, sort_keys=True).encode()):08x}"
 
 
 def read_selection(path: str | Path) -> list[str]:
@@ -414,12 +420,23 @@ def read_selection(path: str | Path) -> list[str]:
     lines = [line for line in lines_of(Path(path)) if line.strip()]
     if not lines:
         raise CropiError(f"selection: {path} is empty")
-    if not lines[0].lstrip().startswith("{"):
+    if not any(line.lstrip().startswith("{") for line in lines):
         return [line.strip() for line in lines]
     try:
-        return [str(json.loads(line)["id"]) for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
+        rows = [json.loads(line) for line in lines]
+        ids = [str(row["id"]) for row in rows]
+        checks = [row.pop("check", None) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CropiError(f"selection: {path} is not what `cropi select` writes ({error})") from error
+    # Files of the first release, and of others, have none.
+    if any(checks):
+        for number, (row, check) in enumerate(zip(rows, checks, strict=True), 1):
+            if check != _check(row):
+                raise CropiError(
+                    f"selection: line {number} of {path} is damaged: its checksum does not match; make it again with "
+                    "`cropi select` (lines that you write yourself need an id alone)"
+                )
+    return ids
 
 
 def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, selection: Selection) -> None:

@@ -1,0 +1,66 @@
+"""Selections: every edit of a byte is found, or changes nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cropi.curriculum.state import FORMAT, State
+from cropi.errors import CropiError
+from cropi.ranking.influence import Scores
+from cropi.ranking.selection import read_selection, select, write_selection
+from cropi.store.rows import RowInfo
+
+EVERY = bool(os.environ.get("CROPI_EVERY_BYTE"))
+
+
+def test_every_byte_of_a_selection_counts(tmp_path: Path) -> None:
+    """A sample of the edits; ``CROPI_EVERY_BYTE=1`` tries all 255 of every byte."""
+    meta = {"train": {"stage": "0", "model": {"weights": "aa"}}}
+    table = np.random.default_rng(0).standard_normal((40, 2))
+    scores = Scores([RowInfo(f"prompt {i} é") for i in range(40)], ["x", "y"], table, meta)
+    chosen, file = select(scores, fraction=0.2), tmp_path / "selected.jsonl"
+    write_selection(file, scores, chosen)
+    whole, rng, found, tried = file.read_bytes(), random.Random(0), 0, 0
+    assert read_selection(file) == chosen.ids
+    for place in range(len(whole)):
+        for new in range(256) if EVERY else {whole[place] ^ 1 << rng.randrange(8), *b"{0"}:
+            if new == whole[place]:
+                continue
+            tried += 1
+            file.write_bytes(whole[:place] + bytes([new]) + whole[place + 1 :])
+            try:
+                got = read_selection(file)
+            except (CropiError, UnicodeDecodeError):
+                found += 1
+            else:
+                assert got == chosen.ids, (place, new)
+    assert found > 0.9 * tried, (found, tried)
+
+
+def test_a_damaged_state_of_a_curriculum_is_named(tmp_path: Path) -> None:
+    """A number that is another one would repeat a stage, or leave it out."""
+    state = State(
+        tmp_path / "state.json", {"format": FORMAT, "settings": {}, "done": [{"stage": 7}], "started": None}
+    )
+    state.write()
+    text = state.path.read_text()
+    state.path.write_text(text.replace('"stage": 7', '"stage": 6'))
+    with pytest.raises(CropiError, match="state.json is damaged: its checksum does not match"):
+        State.open(SimpleNamespace(out=tmp_path, settings=dict))  # type: ignore[arg-type]
+
+
+def test_lines_of_other_hands_need_an_id_alone(tmp_path: Path) -> None:
+    file = tmp_path / "selected.jsonl"
+    file.write_text('{"id": "a"}\n{"id": "b", "note": 1}\n')
+    assert read_selection(file) == ["a", "b"]
+    file.write_text("a\nb\n")
+    assert read_selection(file) == ["a", "b"]
+    file.write_text('{"id": "a", "check": "00000000"}\n')
+    with pytest.raises(CropiError, match="line 1 of .* is damaged: its checksum does not match"):
+        read_selection(file)
