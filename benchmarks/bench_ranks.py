@@ -1,6 +1,6 @@
 """A job on several processes: how much faster, and what the cost model of docs/scaling.md says beside what is measured.
 
-    python -m benchmarks.bench_ranks speed [--processes 2] [--rounds 3] [--prompts 64]  # needs as many free cores
+    python -m benchmarks.bench_ranks speed [--processes 2] [--rounds 3] [--prompts 96]  # needs as many free cores
     python -m benchmarks.bench_ranks model                                   # one core, processor time
 
 ``speed`` runs `cropi sketch` in one process of one thread and under torchrun, in turns; tokens a second are those of
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("what", choices=("speed", "model"))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=96)
     args = parser.parse_args()
     if args.what == "speed":
         speed(args.processes, args.rounds, args.prompts)

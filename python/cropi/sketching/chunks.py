@@ -19,7 +19,7 @@ from cropi.store.shards import RowInfo
 from cropi.store.store import SketchStore
 
 # A chunk holds at least so many micro-batches, so that whoever hands out chunks has little to do.
-BATCHES = 4
+BATCHES = 2
 # Prompts that are sorted and cut together, and rows without a gradient that a chunk may hold.
 WINDOW, MOST_ROWS = 256, 4096
 # A chunk of so many times its tokens is cut inside a prompt, at the price of one micro-batch that is computed twice.
