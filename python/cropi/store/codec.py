@@ -16,7 +16,7 @@ int1          the sign, ``s = mean|x|``                   max(\\|x\\|, s)
 ============  =========================================  ==================================
 
 4 and 1 bit are packed into bytes, the first entry in the lowest bits; 4 bits hold ``q + 8``. One bit is the sign with
-the scale of least squares; gradients of one bit select nearly as well (QLESS, arXiv 2502.01703).
+the scale of least squares (QLESS, arXiv 2502.01703); docs/store.md says what it costs.
 """
 
 from __future__ import annotations
