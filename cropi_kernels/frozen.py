@@ -7,8 +7,9 @@ its kernel's own order, and a weight that stays as it is for a whole scoring pas
 - ``"torch"``: nothing is changed.
 - ``"onednn"``: every such product of the model's own frozen weights, whatever it costs.
 - ``"auto"``: the shapes of which a measurement at the first pass says that they take 0.6 of torch's time or less. Where
-  oneDNN wins it takes less than half; where torch is near the machine's rate, 0.8 to 1. The margin keeps noise from
-  deciding, so that a job that goes on tomorrow computes the same bits.
+  oneDNN wins it takes less than half; where torch is near the machine's rate, 0.8 to 1. On a loaded machine two
+  measurements may still differ, and the bits with them: `choices` says what was decided for a model, and `decide` fixes
+  it, so that a job that goes on tomorrow, or on several processes, computes the same bits.
 
 Results are within rounding of torch's, the same bits for every thread count. Left to torch are products of fewer than
 16 rows, whose bits would depend on the threads, and checkpointed layers. The packed copies take twice the memory of the
@@ -198,13 +199,57 @@ class PackedLinears(TorchFunctionMode):
         if self.linears == "onednn":
             return True
         rows, cols = weight.shape
-        return weight.numel() >= _LEAST_SIZE and _ratio(rows, cols, torch.get_num_threads()) <= _GAIN
+        return weight.numel() >= _LEAST_SIZE and _decided(rows, cols)
 
     def _pair(self, weight: torch.Tensor) -> _Pair:
         pair = self._pairs.get(id(weight))
         if pair is None or not pair.is_current():
             pair = self._pairs[id(weight)] = _Pair(weight)
         return pair
+
+
+_DECISIONS: dict[
+    tuple[int, int], bool
+] = {}  # of this process: whether oneDNN multiplies by weights of a shape
+
+
+def choices(model: torch.nn.Module) -> dict[str, bool]:
+    """By shape (``"1536x576"``), whether ``"auto"`` gives the linear layers of a model to oneDNN; measured where it has
+    not been decided. Empty where nothing is to decide: other dtypes and devices, or a choice by the environment.
+
+    >>> choices(torch.nn.Linear(8, 4))
+    {}
+    """
+    if unsupported() is not None or checked(None) != "auto":
+        return {}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found = {}
+    for module in model.modules():
+        weight = module.weight if isinstance(module, torch.nn.Linear) and module is not head else None
+        plain = type(weight) is torch.nn.Parameter and weight.dtype == torch.float32 and weight.ndim == 2
+        if weight is not None and plain and weight.device.type == "cpu" and weight.numel() >= _LEAST_SIZE:
+            rows, cols = weight.shape
+            found[f"{rows}x{cols}"] = _decided(rows, cols)
+    return dict(sorted(found.items()))
+
+
+def decide(made: Mapping[str, bool]) -> None:
+    """Take decisions of `choices`, of an earlier run or of another process, in the place of measurements.
+
+    Raises:
+        ValueError: a key that is no shape.
+    """
+    for shape, use in made.items():
+        rows, cross, cols = shape.partition("x")
+        if not (cross and rows.isdecimal() and cols.isdecimal()):
+            raise ValueError(f"made holds the key {shape!r}: give shapes such as '1536x576'")
+        _DECISIONS[int(rows), int(cols)] = bool(use)
+
+
+def _decided(rows: int, cols: int) -> bool:
+    if (rows, cols) not in _DECISIONS:
+        _DECISIONS[rows, cols] = _ratio(rows, cols, torch.get_num_threads()) <= _GAIN
+    return _DECISIONS[rows, cols]
 
 
 def _operands(

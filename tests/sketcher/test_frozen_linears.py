@@ -148,6 +148,12 @@ def test_copies_are_said_and_freed(model: Any) -> None:
     assert sketcher._linears.nbytes == 0 and "packed" not in repr(sketcher)
 
 
+@pytest.fixture(autouse=True)
+def nothing_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test decides for this process is nothing to another."""
+    monkeypatch.setattr(frozen, "_DECISIONS", {})
+
+
 def test_auto_takes_what_a_measurement_says(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(frozen.VARIABLE, raising=False)
     monkeypatch.setattr(frozen, "_LEAST_SIZE", 0)

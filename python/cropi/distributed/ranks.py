@@ -20,7 +20,7 @@ from cropi.errors import CropiError
 from cropi.gradient.health import Health
 from cropi.model.policy import Policy
 from cropi.sketching.chunks import BATCHES, Chunk
-from cropi.sketching.job import SketchJob
+from cropi.sketching.job import SketchJob, settle_products
 from cropi.sketching.run import Prepared, prepare, scan_groups
 from cropi.sketching.summary import Summary
 from cropi.store.parts import part_path, take_parts
@@ -73,6 +73,7 @@ def sketch(
     whole = team.agree(lambda: ready.open() if team.first else None)
     try:
         held = team.agree(lambda: whole or SketchStore.open(out))
+        settle_products(held.manifest)
         done = frozenset(row.id for row in held.rows())
         team.same({"store": digest(done)}, REMEDIES)
         ready.summary.resumed = len(done)

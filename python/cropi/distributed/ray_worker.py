@@ -14,7 +14,7 @@ from typing import Any
 from cropi.distributed.ranks import digest, facts
 from cropi.model.policy import Policy
 from cropi.sketching.chunks import BATCHES, Chunk
-from cropi.sketching.job import SketchJob
+from cropi.sketching.job import SketchJob, settle_products
 from cropi.sketching.run import Prepared as Ready
 from cropi.sketching.run import prepare
 from cropi.sketching.summary import Summary
@@ -65,7 +65,9 @@ class Worker:
     def begin(self, out: Path, number: int, manifest: Mapping[str, Any], tokens_per_batch: int) -> str:
         """Open this worker's store; says which prompts it sees in the job's."""
         assert self.ready is not None
-        done = frozenset(row.id for row in SketchStore.open(out).rows())
+        whole = SketchStore.open(out)
+        settle_products(whole.manifest)
+        done = frozenset(row.id for row in whole.rows())
         job = self.ready.job = replace(self.ready.job, tokens_per_batch=tokens_per_batch)
         store = SketchStore.create(
             part_path(out, number), manifest, shard_rows=job.shard_rows, shard_bytes=job.shard_bytes

@@ -22,7 +22,9 @@ from cropi.store.manifest import MANIFEST, read_manifest, share_text
 from cropi.store.memory import MemoryStore
 from cropi.store.parts import take_parts
 from cropi.store.store import SketchStore
-from cropi_kernels import Coverage, SketchSpec
+from cropi_kernels import Coverage, SketchSpec, frozen
+
+PRODUCTS = "products"  # of a manifest's notes: which shapes of weights oneDNN multiplies by
 
 
 class DatedTemplate(UserWarning):
@@ -252,7 +254,7 @@ def make_manifest(
             "number": number, "count": count, "prompts": manifest.get("prompts"), "layout": job.layout,
             "tokens_per_batch": job.tokens_per_batch,
         }  # fmt: skip
-    notes = {"trajectories": job.names, **job.notes}
+    notes = {"trajectories": job.names, PRODUCTS: frozen.choices(policy.model), **job.notes}
     return manifest | {"notes": notes}
 
 
@@ -286,6 +288,7 @@ def open_store(
         shard_bytes=job.shard_bytes,
         earlier=lambda: manifest(sha256=True),
     )
+    settle_products(store.manifest)
     try:
         _check_share(store, job)
         take_parts(store)
@@ -309,6 +312,12 @@ def _check_share(store: SketchStore, job: SketchJob) -> None:
         raise CropiError(
             f"the store {store.path} was made {before}, but this run is {now}; give another --out, or run with the same"
         )
+
+
+def settle_products(manifest: Mapping[str, Any]) -> None:
+    """Let this process multiply as the one did that made a store: measured anew, the choice between torch's products
+    and oneDNN's may fall otherwise, and the last bits with it."""
+    frozen.decide((manifest.get("notes") or {}).get(PRODUCTS) or {})
 
 
 class ManifestOf(Protocol):
