@@ -103,7 +103,8 @@ def forward_kernel(
     tl.store(logp + row, tl.where(exists, own_x - lse, tl.where(counts, float("nan"), 0.0)))
     if ENTROPY:
         own_term = tl.where(own > 0, own * own_x, own)
-        tl.store(entropy + row, lse - (weighted + own_term) / total)
+        # Ignored tokens are computed on a GPU, and hold 0 as everywhere.
+        tl.store(entropy + row, tl.where(counts, lse - (weighted + own_term) / total, 0.0))
 
 
 @triton.jit

@@ -114,10 +114,11 @@ CHUNK_TOKENS = 512  # of a segment per partial result
 def group_pairs(slab_cols: int) -> int:
     """Block pairs per partial result: few enough that the programs of a usual batch fill the device several times.
 
-    Measured on an H200, 16384 tokens of 8960 x 1536 folded to 64: 6 pairs take 106 us, 24 pairs 155. Wider slabs have
+    Measured on an H200, 16384 tokens of 8960 x 1536: folded to 64, 12 pairs take 103 us, 6 104, 3 112, 24 154; folded
+    to 128, 12 take 136, 6 140, 24 193; folded to 256, 6 take 209, 12 215, 24 219. Wider slabs have
     more pairs, and a partial result for each group.
     """
-    return 6 if slab_cols <= 64 else 12 if slab_cols <= 128 else 24
+    return 12 if slab_cols <= 128 else 24
 
 
 def slab_config(slab_cols: int, dtype: torch.dtype, hopper: bool) -> SlabConfig:

@@ -32,6 +32,7 @@ from cropi_kernels import (
     project_transpose,
     sketch_linear,
 )
+from cropi_kernels.ops.linear_logprob import oracle
 
 READS = {
     torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.equal, torch.ops.aten.is_nonzero,
@@ -152,6 +153,15 @@ def test_the_backward_of_log_probs_neither(gpu: list[str]) -> None:
     with NoWaiting():
         logp.sum().backward()
     assert "backward_kernel" in gpu
+
+
+def test_ignored_tokens_hold_zero_where_they_are_computed(gpu: list[str]) -> None:
+    """A GPU's host does not look at the targets, so it cannot leave rows out as the CPU does."""
+    logp, entropy = linear_logprob(A, HEAD, TARGETS, return_entropy=True, chunk_size=4, backend="triton")
+    right = oracle.linear_logprob(A, HEAD, TARGETS)
+    ignored = TARGETS == -100
+    assert ignored.any() and not logp[ignored].any() and not entropy[ignored].any()
+    torch.testing.assert_close(entropy.double(), right.entropy, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_forbidden_is_seen() -> None:
