@@ -304,7 +304,7 @@ def test_out_is_not_touched_where_autograd_is_asked_for(name: str) -> None:
 
 def test_other_errors() -> None:
     spec, x = ProjectionSpec(16), torch.zeros(2, 10)
-    with pytest.raises(ValueError, match="spec=16"):
+    with pytest.raises(ValueError, match="spec is of type int: give a cropi_kernels.ProjectionSpec"):
         project(x, 16)  # type: ignore[call-overload]
     with pytest.raises(RuntimeError, match="no kernel of project serves this call: dtype torch.float64"):
         project(x.double(), spec)

@@ -23,6 +23,7 @@ ELSEWHERE = {
     ("scaling.md", 0): "needs ranks: tests/sketcher/test_sharded.py",
     ("scaling.md", 1): "needs ranks: tests/sketcher/test_tensor_parallel.py",
     ("trl.md", 0): "tests/packaging/test_readme.py",
+    ("project.md", 1): "goes on with the page's first block: tests/packaging/test_readme.py",
     ("trl.md", 1): "tests/trainers/test_trl_recording.py",
     ("rollout.md", 0): "needs a model that talks: tests/cropi/test_rollout.py",
     ("trainers.md", 1): "needs OpenRLHF: tests/trainers/test_other_trainers.py",
