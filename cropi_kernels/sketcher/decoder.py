@@ -19,7 +19,7 @@ from ..ops.linear_logprob.slices import Words
 from . import ranks, sharded
 from .growing import forget_longest
 from .measure import measure_head
-from .precision import own_precision, unwrapped
+from .precision import invocation_tokens, own_precision, unwrapped
 
 REMEDY = "use `with sketcher.batch(...)` around your own loss instead of policy_gradient"
 
@@ -98,6 +98,11 @@ def split_model(model: nn.Module) -> SplitModel:
     """
     model = unwrapped(model)
     _check_place(model)
+    if invocation_tokens(model):
+        raise ValueError(
+            f"{_name(model)} has adapters that are active behind invocation tokens (aLoRA): PEFT looks for these in "
+            f"its own forward, which does not run here, and the adapters would take no part: {REMEDY}"
+        )
     split = split_parts(model)
     ids = few_tokens(split)
     with own_precision(model), evaluating(model), torch.no_grad():  # dropout would make two forwards differ

@@ -48,6 +48,13 @@ def check_adapters(model: nn.Module) -> None:
             )
 
 
+def invocation_tokens(model: nn.Module) -> list[int]:
+    """The tokens behind which a PEFT model's adapters are active (aLoRA); none for all other adapters."""
+    configs = getattr(model, "peft_config", None)
+    found = (getattr(one, "alora_invocation_tokens", None) for one in dict(configs or {}).values())
+    return next((list(tokens) for tokens in found if tokens), [])
+
+
 @contextlib.contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
     """Everything inside runs in the dtypes of the weights: no autocast of the caller's, and none around ``model``."""

@@ -15,6 +15,7 @@ from .attach import Attachment
 from .decoder import SplitModel
 from .head import head_pass, scored_offsets
 from .listener import norm, projected, smallest, unit_roundoff
+from .precision import invocation_tokens
 from .segments import Segments
 from .selftest import Part, SelfTest, Trial, bound, self_test
 from .sharded import device_of
@@ -39,7 +40,10 @@ def few_rows(model: nn.Module, vocab: int, device: torch.device) -> torch.Tensor
     length = fitting[0] if fitting else LENGTHS[0]
     plain = [i for i in range(min(vocab, 65536)) if i not in special] or list(range(vocab))
     chosen = [plain[(7919 * (i + 1)) % len(plain)] for i in range(ROWS * length)]
-    return torch.tensor(chosen, device=device).view(ROWS, length)
+    ids = torch.tensor(chosen, device=device).view(ROWS, length)
+    if invoked := invocation_tokens(model)[: length - 2]:  # without them these adapters do nothing
+        ids[:, 1 : 1 + len(invoked)] = torch.tensor(invoked, device=device)
+    return ids
 
 
 def config_numbers(config: Any, depth: int = 2) -> Iterator[tuple[str, int]]:

@@ -274,3 +274,28 @@ def test_adapters_on_bitsandbytes(bits: int, tmp_path: Path) -> None:
     assert sketcher.self_test is not None and not sketcher.self_test.untested
     want = zoo.sketches(model, zoo.gradients(model), SPEC)
     assert 0 < error_of(got.double(), want) <= 5e-6
+
+
+def test_adapters_behind_invocation_tokens_are_sketched_by_the_whole_model() -> None:
+    """PEFT finds the tokens in its own forward, which policy_gradient does not run: its sketches would be zero."""
+    config = peft.LoraConfig(r=4, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM", **ATTENTION)
+    model = adapted(zoo.make("llama"), config)
+    ids = torch.randint(10, 90, (3, 12), generator=torch.Generator().manual_seed(0))
+    for row, start in enumerate((2, 4, 6)):
+        ids[row, start : start + 2] = torch.tensor([5, 6])
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(
+            ValueError, match=r"active behind invocation tokens \(aLoRA\).*use `with sketcher.batch"
+        ):
+            sketcher.check_model()
+        with sketcher.batch(torch.arange(3), shape=(3, 12)) as sketch:
+            logprobs = model(input_ids=ids).logits[:, 8:-1].log_softmax(-1)
+            logprobs.gather(2, ids[:, 9:, None]).sum().backward()
+    assert sketcher.self_test is not None
+    for row in range(3):
+        model.zero_grad()
+        logprobs = model(input_ids=ids[row : row + 1]).logits[:, 8:-1].log_softmax(-1)
+        logprobs.gather(2, ids[row : row + 1, 9:, None]).sum().backward()
+        exact = {canonical_name(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
+        want = zoo.sketch_gradients(model, exact, SPEC)
+        assert float((sketch.sketches[row] - want).norm() / want.norm()) < 1e-5
