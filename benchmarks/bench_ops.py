@@ -43,6 +43,7 @@ from cropi_kernels import (
     projection_of,
     quantize_rows,
     reduce_sketch,
+    row_products,
     sketch_embedding,
     sketch_grouped,
     sketch_linear,
@@ -245,6 +246,18 @@ def test_project_csr(benchmark: Bench, run: Callable[..., Any]) -> None:
 def test_quantize_rows(benchmark: Bench, dtype: torch.dtype) -> None:
     group(benchmark, "sketches")
     benchmark(quantize_rows, randn(64, 32768), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_row_products(benchmark: Bench, dtype: torch.dtype) -> None:
+    group(benchmark, "512 sketches of 4096 with 8 directions")
+    benchmark(row_products, randn(512, 4096, dtype=dtype), randn(8, 4096))
+
+
+def test_plain_row_products(benchmark: Bench) -> None:
+    group(benchmark, "512 sketches of 4096 with 8 directions")
+    rows, directions = randn(512, 4096), randn(8, 4096)
+    benchmark(lambda: rows @ directions.T)
 
 
 # ------------------------------------------------------------------------------------------------------ whole step

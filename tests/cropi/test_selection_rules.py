@@ -331,3 +331,11 @@ def test_the_store_of_the_scores_is_found_or_asked_for(tmp_path: Path) -> None:
         unit_sketches(train, ["a", "e"])
     with pytest.raises(CropiError, match="sketches is a Tensor"):
         select(read, count=2, dedup=0.5, sketches=rows)  # type: ignore[arg-type]
+
+
+def test_a_pool_without_a_usable_prompt_gives_nothing() -> None:
+    nothing = table_of(np.full(4, np.nan))
+    for options in ({}, {"method": "random"}, {"draw": "soft"}, {"method": "learnability"}):
+        assert select(nothing, fraction=0.5, **options).ids == []  # type: ignore[arg-type]
+    with pytest.raises(CropiError, match="the highest is -inf"):
+        select(nothing, fraction=0.5, min_score=0.0)

@@ -253,9 +253,10 @@ def select(
         p_selected = _p_selected(scores)[usable]
     orders, value = rule.rank(table, p_selected)
     good = np.ones(len(usable), bool) if min_score is None else table.max(axis=1) >= min_score
-    if not good.any():
+    if min_score is not None and not good.any():
+        highest = table.max(initial=-math.inf)
         raise CropiError(
-            f"min_score {min_score}: no prompt has so high a score, the highest is {table.max():.4f}; lower it"
+            f"min_score {min_score}: no prompt has so high a score, the highest is {highest:.4f}; lower it"
         )
     store = _store(scores, sketches) if given.needs_sketches else None
     distinct = Distinct(store, dedup) if store is not None and dedup is not None else None
