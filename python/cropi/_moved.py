@@ -7,7 +7,7 @@ import importlib.machinery
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 MOVED = {
@@ -35,13 +35,11 @@ MOVED = {
     "cropi.tokenize": "cropi.gradient.tokenize",
     "cropi.trainers.checkpoints": "cropi.trainers.trl.checkpoints",
     "cropi.trainers.grouping": "cropi.trainers.dumps.rollout",
-    "cropi.trainers.nemo_rl": "cropi.trainers.dumps.nemo_rl",
     "cropi.trainers.options": "cropi.trainers.trl.options",
     "cropi.trainers.pickled": "cropi.trainers.dumps.pickled",
     "cropi.trainers.ranks": "cropi.trainers.trl.ranks",
     "cropi.trainers.rollout_log": "cropi.trainers.trl.rollout_log",
     "cropi.trainers.scoring": "cropi.trainers.trl.scoring",
-    "cropi.trainers.slime": "cropi.trainers.dumps.slime",
     "cropi.trainers.verl.batch": "cropi.trainers.dumps.verl_batch",
     "cropi.trainers.verl.dumps": "cropi.trainers.dumps.verl",
     "cropi.trajectories": "cropi.data.readers",
@@ -99,3 +97,20 @@ def install() -> None:
     """Let the old names be imported; asked last, after every real module."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
+
+
+def moved_names(package: str, new: str) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a package where a module of the first release was: its names are in ``new``."""
+
+    def get(name: str) -> Any:
+        held = None if name.startswith("_") else getattr(importlib.import_module(new), name, None)
+        if held is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{package}.{name} is now {new}.{name}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return held
+
+    return get

@@ -199,11 +199,11 @@ def test_scores_hold_the_health_of_every_prompt_and_old_tables_are_read(tmp_path
     read = read_scores(tmp_path / "scores.parquet")
     for row, again in zip(scores.rows, read.rows, strict=True):
         assert again.extra == row.extra
-        assert set(row.extra) == (set() if row.id == "equal" else {"ratio", "ess", "clipped"})
+        assert set(row.extra) == {"file"} | (set() if row.id == "equal" else {"ratio", "ess", "clipped"})
     table = pyarrow.parquet.read_table(tmp_path / "scores.parquet")
     # As an earlier release wrote it: without these columns, and without a checksum of them.
     meta = {key: value for key, value in (table.schema.metadata or {}).items() if key == b"cropi"}
-    old = table.drop_columns(["ratio", "ess", "clipped"]).replace_schema_metadata(meta)
+    old = table.drop_columns(["ratio", "ess", "clipped", "file"]).replace_schema_metadata(meta)
     pyarrow.parquet.write_table(old, tmp_path / "old.parquet")
     assert all(row.extra == {} for row in read_scores(tmp_path / "old.parquet").rows)
 

@@ -19,6 +19,8 @@ PACKAGES = {
     "cropi.store": ["SketchStore"],
     "cropi.sketching": ["sketch"],
     "cropi.report": ["plot_scores", "best_and_worst", "prompt_texts"],
+    "cropi.trainers.slime": ["read_dump"],
+    "cropi.trainers.nemo_rl": ["read_dump"],
 }
 NEEDS = {
     "cropi.trainers.scoring": "trl",
