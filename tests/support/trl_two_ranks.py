@@ -89,7 +89,7 @@ if __name__ == "__main__":
     )
     run("live-cut-groups", folder, live, per_device_train_batch_size=6, **small)
     if int(os.environ["RANK"]) == 1:  # rank 0 must not wait for it for ever
-        pipeline.sketch = broken  # type: ignore[assignment]
+        pipeline.sketch_part = broken  # type: ignore[assignment]
     run("broken", folder, files, per_device_train_batch_size=4, **small)
     # As torch asks of programs: its threads must not outlive what they use when the interpreter ends.
     torch.distributed.destroy_process_group()
