@@ -86,7 +86,7 @@ FLOORS = [
     {"model"},
     {"options"},
     {"checked", "commands", "files", "summary"},
-    {"errors"},
+    {"errors", "_moved"},
 ]
 
 
