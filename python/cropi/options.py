@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from cropi.checked import check_fields
 from cropi.errors import CropiError, did_you_mean
+
+T = TypeVar("T")
 
 ESTIMATORS = ("cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo", "cispo")
 STORE_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "int1")
@@ -456,6 +458,35 @@ def names_of(*classes: type[Any]) -> list[str]:
 def part_of(options: Any, one: type[Any]) -> dict[str, Any]:
     """The options of one class that an instance of another one, which has them too, holds."""
     return {name: getattr(options, name) for name in names_of(one)}
+
+
+def changed(options: Any, *classes: type[Any], always: Sequence[str] = ()) -> dict[str, Any]:
+    """What an instance holds of the options of some classes, as JSON values: those that differ from their defaults, and
+    those that are named in ``always``.
+
+    >>> changed(Selecting(method="max"), Selecting, always=["fraction"])
+    {'fraction': 0.1, 'method': 'max'}
+    """
+    return {
+        about.name: list(value) if isinstance(value, tuple) else value
+        for one in classes
+        for about in fields(one)
+        if (value := getattr(options, about.name)) != about.default or about.name in always
+    }
+
+
+def one_of(made: T | None, given: Mapping[str, Any], cls: type[T]) -> T:
+    """An instance of an options class: the one that was made, or that of the options that were given by keyword.
+
+    Raises:
+        CropiError: both were given, or a name that is no option.
+    """
+    if made is None:
+        options: T = split(given, cls)[0]
+        return options
+    if given:
+        raise CropiError(f"{next(iter(given))!r} is given beside a {cls.__name__}: put it in there")
+    return made
 
 
 def split(given: Mapping[str, Any], *classes: type[Any]) -> list[Any]:

@@ -475,6 +475,4 @@ def pick(
     scores: Scores, options: Selecting | None = None, least: int = 0, sketches: SketchStore | None = None
 ) -> Selection:
     """:func:`cropi.ranking.selection.select` by its options."""
-    given = dict(vars(options or Selecting()))
-    seed = given.pop("select_seed")
-    return select(scores, **given, seed=seed, least=least, sketches=sketches)
+    return select(scores, options or Selecting(), least=least, sketches=sketches)

@@ -13,7 +13,7 @@ from cropi.checked import check_fields
 from cropi.commands import check_template
 from cropi.errors import CropiError, did_you_mean
 from cropi.gradient.tokenize import template_text
-from cropi.options import Influence, Selecting, names_of
+from cropi.options import Influence, Selecting, changed, names_of
 from cropi.sketching.job import SketchJob
 
 T = TypeVar("T")
@@ -198,9 +198,5 @@ def table_of(options: Influence | Selecting, seed: str) -> dict[str, Any]:
     """Options as a table of :class:`Plan`: the first release's keys, and of later ones those that differ from their
     defaults, so that a curriculum of an earlier release goes on."""
     first = ("metric", "mean", "max_valid", "fraction", "method", "pool", seed)
-    default = type(options)()
-    return {
-        "seed" if name == seed else name: list(value) if isinstance(value, tuple) else value
-        for name, value in vars(options).items()
-        if name in first or value != getattr(default, name)
-    }
+    held = changed(options, type(options), always=first)
+    return {"seed" if name == seed else name: value for name, value in held.items()}

@@ -151,6 +151,22 @@ class Scores:
         return f"<p>{html.escape(repr(self))}</p><table><tr><th>rank</th>{head}</tr>{rows}</table>"
 
 
+def check_stores(train: SketchStore, valid: Sequence[SketchStore]) -> None:
+    """Check that a store of training prompts can be compared with validation stores; warn where it seems not meant.
+
+    Raises:
+        CropiError: the training store is unfinished, or two stores do not belong together.
+    """
+    train.check_finished()
+    for store in valid:
+        names = str(train.path), str(store.path)
+        check_comparable(train.manifest, store.manifest, names)
+        warn_unlike(train.manifest, store.manifest, names)
+    check_scaled(
+        train.manifest, [store.manifest for store in valid], [str(store.path) for store in (train, *valid)]
+    )
+
+
 def influence(
     train: SketchStore,
     valid: Sequence[SketchStore],
@@ -200,14 +216,7 @@ def influence(
     for store in [train, *valid]:
         if not isinstance(store, SketchStore):
             raise CropiError(f"a SketchStore is needed, got {type(store).__name__}; score_rows takes tensors")
-    train.check_finished()
-    for store in valid:
-        names = str(train.path), str(store.path)
-        check_comparable(train.manifest, store.manifest, names)
-        warn_unlike(train.manifest, store.manifest, names)
-    check_scaled(
-        train.manifest, [store.manifest for store in valid], [str(store.path) for store in (train, *valid)]
-    )
+    check_stores(train, valid)
     compared = _compared(valid, metric, mean, aggregate, max_valid, seed, pairs)
     kept_sets, wanted = names_without(compared.sets, minus), len(compared.valid) if pairs else 0
 

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError
-from cropi.ranking.influence import DEFAULT_SET, choose_members
+from cropi.ranking.influence import DEFAULT_SET, check_stores, choose_members
 from cropi.ranking.products import in_order
-from cropi.store.manifest import check_comparable, check_scaled, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
 
@@ -104,15 +103,9 @@ def validation(
 def _check(train: SketchStore, valid: Sequence[SketchStore]) -> None:
     if not valid:
         raise CropiError("valid is empty: give at least one store of validation prompts")
-    for store in (train, *valid):
-        store.check_finished()
-    check_scaled(
-        train.manifest, [store.manifest for store in valid], [str(store.path) for store in (train, *valid)]
-    )
     for store in valid:
-        names = str(train.path), str(store.path)
-        check_comparable(train.manifest, store.manifest, names)
-        warn_unlike(train.manifest, store.manifest, names)
+        store.check_finished()
+    check_stores(train, valid)
 
 
 def pairwise(

@@ -28,7 +28,7 @@ import numpy as np
 from cropi.data.readers import read
 from cropi.errors import CropiError, optional
 from cropi.files import lines_of, replacing
-from cropi.options import Selecting
+from cropi.options import Selecting, changed, one_of
 from cropi.ranking.distinct import Distinct, diverse, unit_sketches
 from cropi.ranking.draws import draw, soft_weights
 from cropi.ranking.influence import Scores
@@ -181,96 +181,62 @@ class Selection:
 
 def select(
     scores: Scores,
+    selecting: Selecting | None = None,
     *,
-    fraction: float = 0.1,
-    count: int | None = None,
-    method: str = "rrf",
-    rrf_constant: float = 60.0,
-    pool: str = "all",
-    per: str = "pool",
-    quota: Sequence[str] = (),
-    min_score: float | None = None,
-    confidence: float | None = None,
-    draw: str = "best",
-    draw_temperature: float = 1.0,
-    dedup: float | None = None,
-    diversity: str = "none",
-    candidates: float = 4.0,
-    seed: int = 0,
+    seed: int | None = None,
     least: int = 0,
     sketches: SketchStore | None = None,
+    **options: Any,
 ) -> Selection:
-    """Choose ``floor(N_pool * fraction + 1e-9)`` prompts (see :func:`cropi.ranking.shares.how_many`). Prompts without a
-    usable sketch (zero gradient) are never chosen.
+    """Choose ``floor(N_pool * fraction + 1e-9)`` prompts (see :func:`cropi.ranking.shares.how_many`), or ``count``.
+    Prompts without a usable sketch (zero gradient) are never chosen.
 
     What is done, in this order: scores become lower bounds (``confidence``); prompts below ``min_score`` are dropped;
     the rest is ranked (``method``, within the groups of ``per`` and ``quota``) or drawn (``draw``); near copies are
-    left out (``dedup``); of the candidates those are chosen that differ (``diversity``).
+    left out (``dedup``); of the candidates those are chosen that differ (``diversity``). docs/method.md has the
+    formulas.
 
     Args:
         scores: the score table.
-        fraction: share of the pool, in (0, 1].
-        count: how many, in the place of ``fraction``.
-        method: "rrf" (the rule above), "rrf_classic" (constant ``rrf_constant``, whole lists), "max" or "mean" (the
-            highest or the mean score over the sets), "p_selected" (how often the prompt is chosen when the validation
-            prompts are drawn anew), or a baseline: "random", "learnability" (p (1 - p) of the pass rate p), "pass_rate"
-            (the highest p).
-        rrf_constant: of "rrf_classic"; 60 in Cormack, Clarke and Buettcher (SIGIR 2009).
-        pool: what N_pool counts: "all" prompts of the file, as the released method does, or only "usable"
-            ones.
-        per: "pool"; or "file" or "task", to run the rule in each of them by itself, with its own n.
-        quota: what groups get of the selection: ``"gsm8k=0.5"`` is a share of it, ``"gsm8k=40"`` a number of prompts.
-            Groups are tasks, or files with ``per="file"``. The others share the rest by rank.
-        min_score: prompts whose highest score over the sets is below this are not chosen, even if fewer are.
-        confidence: rank by ``score - t stderr``, t Student's quantile of this one-sided level over the set's prompts.
-        draw: "best"; "soft" (without replacement, in proportion to ``exp(z / draw_temperature)``, z the normal score of
-            the rank); or "p_selected" (in proportion to it).
-        draw_temperature: of "soft".
-        dedup: the highest cosine of the sketches of two chosen prompts.
-        diversity: "none", "kmeans" or "facility": :func:`cropi.ranking.distinct.diverse` of the best
-            ``candidates * n``.
-        candidates: for ``diversity``.
-        seed: of "random", of the order among equal pass rates in the other two baselines, of draws and of k-means.
+        selecting: the options; None: those that are given by keyword.
+        seed: ``select_seed`` by its short name.
         least: choose at least so many, where there are so many usable ones (a trainer's batch may need them).
         sketches: the training prompts' store, for ``dedup`` and ``diversity``; None: the one that the scores were made
             from.
+        options: the fields of :class:`cropi.options.Selecting`: ``fraction=0.1``, ``method="max"``, ...
 
     Raises:
         CropiError: the fraction chooses nothing, an option does not fit the scores, or an unknown option.
     """
-    given = Selecting(
-        fraction=fraction, count=count, method=method, rrf_constant=rrf_constant, pool=pool, per=per, quota=quota,
-        min_score=min_score, confidence=confidence, draw=draw, draw_temperature=draw_temperature, dedup=dedup,
-        diversity=diversity, candidates=candidates, select_seed=seed,
-    )  # fmt: skip
+    given = one_of(selecting, options if seed is None else options | {"select_seed": seed}, Selecting)
     usable = np.flatnonzero(scores.usable)
     rule = Rule(scores.rows, usable, given, least)
     table = scores.table[usable]
-    if confidence is not None:
-        table = table - _margin(scores, confidence)[usable]
+    if given.confidence is not None:
+        table = table - _margin(scores, given.confidence)[usable]
     p_selected = None
-    if "p_selected" in (method, draw):
+    if "p_selected" in (given.method, given.draw):
         p_selected = _p_selected(scores)[usable]
     orders, value = rule.rank(table, p_selected)
-    good = np.ones(len(usable), bool) if min_score is None else table.max(axis=1) >= min_score
-    if min_score is not None and not good.any():
+    good = np.ones(len(usable), bool) if given.min_score is None else table.max(axis=1) >= given.min_score
+    if given.min_score is not None and not good.any():
         highest = table.max(initial=-math.inf)
         raise CropiError(
-            f"min_score {min_score}: no prompt has so high a score, the highest is {highest:.4f}; lower it"
+            f"min_score {given.min_score}: no prompt has so high a score, the highest is {highest:.4f}; lower it"
         )
     store = _store(scores, sketches) if given.needs_sketches else None
-    distinct = Distinct(store, dedup) if store is not None and dedup is not None else None
+    distinct = Distinct(store, given.dedup) if store is not None and given.dedup is not None else None
     chosen: list[int] = []
     for number, (order, (_, n)) in enumerate(zip(orders, rule.groups, strict=True)):
         ranked = _drawn(order[good[order]], given, p_selected, number)
-        wanted = n if diversity == "none" else math.ceil(n * candidates)
+        wanted = n if given.diversity == "none" else math.ceil(n * given.candidates)
         if distinct is not None:
             ranked = ranked[distinct.take([rule.ids[i] for i in ranked], wanted)]
-        if diversity != "none" and len(ranked) > n:
+        if given.diversity != "none" and len(ranked) > n:
             assert store is not None
             ranked = ranked[:wanted]
             near = unit_sketches(store, [rule.ids[i] for i in ranked])
-            ranked = ranked[diverse(near, n, diversity, seed)]
+            ranked = ranked[diverse(near, n, given.diversity, given.select_seed)]
         chosen += [int(i) for i in ranked[:n]]
     merged = _merged(orders, value, table, rule.ties)
     taken = set(chosen)
@@ -279,9 +245,9 @@ def select(
     fused = np.full(len(scores.rows), math.nan)
     fused[usable] = value
     copies = {} if distinct is None else distinct.copies
-    settings = _settings(given, scores, least)
+    settings = changed(given, Selecting, always=("fraction", "method")) | ({"least": least} if least else {})
     places = [int(usable[i]) for i in (*chosen, *rest)]
-    return Selection(places[: len(chosen)], places, fused, method, scores, settings, copies)
+    return Selection(places[: len(chosen)], places, fused, given.method, scores, settings, copies)
 
 
 def check_selecting(
@@ -316,14 +282,6 @@ def check_selecting(
         optional("sklearn.cluster")
     if given.confidence is not None:
         optional("scipy.stats")
-
-
-def _settings(given: Selecting, scores: Scores, least: int) -> dict[str, Any]:
-    """The options that make this choice from this table again."""
-    settings = {name: value for name, value in vars(given).items() if value != getattr(Selecting(), name)}
-    return {"fraction": given.fraction, "method": given.method, **settings} | (
-        {"least": least} if least else {}
-    )
 
 
 def _drawn(order: np.ndarray, given: Selecting, p_selected: np.ndarray | None, number: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from cropi.errors import CropiError, optional
-from cropi.options import Selecting
+from cropi.options import Selecting, one_of
 from cropi.ranking.contrast import names_without, without
 from cropi.ranking.influence import DEFAULT_SET, Scores
 from cropi.ranking.pairwise import Pairwise, pairwise
@@ -137,12 +137,10 @@ def uncertainty(
     aggregate: str = "mean",
     minus: str | None = None,
     minus_weight: float = 1.0,
-    fraction: float = 0.1,
-    pool: str = "all",
-    method: str = "rrf",
     draws: int = 200,
     seed: int = 0,
     selecting: Selecting | None = None,
+    **options: Any,
 ) -> Uncertainty:
     """Standard errors of all scores, and how the choice moves with the validation prompts.
 
@@ -151,16 +149,16 @@ def uncertainty(
     Args:
         pairs: what :func:`cropi.ranking.pairwise.pairwise` gives.
         metric, mean, aggregate, minus, minus_weight: as in :func:`cropi.ranking.influence.influence`.
-        fraction, pool, method: as in :func:`cropi.ranking.selection.select`; the method is one that ranks by scores
-            ("rrf", "rrf_classic", "max", "mean").
         draws: resamples for the choice.
         seed: of the draws.
-        selecting: all options of the selection, in the place of ``fraction``, ``pool`` and ``method``.
+        selecting: the options of the selection, whose method ranks by scores ("rrf", "rrf_classic", "max", "mean");
+            None: those that are given by keyword.
+        options: the fields of :class:`cropi.options.Selecting`.
 
     Raises:
         CropiError: an unknown option, a fraction that chooses nothing, no training prompt with a score.
     """
-    given = selecting or Selecting(fraction=fraction, pool=pool, method=method)
+    given = one_of(selecting, options, Selecting)
     if given.method not in FROM_SCORES:
         raise CropiError(
             f"method must be one of {', '.join(FROM_SCORES)}, got {given.method!r}: others do not depend on the "
@@ -240,11 +238,9 @@ def with_uncertainty(
     train: SketchStore,
     valid: Sequence[SketchStore],
     *,
-    fraction: float = 0.1,
-    pool: str = "all",
-    method: str = "rrf",
     draws: int = 200,
     selecting: Selecting | None = None,
+    **choice: Any,
 ) -> Scores:
     """A score table with its standard errors and ``p_selected``, from the stores that it was made from.
 
@@ -253,7 +249,7 @@ def with_uncertainty(
     """
     options = {name: scores.meta[name] for name in ("max_valid", "seed")}
     members = _members(valid, options["max_valid"])
-    given = selecting or Selecting(fraction=fraction, pool=pool, method=method)
+    given = one_of(selecting, choice, Selecting)
     if given.method not in FROM_SCORES:
         given = replace(given, method="rrf")
     why = ""

@@ -139,7 +139,7 @@ def warn_unlike(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, st
             f"{names[0]} and {names[1]} were made with different settings: {'; '.join(found)}; scores between them "
             "compare gradients of two kinds; sketch both with the same settings, unless this is meant",
             UnlikeStores,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cropi.checked import check_fields
 from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator, make_estimator
-from cropi.options import Checks, Choosing, Comparing, Influence, Selecting, names_of
+from cropi.options import Checks, Choosing, Comparing, changed
 from cropi_kernels import SketchSpec
 
 Paths = str | Path | Sequence[str | Path]
@@ -164,13 +164,11 @@ class Curriculum(Comparing, Choosing, Checks):
             raise CropiError(
                 "train names files, but live chooses by the sketches of this run's own steps: leave train out, or live"
             )
-        plain = {f.name: f.default for f in fields(Choosing) + fields(Comparing)}
-        kept = ("fraction", "count")
-        changed = [name for name, value in plain.items() if name not in kept and getattr(self, name) != value]
-        if changed:
+        other = [name for name in changed(self, Choosing, Comparing) if name not in ("fraction", "count")]
+        if other:
             raise CropiError(
-                f"{changed[0]} is {getattr(self, changed[0])!r}, but live chooses by cropi.Selector, which has no such "
-                f"option: leave {', '.join(changed)} out, or live"
+                f"{other[0]} is {getattr(self, other[0])!r}, but live chooses by cropi.Selector, which has no such "
+                f"option: leave {', '.join(other)} out, or live"
             )
 
     def files(self, name: str) -> list[Path] | None:
@@ -191,25 +189,14 @@ class Curriculum(Comparing, Choosing, Checks):
         except ValueError as error:
             raise CropiError(str(error)) from None
 
-    def _later(self) -> dict[str, Any]:
-        """Options that the first release did not have, where they are used: without them its runs can be resumed."""
-        names = names_of(Comparing, Choosing, Checks)
-        first = ("metric", "mean", "max_valid", "fraction", "method", "pool", "draws")
-        plain = Selecting(), Influence(), Checks()
-        default = {name: getattr(one, name) for one in plain for name in vars(one)}
-        held = {name: getattr(self, name) for name in names if name not in first}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in held.items()
-            if value != default[name]
-        }
-
     def settings(self) -> dict[str, Any]:
         """What the order of prompts depends on, to be compared when a run is resumed."""
+        # Of what the first release did not have, what is used: without it its runs can be resumed.
+        first = ("metric", "mean", "max_valid", "fraction", "method", "pool")
+        chosen = changed(self, Comparing, Choosing, Checks, always=first)
+        chosen.pop("draws", None)  # the order of prompts does not depend on them
         return {
-            "stage_steps": self.stage_steps, "fraction": self.fraction, "method": self.method, "pool": self.pool,
-            "metric": self.metric, "mean": self.mean, "max_valid": self.max_valid, "spec": self.spec.to_dict(),
-            **self._later(),
+            "stage_steps": self.stage_steps, **chosen, "spec": self.spec.to_dict(),
             "estimator": self.estimator_used().to_dict(), "exclude": list(self.exclude), "behaviour": self.behaviour,
             "recorded": [self.train is None, self.valid is None, bool(self.use_recorded)],
             **({} if self.live is None else {"live": asdict(self.live)}),
