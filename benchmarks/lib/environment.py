@@ -7,20 +7,16 @@ import subprocess
 
 import torch
 
+from cropi.bench.machine import processor
 from cropi_kernels import __version__, explain
 
 
 def describe() -> str:
     """One line: processor, threads, kernels in use, torch, version and commit."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?"
-    )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     kernels = next(line for line in explain(torch.zeros(1, 1)).splitlines() if "serves the call" in line)
     kernels = " ".join(kernels.split())
-    return (
-        f"{cpu} ({platform.machine()}), {torch.get_num_threads()} threads; {kernels}; torch {torch.__version__}; "
-        f"cropi-kernels {__version__} at {commit or 'unknown'}"
-    )
+    machine = f"{processor()} ({platform.machine()}), {torch.get_num_threads()} threads"
+    return f"{machine}; {kernels}; torch {torch.__version__}; cropi-kernels {__version__} at {commit or 'unknown'}"

@@ -27,6 +27,13 @@ class Listener(Protocol):
         """``tap`` has added to the sketches what it had kept in forward, with the output's gradient ``dy``."""
 
 
+def finished(sketches: torch.Tensor, spec: SketchSpec) -> torch.Tensor:
+    """Sums [segments, base_dim] as sketches [segments, dim]; rows that met a NaN or an infinity are NaN throughout."""
+    if spec.dim < spec.base_dim:
+        sketches = reduce_sketch(sketches, spec.dim, seed=spec.seed, version=spec.version)
+    return sketches.masked_fill_(~sketches.isfinite().all(dim=1, keepdim=True), float("nan"))
+
+
 class Accumulator:
     """The engine of the batch that is open, and a cache of folded inputs that several layers share."""
 
@@ -66,10 +73,7 @@ class Accumulator:
 
     def end(self) -> torch.Tensor:
         """The sketches [segments, dim]; rows that met a NaN or an infinity are NaN throughout."""
-        sketches = self.out if self.ranks is None else self.ranks.sum(self.out)
-        if self.spec.dim < self.spec.base_dim:
-            sketches = reduce_sketch(sketches, self.spec.dim, seed=self.spec.seed, version=self.spec.version)
-        sketches.masked_fill_(~sketches.isfinite().all(dim=1, keepdim=True), float("nan"))
+        sketches = finished(self.out if self.ranks is None else self.ranks.sum(self.out), self.spec)
         self.close()
         return sketches
 

@@ -31,7 +31,7 @@ from .recognise import (
     takes_one_tensor,
     uses_weight_once,
 )
-from .taps import EmbeddingTap, LinearTap, NormTap, Tap
+from .taps import EmbeddingTap, Hook, LinearTap, NormTap, Tap
 
 UNCOVERED = "uncovered"  # as a pattern of `exclude`: whatever has no tap
 
@@ -49,6 +49,17 @@ class Attachment:
     wanted: dict[int, str]  # names of what is sketched, by the parameters' ids
     head_adds: tuple[bool, bool] = (True, True)  # whether this rank adds the head's weight, and its bias
     ranks: Ranks | None = None  # of a tensor-parallel group
+
+    def hook(self) -> list[Hook]:
+        """Hook every tap to its module; what :meth:`unhook` takes off again."""
+        return [tap.hook(module) for module, tap in self.taps.items()] + self.exact.register()
+
+    def unhook(self, handles: list[Hook]) -> None:
+        """Take the hooks off, and empty the list."""
+        for handle in handles:
+            handle.remove()
+        handles.clear()
+        self.exact.forget()
 
     def form(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         """Form the gradients of these modules' parameters too, instead of what their taps do."""

@@ -8,7 +8,6 @@ and its reference.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -19,17 +18,18 @@ from torch import nn
 
 from ..names import canonical_name
 from ..ops.linear_logprob.contract import Weigh, check_temperature
-from ..reduce import reduce_sketch
 from ..spec import SketchSpec
 from . import sharded
-from .accumulator import Accumulator
+from .accumulator import Accumulator, finished
 from .attach import plan_model
 from .clock import Clock
 from .coverage import Coverage
-from .head import PolicyGradient
+from .head import PolicyGradient, failed_segments, scored_offsets
 from .hooks import unless_none
 from .inputs import check_positions, check_rows, check_tensors, model_inputs
 from .precision import check_adapters, own_precision, unwrapped
+from .scale import SegmentScales
+from .segments import Segments
 from .selftest import parameters_of
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
@@ -125,7 +125,7 @@ class FormedSketcher:
     ) -> PolicyGradient:
         """As `GradientSketcher.policy_gradient`, for ``segments`` by row, int64 ``[batch]``, that do not decrease.
 
-        ``weigh`` is always asked for all tokens of a segment at once, so that ``whole`` changes nothing.
+        ``weigh`` is asked for whole rows, so that ``whole`` changes nothing.
         """
         if not self._handles:
             raise RuntimeError("policy_gradient works inside of `with sketcher:`")
@@ -133,42 +133,42 @@ class FormedSketcher:
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
         check_positions(input_ids, positions, targets)
-        if segments.shape != input_ids.shape[:1] or bool((segments.diff() < 0).any()):
+        if segments.ndim != 1:
             raise ValueError(
-                f"segments has shape {list(segments.shape)}: give the segment of each of the {input_ids.shape[0]} "
-                "rows, not decreasing"
+                f"segments has shape {tuple(segments.shape)}: give the segment of each row [{input_ids.shape[0]}]"
             )
+        where = Segments.of(segments, input_ids.shape[0], input_ids.shape[1], num_segments)
+        scored = scored_offsets(where, positions)
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
         batch = _Batch(input_ids, segments, positions, targets, kwargs, temperature)
-        out = torch.zeros(num_segments, self.spec.base_dim, dtype=torch.float32, device=input_ids.device)
+        out = torch.zeros(where.count, self.spec.base_dim, dtype=torch.float32, device=input_ids.device)
         logprobs = torch.zeros(len(targets), dtype=torch.float32, device=input_ids.device)
         weights = torch.zeros_like(logprobs)
+        scales = SegmentScales(scored, input_ids.device)
+        weigh = scales.weigh(weigh)
         clock = Clock(input_ids.device)
         begun = clock.mark()
         with own_precision(self.model), torch.enable_grad():
             for segment, rows, tokens in batch.parts():
+                if tokens.start == tokens.stop:
+                    continue
                 found = batch.logprobs(self.model, rows, tokens)
-                used = weigh(found.detach(), tokens.start, tokens.stop).to(found)
+                used = weigh(found.detach(), tokens.start, tokens.stop)
                 logprobs[tokens], weights[tokens] = found.detach(), used
-                size = float(used.abs().max()) if used.numel() else 0.0
-                # In half precision weights far below 1 are lost on the way back: scaled up, and the sketch down again.
-                scale = 2.0 ** math.floor(math.log2(size)) if 0 < size < math.inf else 1.0
-                with self._into(out[segment]) as part:
-                    if found.numel():
-                        (found * (used / scale)).sum().backward()
-                    part.mul_(scale)
-        if self.spec.dim < self.spec.base_dim:
-            out = reduce_sketch(out, self.spec.dim, seed=self.spec.seed, version=self.spec.version)
-        out.masked_fill_(~out.isfinite().all(dim=1, keepdim=True), float("nan"))
+                with self._into(out[segment : segment + 1]):
+                    (found * used).sum().backward()
+        scales.restore(out)
+        weights = scales.unscaled(weights)
+        out[failed_segments(logprobs, weights, scored)] = float("nan")
         seconds = {"forward": 0.0, "backward": clock.between(begun, clock.mark()), "sketch": 0.0}
-        return PolicyGradient(out, logprobs, weights, seconds)
+        return PolicyGradient(finished(out, self.spec), logprobs, weights, seconds)
 
     @contextmanager
-    def _into(self, out: torch.Tensor) -> Iterator[torch.Tensor]:
-        self._out = torch.zeros(1, self.spec.base_dim, dtype=torch.float32, device=out.device)
+    def _into(self, out: torch.Tensor) -> Iterator[None]:
+        """Gradients that are formed inside are added to ``out`` [1, base_dim]."""
+        self._out = out
         try:
-            yield self._out
-            out += self._out[0]
+            yield
         finally:
             self._out = None
             for _, p, _ in self._add:

@@ -158,20 +158,12 @@ class GradientSketcher:
     def _hook(self) -> None:
         if self._embeddings is not None:
             self._handles.append(self._embeddings.register_forward_hook(start_graph))
-        for module, tap in self._plan.taps.items():
-            self._handles.append(tap.hook(module))
-        self._handles += self._plan.exact.register()
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._plan.exact.forget()
+        self._handles += self._plan.hook()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._unhook()
+        self._plan.unhook(self._handles)
         sharded.reshard(self.model)
         for p in self._thawed:
             p.requires_grad_(True)
@@ -405,7 +397,7 @@ class GradientSketcher:
             wrong = seen_wrong(self.model, run, ids, self._plan, called, self._acc)
             refused = refused_modules(self.model, self._plan, decoder, wrong)
             if formed := [module for module in wrong if module not in refused]:
-                self._unhook()
+                self._plan.unhook(self._handles)
                 self._plan.form(self.model, formed)
                 self._hook()
             elif not refused:
@@ -432,7 +424,7 @@ class GradientSketcher:
     def _leave_out(self, modules: Iterable[nn.Module]) -> None:
         """Plan again without the parameters of these modules."""
         names, before = self._names(modules), self._plan
-        self._unhook()
+        self._plan.unhook(self._handles)
         for p in self._thawed:
             p.requires_grad_(True)
         self._plan = plan_model(self.model, self.spec, self._acc, [*self._patterns, *names])

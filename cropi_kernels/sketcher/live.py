@@ -122,24 +122,13 @@ class LiveSketcher:
             raise RuntimeError("this LiveSketcher is already active: leave its `with` block first")
         if (shape := code_shape(self.model)) != self._shape:
             self._shape, self._heard, self._ready, self.loss = shape, None, False, None
-        self._hook()
+        self._handles += self._plan.hook()
         return self
-
-    def _hook(self) -> None:
-        for module, tap in self._plan.taps.items():
-            self._handles.append(tap.hook(module))
-        self._handles += self._plan.exact.register()
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._plan.exact.forget()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._unhook()
+        self._plan.unhook(self._handles)
         self._acc.close()
 
     @contextmanager
@@ -260,12 +249,12 @@ class LiveSketcher:
 
     def _try(self) -> None:
         """What `GradientSketcher.batch` checks before its first block: over frozen weights, on a few tokens."""
-        self._unhook()
+        self._plan.unhook(self._handles)
         try:
             with self._tried, own_precision(self.model):
                 self._tried._try_batch()
         finally:
-            self._hook()
+            self._handles += self._plan.hook()
         self._ready = True
 
 

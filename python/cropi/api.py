@@ -10,7 +10,8 @@ from cropi import pipeline
 from cropi.data.forms import parse_columns
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
-from cropi.options import Influence, Loading, Selecting, Sketching, names_of, split
+from cropi.option_fields import names_of, split
+from cropi.options import Influence, Loading, Selecting, Sketching
 from cropi.pipeline import Setup
 from cropi.ranking.influence import Scores
 from cropi.ranking.selection import Selection

@@ -85,7 +85,8 @@ FLOORS = [
     {"data"},
     {"model"},
     {"options"},
-    {"checked", "commands", "files", "summary"},
+    {"option_fields"},
+    {"checked", "commands", "files", "summary", "agreement"},
     {"errors", "_moved"},
 ]
 

@@ -128,18 +128,10 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
             results.append(batch.sketch(sketcher).sketches)
             held.append(gathered(model))
             tested.append(set(sketcher.self_test.names) if sketcher.self_test else set())
-        try:
-            batch.sketch(sketcher, weigh=lambda logp, a, b: 1 / 0)
-        except ZeroDivisionError:
-            pass
+        zoo.fail_in_weights(sketcher, batch)
         results.append(batch.sketch(sketcher).sketches)
         of_batch = through_batch(sketcher, model, batch)
-        try:
-            with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)):  # type: ignore[arg-type]
-                model(batch.input_ids, use_cache=False)
-                raise KeyError
-        except KeyError:
-            pass
+        zoo.fail_in_block(sketcher, model, batch)
         results.append(batch.sketch(sketcher).sketches)
     arguments = dict(positions=batch.positions, targets=batch.targets, attention_mask=batch.attention_mask)
     logp, own = (

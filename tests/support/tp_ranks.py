@@ -144,18 +144,10 @@ def found_on(case: str, mesh: DeviceMesh) -> dict[str, Any]:
         for _ in range(3):
             results.append(batch.sketch(sketcher))
             tested.append(sketcher.self_test)
-        try:
-            batch.sketch(sketcher, weigh=lambda logp, a, b: 1 / 0)
-        except ZeroDivisionError:
-            pass
+        zoo.fail_in_weights(sketcher, batch)
         results.append(batch.sketch(sketcher))
         of_batch = [through_batch(sketcher, model, batch)]
-        try:
-            with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)):  # type: ignore[arg-type]
-                model(batch.input_ids, use_cache=False)
-                raise KeyError
-        except KeyError:
-            pass
+        zoo.fail_in_block(sketcher, model, batch)
         of_batch.append(through_batch(sketcher, model, batch))
     logp = token_logprobs(
         model,

@@ -155,6 +155,27 @@ def packed() -> Batch:
 LAYOUTS: dict[str, Callable[[], Batch]] = {"padded": padded, "shared": shared, "packed": packed}
 
 
+def fail_in_weights(sketcher: GradientSketcher, batch: Batch) -> None:
+    """A pass that ends by an error of the caller's, between forward and backward."""
+    try:
+        batch.sketch(sketcher, weigh=lambda logp, a, b: 1 / 0)
+    except ZeroDivisionError:
+        return
+    raise AssertionError("the error of the weights was lost")
+
+
+def fail_in_block(sketcher: GradientSketcher, model: nn.Module, batch: Batch) -> None:
+    """A block of `GradientSketcher.batch` that ends by an error of the caller's, after the forward pass."""
+    rows, length = batch.input_ids.shape
+    try:
+        with sketcher.batch(batch.segments, shape=(rows, length)):
+            model(batch.input_ids, use_cache=False)
+            raise KeyError
+    except KeyError:
+        return
+    raise AssertionError("the error of the block was lost")
+
+
 # ----------------------------------------------------------------------------------------------- oracle
 def gradients(model: nn.Module, temperature: float = 1.0) -> list[dict[str, torch.Tensor]]:
     """Ordinary autograd gradient of every segment, in the model's dtype, on padded rows."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from cropi import options
 from cropi.cli.parser import count, positive, share, vocab_width, width
-from cropi.options import default_in_words
+from cropi.option_fields import default_in_words
 
 T = TypeVar("T")
 

@@ -13,7 +13,8 @@ from cropi.checked import check_fields
 from cropi.commands import check_template
 from cropi.errors import CropiError, did_you_mean
 from cropi.gradient.tokenize import template_text
-from cropi.options import Influence, Selecting, changed, names_of
+from cropi.option_fields import changed, names_of
+from cropi.options import Influence, Selecting
 from cropi.sketching.job import SketchJob
 
 T = TypeVar("T")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+from cropi.agreement import agree
 from cropi.errors import CropiError, shortened
 from cropi.store.manifest import first_difference
 
@@ -78,20 +79,9 @@ class Team:
             RankFailed: another process failed; names it and repeats its message.
             Exception: whatever ``work`` raised here.
         """
-        error: BaseException | None = None
-        result: Any = None
-        try:
-            result = work()
-        except BaseException as caught:  # Ctrl-C in one process must reach the others too
-            error = caught
-        problems = self.gather(None if error is None else _words(error))
-        if error is not None:
-            raise error
-        for rank, problem in enumerate(problems):
-            if problem is not None:
-                raise RankFailed(f"rank {rank} failed: {problem}")
-        done: T = result
-        return done
+        return agree(
+            work, self.gather, _words, lambda rank, problem: RankFailed(f"rank {rank} failed: {problem}")
+        )
 
     def same(self, facts: Mapping[str, Any], remedies: Mapping[str, str]) -> None:
         """Check that a fact is the same in all processes.

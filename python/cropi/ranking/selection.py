@@ -28,7 +28,8 @@ import numpy as np
 from cropi.data.readers import read
 from cropi.errors import CropiError, optional
 from cropi.files import lines_of, replacing
-from cropi.options import Selecting, changed, one_of
+from cropi.option_fields import changed, one_of
+from cropi.options import Selecting
 from cropi.ranking.distinct import Distinct, diverse, unit_sketches
 from cropi.ranking.draws import draw, soft_weights
 from cropi.ranking.influence import Scores

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from cropi.errors import CropiError, optional
-from cropi.options import Selecting, one_of
+from cropi.option_fields import one_of
+from cropi.options import Selecting
 from cropi.ranking.contrast import names_without, without
 from cropi.ranking.influence import DEFAULT_SET, Scores
 from cropi.ranking.pairwise import Pairwise, pairwise

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError, optional, printable
+from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.report.charts import line
+from cropi.report.rendering import markup, rendered
 
 SETTLED = 0.9  # a choice that keeps so much of the last one hardly depends on the stage
 
@@ -37,15 +37,8 @@ def curriculum_page(folder: str | Path, out: str | Path | None = None) -> Path:
         ) from error
     if not stages:
         raise CropiError(f"{root}: no stage of the curriculum has begun, so there is nothing to report")
-    jinja2 = optional("jinja2")
-    files = resources.files("cropi.report")
-    environment = jinja2.Environment(
-        autoescape=True, finalize=lambda x: printable(x) if type(x) is str else x
-    )
-    template = environment.from_string((files / "curriculum.html").read_text(encoding="utf-8"))
-    style = optional("markupsafe").Markup((files / "page.css").read_text(encoding="utf-8"))
     page = root / "report.html" if out is None else Path(out)
-    write_atomic(page, str(template.render(**values, style=style)))
+    write_atomic(page, rendered("curriculum.html", **values))
     return page
 
 
@@ -110,7 +103,6 @@ def _verdict(document: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -
 
 
 def _charts(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    markup = optional("markupsafe").Markup
     charts = []
 
     def add(name: str, values: Sequence[float | None], text: str, **limits: float) -> None:

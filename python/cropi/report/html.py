@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ import numpy as np
 
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import group_advantages, no_gradient_reason
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.ranking.influence import Scores
 from cropi.ranking.pairwise import Neighbour
 from cropi.ranking.selection import Selection, select
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.charts import bars, density
+from cropi.report.rendering import markup, part, rendered, shown
 
 FULL = 120  # prompts of each kind (best, at the cut, worst, without a score, largest norm) whose responses are shown
 SNIPPET = 70  # characters of the other prompts
@@ -76,30 +76,18 @@ def write_report(path: str | Path, given: ReportInput) -> None:
 
 def render(given: ReportInput) -> str:
     """The page as text."""
-    jinja2 = optional("jinja2")
-    files = resources.files("cropi.report")
-    parts = {name: (files / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    environment = jinja2.Environment(autoescape=True, finalize=lambda x: _shown(x) if type(x) is str else x)
-    template = environment.from_string(parts["html"])
-    markup = optional("markupsafe").Markup
-    values = _values(given, markup)
     packed = gzip.compress(
         json.dumps(_data(given), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"),
         9,
         mtime=0,
     )
-    return str(
-        template.render(
-            **values,
-            style=markup(parts["css"]),
-            script=markup(parts["js"]),
-            data=base64.b64encode(packed).decode(),
-        )
+    return rendered(
+        "page.html", **_values(given), script=markup(part("page.js")), data=base64.b64encode(packed).decode()
     )
 
 
 # ------------------------------------------------------------------------------------------------ the page
-def _values(given: ReportInput, markup: Any) -> dict[str, Any]:
+def _values(given: ReportInput) -> dict[str, Any]:
     scores, selection, sure = given.scores, given.selection, given.uncertainty
     usable, chosen = np.flatnonzero(scores.usable), np.array(selection.chosen)
     sets = []
@@ -122,15 +110,15 @@ def _values(given: ReportInput, markup: Any) -> dict[str, Any]:
         "method": selection.method, "sets": sets, "unfinished": given.unfinished,
         "model": str((origin.get("model") or {}).get("weights", "unknown"))[:16],
         "stage": str(origin.get("stage", "unknown")),
-        "verdict": _verdict(given), "choice": _choice(sure, markup),
+        "verdict": _verdict(given), "choice": _choice(sure),
         "choice_missing": given.uncertainty_missing,
-        "composition": _composition(scores, usable, chosen, markup), "overlap": _overlap(scores, selection),
+        "composition": _composition(scores, usable, chosen), "overlap": _overlap(scores, selection),
         "tasks": sorted({row.task for row in scores.rows if row.task}),
         "neighbours": [
             {"name": name, "text": _cut(texts.get(name, ""), SNIPPET), "helpful": pair[0], "harmful": pair[1]}
             for name, pair in given.neighbours.items()
         ],
-        "policy": _policy(scores, markup), "anatomy": _anatomy(given.check), "run": list(given.run),
+        "policy": _policy(scores), "anatomy": _anatomy(given.check), "run": list(given.run),
         "command": given.command,
     }  # fmt: skip
 
@@ -185,7 +173,7 @@ def _policy_text(median: float, sample: float | None) -> str:
     return f"ratio {median:.3f}{more}: {plain}"
 
 
-def _choice(sure: Uncertainty | None, markup: Any) -> dict[str, Any] | None:
+def _choice(sure: Uncertainty | None) -> dict[str, Any] | None:
     if sure is None:
         return None
     lines = [
@@ -206,7 +194,7 @@ def _choice(sure: Uncertainty | None, markup: Any) -> dict[str, Any] | None:
     }
 
 
-def _composition(scores: Scores, usable: np.ndarray, chosen: np.ndarray, markup: Any) -> list[dict[str, Any]]:
+def _composition(scores: Scores, usable: np.ndarray, chosen: np.ndarray) -> list[dict[str, Any]]:
     """Tables of shares: by task, by pass rate, by length, by where the prompt comes from."""
     rows = scores.rows
     lengths = np.array([rows[i].tokens for i in usable])
@@ -269,7 +257,7 @@ def _median(scores: Scores, key: str) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def _policy(scores: Scores, markup: Any) -> dict[str, Any]:
+def _policy(scores: Scores) -> dict[str, Any]:
     median, sample = _median(scores, "ratio"), _median(scores, "ess")
     if median is None:
         return {
@@ -305,8 +293,8 @@ def _data(given: ReportInput) -> dict[str, Any]:
     snippets, details = _texts(given.groups, {rows[i].id for i in shown_in_full(scores, selection)})
     columns: dict[str, list[Any]] = {
         "rank": [rank.get(i) for i in range(len(rows))],
-        "id": [_shown(row.id) for row in rows],
-        "task": [_shown(row.task or "") for row in rows],
+        "id": [shown(row.id) for row in rows],
+        "task": [shown(row.task or "") for row in rows],
         "pass": [round(row.pass_rate, 4) for row in rows],
         "norm": [_digits(row.norm) if row.status == "ok" else None for row in rows],
         "tokens": [row.tokens for row in rows],
@@ -326,9 +314,9 @@ def _data(given: ReportInput) -> dict[str, Any]:
     if snippets:
         columns["text"] = [snippets.get(row.id, "") for row in rows]
     return {
-        "columns": columns, "sets": [_shown(name) for name in scores.sets], "statuses": reasons,
+        "columns": columns, "sets": [shown(name) for name in scores.sets], "statuses": reasons,
         "chosen": len(selection.chosen), "ranked": len(selection.order), "near": near,
-        "details": {_shown(name): detail for name, detail in details.items()},
+        "details": {shown(name): detail for name, detail in details.items()},
         "nodetail": "(its responses are not in this page: they are kept for the best, the worst and those at the cut)"
         if snippets else "(the trajectory files were not given)",
     }  # fmt: skip
@@ -370,10 +358,10 @@ def _texts(groups: Iterable[PromptGroup], full: set[str]) -> tuple[dict[str, str
             advantages = [0.0] * len(rewards) if equal else group_advantages(rewards).tolist()
             responses = group.responses or ["(token ids)"] * len(rewards)
             details[group.id] = {
-                "prompt": _cut(_shown(prompt), LONG),
+                "prompt": _cut(shown(prompt), LONG),
                 "responses": [
                     {
-                        "text": _cut(_shown(_conversation(text)), LONG),
+                        "text": _cut(shown(_conversation(text)), LONG),
                         "reward": reward,
                         "advantage": round(a, 4),
                     }
@@ -390,17 +378,9 @@ def _conversation(text: Any) -> str:
     return "\n\n".join(f"[{m.get('role', '')}] {m.get('content', '')}" for m in text or [])
 
 
-def _shown(text: str) -> str:
-    """Control characters as escapes: a terminal code, a null or a change of direction acts on whoever copies it.
-
-    Joiners stay, which emoji and some scripts are written with.
-    """
-    return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" else ascii(c)[1:-1] for c in text)
-
-
 def _cut(text: str, size: int) -> str:
     text = text if len(text) <= size else text[: size - 1] + "…"
-    return _shown(text)
+    return shown(text)
 
 
 def _digits(x: Any) -> float | None:

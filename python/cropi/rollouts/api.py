@@ -12,7 +12,8 @@ from cropi.errors import CropiError, RecordError, optional
 from cropi.gradient.template import prints_date
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy
-from cropi.options import Loading, names_of, split
+from cropi.option_fields import names_of, split
+from cropi.options import Loading
 from cropi.rollouts.engine import Engine
 from cropi.rollouts.file import hash_of
 from cropi.rollouts.hf import HfEngine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cropi.errors import CropiError
-from cropi.options import Options, option
+from cropi.option_fields import Options, option
 
 ENGINES = ("hf", "vllm", "openai-url")
 

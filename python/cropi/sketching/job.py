@@ -17,7 +17,8 @@ from cropi.gradient.template import prints_date, template_text
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.moments import SecondMoments, file_of
 from cropi.model.policy import Policy
-from cropi.options import Gradient, Running, Sketch, Sketching, Storing, Tokens, names_of
+from cropi.option_fields import names_of
+from cropi.options import Gradient, Running, Sketch, Sketching, Storing, Tokens
 from cropi.store.manifest import MANIFEST, read_manifest, share_text
 from cropi.store.memory import MemoryStore
 from cropi.store.parts import take_parts
@@ -281,6 +282,10 @@ def open_store(
     manifest = manifest_of(policy, job, behaviour, scan, moments)
     if job.out is None:
         return MemoryStore(manifest())
+    if (
+        Path(job.out) / MANIFEST
+    ).is_file():  # before the manifest asks who is to multiply: that is measured else
+        settle_products(read_manifest(Path(job.out)))
     store = SketchStore.create(
         job.out,
         manifest(),
@@ -288,7 +293,6 @@ def open_store(
         shard_bytes=job.shard_bytes,
         earlier=lambda: manifest(sha256=True),
     )
-    settle_products(store.manifest)
     try:
         _check_share(store, job)
         take_parts(store)

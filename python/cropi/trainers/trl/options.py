@@ -10,7 +10,8 @@ from typing import Any
 from cropi.checked import check_fields
 from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator, make_estimator
-from cropi.options import Checks, Choosing, Comparing, changed
+from cropi.option_fields import changed
+from cropi.options import Checks, Choosing, Comparing
 from cropi_kernels import SketchSpec
 
 Paths = str | Path | Sequence[str | Path]

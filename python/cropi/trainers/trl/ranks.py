@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from cropi.agreement import agree
 from cropi.errors import CropiError
 
 T = TypeVar("T")
@@ -48,23 +49,13 @@ class Ranks:
     def agree(self, work: Callable[[], T]) -> T:
         """Do ``work`` on this rank; if it fails on any rank, raise on every rank.
 
-        Without this a rank that fails leaves the others waiting in their next collective call for ever.
-
         Raises:
             CropiError: another rank failed; names it and repeats its message.
             Exception: whatever ``work`` raised here.
         """
-        error: BaseException | None = None
-        result: Any = None
-        try:
-            result = work()
-        except BaseException as caught:  # Ctrl-C on one rank must reach the others too
-            error = caught
-        problems = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, problem in enumerate(problems):
-            if problem is not None:
-                raise CropiError(f"rank {rank} failed with {problem}")
-        done: T = result
-        return done
+        return agree(
+            work,
+            self.gather,
+            lambda error: f"{type(error).__name__}: {error}",
+            lambda rank, problem: CropiError(f"rank {rank} failed with {problem}"),
+        )

@@ -23,7 +23,8 @@ from cropi.data.scan import NothingToSelect, Scan, check_covered, scan
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
-from cropi.options import Choosing, Comparing, Influence, Selecting, part_of
+from cropi.option_fields import part_of
+from cropi.options import Choosing, Comparing, Influence, Selecting
 from cropi.pipeline import Setup
 from cropi.ranking.influence import DEFAULT_SET
 from cropi.sketching.job import SketchJob

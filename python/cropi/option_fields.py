@@ -1,0 +1,140 @@
+"""How options are declared, checked, and taken from mappings: the mechanism under :mod:`cropi.options`.
+
+Nothing here imports torch, so that ``cropi --help`` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, TypeVar
+
+from cropi.checked import check_fields
+from cropi.errors import CropiError, did_you_mean
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    kind: str = "text",
+    metavar: str | None = None,
+    flag: str | None = None,
+    shown: str | None = None,
+    many: bool = False,
+) -> Any:
+    """A field of an options class.
+
+    Args:
+        default: its value where nothing is given.
+        help: a phrase that stands alone; the default is added to it.
+        choices: the strings that it may be.
+        kind: how the command line reads it: "text", "count" (an integer of at least 1), "whole" (any integer),
+            "number", "positive" (a number above 0), "share" (a number in (0, 1]), "width" or "vocab_width" (a power of
+            two, or "full" for None), "switch" (a truth value).
+        metavar: what stands for the value in ``--help``.
+        flag: the flag, where it is not the name with dashes.
+        shown: how ``--help`` words the default, where ``str(default)`` does not say it.
+        many: any number of values.
+    """
+    about = {
+        "help": help,
+        "choices": tuple(choices),
+        "kind": kind,
+        "metavar": metavar,
+        "flag": flag,
+        "many": many,
+    }
+    about["shown"] = shown
+    if many:
+        return field(default=tuple(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+class Options:
+    """What all option classes share: every value is checked when an instance is made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for about in fields(self):  # type: ignore[arg-type]
+            _check(about, getattr(self, about.name))
+
+
+def _check(about: Field[Any], value: Any) -> None:
+    name, kind, choices = about.name, about.metadata.get("kind"), about.metadata.get("choices")
+    if choices and value not in choices and not (value is None and about.default is None):
+        raise CropiError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if value is None or kind is None:
+        return
+    if kind == "count" and value < 1:
+        raise CropiError(f"{name} must be at least 1, got {value!r}")
+    if kind == "positive" and not value > 0:
+        raise CropiError(f"{name} must be a number above 0, got {value!r}")
+    if kind == "share" and not 0 < value <= 1:
+        raise CropiError(f"{name} must be in (0, 1], got {value!r}")
+
+
+def names_of(*classes: type[Any]) -> list[str]:
+    """The names of the options of some classes."""
+    return [about.name for one in classes for about in fields(one)]
+
+
+def part_of(options: Any, one: type[Any]) -> dict[str, Any]:
+    """The options of one class that an instance of another one, which has them too, holds."""
+    return {name: getattr(options, name) for name in names_of(one)}
+
+
+def changed(options: Any, *classes: type[Any], always: Sequence[str] = ()) -> dict[str, Any]:
+    """What an instance holds of the options of some classes, as JSON values: those that differ from their defaults, and
+    those that are named in ``always``.
+
+    >>> from cropi.options import Selecting
+    >>> changed(Selecting(method="max"), Selecting, always=["fraction"])
+    {'fraction': 0.1, 'method': 'max'}
+    """
+    return {
+        about.name: list(value) if isinstance(value, tuple) else value
+        for one in classes
+        for about in fields(one)
+        if (value := getattr(options, about.name)) != about.default or about.name in always
+    }
+
+
+def one_of(made: T | None, given: Mapping[str, Any], cls: type[T]) -> T:
+    """An instance of an options class: the one that was made, or that of the options that were given by keyword.
+
+    Raises:
+        CropiError: both were given, or a name that is no option.
+    """
+    if made is None:
+        options: T = split(given, cls)[0]
+        return options
+    if given:
+        raise CropiError(f"{next(iter(given))!r} is given beside a {cls.__name__}: put it in there")
+    return made
+
+
+def split(given: Mapping[str, Any], *classes: type[Any]) -> list[Any]:
+    """Instances of some option classes from one mapping of names to values.
+
+    Raises:
+        CropiError: a name that none of them has.
+    """
+    known = names_of(*classes)
+    for name in given:
+        if name not in known:
+            raise CropiError(
+                f"{name!r} is not an option; {did_you_mean(name, known)}known are {', '.join(known)}"
+            )
+    return [one(**{name: given[name] for name in names_of(one) if name in given}) for one in classes]
+
+
+def default_in_words(about: Field[Any]) -> str:
+    """How ``--help`` words a default."""
+    if about.metadata["shown"] is not None:
+        return str(about.metadata["shown"])
+    default = about.default if about.default is not MISSING else None
+    return f"{default:g}" if isinstance(default, float) else str(default)
