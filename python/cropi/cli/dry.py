@@ -9,7 +9,6 @@ from typing import Any
 
 # Enough for a rate, few enough for seconds.
 TRIED = 6
-BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "int1": 1}
 
 
 @dataclass
@@ -48,6 +47,7 @@ def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, 
     """
     from cropi.sketching.job import make_tokenize
     from cropi.sketching.run import sketch
+    from cropi.store.codec import row_bytes
 
     found: dict[str, Cost] = {}
     rate = 0.0
@@ -72,7 +72,7 @@ def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, 
             summary = sketch(policy, tried, progress=False)
             rate = sum(sizes) / max(summary.wall, 1e-9)
         cost.seconds = cost.tokens / rate if rate else 0.0
-        cost.bytes = cost.prompts * job.spec.dim * BITS[job.store_dtype] // 8
+        cost.bytes = cost.prompts * row_bytes(job.store_dtype, job.spec.dim)
     return found
 
 

@@ -22,10 +22,9 @@ from cropi.files import check_room
 from cropi.model.load import DTYPES, check_device
 from cropi.model.sources import locate
 from cropi.ranking.selection import check_selecting, how_many
+from cropi.store.codec import row_bytes
 from cropi.trainers.trl.in_process import check_options, prompts_a_batch
 from cropi_kernels import canonical_name
-
-STORE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5, "int1": 0.125}
 
 
 def check_plan(plan: Plan) -> None:
@@ -124,7 +123,7 @@ def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) 
             one generation batch, on which TRL would silently train nothing.
     """
     rows = train.usable + sum(found.usable for found in valid.values())
-    size = int(STORE_BYTES[plan.job.store_dtype] * plan.job.spec.dim * rows)
+    size = row_bytes(plan.job.store_dtype, plan.job.spec.dim) * rows
     left = plan.stages - stage
     check_room(plan.out, size * left, f"the sketches of {rows} prompts in {left} stages")
     if plan.trainer != IN_PROCESS:

@@ -386,8 +386,3 @@ def rows_without_checks(path: str | Path) -> Iterator[dict[str, Any]]:
 def _chained(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
     yield first
     yield from rows
-
-
-def raw_records(source: Any, ids: Iterable[str], *, skip_bad: bool = False) -> Iterator[str]:
-    """The records with these ids as JSON lines, unchanged, in this order; see :meth:`PromptGroups.take`."""
-    return (group.raw for group in read(source, skip_bad=skip_bad).take(ids))

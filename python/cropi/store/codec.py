@@ -54,6 +54,11 @@ def check_dtype(dtype: str, dim: int) -> None:
         raise CropiError(f"dtype {dtype} needs a dim that is a multiple of 8, got {dim}; take int8")
 
 
+def row_bytes(dtype: str, dim: int) -> int:
+    """Bytes of the ``dim`` numbers of a row; its scales come to 3 % more at most."""
+    return dim * (PACKED.get(dtype) or 8 * DTYPES[dtype].itemsize) // 8
+
+
 def encode(rows: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
     """Float32 rows ``[n, dim]`` in a store's dtype: the tensors of a shard, by name."""
     rows = rows.to(torch.float32).contiguous()
