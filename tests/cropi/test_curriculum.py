@@ -19,6 +19,8 @@ import yaml
 from support.made_curriculum import calls, config, curriculum, make_folder, report, selections
 from support.made_data import make_records, make_tokenizer, write_lines
 
+from cropi.cli import main
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "train_stage.py"
 TRAINER = f"{sys.executable} {EXAMPLE} {{model}} {{records}} --steps {{steps}} --out {{out}} --lr 0.01"
@@ -308,6 +310,69 @@ def test_rollouts_of_every_stage_and_of_the_trainer(made: Path, tmp_path: Path) 
     }
     # The file's log-probs, of whichever policy made each record.
     assert report(out)[1]["behaviour"]["train"] == "file"
+
+
+SKYRL = """
+import json, sys
+records, out, kind = sys.argv[1:]
+with open(records) as lines, open(out, "w") as file:
+    for record in map(json.loads, lines):
+        record["rewards"] = [1 - reward for reward in record["rewards"]]
+        rows = [{"input_prompt": record["prompt"], "output_response": text, "score": reward, "stop_reason": "stop"}
+                for text, reward in zip(record["responses"], record["rewards"])]
+        for row in rows if kind == "skyrl" else [record]:
+            print(json.dumps(row), file=file)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+def test_dumps_and_tables_are_read_as_by_every_command(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of a trainer's dumps, validation rows under names of their own, and a trainer that hands dumps back:
+    the selections of both stages are those of the same rollouts as records."""
+    (tmp_path / "skyrl.py").write_text(SKYRL)
+    train, valid = (
+        [json.loads(line) for line in (made / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "valid")
+    )
+    (tmp_path / "steps").mkdir()
+    for step in (0, 1):
+        rows = [
+            {"input_prompt": r["prompt"], "output_response": text, "score": reward, "stop_reason": "stop"}
+            for r in train[step::2] for text, reward in zip(r["responses"], r["rewards"])
+        ]  # fmt: skip
+        write_lines(tmp_path / f"steps/step_{step}.jsonl", rows)
+    flat = [
+        {"name": r["id"], "question": r["prompt"], "said": text, "score": reward, "set": r["set"]}
+        for r in valid for text, reward in zip(r["responses"], r["rewards"])
+    ]  # fmt: skip
+    assert main(["convert", str(tmp_path / "steps"), "--out", str(tmp_path / "train.jsonl")]) == 0
+
+    def run(kind: str, **changes: Any) -> tuple[Any, dict[str, list[float]]]:
+        out = tmp_path / kind
+        nudge = yaml.safe_load(config(made, out).read_text())["trainer"]
+        hand = f"{sys.executable} {tmp_path / 'skyrl.py'} {{records}} {{rollouts}} {kind} && {nudge}"
+        assert curriculum(config(made, out, trainer=hand, behaviour="current", **changes)) == 0
+        merged = (out / "stage-00/trajectories.jsonl").read_text().splitlines()
+        return selections(out), {r["id"]: r["rewards"] for r in map(json.loads, merged)}
+
+    expected, rewards = run("records", train=str(tmp_path / "train.jsonl"))
+    capsys.readouterr()
+    got, theirs = run(
+        "skyrl", train=str(tmp_path / "steps"), valid=str(write_lines(tmp_path / "valid.jsonl", flat)),
+        columns="id=name,prompt=question,response=said,reward=score",
+    )  # fmt: skip
+    assert got == expected and theirs == rewards
+    before = (json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines())
+    changed = {r["id"] for r in before if rewards[r["id"]] != r["rewards"]}
+    assert changed == {row["id"] for row in got[0]}
+    told = capsys.readouterr().out
+    # The two steps are converted once, and what the trainer makes once a stage.
+    assert told.count("read as       results of SkyRL") == 3
+    with pytest.raises(SystemExit):
+        curriculum(config(made, tmp_path / "unknown", source="sky"))
+    assert "invalid choice: 'sky'" in capsys.readouterr().err
 
 
 def test_the_trainers_rollouts_need_log_probs_only_where_a_ratio_is_read(

@@ -26,6 +26,7 @@ from cropi.ranking.selection import read_selection, select, write_selection
 from cropi.ranking.table import write_scores
 from cropi.store.shards import RowInfo
 from cropi.trainers.dumps.nemo_rl import read_dump as read_nemo
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import group_rollouts
 from cropi.trainers.dumps.verl import read_dump as read_verl
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
@@ -327,7 +328,7 @@ def test_verl_text_dumps_are_read_and_called_lossy(
     assert cropi(*convert, "--id-key", "nothing") == 2
     assert "'nothing': is missing in this row, which holds 'input', 'output'" in capsys.readouterr().err
     with pytest.raises(CropiError, match="no row of the dataset renders"), pytest.warns(LossyTokens):
-        list(read_verl(files[0], prompts={}))
+        list(read_verl(files[0], Reading(prompts={})))
 
 
 def slime_samples() -> list[dict[str, Any]]:

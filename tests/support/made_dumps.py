@@ -152,6 +152,45 @@ def prime() -> list[dict[str, Any]]:
     return made
 
 
+def traces() -> list[dict[str, Any]]:
+    """The same as traces of verifiers: a node a message, with the tokens that it adds; the second half as episodes."""
+    made: list[dict[str, Any]] = []
+    for k, (prompt, ids, mask, reward) in enumerate(ROLLOUTS):
+        nodes: list[dict[str, Any]] = [
+            {"message": messages(k // 2)[0], "token_ids": prompt[:-1], "mask": [False] * (len(prompt) - 1)}
+        ]
+        scaffold, start = prompt[-1:], 0
+        while start < len(ids):
+            end = start + (mask[start:] + [0]).index(0)
+            after = end + (mask[end:] + [1]).index(1)
+            nodes.append({
+                "parent": len(nodes) - 1, "message": {"role": "assistant", "content": f"r{k}"}, "sampled": True,
+                "token_ids": scaffold + ids[start:end], "mask": [False] * len(scaffold) + [True] * (end - start),
+                "logprobs": logprobs(ids[start:end]),
+            })  # fmt: skip
+            if after > end:
+                nodes.append({
+                    "parent": len(nodes) - 1, "message": {"role": "tool", "content": "t"},
+                    "token_ids": ids[end:after], "mask": [False] * (after - end), "logprobs": [],
+                })  # fmt: skip
+            scaffold, start = [], after
+        trace = {
+            "version": 1, "id": f"trace{k}", "task": {"type": "Sums", "data": {"name": f"m{k // 2}", "answer": "g"}},
+            "agent": {"name": "solver", "trainable": True}, "nodes": nodes, "ok": True, "errors": [],
+            "calls": [{"sampling": {"temperature": 0.7}, "finish_reason": "length" if k == 3 else "stop"}],
+            "rewards": {"correct": {"score": (reward - 0.25) / 2, "weight": 2.0}, "form": {"score": 0.25}},
+        }  # fmt: skip
+        episode = {
+            "id": f"episode{k}",
+            "env": {"id": "sums"},
+            "task": trace["task"],
+            "ok": True,
+            "traces": [trace],
+        }
+        made.append(trace if k < 2 else episode | {"run": {"work": {"step": 7}}})
+    return made
+
+
 def trl() -> list[dict[str, Any]]:
     """TRL's completions: two reward functions, and advantages of their sum."""
     made = []
@@ -210,6 +249,7 @@ MORE: dict[str, Kind] = {
     "vllm": ("7.json", vllm, lambda made: made, "name"),
     "openai": ("step_7.jsonl", chat, lambda made: made, "custom_id"),
     "prime-rl": ("step_7.jsonl", prime, lambda made: made, "name"),
+    "prime-rl traces": ("step_7.jsonl", traces, lambda made: made, "task.data.name"),
     "trl": ("completions_00007.parquet", trl, lambda made: made, "prompt"),
     "openrlhf": ("7.jsonl", lambda: rows("input", "output", "reward", label="g"), lambda made: made, "name"),
     "skyrl": ("step_7.jsonl", skyrl, lambda made: made, "name"),

@@ -26,6 +26,7 @@ from cropi.data.readers import read_trajectories
 from cropi.errors import CropiError
 from cropi.trainers.dumps import nemo_rl, slime, verl
 from cropi.trainers.dumps.fields import Left
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import group_rollouts, write_groups
 
 INPUTS = 300
@@ -154,7 +155,7 @@ def ends_well(kind: str, path: Path, id_key: str | None) -> str:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                rollouts = READERS[kind](path, id_key=id_key, temperature=0.7, left=left)
+                rollouts = READERS[kind](path, Reading(id_key=id_key, temperature=0.7), left)
                 write_groups(out, group_rollouts(rollouts, left=left))
         except CropiError as error:
             text = str(error)

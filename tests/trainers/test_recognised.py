@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from cropi.trainers.dumps.recognise import SOURCES, WORDS, recognise
 from cropi.trainers.dumps.vocabulary import bytes_of_tokens
 
 ALL = KINDS | MORE
-EXACT = ("slime", "nemo-rl", "verl", "vllm", "openai", "prime-rl")
-MASKED = ("slime", "nemo-rl", "verl", "prime-rl")  # vLLM and servers know no tools' tokens
+EXACT = ("slime", "nemo-rl", "verl", "vllm", "openai", "prime-rl", "prime-rl traces")
+MASKED = ("slime", "nemo-rl", "verl", "prime-rl", "prime-rl traces")  # vLLM and servers know no tools' tokens
 TEXT = ("verl text", "trl", "openrlhf", "skyrl", "areal")
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 
@@ -211,6 +213,8 @@ def test_rewards_of_trl_are_held_to_its_advantages(tmp_path: Path) -> None:
     for named, want in (("accuracy", [0.75, -0.25]), ("advantage", [rows[k]["advantage"] for k in (0, 1)])):
         (held,) = opened(path, columns=f"reward={named}")
         assert next(iter(read(held))).rewards == want
+        # What is converted has the names of records, and the others of the list still theirs.
+        assert next(iter(read([held], columns=f"reward={named}"))).rewards == want
     with pytest.raises(CropiError, match="there is no column 'x'"):
         opened(path, columns="reward=x")
     rows = [
@@ -421,6 +425,51 @@ def test_turns_of_prime_rl_that_are_no_single_sequence(tmp_path: Path) -> None:
     packed.write_bytes(b"\x93\x91\x9a\x01\x02\x03")
     with pytest.raises(CropiError, match="packed batch of prime-rl.*train_rollouts.jsonl"):
         opened(packed)
+
+
+def test_traces_of_verifiers(tmp_path: Path) -> None:
+    """What is left out, what is no single sequence, and text where no tokens are saved."""
+    content = made("prime-rl traces")
+    content[2]["traces"].append(
+        copy.deepcopy(content[2]["traces"][0]) | {"agent": {"name": "judge", "trainable": False}}
+    )
+    content[0]["errors"] = [{"type": "Timeout", "message": "of an attempt that was repeated"}]
+    (held,) = opened(dump("prime-rl traces", tmp_path, content))
+    first, second = sorted(read(held), key=lambda group: len(group.prompt_ids or ()), reverse=True)
+    assert held.left.counts == {"agent": 1} and second.loss_mask == [[1, 0, 1], [1, 0, 0, 1]]
+    assert first.prompt == messages(0) and first.answer == "g" and second.task == "sums"
+    assert second.truncated == [False, True] and second.temperature == 0.7
+    content[1]["ok"] = False
+    assert opened(dump("prime-rl traces", tmp_path, content))[0].left.counts == {"agent": 1, "error": 1}
+
+    def refused(words: str, change: Callable[[dict[str, Any]], Any]) -> None:
+        content = made("prime-rl traces")
+        change(content[2]["traces"][0])
+        with pytest.raises(CropiError, match=r"step_7.jsonl:3, traces\[0\], " + words):
+            opened(dump("prime-rl traces", tmp_path, content))
+
+    refused(r"nodes\[2\]: begins another branch", lambda trace: trace["nodes"][2].update(parent=0))
+    refused(r"nodes\[1\]: has 2 tokens, 2 entries of the mask, 1 of them sampled, and 0 log-probs",
+            lambda trace: trace["nodes"][1].update(logprobs=[]))  # fmt: skip
+    refused("reward: is missing", lambda trace: trace.update(rewards={"correct": None}))
+    refused(
+        r"rewards\['correct'\]: should be a finite number",
+        lambda trace: trace.update(rewards={"correct": "x"}),
+    )
+    refused("calls: the turns were sampled at the temperatures", lambda trace: trace["calls"].append({}))
+    call = {"id": "c", "name": "f", "arguments": "{}"}
+    for row in (one for entry in content for one in entry.get("traces", [entry])):
+        for node in row["nodes"]:
+            node["token_ids"] = node["mask"] = node["logprobs"] = []
+        row["nodes"][1]["message"] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    with pytest.warns(LossyTokens, match="holds text"):
+        (held,) = opened(dump("prime-rl traces", tmp_path, content))
+    said = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    group = next(group for group in read(held) if group.task == "sums")
+    assert group.responses[0] == [  # type: ignore[index]
+        {"role": "assistant", "content": "", "tool_calls": [said]}, {"role": "tool", "content": "t"},
+        {"role": "assistant", "content": "r2"},
+    ]  # fmt: skip
 
 
 def test_pickles_of_others_are_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.data.prompt_ids import PromptIds
+from cropi.data.readers import read as read_groups
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
@@ -225,3 +226,21 @@ def test_a_policy_in_training_mode_is_scored_without_its_dropout_and_left_as_it_
         assert torch.equal(torch.get_rng_state(), before)
         found[mode] = read_scores(folder / "scores.parquet").table
     np.testing.assert_array_equal(found[True], found[False])
+
+
+@pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+def test_a_curriculums_files_may_be_dumps(tmp_path: Path) -> None:
+    """Told by what stands in them, unless the source is named; records are left as they are."""
+    row = {"input_prompt": "q", "output_response": "r", "score": 1.0}
+    steps = tmp_path / "steps"
+    steps.mkdir()
+    write_lines(steps / "step_1.jsonl", [row, row | {"output_response": "s", "score": 0.0}])
+    stored = write_lines(tmp_path / "stored.jsonl", [record("a", 0)])
+    options = Curriculum(stage_steps=1, train=steps, valid=stored)
+    (group,) = read_groups(options.opened("train"))
+    assert group.responses == ["r", "s"] and group.rewards == [1.0, 0.0]
+    assert options.opened("valid") == [stored]
+    with pytest.raises(CropiError, match="train: there is no trajectory file"):
+        Curriculum(stage_steps=1, train=tmp_path / "nowhere", valid=stored)
+    with pytest.raises(CropiError, match="source must be one of auto, records, .*, got 'sky'"):
+        Curriculum(stage_steps=1, train=steps, valid=stored, source="sky")

@@ -11,7 +11,7 @@ from cropi.cli.config import apply_config
 from cropi.cli.manners import tell
 from cropi.cli.sketch import notes
 from cropi.errors import CropiError
-from cropi.options import Influence, Selecting, Sketching
+from cropi.options import Influence, Reading, Selecting, Sketching
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_export_options(command)
     # Of a hub's model or an adapter there are no later stages: these write folders.
     options.add_model(command, leave=("revision", "adapter", "quantize", "attn_implementation"))
-    options.add(command, Sketching, leave=("stage", "columns", "optimizer_state"))
+    options.add(command, Reading, Sketching, leave=("stage", "optimizer_state"))
     options.add(command, Influence, Selecting)
     options.add_progress(command)
 
@@ -103,5 +103,5 @@ def make_plan(args: argparse.Namespace) -> Any:
         dtype="float32" if args.dtype == "auto" and device == "cpu" else args.dtype, device=device,
         trust_remote_code=args.trust_remote_code,
         influence=table_of(given.influence, "valid_seed"), select=table_of(given.selecting, "select_seed"),
-        export=exported, trl=args.trl, accept_changes=args.accept_changes, progress=args.progress,
+        export=exported, trl=args.trl, accept_changes=args.accept_changes, progress=args.progress, source=args.source,
     )  # fmt: skip

@@ -82,19 +82,19 @@ def add_model(command: argparse.ArgumentParser, leave: tuple[str, ...] = ()) -> 
     add(command, options.Loading, leave=leave)
 
 
-def opened(args: argparse.Namespace, given: Any, policy: Any = None) -> Any:
+def opened(args: argparse.Namespace, given: Any, policy: Any = None, *, skip_bad: bool | None = None) -> Any:
     """The trajectories that a command was given, with records in place of trainers' dumps; says what it took them for.
 
-    ``policy`` has the tokenizer for tokens that are written as text.
+    ``policy`` has the tokenizer for tokens that are written as text; ``skip_bad`` stands for the option where the
+    command has none.
     """
     from cropi.data.forms import parse_columns
     from cropi.trainers.dumps import auto
 
     columns = parse_columns(args.columns)
     reading = auto.Reading(columns=columns, tokenizer=None if policy is None else lambda: policy.tokenizer)
-    return auto.opened(
-        given, args.source, skip_bad=args.skip_bad, columns=columns, reading=reading, say=print
-    )
+    skip_bad = args.skip_bad if skip_bad is None else skip_bad
+    return auto.opened(given, args.source, skip_bad=skip_bad, columns=columns, reading=reading, say=print)
 
 
 def add_dry_run(command: argparse.ArgumentParser) -> None:

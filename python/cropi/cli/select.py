@@ -9,7 +9,7 @@ from typing import Any
 
 from cropi.cli import exporting, options
 from cropi.cli.manners import tell
-from cropi.options import Selecting
+from cropi.options import Reading, Selecting
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="columns of --trajectories under other names, as for cropi sketch",
     )
     exporting.add_options(command)
-    options.add(command, Selecting)
+    options.add(command, Reading, Selecting)
     add_table(command)
 
 
@@ -75,15 +75,16 @@ def run(args: argparse.Namespace) -> int:
             "--dataset": [args.dataset],
         },
     )
-    exporting.check(args, _groups(args))
+    groups = _groups(args)
+    exporting.check(args, groups)
     given = options.made(Selecting, args)
     stores = [SketchStore.open(path) for path in args.sketches or ()]
     sketches = SketchStore.join(stores) if stores else None
     chosen = pipeline.pick(read_scores(args.scores), given, sketches=sketches)
     write_selection(args.out, chosen.scores, chosen)
     written = Written(args.out, args.plot, args.out_trajectories, args.table)
-    show(chosen, written, _groups(args))
-    exporting.write(args, chosen, _groups(args))
+    show(chosen, written, groups)
+    exporting.write(args, chosen, groups)
     tell(
         args, out=args.out, selected=chosen.ids, prompts=len(chosen.scores.rows), method=chosen.method,
         export=args.export, records=args.out_trajectories, plot=args.plot,
@@ -95,7 +96,10 @@ def _groups(args: argparse.Namespace) -> Any:
     """The training records, under the names that they were sketched with."""
     from cropi.data.readers import read
 
-    return read(args.trajectories, skip_bad=True, columns=args.columns) if args.trajectories else None
+    if not args.trajectories:
+        return None
+    opened = options.opened(args, args.trajectories, skip_bad=True)
+    return read(opened, skip_bad=True, columns=args.columns)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from cropi.commands import NAME
 from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.data.export import FORMATS, check_export
-from cropi.data.readers import read
+from cropi.data.readers import PromptGroups
 from cropi.data.scan import Scan, check_covered, scan
 from cropi.errors import CropiError, did_you_mean, optional
 from cropi.files import check_room
@@ -27,8 +26,12 @@ from cropi.trainers.trl.in_process import check_options, prompts_a_batch
 from cropi_kernels import canonical_name
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan, opened: Callable[[Sequence[str]], PromptGroups]) -> None:
     """Everything that can be checked of a plan without a model.
+
+    Args:
+        plan: what is checked.
+        opened: gives the records of some files (:class:`cropi.curriculum.data.Files`).
 
     Raises:
         CropiError, OSError, ModuleNotFoundError: names the option, its value and the remedy.
@@ -49,17 +52,18 @@ def check_plan(plan: Plan) -> None:
         if form not in FORMATS:
             raise CropiError(f"export.format must be one of {', '.join(FORMATS)}, got {form!r}")
         # Selected prompts are looked up and written after hours of sketching: that must go well then.
-        files = [] if plan.rollouts else [path for path in plan.train if os.path.isfile(path)]
-        some = list(islice(read(files, skip_bad=True), 200)) if files and dataset else []
+        groups = () if plan.rollouts else opened(plan.train)
+        some = list(islice(groups, 200)) if dataset else []
         check_export(
-            form, dataset=dataset, id_key=plan.export.get("id_key"), trajectories=() if dataset else files,
+            form, dataset=dataset, id_key=plan.export.get("id_key"), trajectories=() if dataset else groups,
             records=some, data_source=plan.export.get("data_source"),
         )  # fmt: skip
     if plan.rollouts:
         check_command("rollouts", plan.rollouts)
         # Without this command they are read at once, in the first step.
-        found = {path: scan([path], skip_bad=plan.job.skip_bad) for path in (*plan.train, *plan.valid)}
-        check_covered({path: found[path] for path in plan.valid}, (), option="valid")
+        if plan.train:
+            scan(opened(plan.train))
+        check_covered({path: scan(opened([path])) for path in plan.valid}, (), option="valid")
         check_names(plan)
 
 

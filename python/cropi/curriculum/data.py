@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cropi import pipeline
 from cropi.curriculum.checks import check_stage
-from cropi.curriculum.plan import Plan
+from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.state import State
 from cropi.data.formats import stem
+from cropi.data.forms import parse_columns
+from cropi.data.readers import PromptGroups, read
 from cropi.data.scan import Scan
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Setup
+from cropi.trainers.dumps import auto
+
+
+class Files:
+    """Opens a curriculum's files: trajectory records, and what trainers and engines write, which is converted once.
+
+    Args:
+        plan: what the files of ``train`` and ``valid`` are. What commands write is told by what stands in it.
+        say: takes a line about every dump.
+    """
+
+    def __init__(self, plan: Plan, say: Callable[[str], None] = lambda text: None) -> None:
+        self.plan, self.say = plan, say
+        self._held: dict[tuple[str, ...], Any] = {}
+
+    def __call__(self, files: Sequence[str | Path]) -> PromptGroups:
+        """The records of some files.
+
+        Raises:
+            CropiError: a file holds prompts alone, or is of no kind that is read.
+        """
+        plan, names = self.plan, tuple(map(str, files))
+        given = set(names) <= {*plan.train, *plan.valid}
+        columns = parse_columns(plan.job.columns) if given else {}
+        if names not in self._held:
+            reading = auto.Reading(columns=columns, tokenizer=lambda: load(plan, plan.model).tokenizer)
+            self._held[names] = auto.opened(
+                list(names), plan.source if given else auto.AUTO, skip_bad=plan.job.skip_bad, columns=columns,
+                reading=reading, say=self.say,
+            )  # fmt: skip
+        return read(self._held[names], skip_bad=plan.job.skip_bad, columns=columns)
+
+
+def load(plan: Plan, model: str) -> Policy:
+    """A policy of the curriculum; of a name nothing is loaded before it is asked for."""
+    eos = plan.job.eos or plan.trainer == IN_PROCESS  # TRL ends its rollouts by one
+    return Policy(
+        model, dtype=plan.dtype, device=plan.device, eos=eos, trust_remote_code=plan.trust_remote_code,
+        progress=plan.progress,
+    )  # fmt: skip
 
 
 @dataclass
@@ -46,7 +89,7 @@ def source_of(plan: Plan, state: State, stage: int) -> Source:
     return source
 
 
-def check(plan: Plan, source: Source, stage: int, policy: Policy) -> Checked:
+def check(plan: Plan, files: Files, source: Source, stage: int, policy: Policy) -> Checked:
     """Read all files once, before the policy's weights are loaded.
 
     Raises:
@@ -57,8 +100,8 @@ def check(plan: Plan, source: Source, stage: int, policy: Policy) -> Checked:
     setup = Setup(plan.job, plan.influencing, plan.selecting)
     checked = pipeline.check(
         policy,
-        source.train,
-        dict(zip(names, source.valid, strict=True)),
+        files(source.train),
+        {name: files([path]) for name, path in zip(names, source.valid, strict=True)},
         setup,
         sets=plan.sets,
         option="sets",
@@ -99,14 +142,14 @@ def behaviour_of(plan: Plan, found: Scan, maker: str, model: str) -> str:
     return behaviour_source(plan.job.behaviour, found, plan.job.estimator.ratio, maker=who)
 
 
-def refresh(plan: Plan, files: Sequence[str], newer: Path, out: Path) -> Mapping[str, int]:
-    """Write ``files`` to ``out`` with the records of ``newer`` in place of older ones with the same id.
+def refresh(plan: Plan, files: Files, stored: Sequence[str], newer: Path, out: Path) -> Mapping[str, int]:
+    """Write ``stored`` to ``out`` with the records of ``newer`` in place of older ones with the same id.
 
     Raises:
         RecordError: a bad record in ``newer``.
         CropiError: a record has no log-probs, and the plan's estimator needs the ratio to the policy that made it.
     """
-    counts = replace_records(files, newer, out, skip_bad=plan.job.skip_bad)
+    counts = replace_records(files(stored), files([newer]), out)
     needed = plan.job.estimator.ratio and plan.job.behaviour != "current"
     if needed and counts.without_logprobs:
         raise CropiError(

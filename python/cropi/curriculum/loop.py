@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from cropi.curriculum import steps
 from cropi.curriculum.checks import check_plan
+from cropi.curriculum.data import Files
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.report import line, write_report
 from cropi.curriculum.state import State, locked
@@ -46,7 +47,8 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> State:
         CropiError: bad input, a failed command, or a folder that was begun with other settings.
         KeyboardInterrupt: after Ctrl-C; what was finished is kept.
     """
-    check_plan(plan)
+    files = Files(plan, say)
+    check_plan(plan, files)
     with locked(plan.out) as lock:
         state = State.open(plan)
         log = plan.out / LOG
@@ -64,7 +66,7 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> State:
             note(f"resumed       in stage {left['stage']}, step {left['step']!r}, which was cut short")
         model = plan.model
         for number in range(plan.stages):
-            stage = steps.Stage(plan, state, number, model, lock)
+            stage = steps.Stage(plan, files, state, number, model, lock)
             stage.folder.mkdir(parents=True, exist_ok=True)
             for name, work in WORK.items():
                 if name == "rollouts" and not (

@@ -14,7 +14,7 @@ from cropi.commands import check_template
 from cropi.errors import CropiError, did_you_mean
 from cropi.gradient.tokenize import template_text
 from cropi.option_fields import changed, names_of
-from cropi.options import Influence, Selecting
+from cropi.options import SOURCES, Influence, Selecting
 from cropi.sketching.job import SketchJob
 
 T = TypeVar("T")
@@ -40,12 +40,14 @@ class Plan:
         steps: training steps per stage, handed to the trainer.
         trainer: a command template run by ``/bin/sh`` with :data:`TRAINER_NAMES`, or "trl" to train in this process.
         train, valid: trajectory files, unless the rollout command writes them.
+        source: what wrote these: one of :data:`cropi.options.SOURCES`.
         sets: validation sets that must be covered; empty: whichever the records name.
         rollouts: a command template with :data:`ROLLOUT_NAMES` that writes ``{train}`` and, if it names it,
             ``{valid}``.
         rollouts_when: "first" (before the first stage only, as CROPI does) or "every" stage.
         trained_model: where the trainer leaves the new policy, as a Hugging Face folder.
-        job: how to sketch; its files, store and stage are filled in for every stage.
+        job: how to sketch; its files, store and stage are filled in for every stage. Its ``columns`` are those of
+            ``train`` and ``valid``.
         behaviour_model: the model that made the trajectories, where it is not ``model``.
         dtype, device: of the policy while it is sketched.
         trust_remote_code: let models bring code of their own, which is run.
@@ -77,6 +79,7 @@ class Plan:
     trl: Mapping[str, Any] = field(default_factory=dict)
     accept_changes: bool = False
     progress: bool = True
+    source: str = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,6 +87,8 @@ class Plan:
         for name in ("stages", "steps"):
             if getattr(self, name) < 1:
                 raise CropiError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.source not in SOURCES:
+            raise CropiError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
         if self.rollouts_when not in WHEN:
             raise CropiError(f"rollouts_when must be one of {', '.join(WHEN)}, got {self.rollouts_when!r}")
         check_template("trained_model", self.trained_model, TRAINER_NAMES)
@@ -161,7 +166,8 @@ class Plan:
                 "chat_template": template_text(job.chat_template), "eos": job.eos, "max_length": job.max_length,
                 "too_long": job.too_long, "store_dtype": job.store_dtype, "limit": job.limit, "skip_bad": job.skip_bad,
                 "sets": list(self.sets),
-                **({"template_date": job.template_date} if job.template_date else {}),
+                **{name: getattr(job, name) for name in ("template_date", "columns") if getattr(job, name)},
+                **({"source": self.source} if self.source != "auto" else {}),
             },
             "influence": dict(self.influence),
             "select": {**self.select, "export": None if self.export is None else dict(self.export)},

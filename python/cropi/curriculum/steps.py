@@ -40,6 +40,7 @@ class Stage:
     """Everything that the steps of one stage share. ``lock`` is inherited by commands."""
 
     plan: Plan
+    files: data.Files
     state: State
     number: int
     model: str
@@ -88,8 +89,8 @@ def rollouts(stage: Stage) -> Result:
 def sketch_all(stage: Stage) -> Result:
     """Sketch the validation prompts, then the training prompts, with the current policy."""
     plan, source = stage.plan, data.source_of(stage.plan, stage.state, stage.number)
-    models = {"policy": _load(stage, stage.model)}
-    checked = data.check(plan, source, stage.number, models["policy"])
+    models = {"policy": data.load(plan, stage.model)}
+    checked = data.check(plan, stage.files, source, stage.number, models["policy"])
     _check_unchanged(stage, data.fingerprints(checked))
     parts = [*checked.valid, checked.train]
     earlier = [
@@ -120,7 +121,7 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part,
     # Two of one weights are two models: the sketched one is tapped, and must not score for the other.
     role = f"behaviour {maker}"
     if behaviour == "model" and role not in models:
-        models[role] = _load(stage, maker)
+        models[role] = data.load(plan, maker)
     part = replace(
         part, behaviour=behaviour,
         behaviour_model=models[role] if behaviour == "model" else None,
@@ -129,6 +130,7 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part,
     check = "warn" if stage.number and plan.job.behaviour_check == "error" else plan.job.behaviour_check
     job = replace(
         job,
+        columns=job.columns if part.groups.columns else None,  # what a command wrote has the names of records
         behaviour_check=check,
         stage=str(stage.number),
         notes={**plan.job.notes, "model": stage.model},
@@ -137,15 +139,6 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part,
         models["policy"], part, job, stage.folder / "sketches" / part.name, progress=plan.progress
     )
     return {"files": [source.name for source in part.groups.sources], "behaviour": behaviour}
-
-
-def _load(stage: Stage, model: str) -> Policy:
-    plan = stage.plan
-    eos = plan.job.eos or plan.trainer == IN_PROCESS  # TRL ends its rollouts by one
-    return Policy(
-        model, dtype=plan.dtype, device=plan.device, eos=eos, trust_remote_code=plan.trust_remote_code,
-        progress=plan.progress,
-    )  # fmt: skip
 
 
 def influence_all(stage: Stage) -> Result:
@@ -168,7 +161,9 @@ def select_best(stage: Stage) -> Result:
     selection = pipeline.pick(scores, plan.selecting, sketches=sketches)
     source = data.source_of(plan, stage.state, stage.number)
     write_selection(folder / "selected.jsonl", scores, selection)
-    write_selected_records(folder / "selected_trajectories.jsonl", source.train, scores, selection)
+    write_selected_records(
+        folder / "selected_trajectories.jsonl", stage.files(source.train), scores, selection
+    )
     ids = [scores.rows[i].id for i in selection.chosen]
     if plan.export is not None:
         export(
@@ -238,7 +233,7 @@ def collect(stage: Stage) -> Result:
             )
         source = data.source_of(stage.plan, stage.state, stage.number)
         merged = stage.folder / "trajectories.jsonl"
-        result |= data.refresh(stage.plan, source.train, newer, merged)
+        result |= data.refresh(stage.plan, stage.files, source.train, newer, merged)
         result["train"] = [str(merged)]
     return result
 

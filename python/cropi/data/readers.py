@@ -236,12 +236,13 @@ class _State:
     """What one pass over several sources has to remember."""
 
     def __init__(self, columns: Mapping[str, str], on_line: Callable[[bytes], None] | None) -> None:
-        self.columns, self.on_line = columns, on_line
+        self.columns, self.given, self.on_line = columns, columns, on_line
         self.reader = RecordReader()
         self.hashed: bool | None = None  # whether the records have no ids; None before the first
 
     def groups(self, source: Source) -> Iterator[tuple[str, int | None, Any]]:
         """``(where, offset, group or the error in its place)`` of every record."""
+        self.columns = {} if source.converted else self.given
         table = source.table_file() if self.on_line is not None else None
         if table is not None:
             self._tell_file(table)

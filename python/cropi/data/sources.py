@@ -24,9 +24,11 @@ Row = tuple[str, Union[int, None], Any]  # noqa: UP007 (evaluated, also by Pytho
 
 
 class Source:
-    """Something that gives its rows again and again, in the same order. ``name`` is what messages call it."""
+    """Something that gives its rows again and again, in the same order. ``name`` is what messages call it; of one that
+    is ``converted`` the columns have the names of records, whatever they are called elsewhere."""
 
     name: str
+    converted = False
 
     def rows(self) -> Iterator[Row]:
         """The rows, from the first one."""

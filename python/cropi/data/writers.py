@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from cropi.data.readers import read, read_trajectories
+from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.files import replacing
 
@@ -36,19 +36,19 @@ class Replaced:
     without_logprobs: int = 0
 
 
-def replace_records(
-    stored: Sequence[str | Path], newer: str | Path, out: str | Path, *, skip_bad: bool = False
-) -> Replaced:
+def replace_records(stored: Any, newer: Any, out: str | Path) -> Replaced:
     """Write the records of ``stored`` to ``out``, each replaced by that of ``newer`` where it has the same id.
+
+    ``stored`` and ``newer`` are what :func:`cropi.data.readers.read` takes or gave.
 
     Raises:
         CropiError, RecordError: a file is missing or holds a bad record.
     """
-    fresh, counts = read(newer, skip_bad=skip_bad), Replaced()
+    fresh, counts = read(newer), Replaced()
     known = {group.id for group in fresh}  # a full pass, which checks the records and keeps their places
     with replacing(Path(out)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         with fresh.lookup() as find:
-            for group in read_trajectories(stored, skip_bad=skip_bad):
+            for group in read(stored):
                 if group.id in known:
                     counts.replaced += 1
                     group = find(group.id)

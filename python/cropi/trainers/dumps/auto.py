@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +15,18 @@ from cropi.data.records import PromptGroup
 from cropi.data.sources import PathSource
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, printable
+from cropi.trainers.dumps import text_rows
 from cropi.trainers.dumps.fields import Left
-from cropi.trainers.dumps.pickled import LARGEST
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.recognise import RECORDS, SOURCES, WORDS, recognise
 from cropi.trainers.dumps.rollout import Rollout, group_rollouts, write_groups
 
 AUTO = "auto"
-PICKLED = ("verl", "slime", "vllm")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How dumps are read; see the options of ``cropi convert``.
-
-    Attributes:
-        id_key: where the prompt's id stands.
-        temperature: of the sampling.
-        keep: of a prompt with rollouts of several steps those of the last one ("newest") or "all".
-        allow_pickle: load pickles with all that they name, which runs their code.
-        largest: bytes that a dump may have.
-        columns: ``{"reward": name}`` for TRL's files.
-        requests: the input file of a batch of requests.
-        prompts: verl's prompts by their text.
-        tokenizer: gives the model's tokenizer, for tokens that are written as text.
-        scorer: a :class:`cropi.trainers.dumps.scoring.Scorer`, in place of the rewards of vLLM's and servers' files.
-    """
-
-    id_key: str | None = None
-    temperature: float | None = None
-    keep: str = "newest"
-    allow_pickle: bool = False
-    largest: int = LARGEST
-    columns: Mapping[str, str] = field(default_factory=dict)
-    requests: str | None = None
-    prompts: Mapping[str, Any] | None = None
-    tokenizer: Callable[[], Any] | None = None
-    scorer: Any = None
+# The modules whose ``read_dump`` reads a source; the other sources are rows of text.
+READERS = {
+    "verl": "verl", "slime": "slime", "nemo-rl": "nemo_rl", "vllm": "vllm", "openai": "openai", "trl": "trl",
+    "prime-rl": "verifiers",
+}  # fmt: skip
 
 
 def read_rollouts(path: str | Path, source: str, reading: Reading, left: Left) -> Iterator[Rollout]:
@@ -59,44 +35,11 @@ def read_rollouts(path: str | Path, source: str, reading: Reading, left: Left) -
     Raises:
         CropiError, BadSample: as the reader of the source.
     """
-    given: dict[str, Any] = {
-        "id_key": reading.id_key, "temperature": reading.temperature, "left": left, "largest": reading.largest,
-    }  # fmt: skip
-    if source in PICKLED:
-        given["allow_pickle"] = reading.allow_pickle
-    if source == "verl":
-        from cropi.trainers.dumps.verl import read_dump
-
-        return read_dump(path, **given, prompts=reading.prompts)
-    if source == "slime":
-        from cropi.trainers.dumps import slime
-
-        return slime.read_dump(path, **given)
-    if source == "nemo-rl":
-        from cropi.trainers.dumps import nemo_rl
-
-        return nemo_rl.read_dump(path, **given)
-    if source == "vllm":
-        from cropi.trainers.dumps import vllm
-
-        return vllm.read_dump(path, **given, scorer=reading.scorer)
-    if source == "openai":
-        from cropi.trainers.dumps import openai
-
-        return openai.read_dump(
-            path, **given, requests=reading.requests, tokenizer=reading.tokenizer, scorer=reading.scorer
-        )
-    if source == "trl":
-        from cropi.trainers.dumps import trl
-
-        return trl.read_dump(path, **given, columns=reading.columns)
-    if source == "prime-rl":
-        from cropi.trainers.dumps import verifiers
-
-        return verifiers.read_dump(path, **given)
-    from cropi.trainers.dumps import text_rows
-
-    return text_rows.read_dump(path, source, **given)
+    if source in text_rows.COLUMNS:
+        return text_rows.read_dump(path, source, reading, left)
+    reader = importlib.import_module(f"cropi.trainers.dumps.{READERS[source]}")
+    found: Iterator[Rollout] = reader.read_dump(path, reading, left)
+    return found
 
 
 class DumpSource(PathSource):
@@ -109,6 +52,8 @@ class DumpSource(PathSource):
             records there are such.
         left: the samples that were left out.
     """
+
+    converted = True
 
     def __init__(self, files: Sequence[str | Path], source: str, reading: Reading, skip_bad: bool) -> None:
         self.files, self.source, self.left = list(files), source, Left(skip_bad)

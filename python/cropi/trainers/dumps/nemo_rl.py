@@ -29,45 +29,39 @@ from cropi.trainers.dumps.fields import (
     whole,
 )
 from cropi.trainers.dumps.lines import json_lines
-from cropi.trainers.dumps.pickled import LARGEST, check_size
+from cropi.trainers.dumps.pickled import check_size
+from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 
 COLUMNS = ("token_ids", "token_loss_mask", "rewards", "input_lengths")
 LOGPROBS = ("generation_logprobs", "prev_logprobs")
 
 
-def read_dump(
-    path: str | Path,
-    *,
-    id_key: str | None = None,
-    temperature: float | None = None,
-    left: Left | None = None,
-    largest: int = LARGEST,
-) -> Iterator[Rollout]:
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
     """The rollouts in one file. Those without a token of the policy are left out, as in NeMo-RL's loss.
 
     Args:
         path: ``train_data_step{N}.jsonl``; N is the step.
-        id_key: a column with the prompt's id; None: a hash of the prompt's tokens.
-        temperature: of the sampling, which the file does not hold.
+        reading: its ``id_key`` is a column; None: a hash of the prompt's tokens.
         left: takes the rollouts that are left out; None raises at the first bad one.
-        largest: bytes that the file may have.
 
     Raises:
         CropiError: there is no such file, or it is too large.
         BadSample: a line of another layout, columns of different lengths, or a value of another form.
     """
     path, left = Path(path), Left() if left is None else left
-    check_size(path, largest)
+    check_size(path, reading.largest)
     found = re.search(r"step(\d{1,18})", path.name)
     step = int(found[1]) if found else 0
     rows = (
         row
         for line in json_lines(path, left)
-        for rows in left.each([line], lambda x: _rows(*x, id_key))
+        for rows in left.each([line], lambda x: _rows(*x, reading.id_key))
         for row in rows
     )
-    yield from left.each(rows, lambda row: _rollout(row[0], row[1], step, id_key, temperature))
+    yield from left.each(
+        rows, lambda row: _rollout(row[0], row[1], step, reading.id_key, reading.temperature)
+    )
 
 
 def _rows(where: str, line: dict[str, Any], id_key: str | None) -> list[tuple[str, dict[str, Any]]]:

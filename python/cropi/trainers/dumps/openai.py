@@ -15,7 +15,7 @@ Rewards are ``reward`` of each choice, or ``rewards`` (``reward`` of a single ch
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from cropi.trainers.dumps.fields import (
     shown,
     token_ids,
 )
-from cropi.trainers.dumps.pickled import LARGEST, check_size
+from cropi.trainers.dumps.pickled import check_size
+from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of
@@ -42,37 +43,23 @@ from cropi.trainers.dumps.vocabulary import Vocabulary
 MARK = "token_id:"
 
 
-def read_dump(
-    path: str | Path,
-    *,
-    id_key: str | None = None,
-    temperature: float | None = None,
-    left: Left | None = None,
-    largest: int = LARGEST,
-    requests: str | Path | None = None,
-    tokenizer: Callable[[], Any] | None = None,
-    scorer: Any = None,
-) -> Iterator[Rollout]:
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
     """The rollouts in one file. Requests that failed are left out.
 
     Args:
         path: JSON lines or an array, packed or not.
-        id_key: a key of the row with the prompt's id (``custom_id``); None: a hash of the prompt.
-        temperature: of the sampling; None: that of the request, where it is in the file.
+        reading: its ``id_key`` is a key of the row (``custom_id``); None: a hash of the prompt. Its temperature, if it
+            has one, is taken in the place of the request's.
         left: takes the choices that are left out; None raises at the first bad one.
-        largest: bytes that the file may have.
-        requests: the batch's input file, for the prompts.
-        tokenizer: gives the model's tokenizer, for the ids of tokens that are written as text.
-        scorer: gives the rewards; None: the file has them.
 
     Raises:
         CropiError: another layout.
         BadSample: a choice without reward or prompt, or with a field of another form.
     """
     path, left = Path(path), Left() if left is None else left
-    check_size(path, largest)
-    asked = {} if requests is None else _asked(Path(requests))
-    step, vocabulary, lost = step_of(path), Vocabulary(tokenizer), [0, 0]
+    check_size(path, reading.largest)
+    asked = {} if reading.requests is None else _asked(Path(reading.requests))
+    step, vocabulary, lost = step_of(path), Vocabulary(reading.tokenizer), [0, 0]
 
     def choices(pair: tuple[str, dict[str, Any]]) -> list[tuple[str, _Row, Any, int]]:
         where, row = pair
@@ -83,7 +70,7 @@ def read_dump(
         ]
 
     rows = (one for many in left.each(rows_of_dump(path, left), choices) for one in many)
-    yield from left.each(rows, lambda one: _rollout(one, step, id_key, temperature, vocabulary, lost, scorer))
+    yield from left.each(rows, lambda one: _rollout(one, step, reading, vocabulary, lost))
     if lost[0]:
         warnings.warn(
             f"{path}: {lost[0]} responses hold their tokens as text, so they are tokenised again, which may give other "
@@ -149,9 +136,8 @@ def _row(row: dict[str, Any], where: str, asked: Mapping[str, Mapping[str, Any]]
 
 
 def _rollout(
-    one: tuple[str, _Row, Any, int], step: int, id_key: str | None, temperature: float | None, vocabulary: Vocabulary,
-    lost: list[int], scorer: Any,
-) -> Rollout:  # fmt: skip
+    one: tuple[str, _Row, Any, int], step: int, reading: Reading, vocabulary: Vocabulary, lost: list[int]
+) -> Rollout:
     where, row, choice, number = one
     if not isinstance(choice, Mapping):
         raise BadSample(where, "choices", f"should hold tables of fields, got {shown(choice)}")
@@ -179,19 +165,21 @@ def _rollout(
         lost[1] += held
     if not ids and not text:
         raise Unused(where, "message", "is empty")
-    warm = row.request.get("temperature", row.row.get("temperature")) if temperature is None else temperature
+    warm = reading.temperature
+    if warm is None:
+        warm = row.request.get("temperature", row.row.get("temperature"))
     tools, reason = row.request.get("tools", row.row.get("tools")), choice.get("finish_reason")
     extra: dict[str, Any] = {} if ids else {"lossy": True}
     if tools:
         extra["tools"] = tools
     prompt = prompt_ids if row.prompt is None else row.prompt
-    if scorer is None:
+    if reading.scorer is None:
         reward = _reward(row, choice, number, where)
     else:
         words = text if isinstance(text, str) else plain_text(text)
-        reward = scorer(where, row.prompt, words, ids, row.columns)
+        reward = reading.scorer(where, row.prompt, words, ids, row.columns)
     return checked(Rollout(
-        id=id_of(row.row, id_key, prompt, where), reward=reward, step=step, where=where,
+        id=id_of(row.row, reading.id_key, prompt, where), reward=reward, step=step, where=where,
         prompt_ids=prompt_ids, response_ids=ids, logprobs=probs, prompt=row.prompt, response=text or None,
         answer=row.row.get("answer"), temperature=None if warm is None else finite(warm, "temperature", where),
         truncated={"length": True, "stop": False, "tool_calls": False}.get(reason) if isinstance(reason, str) else None,

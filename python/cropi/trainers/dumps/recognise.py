@@ -34,6 +34,8 @@ KEYS: list[tuple[str, tuple[str, ...]]] = [
     ("skyrl", ("input_prompt", "output_response", "score")),
     ("areal", ("task_id", "head_version", "prompt", "completion")),
     ("prime-rl", ("example_id", "prompt", "completion")),
+    ("prime-rl", ("task", "nodes")),
+    ("prime-rl", ("task", "traces")),
     ("trl", ("step", "prompt", "completion", "advantage")),
     ("openrlhf", ("input", "output", "reward")),
 ]

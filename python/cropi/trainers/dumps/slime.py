@@ -28,38 +28,30 @@ from cropi.trainers.dumps.fields import (
     token_ids,
     whole,
 )
-from cropi.trainers.dumps.pickled import LARGEST, contents, load_dump
+from cropi.trainers.dumps.pickled import contents, load_dump
+from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, messages, text_id
 from cropi.trainers.dumps.rollout import answer as plain_answer
 
 WHAT = "a rollout dump of slime"
 
 
-def read_dump(
-    path: str | Path,
-    *,
-    id_key: str | None = None,
-    temperature: float | None = None,
-    left: Left | None = None,
-    allow_pickle: bool = False,
-    largest: int = LARGEST,
-) -> Iterator[Rollout]:
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
     """The rollouts in one file. Samples that were aborted, or that slime does not train on, are left out.
 
     Args:
         path: the ``.pt`` file.
-        id_key: the key of a sample's ``metadata`` with the prompt's id. None: a hash of the prompt's tokens, because
-            slime's ``group_index`` counts groups over the run and is another one in the next epoch.
-        temperature: of the sampling (``--rollout-temperature``), which the file does not hold.
+        reading: its ``id_key`` is a key of a sample's ``metadata``; None: a hash of the prompt's tokens, because
+            slime's ``group_index`` counts groups over the run and is another one in the next epoch. Its temperature is
+            that of the sampling (``--rollout-temperature``).
         left: takes the samples that are left out; None raises at the first bad one.
-        allow_pickle, largest: see :func:`cropi.trainers.dumps.pickled.load_dump`.
 
     Raises:
         CropiError: another layout.
         BadSample: a sample without reward or id, or with a field of another form.
     """
     path, left = Path(path), Left() if left is None else left
-    saved = load_dump(path, WHAT, allow_pickle=allow_pickle, largest=largest)
+    saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest)
     if not isinstance(saved, Mapping) or "samples" not in saved or "rollout_id" not in saved:
         held = names(saved) if isinstance(saved, Mapping) else shown(saved)
         raise CropiError(f"{path} is not {WHAT}, which has 'rollout_id' and 'samples', but holds {held}")
@@ -68,7 +60,7 @@ def read_dump(
         samples = _flat(listed(saved["samples"], "samples", str(path)), str(path))
     except BadSample as error:  # of the file, so that leaving out a sample is no remedy
         raise CropiError(f"{path} is not {WHAT}: {error.where}: {error.problem}") from error
-    yield from left.each(samples, lambda pair: _rollout(pair[0], pair[1], step, id_key, temperature))
+    yield from left.each(samples, lambda pair: _rollout(*pair, step, reading.id_key, reading.temperature))
 
 
 def rollouts_of(

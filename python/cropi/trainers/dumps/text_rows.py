@@ -25,7 +25,8 @@ from typing import Any
 
 from cropi.data.scan import LossyTokens
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, names, nested, whole
-from cropi.trainers.dumps.pickled import LARGEST, check_size
+from cropi.trainers.dumps.pickled import check_size
+from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump, text_of
 
@@ -54,30 +55,22 @@ COLUMNS = {
 
 
 def read_dump(
-    path: str | Path,
-    source: str,
-    *,
-    id_key: str | None = None,
-    temperature: float | None = None,
-    left: Left | None = None,
-    largest: int = LARGEST,
+    path: str | Path, source: str, reading: Reading = PLAIN, left: Left | None = None
 ) -> Iterator[Rollout]:
     """The rollouts in one file.
 
     Args:
         path: JSON lines, packed or not.
         source: one of :data:`COLUMNS`.
-        id_key: a column with the prompt's id, dots leading into nested ones; None: a hash of the prompt's text.
-        temperature: of the sampling, which the file does not hold.
+        reading: its ``id_key`` is a column, dots leading into nested ones; None: a hash of the prompt's text.
         left: takes the rows that are left out; None raises at the first bad one.
-        largest: bytes that the file may have.
 
     Raises:
         CropiError: there is no such file, or it is too large.
         BadSample: a row without reward or id, or with a field of another form.
     """
     path, left, columns = Path(path), Left() if left is None else left, COLUMNS[source]
-    check_size(path, largest)
+    check_size(path, reading.largest)
     warn_text(path)
     step = step_of(path)
 
@@ -97,11 +90,12 @@ def read_dump(
         if isinstance(task, str) and task:
             extra["task"] = task
         return checked(Rollout(
-            id=id_of(row, id_key, prompt, where), reward=reward_of(row.get(columns.reward), columns.reward, where),
+            id=id_of(row, reading.id_key, prompt, where),
+            reward=reward_of(row.get(columns.reward), columns.reward, where),
             step=step if columns.step not in row else whole(row[str(columns.step)], str(columns.step), where),
             where=where,
             prompt=prompt, response=text_of(row[columns.response], columns.response, where),
-            answer=nested(row, columns.answer) if columns.answer else None, temperature=temperature,
+            answer=nested(row, columns.answer) if columns.answer else None, temperature=reading.temperature,
             truncated={"length": True, "stop": False}.get(stop) if isinstance(stop, str) else None, extra=extra,
         ))  # fmt: skip
 

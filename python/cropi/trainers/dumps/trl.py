@@ -12,7 +12,7 @@ the column has to be named (``--columns reward=NAME``).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import numpy as np
 
 from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import Left, NotFinite, Unused, finite, names, whole
-from cropi.trainers.dumps.pickled import LARGEST, check_size
+from cropi.trainers.dumps.pickled import check_size
+from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import warn_text
@@ -30,31 +31,21 @@ KEYS = ("step", "prompt", "completion", "advantage")
 SLACK = 1e-3
 
 
-def read_dump(
-    path: str | Path,
-    *,
-    id_key: str | None = None,
-    temperature: float | None = None,
-    left: Left | None = None,
-    largest: int = LARGEST,
-    columns: Mapping[str, str] | None = None,
-) -> Iterator[Rollout]:
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
     """The rollouts in one file.
 
     Args:
         path: ``completions_{step}.parquet``.
-        id_key: a column with the prompt's id; None: a hash of the prompt.
-        temperature: of the sampling, which the file does not hold.
+        reading: its ``id_key`` is a column; None: a hash of the prompt. Its ``columns`` may be ``{"reward": name}``,
+            where the rewards are not the sum of the functions' numbers.
         left: takes the rows that are left out; None raises at the first bad one.
-        largest: bytes that the file may have.
-        columns: ``{"reward": name}``, where the rewards are not the sum of the functions' numbers.
 
     Raises:
         CropiError: another layout, or the advantages contradict the rewards.
         BadSample: a row with a field of another form.
     """
     path, left = Path(path), Left() if left is None else left
-    check_size(path, largest)
+    check_size(path, reading.largest)
     warn_text(path)
     rows = list(rows_of_dump(path, left))
     if not rows or any(key not in rows[0][1] for key in KEYS[:3]):
@@ -62,7 +53,7 @@ def read_dump(
         raise CropiError(
             f"{path} is no completions file of TRL, which has {', '.join(KEYS)}, but holds {held}"
         )
-    rewards = _reward_columns(rows, path, (columns or {}).get("reward"), id_key)
+    rewards = _reward_columns(rows, path, reading.columns.get("reward"), reading.id_key)
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
         where, row = pair
@@ -75,8 +66,8 @@ def read_dump(
             raise Unused(where, "completion", "is empty")
         prompt = row["prompt"]
         return checked(Rollout(
-            id=id_of(row, id_key, prompt, where), reward=sum(known), step=whole(row["step"], "step", where),
-            where=where, prompt=prompt, response=completion, temperature=temperature, extra={"lossy": True},
+            id=id_of(row, reading.id_key, prompt, where), reward=sum(known), step=whole(row["step"], "step", where),
+            where=where, prompt=prompt, response=completion, temperature=reading.temperature, extra={"lossy": True},
         ))  # fmt: skip
 
     yield from left.each(rows, read)

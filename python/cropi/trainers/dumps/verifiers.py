@@ -1,6 +1,8 @@
-"""Reader of rollouts of prime-rl and of verifiers: ``rollouts/step_{N}/train_rollouts.jsonl``, ``results.jsonl``.
+"""Reader of rollouts of prime-rl and of verifiers: ``rollouts/step_{N}/train_rollouts.jsonl``, ``results.jsonl``,
+``traces.jsonl``.
 
-A row is one rollout: ``example_id`` (the prompt's number in its environment), ``task``, ``prompt`` and ``completion``
+Newer releases save traces, which :mod:`cropi.trainers.dumps.traces` puts into the layout of the older ones. A row of
+those is one rollout: ``example_id`` (the prompt's number in its environment), ``task``, ``prompt`` and ``completion``
 (messages), ``reward``, ``answer``; where the trajectory is saved, ``trajectory`` has a step a turn, whose ``tokens``
 hold ``prompt_ids``, ``completion_ids``, ``completion_mask`` and ``completion_logprobs``. Where every turn's prompt
 begins with all tokens before it, they are one sequence: what lies between two turns (tools, users) is context,
@@ -24,38 +26,34 @@ from cropi.trainers.dumps.fields import (
     log_probs,
     loss_mask,
     names,
+    nested,
     prompt_id,
     token_ids,
+    whole,
 )
-from cropi.trainers.dumps.pickled import LARGEST, check_size
+from cropi.trainers.dumps.pickled import check_size
+from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of, warn_text
+from cropi.trainers.dumps.traces import rows_of_traces
 
 
-def read_dump(
-    path: str | Path,
-    *,
-    id_key: str | None = None,
-    temperature: float | None = None,
-    left: Left | None = None,
-    largest: int = LARGEST,
-) -> Iterator[Rollout]:
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
     """The rollouts in one file. Those that ended in an error are left out, as in training.
 
     Args:
         path: JSON lines, packed or not; the step is in the name of the file or of its folder.
-        id_key: a column with the prompt's id; None: ``task`` and ``example_id``.
-        temperature: of the sampling; None: ``sampling_args.temperature`` of each row.
+        reading: its ``id_key`` is a column; None: ``task`` and ``example_id``. Its temperature, if it has one, is taken
+            in the place of ``sampling_args.temperature`` of each row.
         left: takes the rows that are left out; None raises at the first bad one.
-        largest: bytes that the file may have.
 
     Raises:
         CropiError: there is no such file, or it is too large.
         BadSample: a row of another layout, or whose turns are no single sequence.
     """
     path, left = Path(path), Left() if left is None else left
-    check_size(path, largest)
+    check_size(path, reading.largest)
     step, told = step_of(path), False
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
@@ -68,15 +66,15 @@ def read_dump(
                 )
         if row.get("error"):
             raise Unused(where, "error", "the rollout ended in an error")
-        task = row.get("task") or row.get("env_id")
+        labels = (row.get("task"), row.get("env_id"))
+        task = next((label for label in labels if isinstance(label, str) and label), None)
         name = str(prompt_id(row["example_id"], "example_id", where))
-        name = f"{task}-{name}" if isinstance(task, str) and task else name
-        if id_key is not None:
-            name = id_of(row, id_key, row["prompt"], where)
-        sampling = row.get("sampling_args")
-        warm = (
-            sampling.get("temperature") if temperature is None and isinstance(sampling, dict) else temperature
-        )
+        name = f"{task}-{name}" if task else name
+        if reading.id_key is not None:
+            name = id_of(row, reading.id_key, row["prompt"], where)
+        warm = reading.temperature
+        if warm is None:
+            warm = nested(row, "sampling_args.temperature")
         tokens = _sequence(row.get("trajectory"), where)
         if tokens is None and not told:
             told = True
@@ -86,14 +84,15 @@ def read_dump(
             raise Unused(where, "completion", "is empty")
         cut = row.get("is_truncated")
         return checked(Rollout(
-            id=name, reward=reward_of(row.get("reward"), "reward", where), step=step, where=where, prompt=row["prompt"],
-            response=response or None, answer=row.get("answer"), temperature=warm,
+            id=name, reward=reward_of(row.get("reward"), "reward", where), where=where,
+            step=step if row.get("at_step") is None else whole(row["at_step"], "run.work.step", where),
+            prompt=row["prompt"], response=response or None, answer=row.get("answer"), temperature=warm,
             truncated=cut if isinstance(cut, bool) else None,
-            extra={**({"task": task} if isinstance(task, str) and task else {}), **({} if tokens else {"lossy": True})},
+            extra={**({"task": task} if task else {}), **({} if tokens else {"lossy": True})},
             **(tokens or {}),
         ))  # fmt: skip
 
-    yield from left.each(rows_of_dump(path, left), read)
+    yield from left.each(rows_of_traces(rows_of_dump(path, left), left), read)
 
 
 def _sequence(turns: Any, where: str) -> dict[str, Any] | None:

@@ -25,7 +25,8 @@ from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError, optional
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, names, prompt_id, shown, whole
 from cropi.trainers.dumps.lines import json_lines
-from cropi.trainers.dumps.pickled import LARGEST, check_size, load_dump
+from cropi.trainers.dumps.pickled import check_size, load_dump
+from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto, rollouts_of_table
 from cropi.trainers.verl.selected import ID_KEY
@@ -33,45 +34,34 @@ from cropi.trainers.verl.selected import ID_KEY
 TEXT_KEYS = ("input", "output", "score", "step")
 
 
-def read_dump(
-    path: str | Path,
-    *,
-    id_key: str | None = None,
-    temperature: float | None = None,
-    prompts: Mapping[str, Any] | None = None,
-    left: Left | None = None,
-    allow_pickle: bool = False,
-    largest: int = LARGEST,
-) -> Iterator[Rollout]:
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
     """The rollouts in one file, by its ending.
 
     Args:
         path: ``.jsonl``, ``.pt`` or ``.dp``.
-        id_key: where the prompt's id stands (default ``extra_info.index``; in text, the hash of the prompt's text).
-        temperature: of the sampling, which the files do not hold.
-        prompts: for text: ``(id, messages)`` by the prompt's decoded text, see :func:`prompts_by_text`.
+        reading: its ``id_key`` is ``extra_info.index``, unless it is given (in text, the hash of the prompt's text);
+            its ``prompts`` are, for text, ``(id, messages)`` by the prompt's decoded text, see :func:`prompts_by_text`.
         left: takes the samples that are left out; None raises at the first bad one.
-        allow_pickle, largest: see :func:`cropi.trainers.dumps.pickled.load_dump`.
 
     Raises:
         CropiError: not such a file, or of an unknown layout.
         BadSample: a sample with a field that is missing or of another form.
     """
     path, left = Path(path), Left() if left is None else left
-    check_size(path, largest)
+    check_size(path, reading.largest)
     if path.suffix == ".jsonl":
-        yield from _text(path, id_key, temperature, prompts, left)
+        yield from _text(path, reading.id_key, reading.temperature, reading.prompts, left)
         return
     if path.suffix not in (".pt", ".dp"):
         raise CropiError(
             f"{path}: a dump of verl ends in .jsonl (text), .pt (transfer queue) or .dp (DataProto)"
         )
-    if allow_pickle:
+    if reading.allow_pickle:
         optional("tensordict" if path.suffix == ".pt" else "verl")  # the file is a pickle of its classes
     what = "a batch of verl's transfer queue" if path.suffix == ".pt" else "a DataProto of verl"
-    saved = load_dump(path, what, allow_pickle=allow_pickle, largest=largest)
+    saved = load_dump(path, what, allow_pickle=reading.allow_pickle, largest=reading.largest)
     rollouts = _table if path.suffix == ".pt" else _proto
-    yield from rollouts(path, saved, id_key or ID_KEY, temperature, left)
+    yield from rollouts(path, saved, reading.id_key or ID_KEY, reading.temperature, left)
 
 
 def prompts_by_text(rows: Any, ids: list[str], tokenizer: Any, prompt_key: str = "prompt") -> dict[str, Any]:

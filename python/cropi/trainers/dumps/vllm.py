@@ -17,7 +17,8 @@ from typing import Any
 
 from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, listed, log_probs, names, shown, token_ids
-from cropi.trainers.dumps.pickled import LARGEST, check_size, contents, load_dump
+from cropi.trainers.dumps.pickled import check_size, contents, load_dump
+from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of
@@ -30,45 +31,33 @@ TOP_ONLY = (
 )
 
 
-def read_dump(
-    path: str | Path,
-    *,
-    id_key: str | None = None,
-    temperature: float | None = None,
-    left: Left | None = None,
-    allow_pickle: bool = False,
-    largest: int = LARGEST,
-    scorer: Any = None,
-) -> Iterator[Rollout]:
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
     """The rollouts in one file. Outputs that were aborted are left out.
 
     Args:
         path: the file.
-        id_key: a key of the request with the prompt's id; None: a hash of the prompt's tokens.
-        temperature: of the sampling, which the file does not hold.
+        reading: its ``id_key`` is a key of the request; None: a hash of the prompt's tokens.
         left: takes the outputs that are left out; None raises at the first bad one.
-        allow_pickle, largest: see :func:`cropi.trainers.dumps.pickled.load_dump`.
-        scorer: gives the rewards; None: the file has them.
 
     Raises:
         CropiError: another layout.
         BadSample: an output without reward or tokens, or whose log-probs lack the sampled token.
     """
     path, left = Path(path), Left() if left is None else left
-    check_size(path, largest)
+    check_size(path, reading.largest)
     step = step_of(path)
-    requests = _requests(path, left, allow_pickle, largest)
+    requests = _requests(path, left, reading)
     outputs = (one for request in requests for one in _outputs(request, left))
-    yield from left.each(outputs, lambda one: _rollout(*one, step, id_key, temperature, scorer))
+    yield from left.each(outputs, lambda one: _rollout(*one, step, reading))
 
 
-def _requests(path: Path, left: Left, allow_pickle: bool, largest: int) -> Iterator[tuple[str, Any]]:
+def _requests(path: Path, left: Left, reading: Reading) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as file:
         head = file.read(2)
     if head[:1] != b"\x80" and head != b"PK":
         yield from rows_of_dump(path, left)
         return
-    saved = load_dump(path, WHAT, allow_pickle=allow_pickle, largest=largest)
+    saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest)
     if not isinstance(saved, (list, tuple)):
         raise CropiError(f"{path} is not {WHAT}: a list of RequestOutput is expected, got {shown(saved)}")
     for number, one in enumerate(saved):
@@ -94,14 +83,7 @@ def _table(value: Any, where: str, field: str) -> dict[str, Any]:
 
 
 def _rollout(
-    where: str,
-    request: dict[str, Any],
-    held: Any,
-    number: int,
-    step: int,
-    id_key: str | None,
-    temperature: float | None,
-    scorer: Any,
+    where: str, request: dict[str, Any], held: Any, number: int, step: int, reading: Reading
 ) -> Rollout:
     output = _table(held, where, "output")
     if output.get("finish_reason") == "abort":
@@ -113,19 +95,21 @@ def _rollout(
     ids = token_ids(output["token_ids"], "token_ids", where)
     if not ids:
         raise Unused(where, "token_ids", "is empty")
-    name = text_id(" ".join(map(str, prompt))) if id_key is None else id_of(request, id_key, None, where)
+    name = text_id(" ".join(map(str, prompt)))
+    if reading.id_key is not None:
+        name = id_of(request, reading.id_key, None, where)
     text, reason = output.get("text"), output.get("finish_reason")
-    if scorer is None:
+    if reading.scorer is None:
         reward = _reward(request, output, number, where)
     else:
         row = {key: value for key, value in request.items() if key not in ("outputs", "messages")}
         asked = request.get("messages") or request.get("prompt")
-        reward = scorer(where, asked, text if isinstance(text, str) else "", ids, row)
+        reward = reading.scorer(where, asked, text if isinstance(text, str) else "", ids, row)
     return checked(Rollout(
         id=name, reward=reward, step=step, where=where, prompt_ids=prompt,
         response_ids=ids, logprobs=sampled_logprobs(output.get("logprobs"), ids, where),
         prompt=request.get("messages") or request.get("prompt"), response=text if isinstance(text, str) else None,
-        answer=request.get("answer"), temperature=temperature,
+        answer=request.get("answer"), temperature=reading.temperature,
         truncated={"length": True, "stop": False}.get(reason) if isinstance(reason, str) else None,
     ))  # fmt: skip
 

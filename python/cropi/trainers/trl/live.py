@@ -115,9 +115,7 @@ class LiveRun:
         ids = [self.selector.ids[place] for place in places.tolist()]
         self.selector.update(ids, rows, step, gather=True)
 
-    def refresh(
-        self, model: Any, tokenizer: Any, valid: Sequence[Path], stage: int, seed: int, ranks: Ranks
-    ) -> None:
+    def refresh(self, model: Any, tokenizer: Any, valid: Any, stage: int, seed: int, ranks: Ranks) -> None:
         """Sketch the validation prompts under the current policy; the ranks share them."""
         job = setup_of(self.options, stage, seed).job
         with _evaluating(model):

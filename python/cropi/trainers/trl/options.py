@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,8 +12,11 @@ from cropi.checked import check_fields
 from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.option_fields import changed
-from cropi.options import Checks, Choosing, Comparing
+from cropi.options import SOURCES, Checks, Choosing, Comparing
+from cropi.trainers.dumps import auto
 from cropi_kernels import SketchSpec
+
+logger = logging.getLogger(__name__)
 
 Paths = str | Path | Sequence[str | Path]
 ON_NOTHING = ("auto", "error", "keep")
@@ -79,11 +83,12 @@ class Curriculum(Comparing, Choosing, Checks):
     Attributes:
         stage_steps: optimizer steps between two selections (CROPI's 1.5B run: 200).
         fraction: share of the pool that a stage trains on, in (0, 1]; by keyword.
-        train: files of stored trajectories of training prompts, as CROPI uses them; None: what this run records, so
-            that stage 0 trains on the whole dataset.
-        valid: files of trajectories of validation prompts; None: what this run records while it evaluates
+        train: files of stored trajectories of training prompts, as CROPI uses them, or of what a trainer or an engine
+            writes; None: what this run records, so that stage 0 trains on the whole dataset.
+        valid: such files of validation prompts; None: what this run records while it evaluates
             ``eval_dataset`` (done once before the first selection, if no evaluation has been recorded by then).
         valid_sets: names of validation sets that must be covered; None: whatever sets the trajectories hold.
+        source: what wrote these files: one of :data:`cropi.options.SOURCES`.
         use_recorded: let rollouts of this run replace those in the files ``train``, prompt by prompt.
         recording: how rollouts are recorded; None: not at all.
         folder: where selections, score tables and the log of stages go; None: ``<output_dir>/cropi``.
@@ -123,6 +128,7 @@ class Curriculum(Comparing, Choosing, Checks):
     on_nothing: str = "auto"
     keep_sketches: bool = False
     live: Live | None = None
+    source: str = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -134,7 +140,7 @@ class Curriculum(Comparing, Choosing, Checks):
         super().__post_init__()
         for name, allowed in (
             ("on_nothing", ON_NOTHING), ("behaviour", ("auto", "file", "current")),
-            ("layout", ("auto", "shared", "padded")),
+            ("layout", ("auto", "shared", "padded")), ("source", SOURCES),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -146,7 +152,7 @@ class Curriculum(Comparing, Choosing, Checks):
                     f"{name} is an empty list of files; give files, or None for what this run records"
                 )
             for path in files or ():
-                if not path.is_file():
+                if not path.exists():
                     raise CropiError(f"{name}: there is no trajectory file {path}")
             if files is None and self.recording is None:
                 raise CropiError(
@@ -178,6 +184,15 @@ class Curriculum(Comparing, Choosing, Checks):
         if value is None:
             return None
         return [Path(path) for path in ([value] if isinstance(value, (str, Path)) else value)]
+
+    def opened(self, name: str) -> Any:
+        """What :func:`cropi.data.readers.read` takes: the files ``train`` or ``valid``, dumps converted; or None.
+
+        Raises:
+            CropiError: a file holds prompts alone, or is of no kind that is read.
+        """
+        files = self.files(name)
+        return None if files is None else auto.opened(files, self.source, say=logger.info)
 
     def estimator_used(self) -> Estimator:
         """The estimator itself. "auto" is known with the trainer's configuration, and has a ratio until then."""

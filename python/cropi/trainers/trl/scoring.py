@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,8 +51,8 @@ def choose_prompts(
     *,
     stage: int,
     folder: Path,
-    train: Sequence[Path],
-    valid: Sequence[Path],
+    train: Any,
+    valid: Any,
     known: Callable[[str], bool],
     ranks: Ranks,
     seed: int,
@@ -67,7 +67,7 @@ def choose_prompts(
         options: see :class:`Curriculum`.
         stage: its number, which the sketches carry.
         folder: for this stage's files: ``selected.jsonl``, ``scores.parquet`` and, while it runs, the stores.
-        train, valid: files of trajectories.
+        train, valid: trajectories: what :func:`cropi.data.readers.read` takes.
         known: whether a training prompt is in the dataset; the others are left out.
         ranks: the processes that share the work.
         seed: of the draws.
@@ -131,8 +131,15 @@ def setup_of(options: Curriculum, stage: int, seed: int) -> Setup:
     return Setup(job, compare, Selecting(**part_of(options, Choosing), select_seed=seed))
 
 
-def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, Scan]:
+def check_files(
+    options: Curriculum, opened: Mapping[str, Any], known: Callable[[str], bool]
+) -> dict[str, Scan]:
     """Check the trajectory files of a curriculum before a model is loaded, as every selection will.
+
+    Args:
+        options: its options.
+        opened: "train" and "valid", as :meth:`Curriculum.opened` gives them.
+        known: whether a training prompt is in the dataset.
 
     Returns:
         What was found of those that are files, by "train" and "valid".
@@ -141,7 +148,7 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, 
         CropiError: what :func:`choose_prompts` would raise for these files in stage 0, or log-probs that the files lack
             and rollouts of this run, which are to replace some of theirs, have.
     """
-    train, valid, estimator = options.files("train"), options.files("valid"), options.estimator_used()
+    train, valid, estimator = opened["train"], opened["valid"], options.estimator_used()
     pool, found = Scan(), {}
     if train is not None:
         found["train"] = scan(train, on_group=lambda group: pool.add(group) if known(group.id) else None)
@@ -154,8 +161,9 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, 
         check_covered({DEFAULT_SET: found["valid"]}, sets, option="valid_sets", before="stage 0: ")
     if train is None:
         return found
+    names = ", ".join(map(str, options.files("train") or ()))
     try:
-        pipeline.check_pool(pool, _names(train), known=True, before="stage 0: ", otherwise=OTHERWISE)
+        pipeline.check_pool(pool, names, known=True, before="stage 0: ", otherwise=OTHERWISE)
     except NothingToSelect:
         if options.on_nothing != "keep":
             raise
@@ -163,15 +171,11 @@ def check_files(options: Curriculum, known: Callable[[str], bool]) -> dict[str, 
     stored = found["train"].with_logprobs > 0
     if options.use_recorded and options.behaviour == "auto" and estimator.ratio and recorded != stored:
         raise CropiError(
-            f"use_recorded mixes the rollouts in {_names(train)}, {'with' if stored else 'without'} log-probs, with "
+            f"use_recorded mixes the rollouts in {names}, {'with' if stored else 'without'} log-probs, with "
             f"recorded ones {'with' if recorded else 'without'}: ratios of two kinds would be ranked against "
             f"each other; set behaviour='current'{'' if stored else ', or Recording(logprobs=False)'}"
         )
     return found
-
-
-def _names(files: Sequence[Path]) -> str:
-    return ", ".join(map(str, files))
 
 
 def _clean(folder: Path) -> None:

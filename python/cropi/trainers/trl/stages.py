@@ -73,7 +73,8 @@ class CurriculumMixin(LiveMixin):
         found = check_datasets(args, kwargs, recording.id_column if recording else "id", recording)
         if found is None:
             raise CropiError("train_dataset is missing: the curriculum selects its prompts")
-        scans = check_files(curriculum, found.__contains__)
+        self._cropi_opened = {name: curriculum.opened(name) for name in ("train", "valid")}
+        scans = check_files(curriculum, self._cropi_opened, found.__contains__)
         self._cropi_ids: PromptIds = found
         self._cropi_curriculum = curriculum
         self._cropi_plan = StagePlan(0, list(range(len(found))))
@@ -227,8 +228,8 @@ class CurriculumMixin(LiveMixin):
                 "that a reward function scored with a finite number; check the reward functions"
             )
 
-    def _cropi_sources(self, kind: str, folder: Path) -> list[Path]:
-        files = self._cropi_curriculum.files(kind)
+    def _cropi_sources(self, kind: str, folder: Path) -> Any:
+        files = self._cropi_opened[kind]
         recorded, both = self._cropi_log.folder / f"{kind}.jsonl", folder / f"both-{kind}.jsonl"
         if files is None:
             return [recorded]
