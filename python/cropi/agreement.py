@@ -1,11 +1,50 @@
-"""An error in one process reaches all that share its work, whatever they talk through."""
+"""The processes that share some work: an error in one reaches all of them, whatever they talk through."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """The processes that share the work; :class:`cropi.trainers.trl.ranks.Ranks` is one."""
+
+    rank: int
+    world: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes what only one may write."""
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do ``work``; if it fails on any rank, raise on every rank."""
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank, on every rank."""
+
+    def share(self, value: T | None) -> T:
+        """Rank 0's value, on every rank."""
+
+
+class Alone:
+    """One process."""
+
+    rank, world, first = 0, 1, True
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """``work()``."""
+        return work()
+
+    def gather(self, value: T) -> list[T]:
+        """The value itself."""
+        return [value]
+
+    def share(self, value: T | None) -> T:
+        """The value itself."""
+        assert value is not None
+        return value
 
 
 def agree(

@@ -110,6 +110,13 @@ class Gradient(Options):
         metavar="N",
         shown="all",
     )
+    token_share: float | None = option(
+        None,
+        "weigh, and sketch at the head, this share of each training response's tokens, drawn and weighted likewise; "
+        "all of them still go through the model",
+        kind="share",
+        shown="1, all",
+    )
     behaviour: str = option(
         "auto",
         "where the log-probs of the policy that made the rollouts come from: the file, the current policy (ratio 1), "
@@ -205,6 +212,31 @@ class Running(Checks):
         None, "only the first so many (training) prompts", kind="count", metavar="N", shown="all"
     )
     skip_bad: bool = option(False, "go on after a bad record, and count it", kind="switch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescoring(Options):
+    """How much of a stage of a curriculum goes into scoring its prompts anew."""
+
+    budget: float | None = option(
+        None,
+        "the most of a stage's time that choosing its prompts may take: those near the cut, and some at random, are "
+        "scored anew, the others by sketches of earlier stages; from the second stage on (docs/curriculum.md)",
+        kind="share",
+        shown="no bound",
+    )
+    passes: float | None = option(
+        None,
+        "the share of the training prompts' tokens that a stage passes through the model to score them, in the first "
+        "stage too",
+        kind="share",
+        shown="1, all of them",
+    )
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is bounded."""
+        return self.budget is not None or self.passes is not None
 
 
 @dataclass(frozen=True, kw_only=True)

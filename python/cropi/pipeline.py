@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
+from cropi.agreement import Alone, Ranks
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.data.scan import NothingToSelect, Scan, check_covered
@@ -27,30 +29,12 @@ from cropi.ranking.influence import DEFAULT_SET, Scores, influence, validation_m
 from cropi.ranking.selection import Selection, check_selecting, select, write_selection
 from cropi.ranking.table import write_scores
 from cropi.ranking.uncertainty import few_pairs, with_uncertainty
+from cropi.rescoring import Anew, How
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import SketchJob, make_job, with_date
 from cropi.sketching.run import check_tokens, scan_groups, sketch
 from cropi.sketching.summary import Summary
 from cropi.store.store import SketchStore
-
-T = TypeVar("T")
-
-
-class Ranks(Protocol):
-    """The processes that share the work; :class:`cropi.trainers.trl.ranks.Ranks` is one."""
-
-    rank: int
-    world: int
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes what only one may write."""
-
-    def agree(self, work: Callable[[], T]) -> T:
-        """Do ``work``; if it fails on any rank, raise on every rank."""
-
-    def share(self, value: T | None) -> T:
-        """Rank 0's value, on every rank."""
 
 
 class Sketches(Protocol):
@@ -58,21 +42,6 @@ class Sketches(Protocol):
 
     def __call__(self, policy: Policy, job: SketchJob, *, scan: Scan, progress: bool) -> Summary:
         """See :func:`cropi.sketching.run.sketch`."""
-
-
-class Alone:
-    """One process."""
-
-    rank, world, first = 0, 1, True
-
-    def agree(self, work: Callable[[], T]) -> T:
-        """``work()``."""
-        return work()
-
-    def share(self, value: T | None) -> T:
-        """The value itself."""
-        assert value is not None
-        return value
 
 
 @dataclass(frozen=True)
@@ -267,6 +236,9 @@ def sketch_part(
     Raises:
         Interrupted: Ctrl-C; what is finished is in the store.
     """
+    if part.set is not None:
+        # Validation prompts are few, and their noise is in every score; --limit is for trying out the training files.
+        job = replace(job, responses=None, token_share=None, limit=None)
     job = replace(
         job,
         trajectories=part.groups,
@@ -274,10 +246,6 @@ def sketch_part(
         set=part.set,
         # The validation side alone is scaled: <D g(s), g(v)> = <g(s), D g(v)>.
         optimizer_state=None if part.set is None else job.optimizer_state,
-        responses=None
-        if part.set is not None
-        else job.responses,  # few prompts, whose noise is every score's
-        limit=None if part.set is not None else job.limit,  # --limit is for trying out the training files
         behaviour=part.behaviour if part.behaviour != "auto" else job.behaviour,
         behaviour_model=part.behaviour_model if part.behaviour_model is not None else job.behaviour_model,
     )
@@ -303,16 +271,32 @@ def sketch_all(
     A validation set whose mean gradient is zero shows before the long part. A rank without a share makes no store.
     ``by`` is how a part is sketched; where that gives no store (rank 0 has it), none is in what is returned.
     """
-    stores: dict[str, SketchStore] = {}
     parts = [*checked.valid, checked.train]
     job = one_date(policy, job, parts, [store_at(part.name) for part in parts])
+    work = partial(_sketch_parts, policy, job=job, store_at=store_at, say=say, progress=progress, by=by)
+    stores = work(checked.valid)
+    if (ranks or Alone()).world == 1 and stores:
+        validation_means(list(stores.values()))
+    return stores | work([checked.train])
+
+
+def _sketch_parts(
+    policy: Policy,
+    parts: Sequence[Part],
+    job: SketchJob,
+    store_at: Callable[[str], Path | None],
+    say: Callable[[str], Any],
+    progress: bool,
+    by: Sketches = sketch,
+    on_summary: Callable[[Summary], Any] = lambda summary: None,
+) -> dict[str, SketchStore]:
+    stores: dict[str, SketchStore] = {}
     for part in parts:
-        if part is parts[-1] and (ranks or Alone()).world == 1 and stores:
-            validation_means(list(stores.values()))
         if part.scan.prompts:
             say(f"== {part.groups.names}")
             summary = sketch_part(policy, part, job, store_at(part.name), progress=progress, by=by)
             say(summary.text())
+            on_summary(summary)
             if summary.store is not None:
                 stores[part.name] = summary.store
     return stores
@@ -382,6 +366,7 @@ def choose(
     *,
     checked: Checked | None = None,
     store_at: Callable[[str, int], Path] | None = None,
+    anew: Anew | None = None,
     say: Callable[[str], Any] = lambda line: None,
     progress: bool = True,
 ) -> Selection:
@@ -397,6 +382,7 @@ def choose(
         ranks: the processes that share the work; every one calls this, and every one gets the selection.
         checked: what :func:`check` said of these very trajectories; None: it is asked here.
         store_at: the folder of a part's store on a rank; None: ``<folder>/sketches/<part>``.
+        anew: which training prompts are sketched, where earlier stages have sketches of them; None: all.
         say: takes lines for the user.
         progress: show progress bars.
 
@@ -422,14 +408,32 @@ def choose(
         return root / "sketches" / (name if who.world == 1 else f"{name}-{rank:05d}")
 
     parts = checked
-    mine = who.agree(
-        lambda: sketch_all(
-            policy, parts, setup.job, lambda name: at(name, who.rank), ranks=who, say=say, progress=progress
+
+    def here(name: str) -> Path | None:
+        return at(name, who.rank)
+
+    def joined(name: str) -> SketchStore:
+        kept = [anew.kept] if anew is not None and name == "train" else []
+        return _joined(name, mine, at, who, kept)
+
+    if anew is None:
+        mine = who.agree(
+            lambda: sketch_all(policy, parts, setup.job, here, ranks=who, say=say, progress=progress)
         )
-    )
+    else:
+        everything = [*parts.valid, parts.train]
+        job = one_date(policy, setup.job, everything, [here(part.name) for part in everything])
+        work = partial(_sketch_parts, policy, job=job, store_at=here, say=say, progress=progress)
+        mine = who.agree(lambda: work(parts.valid, on_summary=anew.took))
+        groups = anew.settle(
+            who, parts.train.groups, parts.train.scan, lambda: [joined(part.name) for part in parts.valid],
+            How(setup.influence, setup.selecting, setup.least), job,
+        )  # fmt: skip
+        train = replace(parts.train, groups=groups, scan=groups.found)
+        mine |= who.agree(lambda: work([train]))
 
     def finish() -> Selection:
-        stores = {part.name: _joined(part.name, mine, at, who) for part in (*parts.valid, parts.train)}
+        stores = {part.name: joined(part.name) for part in (*parts.valid, parts.train)}
         return conclude(stores, setup, root)
 
     result = who.agree(lambda: finish() if who.first else None)
@@ -448,12 +452,16 @@ def conclude(stores: Mapping[str, SketchStore], setup: Setup, folder: Path | Non
 
 
 def _joined(
-    name: str, mine: Mapping[str, SketchStore], at: Callable[[str, int], Path | None], ranks: Ranks
+    name: str,
+    mine: Mapping[str, SketchStore],
+    at: Callable[[str, int], Path | None],
+    ranks: Ranks,
+    more: Sequence[Path] = (),
 ) -> SketchStore:
-    """The stores of a part on all ranks, read as one."""
-    if ranks.world == 1:
+    """The stores of a part on all ranks, and ``more``, read as one."""
+    if ranks.world == 1 and not more:
         return mine[name]
-    paths = [at(name, rank) for rank in range(ranks.world)]
+    paths = [*(at(name, rank) for rank in range(ranks.world)), *more]
     return SketchStore.join([SketchStore.open(path) for path in paths if path is not None and path.is_dir()])
 
 

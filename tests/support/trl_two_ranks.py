@@ -77,6 +77,7 @@ if __name__ == "__main__":
         **small,
     )
     run("cut-groups", folder, {"valid": files["valid"]}, per_device_train_batch_size=6, **small)
+    run("bounded", folder, files | {"passes": 0.6, "fraction": 0.25}, per_device_train_batch_size=4, **small)
     live = {"valid": files["valid"], "live": Live(dim=1024)}
     run(
         "live",

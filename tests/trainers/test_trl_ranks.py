@@ -68,6 +68,28 @@ def test_selection_is_that_of_one_process(out: Path, tmp_path: Path) -> None:
     assert selected(tmp_path, 0) == selected(out / "whole-groups", 0)
 
 
+def test_ranks_share_a_budget(out: Path, tmp_path: Path) -> None:
+    """The plan is that of one process, and every rank sketches its part of it; the others' rows are rank 0's."""
+    from support.trl_runs import staged
+
+    from cropi.ranking.table import read_scores
+
+    given = {"train": out / "train.jsonl", "valid": out / "valid.jsonl", "passes": 0.6, "fraction": 0.25}
+    staged(tmp_path, given, eval_dataset=None, max_steps=1).train()
+    folders = [folder / "cropi" / "stage-0000" for folder in (tmp_path, out / "bounded")]
+    plans = [json.loads((folder / "anew.json").read_text()) for folder in folders]
+    assert plans[0] == plans[1] and selected(tmp_path, 0) == selected(out / "bounded", 0)
+    one, two = notes(out, "bounded")
+    assert one["plan"] == two["plan"] and not one["error"]
+    later = out / "bounded" / "cropi" / "stage-0001"
+    again = set(json.loads((later / "anew.json").read_text())["ids"])
+    for row in read_scores(later / "scores.parquet").rows:
+        if row.status == "ok":
+            assert row.extra.get("scored_at") == (None if row.id in again else "0")
+    stages = lines(out / "bounded" / "cropi" / "stages.jsonl")
+    assert [note["anew"] for note in stages] == [len(plans[0]["ids"]), len(again)]
+
+
 def test_resumed_ranks_go_on_where_they_were(out: Path) -> None:
     for whole, resumed in zip(notes(out, "whole-groups"), notes(out, "whole-groups-resumed")):
         assert resumed["seen"] == {"3": whole["seen"]["3"]}

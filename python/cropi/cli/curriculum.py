@@ -11,7 +11,7 @@ from cropi.cli.config import apply_config
 from cropi.cli.manners import tell
 from cropi.cli.sketch import notes
 from cropi.errors import CropiError
-from cropi.options import Influence, Reading, Selecting, Sketching
+from cropi.options import Influence, Reading, Rescoring, Selecting, Sketching
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     # Of a hub's model or an adapter there are no later stages: these write folders.
     options.add_model(command, leave=("revision", "adapter", "quantize", "attn_implementation"))
     options.add(command, Reading, Sketching, leave=("stage", "optimizer_state"))
-    options.add(command, Influence, Selecting)
+    options.add(command, Rescoring, Influence, Selecting)
     options.add_progress(command)
 
 
@@ -103,5 +103,6 @@ def make_plan(args: argparse.Namespace) -> Any:
         dtype="float32" if args.dtype == "auto" and device == "cpu" else args.dtype, device=device,
         trust_remote_code=args.trust_remote_code,
         influence=table_of(given.influence, "valid_seed"), select=table_of(given.selecting, "select_seed"),
-        export=exported, trl=args.trl, accept_changes=args.accept_changes, progress=args.progress, source=args.source,
+        rescoring=options.made(Rescoring, args), export=exported, trl=args.trl,
+        accept_changes=args.accept_changes, progress=args.progress, source=args.source,
     )  # fmt: skip

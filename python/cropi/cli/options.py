@@ -22,7 +22,8 @@ METAVARS = {"count": "N", "whole": "N", "number": "X", "positive": "X", "share":
 TITLES = {
     "Loading": "model", "Reading": "trajectories",
     "Sketch": "sketch", "Gradient": "gradient", "Tokens": "tokens", "Checks": "checks", "Running": "job",
-    "Storing": "store", "Comparing": "influence", "Influence": "influence", "Choosing": "selection",
+    "Storing": "store",
+    "Rescoring": "budget", "Comparing": "influence", "Influence": "influence", "Choosing": "selection",
     "Selecting": "selection", "Sampling": "sampling", "Prompting": "prompts", "Engines": "engine",
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from cropi.commands import check_template
 from cropi.errors import CropiError, did_you_mean
 from cropi.gradient.tokenize import template_text
 from cropi.option_fields import changed, names_of
-from cropi.options import SOURCES, Influence, Selecting
+from cropi.options import SOURCES, Influence, Rescoring, Selecting
 from cropi.sketching.job import SketchJob
 
 T = TypeVar("T")
@@ -53,6 +53,7 @@ class Plan:
         trust_remote_code: let models bring code of their own, which is run.
         influence: options of :class:`cropi.options.Influence`; ``seed`` is its ``valid_seed``.
         select: options of :class:`cropi.options.Selecting`; ``seed`` is its ``select_seed``.
+        rescoring: how much of a stage goes into scoring prompts anew.
         export: options of :func:`cropi.data.export.export`, for ``{dataset}``; None: the trainer reads records.
         trl: options of the in-process trainer.
     """
@@ -75,6 +76,7 @@ class Plan:
     trust_remote_code: bool = False
     influence: Mapping[str, Any] = field(default_factory=dict)
     select: Mapping[str, Any] = field(default_factory=dict)
+    rescoring: Rescoring = field(default_factory=Rescoring)
     export: Mapping[str, Any] | None = None
     trl: Mapping[str, Any] = field(default_factory=dict)
     accept_changes: bool = False
@@ -166,8 +168,13 @@ class Plan:
                 "chat_template": template_text(job.chat_template), "eos": job.eos, "max_length": job.max_length,
                 "too_long": job.too_long, "store_dtype": job.store_dtype, "limit": job.limit, "skip_bad": job.skip_bad,
                 "sets": list(self.sets),
-                **{name: getattr(job, name) for name in ("template_date", "columns") if getattr(job, name)},
+                **{
+                    name: value
+                    for name in ("template_date", "columns", "responses", "token_share")
+                    if (value := getattr(job, name))
+                },
                 **({"source": self.source} if self.source != "auto" else {}),
+                **changed(self.rescoring, Rescoring),
             },
             "influence": dict(self.influence),
             "select": {**self.select, "export": None if self.export is None else dict(self.export)},

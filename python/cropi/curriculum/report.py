@@ -23,6 +23,7 @@ def rows(state: State) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"stage": number}
         if sketch := done.get("sketch"):
             row |= {key: sketch[key] for key in ("prompts", "usable", "without_gradient", "weights")}
+            row |= {key: sketch[key] for key in ("anew", "left") if key in sketch}
             row["behaviour"] = {"train": sketch["train"]["behaviour"]} | {
                 name: store["behaviour"] for name, store in sketch["valid"].items()
             }
@@ -59,14 +60,16 @@ def write_report(plan: Plan, state: State) -> None:
 def _markdown(plan: Plan, table: list[dict[str, Any]]) -> str:
     sets = sorted({name for row in table for name in row.get("scores", {})})
     scores = [f"score on {_cell(name)}" for name in sets]
-    head = ["stage", "prompts", "usable", "selected", *scores, "pass rate", "kept", "reward", "equal rewards",
+    bounded = any("anew" in row for row in table)
+    again = ["scored anew"] if bounded else []
+    head = ["stage", "prompts", "usable", *again, "selected", *scores, "pass rate", "kept", "reward", "equal rewards",
             "rollouts s", "select s", "train s", "selection's share", "new policy"]  # fmt: skip
     lines = [
         f"# Curriculum {plan.out.name}", "",
         f"{plan.stages} stages of {plan.steps} steps from `{plan.model}`; settings `{plan.fingerprint()}`.", "",
         "| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |",
     ]  # fmt: skip
-    lines += ["| " + " | ".join(_cells(row, sets)) + " |" for row in table]
+    lines += ["| " + " | ".join(_cells(row, sets, bounded)) + " |" for row in table]
     lines += [
         "",
         "Score and pass rate: mean over the selected prompts, and in brackets over all usable ones. Kept: prompts of "
@@ -96,7 +99,7 @@ def _change(row: dict[str, Any], name: str, form: str) -> str:
     return "-" if before is None or after is None else f"{before:{form}} to {after:{form}}"
 
 
-def _cells(row: dict[str, Any], sets: list[str]) -> list[str]:
+def _cells(row: dict[str, Any], sets: list[str], bounded: bool) -> list[str]:
     def score(name: str) -> str:
         values = row.get("scores", {}).get(name)
         return f"{values['selected']:.4f} ({values['pool']:.4f})" if values else "-"
@@ -106,7 +109,9 @@ def _cells(row: dict[str, Any], sets: list[str]) -> list[str]:
 
     rate, kept = row.get("pass_rate"), row.get("kept_from_last")
     return [
-        str(row["stage"]), str(row.get("prompts", "-")), str(row.get("usable", "-")), str(row.get("selected", "-")),
+        str(row["stage"]), str(row.get("prompts", "-")), str(row.get("usable", "-")),
+        *([f"{row['anew']} of {row['anew'] + row['left']}" if "anew" in row else "-"] if bounded else []),
+        str(row.get("selected", "-")),
         *map(score, sets), f"{rate['selected']:.2f} ({rate['pool']:.2f})" if rate else "-",
         "-" if kept is None else f"{kept} ({row['overlap']:.0%})",
         _change(row, "reward", ".4g"), _change(row, "equal_rewards", ".0%"), seconds("rollouts"),
@@ -121,6 +126,8 @@ def line(entry: dict[str, Any]) -> str:
     if step == "sketch":
         text = f"{entry['usable']} of {entry['prompts']} training prompts have a gradient; "
         text += f"behaviour: {entry['train']['behaviour']}"
+        if "anew" in entry:
+            text += f"; {entry['anew']} scored anew, {entry['left']} by earlier sketches or not yet"
     elif step == "influence":
         text = f"{entry['scored']} prompts against {', '.join(map(repr, entry['sets']))}"
     elif step == "select":

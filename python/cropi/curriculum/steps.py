@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from cropi import pipeline
+from cropi.agreement import Alone
 from cropi.commands import fill, run_command
 from cropi.curriculum import data
 from cropi.curriculum.learnt import read_training
@@ -22,12 +24,14 @@ from cropi.data.export import export
 from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
-from cropi.pipeline import Part
+from cropi.pipeline import Checked, Part
 from cropi.ranking.report import plot_scores
 from cropi.ranking.selection import read_selection, write_selected_records, write_selection
 from cropi.ranking.table import read_scores, write_scores
 from cropi.report.folder import report_folder
+from cropi.rescoring import Anew, How, training_store
 from cropi.sketching.job import SketchJob
+from cropi.store.earlier import EARLIER
 from cropi.store.shards import OK
 from cropi.store.store import SketchStore
 from cropi.trainers.trl.in_process import train_stage
@@ -88,6 +92,7 @@ def rollouts(stage: Stage) -> Result:
 
 def sketch_all(stage: Stage) -> Result:
     """Sketch the validation prompts, then the training prompts, with the current policy."""
+    begun = time.monotonic()
     plan, source = stage.plan, data.source_of(stage.plan, stage.state, stage.number)
     models = {"policy": data.load(plan, stage.model)}
     checked = data.check(plan, stage.files, source, stage.number, models["policy"])
@@ -100,8 +105,13 @@ def sketch_all(stage: Stage) -> Result:
     valid = {
         str(part.set): _sketch_one(stage, source.valid_maker, models, part, job) for part in checked.valid
     }
-    train = _sketch_one(stage, source.train_maker, models, checked.train, job)
-    store = SketchStore.open(stage.folder / "sketches" / "train")
+    part, anew = checked.train, None
+    if plan.rescoring.asked:
+        part, anew = _anew(stage, checked, valid, begun)
+    train: Result = {"files": [], "behaviour": "-"}
+    if part.scan.prompts:
+        train = _sketch_one(stage, source.train_maker, models, part, job)
+    store = training_store(stage.folder / "sketches")
     rows, weights = store.rows(), store.manifest["model"]["weights"]
     models.clear()  # the trainer needs the memory, a GPU's most of all
     gc.collect()
@@ -111,7 +121,34 @@ def sketch_all(stage: Stage) -> Result:
         "train": train, "valid": valid, "fingerprints": data.fingerprints(checked), "weights": weights,
         "prompts": len(rows), "usable": sum(row.status == OK for row in rows),
         "without_gradient": dict(Counter(row.reason for row in rows if row.status != OK)),
+        **({} if anew is None else {"anew": anew.scored, "left": anew.left}),
     }  # fmt: skip
+
+
+def _anew(stage: Stage, checked: Checked, valid: Mapping[str, Result], begun: float) -> tuple[Part, Anew]:
+    """The training prompts that this stage sketches; the others keep the sketches of the stages before."""
+    plan, last, folder = stage.plan, stage.number - 1, stage.folder / "sketches"
+    before = plan.stage_folder(last) if stage.number else None
+    found = {
+        step: stage.state.result(last, step) or {}
+        for step in ("influence", "select", "train", "collect", "sketch")
+    }
+    renewed = (stage.state.result(stage.number, "rollouts") or {}) if plan.rollouts_when == "every" else {}
+    timed = [*valid.values(), found["sketch"].get("train", {})]
+    choosing = sum(found[step].get("seconds", 0.0) for step in ("influence", "select"))
+    anew = Anew(
+        plan.rescoring, stage.folder, folder / EARLIER, before,
+        [] if before is None else [before / "sketches" / name for name in ("train", EARLIER)],
+        others=sum(entry.get("seconds", 0.0) for entry in (found["train"], found["collect"], renewed)),
+        spent=lambda: time.monotonic() - begun + choosing,
+        seconds=sum(one.get("seconds", 0.0) for one in timed), passed=sum(one.get("tokens", 0) for one in timed),
+    )  # fmt: skip
+    groups = anew.settle(
+        Alone(), checked.train.groups, checked.train.scan,
+        lambda: [SketchStore.open(folder / f"valid-{name}") for name in valid],
+        How(plan.influencing, plan.selecting), plan.job,
+    )  # fmt: skip
+    return replace(checked.train, groups=groups, scan=groups.found), anew
 
 
 def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part, job: SketchJob) -> Result:
@@ -135,10 +172,13 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part,
         stage=str(stage.number),
         notes={**plan.job.notes, "model": stage.model},
     )
-    pipeline.sketch_part(
+    made = pipeline.sketch_part(
         models["policy"], part, job, stage.folder / "sketches" / part.name, progress=plan.progress
     )
-    return {"files": [source.name for source in part.groups.sources], "behaviour": behaviour}
+    return {
+        "files": [source.name for source in part.groups.sources], "behaviour": behaviour,
+        "seconds": made.wall, "tokens": made.scored_tokens,
+    }  # fmt: skip
 
 
 def influence_all(stage: Stage) -> Result:
@@ -146,9 +186,7 @@ def influence_all(stage: Stage) -> Result:
     folder = stage.folder / "sketches"
     names = stage.state.result(stage.number, "sketch")["valid"]  # type: ignore[index]
     stores = [SketchStore.open(folder / f"valid-{name}") for name in names]
-    scores = pipeline.score(
-        SketchStore.open(folder / "train"), stores, stage.plan.influencing, stage.plan.selecting
-    )
+    scores = pipeline.score(training_store(folder), stores, stage.plan.influencing, stage.plan.selecting)
     write_scores(stage.folder / "scores.parquet", scores)
     return {"sets": scores.sets, "scored": int(scores.usable.sum())}
 
@@ -157,7 +195,7 @@ def select_best(stage: Stage) -> Result:
     """Choose the prompts, write them in every form that was asked for, and compare with the last selection."""
     plan, folder = stage.plan, stage.folder
     scores = read_scores(folder / "scores.parquet")
-    sketches = SketchStore.open(folder / "sketches" / "train") if plan.selecting.needs_sketches else None
+    sketches = training_store(folder / "sketches") if plan.selecting.needs_sketches else None
     selection = pipeline.pick(scores, plan.selecting, sketches=sketches)
     source = data.source_of(plan, stage.state, stage.number)
     write_selection(folder / "selected.jsonl", scores, selection)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from cropi.data.places import kept_places
 from cropi.data.readers import PromptGroups
 from cropi.data.records import PromptGroup
+from cropi.data.scan import Scan
 from cropi.errors import RecordError
 
 
@@ -35,3 +37,16 @@ class Share(PromptGroups):
             return
         wanted = set(self.ids)
         yield from (group for group in self.whole.each(on_bad, on_line) if group.id in wanted)
+
+
+def without(groups: PromptGroups, scan: Scan, left_out: Container[str], limit: int | None = None) -> Share:
+    """The groups but those with the ids ``left_out``; of the first ``limit``. ``scan`` is what was found in all."""
+    whole = groups.whole if isinstance(groups, Share) else groups
+    found, ids = Scan(), list[str]()
+    for group in islice(groups.each(), limit):
+        if group.id not in left_out:
+            found.add(group)
+            ids.append(group.id)
+    for name in ("fingerprint", "texts_checked", "texts_kept", "tokens_checked"):
+        setattr(found, name, getattr(scan, name))
+    return Share(whole, ids, found)

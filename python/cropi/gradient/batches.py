@@ -320,13 +320,18 @@ def _fill(
         if group.masks is not None:
             scored = np.asarray(group.masks[k], dtype=bool)
             where, response, behaviour = where[scored], response[scored], behaviour[scored]
+        factor = 1.0 if group.kept is None else group.kept[k]
+        if group.places is not None:
+            some = group.places[k]
+            factor *= len(response) / len(some)
+            where, response, behaviour = where[some], response[some], behaviour[some]
         shape = len(response), len(equal)
         yield (
             where.astype(np.int64) + offset,
             response,
             np.full(len(response), segment, dtype=np.int64),
             np.full(len(response), len(equal), dtype=np.int64),
-            np.broadcast_to(advantages[list(equal)] * (1.0 if group.kept is None else group.kept[k]), shape),
+            np.broadcast_to(advantages[list(equal)] * factor, shape),
             np.broadcast_to(divisors[list(equal)], shape),
             behaviour,
         )

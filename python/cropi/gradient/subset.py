@@ -1,20 +1,23 @@
-"""Fewer responses of a prompt: drawn so that the gradient is right on average.
+"""Fewer responses of a prompt, or fewer of their tokens: drawn so that the gradient is right on average.
 
-Advantages and divisors are those of the whole group. Of the responses with an advantage n are drawn, none twice,
+Advantages and divisors are those of the whole group. *Responses*: of those with an advantage n are drawn, none twice,
 response k with probability p_k, and its tokens' weights are multiplied by 1 / p_k (Horvitz and Thompson, J. Amer. Stat.
 Assoc. 47, 1952): the expected gradient is that of all responses. Probabilities are proportional to
 ``|A_k| / d_k * sqrt(T_k)``, about the size of a response's part, and at most 1 (Madow's systematic draw, Ann. Math.
-Stat. 20, 1949, in a random order).
+Stat. 20, 1949, in a random order). *Tokens*: of the T scored tokens of a response ceil(share T) are drawn, all alike,
+and their weights are multiplied by T / ceil(share T).
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator
 from cropi.gradient.tokenize import TokenGroup
 
@@ -51,11 +54,45 @@ def drawn(probabilities: Values, draws: np.random.Generator) -> list[int]:
     return sorted(int(order[i]) for i in set(places.tolist()))
 
 
-def sampled(group: TokenGroup, n: int, estimator: Estimator, seed: str) -> TokenGroup:
-    """The group with at most n different responses kept, and the factors of their weights.
+@dataclass(frozen=True)
+class Subset:
+    """What is sketched of a prompt. The draws depend on ``seed`` and the prompt's id alone.
 
-    The draw depends on ``seed`` and the prompt's id alone. Equal responses are one.
+    Attributes:
+        responses: at most so many different ones; None: all.
+        tokens: the share of each response's scored tokens; None: all.
+        seed: of the draws.
     """
+
+    responses: int | None = None
+    tokens: float | None = None
+    seed: str = ""
+
+    def check(self, estimator: Estimator) -> None:
+        """Raises CropiError: the estimator needs the tokens that would be left out."""
+        if self.tokens is not None and estimator.level == "sequence":
+            raise CropiError(
+                f"token_share {self.tokens}: the estimator {estimator.name!r} has a ratio of whole responses, which "
+                "needs all of their tokens; leave token_share out, or take responses"
+            )
+
+    def of(self, group: TokenGroup, estimator: Estimator) -> TokenGroup:
+        """The group with what is drawn of it."""
+        if self.responses is not None:
+            group = _some_responses(group, self.responses, estimator, self._draws(group, ""))
+        if self.tokens is not None and self.tokens < 1:
+            group = _some_tokens(group, self.tokens, self._draws(group, ":tokens"))
+        return group
+
+    def _draws(self, group: TokenGroup, what: str) -> np.random.Generator:
+        digest = hashlib.sha256(f"{self.seed}:{group.id}{what}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+def _some_responses(
+    group: TokenGroup, n: int, estimator: Estimator, draws: np.random.Generator
+) -> TokenGroup:
+    """At most n different responses, and the factors of their weights. Equal responses are one."""
     advantages = np.abs(estimator.advantages(group.group.rewards))
     divisors, counts = estimator.divisors(group.lengths), np.asarray(group.lengths, dtype=np.float64)
     parts = advantages / divisors * np.sqrt(counts)
@@ -63,6 +100,15 @@ def sampled(group: TokenGroup, n: int, estimator: Estimator, seed: str) -> Token
     if len(sizes) <= n or not sizes.any():
         return group
     probabilities = inclusion(sizes, n)
-    digest = hashlib.sha256(f"{seed}:{group.id}".encode()).digest()
-    places = drawn(probabilities, np.random.default_rng(int.from_bytes(digest[:16], "little")))
+    places = drawn(probabilities, draws)
     return replace(group, kept={group.equal[i][0]: float(1.0 / probabilities[i]) for i in places})
+
+
+def _some_tokens(group: TokenGroup, share: float, draws: np.random.Generator) -> TokenGroup:
+    """A share of the scored tokens of each response that is kept; equal responses have the same."""
+    places = {}
+    for k, *_ in group.equal:
+        count = group.lengths[k]
+        chosen = draws.choice(count, math.ceil(share * count), replace=False)
+        places[k] = sorted(chosen.tolist())
+    return replace(group, places=places)

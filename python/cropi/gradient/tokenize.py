@@ -36,6 +36,7 @@ class TokenGroup:
     ``masks`` holds a 1 for every token of ``responses`` that is scored, and a 0 for those that are only read (what
     tools and users said in between); None: all are scored. The last token of a response is always scored.
     ``kept``: of a subset of the responses, the factor on the weights of each, by its number; None: all are sketched.
+    ``places``: of a subset of their scored tokens, the places of those of each response; None: all are sketched.
     """
 
     group: PromptGroup
@@ -45,6 +46,7 @@ class TokenGroup:
     temperature: float
     masks: list[list[int]] | None = None
     kept: Mapping[int, float] | None = None
+    places: Mapping[int, list[int]] | None = None
 
     @property
     def id(self) -> str:

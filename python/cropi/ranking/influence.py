@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 METRICS = ("cosine", "dot")
 MEANS = ("plain", "normalised")
 AGGREGATES = ("mean", "nearest")
+STAGES = ("same", "any")
 DEFAULT_SET = "valid"
 
 
@@ -151,8 +152,12 @@ class Scores:
         return f"<p>{html.escape(repr(self))}</p><table><tr><th>rank</th>{head}</tr>{rows}</table>"
 
 
-def check_stores(train: SketchStore, valid: Sequence[SketchStore]) -> None:
+def check_stores(train: SketchStore, valid: Sequence[SketchStore], stages: str = "same") -> None:
     """Check that a store of training prompts can be compared with validation stores; warn where it seems not meant.
+
+    Args:
+        train, valid: the stores.
+        stages: see :func:`influence`.
 
     Raises:
         CropiError: the training store is unfinished, or two stores do not belong together.
@@ -160,7 +165,9 @@ def check_stores(train: SketchStore, valid: Sequence[SketchStore]) -> None:
     train.check_finished()
     for store in valid:
         names = str(train.path), str(store.path)
-        check_comparable(train.manifest, store.manifest, names)
+        check_comparable(
+            train.manifest, store.manifest, names, () if stages == "same" else ("stage", "model")
+        )
         warn_unlike(train.manifest, store.manifest, names)
     check_scaled(
         train.manifest, [store.manifest for store in valid], [str(store.path) for store in (train, *valid)]
@@ -179,6 +186,7 @@ def influence(
     max_valid: int | None = None,
     seed: int = 0,
     pairs: bool = False,
+    stages: str = "same",
 ) -> Scores:
     """Score every training prompt against every validation set.
 
@@ -199,6 +207,8 @@ def influence(
         seed: of that draw.
         pairs: keep the inner products with every validation prompt as ``scores.pairs``
             (:class:`cropi.ranking.pairwise.Pairwise`): the training store is read once for both.
+        stages: "same", or "any" to take training sketches of an earlier stage, whose policy was another: such scores
+            only say what to sketch anew (:mod:`cropi.ranking.cut`).
 
     Raises:
         CropiError: stores that cannot be compared, an unfinished one, a validation set without a usable prompt,
@@ -208,6 +218,7 @@ def influence(
         (metric, METRICS, "metric"),
         (mean, MEANS, "mean"),
         (aggregate, AGGREGATES, "aggregate"),
+        (stages, STAGES, "stages"),
     ):
         if value not in allowed:
             raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
@@ -216,7 +227,7 @@ def influence(
     for store in [train, *valid]:
         if not isinstance(store, SketchStore):
             raise CropiError(f"a SketchStore is needed, got {type(store).__name__}; score_rows takes tensors")
-    check_stores(train, valid)
+    check_stores(train, valid, stages)
     compared = _compared(valid, metric, mean, aggregate, max_valid, seed, pairs)
     kept_sets, wanted = names_without(compared.sets, minus), len(compared.valid) if pairs else 0
 

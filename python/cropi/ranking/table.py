@@ -18,6 +18,7 @@ from cropi.files import replacing
 from cropi.ranking.influence import Scores
 from cropi.ranking.selection import Selection
 from cropi.ranking.table_rows import TableRows
+from cropi.store.earlier import SCORED_AT
 
 # What pyarrow and the lines below raise on a damaged file, beside Arrow's own errors.
 DAMAGED = (
@@ -31,7 +32,7 @@ DAMAGED = (
     NotImplementedError,
 )
 HEALTH = ("ratio", "ess", "clipped")  # of a row's ``extra``
-EXTRA = (*HEALTH, "file")
+EXTRA = (*HEALTH, "file", SCORED_AT)
 FIELDS = {
     "id": "id", "set": "set", "task": "task", "pass_rate": "pass_rate", "n_tokens": "tokens", "norm": "norm",
     "status": "status", "reason": "reason",
@@ -44,6 +45,8 @@ def columns_of(scores: Scores, selection: Selection | None = None) -> dict[str, 
         name: [getattr(row, key) for row in scores.rows] for name, key in FIELDS.items()
     }
     columns |= {name: [row.extra.get(name) for row in scores.rows] for name in EXTRA}
+    if not any(columns[SCORED_AT]):
+        del columns[SCORED_AT]
     columns |= {f"score[{name}]": scores.table[:, v] for v, name in enumerate(scores.sets)}
     if scores.stderr is not None:
         columns |= {f"stderr[{name}]": scores.stderr[:, v] for v, name in enumerate(scores.sets)}
@@ -61,12 +64,13 @@ def write_scores(path: str | Path, scores: Scores, selection: Selection | None =
     """Write ``scores.parquet``.
 
     Columns: id, set, task, pass_rate, n_tokens, norm, status, reason; ratio, ess and clipped (null where a prompt was
-    not computed); file (what it was read from); ``score[<set>]``; where validation prompts were resampled
-    ``stderr[<set>]`` and p_selected; with a selection rank (from 1, null without a score) and selected. What the
-    scores were made from stands in the schema's metadata under ``cropi``, as JSON.
+    not computed); file (what it was read from); where an earlier stage sketched a prompt scored_at (that stage; null
+    for those of this one); ``score[<set>]``; where validation prompts were resampled ``stderr[<set>]`` and p_selected;
+    with a selection rank (from 1, null without a score) and selected. What the scores were made from stands in the
+    schema's metadata under ``cropi``, as JSON.
     """
     pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
-    kinds = dict.fromkeys(("set", "task", "file"), pyarrow.string()) | dict.fromkeys(
+    kinds = dict.fromkeys(("set", "task", "file", SCORED_AT), pyarrow.string()) | dict.fromkeys(
         HEALTH, pyarrow.float64()
     )
     kinds["rank"] = pyarrow.int64()

@@ -95,6 +95,11 @@ def _verdict(document: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -
     if shares:
         text = f"choosing takes {sum(shares) / len(shares):.0%} of a stage's time"
         lines.append({"level": "ok", "name": "cost", "text": text})
+    bounded = [row for row in stages if "anew" in row]
+    if bounded:
+        last = bounded[-1]
+        text = f"{last['anew']} of {last['anew'] + last['left']} prompts were scored anew in stage {last['stage']}"
+        lines.append({"level": "ok", "name": "budget", "text": text})
     for row in stages:
         if row.get("cut_short"):
             text = f"stage {row['stage']} was cut short and taken up again in {', '.join(row['cut_short'])}"

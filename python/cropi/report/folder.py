@@ -22,6 +22,7 @@ from cropi.ranking.table import read_scores
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.curriculum import curriculum_page, is_curriculum
 from cropi.report.html import ReportInput, shown_in_full, write_report
+from cropi.store.earlier import EARLIER, open_together
 from cropi.store.shards import OK
 from cropi.store.store import SketchStore
 
@@ -111,7 +112,7 @@ def _stores(root: Path) -> tuple[SketchStore | None, list[SketchStore], str]:
     """The training store, the validation stores, and what is missing of them in words."""
     folder = root / "sketches"
     try:
-        train = SketchStore.open(folder / "train") if (folder / "train").is_dir() else None
+        train = open_together([folder / "train", folder / EARLIER])
         valid = [SketchStore.open(path) for path in sorted(folder.glob("valid*")) if path.is_dir()]
         for store in ([train] if train is not None else []) + valid:
             store.check_finished()

@@ -14,7 +14,7 @@ from cropi.errors import CropiError, optional
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.layout import layout_of
-from cropi.gradient.subset import sampled
+from cropi.gradient.subset import Subset
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import cancels
 from cropi.model.moments import SecondMoments
@@ -45,7 +45,7 @@ def sketch_groups(
     verify: bool = True,
     moments: SecondMoments | None = None,
     zero_check: bool = True,
-    responses: tuple[int, str] | None = None,
+    subset: Subset | None = None,
     default_set: str | None = None,
     total: int | None = None,
     progress: bool = False,
@@ -72,7 +72,7 @@ def sketch_groups(
         exclude: patterns of parameter names to leave out.
         layout, tokens_per_batch, verify, zero_check: see :class:`cropi.sketching.job.SketchJob`.
         moments: of an optimiser: gradients are formed by autograd and divided by their roots before they are sketched.
-        responses: at most so many of each prompt, and the seed of their draw (:func:`cropi.gradient.subset.sampled`).
+        subset: what is sketched of each prompt (:mod:`cropi.gradient.subset`); None: all.
         default_set: validation set of prompts that carry none.
         total: how many prompts there are, for the progress bar.
         progress: show one.
@@ -86,6 +86,8 @@ def sketch_groups(
         UncoveredParameterError: a trainable parameter cannot be sketched.
     """
     source = behaviour if isinstance(behaviour, Behaviour) else Behaviour(behaviour)
+    if subset is not None:
+        subset.check(estimator)
     summary = summary or Summary(Path(store.path))
     plan = layout_of(policy, layout)
     if source.model is not None:
@@ -101,7 +103,7 @@ def sketch_groups(
             if plan.note:
                 bar.write(plan.note)
             chunks = make_chunks(
-                _checked(groups, estimator, source.source, default_set, zero_check, responses),
+                _checked(groups, estimator, source.source, default_set, zero_check, subset),
                 plan,
                 budget=tokens_per_batch,
                 tokens=part.tokens if part else None,
@@ -167,7 +169,7 @@ def _checked(
     source: str,
     default_set: str | None,
     zero_check: bool,
-    responses: tuple[int, str] | None,
+    subset: Subset | None,
 ) -> Iterator[TokenGroup | RowInfo]:
     """The prompts with a gradient, and rows in place of the others."""
     for group in groups:
@@ -186,7 +188,7 @@ def _checked(
                     "'file'; give them, or behaviour='current' (ratio 1)"
                 )
             if not (zero_check and cancels(group, estimator, source)):
-                yield group if responses is None else sampled(group, responses[0], estimator, responses[1])
+                yield group if subset is None else subset.of(group, estimator)
                 continue
             reason = ZERO_GRADIENT
         yield row_of(group.group, SKIPPED, reason, default_set)

@@ -13,6 +13,7 @@ from cropi.data.scan import Scan
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
+from cropi.gradient.subset import Subset
 from cropi.gradient.template import prints_date, template_text
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.moments import SecondMoments, file_of
@@ -46,6 +47,7 @@ class SketchJob(Tokens, Running, Storing):
         behaviour_model: for "model": the model that made the rollouts (a module or a Policy).
         temperature: of the rollouts; None: each record's own, else 1.
         responses: at most so many of each prompt, drawn (:mod:`cropi.gradient.subset`); None: all.
+        token_share: of each response's scored tokens, likewise; None: all.
         optimizer_state: what :func:`cropi.model.moments.read_moments` takes: these are validation prompts, and their
             gradients are scaled as a step of that optimiser scales the training prompts'.
         set: validation set of records that carry none.
@@ -66,6 +68,7 @@ class SketchJob(Tokens, Running, Storing):
     behaviour_model: Any = None
     temperature: float | None = None
     responses: int | None = None
+    token_share: float | None = None
     optimizer_state: Any = None
     set: str | None = None
     shard: tuple[int, int] | None = None
@@ -76,12 +79,18 @@ class SketchJob(Tokens, Running, Storing):
         super().__post_init__()
         if self.shard_rows < 1:
             raise CropiError(f"shard_rows must be at least 1, got {self.shard_rows}")
+        self.subset.check(self.estimator)
         if isinstance(self.optimizer_state, (str, Path)):
             file_of(Path(self.optimizer_state))
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             raise CropiError(
                 f"shard {self.shard[0]}/{self.shard[1]}: give i/n with 1 <= i <= n; shares are counted from 1"
             )
+
+    @property
+    def subset(self) -> Subset:
+        """What is sketched of each prompt; every stage draws anew."""
+        return Subset(self.responses, self.token_share, self.stage)
 
     @property
     def names(self) -> list[str]:
@@ -126,7 +135,7 @@ def make_job(
     return SketchJob(
         trajectories, out, spec=spec_of(options), exclude=options.exclude, estimator=estimator_of(options),
         behaviour=behaviour, behaviour_model=behaviour_model, temperature=options.temperature, set=set,
-        optimizer_state=options.optimizer_state, responses=options.responses,
+        optimizer_state=options.optimizer_state, responses=options.responses, token_share=options.token_share,
         notes=dict(notes or {}), **shared,
     )  # fmt: skip
 
@@ -243,8 +252,9 @@ def make_manifest(
     }
     if moments is not None:
         manifest["preconditioner"] = moments.fingerprint()
-    if job.responses is not None:
-        manifest["responses"] = job.responses
+    for name in ("responses", "token_share"):
+        if getattr(job, name) is not None:
+            manifest[name] = getattr(job, name)
     if not job.zero_check:
         manifest["zero_check"] = False
     if scan is not None:

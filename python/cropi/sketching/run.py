@@ -124,7 +124,7 @@ class Prepared:
             tokens_per_batch=budget,
             verify=job.verify,
             zero_check=job.zero_check,
-            responses=None if job.responses is None else (job.responses, job.stage),
+            subset=job.subset,
             moments=self.moments,
             default_set=job.set,
             total=self.total,

@@ -75,13 +75,21 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) -> None:
+def check_comparable(
+    a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str], leave: Sequence[str] = ()
+) -> None:
     """Refuse to compare sketches of different maps, models, parameters or stages, from their manifests.
+
+    Args:
+        a, b: the manifests.
+        names: of the stores.
+        leave: fields that may differ.
 
     Raises:
         CropiError: naming the first differing field and both values.
     """
-    left, right = ({key: manifest.get(key) for key in COMPARABLE} for manifest in (a, b))
+    fields = [key for key in COMPARABLE if key not in leave]
+    left, right = ({key: manifest.get(key) for key in fields} for manifest in (a, b))
     differs = first_difference(left, right)
     if differs and differs[0] == "model.weights" and _is_xxh3(differs[1]) != _is_xxh3(differs[2]):
         earlier = names[0] if _is_xxh3(differs[2]) else names[1]

@@ -12,7 +12,7 @@ from cropi.checked import check_fields
 from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.option_fields import changed
-from cropi.options import SOURCES, Checks, Choosing, Comparing
+from cropi.options import SOURCES, Checks, Choosing, Comparing, Rescoring
 from cropi.trainers.dumps import auto
 from cropi_kernels import SketchSpec
 
@@ -77,7 +77,7 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Curriculum(Comparing, Choosing, Checks):
+class Curriculum(Comparing, Choosing, Rescoring, Checks):
     """How the prompts of each stage are chosen. A stage is ``stage_steps`` optimizer steps.
 
     Attributes:
@@ -99,6 +99,8 @@ class Curriculum(Comparing, Choosing, Checks):
         behaviour: "file" (recorded log-probs), "current" (ratio 1), or "auto": the file's if every record has them.
         metric, mean, max_valid: as in :class:`cropi.options.Comparing`, by keyword.
         method, pool, and the others of :class:`cropi.options.Choosing`, by keyword.
+        budget, passes: as in :class:`cropi.options.Rescoring`, by keyword: how much of a stage goes into scoring
+            prompts anew. A stage's time is that of its steps, as the stage before took them.
         behaviour_check, verify, zero_check: as in :class:`cropi.options.Checks`, by keyword. Log-probs far from
             the policy stop stage 0 alone: later the policy has moved away on purpose.
         layout, tokens_per_batch: of the sketching passes.
@@ -171,6 +173,12 @@ class Curriculum(Comparing, Choosing, Checks):
             raise CropiError(
                 "train names files, but live chooses by the sketches of this run's own steps: leave train out, or live"
             )
+        bounded = changed(self, Rescoring)
+        if bounded:
+            raise CropiError(
+                f"{' and '.join(bounded)}: live makes no scoring pass over the training prompts that could be bounded: "
+                "leave it out, or live"
+            )
         other = [name for name in changed(self, Choosing, Comparing) if name not in ("fraction", "count")]
         if other:
             raise CropiError(
@@ -209,7 +217,7 @@ class Curriculum(Comparing, Choosing, Checks):
         """What the order of prompts depends on, to be compared when a run is resumed."""
         # Of what the first release did not have, what is used: without it its runs can be resumed.
         first = ("metric", "mean", "max_valid", "fraction", "method", "pool")
-        chosen = changed(self, Comparing, Choosing, Checks, always=first)
+        chosen = changed(self, Comparing, Choosing, Rescoring, Checks, always=first)
         chosen.pop("draws", None)  # the order of prompts does not depend on them
         return {
             "stage_steps": self.stage_steps, **chosen, "spec": self.spec.to_dict(),

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,15 +24,18 @@ from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.option_fields import part_of
-from cropi.options import Choosing, Comparing, Influence, Selecting
+from cropi.options import Choosing, Comparing, Influence, Rescoring, Selecting
 from cropi.pipeline import Setup
 from cropi.ranking.influence import DEFAULT_SET
+from cropi.rescoring import Anew
 from cropi.sketching.job import SketchJob
+from cropi.store.earlier import EARLIER
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
+TRAINING = "sketches-train-"  # what the stores of training prompts begin with
 OTHERWISE = ", or set on_nothing='keep'"
 
 
@@ -57,6 +60,7 @@ def choose_prompts(
     ranks: Ranks,
     seed: int,
     least: int = 0,
+    others: float = math.nan,
     progress: bool = True,
 ) -> Chosen:
     """Choose the prompts of a stage by the influence of their stored trajectories under ``model``.
@@ -72,6 +76,7 @@ def choose_prompts(
         ranks: the processes that share the work.
         seed: of the draws.
         least: prompts that a generation batch takes: so many are chosen, where the fraction would choose fewer.
+        others: seconds that the steps of a stage take, for ``options.budget``.
         progress: show bars (on rank 0).
 
     Raises:
@@ -79,7 +84,14 @@ def choose_prompts(
         CropiError: a validation set that nothing usable covers, no training prompt that the dataset knows, or bad
             records. Raised on every rank, before anything is sketched.
     """
-    begun = time.monotonic()
+    begun, anew = time.monotonic(), None
+    if options.budget is not None or options.passes is not None:
+        last = folder.with_name(folder_of(stage - 1)) if stage else None
+        anew = Anew(
+            Rescoring(**part_of(options, Rescoring)), folder, folder / f"{TRAINING}{EARLIER}", last,
+            [] if last is None else sorted(last.glob(f"{TRAINING}*")), others=others,
+            spent=lambda: time.monotonic() - begun, say=logger.info,
+        )  # fmt: skip
     policy, setup = Policy(model, tokenizer), replace(setup_of(options, stage, seed), least=least)
     # A run that was killed right here may have left stores of another policy, or of another number of ranks.
     ranks.agree(lambda: _clean(folder) if ranks.first else None)
@@ -99,11 +111,11 @@ def choose_prompts(
             )  # fmt: skip
         )
         chosen = pipeline.choose(
-            policy, train, valid, setup, folder, ranks, checked=checked, progress=progress and ranks.first,
+            policy, train, valid, setup, folder, ranks, checked=checked, progress=progress and ranks.first, anew=anew,
             store_at=lambda name, rank: folder / f"sketches-{name}-{rank:05d}",
         )  # fmt: skip
     if ranks.first and not options.keep_sketches:
-        _clean(folder)
+        _clean(folder, but=() if anew is None else (TRAINING,))
     size = checked.usable if options.pool == "usable" else checked.prompts
     wanted = options.count or math.floor(size * options.fraction + 1e-9)
     if ranks.first and len(chosen) > wanted:
@@ -113,7 +125,7 @@ def choose_prompts(
         )  # fmt: skip
     figures = {
         "pool": checked.prompts, "usable": checked.usable, "unknown": checked.unknown, "selected": len(chosen),
-        "seconds": time.monotonic() - begun,
+        "seconds": time.monotonic() - begun, **({} if anew is None else {"anew": anew.scored, "left": anew.left}),
     }  # fmt: skip
     return Chosen(chosen.ids, figures)
 
@@ -178,9 +190,22 @@ def check_files(
     return found
 
 
-def _clean(folder: Path) -> None:
+def folder_of(stage: int) -> str:
+    """The name of a stage's folder."""
+    return f"stage-{stage:04d}"
+
+
+def forget_sketches(folder: Path, wanted: Container[int], before: int) -> None:
+    """Remove the sketches that stages before one have kept for those after them, but those of the ``wanted`` ones."""
+    for stage in range(before):
+        if stage not in wanted:
+            _clean(folder / folder_of(stage))
+
+
+def _clean(folder: Path, but: Sequence[str] = ()) -> None:
     for left in (*folder.glob("sketches-*-*"), *folder.glob("train-*.jsonl"), *folder.glob("valid-*.jsonl")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not left.name.startswith(tuple(but)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager

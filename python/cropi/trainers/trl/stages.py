@@ -33,7 +33,14 @@ from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.records import check_datasets
 from cropi.trainers.trl.rollout_log import cut_unfinished_line, log_files, merge_rollouts, rewind
 from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
-from cropi.trainers.trl.scoring import Chosen, check_files, choose_prompts, own_randomness
+from cropi.trainers.trl.scoring import (
+    Chosen,
+    check_files,
+    choose_prompts,
+    folder_of,
+    forget_sketches,
+    own_randomness,
+)
 
 STATE = "cropi_state.json"
 logger = logging.getLogger(__name__)
@@ -65,6 +72,7 @@ class CurriculumMixin(LiveMixin):
 
     _cropi_curriculum: Curriculum
     _cropi_resumed: bool = False
+    _cropi_clock: tuple[float, int] = (0.0, 0)  # when the last selection was done, and at which step
 
     def __init__(self, *args: Any, curriculum: Curriculum, **kwargs: Any) -> None:
         if not isinstance(curriculum, Curriculum):
@@ -144,6 +152,8 @@ class CurriculumMixin(LiveMixin):
             self._cropi_chosen = None if chosen is None else chosen.ids
             self._cropi_stage_known = stage
             self._cropi_note(stage, chosen)
+            self._cropi_forget(stage)
+        self._cropi_clock = time.monotonic(), int(self.state.global_step)
         self._cropi_stage = self._cropi_plan.stage = stage
         ids = self._cropi_chosen
         self._cropi_plan.rows = (
@@ -154,7 +164,7 @@ class CurriculumMixin(LiveMixin):
         self._metrics["train"]["cropi/prompts"].append(float(len(self._cropi_plan.rows)))
 
     def _cropi_choose(self, stage: int) -> Chosen | None:
-        options, live = self._cropi_curriculum, self._cropi_live
+        options, live, others = self._cropi_curriculum, self._cropi_live, self._cropi_seconds()
         if live is not None and stage % live.live.refresh and self._cropi_chosen is not None:
             return self._cropi_draw(live)
         if live is None and options.train is None and stage == 0:
@@ -167,7 +177,7 @@ class CurriculumMixin(LiveMixin):
             with own_randomness(self.accelerator.device, seed):
                 self.evaluate()
         self._cropi_merge()
-        folder = self._cropi_folder / f"stage-{stage:04d}"
+        folder = self._cropi_folder / folder_of(stage)
         if live is not None:
             begun = time.monotonic()
             model, valid = self.accelerator.unwrap_model(self.model), self._cropi_sources("valid", folder)
@@ -181,7 +191,7 @@ class CurriculumMixin(LiveMixin):
             return choose_prompts(
                 self.accelerator.unwrap_model(self.model), self._tokenizer, options, stage=stage,
                 # In stage 0 too small a fraction is an error; later, work would be lost by one.
-                least=self._cropi_prompts if stage else 0,
+                least=self._cropi_prompts if stage else 0, others=others,
                 folder=folder, train=self._cropi_sources("train", folder),
                 valid=self._cropi_sources("valid", folder), known=self._cropi_ids.__contains__, ranks=self._cropi_ranks,
                 seed=self._cropi_seed, progress=not self.args.disable_tqdm,
@@ -192,6 +202,22 @@ class CurriculumMixin(LiveMixin):
                 raise
             logger.warning("%s; the prompts of the stage before are kept", error)
             return None if self._cropi_chosen is None else Chosen(self._cropi_chosen, {"kept": True})
+
+    def _cropi_seconds(self) -> float:
+        """What the steps of a stage take, by those since the last selection, or since this run went on; NaN before."""
+        begun, step = self._cropi_clock
+        steps = int(self.state.global_step) - step
+        return (time.monotonic() - begun) / steps * self._cropi_curriculum.stage_steps if steps else math.nan
+
+    def _cropi_forget(self, stage: int) -> None:
+        """Sketches of earlier stages are needed by this one's successor, and where a checkpoint leads back to them."""
+        options = self._cropi_curriculum
+        if self._cropi_ranks.first and not options.keep_sketches and (options.budget or options.passes):
+            states = [
+                json.loads(path.read_text())
+                for path in Path(self.args.output_dir).glob(f"checkpoint-*/{STATE}")
+            ]
+            forget_sketches(self._cropi_folder, {int(state["stage"]) for state in states}, stage)
 
     def _cropi_draw(self, live: LiveRun) -> Chosen:
         """The next prompts by what the steps so far have shown."""

@@ -1,0 +1,136 @@
+"""Which prompts of a pool to score anew where there is no time for all: those of which it is uncertain whether they are
+chosen, and some at random.
+
+A score from an earlier sketch of the prompt is off by what training has changed since. It is taken for a random walk:
+with a sketch that is ``a`` stages old the score for set v has the variance ``a r^2 sd_v^2``, sd_v the standard
+deviation of the scores for v over the pool. r^2 is measured where prompts were scored anew, as the mean of
+
+    (new score - score from the earlier sketch)^2 / (a sd_v^2),
+
+with ten times :data:`DRIFT`^2 put before what is seen. The rule of the selection then runs on :data:`DRAWS` tables, in
+each of which all scores are moved by normal numbers of these variances; a prompt without a sketch gets one with the
+pool's mean and sd_v. p is the share of the tables in which a prompt is chosen, and p (1 - p), the variance of being
+chosen, is largest at the cut and for what is least known.
+
+With T tokens, prompts are taken in a random order until :data:`EXPLORE` T are spent, so that r^2 is measured on all
+kinds of prompts and what the random walk does not foresee is found; then in the order of p (1 - p), the largest first,
+until T are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cropi.ranking.rule import Rule
+from cropi.ranking.values import drawn_ties
+
+DRAWS = 200
+EXPLORE = 0.2
+DRIFT, VISITS = 0.5, 10
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far scores move in a stage: the sum of the squares that were seen, and their number.
+
+    >>> Drift().variance
+    0.25
+    """
+
+    total: float = 0.0
+    count: int = 0
+
+    @property
+    def variance(self) -> float:
+        """r^2, see above."""
+        return (self.total + VISITS * DRIFT**2) / (self.count + VISITS)
+
+    def seen(self, before: np.ndarray, after: np.ndarray, ages: np.ndarray, spread: np.ndarray) -> Drift:
+        """With what prompts that were scored anew show.
+
+        Args:
+            before, after: float64 ``[n, sets]``, scores by the earlier and the new sketches; NaN where there is none.
+            ages: of the earlier sketches, in stages, ``[n]``.
+            spread: sd_v, ``[sets]``.
+        """
+        squares = np.square((after - before) / np.where(spread > 0, spread, np.nan)) / ages[:, None]
+        squares = squares[np.isfinite(squares)]
+        return Drift(self.total + float(squares.sum()), self.count + squares.size)
+
+
+def spreads(table: np.ndarray) -> np.ndarray:
+    """sd_v of every set, over the prompts that have a score; 0 where fewer than two have one."""
+    known = table[np.isfinite(table).all(axis=1)]
+    return known.std(axis=0, ddof=1) if len(known) > 1 else np.zeros(table.shape[1])
+
+
+def anew(
+    table: np.ndarray,
+    ages: np.ndarray,
+    costs: np.ndarray,
+    ids: Sequence[str],
+    rule: Rule,
+    *,
+    tokens: float,
+    drift: Drift,
+    seed: int,
+) -> list[int]:
+    """Places of the prompts to score anew, in the order in which they are taken.
+
+    Args:
+        table: float64 ``[n, sets]``, scores by earlier sketches; NaN for prompts without one.
+        ages: how many stages old these are, ``[n]``.
+        costs: tokens of each prompt, ``[n]``.
+        ids: of the prompts.
+        rule: the selection's, for these prompts.
+        tokens: what all that are taken may cost together; infinity takes all.
+        drift: what earlier stages have shown.
+        seed: of the draws.
+    """
+    if tokens >= costs.sum():
+        return list(range(len(ids)))
+    ties = drawn_ties(ids, seed)
+    shuffled = np.argsort(ties)
+    first = _within(shuffled, costs, EXPLORE * tokens)
+    p = _chosen(table, ages, rule, drift, seed)
+    order = np.lexsort((ties, -p * (1 - p)))
+    rest = order[~np.isin(order, first)]
+    return [*first.tolist(), *_within(rest, costs, tokens - costs[first].sum()).tolist()]
+
+
+def _within(order: np.ndarray, costs: np.ndarray, tokens: float) -> np.ndarray:
+    """The first ones of an order, as long as they cost no more together."""
+    return order[: int(np.searchsorted(np.cumsum(costs[order]), tokens, side="right"))]
+
+
+def _chosen(table: np.ndarray, ages: np.ndarray, rule: Rule, drift: Drift, seed: int) -> np.ndarray:
+    """The share of the draws in which each prompt is chosen."""
+    known = np.isfinite(table).all(axis=1)
+    if not known.any():
+        return np.zeros(len(table))
+    spread = spreads(table)
+    centre = np.where(known[:, None], table, table[known].mean(axis=0))
+    moved = np.where(known, np.sqrt(np.maximum(ages, 0) * drift.variance), 1.0)[:, None] * spread
+    rng, counts = np.random.default_rng(seed), np.zeros(len(table))
+    for _ in range(DRAWS):
+        counts[rule.choose(centre + moved * rng.standard_normal(table.shape))] += 1
+    return counts / DRAWS
+
+
+def affordable(share: float, others: float, spent: float, per_token: float) -> float:
+    """Tokens that may be sketched, so that choosing takes at most a share b of a stage: ``(b / (1 - b) R - S) / c``.
+
+    Args:
+        share: b; 1 is no bound.
+        others: R, seconds of the rest of a stage.
+        spent: S, seconds of choosing beside the sketches of training prompts.
+        per_token: c, seconds.
+
+    >>> affordable(0.05, others=1900.0, spent=40.0, per_token=0.01)
+    6000.0
+    """
+    return math.inf if share >= 1 else max(share / (1 - share) * others - spent, 0.0) / per_token

@@ -1,0 +1,289 @@
+"""Scoring within a budget: which prompts a stage sketches anew, and what it keeps of the stages before.
+
+    new validation sketches x training sketches of the stages before  ->  a score of every prompt, without a pass
+    these scores, how old they are, and how far scores moved before   ->  how uncertain the choice of each prompt is
+    the most uncertain ones, and some at random, while tokens last     ->  sketched anew
+    the others                                                         ->  their rows, in a store beside (store/earlier)
+
+:mod:`cropi.ranking.cut` has the rule. What was decided is written before anything is sketched, so that a stage which
+goes on after a kill repeats it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cropi.agreement import Ranks
+from cropi.data.readers import PromptGroups
+from cropi.data.records import PromptGroup
+from cropi.data.rewards import no_gradient_reason
+from cropi.data.scan import Scan
+from cropi.data.share import Share, without
+from cropi.errors import CropiError
+from cropi.files import write_atomic
+from cropi.options import Influence, Rescoring, Selecting
+from cropi.ranking.cut import Drift, affordable, anew, spreads
+from cropi.ranking.influence import influence
+from cropi.ranking.rule import Rule
+from cropi.ranking.table import read_scores
+from cropi.ranking.values import FROM_SCORES
+from cropi.sketching.job import SketchJob
+from cropi.sketching.rows import row_of
+from cropi.sketching.summary import Summary
+from cropi.store.earlier import EARLIER, keep_earlier, open_together, scored_at
+from cropi.store.rows import OK, SKIPPED, RowInfo
+from cropi.store.store import SketchStore
+
+PLAN = "anew.json"
+BEYOND = "beyond the budget"  # why a prompt that has never been sketched has no score yet
+SCORES = "scores.parquet"
+
+
+@dataclass(frozen=True)
+class How:
+    """How prompts are compared and chosen; ``least`` as in :func:`cropi.ranking.selection.select`."""
+
+    influencing: Influence
+    selecting: Selecting
+    least: int = 0
+
+    def rule(self, pool: Pool) -> Rule:
+        """The rule of the choice from a pool. Baselines look at no score: then it is CROPI's."""
+        method = self.selecting.method if self.selecting.method in FROM_SCORES else "rrf"
+        return Rule(pool.rows, pool.usable, replace(self.selecting, method=method), self.least)
+
+
+class Pool:
+    """The training prompts, in order of id.
+
+    Attributes:
+        rows: what is known of each before it is sketched; ``tokens``: what it costs.
+        usable: places of those with a gradient.
+        ready: their rows.
+        costs: their tokens, float64.
+    """
+
+    def __init__(self, rows: Sequence[RowInfo]) -> None:
+        self.rows = sorted(rows, key=lambda row: row.id)
+        self.usable = np.flatnonzero([row.status == OK for row in self.rows])
+        self.ready = [self.rows[i] for i in self.usable]
+        self.costs = np.array([row.tokens for row in self.ready], dtype=np.float64)
+
+
+@dataclass
+class Anew:
+    """What one stage needs to decide which prompts it sketches, and after :meth:`settle` what was decided.
+
+    Attributes:
+        options: how much may be scored anew.
+        folder: of the stage: :data:`PLAN` is written there.
+        kept: the folder for the store of rows that are kept.
+        last: the folder of the stage before; None in the first.
+        earlier: that stage's training stores.
+        others: seconds of a stage beside choosing, for ``options.budget``; the stage before shows them.
+        spent: seconds that this stage's choosing takes beside the sketches of training prompts, asked once the
+            validation prompts are sketched.
+        say: takes a line for the user.
+        seconds, passed: of sketches that were timed, in all, and their scored tokens: what a token costs.
+        scored: prompts with a gradient that this stage sketches.
+        left: those that keep an earlier sketch, or have none yet.
+    """
+
+    options: Rescoring
+    folder: Path
+    kept: Path
+    last: Path | None
+    earlier: Sequence[Path]
+    others: float = math.nan
+    spent: Callable[[], float] = lambda: 0.0
+    say: Callable[[str], Any] = print
+    seconds: float = 0.0
+    passed: int = 0
+    scored: int = field(default=0, init=False)
+    left: int = field(default=0, init=False)
+
+    def took(self, summary: Summary) -> None:
+        """Sketches were timed."""
+        self.seconds += summary.wall
+        self.passed += summary.scored_tokens
+
+    def settle(
+        self,
+        ranks: Ranks,
+        groups: PromptGroups,
+        scan: Scan,
+        valid: Callable[[], Sequence[SketchStore]],
+        how: How,
+        job: SketchJob,
+    ) -> Share:
+        """Decide, keep the rows of the others, and give this rank's prompts that are sketched.
+
+        Args:
+            ranks: the processes that share the work; every one calls.
+            groups, scan: this rank's training prompts.
+            valid: opens all validation stores of this stage, where rank 0 asks.
+            how: prompts are compared and chosen.
+            job: of the training prompts.
+
+        Raises:
+            CropiError: earlier sketches cannot be compared with those of this stage, or a plan of this very stage that
+                was made under other options.
+        """
+        mine = ranks.agree(lambda: [_row(group, job.responses) for group in islice(groups.each(), job.limit)])
+        pool = Pool([row for rows in ranks.gather(mine) for row in rows])
+        made = ranks.agree(lambda: self._left(pool, valid(), how, ranks.world) if ranks.first else None)
+        left = ranks.share(made)
+        self.scored, self.left = len(pool.ready) - len(left), len(left)
+        return ranks.agree(lambda: without(groups, scan, left, job.limit))
+
+    def _left(self, pool: Pool, valid: Sequence[SketchStore], how: How, world: int) -> frozenset[str]:
+        """The ids of the prompts that are not sketched; their rows are in the store of those."""
+        earlier, present = open_together(self.earlier), valid[0].manifest
+        if earlier is None and self.last is not None and (self.last / PLAN).is_file():
+            raise CropiError(
+                f"the sketches of the stage before are gone from {self.last}, and this one is to keep some of them: "
+                f"put them back, or remove {self.last / PLAN} to sketch all prompts anew"
+            )
+        key = json.loads(json.dumps({key: present[key] for key in ("stage", "model")}))
+        path, options = self.folder / PLAN, vars(self.options)
+        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if held.get("for") == key and held["options"] != options:
+            raise CropiError(
+                f"{path} was made with {held['options']}, but now they are {options}, and this stage has begun; put "
+                "them back until it is done"
+            )
+        if held.get("for") != key:
+            shutil.rmtree(self.kept, ignore_errors=True)
+            made = self._decided(pool, earlier, valid, how, world)
+            held = {"for": key, "options": options, **made}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(held, ensure_ascii=False) + "\n")
+        again = frozenset(held["ids"])
+        left = {
+            row.id: replace(row, status=SKIPPED, reason=BEYOND, tokens=0)
+            for row in pool.ready
+            if row.id not in again
+        }
+        if left:
+            keep_earlier(self.kept, earlier, left, present)
+        return frozenset(left)
+
+    def _decided(
+        self, pool: Pool, earlier: SketchStore | None, valid: Sequence[SketchStore], how: How, world: int
+    ) -> dict[str, Any]:
+        """The plan, as it is written."""
+        total = float(pool.costs.sum())
+        tokens = self._tokens(total, earlier is not None, world)
+        table, ages, sets = _cheap(pool.ready, earlier, valid, how.influencing)
+        drift, known, rule = _drift_of(self.last), np.isfinite(table).all(axis=1), how.rule(pool)
+        chosen = anew(
+            table, ages, pool.costs, [row.id for row in pool.ready], rule, tokens=tokens, drift=drift,
+            seed=how.selecting.select_seed + _number(valid[0]),
+        )  # fmt: skip
+        scored = len({*chosen, *np.flatnonzero(known).tolist()})
+        if scored < rule.n:
+            raise CropiError(
+                f"{rule.n} prompts are to be chosen, but only {scored} would have a score: {tokens:,.0f} of "
+                f"{total:,.0f} tokens are passed (passes, budget); raise them, or choose fewer"
+            )
+        spent = float(pool.costs[chosen].sum())
+        self.say(
+            f"anew          {len(chosen)} of {len(pool.ready)} prompts are sketched: {spent:,.0f} of {total:,.0f} "
+            f"tokens; the budget pays for {'all' if math.isinf(tokens) else f'{tokens:,.0f}'}"
+        )
+        return {
+            "tokens": None if math.isinf(tokens) else tokens, "spent": spent,
+            "ids": [pool.ready[i].id for i in chosen], "sets": sets,
+            "before": [table[i].tolist() if known[i] else None for i in chosen], "ages": ages[chosen].tolist(),
+            "spread": spreads(table).tolist(), "drift": [drift.total, drift.count],
+        }  # fmt: skip
+
+    def _tokens(self, pool: float, known: bool, world: int) -> float:
+        """What may be sketched. Where no stage has shown yet what it takes, a share of its time is no bound."""
+        within = math.inf if self.options.passes is None else self.options.passes * pool
+        if self.options.budget is None:
+            return within
+        if not known or math.isnan(self.others) or not self.passed:
+            what = "no stage has been timed" if known else "there are no sketches of an earlier stage"
+            self.say(f"anew          {what}: budget bounds the stages after this one")
+            return within
+        per_token = self.seconds / self.passed / world
+        return min(within, affordable(self.options.budget, self.others, self.spent(), per_token))
+
+
+def _row(group: PromptGroup, responses: int | None) -> RowInfo:
+    """What is known of a prompt before it is sketched; ``tokens``: of its responses that would be passed."""
+    reason = no_gradient_reason(group.rewards)
+    if reason:
+        return row_of(group, SKIPPED, reason, None)
+    _, lengths = group.lengths
+    # Where there are no token ids: about four characters are one.
+    size = sum(lengths) if lengths is not None else sum(len(str(text)) for text in group.responses or ()) // 4
+    share = 1.0 if responses is None else min(1.0, responses / group.size)
+    return row_of(group, OK, "", None, tokens=max(round(size * share), 1))
+
+
+def _cheap(
+    ready: Sequence[RowInfo], earlier: SketchStore | None, valid: Sequence[SketchStore], options: Influence
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Scores by earlier sketches ``[n, sets]`` (NaN without one), their ages ``[n]``, and the names of the sets."""
+    if earlier is None or not any(row.status == OK for row in earlier.rows()):
+        return np.full((len(ready), 1), math.nan), np.zeros(len(ready)), []
+    how = {name: value for name, value in vars(options).items() if name not in ("draws", "valid_seed")}
+    scores = influence(earlier, valid, **how, seed=options.valid_seed, stages="any")
+    stage, places = _number(valid[0]), {row.id: i for i, row in enumerate(scores.rows)}
+    table, ages = np.full((len(ready), len(scores.sets)), math.nan), np.zeros(len(ready))
+    for i, row in enumerate(ready):
+        if (place := places.get(row.id)) is not None:
+            table[i] = scores.table[place]
+            ages[i] = stage - int(scored_at(earlier, scores.rows[place]))
+    return table, ages, scores.sets
+
+
+def _number(store: SketchStore) -> int:
+    """The number of a store's stage."""
+    return int(store.manifest["stage"])
+
+
+def _drift_of(last: Path | None) -> Drift:
+    """What the stages before have shown: their sums, and what the last one scored anew."""
+    if last is None or not (last / PLAN).is_file() or not (last / SCORES).is_file():
+        return Drift()
+    held, scores = json.loads((last / PLAN).read_text(encoding="utf-8")), read_scores(last / SCORES)
+    drift = Drift(*held["drift"])
+    if held["sets"] != scores.sets:
+        return drift
+    places = {row.id: i for i, row in enumerate(scores.rows)}
+    pairs = [
+        (before, scores.table[places[name]], age)
+        for name, before, age in zip(held["ids"], held["before"], held["ages"], strict=True)
+        if before is not None and name in places
+    ]
+    if not pairs:
+        return drift
+    before, after, ages = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
+    return drift.seen(before, after, ages, np.array(held["spread"]))
+
+
+def training_store(folder: Path) -> SketchStore:
+    """The training prompts' store of a stage: what it sketched itself, and what it kept of the stages before.
+
+    Args:
+        folder: the folder of the stage's stores.
+
+    Raises:
+        CropiError: there is none, or one is unfinished.
+    """
+    found = open_together([folder / "train", folder / EARLIER])
+    if found is None:
+        raise CropiError(f"{folder} holds no store of training prompts")
+    return found
