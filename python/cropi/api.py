@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def score(
     out: str | Path | None = None,
     behaviour_model: Any = None,
     source: str = "auto",
+    noise: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Scores:
@@ -47,6 +49,8 @@ def score(
         behaviour_model: the model that made the responses, where records have no log-probs and it is not ``model``.
         source: what wrote the files that ``train`` and ``valid`` name, a dump of a trainer or of an engine among them
             (see :class:`cropi.options.Reading`); "auto" tells by what stands in them.
+        noise: sketch the noise of gradients, too, from the finite number of responses, for the uncertainty of the
+            scores (:mod:`cropi.ranking.response_noise`).
         progress: show progress bars.
         options: the fields of :class:`cropi.options.Sketching` and :class:`cropi.options.Influence`, such as
             ``estimator="ppo"``, ``dim=8192``, ``metric="dot"``; for a model by its name, those of
@@ -75,14 +79,21 @@ def score(
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
     sketching, compare = split(rest, Sketching, Influence)
     job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
+    if noise:
+        replace(job, noise=True)  # what does not go with it shows here
     setup = Setup(job, compare, Selecting(fraction=1.0))  # nothing is chosen here, so no pool is too small
     train, valid = _opened(policy, sketching, train, source), _opened(policy, sketching, valid, source)
     checked = pipeline.check(policy, train, valid, setup, option="valid")
     folder = None if out is None else Path(out)
-    stores = pipeline.sketch_all(
-        policy, checked, job, lambda name: None if folder is None else folder / name, progress=progress
+
+    def at(name: str) -> Path | None:
+        return None if folder is None else folder / name
+
+    stores = pipeline.sketch_all(policy, checked, job, at, progress=progress)
+    of_noise = (
+        pipeline.noise_stores(policy, checked, job, stores["train"], at, progress=progress) if noise else ()
     )
-    return pipeline.score(stores.pop("train"), list(stores.values()), compare)
+    return pipeline.score(stores.pop("train"), list(stores.values()), compare, noise=of_noise)
 
 
 def sketch(
@@ -94,6 +105,7 @@ def sketch(
     set: str | None = None,
     behaviour_model: Any = None,
     source: str = "auto",
+    noise: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> SketchStore:
@@ -105,6 +117,7 @@ def sketch(
         out: the store's folder, continued if it is there: prompts that it holds are not computed again. None keeps the
             sketches in memory.
         set: validation set of records that carry none.
+        noise: sketch a draw of the noise of every gradient in its place, for :func:`cropi.influence`.
         options: the fields of :class:`cropi.options.Sketching`.
 
     Raises:
@@ -123,7 +136,9 @@ def sketch(
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
     (sketching,) = split(rest, Sketching)
     trajectories = _opened(policy, sketching, trajectories, source)
-    job = make_job(sketching, trajectories, out, set=set, behaviour_model=beta, notes={"model": policy.name})
+    job = make_job(
+        sketching, trajectories, out, set=set, behaviour_model=beta, notes={"model": policy.name}, noise=noise
+    )
     summary = run_job(policy, job, progress=progress)
     if summary.interrupted:
         raise Interrupted(out, summary)
@@ -131,12 +146,19 @@ def sketch(
     return summary.store
 
 
-def influence(train: SketchStore, valid: SketchStore | Sequence[SketchStore], **options: Any) -> Scores:
+def influence(
+    train: SketchStore,
+    valid: SketchStore | Sequence[SketchStore],
+    *,
+    noise: Sequence[SketchStore] = (),
+    **options: Any,
+) -> Scores:
     """Score the prompts of one store against the validation prompts of others.
 
     Args:
         train: sketches of training prompts.
         valid: sketches of validation prompts, in one store or several; a set is the prompts with one ``set`` name.
+        noise: what ``cropi.sketch(..., noise=True)`` gave of some or all of these prompts, for the uncertainty.
         options: the fields of :class:`cropi.options.Influence`: ``metric``, ``mean``, ``max_valid``, ``valid_seed``.
 
     Raises:
@@ -163,7 +185,11 @@ def influence(train: SketchStore, valid: SketchStore | Sequence[SketchStore], **
     if not isinstance(stores, (list, tuple)) or not stores:
         kind = "empty" if isinstance(stores, (list, tuple)) else f"a {type(valid).__name__}"
         raise CropiError(f"valid is {kind}: give a SketchStore, or a list of at least one")
-    return pipeline.score(train, stores, given)
+    if not isinstance(noise, (list, tuple)) or not all(isinstance(one, SketchStore) for one in noise):
+        raise CropiError(
+            f"noise is {noise!r:.100}: give a list of SketchStores (cropi.sketch(..., noise=True))"
+        )
+    return pipeline.score(train, stores, given, noise=noise)
 
 
 def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:

@@ -19,7 +19,7 @@ import torch
 from cropi.agreement import Alone, Ranks
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
-from cropi.data.scan import NothingToSelect, Scan, check_covered
+from cropi.data.scan import Scan, check_covered, check_pool
 from cropi.data.share import Share
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
@@ -32,6 +32,7 @@ from cropi.ranking.uncertainty import few_pairs, with_uncertainty
 from cropi.rescoring import Anew, How
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import SketchJob, make_job, with_date
+from cropi.sketching.noise import sketch_noise
 from cropi.sketching.run import check_tokens, scan_groups, sketch
 from cropi.sketching.summary import Summary
 from cropi.store.store import SketchStore
@@ -150,29 +151,6 @@ def check(
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)
     return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown)
-
-
-def check_pool(pool: Scan, names: str, *, known: bool = False, before: str = "", otherwise: str = "") -> None:
-    """Check that there is something to select.
-
-    Args:
-        pool: what the prompts that may be chosen are.
-        names: of the trajectories.
-        known: whether they are those of a trainer's dataset.
-        before, otherwise: what messages begin and end with.
-
-    Raises:
-        NothingToSelect: no prompt has a gradient.
-        CropiError: no trajectory belongs to a prompt of the dataset.
-    """
-    if known and not pool.prompts:
-        raise CropiError(
-            f"{before}none of the trajectories in {names} belongs to a prompt of the dataset; their ids must be those "
-            "of its id column"
-        )
-    if not pool.usable:
-        start = before or f"{names}: "
-        raise NothingToSelect(pool.prompts, pool.without_gradient, before=start, otherwise=otherwise)
 
 
 def _part(
@@ -299,6 +277,29 @@ def _sketch_parts(
             on_summary(summary)
             if summary.store is not None:
                 stores[part.name] = summary.store
+    return stores
+
+
+def noise_stores(
+    policy: Policy,
+    checked: Checked,
+    job: SketchJob,
+    train: SketchStore,
+    store_at: Callable[[str], Path | None],
+    *,
+    say: Callable[[str], Any] = lambda line: None,
+    progress: bool = True,
+) -> list[SketchStore]:
+    """Stores of noise beside those that :func:`sketch_all` made, of which ``train`` is one: of all validation prompts
+    and some training prompts (:func:`cropi.sketching.noise.sketch_noise`)."""
+    parts = [*checked.valid, checked.train]
+    job = one_date(policy, job, parts, [store_at(part.name) for part in parts])
+    say("== noise of the gradients, from the finite number of responses")
+    stores: list[SketchStore] = []
+    for part in parts:
+        by = partial(sketch_noise, of=None if part.set is not None else train)
+        made = _sketch_parts(policy, [part], job, lambda name: store_at(f"noise-{name}"), say, progress, by)
+        stores += made.values()
     return stores
 
 
@@ -440,10 +441,15 @@ def choose(
     return who.share(result)
 
 
-def conclude(stores: Mapping[str, SketchStore], setup: Setup, folder: Path | None) -> Selection:
+def conclude(
+    stores: Mapping[str, SketchStore],
+    setup: Setup,
+    folder: Path | None,
+    noise: Sequence[SketchStore] = (),
+) -> Selection:
     """The last part of :func:`choose`: from the stores of all parts to the selection, and its files in ``folder``."""
     valid = [store for name, store in stores.items() if name != "train"]
-    scores = score(stores["train"], valid, setup.influence, setup.selecting)
+    scores = score(stores["train"], valid, setup.influence, setup.selecting, noise)
     chosen = pick(scores, setup.selecting, setup.least, stores["train"])
     if folder is not None:
         write_scores(folder / "scores.parquet", scores, chosen)
@@ -470,13 +476,15 @@ def score(
     valid: Sequence[SketchStore],
     options: Influence | None = None,
     selecting: Selecting | None = None,
+    noise: Sequence[SketchStore] = (),
 ) -> Scores:
-    """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``."""
+    """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``;
+    stores of ``noise`` say what that owes to responses."""
     given, choice = options or Influence(), selecting or Selecting()
     how = {name: value for name, value in vars(given).items() if name not in ("draws", "valid_seed")}
     pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
     scores = influence(train, valid, **how, seed=given.valid_seed, pairs=pairs)
-    return with_uncertainty(scores, train, valid, draws=given.draws, selecting=choice)
+    return with_uncertainty(scores, train, valid, noise=noise, draws=given.draws, selecting=choice)
 
 
 def pick(

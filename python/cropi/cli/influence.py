@@ -22,6 +22,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--valid", required=True, nargs="+", metavar="FOLDER", help="stores of the validation prompts"
     )
+    command.add_argument(
+        "--noise", nargs="+", metavar="FOLDER", default=[],
+        help="stores that `cropi sketch --noise` made of the same prompts: the noise of scores from the finite number "
+        "of responses (default: none)",
+    )  # fmt: skip
     command.add_argument("--out", required=True, metavar="FILE.parquet", help="the score table")
     options.add(command, Influence)
 
@@ -38,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         train[0] if len(train) == 1 else SketchStore.join(train),
         [SketchStore.open(path) for path in args.valid],
         given,
+        noise=[SketchStore.open(path) for path in args.noise],
     )
     write_scores(args.out, scores)
     print(line(scores, given.metric, args.out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", metavar="FOLDER", help="everything is written there")
     options.add_model(command)
     options.add(command, Reading, Sketching, Influence, Selecting)
+    command.add_argument(
+        "--noise", action="store_true",
+        help="sketch the noise of gradients, too, from the finite number of responses: of all validation and of some "
+        "training prompts, for the uncertainty of scores and choice (docs/trust.md)",
+    )  # fmt: skip
     select.add_table(command)
     command.add_argument(
         "--no-report",
@@ -67,11 +73,14 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
     from cropi import pipeline
     from cropi.sketching.interrupt import Interrupted
+    from cropi.sketching.noise import SAMPLE
 
     policy, behaviour_model = sketch.policies(args)
     setup = pipeline.Setup.of(
         options.selection(args), behaviour_model=behaviour_model, notes=sketch.notes(args)
     )
+    if args.noise:
+        replace(setup.job, noise=True)  # what does not go with it shows here
     train = options.opened(args, args.train, policy)
     valid = {name: options.opened(args, path, policy) for name, path in zip(names, args.valid, strict=True)}
     out = Path(args.out)
@@ -81,19 +90,42 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
             exporting.check(args, checked.train.groups)
             print(sketch.placed(args, policy))
             if args.dry_run:
-                parts = [*checked.valid, checked.train]
-                return dry.show(
-                    args, policy, [(p.name, p.groups, setup.job, out / "sketches" / p.name) for p in parts]
-                )
+                parts = [
+                    (p.name, p.groups, setup.job, out / "sketches" / p.name)
+                    for p in (*checked.valid, checked.train)
+                ]
+                if args.noise:
+                    some = replace(setup.job, limit=SAMPLE)
+                    parts += [
+                        (
+                            f"noise-{name}",
+                            groups,
+                            some if name == "train" else job,
+                            out.with_name(f"noise-{name}"),
+                        )
+                        for name, groups, job, out in parts
+                    ]
+                return dry.show(args, policy, parts)
             write_config(args, out)
-            chosen = pipeline.choose(
-                policy, train, valid, setup, out, checked=checked, say=print, progress=args.progress
+            how: Any = {"say": print, "progress": args.progress}
+            stores = pipeline.sketch_all(
+                policy, checked, setup.job, lambda name: out / "sketches" / name, **how
             )
+            noise = (
+                pipeline.noise_stores(
+                    policy, checked, setup.job, stores["train"], lambda name: out / "sketches" / name, **how
+                )
+                if args.noise
+                else ()
+            )
+            chosen = pipeline.conclude(stores, setup, out, noise)
         else:
             from cropi.distributed import ranks as together
 
-            if args.dry_run:
-                raise CropiError("--dry-run is for one process: run it without a launcher")
+            for name in ("dry_run", "noise"):
+                if getattr(args, name):
+                    flag = name.replace("_", "-")
+                    raise CropiError(f"--{flag} is for one process: run it without a launcher")
 
             def check() -> Any:
                 found = pipeline.check(policy, train, valid, setup)

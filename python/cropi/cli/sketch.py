@@ -24,6 +24,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="FOLDER", help="the store; continued if it is there")
     command.add_argument("--set", help="validation set of records that carry none (default: none)")
     command.add_argument(
+        "--noise", action="store_true",
+        help="sketch a draw of the noise of every prompt's gradient, from its finite number of responses, in place of "
+        "the gradient, for `cropi influence --noise` (docs/trust.md)",
+    )  # fmt: skip
+    command.add_argument(
         "--shard", type=shard, metavar="I/N",
         help="only share I of N, about as many tokens as the others; every share into an --out of its own",
     )  # fmt: skip
@@ -60,7 +65,7 @@ def _inputs(args: argparse.Namespace) -> tuple[Any, Any]:
     trajectories = options.opened(args, args.trajectories, policy)
     job = make_job(
         options.made(Sketching, args), trajectories, args.out, set=args.set, behaviour_model=behaviour_model,
-        notes=notes(args),
+        notes=notes(args), noise=args.noise,
     )  # fmt: skip
     return policy, job
 

@@ -181,5 +181,28 @@ def check_covered(found: Mapping[str, Scan], wanted: Sequence[str], *, option: s
             )
 
 
+def check_pool(pool: Scan, names: str, *, known: bool = False, before: str = "", otherwise: str = "") -> None:
+    """Check that there is something to select.
+
+    Args:
+        pool: what the prompts that may be chosen are.
+        names: of the trajectories.
+        known: whether they are those of a trainer's dataset.
+        before, otherwise: what messages begin and end with.
+
+    Raises:
+        NothingToSelect: no prompt has a gradient.
+        CropiError: no trajectory belongs to a prompt of the dataset.
+    """
+    if known and not pool.prompts:
+        raise CropiError(
+            f"{before}none of the trajectories in {names} belongs to a prompt of the dataset; their ids must be those "
+            "of its id column"
+        )
+    if not pool.usable:
+        start = before or f"{names}: "
+        raise NothingToSelect(pool.prompts, pool.without_gradient, before=start, otherwise=otherwise)
+
+
 def _listed(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} with {reason}" for reason, count in sorted(reasons.items()))

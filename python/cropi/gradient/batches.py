@@ -39,6 +39,7 @@ class MicroBatch:
         temperature: of the rollouts; one per batch.
         members: int64 ``[N]``, for how many equal responses each token stands; None: for one.
         responses: int64 ``[N]``, a number for each response, which all of its tokens share.
+        noise: float32, shaped like ``advantages``: what is multiplied in their place; None: they themselves.
     """
 
     groups: list[TokenGroup]
@@ -56,6 +57,7 @@ class MicroBatch:
     temperature: float
     members: torch.Tensor | None = None
     responses: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -104,6 +106,7 @@ class MicroBatch:
             behaviour=None if self.behaviour is None else self.behaviour[chosen],
             members=None if self.members is None else self.members[chosen],
             responses=None if self.responses is None else self.responses[chosen],
+            noise=None if self.noise is None else self.noise[chosen],
         )
 
 
@@ -260,8 +263,9 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
     if most == 1:  # no response stands for others: there is nothing to sum
         tables = [table[:, 0] for table in tables]
     else:
-        tables[0] = tables[0] * (np.arange(most) < members[:, None])
-    advantages, divisors, behaviour = tables
+        held = np.arange(most) < members[:, None]
+        tables[0], tables[3] = tables[0] * held, tables[3] * held
+    advantages, divisors, behaviour, noise = tables
     block_table = torch.from_numpy(blocks)
     return MicroBatch(
         groups=groups,
@@ -279,6 +283,7 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
         temperature=rows[0].group.temperature,
         members=torch.from_numpy(members) if most > 1 else None,
         responses=torch.from_numpy(np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])),
+        noise=None if groups[0].noise is None else torch.from_numpy(noise).float(),
     )
 
 
@@ -301,6 +306,7 @@ def _fill(
     group, size = row.group, len(row.group.prompt)
     advantages = estimator.advantages(group.group.rewards)
     divisors = estimator.divisors(group.lengths)
+    noise = advantages if group.noise is None else np.array(group.noise)
     ids[:size], places[:size], blocks[:size] = group.prompt, np.arange(size), 0
     start = size
     for number, k in enumerate(row.chosen, 1):
@@ -334,5 +340,6 @@ def _fill(
             np.broadcast_to(advantages[list(equal)] * factor, shape),
             np.broadcast_to(divisors[list(equal)], shape),
             behaviour,
+            np.broadcast_to(noise[list(equal)], shape),
         )
         start = inputs.stop

@@ -148,6 +148,7 @@ class Estimator:
         behaviour: torch.Tensor | None,
         advantages: torch.Tensor,
         divisors: torch.Tensor,
+        noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Per-token weights ``w``.
 
@@ -158,6 +159,8 @@ class Estimator:
             advantages, divisors: float32 ``[n]``, A_k and d_k of the response that each token belongs to; ``[n, R]``
                 where a token stands for those of up to R equal responses (A = 0 where it stands for fewer), and
                 ``behaviour`` then likewise, or ``[n]`` for all of them.
+            noise: shaped like ``advantages``: what is multiplied in their place, while they decide what is clipped
+                (:mod:`cropi.gradient.noise`); None: they themselves.
 
         Raises:
             ValueError: a ratio of responses, of which a part of the tokens does not tell: see :meth:`of_sequences`.
@@ -170,7 +173,7 @@ class Estimator:
                 f"the estimator {self.name!r} has a ratio of responses: give it sequence_behaviour(...) as "
                 "behaviour, and call of_sequences().weights(...)"
             )
-        scale = advantages / divisors
+        scale = (advantages if noise is None else noise) / divisors
         if advantages.ndim == 2:
             each = scale if behaviour is None else self._each(logprobs[:, None], behaviour, advantages, scale)
             return sum_of_equals(each).to(scale.dtype)

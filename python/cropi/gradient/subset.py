@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator
+from cropi.gradient.noise import noisy
 from cropi.gradient.tokenize import TokenGroup
 
 Values = npt.NDArray[np.float64]
@@ -61,15 +62,24 @@ class Subset:
     Attributes:
         responses: at most so many different ones; None: all.
         tokens: the share of each response's scored tokens; None: all.
+        noise: a draw of the gradient's noise in its place (:mod:`cropi.gradient.noise`).
         seed: of the draws.
     """
 
     responses: int | None = None
     tokens: float | None = None
+    noise: bool = False
     seed: str = ""
 
     def check(self, estimator: Estimator) -> None:
-        """Raises CropiError: the estimator needs the tokens that would be left out."""
+        """Raises CropiError: the estimator, or the draw of noise, needs what would be left out."""
+        left = {"responses": self.responses, "token_share": self.tokens}
+        for name, value in left.items() if self.noise else ():
+            if value is not None:
+                raise CropiError(
+                    f"noise is drawn from all responses of a prompt and all of their tokens, and {name} is {value}: "
+                    "leave one of both out"
+                )
         if self.tokens is not None and estimator.level == "sequence":
             raise CropiError(
                 f"token_share {self.tokens}: the estimator {estimator.name!r} has a ratio of whole responses, which "
@@ -78,6 +88,8 @@ class Subset:
 
     def of(self, group: TokenGroup, estimator: Estimator) -> TokenGroup:
         """The group with what is drawn of it."""
+        if self.noise:
+            return noisy(group, estimator.advantages(group.group.rewards), self.seed)
         if self.responses is not None:
             group = _some_responses(group, self.responses, estimator, self._draws(group, ""))
         if self.tokens is not None and self.tokens < 1:

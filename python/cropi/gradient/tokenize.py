@@ -37,6 +37,7 @@ class TokenGroup:
     tools and users said in between); None: all are scored. The last token of a response is always scored.
     ``kept``: of a subset of the responses, the factor on the weights of each, by its number; None: all are sketched.
     ``places``: of a subset of their scored tokens, the places of those of each response; None: all are sketched.
+    ``noise``: what stands in the place of every response's advantage (:mod:`cropi.gradient.noise`); None: nothing.
     """
 
     group: PromptGroup
@@ -47,6 +48,7 @@ class TokenGroup:
     masks: list[list[int]] | None = None
     kept: Mapping[int, float] | None = None
     places: Mapping[int, list[int]] | None = None
+    noise: tuple[float, ...] | None = None
 
     @property
     def id(self) -> str:

@@ -25,6 +25,7 @@ from cropi.gradient.equal import all_cancel
 from cropi.gradient.estimators import Estimator
 from cropi.gradient.tokenize import TokenGroup
 
+ZERO_GRADIENT = "zero gradient"  # the reason in a prompt's row
 ROUNDINGS = 32  # of a token, per layer, forward and backward
 SMALL = 2.0**-8
 

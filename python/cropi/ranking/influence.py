@@ -22,7 +22,7 @@ from cropi.errors import CropiError, optional
 from cropi.ranking.contrast import names_without, without
 from cropi.ranking.products import in_order
 from cropi.ranking.table_rows import values_of
-from cropi.store.manifest import check_comparable, check_scaled, warn_unlike
+from cropi.store.manifest import NOISE, check_comparable, check_scaled, warn_unlike
 from cropi.store.shards import OK, RowInfo
 from cropi.store.store import SketchStore
 
@@ -163,6 +163,11 @@ def check_stores(train: SketchStore, valid: Sequence[SketchStore], stages: str =
         CropiError: the training store is unfinished, or two stores do not belong together.
     """
     train.check_finished()
+    if train.manifest.get(NOISE):
+        raise CropiError(
+            f"{train.path} holds the noise of gradients (--noise), which has no influence: give it as noise, beside "
+            "the stores of the gradients"
+        )
     for store in valid:
         names = str(train.path), str(store.path)
         check_comparable(

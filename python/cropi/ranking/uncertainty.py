@@ -32,6 +32,7 @@ from cropi.ranking.contrast import names_without, without
 from cropi.ranking.influence import DEFAULT_SET, Scores
 from cropi.ranking.pairwise import Pairwise, pairwise
 from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
+from cropi.ranking.response_noise import ResponseNoise, response_noise
 from cropi.ranking.rule import Rule
 from cropi.ranking.values import FROM_SCORES
 from cropi.store.shards import OK
@@ -51,6 +52,11 @@ class SetUncertainty:
     signal: (
         float  # |mu|^2 / E|m|^2, at most 1; 0 or less: the mean is not told from noise; NaN: no mean is used
     )
+    # Of standard errors at the cut, where noise was sketched (:mod:`cropi.ranking.response_noise`); else NaN:
+    from_responses: float = (
+        math.nan
+    )  # the part that comes from the validation prompts' finite number of responses
+    own: float = math.nan  # what comes to it from the training prompts' own responses
 
     def advice(self) -> str:
         """One sentence in words."""
@@ -66,8 +72,13 @@ class SetUncertainty:
                 f"{self.name}: {self.prompts} prompts; their mean gradient is mostly noise (signal "
                 f"{max(self.signal, 0):.2f} of 1), give more prompts or leave the set out"
             )
+        part = (
+            ""
+            if math.isnan(self.from_responses)
+            else f" ({self.from_responses:.3f} by their responses alone)"
+        )
         return (
-            f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut; "
+            f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut{part}; "
             f"{4 * self.prompts} prompts would halve it"
         )
 
@@ -79,6 +90,10 @@ class Uncertainty:
     ``stderr`` float64 ``[n, sets]``; ``p_selected`` float64 ``[n]``, NaN for prompts without a score; ``overlap`` is
     the share of the chosen prompts that a draw keeps, on average; ``overlap_of_set`` the same with only this set drawn
     anew; ``halves`` the agreement of the choices by two halves of every set; ``draws`` how many there were.
+
+    With noise (:mod:`cropi.ranking.response_noise`), ``stderr``, ``p_selected`` and ``overlap`` are those of other
+    validation prompts *and* other responses of the training prompts; ``own_signal`` is then the share of a training
+    gradient's squared length that is no noise, on average.
     """
 
     sets: list[SetUncertainty]
@@ -90,18 +105,23 @@ class Uncertainty:
     halves: float
     draws: int
     fraction: float
+    own_signal: float = math.nan
 
     def interval(self, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Limits of the cosine with each set's *population* mean, float64 ``[n, sets]`` each.
 
-        Student's t over n - 1 degrees of freedom times the standard error, divided by ``sqrt(signal)``. NaN where a
-        set's signal is not above 0, or a set has one prompt.
+        Student's t over n - 1 degrees of freedom times the standard error, divided by ``sqrt(signal)``, and by
+        ``sqrt(own_signal)`` where that is known: then they are limits of the cosine of the two *population* gradients.
+        NaN where a set's signal is not above 0, or a set has one prompt.
         """
         if not 0 < level < 1:
             raise CropiError(f"level must be in (0, 1), got {level}")
         degrees = np.array([s.prompts - 1 if s.prompts > 1 else math.nan for s in self.sets])
         quantile = optional("scipy.stats").t.ppf(0.5 + level / 2, degrees)
-        scale = np.array([1 / math.sqrt(s.signal) if s.signal > 0 else math.nan for s in self.sets])
+        own = 1.0 if math.isnan(self.own_signal) else self.own_signal
+        scale = np.array(
+            [1 / math.sqrt(s.signal * own) if min(s.signal, own) > 0 else math.nan for s in self.sets]
+        )
         return (self.table - quantile * self.stderr) * scale, (self.table + quantile * self.stderr) * scale
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +129,7 @@ class Uncertainty:
         return {
             "sets": [asdict(one) for one in self.sets], "overlap": self.overlap, "halves": self.halves,
             "overlap_of_set": self.overlap_of_set, "draws": self.draws, "fraction": self.fraction,
-        }  # fmt: skip
+        } | ({} if math.isnan(self.own_signal) else {"own_signal": self.own_signal})  # fmt: skip
 
     @classmethod
     def of(cls, scores: Scores) -> Uncertainty | None:
@@ -119,14 +139,22 @@ class Uncertainty:
             return None
         sets = [SetUncertainty(**one) for one in held["sets"]]
         rest = {name: held[name] for name in ("overlap", "overlap_of_set", "halves", "draws", "fraction")}
+        rest["own_signal"] = held.get("own_signal", math.nan)
         return cls(sets, scores.table, scores.stderr, scores.p_selected, **rest)
 
     def __str__(self) -> str:
         lines = [
-            f"choice        {self.overlap:.0%} of the chosen prompts stay chosen when the validation prompts are drawn "
-            f"anew; two halves of them agree on {self.halves:.0%}"
+            f"choice        {self.overlap:.0%} of the chosen prompts stay chosen when the validation prompts"
+            f"{'' if math.isnan(self.own_signal) else ' and all responses'} are drawn anew; two halves of them agree "
+            f"on {self.halves:.0%}"
         ]
         lines += [f"              {one.advice()}" for one in self.sets]
+        if not math.isnan(self.own_signal):
+            own = ", ".join(f"{one.own:.3f} ({one.name})" for one in self.sets)
+            lines.append(
+                f"responses     other responses of the training prompts would move a score by {own}; "
+                f"{max(1 - self.own_signal, 0):.0%} of their gradients' squared length is noise"
+            )
         return "\n".join(lines)
 
 
@@ -138,6 +166,7 @@ def uncertainty(
     aggregate: str = "mean",
     minus: str | None = None,
     minus_weight: float = 1.0,
+    noise: ResponseNoise | None = None,
     draws: int = 200,
     seed: int = 0,
     selecting: Selecting | None = None,
@@ -150,6 +179,7 @@ def uncertainty(
     Args:
         pairs: what :func:`cropi.ranking.pairwise.pairwise` gives.
         metric, mean, aggregate, minus, minus_weight: as in :func:`cropi.ranking.influence.influence`.
+        noise: of the scores, from the finite number of responses, in order of ``pairs.rows``.
         draws: resamples for the choice.
         seed: of the draws.
         selecting: the options of the selection, whose method ranks by scores ("rrf", "rrf_classic", "max", "mean");
@@ -167,6 +197,10 @@ def uncertainty(
         )
     if draws < 2:
         raise CropiError(f"draws must be at least 2, got {draws}")
+    if noise is not None and aggregate == "nearest":
+        raise CropiError(
+            "noise is that of means of validation gradients: aggregate must be mean, got 'nearest'"
+        )
     usable = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
     if not len(usable):
         raise CropiError("no training prompt has a usable sketch, so there is no score to resample")
@@ -189,8 +223,22 @@ def uncertainty(
 
     base = [one.score(one.base) for one in sets]
     table = contrasted(base)
-    errors = np.stack([one.stderr() for one in sets], axis=1)
-    stderr = np.sqrt(without(errors**2, pairs.sets, minus, -(minus_weight**2)))
+    own = None if noise is None else without(noise.own, pairs.sets, minus, minus_weight)
+    if own is not None and not len(own):
+        own = None
+
+    def variances(of_sets: np.ndarray) -> np.ndarray:
+        return without(of_sets, pairs.sets, minus, -(minus_weight**2))
+
+    def other_responses() -> np.ndarray | float:
+        """What other responses of their own would move the scores by: those of prompts that are known, drawn."""
+        if own is None:
+            return 0.0
+        signs = rng.choice((-1.0, 1.0), len(usable))
+        return np.asarray(own[rng.integers(0, len(own), len(usable))] * signs[:, None])
+
+    of_own = np.zeros(len(ranked)) if own is None else np.square(own).mean(axis=0)
+    stderr = np.sqrt(variances(np.stack([one.stderr() for one in sets], axis=1) ** 2) + of_own)
     chosen = rule.choose(table)
     rng = np.random.default_rng(seed)
     counts, kept = np.zeros(len(usable)), 0.0
@@ -198,7 +246,7 @@ def uncertainty(
     halves = 0.0
     for _ in range(draws):
         drawn = [one.score(one.resample(rng)) for one in sets]
-        picked = choose(drawn)
+        picked = rule.choose(contrasted(drawn) + other_responses())
         counts[picked] += 1
         kept += _shared(picked, chosen)
     for _ in range(small := max(draws // 4, 2)):
@@ -217,7 +265,17 @@ def uncertainty(
         SetUncertainty(one.name, len(one.members), _rms(stderr[:, v]), _rms(stderr[near, v]), one.signal())
         for v, one in enumerate(ranked)
     ]
-    return Uncertainty(summary, scores, full, p_selected, kept / draws, alone, halves, draws, given.fraction)
+    signal = math.nan
+    if noise is not None:
+        part = np.sqrt(variances(noise.valid)[usable[near]].mean(axis=0))
+        size = np.sqrt(of_own) if own is not None else np.full(len(ranked), math.nan)
+        summary = [
+            replace(one, from_responses=float(part[v]), own=float(size[v])) for v, one in enumerate(summary)
+        ]
+        signal = 1.0 - noise.share
+    return Uncertainty(
+        summary, scores, full, p_selected, kept / draws, alone, halves, draws, given.fraction, signal
+    )
 
 
 # Products of this many pairs take 1 GB; resampling many more is a matter of minutes, too.
@@ -239,6 +297,7 @@ def with_uncertainty(
     train: SketchStore,
     valid: Sequence[SketchStore],
     *,
+    noise: Sequence[SketchStore] = (),
     draws: int = 200,
     selecting: Selecting | None = None,
     **choice: Any,
@@ -264,9 +323,10 @@ def with_uncertainty(
         )
     if why:
         return replace(scores, meta=scores.meta | {"uncertainty_missing": why}, pairs=None)
+    how = {name: scores.meta[name] for name in ("metric", "mean")}
     made = uncertainty(
-        scores.pairs or pairwise(train, valid, **options),
-        metric=scores.meta["metric"], mean=scores.meta["mean"], draws=draws,
+        scores.pairs or pairwise(train, valid, **options), **how, draws=draws,
+        noise=response_noise(train, valid, noise, **how, **options) if noise else None,
         aggregate=scores.meta.get("aggregate", "mean"), minus=scores.meta.get("minus"),
         minus_weight=scores.meta.get("minus_weight", 1.0),
         selecting=given,

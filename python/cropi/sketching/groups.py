@@ -14,14 +14,15 @@ from cropi.errors import CropiError, optional
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.layout import layout_of
+from cropi.gradient.noise import FEWEST, TOO_FEW
 from cropi.gradient.subset import Subset
 from cropi.gradient.tokenize import TokenGroup
-from cropi.gradient.zero import cancels
+from cropi.gradient.zero import ZERO_GRADIENT, cancels
 from cropi.model.moments import SecondMoments
 from cropi.model.policy import Policy
 from cropi.sketching.chunks import Part, make_chunks
 from cropi.sketching.interrupt import Interrupt
-from cropi.sketching.passes import ZERO_GRADIENT, Passes
+from cropi.sketching.passes import Passes
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary, peak_memory_gib
 from cropi.store.shards import SKIPPED, RowInfo
@@ -187,10 +188,11 @@ def _checked(
                     f"prompt {group.id!r} has no log-probs of the policy that made its responses, and behaviour is "
                     "'file'; give them, or behaviour='current' (ratio 1)"
                 )
-            if not (zero_check and cancels(group, estimator, source)):
+            few = subset is not None and subset.noise and len(group.responses) < FEWEST
+            if not few and not (zero_check and cancels(group, estimator, source)):
                 yield group if subset is None else subset.of(group, estimator)
                 continue
-            reason = ZERO_GRADIENT
+            reason = TOO_FEW if few else ZERO_GRADIENT
         yield row_of(group.group, SKIPPED, reason, default_set)
 
 

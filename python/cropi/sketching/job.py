@@ -20,7 +20,7 @@ from cropi.model.moments import SecondMoments, file_of
 from cropi.model.policy import Policy
 from cropi.option_fields import names_of
 from cropi.options import Gradient, Running, Sketch, Sketching, Storing, Tokens
-from cropi.store.manifest import MANIFEST, read_manifest, share_text
+from cropi.store.manifest import MANIFEST, NOISE, read_manifest, share_text
 from cropi.store.memory import MemoryStore
 from cropi.store.parts import take_parts
 from cropi.store.store import SketchStore
@@ -50,6 +50,7 @@ class SketchJob(Tokens, Running, Storing):
         token_share: of each response's scored tokens, likewise; None: all.
         optimizer_state: what :func:`cropi.model.moments.read_moments` takes: these are validation prompts, and their
             gradients are scaled as a step of that optimiser scales the training prompts'.
+        noise: a draw of every gradient's noise is sketched in its place (:mod:`cropi.gradient.noise`).
         set: validation set of records that carry none.
         shard: ``(i, n)``: only share i of n, counted from 1; None: all prompts.
         shard_rows: sketches that are written at once; what a kill may cost.
@@ -70,6 +71,7 @@ class SketchJob(Tokens, Running, Storing):
     responses: int | None = None
     token_share: float | None = None
     optimizer_state: Any = None
+    noise: bool = False
     set: str | None = None
     shard: tuple[int, int] | None = None
     shard_rows: int = 64
@@ -90,7 +92,7 @@ class SketchJob(Tokens, Running, Storing):
     @property
     def subset(self) -> Subset:
         """What is sketched of each prompt; every stage draws anew."""
-        return Subset(self.responses, self.token_share, self.stage)
+        return Subset(self.responses, self.token_share, self.noise, self.stage)
 
     @property
     def names(self) -> list[str]:
@@ -128,6 +130,7 @@ def make_job(
     set: str | None = None,
     behaviour_model: Any = None,
     notes: Mapping[str, Any] | None = None,
+    noise: bool = False,
 ) -> SketchJob:
     """The job of some options. A behaviour model that is given is used, unless ``behaviour`` names another source."""
     shared = {name: getattr(options, name) for name in names_of(Tokens, Running, Storing)}
@@ -136,6 +139,7 @@ def make_job(
         trajectories, out, spec=spec_of(options), exclude=options.exclude, estimator=estimator_of(options),
         behaviour=behaviour, behaviour_model=behaviour_model, temperature=options.temperature, set=set,
         optimizer_state=options.optimizer_state, responses=options.responses, token_share=options.token_share,
+        noise=noise,
         notes=dict(notes or {}), **shared,
     )  # fmt: skip
 
@@ -255,6 +259,8 @@ def make_manifest(
     for name in ("responses", "token_share"):
         if getattr(job, name) is not None:
             manifest[name] = getattr(job, name)
+    if job.noise:
+        manifest[NOISE] = True
     if not job.zero_check:
         manifest["zero_check"] = False
     if scan is not None:

@@ -16,14 +16,13 @@ from cropi.gradient.estimators import Estimator, sequence_behaviour
 from cropi.gradient.health import Health, batch_health
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
-from cropi.gradient.zero import Suspicion, is_zero, rounding
+from cropi.gradient.zero import ZERO_GRADIENT, Suspicion, is_zero, rounding
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient
 from cropi_kernels.sketcher.lengths import Lengths
 
-ZERO_GRADIENT = "zero gradient"
 Finished = tuple[RowInfo, torch.Tensor | None]
 # How errors that are not torch's OutOfMemoryError say it: torch's CPU allocator, C++, cuBLAS, the CUDA driver (Triton).
 NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
@@ -177,7 +176,11 @@ class Passes:
             responses = None if batch.responses is None else batch.responses[start:stop]
             old = self._ratios_of_sequences(logprobs, old, responses)
             return self.estimator.of_sequences().weights(
-                logprobs, old, batch.advantages[start:stop], batch.divisors[start:stop]
+                logprobs,
+                old,
+                batch.advantages[start:stop],
+                batch.divisors[start:stop],
+                None if batch.noise is None else batch.noise[start:stop],
             )
 
         return self.sketcher.policy_gradient(

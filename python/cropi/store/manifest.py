@@ -13,8 +13,9 @@ from cropi.errors import CropiError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+NOISE = "noise"  # true: rows are draws of gradients' noise (cropi.gradient.noise)
 # What must agree for sketches to be comparable; the rest of the manifest may differ between two stores.
-COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters")
+COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters", NOISE)
 # What two stores may differ in, but seldom mean to: scores between them compare gradients of two kinds. Where the
 # trajectories come from may well differ between training and validation, and so may behaviour, lengths and dtypes.
 ALIKE = ("estimator", "temperature", "tokenizer", "tokens.eos", "tokens.chat_template")
@@ -23,6 +24,7 @@ ALIKE = ("estimator", "temperature", "tokenizer", "tokens.eos", "tokens.chat_tem
 NOTES = ("notes", "prompts", "share")
 CHECKSUM = "checksum"
 SCALED = "preconditioner"  # which moments the gradients were divided by
+MERGED = "merged"  # the trajectories of the stores that were merged to this one
 _UNKNOWN = object()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from cropi.errors import CropiError, shown
 from cropi.store.compact import SHARD_BYTES, join_blocks
-from cropi.store.manifest import ALIKE, NOTES, first_difference, get_field
+from cropi.store.manifest import ALIKE, MERGED, NOTES, first_difference, get_field
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Shard
 from cropi.store.store import SketchStore
@@ -93,7 +93,7 @@ def merged_manifest(stores: Sequence[SketchStore]) -> dict[str, Any]:
                 )
     held = [{k: v for k, v in one.manifest.items() if k not in NOTES} for one in stores]
     made: dict[str, Any] = _common(held)
-    made["merged"] = [store.manifest.get("trajectories") for store in stores]
+    made[MERGED] = [store.manifest.get("trajectories") for store in stores]
     made["notes"] = dict(first.manifest.get("notes", {})) | {"merged": [str(store.path) for store in stores]}
     return made | {"prompts": sum(len(store) for store in stores)}
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from cropi import pipeline
-from cropi.data.scan import NothingToSelect, Scan, check_covered, scan
+from cropi.data.scan import NothingToSelect, Scan, check_covered, check_pool, scan
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
@@ -175,7 +175,7 @@ def check_files(
         return found
     names = ", ".join(map(str, options.files("train") or ()))
     try:
-        pipeline.check_pool(pool, names, known=True, before="stage 0: ", otherwise=OTHERWISE)
+        check_pool(pool, names, known=True, before="stage 0: ", otherwise=OTHERWISE)
     except NothingToSelect:
         if options.on_nothing != "keep":
             raise

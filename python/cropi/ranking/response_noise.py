@@ -1,0 +1,233 @@
+"""What a score's noise owes to the finite number of responses, from stores of noise beside those of gradients.
+
+A store of noise (``cropi sketch --noise``) holds, for every prompt, a vector d whose covariance is that of its gradient
+g over other responses (:mod:`cropi.gradient.noise`). To first order in the noise, with the weights w_i of the
+validation prompts (1/V, or 1/(V |g_i|)), their mean m and the direction u = g / |g| of a training prompt ::
+
+    of the validation responses    var c = sum_i w_i^2 <u, (I - m m'/|m|^2) d_i>^2 / |m|^2
+    of the prompt's own responses  var c = <(I - u u') d, m>^2 / (|g| |m|)^2
+
+The first is a part of the standard error of resampled validation prompts, whose gradients carry it already; the second
+comes to it. One d a prompt gives the second one degree of freedom: it is averaged over the training prompts that have
+one. The same d give the share |d|^2 / |g|^2 of a gradient's squared length that is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cropi.errors import CropiError, shown
+from cropi.gradient.zero import ZERO_GRADIENT
+from cropi.ranking.influence import DEFAULT_SET, check_stores, choose_members, validation_means
+from cropi.ranking.products import in_order
+from cropi.store.manifest import ALIKE, MERGED, NOISE, NOTES, first_difference, get_field, read_manifest
+from cropi.store.rows import OK
+from cropi.store.store import SketchStore
+
+MOST = 1024  # training prompts whose noise is looked at: their gradients are in memory
+# What a store of noise may differ in from that of the gradients.
+_FREE = (*NOTES, NOISE, "dtype", "zero_check")
+
+
+@dataclass(frozen=True)
+class ResponseNoise:
+    """For the training prompts in order of id and the validation sets in theirs.
+
+    ``valid`` float64 ``[n, sets]``: the part of every score's variance that comes from the validation prompts'
+    responses; NaN where no validation prompt of the set has noise. ``own`` float64 ``[m, sets]``: what other responses
+    of their own would have moved the scores of m training prompts by. ``share``: the mean of |d|^2 / |g|^2 over these;
+    NaN without any.
+    """
+
+    sets: list[str]
+    valid: np.ndarray
+    own: np.ndarray
+    share: float
+
+
+def response_noise(
+    train: SketchStore,
+    valid: Sequence[SketchStore],
+    noise: Sequence[SketchStore],
+    *,
+    metric: str = "cosine",
+    mean: str = "plain",
+    max_valid: int | None = None,
+    seed: int = 0,
+) -> ResponseNoise:
+    """The noise of all scores that comes from responses.
+
+    Args:
+        train: the store of training prompts.
+        valid: stores of validation prompts.
+        noise: stores of noise, of some or all of these.
+        metric, mean, max_valid, seed: as in :func:`cropi.ranking.influence.influence`.
+
+    Raises:
+        CropiError: stores that cannot be compared, or one of noise that belongs to none of them.
+    """
+    check_stores(train, valid)
+    of_train: list[SketchStore] = []
+    of_valid: list[list[SketchStore]] = [[] for _ in valid]
+    for store in noise:
+        place = _place(store, [train, *valid])
+        (of_train if place == 0 else of_valid[place - 1]).append(store)
+    means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
+    moved, counts = _of_valid(valid, of_valid, means, metric, mean, max_valid, seed)
+    own, share = _own(train, of_train, means, metric)
+    return ResponseNoise(list(means), _variances(train, moved, counts, metric), own, share)
+
+
+def _of_valid(
+    valid: Sequence[SketchStore],
+    noise: Sequence[Sequence[SketchStore]],
+    means: Mapping[str, torch.Tensor],
+    metric: str,
+    mean: str,
+    max_valid: int | None,
+    seed: int,
+) -> tuple[dict[str, list[torch.Tensor]], dict[str, int]]:
+    """For every set: what each validation prompt's noise adds to a direction's score, as vectors float64 ``[dim]``; and
+    how many of its prompts have noise, those among them whose noise is zero."""
+    members = choose_members(valid, max_valid, seed)
+    moved: dict[str, list[torch.Tensor]] = {name: [] for name in means}
+    counts = dict.fromkeys(means, 0)
+    for number, (store, parts) in enumerate(zip(valid, noise, strict=True)):
+        drawn = _noise_of(parts)
+        for rows, table in store.shards() if drawn else ():
+            for row, gradient in zip(rows, table.double(), strict=True):
+                name = row.set or DEFAULT_SET
+                if row.id not in drawn or (number, row.id) not in members[name]:
+                    continue
+                counts[name] += 1
+                if (vector := drawn[row.id]) is None:
+                    continue
+                if mean == "normalised":
+                    vector = _without(vector, gradient) / gradient.norm()
+                if metric == "cosine":
+                    vector = _without(vector, means[name]) / means[name].norm()
+                moved[name].append(vector / len(members[name]))
+    # Those that have none stand for as much as those that have.
+    for name, vectors in moved.items():
+        moved[name] = [vector * (len(members[name]) / counts[name]) ** 0.5 for vector in vectors]
+    return moved, counts
+
+
+def _variances(
+    train: SketchStore, moved: Mapping[str, list[torch.Tensor]], counts: Mapping[str, int], metric: str
+) -> np.ndarray:
+    ends = np.cumsum([0, *(len(vectors) for vectors in moved.values())])
+    known = np.where([counts[name] > 0 for name in moved], 0.0, np.nan)
+    vectors = [vector for part in moved.values() for vector in part] or [torch.zeros(train.dim)]
+
+    def sums(products: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a zero sketch has no direction: NaN
+            squares = np.square(products / lengths[:, None] if metric == "cosine" else products)
+        parts = [squares[:, a:b].sum(axis=1) for a, b in zip(ends, ends[1:])]
+        return np.asarray(np.stack(parts, axis=1) + known)
+
+    return in_order(train, torch.stack(vectors), sums, len(moved))[1]
+
+
+def _own(
+    train: SketchStore, noise: Sequence[SketchStore], means: Mapping[str, torch.Tensor], metric: str
+) -> tuple[np.ndarray, float]:
+    """What other responses of its own would have moved each score by, for the prompts that have noise, float64
+    ``[m, sets]``; and the noise's share of their squared lengths."""
+    usable = {row.id for row in train.rows() if row.status == OK}
+    drawn = _noise_of(noise, usable)
+    moved, shares = [], []
+    for rows, table in train.shards() if drawn else ():
+        for row, gradient in zip(rows, table, strict=True):
+            if row.id not in drawn:
+                continue
+            vector, gradient = drawn[row.id], gradient.double()
+            size = float(gradient.norm())
+            if vector is None or not size:
+                moved.append([0.0] * len(means))
+                shares.append(0.0)
+                continue
+            shares.append(float(vector.norm()) ** 2 / size**2)
+            if metric == "cosine":
+                vector = _without(vector, gradient) / size
+            lengths = [float(m.norm()) if metric == "cosine" else 1.0 for m in means.values()]
+            moved.append(
+                [float(vector @ m) / length for m, length in zip(means.values(), lengths, strict=True)]
+            )
+    table = np.array(moved).reshape(len(moved), len(means))
+    return table, float(np.mean(shares)) if shares else float("nan")
+
+
+def _noise_of(
+    stores: Sequence[SketchStore], usable: set[str] | None = None
+) -> dict[str, torch.Tensor | None]:
+    """The noise of each prompt by its id, float64 ``[dim]``, None where it is zero. With ``usable``: of at most
+    :data:`MOST` of these, drawn."""
+    ids = [
+        row.id
+        for store in stores
+        for row in store.rows()
+        if (row.status == OK or row.reason == ZERO_GRADIENT) and (usable is None or row.id in usable)
+    ]
+    if usable is not None and len(ids) > MOST:
+        ids = [ids[i] for i in np.random.default_rng(0).choice(len(ids), MOST, replace=False)]
+    found: dict[str, torch.Tensor | None] = dict.fromkeys(ids)
+    for store in stores:
+        for rows, table in store.shards():
+            found.update(
+                (row.id, vector.double()) for row, vector in zip(rows, table, strict=True) if row.id in found
+            )
+    return found
+
+
+def _without(vector: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """The vector less its part along a direction."""
+    return vector - direction * (vector @ direction / (direction @ direction))
+
+
+def _place(noise: SketchStore, stores: Sequence[SketchStore]) -> int:
+    """Which of some stores of gradients a store of noise belongs to.
+
+    Raises:
+        CropiError: none of them, and why; or it holds gradients itself.
+    """
+    noise.check_finished()
+    if not noise.manifest.get(NOISE):
+        raise CropiError(
+            f"noise: {noise.path} holds gradients; give stores that `cropi sketch --noise` made of the same "
+            "trajectories"
+        )
+    reason = ""
+    for number, store in enumerate(stores):
+        for manifest in _manifests(store):
+            differs = _difference(manifest, noise.manifest)
+            if differs is None:
+                return number
+            if differs[0] != "trajectories" or not reason:
+                reason = f"{differs[0]} = {shown(differs[1])} in {store.path}, {shown(differs[2])} in it"
+    raise CropiError(
+        f"noise: {noise.path} belongs to none of the stores of training and validation prompts ({reason}); sketch it "
+        "from the same trajectories with the same settings"
+    )
+
+
+def _manifests(store: SketchStore) -> list[dict[str, Any]]:
+    """Of the parts of a store that is read as one."""
+    return [store.manifest] if len(store.paths) == 1 else [read_manifest(path) for path in store.paths]
+
+
+def _difference(store: Mapping[str, Any], noise: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Where the jobs of a store and of one of noise differ; a merged store holds the trajectories of several."""
+    if MERGED in store:
+        if noise.get("trajectories") not in store[MERGED]:
+            return "trajectories", store[MERGED], noise.get("trajectories")
+        fields = ("spec", "stage", "model", "parameters", *ALIKE)
+        left, right = ({field: get_field(one, field, None) for field in fields} for one in (store, noise))
+        return first_difference(left, right)
+    left, right = ({k: v for k, v in one.items() if k not in _FREE} for one in (dict(store), dict(noise)))
+    return first_difference(left, right)
