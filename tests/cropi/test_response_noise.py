@@ -303,10 +303,13 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     words = ["run", "--train", str(train), "--valid", str(valid), "--out", str(tmp_path / "out"), *common]
     assert main([*words, "--noise", "--no-report"]) == 0
     said = capsys.readouterr().out
-    assert "and all responses are drawn anew" in said and "by their responses alone" in said
+    assert (
+        "and all responses are drawn anew" in said and "responses     other responses of the training" in said
+    )
     scores = read_scores(tmp_path / "out" / "scores.parquet")
     found = Uncertainty.of(scores)
-    assert found is not None and 0 < found.own_signal < 1 and found.sets[0].own > 0
+    assert found is not None and found.own_signal < 1 and found.sets[0].own > 0
+    assert found.sets[0].from_responses > 0
     sketches = tmp_path / "out" / "sketches"
     assert (
         main(["sketch", "--trajectories", str(train), "--out", str(tmp_path / "n"), "--noise", *common]) == 0

@@ -17,7 +17,7 @@ from cropi.ranking.influence import Scores, influence
 from cropi.ranking.selection import select
 from cropi.ranking.shares import apportion, read_quotas
 from cropi.ranking.table import read_scores, write_scores
-from cropi.ranking.values import fuse_ranks
+from cropi.ranking.values import best_of, fuse_ranks, order_of
 from cropi.store.memory import MemoryStore
 from cropi.store.shards import RowInfo
 
@@ -339,3 +339,21 @@ def test_a_pool_without_a_usable_prompt_gives_nothing() -> None:
         assert select(nothing, fraction=0.5, **options).ids == []  # type: ignore[arg-type]
     with pytest.raises(CropiError, match="the highest is -inf"):
         select(nothing, fraction=0.5, min_score=0.0)
+
+
+@pytest.mark.parametrize("kinds", [3, 40, 10**9])
+@pytest.mark.parametrize(
+    "size, n", [(5, 2), (5, 9), (700, 70), (20_000, 1), (20_000, 1900), (20_000, 15_000)]
+)
+def test_what_is_chosen_without_sorting_is_what_sorting_chooses(kinds: int, size: int, n: int) -> None:
+    """With many equal values, a few, and none; also where values rise with the place, so that a sample misleads."""
+    rng = np.random.default_rng(size + n)
+    for ordered in (False, True):
+        value = rng.integers(0, kinds, size).astype(np.float64)
+        value = np.sort(value) if ordered else value
+        beyond, ties = rng.integers(0, 2, size).astype(np.float64), rng.permutation(size)
+        want = order_of(value, beyond, ties)[:n]
+        assert sorted(best_of(value, beyond, ties, n).tolist()) == sorted(want.tolist())
+        fused = np.zeros(size)
+        fused[np.lexsort((ties, -value))[:n]] = 1.0 / np.arange(1, min(n, size) + 1)
+        np.testing.assert_array_equal(fuse_ranks(value[:, None], ties, n), fused)

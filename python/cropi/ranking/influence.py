@@ -239,9 +239,9 @@ def influence(
     def score(found: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):  # a zero sketch has no direction: NaN
             values = without(compared.score(found, lengths), compared.sets, minus, minus_weight)
-        return np.concatenate([values, lengths[:, None], found[:, found.shape[1] - wanted :]], axis=1)
+        return np.concatenate([values, lengths[:, None]], axis=1)
 
-    rows, streamed = in_order(train, compared.directions, score, len(kept_sets) + 1 + wanted)
+    rows, streamed, dots = in_order(train, compared.directions, score, len(kept_sets) + 1, wanted)
     table = np.ascontiguousarray(streamed[:, : len(kept_sets)])
     if not np.isfinite(table).all(axis=1).any():
         raise CropiError(
@@ -259,8 +259,7 @@ def influence(
         return Scores(rows, kept_sets, table, meta, store=train)
     from cropi.ranking.pairwise import made
 
-    count = len(kept_sets)
-    held = made(rows, compared.valid, compared.sketches, streamed[:, count + 1 :], streamed[:, count])
+    held = made(rows, compared.valid, compared.sketches, dots, streamed[:, len(kept_sets)].copy())
     return Scores(rows, kept_sets, table, meta, store=train, pairs=held)
 
 

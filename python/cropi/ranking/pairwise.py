@@ -27,7 +27,7 @@ from cropi.store.store import SketchStore
 class Pairwise:
     """Inner products between prompts.
 
-    ``rows``: the training prompts by id; ``valid``: the usable validation prompts, by set and id. ``dots`` float64
+    ``rows``: the training prompts by id; ``valid``: the usable validation prompts, by set and id. ``dots`` float32
     ``[n, V]``, NaN for a training prompt without a sketch; ``norms`` float64 ``[n]``; ``gram`` float64 ``[V, V]``.
     """
 
@@ -113,7 +113,7 @@ def pairwise(
 ) -> Pairwise:
     """All inner products between training and validation prompts.
 
-    Memory: ``8 n V`` bytes and a few blocks of rows. Errors are those of :func:`cropi.ranking.products.products`, far
+    Memory: ``4 n V`` bytes and a few blocks of rows. Errors are those of :func:`cropi.ranking.products.products`, far
     under the sketch's own.
 
     Args:
@@ -126,8 +126,8 @@ def pairwise(
     """
     _check(train, valid)
     names, sketches = validation(valid, max_valid, seed)
-    rows, found = in_order(train, sketches, lambda dots, norms: np.c_[dots, norms], len(names) + 1)
-    return made(rows, names, sketches, found[:, :-1], found[:, -1])
+    rows, norms, dots = in_order(train, sketches, lambda dots, norms: norms[:, None], 1, len(names))
+    return made(rows, names, sketches, dots, norms[:, 0])
 
 
 def made(

@@ -53,22 +53,20 @@ def in_order(
     directions: torch.Tensor,
     values: Callable[[np.ndarray, np.ndarray], np.ndarray],
     columns: int,
-) -> tuple[list[RowInfo], np.ndarray]:
-    """All rows in order of id, and what ``values`` makes of products and lengths, float64 ``[rows, columns]``; NaN for
-    prompts without a sketch."""
+    keep: int = 0,
+) -> tuple[list[RowInfo], np.ndarray, np.ndarray]:
+    """All rows in order of id, what ``values`` makes of products and lengths, float64 ``[rows, columns]``, and the
+    products with the last ``keep`` directions, float32 ``[rows, keep]``; NaN for prompts without a sketch."""
     rows = store.rows()
-    usable = np.flatnonzero([row.row is not None for row in rows])
-    streamed = np.empty((len(usable), columns))
-    ids: list[str] = []
-    for kept, dots, lengths in products(store, directions):
-        streamed[len(ids) : len(ids) + len(kept)] = values(dots, lengths)
-        ids += [row.id for row in kept]
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    if len(usable) == len(rows) and order == list(range(len(ids))):
-        return rows, streamed
+    place = {row.id: i for i, row in enumerate(rows)}
     table = np.full((len(rows), columns), np.nan)
-    table[usable] = streamed[order]
-    return rows, table
+    kept = np.full((len(rows), keep), np.nan, np.float32)
+    for some, dots, lengths in products(store, directions):
+        places = [place[row.id] for row in some]
+        table[places] = values(dots, lengths)
+        if keep:
+            kept[places] = dots[:, -keep:]
+    return rows, table, kept
 
 
 def _multiply(tensors: Mapping[str, torch.Tensor], directions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -15,12 +15,14 @@ so that the bootstrap's variance of the nearest is known without drawing.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 
 from cropi.ranking.pairwise import Pairwise
 
+BLOCK = 1 << 14  # training prompts that are looked at together, in float64
 KEPT = 64  # nearest prompts that draws look at: none of them is drawn once in e^64 draws
 
 
@@ -33,6 +35,9 @@ class ResampledSet(Protocol):
 
     def score(self, weights: np.ndarray) -> np.ndarray:
         """The scores, float64 ``[usable]``, under weights of the set's prompts."""
+
+    def scores(self, weights: np.ndarray) -> np.ndarray:
+        """Those under several weights ``[B, V]``, in the dtype of the products: ``[B, usable]``."""
 
     def resample(self, rng: np.random.Generator) -> np.ndarray:
         """Weights of a draw with replacement."""
@@ -66,31 +71,53 @@ class _Drawn:
 
 
 class MeanSet(_Drawn):
-    """X [usable, V] = <u, g_i> times each prompt's weight in the mean, and the weighted gram."""
+    """Products with every prompt of the set, the weight of each in the mean, and the weighted gram."""
 
     def __init__(self, pairs: Pairwise, name: str, usable: np.ndarray, metric: str, mean: str) -> None:
-        self.name, self.metric = name, metric
-        self.members = pairs.members(name)
-        lengths = pairs.norms[usable, None] if metric == "cosine" else 1.0
-        scale = pairs.weights(self.members, mean) * len(self.members)  # 1, or 1 / |g_i|
-        self.products = pairs.dots[np.ix_(usable, self.members)] * scale / lengths
-        self.gram = pairs.gram[np.ix_(self.members, self.members)] * scale[:, None] * scale
-        self.base = np.full(len(self.members), 1.0 / len(self.members))
+        self.name, self.metric, self.usable = name, metric, usable
+        self.members = members = pairs.members(name)
+        one_run = members[-1] - members[0] == len(members) - 1
+        self.dots = pairs.dots[:, members[0] : members[-1] + 1] if one_run else pairs.dots[:, members]
+        self.lengths = pairs.norms[usable] if metric == "cosine" else np.ones(len(usable))
+        self.inverse = (1 / self.lengths).astype(self.dots.dtype)
+        self.scale = pairs.weights(members, mean) * len(members)  # 1, or 1 / |g_i|
+        self.gram = pairs.gram[np.ix_(members, members)] * self.scale[:, None] * self.scale
+        self.base = np.full(len(members), 1.0 / len(members))
+
+    def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """X [b, V] = <u, g_i> times each prompt's scale, float64, for b prompts at a time."""
+        for start in range(0, len(self.usable), BLOCK):
+            here = slice(start, start + BLOCK)
+            yield here, self.dots[self.usable[here]] * self.scale / self.lengths[here, None]
 
     def score(self, weights: np.ndarray) -> np.ndarray:
-        column = self.products @ weights
-        return column / math.sqrt(weights @ self.gram @ weights) if self.metric == "cosine" else column
+        found = np.concatenate([block @ weights for _, block in self._blocks()])
+        return found / math.sqrt(weights @ self.gram @ weights) if self.metric == "cosine" else found
+
+    def scores(self, weights: np.ndarray) -> np.ndarray:
+        scaled = weights * self.scale
+        if self.metric == "cosine":
+            scaled = scaled / np.sqrt(np.einsum("bi,ij,bj->b", weights, self.gram, weights))[:, None]
+        found = scaled.astype(self.dots.dtype) @ self.dots.T
+        if len(self.usable) < len(self.dots):
+            found = found[:, self.usable]
+        if self.metric == "cosine":
+            found *= self.inverse
+        return np.asarray(found)
 
     def stderr(self) -> np.ndarray:
         n = len(self.base)
         if n == 1:
-            return np.full(len(self.products), math.nan)
-        values = self.products
-        if self.metric == "cosine":
-            with_mean = self.gram @ self.base
-            squared = float(self.base @ with_mean)
-            values = values / math.sqrt(squared) - np.outer(self.score(self.base), with_mean / squared)
-        return values.std(axis=1, ddof=1) / math.sqrt(n)
+            return np.full(len(self.usable), math.nan)
+        with_mean = self.gram @ self.base
+        squared = float(self.base @ with_mean)
+        found = np.empty(len(self.usable))
+        for here, values in self._blocks():
+            if self.metric == "cosine":
+                values = values / math.sqrt(squared)
+                values = values - np.outer(values @ self.base, with_mean / squared)
+            found[here] = values.std(axis=1, ddof=1)
+        return found / math.sqrt(n)
 
     def signal(self) -> float:
         n = len(self.base)
@@ -120,6 +147,9 @@ class NearestSet(_Drawn):
         if none.any():
             values[none] = self.products[np.ix_(none, drawn)].max(axis=1)
         return values
+
+    def scores(self, weights: np.ndarray) -> np.ndarray:
+        return np.stack([self.score(one) for one in weights])
 
     def stderr(self) -> np.ndarray:
         n = len(self.base)

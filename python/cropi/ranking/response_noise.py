@@ -159,8 +159,7 @@ def _own(
             moved.append(
                 [float(vector @ m) / length for m, length in zip(means.values(), lengths, strict=True)]
             )
-    table = np.array(moved).reshape(len(moved), len(means))
-    return table, float(np.mean(shares)) if shares else float("nan")
+    return np.array(moved).reshape(len(moved), len(means)), float(np.mean(shares)) if shares else float("nan")
 
 
 def _noise_of(

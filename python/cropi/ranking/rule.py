@@ -14,7 +14,7 @@ from cropi.errors import CropiError
 from cropi.options import Selecting
 from cropi.ranking.shares import apportion, how_many, part_of, read_quotas, with_quotas
 from cropi.ranking.table_rows import values_of
-from cropi.ranking.values import FROM_SCORES, baseline, drawn_ties, order_of, ranks_of, value_of
+from cropi.ranking.values import FROM_SCORES, baseline, best_of, drawn_ties, order_of, ranks_of, value_of
 from cropi.store.shards import RowInfo
 
 
@@ -131,9 +131,15 @@ class Rule:
         return orders, values
 
     def choose(self, table: np.ndarray) -> np.ndarray:
-        """The chosen prompts' places, int64, group by group."""
-        orders, _ = self.rank(table)
-        return np.concatenate([order[:n] for order, (_, n) in zip(orders, self.groups, strict=True)])
+        """The chosen prompts' places, int64, in any order, by a method of
+        :data:`~cropi.ranking.values.FROM_SCORES`."""
+        chosen, given = [], self.options
+        for places, n in self.groups:
+            whole = len(places) == len(table)
+            own, ties = (table, self.ties) if whole else (table[places], self.ties[places])
+            value, beyond = value_of(own, ties, n, given.method, given.rrf_constant)
+            chosen.append(places[best_of(value, beyond, ties, n)])
+        return np.concatenate(chosen)
 
     def near_the_cut(self, table: np.ndarray, share: float) -> np.ndarray:
         """Prompts within ``share`` of the chosen number of places from the last one that is chosen, int64."""

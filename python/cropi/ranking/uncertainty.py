@@ -38,6 +38,7 @@ from cropi.ranking.values import FROM_SCORES
 from cropi.store.shards import OK
 from cropi.store.store import SketchStore
 
+MOST_SCORES = 1 << 24  # of some draws together: 64 MB
 BAND = 0.1  # "at the cut": so many of the chosen prompts on each side of it
 
 
@@ -52,11 +53,10 @@ class SetUncertainty:
     signal: (
         float  # |mu|^2 / E|m|^2, at most 1; 0 or less: the mean is not told from noise; NaN: no mean is used
     )
-    # Of standard errors at the cut, where noise was sketched (:mod:`cropi.ranking.response_noise`); else NaN:
-    from_responses: float = (
-        math.nan
-    )  # the part that comes from the validation prompts' finite number of responses
-    own: float = math.nan  # what comes to it from the training prompts' own responses
+    # Where noise was sketched (:mod:`cropi.ranking.response_noise`), else NaN: the part of stderr_at_cut that comes
+    # from the validation prompts' finite number of responses, and what the training prompts' own add to it.
+    from_responses: float = math.nan
+    own: float = math.nan
 
     def advice(self) -> str:
         """One sentence in words."""
@@ -129,7 +129,7 @@ class Uncertainty:
         return {
             "sets": [asdict(one) for one in self.sets], "overlap": self.overlap, "halves": self.halves,
             "overlap_of_set": self.overlap_of_set, "draws": self.draws, "fraction": self.fraction,
-        } | ({} if math.isnan(self.own_signal) else {"own_signal": self.own_signal})  # fmt: skip
+        } | _named("own_signal", self.own_signal)  # fmt: skip
 
     @classmethod
     def of(cls, scores: Scores) -> Uncertainty | None:
@@ -216,7 +216,7 @@ def uncertainty(
     ranked = [everyone[name] for name in kept_sets]
 
     def contrasted(columns: list[np.ndarray]) -> np.ndarray:
-        return without(np.stack(columns, axis=1), pairs.sets, minus, minus_weight)
+        return without(np.stack(columns).T, pairs.sets, minus, minus_weight)  # a column in one run
 
     def choose(columns: list[np.ndarray]) -> np.ndarray:
         return rule.choose(contrasted(columns))
@@ -230,33 +230,37 @@ def uncertainty(
     def variances(of_sets: np.ndarray) -> np.ndarray:
         return without(of_sets, pairs.sets, minus, -(minus_weight**2))
 
-    def other_responses() -> np.ndarray | float:
+    def other_responses(own: np.ndarray) -> np.ndarray:
         """What other responses of their own would move the scores by: those of prompts that are known, drawn."""
-        if own is None:
-            return 0.0
         signs = rng.choice((-1.0, 1.0), len(usable))
         return np.asarray(own[rng.integers(0, len(own), len(usable))] * signs[:, None])
 
     of_own = np.zeros(len(ranked)) if own is None else np.square(own).mean(axis=0)
     stderr = np.sqrt(variances(np.stack([one.stderr() for one in sets], axis=1) ** 2) + of_own)
-    chosen = rule.choose(table)
+    chosen = _mask(rule.choose(table), len(usable))
     rng = np.random.default_rng(seed)
     counts, kept = np.zeros(len(usable)), 0.0
     alone = dict.fromkeys(pairs.sets, 0.0)
     halves = 0.0
-    for _ in range(draws):
-        drawn = [one.score(one.resample(rng)) for one in sets]
-        picked = rule.choose(contrasted(drawn) + other_responses())
-        counts[picked] += 1
-        kept += _shared(picked, chosen)
+    together = max(1, MOST_SCORES // (len(sets) * len(usable)))
+    for start in range(0, draws, together):
+        weights = [[one.resample(rng) for one in sets] for _ in range(min(together, draws - start))]
+        drawn = [one.scores(np.stack(w)) for one, w in zip(sets, zip(*weights), strict=True)]
+        for i in range(len(weights)):
+            moved = contrasted([scores[i] for scores in drawn])
+            picked = rule.choose(moved if own is None else moved + other_responses(own))
+            counts[picked] += 1
+            kept += float(chosen[picked].mean())
     for _ in range(small := max(draws // 4, 2)):
+        again = [one.resample(rng) for one in sets]
+        split = [one.halves(rng) for one in sets]
+        drawn = [one.scores(np.stack([w, *s])) for one, w, s in zip(sets, again, split, strict=True)]
         for v, one in enumerate(sets):
             columns = list(base)
-            columns[v] = one.score(one.resample(rng))
-            alone[one.name] += _shared(choose(columns), chosen) / small
-        split = [one.halves(rng) for one in sets]
-        sides = [choose([one.score(s[side]) for one, s in zip(sets, split, strict=True)]) for side in (0, 1)]
-        halves += _shared(*sides) / small
+            columns[v] = drawn[v][0]
+            alone[one.name] += float(chosen[choose(columns)].mean()) / small
+        sides = [choose([scores[side] for scores in drawn]) for side in (1, 2)]
+        halves += float(_mask(sides[0], len(usable))[sides[1]].mean()) / small
     near = rule.near_the_cut(table, BAND)
     full, p_selected = np.full((len(pairs.rows), len(ranked)), math.nan), np.full(len(pairs.rows), math.nan)
     scores = full.copy()
@@ -278,7 +282,7 @@ def uncertainty(
     )
 
 
-# Products of this many pairs take 1 GB; resampling many more is a matter of minutes, too.
+# Products of this many pairs take 0.5 GB; resampling many more is a matter of minutes, too.
 MOST_PAIRS = 1 << 27
 
 
@@ -335,9 +339,10 @@ def with_uncertainty(
     return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected, pairs=None)
 
 
-def _shared(one: np.ndarray, other: np.ndarray) -> float:
-    """The share of prompts that two choices of one size have in common."""
-    return len(np.intersect1d(one, other)) / len(one)
+def _mask(places: np.ndarray, size: int) -> np.ndarray:
+    found = np.zeros(size, dtype=bool)
+    found[places] = True
+    return found
 
 
 def _chooses_nothing(scores: Scores, given: Selecting) -> str:
@@ -347,6 +352,10 @@ def _chooses_nothing(scores: Scores, given: Selecting) -> str:
     except CropiError as error:
         return str(error)
     return ""
+
+
+def _named(name: str, value: float) -> dict[str, float]:
+    return {} if math.isnan(value) else {name: value}
 
 
 def _rms(values: np.ndarray) -> float:
