@@ -21,7 +21,7 @@ from cropi.ranking.influence import Scores
 from cropi.ranking.pairwise import Neighbour, Pairwise
 from cropi.ranking.selection import select
 from cropi.ranking.uncertainty import uncertainty
-from cropi.report.charts import density
+from cropi.report.charts import BOTTOM, HEIGHT, LEFT, WIDTH, density
 from cropi.report.html import ReportInput, render, write_report
 from cropi.store.shards import RowInfo
 
@@ -179,23 +179,35 @@ addEventListener("load", () => setTimeout(() => {
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium (Debian: apt-get install chromium)")
-def test_a_browser_shows_the_numbers(tmp_path: Path) -> None:
-    given = make_input()
-    page, path = render(given), tmp_path / "r.html"
-    path.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium (Debian: apt-get install chromium)")
+
+
+def browse(folder: Path, page: str, *flags: str) -> str:
+    """What the browser makes of a page: the document after its scripts have run."""
+    path = folder / "r.html"
+    path.write_text(page, encoding="utf-8")
     command = [
         str(BROWSER),
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
-        f"--user-data-dir={tmp_path}/profile",
+        f"--user-data-dir={folder}/profile",
     ]
-    command += ["--window-size=1200,900", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
+    command += ["--window-size=1200,900", "--virtual-time-budget=5000", *flags, path.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    shown = re.search("PROBE(.*)END", done.stdout, re.DOTALL)
-    assert shown, done.stderr[-2000:]
+    assert not done.returncode, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_shows_the_numbers(tmp_path: Path) -> None:
+    given = make_input()
+    found = browse(
+        tmp_path, render(given).replace("</body>", PROBE + "</body>"), "--window-size=500,900", "--dump-dom"
+    )
+    shown = re.search("PROBE(.*)END", found, re.DOTALL)
+    assert shown, found[-2000:]
     seen = json.loads(html.unescape(shown[1]))
     scores, chosen = given.scores, given.selection.chosen
     assert seen["chosen"] == [scores.rows[i].id for i in chosen]
@@ -205,3 +217,53 @@ def test_a_browser_shows_the_numbers(tmp_path: Path) -> None:
     assert "reward 1" in seen["detail"] and seen["images"] == 0 and seen["title"] == "Selection report"
     best = sorted(np.flatnonzero(scores.usable), key=lambda i: -scores.table[i, 0])[:5]
     assert seen["sorted"] == [scores.rows[i].id for i in best] and seen["wide"]
+
+
+PLACES = """
+<script>
+addEventListener("load", () => {
+  const chart = document.querySelector("#sets ~ .tiles svg"), box = chart.getBoundingClientRect();
+  const colour = (element, key) => getComputedStyle(element)[key].match(/[0-9.]+/g).slice(0, 3).map(Number);
+  document.documentElement.dataset.probe = JSON.stringify({box: [box.x, box.y, box.width, box.height],
+    chosen: colour(chart.querySelector("rect.chosen"), "fill"), page: colour(document.body, "backgroundColor")});
+});
+</script>
+"""
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_screenshot_shows_the_numbers(tmp_path: Path, scheme: str) -> None:
+    """The bars of the chosen prompts are as high, in pixels, as their share of the first set's scores says."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    given = make_input(4000)
+    page = render(given).replace("</body>", PLACES + "</body>")
+    flag = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
+    found = re.search('data-probe="(.*?)"', browse(tmp_path, page, flag, "--dump-dom"))
+    assert found
+    seen = json.loads(html.unescape(found[1]))
+    browse(tmp_path, page, flag, f"--screenshot={tmp_path}/s.png")
+    picture = 255 * pyplot.imread(tmp_path / "s.png")[:, :, :3]
+    # Twice 8 bits of rounding.
+    assert np.abs(picture[5, 5] - seen["page"]).max() <= 2 and (picture[5, 5].mean() > 128) == (
+        scheme == "light"
+    )
+    left, top, width, height = seen["box"]
+    scale = width / WIDTH
+    assert height == pytest.approx(HEIGHT * scale, abs=1)
+    pool, chosen = given.scores.table[given.scores.usable, 0], given.scores.table[given.selection.chosen, 0]
+    edges = np.linspace(pool.min(), pool.max(), 41)
+    shares = [np.histogram(values, edges)[0] / len(values) for values in (pool, chosen)]
+    plot, step = HEIGHT - BOTTOM - 8, (WIDTH - 2 * LEFT) / 40
+    area = picture[round(top) : round(top + height)]
+    for i, share in enumerate(shares[1]):
+        column = area[:, int(left + scale * (LEFT + (i + 0.5) * step))]
+        high = int((np.abs(column - seen["chosen"]).max(axis=1) <= 4).sum())
+        want = scale * max(share / max(map(np.max, shares)) * plot, 0.8) if share else 0.0
+        # Its two ends are blended with what is behind them, and the dashed line of the cut may stand over one bar.
+        assert abs(high - want) <= 2.5 or edges[i] <= np.sort(pool)[-len(chosen)] <= edges[i + 1], (
+            i,
+            high,
+            want,
+        )

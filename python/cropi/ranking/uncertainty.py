@@ -124,6 +124,17 @@ class Uncertainty:
         )
         return (self.table - quantile * self.stderr) * scale, (self.table + quantile * self.stderr) * scale
 
+    @property
+    def responses(self) -> str:
+        """What the training prompts' own responses do, in one sentence; "" where their noise was not sketched."""
+        if math.isnan(self.own_signal):
+            return ""
+        own = ", ".join(f"{one.own:.3f} ({one.name})" for one in self.sets)
+        return (
+            f"other responses of the training prompts would move a score by {own}; "
+            f"{max(1 - self.own_signal, 0):.0%} of their gradients' squared length is noise"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: all but the tables, for the metadata of a score table."""
         return {
@@ -149,12 +160,8 @@ class Uncertainty:
             f"on {self.halves:.0%}"
         ]
         lines += [f"              {one.advice()}" for one in self.sets]
-        if not math.isnan(self.own_signal):
-            own = ", ".join(f"{one.own:.3f} ({one.name})" for one in self.sets)
-            lines.append(
-                f"responses     other responses of the training prompts would move a score by {own}; "
-                f"{max(1 - self.own_signal, 0):.0%} of their gradients' squared length is noise"
-            )
+        if self.responses:
+            lines.append(f"responses     {self.responses}")
         return "\n".join(lines)
 
 

@@ -187,6 +187,7 @@ def _choice(sure: Uncertainty | None) -> dict[str, Any] | None:
     chart = markup(density(drawn, np.array([]), bins=20))
     return {
         "overlap": sure.overlap,
+        "responses": sure.responses,
         "halves": sure.halves,
         "draws": sure.draws,
         "lines": lines,
