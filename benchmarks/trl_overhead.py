@@ -122,8 +122,8 @@ def step_times(
         staged = Curriculum(stage_steps=steps)
         trainer = curriculum()(**common, eval_dataset=Dataset.from_list(rows[:8]), curriculum=staged)
     if arm != "plain":
-        timed(trainer, "_cropi_begin", spent)
-        timed(trainer, "_cropi_write", spent)
+        timed(trainer._cropi, "begin", spent)
+        timed(trainer._cropi, "write", spent)
     trainer.train()
     if arm != "plain":
         log = folder / "cropi" / "rollouts" / "train-rank00000.jsonl"

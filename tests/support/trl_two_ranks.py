@@ -36,7 +36,7 @@ def run(name: str, out: Path, stages: dict[str, Any], resume: bool = False, **ch
     note = {
         "seen": seen.ids, "world": trainer.accelerator.num_processes, "error": error,
         "selector": _selector(trainer),
-        "plan": trainer._cropi_plan.rows, "sum": float(sum(p.double().sum() for p in trainer.model.parameters())),
+        "plan": trainer._cropi.plan.rows, "sum": float(sum(p.double().sum() for p in trainer.model.parameters())),
     }  # fmt: skip
     (out / f"{name}{'-resumed' if resume else ''}-rank{trainer.accelerator.process_index}.json").write_text(
         json.dumps(note)
@@ -44,9 +44,9 @@ def run(name: str, out: Path, stages: dict[str, Any], resume: bool = False, **ch
 
 
 def _selector(trainer: Any) -> list[Any]:
-    if trainer._cropi_live is None:
+    if trainer._cropi.live is None:
         return []
-    selector = trainer._cropi_live.selector
+    selector = trainer._cropi.live.selector
     return [selector.step, selector._weight.tolist(), selector._shown.tolist()]
 
 

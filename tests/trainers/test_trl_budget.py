@@ -71,7 +71,7 @@ def test_a_share_of_the_time(files: dict[str, Path], tmp_path: Path) -> None:
     first, second = lines(tmp_path / "cropi" / "stages.jsonl")
     assert (first["left"], second["anew"]) == (0, 0) and first["anew"] == second["left"] == first["usable"]
     assert len(selected(tmp_path, 1)) == 4
-    assert trainer._cropi_seconds() > 0
+    assert trainer._cropi.seconds() > 0
 
 
 def test_options_are_checked(files: dict[str, Path]) -> None:

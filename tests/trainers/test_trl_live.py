@@ -17,8 +17,8 @@ from support.trl_runs import SPEC, lines, staged, stored
 
 from cropi.errors import CropiError
 from cropi.trainers.trl import Curriculum, Live
-from cropi.trainers.trl.capture import RecordingMixin
 from cropi.trainers.trl.live import PLACES, STATE, LiveRun
+from cropi.trainers.trl.mixins import RecorderHooks
 from cropi_kernels.names import canonical_name
 from cropi_kernels.testing import sketch_gradients
 
@@ -58,7 +58,7 @@ def by_autograd(trainer: Any, model: Any, inputs: dict[str, Any], place: int) ->
     given = {**inputs, "advantages": torch.where(mine, inputs["advantages"], 0.0)}
     model.zero_grad()
     with trainer.compute_loss_context_manager():
-        loss = super(RecordingMixin, trainer)._compute_loss(model, given)
+        loss = super(RecorderHooks, trainer)._compute_loss(model, given)
     loss.backward()
     return {
         canonical_name(n): -p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad
@@ -80,7 +80,7 @@ def test_sketches_are_those_of_trls_own_loss(
     trainer = staged(tmp_path / "out", LIVE | {"valid": valid, "stage_steps": 2}, max_steps=2, **CASES[case])
     first = copy.deepcopy(trainer.model)
     trainer.train()
-    live = trainer._cropi_live
+    live = trainer._cropi.live
     assert len(set(watched.updates[0][0])) == 2 and watched.updates[0][1].any()
     assert live.sketcher.loss == "a sum over prompts" and not live.sketcher._handles
     ids, rows = watched.updates[0]
@@ -113,7 +113,7 @@ def test_lora(tmp_path: Path, valid: Path) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     trainer = staged(tmp_path / "out", LIVE | {"valid": valid}, max_steps=4, peft_config=config)
     trainer.train()
-    live = trainer._cropi_live
+    live = trainer._cropi.live
     assert all("lora" in name for name in live.sketcher.coverage.names)
     assert live.selector.seen.any() and not live.selector.failed
 
@@ -125,7 +125,7 @@ def test_stages_are_drawn_from_what_steps_have_shown(tmp_path: Path, valid: Path
     assert [note["selected"] for note in notes] == [10, 10, 10]
     assert notes[0]["new"] == 10 and notes[0]["score"] is None
     assert notes[2]["seen"] >= 4 and notes[2]["seconds_sketching"] > 0
-    selector = trainer._cropi_live.selector
+    selector = trainer._cropi.live.selector
     shown = selector.scores(selector.ids)
     assert selector.step == 6 and ((shown >= -1) & (shown <= 1) | [math.isnan(x) for x in shown]).all()
 
@@ -134,7 +134,7 @@ def test_validation_by_evaluation(tmp_path: Path) -> None:
     """No files at all: the eval dataset is sampled once, and its rollouts are sketched anew every second stage."""
     trainer = staged(tmp_path / "out", LIVE | {"live": Live(refresh=2)}, max_steps=4)
     trainer.train()
-    assert len(trainer._cropi_live.selector._valid) == 1
+    assert len(trainer._cropi.live.selector._valid) == 1
 
 
 def test_opposed_prompts_are_dropped_from_a_step(
@@ -144,13 +144,13 @@ def test_opposed_prompts_are_dropped_from_a_step(
     watched = Watched(monkeypatch)
     options = LIVE | {"valid": valid, "live": Live(opposed=0.0, explore=0.0)}
     trainer = staged(tmp_path / "out", options, max_steps=2, num_iterations=2)
-    known = trainer._cropi_live.selector.known
+    known = trainer._cropi.live.selector.known
     monkeypatch.setattr(
-        trainer._cropi_live.selector, "known", lambda step=None: (known()[0] - 5.0, known()[1])
+        trainer._cropi.live.selector, "known", lambda step=None: (known()[0] - 5.0, known()[1])
     )
     trainer.train()
     assert len(watched.updates[0][0]) == 2 and watched.updates[1][0] == []
-    assert trainer._cropi_live.selector.scores(watched.updates[0][0]).shape == (2,)
+    assert trainer._cropi.live.selector.scores(watched.updates[0][0]).shape == (2,)
 
 
 # --------------------------------------------------------------------------------------------------- resuming
@@ -163,7 +163,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, valid: Path) -> 
     assert all(
         torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True)
     )
-    one, other = whole._cropi_live.selector, again._cropi_live.selector
+    one, other = whole._cropi.live.selector, again._cropi.live.selector
     assert torch.equal(one._rows.values, other._rows.values) and one.step == other.step == 4
     (tmp_path / "out" / "checkpoint-3" / STATE).unlink()
     third = staged(tmp_path / "out", options, **saved)

@@ -144,4 +144,4 @@ def test_a_live_run_goes_on_with_another_number_of_ranks(out: Path, tmp_path: Pa
     )  # fmt: skip
     alone.train(resume_from_checkpoint=str(tmp_path / "live" / "checkpoint-3"))
     both = [note["seen"]["3"] for note in notes(out, "live")]
-    assert set(seen.ids[3]) == {*both[0], *both[1]} and alone._cropi_live.selector.step == 4
+    assert set(seen.ids[3]) == {*both[0], *both[1]} and alone._cropi.live.selector.step == 4

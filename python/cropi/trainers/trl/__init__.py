@@ -67,8 +67,7 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
 def _patched(base: Hashable, kind: str) -> type[Any]:
     import trl
 
-    from cropi.trainers.trl.capture import RecordingMixin
-    from cropi.trainers.trl.stages import CurriculumMixin
+    from cropi.trainers.trl.mixins import CurriculumMixin, RecordingMixin
     from cropi.trainers.trl.versions import check_trainer_class
 
     trainer: Any = trl.GRPOTrainer if base is None else base

@@ -8,7 +8,7 @@ from typing import Any
 
 from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
-from cropi.trainers.trl.capture import RecordingMixin
+from cropi.trainers.trl.mixins import RecorderHooks
 from cropi.trainers.trl.rollout_log import RolloutLog, log_files, merge_rollouts
 
 
@@ -30,7 +30,8 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
     Raises:
         CropiError: not such a trainer, recording is off, bad ids, or a single response a prompt.
     """
-    if not isinstance(trainer, RecordingMixin) or trainer._cropi_recording is None:
+    recorder = trainer._cropi if isinstance(trainer, RecorderHooks) else None
+    if recorder is None or recorder.recording is None:
         raise CropiError(
             f"trainer must be one of recording(GRPOTrainer) or curriculum(GRPOTrainer) that records, got "
             f"{type(trainer).__name__}"
@@ -40,18 +41,18 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
             f"num_generations_eval is {trainer.num_generations_eval}: a prompt needs at least 2 responses "
             "for an advantage"
         )
-    PromptIds(dataset, trainer._cropi_recording.id_column, "dataset")
-    target, ranks, log = Path(out), trainer._cropi_ranks, trainer._cropi_log
+    PromptIds(dataset, recorder.recording.id_column, "dataset")
+    target, ranks, log = Path(out), recorder.ranks, recorder.log
     folder = target.with_name(f".{target.name}.collecting")
     if ranks.first:
         shutil.rmtree(folder, ignore_errors=True)
     ranks.barrier()
-    trainer._cropi_log, trainer._cropi_has_sets = RolloutLog(folder, ranks.rank), set is not None
+    recorder.log, recorder.has_sets = RolloutLog(folder, ranks.rank), set is not None
     try:
         trainer.evaluate(dataset, metric_key_prefix=f"eval_{set or 'train'}")
     finally:
-        trainer._cropi_log.close()
-        trainer._cropi_log, trainer._cropi_has_sets = log, True
+        recorder.log.close()
+        recorder.log, recorder.has_sets = log, True
     ranks.barrier()
     written = ranks.agree(lambda: merge_rollouts(log_files(folder, "valid"), target) if ranks.first else 0)
     if ranks.first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from cropi.errors import CropiError
 from cropi.files import replacing
 from cropi.model.policy import Policy
 from cropi.ranking.selector import Selector
-from cropi.trainers.trl.capture import RecordingMixin
 from cropi.trainers.trl.fused import fused_heads
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.ranks import Ranks
@@ -61,6 +60,11 @@ class LiveRun:
                 yield
             finally:
                 self._open = None
+
+    def place(self, rows: Sequence[Mapping[str, Any]], column: str, output: dict[str, Any]) -> None:
+        """Note in a generation batch which prompt each row belongs to; ``column`` holds the prompts' ids."""
+        places = self.selector.places([id_of(row, column) for row in rows])
+        output[PLACES] = torch.from_numpy(places).to(output["completion_ids"].device)
 
     def begin(self, inputs: dict[str, Any], scale: Any) -> dict[str, Any]:
         """The rows are known: listen to their forward and backward. What the loss is to be given."""
@@ -153,45 +157,3 @@ class LiveRun:
                 "go on without live"
             )
         self.selector.load_state_dict(torch.load(folder / STATE, weights_only=True))
-
-
-class LiveMixin(RecordingMixin):
-    """Where a GRPOTrainer's step is listened to. Nothing happens without a :class:`LiveRun`."""
-
-    _cropi_live: LiveRun | None = None
-
-    def _cropi_row_ids(self) -> str:
-        """The column of prompt ids."""
-        recording = self._cropi_recording
-        return "id" if recording is None else recording.id_column
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        column = self._cropi_row_ids()
-        wanted = {column, column.split(".")[0]} if self._cropi_live is not None else set()
-        self._signature_columns += sorted(wanted - set(self._signature_columns))
-
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        if self._cropi_live is not None and self.model.training:
-            column = self._cropi_row_ids()
-            places = self._cropi_live.selector.places([id_of(row, column) for row in inputs])
-            output[PLACES] = torch.from_numpy(places).to(output["completion_ids"].device)
-        return output
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._cropi_live is None:
-            return super().training_step(*args, **kwargs)
-        with self._cropi_live.training_step():
-            return super().training_step(*args, **kwargs)
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if self._cropi_live is not None and torch.is_grad_enabled():
-            inputs = self._cropi_live.begin(inputs, self.accelerator.scaler)
-        return super()._compute_loss(model, inputs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.ExitStack() as stack:
-            if self._cropi_live is not None:
-                stack.enter_context(self._cropi_live.sketcher)
-            return super().train(*args, **kwargs)

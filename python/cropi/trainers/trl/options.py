@@ -186,6 +186,11 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
                 f"option: leave {', '.join(other)} out, or live"
             )
 
+    @property
+    def id_column(self) -> str:
+        """The dataset's column of prompt ids."""
+        return "id" if self.recording is None else self.recording.id_column
+
     def files(self, name: str) -> list[Path] | None:
         """The files ``train`` or ``valid``, or None for recorded rollouts."""
         value = getattr(self, name)

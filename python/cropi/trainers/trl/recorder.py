@@ -1,0 +1,248 @@
+"""Recording rollouts inside a GRPOTrainer, with token ids and the log-probs that the trainer computes anyway."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cropi.errors import CropiError
+from cropi.trainers.trl.options import Recording
+from cropi.trainers.trl.ranks import Ranks
+from cropi.trainers.trl.records import columns_of, group_record, id_of
+from cropi.trainers.trl.rollout_log import RolloutLog, log_files, merge_rollouts
+from cropi.trainers.trl.versions import check_batch, check_trainer
+from cropi.trainers.values import plain_value, whole_text
+
+ROWS = "cropi_rows"
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Generation:
+    """One generation batch of this rank, until the log-probs of all its rows are there."""
+
+    kind: str
+    records: list[dict[str, Any]]  # one a row: prompt and response, still apart
+    rewards: torch.Tensor  # float [rows]
+    size: int  # rows a prompt
+    lengths: list[int]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    waiting: int = 0
+
+    def logprobs(self) -> list[list[float]] | None:
+        """Per row, the log-probs of its tokens."""
+        if not self.seen:
+            return None
+        values: list[list[float]] = [[] for _ in self.records]
+        for rows, table in self.seen:
+            # A rounding of 1e-6 is below float32's own at the size of a log-prob, and a third of the file.
+            for row, line in zip(rows.tolist(), table.float().cpu().double().round(decimals=6).tolist()):
+                values[row] = line[: self.lengths[row]]
+        return values
+
+
+class Recorder:
+    """The rollouts of one GRPOTrainer, from generation to :class:`RolloutLog`.
+
+    Log-probs are taken from the forward pass of the loss where the policy has not moved since it generated (then TRL
+    computes no others), otherwise they are TRL's "old" log-probs. Both are at the sampling temperature.
+
+    Args:
+        trainer: has been built.
+        recording: None: rollouts are not recorded; there are a log's folder and ranks all the same.
+
+    Raises:
+        CropiError: the trainer lacks something that is read from it, or its rollouts cannot be recorded.
+    """
+
+    def __init__(self, trainer: Any, recording: Recording | None) -> None:
+        check_trainer(trainer)
+        self.trainer, self.recording = trainer, recording
+        self.ranks = Ranks()
+        folder = (recording and recording.folder) or Path(trainer.args.output_dir) / "cropi" / "rollouts"
+        self.log = RolloutLog(folder, self.ranks.rank)
+        self.stage = 0
+        self.eval_name = "valid"
+        self.has_sets = True
+        self.without_record: Counter[str] = Counter()  # prompts by kind
+        self._left_out: Counter[str] = Counter()
+        self._scored: tuple[Any, Any, list[list[int]], torch.Tensor] | None = None
+        self._pending: Generation | None = None
+        self._rows_now: torch.Tensor | None = None
+        if recording is None:
+            return
+        for problem, reason in (
+            (bool(trainer.tools), "tools: their output stands between the sampled tokens"),
+            (
+                bool(trainer.environment_factories),
+                "environment_factory: the environment's words are no sampled tokens",
+            ),
+            (bool(getattr(trainer, "_is_vlm", False)), "images: a trajectory record holds tokens only"),
+        ):
+            if problem:
+                raise CropiError(
+                    f"rollouts cannot be recorded with {reason}; pass recording=None in Curriculum"
+                )
+
+    def columns(self) -> list[str]:
+        """The dataset's columns that the trainer must not drop."""
+        if self.recording is None:
+            return []
+        column = self.recording.id_column
+        return [column, column.split(".")[0], self.recording.set_column, *self.recording.columns]
+
+    # ------------------------------------------------------------------------------- what the trainer does
+    def scored(
+        self, inputs: Any, completions: Any, responses: list[list[int]], rewards: torch.Tensor
+    ) -> None:
+        """The reward functions have been called; the rewards are those of all ranks."""
+        if self.recording is not None:
+            self._scored = (inputs, completions, responses, rewards)
+
+    def generated(self, output: dict[str, Any]) -> None:
+        """A generation batch is complete. It is written now, or once the loss has computed its log-probs.
+
+        Raises:
+            CropiError: the batch lacks something that is recorded, or the log-probs of the last one were not seen.
+        """
+        if self.recording is None:
+            return
+        check_batch(self.trainer, output)
+        if self._pending is not None and self._pending.waiting:
+            self._pending = None
+            raise CropiError(
+                "the loss of the last generation batch was computed without _get_per_token_logps_and_entropies, so its "
+                "log-probs were not seen; set logprobs=False in Recording (every ratio is then 1)"
+            )
+        generation = self.begin(output)
+        sampled = self.trainer.rollout_func is not None
+        known = output.get("sampling_per_token_logps" if sampled else "old_per_token_logps")
+        if self.recording.logprobs and known is None:
+            generation.waiting = len(generation.records)
+            self._pending = generation
+            output[ROWS] = torch.arange(len(generation.records), device=output["completion_ids"].device)
+            return
+        if self.recording.logprobs and known is not None:
+            generation.seen.append((torch.arange(len(generation.records)), known.detach()))
+        self.write(generation)
+
+    @contextmanager
+    def loss(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Around the loss of a micro-batch: its log-probs are those of the rows that wait for them."""
+        self._rows_now = inputs.get(ROWS)
+        try:
+            yield
+        finally:
+            self._rows_now = None
+        generation = self._pending
+        if generation is not None and not generation.waiting:
+            self._pending = None
+            self.write(generation)
+
+    def computed(self, logprobs: torch.Tensor) -> None:
+        """The log-probs of a forward pass, float [rows, tokens]; the first pass of a loss is the policy's."""
+        rows, generation = self._rows_now, self._pending
+        if rows is not None and generation is not None and generation.waiting:
+            generation.seen.append((rows, logprobs.detach()))
+            generation.waiting -= len(rows)
+        self._rows_now = None
+
+    # ---------------------------------------------------------------------------------------- records
+    def begin(self, output: Mapping[str, Any]) -> Generation:
+        """The records of a generation batch, a row each; rewards and log-probs are put in by :meth:`write`."""
+        trainer, recording, scored = self.trainer, self.recording, self._scored
+        assert recording is not None and scored is not None
+        inputs, completions, responses, rewards = scored
+        self._scored = None
+        training = bool(trainer.model.training)
+        first = trainer.accelerator.process_index * len(inputs)
+        table = rewards[first : first + len(inputs)].detach().float().cpu()
+        weights = trainer.reward_weights.float().cpu()
+        total = (table * weights).nansum(dim=1)
+        total[torch.isnan(table).all(dim=1)] = math.nan
+        prompts = _unpadded(output["prompt_ids"], output["prompt_mask"])
+        # Before 1.14 TRL knew the tokenizer's end token only.
+        ends = getattr(trainer, "eos_token_ids", None) or [trainer._tokenizer.eos_token_id]
+        records = []
+        for i, row in enumerate(inputs):
+            record: dict[str, Any] = {"id": id_of(row, recording.id_column), "prompt_ids": prompts[i]}
+            if not training and self.has_sets:
+                record["set"] = str(row.get(recording.set_column) or self.eval_name)
+            record |= columns_of(row, recording.columns, f"the prompt {record['id']!r}")
+            record["response_ids"] = [int(token) for token in responses[i]]
+            record["truncated"] = not responses[i] or responses[i][-1] not in ends
+            if recording.text:
+                prompt = plain_value(row["prompt"], f"the prompt {record['id']!r}")
+                record |= {"prompt": prompt, "responses": whole_text(_text(completions[i]))}
+            if len(trainer.reward_func_names) > 1:
+                record["rewards_by_function"] = {
+                    name: value if math.isfinite(value) else None
+                    for name, value in zip(trainer.reward_func_names, table[i].tolist())
+                }
+            records.append(record)
+        size = trainer.num_generations if training else trainer.num_generations_eval
+        return Generation(
+            "train" if training else "valid", records, total, size, [len(r["response_ids"]) for r in records]
+        )
+
+    def write(self, generation: Generation) -> None:
+        """Append a generation batch to the log, one record a prompt."""
+        logprobs = generation.logprobs()
+        rows = [
+            record | {"reward": float(reward)} | ({"logprobs": logprobs[i]} if logprobs else {})
+            for i, (record, reward) in enumerate(zip(generation.records, generation.rewards.tolist()))
+        ]
+        # TRL deals rows out to the ranks in order, so a group is cut in two where the share is no multiple of its size.
+        if len(rows) % generation.size:
+            rows = [row for part in self.ranks.gather(rows) for row in part]
+            if not self.ranks.first:
+                return
+        step = int(self.trainer.state.global_step)
+        common = {
+            "temperature": float(self.trainer.temperature),
+            "policy": f"step {step}",
+            "step": step,
+            "stage": self.stage,
+        }
+        groups = [rows[i : i + generation.size] for i in range(0, len(rows), generation.size)]
+        left_out: Counter[str] = Counter()
+        records = [group_record(group, common, left_out) for group in groups]
+        self.log.append(generation.kind, [record for record in records if record is not None])
+        self.without_record[generation.kind] += records.count(None)
+        for reason, count in left_out.items():
+            if reason not in self._left_out:
+                logger.warning(
+                    "%d of %d responses at step %d are %s and left out of the records (said once; TRL trains on as it "
+                    "does)", count, len(rows), step, reason,
+                )  # fmt: skip
+        self._left_out.update(left_out)
+
+    def merge(self) -> None:
+        """Rank 0 writes one record a prompt, for this stage's selection and for ``cropi sketch``."""
+        self.ranks.barrier()  # every rank has written
+        folder = self.log.folder
+
+        def work() -> None:
+            for kind in ("train", "valid"):
+                if logs := log_files(folder, kind):
+                    merge_rollouts(logs, folder / f"{kind}.jsonl")
+
+        self.ranks.agree(lambda: work() if self.ranks.first else None)
+
+
+def _unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    return [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), mask.cpu())]
+
+
+def _text(completion: Any) -> str:
+    if isinstance(completion, str):
+        return completion
+    return "".join(str(message.get("content") or "") for message in completion)
