@@ -42,13 +42,17 @@ class LiveSketcher:
     down the loss, and so the policy gradient, as in `GradientSketcher`. No pass is added: weights stay trainable,
     autograd forms their gradients as always, in the same bits, and taps listen.
 
-    >>> with LiveSketcher(model) as live:                                    # doctest: +SKIP
-    ...     for rows, prompt_of_row in loader:
-    ...         with live.batch(prompt_of_row, shape=rows.shape) as step:
-    ...             loss(model, rows).backward()
-    ...         optimizer.step()
-    ...         optimizer.zero_grad()
-    ...         selector.update(ids, step)
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> rows, prompt_of_row = torch.randint(16, (4, 6)), torch.tensor([0, 0, 1, 1])
+    >>> with LiveSketcher(model, SketchSpec(1024)) as live:
+    ...     with live.batch(prompt_of_row, shape=rows.shape) as step:
+    ...         logprobs = model(rows).log_softmax(-1)[:, :-1].gather(2, rows[:, 1:, None])
+    ...         (-logprobs.mean()).backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> step.sketches.shape, live.loss
+    (torch.Size([2, 1024]), 'a sum over prompts')
 
     Gradient accumulation: a block for each micro-batch, with the step's own numbers of prompts and `num_segments`; add
     the sketches up. Checkpointing, autocast, LoRA, DistributedDataParallel (each rank its own prompts, before gradients

@@ -52,7 +52,7 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What :func:`check_groups` found.
+    """What :func:`cropi.check` measured.
 
     Attributes:
         prompts: in the sample.
@@ -67,6 +67,19 @@ class CheckReport:
         bytes_per_prompt: of a store row in ``float32``.
         coverage: what is sketched. ``by_layer``, ``by_type``: share of the squared gradient norm (exact only).
         findings: the verdict, line by line.
+
+    >>> import cropi
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> _ = torch.manual_seed(0)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)).eval()
+    >>> records = [{"id": str(i), "prompt_ids": [5, i], "response_ids": [[8, 1], [9, 1]], "rewards": [1.0, 0.0]}
+    ...     for i in range(6)]
+    >>> report = cropi.check(model, records, dim=8192, progress=False)
+    >>> report.prompts, report.method, report.error < 0.06
+    (6, 'exact', True)
+    >>> [finding.name for finding in report.findings if finding.level == "failed"]
+    []
     """
 
     prompts: int

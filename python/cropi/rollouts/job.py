@@ -31,6 +31,13 @@ class RolloutReport:
         mixed: prompts of this run whose rewards are not all equal: those that have a gradient.
         truncated: responses of this run that ``max_tokens`` cut.
         skipped: the errors of prompts that were left out.
+
+    >>> report = RolloutReport(Path("train.jsonl"), prompts=2, responses=8, tokens=400, seconds=2.0, mean_reward=0.5,
+    ...     mixed=2)
+    >>> print(report.text())
+    records       train.jsonl: 2 prompts
+    sampled       8 responses, 400 tokens, 200 tokens a second
+    rewards       mean 0.5; 2 prompts have different rewards, and so a gradient; 0 responses were cut
     """
 
     out: Path

@@ -50,6 +50,17 @@ class SketchStore:
 
     Use :meth:`create` to write (it continues a store that is there) and :meth:`open` to read. As a context
     manager it flushes and releases the folder at the end, also after an error.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with SketchStore.create(folder, {"spec": {"dim": 64}, "stage": "0"}) as store:
+    ...         _ = store.add(RowInfo("a", norm=8.0), torch.ones(64))
+    ...     store = SketchStore.open(folder)
+    ...     for rows, sketches in store.shards():
+    ...         print([row.id for row in rows], sketches.shape)
+    ['a'] torch.Size([1, 64])
+    >>> len(store), "b" in store
+    (1, False)
     """
 
     def __init__(
