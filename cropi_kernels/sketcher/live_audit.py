@@ -46,7 +46,7 @@ class Audit:
     def __init__(self, model: nn.Module, attachment: Attachment, acc: Accumulator) -> None:
         self._acc, self._parts = acc, Parts(model, attachment)
         self._listener = _Both(acc)
-        self._formed = FormedSums(self._parts, acc.spec.base_dim, acc.out.device, keep=True)
+        self._formed = FormedSums(self._parts, acc.spec.base_dim, acc.out.device, leave=True)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

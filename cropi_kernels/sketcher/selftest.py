@@ -174,10 +174,10 @@ class FormedSums:
         dim: int,
         device: torch.device,
         ranks: Ranks | None = None,
-        keep: bool = False,
+        leave: bool = False,
     ) -> None:
         self.parts, self.dim, self.device = parts, dim, device
-        self.keep = keep  # the gradients, for an optimizer
+        self.leave = leave  # the gradients to autograd, for an optimizer
         self.units = units(parts.model)
         self.copies = Copies(ranks, parts.parameters)
         self.sums: dict[int, torch.Tensor] = {}
@@ -213,7 +213,7 @@ class FormedSums:
             self.copies.note(p, here)
             self.floor[group] = self.floor.get(group, 0.0) + smallest(here) * gradient.numel() ** 0.5
             self.unit[group] = max(self.unit.get(group, 0.0), unit_roundoff(here))
-            if self.keep:
+            if self.leave:
                 return None
             nothing = here.new_zeros(()).expand_as(here)  # autograd keeps this: a gradient would stay
             return like_spread(nothing, gradient)

@@ -1,14 +1,17 @@
-"""Modules of the first release that have moved: importable at their old places for one more release, with a warning."""
+"""Names of the first release that have changed: modules and keywords work by them once more, with a warning."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MOVED = {
     "cropi.advantages": "cropi.data.rewards",
@@ -91,6 +94,31 @@ class _Finder:
             DeprecationWarning,
             stacklevel=2,
         )
+
+
+def renamed(**names: str) -> Callable[[type[T]], type[T]]:
+    """A decorator of a class, by ``old="new"``: it is made with keywords of the first release too, with a warning."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        init: Any = vars(cls)["__init__"]
+
+        @functools.wraps(init)
+        def made(self: T, *args: Any, **kwargs: Any) -> None:
+            now: dict[str, Any] = {}
+            for old, new in names.items():
+                if old in kwargs:
+                    warnings.warn(
+                        f"{old} of {cls.__name__} is now {new}; the old name goes with the next release",
+                        DeprecationWarning,
+                        stacklevel=2,
+                    )
+                    now[new] = kwargs.pop(old)
+            init(self, *args, **kwargs, **now)
+
+        cls.__init__ = made  # type: ignore[method-assign,assignment]
+        return cls
+
+    return decorate
 
 
 def install() -> None:

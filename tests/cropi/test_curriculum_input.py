@@ -110,7 +110,7 @@ def test_a_dataset_without_stable_ids_is_found_before_any_sketch(
     ):
         path = config(made, tmp_path / "run", dataset=str(dataset), trainer="true {dataset}")
         error = refused(path, capsys)
-        assert words in error and "--dataset-id" in error and not (tmp_path / "run").exists()
+        assert words in error and "--id-key" in error and not (tmp_path / "run").exists()
 
 
 def test_rollout_commands_that_write_nothing(

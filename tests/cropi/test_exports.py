@@ -404,9 +404,9 @@ def test_nemo_rl_dumps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_rollouts_of_several_policies_need_logprobs() -> None:
     steps = [rollout for step in (1, 2) for rollout in rollouts_of_proto(Proto(), step)]
     assert [group.size for group in group_rollouts(steps)] == [2, 2]
-    assert [group.size for group in group_rollouts(steps, keep="all")] == [4, 4]
+    assert [group.size for group in group_rollouts(steps, steps="all")] == [4, 4]
     bare = [type(r)(**{**vars(r), "logprobs": None}) for r in steps]
     with pytest.raises(CropiError, match="rolled out at several steps"):
-        group_rollouts(bare, keep="all")
+        group_rollouts(bare, steps="all")
     with pytest.raises(CropiError, match="holds no rollout"):
         group_rollouts([])

@@ -8,11 +8,15 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import cropi
 from cropi._moved import MOVED
+from cropi.cli import make_parser
+from cropi.cli.config import apply_config
+from cropi.trainers.trl import Recording
 
 # Names that scripts of the first release imported from each place, where it was not a package then and is one now.
 PACKAGES = {
@@ -76,3 +80,26 @@ def test_an_old_module_named_as_a_function_can_be_called() -> None:
 def test_real_modules_come_first() -> None:
     assert not set(MOVED) & {f"cropi.{name}" for name in ("store", "report", "sketching", "data", "model")}
     assert cropi.__name__ == "cropi"
+
+
+def test_options_of_the_first_release_are_taken_by_their_old_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse = make_parser().parse_args
+    assert parse(["convert", "dump", "--out", "t.jsonl", "--keep", "all"]).steps == "all"
+    assert "cropi convert: --keep is now --steps; the old name goes" in capsys.readouterr().err
+    assert parse(["select", "--scores", "s", "--out", "o", "--dataset-id=uid"]).id_key == "uid"
+    assert "cropi select: --dataset-id is now --id-key; the old name goes" in capsys.readouterr().err
+    config = tmp_path / "c.yaml"
+    config.write_text("dataset_id: uid\n")
+    args = parse(["curriculum", str(config)])
+    args.words = [str(config)]
+    apply_config(args)
+    assert args.id_key == "uid" and "--dataset-id is now --id-key" in capsys.readouterr().err
+
+
+def test_a_keyword_of_the_first_release_is_taken_by_its_old_name() -> None:
+    with pytest.warns(DeprecationWarning, match="id_column of Recording is now id_key; the old name goes"):
+        assert Recording(id_column="uid") == Recording(id_key="uid")  # type: ignore[call-arg]
+    with pytest.raises(TypeError), pytest.warns(DeprecationWarning):
+        Recording(id_column="uid", id_key="uid")  # type: ignore[call-arg]

@@ -51,7 +51,7 @@ def test_ids_and_places() -> None:
         ([{"id": "a"}, {"id": None}], "row 1 has the id None"),
         ([{"id": True}], "row 0 has the id True"),
         ([{"id": ""}], "row 0 has the id ''"),
-        ([{"prompt": "x"}], r"no column 'id' \(its columns: prompt\).*with id_column"),
+        ([{"prompt": "x"}], r"no column 'id' \(its columns: prompt\).*with id_key"),
         (iter([{"id": 1}]), "can only be streamed"),
     ],
 )
@@ -146,16 +146,12 @@ def test_merge_keeps_one_record_a_prompt(tmp_path: Path) -> None:
     for logs in ([first, second], [second, first]):
         assert merge_rollouts(logs, out) == 2
         assert [(r["id"], r["n"]) for r in read(out)] == [("a", 3), ("b", 4)]
-    merge_rollouts([first, second], out, keep="first")
-    assert [(r["id"], r["n"]) for r in read(out)] == [("a", 5), ("b", 1)]
     with pytest.raises(CropiError, match="no rollout has been recorded yet"):
         merge_rollouts([], out)
-    with pytest.raises(CropiError, match="keep must be one of last, first, got 'best'"):
-        merge_rollouts([first], out, keep="best")
     (tmp_path / "bad.jsonl").write_text("[1]\n")
     with pytest.raises(CropiError, match="bad.jsonl: a line is not a recorded rollout"):
         merge_rollouts([tmp_path / "bad.jsonl"], out)
-    assert [(r["id"], r["n"]) for r in read(out)] == [("a", 5), ("b", 1)]
+    assert [(r["id"], r["n"]) for r in read(out)] == [("a", 3), ("b", 4)]
 
 
 def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:

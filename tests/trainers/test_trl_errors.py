@@ -165,11 +165,11 @@ def test_streams_are_refused(tmp_path: Path) -> None:
         staged(tmp_path, train_dataset=dataset(8).to_iterable_dataset())
 
 
-def test_another_id_column(tmp_path: Path) -> None:
+def test_another_id_key(tmp_path: Path) -> None:
     from cropi.trainers.trl import Recording
 
     trainer = recorded(
-        tmp_path, Recording(id_column="number"), eval_dataset=None, max_steps=1, remove_unused_columns=True,
+        tmp_path, Recording(id_key="number"), eval_dataset=None, max_steps=1, remove_unused_columns=True,
         train_dataset=dataset(20, id=None).add_column("number", list(range(20))),
     )  # fmt: skip
     trainer.train()

@@ -108,7 +108,7 @@ def test_ids_in_nested_columns_are_recorded(tmp_path: Path) -> None:
     assert id_of({"a.b": 1, "a": {"b": 2}}, "a.b") == "1" and id_of({"a": {"b": 2}}, "a.b") == "2"
     rows = dataset(20).map(lambda row: {"info": {"index": row["id"]}}).remove_columns("id")
     trainer = recorded(
-        tmp_path, Recording(id_column="info.index"), train_dataset=rows, eval_dataset=None, max_steps=1,
+        tmp_path, Recording(id_key="info.index"), train_dataset=rows, eval_dataset=None, max_steps=1,
         remove_unused_columns=True,
     )  # fmt: skip
     trainer.train()
@@ -282,7 +282,7 @@ def test_options_of_another_type(change: dict[str, Any], words: str) -> None:
         Curriculum(**({"stage_steps": 2} | change))
 
 
-@pytest.mark.parametrize("change", [{"columns": "task"}, {"logprobs": 1}, {"text": "no"}, {"id_column": 3}])
+@pytest.mark.parametrize("change", [{"columns": "task"}, {"logprobs": 1}, {"text": "no"}, {"id_key": 3}])
 def test_recording_options_of_another_type(change: dict[str, Any]) -> None:
     with pytest.raises(CropiError, match=f"recording: {next(iter(change))} must be"):
         Recording(**change)

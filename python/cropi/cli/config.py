@@ -42,9 +42,8 @@ def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     words: list[str] = []
     for key, value in values.items():
-        action = actions.get(key) or next(
-            (a for a in actions.values() if f"--{key.replace('_', '-')}" in a.option_strings), None
-        )
+        option = parser.now(f"--{key.replace('_', '-')}")
+        action = actions.get(key) or next((a for a in actions.values() if option in a.option_strings), None)
         if action is None or key in UNUSABLE:
             known = [name for name in [*actions, *tables] if name not in UNUSABLE]
             raise CropiError(

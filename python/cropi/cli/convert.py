@@ -6,12 +6,13 @@ import argparse
 from typing import Any
 
 from cropi.cli.manners import tell
-from cropi.cli.parser import positive
+from cropi.cli.parser import Parser, positive
 from cropi.options import SOURCES
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def add_options(command: Parser) -> None:
     """Declare the options."""
+    command.was("--keep", "--steps")
     command.add_argument(
         "files",
         nargs="+",
@@ -34,7 +35,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="of the sampling; log-probs depend on it (default: what the dump says, as prime-rl's and requests do)",
     )
     command.add_argument(
-        "--keep", default="newest", choices=("newest", "all"),
+        "--steps", default="newest", choices=("newest", "all"),
         help="of a prompt with rollouts of several steps: those of its last step, or all (needs log-probs) "
         "(default: newest)",
     )  # fmt: skip
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     left = Left(args.skip_bad)
     found = args.dataset and source == "verl"
     reading = Reading(
-        id_key=None if found else args.id_key, temperature=args.temperature, keep=args.keep,
+        id_key=None if found else args.id_key, temperature=args.temperature, steps=args.steps,
         allow_pickle=args.allow_pickle, largest=int(args.max_gib * 2**30), columns=parse_columns(args.columns),
         requests=args.dataset if source == "openai" else None, prompts=_prompts(args) if found else None,
         tokenizer=(lambda: _tokenizer(args)) if args.model else None, scorer=scorer,

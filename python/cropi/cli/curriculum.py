@@ -9,12 +9,13 @@ from typing import Any
 from cropi.cli import options
 from cropi.cli.config import apply_config
 from cropi.cli.manners import tell
+from cropi.cli.parser import Parser
 from cropi.cli.sketch import notes
 from cropi.errors import CropiError
 from cropi.options import Influence, Reading, Rescoring, Selecting, Sketching
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def add_options(command: Parser) -> None:
     """Declare the options. Most come from the config file, so few are required here."""
     command.add_argument(
         "config", metavar="CONFIG.yaml",
@@ -90,7 +91,7 @@ def make_plan(args: argparse.Namespace) -> Any:
 
     exported = None
     if args.dataset or args.format:
-        exported = {"dataset": args.dataset, "id_key": args.dataset_id, "format": options.export_format(args)}
+        exported = {"dataset": args.dataset, "id_key": args.id_key, "format": options.export_format(args)}
         if args.data_source:
             exported["data_source"] = args.data_source
     given = options.selection(args)

@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 from cropi.cli import options
+from cropi.cli.parser import Parser
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def add_options(command: Parser) -> None:
     """Declare the options."""
     command.add_argument("--export", metavar="FILE", help="write the chosen prompts there for a trainer")
     options.add_export_options(command)
@@ -30,7 +31,7 @@ def check(args: argparse.Namespace, groups: Any) -> None:
     from cropi.data.export import BY_PLACE, check_export
     from cropi.data.saved import check_hub_name
 
-    given = args.format or args.dataset or args.dataset_id or args.data_source
+    given = args.format or args.dataset or args.id_key or args.data_source
     if given and not (args.export or args.push_to_hub):
         args.parser.error("--format and --dataset say what --export FILE holds; give it too")
     if args.private and not args.push_to_hub:
@@ -48,7 +49,7 @@ def check(args: argparse.Namespace, groups: Any) -> None:
             form,
             trajectories=groups if groups is not None else (),
             dataset=args.dataset,
-            id_key=args.dataset_id,
+            id_key=args.id_key,
             records=some if form not in ("ids", *BY_PLACE) else (),
             data_source=args.data_source,
             out=args.export,
@@ -60,9 +61,7 @@ def check(args: argparse.Namespace, groups: Any) -> None:
                 "--push-to-hub needs the prompts' rows: give the trainer's own --dataset, or --trajectories"
             )
         if not args.export:
-            check_export(
-                "save_to_disk", trajectories=groups or (), dataset=args.dataset, id_key=args.dataset_id
-            )
+            check_export("save_to_disk", trajectories=groups or (), dataset=args.dataset, id_key=args.id_key)
 
 
 def write(args: argparse.Namespace, selection: Any, groups: Any) -> None:
@@ -73,7 +72,7 @@ def write(args: argparse.Namespace, selection: Any, groups: Any) -> None:
         form = options.export_format(args)
         count = export(
             args.export, selection.ids, format=form, trajectories=groups if groups is not None else (),
-            dataset=args.dataset, id_key=args.dataset_id, data_source=args.data_source,
+            dataset=args.dataset, id_key=args.id_key, data_source=args.data_source,
             weights=selection.weights if form == "weights" else None,
         )  # fmt: skip
         print(
@@ -84,9 +83,7 @@ def write(args: argparse.Namespace, selection: Any, groups: Any) -> None:
         from cropi.data.saved import push
 
         records = groups if groups is not None else ()
-        rows = chosen_dataset(
-            selection.ids, trajectories=records, dataset=args.dataset, id_key=args.dataset_id
-        )
+        rows = chosen_dataset(selection.ids, trajectories=records, dataset=args.dataset, id_key=args.id_key)
         print(
             f"pushed        {len(rows)} prompts: {push(rows, args.push_to_hub, private=args.private or None)}"
         )

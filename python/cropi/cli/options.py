@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from cropi import options
-from cropi.cli.parser import count, positive, share, vocab_width, width
+from cropi.cli.parser import Parser, count, positive, share, vocab_width, width
 from cropi.option_fields import default_in_words
 
 T = TypeVar("T")
@@ -120,8 +120,9 @@ def selection(args: argparse.Namespace) -> options.SelectionOptions:
     )
 
 
-def add_export_options(command: argparse.ArgumentParser) -> None:
+def add_export_options(command: Parser) -> None:
     """In which form a trainer gets the chosen prompts."""
+    command.was("--dataset-id", "--id-key")
     group = command.add_argument_group("export for a trainer")
     group.add_argument(
         "--format", choices=FORMATS,
@@ -136,7 +137,7 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
         "rows of it (default: the records' prompts)",
     )
     group.add_argument(
-        "--dataset-id", metavar="COLUMN",
+        "--id-key", metavar="COLUMN",
         help="its column with the prompt ids; dots lead into nested ones (default: id, extra_info.index, index or uid)",
     )  # fmt: skip
     group.add_argument(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from cropi.errors import did_you_mean
@@ -16,6 +17,20 @@ class Parser(argparse.ArgumentParser):
     if they do not come from the command line."""
 
     source = ""
+    renamed: Mapping[str, str] = {}
+
+    def was(self, old: str, new: str) -> None:
+        """Take an option by its name of the first release too, with a warning, for one more release."""
+        self.renamed = {**self.renamed, old: new}
+
+    def now(self, word: str) -> str:
+        """A word of the command line, with the present name of an option in place of an old one."""
+        name, equals, value = word.partition("=")
+        if name not in self.renamed:
+            return word
+        new = self.renamed[name]
+        print(f"{self.prog}: {name} is now {new}; the old name goes with the next release", file=sys.stderr)
+        return new + equals + value
 
     def error(self, message: str) -> NoReturn:
         """Say it, and leave with status 2."""
@@ -26,7 +41,8 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """Unknown words are an error of the command that they were given to."""
-        found, unknown = super().parse_known_args(args, namespace)
+        words = [self.now(word) for word in (sys.argv[1:] if args is None else args)]
+        found, unknown = super().parse_known_args(words, namespace)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             hint = did_you_mean(unknown[0].partition("=")[0], known, "{}")

@@ -11,11 +11,12 @@ from typing import Any
 from cropi.cli import dry, exporting, influence, options, ranks, select, sketch
 from cropi.cli.config import CONFIG, apply_config, write_config
 from cropi.cli.manners import tell
+from cropi.cli.parser import Parser
 from cropi.errors import CropiError, optional
 from cropi.options import Influence, Reading, Selecting, Sketching
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def add_options(command: Parser) -> None:
     """Declare the options. The files and the model may come from the config file, so none is required
     here."""
     command.add_argument(

@@ -9,10 +9,11 @@ from typing import Any
 
 from cropi.cli import exporting, options
 from cropi.cli.manners import tell
+from cropi.cli.parser import Parser
 from cropi.options import Reading, Selecting
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def add_options(command: Parser) -> None:
     """Declare the options."""
     command.add_argument(
         "--scores", required=True, metavar="FILE.parquet", help="what `cropi influence` wrote"

@@ -196,7 +196,7 @@ def joined(rows: list[dict[str, Any]], wheres: list[str]) -> dict[str, Any]:
             raise RecordError(
                 wheres[0],
                 f"the responses to this prompt are of several policies ({key} {shown(values)})",
-                "give the files of one step, or `cropi convert --keep newest` the trainer's dump",
+                "give the files of one step, or `cropi convert --steps newest` the trainer's dump",
             )
         elif key in FIELDS or key in ALIASES:
             other = next(i for i, value in enumerate(values) if value != values[0])

@@ -47,7 +47,7 @@ def dataset_ids(
         if values is None or None in values:
             continue
         try:
-            found = PromptIds(rows, key, f"dataset: {path}", "--dataset-id")
+            found = PromptIds(rows, key, f"dataset: {path}", "--id-key")
             _check_rows(table, path, found, records)
         except CropiError as error:
             reasons.append(error)
@@ -59,7 +59,7 @@ def dataset_ids(
         wanted = f"column {id_key!r}" if id_key else f"one of {', '.join(ID_KEYS)}"
         raise CropiError(
             f"dataset: {path} has no stable prompt id ({wanted} is not among its columns {', '.join(columns)}, or not "
-            "in every row); add the trajectories' ids to it as a column, and name it with --dataset-id"
+            "in every row); add the trajectories' ids to it as a column, and name it with --id-key"
         )
     names = [record.id for record in records]
     for other in fitting[1:]:
@@ -67,7 +67,7 @@ def dataset_ids(
             raise CropiError(
                 f"dataset: {path}: the ids are in the columns {fitting[0].column!r} and {other.column!r}, which name "
                 f"different rows ({shown(names[0])}: {fitting[0].place[names[0]]} and {other.place[names[0]]}), and "
-                "the prompts do not tell which is meant; name the column with --dataset-id"
+                "the prompts do not tell which is meant; name the column with --id-key"
             )
     return fitting[0]
 
@@ -93,7 +93,7 @@ def _check_rows(table: Any, path: str | Path, found: PromptIds, records: Sequenc
             raise CropiError(
                 f"dataset: {path}: by its column {found.column!r}, row {row} is the prompt {record.id!r:.100}, but it "
                 f"holds {shown(there)}, and the trajectories hold {shown(record.prompt)}; name the column with the "
-                "trajectories' ids with --dataset-id"
+                "trajectories' ids with --id-key"
             )
 
 

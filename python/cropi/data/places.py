@@ -64,8 +64,8 @@ class Places:
         line = self._lines[number]
         return f"{self._names[self._sources[number]]}:{line}" if line >= 0 else self._wheres[number]
 
-    def keep(self, sources: Sequence[Source], columns: Mapping[str, str]) -> None:
-        """Keep these places for :func:`kept_places`, if every source is a file with records in lines."""
+    def remember(self, sources: Sequence[Source], columns: Mapping[str, str]) -> None:
+        """Hold these places for :func:`kept_places`, if every source is a file with records in lines."""
         if self.by_offset and not columns and (key := _key(sources, columns)) is not None:
             _KEPT[key] = self
             _KEPT.move_to_end(key)

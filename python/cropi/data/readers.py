@@ -142,7 +142,7 @@ class PromptGroups:
                 stacklevel=3,
             )
         self.bad = bad
-        places.keep(self.sources, self.columns)
+        places.remember(self.sources, self.columns)
 
     def take(self, ids: Iterable[str], *, missing_ok: bool = False) -> Iterator[PromptGroup]:
         """The groups with these ids, in this order.

@@ -54,12 +54,12 @@ def weights_of(selection: Selection) -> dict[str, float]:
     return found
 
 
-def to_dataset(selection: Selection, rows: Any, id_column: str | None) -> Any:
+def to_dataset(selection: Selection, rows: Any, id_key: str | None) -> Any:
     """See :meth:`cropi.ranking.selection.Selection.to_dataset`."""
     if rows is None:
         return dataset_of(table_of(own_rows(selection)))
-    trajectories, dataset = _parts(rows, id_column)
-    return chosen_dataset(selection.ids, trajectories=trajectories, dataset=dataset, id_key=id_column)
+    trajectories, dataset = _parts(rows, id_key)
+    return chosen_dataset(selection.ids, trajectories=trajectories, dataset=dataset, id_key=id_key)
 
 
 def save(
@@ -67,7 +67,7 @@ def save(
     path: str | Path,
     format: str | None,
     rows: Any,
-    id_column: str | None,
+    id_key: str | None,
     data_source: str | None,
 ) -> int:
     """See :meth:`cropi.ranking.selection.Selection.save`."""
@@ -85,27 +85,27 @@ def save(
         else:
             (write_jsonl if form == "jsonl" else write_parquet)(path, made)
         return len(made)
-    trajectories, dataset = _parts(rows, id_column, form)
+    trajectories, dataset = _parts(rows, id_key, form)
     return export(
         path,
         selection.ids,
         format=form,
         trajectories=trajectories,
         dataset=dataset,
-        id_key=id_column,
+        id_key=id_key,
         weights=weights_of(selection) if form == "weights" else None,
         data_source=data_source,
     )
 
 
-def push_to_hub(selection: Selection, name: str, rows: Any, id_column: str | None, **options: Any) -> str:
+def push_to_hub(selection: Selection, name: str, rows: Any, id_key: str | None, **options: Any) -> str:
     """See :meth:`cropi.ranking.selection.Selection.push_to_hub`."""
     if not options.get("token"):
         check_hub_name(name)
-    return push(to_dataset(selection, rows, id_column), name, **options)
+    return push(to_dataset(selection, rows, id_key), name, **options)
 
 
-def _parts(rows: Any, id_column: str | None, format: str = "") -> tuple[Any, Any]:
+def _parts(rows: Any, id_key: str | None, format: str = "") -> tuple[Any, Any]:
     """``(trajectories, dataset)``: rows are records where they are rolled out, and a trainer's own dataset if not."""
     from cropi.data.export import BY_PLACE, read_dataset
     from cropi.data.readers import PromptGroups
@@ -115,7 +115,7 @@ def _parts(rows: Any, id_column: str | None, format: str = "") -> tuple[Any, Any
         return (), None
     if isinstance(rows, PromptGroups) or format in FILES:
         return rows, None
-    if format in BY_PLACE or id_column is not None:
+    if format in BY_PLACE or id_key is not None:
         return (), rows
     if isinstance(rows, (list, tuple)):
         return rows, None

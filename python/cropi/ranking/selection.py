@@ -85,13 +85,13 @@ class Selection:
 
         return weights_of(self)
 
-    def to_dataset(self, rows: Any = None, *, id_column: str | None = None) -> Any:
+    def to_dataset(self, rows: Any = None, *, id_key: str | None = None) -> Any:
         """The chosen prompts as a ``datasets.Dataset``, best first.
 
         Args:
             rows: a dataset, whose rows are taken whole (a ``datasets.Dataset``, a path, a name on the hub), or
                 trajectory records, whose prompts are taken without the rollouts. None: id, rank and scores alone.
-            id_column: the column of a dataset that holds the prompt ids; None finds it.
+            id_key: the column of a dataset that holds the prompt ids; None finds it.
 
         Raises:
             CropiError: an id has no row.
@@ -104,7 +104,7 @@ class Selection:
         """
         from cropi.ranking.saving import to_dataset
 
-        return to_dataset(self, rows, id_column)
+        return to_dataset(self, rows, id_key)
 
     def save(
         self,
@@ -112,7 +112,7 @@ class Selection:
         format: str | None = None,
         *,
         rows: Any = None,
-        id_column: str | None = None,
+        id_key: str | None = None,
         data_source: str | None = None,
     ) -> int:
         """Write the chosen prompts, best first; returns how many rows.
@@ -121,7 +121,7 @@ class Selection:
             path: the file, or the folder of "save_to_disk".
             format: see :func:`cropi.data.export.export`; None: by the ending of the path (``.jsonl``, ``.parquet``,
                 ``.txt`` for ids, ``.json`` for row numbers, none for "save_to_disk").
-            rows, id_column: as for :meth:`to_dataset`.
+            rows, id_key: as for :meth:`to_dataset`.
             data_source: of the format "verl": the name of the reward function.
 
         Raises:
@@ -129,16 +129,14 @@ class Selection:
         """
         from cropi.ranking.saving import save
 
-        return save(self, path, format, rows, id_column, data_source)
+        return save(self, path, format, rows, id_key, data_source)
 
-    def push_to_hub(
-        self, name: str, rows: Any = None, *, id_column: str | None = None, **options: Any
-    ) -> str:
+    def push_to_hub(self, name: str, rows: Any = None, *, id_key: str | None = None, **options: Any) -> str:
         """Push the chosen prompts to the Hugging Face hub; returns the address.
 
         Args:
             name: ``owner/name``.
-            rows, id_column: as for :meth:`to_dataset`.
+            rows, id_key: as for :meth:`to_dataset`.
             options: of ``datasets.Dataset.push_to_hub``: ``private``, ``token``, ``split``, ...
 
         Raises:
@@ -146,7 +144,7 @@ class Selection:
         """
         from cropi.ranking.saving import push_to_hub
 
-        return push_to_hub(self, name, rows, id_column, **options)
+        return push_to_hub(self, name, rows, id_key, **options)
 
     def soft_weights(self, temperature: float = 1.0) -> dict[str, float]:
         """A weight for every usable prompt by id, with mean 1, best first: all are trained on, the better the more.

@@ -121,7 +121,7 @@ def sketch_groups(
                 zero_check,
             )
 
-            def keep(row: RowInfo, vector: torch.Tensor | None = None) -> None:
+            def add(row: RowInfo, vector: torch.Tensor | None = None) -> None:
                 if row.id not in done:
                     summary.count(row)
                     store.add(row, vector)
@@ -130,11 +130,11 @@ def sketch_groups(
             flushed = time.monotonic()
             for chunk in part.take(chunks) if part else chunks:
                 for row in chunk.rows:
-                    keep(row)
+                    add(row)
                 for batch in chunk.built(estimator, source.source == "file", done):
                     for row, vector in passes.run(batch):
                         if row.id in chunk.prompts:  # others only fill the batch, as those do that are done
-                            keep(row, vector)
+                            add(row, vector)
                     bar.set_postfix_str(f"{summary.model_tokens / summary.wall:.0f} tokens/s", refresh=False)
                     if time.monotonic() - flushed > FLUSH_SECONDS:
                         store.flush()

@@ -58,7 +58,7 @@ class DumpSource(PathSource):
     def __init__(self, files: Sequence[str | Path], source: str, reading: Reading, skip_bad: bool) -> None:
         self.files, self.source, self.left = list(files), source, Left(skip_bad)
         rollouts = (one for path in files for one in read_rollouts(path, source, reading, self.left))
-        groups = group_rollouts(rollouts, keep=reading.keep, left=self.left)
+        groups = group_rollouts(rollouts, steps=reading.steps, left=self.left)
         self._folder = tempfile.TemporaryDirectory(prefix="cropi-dump-")
         path = Path(self._folder.name) / "records.jsonl"
         write_groups(path, groups)
@@ -190,4 +190,4 @@ def groups_of(
 
         return list(read(paths, skip_bad=left.skip_bad, columns=dict(reading.columns)))
     rollouts = (one for path in paths for one in read_rollouts(path, kind, reading, left))
-    return group_rollouts(rollouts, keep=reading.keep, left=left)
+    return group_rollouts(rollouts, steps=reading.steps, left=left)

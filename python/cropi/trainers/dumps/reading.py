@@ -16,7 +16,7 @@ class Reading:
     Attributes:
         id_key: where the prompt's id stands; None: where the reader says.
         temperature: of the sampling; None: what the file says, if it does.
-        keep: of a prompt with rollouts of several steps those of the last one ("newest") or "all".
+        steps: of a prompt with rollouts of several steps those of the last one ("newest") or "all".
         allow_pickle: load pickles with all that they name, which runs their code.
         largest: bytes that a dump may have (:func:`cropi.trainers.dumps.pickled.check_size`).
         columns: ``{"reward": name}`` for TRL's files.
@@ -28,7 +28,7 @@ class Reading:
 
     id_key: str | None = None
     temperature: float | None = None
-    keep: str = "newest"
+    steps: str = "newest"
     allow_pickle: bool = False
     largest: int = LARGEST
     columns: Mapping[str, str] = field(default_factory=dict)

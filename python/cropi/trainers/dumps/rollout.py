@@ -17,7 +17,7 @@ from cropi.files import replacing
 from cropi.trainers.dumps.fields import BadSample, Left, shown
 from cropi.trainers.values import plain_value, whole_text
 
-KEEP = ("newest", "all")
+STEPS = ("newest", "all")
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ def checked(rollout: Rollout) -> Rollout:
 
 
 def group_rollouts(
-    rollouts: Iterable[Rollout], *, keep: str = "newest", left: Left | None = None
+    rollouts: Iterable[Rollout], *, steps: str = "newest", left: Left | None = None
 ) -> list[PromptGroup]:
     """Collect the responses to each prompt, in order of id.
 
     Args:
         rollouts: in any order.
-        keep: of a prompt that was rolled out at several steps: "newest" takes those of its last step, so that a group
+        steps: of a prompt that was rolled out at several steps: "newest" takes those of its last step, so that a group
             has one behaviour policy; "all" takes them all, which needs log-probs with every one, since the policies
             differ.
         left: takes the rollouts that do not fit to the first one of their prompt; None raises.
@@ -113,8 +113,8 @@ def group_rollouts(
         CropiError: nothing to group, or mixed policies without log-probs.
         BadSample: rollouts of one prompt disagree on it.
     """
-    if keep not in KEEP:
-        raise CropiError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
+    if steps not in STEPS:
+        raise CropiError(f"steps must be one of {', '.join(STEPS)}, got {steps!r}")
     left = Left() if left is None else left
     groups: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
@@ -122,17 +122,17 @@ def group_rollouts(
     if not groups:
         reasons = "; ".join(str(error)[:300] for error in list(left.first.values())[:3])
         raise CropiError(f"the dump holds no rollout that can be used{': ' if reasons else ''}{reasons}")
-    return [_record(name, members, keep, left) for name, members in sorted(groups.items())]
+    return [_record(name, members, steps, left) for name, members in sorted(groups.items())]
 
 
-def _record(name: str, members: list[Rollout], keep: str, left: Left) -> PromptGroup:
+def _record(name: str, members: list[Rollout], steps: str, left: Left) -> PromptGroup:
     last = max(member.step for member in members)
-    if keep == "newest":
+    if steps == "newest":
         members = [member for member in members if member.step == last]
     elif len({member.step for member in members}) > 1 and any(m.logprobs is None for m in members):
         raise CropiError(
             f"{members[0].where}: the prompt {shown(name)} was rolled out at several steps, by different policies, and "
-            "not every rollout has log-probs, so they cannot be put into one group; use --keep newest"
+            "not every rollout has log-probs, so they cannot be put into one group; use --steps newest"
         )
     first = members[0]
     members = [first, *left.each(members[1:], lambda other: _alike(first, other))]
@@ -148,7 +148,7 @@ def _alike(first: Rollout, other: Rollout) -> Rollout:
     if other.temperature != first.temperature:
         raise BadSample(
             other.where, "temperature", f"{other.temperature} here and {first.temperature} at {first.where}, "
-            "but a record has one", "use --keep newest, or pass --skip-bad",
+            "but a record has one", "use --steps newest, or pass --skip-bad",
         )  # fmt: skip
     return other
 

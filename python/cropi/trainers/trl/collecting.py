@@ -41,7 +41,7 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
             f"num_generations_eval is {trainer.num_generations_eval}: a prompt needs at least 2 responses "
             "for an advantage"
         )
-    PromptIds(dataset, recorder.recording.id_column, "dataset")
+    PromptIds(dataset, recorder.recording.id_key, "dataset")
     target, ranks, log = Path(out), recorder.ranks, recorder.log
     folder = target.with_name(f".{target.name}.collecting")
     if ranks.first:

@@ -72,7 +72,7 @@ class RecordingMixin(RecorderHooks):
         chosen = Recording() if recording is None else recording
         if not isinstance(chosen, Recording):
             raise CropiError(f"recording must be a Recording, got {type(chosen).__name__}")
-        check_datasets(args, kwargs, chosen.id_column, chosen)
+        check_datasets(args, kwargs, chosen.id_key, chosen)
         super().__init__(*args, **kwargs)
         self._cropi = Recorder(self, chosen)
 
@@ -85,7 +85,7 @@ class CurriculumMixin(RecorderHooks):
     def __init__(self, *args: Any, curriculum: Curriculum, **kwargs: Any) -> None:
         if not isinstance(curriculum, Curriculum):
             raise CropiError(f"curriculum must be a Curriculum, got {type(curriculum).__name__}")
-        ids = check_datasets(args, kwargs, curriculum.id_column, curriculum.recording)
+        ids = check_datasets(args, kwargs, curriculum.id_key, curriculum.recording)
         if ids is None:
             raise CropiError("train_dataset is missing: the curriculum selects its prompts")
         opened = {name: curriculum.opened(name) for name in ("train", "valid")}
@@ -113,7 +113,7 @@ class CurriculumMixin(RecorderHooks):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self._cropi.live is not None and self.model.training:
-            self._cropi.live.place(inputs, self._cropi.options.id_column, output)
+            self._cropi.live.place(inputs, self._cropi.options.id_key, output)
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cropi._moved import renamed
 from cropi.checked import check_fields
 from cropi.errors import CropiError
 from cropi.gradient.estimators import Estimator, make_estimator
@@ -22,13 +23,14 @@ Paths = str | Path | Sequence[str | Path]
 ON_NOTHING = ("auto", "error", "keep")
 
 
+@renamed(id_column="id_key")
 @dataclass(frozen=True)
 class Recording:
     """How rollouts are recorded.
 
     Attributes:
         folder: where; None: ``<output_dir>/cropi/rollouts``.
-        id_column: the dataset's column of stable prompt ids.
+        id_key: the dataset's column of stable prompt ids.
         set_column: validation set of a prompt of ``eval_dataset``; without the column, the key of the dataset in
             a dictionary of eval datasets, else "valid".
         columns: more columns that go into the record, where the dataset has them.
@@ -37,7 +39,7 @@ class Recording:
     """
 
     folder: str | Path | None = None
-    id_column: str = "id"
+    id_key: str = "id"
     set_column: str = "set"
     columns: Sequence[str] = ("task", "answer")
     logprobs: bool = True
@@ -187,9 +189,9 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
             )
 
     @property
-    def id_column(self) -> str:
+    def id_key(self) -> str:
         """The dataset's column of prompt ids."""
-        return "id" if self.recording is None else self.recording.id_column
+        return "id" if self.recording is None else self.recording.id_key
 
     def files(self, name: str) -> list[Path] | None:
         """The files ``train`` or ``valid``, or None for recorded rollouts."""

@@ -96,7 +96,7 @@ class Recorder:
         """The dataset's columns that the trainer must not drop."""
         if self.recording is None:
             return []
-        column = self.recording.id_column
+        column = self.recording.id_key
         return [column, column.split(".")[0], self.recording.set_column, *self.recording.columns]
 
     # ------------------------------------------------------------------------------- what the trainer does
@@ -173,7 +173,7 @@ class Recorder:
         ends = getattr(trainer, "eos_token_ids", None) or [trainer._tokenizer.eos_token_id]
         records = []
         for i, row in enumerate(inputs):
-            record: dict[str, Any] = {"id": id_of(row, recording.id_column), "prompt_ids": prompts[i]}
+            record: dict[str, Any] = {"id": id_of(row, recording.id_key), "prompt_ids": prompts[i]}
             if not training and self.has_sets:
                 record["set"] = str(row.get(recording.set_column) or self.eval_name)
             record |= columns_of(row, recording.columns, f"the prompt {record['id']!r}")

@@ -16,8 +16,6 @@ from cropi.errors import CropiError
 from cropi.files import replacing
 from cropi.trainers.trl.records import checked_line
 
-KEEP = ("last", "first")
-
 
 class RolloutLog:
     """The log files of one rank in a folder: ``train-rank00000.jsonl``, ``valid-rank00000.jsonl``.
@@ -114,47 +112,45 @@ def cut_unfinished_line(path: Path) -> None:
         file.truncate(0)
 
 
-def merge_rollouts(logs: Sequence[str | Path], out: str | Path, *, keep: str = "last") -> int:
+def merge_rollouts(logs: Sequence[str | Path], out: str | Path) -> int:
     """Write one record a prompt, in order of id, from logs in which a prompt may occur several times.
+
+    Each prompt's newest rollouts are taken, which the current policy is nearest to.
 
     Args:
         logs: files whose records carry ``step``, the optimizer step at which they were sampled.
         out: the file to write, whole or not at all.
-        keep: "last" keeps each prompt's newest rollouts, which the current policy is nearest to; "first" its oldest.
 
     Returns:
         The number of prompts.
 
     Raises:
-        CropiError: no record at all, a line that is not one, or an unknown ``keep``.
+        CropiError: no record at all, or a line that is not one.
     """
-    if keep not in KEEP:
-        raise CropiError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
-    best: dict[str, tuple[int, int, Path, int]] = {}
-    for order, path in enumerate(map(Path, logs)):
+    newest: dict[str, tuple[int, Path, int]] = {}  # by prompt: step, file, offset
+    for path in map(Path, logs):
         with open(path, "rb") as file:
             offset = 0
             for line in file:
                 if line.endswith(b"\n"):  # another rank may be in the middle of a line
                     name, step = _key(line, path)
-                    found = best.get(name)
                     # Equal steps: a later line of the same file is newer; between files the order is that of the ranks.
-                    if found is None or (step >= found[0] if keep == "last" else step < found[0]):
-                        best[name] = (step, order, path, offset)
+                    if name not in newest or step >= newest[name][0]:
+                        newest[name] = (step, path, offset)
                 offset += len(line)
-    if not best:
+    if not newest:
         raise CropiError(f"{', '.join(map(str, logs)) or 'no log'}: no rollout has been recorded yet")
     files = {path: open(path, "rb") for path in map(Path, logs)}
     try:
         with replacing(Path(out)) as temporary, open(temporary, "wb") as target:
-            for name in sorted(best):
-                _, _, path, offset = best[name]
+            for name in sorted(newest):
+                _, path, offset = newest[name]
                 files[path].seek(offset)
                 target.write(files[path].readline())
     finally:
         for opened in files.values():
             opened.close()
-    return len(best)
+    return len(newest)
 
 
 def _key(line: bytes, path: Path) -> tuple[str, int]:

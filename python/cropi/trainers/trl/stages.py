@@ -122,7 +122,7 @@ class Stages(Recorder):
 
     def columns(self) -> list[str]:
         """As the recorder's; live selection needs the ids also where nothing is recorded."""
-        column = self.options.id_column
+        column = self.options.id_key
         return super().columns() + ([column, column.split(".")[0]] if self.live is not None else [])
 
     def sampler(self) -> StageSampler:
