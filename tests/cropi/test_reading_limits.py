@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from data.make_formats import HERE, records
 from support.made_data import make_model, make_tokenizer
@@ -15,6 +16,7 @@ from support.made_data import make_model, make_tokenizer
 from cropi.cli import main
 from cropi.data import lines, opened, tables
 from cropi.data.readers import read, read_trajectories
+from cropi.data.share import Share
 from cropi.errors import CropiError, RecordError
 
 
@@ -118,6 +120,42 @@ def test_places_are_read_where_the_lines_are_and_not_through_the_file(
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(AssertionError, match="a full pass"):
         list(read(path).take(["p3"]))
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow file", "arrow stream"])
+def test_of_a_table_only_the_rows_that_are_wanted_are_made(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t"
+
+    def write(count: int) -> None:
+        table = pyarrow.Table.from_pylist([records()[i % 6] | {"id": f"p{i}"} for i in range(count)])
+        if form == "parquet":
+            pyarrow.parquet.write_table(table, path, row_group_size=8)
+            return
+        kind = pyarrow.ipc.new_file if form == "arrow file" else pyarrow.ipc.new_stream
+        with kind(path, table.schema) as file:
+            file.write_table(table, max_chunksize=8)
+
+    write(40)
+    every = {group.id: group.to_record() for group in read(path)}
+    numbers: list[int] = []
+    columns = tables.table_groups
+
+    def made_of(batch: Any, name: str, some: Any) -> Any:
+        numbers.extend(some)
+        return columns(batch, name, some)
+
+    monkeypatch.setattr(tables, "table_groups", made_of)
+    taken = list(read(path).take(["p33", "p2", "p3"]))
+    assert numbers == [2, 3, 33]
+    assert [group.where for group in taken] == [f"{path}, row {n}" for n in (33, 2, 3)]
+    assert [group.to_record() for group in taken] == [every[name] for name in ("p33", "p2", "p3")]
+    share = Share(read(path), ["p2", "p39"], None)  # that of one process
+    assert [group.to_record() for group in share] == [every["p2"], every["p39"]]
+    assert numbers == [2, 3, 33, 2, 39]
+    write(41)
+    assert [group.id for group in read(path).take(["p40"])] == ["p40"] and len(numbers) == 5 + 41
 
 
 @pytest.mark.slow

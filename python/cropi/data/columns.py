@@ -8,7 +8,7 @@ same groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -268,8 +268,8 @@ class Columns:
         part: Nested | None = self.ids if name == "response_ids" else getattr(self, name)
         return None if part is None else part.row(row)
 
-    def groups(self, name: str, start: int) -> Iterator[tuple[str, TableGroup]]:
-        """``(file, row n)`` and the group of every row."""
+    def groups(self, name: str, numbers: Sequence[int]) -> Iterator[tuple[str, TableGroup]]:
+        """``(file, row n)`` and the group of every row; ``numbers`` are those of the rows."""
         rewards = [self.rewards.row(i) for i in range(self.count)]
         texts = [
             key
@@ -279,7 +279,7 @@ class Columns:
         answers = self.held["answer"].to_pylist() if "answer" in self.held else [None] * self.count
         empty = dict.fromkeys(field for field in FIELDS if field not in HEAVY)
         for i in range(self.count):
-            where = f"{name}, row {start + i}"
+            where = f"{name}, row {numbers[i]}"
             group: TableGroup = object.__new__(TableGroup)
             held = empty | {key: self.light[key][i] for key in texts}
             held |= {"id": str(self.light["id"][i]), "rewards": rewards[i], "answer": answers[i]}
@@ -288,10 +288,10 @@ class Columns:
             yield where, group
 
 
-def table_groups(batch: Any, name: str, start: int) -> Iterator[tuple[str, TableGroup]] | None:
-    """The groups of a batch of rows, or None where it is not simple."""
+def table_groups(batch: Any, name: str, numbers: Sequence[int]) -> Iterator[tuple[str, TableGroup]] | None:
+    """The groups of a batch of rows with these numbers, or None where it is not simple."""
     try:
-        return Columns(batch).groups(name, start) if batch.num_rows else iter(())
+        return Columns(batch).groups(name, numbers) if batch.num_rows else iter(())
     except (NotSimple, RecordError, UnicodeDecodeError, optional("pyarrow").ArrowInvalid):
         return None
 

@@ -1,12 +1,16 @@
-"""Where every record of some files stands, so that later passes read only the records they need."""
+"""Where every record of some files stands, so that later passes read only the records they need.
+
+In files of lines that is the line's offset; in a table, parquet or arrow, it is the number of the row.
+"""
 
 from __future__ import annotations
 
 import os
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 from cropi.data.fast import RecordReader
@@ -49,10 +53,10 @@ class Places:
         self.by_offset &= offset is not None and not hashed
         self._sources.append(source)
         self._offsets.append(-1 if offset is None else offset)
-        name, _, line = where.rpartition(":")
-        if offset is not None and line.isdigit():
-            self._lines.append(int(line))
-            self._names[source] = name
+        before = where.rstrip("0123456789")  # "file:" or "file, row "
+        if offset is not None and len(before) < len(where):
+            self._lines.append(int(where[len(before) :]))
+            self._names[source] = before
         else:
             self._lines.append(-1)
             self._wheres[number] = where
@@ -62,10 +66,10 @@ class Places:
 
     def _where(self, number: int) -> str:
         line = self._lines[number]
-        return f"{self._names[self._sources[number]]}:{line}" if line >= 0 else self._wheres[number]
+        return f"{self._names[self._sources[number]]}{line}" if line >= 0 else self._wheres[number]
 
     def remember(self, sources: Sequence[Source], columns: Mapping[str, str]) -> None:
-        """Hold these places for :func:`kept_places`, if every source is a file with records in lines."""
+        """Hold these places for :func:`kept_places`, if every source is a file with records in lines, or a table."""
         if self.by_offset and not columns and (key := _key(sources, columns)) is not None:
             _KEPT[key] = self
             _KEPT.move_to_end(key)
@@ -75,6 +79,15 @@ class Places:
     def ids(self) -> KeysView[str]:
         """The ids of all prompts."""
         return self._numbers.keys()
+
+    def in_order(self, ids: Iterable[str]) -> Iterator[tuple[int, list[str], list[int]]]:
+        """Some ids in the order of the sources: the source's number, the ids in it, and their offsets."""
+        numbers = self._numbers
+        for source, part in groupby(
+            sorted(ids, key=numbers.__getitem__), lambda name: self._sources[numbers[name]]
+        ):
+            names = list(part)
+            yield source, names, [self._offsets[numbers[name]] for name in names]
 
     def reader(self, sources: Sequence[Source], stack: ExitStack) -> Callable[[str], PromptGroup]:
         """A function that gives the group with an id, from its line; the files stay open as long as ``stack``.
@@ -109,10 +122,16 @@ def kept_places(sources: Sequence[Source], columns: Mapping[str, str]) -> Places
     return _KEPT.get(key) if key is not None else None
 
 
+def all_lines(sources: Sequence[Source]) -> bool:
+    """Whether every source is a file of lines."""
+    return all(source.lines_file() is not None for source in sources)
+
+
 def _key(sources: Sequence[Source], columns: Mapping[str, str]) -> tuple[Any, ...] | None:
     parts: list[Any] = sorted(columns.items())
+    lines = all_lines(sources)
     for source in sources:
-        path = source.lines_file()
+        path = source.lines_file() if lines else source.table_file()
         if path is None:
             return None
         state = os.stat(path)

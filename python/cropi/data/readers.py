@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,7 @@ from cropi.data.forms import (
     renamed,
     split_conversation,
 )
-from cropi.data.places import Places, kept_places
+from cropi.data.places import Places, all_lines, kept_places
 from cropi.data.records import PromptGroup, check_characters, make_group, parse_json
 from cropi.data.sources import Row, Source, sources_of
 from cropi.data.tables import TableRow
@@ -179,14 +180,37 @@ class PromptGroups:
         """The ids that are there, of those that are asked for, and a function that gives the group with an id."""
         places = kept_places(self.sources, self.columns)
         with ExitStack() as stack:
-            if places is not None:
+            if places is not None and all_lines(self.sources):
                 yield places.ids(), places.reader(self.sources, stack)
                 return
             kept = _Kept(stack.enter_context(tempfile.TemporaryFile()))
-            for group in self.each():
+            for group in (
+                self.each() if places is None or ids is None else self.at(places, ids & places.ids())
+            ):
                 if ids is None or group.id in ids:
                     kept.put(group)
             yield kept.places.keys(), kept.get
+
+    def at(self, places: Places, ids: Iterable[str]) -> Iterator[PromptGroup]:
+        """The groups with these ids, in the order of the sources, read by the places that a full pass has found.
+
+        Raises:
+            CropiError: a file was changed meanwhile.
+        """
+        if all_lines(self.sources):
+            with ExitStack() as stack:
+                find = places.reader(self.sources, stack)
+                for _, names, _ in places.in_order(ids):
+                    yield from map(find, names)
+            return
+        state = _State({}, None)
+        for number, names, offsets in places.in_order(ids):
+            rows = self.sources[number].table_rows(offsets)
+            for name, found in zip_longest(names, rows):
+                group = None if found is None else state._record(found[2], found[0])
+                if group is None or group.id != name:
+                    raise CropiError(f"{self.sources[number].name} was changed while it was used")
+                yield group
 
 
 class _Kept:

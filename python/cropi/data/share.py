@@ -32,8 +32,8 @@ class Share(PromptGroups):
         on_line: Callable[[bytes], None] | None = None,
     ) -> Iterator[PromptGroup]:
         """Go through the groups of the share."""
-        if on_line is None and kept_places(self.sources, self.columns) is not None:
-            yield from self.whole.take(self.ids)
+        if on_line is None and (places := kept_places(self.sources, self.columns)) is not None:
+            yield from self.whole.at(places, self.ids)
             return
         wanted = set(self.ids)
         yield from (group for group in self.whole.each(on_bad, on_line) if group.id in wanted)

@@ -19,7 +19,7 @@ from cropi.data.records import PromptGroup
 from cropi.data.tables import is_saved, rows_of_batch, rows_of_saved, rows_of_table_file
 from cropi.errors import CropiError, optional
 
-# (file:line, offset of the line or None, the line as bytes or the row as a dictionary)
+# (file:line, the line's offset or the number of the table's row or None, the line as bytes or the row as a dictionary)
 Row = tuple[str, Union[int, None], Any]  # noqa: UP007 (evaluated, also by Python 3.10)
 
 
@@ -45,6 +45,10 @@ class Source:
     def table_file(self) -> Path | None:
         """The file that holds the rows as a table, where there is one."""
         return None
+
+    def table_rows(self, numbers: Sequence[int]) -> Iterator[Row]:
+        """The rows of a table with these numbers, which are in order, as :meth:`grouped_rows` gives them."""
+        raise NotImplementedError
 
 
 class PathSource(Source):
@@ -73,6 +77,11 @@ class PathSource(Source):
         head = self._head()
         return self.file if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) else None
 
+    def table_rows(self, numbers: Sequence[int]) -> Iterator[Row]:
+        return rows_of_table_file(
+            self.file, format_of(self._head(), self.name), self.name, groups=True, only=numbers
+        )
+
     def _head(self) -> bytes:
         if not os.path.isfile(self.file):
             return b""
@@ -92,8 +101,8 @@ class PathSource(Source):
                 shutil.copyfileobj(stream, kept)
                 kept.flush()
                 table = Path(kept.name)
-            for where, row in rows_of_table_file(table, form, self.name, groups=groups):
-                yield where, None, row
+            for where, number, row in rows_of_table_file(table, form, self.name, groups=groups):
+                yield where, number if table == self.file else None, row
 
 
 class StdinSource(PathSource):

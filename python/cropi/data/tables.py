@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cropi.data.columns import table_groups
 from cropi.data.formats import ARROW_FILE, PARQUET
@@ -23,24 +25,41 @@ class TableRow(dict[str, Any]):
 
 
 def rows_of_table_file(
-    path: Path, form: str, shown: str | None = None, *, groups: bool = False
-) -> Iterator[tuple[str, Any]]:
-    """``(file, row n)`` and the row of a parquet or arrow file; ``groups``: its prompt group, where it is simple.
+    path: Path,
+    form: str,
+    shown: str | None = None,
+    *,
+    groups: bool = False,
+    only: Sequence[int] | None = None,
+) -> Iterator[tuple[str, int, Any]]:
+    """``(file, row n)``, n and the row of a parquet or arrow file.
+
+    Args:
+        path: the file.
+        form: of it.
+        shown: what messages call it.
+        groups: give a row's prompt group, where it is simple.
+        only: the numbers of the rows that are wanted, in order; of the others nothing is made. None: all rows.
 
     Raises:
         CropiError: the file is damaged or cut.
     """
     pyarrow, name = optional("pyarrow"), shown or str(path)
-    start = 0
+    wanted, start = None if only is None else np.asarray(only), 0
     try:
-        for batch in _parquet(path) if form == PARQUET else _arrow(path, form):
-            made = table_groups(batch, name, start) if groups else None
-            if made is not None:
-                yield from made
-            else:
-                for i, row in enumerate(_rows_or_errors(batch, name, start)):
-                    yield f"{name}, row {start + i}", row
-            start += batch.num_rows
+        for start, batch in _parquet(path, wanted) if form == PARQUET else _arrow(path, form):
+            end = start + batch.num_rows
+            numbers: Sequence[int] = range(start, end)
+            if wanted is not None:
+                numbers = _within(wanted, start, batch.num_rows).tolist()
+                batch = batch.take(pyarrow.array([number - start for number in numbers], pyarrow.int64()))
+            made = table_groups(batch, name, numbers) if groups else None
+            if made is None:
+                rows = _rows_or_errors(batch, name, numbers)
+                made = ((f"{name}, row {number}", row) for number, row in zip(numbers, rows))
+            for number, (where, row) in zip(numbers, made):
+                yield where, number, row
+            start = end
     except (pyarrow.ArrowException, OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -49,7 +68,13 @@ def rows_of_table_file(
         ) from error
 
 
-def _rows_or_errors(batch: Any, name: str, start: int) -> Iterator[Any]:
+def _within(numbers: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Those of some numbers in order that are in ``[start, start + count)``."""
+    first, last = np.searchsorted(numbers, [start, start + count])
+    return numbers[first:last]
+
+
+def _rows_or_errors(batch: Any, name: str, numbers: Sequence[int]) -> Iterator[Any]:
     """The rows of a batch; a RecordError in place of one whose text is not UTF-8."""
     try:
         yield from list(rows_of_batch(batch))
@@ -63,7 +88,7 @@ def _rows_or_errors(batch: Any, name: str, start: int) -> Iterator[Any]:
                 row[column] = batch.column(column)[i].as_py()
         except UnicodeDecodeError as error:
             yield RecordError(
-                f"{name}, row {start + i}",
+                f"{name}, row {numbers[i]}",
                 f"the text in the column {column!r} is not UTF-8 (byte {error.start})",
             )
         else:
@@ -94,7 +119,8 @@ def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in files:
         if not file.is_file():
             raise CropiError(f"{path}: its file {file.name} is missing; copy the folder again")
-        yield from rows_of_table_file(file, "arrow stream")
+        for where, _, row in rows_of_table_file(file, "arrow stream"):
+            yield where, row
 
 
 def is_saved(path: Path) -> bool:
@@ -110,16 +136,33 @@ def rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
         yield TableRow(zip(names, row))
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path, wanted: np.ndarray | None) -> Iterator[tuple[int, Any]]:
+    """Batches and the number of their first row; row groups without a row that is wanted are left out."""
     with optional("pyarrow.parquet").ParquetFile(path, pre_buffer=False) as file:
         meta = file.metadata
-        size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-        rows = int(BATCH_BYTES / max(size / max(meta.num_rows, 1), 1))
-        yield from file.iter_batches(batch_size=max(1, min(rows, MOST_ROWS)))
+        parts = [meta.row_group(i) for i in range(meta.num_row_groups)]
+        starts = np.cumsum([0, *(part.num_rows for part in parts)])
+        size = sum(part.total_byte_size for part in parts)
+        rows = max(1, min(int(BATCH_BYTES / max(size / max(meta.num_rows, 1), 1)), MOST_ROWS))
+        together = (
+            [range(len(parts))]
+            if wanted is None
+            else [
+                range(i, i + 1)
+                for i, part in enumerate(parts)
+                if len(_within(wanted, starts[i], part.num_rows))
+            ]
+        )
+        for some in together:
+            first = int(starts[some.start])
+            for batch in file.iter_batches(batch_size=rows, row_groups=list(some)):
+                yield first, batch
+                first += batch.num_rows
 
 
-def _arrow(path: Path, form: str) -> Iterator[Any]:
-    pyarrow = optional("pyarrow")
+def _arrow(path: Path, form: str) -> Iterator[tuple[int, Any]]:
+    """Batches and the number of their first row."""
+    pyarrow, first = optional("pyarrow"), 0
     with pyarrow.memory_map(str(path)) as source:
         if form == ARROW_FILE:
             reader = pyarrow.ipc.open_file(source)
@@ -127,9 +170,10 @@ def _arrow(path: Path, form: str) -> Iterator[Any]:
         else:
             batches = iter(pyarrow.ipc.open_stream(source))
         for batch in batches:
-            rows = int(BATCH_BYTES / max(batch.nbytes / max(batch.num_rows, 1), 1))
-            for start in range(0, batch.num_rows, max(1, min(rows, MOST_ROWS))):
-                yield batch.slice(start, max(1, min(rows, MOST_ROWS)))
+            rows = max(1, min(int(BATCH_BYTES / max(batch.nbytes / max(batch.num_rows, 1), 1)), MOST_ROWS))
+            for start in range(0, batch.num_rows, rows):
+                yield first + start, batch.slice(start, rows)
+            first += batch.num_rows
 
 
 def _values(column: Any) -> list[Any]:
