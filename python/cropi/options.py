@@ -28,7 +28,8 @@ class Loading(Options):
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     device: str = option(
-        "auto", "where the model runs: cpu, cuda, cuda:1, ...; auto: a GPU, where torch sees one"
+        "auto",
+        "where the model runs: cpu, cuda, cuda:1, ...; auto takes a GPU if torch sees one, else the CPU",
     )
     trust_remote_code: bool = option(
         False, "let the model's folder or hub repository bring code of its own, WHICH IS RUN", kind="switch"
@@ -43,7 +44,10 @@ class Loading(Options):
         shown="none",
     )
     quantize: str | None = option(
-        None, "pack the weights under an adapter by bitsandbytes", choices=("4bit", "8bit"), shown="no"
+        None,
+        "pack the weights under an adapter to 4 or 8 bits by bitsandbytes",
+        choices=("4bit", "8bit"),
+        shown="no",
     )
     attn_implementation: str = option(
         "auto",
@@ -79,7 +83,7 @@ class Gradient(Options):
         shown="none",
         many=True,
     )
-    estimator: str = option("cropi", "policy gradient (docs/method.md)", choices=ESTIMATORS)
+    estimator: str = option("cropi", "which policy gradient is sketched (docs/method.md)", choices=ESTIMATORS)
     clip_low: float | None = option(
         None, "tokens with a ratio below 1 minus this have no gradient (estimators with clipping)", kind="number",
         shown="the estimator's own",
@@ -91,7 +95,7 @@ class Gradient(Options):
     eps: float | None = option(
         None, "number added to the rewards' standard deviation", kind="number", shown="1e-4"
     )
-    cap: float | None = option(None, "the most that a ratio counts as (cispo)", kind="positive", shown="5")
+    cap: float | None = option(None, "upper bound of a ratio (cispo)", kind="positive", shown="5")
     length_constant: float | None = option(
         None, "the constant that dr_grpo, bnpo, reinforce and rloo divide by", kind="positive", shown="1"
     )
@@ -124,7 +128,10 @@ class Gradient(Options):
         choices=("auto", "file", "current", "model"),
     )
     temperature: float | None = option(
-        None, "temperature of the rollouts", kind="positive", shown="each record's own, else 1"
+        None,
+        "temperature at which the rollouts were sampled",
+        kind="positive",
+        shown="each record's own, else 1",
     )
 
 
@@ -139,7 +146,8 @@ class Reading(Options):
 
     source: str = option(
         "auto",
-        "what wrote the files; auto tells by what stands in them, and says so; `cropi convert` has more options",
+        "which program wrote the files; auto recognises it by their content and prints it; `cropi convert` has more "
+        "options",
         choices=SOURCES,
     )
 
@@ -149,7 +157,7 @@ class Tokens(Options):
     """How records are read and text becomes token ids; stored ids always win."""
 
     columns: str | None = option(
-        None, "columns of the trajectories under other names: prompt=question,response=answer,reward=score",
+        None, "names of the columns, where they are other ones: prompt=question,response=answer,reward=score",
         metavar="NAME=COLUMN,...", shown="the names of the record",
     )  # fmt: skip
     chat_template: str = option(
@@ -159,7 +167,7 @@ class Tokens(Options):
         metavar="auto|none|FILE",
     )
     template_date: str | None = option(
-        None, "what a template that prints the date prints", metavar="YYYY-MM-DD",
+        None, "the date that the chat template prints, where it prints one", metavar="YYYY-MM-DD",
         shown="today's, kept with the store",
     )  # fmt: skip
     eos: bool = option(
@@ -170,7 +178,7 @@ class Tokens(Options):
     )
     too_long: str = option(
         "error",
-        "above the limit: stop, leave the prompt out, cut the response, or cut the prompt's beginning",
+        "what is done above the limit: stop, leave the prompt out, cut the response, or cut the prompt's beginning",
         choices=("error", "skip", "truncate-right", "truncate-left"),
     )
 
@@ -181,16 +189,17 @@ class Checks(Options):
 
     behaviour_check: str = option(
         "error",
-        "stored log-probs that the policy's own contradict (another temperature, base or policy), on a few prompts "
-        "before the job: stop, warn, or do not look",
+        "compare stored log-probs with the policy's on a few prompts before the job; where they differ (another "
+        "temperature, base or policy): stop, or warn; off: do not compare them",
         choices=("off", "warn", "error"),
     )
     verify: bool = option(
-        True, "leave out the self-test, which holds every tap to autograd on a few tokens before the job, and the "
-        "probe of the policy (is it causal, does a prompt depend on the others)", kind="switch", flag="--no-verify",
+        True, "leave out the self-test, which compares every tap with autograd on a few tokens before the job, and the "
+        "probe of the policy (whether it is causal, and whether a prompt depends on the others)",
+        kind="switch", flag="--no-verify",
     )  # fmt: skip
     zero_check: bool = option(
-        True, "score gradients too that are zero by algebra but for rounding (equal responses whose advantages cancel)",
+        True, "also score gradients that are zero except for rounding (equal responses whose advantages cancel)",
         kind="switch", flag="--no-zero-check",
     )  # fmt: skip
 
@@ -201,7 +210,7 @@ class Running(Checks):
 
     layout: str = option(
         "auto",
-        "rows that share a prompt between its responses, or one padded row a response; auto takes the cheaper",
+        "shared: the responses to a prompt are in one row; padded: each has a row of its own; auto takes the cheaper",
         choices=("auto", "shared", "padded"),
     )
     tokens_per_batch: int | None = option(
@@ -209,7 +218,7 @@ class Running(Checks):
         shown="1024 on a CPU, by its memory on a GPU",
     )  # fmt: skip
     limit: int | None = option(
-        None, "only the first so many (training) prompts", kind="count", metavar="N", shown="all"
+        None, "use only the first N (training) prompts", kind="count", metavar="N", shown="all"
     )
     skip_bad: bool = option(False, "go on after a bad record, and count it", kind="switch")
 
@@ -246,7 +255,7 @@ class Storing(Options):
     store_dtype: str = option("float32", "dtype of the stored sketches", choices=STORE_DTYPES)
     shard_bytes: int = option(
         1 << 28,
-        "about the size of a file of the store; small ones are joined to it",
+        "approximate size of a file of the store; smaller files are joined up to it",
         kind="count",
         metavar="N",
     )
@@ -271,11 +280,11 @@ class Comparing(Options):
     """How training and validation sketches are compared."""
 
     metric: str = option(
-        "cosine", "what is compared of two sketches (docs/method.md)", choices=("cosine", "dot")
+        "cosine", "how two sketches are compared (docs/method.md)", choices=("cosine", "dot")
     )
     mean: str = option(
         "plain",
-        "mean of the validation gradients as they are, or of their directions",
+        "average the validation gradients as they are (plain), or their directions (normalised)",
         choices=("plain", "normalised"),
     )
     aggregate: str = option(
@@ -284,16 +293,16 @@ class Comparing(Options):
         choices=("mean", "nearest"),
     )
     minus: str | None = option(
-        None, "a validation set that counts against a prompt: its score is taken off the others'", metavar="SET",
+        None, "a validation set that counts against a prompt: its score is subtracted from the others'", metavar="SET",
         shown="none",
     )  # fmt: skip
-    minus_weight: float = option(1.0, "how much of the score for --minus is taken off", kind="positive")
+    minus_weight: float = option(1.0, "factor on the score that --minus subtracts", kind="positive")
     max_valid: int | None = option(
-        None, "at most so many prompts per validation set", kind="count", metavar="N", shown="all"
+        None, "use at most N prompts of each validation set", kind="count", metavar="N", shown="all"
     )
     draws: int = option(
         200,
-        "draws of the validation prompts, for the uncertainty of scores and choice; 0: none",
+        "how often the validation prompts are drawn again, to estimate the uncertainty of scores and choice; 0: never",
         kind="whole",
     )
 
@@ -311,7 +320,7 @@ class Choosing(Options):
 
     fraction: float = option(0.1, "share of the pool to choose", kind="share")
     count: int | None = option(
-        None, "how many prompts to choose, in the place of --fraction", kind="count", metavar="N", shown="by --fraction"
+        None, "how many prompts to choose, instead of --fraction", kind="count", metavar="N", shown="by --fraction"
     )  # fmt: skip
     method: str = option(
         "rrf",
@@ -334,8 +343,8 @@ class Choosing(Options):
     )
     quota: Sequence[str] = option(
         (),
-        "what tasks (with --per file: files) get of the selection: gsm8k=0.5 is half of it, gsm8k=40 are 40 prompts; "
-        "the others share the rest by rank",
+        "how much of the selection a task (with --per file: a file) gets: gsm8k=0.5 is half of it, gsm8k=40 are 40 "
+        "prompts; the others share the rest by rank",
         metavar="NAME=NUMBER",
         shown="none",
         many=True,
@@ -352,11 +361,14 @@ class Choosing(Options):
     )
     draw: str = option(
         "best",
-        "best: the first ones; soft: drawn, the better the likelier; p_selected: drawn in proportion to p_selected",
+        "best: take the first ones; soft: draw them, better ones more often; p_selected: draw in proportion to "
+        "p_selected",
         choices=("best", "soft", "p_selected"),
     )
     draw_temperature: float = option(
-        1.0, "temperature of --draw soft: near 0 the best ones are drawn, far above 1 any", kind="positive"
+        1.0,
+        "temperature of --draw soft: near 0 only the best are drawn, far above 1 all are equally likely",
+        kind="positive",
     )
     dedup: float | None = option(
         None, "leave out a prompt whose sketch has a cosine above this with that of a better one", kind="number",
@@ -369,7 +381,7 @@ class Choosing(Options):
         choices=("none", "kmeans", "facility"),
     )
     candidates: float = option(
-        4.0, "how many times the number that is chosen --diversity chooses from", kind="number"
+        4.0, "--diversity chooses among this many times the number of prompts that are chosen", kind="number"
     )
 
     def __post_init__(self) -> None:

@@ -21,13 +21,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="of activations (default: float32)",
     )
     command.add_argument(
-        "--rounds", type=int, default=7, metavar="N", help="medians are over so many rounds (default: 7)"
+        "--rounds",
+        type=int,
+        default=7,
+        metavar="N",
+        help="how many rounds the medians are taken over (default: 7)",
     )
     command.add_argument(
         "--out", metavar="FILE.json", help="write the figures there, with machine and versions"
     )
     command.add_argument(
-        "--compare", metavar="FILE", help="figures that --out wrote earlier, to stand beside"
+        "--compare", metavar="FILE", help="figures that --out wrote earlier, to print beside the new ones"
     )
 
 

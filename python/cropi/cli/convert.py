@@ -21,23 +21,27 @@ def add_options(command: Parser) -> None:
     )
     command.add_argument(
         "--source", default="auto", choices=SOURCES,
-        help="what wrote them; auto tells by what stands in them, and says so (default: auto)",
+        help="which program wrote them; auto recognises it by their content and prints it (default: auto)",
     )  # fmt: skip
-    command.add_argument("--out", required=True, metavar="FILE.jsonl", help="the trajectories")
+    command.add_argument(
+        "--out", required=True, metavar="FILE.jsonl", help="where the trajectories are written"
+    )
     command.add_argument(
         "--id-key", metavar="KEY",
-        help="where the prompt's id stands: verl (default extra_info.index), a key of slime's metadata, or a column of "
-        "the file, dots leading into nested ones (default: prime-rl's task and example_id, else a hash of the prompt)",
+        help="which field holds the prompt's id: a column of the file (dots lead into nested ones), or a key of "
+        "slime's metadata (default: verl's extra_info.index, prime-rl's task and example_id, else a hash of the "
+        "prompt)",
     )  # fmt: skip
     command.add_argument(
         "--temperature",
         type=float,
-        help="of the sampling; log-probs depend on it (default: what the dump says, as prime-rl's and requests do)",
+        help="temperature of the sampling, on which log-probs depend (default: what the dump says, as prime-rl's and "
+        "requests do)",
     )
     command.add_argument(
         "--steps", default="newest", choices=("newest", "all"),
-        help="of a prompt with rollouts of several steps: those of its last step, or all (needs log-probs) "
-        "(default: newest)",
+        help="which rollouts of a prompt are taken, if it has some of several steps: those of its newest step, or all, "
+        "which needs log-probs (default: newest)",
     )  # fmt: skip
     command.add_argument(
         "--skip-bad", action="store_true",
@@ -63,17 +67,18 @@ def add_options(command: Parser) -> None:
     )
     command.add_argument(
         "--reward", metavar="FILE.py:FUNCTION",
-        help="score vLLM's outputs and chat completions by it, as `cropi rollout --reward` (default: the file's)",
+        help="score vLLM's outputs and chat completions by this function, as `cropi rollout --reward` does (default: "
+        "the rewards in the file)",
     )  # fmt: skip
     text = command.add_argument_group("dumps that lack prompts or token ids")
     text.add_argument(
         "--dataset", metavar="FILE",
-        help="verl's text (.jsonl): the dataset of the run, to find the prompts' ids and messages; a batch of "
-        "requests: its input file, with the prompts",
+        help="for verl's text (.jsonl): the dataset of the run, to find the prompts' ids and messages; for a batch of "
+        "requests: its input file, which has the prompts",
     )  # fmt: skip
     text.add_argument(
         "--model", metavar="PATH_OR_ID",
-        help="whose tokenizer rendered verl's prompts, or wrote the tokens of chat completions",
+        help="the model whose tokenizer rendered verl's prompts, or wrote the tokens of chat completions",
     )  # fmt: skip
     text.add_argument(
         "--trust-remote-code", action="store_true",

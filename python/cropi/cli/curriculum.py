@@ -23,7 +23,9 @@ def add_options(command: Parser) -> None:
     )  # fmt: skip
     group = command.add_argument_group("curriculum")
     group.add_argument(
-        "--out", metavar="FOLDER", help="everything is written there; continued if it is there"
+        "--out",
+        metavar="FOLDER",
+        help="where everything is written; a curriculum that was begun there is continued",
     )
     group.add_argument("--stages", type=int, help="how many stages; may be raised later")
     group.add_argument("--steps", type=int, help="training steps per stage, for the trainer")

@@ -42,7 +42,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     tokens.add_argument(
         "--model",
         metavar="PATH_OR_ID",
-        help="whose tokenizer and chat template make the tokens (for --show-tokens)",
+        help="the model whose tokenizer and chat template make the tokens (for --show-tokens)",
     )
     tokens.add_argument(
         "--chat-template",

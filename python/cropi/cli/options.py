@@ -126,15 +126,15 @@ def add_export_options(command: Parser) -> None:
     group = command.add_argument_group("export for a trainer")
     group.add_argument(
         "--format", choices=FORMATS,
-        help="rows as jsonl, parquet or a folder of datasets (save_to_disk); prompt ids one a line; row numbers of "
-        "--dataset, or a weight for each of its rows; or rows that verl, slime or OpenRLHF read (default: as "
-        "--dataset, else jsonl)",
+        help="rows as jsonl, parquet or a folder of datasets (save_to_disk); ids: one prompt id a line; indices: row "
+        "numbers of --dataset; weights: a weight for each of its rows; or rows that verl, slime or OpenRLHF read "
+        "(default: the format of --dataset, else jsonl)",
     )  # fmt: skip
     group.add_argument(
         "--dataset",
         metavar="FILE",
-        help="the trainer's own dataset (.parquet, .jsonl, .json, a folder of save_to_disk, a name on the hub): whole "
-        "rows of it (default: the records' prompts)",
+        help="the trainer's own dataset (.parquet, .jsonl, .json, a folder of save_to_disk, a name on the hub), whose "
+        "rows are written whole (default: the records' prompts)",
     )
     group.add_argument(
         "--id-key", metavar="COLUMN",

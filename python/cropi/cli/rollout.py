@@ -23,7 +23,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="f(prompt, response, **row) -> number, or TRL's f(prompts, completions, **columns) -> numbers; or math "
         "(the answer, by math-verify), or exact (the answer as it is)",
     )  # fmt: skip
-    command.add_argument("--out", required=True, metavar="FILE.jsonl", help="the trajectories; gone on with")
+    command.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.jsonl",
+        help="where the trajectories are written; a run that was interrupted is continued",
+    )
     group = command.add_argument_group("model")
     group.add_argument(
         "--model", required=True, metavar="PATH_OR_ID",

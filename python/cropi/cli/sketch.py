@@ -21,8 +21,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--trajectories", nargs="+", required=True, metavar="FILE", help="trajectories (docs/trajectories.md)"
     )
-    command.add_argument("--out", required=True, metavar="FOLDER", help="the store; continued if it is there")
-    command.add_argument("--set", help="validation set of records that carry none (default: none)")
+    command.add_argument(
+        "--out", required=True, metavar="FOLDER", help="the store; one that is there already is continued"
+    )
+    command.add_argument(
+        "--set", help="name of the validation set, for records that name none (default: none)"
+    )
     command.add_argument(
         "--noise", action="store_true",
         help="sketch a draw of the noise of every prompt's gradient, from its finite number of responses, in place of "
@@ -30,11 +34,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument(
         "--shard", type=shard, metavar="I/N",
-        help="only share I of N, about as many tokens as the others; every share into an --out of its own",
+        help="sketch only share I of N, which has about as many tokens as the others; each share needs its own --out",
     )  # fmt: skip
     command.add_argument(
         "--ray", metavar="ADDRESS",
-        help="on the nodes of a Ray cluster (auto, host:port, or local), a worker a GPU or CPU slot (docs/scaling.md)",
+        help="run on the nodes of a Ray cluster (auto, host:port, or local), with one worker for each GPU or CPU slot "
+        "(docs/scaling.md)",
     )  # fmt: skip
     command.add_argument("--workers", type=count, metavar="N", help="workers of Ray at most (default: all)")
     options.add_model(command)

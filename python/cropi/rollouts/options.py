@@ -17,9 +17,11 @@ class Sampling(Options):
     n: int = option(8, "responses to each prompt", kind="count", metavar="N", flag="-n")
     temperature: float = option(1.0, "temperature of the sampling", kind="positive")
     top_k: int = option(
-        0, "draw from the N most probable tokens only; 0: from all", kind="whole", metavar="N"
+        0, "draw only from the N most probable tokens; 0: from all", kind="whole", metavar="N"
     )
-    top_p: float = option(1.0, "draw from the most probable tokens that have this mass only", kind="share")
+    top_p: float = option(
+        1.0, "draw only from the most probable tokens that have this probability together", kind="share"
+    )
     max_tokens: int = option(1024, "the longest response, in tokens", kind="count", metavar="N")
     seed: int = option(0, "seed of all draws", kind="whole")
 
@@ -40,7 +42,7 @@ class Prompting(Options):
     """How prompts are read and become token ids."""
 
     columns: str | None = option(
-        None, "columns of the prompts under other names: prompt=question,answer=reward_model.ground_truth",
+        None, "names of the columns, where they are other ones: prompt=question,answer=reward_model.ground_truth",
         metavar="NAME=COLUMN,...", shown="prompt, answer, id",
     )  # fmt: skip
     system: str | None = option(
@@ -51,9 +53,12 @@ class Prompting(Options):
         "file with one", metavar="auto|none|FILE",
     )  # fmt: skip
     template_date: str | None = option(
-        None, "what a template that prints the date prints", metavar="YYYY-MM-DD", shown="today's"
+        None,
+        "the date that the chat template prints, where it prints one",
+        metavar="YYYY-MM-DD",
+        shown="today's",
     )
-    limit: int | None = option(None, "only the first so many prompts", kind="count", metavar="N", shown="all")
+    limit: int | None = option(None, "use only the first N prompts", kind="count", metavar="N", shown="all")
     skip_bad: bool = option(
         False, "leave out prompts that cannot be read or scored, and count them", kind="switch"
     )
@@ -72,7 +77,7 @@ class Engines(Options):
         shown="what half of the free memory holds, at most 256",
     )  # fmt: skip
     url: str | None = option(
-        None, "of the server, with its version: http://localhost:8000/v1", metavar="URL", shown="none"
+        None, "address of the server, with its version: http://localhost:8000/v1", metavar="URL", shown="none"
     )
     served_model: str | None = option(
         None, "what the server calls the model", metavar="NAME", shown="the only one it has"
