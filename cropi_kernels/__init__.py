@@ -21,8 +21,9 @@ the CPU kernels.
 
 from __future__ import annotations
 
+import importlib
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._arguments import named
 from ._version import __version__
@@ -47,18 +48,20 @@ from .ops.sketch_vector import sketch_vector
 from .plan import MatrixPlan, VectorPlan, plan_matrix, plan_vector
 from .quantize import QuantizedRows, quantize_rows
 from .reduce import reduce_sketch
-from .sketcher import (
-    BatchSketch,
-    CoupledLossError,
-    Coverage,
-    GradientSketcher,
-    LiveSketch,
-    LiveSketcher,
-    PolicyGradient,
-    UncoveredParameterError,
-    token_logprobs,
-)
 from .spec import SketchSpec
+
+if TYPE_CHECKING:
+    from .sketcher import (
+        BatchSketch,
+        CoupledLossError,
+        Coverage,
+        GradientSketcher,
+        LiveSketch,
+        LiveSketcher,
+        PolicyGradient,
+        UncoveredParameterError,
+        token_logprobs,
+    )
 
 # A wrong type is an error that names the argument. Inside of the package the functions are called as they are.
 bias_grad = named(bias_grad)
@@ -122,7 +125,17 @@ __all__ = [
 ]
 
 
+# Names of `sketcher`, which is imported when one of them is first used: it takes three quarters of the time.
+_SKETCHER = (
+    "BatchSketch", "CoupledLossError", "Coverage", "GradientSketcher", "LiveSketch", "LiveSketcher", "PolicyGradient",
+    "UncoveredParameterError", "token_logprobs",
+)  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
+    if name == "sketcher" or name in _SKETCHER:
+        sketcher = importlib.import_module(".sketcher", __name__)
+        return sketcher if name == "sketcher" else getattr(sketcher, name)
     if name != "flat_sketch":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import _moved
@@ -133,3 +146,7 @@ def __getattr__(name: str) -> Any:
         stacklevel=2,
     )
     return getattr(_moved, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
