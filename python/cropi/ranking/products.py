@@ -53,19 +53,19 @@ def in_order(
     directions: torch.Tensor,
     values: Callable[[np.ndarray, np.ndarray], np.ndarray],
     columns: int,
-    keep: int = 0,
+    last: int = 0,
 ) -> tuple[list[RowInfo], np.ndarray, np.ndarray]:
     """All rows in order of id, what ``values`` makes of products and lengths, float64 ``[rows, columns]``, and the
-    products with the last ``keep`` directions, float32 ``[rows, keep]``; NaN for prompts without a sketch."""
+    products with the last ``last`` directions, float32 ``[rows, last]``; NaN for prompts without a sketch."""
     rows = store.rows()
     place = {row.id: i for i, row in enumerate(rows)}
     table = np.full((len(rows), columns), np.nan)
-    kept = np.full((len(rows), keep), np.nan, np.float32)
+    kept = np.full((len(rows), last), np.nan, np.float32)
     for some, dots, lengths in products(store, directions):
         places = [place[row.id] for row in some]
         table[places] = values(dots, lengths)
-        if keep:
-            kept[places] = dots[:, -keep:]
+        if last:
+            kept[places] = dots[:, -last:]
     return rows, table, kept
 
 
