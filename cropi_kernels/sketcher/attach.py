@@ -19,6 +19,7 @@ from .engine import Norm
 from .exact import ExactTaps
 from .expert_taps import ExpertsTap, RouterTap
 from .experts import Unsupported, recognise_experts
+from .head_adapters import base_of
 from .matrix import MatrixSketch, matrix_sketch
 from .parts import PartEmbeddingTap, PartLinearTap, PartMatrix, PartNormTap
 from .ranks import Ranks, Share, ranks_of
@@ -182,7 +183,7 @@ class _Builder:
         formed: Collection[nn.Module] = (),
     ) -> None:
         self.spec, self.acc, self.wanted = spec, acc, wanted
-        self.owners, self.head = _owners(model), output_embeddings(model)
+        self.owners, self.head = _owners(model), base_of(output_embeddings(model))
         self.ranks = ranks_of(model)
         self.taps: dict[nn.Module, Tap] = {}
         self.exact: list[exact.Exact] = []

@@ -23,7 +23,7 @@ from .attach import UNCOVERED, Attachment, plan_model, refused_modules
 from .batch_sketch import BatchSketch
 from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage, uncovered
-from .decoder import SplitModel, split_model
+from .decoder import split_model
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
 from .hooks import checkpointed, start_graph
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
@@ -35,6 +35,7 @@ from .probe import Probe, pads_left, positions_for, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
 from .segments import Segments
 from .selftest import SelfTest
+from .split import SplitModel
 from .trial import few_rows, policy_self_test
 from .unseen import Run, calls, seen_wrong
 from .untouched import code_shape, untouched

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
-from ..ops.linear_logprob import linear_logprob, logprob_and_grad
 from ..ops.linear_logprob.contract import Weigh
-from ..ops.linear_logprob.slices import Words, sliced_logprob_and_grad
 from ..ops.norm_grad import bias_grad
 from .accumulator import Accumulator
 from .attach import Attachment
-from .decoder import SplitModel
 from .scale import SegmentScales
 from .segments import Segments
+from .split import SplitModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +53,6 @@ def head_pass(
     picked = split.head_input(flat[positions])
     matrix = plan.head_matrix if plan.head_adds[0] else None
     bias = plan.head_bias if plan.head_adds[1] else None
-    weight, own_bias, _ = split.head_here()
-    words = split.words()
     scales = SegmentScales(scored, flat.device)
     scored = scored.to(flat.device)
 
@@ -68,44 +63,25 @@ def head_pass(
                 matrix.add(dz, matrix.fold(picked[begin:end]), offsets, acc.out)
             if bias is not None:
                 acc.engine.add_vector(_placed(plan, split, bias_grad(dz, offsets)), bias)
+            for one in split.adapters:
+                one.sketch(plan.taps, acc, picked[begin:end], dz, offsets)
 
     with torch.no_grad():
-        products = dict(bias=own_bias, **split.of_products(temperature))
         if whole:
-            weigh = _asked_once(weigh, picked, weight, targets, words, products)
-        settings = dict(
-            products,
-            on_dlogits=sketch_head if matrix is not None or bias is not None else None,
+            weigh = _asked_once(weigh, split.logprobs(picked, targets, temperature))
+        listens = matrix is not None or bias is not None or split.adapters
+        logprobs, grad_picked, weights = split.logprob_and_grad(
+            picked, targets, scales.weigh(weigh), temperature, sketch_head if listens else None
         )
-        if words is None:
-            logprobs, grad_picked, weights = logprob_and_grad(
-                picked, weight, targets, scales.weigh(weigh), **settings
-            )
-        else:
-            logprobs, grad_picked, weights = sliced_logprob_and_grad(
-                picked, weight, targets, scales.weigh(weigh), words, **settings
-            )
         weights = scales.unscaled(weights)
         grad_picked = scales.normalise(grad_picked, acc.out)
         grad = _add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
     return logprobs, grad.view_as(hidden), weights, scales
 
 
-def _asked_once(
-    weigh: Weigh,
-    picked: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    words: Words | None,
-    products: dict[str, Any],
-) -> Weigh:
+def _asked_once(weigh: Weigh, logprobs: torch.Tensor) -> Weigh:
     """A function that gives parts of what ``weigh`` says of all tokens."""
-    if words is None:
-        logprobs = linear_logprob(picked, weight, targets, **products)
-    else:
-        logprobs = sliced_logprob_and_grad(picked, weight, targets, None, words, **products)[0]
-    assert isinstance(logprobs, torch.Tensor)
-    made = weigh(logprobs.float(), 0, len(targets))
+    made = weigh(logprobs.float(), 0, len(logprobs))
     return lambda _, start, stop: made[start:stop]
 
 

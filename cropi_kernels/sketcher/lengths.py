@@ -8,9 +8,10 @@ import dataclasses
 import torch
 from torch import nn
 
-from .decoder import SplitModel, split_parts
+from .decoder import split_parts
 from .listener import unit_roundoff
 from .precision import own_precision, unwrapped
+from .split import SplitModel
 from .trial import config_numbers, few_rows
 from .untouched import untouched
 

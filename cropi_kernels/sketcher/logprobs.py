@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -9,11 +10,10 @@ import torch
 from torch import nn
 
 from .._fork import one_thread_after_fork
-from ..ops.linear_logprob import linear_logprob
-from ..ops.linear_logprob.slices import sliced_logprob_and_grad
-from .decoder import SplitModel, split_model, split_parts
+from .decoder import split_model, split_parts
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .precision import own_precision, unwrapped
+from .split import SplitModel
 
 # Parts that were found to make the whole. References that keep nothing alive: a model may be large.
 _MEASURED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
@@ -62,28 +62,26 @@ def token_logprobs(
     check_rows(input_ids, attention_mask, position_ids)
     check_positions(input_ids, positions, targets)
     model = unwrapped(model)
-    split = _split(model)
+    split = measured_split(model)
     check_vocabulary(input_ids, targets, split.head.weight.shape[0], known_ids(model))
     kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
     with own_precision(model):
         hidden = split.hidden(input_ids, **kwargs)
     with split.whole_head():
         picked = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
-        (weight, bias, _), words = split.head_here(), split.words()
-        settings = dict(bias=bias, **split.of_products(temperature))
-        if words is not None:
-            return sliced_logprob_and_grad(picked, weight, targets, None, words, **settings)[0]
-        result = linear_logprob(picked, weight, targets, **settings)
-    assert isinstance(result, torch.Tensor)
-    return result
+        return split.logprobs(picked, targets, temperature)
 
 
-def _split(model: nn.Module) -> SplitModel:
-    """The model's parts, measured once a model: again where it has got other parts in the meantime."""
+def measured_split(model: nn.Module) -> SplitModel:
+    """The model's parts, measured once a model: again where it has got other parts in the meantime.
+
+    Raises:
+        ValueError: as `split_model`.
+    """
     named = split_parts(model)
     parts = weakref.ref(named.decoder), weakref.ref(named.head)
     known = _MEASURED.get(model)
     if known is None or known[:2] != parts:
         split = split_model(model)
         known = _MEASURED[model] = *parts, split.scale, split.softcap
-    return SplitModel(named.decoder, named.head, known[2], known[3], model)
+    return dataclasses.replace(named, scale=known[2], softcap=known[3])

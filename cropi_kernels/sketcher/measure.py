@@ -6,13 +6,12 @@ Configurations name factors and caps in many ways, and some name what their mode
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import sharded
 from .ranks import laid_like
 
 SMALL, LARGE = 0.05, 1500.0  # largest logits to try: far below every cap, and far above
@@ -20,12 +19,17 @@ SMALL, LARGE = 0.05, 1500.0  # largest logits to try: far below every cap, and f
 
 @torch.no_grad()
 def measure_head(
-    model: Any, decoder: nn.Module, head: nn.Linear, hidden: torch.Tensor, ids: torch.Tensor
+    model: Any,
+    decoder: nn.Module,
+    products: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
 ) -> tuple[float, float | None] | str:
     """(scale, softcap) of ``logits = softcap * tanh(scale * (h W^T + b) / softcap)``; softcap None: no cap.
 
-    ``hidden`` is what the decoder gives for ``ids`` [1, tokens]. The decoder's output is made smaller and larger on its
-    way to the head, so that the whole curve is seen. A string says why there is no such scale and cap.
+    ``products(h)`` is ``h W^T + b`` of the head's weights; ``hidden`` what the decoder gives for ``ids`` [1, tokens].
+    The decoder's output is made smaller and larger on its way to the head, so that the whole curve is seen. A string
+    says why there is no such scale and cap.
     """
 
     def logits(factor: float) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -34,21 +38,16 @@ def measure_head(
             out = model(input_ids=ids, use_cache=False).logits[0]
         if factor != 1.0 and not seen:
             return None  # the model does not call its decoder as a module
-        # By the weights, as the fused pass has it: a head's own forward may do more.
-        z = sharded.logits(model, head, h.to(head.weight.dtype))
+        dtypes.add((z := products(h)).dtype)
         return z.float(), out.float()
 
-    if hidden.shape[-1] != head.weight.shape[1]:
-        return f"the decoder gives {hidden.shape[-1]} numbers a token, the head takes {head.weight.shape[1]}"
+    dtypes = {hidden.dtype}
     first = logits(1.0)
     assert first is not None
     z, given = first
     if z.shape != given.shape:
         return f"they give {list(z.shape)} for {ids.shape[1]} tokens, the model {list(given.shape)}"
-    half = torch.bfloat16 in (head.weight.dtype, hidden.dtype) or torch.float16 in (
-        head.weight.dtype,
-        hidden.dtype,
-    )
+    half = bool(dtypes & {torch.bfloat16, torch.float16})
     tolerance = 3e-2 if half else 1e-4
     if not bool(z.isfinite().all()) or not float(z.abs().max()):
         # A model that has diverged fails segment by segment later; NaN in both is no difference.
@@ -72,6 +71,9 @@ def measure_head(
     elif low is None:
         caps += [value for value in known if value > 0.5 * float(given.abs().max())]
     for cap in caps:
+        if cap is not None and low is not None:  # a bias keeps logits large enough to be bent
+            bent = low[1].double().clamp(-0.5 * cap, 0.5 * cap) / cap
+            scale = _snapped(_slope(low[0], cap * torch.atanh(bent)), known, 3e-3 if half else 1e-5)
         off = [_error(*run, scale, cap) for run in runs]
         if all(error <= tolerance * max(size, 1.0) for error, size in off):
             return scale, cap

@@ -126,11 +126,11 @@ class PartTap(Tap):
 
     @property
     def splits(self) -> Share | None:
-        """How the weight is split."""
-        found = self.shares.get("weight")
+        """How the weight is split; of a module that is sketched in its bias alone, how that is."""
+        found = self.shares.get("weight", self.shares.get("bias"))
         return found if found is not None and found.axis is not None else None
 
-    def call(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> Call:
+    def call(self, y: torch.Tensor, site: Site) -> Call:
         """Of an output ``y``. Tokens (or heads) that are here alone make a gradient that all ranks add."""
         segments = self.acc.segments
         assert segments is not None
@@ -143,11 +143,9 @@ class PartTap(Tap):
         last = y.ndim - 1
         if self.splits is not None and self.splits_outputs:
             return Call(self.acc.engine, Shard(last), adds)
-        if not placement.is_shard() or placement.dim % y.ndim == last:
+        if self.splits is not None or not placement.is_shard() or placement.dim % y.ndim == last:
             return Call(self.acc.engine, Replicate(), adds)
         axis = placement.dim % y.ndim
-        if self.splits is not None:
-            return Call(self.acc.engine, Replicate(), adds)
         here = window(segments, y, axis, site.heads_first)
         engine = self.acc.engine if here is segments else Operators(here, self.acc.out)
         return Call(engine, Shard(axis), True)
@@ -223,13 +221,8 @@ class PartLinearTap(PartTap, LinearTap):
     def splits_outputs(self) -> bool:
         return self._outputs
 
-    @property
-    def splits(self) -> Share | None:
-        found = self.shares.get("weight", self.shares.get("bias"))
-        return found if found is not None and found.axis is not None else None
-
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
-        call, matrix = self.call(x, y, site), self.matrix
+        call, matrix = self.call(y, site), self.matrix
         if matrix is None:
             return capture(y, self.sink_of(call, site))
         with self.acc.timed():
@@ -278,7 +271,7 @@ class PartEmbeddingTap(PartTap, EmbeddingTap):
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
         if not is_spread(y):
             return super().attach(x, y, site)
-        call = self.call(x, y, self._sites[0])
+        call = self.call(y, self._sites[0])
         ids = local(x.redistribute(placements=[_whole()])) if is_spread(x) else x  # type: ignore[attr-defined]
         return capture(y, self.sink_of(call, site), ids)
 
@@ -298,7 +291,7 @@ class PartNormTap(PartTap, NormTap):
         self.shares = shares
 
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
-        call = self.call(x, y, site)
+        call = self.call(y, site)
         if self.norm.weight is None:
             return capture(y, self.sink_of(call, site))
         return capture(y, self.sink_of(call, site), self.input(x, call).detach())

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .decoder import SplitModel
 from .lengths import lengths_of, same
 from .sharded import device_of
+from .split import SplitModel
 from .trial import few_rows
 from .untouched import untouched
 

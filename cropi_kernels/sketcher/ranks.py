@@ -8,7 +8,6 @@ or heads, which add up. So the ranks' sketches add up to the whole one: one sum 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-PARTIAL_STYLES = frozenset({"replicated_with_grad_allreduce"})  # transformers': a norm of this rank's heads
+PARTIAL_STYLE = "ReplicatedWithGradAllReduce"  # transformers': a norm of this rank's heads
 Range = tuple[int, int]
 
 
@@ -63,8 +62,10 @@ class Share:
         assert self.axis is not None
         if x.shape[axis] == self.size:
             return x
-        if x.shape[axis] != self.shape[self.axis]:
-            return None
+        return self.cut(x, axis) if x.shape[axis] == self.shape[self.axis] else None
+
+    def cut(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """What is here of ``x``, which is whole along ``axis``."""
         pieces = [x.narrow(axis, begin, end - begin) for begin, end in self.ranges]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
 
@@ -334,7 +335,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     partial = {
         id(p): name
         for name, module in model.named_modules()
-        if style_of(module) in PARTIAL_STYLES
+        if (parallel_forward(module) or {}).get("class") == PARTIAL_STYLE
         for p in module.parameters(recurse=False)
     }
     return Ranks(mesh, partial)
@@ -353,17 +354,6 @@ def parallel_forward(module: nn.Module) -> dict[str, Any] | None:
     style = cells.get("self")
     kind = type(style).__name__ if style is not None else str(forward.__qualname__).split(".")[0]
     return {"class": kind, "forward": cells["original_forward"]}
-
-
-@functools.lru_cache(maxsize=1)
-def _styles() -> dict[str, str]:
-    return {"ReplicatedWithGradAllReduce": "replicated_with_grad_allreduce"}
-
-
-def style_of(module: nn.Module) -> str | None:
-    """The name of the style that keeps a module's gradient in parts; None: any other, or none."""
-    found = parallel_forward(module)
-    return None if found is None else _styles().get(found["class"])
 
 
 # ------------------------------------------------------------------------------------------------- digests

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .ranks import is_spread, local, ranks_of
+from .ranks import is_spread
 
 T = TypeVar("T")
 _METHOD = "_cropi_pass"
@@ -36,8 +36,8 @@ def check_parallel(model: nn.Module) -> None:
     """Refuse the ways of spreading a model that a pass cannot follow.
 
     Raises:
-        ValueError: FSDP1, DeepSpeed ZeRO-3, pipeline, context or expert parallel, tensor parallel within FSDP2, or a
-            head that is split along its inputs; names the supported way.
+        ValueError: FSDP1, DeepSpeed ZeRO-3, pipeline, context or expert parallel, or tensor parallel within FSDP2;
+            names the supported way.
     """
     remedy = (
         "shard the model by torch.distributed.fsdp.fully_shard (FSDP2) or by tensor parallel alone, or give every rank "
@@ -147,19 +147,6 @@ def _of_unit(unit: Any) -> list[nn.Module]:
     group = unit._get_fsdp_state()._fsdp_param_group
     own = [] if group is None else [p._module_info.module for p in group.fsdp_params]
     return [*own, *unit.modules()]
-
-
-def logits(model: nn.Module, head: nn.Linear, h: torch.Tensor) -> torch.Tensor:
-    """``h W^T + b`` of the head's weights, which this rank may have a part of."""
-    group = ranks_of(model) if is_spread(head.weight) else None
-    with whole(model, head):
-        if group is None:
-            return nn.functional.linear(h, head.weight, head.bias)
-        share = group.share(head.weight)
-        if share.axis is None:
-            return nn.functional.linear(h, local(head.weight), local(head.bias))
-        z = nn.functional.linear(h, local(head.weight), local(head.bias))
-        return group.gathered(z, head.weight.shape[0])
 
 
 @contextlib.contextmanager

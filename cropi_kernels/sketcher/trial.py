@@ -12,13 +12,13 @@ from ..names import canonical_name
 from ..ops.norm_grad import bias_grad
 from .accumulator import Accumulator
 from .attach import Attachment
-from .decoder import SplitModel
 from .head import head_pass, scored_offsets
 from .listener import norm, projected, smallest, unit_roundoff
 from .precision import invocation_tokens
 from .segments import Segments
 from .selftest import Part, SelfTest, Trial, bound, self_test
 from .sharded import device_of
+from .split import SplitModel
 from .untouched import thawed, untouched
 
 PANEL = 8192  # rows of the head that are float64 at one time
@@ -133,12 +133,12 @@ def _head_parts(
         took = _summed(acc, projected(acc.out))
         acc.out.zero_()
         h = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
-        z, widest = _wide_logits(h, split)
+        z, widest, low_rank = _wide_logits(h, split)
         logits = z * split.scale
         if split.softcap is not None:
             logits = split.softcap * torch.tanh(logits / split.softcap)
         wide = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-        (dz,) = torch.autograd.grad(wide @ weights.double(), z)
+        (dz,) = torch.autograd.grad(wide @ weights.double(), z, retain_graph=True)
         # A logit is a float32 sum of products (a GPU rounds it to the dtype of the head).
         unit = unit_roundoff(h) if h.is_cuda else 2.0**-24
         off_z = 4 * max(unit, h.shape[1] ** 0.5 * 2.0**-24) * float(h.float().norm(dim=1).max()) * widest
@@ -155,13 +155,22 @@ def _head_parts(
             )
         if attachment.head_bias is not None and (acc.ranks is None or acc.ranks.rank == 0):
             acc.engine.add_vector(bias_grad(dz.float(), offsets.to(device)), attachment.head_bias)
+        for module in (m for one in split.adapters for m in (one.a, one.b)):
+            if (tap := attachment.taps.get(module)) is not None:
+                for p, add in tap.formed(module):
+                    covered += (names.get(id(p), "lm_head's adapter"),)
+                    for s, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist())):
+                        (formed,) = torch.autograd.grad(
+                            z[begin:end], low_rank[p], dz[begin:end], retain_graph=True
+                        )
+                        add(formed.float(), acc.out[s : s + 1])
         want = _summed(acc, projected(acc.out))
     finally:
         acc.close()
     error = float((wide.detach().float() - logprobs).abs().max())
     what = "the log-probs are not those of softmax(logits)"
     found.append(Part(("log-probs",), what, error, 2 * abs(split.scale) * off_z + 1e-5, 1.0))
-    terms = norm(h) + len(positions) ** 0.5
+    terms = norm(h) * (1 + sum(one.size() for one in split.adapters)) + len(positions) ** 0.5
     allowed = terms * (norm(dz) * bound(unit, 1, len(positions)) + off_dz)
     if covered:
         what = "the head's sketch is not that of its gradient"
@@ -191,31 +200,52 @@ def _summed(acc: Accumulator, x: torch.Tensor) -> torch.Tensor:
     return x if acc.ranks is None else acc.ranks.sum(x.to(acc.ranks.mesh.device_type)).to(x.device)
 
 
-def _wide_logits(h: torch.Tensor, split: SplitModel) -> tuple[torch.Tensor, float]:
-    """``h W^T + b`` in float64, a leaf of its own, and the largest norm of a row of W."""
-    (weight, bias, _), group = split.head_here(), split.head_ranks()
+def _wide_logits(
+    h: torch.Tensor, split: SplitModel
+) -> tuple[torch.Tensor, float, dict[torch.Tensor, torch.Tensor]]:
+    """``h W^T + b`` in float64, with adapters' products, which are its graph; a bound of the norm of a row of W and
+    what is added to it; and the adapters' parameters in float64, by themselves."""
+    (weight, bias, _), spread = split.head_here(), split.head_ranks()
+    mine = h.double() if spread is None or spread[1].axis == 0 else spread[1].cut(h, 1).double()
     z = torch.empty(h.shape[0], weight.shape[0], dtype=torch.float64, device=h.device)
-    widest = torch.zeros(1, dtype=torch.float64, device=h.device)
+    squares = torch.zeros(weight.shape[0], dtype=torch.float64, device=h.device)
+    low_rank: dict[torch.Tensor, torch.Tensor] = {}
     with torch.no_grad():
         for begin in range(0, weight.shape[0], PANEL):
             rows = weight[begin : begin + PANEL].double()
-            z[:, begin : begin + PANEL] = h.double() @ rows.T
-            widest = torch.maximum(widest, rows.norm(dim=1).max())
+            z[:, begin : begin + PANEL] = mine @ rows.T
+            squares[begin : begin + PANEL] = rows.square().sum(1)
+        if spread is not None and spread[1].axis == 1:
+            z, squares = spread[0].sum(z), spread[0].sum(squares)
         if bias is not None:
             z += bias.double()
-        if group is not None:
-            z, widest = group.gathered(z, split.head.weight.shape[0]), group.max(widest)
-    return z.requires_grad_(True), float(widest)
+        widest = squares.max().sqrt()
+        if spread is not None and spread[1].axis == 0:
+            z, widest = spread[0].gathered(z, split.head.weight.shape[0]), spread[0].max(widest)
+    z.requires_grad_(True)
+    for one in split.adapters:
+        low_rank |= {p: p.detach().double().requires_grad_(True) for p in one.parameters()}
+        z = z + one.scale * nn.functional.linear(
+            nn.functional.linear(h.double(), low_rank[one.a.weight]),
+            low_rank[one.b.weight],
+            None if one.b.bias is None else low_rank[one.b.bias],
+        )
+        widest = widest + abs(one.scale) * one.a.weight.norm().double() * one.b.weight.norm(dim=1).max()
+    return z, float(widest), low_rank
 
 
 def _times_head(dz: torch.Tensor, split: SplitModel) -> torch.Tensor:
-    (weight, _, first), group = split.head_here(), split.head_ranks()
+    (weight, _, first), spread = split.head_here(), split.head_ranks()
     out = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.float64, device=dz.device)
     with torch.no_grad():
         for begin in range(0, weight.shape[0], PANEL):
             rows = weight[begin : begin + PANEL]
             out += dz[:, first + begin : first + begin + len(rows)] @ rows.double()
-        return out if group is None else group.sum(out)
+        for one in split.adapters:
+            out += one.scale * (dz @ one.b.weight.double() @ one.a.weight.double())
+        if spread is None:
+            return out
+        return spread[0].sum(out if spread[1].axis == 0 else spread[1].placed(out, 1))
 
 
 def _hooked(

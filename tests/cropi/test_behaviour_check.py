@@ -76,6 +76,15 @@ def test_log_probs_of_the_right_policy_pass(tmp_path: Path, dtype: torch.dtype, 
     assert "behaviour     file; ratio 1" in summary.text()
 
 
+@pytest.mark.parametrize(
+    "kind, head", [("granite", {"logits_scaling": 0.25}), ("gemma3_text", {"final_logit_softcapping": 3.0})]
+)
+def test_heads_that_scale_or_cap_their_logits_pass(tmp_path: Path, kind: str, head: dict[str, float]) -> None:
+    model = make_model(kind, **head)
+    finding = run(tmp_path, model, rollouts(model)).finding
+    assert finding is not None and finding.level == "" and finding.median == pytest.approx(1.0, abs=1e-5)
+
+
 WRONG: dict[str, tuple[Callable[[Any], list[dict[str, Any]]], str]] = {
     "raw beside 0.6": (
         lambda m: relabelled(scaled_to(m, rollouts(m, temperature=0.6), 1.0), 0.6),

@@ -14,7 +14,13 @@ from support import moe, zoo
 from torch import nn
 from torch.nn import functional as F
 
-from cropi_kernels import GradientSketcher, SketchSpec, UncoveredParameterError, canonical_name
+from cropi_kernels import (
+    GradientSketcher,
+    SketchSpec,
+    UncoveredParameterError,
+    canonical_name,
+    token_logprobs,
+)
 from cropi_kernels.sketcher import SelfTestError
 
 SPEC = SketchSpec(width=16, vocab_width=64)
@@ -132,20 +138,74 @@ def test_names_of_a_nest() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the head
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "alone": ("llama", dict(target_modules=["lm_head"])),
+    "soft-capped, with a bias, beside others": (
+        "gemma2",
+        dict(target_modules=["lm_head", "v_proj"], lora_bias=True),
+    ),
+    "scaled, and its own weight": ("granite", dict(target_modules=["lm_head", "q_proj"], use_rslora=True)),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings")
+def test_lora_on_the_head(case: str) -> None:
+    name, settings = HEADS[case]
+    model = adapted(zoo.make(name, tie_word_embeddings=False), peft.LoraConfig(r=4, lora_alpha=8, **settings))
+    if "own weight" in case:
+        model.requires_grad_(True)
+    sketcher = check(model)
+    own = [n for n in sketcher.coverage.names if n.startswith("lm_head.lora_")]
+    assert len(own) == (3 if "lora_bias" in settings else 2) and set(own) <= set(sketcher.self_test.names)  # type: ignore[union-attr]
+
+
+def test_lora_on_the_head_of_half_a_precision_and_its_log_probs() -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head"])
+    model, batch = adapted(zoo.make("llama"), config), zoo.padded()
+    arguments = dict(positions=batch.positions, targets=batch.targets, attention_mask=batch.attention_mask)
+    with torch.no_grad():
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
+    want = torch.log_softmax(logits[batch.positions], -1).gather(1, batch.targets[:, None])[:, 0]
+    got = token_logprobs(model, batch.input_ids, **arguments)  # type: ignore[arg-type]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        other = token_logprobs(model, batch.input_ids, **arguments)  # type: ignore[arg-type]
+    assert float((other - want).abs().max()) > 1e-3
+    with GradientSketcher(model, SPEC) as sketcher:
+        exact = batch.sketch(sketcher).sketches
+    half = model.to(torch.bfloat16)
+    with GradientSketcher(half, SPEC) as sketcher:
+        got = batch.sketch(sketcher).sketches
+    own = zoo.sketches(half, zoo.gradients(half), SPEC).float()
+    assert 0 < error_of(got, exact) <= 2 * error_of(own, exact), error_of(own, exact)
+
+
+def test_dropout_of_the_heads_adapter_is_refused() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.1)
+    model = adapted(zoo.make("llama"), config)
+    with GradientSketcher(model, SPEC) as sketcher:
+        zoo.padded().sketch(sketcher)
+        model.train()
+        with pytest.raises(
+            ValueError, match="adapter 'default' on the head is in training mode with dropout 0.1"
+        ):
+            zoo.padded().sketch(sketcher)
+
+
 @pytest.mark.parametrize(
-    "settings",
+    "settings, message",
     [
-        dict(target_modules=["lm_head", "q_proj"]),
-        dict(target_modules=["v_proj"], trainable_token_indices={"lm_head": [5, 7]}),
+        (dict(target_modules=["lm_head"], use_dora=True), "adapter 'default' on the head is no plain LoRA .DoRA"),
+        (dict(target_modules=["v_proj"], trainable_token_indices={"lm_head": [5, 7]}),
+         "is not a decoder with a linear head .its head: peft"),
     ],
-    ids=["LoRA", "tokens"],
-)
-def test_adapters_of_the_head_go_through_batch(settings: dict[str, Any]) -> None:
+    ids=["DoRA", "tokens"],
+)  # fmt: skip
+def test_other_adapters_of_the_head_go_through_batch(settings: dict[str, Any], message: str) -> None:
     model, batch = adapted(zoo.make("llama"), peft.LoraConfig(r=4, **settings)), zoo.padded()
     with GradientSketcher(model, SPEC) as sketcher:
-        with pytest.raises(
-            ValueError, match="is not a decoder with a linear head .its head: peft.* use `with sket"
-        ):
+        with pytest.raises(ValueError, match=f"{message}.* use `with sket"):
             batch.sketch(sketcher)
         with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as out:  # type: ignore[arg-type]
             logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)

@@ -19,7 +19,7 @@ WORKER = Path(__file__).parents[1] / "support" / "fsdp_ranks.py"
 EXACT = (
     "llama:layers_and_root", "llama:root_resharded", "llama:head_alone", "llama:norm_and_head", "llama:decoder_alone",
     "llama:offloaded",
-    "llama-tied:layers_and_root", "gemma2:layers_and_root", "qwen3_moe:layers_and_root",
+    "llama-lora:layers_and_root", "llama-tied:layers_and_root", "gemma2:layers_and_root", "qwen3_moe:layers_and_root",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 from support.launch import on_ranks
 
 from cropi_kernels.ops.linear_logprob import logprob_and_grad
+from cropi_kernels.ops.linear_logprob.products import CutInputs, Features, logprob_and_grad_by
 from cropi_kernels.ops.linear_logprob.slices import Words, sliced_logprob_and_grad
-from cropi_kernels.sketcher.ranks import ranges_of
+from cropi_kernels.sketcher.ranks import Share, ranges_of
 
 WORKER = Path(__file__).parents[1] / "support" / "tp_ranks.py"
 # Transformers' own plans: head norms that see some heads, a soft-capped tied head, biases, a head without a plan.
 CASES = (
     "llama-tied:auto", "qwen2:auto", "qwen3:auto", "gemma2:auto", "phi3:auto",
-    "llama:embeddings_by_features", "llama:sequence_parallel", "qwen3:head_norms",
+    "llama:ends_by_features", "llama:sequence_parallel", "qwen3:head_norms",
     "moe-qwen3_moe:auto", "moe-deepseek_v3:auto",
 )  # fmt: skip
 ON_FOUR = ("llama-tied:auto", "llama:sequence_parallel")
@@ -93,12 +95,38 @@ class _Meeting:
         return x
 
 
+def by_words(rank: int, vocab: int, meeting: _Meeting) -> tuple[tuple[slice, slice], Callable[..., Any]]:
+    mine = (slice(0, 40), slice(40, vocab))[rank]
+    words = Words(mine.start, lambda x: meeting.reduce(False, x), lambda x: meeting.reduce(True, x))
+
+    def run(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weigh: Any, **rest: Any) -> Any:
+        return sliced_logprob_and_grad(hidden, head, targets, weigh, words, **rest)
+
+    return (mine, slice(None)), run
+
+
+def by_features(rank: int, vocab: int, meeting: _Meeting) -> tuple[tuple[slice, slice], Callable[..., Any]]:
+    mine = (slice(0, 5), slice(5, 8))[rank]
+    share = Share((vocab, 8), 1, ((mine.start, mine.stop),))
+    features = Features(
+        lambda x: share.cut(x, 1), lambda x: share.placed(x, 1), lambda x: meeting.reduce(False, x)
+    )
+
+    def run(*given: Any, **rest: Any) -> Any:
+        return logprob_and_grad_by(lambda call: CutInputs(call.kernels, features), *given, **rest)
+
+    return (slice(None), mine), run
+
+
+@pytest.mark.parametrize("cut", [by_words, by_features])
 @pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.7, 5.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_head_in_slices_is_the_head(temperature: float, softcap: float | None, dtype: torch.dtype) -> None:
+def test_a_head_in_parts_is_the_head(
+    temperature: float, softcap: float | None, dtype: torch.dtype, cut: Callable[..., Any]
+) -> None:
     """Log-probs, weights, gradients: one rank after another, each told what the others gave, until nothing changes."""
     torch.manual_seed(0)
-    n, width, vocab, cut = 37, 8, 61, 40
+    n, width, vocab = 37, 8, 61
     hidden, head = torch.randn(n, width, dtype=dtype), torch.randn(vocab, width, dtype=dtype)
     bias, targets = torch.randn(vocab, dtype=dtype), torch.randint(vocab, (n,))
     hidden[0] = 40 * head[int(targets[0])] / head[int(targets[0])].norm()  # a confident token
@@ -120,21 +148,24 @@ def test_a_head_in_slices_is_the_head(temperature: float, softcap: float | None,
     given: list[list[torch.Tensor]] = [[], []]
     for _ in range(5):
         results = []
-        for rank, words in enumerate((slice(0, cut), slice(cut, vocab))):
+        for rank in range(2):
             meeting, dzs = _Meeting([given[1 - rank]]), []  # type: ignore[var-annotated]
-            found = sliced_logprob_and_grad(
-                hidden, head[words], targets, weigh,
-                Words(words.start, lambda x, m=meeting: m.reduce(False, x), lambda x, m=meeting: m.reduce(True, x)),
-                bias=bias[words], on_dlogits=lambda a, b, dz, kept=dzs: kept.append(dz.clone()), **settings,
-            )  # type: ignore[arg-type]  # fmt: skip
+            part, run = cut(rank, vocab, meeting)
+            found = run(
+                hidden, head[part], targets, weigh, bias=bias[part[0]],
+                on_dlogits=lambda a, b, dz, kept=dzs: kept.append(dz.clone()), **settings,
+            )  # fmt: skip
             given[rank] = meeting.mine
             results.append((found, torch.cat(dzs)))
     eps = torch.finfo(dtype).eps
     for found, _ in results:
         for got, right in zip(found, want, strict=True):
             torch.testing.assert_close(got, right, rtol=64 * eps, atol=64 * eps * float(right.abs().max()))
-    dz = torch.cat([results[0][1], results[1][1]], 1)
-    torch.testing.assert_close(dz, torch.cat(whole), rtol=256 * eps, atol=64 * eps)
+    parts = (
+        [torch.cat([results[0][1], results[1][1]], 1)] if cut is by_words else [part for _, part in results]
+    )
+    for dz in parts:
+        torch.testing.assert_close(dz, torch.cat(whole), rtol=256 * eps, atol=64 * eps)
 
 
 def test_a_rank_without_words_is_refused() -> None:

@@ -12,19 +12,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import peft
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
+from cropi_kernels import GradientSketcher, SketchSpec, canonical_name, token_logprobs
 from support import moe, zoo
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 
 
 def layers_and_root(model: Any, **options: Any) -> None:
-    for layer in model.model.layers:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in inner.model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
 
@@ -74,8 +76,15 @@ WAYS = {
 }  # fmt: skip
 MODELS = {"llama": lambda: zoo.make("llama"),
           "llama-one": lambda: zoo.make("llama", num_hidden_layers=1),
+          "llama-lora": lambda: lora_on_the_head(zoo.make("llama")),
           "llama-tied": lambda: zoo.make("llama-tied"),
           "gemma2": lambda: zoo.make("gemma2"), "qwen3_moe": lambda: moe.small("qwen3_moe")}  # fmt: skip
+
+
+def lora_on_the_head(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config).eval()  # type: ignore[arg-type]
 
 
 def batch_for(rank: int) -> zoo.Batch:
@@ -139,7 +148,8 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
         for m in (model, plain)
     )
     grads = [n for n, p in model.named_parameters() if p.grad is not None]
-    names = {n for n, _ in model.named_parameters()}
+    names = {canonical_name(n) for n, p in model.named_parameters() if p.requires_grad}
+    wanted = [n for n, p in plain.named_parameters() if p.requires_grad]
 
     return {
         "bfloat16": half,
@@ -151,7 +161,7 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
         "untested": [] if compiling else sorted(names - tested[0]),
         "graphs": torch._dynamo.utils.counters["frames"].get("ok", 0),
         "weight gradients": grads,
-        "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+        "frozen": [n for n, p in model.named_parameters() if n in wanted and not p.requires_grad],
     }
 
 

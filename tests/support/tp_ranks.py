@@ -48,8 +48,13 @@ def by_hand() -> dict[str, Any]:
     }
 
 
-def embeddings_by_features() -> dict[str, Any]:
-    return by_hand() | {"model.embed_tokens": ColwiseParallel(output_layouts=Replicate())}
+def ends_by_features() -> dict[str, Any]:
+    """Embeddings and a head of which a rank has some features of all words."""
+    whole = {"output_layouts": Replicate()}
+    return by_hand() | {
+        "model.embed_tokens": ColwiseParallel(**whole),
+        "lm_head": RowwiseParallel(input_layouts=Replicate(), **whole),
+    }
 
 
 def head_norms() -> dict[str, Any]:
@@ -86,7 +91,7 @@ def sequence_parallel() -> dict[str, Any]:
 
 
 PLANS: dict[str, Callable[[], dict[str, Any]]] = {
-    f.__name__: f for f in (by_hand, embeddings_by_features, head_norms, sequence_parallel)
+    f.__name__: f for f in (by_hand, ends_by_features, head_norms, sequence_parallel)
 }
 
 

@@ -33,9 +33,8 @@ from cropi.gradient.health import Health
 from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.policy import Policy
-from cropi_kernels import linear_logprob
-from cropi_kernels.sketcher.decoder import split_parts
 from cropi_kernels.sketcher.inputs import model_inputs
+from cropi_kernels.sketcher.logprobs import measured_split
 from cropi_kernels.sketcher.precision import own_precision
 
 LEVELS = ("off", "warn", "error")
@@ -130,7 +129,7 @@ class _Part:
     def __init__(self, policy: Policy, batch: MicroBatch) -> None:
         model = policy.model
         self.batch = batch.to(policy.device)
-        self.split = split_parts(model)
+        self.split = measured_split(model)
         inputs = model_inputs(model, self.batch.attention_mask, self.batch.position_ids, None)
         with own_precision(model):
             hidden = self.split.hidden(self.batch.input_ids, **inputs)
@@ -139,14 +138,9 @@ class _Part:
     @torch.no_grad()
     def logprobs(self, temperature: float | None = None) -> torch.Tensor:
         """Of the scored tokens ``[N]``, at a temperature; None: that of the batch."""
-        split = self.split
         given = self.batch.temperature if temperature is None else temperature
-        found = linear_logprob(
-            self.hidden, split.head.weight, self.batch.targets,
-            bias=split.head.bias, temperature=given / split.scale, softcap=split.softcap,
-        )  # fmt: skip
-        assert isinstance(found, torch.Tensor)
-        return found
+        with self.split.whole_head():
+            return self.split.logprobs(self.hidden, self.batch.targets, given)
 
     def each(self, values: torch.Tensor) -> torch.Tensor:
         """Of tokens ``[N]`` or ``[N, R]`` a value for every response that they stand for, flat float64."""

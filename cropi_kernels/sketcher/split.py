@@ -1,0 +1,163 @@
+"""The two parts of a causal LM that the fused pass runs apart: the decoder (tokens to hidden states) and the head
+(hidden states to logits). So logits exist for scored tokens only, and one chunk at a time.
+
+The head may be in parts: its words or its features spread over ranks, low-rank adapters beside its weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.linear_logprob import linear_logprob, logprob_and_grad
+from ..ops.linear_logprob.contract import OnDlogits, Weigh
+from ..ops.linear_logprob.products import Adapted, CutInputs, Features, logprob_and_grad_by
+from ..ops.linear_logprob.slices import Words, sliced_logprob_and_grad
+from . import ranks, sharded
+from .growing import forget_longest
+from .head_adapters import HeadAdapter
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitModel:
+    """``logits = softcap * tanh(scale * (decoder(tokens) @ head.weight.T + bias) / softcap)``; softcap None: no cap.
+
+    The head multiplies in its own dtype, which may be wider than the decoder's: `head_input` is what it is given.
+    ``adapters`` on the head add their products to it.
+    """
+
+    decoder: nn.Module
+    head: nn.Linear
+    scale: float
+    softcap: float | None
+    model: nn.Module
+    adapters: tuple[HeadAdapter, ...] = ()
+
+    def hidden(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        def run() -> torch.Tensor:
+            forget_longest(self.decoder)
+            out = self.decoder(input_ids=input_ids, use_cache=False, **kwargs)
+            return _gathered(out[0] if isinstance(out, tuple) else out.last_hidden_state)
+
+        return sharded.through(sharded.root_around(self.model, self.decoder), run)
+
+    @contextlib.contextmanager
+    def whole_head(self) -> Iterator[None]:
+        """The head's weights as the pass uses them: of a sharded model they are whole inside alone."""
+        with contextlib.ExitStack() as stack:
+            for module in (self.head, *(m for one in self.adapters for m in (one.a, one.b))):
+                stack.enter_context(sharded.whole(self.model, module))
+            yield
+
+    @functools.cached_property
+    def _ranks(self) -> ranks.Ranks | None:
+        """Of a tensor-parallel head."""
+        return ranks.ranks_of(self.model) if ranks.is_spread(self.head.weight) else None
+
+    def head_here(self) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """This rank's words of the head: weight, bias, and the first of them."""
+        weight, bias = ranks.local(self.head.weight), ranks.local(self.head.bias)
+        if (group := self._ranks) is None:
+            return weight, bias, 0
+        share = group.share(self.head.weight)
+        first = share.ranges[0][0] if share.axis == 0 and share.ranges else 0
+        if bias is not None and not ranks.is_spread(self.head.bias) and share.axis == 0:
+            bias = bias[first : first + len(weight)]
+        return weight, bias, first
+
+    def head_ranks(self) -> tuple[ranks.Ranks, ranks.Share] | None:
+        """The ranks that the head's words or features are spread over, and this one's; None: all are here."""
+        if (group := self._ranks) is None or (share := group.share(self.head.weight)).axis is None:
+            return None
+        return group, share
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``h W^T + b`` of all words, with what adapters add: by the weights, as the fused pass has it."""
+        with self.whole_head():
+            h, (weight, bias, _), spread = self.head_input(hidden), self.head_here(), self.head_ranks()
+            if spread is None:
+                z = nn.functional.linear(h, weight, bias)
+            elif spread[1].axis == 0:
+                z = spread[0].gathered(nn.functional.linear(h, weight, bias), self.head.weight.shape[0])
+            else:
+                z = spread[0].sum(nn.functional.linear(spread[1].cut(h, 1), weight))
+                z = z if bias is None else z + bias
+            for a, b, more, scale in (one.weights() for one in self.adapters):
+                z = z + (nn.functional.linear(h.to(a.dtype) @ a.T, b, more) * scale).to(z.dtype)
+            return z
+
+    def logprobs(self, picked: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Log-probs of ``targets`` [n] from hidden states ``picked`` [n, D]; within `whole_head`."""
+        if self._plain:
+            weight, bias, _ = self.head_here()
+            found = linear_logprob(picked, weight, targets, bias=bias, **self._of_products(temperature))
+            assert isinstance(found, torch.Tensor)
+            return found
+        return self.logprob_and_grad(picked, targets, None, temperature)[0]
+
+    def logprob_and_grad(
+        self,
+        picked: torch.Tensor,
+        targets: torch.Tensor,
+        weigh: Weigh | None,
+        temperature: float,
+        on_dlogits: OnDlogits | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`cropi_kernels.logprob_and_grad` of this head, whole or in parts; within `whole_head`.
+
+        ``on_dlogits`` gets the gradient of this rank's words. ``weigh`` None, of a head in parts: log-probs alone.
+        """
+        (weight, bias, first), spread = self.head_here(), self.head_ranks()
+        settings = dict(bias=bias, on_dlogits=on_dlogits, **self._of_products(temperature))
+        if self.adapters:
+            low = tuple(one.weights() for one in self.adapters)
+            return logprob_and_grad_by(
+                lambda call: Adapted(call.kernels, low, call.dtype),
+                picked,
+                weight,
+                targets,
+                weigh,
+                **settings,
+            )
+        if spread is None:
+            assert weigh is not None
+            return logprob_and_grad(picked, weight, targets, weigh, **settings)
+        group, share = spread
+        if share.axis == 0:
+            words = Words(first, group.sum, group.max)
+            return sliced_logprob_and_grad(picked, weight, targets, weigh, words, **settings)
+        features = Features(lambda x: share.cut(x, 1), lambda x: share.placed(x, 1), group.sum)
+        return logprob_and_grad_by(
+            lambda call: CutInputs(call.kernels, features), picked, weight, targets, weigh, **settings
+        )
+
+    @property
+    def _plain(self) -> bool:
+        return not self.adapters and self.head_ranks() is None
+
+    def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states in the head's dtype: a float32 head on a bfloat16 decoder is given them in float32."""
+        return hidden.to(self.head.weight.dtype)
+
+    def _of_products(self, temperature: float) -> dict[str, Any]:
+        """Temperature and soft-cap of ``h W^T + b`` itself, of which `linear_logprob` takes them."""
+        cap = None if self.softcap is None else self.softcap / self.scale
+        return {"temperature": temperature / self.scale, "softcap": cap}
+
+
+def _gathered(hidden: torch.Tensor) -> torch.Tensor:
+    """All tokens, of a decoder that leaves some of them on every rank."""
+    if not ranks.is_spread(hidden):
+        return hidden
+    from torch.distributed.tensor import Replicate
+
+    whole: torch.Tensor = hidden.redistribute(placements=[Replicate()]).to_local(  # type: ignore[attr-defined]
+        grad_placements=[Replicate()]
+    )
+    return whole
