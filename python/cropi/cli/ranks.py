@@ -31,3 +31,20 @@ def joined(args: argparse.Namespace) -> Iterator[Any]:
             warnings.simplefilter("ignore")
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield team
+
+
+@contextmanager
+def grouped(args: argparse.Namespace, team: Any) -> Iterator[Any]:
+    """The processes that share the weights with this one, as a :class:`cropi.distributed.sharding.Group`; None where it
+    has them whole."""
+    if args.fsdp is None and args.tensor_parallel is None:
+        yield None
+        return
+    from cropi.distributed.sharding import Group
+
+    if args.fsdp is None:
+        group = Group.of(team, "tensor", args.tensor_parallel)
+    else:
+        group = Group.of(team, "fsdp", args.fsdp or team.world)
+    with group.joined(team, args.device):
+        yield group

@@ -41,6 +41,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="run on the nodes of a Ray cluster (auto, host:port, or local), with one worker for each GPU or CPU slot "
         "(docs/scaling.md)",
     )  # fmt: skip
+    command.add_argument(
+        "--fsdp", type=count, nargs="?", const=0, metavar="N",
+        help="under torchrun: N processes (default: all) share the weights (FSDP2), each with prompts of its own",
+    )  # fmt: skip
+    command.add_argument(
+        "--tensor-parallel", type=count, metavar="N",
+        help="under torchrun: N processes share the weights and every pass (transformers' tp_plan)",
+    )  # fmt: skip
     command.add_argument("--workers", type=count, metavar="N", help="workers of Ray at most (default: all)")
     options.add_model(command)
     options.add(command, Reading, Sketching)
@@ -52,21 +60,46 @@ def run(args: argparse.Namespace) -> int:
     """Sketch, and print the summary."""
     if not args.model:
         args.parser.error("the following arguments are required: --model")
+    _check_sharing(args)
     if args.ray is not None:
         if args.dry_run:
             raise CropiError("--dry-run is for one process: leave --ray out")
         return _on_ray(args)
     if args.workers is not None:
         raise CropiError(f"--workers {args.workers} is for --ray ADDRESS: give both")
-    with ranks.joined(args) as team:
-        return _run(args, team)
+    with ranks.joined(args) as team, ranks.grouped(args, team) as group:
+        return _run(args, team, group)
 
 
-def _inputs(args: argparse.Namespace) -> tuple[Any, Any]:
+def _check_sharing(args: argparse.Namespace) -> None:
+    """Processes that share the weights: what does not go with it.
+
+    Raises:
+        CropiError: names both options.
+    """
+    from cropi.distributed.launch import launched
+
+    given = [name for name in ("fsdp", "tensor_parallel") if getattr(args, name) is not None]
+    if not given:
+        return
+    flag = f"--{given[0].replace('_', '-')}"
+    if len(given) == 2:
+        raise CropiError("--fsdp and --tensor-parallel are two ways to share the weights: give one")
+    for name in ("ray", "shard", "optimizer_state"):
+        if getattr(args, name) is not None:
+            raise CropiError(f"{flag} does not go with --{name.replace('_', '-')}: leave one out")
+    if launched() is None:
+        raise CropiError(
+            f"{flag} shares the weights among the processes of a launcher, and this one is alone: start it by "
+            f"`torchrun --nproc-per-node N -m cropi sketch ... {flag}`, or leave {flag} out"
+        )
+
+
+def _inputs(args: argparse.Namespace, distributed_config: Any = None) -> tuple[Any, Any]:
     """The policy, not loaded yet, and the job."""
     from cropi.sketching.job import make_job
 
-    policy, behaviour_model = policies(args)
+    policy, behaviour_model = policies(args, distributed_config)
     trajectories = options.opened(args, args.trajectories, policy)
     job = make_job(
         options.made(Sketching, args), trajectories, args.out, set=args.set, behaviour_model=behaviour_model,
@@ -94,11 +127,11 @@ def _on_ray(args: argparse.Namespace) -> int:
     return _said(args, summary)
 
 
-def _run(args: argparse.Namespace, team: Any) -> int:
+def _run(args: argparse.Namespace, team: Any, group: Any) -> int:
     from cropi.data.readers import read
     from cropi.sketching.run import check_tokens, scan_groups, sketch
 
-    policy, job = _inputs(args)
+    policy, job = _inputs(args, group and group.config)
     if team is not None:
         from cropi.distributed import ranks as together
 
@@ -111,7 +144,7 @@ def _run(args: argparse.Namespace, team: Any) -> int:
             )
         if team.first:
             print(placed(args, policy, team.world))
-        summary = together.sketch(team, policy, job, progress=args.progress)
+        summary = together.sketch(team, policy, job, progress=args.progress, group=group)
         if not team.first:
             return 130 if summary.interrupted else 0
     else:
@@ -141,8 +174,11 @@ def _said(args: argparse.Namespace, summary: Any) -> int:
     return 0
 
 
-def policies(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The policy, and the behaviour model or None; weights are loaded when they are first needed."""
+def policies(args: argparse.Namespace, distributed_config: Any = None) -> tuple[Any, Any]:
+    """The policy, and the behaviour model or None; weights are loaded when they are first needed.
+
+    ``distributed_config``: how processes share the policy's.
+    """
     from cropi.model.policy import Policy
 
     named = {
@@ -152,7 +188,7 @@ def policies(args: argparse.Namespace) -> tuple[Any, Any]:
     }  # fmt: skip
     behaviour = Policy(args.behaviour_model, **named) if args.behaviour_model else None
     own = {name: getattr(args, name) for name in ("quantize", "adapter", "revision")}  # of the policy alone
-    return Policy(args.model, **named, **own), behaviour
+    return Policy(args.model, **named, **own, distributed_config=distributed_config), behaviour
 
 
 def placed(args: argparse.Namespace, policy: Any, processes: int = 1) -> str:

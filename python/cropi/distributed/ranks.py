@@ -12,19 +12,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cropi.data.scan import Scan
 from cropi.distributed.team import Team
 from cropi.errors import CropiError
 from cropi.gradient.health import Health
 from cropi.model.policy import Policy
-from cropi.sketching.chunks import BATCHES, Chunk
+from cropi.sketching.chunks import BATCHES, Chunk, Part
 from cropi.sketching.job import SketchJob, settle_products
 from cropi.sketching.run import Prepared, prepare, scan_groups
 from cropi.sketching.summary import Summary
+from cropi.store.memory import Nowhere
 from cropi.store.parts import part_path, take_parts
 from cropi.store.store import SketchStore
+
+if TYPE_CHECKING:
+    from cropi.distributed.sharding import Group
 
 SAME_FILES = "give all processes the same files, on a file system that all share or as equal copies"
 REMEDIES = {
@@ -41,7 +45,13 @@ REMEDIES = {
 
 
 def sketch(
-    team: Team, policy: Policy, job: SketchJob, *, scan: Scan | None = None, progress: bool = True
+    team: Team,
+    policy: Policy,
+    job: SketchJob,
+    *,
+    scan: Scan | None = None,
+    progress: bool = True,
+    group: Group | None = None,
 ) -> Summary:
     """:func:`cropi.sketching.run.sketch` on all processes of a team; every one calls this.
 
@@ -49,6 +59,7 @@ def sketch(
         team: the processes.
         policy, job, scan: as there; the same in every process. The store is a folder that all processes see.
         progress: show a progress bar, in rank 0.
+        group: the processes that share the policy's weights with this one; None: it has them whole.
 
     Returns:
         In every process the counts of all of them together; ``store`` is the job's store, open for reading, in rank 0.
@@ -78,9 +89,10 @@ def sketch(
         team.same({"store": digest(done)}, REMEDIES)
         ready.summary.resumed = len(done)
         if len(done) < ready.total:
-            _work(team, ready, out, manifest, done, progress)
+            part = (Claimed if group is None else group.part)(team, BATCHES * ready.tokens_per_batch, done)
+            _work(team, ready, out, manifest, part, progress)
         every = team.gather(replace(ready.summary, store=None))
-        summary = together(every)
+        summary = together(every, 1 if group is None else group.copies)
         if whole is not None:
             take_parts(whole)
             if not summary.interrupted:
@@ -113,12 +125,18 @@ def facts(ready: Prepared, manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class Claimed:
+class Claimed(Part):
     """Chunks by the numbers that a team hands out: see :class:`cropi.sketching.chunks.Part`."""
+
+    writes = True  # whether the rows that are computed here are kept
 
     def __init__(self, team: Team, tokens: int, done: frozenset[str]) -> None:
         self.team, self.tokens, self.done = team, tokens, done
         self.job = team.new_job()
+
+    def claim(self) -> int:
+        """The number of the next chunk."""
+        return self.team.claim(self.job)
 
     def take(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         """The chunks that this process has claimed.
@@ -128,7 +146,7 @@ class Claimed:
             CropiError: another process cut the job in another way.
         """
         team, window = self.team, -1
-        number = team.claim(self.job)
+        number = self.claim()
         for chunk in chunks:
             if chunk.window > window and chunk.cut != "rows":
                 window = chunk.window
@@ -141,10 +159,10 @@ class Claimed:
             if chunk.number != number:
                 continue
             team.check()
-            if team.stopped:
+            if self.agreed(team.stopped):
                 return
             yield chunk
-            number = team.claim(self.job)
+            number = self.claim()
 
     def finish(self, store: SketchStore) -> None:
         """The rows are safe; they are moved to the job's store."""
@@ -163,8 +181,13 @@ def check_whole(store: SketchStore, total: int) -> None:
         )
 
 
-def together(every: Sequence[Summary]) -> Summary:
-    """The counts of all processes as those of one job. Times are means, ``wall`` and memory the largest."""
+def together(every: Sequence[Summary], copies: int = 1) -> Summary:
+    """The counts of all processes as those of one job. Times are means, ``wall`` and memory the largest.
+
+    ``copies``: so many processes that follow each other compute the same rows.
+    """
+    interrupted, peak = any(one.interrupted for one in every), max(one.peak_gib for one in every)
+    every = every[::copies]
     first, count = every[0], len(every)
     names = {name for one in every for name in one.seconds}
     health = Health()
@@ -181,8 +204,8 @@ def together(every: Sequence[Summary]) -> Summary:
         wall=max(one.wall for one in every),
         read=max(one.read for one in every),
         coverage=next((one.coverage for one in every if one.coverage), ""),
-        peak_gib=max(one.peak_gib for one in every),
-        interrupted=any(one.interrupted for one in every),
+        peak_gib=peak,
+        interrupted=interrupted,
         health=health,
     )
 
@@ -194,15 +217,22 @@ def _folder(job: SketchJob) -> Path:
 
 
 def _work(
-    team: Team, ready: Prepared, out: Path, manifest: Mapping[str, Any], done: frozenset[str], progress: bool
+    team: Team, ready: Prepared, out: Path, manifest: Mapping[str, Any], part: Claimed, progress: bool
 ) -> None:
     """Fill this process's own store."""
-    part = Claimed(team, BATCHES * ready.tokens_per_batch, done)
-    with SketchStore.create(part_path(out, team.rank), manifest, shard_rows=ready.job.shard_rows) as store:
+    with _part_store(team, ready, out, manifest, part.writes) as store:
         ready.fill(store, progress=progress, part=part)
         ready.summary.interrupted |= team.stopped
         if ready.summary.interrupted:
             team.stop()
+
+
+def _part_store(
+    team: Team, ready: Prepared, out: Path, manifest: Mapping[str, Any], writes: bool
+) -> SketchStore:
+    if not writes:
+        return Nowhere(manifest)
+    return SketchStore.create(part_path(out, team.rank), manifest, shard_rows=ready.job.shard_rows)
 
 
 def digest(names: frozenset[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cropi.distributed.ranks import digest, facts
 from cropi.model.policy import Policy
-from cropi.sketching.chunks import BATCHES, Chunk
+from cropi.sketching.chunks import BATCHES, Chunk, Part
 from cropi.sketching.job import SketchJob, settle_products
 from cropi.sketching.run import Prepared as Ready
 from cropi.sketching.run import prepare
@@ -103,7 +103,7 @@ class Worker:
             self.part.answers.put(error)
 
 
-class Asked:
+class Asked(Part):
     """Chunks by the numbers that are asked for, in any order: see :class:`cropi.sketching.chunks.Part`.
 
     A number before the place where a pass over the trajectories is ends the pass, and the next one begins with it.

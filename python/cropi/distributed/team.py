@@ -44,6 +44,8 @@ class Team:
 
     def __init__(self, store: Any, rank: int, world: int, *, silence: float = SILENCE) -> None:
         self.store, self.rank, self.world, self.silence = store, rank, world, silence
+        # Whether processes share a model, and wait inside of it for each other.
+        self.linked = False
         self._calls, self._jobs = itertools.count(), itertools.count()
         self._beats: dict[int, tuple[int, float]] = {}
         self._over = threading.Event()
@@ -79,6 +81,11 @@ class Team:
             RankFailed: another process failed; names it and repeats its message.
             Exception: whatever ``work`` raised here.
         """
+        if self.linked:
+            # Others may wait inside of ``work`` for this process, and come to no common call: an error ends them.
+            result = work()
+            self.gather(None)
+            return result
         return agree(
             work, self.gather, _words, lambda rank, problem: RankFailed(f"rank {rank} failed: {problem}")
         )
@@ -133,6 +140,17 @@ class Team:
             rank, problem = pickle.loads(self._do(lambda: self.store.get("failed")))
             if rank != self.rank:
                 raise RankFailed(f"rank {rank} failed: {problem}")
+
+    def blame(self, seconds: float) -> None:
+        """Wait so long for what another process failed with, and raise it.
+
+        Raises:
+            RankFailed: names it and repeats its message.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.check()
+            time.sleep(0.05)
 
     @contextmanager
     def telling(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cropi.errors import optional
+from cropi.errors import CropiError, optional
 
 XXH3 = "xxh3:"
 
@@ -27,7 +27,14 @@ def model_fingerprint(model: Any, *, sha256: bool = False) -> dict[str, Any]:
 
     Raises:
         ModuleNotFoundError: the package xxhash is not installed.
+        CropiError: ``sha256`` of a model whose weights are spread over ranks.
     """
+    if sha256 and any(hasattr(p, "full_tensor") for p in model.parameters()):
+        # One rank alone compares itself with a store, and it cannot gather the weights.
+        raise CropiError(
+            "an earlier release made the store that is there, and its model cannot be compared with one whose weights "
+            "are spread over ranks; give another --out, or go on without --fsdp and --tensor-parallel"
+        )
     digest: Any = hashlib.sha256() if sha256 else optional("xxhash").xxh3_128()
     total = 0
     for name, parameter in sorted(model.named_parameters()):
@@ -43,8 +50,13 @@ def model_fingerprint(model: Any, *, sha256: bool = False) -> dict[str, Any]:
     }
 
 
-def _plain_parts(tensor: torch.Tensor) -> Iterator[Any]:
-    """What a tensor is made of: itself, or the tensors inside of a quantised one (torchao), which has no bytes."""
+def _plain_parts(tensor: Any) -> Iterator[Any]:
+    """What a tensor is made of: itself, or the tensors inside of a quantised one (torchao), which has no bytes.
+
+    One that is spread over ranks is gathered: all of them have to come here.
+    """
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor

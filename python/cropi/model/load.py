@@ -30,12 +30,14 @@ class Variant:
         adapter: a folder or hub id of a PEFT adapter, whose parameters are then the trainable ones.
         revision: branch, tag or commit of a hub id.
         attn_implementation: as ``transformers`` names it; "auto": SDPA if the model has it, else eager.
+        distributed_config: of ``transformers``: how the weights are spread over the ranks of the process group.
     """
 
     quantize: str | None = None
     adapter: str | None = None
     revision: str | None = None
     attn_implementation: str = "auto"
+    distributed_config: Any = None
 
 
 def load_model(
@@ -81,18 +83,20 @@ def load_model(
     name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
     optional("transformers")
     source, options = _located(name, trust_remote_code, variant.revision)
+    spread = _spread(name, variant, options)
     with _explained(name), nullcontext() if progress else _no_bars():
         config = _load_config(name, source, options)
         dtype = placed_dtype(dtype, device, config)
         packed = quantization(
             variant.quantize, dtype, device, options, has_adapter=variant.adapter is not None
         )
-        model = _load_weights(name, source, options | packed, dtype, config, variant.attn_implementation)
+        options |= packed | spread
+        model = _load_weights(name, source, options, dtype, config, variant.attn_implementation)
         if tokenizer is None:
             tokenizer = _load_tokenizer(name, source, options, eos)
     if variant.adapter is not None:
         model = with_adapter(model, name, variant.adapter)
-    if not packed:  # what is packed is on its device already, and may not be moved
+    if not (packed or spread):  # these are on their devices already, and may not be moved
         model = model.to(device)
     return model.eval(), tokenizer
 
@@ -143,6 +147,21 @@ def _located(name: str, trust_remote_code: bool, revision: str | None = None) ->
         options["revision"] = revision
     # Said in every call: left out, transformers would ask at a terminal.
     return source, options | {"trust_remote_code": trust_remote_code}
+
+
+def _spread(name: str, variant: Variant, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that spread the weights over ranks."""
+    if variant.distributed_config is None:
+        return {}
+    beside = {"quantize": variant.quantize, "adapter": variant.adapter, "gguf_file": options.get("gguf_file")}
+    for kind, value in beside.items():
+        if value is not None:
+            raise CropiError(
+                f"model {name!r} with {kind} {value!r} cannot be spread over ranks (--fsdp, --tensor-parallel): give a "
+                "folder or hub id with the whole weights in safetensors files (merge_and_unload and save_pretrained "
+                "make one), or start the job without that option"
+            )
+    return {"distributed_config": variant.distributed_config}
 
 
 @contextmanager

@@ -38,7 +38,8 @@ class Policy:
         device: where the model of a name goes; default "auto": a GPU, where torch sees one.
         eos: for a name: its tokenizer needs an end token.
         trust_remote_code: for a name: let the model bring code of its own, which is run.
-        quantize, adapter, revision, attn_implementation: for a name: see :class:`cropi.model.load.Variant`.
+        quantize, adapter, revision, attn_implementation, distributed_config: for a name: see
+            :class:`cropi.model.load.Variant`.
         progress: for a name: show transformers' progress bars while it is loaded.
         name: what messages and manifests call it; default: the name, or the module's own ``name_or_path``.
 
@@ -69,6 +70,7 @@ class Policy:
         adapter: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         attn_implementation: str | None = None,
+        distributed_config: Any = None,
         progress: bool = True,
     ) -> None:
         self._source: str | None = None
@@ -77,7 +79,7 @@ class Policy:
         if isinstance(model, torch.nn.Module):
             given = {
                 "dtype": dtype, "device": device, "quantize": quantize, "adapter": adapter, "revision": revision,
-                "attn_implementation": attn_implementation,
+                "attn_implementation": attn_implementation, "distributed_config": distributed_config,
             }  # fmt: skip
             for option, value in given.items():
                 if value is not None and value != "auto":
@@ -108,7 +110,8 @@ class Policy:
             "dtype": dtype or "auto", "device": device or "auto", "eos": eos, "trust_remote_code": trust_remote_code,
             "progress": progress,
             "variant": Variant(
-                quantize, None if adapter is None else os.fspath(adapter), revision, attn_implementation or "auto"
+                quantize, None if adapter is None else os.fspath(adapter), revision, attn_implementation or "auto",
+                distributed_config,
             ),
         }  # fmt: skip
         self.name = name or self._source or str(getattr(model, "name_or_path", "") or type(model).__name__)

@@ -7,7 +7,7 @@ be computed. A piece is whole micro-batches of the job's order: rows get the bit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,12 +67,14 @@ class Part(Protocol):
     """How one process takes part in a job that several share.
 
     Attributes:
-        tokens: of a chunk, about; padding included.
+        tokens: of a chunk, about; padding included. None: a chunk is a whole window.
         done: prompts whose rows are in other stores.
+        linked: other processes run every pass of the model with this one, which may not leave one out or add one.
     """
 
-    tokens: int
+    tokens: int | None
     done: frozenset[str]
+    linked: bool = False
 
     def take(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         """Those of the job's chunks that this process computes. Asked for the next one, the last one is in the
@@ -81,8 +83,35 @@ class Part(Protocol):
     def finish(self, store: SketchStore) -> None:
         """All of its chunks are in the store."""
 
+    def begin_pass(self) -> None:
+        """A pass of the model follows."""
+        return None
 
-class Dealt:
+    def agreed(self, said: bool) -> bool:
+        """What is decided where processes compute the same, and ``said`` may differ between them."""
+        return said
+
+    def leave(self, interrupted: bool, idle: Callable[[], None]) -> None:
+        """No chunk follows; ``idle()`` runs a pass of the model that counts for nothing."""
+        return None
+
+
+class Alone(Part):
+    """All chunks are computed here."""
+
+    tokens = None
+    done = frozenset()
+
+    def take(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """See :class:`Part`."""
+        return chunks
+
+    def finish(self, store: SketchStore) -> None:
+        """The job is done."""
+        store.finish()
+
+
+class Dealt(Part):
     """Chunk after chunk goes to the process that has the fewest tokens yet; nobody has to be asked.
 
     >>> chunks = [Chunk(number, 0, tokens=tokens) for number, tokens in enumerate([5, 1, 2, 2])]

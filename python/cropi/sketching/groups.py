@@ -20,7 +20,7 @@ from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import ZERO_GRADIENT, cancels
 from cropi.model.moments import SecondMoments
 from cropi.model.policy import Policy
-from cropi.sketching.chunks import Part, make_chunks
+from cropi.sketching.chunks import Alone, Part, make_chunks
 from cropi.sketching.interrupt import Interrupt
 from cropi.sketching.passes import Passes
 from cropi.sketching.rows import row_of
@@ -98,8 +98,9 @@ def sketch_groups(
         sketcher.check_model()
         summary.coverage = str(sketcher.coverage)
         summary.resumed = len(store)
-        done = frozenset(row.id for row in store.rows()) | (part.done if part else frozenset())
         left = None if total is None or part else max(total - len(store), 0)
+        part = part or Alone()
+        done = frozenset(row.id for row in store.rows()) | part.done
         with Interrupt() as interrupt, _bar(left, Path(store.path).name, progress) as bar:
             if plan.note:
                 bar.write(plan.note)
@@ -107,7 +108,7 @@ def sketch_groups(
                 _checked(groups, estimator, source.source, default_set, zero_check, subset),
                 plan,
                 budget=tokens_per_batch,
-                tokens=part.tokens if part else None,
+                tokens=part.tokens,
             )
             passes = Passes(
                 sketcher,
@@ -119,6 +120,7 @@ def sketch_groups(
                 bar.write,
                 plan.lengths,
                 zero_check,
+                part,
             )
 
             def add(row: RowInfo, vector: torch.Tensor | None = None) -> None:
@@ -128,7 +130,7 @@ def sketch_groups(
                     bar.update(1)
 
             flushed = time.monotonic()
-            for chunk in part.take(chunks) if part else chunks:
+            for chunk in part.take(chunks):
                 for row in chunk.rows:
                     add(row)
                 for batch in chunk.built(estimator, source.source == "file", done):
@@ -139,14 +141,16 @@ def sketch_groups(
                     if time.monotonic() - flushed > FLUSH_SECONDS:
                         store.flush()
                         flushed = time.monotonic()
-                    if interrupt.asked:
+                    if part.agreed(interrupt.asked):
+                        summary.interrupted = True
                         break
                 passes.forget()
-                if interrupt.asked:
+                if summary.interrupted or part.agreed(interrupt.asked):
                     summary.interrupted = True
                     break
+            part.leave(summary.interrupted, passes.idle)
         if not summary.interrupted:
-            part.finish(store) if part else store.finish()
+            part.finish(store)
     summary.peak_gib = peak_memory_gib(policy.device)
     return summary
 

@@ -281,6 +281,7 @@ def open_store(
     behaviour: Behaviour,
     scan: Scan | None = None,
     moments: SecondMoments | None = None,
+    manifest: ManifestOf | None = None,
 ) -> SketchStore:
     """The store that a job fills: ``job.out``, continued if it is there, or one in memory.
 
@@ -290,12 +291,13 @@ def open_store(
         behaviour: where the behaviour log-probs come from.
         scan: what the files hold; None for prompts that come from no file.
         moments: what the gradients are scaled by.
+        manifest: what :func:`manifest_of` gave, where it has been asked already.
 
     Raises:
         UncoveredParameterError: a trainable parameter cannot be sketched.
         CropiError: the folder cannot be written, or its store was made with other settings.
     """
-    manifest = manifest_of(policy, job, behaviour, scan, moments)
+    manifest = manifest or manifest_of(policy, job, behaviour, scan, moments)
     if job.out is None:
         return MemoryStore(manifest())
     if (

@@ -17,11 +17,13 @@ from cropi.gradient.health import Health, batch_health
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import ZERO_GRADIENT, Suspicion, is_zero, rounding
+from cropi.sketching import chunks
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient
 from cropi_kernels.sketcher.lengths import Lengths
+from cropi_kernels.sketcher.sharded import device_of
 
 Finished = tuple[RowInfo, torch.Tensor | None]
 # How errors that are not torch's OutOfMemoryError say it: torch's CPU allocator, C++, cuBLAS, the CUDA driver (Triton).
@@ -73,6 +75,7 @@ class Passes:
         say: takes a line for the user.
         lengths: which rows may be in one batch.
         zero_check: a gradient that is rounding and nothing else is "zero gradient".
+        shared: how other processes take part in what is run here.
     """
 
     def __init__(
@@ -86,11 +89,13 @@ class Passes:
         say: Callable[[str], Any],
         lengths: Lengths,
         zero_check: bool = True,
+        shared: chunks.Part | None = None,
     ) -> None:
+        self.shared = shared or chunks.Alone()
         self.lengths, self.zero_check = lengths, zero_check
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
         self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
-        self.device = next(sketcher.model.parameters()).device
+        self.device = device_of(sketcher.model)
         self.bound = rounding(sketcher.model)
         self.suspicion = Suspicion(self.bound)
         self.parts: dict[str, Part] = {}
@@ -121,6 +126,12 @@ class Passes:
                         "on with the rest on a larger device; here, leave long responses out by --max-length or load "
                         "the model in a smaller --dtype, into a new --out"
                     ) from error
+                if self.shared.linked:  # the others do not halve theirs
+                    raise CropiError(
+                        f"{rows} rows of {part.input_ids.shape[1]} tokens do not fit into the device's memory, and "
+                        f"processes that share a model cannot halve them alone ({error}): give --tokens-per-batch "
+                        f"{tokens // 2}; finished prompts are in {self.keeps}"
+                    ) from error
                 self.too_many = tokens
                 self.say(
                     f"{rows} rows of {part.input_ids.shape[1]} tokens do not fit into the device's memory: halved; "
@@ -132,6 +143,18 @@ class Passes:
                 continue
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the halves need other sizes
+
+    def idle(self) -> None:
+        """A pass on two tokens that counts for nothing: others run theirs, and share the model with this process."""
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        first = ids[0, :1]
+        self.sketcher.policy_gradient(
+            ids,
+            segments=first,
+            positions=first,
+            targets=first,
+            weigh=lambda logprobs, *_: torch.zeros_like(logprobs),
+        )
 
     def _compute(self, batch: MicroBatch) -> list[Finished]:
         """Forward, weights, backward, sketches; the rows of the prompts that are complete with it."""
@@ -183,6 +206,7 @@ class Passes:
                 None if batch.noise is None else batch.noise[start:stop],
             )
 
+        self.shared.begin_pass()
         return self.sketcher.policy_gradient(
             batch.input_ids,
             segments=batch.segments,
@@ -199,10 +223,13 @@ class Passes:
     def _finished(self, group: TokenGroup, part: Part, batch: MicroBatch) -> Finished:
         """Its row. A gradient that is small beside its weights is held to the sizes of its responses' gradients."""
         norm, zero = part.norm, False
-        if self.zero_check and len(group.equal) > 1 and self.suspicion.is_suspicious(norm, part.weight):
-            zero = is_zero(
-                norm, self._sizes(group, batch.input_ids.numel(), batch.behaviour is not None), self.bound
-            )
+        if (
+            self.zero_check
+            and len(group.equal) > 1
+            and self.shared.agreed(self.suspicion.is_suspicious(norm, part.weight))
+        ):
+            size = self._sizes(group, batch.input_ids.numel(), batch.behaviour is not None)
+            zero = self.shared.agreed(is_zero(norm, size, self.bound))
         return part.finish(group, self.default_set, zero)
 
     def _sizes(self, group: TokenGroup, budget: int, stored: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
 from cropi.sketching.chunks import BATCHES, Dealt, Part
 from cropi.sketching.groups import sketch_groups
-from cropi.sketching.job import SketchJob, make_tokenize, manifest_of, open_store, with_date
+from cropi.sketching.job import ManifestOf, SketchJob, make_tokenize, manifest_of, open_store, with_date
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, SKIPPED, RowInfo
@@ -92,11 +93,12 @@ class Prepared:
 
     def open(self) -> SketchStore:
         """The job's store: see :func:`cropi.sketching.job.open_store`."""
-        return open_store(self.policy, self.job, self.behaviour, self.scan, self.moments)
+        return open_store(self.policy, self.job, self.behaviour, self.scan, self.moments, self.manifest)
 
-    def manifest(self) -> dict[str, Any]:
-        """What its rows depend on: see :func:`cropi.sketching.job.make_manifest`."""
-        return manifest_of(self.policy, self.job, self.behaviour, self.scan, self.moments)()
+    @functools.cached_property
+    def manifest(self) -> ManifestOf:
+        """What its rows depend on: see :func:`cropi.sketching.job.manifest_of`, which runs the model."""
+        return manifest_of(self.policy, self.job, self.behaviour, self.scan, self.moments)
 
     @property
     def tokens_per_batch(self) -> int:

@@ -71,3 +71,11 @@ class MemoryStore(SketchStore):
     def close(self) -> None:
         """Nothing has to be released; rows that are pending are kept."""
         self.flush()
+
+
+class Nowhere(MemoryStore):
+    """Takes rows that another process keeps."""
+
+    def add(self, row: RowInfo, vector: torch.Tensor | None = None) -> list[str]:
+        """See :meth:`SketchStore.add`; nothing is kept."""
+        return []
