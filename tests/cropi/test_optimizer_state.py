@@ -238,8 +238,20 @@ def test_states_that_do_not_fit_name_what_differs(tmp_path: Path) -> None:
     model, optimizer = trained()
     other = make_model("gpt2")
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    with pytest.raises(CropiError, match="parameters, and the model trains"):
-        read_moments(tmp_path, other)
+    for model_of, counts, first in (
+        (
+            other,
+            "holds 21 parameters, and the model trains 28",
+            r"\[32, 32\] for the parameter transformer.wpe.weight",
+        ),
+        (
+            make_model(num_hidden_layers=1),
+            "holds 21 parameters, and the model trains 12",
+            "model.norm.weight",
+        ),
+    ):
+        with pytest.raises(CropiError, match=rf"{counts}: it has a moment of shape .*{first}"):
+            read_moments(tmp_path, model_of)
     state = optimizer.state_dict()
     state["state"][3]["exp_avg_sq"] = torch.zeros(2, 2)
     torch.save(state, tmp_path / "wrong.pt")

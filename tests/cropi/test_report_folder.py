@@ -52,7 +52,7 @@ def test_a_run_writes_the_page(ran: Path) -> None:
     )
     assert [name for _, name in shown] == chosen and data["sets"] == ["more", "sums"]
     detail = data["details"][chosen[0]]
-    assert detail["prompt"].endswith("=") and len(detail["responses"]) == 4
+    assert detail["text"].endswith("=") and len(detail["responses"]) == 4
     assert "standard error" in page and "Nearest training prompts" in page and "cropi run --model" in page
     assert "not measured on this model: run `cropi check`" in page
 

@@ -116,7 +116,7 @@ def test_text_of_users_is_never_markup() -> None:
     page = render(evil)
     assert page.count("<script") == 2 and "<img" not in page and "<b>bold" not in page
     body = page.split("</style>")[1].split('<script type="text/plain"')[0]
-    assert "\x00" not in page and "\x1b" not in data_of(page)["details"]["p00005"]["prompt"]
+    assert "\x00" not in page and "\x1b" not in data_of(page)["details"]["p00005"]["text"]
     assert "onerror" in body and "&lt;img" in body, "it is shown, as text"
     assert "https://" not in page and "http://" not in page and "default-src 'none'" in page
 
@@ -127,6 +127,24 @@ def test_a_large_page_stays_small(tmp_path: Path) -> None:
     assert (tmp_path / "r.html").stat().st_size < 3_000_000
     data = data_of((tmp_path / "r.html").read_text())
     assert len(data["columns"]["id"]) == 20000 and 200 < len(data["details"]) < 700
+
+
+def test_long_texts_are_begun_and_the_page_stays_small() -> None:
+    """100,000 characters a text, which compress badly, or well: the page has as much of each as there is room for."""
+    given, rng = make_input(), np.random.default_rng(0)
+    for kind in ("random letters", "one word"):
+        text = (
+            "".join(map(chr, rng.integers(0x4E00, 0x9F00, 100_000)))
+            if kind == "random letters"
+            else 12_500 * "response"
+        )
+        given.groups = [PromptGroup(row.id, text, [text] * 8, [1.0] + 7 * [0.0]) for row in given.scores.rows]
+        page = render(given)
+        assert len(page.encode()) < 3_000_000, kind
+        detail = data_of(page)["details"]["p00005"]
+        assert detail["size"] == detail["responses"][7]["size"] == 100_000
+        assert text.startswith(detail["text"]) and 200 <= len(detail["text"]) <= 6000
+        assert kind == "random letters" or len(detail["text"]) == 6000
 
 
 def test_what_is_missing_is_said() -> None:

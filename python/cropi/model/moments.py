@@ -216,9 +216,11 @@ def _of_state(state: Mapping[str, Any], model: Any, source: str) -> SecondMoment
     for names in orders:
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         if len(numbers) != len(names):
-            first_problem = (
-                first_problem or f"holds {len(numbers)} parameters, and the model trains {len(names)}"
-            )
+            both = min(len(numbers), len(names))
+            first = _first_wrong(names[:both], numbers[:both], state["state"], parameters)
+            first = first or ("" if both == len(names) else f"has none for the parameter {names[both]}")
+            count = f"holds {len(numbers)} parameters, and the model trains {len(names)}"
+            first_problem = first_problem or f"{count}{': it ' if first else ''}{first}"
             continue
         wrong = _first_wrong(names, numbers, state["state"], parameters)
         if wrong:

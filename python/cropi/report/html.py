@@ -31,7 +31,9 @@ from cropi.report.rendering import markup, part, rendered, shown
 
 FULL = 120  # prompts of each kind (best, at the cut, worst, without a score, largest norm) whose responses are shown
 SNIPPET = 70  # characters of the other prompts
-LONG = 6000  # characters of one text
+LONG = 6000  # characters of one text at most, and at least; fewer are shown where the page would be too large
+SHORT = 200
+MOST_BYTES = 1_900_000  # of the data, packed: with base64 and the rest a page is below 3 MB
 STATUSES = ("ok", "skipped", "failed")
 
 
@@ -76,14 +78,22 @@ def write_report(path: str | Path, given: ReportInput) -> None:
 
 def render(given: ReportInput) -> str:
     """The page as text."""
-    packed = gzip.compress(
-        json.dumps(_data(given), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"),
-        9,
-        mtime=0,
-    )
-    return rendered(
-        "page.html", **_values(given), script=markup(part("page.js")), data=base64.b64encode(packed).decode()
-    )
+    packed = base64.b64encode(_packed(_data(given))).decode()
+    return rendered("page.html", **_values(given), script=markup(part("page.js")), data=packed)
+
+
+def _packed(data: dict[str, Any]) -> bytes:
+    """The data as compressed JSON. Texts are cut to half, and half again, until they fit."""
+    size = LONG
+    while True:
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        packed = gzip.compress(text, 9, mtime=0)
+        if len(packed) <= MOST_BYTES or size <= SHORT:
+            return packed
+        size //= 2
+        for detail in data["details"].values():
+            for one in (detail, *detail["responses"]):
+                one["text"] = one["text"][:size]
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -358,16 +368,11 @@ def _texts(groups: Iterable[PromptGroup], full: set[str]) -> tuple[dict[str, str
             equal = no_gradient_reason(rewards) is not None
             advantages = [0.0] * len(rewards) if equal else group_advantages(rewards).tolist()
             responses = group.responses or ["(token ids)"] * len(rewards)
-            details[group.id] = {
-                "prompt": _cut(shown(prompt), LONG),
+            details[group.id] = _long(prompt) | {
                 "responses": [
-                    {
-                        "text": _cut(shown(_conversation(text)), LONG),
-                        "reward": reward,
-                        "advantage": round(a, 4),
-                    }
+                    _long(_conversation(text)) | {"reward": reward, "advantage": round(a, 4)}
                     for text, reward, a in zip(responses, rewards, advantages, strict=True)
-                ],
+                ]
             }
     return snippets, details
 
@@ -377,6 +382,11 @@ def _conversation(text: Any) -> str:
     if isinstance(text, str):
         return text
     return "\n\n".join(f"[{m.get('role', '')}] {m.get('content', '')}" for m in text or [])
+
+
+def _long(text: str) -> dict[str, Any]:
+    """The beginning of a text, and how many characters it has."""
+    return {"text": shown(text[:LONG])[:LONG], "size": len(text)}
 
 
 def _cut(text: str, size: int) -> str:

@@ -104,6 +104,11 @@
     $("next").disabled = last >= shown.rows.length;
   }
 
+  // Long texts are in the page up to some length.
+  function begun(one) {
+    return one.size <= one.text.length ? one.text : `${one.text} … (${one.size} characters in all)`;
+  }
+
   function open(i) {
     const c = data.columns, detail = data.details[c.id[i]], box = $("detail");
     for (const row of $("rows").children) row.setAttribute("aria-selected", row.dataset.id === c.id[i]);
@@ -120,12 +125,12 @@
     if (!detail) {
       box.append(make("p", (c.text ? c.text[i] + " … " : "") + data.nodetail));
     } else {
-      box.append(make("h3", "Prompt"), make("pre", detail.prompt, { dir: "auto" }));
+      box.append(make("h3", "Prompt"), make("pre", begun(detail), { dir: "auto" }));
       const list = make("div", null, { class: "responses" });
       detail.responses.forEach((response, k) => {
         const card = make("div", null, { class: "response" });
         card.append(make("div", `reward ${response.reward} · advantage ${number(response.advantage, 2)}`, { class: "soft" }));
-        card.append(make("pre", response.text, { dir: "auto" }));
+        card.append(make("pre", begun(response), { dir: "auto" }));
         list.append(card);
       });
       box.append(make("h3", `Responses (${detail.responses.length})`), list);
