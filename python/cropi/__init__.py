@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cropi.errors import CropiError, RecordError
     from cropi.gradient.estimators import Estimator, make_estimator
     from cropi.model.policy import Policy
-    from cropi.ranking.influence import Scores
+    from cropi.ranking.scores import Scores
     from cropi.ranking.selection import Selection
     from cropi.ranking.selector import Selector
     from cropi.report.check import CheckReport
@@ -43,7 +43,7 @@ _PLACES = {
     "Policy": "cropi.model.policy",
     "RecordError": "cropi.errors",
     "RolloutReport": "cropi.rollouts.job",
-    "Scores": "cropi.ranking.influence",
+    "Scores": "cropi.ranking.scores",
     "Selection": "cropi.ranking.selection",
     "Selector": "cropi.ranking.selector",
     "SketchSpec": "cropi_kernels",

@@ -14,7 +14,7 @@ from cropi.model.policy import Policy
 from cropi.option_fields import names_of, split
 from cropi.options import Influence, Loading, Selecting, Sketching
 from cropi.pipeline import Setup
-from cropi.ranking.influence import Scores
+from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
 from cropi.report.check import CheckReport, check_job
 from cropi.sketching.interrupt import Interrupted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cropi.errors import CropiError, did_you_mean
+from cropi.files import writing
 
 # ${NAME} is the shell's own, {{name}} a brace that is meant; {a,b} and {"key": 1} are no names.
 NAME = re.compile(r"\{\{(\w+)\}\}|(?<!\$)\{([A-Za-z_]\w*)\}")
@@ -113,11 +115,12 @@ def run_command(
     Raises:
         CropiError: it failed; with its exit status and the last lines of its output.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        file.write(f"$ {command}\n".encode())
-        file.flush()
-        start = file.tell()
+    with contextlib.ExitStack() as stack:
+        with writing(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(log, "ab", buffering=0))
+            file.write(f"$ {command}\n".encode())
+            start = file.tell()
         process = subprocess.Popen(
             command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             pass_fds=tuple(keep_open),

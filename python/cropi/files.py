@@ -17,7 +17,73 @@ from pathlib import Path
 from cropi.errors import CropiError
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+NO_ACCESS |= {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
+
+
+def reason(error: OSError, use: str = "written") -> str:
+    """Why a file could not be written (or read), and the remedy."""
+    number = error.errno or 0
+    if number in NO_SPACE:
+        remedy = "free some space and run the same command again (what was written before is intact)"
+    elif number in NO_ACCESS:
+        remedy = f"give a path that can be {use}"
+    elif number in NO_DESCRIPTOR:
+        remedy = "raise the limit of open files (`ulimit -n`) and run the same command again"
+    else:
+        remedy = "see to the disk that it is on and run the same command again"
+    return f"{os.strerror(number).lower()}; {remedy}"
+
+
+def in_words(error: Exception) -> Exception:
+    """An error of the system that has nothing to do with the file that it names, with a remedy; others as they are."""
+    states = NO_SPACE | NO_DESCRIPTOR | {errno.EROFS, errno.EIO}
+    if isinstance(error, OSError) and error.errno in states and error.filename is not None:
+        return CropiError(f"{error.filename}: {reason(error)}")
+    return error
+
+
+@contextlib.contextmanager
+def writing(path: Path, *also: Path) -> Iterator[None]:
+    """Inside, what the system says of ``path``, of the files ``also``, of a folder above or of a file below them
+    becomes an error in words; what it says of another file, which is read meanwhile, stays as it is.
+
+    Raises:
+        CropiError: names ``path``, the reason and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Errors of an open file have no name, and errors of pyarrow's readers no number.
+        if error.errno is None or error.filename is not None and not _concerns(error.filename, path, *also):
+            raise
+        raise CropiError(f"cannot write {path}: {reason(error)}") from error
+
+
+def _concerns(name: object, *paths: Path) -> bool:
+    file = Path(os.fsdecode(name)) if isinstance(name, (str, bytes)) else None
+    return file is not None and any(
+        file == path or file in path.parents or path in file.parents for path in paths
+    )
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside, what the system says of a file that is there becomes an error in words: it is not damaged for that.
+
+    Raises:
+        CropiError: names the file, the reason and the remedy.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise CropiError(f"cannot read {path}: {reason(error, 'read')}") from error
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Sequence[str | None]]) -> None:
@@ -68,8 +134,7 @@ def replacing(path: Path) -> Iterator[Path]:
     under a random name and never opened through a link that stands there. A replaced file keeps its permissions.
 
     Raises:
-        CropiError: ``path`` is a folder or cannot be written, or the disk is full (or a quota or a file size limit
-            is reached).
+        CropiError: ``path`` is a folder or cannot be written, or the disk is full (or a quota or a limit is reached).
     """
     path = Path(path)
     if path.is_dir():
@@ -77,31 +142,18 @@ def replacing(path: Path) -> Iterator[Path]:
     prefix, made = _temporary_prefix(path.name), False
     temporary = path.with_name(f"{prefix}{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path.parent, prefix)
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        made = True
-        with contextlib.closing(os.fdopen(descriptor, "wb")), contextlib.suppress(OSError):
-            os.fchmod(descriptor, path.stat().st_mode & 0o777)  # where there is a file to replace
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        ours = (None, str(temporary), str(path), *map(str, path.parents))
-        if error.filename is not None and str(error.filename) not in ours:
-            raise  # of a file that is read meanwhile
-        if error.errno in NO_SPACE:
-            raise CropiError(
-                f"cannot write {path}: {os.strerror(error.errno or 0).lower()}; free some space and run "
-                "the same command again (what was written before is intact)"
-            ) from error
-        if error.errno in NO_ACCESS:
-            raise CropiError(
-                f"cannot write {path}: {os.strerror(error.errno or 0).lower()}; give a path that can be written"
-            ) from error
-        raise
+        with writing(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path.parent, prefix)
+            descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            made = True
+            with contextlib.closing(os.fdopen(descriptor, "wb")), contextlib.suppress(OSError):
+                os.fchmod(descriptor, path.stat().st_mode & 0o777)  # where there is a file to replace
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         if made:
             with contextlib.suppress(OSError):

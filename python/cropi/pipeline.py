@@ -25,7 +25,8 @@ from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting, SelectionOptions
-from cropi.ranking.influence import DEFAULT_SET, Scores, influence, validation_means
+from cropi.ranking.influence import influence, validation_means
+from cropi.ranking.scores import DEFAULT_SET, Scores
 from cropi.ranking.selection import Selection, check_selecting, select, write_selection
 from cropi.ranking.table import write_scores
 from cropi.ranking.uncertainty import few_pairs, with_uncertainty

@@ -245,6 +245,7 @@ def test_info_reads_everything_that_is_written(
         run: "run", run / "sketches/train": "store", run / "scores.parquet": "scores",
         run / "selected.jsonl": "selection",
         run / "selected_trajectories.jsonl": "trajectories", run / "config.yaml": "config", run / "report.html": "page",
+        run / "selected_trajectories.jsonl.sha256": "checksums",
         run / "scores.png": "picture", tmp_path / "selected.jsonl": "selection", tmp_path / "e.txt": "ids",
         tmp_path / "indices.json": "indices", tmp_path / "weights.json": "weights", tmp_path / "check.json": "check",
         tmp_path / "m.npy": "matrix", tmp_path / "m.parquet": "sketches", tmp_path / "m.npy.rows.jsonl": "rows",

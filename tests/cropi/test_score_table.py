@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,3 +121,55 @@ def test_a_table_of_the_first_release_is_read(scores: Scores, tmp_path: Path) ->
     back = read_scores(tmp_path / "old.parquet")
     np.testing.assert_array_equal(back.table, scores.table)
     assert back.stderr is None and back.p_selected is None and pyarrow.__version__
+
+
+def test_what_is_not_asked_for_is_not_read(scores: Scores, tmp_path: Path) -> None:
+    """The rest is None, so that nobody takes a default for what the file says."""
+    write_scores(tmp_path / "s.parquet", scores)
+    some = read_scores(tmp_path / "s.parquet", only=("pass_rate", "file"), errors=False)
+    np.testing.assert_array_equal(some.table, scores.table)
+    assert some.ids == scores.ids and some.stderr is None and some.p_selected is not None
+    for row, want in zip(some.rows, scores.rows, strict=True):
+        assert (row.pass_rate, row.extra) == (
+            want.pass_rate,
+            {k: v for k, v in want.extra.items() if k == "file"},
+        )
+        assert row.norm is None and row.task is None and row.status is None
+    assert pick(some, Selecting(fraction=0.2)).ids == pick(scores, Selecting(fraction=0.2)).ids
+
+
+def test_nulls_and_other_kinds_of_numbers_of_other_writers_are_read(scores: Scores, tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_scores(tmp_path / "s.parquet", scores)
+    table = parquet.read_table(tmp_path / "s.parquet")
+    narrow = pyarrow.array([None, *scores.table[1:, 0]], pyarrow.float32())
+    table = table.set_column(table.column_names.index("score[x]"), "score[x]", narrow)
+    parquet.write_table(table.replace_schema_metadata({"cropi": "{}"}), tmp_path / "o.parquet")
+    want = np.array([np.nan, *scores.table[1:, 0].astype(np.float32)])
+    np.testing.assert_array_equal(read_scores(tmp_path / "o.parquet").table[:, 0], want)
+
+
+LIGHT = """
+import sys
+from cropi.cli import main
+for line in sys.stdin.read().splitlines():
+    assert main(line.split()) == 0, line
+heavy = {"torch", "transformers", "pandas", "scipy.stats"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_selecting_and_reporting_import_no_torch(scores: Scores, tmp_path: Path) -> None:
+    """Its import alone takes more memory than the scores of a million prompts."""
+    write_scores(tmp_path / "scores.parquet", scores)
+    start = f"select --scores {tmp_path}/scores.parquet --out {tmp_path}/selected.jsonl --fraction 0.2"
+    lines = [
+        f"{start} --confidence 0.9", f"{start} --method p_selected --per task", f"info {tmp_path}/scores.parquet",
+        f"{start} --export {tmp_path}/ids.txt --format ids", f"report {tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], input="\n".join(lines), capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -87,7 +87,8 @@ FLOORS = [
     {"model"},
     {"options"},
     {"option_fields"},
-    {"checked", "commands", "files", "summary", "agreement"},
+    {"sealed", "commands"},
+    {"checked", "files", "summary", "agreement"},
     {"errors", "_moved"},
 ]
 

@@ -60,8 +60,11 @@ def _run(args: Any) -> int:
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         if args.debug:
             raise
-        print(printable_lines(f"cropi {args.command}: error: {error}"), file=sys.stderr)
-        conclude(args, 2, error)
+        from cropi.files import in_words
+
+        told = in_words(error)
+        print(printable_lines(f"cropi {args.command}: error: {told}"), file=sys.stderr)
+        conclude(args, 2, told)
         return 2
 
 

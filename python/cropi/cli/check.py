@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from cropi.files import check_outputs, write_atomic
     from cropi.report.check import check_job
+    from cropi.sealed import sealed
     from cropi.sketching.job import make_job
 
     if not args.model:
@@ -58,9 +59,8 @@ def run(args: argparse.Namespace) -> int:
         exact={"auto": None, "exact": True, "seeds": False}[args.against],
         say=(lambda text: print(text, file=sys.stderr)) if args.progress else lambda text: None,
     )
-    figures = json.dumps(report.to_dict(), indent=2) + "\n"
     if args.out:
-        write_atomic(Path(args.out), figures)
+        write_atomic(Path(args.out), json.dumps(sealed(report.to_dict()), indent=2) + "\n")
     print(report)
     tell(args, **report.to_dict())
     return 0 if report.ok else 1

@@ -48,6 +48,11 @@ def describe_file(path: Path) -> dict[str, Any] | None:
         return _matrix(path)
     if b"<!doctype html" in head[:200].lower():
         return _page(path, head)
+    if path.suffix == ".sha256":
+        lines = path.read_text("utf-8", "replace").splitlines()
+        return told(
+            [f"checksums     {path}: of {len(lines)} files; `sha256sum -c` compares them"], "checksums"
+        )
     if path.suffix in (".yaml", ".yml", ".toml"):
         return _config(path)
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]

@@ -53,11 +53,9 @@ def add_table(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose, write, and show."""
-    from cropi import pipeline
     from cropi.files import check_outputs
-    from cropi.ranking.selection import write_selection
+    from cropi.ranking.selection import select, write_selection
     from cropi.ranking.table import read_scores
-    from cropi.store.store import SketchStore
 
     if args.out_trajectories and not args.trajectories:
         args.parser.error(
@@ -79,9 +77,10 @@ def run(args: argparse.Namespace) -> int:
     groups = _groups(args)
     exporting.check(args, groups)
     given = options.made(Selecting, args)
-    stores = [SketchStore.open(path) for path in args.sketches or ()]
-    sketches = SketchStore.join(stores) if stores else None
-    chosen = pipeline.pick(read_scores(args.scores), given, sketches=sketches)
+    # What is shown and ranked by, of a million prompts perhaps.
+    errors = given.confidence is not None or args.plot is not None
+    scores = read_scores(args.scores, only=("task", "pass_rate", given.per), errors=errors)
+    chosen = select(scores, given, sketches=_sketches(args))
     write_selection(args.out, chosen.scores, chosen)
     written = Written(args.out, args.plot, args.out_trajectories, args.table)
     show(chosen, written, groups)
@@ -91,6 +90,15 @@ def run(args: argparse.Namespace) -> int:
         export=args.export, records=args.out_trajectories, plot=args.plot,
     )  # fmt: skip
     return 0
+
+
+def _sketches(args: argparse.Namespace) -> Any:
+    """The store of the training prompts, where it was given. Opening one imports torch."""
+    if not args.sketches:
+        return None
+    from cropi.store.store import SketchStore
+
+    return SketchStore.join([SketchStore.open(path) for path in args.sketches])
 
 
 def _groups(args: argparse.Namespace) -> Any:

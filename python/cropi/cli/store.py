@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from cropi.cli import manners
 from cropi.cli.manners import tell
@@ -17,8 +18,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     merge = _action(actions, "merge", "copy the rows of several stores of one model into one")
     merge.add_argument("out", metavar="OUT", help="the new store")
     merge.add_argument("stores", nargs="+", metavar="FOLDER", help="the stores to merge")
-    verify = _action(actions, "verify", "read every shard and check its checksums")
-    verify.add_argument("stores", nargs="+", metavar="FOLDER", help="stores")
+    verify = _action(actions, "verify", "read stores and exports, and check their checksums")
+    verify.add_argument(
+        "stores", nargs="+", metavar="PATH",
+        help="stores; files and data sets that cropi wrote, with NAME.sha256 beside them",
+    )  # fmt: skip
     compact = _action(actions, "compact", "join small shards to large ones")
     compact.add_argument("store", metavar="FOLDER", help="a store that no other process writes to")
     for action in (merge, compact):
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from cropi.store.merge import merge
+    from cropi.store.merging import merge
 
     made = merge(args.out, args.stores, shard_bytes=args.shard_bytes)
     tell(args, out=args.out, prompts=len(made), stores=args.stores)
@@ -67,9 +71,16 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from cropi.sealed import check_sums
+    from cropi.store.manifest import MANIFEST
     from cropi.store.store import SketchStore
 
     for path in args.stores:
+        if Path(path).exists() and not (Path(path) / MANIFEST).exists():
+            count = check_sums(path, whole=True)
+            tell(args, **{str(path): {"files": count}})
+            print(f"checksums     {count} files are intact: {path}")
+            continue
         store = SketchStore.open(path)
         tell(args, **{str(path): {"prompts": len(store), "expected": store.expected}})
         part = "" if len(store) >= store.expected else f" of {store.expected} (unfinished)"
@@ -88,7 +99,7 @@ def _compact(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from cropi.store.export import export
+    from cropi.store.exporting import export
     from cropi.store.store import SketchStore
 
     made = export(SketchStore.open(args.store), args.out, to=args.to, normalise=args.normalise)

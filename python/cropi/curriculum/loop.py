@@ -11,6 +11,7 @@ from cropi.curriculum.data import Files
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.report import line, write_report
 from cropi.curriculum.state import State, locked
+from cropi.files import writing
 
 LOG = "log.txt"
 WORK: dict[str, Callable[[steps.Stage], steps.Result]] = {
@@ -55,7 +56,7 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> State:
 
         def note(text: str) -> None:
             say(text)
-            with open(log, "a", encoding="utf-8") as file:
+            with writing(log), open(log, "a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
         note(
@@ -67,7 +68,8 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> State:
         model = plan.model
         for number in range(plan.stages):
             stage = steps.Stage(plan, files, state, number, model, lock)
-            stage.folder.mkdir(parents=True, exist_ok=True)
+            with writing(stage.folder):
+                stage.folder.mkdir(parents=True, exist_ok=True)
             for name, work in WORK.items():
                 if name == "rollouts" and not (
                     plan.rollouts and (number == 0 or plan.rollouts_when == "every")

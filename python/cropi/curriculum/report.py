@@ -11,6 +11,7 @@ from cropi.curriculum.state import State
 from cropi.errors import printable
 from cropi.files import write_atomic
 from cropi.report.curriculum import curriculum_page
+from cropi.sealed import sealed
 
 CHOOSING = ("sketch", "influence", "select")
 
@@ -51,7 +52,7 @@ def write_report(plan: Plan, state: State) -> None:
         "settings": plan.settings(), "fingerprint": plan.fingerprint(), "planned": plan.stages, "stages": table,
         "warnings": nothing_learnt(table),
     }  # fmt: skip
-    write_atomic(plan.out / "report.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(plan.out / "report.json", json.dumps(sealed(document), indent=1, ensure_ascii=False) + "\n")
     write_atomic(plan.out / "report.md", _markdown(plan, table))
     if table:
         curriculum_page(plan.out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -13,7 +12,8 @@ from typing import Any
 
 from cropi.curriculum.plan import Plan
 from cropi.errors import CropiError
-from cropi.files import try_lock, write_atomic
+from cropi.files import reading, try_lock, write_atomic, writing
+from cropi.sealed import sealed, unsealed
 from cropi.store.manifest import first_difference
 
 FORMAT = 1
@@ -47,18 +47,14 @@ class State:
             state.write()  # before anything else is written, by which the folder would be refused the next time
             return state
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            made, seal = data["format"], data.pop("checksum", None)
+            with reading(path):
+                data = json.loads(path.read_text(encoding="utf-8"))
+            made = data["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise CropiError(f"{path} is damaged ({error}); start again with another --out") from error
         if made != FORMAT:
             raise CropiError(f"{path} has the format {made}; this release reads format {FORMAT}")
-        # Files of the first release have none.
-        if seal is not None and seal != _seal(data):
-            raise CropiError(
-                f"{path} is damaged: its checksum does not match; put the file back, or start again with another --out"
-            )
-        state = cls(path, data)
+        state = cls(path, unsealed(data, path, "put the file back, or start again with another --out"))
         state._check_settings(plan, settings)
         return state
 
@@ -115,13 +111,7 @@ class State:
 
     def write(self) -> None:
         """Replace the file."""
-        sealed = {**self.data, "checksum": _seal(self.data)}
-        write_atomic(self.path, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
-
-
-def _seal(data: dict[str, Any]) -> str:
-    """The SHA-256 of all values: a damaged file would repeat or leave out steps."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        write_atomic(self.path, json.dumps(sealed(self.data), indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager
@@ -136,8 +126,9 @@ def locked(out: Path) -> Iterator[int]:
     """
     if out.exists() and not out.is_dir():
         raise CropiError(f"out: {out} is a file; give a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not try_lock(lock, out):
             owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
@@ -145,8 +136,9 @@ def locked(out: Path) -> Iterator[int]:
                 f"{out} is in use: by the `cropi curriculum` of process {owner}, or by a command that it started and "
                 "that is still running; wait for it, or end it"
             )
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        with writing(out):
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
         yield lock
     finally:
         os.close(lock)

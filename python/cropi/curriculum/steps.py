@@ -23,6 +23,7 @@ from cropi.curriculum.state import State
 from cropi.data.export import export
 from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
+from cropi.files import writing
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Part
 from cropi.ranking.report import plot_scores
@@ -70,10 +71,12 @@ def rollouts(stage: Stage) -> Result:
     """Have the user's command make the trajectories of the current policy."""
     assert stage.plan.rollouts is not None
     folder = stage.folder / "rollouts"
-    folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder.absolute() / f"{name}.jsonl" for name in ("train", "valid")}
-    for path in files.values():
-        path.unlink(missing_ok=True)  # of an attempt that was cut short: a file without its end looks whole
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of an attempt that was cut short: a file without its end looks whole.
+        for path in files.values():
+            path.unlink(missing_ok=True)
     values = {
         "model": _absolute(stage.model), "stage": stage.number, "out": folder.absolute(), "python": sys.executable,
         **files,
@@ -235,7 +238,8 @@ def select_best(stage: Stage) -> Result:
 def train(stage: Stage) -> Result:
     """Train on the selection, by the user's command or in this process."""
     plan, values = stage.plan, stage.values()
-    (stage.folder / "trained").mkdir(parents=True, exist_ok=True)
+    with writing(stage.folder):
+        (stage.folder / "trained").mkdir(parents=True, exist_ok=True)
     if plan.trainer == IN_PROCESS:
         model = train_stage(
             plan.trl,
@@ -246,7 +250,8 @@ def train(stage: Stage) -> Result:
             trust_remote_code=plan.trust_remote_code,
         )
     else:
-        Path(str(values["rollouts"])).unlink(missing_ok=True)
+        with writing(stage.folder):
+            Path(str(values["rollouts"])).unlink(missing_ok=True)
         command = fill(plan.trainer, values, option="trainer")
         run_command("trainer", command, stage.folder / "train.log", [stage.lock], values)
         model = Path(fill(plan.trained_model, values, quote=False))

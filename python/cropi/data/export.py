@@ -20,6 +20,7 @@ from cropi.data.tables import is_saved
 from cropi.data.trainer_rows import FILES, trainer_row
 from cropi.errors import CropiError, optional
 from cropi.files import lines_of, replacing, write_atomic
+from cropi.sealed import check_sums, summed
 
 FORMATS = ("jsonl", "parquet", "ids", "indices", "weights", "save_to_disk", *FILES)
 # These name rows of a dataset by their places, and mean nothing without it.
@@ -51,6 +52,8 @@ def export(
 ) -> int:
     """Write the chosen prompts, best first, for a trainer; returns how many rows.
 
+    ``<out>.sha256`` gets the checksums of what is written (``sha256sum -c``).
+
     Args:
         out: the file; of "save_to_disk" the folder.
         ids: prompt ids, best first.
@@ -74,7 +77,20 @@ def export(
         CropiError: unknown format, no such dataset or column, ids that are missing or twice in it.
     """
     check_format(format, dataset, trajectories)
-    out = Path(out)
+    with summed(out):
+        return _export(Path(out), ids, format, trajectories, dataset, id_key, weights, data_source)
+
+
+def _export(
+    out: Path,
+    ids: Sequence[str],
+    format: str,
+    trajectories: Any,
+    dataset: Any,
+    id_key: str | None,
+    weights: Mapping[str, float] | None,
+    data_source: str | None,
+) -> int:
     if format == "ids":
         for name in ids:
             if name.splitlines() != [name]:
@@ -222,6 +238,7 @@ def read_dataset(path: Any) -> Any:
     if is_hub_name(path) and not Path(path).exists():
         return from_hub(str(path), lambda file, _: read_dataset(file), lambda held, _: read_dataset(held))
     path = Path(path)
+    check_sums(path)
     if is_saved(path):
         held = optional("datasets").load_from_disk(str(path))
         if not hasattr(held, "column_names") or isinstance(held, dict):

@@ -10,6 +10,7 @@ from typing import Any
 
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, optional
+from cropi.files import writing
 
 
 def dataset_of(table: Any) -> Any:
@@ -42,19 +43,20 @@ def save_folder(out: Path, dataset: Any) -> None:
         CropiError: something else stands there.
     """
     check_folder(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     made = out.with_name(f".{out.name[:80]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     old = made.with_name(f"{made.name}.old")
-    try:
-        dataset.save_to_disk(str(made))
-        if out.exists():
-            os.replace(out, old)
-        os.replace(made, out)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        shutil.rmtree(old, ignore_errors=True)
+    with writing(out, made, old):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            dataset.save_to_disk(str(made))
+            if out.exists():
+                os.replace(out, old)
+            os.replace(made, out)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+            if old.exists() and not out.exists():
+                os.replace(old, out)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def push(dataset: Any, name: str, *, private: bool | None = None, **options: Any) -> str:

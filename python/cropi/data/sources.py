@@ -18,6 +18,7 @@ from cropi.data.opened import Unpacked, check_file, unpacked
 from cropi.data.records import PromptGroup
 from cropi.data.tables import is_saved, rows_of_batch, rows_of_saved, rows_of_table_file
 from cropi.errors import CropiError, optional
+from cropi.sealed import check_sums
 
 # (file:line, the line's offset or the number of the table's row or None, the line as bytes or the row as a dictionary)
 Row = tuple[str, Union[int, None], Any]  # noqa: UP007 (evaluated, also by Python 3.10)
@@ -58,6 +59,7 @@ class PathSource(Source):
         self.name, self.file = name or str(path), path
 
     def rows(self) -> Iterator[Row]:
+        check_sums(self.file)
         if is_saved(self.file):
             return ((where, None, row) for where, row in rows_of_saved(self.file))
         check_file(self.file)
@@ -66,6 +68,7 @@ class PathSource(Source):
     def grouped_rows(self) -> Iterator[Row]:
         if is_saved(self.file):
             return self.rows()
+        check_sums(self.file)
         check_file(self.file)
         return self._rows(groups=self.table_file() is not None)
 

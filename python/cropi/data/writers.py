@@ -14,10 +14,11 @@ from typing import IO, Any
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.files import replacing
+from cropi.sealed import summed
 
 
 def write_trajectories(path: str | Path, groups: Iterable[PromptGroup]) -> int:
-    """Write prompt groups as JSON lines (gzip when the name ends in ``.gz``); returns how many."""
+    """Write prompt groups as JSON lines (gzip when the name ends in ``.gz``), whole or not at all; returns how many."""
     count = 0
     with _open_to_write(Path(path)) as file:
         for group in groups:
@@ -46,7 +47,11 @@ def replace_records(stored: Any, newer: Any, out: str | Path) -> Replaced:
     """
     fresh, counts = read(newer), Replaced()
     known = {group.id for group in fresh}  # a full pass, which checks the records and keeps their places
-    with replacing(Path(out)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    with (
+        summed(out),
+        replacing(Path(out)) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="\n") as file,
+    ):
         with fresh.lookup() as find:
             for group in read(stored):
                 if group.id in known:
@@ -61,7 +66,8 @@ def replace_records(stored: Any, newer: Any, out: str | Path) -> Replaced:
 @contextmanager
 def _open_to_write(path: Path) -> Iterator[IO[str]]:
     with ExitStack() as stack:
-        file: Any = stack.enter_context(open(path, "wb"))
+        stack.enter_context(summed(path))
+        file: Any = stack.enter_context(open(stack.enter_context(replacing(path)), "wb"))
         if path.suffix == ".gz":
             # No time stamp and no name in the header: equal content gives equal bytes.
             file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))

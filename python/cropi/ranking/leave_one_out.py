@@ -8,10 +8,10 @@ import numpy as np
 
 from cropi.errors import CropiError
 from cropi.options import Selecting
-from cropi.ranking.influence import DEFAULT_SET
 from cropi.ranking.pairwise import Pairwise
 from cropi.ranking.resampled import MeanSet
 from cropi.ranking.rule import Rule
+from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.values import FROM_SCORES
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError
-from cropi.ranking.influence import DEFAULT_SET, check_stores, choose_members
+from cropi.ranking.influence import check_stores, choose_members
 from cropi.ranking.products import in_order
-from cropi.store.shards import OK, RowInfo
+from cropi.ranking.scores import DEFAULT_SET
+from cropi.store.rows import OK, RowInfo
 from cropi.store.store import SketchStore
 
 

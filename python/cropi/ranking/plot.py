@@ -9,7 +9,7 @@ import numpy as np
 
 from cropi.errors import CropiError, optional
 from cropi.files import replacing
-from cropi.ranking.influence import Scores
+from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
 
 PLOTS = ("png", "pdf", "svg")

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from cropi.ranking.pairwise import Pairwise
+if TYPE_CHECKING:
+    from cropi.ranking.pairwise import Pairwise
 
 BLOCK = 1 << 14  # training prompts that are looked at together, in float64
 KEPT = 64  # nearest prompts that draws look at: none of them is drawn once in e^64 draws

@@ -23,8 +23,9 @@ import torch
 
 from cropi.errors import CropiError, shown
 from cropi.gradient.zero import ZERO_GRADIENT
-from cropi.ranking.influence import DEFAULT_SET, check_stores, choose_members, validation_means
+from cropi.ranking.influence import check_stores, choose_members, validation_means
 from cropi.ranking.products import in_order
+from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.manifest import ALIKE, MERGED, NOISE, NOTES, first_difference, get_field, read_manifest
 from cropi.store.rows import OK
 from cropi.store.store import SketchStore

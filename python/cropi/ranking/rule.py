@@ -6,6 +6,8 @@ CROPI code does, or every task. Resampling (:mod:`cropi.ranking.uncertainty`) ru
 
 from __future__ import annotations
 
+from array import array
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,24 +17,33 @@ from cropi.options import Selecting
 from cropi.ranking.shares import apportion, how_many, part_of, read_quotas, with_quotas
 from cropi.ranking.table_rows import values_of
 from cropi.ranking.values import FROM_SCORES, baseline, best_of, drawn_ties, order_of, ranks_of, value_of
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo
 
 
-def group_of(row: RowInfo, per: str) -> str:
-    """The name of the group that a prompt belongs to: of its task or file.
+def groups_of(rows: Sequence[RowInfo], places: np.ndarray, per: str) -> list[str]:
+    """The names of the groups that some prompts belong to: of their tasks or files.
 
     Raises:
         CropiError: the store is of an earlier release, which kept no file names.
     """
+    names = values_of(rows, per, places)
     if per == "task":
-        return row.task or ""
-    try:
-        return str(row.extra["file"])
-    except KeyError:
+        return [name or "" for name in names]
+    if None in names:
+        row = rows[int(places[names.index(None)])]
         raise CropiError(
             f"per: the row of {row.id!r:.100} does not name the file it came from (an earlier release made its "
             "store, or it came from memory); make the store again from files, or choose per task"
-        ) from None
+        )
+    return [str(name) for name in names]
+
+
+def _places_by(names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Where every name stands, int64, by name in sorted order."""
+    places: dict[str, array[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, array("q")).append(place)
+    return {name: np.array(places[name]) for name in sorted(places)}
 
 
 class Rule:
@@ -66,13 +77,10 @@ class Rule:
             n = given.count or how_many(given.fraction, size, least)
             self.groups = [(np.arange(len(usable)), n)]
             return
-        names = np.array([group_of(rows[i], per) for i in usable], dtype=object)
-        members = {name: np.flatnonzero(names == name) for name in sorted(set(names))}
-        pool = usable if given.pool == "usable" else range(len(rows))
-        sizes: dict[str, int] = {}
-        for i in pool:
-            name = group_of(rows[i], per)
-            sizes[name] = sizes.get(name, 0) + 1
+        names = groups_of(rows, usable, per)
+        members = _places_by(names)
+        pool = names if given.pool == "usable" else groups_of(rows, np.arange(len(rows)), per)
+        sizes = dict(Counter(pool))
         if not quotas:
             counts = self._by_size(given, sizes, {name: len(members.get(name, ())) for name in sizes}, least)
             self.groups = [(places, counts[name]) for name, places in members.items() if counts[name]]
@@ -118,7 +126,7 @@ class Rule:
             else drawn_ties(self.ids, given.select_seed)
         )
         for places, n in self.groups:
-            own = table[places]
+            own = table if len(places) == len(table) else table[places]
             if given.method in FROM_SCORES:
                 value, beyond = value_of(own, ties[places], n, given.method, given.rrf_constant)
             elif given.method == "p_selected":

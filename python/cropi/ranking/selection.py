@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,13 +30,17 @@ from cropi.errors import CropiError, optional
 from cropi.files import lines_of, replacing
 from cropi.option_fields import changed, one_of
 from cropi.options import Selecting
-from cropi.ranking.distinct import Distinct, diverse, unit_sketches
 from cropi.ranking.draws import draw, soft_weights
-from cropi.ranking.influence import Scores
 from cropi.ranking.rule import Rule
+from cropi.ranking.scores import Scores
 from cropi.ranking.shares import how_many, read_quotas
-from cropi.ranking.values import METHODS, fuse_ranks, order_of, ranks_of
-from cropi.store.store import SketchStore
+from cropi.ranking.table_rows import values_of
+from cropi.ranking.values import METHODS, fuse_ranks, order_of, ranks_of, students_quantile
+from cropi.sealed import check_sums, summed
+
+if TYPE_CHECKING:  # a selection by scores alone needs no torch
+    from cropi.ranking.distinct import Distinct
+    from cropi.store.store import SketchStore
 
 __all__ = [
     "METHODS", "POOLS", "Selection", "check_selecting", "fuse_ranks", "how_many", "order_of", "ranks_of",
@@ -71,7 +75,7 @@ class Selection:
     @property
     def ids(self) -> list[str]:
         """The chosen prompts' ids, best first."""
-        return [self.scores.rows[i].id for i in self.chosen]
+        return values_of(self.scores.rows, "id", np.array(self.chosen, dtype=np.int64))
 
     @property
     def weights(self) -> dict[str, float]:
@@ -210,9 +214,9 @@ def select(
     given = one_of(selecting, options if seed is None else options | {"select_seed": seed}, Selecting)
     usable = np.flatnonzero(scores.usable)
     rule = Rule(scores.rows, usable, given, least)
-    table = scores.table[usable]
+    table = scores.table if len(usable) == len(scores.rows) else scores.table[usable]
     if given.confidence is not None:
-        table = table - _margin(scores, given.confidence)[usable]
+        table = _lower(table, scores, given.confidence, usable)
     p_selected = None
     if "p_selected" in (given.method, given.draw):
         p_selected = _p_selected(scores)[usable]
@@ -224,8 +228,8 @@ def select(
             f"min_score {given.min_score}: no prompt has so high a score, the highest is {highest:.4f}; lower it"
         )
     store = _store(scores, sketches) if given.needs_sketches else None
-    distinct = Distinct(store, given.dedup) if store is not None and given.dedup is not None else None
-    chosen: list[int] = []
+    distinct = None if store is None or given.dedup is None else _distinct(store, given.dedup)
+    taken = np.zeros(len(usable), bool)
     for number, (order, (_, n)) in enumerate(zip(orders, rule.groups, strict=True)):
         ranked = _drawn(order[good[order]], given, p_selected, number)
         wanted = n if given.diversity == "none" else math.ceil(n * given.candidates)
@@ -234,19 +238,17 @@ def select(
         if given.diversity != "none" and len(ranked) > n:
             assert store is not None
             ranked = ranked[:wanted]
-            near = unit_sketches(store, [rule.ids[i] for i in ranked])
-            ranked = ranked[diverse(near, n, given.diversity, given.select_seed)]
-        chosen += [int(i) for i in ranked[:n]]
+            ranked = ranked[_diverse(store, [rule.ids[i] for i in ranked], n, given)]
+        taken[ranked[:n]] = True
     merged = _merged(orders, value, table, rule.ties)
-    taken = set(chosen)
-    chosen = [i for i in merged if i in taken]
-    rest = [i for i in merged if i not in taken]
+    del table, orders  # a million prompts' would stand beside the lists
+    first = taken[merged]
+    places = usable[np.concatenate([merged[first], merged[~first]])].tolist()
     fused = np.full(len(scores.rows), math.nan)
     fused[usable] = value
     copies = {} if distinct is None else distinct.copies
     settings = changed(given, Selecting, always=("fraction", "method")) | ({"least": least} if least else {})
-    places = [int(usable[i]) for i in (*chosen, *rest)]
-    return Selection(places[: len(chosen)], places, fused, given.method, scores, settings, copies)
+    return Selection(places[: int(first.sum())], places, fused, given.method, scores, settings, copies)
 
 
 def check_selecting(
@@ -280,7 +282,7 @@ def check_selecting(
     if given.diversity == "kmeans":
         optional("sklearn.cluster")
     if given.confidence is not None:
-        optional("scipy.stats")
+        optional("scipy.special")
 
 
 def _drawn(order: np.ndarray, given: Selecting, p_selected: np.ndarray | None, number: int) -> np.ndarray:
@@ -296,16 +298,15 @@ def _drawn(order: np.ndarray, given: Selecting, p_selected: np.ndarray | None, n
 
 def _merged(
     orders: Sequence[np.ndarray], value: np.ndarray, table: np.ndarray, ties: np.ndarray
-) -> list[int]:
-    """One ranking of all groups: as it is where there is one, else by value, then by the highest score."""
+) -> np.ndarray:
+    """One ranking of all groups, int64: as it is where there is one, else by value, then by the highest score."""
     if len(orders) == 1:
-        return [int(i) for i in orders[0]]
-    everyone = order_of(np.nan_to_num(value, nan=-math.inf), table.max(axis=1), ties)
-    return [int(i) for i in everyone]
+        return orders[0]
+    return order_of(np.nan_to_num(value, nan=-math.inf), table.max(axis=1), ties)
 
 
-def _margin(scores: Scores, level: float) -> np.ndarray:
-    """Student's quantile times the standard error of every score, float64 ``[n, sets]``."""
+def _lower(table: np.ndarray, scores: Scores, level: float, places: np.ndarray) -> np.ndarray:
+    """The scores less Student's quantile times their standard errors, float64 ``[places, sets]``."""
     held = scores.meta.get("uncertainty")
     if scores.stderr is None or held is None:
         raise CropiError(
@@ -318,8 +319,22 @@ def _margin(scores: Scores, level: float) -> np.ndarray:
         raise CropiError(
             f"confidence: the validation set {alone[0]!r} has 1 prompt, so its standard error is unknown; give it more"
         )
-    quantile = optional("scipy.stats").t.ppf(level, np.array([prompts[name] - 1 for name in scores.sets]))
-    return scores.stderr * quantile
+    lower = np.empty(table.shape)
+    for v, quantile in enumerate(students_quantile(level, [prompts[name] - 1 for name in scores.sets])):
+        lower[:, v] = table[:, v] - scores.stderr[places, v] * quantile
+    return lower
+
+
+def _distinct(store: SketchStore, bound: float) -> Distinct:
+    from cropi.ranking.distinct import Distinct
+
+    return Distinct(store, bound)
+
+
+def _diverse(store: SketchStore, ids: Sequence[str], n: int, given: Selecting) -> np.ndarray:
+    from cropi.ranking.distinct import diverse, unit_sketches
+
+    return diverse(unit_sketches(store, ids), n, given.diversity, given.select_seed)
 
 
 def _p_selected(scores: Scores) -> np.ndarray:
@@ -333,6 +348,8 @@ def _p_selected(scores: Scores) -> np.ndarray:
 
 def _store(scores: Scores, given: SketchStore | None) -> SketchStore:
     """The training prompts' sketches: those that were given, those of the call that made the scores, or its folder."""
+    from cropi.store.store import SketchStore
+
     if given is not None:
         if not isinstance(given, SketchStore):
             raise CropiError(
@@ -355,9 +372,9 @@ def write_selection(path: str | Path, scores: Scores, selection: Selection) -> N
     first."""
     origin = scores.meta["train"]
     with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for rank, i in enumerate(selection.chosen, 1):
+        for rank, (i, name) in enumerate(zip(selection.chosen, selection.ids, strict=True), 1):
             row = {
-                "id": scores.rows[i].id, "rank": rank, "fused": float(selection.fused[i]), "method": selection.method,
+                "id": name, "rank": rank, "fused": float(selection.fused[i]), "method": selection.method,
                 "scores": {name: float(scores.table[i, v]) for v, name in enumerate(scores.sets)},
                 "stage": origin["stage"], "model": origin["model"]["weights"],
             }  # fmt: skip
@@ -375,6 +392,7 @@ def read_selection(path: str | Path) -> list[str]:
     Raises:
         CropiError: the file is empty, or a line is not an id.
     """
+    check_sums(path)
     lines = [line for line in lines_of(Path(path)) if line.strip()]
     if not lines:
         raise CropiError(f"selection: {path} is empty")
@@ -408,7 +426,7 @@ def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, 
     """
     groups = read(trajectories, skip_bad=True)
     rest = dict.fromkeys(scores.rows[i].id for i in selection.chosen)
-    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with summed(path), replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for group in groups.take(list(rest), missing_ok=True):
             file.write(group.raw + "\n")
             del rest[group.id]

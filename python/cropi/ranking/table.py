@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cropi.errors import CropiError, optional
-from cropi.files import replacing
-from cropi.ranking.influence import Scores
+from cropi.files import reading, replacing
+from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
-from cropi.ranking.table_rows import TableRows
-from cropi.store.earlier import SCORED_AT
+from cropi.ranking.table_rows import TableRows, fill_numbers
+from cropi.store.rows import SCORED_AT
 
 # What pyarrow and the lines below raise on a damaged file, beside Arrow's own errors.
 DAMAGED = (
@@ -84,8 +85,14 @@ def write_scores(path: str | Path, scores: Scores, selection: Selection | None =
         parquet.write_table(table, temporary, write_page_checksum=True, row_group_size=1 << 16)
 
 
-def read_scores(path: str | Path) -> Scores:
+def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: bool = True) -> Scores:
     """Read what :func:`write_scores` wrote.
+
+    Args:
+        path: the file.
+        only: what is read of the rows beside their ids, by its name in :class:`cropi.store.rows.RowInfo` or in its
+            ``extra``; the rest is None. None reads all of it.
+        errors: read the standard errors too.
 
     Raises:
         CropiError: there is no such file, it is damaged, or it is not a score table.
@@ -96,14 +103,19 @@ def read_scores(path: str | Path) -> Scores:
             f"{file}: there is no such score table; make one with `cropi influence --out {file}`"
         )
     try:
-        with parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as opened:
+        with (
+            reading(file),
+            parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as opened,
+        ):
             metadata = opened.schema_arrow.metadata or {}
             text = metadata[b"cropi"].decode("utf-8")
             meta = json.loads(text)
             seal = _sealed(opened.schema_arrow, opened.metadata.num_rows, text)
             # Files of the first release have no checksum.
             intact = metadata.get(b"cropi_sha256", seal.encode()).decode() == seal
-            scores = _scores(opened, meta)
+            scores = _scores(opened, meta, only, errors)
+    except CropiError:
+        raise
     except (*DAMAGED, optional("pyarrow").ArrowException) as error:
         raise CropiError(f"{file} is not a score table of this release ({error}); make it again") from error
     if not intact:
@@ -113,22 +125,26 @@ def read_scores(path: str | Path) -> Scores:
     return scores
 
 
-def _scores(file: Any, meta: dict[str, Any]) -> Scores:
+def _scores(file: Any, meta: dict[str, Any], only: Sequence[str] | None, errors: bool) -> Scores:
     """The table, read by batches: the whole of it as Arrow's takes as much memory again."""
     schema, count = file.schema_arrow, file.metadata.num_rows
     sets = [name[6:-1] for name in schema.names if name.startswith("score[")]
-    rows = TableRows(schema, count, FIELDS, EXTRA)
-    kinds = ["score", *(["stderr"] if sets and f"stderr[{sets[0]}]" in schema.names else [])]
-    numbers = {kind: np.empty((count, len(sets))) for kind in kinds}
-    drawn = np.empty(count) if "p_selected" in schema.names else None
-    for batch in file.iter_batches(65536):
+    wanted = {name: key for name, key in FIELDS.items() if only is None or key in ("id", *only)}
+    rows = TableRows(schema, count, wanted, [name for name in EXTRA if only is None or name in only])
+    kinds = ["score", *(["stderr"] if errors and sets and f"stderr[{sets[0]}]" in schema.names else [])]
+    numbers = {kind: np.full((count, len(sets)), np.nan) for kind in kinds}
+    drawn = np.full(count, np.nan) if "p_selected" in schema.names else None
+    columns = [*rows.columns, *(f"{kind}[{name}]" for kind in kinds for name in sets)]
+    for batch in file.iter_batches(8192, columns=columns + ["p_selected"] * (drawn is not None)):
         begin = len(rows)
         rows.add(batch)
         for kind, table in numbers.items():
             for v, name in enumerate(sets):
-                table[begin : len(rows), v] = batch.column(f"{kind}[{name}]").to_numpy(zero_copy_only=False)
+                fill_numbers(table[begin : len(rows), v], batch.column(f"{kind}[{name}]"))
         if drawn is not None:
-            drawn[begin : len(rows)] = batch.column("p_selected").to_numpy(zero_copy_only=False)
+            fill_numbers(drawn[begin : len(rows)], batch.column("p_selected"))
+    # What it keeps for the next columns would stay beside the table.
+    optional("pyarrow").default_memory_pool().release_unused()
     if len(rows) != count:
         raise ValueError(f"it holds {len(rows)} of {count} rows")
     return Scores(rows, sets, numbers["score"], meta, numbers.get("stderr"), drawn)

@@ -21,22 +21,24 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError
 from cropi.option_fields import one_of
 from cropi.options import Selecting
 from cropi.ranking.contrast import names_without, without
-from cropi.ranking.influence import DEFAULT_SET, Scores
-from cropi.ranking.pairwise import Pairwise, pairwise
 from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
-from cropi.ranking.response_noise import ResponseNoise, response_noise
 from cropi.ranking.rule import Rule
-from cropi.ranking.values import FROM_SCORES
-from cropi.store.shards import OK
-from cropi.store.store import SketchStore
+from cropi.ranking.scores import DEFAULT_SET, Scores
+from cropi.ranking.values import FROM_SCORES, students_quantile
+from cropi.store.rows import OK
+
+if TYPE_CHECKING:  # what a table holds of it is read without torch
+    from cropi.ranking.pairwise import Pairwise
+    from cropi.ranking.response_noise import ResponseNoise
+    from cropi.store.store import SketchStore
 
 MOST_SCORES = 1 << 24  # of some draws together: 64 MB
 BAND = 0.1  # "at the cut": so many of the chosen prompts on each side of it
@@ -116,8 +118,8 @@ class Uncertainty:
         """
         if not 0 < level < 1:
             raise CropiError(f"level must be in (0, 1), got {level}")
-        degrees = np.array([s.prompts - 1 if s.prompts > 1 else math.nan for s in self.sets])
-        quantile = optional("scipy.stats").t.ppf(0.5 + level / 2, degrees)
+        degrees = [s.prompts - 1 if s.prompts > 1 else math.nan for s in self.sets]
+        quantile = students_quantile(0.5 + level / 2, degrees)
         own = 1.0 if math.isnan(self.own_signal) else self.own_signal
         scale = np.array(
             [1 / math.sqrt(s.signal * own) if min(s.signal, own) > 0 else math.nan for s in self.sets]
@@ -318,6 +320,9 @@ def with_uncertainty(
     Left out, and said why in ``meta["uncertainty_missing"]``: with ``draws`` 0, where the fraction chooses none, and
     beyond :data:`MOST_PAIRS` pairs of a training and a validation prompt.
     """
+    from cropi.ranking.pairwise import pairwise
+    from cropi.ranking.response_noise import response_noise
+
     options = {name: scores.meta[name] for name in ("max_valid", "seed")}
     members = _members(valid, options["max_valid"])
     given = one_of(selecting, choice, Selecting)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, optional
 
 METHODS = ("rrf", "rrf_classic", "max", "mean", "p_selected", "random", "learnability", "pass_rate")
 FROM_SCORES = ("rrf", "rrf_classic", "max", "mean")  # what a table of scores alone decides
@@ -114,6 +114,13 @@ def baseline(method: str, rates: np.ndarray) -> np.ndarray:
         return np.zeros(len(rates))
     # Rounded: 0.2 * 0.8 and 0.8 * (1 - 0.8) differ in their last bit, and the harder prompt would always win.
     return np.round(rates * (1 - rates), 12) if method == "learnability" else rates
+
+
+def students_quantile(level: float, degrees: Sequence[float]) -> np.ndarray:
+    """The quantile of Student's t with so many degrees of freedom, float64 ``[len(degrees)]``; NaN of NaN."""
+    # Not scipy.stats: its import alone takes as much memory as the scores of a million prompts.
+    quantiles: np.ndarray = optional("scipy.special").stdtrit(np.array(degrees, dtype=np.float64), level)
+    return quantiles
 
 
 def drawn_ties(ids: Sequence[str], seed: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.report.charts import line
 from cropi.report.rendering import markup, rendered
+from cropi.sealed import unsealed
 
 SETTLED = 0.9  # a choice that keeps so much of the last one hardly depends on the stage
 
@@ -29,8 +30,13 @@ def curriculum_page(folder: str | Path, out: str | Path | None = None) -> Path:
     root = Path(folder)
     try:
         document = json.loads((root / "report.json").read_text(encoding="utf-8"))
+        document = unsealed(
+            document, root / "report.json", "run the same `cropi curriculum` again, which writes it"
+        )
         stages, settings = document["stages"], document["settings"]
         values = _values(root, document, stages, settings)
+    except CropiError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CropiError(
             f"{root / 'report.json'} is not what `cropi curriculum` writes ({error!r})"

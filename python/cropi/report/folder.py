@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,17 +14,18 @@ from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
 from cropi.files import lines_of
-from cropi.ranking.influence import Scores
-from cropi.ranking.pairwise import neighbours
 from cropi.ranking.report import last_message
+from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, read_selection
 from cropi.ranking.table import read_scores
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.curriculum import curriculum_page, is_curriculum
 from cropi.report.html import ReportInput, shown_in_full, write_report
-from cropi.store.earlier import EARLIER, open_together
-from cropi.store.shards import OK
-from cropi.store.store import SketchStore
+from cropi.sealed import unsealed
+from cropi.store.rows import OK
+
+if TYPE_CHECKING:  # a table without its stores is shown without torch
+    from cropi.store.store import SketchStore
 
 SHOWN = 12  # validation prompts whose neighbours are shown
 
@@ -74,6 +75,8 @@ def report_folder(
         title=f"Selection: {root.name}",
     )  # fmt: skip
     if train is not None and valid and not unfinished:
+        from cropi.ranking.pairwise import neighbours
+
         some = [row.id for store in valid for row in store.rows() if row.status == OK][:SHOWN]
         given.neighbours = neighbours(train, valid, ids=some)
         given.validation_texts = _texts(valid, some)
@@ -111,6 +114,11 @@ def selection_of(scores: Scores, path: Path) -> Selection:
 def _stores(root: Path) -> tuple[SketchStore | None, list[SketchStore], str]:
     """The training store, the validation stores, and what is missing of them in words."""
     folder = root / "sketches"
+    if not folder.is_dir():
+        return None, [], ""
+    from cropi.store.earlier import EARLIER, open_together
+    from cropi.store.store import SketchStore
+
     try:
         train = open_together([folder / "train", folder / EARLIER])
         valid = [SketchStore.open(path) for path in sorted(folder.glob("valid*")) if path.is_dir()]
@@ -165,8 +173,12 @@ def _check(root: Path, path: str | Path | None) -> dict[str, Any] | None:
     if path is None and not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = unsealed(
+            json.loads(file.read_text(encoding="utf-8")), file, "make it again with `cropi check`"
+        )
         findings = found["findings"]
+    except CropiError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CropiError(f"{file} is not what `cropi check --out` writes ({error})") from error
     return found if isinstance(findings, list) else None

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,12 +22,14 @@ from cropi.data.records import PromptGroup
 from cropi.data.rewards import group_advantages, no_gradient_reason
 from cropi.errors import CropiError
 from cropi.files import write_atomic
-from cropi.ranking.influence import Scores
-from cropi.ranking.pairwise import Neighbour
+from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.charts import bars, density
 from cropi.report.rendering import markup, part, rendered, shown
+
+if TYPE_CHECKING:
+    from cropi.ranking.pairwise import Neighbour
 
 FULL = 120  # prompts of each kind (best, at the cut, worst, without a score, largest norm) whose responses are shown
 SNIPPET = 70  # characters of the other prompts

@@ -1,9 +1,9 @@
 """The file of a rollout: finished prompts go into ``OUT.part``, and into ``OUT`` in the prompts' order at the end.
 
-The first line of ``OUT.part`` holds the settings. A run that is started again with the same ones goes on with the
-prompts that are missing; with others it is an error that names what differs. Every record carries a hash of the
-settings under ``rollout``, so that a finished file is known too: more prompts are added to it, and nothing is sampled
-twice.
+The first line of ``OUT.part`` holds the settings; every line ends with its checksum. A run that is started again with
+the same settings goes on with the prompts that are missing; with others it is an error that names what differs. Every
+record carries a hash of the settings under ``rollout``, so that a finished file is known too: more prompts are added to
+it, and nothing is sampled twice.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import contextlib
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from cropi.errors import CropiError, shown
-from cropi.files import replacing, try_lock
+from cropi.files import reason, replacing, try_lock, writing
+from cropi.sealed import check_sums, summed
 
 MARK = "cropi_rollout"
 REMEDY = "give the same options, another --out, or remove {path}"
@@ -54,22 +56,22 @@ class RolloutFile:
     @contextlib.contextmanager
     def opened(self) -> Iterator[RolloutFile]:
         """Open the part file, and read which prompts it and the finished file hold."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         new = not self.part.exists()
-        try:
+        with writing(self.part):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
             file = open(self.part, "a+b", buffering=0)
-        except OSError as error:
-            raise CropiError(f"out: {self.part} cannot be written: {error.strerror}") from error
         with file:
             self._file = file
-            if not try_lock(file.fileno(), self.part.parent):
+            # Who finished it meanwhile has removed it: what is locked then is no file that anybody else sees.
+            if not try_lock(file.fileno(), self.part.parent) or not _same(file.fileno(), self.part):
                 raise CropiError(
                     f"out: another process writes {self.part}; wait for it, or give another --out"
                 )
             try:
-                self._begun = self._read()
-                if self.out.exists():
-                    self._take()
+                with writing(self.part, self.out):
+                    self._begun = self._read()
+                    if self.out.exists():
+                        self._take()
             except CropiError:
                 if new:
                     self.part.unlink()
@@ -93,27 +95,29 @@ class RolloutFile:
     def finish(self, order: Sequence[str]) -> None:
         """Write the records of these prompts to the file, whole or not at all, and remove the part file."""
         assert self._file is not None
-        with replacing(self.out) as temporary, open(temporary, "wb") as target:
+        with summed(self.out), replacing(self.out) as temporary, open(temporary, "wb") as target:
             for name in order:
                 if name in self.places:
                     self._file.seek(self.places[name])
-                    target.write(_line(self._file))
-        self.part.unlink()
+                    target.write(_checked(_line(self._file), self.part) + b"\n")
+        with writing(self.part):
+            self.part.unlink()
 
     # --------------------------------------------------------------------------------------------- inside
     def _append(self, value: Mapping[str, Any]) -> None:
         assert self._file is not None
         end = self._file.seek(0, os.SEEK_END)
-        data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        data = text + b"\t%08x\n" % zlib.crc32(text)
         try:
             written = 0
             while written < len(data):  # a disk that is nearly full takes a part
                 written += self._file.write(data[written:]) or 0
         except OSError as error:
-            self._file.truncate(end)
+            with contextlib.suppress(OSError):  # the next run cuts an unfinished line off
+                self._file.truncate(end)
             raise CropiError(
-                f"cannot write {self.part}: {os.strerror(error.errno or 0).lower()}; free some space and run the same "
-                "command again (finished prompts are kept)"
+                f"cannot write {self.part}: {reason(error)}; finished prompts are kept"
             ) from error
         if "id" in value:
             self.places[str(value["id"])] = end
@@ -129,7 +133,7 @@ class RolloutFile:
             if not line.endswith(b"\n"):
                 self._file.truncate(start)
                 return not first
-            held = _object(line, self.part)
+            held = _object(_checked(line, self.part), self.part)
             if first:
                 self._check(held.get(MARK), self.part)
                 self.notes = {key: value for key, value in held.items() if key != MARK}
@@ -152,6 +156,7 @@ class RolloutFile:
     def _take(self) -> None:
         """Take the records of the finished file over."""
         self.begin({})
+        check_sums(self.out)
         with open(self.out, "rb") as file:
             for number, line in enumerate(file, 1):
                 held = _object(line, self.out)
@@ -162,6 +167,14 @@ class RolloutFile:
                     )
                 if str(held.get("id")) not in self.places:
                     self._append(held)
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that stands at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def hash_of(settings: Mapping[str, Any]) -> str:
@@ -181,6 +194,16 @@ def _line(file: IO[bytes]) -> bytes:
             break
         parts.append(part)
     return b"".join(parts)
+
+
+def _checked(line: bytes, path: Path) -> bytes:
+    """A line of the part file without its CRC-32, behind a tab, which JSON has nowhere. Earlier releases wrote none."""
+    text, tab, check = line.rstrip(b"\n").partition(b"\t")
+    if tab and check != b"%08x" % zlib.crc32(text):
+        raise CropiError(
+            f"out: {path} is damaged: the checksum of a line does not match; {REMEDY.format(path=path)}"
+        )
+    return text
 
 
 def _object(line: bytes, path: Path) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from typing import Any
 from cropi.errors import CropiError
 from cropi.store.compact import SHARD_BYTES, join_blocks
 from cropi.store.manifest import NOTES, SCALED
-from cropi.store.merge import full, left_rows
-from cropi.store.rows import RowInfo
+from cropi.store.merging import full, left_rows
+from cropi.store.rows import SCORED_AT, RowInfo
 from cropi.store.store import SketchStore
 
 EARLIER = "earlier"  # the store's folder
-SCORED_AT = "scored_at"  # of a row's ``extra``
 
 
 def open_together(paths: Sequence[Path]) -> SketchStore | None:

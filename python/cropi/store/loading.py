@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from cropi.errors import CropiError
+from cropi.files import reading, writing
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Shard, commit_path, damaged, read_shard, shard_number
 
@@ -92,7 +93,8 @@ def _load(folder: Path, job: str, clean: bool) -> Loaded:
                 "there; take it and its .sha256 out of the folder"
             )
     if clean:
-        _clean(folder, present, [path for path in paths if path not in shards])
+        with writing(folder):
+            _clean(folder, present, [path for path in paths if path not in shards])
     return shards, rows
 
 
@@ -104,7 +106,8 @@ def remove(path: Path) -> None:
 
 
 def _names(folder: Path) -> set[str]:
-    return {name for name in os.listdir(folder) if name.startswith("shard-")}
+    with reading(folder):
+        return {name for name in os.listdir(folder) if name.startswith("shard-")}
 
 
 def _clean(folder: Path, present: set[str], gone: list[Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
+from cropi.files import reading
+from cropi.sealed import digest, sealed, unsealed
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -22,7 +23,6 @@ ALIKE = ("estimator", "temperature", "tokenizer", "tokens.eos", "tokens.chat_tem
 # What two runs of one job may differ in: notes, the number of prompts that the store is to hold (--limit), and which
 # share of the job's prompts these are (--shard).
 NOTES = ("notes", "prompts", "share")
-CHECKSUM = "checksum"
 SCALED = "preconditioner"  # which moments the gradients were divided by
 MERGED = "merged"  # the trajectories of the stores that were merged to this one
 _UNKNOWN = object()
@@ -46,35 +46,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path}: there is no sketch store (no {MANIFEST}); make one with `cropi sketch --out {path}`"
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        with reading(file):
+            manifest = json.loads(file.read_text(encoding="utf-8"))
         version = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise CropiError(f"{file} is damaged ({error}); make the store again") from error
     if version != FORMAT:
         raise CropiError(f"{path} has the store format {version}; this release reads format {FORMAT}")
-    manifest = dict(manifest)
-    # Manifests of the first release have none.
-    if CHECKSUM in manifest and manifest.pop(CHECKSUM) != _digest(manifest):
-        raise CropiError(
-            f"{file} is damaged: its checksum does not match, so what the rows are sketches of is not known; put the "
-            "file back, or make the store again"
-        )
-    return manifest
+    return unsealed(
+        manifest,
+        file,
+        "what the rows are sketches of is not known; put the file back, or make the store again",
+    )
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
     """What stands in the file: the manifest and the SHA-256 of everything else in it."""
-    sealed = {**manifest, CHECKSUM: _digest(manifest)}
-    return json.dumps(sealed, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(sealed(manifest), indent=2, ensure_ascii=False) + "\n"
 
 
 def job_fingerprint(manifest: Mapping[str, Any]) -> str:
     """What a shard carries to say which store it belongs to: the SHA-256 of all that two runs of a job share."""
-    return _digest({key: value for key, value in manifest.items() if key not in NOTES})
-
-
-def _digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    return digest({key: value for key, value in manifest.items() if key not in NOTES})
 
 
 def check_comparable(
@@ -223,7 +216,7 @@ def joined_share(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
     for manifest in manifests:
         if manifest.get("share"):
             cut = {name: value for name, value in manifest["share"].items() if name != "number"}
-            key = f"{job_fingerprint(manifest)} {_digest(cut)}"
+            key = f"{job_fingerprint(manifest)} {digest(cut)}"
             jobs.setdefault(key, {})[int(manifest["share"]["number"])] = manifest
     for parts in jobs.values():
         share = dict(next(iter(parts.values()))["share"])

@@ -9,14 +9,16 @@ that are there already are not taken again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
 from cropi.errors import CropiError
+from cropi.files import writing
 from cropi.store.compact import join_blocks
 from cropi.store.loading import remove
 from cropi.store.manifest import MANIFEST
-from cropi.store.merge import full, left_rows
+from cropi.store.merging import full, left_rows
 from cropi.store.shards import shard_number
 from cropi.store.store import SketchStore
 
@@ -53,8 +55,10 @@ def take_parts(store: SketchStore) -> int:
         if (path / MANIFEST).exists():  # else its process was killed before it wrote anything
             with SketchStore.create(path, store.manifest) as part:  # removes what was not finished
                 _take(store, part)
-                _remove_shards(path)
-        _remove(path)
+                with writing(path):
+                    _remove_shards(path)
+        with writing(path):
+            _remove(path)
     return len(store) - before
 
 
@@ -82,6 +86,8 @@ def _remove(path: Path) -> None:
         try:
             path.rmdir()
         except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
             held = ", ".join(sorted(os.listdir(path))[:3])
             raise CropiError(
                 f"the folder {path} holds what no process of a job wrote ({held}); take it out, and run the same "

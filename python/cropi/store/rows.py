@@ -11,6 +11,7 @@ from math import isfinite
 from typing import Any
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+SCORED_AT = "scored_at"  # of a row's ``extra`` (:mod:`cropi.store.earlier`)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional, shown
-from cropi.files import write_atomic
+from cropi.files import reading, write_atomic, writing
 from cropi.store.codec import DTYPES, decode, encode
 from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo, from_json, rows_from_json, rows_to_json
 
@@ -142,7 +142,7 @@ class Shard:
             CropiError: it is not what was written.
         """
         digest, file = hashlib.sha256(), self._open()
-        with os.fdopen(file, "rb") as stream:
+        with reading(self.path), os.fdopen(file, "rb") as stream:
             while piece := stream.read(_STORED):
                 digest.update(piece)
         self._check_commit(digest.hexdigest())
@@ -152,7 +152,8 @@ class Shard:
 
     def _open(self) -> int:
         try:
-            return os.open(self.path, os.O_RDONLY)
+            with reading(self.path):
+                return os.open(self.path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise CropiError(
                 f"the shard {self.path} is gone: another process compacted or removed the store while it was read; run "
@@ -165,7 +166,8 @@ class Shard:
         data = torch.empty(end - begin, dtype=torch.uint8) if into is None else into[: end - begin]
         view, done = _bytes(data), 0
         while done < len(view):
-            count = os.preadv(file, [view[done:]], begin + done)
+            with reading(self.path):
+                count = os.preadv(file, [view[done:]], begin + done)
             if count == 0:
                 raise CropiError(damaged(self.path, "it is shorter than its header says"))
             done += count
@@ -175,7 +177,8 @@ class Shard:
 
     def _check_commit(self, digest: str) -> None:
         try:
-            expected = commit_path(self.path).read_text(errors="replace").split()
+            with reading(commit_path(self.path)):
+                expected = commit_path(self.path).read_text(errors="replace").split()
         except FileNotFoundError:
             expected = []
         if expected[:1] != [digest]:
@@ -183,7 +186,7 @@ class Shard:
 
     def _whole(self) -> dict[str, torch.Tensor]:
         """All tensors, after checking the file's SHA-256."""
-        with os.fdopen(self._open(), "rb") as stream:
+        with reading(self.path), os.fdopen(self._open(), "rb") as stream:
             data = bytearray(stream.read())
         self._check_commit(hashlib.sha256(data).hexdigest())
         whole = torch.frombuffer(data, dtype=torch.uint8)
@@ -219,7 +222,8 @@ def write_shard(
     whole = hashlib.sha256(header)
     for part in data.values():
         whole.update(part)
-    commit_path(path).unlink(missing_ok=True)  # of a shard that was removed by hand
+    with writing(commit_path(path)):
+        commit_path(path).unlink(missing_ok=True)  # of a shard that was removed by hand
     write_atomic(path, header, *data.values())
     write_atomic(commit_path(path), f"{whole.hexdigest()}  {path.name}\n")
     held = {n: Held(h.dtype, h.shape, h.begin + len(header), h.end + len(header)) for n, h in held.items()}
@@ -273,7 +277,8 @@ def read_shard(path: Path, job: str) -> Shard:
         FileNotFoundError: the file is gone.
     """
     try:
-        text, size, sealed = _read_header(path)
+        with reading(path):
+            text, size, sealed = _read_header(path)
         header = from_json(text)
         about = header.pop("__metadata__")
         if not sealed and "seal" in about:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError
-from cropi.files import try_lock, write_atomic
+from cropi.files import reason, try_lock, write_atomic, writing
 from cropi.store.codec import check_dtype, decode, encode
 from cropi.store.compact import SHARD_BYTES, due, groups, join_blocks, tail
 from cropi.store.loading import load, load_steady, remove
@@ -124,8 +124,7 @@ class SketchStore:
             path.mkdir(parents=True, exist_ok=True)
             store._acquire()
         except OSError as error:
-            reason = error.strerror.lower() if error.strerror else error
-            raise CropiError(f"cannot write the store {path}: {reason}; give another --out") from error
+            raise CropiError(f"cannot write the store {path}: {reason(error)}") from error
         try:
             if (path / MANIFEST).exists():
                 made = read_manifest(path)
@@ -293,7 +292,9 @@ class SketchStore:
         self._rows.update((row.id, row) for row in rows)
         for old in replaces:
             del self._shards[old.path]
-            remove(old.path)
+        with writing(self.path):
+            for old in replaces:
+                remove(old.path)
 
     def blocks(self, held: int = 1) -> Iterator[tuple[list[RowInfo], dict[str, torch.Tensor]]]:
         """Stream the sketches as they are stored: rows, and their numbers (:func:`cropi.store.codec.decode`).
@@ -472,18 +473,16 @@ class SketchStore:
     def _acquire(self) -> None:
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            free = try_lock(lock, self.path)
-        except CropiError:
+            if not try_lock(lock, self.path):
+                owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
+                raise InUse(
+                    f"another process (pid {owner}) is writing to the store {self.path}; wait for it, or end it"
+                )
+            os.ftruncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
+        except BaseException:
             os.close(lock)
             raise
-        if not free:
-            owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
-            os.close(lock)
-            raise InUse(
-                f"another process (pid {owner}) is writing to the store {self.path}; wait for it, or end it"
-            )
-        os.ftruncate(lock, 0)
-        os.write(lock, str(os.getpid()).encode())
         self._lock = lock
 
     def _release(self) -> None:

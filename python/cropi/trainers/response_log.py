@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -37,10 +38,12 @@ class ResponseLog:
         try:
             row = response_row(read(str(path)))
             data = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-            with open(
-                path, "ab", buffering=0
-            ) as file:  # one write: another task's line stands before or behind
-                file.write(data)
+            # One write: another task's line stands before or behind.
+            with open(path, "ab", buffering=0) as file:
+                if (taken := file.write(data)) < len(data):
+                    # Else the next line would go on in the middle of this one.
+                    file.truncate(file.tell() - taken)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except (BadSample, OSError) as error:
             self.failures += 1
             if self.failures & (self.failures - 1) == 0:

@@ -14,6 +14,7 @@ from cropi.data.keys import FIELDS
 from cropi.data.records import PromptGroup, parse_record
 from cropi.errors import CropiError, RecordError
 from cropi.files import replacing
+from cropi.sealed import summed
 from cropi.trainers.dumps.fields import BadSample, Left, shown
 from cropi.trainers.values import plain_value, whole_text
 
@@ -174,7 +175,11 @@ def _line(name: str, members: list[Rollout]) -> str:
 def write_groups(path: str | Path, groups: Iterable[PromptGroup]) -> int:
     """Write prompt groups as JSON lines, whole or not at all; returns how many."""
     count = 0
-    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    with (
+        summed(path),
+        replacing(Path(path)) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="\n") as file,
+    ):
         for group in groups:
             file.write(group.raw + "\n")
             count += 1

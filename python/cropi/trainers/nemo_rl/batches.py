@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from cropi.errors import CropiError
+from cropi.sealed import check_sums
 
 VARIABLE = "CROPI_INDICES"
 _ORDERS: weakref.WeakKeyDictionary[Any, Order] = weakref.WeakKeyDictionary()
@@ -59,7 +60,10 @@ class Order:
             seen = (found.st_ino, found.st_size, found.st_mtime_ns)
             if seen == self._seen:
                 return
+            check_sums(self.path)
             held = json.loads(self.path.read_text(encoding="utf-8"))
+        except CropiError:
+            raise
         except (OSError, ValueError) as error:
             raise CropiError(f"${VARIABLE}: {self.path} cannot be read: {error}") from error
         if not isinstance(held, list) or not held or not all(type(row) is int and row >= 0 for row in held):

@@ -15,6 +15,7 @@ from cropi.errors import CropiError
 from cropi.files import replacing
 from cropi.model.policy import Policy
 from cropi.ranking.selector import Selector
+from cropi.sealed import check_sums, summed
 from cropi.trainers.trl.fused import fused_heads
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.ranks import Ranks
@@ -146,8 +147,9 @@ class LiveRun:
         return ids, figures
 
     def save(self, folder: Path) -> None:
-        with replacing(folder / STATE) as temporary:
-            torch.save(self.selector.state_dict(), temporary)
+        # By a file of Python's: torch.save's own says nothing of a full disk.
+        with summed(folder / STATE), replacing(folder / STATE) as temporary, open(temporary, "wb") as file:
+            torch.save(self.selector.state_dict(), file)
 
     def load(self, folder: Path) -> None:
         """Raises CropiError: the checkpoint has no state of a selector, or one that does not fit."""
@@ -156,4 +158,5 @@ class LiveRun:
                 f"{folder} holds no {STATE}: it was saved without live; load its weights as the model of a new run, or "
                 "go on without live"
             )
+        check_sums(folder / STATE)
         self.selector.load_state_dict(torch.load(folder / STATE, weights_only=True))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cropi.errors import CropiError
-from cropi.files import replacing
+from cropi.files import replacing, writing
+from cropi.sealed import summed
 from cropi.trainers.trl.records import checked_line
 
 
@@ -36,27 +37,29 @@ class RolloutLog:
         """Add records. They are the operating system's when this returns, and on the disk after :meth:`sync`.
 
         Raises:
-            CropiError: a record that ``cropi sketch`` could not read; nothing is written then.
+            CropiError: a record that ``cropi sketch`` could not read, and nothing is written then; or the disk is full.
         """
         lines = [checked_line(record, str(self.path(kind))) for record in records]
         if not lines:
             return
-        if kind not in self._open:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            cut_unfinished_line(self.path(kind))
-            self._open[kind] = open(self.path(kind), "ab", buffering=0)
         left = memoryview("".join(lines).encode())
-        try:
-            while left:  # a disk that is nearly full takes a part, and says so only the next time
-                left = left[self._open[kind].write(left) :]
-        except OSError:
-            self._open.pop(kind).close()  # the next append cuts the unfinished line off
-            raise
+        with writing(self.path(kind)):
+            if kind not in self._open:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                cut_unfinished_line(self.path(kind))
+                self._open[kind] = open(self.path(kind), "ab", buffering=0)
+            try:
+                while left:  # a disk that is nearly full takes a part, and says so only the next time
+                    left = left[self._open[kind].write(left) :]
+            except OSError:
+                self._open.pop(kind).close()  # the next append cuts the unfinished line off
+                raise
 
     def sync(self) -> dict[str, int]:
         """Bring everything to the disk; the size of each of this rank's files, by name."""
-        for file in self._open.values():
-            os.fsync(file.fileno())
+        for kind, file in self._open.items():
+            with writing(self.path(kind)):
+                os.fsync(file.fileno())
         return {
             path.name: path.stat().st_size for path in map(self.path, ("train", "valid")) if path.exists()
         }
@@ -142,7 +145,7 @@ def merge_rollouts(logs: Sequence[str | Path], out: str | Path) -> int:
         raise CropiError(f"{', '.join(map(str, logs)) or 'no log'}: no rollout has been recorded yet")
     files = {path: open(path, "rb") for path in map(Path, logs)}
     try:
-        with replacing(Path(out)) as temporary, open(temporary, "wb") as target:
+        with summed(out), replacing(Path(out)) as temporary, open(temporary, "wb") as target:
             for name in sorted(newest):
                 _, path, offset = newest[name]
                 files[path].seek(offset)

@@ -24,7 +24,8 @@ from cropi.data.prompt_ids import PromptIds
 from cropi.data.scan import NothingScored, NothingToSelect, Scan
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
-from cropi.files import write_atomic
+from cropi.files import write_atomic, writing
+from cropi.sealed import sealed, unsealed
 from cropi.store.manifest import first_difference
 from cropi.trainers.trl.checks import check_arguments, check_policy, check_space
 from cropi.trainers.trl.live import LiveRun
@@ -260,9 +261,11 @@ class Stages(Recorder):
             return
         line = {"stage": stage, "step": self.step, "dataset": len(self.ids)}
         line |= chosen.figures if chosen else {"selected": len(self.ids)}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "stages.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        notes = self.folder / "stages.jsonl"
+        with writing(notes):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(notes, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         logger.info("stage %d: %s", stage, line)
 
     # ----------------------------------------------------------------------------------------- resuming
@@ -287,7 +290,7 @@ class Stages(Recorder):
         }  # fmt: skip
         if self.live is not None:
             self.live.save(checkpoint)
-        write_atomic(checkpoint / STATE, json.dumps(state, ensure_ascii=False) + "\n")
+        write_atomic(checkpoint / STATE, json.dumps(sealed(state), ensure_ascii=False) + "\n")
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: its stage, its prompts, and the rollouts and notes of its steps.
@@ -300,7 +303,12 @@ class Stages(Recorder):
                 f"{checkpoint} holds no {STATE}: it was saved without a curriculum; load its weights as the model and "
                 "start a new run"
             )
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        file = checkpoint / STATE
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CropiError(f"{file} is damaged ({error}); go on from another checkpoint") from error
+        state = unsealed(found, file, "go on from another checkpoint")
         differs = first_difference(state["settings"], json.loads(json.dumps(self.settings())))
         if differs:
             raise CropiError(

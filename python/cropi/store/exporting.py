@@ -12,6 +12,7 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.files import replacing, write_atomic
+from cropi.sealed import summed
 from cropi.store.rows import RowInfo, placed, rows_to_json
 from cropi.store.store import SketchStore
 
@@ -25,7 +26,8 @@ def export(
 
     ``npy``: the matrix ``[n, dim]``, rows in order of prompt id, for ``np.load(path, mmap_mode="r")``; beside it
     ``<path>.rows.jsonl`` says which prompt a row is (id, set, task, pass rate, tokens, norm). ``parquet``: the same
-    columns and the list ``sketch``, rows in the order of the store. Memory: one block of rows.
+    columns and the list ``sketch``, rows in the order of the store. ``<path>.sha256`` holds the checksums of the files
+    (``sha256sum -c``). Memory: one block of rows.
 
     Args:
         store: the store.
@@ -49,11 +51,13 @@ def export(
         raise CropiError(f"the store {store.path} holds no sketch, so there is nothing to export")
     if form == "npy":
         beside = path.with_name(path.name + ".rows.jsonl")
-        # First: a matrix that is there has its rows beside it.
-        write_atomic(beside, *(_line(row, place) for place, row in enumerate(rows)))
-        _write_npy(path, store, rows, normalise)
+        with summed(path, beside):
+            # First: a matrix that is there has its rows beside it.
+            write_atomic(beside, *(_line(row, place) for place, row in enumerate(rows)))
+            _write_npy(path, store, rows, normalise)
         return [path, beside]
-    _write_parquet(path, store, normalise)
+    with summed(path):
+        _write_parquet(path, store, normalise)
     return [path]
 
 

@@ -1,0 +1,138 @@
+"""A table of scores: one row a training prompt, one column a validation set. It needs no torch."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cropi.errors import CropiError, optional
+from cropi.ranking.table_rows import values_of
+from cropi.store.rows import RowInfo
+
+if TYPE_CHECKING:
+    from cropi.ranking.pairwise import Pairwise
+    from cropi.ranking.selection import Selection
+    from cropi.store.store import SketchStore
+
+DEFAULT_SET = "valid"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One row per training prompt, in order of id. ``table`` is float64 ``[n, sets]``, NaN without a usable sketch.
+
+    Where the validation prompts were resampled (:mod:`cropi.ranking.uncertainty`), ``stderr`` float64 ``[n, sets]``
+    holds the standard errors of the scores, ``p_selected`` float64 ``[n]`` how often a prompt was chosen, and
+    ``meta["uncertainty"]`` the rest. ``store`` is the training prompts' store, where this call made the scores.
+
+    >>> from cropi.store.rows import RowInfo
+    >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
+    >>> scores.top("sums", 1)
+    [('b', 0.4)]
+    """
+
+    rows: Sequence[RowInfo]
+    sets: list[str]
+    table: np.ndarray
+    meta: dict[str, Any]
+    stderr: np.ndarray | None = None
+    p_selected: np.ndarray | None = None
+    store: SketchStore | None = field(default=None, repr=False, compare=False)
+    pairs: Pairwise | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "sets"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise CropiError(f"{name} is of type {type(value).__name__}: give a list")
+        kind, shape = type(self.table).__name__, list(np.shape(self.table))
+        if not isinstance(self.table, np.ndarray) or shape != [len(self.rows), len(self.sets)]:
+            raise CropiError(
+                f"table is a {kind} of shape {shape}: give a numpy array [{len(self.rows)}, {len(self.sets)}], a row "
+                "per prompt and a column per validation set"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the store: other processes have its folder."""
+        return {name: value for name, value in vars(self).items() if name != "store"}
+
+    @property
+    def ids(self) -> list[str]:
+        """The prompt ids."""
+        return values_of(self.rows, "id", np.arange(len(self.rows)))
+
+    @property
+    def self_influence(self) -> np.ndarray:
+        """``|S g(s)|^2``, float64 ``[n]``: the influence of a prompt on itself; 0 without a gradient. Large ones are
+        prompts that move the policy most, whatever the direction."""
+        return np.array([row.norm for row in self.rows], dtype=np.float64) ** 2
+
+    @property
+    def usable(self) -> np.ndarray:
+        """bool ``[n]``: prompts with a score for every set."""
+        return np.isfinite(self.table).all(axis=1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, fraction: float = 0.1, **options: Any) -> Selection:
+        """The best fraction of the prompts: :func:`cropi.ranking.selection.select`, with its options."""
+        from cropi.ranking.selection import select
+
+        return select(self, fraction=fraction, **options)
+
+    def top(self, set: str | None = None, n: int = 5) -> list[tuple[str, float]]:
+        """The ``n`` prompts with the highest scores for a validation set, and these; equal ones by id.
+
+        ``set`` may be left out where there is one set.
+
+        Raises:
+            CropiError: no such set, several sets and no name, or ``n`` below 1.
+        """
+        if set is None and len(self.sets) == 1:
+            set = self.sets[0]
+        if set not in self.sets:
+            raise CropiError(f"set is {set!r}: give one of {', '.join(map(repr, self.sets))}")
+        if not isinstance(n, int) or n < 1:
+            raise CropiError(f"n must be an integer of at least 1, got {n!r}")
+        column = self.table[:, self.sets.index(set)]
+        order = sorted(
+            np.flatnonzero(np.isfinite(column)).tolist(), key=lambda i: (-column[i], self.rows[i].id)
+        )
+        return [(self.rows[i].id, float(column[i])) for i in order[:n]]
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` with the columns of :func:`cropi.ranking.table.write_scores`, a row a prompt."""
+        from cropi.ranking.table import columns_of
+
+        return optional("pandas").DataFrame(columns_of(self))
+
+    def plot(self, path: str | Path, *, fraction: float = 0.1, method: str = "rrf") -> None:
+        """Write a plot (.png, .pdf or .svg) of the scores, with the prompts that would be selected."""
+        from cropi.ranking.report import plot_scores
+
+        plot_scores(path, self, self.select(fraction, method=method))
+
+    def __repr__(self) -> str:
+        sets = ", ".join(map(repr, self.sets))
+        return f"Scores({len(self)} prompts, {int(self.usable.sum())} usable, against {sets})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the five highest prompts for every set."""
+        head = "".join(f"<th>{html.escape(name)}</th><th></th>" for name in self.sets)
+        best = [self.top(name) for name in self.sets]
+        rows = ""
+        for place in range(max(map(len, best))):
+            cells = [column[place] if place < len(column) else ("", math.nan) for column in best]
+            shown = "".join(
+                f"<td>{html.escape(name)}</td><td>{'' if math.isnan(value) else f'{value:.4f}'}</td>"
+                for name, value in cells
+            )
+            rows += f"<tr><td>{place + 1}</td>{shown}</tr>"
+        return f"<p>{html.escape(repr(self))}</p><table><tr><th>rank</th>{head}</tr>{rows}</table>"

@@ -1,0 +1,126 @@
+"""Checksums of what is written: inside of JSON that is read back, and in a file beside what others read.
+
+``NAME.sha256`` has the format of ``sha256sum``, so that ``sha256sum -c NAME.sha256`` checks an export without this
+package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cropi.errors import CropiError
+from cropi.files import reading, write_atomic, writing
+
+CHECKSUM = "checksum"
+_LINE = re.compile("([0-9a-f]{64})  (.+)")
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """The SHA-256 of values of JSON's types, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values and the checksum of all of them."""
+    return {**values, CHECKSUM: digest(values)}
+
+
+def unsealed(values: Mapping[str, Any], path: Path, remedy: str) -> dict[str, Any]:
+    """The values without their checksum. Files of earlier releases have none.
+
+    Raises:
+        CropiError: they are not those that were written.
+    """
+    left = dict(values)
+    if CHECKSUM in left and left.pop(CHECKSUM) != digest(left):
+        raise CropiError(f"{path} is damaged: its checksum does not match; {remedy}")
+    return left
+
+
+def sums_path(path: Path) -> Path:
+    """The file of an export's checksums."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+@contextlib.contextmanager
+def summed(path: str | Path, *beside: Path) -> Iterator[None]:
+    """Inside, an export is written; then the SHA-256 of its file, of those ``beside`` it, or of all in its folder, goes
+    to ``NAME.sha256``.
+
+    Killed before that, the export has no such file: never one of what stood there before.
+    """
+    path = Path(path)
+    with writing(sums_path(path)):
+        sums_path(path).unlink(missing_ok=True)
+    yield
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    lines = (f"{_found(file)}  {file.relative_to(path.parent)}\n" for file in (*files, *beside))
+    write_atomic(sums_path(path), *lines)
+
+
+def check_sums(path: str | Path, *, whole: bool = False) -> int:
+    """Compare a file, or a folder of files, with the checksums beside it.
+
+    Args:
+        path: of the file or folder.
+        whole: every file that the checksums name, and there must be some; False: ``path`` alone, where they name it.
+
+    Returns:
+        The number of files that were compared.
+
+    Raises:
+        CropiError: a file is not what was written, or is missing.
+    """
+    path = Path(path)
+    sums, compared = sums_path(path), 0
+    for name, want in _sums(sums, whole).items():
+        file = path.parent / name
+        if whole or file == path or path in file.parents:
+            if _found(file) != want:
+                raise CropiError(
+                    f"{file} is not the file that was written: its SHA-256 is not the one in {sums.name}; make it "
+                    "again, or remove that file of checksums where the change is yours"
+                )
+            compared += 1
+    if whole and not compared:
+        raise CropiError(f"{path} has no checksums beside it ({sums.name}), so it cannot be checked")
+    return compared
+
+
+def _sums(path: Path, strict: bool) -> dict[str, str]:
+    """The checksums by the names of files; none where there is no such file. Lines of another form, which others may
+    have written, are left out, or an error."""
+    try:
+        with reading(path):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    found = list(map(_LINE.fullmatch, lines))
+    if strict and None in found:
+        raise CropiError(f"{path} is damaged: line {found.index(None) + 1} is no checksum of a file")
+    return {match[2]: match[1] for match in found if match}
+
+
+def _found(path: Path) -> str:
+    """The SHA-256 of a file; worked out once as long as the file is the same."""
+    if not path.is_file():
+        return ""
+    with reading(path):
+        found = path.stat()
+        return _sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, *version: int) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
