@@ -113,7 +113,9 @@ def test_a_record_that_does_not_fit_on_the_disk_is_an_error_and_harms_no_other(t
     log = RolloutLog(tmp_path, 0)
     log.append("train", [record("a", 0)])
     log._open["train"] = Full(log._open["train"], 20)  # type: ignore[assignment]
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        CropiError, match="cannot write .*train-rank00000.jsonl: no space left .*; free some space"
+    ):
         log.append("train", [record("b", 0)])
     log.append("train", [record("c", 1)])
     assert [r["id"] for r in read(log.path("train"))] == ["a", "c"]
