@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.rlvr_mini.config import Scale
 from benchmarks.rlvr_mini.rollouts import thinned
 from benchmarks.rlvr_mini.scoring import base_scores, exact_scores, sketched_scores
@@ -34,6 +36,8 @@ class Arm:
         longer: steps are so many times the scale's: full data is run on, so that there is something to reach.
         pool: so many times the scale's problems per family and difficulty are in the pool.
         thin: scores come from one in so many of every prompt's stored responses, of validation prompts too.
+        adam: validation gradients are scaled as the trainer's AdamW scales a gradient; before its first step, as they
+            are.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Arm:
     longer: int = 1
     pool: int = 1
     thin: int = 1
+    adam: bool = False
 
     @property
     def influence(self) -> bool:
@@ -80,6 +85,7 @@ LEVERS = {
         Arm("cropi_max", "CROPI, max over sets", "max", curriculum=True),
         Arm("cropi_half", "CROPI, half of the stored responses", "rrf", curriculum=True, thin=2),
         Arm("cropi_quarter60", "CROPI, a quarter, stages of 60", "rrf", curriculum=True, thin=4, stage=60),
+        Arm("cropi_adam", "CROPI, under AdamW", "rrf", curriculum=True, adam=True),
         Arm("full_pool3", "full data, pool x 3", "full", longer=3, pool=3),
         Arm("random_pool3", "random 10 %, pool x 3", "random", pool=3),
         Arm("static_pool3", "static influence 10 %, pool x 3", "rrf", pool=3),
@@ -97,8 +103,10 @@ def choose(
     pool: Sequence[PromptGroup],
     valid: Sequence[PromptGroup],
     folder: Path,
+    optimiser: torch.optim.Optimizer | None = None,
 ) -> list[str]:
-    """The ids of the prompts that ``arm`` trains on in this stage, best first; ``folder`` takes its sketches."""
+    """The ids of the prompts that ``arm`` trains on in this stage, best first; ``folder`` takes its sketches, and
+    ``optimiser`` is the trainer's."""
     if arm.method == "full":
         return sorted(group.id for group in pool)
     if not arm.influence:
@@ -119,8 +127,9 @@ def choose(
             dropout = arm.scorer == "dropout"
             spec = scale.spec(seed, arm.width, "dropout" if dropout else "slab", 0.1 if dropout else 1.0)
             scores = sketched_scores(
-                model, pool, valid, spec, estimator, folder, stage, mean=arm.mean, tokens=scale.tokens
-            )
+                model, pool, valid, spec, estimator, folder, stage, mean=arm.mean, tokens=scale.tokens,
+                optimiser=optimiser if arm.adam else None,
+            )  # fmt: skip
         chosen = select(scores, fraction=scale.fraction, method=arm.method)
     if not chosen.chosen:
         raise CropiError(

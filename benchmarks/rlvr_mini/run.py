@@ -87,7 +87,7 @@ def run_arm(arm: Arm, scale: Scale, seed: int, model: Any, data: SeedData, folde
         stage = run.step // stage_length
         if run.step == 0 or (arm.curriculum and run.step % stage_length == 0):
             if not any(s["step"] == run.step for s in run.selections):
-                _select(arm, scale, seed, stage, model, data, folder, run)
+                _select(arm, scale, seed, stage, trainer, data, folder, run)
                 _save(checkpoint, model, trainer, run)
         with _Timed(run, "train"):
             since = run.step - run.selections[-1]["step"]
@@ -115,11 +115,13 @@ def evaluate(model: Any, scale: Scale, seed: int, data: SeedData, step: int) -> 
 
 
 def _select(
-    arm: Arm, scale: Scale, seed: int, stage: int, model: Any, data: SeedData, folder: Path, run: Run
+    arm: Arm, scale: Scale, seed: int, stage: int, trainer: Trainer, data: SeedData, folder: Path, run: Run
 ) -> None:
     sketches = folder / f"stage-{stage}"
     with _Timed(run, "select"):
-        run.chosen = choose(arm, scale, seed, stage, model, data.pool, data.valid, sketches)
+        run.chosen = choose(
+            arm, scale, seed, stage, trainer.model, data.pool, data.valid, sketches, trainer.optimiser
+        )
     tasks = [data.problems[name] for name in run.chosen]
     targeted = sum(p.family in scale.targeted for p in tasks) / len(tasks)
     cells: dict[str, int] = {}

@@ -22,6 +22,7 @@ from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import Estimator
 from cropi.gradient.tokenize import TokenGroup
+from cropi.model.moments import read_moments
 from cropi.model.policy import Policy
 from cropi.ranking.influence import Scores, influence
 from cropi.sketching.groups import sketch_groups
@@ -42,16 +43,23 @@ def sketched_scores(
     *,
     mean: str = "plain",
     tokens: int = 2048,
+    optimiser: torch.optim.Optimizer | None = None,
 ) -> Scores:
-    """Scores by sketches. The stores in ``folder`` are continued; see :func:`cropi.ranking.influence`."""
+    """Scores by sketches. The stores in ``folder`` are continued; see :func:`cropi.ranking.influence`.
+
+    With an ``optimiser`` that has made a step, validation gradients are scaled as its next step scales a gradient.
+    """
     policy, behaviour, stores = Policy(model), Behaviour("file"), []
+    scale = read_moments(optimiser, model) if optimiser is not None and optimiser.state else None
     for name, groups in (("pool", pool), ("valid", valid)):
         job = SketchJob((), folder / name, spec, estimator=estimator, stage=str(stage), shard_rows=4096)
-        with open_store(policy, job, behaviour) as store:
+        moments = scale if name == "valid" else None
+        with open_store(policy, job, behaviour, moments=moments) as store:
             made = (to_tokens(group) for group in groups)
             sketch_groups(
-                policy, made, store, estimator, behaviour=behaviour, layout="shared", tokens_per_batch=tokens
-            )
+                policy, made, store, estimator, behaviour=behaviour, layout="shared", tokens_per_batch=tokens,
+                moments=moments,
+            )  # fmt: skip
         stores.append(store)
     return influence(stores[0], [stores[1]], mean=mean)
 

@@ -24,12 +24,12 @@ from benchmarks.rlvr_mini.arms import ARMS, LEVERS, choose  # noqa: E402
 from benchmarks.rlvr_mini.config import SCALES, Scale  # noqa: E402
 from benchmarks.rlvr_mini.data import SeedData, base_model, seed_data  # noqa: E402
 from benchmarks.rlvr_mini.generate import generate  # noqa: E402
-from benchmarks.rlvr_mini.grpo import logprobs  # noqa: E402
+from benchmarks.rlvr_mini.grpo import Trainer, logprobs  # noqa: E402
 from benchmarks.rlvr_mini.model import make_model  # noqa: E402
 from benchmarks.rlvr_mini.pretrain import pretrain  # noqa: E402
 from benchmarks.rlvr_mini.report import reference  # noqa: E402
 from benchmarks.rlvr_mini.rollouts import thinned, to_tokens  # noqa: E402
-from benchmarks.rlvr_mini.scoring import exact_scores, sketched_scores  # noqa: E402
+from benchmarks.rlvr_mini.scoring import _gradients, exact_scores, sketched_scores  # noqa: E402
 from benchmarks.rlvr_mini.summary import Finished, mean_curve, reach, resampled_gains  # noqa: E402
 from benchmarks.rlvr_mini.tasks import (  # noqa: E402
     DIFFICULTIES,
@@ -214,6 +214,30 @@ def test_sketched_scores_approach_exact_ones(work: Path, tmp_path: Path) -> None
     assert (close.usable == exact.usable).all() and exact.usable.any()
     error = (close.table - exact.table)[exact.usable]
     assert np.abs(error).max() < 6 * dim**-0.5  # six standard errors of a cosine
+
+
+def test_scores_under_the_optimiser_are_cosines_with_its_scaled_mean(work: Path, tmp_path: Path) -> None:
+    model, data = fresh(work)
+    trainer = Trainer(model, 1e-3, 1, 256)
+    problems = [data.problems[g.id] for g in data.pool if min(g.rewards) < max(g.rewards)][:4]
+    for step in range(6):
+        trainer.step(problems, 4, torch.Generator().manual_seed(step))
+    states = [trainer.optimiser.state[p] for p in model.parameters()]
+    assert all(states), "every parameter has made a step"
+    corrected = [s["exp_avg_sq"] / (1 - 0.99 ** float(s["step"])) for s in states]
+    scale = torch.cat([(1 / (v.sqrt() + 1e-8)).flatten() for v in corrected])
+    estimator, dim = make_estimator("cropi"), 32768
+    means: dict[str, torch.Tensor] = {}
+    for group, gradient in _gradients(model, data.valid, estimator):
+        means[str(group.set)] = means.get(str(group.set), 0.0) + scale * gradient
+    close = sketched_scores(
+        model, data.pool, data.valid, SketchSpec(dim=dim, width=None), estimator, tmp_path / "s", 1, tokens=64,
+        optimiser=trainer.optimiser,
+    )  # fmt: skip
+    places = {name: i for i, name in enumerate(close.ids)}
+    for group, gradient in _gradients(model, data.pool, estimator):
+        exact = [float(torch.cosine_similarity(gradient, means[name], dim=0)) for name in close.sets]
+        assert np.abs(close.table[places[group.id]] - exact).max() < 6 * dim**-0.5
 
 
 def test_chosen_prompts_have_a_gradient_and_full_data_takes_all(work: Path, tmp_path: Path) -> None:
