@@ -35,7 +35,7 @@ END = ; mkdir -p $(STAMPS); touch $@; echo "== done in $$(($$(date +%s) - begin)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo quick test test-verl test-ray test-lowest test-newest sanitize build model wheel sdist docs notebooks lint format bench \
+.PHONY: help demo quick test test-verl test-ray test-lowest test-newest sanitize build model wheel wheels sdist docs notebooks lint format bench \
   tables check-ci check-version clean distclean
 
 help:
@@ -49,6 +49,7 @@ help:
 	@echo "make sanitize  the kernels' tests under ASan with UBSan, and under TSan"
 	@echo "make build   environment and package only (an editable install)"
 	@echo "make wheel   a wheel in dist/, tried out in a clean environment"
+	@echo "make wheels PYTHONS='python3.10 ...'  a wheel for each, its extension tried out without torch"
 	@echo "make lint    ruff, clang-format, mypy          make format   let ruff and clang-format rewrite"
 	@echo "make bench   what every op and a step cost     make tables   fidelity and cost tables, beside peers"
 	@echo "make clean   build outputs                     make distclean  .venv too"
@@ -187,6 +188,10 @@ wheel: $(STAMPS)/deps
 	$(SMOKE)/venv/bin/python scripts/install_torch.py constraints.txt $(SMOKE)/constraints.txt $(BORROW) $(INDEX)
 	$(SMOKE)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c $(SMOKE)/constraints.txt dist/*.whl
 	cp tests/packaging/smoke_wheel.py $(SMOKE)/ && cd $(SMOKE) && venv/bin/python smoke_wheel.py
+
+PYTHONS ?= $(PYTHON)
+wheels:
+	scripts/wheels.sh dist $(PYTHONS)
 
 clean:
 	rm -rf build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMPS)/build
