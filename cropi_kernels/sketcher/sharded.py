@@ -43,6 +43,8 @@ def check_parallel(model: nn.Module) -> None:
         "shard the model by torch.distributed.fsdp.fully_shard (FSDP2) or by tensor parallel alone, or give every rank "
         "the whole model"
     )
+    # A pass before may have left a unit whole, where a tied weight is two and other tensors stand for the parameters.
+    reshard(model)
     inside = {type(m).__name__ for m in model.modules()}
     if "FullyShardedDataParallel" in inside:
         raise ValueError(f"{type(model).__name__} is wrapped by FullyShardedDataParallel (FSDP1): {remedy}")

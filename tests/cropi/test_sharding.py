@@ -77,7 +77,7 @@ def test_what_does_not_go_together_is_named(
 
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_groups_that_do_not_fit_are_named(size: int) -> None:
-    team = Team(dist.HashStore(), 0, 2)
+    team = Team(dist.HashStore(), 1, 2)
     with (
         team.telling(),
         pytest.raises(CropiError, match=f"--fsdp {size}: .* of the 2 processes; give a divisor of 2"),
