@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 import torch
 
 from benchmarks.rlvr_mini.config import Scale
+from benchmarks.rlvr_mini.live import Live, choose_live
 from benchmarks.rlvr_mini.rollouts import thinned
-from benchmarks.rlvr_mini.scoring import base_scores, exact_scores, sketched_scores
+from benchmarks.rlvr_mini.scoring import base_scores, bounded_choice, exact_scores, sketched_scores
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
 from cropi.gradient.estimators import make_estimator
+from cropi.options import Influence, Rescoring, Selecting
+from cropi.pipeline import Setup
 from cropi.ranking.selection import select
+from cropi.sketching.job import SketchJob
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Arm:
         thin: scores come from one in so many of every prompt's stored responses, of validation prompts too.
         adam: validation gradients are scaled as the trainer's AdamW scales a gradient; before its first step, as they
             are.
+        budget: the share of a stage's time that choosing may take, from the second stage on.
+        first: with ``budget``, the share of the pool's tokens that a stage scores at most.
+        live: choose by the sketches of the training steps; with ``budget`` after some stored rollouts are scored too.
     """
 
     name: str
@@ -53,6 +61,9 @@ class Arm:
     pool: int = 1
     thin: int = 1
     adam: bool = False
+    budget: float | None = None
+    first: float = 1.0
+    live: bool = False
 
     @property
     def influence(self) -> bool:
@@ -90,6 +101,28 @@ LEVERS = {
         Arm("random_pool3", "random 10 %, pool x 3", "random", pool=3),
         Arm("static_pool3", "static influence 10 %, pool x 3", "rrf", pool=3),
         Arm("cropi_pool3", "CROPI, sketch, pool x 3", "rrf", curriculum=True, pool=3),
+        Arm("live_pool3", "live, pool x 3", "rrf", curriculum=True, pool=3, thin=4, live=True),
+        Arm(
+            "budget_pool3",
+            "CROPI, 5 % of the time, pool x 3",
+            "rrf",
+            curriculum=True,
+            pool=3,
+            thin=4,
+            budget=0.05,
+            first=0.3,
+        ),
+        Arm(
+            "live_budget_pool3",
+            "live, and 5 % of the time, pool x 3",
+            "rrf",
+            curriculum=True,
+            pool=3,
+            thin=4,
+            budget=0.05,
+            first=0.3,
+            live=True,
+        ),
     )
 }
 
@@ -104,9 +137,16 @@ def choose(
     valid: Sequence[PromptGroup],
     folder: Path,
     optimiser: torch.optim.Optimizer | None = None,
+    *,
+    live: Live | None = None,
+    others: float = math.nan,
+    last: Path | None = None,
 ) -> list[str]:
-    """The ids of the prompts that ``arm`` trains on in this stage, best first; ``folder`` takes its sketches, and
-    ``optimiser`` is the trainer's."""
+    """The ids of the prompts that ``arm`` trains on in this stage, best first.
+
+    ``folder`` takes its sketches, ``optimiser`` is the trainer's; ``live``: what the steps so far have shown;
+    ``others``: seconds that the last stage trained; ``last``: its folder.
+    """
     if arm.method == "full":
         return sorted(group.id for group in pool)
     if not arm.influence:
@@ -121,6 +161,20 @@ def choose(
             for groups in (pool, valid)
         )
         estimator = make_estimator("cropi", ratio=arm.ratio)
+        if live is not None:
+            step = stage * (arm.stage or scale.stage)
+            return choose_live(
+                live, scale, seed, step, model, pool, valid, estimator, budget=arm.budget, first=arm.first,
+                others=others,
+            )  # fmt: skip
+        if arm.budget is not None:
+            job = SketchJob(
+                (), None, scale.spec(seed), estimator=estimator, behaviour="file", behaviour_check="off",
+                layout="shared", tokens_per_batch=scale.tokens, stage=str(stage),
+            )  # fmt: skip
+            setup = Setup(job, Influence(draws=0), Selecting(fraction=scale.fraction, method=arm.method))
+            bounds = Rescoring(budget=arm.budget, passes=arm.first)
+            return bounded_choice(model, pool, valid, setup, bounds, folder, last, others).ids
         if arm.scorer == "exact":
             scores = exact_scores(model, pool, valid, estimator, mean=arm.mean)
         else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +17,9 @@ from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.estimators import make_estimator
 from cropi.gradient.layout import Layout, attention_cost
 from cropi_kernels.sketcher.decoder import SplitModel, split_model
+
+if TYPE_CHECKING:
+    from benchmarks.rlvr_mini.live import Live
 
 # The mean over a response's tokens, then over responses, of A times the token ratio: GRPO (arXiv 2402.03300).
 ESTIMATOR = make_estimator("cropi")
@@ -35,33 +39,47 @@ def layout_of(model: Any) -> Layout:
     return Layout(shared=True, attention_cost=attention_cost(model))
 
 
-def logprobs(split: SplitModel, batch: MicroBatch) -> torch.Tensor:
-    """log pi of the scored tokens, with a graph: float32 ``[N]``."""
+def logprobs(split: SplitModel, batch: MicroBatch, whole: bool = False) -> torch.Tensor:
+    """log pi of the scored tokens, with a graph: float32 ``[N]``; ``whole``: the head sees all tokens, as taps want."""
     hidden = split.hidden(
         batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
     )
-    z = split.head(hidden.flatten(0, 1)[batch.positions])
+    if whole:
+        z = split.head(hidden).flatten(0, 1)[batch.positions]
+    else:
+        z = split.head(hidden.flatten(0, 1)[batch.positions])
     return torch.log_softmax(z.float(), -1).gather(1, batch.targets[:, None])[:, 0]
 
 
 class Trainer:
     """The policy, its AdamW and the parts that do not change from step to step."""
 
-    def __init__(self, model: Any, lr: float, warmup: int, tokens: int) -> None:
+    def __init__(self, model: Any, lr: float, warmup: int, tokens: int, live: Live | None = None) -> None:
+        self.live = live
         self.model, self.lr, self.warmup, self.tokens, self.done = model, lr, warmup, tokens, 0
         self.split, self.layout = split_model(model), layout_of(model)
         self.optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
-    def step(self, problems: Sequence[Problem], group: int, generator: torch.Generator) -> StepReport:
-        """Sample ``group`` responses to every problem, and update once."""
+    def step(
+        self,
+        problems: Sequence[Problem],
+        group: int,
+        generator: torch.Generator,
+        names: Sequence[str] = (),
+    ) -> StepReport:
+        """Sample ``group`` responses to every problem, and update once; ``names``: of the problems, where they are
+        watched."""
         rollouts = generate(self.model, [encode(p.prompt) for p in problems], group, generator=generator)
         records = [to_record(p, r, str(i)) for i, (p, r) in enumerate(zip(problems, rollouts, strict=True))]
         mixed = [to_tokens(record) for record in records if not no_gradient_reason(record.rewards)]
         for batch in make_batches(mixed, ESTIMATOR, self.layout, budget=self.tokens):
             here = batch.to(self.model.device)
-            values = logprobs(self.split, here)
-            weights = ESTIMATOR.weights(values.detach(), None, here.advantages, here.divisors)
-            (-(weights * values).sum() / len(problems)).backward()
+            with contextlib.nullcontext() if self.live is None else self.live.watching(here):
+                values = logprobs(self.split, here, whole=self.live is not None)
+                weights = ESTIMATOR.weights(values.detach(), None, here.advantages, here.divisors)
+                (-(weights * values).sum() / len(problems)).backward()
+        if self.live is not None:
+            self.live.end_step(names, self.done + 1)
         if mixed:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
             for options in self.optimiser.param_groups:

@@ -5,7 +5,9 @@ Whatever a step draws follows from (seed, step), so a run that was continued end
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import random
 import shutil
 import time
@@ -19,6 +21,7 @@ from benchmarks.rlvr_mini.arms import Arm, choose
 from benchmarks.rlvr_mini.config import Scale
 from benchmarks.rlvr_mini.data import SeedData, accuracy, save_torch
 from benchmarks.rlvr_mini.grpo import Trainer
+from benchmarks.rlvr_mini.live import Live
 from cropi.files import write_atomic
 
 PARTS = ("train", "select", "evaluate")
@@ -28,7 +31,8 @@ PARTS = ("train", "select", "evaluate")
 class Run:
     """What a checkpoint holds besides model and optimiser.
 
-    ``cpu`` and ``wall`` are seconds by part; ``evaluations``, ``steps`` and ``selections`` are one dict per event.
+    ``cpu`` and ``wall`` are seconds by part; ``trained`` those of training up to the last selection, by the wall clock;
+    ``evaluations``, ``steps`` and ``selections`` are one dict per event.
     """
 
     step: int = 0
@@ -38,6 +42,7 @@ class Run:
     selections: list[dict[str, Any]] = field(default_factory=list)
     cpu: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     wall: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    trained: float = 0.0
 
 
 class _Timed:
@@ -68,13 +73,30 @@ def run_arm(arm: Arm, scale: Scale, seed: int, model: Any, data: SeedData, folde
     result = folder / "result.json"
     if result.exists():
         return dict(json.loads(result.read_text()))
-    trainer = Trainer(model, scale.lr, scale.warmup, scale.tokens)
+    live = Live(model, scale, seed, list(data.problems)) if arm.live else None
+    trainer = Trainer(model, scale.lr, scale.warmup, scale.tokens, live)
     run, checkpoint = Run(), folder / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=scale.device, weights_only=True)
         model.load_state_dict(state["model"])
         trainer.optimiser.load_state_dict(state["optimiser"])
         run, trainer.done = Run(**state["run"]), state["run"]["step"]
+        if live is not None:
+            live.selector.load_state_dict(state["selector"])
+    with contextlib.nullcontext() if live is None else live.sketcher:
+        _train(arm, scale, seed, model, data, folder, trainer, run)
+    final = {"arm": arm.name, "seed": seed, "collect_cpu": data.collect_cpu, **vars(run)}
+    save_torch(folder / "policy.pt", model.state_dict())
+    write_atomic(result, json.dumps(final))  # last: what has a result is not run again
+    checkpoint.unlink(missing_ok=True)
+    return final
+
+
+def _train(
+    arm: Arm, scale: Scale, seed: int, model: Any, data: SeedData, folder: Path, trainer: Trainer, run: Run
+) -> None:
+    """What is left of a run."""
+    checkpoint = folder / "checkpoint.pt"
     stage_length = arm.stage or scale.stage
     while True:
         every = scale.evaluate_every * (1 if run.step <= scale.steps else 2)
@@ -94,16 +116,11 @@ def run_arm(arm: Arm, scale: Scale, seed: int, model: Any, data: SeedData, folde
             key = f"visits {seed} {run.selections[-1]['step']}"
             names = visits(run.chosen, since * scale.prompts, scale.prompts, key)
             generator = torch.Generator(scale.device).manual_seed(1_000_003 * (seed + 1) + run.step)
-            report = trainer.step([data.problems[name] for name in names], scale.group, generator)
+            report = trainer.step([data.problems[name] for name in names], scale.group, generator, names)
         run.steps.append({"reward": report.reward, "mixed": report.mixed})
         run.step += 1
         if run.step % scale.checkpoint_every == 0:
             _save(checkpoint, model, trainer, run)
-    final = {"arm": arm.name, "seed": seed, "collect_cpu": data.collect_cpu, **vars(run)}
-    save_torch(folder / "policy.pt", model.state_dict())
-    write_atomic(result, json.dumps(final))  # last: what has a result is not run again
-    checkpoint.unlink(missing_ok=True)
-    return final
 
 
 def evaluate(model: Any, scale: Scale, seed: int, data: SeedData, step: int) -> dict[str, Any]:
@@ -117,11 +134,14 @@ def evaluate(model: Any, scale: Scale, seed: int, data: SeedData, step: int) -> 
 def _select(
     arm: Arm, scale: Scale, seed: int, stage: int, trainer: Trainer, data: SeedData, folder: Path, run: Run
 ) -> None:
-    sketches = folder / f"stage-{stage}"
+    sketches, last = folder / f"stage-{stage}", folder / f"stage-{stage - 1}"
+    trained = run.wall["train"] - run.trained if run.selections else math.nan
     with _Timed(run, "select"):
         run.chosen = choose(
-            arm, scale, seed, stage, trainer.model, data.pool, data.valid, sketches, trainer.optimiser
-        )
+            arm, scale, seed, stage, trainer.model, data.pool, data.valid, sketches, trainer.optimiser,
+            live=trainer.live, others=trained, last=last if stage else None,
+        )  # fmt: skip
+    run.trained = run.wall["train"]
     tasks = [data.problems[name] for name in run.chosen]
     targeted = sum(p.family in scale.targeted for p in tasks) / len(tasks)
     cells: dict[str, int] = {}
@@ -138,9 +158,12 @@ def _select(
             "chosen": run.chosen if arm.method != "full" else [],
         }
     )
-    shutil.rmtree(sketches, ignore_errors=True)  # the choice is kept; the sketches can be made again
+    # The choice is kept; the sketches can be made again, or the next stage keeps some of them.
+    shutil.rmtree(last if arm.budget is not None and trainer.live is None else sketches, ignore_errors=True)
 
 
 def _save(path: Path, model: Any, trainer: Trainer, run: Run) -> None:
     state = {"model": model.state_dict(), "optimiser": trainer.optimiser.state_dict(), "run": dict(vars(run))}
+    if trainer.live is not None:
+        state["selector"] = trainer.live.selector.state_dict()
     save_torch(path, state)

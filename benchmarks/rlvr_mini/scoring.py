@@ -7,6 +7,7 @@ formed one prompt at a time.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks.rlvr_mini.grpo import layout_of, logprobs
 from benchmarks.rlvr_mini.rollouts import to_tokens
+from cropi import pipeline
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason, pass_rate
 from cropi.gradient.batches import MicroBatch, make_batches
@@ -24,9 +26,15 @@ from cropi.gradient.estimators import Estimator
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.moments import read_moments
 from cropi.model.policy import Policy
+from cropi.options import Rescoring
+from cropi.pipeline import Setup
 from cropi.ranking.influence import Scores, influence
+from cropi.ranking.selection import Selection
+from cropi.rescoring import Anew
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob, open_store
+from cropi.sketching.summary import Summary
+from cropi.store.earlier import EARLIER
 from cropi.store.shards import OK, SKIPPED, RowInfo
 from cropi_kernels import SketchSpec
 from cropi_kernels.sketcher.decoder import split_model
@@ -62,6 +70,49 @@ def sketched_scores(
             )  # fmt: skip
         stores.append(store)
     return influence(stores[0], [stores[1]], mean=mean)
+
+
+def sketched(
+    model: Any, groups: Sequence[PromptGroup], spec: SketchSpec, estimator: Estimator, tokens: int, stage: str
+) -> tuple[list[str], torch.Tensor, Summary]:
+    """Sketches in memory: ids of the prompts with a gradient, float32 rows, and what it took."""
+    policy, behaviour = Policy(model), Behaviour("file")
+    job = SketchJob((), None, spec, estimator=estimator, stage=stage)
+    with open_store(policy, job, behaviour) as store:
+        made = (to_tokens(group) for group in groups)
+        summary = sketch_groups(
+            policy, made, store, estimator, behaviour=behaviour, layout="shared", tokens_per_batch=tokens
+        )
+    parts = list(store.shards())
+    rows = torch.cat([rows for _, rows in parts]) if parts else torch.zeros(0, spec.dim)
+    return [row.id for kept, _ in parts for row in kept], rows, summary
+
+
+def bounded_choice(
+    model: Any,
+    pool: Sequence[PromptGroup],
+    valid: Sequence[PromptGroup],
+    setup: Setup,
+    rescoring: Rescoring,
+    folder: Path,
+    last: Path | None,
+    others: float,
+) -> Selection:
+    """The choice within a budget, by the library's own chain; ``others``: seconds that the last stage trained."""
+    begun, stores = time.monotonic(), folder / "sketches"
+    earlier = [] if last is None else [last / "sketches" / name for name in ("train", EARLIER)]
+    anew = Anew(
+        rescoring,
+        folder,
+        stores / EARLIER,
+        last,
+        earlier,
+        others,
+        lambda: time.monotonic() - begun,
+        lambda line: None,
+    )
+    records = ([group.to_record() for group in groups] for groups in (pool, valid))
+    return pipeline.choose(Policy(model), *records, setup, folder, anew=anew, progress=False)
 
 
 def _batches(

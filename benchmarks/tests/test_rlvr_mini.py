@@ -245,6 +245,10 @@ def test_chosen_prompts_have_a_gradient_and_full_data_takes_all(work: Path, tmp_
     mixed = {g.id for g in data.pool if min(g.rewards) < max(g.rewards)}
     n = int(len(data.pool) * NANO.fraction)
     for arm in (*ARMS.values(), *LEVERS.values()):
+        if arm.live:  # drawn by what training has shown: a run of its own
+            continue
+        # Of this pool half has no gradient: the first stage must score more to choose so many.
+        arm = arm if arm.budget is None else dataclasses.replace(arm, first=0.9)
         chosen = choose(arm, NANO, 0, 0, model, data.pool, data.valid, tmp_path / arm.name)
         assert len(chosen) == len(set(chosen))
         if arm.method == "full":
@@ -267,10 +271,10 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("arm", [ARMS["cropi"], dataclasses.replace(LEVERS["live_pool3"], pool=1)])
 def test_resumed_run_ends_as_an_unbroken_one(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arm: Any, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arm = ARMS["cropi"]
     model, data = fresh(work)
     unbroken = run_module.run_arm(arm, NANO, 0, model, data, tmp_path / "a")
     weights = {k: v.clone() for k, v in model.state_dict().items()}
@@ -295,6 +299,17 @@ def test_resumed_run_ends_as_an_unbroken_one(
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name]), name
     assert any(not torch.equal(v, base_model(NANO, work).state_dict()[k]) for k, v in weights.items())
+
+
+@pytest.mark.parametrize("name", ["budget_pool3", "live_budget_pool3"])
+def test_arms_within_a_budget_score_a_part(name: str, work: Path, tmp_path: Path) -> None:
+    arm = dataclasses.replace(LEVERS[name], pool=1, first=0.8)
+    model, data = fresh(work)
+    run = run_module.run_arm(arm, NANO, 0, model, data, tmp_path)
+    sizes = [len(one["chosen"]) for one in run["selections"]]
+    assert sizes == [int(NANO.fraction * len(data.pool))] * (NANO.steps // NANO.stage)
+    plans = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("stage-*/anew.json"))]
+    assert all(plan["spent"] <= plan["tokens"] for plan in plans) and len(plans) == (0 if arm.live else 1)
 
 
 def test_a_run_killed_before_its_policy_is_kept_writes_it_the_next_time(

@@ -1,0 +1,105 @@
+"""The live arms: sketches of the training steps' own gradients, and the selector that they feed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.rlvr_mini.config import Scale
+from benchmarks.rlvr_mini.scoring import sketched
+from cropi import Selector
+from cropi.data.records import PromptGroup
+from cropi.data.rewards import no_gradient_reason
+from cropi.gradient.batches import MicroBatch
+from cropi.gradient.estimators import Estimator
+from cropi.ranking.cut import affordable
+from cropi.ranking.shares import how_many
+from cropi_kernels import LiveSketcher
+
+DIM = 1024
+
+
+class Live:
+    """Taps on a model whose steps go on as they are, and what they have shown of the pool."""
+
+    def __init__(self, model: Any, scale: Scale, seed: int, pool: Sequence[str]) -> None:
+        self.sketcher = LiveSketcher(model, scale.spec(seed))
+        # A visit counts half after two stages.
+        self.selector = Selector(
+            sorted(pool), self.sketcher.spec, dim=min(DIM, scale.dim), half_life=2.0 * scale.stage, seed=seed
+        )
+        self._parts: list[tuple[list[int], torch.Tensor]] = []
+
+    @contextlib.contextmanager
+    def watching(self, batch: MicroBatch) -> Iterator[None]:
+        """Forward and backward of a micro-batch whose groups are named by their places in the step."""
+        tokens = batch.segments[:, None].expand(batch.input_ids.shape)
+        with self.sketcher.batch(tokens, num_segments=len(batch.groups)) as step:
+            yield
+        self._parts.append(([int(group.id) for group in batch.groups], step.sketches.cpu()))
+
+    def end_step(self, names: Sequence[str], step: int) -> None:
+        """The step's prompts have been visited, also those whose rewards were equal."""
+        places = [place for part, _ in self._parts for place in part]
+        rows = [rows for _, rows in self._parts]
+        flat = [place for place in range(len(names)) if place not in set(places)]
+        self.selector.update(
+            [names[place] for place in (*places, *flat)],
+            torch.cat([*rows, torch.zeros(len(flat), self.sketcher.spec.dim)]),
+            step,
+        )
+        self._parts = []
+
+
+def choose_live(
+    live: Live,
+    scale: Scale,
+    seed: int,
+    step: int,
+    model: Any,
+    pool: Sequence[PromptGroup],
+    valid: Sequence[PromptGroup],
+    estimator: Estimator,
+    *,
+    budget: float | None,
+    first: float,
+    others: float,
+) -> list[str]:
+    """The ids that are drawn next; with ``budget``, after some of the stored rollouts have been scored.
+
+    Args:
+        live: what the steps have shown.
+        scale, seed, step, model, pool, valid, estimator: of the run.
+        budget: the share of a stage's time that choosing may take.
+        first: the share of the pool's tokens that the first stage scores.
+        others: seconds that the last stage trained; NaN in the first.
+    """
+    begun, spec = time.monotonic(), scale.spec(seed)
+    names, rows, summary = sketched(model, valid, spec, estimator, scale.tokens, f"{step}")
+    sets = {group.id: str(group.set) for group in valid}
+    live.selector.refresh(rows, [sets[name] for name in names])
+    if budget is not None:
+        flat = [group.id for group in pool if no_gradient_reason(group.rewards)] if step == 0 else []
+        live.selector.update(flat, torch.zeros(len(flat), spec.dim), step)
+        costs = {g.id: sum(map(len, g.response_ids or [])) for g in pool if not no_gradient_reason(g.rewards)}
+        tokens = first * sum(costs.values())
+        if not math.isnan(others) and summary.scored_tokens:
+            spent = time.monotonic() - begun
+            tokens = affordable(budget, others, spent, summary.wall / summary.scored_tokens)
+        wanted = []
+        for name in live.selector.next(len(live.selector), step):
+            if name in costs:
+                tokens -= costs[name]
+                if tokens < 0:
+                    break
+                wanted.append(name)
+        some = [group for group in pool if group.id in set(wanted)]
+        if some:
+            ids, found, _ = sketched(model, some, spec, estimator, scale.tokens, f"{step}")
+            live.selector.update(ids, found, step)
+    return list(live.selector.next(how_many(scale.fraction, len(pool)), step))
