@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from cropi.data.readers import read_trajectories
-from cropi.data.rewards import group_advantages
+from cropi.gradient.estimators import group_advantages
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.load import load_model
 

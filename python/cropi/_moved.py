@@ -48,7 +48,11 @@ MOVED = {
     "cropi.trajectories": "cropi.data.readers",
 }
 # Where the rest of a module is that has been split.
-REST = {"cropi.tokenize": "cropi.gradient.template", "cropi.trajectories": "cropi.data.writers"}
+REST = {
+    "cropi.advantages": "cropi.gradient.estimators",
+    "cropi.tokenize": "cropi.gradient.template",
+    "cropi.trajectories": "cropi.data.writers",
+}
 
 
 class MovedModule(types.ModuleType):

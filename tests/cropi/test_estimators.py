@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from cropi.data.rewards import group_advantages, no_gradient_reason, pass_rate
-from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator, sequence_behaviour
+from cropi.data.rewards import no_gradient_reason, pass_rate
+from cropi.gradient.estimators import (
+    ESTIMATORS,
+    Estimator,
+    group_advantages,
+    make_estimator,
+    sequence_behaviour,
+)
 
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.5]
 LENGTHS = [3, 1, 7, 4, 2]

@@ -13,9 +13,8 @@ from support.made_data import make_model, make_tokenizer, write_lines
 
 from cropi.data.readers import read_trajectories
 from cropi.data.records import parse_record
-from cropi.data.rewards import group_advantages
 from cropi.errors import RecordError
-from cropi.gradient.estimators import ESTIMATORS, Estimator
+from cropi.gradient.estimators import ESTIMATORS, Estimator, group_advantages
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob

@@ -15,9 +15,8 @@ from support.made_data import make_model, make_records, make_tokenizer, write_li
 import cropi
 from cropi.cli import main
 from cropi.data.records import make_group
-from cropi.data.rewards import group_advantages
 from cropi.errors import CropiError
-from cropi.gradient.estimators import make_estimator
+from cropi.gradient.estimators import group_advantages, make_estimator
 from cropi.gradient.noise import noise_of, noisy
 from cropi.model.policy import Policy
 from cropi.ranking.pairwise import pairwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from array import array
 
@@ -12,11 +13,16 @@ class Pieces:
     """The length and CRC-32 of every line (of a table: of every MiB), in the order in which they were read."""
 
     def __init__(self) -> None:
-        self._held = array("Q")
+        self._held, self._whole = array("Q"), hashlib.sha256()
 
     def add(self, piece: bytes) -> None:
         """Take note of the next one."""
+        self._whole.update(piece)
         self._held.append(_digest(piece))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all pieces so far."""
+        return self._whole.hexdigest()
 
     def again(self, names: str) -> Again:
         """What compares a later pass with this one; ``names`` are the files, for messages."""

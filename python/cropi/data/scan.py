@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -104,27 +103,19 @@ def scan(
     source: Any,
     *,
     skip_bad: bool = False,
-    on_line: Callable[[bytes], None] | None = None,
     on_group: Callable[[PromptGroup], None] | None = None,
 ) -> Scan:
     """Read every record once and count; groups that :func:`cropi.data.readers.read` gave are scanned once.
 
-    ``on_line`` is called with the bytes of every line, ``on_group`` with every group, where the source is read.
+    ``on_group`` is called with every group, where the source is read.
 
     Raises what :func:`cropi.data.readers.read_trajectories` raises.
     """
     groups = read(source, skip_bad=skip_bad)
     if isinstance(groups.found, Scan) and on_group is None:
         return groups.found
-    found, digest, pieces = Scan(), hashlib.sha256(), Pieces()
-
-    def take(line: bytes) -> None:
-        digest.update(line)
-        pieces.add(line)
-        if on_line is not None:
-            on_line(line)
-
-    for group in groups.each(found.bad.append, take):
+    found, pieces = Scan(), Pieces()
+    for group in groups.each(found.bad.append, pieces.add):
         found.add(group)
         if on_group is not None:
             on_group(group)
@@ -133,7 +124,7 @@ def scan(
             f"{groups.names}: no usable record is left ({len(found.bad)} bad ones skipped); the first: "
             f"{found.bad[0]}"
         )
-    found.fingerprint, found.pieces = digest.hexdigest(), pieces
+    found.fingerprint, found.pieces = pieces.fingerprint(), pieces
     groups.found = found
     return found
 

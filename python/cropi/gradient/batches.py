@@ -259,7 +259,11 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
     columns = list(zip(*parts, strict=True))
     positions, targets, token_segments, members = (np.concatenate(column) for column in columns[:4])
     most = int(members.max())
-    tables = [np.concatenate([_widened(table, most) for table in column]) for column in columns[4:]]
+    # Columns of a narrower table end with its last one, repeated.
+    tables = [
+        np.concatenate([table[:, np.minimum(np.arange(most), table.shape[1] - 1)] for table in column])
+        for column in columns[4:]
+    ]
     if most == 1:  # no response stands for others: there is nothing to sum
         tables = [table[:, 0] for table in tables]
     else:
@@ -285,11 +289,6 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
         responses=torch.from_numpy(np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])),
         noise=None if groups[0].noise is None else torch.from_numpy(noise).float(),
     )
-
-
-def _widened(table: np.ndarray, columns: int) -> np.ndarray:
-    """``table`` [n, R] with its last column repeated."""
-    return np.concatenate([table, np.repeat(table[:, -1:], columns - table.shape[1], axis=1)], axis=1)
 
 
 def _fill(

@@ -47,7 +47,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cropi.data.rewards import group_advantages
+from cropi.data.rewards import LARGEST_REWARD
 from cropi.gradient.equal import sum_of_equals
 
 LENGTHS = ("response", "group", "constant")
@@ -207,6 +207,27 @@ class Estimator:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         return {key: value for key, value in asdict(self).items() if key not in LATER or value != LATER[key]}
+
+
+def group_advantages(rewards: Sequence[float], *, std: bool = True, eps: float = 1e-4) -> np.ndarray:
+    """Advantages of the K responses of one prompt: float64 ``[K]``.
+
+    ``std=True``:  A_k = (R_k - mean) / (sd + eps), with the unbiased sd (divided by K - 1), as CROPI and GRPO
+    do. ``std=False``: A_k = R_k - mean, as in Dr. GRPO (arXiv 2503.20783), which does not favour prompts of
+    small spread.
+
+    Raises:
+        ValueError: fewer than two rewards, or one that is not finite or beyond `cropi.data.rewards.LARGEST_REWARD`.
+    """
+    values = np.asarray(rewards, dtype=np.float64)
+    if values.ndim != 1 or values.size < 2:
+        raise ValueError(f"rewards: at least two are needed for an advantage, got {values.size}")
+    if not (np.abs(values) <= LARGEST_REWARD).all():
+        raise ValueError(
+            f"rewards: {list(rewards)}: their size must be at most {LARGEST_REWARD:g}; scale them down"
+        )
+    centred = values - values.mean()
+    return centred / (values.std(ddof=1) + eps) if std else centred
 
 
 def sequence_behaviour(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cropi.data.records import PromptGroup
-from cropi.data.rewards import group_advantages, no_gradient_reason
+from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.ranking.scores import Scores
@@ -361,6 +361,8 @@ def _equal_rewards(reason: str) -> bool:
 
 
 def _texts(groups: Iterable[PromptGroup], full: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    from cropi.gradient.estimators import group_advantages  # which imports torch
+
     snippets, details = {}, {}
     for group in groups:
         prompt = _conversation(group.prompt) or "(token ids)"

@@ -45,22 +45,6 @@ class Part:
     health: Health = field(default_factory=Health)
     weight: float = 0.0  # the sum of its tokens' absolute weights
 
-    @property
-    def norm(self) -> float:
-        return float(self.sketch.double().norm())
-
-    def finish(self, group: TokenGroup, default_set: str | None, zero: bool) -> Finished:
-        """The prompt's row, and its sketch if that is usable. ``zero``: it is rounding and nothing else."""
-        record, status, reason, norm = group.group, OK, "", self.norm
-        if not bool(torch.isfinite(self.sketch).all()):
-            status, reason, norm = FAILED, "NaN or infinity in its gradient", 0.0
-        elif norm == 0 or zero:  # every token is clipped, or the responses cancel
-            status, reason, norm = SKIPPED, ZERO_GRADIENT, 0.0
-        row = row_of(
-            record, status, reason, default_set, tokens=group.scored, norm=norm, extra=self.health.to_dict()
-        )  # fmt: skip
-        return row, self.sketch if status == OK else None
-
 
 class Passes:
     """Runs micro-batches, and gives out each prompt's row once its last one is through.
@@ -94,6 +78,8 @@ class Passes:
         self.shared = shared or chunks.Alone()
         self.lengths, self.zero_check = lengths, zero_check
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
+        # Log-probs come to it with the ratios of whole responses already, where the estimator has such.
+        self.by_token = estimator.of_sequences()
         self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
         self.device = device_of(sketcher.model)
         self.bound = rounding(sketcher.model)
@@ -198,7 +184,7 @@ class Passes:
             old = None if behaviour is None else behaviour[start:stop]
             responses = None if batch.responses is None else batch.responses[start:stop]
             old = self._ratios_of_sequences(logprobs, old, responses)
-            return self.estimator.of_sequences().weights(
+            return self.by_token.weights(
                 logprobs,
                 old,
                 batch.advantages[start:stop],
@@ -221,8 +207,9 @@ class Passes:
         )
 
     def _finished(self, group: TokenGroup, part: Part, batch: MicroBatch) -> Finished:
-        """Its row. A gradient that is small beside its weights is held to the sizes of its responses' gradients."""
-        norm, zero = part.norm, False
+        """Its row, and its sketch if that is usable. A gradient that is small beside its weights is held to the sizes
+        of its responses' gradients: it may be rounding and nothing else."""
+        status, reason, norm, zero = OK, "", float(part.sketch.double().norm()), False
         if (
             self.zero_check
             and len(group.equal) > 1
@@ -230,7 +217,14 @@ class Passes:
         ):
             size = self._sizes(group, batch.input_ids.numel(), batch.behaviour is not None)
             zero = self.shared.agreed(is_zero(norm, size, self.bound))
-        return part.finish(group, self.default_set, zero)
+        if not bool(torch.isfinite(part.sketch).all()):
+            status, reason, norm = FAILED, "NaN or infinity in its gradient", 0.0
+        elif norm == 0 or zero:  # every token is clipped, or the responses cancel
+            status, reason, norm = SKIPPED, ZERO_GRADIENT, 0.0
+        row = row_of(
+            group.group, status, reason, self.default_set, tokens=group.scored, norm=norm, extra=part.health.to_dict()
+        )  # fmt: skip
+        return row, part.sketch if status == OK else None
 
     def _sizes(self, group: TokenGroup, budget: int, stored: bool) -> float:
         """The sum of the sizes of its responses' gradients, each in a segment of its own."""
