@@ -40,7 +40,7 @@ TRL's ``loss_type="bnpo"``; DAPO arXiv 2503.14476; CISPO arXiv 2506.13585, with 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -196,6 +196,48 @@ class Estimator:
     def of_sequences(self) -> Estimator:
         """The same weights for log-ratios that :func:`sequence_behaviour` has made those of responses."""
         return replace(self, level="token")
+
+    def ratio_behaviour(
+        self, logprobs: torch.Tensor, behaviour: torch.Tensor | None, responses: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Behaviour log-probs with which each token has this estimator's ratio: its own, or that of its response.
+
+        Raises:
+            ValueError: the ratio is one of responses, and they are not given.
+        """
+        if behaviour is None or self.level == "token":
+            return behaviour
+        if responses is None:
+            raise ValueError(
+                f"the estimator {self.name!r} has a ratio of responses: give each token's response"
+            )
+        return sequence_behaviour(logprobs, behaviour, responses)
+
+    def weigher(
+        self,
+        advantages: torch.Tensor,
+        divisors: torch.Tensor,
+        behaviour: torch.Tensor | None,
+        responses: torch.Tensor | None,
+        noise: torch.Tensor | None = None,
+    ) -> Callable[[torch.Tensor, int, int], torch.Tensor]:
+        """The function that gives the weights of the tokens ``start`` to ``stop`` from their log-probs.
+
+        Args:
+            advantages, divisors, behaviour, noise: of all tokens; see :meth:`weights`.
+            responses: the response that each token belongs to. An estimator with a ratio of responses wants them, and
+                tokens of whole responses at a time.
+        """
+        by_token = self.of_sequences()
+
+        def weigh(logprobs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+            old, members, spread = (
+                None if table is None else table[start:stop] for table in (behaviour, responses, noise)
+            )
+            old = self.ratio_behaviour(logprobs, old, members)
+            return by_token.weights(logprobs, old, advantages[start:stop], divisors[start:stop], spread)
+
+        return weigh
 
     def clipped(self, ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         """True where min(rho A, clip(rho) A) is flat in rho, so that the token has no gradient."""

@@ -18,7 +18,7 @@ import torch
 from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.behaviour import Behaviour
-from cropi.gradient.estimators import Estimator, sequence_behaviour
+from cropi.gradient.estimators import Estimator
 from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.policy import Policy
@@ -127,10 +127,8 @@ def _backward(
         here = batch.to(policy.device)
         logprobs = _logprobs(policy.model, here)
         old = behaviour.model.logprobs(here) if behaviour.model is not None else here.behaviour
-        if old is not None and estimator.level == "sequence":
-            assert here.responses is not None
-            old = sequence_behaviour(logprobs.detach(), old, here.responses)
-        weights = estimator.of_sequences().weights(logprobs.detach(), old, here.advantages, here.divisors)
+        weigh = estimator.weigher(here.advantages, here.divisors, old, here.responses)
+        weights = weigh(logprobs.detach(), 0, len(logprobs))
         (logprobs * (weights / scale)).sum().backward()
     return scale
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
-from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator, sequence_behaviour
+from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
 from cropi.gradient.layout import layout_of
 from cropi.model.policy import Policy, check_dropout
 from cropi_kernels import SketchSpec
@@ -336,11 +336,16 @@ def _sketched(
             token_scale, token_divisor = scale[here][row, column], divisors[here][row].float()
             old = None if behaviour is None else behaviour[here][row, column]
 
+            def given(
+                _: torch.Tensor, start: int, stop: int, scale: torch.Tensor = token_scale
+            ) -> torch.Tensor:
+                return scale[start:stop]
+
             result = sketcher.policy_gradient(
                 ids,
                 segments=(segments[chosen] - first).to(rows.device),
                 labels=torch.where(marks, ids.long(), -100),
-                weights=_weigher(kind, token_scale, token_divisor, old, row),
+                weights=given if kind is None else kind.weigher(token_scale, token_divisor, old, row),
                 whole=kind is not None and kind.level == "sequence",
                 attention_mask=None if bool(rows.mask[here].all()) else rows.mask[here].long(),
                 position_ids=rows.positions[here],
@@ -351,23 +356,3 @@ def _sketched(
             weights[here[row], column] = result.weights.float()
         covered = sketcher.coverage.names
     return SketchedBatch(names, sketches, logprobs, weights, spec, covered)
-
-
-def _weigher(
-    kind: Estimator | None,
-    scale: torch.Tensor,
-    divisors: torch.Tensor,
-    old: torch.Tensor | None,
-    responses: torch.Tensor,
-) -> Callable[[torch.Tensor, int, int], torch.Tensor]:
-    """The weights of scored tokens start .. stop: given ones, or the estimator's."""
-
-    def weigh(logprobs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        if kind is None:
-            return scale[start:stop]
-        beta = None if old is None else old[start:stop]
-        if beta is not None and kind.level == "sequence":
-            beta = sequence_behaviour(logprobs, beta, responses[start:stop])
-        return kind.of_sequences().weights(logprobs, beta, scale[start:stop], divisors[start:stop])
-
-    return weigh

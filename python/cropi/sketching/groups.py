@@ -134,7 +134,7 @@ def sketch_groups(
                 for row in chunk.rows:
                     add(row)
                 for batch in chunk.built(estimator, source.source == "file", done):
-                    for row, vector in passes.run(batch):
+                    for row, vector in passes.run(batch.to(passes.device)):
                         if row.id in chunk.prompts:  # others only fill the batch, as those do that are done
                             add(row, vector)
                     bar.set_postfix_str(f"{summary.model_tokens / summary.wall:.0f} tokens/s", refresh=False)

@@ -12,7 +12,7 @@ import torch
 from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.behaviour import BehaviourModel
-from cropi.gradient.estimators import Estimator, sequence_behaviour
+from cropi.gradient.estimators import Estimator
 from cropi.gradient.health import Health, batch_health
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
@@ -78,8 +78,6 @@ class Passes:
         self.shared = shared or chunks.Alone()
         self.lengths, self.zero_check = lengths, zero_check
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
-        # Log-probs come to it with the ratios of whole responses already, where the estimator has such.
-        self.by_token = estimator.of_sequences()
         self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
         self.device = device_of(sketcher.model)
         self.bound = rounding(sketcher.model)
@@ -92,7 +90,7 @@ class Passes:
         self.parts = {}
 
     def run(self, batch: MicroBatch) -> Iterator[Finished]:
-        """One micro-batch; where the device's memory does not hold it, its halves: the sums are the same."""
+        """One micro-batch, on the model's device; its halves, where the memory does not hold it: the sums are equal."""
         waiting = [batch]
         while waiting:
             part = waiting.pop()
@@ -145,10 +143,9 @@ class Passes:
     def _compute(self, batch: MicroBatch) -> list[Finished]:
         """Forward, weights, backward, sketches; the rows of the prompts that are complete with it."""
         begun, tokens, estimator = time.monotonic(), batch.tokens, self.estimator
-        batch = batch.to(self.device)
         behaviour = self._behaviour_of(batch)
         result = self._gradient(batch, behaviour)
-        ratios = self._ratios_of_sequences(result.logprobs, behaviour, batch.responses)
+        ratios = estimator.ratio_behaviour(result.logprobs, behaviour, batch.responses)
         health = batch_health(estimator, batch, result.logprobs, ratios)
         weights = torch.zeros(len(batch.groups), dtype=torch.float64, device=self.device)
         weights.index_add_(0, batch.token_segments, result.weights.double().abs())
@@ -168,38 +165,18 @@ class Passes:
     def _behaviour_of(self, batch: MicroBatch) -> torch.Tensor | None:
         return self.behaviour.logprobs(batch) if self.behaviour is not None else batch.behaviour
 
-    def _ratios_of_sequences(
-        self, logprobs: torch.Tensor, behaviour: torch.Tensor | None, responses: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Behaviour log-probs that give the estimator's ratios of whole responses, where it has such."""
-        if behaviour is None or responses is None or self.estimator.level == "token":
-            return behaviour
-        return sequence_behaviour(logprobs, behaviour, responses)
-
     def _gradient(self, batch: MicroBatch, behaviour: torch.Tensor | None) -> PolicyGradient:
-        # The ratio of a response is known with its last token, but weights are asked for chunk by chunk.
-        whole = self.estimator.level == "sequence" and behaviour is not None
-
-        def weigh(logprobs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-            old = None if behaviour is None else behaviour[start:stop]
-            responses = None if batch.responses is None else batch.responses[start:stop]
-            old = self._ratios_of_sequences(logprobs, old, responses)
-            return self.by_token.weights(
-                logprobs,
-                old,
-                batch.advantages[start:stop],
-                batch.divisors[start:stop],
-                None if batch.noise is None else batch.noise[start:stop],
-            )
-
         self.shared.begin_pass()
         return self.sketcher.policy_gradient(
             batch.input_ids,
             segments=batch.segments,
             positions=batch.positions,
             targets=batch.targets,
-            weigh=weigh,
-            whole=whole,
+            weigh=self.estimator.weigher(
+                batch.advantages, batch.divisors, behaviour, batch.responses, batch.noise
+            ),
+            # The ratio of a response is known with its last token, but weights are asked for chunk by chunk.
+            whole=self.estimator.level == "sequence" and behaviour is not None,
             num_segments=int(batch.segments[-1]) + 1,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
