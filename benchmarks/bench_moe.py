@@ -56,7 +56,8 @@ class Step:
         grid = torch.arange(tokens).view(SEGMENTS, length)
         self.positions, self.targets = grid[:, :-1].reshape(-1), self.ids[:, 1:].reshape(-1)
         self.weights = torch.randn(len(self.positions), generator=generator)
-        self.sketcher = GradientSketcher(self.model, SketchSpec())
+        # torch multiplies by the frozen weights in every job: else the ratio would hold oneDNN's gain too.
+        self.sketcher = GradientSketcher(self.model, SketchSpec(), linears="torch")
         for p in self.model.parameters():
             p.requires_grad_(False)
 

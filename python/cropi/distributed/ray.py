@@ -60,7 +60,7 @@ def sketch(
 
     Raises:
         CropiError: bad input or options, with the message of the worker that found it; workers that see other files,
-            models or versions (named, before any work); workers that die again and again.
+            models or versions than the first one (named, before they do any work); workers that die again and again.
         ModuleNotFoundError: the package ray is not installed.
     """
     ray = optional("ray")
