@@ -35,7 +35,7 @@ END = ; mkdir -p $(STAMPS); touch $@; echo "== done in $$(($$(date +%s) - begin)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo quick test test-verl test-ray test-lowest test-newest sanitize build model wheel wheels sdist docs notebooks lint format bench \
+.PHONY: help demo quick test test-verl test-ray test-gpu-aot test-lowest test-newest sanitize build model wheel wheels sdist docs notebooks lint format bench \
   tables check-ci check-version clean distclean
 
 help:
@@ -44,6 +44,7 @@ help:
 	@echo "make quick   build, then run the short tests: no model download, nothing compiled for a GPU"
 	@echo "make test-verl  the verl adapters against verl 0.7.1 and 0.9.1, each in an environment of its own"
 	@echo "make test-ray   a job on a Ray cluster of two nodes, on this machine; installs ray"
+	@echo "make test-gpu-aot  compile every Triton kernel for six generations of GPUs (minutes)"
 	@echo "make test-lowest, test-newest  the short tests on the oldest and the newest packages that are allowed"
 	@echo "make docs    the site in build/site, every code block run     make notebooks  run the notebooks"
 	@echo "make sanitize  the kernels' tests under ASan with UBSan, and under TSan"
@@ -114,6 +115,10 @@ test-verl: build
 test-ray: build
 	$(PIP) -c $(PINS) --no-build-isolation --only-deps '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/cropi/test_ray.py $(ARGS)
+# Every Triton kernel for six generations of GPUs; `make test` compiles two of them and a sample of the others.
+test-gpu-aot: build
+	CROPI_AOT=all OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal tests/gpu/aot $(ARGS)
+
 # The oldest versions that pyproject.toml allows, and the newest that there are, in environments of their own.
 test-lowest:
 	scripts/test_versions.sh lowest $(PYTHON) $(ARGS)

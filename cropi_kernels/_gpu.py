@@ -55,8 +55,3 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
 def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launches inside go to the tensor's device, whichever device is current; the stream is that device's own."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def has_warp_group_products(device: torch.device) -> bool:
-    """Warp-group tensor cores and 227 KiB of shared memory: sm_90 and newer data-centre parts."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -63,5 +63,22 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
     return _fence_reason_of(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block of a kernel may have; 0 where kernels are interpreted."""
+    return _shared_memory_of(device.index) if device.type == "cuda" else 0
+
+
+@functools.cache
+def _shared_memory_of(index: int) -> int:
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def ceil_div(a: int, b: int) -> int:
+    """As `triton.cdiv`, which takes the host several microseconds."""
+    return -(-a // b)
+
+
 def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()

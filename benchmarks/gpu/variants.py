@@ -15,6 +15,7 @@ import common
 import torch
 
 from cropi_kernels import SketchSpec, fold_inputs, logprob_and_grad, norm_grad, plan_matrix, sketch_linear
+from cropi_kernels.ops import _device_plan
 from cropi_kernels.ops.linear_logprob import chunks
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.sketch_linear import triton as slab
@@ -31,10 +32,18 @@ def changed(module: Any, **values: Any) -> Iterator[None]:
     try:
         for name, value in values.items():
             setattr(module, name, value)
+        forget()
         yield
     finally:
         for name, value in before.items():
             setattr(module, name, value)
+        forget()
+
+
+def forget() -> None:
+    """What was made of the values before: the tables of plans, the launches of kernels."""
+    _device_plan.cache.clear()
+    slab.fold_launch.cache_clear()
 
 
 def random(n: int, features: int) -> torch.Tensor:

@@ -18,22 +18,15 @@ _ROW_BITS, _COL_BITS = 15, 16  # of the block numbers in a pair's word
 
 @dataclasses.dataclass(frozen=True)
 class MatrixTables:
-    """``pairs`` int64 [pairs], sorted by slab: block pair and its draw in one word, so that a step loads one number.
-
-    Bits 0-15 row XOR, 16-31 column XOR, 32-47 column block, 48-62 row block, 63 set where the pair sign is -1.
-    ``first`` int32 [slabs + 1]: pairs ``first[q] .. first[q + 1]`` go to slab q. ``by_pair`` int64 [row blocks, col
-    blocks] is the same word by position, with the slab in place of the block numbers (bits 32-47).
-    Signs are int8, folds int32.
+    """``by_pair`` int64 [row blocks, col blocks]: a block pair's draw in one word. Bits 0-15 row XOR, 16-31 column XOR,
+    32-47 slab, 63 set where the pair sign is -1. Signs are int8, folds int32.
     """
 
-    pairs: torch.Tensor
-    first: torch.Tensor
     by_pair: torch.Tensor
     row_sign: torch.Tensor
     col_sign: torch.Tensor
     row_fold: torch.Tensor
     col_fold: torch.Tensor
-    most_pairs: int  # of one slab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +39,13 @@ class VectorTables:
 
 
 T = TypeVar("T")
-_cache: weakref.WeakKeyDictionary[object, dict[object, object]] = weakref.WeakKeyDictionary()
+cache: weakref.WeakKeyDictionary[object, dict[object, object]] = weakref.WeakKeyDictionary()
 
 
-def _cached(plan: object, device: torch.device, build: Callable[[], T], what: object = None) -> T:
-    of_plan = _cache.setdefault(plan, {})
-    key = (str(device), what)  # a tensor's device always has its index
+def cached(plan: object, device: torch.device, build: Callable[[], T], what: object = None) -> T:
+    if (of_plan := cache.get(plan)) is None:
+        of_plan = cache[plan] = {}
+    key = (device, what)  # a tensor's device always has its index
     if key not in of_plan:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -65,40 +59,49 @@ def _cached(plan: object, device: torch.device, build: Callable[[], T], what: ob
 
 
 def matrix_tables(plan: MatrixPlan, device: torch.device) -> MatrixTables:
-    return _cached(plan, device, lambda: _build_matrix(plan, device))
+    return cached(plan, device, lambda: _build_matrix(plan, device))
 
 
 def vector_tables(plan: VectorPlan, device: torch.device) -> VectorTables:
-    return _cached(plan, device, lambda: _build_vector(plan, device))
+    return cached(plan, device, lambda: _build_vector(plan, device))
 
 
-def slab_row_signs(plan: MatrixPlan, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[2, row blocks * slab rows] in the operands' dtype: the signs that the slab applies to the rows, and their
-    opposites (for pairs whose own sign is -1). All 1 and -1 where the fold has applied the row signs."""
+def slab_row_signs(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[2, row blocks * slab rows] in the operands' dtype: the signs that the slab applies to the rows of matrices one
+    above the other, and their opposites (for pairs whose own sign is -1). 1 and -1 where a fold has applied them."""
 
     def build() -> torch.Tensor:
-        sign = np.ones(-(-plan.n_row_blocks * plan.slab_rows // 16) * 16, np.float32)
-        if plan.row_fold is None:
-            sign[: plan.rows] = plan.row_sign
+        signs = []
+        for plan in plans:
+            sign = np.ones(plan.n_row_blocks * plan.slab_rows, np.float32)
+            if plan.row_fold is None:
+                sign[: plan.rows] = plan.row_sign
+            signs.append(sign)
+        sign = np.concatenate(signs)
         return torch.from_numpy(np.stack([sign, -sign])).to(device, dtype)
 
-    return _cached(plan, device, build, dtype)
+    return cached(plans[0], device, build, ("row signs", plans[1:], dtype))
 
 
-def pair_words(plan: MatrixPlan) -> np.ndarray:
-    """uint64 [row blocks, col blocks], the bits of `MatrixTables.pairs`.
+def pair_words(plans: tuple[MatrixPlan, ...]) -> np.ndarray:
+    """uint64 [pairs]: row XOR, column XOR, column block, row block and sign of the block pairs of matrices one above
+    the other, by row block and column block, in the bits that `slab_kernel` takes apart.
 
     Raises:
         ValueError: more blocks than a word has bits for.
     """
-    if plan.n_row_blocks > 1 << _ROW_BITS or plan.n_col_blocks > 1 << _COL_BITS:
-        raise ValueError(
-            f"{plan.name} [{plan.rows}, {plan.cols}] has {plan.n_row_blocks} x {plan.n_col_blocks} blocks; the GPU "
-            f"kernels address {1 << _ROW_BITS} x {1 << _COL_BITS}: fold it, or use backend='reference'"
-        )
-    row_block, col_block = (_wide(block) for block in np.indices(plan.pair_row.shape))
-    words: np.ndarray = _draw(plan) | col_block << np.uint64(32) | row_block << np.uint64(48)
-    return words
+    words, begin = [], 0
+    for plan in plans:
+        if begin + plan.n_row_blocks > 1 << _ROW_BITS or plan.n_col_blocks > 1 << _COL_BITS:
+            raise ValueError(
+                f"{plan.name} [{plan.rows}, {plan.cols}] has {plan.n_row_blocks} x {plan.n_col_blocks} blocks; the GPU "
+                f"kernels address {1 << _ROW_BITS} x {1 << _COL_BITS}: fold it, or use backend='reference'"
+            )
+        row_block, col_block = (_wide(block) for block in np.indices(plan.pair_row.shape))
+        row_block += np.uint64(begin)
+        words.append(_draw(plan) | col_block << np.uint64(32) | row_block << np.uint64(48))
+        begin += plan.n_row_blocks
+    return np.concatenate([word.reshape(-1) for word in words])
 
 
 def _draw(plan: MatrixPlan) -> np.ndarray:
@@ -110,28 +113,20 @@ def _wide(table: Any) -> np.ndarray:
     return np.ascontiguousarray(table).astype(np.uint64)
 
 
+def upload(table: np.ndarray, dtype: Any, device: torch.device) -> torch.Tensor:
+    copied: np.ndarray = np.array(table, dtype=dtype, order="C")  # a copy: plans are read-only
+    return torch.from_numpy(copied).to(device)
+
+
 def _build_matrix(plan: MatrixPlan, device: torch.device) -> MatrixTables:
-    words = pair_words(plan).reshape(-1)
-    slab = plan.pair_slab.reshape(-1).astype(np.int64)
-    order = np.argsort(slab, kind="stable")
-    counts = np.bincount(slab, minlength=plan.n_slabs)
-    first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     no_fold = np.zeros(1, np.uint32)
-
-    def put(table: np.ndarray, dtype: type) -> torch.Tensor:
-        # A copy: plans are read-only.
-        copied: np.ndarray = np.array(table, dtype=dtype, order="C")
-        return torch.from_numpy(copied).to(device)
-
+    by_pair = (_draw(plan) | _wide(plan.pair_slab) << np.uint64(32)).view(np.int64)
     return MatrixTables(
-        pairs=put(words[order].view(np.int64), np.int64),
-        first=put(first, np.int32),
-        by_pair=put((_draw(plan) | _wide(plan.pair_slab) << np.uint64(32)).view(np.int64), np.int64),
-        row_sign=put(plan.row_sign, np.int8),
-        col_sign=put(plan.col_sign, np.int8),
-        row_fold=put(no_fold if plan.row_fold is None else plan.row_fold, np.int32),
-        col_fold=put(no_fold if plan.col_fold is None else plan.col_fold, np.int32),
-        most_pairs=int(counts.max()),
+        by_pair=upload(by_pair, np.int64, device),
+        row_sign=upload(plan.row_sign, np.int8, device),
+        col_sign=upload(plan.col_sign, np.int8, device),
+        row_fold=upload(no_fold if plan.row_fold is None else plan.row_fold, np.int32, device),
+        col_fold=upload(no_fold if plan.col_fold is None else plan.col_fold, np.int32, device),
     )
 
 

@@ -1,8 +1,9 @@
 """Ragged segments without a host: how kernels cut segments into chunks and add the chunks up again.
 
 Every segment is cut into chunks of CHUNK tokens, counted from its own first token, so that its sums do not depend on
-its neighbours. A launch has room for ``T // CHUNK + S`` chunks, which no cut of T tokens into S segments exceeds; a
-program finds its chunk by a prefix sum over the offsets. Nothing is read back to the host: safe in a CUDA graph.
+its neighbours. A launch has room for ``T // CHUNK + S`` chunks, which no cut of T tokens into S segments exceeds; which
+program has which chunk stands in a table, made on the device by one small kernel. Nothing is read back to the host:
+safe in a CUDA graph.
 
 A segment of one chunk adds straight into the output. Longer ones write a partial result to a slot per chunk, and
 `reduce_partials` adds the slots in order: no atomics, the same bits on every run and on every GPU.
@@ -10,11 +11,14 @@ A segment of one chunk adds straight into the output. Longer ones write a partia
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
-from .. import _gpu
+from .._launch import Launch
+from .._triton import ceil_div
 
 SEGMENT_BLOCK = 64  # offsets scanned at a time
 REDUCE_BLOCK = 1024
@@ -35,13 +39,10 @@ def _offset(offsets, s, valid, n_tokens):
 
 
 @triton.jit
-def locate(
+def _locate(
     offsets, n_segments, n_tokens, item, CHUNK: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """(segment, first token, end token, slot or -1) of chunk ``item``; segment == n_segments past the last chunk.
-
-    ALWAYS: segments of one chunk have a slot too.
-    """
+    """(segment, first token, end token, slot or -1) of chunk ``item``; segment == n_segments past the last chunk."""
     segment = tl.zeros((), tl.int64)
     first = tl.zeros((), tl.int64)
     slot = tl.zeros((), tl.int64)
@@ -67,69 +68,127 @@ def locate(
 
 
 @triton.jit
-def reduce_partials_kernel(
-    partial,  # float32 [slots, n_parts, width]
-    out,  # float32 [n_segments, width], rows out_stride apart
-    offsets,
-    n_segments,
-    n_tokens,
-    width,
-    out_stride,
-    n_parts,
-    CHUNK: tl.constexpr,
-    ALWAYS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _count_slots(
+    offsets, segment, n_segments, n_tokens, CHUNK: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    segment = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """(first slot, number of slots) of a segment."""
     slot = tl.zeros((), tl.int64)
-    for s0 in range(0, n_segments, SEGMENTS):
-        s = s0 + tl.arange(0, SEGMENTS)
+    for s0 in range(0, n_segments, BLOCK):
+        s = s0 + tl.arange(0, BLOCK)
         valid = s < segment
         begin = _offset(offsets, s, valid, n_tokens)
         n = (tl.maximum(_offset(offsets, s + 1, valid, n_tokens) - begin, 0) + CHUNK - 1) // CHUNK
         slot += tl.sum(tl.where((n > 1) | ALWAYS, n, 0), 0)
     begin = _offset(offsets, segment, True, n_tokens)
     chunks = (tl.maximum(_offset(offsets, segment + 1, True, n_tokens) - begin, 0) + CHUNK - 1) // CHUNK
-    chunks = tl.minimum(chunks, _slots(n_segments, n_tokens, CHUNK, ALWAYS) - slot)
-    if (chunks > 1) | (ALWAYS & (chunks > 0)):
+    chunks = tl.where((chunks > 1) | ALWAYS, chunks, 0)
+    return slot, tl.maximum(tl.minimum(chunks, _slots(n_segments, n_tokens, CHUNK, ALWAYS) - slot), 0)
+
+
+@triton.jit(do_not_specialize=["n_segments", "n_tokens", "n_items"])
+def chunks_kernel(
+    offsets,  # int64 [n_segments + 1]
+    table,  # int64 [n_items, 4], then [n_segments, 2]: see Chunks
+    n_segments,
+    n_tokens,
+    n_items,
+    CHUNK: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    if pid < n_items:
+        segment, t0, t1, slot = _locate(offsets, n_segments, n_tokens, pid, CHUNK, ALWAYS, BLOCK)
+        row = table + pid * 4
+        tl.store(row, segment)
+        tl.store(row + 1, t0)
+        tl.store(row + 2, t1)
+        tl.store(row + 3, slot)
+    else:
+        segment = pid - n_items
+        slot, n = _count_slots(offsets, segment, n_segments, n_tokens, CHUNK, ALWAYS, BLOCK)
+        row = table + (n_items.to(tl.int64) * 4 + segment * 2)
+        tl.store(row, slot)
+        tl.store(row + 1, n)
+
+
+@triton.jit
+def chunk_of(table, item):
+    """(segment, first token, end token, slot or -1) of a chunk; the number of segments past the last one."""
+    row = table + item * 4
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+
+
+@triton.jit
+def slots_of(table, n_items, segment):
+    """(first slot, number of slots) of a segment."""
+    row = table + (n_items.to(tl.int64) * 4 + segment * 2)
+    return tl.load(row), tl.load(row + 1)
+
+
+@triton.jit(do_not_specialize=["n_parts", "n_items"])
+def reduce_partials_kernel(
+    partial,  # float32 [slots, n_parts, width]
+    out,  # float32 [n_segments, width], rows out_stride apart
+    table,  # see Chunks
+    width,
+    out_stride,
+    n_parts,
+    n_items,
+    BLOCK: tl.constexpr,
+):
+    segment = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slot, n = slots_of(table, n_items, segment)
+    if n > 0:
         inside = column < width
         total = tl.zeros((BLOCK,), tl.float32)
         source = partial + slot * n_parts * width + column
-        for _ in range(0, (chunks * n_parts).to(tl.int32)):
+        for _ in range(0, (n * n_parts).to(tl.int32)):
             total += tl.load(source, mask=inside, other=0.0)
             source += width
         target = out + segment * out_stride + column
         tl.store(target, tl.load(target, mask=inside, other=0.0) + total, mask=inside)
 
 
-def n_items(n_tokens: int, n_segments: int, chunk: int) -> int:
-    """An upper bound of the number of chunks, from shapes alone."""
-    return n_tokens // chunk + n_segments
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How tokens in segments are cut, from shapes and from offsets that stay on the device.
+
+    ``table`` int64: ``[n_items, 4]``, a chunk's (segment, first token, end token, slot or -1), with the number of
+    segments for the segment of rows past the last chunk; then ``[n_segments, 2]``, a segment's (first slot, number of
+    slots). ``always``: segments of one chunk have a slot too.
+    """
+
+    table: torch.Tensor
+    n_segments: int
+    n_items: int
+    n_slots: int
 
 
-def n_slots(n_tokens: int, n_segments: int, chunk: int, always: bool) -> int:
-    """An upper bound of the slots: a segment of more than one chunk has less than 2 chunks per CHUNK tokens."""
-    items = n_items(n_tokens, n_segments, chunk)
-    return items if always else min(items, 2 * n_tokens // chunk)
+LAUNCHES: dict[tuple[int, bool], Launch] = {}
+REDUCE = Launch(reduce_partials_kernel, BLOCK=REDUCE_BLOCK, num_warps=4)
 
 
-def reduce_partials(
-    partial: torch.Tensor,
-    out: torch.Tensor,
-    offsets: torch.Tensor,
-    n_tokens: int,
-    chunk: int,
-    n_parts: int,
-    always: bool,
-) -> None:
-    """``out[s] += `` the partial results of segment s, in order."""
+def cut(offsets: torch.Tensor, n_tokens: int, chunk: int, always: bool) -> Chunks:
+    """Chunks of at most ``chunk`` tokens; ``offsets`` int64 [segments + 1] on the device."""
+    n_segments = offsets.numel() - 1
+    # Upper bounds, from shapes alone. A segment of several chunks has less than two of them per ``chunk`` tokens.
+    n_items = n_tokens // chunk + n_segments
+    n_slots = n_items if always else min(n_items, 2 * n_tokens // chunk)
+    table = torch.empty(n_items * 4 + n_segments * 2, dtype=torch.int64, device=offsets.device)
+    if (launch := LAUNCHES.get((chunk, always))) is None:
+        launch = LAUNCHES[chunk, always] = Launch(
+            chunks_kernel, CHUNK=chunk, ALWAYS=always, BLOCK=SEGMENT_BLOCK, num_warps=1
+        )
+    launch((n_items + n_segments,), (offsets, table), counts=(n_segments, n_tokens, n_items))
+    return Chunks(table, n_segments, n_items, n_slots)
+
+
+def reduce_partials(partial: torch.Tensor, out: torch.Tensor, chunks: Chunks, n_parts: int) -> None:
+    """``out[s] += `` the partial results [slots, n_parts, width] of segment s, in order."""
     n_segments, width = out.shape
     if partial.numel() == 0 or n_segments == 0:
         return
-    with _gpu.on(out):
-        reduce_partials_kernel[(n_segments, triton.cdiv(width, REDUCE_BLOCK))](
-            partial, out, offsets, n_segments, n_tokens, width, out.stride(0), n_parts,
-            CHUNK=chunk, ALWAYS=always, SEGMENTS=SEGMENT_BLOCK, BLOCK=REDUCE_BLOCK, num_warps=4,
-        )  # fmt: skip
+    grid = n_segments, ceil_div(width, REDUCE_BLOCK)
+    REDUCE(grid, (partial, out, chunks.table), (width, out.stride(0)), (n_parts, chunks.n_items))

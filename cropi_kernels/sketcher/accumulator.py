@@ -43,12 +43,14 @@ class Accumulator:
         self.segments: Segments | None = None  # of the open batch
         self._engine: Operators | None = None
         self.listener: Listener | None = None
-        self._folded = 0
+        self._needed: dict[type[Operators], int] = {}  # by the last batch of each engine
         self._deaf = self._absent = False
         self.refusals: dict[str, str] | None = (
             None  # what taps would have raised, by module, while a model is tried
         )
         self.clock = Clock(torch.device("cpu"))
+        # Passes whose sketching was timed or estimated; what it took of the latest that was timed.
+        self._passes, self._share = 0, 0.0
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
     @property
@@ -61,14 +63,14 @@ class Accumulator:
     @property
     def out(self) -> torch.Tensor:
         """The sketches [segments, base_dim] of the open batch."""
-        return self.engine.out
+        return self.engine.settle()
 
     def begin(self, segments: Segments, device: torch.device) -> None:
         out = torch.zeros(segments.count, self.spec.base_dim, dtype=torch.float32, device=device)
-        engine = engine_for(segments, out, self._folded)
+        engine = engine_for(segments, out, self._needed)
         # Nothing above may have left a batch open: memory can run out, a backend refuse.
         self.segments, self._engine = segments, engine
-        self.clock = Clock(device)
+        self.clock = Clock(device, self._passes + 1)
         self._folds.clear()
 
     def end(self) -> torch.Tensor:
@@ -80,7 +82,7 @@ class Accumulator:
     def close(self) -> None:
         """Let go of the batch, finished or failed: nothing of it stays in memory."""
         if self._engine is not None:
-            self._folded = self._engine.folded
+            self._needed[type(self._engine)] = self._engine.needed
         self.segments = self._engine = None
         self._folds.clear()
 
@@ -125,6 +127,15 @@ class Accumulator:
 
     def timed(self) -> AbstractContextManager[None]:
         return self.clock.timed()
+
+    def sketch_seconds(self, clock: Clock, whole: float) -> float:
+        """Of a pass that took ``whole``: what its ``clock`` has measured, or the share of it that one before had."""
+        self._passes += 1
+        if not clock.measures:
+            return self._share * whole
+        seconds = clock.seconds()
+        self._share = seconds / whole if whole > 0 else 0.0
+        return seconds
 
     def folded(self, key: str | None, x: torch.Tensor, fold: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``fold()``, computed once for all layers that fold the tensor ``x`` in the same way (q/k/v, gate/up).

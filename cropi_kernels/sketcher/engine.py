@@ -1,7 +1,7 @@
 """What taps talk to: the sketches of one batch, and the ops that add to them.
 
 `Operators` serves every device and dtype. `CpuEngine` hands addresses straight to the CPU kernels in the common case
-and falls back to `Operators` in every other.
+and falls back to `Operators` in every other. `gpu_engine` does so for the Triton kernels.
 
 Why straight: between two large matrix products everything in Python runs with cold caches. An operator's way (views,
 checks, choice of a backend, torch's dispatcher) took 190 us around a kernel of 700 us, and 380 us around a norm's of
@@ -12,6 +12,8 @@ every call holds for the whole batch here, and is asked once.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -54,7 +56,11 @@ class Operators:
 
     def __init__(self, segments: Segments, out: torch.Tensor) -> None:
         self.segments, self.out = segments, out
-        self.folded = 0  # features of a token that were kept, where the engine counts them
+        self.needed = 0  # of memory, in the engine's own measure: the next batch's is told
+
+    def settle(self) -> torch.Tensor:
+        """``out`` with all in it that was added: an engine may hold sums back."""
+        return self.out
 
     def rows(self, x: torch.Tensor, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
         """``x`` as [tokens * repeats, n], and its offsets.
@@ -116,6 +122,7 @@ class CpuEngine(Operators):
 
     Args:
         expected: features of a token that `fold` will give in this batch, if known: one block of memory holds them.
+            `needed` counts them.
     """
 
     def __init__(self, segments: Segments, out: torch.Tensor, expected: int = 0) -> None:
@@ -159,11 +166,11 @@ class CpuEngine(Operators):
         """From one block for the whole batch, as large as the last batch needed: one by one, the small copies are cut
         out of holes in the heap that large temporaries of the forward would fit in."""
         if not packed():  # else copies come and go layer by layer: a block would hold them all
-            if not self.folded and self._expected:
+            if not self.needed and self._expected:
                 self._pool = torch.empty(tokens * self._expected, dtype=dtype, device="cpu")
-            begin, self.folded = self.folded, self.folded + cols
-            if self.folded * tokens <= self._pool.numel() and dtype == self._pool.dtype:
-                return self._pool[begin * tokens : self.folded * tokens].view(tokens, cols)
+            begin, self.needed = self.needed, self.needed + cols
+            if self.needed * tokens <= self._pool.numel() and dtype == self._pool.dtype:
+                return self._pool[begin * tokens : self.needed * tokens].view(tokens, cols)
         return torch.empty(tokens, cols, dtype=dtype, device="cpu")
 
     def add_linear(self, dy: torch.Tensor, kept: torch.Tensor, matrix: MatrixSketch, site: Site) -> None:
@@ -209,6 +216,14 @@ class CpuEngine(Operators):
                 self._kernels.sketch_vector(address, self._ranges[0], n, n, *scatter, *self._out)
 
 
-def engine_for(segments: Segments, out: torch.Tensor, expected: int = 0) -> Operators:
-    """The engine of one batch; ``expected`` as in `CpuEngine`."""
-    return CpuEngine(segments, out, expected) if CpuEngine.serves(out) else Operators(segments, out)
+def engine_for(
+    segments: Segments, out: torch.Tensor, needed: Mapping[type[Operators], int] = MappingProxyType({})
+) -> Operators:
+    """The engine of one batch; ``needed``: what earlier batches of each engine `needed`."""
+    from .gpu_engine import GpuEngine
+
+    if CpuEngine.serves(out):
+        return CpuEngine(segments, out, needed.get(CpuEngine, 0))
+    if GpuEngine.serves(out):
+        return GpuEngine(segments, out, needed.get(GpuEngine, 0))
+    return Operators(segments, out)

@@ -347,11 +347,8 @@ class GradientSketcher:
                 raise
             finally:
                 self._acc.close()
-        seconds = {
-            "forward": clock.between(start, middle),
-            "backward": clock.between(middle, end),
-            "sketch": clock.seconds(),
-        }
+        seconds = {"forward": clock.between(start, middle), "backward": clock.between(middle, end)}
+        seconds["sketch"] = self._acc.sketch_seconds(clock, sum(seconds.values()))
         return PolicyGradient(sketches, logprobs, used, seconds)
 
     def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:

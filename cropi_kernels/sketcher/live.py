@@ -197,7 +197,8 @@ class LiveSketcher:
         sketches /= -size  # down the loss
         result.sketches = runs.gathered(sketches)
         result.spec, result.names = self.spec, self.coverage.names
-        result.seconds = {"block": time.perf_counter() - started, "sketch": clock.seconds()}
+        block = time.perf_counter() - started
+        result.seconds = {"block": block, "sketch": self._acc.sketch_seconds(clock, block)}
 
     def fused_head(
         self,

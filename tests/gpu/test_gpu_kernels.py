@@ -22,6 +22,7 @@ EMULATED = ["sm_80", "sm_90"]
 ONLY = {
     "test_launches.py": ["interpreted"],
     "test_emulated_gpu.py": EMULATED,
+    "test_host_cost.py": ["sm_90"],
     "test_whole_model.py": EMULATED,
 }
 RUNS = [(way, path.name) for path in FOLDER.glob("test_*.py") for way in ONLY.get(path.name, WAYS)]

@@ -1,47 +1,46 @@
-"""Triton kernel behind `norm_grad` and `bias_grad`: one read of x and dy, a partial sum per chunk of a segment."""
+"""Triton kernels behind `norm_grad` and `bias_grad`: one read of x and dy, a partial sum per chunk of a segment."""
 
 from __future__ import annotations
+
+import functools
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 
-from ... import _gpu, _native, _triton
-from .._triton_segments import SEGMENT_BLOCK, locate, n_items, n_slots, reduce_partials
+from ... import _native, _triton
+from ..._launch import Launch, padded
+from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
 
-BIAS_FEATURES = 256
+BIAS_TOKENS, BIAS_FEATURES = 16, 256
 CHUNK_TOKENS = 32  # measured on an H200, 1536 features: 55 us, 64 tokens 64 us, 128 tokens 97 us
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_segments"])
 def norm_kernel(
     x,  # [tokens, n], rows stride_x apart; dy likewise
     dy,
     weight,  # float32 [segments, n]
     bias,
-    weight_partial,  # float32 [slots, n]
-    bias_partial,
-    offsets,
-    n_segments,
-    n_tokens,
+    partial,  # float32, from weight_at on [slots, n] of the weight, from bias_at on [slots, n] of the bias
+    table,  # of the chunks
     n,
     stride_x,
     stride_dy,
+    weight_at,
+    bias_at,
+    n_segments,
     eps,
     CENTERED: tl.constexpr,
-    WITH_WEIGHT: tl.constexpr,
     WITH_BIAS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Statistics in float32, of the centred values: two passes over registers, no cancellation."""
-    segment, t0, t1, slot = locate(
-        offsets, n_segments, n_tokens, tl.program_id(0).to(tl.int64), CHUNK, False, SEGMENTS
-    )
+    segment, t0, t1, slot = chunk_of(table, tl.program_id(0).to(tl.int64))
     if segment < n_segments:
-        i = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+        i = tl.arange(0, BN)
         inside = i < n
         w = tl.zeros((BN,), tl.float32)
         b = tl.zeros((BN,), tl.float32)
@@ -51,27 +50,101 @@ def norm_kernel(
             g = tl.load(dy + t[:, None] * stride_dy + i[None, :], mask=mask, other=0.0).to(tl.float32)
             if WITH_BIAS:
                 b += tl.sum(g, 0)
-            if WITH_WEIGHT:
-                v = tl.load(x + t[:, None] * stride_x + i[None, :], mask=mask, other=0.0).to(tl.float32)
-                if CENTERED:
-                    v = tl.where(mask, v - (tl.sum(v, 1) / n)[:, None], 0.0)
-                scale = 1.0 / tl.sqrt(tl.sum(v * v, 1) / n + eps)
-                # Rows past the end have g = 0; their scale is finite wherever eps > 0, and made so where it is not.
-                w += tl.sum(tl.where(mask, g * (v * scale[:, None]), 0.0), 0)
-        if WITH_WEIGHT:
-            target = tl.where(slot < 0, weight + segment * n, weight_partial + slot * n)
-            tl.store(target + i, w, mask=inside)
+            v = tl.load(x + t[:, None] * stride_x + i[None, :], mask=mask, other=0.0).to(tl.float32)
+            if CENTERED:
+                v = tl.where(mask, v - (tl.sum(v, 1) / n)[:, None], 0.0)
+            scale = 1.0 / tl.sqrt(tl.sum(v * v, 1) / n + eps)
+            # Rows past the end have g = 0; their scale is finite wherever eps > 0, and made so where it is not.
+            w += tl.sum(tl.where(mask, g * (v * scale[:, None]), 0.0), 0)
+        target = tl.where(slot < 0, weight + segment * n, partial + weight_at + slot * n)
+        tl.store(target + i, w, mask=inside)
         if WITH_BIAS:
-            target = tl.where(slot < 0, bias + segment * n, bias_partial + slot * n)
+            target = tl.where(slot < 0, bias + segment * n, partial + bias_at + slot * n)
             tl.store(target + i, b, mask=inside)
 
 
-def tile(n: int, with_weight: bool) -> tuple[int, int, int]:
-    """(tokens, features, warps) of a program."""
-    if not with_weight:
-        return 16, min(BIAS_FEATURES, max(16, _triton.next_power_of_two(n))), 4
+@triton.jit(do_not_specialize=["begin_1", "begin_2", "n_segments"])
+def sums_kernel(
+    dy_0,  # [tokens, n_0], rows stride_0 apart
+    dy_1,
+    dy_2,
+    out,  # float32 [segments, n_0]
+    partial,  # float32, from at_0 on [slots, n_0] of the first, and so on
+    table,  # of the chunks
+    n_0,
+    n_1,
+    n_2,
+    stride_0,
+    stride_1,
+    stride_2,
+    at_0,
+    at_1,
+    at_2,
+    begin_1,  # first block of BN features of the second
+    begin_2,
+    n_segments,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    segment, t0, t1, slot = chunk_of(table, tl.program_id(0).to(tl.int64))
+    if segment < n_segments:
+        block = tl.program_id(1)
+        in_1, in_2 = block >= begin_1, block >= begin_2
+        dy = tl.where(in_2, dy_2, tl.where(in_1, dy_1, dy_0))
+        n = tl.where(in_2, n_2, tl.where(in_1, n_1, n_0))
+        stride = tl.where(in_2, stride_2, tl.where(in_1, stride_1, stride_0))
+        at = tl.where(in_2, at_2, tl.where(in_1, at_1, at_0))
+        begin = tl.where(in_2, begin_2, tl.where(in_1, begin_1, 0))
+        i = (block - begin).to(tl.int64) * BN + tl.arange(0, BN)
+        inside = i < n
+        total = tl.zeros((BN,), tl.float32)
+        for step in range(0, tl.cdiv((t1 - t0).to(tl.int32), BT)):
+            t = t0 + step * BT + tl.arange(0, BT)
+            mask = (t < t1)[:, None] & inside[None, :]
+            total += tl.sum(
+                tl.load(dy + t[:, None] * stride + i[None, :], mask=mask, other=0.0).to(tl.float32), 0
+            )
+        target = tl.where(slot < 0, out + segment * n, partial + at + slot * n)
+        tl.store(target + i, total, mask=inside)
+
+
+def tile(n: int) -> tuple[int, int, int]:
+    """(tokens, features, warps) of a program of `norm_kernel`."""
     features = max(16, _triton.next_power_of_two(n))
     return max(1, 4096 // features), features, 4 if features <= 4096 else 8
+
+
+@functools.cache
+def norm_launch(n: int, centered: bool, with_bias: bool) -> Launch:
+    tokens, features, warps = tile(n)
+    return Launch(
+        norm_kernel, CENTERED=centered, WITH_BIAS=with_bias, BT=tokens, BN=features, num_warps=warps
+    )
+
+
+@functools.cache
+def sums_launch(features: int) -> Launch:
+    return Launch(sums_kernel, BT=BIAS_TOKENS, BN=features, num_warps=4)
+
+
+def add_sums(
+    dys: list[torch.Tensor],
+    strides: list[int],
+    out: torch.Tensor,
+    partial: torch.Tensor,
+    places: list[int],
+    chunks: Chunks,
+) -> None:
+    """One launch: the sums over the chunks' tokens of several gradients, from ``places`` on in ``partial``."""
+    sizes = [dy.shape[-1] for dy in dys]
+    block = min(BIAS_FEATURES, max(16, _triton.next_power_of_two(max(sizes))))
+    ends = list(itertools.accumulate(_triton.ceil_div(n, block) for n in sizes))
+    sums_launch(block)(
+        (chunks.n_items, ends[-1]),
+        (*padded(dys), out, partial, chunks.table),
+        (*padded(sizes), *padded(strides), *padded(places)),
+        (*padded(ends)[:2], chunks.n_segments),
+    )
 
 
 def norm_grad(
@@ -86,21 +159,20 @@ def norm_grad(
     """Fills ``weight`` and ``bias`` [segments, n], zeros before; one of no rows is not wanted, and is not computed."""
     x, dy = _native.rows_view(x), _native.rows_view(dy)
     n_tokens, n = dy.shape
-    n_segments = offsets.numel() - 1
-    if n_tokens == 0 or n_segments == 0:
+    if n_tokens == 0 or offsets.numel() == 1:
         return
-    slots = n_slots(n_tokens, n_segments, CHUNK_TOKENS, always=False)
-    weight_partial, bias_partial = (
-        torch.empty(slots if total.numel() else 0, n, dtype=torch.float32, device=dy.device)
-        for total in (weight, bias)
-    )
-    tokens, features, warps = tile(n, weight.numel() > 0)
-    with _gpu.on(dy):
-        norm_kernel[(n_items(n_tokens, n_segments, CHUNK_TOKENS), triton.cdiv(n, features))](
-            x, dy, weight, bias, weight_partial, bias_partial, offsets,
-            n_segments, n_tokens, n, x.stride(0), dy.stride(0), eps,
-            CENTERED=centered, WITH_WEIGHT=weight.numel() > 0, WITH_BIAS=bias.numel() > 0, CHUNK=CHUNK_TOKENS,
-            SEGMENTS=SEGMENT_BLOCK, BT=tokens, BN=features, num_warps=warps,
-        )  # fmt: skip
-    for part, total in ((weight_partial, weight), (bias_partial, bias)):
-        reduce_partials(part, total, offsets, n_tokens, CHUNK_TOKENS, 1, always=False)
+    chunks = cut(offsets, n_tokens, CHUNK_TOKENS, always=False)
+    wanted = [sums for sums in (weight, bias) if sums.numel()]
+    partial = torch.empty(len(wanted), chunks.n_slots, n, dtype=torch.float32, device=dy.device)
+    if weight.numel():
+        norm_launch(n, centered, bias.numel() > 0)(
+            (chunks.n_items,),
+            (x, dy, weight, bias, partial, chunks.table),
+            (n, x.stride(0), dy.stride(0), 0, chunks.n_slots * n),
+            (chunks.n_segments,),
+            (eps,),
+        )
+    else:
+        add_sums([dy], [dy.stride(0)], bias, partial, [0], chunks)
+    for sums, part in zip(wanted, partial, strict=True):
+        reduce_partials(part, sums, chunks, 1)

@@ -6,42 +6,43 @@ order, without atomics. The product is exact: one operand holds 0, 1 and -1.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from ... import _gpu, _native
+from ... import _native
+from ..._launch import Launch
+from ..._triton import ceil_div
 from ...plan import MatrixPlan
 from .._device_plan import matrix_tables
-from .._triton_segments import SEGMENT_BLOCK, locate, n_items, n_slots, reduce_partials
+from .._triton_segments import chunk_of, cut, reduce_partials
 
 CHUNK_TOKENS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocabulary", "folded_rows", "col_blocks", "n_segments", "n_slabs"])
 def rows_kernel(
     x,  # [tokens, cols], rows stride_x apart
     ids,  # int64 [tokens]
     out,  # float32 [segments, n_slabs * SLAB]
     partial,  # float32 [slots, n_slabs * SLAB]
-    offsets,
+    table,  # of the chunks
     by_pair,  # int64 [row blocks, col_blocks], see MatrixTables
     row_sign,  # int8 [vocabulary]
     row_fold,  # int32 [vocabulary / folded_rows]
     col_sign,  # int8 [cols]
-    n_segments,
-    n_tokens,
+    cols,
+    stride_x,
     vocabulary,
     folded_rows,
-    cols,
     col_blocks,
-    stride_x,
+    n_segments,
     n_slabs,
     SLAB_ROWS: tl.constexpr,
     SLAB_COLS: tl.constexpr,
     FOLDED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -52,9 +53,7 @@ def rows_kernel(
     pid = tl.program_id(0).to(tl.int64)
     part = (pid % PARTS).to(tl.int32)
     slab = pid // PARTS % n_slabs
-    segment, t0, t1, slot = locate(
-        offsets, n_segments, n_tokens, pid // PARTS // n_slabs, CHUNK, False, SEGMENTS
-    )
+    segment, t0, t1, slot = chunk_of(table, pid // PARTS // n_slabs)
     if segment < n_segments:
         i = part // COL_PARTS * BM + tl.arange(0, BM)
         j = part % COL_PARTS * BN + tl.arange(0, BN)
@@ -91,8 +90,17 @@ def rows_kernel(
         tl.store(target, tl.load(target, mask=keep & alone, other=0.0) + acc, mask=keep)
 
 
-def tile(slab_cols: int) -> dict[str, int]:
-    return {"BM": 128, "BN": min(64, max(16, slab_cols)), "BK": 32}
+def tile(slab_cols: int, exact: bool) -> dict[str, int]:
+    """``exact``: of float32 numbers. On compute capability 10, Triton 3.7.1 multiplies tiles of 64 rows or more of them
+    as tf32, whatever `tl.dot` is told."""
+    rows, tokens, warps = (32, 16, 4) if exact else (128, 32, 8)
+    return {"BM": rows, "BN": min(64, max(16, slab_cols)), "BK": tokens, "num_warps": warps}
+
+
+@functools.cache
+def rows_launch(slab_rows: int, slab_cols: int, folded: bool, exact: bool) -> Launch:
+    shape = tile(slab_cols, exact) | {"SLAB_ROWS": slab_rows, "SLAB_COLS": slab_cols}
+    return Launch(rows_kernel, FOLDED=folded, num_stages=2, **shape)
 
 
 def sketch_embedding(
@@ -104,17 +112,25 @@ def sketch_embedding(
     if n_tokens == 0 or n_segments == 0:
         return
     tables = matrix_tables(plan, x.device)
-    chunk = CHUNK_TOKENS * min(16, plan.n_slabs)
-    slots = n_slots(n_tokens, n_segments, chunk, always=False)
-    partial = torch.empty(slots, out.shape[1], dtype=torch.float32, device=x.device)
-    shape = tile(plan.slab_cols)
-    parts = plan.slab_rows // shape["BM"] * triton.cdiv(plan.slab_cols, shape["BN"])
-    with _gpu.on(x):
-        rows_kernel[(n_items(n_tokens, n_segments, chunk) * plan.n_slabs * parts,)](
-            x, rows, out, partial, offsets, tables.by_pair, tables.row_sign, tables.row_fold, tables.col_sign,
-            n_segments, n_tokens, plan.rows, plan.folded_rows, plan.folded_cols, plan.n_col_blocks, x.stride(0),
-            plan.n_slabs,
-            SLAB_ROWS=plan.slab_rows, SLAB_COLS=plan.slab_cols, FOLDED=plan.row_fold is not None, CHUNK=chunk,
-            SEGMENTS=SEGMENT_BLOCK, num_warps=8, num_stages=2, **shape,
-        )  # fmt: skip
-    reduce_partials(partial, out, offsets, n_tokens, chunk, 1, always=False)
+    chunks = cut(offsets, n_tokens, CHUNK_TOKENS * min(16, plan.n_slabs), always=False)
+    partial = torch.empty(chunks.n_slots, out.shape[1], dtype=torch.float32, device=x.device)
+    exact = x.dtype == torch.float32
+    shape = tile(plan.slab_cols, exact)
+    parts = plan.slab_rows // shape["BM"] * ceil_div(plan.slab_cols, shape["BN"])
+    rows_launch(plan.slab_rows, plan.slab_cols, plan.row_fold is not None, exact)(
+        (chunks.n_items * plan.n_slabs * parts,),
+        (
+            x,
+            rows,
+            out,
+            partial,
+            chunks.table,
+            tables.by_pair,
+            tables.row_sign,
+            tables.row_fold,
+            tables.col_sign,
+        ),
+        (plan.folded_cols, x.stride(0)),
+        (plan.rows, plan.folded_rows, plan.n_col_blocks, n_segments, plan.n_slabs),
+    )
+    reduce_partials(partial, out, chunks, 1)

@@ -18,8 +18,8 @@ import triton.language as tl
 
 from ... import _gpu, _native, _triton
 from ...plan import MatrixPlan
-from .._device_plan import _cached, matrix_tables, pair_words, slab_row_signs
-from .._triton_segments import _offset, reduce_partials
+from .._device_plan import cached, matrix_tables, pair_words, slab_row_signs
+from .._triton_segments import _offset, cut, reduce_partials
 from ..sketch_linear.triton import _pick, fold_columns, slab_config
 
 GROUP_PAIRS = 24  # entries of a partial result, where no limit below asks for more
@@ -31,7 +31,7 @@ MOST_ENTRIES = 256  # would fill the registers
 
 @dataclasses.dataclass(frozen=True)
 class GroupedPairs:
-    """Entries sorted by (slab, group, block pair): ``words`` int64 as in `MatrixTables.pairs`, ``group`` int32.
+    """Entries sorted by (slab, group, block pair): ``words`` int64 as in `Stack.pairs`, ``group`` int32.
 
     ``first`` int32 [slabs + 1]: entries ``first[q] .. first[q + 1]`` go to slab q. A block that several groups share
     has an entry for each.
@@ -47,7 +47,7 @@ def grouped_pairs(
     plan: MatrixPlan, n_groups: int, rows: int, first_row: int, row_step: int, device: torch.device
 ) -> GroupedPairs:
     def build() -> GroupedPairs:
-        words = pair_words(plan)
+        words = pair_words((plan,)).reshape(plan.pair_slab.shape)
         slabs, blocks, groups = [], [], []
         for group in range(n_groups):
             begin = first_row + group * row_step
@@ -67,7 +67,7 @@ def grouped_pairs(
             int(counts.max()),
         )
 
-    return _cached(plan, device, build, ("grouped", n_groups, rows, first_row, row_step))
+    return cached(plan, device, build, ("grouped", n_groups, rows, first_row, row_step))
 
 
 @triton.jit
@@ -178,8 +178,8 @@ def sketch_grouped(
     if plan.col_fold is None:
         tables = matrix_tables(plan, d.device)
         a = fold_columns(a, tables.col_sign, tables.col_fold, plan.folded_cols)
-    row_sign = slab_row_signs(plan, d.device, d.dtype)
-    config = slab_config(plan.slab_cols, d.dtype, _gpu.has_warp_group_products(d.device))
+    row_sign = slab_row_signs((plan,), d.device, d.dtype)
+    config = slab_config(plan.slab_cols, d.dtype, _triton.shared_memory(d.device))
     share_entries = min(MOST_ENTRIES, max(GROUP_PAIRS, triton.cdiv(entries.most, MOST_PARTIALS)))
     shares = triton.cdiv(entries.most, share_entries)
     share_entries = triton.cdiv(entries.most, shares)
@@ -194,4 +194,4 @@ def sketch_grouped(
             ALIGNED=first_row % 8 == 0 and row_step % 8 == 0, **dataclasses.asdict(config),
         )  # fmt: skip
     one_each = torch.arange(n_segments + 1, device=d.device)
-    reduce_partials(partial, out, one_each, n_segments, 1, shares, True)
+    reduce_partials(partial, out, cut(one_each, n_segments, 1, True), shares)

@@ -7,35 +7,40 @@ on its way from shared memory to the tensor core, column signs are in the inputs
 `sign_columns` where there is no fold).
 
 D is read once: the parts of a slab own disjoint rows of every block.
+
+Matrices that read the same inputs (q, k and v; gate and up) are one matrix to it: `Stack`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from ... import _gpu, _native, _triton
+from ... import _native, _triton
+from ..._launch import MEMBERS, Launch, padded
 from ...plan import MatrixPlan
-from .._device_plan import matrix_tables, slab_row_signs
-from .._triton_segments import SEGMENT_BLOCK, locate, n_items, n_slots, reduce_partials
+from .._device_plan import cached, matrix_tables, pair_words, slab_row_signs, upload
+from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
 
 # ------------------------------------------------------------------------------------------------- fold
 FOLD_TOKENS = 8  # measured on an H200, 8960 features: 8 tokens 75 us, 16 tokens 96, 32 tokens 101
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def fold_kernel(
     x,  # [tokens, cols], rows stride_x apart
     out,  # [tokens, width], contiguous
     sign,  # int8 [cols]
     offset,  # int32 [ceil(cols / width)]
-    n_tokens,
     cols,
     width,
     stride_x,
+    n_tokens,
     BT: tl.constexpr,
     BW: tl.constexpr,
 ):
@@ -62,27 +67,26 @@ def fold_kernel(
     )
 
 
+@functools.cache
+def fold_launch(block: int) -> Launch:
+    return Launch(fold_kernel, BT=FOLD_TOKENS, BW=block, num_warps=4)
+
+
 def fold_columns(x: torch.Tensor, sign: torch.Tensor, offset: torch.Tensor, width: int) -> torch.Tensor:
     """``x`` [tokens, cols] folded to [tokens, width]; ``width = cols`` with offset 0 only applies the signs."""
     x = _native.rows_view(x)
-    out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
-    if x.shape[0]:
+    return fold_rows(x, x.shape[0], x.stride(0), sign, offset, width)
+
+
+def fold_rows(
+    x: torch.Tensor, n_tokens: int, stride: int, sign: torch.Tensor, offset: torch.Tensor, width: int
+) -> torch.Tensor:
+    """`fold_columns` of ``x`` with any number of axes, whose rows lie ``stride`` apart."""
+    out = torch.empty(n_tokens, width, dtype=x.dtype, device=x.device)
+    if n_tokens:
         block = min(128, max(16, _triton.next_power_of_two(width)))
-        grid = (triton.cdiv(x.shape[0], FOLD_TOKENS) * triton.cdiv(width, block),)
-        with _gpu.on(x):
-            fold_kernel[grid](
-                x,
-                out,
-                sign,
-                offset,
-                x.shape[0],
-                x.shape[1],
-                width,
-                x.stride(0),
-                BT=FOLD_TOKENS,
-                BW=block,
-                num_warps=4,
-            )
+        grid = (_triton.ceil_div(n_tokens, FOLD_TOKENS) * _triton.ceil_div(width, block),)
+        fold_launch(block)(grid, (x, out, sign, offset), (x.shape[-1], width, stride), (n_tokens,))
     return out
 
 
@@ -121,17 +125,20 @@ def group_pairs(slab_cols: int) -> int:
     return 12 if slab_cols <= 128 else 24
 
 
-def slab_config(slab_cols: int, dtype: torch.dtype, hopper: bool) -> SlabConfig:
-    """Chunks and groups do not depend on the device, so neither does the order of the partial results."""
+def slab_config(slab_cols: int, dtype: torch.dtype, shared: int) -> SlabConfig:
+    """By the shared memory of a block: 227 KB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, 89 and 120.
+
+    Chunks and groups do not depend on the device, so neither does the order of the partial results.
+    """
     if dtype == torch.float32:  # exact products, no tensor cores
         return SlabConfig(64, min(64, max(16, slab_cols)), 16, 4, 2)
-    if hopper:
-        return (
-            SlabConfig(128, 256, 64, 8, 4)
-            if slab_cols >= 256
-            else SlabConfig(128, max(16, slab_cols), 64, 8, 4)
-        )
-    return SlabConfig(128, min(128, max(16, slab_cols)), 64, 8, 3)
+    large = SlabConfig(128, min(256, max(16, slab_cols)), 64, 8, 4)
+    if shared >= WIDEST_TILE:
+        return large
+    return dataclasses.replace(large, BN=min(128, large.BN), num_stages=3)
+
+
+WIDEST_TILE = 4 * (128 + 256) * 64 * 2  # bytes: four stages of both operands
 
 
 @triton.jit
@@ -140,36 +147,46 @@ def _pick(values, lane, index):
     return tl.sum(tl.where(lane == index, values, 0), 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["begin_1", "begin_2", "n_segments", "n_slabs", "groups", "group_pairs", "out_groups"]
+)
 def slab_kernel(
-    d,  # [tokens, rows], rows stride_d apart
+    d_0,  # [tokens, rows_0], rows stride_0 apart
+    d_1,
+    d_2,
     a,  # [tokens, cols], rows stride_a apart
     out,  # float32 [segments, n_slabs * SLAB]
-    partial,  # float32 [slots, groups, n_slabs * SLAB]
-    offsets,  # int64 [segments + 1]
-    pairs,  # int64 [pairs], see MatrixTables
+    partial,  # float32 [slots, out_groups, n_slabs * SLAB]
+    table,  # of the chunks
+    pairs,  # int64 [pairs], see Stack
     first,  # int32 [n_slabs + 1]
     row_sign,  # [2, padded_rows] in the dtype of d: the signs, and the signs times -1
-    n_segments,
-    n_tokens,
-    rows,
+    rows_0,
+    rows_1,
+    rows_2,
+    stride_0,
+    stride_1,
+    stride_2,
     cols,
-    padded_rows,
-    stride_d,
     stride_a,
+    padded_rows,
+    begin_1,  # first row block of the second matrix
+    begin_2,
+    n_segments,
     n_slabs,
     groups,
     group_pairs,  # <= PAIRS
+    out_groups,
     SLAB_ROWS: tl.constexpr,
     SLAB_COLS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ALWAYS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    INTO: tl.constexpr,
     PAIRS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """INTO: where results go. "out": those of segments of one chunk to ``out``, others to ``partial``, whose slots are
+    written; "slots": all to ``partial``; "sums": all are added to what ``partial`` holds."""
     COL_PARTS: tl.constexpr = (SLAB_COLS + BN - 1) // BN
     PARTS: tl.constexpr = (SLAB_ROWS // BM) * COL_PARTS
     SLAB: tl.constexpr = SLAB_ROWS * SLAB_COLS
@@ -177,9 +194,7 @@ def slab_kernel(
     part = (pid % PARTS).to(tl.int32)
     group = (pid // PARTS % groups).to(tl.int32)
     slab = pid // PARTS // groups % n_slabs
-    segment, t0, t1, slot = locate(
-        offsets, n_segments, n_tokens, pid // PARTS // groups // n_slabs, CHUNK, ALWAYS, SEGMENTS
-    )
+    segment, t0, t1, slot = chunk_of(table, pid // PARTS // groups // n_slabs)
     if segment < n_segments:
         i = part // COL_PARTS * BM + tl.arange(0, BM)
         j = part % COL_PARTS * BN + tl.arange(0, BN)
@@ -196,8 +211,14 @@ def slab_kernel(
         p = tl.zeros((), tl.int32)
         for _ in range(0, n_pairs * tl.cdiv(length, BK)):
             word = _pick(words, lane, p)
-            r = (word >> 48 & 0x7FFF).to(tl.int32) * SLAB_ROWS + (i ^ (word & 0xFFFF).to(tl.int32))
+            block = (word >> 48 & 0x7FFF).to(tl.int32)
+            row = i ^ (word & 0xFFFF).to(tl.int32)
             c = (word >> 32 & 0xFFFF).to(tl.int32) * SLAB_COLS + (j ^ (word >> 16 & 0xFFFF).to(tl.int32))
+            in_1, in_2 = block >= begin_1, block >= begin_2
+            d = tl.where(in_2, d_2, tl.where(in_1, d_1, d_0))
+            rows = tl.where(in_2, rows_2, tl.where(in_1, rows_1, rows_0))
+            stride_d = tl.where(in_2, stride_2, tl.where(in_1, stride_1, stride_0))
+            r = (block - tl.where(in_2, begin_2, tl.where(in_1, begin_1, 0))) * SLAB_ROWS + row
             r = tl.max_contiguous(tl.multiple_of(r, 8), 8)
             c = tl.max_contiguous(tl.multiple_of(c, 8), 8)
             live = token < length - t
@@ -213,7 +234,7 @@ def slab_kernel(
             )
             # A load, so that the compiler can move the operand's change of layout up to the loads: an arithmetic
             # expression here sends every tile through shared memory once more.
-            sign = tl.load(row_sign + tl.where(word < 0, padded_rows, 0) + r)
+            sign = tl.load(row_sign + tl.where(word < 0, padded_rows, 0) + block * SLAB_ROWS + row)
             x = x * sign[:, None]
             acc = tl.dot(x, y, acc, input_precision="ieee")
             t += BK
@@ -222,13 +243,104 @@ def slab_kernel(
             t = tl.where(done, 0, t)
         keep = (j < SLAB_COLS)[None, :] & (i >= 0)[:, None]
         place = i[:, None] * SLAB_COLS + j[None, :]
-        target = partial + ((slot * groups + group) * n_slabs + slab) * SLAB
-        if ALWAYS:
+        target = partial + ((slot * out_groups + group) * n_slabs + slab) * SLAB
+        if INTO == "slots":
             tl.store(target + place, acc, mask=keep)
+        elif INTO == "sums":
+            tl.store(target + place, tl.load(target + place, mask=keep, other=0.0) + acc, mask=keep)
         else:
             alone = slot < 0
             target = tl.where(alone, out + (segment * n_slabs + slab) * SLAB, target) + place
             tl.store(target, tl.load(target, mask=keep & alone, other=0.0) + acc, mask=keep)
+
+
+@functools.cache
+def slab_launch(slab_rows: int, slab_cols: int, pairs: int, config: SlabConfig, into: str) -> Launch:
+    shape = dataclasses.asdict(config)
+    return Launch(slab_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, PAIRS=pairs, INTO=into, **shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Matrices whose inputs are folded alike, one above the other: their row blocks are numbered through.
+
+    ``pairs`` int64 [pairs], sorted by slab: block pair and its draw in one word, so that a step loads one number. Bits
+    0-15 row XOR, 16-31 column XOR, 32-47 column block, 48-62 row block, 63 set where the pair sign is -1. ``first``
+    int32 [slabs + 1]: pairs ``first[q] .. first[q + 1]`` go to slab q. ``row_sign`` as in `slab_row_signs`.
+    """
+
+    pairs: torch.Tensor
+    first: torch.Tensor
+    row_sign: torch.Tensor
+    begins: tuple[int, ...]  # first row block of the second and of the third matrix
+    rows: list[int]
+    cols: int
+    n_slabs: int
+    groups: int
+    group_pairs: int
+    chunk: int  # tokens
+    wide: bool  # a tile that wide has no registers left to add to what is there
+    programs: int  # of a chunk
+    launches: dict[str, Launch]
+
+
+def stack_of(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dtype) -> Stack:
+    return cached(plans[0], device, lambda: _stack(plans, device, dtype), (plans[1:], dtype))
+
+
+def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dtype) -> Stack:
+    plan = plans[0]
+    begins = np.cumsum([0, *(p.n_row_blocks for p in plans)])
+    words = pair_words(plans)
+    slab = np.concatenate([p.pair_slab.reshape(-1) for p in plans]).astype(np.int64)
+    counts = np.bincount(slab, minlength=plan.n_slabs)
+    most = int(counts.max())
+    groups = _triton.ceil_div(most, group_pairs(plan.slab_cols))
+    config = slab_config(plan.slab_cols, dtype, _triton.shared_memory(device))
+    parts = plan.slab_rows // config.BM * _triton.ceil_div(plan.slab_cols, config.BN)
+    pairs = _triton.next_power_of_two(group_pairs(plan.slab_cols))
+    launch = functools.partial(slab_launch, plan.slab_rows, plan.slab_cols, pairs, config)
+    none = (1 << 15,) * (MEMBERS - len(plans))  # above every block
+    return Stack(
+        pairs=upload(words[np.argsort(slab, kind="stable")].view(np.int64), np.int64, device),
+        first=upload(np.concatenate([[0], np.cumsum(counts)]), np.int32, device),
+        row_sign=slab_row_signs(plans, device, dtype),
+        begins=(*map(int, begins[1:-1]), *none),
+        rows=[p.folded_rows for p in plans],
+        cols=plan.folded_cols,
+        n_slabs=plan.n_slabs,
+        groups=groups,
+        group_pairs=_triton.ceil_div(most, groups),
+        chunk=chunk_tokens(plan.n_slabs),
+        wide=config.BN > 128,
+        programs=plan.n_slabs * groups * parts,
+        launches={into: launch(into) for into in ("out", "slots", "sums")},
+    )
+
+
+def chunk_tokens(n_slabs: int) -> int:
+    """Many slabs fill the device, their partial results its memory."""
+    return CHUNK_TOKENS * min(16, n_slabs)
+
+
+def add_slabs(
+    stack: Stack,
+    ds: list[torch.Tensor],
+    strides: list[int],
+    a: torch.Tensor,
+    stride_a: int,
+    out: torch.Tensor,
+    partial: torch.Tensor,
+    chunks: Chunks,
+    into: str,
+) -> None:
+    """One launch: what the matrices' output gradients ``ds`` and their inputs ``a`` give, as `slab_kernel` says."""
+    stack.launches[into](
+        (chunks.n_items * stack.programs,),
+        (*padded(ds), a, out, partial, chunks.table, stack.pairs, stack.first, stack.row_sign),
+        (*padded(stack.rows), *padded(strides), stack.cols, stride_a, stack.row_sign.shape[1]),
+        (*stack.begins, chunks.n_segments, stack.n_slabs, stack.groups, stack.group_pairs, partial.shape[1]),
+    )
 
 
 def sketch_linear(
@@ -239,28 +351,16 @@ def sketch_linear(
     if d.dtype != a.dtype:
         wide = torch.promote_types(d.dtype, a.dtype)
         d, a = d.to(wide), a.to(wide)
-    n_tokens, n_segments = d.shape[0], offsets.numel() - 1
-    if n_tokens == 0 or n_segments == 0:
+    n_tokens = d.shape[0]
+    if n_tokens == 0 or offsets.numel() == 1:
         return
-    tables = matrix_tables(plan, d.device)
     if plan.col_fold is None:
+        tables = matrix_tables(plan, d.device)
         a = fold_columns(a, tables.col_sign, tables.col_fold, plan.folded_cols)
-    row_sign = slab_row_signs(plan, d.device, d.dtype)
-    config = slab_config(plan.slab_cols, d.dtype, _gpu.has_warp_group_products(d.device))
-    # Many slabs fill the device, their partial results its memory.
-    chunk = CHUNK_TOKENS * min(16, plan.n_slabs)
-    groups = triton.cdiv(tables.most_pairs, group_pairs(plan.slab_cols))
-    always = groups > 1 or config.BN > 128  # a tile that wide has no registers left to add to what is there
-    slots = n_slots(n_tokens, n_segments, chunk, always)
-    partial = torch.empty(slots, groups, out.shape[1], dtype=torch.float32, device=d.device)
-    parts = plan.slab_rows // config.BM * triton.cdiv(plan.slab_cols, config.BN)
-    with _gpu.on(d):
-        slab_kernel[(n_items(n_tokens, n_segments, chunk) * plan.n_slabs * groups * parts,)](
-            d, a, out, partial, offsets, tables.pairs, tables.first, row_sign,
-            n_segments, n_tokens, plan.folded_rows, plan.folded_cols, row_sign.shape[1], d.stride(0), a.stride(0),
-            plan.n_slabs, groups, triton.cdiv(tables.most_pairs, groups),
-            SLAB_ROWS=plan.slab_rows, SLAB_COLS=plan.slab_cols, CHUNK=chunk,
-            ALWAYS=always, SEGMENTS=SEGMENT_BLOCK,
-            PAIRS=_triton.next_power_of_two(triton.cdiv(tables.most_pairs, groups)), **dataclasses.asdict(config),
-        )  # fmt: skip
-    reduce_partials(partial, out, offsets, n_tokens, chunk, groups, always)
+    stack = stack_of((plan,), d.device, d.dtype)
+    always = stack.groups > 1 or stack.wide
+    chunks = cut(offsets, n_tokens, stack.chunk, always)
+    partial = torch.empty(chunks.n_slots, stack.groups, out.shape[1], dtype=torch.float32, device=d.device)
+    into = "slots" if always else "out"
+    add_slabs(stack, [d], [d.stride(0)], a, a.stride(0), out, partial, chunks, into)
+    reduce_partials(partial, out, chunks, stack.groups)

@@ -6,9 +6,10 @@ import dataclasses
 from typing import Any
 
 import torch
-from aot_compile import FLOATS
+from aot_compile import FLOATS, SHARED_LIMIT
 
 from cropi_kernels import _triton
+from cropi_kernels._launch import MEMBERS
 from cropi_kernels.ops import _triton_segments as segments
 from cropi_kernels.ops.linear_logprob import triton as logprob
 from cropi_kernels.ops.norm_grad import triton as norm
@@ -41,35 +42,27 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def slab(dtype: str, slab_cols: int, capability: int) -> Case:
-    config = linear.slab_config(slab_cols, _dtype(dtype), capability >= 90)
+def slab(dtype: str, slab_cols: int, capability: int, into: str = "sums") -> Case:
+    config = linear.slab_config(slab_cols, _dtype(dtype), SHARED_LIMIT[capability])
     shape = dataclasses.asdict(config)
     options = {"num_warps": shape.pop("num_warps"), "num_stages": shape.pop("num_stages")}
     word = f"*{FLOATS[dtype]}"
-    pointers = dict(
-        d=word,
-        a=word,
-        out="*fp32",
-        partial="*fp32",
-        offsets="*i64",
-        pairs="*i64",
-        first="*i32",
-        row_sign=word,
-    )
-    always = config.BN > 128
+    pointers = dict.fromkeys(("d_0", "d_1", "d_2", "a", "row_sign"), word)
+    pointers |= dict(out="*fp32", partial="*fp32", table="*i64", pairs="*i64", first="*i32")
     constants = dict(
-        shape, SLAB_ROWS=32768 // slab_cols, SLAB_COLS=slab_cols, CHUNK=linear.CHUNK_TOKENS, ALWAYS=always,
-        SEGMENTS=segments.SEGMENT_BLOCK, PAIRS=_triton.next_power_of_two(linear.group_pairs(slab_cols)),
+        shape, SLAB_ROWS=32768 // slab_cols, SLAB_COLS=slab_cols, INTO=into,
+        PAIRS=_triton.next_power_of_two(linear.group_pairs(slab_cols)),
     )  # fmt: skip
-    most = {256: 240, 128: 184, 64: 144}.get(config.BN, 128) if dtype != "float32" else 160
+    most = {256: 244, 128: 184, 64: 144}.get(config.BN, 128) if dtype != "float32" else 160
+    sizes = [f"{name}_{i}" for name in ("rows", "stride") for i in range(MEMBERS)]
     return Case(
-        f"slab {dtype} {slab_cols}", linear.slab_kernel, _types(linear.slab_kernel, pointers), constants,
-        ("rows", "cols", "padded_rows", "stride_d", "stride_a"), options, most, tensor_cores=dtype != "float32",
+        f"slab {dtype} {slab_cols} {into}", linear.slab_kernel, _types(linear.slab_kernel, pointers), constants,
+        (*sizes, "cols", "stride_a", "padded_rows"), options, most, tensor_cores=dtype != "float32",
     )  # fmt: skip
 
 
 def grouped(dtype: str, slab_cols: int, capability: int, entries: int, aligned: bool = True) -> Case:
-    config = linear.slab_config(slab_cols, _dtype(dtype), capability >= 90)
+    config = linear.slab_config(slab_cols, _dtype(dtype), SHARED_LIMIT[capability])
     shape = dataclasses.asdict(config)
     options = {"num_warps": shape.pop("num_warps"), "num_stages": shape.pop("num_stages")}
     word = f"*{FLOATS[dtype]}"
@@ -98,33 +91,39 @@ def fold(dtype: str, width: int) -> Case:
 
 def embedding(dtype: str, folded: bool) -> Case:
     pointers = dict(
-        x=f"*{FLOATS[dtype]}", ids="*i64", out="*fp32", partial="*fp32", offsets="*i64", by_pair="*i64"
+        x=f"*{FLOATS[dtype]}", ids="*i64", out="*fp32", partial="*fp32", table="*i64", by_pair="*i64"
     )
     pointers |= dict(row_sign="*i8", row_fold="*i32", col_sign="*i8")
-    constants = dict(
-        rows.tile(256), SLAB_ROWS=128, SLAB_COLS=256, FOLDED=folded, CHUNK=rows.CHUNK_TOKENS,
-        SEGMENTS=segments.SEGMENT_BLOCK,
-    )  # fmt: skip
+    exact = dtype == "float32"
+    constants = rows.tile(256, exact) | dict(SLAB_ROWS=128, SLAB_COLS=256, FOLDED=folded)
+    options = {"num_warps": constants.pop("num_warps"), "num_stages": 2}
     return Case(
-        f"embedding {dtype} {'folded' if folded else ''}", rows.rows_kernel, _types(rows.rows_kernel, pointers),
-        constants, ("cols", "stride_x"), {"num_warps": 8, "num_stages": 2}, 200, tensor_cores=dtype != "float32",
+        f"embedding {dtype}{' folded' if folded else ''}", rows.rows_kernel, _types(rows.rows_kernel, pointers),
+        constants, ("cols", "stride_x"), options, 200, tensor_cores=not exact,
     )  # fmt: skip
 
 
-def norm_grad(dtype: str, n: int, centered: bool, weight: bool) -> Case:
+def norm_grad(dtype: str, n: int, centered: bool) -> Case:
     word = f"*{FLOATS[dtype]}"
-    names = ("weight", "bias", "weight_partial", "bias_partial")
-    pointers = {"x": word, "dy": word, "offsets": "*i64"} | dict.fromkeys(names, "*fp32")
-    tokens, features, warps = norm.tile(n, weight)
-    constants = dict(
-        CENTERED=centered, WITH_WEIGHT=weight, WITH_BIAS=not weight or centered, CHUNK=norm.CHUNK_TOKENS,
-        SEGMENTS=segments.SEGMENT_BLOCK, BT=tokens, BN=features,
-    )  # fmt: skip
+    pointers = {"x": word, "dy": word, "table": "*i64"} | dict.fromkeys(
+        ("weight", "bias", "partial"), "*fp32"
+    )
+    tokens, features, warps = norm.tile(n)
+    constants = dict(CENTERED=centered, WITH_BIAS=centered, BT=tokens, BN=features)
     return Case(
-        f"norm {dtype} {n} {'weight' if weight else 'bias'}", norm.norm_kernel,
-        _types(norm.norm_kernel, pointers, ("eps",)), constants,
-        ("n", "stride_x", "stride_dy"), {"num_warps": warps}, 208 if n > 4096 else 128,
+        f"norm {dtype} {n}", norm.norm_kernel, _types(norm.norm_kernel, pointers, ("eps",)), constants,
+        ("n", "stride_x", "stride_dy", "weight_at", "bias_at"), {"num_warps": warps}, 208 if n > 4096 else 128,
     )  # fmt: skip
+
+
+def sums(dtype: str) -> Case:
+    pointers = dict.fromkeys(("dy_0", "dy_1", "dy_2"), f"*{FLOATS[dtype]}") | {
+        "out": "*fp32", "partial": "*fp32", "table": "*i64",
+    }  # fmt: skip
+    sizes = tuple(f"{name}_{i}" for name in ("n", "stride", "at") for i in range(MEMBERS))
+    constants = dict(BT=norm.BIAS_TOKENS, BN=norm.BIAS_FEATURES)
+    types = _types(norm.sums_kernel, pointers)
+    return Case(f"sums {dtype}", norm.sums_kernel, types, constants, sizes, {"num_warps": 4}, 96)
 
 
 def log_prob(dtype: str, capped: bool, backward: bool) -> Case:
@@ -140,21 +139,31 @@ def log_prob(dtype: str, capped: bool, backward: bool) -> Case:
     )  # fmt: skip
 
 
+def chunks() -> Case:
+    kernel = segments.chunks_kernel
+    constants = dict(CHUNK=512, ALWAYS=False, BLOCK=segments.SEGMENT_BLOCK)
+    types = _types(kernel, dict(offsets="*i64", table="*i64"))
+    return Case("chunks", kernel, types, constants, (), {"num_warps": 1}, 96)
+
+
 def reduce_partials() -> Case:
     kernel = segments.reduce_partials_kernel
-    pointers = dict(partial="*fp32", out="*fp32", offsets="*i64")
-    constants = dict(CHUNK=512, ALWAYS=False, SEGMENTS=segments.SEGMENT_BLOCK, BLOCK=segments.REDUCE_BLOCK)
-    return Case(
-        "reduce", kernel, _types(kernel, pointers), constants, ("width", "out_stride"), {"num_warps": 4}, 64
-    )
+    types = _types(kernel, dict(partial="*fp32", out="*fp32", table="*i64"))
+    constants = dict(BLOCK=segments.REDUCE_BLOCK)
+    return Case("reduce", kernel, types, constants, ("width", "out_stride"), {"num_warps": 4}, 64)
 
 
 def sketch_vector() -> Case:
     pointers = dict(gradient="*fp32", out="*fp32", position="*i64", source="*i32", sign="*i8")
     types = _types(vector.vector_kernel, pointers)
-    return Case(
-        "vector", vector.vector_kernel, types, dict(BLOCK=vector.BLOCK), ("hits",), {"num_warps": 4}, 64
-    )
+    return Case("vector", vector.vector_kernel, types, dict(BLOCK=vector.BLOCK), (), {"num_warps": 4}, 64)
+
+
+def sketch_tail() -> Case:
+    pointers = dict(partial="*fp32", out="*fp32", table="*i64", entries="*i32", sign="*i8")
+    types = _types(vector.tail_kernel, pointers)
+    constants = dict(SLAB=32768, BLOCK=vector.TAIL_BLOCK)
+    return Case("tail", vector.tail_kernel, types, constants, ("stride_out",), {"num_warps": 4}, 96)
 
 
 _PROJECT = {
@@ -203,7 +212,9 @@ def projects() -> list[Case]:
 
 def all_cases(capability: int) -> list[Case]:
     return [
-        *(slab("bfloat16", cols, capability) for cols in (256, 128, 64, 16)),
+        slab("bfloat16", 256, capability, "slots"),
+        slab("bfloat16", 64, capability, "out"),
+        *(slab("bfloat16", cols, capability) for cols in (128, 64, 16)),
         slab("float16", 64, capability),
         slab("float32", 64, capability),
         grouped("bfloat16", 64, capability, 32),
@@ -216,15 +227,17 @@ def all_cases(capability: int) -> list[Case]:
         embedding("bfloat16", folded=False),
         embedding("bfloat16", folded=True),
         embedding("float32", folded=False),
-        norm_grad("bfloat16", 1536, centered=False, weight=True),
-        norm_grad("bfloat16", 128, centered=True, weight=True),
-        norm_grad("float32", 8192, centered=True, weight=True),
-        norm_grad("bfloat16", 1536, centered=False, weight=False),
+        norm_grad("bfloat16", 1536, centered=False),
+        norm_grad("bfloat16", 128, centered=True),
+        norm_grad("float32", 8192, centered=True),
+        sums("bfloat16"),
         log_prob("bfloat16", capped=False, backward=False),
         log_prob("float32", capped=True, backward=False),
         log_prob("bfloat16", capped=False, backward=True),
         log_prob("float32", capped=True, backward=True),
+        chunks(),
         reduce_partials(),
         sketch_vector(),
+        sketch_tail(),
         *projects(),
     ]

@@ -16,7 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 TOOLS = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin"
-SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes per block, CUDA C++ programming guide, compute capabilities
+# Bytes of shared memory per block: CUDA C++ programming guide, technical specifications per compute capability.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# Instructions of the tensor cores.
+PRODUCTS = dict.fromkeys((80, 86, 89, 120), "HMMA") | {90: "HGMMA", 100: "UTCHMMA"}
 FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 

@@ -16,15 +16,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cropi_kernels import _gpu
+from cropi_kernels import _gpu, _triton
 
 CAPABILITY = int(os.environ.get("KERNELS_FOR", "0"))
+SHARED = {80: 166_912, 90: 232_448}  # bytes of a block
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 if importlib.util.find_spec("triton") is None or not (INTERPRETER or CAPABILITY):
     collect_ignore_glob = ["test_*.py"]
 else:  # what the host does is the same in both; the interpreter reads whatever is in memory
     collect_ignore_glob = (
-        ["test_launches.py"] if CAPABILITY else ["test_emulated_gpu.py", "test_whole_model.py"]
+        ["test_launches.py"]
+        if CAPABILITY
+        else ["test_emulated_gpu.py", "test_host_cost.py", "test_whole_model.py"]
     )
 
 
@@ -47,7 +50,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if CAPABILITY:
             from ptx_emulator.launch import emulated_gpu
 
+            from cropi_kernels import _launch
+
             monkeypatch.setattr(_gpu, "interpreting", lambda: True)
-            monkeypatch.setattr(_gpu, "has_warp_group_products", lambda device: CAPABILITY >= 90)
+            # The emulator's memory are the tensors of a launch: an address alone would say nothing of where they end.
+            monkeypatch.setattr(_launch, "BY_ADDRESS", False)
+            monkeypatch.setattr(_triton, "shared_memory", lambda device: SHARED[CAPABILITY])
             stack.enter_context(emulated_gpu(CAPABILITY))
         yield

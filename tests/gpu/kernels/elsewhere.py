@@ -40,14 +40,14 @@ torch.Tensor.is_cuda = property(lambda x: x.is_meta)  # type: ignore[assignment,
 from support import zoo  # noqa: E402
 from transformers import masking_utils  # noqa: E402
 
-from cropi_kernels import GradientSketcher, ProjectionSpec, SketchSpec, _gpu, dispatch, project  # noqa: E402
+from cropi_kernels import GradientSketcher, ProjectionSpec, SketchSpec, _gpu, _triton, dispatch, project  # noqa: E402
 from cropi_kernels.ops import _checks  # noqa: E402
 from cropi_kernels.sketcher import attach, decoder, gradient_sketcher, head, recognise  # noqa: E402
 from cropi_kernels.sketcher.segments import Segments  # noqa: E402
 
 _checks.DEVICES = ("cpu", "meta")
 _gpu.on = lambda x: contextlib.nullcontext()
-_gpu.has_warp_group_products = lambda device: True
+_triton.shared_memory = lambda device: 232_448
 dispatch.choose = lambda *args, **kwargs: "triton"
 torch.is_autocast_enabled = lambda *args: False  # type: ignore[assignment]
 # What a module is, and whether the parts make the model, is found out by values, once, before any pass.

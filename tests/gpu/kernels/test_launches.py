@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_calls import HEAD, OFFSETS, OPS, ROWS, A
+from support.op_calls import HEAD, NORM, OFFSETS, OPS, ROWS, A
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
@@ -32,7 +32,9 @@ from cropi_kernels import (
     project_transpose,
     sketch_linear,
 )
+from cropi_kernels.ops._triton_segments import cut
 from cropi_kernels.ops.linear_logprob import oracle
+from cropi_kernels.ops.sketch_vector.triton import sketch_tail
 
 READS = {
     torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.equal, torch.ops.aten.is_nonzero,
@@ -94,12 +96,12 @@ THINNED = ProjectionSpec(64, keep=0.5)
 KERNELS = {
     "fold_inputs": {"fold_kernel"},
     "fold_outputs": {"fold_kernel"},
-    "sketch_linear": {"fold_kernel", "slab_kernel"},
+    "sketch_linear": {"fold_kernel", "chunks_kernel", "slab_kernel"},
     "sketch_grouped": {"fold_kernel", "grouped_kernel"},
     "sketch_embedding": {"rows_kernel"},
     "sketch_vector": {"vector_kernel"},
     "norm_grad": {"norm_kernel"},
-    "bias_grad": {"norm_kernel"},
+    "bias_grad": {"sums_kernel"},
     "linear_logprob": {"forward_kernel"},
 }
 
@@ -107,6 +109,11 @@ KERNELS = {
 def wide_and_strided() -> None:
     d, a = torch.ones(9, 1300).half(), torch.ones(700, 9).half().t()
     sketch_linear(d, a, OFFSETS, WIDE, torch.zeros(3, 32768), backend="triton")
+
+
+def sums_of_chunks() -> None:
+    chunks = cut(OFFSETS, 9, 4, True)
+    sketch_tail(torch.ones(chunks.n_slots, 40), (NORM,), chunks, torch.zeros(3, 32768))
 
 
 # What is called, and the kernels that it must launch at least.
@@ -118,6 +125,7 @@ CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
         wide_and_strided,
         {"fold_kernel", "slab_kernel", "reduce_partials_kernel"},
     ),
+    "sketch_tail": (sums_of_chunks, {"tail_kernel"}),
     "linear_logprob with entropies": (
         lambda: linear_logprob(A, HEAD, TARGETS, return_entropy=True, chunk_size=4, backend="triton"),
         {"forward_kernel"},
@@ -185,12 +193,13 @@ def test_the_list_is_whole(gpu: list[str]) -> None:
     """An op is left out above if Triton does not serve it, and a kernel never."""
     assert set(KERNELS) == {op for op in OPS if served_by_triton(op)}
     named = set().union(*(kernels for _, kernels in CALLS.values()))
-    assert named == {kernel for _, _, kernel, _ in all_launches()}
+    assert named == {kernel for _, _, kernel, _ in all_launches()} - {"self.kernel"}
 
 
 # ------------------------------------------------------------------------------------------------- source
 def launches(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[int, str, bool]]:
-    """(line, kernel, whether inside ``with _gpu.on(...)``) of every ``some_kernel[grid](...)``."""
+    """(line, kernel, whether inside ``with _gpu.on(...)``) of every ``some_kernel[grid](...)``, and of every
+    ``Launch(some_kernel, ...)``, whose own launch is the one of ``self.kernel``."""
     for node in ast.iter_child_nodes(tree):
         inside = guarded
         if isinstance(node, ast.With):
@@ -198,6 +207,8 @@ def launches(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[int, str, b
         kernel = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
         if kernel and ast.unparse(node.func.value).endswith("kernel"):
             yield node.lineno, ast.unparse(node.func.value), inside
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Launch":
+            yield node.lineno, ast.unparse(node.args[0]), True
         yield from launches(node, inside)
 
 

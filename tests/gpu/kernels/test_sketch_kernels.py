@@ -17,10 +17,11 @@ from cropi_kernels import (
     sketch_linear,
     sketch_vector,
 )
-from cropi_kernels.ops import _device_plan
+from cropi_kernels.ops._triton_segments import cut, reduce_partials
 from cropi_kernels.ops.sketch_embedding.reference import sketch_embedding as embedding_reference
 from cropi_kernels.ops.sketch_linear import triton as kernels
 from cropi_kernels.ops.sketch_vector.reference import sketch_vector as vector_reference
+from cropi_kernels.ops.sketch_vector.triton import sketch_tail
 from cropi_kernels.plan import MatrixPlan
 from cropi_kernels.testing import sketch_and_magnitudes, sum_error_bound
 
@@ -171,22 +172,59 @@ def test_sketch_vector(size: int, dim: int) -> None:
 
 
 def test_tables_hold_the_plan_to_the_bit() -> None:
-    plan = plan_matrix(SketchSpec(dim=131072, width=None), "a.b.weight", 700, 900)
-    tables = _device_plan.matrix_tables(plan, torch.device("cpu"))
-    words = tables.pairs.numpy().view(np.uint64)
+    """Of two matrices one above the other, whose row blocks are numbered through."""
+    spec = SketchSpec(dim=131072, width=None)
+    plans = tuple(plan_matrix(spec, f"a.{name}.weight", rows, 900) for name, rows in (("b", 700), ("c", 300)))
+    stack = kernels.stack_of(plans, torch.device("cpu"), torch.float32)
+    words = stack.pairs.numpy().view(np.uint64)
     part = lambda shift, bits: (words >> np.uint64(shift) & np.uint64((1 << bits) - 1)).astype(np.int64)  # noqa: E731
     row, col = part(48, 15), part(32, 16)
-    assert sorted(zip(row, col)) == [
-        (i, j) for i in range(plan.n_row_blocks) for j in range(plan.n_col_blocks)
-    ]
-    assert np.array_equal(part(0, 16), plan.pair_row[row, col]) and np.array_equal(
-        part(16, 16), plan.pair_col[row, col]
-    )
-    assert np.array_equal(np.where(part(63, 1), -1.0, 1.0), plan.pair_sign[row, col])
-    first = tables.first.numpy()
-    slab = np.repeat(np.arange(plan.n_slabs), np.diff(first))
-    assert np.array_equal(slab, plan.pair_slab[row, col]) and tables.most_pairs == np.diff(first).max()
-    assert _device_plan.matrix_tables(plan, torch.device("cpu")) is tables, "uploaded again"
+    blocks = sum(plan.n_row_blocks for plan in plans)
+    assert sorted(zip(row, col)) == [(i, j) for i in range(blocks) for j in range(plans[0].n_col_blocks)]
+    both = lambda name: np.concatenate([getattr(plan, name) for plan in plans])[row, col]  # noqa: E731
+    assert np.array_equal(part(0, 16), both("pair_row")) and np.array_equal(part(16, 16), both("pair_col"))
+    assert np.array_equal(np.where(part(63, 1), -1.0, 1.0), both("pair_sign"))
+    count = np.diff(stack.first.numpy())
+    assert np.array_equal(np.repeat(np.arange(stack.n_slabs), count), both("pair_slab"))
+    assert stack.groups * stack.group_pairs >= count.max() > stack.groups * (stack.group_pairs - 1)
+    assert stack.begins == (plans[0].n_row_blocks, 1 << 15)
+    assert kernels.stack_of(plans, torch.device("cpu"), torch.float32) is stack, "uploaded again"
+
+
+@pytest.mark.parametrize("names", ["gate up", "q k v"])
+def test_matrices_that_share_their_inputs_go_in_one_launch(names: str, dtype: torch.dtype) -> None:
+    """Added to what the slots hold; every slot by one program, whatever the number of chunks."""
+    spec, n = SketchSpec(), 560
+    plans = tuple(plan_matrix(spec, f"a.{m}.weight", 40 + 30 * i, 96) for i, m in enumerate(names.split()))
+    offsets = torch.tensor([3, 20, 20, 555])
+    made = [operands(plan, n, dtype, seed=i) for i, plan in enumerate(plans)]
+    a = made[0][1]
+    exact, bound = map(sum, zip(*(oracle(d, a, offsets, plan) for (d, _), plan in zip(made, plans))))
+    stack = kernels.stack_of(plans, a.device, dtype)
+    chunks = cut(offsets, n, stack.chunk, True)
+    sums, out = torch.zeros(chunks.n_slots, stack.groups + 1, 32768), torch.zeros(3, 32768)
+    for _ in range(2):
+        kernels.add_slabs(
+            stack, [d for d, _ in made], [d.shape[1] for d, _ in made], a, 64, out, sums, chunks, "sums"
+        )
+    reduce_partials(sums, out, chunks, sums.shape[1])
+    assert ((out.double() - 2 * exact).abs() <= 2 * bound + 2.0**-22 * exact.abs()).all()
+
+
+def test_vectors_from_their_sums_over_chunks() -> None:
+    """One of several pieces, in sketches of two slabs; as if each had been summed and sketched alone."""
+    g, spec = torch.Generator().manual_seed(0), SketchSpec(dim=65536)
+    plans = tuple(plan_vector(spec, f"{n}.weight", n) for n in (777, 70_000, 8))
+    chunks = cut(torch.tensor([2, 70, 70, 130]), 140, 32, True)
+    x = [torch.randn(130 // 32 + 3 + 4, plan.size, generator=g)[: chunks.n_slots] for plan in plans]
+    out = torch.ones(3, 65536)
+    sketch_tail(torch.cat([part.reshape(-1) for part in x]), plans, chunks, out)
+    # Tokens 2 to 70 are chunks 0 to 2, tokens 70 to 130 are chunks 3 and 4.
+    sums = [torch.stack([p[:3].sum(0), p[:0].sum(0), p[3:5].sum(0)]).double() for p in x]
+    exact = torch.ones(3, 65536, dtype=torch.float64)
+    for part, plan in zip(sums, plans):
+        vector_reference(part, plan, exact)
+    assert ((out - exact).abs() <= sum_error_bound(torch.tensor(40.0), 12)).all() and (out[1] == 1).all()
 
 
 def test_group_size_fits_the_kernel() -> None:

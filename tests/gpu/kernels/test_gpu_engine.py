@@ -1,0 +1,162 @@
+"""What taps hand to the GPU engine, against the same in plain torch in float64: in the order of a backward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from rehearsal import set_stage
+
+from cropi_kernels import SketchSpec, dispatch, plan_vector
+from cropi_kernels.sketcher.engine import Norm, Operators, Site
+from cropi_kernels.sketcher.gpu_engine import GpuEngine
+from cropi_kernels.sketcher.segments import Segments
+from cropi_kernels.sketcher.slab import SlabMatrix
+from cropi_kernels.testing import sum_error_bound
+
+SPEC = SketchSpec(width=128)
+BATCH, LENGTH, WIDTH, HEADS = 2, 40, 136, 3
+SITE = Site("a.q_proj")
+
+
+def tensor(seed: int, *shape: int) -> torch.Tensor:
+    """Numbers that every dtype holds."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 9, shape, generator=g).double() / 4
+
+
+@dataclasses.dataclass
+class Layer:
+    """The calls of a layer's backward pass: q, k and v with biases, a norm of heads, an MLP, a LayerNorm; one gradient
+    that is no dense [batch, length, n]."""
+
+    first: int = 0  # token that the batch begins with
+    last: int = BATCH * LENGTH
+
+    def rows(self, seed: int, dtype: torch.dtype, *more: int) -> torch.Tensor:
+        x = tensor(seed, BATCH * LENGTH, *more)[self.first : self.last].to(dtype)
+        batch = BATCH if self.last - self.first == BATCH * LENGTH else 1
+        return x.view(batch, -1, *more)
+
+    def run(self, engine: Operators, dtype: torch.dtype) -> None:
+        def matrix(name: str, rows: int) -> SlabMatrix:
+            return SlabMatrix(SPEC, f"model.0.attn.{name}.weight", rows, WIDTH, "linear")
+
+        x, hidden = self.rows(0, dtype, WIDTH), self.rows(1, dtype, WIDTH)
+        q, k, v, gate, up, down = (
+            matrix(name, 20 + 8 * i) for i, name in enumerate(("q", "k", "v", "gate", "up", "down"))
+        )
+        kept, mlp, other = (engine.fold(y, m, SITE) for y, m in ((x, q), (hidden, gate), (x * 2, down)))
+        seed = 2
+        order = (down, other), (up, mlp), (gate, mlp), (v, kept), (k, kept), (q, kept)
+        for m, folded in order:
+            dy = self.rows(seed, dtype, m.rows)
+            if m is k:  # between matrices that share their inputs, as norms of heads are
+                heads = Norm(False, 1e-6, plan_vector(SPEC, "model.0.k_norm.weight", 8), None)
+                engine.add_norm(self.rows(30, dtype, HEADS, 8), self.rows(31, dtype, HEADS, 8), heads, SITE)
+            engine.add_linear(dy, folded, m, SITE)
+            if folded is kept:
+                engine.add_bias(dy, plan_vector(SPEC, f"model.0.{m.name}.bias", m.rows), SITE)
+            seed += 1
+        plans = (plan_vector(SPEC, f"model.0.norm.{p}", WIDTH) for p in ("weight", "bias"))
+        engine.add_norm(
+            x, hidden.float() if dtype != torch.float64 else hidden, Norm(True, 1e-5, *plans), SITE
+        )
+        turned = self.rows(seed, dtype, 24).transpose(-1, -2).contiguous().transpose(-1, -2)
+        engine.add_bias(turned, plan_vector(SPEC, "model.0.o.bias", 24), SITE)
+
+    def segments(self, *cuts: int) -> Segments:
+        ids = torch.zeros(BATCH * LENGTH, dtype=torch.int64)
+        for cut in cuts:
+            ids[cut:] += 1
+        ids = ids[self.first : self.last]
+        ids = (ids - ids[0]).view(BATCH if self.last - self.first == BATCH * LENGTH else 1, -1)
+        return Segments.of(ids, *ids.shape, None)
+
+    def sketches(self, dtype: torch.dtype, *cuts: int, engine: type[Operators] = GpuEngine) -> torch.Tensor:
+        where = self.segments(*cuts)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        made = engine(where, torch.zeros(where.count, SPEC.base_dim, dtype=wide))
+        self.run(made, dtype)
+        return made.settle()
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Falls of the engine to an operator are the GPU's, too."""
+    set_stage(monkeypatch)
+
+
+def test_a_layer_against_float64(stage: None, half: torch.dtype) -> None:
+    cuts = 5, 60
+    got = Layer().sketches(half, *cuts)
+    where = Layer().segments(*cuts)
+    exact = torch.zeros(3, SPEC.base_dim, dtype=torch.float64)
+    layer = Operators(where, exact)
+    with torch.no_grad():
+        Layer().run(layer, torch.float64)
+    # Sums of 80 products up to 4 * 4, of folds of two features that were rounded once.
+    error = (got - exact).abs()
+    bound = sum_error_bound(torch.tensor(80.0 * 16), 200) + torch.finfo(half).eps * exact.abs().max()
+    assert exact.any(1).all() and (error <= bound).all(), float(error.max())
+
+
+def test_bits_do_not_depend_on_company_or_run(stage: None, half: torch.dtype) -> None:
+    together, again = Layer().sketches(half, 5, 60), Layer().sketches(half, 5, 60)
+    alone = Layer(5, 60).sketches(half)
+    assert torch.equal(together, again) and torch.equal(alone[0], together[1])
+
+
+def test_what_waits_is_in_the_sketches_whenever_they_are_read(stage: None, half: torch.dtype) -> None:
+    """As the self-test reads them: after every call."""
+    where = Layer().segments(5, 60)
+    engine, sums = GpuEngine(where, torch.zeros(3, SPEC.base_dim)), torch.zeros(3, SPEC.base_dim)
+    counted = 0
+
+    class Reads(Operators):
+        def __getattribute__(self, name: str) -> object:
+            nonlocal counted
+            if not name.startswith("add_"):
+                return getattr(engine, name)
+
+            def read(*args: object) -> None:
+                nonlocal counted
+                getattr(engine, name)(*args)
+                took = engine.settle().clone()
+                assert took.any(), name
+                sums.add_(took)
+                engine.out.zero_()
+                counted += 1
+
+            return read
+
+    Layer().run(Reads(where, engine.out), half)
+    whole = Layer().sketches(half, 5, 60)
+    assert counted == 12 and not engine.settle().any()
+    torch.testing.assert_close(sums, whole, rtol=1e-5, atol=1e-3)
+
+
+def test_a_gradient_that_changes_before_it_is_read_is_an_error(stage: None) -> None:
+    """By a hook that came after ours, say: nothing else holds it."""
+    engine = GpuEngine(Layer().segments(), torch.zeros(1, SPEC.base_dim))
+    matrix = SlabMatrix(SPEC, "a.q.weight", 24, WIDTH, "linear")
+    dy, x = torch.ones(BATCH, LENGTH, 24), torch.ones(BATCH, LENGTH, WIDTH)
+    engine.add_linear(dy, engine.fold(x, matrix, SITE), matrix, SITE)
+    dy.mul_(2)
+    with pytest.raises(RuntimeError, match="outputs of a.q_proj was changed in place"):
+        engine.settle()
+
+
+def test_many_vectors_leave_in_several_launches(stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cropi_kernels.sketcher import gpu_engine
+
+    whole = Layer().sketches(torch.float32, 5)
+    monkeypatch.setattr(gpu_engine, "TAIL", 700)
+    torch.testing.assert_close(Layer().sketches(torch.float32, 5), whole, rtol=1e-5, atol=1e-4)
+
+
+def test_only_whole_slabs_are_served(stage: None) -> None:
+    assert GpuEngine.serves(torch.zeros(1, 32768)) and not GpuEngine.serves(torch.zeros(1, 4096))
+    assert not GpuEngine.serves(torch.zeros(0, 32768))
+    assert dispatch.choose("sketch_linear", torch.zeros(1)) == "triton", "the stage is not set"
