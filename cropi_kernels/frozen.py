@@ -117,8 +117,8 @@ class PackedLinears(TorchFunctionMode):
     Args:
         parameters: the model's; those that require a gradient, or are no dense float32 matrices on the CPU, are left.
         linears: one of the three.
-        inference: for passes without a gradient: the weights may require one, only the product is packed, and the bits
-            of few rows may depend on the threads.
+        inference: for passes without a gradient: the weights may require one and must stay as they are while it is
+            entered, only the product is packed, and the bits of few rows may depend on the threads.
 
     Raises:
         RuntimeError: ``"onednn"`` was asked for by name, and torch has none; says why.
@@ -140,6 +140,7 @@ class PackedLinears(TorchFunctionMode):
         self._own = {id(p): p for p in parameters} if self.linears != "torch" else {}
         self._pairs: dict[int, _Pair] = {}
         self._asked = False  # whether a product came by since the last `clear`
+        self._current: set[int] = set()  # weights that were looked at since it was entered, for inference
 
     @property
     def nbytes(self) -> int:
@@ -164,6 +165,10 @@ class PackedLinears(TorchFunctionMode):
                 )
             return nullcontext()
         return self
+
+    def __enter__(self) -> Any:
+        self._current.clear()
+        return super().__enter__()
 
     def clear(self) -> None:
         """Frees the packed copies."""
@@ -202,9 +207,14 @@ class PackedLinears(TorchFunctionMode):
         return weight.numel() >= _LEAST_SIZE and _decided(rows, cols)
 
     def _pair(self, weight: torch.Tensor) -> _Pair:
-        pair = self._pairs.get(id(weight))
+        key = id(weight)
+        if key in self._current:
+            return self._pairs[key]
+        pair = self._pairs.get(key)
         if pair is None or not pair.is_current():
-            pair = self._pairs[id(weight)] = _Pair(weight)
+            pair = self._pairs[key] = _Pair(weight)
+        if self._inference:  # decoding asks for every weight at every token
+            self._current.add(key)
         return pair
 
 

@@ -225,3 +225,18 @@ def test_compiled_modules_are_refused_by_name(model: Any) -> None:
         pytest.raises(RuntimeError, match="compiled modules"),
     ):
         gradient(sketcher)
+
+
+def test_decoding_looks_at_a_weight_each_time_it_begins() -> None:
+    """Within one decoding weights stay as they are; the next one sees what was changed in between."""
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.nn.Parameter(torch.randn(64, 48, generator=g)), torch.randn(3, 48, generator=g)
+    mode = frozen.PackedLinears([weight], "onednn", inference=True)
+    for factor in (1.0, 2.0, -0.5):
+        with torch.no_grad():
+            weight.mul_(factor)
+        with torch.inference_mode(), mode:
+            for _ in range(2):
+                y = torch.nn.functional.linear(x, weight)
+        want, magnitude = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+        assert ((y - want).abs() <= 50 * torch.finfo(torch.float32).eps * magnitude).all()

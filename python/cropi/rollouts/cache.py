@@ -77,8 +77,9 @@ def roomy_layer() -> Any:
             moved = (indices != place).nonzero()[:, 0]
             if len(moved):
                 source = indices[moved]
-                for held in self._held:
-                    held[moved, :, :used] = held[source, :, :used]
+                for held in self._held:  # twice as fast as by an index in brackets
+                    part = held[:, :, :used]
+                    part.index_copy_(0, moved, part.index_select(0, source))
             self._use(rows, used)
 
         reorder_cache = batch_select_indices

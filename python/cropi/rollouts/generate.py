@@ -1,9 +1,9 @@
 """Responses of a Hugging Face model to a batch of prompts, with the log-prob of every token as it was drawn.
 
-What is the same is computed once: what all prompts of the batch begin with (a system message, solved examples), each
+What is the same is computed once: what prompts begin with in common (:mod:`cropi.rollouts.beginnings`), each
 prompt, and what responses to one prompt have in common so far. A row of the batch stands for all responses that
 have drawn the same tokens; where their next tokens differ, it is split, and the keys and values are copied. Rows whose
-responses have ended leave the batch. Prompts are padded on the left, or behind the shared beginning; what a model
+responses have ended leave the batch. Prompts are padded on the left, and behind shared beginnings; what a model
 takes of that is tried before (:mod:`cropi.rollouts.trial`).
 """
 
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from cropi.rollouts.beginnings import Level, levels
 from cropi.rollouts.cache import keeps_all, make_cache
 from cropi.rollouts.draw import draw, uniforms
 from cropi.rollouts.engine import Request, Response, Sampling
 
 PIECE = 8192  # tokens of a forward over prompts
-SHORTEST_PREFIX = 8  # tokens that are worth a forward of their own
 
 
 @torch.inference_mode()
@@ -37,7 +37,7 @@ def generate(
         n: responses to each.
         sampling: how.
         ends: tokens that end a response.
-        shared: process what all prompts begin with once, where every layer keeps all tokens.
+        shared: process what prompts begin with in common once, where every layer keeps all tokens.
 
     Returns:
         The responses of each prompt. A log-prob is NaN where the model's output is no number.
@@ -117,27 +117,32 @@ class Decoding:
         self.logits: torch.Tensor
         self.device = model.get_input_embeddings().weight.device
         self._positions, self._last_only = takes(model, "position_ids"), last_logits(model, 1)
-        self.gaps = False  # padding stands behind a shared beginning
-        begin = common_length(prompts) if shared else 0
-        if begin >= SHORTEST_PREFIX and len(prompts) > 1:
-            self.mask = torch.ones(1, 0, dtype=torch.long, device=self.device)
-            self._forward(torch.tensor([list(prompts[0][:begin])], device=self.device))
-            if keeps_all(self.cache):
-                self.select(torch.zeros(len(prompts), dtype=torch.long, device=self.device))
-                self.gaps = True
-                prompts = [ids[begin:] for ids in prompts]
-            else:  # padding behind the beginning would move what a layer with a window sees
-                self.cache = make_cache(model)
-                self.mask = self.mask.new_ones(len(prompts), 0)
-        else:
-            self.mask = torch.ones(len(prompts), 0, dtype=torch.long, device=self.device)
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        # A long prompt in pieces: what a layer holds of all its tokens at once is a multiple of the model's width.
-        piece = max(1, PIECE // len(prompts)) if shared and keeps_all(self.cache) else width
-        for start in range(0, width, piece):
-            self._forward(ids[:, start : start + piece], mask[:, start : start + piece])
+        self._parts = shared
+        alone = [Level([0] * len(prompts), [list(prompt) for prompt in prompts])]
+        steps = levels(prompts) if shared else alone
+        self._begin(steps[0])
+        # Padding behind a beginning would move what a layer with a window sees.
+        if len(steps) > 1 and not keeps_all(self.cache):
+            self.cache, steps = make_cache(model), alone
+            self._begin(steps[0])
+        for step in steps[1:]:
+            self.select(torch.tensor(step.parents, device=self.device))
+            self._extend(step.pieces)
+        self.gaps = len(steps) > 1  # padding stands behind a shared beginning
+
+    def _begin(self, step: Level) -> None:
+        self.mask = torch.ones(len(step.pieces), 0, dtype=torch.long, device=self.device)
+        self._extend(step.pieces)
+
+    def _extend(self, pieces: Sequence[Sequence[int]]) -> None:
+        """More tokens to every row, padded on the left."""
+        width = max(map(len, pieces))
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in pieces], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in pieces], device=self.device)
+        # A long prompt in parts: what a layer holds of all its tokens at once is a multiple of the model's width.
+        part = max(1, PIECE // len(pieces)) if self._parts and keeps_all(self.cache) else width
+        for start in range(0, width, part):
+            self._forward(ids[:, start : start + part], mask[:, start : start + part])
 
     @property
     def rows(self) -> int:
@@ -181,14 +186,3 @@ def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     """Of the forward; of an adapter's wrapper that of the model inside, to which it hands everything on."""
     inside = getattr(model, "get_base_model", None)
     return inspect.signature((inside() if callable(inside) else model).forward).parameters
-
-
-def common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with; each keeps one of its own at least."""
-    first, last = min(prompts, key=list), max(prompts, key=list)
-    same = 0
-    for a, b in zip(first, last):
-        if a != b:
-            break
-        same += 1
-    return min(same, min(map(len, prompts)) - 1)

@@ -1,8 +1,9 @@
 """The embedded engine: a Hugging Face model in this process.
 
-A batch is planned from the prompts alone, longest first and of similar lengths, and holds whole prompts: a run that is
-continued samples the same batches, to the bit on the same machine. The log-probs of a row depend on its batch by
-rounding, and so do its tokens where a draw falls that near to the end of a token's share.
+A batch is planned from the prompts alone, those with the same beginning together, longest first and of similar lengths,
+and holds whole prompts: a run that is continued samples the same batches, to the bit on the same machine. The
+log-probs of a row depend on its batch by rounding, and so do its tokens where a draw falls that near to the end of a
+token's share.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from cropi.errors import CropiError
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy, check_dropout
+from cropi.rollouts.beginnings import families
 from cropi.rollouts.cache import bytes_of, make_cache
 from cropi.rollouts.engine import Request, Response, Sampling
 from cropi.rollouts.generate import generate
@@ -26,7 +28,9 @@ from cropi.rollouts.trial import way_of
 from cropi_kernels.frozen import Linears, PackedLinears, unsupported
 from cropi_kernels.sketcher.precision import own_precision
 
-MOST_ROWS = 256  # more bring nothing on a CPU; a GPU is left half idle below
+# Responses at once, and tokens that a kill may cost. On a CPU a step costs as much as 25 rows more than it has, and a
+# row stands for several responses; a GPU is left half idle below 256.
+LEAST_ROWS, MOST_ROWS, MOST_TOKENS = 256, 1024, 2**18
 SHARE_OF_MEMORY = 0.5  # of what is free, for keys and values
 GAIN, MEASURED, ROUNDS = 0.9, 64, 3  # of torch's time, at most; rows and repetitions of the measurement
 SHARE_OF_COPIES = 0.25  # of what is free, for weights in oneDNN's order
@@ -44,7 +48,7 @@ class HfEngine:
         policy: its model is taken as it is.
         tokens: knows which tokens end a response.
         sampling: how.
-        rows: responses that are decoded at once; None: as many as memory allows, at most 256.
+        rows: responses that are decoded at once; None: as many as memory allows, and :func:`most_rows`.
     """
 
     name = "hf"
@@ -89,10 +93,10 @@ class HfEngine:
         self._packed = PackedLinears(model.parameters(), self.linears, inference=True)
 
     def plan(self, requests: Sequence[Request], n: int) -> Iterator[list[Request]]:
-        """At most ``rows`` responses a batch (but one prompt at least), longest prompts first."""
-        each = max(1, (self.rows or MOST_ROWS) // n)
+        """At most ``rows`` responses a batch (but one prompt at least), longest prompts first, families together."""
+        each = max(1, (self.rows or most_rows(self.sampling.max_tokens)) // n)
         batch: list[Request] = []
-        for request in sorted(requests, key=lambda r: -len(r.prompt)):  # stable: in the order of the file
+        for request in ordered(requests, shared=self.way == "shared"):
             other = self.way == "alone" and batch and len(batch[0].prompt) != len(request.prompt)
             if len(batch) == each or other:
                 yield batch
@@ -158,16 +162,18 @@ class HfEngine:
         if copies > SHARE_OF_COPIES * free_memory(device):
             return "torch"
         ids = torch.zeros(min(rows, MEASURED), 1, dtype=torch.long)
-        best: dict[str, float] = {}
         kinds: tuple[Linears, ...] = ("torch", "onednn")
-        for linears in kinds:
-            packed = PackedLinears(model.parameters(), linears, inference=True)
-            with own_precision(model), packed.around(model):
-                model(input_ids=ids, use_cache=False)
-                for _ in range(ROUNDS):
+        ways = {kind: PackedLinears(model.parameters(), kind, inference=True) for kind in kinds}
+        best = dict.fromkeys(kinds, math.inf)
+        for number in range(
+            1 + ROUNDS
+        ):  # in turn, so that another's load falls on both; the first packs the weights
+            for kind, packed in ways.items():
+                with own_precision(model), packed.around(model):
                     start = time.thread_time()
                     model(input_ids=ids, use_cache=False)
-                    best[linears] = min(best.get(linears, math.inf), time.thread_time() - start)
+                    if number:
+                        best[kind] = min(best[kind], time.thread_time() - start)
         return "onednn" if best["onednn"] <= GAIN * best["torch"] else "torch"
 
     @torch.inference_mode()
@@ -183,7 +189,21 @@ class HfEngine:
         grows = max(sizes[1] - sizes[0], 0) / 8
         row = max(1.0, sizes[0] + grows * length)
         # Half is for keys and values, a quarter of it for their room to grow and the rows that leave.
-        return max(1, min(MOST_ROWS, int(SHARE_OF_MEMORY * free_memory(device) / (1.5 * row))))
+        most = most_rows(self.sampling.max_tokens)
+        return max(1, min(most, int(SHARE_OF_MEMORY * free_memory(device) / (1.5 * row))))
+
+
+def most_rows(max_tokens: int) -> int:
+    """Rows at once where memory has room: the shorter the responses, the more, since fewer tokens are at stake."""
+    return min(MOST_ROWS, max(LEAST_ROWS, MOST_TOKENS // max_tokens))
+
+
+def ordered(requests: Sequence[Request], *, shared: bool) -> list[Request]:
+    """Longest prompts first, in the order of the file where they are equal; with ``shared``, families together."""
+    groups = families([request.prompt for request in requests]) if shared else [list(range(len(requests)))]
+    places = [sorted(group, key=lambda i: (-len(requests[i].prompt), i)) for group in groups]
+    places.sort(key=lambda group: (-len(requests[group[0]].prompt), group[0]))
+    return [requests[i] for group in places for i in group]
 
 
 def free_memory(device: torch.device) -> int:

@@ -74,7 +74,7 @@ class Engines(Options):
     )  # fmt: skip
     rows: int | None = option(
         None, "responses that hf decodes at once", kind="count", metavar="N",
-        shown="what half of the free memory holds, at most 256",
+        shown="what half of the free memory holds; at most 256, of short responses 1024",
     )  # fmt: skip
     url: str | None = option(
         None, "address of the server, with its version: http://localhost:8000/v1", metavar="URL", shown="none"

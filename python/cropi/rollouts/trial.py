@@ -4,7 +4,7 @@ A model may take the place in the row for the position (padding on the left move
 mask (a window, a scan), or keep a state that padding changes. Three ways of batching are tried in order, and the first
 one is taken in which every row has the logits that it has alone:
 
-1. *shared*: what all prompts begin with once, padding behind it;
+1. *shared*: what prompts begin with in common once, padding behind it;
 2. *padded*: padding on the left;
 3. *alone*: prompts of one length alone share a batch.
 
@@ -22,11 +22,14 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.gradient.layout_trial import one_unit_off
-from cropi.rollouts.generate import SHORTEST_PREFIX, Decoding, last_logits
+from cropi.rollouts.beginnings import SHORTEST
+from cropi.rollouts.generate import Decoding, last_logits
 
 WAYS = ("shared", "padded", "alone")
 MARGIN = 16.0  # times what one unit in the last place does
-_LENGTHS, _DECODED = (SHORTEST_PREFIX + 3, SHORTEST_PREFIX + 9, SHORTEST_PREFIX + 16), 3
+_LENGTHS, _DECODED = (SHORTEST + 3, SHORTEST + 9, SHORTEST + 16), 3
+_OF_ALL = SHORTEST  # tokens that all rows of the trial begin with, where beginnings are shared
+_OF_TWO = SHORTEST + 2  # and two of them
 
 
 @torch.inference_mode()
@@ -63,7 +66,8 @@ def _excess(model: Any, way: str, longest: int) -> float:
     lengths[-1] = max(lengths[-1], min(longest, 4096)) if way != "alone" else lengths[-1]
     whole = [torch.randint(0, size, (n + _DECODED,), generator=generator).tolist() for n in lengths]
     if way == "shared":
-        whole = [whole[0][:SHORTEST_PREFIX] + ids[SHORTEST_PREFIX:] for ids in whole]
+        same = (_OF_TWO, _OF_TWO, _OF_ALL)
+        whole = [whole[0][:count] + ids[count:] for count, ids in zip(same, whole)]
     batch = Decoding(model, [ids[:-_DECODED] for ids in whole], shared=way == "shared")
     if way == "shared" and not batch.gaps:
         return float("inf")  # nothing was shared: the next way is what runs
