@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shlex
 import warnings
 from pathlib import Path
@@ -16,8 +15,7 @@ from support.made_data import make_model, make_records, make_tokenizer, write_li
 import cropi
 from cropi.errors import CropiError, RecordError
 from cropi.rollouts import trial
-from cropi.rollouts.beginnings import common_length, families, levels
-from cropi.rollouts.hf import FewerRows, HfEngine, most_rows
+from cropi.rollouts.hf import FewerRows, HfEngine
 
 
 def prompts(count: int = 7) -> list[dict[str, Any]]:
@@ -425,63 +423,6 @@ def test_options_of_another_engine_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CropiError, match=problem):
             rolled(tmp_path / "out.jsonl", make_model(), **options)
-
-
-def test_common_beginnings() -> None:
-    assert common_length([[1, 2, 3], [1, 2, 4, 5]]) == 2
-    assert common_length([[1, 2], [1, 2, 3]]) == 1  # every prompt keeps one token of its own
-    assert common_length([[4], [5]]) == 0
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_pieces_of_a_batch_are_its_prompts(seed: int) -> None:
-    """Whatever is shared: each prompt is the pieces on its way, and no level costs tokens."""
-    rng = random.Random(seed)
-    heads = [[rng.randrange(3) for _ in range(rng.randrange(30))] for _ in range(3)]
-    prompts = [
-        [9] * (seed % 2 * 12) + rng.choice(heads) + [rng.randrange(3) for _ in range(rng.randrange(1, 20))]
-        for _ in range(12)
-    ]
-    found = families(prompts)
-    assert sorted(i for group in found for i in group) == list(range(12))
-    for group in found:
-        same = common_length([prompts[i] for i in group] * 2)
-        assert len(group) == 1 or same + 1 >= max(len(prompts[i]) for i in group) / 2
-    made = levels(prompts)
-    rows: list[list[int]] = [[]]
-    for level in made:
-        rows = [rows[parent] + piece for parent, piece in zip(level.parents, level.pieces, strict=True)]
-    assert rows == prompts and all(made[-1].pieces)
-    width = max(map(len, prompts))
-    assert sum(len(level.pieces) * max(map(len, level.pieces)) for level in made) <= 12 * width
-
-
-def test_families_of_prompts_are_processed_once(tmp_path: Path) -> None:
-    """Two sets of solved examples in one file: exact log-probs, whole families in a batch, and fewer tokens."""
-    model, asked = make_model(), []
-    for i in range(8):
-        shown = [{"role": "system", "content": "12345678" * 3 if i % 2 else "+-+-+-+-" * 2}]
-        asked.append(
-            {
-                "id": f"p{i}",
-                "prompt": [*shown, {"role": "user", "content": f"{i}+{'1' * (i // 3)}="}],
-                "answer": "1",
-            }
-        )
-    seen: list[int] = []
-    model.model.register_forward_pre_hook(
-        lambda module, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
-    )
-    records = rolled(tmp_path / "out.jsonl", model, asked=asked, max_tokens=3)
-    lengths = [len(record["prompt_ids"]) for record in records]
-    drawn = sum(len({tuple(ids[:t]) for ids in r["response_ids"] for t in (1, 2)}) for r in records)
-    assert sum(seen[-12:]) < 0.7 * sum(lengths) + drawn
-    for record in records:
-        want = teacher_forced(model, record, 0)
-        got = torch.tensor(record["logprobs"][0], dtype=torch.float64)
-        torch.testing.assert_close(got, want, rtol=0, atol=300 * 10 * torch.finfo(torch.float32).eps)
-    # More fit where responses are short, and as many as ever where they are long.
-    assert [most_rows(tokens) for tokens in (24, 512, 1024, 8192)] == [1024, 512, 256, 256]
 
 
 def test_the_three_commands_of_the_readme(
