@@ -165,9 +165,8 @@ class HfEngine:
         kinds: tuple[Linears, ...] = ("torch", "onednn")
         ways = {kind: PackedLinears(model.parameters(), kind, inference=True) for kind in kinds}
         best = dict.fromkeys(kinds, math.inf)
-        for number in range(
-            1 + ROUNDS
-        ):  # in turn, so that another's load falls on both; the first packs the weights
+        # In turn, so that another's load falls on both; the first round packs the weights.
+        for number in range(1 + ROUNDS):
             for kind, packed in ways.items():
                 with own_precision(model), packed.around(model):
                     start = time.thread_time()
