@@ -6,12 +6,15 @@ import random
 
 import pytest
 import torch
-from support.made_data import make_model
+from support.made_data import make_model, make_tokenizer
 
+from cropi.gradient.tokenize import Tokenize
+from cropi.model.policy import Policy
 from cropi.rollouts.beginnings import common_length, families, levels
 from cropi.rollouts.engine import Request
 from cropi.rollouts.generate import Decoding
-from cropi.rollouts.hf import most_rows, ordered
+from cropi.rollouts.hf import HfEngine, most_rows, ordered
+from cropi.rollouts.options import Sampling
 
 
 def test_common_beginnings() -> None:
@@ -78,6 +81,21 @@ def test_families_share_a_batch() -> None:
     ]
     assert [request.name for request in ordered(given, shared=True)] == ["a4", "a1", "x", "b3", "b1"]
     assert [request.name for request in ordered(given, shared=False)] == ["a4", "x", "a1", "b3", "b1"]
+
+
+def test_rows_fit_into_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = make_model(), make_tokenizer(chat=True)
+    config, sampling = model.config, Sampling(max_tokens=20)
+    tokens = Tokenize(tokenizer, config.vocab_size, 128)
+    cached = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes a token
+    row = 1.5 * cached * (30 + 20) + 4 * 4 * config.vocab_size
+    for rows in (3, 700, 5000):
+        monkeypatch.setattr(
+            "cropi.rollouts.hf.free_memory", lambda device, rows=rows: int(2 * row * (rows + 0.5))
+        )
+        engine = HfEngine(Policy(model, tokenizer), tokens, sampling)
+        engine.prepare([Request("a", list(range(3, 33)))], {"linears": "torch"})
+        assert engine.rows == min(rows, 1024)
 
 
 def test_more_rows_where_responses_are_short() -> None:

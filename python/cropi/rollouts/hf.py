@@ -31,7 +31,8 @@ from cropi_kernels.sketcher.precision import own_precision
 # Responses at once, and tokens that a kill may cost. On a CPU a step costs as much as 25 rows more than it has, and a
 # row stands for several responses; a GPU is left half idle below 256.
 LEAST_ROWS, MOST_ROWS, MOST_TOKENS = 256, 1024, 2**18
-SHARE_OF_MEMORY = 0.5  # of what is free, for keys and values
+SHARE_OF_MEMORY = 0.5  # of what is free, for keys, values and logits
+DRAWN = 4  # float32 copies of a row's logits while a token is drawn
 GAIN, MEASURED, ROUNDS = 0.9, 64, 3  # of torch's time, at most; rows and repetitions of the measurement
 SHARE_OF_COPIES = 0.25  # of what is free, for weights in oneDNN's order
 LEAST_FREE = 2**31  # what is assumed to be free where nobody says
@@ -177,7 +178,7 @@ class HfEngine:
 
     @torch.inference_mode()
     def _fitting(self, length: int) -> int:
-        """Rows of ``length`` tokens whose keys and values fit into a share of the free memory."""
+        """Rows of ``length`` tokens whose keys, values and logits fit into a share of the free memory."""
         model, device = self.policy.model, self.policy.device
         sizes = []
         for count in (8, 16):
@@ -186,10 +187,13 @@ class HfEngine:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
             sizes.append(bytes_of(cache))
         grows = max(sizes[1] - sizes[0], 0) / 8
-        row = max(1.0, sizes[0] + grows * length)
-        # Half is for keys and values, a quarter of it for their room to grow and the rows that leave.
+        # Half as much again is for the room of keys and values to grow, and for the rows that leave.
+        row = (
+            1.5 * max(1.0, sizes[0] + grows * (length - 8))
+            + DRAWN * 4 * model.get_input_embeddings().weight.shape[0]
+        )
         most = most_rows(self.sampling.max_tokens)
-        return max(1, min(most, int(SHARE_OF_MEMORY * free_memory(device) / (1.5 * row))))
+        return max(1, min(most, int(SHARE_OF_MEMORY * free_memory(device) / row)))
 
 
 def most_rows(max_tokens: int) -> int:
