@@ -167,9 +167,9 @@ def _part(
     kind = "train" if name == "train" else "valid"
     groups = read(source, skip_bad=job.skip_bad, columns=job.columns, name=kind)
     if known is None and ranks.world == 1:
-        found = scan_groups(policy, job, groups)
-        behaviour_source(job.behaviour, found, job.estimator.ratio)
-        return Part(name, groups, found, default_set), found, found
+        scan = scan_groups(policy, job, groups)
+        behaviour_source(job.behaviour, scan, job.estimator.ratio)
+        return Part(name, groups, scan, default_set), scan, scan
     pool, mine, ids = Scan(), Scan(), list[str]()
 
     def take(group: PromptGroup) -> bool:
@@ -183,11 +183,11 @@ def _part(
         pool.add(group)
         return here
 
-    found = scan_groups(policy, job, groups, on_group=take)
-    source_of = behaviour_source(job.behaviour, found, job.estimator.ratio)
-    mine.fingerprint, mine.texts_checked = found.fingerprint, found.texts_checked
+    scan = scan_groups(policy, job, groups, on_group=take)
+    source_of = behaviour_source(job.behaviour, scan, job.estimator.ratio)
+    mine.fingerprint, mine.texts_checked = scan.fingerprint, scan.texts_checked
     part = Part(name, Share(groups, ids, mine), mine, default_set, behaviour=source_of)
-    return part, found, pool
+    return part, scan, pool
 
 
 def _validation(valid: Any) -> dict[str, Any]:
@@ -431,7 +431,7 @@ def choose(
             who, parts.train.groups, parts.train.scan, lambda: [joined(part.name) for part in parts.valid],
             How(setup.influence, setup.selecting, setup.least), job,
         )  # fmt: skip
-        train = replace(parts.train, groups=groups, scan=groups.found)
+        train = replace(parts.train, groups=groups, scan=groups.scan)
         mine |= who.agree(lambda: work([train]))
 
     def finish() -> Selection:

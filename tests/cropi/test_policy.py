@@ -181,6 +181,6 @@ def test_groups_that_were_checked_for_one_policy_are_checked_again_for_another()
     sketch(Policy(make_model(), tokenizer), SketchJob(groups, None, SPEC), progress=False)
     short = Policy(make_model(max_position_embeddings=4), tokenizer)
     with pytest.raises(CropiError, match="more than the model's context of 4"):
-        check_tokens(short, SketchJob(groups, None, SPEC), groups, groups.found)
+        check_tokens(short, SketchJob(groups, None, SPEC), groups, groups.scan)
     with pytest.raises(CropiError, match="more than max_length 3"):
         sketch(Policy(make_model(), tokenizer), SketchJob(groups, None, SPEC, max_length=3), progress=False)

@@ -19,13 +19,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of what is installed of the packages that matter here."""
-    found = {"cropi-kernels": cropi_kernels.__version__, "python": platform.python_version()}
+    held = {"cropi-kernels": cropi_kernels.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            held[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return held
 
 
 def processor() -> str:
@@ -38,19 +38,19 @@ def processor() -> str:
 
 def machine() -> dict[str, str]:
     """System, processor, threads, devices, and which kernels serve a tensor of each device."""
-    found = {
+    held = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": f"{processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads",
     }
     devices = [torch.device("cpu")]
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = (
+        held[f"cuda:{i}"] = (
             f"{about.name}, {about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}"
         )
         devices.append(torch.device("cuda", i))
     for device in devices:
         lines = cropi_kernels.explain(torch.zeros(1, 1, device=device)).splitlines()
         serving = [" ".join(line.split()) for line in lines if "serves" in line]
-        found[f"kernels on {device}"] = "; ".join(serving) or "none"
-    return found
+        held[f"kernels on {device}"] = "; ".join(serving) or "none"
+    return held

@@ -30,9 +30,9 @@ def medians(calls: Sequence[Callable[[], Any]], device: torch.device, rounds: in
     for call in calls:
         once(call, device, 1)  # compiles, allocates
         repeats.append(max(1, min(1000, round(LEAST / max(once(call, device, 1), 1e-7)))))
-    found: list[list[float]] = [[] for _ in calls]
+    times: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds):
         for i in range(len(calls)):
             place = (i + turn) % len(calls)
-            found[place].append(once(calls[place], device, repeats[place]))
-    return [median(values) for values in found]
+            times[place].append(once(calls[place], device, repeats[place]))
+    return [median(values) for values in times]

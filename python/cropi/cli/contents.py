@@ -120,7 +120,7 @@ def _run(path: Path) -> dict[str, Any]:
     from cropi.ranking.table import read_scores
     from cropi.store.store import SketchStore
 
-    lines, found = [f"run           {path}"], dict[str, Any]()
+    lines, facts = [f"run           {path}"], dict[str, Any]()
     stores = (
         sorted(p for p in (path / "sketches").glob("*") if p.is_dir()) if (path / "sketches").is_dir() else []
     )
@@ -132,17 +132,17 @@ def _run(path: Path) -> dict[str, Any]:
             else f" of {store.expected} (unfinished; the same command goes on)"
         )
         lines.append(f"sketches      {folder.name}: {len(store)} prompts{part}")
-        found.setdefault("stores", {})[folder.name] = {"prompts": len(store), "expected": store.expected}
+        facts.setdefault("stores", {})[folder.name] = {"prompts": len(store), "expected": store.expected}
     if (path / "scores.parquet").is_file():
         scores = read_scores(path / "scores.parquet")
-        found |= {"prompts": len(scores.rows), "usable": int(scores.usable.sum()), "sets": scores.sets}
+        facts |= {"prompts": len(scores.rows), "usable": int(scores.usable.sum()), "sets": scores.sets}
         lines.append(
             f"scores        {int(scores.usable.sum())} of {len(scores.rows)} prompts against "
             f"{', '.join(map(repr, scores.sets))}"
         )
     if (path / "selected.jsonl").is_file():
-        found["selected"] = len(read_selection(path / "selected.jsonl"))
-        lines.append(f"selected      {found['selected']} prompts")
+        facts["selected"] = len(read_selection(path / "selected.jsonl"))
+        lines.append(f"selected      {facts['selected']} prompts")
     else:
         lines.append("unfinished    nothing is selected yet; the same command goes on")
     rest = [
@@ -150,7 +150,7 @@ def _run(path: Path) -> dict[str, Any]:
     ]
     if rest:
         lines.append(f"beside        {', '.join(rest)}")
-    return told(lines, "run", **found)
+    return told(lines, "run", **facts)
 
 
 def _curriculum(path: Path, state: Path) -> dict[str, Any]:

@@ -122,11 +122,11 @@ def run(args: argparse.Namespace) -> int:
     if args.allow_pickle:
         print(f"pickles       --allow-pickle: code that {', '.join(map(printable, args.files))} names is run")
     left = Left(args.skip_bad)
-    found = args.dataset and source == "verl"
+    by_text = args.dataset and source == "verl"
     reading = Reading(
-        id_key=None if found else args.id_key, temperature=args.temperature, steps=args.steps,
+        id_key=None if by_text else args.id_key, temperature=args.temperature, steps=args.steps,
         allow_pickle=args.allow_pickle, largest=int(args.max_gib * 2**30), columns=parse_columns(args.columns),
-        requests=args.dataset if source == "openai" else None, prompts=_prompts(args) if found else None,
+        requests=args.dataset if source == "openai" else None, prompts=_prompts(args) if by_text else None,
         tokenizer=(lambda: _tokenizer(args)) if args.model else None, scorer=scorer,
     )  # fmt: skip
     groups = groups_of(args.files, args.source, reading, left, print)

@@ -49,12 +49,12 @@ def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, 
     from cropi.sketching.run import sketch
     from cropi.store.codec import row_bytes
 
-    found: dict[str, Cost] = {}
+    by_part: dict[str, Cost] = {}
     rate = 0.0
     for name, groups, job, out in parts:
         tokens = make_tokenize(policy, job)
         stored = _stored(out)
-        cost = found[name] = Cost(stored=len(stored))
+        cost = by_part[name] = Cost(stored=len(stored))
         few: list[Any] = []
         sizes: list[int] = []
         for group, size in _sizes(islice(groups.each(), job.limit), tokens, job.skip_bad):
@@ -73,7 +73,7 @@ def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, 
             rate = sum(sizes) / max(summary.wall, 1e-9)
         cost.seconds = cost.tokens / rate if rate else 0.0
         cost.bytes = cost.prompts * row_bytes(job.store_dtype, job.spec.dim)
-    return found
+    return by_part
 
 
 def _sizes(groups: Any, tokens: Any, skip_bad: bool) -> Iterator[tuple[Any, int]]:
@@ -115,14 +115,17 @@ def show(args: Any, policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> 
     """Print what each part would take, and all of them together; the exit status."""
     from cropi.cli.manners import tell
 
-    found = costs(policy, parts)
-    for name, cost in found.items():
+    costs_of_parts = costs(policy, parts)
+    for name, cost in costs_of_parts.items():
         print(cost.line(name))
-    if len(found) > 1:
+    if len(costs_of_parts) > 1:
         whole = Cost(
-            *(sum(getattr(cost, key) for cost in found.values()) for key in Cost.__dataclass_fields__)
+            *(
+                sum(getattr(cost, key) for cost in costs_of_parts.values())
+                for key in Cost.__dataclass_fields__
+            )
         )
         print(whole.line("together"))
     print("nothing was written (--dry-run)")
-    tell(args, dry_run={name: vars(cost) for name, cost in found.items()})
+    tell(args, dry_run={name: vars(cost) for name, cost in costs_of_parts.items()})
     return 0

@@ -15,9 +15,9 @@ def run(args: argparse.Namespace) -> int:
     """Print it."""
     from cropi.bench.machine import machine, versions
 
-    found = versions() | machine()
-    tell(args, **found)
-    width = max(map(len, found))
-    for name, value in found.items():
+    facts = versions() | machine()
+    tell(args, **facts)
+    width = max(map(len, facts))
+    for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
     return 0

@@ -59,11 +59,11 @@ def sure(scores: Any) -> str:
     """What is said of the uncertainty of a table of scores."""
     from cropi.ranking.uncertainty import Uncertainty
 
-    found = Uncertainty.of(scores)
+    uncertainty = Uncertainty.of(scores)
     return (
         f"choice        not resampled: {scores.meta.get('uncertainty_missing')}"
-        if found is None
-        else str(found)
+        if uncertainty is None
+        else str(uncertainty)
     )
 
 

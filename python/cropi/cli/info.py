@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     if args.show_tokens is not None:
         _tokens(args)
         return 0
-    found = _described(args, path)
-    tell(args, path=args.path, **found)
+    described = _described(args, path)
+    tell(args, path=args.path, **described)
     return 0
 
 
@@ -69,9 +69,9 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     from cropi.cli import contents
     from cropi.data.tables import is_saved
 
-    found = contents.describe_folder(path) if path.is_dir() else None
-    if found is not None:
-        return found
+    described = contents.describe_folder(path) if path.is_dir() else None
+    if described is not None:
+        return described
     if path.is_dir() and not is_saved(path):
         if (path / "manifest.json").exists() or not any(one.is_file() for one in path.iterdir()):
             return _store(path, args.verify)
@@ -79,11 +79,11 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     if path.suffix == ".parquet" and _is_scores(path):
         return _scores(path)
     if args.source == "auto" and not args.columns:
-        found = contents.describe_file(path)
-        if found is None and path.exists():
-            found = contents.describe_rows(path)
-        if found is not None:
-            return found
+        described = contents.describe_file(path)
+        if described is None and path.exists():
+            described = contents.describe_rows(path)
+        if described is not None:
+            return described
     return _trajectories(args)
 
 
@@ -174,21 +174,22 @@ def _trajectories(args: argparse.Namespace) -> dict[str, Any]:
     from cropi.data.scan import scan
 
     path = args.path
-    found = scan(read(options.opened(args, path), skip_bad=args.skip_bad, columns=args.columns))
+    counted = scan(read(options.opened(args, path), skip_bad=args.skip_bad, columns=args.columns))
     print(
-        f"trajectories  {path}: {found.prompts} prompts, {found.responses} responses, {found.usable} prompts usable"
+        f"trajectories  {path}: {counted.prompts} prompts, {counted.responses} responses, "
+        f"{counted.usable} prompts usable"
     )
-    for reason, count in sorted(found.without_gradient.items()):
+    for reason, count in sorted(counted.without_gradient.items()):
         print(f"no gradient   {count} prompts: {reason}")
-    for name, count in sorted(found.sets.items()):
+    for name, count in sorted(counted.sets.items()):
         print(f"set           {printable(name)}: {count} prompts")
-    print(f"token ids     in {found.with_ids} records; log-probs in {found.with_logprobs}")
-    for error in found.bad:
+    print(f"token ids     in {counted.with_ids} records; log-probs in {counted.with_logprobs}")
+    for error in counted.bad:
         print(f"bad record    {error}")
-    print(f"fingerprint   {found.fingerprint}")
+    print(f"fingerprint   {counted.fingerprint}")
     return {
-        "kind": "trajectories", "prompts": found.prompts, "responses": found.responses, "usable": found.usable,
-        "without_gradient": dict(found.without_gradient), "sets": found.sets, "with_ids": found.with_ids,
-        "with_logprobs": found.with_logprobs, "bad": [str(error) for error in found.bad],
-        "fingerprint": found.fingerprint,
+        "kind": "trajectories", "prompts": counted.prompts, "responses": counted.responses, "usable": counted.usable,
+        "without_gradient": dict(counted.without_gradient), "sets": counted.sets, "with_ids": counted.with_ids,
+        "with_logprobs": counted.with_logprobs, "bad": [str(error) for error in counted.bad],
+        "fingerprint": counted.fingerprint,
     }  # fmt: skip

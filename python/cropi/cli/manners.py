@@ -81,10 +81,10 @@ def conclude(args: argparse.Namespace, status: int, error: BaseException | None 
     """Print the JSON object, where it is wanted."""
     if not getattr(args, "json", False):
         return
-    found: dict[str, Any] = {"command": args.command, "status": status, **getattr(args, "figures", {})}
+    outcome: dict[str, Any] = {"command": args.command, "status": status, **getattr(args, "figures", {})}
     if error is not None:
-        found["error"] = str(error)
-    print(json.dumps(_plain(found), ensure_ascii=True, indent=2))
+        outcome["error"] = str(error)
+    print(json.dumps(_plain(outcome), ensure_ascii=True, indent=2))
 
 
 def _plain(value: Any) -> Any:
@@ -108,9 +108,9 @@ def versions() -> str:
 
     import cropi
 
-    found = [f"cropi {cropi.__version__}", f"Python {sys.version.split()[0]}", f"torch {torch.__version__}"]
+    words = [f"cropi {cropi.__version__}", f"Python {sys.version.split()[0]}", f"torch {torch.__version__}"]
     for name in ("transformers", "datasets", "pyarrow", "peft", "trl"):
         with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
+            words.append(f"{name} {version(name)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{', '.join(found)}; {torch.get_num_threads()} threads; {device}"
+    return f"{', '.join(words)}; {torch.get_num_threads()} threads; {device}"

@@ -42,12 +42,12 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[Any, list[str]]:
         """Unknown words are an error of the command that they were given to."""
         words = [self.now(word) for word in (sys.argv[1:] if args is None else args)]
-        found, unknown = super().parse_known_args(words, namespace)
+        known_args, unknown = super().parse_known_args(words, namespace)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             hint = did_you_mean(unknown[0].partition("=")[0], known, "{}")
             self.error(f"there is no option {unknown[0]!r}{hint and ', ' + hint.strip()}")
-        return found, unknown
+        return known_args, unknown
 
 
 class ShowVersion(argparse.Action):

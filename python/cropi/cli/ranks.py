@@ -16,15 +16,15 @@ from cropi.distributed.launch import launched
 def joined(args: argparse.Namespace) -> Iterator[Any]:
     """The processes that a launcher started with this one, as a :class:`cropi.distributed.team.Team`; None where it is
     alone. Only rank 0 prints anything but errors."""
-    found = launched()
-    if found is None:
+    launch = launched()
+    if launch is None:
         yield None
         return
-    args.device = found.device(args.device)
-    store = found.connect()
+    args.device = launch.device(args.device)
+    store = launch.connect()
     from cropi.distributed.team import Team
 
-    team = Team(store, found.rank, found.world)
+    team = Team(store, launch.rank, launch.world)
     with team.telling(), warnings.catch_warnings(), ExitStack() as stack:
         if not team.first:
             args.progress = False

@@ -129,10 +129,10 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
                     raise CropiError(f"--{flag} is for one process: run it without a launcher")
 
             def check() -> Any:
-                found = pipeline.check(policy, train, valid, setup)
+                parts = pipeline.check(policy, train, valid, setup)
                 if team.first:
-                    exporting.check(args, found.train.groups)
-                return found
+                    exporting.check(args, parts.train.groups)
+                return parts
 
             checked = team.agree(check)
             if team.first:

@@ -129,7 +129,7 @@ def set_names(valid: Sequence[str]) -> list[str]:
     return names
 
 
-def behaviour_of(plan: Plan, found: Scan, maker: str, model: str) -> str:
+def behaviour_of(plan: Plan, scan: Scan, maker: str, model: str) -> str:
     """Where beta comes from in a stage: "auto" knows who made the trajectories, which a single job cannot.
 
     The file's log-probs if every record has them; the current policy (ratio 1) while it is itself the one that
@@ -139,7 +139,7 @@ def behaviour_of(plan: Plan, found: Scan, maker: str, model: str) -> str:
         CropiError: some records have log-probs, and others have none.
     """
     who = "policy" if maker == model else "other"
-    return behaviour_source(plan.job.behaviour, found, plan.job.estimator.ratio, maker=who)
+    return behaviour_source(plan.job.behaviour, scan, plan.job.estimator.ratio, maker=who)
 
 
 def refresh(plan: Plan, files: Files, stored: Sequence[str], newer: Path, out: Path) -> Mapping[str, int]:

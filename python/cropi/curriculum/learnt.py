@@ -15,10 +15,10 @@ FLAT = 0.95
 def read_training(folder: Path) -> dict[str, Any]:
     """``{"training": ...}`` of a trainer's folder, or nothing where the trainer left no :data:`TRAINING`."""
     try:
-        found = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+        summary = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {"training": found} if isinstance(found, dict) and "reward" in found else {}
+    return {"training": summary} if isinstance(summary, dict) and "reward" in summary else {}
 
 
 def nothing_learnt(table: Sequence[Mapping[str, Any]]) -> list[str]:

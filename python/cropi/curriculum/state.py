@@ -86,8 +86,8 @@ class State:
 
     def latest(self, step: str, before: int) -> dict[str, Any] | None:
         """The newest result of ``step`` in the stages below ``before``."""
-        found = [e for e in self.data["done"] if e["step"] == step and e["stage"] < before]
-        return dict(found[-1]) if found else None
+        entries = [e for e in self.data["done"] if e["step"] == step and e["stage"] < before]
+        return dict(entries[-1]) if entries else None
 
     def do(self, stage: int, step: str, work: Any) -> dict[str, Any]:
         """Do a step unless it is finished, and write down that it is; returns its result."""
@@ -100,9 +100,9 @@ class State:
         self.data["started"] = {"stage": stage, "step": step, "attempts": attempts + 1}
         self.write()
         begun = time.monotonic()
-        found = work()
+        result = work()
         entry = {
-            "stage": stage, "step": step, "seconds": time.monotonic() - begun, "attempts": attempts + 1, **found
+            "stage": stage, "step": step, "seconds": time.monotonic() - begun, "attempts": attempts + 1, **result
         }  # fmt: skip
         self.data["done"].append(entry)
         self.data["started"] = None

@@ -151,7 +151,7 @@ def _anew(stage: Stage, checked: Checked, valid: Mapping[str, Result], begun: fl
         lambda: [SketchStore.open(folder / f"valid-{name}") for name in valid],
         How(plan.influencing, plan.selecting), plan.job,
     )  # fmt: skip
-    return replace(checked.train, groups=groups, scan=groups.found), anew
+    return replace(checked.train, groups=groups, scan=groups.scan), anew
 
 
 def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part, job: SketchJob) -> Result:

@@ -153,16 +153,16 @@ def _checked_logprobs(values: dict[str, Any], k: int, where: str) -> list[float]
             "'logprobs' without 'response_ids' cannot be matched to tokens",
             "add the token ids, or remove 'logprobs'",
         )
-    found, size = values["logprobs"][k], len(values["response_ids"][k])
-    if not isinstance(found, list) or len(found) != size:
-        got = len(found) if isinstance(found, list) else shown(found)
+    given, size = values["logprobs"][k], len(values["response_ids"][k])
+    if not isinstance(given, list) or len(given) != size:
+        got = len(given) if isinstance(given, list) else shown(given)
         raise RecordError(
             where, f"logprobs[{k}] must have one entry per token of response_ids[{k}] ({size}), got {got}"
         )
-    if set(map(type, found)) <= {float, int} and math.isfinite(sum(found)) and max(found) <= LOGPROB_SLACK:
-        return found
-    scored, found = values["loss_mask"][k] if values["loss_mask"] else [1] * size, list(found)
-    for t, value in enumerate(found):
+    if set(map(type, given)) <= {float, int} and math.isfinite(sum(given)) and max(given) <= LOGPROB_SLACK:
+        return given
+    scored, given = values["loss_mask"][k] if values["loss_mask"] else [1] * size, list(given)
+    for t, value in enumerate(given):
         if finite(value) and value <= LOGPROB_SLACK:
             continue
         if scored[t]:
@@ -170,8 +170,8 @@ def _checked_logprobs(values: dict[str, Any], k: int, where: str) -> list[float]
             raise RecordError(
                 where, f"logprobs[{k}][{t}] must be a finite number <= 0, got {shown(value)}", *remedy
             )
-        found[t] = 0.0  # trainers write anything, or nothing, at the tokens of others
-    return found
+        given[t] = 0.0  # trainers write anything, or nothing, at the tokens of others
+    return given
 
 
 def _check_mask(values: dict[str, Any], where: str) -> None:

@@ -115,11 +115,11 @@ class Nested:
     def of_rows(self, level_values: np.ndarray, reduce: Any, empty: float) -> np.ndarray:
         """A reduction over all numbers of each row."""
         ends = self.starts[0] if len(self.starts) == 1 else self.starts[1][self.starts[0]]
-        found = np.full(len(ends) - 1, empty, dtype=np.int64)
+        reduced = np.full(len(ends) - 1, empty, dtype=np.int64)
         some = np.diff(ends) > 0
         if some.any():
-            found[some] = reduce.reduceat(level_values, ends[:-1][some])
-        return found
+            reduced[some] = reduce.reduceat(level_values, ends[:-1][some])
+        return reduced
 
 
 class Columns:
@@ -245,11 +245,11 @@ class Columns:
 
     def _largest(self) -> np.ndarray:
         """The largest token id of every row, -1 where there is none."""
-        found = np.full(self.count, -1, dtype=np.int64)
+        largest = np.full(self.count, -1, dtype=np.int64)
         for ids in (self.ids, self.prompt_ids):
             if ids is not None:
-                found = np.maximum(found, ids.of_rows(ids.values, np.maximum, -1))
-        return found
+                largest = np.maximum(largest, ids.of_rows(ids.values, np.maximum, -1))
+        return largest
 
     def lengths(self, row: int) -> tuple[int | None, list[int] | None]:
         """Tokens of the prompt and of every response of a row."""

@@ -277,8 +277,8 @@ def located(
     chosen = read(trajectories, skip_bad=True).take(ids) if trajectories else ()
     known = [PromptGroup(group.id, group.prompt, None, []) for group in chosen]  # without the rollouts
     known = known or [PromptGroup(name, None, None, []) for name in ids]
-    found = dataset_ids(table, _called(dataset), id_key, known)
-    return table, found.places(ids), found.names
+    of_rows = dataset_ids(table, _called(dataset), id_key, known)
+    return table, of_rows.places(ids), of_rows.names
 
 
 def _called(dataset: Any) -> str:

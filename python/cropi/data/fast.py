@@ -39,10 +39,10 @@ class RecordReader:
             line = line[3:]
         if self._decoder is not None:
             try:
-                found = self._decoder.decode(line)
+                record = self._decoder.decode(line)
             except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
-                found = None
-            if found is not None and (group := self._group(found, line, where)) is not None:
+                record = None
+            if record is not None and (group := self._group(record, line, where)) is not None:
                 return group
         group = parse_record(line, where, default_id=default_id)
         self._learn(group)
@@ -90,20 +90,20 @@ class RecordReader:
         )  # fmt: skip
         return msgspec.json.Decoder(struct)
 
-    def _group(self, found: Any, line: bytes, where: str) -> PromptGroup | None:
+    def _group(self, record: Any, line: bytes, where: str) -> PromptGroup | None:
         """The group of a decoded record, or None where anything about it is not as simple as it can be."""
-        if not _simple(found):
+        if not _simple(record):
             return None
-        name, missing = str(found.id), _msgspec().UNSET
+        name, missing = str(record.id), _msgspec().UNSET
         extra = {
             key: value
             for key, attribute in self._extra.items()
-            if (value := getattr(found, attribute)) is not missing
+            if (value := getattr(record, attribute)) is not missing
         }
-        prompt = found.prompt
+        prompt = record.prompt
         try:
             check_depth(
-                {"answer": found.answer, "tools": found.tools, "kwargs": found.chat_template_kwargs}, where
+                {"answer": record.answer, "tools": record.tools, "kwargs": record.chat_template_kwargs}, where
             )
             check_depth(extra, where)
             if isinstance(prompt, list):
@@ -112,23 +112,23 @@ class RecordReader:
         except RecordError:
             return None
         return PromptGroup(
-            name, prompt, found.responses, found.rewards, found.answer, found.prompt_ids, found.response_ids,
-            found.logprobs, found.loss_mask, found.temperature, found.truncated, found.tools,
-            found.chat_template_kwargs, found.policy, found.set, found.task, extra, where, line,
+            name, prompt, record.responses, record.rewards, record.answer, record.prompt_ids, record.response_ids,
+            record.logprobs, record.loss_mask, record.temperature, record.truncated, record.tools,
+            record.chat_template_kwargs, record.policy, record.set, record.task, extra, where, line,
         )  # fmt: skip
 
 
-def _simple(found: Any) -> bool:
+def _simple(record: Any) -> bool:
     """Whether the sizes of a decoded record fit together."""
-    rewards, ids, prompt_ids, masks = found.rewards, found.response_ids, found.prompt_ids, found.loss_mask
-    count, responses, logprobs = len(rewards), found.responses, found.logprobs
-    if not count or not (prompt_ids or (found.prompt and prompt_ids is None)):
+    rewards, ids, prompt_ids, masks = record.rewards, record.response_ids, record.prompt_ids, record.loss_mask
+    count, responses, logprobs = len(rewards), record.responses, record.logprobs
+    if not count or not (prompt_ids or (record.prompt and prompt_ids is None)):
         return False
-    if isinstance(found.id, str) and len(found.id) > LONGEST_ID:
+    if isinstance(record.id, str) and len(record.id) > LONGEST_ID:
         return False
     if not all(-LARGEST_REWARD <= reward <= LARGEST_REWARD for reward in rewards):
         return False
-    for part in (ids, responses, logprobs, masks, found.truncated):
+    for part in (ids, responses, logprobs, masks, record.truncated):
         if part is not None and len(part) != count:
             return False
     if ids is None:
@@ -142,7 +142,7 @@ def _simple(found: Any) -> bool:
             return False
         if masks is not None and (list(map(len, masks)) != sizes or not all(map(any, masks))):
             return False
-    temperature = found.temperature
+    temperature = record.temperature
     return temperature is None or 0 < temperature <= sys.float_info.max
 
 

@@ -66,18 +66,18 @@ def parse_columns(words: str | Mapping[str, str] | None) -> dict[str, str]:
         CropiError: not of that form, or a name that no record has.
     """
     if words is None or isinstance(words, Mapping):
-        found = dict(words or {})
+        names = dict(words or {})
     else:
         pairs = [part.partition("=") for part in words.split(",") if part.strip()]
         if not all(mark for _, mark, _ in pairs):
             raise CropiError(f"columns: NAME=COLUMN,... is expected, got {shown(words)}")
-        found = {name.strip(): column.strip() for name, _, column in pairs}
-    for name, column in found.items():
+        names = {name.strip(): column.strip() for name, _, column in pairs}
+    for name, column in names.items():
         if name not in COLUMNS and column:
             raise CropiError(
                 f"columns: {name!r} is no part of a record; {did_you_mean(name, COLUMNS)}known are {', '.join(COLUMNS)}"
             )
-    return found
+    return names
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:

@@ -47,12 +47,12 @@ def dataset_ids(
         if values is None or None in values:
             continue
         try:
-            found = PromptIds(rows, key, f"dataset: {path}", "--id-key")
-            _check_rows(table, path, found, records)
+            ids = PromptIds(rows, key, f"dataset: {path}", "--id-key")
+            _check_rows(table, path, ids, records)
         except CropiError as error:
             reasons.append(error)
         else:
-            fitting.append(found)
+            fitting.append(ids)
     if not fitting and reasons:
         raise reasons[0]
     if not fitting:
@@ -72,13 +72,13 @@ def dataset_ids(
     return fitting[0]
 
 
-def _check_rows(table: Any, path: str | Path, found: PromptIds, records: Sequence[PromptGroup]) -> None:
+def _check_rows(table: Any, path: str | Path, ids: PromptIds, records: Sequence[PromptGroup]) -> None:
     """Check that the records' ids are all there, and that each row has the prompt of its record."""
-    missing = [record.id for record in records if record.id not in found]
+    missing = [record.id for record in records if record.id not in ids]
     if missing:
         raise CropiError(
             f"dataset: {path}: {len(missing)} of {len(records)} selected prompts have no row, for example "
-            f"{missing[0]!r} (its column {found.column!r} holds, for example, {found.names[0]!r}); give the dataset "
+            f"{missing[0]!r} (its column {ids.column!r} holds, for example, {ids.names[0]!r}); give the dataset "
             "that the rollouts were made from"
         )
     columns = list(table[0]) if isinstance(table, list) else table.column_names
@@ -86,12 +86,12 @@ def _check_rows(table: Any, path: str | Path, found: PromptIds, records: Sequenc
     if key is None:
         return
     for record in records:
-        row = found.place[record.id]
+        row = ids.place[record.id]
         there = table[row].get(key) if isinstance(table, list) else table.column(key)[row].as_py()
         mine, theirs = _comparable(record.prompt), _comparable(there)
         if mine is not None and theirs is not None and type(mine) is type(theirs) and mine != theirs:
             raise CropiError(
-                f"dataset: {path}: by its column {found.column!r}, row {row} is the prompt {record.id!r:.100}, but it "
+                f"dataset: {path}: by its column {ids.column!r}, row {row} is the prompt {record.id!r:.100}, but it "
                 f"holds {shown(there)}, and the trajectories hold {shown(record.prompt)}; name the column with the "
                 "trajectories' ids with --id-key"
             )

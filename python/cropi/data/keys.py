@@ -78,7 +78,7 @@ def named(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     if ALIASES.keys().isdisjoint(record) and REFUSED.keys().isdisjoint(record):
         return dict(record)
-    found: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     for key, value in record.items():
         name = ALIASES.get(key, key)
         if key in REFUSED and value is not None:
@@ -86,9 +86,9 @@ def named(record: Mapping[str, Any], where: str) -> dict[str, Any]:
                 raise RecordError(where, f"the key {key!r} is known, but not supported", REFUSED[key])
         if name != key and value is None:
             continue
-        if name in found and found[name] is not None and value is not None:
+        if name in made and made[name] is not None and value is not None:
             raise RecordError(
                 where, f"{name!r} is there under two names ({key!r} is another one of it)", "keep one of them"
             )
-        found[name] = value
-    return found
+        made[name] = value
+    return made

@@ -104,9 +104,9 @@ class _Text:
         return self.held[self.at : self.at + 1]
 
     def take(self) -> str:
-        found = self.peek()
-        self.at += len(found)
-        return found
+        mark = self.peek()
+        self.at += len(mark)
+        return mark
 
     def skip_space(self) -> None:
         while (next_ := self.peek()) and next_ in _SPACE:

@@ -87,8 +87,8 @@ class PromptGroups:
     skip_bad: bool = False
     columns: dict[str, str] = field(default_factory=dict)
     bad: list[RecordError] = field(default_factory=list)
-    # What scan() found; it is looked for once.
-    found: Any = field(default=None, repr=False)
+    # What cropi.data.scan.scan() counted in them; it counts once.
+    scan: Any = field(default=None, repr=False)
 
     @property
     def names(self) -> str:
@@ -206,8 +206,8 @@ class PromptGroups:
         state = _State({}, None)
         for number, names, offsets in places.in_order(ids):
             rows = self.sources[number].table_rows(offsets)
-            for name, found in zip_longest(names, rows):
-                group = None if found is None else state._record(found[2], found[0])
+            for name, given in zip_longest(names, rows):
+                group = None if given is None else state._record(given[2], given[0])
                 if group is None or group.id != name:
                     raise CropiError(f"{self.sources[number].name} was changed while it was used")
                 yield group
@@ -227,8 +227,8 @@ class _Kept:
     def get(self, name: str) -> PromptGroup:
         """A group that was kept."""
         self.file.seek(self.places[name])
-        found: PromptGroup = pickle.load(self.file)  # what put() wrote
-        return found
+        group: PromptGroup = pickle.load(self.file)  # what put() wrote
+        return group
 
 
 def read_trajectories(

@@ -176,5 +176,5 @@ def check_characters(record: Any, where: str) -> None:
     try:
         json.dumps(record, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
-        found = error.object[error.start].encode("ascii", "backslashreplace").decode()
-        raise RecordError(where, f"{found} is half of a surrogate pair, which is not a character") from None
+        escaped = error.object[error.start].encode("ascii", "backslashreplace").decode()
+        raise RecordError(where, f"{escaped} is half of a surrogate pair, which is not a character") from None

@@ -112,36 +112,36 @@ def scan(
     Raises what :func:`cropi.data.readers.read_trajectories` raises.
     """
     groups = read(source, skip_bad=skip_bad)
-    if isinstance(groups.found, Scan) and on_group is None:
-        return groups.found
-    found, pieces = Scan(), Pieces()
-    for group in groups.each(found.bad.append, pieces.add):
-        found.add(group)
+    if isinstance(groups.scan, Scan) and on_group is None:
+        return groups.scan
+    counts, pieces = Scan(), Pieces()
+    for group in groups.each(counts.bad.append, pieces.add):
+        counts.add(group)
         if on_group is not None:
             on_group(group)
-    if not found.prompts:
+    if not counts.prompts:
         raise CropiError(
-            f"{groups.names}: no usable record is left ({len(found.bad)} bad ones skipped); the first: "
-            f"{found.bad[0]}"
+            f"{groups.names}: no usable record is left ({len(counts.bad)} bad ones skipped); the first: "
+            f"{counts.bad[0]}"
         )
-    found.fingerprint, found.pieces = pieces.fingerprint(), pieces
-    groups.found = found
-    return found
+    counts.fingerprint, counts.pieces = pieces.fingerprint(), pieces
+    groups.scan = counts
+    return counts
 
 
-def warn_lossy(found: Scan) -> None:
+def warn_lossy(counts: Scan) -> None:
     """Say once that records without token ids will be tokenised again from their text."""
-    lossy = found.prompts - found.with_ids
+    lossy = counts.prompts - counts.with_ids
     if lossy:
         warnings.warn(
-            f"{lossy} of {found.prompts} records have no response_ids: their responses are tokenised again "
+            f"{lossy} of {counts.prompts} records have no response_ids: their responses are tokenised again "
             "from text, which may give other tokens than were sampled; store token ids to be exact",
             LossyTokens,
             stacklevel=2,
         )
 
 
-def check_covered(found: Mapping[str, Scan], wanted: Sequence[str], *, option: str, before: str = "") -> None:
+def check_covered(scans: Mapping[str, Scan], wanted: Sequence[str], *, option: str, before: str = "") -> None:
     """Check that every validation set has a trajectory with a gradient.
 
     Args:
@@ -154,7 +154,7 @@ def check_covered(found: Mapping[str, Scan], wanted: Sequence[str], *, option: s
         CropiError: a wanted set has no trajectory, or one has only prompts without a gradient.
     """
     counts: dict[str, Counter[str]] = {}
-    for default, part in found.items():
+    for default, part in scans.items():
         for name, reasons in part.by_set.items():
             counts.setdefault(name or default, Counter()).update(reasons)
     for name in wanted:

@@ -19,11 +19,11 @@ class Share(PromptGroups):
     Args:
         whole: the groups.
         ids: the ids, in the order of the source.
-        found: what is in the share.
+        scan: what is in the share.
     """
 
-    def __init__(self, whole: PromptGroups, ids: Sequence[str], found: Any) -> None:
-        super().__init__(whole.sources, skip_bad=whole.skip_bad, columns=whole.columns, found=found)
+    def __init__(self, whole: PromptGroups, ids: Sequence[str], scan: Any) -> None:
+        super().__init__(whole.sources, skip_bad=whole.skip_bad, columns=whole.columns, scan=scan)
         self.whole, self.ids = whole, ids
 
     def each(
@@ -42,11 +42,11 @@ class Share(PromptGroups):
 def without(groups: PromptGroups, scan: Scan, left_out: Container[str], limit: int | None = None) -> Share:
     """The groups but those with the ids ``left_out``; of the first ``limit``. ``scan`` is what was found in all."""
     whole = groups.whole if isinstance(groups, Share) else groups
-    found, ids = Scan(), list[str]()
+    counts, ids = Scan(), list[str]()
     for group in islice(groups.each(), limit):
         if group.id not in left_out:
-            found.add(group)
+            counts.add(group)
             ids.append(group.id)
     for name in ("fingerprint", "texts_checked", "texts_kept", "tokens_checked"):
-        setattr(found, name, getattr(scan, name))
-    return Share(whole, ids, found)
+        setattr(counts, name, getattr(scan, name))
+    return Share(whole, ids, counts)

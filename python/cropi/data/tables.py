@@ -181,11 +181,11 @@ def _values(column: Any) -> list[Any]:
     types, kind = optional("pyarrow").types, column.type
     if types.is_list(kind) or types.is_large_list(kind):
         inner, ends = _values(column.flatten()), _lengths(column)
-        found, start = [], 0
+        lists, start = [], 0
         for size in ends:
-            found.append(None if size is None else inner[start : start + size])
+            lists.append(None if size is None else inner[start : start + size])
             start += size or 0
-        return found
+        return lists
     if types.is_struct(kind):
         fields = [_values(part) for part in column.flatten()]  # nulls of the struct are nulls of its parts
         names, valid = [field.name for field in kind], column.is_valid().to_pylist()

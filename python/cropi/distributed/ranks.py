@@ -70,10 +70,10 @@ def sketch(
     """
     progress = progress and team.first
     out = team.agree(lambda: _folder(job))
-    found: Scan = team.agree(lambda: scan or scan_groups(policy, job))
+    agreed_scan: Scan = team.agree(lambda: scan or scan_groups(policy, job))
     # Files that differ show before the time that loading the weights takes is spent.
-    team.same({"trajectories": found.fingerprint, "prompts": found.prompts}, REMEDIES)
-    ready = team.agree(lambda: prepare(policy, job, found, progress))
+    team.same({"trajectories": agreed_scan.fingerprint, "prompts": agreed_scan.prompts}, REMEDIES)
+    ready = team.agree(lambda: prepare(policy, job, agreed_scan, progress))
     # What fits into the memory of each of them, where nobody said.
     budget = (
         min(team.gather(ready.tokens_per_batch)) if job.tokens_per_batch is None else job.tokens_per_batch

@@ -202,15 +202,15 @@ class _Driver:
         else:
             self._done(held, result)
 
-    def _prepared(self, held: _Held, found: Prepared) -> None:
-        held.pid, held.node = found.pid, found.node
+    def _prepared(self, held: _Held, prepared: Prepared) -> None:
+        held.pid, held.node = prepared.pid, prepared.node
         if self.first is None:
-            self.first = found
+            self.first = prepared
             self.store = SketchStore.create(
-                self.out, found.manifest, shard_rows=found.shard_rows, shard_bytes=found.shard_bytes
+                self.out, prepared.manifest, shard_rows=prepared.shard_rows, shard_bytes=prepared.shard_bytes
             )
             _unlocked(self.store)
-        check_same([self.first.facts, found.facts], ["the first worker", str(held)], REMEDIES)
+        check_same([self.first.facts, prepared.facts], ["the first worker", str(held)], REMEDIES)
         number = next_part(self.out, self.part)
         self.part = number + 1  # its folder comes later
         # What fits into the memory of the first worker, where nobody said; others halve what does not fit into theirs.

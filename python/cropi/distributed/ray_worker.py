@@ -82,8 +82,8 @@ class Worker:
         Returns:
             How the windows were cut that were met for the first time; None: there is no chunk with this number.
         """
-        found: dict[int, str] | None = self.part.ask(number)
-        return found
+        answer: dict[int, str] | None = self.part.ask(number)
+        return answer
 
     def finish(self) -> Summary:
         """Close the store, if there is one."""

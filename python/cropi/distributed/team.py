@@ -254,12 +254,12 @@ def check_same(facts: Sequence[Mapping[str, Any]], names: Sequence[str], remedie
         if differs:
             name, left, right = differs
             keys = [key for key in remedies if name == key or name.startswith(f"{key}.")]
-            found = Unlike(
+            error = Unlike(
                 f"{names[number]} does not have the same job as {names[0]}: {name} = {_cut(right)} there, {_cut(left)} "
                 f"in {names[0]}; {remedies[max(keys, key=len)] if keys else remedies['']}"
             )
-            found.number = number
-            raise found
+            error.number = number
+            raise error
 
 
 def _words(error: BaseException) -> str:

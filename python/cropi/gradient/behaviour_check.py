@@ -263,11 +263,11 @@ def best_temperature(
             high = right
         else:
             low = left
-    found = math.exp((low + high) / 2)
-    fit, at_one = misfit(policy_at(found), stored), misfit(policy_at(1.0), stored)
-    if abs(found - 1) < 0.05 and at_one <= max(2 * fit, CLEAR):
+    temperature = math.exp((low + high) / 2)
+    fit, at_one = misfit(policy_at(temperature), stored), misfit(policy_at(1.0), stored)
+    if abs(temperature - 1) < 0.05 and at_one <= max(2 * fit, CLEAR):
         return 1.0, at_one
-    return found, fit
+    return temperature, fit
 
 
 def misfit(own: torch.Tensor, stored: torch.Tensor) -> float:

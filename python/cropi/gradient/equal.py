@@ -27,11 +27,11 @@ def equal_responses(
         responses: token ids.
         masks: which of them are scored; equal tokens of which others are scored are not equal. None: all are.
     """
-    found: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    members_of: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for k, ids in enumerate(responses):
         key = (tuple(ids),) if masks is None else (tuple(ids), tuple(masks[k]))
-        found.setdefault(key, []).append(k)
-    return [tuple(members) for members in found.values()]
+        members_of.setdefault(key, []).append(k)
+    return [tuple(members) for members in members_of.values()]
 
 
 def sum_of_equals(each: torch.Tensor) -> torch.Tensor:

@@ -130,8 +130,8 @@ class Estimator:
 
     def advantages(self, rewards: Sequence[float]) -> np.ndarray:
         """Advantages of one prompt's K responses, float64 ``[K]``."""
-        found = group_advantages(rewards, std=self.std, eps=self.eps)
-        return found * (len(found) / (len(found) - 1)) if self.loo else found
+        values = group_advantages(rewards, std=self.std, eps=self.eps)
+        return values * (len(values) / (len(values) - 1)) if self.loo else values
 
     def divisors(self, lengths: Sequence[int]) -> np.ndarray:
         """The divisor d_k of every response of one prompt from their token counts, float64 ``[K]``."""

@@ -31,18 +31,18 @@ def inclusion(sizes: Values, n: int) -> Values:
     >>> inclusion(np.array([5.0, 1.0, 1.0, 0.0]), 2).tolist()
     [1.0, 0.5, 0.5, 0.0]
     """
-    found = np.zeros(len(sizes))
+    probabilities = np.zeros(len(sizes))
     left, sure = sizes > 0, 0
     if left.sum() <= n:
-        found[left] = 1.0
-        return found
+        probabilities[left] = 1.0
+        return probabilities
     while True:
         shares = sizes * (n - sure) / sizes[left].sum()
         over = left & (shares >= 1.0)
         if not over.any():
-            found[left] = shares[left]
-            return found
-        found[over], sure, left = 1.0, sure + int(over.sum()), left & ~over
+            probabilities[left] = shares[left]
+            return probabilities
+        probabilities[over], sure, left = 1.0, sure + int(over.sum()), left & ~over
 
 
 def drawn(probabilities: Values, draws: np.random.Generator) -> list[int]:

@@ -175,7 +175,7 @@ class ChatTemplate:
     @cached_property
     def openings(self) -> tuple[str, ...]:
         """What a prompt that was rendered before begins with."""
-        found = [self.tokenizer.bos_token] if self.tokenizer.bos_token else []
+        openings = [self.tokenizer.bos_token] if self.tokenizer.bos_token else []
         system = [{"role": "system", "content": _PROBE}]
         for messages in (
             [{"role": "user", "content": _PROBE}],
@@ -187,9 +187,9 @@ class ChatTemplate:
                 continue
             for token in [*self.special_tokens, *self.special_tokens]:  # a start token, then the turn's
                 if text.startswith(token):
-                    found.append(token)
+                    openings.append(token)
                     text = text.removeprefix(token).lstrip()
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(openings))
 
     @cached_property
     def closing(self) -> int | None:

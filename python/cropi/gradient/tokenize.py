@@ -58,8 +58,8 @@ class TokenGroup:
     @cached_property
     def equal(self) -> list[tuple[int, ...]]:
         """See :func:`cropi.gradient.equal.equal_responses`; of those that are kept."""
-        found = equal_responses(self.responses, self.masks)
-        return found if self.kept is None else [members for members in found if members[0] in self.kept]
+        equal = equal_responses(self.responses, self.masks)
+        return equal if self.kept is None else [members for members in equal if members[0] in self.kept]
 
     @property
     def scored(self) -> int:

@@ -293,10 +293,10 @@ def _load_tokenizer(name: str, source: str, options: dict[str, Any], eos: bool) 
 def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     if dtype == "auto":
         return dtype
-    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
+    named = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if named is None or named not in DTYPES.values():
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
-    return found
+    return named
 
 
 def _checked_device(device: torch.device | str) -> torch.device:

@@ -77,9 +77,9 @@ class SecondMoments:
                 continue
             shape = self._shape(name)
             if shape != tuple(p.shape):
-                found = "has none" if shape is None else f"has one of shape {list(shape)}"
+                there = "has none" if shape is None else f"has one of shape {list(shape)}"
                 raise CropiError(
-                    f"optimizer_state: {self.source} {found} for the parameter {name} {list(p.shape)}; give the state "
+                    f"optimizer_state: {self.source} {there} for the parameter {name} {list(p.shape)}; give the state "
                     "of the optimiser that trained this model"
                 )
 
@@ -176,11 +176,11 @@ def _flat(held: Any, before: str = "") -> list[tuple[str, Any]]:
 
 def _by_name(flat: Mapping[str, Any], source: str) -> SecondMoments:
     """From keys like ``NAME.exp_avg_sq``, with anything that ends in ``state.`` before the name."""
-    found: dict[str, dict[str, Any]] = {}
+    states: dict[str, dict[str, Any]] = {}
     for key, value in dict(_flat(flat)).items():
         name, _, field = key.rpartition(".")
         if field in (SECOND, ROW, COLUMN, "step", *OTHER_NAMES):
-            found.setdefault(canonical_name(name.rpartition("state.")[2]), {})[field] = value
+            states.setdefault(canonical_name(name.rpartition("state.")[2]), {})[field] = value
     groups = [
         value for key, value in dict(_flat(flat)).items() if "param_groups" in key and key.endswith(".eps")
     ]
@@ -189,12 +189,12 @@ def _by_name(flat: Mapping[str, Any], source: str) -> SecondMoments:
     beta = None
     if betas:
         beta = float(betas[0][1]) if isinstance(betas[0], (tuple, list)) else float(betas[-1])
-    return _made(found, dict.fromkeys(found, (eps, beta)), source)
+    return _made(states, dict.fromkeys(states, (eps, beta)), source)
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer, model: Any) -> SecondMoments:
     names = {id(p): canonical_name(name) for name, p in model.named_parameters()}
-    found, settings = {}, {}
+    states, settings = {}, {}
     for group in optimizer.param_groups:
         for p in group["params"]:
             if id(p) not in names:
@@ -202,15 +202,15 @@ def _of_optimizer(optimizer: torch.optim.Optimizer, model: Any) -> SecondMoments
                     f"optimizer_state: the optimiser trains a parameter of shape {list(p.shape)} that the model does "
                     "not have; give the optimiser of this model"
                 )
-            found[names[id(p)]] = optimizer.state.get(p, {})
+            states[names[id(p)]] = optimizer.state.get(p, {})
             settings[names[id(p)]] = _settings(group)
-    return _made(found, settings, type(optimizer).__name__)
+    return _made(states, settings, type(optimizer).__name__)
 
 
 def _of_state(state: Mapping[str, Any], model: Any, source: str) -> SecondMoments:
     """From ``optimizer.state_dict()``, which numbers its parameters group by group."""
     parameters = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    found, settings = {}, {}
+    states, settings = {}, {}
     orders = _orders(state["param_groups"], parameters, model)
     first_problem = ""
     for names in orders:
@@ -228,9 +228,9 @@ def _of_state(state: Mapping[str, Any], model: Any, source: str) -> SecondMoment
             continue
         of_group = [group for group in state["param_groups"] for _ in group["params"]]
         for name, number, group in zip(names, numbers, of_group, strict=True):
-            found[name] = state["state"].get(number, state["state"].get(str(number), {}))
+            states[name] = state["state"].get(number, state["state"].get(str(number), {}))
             settings[name] = _settings(group)
-        return _made(found, settings, source)
+        return _made(states, settings, source)
     raise CropiError(
         f"optimizer_state: {source} {first_problem}; give the state of the optimiser that trained this model"
     )
@@ -299,21 +299,21 @@ def _settings(group: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 
 def _made(
-    found: Mapping[str, Mapping[str, Any]],
+    states: Mapping[str, Mapping[str, Any]],
     settings: Mapping[str, tuple[float | None, float | None]],
     source: str,
 ) -> SecondMoments:
-    found = {name: _named(held) for name, held in found.items()}
-    whole = {n: held[SECOND] for n, held in found.items() if isinstance(held.get(SECOND), torch.Tensor)}
+    states = {name: _named(held) for name, held in states.items()}
+    whole = {n: held[SECOND] for n, held in states.items() if isinstance(held.get(SECOND), torch.Tensor)}
     factored = {
-        n: (held[ROW], held[COLUMN]) for n, held in found.items() if isinstance(held.get(ROW), torch.Tensor)
+        n: (held[ROW], held[COLUMN]) for n, held in states.items() if isinstance(held.get(ROW), torch.Tensor)
     }
     if not whole and not factored:
         raise CropiError(f"optimizer_state: {source} holds no second moments ({SECOND}); {GIVE}")
     kind = "adafactor" if factored else "adam"
     correction = {}
     for name in whole:
-        beta, step = settings[name][1], found[name].get("step")
+        beta, step = settings[name][1], states[name].get("step")
         # Adafactor's moments are corrected by their growing decay; a file without steps holds late ones.
         known = kind == "adam" and beta is not None and step is not None
         correction[name] = 1.0 - float(beta) ** float(step) if known else 1.0  # type: ignore[arg-type]

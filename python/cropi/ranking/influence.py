@@ -113,9 +113,9 @@ def influence(
     compared = _compared(valid, metric, mean, aggregate, max_valid, seed, pairs)
     kept_sets, wanted = names_without(compared.sets, minus), len(compared.valid) if pairs else 0
 
-    def score(found: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def score(products: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):  # a zero sketch has no direction: NaN
-            values = without(compared.score(found, lengths), compared.sets, minus, minus_weight)
+            values = without(compared.score(products, lengths), compared.sets, minus, minus_weight)
         return np.concatenate([values, lengths[:, None]], axis=1)
 
     rows, streamed, dots = in_order(train, compared.directions, score, len(kept_sets) + 1, wanted)
@@ -176,8 +176,8 @@ def _compared(
     count = len(means)
 
     def of_means(products: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        found = products[:, :count]
-        return found / norms / lengths[:, None] if metric == "cosine" else found
+        with_means = products[:, :count]
+        return with_means / norms / lengths[:, None] if metric == "cosine" else with_means
 
     return _Compared(list(means), torch.cat([directions, sketches]), of_means, rows, sketches)
 
@@ -264,8 +264,8 @@ def choose_members(
                 reasons.setdefault(name, []).append(row.reason)
     if not members:
         raise CropiError(f"{', '.join(str(s.path) for s in stores)}: no validation prompt at all")
-    for name, found in members.items():
-        if not found:
+    for name, candidates in members.items():
+        if not candidates:
             why = ", ".join(sorted(set(reasons[name])))
             raise CropiError(
                 f"validation set {name!r} has no usable prompt: {len(reasons[name])} were left out ({why}); give it "
@@ -273,11 +273,11 @@ def choose_members(
             )
     chosen = {}
     for name in sorted(members):
-        found = sorted(members[name])
-        if cap is not None and len(found) > cap:
-            picked = np.random.default_rng(seed).choice(len(found), cap, replace=False)
-            found = [found[i] for i in picked]
-        chosen[name] = set(found)
+        candidates = sorted(members[name])
+        if cap is not None and len(candidates) > cap:
+            picked = np.random.default_rng(seed).choice(len(candidates), cap, replace=False)
+            candidates = [candidates[i] for i in picked]
+        chosen[name] = set(candidates)
     return chosen
 
 

@@ -55,7 +55,7 @@ def leave_one_out(
     sets = [MeanSet(pairs, name, usable, metric, mean) for name in pairs.sets]
     table = np.stack([one.score(one.base) for one in sets], axis=1)
     chosen = rule.choose(table)
-    found = []
+    without = []
     for v, one in enumerate(sets):
         n = len(one.base)
         for place, member in enumerate(one.members) if n > 1 else ():
@@ -66,5 +66,5 @@ def leave_one_out(
             kept = len(np.intersect1d(rule.choose(other), chosen)) / len(chosen)
             row = pairs.valid[member]
             moved = float(np.abs(other[:, v] - table[:, v]).max())
-            found.append(WithoutOne(row.id, row.set or DEFAULT_SET, kept, moved))
-    return sorted(found, key=lambda one: (one.kept, -one.moved, one.set, one.id))
+            without.append(WithoutOne(row.id, row.set or DEFAULT_SET, kept, moved))
+    return sorted(without, key=lambda one: (one.kept, -one.moved, one.set, one.id))

@@ -85,20 +85,20 @@ def validation(
     """The usable validation prompts that count, and their sketches float32 ``[V, dim]``."""
     if max_valid is not None:
         members = set().union(*choose_members(stores, max_valid, seed).values())
-    found = [
+    usable = [
         (row, vector)
         for number, store in enumerate(stores)
         for rows, table in store.shards()
         for row, vector in zip(rows, table)
         if row.status == OK and (max_valid is None or (number, row.id) in members)
     ]
-    if not found:
+    if not usable:
         raise CropiError(
             f"{', '.join(str(store.path) for store in stores)}: no validation prompt has a usable sketch; see "
             "`cropi info` for the reasons"
         )
-    found.sort(key=lambda pair: (pair[0].set or DEFAULT_SET, pair[0].id))
-    return [row for row, _ in found], torch.stack([vector for _, vector in found]).float()
+    usable.sort(key=lambda pair: (pair[0].set or DEFAULT_SET, pair[0].id))
+    return [row for row, _ in usable], torch.stack([vector for _, vector in usable]).float()
 
 
 def _check(train: SketchStore, valid: Sequence[SketchStore]) -> None:
@@ -206,11 +206,11 @@ def neighbours(
             for sign, heap in ((1, best), (-1, worst)):
                 # The k-th value and all that equal it, so that ties are settled by id and not by the shard's order.
                 cut = torch.topk(sign * values, min(k, len(kept))).values[-1]
-                found = [
+                pairs = [
                     (-float(sign * values[i]), kept[i].id)
                     for i in (sign * values >= cut).nonzero().flatten().tolist()
                 ]
-                heap[column] = heapq.nsmallest(k, heap[column] + found)
+                heap[column] = heapq.nsmallest(k, heap[column] + pairs)
     return {
         row.id: (
             [Neighbour(name, -value) for value, name in best[i]],

@@ -92,19 +92,19 @@ class MeanSet(_Drawn):
             yield here, self.dots[self.usable[here]] * self.scale / self.lengths[here, None]
 
     def score(self, weights: np.ndarray) -> np.ndarray:
-        found = np.concatenate([block @ weights for _, block in self._blocks()])
-        return found / math.sqrt(weights @ self.gram @ weights) if self.metric == "cosine" else found
+        scores = np.concatenate([block @ weights for _, block in self._blocks()])
+        return scores / math.sqrt(weights @ self.gram @ weights) if self.metric == "cosine" else scores
 
     def scores(self, weights: np.ndarray) -> np.ndarray:
         scaled = weights * self.scale
         if self.metric == "cosine":
             scaled = scaled / np.sqrt(np.einsum("bi,ij,bj->b", weights, self.gram, weights))[:, None]
-        found = scaled.astype(self.dots.dtype) @ self.dots.T
+        products = scaled.astype(self.dots.dtype) @ self.dots.T
         if len(self.usable) < len(self.dots):
-            found = found[:, self.usable]
+            products = products[:, self.usable]
         if self.metric == "cosine":
-            found *= self.inverse
-        return np.asarray(found)
+            products *= self.inverse
+        return np.asarray(products)
 
     def stderr(self) -> np.ndarray:
         n = len(self.base)
@@ -112,13 +112,13 @@ class MeanSet(_Drawn):
             return np.full(len(self.usable), math.nan)
         with_mean = self.gram @ self.base
         squared = float(self.base @ with_mean)
-        found = np.empty(len(self.usable))
+        errors = np.empty(len(self.usable))
         for here, values in self._blocks():
             if self.metric == "cosine":
                 values = values / math.sqrt(squared)
                 values = values - np.outer(values @ self.base, with_mean / squared)
-            found[here] = values.std(axis=1, ddof=1)
-        return found / math.sqrt(n)
+            errors[here] = values.std(axis=1, ddof=1)
+        return errors / math.sqrt(n)
 
     def signal(self) -> float:
         n = len(self.base)
@@ -141,10 +141,10 @@ class NearestSet(_Drawn):
 
     def score(self, weights: np.ndarray) -> np.ndarray:
         drawn = weights > 0
-        found = drawn[self.nearest]
-        places = np.take_along_axis(self.nearest, found.argmax(axis=1)[:, None], axis=1)
+        scores = drawn[self.nearest]
+        places = np.take_along_axis(self.nearest, scores.argmax(axis=1)[:, None], axis=1)
         values = np.take_along_axis(self.products, places, axis=1)[:, 0]
-        none = ~found.any(axis=1)
+        none = ~scores.any(axis=1)
         if none.any():
             values[none] = self.products[np.ix_(none, drawn)].max(axis=1)
         return values

@@ -176,13 +176,13 @@ def _noise_of(
     ]
     if usable is not None and len(ids) > MOST:
         ids = [ids[i] for i in np.random.default_rng(0).choice(len(ids), MOST, replace=False)]
-    found: dict[str, torch.Tensor | None] = dict.fromkeys(ids)
+    by_id: dict[str, torch.Tensor | None] = dict.fromkeys(ids)
     for store in stores:
         for rows, table in store.shards():
-            found.update(
-                (row.id, vector.double()) for row, vector in zip(rows, table, strict=True) if row.id in found
+            by_id.update(
+                (row.id, vector.double()) for row, vector in zip(rows, table, strict=True) if row.id in by_id
             )
-    return found
+    return by_id
 
 
 def _without(vector: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:

@@ -41,17 +41,17 @@ def weights_of(selection: Selection) -> dict[str, float]:
             f"weights: the scores hold no p_selected ({why}); score again with --draws 200 (draws=200) and two "
             "validation prompts a set at least, or take the chosen prompts"
         )
-    found = {
+    weights = {
         row.id: float(p) for row, p in zip(scores.rows, scores.p_selected) if not math.isnan(p) and p > 0
     }
-    drawn = round(sum(found.values()))
+    drawn = round(sum(weights.values()))
     if drawn != len(selection.chosen):
         raise CropiError(
             f"weights: p_selected in the scores is of choices of {drawn} prompts, and this selection has "
             f"{len(selection.chosen)}; score again with its fraction and pool, or select with the fraction that the "
             "scores were made with"
         )
-    return found
+    return weights
 
 
 def to_dataset(selection: Selection, rows: Any, id_key: str | None) -> Any:

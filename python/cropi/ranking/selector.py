@@ -277,13 +277,13 @@ class Selector:
         if isinstance(spec, SketchSpec) and spec != self.spec:
             raise CropiError(f"{what} are of {spec}, but this Selector is for {self.spec}")
         if names:
-            found = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
-            if self._names and found != self._names:
+            origin = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
+            if self._names and origin != self._names:
                 raise CropiError(
                     f"{what} are of another model: their {len(names)} parameters (the first is {sorted(names)[0]!r}) "
                     "are not those of the sketches before"
                 )
-            self._names = found
+            self._names = origin
 
     def places(self, ids: Sequence[Hashable], count: int | None = None) -> npt.NDArray[np.int64]:
         """The places of prompts in `ids`; ``count``: how many there must be."""

@@ -352,9 +352,9 @@ def with_uncertainty(
 
 
 def _mask(places: np.ndarray, size: int) -> np.ndarray:
-    found = np.zeros(size, dtype=bool)
-    found[places] = True
-    return found
+    mask = np.zeros(size, dtype=bool)
+    mask[places] = True
+    return mask
 
 
 def _chooses_nothing(scores: Scores, given: Selecting) -> str:

@@ -103,13 +103,13 @@ def exact_bytes(policy: Policy, names: Sequence[str], prompts: int) -> int:
 
 def _parameters(model: torch.nn.Module, names: Sequence[str]) -> dict[str, torch.nn.Parameter]:
     wanted = set(names)
-    found = {
+    parameters = {
         canonical_name(name): p for name, p in model.named_parameters() if canonical_name(name) in wanted
     }
-    missing = wanted - set(found)
+    missing = wanted - set(parameters)
     if missing:
         raise CropiError(f"names: {sorted(missing)[0]!r} is no parameter of the model")
-    return found
+    return parameters
 
 
 def _backward(

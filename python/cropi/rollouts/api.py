@@ -98,11 +98,11 @@ def make_job(
         raise CropiError(
             "the model names no token that ends a response; set eos_token_id in its generation_config"
         )
-    found, bad = read_prompts(
+    kept, bad = read_prompts(
         prompts, tokens, columns=given.columns, system=given.system, room=given.max_tokens, limit=given.limit,
         skip_bad=given.skip_bad,
     )  # fmt: skip
-    found = _scorable(found, scorer, bad, given.skip_bad)
+    kept = _scorable(kept, scorer, bad, given.skip_bad)
     warn_truncated(given)
     engine = _engine(policy, given, tokens, loading)
     identity = engine.identity()
@@ -112,7 +112,7 @@ def make_job(
         key: value for key, value in (("top_k", given.top_k), ("top_p", given.top_p)) if value not in (0, 1.0)
     }
     job = Job(
-        found, engine, given, given.n, scorer, tokens, settings, f"{name} {identity.get('weights', '')}".strip(), notes,
+        kept, engine, given, given.n, scorer, tokens, settings, f"{name} {identity.get('weights', '')}".strip(), notes,
         given.skip_bad,
     )  # fmt: skip
     job.bad.extend(bad)

@@ -30,13 +30,13 @@ def keeps_all(cache: Any) -> bool:
 
 def bytes_of(cache: Any) -> int:
     """Bytes of the keys, values and states in use."""
-    found = 0
+    total = 0
     for layer in cache.layers:
         for name, part in vars(layer).items():
             for tensor in part if isinstance(part, list) and name != "_held" else [part]:
                 if isinstance(tensor, torch.Tensor):
-                    found += tensor.numel() * tensor.element_size()
-    return found
+                    total += tensor.numel() * tensor.element_size()
+    return total
 
 
 @functools.cache

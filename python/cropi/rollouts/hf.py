@@ -215,8 +215,8 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if "kB" in line}
-        return found["MemAvailable"]
+            sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if "kB" in line}
+        return sizes["MemAvailable"]
     except (OSError, KeyError, ValueError):
         pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else 0
         return pages * os.sysconf("SC_PAGE_SIZE") // 4 if pages > 0 else LEAST_FREE

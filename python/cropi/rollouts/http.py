@@ -101,10 +101,10 @@ class Server:
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
         with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            found = answer.read(LARGEST + 1)
-        if len(found) > LARGEST:
+            body = answer.read(LARGEST + 1)
+        if len(body) > LARGEST:
             raise ServerError(f"the server at {self.url}/{path} answered with more than {LARGEST} bytes")
-        return json.loads(found)
+        return json.loads(body)
 
 
 def _pause(attempt: int, asked: str | None) -> float:

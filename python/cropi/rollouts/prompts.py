@@ -71,13 +71,13 @@ def read_prompts(
         CropiError: a file is missing or empty.
         RecordError: a bad row: no prompt, an id used twice, or a prompt that leaves no room.
     """
-    names, found, bad = parse_columns(columns), list[Prompt](), list[RecordError]()
+    names, prompts_read, bad = parse_columns(columns), list[Prompt](), list[RecordError]()
     seen: dict[str, str] = {}
     hashed: bool | None = None
     for part in sources_of(source, "prompts"):
         empty = True
         for where, row in _rows(part.rows()):
-            if limit is not None and len(found) == limit:
+            if limit is not None and len(prompts_read) == limit:
                 break
             empty = False
             try:
@@ -97,19 +97,19 @@ def read_prompts(
                 bad.append(error)
                 continue
             seen[made.id] = where
-            found.append(made)
-        if empty and (limit is None or len(found) < limit):
+            prompts_read.append(made)
+        if empty and (limit is None or len(prompts_read) < limit):
             raise CropiError(
                 f"{part.name}: it holds no prompt (one JSON object a line, or one row, is expected)"
             )
-    if not found:
+    if not prompts_read:
         raise CropiError(f"no prompt is left: all {len(bad)} rows are bad; the first: {bad[0]}")
     if hashed:
         warnings.warn(
             "the prompts have no 'id', so every prompt's id is a hash of its text and answer; a prompt whose text "
             "changes is another one then, so give ids for a curriculum (--columns id=NAME)", HashedIds, stacklevel=2,
         )  # fmt: skip
-    return found, bad
+    return prompts_read, bad
 
 
 def _rows(rows: Iterator[Row]) -> Iterator[tuple[str, Any]]:

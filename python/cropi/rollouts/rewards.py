@@ -186,13 +186,13 @@ def _function(name: str) -> Callable[..., Any]:
             f"{'; ' + hint.strip() if hint else ''}"
         )
     module = _file(place) if place.endswith(".py") else _module(place)
-    found: Callable[..., Any] | None = getattr(module, attribute, None)
-    if found is None:
+    function: Callable[..., Any] | None = getattr(module, attribute, None)
+    if function is None:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise CropiError(
             f"reward: {place} has no {attribute!r}; {did_you_mean(attribute, known)}it has {', '.join(known) or 'none'}"
         )
-    return found
+    return function
 
 
 def _file(path: str) -> Any:

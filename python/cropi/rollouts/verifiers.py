@@ -53,12 +53,12 @@ class Math:
         self._gold(_written(answer))
 
     def _parsed(self, text: str) -> Any:
-        found = self._verify.parse(text, parsing_timeout=self._limit())
-        if not found and not _is_prose(text):
-            found = self._verify.parse(f"${text}$", parsing_timeout=self._limit())
-        if not found:
+        parsed = self._verify.parse(text, parsing_timeout=self._limit())
+        if not parsed and not _is_prose(text):
+            parsed = self._verify.parse(f"${text}$", parsing_timeout=self._limit())
+        if not parsed:
             raise ValueError(f"the answer {shown(text)} is no mathematical expression")
-        return found
+        return parsed
 
     @staticmethod
     def _limit() -> int | None:

@@ -118,8 +118,8 @@ def score_batch(
     given = {"rewards": rewards, "advantages": advantages, "weights": weights}
     present = [name for name, value in given.items() if value is not None]
     if len(present) != 1:
-        found = "none is" if not present else f"{' and '.join(present)} are"
-        raise CropiError(f"give one of rewards, advantages and weights: {found} given")
+        words = "none is" if not present else f"{' and '.join(present)} are"
+        raise CropiError(f"give one of rewards, advantages and weights: {words} given")
     if old_logprobs is not None and weights is not None:
         raise CropiError(
             "old_logprobs are for advantages: the ratio is not applied to weights; leave one of both out"

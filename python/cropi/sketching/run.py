@@ -229,12 +229,12 @@ def scan_groups(
         except RecordError:  # bad records go first; check_tokens finds this one again
             at_hand = False
 
-    if on_group is None and isinstance(groups.found, Scan):
-        return groups.found
-    found = scan_trajectories(groups, on_group=take)
-    found.texts_checked = _checked_for(policy, job) if at_hand else None
-    found.texts_kept = kept[0] if kept else None
-    return found
+    if on_group is None and isinstance(groups.scan, Scan):
+        return groups.scan
+    scan = scan_trajectories(groups, on_group=take)
+    scan.texts_checked = _checked_for(policy, job) if at_hand else None
+    scan.texts_kept = kept[0] if kept else None
+    return scan
 
 
 def check_tokens(policy: Policy, job: SketchJob, groups: PromptGroups, scan: Scan) -> None:

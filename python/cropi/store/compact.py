@@ -39,13 +39,13 @@ def due(shards: Sequence[Shard], limit: int) -> list[Shard]:
 def groups(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
     """All shards that are not full, in groups that are, but the last; one that stands alone is in none, if it carries
     checks of its blocks."""
-    found: list[list[Shard]] = [[]]
+    made: list[list[Shard]] = [[]]
     for shard in shards:
         if shard.size < limit or shard.checks is None:
-            found[-1].append(shard)
-            if sum(one.size for one in found[-1]) >= limit:
-                found.append([])
-    return [group for group in found if len(group) > 1 or any(one.checks is None for one in group)]
+            made[-1].append(shard)
+            if sum(one.size for one in made[-1]) >= limit:
+                made.append([])
+    return [group for group in made if len(group) > 1 or any(one.checks is None for one in group)]
 
 
 def join_blocks(shards: Sequence[Shard]) -> dict[str, torch.Tensor]:

@@ -27,11 +27,11 @@ def load_steady(folder: Path, job: str) -> Loaded:
     for _ in range(8):
         names = _names(folder)
         try:
-            found = load(folder, job)
+            loaded = load(folder, job)
         except FileNotFoundError:
             continue
         if _names(folder) == names:
-            return found
+            return loaded
     raise CropiError(
         f"the shards of {folder} change while they are read: a job writes to it; run this again later"
     )

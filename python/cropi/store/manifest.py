@@ -131,16 +131,18 @@ def warn_unlike(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, st
 
     Every field of :data:`ALIKE` is named with its first difference; one that a store does not have is not known.
     """
-    found = []
+    differences = []
     for field in ALIKE:
         left, right = (get_field(manifest, field) for manifest in (a, b))
         differs = None if _UNKNOWN in (left, right) else first_difference(left, right, field)
         if differs:
-            found.append(f"{differs[0]} = {_cut(differs[1])} in the first, {_cut(differs[2])} in the second")
-    if found:
+            differences.append(
+                f"{differs[0]} = {_cut(differs[1])} in the first, {_cut(differs[2])} in the second"
+            )
+    if differences:
         warnings.warn(
-            f"{names[0]} and {names[1]} were made with different settings: {'; '.join(found)}; scores between them "
-            "compare gradients of two kinds; sketch both with the same settings, unless this is meant",
+            f"{names[0]} and {names[1]} were made with different settings: {'; '.join(differences)}; scores "
+            "between them compare gradients of two kinds; sketch both with the same settings, unless this is meant",
             UnlikeStores,
             stacklevel=4,
         )
@@ -180,9 +182,9 @@ def first_difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | N
     """The dotted name and the two values of the first place where two JSON values differ, or None."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
-            found = first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
-            if found:
-                return found
+            inner = first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+            if inner:
+                return inner
         return None
     return None if a == b else (name, a, b)
 

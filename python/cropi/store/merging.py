@@ -56,12 +56,12 @@ def merge(
 
 def full(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
     """The shards in groups of about so many bytes, the last one smaller."""
-    found: list[list[Shard]] = [[]]
+    made: list[list[Shard]] = [[]]
     for shard in shards:
-        found[-1].append(shard)
-        if sum(one.size for one in found[-1]) >= limit:
-            found.append([])
-    return [group for group in found if group]
+        made[-1].append(shard)
+        if sum(one.size for one in made[-1]) >= limit:
+            made.append([])
+    return [group for group in made if group]
 
 
 def left_rows(

@@ -27,7 +27,7 @@ def base_class(what: str, module: str, name: str, methods: Mapping[str, Sequence
     """
     package = module.partition(".")[0]
     try:
-        found = getattr(import_module(module), name)
+        cls = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
         if error.name == package:
             raise ModuleNotFoundError(
@@ -39,7 +39,7 @@ def base_class(what: str, module: str, name: str, methods: Mapping[str, Sequence
     except AttributeError as error:
         raise CropiError(f"{what}: {module} has no {name}; {remedy}") from error
     for method, wanted in methods.items():
-        held = getattr(found, method, None)
+        held = getattr(cls, method, None)
         if not callable(held):
             raise CropiError(f"{what}: {module}.{name} has no method {method}; {remedy}")
         try:
@@ -48,4 +48,4 @@ def base_class(what: str, module: str, name: str, methods: Mapping[str, Sequence
             raise CropiError(
                 f"{what}: {module}.{name}.{method} does not take ({', '.join(wanted)}): {error}; {remedy}"
             ) from error
-    return found
+    return cls

@@ -42,13 +42,13 @@ class Selected:
             CropiError: there is no file, it is not a selection, too small, or names prompts that no row has.
         """
         try:
-            found = os.stat(self.path)
+            state = os.stat(self.path)
         except OSError:
             raise CropiError(
                 f"selection: there is no file {self.path}; make the first one with `cropi run` or `cropi select --out "
                 f"{self.path}`"
             ) from None
-        seen = (found.st_ino, found.st_size, found.st_mtime_ns)
+        seen = (state.st_ino, state.st_size, state.st_mtime_ns)
         if seen == self._seen:
             return False
         ids = read_selection(self.path)

@@ -38,8 +38,8 @@ def read_rollouts(path: str | Path, source: str, reading: Reading, left: Left) -
     if source in text_rows.COLUMNS:
         return text_rows.read_dump(path, source, reading, left)
     reader = importlib.import_module(f"cropi.trainers.dumps.{READERS[source]}")
-    found: Iterator[Rollout] = reader.read_dump(path, reading, left)
-    return found
+    rollouts: Iterator[Rollout] = reader.read_dump(path, reading, left)
+    return rollouts
 
 
 class DumpSource(PathSource):

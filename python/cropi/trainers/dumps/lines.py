@@ -28,11 +28,11 @@ def json_lines(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parsed(line: tuple[str, bytes]) -> tuple[str, dict[str, Any]]:
     where, data = line
     try:
-        found = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadSample(where, "line", f"not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
         raise BadSample(where, "line", f"not JSON ({str(error)[:200]})") from None
-    if not isinstance(found, dict):
-        raise BadSample(where, "line", f"not a JSON object, but {shown(found)}")
-    return where, found
+    if not isinstance(value, dict):
+        raise BadSample(where, "line", f"not a JSON object, but {shown(value)}")
+    return where, value

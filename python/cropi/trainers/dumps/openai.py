@@ -104,17 +104,17 @@ class _Row:
 
 def _asked(path: Path) -> dict[str, Mapping[str, Any]]:
     """The requests of a batch's input file by their ``custom_id``."""
-    found: dict[str, Mapping[str, Any]] = {}
+    requests: dict[str, Mapping[str, Any]] = {}
     for where, row in rows_of_dump(path, Left()):
         body = row.get("body")
         if not isinstance(row.get("custom_id"), str) or not isinstance(body, Mapping):
             raise CropiError(
                 f"{where}: a batch's input has 'custom_id' and 'body', but this row has {names(row)}"
             )
-        if row["custom_id"] in found:
+        if row["custom_id"] in requests:
             raise CropiError(f"{where}: the custom_id {shown(row['custom_id'])} was used before")
-        found[row["custom_id"]] = body
-    return found
+        requests[row["custom_id"]] = body
+    return requests
 
 
 def _row(row: dict[str, Any], where: str, asked: Mapping[str, Mapping[str, Any]]) -> _Row:
@@ -236,10 +236,10 @@ def _tokens(
 
 def _named(words: list[tuple[Any, Any]]) -> list[int] | None:
     """The ids of tokens that are written ``token_id:123``; None where one is not."""
-    found = []
+    numbers = []
     for word, _ in words:
         number = word.removeprefix(MARK) if isinstance(word, str) and word.startswith(MARK) else ""
         if not number.isascii() or not number.isdigit():
             return None
-        found.append(int(number))
-    return found
+        numbers.append(int(number))
+    return numbers

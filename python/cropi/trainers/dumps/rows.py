@@ -54,10 +54,10 @@ def id_of(row: Any, id_key: str | None, prompt: Any, where: str) -> str:
         return text_id(
             prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=repr)
         )
-    found = row.get(id_key) if id_key in row else nested(row, id_key)
-    if found is None:
+    value = row.get(id_key) if id_key in row else nested(row, id_key)
+    if value is None:
         raise BadSample(where, id_key[:80], "is missing, which --id-key names")
-    return prompt_id(found, id_key[:80], where)
+    return prompt_id(value, id_key[:80], where)
 
 
 def reward_of(value: Any, field: str, where: str) -> float:

@@ -85,11 +85,11 @@ def _failed(trace: Mapping[str, Any]) -> bool:
 
 def _reward(trace: Mapping[str, Any], where: str) -> float | None:
     """The sum of the named rewards, each times its weight; None where nothing was scored."""
-    found = trace.get("rewards")
-    if not isinstance(found, Mapping):
-        raise BadSample(where, "rewards", f"should be rewards by name, got {shown(found)}")
+    rewards = trace.get("rewards")
+    if not isinstance(rewards, Mapping):
+        raise BadSample(where, "rewards", f"should be rewards by name, got {shown(rewards)}")
     total = None
-    for name, value in found.items():
+    for name, value in rewards.items():
         if value is not None:
             held = value if isinstance(value, Mapping) else {"score": value}
             score, weight = held.get("score"), held.get("weight", 1.0)
@@ -168,13 +168,15 @@ def _turns(nodes: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any
 def _temperature(trace: Mapping[str, Any], where: str) -> Any:
     """The temperature of all calls of the model; None where it is not saved."""
     calls = trace.get("calls")
-    found = {nested(call, "sampling.temperature") for call in calls} if isinstance(calls, list) else {None}
-    if len(found) > 1:
+    temperatures = (
+        {nested(call, "sampling.temperature") for call in calls} if isinstance(calls, list) else {None}
+    )
+    if len(temperatures) > 1:
         raise BadSample(
             where, "calls",
-            f"the turns were sampled at the temperatures {shown(sorted(map(str, found)))}, but a record has one",
+            f"the turns were sampled at the temperatures {shown(sorted(map(str, temperatures)))}, but a record has one",
         )  # fmt: skip
-    return found.pop() if found else None
+    return temperatures.pop() if temperatures else None
 
 
 def _cut(trace: Mapping[str, Any]) -> bool:

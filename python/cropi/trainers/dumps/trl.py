@@ -88,23 +88,23 @@ def _reward_columns(
                 f"{path}: there is no column {named!r}, which --columns reward= names; it has {names(keys)}"
             )
         return [named]
-    found = [
+    columns = [
         key
         for key in keys
         if key not in (*KEYS, id_key)
         and any(isinstance(row.get(key), float) for _, row in rows)
         and all(isinstance(row.get(key), (float, int, type(None))) for _, row in rows)
     ]
-    if not found:
+    if not columns:
         raise CropiError(
             f"{path} has no column of rewards (numbers); it has {names(keys)}; name it with --columns reward=NAME"
         )
-    if "advantage" in keys and not _agree(rows, found):
+    if "advantage" in keys and not _agree(rows, columns):
         raise CropiError(
-            f"{path}: the advantages do not follow the sum of the columns {', '.join(found)}, so these are not the "
+            f"{path}: the advantages do not follow the sum of the columns {', '.join(columns)}, so these are not the "
             "rewards, or have weights; name the column with the reward with --columns reward=NAME"
         )
-    return found
+    return columns
 
 
 def _agree(rows: list[tuple[str, dict[str, Any]]], rewards: list[str]) -> bool:

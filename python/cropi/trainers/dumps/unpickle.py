@@ -126,14 +126,14 @@ def read_zip(data: io.BytesIO | str, largest: int) -> Any:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > largest:
             raise ValueError(f"it holds more than {largest} bytes unpacked")
-        found = [entry.filename for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
-        if len(found) != 1 or any(name.endswith("/constants.pkl") for name in archive.namelist()):
+        pickles = [entry.filename for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+        if len(pickles) != 1 or any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise ValueError("it was not written by torch.save")
-        folder = found[0].removesuffix("data.pkl")
+        folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are in big-endian order")
         storage = lambda name: archive.read(f"{folder}data/{name}")  # noqa: E731
-        return Reader(io.BytesIO(archive.read(found[0])), storage).load()
+        return Reader(io.BytesIO(archive.read(pickles[0])), storage).load()
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> torch.Tensor:

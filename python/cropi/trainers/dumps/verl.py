@@ -74,18 +74,19 @@ def prompts_by_text(rows: Any, ids: list[str], tokenizer: Any, prompt_key: str =
         ids: their prompt ids.
         tokenizer: the policy's.
     """
-    found: dict[str, Any] = {}
+    by_text: dict[str, Any] = {}
     for name, row in zip(ids, rows, strict=True):
         messages = row[prompt_key]
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if text in found:
+        if text in by_text:
             raise CropiError(
-                f"the prompts {found[text][0]!r} and {name!r} have the same text, so the dump does not tell them apart"
+                f"the prompts {by_text[text][0]!r} and {name!r} have the same text, so the dump does not "
+                "tell them apart"
             )
-        found[text] = (name, messages)
-    return found
+        by_text[text] = (name, messages)
+    return by_text
 
 
 def _text(

@@ -46,7 +46,7 @@ def _columns_left(table: StandIn, where: str) -> Any:
 def _consolidated(metadata: Any, storage: Any, where: str) -> dict[str, Any]:
     """A TensorDict whose tensors lie in one storage one after the other."""
     try:
-        found = {key: value[0] for key, value in metadata["non_tensors"].items()}
+        columns = {key: value[0] for key, value in metadata["non_tensors"].items()}
         parts: dict[str, Any] = {}
         for key, (kind, shape, start, stop, pad, *_) in metadata["leaves"].items():
             dtype = getattr(torch, kind.removeprefix("torch."))
@@ -56,12 +56,14 @@ def _consolidated(metadata: Any, storage: Any, where: str) -> dict[str, Any]:
         for key, value in parts.items():
             if key.startswith("<NJT_OFFSETS>"):
                 name = key.removeprefix("<NJT_OFFSETS>")
-                found[name] = _ragged(parts[f"<NJT_VALUES>{name}"], value, parts.get(f"<NJT_LENGTHS>{name}"))
+                columns[name] = _ragged(
+                    parts[f"<NJT_VALUES>{name}"], value, parts.get(f"<NJT_LENGTHS>{name}")
+                )
             elif not key.startswith("<NJT_"):
-                found[key] = value
+                columns[key] = value
     except DAMAGED as error:
         raise BadSample(where, "batch", f"is no TensorDict that can be read ({str(error)[:200]})") from error
-    return found
+    return columns
 
 
 def _ragged(values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor | None) -> Ragged:

@@ -149,7 +149,7 @@ def sampled_logprobs(value: Any, ids: list[int], where: str) -> list[float] | No
     entries = listed(value, "logprobs", where)
     if len(entries) != len(ids):
         raise BadSample(where, "logprobs", f"has {len(entries)} entries for {len(ids)} tokens")
-    found = []
+    logprobs = []
     for t, (entry, token) in enumerate(zip(entries, ids)):
         field = f"logprobs[{t}]"
         if not isinstance(entry, (int, float)):
@@ -164,5 +164,5 @@ def sampled_logprobs(value: Any, ids: list[int], where: str) -> list[float] | No
                 )
             if not isinstance(entry, (int, float)):
                 entry = _table(entry, where, field).get("logprob")
-        found.append(entry)
-    return log_probs(found, len(ids), None, "logprobs", where)
+        logprobs.append(entry)
+    return log_probs(logprobs, len(ids), None, "logprobs", where)

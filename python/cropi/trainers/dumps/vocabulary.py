@@ -26,7 +26,7 @@ class Vocabulary:
         if self._by_bytes is None:
             tokenizer = None if self._tokenizer is None else self._tokenizer()
             self._by_bytes = {} if tokenizer is None else bytes_of_tokens(tokenizer)
-        found = []
+        ids = []
         for text, data in words:
             if isinstance(data, (list, tuple)):
                 key = bytes(data)
@@ -37,20 +37,20 @@ class Vocabulary:
             token = self._by_bytes.get(key)
             if token is None:
                 return None
-            found.append(token)
-        return found
+            ids.append(token)
+        return ids
 
 
 def bytes_of_tokens(tokenizer: Any) -> dict[bytes, int | None]:
     """The id of every token by its bytes; None where two tokens have the same."""
     special = {str(token): index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
     spell = _spelling(tokenizer)
-    found: dict[bytes, int | None] = {}
+    ids: dict[bytes, int | None] = {}
     for word, index in tokenizer.get_vocab().items():
         key = word.encode() if word in special else spell(word)
         if key is not None:
-            found[key] = None if key in found else index
-    return found
+            ids[key] = None if key in ids else index
+    return ids
 
 
 def _spelling(tokenizer: Any) -> Callable[[str], bytes | None]:

@@ -56,8 +56,8 @@ class Order:
 
     def _refresh(self) -> None:
         try:
-            found = os.stat(self.path)
-            seen = (found.st_ino, found.st_size, found.st_mtime_ns)
+            state = os.stat(self.path)
+            seen = (state.st_ino, state.st_size, state.st_mtime_ns)
             if seen == self._seen:
                 return
             check_sums(self.path)

@@ -83,7 +83,7 @@ def check_policy(model: Any, options: Curriculum) -> None:
 
 
 def check_space(
-    trainer: Any, options: Curriculum, found: Mapping[str, Scan], folder: Path, prompts: int
+    trainer: Any, options: Curriculum, scans: Mapping[str, Scan], folder: Path, prompts: int
 ) -> None:
     """Check that the disk has room for the sketches, which the first selection would find out otherwise.
 
@@ -96,8 +96,8 @@ def check_space(
     steps = options.stage_steps * trainer.args.gradient_accumulation_steps
     batches = steps // (trainer.args.steps_per_generation * trainer.num_iterations)
     recorded = min(prompts, batches * int(trainer.args.generation_batch_size // trainer.num_generations))
-    rows = found["train"].usable if "train" in found else recorded
-    rows += found["valid"].usable if "valid" in found else 0
+    rows = scans["train"].usable if "train" in scans else recorded
+    rows += scans["valid"].usable if "valid" in scans else 0
     # With a budget a stage keeps those of the one before it until it has chosen.
     stages = 1 if options.budget is None and options.passes is None else 2
     if options.keep_sketches:

@@ -21,11 +21,11 @@ def training_summary(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
     if not seen:
         return None
     size = max(1, len(seen) // 4)
-    found: dict[str, Any] = {"steps": [int(seen[0].get("step", 0)), int(seen[-1].get("step", 0))]}
+    summary: dict[str, Any] = {"steps": [int(seen[0].get("step", 0)), int(seen[-1].get("step", 0))]}
     for name, key in (("reward", "reward"), ("equal_rewards", "frac_reward_zero_std")):
         ends = [[float(e[key]) for e in part if _number(e.get(key))] for part in (seen[:size], seen[-size:])]
-        found[name] = [sum(values) / len(values) if values else None for values in ends]
-    return found
+        summary[name] = [sum(values) / len(values) if values else None for values in ends]
+    return summary
 
 
 def _number(value: Any) -> bool:

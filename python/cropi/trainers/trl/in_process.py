@@ -119,14 +119,14 @@ def reward_function(name: str) -> Callable[..., Any]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-        found = getattr(module, attribute)
+        function = getattr(module, attribute)
     except Exception as error:  # it is the user's code that runs here
         raise CropiError(
             f"trl.reward: {name!r} cannot be loaded ({type(error).__name__}: {error})"
         ) from error
-    if not callable(found):
+    if not callable(function):
         raise CropiError(f"trl.reward: {name!r} is not a function")
-    return found
+    return function
 
 
 def train_stage(
@@ -174,8 +174,8 @@ def train_stage(
     )  # fmt: skip
     started = newest_whole(out / "checkpoints", "trainer_state.json")
     trainer.train(resume_from_checkpoint=str(started) if started else None)
-    if found := training_summary(trainer.state.log_history):
-        write_atomic(out / "training.json", json.dumps(found) + "\n")
+    if summary := training_summary(trainer.state.log_history):
+        write_atomic(out / "training.json", json.dumps(summary) + "\n")
     new = out / "policy"
     trainer.save_model(str(new))
     tokenizer.save_pretrained(str(new))

@@ -52,10 +52,10 @@ def estimator_of_config(args: Any) -> tuple[Estimator, list[str]]:
     }
     if kind == "cispo":
         bounds = {"cap": high}
-    found = Estimator(
+    estimator = Estimator(
         f"trl {kind}", std=scale in ("group", "True"), length=AVERAGED[kind], level=level, **bounds,
     )  # fmt: skip
-    return found, _left_out(args, scale)
+    return estimator, _left_out(args, scale)
 
 
 def _left_out(args: Any, scale: str) -> list[str]:

@@ -31,12 +31,12 @@ def id_of(row: Mapping[str, Any], column: str) -> str:
 
 def columns_of(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict[str, Any]:
     """The columns that go into a record, where the row has them."""
-    found = {
+    made = {
         name: text_value(row[name], where) if name == "task" else plain_value(row[name], where)
         for name in columns
         if row.get(name) is not None
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in made.items() if value is not None}
 
 
 def group_record(
@@ -171,7 +171,7 @@ def check_datasets(
     names = ("model", "reward_funcs", "args", "train_dataset", "eval_dataset")
     given = dict(zip(names, args)) | dict(kwargs)
     train, valid = given.get("train_dataset"), given.get("eval_dataset")
-    found = None if train is None else PromptIds(train, column)
+    ids = None if train is None else PromptIds(train, column)
     if train is not None and recording is not None:
         check_columns(train, "train_dataset", recording)
     seen: dict[str, str] = {}
@@ -187,4 +187,4 @@ def check_datasets(
             seen[prompt] = name
         if recording is not None:
             check_columns(dataset, name, recording, every=train is None)
-    return found
+    return ids

@@ -84,10 +84,10 @@ def rewind(folder: str | Path, sizes: Mapping[str, int]) -> None:
     """
     for name, size in sizes.items():
         path = Path(folder) / name
-        found = path.stat().st_size if path.exists() else 0
-        if found < size:
+        there = path.stat().st_size if path.exists() else 0
+        if there < size:
             raise CropiError(
-                f"{path} has {found} bytes, but the checkpoint knows of {size}: rollouts that selection builds on are "
+                f"{path} has {there} bytes, but the checkpoint knows of {size}: rollouts that selection builds on are "
                 "gone; restore the file, or start again in a new output folder"
             )
     for path in (*log_files(folder, "train"), *log_files(folder, "valid")):

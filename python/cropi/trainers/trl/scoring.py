@@ -161,18 +161,18 @@ def check_files(
             and rollouts of this run, which are to replace some of theirs, have.
     """
     train, valid, estimator = opened["train"], opened["valid"], options.estimator_used()
-    pool, found = Scan(), {}
+    pool, scans = Scan(), {}
     if train is not None:
-        found["train"] = scan(train, on_group=lambda group: pool.add(group) if known(group.id) else None)
+        scans["train"] = scan(train, on_group=lambda group: pool.add(group) if known(group.id) else None)
     if valid is not None:
-        found["valid"] = scan(valid)
-    for part in found.values():
+        scans["valid"] = scan(valid)
+    for part in scans.values():
         behaviour_source(options.behaviour, part, estimator.ratio)
-    if "valid" in found:
+    if "valid" in scans:
         sets = options.valid_sets or ()
-        check_covered({DEFAULT_SET: found["valid"]}, sets, option="valid_sets", before="stage 0: ")
+        check_covered({DEFAULT_SET: scans["valid"]}, sets, option="valid_sets", before="stage 0: ")
     if train is None:
-        return found
+        return scans
     names = ", ".join(map(str, options.files("train") or ()))
     try:
         check_pool(pool, names, known=True, before="stage 0: ", otherwise=OTHERWISE)
@@ -180,14 +180,14 @@ def check_files(
         if options.on_nothing != "keep":
             raise
     recorded = options.recording is not None and options.recording.logprobs
-    stored = found["train"].with_logprobs > 0
+    stored = scans["train"].with_logprobs > 0
     if options.use_recorded and options.behaviour == "auto" and estimator.ratio and recorded != stored:
         raise CropiError(
             f"use_recorded mixes the rollouts in {names}, {'with' if stored else 'without'} log-probs, with "
             f"recorded ones {'with' if recorded else 'without'}: ratios of two kinds would be ranked against "
             f"each other; set behaviour='current'{'' if stored else ', or Recording(logprobs=False)'}"
         )
-    return found
+    return scans
 
 
 def folder_of(stage: int) -> str:

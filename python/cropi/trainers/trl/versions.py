@@ -82,22 +82,22 @@ def broken_contract(base: type) -> list[str]:
     """What the adapter relies on and ``base`` (a GRPOTrainer) does not have, in words; empty if all is there."""
     import trl
 
-    found = []
+    broken = []
     for name, needed in CONTRACT.items():
         method = getattr(base, name, None)
         missing = needed if method is None else _missing(method, needed)
         if missing:
-            found.append(f"{name}() {'is gone' if method is None else 'lacks ' + ', '.join(missing)}")
+            broken.append(f"{name}() {'is gone' if method is None else 'lacks ' + ', '.join(missing)}")
     sampler = getattr(importlib.import_module("trl.trainer.utils"), "RepeatSampler", None)
     missing = SAMPLER if sampler is None else _missing(sampler.__init__, SAMPLER)
-    found += [f"RepeatSampler lacks {', '.join(missing)}"] if missing else []
+    broken += [f"RepeatSampler lacks {', '.join(missing)}"] if missing else []
     set_there = _attributes(base)
     missing = tuple(
         name for name in (*ATTRIBUTES, *METHODS) if not hasattr(base, name) and name not in set_there
     )
-    found += [f"the trainer has no {', '.join(missing)}"] if missing and set_there else []
+    broken += [f"the trainer has no {', '.join(missing)}"] if missing and set_there else []
     missing = tuple(name for name in OPTIONS if name not in trl.GRPOConfig.__dataclass_fields__)
-    return found + ([f"GRPOConfig has no {', '.join(missing)}"] if missing else [])
+    return broken + ([f"GRPOConfig has no {', '.join(missing)}"] if missing else [])
 
 
 def check_trainer(trainer: Any) -> None:
@@ -124,14 +124,14 @@ def check_batch(trainer: Any, output: Any) -> None:
 
 def _attributes(base: type) -> set[str]:
     """The names that the methods of a class and of those above it set on ``self``; empty if no source can be read."""
-    found: set[str] = set()
+    names: set[str] = set()
     for cls in base.__mro__:
         try:
             source = inspect.getsource(cls)
         except (OSError, TypeError):
             continue
-        found |= set(re.findall(r"\bself\.(\w+)\s*(?:,\s*self\.\w+\s*)*(?::[^=\n]+)?=(?!=)", source))
-    return found
+        names |= set(re.findall(r"\bself\.(\w+)\s*(?:,\s*self\.\w+\s*)*(?::[^=\n]+)?=(?!=)", source))
+    return names
 
 
 def _changed(base: Any, what: str) -> CropiError:

@@ -41,12 +41,12 @@ def need(module: str, name: str, what: str, instead: str) -> Any:
         ModuleNotFoundError: verl is not installed.
         CropiError: this verl is older than the tested range, or has no such class.
     """
-    found = verl_version()
+    installed = verl_version()
     try:
         return getattr(import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("verl"):
             raise  # one of verl's own dependencies
         raise CropiError(
-            f"{what}: verl {'.'.join(map(str, found))} has no {module}.{name}; {instead}"
+            f"{what}: verl {'.'.join(map(str, installed))} has no {module}.{name}; {instead}"
         ) from error
