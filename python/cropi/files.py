@@ -22,13 +22,13 @@ NO_ACCESS |= {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
 
 
-def reason(error: OSError, use: str = "written") -> str:
-    """Why a file could not be written (or read), and the remedy."""
+def reason(error: OSError, otherwise: str = "give a path that can be written") -> str:
+    """Why a file could not be written, and the remedy; ``otherwise`` is that for a path that does not do."""
     number = error.errno or 0
     if number in NO_SPACE:
         remedy = "free some space and run the same command again (what was written before is intact)"
     elif number in NO_ACCESS:
-        remedy = f"give a path that can be {use}"
+        remedy = otherwise
     elif number in NO_DESCRIPTOR:
         remedy = "raise the limit of open files (`ulimit -n`) and run the same command again"
     else:
@@ -83,7 +83,7 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise CropiError(f"cannot read {path}: {reason(error, 'read')}") from error
+        raise CropiError(f"cannot read {path}: {reason(error, 'give a path that can be read')}") from error
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Sequence[str | None]]) -> None:

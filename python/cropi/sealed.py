@@ -58,7 +58,7 @@ def summed(path: str | Path, *beside: Path) -> Iterator[None]:
     Killed before that, the export has no such file: never one of what stood there before.
     """
     path = Path(path)
-    with writing(sums_path(path)):
+    with writing(path, sums_path(path)):
         sums_path(path).unlink(missing_ok=True)
     yield
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

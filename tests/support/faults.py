@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python tests/support/faults.py FOLDER SHARE [place ...]
 
 Every operation of every place (support/places.py) fails once: it, or it and all that follow. SHARE is the part of them
-that is tried, 1 for all. The work must end in words that name the file and the remedy, or with the right result; what
-was stored must be there, with the right bits; no half file may have a final name; and the same work, done again, must
-give the result of undisturbed work. ``faults.cpp`` makes the operations fail, below Python.
+that is tried, 1 for all; 0 tries one operation by two of the faults, others at every place. The work must end in words
+that name the file and the remedy, or with the right result; what was stored must be there, with the right bits; no half
+file may have a final name; and the same work, done again, must give the result of undisturbed work. It is
+``faults.cpp`` that makes the operations fail, below Python.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ FAULTS = {
     "descriptors": Fault(MAKE | OPEN | READ, errno.EMFILE),
     "device": Fault(READ | WRITE | SYNC | RENAME | REMOVE | CUT, errno.EIO, once=True),
 }
-REMEDY = re.compile(r"; (free some space|give a path|raise the limit|see to the disk)")
+REMEDY = re.compile(r"; (free some space|give a path|give another --out|raise the limit|see to the disk)")
 
 
 def preload(folder: Path) -> None:
@@ -114,14 +115,17 @@ def problem(place: Any, folder: Path, want: dict[str, Any], held: Any, ended: An
 
 def run(name: str, folder: Path, share: float, seed: int = 0) -> tuple[Counter[str], list[str]]:
     """A share of the faults of one place; how often they ended how, and what was wrong."""
-    place, rng = (PLACES | WRITTEN)[name], random.Random(f"{name}-{seed}")
+    places = PLACES | WRITTEN
+    place, number, rng = places[name], [*places].index(name), random.Random(f"{name}-{seed}")
     folder.mkdir(parents=True)
     prepared, here = folder / "prepared", folder / "here"
     prepared.mkdir()
     place.prepare(prepared)
     counts: Counter[str] = Counter()
     wrong: list[str] = []
-    for kind, fault in FAULTS.items():
+    kinds = [*FAULTS] if share else [[*FAULTS][(number + step) % len(FAULTS)] for step in (0, 3)]
+    for kind in kinds:
+        fault = FAULTS[kind]
         shutil.rmtree(here, ignore_errors=True)
         shutil.copytree(prepared, here)
         quiet = attempt(place.work, here, fault, 0)

@@ -124,7 +124,9 @@ class SketchStore:
             path.mkdir(parents=True, exist_ok=True)
             store._acquire()
         except OSError as error:
-            raise CropiError(f"cannot write the store {path}: {reason(error)}") from error
+            raise CropiError(
+                f"cannot write the store {path}: {reason(error, 'give another --out')}"
+            ) from error
         try:
             if (path / MANIFEST).exists():
                 made = read_manifest(path)
