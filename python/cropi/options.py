@@ -381,7 +381,9 @@ class Choosing(Options):
         choices=("none", "kmeans", "facility"),
     )
     candidates: float = option(
-        4.0, "how many prompts --diversity chooses among, as a multiple of those that are chosen", kind="number"
+        4.0,
+        "how many prompts --diversity chooses among, as a multiple of those that are chosen",
+        kind="number",
     )
 
     def __post_init__(self) -> None:
