@@ -35,7 +35,7 @@ from cropi.store.memory import MemoryStore
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
 
-CHUNK = 8  # prompts
+CHUNK = 4  # prompts
 
 
 @dataclass(frozen=True)
@@ -224,12 +224,13 @@ def main(arguments: list[str] | None = None) -> None:
         f"{args.model}, {about}. {describe()}.",
         "",
         "Time: processor seconds of sketching the training prompts, as a share of full scoring's, with the chunks' "
-        "quartiles. "
+        f"quartiles (chunks of {CHUNK} prompts, in which the levers take turns). "
         "Best 10 %: what the best tenth by the lever's scores shares with that by full scores, mean over sets. Chosen: "
         "what the choice (rrf, 10 %) shares with full scoring's. Error: rms difference of a score." + missing,
         "",
         f"**Noise of the choice**: {noise.overlap:.2f} of full scoring's choice stays when the validation prompts are "
-        f"drawn anew, and two halves of them agree on {noise.halves:.2f}.",
+        f"drawn anew, and two halves of them agree on {noise.halves:.2f}; the standard error of a score is "
+        f"{np.mean([one.stderr for one in noise.sets]):.3f}.",
         "",
         "| lever | time | best 10 % | chosen | error |",
         "| --- | --- | --- | --- | --- |",
