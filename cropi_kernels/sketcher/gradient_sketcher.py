@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _memory, frozen
+from .. import _memory
 from .._fork import one_thread_after_fork
 from ..frozen import Linears, PackedLinears
 from ..ops.linear_logprob.contract import Weigh, check_temperature
@@ -29,6 +29,7 @@ from .hooks import checkpointed, start_graph
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import scored_tokens
 from .lengths import Lengths, check_lengths
+from .more import More
 from .packed import keep_gradients
 from .precision import check_adapters, own_precision, unwrapped
 from .probe import Probe, pads_left, positions_for, probe_policy
@@ -64,6 +65,7 @@ class GradientSketcher:
             packed copies, which take twice the weights' memory inside the ``with`` block) or ``"auto"``: oneDNN where
             it is measured to take at most 0.6 of the time. None: what the environment variable
             ``CROPI_KERNELS_LINEARS`` says, else ``"auto"``. See `cropi_kernels.frozen`.
+        more: other specs, whose sketches `policy_gradient` gives from the same pass.
 
     Attributes:
         self_test: what the last self-test found; None before it.
@@ -92,6 +94,7 @@ class GradientSketcher:
         *,
         verify: bool = True,
         linears: Linears | None = None,
+        more: Sequence[SketchSpec] = (),
     ) -> None:
         spec = SketchSpec() if spec is None else spec
         for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
@@ -102,10 +105,12 @@ class GradientSketcher:
         check_adapters(self.model)
         keep_gradients(self.model)
         sharded.check_parallel(self.model)
-        self._linears = PackedLinears(self.model.parameters(), _linears_of(self.model, linears))
+        self._linears = PackedLinears(self.model.parameters(), sharded.linears_of(self.model, linears))
         self._acc = Accumulator(spec)
         self._exclude = exclude
         self._plan = plan_model(self.model, spec, self._acc, exclude)
+        self._more = More(self.model, more, exclude)
+        self._more.check(self._plan)
         self._ranks = self._acc.ranks = self._plan.ranks
         if self._ranks is not None:
             self._ranks.check_model(_described(self.model, spec, self._plan))
@@ -159,7 +164,8 @@ class GradientSketcher:
     def _hook(self) -> None:
         if self._embeddings is not None:
             self._handles.append(self._embeddings.register_forward_hook(start_graph))
-        self._handles += self._plan.hook()
+        for plan in (self._plan, *(one.plan for one in self._more.sums)):
+            self._handles += plan.hook()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -230,7 +236,7 @@ class GradientSketcher:
                 sharded.start_over(self.model)
                 raise
             finally:
-                self._acc.close()
+                self._close()
         if self._verify:
             if first and "batch" not in self._heard:
                 self._note("batch", replayed_self_test(self.model, self._plan, self._acc, recorded, where))
@@ -317,6 +323,7 @@ class GradientSketcher:
         with explained, own_precision(self.model), self._linears.around(self.model):
             self._begin(where)
             try:
+                self._more.begin(where, self._acc.out.device)
                 mark = self._acc.clock.mark
                 start = mark()
                 with torch.enable_grad():
@@ -333,23 +340,26 @@ class GradientSketcher:
                         temperature,
                         scored,
                         whole,
+                        self._more.sums,
                     )
                 middle = mark()
                 if hidden.requires_grad:  # else nothing of the decoder is tapped
                     hidden.backward(grad)
-                scales.restore(self._acc.out)
+                failed = failed_segments(logprobs, used, scored)
+                for out in (self._acc.out, *self._more.outs):
+                    scales.restore(out)
+                    out[failed] = float("nan")
                 end = mark()
-                self._acc.out[failed_segments(logprobs, used, scored)] = float("nan")
                 self._check_heard("policy_gradient", where)
-                clock, sketches = self._acc.clock, self._acc.end()
+                clock, sketches, others = self._acc.clock, self._acc.end(), self._more.end()
             except BaseException:
                 sharded.start_over(self.model)
                 raise
             finally:
-                self._acc.close()
+                self._close()
         seconds = {"forward": clock.between(start, middle), "backward": clock.between(middle, end)}
         seconds["sketch"] = self._acc.sketch_seconds(clock, sum(seconds.values()))
-        return PolicyGradient(sketches, logprobs, used, seconds)
+        return PolicyGradient(sketches, logprobs, used, seconds, others)
 
     def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
         check_positions(input_ids, positions, targets)
@@ -397,6 +407,7 @@ class GradientSketcher:
             if formed := [module for module in wrong if module not in refused]:
                 self._plan.unhook(self._handles)
                 self._plan.form(self.model, formed)
+                self._more.check(self._plan)
                 self._hook()
             elif not refused:
                 return
@@ -426,6 +437,7 @@ class GradientSketcher:
         for p in self._thawed:
             p.requires_grad_(True)
         self._plan = plan_model(self.model, self.spec, self._acc, [*self._patterns, *names])
+        self._more = More(self.model, [one.acc.spec for one in self._more.sums], [*self._patterns, *names])
         self._plan.form(self.model, [one.chain[0] for one in before.exact.parameters])
         self._plan.coverage = dataclasses.replace(
             self._plan.coverage,
@@ -457,27 +469,13 @@ class GradientSketcher:
         if self._acc.segments is not None:
             raise RuntimeError("a batch is already open in this GradientSketcher: close it first")
 
+    def _close(self) -> None:
+        self._acc.close()
+        self._more.close()
+
     def _begin(self, segments: Segments) -> None:
         self._no_batch()
         self._acc.begin(segments, sharded.device_of(self.model))
-
-
-def _linears_of(model: nn.Module, linears: Linears | None) -> Linears:
-    """Who multiplies by frozen weights. Those that are spread over ranks are torch's.
-
-    Raises:
-        ValueError: oneDNN is asked for by name, and weights are spread over ranks.
-    """
-    chosen = frozen.checked(linears)
-    if not sharded.is_sharded(model):
-        return chosen
-    if chosen == "onednn":
-        said = f"{frozen.VARIABLE}=onednn" if linears is None else "linears='onednn'"
-        raise ValueError(
-            f"{said} packs whole weights, and this model's are sharded: give linears='torch', or unset "
-            f"{frozen.VARIABLE}"
-        )
-    return "torch"
 
 
 def _described(model: nn.Module, spec: SketchSpec, plan: Attachment) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -10,6 +11,7 @@ from ..ops.linear_logprob.contract import Weigh
 from ..ops.norm_grad import bias_grad
 from .accumulator import Accumulator
 from .attach import Attachment
+from .more import Sums
 from .scale import SegmentScales
 from .segments import Segments
 from .split import SplitModel
@@ -21,7 +23,8 @@ class PolicyGradient:
 
     ``sketches`` float32 [segments, dim], a row of NaN where the segment met a NaN or an infinity; ``logprobs`` and
     ``weights`` float32 [scored tokens]; ``seconds``: forward, backward, and the part of both that was sketching (on a
-    CUDA device measured in passes 1, 2, 4, 8, ...; in others, the share that the latest of those had).
+    CUDA device measured in passes 1, 2, 4, 8, ...; in others, the share that the latest of those had);
+    ``more``: the sketches by other specs, where the sketcher was given some.
 
     >>> PolicyGradient(torch.zeros(2, 64), torch.zeros(5), torch.ones(5), {}).weights.sum()
     tensor(5.)
@@ -31,6 +34,7 @@ class PolicyGradient:
     logprobs: torch.Tensor
     weights: torch.Tensor
     seconds: dict[str, float]
+    more: tuple[torch.Tensor, ...] = ()
 
 
 def head_pass(
@@ -44,38 +48,42 @@ def head_pass(
     temperature: float,
     scored: torch.Tensor,
     whole: bool = False,
+    more: Sequence[Sums] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SegmentScales]:
     """Log-probs, gradient of the hidden states, weights; the head's own sketch rides along chunk by chunk.
 
     ``whole``: ``weigh`` is asked once for all tokens, whose log-probs cost one more product with the head.
+    ``more``: other sums that the head's sketch is added to.
     The gradient and the sketches are those of scaled segments: `SegmentScales.restore` comes after the backward pass.
     """
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
     picked = split.head_input(flat[positions])
-    matrix = plan.head_matrix if plan.head_adds[0] else None
-    bias = plan.head_bias if plan.head_adds[1] else None
+    sums = Sums(plan, acc), *more
     scales = SegmentScales(scored, flat.device)
     scored = scored.to(flat.device)
 
     def sketch_head(begin: int, end: int, dz: torch.Tensor) -> None:
-        with acc.timed():
-            offsets = scored.clamp(begin, end) - begin
-            if matrix is not None:
-                matrix.add(dz, matrix.fold(picked[begin:end]), offsets, acc.out)
-            if bias is not None:
-                acc.engine.add_vector(_placed(plan, split, bias_grad(dz, offsets)), bias)
-            for one in split.adapters:
-                one.sketch(plan.taps, acc, picked[begin:end], dz, offsets)
+        for plan, acc in sums:
+            with acc.timed():
+                offsets = scored.clamp(begin, end) - begin
+                if plan.head_matrix is not None and plan.head_adds[0]:
+                    matrix = plan.head_matrix
+                    matrix.add(dz, matrix.fold(picked[begin:end]), offsets, acc.out)
+                if plan.head_bias is not None and plan.head_adds[1]:
+                    acc.engine.add_vector(_placed(plan, split, bias_grad(dz, offsets)), plan.head_bias)
+                for one in split.adapters:
+                    one.sketch(plan.taps, acc, picked[begin:end], dz, offsets)
 
     with torch.no_grad():
         if whole:
             weigh = _asked_once(weigh, split.logprobs(picked, targets, temperature))
-        listens = matrix is not None or bias is not None or split.adapters
+        own = zip((plan.head_matrix, plan.head_bias), plan.head_adds, strict=True)
+        listens = any(one is not None and adds for one, adds in own) or split.adapters
         logprobs, grad_picked, weights = split.logprob_and_grad(
             picked, targets, scales.weigh(weigh), temperature, sketch_head if listens else None
         )
         weights = scales.unscaled(weights)
-        grad_picked = scales.normalise(grad_picked, acc.out)
+        grad_picked = scales.normalise(grad_picked, *(one.acc.out for one in sums))
         grad = _add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
     return logprobs, grad.view_as(hidden), weights, scales
 

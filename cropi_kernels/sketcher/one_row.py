@@ -60,6 +60,11 @@ def one_row(y: torch.Tensor, rows: int, wide: Callable[[], torch.Tensor]) -> tor
     return row
 
 
+def widened(y: torch.Tensor, rows: int) -> torch.Tensor:
+    """``y`` [1, length, n] for all rows; of what another tap made a `OneRow`, what that tap gives."""
+    return y.wide() if isinstance(y, OneRow) else y.expand(rows, -1, -1)
+
+
 def _plain(value: Any) -> Any:
     return value.as_subclass(torch.Tensor) if isinstance(value, OneRow) else value
 

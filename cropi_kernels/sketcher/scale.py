@@ -55,14 +55,15 @@ class SegmentScales:
         """The weights that were given, from those that `weigh` made of them. Before `normalise`."""
         return _times_power(weights, self.exponent[self.segment])
 
-    def normalise(self, rows: torch.Tensor, sketches: torch.Tensor) -> torch.Tensor:
+    def normalise(self, rows: torch.Tensor, *sketches: torch.Tensor) -> torch.Tensor:
         """``rows`` [tokens, n], a gradient for each scored token, with entries up to 1 in each segment.
 
-        ``sketches`` [segments, dim], what the head has added, is divided in place by the same powers of two.
+        ``sketches`` [segments, dim], what the head has added, are divided in place by the same powers of two.
         """
         found = self._exponents(rows.abs().amax(dim=1), self.segment)
         self.exponent = self.exponent + found
-        _scale_by_power(sketches, -found[:, None])
+        for each in sketches:
+            _scale_by_power(each, -found[:, None])
         return _times_power(rows, -found[self.segment][:, None])
 
     def restore(self, sketches: torch.Tensor) -> None:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .. import frozen
+from ..frozen import Linears
 from .ranks import is_spread
 
 T = TypeVar("T")
@@ -216,3 +218,21 @@ def start_over(model: nn.Module) -> None:
         except (AttributeError, RuntimeError):  # an older torch; or a root that never ran
             pass
         reshard(model)
+
+
+def linears_of(model: nn.Module, linears: Linears | None) -> Linears:
+    """Who multiplies by frozen weights. Those that are spread over ranks are torch's.
+
+    Raises:
+        ValueError: oneDNN is asked for by name, and weights are spread over ranks.
+    """
+    chosen = frozen.checked(linears)
+    if not is_sharded(model):
+        return chosen
+    if chosen == "onednn":
+        said = f"{frozen.VARIABLE}=onednn" if linears is None else "linears='onednn'"
+        raise ValueError(
+            f"{said} packs whole weights, and this model's are sharded: give linears='torch', or unset "
+            f"{frozen.VARIABLE}"
+        )
+    return "torch"

@@ -15,7 +15,7 @@ from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .engine import Norm, Site
 from .hooks import Sink, capture, widened_input
-from .one_row import one_row
+from .one_row import one_row, widened
 from .segments import NotTokensError, Segments
 from .slab import MatrixSketch
 
@@ -175,7 +175,7 @@ class EmbeddingTap(Tap):
         if y.ndim == 3 and y.shape[0] == 1 < rows and x.ndim == 2:
 
             def wide() -> torch.Tensor:
-                return capture(y.expand(rows, -1, -1), self.sink(self._sites[0]), x.expand(rows, -1))
+                return capture(widened(y, rows), self.sink(self._sites[0]), x.expand(rows, -1))
 
             refused = f"{self.where} is looked up for one row of {rows}, and used otherwise than by adding it to all"
             # Of weights that are trained, both ways lead to the weight: the refusal is for the narrow one alone.

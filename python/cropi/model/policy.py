@@ -287,16 +287,22 @@ class Policy:
         return None if tokenizer is None else tokenizer_fingerprint(tokenizer)
 
     def sketcher(
-        self, spec: SketchSpec, exclude: Sequence[str] = (), *, verify: bool = True
+        self,
+        spec: SketchSpec,
+        exclude: Sequence[str] = (),
+        *,
+        verify: bool = True,
+        more: Sequence[SketchSpec] = (),
     ) -> GradientSketcher:
         """The taps of one sketch. They are planned once for each spec; enter it with ``with`` to sketch.
 
-        ``verify``: see :class:`cropi_kernels.GradientSketcher`; what it finds is kept with the taps.
+        ``verify``, ``more``: see :class:`cropi_kernels.GradientSketcher`; what it finds is kept with the taps.
         """
         trainable = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        key = "sketcher", spec.fingerprint(), tuple(exclude), trainable, verify
+        key = "sketcher", spec.fingerprint(), tuple(exclude), trainable, verify, tuple(more)
         return self.once(
-            key, lambda: GradientSketcher(self.model, spec, exclude=tuple(exclude), verify=verify)
+            key,
+            lambda: GradientSketcher(self.model, spec, exclude=tuple(exclude), verify=verify, more=more),
         )
 
     def _parameters_state(self) -> Hashable:
