@@ -25,8 +25,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--against", choices=("auto", "exact", "seeds"), default="auto",
-        help="what to compare with: exact gradients (two bytes a parameter and prompt), or a second seed of the sketch "
-        "(default: auto, exact below 4 GB)",
+        help="what to compare with: exact gradients (two bytes a parameter and prompt), or eight other seeds of the "
+        "sketch, in the same pass (default: auto, exact below 4 GB)",
     )  # fmt: skip
     command.add_argument("--out", metavar="FILE.json", help="write the figures there")
     options.add_model(command)

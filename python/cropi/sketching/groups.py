@@ -22,7 +22,7 @@ from cropi.model.moments import SecondMoments
 from cropi.model.policy import Policy
 from cropi.sketching.chunks import Alone, Part, make_chunks
 from cropi.sketching.interrupt import Interrupt
-from cropi.sketching.passes import Passes
+from cropi.sketching.passes import Others, Passes
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary, peak_memory_gib
 from cropi.store.shards import SKIPPED, RowInfo
@@ -47,6 +47,7 @@ def sketch_groups(
     moments: SecondMoments | None = None,
     zero_check: bool = True,
     subset: Subset | None = None,
+    others: Others | None = None,
     default_set: str | None = None,
     total: int | None = None,
     progress: bool = False,
@@ -74,6 +75,7 @@ def sketch_groups(
         layout, tokens_per_batch, verify, zero_check: see :class:`cropi.sketching.job.SketchJob`.
         moments: of an optimiser: gradients are formed by autograd and divided by their roots before they are sketched.
         subset: what is sketched of each prompt (:mod:`cropi.gradient.subset`); None: all.
+        others: other specs, whose sketches are made in the same passes and kept there; not with ``moments``.
         default_set: validation set of prompts that carry none.
         total: how many prompts there are, for the progress bar.
         progress: show one.
@@ -94,7 +96,8 @@ def sketch_groups(
     if source.model is not None:
         plan = plan.beside(source.model.lengths)
     spec = SketchSpec.from_dict(store.manifest["spec"])
-    with _sketcher(policy, spec, tuple(exclude), verify, moments) as sketcher:
+    more = () if others is None else tuple(others.specs)
+    with _sketcher(policy, spec, tuple(exclude), verify, moments, more) as sketcher:
         sketcher.check_model()
         summary.coverage = str(sketcher.coverage)
         summary.resumed = len(store)
@@ -121,6 +124,7 @@ def sketch_groups(
                 plan.lengths,
                 zero_check,
                 part,
+                others,
             )
 
             def add(row: RowInfo, vector: torch.Tensor | None = None) -> None:
@@ -156,12 +160,21 @@ def sketch_groups(
 
 
 def _sketcher(
-    policy: Policy, spec: SketchSpec, exclude: tuple[str, ...], verify: bool, moments: SecondMoments | None
+    policy: Policy,
+    spec: SketchSpec,
+    exclude: tuple[str, ...],
+    verify: bool,
+    moments: SecondMoments | None,
+    more: tuple[SketchSpec, ...],
 ) -> Any:
     """The taps, or where gradients are scaled before they are sketched, what forms them; of the same parameters."""
-    taps = policy.sketcher(spec, exclude, verify=verify)
+    taps = policy.sketcher(spec, exclude, verify=verify, more=more)
     if moments is None:
         return taps
+    if more:
+        raise CropiError(
+            "others are not sketched with moments, under which gradients are formed: leave one out"
+        )
     with taps:
         taps.check_model()
     names = taps.coverage.names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from cropi.sketching import chunks
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
-from cropi_kernels import GradientSketcher, PolicyGradient
+from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
 from cropi_kernels.sketcher.lengths import Lengths
 from cropi_kernels.sketcher.sharded import device_of
 
@@ -46,6 +46,19 @@ class Part:
     weight: float = 0.0  # the sum of its tokens' absolute weights
 
 
+@dataclass
+class Others:
+    """Sketches by other specs from the same passes: ``sums``, float32 ``[specs, dim]`` by the prompts' ids."""
+
+    specs: Sequence[SketchSpec]
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, batch: MicroBatch, result: PolicyGradient) -> None:
+        """What one micro-batch gives."""
+        for group, sketches in zip(batch.groups, torch.stack(result.more, dim=1).cpu(), strict=True):
+            self.sums[group.id] = self.sums.get(group.id, 0.0) + sketches
+
+
 class Passes:
     """Runs micro-batches, and gives out each prompt's row once its last one is through.
 
@@ -60,6 +73,7 @@ class Passes:
         lengths: which rows may be in one batch.
         zero_check: a gradient that is rounding and nothing else is "zero gradient".
         shared: how other processes take part in what is run here.
+        others: takes the sketches by other specs, where the taps have some.
     """
 
     def __init__(
@@ -74,7 +88,9 @@ class Passes:
         lengths: Lengths,
         zero_check: bool = True,
         shared: chunks.Part | None = None,
+        others: Others | None = None,
     ) -> None:
+        self.others = others
         self.shared = shared or chunks.Alone()
         self.lengths, self.zero_check = lengths, zero_check
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
@@ -145,6 +161,8 @@ class Passes:
         begun, tokens, estimator = time.monotonic(), batch.tokens, self.estimator
         behaviour = self._behaviour_of(batch)
         result = self._gradient(batch, behaviour)
+        if self.others is not None:
+            self.others.add(batch, result)
         ratios = estimator.ratio_behaviour(result.logprobs, behaviour, batch.responses)
         health = batch_health(estimator, batch, result.logprobs, ratios)
         weights = torch.zeros(len(batch.groups), dtype=torch.float64, device=self.device)
