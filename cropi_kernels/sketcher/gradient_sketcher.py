@@ -323,7 +323,7 @@ class GradientSketcher:
         with explained, own_precision(self.model), self._linears.around(self.model):
             self._begin(where)
             try:
-                self._more.begin(where, self._acc.out.device)
+                self._more.begin(where, sharded.device_of(self.model))
                 mark = self._acc.clock.mark
                 start = mark()
                 with torch.enable_grad():
