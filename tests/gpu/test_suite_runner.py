@@ -53,6 +53,7 @@ def test_what_a_call_plans_fits_its_budget(runner: Any, suite: Any) -> None:
     first = suite.chosen(runner.BUDGET_S)
     assert [p.name for p in first] == [
         "build",
+        "warm",
         "first",
         "sketch",
         "passes",
@@ -60,7 +61,7 @@ def test_what_a_call_plans_fits_its_budget(runner: Any, suite: Any) -> None:
         "logprob",
         "correctness",
     ]
-    done = {p.name for p in first} - {"build"}
+    done = {p.name for p in first} - {"build", "warm"}
     for name in done:
         suite.set_state(name, "done in 3 s")
     second = suite.chosen(runner.BUDGET_S)
@@ -76,13 +77,13 @@ def test_what_failed_comes_after_what_has_no_result(suite: Any, runner: Any) -> 
     suite.set_state("first", "failed in 30 s")
     suite.set_state("sketch", "stopped at its limit in 90 s")
     names = [p.name for p in suite.chosen(runner.BUDGET_S)]
-    assert names[:2] == ["build", "sketch"] and "first" not in names, (
+    assert names[:3] == ["build", "warm", "sketch"] and "first" not in names, (
         "there is no time left for it in this call"
     )
     for p in runner.MEASURED:
         suite.set_state(p.name, "done in 1 s")
     suite.set_state("first", "failed in 30 s")
-    assert [p.name for p in suite.chosen(runner.BUDGET_S)] == ["build", "first"]
+    assert [p.name for p in suite.chosen(runner.BUDGET_S)] == ["build", "warm", "first"]
 
 
 def test_results_are_kept_after_every_part(runner: Any, suite: Any, tmp_path: Path) -> None:
@@ -173,7 +174,10 @@ def test_unknown_parts_are_refused(
     monkeypatch.setenv("GPU_SUITE_OUT", str(tmp_path / "out"))
     monkeypatch.setenv("GPU_SUITE_KEEP", str(tmp_path / "keep"))
     monkeypatch.setenv("GPU_SUITE_PARTS", "sketch skech")
-    assert runner.main() == 2 and "names skech: the parts are build, cuda, first" in capsys.readouterr().err
+    assert (
+        runner.main() == 2
+        and "names skech: the parts are build, warm, cuda, first" in capsys.readouterr().err
+    )
 
 
 # ------------------------------------------------------------------------------------------------ rows of a part

@@ -15,6 +15,8 @@ import pytest
 import torch
 from rehearsal import set_stage
 
+from cropi_kernels import SketchSpec
+
 SUITE = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu"
 TINY = {"qwen2.5-1.5b": {"layers": 1, "head": (130, 32), "linears": [("q_proj", 32, 32), ("k_proj", 16, 96)]}}
 
@@ -160,10 +162,35 @@ def test_first(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module.correctness, "TOKENS", 100)
     monkeypatch.setattr(module.correctness, "SCORED", 12)
+    small_taps(module.taps, monkeypatch)
     finish(module)
     got = rows(tmp_path, "first")
     assert got["rates"]["copy_gb_per_s"] > 0 and got["bits of gate_proj w=16"]["different"] == 0
-    assert {n for n, row in got.items() if row.get("ok")} == set(got) - {"rates"} and len(got) == 6
+    assert {n for n, row in got.items() if row.get("ok")} == set(got) - {"rates"} and len(got) == 7
+    assert got["a layer by the engine"]["of_bound"] < 1
+
+
+def small_taps(taps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HIDDEN": 136, "NARROW": 8, "INNER": 144, "BATCH": 2, "LENGTH": 12}.items():
+        monkeypatch.setattr(taps, name, value)
+    monkeypatch.setattr(taps, "SPEC", SketchSpec(width=128))
+    monkeypatch.setattr(taps, "DTYPE", torch.float16)
+
+
+def test_warm(
+    suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it calls exists; what it would compile, nobody does here."""
+    pytest.importorskip("transformers")
+    module = suite("warm")
+    monkeypatch.setattr(module.whole, "SHAPE", TINY_MODEL)
+    monkeypatch.setattr(module.whole, "WIDTHS", (64,))
+    monkeypatch.setattr(module.sketch, "TOKENS", module.sketch.TOKENS)
+    monkeypatch.setattr(module, "TOKENS", 8)
+    monkeypatch.setattr(module.taps, "check", lambda: {"ok": True})
+    monkeypatch.setattr(module.first.correctness, "TOKENS", 60)
+    finish(module)
+    assert len(rows(tmp_path, "warm")) == 8 and module.sketch.TOKENS == 8
 
 
 def test_first_sees_bits_that_change(suite: Any, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
