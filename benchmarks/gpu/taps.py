@@ -20,6 +20,7 @@ from cropi_kernels.sketcher.slab import SlabMatrix
 
 HIDDEN, NARROW, INNER = 1536, 256, 8960
 BATCH, LENGTH = 4, 500
+REPEATS = 6
 DTYPE, SPEC, SITE = torch.bfloat16, SketchSpec(), Site("a layer")
 # Of the norm of a segment's sketch: a number is added up in at most 1024 steps of either order, 2^-23 each.
 ALLOWED = 1024 * 2.0**-23
@@ -70,8 +71,8 @@ def sketched(run: Run, kind: type[Operators]) -> tuple[torch.Tensor, float]:
 
 def check() -> dict[str, Any]:
     run = layer()
-    runs = [sketched(run, GpuEngine) for _ in range(6)]
-    operators = [sketched(run, Operators) for _ in range(6)]
+    runs = [sketched(run, GpuEngine) for _ in range(REPEATS)]
+    operators = [sketched(run, Operators) for _ in range(REPEATS)]
     right = operators[0][0]
     error = float(((runs[0][0] - right).norm(dim=1) / right.norm(dim=1)).max())
     repeatable = all(torch.equal(out, runs[0][0]) for out, _ in runs)

@@ -171,7 +171,14 @@ def test_first(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def small_taps(taps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"HIDDEN": 136, "NARROW": 8, "INNER": 144, "BATCH": 2, "LENGTH": 12}.items():
+    for name, value in {
+        "HIDDEN": 136,
+        "NARROW": 8,
+        "INNER": 144,
+        "BATCH": 1,
+        "LENGTH": 12,
+        "REPEATS": 2,
+    }.items():
         monkeypatch.setattr(taps, name, value)
     monkeypatch.setattr(taps, "SPEC", SketchSpec(width=128))
     monkeypatch.setattr(taps, "DTYPE", torch.float16)
