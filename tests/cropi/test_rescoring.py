@@ -15,6 +15,7 @@ import yaml
 from support.made_curriculum import config, curriculum, make_folder, report, selections
 
 import cropi
+from cropi.cli import main
 from cropi.errors import CropiError
 from cropi.options import Rescoring, Selecting
 from cropi.ranking.cut import EXPLORE, Drift, affordable, anew, spreads
@@ -180,7 +181,9 @@ def sketches_of(store: SketchStore) -> dict[str, torch.Tensor]:
     return {row.id: vector for rows, vectors in store.shards() for row, vector in zip(rows, vectors)}
 
 
-def test_stages_keep_what_they_do_not_score(bounded: Path, made: Path) -> None:
+def test_stages_keep_what_they_do_not_score(
+    bounded: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = {
         record["id"]: max(sum(map(len, record["responses"])) // 4, 1)
         for record in map(json.loads, (made / "train.jsonl").read_text().splitlines())
@@ -219,6 +222,8 @@ def test_stages_keep_what_they_do_not_score(bounded: Path, made: Path) -> None:
     later = plan_of(bounded, 2)
     assert set(later["ages"]) <= {0, 1, 2} and later["drift"][1] > 0, "stage 1 showed how far scores move"
     assert any(before is not None for before in later["before"])
+    assert main(["info", str(bounded / "stage-02" / "anew.json")]) == 0
+    assert f"stage 2 sketches {len(later['ids'])} prompts anew" in capsys.readouterr().out
     text = (bounded / "report.md").read_text()
     assert "| scored anew |" in text and f"| {len(later['ids'])} of {len(sizes)} |" in text
     assert "scored anew in stage 2" in (bounded / "report.html").read_text()

@@ -12,6 +12,7 @@ from cropi.errors import CropiError, printable
 
 # Keys by which a JSON object is what `cropi check --out` wrote.
 CHECK = {"error", "theory", "findings", "method"}
+ANEW = {"for", "tokens", "spent", "ids", "drift"}
 
 
 def told(lines: Iterable[str], kind: str, **figures: Any) -> dict[str, Any]:
@@ -214,6 +215,13 @@ def _json(path: Path) -> dict[str, Any] | None:
             f"{one.get('level', ''):<8}  {one.get('name')}  {one.get('text')}" for one in held["findings"]
         ]
         return told(lines, "check", error=held["error"], theory=held["theory"], findings=held["findings"])
+    if isinstance(held, dict) and held.keys() >= ANEW:
+        pays = "all" if held["tokens"] is None else f"{held['tokens']:,.0f} tokens"
+        text = f"stage {held['for']['stage']} sketches {len(held['ids'])} prompts anew, {held['spent']:,.0f} tokens"
+        return told(
+            [f"anew          {path}: {text}; the budget pays for {pays}"],
+            "anew", prompts=len(held["ids"]), spent=held["spent"], tokens=held["tokens"],
+        )  # fmt: skip
     if isinstance(held, list) and held and all(type(one) is int for one in held):
         return told(
             [f"indices       {path}: {len(held)} row numbers of a dataset, best first"],
