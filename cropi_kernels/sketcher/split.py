@@ -94,7 +94,7 @@ class SplitModel:
 
     def logprobs(self, picked: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
         """Log-probs of ``targets`` [n] from hidden states ``picked`` [n, D]; within `whole_head`."""
-        if self._plain:
+        if not self.adapters and self.head_ranks() is None:
             weight, bias, _ = self.head_here()
             found = linear_logprob(picked, weight, targets, bias=bias, **self._of_products(temperature))
             assert isinstance(found, torch.Tensor)
@@ -136,10 +136,6 @@ class SplitModel:
         return logprob_and_grad_by(
             lambda call: CutInputs(call.kernels, features), picked, weight, targets, weigh, **settings
         )
-
-    @property
-    def _plain(self) -> bool:
-        return not self.adapters and self.head_ranks() is None
 
     def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states in the head's dtype: a float32 head on a bfloat16 decoder is given them in float32."""

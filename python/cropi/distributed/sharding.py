@@ -114,11 +114,9 @@ class Group:
             )
         number, rank = divmod(team.rank, self.size)
         store = dist.PrefixStore(f"group-{next(_groups)}-{number}", team.store)
-        backend = (
-            "gloo"
-            if placed.type == "cpu"
-            else f"cpu:gloo,{placed.type}:{dist.get_default_backend_for_device(placed)}"
-        )
+        backend = "gloo"
+        if placed.type != "cpu":  # numbers of chunks and ranks are counted on the CPU all the same
+            backend = f"cpu:gloo,{placed.type}:{dist.get_default_backend_for_device(placed)}"
         team.linked = True
         dist.init_process_group(backend, store=store, rank=rank, world_size=self.size)
         try:
