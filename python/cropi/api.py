@@ -237,7 +237,7 @@ def check(
         model, trajectories, tokenizer, behaviour_model, source: as for :func:`cropi.sketch`.
         n: prompts in the sample, at least 4; their error is known to about ``1 / sqrt(2 n)`` of itself.
         seed: of the draw.
-        exact: compare with exact gradients (True), sixteen other seeds (False), or as memory allows (None).
+        exact: compare with exact gradients (True), eight other seeds (False), or as memory allows (None).
         progress: say what is being done.
         options: the fields of :class:`cropi.options.Sketching`.
 

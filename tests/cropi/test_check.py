@@ -98,26 +98,26 @@ def test_other_seeds_estimate_the_error_of_this_one() -> None:
     draws = torch.Generator().manual_seed(0)
     truth, found, wanted = torch.randn(16, dtype=torch.float64, generator=draws), [], []
     for _ in range(400):
-        mine, *rest = 0.01 * torch.randn(17, 16, dtype=torch.float64, generator=draws)
+        mine, *rest = 0.01 * torch.randn(9, 16, dtype=torch.float64, generator=draws)
         found.append(error_by_seeds(truth + mine, truth + torch.stack(rest)) ** 2)
         wanted.append(float(mine.square().mean()))
     ratio = (torch.tensor(found) / torch.tensor(wanted)).sqrt()
-    # The mean of 16 others is off by 0.01 / 4, so that a square of 16 errors is known to 2 / (4 * 4) = 12.5 %.
-    assert 0.97 < (sum(found) / sum(wanted)) ** 0.5 < 1.03 and float(ratio.log().std()) < 0.09
+    # The mean of 8 others is off by 0.01 / sqrt(8), so that a square of 16 errors is known to 2 / sqrt(8 * 16) = 18 %.
+    assert 0.97 < (sum(found) / sum(wanted)) ** 0.5 < 1.03 and float(ratio.log().std()) < 0.12
     assert error_by_seeds(torch.zeros(4), torch.full((1, 4), 0.2)) == pytest.approx(0.2 / 2**0.5)
 
 
 def test_other_seeds_estimate_the_error_that_exact_gradients_show(
     policy: Policy, groups: list[TokenGroup]
 ) -> None:
-    """Of the same seed: 16 others come within 20 % of it."""
+    """Of the same seed: eight others come within 20 % of it."""
     exact, estimated = [], []
-    for seed in range(4):
-        spec = SketchSpec(dim=8192, seed=20 * seed)
+    for seed in range(6):
+        spec = SketchSpec(dim=8192, seed=10 * seed)
         exact.append(check_groups(policy, groups, spec=spec, estimator=ESTIMATOR, exact=True).error)
         report = check_groups(policy, groups, spec=spec, estimator=ESTIMATOR, exact=False)
         assert report.method == "seeds" and report.agreement is None and report.exact_seconds is None
-        assert report.seeds == 16 and "against 16 other seeds" in str(report)
+        assert report.seeds == 8 and "against 8 other seeds" in str(report)
         estimated.append(report.error)
     ratios = torch.tensor(estimated) / torch.tensor(exact)
     assert (ratios - 1).abs().median() < 0.2 and 0.85 < float(ratios.mean()) < 1.15, ratios

@@ -25,7 +25,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--against", choices=("auto", "exact", "seeds"), default="auto",
-        help="what to compare with: exact gradients (two bytes a parameter and prompt), or 16 other seeds of the "
+        help="what to compare with: exact gradients (two bytes a parameter and prompt), or eight other seeds of the "
         "sketch, in the same pass (default: auto, exact below 4 GB)",
     )  # fmt: skip
     command.add_argument("--out", metavar="FILE.json", help="write the figures there")

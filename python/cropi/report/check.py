@@ -37,7 +37,7 @@ from cropi.sketching.run import check_tokens, scan_groups
 from cropi_kernels import Coverage, SketchSpec
 
 OK, WARN, FAIL = "ok", "warning", "failed"
-SEEDS = 16  # other seeds, where there are no exact gradients
+SEEDS = 8  # other seeds, where there are no exact gradients
 EXACT_LIMIT = 4 << 30  # bytes of exact gradients that are kept at once
 # Bounds of the verdict. The error: drawing the validation prompts anew moves scores by 0.04 to 0.08 (16 a set), so an
 # error of a quarter of that is invisible, and one as large is not. Rounding: sums of T float32 products differ by about
