@@ -1,6 +1,6 @@
 """More sketches of one pass: taps of other specs beside a sketcher's own, each with its own folded inputs and sums.
 
-Each takes some 4 % of a pass (SmolLM2-135M on a CPU).
+Each takes some 5 % of a pass (SmolLM2-135M on a CPU).
 """
 
 from __future__ import annotations
