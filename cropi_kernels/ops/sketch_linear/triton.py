@@ -113,6 +113,9 @@ class SlabConfig:
 
 
 CHUNK_TOKENS = 512  # of a segment per partial result
+MOST_REGISTERS = (
+    128  # of tiles of 64 columns: two programs a multiprocessor, where a few more would leave one
+)
 
 
 def group_pairs(slab_cols: int) -> int:
@@ -257,6 +260,8 @@ def slab_kernel(
 @functools.cache
 def slab_launch(slab_rows: int, slab_cols: int, pairs: int, config: SlabConfig, into: str) -> Launch:
     shape = dataclasses.asdict(config)
+    if config.BN == 64 and config.num_warps == 8:
+        shape["maxnreg"] = MOST_REGISTERS
     return Launch(slab_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, PAIRS=pairs, INTO=into, **shape)
 
 

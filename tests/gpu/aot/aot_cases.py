@@ -46,6 +46,8 @@ def slab(dtype: str, slab_cols: int, capability: int, into: str = "sums") -> Cas
     config = linear.slab_config(slab_cols, _dtype(dtype), SHARED_LIMIT[capability])
     shape = dataclasses.asdict(config)
     options = {"num_warps": shape.pop("num_warps"), "num_stages": shape.pop("num_stages")}
+    if config.BN == 64 and config.num_warps == 8:
+        options["maxnreg"] = linear.MOST_REGISTERS
     word = f"*{FLOATS[dtype]}"
     pointers = dict.fromkeys(("d_0", "d_1", "d_2", "a", "row_sign"), word)
     pointers |= dict(out="*fp32", partial="*fp32", table="*i64", pairs="*i64", first="*i32")
@@ -53,7 +55,7 @@ def slab(dtype: str, slab_cols: int, capability: int, into: str = "sums") -> Cas
         shape, SLAB_ROWS=32768 // slab_cols, SLAB_COLS=slab_cols, INTO=into,
         PAIRS=_triton.next_power_of_two(linear.group_pairs(slab_cols)),
     )  # fmt: skip
-    most = {256: 244, 128: 184, 64: 144}.get(config.BN, 128) if dtype != "float32" else 160
+    most = {256: 244, 128: 184, 64: linear.MOST_REGISTERS}.get(config.BN, 128) if dtype != "float32" else 160
     sizes = [f"{name}_{i}" for name in ("rows", "stride") for i in range(MEMBERS)]
     return Case(
         f"slab {dtype} {slab_cols} {into}", linear.slab_kernel, _types(linear.slab_kernel, pointers), constants,
