@@ -107,14 +107,11 @@ class SketchStore:
         check_dtype(wanted.get("dtype", "float32"), int(wanted["spec"]["dim"]))
         if path.exists() and not path.is_dir():
             raise CropiError(f"{path} is a file; give a folder for the store")
-        if (
-            path.is_dir()
-            and any(path.iterdir())
-            and not (path / MANIFEST).exists()
-            and not (path / ".lock").exists()
-        ):
+        with writing(path):
+            held = os.listdir(path) if path.is_dir() else []
+        if held and not (path / MANIFEST).exists() and not (path / ".lock").exists():
             raise CropiError(f"{path} is not empty and holds no {MANIFEST}; give a new folder for the store")
-        if next(path.glob("shard-*"), None) and not (path / MANIFEST).exists():
+        if any(name.startswith("shard-") for name in held) and not (path / MANIFEST).exists():
             raise CropiError(
                 f"{path} holds shards but no {MANIFEST}, so what they are sketches of is not known; put it back, or "
                 "give a new folder for the store"
