@@ -49,7 +49,7 @@ def load(path: Path | str) -> Any:
     try:
         found = int(library.cropi_abi())
     except AttributeError:
-        raise OSError(f"{path} is no library of CUDA kernels") from None
+        raise OSError(f"{path} is not a library of CUDA kernels") from None
     if found != ABI:
         raise OSError(f"{path} has interface {found}, this package needs {ABI}: {_BUILD}")
     call = ctypes.POINTER(ProjectCall)

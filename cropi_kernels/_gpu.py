@@ -39,7 +39,9 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
             return f"dtype {tensor.dtype} is not one of float32, bfloat16, float16"
         if tensor.device.type != "meta" and tensor.data_ptr() % tensor.element_size():
             n = tensor.element_size()
-            return f"a tensor starts at an address that is no multiple of its {n}-byte elements: give a clone"
+            return (
+                f"a tensor starts at an address that is not a multiple of its {n}-byte elements: give a clone"
+            )
     device = tensors[0].device if tensors else torch.device("cuda")
     if device.type == "cpu" and interpreting():
         return None

@@ -56,7 +56,7 @@ def register(
 def refuse_misaligned(name: str, x: torch.Tensor) -> None:
     if _native.misaligned(x):
         raise ValueError(
-            f"{name} is {x.dtype} and begins at an address that is no multiple of {x.element_size()}: give fresh "
+            f"{name} is {x.dtype} and begins at an address that is not a multiple of {x.element_size()}: give fresh "
             f"memory ({name}.clone())"
         )
 

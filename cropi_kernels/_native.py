@@ -112,7 +112,7 @@ def pointer(x: torch.Tensor) -> int:
     address = x.data_ptr()
     if address % x.element_size():
         raise ValueError(
-            f"a CPU kernel was given {x.dtype} at an address that is no multiple of {x.element_size()}: give a clone"
+            f"a CPU kernel was given {x.dtype} at an address that is not a multiple of {x.element_size()}: give a clone"
         )
     return address
 

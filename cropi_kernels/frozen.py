@@ -115,7 +115,7 @@ class PackedLinears(TorchFunctionMode):
     """While it is entered, ``linear`` of these parameters runs as `linears` says.
 
     Args:
-        parameters: the model's; those that require a gradient, or are no dense float32 matrices on the CPU, are left.
+        parameters: the model's; those that require a gradient, or are not dense float32 matrices on the CPU, are left.
         linears: one of the three.
         inference: for passes without a gradient: the weights may require one and must stay as they are while it is
             entered, only the product is packed, and the bits of few rows may depend on the threads.
@@ -247,7 +247,7 @@ def decide(made: Mapping[str, bool]) -> None:
     """Take decisions of `choices`, of an earlier run or of another process, in the place of measurements.
 
     Raises:
-        ValueError: a key that is no shape.
+        ValueError: a key that is not a shape.
     """
     for shape, use in made.items():
         rows, cross, cols = shape.partition("x")

@@ -42,7 +42,7 @@ def quantize_rows(y: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
     tensor([[ 0.2500, -1.0000,  0.0000]])
 
     Raises:
-        ValueError: ``dtype`` is another one, or ``y`` is no matrix of floating-point numbers.
+        ValueError: ``dtype`` is another one, or ``y`` is not a matrix of floating-point numbers.
     """
     if dtype not in (torch.int8, torch.float16):
         raise ValueError(f"dtype={dtype}: rows can be held as torch.int8 or torch.float16")

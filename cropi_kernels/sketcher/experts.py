@@ -89,7 +89,7 @@ class Order:
         """From expert ids [tokens, copies].
 
         Raises:
-            ValueError: an id that is no expert of this module (experts of another rank).
+            ValueError: an id that is not an expert of this module (experts of another rank).
         """
         expert, source = ids.reshape(-1).long().sort(stable=True)
         ends = torch.searchsorted(expert, torch.arange(n_experts, device=ids.device), right=True)

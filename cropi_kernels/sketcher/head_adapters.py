@@ -86,8 +86,8 @@ def adapters_of(head: Any) -> tuple[HeadAdapter, ...]:
     for name in names:
         if name in getattr(head, "lora_variant", {}) or getattr(head, "use_dora", {}).get(name):
             raise ValueError(
-                f"the adapter {name!r} on the head is no plain LoRA (DoRA or another variant), for which no formula is "
-                "known here"
+                f"the adapter {name!r} on the head is not a plain LoRA (DoRA or another variant), for which no formula "
+                "is known here"
             )
     return tuple(
         HeadAdapter(name, head.lora_A[name], head.lora_B[name], head.scaling[name], head.lora_dropout[name])

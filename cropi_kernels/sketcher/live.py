@@ -66,8 +66,8 @@ class LiveSketcher:
         exclude: as for `GradientSketcher`.
         verify: before the first step, hold the taps to autograd on a few tokens; in the first step, hold their sum to
             every parameter's gradient, and look whether the loss is a sum over prompts. False leaves all of it out.
-        coupled: take losses that are no sum over prompts: ``g_s`` is then the part of the gradient that passes through
-            the tokens of s. The parts add up to the gradient all the same.
+        coupled: take losses that are not a sum over prompts: ``g_s`` is then the part of the gradient that passes
+            through the tokens of s. The parts add up to the gradient all the same.
 
     Attributes:
         self_test: what the test on a few tokens found; None before it, or where the model takes more than token ids.
@@ -161,7 +161,7 @@ class LiveSketcher:
             ValueError: ``segments`` do not fit, a row that was given one number holds several sequences, or what is
                 trainable has changed.
             SelfTestError: a tap does not give autograd's gradient; names the parameters.
-            CoupledLossError: the loss is no sum over prompts.
+            CoupledLossError: the loss is not a sum over prompts.
         """
         self._check_state()
         runs = Runs.of(segments, shape, num_segments)

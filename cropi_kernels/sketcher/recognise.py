@@ -84,7 +84,7 @@ def _names_in_forward(module: nn.Module) -> list[str]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's Conv1D: a linear layer with its weight stored [in, out]. By shape: transformers is no dependency."""
+    """GPT-2's Conv1D: a linear layer with its weight stored [in, out]. By shape: transformers is not a dependency."""
     weight = getattr(module, "weight", None)
     named = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     return (

@@ -33,7 +33,7 @@ REMEDY = (
 
 
 class CoupledLossError(ValueError):
-    """The loss of a step is no sum over its prompts."""
+    """The loss of a step is not a sum over its prompts."""
 
 
 class _Backward(TorchFunctionMode):
@@ -138,7 +138,7 @@ class LossCheck:
                 other = max(other, float(torch.where(mark, 0.0, size).max()))
         if other > 64 * torch.finfo(torch.float32).eps * own:
             raise CoupledLossError(
-                f"the loss is no sum over prompts: what it asks of one prompt changes with another's tokens (second "
+                f"the loss is not a sum over prompts: what it asks of one prompt changes with another's tokens (second "
                 f"derivatives up to {other:.2g} between prompts, {own:.2g} within them): {REMEDY}"
             )
         return "a sum over prompts"

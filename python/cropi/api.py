@@ -48,7 +48,7 @@ def score(
         out: folder for the sketches, which are continued if they are there; None keeps them in memory.
         behaviour_model: the model that made the responses, where records have no log-probs and it is not ``model``.
         source: what wrote the files that ``train`` and ``valid`` name, a dump of a trainer or of an engine among them
-            (see :class:`cropi.options.Reading`); "auto" tells by what stands in them.
+            (see :class:`cropi.options.Reading`); "auto" recognises it by their content.
         noise: sketch the noise of gradients, too, from the finite number of responses, for the uncertainty of the
             scores (:mod:`cropi.ranking.response_noise`).
         progress: show progress bars.

@@ -17,7 +17,7 @@ def check_fields(options: Any, before: str = "") -> None:
     """Check every field of a dataclass against its annotation.
 
     Whole and decimal numbers of NumPy are taken, and stored as Python's, so that the options can be written as JSON. A
-    truth value is no number, a number no truth value, and a string no list of strings.
+    truth value is not a number, a number is not a truth value, and a string is not a list of strings.
 
     Args:
         options: an instance of a dataclass, which may be frozen.

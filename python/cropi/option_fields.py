@@ -107,7 +107,7 @@ def one_of(made: T | None, given: Mapping[str, Any], cls: type[T]) -> T:
     """An instance of an options class: the one that was made, or that of the options that were given by keyword.
 
     Raises:
-        CropiError: both were given, or a name that is no option.
+        CropiError: both were given, or a name that is not an option.
     """
     if made is None:
         options: T = split(given, cls)[0]

@@ -423,7 +423,7 @@ class SelectionOptions:
         """From one mapping of option names to values.
 
         Raises:
-            CropiError: a name that is no option, with the nearest one; or a value that the option does not take.
+            CropiError: a name that is not an option, with the nearest one; or a value that the option does not take.
 
         >>> SelectionOptions.of({"dim": 4096, "metric": "dot", "fraction": 0.2}).influence.metric
         'dot'

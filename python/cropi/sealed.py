@@ -107,7 +107,7 @@ def _sums(path: Path, strict: bool) -> dict[str, str]:
         return {}
     found = list(map(_LINE.fullmatch, lines))
     if strict and None in found:
-        raise CropiError(f"{path} is damaged: line {found.index(None) + 1} is no checksum of a file")
+        raise CropiError(f"{path} is damaged: line {found.index(None) + 1} is not a checksum of a file")
     return {match[2]: match[1] for match in found if match}
 
 

@@ -39,7 +39,7 @@ def table(path: Path, columns: dict[str, Any]) -> Path:
 TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "rewards as text": ({"rewards": [["1", "0"]] * 2}, "row 0 (prompt 'a'): rewards[0] must be a finite number"),
     "rewards as one text": ({"rewards": ["[1, 0]"] * 2}, "row 0 (prompt 'a'): 'rewards' must be a list"),
-    "ids that are no integers": ({"id": [1.5, 2.5]}, "row 0: 'id' must be a string or an integer, got 1.5"),
+    "ids that are not integers": ({"id": [1.5, 2.5]}, "row 0: 'id' must be a string or an integer, got 1.5"),
     "prompts of numbers": ({"prompt": [3, 4]}, "row 0 (prompt 'a'): 'prompt' must be a string or a list of messages"),
     "tokens as bytes": ({"response_ids": [[b"ab", b"c"]] * 2}, "row 0 (prompt 'a'): response_ids[0] must be a list"),
     "tokens as text": ({"prompt_ids": [["5"]] * 2}, "row 0 (prompt 'a'): prompt_ids[0] must be a token id"),

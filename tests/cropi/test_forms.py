@@ -126,7 +126,7 @@ def test_columns_are_named_and_misnamed() -> None:
         )
     for columns, words in (
         ("prompt", "NAME=COLUMN,... is expected"),
-        ("prmpt=q", "'prmpt' is no part of a record; did you mean 'prompt'?"),
+        ("prmpt=q", "'prmpt' is not part of a record; did you mean 'prompt'?"),
         ("prompt=qq,response=out,reward=score", "there is no column 'qq' for 'prompt'"),
     ):
         with pytest.raises(CropiError, match=words):

@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "Estimator: name": (lambda: cropi.Estimator(3), "name must be a name"),  # type: ignore[arg-type]
     "Estimator: clip": (lambda: cropi.Estimator("mine", clip_low=0.2), "clip_low=0.2"),
     "make_estimator: name": (lambda: cropi.make_estimator("gppo"), "got 'gppo'"),
-    "make_estimator: field": (lambda: cropi.make_estimator("ppo", clip=0.1), "clip=0.1 is no field.*clip_low"),
+    "make_estimator: field": (lambda: cropi.make_estimator("ppo", clip=0.1), "clip=0.1 is not a field.*clip_low"),
     "Selector: ids": (lambda: cropi.Selector(3), "ids is 3"),  # type: ignore[arg-type]
     "LiveSketcher: model": (lambda: kernels.LiveSketcher("m"), "model is of type str"),  # type: ignore[arg-type]
     "SketchSpec: dim": (lambda: kernels.SketchSpec("1024"), "dim='1024': give a power of two"),  # type: ignore[arg-type]

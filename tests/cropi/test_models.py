@@ -239,7 +239,7 @@ def test_unknown_pypi_name_lists_the_known_ones() -> None:
         load_model("pypi:numpy")
 
 
-# --------------------------------------------------------------------------------- what is no usable model
+# --------------------------------------------------------------------------------- what is not a usable model
 @pytest.mark.parametrize("kind", [LlamaForSequenceClassification, BertForMaskedLM])
 def test_other_architectures_are_refused(kind: Any, folder: Path) -> None:
     """A classifier on a causal backbone would load, with a random head."""

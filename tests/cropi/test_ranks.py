@@ -257,9 +257,9 @@ def test_who_is_launched() -> None:
         ({"MASTER_ADDR": None, "MASTER_PORT": None}, "MASTER_ADDR and MASTER_PORT not"),
         ({"RANK": None}, "WORLD_SIZE=4, MASTER_ADDR=127.0.0.1, MASTER_PORT=29400 is set, but RANK not"),
         ({"WORLD_SIZE": None}, "but WORLD_SIZE not"),
-        ({"RANK": "x"}, "RANK='x' is no integer"),
+        ({"RANK": "x"}, "RANK='x' is not an integer"),
         ({"RANK": "4"}, "RANK=4 and WORLD_SIZE=4 do not fit together"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is no integer"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is not an integer"),
     ],
 )
 def test_half_a_launcher_is_named(change: dict[str, Any], words: str) -> None:

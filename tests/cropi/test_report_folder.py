@@ -85,7 +85,7 @@ def test_what_is_not_there_any_more_is_left_out_in_words(ran: Path, tmp_path: Pa
 
 
 def test_folders_that_are_no_run(ran: Path, tmp_path: Path) -> None:
-    with pytest.raises(CropiError, match="is no folder"):
+    with pytest.raises(CropiError, match="is not a folder"):
         report_folder(tmp_path / "none")
     with pytest.raises(CropiError, match="there is no such score table"):
         report_folder(tmp_path)

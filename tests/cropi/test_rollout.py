@@ -334,13 +334,13 @@ async def awaited(prompts: Any, completions: Any, **columns: Any) -> list[Any]:
             raises,
             r"\(prompt 'p5'\): the reward function raises raised ZeroDivisionError for responses\[0\]: 'no such",
         ),
-        (lambda prompt, response: None, "returned None, which is no number,"),
+        (lambda prompt, response: None, "returned None, which is not a number,"),
         (lambda prompt, response: float("nan"), r"returned nan for responses\[0\]"),
-        (lambda prompt, response: "1", "which is no number"),
+        (lambda prompt, response: "1", "which is not a number"),
         (lambda prompt, response: 1e31, "advantages would overflow"),
         (lambda prompts, completions, **c: [1.0], "returned 1 rewards for 4 responses"),
         (lambda prompts, completions, **c: 1.0, "in place of a list of 4 numbers"),
-        (lambda prompts, completions, **c: [None] * 4, "which is no number"),
+        (lambda prompts, completions, **c: [None] * 4, "which is not a number"),
     ],
 )
 def test_a_reward_that_is_none_names_the_row(tmp_path: Path, reward: Any, problem: str) -> None:
@@ -405,7 +405,7 @@ def test_an_answer_that_is_no_formula_is_named_before_work_begins(tmp_path: Path
     rows = prompts()
     rows[2]["answer"] = "the cat sat"
     with pytest.raises(
-        RecordError, match=r"prompts\[2\].*the answer 'the cat sat' is no mathematical expression"
+        RecordError, match=r"prompts\[2\].*the answer 'the cat sat' is not a mathematical expression"
     ):
         rolled(tmp_path / "out.jsonl", make_model(), reward="math", asked=rows)
 
@@ -414,7 +414,7 @@ def test_options_of_another_engine_are_refused(tmp_path: Path) -> None:
     for options, problem in (
         ({"url": "http://localhost:1"}, "leave --url out"),
         ({"engine": "openai-url", "rows": None}, "needs the server's --url"),
-        ({"engine": "openai-url", "url": "localhost", "rows": None}, "is no URL of a server"),
+        ({"engine": "openai-url", "url": "localhost", "rows": None}, "is not a URL of a server"),
         ({"engine": "openai-url", "url": "http://localhost:1"}, "leave --rows out"),
         ({"temperature": 0.0}, "temperature must be a number above 0"),
         ({"top_k": -2}, "top_k must be 0 or more"),

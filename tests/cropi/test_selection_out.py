@@ -81,7 +81,7 @@ def test_a_dataset_keeps_its_columns_features_and_order(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_data_set_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
-    with pytest.raises(CropiError, match="is there already and is no saved data set"):
+    with pytest.raises(CropiError, match="is there already and is not a saved data set"):
         chosen().save(tmp_path / "mine", rows=make_records(10))
     assert (tmp_path / "mine/thesis.txt").read_text() == "x"
 

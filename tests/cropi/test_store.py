@@ -268,7 +268,7 @@ def test_shards_are_in_order_of_their_numbers(tmp_path: Path) -> None:
     fill(store, 0)
     assert not (store / "shard-100000.safetensors").exists()
     (store / "shard-00000 (copy).safetensors").write_bytes(b"")
-    with pytest.raises(CropiError, match="copy.*is no shard of this store .*; take it out"):
+    with pytest.raises(CropiError, match="copy.*is not a shard of this store .*; take it out"):
         SketchStore.open(store)
 
 

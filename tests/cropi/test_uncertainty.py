@@ -57,7 +57,7 @@ def test_scores_from_the_pairs_are_those_of_influence(
     wanted = influence(train, [valid], metric=metric, mean=mean)
     pairs = pairwise(train, [valid])
     assert (pairs.sets, [row.id for row in pairs.rows]) == (wanted.sets, wanted.ids)
-    assert len(pairs.valid) == 16, "a validation prompt without a gradient is no column"
+    assert len(pairs.valid) == 16, "a validation prompt without a gradient is not a column"
     got = pairs.scores(metric=metric, mean=mean)
     # Products of 24 float32 numbers against float64 ones.
     bound = 24 * 2**-23 * float(np.nanmax(np.abs(wanted.table))) + 24 * 2**-23
@@ -211,7 +211,7 @@ def test_mistakes(stores: tuple[SketchStore, SketchStore], tmp_path: Path) -> No
         (lambda: pairwise(train, [other]), "stage"),
         (lambda: pairwise(train, [empty]), "no validation prompt has a usable sketch"),
         (lambda: neighbours(train, [valid], 0), "k must be at least 1, got 0"),
-        (lambda: neighbours(train, [valid], ids=["v003"]), "'v003' is no usable validation prompt"),
+        (lambda: neighbours(train, [valid], ids=["v003"]), "'v003' is not a usable validation prompt"),
         (
             lambda: uncertainty(pairs, method="random"),
             "method must be one of rrf, rrf_classic, max, mean, got 'random'",

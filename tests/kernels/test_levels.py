@@ -113,7 +113,7 @@ def test_operands_may_begin_at_any_byte(name: str) -> None:
 
 def test_a_projection_is_not_added_to_an_odd_address() -> None:
     with pytest.raises(
-        ValueError, match="out is torch.float32 and begins at an address that is no multiple of 4"
+        ValueError, match="out is torch.float32 and begins at an address that is not a multiple of 4"
     ):
         project(A, SPEC, out=displaced(torch.zeros(9, 64)))
 

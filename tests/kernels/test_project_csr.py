@@ -174,7 +174,7 @@ def test_float64_rows_are_summed_in_float64_where_the_backend_is_named(
 
 @pytest.mark.parametrize("dim", [250, 252, 248, 1000, 514, 4100])
 def test_narrow_groups_sum_as_wide_ones(dim: int) -> None:
-    """Dims that are no multiple of 16, at any offset, dtype and level, with and without dropout: the right sums."""
+    """Dims that are not a multiple of 16, at any offset, dtype and level, with and without dropout: the right sums."""
     c = native_module.native()
     for keep in (1.0, 0.6):
         spec = ProjectionSpec(dim, keep=keep)

@@ -349,7 +349,7 @@ def test_sparse_output() -> None:
 @pytest.mark.parametrize("layout", ["dense", "csr", "csc"])
 @pytest.mark.parametrize("kind", ["countsketch", "rademacher"])
 def test_a_row_that_overflows_is_named_in_every_layout(layout: str, kind: str) -> None:
-    """Two numbers whose sum is no float32: the whole row is NaN and the warning names it; in float64 it is right."""
+    """Two numbers whose sum is not float32: the whole row is NaN and the warning names it; in float64 it is right."""
     import scipy.sparse
 
     from cropi.sklearn import RandomProjection as Transformer

@@ -22,7 +22,7 @@ from cropi_kernels.testing import sum_error_bound
 NAME = "model.layers.0.mlp.experts.gate_up_proj"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # groups, rows, cols, width, dim, first row, rows to the next group, rows of the matrix behind the last group.
-# Slab rows are 4096 to 128: rows that begin inside of a block, that straddle two or five, that are no multiple of 8.
+# Slab rows are 4096 to 128: rows that begin inside of a block, that straddle two or five, that are not a multiple of 8.
 SHAPES = [
     (1, 1, 1, None, 32768, 0, 1, 0),
     (3, 7, 9, None, 32768, 0, 7, 0),

@@ -196,7 +196,7 @@ def test_dropout_of_the_heads_adapter_is_refused() -> None:
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(target_modules=["lm_head"], use_dora=True), "adapter 'default' on the head is no plain LoRA .DoRA"),
+        (dict(target_modules=["lm_head"], use_dora=True), "adapter 'default' on the head is not a plain LoRA .DoRA"),
         (dict(target_modules=["v_proj"], trainable_token_indices={"lm_head": [5, 7]}),
          "is not a decoder with a linear head .its head: peft"),
     ],

@@ -160,7 +160,7 @@ def test_a_second_tensor_is_noticed_in_a_batch() -> None:
 
 
 def test_a_module_that_nothing_uses_has_no_gradient() -> None:
-    """A tower for images, say: without images it is no error."""
+    """A tower for images, say: without images it is not an error."""
     model, plain = zoo.make("llama"), zoo.make("llama")
     model.model.tower = nn.Linear(8, 8)  # type: ignore[union-attr]
     results = []

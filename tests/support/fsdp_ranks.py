@@ -58,7 +58,7 @@ def offloaded(model: Any) -> None:
 
 
 def compiled(model: Any) -> None:
-    """Layers, not the root: FSDP2's hooks are no part of a graph."""
+    """Layers, not the root: FSDP2's hooks are not part of a graph."""
     layers_and_root(model)
     for layer in model.model.layers:
         layer.compile(backend="aot_eager")

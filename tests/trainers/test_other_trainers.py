@@ -275,7 +275,7 @@ def test_skyrls_rollouts_are_recorded_exactly(tmp_path: Path) -> None:
     assert asyncio.run(held.generate(batch, disable_tqdm=True)) is output
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("train-000007-")
-    (a,) = read(str(path))  # of b one reward is no number, and the other response is empty
+    (a,) = read(str(path))  # of b one reward is not a number, and the other response is empty
     assert (a.id, a.prompt, a.prompt_ids, a.response_ids) == ("a", chat, [20, 21], [[5, 30, 1], [6, 7]])
     assert a.rewards == [1.0, 0.5] and a.loss_mask == [[1, 0, 1], [1, 1]] and a.truncated == [False, True]
     assert a.logprobs == [[-0.5, 0.0, -0.25], [-1.0, -2.0]] and a.temperature == 0.8

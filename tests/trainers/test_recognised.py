@@ -428,7 +428,7 @@ def test_turns_of_prime_rl_that_are_no_single_sequence(tmp_path: Path) -> None:
 
 
 def test_traces_of_verifiers(tmp_path: Path) -> None:
-    """What is left out, what is no single sequence, and text where no tokens are saved."""
+    """What is left out, what is not a single sequence, and text where no tokens are saved."""
     content = made("prime-rl traces")
     content[2]["traces"].append(
         copy.deepcopy(content[2]["traces"][0]) | {"agent": {"name": "judge", "trainable": False}}

@@ -203,7 +203,7 @@ def test_options(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"max_steps": -1}, "max_steps is -1.*max_steps=10 for 5 stages of 2"),
-        ({"steps_per_generation": 4}, "stage_steps 2 x gradient_accumulation_steps 1 is no multiple"),
+        ({"steps_per_generation": 4}, "stage_steps 2 x gradient_accumulation_steps 1 is not a multiple"),
         ({"eval_dataset": None}, "valid is None.*eval_dataset, which is missing"),
         ({"num_generations_eval": 1}, "num_generations_eval is 1"),
         ({"per_device_train_batch_size": 128}, "stage 0 has 20 prompts, but one generation batch takes 32"),

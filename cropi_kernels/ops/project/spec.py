@@ -118,7 +118,7 @@ def projection_of(spec: SketchSpec, name: str) -> ProjectionSpec:
     """
     if spec.kind not in ("countsketch", "dropout"):
         raise ValueError(
-            f"kind={spec.kind!r} is no projection of formed gradients: give 'countsketch' or 'dropout'"
+            f"kind={spec.kind!r} is not a projection of formed gradients: give 'countsketch' or 'dropout'"
         )
     stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     return ProjectionSpec(spec.dim, keep=spec.keep, seed=spec.seed, stream=stream)

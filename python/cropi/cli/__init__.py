@@ -77,7 +77,7 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        # A prefix of an option is no option: scripts would break when a longer one is added.
+        # A prefix of an option is not an option: scripts would break when a longer one is added.
         command = commands.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
         )

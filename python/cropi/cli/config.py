@@ -25,10 +25,10 @@ def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
     """Set the options that the file ``args.config`` gives and the command line does not.
 
     Keys are the long option names, with ``-`` or ``_``; tables group them freely (``[sketch]`` / ``dim =
-    4096``). Those named in ``tables`` are no groups: they become attributes of ``args`` as they are.
+    4096``). Those named in ``tables`` are not groups: they become attributes of ``args`` as they are.
 
     Raises:
-        CropiError: no such file, not TOML or YAML, or a key that is no option; the key is named, and the nearest one.
+        CropiError: no such file, not TOML or YAML, or a key that is not an option, which is named with the nearest one.
     """
     path = Path(args.config)
     content = _read(path)

@@ -1,4 +1,4 @@
-"""What the smaller files and folders hold that these commands write: told by what stands in them."""
+"""What the smaller files and folders hold that these commands write; each is recognised by its content."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def describe_file(path: Path) -> dict[str, Any] | None:
 
 
 def describe_rows(path: str | Path) -> dict[str, Any] | None:
-    """Rows that are no trajectories: a selection, prompts alone, exported sketches; None: they may be trajectories."""
+    """Rows that are not trajectories: a selection, prompts alone, exported sketches; None: they may be trajectories."""
     from cropi.data.forms import is_prompt
     from cropi.data.readers import first_row, rows_without_checks
     from cropi.errors import RecordError

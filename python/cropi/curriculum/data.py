@@ -27,7 +27,7 @@ class Files:
     """Opens a curriculum's files: trajectory records, and what trainers and engines write, which is converted once.
 
     Args:
-        plan: what the files of ``train`` and ``valid`` are. What commands write is told by what stands in it.
+        plan: what the files of ``train`` and ``valid`` are. What commands write is recognised by its content.
         say: takes a line about every dump.
     """
 

@@ -139,7 +139,7 @@ class Plan:
         """The table ``influence`` as options.
 
         Raises:
-            CropiError: a key that is no option, or a value that it does not take.
+            CropiError: a key that is not an option, or a value that it does not take.
         """
         return _options("influence", self.influence, Influence, "valid_seed")
 

@@ -136,7 +136,7 @@ class Columns:
             name in ALIASES or name in REFUSED or name in BY_ROW for name in names
         ):
             raise NotSimple
-        batch.validate(full=True)  # text that is no UTF-8, offsets out of order
+        batch.validate(full=True)  # text that is not UTF-8, offsets out of order
         self.batch = batch
         self.held: dict[str, Any] = {name: batch.column(i) for i, name in enumerate(names)}
         self.count = batch.num_rows

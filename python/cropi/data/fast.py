@@ -17,7 +17,7 @@ from cropi.data.records import PromptGroup, parse_record
 from cropi.data.rewards import LARGEST_REWARD
 from cropi.errors import RecordError
 
-# Files whose records have more extra keys than this are no table; they are read the slow way.
+# Files whose records have more extra keys than this are not a table; they are read the slow way.
 MOST_EXTRA_KEYS = 64
 MARK = b"\xef\xbb\xbf"
 

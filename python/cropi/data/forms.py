@@ -75,7 +75,8 @@ def parse_columns(words: str | Mapping[str, str] | None) -> dict[str, str]:
     for name, column in names.items():
         if name not in COLUMNS and column:
             raise CropiError(
-                f"columns: {name!r} is no part of a record; {did_you_mean(name, COLUMNS)}known are {', '.join(COLUMNS)}"
+                f"columns: {name!r} is not part of a record; {did_you_mean(name, COLUMNS)}known are "
+                f"{', '.join(COLUMNS)}"
             )
     return names
 

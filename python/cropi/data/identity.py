@@ -1,7 +1,7 @@
 """Which row of a trainer's dataset belongs to which prompt id.
 
 A dataset may have several columns of integers that could be the id (``id`` and ``extra_info.index``): which one holds
-the ids is told by what the rows say, not by its name.
+the ids is decided by what the rows hold, not by its name.
 """
 
 from __future__ import annotations

@@ -386,7 +386,7 @@ def first_row(path: str | Path) -> tuple[str, dict[str, Any]]:
 
     Raises:
         CropiError: not a file that is read, or an empty one.
-        RecordError: the row is no JSON object.
+        RecordError: the row is not a JSON object.
     """
     state = _State({}, None)
     for source in sources_of(path):
@@ -400,7 +400,7 @@ def rows_without_checks(path: str | Path) -> Iterator[dict[str, Any]]:
 
     Raises:
         CropiError: not a file that is read.
-        RecordError: a row is no JSON object.
+        RecordError: a row is not a JSON object.
     """
     state = _State({}, None)
     for source in sources_of(path):

@@ -168,7 +168,7 @@ def _near(name: str, keys: Mapping[str, Any]) -> list[str]:
 
 
 def check_characters(record: Any, where: str) -> None:
-    """Check that no string holds half of a surrogate pair, which is no character: no tokenizer and no file takes it.
+    """Check that no string holds half of a surrogate pair, which is not a character: no tokenizer and no file takes it.
 
     Raises:
         RecordError: one does.

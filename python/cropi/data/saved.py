@@ -32,7 +32,7 @@ def check_folder(out: Path) -> None:
     """
     if out.exists() and not is_saved(out) and not (out.is_dir() and not any(out.iterdir())):
         raise CropiError(
-            f"format save_to_disk: {out} is there already and is no saved data set; give another folder"
+            f"format save_to_disk: {out} is there already and is not a saved data set; give another folder"
         )
 
 

@@ -86,7 +86,7 @@ def launched(variables: Mapping[str, str] | None = None) -> Launched | None:
     """This process among those of a launcher; None where it is alone.
 
     Raises:
-        CropiError: some of the variables are missing, or are no numbers.
+        CropiError: some of the variables are missing, or are not numbers.
 
     >>> launched({}) is None, launched({"RANK": "0", "WORLD_SIZE": "1"}) is None
     (True, True)
@@ -116,4 +116,4 @@ def _number(held: Mapping[str, str], name: str) -> int:
     try:
         return int(held[name])
     except ValueError:
-        raise CropiError(f"{name}={held[name]!r} is no integer; {REMEDY}") from None
+        raise CropiError(f"{name}={held[name]!r} is not an integer; {REMEDY}") from None

@@ -162,7 +162,7 @@ def examine(parts: list[_Part], estimator: Estimator) -> Finding:
     own = policy_at(None)
     advantages = torch.cat([part.each(part.batch.advantages) for part in parts])
     ratio = torch.exp(own - stored)
-    # A token whose ratio is no number fails its prompt later, by name; it must not hide the others here.
+    # A token whose ratio is not a number fails its prompt later, by name; it must not hide the others here.
     usable = ratio.isfinite()
     stored, own, ratio = stored[usable], own[usable], ratio[usable]
     # Ratios of responses are clipped response by response, of which single tokens do not tell.

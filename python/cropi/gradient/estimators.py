@@ -319,7 +319,9 @@ def make_estimator(name: str, **changes: Any) -> Estimator:
     known = [field.name for field in fields(Estimator) if field.name != "name"]
     for key, value in given.items():
         if key not in known:
-            raise ValueError(f"{key}={value!r} is no field of an estimator: give one of {', '.join(known)}")
+            raise ValueError(
+                f"{key}={value!r} is not a field of an estimator: give one of {', '.join(known)}"
+            )
     made = replace(ESTIMATORS[name], **given)
     capped = ESTIMATORS[name].cap is not None
     for field, used in (("eps", made.std), ("constant", made.length == "constant"), ("cap", capped)):

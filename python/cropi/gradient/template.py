@@ -49,7 +49,7 @@ def prints_date(tokenizer: Any, template: str) -> bool:
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """The tokens that are no text, longest first: all special ones but those that a person may well write."""
+    """The tokens that are not text, longest first: all special ones but those that a person may well write."""
     # A pad or unknown token may be set to any piece of text, "!" for example.
     spare = {tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token, None}
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

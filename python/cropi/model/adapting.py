@@ -61,7 +61,7 @@ def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:
     folder = Path(where).expanduser()
     if folder.exists() and not (folder / "adapter_config.json").is_file():
         raise CropiError(
-            f"adapter {where!r}: the folder holds no adapter_config.json, so it is no adapter of PEFT"
+            f"adapter {where!r}: the folder holds no adapter_config.json, so it is not an adapter of PEFT"
         )
     try:
         with warnings.catch_warnings(record=True) as told:

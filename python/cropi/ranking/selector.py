@@ -224,7 +224,7 @@ class Selector:
         missing = [key for key in KEYS if not isinstance(state, Mapping) or key not in state]
         if missing:
             raise CropiError(
-                f"this is no state of a Selector: {missing[0]!r} is missing; save selector.state_dict() with every "
+                f"this is not a state of a Selector: {missing[0]!r} is missing; save selector.state_dict() with every "
                 "checkpoint, or begin with a new Selector"
             )
         if state["version"] != 1:

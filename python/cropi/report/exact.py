@@ -108,7 +108,7 @@ def _parameters(model: torch.nn.Module, names: Sequence[str]) -> dict[str, torch
     }
     missing = wanted - set(parameters)
     if missing:
-        raise CropiError(f"names: {sorted(missing)[0]!r} is no parameter of the model")
+        raise CropiError(f"names: {sorted(missing)[0]!r} is not a parameter of the model")
     return parameters
 
 

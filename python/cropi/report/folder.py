@@ -56,7 +56,7 @@ def report_folder(
     """
     root = Path(folder)
     if not root.is_dir():
-        raise CropiError(f"{root} is no folder: give what `cropi run --out` or `cropi curriculum` wrote")
+        raise CropiError(f"{root} is not a folder: give what `cropi run --out` or `cropi curriculum` wrote")
     if is_curriculum(root):
         return curriculum_page(root, out)
     scores = read_scores(root / "scores.parquet")

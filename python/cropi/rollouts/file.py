@@ -62,7 +62,7 @@ class RolloutFile:
             file = open(self.part, "a+b", buffering=0)
         with file:
             self._file = file
-            # Who finished it meanwhile has removed it: what is locked then is no file that anybody else sees.
+            # Who finished it meanwhile has removed it: what is locked then is not a file that anybody else sees.
             if not try_lock(file.fileno(), self.part.parent) or not _same(file.fileno(), self.part):
                 raise CropiError(
                     f"out: another process writes {self.part}; wait for it, or give another --out"
@@ -212,5 +212,5 @@ def _object(line: bytes, path: Path) -> dict[str, Any]:
     except ValueError:
         held = None
     if not isinstance(held, dict):
-        raise CropiError(f"out: {path} holds a line that is no record; {REMEDY.format(path=path)}")
+        raise CropiError(f"out: {path} holds a line that is not a record; {REMEDY.format(path=path)}")
     return held

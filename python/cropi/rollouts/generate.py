@@ -40,7 +40,7 @@ def generate(
         shared: process what prompts begin with in common once, where every layer keeps all tokens.
 
     Returns:
-        The responses of each prompt. A log-prob is NaN where the model's output is no number.
+        The responses of each prompt. A log-prob is NaN where the model's output is not a number.
     """
     batch = Decoding(model, [request.prompt for request in requests], shared=shared)
     numbers = np.stack(

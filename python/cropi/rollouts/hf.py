@@ -113,7 +113,7 @@ class HfEngine:
         sampled.
 
         Raises:
-            CropiError: the model's output is no number, or one prompt alone does not fit in memory.
+            CropiError: the model's output is not a number, or one prompt alone does not fit in memory.
         """
         try:
             made = self._generate(batch, n)

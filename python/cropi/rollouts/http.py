@@ -50,7 +50,9 @@ class Server:
     ) -> None:
         parts = urllib.parse.urlparse(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise CropiError(f"url: {url!r} is no URL of a server; give one such as http://localhost:8000/v1")
+            raise CropiError(
+                f"url: {url!r} is not a URL of a server; give one such as http://localhost:8000/v1"
+            )
         self.url = url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
         self._key, self.timeout, self.retries = key, timeout, retries
         self.stop = threading.Event()

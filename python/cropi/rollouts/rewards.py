@@ -90,8 +90,8 @@ class Reward:
         """The rewards of the responses to one prompt.
 
         Raises:
-            RecordError: the function raised, or returned something that is no finite number for every response; names
-                the row, the prompt, the response and the value.
+            RecordError: the function raised, or returned something that is not a finite number for every response;
+                names the row, the prompt, the response and the value.
         """
         if self.batched:
             values = self._called(prompt, lambda: self._together(prompt, responses, ids))
@@ -147,7 +147,7 @@ class Reward:
                 pass
         problem = ""
         if isinstance(value, str) or not isinstance(value, (bool, int, float)):
-            problem = f"returned {shown(value)}, which is no number,"
+            problem = f"returned {shown(value)}, which is not a number,"
         elif not math.isfinite(value):
             problem = f"returned {value}"
         elif abs(value) > LARGEST_REWARD:

@@ -2,7 +2,7 @@
 
 Prompts go as token ids (``completions``) or as messages (``chat``). Where the server gives token ids (vLLM's
 ``return_token_ids`` or ``return_tokens_as_token_ids``, asked for once), records hold them; else they hold text alone,
-which is said. What the server reads as the prompt is compared by its count of tokens.
+and a message says so. What the server reads as the prompt is compared by its count of tokens.
 """
 
 from __future__ import annotations

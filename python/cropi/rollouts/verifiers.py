@@ -30,7 +30,7 @@ class Math:
 
     Raises:
         ModuleNotFoundError: the package is not installed; names the pip command.
-        ValueError: the answer is no mathematical expression.
+        ValueError: the answer is not a mathematical expression.
     """
 
     needs = ("answer",)
@@ -57,7 +57,7 @@ class Math:
         if not parsed and not _is_prose(text):
             parsed = self._verify.parse(f"${text}$", parsing_timeout=self._limit())
         if not parsed:
-            raise ValueError(f"the answer {shown(text)} is no mathematical expression")
+            raise ValueError(f"the answer {shown(text)} is not a mathematical expression")
         return parsed
 
     @staticmethod

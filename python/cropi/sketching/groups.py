@@ -215,5 +215,5 @@ def _checked(
 
 def _bar(total: int | None, name: str, progress: bool) -> Any:
     bar = optional("tqdm.auto").tqdm
-    # None: no bar where standard error is no terminal
+    # None: no bar where standard error is not a terminal
     return bar(total=total, desc=name, unit="prompt", disable=None if progress else True, smoothing=0.1)

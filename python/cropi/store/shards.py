@@ -369,7 +369,7 @@ def shard_number(path: Path) -> int:
     text = path.stem.removeprefix("shard-")
     if not (text.isascii() and text.isdecimal()):
         raise CropiError(
-            f"{path} is no shard of this store (its name has no number); take it out of the folder"
+            f"{path} is not a shard of this store (its name has no number); take it out of the folder"
         )
     return int(text)
 

@@ -29,7 +29,7 @@ def tensor(seed: int, *shape: int) -> torch.Tensor:
 @dataclasses.dataclass
 class Layer:
     """The calls of a layer's backward pass: q, k and v with biases, a norm of heads, an MLP, a LayerNorm; one gradient
-    that is no dense [batch, length, n]."""
+    that is not dense [batch, length, n]."""
 
     first: int = 0  # token that the batch begins with
     last: int = BATCH * LENGTH

@@ -111,7 +111,7 @@ def finite(value: Any, field: str, where: str) -> float:
 
     Raises:
         NotFinite: it is NaN or infinite.
-        BadSample: it is no number.
+        BadSample: it is not a number.
     """
     number: float | None = None
     if isinstance(value, (torch.Tensor, np.ndarray)):
@@ -150,7 +150,7 @@ def token_ids(value: Any, field: str, where: str) -> list[int]:
     """Token ids.
 
     Raises:
-        BadSample: no list, or an entry that is no integer from 0 to 2^31 - 1.
+        BadSample: no list, or an entry that is not an integer from 0 to 2^31 - 1.
     """
     ids = listed(value, field, where)
     for t, token in enumerate(ids):
@@ -194,7 +194,7 @@ def log_probs(
 
     Raises:
         NotFinite: one is NaN or infinite.
-        BadSample: another length, or one that is no number.
+        BadSample: another length, or one that is not a number.
     """
     if value is None:
         return None

@@ -12,7 +12,7 @@ from cropi.trainers.dumps.fields import BadSample, Left, shown
 
 
 def json_lines(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``(file:line, object)`` of every line that is not empty; a byte order mark at the beginning is no part of it.
+    """``(file:line, object)`` of every line that is not empty; a byte order mark at the beginning is not part of it.
 
     Raises:
         BadSample: a line is not UTF-8, not JSON, or no object.

@@ -65,7 +65,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 
 
 def _rows(where: str, line: dict[str, Any], id_key: str | None) -> list[tuple[str, dict[str, Any]]]:
-    """The rollouts of a line, each as its own object. What is no list (``idx``) describes the line."""
+    """The rollouts of a line, each as its own object. What is not a list (``idx``) describes the line."""
     for name in (*COLUMNS, *([id_key] if id_key else [])):
         if name not in line:
             raise BadSample(

@@ -7,7 +7,7 @@ batch output file holds no prompts: the input file of the batch (``--dataset``) 
 Tokens are exact where the server says their ids: vLLM's ``token_ids`` and ``prompt_token_ids`` (``return_token_ids``),
 or tokens written ``token_id:123`` (``return_tokens_as_token_ids``). Elsewhere ``logprobs.content`` holds the bytes of
 each sampled token, which name one token of the model's vocabulary: with the tokenizer they become ids. Without either,
-responses are text, and their log-probs are left out, which is said.
+responses are text, and their log-probs are left out, and a message says so.
 
 Rewards are ``reward`` of each choice, or ``rewards`` (``reward`` of a single choice) beside the choices.
 """
@@ -126,7 +126,9 @@ def _row(row: dict[str, Any], where: str, asked: Mapping[str, Mapping[str, Any]]
     if row.get("error") or (isinstance(code, int) and code != 200):
         raise Unused(where, "error", f"the request failed ({shown(row.get('error') or code)})")
     if not isinstance(held, Mapping) or "choices" not in held:
-        raise BadSample(where, "choices", f"is missing, so this is no chat completion (it has {names(row)})")
+        raise BadSample(
+            where, "choices", f"is missing, so this is not a chat completion (it has {names(row)})"
+        )
     request: Any = row.get("request") if isinstance(row.get("request"), Mapping) else {}
     if isinstance(request.get("body"), Mapping):
         request = request["body"]

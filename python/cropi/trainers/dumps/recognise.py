@@ -1,4 +1,4 @@
-"""What wrote a file, told by what stands in it: trajectory records, prompts alone, a trainer's or an engine's dump."""
+"""Which program wrote a file, by its content: trajectory records, prompts alone, a trainer's or an engine's dump."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def read_dump(
         for key in (columns.prompt, columns.response):
             if key not in row:
                 raise BadSample(
-                    where, key, f"is missing, so this is no dump of {source} (it has {names(row)})"
+                    where, key, f"is missing, so this is not a dump of {source} (it has {names(row)})"
                 )
         if row[columns.response] == "":
             raise Unused(where, columns.response, "is empty")

@@ -55,7 +55,7 @@ def _row(trace: Any, episode: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises:
         Unused: its agent is not trained, or it ended in an error.
-        BadSample: it is no single path, or its tokens and masks do not fit together.
+        BadSample: it is not a single path, or its tokens and masks do not fit together.
     """
     if not isinstance(trace, Mapping) or not isinstance(trace.get("nodes"), list):
         raise BadSample(where, "nodes", f"a trace with a list of nodes is expected, got {shown(trace)}")

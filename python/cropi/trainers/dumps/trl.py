@@ -51,7 +51,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     if not rows or any(key not in rows[0][1] for key in KEYS[:3]):
         held = names(rows[0][1]) if rows else "no row"
         raise CropiError(
-            f"{path} is no completions file of TRL, which has {', '.join(KEYS)}, but holds {held}"
+            f"{path} is not a completions file of TRL, which has {', '.join(KEYS)}, but holds {held}"
         )
     rewards = _reward_columns(rows, path, reading.columns.get("reward"), reading.id_key)
 

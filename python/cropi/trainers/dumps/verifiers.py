@@ -50,7 +50,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 
     Raises:
         CropiError: there is no such file, or it is too large.
-        BadSample: a row of another layout, or whose turns are no single sequence.
+        BadSample: a row of another layout, or whose turns are not a single sequence.
     """
     path, left = Path(path), Left() if left is None else left
     check_size(path, reading.largest)
@@ -62,7 +62,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         for key in ("example_id", "prompt", "completion"):
             if key not in row:
                 raise BadSample(
-                    where, key, f"is missing, so this is no rollout of prime-rl (it has {names(row)})"
+                    where, key, f"is missing, so this is not a rollout of prime-rl (it has {names(row)})"
                 )
         if row.get("error"):
             raise Unused(where, "error", "the rollout ended in an error")
@@ -120,7 +120,7 @@ def _sequence(turns: Any, where: str) -> dict[str, Any] | None:
         so_far = prompt + ids
         if before[: len(so_far)] != so_far:
             raise BadSample(
-                where, name, "does not go on from the turns before it, so the rollout is no single sequence",
+                where, name, "does not go on from the turns before it, so the rollout is not a single sequence",
                 "save rollouts whose turns only add to the conversation, or pass --skip-bad",
             )  # fmt: skip
         between = before[len(so_far) :]

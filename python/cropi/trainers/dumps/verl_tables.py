@@ -62,7 +62,9 @@ def _consolidated(metadata: Any, storage: Any, where: str) -> dict[str, Any]:
             elif not key.startswith("<NJT_"):
                 columns[key] = value
     except DAMAGED as error:
-        raise BadSample(where, "batch", f"is no TensorDict that can be read ({str(error)[:200]})") from error
+        raise BadSample(
+            where, "batch", f"is not a TensorDict that can be read ({str(error)[:200]})"
+        ) from error
     return columns
 
 

@@ -42,7 +42,7 @@ def recording(executor: type[Any], folder: str | os.PathLike[str]) -> type[Any]:
         folder: of the files, which is made.
 
     Raises:
-        CropiError: its ``execute`` is no coroutine with the arguments prompt, label and sampling_params.
+        CropiError: its ``execute`` is not a coroutine with the arguments prompt, label and sampling_params.
     """
     execute = getattr(executor, "execute", None)
     names = list(inspect.signature(execute).parameters)[1:] if callable(execute) else []

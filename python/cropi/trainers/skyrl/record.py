@@ -45,7 +45,7 @@ def recording(generator: type[Any], folder: str | os.PathLike[str]) -> type[Any]
         folder: of the files, which is made.
 
     Raises:
-        CropiError: its ``generate`` is no coroutine that takes the batch.
+        CropiError: its ``generate`` is not a coroutine that takes the batch.
     """
     generate = getattr(generator, "generate", None)
     names = list(inspect.signature(generate).parameters)[1:] if callable(generate) else []

@@ -46,7 +46,7 @@ def curriculum(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = 
 
 
 def recording(base: type[GRPOTrainer] | None = None, *, allow_untested: bool = False) -> type[Any]:
-    """A subclass of ``base`` that trains as ever and records rollouts; it takes ``recording=Recording(...)`` besides.
+    """A subclass of ``base`` that trains as before and records rollouts; it takes ``recording=Recording(...)`` besides.
 
     Args and errors are those of :func:`curriculum`.
     """

@@ -36,7 +36,7 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
     every = args.steps_per_generation * trainer.num_iterations
     if (steps * args.gradient_accumulation_steps) % every:
         raise CropiError(
-            f"stage_steps {steps} x gradient_accumulation_steps {args.gradient_accumulation_steps} is no multiple "
+            f"stage_steps {steps} x gradient_accumulation_steps {args.gradient_accumulation_steps} is not a multiple "
             f"of steps_per_generation {args.steps_per_generation} x num_iterations {trainer.num_iterations}: a "
             "generation batch would be used across two stages; change stage_steps"
         )

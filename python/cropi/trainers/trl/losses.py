@@ -29,7 +29,7 @@ def estimator_of_config(args: Any) -> tuple[Estimator, list[str]]:
         The estimator, and what the configuration asks for besides that it leaves out, in words.
 
     Raises:
-        CropiError: a loss that is no weighted sum of token log-prob gradients that is known here.
+        CropiError: a loss that is not a weighted sum of token log-prob gradients that is known here.
     """
     kind, level = str(args.loss_type), str(args.importance_sampling_level)
     if kind not in AVERAGED:

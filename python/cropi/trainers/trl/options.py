@@ -58,7 +58,7 @@ class Live:
         dim, bits, half_life, explore: of :class:`cropi.Selector`.
         opposed: what the advantages of prompts are multiplied by, whose earlier visits say that they point against the
             validation mean (mean and one standard deviation below 0): 1 leaves them, 0 drops them from the step.
-        coupled: as in :class:`cropi_kernels.LiveSketcher`: take losses that are no sum over prompts (experts' load
+        coupled: as in :class:`cropi_kernels.LiveSketcher`: take losses that are not a sum over prompts (experts' load
             balancing) by the tokens that their gradient passes through.
     """
 

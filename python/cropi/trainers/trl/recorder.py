@@ -83,7 +83,7 @@ class Recorder:
             (bool(trainer.tools), "tools: their output stands between the sampled tokens"),
             (
                 bool(trainer.environment_factories),
-                "environment_factory: the environment's words are no sampled tokens",
+                "environment_factory: the environment's words are not sampled tokens",
             ),
             (bool(getattr(trainer, "_is_vlm", False)), "images: a trajectory record holds tokens only"),
         ):
@@ -200,7 +200,7 @@ class Recorder:
             record | {"reward": float(reward)} | ({"logprobs": logprobs[i]} if logprobs else {})
             for i, (record, reward) in enumerate(zip(generation.records, generation.rewards.tolist()))
         ]
-        # TRL deals rows out to the ranks in order, so a group is cut in two where the share is no multiple of its size.
+        # TRL deals rows out to the ranks in order: a group is cut in two where the share is not a multiple of its size.
         if len(rows) % generation.size:
             rows = [row for part in self.ranks.gather(rows) for row in part]
             if not self.ranks.first:
