@@ -361,16 +361,13 @@ def _equal_rewards(reason: str) -> bool:
 
 
 def _texts(groups: Iterable[PromptGroup], full: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    from cropi.gradient.estimators import group_advantages  # which imports torch
-
     snippets, details = {}, {}
     for group in groups:
         prompt = _conversation(group.prompt) or "(token ids)"
         snippets[group.id] = _cut(" ".join(prompt.split()), SNIPPET)
         if group.id in full:
             rewards = group.rewards
-            equal = no_gradient_reason(rewards) is not None
-            advantages = [0.0] * len(rewards) if equal else group_advantages(rewards).tolist()
+            advantages = _advantages(rewards)
             responses = group.responses or ["(token ids)"] * len(rewards)
             details[group.id] = _long(prompt) | {
                 "responses": [
@@ -379,6 +376,15 @@ def _texts(groups: Iterable[PromptGroup], full: set[str]) -> tuple[dict[str, str
                 ]
             }
     return snippets, details
+
+
+def _advantages(rewards: Sequence[float]) -> list[float]:
+    if no_gradient_reason(rewards) is not None:
+        return [0.0] * len(rewards)
+    from cropi.gradient.estimators import group_advantages  # which imports torch: a table alone needs none
+
+    advantages: list[float] = group_advantages(rewards).tolist()
+    return advantages
 
 
 def _conversation(text: Any) -> str:
