@@ -191,7 +191,7 @@ def test_states_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(CropiError, match=message):
             other.load_state_dict(state)
-    with pytest.raises(CropiError, match="no state of a Selector: 'version' is missing"):
+    with pytest.raises(CropiError, match="not a state of a Selector: 'version' is missing"):
         made().load_state_dict({"model": {}})
     with pytest.raises(CropiError, match="version 2"):
         made().load_state_dict(state | {"version": 2})

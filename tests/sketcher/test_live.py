@@ -390,7 +390,7 @@ def coupled_by_the_weights(model: nn.Module) -> Any:
 
 
 def test_a_loss_that_is_no_sum_over_prompts_is_named() -> None:
-    with pytest.raises(CoupledLossError, match="no sum over prompts"):
+    with pytest.raises(CoupledLossError, match="not a sum over prompts"):
         captured(zoo.make("llama"), coupled_by_a_norm)
     model = zoo.make("llama")
     with pytest.raises(CoupledLossError, match=r"model\.norm\.weight"):
