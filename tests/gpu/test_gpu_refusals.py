@@ -160,7 +160,7 @@ def test_an_address_between_two_elements() -> None:
     x = torch.frombuffer(bytearray(4 * 40 + 1), dtype=torch.float32, offset=1, count=40)
     reason = _triton.unsupported(x)
     if _triton.import_error() is None:
-        assert reason is not None and "no multiple of its 4-byte elements: give a clone" in reason
+        assert reason is not None and "not a multiple of its 4-byte elements: give a clone" in reason
 
 
 def test_offsets_of_the_host_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:

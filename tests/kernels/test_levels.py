@@ -104,7 +104,7 @@ def test_operands_may_begin_at_any_byte(name: str) -> None:
         moved = [displaced(x) if i == k else x for k, x in enumerate(operands)]
         if i in out:
             with pytest.raises(
-                ValueError, match=r"out is torch.float32 and begins at .* no multiple of 4: give fresh"
+                ValueError, match=r"out is torch.float32 and begins at .* not a multiple of 4: give fresh"
             ):
                 run(*moved)
         else:
