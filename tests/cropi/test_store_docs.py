@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.kills import fill
+from support.places import fill
 
 from cropi.cli import main
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.kills import fill
+from support.places import fill
 
 from cropi.ranking.table import read_scores
 
