@@ -373,23 +373,3 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("fcntl.flock", none)
     with pytest.raises(CropiError, match=r"the file system of .* gives no file locks \(No locks available\)"):
         SketchStore.create(tmp_path / "s", MANIFEST)
-
-
-def test_the_disk_is_asked_for_the_next_shards_while_one_is_worked_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill(tmp_path / "s", 16)
-    store = SketchStore.open(tmp_path / "s")
-    asked: list[str] = []
-    advise = os.posix_fadvise
-
-    def note(file: int, begin: int, size: int, advice: int) -> None:
-        asked.append(os.readlink(f"/proc/self/fd/{file}")[-17:])
-        assert (begin, size, advice) == (0, 0, os.POSIX_FADV_WILLNEED)
-        advise(file, begin, size, advice)
-
-    monkeypatch.setattr(os, "posix_fadvise", note)
-    blocks = store.blocks()
-    next(blocks)
-    assert asked == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
-    assert sum(len(rows) for rows, _ in blocks) == 12 and len(asked) == 4

@@ -15,7 +15,6 @@ finished and ``sha256sum -c *.sha256`` checks a store by hand. Shards of the fir
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -128,12 +127,6 @@ class Shard:
                 yield first, block
         finally:
             os.close(file)
-
-    def fetch(self) -> None:
-        """Begin to read the file from the disk, without waiting, where the system can."""
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError), open(self.path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def verify(self) -> None:
         """Check the whole file, its SHA-256 included.

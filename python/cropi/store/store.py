@@ -38,8 +38,6 @@ from cropi.store.manifest import (
 from cropi.store.rows import OK, RowInfo, placed
 from cropi.store.shards import Shard, shard_number, write_shard
 
-_AHEAD = 2  # shards that the disk reads while those before are worked on
-
 
 class InUse(CropiError):
     """Another process writes to the store."""
@@ -303,13 +301,7 @@ class SketchStore:
         Raises:
             CropiError: a shard's checksum does not match; the shard is named.
         """
-        files = self.files()
-        for shard in files[:_AHEAD]:
-            shard.fetch()
-        for number, shard in enumerate(files):
-            # The disk reads on while the processor is busy with this shard.
-            for following in files[number + _AHEAD : number + _AHEAD + 1]:
-                following.fetch()
+        for shard in self.files():
             for first, tensors in shard.blocks(held):
                 count = len(next(iter(tensors.values())))
                 yield shard.kept[first : first + count], tensors
