@@ -136,7 +136,9 @@ docs: $(STAMPS)/docs
 	$(BIN)/mkdocs build --strict --config-file build/mkdocs.yml
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/packaging/test_docs.py tests/packaging/test_readme.py $(ARGS)
 
+# What a stopped run has left is removed: a trainer refuses the rollouts of another run.
 notebooks: $(STAMPS)/docs model
+	rm -rf build/notebook
 	$(BIN)/python scripts/run_notebooks.py examples/notebooks
 
 # Workflows, issue forms and the citation against their schemas; needs the network once.
