@@ -15,9 +15,11 @@ case $kind in
   thread) flags=thread library=libtsan.so ;;
   *) echo "$kind: give address or thread" >&2; exit 2 ;;
 esac
-# Python is not linked with the sanitizer, which must be the first library of the process.
+# Python is not linked with the sanitizer, which must be the first library of the process. After it comes libstdc++: else
+# the sanitizer finds no throw of C++ to wrap, and the first test in which something is thrown ends the process.
 library=$("${CXX:-c++}" -print-file-name=$library)
 [ -e "$library" ] || { echo "the compiler has no $library: install gcc's sanitizer libraries" >&2; exit 1; }
+library="$library $("${CXX:-c++}" -print-file-name=libstdc++.so)"
 
 build=build/sanitize-$kind
 venv=$(cd "$venv" && pwd)
@@ -37,7 +39,8 @@ export PYTHONPATH="$PWD/tests" OMP_NUM_THREADS=$([ "$kind" = thread ] && echo 2 
 tests=(tests/kernels -m "not slow" -k "not compile and not graph and not inductor"
   --ignore tests/kernels/test_sketch_statistics.py --ignore tests/kernels/test_project_statistics.py
   --ignore tests/kernels/test_project_faces.py)
-[ "$kind" = thread ] && tests=(tests/kernels -m "not slow" -k "thread or callers or bits or same_time")
+# Child processes again: TSan has a thread of its own in every process, and one test counts on there being none.
+[ "$kind" = thread ] && tests=(tests/kernels -m "not slow" -k "(thread or callers or bits or same_time) and not child")
 [ $# -gt 0 ] && tests=("$@")
 exec setarch "$(uname -m)" -R env LD_PRELOAD="$library" "$venv/bin/python" -m pytest -p support.sanitized -p no:cacheprovider \
   -p no:xdist -q "${tests[@]}"
