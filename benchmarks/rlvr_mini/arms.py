@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,9 @@ ARMS = {
         Arm("cropi_dropout", "CROPI, 10 % dropout", "rrf", curriculum=True, scorer="dropout"),
     )
 }
+_WITHIN = Arm(
+    "budget_pool3", "CROPI, 5 % of the time, pool x 3", "rrf", curriculum=True, pool=3, thin=4, budget=0.05, first=0.3
+)  # fmt: skip
 LEVERS = {
     arm.name: arm
     for arm in (
@@ -102,27 +105,8 @@ LEVERS = {
         Arm("static_pool3", "static influence 10 %, pool x 3", "rrf", pool=3),
         Arm("cropi_pool3", "CROPI, sketch, pool x 3", "rrf", curriculum=True, pool=3),
         Arm("live_pool3", "live, pool x 3", "rrf", curriculum=True, pool=3, thin=4, live=True),
-        Arm(
-            "budget_pool3",
-            "CROPI, 5 % of the time, pool x 3",
-            "rrf",
-            curriculum=True,
-            pool=3,
-            thin=4,
-            budget=0.05,
-            first=0.3,
-        ),
-        Arm(
-            "live_budget_pool3",
-            "live, and 5 % of the time, pool x 3",
-            "rrf",
-            curriculum=True,
-            pool=3,
-            thin=4,
-            budget=0.05,
-            first=0.3,
-            live=True,
-        ),
+        _WITHIN,
+        replace(_WITHIN, name="live_budget_pool3", label="live, and 5 % of the time, pool x 3", live=True),
     )
 }
 

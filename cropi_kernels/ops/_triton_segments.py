@@ -39,6 +39,12 @@ def _offset(offsets, s, valid, n_tokens):
 
 
 @triton.jit
+def _count_chunks(offsets, s, valid, n_tokens, CHUNK: tl.constexpr):
+    begin, end = _offset(offsets, s, valid, n_tokens), _offset(offsets, s + 1, valid, n_tokens)
+    return (tl.maximum(end - begin, 0) + CHUNK - 1) // CHUNK
+
+
+@triton.jit
 def _locate(
     offsets, n_segments, n_tokens, item, CHUNK: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -50,8 +56,7 @@ def _locate(
     for s0 in range(0, n_segments, BLOCK):
         s = s0 + tl.arange(0, BLOCK)
         valid = s < n_segments
-        begin = _offset(offsets, s, valid, n_tokens)
-        n = (tl.maximum(_offset(offsets, s + 1, valid, n_tokens) - begin, 0) + CHUNK - 1) // CHUNK
+        n = _count_chunks(offsets, s, valid, n_tokens, CHUNK)
         before = (total + tl.cumsum(n, 0) <= item) & valid
         segment += tl.sum(before.to(tl.int64), 0)
         first += tl.sum(tl.where(before, n, 0), 0)
@@ -76,11 +81,9 @@ def _count_slots(
     for s0 in range(0, n_segments, BLOCK):
         s = s0 + tl.arange(0, BLOCK)
         valid = s < segment
-        begin = _offset(offsets, s, valid, n_tokens)
-        n = (tl.maximum(_offset(offsets, s + 1, valid, n_tokens) - begin, 0) + CHUNK - 1) // CHUNK
+        n = _count_chunks(offsets, s, valid, n_tokens, CHUNK)
         slot += tl.sum(tl.where((n > 1) | ALWAYS, n, 0), 0)
-    begin = _offset(offsets, segment, True, n_tokens)
-    chunks = (tl.maximum(_offset(offsets, segment + 1, True, n_tokens) - begin, 0) + CHUNK - 1) // CHUNK
+    chunks = _count_chunks(offsets, segment, True, n_tokens, CHUNK)
     chunks = tl.where((chunks > 1) | ALWAYS, chunks, 0)
     return slot, tl.maximum(tl.minimum(chunks, _slots(n_segments, n_tokens, CHUNK, ALWAYS) - slot), 0)
 

@@ -142,6 +142,7 @@ def _own(
     ``[m, sets]``; and the noise's share of their squared lengths."""
     usable = {row.id for row in train.rows() if row.status == OK}
     drawn = _noise_of(noise, usable)
+    lengths = [float(m.norm()) if metric == "cosine" else 1.0 for m in means.values()]
     moved, shares = [], []
     for rows, table in train.shards() if drawn else ():
         for row, gradient in zip(rows, table, strict=True):
@@ -156,7 +157,6 @@ def _own(
             shares.append(float(vector.norm()) ** 2 / size**2)
             if metric == "cosine":
                 vector = _without(vector, gradient) / size
-            lengths = [float(m.norm()) if metric == "cosine" else 1.0 for m in means.values()]
             moved.append(
                 [float(vector @ m) / length for m, length in zip(means.values(), lengths, strict=True)]
             )

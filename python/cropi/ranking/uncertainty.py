@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -227,9 +227,6 @@ def uncertainty(
     def contrasted(columns: list[np.ndarray]) -> np.ndarray:
         return without(np.stack(columns).T, pairs.sets, minus, minus_weight)  # a column in one run
 
-    def choose(columns: list[np.ndarray]) -> np.ndarray:
-        return rule.choose(contrasted(columns))
-
     base = [one.score(one.base) for one in sets]
     table = contrasted(base)
     own = None if noise is None else without(noise.own, pairs.sets, minus, minus_weight)
@@ -239,41 +236,14 @@ def uncertainty(
     def variances(of_sets: np.ndarray) -> np.ndarray:
         return without(of_sets, pairs.sets, minus, -(minus_weight**2))
 
-    def other_responses(own: np.ndarray) -> np.ndarray:
-        """What other responses of their own would move the scores by: those of prompts that are known, drawn."""
-        signs = rng.choice((-1.0, 1.0), len(usable))
-        return np.asarray(own[rng.integers(0, len(own), len(usable))] * signs[:, None])
-
     of_own = np.zeros(len(ranked)) if own is None else np.square(own).mean(axis=0)
     stderr = np.sqrt(variances(np.stack([one.stderr() for one in sets], axis=1) ** 2) + of_own)
     chosen = _mask(rule.choose(table), len(usable))
-    rng = np.random.default_rng(seed)
-    counts, kept = np.zeros(len(usable)), 0.0
-    alone = dict.fromkeys(pairs.sets, 0.0)
-    halves = 0.0
-    together = max(1, MOST_SCORES // (len(sets) * len(usable)))
-    for start in range(0, draws, together):
-        weights = [[one.resample(rng) for one in sets] for _ in range(min(together, draws - start))]
-        drawn = [one.scores(np.stack(w)) for one, w in zip(sets, zip(*weights), strict=True)]
-        for i in range(len(weights)):
-            moved = contrasted([scores[i] for scores in drawn])
-            picked = rule.choose(moved if own is None else moved + other_responses(own))
-            counts[picked] += 1
-            kept += float(chosen[picked].mean())
-    for _ in range(small := max(draws // 4, 2)):
-        again = [one.resample(rng) for one in sets]
-        split = [one.halves(rng) for one in sets]
-        drawn = [one.scores(np.stack([w, *s])) for one, w, s in zip(sets, again, split, strict=True)]
-        for v, one in enumerate(sets):
-            columns = list(base)
-            columns[v] = drawn[v][0]
-            alone[one.name] += float(chosen[choose(columns)].mean()) / small
-        sides = [choose([scores[side] for scores in drawn]) for side in (1, 2)]
-        halves += float(_mask(sides[0], len(usable))[sides[1]].mean()) / small
+    moved = _resampled(sets, base, chosen, rule, contrasted, own, draws, seed)
     near = rule.near_the_cut(table, BAND)
     full, p_selected = np.full((len(pairs.rows), len(ranked)), math.nan), np.full(len(pairs.rows), math.nan)
     scores = full.copy()
-    full[usable], scores[usable], p_selected[usable] = stderr, table, counts / draws
+    full[usable], scores[usable], p_selected[usable] = stderr, table, moved.p_selected
     summary = [
         SetUncertainty(one.name, len(one.members), _rms(stderr[:, v]), _rms(stderr[near, v]), one.signal())
         for v, one in enumerate(ranked)
@@ -287,8 +257,67 @@ def uncertainty(
         ]
         signal = 1.0 - noise.share
     return Uncertainty(
-        summary, scores, full, p_selected, kept / draws, alone, halves, draws, given.fraction, signal
-    )
+        summary, scores, full, p_selected, moved.overlap, moved.of_set, moved.halves, draws, given.fraction,
+        signal,
+    )  # fmt: skip
+
+
+class _Moved(NamedTuple):
+    """How the choice moves, as shares: ``p_selected`` [usable], and of the chosen prompts those that stay chosen."""
+
+    p_selected: np.ndarray
+    overlap: float
+    of_set: dict[str, float]
+    halves: float
+
+
+def _resampled(
+    sets: Sequence[ResampledSet],
+    base: Sequence[np.ndarray],
+    chosen: np.ndarray,
+    rule: Rule,
+    contrasted: Callable[[list[np.ndarray]], np.ndarray],
+    own: np.ndarray | None,
+    draws: int,
+    seed: int,
+) -> _Moved:
+    """Choose again from ``draws`` tables of other validation prompts, and from a quarter as many with one set drawn
+    anew and with two halves of every set.
+
+    Args:
+        sets: what scores are drawn from.
+        base, chosen: their scores by all validation prompts, and which prompts these choose, bool ``[n]``.
+        rule: of the choice.
+        contrasted: makes a table of the sets' scores.
+        own: what other responses of their own would move scores by, of some prompts ``[m, ranked sets]``, or None.
+    """
+    rng, n = np.random.default_rng(seed), len(chosen)
+    counts, kept = np.zeros(n), 0.0
+    alone = {one.name: 0.0 for one in sets}
+    halves = 0.0
+    together = max(1, MOST_SCORES // (len(sets) * n))
+    for start in range(0, draws, together):
+        weights = [[one.resample(rng) for one in sets] for _ in range(min(together, draws - start))]
+        drawn = [one.scores(np.stack(w)) for one, w in zip(sets, zip(*weights), strict=True)]
+        for i in range(len(weights)):
+            table = contrasted([scores[i] for scores in drawn])
+            if own is not None:
+                signs = rng.choice((-1.0, 1.0), n)
+                table = table + own[rng.integers(0, len(own), n)] * signs[:, None]
+            picked = rule.choose(table)
+            counts[picked] += 1
+            kept += float(chosen[picked].mean())
+    for _ in range(small := max(draws // 4, 2)):
+        again = [one.resample(rng) for one in sets]
+        split = [one.halves(rng) for one in sets]
+        drawn = [one.scores(np.stack([w, *s])) for one, w, s in zip(sets, again, split, strict=True)]
+        for v, one in enumerate(sets):
+            columns = list(base)
+            columns[v] = drawn[v][0]
+            alone[one.name] += float(chosen[rule.choose(contrasted(columns))].mean()) / small
+        sides = [rule.choose(contrasted([scores[side] for scores in drawn])) for side in (1, 2)]
+        halves += float(_mask(sides[0], n)[sides[1]].mean()) / small
+    return _Moved(counts / draws, kept / draws, alone, halves)
 
 
 # Products of this many pairs take 0.5 GB; resampling many more is a matter of minutes, too.

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
-from cropi.store.compact import SHARD_BYTES, join_blocks
 from cropi.store.manifest import NOTES, SCALED
-from cropi.store.merging import full, left_rows
+from cropi.store.merging import copy_rows
 from cropi.store.rows import SCORED_AT, RowInfo
 from cropi.store.store import SketchStore
 
@@ -63,13 +62,13 @@ def keep_earlier(
     manifest |= {"stage": present["stage"], "model": present["model"], "prompts": len(rows)}
     manifest["notes"] = {"earlier": [] if earlier is None else [str(path) for path in earlier.paths]}
     with SketchStore.create(folder, manifest) as store:
-        for group in [] if earlier is None else full(earlier.files(), SHARD_BYTES):
-            assert earlier is not None
-            found = [row for shard in group for row in shard.rows]
-            left = [row.row is not None and row.id in rows and row.id not in store for row in found]
-            if any(left):
-                kept, tensors = left_rows(found, join_blocks(group), left)
-                store.append([_marked(rows[row.id], row, scored_at(earlier, row)) for row in kept], tensors)
+        if earlier is not None:
+            copy_rows(
+                store,
+                earlier.files(),
+                lambda row: row.row is not None and row.id in rows,
+                lambda row: _marked(rows[row.id], row, scored_at(earlier, row)),
+            )
         for row in rows.values():
             if row.id not in store:
                 store.add(row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,34 @@ def merge(
         part.check_finished(alone=False)
     whole.check_finished()
     with SketchStore.create(folder, merged_manifest(parts), shard_bytes=shard_bytes) as store:
-        for group in full(whole.files(), shard_bytes):
-            rows = [row for shard in group for row in shard.rows]
-            left = [row.id not in store for row in rows]
-            if any(left):
-                store.append(*left_rows(rows, join_blocks(group), left))
+        copy_rows(store, whole.files())
         store.finish()
     return SketchStore.open(folder)
 
 
-def full(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
+def copy_rows(
+    store: SketchStore,
+    shards: Sequence[Shard],
+    wanted: Callable[[RowInfo], bool] = lambda row: True,
+    changed: Callable[[RowInfo], RowInfo] = lambda row: row,
+) -> None:
+    """Copy rows into a store, in shards as large as the store's, the stored numbers as they are.
+
+    Args:
+        store: open for writing. Rows that it has already are left out, so that a call that was killed goes on.
+        shards: where the rows are.
+        wanted: which rows are copied.
+        changed: what the store is told of a row.
+    """
+    for group in _full(shards, store.shard_bytes):
+        rows = [row for shard in group for row in shard.rows]
+        left = [wanted(row) and row.id not in store for row in rows]
+        if any(left):
+            kept, tensors = _left_rows(rows, join_blocks(group), left)
+            store.append([changed(row) for row in kept], tensors)
+
+
+def _full(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
     """The shards in groups of about so many bytes, the last one smaller."""
     made: list[list[Shard]] = [[]]
     for shard in shards:
@@ -64,7 +82,7 @@ def full(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
     return [group for group in made if group]
 
 
-def left_rows(
+def _left_rows(
     rows: Sequence[RowInfo], tensors: Mapping[str, torch.Tensor], left: Sequence[bool]
 ) -> tuple[list[RowInfo], Mapping[str, torch.Tensor]]:
     """The rows that are not copied yet."""

@@ -15,10 +15,9 @@ from pathlib import Path
 
 from cropi.errors import CropiError
 from cropi.files import writing
-from cropi.store.compact import join_blocks
 from cropi.store.loading import remove
 from cropi.store.manifest import MANIFEST
-from cropi.store.merging import full, left_rows
+from cropi.store.merging import copy_rows
 from cropi.store.shards import shard_number
 from cropi.store.store import SketchStore
 
@@ -54,21 +53,12 @@ def take_parts(store: SketchStore) -> int:
     for path in part_paths(store.path):
         if (path / MANIFEST).exists():  # else its process was killed before it wrote anything
             with SketchStore.create(path, store.manifest) as part:  # removes what was not finished
-                _take(store, part)
+                copy_rows(store, part.files())
                 with writing(path):
                     _remove_shards(path)
         with writing(path):
             _remove(path)
     return len(store) - before
-
-
-def _take(store: SketchStore, part: SketchStore) -> None:
-    """In shards as large as the store's, the stored numbers as they are."""
-    for group in full(part.files(), store.shard_bytes):
-        rows = [row for shard in group for row in shard.rows]
-        left = [row.id not in store for row in rows]
-        if any(left):
-            store.append(*left_rows(rows, join_blocks(group), left))
 
 
 def _remove_shards(path: Path) -> None:
