@@ -87,6 +87,8 @@ ARMS = {
 _WITHIN = Arm(
     "budget_pool3", "CROPI, 5 % of the time, pool x 3", "rrf", curriculum=True, pool=3, thin=4, budget=0.05, first=0.3
 )  # fmt: skip
+_LIVE = Arm("live_pool3", "live, pool x 3", "rrf", curriculum=True, pool=3, thin=4, live=True)
+_BOTH = replace(_WITHIN, name="live_budget_pool3", label="live, and 5 % of the time, pool x 3", live=True)
 LEVERS = {
     arm.name: arm
     for arm in (
@@ -104,9 +106,23 @@ LEVERS = {
         Arm("random_pool3", "random 10 %, pool x 3", "random", pool=3),
         Arm("static_pool3", "static influence 10 %, pool x 3", "rrf", pool=3),
         Arm("cropi_pool3", "CROPI, sketch, pool x 3", "rrf", curriculum=True, pool=3),
-        Arm("live_pool3", "live, pool x 3", "rrf", curriculum=True, pool=3, thin=4, live=True),
+        Arm("cropi_adam_pool3", "CROPI, under AdamW, pool x 3", "rrf", curriculum=True, pool=3, adam=True),
+        _LIVE,
+        replace(_LIVE, name="live_adam_pool3", label="live, under AdamW, pool x 3", adam=True),
         _WITHIN,
-        replace(_WITHIN, name="live_budget_pool3", label="live, and 5 % of the time, pool x 3", live=True),
+        replace(
+            _WITHIN,
+            name="budget_adam_pool3",
+            label="CROPI, 5 % of the time, under AdamW, pool x 3",
+            adam=True,
+        ),
+        _BOTH,
+        replace(
+            _BOTH,
+            name="live_budget_adam_pool3",
+            label="live, and 5 % of the time, under AdamW, pool x 3",
+            adam=True,
+        ),
     )
 }
 
@@ -145,16 +161,17 @@ def choose(
             for groups in (pool, valid)
         )
         estimator = make_estimator("cropi", ratio=arm.ratio)
+        scaled_by = optimiser if arm.adam and optimiser is not None and optimiser.state else None
         if live is not None:
             step = stage * (arm.stage or scale.stage)
             return choose_live(
                 live, scale, seed, step, model, pool, valid, estimator, budget=arm.budget, first=arm.first,
-                others=others,
+                others=others, optimiser=scaled_by,
             )  # fmt: skip
         if arm.budget is not None:
             job = SketchJob(
                 (), None, scale.spec(seed), estimator=estimator, behaviour="file", behaviour_check="off",
-                layout="shared", tokens_per_batch=scale.tokens, stage=str(stage),
+                layout="shared", tokens_per_batch=scale.tokens, stage=str(stage), optimizer_state=scaled_by,
             )  # fmt: skip
             setup = Setup(job, Influence(draws=0), Selecting(fraction=scale.fraction, method=arm.method))
             bounds = Rescoring(budget=arm.budget, passes=arm.first)
@@ -166,7 +183,7 @@ def choose(
             spec = scale.spec(seed, arm.width, "dropout" if dropout else "slab", 0.1 if dropout else 1.0)
             scores = sketched_scores(
                 model, pool, valid, spec, estimator, folder, stage, mean=arm.mean, tokens=scale.tokens,
-                optimiser=optimiser if arm.adam else None,
+                optimiser=scaled_by,
             )  # fmt: skip
         chosen = select(scores, fraction=scale.fraction, method=arm.method)
     if not chosen.chosen:

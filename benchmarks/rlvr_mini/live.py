@@ -69,6 +69,7 @@ def choose_live(
     budget: float | None,
     first: float,
     others: float,
+    optimiser: torch.optim.Optimizer | None = None,
 ) -> list[str]:
     """The ids that are drawn next; with ``budget``, after some of the stored rollouts have been scored.
 
@@ -78,9 +79,10 @@ def choose_live(
         budget: the share of a stage's time that choosing may take.
         first: the share of the pool's tokens that the first stage scores.
         others: seconds that the last stage trained; NaN in the first.
+        optimiser: validation gradients are scaled as its next step scales a gradient; None: as they are.
     """
     begun, spec = time.monotonic(), scale.spec(seed)
-    names, rows, summary = sketched(model, valid, spec, estimator, scale.tokens, f"{step}")
+    names, rows, summary = sketched(model, valid, spec, estimator, scale.tokens, f"{step}", optimiser)
     sets = {group.id: str(group.set) for group in valid}
     live.selector.refresh(rows, [sets[name] for name in names])
     if budget is not None:

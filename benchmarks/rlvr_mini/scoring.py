@@ -55,10 +55,10 @@ def sketched_scores(
 ) -> Scores:
     """Scores by sketches. The stores in ``folder`` are continued; see :func:`cropi.ranking.influence`.
 
-    With an ``optimiser`` that has made a step, validation gradients are scaled as its next step scales a gradient.
+    With an ``optimiser``, which has made a step, validation gradients are scaled as its next step scales a gradient.
     """
     policy, behaviour, stores = Policy(model), Behaviour("file"), []
-    scale = read_moments(optimiser, model) if optimiser is not None and optimiser.state else None
+    scale = None if optimiser is None else read_moments(optimiser, model)
     for name, groups in (("pool", pool), ("valid", valid)):
         job = SketchJob((), folder / name, spec, estimator=estimator, stage=str(stage), shard_rows=4096)
         moments = scale if name == "valid" else None
@@ -73,16 +73,27 @@ def sketched_scores(
 
 
 def sketched(
-    model: Any, groups: Sequence[PromptGroup], spec: SketchSpec, estimator: Estimator, tokens: int, stage: str
+    model: Any,
+    groups: Sequence[PromptGroup],
+    spec: SketchSpec,
+    estimator: Estimator,
+    tokens: int,
+    stage: str,
+    optimiser: torch.optim.Optimizer | None = None,
 ) -> tuple[list[str], torch.Tensor, Summary]:
-    """Sketches in memory: ids of the prompts with a gradient, float32 rows, and what it took."""
+    """Sketches in memory: ids of the prompts with a gradient, float32 rows, and what it took.
+
+    With an ``optimiser``, which has made a step, they are of gradients scaled as its next step scales a gradient.
+    """
     policy, behaviour = Policy(model), Behaviour("file")
     job = SketchJob((), None, spec, estimator=estimator, stage=stage)
-    with open_store(policy, job, behaviour) as store:
+    moments = None if optimiser is None else read_moments(optimiser, model)
+    with open_store(policy, job, behaviour, moments=moments) as store:
         made = (to_tokens(group) for group in groups)
         summary = sketch_groups(
-            policy, made, store, estimator, behaviour=behaviour, layout="shared", tokens_per_batch=tokens
-        )
+            policy, made, store, estimator, behaviour=behaviour, layout="shared", tokens_per_batch=tokens,
+            moments=moments,
+        )  # fmt: skip
     parts = list(store.shards())
     rows = torch.cat([rows for _, rows in parts]) if parts else torch.zeros(0, spec.dim)
     return [row.id for kept, _ in parts for row in kept], rows, summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -25,6 +26,7 @@ from benchmarks.rlvr_mini.config import SCALES, Scale  # noqa: E402
 from benchmarks.rlvr_mini.data import SeedData, base_model, seed_data  # noqa: E402
 from benchmarks.rlvr_mini.generate import generate  # noqa: E402
 from benchmarks.rlvr_mini.grpo import Trainer, logprobs  # noqa: E402
+from benchmarks.rlvr_mini.live import Live  # noqa: E402
 from benchmarks.rlvr_mini.model import make_model  # noqa: E402
 from benchmarks.rlvr_mini.pretrain import pretrain  # noqa: E402
 from benchmarks.rlvr_mini.report import reference  # noqa: E402
@@ -47,8 +49,10 @@ from cropi.errors import CropiError  # noqa: E402
 from cropi.gradient.batches import make_batches  # noqa: E402
 from cropi.gradient.estimators import make_estimator  # noqa: E402
 from cropi.gradient.layout import Layout  # noqa: E402
-from cropi_kernels import SketchSpec  # noqa: E402
+from cropi.store.store import SketchStore  # noqa: E402
+from cropi_kernels import SketchSpec, canonical_name  # noqa: E402
 from cropi_kernels.sketcher.decoder import split_model  # noqa: E402
+from cropi_kernels.testing import sketch_gradients  # noqa: E402
 
 NANO = SCALES["nano"]
 
@@ -240,6 +244,75 @@ def test_scores_under_the_optimiser_are_cosines_with_its_scaled_mean(work: Path,
         assert np.abs(close.table[places[group.id]] - exact).max() < 6 * dim**-0.5
 
 
+def exact_sketches(
+    model: Any, groups: list[Any], spec: SketchSpec, optimiser: torch.optim.Optimizer | None
+) -> dict[str, torch.Tensor]:
+    """Every prompt's gradient by autograd in float64, one response at a time, scaled as AdamW's next step scales a
+    gradient, and sketched coordinate by coordinate."""
+    wide, found = copy.deepcopy(model).double(), {}
+    for group in groups:
+        rewards = torch.tensor(group.rewards, dtype=torch.float64)
+        if float(rewards.std()) == 0:
+            continue
+        wide.zero_grad()
+        for ids, beta, advantage in zip(
+            group.response_ids, group.logprobs, (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        ):
+            logits = wide(input_ids=torch.tensor([group.prompt_ids + ids])).logits[
+                0, len(group.prompt_ids) - 1 : -1
+            ]
+            values = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            ratios = (values.detach() - torch.tensor(beta, dtype=torch.float64)).exp()
+            ((ratios * values).mean() * advantage / len(rewards)).backward()
+        gradients = {}
+        for (name, p), own in zip(wide.named_parameters(), model.parameters(), strict=True):
+            gradients[canonical_name(name)] = p.grad.clone()
+            if optimiser is not None:
+                state = optimiser.state[own]
+                moment = state["exp_avg_sq"].double() / (1 - 0.99 ** float(state["step"]))
+                gradients[canonical_name(name)] /= moment.sqrt() + 1e-8
+        found[group.id] = sketch_gradients(wide, gradients, spec)
+    return found
+
+
+@pytest.mark.parametrize("name", ["live_adam_pool3", "live_budget_adam_pool3", "budget_adam_pool3"])
+def test_arms_under_the_optimiser_scale_validation_gradients_alone(
+    name: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = fresh(work)
+    trainer = Trainer(model, 1e-3, 1, 256)
+    problems = [data.problems[g.id] for g in data.pool if min(g.rewards) < max(g.rewards)][:4]
+    arm, pool = dataclasses.replace(LEVERS[name], thin=1, first=1.0), data.pool[::4]
+    live, rows = None, dict[str, torch.Tensor]()
+    if arm.live:
+        live = Live(model, NANO, 0, [group.id for group in pool])
+        monkeypatch.setattr(live.selector, "update", lambda ids, made, step: rows.update(zip(ids, made)))
+    sets = {group.id: group.set for group in data.valid}
+    for stage in (0, 1):
+        optimiser = trainer.optimiser if stage else None  # before its first step it holds no moments
+        valid = exact_sketches(model, data.valid, NANO.spec(0), optimiser)
+        train = exact_sketches(model, pool, NANO.spec(0), None) if arm.budget else {}
+        choose(
+            arm, NANO, 0, stage, model, pool, data.valid, tmp_path / f"{stage}", trainer.optimiser, live=live
+        )
+        if live is None:
+            for part in ("valid", "train"):
+                store = SketchStore.open(tmp_path / f"{stage}" / "sketches" / part)
+                rows |= {row.id: made for held, table in store.shards() for row, made in zip(held, table)}
+            right = train | valid
+        else:  # the selector keeps the direction of each set's mean
+            means = [
+                torch.stack([v for k, v in valid.items() if sets[k] == s]).mean(0) for s in NANO.targeted
+            ]
+            right = train | {s: mean / mean.norm() for s, mean in zip(NANO.targeted, means, strict=True)}
+            rows |= dict(zip(sorted(NANO.targeted), live.selector.state_dict()["valid"], strict=True))
+        assert len(right) >= 2
+        for key, row in right.items():
+            assert float((rows[key].double() - row).norm() / row.norm()) < 2e-4, (stage, key)
+        for step in range(6):
+            trainer.step(problems, 4, torch.Generator().manual_seed(step))
+
+
 def test_chosen_prompts_have_a_gradient_and_full_data_takes_all(work: Path, tmp_path: Path) -> None:
     model, data = fresh(work)
     mixed = {g.id for g in data.pool if min(g.rewards) < max(g.rewards)}
@@ -271,7 +344,13 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("arm", [ARMS["cropi"], dataclasses.replace(LEVERS["live_pool3"], pool=1)])
+@pytest.mark.parametrize(
+    "arm",
+    [
+        ARMS["cropi"],
+        *(dataclasses.replace(LEVERS[name], pool=1) for name in ("live_pool3", "live_adam_pool3")),
+    ],
+)
 def test_resumed_run_ends_as_an_unbroken_one(
     arm: Any, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,7 +380,9 @@ def test_resumed_run_ends_as_an_unbroken_one(
     assert any(not torch.equal(v, base_model(NANO, work).state_dict()[k]) for k, v in weights.items())
 
 
-@pytest.mark.parametrize("name", ["budget_pool3", "live_budget_pool3"])
+@pytest.mark.parametrize(
+    "name", ["budget_pool3", "live_budget_pool3", "budget_adam_pool3", "live_budget_adam_pool3"]
+)
 def test_arms_within_a_budget_score_a_part(name: str, work: Path, tmp_path: Path) -> None:
     arm = dataclasses.replace(LEVERS[name], pool=1, first=0.8)
     model, data = fresh(work)
