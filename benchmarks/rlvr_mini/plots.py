@@ -11,16 +11,26 @@ from benchmarks.rlvr_mini.summary import Finished, evaluated_at
 
 # Each of these on the pool and on the larger one, beside each other.
 POOLS = ("full", "full_pool3", "random", "random_pool3", "static", "static_pool3", "cropi", "cropi_pool3")
+# Few passes, each with the validation gradients as they are and under the optimiser.
+FEW = (
+    "full_pool3", "cropi_pool3", "cropi_adam_pool3", "live_pool3", "live_adam_pool3", "budget_pool3",
+    "budget_adam_pool3", "live_budget_pool3", "live_budget_adam_pool3",
+)  # fmt: skip
 
 
 def write_plots(scale: Scale, by_arm: dict[str, list[Finished]], out: Path) -> None:
-    """``targeted.png`` (the arms), ``pool.png`` (the larger pool, if it was tried) and ``composition.png``."""
+    """Of what was tried: ``targeted.png`` (the arms), ``pool.png`` (the larger pool), ``live.png`` (few passes) and
+    ``composition.png``."""
     import matplotlib
 
     matplotlib.use("Agg")
-    _curves(scale, {name: by_arm[name] for name in ARMS if by_arm[name]}, out / "targeted.png")
-    if any(by_arm[name] for name in LEVERS if name in POOLS):
-        _curves(scale, {name: by_arm[name] for name in POOLS if by_arm[name]}, out / "pool.png")
+    for file, names, asked in (
+        ("targeted.png", tuple(ARMS), tuple(ARMS)),
+        ("pool.png", POOLS, ("random_pool3", "static_pool3")),
+        ("live.png", FEW, FEW[2:]),
+    ):
+        if any(by_arm[name] for name in asked):
+            _curves(scale, {name: by_arm[name] for name in names if by_arm[name]}, out / file)
     _composition(by_arm, out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from pathlib import Path
 
@@ -41,13 +42,17 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
     known = {**ARMS, **LEVERS}
     by_arm = {name: [r for r in runs if r.arm == name] for name in known}
     lines = [_about(scale, runs, known), "", HEAD]
-    last = max((r.curve[-1][0] for r in by_arm["full"]), default=scale.steps)
+    last = max(
+        (r.curve[-1][0] for name, arm in known.items() if arm.method == "full" for r in by_arm[name]),
+        default=scale.steps,
+    )
     for name, found in by_arm.items():
         for at in sorted({scale.steps, last}):
             lines += [_row(known[name].label, evaluated_at(found, at), at)] if evaluated_at(found, at) else []
     for goal in sorted({scale.steps, last}):
         lines += ["", *_speed(known, by_arm, goal)]
-    lines += ["", *_late(known, by_arm, scale.steps), "", _paired(by_arm, scale.steps), "", _overlap(by_arm)]
+    lines += ["", *_late(known, by_arm, scale.steps), "", *_times(scale, known, by_arm)]
+    lines += ["", *_paired(known, by_arm, scale.steps), "", *_overlap(known, by_arm)]
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "table.md", "\n".join(lines) + "\n")
     with open(out / "runs.csv", "w", newline="") as file:
@@ -62,7 +67,8 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
 
 
 def _about(scale: Scale, runs: list[Finished], known: dict[str, Arm]) -> str:
-    seeds = {r.seed: r for r in runs if known[r.arm].pool == 1}.values()
+    pool = min(known[r.arm].pool for r in runs)
+    seeds = {r.seed: r for r in runs if known[r.arm].pool == pool}.values()
     base = spread([r.start for r in seeds])
     others = spread([r.untargeted_at(0) for r in seeds])
     collect = statistics.fmean(r.collect_cpu for r in seeds)
@@ -154,25 +160,52 @@ def _late(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) -> 
     return lines
 
 
-def _paired(by_arm: dict[str, list[Finished]], at: int) -> str:
-    """Differences to CROPI with sketches, seed by seed: the seeds share pool, rollouts and test problems."""
-    base = {r.seed: r.targeted_at(at) for r in by_arm["cropi"]}
+def _times(scale: Scale, known: dict[str, Arm], by_arm: dict[str, list[Finished]]) -> list[str]:
+    """Processor seconds of the selections, one by one, beside those of a stage's training."""
     lines = [
-        f"| targeted accuracy at step {at} minus that of CROPI with sketches | per seed | mean ± sd |",
+        "| processor seconds, means over seeds | each selection | training, a stage | selection's share | "
+        "of it after the first stage |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in by_arm.items():
+        if not found or not known[name].influence:
+            continue
+        each = [statistics.fmean(seconds) for seconds in zip(*(r.stages for r in found), strict=True)]
+        steps = max(s["step"] for s in found[0].selections) + (known[name].stage or scale.stage)
+        train = statistics.fmean(r.train_cpu for r in found) / (steps / (known[name].stage or scale.stage))
+        share = statistics.fmean(r.share for r in found)
+        late = statistics.fmean(each[1:]) if len(each) > 1 else math.nan
+        cells = [
+            known[name].label,
+            ", ".join(f"{seconds:.2f}" for seconds in each),
+            f"{train:.1f}",
+            f"{share:.1%}",
+            "-" if math.isnan(late) else f"{late / (late + train):.1%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _paired(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) -> list[str]:
+    """Differences to CROPI with sketches of the same pool, seed by seed: the seeds share rollouts and test problems."""
+    lines = [
+        f"| targeted accuracy at step {at} minus that of CROPI with sketches, same pool | per seed | mean ± sd |",
         "|---|---|---|",
     ]
     for name, found in by_arm.items():
+        pool = known[name].pool
+        other = "cropi" if pool == 1 else f"cropi_pool{pool}"
+        base = {r.seed: r.targeted_at(at) for r in by_arm.get(other, [])}
         differences = [r.targeted_at(at) - base[r.seed] for r in found if r.seed in base]
-        if name != "cropi" and differences:
+        if name != other and differences:
             each = ", ".join(f"{d:+.3f}" for d in differences)
-            lines.append(f"| {name} | {each} | {spread(differences)} |")
-    return "\n".join(lines)
+            lines.append(f"| {known[name].label} | {each} | {spread(differences)} |")
+    return lines if len(lines) > 2 else []
 
 
-def _overlap(by_arm: dict[str, list[Finished]]) -> str:
+def _overlap(known: dict[str, Arm], by_arm: dict[str, list[Finished]]) -> list[str]:
     """How many of the exact gradients' choices the sketches share at step 0, where all arms score the same policy."""
     exact = {r.seed: set(r.selections[0]["chosen"]) for r in by_arm["cropi_exact"]}
-    known = {**ARMS, **LEVERS}
     lines = ["| first choice shared with exact gradients' | per seed |", "|---|---|"]
     for name, found in by_arm.items():
         if name in ("full", "cropi_exact") or known[name].pool != known["cropi_exact"].pool:
@@ -184,4 +217,4 @@ def _overlap(by_arm: dict[str, list[Finished]]) -> str:
         ]
         if shares:
             lines.append(f"| {name} | {', '.join(f'{s:.2f}' for s in shares)} |")
-    return "\n".join(lines)
+    return lines if len(lines) > 2 else []

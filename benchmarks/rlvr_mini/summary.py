@@ -25,7 +25,8 @@ class Finished:
     """One finished run.
 
     ``curve``: (step, smoothed targeted accuracy, processor seconds of training and selection); ``untargeted``: (step,
-    accuracy), more rarely. ``start`` is the base policy's targeted accuracy.
+    accuracy), more rarely. ``start`` is the base policy's targeted accuracy; ``stages``: processor seconds of each
+    selection.
     """
 
     arm: str
@@ -38,6 +39,7 @@ class Finished:
     collect_cpu: float
     selections: list[dict[str, Any]]
     mixed: float
+    stages: tuple[float, ...] = ()
 
     def targeted_at(self, step: int) -> float:
         """Smoothed targeted accuracy at an evaluated step."""
@@ -82,9 +84,19 @@ def read_runs(scale: Scale, work: Path) -> list[Finished]:
             Finished(
                 run["arm"], run["seed"], curve, untargeted, raw[0], run["cpu"]["select"], run["cpu"]["train"],
                 run["collect_cpu"], run["selections"], statistics.fmean(s["mixed"] for s in run["steps"]),
+                _selecting(run),
             )
         )  # fmt: skip
     return found
+
+
+def _selecting(run: dict[str, Any]) -> tuple[float, ...]:
+    """Processor seconds of each selection: what had been spent at the first evaluation after it, less those before."""
+    total = [
+        next(e["cpu"]["select"] for e in run["evaluations"] if e["step"] > made["step"])
+        for made in run["selections"]
+    ]
+    return tuple(now - before for now, before in zip(total, [0.0, *total]))
 
 
 def mean_curve(runs: Sequence[Finished]) -> Curve:

@@ -29,7 +29,7 @@ from benchmarks.rlvr_mini.grpo import Trainer, logprobs  # noqa: E402
 from benchmarks.rlvr_mini.live import Live  # noqa: E402
 from benchmarks.rlvr_mini.model import make_model  # noqa: E402
 from benchmarks.rlvr_mini.pretrain import pretrain  # noqa: E402
-from benchmarks.rlvr_mini.report import reference  # noqa: E402
+from benchmarks.rlvr_mini.report import reference, write_report  # noqa: E402
 from benchmarks.rlvr_mini.rollouts import thinned, to_tokens  # noqa: E402
 from benchmarks.rlvr_mini.scoring import _gradients, exact_scores, sketched_scores  # noqa: E402
 from benchmarks.rlvr_mini.summary import Finished, mean_curve, reach, resampled_gains  # noqa: E402
@@ -517,6 +517,45 @@ def test_choices_of_levers_under_a_trained_policy(work: Path, tmp_path: Path) ->
     exact = choose(ARMS["cropi_exact"], NANO, 0, 0, model, data.pool, data.valid, tmp_path / "x")
     families = [data.problems[name].family in NANO.targeted for name in exact]
     assert float(rows[0][3]) == pytest.approx(sum(families) / len(families), abs=0.006)
+
+
+def test_report_of_runs_on_a_larger_pool_alone(tmp_path: Path) -> None:
+    """Written by hand, so that every number of the tables is known."""
+    targeted, other = NANO.targeted[0], "copy"
+    rises = {"full_pool3": 0.01, "cropi_pool3": 0.04, "live_pool3": 0.03}
+    for name, rise in rises.items():
+        events, steps = [], 12 if name == "full_pool3" else 4
+        for step in range(steps + 1):
+            # The first selection takes 3 s, every later one 1 s, and a step of training 2 s.
+            selecting = 0.0 if step == 0 or name == "full_pool3" else 3.0 + (step - 1) // NANO.stage
+            accuracy = dict.fromkeys(NANO.targeted, 0.2 + rise * step) | {other: 0.1}
+            events.append({"step": step, "accuracy": dict.fromkeys(FAMILIES, 0.1) | accuracy})
+            events[-1]["cpu"] = {"train": 2.0 * step, "select": selecting}
+        run = {
+            "arm": name,
+            "seed": 0,
+            "collect_cpu": 5.0,
+            "evaluations": events,
+            "steps": [{"mixed": 0.5}],
+            "cpu": events[-1]["cpu"],
+            "selections": [
+                {"step": step, "targeted": 0.5, "chosen": ["a"], "cells": {f"{targeted} 1": 1}}
+                for step in range(0, steps if name == "full_pool3" else NANO.steps, NANO.stage)
+            ],
+        }
+        folder = tmp_path / "seed0" / name
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(run))
+    write_report(NANO, tmp_path, tmp_path / "out")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "took 5 s of processor time" in table
+    assert "| full data, pool x 3, step 12 | 1 | 0.310 |" in table  # the mean of steps 10 to 12
+    # Two selections of 3 and 1 s beside 4 s of training a stage: 4 of 12 s, and 1 of 5 after the first.
+    assert "| CROPI, sketch, pool x 3 | 3.00, 1.00 | 4.0 | 33.3% | 20.0% |" in table
+    assert (
+        "| live, pool x 3 | -0.030 | -0.030 |" in table
+    )  # step 4: the mean of steps 2 to 4, 0.29 against 0.32
+    assert (tmp_path / "out" / "live.png").stat().st_size and not (tmp_path / "out" / "targeted.png").exists()
 
 
 def test_steps_to_reach_are_interpolated() -> None:
