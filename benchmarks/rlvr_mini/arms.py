@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.rlvr_mini.config import Scale
-from benchmarks.rlvr_mini.live import Live, choose_live
+from benchmarks.rlvr_mini.live import Live, choose_alike, choose_live
 from benchmarks.rlvr_mini.rollouts import thinned
 from benchmarks.rlvr_mini.scoring import base_scores, bounded_choice, exact_scores, sketched_scores
 from cropi.data.records import PromptGroup
@@ -46,6 +46,9 @@ class Arm:
         budget: the share of a stage's time that choosing may take, from the second stage on.
         first: with ``budget``, the share of the pool's tokens that a stage scores at most.
         live: choose by the sketches of the training steps; with ``budget`` after some stored rollouts are scored too.
+        alike: with ``live``, expect of a prompt what the visits of those with like tokens showed; only prompts whose
+            stored rewards differ are drawn, anew every ``stage`` steps, and the validation mean is renewed every stage
+            of the scale.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Arm:
     budget: float | None = None
     first: float = 1.0
     live: bool = False
+    alike: bool = False
 
     @property
     def influence(self) -> bool:
@@ -88,6 +92,9 @@ _WITHIN = Arm(
     "budget_pool3", "CROPI, 5 % of the time, pool x 3", "rrf", curriculum=True, pool=3, thin=4, budget=0.05, first=0.3
 )  # fmt: skip
 _LIVE = Arm("live_pool3", "live, pool x 3", "rrf", curriculum=True, pool=3, thin=4, live=True)
+_ALIKE = replace(
+    _LIVE, name="alike_pool3", label="live, prompts that are alike share, pool x 3", alike=True, stage=10
+)
 _BOTH = replace(_WITHIN, name="live_budget_pool3", label="live, and 5 % of the time, pool x 3", live=True)
 LEVERS = {
     arm.name: arm
@@ -109,6 +116,13 @@ LEVERS = {
         Arm("cropi_adam_pool3", "CROPI, under AdamW, pool x 3", "rrf", curriculum=True, pool=3, adam=True),
         _LIVE,
         replace(_LIVE, name="live_adam_pool3", label="live, under AdamW, pool x 3", adam=True),
+        _ALIKE,
+        replace(
+            _ALIKE,
+            name="alike_adam_pool3",
+            label="live, prompts that are alike share, under AdamW, pool x 3",
+            adam=True,
+        ),
         _WITHIN,
         replace(
             _WITHIN,
@@ -164,6 +178,11 @@ def choose(
         scaled_by = optimiser if arm.adam and optimiser is not None and optimiser.state else None
         if live is not None:
             step = stage * (arm.stage or scale.stage)
+            if arm.alike:
+                renew = step > 0 and (step - (arm.stage or scale.stage)) % scale.stage == 0
+                return choose_alike(
+                    live, scale, seed, step, model, len(pool), valid if renew else [], estimator, scaled_by
+                )
             return choose_live(
                 live, scale, seed, step, model, pool, valid, estimator, budget=arm.budget, first=arm.first,
                 others=others, optimiser=scaled_by,

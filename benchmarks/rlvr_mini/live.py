@@ -11,28 +11,38 @@ from typing import Any
 import torch
 
 from benchmarks.rlvr_mini.config import Scale
-from benchmarks.rlvr_mini.scoring import sketched
+from benchmarks.rlvr_mini.scoring import sketched, summed
 from cropi import Selector
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
 from cropi.gradient.batches import MicroBatch
 from cropi.gradient.estimators import Estimator
+from cropi.ranking.alike import prompt_features
 from cropi.ranking.cut import affordable
 from cropi.ranking.shares import how_many
 from cropi_kernels import LiveSketcher
 
 DIM = 1024
+# Of the draws among prompts that share: seldom so wide, because a run has three stages.
+EXPLORE = 0.5
 
 
 class Live:
     """Taps on a model whose steps go on as they are, and what they have shown of the pool."""
 
-    def __init__(self, model: Any, scale: Scale, seed: int, pool: Sequence[str]) -> None:
+    def __init__(
+        self, model: Any, scale: Scale, seed: int, pool: Sequence[PromptGroup], *, alike: bool = False
+    ) -> None:
         self.sketcher = LiveSketcher(model, scale.spec(seed))
+        among = sorted(
+            (group for group in pool if not (alike and no_gradient_reason(group.rewards))), key=lambda g: g.id
+        )
         # A visit counts half after two stages.
         self.selector = Selector(
-            sorted(pool), self.sketcher.spec, dim=min(DIM, scale.dim), half_life=2.0 * scale.stage, seed=seed
-        )
+            [group.id for group in among], self.sketcher.spec, dim=min(DIM, scale.dim),
+            half_life=2.0 * scale.stage, seed=seed, explore=EXPLORE if alike else 1.0,
+            features=prompt_features([group.prompt_ids or [] for group in among]) if alike else None,
+        )  # fmt: skip
         self._parts: list[tuple[list[int], torch.Tensor]] = []
 
     @contextlib.contextmanager
@@ -105,3 +115,22 @@ def choose_live(
             ids, found, _ = sketched(model, some, spec, estimator, scale.tokens, f"{step}")
             live.selector.update(ids, found, step)
     return list(live.selector.next(how_many(scale.fraction, len(pool)), step))
+
+
+def choose_alike(
+    live: Live,
+    scale: Scale,
+    seed: int,
+    step: int,
+    model: Any,
+    pool: int,
+    valid: Sequence[PromptGroup],
+    estimator: Estimator,
+    optimiser: torch.optim.Optimizer | None = None,
+) -> list[str]:
+    """The ids that are drawn next; ``pool``: how many prompts there are; ``valid``: what renews the validation mean, or
+    nothing. The other arguments are those of :func:`choose_live`."""
+    if valid:
+        sets, rows = summed(model, valid, scale.spec(seed), estimator, scale.tokens, optimiser)
+        live.selector.refresh(rows, sets)
+    return list(live.selector.next(min(how_many(scale.fraction, pool), len(live.selector)), step))

@@ -38,6 +38,7 @@ from cropi.store.earlier import EARLIER
 from cropi.store.shards import OK, SKIPPED, RowInfo
 from cropi_kernels import SketchSpec
 from cropi_kernels.sketcher.decoder import split_model
+from cropi_kernels.sketcher.formed import FormedSketcher
 
 
 def sketched_scores(
@@ -97,6 +98,35 @@ def sketched(
     parts = list(store.shards())
     rows = torch.cat([rows for _, rows in parts]) if parts else torch.zeros(0, spec.dim)
     return [row.id for kept, _ in parts for row in kept], rows, summary
+
+
+def summed(
+    model: Any,
+    groups: Sequence[PromptGroup],
+    spec: SketchSpec,
+    estimator: Estimator,
+    tokens: int,
+    optimiser: torch.optim.Optimizer | None = None,
+) -> tuple[list[str], torch.Tensor]:
+    """The sets of validation prompts, and the sketch of each set's sum of gradients, float32 ``[sets, dim]``.
+
+    All that a mean needs: the sum is formed by an ordinary backward pass, and sketched once. With an ``optimiser``,
+    which has made a step, it is scaled as its next step scales a gradient.
+    """
+    change = None if optimiser is None else read_moments(optimiser, model).scaled
+    sets = sorted({str(group.set) for group in groups})
+    rows = torch.zeros(len(sets), spec.dim)
+    with FormedSketcher(model, spec, change=change) as formed:
+        for row, name in zip(rows, sets, strict=True):
+            mine = [to_tokens(g) for g in groups if str(g.set) == name and not no_gradient_reason(g.rewards)]
+            for batch in _batches(model, mine, estimator, tokens):
+                here = batch.to(model.device)
+                row += formed.policy_gradient(
+                    here.input_ids, segments=torch.zeros_like(here.segments), num_segments=1,
+                    positions=here.positions, targets=here.targets, weigh=_weigh(here, estimator),
+                    attention_mask=here.attention_mask, position_ids=here.position_ids,
+                ).sketches[0].cpu()  # fmt: skip
+    return sets, rows
 
 
 def bounded_choice(

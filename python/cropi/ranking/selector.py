@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from cropi.errors import CropiError
+from cropi.ranking.alike import known_alike
 from cropi.ranking.exploring import Noise, Values, draw, known
 from cropi.ranking.packed_rows import PackedRows
 from cropi_kernels import SketchSpec, reduce_sketch
@@ -42,6 +43,9 @@ class Selector:
         half_life: optimizer steps after which a visit counts half.
         explore: times the uncertainty of the draws; 1 is the rule, 0 takes the best known.
         seed: of all draws.
+        features: float ``[len(ids), k]``, what is known of each prompt before any visit, such as
+            :func:`cropi.ranking.alike.prompt_features`: what visits show of a prompt is then expected of those that are
+            like it. None: nothing is shared.
 
     >>> spec = SketchSpec(256)
     >>> selector = Selector(["a", "b", "c"], spec, dim=64, explore=0.0)
@@ -62,6 +66,7 @@ class Selector:
         half_life: float = 200.0,
         explore: float = 1.0,
         seed: int = 0,
+        features: npt.ArrayLike | None = None,
     ) -> None:
         self.spec = SketchSpec() if spec is None else spec
         if not isinstance(self.spec, SketchSpec):
@@ -77,6 +82,7 @@ class Selector:
             ):
                 raise CropiError(f"{name} must be a number of at least {least:g}, got {value!r}")
         self.dim, self.half_life, self.explore, self.seed = dim, float(half_life), float(explore), int(seed)
+        self._features = None if features is None else _features(features, len(self.ids))
         self._place = {name: i for i, name in enumerate(self.ids)}
         n = len(self.ids)
         self._rows = PackedRows(n, dim, bits, seed)
@@ -102,8 +108,8 @@ class Selector:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept, ids aside."""
-        tables = (self._weight, self._shown, self._last, self._failed)
-        return self._rows.nbytes + sum(t.nbytes for t in tables)
+        tables = (self._weight, self._shown, self._last, self._failed, self._features)
+        return self._rows.nbytes + sum(t.nbytes for t in tables if t is not None)
 
     # ------------------------------------------------------------------------------------------------- given
     def update(self, ids: Sequence[Hashable], sketches: Any, step: int, *, gather: bool = False) -> None:
@@ -184,6 +190,8 @@ class Selector:
         """Means and standard deviations of the usefulness of every prompt, in the order of `ids`."""
         when = self.step if step is None else max(int(step), self.step)
         weight = self._weight * self._kept(self._last, when)
+        if self._features is not None:
+            return known_alike(self._shown, weight, self._noise, self._features)
         return known(self._shown, weight, self._noise.variance)
 
     def scores(self, ids: Sequence[Hashable]) -> Values:
@@ -230,11 +238,11 @@ class Selector:
         if state["version"] != 1:
             raise CropiError(f"the state is of version {state['version']!r}: this release reads version 1")
         mine, given = self._settings(), dict(state["settings"])
-        for key in mine:
-            if given.get(key) != mine[key]:
+        for key in {**mine, **given}:
+            if given.get(key) != mine.get(key):
                 raise CropiError(
-                    f"the state was saved with {key} = {given.get(key)!r}, but this Selector has {mine[key]!r}: make "
-                    "it with the same, or begin with a new one"
+                    f"the state was saved with {key} = {given.get(key)!r}, but this Selector has {mine.get(key)!r}: "
+                    "make it with the same, or begin with a new one"
                 )
         before = {name: i for i, name in enumerate(state["ids"])}
         for here, there, where in ((self._place, before, "state"), (before, self._place, "pool")):
@@ -252,10 +260,18 @@ class Selector:
         self._noise = Noise(*map(float, state["noise"]))
 
     def _settings(self) -> dict[str, Any]:
-        return {
+        settings = {
             "spec": json.dumps(self.spec.to_dict(), sort_keys=True), "dim": self.dim, "bits": self._rows.bits,
             "half_life": self.half_life, "seed": self.seed,
         }  # fmt: skip
+        if self._features is not None:
+            # Of another pool's order the same: the sum of a hash of each prompt's own.
+            parts = (
+                hashlib.sha256(f"{name!r}".encode() + row.tobytes()).digest()[:8]
+                for name, row in zip(self.ids, self._features)
+            )
+            settings["features"] = f"{sum(int.from_bytes(part, 'big') for part in parts) % 2**64:016x}"
+        return settings
 
     # ------------------------------------------------------------------------------------------------- parts
     def _reduced(self, given: Any, what: str) -> torch.Tensor:
@@ -341,6 +357,14 @@ def _along(rows: torch.Tensor, valid: torch.Tensor) -> Values:
     """Of each row, the mean of its products with the rows of ``valid``."""
     products: Values = (rows @ valid.T).mean(dim=1).double().numpy()
     return products
+
+
+def _features(given: Any, n: int) -> npt.NDArray[np.float32]:
+    rows = np.asarray(given, dtype=np.float32)
+    if rows.ndim != 2 or len(rows) != n or not bool(np.isfinite(rows).all()) or not rows.any():
+        raise CropiError(f"features must be {n} rows of finite numbers, one for each id, got {given!r:.200}")
+    made: npt.NDArray[np.float32] = rows / np.sqrt(np.square(rows).sum(axis=1).mean())
+    return made
 
 
 def _names(ids: Any) -> list[Any]:

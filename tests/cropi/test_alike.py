@@ -1,0 +1,129 @@
+"""What prompts that are alike share: the posterior held to one large Gaussian, the features, and the selector's use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cropi import Selector
+from cropi.errors import CropiError
+from cropi.ranking.alike import LEAST, SHARES, VISITS, known_alike, prompt_features
+from cropi.ranking.exploring import Noise
+from cropi_kernels import SketchSpec
+
+SPEC = SketchSpec(256)
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_what_is_known_is_the_posterior_of_one_large_gaussian(shared: float) -> None:
+    """Every u_i and every v_i are jointly normal: condition on the averages that were seen, with dense matrices."""
+    rng, n, k = np.random.default_rng(4), 40, 6
+    x = rng.standard_normal((n, k)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    weight = np.where(rng.random(n) < 0.6, rng.uniform(0.1, 3.0, n), 0.0)
+    values = shared * (x @ rng.standard_normal(k)) + 0.3 * rng.standard_normal(n) + 0.1
+    noise = Noise(total=2.0, count=40.0)
+    means, deviations = known_alike(values, weight, noise, x)
+
+    seen = weight > 0
+    v, w = values[seen], weight[seen]
+    m = float((v * w / (w + 1)).sum() / (w / (w + 1)).sum())
+    total = v.var(ddof=1)
+    error = (noise.total + VISITS * total) / (noise.count + VISITS) / w
+    best: tuple[float, Any, Any] = (-np.inf, None, None)
+    for share in SHARES:
+        a = share * total
+        own = max(total - error.mean() - a, LEAST * total)
+        of_prompts = a * x.astype(np.float64) @ x.T.astype(np.float64) + own * np.eye(n)
+        of_seen = of_prompts[np.ix_(seen, seen)] + np.diag(error)
+        gain = of_prompts[:, seen] @ np.linalg.inv(of_seen)
+        likelihood = -0.5 * ((v - m) @ np.linalg.solve(of_seen, v - m) + np.linalg.slogdet(of_seen)[1])
+        if likelihood > best[0]:
+            best = likelihood, m + gain @ (v - m), np.diag(of_prompts - gain @ of_prompts[seen])
+    np.testing.assert_allclose(means, best[1], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(deviations**2, best[2], rtol=1e-9, atol=1e-12)
+    assert (best[0] > -np.inf) and (np.abs(means[~seen] - m).max() > 1e-3) == (shared > 0)
+
+
+def test_before_any_visit_all_prompts_are_alike() -> None:
+    means, deviations = known_alike(np.zeros(5), np.zeros(5), Noise(), np.eye(5, 3, dtype=np.float32))
+    assert not means.any() and (deviations == 0.2).all()
+
+
+def test_unseen_prompts_are_drawn_by_what_is_like_them() -> None:
+    """Two kinds of prompts, one useful: after some of each were seen, the others of its kind come first."""
+    kinds = np.arange(40) % 2
+    selector = Selector(range(40), SPEC, dim=64, explore=0.0, features=np.eye(2)[kinds])
+    towards = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    selector.refresh(towards)
+    shown = list(range(12))
+    away = torch.randn(12, 256, generator=torch.Generator().manual_seed(1))
+    along = torch.tensor(kinds[:12] == 1)[:, None] * towards * 2
+    selector.update(shown, along + away, 1)
+    assert {kinds[name] for name in selector.next(20)} == {1}
+    alone = Selector(range(40), SPEC, dim=64, explore=0.0)
+    alone.refresh(towards)
+    alone.update(shown, along + away, 1)
+    assert {kinds[name] for name in alone.next(20)} == {0, 1}
+
+
+# ------------------------------------------------------------------------------------------------- features
+def test_features_are_counts_hashed_and_weighed() -> None:
+    """Held to the same sums in whole numbers of Python."""
+    prompts, dim, bits = [[7, 7, 3], [7, 9], [4000, 7, 3, 11, 2]], 32, (1 << 64) - 1
+
+    def place(number: int) -> int:
+        number &= bits
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            number = ((number ^ (number >> shift)) * factor) & bits
+        return (number ^ (number >> 31)) % dim
+
+    counts = np.zeros((3, dim))
+    for row, ids in zip(counts, prompts):
+        for before, token in zip([1 << 40, *ids], ids):
+            row[place(token)] += 1
+            row[place(before * 0x9E3779B97F4A7C15 + token)] += 1
+        row[place((1 << 41) + len(ids).bit_length())] += 1
+    want = np.sqrt(counts) * np.log(4 / (1 + (counts > 0).sum(axis=0)))
+    want /= np.linalg.norm(want, axis=1, keepdims=True)
+    np.testing.assert_allclose(prompt_features(prompts, dim), want, rtol=1e-6, atol=1e-7)
+
+
+def test_prompts_that_have_nothing_of_their_own_have_no_features() -> None:
+    assert not prompt_features([[1, 2], [1, 2]]).any() and prompt_features([], 8).shape == (0, 8)
+
+
+def test_bad_features_are_refused() -> None:
+    with pytest.raises(CropiError, match="dim is 0"):
+        prompt_features([[1]], dim=0)
+    for bad in ("ab", [[1], [2]], [0.5]):
+        with pytest.raises(CropiError, match="prompt 1 is .*token ids"):
+            prompt_features([[1], bad])  # type: ignore[list-item]
+    for features in (np.ones((3, 2)), np.ones(2), np.full((2, 2), np.nan), np.zeros((2, 2))):
+        with pytest.raises(CropiError, match="features must be 2 rows of finite numbers"):
+            Selector(["a", "b"], SPEC, dim=64, features=features)
+
+
+# ---------------------------------------------------------------------------------------------------- state
+def test_a_state_knows_its_features() -> None:
+    def made(names: str, features: Any) -> Selector:
+        return Selector(list(names), SPEC, dim=64, features=features)
+
+    rows = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    first = made("abc", rows)
+    first.refresh(torch.ones(1, 256))
+    first.update(["a"], torch.ones(1, 256), 3)
+    other = made("cab", rows[[2, 0, 1]])
+    other.load_state_dict(first.state_dict())
+    for mine, theirs in zip(first.known(), other.known()):
+        np.testing.assert_allclose(mine, theirs[[1, 2, 0]], rtol=1e-12)
+    with pytest.raises(CropiError, match="saved with features = '.*has '.*'"):
+        made("abc", rows[::-1]).load_state_dict(first.state_dict())
+    with pytest.raises(CropiError, match="saved with features = '.*has None"):
+        made("abc", None).load_state_dict(first.state_dict())
+    with pytest.raises(CropiError, match="saved with features = None.*has '"):
+        first.load_state_dict(made("abc", None).state_dict())
+    assert first.nbytes == made("abc", None).nbytes + 3 * 2 * 4
