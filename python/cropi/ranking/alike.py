@@ -5,8 +5,8 @@ Every prompt i has a row of features x_i, of about length 1. Its usefulness is t
     u_i = m + x_i b + r_i,        b ~ N(0, a I),  r_i ~ N(0, t^2),
 
 and the average of its visits, v_i, for u_i and an error of variance e^2 / w_i, where w_i is what the visits count
-(:mod:`cropi.ranking.exploring`). Let d_i = t^2 + e^2 / w_i. Sums go over the prompts that were visited; g_i
-is t^2 / d_i for these and 0 for the others. Then there is known (Bishop, Pattern Recognition and Machine Learning, 2006, 3.3)
+(:mod:`cropi.ranking.exploring`). Let d_i = t^2 + e^2 / w_i. Sums go over the prompts that were visited; g_i is t^2 /
+d_i for these and 0 for the others. Then there is known (Bishop, Pattern Recognition and Machine Learning, 2006, 3.3)
 
     b    as N(c, C),   C = (I / a + sum_i x_i x_i^T / d_i)^-1,   c = C sum_i x_i (v_i - m) / d_i
     u_i  as N(m + x_i c + g_i (v_i - m - x_i c),  (1 - g_i)^2 x_i C x_i^T + (1 - g_i) t^2).
