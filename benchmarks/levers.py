@@ -155,7 +155,8 @@ def measure(
     for i, chunk in enumerate(chunks):
         for key in rotated(by_name, i):
             by_name[key].add(chunk)
-        print(f"chunk {i + 1} of {len(chunks)}", flush=True)
+        spent = sum(cost.processor for work in works for cost in work.costs)
+        print(f"chunk {i + 1} of {len(chunks)}: {spent:.0f} s of processor time so far", flush=True)
     tokens = sum(sum(map(len, group.responses)) for group in train)
     return works, (
         f"{len(train)} training prompts with up to {most} responses ({tokens} tokens of responses), "
@@ -188,7 +189,7 @@ def row(work: Work, full: Work, truth: Scores) -> str:
     error = float(np.sqrt(np.nanmean((scores.table - truth.table) ** 2)))
     ratios = [a.processor / b.processor for a, b in zip(work.costs, full.costs, strict=True)]
     share = sum(cost.processor for cost in work.costs) / sum(cost.processor for cost in full.costs)
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return (
         f"| {work.lever.name} | {share:.2f} ({low:.2f} to {high:.2f}) | {np.mean(best):.2f} | "
         f"{len(chosen & wanted) / len(wanted):.2f} | {error:.3f} |"

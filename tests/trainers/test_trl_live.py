@@ -7,17 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 
-from support.made_data import make_model
+from support.made_data import make_model, make_tokenizer
 from support.trl_runs import SPEC, lines, staged, stored
 
 from cropi.errors import CropiError
+from cropi.ranking.alike import prompt_features
 from cropi.trainers.trl import Curriculum, Live
-from cropi.trainers.trl.live import PLACES, STATE, LiveRun
+from cropi.trainers.trl.live import PLACES, STATE, LiveRun, features_of
 from cropi.trainers.trl.mixins import RecorderHooks
 from cropi_kernels.names import canonical_name
 from cropi_kernels.testing import sketch_gradients
@@ -128,6 +130,34 @@ def test_stages_are_drawn_from_what_steps_have_shown(tmp_path: Path, valid: Path
     selector = trainer._cropi.live.selector
     shown = selector.scores(selector.ids)
     assert selector.step == 6 and ((shown >= -1) & (shown <= 1) | [math.isnan(x) for x in shown]).all()
+
+
+def test_prompts_that_are_alike_share(tmp_path: Path, valid: Path) -> None:
+    options = LIVE | {"valid": valid, "live": Live(dim=1024, alike=True)}
+    trainer = staged(tmp_path / "out", options, max_steps=4)
+    trainer.train()
+    selector, tokenizer = trainer._cropi.live.selector, make_tokenizer()
+    texts = [row["prompt"] for row in trainer.train_dataset]
+    want = prompt_features([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+    np.testing.assert_allclose(selector._features, want, rtol=1e-5)
+    assert selector.ids == [str(row["id"]) for row in trainer.train_dataset]
+    assert selector.seen.any() and np.isfinite(selector.known()[0]).all()
+
+
+def test_the_texts_of_prompts() -> None:
+    said = [
+        {"role": "user", "content": "a b"},
+        {"role": "user", "content": [{"type": "image"}, {"text": "c"}]},
+    ]
+    rows = [{"prompt": "a b"}, {"prompt": said}]
+    taken: list[str] = []
+
+    def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        taken.append(text)
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    assert features_of(rows, tokenizer).shape == (2, 256)
+    assert [text.split() for text in taken] == [["a", "b"], ["a", "b", "c"]]
 
 
 def test_validation_by_evaluation(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from cropi import pipeline
 from cropi.errors import CropiError
 from cropi.files import replacing
 from cropi.model.policy import Policy
+from cropi.ranking.alike import prompt_features
 from cropi.ranking.selector import Selector
 from cropi.sealed import check_sums, summed
 from cropi.trainers.trl.fused import fused_heads
@@ -27,6 +28,22 @@ PLACES = "cropi_places"  # of a generation batch: the place of each row's prompt
 STATE = "cropi_selector.pt"
 
 
+def features_of(dataset: Any, processing_class: Any) -> Any:
+    """The features of a dataset's prompts, by the tokens of what they say: a chat template adds the same to all."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    texts = [_said(dataset[i]["prompt"]) for i in range(len(dataset))]
+    return prompt_features([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+
+
+def _said(prompt: Any) -> str:
+    """A prompt's own text: of messages the contents, of a content in parts those that are text."""
+    if isinstance(prompt, Mapping):
+        return _said(prompt.get("content", prompt.get("text")))
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return str(prompt or "")
+    return "\n".join(_said(part) for part in prompt)
+
+
 class LiveRun:
     """The sketcher and the selector of one trainer.
 
@@ -35,9 +52,12 @@ class LiveRun:
         options: of the curriculum.
         ids: the prompts of the dataset.
         seed: of the draws.
+        features: of the prompts, for the selector.
     """
 
-    def __init__(self, model: Any, options: Curriculum, ids: Sequence[str], seed: int) -> None:
+    def __init__(
+        self, model: Any, options: Curriculum, ids: Sequence[str], seed: int, features: Any = None
+    ) -> None:
         assert options.live is not None
         self.options, self.live = options, options.live
         self.sketcher = LiveSketcher(
@@ -45,7 +65,7 @@ class LiveRun:
         )
         self.selector = Selector(
             ids, options.spec, dim=self.live.dim, bits=self.live.bits, half_life=self.live.half_life,
-            explore=self.live.explore, seed=seed,
+            explore=self.live.explore, seed=seed, features=features,
         )  # fmt: skip
         self.seconds = 0.0  # of sketching, since the last stage
         self._open: contextlib.ExitStack | None = None  # of the training step that runs

@@ -28,7 +28,7 @@ from cropi.files import write_atomic, writing
 from cropi.sealed import sealed, unsealed
 from cropi.store.manifest import first_difference
 from cropi.trainers.trl.checks import check_arguments, check_policy, check_space
-from cropi.trainers.trl.live import LiveRun
+from cropi.trainers.trl.live import LiveRun, features_of
 from cropi.trainers.trl.losses import estimator_of_config
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.recorder import Recorder
@@ -104,7 +104,10 @@ class Stages(Recorder):
         if options.live is None:
             check_space(trainer, options, scans, self.folder, len(ids))
         else:
-            self.live = LiveRun(self.model, options, ids.names, self.seed)
+            features = (
+                features_of(trainer.train_dataset, trainer.processing_class) if options.live.alike else None
+            )
+            self.live = LiveRun(self.model, options, ids.names, self.seed, features)
 
     @property
     def model(self) -> Any:
