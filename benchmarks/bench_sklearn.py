@@ -4,7 +4,7 @@
 
 Sparse shapes are those of text: many columns, a hundred numbers a row. Both transform the same matrix by turns; the
 table holds medians; the ratio is the median of the ratios of a round. scikit-learn's components are cast to the
-input's dtype beforehand, which makes its product faster. The last table has dims that are no multiple of 16.
+input's dtype beforehand, which makes its product faster. The last table has dims that are not a multiple of 16.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
         token_logprobs,
     )
 
-# A wrong type is an error that names the argument. Inside of the package the functions are called as they are.
+# A wrong type raises an error that names the argument. Inside of the package the functions are called as they are.
 bias_grad = named(bias_grad)
 canonical_name = named(canonical_name)
 fold_inputs = named(fold_inputs)

@@ -44,7 +44,7 @@ class ProjectCall(ctypes.Structure):
 
 
 def load(path: Path | str) -> Any:
-    """The library in a file, its functions declared; OSError where it is none of ours."""
+    """The library in a file, its functions declared; OSError where the library is not this package's."""
     library = ctypes.CDLL(str(path))
     try:
         found = int(library.cropi_abi())

@@ -64,7 +64,7 @@ class Spec:
 
 # -------------------------------------------------------------------------------------------------- checks
 def as_int(value: Any, low: int, high: int | None = None) -> int | None:
-    """``value`` as a Python integer from ``low`` to ``high``, or None where it is none.
+    """``value`` as a Python integer from ``low`` to ``high``; None where it is not one.
 
     Integers of NumPy and torch, also as arrays without dimensions, are integers; True and False, of any library, are
     not.

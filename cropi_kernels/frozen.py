@@ -42,7 +42,7 @@ def checked(linears: str | None) -> Linears:
     """The choice, or that of the environment where none was made.
 
     Raises:
-        ValueError: it is none of the three.
+        ValueError: it is not one of the three.
     """
     chosen, said = (os.environ.get(VARIABLE) or "auto", VARIABLE) if linears is None else (linears, "linears")
     if chosen not in get_args(Linears):

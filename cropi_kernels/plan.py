@@ -116,7 +116,7 @@ def plan_matrix(spec: SketchSpec, name: str, rows: int, cols: int, role: Role = 
     Plans are cached: equal arguments give the same object.
 
     Raises:
-        ValueError: a side is below 1, or ``role`` is none of the three.
+        ValueError: a side is below 1, or ``role`` is not one of the three.
     """
     sides = as_int(rows, 1), as_int(cols, 1)
     if None in sides:

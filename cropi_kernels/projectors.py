@@ -110,7 +110,7 @@ class BasicProjector(nn.Module):
 
     Raises:
         ValueError: ``proj_type`` is not one of `ProjectionType`, or a size is refused by `ProjectionSpec`.
-        RuntimeError: there is no such ``device`` here, or no kernel for it.
+        RuntimeError: the machine has no such ``device``, or there is no kernel for it.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def quantize_rows(y: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
     """Rows of ``y`` [B, dim] as int8 or float16 with scales.
 
     int8: a scale for every ``gcd(dim, 128)`` numbers, ``scale = max|y| / 127`` over them, rounded to nearest: an error
-    of at most ``scale / 2`` a number. One scale for a whole row would not do: a few coordinates that many tokens share
+    of at most ``scale / 2`` a number. One scale for a whole row is not enough: a few coordinates that many tokens share
     hold up to half of a policy gradient's norm, and the others would be rounded away (a relative error of 0.1 instead
     of 0.015). float16: one scale a row, the power of two at or below its largest magnitude, because unscaled gradients
     fall below float16's range. Scaling by it is exact: an error of at most ``|y| 2^-11 + scale 2^-25``.

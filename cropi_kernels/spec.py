@@ -19,8 +19,8 @@ SLAB_SIZE = 32768  # entries of one slab; smaller sketches are folded from it, l
 
 @dataclasses.dataclass(frozen=True)
 class SketchSpec(base.Spec):
-    """A sketch ``S`` with ``E<S g, S h> = <g, h>``, defined by integers only (docs/sketch.md). All but ``dim`` go by
-    name.
+    """A sketch ``S`` with ``E<S g, S h> = <g, h>``, defined by integers only (docs/sketch.md). All but ``dim`` are
+    keyword arguments.
 
     >>> SketchSpec(4096, width=128).dim
     4096

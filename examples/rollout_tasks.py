@@ -27,7 +27,7 @@ def last_word(response: str) -> str:
 
 
 def only_choice(*choices: str) -> Callable[[str], str]:
-    """The one of the choices that the response names; naming two of them is no answer."""
+    """The one of the choices that the response names; a response that names two of them has no answer."""
 
     def extract(response: str) -> str:
         named = [c for c in choices if re.search(rf"\b{c}\b", response, re.IGNORECASE)]

@@ -1,4 +1,4 @@
-"""Run the notebooks of a folder in the repository's root; an error in a cell is an error here.
+"""Run the notebooks of a folder in the repository's root; an error in a cell ends this script with an error.
 
     python scripts/run_notebooks.py examples/notebooks [--write]
 
@@ -30,7 +30,7 @@ def main() -> None:
             notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": ROOT}}
         )
         client.execute()
-        for cell in notebook.cells:  # times of execution are no part of a notebook
+        for cell in notebook.cells:  # times of execution are left out of a notebook
             cell.metadata.pop("execution", None)
         notebook.metadata.pop("language_info", None)
         nbformat.write(notebook, out / path.name)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """Which of a model's numbers are in the sketch; printed, a table.
+    """Which of a model's parameters are in the sketch, and how many numbers they have. Printed, it is a table.
 
     Attributes:
         total: numbers in all parameters, a tied one counted once: those covered, excluded and frozen.

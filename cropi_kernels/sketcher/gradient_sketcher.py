@@ -53,23 +53,23 @@ class GradientSketcher:
 
     Args:
         model: any Hugging Face causal LM, or any module for `batch`, also inside of PEFT, DistributedDataParallel or
-            torch.compile's module; trainable parameters are sketched, frozen ones are
-            not (LoRA: the adapters only).
+            torch.compile's module. Trainable parameters are sketched, frozen ones are not (with LoRA: only the
+            adapters).
         spec: what the sketch is; default: `SketchSpec()`.
         exclude: fnmatch patterns of parameter names to leave out; ``"uncovered"``, alone or among them, leaves out what
             cannot be sketched (`coverage` says how much that is).
-        verify: before the first work, run the model on a few tokens: its taps are held to autograd (`SelfTest`), and
-            `policy_gradient` asks what the model is like (`Probe`). False leaves both out, and with them the check that
-            every tap is heard in every batch.
-        linears: who multiplies by frozen float32 weights in `policy_gradient` on a CPU: ``"torch"``, ``"onednn"`` (with
-            packed copies, which take twice the weights' memory inside the ``with`` block) or ``"auto"``: oneDNN where
-            it is measured to take at most 0.6 of the time. None: what the environment variable
-            ``CROPI_KERNELS_LINEARS`` says, else ``"auto"``. See `cropi_kernels.frozen`.
+        verify: before the first work, run the model on a few tokens: compare what its taps give with autograd
+            (`SelfTest`), and in `policy_gradient` check that the model is causal and what else it relies on (`Probe`).
+            False leaves both out, and with them the check that every tap is called in every batch.
+        linears: which library multiplies by frozen float32 weights in `policy_gradient` on a CPU: ``"torch"``,
+            ``"onednn"`` (with packed copies, which take twice the weights' memory inside the ``with`` block) or
+            ``"auto"``: oneDNN where a measurement gives at most 0.6 of torch's time. None: the value of the environment
+            variable ``CROPI_KERNELS_LINEARS``, else ``"auto"``. See `cropi_kernels.frozen`.
         more: other specs, whose sketches `policy_gradient` gives from the same pass.
 
     Attributes:
-        self_test: what the last self-test found; None before it.
-        probe: what the model is like; None before `policy_gradient` or `check_model`.
+        self_test: the result of the last self-test; None before it.
+        probe: the properties of the model that were measured; None before `policy_gradient` or `check_model`.
 
     Raises:
         UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
@@ -178,7 +178,7 @@ class GradientSketcher:
         self._linears.clear()
 
     def check_model(self) -> None:
-        """What the first `policy_gradient` checks of the model, which is run on a few tokens; it will not do so again.
+        """Run the model on a few tokens and check it, which the first `policy_gradient` then does not do again.
 
         Raises:
             RuntimeError: outside the ``with`` block. ValueError: `policy_gradient` cannot take the model; says why.
@@ -192,7 +192,7 @@ class GradientSketcher:
     def batch(
         self, segments: torch.Tensor, *, shape: tuple[int, int] | None = None, num_segments: int | None = None
     ) -> Iterator[BatchSketch]:
-        """Sketch whatever backward runs inside: any loss, any forward of the model on one batch.
+        """Sketch the backward pass that runs inside the block: of any loss of one batch, after any forward.
 
         Args:
             segments: int64 ids per token [batch, length], or per row [batch] with ``shape=(batch, length)``; they must
@@ -263,30 +263,33 @@ class GradientSketcher:
     ) -> PolicyGradient:
         """Forward, log-probs, weights, backward and sketches of one micro-batch in one pass.
 
-        Which tokens are scored is said by ``labels``, or by ``positions`` and ``targets``; both give the same bits.
+        Give ``labels``, or ``positions`` and ``targets``, to say which tokens are scored; both give the same bits.
 
         Args:
             input_ids: int64 [batch, length].
             segments: int64 [batch] or [batch, length], as in `batch`.
             labels: int64 [batch, length], as Hugging Face models take them: ``labels[i, t]`` is the token that is
-                scored in column t (predicted from column t - 1), -100 where none is; the first column never is.
-            weights: of the scored tokens. A tensor: [batch, length] (the weight of the token in that place; with
-                ``labels``), [batch] (one for a row; with ``labels``) or [n] (one for each scored token, row by row). Or
-                a function ``weights(logprobs, start, stop)`` that gives those of scored tokens start .. stop from their
-                log-probs (float32, detached), and is called once per chunk, in order.
+                scored in column t (predicted from column t - 1), or -100 where no token is scored. The first column is
+                never scored.
+            weights: the weights of the scored tokens. A tensor: [batch, length] (the weight of the token in each place;
+                with ``labels``), [batch] (one for a row; with ``labels``) or [n] (one for each scored token, row by
+                row). Or a function ``weights(logprobs, start, stop)`` that returns those of scored tokens start .. stop
+                from their log-probs (float32, detached); it is called once per chunk, in order.
             positions: int64 [n]: flattened position (row * length + column) whose hidden state predicts scored token n.
                 May repeat (K responses share the last prompt token); sorted by segment.
             targets: int64 [n], the scored tokens.
             weigh: another name of ``weights``, for a function.
-            whole: call it once, with all log-probs (for ratios of whole responses): one more product with the head.
+            whole: call the function once, with all log-probs (for ratios of whole responses); this costs one more
+                product with the head.
             attention_mask: None (causal), [batch, length], or bool [batch, 1, length, length], True where to attend.
             position_ids: as the model takes them. Several sequences in one row need a model that keeps them apart by
                 these (Falcon, for one, does not), or a 4-D mask.
             temperature: log-probs are those of softmax(logits / temperature), and so is the gradient.
 
         Logits exist for scored tokens only, one chunk at a time; no weight gradient is formed. The pass runs in the
-        dtypes of the weights: autocast, the caller's or a trainer's around the model, does not apply. Weights of any
-        size keep their bits: each segment is scaled by a power of two, and its sketch back (float16 ends at 6e-8).
+        dtypes of the weights: autocast, the caller's or a trainer's around the model, does not apply. Small weights do
+        not underflow in float16, whose smallest number is 6e-8: each segment is scaled by a power of two, and its
+        sketch is scaled back.
 
         Raises:
             RuntimeError: outside the ``with`` block. ValueError: shapes, ranges or order are wrong; names which.

@@ -21,7 +21,7 @@ from .split import SplitModel
 class PolicyGradient:
     """Result of `GradientSketcher.policy_gradient`.
 
-    ``sketches`` float32 [segments, dim], a row of NaN where the segment met a NaN or an infinity; ``logprobs`` and
+    ``sketches`` float32 [segments, dim], a row of NaN where the segment has a NaN or an infinity; ``logprobs`` and
     ``weights`` float32 [scored tokens]; ``seconds``: forward, backward, and the part of both that was sketching (on a
     CUDA device measured in passes 1, 2, 4, 8, ...; in others, the share that the latest of those had);
     ``more``: the sketches by other specs, where the sketcher was given some.

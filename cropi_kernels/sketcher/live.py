@@ -38,9 +38,10 @@ class Scaler(Protocol):
 class LiveSketcher:
     """Sketches ``g_s``, prompt s's part of a training step's gradient, while the trainer's backward pass runs.
 
-    For a loss ``L = sum_s L_s`` over prompts, ``g_s = -grad L_s`` with respect to every trainable parameter: the way
-    down the loss, and so the policy gradient, as in `GradientSketcher`. No pass is added: weights stay trainable,
-    autograd forms their gradients as always, in the same bits, and taps listen.
+    For a loss ``L = sum_s L_s`` over prompts, ``g_s = -grad L_s`` with respect to every trainable parameter: the
+    direction that lowers the loss, and so the policy gradient, as in `GradientSketcher`. No pass is added. Weights stay
+    trainable, autograd forms their gradients as always and with the same bits, and taps read the inputs and output
+    gradients that it uses.
 
     >>> model = torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -56,22 +57,22 @@ class LiveSketcher:
 
     Gradient accumulation: a block for each micro-batch, with the step's own numbers of prompts and `num_segments`; add
     the sketches up. Checkpointing, autocast, LoRA, DistributedDataParallel (each rank its own prompts, before gradients
-    are averaged), FSDP2 and modules that are compiled inside of the ``with`` block need nothing. Fused experts run in
-    this package's own code while they are tapped: equal but for rounding, not in the same bits.
+    are averaged), FSDP2 and modules that are compiled inside of the ``with`` block work as they are. Fused experts
+    run in this package's own code while they are tapped: equal but for rounding, not in the same bits.
 
     Args:
         model: as for `GradientSketcher`: any module, also inside of PEFT or DistributedDataParallel; what has
             ``requires_grad`` now is sketched.
         spec: what the sketch is; default: `SketchSpec()`.
         exclude: as for `GradientSketcher`.
-        verify: before the first step, hold the taps to autograd on a few tokens; in the first step, hold their sum to
-            every parameter's gradient, and look whether the loss is a sum over prompts. False leaves all of it out.
+        verify: before the first step, compare the taps with autograd on a few tokens; in the first step, compare their
+            sum with every parameter's gradient, and check that the loss is a sum over prompts. False: no checks.
         coupled: take losses that are not a sum over prompts: ``g_s`` is then the part of the gradient that passes
             through the tokens of s. The parts add up to the gradient all the same.
 
     Attributes:
-        self_test: what the test on a few tokens found; None before it, or where the model takes more than token ids.
-        loss: what was found out about the loss, in words; None before the first step.
+        self_test: the result of the test on a few tokens; None before it, or where the model takes more than token ids.
+        loss: whether the loss is a sum over prompts, as a sentence; None before the first step.
 
     Raises:
         UncoveredParameterError, ValueError: as `GradientSketcher`.
@@ -144,15 +145,15 @@ class LiveSketcher:
         num_segments: int | None = None,
         scale: float | torch.Tensor | Scaler = 1.0,
     ) -> Iterator[LiveSketch]:
-        """Sketch whatever backward runs inside: forward and backward of one micro-batch.
+        """Sketch the backward pass that runs inside the block: forward and backward of one micro-batch.
 
         Args:
             segments: int64 number of the prompt, per row [batch] with ``shape=(batch, length)`` (the model may then be
                 run on the last columns only, as trainers run its head), or per token [batch, length]; in any order.
-                Padding may carry any number that stands beside it: its gradients are zero.
-            num_segments: rows of the sketches; None: the highest number and one.
-            scale: what the trainer multiplies the loss by, and is divided out of the sketches: a number, or a
-                `torch.amp.GradScaler`.
+                Padding may have the number of any token beside it: its gradients are zero.
+            num_segments: rows of the sketches; None: the highest number plus one.
+            scale: the factor by which the trainer multiplies the loss, a number or a `torch.amp.GradScaler`; the
+                sketches are divided by it.
 
         The yielded `LiveSketch` is filled when the block ends.
 
@@ -213,14 +214,15 @@ class LiveSketcher:
         scale: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Tell the open batch of a head that multiplies by the head's weight itself and gives log-probs, no logits.
+        """Report a function that multiplies by the head's weight itself and returns log-probs, not logits.
 
-        Called right after it, with what went in and came out: ``log_probs[i] = log softmax(z_i)[targets[i]]`` with
-        ``z = cap(scale * (hidden W^T + b)) / temperature``. The head's sketch costs one more product with it then.
+        Call this right after that function, with its inputs and outputs. It must have computed
+        ``log_probs[i] = log softmax(z_i)[targets[i]]`` with ``z = cap(scale * (hidden W^T + b)) / temperature``. The
+        head's sketch then costs one more product with W.
 
         Args:
             hidden: [n, features], what the head was given.
-            targets: int64 [n]. rows: int64 [n], the row of the batch that each token stands in.
+            targets: int64 [n]. rows: int64 [n], the row of the batch that each token is in.
             log_probs, entropy: [n], the function's own outputs.
             dtype: in which ``hidden`` and W are multiplied; None: that of ``hidden``.
             softcap: ``cap(y) = softcap * tanh(y / softcap)``; None: no cap.
@@ -267,8 +269,8 @@ class LiveSketch:
     """Filled by `LiveSketcher.batch` when its block ends.
 
     Attributes:
-        sketches: float32 [num_segments, dim], of ``-grad L_s``; a row of NaN where the prompt met a NaN or an infinity;
-            zero where no gradient came by.
+        sketches: float32 [num_segments, dim], of ``-grad L_s``; a row of NaN where the prompt's gradient has a NaN or
+            an infinity; zero where the prompt has no gradient.
         spec: what a sketch is; names: the parameters that are in it.
         seconds: ``block``, all that ran inside, and ``sketch``, the taps' part of it.
     """

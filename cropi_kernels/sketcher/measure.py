@@ -50,7 +50,7 @@ def measure_head(
     half = bool(dtypes & {torch.bfloat16, torch.float16})
     tolerance = 3e-2 if half else 1e-4
     if not bool(z.isfinite().all()) or not float(z.abs().max()):
-        # A model that has diverged fails segment by segment later; NaN in both is no difference.
+        # A model that has diverged fails segment by segment later; NaN in both counts as equal.
         return (1.0, None) if bool((z.isnan() == given.isnan()).all()) else _differ(z, given)
     known = _numbers(getattr(model, "config", None))
     top = float(z.abs().max())

@@ -70,7 +70,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shape_of(name: str, args: tuple[Any, ...]) -> tuple[int, ...] | None:
-    """What a call that broadcasts will give; None: it is no such call."""
+    """What a call that broadcasts will give; None: the call does not broadcast."""
     if name in _ELEMENTWISE | _IN_PLACE:
         return tuple(torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, torch.Tensor))))
     if name == "expand_as":

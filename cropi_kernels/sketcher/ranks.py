@@ -88,7 +88,7 @@ class Share:
 
 
 def like_spread(x: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """``x`` as this rank's part of a tensor that is spread like ``spread``; ``x`` itself if that is none."""
+    """``x`` as this rank's part of a tensor that is spread like ``spread``; ``x`` itself if that is not spread."""
     if not is_spread(spread):
         return x
     from torch.distributed.tensor import DTensor

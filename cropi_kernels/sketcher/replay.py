@@ -94,7 +94,7 @@ class Recorded:
             if self.call is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 begun[:] = [(_copied(args), _copied(kwargs))]
 
-        def end(module: nn.Module, args: Any, y: Any) -> None:  # a call that failed is none to repeat
+        def end(module: nn.Module, args: Any, y: Any) -> None:  # a call that failed is not repeated
             if self.call is None and begun:
                 self.call = begun.pop()
 

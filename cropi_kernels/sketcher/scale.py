@@ -71,7 +71,7 @@ class SegmentScales:
         _scale_by_power(sketches, self.exponent[:, None])
 
     def _exponents(self, values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
-        """Of the largest size in each segment: e with 2^(e - 1) <= size < 2^e; 0 where there is none, or no number."""
+        """e of each segment's largest size, 2^(e - 1) <= size < 2^e; 0 for an empty segment and for NaN or infinity."""
         dtype = torch.promote_types(values.dtype, torch.float32)
         largest = torch.zeros(self.count, dtype=dtype, device=values.device)
         largest.scatter_reduce_(0, segment, values.abs().to(largest.dtype), "amax")

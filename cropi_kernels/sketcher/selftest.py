@@ -81,7 +81,7 @@ class SelfTest:
         names: parameters whose taps were held to autograd.
         untested: parameters that no part of the run used: they have no gradient, and their taps gave none.
         closest: the part nearest to its bound.
-        heard: the modules whose taps heard the backward pass; one that is not heard in a later batch is an error.
+        heard: the modules whose taps heard the backward pass; one that is not heard in a later batch raises an error.
         seconds: what it took.
     """
 

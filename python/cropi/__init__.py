@@ -4,8 +4,8 @@
 >>> scores = cropi.score(model, train, valid, tokenizer=tokenizer)        # doctest: +SKIP
 >>> scores.select(0.1).ids                                                # doctest: +SKIP
 
-What stands in ``__all__`` is public, and changes with a warning first (docs/api.md). It is imported when it is first
-used: ``import cropi`` costs nothing.
+The names in ``__all__`` are public: before one of them changes, it gives a warning (docs/api.md). Each is imported when
+it is first used, so that ``import cropi`` is fast.
 """
 
 from __future__ import annotations

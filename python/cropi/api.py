@@ -44,23 +44,23 @@ def score(
         train: stored trajectories of the training prompts, several scored responses to each: a list of records
             (dictionaries, docs/trajectories.md), a ``datasets.Dataset``, a path, or a list of paths.
         valid: the same for validation prompts; or a dict of them by the name of their set.
-        tokenizer: of a module.
-        out: folder for the sketches, which are continued if they are there; None keeps them in memory.
+        tokenizer: the tokenizer of ``model`` where that is a module.
+        out: folder for the sketches; prompts that it already holds are not computed again. None keeps them in memory.
         behaviour_model: the model that made the responses, where records have no log-probs and it is not ``model``.
         source: what wrote the files that ``train`` and ``valid`` name, a dump of a trainer or of an engine among them
             (see :class:`cropi.options.Reading`); "auto" recognises it by their content.
-        noise: sketch the noise of gradients, too, from the finite number of responses, for the uncertainty of the
-            scores (:mod:`cropi.ranking.response_noise`).
+        noise: also sketch how much each gradient varies with the responses that were sampled, so that the uncertainty
+            of the scores includes it (:mod:`cropi.ranking.response_noise`).
         progress: show progress bars.
         options: the fields of :class:`cropi.options.Sketching` and :class:`cropi.options.Influence`, such as
             ``estimator="ppo"``, ``dim=8192``, ``metric="dot"``; for a model by its name, those of
             :class:`cropi.options.Loading` (``dtype``, ``device``).
 
     Returns:
-        One row a training prompt and one column a validation set.
+        The scores, with one row a training prompt and one column a validation set.
 
     Raises:
-        CropiError: nothing is scored that cannot be: names the argument, its value and the remedy.
+        CropiError: a bad argument or record; names it, its value and the remedy.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -114,15 +114,19 @@ def sketch(
     Args:
         model, tokenizer, behaviour_model, source, progress: as for :func:`cropi.score`.
         trajectories: as ``train`` there.
-        out: the store's folder, continued if it is there: prompts that it holds are not computed again. None keeps the
+        out: the store's folder; prompts that it already holds are not computed again. None keeps the
             sketches in memory.
-        set: validation set of records that carry none.
-        noise: sketch a draw of the noise of every gradient in its place, for :func:`cropi.influence`.
+        set: the validation set of records that do not name one.
+        noise: instead of each gradient, sketch a random draw of its noise (how much it varies with the responses that
+            were sampled), to be given to :func:`cropi.influence` as ``noise``.
         options: the fields of :class:`cropi.options.Sketching`.
 
+    Returns:
+        The sketches, one row a prompt.
+
     Raises:
-        CropiError: bad records or options, or a store that was made with others.
-        Interrupted: Ctrl-C; finished prompts are in the store. (A KeyboardInterrupt.)
+        CropiError: bad records or options, or a store that was made from other records or with other options.
+        Interrupted: Ctrl-C was pressed; finished prompts are in the store. It is a KeyboardInterrupt.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -157,12 +161,16 @@ def influence(
 
     Args:
         train: sketches of training prompts.
-        valid: sketches of validation prompts, in one store or several; a set is the prompts with one ``set`` name.
-        noise: what ``cropi.sketch(..., noise=True)`` gave of some or all of these prompts, for the uncertainty.
+        valid: sketches of validation prompts, in one store or several; prompts with the same ``set`` are one set.
+        noise: stores that ``cropi.sketch(..., noise=True)`` made of some or all of these prompts: the uncertainty then
+            includes the responses.
         options: the fields of :class:`cropi.options.Influence`: ``metric``, ``mean``, ``max_valid``, ``valid_seed``.
 
+    Returns:
+        The scores, with one row a training prompt and one column a validation set.
+
     Raises:
-        CropiError: stores that cannot be compared, an unfinished one, or a validation set without a usable prompt.
+        CropiError: the stores cannot be compared, one is unfinished, or a validation set has no usable prompt.
 
     >>> from cropi.store.memory import MemoryStore
     >>> from cropi.store.shards import RowInfo
@@ -196,12 +204,15 @@ def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
     """Choose the best fraction of the prompts.
 
     Args:
-        scores: what :func:`cropi.score` or :func:`cropi.influence` gave.
+        scores: the result of :func:`cropi.score` or :func:`cropi.influence`.
         fraction: share of the pool, in (0, 1].
         options: the fields of :class:`cropi.options.Selecting`: ``method``, ``pool``, ``select_seed``.
 
+    Returns:
+        The chosen prompts, best first.
+
     Raises:
-        CropiError: no Scores, or a fraction that chooses none.
+        CropiError: ``scores`` is not a :class:`cropi.Scores`, or ``fraction`` chooses no prompt.
 
     >>> import numpy as np
     >>> from cropi.store.shards import RowInfo
@@ -230,19 +241,19 @@ def check(
     progress: bool = True,
     **options: Any,
 ) -> CheckReport:
-    """Hold the sketch to exact gradients on some of one's own prompts: the error of scores, other faults, and what
-    a pool costs.
+    """Compare sketches with exact gradients on some of your prompts: the error of a score, faults of the model
+    or its layout, and what a whole pool would cost.
 
     Args:
         model, trajectories, tokenizer, behaviour_model, source: as for :func:`cropi.sketch`.
-        n: prompts in the sample, at least 4; their error is known to about ``1 / sqrt(2 n)`` of itself.
+        n: prompts in the sample, at least 4; the error is measured with a relative error of about ``1 / sqrt(2 n)``.
         seed: of the draw.
         exact: compare with exact gradients (True), eight other seeds (False), or as memory allows (None).
         progress: say what is being done.
         options: the fields of :class:`cropi.options.Sketching`.
 
     Returns:
-        Printed, a verdict line by line; ``ok`` says whether nothing failed.
+        The report. Printed, it is a verdict of some lines; ``ok`` is True where nothing failed.
 
     Raises:
         CropiError: bad records or options, or fewer than four prompts with a gradient.

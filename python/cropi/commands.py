@@ -14,7 +14,7 @@ from pathlib import Path
 from cropi.errors import CropiError, did_you_mean
 from cropi.files import writing
 
-# ${NAME} is the shell's own, {{name}} a brace that is meant; {a,b} and {"key": 1} are no names.
+# ${NAME} is the shell's own, {{name}} a brace that is meant; {a,b} and {"key": 1} are not names.
 NAME = re.compile(r"\{\{(\w+)\}\}|(?<!\$)\{([A-Za-z_]\w*)\}")
 LAST_LINES = 15
 # What no shell reads as more than a letter.

@@ -208,7 +208,7 @@ class Anew:
         }  # fmt: skip
 
     def _tokens(self, pool: float, known: bool, world: int) -> float:
-        """What may be sketched. Where no stage has shown yet what it takes, a share of its time is no bound."""
+        """What may be sketched. Until a stage has been timed, a share of a stage's time bounds nothing."""
         within = math.inf if self.options.passes is None else self.options.passes * pool
         if self.options.budget is None:
             return within
@@ -281,7 +281,7 @@ def training_store(folder: Path) -> SketchStore:
         folder: the folder of the stage's stores.
 
     Raises:
-        CropiError: there is none, or one is unfinished.
+        CropiError: no store exists, or one of them is unfinished.
     """
     found = open_together([folder / "train", folder / EARLIER])
     if found is None:

@@ -25,7 +25,7 @@ class Settings(NamedTuple):
 
 
 class RowMath(NamedTuple):
-    """What turns a logit into the exponent of a probability; ``softcap`` 0 is none."""
+    """What turns a logit into the exponent of a probability; ``softcap`` 0 means no cap."""
 
     temperature: float
     softcap: float

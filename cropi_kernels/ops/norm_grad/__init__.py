@@ -34,7 +34,8 @@ def norm_grad(
     float32 from centred values.
 
     Raises:
-        ValueError: names the operand whose shape, dtype or device is wrong, or the offset that runs backwards.
+        ValueError: names the operand whose shape, dtype or device is wrong, or the offset that is less than its
+            predecessor.
         RuntimeError: the backend that was named cannot serve the call; says why.
     """
     weight, bias = ops.NORM(plain(x), plain(dy), offsets, eps, centered, with_bias, backend)

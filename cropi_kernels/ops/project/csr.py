@@ -192,7 +192,7 @@ def _entries(
 
 
 def _served_by_reference(x: CsrRows, spec: ProjectionSpec, backend: str | None) -> bool:
-    # The values' dtype is no reason against the kernel, which sums float64 too.
+    # The kernel serves every dtype of values: it sums float64 too.
     name = dispatch.choose(
         "project_csr", torch.empty(0, device=x.values.device), backend=backend,
         without={"triton": "sparse rows have no Triton kernel"},

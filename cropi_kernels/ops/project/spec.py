@@ -25,7 +25,7 @@ MAX_COORDINATE = 1 << 62
 @dataclasses.dataclass(frozen=True)
 class ProjectionSpec(base.Spec):
     """A random linear map ``S`` with ``E<S x, S y> = <x, y>``, defined by integers only (docs/project.md). All
-    but ``dim`` go by name.
+    but ``dim`` are keyword arguments.
 
     Args:
         dim: numbers per projected row, 1 to 2^24. The standard error of a cosine is about ``1 / sqrt(dim)``.
@@ -38,7 +38,7 @@ class ProjectionSpec(base.Spec):
             rounded to 65536ths. Kept coordinates are scaled by ``1 / sqrt(keep)``.
         seed: any integer >= 0; different seeds are independent projections.
         stream: independent projections under one seed: the number of a checkpoint, say.
-        size: number of coordinates P, or None to leave it open; input that does not fit is refused.
+        size: number of coordinates P; input of another size raises ValueError. None: any size.
         version: of the definition; projections of different versions cannot be compared.
 
     Raises:

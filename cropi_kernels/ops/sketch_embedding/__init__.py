@@ -33,8 +33,8 @@ def sketch_embedding(
         offsets, plan, out, backend: as in `sketch_linear`. A tied head folds the rows; signs ride along.
 
     Raises:
-        ValueError: names the argument, its value and the remedy. A row out of range is an error on a CPU; a GPU is not
-            waited for, and there it makes its segment NaN.
+        ValueError: names the argument, its value and the remedy. A row out of range raises it on a CPU. A GPU is not
+            waited for: there such a row makes its segment NaN.
         RuntimeError: the backend that was named cannot serve the call.
     """
     ops.SKETCH(plain(x), rows, offsets, out, recipe_of(plan), backend)

@@ -60,7 +60,7 @@ def add_options(command: Parser) -> None:
         help="before the first stage only (default), or at every stage with the current policy",
     )  # fmt: skip
     options.add_export_options(command)
-    # Of a hub's model or an adapter there are no later stages: these write folders.
+    # Later stages read folders that training wrote, never a model of the hub or an adapter.
     options.add_model(command, leave=("revision", "adapter", "quantize", "attn_implementation"))
     options.add(command, Reading, Sketching, leave=("stage", "optimizer_state"))
     options.add(command, Rescoring, Influence, Selecting)

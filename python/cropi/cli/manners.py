@@ -88,7 +88,7 @@ def conclude(args: argparse.Namespace, status: int, error: BaseException | None 
 
 
 def _plain(value: Any) -> Any:
-    """In JSON's types: paths and dates as text, numbers that are none as null."""
+    """In JSON's types: paths and dates as text, NaN and infinity as null."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set)):

@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """Unknown words are an error of the command that they were given to."""
+        """For unknown words, the command that they were given to reports the error."""
         words = [self.now(word) for word in (sys.argv[1:] if args is None else args)]
         known_args, unknown = super().parse_known_args(words, namespace)
         if unknown:

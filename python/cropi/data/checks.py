@@ -13,7 +13,7 @@ from cropi.errors import RecordError, shown
 
 # A log-prob slightly above zero is rounding in the engine that wrote it, not a mistake in the file.
 LOGPROB_SLACK = 1e-3
-# Nested lists and objects beyond it are no data of a person's; writing them again would end in a recursion error.
+# Nobody's records nest lists and objects deeper, and writing such a record again would end in a recursion error.
 DEEPEST = 64
 LONGEST_ID = 4096
 LARGEST_TOKEN = 2**31 - 1

@@ -142,7 +142,7 @@ class Columns:
         self.count = batch.num_rows
         self.light: dict[str, list[Any]] = {}
         for name in [name for name in names if self.held[name].null_count == self.count]:
-            del self.held[name]  # a column of nothing is none
+            del self.held[name]  # a column without a value is left out
         if "id" not in self.held or "rewards" not in self.held:
             raise NotSimple
         self.rewards = Nested(self.held["rewards"], 1, whole=False)

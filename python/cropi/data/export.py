@@ -193,7 +193,7 @@ def check_export(
                 for group in read(trajectories, skip_bad=True)
             )
             if FILES.get(format) == "jsonl":
-                for _ in rows:  # a row that cannot be made is an error
+                for _ in rows:  # a row that cannot be made raises an error
                     pass
             else:
                 table_of(list(rows))
@@ -229,7 +229,7 @@ def read_dataset(path: Any) -> Any:
     ``datasets.Dataset``), or a list of JSON objects (``.jsonl``, ``.json``).
 
     Raises:
-        CropiError: there is no such file, or it is not of that form.
+        CropiError: the file does not exist, or is not of that form.
     """
     if hasattr(path, "with_format"):
         return saved.table_of_dataset(path)

@@ -32,7 +32,7 @@ def dataset_ids(
             prompt, wherever the two can be compared.
 
     Raises:
-        CropiError: there is no such column, an id is missing or twice in it, no column agrees with the records, or two
+        CropiError: no column has this name, an id is missing or twice in it, no column agrees with the records, or two
             do that name different rows.
     """
     columns = list(table[0]) if isinstance(table, list) else table.column_names

@@ -30,7 +30,7 @@ def check_file(path: Path) -> None:
     """Check that there is a file that can be read more than once.
 
     Raises:
-        CropiError: there is none, or it is a folder, a pipe or a device.
+        CropiError: the file does not exist, or is a folder, a pipe or a device.
     """
     if os.path.isdir(path):
         raise CropiError(

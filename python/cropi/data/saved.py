@@ -86,7 +86,7 @@ def check_hub_name(name: str) -> None:
     """Check the name of a repository to push to, and that somebody is logged in.
 
     Raises:
-        CropiError: it is not of the form ``owner/name``, or there is no token.
+        CropiError: the name is not of the form ``owner/name``, or no token is set.
     """
     hub = optional("huggingface_hub")
     try:

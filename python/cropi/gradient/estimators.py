@@ -70,7 +70,7 @@ class Estimator:
             group) or "constant" (sum over tokens divided by ``constant``, mean over responses).
         constant: the divisor c of ``length="constant"``. One c for all prompts changes no cosine.
         level: "token" (a ratio for each token) or "sequence" (that of its response, for each of its tokens).
-        cap: the ratio counts as this at most, without an end of the gradient there; None: no bound.
+        cap: a larger ratio counts as this one, and the token keeps its gradient; None: no bound.
         delta: a second bound of the clipped objective: no gradient where the ratio is above it; None: no bound.
         loo: the advantage's mean leaves the response itself out.
 

@@ -36,7 +36,7 @@ class Layout:
         shared: share the prompt where that is cheaper.
         window: the shortest sliding window of the model's layers: longer sequences cannot be shared, because
             the mask that is passed replaces the model's own in every layer.
-        strict: "shared" was asked for by name, so a sequence beyond the window is an error.
+        strict: the user chose "shared", so a sequence beyond the window raises an error.
         attention_cost: cost of attending to one token, in units of the cost of one token in all linear
             layers.
         note: why the layout is not the shared one, to be shown to the user.

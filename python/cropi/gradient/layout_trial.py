@@ -47,7 +47,7 @@ class LayoutTrial:
         Args:
             prompt, responses: token ids of the row, in its order.
         """
-        # A single token is predicted by the prompt, and is no input.
+        # A response of a single token is predicted from the prompt, and is never an input.
         responses = [ids for ids in responses if len(ids)]
         length, distance = len(prompt) + sum(map(len, responses)), sum(map(len, responses[:-1]))
         if responses and not self.problem and (length > self.longest or distance > self.furthest):

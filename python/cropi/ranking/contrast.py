@@ -16,7 +16,7 @@ def names_without(sets: Sequence[str], minus: str | None) -> list[str]:
     """The sets that are ranked by: all but the contrast.
 
     Raises:
-        CropiError: there is no such set, or no other one.
+        CropiError: no set has this name, or there is no set besides it.
     """
     if minus is None:
         return list(sets)

@@ -53,7 +53,7 @@ class Drift:
         """With what prompts that were scored anew show.
 
         Args:
-            before, after: float64 ``[n, sets]``, scores by the earlier and the new sketches; NaN where there is none.
+            before, after: float64 ``[n, sets]``, scores by the earlier and the new sketches; NaN without a sketch.
             ages: of the earlier sketches, in stages, ``[n]``.
             spread: sd_v, ``[sets]``.
         """
@@ -125,7 +125,7 @@ def affordable(share: float, others: float, spent: float, per_token: float) -> f
     """Tokens that may be sketched, so that choosing takes at most a share b of a stage: ``(b / (1 - b) R - S) / c``.
 
     Args:
-        share: b; 1 is no bound.
+        share: b; with 1 nothing is bounded.
         others: R, seconds of the rest of a stage.
         spent: S, seconds of choosing beside the sketches of training prompts.
         per_token: c, seconds.

@@ -115,7 +115,7 @@ def diverse(sketches: torch.Tensor, n: int, method: str, seed: int = 0) -> np.nd
 
     Args:
         sketches: the candidates' unit sketches ``[m, dim]``, best first.
-        n: how many are chosen; all where there are no more.
+        n: how many are chosen; all of them where there are fewer.
         method: "kmeans" or "facility".
         seed: of k-means.
     """

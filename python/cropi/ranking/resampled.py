@@ -50,7 +50,7 @@ class ResampledSet(Protocol):
         """The standard error of every score, NaN for a set of one prompt."""
 
     def signal(self) -> float:
-        """|mu|^2 / E|m|^2; NaN where there is no mean, or one prompt."""
+        """|mu|^2 / E|m|^2; NaN where there is no mean, or only one prompt."""
 
 
 class _Drawn:

@@ -95,7 +95,7 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
         errors: read the standard errors too.
 
     Raises:
-        CropiError: there is no such file, it is damaged, or it is not a score table.
+        CropiError: the file does not exist, is damaged, or is not a score table.
     """
     parquet, file = optional("pyarrow.parquet"), Path(path)
     if not file.is_file():

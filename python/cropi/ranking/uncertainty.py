@@ -95,7 +95,7 @@ class Uncertainty:
 
     With noise (:mod:`cropi.ranking.response_noise`), ``stderr``, ``p_selected`` and ``overlap`` are those of other
     validation prompts *and* other responses of the training prompts; ``own_signal`` is then the share of a training
-    gradient's squared length that is no noise, on average.
+    gradient's squared length that is not noise, on average.
     """
 
     sets: list[SetUncertainty]

@@ -58,7 +58,7 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What :func:`cropi.check` measured.
+    """The figures that :func:`cropi.check` measured, and its verdict.
 
     Attributes:
         prompts: in the sample.

@@ -41,25 +41,25 @@ def rollout(
 ) -> RolloutReport:
     """Sample responses to prompts, score them, and write trajectory records with token ids and log-probs.
 
-    A run that was interrupted goes on where it stopped when it is called again; one that is finished samples only
+    Called again after an interruption, it goes on where it stopped. Called again after it has finished, it samples only
     prompts that are new.
 
     Args:
-        model: the policy: a name or folder, a module (with ``tokenizer``), or a :class:`cropi.Policy`. For the engine
-            openai-url its tokenizer and template alone are used, which must be those of the served model.
-        prompts: rows with ``prompt`` (text or messages), ``answer`` and others: whatever :func:`cropi.score` takes as
-            ``train``; of trajectory records the prompts are taken.
+        model: the policy: a name or folder, a module (with ``tokenizer``), or a :class:`cropi.Policy`. With the engine
+            openai-url only its tokenizer and chat template are used; they must be those of the served model.
+        prompts: rows with ``prompt`` (text or messages), ``answer`` and other fields, in any form that
+            :func:`cropi.score` takes as ``train``. Of trajectory records only the prompts are used.
         reward: ``"math"``, ``"exact"``, ``"FILE.py:function"``, ``"package.module:function"``, or a function of
             ``(prompt, response, **row)``, or of ``(prompts, completions, **columns)`` as TRL's.
         out: the ``.jsonl`` file.
-        tokenizer: of a module.
+        tokenizer: the tokenizer of ``model`` where that is a module.
         progress: show a bar.
-        say: takes the line about what is done; None: printed where ``progress`` is on.
+        say: a function that is called with each line of progress; None prints the lines where ``progress`` is True.
         options: the fields of :class:`cropi.rollouts.options.Rollout`, such as ``n=8``, ``temperature=1.0``; for a
             model by its name, those of :class:`cropi.options.Loading`.
 
     Returns:
-        What was done: ``RolloutReport``.
+        What was done.
 
     Raises:
         CropiError: a bad option, prompt, reward or server, or a file that was made with other settings.

@@ -1,9 +1,9 @@
 """The file of a rollout: finished prompts go into ``OUT.part``, and into ``OUT`` in the prompts' order at the end.
 
 The first line of ``OUT.part`` holds the settings; every line ends with its checksum. A run that is started again with
-the same settings goes on with the prompts that are missing; with others it is an error that names what differs. Every
-record carries a hash of the settings under ``rollout``, so that a finished file is known too: more prompts are added to
-it, and nothing is sampled twice.
+the same settings goes on with the prompts that are missing; with other settings it raises an error that names what
+differs. Every record carries a hash of the settings under ``rollout``. So a finished file can be recognised too: more
+prompts are added to it, and nothing is sampled twice.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ class RolloutReport:
     Attributes:
         out: the file.
         prompts: records in it.
-        responses, tokens: sampled in this run.
-        seconds: that sampling took.
-        mean_reward: over all responses of this run; NaN where there are none.
+        responses, tokens: how many were sampled in this run.
+        seconds: how long sampling took.
+        mean_reward: over all responses of this run; NaN without responses.
         mixed: prompts of this run whose rewards are not all equal: those that have a gradient.
         truncated: responses of this run that ``max_tokens`` cut.
         skipped: the errors of prompts that were left out.

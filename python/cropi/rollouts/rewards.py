@@ -36,7 +36,7 @@ class Reward:
         given: a name (see above), one of :data:`cropi.rollouts.verifiers.VERIFIERS`, or the function itself.
 
     Raises:
-        CropiError: there is no such file, module or function, or its parameters are of neither form.
+        CropiError: the file, module or function does not exist, or its parameters are of neither form.
     """
 
     def __init__(self, given: str | Callable[..., Any]) -> None:

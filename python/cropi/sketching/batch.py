@@ -76,25 +76,27 @@ def score_batch(
     Args:
         model: the current policy: a module without active dropout, or a :class:`cropi.Policy`.
         input_ids: int64 ``[batch, length]``: a prompt and one response a row, padded on either side.
-        attention_mask: ``[batch, length]``, 0 for padding; None: there is none.
-        response_mask: for each token: whether it is scored. Or:
-        labels: int64 ``[batch, length]``: -100 where a token is not scored, else the token. One of the two.
+        attention_mask: ``[batch, length]``, 0 for padding; None: there is no padding.
+        response_mask: for each token, whether it is scored. Give this or ``labels``.
+        labels: int64 ``[batch, length]``: -100 where a token is not scored, else the token.
         prompt_ids: a name for each row; rows with one name are responses to one prompt. None: every row is a prompt of
             its own.
-        rewards: ``[batch]``: the estimator makes advantages of them, in each prompt's rows.
+        rewards: ``[batch]``: the estimator computes advantages from them, over each prompt's rows. Give one of
+            ``rewards``, ``advantages`` and ``weights``.
         advantages: ``[batch]``, or one for each token.
-        weights: ``[batch]``, or one for each token. One of ``rewards``, ``advantages`` and ``weights``.
-        old_logprobs: log beta for each token, under the policy that sampled it; None: the current policy (ratio 1).
+        weights: ``[batch]``, or one for each token.
+        old_logprobs: log beta of each token, under the policy that sampled it; None: the current policy (ratio 1).
         estimator: a name ("cropi", "ppo", "reinforce", "dr_grpo", "dapo") or an :class:`cropi.Estimator`; not used with
             ``weights``.
         spec: what a sketch is; None: ``SketchSpec()``.
         exclude: patterns of parameter names to leave out.
         temperature: log-probs are those of softmax(logits / temperature).
         position_ids: int64 ``[batch, length]``; None: tokens are counted from the first one that is not padding.
-        tokens_per_batch: rows go through the model together up to so many tokens, padding included.
+        tokens_per_batch: how many tokens go through the model at once, padding included.
 
     Raises:
-        CropiError: a tensor of another shape, type or device, or too much or too little is given; names the argument.
+        CropiError: a tensor has a wrong shape, type or device, or the arguments are too few or too many; names the
+            argument.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> _ = torch.manual_seed(0)

@@ -21,7 +21,7 @@ EARLIER = "earlier"  # the store's folder
 
 
 def open_together(paths: Sequence[Path]) -> SketchStore | None:
-    """Those of the stores that are there, read as one; None where there is none.
+    """Those of the stores that exist, read as one; None where none does.
 
     Raises:
         CropiError: one is unfinished, or they do not belong together.

@@ -33,8 +33,8 @@ def merge(
         The new store, open for reading.
 
     Raises:
-        CropiError: there is none; ``out`` is one of them; one is unfinished; they were made with other specs, models,
-            stages, estimators, tokenizers, templates, temperatures or dtypes; two hold one prompt; or the disk is full.
+        CropiError: no store is given; ``out`` is one of them; one is unfinished; they differ in spec, model,
+            stage, estimator, tokenizer, template, temperature or dtype; two hold one prompt; or the disk is full.
     """
     parts = [one if isinstance(one, SketchStore) else SketchStore.open(one) for one in stores]
     whole = SketchStore.join(parts)

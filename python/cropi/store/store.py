@@ -147,7 +147,7 @@ class SketchStore:
         """Open the store at ``path`` for writing, under the settings that it was made with.
 
         Raises:
-            CropiError: there is none, or what :meth:`create` raises.
+            CropiError: there is no store at ``path``, or what :meth:`create` raises.
         """
         return cls.create(path, read_manifest(Path(path)), shard_bytes=shard_bytes)
 
@@ -156,7 +156,7 @@ class SketchStore:
         """Open a store for reading.
 
         Raises:
-            CropiError: there is none, its format is newer, or a shard's header is damaged.
+            CropiError: there is no store at ``path``, its format is newer, or a shard's header is damaged.
         """
         if not isinstance(path, (str, Path)):
             raise CropiError(f"path is of type {type(path).__name__}: give the folder of a store")
@@ -173,7 +173,7 @@ class SketchStore:
         """Several stores of one model and stage, read as one; its manifest and path are those of the first.
 
         Raises:
-            CropiError: there is none, they cannot be compared, or two hold the same prompt.
+            CropiError: no store is given, they cannot be compared, or two hold the same prompt.
         """
         if not isinstance(stores, Sequence) or not all(isinstance(store, SketchStore) for store in stores):
             raise CropiError(f"stores is {stores!r:.100}: give a list of SketchStores (SketchStore.open)")
@@ -340,7 +340,7 @@ class SketchStore:
         return before, len(self._shards)
 
     def _tidy(self, shards: Sequence[Shard]) -> None:
-        """Join shards, unless there is no room for it: every row is safe where it is."""
+        """Join shards. Where the disk has no room for that, the shards stay as they are, and no row is lost."""
         if len(shards) > 1:
             with contextlib.suppress(CropiError):
                 self._join(shards)

@@ -39,7 +39,7 @@ class Selected:
         """Read the file again if it is another one than before; returns whether it was.
 
         Raises:
-            CropiError: there is no file, it is not a selection, too small, or names prompts that no row has.
+            CropiError: the file does not exist, is not a selection, is too small, or names prompts that no row has.
         """
         try:
             state = os.stat(self.path)

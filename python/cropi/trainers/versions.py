@@ -19,8 +19,8 @@ def checked_version(
 ) -> str:
     """The installed version of ``package``.
 
-    An older one than those that were tried is an error. A newer one is a warning: what the adapter relies on is checked
-    by name when a trainer is built, and most releases change none of it.
+    A version older than those that were tried raises an error. A newer one gives a warning: what the adapter relies on
+    is checked by name when a trainer is built, and most releases change none of it.
 
     Args:
         package: its name; ``CROPI_<PACKAGE>_UNTESTED=1`` in the environment accepts any version.
@@ -57,6 +57,6 @@ def checked_version(
 
 
 def minor(version: str) -> tuple[int, int]:
-    """The first two numbers of a version, (-1, -1) where there are none."""
+    """The first two numbers of a version, (-1, -1) where it has none."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return (int(match[1]), int(match[2])) if match else (-1, -1)

@@ -37,7 +37,7 @@ class Unused(BadSample):
 class NotFinite(Unused):
     """A reward or log-prob that is NaN or infinite: the sample was not scored, or not sampled, as it should have been.
 
-    One such sample is no reason to lose a run's dumps, and no gradient can be formed from it.
+    No gradient can be formed from such a sample, but the rest of a run's dumps can be used.
     """
 
 

@@ -46,7 +46,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         left: takes the rollouts that are left out; None raises at the first bad one.
 
     Raises:
-        CropiError: there is no such file, or it is too large.
+        CropiError: the file does not exist, or is too large.
         BadSample: a line of another layout, columns of different lengths, or a value of another form.
     """
     path, left = Path(path), Left() if left is None else left

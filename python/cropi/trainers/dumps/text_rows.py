@@ -66,7 +66,7 @@ def read_dump(
         left: takes the rows that are left out; None raises at the first bad one.
 
     Raises:
-        CropiError: there is no such file, or it is too large.
+        CropiError: the file does not exist, or is too large.
         BadSample: a row without reward or id, or with a field of another form.
     """
     path, left, columns = Path(path), Left() if left is None else left, COLUMNS[source]

@@ -2,7 +2,7 @@
 
 ``pickle`` calls whatever a file names. Here a file may name plain containers, numbers, dates, NumPy arrays and tensors,
 which are rebuilt by the functions below, and the classes of tensordict, verl, slime and vLLM, whose contents are kept
-without the class (:class:`StandIn`). Anything else is an error that names it.
+without the class (:class:`StandIn`). Anything else raises an error that names it.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         left: takes the rows that are left out; None raises at the first bad one.
 
     Raises:
-        CropiError: there is no such file, or it is too large.
+        CropiError: the file does not exist, or is too large.
         BadSample: a row of another layout, or whose turns are not a single sequence.
     """
     path, left = Path(path), Left() if left is None else left

@@ -11,7 +11,7 @@ class Vocabulary:
     """The tokens of a tokenizer by their bytes.
 
     Args:
-        tokenizer: gives it, when it is first needed; None: there is none, and no token is found.
+        tokenizer: makes the tokenizer when it is first needed; None: without a tokenizer no token is known.
     """
 
     def __init__(self, tokenizer: Callable[[], Any] | None) -> None:

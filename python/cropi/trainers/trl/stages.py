@@ -196,7 +196,7 @@ class Stages(Recorder):
             self._check_recorded(stage)
             return choose_prompts(
                 self.model, self.trainer._tokenizer, options, stage=stage,
-                # In stage 0 too small a fraction is an error; later, work would be lost by one.
+                # In stage 0 too small a fraction raises an error; later, an error would lose work.
                 least=self.prompts if stage else 0, others=others,
                 folder=folder, train=self._sources("train", folder),
                 valid=self._sources("valid", folder), known=self.ids.__contains__, ranks=self.ranks,
