@@ -41,7 +41,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "make demo    build, then pick the best prompts of the example data with SmolLM2-135M-Instruct"
 	@echo "make test    build, then run the tests"
-	@echo "make quick   build, then run the short tests: no model download, nothing compiled for a GPU"
+	@echo "make quick   build, then run one case of every short test: no model download, nothing compiled for a GPU"
 	@echo "make test-verl  the verl adapters against verl 0.7.1 and 0.9.1, each in an environment of its own"
 	@echo "make test-ray   a job on a Ray cluster of two nodes, on this machine; installs ray"
 	@echo "make test-gpu-aot  compile every Triton kernel for six generations of GPUs (minutes)"
@@ -98,10 +98,10 @@ model: $(STAMPS)/model
 demo: build model
 	time $(BIN)/cropi run --config examples/demo.toml
 
-# What a contributor runs between two edits: no model download, no compiler runs for GPUs, nothing that takes long.
+# What a contributor runs between two edits, under 90 s on two cores: tests/support/quick.py says which tests these are.
 quick: build
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -q -m "not slow" \
-	  --ignore tests/gpu --ignore tools --ignore benchmarks/tests --ignore tests/packaging/test_aarch64.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -q --quick --durations 5 --durations-min 2 \
+	  --ignore tests/gpu --ignore tools --ignore benchmarks/tests $(ARGS)
 
 test: build model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)

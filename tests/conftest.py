@@ -1,4 +1,4 @@
-"""What all tests share: one thread, known random numbers, and the fixtures of support/fixtures.py."""
+"""What all tests share: one thread, known random numbers, the fixtures of support/fixtures.py, and `--quick`."""
 
 from support.fixtures import (  # noqa: F401
     fresh_warnings,
@@ -7,3 +7,4 @@ from support.fixtures import (  # noqa: F401
     pytest_collection_modifyitems,
     surroundings,
 )
+from support.quick import pytest_addoption, pytest_ignore_collect  # noqa: F401

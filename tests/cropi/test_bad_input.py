@@ -132,6 +132,7 @@ def test_log_probs_of_the_likeliest_tokens_are_refused(name: str, tmp_path: Path
         list(read(write_lines(tmp_path / "t.jsonl", [record(response_ids=IDS, logprobs=TOP[name])])))
 
 
+@pytest.mark.long
 def test_log_probs_in_base_2_or_10_end_the_job_before_a_store_is_made(tmp_path: Path) -> None:
     """What they would do without a word: every ratio a power of the right one."""
     from cropi.gradient.behaviour_check import BehaviourMismatch

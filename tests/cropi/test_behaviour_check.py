@@ -76,6 +76,7 @@ def test_log_probs_of_the_right_policy_pass(tmp_path: Path, dtype: torch.dtype, 
     assert "behaviour     file; ratio 1" in summary.text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind, head", [("granite", {"logits_scaling": 0.25}), ("gemma3_text", {"final_logit_softcapping": 3.0})]
 )
@@ -144,6 +145,7 @@ def test_wrong_log_probs_are_named_before_a_store_is_made(tmp_path: Path, name: 
         assert run(tmp_path, model, records, behaviour_check="warn").sketched == 6
 
 
+@pytest.mark.long
 def test_the_check_can_be_left_out_and_is_where_no_ratio_is(tmp_path: Path) -> None:
     records = scaled(rollouts(make_model()), 2.0)
     with warnings.catch_warnings():

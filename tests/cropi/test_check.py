@@ -76,6 +76,7 @@ def test_exact_gradients_are_those_of_each_response_in_float64(
     assert all(p.requires_grad and p.grad is None for p in policy.model.parameters())
 
 
+@pytest.mark.long
 def test_the_error_is_the_difference_of_sketched_and_exact_scores(
     policy: Policy, groups: list[TokenGroup]
 ) -> None:
@@ -107,6 +108,7 @@ def test_other_seeds_estimate_the_error_of_this_one() -> None:
     assert error_by_seeds(torch.zeros(4), torch.full((1, 4), 0.2)) == pytest.approx(0.2 / 2**0.5)
 
 
+@pytest.mark.long
 def test_other_seeds_estimate_the_error_that_exact_gradients_show(
     policy: Policy, groups: list[TokenGroup]
 ) -> None:
@@ -123,6 +125,7 @@ def test_other_seeds_estimate_the_error_that_exact_gradients_show(
     assert (ratios - 1).abs().median() < 0.2 and 0.85 < float(ratios.mean()) < 1.15, ratios
 
 
+@pytest.mark.long
 def test_formed_gradients_are_sketched_once_more_by_one_other_seed(groups: list[TokenGroup]) -> None:
     """A scale that no tap knows: its gradient is formed, for one sketch a pass."""
 
@@ -145,6 +148,7 @@ def test_formed_gradients_are_sketched_once_more_by_one_other_seed(groups: list[
     )
 
 
+@pytest.mark.long
 def test_a_sketch_that_is_too_small_is_said_to_be(policy: Policy, groups: list[TokenGroup]) -> None:
     report = check_groups(policy, groups, spec=SketchSpec(dim=64), estimator=ESTIMATOR)
     assert report.findings[0].level != "ok" and "a larger --dim" in report.findings[0].text
@@ -169,6 +173,7 @@ def test_a_wrong_gradient_fails(
     assert not report.ok and report.findings[0].level == "failed"
 
 
+@pytest.mark.long
 def test_models_with_adapters_count_the_adapters_alone(groups: list[TokenGroup]) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make_model(), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
@@ -179,6 +184,7 @@ def test_models_with_adapters_count_the_adapters_alone(groups: list[TokenGroup])
     assert report.ok and all("lora" in kind for kind in report.by_type)
 
 
+@pytest.mark.long
 def test_a_sample_of_a_file_is_drawn_at_random_and_the_same_again(policy: Policy, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "t.jsonl", make_records(60))
     job = SketchJob([path], None, SPEC)
@@ -189,6 +195,7 @@ def test_a_sample_of_a_file_is_drawn_at_random_and_the_same_again(policy: Policy
         check_job(policy, job, n=3)
 
 
+@pytest.mark.long
 def test_the_command_prints_a_verdict_and_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +214,7 @@ def test_the_command_prints_a_verdict_and_json(
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_front_door_checks_what_is_in_memory() -> None:
     report = cropi.check(make_model(), make_records(24), make_tokenizer(), n=8, dim=8192, progress=False)
     assert report.ok and report.prompts == 8 and repr(report).startswith("CheckReport(")

@@ -85,6 +85,7 @@ def test_rows_alone_come_in_chunks_too(tmp_path: Path, monkeypatch: pytest.Monke
         assert [row.id for chunk in found for row in chunk.rows] == [row.id for row in rows]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("longest", [1, 4], ids=["prompts cut between shares", "at ends of batches"])
 def test_shares_hold_the_rows_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int

@@ -66,6 +66,7 @@ def exact_gradient(model: Any, tokenizer: Any, record: dict[str, Any]) -> torch.
     return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])
 
 
+@pytest.mark.long
 def test_four_commands_rank_as_exact_gradients_do(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +103,7 @@ def test_four_commands_rank_as_exact_gradients_do(
     assert len(chosen) == 4 and {row["id"] for row in chosen} <= set(train)
 
 
+@pytest.mark.long
 def test_run_does_all_four_from_a_config_file_too(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +145,7 @@ def test_run_does_all_four_from_a_config_file_too(
         assert named in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_layouts_budgets_and_dtypes_give_the_same_sketches(made: Path, tmp_path: Path) -> None:
     sketch(made, tmp_path / "a")
     sketch(made, tmp_path / "b", "--layout padded --tokens-per-batch 24")
@@ -153,6 +156,7 @@ def test_layouts_budgets_and_dtypes_give_the_same_sketches(made: Path, tmp_path:
         assert float(torch.nn.functional.cosine_similarity(got, expected, dim=0)) > 0.9995
 
 
+@pytest.mark.long
 def test_behaviour_model_and_stored_log_probs_agree(made: Path, tmp_path: Path) -> None:
     """Log-probs that are computed by the behaviour model equal the same ones read from the file."""
     records, tokenizer, beta = make_records(10), make_tokenizer(), make_model(seed=1)
@@ -184,6 +188,7 @@ def test_behaviour_model_and_stored_log_probs_agree(made: Path, tmp_path: Path) 
     assert SketchStore.open(tmp_path / "file").manifest["behaviour"] == {"source": "file", "model": None}
 
 
+@pytest.mark.long
 def test_the_policy_is_taken_at_the_temperature_of_the_rollouts(made: Path, tmp_path: Path) -> None:
     """Log-probs of the policy itself at the rollouts' temperature give ratios of 1, and only at that one."""
     records, tokenizer, model = make_records(8), make_tokenizer(), make_model()
@@ -266,6 +271,7 @@ def test_a_store_is_not_continued_with_another_tokenizer(
     assert "was made with tokenizer = " in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_template_file_counts_by_content(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -440,6 +446,7 @@ for number in (signal.SIGKILL, signal.SIGINT):
 """
 
 
+@pytest.mark.long
 def test_kill_and_interrupt_lose_nothing_and_the_rest_is_computed(made: Path, tmp_path: Path) -> None:
     many = write_lines(tmp_path / "many.jsonl", make_records(300, seed=2))
     out = tmp_path / "cut"

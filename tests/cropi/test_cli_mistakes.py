@@ -127,6 +127,7 @@ def test_a_tokenizer_without_an_end_token_is_used_as_the_message_says(
     assert cropi(*words, "--out", tmp_path / "s", "--no-eos") == 0
 
 
+@pytest.mark.long
 def test_limit_is_one_of_training_prompts_alone(tmp_path: Path) -> None:
     made, sizes = make_folder(tmp_path), {"train": 6, "valid": 12}
     files = [

@@ -113,6 +113,7 @@ def test_a_dataset_without_stable_ids_is_found_before_any_sketch(
         assert words in error and "--id-key" in error and not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_rollout_commands_that_write_nothing(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def test_what_is_said_of_stages_that_learnt_nothing() -> None:
     assert nothing_learnt([{"stage": 0}]) == []
 
 
+@pytest.mark.long
 def test_a_trainer_that_trains_nothing_is_named_in_the_report(tmp_path: Path) -> None:
     made = make_folder(tmp_path)
     assert curriculum(config(made, tmp_path / "run", trainer="cp {model}/* {out} # {selected}")) == 0
@@ -56,6 +57,7 @@ def test_a_trainer_that_trains_nothing_is_named_in_the_report(tmp_path: Path) ->
     assert "training" not in report(tmp_path / "run")[0] and read_training(tmp_path) == {}
 
 
+@pytest.mark.long
 def test_the_reward_of_trls_training_is_in_the_report(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     made = make_folder(tmp_path)

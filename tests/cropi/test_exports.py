@@ -146,6 +146,7 @@ def test_exports_that_cannot_be(tmp_path: Path, parquet: Path, options: dict[str
     assert words in str(caught.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_select_exports_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
@@ -192,6 +193,7 @@ def logprobs(ids: list[int]) -> list[float]:
     return [-token / 8 for token in ids]  # exact in float32
 
 
+@pytest.mark.long
 def test_a_terminal_that_lacks_a_letter_does_not_end_the_export(tmp_path: Path) -> None:
     write_lines(tmp_path / "t.jsonl", [{**r, "prompt": "x\u00b2 \u2264 7"} for r in make_records(10)])
     rows = [RowInfo(r["id"], pass_rate=0.5) for r in make_records(10)]

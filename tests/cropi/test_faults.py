@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 SHARE = os.environ.get("CROPI_FAULTS", "0")
 QUICK = [
     "store",

@@ -148,6 +148,7 @@ def test_fingerprints_do_not_depend_on_packing_and_follow_content(tmp_path: Path
     assert scan([tmp_path / "o.parquet"]).fingerprint != scan([HERE / "records.parquet"]).fingerprint
 
 
+@pytest.mark.long
 def test_standard_input_is_read_like_a_file(tmp_path: Path) -> None:
     for name in ("records.jsonl", "records.jsonl.gz", "records.parquet"):
         with open(HERE / name, "rb") as file:
@@ -307,6 +308,7 @@ def test_without_a_network_the_error_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert "the network" in str(caught.value) and len(str(caught.value)) < 1000
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 def test_a_run_on_tables_with_other_columns_selects_what_a_run_on_records_selects(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "model")

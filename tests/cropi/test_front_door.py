@@ -53,6 +53,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # --------------------------------------------------------------------------------------------- results
+@pytest.mark.long
 def test_memory_files_and_the_command_line_agree_to_the_bit(
     scores: Scores, saved: Path, tmp_path: Path
 ) -> None:
@@ -85,6 +86,7 @@ def test_other_holders_of_the_same_records(scores: Scores) -> None:
     np.testing.assert_array_equal(got.table, scores.table)
 
 
+@pytest.mark.long
 def test_names_of_sets_are_the_keys_where_records_have_none() -> None:
     plain = [{key: value for key, value in record.items() if key != "set"} for record in VALID]
     got = cropi.score(make_model(), TRAIN, {"a": plain[:4], "b": plain[4:]}, make_tokenizer(), **SMALL)
@@ -277,6 +279,7 @@ def test_old_names_of_the_documentation_are_what_they_were() -> None:
     assert callable(read_trajectories) and callable(write_trajectories)
 
 
+@pytest.mark.long
 def test_influence_is_a_function_also_after_its_old_module_was_imported() -> None:
     code = (
         "import warnings; warnings.simplefilter('ignore')\nimport cropi, torch\nimport cropi.influence\n"

@@ -150,6 +150,7 @@ def test_one_prompt_left_out_is_a_store_without_it(stores: Any, mean: str) -> No
         leave_one_out(pairwise(train, [valid]), selecting=Selecting(method="random"))
 
 
+@pytest.mark.long
 def test_plots_of_large_pools_hold_densities_and_not_a_point_a_prompt(tmp_path: Path) -> None:
     """20,000 points on one panel are a solid block, and 8 panels of them a file of 10 MB."""
     from cropi.ranking.influence import Scores

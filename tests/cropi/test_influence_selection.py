@@ -259,6 +259,7 @@ def test_learnability_draws_between_mirrored_pass_rates() -> None:
     assert 25 < easy < 75, "of 100 drawn from 100 and 100: mean 50, standard deviation 3.5"
 
 
+@pytest.mark.long
 def test_written_selection_table_and_plot(tmp_path: Path) -> None:
     scores = make_scores(TEN)
     chosen = select(scores, fraction=0.3)

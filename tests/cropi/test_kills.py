@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 KILLS = os.environ.get("CROPI_KILLS", "2")
 QUICK = ["store", "merge", "compact", "influence", "select", "export"]
 

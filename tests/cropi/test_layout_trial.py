@@ -134,6 +134,7 @@ def sketched(out: Path, model: Any, rows: list[dict[str, Any]], layout: str) -> 
     return {r.id: v for found, table in SketchStore.open(out).shards() for r, v in zip(found, table)}
 
 
+@pytest.mark.long
 def test_a_job_tries_its_longest_row_and_falls_back_or_says_so(tmp_path: Path) -> None:
     """Each prompt with a response has 70 tokens, the row of them 190: the local window cuts the prompt off."""
     model, rows = gpt_neo(), records(40, 5, 31)

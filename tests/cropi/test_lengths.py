@@ -90,6 +90,7 @@ def assert_right(store: Any, made: Any, beta: Any = None) -> None:
         assert float((got[record["id"]] - want).norm() / want.norm()) <= 2e-5, record["id"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["auto", "padded"])
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_batches_are_cut_where_the_positions_change(kind: str, layout: str) -> None:

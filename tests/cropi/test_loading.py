@@ -92,6 +92,7 @@ def test_a_token_costs_what_autograd_keeps_of_it() -> None:
     assert saved / 2 < bytes_per_token(model) < 2 * saved
 
 
+@pytest.mark.long
 def test_where_it_runs_is_said_at_the_start(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +124,7 @@ def lora_model(folder: Path, adapter: Path) -> Any:
     return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
 
 
+@pytest.mark.long
 def test_an_adapter_by_name_is_the_adapter_loaded_by_hand(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
     return json.loads(told.out), told.err
 
 
+@pytest.mark.long
 def test_json_is_all_that_standard_output_gets(
     work: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_quiet_and_verbose(work: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "warning: " in capsys.readouterr().err  # what is wrong is said all the same
 
 
+@pytest.mark.long
 def test_there_is_no_bar_where_nobody_looks(work: Path, tmp_path: Path) -> None:
     words = [
         "sketch",
@@ -152,6 +154,7 @@ def test_there_is_no_bar_where_nobody_looks(work: Path, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ dry run
+@pytest.mark.long
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +194,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
 
 
 # ------------------------------------------------------------------------------------------------------- config
+@pytest.mark.long
 def test_the_config_of_a_run_repeats_it_from_anywhere(
     work: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +219,7 @@ def test_the_config_of_a_run_repeats_it_from_anywhere(
 
 
 # --------------------------------------------------------------------------------------------------------- info
+@pytest.mark.long
 def test_info_reads_everything_that_is_written(
     work: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

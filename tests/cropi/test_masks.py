@@ -128,6 +128,7 @@ def test_a_masked_gradient_is_that_of_the_scored_tokens(
         assert float((got - unmasked).norm()) > 0.05 * float(got.norm()), "the mask changes this gradient"
 
 
+@pytest.mark.long
 def test_a_mask_of_ones_changes_no_bit(tmp_path: Path) -> None:
     model = make_model()
     plain = {key: value for key, value in RECORD.items() if key != "loss_mask"}

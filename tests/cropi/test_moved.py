@@ -64,6 +64,7 @@ def test_modules_that_became_packages_keep_their_names(package: str, names: list
         assert all(callable(getattr(module, name)) for name in names)
 
 
+@pytest.mark.long
 def test_an_old_module_named_as_a_function_can_be_called() -> None:
     """``cropi.influence`` was a module, and holds the function ``influence``."""
     code = (

@@ -205,6 +205,7 @@ def test_adafactor_is_its_own_update(kind: str, tmp_path: Path) -> None:
     assert again.fingerprint()["moments"] == moments.fingerprint()["moments"]
 
 
+@pytest.mark.long
 def test_scores_are_dot_products_with_the_step(tmp_path: Path) -> None:
     """<g(s), D g(v)> = <D g(s), g(v)>: the effect of a step of Adam along a training prompt's gradient."""
     model, optimizer = trained()
@@ -300,6 +301,7 @@ def test_lora_has_moments_of_its_adapters(frozen: bool, tmp_path: Path) -> None:
         assert read_moments(tmp_path / "optimizer.pt", model).fingerprint() == found.fingerprint()
 
 
+@pytest.mark.long
 def test_half_precision_weights_do_not_lose_small_gradients(tmp_path: Path) -> None:
     model, optimizer = trained()
     right = run(model, tmp_path / "wide", optimizer_state=optimizer)

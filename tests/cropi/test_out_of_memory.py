@@ -155,6 +155,7 @@ def rows(path: Path) -> dict[str, torch.Tensor]:
     return {r.id: s for kept, sketches in SketchStore.open(path).shards() for r, s in zip(kept, sketches)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_a_batch_that_does_not_fit_is_halved(
     tmp_path: Path, device: dict[str, int], layout: str, capsys: pytest.CaptureFixture[str]
@@ -170,6 +171,7 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert "do not fit into the device's memory: halved; --tokens-per-batch" in said.out + said.err
 
 
+@pytest.mark.long
 def test_one_row_that_does_not_fit_ends_the_job_and_loses_nothing(
     tmp_path: Path, device: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

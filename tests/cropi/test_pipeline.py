@@ -59,6 +59,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return calls
 
 
+@pytest.mark.long
 def test_a_run_parses_every_record_twice_and_hashes_the_weights_once(
     tmp_path: Path, counted: Counter[str]
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_run_parses_every_record_twice_and_hashes_the_weights_once(
 
 
 # ------------------------------------------------------------------------------------------------ choosing
+@pytest.mark.long
 def test_memory_and_folder_choose_alike(tmp_path: Path) -> None:
     said: list[str] = []
     memory = quiet(policy(), TRAIN, VALID, SETUP, say=said.append)
@@ -112,6 +114,7 @@ def test_what_is_checked_is_checked_before_anything_is_written(tmp_path: Path) -
         check(policy(), TRAIN, VALID, SETUP, sets=["z"], option="sets")
 
 
+@pytest.mark.long
 def test_known_prompts_alone_are_chosen() -> None:
     known = {record["id"] for record in TRAIN[::2]}
     checked = check(policy(), TRAIN, VALID, SETUP, known=known.__contains__)
@@ -148,6 +151,7 @@ class Threads:
         return pickle.loads(self.box[-1])  # type: ignore[no-any-return]
 
 
+@pytest.mark.long
 def test_ranks_share_the_prompts_and_all_get_the_selection(tmp_path: Path) -> None:
     train, valid = write_lines(tmp_path / "t.jsonl", TRAIN), write_lines(tmp_path / "v.jsonl", VALID)
     box: list[Any] = []

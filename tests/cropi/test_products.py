@@ -42,6 +42,7 @@ def run(tmp_path: Path, name: str, records: list[dict[str, Any]]) -> dict[str, t
     return {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
 
 
+@pytest.mark.long
 def test_a_continued_store_keeps_the_decisions_of_its_beginning(
     measured: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

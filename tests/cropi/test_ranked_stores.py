@@ -21,7 +21,7 @@ from cropi.store.manifest import UnlikeStores
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
 
-pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")]
 
 
 def stored(

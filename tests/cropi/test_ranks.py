@@ -86,6 +86,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "longest, dtype",
     [(1, "float32"), (4, "int8")],
@@ -112,6 +113,7 @@ def test_the_store_of_one_process(
     assert again[0].resumed == 48 and again[0].sketched == 0
 
 
+@pytest.mark.long
 def test_who_is_slow_takes_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: dict[int, int] = {0: 0, 1: 0}
     take = ranks.Claimed.take
@@ -128,6 +130,7 @@ def test_who_is_slow_takes_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 0 < rows[1] < rows[0], rows
 
 
+@pytest.mark.long
 def test_an_error_of_one_rank_ends_all_and_loses_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +159,7 @@ def test_an_error_of_one_rank_ends_all_and_loses_nothing(
     assert equal(content(folder / "whole"), content(folder / "out"))
 
 
+@pytest.mark.long
 def test_one_process_goes_on_with_what_many_began(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the rows of a process that was thought dead are not taken twice."""
     whole = SketchStore.open(folder / "whole")
@@ -173,6 +177,7 @@ def test_one_process_goes_on_with_what_many_began(folder: Path, monkeypatch: pyt
     assert not list((folder / "out").glob("part-*"))
 
 
+@pytest.mark.long
 def test_a_part_that_is_written_to_is_left_alone(folder: Path) -> None:
     whole = SketchStore.open(folder / "whole")
     SketchStore.create(folder / "out", whole.manifest).close()
@@ -200,6 +205,7 @@ def differing(folder: Path, **of_rank_1: Any) -> str:
     return str(found[0])
 
 
+@pytest.mark.long
 def test_other_files_models_and_options_are_named_before_work(folder: Path) -> None:
     other = write_lines(folder / "other.jsonl", make_records(48, seed=1))
     message = differing(folder, trajectories=[other])
@@ -213,6 +219,7 @@ def test_other_files_models_and_options_are_named_before_work(folder: Path) -> N
     assert "versions.torch" not in message
 
 
+@pytest.mark.long
 def test_a_folder_that_is_not_shared_is_named(folder: Path) -> None:
     made = policies(2)
 
@@ -229,6 +236,7 @@ def test_a_folder_that_is_not_shared_is_named(folder: Path) -> None:
     ) and "one folder, on a file system that all processes share" in str(found[0])
 
 
+@pytest.mark.long
 def test_other_cuts_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = chunks_module._digest
 

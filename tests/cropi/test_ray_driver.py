@@ -121,6 +121,7 @@ def on_fake(
     return on_ray.sketch(lambda: make_job(folder, "out"), folder / "out", progress=False, **options)
 
 
+@pytest.mark.long
 def test_a_worker_computes_chunks_in_any_order(folder: Path) -> None:
     worker = Worker(lambda: make(folder, "out"))
     found = worker.prepare()
@@ -147,6 +148,7 @@ def test_a_worker_computes_chunks_in_any_order(folder: Path) -> None:
     assert equal(content(folder / "whole"), content(folder / "again"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("instant", ["before", "in between", "at the end"])
 def test_chunks_of_dead_workers_are_put_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch, instant: str
@@ -172,6 +174,7 @@ def test_chunks_of_dead_workers_are_put_back(
     assert again.resumed == 60 and again.sketched == 0
 
 
+@pytest.mark.long
 def test_a_chunk_that_kills_every_worker_ends_the_job(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay(2, lambda worker, method, arguments: method == "work" and arguments[0] == 3)
     with pytest.raises(
@@ -184,6 +187,7 @@ def test_a_chunk_that_kills_every_worker_ends_the_job(folder: Path, monkeypatch:
     assert equal(content(folder / "whole"), content(folder / "out"))
 
 
+@pytest.mark.long
 def test_what_a_worker_finds_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bad(folder: Path, out: str) -> tuple[Policy, SketchJob]:
         policy, job = make(folder, out)

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import fuzz
@@ -16,6 +17,8 @@ from cropi.data.keys import ALIASES, FIELDS, REFUSED
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup, parse_record
 from cropi.errors import CropiError, RecordError
+
+pytestmark = pytest.mark.long
 
 INPUTS = 500
 

@@ -78,6 +78,7 @@ def test_messages_stay_short_whatever_a_record_holds(tmp_path: Path) -> None:
         assert len(str(caught.value).encode()) < 2000 and "t.jsonl:1" in str(caught.value), list(change)
 
 
+@pytest.mark.long
 def test_yaml_aliases_of_aliases_are_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
     for text in (bomb, "a: &a [*a]\n"):

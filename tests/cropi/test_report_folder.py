@@ -43,6 +43,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.long
 def test_a_run_writes_the_page(ran: Path) -> None:
     page = (ran / "report.html").read_text()
     data, chosen = data_of(page), read_selection(ran / "selected.jsonl")

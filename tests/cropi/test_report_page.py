@@ -121,6 +121,7 @@ def test_text_of_users_is_never_markup() -> None:
     assert "https://" not in page and "http://" not in page and "default-src 'none'" in page
 
 
+@pytest.mark.long
 def test_a_large_page_stays_small(tmp_path: Path) -> None:
     given = make_input(20000, sets=4)
     write_report(tmp_path / "r.html", given)

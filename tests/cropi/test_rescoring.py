@@ -92,6 +92,7 @@ def streamed(seed: int, share: float, uniform: bool, stages: int = 10) -> tuple[
     return float(np.mean(regrets)), float(np.mean(bounds)), drift
 
 
+@pytest.mark.long
 def test_regret_on_a_stream_that_drifts() -> None:
     """A fifth of the tokens, put near the cut, loses less than a fifth of what uniform re-scoring loses (a ninth is
     measured), and no more than the bound says of what was left."""
@@ -181,6 +182,7 @@ def sketches_of(store: SketchStore) -> dict[str, torch.Tensor]:
     return {row.id: vector for rows, vectors in store.shards() for row, vector in zip(rows, vectors)}
 
 
+@pytest.mark.long
 def test_stages_keep_what_they_do_not_score(
     bounded: Path, made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +232,7 @@ def test_stages_keep_what_they_do_not_score(
     assert "scored_at" not in read_scores(bounded / "stage-00" / "scores.parquet").rows[0].extra
 
 
+@pytest.mark.long
 def test_a_whole_budget_is_full_scoring(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert curriculum(config(made, out, budget=1.0, passes=1.0)) == 0
@@ -242,6 +245,7 @@ def test_a_whole_budget_is_full_scoring(made: Path, tmp_path: Path) -> None:
         assert chosen[stage] == scores.select(0.2).ids
 
 
+@pytest.mark.long
 def test_a_share_of_the_time_bounds_stages_after_the_first(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,6 +272,7 @@ def copied(made: Path, bounded: Path, folder: Path, **changes: Any) -> tuple[Pat
     return out, config(made, out, trainer=nudge, **({"stages": 3, "passes": 0.4} | changes))
 
 
+@pytest.mark.long
 def test_a_stage_that_goes_on_repeats_its_plan(made: Path, bounded: Path, tmp_path: Path) -> None:
     """Killed after the plan, and inside the sketches that follow it: the same choice, whatever the clock says now."""
     out, path = copied(made, bounded, tmp_path)
@@ -285,6 +290,7 @@ def test_a_stage_that_goes_on_repeats_its_plan(made: Path, bounded: Path, tmp_pa
     assert plan_of(out, 2)["ids"] == plan_of(bounded, 2)["ids"]
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_an_error(
     made: Path, bounded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -291,6 +291,7 @@ def test_the_choice_moves_with_the_training_prompts_responses() -> None:
 
 
 # ------------------------------------------------------------------------------------ the ways to get it
+@pytest.mark.long
 def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``run --noise``, ``sketch --noise`` with ``influence --noise``, and Python say the same."""
     model, tokenizer = make_model(), make_tokenizer()

@@ -35,6 +35,7 @@ def equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return one[:-1] == other[:-1] and same
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("budget", [20, 60, 200], ids=["rows of a prompt apart", "few rows", "many rows"])
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_a_resumed_store_has_the_same_bits(

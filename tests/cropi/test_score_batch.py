@@ -72,6 +72,7 @@ def check(batch: cropi.SketchedBatch, want: dict[str, torch.Tensor]) -> None:
         assert float((sketch - want[name]).norm()) <= 2e-5 * float(want[name].norm()), name
 
 
+@pytest.mark.long
 def test_weights_of_tokens_and_rows_are_those_of_the_gradient() -> None:
     data = made()
     generator = torch.Generator().manual_seed(1)
@@ -98,6 +99,7 @@ def test_weights_of_tokens_and_rows_are_those_of_the_gradient() -> None:
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cropi", "ppo", "reinforce", "dr_grpo", "dapo"])
 def test_an_estimator_gives_the_sketches_of_the_same_records(name: str) -> None:
     model, data = make_model(), made()
@@ -132,6 +134,7 @@ def test_an_estimator_gives_the_sketches_of_the_same_records(name: str) -> None:
     assert torch.equal(same.sketches, got.sketches)
 
 
+@pytest.mark.long
 def test_how_rows_are_cut_and_padded_changes_nothing_but_rounding() -> None:
     model, data = make_model(), made()
     whole = cropi.score_batch(model, **data, rewards=REWARD_ROWS, spec=SPEC)

@@ -62,6 +62,7 @@ def test_a_table_comes_back_whole(scores: Scores, tmp_path: Path) -> None:
     assert list(scores.to_pandas().columns)[-3:] == ["stderr[x]", "stderr[y]", "p_selected"]
 
 
+@pytest.mark.long
 def test_every_byte_of_a_table_counts(scores: Scores, tmp_path: Path) -> None:
     """Each edit of one byte is an error, or the same table: no flip selects other prompts."""
     file = tmp_path / "s.parquet"
@@ -159,6 +160,7 @@ assert not heavy, heavy
 """
 
 
+@pytest.mark.long
 def test_selecting_and_reporting_import_no_torch(scores: Scores, tmp_path: Path) -> None:
     """Its import alone takes more memory than the scores of a million prompts."""
     write_scores(tmp_path / "scores.parquet", scores)

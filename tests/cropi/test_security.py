@@ -123,6 +123,7 @@ def test_control_characters_are_escaped_and_letters_are_not() -> None:
     assert printable_lines("a\x07\nb") == "a\\x07\nb"
 
 
+@pytest.mark.long
 def test_names_from_files_cannot_write_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

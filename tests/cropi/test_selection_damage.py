@@ -19,6 +19,7 @@ from cropi.store.rows import RowInfo
 EVERY = bool(os.environ.get("CROPI_EVERY_BYTE"))
 
 
+@pytest.mark.long
 def test_every_byte_of_a_selection_counts(tmp_path: Path) -> None:
     """A sample of the edits; ``CROPI_EVERY_BYTE=1`` tries all 255 of every byte."""
     meta = {"train": {"stage": "0", "model": {"weights": "aa"}}}

@@ -198,6 +198,7 @@ def test_a_push_sends_the_chosen_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 # ------------------------------------------------------------------------------------------------------- run
+@pytest.mark.long
 def test_run_exports_from_the_command_line_and_from_a_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

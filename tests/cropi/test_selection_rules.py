@@ -253,6 +253,7 @@ def test_near_copies_are_left_out_and_named() -> None:
     ]
 
 
+@pytest.mark.long
 def test_deduplication_is_greedy_over_blocks_and_groups() -> None:
     """Against the definition, one pair at a time, over more prompts than one block."""
     torch.manual_seed(0)

@@ -106,6 +106,7 @@ def stream(
     return total, best
 
 
+@pytest.mark.long
 def test_regret_on_a_stream() -> None:
     """Of 2.3, what a random draw loses against the best prompts of every step, the rule loses less than half, and less
     than three quarters of what is lost by always taking the best known."""
@@ -147,6 +148,7 @@ def test_four_bits_are_right_on_average() -> None:
     assert abs(float(table.read(place)[0, 1]) - 10.0) <= 4 * (200 * 0.05) ** 0.5
 
 
+@pytest.mark.long
 def test_a_million_prompts() -> None:
     """4 bits of 256 numbers: 138 bytes a prompt and 28 for its counts; a draw takes a fraction of a second."""
     selector = Selector(range(1_000_000), dim=256, bits=4)

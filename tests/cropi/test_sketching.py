@@ -93,6 +93,7 @@ def with_ratio(records: list[dict[str, Any]], model: Any, ratio: list[float]) ->
     return records
 
 
+@pytest.mark.long
 def test_norm_ratio_and_clipped_tokens_of_a_row_are_those_of_its_responses(tmp_path: Path) -> None:
     """Rows of one response each, so that every prompt is put together from several micro-batches."""
     model, ratio = make_model(), [1.5, 1.5, 1.0, 1.0]

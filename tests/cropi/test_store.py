@@ -309,6 +309,7 @@ def test_a_shard_twice_or_too_many_rows_are_refused(tmp_path: Path) -> None:
             opening(tmp_path / "s")
 
 
+@pytest.mark.long
 def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
     """Each edit of one byte is an error, or leaves everything that the manifest says as it was."""
     fill(tmp_path / "s", 2, MANIFEST | {"prompts": 2})
@@ -329,6 +330,7 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
     assert found > 2 * len(whole), found
 
 
+@pytest.mark.long
 def test_every_byte_of_a_shard_of_skipped_prompts_counts(tmp_path: Path) -> None:
     """Such a shard has no sketches, so nobody reads the file whole: its header has a checksum of its own."""
     with SketchStore.create(tmp_path / "s", MANIFEST) as store:

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.long
+
 # Runs in one process that forks a child per kill, so that torch is imported once. Every child writes rows and dies
 # before its n-th file operation, or after a random time; what it had reported must be there afterwards.
 KILLER = """

@@ -10,6 +10,8 @@ import pytest
 
 from cropi_kernels import _native
 
+pytestmark = pytest.mark.long
+
 CODE = "import torch, cropi_kernels; print(cropi_kernels.explain(torch.zeros(1, 1)))"
 
 

@@ -87,6 +87,7 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op,i", [(op, i) for op, calls in CALLS.items() for i in range(len(calls))])
 @pytest.mark.filterwarnings("ignore:.*runs on the plain torch reference")
 def test_opcheck(op: str, i: int) -> None:
@@ -162,6 +163,7 @@ def everything(
     return out.cos(), weight, logp
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("op", OPS)
 def test_one_op_without_graph_breaks(op: str, backend: str) -> None:

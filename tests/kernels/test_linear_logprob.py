@@ -212,6 +212,7 @@ def test_bits_do_not_depend_on_chunks_or_company(dtype: torch.dtype) -> None:
         assert torch.equal(again[0], logp[some]) and torch.equal(again[1], got[some])
 
 
+@pytest.mark.long
 def test_error_does_not_grow_with_chunks_or_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain torch: sums over panels of the head are carried in float32."""
     hidden, head, targets, grad = problem(64, 64, 4099)
@@ -375,6 +376,7 @@ def test_autocast_does_not_round(backend: str) -> None:
         assert a[0].dtype == torch.float32 and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     hidden, head, targets, grad = problem(9, 8, 37)
@@ -389,6 +391,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     library.opcheck(torch.ops.cropi.linear_logprob_backward.default, args)
 
 
+@pytest.mark.long
 def test_compiles_whole() -> None:
     hidden, head, targets, grad = problem(20, 24, 129)
 

@@ -233,6 +233,7 @@ def test_module_is_linear_differentiable_and_compiles() -> None:
 sklearn = pytest.importorskip("sklearn")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fields",
     [

@@ -121,6 +121,7 @@ SHAPES = [
 FACTOR = {"dense": 1.02, "heavy tails": 1.1, "outlier channel": 8.0, "common direction": 10.0}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows, cols, names", SHAPES, ids=["1024x64", "128x512", "130x260"])
 def test_variance_of_the_slab_sketch(rows: int, cols: int, names: list[str]) -> None:
     """The variance is the derived one (`slab_variance`), and that is within a known factor of CountSketch's.
@@ -178,6 +179,7 @@ def block_variance(x: torch.Tensor, y: torch.Tensor, block: int) -> float:
     return total * 8 / block
 
 
+@pytest.mark.long
 def test_vectors_are_exact_or_have_the_derived_variance() -> None:
     """Up to 32768 numbers never meet; a bias of a large vocabulary has its blocks added up."""
     for size in (1, 7, 576, 32768):
@@ -197,6 +199,7 @@ def test_vectors_are_exact_or_have_the_derived_variance() -> None:
 
 
 # ----------------------------------------------------------------------------------------- halving
+@pytest.mark.long
 def test_halving_has_the_derived_variance_and_nests() -> None:
     dense = torch.stack([normal(2048, seed=1), normal(2048, seed=2) + 0.5 * normal(2048, seed=1)]).double()
     spiky = dense.clone()

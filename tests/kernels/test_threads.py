@@ -101,6 +101,7 @@ def test_a_forked_child_runs_on_one_thread() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads under /proc")
 def test_a_child_of_a_process_that_had_no_threads_keeps_its_own() -> None:
     code = """
@@ -131,6 +132,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads under /proc")
 @pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="torch without OpenMP")
 def test_torch_and_the_kernels_share_their_threads() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("aarch64-linux-gnu-g++")  # Debian and Ubuntu: g++-aarch64-linux-gnu
 KERNELS = re.findall(r"csrc/cpu/\w+\.cpp", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))

@@ -103,6 +103,7 @@ def train_ids(store: SketchStore) -> list[str]:
     return [row.id for row in store.rows()]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("page", "number"), ALL, ids=lambda value: str(value))
 def test_code_blocks_run(page: str, number: int, names: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ def modules() -> list[ModuleType]:
     ]
 
 
+@pytest.mark.long
 def test_examples_run() -> None:
     """After ``import torch`` and ``from cropi_kernels import *``."""
     known = {"torch": torch, **{name: getattr(cropi_kernels, name) for name in PUBLIC}}

@@ -65,6 +65,7 @@ def test_kernel_package_imports_only_torch_triton_and_numpy() -> None:
     assert not wrong, wrong
 
 
+@pytest.mark.long
 def test_thin_layer_reaches_kernels_only_through_public_names() -> None:
     wrong = []
     for path in LAYER.rglob("*.py"):
@@ -93,6 +94,7 @@ FLOORS = [
 ]
 
 
+@pytest.mark.long
 def test_packages_of_the_thin_layer_import_downwards() -> None:
     """No arrow up and no circle between the packages of cropi; inside a floor only the two that are named."""
     floor = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -154,6 +156,7 @@ print(json.dumps({"seconds": seconds, "seen": seen, "threads": threading.active_
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("module", ["cropi_kernels", "cropi"])
 def test_importing_does_no_work(module: str) -> None:
     done = subprocess.run(

@@ -68,6 +68,7 @@ def disassembly(path: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @x86_only
 def test_instructions_stay_at_their_level() -> None:
     from cropi_kernels import _C  # a missing _C must fail here, not skip

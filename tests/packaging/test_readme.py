@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -60,10 +61,11 @@ def test_record_is_a_record() -> None:
     assert group.size == 2 and group.rewards == [1.0, 0.0]
 
 
+@pytest.mark.long
 def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
-    _, code = blocks("python")
+    *_, code = blocks("python")
     exec(compile(code, "README.md", "exec"), names)
     result, model = names["result"], names["model"]
     assert result.sketches.shape == (2, 32768) and result.logprobs.shape == (8,)
@@ -82,6 +84,7 @@ def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "100.0%" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 def test_six_lines_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -93,13 +96,37 @@ def test_six_lines_run(
     make_tokenizer().save_pretrained(tmp_path / "model")
     for number, name in enumerate(("train", "math", "code")):
         write_lines(tmp_path / f"{name}.jsonl", make_records(12, seed=number))
-    code, _ = blocks("python")
+    code, _, _ = blocks("python")
     assert "Qwen/Qwen2.5-0.5B-Instruct" in code
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace("Qwen/Qwen2.5-0.5B-Instruct", "model"), "README.md", "exec"), {})
     top, chosen = capsys.readouterr().out.splitlines()
     assert top.count("p0-") == 5 and chosen.count("p0-") == 1
     assert (tmp_path / "scores.png").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+def test_lines_in_memory_run() -> None:
+    """As they stand there, with the record that the README shows."""
+    from support.made_data import make_model, make_records, make_tokenizer
+
+    import cropi
+
+    train = [json.loads(blocks("json")[0]), *make_records(12, seed=0)]
+    names = {
+        "cropi": cropi,
+        "model": make_model(),
+        "tokenizer": make_tokenizer(),
+        "train": train,
+        "math": make_records(6, seed=1),
+    }
+    _, code, _ = blocks("python")
+    exec(compile(code, "README.md", "exec"), names)
+    scores, best = names["scores"], names["best"]
+    assert scores.sets == ["math"] and len(scores) == 13 and "gsm-0001" in scores.ids
+    assert best["id"] == [scores.top("math", 1)[0][0]] and best["prompt"]
 
 
 def test_loop_of_a_trainer_runs() -> None:
@@ -170,6 +197,7 @@ def test_trl_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(selected(tmp_path / "trl-out", 1)) == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", ["project.md", "method.md"])
 def test_examples_of_a_page_run(page: str) -> None:
     """One after the other, as they stand there."""

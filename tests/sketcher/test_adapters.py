@@ -117,6 +117,7 @@ def test_lora_on_transposed_experts() -> None:
     check(adapted(moe.small("gpt_oss"), config), in_float64)
 
 
+@pytest.mark.long
 def test_lora_on_experts_beside_their_own_weights() -> None:
     """The adapters are put on a weight and taken off around every call; the weight's own gradient is the same."""
     config = peft.LoraConfig(r=3, target_modules=[], target_parameters=["mlp.experts.down_proj"])

@@ -163,6 +163,7 @@ def test_a_model_may_change_what_it_looked_up_in_place(trained: bool) -> None:
     assert_right(got, exact(model, ()))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["policy_gradient", "batch"])
 def test_blt_without_what_its_encoder_hands_on(way: str) -> None:

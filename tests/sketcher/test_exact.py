@@ -72,6 +72,7 @@ def test_segments_that_share_a_row(name: str, layout: str) -> None:
     assert_close(got, model, *gradients(name))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["gpt-oss", "bamba"])
 def test_activation_checkpointing(name: str, reentrant: bool) -> None:

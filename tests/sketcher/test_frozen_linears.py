@@ -93,6 +93,7 @@ def test_products_and_gradients_against_float64(shape: tuple[int, ...], bias: bo
         assert ((got - want).abs() <= (terms + 2) * eps * magnitude).all()
 
 
+@pytest.mark.long
 def test_sketches_are_as_exact_as_torchs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = sketches(copy.deepcopy(model).double(), linears="torch")
     theirs = sketches(model, linears="torch")
@@ -103,6 +104,7 @@ def test_sketches_are_as_exact_as_torchs(model: Any, monkeypatch: pytest.MonkeyP
     assert (error <= 2 * bound).all()
 
 
+@pytest.mark.long
 def test_equal_bits_for_every_thread_count(model: Any, threads: None) -> None:
     seen = []
     for n in (1, 2, 3):
@@ -154,6 +156,7 @@ def nothing_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "_DECISIONS", {})
 
 
+@pytest.mark.long
 def test_auto_takes_what_a_measurement_says(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(frozen.VARIABLE, raising=False)
     monkeypatch.setattr(frozen, "_LEAST_SIZE", 0)
@@ -217,6 +220,7 @@ def test_errors(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert GradientSketcher(model, linears="auto")._linears.linears == "torch"
 
 
+@pytest.mark.long
 def test_compiled_modules_are_refused_by_name(model: Any) -> None:
     model = copy.deepcopy(model)
     model.model.layers[0].mlp.compile(backend="eager")

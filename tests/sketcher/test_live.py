@@ -389,6 +389,7 @@ def coupled_by_the_weights(model: nn.Module) -> Any:
     return loss
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_sum_over_prompts_is_named() -> None:
     with pytest.raises(CoupledLossError, match="not a sum over prompts"):
         captured(zoo.make("llama"), coupled_by_a_norm)
@@ -398,6 +399,7 @@ def test_a_loss_that_is_no_sum_over_prompts_is_named() -> None:
     assert captured(zoo.make("llama"), coupled_by_a_norm, coupled=True).isfinite().all()
 
 
+@pytest.mark.long
 def test_losses_of_trainers_are_sums() -> None:
     for loss in LOSSES.values():
         model, step = zoo.make("llama"), Step()

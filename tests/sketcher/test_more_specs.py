@@ -20,6 +20,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_each_has_the_bits_that_it_has_alone(family: str, dtype: torch.dtype) -> None:

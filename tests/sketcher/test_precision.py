@@ -59,6 +59,7 @@ def by_all(model: nn.Module) -> nn.Module:
 WRAPPERS = [by_accelerate, by_autocast, by_autocast_of_the_function, by_compile, by_data_parallel, by_all]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_what_a_trainer_puts_around_a_model_changes_no_bit(wrap: Callable[[nn.Module], nn.Module]) -> None:
     plain, model = make("llama"), wrap(make("llama"))
@@ -84,6 +85,7 @@ def test_distributed_data_parallel_is_looked_through(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.long
 def test_lora_under_accelerate_and_autocast_of_the_caller() -> None:
     peft = pytest.importorskip("peft")
 
@@ -281,6 +283,7 @@ def test_weights_scaled_by_a_power_of_two_give_the_same_bits(dtype: torch.dtype,
     assert torch.equal(scaled.weights, weights * 2.0**power) and torch.equal(plain.weights, weights)
 
 
+@pytest.mark.long
 def test_weights_of_one_segment_do_not_touch_the_bits_of_another_nor_do_zeros() -> None:
     batch = padded()
     weights = weights_of(batch)

@@ -27,6 +27,7 @@ class Doubling(nn.Linear):
         return 2.0 * super().forward(x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_factor_and_cap_of_the_logits_are_measured(dtype: torch.dtype) -> None:
     for name, scale, cap in (("llama", 1.0, None), ("granite", 0.5, None), ("gemma2", 1.0, 30.0)):

@@ -130,6 +130,7 @@ def test_a_weight_that_is_used_without_its_module_is_noticed(monkeypatch: pytest
     assert ((got - want).norm(dim=1) <= 2 * (own - want).norm(dim=1)).all()
 
 
+@pytest.mark.long
 def test_a_norm_with_a_gate_is_no_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its gate it is an RMSNorm, and that is how it would be sketched. Small ones are covered as they are
     (test_exact.py)."""

@@ -108,6 +108,7 @@ def test_specs(name: str, spec: SketchSpec) -> None:
     assert ((result.sketches - exact).norm(dim=1) < 1e-4 * exact.norm(dim=1)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
@@ -129,6 +130,7 @@ def test_a_float64_model_differs_by_the_rounding_of_the_sums_alone() -> None:
     assert ((result.sketches - exact).norm(dim=1) <= terms * 2**-24 * exact.norm(dim=1)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "falcon"])
 def test_activation_checkpointing_changes_no_bit(name: str, reentrant: bool) -> None:
@@ -251,6 +253,7 @@ def test_a_prefix_that_names_no_part() -> None:
     assert_close(result.sketches, model, SPEC, wide_gradients("llama"), own_gradients("llama"))
 
 
+@pytest.mark.long
 def test_batch_takes_any_loss() -> None:
     """The same gradient through the model's own logits, a loss of the user's, and `sketcher.batch`."""
     for name in ("gpt2", "phi", "gemma2"):

@@ -10,14 +10,18 @@ import pytest
 import torch
 
 from cropi_kernels import _native, dispatch
+from support import quick
 
 LEVELS = [level for level in (1, 3, 4) if level <= _native.native().detected_level()]
 # Small tensors: a second thread costs more than it brings, and torch's own sums follow it.
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first: no process waits at the end for another one's last test."""
+@pytest.hookimpl(trylast=True)  # what -m and -k leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests first: no process waits at the end for another one's last test."""
+    if config.getoption("quick", False):
+        quick.choose(config, items)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -173,6 +173,7 @@ def test_whole_dumps_are_read(kind: str, tmp_path: Path) -> None:
     assert ends_well(kind, write(tmp_path / KINDS[kind][0], made(kind)), KINDS[kind][3]) == "read"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_dumps_end_in_words(kind: str, tmp_path: Path) -> None:
     ways = list(places(made(kind)))
@@ -213,6 +214,7 @@ class Batch:
         return self.state
 
 
+@pytest.mark.long
 def test_damaged_batches_of_verl_end_in_words(tmp_path: Path) -> None:
     import io
     import sys
@@ -264,6 +266,7 @@ def test_damaged_batches_of_verl_end_in_words(tmp_path: Path) -> None:
     assert outcomes == {"read", "refused"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_bytes_end_in_words(kind: str, tmp_path: Path) -> None:
     file = write(tmp_path / KINDS[kind][0], made(kind))

@@ -120,6 +120,7 @@ def test_convert_writes_records_and_says_what_it_took_the_file_for(
         assert [group.loss_mask for group in groups] == [r.get("loss_mask") for r in records(kind in MASKED)]
 
 
+@pytest.mark.long
 def test_commands_take_dumps_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")

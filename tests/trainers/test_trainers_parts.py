@@ -165,6 +165,7 @@ def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- stores
+@pytest.mark.long
 def test_joined_stores_score_as_one(tmp_path: Path) -> None:
     records, model, tokenizer = make_records(12), make_model(), make_tokenizer()
     valid = make_records(6, seed=1)
@@ -201,6 +202,7 @@ def test_one_process_is_rank_zero_of_one() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- selecting
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 def test_a_policy_in_training_mode_is_scored_without_its_dropout_and_left_as_it_was(tmp_path: Path) -> None:
     model = make_model()

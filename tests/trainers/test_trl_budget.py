@@ -33,6 +33,7 @@ def stores(out: Path) -> list[str]:
     return sorted(f"{path.parent.name[-1]} {path.name}" for path in out.glob("cropi/stage-*/sketches-*"))
 
 
+@pytest.mark.long
 def test_stages_within_a_share_of_the_tokens_and_a_resumed_run(
     files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -64,6 +65,7 @@ def test_stages_within_a_share_of_the_tokens_and_a_resumed_run(
     assert stores(whole) == stores(again) == [f"{stage} {name}" for stage in (1, 2) for name in both]
 
 
+@pytest.mark.long
 def test_a_share_of_the_time(files: dict[str, Path], tmp_path: Path) -> None:
     """The first stage scores all; the second nothing, where a millionth of its time pays for nothing."""
     trainer = staged(tmp_path, files | {"budget": 1e-6, "fraction": 0.25}, max_steps=4, eval_dataset=None)

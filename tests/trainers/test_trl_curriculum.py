@@ -76,6 +76,7 @@ def test_sampler_order_depends_on_stage_and_seed_and_the_plan_of_the_moment() ->
 
 
 # ------------------------------------------------------------------------------------------------- stages
+@pytest.mark.long
 def test_stages_train_on_selected_prompts_only(files: dict[str, Path], tmp_path: Path) -> None:
     seen = Seen()
     trainer = staged(tmp_path, {**files, "fraction": 0.25}, reward_funcs=seen, max_steps=6)
@@ -93,6 +94,7 @@ def test_stages_train_on_selected_prompts_only(files: dict[str, Path], tmp_path:
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_selection_is_that_of_the_command_line_under_the_current_policy(
     files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -126,6 +128,7 @@ def test_selection_is_that_of_the_command_line_under_the_current_policy(
     assert expected[0] != expected[1]  # the policy moved far enough for a re-scoring to matter
 
 
+@pytest.mark.long
 def test_recorded_rollouts_feed_the_next_stage(tmp_path: Path) -> None:
     seen = Seen()
     trainer = staged(tmp_path, reward_funcs=[seen], max_steps=6)
@@ -138,6 +141,7 @@ def test_recorded_rollouts_feed_the_next_stage(tmp_path: Path) -> None:
     assert {r["id"]: r["step"] for r in lines(tmp_path / "cropi/rollouts/train.jsonl")} == newest
 
 
+@pytest.mark.long
 def test_use_recorded_replaces_stored_rollouts(files: dict[str, Path], tmp_path: Path) -> None:
     trainer = staged(
         tmp_path, {**files, "use_recorded": True, "behaviour": "current", "keep_sketches": True}, max_steps=4
@@ -152,6 +156,7 @@ def test_use_recorded_replaces_stored_rollouts(files: dict[str, Path], tmp_path:
         assert group.get("step") == (recorded[name]["step"] if name in recorded else None)
 
 
+@pytest.mark.long
 def test_lora(files: dict[str, Path], tmp_path: Path) -> None:
     from peft import LoraConfig
 
@@ -170,6 +175,7 @@ def test_lora(files: dict[str, Path], tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ resuming
+@pytest.mark.long
 @pytest.mark.parametrize("at", [2, 3], ids=["between-stages", "inside-a-stage"])
 def test_resumed_run_is_the_run(at: int, tmp_path: Path) -> None:
     runs: dict[str, Any] = {}
@@ -206,6 +212,7 @@ def test_resumed_run_is_the_run(at: int, tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.long
 def test_resuming_with_other_settings_is_an_error(files: dict[str, Path], tmp_path: Path) -> None:
     run = dict(save_strategy="steps", save_steps=2, max_steps=4)
     staged(tmp_path, files, **run).train()
@@ -221,6 +228,7 @@ def test_resuming_with_other_settings_is_an_error(files: dict[str, Path], tmp_pa
         staged(tmp_path, files, **run).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.long
 def test_checkpoint_state_is_plain_json(files: dict[str, Path], tmp_path: Path) -> None:
     staged(tmp_path, files, save_strategy="steps", save_steps=2, max_steps=2).train()
     state = json.loads((tmp_path / "checkpoint-2" / "cropi_state.json").read_text())

@@ -12,7 +12,10 @@ from support import trl_runs
 from support.made_data import make_model
 
 pytest.importorskip("trl")
-pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens", "ignore::FutureWarning"),
+]
 
 # What a user need not write: everything that `trl_runs.arguments` sets to be quick and quiet stays.
 DEFAULT = object()

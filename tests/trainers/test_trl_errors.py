@@ -27,6 +27,7 @@ def test_installed_version_is_in_the_tested_range_and_keeps_the_contract() -> No
     assert versions.broken_contract(trl.GRPOTrainer) == []
 
 
+@pytest.mark.long
 def test_version_below_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CROPI_TRL_UNTESTED", raising=False)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.7.1")
@@ -39,6 +40,7 @@ def test_version_below_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None
     assert versions.check_version() == "1.7.1"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("other", ["1.17.0", "2.0.0"])
 def test_version_above_the_tested_range_is_warned_of_and_checked(
     other: str, monkeypatch: pytest.MonkeyPatch
@@ -75,6 +77,7 @@ def test_trl_1_15_on_a_cpu_with_triton_is_refused_in_words(monkeypatch: pytest.M
                 versions.check_version(allow_untested=allowed)
 
 
+@pytest.mark.long
 def test_whatever_is_read_from_a_trainer_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As TRL 1.7, which has every method and lacks an attribute that the recorder reads."""
     import trl
@@ -89,6 +92,7 @@ def test_whatever_is_read_from_a_trainer_is_checked(monkeypatch: pytest.MonkeyPa
     assert "GRPOConfig has no no_option" in versions.broken_contract(trl.GRPOTrainer)
 
 
+@pytest.mark.long
 def test_what_a_built_trainer_lacks_is_named_before_training(tmp_path: Path) -> None:
     from trl import GRPOTrainer
 
@@ -224,6 +228,7 @@ def flat(completions: list[str], **columns: Any) -> list[float]:
     return [1.0] * len(completions)
 
 
+@pytest.mark.long
 def test_stage_with_nothing_to_select(tmp_path: Path) -> None:
     valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
     trainer = staged(tmp_path / "a", {"valid": valid}, reward_funcs=flat)
@@ -281,6 +286,7 @@ def test_trajectories_of_other_prompts(tmp_path: Path) -> None:
         staged(tmp_path / "a", {"train": train, "valid": valid}).train()
 
 
+@pytest.mark.long
 def test_too_few_selected_prompts(tmp_path: Path) -> None:
     train = stored(tmp_path / "train.jsonl", seed=0, count=16)
     valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
@@ -290,6 +296,7 @@ def test_too_few_selected_prompts(tmp_path: Path) -> None:
         staged(tmp_path / "a", {"train": train, "valid": valid, "fraction": 0.1}).train()
 
 
+@pytest.mark.long
 def test_a_stage_of_recorded_prompts_has_enough_for_a_batch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -308,6 +315,7 @@ def unscored(completions: list[str], **columns: Any) -> list[None]:
     return [None] * len(completions)
 
 
+@pytest.mark.long
 def test_rewards_that_are_all_none_do_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """TRL warns of them and trains on."""
     valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
@@ -334,6 +342,7 @@ def test_tools_cannot_be_recorded(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.long
 def test_import_is_cheap() -> None:
     import subprocess
     import sys

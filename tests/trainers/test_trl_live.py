@@ -74,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_sketches_are_those_of_trls_own_loss(
     case: str, tmp_path: Path, valid: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,6 +97,7 @@ def test_sketches_are_those_of_trls_own_loss(
         assert (got - want).norm() <= 1e-4 * want.norm() or not want.any(), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, {"bf16": True}])
 def test_the_steps_keep_their_bits(changes: dict[str, Any], tmp_path: Path, valid: Path) -> None:
     """All prompts in both runs, in one order: with TRL's defaults, and in bfloat16, which is one."""
@@ -109,6 +111,7 @@ def test_the_steps_keep_their_bits(changes: dict[str, Any], tmp_path: Path, vali
     assert any(not torch.equal(a, b) for a, b in zip(after[0], make_model().parameters(), strict=True))
 
 
+@pytest.mark.long
 def test_lora(tmp_path: Path, valid: Path) -> None:
     from peft import LoraConfig
 
@@ -120,6 +123,7 @@ def test_lora(tmp_path: Path, valid: Path) -> None:
     assert live.selector.seen.any() and not live.selector.failed
 
 
+@pytest.mark.long
 def test_stages_are_drawn_from_what_steps_have_shown(tmp_path: Path, valid: Path) -> None:
     trainer = staged(tmp_path / "out", LIVE | {"valid": valid}, max_steps=6)
     trainer.train()
@@ -132,6 +136,7 @@ def test_stages_are_drawn_from_what_steps_have_shown(tmp_path: Path, valid: Path
     assert selector.step == 6 and ((shown >= -1) & (shown <= 1) | [math.isnan(x) for x in shown]).all()
 
 
+@pytest.mark.long
 def test_prompts_that_are_alike_share(tmp_path: Path, valid: Path) -> None:
     options = LIVE | {"valid": valid, "live": Live(dim=1024, alike=True)}
     trainer = staged(tmp_path / "out", options, max_steps=4)
@@ -160,6 +165,7 @@ def test_the_texts_of_prompts() -> None:
     assert [text.split() for text in taken] == [["a", "b"], ["a", "b", "c"]]
 
 
+@pytest.mark.long
 def test_validation_by_evaluation(tmp_path: Path) -> None:
     """No files at all: the eval dataset is sampled once, and its rollouts are sketched anew every second stage."""
     trainer = staged(tmp_path / "out", LIVE | {"live": Live(refresh=2)}, max_steps=4)
@@ -167,6 +173,7 @@ def test_validation_by_evaluation(tmp_path: Path) -> None:
     assert len(trainer._cropi.live.selector._valid) == 1
 
 
+@pytest.mark.long
 def test_opposed_prompts_are_dropped_from_a_step(
     tmp_path: Path, valid: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +191,7 @@ def test_opposed_prompts_are_dropped_from_a_step(
 
 
 # --------------------------------------------------------------------------------------------------- resuming
+@pytest.mark.long
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, valid: Path) -> None:
     options, saved = LIVE | {"valid": valid}, {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
     whole = staged(tmp_path / "out", options, **saved)

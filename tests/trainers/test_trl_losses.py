@@ -147,6 +147,7 @@ def test_a_loss_without_an_estimator_is_refused_by_name(kind: str, tmp_path: Pat
     assert kind not in AVERAGED
 
 
+@pytest.mark.long
 def test_the_curriculum_sketches_the_loss_that_is_trained(tmp_path: Path) -> None:
     train = stored(tmp_path / "train.jsonl", seed=0, count=16)
     valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)

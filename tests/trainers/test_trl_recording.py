@@ -40,6 +40,7 @@ def exact_logprobs(model: Any, record: dict[str, Any], k: int) -> torch.Tensor:
 
 # A policy that stays put within a generation (its log-probs come from the loss), the same cut in two micro-batches, and
 # two passes over each generation (TRL computes "old" log-probs itself).
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shape",
     [
@@ -87,6 +88,7 @@ def test_logprobs_are_those_of_the_sampling_policy(shape: dict[str, Any], tmp_pa
     assert away > 100 * worst  # the policy did move, so another step's log-probs would have shown
 
 
+@pytest.mark.long
 def test_file_goes_through_the_sketcher_with_ratio_one(tmp_path: Path) -> None:
     trainer = recorded(tmp_path, max_steps=2, learning_rate=0.0)
     trainer.train()
@@ -103,6 +105,7 @@ def test_file_goes_through_the_sketcher_with_ratio_one(tmp_path: Path) -> None:
         assert row.extra["ratio"] == pytest.approx(1.0, abs=1e-4), row.id
 
 
+@pytest.mark.long
 def test_training_is_not_changed(tmp_path: Path) -> None:
     from support.trl_runs import arguments
     from trl import GRPOTrainer
@@ -153,6 +156,7 @@ def test_record_holds_what_was_generated(tmp_path: Path) -> None:
     assert len(cuts) == len(kept) == 24 and 4 <= sum(cuts) <= 20, "some end by themselves, some are cut"
 
 
+@pytest.mark.long
 def test_responses_without_a_score_are_left_out(tmp_path: Path) -> None:
     def reward(completions: list[str], **columns: Any) -> list[float | None]:
         return [None if k % 4 == 1 or i == "p0-003" else k / 4 for k, i in enumerate(columns["id"])]
@@ -184,6 +188,7 @@ def test_without_logprobs(tmp_path: Path) -> None:
     assert group.logprobs is None and group.response_ids
 
 
+@pytest.mark.long
 def test_a_loss_of_its_own_is_an_error_not_a_loss_of_logprobs(tmp_path: Path) -> None:
     from trl import GRPOTrainer
 

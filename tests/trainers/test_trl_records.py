@@ -180,6 +180,7 @@ def test_a_function_without_a_finite_number_is_null_in_the_record(tmp_path: Path
         assert [entry["other"] for entry in record["rewards_by_function"]] == [None] * 4
 
 
+@pytest.mark.long
 def test_nothing_scored_is_nothing_to_select(tmp_path: Path) -> None:
     def nothing(completions: list[str], **columns: Any) -> list[float | None]:
         return [None] * len(completions)
