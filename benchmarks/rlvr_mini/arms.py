@@ -49,6 +49,8 @@ class Arm:
         alike: with ``live``, expect of a prompt what the visits of those with like tokens showed; only prompts whose
             stored rewards differ are drawn, anew every ``stage`` steps, and the validation mean is renewed every stage
             of the scale.
+        within: with ``alike``, a visit is compared with the validation mean of its time, which is at most so many steps
+            old; it is renewed at draws 0, 1, 4, 16 and so on.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Arm:
     first: float = 1.0
     live: bool = False
     alike: bool = False
+    within: int | None = None
 
     @property
     def influence(self) -> bool:
@@ -95,6 +98,7 @@ _LIVE = Arm("live_pool3", "live, pool x 3", "rrf", curriculum=True, pool=3, thin
 _ALIKE = replace(
     _LIVE, name="alike_pool3", label="live, prompts that are alike share, pool x 3", alike=True, stage=10
 )
+_THEN = replace(_ALIKE, name="then_pool3", label="live, visits at their time, pool x 3", thin=8, within=10)
 _BOTH = replace(_WITHIN, name="live_budget_pool3", label="live, and 5 % of the time, pool x 3", live=True)
 LEVERS = {
     arm.name: arm
@@ -121,6 +125,13 @@ LEVERS = {
             _ALIKE,
             name="alike_adam_pool3",
             label="live, prompts that are alike share, under AdamW, pool x 3",
+            adam=True,
+        ),
+        _THEN,
+        replace(
+            _THEN,
+            name="then_adam_pool3",
+            label="live, visits at their time, under AdamW, pool x 3",
             adam=True,
         ),
         _WITHIN,
@@ -170,23 +181,21 @@ def choose(
         method = "random" if arm.method == "family" else arm.method
         chosen = select(scores, fraction=fraction, method=method, seed=1000 * stage + seed)
     else:
-        pool, valid = (
-            [thinned(g, max(2, len(g.rewards) // arm.thin)) if arm.thin > 1 else g for g in groups]
-            for groups in (pool, valid)
-        )
         estimator = make_estimator("cropi", ratio=arm.ratio)
         scaled_by = optimiser if arm.adam and optimiser is not None and optimiser.state else None
         if live is not None:
             step = stage * (arm.stage or scale.stage)
             if arm.alike:
-                renew = step > 0 and (step - (arm.stage or scale.stage)) % scale.stage == 0
+                renewed = valid if _renews(arm, scale, stage) else []
                 return choose_alike(
-                    live, scale, seed, step, model, len(pool), valid if renew else [], estimator, scaled_by
+                    live, scale, seed, step, model, len(pool), _thinned(arm, renewed), estimator, scaled_by
                 )
+            pool, valid = _thinned(arm, pool), _thinned(arm, valid)
             return choose_live(
                 live, scale, seed, step, model, pool, valid, estimator, budget=arm.budget, first=arm.first,
                 others=others, optimiser=scaled_by,
             )  # fmt: skip
+        pool, valid = _thinned(arm, pool), _thinned(arm, valid)
         if arm.budget is not None:
             job = SketchJob(
                 (), None, scale.spec(seed), estimator=estimator, behaviour="file", behaviour_check="off",
@@ -211,3 +220,15 @@ def choose(
             "train the base policy longer (base_steps), or collect more responses per prompt (train_rollouts)"
         )
     return [scores.rows[i].id for i in chosen.chosen]
+
+
+def _thinned(arm: Arm, groups: Sequence[PromptGroup]) -> Sequence[PromptGroup]:
+    return [thinned(g, max(2, len(g.rewards) // arm.thin)) for g in groups] if arm.thin > 1 else groups
+
+
+def _renews(arm: Arm, scale: Scale, draw: int) -> bool:
+    """Whether an arm whose prompts share renews the validation mean before a draw."""
+    if arm.within is not None:
+        return draw == 0 or (draw & (draw - 1) == 0 and draw.bit_length() % 2 == 1)  # powers of 4
+    length = arm.stage or scale.stage
+    return draw > 0 and (draw - 1) * length % scale.stage == 0

@@ -31,7 +31,14 @@ class Live:
     """Taps on a model whose steps go on as they are, and what they have shown of the pool."""
 
     def __init__(
-        self, model: Any, scale: Scale, seed: int, pool: Sequence[PromptGroup], *, alike: bool = False
+        self,
+        model: Any,
+        scale: Scale,
+        seed: int,
+        pool: Sequence[PromptGroup],
+        *,
+        alike: bool = False,
+        within: int | None = None,
     ) -> None:
         self.sketcher = LiveSketcher(model, scale.spec(seed))
         among = sorted(
@@ -40,7 +47,8 @@ class Live:
         # A visit counts half after two stages.
         self.selector = Selector(
             [group.id for group in among], self.sketcher.spec, dim=min(DIM, scale.dim),
-            half_life=2.0 * scale.stage, seed=seed, explore=EXPLORE if alike else 1.0,
+            half_life=2.0 * scale.stage, seed=seed, within=within,
+            explore=1.0 if not alike else EXPLORE if within is None else EXPLORE / 2,
             features=prompt_features([group.prompt_ids or [] for group in among]) if alike else None,
         )  # fmt: skip
         self._parts: list[tuple[list[int], torch.Tensor]] = []

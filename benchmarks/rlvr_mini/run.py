@@ -73,7 +73,7 @@ def run_arm(arm: Arm, scale: Scale, seed: int, model: Any, data: SeedData, folde
     result = folder / "result.json"
     if result.exists():
         return dict(json.loads(result.read_text()))
-    live = Live(model, scale, seed, data.pool, alike=arm.alike) if arm.live else None
+    live = Live(model, scale, seed, data.pool, alike=arm.alike, within=arm.within) if arm.live else None
     trainer = Trainer(model, scale.lr, scale.warmup, scale.tokens, live)
     run, checkpoint = Run(), folder / "checkpoint.pt"
     if checkpoint.exists():

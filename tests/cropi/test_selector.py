@@ -118,6 +118,30 @@ def test_regret_on_a_stream() -> None:
     assert regret["rule"] <= 0.75 * regret["greedy"], regret
 
 
+def test_visits_are_compared_with_the_validation_mean_of_their_time() -> None:
+    selector, x = made(within=10, half_life=10.0), rows(1)
+    selector.update(["p3"], x, step=2)  # no validation mean yet: it says nothing
+    selector.refresh(x)
+    selector.update(["p0", "p1"], torch.cat([x, -x]), step=4)
+    selector.refresh(-x)
+    assert selector.scores(["p0", "p1"]) == pytest.approx([1.0, -1.0], abs=1e-3)
+    selector.update(["p0"], x, step=14)  # ten steps after the refresh: -1 now, beside a half of 1
+    assert selector.scores(["p0"])[0] == pytest.approx((0.5 * 1.0 - 1.0) / 1.5, abs=1e-3)
+    selector.update(["p0", "p2"], torch.cat([x, x]), step=15)
+    assert selector.scores(["p0"])[0] == pytest.approx(-1 / 3, abs=1e-3) and selector.step == 15
+    assert selector.seen.tolist() == [True, True, False, False] and selector.nbytes == 4 * 28
+    again = made(within=10, half_life=10.0)
+    again.load_state_dict(selector.state_dict())
+    for one in (selector, again):
+        one.update(["p2"], x, step=15)
+    assert selector.seen.tolist() == again.seen.tolist() == [True, True, False, False]
+    with pytest.raises(CropiError, match="within = 10, but this Selector has None"):
+        made(half_life=10.0).load_state_dict(selector.state_dict())
+    for bad in (0, 2.5, True):
+        with pytest.raises(CropiError, match="within must be None or a number of steps"):
+            made(within=bad)
+
+
 def test_draws_are_the_same_in_every_process_and_differ_by_step() -> None:
     one, other = made(50, explore=1.0, seed=3), made(50, explore=1.0, seed=3)
     assert one.next(5, 1) == other.next(5, 1) != one.next(5, 2)

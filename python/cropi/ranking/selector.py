@@ -46,6 +46,10 @@ class Selector:
         features: float ``[len(ids), k]``, what is known of each prompt before any visit, such as
             :func:`cropi.ranking.alike.prompt_features`: what visits show of a prompt is then expected of those that are
             like it. None: nothing is shared.
+        within: None: the sketches of visits are kept, and compared with the *present* validation mean. A number: a
+            visit is compared with the validation mean of its own time, and counts where `refresh` is at most so many
+            steps past; its cosine alone is kept. A gradient that a step has followed says little of what is left to
+            gain along it, so that old sketches mislead where gradients turn within a few steps (docs/live.md).
 
     >>> spec = SketchSpec(256)
     >>> selector = Selector(["a", "b", "c"], spec, dim=64, explore=0.0)
@@ -67,6 +71,7 @@ class Selector:
         explore: float = 1.0,
         seed: int = 0,
         features: npt.ArrayLike | None = None,
+        within: int | None = None,
     ) -> None:
         self.spec = SketchSpec() if spec is None else spec
         if not isinstance(self.spec, SketchSpec):
@@ -81,11 +86,14 @@ class Selector:
                 or not least <= value < float("inf")
             ):
                 raise CropiError(f"{name} must be a number of at least {least:g}, got {value!r}")
+        if within is not None and (isinstance(within, bool) or not isinstance(within, int) or within < 1):
+            raise CropiError(f"within must be None or a number of steps of at least 1, got {within!r}")
+        self.within, self._refreshed = within, 0
         self.dim, self.half_life, self.explore, self.seed = dim, float(half_life), float(explore), int(seed)
         self._features = None if features is None else _features(features, len(self.ids))
         self._place = {name: i for i, name in enumerate(self.ids)}
         n = len(self.ids)
-        self._rows = PackedRows(n, dim, bits, seed)
+        self._rows = PackedRows(n if within is None else 0, dim, bits, seed)
         self._weight = np.zeros(n)  # of visits, at the step `_last`
         self._last = np.full(n, -1, dtype=np.int64)
         self._failed = np.zeros(n, dtype=np.int32)
@@ -166,7 +174,7 @@ class Selector:
                     "sketches of prompts whose rewards differ"
                 )
             means.append((mean / mean.norm()).float())
-        self._valid = torch.stack(means)
+        self._valid, self._refreshed = torch.stack(means), self.step
         self._rescore(np.flatnonzero(self._last >= 0))
 
     # ------------------------------------------------------------------------------------------------- asked
@@ -221,6 +229,7 @@ class Selector:
             "weight": torch.from_numpy(self._weight), "shown": torch.from_numpy(self._shown),
             "last": torch.from_numpy(self._last), "failed": torch.from_numpy(self._failed), "valid": self._valid,
             "noise": [self._noise.total, self._noise.count], "step": self.step, "names": self._names,
+            "refreshed": self._refreshed,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -253,7 +262,8 @@ class Selector:
                     "pool that it was saved with"
                 )
         order = torch.tensor([before[name] for name in self.ids], dtype=torch.int64)
-        self._rows.load_state_dict(state["rows"], order)
+        self._rows.load_state_dict(state["rows"], order if self.within is None else order[:0])
+        self._refreshed = int(state.get("refreshed", 0))
         for key in ("weight", "shown", "last", "failed"):
             getattr(self, f"_{key}")[:] = state[key][order].numpy()
         self._valid, self.step, self._names = state["valid"].clone(), int(state["step"]), str(state["names"])
@@ -264,6 +274,8 @@ class Selector:
             "spec": json.dumps(self.spec.to_dict(), sort_keys=True), "dim": self.dim, "bits": self._rows.bits,
             "half_life": self.half_life, "seed": self.seed,
         }  # fmt: skip
+        if self.within is not None:
+            settings["within"] = self.within
         if self._features is not None:
             # Of another pool's order the same: the sum of a hash of each prompt's own.
             parts = (
@@ -326,14 +338,19 @@ class Selector:
         new = torch.zeros(len(unique), self.dim).index_add_(0, torch.from_numpy(inverse), rows)
         new[torch.from_numpy(np.isin(unique, broken))] = 0.0
         new = torch.nn.functional.normalize(new, dim=1, eps=torch.finfo(torch.float32).tiny)
+        if self.within is not None and (not len(self._valid) or self.step - self._refreshed > self.within):
+            return
         kept = self._kept(self._last[unique], self.step)
         before = self._weight[unique] * kept
         if len(self._valid):
             again = before > 0
             seen = _along(new, self._valid)
             self._noise.note(seen[again] - self._shown[unique][again], before[again])
-        where = torch.from_numpy(unique)
-        self._rows.write(where, self._rows.read(where) * torch.from_numpy(kept).float()[:, None] + new)
+            if self.within is not None:
+                self._shown[unique] = (before * self._shown[unique] + seen) / (before + 1.0)
+        if self.within is None:
+            where = torch.from_numpy(unique)
+            self._rows.write(where, self._rows.read(where) * torch.from_numpy(kept).float()[:, None] + new)
         self._weight[unique] = before + 1.0
         self._last[unique] = self.step
         self._rescore(unique)
@@ -345,7 +362,7 @@ class Selector:
         return kept
 
     def _rescore(self, places: Any) -> None:
-        if not len(self._valid):
+        if not len(self._valid) or self.within is not None:
             return
         for start in range(0, len(places), CHUNK):
             part = places[start : start + CHUNK]

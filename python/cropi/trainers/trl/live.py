@@ -66,6 +66,7 @@ class LiveRun:
         self.selector = Selector(
             ids, options.spec, dim=self.live.dim, bits=self.live.bits, half_life=self.live.half_life,
             explore=self.live.explore, seed=seed, features=features,
+            within=self.live.within,
         )  # fmt: skip
         self.seconds = 0.0  # of sketching, since the last stage
         self._open: contextlib.ExitStack | None = None  # of the training step that runs

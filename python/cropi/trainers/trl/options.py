@@ -58,6 +58,8 @@ class Live:
         dim, bits, half_life, explore: of :class:`cropi.Selector`.
         alike: expect of a prompt what the visits of those with like tokens have shown
             (:func:`cropi.ranking.alike.prompt_features`); False: every prompt is known by its own visits alone.
+        within: of :class:`cropi.Selector`: compare visits with the validation mean of their own time, at most so many
+            steps old; None: with the present one.
         opposed: what the advantages of prompts are multiplied by, whose earlier visits say that they point against the
             validation mean (mean and one standard deviation below 0): 1 leaves them, 0 drops them from the step.
         coupled: as in :class:`cropi_kernels.LiveSketcher`: take losses that are not a sum over prompts (experts' load
@@ -70,6 +72,7 @@ class Live:
     half_life: float = 200.0
     explore: float = 1.0
     alike: bool = False
+    within: int | None = None
     opposed: float = 1.0
     coupled: bool = False
 
