@@ -11,13 +11,15 @@ d_i for these and 0 for the others. Then there is known (Bishop, Pattern Recogni
     b    as N(c, C),   C = (I / a + sum_i x_i x_i^T / d_i)^-1,   c = C sum_i x_i (v_i - m) / d_i
     u_i  as N(m + x_i c + g_i (v_i - m - x_i c),  (1 - g_i)^2 x_i C x_i^T + (1 - g_i) t^2).
 
-e^2 is measured from repeated visits, as without features, and the variance V of the averages stands for it before there
-are any. a is the one of `SHARES` of V under which the averages are likeliest, and t^2 is the rest of V.
+e^2 is measured from repeated visits, as without features, and the variance V of the averages stands for it before
+there are any. a may be each of `SHARES` of V, and t^2 is the rest of V: what is known is the mixture of what each
+says, as likely as it makes the averages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,7 @@ from cropi.ranking.exploring import FIRST, Noise, Values
 
 SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 LEAST = 1 / 16  # of V is t^2 at least
+RARE = 0.01  # shares that are less likely than this beside the likeliest are left out
 VISITS = 10  # that V counts as, in e^2
 
 
@@ -43,25 +46,42 @@ def known_alike(
         features: ``[n, k]``.
     """
     seen = np.flatnonzero(weight > 0)
+    if not len(seen):
+        return np.zeros(len(values)), np.full(len(values), FIRST)
     v, w, x = values[seen], weight[seen], features[seen].astype(np.float64)
-    mean = float(np.average(v, weights=w / (w + 1.0))) if len(seen) else 0.0
+    mean = float(np.average(v, weights=w / (w + 1.0)))
     total = float(v.var(ddof=1)) if len(seen) > 1 else 0.0
     total = total or FIRST**2
     error = (noise.total + VISITS * total) / (noise.count + VISITS) / w
-    rest = total - float(error.mean()) if len(seen) else total
+    rest = total - float(error.mean())
     tries = [
         _Shared(v - mean, error, x, share * total, max(rest - share * total, LEAST * total))
         for share in SHARES
     ]
-    best = max(tries, key=lambda one: one.likelihood)
+    # How likely each share is made by the averages, and what is known under it: the mixture's mean and variance.
+    chances = np.exp([one.likelihood - max(other.likelihood for other in tries) for one in tries])
+    chances = np.where(chances < RARE, 0.0, chances)
+    means, squares = np.zeros(len(values)), np.zeros(len(values))
+    for chance, one in zip(chances / chances.sum(), tries):
+        if chance:
+            middle, variance = _under(one, values, error, seen, features, mean)
+            means += chance * middle
+            squares += chance * (variance + middle**2)
+    return means, np.sqrt(np.maximum(squares - means**2, 0.0))
+
+
+def _under(
+    one: _Shared, values: Values, error: Values, seen: Any, features: npt.NDArray[np.float32], mean: float
+) -> tuple[Values, Values]:
+    """Means and variances of the usefulness of every prompt under one a."""
     own = np.zeros(len(values))
-    own[seen] = best.own / (best.own + error)
+    own[seen] = one.own / (one.own + error)
     means, variances = np.full(len(values), mean), np.zeros(len(values))
-    if best.share:
-        means += features @ best.center
-        variances = np.square(features @ best.root).sum(axis=1)
-    means[seen] += own[seen] * (v - means[seen])
-    return means, np.sqrt((1 - own) ** 2 * variances + (1 - own) * best.own)
+    if one.share:
+        means += features @ one.center
+        variances = np.square(features @ one.root).sum(axis=1)
+    means[seen] += own[seen] * (values[seen] - means[seen])
+    return means, (1 - own) ** 2 * variances + (1 - own) * one.own
 
 
 class _Shared:
