@@ -64,14 +64,14 @@ def wrong_argument(function: Callable[..., Any], args: Sequence[Any], kwargs: di
 def _classes(hint: Any) -> list[type]:
     """The classes that an annotation names; none where it says more than that."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    found: list[type] = []
+    classes: list[type] = []
     for part in parts:
         if not isinstance(part, type) or part is object:
             return []
-        found.append(part)
-    if float in found:
-        found.append(int)
-    return found
+        classes.append(part)
+    if float in classes:
+        classes.append(int)
+    return classes
 
 
 def _in_words(wanted: type) -> str:

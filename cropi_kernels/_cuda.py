@@ -47,11 +47,11 @@ def load(path: Path | str) -> Any:
     """The library in a file, its functions declared; OSError where the library is not this package's."""
     library = ctypes.CDLL(str(path))
     try:
-        found = int(library.cropi_abi())
+        abi = int(library.cropi_abi())
     except AttributeError:
         raise OSError(f"{path} is not a library of CUDA kernels") from None
-    if found != ABI:
-        raise OSError(f"{path} has interface {found}, this package needs {ABI}: {_BUILD}")
+    if abi != ABI:
+        raise OSError(f"{path} has interface {abi}, this package needs {ABI}: {_BUILD}")
     call = ctypes.POINTER(ProjectCall)
     library.cropi_error_text.argtypes, library.cropi_error_text.restype = [ctypes.c_int], ctypes.c_char_p
     library.cropi_project_workspace.argtypes = [call, ctypes.c_int]
@@ -79,10 +79,10 @@ def _installed() -> tuple[Any, str | None]:
 
 def kernels() -> Any:
     """The loaded library, or an ImportError that says how to get it."""
-    found, reason = _installed()
-    if found is None:
+    library, reason = _installed()
+    if library is None:
         raise ImportError(reason)
-    return found
+    return library
 
 
 def unsupported(*tensors: torch.Tensor) -> str | None:

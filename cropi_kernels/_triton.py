@@ -21,10 +21,10 @@ _INSTALL = "a CUDA build of torch brings it; otherwise `pip install 'triton>=3.6
 def import_error() -> str | None:
     """Why Triton cannot be used in this process, or None."""
     try:
-        found = importlib.util.find_spec("triton") is not None
+        installed = importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError) as error:
         return f"triton does not import ({error})"
-    return None if found else f"triton is not installed: {_INSTALL}"
+    return None if installed else f"triton is not installed: {_INSTALL}"
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -233,14 +233,14 @@ def choices(model: torch.nn.Module) -> dict[str, bool]:
     if unsupported() is not None or checked(None) != "auto":
         return {}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    found = {}
+    chosen = {}
     for module in model.modules():
         weight = module.weight if isinstance(module, torch.nn.Linear) and module is not head else None
         plain = type(weight) is torch.nn.Parameter and weight.dtype == torch.float32 and weight.ndim == 2
         if weight is not None and plain and weight.device.type == "cpu" and weight.numel() >= _LEAST_SIZE:
             rows, cols = weight.shape
-            found[f"{rows}x{cols}"] = _decided(rows, cols)
-    return dict(sorted(found.items()))
+            chosen[f"{rows}x{cols}"] = _decided(rows, cols)
+    return dict(sorted(chosen.items()))
 
 
 def decide(made: Mapping[str, bool]) -> None:

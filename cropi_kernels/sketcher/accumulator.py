@@ -1,4 +1,4 @@
-"""Where the taps of a model add what they see: the sketches of the current batch, and the time it took."""
+"""The sketches of the current batch, to which the taps of a model add, and the time that this took."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .segments import Segments
 
 
 class Listener(Protocol):
-    """Told what taps do, while the self-test runs."""
+    """Is called by the taps while the self-test runs."""
 
     def attached(self, tap: Any, y: torch.Tensor) -> None:
-        """``tap`` is about to be put behind a module's output ``y``."""
+        """``tap`` will be attached to a module's output ``y`` next."""
 
     def added(self, tap: Any, dy: torch.Tensor, kept: torch.Tensor | None) -> None:
         """``tap`` has added to the sketches what it had kept in forward, with the output's gradient ``dy``."""
@@ -80,14 +80,14 @@ class Accumulator:
         return sketches
 
     def close(self) -> None:
-        """Let go of the batch, finished or failed: nothing of it stays in memory."""
+        """Free the batch, whether it has finished or failed: nothing of it stays in memory."""
         if self._engine is not None:
             self._needed[type(self._engine)] = self._engine.needed
         self.segments = self._engine = None
         self._folds.clear()
 
     def hears(self, segments: Segments | None, where: str) -> bool:
-        """Whether a backward pass that comes by ``where`` is to be added; ``segments`` is the batch of its forward.
+        """Whether a backward pass that reaches ``where`` is to be added; ``segments`` is the batch of its forward.
 
         Raises:
             RuntimeError: that batch has ended. The graph of one that failed may still be run in the next.
@@ -100,7 +100,7 @@ class Accumulator:
 
     @property
     def listens(self) -> bool:
-        """Whether taps are to be put behind the modules that are called now."""
+        """Whether taps are to be attached to the outputs of the modules that are called now."""
         return self.segments is not None and not self._absent and torch.is_grad_enabled()
 
     @property
@@ -109,7 +109,7 @@ class Accumulator:
 
     @contextmanager
     def absent(self) -> Iterator[None]:
-        """Forward passes inside are the sketcher's own: no tap is put behind a module."""
+        """Forward passes inside are the sketcher's own: no tap is attached to a module's output."""
         before, self._absent = self._absent, True
         try:
             yield
@@ -144,9 +144,9 @@ class Accumulator:
         """
         if key is None:
             return fold()
-        found = self._folds.get(key)
-        if found is not None and found[0]() is x and found[1] == x._version:
-            return found[2]
+        kept = self._folds.get(key)
+        if kept is not None and kept[0]() is x and kept[1] == x._version:
+            return kept[2]
         result = fold()
 
         def forget(dead: weakref.ref[torch.Tensor]) -> None:

@@ -39,7 +39,7 @@ UNCOVERED = "uncovered"  # as a pattern of `exclude`: whatever has no tap
 
 @dataclasses.dataclass
 class Attachment:
-    """What to hook where: taps by module, the parameters they cover, the head's own sketches for the fused pass."""
+    """The taps of a model by module, the parameters that they cover, and the head's own sketches for the fused pass."""
 
     taps: dict[nn.Module, Tap]
     parameters: list[nn.Parameter]
@@ -52,7 +52,7 @@ class Attachment:
     ranks: Ranks | None = None  # of a tensor-parallel group
 
     def hook(self) -> list[Hook]:
-        """Hook every tap to its module; what :meth:`unhook` takes off again."""
+        """Hook every tap to its module. Returns the hooks, for :meth:`unhook`."""
         return [tap.hook(module) for module, tap in self.taps.items()] + self.exact.register()
 
     def unhook(self, handles: list[Hook]) -> None:

@@ -1,4 +1,4 @@
-"""Weights that the caller's own code uses beside their modules, and taps that are not heard: found in his batches.
+"""Finds, in the caller's batches, weights that his code uses outside of their modules, and taps that are not called.
 
 The self-test runs the model; what is around it (a fused loss that multiplies by the head's weight itself, a forward
 that was compiled for the shape of this batch before the taps came) only his own forward and backward show.
@@ -121,7 +121,7 @@ def check_heard(
 
 
 def inside_compiled(model: nn.Module) -> set[nn.Module]:
-    found: set[nn.Module] = set()
+    inside: set[nn.Module] = set()
     for module in model.modules():
         forward = vars(module).get("forward")
         if (
@@ -129,5 +129,5 @@ def inside_compiled(model: nn.Module) -> set[nn.Module]:
             or hasattr(module, "_orig_mod")
             or hasattr(forward, "_torchdynamo_orig_callable")
         ):
-            found.update(module.modules())
-    return found
+            inside.update(module.modules())
+    return inside

@@ -1,4 +1,4 @@
-"""Time spent on a device, without making the host wait for it in between.
+"""The time that work takes on a device, measured without making the host wait for each piece of it.
 
 Two events around each of several hundred pieces of work cost the host more than the launches of that work. So on a CUDA
 device spans are measured in passes 1, 2, 4, 8, ...; in between, the latest share of the pass stands for them.

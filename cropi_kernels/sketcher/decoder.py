@@ -50,7 +50,7 @@ def split_model(model: nn.Module) -> SplitModel:
                     f"the hidden states of {_name(model)} have {hidden.shape[-1]} features, and its head takes "
                     f"{split.head.weight.shape[1]}: {REMEDY}"
                 )
-            found = measure_head(model, split.decoder, split.logits, hidden, ids)
+            measured = measure_head(model, split.decoder, split.logits, hidden, ids)
         except RuntimeError as problem:
             dtypes = {str(p.dtype) for p in model.parameters() if p.dtype.is_floating_point}
             if "dtype" not in str(problem) or len(dtypes) == 1:
@@ -60,9 +60,11 @@ def split_model(model: nn.Module) -> SplitModel:
                 f"dtypes ({', '.join(sorted(dtypes))}): {problem}. A scoring pass runs without autocast: give "
                 "all weights one dtype, for example by model.to(torch.bfloat16)"
             ) from problem
-    if isinstance(found, str):
-        raise ValueError(f"the decoder and head of {_name(model)} do not give its logits ({found}): {REMEDY}")
-    scale, softcap = found
+    if isinstance(measured, str):
+        raise ValueError(
+            f"the decoder and head of {_name(model)} do not give its logits ({measured}): {REMEDY}"
+        )
+    scale, softcap = measured
     return dataclasses.replace(split, scale=scale, softcap=softcap)
 
 
@@ -89,8 +91,8 @@ def split_parts(model: nn.Module) -> SplitModel:
     names = (getattr(inner, "base_model_prefix", ""), "model")
     decoder = next((getattr(inner, name) for name in names if name and hasattr(inner, name)), None)
     if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is inner:
-        found = "" if head is None else f" (its head: {type(head).__module__}.{type(head).__name__})"
-        raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head{found}: {REMEDY}")
+        described = "" if head is None else f" (its head: {type(head).__module__}.{type(head).__name__})"
+        raise ValueError(f"{type(inner).__name__} is not a decoder with a linear head{described}: {REMEDY}")
     try:
         split = SplitModel(decoder, head, 1.0, None, unwrapped(model), adapters_of(called))
     except ValueError as error:

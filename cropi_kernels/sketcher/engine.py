@@ -1,4 +1,4 @@
-"""What taps talk to: the sketches of one batch, and the ops that add to them.
+"""The sketches of one batch, and the ops by which taps add to them.
 
 `Operators` serves every device and dtype. `CpuEngine` hands addresses straight to the CPU kernels in the common case
 and falls back to `Operators` in every other. `gpu_engine` does so for the Triton kernels.
@@ -59,7 +59,7 @@ class Operators:
         self.needed = 0  # of memory, in the engine's own measure: the next batch's is told
 
     def settle(self) -> torch.Tensor:
-        """``out`` with all in it that was added: an engine may hold sums back."""
+        """``out``, after the sums that an engine has not added yet are added to it."""
         return self.out
 
     def rows(self, x: torch.Tensor, site: Site) -> tuple[torch.Tensor, torch.Tensor]:

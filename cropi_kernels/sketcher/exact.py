@@ -75,8 +75,8 @@ class Exact:
 class _Call:
     """A call of a module that is running.
 
-    ``edges`` leads to the parameters as this call alone sees them; ``before`` holds what stood in their place;
-    ``taken`` are parameters that a module inside it has seen to.
+    ``edges`` leads to the parameters as this call alone sees them; ``before`` holds what was in their place; ``taken``
+    are parameters whose gradients a module inside it forms.
     """
 
     module: nn.Module
@@ -375,8 +375,8 @@ def _again(
             gradients.append(rows_of(g, axis, begin, end))
     if not ys:
         return None
-    found = torch.autograd.grad(ys, aliases, gradients, allow_unused=True)  # type: ignore[arg-type]
-    return None if any(gradient is None for gradient in found) else found
+    formed = torch.autograd.grad(ys, aliases, gradients, allow_unused=True)  # type: ignore[arg-type]
+    return None if any(gradient is None for gradient in formed) else formed
 
 
 def _reached(ys: Sequence[torch.Tensor]) -> set[Any]:

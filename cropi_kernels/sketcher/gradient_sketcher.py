@@ -451,9 +451,9 @@ class GradientSketcher:
             p.requires_grad_(False)
         self._hook()
 
-    def _note(self, method: str, found: SelfTest | None) -> None:
-        if found is not None:
-            self.self_test, self._heard[method] = found, found.heard
+    def _note(self, method: str, result: SelfTest | None) -> None:
+        if result is not None:
+            self.self_test, self._heard[method] = result, result.heard
 
     def _check_heard(self, method: str, where: Segments) -> None:
         if (heard := self._heard.get(method)) is not None:

@@ -90,8 +90,8 @@ def _may_go_beyond(model: nn.Module, split: SplitModel) -> bool:
         return True
     config = getattr(model, "config", None)
     for name in ("rope_parameters", "rope_scaling"):
-        found = getattr(config, name, None)
-        if isinstance(found, dict) and {found.get("rope_type"), found.get("type")} & {
+        value = getattr(config, name, None)
+        if isinstance(value, dict) and {value.get("rope_type"), value.get("type")} & {
             "longrope",
             "dynamic",
             "su",

@@ -67,8 +67,8 @@ class Audit:
         sums = [*self._listener.sums.values(), *self._formed.sums.values()]
         if not self._formed.sums or not all(bool(took.isfinite().all()) for took in sums):
             return None
-        found = compare(self._parts, self._listener, self._formed, tuple(range(segments.count)), segments)
-        wrong = [part for part in found if not part.right]
+        parts = compare(self._parts, self._listener, self._formed, tuple(range(segments.count)), segments)
+        wrong = [part for part in parts if not part.right]
         if wrong:
             raise SelfTestError(PROBLEM + named(wrong) + REMEDY + "this test")
         return frozenset(tap.where for tap in self._listener.sums)

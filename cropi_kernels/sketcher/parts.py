@@ -92,13 +92,13 @@ class PartMatrix(MatrixSketch):
         self.matrix.add_formed(self.share.placed(gradient, 0 if self.splits_rows else 1), out)
 
     def _here(self, x: torch.Tensor, what: str) -> torch.Tensor:
-        found = self.share.part(x, 1)
-        if found is None:
+        part = self.share.part(x, 1)
+        if part is None:
             raise NotTokensError(
                 f"{self.name}: an {what} has {x.shape[1]} features where the whole has "
                 f"{self.share.shape[self.share.axis or 0]} and this rank {self.share.size}: exclude it"
             )
-        return found
+        return part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +127,8 @@ class PartTap(Tap):
     @property
     def splits(self) -> Share | None:
         """How the weight is split; of a module that is sketched in its bias alone, how that is."""
-        found = self.shares.get("weight", self.shares.get("bias"))
-        return found if found is not None and found.axis is not None else None
+        share = self.shares.get("weight", self.shares.get("bias"))
+        return share if share is not None and share.axis is not None else None
 
     def call(self, y: torch.Tensor, site: Site) -> Call:
         """Of an output ``y``. Tokens (or heads) that are here alone make a gradient that all ranks add."""

@@ -1,7 +1,8 @@
-"""The probe of a policy: what a causal LM is like, measured on a few tokens of its own before any work.
+"""The probe of a policy: properties of a causal LM, measured on a few tokens before any work.
 
-Each answer decides something that would silently be wrong: is it causal; do a row's logits depend on the rows
-beside it (experts that drop tokens, positions that are scaled by the longest row); what do padded rows need.
+A wrong assumption about one of them would give wrong results without an error: whether the model is causal; whether a
+row's logits depend on other rows (experts that drop tokens, positions that are scaled by the longest row); what padded
+rows need.
 """
 
 from __future__ import annotations

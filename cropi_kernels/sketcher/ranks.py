@@ -180,14 +180,14 @@ class Ranks:
         Raises:
             ValueError: they differ; shows two of them, on every rank.
         """
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, described, group=self.group)
-        other = next((i for i, text in enumerate(found) if text != found[0]), None)
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, described, group=self.group)
+        other = next((i for i, text in enumerate(gathered) if text != gathered[0]), None)
         if other is not None:
             raise ValueError(
                 "the ranks of a tensor-parallel group have different models or specs: rank 0 has "
-                f"{_first_difference(found[0], found[other])}, rank {other} has "
-                f"{_first_difference(found[other], found[0])}"
+                f"{_first_difference(gathered[0], gathered[other])}, rank {other} has "
+                f"{_first_difference(gathered[other], gathered[0])}"
             )
 
     def gathered(self, x: torch.Tensor, size: int) -> torch.Tensor:
@@ -302,14 +302,14 @@ def add_over_ranks(
 def ranges_of(size: int, ranks: int, rank: int, factor: int = 1) -> tuple[Range, ...]:
     """Which part of ``size`` numbers torch's ``Shard`` gives to a rank: the ceiling of an equal share, the last ones
     less. ``factor`` > 1: of each of so many equal parts, as ``_StridedShard`` does."""
-    found = []
+    ranges = []
     for first in range(0, size, max(1, size // factor)):
         length = min(size // factor, size - first)
         step = -(-length // ranks)
         begin, end = min(rank * step, length), min((rank + 1) * step, length)
         if begin < end:
-            found.append((first + begin, first + end))
-    return tuple(found)
+            ranges.append((first + begin, first + end))
+    return tuple(ranges)
 
 
 def ranks_of(model: nn.Module) -> Ranks | None:

@@ -77,7 +77,7 @@ def float_output(out: Any) -> torch.Tensor | None:
     if isinstance(logits, torch.Tensor):
         return logits
     inner = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
-    return next((found for item in inner if (found := float_output(item)) is not None), None)
+    return next((output for item in inner if (output := float_output(item)) is not None), None)
 
 
 class Recorded:

@@ -43,9 +43,9 @@ class SegmentScales:
                 return weights  # the caller of this says what is wrong with them
             weights = weights.to(self.segment.device, logprobs.dtype)
             segment = self.segment[start:stop]
-            found = self._exponents(weights, segment)
-            new = ~self._weighed & (found != 0)
-            self.exponent = torch.where(new, found, self.exponent)
+            exponents = self._exponents(weights, segment)
+            new = ~self._weighed & (exponents != 0)
+            self.exponent = torch.where(new, exponents, self.exponent)
             self._weighed |= new
             return _times_power(weights, -self.exponent[segment])
 
@@ -60,11 +60,11 @@ class SegmentScales:
 
         ``sketches`` [segments, dim], what the head has added, are divided in place by the same powers of two.
         """
-        found = self._exponents(rows.abs().amax(dim=1), self.segment)
-        self.exponent = self.exponent + found
+        exponents = self._exponents(rows.abs().amax(dim=1), self.segment)
+        self.exponent = self.exponent + exponents
         for each in sketches:
-            _scale_by_power(each, -found[:, None])
-        return _times_power(rows, -found[self.segment][:, None])
+            _scale_by_power(each, -exponents[:, None])
+        return _times_power(rows, -exponents[self.segment][:, None])
 
     def restore(self, sketches: torch.Tensor) -> None:
         """Multiply the sketches [segments, dim] in place by all that was divided out."""

@@ -1,4 +1,4 @@
-"""The self-test: what the taps of a model add up, held to plain autograd on a few tokens before any work.
+"""The self-test: before any work, the sums of a model's taps are compared with plain autograd on a few tokens.
 
 Two runs of the model on the same tokens, cut into two segments of unequal length:
 
@@ -74,11 +74,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class SelfTest:
-    """What the self-test found; printed, two lines.
+    """The result of the self-test. Printed, it is two lines.
 
     Attributes:
         tokens: the batch and length that it ran on.
-        names: parameters whose taps were held to autograd.
+        names: parameters whose taps were compared with autograd.
         untested: parameters that no part of the run used: they have no gradient, and their taps gave none.
         closest: the part nearest to its bound.
         heard: the modules whose taps heard the backward pass; one that is not heard in a later batch raises an error.
@@ -225,7 +225,7 @@ class FormedSums:
 def self_test(
     model: nn.Module, attachment: Attachment, acc: Accumulator, trial: Trial, others: Sequence[Part] = ()
 ) -> SelfTest:
-    """Hold the taps to autograd. Inside the ``with`` block of a `GradientSketcher`; leaves no trace in the model.
+    """Compare the taps with autograd, inside the ``with`` block of a `GradientSketcher`. The model stays as it is.
 
     ``others`` are parts that were compared elsewhere; they are reported together.
 
@@ -291,19 +291,19 @@ class _Runs:
             plain = self.trial.forward()
         with self.again():
             frozen = self.frozen(plain)
-        found: list[Part] = []
+        parts: list[Part] = []
         held: dict[Source, torch.Tensor] = {}
         sizes: dict[Source, float] = {}
         tested: set[int] = set()
         for s in range(len(self.trial.cotangents)):
             with self.again():
                 listener, exact = self.held(s)
-            found += compare(self.parts, listener, exact, self.trial.owners[s], self.trial.segments)
+            parts += compare(self.parts, listener, exact, self.trial.owners[s], self.trial.segments)
             tested |= set(exact.sums)
             for tap, took in listener.sums.items():
                 held[tap] = held[tap] + took if tap in held else took
                 sizes[tap] = sizes.get(tap, 0.0) + listener.size[tap]
-        return found + _compare_frozen(self.parts, frozen, held, sizes), tested, frozen
+        return parts + _compare_frozen(self.parts, frozen, held, sizes), tested, frozen
 
     def frozen(self, plain: torch.Tensor) -> Listener:
         listener = Listener(self.acc)
@@ -419,7 +419,7 @@ def compare(
 def _compare_frozen(
     parts: Parts, frozen: Listener, held: dict[Source, torch.Tensor], sizes: dict[Source, float]
 ) -> list[Part]:
-    """The taps over frozen weights, against themselves: between the two lies the rounding of a backward pass."""
+    """Compare the taps over frozen weights with those over trainable ones, but for a backward pass's rounding."""
     found = []
     depth = max(1, len(held)) ** 0.5
     for group, taps in parts.taps.items():

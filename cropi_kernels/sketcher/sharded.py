@@ -75,7 +75,7 @@ def check_parallel(model: nn.Module) -> None:
 
 
 def _check_ties(model: Any) -> None:
-    """A tied weight that is in one unit and not in another is two weights from then on."""
+    """Refuse a tied weight whose modules are in different units: FSDP2 makes two weights of it."""
     if not units(model) or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return
     ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
@@ -134,7 +134,7 @@ def root_around(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def whole(model: nn.Module, module: nn.Module) -> Iterator[None]:
-    """The module's own weights are whole inside, though it is not called; a tensor-parallel rank's stay parts."""
+    """Inside, the module's own weights are whole without a call of it; those of a tensor-parallel rank stay parts."""
     if not units(model) or not any(is_spread(p) for p in module.parameters(recurse=False)):
         yield
         return
@@ -210,9 +210,9 @@ def starting_over(model: nn.Module) -> Iterator[None]:
 
 def start_over(model: nn.Module) -> None:
     """After a pass that failed between its forward and the end of its backward."""
-    found = units(model)
-    if found:
-        root: Any = found[0]
+    sharded = units(model)
+    if sharded:
+        root: Any = sharded[0]
         try:
             root.reset_iter_state()
         except (AttributeError, RuntimeError):  # an older torch; or a root that never ran

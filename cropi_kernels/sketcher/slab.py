@@ -1,4 +1,4 @@
-"""How a sketch takes in a matrix gradient: what is kept in forward, what is added in backward; and the slab sketch."""
+"""What is kept in forward and added in backward for a matrix gradient, in every kind of sketch; and the slab sketch."""
 
 from __future__ import annotations
 

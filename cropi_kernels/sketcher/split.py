@@ -96,9 +96,9 @@ class SplitModel:
         """Log-probs of ``targets`` [n] from hidden states ``picked`` [n, D]; within `whole_head`."""
         if not self.adapters and self.head_ranks() is None:
             weight, bias, _ = self.head_here()
-            found = linear_logprob(picked, weight, targets, bias=bias, **self._of_products(temperature))
-            assert isinstance(found, torch.Tensor)
-            return found
+            result = linear_logprob(picked, weight, targets, bias=bias, **self._of_products(temperature))
+            assert isinstance(result, torch.Tensor)
+            return result
         return self.logprob_and_grad(picked, targets, None, temperature)[0]
 
     def logprob_and_grad(

@@ -1,4 +1,4 @@
-"""Whether a trainer's loss is a sum over prompts, seen in the graph of its first step.
+"""Whether a trainer's loss is a sum over prompts, read from the autograd graph of its first step.
 
 The parts of a gradient that pass through the tokens of each prompt add up to the gradient, whatever the loss. They are
 the gradients of the prompts' own losses only where the loss is a sum of terms of which each depends on one prompt. Two
@@ -52,7 +52,7 @@ class _Backward(TorchFunctionMode):
 
 
 class LossCheck:
-    """Watches one batch. ``found`` says in words what is known of the loss afterwards; None: no backward pass came.
+    """Checks the loss of one batch. ``found`` is the result as a sentence; None: there was no backward pass.
 
     Args:
         model: whose outputs are looked at.

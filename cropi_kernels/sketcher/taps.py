@@ -25,7 +25,7 @@ def count_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 class Hook(Protocol):
-    """What ends a tap."""
+    """Removes a tap."""
 
     def remove(self) -> None: ...
 
@@ -65,13 +65,13 @@ class Tap(abc.ABC):
             return capture(y, self._refusal(str(error)))
 
     def refuse(self, message: str) -> None:
-        """What the module does here cannot be sketched: an error, or while a model is tried, a note."""
+        """The module's call cannot be sketched: raise an error or, while a model is tried, note it."""
         if self.acc.refusals is None:
             raise NotTokensError(message)
         self.acc.refusals[self.where] = message
 
     def _refusal(self, message: str) -> Sink:
-        """For a call on something else than the batch's tokens: wrong as soon as a gradient comes by.
+        """For a call on something else than the batch's tokens: it would be wrong as soon as a gradient reached it.
 
         DoRA calls its matrices on a unit matrix, and uses the product without its gradient.
         """

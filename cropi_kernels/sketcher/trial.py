@@ -117,7 +117,7 @@ def _head_parts(
     positions: torch.Tensor,
     targets: torch.Tensor,
 ) -> tuple[list[Part], torch.Tensor]:
-    """The head's sketch and the gradient of the hidden states by `head_pass`, held to autograd in float64.
+    """Compares the head's sketch and the gradient of the hidden states by `head_pass` with autograd in float64.
 
     Returns the gradient too, [tokens, n].
     """
@@ -148,7 +148,7 @@ def _head_parts(
         covered = tuple(
             names.get(id(p), "lm_head") for p, plan in zip(mine, own, strict=True) if plan is not None
         )
-        found = []
+        parts = []
         if attachment.head_matrix is not None and attachment.head_adds[0]:
             attachment.head_matrix.add(
                 dz.float(), attachment.head_matrix.fold(h), offsets.to(device), acc.out
@@ -169,13 +169,13 @@ def _head_parts(
         acc.close()
     error = float((wide.detach().float() - logprobs).abs().max())
     what = "the log-probs are not those of softmax(logits)"
-    found.append(Part(("log-probs",), what, error, 2 * abs(split.scale) * off_z + 1e-5, 1.0))
+    parts.append(Part(("log-probs",), what, error, 2 * abs(split.scale) * off_z + 1e-5, 1.0))
     terms = norm(h) * (1 + sum(one.size() for one in split.adapters)) + len(positions) ** 0.5
     allowed = terms * (norm(dz) * bound(unit, 1, len(positions)) + off_dz)
     if covered:
         what = "the head's sketch is not that of its gradient"
-        found.append(Part(covered, what, norm(took - want), allowed, norm(want)))
-        found += _hooked(head, dz, h, attachment, covered, unit)
+        parts.append(Part(covered, what, norm(took - want), allowed, norm(want)))
+        parts += _hooked(head, dz, h, attachment, covered, unit)
     flat = grad.reshape(-1, grad.shape[-1])
     exact = torch.zeros(flat.shape, dtype=torch.float64, device=device)
     powers = torch.ldexp(torch.ones_like(dz[:, :1]), -scales.exponent[scales.segment][:, None])
@@ -191,8 +191,8 @@ def _head_parts(
         + 4 * smallest(flat) * flat.numel() ** 0.5
     )
     what = "the head does not hand on the gradient of its logits"
-    found.append(Part(("hidden states",), what, norm(flat - exact), allowed, norm(exact)))
-    return found, flat
+    parts.append(Part(("hidden states",), what, norm(flat - exact), allowed, norm(exact)))
+    return parts, flat
 
 
 def _summed(acc: Accumulator, x: torch.Tensor) -> torch.Tensor:
@@ -257,7 +257,7 @@ def _hooked(
     unit: float,
 ) -> list[Part]:
     """Hooks on the gradients of the head's parameters, which the head's pass never forms: do they change them?"""
-    found = []
+    changed = []
     covered = attachment.head_matrix is not None, attachment.head_bias is not None
     for p, mine, formed in zip(
         (head.weight, head.bias), covered, (lambda: dz.T @ h.double(), lambda: dz.sum(0))
@@ -267,5 +267,5 @@ def _hooked(
             with thawed([p]):
                 (got,) = torch.autograd.grad(p, p, plain)
             what = "a hook on the parameter changes its gradient, which no tap sees"
-            found.append(Part(names, what, norm(got - plain), unit * norm(plain), norm(plain)))
-    return found
+            changed.append(Part(names, what, norm(got - plain), unit * norm(plain), norm(plain)))
+    return changed

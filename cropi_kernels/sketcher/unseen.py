@@ -60,17 +60,17 @@ def _bypassed(model: nn.Module, run: Run, ids: torch.Tensor, owned: Sequence[Own
 @contextlib.contextmanager
 def _cut(model: nn.Module) -> Iterator[list[nn.Module]]:
     """Linear layers of any class whose output has no graph though their input has one."""
-    found: list[nn.Module] = []
+    cut: list[nn.Module] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         has_graph = any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
         lost = isinstance(y, torch.Tensor) and y.is_floating_point() and not y.requires_grad
-        if torch.is_grad_enabled() and has_graph and lost and module not in found:
-            found.append(module)
+        if torch.is_grad_enabled() and has_graph and lost and module not in cut:
+            cut.append(module)
 
     handles = [m.register_forward_hook(note) for m in model.modules() if hasattr(m, "out_features")]
     try:
-        yield found
+        yield cut
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""A trial run of somebody's model that leaves no trace: buffers, random numbers, gradients, flags as they were."""
+"""A trial run of a model after which its buffers, gradients and flags, and the random numbers, are as before."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model's buffers, its modules' modes and torch's random numbers are the same after.
 
     Forward passes change more than their result: BatchNorm's statistics, a router's counts of tokens, the table of a
-    rotary embedding that has grown. Where such a buffer is too large for a copy (`KEPT_BYTES` in all), a write to it is
-    an error that names it.
+    rotary embedding that has grown. Where such a buffer is too large for a copy (`KEPT_BYTES` in all), a write to it
+    raises an error that names it.
     """
     kept = _Buffers(model)
     modes = [(module, module.training) for module in model.modules()]

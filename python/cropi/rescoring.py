@@ -283,7 +283,7 @@ def training_store(folder: Path) -> SketchStore:
     Raises:
         CropiError: no store exists, or one of them is unfinished.
     """
-    found = open_together([folder / "train", folder / EARLIER])
-    if found is None:
+    store = open_together([folder / "train", folder / EARLIER])
+    if store is None:
         raise CropiError(f"{folder} holds no store of training prompts")
-    return found
+    return store

@@ -105,10 +105,10 @@ def _sums(path: Path, strict: bool) -> dict[str, str]:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return {}
-    found = list(map(_LINE.fullmatch, lines))
-    if strict and None in found:
-        raise CropiError(f"{path} is damaged: line {found.index(None) + 1} is not a checksum of a file")
-    return {match[2]: match[1] for match in found if match}
+    matches = list(map(_LINE.fullmatch, lines))
+    if strict and None in matches:
+        raise CropiError(f"{path} is damaged: line {matches.index(None) + 1} is not a checksum of a file")
+    return {match[2]: match[1] for match in matches if match}
 
 
 def _found(path: Path) -> str:
@@ -116,14 +116,14 @@ def _found(path: Path) -> str:
     if not path.is_file():
         return ""
     with reading(path):
-        found = path.stat()
-        return _sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
+        stat = path.stat()
+        return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, *version: int) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
+            digest.update(piece)
+    return digest.hexdigest()

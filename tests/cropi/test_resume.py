@@ -99,6 +99,7 @@ print("interrupted", sketch(Policy(make_model(), make_tokenizer()), job, progres
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_of_schedulers_keep_what_is_done(tmp_path: Path, name: str) -> None:
     """SLURM and Kubernetes send SIGTERM first, a lost terminal sends SIGHUP: nothing that was computed is dropped."""

@@ -176,6 +176,7 @@ def test_every_end_token_of_the_generation_config_ends_a_response(tmp_path: Path
     assert ends == [not cut for record in records for cut in record["truncated"]] and any(ends)
 
 
+@pytest.mark.long
 def test_the_batch_changes_rounding_alone(tmp_path: Path) -> None:
     model = make_model()
     whole = rolled(tmp_path / "a.jsonl", model)
@@ -186,6 +187,7 @@ def test_the_batch_changes_rounding_alone(tmp_path: Path) -> None:
             torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=0, atol=3e-5)
 
 
+@pytest.mark.long
 def test_the_records_go_into_a_sketch_with_ratio_one(tmp_path: Path) -> None:
     """The look at the stored log-probs passes, and the effective sample size is whole, also under top-p."""
     model, tokenizer = make_model(), make_tokenizer(chat=True)
@@ -425,6 +427,7 @@ def test_options_of_another_engine_are_refused(tmp_path: Path) -> None:
             rolled(tmp_path / "out.jsonl", make_model(), **options)
 
 
+@pytest.mark.long
 def test_the_three_commands_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

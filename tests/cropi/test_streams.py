@@ -12,6 +12,8 @@ from support.places import fill
 
 from cropi.ranking.table import read_scores
 
+pytestmark = pytest.mark.long
+
 WAYS = {
     "output closed": ">&-",
     "error closed": "2>&-",

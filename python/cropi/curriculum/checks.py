@@ -126,7 +126,7 @@ def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) 
         CropiError: too little space for the sketches of the stages that are left, or a selection that is too small for
             one generation batch, on which TRL would silently train nothing.
     """
-    rows = train.usable + sum(found.usable for found in valid.values())
+    rows = train.usable + sum(scan.usable for scan in valid.values())
     size = row_bytes(plan.job.store_dtype, plan.job.spec.dim) * rows
     left = plan.stages - stage
     check_room(plan.out, size * left, f"the sketches of {rows} prompts in {left} stages")

@@ -132,17 +132,17 @@ def _anew(stage: Stage, checked: Checked, valid: Mapping[str, Result], begun: fl
     """The training prompts that this stage sketches; the others keep the sketches of the stages before."""
     plan, last, folder = stage.plan, stage.number - 1, stage.folder / "sketches"
     before = plan.stage_folder(last) if stage.number else None
-    found = {
+    entries = {
         step: stage.state.result(last, step) or {}
         for step in ("influence", "select", "train", "collect", "sketch")
     }
     renewed = (stage.state.result(stage.number, "rollouts") or {}) if plan.rollouts_when == "every" else {}
-    timed = [*valid.values(), found["sketch"].get("train", {})]
-    choosing = sum(found[step].get("seconds", 0.0) for step in ("influence", "select"))
+    timed = [*valid.values(), entries["sketch"].get("train", {})]
+    choosing = sum(entries[step].get("seconds", 0.0) for step in ("influence", "select"))
     anew = Anew(
         plan.rescoring, stage.folder, folder / EARLIER, before,
         [] if before is None else [before / "sketches" / name for name in ("train", EARLIER)],
-        others=sum(entry.get("seconds", 0.0) for entry in (found["train"], found["collect"], renewed)),
+        others=sum(entry.get("seconds", 0.0) for entry in (entries["train"], entries["collect"], renewed)),
         spent=lambda: time.monotonic() - begun + choosing,
         seconds=sum(one.get("seconds", 0.0) for one in timed), passed=sum(one.get("tokens", 0) for one in timed),
     )  # fmt: skip

@@ -56,8 +56,8 @@ class PromptGroup:
     @property
     def file(self) -> str | None:
         """The file (or the argument, of records in memory) that the group came from, without the number of the line."""
-        found = re.fullmatch(r"(.+?)(?::\d+|\[\d+\])", self.where, re.DOTALL)
-        return found[1] if found else None
+        match = re.fullmatch(r"(.+?)(?::\d+|\[\d+\])", self.where, re.DOTALL)
+        return match[1] if match else None
 
     @property
     def lengths(self) -> tuple[int | None, list[int] | None]:

@@ -1,11 +1,11 @@
-"""Whose log-probs are they? A few prompts tell, before the job, whether they can be what they are taken for.
+"""Before a job, a few prompts show whether the stored log-probs can be those of the policy that sampled the responses.
 
 With rho = pi / beta of a token that beta sampled, pi the policy and beta as stored:
 
 - ``E[rho] = sum_x beta(x) pi(x) / beta(x) = 1``, whatever the two policies are. So (Markov) rho exceeds 2 for half of
   the tokens at most: a median above 2 cannot be, and the log-probs are of another policy or of other tokens.
 - The sample's mean is the share of that expectation which the sampled tokens carry. Below 1/2 (1/10) more than half
-  (nine tenths) of the weight is at tokens that were never drawn, and the estimate lacks it.
+(nine tenths) of the weight belongs to tokens that were never drawn, and the estimate does not contain it.
 - The effective sample size is ``n / (1 + var rho)``. Below 1/2 (1/10) the ratios more than double (make ten times) the
   variance of an estimate.
 

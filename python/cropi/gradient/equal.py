@@ -1,8 +1,9 @@
 """Responses that are equal token by token: computed once, with the sum of their weights.
 
-Short answers are often sampled twice. Their log-prob gradients are one and the same, so that K equal responses need
-one row and one weight a token, ``sum_k w_k``. That is less work, and exact where advantages cancel: added up after the
-model has computed every response apart, they would leave rounding, and a cosine sees no size.
+Short answers are often sampled twice. Their log-prob gradients are the same, so that K equal responses need one row
+and one weight a token, ``sum_k w_k``. That is less work, and exact where advantages cancel: if the model computed
+every response by itself and the gradients were added afterwards, rounding errors would be left, and a cosine does not
+tell small vectors from large ones.
 """
 
 from __future__ import annotations

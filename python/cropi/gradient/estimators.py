@@ -9,7 +9,7 @@ Every estimator is a choice of three things, and nothing else::
 - the divisor d_k, which is how tokens are averaged.
 
 A_k and d_k come from the whole prompt group before it is split, so the weights do not depend on
-micro-batching. g points uphill (it is the gradient of the objective, not of a loss).
+micro-batching. g is the gradient of the objective, not of a loss: a step along g increases the objective.
 
 ``rho * grad log pi = grad rho``, so these weights are exactly the gradients of the surrogate objectives, with
 

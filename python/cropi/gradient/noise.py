@@ -8,7 +8,7 @@ B is as long as A and orthogonal to the constants and to A itself, then ``d = su
 given the rewards, where the mean of s_k is any constant plus any multiple of the reward (for rewards of two values: any
 function of it), and its covariance is the same for all responses. It is the contrast of an analysis of variance: two of
 the K degrees of freedom are the group's mean and its signal, and one of the others is drawn. The group's mean is so
-taken into account; its standard deviation, which scales the whole gradient and turns it nowhere, is not.
+taken into account; its standard deviation, which scales the whole gradient and does not change its direction, is not.
 
 B is drawn as A times independent normal numbers, made orthogonal and as long as A: responses with a large weight have
 a large one in the draw too, so that covariances that differ between right and wrong responses do little harm.
@@ -38,19 +38,19 @@ def noise_of(advantages: Sequence[float] | np.ndarray, draws: np.random.Generato
     Raises:
         ValueError: fewer than three advantages, or all of them equal.
     """
-    found = np.asarray(advantages, dtype=np.float64)
-    if found.ndim != 1 or found.size < FEWEST:
-        raise ValueError(f"advantages: at least {FEWEST} are needed to draw their noise, got {found.size}")
-    centred = found - found.mean()
+    values = np.asarray(advantages, dtype=np.float64)
+    if values.ndim != 1 or values.size < FEWEST:
+        raise ValueError(f"advantages: at least {FEWEST} are needed to draw their noise, got {values.size}")
+    centred = values - values.mean()
     length = np.linalg.norm(centred)
     if not length > 0:
         raise ValueError("advantages: all of them are equal, so that the gradient is zero and has no noise")
     signal = centred / length
-    made = found * draws.standard_normal(found.size)
+    made = values * draws.standard_normal(values.size)
     for _ in range(2):  # the second time takes off what rounding left of the first
         made -= made.mean()
         made -= (made @ signal) * signal
-    return np.asarray(made * (np.linalg.norm(found) / np.linalg.norm(made)))
+    return np.asarray(made * (np.linalg.norm(values) / np.linalg.norm(made)))
 
 
 def noisy(group: TokenGroup, advantages: np.ndarray, seed: str) -> TokenGroup:

@@ -1,8 +1,8 @@
-"""Gradients that are zero by algebra but not by rounding: how small is nothing.
+"""Which gradients count as zero: those that only rounding makes different from zero.
 
-A prompt's gradient is a sum over its responses, ``g = sum_k g_k``. Where the terms cancel, what comes out of arithmetic
-with unit roundoff u is not 0 but rounding, and a cosine sees no size: noise is scored in full. So ``|g|`` is compared
-with ``sum_k |g_k|``, the size of what was added.
+A prompt's gradient is a sum over its responses, ``g = sum_k g_k``. Where the terms cancel, arithmetic with unit
+roundoff u gives rounding errors instead of 0. A cosine does not depend on the length of a vector, so that these errors
+would be scored like any gradient. So ``|g|`` is compared with ``sum_k |g_k|``, the size of the terms.
 
 **The bound.** On its way through a model a token's gradient is rounded about 16 times a layer forward and 16 times
 backward (products, norms, activations, residual sums; the sums within a product are blocked and add less). Roundings

@@ -1,4 +1,4 @@
-"""What prompts that are alike share: the usefulness of a prompt, predicted from what visits of others have shown.
+"""The usefulness of a prompt, predicted from visits of other prompts with similar features.
 
 Every prompt i has a row of features x_i, of about length 1. Its usefulness is taken for
 

@@ -1,4 +1,4 @@
-"""A contrast set: what its prompts have in common counts against a training prompt.
+"""A contrast set: a training prompt whose gradient is similar to its prompts' gets a lower score.
 
 score[s, v] - weight * score[s, contrast]
 """

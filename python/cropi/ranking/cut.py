@@ -7,10 +7,10 @@ deviation of the scores for v over the pool. r^2 is measured where prompts were 
 
     (new score - score from the earlier sketch)^2 / (a sd_v^2),
 
-with ten times :data:`DRIFT`^2 put before what is seen. The rule of the selection then runs on :data:`DRAWS` tables, in
-each of which all scores are moved by normal numbers of these variances; a prompt without a sketch gets one with the
-pool's mean and sd_v. p is the share of the tables in which a prompt is chosen, and p (1 - p), the variance of being
-chosen, is largest at the cut and for what is least known.
+to which ten observations of :data:`DRIFT`^2 are added beforehand. The rule of the selection then runs on :data:`DRAWS`
+tables. In each of them normal numbers of these variances are added to all scores, and a prompt without a sketch gets a
+score with the pool's mean and sd_v. p is the share of the tables in which a prompt is chosen. p (1 - p), the variance
+of being chosen, is largest at the cut and for prompts whose scores are least certain.
 
 With T tokens, prompts are taken in a random order until :data:`EXPLORE` T are spent, so that r^2 is measured on all
 kinds of prompts and what the random walk does not foresee is found; then in the order of p (1 - p), the largest first,

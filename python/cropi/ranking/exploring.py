@@ -1,4 +1,4 @@
-"""Which prompts to draw next: the best as far as is known, and those of which too little is known.
+"""Which prompts to draw next: those with the best estimates, and those with uncertain estimates.
 
 The rule is Thompson sampling with forgetting (Raj and Kalyani, arXiv 1707.09727; Thompson 1933). The usefulness of a
 prompt is taken for a normal number with the prior N(m, t^2) over prompts; one visit shows it with an error of variance

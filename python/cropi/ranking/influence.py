@@ -1,4 +1,4 @@
-"""Influence: how well a training prompt's gradient points along the mean gradient of each validation set.
+"""Influence: how similar a training prompt's gradient is in direction to the mean gradient of each validation set.
 
     score[s, v] = cos(S g(s), mean_{s' in v} S g(s'))        (or the dot product)
 

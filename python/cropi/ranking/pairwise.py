@@ -1,4 +1,4 @@
-"""Inner products of every training prompt's sketch with every validation prompt's: what lies below the mean.
+"""Inner products of every training prompt's sketch with every validation prompt's.
 
     dots[s, i] = <S g(s), S g(i)>        gram[i, j] = <S g(i), S g(j)>
 

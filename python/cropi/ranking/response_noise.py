@@ -1,4 +1,4 @@
-"""What a score's noise owes to the finite number of responses, from stores of noise beside those of gradients.
+"""The part of a score's noise that comes from the finite number of responses, computed from stores of noise.
 
 A store of noise (``cropi sketch --noise``) holds, for every prompt, a vector d whose covariance is that of its gradient
 g over other responses (:mod:`cropi.gradient.noise`). To first order in the noise, with the weights w_i of the

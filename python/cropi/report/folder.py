@@ -173,15 +173,15 @@ def _check(root: Path, path: str | Path | None) -> dict[str, Any] | None:
     if path is None and not file.is_file():
         return None
     try:
-        found = unsealed(
+        content = unsealed(
             json.loads(file.read_text(encoding="utf-8")), file, "make it again with `cropi check`"
         )
-        findings = found["findings"]
+        findings = content["findings"]
     except CropiError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CropiError(f"{file} is not what `cropi check --out` writes ({error})") from error
-    return found if isinstance(findings, list) else None
+    return content if isinstance(findings, list) else None
 
 
 def _run(scores: Scores, train: SketchStore | None) -> list[tuple[str, str]]:

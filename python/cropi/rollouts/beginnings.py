@@ -31,18 +31,18 @@ def common_length(prompts: Sequence[Tokens]) -> int:
 
 def families(prompts: Sequence[Tokens]) -> list[list[int]]:
     """The numbers of the prompts, family by family; most prompts of most sets are alone in theirs."""
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     begin = 0  # tokens that the last family begins with
     for i in sorted(range(len(prompts)), key=lambda i: list(prompts[i])):
-        if found:
-            same = min(begin, _same(prompts[found[-1][-1]], prompts[i]))
-            if same >= max(SHORTEST, SHARE * len(prompts[i]), SHARE * len(prompts[found[-1][0]])):
-                found[-1].append(i)
+        if groups:
+            same = min(begin, _same(prompts[groups[-1][-1]], prompts[i]))
+            if same >= max(SHORTEST, SHARE * len(prompts[i]), SHARE * len(prompts[groups[-1][0]])):
+                groups[-1].append(i)
                 begin = same
                 continue
-        found.append([i])
+        groups.append([i])
         begin = len(prompts[i])
-    return found
+    return groups
 
 
 def levels(prompts: Sequence[Tokens]) -> list[Level]:

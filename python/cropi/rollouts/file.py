@@ -141,12 +141,12 @@ class RolloutFile:
             else:
                 self.places[str(held.get("id"))] = start
 
-    def _check(self, found: Any, path: Path) -> None:
-        if not isinstance(found, dict):
+    def _check(self, settings: Any, path: Path) -> None:
+        if not isinstance(settings, dict):
             raise CropiError(f"out: {path} was not begun by a rollout; {REMEDY.format(path=path)}")
-        keys = dict.fromkeys([*found, *self.settings])
+        keys = dict.fromkeys([*settings, *self.settings])
         for key in keys:
-            before, now = found.get(key), self.settings.get(key)
+            before, now = settings.get(key), self.settings.get(key)
             if before != now:
                 raise CropiError(
                     f"out: {path} was begun with {key} = {shown(before)}, and now it is {shown(now)}; "

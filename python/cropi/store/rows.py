@@ -93,10 +93,10 @@ def rows_from_json(text: str | bytes) -> list[RowInfo]:
             return list(decoders[0].decode(text))
         except (ValueError, UnicodeError):  # NaN, which JSON of Python has and msgspec has not
             pass
-    found = json.loads(text)
-    if not isinstance(found, list):
-        raise TypeError(f"a list of rows is expected, got {type(found).__name__}")
-    rows = [RowInfo(**row) for row in found]
+    items = json.loads(text)
+    if not isinstance(items, list):
+        raise TypeError(f"a list of rows is expected, got {type(items).__name__}")
+    rows = [RowInfo(**row) for row in items]
     if not all(type(row.id) is str for row in rows):
         raise TypeError("an id is not a string")
     return rows

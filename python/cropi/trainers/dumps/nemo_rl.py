@@ -51,8 +51,8 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     """
     path, left = Path(path), Left() if left is None else left
     check_size(path, reading.largest)
-    found = re.search(r"step(\d{1,18})", path.name)
-    step = int(found[1]) if found else 0
+    match = re.search(r"step(\d{1,18})", path.name)
+    step = int(match[1]) if match else 0
     rows = (
         row
         for line in json_lines(path, left)

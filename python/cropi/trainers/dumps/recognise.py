@@ -125,21 +125,21 @@ def _answer(value: Any) -> bool:
     return "choices" in value or "status_code" in value or (isinstance(body, Mapping) and "choices" in body)
 
 
-def _of_strings(path: Path, found: set[str]) -> Found:
+def _of_strings(path: Path, strings: set[str]) -> Found:
     """By the keys and classes that a pickle names."""
-    if {"rollout_id", "samples"} <= found:
+    if {"rollout_id", "samples"} <= strings:
         return Found("slime")
-    if {"tensordict", "global_steps"} <= found or any(name.startswith("verl") for name in found):
+    if {"tensordict", "global_steps"} <= strings or any(name.startswith("verl") for name in strings):
         return Found("verl")
-    if any(name.startswith("vllm") for name in found) or {"prompt_token_ids", "outputs"} <= found:
+    if any(name.startswith("vllm") for name in strings) or {"prompt_token_ids", "outputs"} <= strings:
         return Found("vllm")
-    if any("TrainingInputBatch" in name or name.startswith("skyrl") for name in found):
+    if any("TrainingInputBatch" in name or name.startswith("skyrl") for name in strings):
         raise CropiError(
             f"{path} is a training batch of SkyRL, which holds no prompt ids and, once advantages are made, no "
             "rewards; give the results that trainer.dump_eval_results writes ({data_source}.jsonl)"
         )
     raise CropiError(
-        f"{path} is a pickle, but none of slime, verl or vLLM (it names {names(sorted(found)[:12])}); write the "
+        f"{path} is a pickle, but none of slime, verl or vLLM (it names {names(sorted(strings)[:12])}); write the "
         "records as JSON lines or parquet (docs/trajectories.md)"
     )
 
@@ -161,13 +161,13 @@ def _strings_of_zip(path: Path) -> set[str]:
 
 def _strings(file: IO[bytes]) -> set[str]:
     """The texts that a pickle's first instructions hold; nothing of it is run."""
-    found: set[str] = set()
+    strings: set[str] = set()
     try:
         for number, (code, value, _) in enumerate(pickletools.genops(file)):
             if isinstance(value, str):
-                found.add(value.replace(" ", ".") if code.name == "GLOBAL" else value)
+                strings.add(value.replace(" ", ".") if code.name == "GLOBAL" else value)
             if number > MOST_OPCODES:
                 break
     except Exception:  # damaged: whoever reads it says how
         pass
-    return found
+    return strings

@@ -93,8 +93,8 @@ def checked(rollout: Rollout) -> Rollout:
     except (ValueError, TypeError, RecursionError) as error:
         problem = str(error)
     if problem:
-        found = re.match(r"'?([a-z_]+)", problem)
-        raise BadSample(where, found[1] if found and found[1] in FIELDS else "record", problem)
+        match = re.match(r"'?([a-z_]+)", problem)
+        raise BadSample(where, match[1] if match and match[1] in FIELDS else "record", problem)
     return rollout
 
 

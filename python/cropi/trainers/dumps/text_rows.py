@@ -115,8 +115,8 @@ def warn_text(path: Path, lost: str = "there are no log-probs") -> None:
 def step_of(path: Path) -> int:
     """The training step that the name of a file or of its folder says, or 0."""
     for name in (path.name, path.parent.name):
-        if found := re.search(r"(?:step|completions)[_-]?(\d{1,18})", name):
-            return int(found[1])
-        if found := re.fullmatch(r"(\d{1,18})(\.\w+)*", name):
-            return int(found[1])
+        if match := re.search(r"(?:step|completions)[_-]?(\d{1,18})", name):
+            return int(match[1])
+        if match := re.fullmatch(r"(\d{1,18})(\.\w+)*", name):
+            return int(match[1])
     return 0

@@ -81,8 +81,8 @@ class Reader(pickle.Unpickler):
         Raises:
             Forbidden: nothing.
         """
-        if (found := ALLOWED.get(f"{module}.{name}")) is not None:
-            return found
+        if (allowed := ALLOWED.get(f"{module}.{name}")) is not None:
+            return allowed
         if module == "torch" and (name in DTYPES or isinstance(getattr(torch, name, None), torch.dtype)):
             return DTYPES.get(name) or getattr(torch, name)
         if (module, name) == ("numpy", "dtype"):

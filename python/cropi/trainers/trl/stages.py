@@ -308,10 +308,10 @@ class Stages(Recorder):
             )
         file = checkpoint / STATE
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CropiError(f"{file} is damaged ({error}); go on from another checkpoint") from error
-        state = unsealed(found, file, "go on from another checkpoint")
+        state = unsealed(content, file, "go on from another checkpoint")
         differs = first_difference(state["settings"], json.loads(json.dumps(self.settings())))
         if differs:
             raise CropiError(
