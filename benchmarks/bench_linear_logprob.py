@@ -2,7 +2,7 @@
 
     python benchmarks/bench_linear_logprob.py [--threads 1] [--tokens 512] [--vocab 49152] [--hidden 576]
 
-Variants are interleaved and the fastest round of each counts, so that a busy machine disturbs all alike; what is timed
+Variants are interleaved and the fastest round of each counts, so that a busy machine affects all of them; what is timed
 is checked against float64 in the same run. Read the ratios: the times are this machine's.
 """
 

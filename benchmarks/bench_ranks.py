@@ -1,4 +1,4 @@
-"""A job on several processes: how much faster, and what the cost model of docs/scaling.md says beside what is measured.
+"""A job on several processes: how much faster it is, and measurements beside the cost model of docs/scaling.md.
 
     python -m benchmarks.bench_ranks speed [--processes 2] [--rounds 3] [--prompts 96]  # needs as many free cores
     python -m benchmarks.bench_ranks model                                   # one core, processor time

@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_store --rows 50000 100000 [--dim 4096] [--dtype float16] [--folder /big/disk]
 
-Bars: influence reads at 70 % of the bandwidth at least that plain reading of the same files has in the same run, from
-the disk and from the page cache alike, takes less than 1 GB, and twice the rows take twice the time; a store of 5,000
-shards opens in 0.3 s. Every measure is a process of its own, the best of three; the files are removed at the end.
+Targets: influence reads at least at 70 % of the bandwidth that plain reading of the same files has in the same run,
+from the disk and from the page cache alike, takes less than 1 GB, and twice the rows take twice the time; a store of
+5,000 shards opens in 0.3 s. Every measure is a process of its own, the best of three; the files are removed at the
+end.
 """
 
 from __future__ import annotations

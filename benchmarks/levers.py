@@ -1,11 +1,11 @@
 """What each lever of a scoring pass saves, and what it costs in the choice: ``python -m benchmarks.levers``.
 
-Every lever sketches the same training prompts of the example data; its scores and its choice are laid beside those of
-full scoring, and beside how far that choice moves when the validation prompts are drawn anew. A lever that changes less
-than this costs nothing that could be seen. Prompts are sketched by chunks, in which the levers take turns, and the
-processor seconds of each are those of all chunks. Validation prompts are sketched in full, with the lever's model and
-sketch; they are not timed. About 15 minutes of one core; ``--prompts``, ``--valid-prompts`` and ``--only`` make it
-shorter.
+Every lever sketches the same training prompts of the example data; its scores and its choice are compared with those
+of full scoring, and the difference with how much that choice changes when the validation prompts are drawn anew. A
+lever that changes less than this has no visible cost. Prompts are sketched by chunks, in which the levers take turns,
+and the processor seconds of each are those of all chunks. Validation prompts are sketched in full, with the lever's
+model and sketch; they are not timed. About 15 minutes of one core; ``--prompts``, ``--valid-prompts`` and ``--only``
+make it shorter.
 """
 
 from __future__ import annotations

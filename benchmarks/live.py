@@ -2,9 +2,9 @@
 
 Steps of a model with SmolLM2-135M's shapes and random weights: forward, a clipped GRPO loss over the completions,
 backward, AdamW; plain, and with `LiveSketcher`. They alternate in one process on the same rows, and medians of paired
-ratios are taken, of seconds and of processor seconds; memory is that of processes of their own. The sketches are
-held to plain autograd of one prompt at a time in the same run. Where `dattri_llm` is installed, its capture of the same
-step with the products of all rows' gradients (`HookManager`, `Gradient.similarity`) is a third kind.
+ratios are taken, of seconds and of processor seconds; memory is that of processes of their own. In the same run the
+sketches are compared with plain autograd, one prompt at a time. Where `dattri_llm` is installed, its capture of the
+same step with the products of all rows' gradients (`HookManager`, `Gradient.similarity`) is a third kind.
 """
 
 from __future__ import annotations

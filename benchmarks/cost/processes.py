@@ -1,8 +1,8 @@
 """Each mode in a process of its own, and the processes in turns.
 
-In one process the modes share a heap, and one mode's holes become the other's page faults: the same step's ratio to the
-frozen one was 1.05 in some processes and 1.15 in others. Apart, each has the heap that it would have alone; taking
-turns, they meet the same slow spells of the machine.
+In one process the modes share a heap, and the free blocks that one mode leaves cause page faults of another: the same
+step's ratio to the frozen one was 1.05 in some processes and 1.15 in others. In a process of its own, each mode has
+the heap that it would have alone; because they take turns, slow periods of the machine affect all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which levers change what is chosen, without the noise of training: ``python -m benchmarks.rlvr_mini.choices``.
 
-Two runs differ by chance more than most levers can move them. So each lever chooses once more under the policy that
-CROPI's own run ended with, where the ratio pi / beta is no longer 1, and its choice is laid beside that of exact
+Two runs differ by chance more than most levers change them. So each lever chooses once more under the policy that
+CROPI's own run ended with, where the ratio pi / beta is no longer 1, and its choice is compared with that of exact
 gradients under the same policy.
 """
 

@@ -1,6 +1,6 @@
 """One token for many rows: the decoder's step, written out, because rollouts are most of an RL step's time.
 
-It reads the weights of a Hugging Face Llama model and computes what the model computes (a test holds it to that); it
+It reads the weights of a Hugging Face Llama model and computes what the model computes (a test compares them); it
 differs in keeping keys and values in one buffer that is never copied to append a token.
 """
 

@@ -1,4 +1,4 @@
-"""Medians of calls that take turns: small machines are noisy, and a slow spell must hit all alike."""
+"""Medians of calls that take turns, so that a slow period of the machine affects all of them."""
 
 from __future__ import annotations
 
