@@ -43,6 +43,7 @@ def test_each_is_drawn_with_its_probability() -> None:
     ).all()
 
 
+@pytest.mark.long
 def test_weights_are_right_on_average() -> None:
     """Exactly: over all draws, kept responses' factors average to 1, whatever the estimator divides by."""
     policy = Policy(make_model(), make_tokenizer())
@@ -98,6 +99,7 @@ def test_every_token_counts_alike() -> None:
     assert Subset(tokens=1.0).of(made, estimator) is made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "few", [{"responses": 2}, {"token_share": 0.3}, {"responses": 2, "token_share": 0.5}]
 )

@@ -108,6 +108,7 @@ def test_a_tokenizer_that_closes_every_text_puts_nothing_between_prompt_and_resp
     assert shown(tokenizer, prompt="2+2=") == (f"{begins}2+2=", ["4<eos>"])
 
 
+@pytest.mark.long
 def test_the_end_token_is_a_part_of_what_a_store_depends_on(tmp_path: Path) -> None:
     tokenizer = tokenizer_of()
     model = make_model(vocab_size=len(tokenizer))
@@ -124,6 +125,7 @@ def test_the_end_token_is_a_part_of_what_a_store_depends_on(tmp_path: Path) -> N
 
 
 # ----------------------------------------------------------------------------------------------------- prompts
+@pytest.mark.long
 def test_prompts_are_rendered_as_trl_renders_them() -> None:
     trl = pytest.importorskip("trl")
     tokenizer = tokenizer_of()
@@ -238,6 +240,7 @@ def test_a_template_that_prints_the_date_prints_the_one_that_is_given() -> None:
         tokens_of(tokenizer, {"template_date": "tomorrow"})
 
 
+@pytest.mark.long
 def test_a_store_that_is_continued_on_another_day_keeps_its_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

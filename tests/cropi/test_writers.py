@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from test_store import content, vector
 
 from cropi.store.store import SketchStore
+
+pytestmark = pytest.mark.long
 
 WRITERS = """
 import json, os, sys

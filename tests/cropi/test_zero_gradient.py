@@ -102,6 +102,7 @@ def duplicates(logprobs: bool, masks: bool) -> list[dict[str, Any]]:
     return records
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 @pytest.mark.parametrize("masks", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("name", ["cropi", "ppo", "dapo", "reinforce"])
