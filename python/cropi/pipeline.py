@@ -28,7 +28,7 @@ from cropi.options import Influence, Selecting, SelectionOptions
 from cropi.ranking.influence import influence, validation_means
 from cropi.ranking.scores import DEFAULT_SET, Scores
 from cropi.ranking.selection import Selection, check_selecting, select, write_selection
-from cropi.ranking.table import write_scores
+from cropi.ranking.table import SCORES, write_scores
 from cropi.ranking.uncertainty import few_pairs, with_uncertainty
 from cropi.rescoring import Anew, How
 from cropi.sketching.interrupt import Interrupted
@@ -453,7 +453,7 @@ def conclude(
     scores = score(stores["train"], valid, setup.influence, setup.selecting, noise)
     chosen = pick(scores, setup.selecting, setup.least, stores["train"])
     if folder is not None:
-        write_scores(folder / "scores.parquet", scores, chosen)
+        write_scores(folder / SCORES, scores, chosen)
         write_selection(folder / "selected.jsonl", scores, chosen)
     return chosen
 

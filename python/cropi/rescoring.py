@@ -34,7 +34,7 @@ from cropi.options import Influence, Rescoring, Selecting
 from cropi.ranking.cut import Drift, affordable, anew, spreads
 from cropi.ranking.influence import influence
 from cropi.ranking.rule import Rule
-from cropi.ranking.table import read_scores
+from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.values import FROM_SCORES
 from cropi.sketching.job import SketchJob
 from cropi.sketching.rows import row_of
@@ -45,7 +45,6 @@ from cropi.store.store import SketchStore
 
 PLAN = "anew.json"
 BEYOND = "beyond the budget"  # why a prompt that has never been sketched has no score yet
-SCORES = "scores.parquet"
 
 
 @dataclass(frozen=True)

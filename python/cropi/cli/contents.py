@@ -25,6 +25,7 @@ def told(lines: Iterable[str], kind: str, **figures: Any) -> dict[str, Any]:
 def describe_folder(path: Path) -> dict[str, Any] | None:
     """What ``cropi run`` or a curriculum wrote, or a folder of dumps; None: a store."""
     from cropi.curriculum.state import NAME
+    from cropi.ranking.table import SCORES
     from cropi.store.manifest import MANIFEST
 
     if (path / MANIFEST).is_file():
@@ -32,7 +33,7 @@ def describe_folder(path: Path) -> dict[str, Any] | None:
     # datasets' save_to_disk has a file of that name, too, and describes itself in another one.
     if (path / NAME).is_file() and not (path / "dataset_info.json").exists():
         return _curriculum(path, path / NAME)
-    if any((path / name).exists() for name in ("scores.parquet", "selected.jsonl", "sketches")):
+    if any((path / name).exists() for name in (SCORES, "selected.jsonl", "sketches")):
         return _run(path)
     return None
 
@@ -118,7 +119,7 @@ def _selection(path: Any, rows: list[Any]) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     from cropi.ranking.selection import read_selection
-    from cropi.ranking.table import read_scores
+    from cropi.ranking.table import SCORES, read_scores
     from cropi.store.store import SketchStore
 
     lines, facts = [f"run           {path}"], dict[str, Any]()
@@ -134,8 +135,8 @@ def _run(path: Path) -> dict[str, Any]:
         )
         lines.append(f"sketches      {folder.name}: {len(store)} prompts{part}")
         facts.setdefault("stores", {})[folder.name] = {"prompts": len(store), "expected": store.expected}
-    if (path / "scores.parquet").is_file():
-        scores = read_scores(path / "scores.parquet")
+    if (path / SCORES).is_file():
+        scores = read_scores(path / SCORES)
         facts |= {"prompts": len(scores.rows), "usable": int(scores.usable.sum()), "sets": scores.sets}
         lines.append(
             f"scores        {int(scores.usable.sum())} of {len(scores.rows)} prompts against "

@@ -157,10 +157,11 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
 
 def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> None:
     """Write what is for people, and print what was found."""
+    from cropi.ranking.table import SCORES
     from cropi.report.folder import report_folder
 
     print("== results")
-    print(influence.line(chosen.scores, args.metric, out / "scores.parquet"))
+    print(influence.line(chosen.scores, args.metric, out / SCORES))
     print(influence.sure(chosen.scores))
     written = select.Written(
         out / "selected.jsonl",
@@ -175,7 +176,7 @@ def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> Non
     stores = [out / "sketches" / part.name for part in (checked.train, *checked.valid)]
     print(f"sketches      {', '.join(map(str, stores))}")
     tell(
-        args, out=out, scores=out / "scores.parquet", selected=chosen.ids, prompts=len(chosen.scores.rows),
+        args, out=out, scores=out / SCORES, selected=chosen.ids, prompts=len(chosen.scores.rows),
         usable=int(chosen.scores.usable.sum()), sets=chosen.scores.sets, method=chosen.method, stores=stores,
         report=out / "report.html" if args.report else None, config=out / CONFIG,
         uncertainty=chosen.scores.meta.get("uncertainty"), export=args.export,

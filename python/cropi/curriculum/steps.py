@@ -28,7 +28,7 @@ from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Part
 from cropi.ranking.report import plot_scores
 from cropi.ranking.selection import read_selection, write_selected_records, write_selection
-from cropi.ranking.table import read_scores, write_scores
+from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import report_folder
 from cropi.rescoring import Anew, How, training_store
 from cropi.sketching.job import SketchJob
@@ -190,14 +190,14 @@ def influence_all(stage: Stage) -> Result:
     names = stage.state.result(stage.number, "sketch")["valid"]  # type: ignore[index]
     stores = [SketchStore.open(folder / f"valid-{name}") for name in names]
     scores = pipeline.score(training_store(folder), stores, stage.plan.influencing, stage.plan.selecting)
-    write_scores(stage.folder / "scores.parquet", scores)
+    write_scores(stage.folder / SCORES, scores)
     return {"sets": scores.sets, "scored": int(scores.usable.sum())}
 
 
 def select_best(stage: Stage) -> Result:
     """Choose the prompts, write them in every form that was asked for, and compare with the last selection."""
     plan, folder = stage.plan, stage.folder
-    scores = read_scores(folder / "scores.parquet")
+    scores = read_scores(folder / SCORES)
     sketches = training_store(folder / "sketches") if plan.selecting.needs_sketches else None
     selection = pipeline.pick(scores, plan.selecting, sketches=sketches)
     source = data.source_of(plan, stage.state, stage.number)

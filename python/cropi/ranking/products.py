@@ -1,13 +1,15 @@
-"""A store's sketches times a few directions, streamed: checksum, conversion and product while the next block is read.
+"""A store's sketches times a few directions, streamed.
 
-One thread reads a block and checks it; meanwhile others multiply those before it, each by `cropi_kernels.row_products`,
-from the stored numbers. Equal sketches have equal products, wherever they stand.
+Every thread takes a block, reads it into a buffer of its own, checks it and multiplies it from the stored numbers
+(`cropi_kernels.row_products`): a block stays in the cache of one processor, and all of them share the reading. Equal
+sketches have equal products, wherever they stand.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -15,10 +17,11 @@ import torch
 
 from cropi.store.codec import PACKED
 from cropi.store.rows import RowInfo
+from cropi.store.shards import Block
 from cropi.store.store import SketchStore
 from cropi_kernels import row_products
 
-_MOST_THREADS = 8  # reading is one thread, and does not keep more of them busy
+_MOST_THREADS = 8  # more of them wait for memory
 
 
 def products(
@@ -37,11 +40,19 @@ def products(
     """
     wanted = directions.detach().to("cpu", torch.float32).contiguous()
     count = max(1, min(torch.get_num_threads(), _MOST_THREADS))
+    own = threading.local()
+
+    def multiply(block: Block) -> tuple[np.ndarray, np.ndarray]:
+        buffer = getattr(own, "buffer", None)
+        if buffer is None or len(buffer) < block.size:
+            own.buffer = buffer = torch.empty(block.size, dtype=torch.uint8)
+        return _multiply(block.read(buffer), wanted)
+
     waiting: deque[tuple[list[RowInfo], Future[tuple[np.ndarray, np.ndarray]]]] = deque()
     with ThreadPoolExecutor(count, thread_name_prefix="cropi-products") as pool:
-        for rows, tensors in store.blocks(held=count + 1):
-            waiting.append((rows, pool.submit(_multiply, tensors, wanted)))
-            if len(waiting) > count:
+        for block in store.unread():
+            waiting.append((block.rows, pool.submit(multiply, block)))
+            if len(waiting) > 2 * count:
                 rows, made = waiting.popleft()
                 yield rows, *made.result()
         for rows, made in waiting:
@@ -58,15 +69,27 @@ def in_order(
     """All rows in order of id, what ``values`` makes of products and lengths, float64 ``[rows, columns]``, and the
     products with the last ``last`` directions, float32 ``[rows, last]``; NaN for prompts without a sketch."""
     rows = store.rows()
-    place = {row.id: i for i, row in enumerate(rows)}
+    places = _places(store, rows)
     table = np.full((len(rows), columns), np.nan)
     kept = np.full((len(rows), last), np.nan, np.float32)
+    begin = 0
     for some, dots, lengths in products(store, directions):
-        places = [place[row.id] for row in some]
-        table[places] = values(dots, lengths)
+        here = places[begin : begin + len(some)]
+        table[here] = values(dots, lengths)
         if last:
-            kept[places] = dots[:, -last:]
+            kept[here] = dots[:, -last:]
+        begin += len(some)
     return rows, table, kept
+
+
+def _places(store: SketchStore, rows: Sequence[RowInfo]) -> np.ndarray:
+    """Where the prompts with a sketch, in the order in which they are read, stand among ``rows``, which are sorted."""
+    ids = [row.id for shard in store.files() for row in shard.kept]
+    places = np.empty(len(ids), dtype=np.int64)
+    places[sorted(range(len(ids)), key=ids.__getitem__)] = [
+        i for i, row in enumerate(rows) if row.row is not None
+    ]
+    return places
 
 
 def _multiply(tensors: Mapping[str, torch.Tensor], directions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ from cropi.ranking.selection import Selection
 from cropi.ranking.table_rows import TableRows, fill_numbers
 from cropi.store.rows import SCORED_AT
 
+SCORES = "scores.parquet"  # its name in a folder of results
 # What pyarrow and the lines below raise on a damaged file, beside Arrow's own errors.
 DAMAGED = (
     ValueError,

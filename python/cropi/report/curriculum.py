@@ -9,6 +9,7 @@ from typing import Any
 
 from cropi.errors import CropiError
 from cropi.files import write_atomic
+from cropi.ranking.table import SCORES
 from cropi.report.charts import line
 from cropi.report.rendering import markup, rendered
 from cropi.sealed import unsealed
@@ -18,7 +19,7 @@ SETTLED = 0.9  # a choice that keeps so much of the last one hardly depends on t
 
 def is_curriculum(folder: Path) -> bool:
     """Whether a folder is one that ``cropi curriculum`` wrote."""
-    return (folder / "report.json").is_file() and not (folder / "scores.parquet").exists()
+    return (folder / "report.json").is_file() and not (folder / SCORES).exists()
 
 
 def curriculum_page(folder: str | Path, out: str | Path | None = None) -> Path:

@@ -17,7 +17,7 @@ from cropi.files import lines_of
 from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, read_selection
-from cropi.ranking.table import read_scores
+from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.curriculum import curriculum_page, is_curriculum
 from cropi.report.html import ReportInput, shown_in_full, write_report
@@ -59,7 +59,7 @@ def report_folder(
         raise CropiError(f"{root} is not a folder: give what `cropi run --out` or `cropi curriculum` wrote")
     if is_curriculum(root):
         return curriculum_page(root, out)
-    scores = read_scores(root / "scores.parquet")
+    scores = read_scores(root / SCORES)
     if not (root / "selected.jsonl").is_file():
         raise CropiError(
             f"{root} holds no selected.jsonl: choose first, by `cropi select --out {root}/selected.jsonl`"

@@ -14,7 +14,7 @@ import torch
 from cropi.store.codec import check_dtype, decode
 from cropi.store.manifest import FORMAT
 from cropi.store.rows import RowInfo
-from cropi.store.shards import Shard
+from cropi.store.shards import Block, Shard
 from cropi.store.store import SketchStore
 
 _numbers = itertools.count(1)
@@ -26,10 +26,10 @@ class MemoryShard(Shard):
 
     table: torch.Tensor
 
-    def blocks(self, held: int = 1) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def unread(self) -> Iterator[Block]:
         """One block."""
         if self.kept:
-            yield 0, {"sketch": self.table}
+            yield Block(self.kept, 0, lambda _: {"sketch": self.table})
 
     def verify(self) -> None:
         """Nothing can be damaged."""

@@ -18,9 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,16 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """Rows whose sketches are not read yet, and how any thread reads them: into a buffer of ``size`` bytes at least,
+    which the tensors then use."""
+
+    rows: list[RowInfo]
+    size: int
+    read: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """The header of a shard. ``kept`` are its rows with a sketch, in the order of the tensors' rows."""
 
@@ -90,10 +100,8 @@ class Shard:
         """Bytes of its tensors, and about those of its rows."""
         return sum(held.end - held.begin for held in self.tensors.values()) + 256 * len(self.rows)
 
-    def blocks(self, held: int = 1) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """The tensors by blocks of rows, checked: the number of a block's first row, and its rows of every tensor.
-
-        The last ``held`` blocks are valid, those before are overwritten.
+    def unread(self) -> Iterator[Block]:
+        """The rows with a sketch, by blocks; each is checked when it is read.
 
         Raises:
             CropiError: the file is not what was written, or is gone.
@@ -101,32 +109,32 @@ class Shard:
         if not self.kept:
             return
         if self.checks is None:
-            yield 0, self._whole()
+            yield Block(self.kept, 0, lambda _: self._whole())
             return
         (name, values), step = (
             next((n, h) for n, h in self.tensors.items() if n != "scale"),
             self.checks["rows"],
         )
         width = (values.end - values.begin) // values.shape[0]
-        file = self._open()
-        try:
-            scale = self.tensors.get("scale")
-            scales = (
-                None
-                if scale is None
-                else scale.of(self._read(file, scale.begin, scale.end, self.checks["scale"]))
-            )
-            rings = cycle([torch.empty(step * width, dtype=torch.uint8) for _ in range(held + 1)])
-            for number, first in enumerate(range(0, values.shape[0], step)):
-                begin = values.begin + first * width
-                end = min(begin + step * width, values.end)
-                data = self._read(file, begin, end, self.checks["values"][number], next(rings))
-                block = {name: values.of(data)}
-                if scales is not None:
-                    block["scale"] = scales[first : first + step]
-                yield first, block
-        finally:
-            os.close(file)
+        scale = self.tensors.get("scale")
+        scales = None
+        if scale is not None:
+            data = torch.empty(scale.end - scale.begin, dtype=torch.uint8)
+            scales = scale.of(self._read(scale.begin, scale.end, self.checks["scale"], data))
+        for number, first in enumerate(range(0, values.shape[0], step)):
+            begin = values.begin + first * width
+            end, check = min(begin + step * width, values.end), self.checks["values"][number]
+            some = None if scales is None else scales[first : first + step]
+            read = partial(self._block, name, begin, end, check, some)
+            yield Block(self.kept[first : first + step], end - begin, read)
+
+    def blocks(self) -> Iterator[tuple[list[RowInfo], dict[str, torch.Tensor]]]:
+        """The same, read one after the other: rows and tensors, which are valid until the next are asked for."""
+        buffer = torch.empty(0, dtype=torch.uint8)
+        for block in self.unread():
+            if len(buffer) < block.size:
+                buffer = torch.empty(block.size, dtype=torch.uint8)
+            yield block.rows, block.read(buffer)
 
     def verify(self) -> None:
         """Check the whole file, its SHA-256 included.
@@ -153,17 +161,26 @@ class Shard:
                 "the same command again"
             ) from error
 
-    def _read(
-        self, file: int, begin: int, end: int, check: str, into: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        data = torch.empty(end - begin, dtype=torch.uint8) if into is None else into[: end - begin]
-        view, done = _bytes(data), 0
-        while done < len(view):
-            with reading(self.path):
-                count = os.preadv(file, [view[done:]], begin + done)
-            if count == 0:
-                raise CropiError(damaged(self.path, "it is shorter than its header says"))
-            done += count
+    def _block(
+        self, name: str, begin: int, end: int, check: str, scale: torch.Tensor | None, buffer: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        block = {name: self.tensors[name].of(self._read(begin, end, check, buffer))}
+        if scale is not None:
+            block["scale"] = scale
+        return block
+
+    def _read(self, begin: int, end: int, check: str, buffer: torch.Tensor) -> torch.Tensor:
+        data = buffer[: end - begin]
+        view, done, file = _bytes(data), 0, self._open()
+        try:
+            while done < len(view):
+                with reading(self.path):
+                    count = os.preadv(file, [view[done:]], begin + done)
+                if count == 0:
+                    raise CropiError(damaged(self.path, "it is shorter than its header says"))
+                done += count
+        finally:
+            os.close(file)
         if _xxh3(view) != check:
             raise CropiError(damaged(self.path, "its checksum does not match"))
         return data

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,7 +37,7 @@ from cropi.store.manifest import (
     share_text,
 )
 from cropi.store.rows import OK, RowInfo, placed
-from cropi.store.shards import Shard, shard_number, write_shard
+from cropi.store.shards import Block, Shard, shard_number, write_shard
 
 
 class InUse(CropiError):
@@ -216,7 +217,7 @@ class SketchStore:
 
     def rows(self) -> list[RowInfo]:
         """Every finished row, in order of prompt id: independent of the order in which they were computed."""
-        return [self._rows[key] for key in sorted(self._rows)]
+        return sorted(self._rows.values(), key=attrgetter("id"))
 
     def add(self, row: RowInfo, sketch: torch.Tensor | None = None) -> list[str]:
         """Add a row; ``sketch`` is float ``[dim]``, or None for a prompt without one.
@@ -293,18 +294,25 @@ class SketchStore:
             for old in replaces:
                 remove(old.path)
 
-    def blocks(self, held: int = 1) -> Iterator[tuple[list[RowInfo], dict[str, torch.Tensor]]]:
+    def unread(self) -> Iterator[Block]:
+        """The rows with a sketch by blocks, in the order of the files, for threads that read a block each.
+
+        Raises:
+            CropiError: a shard's checksum does not match; the shard is named. Reading a block raises it too.
+        """
+        for shard in self.files():
+            yield from shard.unread()
+
+    def blocks(self) -> Iterator[tuple[list[RowInfo], dict[str, torch.Tensor]]]:
         """Stream the sketches as they are stored: rows, and their numbers (:func:`cropi.store.codec.decode`).
 
-        Every block's checksum is checked. Memory is used again: the last ``held`` blocks are valid.
+        Every block's checksum is checked. Memory is used again: a block is valid until the next is asked for.
 
         Raises:
             CropiError: a shard's checksum does not match; the shard is named.
         """
         for shard in self.files():
-            for first, tensors in shard.blocks(held):
-                count = len(next(iter(tensors.values())))
-                yield shard.kept[first : first + count], tensors
+            yield from shard.blocks()
 
     def shards(self) -> Iterator[tuple[list[RowInfo], torch.Tensor]]:
         """Stream the store by blocks of at most 16 MiB (or one row): rows, and their sketches as float32 ``[n, dim]``.
