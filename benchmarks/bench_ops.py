@@ -43,11 +43,15 @@ from cropi_kernels import (
     projection_of,
     quantize_rows,
     reduce_sketch,
+    rms_norm,
+    rms_norm_backward,
     row_products,
     sketch_embedding,
     sketch_grouped,
     sketch_linear,
     sketch_vector,
+    swiglu,
+    swiglu_backward,
 )
 
 TOKENS, SEGMENTS = 1024, 5
@@ -142,6 +146,51 @@ def test_norm_grad(benchmark: Bench) -> None:
 def test_bias_grad(benchmark: Bench) -> None:
     group(benchmark, "vectors")
     benchmark(bias_grad, randn(TOKENS, INNER), CUTS)
+
+
+def test_rms_norm(benchmark: Bench) -> None:
+    group(benchmark, "norms")
+    benchmark(rms_norm, randn(TOKENS, HIDDEN), randn(HIDDEN), 1e-5)
+
+
+def test_rms_norm_backward(benchmark: Bench) -> None:
+    group(benchmark, "norms")
+    x, weight = randn(TOKENS, HIDDEN), randn(HIDDEN)
+    scale = rms_norm(x, weight, 1e-5)[1]
+    benchmark(rms_norm_backward, randn(TOKENS, HIDDEN, seed=1), x, weight, scale, CUTS)
+
+
+def test_plain_rms_norm(benchmark: Bench) -> None:
+    """Forward and backward by autograd, without the scale's gradient."""
+    group(benchmark, "norms")
+    x, weight, dy = randn(TOKENS, HIDDEN).requires_grad_(), randn(HIDDEN), randn(TOKENS, HIDDEN, seed=1)
+
+    def both() -> None:
+        y = weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+        torch.autograd.grad(y, x, dy)
+
+    benchmark(both)
+
+
+def test_swiglu(benchmark: Bench) -> None:
+    group(benchmark, "gated products")
+    benchmark(swiglu, randn(TOKENS, INNER), randn(TOKENS, INNER, seed=1))
+
+
+def test_swiglu_backward(benchmark: Bench) -> None:
+    group(benchmark, "gated products")
+    benchmark(swiglu_backward, *(randn(TOKENS, INNER, seed=seed) for seed in range(3)))
+
+
+def test_plain_swiglu(benchmark: Bench) -> None:
+    """Forward and backward by autograd."""
+    group(benchmark, "gated products")
+    gate, up, dh = (randn(TOKENS, INNER, seed=seed).requires_grad_(seed < 2) for seed in range(3))
+
+    def both() -> None:
+        torch.autograd.grad(torch.nn.functional.silu(gate) * up, (gate, up), dh)
+
+    benchmark(both)
 
 
 def test_sketch_vector(benchmark: Bench) -> None:

@@ -8,6 +8,8 @@ mathematics. What there is:
 - the ops beneath (`cropi_kernels.ops`): `plan_matrix` and `plan_vector` say where a parameter lands, `sketch_linear`,
   `sketch_grouped`, `sketch_embedding` and `sketch_vector` add to a sketch, `norm_grad`, `bias_grad`, `fold_inputs` and
   `fold_outputs` come before them; names are those of `canonical_name`
+- what models of Llama's kind compute between products, in one pass each: `rms_norm`, `swiglu` and their gradients,
+  `rms_norm_backward` and `swiglu_backward` (what `GradientSketcher(fused=True)` runs)
 - token log-probs without the logits: `token_logprobs` of a model; `linear_logprob`, `logprob_and_grad` of a head
 - projections of gradients that exist: `ProjectionSpec`, `project`, `project_transpose`; of sparse rows (`CsrRows`),
   `project_csr` and `project_csr_sparse`; the one that a sketch of kind ``countsketch`` or ``dropout`` makes of a
@@ -40,11 +42,13 @@ from .ops.project import (
     project_transpose,
     projection_of,
 )
+from .ops.rms_norm import rms_norm, rms_norm_backward
 from .ops.row_products import row_products
 from .ops.sketch_embedding import sketch_embedding
 from .ops.sketch_grouped import sketch_grouped
 from .ops.sketch_linear import fold_inputs, fold_outputs, sketch_linear
 from .ops.sketch_vector import sketch_vector
+from .ops.swiglu import swiglu, swiglu_backward
 from .plan import MatrixPlan, VectorPlan, plan_matrix, plan_vector
 from .quantize import QuantizedRows, quantize_rows
 from .reduce import reduce_sketch
@@ -77,11 +81,15 @@ project_csr = named(project_csr)
 project_csr_sparse = named(project_csr_sparse)
 quantize_rows = named(quantize_rows)
 reduce_sketch = named(reduce_sketch)
+rms_norm = named(rms_norm)
+rms_norm_backward = named(rms_norm_backward)
 row_products = named(row_products)
 sketch_embedding = named(sketch_embedding)
 sketch_grouped = named(sketch_grouped)
 sketch_linear = named(sketch_linear)
 sketch_vector = named(sketch_vector)
+swiglu = named(swiglu)
+swiglu_backward = named(swiglu_backward)
 
 __all__ = [
     "BatchSketch",
@@ -116,11 +124,15 @@ __all__ = [
     "projection_of",
     "quantize_rows",
     "reduce_sketch",
+    "rms_norm",
+    "rms_norm_backward",
     "row_products",
     "sketch_embedding",
     "sketch_grouped",
     "sketch_linear",
     "sketch_vector",
+    "swiglu",
+    "swiglu_backward",
     "token_logprobs",
 ]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import common
 import correctness
+import fused
 import taps
 import torch
 
@@ -63,6 +64,7 @@ def main() -> None:
     for case in REAL:
         results.attempt(f"sketch_linear {case}", lambda c=case: correctness.linear(c, half))
     results.attempt("a layer by the engine", taps.check)
+    fused.rows(results)
     results.attempt("sketch_embedding", lambda: correctness.embedding("tied", half, VOCAB, HIDDEN))
     results.attempt("norm_grad, bias_grad, sketch_vector", lambda: correctness.norms(HIDDEN, False, half))
     results.attempt("log-probs", lambda: correctness.log_probs(VOCAB, half, None))

@@ -92,10 +92,10 @@ def main() -> None:
         model.requires_grad_(True)
         return measure(lambda: (plain_step(model, data), model.zero_grad(set_to_none=True)))
 
-    def sketched(width: int) -> dict[str, Any]:
+    def sketched(width: int, fused: bool = False) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)
         model.requires_grad_(True)
-        with GradientSketcher(model, SketchSpec(width=width), verify=False) as sketcher:
+        with GradientSketcher(model, SketchSpec(width=width), verify=False, fused=fused) as sketcher:
             step = lambda: sketcher.policy_gradient(**data, weigh=weigh)  # noqa: E731
             first, second = step(), step()
             got = measure(step)
@@ -136,6 +136,7 @@ def main() -> None:
     results.attempt("frozen weights", frozen)
     for width in WIDTHS:
         results.attempt(f"sketched, width {width}", lambda w=width: sketched(w))
+    results.attempt(f"sketched and fused, width {WIDTHS[0]}", lambda: sketched(WIDTHS[0], True))
     results.attempt("weight gradients", trained)
     results.attempt("loop: backward and flat float32 gradient", lambda: per_prompt(lambda flat: flat.sum()))
     results.attempt("loop: dense projection of a tenth", dense_projection)

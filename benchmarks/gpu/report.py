@@ -69,7 +69,7 @@ def verdicts() -> list[str]:
     sketch, logprob, model = ({r["name"]: r for r in rows_of(p)} for p in ("sketch", "logprob", "model"))
     best = lambda rows, key, pick: pick((r[key] for r in rows if key in r), default=None)  # noqa: E731
     frozen, trained = model.get("frozen weights", {}), model.get("weight gradients", {})
-    sketched = model.get("sketched, width 64", {})
+    sketched, fused = model.get("sketched, width 64", {}), model.get("sketched and fused, width 64", {})
     loop = [model.get(n, {}).get("ms_per_prompt") for n in
             ("loop: backward and flat float32 gradient", "loop: dense projection of a tenth")]  # fmt: skip
     ratio = lambda a, b: a / b if a and b else None  # noqa: E731
@@ -88,6 +88,7 @@ def verdicts() -> list[str]:
         ("folded to 128, times one read (worst)", best(of(128), "times_read", max), "<= 1.5"),
         ("folded to 256, times one read (worst)", best(of(256), "times_read", max), "<= 2"),
         ("whole model, over frozen weights", ratio(sketched.get("ms"), frozen.get("ms")), "<= 1.10"),
+        ("whole model with fused taps, over frozen weights", ratio(fused.get("ms"), frozen.get("ms")), "< 1"),
         ("whole model, over weight gradients", ratio(sketched.get("ms"), trained.get("ms")), "< 1"),
         (
             "peak memory, over frozen weights",

@@ -11,6 +11,7 @@ from typing import Any
 
 import common
 import first
+import fused
 import model as whole
 import sketch
 import taps
@@ -21,11 +22,11 @@ from cropi_kernels import GradientSketcher, SketchSpec, linear_logprob, logprob_
 TOKENS = 64
 
 
-def one_pass(width: int) -> dict[str, Any]:
+def one_pass(width: int, fused: bool = False) -> dict[str, Any]:
     """A layer of the whole model, with its embedding and head."""
     model, data = whole.build(), whole.batch(1, TOKENS)
     whole.plain_step(model, data)
-    with GradientSketcher(model, SketchSpec(width=width), verify=False) as sketcher:
+    with GradientSketcher(model, SketchSpec(width=width), verify=False, fused=fused) as sketcher:
         sketcher.policy_gradient(**data, weigh=lambda logp, start, stop: torch.ones_like(logp))
     return {}
 
@@ -52,6 +53,9 @@ def main() -> None:
     sketch.TOKENS = TOKENS
     for width in whole.WIDTHS:
         results.attempt(f"pass, width {width}", lambda w=width: one_pass(w))
+    results.attempt("pass, fused", lambda: one_pass(whole.WIDTHS[0], True))
+    fused.TOKENS = TOKENS
+    fused.rows(results)
     for width in (64, 128, 256, None):
         results.attempt(f"maps, width {width}", lambda w=width: maps(w))
     results.attempt("log-probs", head)

@@ -148,11 +148,17 @@ class Accumulator:
         if kept is not None and kept[0]() is x and kept[1] == x._version:
             return kept[2]
         result = fold()
+        self.keep_fold(key, x, result)
+        return result
+
+    def keep_fold(self, key: str | None, x: torch.Tensor, folded: torch.Tensor) -> None:
+        """Let `folded` find what was made of ``x`` elsewhere."""
+        if key is None:
+            return
 
         def forget(dead: weakref.ref[torch.Tensor]) -> None:
             # Under checkpointing nothing else keeps the folded copy of an input that is gone.
             if (entry := self._folds.get(key)) is not None and entry[0] is dead:
                 del self._folds[key]
 
-        self._folds[key] = weakref.ref(x, forget), x._version, result
-        return result
+        self._folds[key] = weakref.ref(x, forget), x._version, folded

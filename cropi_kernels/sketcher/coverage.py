@@ -18,6 +18,8 @@ class Coverage:
         names: canonical names of the covered parameters.
         excluded: numbers of every trainable parameter that the caller left out, by canonical name.
         uncovered: the same of those that ``exclude="uncovered"`` left out.
+        fused: modules that ``fused=True`` replaces by kernels, by kind (``RMSNorm``, ``SwiGLU``).
+        unfused: such modules that it leaves as they are, by name, and why.
 
     >>> GradientSketcher(torch.nn.Linear(4, 4), SketchSpec(1024), ["bias"]).coverage.excluded
     {'bias': 4}
@@ -29,6 +31,8 @@ class Coverage:
     names: tuple[str, ...]
     excluded: dict[str, int]
     uncovered: dict[str, int] = dataclasses.field(default_factory=dict)
+    fused: dict[str, int] = dataclasses.field(default_factory=dict)
+    unfused: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -40,6 +44,8 @@ class Coverage:
                 size = sum(left_out.values())
                 share = f"{size / max(1, self.total):.2%}"
                 lines.append(f"  {what:<10} {size:>14,}  ({share} of all): {', '.join(left_out)}")
+        lines += [f"  fused      {count:>14,}  {kind} modules" for kind, count in self.fused.items()]
+        lines += [f"  not fused  {name} ({why})" for name, why in self.unfused.items()]
         return "\n".join(lines)
 
 

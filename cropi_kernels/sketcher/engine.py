@@ -20,7 +20,9 @@ import torch
 from .. import _native, dispatch
 from ..ops._checks import check_offset_values
 from ..ops.norm_grad import bias_grad, norm_grad
+from ..ops.rms_norm import rms_norm, rms_norm_backward
 from ..ops.sketch_vector import sketch_vector
+from ..ops.swiglu import swiglu, swiglu_backward
 from ..plan import VectorPlan
 from .hooks import packed
 from .segments import Segments
@@ -101,6 +103,48 @@ class Operators:
         if norm.bias is not None and bias is not None:
             self.add_vector(bias, norm.bias)
 
+    # ------------------------------------------------------------------------------ fused taps (`fused`)
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ops.rms_norm` of ``x`` with any number of axes."""
+        y, scale = rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)
+        return _shaped(y, x), scale
+
+    def add_rms_norm(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        norm: Norm,
+        site: Site,
+    ) -> torch.Tensor:
+        """`add_norm` of an RMSNorm, and the gradient of its input from the same pass."""
+        assert norm.weight is not None
+        d, offsets = self.rows(dy, site)
+        # Heads before tokens: the scale has the order of `x`, the rows have that of tokens.
+        order = scale.view(x.shape[:-1]).transpose(1, 2).reshape(-1) if site.heads_first else scale
+        dx, sums = rms_norm_backward(d, self.rows(x, site)[0], weight, order, offsets)
+        assert sums is not None
+        self.add_vector(sums, norm.weight)
+        return _shaped(dx, x.transpose(1, 2)).transpose(1, 2) if site.heads_first else _shaped(dx, x)
+
+    def swiglu(
+        self, gate: torch.Tensor, up: torch.Tensor, matrix: MatrixSketch | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`ops.swiglu`, with the fold for the ``matrix`` that reads its product, where it comes at no read of its
+        own."""
+        h, _ = swiglu(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]))
+        return _shaped(h, gate), None
+
+    def swiglu_backward(
+        self, dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = (x.reshape(-1, x.shape[-1]) for x in (dh, gate, up))
+        dgate, dup = swiglu_backward(*rows)
+        return _shaped(dgate, gate), _shaped(dup, up)
+
     def add_vector(self, gradients: torch.Tensor, plan: VectorPlan) -> None:
         """``out[s] += sketch(gradients[s])`` of gradients [segments, n] that exist."""
         sketch_vector(gradients, plan, self.out)
@@ -115,6 +159,12 @@ class Operators:
         sums, segments = bias_grad(dy, ranges), self.out.shape[0]
         by_segment = sums.view(-1, segments, sums.shape[1]).transpose(0, 1).reshape(segments, -1)
         sketch_vector(by_segment, plan, self.out)
+
+
+def _shaped(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Fresh rows in the shape of a tensor. No view for autograd, which would refuse that one is changed in place."""
+    made: torch.Tensor = torch.ops.aten._unsafe_view(rows, like.shape)
+    return made
 
 
 class CpuEngine(Operators):

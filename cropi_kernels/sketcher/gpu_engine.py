@@ -30,6 +30,7 @@ from .slab import MatrixSketch
 
 TAIL = 16 << 20  # numbers of vectors' sums that wait, 64 MB; a vector that has more of them waits alone
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ANYWHERE = Site("")  # of tensors whose rows may have any order
 
 
 @dataclasses.dataclass
@@ -71,10 +72,12 @@ class GpuEngine(Operators):
         from .. import _launch
         from ..ops import _triton_segments
         from ..ops.norm_grad import triton as norms
+        from ..ops.rms_norm import triton as rms
         from ..ops.sketch_linear import triton as slabs
         from ..ops.sketch_vector import triton as vectors
+        from ..ops.swiglu import triton as gates
 
-        self._norms, self._slabs, self._vectors = norms, slabs, vectors
+        self._norms, self._slabs, self._vectors, self._rms, self._gates = norms, slabs, vectors, rms, gates
         self._cut, self._reduce = _triton_segments.cut, _triton_segments.reduce_partials
         self._members = _launch.MEMBERS
         check_offset_values(segments.offsets, segments.batch * segments.length)
@@ -204,6 +207,63 @@ class GpuEngine(Operators):
             (tail.chunks.n_segments,),
             (norm.eps,),
         )
+
+    # ------------------------------------------------------------------------------ fused taps (`fused`)
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        n = x.shape[-1]
+        if n > WIDEST or self._plain(x, n, ANYWHERE) is None:
+            return super().rms_norm(x, weight, eps)
+        n_tokens = x.numel() // n
+        y, scale = torch.empty_like(x), torch.empty(n_tokens, dtype=torch.float32, device=x.device)
+        self._rms.forward(x, weight, eps, y, scale, n_tokens, n)
+        return y, scale
+
+    def add_rms_norm(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        norm: Norm,
+        site: Site,
+    ) -> torch.Tensor:
+        plan, n = norm.weight, x.shape[-1]
+        repeats = self._plain(dy, n, site)
+        if plan is None or n > WIDEST or repeats is None or self._plain(x, n, site) != repeats:
+            return super().add_rms_norm(dy, x, weight, scale, norm, site)
+        tail, (place,) = self._places(repeats, [plan])
+        dx = torch.empty_like(x)
+        into = self.out, tail.sums, place, tail.chunks
+        self._rms.backward(dy, x, weight, scale, dx, (n, n), x.numel() // n, into)
+        return dx
+
+    def swiglu(
+        self, gate: torch.Tensor, up: torch.Tensor, matrix: MatrixSketch | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        n = gate.shape[-1]
+        if self._plain(gate, n, ANYWHERE) is None or self._plain(up, n, ANYWHERE) is None:
+            return super().swiglu(gate, up, matrix)
+        plan = None if matrix is None else matrix.plan
+        if plan is not None and (plan.col_fold is None or plan.cols != n):
+            plan = None
+        n_tokens, h = gate.numel() // n, torch.empty_like(gate)
+        folded = None
+        if plan is not None:
+            folded = torch.empty(n_tokens, plan.folded_cols, dtype=gate.dtype, device=gate.device)
+        self._gates.forward(gate, up, plan, h, folded, n_tokens, (n, n))
+        return h, folded
+
+    def swiglu_backward(
+        self, dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        n = gate.shape[-1]
+        if any(self._plain(x, n, ANYWHERE) is None for x in (dh, gate, up)):
+            return super().swiglu_backward(dh, gate, up)
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        self._gates.backward(dh, gate, up, dgate, dup, gate.numel() // n, (n, n, n))
+        return dgate, dup
 
     def _places(self, repeats: int, plans: list[VectorPlan]) -> tuple[Tail, list[int]]:
         """Room for the sums of vectors over chunks, one behind the other."""

@@ -24,6 +24,7 @@ from .batch_sketch import BatchSketch
 from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage, uncovered
 from .decoder import split_model
+from .fused import find_fusion
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
 from .hooks import checkpointed, start_graph
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
@@ -66,6 +67,9 @@ class GradientSketcher:
             ``"auto"``: oneDNN where a measurement gives at most 0.6 of torch's time. None: the value of the environment
             variable ``CROPI_KERNELS_LINEARS``, else ``"auto"``. See `cropi_kernels.frozen`.
         more: other specs, whose sketches `policy_gradient` gives from the same pass.
+        fused: replace RMSNorm and SwiGLU modules of Llama, Mistral, Qwen2 and Qwen3 models, inside of the ``with``
+            block, by fused kernels in which the sketch rides; all others stay as they are, and `coverage` names them.
+            Results are those without it but for rounding. What rides counts as sketching in ``seconds``.
 
     Attributes:
         self_test: the result of the last self-test; None before it.
@@ -73,8 +77,8 @@ class GradientSketcher:
 
     Raises:
         UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
-        ValueError: adapters are merged into their base, nothing is left to sketch, or a pattern of ``exclude`` matches
-            nothing.
+        ValueError: adapters are merged into their base, nothing is left to sketch, a pattern of ``exclude`` matches
+            nothing, or ``fused`` finds nothing to fuse.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -95,6 +99,7 @@ class GradientSketcher:
         verify: bool = True,
         linears: Linears | None = None,
         more: Sequence[SketchSpec] = (),
+        fused: bool = False,
     ) -> None:
         spec = SketchSpec() if spec is None else spec
         for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
@@ -111,6 +116,7 @@ class GradientSketcher:
         self._plan = plan_model(self.model, spec, self._acc, exclude)
         self._more = More(self.model, more, exclude)
         self._more.check(self._plan)
+        self._fusion = find_fusion(model, self._plan, self._acc, fused)
         self._ranks = self._acc.ranks = self._plan.ranks
         if self._ranks is not None:
             self._ranks.check_model(_described(self.model, spec, self._plan))
@@ -132,12 +138,12 @@ class GradientSketcher:
             state += f", {self._linears.nbytes / 1e6:.1f} MB of packed weights"
         return (
             f"GradientSketcher({type(self.model).__name__}, {self.spec}: {c.covered:,} of {c.total:,} parameters "
-            f"sketched, {len(c.excluded)} left out by name; {state})"
+            f"sketched, {len(c.excluded)} left out by name; {state}{self._fusion})"
         )
 
     @property
     def coverage(self) -> Coverage:
-        return self._plan.coverage
+        return self._fusion.reported(self._plan.coverage)
 
     def __enter__(self) -> GradientSketcher:
         if self._handles:
@@ -145,6 +151,7 @@ class GradientSketcher:
         if (
             shape := code_shape(self.model)
         ) != self._shape:  # hooks or forwards have come or gone: test again
+            self._fusion = find_fusion(self.model, self._plan, self._acc, bool(self._fusion.counts))
             self._shape, self._split, self._batch_tested, self._heard = shape, None, False, {}
             self.self_test = self.probe = None
         keep_gradients(self.model)
@@ -166,6 +173,7 @@ class GradientSketcher:
             self._handles.append(self._embeddings.register_forward_hook(start_graph))
         for plan in (self._plan, *(one.plan for one in self._more.sums)):
             self._handles += plan.hook()
+        self._handles += self._fusion.hook(self._plan)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

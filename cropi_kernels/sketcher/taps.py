@@ -94,9 +94,9 @@ class Tap(abc.ABC):
     def sink(self, site: Site) -> Sink:
         return self.within(functools.partial(self.backward, site))
 
-    def within(self, add: Sink) -> Sink:
-        """``add``, for this batch alone: the graph of one that failed may still be run in the next."""
-        segments = self.acc.segments
+    def within(self, add: Sink, segments: Segments | None = None) -> Sink:
+        """``add``, for one batch alone, if not the open one: the graph of one that failed may be run in the next."""
+        segments = segments or self.acc.segments
 
         def guarded(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
             if self.acc.hears(segments, self.where):
@@ -204,6 +204,8 @@ class NormTap(Tap):
         self.norm = norm
 
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
+        if getattr(y.grad_fn, "tap", None) is self:  # a fused norm, whose backward calls `ride`
+            return y
         if self.norm.weight is None:
             return capture(y, self.sink(site))
         widened = widened_input(x, y)
@@ -217,6 +219,25 @@ class NormTap(Tap):
             self.acc.engine.add_norm(dy, kept, self.norm, site)
         elif self.norm.bias is not None:
             self.acc.engine.add_bias(dy, self.norm.bias, site)
+
+    def ride(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        segments: Segments,
+    ) -> torch.Tensor | None:
+        """The gradient of the input ``x`` of an RMSNorm, by the pass that adds what `backward` would; ``scale``: see
+        `rms_norm`. None: nothing is added in this pass."""
+        made: list[torch.Tensor] = []
+        site = self._sites[segments.heads_first(x)]
+
+        def add(dy: torch.Tensor, x: torch.Tensor) -> None:
+            made.append(self.acc.engine.add_rms_norm(dy, x, weight, scale, self.norm, site))
+
+        self.within(add, segments)(dy, x)
+        return made[0] if made else None
 
 
 def owned(module: nn.Module, name: str) -> nn.Parameter:

@@ -81,6 +81,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                            ptr<const int64_t>(offsets), ptr<float>(weight), ptr<float>(bias), threads});
   });
 
+  m.def("rms_norm", [](const py::tuple& x, uintptr_t weight, float eps, uintptr_t y, uintptr_t scale, int threads) {
+    call(kernels().rms_norm,
+         RmsNormArgs{matrix(x), ptr<const void>(weight), eps, ptr<void>(y), ptr<float>(scale), threads});
+  });
+
+  m.def("rms_norm_backward", [](const py::tuple& dy, const py::tuple& x, uintptr_t weight, uintptr_t scale,
+                                uintptr_t dx, int64_t n_segments, uintptr_t offsets, uintptr_t sums, int threads) {
+    call(kernels().rms_norm_backward,
+         RmsNormBackwardArgs{matrix(dy), matrix(x), ptr<const void>(weight), ptr<const float>(scale), ptr<void>(dx),
+                             n_segments, ptr<const int64_t>(offsets), ptr<float>(sums), threads});
+  });
+
+  m.def("swiglu", [](const py::tuple& gate, const py::tuple& up, uintptr_t out, int threads) {
+    call(kernels().swiglu, SwigluArgs{matrix(gate), matrix(up), ptr<void>(out), threads});
+  });
+
+  m.def("swiglu_backward", [](const py::tuple& dh, const py::tuple& gate, const py::tuple& up, uintptr_t dgate,
+                              uintptr_t dup, int threads) {
+    call(kernels().swiglu_backward,
+         SwigluBackwardArgs{matrix(dh), matrix(gate), matrix(up), ptr<void>(dgate), ptr<void>(dup), threads});
+  });
+
   m.def("sketch_vector", [](uintptr_t gradient, int64_t n_segments, int64_t size, int64_t gradient_stride,
                             uintptr_t position, uintptr_t sign, uintptr_t out, int64_t out_stride) {
     call(kernels().sketch_vector,

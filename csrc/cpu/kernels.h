@@ -73,6 +73,43 @@ struct NormGradArgs {
   int n_threads;
 };
 
+// y[t] = weight * x[t] * scale[t], scale[t] = 1 / sqrt(mean(x[t]^2) + eps). Rounded once; x, weight and y have one dtype.
+struct RmsNormArgs {
+  MatrixView x;  // [tokens, n]
+  const void* weight;
+  float eps;
+  void* y;       // [tokens, n], contiguous
+  float* scale;  // [tokens]
+  int n_threads;
+};
+
+// dx[t] = scale[t] * (weight * dy[t] - xhat[t] * mean(weight * dy[t] * xhat[t])), xhat[t] = x[t] * scale[t], and
+// sums[s] = sum over tokens t of segment s of dy[t] * xhat[t]. Only tokens that lie in a segment are written.
+struct RmsNormBackwardArgs {
+  MatrixView dy, x;  // one dtype, which is that of weight and dx too
+  const void* weight;
+  const float* scale;  // [tokens], of the forward
+  void* dx;            // [tokens, n], contiguous
+  int64_t n_segments;
+  const int64_t* offsets;
+  float* sums;  // [n_segments, n] or null
+  int n_threads;
+};
+
+// out = silu(gate) * up, silu(z) = z / (1 + exp(-z)). Rounded once; one dtype.
+struct SwigluArgs {
+  MatrixView gate, up;
+  void* out;  // [tokens, n], contiguous
+  int n_threads;
+};
+
+// The gradients of gate and up, from that of the product.
+struct SwigluBackwardArgs {
+  MatrixView dh, gate, up;  // one dtype
+  void *dgate, *dup;        // [tokens, n], contiguous
+  int n_threads;
+};
+
 // out[s, position[i]] += sign[i] * gradient[s, i], in the order of i.
 struct SketchVectorArgs {
   const float* gradient;
@@ -179,6 +216,10 @@ struct RowProductsArgs {
   X(sketch_linear, SketchLinearArgs)            \
   X(sketch_embedding, SketchEmbeddingArgs)      \
   X(norm_grad, NormGradArgs)                    \
+  X(rms_norm, RmsNormArgs)                      \
+  X(rms_norm_backward, RmsNormBackwardArgs)     \
+  X(swiglu, SwigluArgs)                         \
+  X(swiglu_backward, SwigluBackwardArgs)        \
   X(sketch_vector, SketchVectorArgs)            \
   X(head_logits, HeadLogitsArgs)                \
   X(times_head, TimesHeadArgs)                  \

@@ -158,6 +158,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "sketch_vector: a list": (lambda: kernels.sketch_vector([1.0], plan(), OUT), "is of type"),  # type: ignore[arg-type]
     "bias_grad: offsets": (lambda: kernels.bias_grad(T, [0, 2]), "offsets is of type list"),  # type: ignore[arg-type]
     "norm_grad: a list": (lambda: kernels.norm_grad([1.0], T, O, eps=1e-6, centered=False), "is of type list"),  # type: ignore[arg-type]
+    "rms_norm: a list": (lambda: kernels.rms_norm([1.0], T[0], 1e-6), "x is of type list"),  # type: ignore[arg-type]
+    "rms_norm_backward: a list": (lambda: kernels.rms_norm_backward(T, T, T[0], [1.0]), "scale is of type list"),  # type: ignore[arg-type]
+    "swiglu: a list": (lambda: kernels.swiglu([1.0], T), "gate is of type list"),  # type: ignore[arg-type]
+    "swiglu_backward: a list": (lambda: kernels.swiglu_backward(T, T, [1.0]), "up is of type list"),  # type: ignore[arg-type]
     "linear_logprob: a list": (lambda: kernels.linear_logprob([1.0], T, O), "hidden is of type list"),  # type: ignore[call-overload]
     "linear_logprob: device": (lambda: kernels.linear_logprob(T, META, O), "on meta"),
     "logprob_and_grad: weights": (

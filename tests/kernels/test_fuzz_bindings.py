@@ -161,6 +161,37 @@ class Maker:
 
         return Call("norm_grad", args, run, False)
 
+    def rms(self) -> Call:
+        n, s, cols = self.rng.randint(0, 40), self.rng.randint(1, 3), self.rng.choice([1, 7, 8, 33, 300])
+        dtype = self.half()
+        args = dict(x=self.whole(n, cols, dtype=dtype), weight=self.whole(cols, dtype=dtype))
+        if self.rng.random() < 0.5:
+            return Call(
+                "rms_norm", args, lambda b, k: ck.rms_norm(k["x"], k["weight"], 1e-3, backend=b), False
+            )
+        args |= dict(dy=self.whole(n, cols, dtype=dtype), scale=torch.rand(n), offsets=self.offsets(n, s))
+
+        def run(b: str | None, k: Args) -> Any:
+            return ck.rms_norm_backward(k["dy"], k["x"], k["weight"], k["scale"], k["offsets"], backend=b)
+
+        return Call("rms_norm_backward", args, run, False)
+
+    def gate(self) -> Call:
+        plan, _ = self.rng.choice([one for one in PLANS if one[0].col_fold is not None])
+        n, dtype, folds = self.rng.randint(0, 40), self.half(), self.rng.random() < 0.5
+        cols = plan.cols if folds else self.rng.choice([1, 7, 8, 33, 300])
+        args = {name: self.whole(n, cols, dtype=dtype, most=1) for name in ("dh", "gate", "up")}
+        if self.rng.random() < 0.5:
+            return Call(
+                "swiglu_backward",
+                args,
+                lambda b, k: ck.swiglu_backward(k["dh"], k["gate"], k["up"], backend=b),
+                False,
+            )
+        del args["dh"]
+        made = plan if folds else None
+        return Call("swiglu", args, lambda b, k: ck.swiglu(k["gate"], k["up"], made, backend=b), False)
+
     def bias(self) -> Call:
         n, s, cols = self.rng.randint(0, 40), self.rng.randint(0, 3), self.rng.choice([1, 7, 8, 33, 300])
         args = dict(
@@ -244,8 +275,8 @@ class Maker:
 
 
 MAKERS: list[Callable[[Maker], Call]] = [
-    Maker.linear, Maker.grouped, Maker.embedding, Maker.vector, Maker.fold, Maker.norm, Maker.bias, Maker.logprob,
-    Maker.project, Maker.csr,
+    Maker.linear, Maker.grouped, Maker.embedding, Maker.vector, Maker.fold, Maker.norm, Maker.rms, Maker.gate,
+    Maker.bias, Maker.logprob, Maker.project, Maker.csr,
 ]  # fmt: skip
 
 

@@ -83,6 +83,22 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
         (torch.ones(3, 5, dtype=torch.uint8), rand(2, 40), rand(3, 4), 1, 1, "cpu"),
         (A.to(torch.int8), rand(2, 40), rand(9, 1), 0, 0, "reference"),
     ],
+    "rms_norm": [
+        (A, A[0], 1e-6, None),
+        (A.bfloat16(), A[0].bfloat16(), 1e-6, "cpu"),
+        (A.double(), A[0].double(), 1e-6, "reference"),
+    ],
+    "rms_norm_backward": [
+        (A, A + 1, A[0], A[:, 0].abs(), OFFSETS, None),
+        (A.half(), A.half(), A[0].half(), A[:, 0].abs(), None, "cpu"),
+        (A.double(), A.double(), A[0].double(), A[:, 0].double(), OFFSETS, "reference"),
+    ],
+    "swiglu": [
+        (A, A + 1, None, None),
+        (A.bfloat16(), A.bfloat16(), recipe_of(PLAN), "cpu"),
+        (A.double(), A.double(), recipe_of(PLAN), "reference"),
+    ],
+    "swiglu_backward": [(A, A, A + 1, None), (A.half(), A.half(), A.half(), "reference")],
     "bias_grad": [(A, OFFSETS, None), (A.double(), OFFSETS, None), (A.half(), OFFSETS, "reference")],
 }
 

@@ -17,10 +17,14 @@ from cropi_kernels import (
     norm_grad,
     plan_matrix,
     plan_vector,
+    rms_norm,
+    rms_norm_backward,
     sketch_embedding,
     sketch_grouped,
     sketch_linear,
     sketch_vector,
+    swiglu,
+    swiglu_backward,
 )
 
 SPEC = SketchSpec(width=16, vocab_width=16)
@@ -73,6 +77,15 @@ OPS = {
         lambda b, x, dy: norm_grad(x, dy, OFFSETS, 1e-6, centered=True, with_bias=True, backend=b),
     ),
     "bias_grad": OpCall({"dy": A}, lambda b, dy: bias_grad(dy, OFFSETS, backend=b)),
+    "rms_norm": OpCall({"x": A, "weight": A[0]}, lambda b, x, weight: rms_norm(x, weight, 1e-6, backend=b)),
+    "rms_norm_backward": OpCall(
+        {"dy": A, "x": A + 1, "weight": A[0], "scale": A[:, 0].abs()},
+        lambda b, dy, x, weight, scale: rms_norm_backward(dy, x, weight, scale, OFFSETS, backend=b),
+    ),
+    "swiglu": OpCall({"gate": A, "up": A + 1}, lambda b, gate, up: swiglu(gate, up, PLAN, backend=b)),
+    "swiglu_backward": OpCall(
+        {"dh": A, "gate": A, "up": A + 1}, lambda b, dh, gate, up: swiglu_backward(dh, gate, up, backend=b)
+    ),
     "linear_logprob": OpCall(
         {"hidden": A, "head": HEAD}, lambda b, hidden, head: linear_logprob(hidden, head, ROWS, backend=b)
     ),

@@ -14,10 +14,12 @@ from cropi_kernels.ops import _triton_segments as segments
 from cropi_kernels.ops.linear_logprob import triton as logprob
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.project import triton as project_kernels
+from cropi_kernels.ops.rms_norm import triton as rms
 from cropi_kernels.ops.sketch_embedding import triton as rows
 from cropi_kernels.ops.sketch_grouped import triton as stack
 from cropi_kernels.ops.sketch_linear import triton as linear
 from cropi_kernels.ops.sketch_vector import triton as vector
+from cropi_kernels.ops.swiglu import triton as gates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,47 @@ def norm_grad(dtype: str, n: int, centered: bool) -> Case:
         f"norm {dtype} {n}", norm.norm_kernel, _types(norm.norm_kernel, pointers, ("eps",)), constants,
         ("n", "stride_x", "stride_dy", "weight_at", "bias_at"), {"num_warps": warps}, 208 if n > 4096 else 128,
     )  # fmt: skip
+
+
+def rms_norm(dtype: str, n: int) -> Case:
+    word = f"*{FLOATS[dtype]}"
+    tokens, features, warps = norm.tile(n)
+    types = _types(rms.rms_kernel, dict(x=word, weight=word, y=word, scale="*fp32"), ("eps",))
+    return Case(
+        f"rms {dtype} {n}", rms.rms_kernel, types, dict(BT=tokens, BN=features), ("n", "stride_x"),
+        {"num_warps": warps}, 168 if n > 4096 else 128,
+    )  # fmt: skip
+
+
+def rms_norm_backward(dtype: str, n: int, with_sums: bool) -> Case:
+    pointers = dict.fromkeys(("dy", "x", "weight", "dx"), f"*{FLOATS[dtype]}") | {"table": "*i64"}
+    pointers |= dict.fromkeys(("scale", "out", "partial"), "*fp32")
+    tokens, features, warps = norm.tile(n)
+    constants = dict(SUMS=with_sums, CHUNK=norm.CHUNK_TOKENS, BT=tokens, BN=features)
+    return Case(
+        f"rms-backward {dtype} {n}{'' if with_sums else ' alone'}", rms.rms_backward_kernel,
+        _types(rms.rms_backward_kernel, pointers), constants, ("n", "stride_dy", "stride_x", "sums_at"),
+        {"num_warps": warps}, 232 if n > 4096 else 168,
+    )  # fmt: skip
+
+
+def swiglu(dtype: str, width: int, folded: bool) -> Case:
+    word = f"*{FLOATS[dtype]}"
+    pointers = dict.fromkeys(("gate", "up", "h", "folded"), word) | {"sign": "*i8", "offset": "*i32"}
+    constants = dict(FOLDED=folded, BT=linear.FOLD_TOKENS, BW=width)
+    return Case(
+        f"swiglu {dtype} {width}{' folded' if folded else ''}", gates.swiglu_kernel,
+        _types(gates.swiglu_kernel, pointers), constants, ("cols", "width", "stride_gate", "stride_up"),
+        {"num_warps": 4, "maxnreg": gates.MOST_REGISTERS}, gates.MOST_REGISTERS,
+    )  # fmt: skip
+
+
+def swiglu_backward(dtype: str) -> Case:
+    kernel = gates.swiglu_backward_kernel
+    types = _types(kernel, dict.fromkeys(("dh", "gate", "up", "dgate", "dup"), f"*{FLOATS[dtype]}"))
+    aligned = ("cols", "stride_dh", "stride_gate", "stride_up")
+    constants = dict(BC=gates.BACKWARD_COLUMNS)
+    return Case(f"swiglu-backward {dtype}", kernel, types, constants, aligned, {"num_warps": 4}, 96)
 
 
 def sums(dtype: str) -> Case:
@@ -232,6 +275,16 @@ def all_cases(capability: int) -> list[Case]:
         norm_grad("bfloat16", 1536, centered=False),
         norm_grad("bfloat16", 128, centered=True),
         norm_grad("float32", 8192, centered=True),
+        rms_norm("bfloat16", 1536),
+        rms_norm("float32", 8192),
+        rms_norm_backward("bfloat16", 1536, with_sums=True),
+        rms_norm_backward("bfloat16", 128, with_sums=False),
+        rms_norm_backward("float32", 8192, with_sums=True),
+        swiglu("bfloat16", 64, folded=True),
+        swiglu("bfloat16", 64, folded=False),
+        swiglu("float32", 128, folded=True),
+        swiglu_backward("bfloat16"),
+        swiglu_backward("float32"),
         sums("bfloat16"),
         log_prob("bfloat16", capped=False, backward=False),
         log_prob("float32", capped=True, backward=False),

@@ -144,6 +144,7 @@ def test_model(
     finish(module)
     got = rows(tmp_path, "model")
     assert got["sketched, width 64"]["finite"] and got["sketched, width 64"]["repeatable"]
+    assert got["sketched and fused, width 64"]["repeatable"]
     assert got["loop: backward and flat float32 gradient"]["ms_per_prompt"] > 0
     assert got["loop: dense projection of a tenth"]["of"] > 2
 
@@ -163,11 +164,24 @@ def test_first(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module.correctness, "TOKENS", 100)
     monkeypatch.setattr(module.correctness, "SCORED", 12)
     small_taps(module.taps, monkeypatch)
+    small_fused(module.fused, monkeypatch)
     finish(module)
     got = rows(tmp_path, "first")
     assert got["rates"]["copy_gb_per_s"] > 0 and got["bits of gate_proj w=16"]["different"] == 0
-    assert {n for n, row in got.items() if row.get("ok")} == set(got) - {"rates"} and len(got) == 7
+    assert {n for n, row in got.items() if row.get("ok")} == set(got) - {"rates"} and len(got) == 9
     assert got["a layer by the engine"]["of_bound"] < 1
+    assert all(got[name]["times_eager"] > 0 for name in ("fused norm", "fused gated product"))
+
+
+def small_fused(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "TOKENS": 12,
+        "HIDDEN": 24,
+        "INNER": 72,
+        "SEGMENTS": 2,
+        "DTYPE": torch.float16,
+    }.items():
+        monkeypatch.setattr(fused, name, value)
 
 
 def small_taps(taps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,9 +209,10 @@ def test_warm(
     monkeypatch.setattr(module.sketch, "TOKENS", module.sketch.TOKENS)
     monkeypatch.setattr(module, "TOKENS", 8)
     monkeypatch.setattr(module.taps, "check", lambda: {"ok": True})
+    small_fused(module.fused, monkeypatch)
     monkeypatch.setattr(module.first.correctness, "TOKENS", 60)
     finish(module)
-    assert len(rows(tmp_path, "warm")) == 8 and module.sketch.TOKENS == 8
+    assert len(rows(tmp_path, "warm")) == 11 and module.sketch.TOKENS == 8
 
 
 def test_first_sees_bits_that_change(suite: Any, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +323,7 @@ def test_report_of_whatever_was_measured(suite: Any, tmp_path: Path, monkeypatch
             {"name": "frozen weights", "ms": 10.0, "extra_gb": 5.0},
             {"name": "weight gradients", "ms": 14.0, "extra_gb": 9.0},
             {"name": "sketched, width 64", "ms": 10.8, "extra_gb": 5.05},
+            {"name": "sketched and fused, width 64", "ms": 8.8, "extra_gb": 4.05},
             {"name": "loop: backward and flat float32 gradient", "ms_per_prompt": 20.0},
             {"name": "loop: dense projection of a tenth", "ms_per_prompt": 600.0},
         ],

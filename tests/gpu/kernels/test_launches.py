@@ -82,7 +82,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(GridExecutor, "__call__", launch)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     # Offsets on a device are not read; these are on the host, where the ops would.
-    for op in ("sketch_linear", "sketch_grouped", "sketch_embedding", "norm_grad"):
+    for op in ("sketch_linear", "sketch_grouped", "sketch_embedding", "norm_grad", "rms_norm"):
         # By import: a function of the package's folder has the same name as the folder.
         operator = importlib.import_module(f"cropi_kernels.ops.{op}.ops")
         monkeypatch.setattr(operator, "check_offset_values", lambda offsets, n: None)
@@ -102,6 +102,10 @@ KERNELS = {
     "sketch_vector": {"vector_kernel"},
     "norm_grad": {"norm_kernel"},
     "bias_grad": {"sums_kernel"},
+    "rms_norm": {"rms_kernel"},
+    "rms_norm_backward": {"rms_backward_kernel"},
+    "swiglu": {"swiglu_kernel"},
+    "swiglu_backward": {"swiglu_backward_kernel"},
     "linear_logprob": {"forward_kernel"},
 }
 

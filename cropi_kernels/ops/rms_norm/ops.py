@@ -1,0 +1,133 @@
+"""The operators ``cropi::rms_norm`` and ``cropi::rms_norm_backward``: checks, choice of backend, shapes for tracing."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import dispatch
+from ..._library import register
+from .._checks import check_devices, check_floating, check_offset_values, check_offsets, on_device, on_host
+from ..norm_grad.ops import WIDEST
+from . import cpu, reference
+
+REMEDY = "give fewer tokens a call (a smaller micro-batch), or fewer segments"
+
+
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, scale = _forward_fake(x, weight, eps, backend)
+    chosen = _chosen("rms_norm", backend, x, weight)
+    if chosen == "triton":
+        from . import triton
+
+        triton.rms_norm(x, weight, eps, y, scale)
+    elif chosen == "cpu":
+        cpu.rms_norm(x, weight, eps, y, scale)
+    else:
+        y, scale = reference.rms_norm(x, weight, eps)
+    return y, scale
+
+
+def _forward_fake(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_norm(x, weight)
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=_wide(x))
+
+
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    offsets: torch.Tensor | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, sums = _backward_fake(dy, x, weight, scale, offsets, backend)
+    if offsets is not None:
+        _check_cover(offsets, x.shape[0])
+    chosen = _chosen("rms_norm_backward", backend, dy, x, weight, scale)
+    if chosen == "triton":
+        from . import triton
+
+        if offsets is not None and offsets.device.type != "cpu":
+            dx.fill_(float("nan"))  # nobody looks at them: a token without a segment must show
+        where = None if offsets is None else on_device(offsets, x.device)
+        triton.rms_norm_backward(dy, x, weight, scale, where, dx, sums)
+    elif chosen == "cpu":
+        whole = (
+            torch.tensor([0, x.shape[0]], device="cpu") if offsets is None else on_host(offsets, x.shape[0])
+        )
+        _check_cover(whole, x.shape[0])
+        cpu.rms_norm_backward(dy, x, weight, scale, whole, dx, sums)
+    else:
+        dx, sums = reference.rms_norm_backward(dy, x, weight, scale, offsets)
+    return dx, sums
+
+
+def _backward_fake(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    offsets: torch.Tensor | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_norm(x, weight)
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        raise ValueError(
+            f"dy is {dy.dtype} {tuple(dy.shape)} but x {x.dtype} {tuple(x.shape)}: give the gradient of rms_norm(x)"
+        )
+    if scale.shape != x.shape[:1] or scale.dtype != _wide(x):
+        raise ValueError(
+            f"scale is {scale.dtype} {tuple(scale.shape)}: give what rms_norm(x) returned, {_wide(x)} [{x.shape[0]}]"
+        )
+    check_floating("dy", dy)
+    check_floating("scale", scale)
+    check_devices("x", x, dy=dy, scale=scale)
+    n_segments = 0 if offsets is None else check_offsets(offsets)
+    return x.new_empty(x.shape), x.new_zeros(n_segments, x.shape[1], dtype=_wide(x))
+
+
+def _chosen(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
+    n = tensors[0].shape[1]
+    without = {"triton": f"rows of {n} features; the kernel takes up to {WIDEST}" if n > WIDEST else None}
+    return dispatch.choose(op, *tensors, backend=backend, without=without)
+
+
+def _check_norm(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: it must be [tokens, n]")
+    if weight.shape != x.shape[1:] or weight.dtype != x.dtype:
+        raise ValueError(
+            f"weight is {weight.dtype} {tuple(weight.shape)}: it must be {x.dtype} [{x.shape[1]}], as x has features"
+        )
+    check_floating("x", x)
+    check_floating("weight", weight)
+    check_devices("x", x, weight=weight)
+
+
+def _check_cover(offsets: torch.Tensor, n_tokens: int) -> None:
+    """On the CPU only, as `check_offset_values`."""
+    check_offset_values(offsets, n_tokens)
+    if offsets.device.type == "cpu" and (int(offsets[0]) != 0 or int(offsets[-1]) != n_tokens):
+        raise ValueError(
+            f"offsets run from {int(offsets[0])} to {int(offsets[-1])}, and there are {n_tokens} tokens: every token "
+            "must be in a segment, for its gradient is computed with the segment's"
+        )
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+FORWARD = register(
+    "rms_norm(Tensor x, Tensor weight, float eps, str? backend) -> (Tensor y, Tensor scale)",
+    _forward, _forward_fake, remedy=REMEDY,
+)  # fmt: skip
+BACKWARD = register(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scale, Tensor? offsets, str? backend) "
+    "-> (Tensor dx, Tensor sums)",
+    _backward, _backward_fake, remedy=REMEDY,
+)  # fmt: skip

@@ -1,0 +1,108 @@
+"""Which modules the fused kernels may stand in for: by the code that they run, tried once, and by what they hold.
+
+Nothing is guessed. The forward must be one of those listed here, word for word the class's own, and must still compute
+the formula when it is tried on a few numbers: a later release may change it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.rms_norm.reference import rms_norm
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+MODULE = "transformers.models.{0}.modeling_{0}.{1}{2}.forward"
+NORMS = {MODULE.format(name, prefix, "RMSNorm") for name, prefix in FAMILIES.items()}
+GATES = {MODULE.format(name, prefix, "MLP") for name, prefix in FAMILIES.items()}
+PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")  # of a gated MLP
+ACTIVATIONS = ("SiLU", "SiLUActivation")
+
+
+def looks_like_norm(module: nn.Module) -> bool:
+    """Whether somebody who asks for fused norms would expect this one among them."""
+    return any(base.__name__.endswith("RMSNorm") for base in type(module).__mro__)
+
+
+def looks_like_gate(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in PARTS)
+
+
+def against_norm(module: nn.Module) -> str | None:
+    """Why the module is not ``y = weight * x / sqrt(mean(x^2) + variance_epsilon)`` for certain, or None."""
+    if (reason := _against_code(module, NORMS, "hidden_states", _is_rms_norm)) is not None:
+        return reason
+    weight, eps = module._parameters.get("weight"), getattr(module, "variance_epsilon", None)
+    if weight is None or weight.ndim != 1 or len([*module.parameters()]) != 1 or not isinstance(eps, float):
+        return "it holds other parameters than one scale, or no variance_epsilon"
+    return None
+
+
+def against_gate(module: nn.Module) -> str | None:
+    """Why the module is not ``y = down_proj(silu(gate_proj(x)) * up_proj(x))`` for certain, or None."""
+    if (reason := _against_code(module, GATES, "x", _is_swiglu)) is not None:
+        return reason
+    act: Any = module.act_fn
+    if type(act).__name__ not in ACTIVATIONS or "forward" in vars(act) or not _is_silu(act):
+        return f"its activation is {type(act).__name__}, not SiLU"
+    if any(getattr(act, name) for name in vars(act) if name.endswith(("_hooks", "_pre_hooks"))):
+        return "act_fn has hooks, which would not be called"
+    return None
+
+
+def _against_code(
+    module: nn.Module, known: set[str], argument: str, right: Callable[[Callable[..., Any]], bool]
+) -> str | None:
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    forward = inspect.unwrap(type(module).forward)
+    name = f"{forward.__module__}.{forward.__qualname__}"
+    if name not in known:
+        return f"its code, {name}, is none that is known here"
+    if list(inspect.signature(forward).parameters) != ["self", argument] or not right(forward):
+        return f"{name} does something else than it did when this package was written"
+    return None
+
+
+def _numbers() -> torch.Tensor:
+    x = torch.linspace(-3.0, 4.0, 30, dtype=torch.float32, device="cpu").view(2, 3, 5)
+    return x * torch.tensor([1.0, 0.01, 20.0], device="cpu").view(1, 3, 1)
+
+
+@functools.cache
+def _is_rms_norm(forward: Callable[..., Any]) -> bool:
+    x, weight = _numbers(), torch.linspace(0.5, 2.0, 5, dtype=torch.float32, device="cpu")
+    want = rms_norm(x.view(6, 5), weight, 1e-3)[0].view_as(x)
+    return _gives(forward, SimpleNamespace(weight=weight, variance_epsilon=1e-3), x, want)
+
+
+@functools.cache
+def _is_swiglu(forward: Callable[..., Any]) -> bool:
+    x = _numbers()
+    parts = SimpleNamespace(
+        gate_proj=lambda x: x + 0.5,
+        up_proj=lambda x: x * x - 1,
+        down_proj=lambda h: 3 * h - 2,
+        act_fn=torch.sinh,
+    )
+    return _gives(forward, parts, x, 3 * (torch.sinh(x + 0.5) * (x * x - 1)) - 2)
+
+
+def _gives(forward: Callable[..., Any], module: SimpleNamespace, x: torch.Tensor, want: torch.Tensor) -> bool:
+    try:
+        got = forward(module, x)
+    except Exception:  # the code is not ours and may raise anything
+        return False
+    return isinstance(got, torch.Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-5)
+
+
+def _is_silu(act: nn.Module) -> bool:
+    z = _numbers()
+    got = act(z)
+    return isinstance(got, torch.Tensor) and torch.allclose(got, z * torch.sigmoid(z), rtol=1e-5)

@@ -1,0 +1,194 @@
+"""Fused taps: RMSNorm and SwiGLU modules of a model, computed by kernels in which the sketch's needs ride.
+
+While a sketcher with ``fused=True`` is active, the ``forward`` of these modules is replaced, as that of experts is. The
+norm's backward gives dx and, from the same read of x and dy, the sums that the scale's sketch needs; SwiGLU's forward
+gives the folded inputs of down_proj with its product. Eager, a norm reads and writes some 120 bytes a number and pass,
+and the product of a gated MLP 28; fused, 10 and 16 (bfloat16).
+
+In the self-test's runs with trainable weights the modules' own code runs: the taps over frozen weights, and so the
+fused kernels, are held to those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from ..names import canonical_name
+from ..ops.rms_norm import rms_norm_backward
+from . import sharded
+from .accumulator import Accumulator
+from .attach import Attachment
+from .beside import inside_compiled
+from .coverage import Coverage
+from .engine import Operators
+from .expert_taps import Replaced
+from .fusable import against_gate, against_norm, looks_like_gate, looks_like_norm
+from .slab import MatrixSketch
+from .taps import Hook, LinearTap, NormTap
+
+NORM, GATE = "RMSNorm", "SwiGLU"
+
+
+class _RmsNorm(torch.autograd.Function):
+    """``tap`` adds the scale's gradient to the sketches of the batch that is open now; None: nobody does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, acc: Accumulator, tap: NormTap | None
+    ) -> torch.Tensor:
+        y, scale = acc.engine.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.tap, ctx.segments = tap, acc.segments
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        dx = None if ctx.tap is None else ctx.tap.ride(dy, x, weight, scale, ctx.segments)
+        if dx is None:  # nothing is to be added
+            n = x.shape[-1]
+            dx = rms_norm_backward(dy.reshape(-1, n), x.reshape(-1, n), weight, scale)[0].view(x.shape)
+        return dx, None, None, None, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    """The product and, for a ``matrix`` that reads it, its fold."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, engine: Operators, matrix: MatrixSketch | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        h, folded = engine.swiglu(gate, up, matrix)
+        ctx.save_for_backward(gate, up)
+        ctx.engine = engine
+        if folded is not None:
+            ctx.mark_non_differentiable(folded)
+        return h, folded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: torch.Tensor, _: Any) -> Any:
+        return *ctx.engine.swiglu_backward(dh, *ctx.saved_tensors), None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """The modules of a model that are computed by fused kernels, and candidates that are not, with the reason."""
+
+    acc: Accumulator
+    norms: dict[nn.Module, str] = dataclasses.field(default_factory=dict)  # with their names
+    gates: dict[nn.Module, str] = dataclasses.field(default_factory=dict)
+    unfused: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {kind: len(found) for kind, found in ((NORM, self.norms), (GATE, self.gates)) if found}
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{n} {kind}" for kind, n in self.counts.items())
+        return f"; fused: {counts}" if counts else ""
+
+    def reported(self, coverage: Coverage) -> Coverage:
+        return dataclasses.replace(coverage, fused=self.counts, unfused=self.unfused)
+
+    def hook(self, plan: Attachment) -> list[Hook]:
+        """Replace the modules' forwards, until the returned handles' `remove`."""
+        taps = plan.taps
+        handles: list[Hook] = []
+        for module, where in self.norms.items():
+            tap = taps.get(module)
+            handles.append(self._norm(module, where, tap if isinstance(tap, NormTap) else None))
+        for module, where in self.gates.items():
+            reader = taps.get(module.get_submodule("down_proj"))
+            matrix = reader.matrix if isinstance(reader, LinearTap) else None
+            handles.append(self._gate(module, where, matrix))
+        return handles
+
+    def _norm(self, module: Any, where: str, tap: NormTap | None) -> Replaced:
+        original, acc = module.forward, self.acc
+
+        def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+            # Where the graph begins at this module's output, nothing of it is differentiated but the tap.
+            begins = torch.is_grad_enabled() and not hidden_states.requires_grad
+            if begins or not self._runs(module, where, hidden_states):
+                made: torch.Tensor = original(hidden_states)
+                return made
+            if hidden_states.dtype != module.weight.dtype:
+                raise ValueError(
+                    f"fused=True: {where} has {module.weight.dtype} weights and {hidden_states.dtype} inputs: give the "
+                    "model one dtype, call it outside of autocast, or leave out fused=True"
+                )
+            rides = tap if acc.listens and tap is not None and tap.adds else None
+            out: torch.Tensor = _RmsNorm.apply(
+                hidden_states, module.weight, module.variance_epsilon, acc, rides
+            )
+            return out
+
+        return Replaced(module, forward)
+
+    def _gate(self, module: Any, where: str, matrix: MatrixSketch | None) -> Replaced:
+        original, acc = module.forward, self.acc
+
+        def forward(x: torch.Tensor) -> Any:
+            if not self._runs(module, where, x):
+                return original(x)
+            gate, up = module.gate_proj(x), module.up_proj(x)
+            wanted = matrix if acc.listens else None
+            h, folded = _SwiGlu.apply(gate, up, acc.engine, wanted)
+            if wanted is not None and folded is not None:
+                acc.keep_fold(wanted.fold_key, h, folded)
+            return module.down_proj(h)
+
+        return Replaced(module, forward)
+
+    def _runs(self, module: nn.Module, where: str, x: torch.Tensor) -> bool:
+        """Whether the fused kernel computes this call: in a batch, but for the self-test's yardstick."""
+        if self.acc.segments is None:
+            return False
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"fused=True: {where} is being compiled: leave out torch.compile, or fused=True"
+            )
+        return self.acc.listener is None or not any(p.requires_grad for p in module.parameters())
+
+
+def find_fusion(model: nn.Module, plan: Attachment, acc: Accumulator, wanted: bool) -> Fusion:
+    """What can be fused of a ``model`` as the caller gave it (with its wrappers); nothing unless it is ``wanted``.
+
+    Raises:
+        ValueError: nothing can be, or the model is compiled, sharded or split over ranks; says why.
+    """
+    if not wanted:
+        return Fusion(acc)
+    remedy = "leave out fused=True"
+    if inside_compiled(model):
+        raise ValueError(f"fused=True: the model is compiled, and its graphs call no module: {remedy}")
+    if plan.ranks is not None or sharded.units(model):
+        raise ValueError(f"fused=True: the model is split over ranks, which is not supported: {remedy}")
+    found = Fusion(acc)
+    for path, module in model.named_modules():
+        where = canonical_name(path + ".")[:-1]
+        for looks, against, fused in (
+            (looks_like_norm, against_norm, found.norms),
+            (looks_like_gate, against_gate, found.gates),
+        ):
+            if not looks(module):
+                continue
+            if (reason := against(module)) is None:
+                fused[module] = where
+            else:
+                found.unfused[where] = f"{type(module).__name__}: {reason}"
+    if not found.counts:
+        why = "; ".join(f"{name} ({reason})" for name, reason in list(found.unfused.items())[:3])
+        raise ValueError(
+            f"fused=True: {type(model).__name__} has no RMSNorm and no SwiGLU that is known here"
+            + (f" ({why})" if why else "")
+            + f": {remedy}"
+        )
+    return found

@@ -1,0 +1,105 @@
+// RMSNorm forward and backward. In the same pass over x and dy the backward also gives the scale's gradient per segment.
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace cropi::CROPI_ISA {
+namespace {
+
+constexpr int64_t kTokensPerPart = 128;  // fixed parts, summed in order: the same bits for any thread count
+constexpr int64_t kRowsPerTask = 16;
+
+// sum_i term(i): float32 within 256 terms, where sixteen running sums add sixteen each, and float64 beyond.
+template <class F>
+double sum_of(int64_t n, F&& term) {
+  double total = 0.0;
+  for (int64_t block = 0; block < n; block += 256) {
+    const int64_t end = block + 256 < n ? block + 256 : n;
+    float lanes[16] = {};
+    int64_t i = block;
+    for (; i + 16 <= end; i += 16)
+      for (int k = 0; k < 16; ++k) lanes[k] += term(i + k);
+    for (int k = 0; i < end; ++i, ++k) lanes[k] += term(i);
+    for (int k = 0; k < 16; ++k) total += double(lanes[k]);
+  }
+  return total;
+}
+
+template <class T>
+void forward_row(const RmsNormArgs& args, int64_t t) {
+  const int64_t n = args.x.cols;
+  const T* x = static_cast<const T*>(args.x.data) + t * args.x.row_stride;
+  const T* weight = static_cast<const T*>(args.weight);
+  T* y = static_cast<T*>(args.y) + t * n;
+  const double square = sum_of(n, [&](int64_t i) { return to_float(x[i]) * to_float(x[i]); });
+  const float scale = float(1.0 / std::sqrt(square / double(n) + double(args.eps)));
+  args.scale[t] = scale;
+  for (int64_t i = 0; i < n; ++i) from_float(to_float(weight[i]) * (to_float(x[i]) * scale), y + i);
+}
+
+// dx of one row; adds dy * x * scale to `sums`, if there are any.
+template <class T>
+void backward_row(const RmsNormBackwardArgs& args, int64_t t, float* sums) {
+  const int64_t n = args.x.cols;
+  const T* x = static_cast<const T*>(args.x.data) + t * args.x.row_stride;
+  const T* dy = static_cast<const T*>(args.dy.data) + t * args.dy.row_stride;
+  const T* weight = static_cast<const T*>(args.weight);
+  T* dx = static_cast<T*>(args.dx) + t * n;
+  const float scale = args.scale[t];
+  const double dot =
+      sum_of(n, [&](int64_t i) { return to_float(dy[i]) * to_float(weight[i]) * (to_float(x[i]) * scale); });
+  const float mean = float(dot / double(n));
+  for (int64_t i = 0; i < n; ++i) {
+    const float normal = to_float(x[i]) * scale, d = to_float(dy[i]);
+    if (sums) sums[i] += d * normal;
+    from_float(scale * (d * to_float(weight[i]) - normal * mean), dx + i);
+  }
+}
+
+int64_t parts_of(const RmsNormBackwardArgs& args, int64_t s) {
+  return (args.offsets[s + 1] - args.offsets[s] + kTokensPerPart - 1) / kTokensPerPart;
+}
+
+template <class T>
+void backward(const RmsNormBackwardArgs& args) {
+  const int64_t n = args.x.cols;
+  int64_t n_parts = 0;
+  for (int64_t s = 0; s < args.n_segments; ++s) n_parts += parts_of(args, s);
+  Scratch parts(args.sums ? n * n_parts : 0);
+  run_tasks(n_parts, args.n_threads, [&](int64_t p) {
+    int64_t s = 0, part = p;
+    while (part >= parts_of(args, s)) part -= parts_of(args, s++);
+    const int64_t t0 = args.offsets[s] + part * kTokensPerPart, end = args.offsets[s + 1];
+    const int64_t t1 = t0 + kTokensPerPart < end ? t0 + kTokensPerPart : end;
+    float* sums = args.sums ? parts.data() + p * n : nullptr;
+    if (sums) std::memset(sums, 0, size_t(n) * 4);
+    for (int64_t t = t0; t < t1; ++t) backward_row<T>(args, t, sums);
+  });
+  if (!args.sums) return;
+  const float* part = parts.data();
+  for (int64_t s = 0; s < args.n_segments; ++s) {
+    float* out = args.sums + s * n;
+    for (int64_t i = 0; i < n; ++i) out[i] = 0.0f;
+    for (int64_t p = 0; p < parts_of(args, s); ++p, part += n)
+      for (int64_t i = 0; i < n; ++i) out[i] += part[i];
+  }
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormArgs& args) {
+  with_dtype(args.x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t rows = args.x.rows;
+    run_tasks((rows + kRowsPerTask - 1) / kRowsPerTask, args.n_threads, [&](int64_t task) {
+      for (int64_t t = task * kRowsPerTask; t < rows && t < (task + 1) * kRowsPerTask; ++t) forward_row<T>(args, t);
+    });
+  });
+}
+
+void rms_norm_backward(const RmsNormBackwardArgs& args) {
+  with_dtype(args.x.dtype, [&](auto* type) { backward<std::remove_pointer_t<decltype(type)>>(args); });
+}
+
+}  // namespace cropi::CROPI_ISA
