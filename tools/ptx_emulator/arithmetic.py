@@ -92,7 +92,13 @@ class Arithmetic(Lanes):
     def _setp(self, i: Instruction) -> None:
         d, a, b, *other = i.operands
         kind = i.modifiers[-1]
-        result = numbers.compare(i.modifiers[0], self.value(a, kind), self.value(b, kind))
+        x, y = (
+            numbers.from_bfloat16(np.atleast_1d(self.value(s, "u16")))
+            if kind == "bf16"
+            else self.value(s, kind)
+            for s in (a, b)
+        )
+        result = numbers.compare(i.modifiers[0], x, y)
         self.assign(
             d, numbers.BINARY[i.modifiers[1]](result, self.value(other[0], "pred")) if other else result
         )

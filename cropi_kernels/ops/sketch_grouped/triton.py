@@ -27,6 +27,7 @@ MOST_PARTIALS = (
     32  # results of one slab and segment that are added up, 128 KiB each; more only where an entry a lane
 )
 MOST_ENTRIES = 256  # would fill the registers
+MOST_REGISTERS = 200  # of a thread, in `register_limit`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,12 @@ def grouped_kernel(
     tl.store(target + i[:, None] * SLAB_COLS + j[None, :], acc, mask=keep)
 
 
+def register_limit(aligned: bool, columns: int, entries: int) -> dict[str, int]:
+    """Said for one kind of tile, or ptxas takes 128 registers for it on compute capability 10 and spills four; said so,
+    it takes 116."""
+    return {"maxnreg": MOST_REGISTERS} if not aligned and columns <= 64 and entries <= 32 else {}
+
+
 def sketch_grouped(
     d: torch.Tensor,
     a: torch.Tensor,
@@ -185,13 +192,15 @@ def sketch_grouped(
     share_entries = triton.cdiv(entries.most, shares)
     partial = torch.empty(n_segments, shares, out.shape[1], dtype=torch.float32, device=d.device)
     parts = plan.slab_rows // config.BM * triton.cdiv(plan.slab_cols, config.BN)
+    aligned = first_row % 8 == 0 and row_step % 8 == 0
+    lanes = _triton.next_power_of_two(share_entries)
     with _gpu.on(d):
         grouped_kernel[(n_segments * plan.n_slabs * shares * parts,)](
             d, a, partial, offsets, entries.words, entries.group, entries.first, row_sign,
             n_segments, n_tokens, rows, plan.folded_cols, first_row, row_step, row_sign.shape[1], d.stride(0),
             a.stride(0), plan.n_slabs, shares, share_entries,
-            SLAB_ROWS=plan.slab_rows, SLAB_COLS=plan.slab_cols, ENTRIES=_triton.next_power_of_two(share_entries),
-            ALIGNED=first_row % 8 == 0 and row_step % 8 == 0, **dataclasses.asdict(config),
+            SLAB_ROWS=plan.slab_rows, SLAB_COLS=plan.slab_cols, ENTRIES=lanes, ALIGNED=aligned,
+            **dataclasses.asdict(config), **register_limit(aligned, config.BN, lanes),
         )  # fmt: skip
     one_each = torch.arange(n_segments + 1, device=d.device)
     reduce_partials(partial, out, cut(one_each, n_segments, 1, True), shares)

@@ -69,6 +69,7 @@ def grouped(dtype: str, slab_cols: int, capability: int, entries: int, aligned: 
     config = linear.slab_config(slab_cols, _dtype(dtype), SHARED_LIMIT[capability])
     shape = dataclasses.asdict(config)
     options = {"num_warps": shape.pop("num_warps"), "num_stages": shape.pop("num_stages")}
+    options |= stack.register_limit(aligned, config.BN, entries)
     word = f"*{FLOATS[dtype]}"
     pointers = dict(d=word, a=word, partial="*fp32", offsets="*i64", words="*i64", group="*i32", first="*i32")
     constants = dict(
