@@ -213,7 +213,7 @@ class GpuEngine(Operators):
         self, x: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n = x.shape[-1]
-        if n > WIDEST or self._plain(x, n, ANYWHERE) is None:
+        if n > WIDEST or not weight.is_contiguous() or self._plain(x, n, ANYWHERE) is None:
             return super().rms_norm(x, weight, eps)
         n_tokens = x.numel() // n
         y, scale = torch.empty_like(x), torch.empty(n_tokens, dtype=torch.float32, device=x.device)
@@ -230,7 +230,7 @@ class GpuEngine(Operators):
         site: Site,
     ) -> torch.Tensor:
         plan, n = norm.weight, x.shape[-1]
-        repeats = self._plain(dy, n, site)
+        repeats = self._plain(dy, n, site) if weight.is_contiguous() else None
         if plan is None or n > WIDEST or repeats is None or self._plain(x, n, site) != repeats:
             return super().add_rms_norm(dy, x, weight, scale, norm, site)
         tail, (place,) = self._places(repeats, [plan])

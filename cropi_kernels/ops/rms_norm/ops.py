@@ -99,11 +99,11 @@ def _chosen(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
 def _check_norm(x: torch.Tensor, weight: torch.Tensor) -> None:
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: it must be [tokens, n]")
+    check_floating("x", x)
     if weight.shape != x.shape[1:] or weight.dtype != x.dtype:
         raise ValueError(
             f"weight is {weight.dtype} {tuple(weight.shape)}: it must be {x.dtype} [{x.shape[1]}], as x has features"
         )
-    check_floating("x", x)
     check_floating("weight", weight)
     check_devices("x", x, weight=weight)
 
