@@ -201,7 +201,7 @@ wheels:
 	scripts/wheels.sh dist $(PYTHONS)
 
 clean:
-	rm -rf build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMPS)/build
+	rm -rf build dist demo-out .pytest_cache .mypy_cache .ruff_cache .benchmarks $(STAMPS)/build
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean

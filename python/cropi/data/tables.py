@@ -12,7 +12,7 @@ import numpy as np
 
 from cropi.data.columns import table_groups
 from cropi.data.formats import ARROW_FILE, PARQUET
-from cropi.errors import CropiError, RecordError, optional
+from cropi.errors import CropiError, RecordError, optional, printable
 
 # Python's objects take some five times the room of a table's numbers.
 BATCH_BYTES, MOST_ROWS = 8 * 2**20, 4096
@@ -60,11 +60,12 @@ def rows_of_table_file(
             for number, (where, row) in zip(numbers, made):
                 yield where, number, row
             start = end
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        why = printable(str(error)[:200])
         raise CropiError(
-            f"{name}: the {form} file is damaged or was cut after row {start} ({str(error)[:200]}); copy it again"
+            f"{name}: the {form} file is damaged or was cut after row {start} ({why}); copy it again"
         ) from error
 
 

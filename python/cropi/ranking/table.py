@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, printable
 from cropi.files import reading, replacing
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
@@ -118,7 +118,9 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
     except CropiError:
         raise
     except (*DAMAGED, optional("pyarrow").ArrowException) as error:
-        raise CropiError(f"{file} is not a score table of this release ({error}); make it again") from error
+        raise CropiError(
+            f"{file} is not a score table of this release ({printable(str(error)[:200])}); make it again"
+        ) from error
     if not intact:
         raise CropiError(
             f"{file} is damaged: its checksum does not match; make it again with `cropi influence`"

@@ -222,7 +222,7 @@ def _tokens(
         entries = held["content"]
         if not all(isinstance(entry, Mapping) and "token" in entry for entry in entries):
             raise BadSample(where, "logprobs.content", "should hold a token and a logprob each")
-        words = [(entry["token"], entry.get("bytes")) for entry in entries]
+        words = [(entry["token"], _bytes(entry.get("bytes"), t, where)) for t, entry in enumerate(entries)]
         numbers = [entry.get("logprob") for entry in entries]
     elif isinstance(held.get("tokens"), list):
         words = [(word, None) for word in held["tokens"]]
@@ -234,6 +234,19 @@ def _tokens(
     if not ids:
         return None, None, bool(words)
     return ids, log_probs(numbers, len(ids), None, "logprobs", where), True
+
+
+def _bytes(value: Any, t: int, where: str) -> Any:
+    """A token's bytes as a server writes them: integers from 0 to 255, or nothing.
+
+    Raises:
+        BadSample: a list of something else.
+    """
+    if isinstance(value, list) and not all(type(one) is int and 0 <= one < 256 for one in value):
+        raise BadSample(
+            where, f"logprobs.content[{t}].bytes", f"should be integers from 0 to 255, got {shown(value)}"
+        )
+    return value
 
 
 def _named(words: list[tuple[Any, Any]]) -> list[int] | None:

@@ -168,15 +168,13 @@ def _turns(nodes: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any
 def _temperature(trace: Mapping[str, Any], where: str) -> Any:
     """The temperature of all calls of the model; None where it is not saved."""
     calls = trace.get("calls")
-    temperatures = (
-        {nested(call, "sampling.temperature") for call in calls} if isinstance(calls, list) else {None}
-    )
-    if len(temperatures) > 1:
+    temperatures = [nested(call, "sampling.temperature") for call in calls] if isinstance(calls, list) else []
+    if any(one != temperatures[0] for one in temperatures):
+        several = shown(sorted(set(map(str, temperatures))))
         raise BadSample(
-            where, "calls",
-            f"the turns were sampled at the temperatures {shown(sorted(map(str, temperatures)))}, but a record has one",
-        )  # fmt: skip
-    return temperatures.pop() if temperatures else None
+            where, "calls", f"the turns were sampled at the temperatures {several}, but a record has one"
+        )
+    return temperatures[0] if temperatures else None
 
 
 def _cut(trace: Mapping[str, Any]) -> bool:

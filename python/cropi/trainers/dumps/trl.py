@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cropi.errors import CropiError
-from cropi.trainers.dumps.fields import Left, NotFinite, Unused, finite, names, whole
+from cropi.trainers.dumps.fields import BadSample, Left, NotFinite, Unused, finite, names, whole
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
@@ -64,6 +64,9 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         completion = row.get("completion")
         if not completion:
             raise Unused(where, "completion", "is empty")
+        for key in ("step", "prompt"):
+            if key not in row:
+                raise BadSample(where, key, f"is missing (the row has {names(row)})")
         prompt = row["prompt"]
         return checked(Rollout(
             id=id_of(row, reading.id_key, prompt, where), reward=sum(known), step=whole(row["step"], "step", where),
@@ -114,7 +117,7 @@ def _agree(rows: list[tuple[str, dict[str, Any]]], rewards: list[str]) -> bool:
         numbers = [row[name] for name in rewards if isinstance(row.get(name), (int, float))]
         advantage = row.get("advantage")
         if numbers and isinstance(advantage, (int, float)) and np.isfinite([*numbers, advantage]).all():
-            groups[repr(row["step"]), repr(row["prompt"])].append((sum(numbers), float(advantage)))
+            groups[repr(row.get("step")), repr(row.get("prompt"))].append((sum(numbers), float(advantage)))
     for pairs in groups.values():
         reward, advantage = np.array(pairs).T
         reward, advantage = reward - reward.mean(), advantage - advantage.mean()
