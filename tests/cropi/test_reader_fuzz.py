@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support import fuzz
 from support.fuzz import anything, text
 
@@ -112,6 +113,15 @@ def check(line: bytes) -> PromptGroup | None:
     return slow
 
 
+def test_a_key_that_cannot_be_learnt_leaves_the_reader_as_it_was() -> None:
+    """Beside one that can: the decoder knew nothing of it, and every record after that was a traceback."""
+    reader, plain = RecordReader(), {"id": "a", "prompt": "q", "responses": ["r"], "rewards": [1]}
+    assert outcome(reader, text_of(plain | {"level": 1, 'quo"ted': 2}))[0] is not None
+    group, words = outcome(reader, text_of(plain))
+    assert group is not None and group.to_record() == plain, words
+
+
+@pytest.mark.long
 def test_right_records_are_read_to_what_they_hold() -> None:
     def one(rng: random.Random) -> bool:
         record = good(rng)
@@ -134,11 +144,13 @@ def test_right_records_are_read_to_what_they_hold() -> None:
     assert fuzz.repeats() or ends[True] > 0.4 * ends.total(), ends
 
 
+@pytest.mark.long
 def test_broken_records_end_in_a_group_or_in_words() -> None:
     ends = fuzz.run(INPUTS, lambda rng: check(text_of(broken(rng))) is None)
     assert fuzz.repeats() or min(ends[True], ends[False]) > 0.05 * ends.total(), ends
 
 
+@pytest.mark.long
 def test_broken_text_ends_in_a_group_or_in_words() -> None:
     def one(rng: random.Random) -> bool:
         line = bytearray(text_of(good(rng)))
@@ -155,6 +167,7 @@ def test_broken_text_ends_in_a_group_or_in_words() -> None:
     assert fuzz.repeats() or min(ends[True], ends[False]) > 0.02 * ends.total(), ends
 
 
+@pytest.mark.long
 def test_lists_and_files_of_anything_end_in_groups_or_in_words() -> None:
     def row(rng: random.Random) -> Any:
         made = rng.choice([good, broken, anything])(rng)

@@ -162,9 +162,9 @@ def _one(content: Any, way: Way, how: str, value: Any) -> Any:
     return content
 
 
-def damaged(rng: random.Random, whole: bytes, first: int = 0, last: int | None = None) -> bytes:
+def damaged(rng: random.Random, whole: bytes, first: int, last: int) -> bytes:
     """``whole`` with some bytes between two places replaced, added, or cut away with all that follows."""
-    at = rng.randrange(first, len(whole) if last is None else min(last, len(whole)))
+    at = rng.randrange(first, min(last, len(whole)))
     new = rng.randbytes(rng.randint(1, 6))
     kind = rng.random()
     if kind < 0.5:

@@ -52,16 +52,17 @@ class RecordReader:
         new = [key for key in group.extra if key not in self._extra]
         if self._decoder is None or not new:
             return
+        # What stands under another name was given its own by the slow way, which such records keep taking.
+        if any(
+            key in ALIASES
+            or key in REFUSED
+            or key in FIELDS
+            or not key.isprintable()
+            or set(key) & {'"', "\\"}
+            for key in new
+        ):
+            return
         for key in new:
-            # What stands under another name was given its own by the slow way, which such records keep taking.
-            if (
-                key in ALIASES
-                or key in REFUSED
-                or key in FIELDS
-                or not key.isprintable()
-                or set(key) & {'"', "\\"}
-            ):
-                return
             self._extra[key] = f"extra_{len(self._extra)}"
         self._decoder = self._make() if len(self._extra) <= MOST_EXTRA_KEYS else None
 
