@@ -189,7 +189,7 @@ class _Builder:
         self.exact: list[exact.Exact] = []
         self.covered: dict[int, None] = {}
         self.by_kind: dict[str, int] = {}
-        self.reasons: dict[nn.Module, str] = {}  # why experts are not sketched
+        self.reasons: dict[nn.Module, str] = {}  # why a module's parameters are not sketched
         self._matrices: dict[int, MatrixSketch] = {}
         modules = dict(model.named_modules())
         for path, module in modules.items():
@@ -245,6 +245,12 @@ class _Builder:
         self.taps[module] = PartLinearTap(self.acc, path, matrix, bias, shares, outputs)
 
     def _embedding(self, path: str, module: nn.Embedding, own: dict[str, nn.Parameter]) -> None:
+        if module.scale_grad_by_freq:
+            self.reasons[module] = (
+                "scale_grad_by_freq divides its gradient by how often a token occurs in the batch, so that no "
+                "prompt has a gradient of its own"
+            )
+            return
         scale = embedding_scale(module)
         if scale is None or own.keys() != {"weight"}:
             return

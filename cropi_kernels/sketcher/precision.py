@@ -55,6 +55,12 @@ def invocation_tokens(model: nn.Module) -> list[int]:
     return next((list(tokens) for tokens in found if tokens), [])
 
 
+def trained_tokens(model: nn.Module) -> list[int]:
+    """The tokens whose rows of an embedding are trained alone (PEFT's trainable tokens), in order."""
+    held = (getattr(module, "token_indices", None) for module in model.modules())
+    return sorted({i for one in held if isinstance(one, dict) for tokens in one.values() for i in tokens})
+
+
 @contextlib.contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
     """Everything inside runs in the dtypes of the weights: no autocast of the caller's, and none around ``model``."""

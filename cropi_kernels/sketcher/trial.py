@@ -14,7 +14,7 @@ from .accumulator import Accumulator
 from .attach import Attachment
 from .head import head_pass, scored_offsets
 from .listener import norm, projected, smallest, unit_roundoff
-from .precision import invocation_tokens
+from .precision import invocation_tokens, trained_tokens
 from .segments import Segments
 from .selftest import Part, SelfTest, Trial, bound, self_test
 from .sharded import device_of
@@ -41,8 +41,9 @@ def few_rows(model: nn.Module, vocab: int, device: torch.device) -> torch.Tensor
     plain = [i for i in range(min(vocab, 65536)) if i not in special] or list(range(vocab))
     chosen = [plain[(7919 * (i + 1)) % len(plain)] for i in range(ROWS * length)]
     ids = torch.tensor(chosen, device=device).view(ROWS, length)
-    if invoked := invocation_tokens(model)[: length - 2]:  # without them these adapters do nothing
-        ids[:, 1 : 1 + len(invoked)] = torch.tensor(invoked, device=device)
+    # Without these tokens, adapters of theirs do nothing and have no gradient.
+    if wanted := [*invocation_tokens(model), *trained_tokens(model)[:3]][: length - 2]:
+        ids[:, 1 : 1 + len(wanted)] = torch.tensor(wanted, device=device)
     return ids
 
 

@@ -20,6 +20,7 @@ from cropi.ranking.resampled import NearestSet
 from cropi.ranking.selection import select
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.uncertainty import Uncertainty, uncertainty
+from cropi.store.codec import DTYPES
 from cropi.store.memory import MemoryStore
 from cropi.store.shards import RowInfo
 
@@ -167,3 +168,30 @@ def test_plots_of_large_pools_hold_densities_and_not_a_point_a_prompt(tmp_path: 
         sizes[n] = len(text)
         assert ("PathCollection" in text) == (n == 2000)
     assert sizes[20_000] < sizes[2000]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_size_of_a_gradient_changes_no_bit_of_its_cosine(dtype: str) -> None:
+    """Rewards may have any size up to 1e30, and some estimators keep it: squares of such sketches leave float32."""
+    torch.manual_seed(0)
+    vector, other = torch.randn(64), torch.randn(3, 64)
+    powers = [0, -100, -45, 45, 100]
+
+    def scores(metric: str, power: int = 0) -> cropi.Scores:
+        train, valid = (MemoryStore({"spec": {"dim": 64}, "dtype": dtype}) for _ in range(2))
+        for i, p in enumerate(powers):
+            train.add(RowInfo(f"t{i}"), torch.from_numpy(np.ldexp(vector.numpy(), p)))
+        for i, one in enumerate(other):
+            valid.add(RowInfo(f"v{i}", set="x"), torch.from_numpy(np.ldexp(one.numpy(), power)))
+        train.finish(), valid.finish()
+        return cropi.influence(train, valid, metric=metric)
+
+    whole = scores("cosine")
+    table, stderr = whole.table[:, 0], whole.stderr[:, 0]
+    assert stderr[0] > 0 and (stderr == stderr[0]).all()
+    assert 0.01 < abs(table[0]) < 1 and (table == table[0]).all()
+    for power in (-100, 100):
+        assert (scores("cosine", power).table[:, 0] == table[0]).all()
+        np.testing.assert_allclose(scores("cosine", power).stderr[:, 0], stderr[0], rtol=1e-5)
+    dots = scores("dot").table[:, 0]
+    assert (dots == np.ldexp(dots[0], powers)).all()

@@ -11,6 +11,7 @@ import transformers
 from support.made_data import make_tokenizer, write_lines
 from support.zoo import FAMILIES, SIZES, make
 
+import cropi
 from cropi.errors import CropiError
 from cropi.gradient.layout import choose_layout
 from cropi.gradient.layout_trial import LayoutTrial, in_float32, one_unit_off
@@ -132,6 +133,13 @@ def sketched(out: Path, model: Any, rows: list[dict[str, Any]], layout: str) -> 
     job = SketchJob([path], out, spec=SketchSpec(dim=1024), layout=layout)
     sketch(Policy(model, make_tokenizer()), job, progress=False)
     return {r.id: v for found, table in SketchStore.open(out).shards() for r, v in zip(found, table)}
+
+
+def test_a_head_of_several_layers_is_named() -> None:
+    model = make("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"not a decoder with a linear head \(its head: .*Sequential\)"):
+        cropi.sketch(model, records(5, 2, 3), dim=1024, progress=False)
 
 
 @pytest.mark.long

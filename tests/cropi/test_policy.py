@@ -71,6 +71,13 @@ def test_training_in_between_is_noticed(tmp_path: Path) -> None:
     assert policy.fingerprint == model_fingerprint(model)
 
 
+def test_a_limit_of_less_than_one_position_is_none() -> None:
+    policy = Policy(make_model())
+    for limit, context in ((64, 64), (-1, None)):  # XLNet names -1
+        policy.model.config.max_position_embeddings = limit
+        assert policy.context == context
+
+
 def test_freezing_gives_other_taps() -> None:
     model = make_model()
     policy = Policy(model)

@@ -207,6 +207,19 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
         {"advantages": None, "rewards": torch.ones(7), "prompt_ids": None}, "rewards: a prompt has one row alone",
     ),
     "old log-probs a row": ({"old_logprobs": torch.ones(7)}, r"old_logprobs has shape \[7\]: give \[7, 8\]"),
+    "old log-probs of fewer columns than are scored": (
+        {"old_logprobs": -torch.ones(7, 2)},
+        r"old_logprobs has shape \[7, 2\], so that it begins at column 6, and the token in row 0",
+    ),
+    "advantages of fewer columns than are scored": (
+        {"advantages": torch.ones(7, 1)}, "advantages has shape .* give a value for every scored token",
+    ),
+    "weights of fewer columns than are scored": (
+        {"advantages": None, "weights": torch.ones(7, 1)}, "weights has shape .* begins at column 7",
+    ),
+    "probabilities for log-probs": (
+        {"old_logprobs": torch.full((7, 8), 0.25)}, "old_logprobs is 0.25 at the token .* a log-prob is at most 0",
+    ),
     "old log-probs and weights": (
         {"advantages": None, "weights": ADVANTAGES, "old_logprobs": torch.zeros(7, 8)}, "is not applied to weights",
     ),

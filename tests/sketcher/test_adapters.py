@@ -218,6 +218,17 @@ def test_other_adapters_of_the_head_go_through_batch(settings: dict[str, Any], m
     assert 0 < error_of(out.sketches.double(), exact) <= 2 * error_of(own, exact) + 2.0**-23
 
 
+def test_trained_tokens_alone_are_held_to_autograd() -> None:
+    """The self-test's tokens hold some of them: without, no gradient is there to hold them to."""
+    model = adapted(zoo.make("llama"), peft.TrainableTokensConfig(token_indices=[17, 31, 94]))
+    with GradientSketcher(model, SPEC) as sketcher:
+        got = zoo.padded().sketch(sketcher).sketches.double()
+    assert sketcher.self_test is not None and not sketcher.self_test.untested
+    model = model.double()
+    want = zoo.sketches(model, zoo.gradients(model), SPEC)
+    assert error_of(got, want) <= 5e-6
+
+
 # --------------------------------------------------------------------------------------- quantised bases
 class Int4Linear(nn.Module):
     """As GPTQ and AWQ keep a layer: integers and scales in buffers, no parameter; dequantised in the forward."""

@@ -94,6 +94,12 @@ def with_looked_up_positions() -> nn.Module:
     return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32))
 
 
+def with_scaled_gradient() -> nn.Module:
+    model = zoo.make("llama")
+    model.get_input_embeddings().scale_grad_by_freq = True  # type: ignore[operator]
+    return model
+
+
 def mixture() -> nn.Module:
     # Other implementations of the experts know no float64.
     sizes = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")
@@ -120,6 +126,10 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a tied embedding with max_norm": (
         lambda: with_max_norm("llama-tied"),
         r"model.embed_tokens.weight .* in Embedding",
+    ),
+    "an embedding whose gradient depends on the batch": (
+        with_scaled_gradient,
+        r"model.embed_tokens.weight \(97, 32\) in Embedding: scale_grad_by_freq divides",
     ),
     "experts of one family alone": (
         jetmoe,

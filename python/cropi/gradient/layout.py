@@ -188,7 +188,8 @@ def attention_cost(model: Any) -> float:
         count = int(count or 1)
         width += count * int(size or config.hidden_size // count)
     tables = {
-        id(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table
+        id(getattr(table, "weight", None))  # a head of several layers has none of its own
+        for table in (model.get_input_embeddings(), model.get_output_embeddings())
     }
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in tables)
     return 3.5 * width / max(weights, 1)

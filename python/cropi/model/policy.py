@@ -236,7 +236,8 @@ class Policy:
         limit = getattr(config, "max_position_embeddings", None)
         rope = getattr(config, "rope_parameters", None) or {}
         factor = rope.get("factor", 1) if rope.get("rope_type") == "dynamic" else 1
-        return None if limit is None else int(limit * factor)
+        # XLNet names -1 where it has no limit.
+        return None if limit is None or limit < 1 else int(limit * factor)
 
     @property
     def ends(self) -> tuple[int, ...]:

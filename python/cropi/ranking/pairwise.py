@@ -28,8 +28,9 @@ from cropi.store.store import SketchStore
 class Pairwise:
     """Inner products between prompts.
 
-    ``rows``: the training prompts by id; ``valid``: the usable validation prompts, by set and id. ``dots`` float32
-    ``[n, V]``, NaN for a training prompt without a sketch; ``norms`` float64 ``[n]``; ``gram`` float64 ``[V, V]``.
+    ``rows``: the training prompts by id; ``valid``: the usable validation prompts, by set and id. ``dots`` ``[n, V]``,
+    float32 (float64 where their size would leave it), NaN for a training prompt without a sketch; ``norms`` float64
+    ``[n]``; ``gram`` float64 ``[V, V]``.
     """
 
     rows: list[RowInfo]

@@ -15,13 +15,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from cropi.store.codec import PACKED
+from cropi.store.codec import PACKED, decode
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Block
 from cropi.store.store import SketchStore
 from cropi_kernels import row_products
 
 _MOST_THREADS = 8  # more of them wait for memory
+# Lengths between which float32 squares of a row's entries neither overflow nor lose more than rounding to underflow.
+_SHORTEST, _LONGEST = 2.0**-40, 2.0**60
 
 
 def products(
@@ -38,7 +40,7 @@ def products(
     Raises:
         CropiError: a shard is damaged or gone.
     """
-    wanted = directions.detach().to("cpu", torch.float32).contiguous()
+    wanted, powers = _near_one(directions.detach().cpu())
     count = max(1, min(torch.get_num_threads(), _MOST_THREADS))
     own = threading.local()
 
@@ -46,7 +48,7 @@ def products(
         buffer = getattr(own, "buffer", None)
         if buffer is None or len(buffer) < block.size:
             own.buffer = buffer = torch.empty(block.size, dtype=torch.uint8)
-        return _multiply(block.read(buffer), wanted)
+        return _multiply(block.read(buffer), wanted, powers)
 
     waiting: deque[tuple[list[RowInfo], Future[tuple[np.ndarray, np.ndarray]]]] = deque()
     with ThreadPoolExecutor(count, thread_name_prefix="cropi-products") as pool:
@@ -67,7 +69,8 @@ def in_order(
     last: int = 0,
 ) -> tuple[list[RowInfo], np.ndarray, np.ndarray]:
     """All rows in order of id, what ``values`` makes of products and lengths, float64 ``[rows, columns]``, and the
-    products with the last ``last`` directions, float32 ``[rows, last]``; NaN for prompts without a sketch."""
+    products with the last ``last`` directions, float32 ``[rows, last]`` (float64 where their size would leave it); NaN
+    for prompts without a sketch."""
     rows = store.rows()
     places = _places(store, rows)
     table = np.full((len(rows), columns), np.nan)
@@ -77,6 +80,8 @@ def in_order(
         here = places[begin : begin + len(some)]
         table[here] = values(dots, lengths)
         if last:
+            if kept.dtype == np.float32 and _leave_float32(dots[:, -last:]):
+                kept = kept.astype(np.float64)
             kept[here] = dots[:, -last:]
         begin += len(some)
     return rows, table, kept
@@ -92,10 +97,32 @@ def _places(store: SketchStore, rows: Sequence[RowInfo]) -> np.ndarray:
     return places
 
 
-def _multiply(tensors: Mapping[str, torch.Tensor], directions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _leave_float32(products: np.ndarray) -> bool:
+    sizes = np.abs(products).max(axis=1, initial=0.0)
+    return bool(((sizes > 2.0**100) | (sizes > 0) & (sizes < 2.0**-90)).any())
+
+
+def _near_one(rows: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+    """Rows times powers of two with which the largest entry of each is in [1/2, 1), float32, and the exponents that
+    take this back: what is squared and multiplied then has a size that float32 holds, and the same bits."""
+    wide = rows.double().numpy()
+    powers = np.frexp(np.abs(wide).max(axis=1, initial=0.0))[1]
+    return torch.from_numpy(np.ldexp(wide, -powers[:, None]).astype(np.float32)), powers
+
+
+def _multiply(
+    tensors: Mapping[str, torch.Tensor], directions: torch.Tensor, powers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     name = next(name for name in tensors if name != "scale")
     # One thread: this is one of several, and those of OpenMP spin while they wait.
     dots, squares = row_products(
         tensors[name], directions, tensors.get("scale"), bits=PACKED.get(name), threads=1
     )
-    return dots.numpy(), np.sqrt(squares.numpy())
+    made, lengths = dots.numpy(), np.sqrt(squares.numpy())
+    odd = np.flatnonzero(~((lengths > _SHORTEST) & (lengths < _LONGEST)))
+    if odd.size:
+        rows, sizes = _near_one(decode({key: held[torch.from_numpy(odd)] for key, held in tensors.items()}))
+        dots, squares = row_products(rows, directions, threads=1)
+        made[odd] = np.ldexp(dots.numpy(), sizes[:, None])
+        lengths[odd] = np.ldexp(np.sqrt(squares.numpy()), sizes)
+    return np.ldexp(made, powers), lengths

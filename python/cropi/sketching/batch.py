@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cropi.data.checks import LOGPROB_SLACK
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
 from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
@@ -129,14 +130,12 @@ def score_batch(
     if rewards is not None:
         advantages = _advantages(kind, rows.each_row("rewards", rewards), segments)
     if weights is not None:
-        scale = rows.each_token("weights", weights)
+        scale = rows.each_token("weights", weights, scored)
         behaviour = None
     else:
         assert advantages is not None
-        scale = rows.each_token("advantages", advantages)
-        behaviour = (
-            None if old_logprobs is None else rows.each_token("old_logprobs", old_logprobs, per_row=False)
-        )
+        scale = rows.each_token("advantages", advantages, scored)
+        behaviour = None if old_logprobs is None else rows.each_logprob("old_logprobs", old_logprobs, scored)
     divisors = torch.ones(rows.batch) if weights is not None else _divisors(kind, scored, segments)
     return _sketched(
         policy, spec or SketchSpec(), tuple(exclude), rows, scored, names, segments, scale, behaviour,
@@ -209,8 +208,11 @@ class _Rows:
             )
         return value
 
-    def each_token(self, name: str, value: Any, *, per_row: bool = True) -> torch.Tensor:
-        """A number for each token, in its place: float ``[batch, length]``; 0 where none was given."""
+    def each_token(
+        self, name: str, value: Any, scored: torch.Tensor | None = None, *, per_row: bool = True
+    ) -> torch.Tensor:
+        """A number for each token, in its place: float ``[batch, length]``; 0 where none was given, which may not be
+        where a token is ``scored``."""
         _check_tensor(name, value)
         if per_row and tuple(value.shape) == (self.batch,):
             return self._here(name, value).float()[:, None].expand(self.batch, self.length)
@@ -220,10 +222,28 @@ class _Rows:
                 f"{name} has shape {list(value.shape)}: give {row}[{self.batch}, {self.length}] (a token in its "
                 f"place) or [{self.batch}, n] of the last n columns"
             )
-        value = self._here(name, value)
+        value, first = self._here(name, value), self.length - value.shape[1]
+        if scored is not None and bool(scored[:, :first].any()):
+            row, column = scored[:, :first].nonzero()[0].tolist()
+            raise CropiError(
+                f"{name} has shape {list(value.shape)}, so that it begins at column {first}, and the token in row "
+                f"{row}, column {column} is scored: give a value for every scored token"
+            )
         out = torch.zeros(self.batch, self.length, dtype=torch.float32, device=self.device)
-        out[:, self.length - value.shape[1] :] = value.float()
+        out[:, first:] = value.float()
         return out
+
+    def each_logprob(self, name: str, value: Any, scored: torch.Tensor) -> torch.Tensor:
+        """A log-prob for each scored token, in its place: float ``[batch, length]``."""
+        made = self.each_token(name, value, scored, per_row=False)
+        above = scored & (made > LOGPROB_SLACK)
+        if bool(above.any()):
+            row, column = above.nonzero()[0].tolist()
+            raise CropiError(
+                f"{name} is {float(made[row, column]):g} at the token in row {row}, column {column}: a log-prob is at "
+                "most 0; give log-probs, and neither probabilities nor negative log-probs"
+            )
+        return made
 
     def scored(self, response_mask: Any, labels: Any) -> torch.Tensor:
         """bool ``[batch, length]``: which tokens are scored."""
