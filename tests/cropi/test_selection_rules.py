@@ -253,6 +253,17 @@ def test_near_copies_are_left_out_and_named() -> None:
     ]
 
 
+def test_exact_copies_are_found_at_the_highest_bounds() -> None:
+    """Sketches are compared in float16, which changes the length of those whose norm a few entries hold."""
+    torch.manual_seed(0)
+    rows = torch.randn(40, 1024) ** 5
+    names = [f"{i:02d}" for i in range(80)]
+    scores = table_of([80.0 - i for i in range(80)])
+    chosen = select(scores, count=80, dedup=0.9999, sketches=store_of(torch.cat([rows, 2 * rows]), names))
+    assert chosen.ids == names[:40]
+    assert chosen.copies == dict(zip(names[40:], names[:40]))
+
+
 @pytest.mark.long
 def test_deduplication_is_greedy_over_blocks_and_groups() -> None:
     """Against the definition, one pair at a time, over more prompts than one block."""

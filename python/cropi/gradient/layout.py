@@ -187,10 +187,9 @@ def attention_cost(model: Any) -> float:
     for count, size in zip(heads, sizes, strict=True):
         count = int(count or 1)
         width += count * int(size or config.hidden_size // count)
-    tables = {
-        id(getattr(table, "weight", None))  # a head of several layers has none of its own
-        for table in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
+    # A head of several layers has no weight of its own.
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(getattr(table, "weight", None)) for table in both}
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in tables)
     return 3.5 * width / max(weights, 1)
 
