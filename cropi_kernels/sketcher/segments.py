@@ -46,6 +46,11 @@ class Segments:
         if ids.numel() and (int(ids.min()) < 0 or bool((ids[1:] < ids[:-1]).any())):
             raise ValueError("segments must be >= 0 and must not decrease: sort the batch's rows by prompt")
         highest = int(ids[-1]) + 1 if ids.numel() else 0
+        if n_segments is None and highest > batch * length:
+            raise ValueError(
+                f"segments holds id {highest - 1}, and the batch {batch} x {length} tokens: number its prompts 0, 1, "
+                "... (torch.unique(ids, return_inverse=True)[1]), or give num_segments for a row of every id"
+            )
         if n_segments is None:
             n_segments = highest
         if n_segments < highest:

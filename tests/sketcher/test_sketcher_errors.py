@@ -50,6 +50,11 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ),
     (dict(segments=BATCH.segments[1:]), r"segments is torch.int64 \(5,\)"),
     (dict(num_segments=2), r"num_segments=2 but segments holds id 2"),
+    # Ids of a data set's rows: a sketch of each would fill the memory.
+    (
+        dict(segments=BATCH.segments + 10**9),
+        r"segments holds id 1000000002, and the batch .* number its prompts 0, 1",
+    ),
     (dict(temperature=0.0), r"temperature"),
     (dict(temperature=-1.0), r"temperature"),
     (dict(temperature="1.0"), r"temperature='1.0'"),
