@@ -101,7 +101,7 @@ demo: build model
 # What a contributor runs between two edits, under 90 s on two cores: tests/support/quick.py says which tests these are.
 quick: build
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -q --quick --durations 5 --durations-min 2 \
-	  --ignore tests/gpu --ignore tools --ignore benchmarks/tests $(ARGS)
+	  tests --ignore tests/gpu $(ARGS)
 
 test: build model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)

@@ -58,6 +58,7 @@ def test_a_run_writes_the_page(ran: Path) -> None:
     assert "not measured on this model: run `cropi check`" in page
 
 
+@pytest.mark.long
 def test_the_command_takes_a_check(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = tmp_path / "c.json"
     finding = {"name": "sketch error", "level": "ok", "text": "scores are off by 0.0123"}

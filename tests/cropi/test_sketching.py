@@ -120,6 +120,7 @@ def test_norm_ratio_and_clipped_tokens_of_a_row_are_those_of_its_responses(tmp_p
         assert row.extra["clipped"] == pytest.approx(sizes[0] / sum(sizes), rel=1e-9)
 
 
+@pytest.mark.long
 def test_the_checks_of_the_model_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By name; and what they found is kept with the policy, so that the second store does not pay for it again."""
     from cropi_kernels.sketcher import gradient_sketcher

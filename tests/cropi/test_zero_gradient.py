@@ -229,6 +229,7 @@ def test_what_cancels_by_rounding_alone_is_a_zero_gradient(
     assert set(got) == {f"good{i}" for i in range(6)}
 
 
+@pytest.mark.long
 def test_the_rule_can_be_switched_off(tmp_path: Path) -> None:
     rng, model = random.Random(3), twins(make_model(tie_word_embeddings=False))
     with torch.no_grad():

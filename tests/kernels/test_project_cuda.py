@@ -23,6 +23,9 @@ from cropi_kernels.ops.project import cuda, reference
 from cropi_kernels.ops.project.columns import contiguous_columns
 from cropi_kernels.testing import PROJECTION_CASES, projection_magnitudes, sum_error_bound
 
+# The emulation is compiled first.
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 INCLUDES = ["-std=c++17", f"-I{CSRC / 'include'}", f"-I{CSRC}"]
@@ -78,7 +81,6 @@ def assert_same_map(got: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec, of
     assert (error <= 2 * sum_error_bound(size, terms) + 1e-30).all(), float(error.max())
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("case", PROJECTION_CASES)
 def test_emulated_kernel_is_the_cpu_kernel(case: str, emulated: Callable[..., torch.Tensor]) -> None:
     spec, n, offset = PROJECTION_CASES[case]
@@ -92,7 +94,6 @@ def test_emulated_kernel_is_the_cpu_kernel(case: str, emulated: Callable[..., to
         )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("case", PROJECTION_CASES)
 def test_emulated_adjoint_is_the_cpu_adjoint(case: str, emulated: Callable[..., torch.Tensor]) -> None:
     spec, n, offset = PROJECTION_CASES[case]
@@ -107,7 +108,6 @@ def test_emulated_adjoint_is_the_cpu_adjoint(case: str, emulated: Callable[..., 
         assert ((got - want).abs() <= 2 * sum_error_bound(size, spec.dim + 16)).all()
 
 
-@pytest.mark.long
 def test_buckets_and_signs_to_the_bit(emulated: Callable[..., torch.Tensor]) -> None:
     """One coordinate at a time has no order of sums: every bucket and every sign must be the CPU's."""
     for spec, n, offset in PROJECTION_CASES.values():
@@ -162,7 +162,6 @@ def test_not_a_number_stays_in_its_row_and_dropped_ones_are_skipped(
     assert torch.equal(got[[0, 2]], want[[0, 2]]) and not got[1].isfinite().all()
 
 
-@pytest.mark.long
 def test_more_rows_than_the_workspace_holds(emulated: Callable[..., torch.Tensor], emulation: Any) -> None:
     spec, x = ProjectionSpec(65_536), rows(3, 70_000)
     x = x.expand(3, -1).repeat(90, 1)[:258]  # 256 KiB a row: groups of 256

@@ -129,6 +129,7 @@ def test_lines_in_memory_run() -> None:
     assert best["id"] == [scores.top("math", 1)[0][0]] and best["prompt"]
 
 
+@pytest.mark.long
 def test_loop_of_a_trainer_runs() -> None:
     """As it stands in docs/live.md, around a trainer of two functions."""
     from support import zoo

@@ -144,6 +144,7 @@ def test_changed_methods_are_named() -> None:
 
 
 # ----------------------------------------------------------------------------------------------- datasets
+@pytest.mark.long
 def test_ids_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
     loading = {"model": "no/such-model"}  # reached only if the dataset is let through
     with pytest.raises(
