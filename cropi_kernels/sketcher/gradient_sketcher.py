@@ -276,9 +276,9 @@ class GradientSketcher:
         Args:
             input_ids: int64 [batch, length].
             segments: int64 [batch] or [batch, length], as in `batch`.
-            labels: int64 [batch, length], as Hugging Face models take them: ``labels[i, t]`` is the token that is
-                scored in column t (predicted from column t - 1), or -100 where no token is scored. The first column is
-                never scored.
+            labels: int64 [batch, length], as Hugging Face models take them: ``labels[i, t]`` is the token in column t,
+                where it is scored (predicted from column t - 1), or -100 where it is not. The first column is never
+                scored.
             weights: the weights of the scored tokens. A tensor: [batch, length] (the weight of the token in each place;
                 with ``labels``), [batch] (one for a row; with ``labels``) or [n] (one for each scored token, row by
                 row). Or a function ``weights(logprobs, start, stop)`` that returns those of scored tokens start .. stop

@@ -73,7 +73,8 @@ def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Te
     column is never scored, and -100 marks a token that is not.
 
     Raises:
-        ValueError: no tensor of integers of ``input_ids``' shape, or a negative label other than -100.
+        ValueError: no tensor of integers of ``input_ids``' shape, a negative label other than -100, or one that is not
+            the token in its place (labels that were shifted before).
     """
     if not isinstance(labels, torch.Tensor):
         raise ValueError(
@@ -91,6 +92,14 @@ def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Te
     if bool(((labels < 0) & (labels != IGNORED)).any()):
         lowest = int(labels[labels != IGNORED].min())
         raise ValueError(f"labels holds {lowest}: only -100 marks a token that is not scored")
+    if bool((other := (labels[:, 1:] != IGNORED) & (labels[:, 1:] != input_ids[:, 1:])).any()):
+        row, column = other.nonzero()[0].tolist()
+        column += 1
+        raise ValueError(
+            f"labels[{row}, {column}] is {int(labels[row, column])}, and the token there "
+            f"{int(input_ids[row, column])}: labels are the tokens in their own places (not shifted), or -100; other "
+            "tokens are scored by positions and targets"
+        )
     shifted = labels[:, 1:].long()
     row, column = (shifted != IGNORED).nonzero(as_tuple=True)
     return row * labels.shape[1] + column, shifted[row, column]

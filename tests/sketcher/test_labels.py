@@ -93,8 +93,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "shape": ({"labels": PADDED.input_ids[:2], "weights": torch.ones(18)}, r"give int64 \(6, 9\), as input_ids"),
     "floats": ({"labels": PADDED.input_ids.float(), "weights": torch.ones(18)}, "labels is torch.float32"),
     "negative": ({"labels": changed(PADDED, 0, 5, -1), "weights": torch.ones(18)}, "labels holds -1: only -100"),
+    "shifted": (
+        {"labels": labels_of(PADDED).roll(-1, 1), "weights": torch.ones(18)}, "are the tokens in their own places",
+    ),
+    "another token": (
+        {"labels": changed(PADDED, 1, 5, 8), "weights": torch.ones(18)}, r"labels\[1, 5\] is 8, and the token there 9",
+    ),
     "padding": (
-        {"labels": changed(PADDED, 1, 8, 7) if PADDED.attention_mask[1, 8] == 0 else changed(PADDED, 0, 8, 7),
+        {"labels": changed(PADDED, 1, 8, 0) if PADDED.attention_mask[1, 8] == 0 else changed(PADDED, 0, 8, 0),
          "weights": torch.ones(19)}, r"is scored, but is padding",
     ),
     "weights of a list": ({"weights": [1.0] * 18}, "weights is of type list: give a tensor"),
