@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from cropi.ranking.shares import apportion, how_many, part_of, read_quotas, with
 from cropi.ranking.table_rows import values_of
 from cropi.ranking.values import FROM_SCORES, baseline, best_of, drawn_ties, order_of, ranks_of, value_of
 from cropi.store.rows import RowInfo
+
+_OF_SCORES = (*FROM_SCORES, "p_selected")
 
 
 def groups_of(rows: Sequence[RowInfo], places: np.ndarray, per: str) -> list[str]:
@@ -63,9 +66,8 @@ class Rule:
         self, rows: Sequence[RowInfo], usable: np.ndarray, options: Selecting | None = None, least: int = 0
     ) -> None:
         self.options = given = options or Selecting()
-        self.ids = values_of(rows, "id", usable)
-        self.rates = np.array(values_of(rows, "pass_rate", usable))
-        self.ties = ranks_of(self.ids)
+        self._rows, self._usable = rows, usable
+        self.ties = ranks_of(values_of(rows, "id", usable))
         size = len(rows) if given.pool == "all" else len(usable)
         if given.count is not None and given.count > len(usable):
             raise CropiError(
@@ -108,6 +110,17 @@ class Rule:
             )
         return counts
 
+    # Lists of a million prompts, which most rules do not need.
+    @cached_property
+    def ids(self) -> list[str]:
+        """The usable prompts' ids."""
+        return values_of(self._rows, "id", self._usable)
+
+    @cached_property
+    def rates(self) -> np.ndarray:
+        """The usable prompts' pass rates."""
+        return np.array(values_of(self._rows, "pass_rate", self._usable))
+
     @property
     def n(self) -> int:
         """How many are chosen at most."""
@@ -120,11 +133,7 @@ class Rule:
         group."""
         given = self.options
         orders, values = [], np.full(len(table), np.nan)
-        ties = (
-            self.ties
-            if given.method in (*FROM_SCORES, "p_selected")
-            else drawn_ties(self.ids, given.select_seed)
-        )
+        ties = self.ties if given.method in _OF_SCORES else drawn_ties(self.ids, given.select_seed)
         for places, n in self.groups:
             own = table if len(places) == len(table) else table[places]
             if given.method in FROM_SCORES:

@@ -102,7 +102,8 @@ def value_of(
     best = table.max(axis=1)
     if method == "rrf":
         fused = fuse_ranks(table, ties, n)
-        return fused, np.where(fused == 0, best, 0.0)
+        best[fused != 0] = 0.0
+        return fused, best
     if method == "rrf_classic":
         return fuse_ranks(table, ties, None, constant), np.zeros(len(best))
     return (best if method == "max" else table.mean(axis=1)), np.zeros(len(best))
