@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from ..reduce import reduce_sketch
 from ..spec import SketchSpec
 from .clock import Clock
 from .engine import Operators, engine_for
+from .groups import Grouped, Groups
 from .ranks import Ranks
 from .segments import Segments
 
@@ -27,10 +28,12 @@ class Listener(Protocol):
         """``tap`` has added to the sketches what it had kept in forward, with the output's gradient ``dy``."""
 
 
-def finished(sketches: torch.Tensor, spec: SketchSpec) -> torch.Tensor:
-    """Sums [segments, base_dim] as sketches [segments, dim]; rows that met a NaN or an infinity are NaN throughout."""
+def finished(outs: Sequence[torch.Tensor], spec: SketchSpec) -> torch.Tensor:
+    """Sums [segments, base_dim] of each group of parameters as sketches [segments, groups * dim], side by side; rows
+    that met a NaN or an infinity are NaN throughout."""
     if spec.dim < spec.base_dim:
-        sketches = reduce_sketch(sketches, spec.dim, seed=spec.seed, version=spec.version)
+        outs = [reduce_sketch(out, spec.dim, seed=spec.seed, version=spec.version) for out in outs]
+    sketches = outs[0] if len(outs) == 1 else torch.cat(list(outs), dim=1)
     return sketches.masked_fill_(~sketches.isfinite().all(dim=1, keepdim=True), float("nan"))
 
 
@@ -62,20 +65,30 @@ class Accumulator:
 
     @property
     def out(self) -> torch.Tensor:
-        """The sketches [segments, base_dim] of the open batch."""
-        return self.engine.settle()
+        """The sketches [segments, base_dim] of the open batch, which has no groups."""
+        (out,) = self.outs
+        return out
 
-    def begin(self, segments: Segments, device: torch.device) -> None:
-        out = torch.zeros(segments.count, self.spec.base_dim, dtype=torch.float32, device=device)
-        engine = engine_for(segments, out, self._needed)
+    @property
+    def outs(self) -> list[torch.Tensor]:
+        """The sketches [segments, base_dim] of the open batch, of each group of parameters; without groups, of all."""
+        return self.engine.settled()
+
+    def begin(self, segments: Segments, device: torch.device, groups: Groups | None = None) -> None:
+        shape = 1 if groups is None else len(groups.names), segments.count, self.spec.base_dim
+        outs = torch.zeros(shape, dtype=torch.float32, device=device).unbind()
+        if groups is None:
+            engine = engine_for(segments, outs[0], self._needed)
+        else:
+            engine = Grouped(segments, outs, groups, self._needed.get(Grouped, 0))
         # Nothing above may have left a batch open: memory can run out, a backend refuse.
         self.segments, self._engine = segments, engine
         self.clock = Clock(device, self._passes + 1)
         self._folds.clear()
 
     def end(self) -> torch.Tensor:
-        """The sketches [segments, dim]; rows that met a NaN or an infinity are NaN throughout."""
-        sketches = finished(self.out if self.ranks is None else self.ranks.sum(self.out), self.spec)
+        """See `finished`."""
+        sketches = finished(self.outs if self.ranks is None else [self.ranks.sum(self.out)], self.spec)
         self.close()
         return sketches
 

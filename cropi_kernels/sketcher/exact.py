@@ -297,7 +297,7 @@ class ExactTaps:
                     for exact, gradient in zip(edges, gradients, strict=True):
                         exact.heard = segments
                         if gradient is not None:
-                            exact.add(gradient, acc.out[s : s + 1])
+                            exact.add(gradient, acc.engine.sums(exact.name)[s : s + 1])
                             if acc.listener is not None:
                                 acc.listener.added(exact, gradient, None)
 
@@ -331,7 +331,7 @@ class ExactTaps:
                 dy, offsets = segments.tokens_first(grads[0], exact.name)
                 if 0 <= padding < matrix.rows:  # torch gives the padding row no gradient
                     dy = dy * (ids != padding).unsqueeze(-1)
-                matrix.add_rows(dy, ids, offsets, acc.out)
+                matrix.add_rows(dy, ids, offsets, acc.engine.sums(exact.name))
             exact.heard = segments
             if acc.listener is not None:
                 acc.listener.added(exact, dy, None)

@@ -8,7 +8,7 @@ and its reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from .accumulator import Accumulator, finished
 from .attach import plan_model
 from .clock import Clock
 from .coverage import Coverage
+from .groups import planned
 from .head import PolicyGradient, failed_segments, scored_offsets
 from .hooks import unless_none
 from .inputs import check_positions, check_rows, check_tensors, model_inputs
@@ -50,6 +51,7 @@ class FormedSketcher:
             parts.
         only: canonical names of the parameters that are sketched; None: all that a `GradientSketcher` would. (Its
             ``coverage.names`` after its `check_model`: what it leaves out on a closer look is left out here.)
+        groups: as of `GradientSketcher`.
 
     Raises:
         UncoveredParameterError, ValueError: as by `GradientSketcher`; a sharded model, whose gradients are shards.
@@ -63,6 +65,7 @@ class FormedSketcher:
         *,
         change: Change | None = None,
         only: Collection[str] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.model, self.spec = unwrapped(model), spec or SketchSpec()
         check_adapters(self.model)
@@ -74,13 +77,14 @@ class FormedSketcher:
         self.change = change
         plan = plan_model(self.model, self.spec, Accumulator(self.spec), exclude)
         self.coverage: Coverage = plan.coverage
+        self._groups = planned(groups, plan)
         names = {id(p): canonical_name(name) for name, p in self.model.named_parameters()}
         self._add = [
             (names[id(p)], p, add)
             for p, add in parameters_of(self.model, plan)
             if only is None or names[id(p)] in only
         ]
-        self._out: torch.Tensor | None = None
+        self._out: torch.Tensor | None = None  # [groups, 1, base_dim]
         self._before: list[tuple[nn.Parameter, bool, torch.Tensor | None]] = []
         self._handles: list[Any] = []
 
@@ -141,7 +145,9 @@ class FormedSketcher:
         scored = scored_offsets(where, positions)
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
         batch = _Batch(input_ids, segments, positions, targets, kwargs, temperature)
-        out = torch.zeros(where.count, self.spec.base_dim, dtype=torch.float32, device=input_ids.device)
+        groups = 1 if self._groups is None else len(self._groups.names)
+        shape = groups, where.count, self.spec.base_dim
+        out = torch.zeros(shape, dtype=torch.float32, device=input_ids.device)
         logprobs = torch.zeros(len(targets), dtype=torch.float32, device=input_ids.device)
         weights = torch.zeros_like(logprobs)
         scales = SegmentScales(scored, input_ids.device)
@@ -155,17 +161,18 @@ class FormedSketcher:
                 found = batch.logprobs(self.model, rows, tokens)
                 used = weigh(found.detach(), tokens.start, tokens.stop)
                 logprobs[tokens], weights[tokens] = found.detach(), used
-                with self._into(out[segment : segment + 1]):
+                with self._into(out[:, segment : segment + 1]):
                     (found * used).sum().backward()
-        scales.restore(out)
+        for each in out:
+            scales.restore(each)
         weights = scales.unscaled(weights)
-        out[failed_segments(logprobs, weights, scored)] = float("nan")
+        out[:, failed_segments(logprobs, weights, scored)] = float("nan")
         seconds = {"forward": 0.0, "backward": clock.between(begun, clock.mark()), "sketch": 0.0}
-        return PolicyGradient(finished(out, self.spec), logprobs, weights, seconds)
+        return PolicyGradient(finished(out.unbind(), self.spec), logprobs, weights, seconds)
 
     @contextmanager
     def _into(self, out: torch.Tensor) -> Iterator[None]:
-        """Gradients that are formed inside are added to ``out`` [1, base_dim]."""
+        """Gradients that are formed inside are added to ``out`` [groups, 1, base_dim]."""
         self._out = out
         try:
             yield
@@ -177,11 +184,13 @@ class FormedSketcher:
     def _taker(
         self, name: str, add: Callable[[torch.Tensor, torch.Tensor], None]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
+        group = 0 if self._groups is None else self._groups.place[name]
+
         def take(gradient: torch.Tensor) -> torch.Tensor:
             if self._out is not None:
                 with torch.no_grad():
                     wide = gradient.detach().float()
-                    add(wide if self.change is None else self.change(name, wide), self._out)
+                    add(wide if self.change is None else self.change(name, wide), self._out[group])
             return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps this: a gradient would stay
 
         return take

@@ -25,6 +25,7 @@ from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage, uncovered
 from .decoder import split_model
 from .fused import find_fusion
+from .groups import planned, width
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
 from .hooks import checkpointed, start_graph
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
@@ -70,6 +71,8 @@ class GradientSketcher:
         fused: replace RMSNorm and SwiGLU modules of Llama, Mistral, Qwen2 and Qwen3 models, inside of the ``with``
             block, by fused kernels in which the sketch rides; all others stay as they are, and `coverage` names them.
             Results are those without it but for rounding. What rides counts as sketching in ``seconds``.
+        groups: patterns of parameter names by the name of a group (``["rest"]``: what no other has). The groups'
+            sketches stand side by side, [segments, groups * dim], and add up to the sketch without groups.
 
     Attributes:
         self_test: the result of the last self-test; None before it.
@@ -77,8 +80,8 @@ class GradientSketcher:
 
     Raises:
         UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
-        ValueError: adapters are merged into their base, nothing is left to sketch, a pattern of ``exclude`` matches
-            nothing, or ``fused`` finds nothing to fuse.
+        ValueError: adapters are merged into their base, nothing is left to sketch, a pattern matches nothing, a
+            parameter is in no group or in two, or ``fused`` finds nothing to fuse.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -100,6 +103,7 @@ class GradientSketcher:
         linears: Linears | None = None,
         more: Sequence[SketchSpec] = (),
         fused: bool = False,
+        groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         spec = SketchSpec() if spec is None else spec
         for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
@@ -117,6 +121,7 @@ class GradientSketcher:
         self._more = More(self.model, more, exclude)
         self._more.check(self._plan)
         self._fusion = find_fusion(model, self._plan, self._acc, fused)
+        self._groups = planned(groups, self._plan)
         self._ranks = self._acc.ranks = self._plan.ranks
         if self._ranks is not None:
             self._ranks.check_model(_described(self.model, spec, self._plan))
@@ -327,7 +332,7 @@ class GradientSketcher:
                 kwargs.update(positions_for(self.probe, attention_mask))
         explained = _memory.explained(
             f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
-            f"segments (sketches: {_memory.size(where.count * self.spec.base_dim * 4)})",
+            f"segments (sketches: {_memory.size(4 * where.count * width(self.spec, self._groups))})",
             "give fewer rows a call (nothing of this call is left; sketches of parts of a prompt add up), or turn on "
             "gradient checkpointing",
         )
@@ -357,7 +362,7 @@ class GradientSketcher:
                 if hidden.requires_grad:  # else nothing of the decoder is tapped
                     hidden.backward(grad)
                 failed = failed_segments(logprobs, used, scored)
-                for out in (self._acc.out, *self._more.outs):
+                for out in (*self._acc.outs, *self._more.outs):
                     scales.restore(out)
                     out[failed] = float("nan")
                 end = mark()
@@ -486,7 +491,7 @@ class GradientSketcher:
 
     def _begin(self, segments: Segments) -> None:
         self._no_batch()
-        self._acc.begin(segments, sharded.device_of(self.model))
+        self._acc.begin(segments, sharded.device_of(self.model), self._groups)
 
 
 def _described(model: nn.Module, spec: SketchSpec, plan: Attachment) -> str:

@@ -21,10 +21,11 @@ from .split import SplitModel
 class PolicyGradient:
     """Result of `GradientSketcher.policy_gradient`.
 
-    ``sketches`` float32 [segments, dim], a row of NaN where the segment has a NaN or an infinity; ``logprobs`` and
-    ``weights`` float32 [scored tokens]; ``seconds``: forward, backward, and the part of both that was sketching (on a
-    CUDA device measured in passes 1, 2, 4, 8, ...; in others, the share that the latest of those had);
-    ``more``: the sketches by other specs, where the sketcher was given some.
+    ``sketches`` float32 [segments, dim], a row of NaN where the segment has a NaN or an infinity (of a sketcher with
+    groups of parameters [segments, groups * dim], side by side); ``logprobs`` and ``weights`` float32 [scored tokens];
+    ``seconds``: forward, backward, and the part of both that was sketching (on a CUDA device measured in passes 1, 2,
+    4, 8, ...; in others, the share that the latest of those had); ``more``: the sketches by other specs, where the
+    sketcher was given some.
 
     >>> PolicyGradient(torch.zeros(2, 64), torch.zeros(5), torch.ones(5), {}).weights.sum()
     tensor(5.)
@@ -68,7 +69,7 @@ def head_pass(
                 offsets = scored.clamp(begin, end) - begin
                 if plan.head_matrix is not None and plan.head_adds[0]:
                     matrix = plan.head_matrix
-                    matrix.add(dz, matrix.fold(picked[begin:end]), offsets, acc.out)
+                    matrix.add(dz, matrix.fold(picked[begin:end]), offsets, acc.engine.sums(matrix.name))
                 if plan.head_bias is not None and plan.head_adds[1]:
                     acc.engine.add_vector(_placed(plan, split, bias_grad(dz, offsets)), plan.head_bias)
                 for one in split.adapters:
@@ -83,7 +84,7 @@ def head_pass(
             picked, targets, scales.weigh(weigh), temperature, sketch_head if listens else None
         )
         weights = scales.unscaled(weights)
-        grad_picked = scales.normalise(grad_picked, *(one.acc.out for one in sums))
+        grad_picked = scales.normalise(grad_picked, *(out for one in sums for out in one.acc.outs))
         grad = _add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
     return logprobs, grad.view_as(hidden), weights, scales
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cropi.errors import CropiError
+from cropi.grouping import Grouping
 from cropi.option_fields import Options, option, split
 
 ESTIMATORS = ("cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo", "cispo")
@@ -263,7 +264,7 @@ class Storing(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sketching(Sketch, Gradient, Tokens, Running, Storing):
+class Sketching(Sketch, Gradient, Grouping, Tokens, Running, Storing):
     """How trajectories become sketches.
 
     >>> Sketching(dim=4096, estimator="ppo").behaviour

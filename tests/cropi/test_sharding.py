@@ -68,6 +68,11 @@ def test_tensor_parallel(jobs: dict[str, Any]) -> None:
         (["--fsdp", "--shard", "1/2"], "--fsdp does not go with --shard"),
         (["--tensor-parallel", "2", "--ray", "local"], "--tensor-parallel does not go with --ray"),
         (["--fsdp", "--optimizer-state", "o"], "--fsdp does not go with --optimizer-state"),
+        (
+            ["--tensor-parallel", "2", "--layer-groups", "2"],
+            "--tensor-parallel does not go with --layer-groups",
+        ),
+        (["--tensor-parallel", "2", "--groups", "a=*"], "--tensor-parallel does not go with --groups"),
     ],
 )
 def test_what_does_not_go_together_is_named(

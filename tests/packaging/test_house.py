@@ -87,6 +87,7 @@ FLOORS = [
     {"data"},
     {"model"},
     {"options"},
+    {"grouping"},
     {"option_fields"},
     {"sealed", "commands"},
     {"checked", "files", "summary", "agreement"},

@@ -30,7 +30,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument("--out", metavar="FILE.json", help="write the figures there")
     options.add_model(command)
-    options.add(command, Reading, Sketching, leave=("store_dtype", "shard_bytes", "stage", "limit"))
+    options.add(
+        command,
+        Reading,
+        Sketching,
+        leave=("store_dtype", "shard_bytes", "stage", "limit", "layer_groups", "groups"),
+    )
     options.add_progress(command)
 
 

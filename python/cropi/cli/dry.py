@@ -72,7 +72,7 @@ def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, 
             summary = sketch(policy, tried, progress=False)
             rate = sum(sizes) / max(summary.wall, 1e-9)
         cost.seconds = cost.tokens / rate if rate else 0.0
-        cost.bytes = cost.prompts * row_bytes(job.store_dtype, job.spec.dim)
+        cost.bytes = cost.prompts * row_bytes(job.store_dtype, job.row_size)
     return by_part
 
 

@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     write_scores(args.out, scores)
     print(line(scores, given.metric, args.out))
     print(sure(scores))
+    if scores.meta.get("groups") is not None:
+        print(f"groups        {groups(scores)}")
     tell(
         args, scores=args.out, prompts=len(scores.rows), usable=int(scores.usable.sum()), sets=scores.sets,
         metric=given.metric, uncertainty=scores.meta.get("uncertainty"),
@@ -65,6 +67,13 @@ def sure(scores: Any) -> str:
         if uncertainty is None
         else str(uncertainty)
     )
+
+
+def groups(scores: Any) -> str:
+    """What is said of the groups of parameters of the stores."""
+    if scores.contributions is None:
+        return "no contributions: with --aggregate nearest every prompt is compared with another one"
+    return f"contribution[SET][GROUP] in the table, which add up to the score: {', '.join(scores.groups)}"
 
 
 def line(scores: Any, metric: str, out: object) -> str:

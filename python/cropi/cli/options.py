@@ -21,8 +21,8 @@ READERS: dict[str, Any] = {
 METAVARS = {"count": "N", "whole": "N", "number": "X", "positive": "X", "share": "X"}
 TITLES = {
     "Loading": "model", "Reading": "trajectories",
-    "Sketch": "sketch", "Gradient": "gradient", "Tokens": "tokens", "Checks": "checks", "Running": "job",
-    "Storing": "store",
+    "Sketch": "sketch", "Gradient": "gradient", "Grouping": "gradient", "Tokens": "tokens", "Checks": "checks",
+    "Running": "job", "Storing": "store",
     "Rescoring": "budget", "Comparing": "influence", "Influence": "influence", "Choosing": "selection",
     "Selecting": "selection", "Sampling": "sampling", "Prompting": "prompts", "Engines": "engine",
 }  # fmt: skip

@@ -123,6 +123,7 @@ class Written:
 
 def show(selection: Any, written: Written, groups: Any) -> None:
     """Write the plot and the records, and print the table; ``groups`` are the training prompts, or None."""
+    from cropi.ranking.contributions import lines
     from cropi.ranking.report import best_and_worst, plot_scores, prompt_texts
     from cropi.ranking.selection import write_selected_records
 
@@ -141,6 +142,8 @@ def show(selection: Any, written: Written, groups: Any) -> None:
     )
     if selection.copies:
         print(f"copies        {len(selection.copies)} prompts left out, near to a chosen one")
+    for line in lines(scores, selection.chosen) if scores.contributions is not None else ():
+        print(f"groups        {line}")
     if written.records:
         print(f"records       {written.records}")
     if written.plot:

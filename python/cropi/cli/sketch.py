@@ -85,8 +85,9 @@ def _check_sharing(args: argparse.Namespace) -> None:
     flag = f"--{given[0].replace('_', '-')}"
     if len(given) == 2:
         raise CropiError("--fsdp and --tensor-parallel are two ways to share the weights: give one")
-    for name in ("ray", "shard", "optimizer_state"):
-        if getattr(args, name) is not None:
+    apart = ("layer_groups", "groups") if args.tensor_parallel is not None else ()
+    for name in ("ray", "shard", "optimizer_state", *apart):
+        if getattr(args, name) not in (None, []):
             raise CropiError(f"{flag} does not go with --{name.replace('_', '-')}: leave one out")
     if launched() is None:
         raise CropiError(

@@ -127,7 +127,7 @@ def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) 
             one generation batch, on which TRL would silently train nothing.
     """
     rows = train.usable + sum(scan.usable for scan in valid.values())
-    size = row_bytes(plan.job.store_dtype, plan.job.spec.dim) * rows
+    size = row_bytes(plan.job.store_dtype, plan.job.row_size) * rows
     left = plan.stages - stage
     check_room(plan.out, size * left, f"the sketches of {rows} prompts in {left} stages")
     if plan.trainer != IN_PROCESS:

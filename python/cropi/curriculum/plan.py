@@ -170,7 +170,7 @@ class Plan:
                 "sets": list(self.sets),
                 **{
                     name: value
-                    for name in ("template_date", "columns", "responses", "token_share")
+                    for name in ("template_date", "columns", "responses", "token_share", "layer_groups", "groups")
                     if (value := getattr(job, name))
                 },
                 **({"source": self.source} if self.source != "auto" else {}),

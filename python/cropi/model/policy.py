@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -294,16 +294,21 @@ class Policy:
         *,
         verify: bool = True,
         more: Sequence[SketchSpec] = (),
+        groups: Mapping[str, Sequence[str]] | None = None,
     ) -> GradientSketcher:
         """The taps of one sketch. They are planned once for each spec; enter it with ``with`` to sketch.
 
-        ``verify``, ``more``: see :class:`cropi_kernels.GradientSketcher`; what it finds is kept with the taps.
+        ``verify``, ``more``, ``groups``: see :class:`cropi_kernels.GradientSketcher`; what it finds is kept with the
+        taps.
         """
         trainable = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        key = "sketcher", spec.fingerprint(), tuple(exclude), trainable, verify, tuple(more)
+        named = None if groups is None else tuple((name, tuple(own)) for name, own in groups.items())
+        key = "sketcher", spec.fingerprint(), tuple(exclude), trainable, verify, tuple(more), named
         return self.once(
             key,
-            lambda: GradientSketcher(self.model, spec, exclude=tuple(exclude), verify=verify, more=more),
+            lambda: GradientSketcher(
+                self.model, spec, exclude=tuple(exclude), verify=verify, more=more, groups=groups
+            ),
         )
 
     def _parameters_state(self) -> Hashable:

@@ -4,12 +4,18 @@
 
 Sketches are linear and keep inner products, so the mean is taken over sketches. The training store is
 streamed shard by shard. Method: arXiv 2510.26491.
+
+A row of a store with groups of parameters is the groups' sketches side by side, ``x = (x_1, ..., x_G)``: a sketch of
+the whole gradient too, with ``<x, m> = sum_g <x_g, m_g>`` and ``|x|^2 = sum_g |x_g|^2``. So the score is a sum over
+groups, whose terms are the groups' *contributions*:
+
+    contribution[s, v, g] = <x_g, m_g> / (|x| |m|)        (dot product: <x_g, m_g>)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +98,10 @@ def influence(
         stages: "same", or "any" to take training sketches of an earlier stage, whose policy was another: such scores
             only say what to sketch anew (:mod:`cropi.ranking.cut`).
 
+    Returns:
+        The scores; of stores with groups of parameters the groups' contributions too, but not with ``aggregate``
+        "nearest".
+
     Raises:
         CropiError: stores that cannot be compared, an unfinished one, a validation set without a usable prompt,
             an unknown option.
@@ -112,14 +122,22 @@ def influence(
     check_stores(train, valid, stages)
     compared = _compared(valid, metric, mean, aggregate, max_valid, seed, pairs)
     kept_sets, wanted = names_without(compared.sets, minus), len(compared.valid) if pairs else 0
+    # The nearest prompt is another one for every row: its groups' products are not taken.
+    count, groups = len(kept_sets), train.groups if aggregate == "mean" else []
+    apart = len(compared.sets) if groups else 0
 
     def score(products: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        # Of all parameters, then of each group, whose products follow.
+        several = (products[:, g * apart :] for g in range(len(groups) + 1))
         with np.errstate(divide="ignore", invalid="ignore"):  # a zero sketch has no direction: NaN
-            values = without(compared.score(products, lengths), compared.sets, minus, minus_weight)
-        return np.concatenate([values, lengths[:, None]], axis=1)
+            made = [
+                without(compared.score(each, lengths), compared.sets, minus, minus_weight) for each in several
+            ]
+        return np.concatenate([*made, lengths[:, None]], axis=1)
 
-    rows, streamed, dots = in_order(train, compared.directions, score, len(kept_sets) + 1, wanted)
-    table = np.ascontiguousarray(streamed[:, : len(kept_sets)])
+    columns = count * (len(groups) + 1) + 1
+    rows, streamed, dots = in_order(train, compared.directions, score, columns, wanted, apart)
+    table = np.ascontiguousarray(streamed[:, :count])
     if not np.isfinite(table).all(axis=1).any():
         raise CropiError(
             f"{train.path}: no training prompt has a usable sketch; see `cropi info {train.path}`"
@@ -132,12 +150,18 @@ def influence(
         meta["aggregate"] = aggregate
     if minus is not None:
         meta |= {"minus": minus, "minus_weight": minus_weight}
+    if train.groups:
+        meta["groups"] = groups
+    parts = (
+        streamed[:, count:-1].reshape(len(rows), len(groups), count).transpose(0, 2, 1) if groups else None
+    )
+    scores = Scores(rows, kept_sets, table, meta, store=train, groups=groups, contributions=parts)
     if not pairs:
-        return Scores(rows, kept_sets, table, meta, store=train)
+        return scores
     from cropi.ranking.pairwise import made
 
-    held = made(rows, compared.valid, compared.sketches, dots, streamed[:, len(kept_sets)].copy())
-    return Scores(rows, kept_sets, table, meta, store=train, pairs=held)
+    held = made(rows, compared.valid, compared.sketches, dots, streamed[:, -1].copy())
+    return replace(scores, pairs=held)
 
 
 @dataclass(frozen=True)

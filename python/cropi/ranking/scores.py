@@ -31,6 +31,9 @@ class Scores:
     holds the standard errors of the scores, ``p_selected`` float64 ``[n]`` how often a prompt was chosen, and
     ``meta["uncertainty"]`` the rest. ``store`` is the training prompts' store, where this call made the scores.
 
+    Of stores with groups of parameters, ``groups`` are their names, and ``contributions`` float64 ``[n, sets, groups]``
+    says what each gives to a score: they add up to it (:mod:`cropi.ranking.influence`).
+
     >>> from cropi.store.rows import RowInfo
     >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
     >>> scores.top("sums", 1)
@@ -45,6 +48,8 @@ class Scores:
     p_selected: np.ndarray | None = None
     store: SketchStore | None = field(default=None, repr=False, compare=False)
     pairs: Pairwise | None = field(default=None, repr=False, compare=False)
+    groups: Sequence[str] = ()
+    contributions: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "sets"):

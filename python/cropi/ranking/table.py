@@ -50,6 +50,8 @@ def columns_of(scores: Scores, selection: Selection | None = None) -> dict[str, 
     if not any(columns[SCORED_AT]):
         del columns[SCORED_AT]
     columns |= {f"score[{name}]": scores.table[:, v] for v, name in enumerate(scores.sets)}
+    if scores.contributions is not None:
+        columns |= dict(zip(_parts(scores.sets, scores.groups), _flat(scores.contributions).T, strict=True))
     if scores.stderr is not None:
         columns |= {f"stderr[{name}]": scores.stderr[:, v] for v, name in enumerate(scores.sets)}
     if scores.p_selected is not None:
@@ -67,9 +69,10 @@ def write_scores(path: str | Path, scores: Scores, selection: Selection | None =
 
     Columns: id, set, task, pass_rate, n_tokens, norm, status, reason; ratio, ess and clipped (null where a prompt was
     not computed); file (what it was read from); where an earlier stage sketched a prompt scored_at (that stage; null
-    for those of this one); ``score[<set>]``; where validation prompts were resampled ``stderr[<set>]`` and p_selected;
-    with a selection rank (from 1, null without a score) and selected. What the scores were made from stands in the
-    schema's metadata under ``cropi``, as JSON.
+    for those of this one); ``score[<set>]``; of stores with groups of parameters ``contribution[<set>][<group>]``,
+    which add up to the score; where validation prompts were resampled ``stderr[<set>]`` and p_selected; with a
+    selection rank (from 1, null without a score) and selected. What the scores were made from stands in the schema's
+    metadata under ``cropi``, as JSON.
     """
     pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
     kinds = dict.fromkeys(("set", "task", "file", SCORED_AT), pyarrow.string()) | dict.fromkeys(
@@ -93,7 +96,7 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
         path: the file.
         only: what is read of the rows beside their ids, by its name in :class:`cropi.store.rows.RowInfo` or in its
             ``extra``; the rest is None. None reads all of it.
-        errors: read the standard errors too.
+        errors: read the standard errors, and the contributions of groups of parameters, too.
 
     Raises:
         CropiError: the file does not exist, is damaged, or is not a score table.
@@ -137,20 +140,38 @@ def _scores(file: Any, meta: dict[str, Any], only: Sequence[str] | None, errors:
     kinds = ["score", *(["stderr"] if errors and sets and f"stderr[{sets[0]}]" in schema.names else [])]
     numbers = {kind: np.full((count, len(sets)), np.nan) for kind in kinds}
     drawn = np.full(count, np.nan) if "p_selected" in schema.names else None
-    columns = [*rows.columns, *(f"{kind}[{name}]" for kind in kinds for name in sets)]
+    groups = list(meta.get("groups") or ()) if errors else []
+    parts = np.full((count, len(sets), len(groups)), np.nan) if groups else None
+    names_of_parts = _parts(sets, groups)
+    columns = [*rows.columns, *(f"{kind}[{name}]" for kind in kinds for name in sets), *names_of_parts]
     for batch in file.iter_batches(8192, columns=columns + ["p_selected"] * (drawn is not None)):
         begin = len(rows)
         rows.add(batch)
         for kind, table in numbers.items():
             for v, name in enumerate(sets):
                 fill_numbers(table[begin : len(rows), v], batch.column(f"{kind}[{name}]"))
+        if parts is not None:
+            for column, name in zip(_flat(parts).T, names_of_parts, strict=True):
+                fill_numbers(column[begin : len(rows)], batch.column(name))
         if drawn is not None:
             fill_numbers(drawn[begin : len(rows)], batch.column("p_selected"))
     # What it keeps for the next columns would stay beside the table.
     optional("pyarrow").default_memory_pool().release_unused()
     if len(rows) != count:
         raise ValueError(f"it holds {len(rows)} of {count} rows")
-    return Scores(rows, sets, numbers["score"], meta, numbers.get("stderr"), drawn)
+    return Scores(
+        rows, sets, numbers["score"], meta, numbers.get("stderr"), drawn, groups=groups, contributions=parts
+    )
+
+
+def _parts(sets: Sequence[str], groups: Sequence[str]) -> list[str]:
+    """The columns of contributions, in the order of :func:`_flat`."""
+    return [f"contribution[{name}][{group}]" for name in sets for group in groups]
+
+
+def _flat(contributions: np.ndarray) -> np.ndarray:
+    """``[n, sets * groups]``."""
+    return contributions.reshape(len(contributions), -1)
 
 
 def _sealed(schema: Any, count: int, meta: str) -> str:

@@ -69,6 +69,18 @@ def bars(pool: Sequence[float], chosen: Sequence[float]) -> list[str]:
     ]
 
 
+def signed(values: Sequence[float]) -> list[str]:
+    """For each line of a table: a bar to the right of the middle for a positive number, to the left for a negative."""
+    top = max([*map(abs, values), 1e-9])
+    ends = [80 * value / top for value in values]
+    return [
+        f'<svg viewBox="0 0 160 18" width="160" height="18" aria-hidden="true">'
+        f'<line class="axis" x1="80" x2="80" y1="0" y2="18"/>'
+        f'<rect class="chosen" x="{80 + min(end, 0.0):.1f}" y="4" width="{abs(end):.1f}" height="10"/></svg>'
+        for end in ends
+    ]
+
+
 def line(values: Sequence[float | None], *, low: float | None = None, high: float | None = None) -> str:
     """One value a stage, from stage 0 on, as a line with a dot for each; None leaves a gap."""
     known = [float(v) for v in values if v is not None and np.isfinite(v)]

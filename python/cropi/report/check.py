@@ -379,6 +379,8 @@ def check_job(
     """
     if n < 4:
         raise CropiError(f"n must be at least 4, got {n}")
+    if job.grouped:
+        raise CropiError("layer_groups, groups: the sketch of all parameters is checked; leave them out here")
     groups = read(job.trajectories, skip_bad=job.skip_bad, columns=job.columns)
     scan = scan_groups(policy, job, groups)
     check_tokens(policy, job, groups, scan)

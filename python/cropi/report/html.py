@@ -22,10 +22,11 @@ from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
 from cropi.files import write_atomic
+from cropi.ranking.contributions import mean_contributions
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
 from cropi.ranking.uncertainty import Uncertainty
-from cropi.report.charts import bars, density
+from cropi.report.charts import bars, density, signed
 from cropi.report.rendering import markup, part, rendered, shown
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def _values(given: ReportInput) -> dict[str, Any]:
         "verdict": _verdict(given), "choice": _choice(sure),
         "choice_missing": given.uncertainty_missing,
         "composition": _composition(scores, usable, chosen), "overlap": _overlap(scores, selection),
+        "groups": _groups(scores, chosen),
         "tasks": sorted({row.task for row in scores.rows if row.task}),
         "neighbours": [
             {"name": name, "text": _cut(texts.get(name, ""), SNIPPET), "helpful": pair[0], "harmful": pair[1]}
@@ -244,6 +246,21 @@ def _composition(scores: Scores, usable: np.ndarray, chosen: np.ndarray) -> list
             for (n, a, b), svg in zip(counts, drawn, strict=True)
         ]
         tables.append({"name": name, "lines": lines})
+    return tables
+
+
+def _groups(scores: Scores, chosen: np.ndarray) -> list[dict[str, Any]]:
+    """For each set: the mean contributions of groups of parameters over the pool and over the choice."""
+    if scores.contributions is None:
+        return []
+    tables = []
+    for name, pool, some in zip(scores.sets, *mean_contributions(scores, chosen.tolist()), strict=True):
+        drawn = map(markup, signed(some - pool))
+        lines = [
+            {"name": group, "pool": a, "chosen": b, "bar": bar}
+            for group, a, b, bar in zip(scores.groups, pool, some, drawn, strict=True)
+        ]
+        tables.append({"name": name, "lines": lines, "pool": pool.sum(), "chosen": some.sum()})
     return tables
 
 

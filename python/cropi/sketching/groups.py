@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from cropi.sketching.interrupt import Interrupt
 from cropi.sketching.passes import Others, Passes
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary, peak_memory_gib
+from cropi.store.manifest import groups_in
 from cropi.store.shards import SKIPPED, RowInfo
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
@@ -67,7 +68,8 @@ def sketch_groups(
         policy: the current policy.
         groups: the prompts, each with its responses as token ids; or a :class:`RowInfo`, for a prompt that could not be
             tokenised, which becomes a row as it is. Read once, a few hundred at a time.
-        store: where rows go. Its manifest names the sketch (``spec``); it is marked as finished at the end.
+        store: where rows go. Its manifest names the sketch (``spec``, and the ``groups`` of parameters whose sketches
+            are kept apart); it is marked as finished at the end.
         estimator: the weight of every token.
         behaviour: where the log-probs of the policy that made the rollouts come from: "file" (each group's own),
             "current" (the policy itself: ratio 1), or a :class:`Behaviour`, which may hold a model.
@@ -97,7 +99,9 @@ def sketch_groups(
         plan = plan.beside(source.model.lengths)
     spec = SketchSpec.from_dict(store.manifest["spec"])
     more = () if others is None else tuple(others.specs)
-    with _sketcher(policy, spec, tuple(exclude), verify, moments, more) as sketcher:
+    with _sketcher(
+        policy, spec, tuple(exclude), verify, moments, more, groups_in(store.manifest)
+    ) as sketcher:
         sketcher.check_model()
         summary.coverage = str(sketcher.coverage)
         summary.resumed = len(store)
@@ -166,9 +170,11 @@ def _sketcher(
     verify: bool,
     moments: SecondMoments | None,
     more: tuple[SketchSpec, ...],
+    apart: Mapping[str, Sequence[str]] | None,
 ) -> Any:
-    """The taps, or where gradients are scaled before they are sketched, what forms them; of the same parameters."""
-    taps = policy.sketcher(spec, exclude, verify=verify, more=more)
+    """The taps, or where gradients are scaled before they are sketched, what forms them; of the same parameters, and
+    those of each group ``apart``."""
+    taps = policy.sketcher(spec, exclude, verify=verify, more=more, groups=apart)
     if moments is None:
         return taps
     if more:
@@ -178,7 +184,7 @@ def _sketcher(
     with taps:
         taps.check_model()
     names = taps.coverage.names
-    return FormedSketcher(policy.model, spec, exclude, change=moments.scaled, only=set(names))
+    return FormedSketcher(policy.model, spec, exclude, change=moments.scaled, only=set(names), groups=apart)
 
 
 def _checked(

@@ -16,11 +16,12 @@ from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
 from cropi.gradient.subset import Subset
 from cropi.gradient.template import prints_date, template_text
 from cropi.gradient.tokenize import Tokenize
+from cropi.grouping import Grouping
 from cropi.model.moments import SecondMoments, file_of
 from cropi.model.policy import Policy
 from cropi.option_fields import names_of
 from cropi.options import Gradient, Running, Sketch, Sketching, Storing, Tokens
-from cropi.store.manifest import MANIFEST, NOISE, read_manifest, share_text
+from cropi.store.manifest import GROUPS, MANIFEST, NOISE, read_manifest, share_text
 from cropi.store.memory import MemoryStore
 from cropi.store.parts import take_parts
 from cropi.store.store import SketchStore
@@ -34,7 +35,7 @@ class DatedTemplate(UserWarning):
 
 
 @dataclass(frozen=True)
-class SketchJob(Tokens, Running, Storing):
+class SketchJob(Grouping, Tokens, Running, Storing):
     """Everything that a job depends on besides the model; :func:`make_job` makes one from options.
 
     Attributes:
@@ -56,8 +57,8 @@ class SketchJob(Tokens, Running, Storing):
         shard_rows: sketches that are written at once; what a kill may cost.
         notes: kept in the manifest, never compared.
 
-    The other fields are those of :class:`cropi.options.Tokens`, :class:`~cropi.options.Running` and
-    :class:`~cropi.options.Storing`.
+    The other fields are those of :class:`cropi.grouping.Grouping`, :class:`cropi.options.Tokens`,
+    :class:`~cropi.options.Running` and :class:`~cropi.options.Storing`.
     """
 
     trajectories: Any
@@ -93,6 +94,11 @@ class SketchJob(Tokens, Running, Storing):
     def subset(self) -> Subset:
         """What is sketched of each prompt; every stage draws anew."""
         return Subset(self.responses, self.token_share, self.noise, self.stage)
+
+    @property
+    def row_size(self) -> int:
+        """Numbers of a row of the store; with ``layer_groups`` at most."""
+        return self.spec.dim * self.most_groups
 
     @property
     def names(self) -> list[str]:
@@ -133,7 +139,7 @@ def make_job(
     noise: bool = False,
 ) -> SketchJob:
     """The job of some options. A behaviour model that is given is used, unless ``behaviour`` names another source."""
-    shared = {name: getattr(options, name) for name in names_of(Tokens, Running, Storing)}
+    shared = {name: getattr(options, name) for name in names_of(Grouping, Tokens, Running, Storing)}
     behaviour = "model" if behaviour_model is not None and options.behaviour == "auto" else options.behaviour
     return SketchJob(
         trajectories, out, spec=spec_of(options), exclude=options.exclude, estimator=estimator_of(options),
@@ -212,6 +218,7 @@ def make_manifest(
     coverage: Coverage,
     *,
     moments: SecondMoments | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
     sha256: bool = False,
 ) -> dict[str, Any]:
     """What the store's rows will depend on; ``notes`` apart, a run with other values may not continue the store.
@@ -223,6 +230,7 @@ def make_manifest(
         behaviour: where the behaviour log-probs come from.
         coverage: what is sketched of the model.
         moments: what its gradients are scaled by.
+        groups: patterns of the parameters whose sketches are kept apart.
         sha256: name models by the hash of earlier releases.
     """
 
@@ -254,6 +262,8 @@ def make_manifest(
         | _text_rules(policy, job, scan),
         "dtype": job.store_dtype,
     }
+    if groups is not None:
+        manifest[GROUPS] = [{"name": name, "patterns": list(own)} for name, own in groups.items()]
     if moments is not None:
         manifest["preconditioner"] = moments.fingerprint()
     for name in ("responses", "token_share"):
@@ -357,13 +367,18 @@ def manifest_of(
     moments: SecondMoments | None = None,
 ) -> ManifestOf:
     """The manifest of :func:`open_store`, with the same arguments and errors."""
-    sketcher = policy.sketcher(job.spec, tuple(job.exclude), verify=job.verify)
+    sketcher, groups = policy.sketcher(job.spec, tuple(job.exclude), verify=job.verify), None
+    if job.grouped:
+        groups = job.patterns(sketcher.coverage.names)
+        sketcher = policy.sketcher(job.spec, tuple(job.exclude), verify=job.verify, groups=groups)
     with sketcher:
         sketcher.check_model()
     if moments is not None:
         moments.check(policy.model, sketcher.coverage.names)
 
     def manifest(sha256: bool = False) -> dict[str, Any]:
-        return make_manifest(policy, job, scan, behaviour, sketcher.coverage, moments=moments, sha256=sha256)
+        return make_manifest(
+            policy, job, scan, behaviour, sketcher.coverage, moments=moments, groups=groups, sha256=sha256
+        )
 
     return manifest

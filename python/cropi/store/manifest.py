@@ -14,9 +14,10 @@ from cropi.sealed import digest, sealed, unsealed
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+GROUPS = "groups"  # a list of {"name", "patterns"}: the groups of parameters whose sketches make up a row, in order
 NOISE = "noise"  # true: rows are draws of gradients' noise (cropi.gradient.noise)
 # What must agree for sketches to be comparable; the rest of the manifest may differ between two stores.
-COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters", NOISE)
+COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters", GROUPS, NOISE)
 # What two stores may differ in, but seldom mean to: scores between them compare gradients of two kinds. Where the
 # trajectories come from may well differ between training and validation, and so may behaviour, lengths and dtypes.
 ALIKE = ("estimator", "temperature", "tokenizer", "tokens.eos", "tokens.chat_template")
@@ -68,6 +69,11 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
 def job_fingerprint(manifest: Mapping[str, Any]) -> str:
     """What a shard carries to say which store it belongs to: the SHA-256 of all that two runs of a job share."""
     return digest({key: value for key, value in manifest.items() if key not in NOTES})
+
+
+def groups_in(manifest: Mapping[str, Any]) -> dict[str, list[str]] | None:
+    """The patterns of each group of parameters whose sketches make up a row; None: a row is one sketch."""
+    return {one["name"]: one["patterns"] for one in manifest.get(GROUPS) or ()} or None
 
 
 def check_comparable(

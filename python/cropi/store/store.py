@@ -29,6 +29,7 @@ from cropi.store.manifest import (
     SCALED,
     check_comparable,
     check_same_job,
+    groups_in,
     job_fingerprint,
     joined_share,
     manifest_text,
@@ -409,8 +410,13 @@ class SketchStore:
 
     @property
     def dim(self) -> int:
-        """Numbers per sketch."""
-        return int(self.manifest["spec"]["dim"])
+        """Numbers per row: of one sketch, or of those of all groups of parameters."""
+        return int(self.manifest["spec"]["dim"]) * max(len(self.groups), 1)
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups of parameters whose sketches make up a row; none where a row is one sketch."""
+        return list(groups_in(self.manifest) or ())
 
     def close(self) -> None:
         """Flush, and let other processes write."""
