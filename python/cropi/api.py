@@ -19,6 +19,7 @@ from cropi.ranking.selection import Selection
 from cropi.report.check import CheckReport, check_job
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import make_job
+from cropi.sketching.noise import sampled
 from cropi.sketching.run import sketch as run_job
 from cropi.store.store import SketchStore
 
@@ -91,7 +92,9 @@ def score(
 
     stores = pipeline.sketch_all(policy, checked, job, at, progress=progress)
     of_noise = (
-        pipeline.noise_stores(policy, checked, job, stores["train"], at, progress=progress) if noise else ()
+        pipeline.noise_stores(policy, checked, job, sampled(stores["train"]), at, progress=progress)
+        if noise
+        else ()
     )
     return pipeline.score(stores.pop("train"), list(stores.values()), compare, noise=of_noise)
 

@@ -285,21 +285,24 @@ def noise_stores(
     policy: Policy,
     checked: Checked,
     job: SketchJob,
-    train: SketchStore,
+    of: Sequence[str],
     store_at: Callable[[str], Path | None],
     *,
     say: Callable[[str], Any] = lambda line: None,
     progress: bool = True,
+    by: Sketches = sketch,
 ) -> list[SketchStore]:
-    """Stores of noise beside those that :func:`sketch_all` made, of which ``train`` is one: of all validation prompts
-    and some training prompts (:func:`cropi.sketching.noise.sketch_noise`)."""
+    """Stores of noise beside those that :func:`sketch_all` made: of all validation prompts and of the training prompts
+    ``of`` (:func:`cropi.sketching.noise.sampled`). ``by`` as there, and what is returned."""
     parts = [*checked.valid, checked.train]
     job = one_date(policy, job, parts, [store_at(part.name) for part in parts])
     say("== noise of the gradients, from the finite number of responses")
     stores: list[SketchStore] = []
     for part in parts:
-        by = partial(sketch_noise, of=None if part.set is not None else train)
-        made = _sketch_parts(policy, [part], job, lambda name: store_at(f"noise-{name}"), say, progress, by)
+        noise = partial(sketch_noise, of=None if part.set is not None else of, by=by)
+        made = _sketch_parts(
+            policy, [part], job, lambda name: store_at(f"noise-{name}"), say, progress, noise
+        )
         stores += made.values()
     return stores
 

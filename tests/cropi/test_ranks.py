@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import subprocess
@@ -25,9 +26,12 @@ from cropi.distributed.launch import Launched, launched
 from cropi.distributed.team import RankFailed, Team
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
+from cropi.ranking.table import read_scores
+from cropi.ranking.uncertainty import Uncertainty
 from cropi.sketching import chunks as chunks_module
 from cropi.sketching.job import SketchJob
-from cropi.sketching.run import sketch
+from cropi.sketching.noise import sketch_noise
+from cropi.sketching.run import scan_groups, sketch
 from cropi.sketching.summary import Summary
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
@@ -111,6 +115,28 @@ def test_the_store_of_one_process(
     assert found[1].sketched == found[2].sketched == first.sketched
     again = together(folder, "out", 2, store_dtype=dtype)
     assert again[0].resumed == 48 and again[0].sketched == 0
+
+
+@pytest.mark.long
+def test_noise_of_some_prompts_is_that_of_one_process(folder: Path) -> None:
+    groups = read([folder / "t.jsonl"])
+    scan = scan_groups(policy_of(), job_of(folder, "n"), groups)
+    drawn = [row.id for row in SketchStore.open(folder / "whole").rows() if row.status == "ok"][1::2]
+    sketch_noise(policy_of(), job_of(folder, "n-one", trajectories=groups), scan, of=drawn, progress=False)
+    made = policies(2)
+
+    def work(team: Team) -> Summary:
+        job = job_of(folder, "n-two", trajectories=groups)
+        by = functools.partial(ranks.sketch, team)
+        return sketch_noise(made[team.rank], job, scan, of=drawn, progress=False, by=by)
+
+    found = on_ranks(2, work)
+    assert all(isinstance(one, Summary) for one in found), found
+    assert equal(content(folder / "n-one"), content(folder / "n-two"))
+    held = SketchStore.open(folder / "n-two")
+    assert (
+        [row.id for row in held.rows()] == drawn and held.manifest["noise"] is True and found[0].sketched > 3
+    )
 
 
 @pytest.mark.long
@@ -373,7 +399,7 @@ def test_one_of_four_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
-    """`cropi run` under torchrun: sketches, scores and selection of one process."""
+    """`cropi run --noise` under torchrun: sketches, their noise, scores and selection of one process."""
     model = make_model()
     model.save_pretrained(tmp_path / "m")
     make_tokenizer().save_pretrained(tmp_path / "m")
@@ -382,6 +408,7 @@ def test_torchrun(tmp_path: Path) -> None:
     words = [
         "run", "--model", str(tmp_path / "m"), "--train", str(tmp_path / "t.jsonl"), "--valid",
         str(tmp_path / "v.jsonl"), "--dim", "1024", "--tokens-per-batch", "48", "--no-progress", "--no-report",
+        "--noise",
     ]  # fmt: skip
     assert main([*words, "--out", str(tmp_path / "one")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cropi"]
@@ -390,9 +417,13 @@ def test_torchrun(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("== results") == 1, "rank 0 alone speaks"
-    for name in ("train", "valid"):
+    for name in ("train", "valid", "noise-train", "noise-valid"):
         one, two = (tmp_path / out / "sketches" / name for out in ("one", "two"))
         assert equal(content(one), content(two))
+    tables = [read_scores(tmp_path / out / "scores.parquet") for out in ("one", "two")]
+    found = Uncertainty.of(tables[0])
+    assert found is not None and found.own_signal < 1
+    assert tables[0].meta["uncertainty"] == tables[1].meta["uncertainty"]
     chosen = [(tmp_path / out / "selected.jsonl").read_text() for out in ("one", "two")]
     assert chosen[0] == chosen[1] and chosen[0].count("\n") == 4
     assert len(list(read([tmp_path / "two" / "selected_trajectories.jsonl"]))) == 4

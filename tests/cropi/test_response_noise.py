@@ -24,7 +24,9 @@ from cropi.ranking.response_noise import response_noise
 from cropi.ranking.table import read_scores
 from cropi.ranking.uncertainty import Uncertainty, uncertainty
 from cropi.sketching.job import SketchJob, make_tokenize
+from cropi.sketching.run import sketch
 from cropi.store.memory import MemoryStore
+from cropi.store.merging import merge
 from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec, canonical_name
@@ -341,6 +343,42 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     words = ["influence", "--train", str(sketches / "noise-train"), "--valid", str(sketches / "valid")]
     assert main([*words, "--out", str(tmp_path / "x.parquet")]) == 2
     assert "holds the noise of gradients" in capsys.readouterr().err
+
+
+def test_shares_of_noise_are_taken_one_by_one_and_merged(tmp_path: Path) -> None:
+    """What was sketched with --shard, of a whole store or of merged ones."""
+    records, policy = make_records(12), Policy(make_model(), make_tokenizer())
+    files = [
+        write_lines(tmp_path / name, some)
+        for name, some in (("a.jsonl", records[:7]), ("b.jsonl", records[7:]), ("ab.jsonl", records))
+    ]
+
+    def stored(name: str, file: Path, noise: bool, shard: tuple[int, int] | None = None) -> SketchStore:
+        job = SketchJob(
+            [file], tmp_path / name, spec=SketchSpec(1024), noise=noise, shard=shard, tokens_per_batch=24
+        )
+        made = sketch(policy, job, progress=False).store
+        assert made is not None
+        return made
+
+    valid = cropi.sketch(policy, make_records(8, seed=1), dim=1024, progress=False)
+    whole = stored("whole", files[2], False)
+    one = response_noise(whole, [valid], [stored("n", files[2], True)])
+    shares = [stored(f"n{i}", files[2], True, (i, 2)) for i in (1, 2)]
+    merged = merge(tmp_path / "merged", [stored("a", files[0], False), stored("b", files[1], False)])
+    parts = [stored("na", files[0], True), stored("nb", files[1], True)]
+    for train, noise in (
+        (whole, shares),
+        (whole, [merge(tmp_path / "ns", shares)]),
+        (merged, parts),
+        (merged, [merge(tmp_path / "nm", parts)]),
+    ):
+        found = response_noise(train, [valid], noise)
+        # Stores that were merged have their rows in another order.
+        np.testing.assert_allclose(np.sort(found.own, 0), np.sort(one.own, 0), rtol=1e-4, atol=1e-6)
+        assert len(found.own) > 5 and found.share == pytest.approx(one.share, rel=1e-5)
+    with pytest.raises(CropiError, match="belongs to none of the stores .*trajectories"):
+        response_noise(stored("c", files[0], False), [valid], [merge(tmp_path / "nm", parts)])
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

@@ -108,25 +108,12 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
                     ]
                 return dry.show(args, policy, parts)
             write_config(args, out)
-            how: Any = {"say": print, "progress": args.progress}
-            stores = pipeline.sketch_all(
-                policy, checked, setup.job, lambda name: out / "sketches" / name, **how
-            )
-            noise = (
-                pipeline.noise_stores(
-                    policy, checked, setup.job, stores["train"], lambda name: out / "sketches" / name, **how
-                )
-                if args.noise
-                else ()
-            )
-            chosen = pipeline.conclude(stores, setup, out, noise)
+            how: Any = {}
         else:
             from cropi.distributed import ranks as together
 
-            for name in ("dry_run", "noise"):
-                if getattr(args, name):
-                    flag = name.replace("_", "-")
-                    raise CropiError(f"--{flag} is for one process: run it without a launcher")
+            if args.dry_run:
+                raise CropiError("--dry-run is for one process: run it without a launcher")
 
             def check() -> Any:
                 parts = pipeline.check(policy, train, valid, setup)
@@ -138,14 +125,15 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
             if team.first:
                 print(sketch.placed(args, policy, team.world))
                 write_config(args, out)
-            stores = pipeline.sketch_all(
-                policy, checked, setup.job, lambda name: out / "sketches" / name,
-                say=print, progress=args.progress,
-                by=partial(together.sketch, team),
-            )  # fmt: skip
-            if not team.first:
-                return 0
-            chosen = pipeline.conclude(stores, setup, out)
+            how = {"by": partial(together.sketch, team)}
+        how |= {
+            "store_at": lambda name: out / "sketches" / name, "say": print, "progress": args.progress
+        }  # fmt: skip
+        stores = pipeline.sketch_all(policy, checked, setup.job, **how)
+        noise = _noise_stores(policy, checked, setup.job, stores, team, how) if args.noise else []
+        if team is not None and not team.first:
+            return 0
+        chosen = pipeline.conclude(stores, setup, out, noise)
     except Interrupted as error:
         if team is not None and not team.first:
             return 130
@@ -153,6 +141,15 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
         return sketch.stopped(args, error)
     _show(args, out, checked, chosen)
     return 0
+
+
+def _noise_stores(policy: Any, checked: Any, job: Any, stores: Any, team: Any, how: dict[str, Any]) -> Any:
+    """Of all validation prompts, and of training prompts that one process draws for all."""
+    from cropi import pipeline
+    from cropi.sketching.noise import sampled
+
+    drawn: Any = sampled(stores["train"]) if team is None or team.first else None
+    return pipeline.noise_stores(policy, checked, job, drawn if team is None else team.share(drawn), **how)
 
 
 def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> None:

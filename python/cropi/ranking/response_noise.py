@@ -196,7 +196,7 @@ def _place(noise: SketchStore, stores: Sequence[SketchStore]) -> int:
     Raises:
         CropiError: none of them, and why; or it holds gradients itself.
     """
-    noise.check_finished()
+    noise.check_finished(alone=False)  # a share of its prompts is some of them
     if not noise.manifest.get(NOISE):
         raise CropiError(
             f"noise: {noise.path} holds gradients; give stores that `cropi sketch --noise` made of the same "
@@ -222,10 +222,11 @@ def _manifests(store: SketchStore) -> list[dict[str, Any]]:
 
 
 def _difference(store: Mapping[str, Any], noise: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Where the jobs of a store and of one of noise differ; a merged store holds the trajectories of several."""
-    if MERGED in store:
-        if noise.get("trajectories") not in store[MERGED]:
-            return "trajectories", store[MERGED], noise.get("trajectories")
+    """Where the jobs of a store and of one of noise differ; a merged one holds the trajectories of several."""
+    if MERGED in store or MERGED in noise:
+        held, drawn = (one.get(MERGED, [one.get("trajectories")]) for one in (store, noise))
+        if any(one not in held for one in drawn):
+            return "trajectories", held, drawn
         fields = ("spec", "stage", "model", "parameters", *ALIKE)
         left, right = ({field: get_field(one, field, None) for field in fields} for one in (store, noise))
         return first_difference(left, right)

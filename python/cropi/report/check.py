@@ -30,17 +30,20 @@ from cropi.gradient.tokenize import TokenGroup, TooLong
 from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
 from cropi.report.exact import by_depth, exact_bytes, exact_gradients, leave_one_out
+from cropi.report.policy import is_close, policy_text
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
 from cropi.sketching.passes import Others
 from cropi.sketching.run import check_tokens, scan_groups
+from cropi.sketching.summary import peak_memory_gib
 from cropi_kernels import Coverage, SketchSpec
 
 OK, WARN, FAIL = "ok", "warning", "failed"
 SEEDS = 8  # other seeds, where there are no exact gradients
 EXACT_LIMIT = 4 << 30  # bytes of exact gradients that are kept at once
-# Bounds of the verdict. The error: drawing the validation prompts anew moves scores by 0.04 to 0.08 (16 a set), so an
-# error of a quarter of that is invisible, and one as large is not. Rounding: sums of T float32 products differ by about
+MOVED = 0.04, 0.08  # what drawing 16 validation prompts a set anew does to scores (docs/trust.md)
+# Bounds of the verdict. The error: a quarter of what other validation prompts do is invisible, and as much is not.
+# Rounding: sums of T float32 products differ by about
 # 2^-24 sqrt(T) between two orders; the rest is the model's own forward in its dtype.
 ERROR_OK, ERROR_BAD = 0.02, 0.06
 FAR = 4  # times 1/sqrt(dim): layers of one model reach 2 (docs/fidelity.md)
@@ -70,7 +73,9 @@ class CheckReport:
         agreement: share of the sample's top quarter by exact scores that sketches find too (None by seeds).
         layouts, batches, attention: largest relative difference of a sketch between shared and padded rows, between
             prompts together and alone, between the model's attention and eager attention; None: not tried.
-        seconds, exact_seconds: per prompt. ``tokens_per_second`` through the model.
+        seconds, exact_seconds: per prompt. ``tokens_per_second`` through the model. ``peak_gib``: most memory in use.
+        ratio, ess: of the sample's tokens (:class:`cropi.gradient.health.Health`); None where no log-probs of the
+            policy that made them are used.
         bytes_per_prompt: of a store row in ``float32``.
         coverage: what is sketched. ``by_layer``, ``by_type``: share of the squared gradient norm (exact only).
         findings: the verdict, line by line.
@@ -104,6 +109,9 @@ class CheckReport:
     bytes_per_prompt: int
     coverage: str
     seeds: int = 0
+    ratio: float | None = None
+    ess: float | None = None
+    peak_gib: float = 0.0
     by_layer: dict[str, float] = field(default_factory=dict)
     by_type: dict[str, float] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -113,9 +121,25 @@ class CheckReport:
         """Whether nothing failed."""
         return all(finding.level != FAIL for finding in self.findings)
 
+    @property
+    def verdict(self) -> str:
+        """All findings in one sentence."""
+        failed, doubtful = (
+            ", ".join(finding.name for finding in self.findings if finding.level == level)
+            for level in (FAIL, WARN)
+        )
+        if failed:
+            return f"do not sketch the pool yet: what failed ({failed}) would make its scores wrong"
+        if doubtful:
+            return f"the pool can be sketched, but read the warnings first ({doubtful})"
+        return (
+            f"the pool can be sketched: scores will be off by about {self.error:.4f}, where other validation prompts "
+            f"move them by {MOVED[0]} to {MOVED[1]}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self) | {"ok": self.ok}
+        return asdict(self) | {"ok": self.ok, "verdict": self.verdict}
 
     def pool(self, prompts: int) -> str:
         """What a pool of so many prompts would cost, in words."""
@@ -128,7 +152,8 @@ class CheckReport:
     def __str__(self) -> str:
         width = max(len(finding.name) for finding in self.findings)
         mark = {OK: "ok     ", WARN: "warning", FAIL: "FAILED "}
-        return "\n".join(f"{mark[f.level]}  {f.name:<{width}}  {f.text}" for f in self.findings)
+        lines = [f"{mark[f.level]}  {f.name:<{width}}  {f.text}" for f in self.findings]
+        return "\n".join([*lines, f"verdict: {self.verdict}"])
 
 
 def check_groups(
@@ -212,6 +237,8 @@ def check_groups(
         len(sample), spec.dim, "exact", 0.0, 1 / math.sqrt(spec.dim), None, None, None, None, seconds, None,
         summary.model_tokens / max(summary.wall, 1e-9), 4 * spec.dim, summary.coverage,
     )  # fmt: skip
+    if estimator.ratio and source.source != "current":
+        report.ratio, report.ess = summary.health.ratio, summary.health.ess
     if exact:
         say("forming their exact gradients, one at a time")
         begun = time.monotonic()
@@ -238,7 +265,8 @@ def check_groups(
         report.error = error_by_seeds(scores, torch.stack([leave_one_out(rows @ rows.T) for rows in tables]))
     say("trying other layouts, batches and attention")
     _invariances(policy, sample, first, sketched, report)
-    _verdict(policy, report, pool)
+    report.peak_gib = peak_memory_gib(policy.device)
+    _verdict(policy, report, pool, exact_bytes(policy, coverage.names, len(sample)))
     return report
 
 
@@ -265,8 +293,8 @@ def _invariances(
             model.set_attn_implementation(before)
 
 
-def _verdict(policy: Policy, report: CheckReport, pool: int | None) -> None:
-    """Every figure in words."""
+def _verdict(policy: Policy, report: CheckReport, pool: int | None, needed: int) -> None:
+    """Every figure in words; ``needed``: bytes of the sample's exact gradients."""
 
     def add(name: str, level: str, text: str) -> None:
         report.findings.append(Finding(name, level, text))
@@ -274,7 +302,8 @@ def _verdict(policy: Policy, report: CheckReport, pool: int | None) -> None:
     against = (
         "exact gradients"
         if report.method == "exact"
-        else f"{report.seeds} other seed{'s' * (report.seeds > 1)} (exact gradients do not fit into memory)"
+        else f"{report.seeds} other seed{'s' * (report.seeds > 1)} of the sketch, as the exact gradients take "
+        f"{needed / 1e9:.1f} GB: --against exact"
     )
     strange = report.error > FAR * report.theory
     level = FAIL if strange or report.error > ERROR_BAD else OK if report.error <= ERROR_OK else WARN
@@ -306,8 +335,16 @@ def _verdict(policy: Policy, report: CheckReport, pool: int | None) -> None:
             add(
                 name,
                 OK if value <= bound else FAIL,
-                f"{what}: {value:.1e} of a sketch (rounding: up to {bound:.0e})",
+                f"{what}: sketches differ by {value:.1e} of their length (rounding: up to {bound:.0e})",
             )
+    close = report.ratio is None or is_close(report.ratio, report.ess)
+    add(
+        "policy",
+        OK if close else WARN,
+        "ratio 1 is taken: no log-probs of the policy that made the responses are used"
+        if report.ratio is None
+        else policy_text(report.ratio, report.ess, "the tokens"),
+    )
     add("coverage", OK, report.coverage.splitlines()[0])
     if report.by_type:
         ranked = sorted(report.by_type.items(), key=lambda pair: -pair[1])[:4]
@@ -319,7 +356,8 @@ def _verdict(policy: Policy, report: CheckReport, pool: int | None) -> None:
     slower = (
         f"; an exact gradient takes {report.exact_seconds:.2f} s" if report.exact_seconds is not None else ""
     )
-    add("cost", OK, f"{report.seconds:.2f} s a prompt, {report.tokens_per_second:.0f} tokens/s{slower}")
+    rate = f"{report.seconds:.2f} s a prompt, {report.tokens_per_second:.0f} tokens/s{slower}"
+    add("cost", OK, f"{rate}; {report.peak_gib:.1f} GiB of memory at most, this check's included")
     if pool:
         add("pool", OK, report.pool(pool))
 

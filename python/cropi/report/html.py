@@ -27,6 +27,7 @@ from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.charts import bars, density, signed
+from cropi.report.policy import is_close, policy_text
 from cropi.report.rendering import markup, part, rendered, shown
 
 if TYPE_CHECKING:
@@ -172,19 +173,8 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
             add("warning", "validation", one.advice())
     median, sample = _median(scores, "ratio"), _median(scores, "ess")
     if median is not None:
-        good = 0.8 <= median <= 1.25 and (sample is None or sample >= 0.5)
-        add("ok" if good else "warning", "policy", _policy_text(median, sample))
+        add("ok" if is_close(median, sample) else "warning", "policy", policy_text(median, sample))
     return lines
-
-
-def _policy_text(median: float, sample: float | None) -> str:
-    more = "" if sample is None else f", effective sample size {sample:.2f} of a prompt's tokens (medians)"
-    plain = (
-        "the trajectories are this policy's or close to it"
-        if 0.8 <= median <= 1.25
-        else ("the trajectories are another policy's: their weights are far from 1")
-    )
-    return f"ratio {median:.3f}{more}: {plain}"
 
 
 def _choice(sure: Uncertainty | None) -> dict[str, Any] | None:
@@ -303,7 +293,7 @@ def _policy(scores: Scores) -> dict[str, Any]:
                 [scores.rows[i].extra.get(key, np.nan) for i in np.flatnonzero(scores.usable).tolist()]
             )
             charts.append({"name": name, "chart": markup(density(values, chosen[:0]))})
-    return {"text": _policy_text(median, sample) + ".", "charts": charts}
+    return {"text": policy_text(median, sample) + ".", "charts": charts}
 
 
 def _anatomy(check: Mapping[str, Any] | None) -> list[dict[str, Any]]:

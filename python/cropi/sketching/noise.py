@@ -3,6 +3,7 @@ training prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,13 @@ SAMPLE = 256  # training prompts: a variance over so many is known to sqrt(2 / 2
 
 
 def sketch_noise(
-    policy: Policy, job: SketchJob, scan: Scan, *, of: SketchStore | None = None, progress: bool = True
+    policy: Policy,
+    job: SketchJob,
+    scan: Scan,
+    *,
+    of: Sequence[str] | None = None,
+    progress: bool = True,
+    by: Callable[..., Summary] = sketch,
 ) -> Summary:
     """Sketch a draw of the noise of every gradient of a job into ``job.out``.
 
@@ -29,24 +36,26 @@ def sketch_noise(
         policy: the current policy.
         job: that of the gradients, with a store of its own; its trajectories are prompt groups.
         scan: what they hold.
-        of: the store of the gradients, of whose prompts :data:`SAMPLE` are drawn; None: all of the job.
+        of: the ids of the prompts, in their order; None: all of the job.
         progress: show a bar.
+        by: how a job becomes a store: :func:`cropi.sketching.run.sketch`, or that of several processes together, every
+            one of which calls this with the same ids.
     """
     job = replace(job, noise=True, behaviour_check="off", limit=None if of is not None else job.limit)
     if of is not None:
         groups: PromptGroups = job.trajectories
-        ids = _drawn([row.id for row in of.rows() if row.status == OK])
         some = Scan(
             fingerprint=scan.fingerprint, texts_checked=scan.texts_checked, texts_kept=scan.texts_kept
         )
-        for group in groups.take(ids):
+        for group in groups.take(of):
             some.add(group)
-        job, scan = replace(job, trajectories=Share(groups, ids, some)), some
-    return sketch(policy, job, scan=scan, progress=progress)
+        job, scan = replace(job, trajectories=Share(groups, of, some)), some
+    return by(policy, job, scan=scan, progress=progress)
 
 
-def _drawn(ids: list[str]) -> list[str]:
-    """At most :data:`SAMPLE` of them, always the same, in their order."""
+def sampled(store: SketchStore) -> list[str]:
+    """At most :data:`SAMPLE` prompts that have a sketch in a store, always the same, in their order."""
+    ids = [row.id for row in store.rows() if row.status == OK]
     if len(ids) <= SAMPLE:
         return ids
     places = np.random.default_rng(0).choice(len(ids), SAMPLE, replace=False)

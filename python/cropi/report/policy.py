@@ -1,0 +1,22 @@
+"""Whether the policy that made the trajectories is the one that is asked, from its tokens' ratios, in words."""
+
+from __future__ import annotations
+
+RATIO = 0.8, 1.25  # of tokens that this very policy sampled it is 1
+LEAST_ESS = 0.5
+
+
+def is_close(ratio: float, ess: float | None) -> bool:
+    """Whether the weights of the tokens are near to 1 and of about equal size."""
+    return RATIO[0] <= ratio <= RATIO[1] and (ess is None or ess >= LEAST_ESS)
+
+
+def policy_text(ratio: float, ess: float | None, of: str = "a prompt's tokens (medians)") -> str:
+    """The figures, and what they mean."""
+    more = "" if ess is None else f", effective sample size {ess:.2f} of {of}"
+    plain = (
+        "the trajectories are this policy's or close to it"
+        if RATIO[0] <= ratio <= RATIO[1]
+        else "the trajectories are another policy's: their weights are far from 1"
+    )
+    return f"ratio {ratio:.3f}{more}: {plain}"
