@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,23 @@ def test_the_error_is_the_difference_of_sketched_and_exact_scores(
     assert report.layouts is not None and report.layouts < 1e-4 and report.batches is not None
     assert report.bytes_per_prompt == 4 * 8192 and "1,000 prompts: " in str(report)
     assert report.to_dict()["findings"][0]["name"] == "sketch error"
+    assert report.ratio is None and "ratio 1 is taken: no log-probs" in str(report)
+    assert str(report).endswith(f"\nverdict: the pool can be sketched: scores will be off by about {report.error:.4f}, "
+                                "where other validation prompts move them by 0.04 to 0.08")  # fmt: skip
+
+
+def test_another_policy_is_a_warning(policy: Policy, groups: list[TokenGroup]) -> None:
+    """The model's tokens are about equally likely; a behaviour of so many per token is this policy, others are not."""
+    for logprob, level in ((-math.log(policy.vocabulary), "ok"), (-1.0, "warning")):
+        some = [replace(g, logprobs=[[logprob] * len(tokens) for tokens in g.responses]) for g in groups]
+        report = check_groups(policy, some, spec=SPEC, estimator=ESTIMATOR, behaviour="file", exact=False)
+        (finding,) = (finding for finding in report.findings if finding.name == "policy")
+        assert finding.level == level and report.ratio is not None and report.ess is not None
+        assert finding.text.startswith(
+            f"ratio {report.ratio:.3f}, effective sample size {report.ess:.2f} of the tokens"
+        )
+        assert ("another policy's" in finding.text) is (level == "warning")
+        assert ("policy" in report.verdict) is (level == "warning") and report.ok
 
 
 def test_other_seeds_estimate_the_error_of_this_one() -> None:
@@ -144,7 +163,9 @@ def test_formed_gradients_are_sketched_once_more_by_one_other_seed(groups: list[
         Policy(model, make_tokenizer()), groups, spec=SPEC, estimator=ESTIMATOR, exact=False
     )
     assert (
-        report.seeds == 1 and 0 < report.error < 4 * report.theory and "against 1 other seed (" in str(report)
+        report.seeds == 1
+        and 0 < report.error < 4 * report.theory
+        and "against 1 other seed of" in str(report)
     )
 
 
@@ -211,7 +232,11 @@ def test_the_command_prints_a_verdict_and_json(
     assert main([*words, "--dim", "8192", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == 8
     assert main([*words, "--dim", "64"]) == 1, "scripts see that it failed"
-    assert "FAILED" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "FAILED" in said
+        and "verdict: do not sketch the pool yet: what failed (sketch error) would make" in said
+    )
 
 
 @pytest.mark.long

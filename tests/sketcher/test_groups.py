@@ -155,6 +155,19 @@ def test_any_loss() -> None:
     assert float((parts.sum(1) - whole).norm()) <= 1e-5 * float(whole.norm())
 
 
+def test_fused_taps_add_to_the_same_groups() -> None:
+    model, batch = zoo.make("llama"), zoo.padded()
+    groups = {"norms": ["*norm*"], "others": ["rest"]}
+    made = []
+    for fused in (False, True):
+        with GradientSketcher(model, SPEC, groups=groups, fused=fused) as sketcher:
+            made.append(batch.sketch(sketcher).sketches.view(-1, SPEC.dim))
+    plain, other = made
+    assert bool(((other - plain).norm(dim=1) <= 1e-5 * plain.norm(dim=1)).all()) and bool(
+        (plain != 0).any(1).all()
+    )
+
+
 def test_a_segment_that_fails_fails_in_all_groups() -> None:
     model, batch = zoo.make("llama"), zoo.padded()
 

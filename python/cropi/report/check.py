@@ -302,8 +302,8 @@ def _verdict(policy: Policy, report: CheckReport, pool: int | None, needed: int)
     against = (
         "exact gradients"
         if report.method == "exact"
-        else f"{report.seeds} other seed{'s' * (report.seeds > 1)} of the sketch, as the exact gradients take "
-        f"{needed / 1e9:.1f} GB: --against exact"
+        else f"{report.seeds} other seed{'s' * (report.seeds > 1)} of the sketch; exact gradients would take "
+        f"{needed / 1e9:.1f} GB, --against exact"
     )
     strange = report.error > FAR * report.theory
     level = FAIL if strange or report.error > ERROR_BAD else OK if report.error <= ERROR_OK else WARN
