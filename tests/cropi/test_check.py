@@ -99,6 +99,7 @@ def test_the_error_is_the_difference_of_sketched_and_exact_scores(
                                 "where other validation prompts move them by 0.04 to 0.08")  # fmt: skip
 
 
+@pytest.mark.long
 def test_another_policy_is_a_warning(policy: Policy, groups: list[TokenGroup]) -> None:
     """The model's tokens are about equally likely; a behaviour of so many per token is this policy, others are not."""
     for logprob, level in ((-math.log(policy.vocabulary), "ok"), (-1.0, "warning")):

@@ -77,6 +77,7 @@ def parts_of(names: list[str]) -> list[list[str]]:
     return [attention, mlp, [name for name in names if name not in (*attention, *mlp)]]
 
 
+@pytest.mark.long
 def test_contributions_are_those_of_exact_gradients_sketched_group_by_group() -> None:
     model = make_model()
     scores = cropi.score(model, TRAIN, VALID, eos=False, groups=NAMED, draws=0, **GIVEN)
@@ -187,6 +188,7 @@ def killed_after(rows: int, out: Path, given: dict[str, Any]) -> None:
         cropi.sketch(make_model(), TRAIN, out=out, **given)
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_goes_on_with_equal_bits_and_shares_merge(tmp_path: Path) -> None:
     given = GIVEN | {"layer_groups": 2, "tokens_per_batch": 32}
     killed_after(3, tmp_path / "cut", given)
@@ -205,6 +207,7 @@ def test_a_run_that_is_killed_goes_on_with_equal_bits_and_shares_merge(tmp_path:
     np.testing.assert_allclose(one.contributions, two.contributions, atol=1e-5)
 
 
+@pytest.mark.long
 def test_stores_of_other_groups_are_refused(tmp_path: Path) -> None:
     model = make_model()
     made = {
@@ -223,6 +226,7 @@ def test_stores_of_other_groups_are_refused(tmp_path: Path) -> None:
         cropi.sketch(model, TRAIN, out=tmp_path / "two", **GIVEN)
 
 
+@pytest.mark.long
 def test_the_table_the_page_and_the_command_line_show_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -345,6 +345,7 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "holds the noise of gradients" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_shares_of_noise_are_taken_one_by_one_and_merged(tmp_path: Path) -> None:
     """What was sketched with --shard, of a whole store or of merged ones."""
     records, policy = make_records(12), Policy(make_model(), make_tokenizer())

@@ -97,6 +97,7 @@ def test_each_group_against_float64_gradients() -> None:
         assert bool((error <= 2 * allowed + 2.0**-24 * right.norm(dim=1)).all())
 
 
+@pytest.mark.long
 def test_experts() -> None:
     model, batch = moe.small("mixtral"), zoo.padded()
     groups = {"experts": ["*experts*"], "others": ["rest"]}
