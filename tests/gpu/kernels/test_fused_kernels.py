@@ -37,7 +37,7 @@ def within(got: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, depth: in
     return bool(((got.double() - exact).abs() <= allowed).all())
 
 
-@pytest.mark.parametrize("n", [1, 24, 300])
+@pytest.mark.parametrize("n", [1, 300])
 def test_norm(n: int, dtype: torch.dtype) -> None:
     x, dy = ((normal(seed, 50, n + 8) + 1).to(dtype)[:, :n] for seed in (0, 1))  # rows apart
     weight, offsets = (normal(2, n) + 1).to(dtype), torch.tensor([0, 40, 40, 41, 50])
@@ -62,8 +62,8 @@ def _sizes(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch
     return scale[:, None] * (g + xhat * (g * xhat).mean(1, keepdim=True))
 
 
-def test_a_norm_of_segments_does_not_depend_on_company(dtype: torch.dtype) -> None:
-    x, dy, weight = normal(0, 90, 72).to(dtype), normal(1, 90, 72).to(dtype), normal(2, 72).to(dtype)
+def test_a_norm_of_segments_does_not_depend_on_company(half: torch.dtype) -> None:
+    x, dy, weight = normal(0, 90, 72).to(half), normal(1, 90, 72).to(half), normal(2, 72).to(half)
     scale = rms_norm(x, weight, EPS, backend="triton")[1]
     whole = rms_norm_backward(dy, x, weight, scale, torch.tensor([0, 10, 80, 90]), backend="triton")
     part = slice(10, 80)
@@ -72,7 +72,7 @@ def test_a_norm_of_segments_does_not_depend_on_company(dtype: torch.dtype) -> No
     assert torch.equal(alone[0], whole[0][part]) and torch.equal(alone[1][0], whole[1][1])
 
 
-@pytest.mark.parametrize("n", [1, 24, 300])
+@pytest.mark.parametrize("n", [1, 300])
 def test_gate(n: int, dtype: torch.dtype) -> None:
     gate, up, dh = (normal(seed, 21, n + 8).to(dtype)[:, :n] for seed in (3, 4, 5))
     gate = gate * 4
@@ -142,11 +142,11 @@ def run(engine: Operators, dtype: torch.dtype) -> list[torch.Tensor]:
     return [*results, h, fold, *engine.swiglu_backward(dh, gate, up), engine.settle()]
 
 
-def test_the_engine_gives_what_operators_give(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_gives_what_operators_give(half: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     set_stage(monkeypatch)
     where = Segments.of(torch.tensor([0] * 35 + [1] * 45).view(2, 40), 2, 40, None)
-    got = run(GpuEngine(where, torch.zeros(2, 32768)), dtype)
-    want = run(Operators(where, torch.zeros(2, 32768)), dtype)
+    got = run(GpuEngine(where, torch.zeros(2, 32768)), half)
+    want = run(Operators(where, torch.zeros(2, 32768)), half)
     for a, b in zip(got[:-1], want[:-1], strict=True):
         assert a.shape == b.shape and torch.equal(a, b)
     torch.testing.assert_close(got[-1], want[-1], rtol=1e-5, atol=1e-5)  # chunks are added up later

@@ -24,6 +24,22 @@ KERNELS = {"chunks", "fold", "slab", "rows", "norm", "tail", "reduce_partials", 
 def test_sketches_of_a_model(
     name: str, layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sketches_of_a_model(name, layout, dtype, KERNELS, monkeypatch)
+
+
+def test_fused_taps_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = KERNELS - {"norm"} | {"rms", "rms_backward", "swiglu", "swiglu_backward"}
+    sketches_of_a_model("qwen2", "padded", torch.bfloat16, launched, monkeypatch, fused=True)
+
+
+def sketches_of_a_model(
+    name: str,
+    layout: str,
+    dtype: torch.dtype,
+    kernels: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fused: bool = False,
+) -> None:
     """Per segment at most twice as far from float64 as autograd in the model's own dtype with a float32 sketch."""
     model = zoo.make(name, dtype, **ONE_LAYER.get(name, {"num_hidden_layers": 1}))
     served, launched = set(), set()
@@ -42,9 +58,9 @@ def test_sketches_of_a_model(
 
         patch.setattr(dispatch, "choose", noted)
         patch.setattr(launch, "execute", counted)
-        with GradientSketcher(model, SPEC, verify=False) as sketcher:
+        with GradientSketcher(model, SPEC, verify=False, fused=fused) as sketcher:
             got = zoo.LAYOUTS[layout]().sketch(sketcher).sketches
-    assert launched >= KERNELS
+    assert launched >= kernels
     assert {backend for _, backend in served} == {"triton"}
     exact = zoo.sketches(model, zoo.gradients(model.double()), SPEC)
     error, allowed = (got - exact).norm(dim=1), (own - exact).norm(dim=1)

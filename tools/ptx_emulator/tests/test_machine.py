@@ -46,6 +46,24 @@ def operands() -> tuple[torch.Tensor, torch.Tensor]:
 Operands = tuple[torch.Tensor, torch.Tensor]
 
 
+def test_bfloat16_is_compared_as_a_number(operands: Operands) -> None:
+    """By its bits, every negative number would be above 0."""
+    x, y = operands
+    x[3] = float("nan")
+    run(
+        """
+        ld.global.b32 %r7, [%rd4];
+        cvt.rn.bf16.f32 %h1, %r7;
+        mov.b16 %h2, 0;
+        setp.lt.bf16 %p1, %h1, %h2;
+        selp.f32 %r8, 0f3F800000, 0f00000000, %p1;
+        st.global.b32 [%rd5], %r8;
+        """,
+        *operands,
+    )
+    assert torch.equal(y, (x < 0).float())
+
+
 def test_lanes_part_and_meet_again(operands: Operands) -> None:
     x, y = operands
     run(
