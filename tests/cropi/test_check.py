@@ -23,6 +23,7 @@ from cropi.gradient.tokenize import TokenGroup, Tokenize
 from cropi.model.policy import Policy
 from cropi.report.check import check_groups, check_job, error_by_seeds
 from cropi.report.exact import exact_gradients, leave_one_out
+from cropi.sketching.interrupt import Interrupt, Interrupted
 from cropi.sketching.job import SketchJob
 from cropi_kernels import GradientSketcher, SketchSpec
 
@@ -241,6 +242,19 @@ def test_the_command_prints_a_verdict_and_json(
 
 
 @pytest.mark.long
+def test_ctrl_c_ends_the_check(
+    policy: Policy, groups: list[TokenGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Interrupt):
+        def __enter__(self) -> Interrupt:
+            self.asked = True
+            return self
+
+    monkeypatch.setattr("cropi.sketching.groups.Interrupt", Asked)
+    with pytest.raises(Interrupted):
+        check_groups(policy, groups, spec=SPEC, estimator=ESTIMATOR, tokens_per_batch=16)
+
+
 def test_the_front_door_checks_what_is_in_memory() -> None:
     report = cropi.check(make_model(), make_records(24), make_tokenizer(), n=8, dim=8192, progress=False)
     assert report.ok and report.prompts == 8 and repr(report).startswith("CheckReport(")

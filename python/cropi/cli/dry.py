@@ -45,6 +45,7 @@ def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, 
         policy: its weights are loaded.
         parts: name, groups, job and the folder of the store (or None).
     """
+    from cropi.sketching.interrupt import Interrupted
     from cropi.sketching.job import make_tokenize
     from cropi.sketching.run import sketch
     from cropi.store.codec import row_bytes
@@ -70,6 +71,8 @@ def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, 
                 job, trajectories=few, out=None, limit=None, shard=None, columns=None, behaviour_check="off"
             )
             summary = sketch(policy, tried, progress=False)
+            if summary.interrupted:
+                raise Interrupted(None, summary)
             rate = sum(sizes) / max(summary.wall, 1e-9)
         cost.seconds = cost.tokens / rate if rate else 0.0
         cost.bytes = cost.prompts * row_bytes(job.store_dtype, job.row_size)

@@ -32,6 +32,7 @@ from cropi.model.policy import Policy, check_dropout
 from cropi.report.exact import by_depth, exact_bytes, exact_gradients, leave_one_out
 from cropi.report.policy import is_close, policy_text
 from cropi.sketching.groups import sketch_groups
+from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
 from cropi.sketching.passes import Others
 from cropi.sketching.run import check_tokens, scan_groups
@@ -216,6 +217,8 @@ def check_groups(
             summary = sketch_groups(
                 policy, some, store, estimator, behaviour=source, exclude=exclude, **options
             )
+        if summary.interrupted:
+            raise Interrupted(None, summary)
         rows = {row.id: vector for kept, table in store.shards() for row, vector in zip(kept, table)}
         bad = [row for row in store.rows() if row.id not in rows]
         if bad:
