@@ -6,12 +6,12 @@ from typing import Any
 
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import pass_rate
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo, Status
 
 
 def row_of(
     group: PromptGroup,
-    status: str,
+    status: Status,
     reason: str,
     default_set: str | None,
     *,

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
-OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+# With these three as its type, msgspec makes one string of a status, not one for every row.
+Status = Literal["ok", "failed", "skipped"]
+OK: Status = "ok"
+FAILED: Status = "failed"
+SKIPPED: Status = "skipped"
 SCORED_AT = "scored_at"  # of a row's ``extra`` (:mod:`cropi.store.earlier`)
 
 
@@ -24,7 +28,7 @@ class RowInfo:
     """
 
     id: str
-    status: str = OK
+    status: Status = OK
     reason: str = ""
     set: str | None = None
     task: str | None = None
