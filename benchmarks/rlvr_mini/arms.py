@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.rlvr_mini.config import Scale
-from benchmarks.rlvr_mini.live import Live, choose_alike, choose_live
+from benchmarks.rlvr_mini.live import Live, choose_alike, choose_live, sampled_anew
 from benchmarks.rlvr_mini.rollouts import thinned
 from benchmarks.rlvr_mini.scoring import base_scores, bounded_choice, exact_scores, sketched_scores
 from cropi.data.records import PromptGroup
@@ -51,6 +51,8 @@ class Arm:
             of the scale.
         within: with ``alike``, a visit is compared with the validation mean of its time, which is at most so many steps
             old; it is renewed at draws 0, 1, 4, 16 and so on.
+        sampled: with ``within``, the mean is renewed from so many responses that the current policy gives to each
+            validation prompt, after draw 0; 0: from the stored ones.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Arm:
     live: bool = False
     alike: bool = False
     within: int | None = None
+    sampled: int = 0
 
     @property
     def influence(self) -> bool:
@@ -99,6 +102,7 @@ _ALIKE = replace(
     _LIVE, name="alike_pool3", label="live, prompts that are alike share, pool x 3", alike=True, stage=10
 )
 _THEN = replace(_ALIKE, name="then_pool3", label="live, visits at their time, pool x 3", thin=8, within=10)
+_FRESH = replace(_THEN, name="fresh_pool3", label="live, fresh validation rollouts, pool x 3", sampled=4)
 _BOTH = replace(_WITHIN, name="live_budget_pool3", label="live, and 5 % of the time, pool x 3", live=True)
 LEVERS = {
     arm.name: arm
@@ -120,6 +124,13 @@ LEVERS = {
         Arm("cropi_adam_pool3", "CROPI, under AdamW, pool x 3", "rrf", curriculum=True, pool=3, adam=True),
         _LIVE,
         replace(_LIVE, name="live_adam_pool3", label="live, under AdamW, pool x 3", adam=True),
+        _FRESH,
+        replace(
+            _FRESH,
+            name="fresh_adam_pool3",
+            label="live, fresh validation rollouts, under AdamW, pool x 3",
+            adam=True,
+        ),
         _ALIKE,
         replace(
             _ALIKE,
@@ -186,10 +197,12 @@ def choose(
         if live is not None:
             step = stage * (arm.stage or scale.stage)
             if arm.alike:
-                renewed = valid if _renews(arm, scale, stage) else []
-                return choose_alike(
-                    live, scale, seed, step, model, len(pool), _thinned(arm, renewed), estimator, scaled_by
-                )
+                renewed: Sequence[PromptGroup] = valid if _renews(arm, scale, stage) else []
+                if stage and arm.sampled:
+                    renewed = sampled_anew(model, renewed, arm.sampled, 5_000_011 * (seed + 1) + step)
+                else:
+                    renewed = _thinned(arm, renewed)
+                return choose_alike(live, scale, seed, step, model, len(pool), renewed, estimator, scaled_by)
             pool, valid = _thinned(arm, pool), _thinned(arm, valid)
             return choose_live(
                 live, scale, seed, step, model, pool, valid, estimator, budget=arm.budget, first=arm.first,

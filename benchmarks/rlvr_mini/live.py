@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks.rlvr_mini.config import Scale
+from benchmarks.rlvr_mini.generate import generate
+from benchmarks.rlvr_mini.rollouts import to_record
 from benchmarks.rlvr_mini.scoring import sketched, summed
+from benchmarks.rlvr_mini.tasks import Problem
 from cropi import Selector
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
@@ -123,6 +126,22 @@ def choose_live(
             ids, found, _ = sketched(model, some, spec, estimator, scale.tokens, f"{step}")
             live.selector.update(ids, found, step)
     return list(live.selector.next(how_many(scale.fraction, len(pool)), step))
+
+
+def sampled_anew(model: Any, valid: Sequence[PromptGroup], count: int, seed: int) -> list[PromptGroup]:
+    """Validation prompts with ``count`` responses of the current policy to each."""
+    if not valid:
+        return []
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ordered = sorted(valid, key=lambda group: (len(group.prompt or ""), group.id))
+    rollouts = generate(model, [group.prompt_ids or [] for group in ordered], count, generator=generator)
+    return [
+        to_record(
+            Problem(str(group.task), int(group.extra["difficulty"]), str(group.prompt), str(group.answer)),
+            made, group.id, group.set,
+        )
+        for group, made in zip(ordered, rollouts, strict=True)
+    ]  # fmt: skip
 
 
 def choose_alike(

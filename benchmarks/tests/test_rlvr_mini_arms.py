@@ -19,7 +19,8 @@ from benchmarks.rlvr_mini import run as run_module
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS, choose
 from benchmarks.rlvr_mini.data import base_model
 from benchmarks.rlvr_mini.grpo import Trainer
-from benchmarks.rlvr_mini.live import Live
+from benchmarks.rlvr_mini.live import Live, sampled_anew
+from benchmarks.rlvr_mini.tasks import Problem, verify
 from cropi.errors import CropiError
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec, canonical_name
@@ -99,6 +100,19 @@ def test_arms_under_the_optimiser_scale_validation_gradients_alone(
             assert float((rows[key].double() - row).norm() / row.norm()) < 2e-4, (stage, key)
 
 
+def test_validation_prompts_are_sampled_anew(work: Path) -> None:
+    model, data = fresh(work)
+    made = {group.id: group for group in sampled_anew(model, data.valid, 3, seed=1)}
+    assert made.keys() == {group.id for group in data.valid}
+    for group in data.valid:
+        mine = made[group.id]
+        assert (mine.prompt_ids, mine.set, mine.answer) == (group.prompt_ids, group.set, group.answer)
+        problem = Problem(group.task, group.extra["difficulty"], group.prompt, group.answer)
+        assert mine.rewards == [verify(problem, ids) for ids in mine.response_ids] and len(mine.rewards) == 3
+    again = {group.id: group for group in sampled_anew(model, data.valid, 3, seed=1)}
+    assert again == made and sampled_anew(model, [], 3, seed=1) == []
+
+
 def test_chosen_prompts_have_a_gradient_and_full_data_takes_all(work: Path, tmp_path: Path) -> None:
     model, data = fresh(work)
     mixed = {g.id for g in data.pool if min(g.rewards) < max(g.rewards)}
@@ -131,7 +145,7 @@ def test_nothing_to_select_is_a_clear_error(work: Path, tmp_path: Path) -> None:
     [
         ARMS["cropi"],
         *(dataclasses.replace(LEVERS[name], pool=1) for name in ("live_pool3", "live_adam_pool3")),
-        *(dataclasses.replace(LEVERS[name], pool=1, stage=1) for name in ("alike_pool3", "then_pool3")),
+        *(dataclasses.replace(LEVERS[name], pool=1, stage=1) for name in ("alike_pool3", "fresh_pool3")),
     ],
 )
 def test_resumed_run_ends_as_an_unbroken_one(
