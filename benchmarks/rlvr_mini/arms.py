@@ -141,6 +141,12 @@ LEVERS = {
         _THEN,
         replace(
             _THEN,
+            name="then_long_pool3",
+            label="live, visits at their time, on to step 240, pool x 3",
+            longer=2,
+        ),
+        replace(
+            _THEN,
             name="then_adam_pool3",
             label="live, visits at their time, under AdamW, pool x 3",
             adam=True,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, shown
 from cropi.files import reading
 from cropi.sealed import digest, sealed, unsealed
 
@@ -27,6 +27,14 @@ NOTES = ("notes", "prompts", "share")
 SCALED = "preconditioner"  # which moments the gradients were divided by
 MERGED = "merged"  # the trajectories of the stores that were merged to this one
 _UNKNOWN = object()
+# What is read of a manifest by name; a field that is missing here or there is an earlier release's.
+_FORM: dict[str, type | tuple[type, ...]] = {
+    "spec": dict, "spec.dim": int, "dtype": (str, type(None)), "stage": (str, type(None)), "notes": (dict, type(None)),
+    "prompts": (int, type(None)), "model": (dict, str, type(None)), "share": (dict, type(None)),
+    GROUPS: (list, type(None)),
+}  # fmt: skip
+_SHARES = 1_000_000  # of a job, at most
+_MOST = 300  # characters of a value in a message
 
 
 class UnlikeStores(UserWarning):
@@ -53,12 +61,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise CropiError(f"{file} is damaged ({error}); make the store again") from error
     if version != FORMAT:
-        raise CropiError(f"{path} has the store format {version}; this release reads format {FORMAT}")
-    return unsealed(
-        manifest,
-        file,
-        "what the rows are sketches of is not known; put the file back, or make the store again",
-    )
+        raise CropiError(f"{path} has the store format {shown(version)}; this release reads format {FORMAT}")
+    remedy = "what the rows are sketches of is not known; put the file back, or make the store again"
+    manifest = unsealed(manifest, file, remedy)
+    if (wrong := _out_of_form(manifest)) is not None:
+        raise CropiError(f"{file} is damaged: {wrong[0]} is {shown(wrong[1])}; {remedy}")
+    return manifest
+
+
+def _out_of_form(manifest: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The first field that is not of the form in which it is written, and its value."""
+    for field, kinds in _FORM.items():
+        value = get_field(manifest, field, None)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            return field, value
+    dim = manifest["spec"]["dim"]
+    if not 0 < dim < 2**31:
+        return "spec.dim", dim
+    for group in manifest.get(GROUPS) or ():
+        own = group.get("patterns") if isinstance(group, dict) else None
+        if not isinstance(own, list) or not isinstance(group.get("name"), str):
+            return GROUPS, group
+    share = manifest.get("share")
+    if share and not all(type(share.get(key)) is int for key in ("number", "count", "prompts")):
+        return "share", share
+    if share and not 1 <= share["number"] <= share["count"] <= _SHARES:
+        return "share", share
+    return None
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
@@ -101,9 +130,9 @@ def check_comparable(
         )
     if differs:
         raise CropiError(
-            f"{names[0]} and {names[1]} cannot be compared: {differs[0]} = {differs[1]} in the first"
-            f"{_model_of(a, differs[0])}, {differs[2]} in the second{_model_of(b, differs[0])}; sketch both with the "
-            "same settings"
+            f"{names[0]} and {names[1]} cannot be compared: {differs[0]} = {_brief(differs[1])} in the first"
+            f"{_model_of(a, differs[0])}, {_brief(differs[2])} in the second{_model_of(b, differs[0])}; "
+            "sketch both with the same settings"
         )
 
 
@@ -127,8 +156,8 @@ def check_scaled(train: Mapping[str, Any], valid: Sequence[Mapping[str, Any]], n
         differs = first_difference({SCALED: valid[0].get(SCALED)}, {SCALED: manifest.get(SCALED)})
         if differs:
             raise CropiError(
-                f"{names[1]} and {name} cannot be used together: {differs[0]} = {differs[1]} in the first, "
-                f"{differs[2]} in the second; give both the same --optimizer-state, or neither"
+                f"{names[1]} and {name} cannot be used together: {differs[0]} = {_brief(differs[1])} in the first, "
+                f"{_brief(differs[2])} in the second; give both the same --optimizer-state, or neither"
             )
 
 
@@ -178,10 +207,16 @@ def _cut(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _brief(value: Any) -> str:
+    """As ``str``, but no longer than a message may be."""
+    text = str(value)
+    return text if len(text) <= _MOST else f"{text[:_MOST]}..."
+
+
 def _model_of(manifest: Mapping[str, Any], field: str) -> str:
     """Whose weights these are: a hash alone tells nobody which of two stores is the wrong one."""
     name = manifest.get("notes", {}).get("model") if field.startswith("model.") else None
-    return f" (model {name!r})" if name else ""
+    return f" (model {shown(name, 200)})" if name else ""
 
 
 def first_difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
@@ -205,9 +240,9 @@ def check_same_job(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any
     differs = first_difference(left, right)
     if differs:
         raise CropiError(
-            f"the store {path} was made with {differs[0]} = {differs[1]}{_model_of(made, differs[0])}, but this run "
-            f"has {differs[2]}{_model_of(wanted, differs[0])}; give another --out, or run with the same "
-            + ("files" if differs[0] == "trajectories" else "settings")
+            f"the store {path} was made with {differs[0]} = {_brief(differs[1])}{_model_of(made, differs[0])}, but "
+            f"this run has {_brief(differs[2])}{_model_of(wanted, differs[0])}; give another --out, or run with the "
+            "same " + ("files" if differs[0] == "trajectories" else "settings")
         )
 
 

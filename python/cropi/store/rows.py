@@ -10,11 +10,17 @@ from json.encoder import encode_basestring
 from math import isfinite
 from typing import Any, Literal
 
+from cropi.errors import shown
+
 # With these three as its type, msgspec makes one string of a status, not one for every row.
 Status = Literal["ok", "failed", "skipped"]
 OK: Status = "ok"
 FAILED: Status = "failed"
 SKIPPED: Status = "skipped"
+_TYPES: dict[str, tuple[type, ...]] = {
+    "id": (str,), "status": (str,), "reason": (str,), "set": (str, type(None)), "task": (str, type(None)),
+    "pass_rate": (float, int), "tokens": (int,), "norm": (float, int), "row": (int, type(None)), "extra": (dict,),
+}  # fmt: skip
 SCORED_AT = "scored_at"  # of a row's ``extra`` (:mod:`cropi.store.earlier`)
 
 
@@ -101,8 +107,10 @@ def rows_from_json(text: str | bytes) -> list[RowInfo]:
     if not isinstance(items, list):
         raise TypeError(f"a list of rows is expected, got {type(items).__name__}")
     rows = [RowInfo(**row) for row in items]
-    if not all(type(row.id) is str for row in rows):
-        raise TypeError("an id is not a string")
+    for row in rows:
+        for name, kinds in _TYPES.items():
+            if type(getattr(row, name)) not in kinds:
+                raise TypeError(f"a row has {name} = {shown(getattr(row, name))}")
     return rows
 
 

@@ -28,7 +28,7 @@ import torch
 
 from cropi.errors import CropiError, optional, shown
 from cropi.files import reading, write_atomic, writing
-from cropi.store.codec import DTYPES, decode, encode
+from cropi.store.codec import DTYPES, PACKED, decode, encode
 from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo, from_json, rows_from_json, rows_to_json
 
 __all__ = [
@@ -99,6 +99,15 @@ class Shard:
     def size(self) -> int:
         """Bytes of its tensors, and about those of its rows."""
         return sum(held.end - held.begin for held in self.tensors.values()) + 256 * len(self.rows)
+
+    def check_width(self, dim: int) -> None:
+        """Raises CropiError: its rows do not have ``dim`` numbers."""
+        name, held = next((n, h) for n, h in self.tensors.items() if n != "scale")
+        width = held.shape[1] * 8 // PACKED.get(name, 8)
+        if self.kept and width != dim:
+            raise CropiError(
+                damaged(self.path, f"its rows have {width} numbers, and the manifest says {dim}")
+            )
 
     def unread(self) -> Iterator[Block]:
         """The rows with a sketch, by blocks; each is checked when it is read.
@@ -303,6 +312,7 @@ def read_shard(path: Path, job: str) -> Shard:
         checks = from_json(about["checks"].encode()) if sealed else None
         replaces = tuple(map(int, json.loads(about.get("replaces", "[]")))) if sealed else ()
         _check_tensors(tensors, kept, size)
+        _check_checks(checks, len(kept), "scale" in tensors)
     except FileNotFoundError:
         raise
     except CropiError:
@@ -360,6 +370,15 @@ def _check_tensors(tensors: Mapping[str, Held], kept: Sequence[RowInfo], size: i
         raise ValueError("its rows are not those of its tensors")
     if [row.row for row in kept] != list(range(len(kept))):
         raise ValueError("its rows are not in the order of its tensors")
+
+
+def _check_checks(checks: Any, rows: int, scaled: bool) -> None:
+    if checks is None or not rows:
+        return
+    step, values = checks["rows"], checks["values"]
+    right = type(step) is int and step > 0 and isinstance(values, list) and len(values) == -(-rows // step)
+    if not right or scaled and not isinstance(checks["scale"], str):
+        raise ValueError("its checksums are not those of its blocks")
 
 
 def _xxh3(data: Any) -> str:

@@ -138,7 +138,7 @@ class SketchStore:
             else:
                 store._write_manifest(wanted)
             store._shards, store._rows = load(path, job_fingerprint(store.manifest), clean=True)
-            store._check_count()
+            store._check_shards()
         except BaseException:
             store._release()
             raise
@@ -167,7 +167,7 @@ class SketchStore:
         # Again, after the rows: a job that goes on meanwhile raises the number of prompts before it adds rows, so that
         # a part cannot be taken for the whole.
         store.manifest = read_manifest(store.path)
-        store._check_count()
+        store._check_shards()
         return store
 
     @classmethod
@@ -391,7 +391,7 @@ class SketchStore:
             missing = share.get("missing") or [
                 n for n in range(1, share["count"] + 1) if n != share["number"]
             ]
-            lacking = ", ".join(f"{n}/{share['count']}" for n in missing)
+            lacking = ", ".join(f"{n}/{share['count']}" for n in missing[:20])
             raise CropiError(
                 f"the store {self.path} was made with --shard {share_text(self.manifest)} and holds a share of the "
                 f"{share['prompts']} prompts of its job: the share{'s' * (len(missing) > 1)} "
@@ -455,7 +455,9 @@ class SketchStore:
         write_atomic(self.path / MANIFEST, manifest_text(manifest))
         self.manifest = manifest
 
-    def _check_count(self) -> None:
+    def _check_shards(self) -> None:
+        for shard in self._shards.values():
+            shard.check_width(self.dim)
         if len(self) > self.expected:
             raise CropiError(
                 f"the store {self.path} holds {len(self)} prompts, but its manifest says {self.expected}: a shard of "

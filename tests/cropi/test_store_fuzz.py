@@ -1,0 +1,115 @@
+"""Stores whose files are changed anywhere and sealed again, as a damaged disk never leaves them but a hand or another
+program may: each is read, or ends in words."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import fuzz
+from support.places import fill
+
+from cropi.errors import CropiError
+from cropi.ranking.influence import influence
+from cropi.sealed import sums_path
+from cropi.store import shards
+from cropi.store.manifest import MANIFEST, job_fingerprint, manifest_text
+from cropi.store.store import SketchStore
+
+pytestmark = pytest.mark.long
+
+INPUTS = 3_000
+LONGEST = 2_000  # bytes of a message
+
+
+def read_all(path: Path) -> str:
+    """Everything that is read of a store; how it ended."""
+    try:
+        store = SketchStore.open(path)
+        for _, sketches in store.shards():
+            assert sketches.ndim == 2
+        store.verify()
+        repr(store), store.dim, store.groups, len(store)
+        influence(store, [store])
+    except CropiError as error:
+        assert len(str(error).encode("utf-8", "surrogatepass")) < LONGEST, str(error)[:300]
+        return "words"
+    return "read"
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    fill(tmp_path / "store", "p", 3)
+    return tmp_path / "store"
+
+
+def test_any_manifest_is_read_or_ends_in_words(made: Path) -> None:
+    file, (shard,) = made / MANIFEST, made.glob("shard-*.safetensors")
+    right = json.loads(file.read_text())
+    right.pop("checksum")
+    right |= {"groups": [{"name": "a", "patterns": ["*"]}], "share": {"number": 1, "count": 1, "prompts": 3}}
+    places = list(fuzz.ways(right))
+    content, data = taken_apart(shard.read_bytes())
+
+    def one(rng: random.Random) -> str:
+        changed = fuzz.changed(rng, copy.deepcopy(right), places)
+        text = json.dumps(changed)
+        if isinstance(changed, dict):
+            text = manifest_text(changed)
+            mine = copy.deepcopy(content)
+            mine["header"]["__metadata__"]["job"] = job_fingerprint(changed)
+            put(shard, sealed(mine, data))
+        file.write_text(text, encoding="utf-8", errors="surrogatepass")
+        return read_all(made)
+
+    ends = fuzz.run(INPUTS, one)
+    assert fuzz.repeats() or (ends["words"] > 100 and ends["read"] > 100), ends
+
+
+def test_any_header_of_a_shard_is_read_or_ends_in_words(made: Path) -> None:
+    (file,) = made.glob("shard-*.safetensors")
+    right, data = taken_apart(file.read_bytes())
+    places = [way for way in fuzz.ways(right) if len(way) > 1]
+
+    def one(rng: random.Random) -> str:
+        put(file, sealed(fuzz.changed(rng, copy.deepcopy(right), places), data))
+        return read_all(made)
+
+    ends = fuzz.run(INPUTS, one)
+    assert fuzz.repeats() or (ends["words"] > 100 and ends["read"] > 10), ends
+
+
+def taken_apart(whole: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header of a shard, with what is JSON inside of it, and the tensors' bytes."""
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    inside = {key: json.loads(header["__metadata__"].pop(key)) for key in ("rows", "checks")}
+    del header["__metadata__"]["seal"]
+    return {"header": header, **inside}, whole[8 + size :]
+
+
+def put(file: Path, whole: bytes) -> None:
+    """The shard, and the checksum beside it."""
+    file.write_bytes(whole)
+    sums_path(file).write_text(f"{hashlib.sha256(whole).hexdigest()}  {file.name}\n")
+
+
+def sealed(content: dict[str, Any], data: bytes) -> bytes:
+    header = content["header"]
+    about = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(about, dict):
+        about = {"job": about}
+    about |= {key: json.dumps(content[key]) for key in ("rows", "checks") if key in content}
+    seal = shards._SEAL.decode()
+    rest = json.dumps(about)[1:] + ", " + json.dumps(header)[1:]
+    text = (seal + "0" * 64 + '",' + rest).encode("utf-8", "surrogatepass")
+    text += b" " * (-len(text) % 8)
+    size = len(text).to_bytes(8, "little")
+    own = hashlib.sha256(size + text).hexdigest().encode()
+    begin = len(shards._SEAL)
+    return size + text[:begin] + own + text[begin + 64 :] + data
