@@ -25,6 +25,7 @@ import torch
 import transformers
 
 from benchmarks.cost.timing import Cost, alternate
+from benchmarks.lib.bergson_collector import collector, rows_of
 from benchmarks.lib.environment import describe
 from cropi_kernels import GradientSketcher, SketchSpec, logprob_and_grad
 from cropi_kernels.sketcher.decoder import split_parts
@@ -95,30 +96,12 @@ class Step:
 
 
 class Bergson:
-    """bergson's collector on the same model and tokens: the hooks and projections are its own; nothing is stored."""
+    """bergson's collector on the same model and tokens."""
 
     def __init__(self, step: Step) -> None:
-        from bergson.collector.collector import HookCollectorBase
-        from bergson.gradients import GradientProcessor
         from bergson.moe import expand_moe
 
-        class Collector(HookCollectorBase):  # type: ignore[misc]
-            def setup(self) -> None: ...
-
-            def teardown(self) -> None: ...
-
-            def process_batch(self, indices: list[int], **kwargs: Any) -> None: ...
-
-            @HookCollectorBase.split_attention_heads  # type: ignore[untyped-decorator]
-            def backward_hook(self, module: Any, g: torch.Tensor) -> None:
-                self.mod_grads[module._name] = self._materialize_gradient(self._module_gradient(module, g))
-
-        self.step, self.make = (
-            step,
-            lambda model, names: Collector(
-                model=model, target_modules=names, processor=GradientProcessor(projection_dim=16)
-            ),
-        )
+        self.step = step
         self.other = Step(step.ids.numel())
         experts = expand_moe(self.other.model, "model.layers.*.mlp.experts")
         linear = {
@@ -126,13 +109,12 @@ class Bergson:
             for n, m in self.other.model.named_modules()
             if isinstance(m, torch.nn.Linear) and n != "lm_head"
         }
-        self.names = {*experts, *linear}
+        self.collect = collector(self.other.model, {*experts, *linear})
 
     def __call__(self, i: int) -> torch.Tensor:
-        model = self.other.model
-        with self.make(model, self.names) as collector:
+        with self.collect() as collected:
             self.other.frozen(i)
-        return torch.cat([g.flatten(1) for g in collector.mod_grads.values()], 1)
+        return rows_of(collected)
 
 
 @contextmanager

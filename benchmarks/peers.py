@@ -2,7 +2,7 @@
 
 The job: all pairs' products of the gradients of some sequences, of a causal language model's loss with a weight for
 every token. A Llama with SmolLM2's widths, four layers and 8192 words, so that libraries that form whole gradients fit
-into 3 GiB; float32; the sequences have one length. Each library does it with its own functions and the settings that
+into 4 GiB; float32; the sequences have one length. Each library does it with its own functions and the settings that
 its documentation gives for projection; models, hooks and projectors are made before the clock starts.
 
 - the loop: plain autograd, one sequence at a time, whole gradients; what the others' cosines are held to.
@@ -39,6 +39,7 @@ from typing import Any
 import torch
 
 from benchmarks.cost.timing import Cost, rotated, timed
+from benchmarks.lib.bergson_collector import collector, rows_of
 from benchmarks.lib.environment import describe
 from cropi_kernels import GradientSketcher
 
@@ -119,30 +120,16 @@ def ours(work: Work) -> Job:
 
 
 def bergson(work: Work) -> Job:
-    from bergson.collector.collector import HookCollectorBase
-    from bergson.gradients import GradientProcessor
-
-    class Collector(HookCollectorBase):  # type: ignore[misc]
-        def setup(self) -> None: ...
-
-        def teardown(self) -> None: ...
-
-        def process_batch(self, indices: list[int], **kwargs: Any) -> None: ...
-
-        @HookCollectorBase.split_attention_heads  # type: ignore[untyped-decorator]
-        def backward_hook(self, module: Any, g: torch.Tensor) -> None:
-            self.mod_grads[module._name] = self._materialize_gradient(self._module_gradient(module, g))
-
-    processor, names = GradientProcessor(projection_dim=16), work.linears()
+    collect = collector(work.model, work.linears())
     for p in work.model.parameters():
         p.requires_grad_(False)
 
     def run() -> torch.Tensor:
         embedded = work.model.get_input_embeddings()(work.ids).requires_grad_(True)
-        with Collector(model=work.model, target_modules=names, processor=processor) as collector:
+        with collect() as collected:
             logits = work.model(inputs_embeds=embedded, use_cache=False).logits
             work.loss(work.ids, work.weights, logits).backward()
-        rows = torch.cat([g.flatten(1) for g in collector.mod_grads.values()], 1)
+        rows = rows_of(collected)
         return rows @ rows.T
 
     return run

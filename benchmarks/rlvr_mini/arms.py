@@ -104,6 +104,17 @@ _ALIKE = replace(
 _THEN = replace(_ALIKE, name="then_pool3", label="live, visits at their time, pool x 3", thin=8, within=10)
 _FRESH = replace(_THEN, name="fresh_pool3", label="live, fresh validation rollouts, pool x 3", sampled=4)
 _BOTH = replace(_WITHIN, name="live_budget_pool3", label="live, and 5 % of the time, pool x 3", live=True)
+
+
+def _under_adamw(arm: Arm) -> Arm:
+    """The arm, with validation gradients scaled as the trainer's AdamW scales a gradient."""
+    name, label = (
+        arm.name.replace("_pool3", "_adam_pool3"),
+        arm.label.replace(", pool", ", under AdamW, pool"),
+    )
+    return replace(arm, name=name, label=label, adam=True)
+
+
 LEVERS = {
     arm.name: arm
     for arm in (
@@ -123,21 +134,11 @@ LEVERS = {
         Arm("cropi_pool3", "CROPI, sketch, pool x 3", "rrf", curriculum=True, pool=3),
         Arm("cropi_adam_pool3", "CROPI, under AdamW, pool x 3", "rrf", curriculum=True, pool=3, adam=True),
         _LIVE,
-        replace(_LIVE, name="live_adam_pool3", label="live, under AdamW, pool x 3", adam=True),
+        _under_adamw(_LIVE),
         _FRESH,
-        replace(
-            _FRESH,
-            name="fresh_adam_pool3",
-            label="live, fresh validation rollouts, under AdamW, pool x 3",
-            adam=True,
-        ),
+        _under_adamw(_FRESH),
         _ALIKE,
-        replace(
-            _ALIKE,
-            name="alike_adam_pool3",
-            label="live, prompts that are alike share, under AdamW, pool x 3",
-            adam=True,
-        ),
+        _under_adamw(_ALIKE),
         _THEN,
         replace(
             _THEN,
@@ -145,26 +146,11 @@ LEVERS = {
             label="live, visits at their time, on to step 240, pool x 3",
             longer=2,
         ),
-        replace(
-            _THEN,
-            name="then_adam_pool3",
-            label="live, visits at their time, under AdamW, pool x 3",
-            adam=True,
-        ),
+        _under_adamw(_THEN),
         _WITHIN,
-        replace(
-            _WITHIN,
-            name="budget_adam_pool3",
-            label="CROPI, 5 % of the time, under AdamW, pool x 3",
-            adam=True,
-        ),
+        _under_adamw(_WITHIN),
         _BOTH,
-        replace(
-            _BOTH,
-            name="live_budget_adam_pool3",
-            label="live, and 5 % of the time, under AdamW, pool x 3",
-            adam=True,
-        ),
+        _under_adamw(_BOTH),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
@@ -269,6 +270,16 @@ class Selector:
         self._valid, self.step, self._names = state["valid"].clone(), int(state["step"]), str(state["names"])
         self._noise = Noise(*map(float, state["noise"]))
 
+    @functools.cached_property
+    def _features_digest(self) -> str:
+        """Of another pool's order the same: the sum of a hash of each prompt's own."""
+        assert self._features is not None
+        parts = (
+            hashlib.sha256(f"{name!r}".encode() + row.tobytes()).digest()[:8]
+            for name, row in zip(self.ids, self._features)
+        )
+        return f"{sum(int.from_bytes(part, 'big') for part in parts) % 2**64:016x}"
+
     def _settings(self) -> dict[str, Any]:
         settings = {
             "spec": json.dumps(self.spec.to_dict(), sort_keys=True), "dim": self.dim, "bits": self._rows.bits,
@@ -277,12 +288,7 @@ class Selector:
         if self.within is not None:
             settings["within"] = self.within
         if self._features is not None:
-            # Of another pool's order the same: the sum of a hash of each prompt's own.
-            parts = (
-                hashlib.sha256(f"{name!r}".encode() + row.tobytes()).digest()[:8]
-                for name, row in zip(self.ids, self._features)
-            )
-            settings["features"] = f"{sum(int.from_bytes(part, 'big') for part in parts) % 2**64:016x}"
+            settings["features"] = self._features_digest
         return settings
 
     # ------------------------------------------------------------------------------------------------- parts

@@ -281,6 +281,12 @@ def _header(
         for name, one in held.items()
     }
     rest = json.dumps(about, ensure_ascii=False)[1:].encode() + b"," + json.dumps(tensors)[1:].encode()
+    return _sealed(rest)
+
+
+def _sealed(rest: bytes) -> bytes:
+    """The beginning of a file: the header's size, and its text with the checksum of all of it. ``rest`` is the text
+    behind the seal."""
     text = _SEAL + b"0" * 64 + b'",' + rest
     text += b" " * (-len(text) % 8)
     size = len(text).to_bytes(8, "little")
