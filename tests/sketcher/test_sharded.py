@@ -35,11 +35,15 @@ def left_as_it_was(found: dict[str, Any]) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EXACT)
 def test_sketches_of_the_unsharded_model(case: str) -> None:
-    """Each rank on prompts of its own: three passes, one that fails in the middle, two of `batch`, again a pass."""
+    """Each rank on prompts of its own: three passes, one that fails in the middle, two of `batch`, again a pass.
+
+    Of a tied weight also the sketches of groups of parameters.
+    """
     for found in on_two_ranks(case):
         assert found["bits"] and found["logp"] == 0.0 and left_as_it_was(found), found
         if "decoder_alone" not in case:  # whose head is not part of any unit
             assert found["held"] == 0.0, "weights were whole between passes"
+        assert found["groups"] == ("llama-tied" in case), "sketches of groups of parameters: other bits"
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ def test_ranks_that_differ_are_refused_on_every_rank(two: list[dict[str, Any]]) 
             "different models or specs: rank 0 has SketchSpec(" in errors["spec"]
             and "seed=1" in errors["spec"]
         )
+        assert "the model is spread over ranks, which add up one sketch: leave the groups" in errors["groups"]
         assert "the batch differs between the 2 ranks" in errors["batch"] and errors["after"] == "True"
         assert "q_norm.weight: off by" in errors["apart"] and "another gradient of it" in errors["apart"]
 

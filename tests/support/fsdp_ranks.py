@@ -22,6 +22,7 @@ from cropi_kernels import GradientSketcher, SketchSpec, canonical_name, token_lo
 from support import moe, zoo
 
 SPEC = SketchSpec(width=16, vocab_width=64)
+GROUPS = {"first": ["*layers.0.*"], "norms": ["*.1.*norm*"], "others": ["rest"]}
 
 
 def layers_and_root(model: Any, **options: Any) -> None:
@@ -117,6 +118,13 @@ def bfloat16_sketches(model: nn.Module, batch: zoo.Batch) -> torch.Tensor:
         return batch.sketch(sketcher).sketches
 
 
+def by_groups(model: nn.Module, batch: zoo.Batch) -> torch.Tensor:
+    """Sketches of one unit's parameters, of some of another's, and of the rest."""
+    with GradientSketcher(model, SPEC, groups=GROUPS, verify=False) as sketcher:
+        made = [batch.sketch(sketcher).sketches, through_batch(sketcher, model, batch)]
+    return torch.stack(made).view(2, -1, len(GROUPS), SPEC.dim)
+
+
 def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
     plain, model, batch = MODELS[model_name](), MODELS[model_name](), batch_for(rank)
     checkpointed = model_name == "llama-tied"
@@ -127,6 +135,7 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
     with GradientSketcher(plain, SPEC) as sketcher:
         want = batch.sketch(sketcher).sketches
         want_batch = through_batch(sketcher, plain, batch)
+    groups = by_groups(plain, batch) if model_name == "llama-tied" else None
     half = off(bfloat16_sketches(plain, batch), want) if way == "mixed" else 0.0
     WAYS[way](model)
     results, held, tested = [], [], []
@@ -156,6 +165,9 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
         "errors": [off(x, want) for x in results],
         "batch": off(of_batch, want_batch),
         "bits": all(torch.equal(x, want) for x in results) and torch.equal(of_batch, want_batch),
+        "groups": groups is not None
+        and bool(groups.norm(dim=3).min() > 0)
+        and torch.equal(by_groups(model, batch), groups),
         "logp": float((logp - own).abs().max()),
         "held": max(held) / whole,
         "untested": [] if compiling else sorted(names - tested[0]),

@@ -192,6 +192,7 @@ def errors(mesh: DeviceMesh) -> dict[str, str]:
             found[name] = str(error)
 
     tried("spec", lambda: GradientSketcher(model, SketchSpec(width=16, vocab_width=64, seed=rank)))
+    tried("groups", lambda: GradientSketcher(model, SPEC, groups={"all": ["*"]}))
     with GradientSketcher(model, SPEC) as sketcher:
         other = batch.input_ids.clone()
         other[0, 0] += rank
