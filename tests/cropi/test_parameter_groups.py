@@ -255,6 +255,12 @@ def test_the_table_the_page_and_the_command_line_show_them(
     pool, some = mean_contributions(scores, chosen)
     shown = lines(scores, chosen)
     assert all(f"groups        {one}" in printed for one in shown) and "layer 0 " in shown[0]
+    words = f"select --scores {out}/scores.parquet --out {tmp_path}/ids.jsonl --fraction 0.3"
+    assert main(words.split()) == 0
+    alone = capsys.readouterr().out
+    assert [line for line in alone.splitlines() if line.startswith("groups")] == [
+        f"groups        {one}" for one in shown
+    ]
     page = (out / "report.html").read_text()
     for v in range(2):
         assert all(f"<td>{value:.4f}</td>" in page for value in (*pool[v], *some[v]))
@@ -270,7 +276,7 @@ def test_the_table_the_page_and_the_command_line_show_them(
     assert "no contributions: with --aggregate nearest" in capsys.readouterr().out
     assert read_scores(tmp_path / "s.parquet").contributions is None
     write_scores(tmp_path / "again.parquet", scores)
-    again = read_scores(tmp_path / "again.parquet", errors=False)
+    again = read_scores(tmp_path / "again.parquet", contributions=False)
     assert again.contributions is None and again.table.tolist() == scores.table.tolist()
 
 

@@ -89,14 +89,17 @@ def write_scores(path: str | Path, scores: Scores, selection: Selection | None =
         parquet.write_table(table, temporary, write_page_checksum=True, row_group_size=1 << 16)
 
 
-def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: bool = True) -> Scores:
+def read_scores(
+    path: str | Path, *, only: Sequence[str] | None = None, errors: bool = True, contributions: bool = True
+) -> Scores:
     """Read what :func:`write_scores` wrote.
 
     Args:
         path: the file.
         only: what is read of the rows beside their ids, by its name in :class:`cropi.store.rows.RowInfo` or in its
             ``extra``; the rest is None. None reads all of it.
-        errors: read the standard errors, and the contributions of groups of parameters, too.
+        errors: read the standard errors, too.
+        contributions: read those of groups of parameters, too, where there are any.
 
     Raises:
         CropiError: the file does not exist, is damaged, or is not a score table.
@@ -117,7 +120,7 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
             seal = _sealed(opened.schema_arrow, opened.metadata.num_rows, text)
             # Files of the first release have no checksum.
             intact = metadata.get(b"cropi_sha256", seal.encode()).decode() == seal
-            scores = _scores(opened, meta, only, errors)
+            scores = _scores(opened, meta, only, errors, contributions)
     except CropiError:
         raise
     except (*DAMAGED, optional("pyarrow").ArrowException) as error:
@@ -131,7 +134,9 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
     return scores
 
 
-def _scores(file: Any, meta: dict[str, Any], only: Sequence[str] | None, errors: bool) -> Scores:
+def _scores(
+    file: Any, meta: dict[str, Any], only: Sequence[str] | None, errors: bool, contributions: bool
+) -> Scores:
     """The table, read by batches: the whole of it as Arrow's takes as much memory again."""
     schema, count = file.schema_arrow, file.metadata.num_rows
     sets = [name[6:-1] for name in schema.names if name.startswith("score[")]
@@ -140,7 +145,7 @@ def _scores(file: Any, meta: dict[str, Any], only: Sequence[str] | None, errors:
     kinds = ["score", *(["stderr"] if errors and sets and f"stderr[{sets[0]}]" in schema.names else [])]
     numbers = {kind: np.full((count, len(sets)), np.nan) for kind in kinds}
     drawn = np.full(count, np.nan) if "p_selected" in schema.names else None
-    groups = list(meta.get("groups") or ()) if errors else []
+    groups = list(meta.get("groups") or ()) if contributions else []
     parts = np.full((count, len(sets), len(groups)), np.nan) if groups else None
     names_of_parts = _parts(sets, groups)
     columns = [*rows.columns, *(f"{kind}[{name}]" for kind in kinds for name in sets), *names_of_parts]
