@@ -22,6 +22,7 @@ from cropi_kernels import (
     plan_matrix,
     plan_vector,
     sketch_embedding,
+    sketch_grouped,
     sketch_linear,
     sketch_vector,
 )
@@ -29,6 +30,7 @@ from cropi_kernels.ops.linear_logprob import oracle
 from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
 from cropi_kernels.ops.norm_grad.reference import segment_sums
 from cropi_kernels.ops.sketch_embedding.reference import sketch_embedding as embedding_reference
+from cropi_kernels.ops.sketch_grouped.reference import sketch_grouped as grouped_reference
 from cropi_kernels.testing import sketch_and_magnitudes, sum_error_bound
 
 TOKENS, SCORED = 700, 130  # of embeddings and norms, and of log-probs
@@ -40,6 +42,14 @@ CASES: dict[str, tuple[int, int, int | None, int, list[int]]] = {
     "two slabs": (1100, 900, 128, 65536, [1100, 20]),
     "narrow": (33, 7, None, 32768, [9]),
     "odd": (1003, 517, 256, 32768, [129, 63, 513]),
+}
+# groups, rows, cols, width, first row, rows to the next group
+GROUPED: dict[str, tuple[int, int, int, int | None, int, int]] = {
+    "aligned": (4, 48, 96, 64, 0, 48),
+    "odd rows": (3, 37, 40, 16, 5, 41),
+    "straddling blocks": (3, 200, 300, None, 0, 200),
+    "several shares": (27, 8, 9, None, 2000, 1000),
+    "experts of a real layer": (64, 768, 2048, 64, 0, 768),
 }
 
 
@@ -91,6 +101,27 @@ def embedding(role: str, dtype: torch.dtype, vocab: int = 1003, features: int = 
     row = check((runs[0].cpu().double() - exact).abs(), sum_error_bound(x.double().abs().sum(), 4).expand(1))
     same = torch.equal(*runs)
     return row | {"repeatable": same, "ok": row["ok"] and same}
+
+
+def grouped(case: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Tokens sorted by group, and by segment in a group; some groups have none."""
+    groups, rows, cols, width, first_row, step = GROUPED[case]
+    plan = plan_matrix(SketchSpec(width=width), "a.experts.b", first_row + groups * step, cols)
+    lengths = [[1, 0, 20], [0, 0, 0], [70, 0, 3], [0, 0, 5]] * groups
+    offsets = torch.tensor([2, *(n for group in lengths[:groups] for n in group)]).cumsum(0)
+    g = torch.Generator().manual_seed(0)
+    n, where = int(offsets[-1]) + 1, {"first_row": first_row, "row_step": step}
+    d, a = (torch.randn(n, m, generator=g).to(dtype) for m in (rows, plan.folded_cols))
+    exact = torch.zeros(3, 32768, dtype=torch.float64)
+    grouped_reference(d.double(), a.double(), offsets, plan, exact, **where)
+    runs = [
+        sketch_grouped(d.cuda(), a.cuda(), offsets, plan, torch.zeros(3, 32768, device="cuda"), **where)
+        for _ in "ab"
+    ]
+    distance = float((runs[0].cpu().double() - exact).norm() / exact.norm())
+    same = torch.equal(*runs)
+    # Products of 16-bit numbers are exact in float32; what is left are sums of some thousand terms, at 2^-24 each.
+    return {"distance": distance, "repeatable": same, "ok": distance <= 1e-5 and same}
 
 
 def norm_bounds(
@@ -235,6 +266,8 @@ def main() -> None:
             results.attempt(f"sketch_linear {case} {name}", lambda c=case, t=dtype: linear(c, t))
         for role in ("embedding", "tied"):
             results.attempt(f"sketch_embedding {role} {name}", lambda r=role, t=dtype: embedding(r, t))
+        for case in ("aligned", "odd rows") if small else GROUPED:
+            results.attempt(f"sketch_grouped {case} {name}", lambda c=case, t=dtype: grouped(c, t))
         for n, centered in (
             ((24, False), (1536, True)) if small else ((1, False), (128, True), (1536, False), (8192, True))
         ):

@@ -61,6 +61,7 @@ MEASURED = (
     Part("model", 80, script("model")),
     Part("logprob", 30, script("logprob")),
     Part("correctness", 95, script("correctness"), processes=12, needs=("build",)),
+    Part("jobs", 100, script("jobs"), needs=("build",)),
     Part("variants", 70, script("variants")),
     Part("counters", 50, shell("counters")),
     Part("project_correctness", 40, script("project_correctness"), processes=4, needs=PROJECT),

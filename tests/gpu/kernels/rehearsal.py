@@ -101,6 +101,7 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, kernels: bool = True) -> Stage:
         "reset_peak_memory_stats": lambda: None,
         "max_memory_allocated": lambda: 1 << 20,
         "current_stream": lambda *args: Stream(),
+        "set_per_process_memory_fraction": lambda share: None,
         "device_count": lambda: 2,
         "get_device_properties": lambda device: Properties(),
         "graph": lambda graph: contextlib.nullcontext(),

@@ -78,6 +78,7 @@ def test_correctness_as_the_sanitizer_runs_it(
     monkeypatch.setattr(module, "DTYPES", {"fp32": torch.float32})
     narrow = dict.fromkeys(("folded", "several groups", "odd"), module.CASES["narrow"])
     monkeypatch.setattr(module, "CASES", narrow)
+    monkeypatch.setattr(module, "GROUPED", dict.fromkeys(module.GROUPED, (1, 8, 9, 16, 5, 8)))
     monkeypatch.setattr(module, "TOKENS", 100)
     monkeypatch.setattr(module, "SCORED", 12)
     finish(module)
@@ -239,6 +240,31 @@ def test_passes(
     row = rows(tmp_path, "passes")["pass of 8 tokens"]
     assert row["tokens"] == 8 and row["ratio"] == row["sketched_ms"] / row["frozen_ms"]
     assert row["frozen_launches"] == 0, "no CUDA kernel runs on the stage"
+
+
+@pytest.mark.long
+def test_jobs(
+    suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stage both stores are the CPU's, so that they are equal."""
+    pytest.importorskip("transformers")
+    module = suite("jobs")
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 4}
+    monkeypatch.setattr(module.whole, "SHAPE", TINY_MODEL)
+    monkeypatch.setattr(module.whole, "LENGTH", 16)
+    monkeypatch.setattr(
+        module, "KINDS", {"llama": module.SIZE | small, "qwen3_moe": module.KINDS["qwen3_moe"] | small}
+    )
+    for name, value in {"PROMPTS": 3, "LONGEST": 6, "LONG": 8, "FEW": 2, "DEVICE": "cpu"}.items():
+        monkeypatch.setattr(module, name, value)
+    finish(module)
+    got = rows(tmp_path, "jobs")
+    assert len(got) == 7 and got["cropi run"]["chosen"] > 0
+    assert got["llama: a store by the device and by the CPU"]["error"] == 0
+    assert (
+        got["the first call with the self-test"]["first_s"]
+        > got["the first call with the self-test"]["second_s"]
+    )
 
 
 def test_busy_share_counts_overlaps_once(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
