@@ -20,12 +20,12 @@ from .beside import check_heard
 from .coverage import Coverage
 from .fused_head import HeadCall, listen
 from .gradient_sketcher import GradientSketcher
-from .live_audit import Audit
+from .live_audit import Audit, Schedule
 from .one_sequence import one_sequence_a_row
 from .precision import own_precision
 from .row_segments import Runs
 from .selftest import SelfTest
-from .split_loss import LossCheck
+from .split_loss import LATER, LossCheck
 from .untouched import code_shape
 
 
@@ -65,8 +65,9 @@ class LiveSketcher:
             ``requires_grad`` now is sketched.
         spec: what the sketch is; default: `SketchSpec()`.
         exclude: as for `GradientSketcher`.
-        verify: before the first step, compare the taps with autograd on a few tokens; in the first step, compare their
-            sum with every parameter's gradient, and check that the loss is a sum over prompts. False: no checks.
+        verify: before the first step, compare the taps with autograd on a few tokens; in the first step in which a
+            parameter has a gradient, compare their sum with it; in the first with two prompts that have one, check that
+            the loss is a sum over prompts. False: no checks.
         coupled: take losses that are not a sum over prompts: ``g_s`` is then the part of the gradient that passes
             through the tokens of s. The parts add up to the gradient all the same.
 
@@ -97,7 +98,7 @@ class LiveSketcher:
         self._whole = not sharded.units(self.model)
         self._audited = self._whole and self._plan.ranks is None
         self._shape: object = None
-        self._heard: frozenset[str] | None = None
+        self._audits = Schedule()
         self._ready = False
         self._runs: Runs | None = None  # of the open batch
         self.loss: str | None = None
@@ -126,7 +127,7 @@ class LiveSketcher:
         if self._handles:
             raise RuntimeError("this LiveSketcher is already active: leave its `with` block first")
         if (shape := code_shape(self.model)) != self._shape:
-            self._shape, self._heard, self._ready, self.loss = shape, None, False, None
+            self._shape, self._audits, self._ready, self.loss = shape, Schedule(), False, None
         self._handles += self._plan.hook()
         return self
 
@@ -169,28 +170,28 @@ class LiveSketcher:
         if self._plan.ranks is not None:
             self._plan.ranks.check_same("segments", runs.segments.offsets)
         size = _number(scale)
-        first = self._verify and self._heard is None
-        if first and self._whole and not self._ready:
+        if self._verify and self._whole and not self._ready:
             self._try()
-        check = LossCheck(self.model, self._acc, runs) if first and not self.coupled else None
+        due = self._verify and self._audited and self._audits.due()
+        check = LossCheck(self.model, self._acc, runs) if self._asks(runs) else None
         self._acc.begin(runs.segments, sharded.device_of(self.model))
         self._runs = runs
         result, started = LiveSketch(), time.perf_counter()
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(one_sequence_a_row(self.model, runs))
-                audit = Audit(self.model, self._plan, self._acc) if first and self._audited else None
+                audit = Audit(self.model, self._plan, self._acc) if due else None
                 if audit is not None:
                     stack.enter_context(audit.listening())
                 if check is not None:
                     stack.enter_context(check.watching())
                 yield result
             if audit is not None:
-                self._heard = audit.verdict(runs.segments)
+                audit.verdict(runs.segments, self._audits)
             if check is not None and check.found is not None:
                 self.loss = check.found
-            if self._verify and self._heard is not None:
-                check_heard(self.model, self._plan, self._heard, runs.segments, partly=True)
+            if self._audits.heard is not None:
+                check_heard(self.model, self._plan, self._audits.heard, runs.segments, partly=True)
             clock, sketches = self._acc.clock, self._acc.end()
         finally:
             self._acc.close()
@@ -253,6 +254,12 @@ class LiveSketcher:
                 f"what is trainable has changed since this LiveSketcher was made ({changed[0]} and {len(changed) - 1} "
                 "more): make a new one"
             )
+
+    def _asks(self, runs: Runs) -> bool:
+        """Whether this batch can say more of the loss than those before."""
+        if not self._verify or self.coupled:
+            return False
+        return self.loss is None or (self.loss == LATER and runs.present > 1)
 
     def _try(self) -> None:
         """What `GradientSketcher.batch` checks before its first block: over frozen weights, on a few tokens."""

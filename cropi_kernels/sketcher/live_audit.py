@@ -1,8 +1,12 @@
-"""The first step of a live sketcher, held to the gradient that autograd formed in that very step.
+"""Steps of a live sketcher, held to the gradient that autograd formed in that very step.
 
 Per parameter, the sketches of all prompts must add up to the sketch of its gradient: whatever the trainer's loss,
 precision, checkpointing or compiler did. That a tap gives each prompt its own part is what the self-test on a few
 tokens shows.
+
+A step may have no gradient at all (all rewards are equal, as where a run begins with hard prompts), and parameters may
+have none in the first steps (adapters that begin at zero). Zeros agree whatever the taps do, so that such a step shows
+nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from .accumulator import Accumulator
 from .attach import Attachment
 from .listener import Listener, Source
 from .segments import Segments
-from .selftest import FormedSums, Parts, SelfTestError, compare, named
+from .selftest import FormedSums, Part, Parts, SelfTestError, compare, named
 
 PROBLEM = (
     "the sketches of this step do not add up to the gradient that its backward pass formed (a weight is used beside "
@@ -40,6 +44,37 @@ class _Both(Listener):
         super().added(tap, dy, kept)
 
 
+class Schedule:
+    """Which batches are compared: all until one has a gradient, then the next and ever fewer of those that follow (with
+    1, 2, 4, ... between them), until every parameter has had one.
+
+    Attributes:
+        heard: the modules whose taps were heard; None: in no batch so far.
+    """
+
+    def __init__(self) -> None:
+        self.heard: frozenset[str] | None = None
+        self._shown: set[str] = set()
+        self._gap = self._wait = 0  # batches that are not compared: next time, and now
+        self._all = False
+
+    def due(self) -> bool:
+        """Whether the batch that begins is compared."""
+        if self._all or self._wait > 0:
+            self._wait -= 1
+            return False
+        return True
+
+    def note(self, parts: list[Part], known: set[str], heard: frozenset[str]) -> None:
+        """A batch was compared, and is right."""
+        self.heard = heard | (self.heard or frozenset())
+        new = {name for part in parts if part.size > 0 for name in part.names}
+        self._shown |= new
+        self._all = self._shown >= known
+        if new:
+            self._wait, self._gap = self._gap, max(1, 2 * self._gap)
+
+
 class Audit:
     """What the taps and autograd gave in one open batch."""
 
@@ -58,17 +93,17 @@ class Audit:
             self._acc.listener = None
         self._acc.out.copy_(self._listener.total)
 
-    def verdict(self, segments: Segments) -> frozenset[str] | None:
-        """The modules whose taps were heard; None: a number is not finite, or nothing came by, so nothing is known.
+    def verdict(self, segments: Segments, schedule: Schedule) -> None:
+        """Tell the schedule what was shown: nothing where a number is not finite, or nothing came by.
 
         Raises:
             SelfTestError: names the parameters that are off.
         """
         sums = [*self._listener.sums.values(), *self._formed.sums.values()]
         if not self._formed.sums or not all(bool(took.isfinite().all()) for took in sums):
-            return None
+            return
         parts = compare(self._parts, self._listener, self._formed, tuple(range(segments.count)), segments)
         wrong = [part for part in parts if not part.right]
         if wrong:
             raise SelfTestError(PROBLEM + named(wrong) + REMEDY + "this test")
-        return frozenset(tap.where for tap in self._listener.sums)
+        schedule.note(parts, self._parts.known, frozenset(tap.where for tap in self._listener.sums))

@@ -42,6 +42,11 @@ class Runs:
     count: int
     rows: bool
 
+    @property
+    def present(self) -> int:
+        """Different ids in the batch."""
+        return len(self.owner.unique())
+
     @classmethod
     def of(
         cls, ids: torch.Tensor, shape: tuple[int, int] | None, count: int | None, name: str = "segments"

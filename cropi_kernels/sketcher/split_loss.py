@@ -6,13 +6,15 @@ things are looked for before the first backward pass runs:
 
 - a way from the loss to a weight that does not pass through what the model gave for each token (a term of all tokens
   together, as experts' load balancing; a norm of the weights);
-- second derivatives between what the model gave for two prompts: of a sum they are zero exactly.
+- second derivatives between what the model gave for two prompts: of a sum they are zero exactly. They are zero as well
+  where prompts have no gradient (their rewards are equal), so that a batch with fewer than two that have one says
+  nothing, and a later one is looked at.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from .beside import inside_compiled
 from .row_segments import Runs
 
 LARGEST = 1 << 26  # numbers that a model gave; the test needs a few copies
+LATER = "not checked yet for terms of several prompts: no batch so far had two prompts with a gradient"
 REMEDY = (
     "make it a sum over prompts (what is averaged or normalised over a batch must not carry a gradient), or take the "
     "parts that pass through each prompt's tokens, which add up to the gradient all the same: coupled=True"
@@ -52,7 +55,9 @@ class _Backward(TorchFunctionMode):
 
 
 class LossCheck:
-    """Checks the loss of one batch. ``found`` is the result as a sentence; None: there was no backward pass.
+    """Checks the loss of one batch.
+
+    ``found`` is the result as a sentence; None: there was no backward pass; `LATER`: another batch may say more.
 
     Args:
         model: whose outputs are looked at.
@@ -102,11 +107,14 @@ class LossCheck:
                 f"the loss depends on {', '.join(beside[:5])} otherwise than through what the model gave for each "
                 f"token (a term of all tokens together, such as experts' load balancing, or of the weights): {REMEDY}"
             )
-        if self.runs.count < 2 or sum(y.numel() for y in ys) > LARGEST:
-            why = "one prompt" if self.runs.count < 2 else f"more than {LARGEST:,} numbers in the outputs"
-            self.found = f"not checked for terms of several prompts: {why}"
-            return
-        self.found = self._second_derivatives(loss, ys)
+        if sum(y.numel() for y in ys) > LARGEST:
+            self.found = (
+                f"not checked for terms of several prompts: more than {LARGEST:,} numbers in the outputs"
+            )
+        elif self.runs.present < 2:
+            self.found = LATER
+        else:
+            self.found = self._second_derivatives(loss, ys)
 
     def _per_token(self, y: torch.Tensor) -> bool:
         segments = self.runs.segments
@@ -125,6 +133,8 @@ class LossCheck:
             ]
             if not terms:
                 return "a sum over prompts (linear in what the model gave)"
+            if not (_any(first, marks) and _any(first, [~mark for mark in marks])):
+                return LATER
             # Of one half of the prompts' gradients, with respect to all.
             half = torch.stack(terms).sum()
             second = torch.autograd.grad(half, ys, retain_graph=True, allow_unused=True)
@@ -146,11 +156,21 @@ class LossCheck:
     def _half(self, y: torch.Tensor) -> torch.Tensor:
         """bool, of ``y``'s shape but for trailing axes of 1: the tokens of every second prompt."""
         runs, segments = self.runs, self.runs.segments
-        odd = (runs.owner % 2 == 1).repeat_interleave(segments.offsets.diff()).to(y.device)
+        place = runs.owner.unique(return_inverse=True)[1]  # a micro-batch may hold even ids alone
+        odd = (place % 2 == 1).repeat_interleave(segments.offsets.diff()).to(y.device)
         views = segments.token_views(y)
         if views:
             return odd.view(next(iter(views.values())))
         return odd.view(segments.batch, segments.length)[:, 0].view(-1, *(1 for _ in y.shape[1:]))
+
+
+def _any(gradients: Sequence[torch.Tensor | None], marks: list[torch.Tensor]) -> bool:
+    """Whether a marked number's gradient is finite and not zero."""
+    return any(
+        bool((mark & g.isfinite() & (g != 0)).any())
+        for g, mark in zip(gradients, marks, strict=True)
+        if g is not None
+    )
 
 
 def _pattern(y: torch.Tensor) -> torch.Tensor:

@@ -13,21 +13,13 @@ import torch.distributed as dist
 import transformers
 from support import live as made
 from support import odd_models, zoo
-from support.live import LOSSES, SPEC, Step
+from support.live import LOSSES, SPEC, Step, captured
 from torch import nn
 
-from cropi_kernels import CoupledLossError, LiveSketcher
+from cropi_kernels import LiveSketcher
 from cropi_kernels.sketcher import SelfTestError
 
 transformers.logging.set_verbosity_error()
-ALL = torch.ones(1, 1)
-
-
-def captured(model: nn.Module, loss: Any, step: Step | None = None, **options: Any) -> torch.Tensor:
-    step = Step() if step is None else step
-    with LiveSketcher(model, SPEC, **options) as live, live.batch(step.prompts, shape=step.shape) as sketch:
-        loss(made.logits_of(model, step), step, step.rows(None)).backward()
-    return -sketch.sketches  # of the loss's gradient
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
@@ -168,9 +160,7 @@ def test_micro_batches_add_up() -> None:
     total = torch.zeros_like(whole)
     with LiveSketcher(model, SPEC) as live:
         for part in (slice(0, 2), slice(2, 5), slice(5, 6)):
-            own = copy.copy(step)
-            for name in ("ids", "mask", "prompts", "scored", "advantages", "old", "reference"):
-                setattr(own, name, getattr(step, name)[part])
+            own = step.part(part)
             rows = torch.ones(len(own.ids), 1)
             with live.batch(own.prompts, shape=own.shape, num_segments=zoo.N_SEGMENTS) as sketch:
                 made.grpo(made.logits_of(model, own), own, rows).backward()
@@ -355,106 +345,3 @@ def test_compiled_modules() -> None:
             assert torch.equal(-got.sketches, want)
         assert live.loss == "not checked: modules are compiled"
     torch.compiler.reset()
-
-
-# ------------------------------------------------------------------------------------------------- bad input
-def test_a_nan_marks_its_prompt_alone() -> None:
-    model, step = zoo.make("llama"), Step()
-    want = captured(zoo.make("llama"), made.cross_entropy)
-    bad = copy.copy(step)
-
-    def loss(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
-        rows = torch.where(step.prompts == 1, float("nan"), 1.0)[:, None]
-        return (-made.logprobs_of(logits, step) * step.scored * rows).sum() / step.scored.sum()
-
-    with LiveSketcher(model, SPEC) as live:
-        with live.batch(step.prompts, shape=step.shape) as got:
-            loss(made.logits_of(model, bad), bad, step.rows(None)).backward()
-        assert got.failed.tolist() == [False, True, False]
-        assert torch.equal(-got.sketches[[0, 2]], want[[0, 2]])
-        with live.batch(step.prompts, shape=step.shape) as got:  # the taps are held to autograd now
-            made.cross_entropy(made.logits_of(model, step), step, step.rows(None)).backward()
-        assert not got.failed.any() and live._heard
-
-
-def coupled_by_a_norm(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
-    logp = made.logprobs_of(logits, step)
-    return (logp * step.advantages[:, None] * step.scored).sum() / logp.std()
-
-
-def coupled_by_the_weights(model: nn.Module) -> Any:
-    def loss(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
-        return made.cross_entropy(logits, step, mine) + 1e-3 * model.model.norm.weight.square().sum()
-
-    return loss
-
-
-@pytest.mark.long
-def test_a_loss_that_is_no_sum_over_prompts_is_named() -> None:
-    with pytest.raises(CoupledLossError, match="not a sum over prompts"):
-        captured(zoo.make("llama"), coupled_by_a_norm)
-    model = zoo.make("llama")
-    with pytest.raises(CoupledLossError, match=r"model\.norm\.weight"):
-        captured(model, coupled_by_the_weights(model))
-    assert captured(zoo.make("llama"), coupled_by_a_norm, coupled=True).isfinite().all()
-
-
-@pytest.mark.long
-def test_losses_of_trainers_are_sums() -> None:
-    for loss in LOSSES.values():
-        model, step = zoo.make("llama"), Step()
-        with LiveSketcher(model, SPEC) as live, live.batch(step.prompts, shape=step.shape):
-            loss(made.logits_of(model, step), step, step.rows(None)).backward()
-        assert live.loss == "a sum over prompts"
-
-
-def test_a_weight_that_is_used_beside_its_module_is_named() -> None:
-    model = zoo.make("llama")
-
-    def loss(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
-        hidden = model.model(input_ids=step.ids, attention_mask=step.mask, use_cache=False).last_hidden_state
-        return made.grpo((hidden @ model.lm_head.weight.T)[:, :-1], step, mine)
-
-    with pytest.raises(SelfTestError, match=r"lm_head\.weight.*heard nothing"):
-        captured(model, loss, coupled=True)
-
-
-def test_rows_of_several_sequences_are_refused() -> None:
-    batch, model = zoo.packed(), zoo.make("llama")
-    with (
-        LiveSketcher(model, SPEC) as live,
-        pytest.raises(ValueError, match="position_ids restart in column 7"),
-    ):
-        with live.batch(torch.zeros(1, dtype=torch.int64), shape=tuple(batch.input_ids.shape)):
-            model(input_ids=batch.input_ids, position_ids=batch.position_ids)
-
-
-def test_refused_in_words() -> None:
-    model, step = zoo.make("llama"), Step()
-    live = LiveSketcher(model, SPEC)
-    with (
-        pytest.raises(RuntimeError, match="outside the `with LiveSketcher"),
-        live.batch(step.prompts, shape=(6, 9)),
-    ):
-        pass
-    with live:
-        for segments, options, message in (
-            (step.prompts.tolist(), {}, "segments is of type list"),
-            (step.prompts, {}, "give ids per token, or shape"),
-            (step.prompts.float(), {"shape": (6, 9)}, "torch.float32"),
-            (step.prompts - 1, {"shape": (6, 9)}, "holds -1"),
-            (step.prompts, {"shape": (6, 9), "num_segments": 2}, "num_segments=2 but segments holds id 2"),
-            (step.prompts, {"shape": (6, 9), "scale": float("inf")}, "scale is inf"),
-        ):
-            with pytest.raises(ValueError, match=message), live.batch(segments, **options):
-                pass
-        model.lm_head.weight.requires_grad_(False)
-        with pytest.raises(ValueError, match=r"what is trainable has changed.*lm_head\.weight"):
-            with live.batch(step.prompts, shape=(6, 9)):
-                pass
-        model.lm_head.weight.requires_grad_(True)
-        with live.batch(step.prompts, shape=step.shape):
-            loss = made.grpo(made.logits_of(model, step), step, step.rows(None))
-        with pytest.raises(RuntimeError, match="after its batch had ended"):
-            loss.backward()
-    assert not any(m._forward_hooks for m in model.modules())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from cropi_kernels import SketchSpec
+from cropi_kernels import LiveSketcher, SketchSpec
 from cropi_kernels.names import canonical_name
 from support import zoo
 
@@ -36,6 +37,13 @@ class Step:
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(self.ids.shape)  # type: ignore[return-value]
+
+    def part(self, rows: Any) -> Step:
+        """A step of some of its rows."""
+        part = copy.copy(self)
+        for name in ("ids", "mask", "prompts", "scored", "advantages", "old", "reference"):
+            setattr(part, name, getattr(self, name)[rows])
+        return part
 
     def rows(self, prompt: int | None) -> torch.Tensor:
         """float [rows, 1], 1 for the rows of a prompt (None: of all)."""
@@ -80,6 +88,14 @@ def gspo(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
 
 
 LOSSES: dict[str, Loss] = {"cross-entropy": cross_entropy, "grpo": grpo, "gspo": gspo}
+
+
+def captured(model: nn.Module, loss: Loss, step: Step | None = None, **options: Any) -> torch.Tensor:
+    """The sketches of the loss's gradient, of every prompt."""
+    step = Step() if step is None else step
+    with LiveSketcher(model, SPEC, **options) as live, live.batch(step.prompts, shape=step.shape) as sketch:
+        loss(logits_of(model, step), step, step.rows(None)).backward()
+    return -sketch.sketches
 
 
 def prompt_gradients(model: nn.Module, step: Step, loss: Loss) -> list[dict[str, torch.Tensor]]:

@@ -1,0 +1,202 @@
+"""What live capture checks of a step, and what it says where a check fails or cannot be made yet."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support import live as made
+from support import zoo
+from support.live import LOSSES, SPEC, Step, captured
+from torch import nn
+
+from cropi_kernels import CoupledLossError, LiveSketcher
+from cropi_kernels.sketcher import SelfTestError
+from cropi_kernels.sketcher.live_audit import Schedule
+from cropi_kernels.sketcher.selftest import Part
+
+transformers.logging.set_verbosity_error()
+
+
+def test_a_nan_marks_its_prompt_alone() -> None:
+    model, step = zoo.make("llama"), Step()
+    want = captured(zoo.make("llama"), made.cross_entropy)
+    bad = copy.copy(step)
+
+    def loss(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
+        rows = torch.where(step.prompts == 1, float("nan"), 1.0)[:, None]
+        return (-made.logprobs_of(logits, step) * step.scored * rows).sum() / step.scored.sum()
+
+    with LiveSketcher(model, SPEC) as live:
+        with live.batch(step.prompts, shape=step.shape) as got:
+            loss(made.logits_of(model, bad), bad, step.rows(None)).backward()
+        assert got.failed.tolist() == [False, True, False]
+        assert torch.equal(-got.sketches[[0, 2]], want[[0, 2]])
+        with live.batch(step.prompts, shape=step.shape) as got:  # the taps are held to autograd now
+            made.cross_entropy(made.logits_of(model, step), step, step.rows(None)).backward()
+        assert not got.failed.any() and live._audits.heard
+
+
+def coupled_by_a_norm(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
+    logp = made.logprobs_of(logits, step)
+    return (logp * step.advantages[:, None] * step.scored).sum() / logp.std()
+
+
+def coupled_by_the_weights(model: nn.Module) -> Any:
+    def loss(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
+        return made.cross_entropy(logits, step, mine) + 1e-3 * model.model.norm.weight.square().sum()
+
+    return loss
+
+
+@pytest.mark.long
+def test_a_loss_that_is_no_sum_over_prompts_is_named() -> None:
+    with pytest.raises(CoupledLossError, match="not a sum over prompts"):
+        captured(zoo.make("llama"), coupled_by_a_norm)
+    model = zoo.make("llama")
+    with pytest.raises(CoupledLossError, match=r"model\.norm\.weight"):
+        captured(model, coupled_by_the_weights(model))
+    assert captured(zoo.make("llama"), coupled_by_a_norm, coupled=True).isfinite().all()
+
+
+@pytest.mark.long
+def test_losses_of_trainers_are_sums() -> None:
+    for loss in LOSSES.values():
+        model, step = zoo.make("llama"), Step()
+        with LiveSketcher(model, SPEC) as live, live.batch(step.prompts, shape=step.shape):
+            loss(made.logits_of(model, step), step, step.rows(None)).backward()
+        assert live.loss == "a sum over prompts"
+
+
+def test_a_weight_that_is_used_beside_its_module_is_named() -> None:
+    model = zoo.make("llama")
+
+    def loss(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
+        hidden = model.model(input_ids=step.ids, attention_mask=step.mask, use_cache=False).last_hidden_state
+        return made.grpo((hidden @ model.lm_head.weight.T)[:, :-1], step, mine)
+
+    with pytest.raises(SelfTestError, match=r"lm_head\.weight.*heard nothing"):
+        captured(model, loss, coupled=True)
+
+
+def without_gradient(step: Step) -> Step:
+    """Equal rewards: no prompt has a gradient."""
+    part = copy.copy(step)
+    part.advantages = torch.zeros_like(step.advantages)
+    return part
+
+
+def one_prompt(step: Step) -> Step:
+    return step.part(step.prompts == 1)
+
+
+def even_ids(step: Step) -> Step:
+    """A micro-batch of prompts 0 and 2 of a step of three."""
+    return step.part(step.prompts != 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", [without_gradient, one_prompt, even_ids])
+def test_a_first_batch_that_shows_nothing_of_the_loss(first: Any) -> None:
+    """Of zeros all derivatives are zero, and one prompt has no other: the next batch is looked at."""
+    model, step = zoo.make("llama"), Step()
+    with (
+        pytest.raises(CoupledLossError, match="not a sum over prompts"),
+        LiveSketcher(model, SPEC) as live,
+    ):
+        for batch in (first(step), step):
+            with live.batch(batch.prompts, shape=batch.shape, num_segments=3):
+                coupled_by_a_norm(made.logits_of(model, batch), batch, batch.rows(None)).backward()
+            assert first is not even_ids and str(live.loss).startswith("not checked yet")
+
+
+def test_a_first_step_without_a_gradient_does_not_pass_for_a_comparison() -> None:
+    model, step = zoo.make("llama"), Step()
+
+    def loss(step: Step) -> torch.Tensor:
+        hidden = model.model(input_ids=step.ids, attention_mask=step.mask, use_cache=False).last_hidden_state
+        logp = made.logprobs_of((hidden @ model.lm_head.weight.T)[:, :-1], step)
+        return (logp * step.scored * step.advantages[:, None]).sum()
+
+    with LiveSketcher(model, SPEC) as live:
+        for _ in range(2):
+            with live.batch(step.prompts, shape=step.shape) as got:
+                loss(without_gradient(step)).backward()
+            assert not got.sketches.any()
+        with pytest.raises(SelfTestError, match=r"lm_head\.weight.*heard nothing"):
+            with live.batch(step.prompts, shape=step.shape):
+                loss(step).backward()
+
+
+def test_an_adapter_that_begins_at_zero_is_compared_once_it_has_a_gradient() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, step = get_peft_model(zoo.make("llama"), LoraConfig(r=4, target_modules=["q_proj"])), Step()  # type: ignore[arg-type]
+    weights = [p for name, p in model.named_parameters() if "lora_A" in name]
+    weights[0].register_hook(lambda gradient: 2 * gradient)  # a user's: no tap sees it
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with LiveSketcher(model, SPEC) as live:
+        for expected in (contextlib.nullcontext(), pytest.raises(SelfTestError, match="lora_A")):
+            with expected, live.batch(step.prompts, shape=step.shape):
+                made.grpo(made.logits_of(model, step), step, step.rows(None)).backward()
+            optimizer.step()
+
+
+def test_comparisons_end_when_every_parameter_had_a_gradient() -> None:
+    """One that never has, say an expert that no token takes, costs ever fewer of them."""
+    schedule = Schedule()
+    right = Part(("a",), "", 0.0, 1.0, 1.0)
+    compared = []
+    for batch in range(30):
+        if schedule.due():
+            compared.append(batch)
+            schedule.note([right] if batch else [Part(("a",), "", 0.0, 1.0, 0.0)], {"a", "b"}, frozenset("m"))
+    assert compared == [0, 1, 2, 4, 7, 12, 21] and schedule.heard == {"m"}
+    schedule = Schedule()
+    schedule.note([right, Part(("b",), "", 0.0, 1.0, 2.0)], {"a", "b"}, frozenset("m"))
+    assert not any(schedule.due() for _ in range(5))
+
+
+def test_rows_of_several_sequences_are_refused() -> None:
+    batch, model = zoo.packed(), zoo.make("llama")
+    with (
+        LiveSketcher(model, SPEC) as live,
+        pytest.raises(ValueError, match="position_ids restart in column 7"),
+    ):
+        with live.batch(torch.zeros(1, dtype=torch.int64), shape=tuple(batch.input_ids.shape)):
+            model(input_ids=batch.input_ids, position_ids=batch.position_ids)
+
+
+def test_refused_in_words() -> None:
+    model, step = zoo.make("llama"), Step()
+    live = LiveSketcher(model, SPEC)
+    with (
+        pytest.raises(RuntimeError, match="outside the `with LiveSketcher"),
+        live.batch(step.prompts, shape=(6, 9)),
+    ):
+        pass
+    with live:
+        for segments, options, message in (
+            (step.prompts.tolist(), {}, "segments is of type list"),
+            (step.prompts, {}, "give ids per token, or shape"),
+            (step.prompts.float(), {"shape": (6, 9)}, "torch.float32"),
+            (step.prompts - 1, {"shape": (6, 9)}, "holds -1"),
+            (step.prompts, {"shape": (6, 9), "num_segments": 2}, "num_segments=2 but segments holds id 2"),
+            (step.prompts, {"shape": (6, 9), "scale": float("inf")}, "scale is inf"),
+        ):
+            with pytest.raises(ValueError, match=message), live.batch(segments, **options):
+                pass
+        model.lm_head.weight.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"what is trainable has changed.*lm_head\.weight"):
+            with live.batch(step.prompts, shape=(6, 9)):
+                pass
+        model.lm_head.weight.requires_grad_(True)
+        with live.batch(step.prompts, shape=step.shape):
+            loss = made.grpo(made.logits_of(model, step), step, step.rows(None))
+        with pytest.raises(RuntimeError, match="after its batch had ended"):
+            loss.backward()
+    assert not any(m._forward_hooks for m in model.modules())
