@@ -88,9 +88,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        value: Any = version("cropi-kernels")
+        # Of what is installed: the kernels' own would import torch, for which `cropi --version` does not wait.
+        try:
+            value: Any = version("cropi-kernels")
+        except PackageNotFoundError:  # a checkout on the path, built in place
+            from cropi_kernels import __version__ as value
     elif name in _PLACES:
         value = getattr(importlib.import_module(_PLACES[name]), name)
     else:

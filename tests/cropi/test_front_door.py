@@ -296,3 +296,18 @@ def test_records_are_left_as_they_were() -> None:
     before = json.dumps(TRAIN)
     cropi.sketch(make_model(), TRAIN, make_tokenizer(), **SMALL)
     assert json.dumps(TRAIN) == before
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built in place and on the path: the record of a run asks for the version, and ended the run."""
+    import importlib.metadata
+
+    import cropi_kernels
+
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    monkeypatch.delitem(vars(cropi), "__version__", raising=False)
+    assert cropi.__version__ == cropi_kernels.__version__
+    monkeypatch.delitem(vars(cropi), "__version__")
