@@ -50,6 +50,7 @@ MOVED = {
 # Where the rest of a module is that has been split.
 REST = {
     "cropi.advantages": "cropi.gradient.estimators",
+    "cropi.manifest": "cropi.store.differences",
     "cropi.tokenize": "cropi.gradient.template",
     "cropi.trajectories": "cropi.data.writers",
 }

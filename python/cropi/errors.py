@@ -70,7 +70,7 @@ def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """The beginning of a value's repr, whatever its size."""
+    """A value's repr in at most ``limit`` characters; a longer one ends in dots."""
     if isinstance(value, (str, bytes)):
         value = value[: limit + 1]
     elif isinstance(value, int) and value.bit_length() > 4000:
@@ -81,7 +81,7 @@ def shown(value: Any, limit: int = 60) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits inside, or thousands of brackets
         return f"a {type(value).__name__}"
-    return text if len(text) <= limit else text[:limit]
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def printable(text: object) -> str:

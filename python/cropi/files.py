@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import re
@@ -182,24 +181,6 @@ def _alive(process: int) -> bool:
         return False
     except OSError:
         return True  # somebody else's
-    return True
-
-
-def try_lock(descriptor: int, folder: Path) -> bool:
-    """Lock an open file for this process; False where another one holds the lock.
-
-    Raises:
-        CropiError: the file system of ``folder`` has no locks.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise CropiError(
-            f"the file system of {folder} gives no file locks ({error.strerror}), and two jobs could write into one "
-            "folder; give a folder on another file system"
-        ) from error
     return True
 
 

@@ -283,7 +283,7 @@ def test_a_template_file_counts_by_content(
     template.write_text("Q: {% for m in messages %}{{ m['content'] }}{% endfor %}")
     capsys.readouterr()
     assert sketch(made, tmp_path / "s", f"--chat-template {template}") == 2
-    assert "was made with tokens.chat_template = {% for m" in capsys.readouterr().err
+    assert 'was made with tokens.chat_template = "{% for m' in capsys.readouterr().err
     assert len(SketchStore.open(tmp_path / "s")) == 20
 
 

@@ -142,8 +142,8 @@ def test_bad_comparisons_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CropiError, match="'x': the mean of its gradients is zero"):
         influence(train, [make_store(tmp_path / "v2", {"p": ("x", (1.0, 0.0)), "q": ("x", (-1.0, 0.0))})])
     for number, (change, named) in enumerate([
-        ({"stage": "1"}, "stage = 0 in the first, 1 in the second"),
-        ({"model": {"dtype": "float32", "weights": "bb"}}, "model.weights = aa in the first, bb in the second"),
+        ({"stage": "1"}, "stage = '0' in the first, '1' in the second"),
+        ({"model": {"dtype": "float32", "weights": "bb"}}, "model.weights = 'aa' in the first, 'bb' in the second"),
         ({"spec": {"dim": 2, "seed": 1}}, "spec.seed = None in the first, 1 in the second"),
         ({"parameters": {"covered": 1, "total": 2, "excluded": []}}, "parameters.covered = 2 in the first, 1"),
     ]):  # fmt: skip

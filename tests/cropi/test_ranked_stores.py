@@ -17,7 +17,7 @@ from cropi.model.policy import Policy
 from cropi.ranking.influence import influence, validation_means
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
-from cropi.store.manifest import UnlikeStores
+from cropi.store.differences import UnlikeStores
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
 

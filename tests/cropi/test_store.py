@@ -165,11 +165,11 @@ def test_same_job_is_continued_and_notes_may_differ(tmp_path: Path) -> None:
         ({"spec": {"dim": DIM, "seed": 1}}, "spec.seed = 0, but this run has 1"),
         (
             {"model": {"dtype": "float32", "weights": "bb"}},
-            "model.weights = aa (model 'here'), but this run has bb",
+            "model.weights = 'aa' (model 'here'), but this run has 'bb'",
         ),
-        ({"stage": "1"}, "stage = 0, but this run has 1"),
-        ({"dtype": "int8"}, "dtype = float32, but this run has int8"),
-        ({"trajectories": "ff"}, "trajectories = None, but this run has ff"),
+        ({"stage": "1"}, "stage = '0', but this run has '1'"),
+        ({"dtype": "int8"}, "dtype = 'float32', but this run has 'int8'"),
+        ({"trajectories": "ff"}, "trajectories = None, but this run has 'ff'"),
     ],
 )
 def test_other_settings_are_refused_by_name(tmp_path: Path, change: dict[str, Any], named: str) -> None:

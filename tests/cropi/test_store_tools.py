@@ -165,7 +165,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     one = part(tmp_path / "a", range(0, 6), estimator={"name": "cropi"})
     other = {
         "spec": ({"spec": {"dim": DIM, "seed": 3}}, "spec.seed = 0 in the first, 3 in the second"),
-        "model": ({"model": {"dtype": "float32", "weights": "bb"}}, "model.weights = aa in the first"),
+        "model": ({"model": {"dtype": "float32", "weights": "bb"}}, "model.weights = 'aa' in the first"),
         "estimator": (
             {"estimator": {"name": "ppo"}},
             "estimator.name = 'cropi' in the first, 'ppo' in the second",

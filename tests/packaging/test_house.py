@@ -90,7 +90,7 @@ FLOORS = [
     {"grouping"},
     {"option_fields"},
     {"sealed", "commands"},
-    {"checked", "files", "summary", "agreement"},
+    {"checked", "files", "locks", "summary", "agreement"},
     {"errors", "_moved"},
 ]
 

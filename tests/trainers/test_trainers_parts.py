@@ -186,7 +186,7 @@ def test_joined_stores_score_as_one(tmp_path: Path) -> None:
     )
     with pytest.raises(CropiError, match="holds the prompt 'p0-000', and so does another store"):
         SketchStore.join([whole, *parts])
-    with pytest.raises(CropiError, match="cannot be compared: stage = 0 in the first, 1 in the second"):
+    with pytest.raises(CropiError, match="cannot be compared: stage = '0' in the first, '1' in the second"):
         SketchStore.join([parts[0], stored("later", records[1::2], stage="1")])
     with pytest.raises(CropiError, match="no store"):
         SketchStore.join([])

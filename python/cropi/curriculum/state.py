@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cropi.curriculum.plan import Plan
-from cropi.errors import CropiError
-from cropi.files import reading, try_lock, write_atomic, writing
+from cropi.errors import CropiError, shown
+from cropi.files import reading, write_atomic, writing
+from cropi.locks import lock_folder
 from cropi.sealed import sealed, unsealed
-from cropi.store.manifest import first_difference
+from cropi.store.differences import first_difference
 
 FORMAT = 1
 NAME = "state.json"
@@ -65,9 +66,9 @@ class State:
             differs = first_difference(self.data["settings"].get(step), values, step)
             if used and differs and not plan.accept_changes:
                 raise CropiError(
-                    f"{self.path.parent} was begun with {differs[0]} = {differs[1]!r}, but now it is {differs[2]!r}, "
-                    f"and {len(used)} finished stage(s) used the first; put it back, give another --out, or pass "
-                    "--accept-changes to use the new value from here on"
+                    f"{self.path.parent} was begun with {differs.field} = {shown(differs.left)}, but now it is "
+                    f"{shown(differs.right)}, and {len(used)} finished stage(s) used the first; put it back, give "
+                    "another --out, or pass --accept-changes to use the new value from here on"
                 )
         last = max((entry["stage"] for entry in self.data["done"]), default=0)
         if last >= plan.stages:
@@ -126,19 +127,17 @@ def locked(out: Path) -> Iterator[int]:
     """
     if out.exists() and not out.is_dir():
         raise CropiError(f"out: {out} is a file; give a folder")
+
+    def in_use(owner: str) -> CropiError:
+        return CropiError(
+            f"{out} is in use: by the `cropi curriculum` of process {owner}, or by a command that it started and "
+            "that is still running; wait for it, or end it"
+        )
+
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = lock_folder(out, in_use)
     try:
-        if not try_lock(lock, out):
-            owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
-            raise CropiError(
-                f"{out} is in use: by the `cropi curriculum` of process {owner}, or by a command that it started and "
-                "that is still running; wait for it, or end it"
-            )
-        with writing(out):
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
         yield lock
     finally:
         os.close(lock)

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from cropi.agreement import agree
-from cropi.errors import CropiError, shortened
-from cropi.store.manifest import first_difference
+from cropi.errors import CropiError, shortened, shown
+from cropi.store.differences import first_difference
 
 T = TypeVar("T")
 
@@ -252,11 +252,11 @@ def check_same(facts: Sequence[Mapping[str, Any]], names: Sequence[str], remedie
     for number, other in enumerate(facts):
         differs = first_difference(dict(facts[0]), dict(other))
         if differs:
-            name, left, right = differs
-            keys = [key for key in remedies if name == key or name.startswith(f"{key}.")]
+            field, left, right = differs
+            keys = [key for key in remedies if field == key or field.startswith(f"{key}.")]
             error = Unlike(
-                f"{names[number]} does not have the same job as {names[0]}: {name} = {_cut(right)} there, {_cut(left)} "
-                f"in {names[0]}; {remedies[max(keys, key=len)] if keys else remedies['']}"
+                f"{names[number]} does not have the same job as {names[0]}: {field} = {shown(right, 80)} there, "
+                f"{shown(left, 80)} in {names[0]}; {remedies[max(keys, key=len)] if keys else remedies['']}"
             )
             error.number = number
             raise error
@@ -265,8 +265,3 @@ def check_same(facts: Sequence[Mapping[str, Any]], names: Sequence[str], remedie
 def _words(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     return shortened(text if isinstance(error, CropiError) else f"{type(error).__name__}: {text}")
-
-
-def _cut(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -25,7 +25,8 @@ from cropi.errors import CropiError
 from cropi.ranking.contrast import names_without, without
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET, Scores
-from cropi.store.manifest import NOISE, check_comparable, check_scaled, warn_unlike
+from cropi.store.differences import check_comparable, check_scaled, warn_unlike
+from cropi.store.manifest import NOISE
 from cropi.store.rows import OK, RowInfo
 from cropi.store.store import SketchStore
 
@@ -79,7 +80,7 @@ def influence(
     """Score every training prompt against every validation set.
 
     Stores that were made with another estimator, tokenizer, template, end token or temperature give a warning
-    (:class:`cropi.store.manifest.UnlikeStores`).
+    (:class:`cropi.store.differences.UnlikeStores`).
 
     Args:
         train: the store of training prompts.

@@ -26,7 +26,8 @@ from cropi.gradient.zero import ZERO_GRADIENT
 from cropi.ranking.influence import check_stores, choose_members, validation_means
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
-from cropi.store.manifest import ALIKE, MERGED, NOISE, NOTES, first_difference, get_field, read_manifest
+from cropi.store.differences import ALIKE, Difference, first_difference
+from cropi.store.manifest import MERGED, NOISE, NOTES, get_field, read_manifest
 from cropi.store.rows import OK
 from cropi.store.store import SketchStore
 
@@ -208,8 +209,10 @@ def _place(noise: SketchStore, stores: Sequence[SketchStore]) -> int:
             differs = _difference(manifest, noise.manifest)
             if differs is None:
                 return number
-            if differs[0] != "trajectories" or not reason:
-                reason = f"{differs[0]} = {shown(differs[1])} in {store.path}, {shown(differs[2])} in it"
+            if differs.field != "trajectories" or not reason:
+                reason = (
+                    f"{differs.field} = {shown(differs.left)} in {store.path}, {shown(differs.right)} in it"
+                )
     raise CropiError(
         f"noise: {noise.path} belongs to none of the stores of training and validation prompts ({reason}); sketch it "
         "from the same trajectories with the same settings"
@@ -221,14 +224,14 @@ def _manifests(store: SketchStore) -> list[dict[str, Any]]:
     return [store.manifest] if len(store.paths) == 1 else [read_manifest(path) for path in store.paths]
 
 
-def _difference(store: Mapping[str, Any], noise: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+def _difference(store: Mapping[str, Any], noise: Mapping[str, Any]) -> Difference | None:
     """Where the jobs of a store and of one of noise differ; a merged one holds the trajectories of several."""
     if MERGED in store or MERGED in noise:
         held, drawn = (one.get(MERGED, [one.get("trajectories")]) for one in (store, noise))
         if any(one not in held for one in drawn):
-            return "trajectories", held, drawn
+            return Difference("trajectories", held, drawn)
         fields = ("spec", "stage", "model", "parameters", *ALIKE)
-        left, right = ({field: get_field(one, field, None) for field in fields} for one in (store, noise))
+        left, right = ({field: get_field(one, field) for field in fields} for one in (store, noise))
         return first_difference(left, right)
     left, right = ({k: v for k, v in one.items() if k not in _FREE} for one in (dict(store), dict(noise)))
     return first_difference(left, right)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cropi.errors import CropiError, shown
-from cropi.files import reason, replacing, try_lock, writing
+from cropi.files import reason, replacing, writing
+from cropi.locks import is_at, try_lock
 from cropi.sealed import check_sums, summed
 
 MARK = "cropi_rollout"
@@ -63,7 +64,7 @@ class RolloutFile:
         with file:
             self._file = file
             # Who finished it meanwhile has removed it: what is locked then is not a file that anybody else sees.
-            if not try_lock(file.fileno(), self.part.parent) or not _same(file.fileno(), self.part):
+            if not try_lock(file.fileno(), self.part.parent) or not is_at(file.fileno(), self.part):
                 raise CropiError(
                     f"out: another process writes {self.part}; wait for it, or give another --out"
                 )
@@ -167,14 +168,6 @@ class RolloutFile:
                     )
                 if str(held.get("id")) not in self.places:
                     self._append(held)
-
-
-def _same(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one that stands at a path."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def hash_of(settings: Mapping[str, Any]) -> str:

@@ -21,9 +21,10 @@ from cropi.model.moments import SecondMoments, file_of
 from cropi.model.policy import Policy
 from cropi.option_fields import names_of
 from cropi.options import Gradient, Running, Sketch, Sketching, Storing, Tokens
-from cropi.store.manifest import GROUPS, MANIFEST, NOISE, read_manifest, share_text
+from cropi.store.manifest import GROUPS, MANIFEST, NOISE, read_manifest
 from cropi.store.memory import MemoryStore
 from cropi.store.parts import take_parts
+from cropi.store.shares import share_text
 from cropi.store.store import SketchStore
 from cropi_kernels import Coverage, SketchSpec, frozen
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from cropi.store.codec import check_dtype, decode
-from cropi.store.manifest import FORMAT
+from cropi.store.manifest import new_manifest
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Block, Shard
 from cropi.store.store import SketchStore
@@ -49,7 +48,7 @@ class MemoryStore(SketchStore):
     """
 
     def __init__(self, manifest: Mapping[str, Any], *, shard_rows: int = 1024) -> None:
-        values = json.loads(json.dumps({"format": FORMAT, "dtype": "float32", **manifest}))
+        values = new_manifest({"dtype": "float32", **manifest})
         check_dtype(values["dtype"], int(values["spec"]["dim"]))
         super().__init__(Path(f"memory-{next(_numbers)}"), values, shard_rows=shard_rows)
 

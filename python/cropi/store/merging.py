@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from cropi.errors import CropiError, shown
+from cropi.errors import CropiError
 from cropi.store.compact import SHARD_BYTES, join_blocks
-from cropi.store.manifest import ALIKE, MERGED, NOTES, first_difference, get_field
+from cropi.store.differences import ALIKE, first_difference
+from cropi.store.manifest import MERGED, NOTES, get_field
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Shard
 from cropi.store.store import SketchStore
@@ -101,13 +102,12 @@ def merged_manifest(stores: Sequence[SketchStore]) -> dict[str, Any]:
     first = stores[0]
     for store in stores[1:]:
         for field in (*ALIKE, "dtype"):
-            left, right = (get_field(one.manifest, field, None) for one in (first, store))
+            left, right = (get_field(one.manifest, field) for one in (first, store))
             differs = first_difference(left, right, field)
             if differs:
                 raise CropiError(
-                    f"{first.path} and {store.path} cannot be merged: {differs[0]} = {shown(differs[1])} in the first, "
-                    f"{shown(differs[2])} in the second; sketch both with the same settings, or give both to "
-                    "`cropi influence --train`, which reads several stores as one"
+                    f"{first.path} and {store.path} cannot be merged: {differs.text()}; sketch both with the same "
+                    "settings, or give both to `cropi influence --train`, which reads several stores as one"
                 )
     held = [{k: v for k, v in one.manifest.items() if k not in NOTES} for one in stores]
     made: dict[str, Any] = _common(held)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cropi.errors import CropiError
 from cropi.files import writing
+from cropi.locks import LOCK
 from cropi.store.loading import remove
 from cropi.store.manifest import MANIFEST
 from cropi.store.merging import copy_rows
@@ -68,7 +69,7 @@ def _remove_shards(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    for name in (MANIFEST, ".lock"):
+    for name in (MANIFEST, LOCK):
         (path / name).unlink(missing_ok=True)
     for left in path.glob(".*.tmp"):
         left.unlink()

@@ -1,5 +1,6 @@
 """The sketch store: a folder of shards and a manifest that says what they are sketches of.
 
+This module makes stores, continues and joins them; :mod:`cropi.store.stored` reads what they hold.
 Rows are keyed by prompt id. A row is safe once :meth:`SketchStore.flush` has returned: a job that is killed
 at any instant resumes at the first missing prompt. A store refuses to be continued, or compared, under other
 settings.
@@ -8,10 +9,9 @@ settings.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,33 +19,31 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError
-from cropi.files import reason, try_lock, write_atomic, writing
-from cropi.store.codec import check_dtype, decode, encode
+from cropi.files import reason, write_atomic, writing
+from cropi.locks import LOCK, is_at, lock_folder
+from cropi.store.codec import check_dtype, encode
 from cropi.store.compact import SHARD_BYTES, due, groups, join_blocks, tail
+from cropi.store.differences import check_comparable, check_same_job, of_earlier_release
 from cropi.store.loading import load, load_steady, remove
 from cropi.store.manifest import (
-    FORMAT,
     MANIFEST,
     SCALED,
-    check_comparable,
-    check_same_job,
-    groups_in,
     job_fingerprint,
-    joined_share,
     manifest_text,
-    of_earlier_release,
+    new_manifest,
     read_manifest,
-    share_text,
 )
-from cropi.store.rows import OK, RowInfo, placed
-from cropi.store.shards import Block, Shard, shard_number, write_shard
+from cropi.store.rows import RowInfo, placed
+from cropi.store.shards import Shard, shard_number, write_shard
+from cropi.store.shares import joined_share
+from cropi.store.stored import StoredSketches
 
 
 class InUse(CropiError):
     """Another process writes to the store."""
 
 
-class SketchStore:
+class SketchStore(StoredSketches):
     """Sketches of prompt gradients in a folder.
 
     Use :meth:`create` to write (it continues a store that is there) and :meth:`open` to read. As a context
@@ -66,15 +64,11 @@ class SketchStore:
     def __init__(
         self, path: Path, manifest: dict[str, Any], *, shard_rows: int = 64, shard_bytes: int = SHARD_BYTES
     ) -> None:
-        self.path = path
-        self.manifest = manifest
+        super().__init__(path, manifest)
         self.shard_rows, self.shard_bytes = shard_rows, shard_bytes
         self._lock: int | None = None
         self._pending: dict[str, tuple[RowInfo, torch.Tensor | None]] = {}
         self._pending_sketches = 0
-        self._shards: dict[Path, Shard] = {}
-        self._rows: dict[str, RowInfo] = {}
-        self.paths = [path]  # of the stores that are read as one
 
     @classmethod
     def create(
@@ -103,38 +97,20 @@ class SketchStore:
             CropiError: the folder cannot be written, another process writes to it, it was made with other settings
                 (the first differing field is named with both values), or it is damaged.
         """
-        path, wanted = Path(path), json.loads(json.dumps({"format": FORMAT, **manifest}))
+        path, wanted = Path(path), new_manifest(manifest)
         check_dtype(wanted.get("dtype", "float32"), int(wanted["spec"]["dim"]))
-        if path.exists() and not path.is_dir():
-            raise CropiError(f"{path} is a file; give a folder for the store")
-        with writing(path):
-            held = os.listdir(path) if path.is_dir() else []
-        if held and not (path / MANIFEST).exists() and not (path / ".lock").exists():
-            raise CropiError(f"{path} is not empty and holds no {MANIFEST}; give a new folder for the store")
-        if any(name.startswith("shard-") for name in held) and not (path / MANIFEST).exists():
-            raise CropiError(
-                f"{path} holds shards but no {MANIFEST}, so what they are sketches of is not known; put it back, or "
-                "give a new folder for the store"
-            )
+        _check_folder(path)
         store = cls(path, wanted, shard_rows=shard_rows, shard_bytes=shard_bytes)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            store._acquire()
+            store._lock = lock_folder(path, partial(_in_use, path))
         except OSError as error:
             raise CropiError(
                 f"cannot write the store {path}: {reason(error, 'give another --out')}"
             ) from error
         try:
             if (path / MANIFEST).exists():
-                made = read_manifest(path)
-                if earlier is not None and of_earlier_release(made):
-                    check_same_job(path, made, json.loads(json.dumps({"format": FORMAT, **earlier()})))
-                    made |= {key: wanted[key] for key in ("model", "behaviour") if key in wanted}
-                    store._write_manifest(made)
-                check_same_job(path, made, wanted)
-                store.manifest = made
-                if wanted.get("prompts", 0) > made.get("prompts", 0):
-                    store._write_manifest(made | {"prompts": wanted["prompts"]})
+                store._go_on(wanted, earlier)
             else:
                 store._write_manifest(wanted)
             store._shards, store._rows = load(path, job_fingerprint(store.manifest), clean=True)
@@ -143,6 +119,18 @@ class SketchStore:
             store._release()
             raise
         return store
+
+    def _go_on(self, wanted: Mapping[str, Any], earlier: Callable[[], Mapping[str, Any]] | None) -> None:
+        """Take the manifest in the folder, if it is that of the job ``wanted``; see :meth:`create`."""
+        made = read_manifest(self.path)
+        if earlier is not None and of_earlier_release(made):
+            check_same_job(self.path, made, new_manifest(earlier()))
+            made |= {key: wanted[key] for key in ("model", "behaviour") if key in wanted}
+            self._write_manifest(made)
+        check_same_job(self.path, made, wanted)
+        self.manifest = made
+        if wanted.get("prompts", 0) > made.get("prompts", 0):
+            self._write_manifest(made | {"prompts": wanted["prompts"]})
 
     @classmethod
     def resume(cls, path: str | Path, *, shard_bytes: int = SHARD_BYTES) -> SketchStore:
@@ -205,20 +193,6 @@ class SketchStore:
             joined._rows.update(store._rows)
         joined.paths = [path for store in stores for path in store.paths]
         return joined
-
-    def __contains__(self, prompt_id: str) -> bool:
-        return prompt_id in self._rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def files(self) -> list[Shard]:
-        """The shards, in the order in which they are read."""
-        return list(self._shards.values())
-
-    def rows(self) -> list[RowInfo]:
-        """Every finished row, in order of prompt id: independent of the order in which they were computed."""
-        return sorted(self._rows.values(), key=attrgetter("id"))
 
     def add(self, row: RowInfo, sketch: torch.Tensor | None = None) -> list[str]:
         """Add a row; ``sketch`` is float ``[dim]``, or None for a prompt without one.
@@ -295,45 +269,6 @@ class SketchStore:
             for old in replaces:
                 remove(old.path)
 
-    def unread(self) -> Iterator[Block]:
-        """The rows with a sketch by blocks, in the order of the files, for threads that read a block each.
-
-        Raises:
-            CropiError: a shard's checksum does not match; the shard is named. Reading a block raises it too.
-        """
-        for shard in self.files():
-            yield from shard.unread()
-
-    def blocks(self) -> Iterator[tuple[list[RowInfo], dict[str, torch.Tensor]]]:
-        """Stream the sketches as they are stored: rows, and their numbers (:func:`cropi.store.codec.decode`).
-
-        Every block's checksum is checked. Memory is used again: a block is valid until the next is asked for.
-
-        Raises:
-            CropiError: a shard's checksum does not match; the shard is named.
-        """
-        for shard in self.files():
-            yield from shard.blocks()
-
-    def shards(self) -> Iterator[tuple[list[RowInfo], torch.Tensor]]:
-        """Stream the store by blocks of at most 16 MiB (or one row): rows, and their sketches as float32 ``[n, dim]``.
-
-        Raises:
-            CropiError: a shard's checksum does not match; the shard is named.
-        """
-        for rows, tensors in self.blocks():
-            table = decode(tensors)
-            yield (
-                rows,
-                table.clone() if table.data_ptr() == next(iter(tensors.values())).data_ptr() else table,
-            )
-
-    def verify(self) -> int:
-        """Check every shard's checksums, those of ``sha256sum`` too; returns how many shards there are."""
-        for shard in self._shards.values():
-            shard.verify()
-        return len(self._shards)
-
     def compact(self) -> tuple[int, int]:
         """Join all shards that are smaller than ``shard_bytes``; gives the numbers of shards before and after.
 
@@ -369,55 +304,6 @@ class SketchStore:
         if self.manifest.get("prompts") != len(self):
             self._write_manifest(self.manifest | {"prompts": len(self)})
 
-    def check_finished(self, *, alone: bool = True) -> None:
-        """Refuse to rank a part of the prompts as if it were all.
-
-        A store that does not say how many prompts it is to hold passes: an earlier release made it, or other hands.
-
-        Args:
-            alone: it is read without others, so that a share of a job (``--shard``) will not do.
-
-        Raises:
-            CropiError: the job that fills the store has not gone through all its prompts.
-        """
-        if len(self) < self.expected:
-            raise CropiError(
-                f"the store {self.path} holds {len(self)} of {self.expected} prompts: its sketching run was "
-                "interrupted, or still goes on; run the same command again to sketch the rest, or with a --limit that "
-                "is reached to take fewer on purpose"
-            )
-        share = self.manifest.get("share")
-        if alone and share and share["count"] > 1:
-            missing = share.get("missing") or [
-                n for n in range(1, share["count"] + 1) if n != share["number"]
-            ]
-            lacking = ", ".join(f"{n}/{share['count']}" for n in missing[:20])
-            raise CropiError(
-                f"the store {self.path} was made with --shard {share_text(self.manifest)} and holds a share of the "
-                f"{share['prompts']} prompts of its job: the share{'s' * (len(missing) > 1)} "
-                f"{lacking} must be read with it (`cropi store merge`, or several stores to --train)"
-            )
-
-    @property
-    def expected(self) -> int:
-        """Prompts that the store is to hold; where the manifest does not say, those that it holds."""
-        return int(self.manifest.get("prompts", len(self)))
-
-    @property
-    def dtype(self) -> str:
-        """How its numbers are stored."""
-        return str(self.manifest.get("dtype", "float32"))
-
-    @property
-    def dim(self) -> int:
-        """Numbers per row: of one sketch, or of those of all groups of parameters."""
-        return int(self.manifest["spec"]["dim"]) * max(len(self.groups), 1)
-
-    @property
-    def groups(self) -> list[str]:
-        """The groups of parameters whose sketches make up a row; none where a row is one sketch."""
-        return list(groups_in(self.manifest) or ())
-
     def close(self) -> None:
         """Flush, and let other processes write."""
         try:
@@ -440,11 +326,6 @@ class SketchStore:
         except (CropiError, OSError):
             pass  # the error that is already on its way says more
 
-    def __repr__(self) -> str:
-        spec, ready = self.manifest.get("spec", {}), sum(row.status == OK for row in self._rows.values())
-        held = f"{len(self)} prompts, {ready} with a sketch of {spec.get('dim')}"
-        return f"{type(self).__name__}({str(self.path)!r}: {held}, stage {self.manifest.get('stage')!r})"
-
     def _write_shard(
         self, path: Path, rows: list[RowInfo], tensors: Mapping[str, torch.Tensor], replaces: Sequence[int]
     ) -> Shard:
@@ -455,44 +336,37 @@ class SketchStore:
         write_atomic(self.path / MANIFEST, manifest_text(manifest))
         self.manifest = manifest
 
-    def _check_shards(self) -> None:
-        for shard in self._shards.values():
-            shard.check_width(self.dim)
-        if len(self) > self.expected:
-            raise CropiError(
-                f"the store {self.path} holds {len(self)} prompts, but its manifest says {self.expected}: a shard of "
-                "another store was copied into it; take it out of the folder, or make the store again"
-            )
-
     def _check_writable(self) -> None:
         if self._lock is None:
             raise CropiError(f"the store {self.path} is open for reading only")
-        try:
-            here = os.path.samestat(os.fstat(self._lock), os.stat(self.path / ".lock"))
-        except OSError:
-            here = False
-        if not here:
+        if not is_at(self._lock, self.path / LOCK):
             raise CropiError(
                 f"the folder {self.path} was removed or replaced while this job writes to it; what it held is gone "
                 "from there; run the same command again"
             )
 
-    def _acquire(self) -> None:
-        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if not try_lock(lock, self.path):
-                owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
-                raise InUse(
-                    f"another process (pid {owner}) is writing to the store {self.path}; wait for it, or end it"
-                )
-            os.ftruncate(lock, 0)
-            os.write(lock, str(os.getpid()).encode())
-        except BaseException:
-            os.close(lock)
-            raise
-        self._lock = lock
-
     def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)  # closing drops the lock, as the end of the process does
             self._lock = None
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder for a store that holds other things."""
+    if path.exists() and not path.is_dir():
+        raise CropiError(f"{path} is a file; give a folder for the store")
+    with writing(path):
+        held = os.listdir(path) if path.is_dir() else []
+    if MANIFEST in held or not held:
+        return
+    if LOCK not in held:
+        raise CropiError(f"{path} is not empty and holds no {MANIFEST}; give a new folder for the store")
+    if any(name.startswith("shard-") for name in held):
+        raise CropiError(
+            f"{path} holds shards but no {MANIFEST}, so what they are sketches of is not known; put it back, or "
+            "give a new folder for the store"
+        )
+
+
+def _in_use(path: Path, owner: str) -> InUse:
+    return InUse(f"another process (pid {owner}) is writing to the store {path}; wait for it, or end it")

@@ -23,10 +23,10 @@ from transformers import TrainerCallback
 from cropi.data.prompt_ids import PromptIds
 from cropi.data.scan import NothingScored, NothingToSelect, Scan
 from cropi.data.writers import replace_records
-from cropi.errors import CropiError
+from cropi.errors import CropiError, shown
 from cropi.files import write_atomic, writing
 from cropi.sealed import sealed, unsealed
-from cropi.store.manifest import first_difference
+from cropi.store.differences import first_difference
 from cropi.trainers.trl.checks import check_arguments, check_policy, check_space
 from cropi.trainers.trl.live import LiveRun, features_of
 from cropi.trainers.trl.losses import estimator_of_config
@@ -315,9 +315,9 @@ class Stages(Recorder):
         differs = first_difference(state["settings"], json.loads(json.dumps(self.settings())))
         if differs:
             raise CropiError(
-                f"{checkpoint} was saved with {differs[0]} = {differs[1]}, but this run has {differs[2]}: prompts "
-                "would come in another order; use the same settings, or load the checkpoint's weights as the model "
-                "of a new run"
+                f"{checkpoint} was saved with {differs.field} = {shown(differs.left)}, but this run has "
+                f"{shown(differs.right)}: prompts would come in another order; use the same settings, or load the "
+                "checkpoint's weights as the model of a new run"
             )
         ids = state["selected"]
         lost = [name for name in ids or () if name not in self.ids]

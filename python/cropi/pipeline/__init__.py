@@ -1,0 +1,35 @@
+"""The one chain from trajectories to chosen prompts, which the command line, curricula, TRL and Python call.
+
+    check:  scan all trajectories; every validation set and the training files need a prompt with a gradient
+    choose: check -> sketch the validation sets -> sketch the training prompts -> influence -> select -> write
+
+Its parts can be called alone: a curriculum keeps its state between them.
+"""
+
+from cropi.pipeline.choosing import choose, conclude, pick, score
+from cropi.pipeline.parts import Checked, Part, Setup, check
+from cropi.pipeline.sketches import (
+    Sketches,
+    noise_stores,
+    one_date,
+    sketch_all,
+    sketch_part,
+    sketch_validation,
+)
+
+__all__ = [
+    "Checked",
+    "Part",
+    "Setup",
+    "Sketches",
+    "check",
+    "choose",
+    "conclude",
+    "noise_stores",
+    "one_date",
+    "pick",
+    "score",
+    "sketch_all",
+    "sketch_part",
+    "sketch_validation",
+]

@@ -1,0 +1,185 @@
+"""From trajectories to the chosen prompts, in one call; and its last steps, for those who have the stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cropi.agreement import Alone, Ranks
+from cropi.errors import CropiError
+from cropi.model.policy import Policy
+from cropi.options import Influence, Selecting
+from cropi.pipeline.parts import Checked, Setup, check
+from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
+from cropi.ranking.influence import influence
+from cropi.ranking.scores import Scores
+from cropi.ranking.selection import Selection, select, write_selection
+from cropi.ranking.table import SCORES, write_scores
+from cropi.ranking.uncertainty import few_pairs, with_uncertainty
+from cropi.rescoring import Anew, How
+from cropi.store.store import SketchStore
+
+
+def choose(
+    policy: Policy,
+    train: Any,
+    valid: Any,
+    setup: Setup | None = None,
+    folder: str | Path | None = None,
+    ranks: Ranks | None = None,
+    *,
+    checked: Checked | None = None,
+    store_at: Callable[[str, int], Path] | None = None,
+    anew: Anew | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+    progress: bool = True,
+) -> Selection:
+    """Choose the training prompts with the highest influence on the validation sets, under a policy.
+
+    Args:
+        policy: the current policy.
+        train: stored trajectories of training prompts: anything that :func:`cropi.data.readers.read` takes.
+        valid: the same for validation prompts, or a dict of them by the name of their set.
+        setup: how to sketch, compare and select; None: the defaults.
+        folder: sketches, ``scores.parquet`` and ``selected.jsonl`` go there, and sketches that are there already are
+            not computed again. None: everything stays in memory.
+        ranks: the processes that share the work; every one calls this, and every one gets the selection.
+        checked: what :func:`check` said of these very trajectories; None: it is asked here.
+        store_at: the folder of a part's store on a rank; None: ``<folder>/sketches/<part>``.
+        anew: which training prompts are sketched, where earlier stages have sketches of them; None: all.
+        say: takes lines for the user.
+        progress: show progress bars.
+
+    Returns:
+        The selection; ``selection.scores`` is the table that it was made from.
+
+    Raises:
+        CropiError: as by :func:`check`, before anything is sketched.
+        Interrupted: Ctrl-C; finished prompts are in the stores.
+    """
+    setup, who = setup or Setup(), ranks or Alone()
+    if checked is None:
+        checked = who.agree(lambda: check(policy, train, valid, setup, ranks=who))
+    root = None if folder is None else Path(folder)
+    if root is None and who.world > 1:
+        raise CropiError(
+            f"folder is None, but {who.world} processes share the work: give a folder for their stores"
+        )
+
+    def at(name: str, rank: int) -> Path | None:
+        if store_at is not None:
+            return store_at(name, rank)
+        folder_of = name if who.world == 1 else f"{name}-{rank:05d}"
+        return None if root is None else root / "sketches" / folder_of
+
+    parts, stores = checked, _Stores(who, at)
+    if anew is None:
+
+        def sketched() -> dict[str, SketchStore]:
+            return sketch_all(policy, parts, setup.job, stores.here, ranks=who, say=say, progress=progress)
+
+        stores.mine.update(who.agree(sketched))
+    else:
+        _sketch_anew(policy, parts, setup, stores, anew, say, progress)
+
+    def finish() -> Selection:
+        joined = {part.name: stores.joined(part.name) for part in parts.valid}
+        joined["train"] = stores.joined("train", [anew.kept] if anew is not None else [])
+        return conclude(joined, setup, root)
+
+    result = who.agree(lambda: finish() if who.first else None)
+    return who.share(result)
+
+
+@dataclass(frozen=True)
+class _Stores:
+    """The stores of a choice, by the name of their part.
+
+    Attributes:
+        ranks: the processes that share the work.
+        at: the folder of a part's store on a rank; None: it is in memory.
+        mine: this rank's stores.
+    """
+
+    ranks: Ranks
+    at: Callable[[str, int], Path | None]
+    mine: dict[str, SketchStore] = field(default_factory=dict)
+
+    def here(self, name: str) -> Path | None:
+        """The folder of a part's store on this rank."""
+        return self.at(name, self.ranks.rank)
+
+    def joined(self, name: str, more: Sequence[Path] = ()) -> SketchStore:
+        """The stores of a part on all ranks, and those in the folders ``more``, read as one."""
+        if self.ranks.world == 1 and not more:
+            return self.mine[name]
+        paths = [*(self.at(name, rank) for rank in range(self.ranks.world)), *more]
+        return SketchStore.join(
+            [SketchStore.open(path) for path in paths if path is not None and path.is_dir()]
+        )
+
+
+def _sketch_anew(
+    policy: Policy,
+    checked: Checked,
+    setup: Setup,
+    stores: _Stores,
+    anew: Anew,
+    say: Callable[[str], Any],
+    progress: bool,
+) -> None:
+    """Sketch the validation prompts, and those of the training prompts that ``anew`` then decides for."""
+    parts = [*checked.valid, checked.train]
+    job = one_date(policy, setup.job, parts, [stores.here(part.name) for part in parts])
+    work = partial(sketch_parts, policy, job=job, store_at=stores.here, say=say, progress=progress)
+    ranks = stores.ranks
+    stores.mine.update(ranks.agree(lambda: work(checked.valid, on_summary=anew.took)))
+    groups = anew.settle(
+        ranks, checked.train.groups, checked.train.scan,
+        lambda: [stores.joined(part.name) for part in checked.valid],
+        How(setup.influence, setup.selecting, setup.least), job,
+    )  # fmt: skip
+    train = replace(checked.train, groups=groups, scan=groups.scan)
+    stores.mine.update(ranks.agree(lambda: work([train])))
+
+
+def conclude(
+    stores: Mapping[str, SketchStore],
+    setup: Setup,
+    folder: Path | None,
+    noise: Sequence[SketchStore] = (),
+) -> Selection:
+    """The last part of :func:`choose`: from the stores of all parts to the selection, and its files in ``folder``."""
+    valid = [store for name, store in stores.items() if name != "train"]
+    scores = score(stores["train"], valid, setup.influence, setup.selecting, noise)
+    chosen = pick(scores, setup.selecting, setup.least, stores["train"])
+    if folder is not None:
+        write_scores(folder / SCORES, scores, chosen)
+        write_selection(folder / "selected.jsonl", scores, chosen)
+    return chosen
+
+
+def score(
+    train: SketchStore,
+    valid: Sequence[SketchStore],
+    options: Influence | None = None,
+    selecting: Selecting | None = None,
+    noise: Sequence[SketchStore] = (),
+) -> Scores:
+    """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``;
+    stores of ``noise`` say what that owes to responses."""
+    given, choice = options or Influence(), selecting or Selecting()
+    how = {name: value for name, value in vars(given).items() if name not in ("draws", "valid_seed")}
+    pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
+    scores = influence(train, valid, **how, seed=given.valid_seed, pairs=pairs)
+    return with_uncertainty(scores, train, valid, noise=noise, draws=given.draws, selecting=choice)
+
+
+def pick(
+    scores: Scores, options: Selecting | None = None, least: int = 0, sketches: SketchStore | None = None
+) -> Selection:
+    """:func:`cropi.ranking.selection.select` by its options."""
+    return select(scores, options or Selecting(), least=least, sketches=sketches)
