@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -235,6 +237,11 @@ def test_refused_in_words() -> None:
         (["p0", "other"], rows(2), 4, "row 1 is 'other', which is not in the pool"),
         (["p0"], rows(1)[:, :128], 4, "128 numbers a row"),
         (["p0"], rows(1).tolist(), 4, "give a float tensor"),
+        ([0], rows(1), 4, "row 0 is 0, which is not in the pool: .* such as 'p0'"),
+        ([float("nan")], rows(1), 4, "the prompt of row 0 has no id"),
+        ([["p0"]], rows(1), 4, "is not in the pool"),
+        (["p0"], rows(0), 4, "ids must be a list of 0, one for each row, got 1"),
+        ("p0", rows(1), 4, "ids must be a list of 1, one for each row, got 'p0'"),
     ):
         with pytest.raises(CropiError, match=message):
             selector.update(ids, sketches, step)
@@ -244,15 +251,28 @@ def test_refused_in_words() -> None:
         ({"bits": 8}, "bits must be one of 16, 4"),
         ({"half_life": 0.0}, "half_life"),
         ({"explore": -1.0}, "explore"),
+        ({"seed": -1}, "seed must be an integer from 0"),
+        ({"features": [["a"]] * 4}, "features must be 4 rows of finite numbers"),
+        ({"features": np.ones((3, 2))}, "features must be 4 rows of finite numbers"),
     ):
         with pytest.raises(CropiError, match=message):
             made(**options)
-    for ids, message in ((["a", "a"], "'a' twice"), (["a", None], "None in place 1"), ([], "at least one")):
+    for ids, message in (
+        (["a", "a"], "'a' twice"),
+        (["a", None], "None in place 1"),
+        ([float("nan"), 1], "nan in place 0: every prompt needs an id, a string or an integer"),
+        ([("a", 1)], "in place 0"),
+        ([], "at least one"),
+    ):
         with pytest.raises(CropiError, match=message):
             Selector(ids)
     for n in (0, 5, 1.5, True):
         with pytest.raises(CropiError, match="from 1 to 4"):
             selector.next(n)  # type: ignore[arg-type]
+    for step in (2, "4", 4.5):
+        with pytest.raises(CropiError, match="give an integer of at least 3, the last one"):
+            selector.next(1, step)  # type: ignore[arg-type]
+    assert selector.step == 3 and selector.seen.tolist() == [True, False, False, False]
 
 
 class Given:
@@ -267,6 +287,135 @@ def test_sketches_of_another_spec_or_model_are_refused() -> None:
     selector.update(["p0"], Given(SPEC, ("w",)), 1)
     with pytest.raises(CropiError, match="another model: their 1 parameters"):
         selector.refresh(Given(SPEC, ("v",)))
+    other = made()
+    with pytest.raises(CropiError, match="not in the pool"):
+        other.update(["unknown"], Given(SPEC, ("v",)), 1)
+    other.update(["p0"], Given(SPEC, ("w",)), 1)  # what was refused says nothing of the model
+
+
+def test_ids_and_sketches_of_any_kind_of_array() -> None:
+    """Plain ids come back, whatever they were given in: a checkpoint is read with ``weights_only``."""
+    for pool in (np.arange(4), torch.arange(4), [np.int64(i) for i in range(4)], range(4)):
+        selector = Selector(pool, SPEC, dim=64)  # type: ignore[arg-type]
+        assert [type(name) for name in selector.ids] == [int] * 4
+        selector.update(np.array([1, 2]), rows(2), np.int64(1))  # type: ignore[arg-type]
+        selector.update(torch.tensor([3]), rows(1).half(), 1)  # type: ignore[arg-type]
+        assert selector.seen.tolist() == [False, True, True, True]
+        file = io.BytesIO()
+        torch.save(selector.state_dict(), file)
+        file.seek(0)
+        Selector(range(4), SPEC, dim=64).load_state_dict(torch.load(file, weights_only=True))
+    words = Selector(np.array(["a", "b"]), SPEC, dim=64)  # type: ignore[arg-type]
+    words.update(np.array(["b"]), rows(1), 1)  # type: ignore[arg-type]
+    assert words.seen.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e25])
+@pytest.mark.parametrize("within", [None, 3])
+def test_usefulness_does_not_depend_on_the_size_of_a_sketch(size: float, within: int | None) -> None:
+    """The squares of such numbers are beyond float32."""
+    selector = made(within=within)
+    selector.refresh(rows(1))
+    selector.update(["p0"], size * rows(1), step=1)
+    assert selector.scores(["p0"])[0] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_step_that_says_nothing() -> None:
+    """No rows at all, as a rank may have; rows of zeros, of which every token was ignored."""
+    selector = made()
+    selector.refresh(rows(1))
+    selector.update([], rows(0), step=7)
+    assert selector.step == 7 and not selector.seen.any()
+    selector.update(["p0"], torch.zeros(1, 256), step=8)
+    assert selector.scores(["p0"])[0] == 0.0 and selector.seen.tolist() == [True, False, False, False]
+
+
+def damaged(state: dict[str, Any], key: str) -> dict[str, Any]:
+    value = state[key]
+    if isinstance(value, torch.Tensor):
+        return state | {key: value[:, :-1] if key == "valid" else value[:-1]}
+    return state | {
+        key: {} if isinstance(value, dict) else [*value, 0.0] if isinstance(value, list) else None
+    }
+
+
+def test_a_state_that_is_damaged_is_refused_whole() -> None:
+    source = made()
+    source.refresh(rows(1))
+    source.update(["p0"], rows(1), step=3)
+    state = source.state_dict()
+    for key in state:
+        if key in ("version", "settings", "ids"):
+            continue
+        selector = made()
+        with pytest.raises(CropiError, match=f"the state is damaged: {key}"):
+            selector.load_state_dict(damaged(state, key))
+        assert selector.step == 0 and not selector.seen.any() and not len(selector._valid)
+    with pytest.raises(CropiError, match=r"damaged: ids is .* and should be a list of 4"):
+        made().load_state_dict(state | {"ids": ["p0", "p1", "p2", "p3", "p3"]})
+    with pytest.raises(CropiError, match=r"damaged: rows\['values'\]"):
+        made().load_state_dict(state | {"rows": state["rows"] | {"values": state["rows"]["values"][:1]}})
+    first = {key: value for key, value in state.items() if key != "refreshed"}  # of the first states
+    again = made()
+    again.load_state_dict(first)
+    assert again.step == 3 and again.scores(["p0"])[0] == source.scores(["p0"])[0]
+
+
+class TwoRanks:
+    """Two threads in the place of processes."""
+
+    def __init__(self) -> None:
+        self._meet, self._values = threading.Barrier(2, timeout=60), [None, None]
+
+    def gathered(self, value: Any) -> list[Any]:
+        self._values[threading.current_thread().name == "1"] = value
+        self._meet.wait()
+        values = list(self._values)
+        self._meet.wait()
+        return values
+
+    def run(self, work: Callable[[int], list[str]]) -> list[list[str]]:
+        said: dict[int, list[str]] = {}
+        threads = [
+            threading.Thread(target=lambda i=i: said.update({i: work(i)}), name=str(i)) for i in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [said[0], said[1]]
+
+
+def test_an_error_on_one_rank_reaches_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 gives an id that is not in the pool, another step, another model; then both give what is right."""
+    ranks = TwoRanks()
+    monkeypatch.setattr("cropi.ranking.selector._gathered", ranks.gathered)
+
+    def work(rank: int) -> list[str]:
+        selector, said = made(), []
+        for ids, sketches, step in (
+            (["p9" if rank else "p0"], rows(1), 1),
+            (["p0"], rows(1), 1 + rank),
+            (["p0"], Given(SPEC, ("v",) if rank else ("w",)), 1),
+            ([f"p{rank}"], Given(SPEC, ("w",)), 2),
+        ):
+            try:
+                selector.update(ids, sketches, step, gather=True)
+            except CropiError as error:
+                said.append(str(error))
+        return [*said, f"{selector.step} {selector.seen.tolist()}"]
+
+    zero, one = ranks.run(work)
+    assert zero[0] == f"rank 1: {one[0]}" and one[0].startswith("the prompt of row 0 is 'p9', which is not")
+    assert (
+        zero[1:]
+        == one[1:]
+        == [
+            "update(gather=True): the ranks gave steps [1, 2], and a step is one for all",
+            "update(gather=True): the ranks gave sketches of different parameters, and a step is one for all",
+            "2 [True, True, False, False]",
+        ]
+    )
 
 
 def test_with_a_trainers_step_and_a_scored_batch() -> None:

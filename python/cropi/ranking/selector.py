@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,15 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from cropi.agreement import agree
 from cropi.errors import CropiError
 from cropi.ranking.alike import known_alike
 from cropi.ranking.exploring import Noise, Values, draw, known
 from cropi.ranking.packed_rows import PackedRows
+from cropi.ranking.selector_state import check_state
 from cropi_kernels import SketchSpec, reduce_sketch
 
 CHUNK = 65536  # rows that are float32 at one time
-KEYS = (
-    "version", "settings", "ids", "rows", "weight", "shown", "last", "failed", "valid", "noise", "step", "names",
-)  # fmt: skip
 
 
 class Selector:
@@ -78,7 +78,7 @@ class Selector:
         if not isinstance(self.spec, SketchSpec):
             raise CropiError(f"spec is a {type(spec).__name__}: give a SketchSpec")
         self.ids = _names(ids)
-        if not isinstance(dim, int) or dim < 1 or dim & (dim - 1) or dim > self.spec.dim:
+        if not is_integer(dim) or dim < 1 or dim & (dim - 1) or dim > self.spec.dim:
             raise CropiError(f"dim must be a power of two up to the sketch's {self.spec.dim}, got {dim!r}")
         for name, value, least in (("half_life", half_life, 1e-9), ("explore", explore, 0.0)):
             if (
@@ -87,8 +87,10 @@ class Selector:
                 or not least <= value < float("inf")
             ):
                 raise CropiError(f"{name} must be a number of at least {least:g}, got {value!r}")
-        if within is not None and (isinstance(within, bool) or not isinstance(within, int) or within < 1):
+        if within is not None and (not is_integer(within) or within < 1):
             raise CropiError(f"within must be None or a number of steps of at least 1, got {within!r}")
+        if not is_integer(seed) or not 0 <= seed < 1 << 63:
+            raise CropiError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
         self.within, self._refreshed = within, 0
         self.dim, self.half_life, self.explore, self.seed = dim, float(half_life), float(explore), int(seed)
         self._features = None if features is None else _features(features, len(self.ids))
@@ -125,7 +127,8 @@ class Selector:
         """Add the sketches of one training step.
 
         Args:
-            ids: the prompt of each row; a prompt that has several (of ranks, of micro-batches) gets their sum.
+            ids: the prompt of each row, a list, an array or a tensor; a prompt that has several rows (of ranks, of
+                micro-batches) gets their sum.
             sketches: float ``[n, spec.dim]``, or what has them: a `cropi_kernels.LiveSketch` or a `SketchedBatch`, of
                 which spec and parameters are compared. Rows of zeros are visits without a gradient; so are rows with a
                 NaN or an infinity, which mark their prompts as failed besides (where no row of a step is finite, they
@@ -136,19 +139,26 @@ class Selector:
 
         Raises:
             CropiError: an id that is not in the pool, or None; sketches of another spec, size or model; a step back.
+                With ``gather``, on every rank if on one, and where ranks give different steps. The selector is then
+                as it was.
         """
-        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < self.step:
-            raise CropiError(f"step is {step!r}: give an integer of at least {self.step}, the last one")
-        rows = self._reduced(sketches, "sketches")
-        places = self.places(ids, len(rows))
-        if gather and dist.is_available() and dist.is_initialized():
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (places, rows))
-            places = np.concatenate([part[0] for part in parts])
-            rows = torch.cat([part[1] for part in parts])
-        self.step = int(step)
+
+        def read() -> tuple[int, str, npt.NDArray[np.int64], torch.Tensor]:
+            when = self._step(step)
+            rows, origin = self._reduced(sketches, "sketches")
+            return when, origin, self.places(ids, len(rows)), rows
+
+        every: Callable[[Any], list[Any]] = _gathered if gather else lambda value: [value]
+        mine = agree(read, every, str, lambda rank, problem: CropiError(f"rank {rank}: {problem}"))
+        parts = every(mine)
+        steps, origins = sorted({part[0] for part in parts}), {part[1] for part in parts} - {""}
+        if len(steps) > 1 or len(origins) > 1:
+            what = f"steps {steps}" if len(steps) > 1 else "sketches of different parameters"
+            raise CropiError(f"update(gather=True): the ranks gave {what}, and a step is one for all")
+        self.step, self._names = steps[0], (origins or {self._names}).pop()
+        places = np.concatenate([part[2] for part in parts])
         if len(places):
-            self._add(places, rows)
+            self._add(places, torch.cat([part[3] for part in parts]))
 
     def refresh(self, sketches: Any, sets: Sequence[str] | None = None) -> None:
         """Take new sketches of validation prompts: their means, one a set, replace the ones before.
@@ -160,7 +170,7 @@ class Selector:
         Raises:
             CropiError: as for `update`; a set without a usable row.
         """
-        rows = self._reduced(sketches, "validation sketches")
+        rows, origin = self._reduced(sketches, "validation sketches")
         if sets is not None and (isinstance(sets, str) or len(sets) != len(rows)):
             raise CropiError(f"sets must be a list of {len(rows)} names, one for each row, got {sets!r:.200}")
         names = ["valid"] * len(rows) if sets is None else [str(name) for name in sets]
@@ -175,7 +185,7 @@ class Selector:
                     "sketches of prompts whose rewards differ"
                 )
             means.append((mean / mean.norm()).float())
-        self._valid, self._refreshed = torch.stack(means), self.step
+        self._valid, self._refreshed, self._names = torch.stack(means), self.step, origin
         self._rescore(np.flatnonzero(self._last >= 0))
 
     # ------------------------------------------------------------------------------------------------- asked
@@ -184,20 +194,22 @@ class Selector:
 
         Args:
             n: how many.
-            step: when they will be used; None: the last step that was given. The draw depends on it.
+            step: when they will be used; never less than the last step that was given, which None is. The draw
+                depends on it.
 
         Raises:
-            CropiError: more than the pool holds, or no integer.
+            CropiError: more than the pool holds, or no integer; a step back.
         """
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= len(self):
+        if not is_integer(n) or not 1 <= n <= len(self):
             raise CropiError(f"n must be an integer from 1 to {len(self)}, the size of the pool, got {n!r}")
-        means, deviations = self.known(step)
-        when = self.step if step is None else int(step)
+        when = self._step(step)
+        means, deviations = self.known(when)
         return [self.ids[i] for i in draw(means, deviations, int(n), self.explore, (self.seed, when))]
 
     def known(self, step: int | None = None) -> tuple[Values, Values]:
-        """Means and standard deviations of the usefulness of every prompt, in the order of `ids`."""
-        when = self.step if step is None else max(int(step), self.step)
+        """Means and standard deviations of the usefulness of every prompt, in the order of `ids`; ``step`` as for
+        `next`."""
+        when = self._step(step)
         weight = self._weight * self._kept(self._last, when)
         if self._features is not None:
             return known_alike(self._shown, weight, self._noise, self._features)
@@ -237,34 +249,14 @@ class Selector:
         """Go on where `state_dict` was taken; the pool must be the same, in any order.
 
         Raises:
-            CropiError: no such state, of other settings, or of another pool; names what differs.
+            CropiError: no such state, of other settings, or of another pool, or damaged; names what differs. The
+                selector is then as it was.
         """
-        missing = [key for key in KEYS if not isinstance(state, Mapping) or key not in state]
-        if missing:
-            raise CropiError(
-                f"this is not a state of a Selector: {missing[0]!r} is missing; save selector.state_dict() with every "
-                "checkpoint, or begin with a new Selector"
-            )
-        if state["version"] != 1:
-            raise CropiError(f"the state is of version {state['version']!r}: this release reads version 1")
-        mine, given = self._settings(), dict(state["settings"])
-        for key in {**mine, **given}:
-            if given.get(key) != mine.get(key):
-                raise CropiError(
-                    f"the state was saved with {key} = {given.get(key)!r}, but this Selector has {mine.get(key)!r}: "
-                    "make it with the same, or begin with a new one"
-                )
+        state = check_state(state, self.state_dict())
         before = {name: i for i, name in enumerate(state["ids"])}
-        for here, there, where in ((self._place, before, "state"), (before, self._place, "pool")):
-            lost = [name for name in here if name not in there]
-            if lost:
-                raise CropiError(
-                    f"{len(lost)} prompts are not in the {where}, for example {lost[0]!r}: a Selector goes on with the "
-                    "pool that it was saved with"
-                )
         order = torch.tensor([before[name] for name in self.ids], dtype=torch.int64)
         self._rows.load_state_dict(state["rows"], order if self.within is None else order[:0])
-        self._refreshed = int(state.get("refreshed", 0))
+        self._refreshed = int(state["refreshed"])
         for key in ("weight", "shown", "last", "failed"):
             getattr(self, f"_{key}")[:] = state[key][order].numpy()
         self._valid, self.step, self._names = state["valid"].clone(), int(state["step"]), str(state["names"])
@@ -292,9 +284,16 @@ class Selector:
         return settings
 
     # ------------------------------------------------------------------------------------------------- parts
-    def _reduced(self, given: Any, what: str) -> torch.Tensor:
-        """float32 rows [n, dim] on the CPU."""
-        self._check_origin(given, what)
+    def _step(self, step: int | None) -> int:
+        if step is None:
+            return self.step
+        if not is_integer(step) or step < self.step:
+            raise CropiError(f"step is {step!r}: give an integer of at least {self.step}, the last one")
+        return int(step)
+
+    def _reduced(self, given: Any, what: str) -> tuple[torch.Tensor, str]:
+        """float32 rows [n, dim] on the CPU, and a digest of the parameters that are in them ("": nobody said)."""
+        origin = self._origin(given, what)
         rows = getattr(given, "sketches", given)
         if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or not rows.is_floating_point():
             raise CropiError(f"{what}: give a float tensor [n, {self.spec.dim}], got {given!r:.200}")
@@ -304,12 +303,13 @@ class Selector:
                 "that spec, or make the Selector with theirs"
             )
         rows = rows.detach().float()
-        return reduce_sketch(rows, self.dim, seed=self.spec.seed, version=self.spec.version).cpu()
+        return reduce_sketch(rows, self.dim, seed=self.spec.seed, version=self.spec.version).cpu(), origin
 
-    def _check_origin(self, given: Any, what: str) -> None:
+    def _origin(self, given: Any, what: str) -> str:
         spec, names = getattr(given, "spec", None), getattr(given, "names", None)
         if isinstance(spec, SketchSpec) and spec != self.spec:
             raise CropiError(f"{what} are of {spec}, but this Selector is for {self.spec}")
+        origin = self._names
         if names:
             origin = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
             if self._names and origin != self._names:
@@ -317,21 +317,25 @@ class Selector:
                     f"{what} are of another model: their {len(names)} parameters (the first is {sorted(names)[0]!r}) "
                     "are not those of the sketches before"
                 )
-            self._names = origin
+        return origin
 
     def places(self, ids: Sequence[Hashable], count: int | None = None) -> npt.NDArray[np.int64]:
         """The places of prompts in `ids`; ``count``: how many there must be."""
-        count = len(ids) if count is None else count
-        if isinstance(ids, str) or not isinstance(ids, Sequence) or len(ids) != count:
-            got = f"{len(ids)}" if isinstance(ids, Sequence) and not isinstance(ids, str) else f"{ids!r:.100}"
-            raise CropiError(f"ids must be a list of {count}, one for each row, got {got}")
-        for i, name in enumerate(ids):
-            if name not in self._place:
-                why = "has no id" if name is None else f"is {name!r}, which is not in the pool"
-                raise CropiError(
-                    f"the prompt of row {i} {why}: the ids are those that the Selector was made with"
-                )
-        return np.array([self._place[name] for name in ids], dtype=np.int64)
+        names = ids.tolist() if hasattr(ids, "tolist") else ids
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if not listed or count not in (None, len(names)):
+            of, got = "" if count is None else f" of {count}", len(names) if listed else f"{ids!r:.100}"
+            raise CropiError(f"ids must be a list{of}, one for each row, got {got}")
+        found = [self._place.get(name) if is_id(name) else None for name in names]
+        if None in found:
+            i = found.index(None)
+            absent = names[i] is None or names[i] != names[i]
+            why = "has no id" if absent else f"is {names[i]!r}, which is not in the pool"
+            raise CropiError(
+                f"the prompt of row {i} {why}: the ids are those that the Selector was made with, such as "
+                f"{self.ids[0]!r}"
+            )
+        return np.array(found, dtype=np.int64)
 
     def _add(self, places: Any, rows: torch.Tensor) -> None:
         finite = rows.isfinite().all(dim=1)
@@ -341,9 +345,11 @@ class Selector:
         if len(broken) == len(np.unique(places)):
             return  # the step failed (an overflow under loss scaling), and says nothing of any prompt
         unique, inverse = np.unique(places, return_inverse=True)
-        new = torch.zeros(len(unique), self.dim).index_add_(0, torch.from_numpy(inverse), rows)
+        # Of float32 numbers squares may be beyond float32, at either end.
+        new = torch.zeros(len(unique), self.dim, dtype=torch.float64)
+        new.index_add_(0, torch.from_numpy(inverse), rows.double())
         new[torch.from_numpy(np.isin(unique, broken))] = 0.0
-        new = torch.nn.functional.normalize(new, dim=1, eps=torch.finfo(torch.float32).tiny)
+        new = torch.nn.functional.normalize(new, dim=1, eps=torch.finfo(torch.float64).tiny).float()
         if self.within is not None and (not len(self._valid) or self.step - self._refreshed > self.within):
             return
         kept = self._kept(self._last[unique], self.step)
@@ -382,8 +388,29 @@ def _along(rows: torch.Tensor, valid: torch.Tensor) -> Values:
     return products
 
 
+def _gathered(value: Any) -> list[Any]:
+    """Every rank's value, in their order; this one's alone where there are no ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_id(name: Any) -> bool:
+    """A string or an integer: what is found again in a checkpoint."""
+    return isinstance(name, str) or is_integer(name)
+
+
 def _features(given: Any, n: int) -> npt.NDArray[np.float32]:
-    rows = np.asarray(given, dtype=np.float32)
+    try:
+        rows = np.asarray(given, dtype=np.float32)
+    except (TypeError, ValueError):  # text, lists of several lengths
+        rows = np.zeros(0, dtype=np.float32)
     if rows.ndim != 2 or len(rows) != n or not bool(np.isfinite(rows).all()) or not rows.any():
         raise CropiError(f"features must be {n} rows of finite numbers, one for each id, got {given!r:.200}")
     made: npt.NDArray[np.float32] = rows / np.sqrt(np.square(rows).sum(axis=1).mean())
@@ -394,9 +421,13 @@ def _names(ids: Any) -> list[Any]:
     if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__") or not len(ids):
         raise CropiError(f"ids is {ids!r:.100}: give a list of at least one prompt's id")
     names = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    if None in names:
-        raise CropiError(f"ids holds None in place {names.index(None)}: every prompt needs an id")
+    for i, name in enumerate(names):
+        if not is_id(name):
+            raise CropiError(
+                f"ids holds {name!r:.100} in place {i}: every prompt needs an id, a string or an integer"
+            )
+    # Plain ones in the place of numpy's, which a checkpoint would not give back.
+    names = [str(name) if isinstance(name, str) else int(name) for name in names]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CropiError(f"ids holds {twice!r} twice: ids must be different")
+        raise CropiError(f"ids holds {Counter(names).most_common(1)[0][0]!r} twice: ids must be different")
     return names
