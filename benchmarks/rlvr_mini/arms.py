@@ -51,6 +51,8 @@ class Arm:
             of the scale.
         within: with ``alike``, a visit is compared with the validation mean of its time, which is at most so many steps
             old; it is renewed at draws 0, 1, 4, 16 and so on.
+        cut: a training micro-batch has at most so many tokens, padding included, in place of the scale's: prompts of
+            like lengths are trained together, and little is padded.
         sampled: with ``within``, the mean is renewed from so many responses that the current policy gives to each
             validation prompt, after draw 0; 0: from the stored ones.
     """
@@ -73,6 +75,7 @@ class Arm:
     live: bool = False
     alike: bool = False
     within: int | None = None
+    cut: int | None = None
     sampled: int = 0
 
     @property
@@ -102,6 +105,13 @@ _ALIKE = replace(
     _LIVE, name="alike_pool3", label="live, prompts that are alike share, pool x 3", alike=True, stage=10
 )
 _THEN = replace(_ALIKE, name="then_pool3", label="live, visits at their time, pool x 3", thin=8, within=10)
+_LONG = replace(
+    _THEN, name="then_long_pool3", label="live, visits at their time, on to step 240, pool x 3", longer=2
+)
+# As many tokens as take least time: fewer pay for more passes, more for padding (docs/rlvr_mini.md has the seconds).
+CUT = 160
+_FULL = Arm("full_pool3", "full data, pool x 3", "full", longer=3, pool=3)
+_CROPI = Arm("cropi_pool3", "CROPI, sketch, pool x 3", "rrf", curriculum=True, pool=3)
 _FRESH = replace(_THEN, name="fresh_pool3", label="live, fresh validation rollouts, pool x 3", sampled=4)
 _BOTH = replace(_WITHIN, name="live_budget_pool3", label="live, and 5 % of the time, pool x 3", live=True)
 
@@ -113,6 +123,15 @@ def _under_adamw(arm: Arm) -> Arm:
         arm.label.replace(", pool", ", under AdamW, pool"),
     )
     return replace(arm, name=name, label=label, adam=True)
+
+
+def _cut(arm: Arm) -> Arm:
+    """The arm, with training micro-batches of few tokens."""
+    name, label = (
+        arm.name.replace("_pool3", "_cut_pool3"),
+        arm.label.replace(", pool", ", little padding, pool"),
+    )
+    return replace(arm, name=name, label=label, cut=CUT)
 
 
 LEVERS = {
@@ -128,11 +147,13 @@ LEVERS = {
         Arm("cropi_half", "CROPI, half of the stored responses", "rrf", curriculum=True, thin=2),
         Arm("cropi_quarter60", "CROPI, a quarter, stages of 60", "rrf", curriculum=True, thin=4, stage=60),
         Arm("cropi_adam", "CROPI, under AdamW", "rrf", curriculum=True, adam=True),
-        Arm("full_pool3", "full data, pool x 3", "full", longer=3, pool=3),
+        _FULL,
+        _cut(_FULL),
         Arm("random_pool3", "random 10 %, pool x 3", "random", pool=3),
         Arm("static_pool3", "static influence 10 %, pool x 3", "rrf", pool=3),
-        Arm("cropi_pool3", "CROPI, sketch, pool x 3", "rrf", curriculum=True, pool=3),
-        Arm("cropi_adam_pool3", "CROPI, under AdamW, pool x 3", "rrf", curriculum=True, pool=3, adam=True),
+        _CROPI,
+        _under_adamw(_CROPI),
+        _cut(_CROPI),
         _LIVE,
         _under_adamw(_LIVE),
         _FRESH,
@@ -140,13 +161,10 @@ LEVERS = {
         _ALIKE,
         _under_adamw(_ALIKE),
         _THEN,
-        replace(
-            _THEN,
-            name="then_long_pool3",
-            label="live, visits at their time, on to step 240, pool x 3",
-            longer=2,
-        ),
         _under_adamw(_THEN),
+        _LONG,
+        _cut(_LONG),
+        _under_adamw(_cut(_LONG)),
         _WITHIN,
         _under_adamw(_WITHIN),
         _BOTH,

@@ -58,7 +58,11 @@ class Live:
 
     @contextlib.contextmanager
     def watching(self, batch: MicroBatch) -> Iterator[None]:
-        """Forward and backward of a micro-batch whose groups are named by their places in the step."""
+        """Forward and backward of a micro-batch whose groups are named by their places in the step; nothing is
+        sketched that would not count."""
+        if not self.selector.listens():
+            yield
+            return
         tokens = batch.segments[:, None].expand(batch.input_ids.shape)
         with self.sketcher.batch(tokens, num_segments=len(batch.groups)) as step:
             yield
@@ -66,6 +70,8 @@ class Live:
 
     def end_step(self, names: Sequence[str], step: int) -> None:
         """The step's prompts have been visited, also those whose rewards were equal."""
+        if not self.selector.listens(step):
+            names = []
         places = [place for part, _ in self._parts for place in part]
         rows = [rows for _, rows in self._parts]
         flat = [place for place in range(len(names)) if place not in set(places)]

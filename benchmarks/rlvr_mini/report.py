@@ -86,8 +86,8 @@ def _row(label: str, found: list[Finished], at: int) -> str:
         str(len(found)),
         spread([r.targeted_at(at) for r in found]),
         spread([r.untargeted_at(at) for r in found]),
-        f"{statistics.fmean(r.share for r in found):.1%}",
-        f"{statistics.fmean(r.mixed for r in found):.2f}",
+        f"{statistics.fmean(r.until[at][0] for r in found):.1%}",
+        f"{statistics.fmean(r.until[at][1] for r in found):.2f}",
     ]
     return "| " + " | ".join(columns) + " |"
 
@@ -100,8 +100,8 @@ def _speed(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) ->
     """
     lines = [
         f"| to full data's targeted accuracy at step {at} | steps, per seed | steps, mean curves "
-        "| speed-up in steps | of 68 % of resampled seeds | speed-up in processor time |",
-        "|---|---|---|---|---|---|",
+        "| speed-up in steps | of 68 % of resampled seeds | speed-up in processor time | of 68 % |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, found in by_arm.items():
         full = {r.seed: r for r in evaluated_at(reference(known, by_arm, name), at)}
@@ -112,27 +112,46 @@ def _speed(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) ->
         mine, goal = mean_curve(both), mean_curve([full[r.seed] for r in both])
         reached = _reached(mine, goal, at)
         gains = ["-", "-"]
-        between = _between(both, [full[r.seed] for r in both], at)
+        of_steps, of_time = _between(both, [full[r.seed] for r in both], at)
         if reached is not None:
             end = next(p for p in goal if p[0] == at)
             gains = [f"{end[0] / max(reached[0], 1):.2f}", f"{end[2] / max(reached[1], 1e-9):.2f}"]
-        row = [known[name].label, ", ".join(cells), _steps(mine, goal, at), gains[0], between, gains[1]]
+        row = [
+            known[name].label,
+            ", ".join(cells),
+            _steps(mine, goal, at),
+            gains[0],
+            of_steps,
+            gains[1],
+            of_time,
+        ]
         lines.append("| " + " | ".join(row) + " |")
     return lines
 
 
 def reference(known: dict[str, Arm], by_arm: dict[str, list[Finished]], name: str) -> list[Finished]:
-    """The full-data runs on the pool of an arm: what it is measured against."""
-    full = [arm.name for arm in known.values() if arm.method == "full" and arm.pool == known[name].pool]
+    """The full-data runs on the pool of an arm, with its micro-batches: what it is measured against."""
+    mine = known[name]
+    full = [
+        arm.name
+        for arm in known.values()
+        if arm.method == "full" and arm.pool == mine.pool and arm.cut == mine.cut
+    ]
     return [run for other in full for run in by_arm[other]]
 
 
-def _between(mine: list[Finished], goals: list[Finished], at: int) -> str:
+def _between(mine: list[Finished], goals: list[Finished], at: int) -> tuple[str, str]:
+    """Of the speed-ups in steps and in processor time."""
     if len(mine) < 2:
-        return "-"
-    low, high = resampled_gains(mine, goals, at)
-    least = at / mine[0].curve[-1][0]  # a curve that never gets there says only that the gain is below this
-    return " to ".join(f"< {least:.1f}" if gain == 0 else f"{gain:.1f}" for gain in (low, high))
+        return "-", "-"
+    # A curve that never gets there says only that the gain is below what it would be at its end.
+    end, goal = mean_curve(mine)[-1], next(p for p in mean_curve(goals) if p[0] == at)
+    steps, seconds = resampled_gains(mine, goals, at)
+    return _interval(steps, at / end[0]), _interval(seconds, goal[2] / end[2])
+
+
+def _interval(gains: tuple[float, float], least: float) -> str:
+    return " to ".join(f"< {least:.1f}" if gain == 0 else f"{gain:.1f}" for gain in gains)
 
 
 def _reached(mine: Curve, goal: Curve, at: int) -> tuple[float, float] | None:

@@ -73,9 +73,10 @@ def run_arm(arm: Arm, scale: Scale, seed: int, model: Any, data: SeedData, folde
     result = folder / "result.json"
     if result.exists():
         return dict(json.loads(result.read_text()))
-    live = Live(model, scale, seed, data.pool, alike=arm.alike, within=arm.within) if arm.live else None
-    trainer = Trainer(model, scale.lr, scale.warmup, scale.tokens, live)
     run, checkpoint = Run(), folder / "checkpoint.pt"
+    with _Timed(run, "select"):
+        live = Live(model, scale, seed, data.pool, alike=arm.alike, within=arm.within) if arm.live else None
+    trainer = Trainer(model, scale.lr, scale.warmup, arm.cut or scale.tokens, live)
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=scale.device, weights_only=True)
         model.load_state_dict(state["model"])

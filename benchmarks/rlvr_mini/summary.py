@@ -6,7 +6,7 @@ import json
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class Finished:
 
     ``curve``: (step, smoothed targeted accuracy, processor seconds of training and selection); ``untargeted``: (step,
     accuracy), more rarely. ``start`` is the base policy's targeted accuracy; ``stages``: processor seconds of each
-    selection.
+    selection; ``until``: of an evaluated step, selection's share of the processor time, and the share of the visited
+    prompts that gave a gradient, up to it.
     """
 
     arm: str
@@ -40,6 +41,7 @@ class Finished:
     selections: list[dict[str, Any]]
     mixed: float
     stages: tuple[float, ...] = ()
+    until: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def targeted_at(self, step: int) -> float:
         """Smoothed targeted accuracy at an evaluated step."""
@@ -84,7 +86,7 @@ def read_runs(scale: Scale, work: Path) -> list[Finished]:
             Finished(
                 run["arm"], run["seed"], curve, untargeted, raw[0], run["cpu"]["select"], run["cpu"]["train"],
                 run["collect_cpu"], run["selections"], statistics.fmean(s["mixed"] for s in run["steps"]),
-                _selecting(run),
+                _selecting(run), _until(run),
             )
         )  # fmt: skip
     return found
@@ -97,6 +99,18 @@ def _selecting(run: dict[str, Any]) -> tuple[float, ...]:
         for made in run["selections"]
     ]
     return tuple(now - before for now, before in zip(total, [0.0, *total]))
+
+
+def _until(run: dict[str, Any]) -> dict[int, tuple[float, float]]:
+    mixed = [step["mixed"] for step in run["steps"]]
+    return {
+        e["step"]: (
+            e["cpu"]["select"] / (e["cpu"]["select"] + e["cpu"]["train"]),
+            statistics.fmean(mixed[: e["step"]]),
+        )
+        for e in run["evaluations"]
+        if e["step"] > 0
+    }
 
 
 def mean_curve(runs: Sequence[Finished]) -> Curve:
@@ -129,21 +143,27 @@ def evaluated_at(found: list[Finished], step: int) -> list[Finished]:
 
 def resampled_gains(
     mine: Sequence[Finished], goals: Sequence[Finished], at: int, draws: int = 1000
-) -> tuple[float, float]:
-    """16th and 84th percentile of the speed-up in steps, of the mean curves of seeds drawn with replacement.
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """16th and 84th percentile of the speed-ups, in steps and in processor time, of the mean curves of seeds drawn with
+    replacement.
 
     ``mine`` and ``goals`` are the same seeds in the same order, and a drawn seed brings both of its runs. A draw whose
     curve never reaches the goal's accuracy at step ``at``, or whose goal gained nothing by then, counts as 0.
     """
-    rng, gains = random.Random(0), []
+    rng, steps, seconds = random.Random(0), [], []
     for _ in range(draws):
         drawn = [rng.randrange(len(mine)) for _ in mine]
-        target = statistics.fmean(goals[i].targeted_at(at) for i in drawn)
-        start = statistics.fmean(goals[i].curve[0][1] for i in drawn)
-        reached = reach(mean_curve([mine[i] for i in drawn]), target) if target > start else None
-        gains.append(0.0 if reached is None else at / max(reached[0], 1))
-    gains.sort()
-    return gains[round(0.16 * (draws - 1))], gains[round(0.84 * (draws - 1))]
+        goal = mean_curve([goals[i] for i in drawn])
+        _, target, spent = next(point for point in goal if point[0] == at)
+        reached = reach(mean_curve([mine[i] for i in drawn]), target) if target > goal[0][1] else None
+        steps.append(0.0 if reached is None else at / max(reached[0], 1))
+        seconds.append(0.0 if reached is None else spent / max(reached[1], 1e-9))
+    return _middle(steps), _middle(seconds)
+
+
+def _middle(gains: list[float]) -> tuple[float, float]:
+    gains, last = sorted(gains), len(gains) - 1
+    return gains[round(0.16 * last)], gains[round(0.84 * last)]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -21,9 +21,10 @@ from benchmarks.rlvr_mini.data import base_model
 from benchmarks.rlvr_mini.grpo import Trainer
 from benchmarks.rlvr_mini.live import Live, sampled_anew
 from benchmarks.rlvr_mini.tasks import Problem, verify
+from cropi import Selector
 from cropi.errors import CropiError
 from cropi.store.store import SketchStore
-from cropi_kernels import SketchSpec, canonical_name
+from cropi_kernels import LiveSketcher, SketchSpec, canonical_name
 from cropi_kernels.testing import sketch_gradients
 
 
@@ -175,6 +176,32 @@ def test_resumed_run_ends_as_an_unbroken_one(
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name]), name
     assert any(not torch.equal(v, base_model(NANO, work).state_dict()[k]) for k, v in weights.items())
+
+
+def test_steps_that_do_not_count_are_not_sketched_and_change_nothing(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The validation mean is renewed before steps 1 and 2 of four, and a visit counts one step later at most.
+    arm = dataclasses.replace(LEVERS["then_long_cut_pool3"], pool=1, stage=1, within=1, longer=1, cut=40)
+    blocks, sketched, listens = [0], LiveSketcher.batch, Selector.listens
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        blocks[-1] += 1
+        return sketched(self, *args, **kwargs)
+
+    monkeypatch.setattr(LiveSketcher, "batch", counted)
+    model, data = fresh(work)
+    some = run_module.run_arm(arm, NANO, 0, model, data, tmp_path / "a")
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    add = Selector._add
+    monkeypatch.setattr(Selector, "listens", lambda self, step=None: True)
+    monkeypatch.setattr(Selector, "_add", lambda self, *given: listens(self, self.step) and add(self, *given))
+    blocks.append(0)
+    model, data = fresh(work)
+    every = run_module.run_arm(arm, NANO, 0, model, data, tmp_path / "b")
+    assert some["selections"] == every["selections"] and some["steps"] == every["steps"]
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert 0 < blocks[0] < blocks[1]
 
 
 @pytest.mark.parametrize(

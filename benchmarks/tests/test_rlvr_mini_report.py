@@ -129,7 +129,7 @@ def test_report_of_runs_on_a_larger_pool_alone(tmp_path: Path) -> None:
             "seed": 0,
             "collect_cpu": 5.0,
             "evaluations": events,
-            "steps": [{"mixed": 0.5}],
+            "steps": [{"mixed": 1.0 / (step + 1)} for step in range(steps)],
             "cpu": events[-1]["cpu"],
             "selections": [
                 {"step": step, "targeted": 0.5, "chosen": ["a"], "cells": {f"{targeted} 1": 1}}
@@ -143,6 +143,8 @@ def test_report_of_runs_on_a_larger_pool_alone(tmp_path: Path) -> None:
     table = (tmp_path / "out" / "table.md").read_text()
     assert "took 5 s of processor time" in table
     assert "| full data, pool x 3, step 12 | 1 | 0.310 |" in table  # the mean of steps 10 to 12
+    # Up to step 4: 4 s of selecting beside 8 s of training; of the visited prompts (1 + 1/2 + 1/3 + 1/4) / 4.
+    assert "| CROPI, sketch, pool x 3, step 4 | 1 | 0.320 | 0.100 | 33.3% | 0.52 |" in table
     # Two selections of 3 and 1 s beside 4 s of training a stage: 4 of 12 s, and 1 of 5 after the first.
     assert "| CROPI, sketch, pool x 3 | 3.00, 1.00 | 4.0 | 33.3% | 20.0% |" in table
     # At step 4 the mean of steps 2 to 4: 0.29 against 0.32.
@@ -167,14 +169,19 @@ def test_speed_up_of_resampled_seeds_and_against_full_data_of_the_same_pool() ->
 
     slow = [run("full", seed, [0.2, 0.3, 0.4, 0.5, 0.6]) for seed in (0, 1)]
     fast = [run("cropi", 0, [0.2, 0.4, 0.6, 0.6, 0.6]), run("cropi", 1, [0.2, 0.3, 0.4, 0.5, 0.5])]
-    assert resampled_gains(slow, slow, 40) == (1.0, 1.0)
-    low, high = resampled_gains(fast, slow, 40)
+    assert resampled_gains(slow, slow, 40) == ((1.0, 1.0), (1.0, 1.0))
     # Seed 1 twice never gets there, seed 0 twice in 20 steps.
-    assert low == 0.0 and high == pytest.approx(2.0)
-    assert resampled_gains(fast, [run("full", s, [0.2, 0.1, 0.1, 0.1, 0.1]) for s in (0, 1)], 40) == (
-        0.0,
-        0.0,
-    )
-    by_arm = {name: [] for name in (*ARMS, *LEVERS)} | {"full": slow, "full_pool3": fast}
+    assert resampled_gains(fast, slow, 40) == ((0.0, 2.0), (0.0, 2.0))
+    # Of steps that cost twice as much there are as few, and half of the time is gained.
+    dear = [dataclasses.replace(r, curve=[(s, a, 2 * cpu) for s, a, cpu in r.curve]) for r in fast]
+    assert resampled_gains(dear, slow, 40) == ((0.0, 2.0), (0.0, 1.0))
+    flat = [run("full", s, [0.2, 0.1, 0.1, 0.1, 0.1]) for s in (0, 1)]
+    assert resampled_gains(fast, flat, 40) == ((0.0, 0.0), (0.0, 0.0))
+    by_arm = {name: [] for name in (*ARMS, *LEVERS)} | {
+        "full": slow,
+        "full_pool3": fast,
+        "full_cut_pool3": dear,
+    }
     assert reference(ARMS | LEVERS, by_arm, "cropi") == slow
     assert reference(ARMS | LEVERS, by_arm, "cropi_pool3") == fast
+    assert reference(ARMS | LEVERS, by_arm, "then_long_cut_pool3") == dear

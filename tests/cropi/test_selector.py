@@ -122,8 +122,12 @@ def test_regret_on_a_stream() -> None:
 
 def test_visits_are_compared_with_the_validation_mean_of_their_time() -> None:
     selector, x = made(within=10, half_life=10.0), rows(1)
+    assert not selector.listens() and made().listens()
     selector.update(["p3"], x, step=2)  # no validation mean yet: it says nothing
     selector.refresh(x)
+    assert [selector.listens(step) for step in (2, 12, 13)] == [True, True, False] and selector.listens()
+    with pytest.raises(CropiError, match="step is 1: give an integer of at least 2"):
+        selector.listens(1)
     selector.update(["p0", "p1"], torch.cat([x, -x]), step=4)
     selector.refresh(-x)
     assert selector.scores(["p0", "p1"]) == pytest.approx([1.0, -1.0], abs=1e-3)

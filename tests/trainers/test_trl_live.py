@@ -154,6 +154,25 @@ def test_prompts_that_are_alike_share(tmp_path: Path, valid: Path) -> None:
     assert selector.seen.any() and np.isfinite(selector.known()[0]).all()
 
 
+@pytest.mark.long
+def test_steps_that_do_not_count_are_not_sketched(
+    tmp_path: Path, valid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation mean is new before step 1 of four; visits count one step later at most."""
+    sketched: list[int] = []
+    real = LiveRun._listening
+
+    def listening(run: LiveRun, *args: Any) -> Any:
+        sketched.append(run.selector.step + 1)
+        return real(run, *args)
+
+    monkeypatch.setattr(LiveRun, "_listening", listening)
+    options = LIVE | {"valid": valid, "live": Live(dim=1024, refresh=2, within=1)}
+    trainer = staged(tmp_path / "out", options, max_steps=4)
+    trainer.train()
+    assert set(sketched) == {1} and trainer._cropi.live.selector.step == 4
+
+
 def test_the_texts_of_prompts() -> None:
     said = [
         {"role": "user", "content": "a b"},

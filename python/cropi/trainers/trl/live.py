@@ -89,7 +89,7 @@ class LiveRun:
         output[PLACES] = torch.from_numpy(places).to(output["completion_ids"].device)
 
     def begin(self, inputs: dict[str, Any], scale: Any) -> dict[str, Any]:
-        """The rows are known: listen to their forward and backward. What the loss is to be given."""
+        """The rows are known: listen to their forward and backward, if that counts. What the loss is to be given."""
         if self._open is None or PLACES not in inputs:
             return inputs
         places = inputs[PLACES].cpu()
@@ -97,6 +97,8 @@ class LiveRun:
         rows, columns = inputs["prompt_ids"].shape
         shape = rows, columns + inputs["completion_ids"].shape[1]
         dropped, inputs = self._weighed(inputs, places)
+        if not self.selector.listens():
+            return inputs
         self._open.enter_context(self._listening(segments, shape, known, dropped, scale))
         self._open.enter_context(fused_heads(self.sketcher))
         return inputs
