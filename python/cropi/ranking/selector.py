@@ -143,7 +143,6 @@ class Selector:
                 With ``gather``, on every rank if on one, and where ranks give different steps. The selector is then
                 as it was.
         """
-<<<<<<< HEAD
 
         def read() -> tuple[int, str, npt.NDArray[np.int64], torch.Tensor]:
             when = self._step(step)
@@ -159,17 +158,6 @@ class Selector:
             raise CropiError(f"update(gather=True): the ranks gave {what}, and a step is one for all")
         self.step, self._names = steps[0], (origins or {self._names}).pop()
         places = np.concatenate([part[2] for part in parts])
-=======
-        step = self._checked(step)
-        rows = self._reduced(sketches, "sketches")
-        places = self.places(ids, len(rows))
-        if gather and dist.is_available() and dist.is_initialized():
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (places, rows))
-            places = np.concatenate([part[0] for part in parts])
-            rows = torch.cat([part[1] for part in parts])
-        self.step = step
->>>>>>> cbb1014 (Steps whose visits would not count are not sketched (Selector.listens; TRL, miniature experiment); the experiment's table has intervals of time, shares up to a step, and arms whose micro-batches pad little)
         if len(places):
             self._add(places, torch.cat([part[3] for part in parts]))
 
@@ -211,7 +199,7 @@ class Selector:
         Args:
             step: the optimizer step, never less than the last one; None: the one after the last one.
         """
-        when = self.step + 1 if step is None else self._checked(step)
+        when = self.step + 1 if step is None else self._step(step)
         return self.within is None or (len(self._valid) > 0 and when - self._refreshed <= self.within)
 
     def next(self, n: int, step: int | None = None) -> list[Any]:
@@ -309,7 +297,6 @@ class Selector:
         return settings
 
     # ------------------------------------------------------------------------------------------------- parts
-<<<<<<< HEAD
     def _step(self, step: int | None) -> int:
         if step is None:
             return self.step
@@ -320,16 +307,6 @@ class Selector:
     def _reduced(self, given: Any, what: str) -> tuple[torch.Tensor, str]:
         """float32 rows [n, dim] on the CPU, and a digest of the parameters that are in them ("": nobody said)."""
         origin = self._origin(given, what)
-=======
-    def _checked(self, step: Any) -> int:
-        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < self.step:
-            raise CropiError(f"step is {step!r}: give an integer of at least {self.step}, the last one")
-        return int(step)
-
-    def _reduced(self, given: Any, what: str) -> torch.Tensor:
-        """float32 rows [n, dim] on the CPU."""
-        self._check_origin(given, what)
->>>>>>> cbb1014 (Steps whose visits would not count are not sketched (Selector.listens; TRL, miniature experiment); the experiment's table has intervals of time, shares up to a step, and arms whose micro-batches pad little)
         rows = getattr(given, "sketches", given)
         if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or not rows.is_floating_point():
             raise CropiError(f"{what}: give a float tensor [n, {self.spec.dim}], got {given!r:.200}")
@@ -385,13 +362,8 @@ class Selector:
         new = torch.zeros(len(unique), self.dim, dtype=torch.float64)
         new.index_add_(0, torch.from_numpy(inverse), rows.double())
         new[torch.from_numpy(np.isin(unique, broken))] = 0.0
-<<<<<<< HEAD
         new = torch.nn.functional.normalize(new, dim=1, eps=torch.finfo(torch.float64).tiny).float()
-        if self.within is not None and (not len(self._valid) or self.step - self._refreshed > self.within):
-=======
-        new = torch.nn.functional.normalize(new, dim=1, eps=torch.finfo(torch.float32).tiny)
         if not self.listens(self.step):
->>>>>>> cbb1014 (Steps whose visits would not count are not sketched (Selector.listens; TRL, miniature experiment); the experiment's table has intervals of time, shares up to a step, and arms whose micro-batches pad little)
             return
         kept = self._kept(self._last[unique], self.step)
         before = self._weight[unique] * kept
