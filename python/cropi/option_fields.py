@@ -77,6 +77,22 @@ def _check(about: Field[Any], value: Any) -> None:
         raise CropiError(f"{name} must be in (0, 1], got {value!r}")
 
 
+def check_used(given: Options, **used: tuple[str, bool]) -> None:
+    """Refuse values that nothing reads.
+
+    Args:
+        given: the options.
+        used: of an option, what it belongs to, and whether that was chosen.
+
+    Raises:
+        CropiError: names an option that is not at its default, its value and what it belongs to.
+    """
+    for about in fields(given):  # type: ignore[arg-type]
+        belongs, chosen = used.get(about.name, ("", True))
+        if not chosen and (value := getattr(given, about.name)) != about.default:
+            raise CropiError(f"{about.name} {value} is of no use here: it is for {belongs}; leave it out")
+
+
 def names_of(*classes: type[Any]) -> list[str]:
     """The names of the options of some classes."""
     return [about.name for one in classes for about in fields(one)]

@@ -13,11 +13,12 @@ from typing import Any
 
 from cropi.errors import CropiError
 from cropi.grouping import Grouping
-from cropi.option_fields import Options, option, split
+from cropi.option_fields import Options, check_used, option, split
 
 ESTIMATORS = ("cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo", "cispo")
 STORE_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "int1")
 KINDS = ("slab", "countsketch", "dropout", "kron", "tensor")
+BASELINES = ("random", "learnability", "pass_rate")  # methods that look at no score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +308,13 @@ class Comparing(Options):
         kind="whole",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.draws < 0 or self.draws == 1:
+            raise CropiError(f"draws must be at least 2, or 0 for none, got {self.draws!r}")
+        nearest = self.aggregate == "nearest"
+        check_used(self, minus_weight=("minus", self.minus is not None), mean=("aggregate mean", not nearest))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Influence(Comparing):
@@ -397,6 +405,13 @@ class Choosing(Options):
             raise CropiError(f"rrf_constant must be at least 0, got {self.rrf_constant!r}")
         if self.candidates < 1:
             raise CropiError(f"candidates must be at least 1, got {self.candidates!r}")
+        by_scores = self.method not in BASELINES or self.min_score is not None
+        check_used(
+            self, rrf_constant=("method rrf_classic", self.method == "rrf_classic"),
+            draw_temperature=("draw soft", self.draw == "soft"),
+            candidates=("diversity kmeans or facility", self.diversity != "none"),
+            confidence=(f"methods that rank by scores, and method is {self.method}", by_scores),
+        )  # fmt: skip
 
     @property
     def needs_sketches(self) -> bool:

@@ -33,6 +33,15 @@ WRONG_WORDS = [
     ("run --vocab-width 2097152", "'2097152': give a power of two from 16 to 1048576, or 'full'"),
     ("run --length-constant 0", "argument --length-constant: '0': give a number above 0"),
     ("run --config bad.toml", "error: bad.toml: argument --fraction: '2': "),
+    (
+        "select --scores s --out o --columns prompt=q",
+        "--columns and --source say how --trajectories are read",
+    ),
+    ("select --scores s --out o --source verl", "--columns and --source say how --trajectories are read"),
+    (
+        "select --scores s --out o --sketches f",
+        "--sketches are for --dedup and --diversity; give one of them",
+    ),
     ("sketsh", "invalid choice: 'sketsh'"),
 ]
 
@@ -171,6 +180,8 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
 
     fails("fraction 0.01 of a pool of 40 prompts chooses none", "--fraction", 0.01)
     fails("fraction 0.1 of a pool of 5 prompts chooses none", "--limit", 5)
+    fails("noise is drawn where scores are resampled, and draws is 0", "--noise", "--draws", 0)
+    fails("device 'warp' is not a torch device", "--device", "warp")
     fails("none of the 40 training prompts has a gradient (40 with equal rewards)", train=equal)
     fails(f"{long}:40", train=long)
     # --limit is for trying out the training prompts: the validation files are taken, and checked, whole.

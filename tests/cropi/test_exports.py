@@ -176,6 +176,10 @@ def test_select_exports_from_the_command_line(tmp_path: Path, capsys: pytest.Cap
     ids = [row["id"] for row in lines(tmp_path / "selected.jsonl")]
     assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == ids and len(ids) == 2
     assert "export        2 prompts as jsonl" in capsys.readouterr().out
+    named = {"out.parquet": "parquet", "out.txt": "ids", "out.json": "indices", "out.rows": "jsonl"}
+    for name, form in named.items():
+        assert cropi(*base, "--export", tmp_path / name, "--dataset", tmp_path / "data.jsonl") == 0
+        assert f"export        2 prompts as {form}: " in capsys.readouterr().out
     for words in (["--export", tmp_path / "x", "--format", "parquet"], ["--format", "ids"]):
         with pytest.raises(SystemExit):
             cropi(*base, *words)

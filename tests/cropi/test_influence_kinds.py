@@ -102,6 +102,24 @@ def test_a_contrast_set_is_taken_off(stores: Any, aggregate: str) -> None:
     assert [one.name for one in made.sets] == ["x"] and set(made.overlap_of_set) == {"x", "y"}
 
 
+@pytest.mark.parametrize("aggregate", ["mean", "nearest"])
+def test_a_validation_prompt_counts_once_and_no_set_is_lost(stores: Any, aggregate: str) -> None:
+    train, valid, _, others = stores
+    for several in ([valid, valid], [store_of(others[:8], ["x"] * 8, "v"), valid]):
+        with pytest.raises(
+            CropiError, match="holds the prompt 'v000' of the validation set 'x', and so does"
+        ):
+            influence(train, several, aggregate=aggregate)
+    apart = [store_of(others[:8], ["x"] * 8, "v"), store_of(others[8:], ["y"] * 7, "v")]
+    np.testing.assert_array_equal(
+        influence(train, apart, aggregate=aggregate).table,
+        influence(train, [valid], aggregate=aggregate).table,
+    )
+    apart[1] = store_of(torch.zeros(7, 24), ["y"] * 7, "v")
+    with pytest.raises(CropiError, match="validation set 'y' has no usable prompt: 7 were left out"):
+        influence(train, apart, aggregate=aggregate)
+
+
 def test_what_a_contrast_cannot_be(stores: Any) -> None:
     train, valid, _, others = stores
     with pytest.raises(CropiError, match="there is no validation set 'z'; there are 'x', 'y'"):

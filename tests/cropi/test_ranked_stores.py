@@ -15,9 +15,12 @@ from cropi.errors import CropiError
 from cropi.gradient.estimators import make_estimator
 from cropi.model.policy import Policy
 from cropi.ranking.influence import influence, validation_means
+from cropi.ranking.selection import select
+from cropi.ranking.table import read_scores, write_scores
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store.differences import UnlikeStores
+from cropi.store.merging import merge
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
 
@@ -133,6 +136,36 @@ def test_stores_that_were_made_with_other_settings_are_compared_with_a_warning(
     line = f"influence --train {tmp_path}/train --valid {tmp_path}/valid --out {tmp_path}/s.parquet"
     assert main(line.split()) == 0
     assert f"warning: {text}" in capsys.readouterr().err
+
+
+def test_training_stores_that_are_read_as_one_are_compared_with_each_other(tmp_path: Path) -> None:
+    one = stored(tmp_path / "one", make_records(8))
+    two = stored(tmp_path / "two", make_records(8, seed=1), estimator=make_estimator("rloo"))
+    with pytest.warns(
+        UnlikeStores, match="one and .*two were made with different settings: estimator.name = "
+    ):
+        SketchStore.join([one, two])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnlikeStores)
+        with pytest.raises(CropiError, match="one and .*two cannot be merged: estimator.name = "):
+            merge(tmp_path / "merged", [one, two])
+
+
+def test_a_choice_reads_all_stores_of_its_scores_and_none_of_another_model(tmp_path: Path) -> None:
+    records = make_records(16)
+    records[9] |= {name: records[2][name] for name in ("prompt", "responses", "rewards")}  # a copy
+    parts = [stored(tmp_path / name, some) for name, some in (("one", records[:8]), ("two", records[8:]))]
+    train, valid = SketchStore.join(parts), stored(tmp_path / "valid", make_records(8, seed=1))
+    write_scores(tmp_path / "s.parquet", influence(train, [valid]))
+    scores = read_scores(tmp_path / "s.parquet")
+    chosen = select(scores, fraction=0.9, dedup=0.999)
+    assert chosen.copies == select(scores, fraction=0.9, dedup=0.999, sketches=train).copies
+    assert set(chosen.copies) | set(chosen.copies.values()) >= {records[2]["id"], records[9]["id"]}
+    other = stored(tmp_path / "other", records, stage="1")
+    with pytest.raises(
+        CropiError, match="other has stage = 1, and the scores were made from 0; give the stores"
+    ):
+        select(scores, fraction=0.9, dedup=0.999, sketches=other)
 
 
 def test_another_tokenizer_is_warned_of(tmp_path: Path) -> None:

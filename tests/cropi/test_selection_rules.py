@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cropi.errors import CropiError
+from cropi.options import Influence, Selecting
 from cropi.ranking.distinct import Distinct, diverse, unit_sketches
 from cropi.ranking.draws import draw, normal_scores, soft_weights
 from cropi.ranking.influence import Scores, influence
@@ -232,6 +233,38 @@ def store_of(vectors: torch.Tensor, names: list[str]) -> MemoryStore:
         store.add(RowInfo(name, norm=float(vector.norm())), vector)
     store.finish()
     return store
+
+
+@pytest.mark.parametrize(
+    ("options", "belongs"),
+    [
+        ({"rrf_constant": 3.0}, "rrf_constant 3.0 is of no use here: it is for method rrf_classic"),
+        ({"draw_temperature": 2.0, "draw": "p_selected"}, "draw_temperature 2.0 .* it is for draw soft"),
+        ({"candidates": 2.0}, "candidates 2.0 .* it is for diversity kmeans or facility"),
+        ({"confidence": 0.9, "method": "random"}, "confidence 0.9 .* rank by scores, and method is random"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(options: dict[str, Any], belongs: str) -> None:
+    with pytest.raises(CropiError, match=belongs):
+        Selecting(**options)
+
+
+def test_a_lower_bound_is_of_use_where_a_least_score_looks_at_it() -> None:
+    assert Selecting(confidence=0.9, method="random", min_score=0.0).confidence == 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"minus_weight": 2.0}, "minus_weight 2.0 is of no use here: it is for minus; leave it out"),
+        ({"mean": "normalised", "aggregate": "nearest"}, "mean normalised .* it is for aggregate mean"),
+        ({"draws": 1}, "draws must be at least 2, or 0 for none, got 1"),
+        ({"draws": -1}, "draws must be at least 2, or 0 for none, got -1"),
+    ],
+)
+def test_comparisons_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CropiError, match=message):
+        Influence(**options)
 
 
 def test_near_copies_are_left_out_and_named() -> None:

@@ -209,7 +209,7 @@ def test_mistakes(stores: tuple[SketchStore, SketchStore], tmp_path: Path) -> No
     for call, named in (
         (lambda: pairwise(train, []), "valid is empty"),
         (lambda: pairwise(train, [other]), "stage"),
-        (lambda: pairwise(train, [empty]), "no validation prompt has a usable sketch"),
+        (lambda: pairwise(train, [empty]), "validation set 'x' has no usable prompt: 2 were left out"),
         (lambda: neighbours(train, [valid], 0), "k must be at least 1, got 0"),
         (lambda: neighbours(train, [valid], ids=["v003"]), "'v003' is not a usable validation prompt"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 from cropi import options
@@ -128,7 +129,8 @@ def add_export_options(command: Parser) -> None:
         "--format", choices=FORMATS,
         help="rows as jsonl, parquet or a folder of datasets (save_to_disk); ids: one prompt id a line; indices: row "
         "numbers of --dataset; weights: a weight for each of its rows; or rows that verl, slime or OpenRLHF read "
-        "(default: the format of --dataset, else jsonl)",
+        "(default: by the file's ending, .jsonl, .parquet, .txt for ids or .json for indices, else that of --dataset, "
+        "else jsonl)",
     )  # fmt: skip
     group.add_argument(
         "--dataset",
@@ -162,5 +164,12 @@ def add_push_options(command: argparse.ArgumentParser) -> None:
 
 
 def export_format(args: argparse.Namespace) -> str:
-    """The form that was asked for, or the dataset's own."""
-    return args.format or ("parquet" if str(args.dataset).endswith(".parquet") else "jsonl")
+    """The form that was asked for, or that of the file's name, or the dataset's own."""
+    from cropi.ranking.saving import ENDINGS
+
+    if args.format:
+        return str(args.format)
+    ending = PurePath(getattr(args, "export", None) or "").suffix
+    if ending and ending in ENDINGS:
+        return ENDINGS[ending]
+    return "parquet" if str(args.dataset).endswith(".parquet") else "jsonl"

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
     from cropi import pipeline
+    from cropi.ranking.uncertainty import check_noise
     from cropi.sketching.interrupt import Interrupted
     from cropi.sketching.noise import SAMPLE
 
@@ -82,6 +83,7 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
     )
     if args.noise:
         replace(setup.job, noise=True)  # what does not go with it shows here
+        check_noise(setup.influence.draws, True)
     train = options.opened(args, args.train, policy)
     valid = {name: options.opened(args, path, policy) for name, path in zip(names, args.valid, strict=True)}
     out = Path(args.out)

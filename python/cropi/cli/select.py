@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(
             "--out-trajectories needs --trajectories, the files that the records are copied from"
         )
+    if not args.trajectories and (args.columns or args.source != "auto"):
+        args.parser.error("--columns and --source say how --trajectories are read; give them too")
     check_outputs(
         {
             "--out": args.out,
@@ -77,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     groups = _groups(args)
     exporting.check(args, groups)
     given = options.made(Selecting, args)
+    if args.sketches and not given.needs_sketches:
+        args.parser.error("--sketches are for --dedup and --diversity; give one of them too")
     # What is shown and ranked by, of a million prompts perhaps.
     errors = given.confidence is not None or args.plot is not None
     scores = read_scores(args.scores, only=("task", "pass_rate", given.per), errors=errors)

@@ -319,10 +319,14 @@ def check_device(option: str, device: str) -> None:
     if device == "auto":
         return
     try:
-        kind = torch.device(device).type
+        place = torch.device(device)
     except RuntimeError as error:
         raise CropiError(f"{option} {device!r} is not a torch device: {error}") from error
-    if kind not in ("cpu", "cuda"):
+    if place.type not in ("cpu", "cuda"):
         raise CropiError(f"{option} {device!r}: there are kernels for cpu and cuda only")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if place.type == "cuda" and not torch.cuda.is_available():
         raise CropiError(f"{option} {device!r}: this torch sees no CUDA device; use 'cpu'")
+    if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
+        raise CropiError(
+            f"{option} {device!r}: this torch sees {count} CUDA devices, cuda:0 to cuda:{count - 1}"
+        )

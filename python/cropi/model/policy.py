@@ -11,7 +11,14 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.model.fingerprint import checkpoint_fingerprint, model_fingerprint, tokenizer_fingerprint
-from cropi.model.load import Variant, load_config, load_generation_config, load_model, load_tokenizer
+from cropi.model.load import (
+    Variant,
+    check_device,
+    load_config,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+)
 from cropi.model.placing import placed_device, placed_dtype
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.sketcher.packed import keep_gradients
@@ -194,6 +201,7 @@ class Policy:
         """Device and dtype; of a name before its weights are loaded, too."""
         if self.loaded:
             return self.device, self.dtype
+        check_device("device", str(self._load["device"]))
         device, dtype = placed_device(self._load["device"]), self._load["dtype"]
         if dtype == "auto":
             return device, placed_dtype(dtype, device, None if device.type == "cpu" else self.config)

@@ -279,9 +279,15 @@ def choose_members(
     """The prompts of every set that count, as (store number, id)."""
     members: dict[str, list[tuple[int, str]]] = {}
     reasons: dict[str, list[str]] = {}
+    held: dict[tuple[str, str], int] = {}
     for number, store in enumerate(stores):
         for row in store.rows():
             name = row.set or DEFAULT_SET
+            if (before := held.setdefault((name, row.id), number)) != number:
+                raise CropiError(
+                    f"{store.path} holds the prompt {row.id!r} of the validation set {name!r}, and so does "
+                    f"{stores[before].path}: it would count twice; give every prompt once, or sets of their own (--set)"
+                )
             members.setdefault(name, [])
             if row.status == OK:
                 members[name].append((number, row.id))

@@ -20,7 +20,7 @@ from cropi.errors import CropiError
 from cropi.ranking.influence import check_stores, choose_members
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
-from cropi.store.rows import OK, RowInfo
+from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 
 
@@ -84,20 +84,14 @@ def validation(
     stores: Sequence[SketchStore], max_valid: int | None = None, seed: int = 0
 ) -> tuple[list[RowInfo], torch.Tensor]:
     """The usable validation prompts that count, and their sketches float32 ``[V, dim]``."""
-    if max_valid is not None:
-        members = set().union(*choose_members(stores, max_valid, seed).values())
+    members = set().union(*choose_members(stores, max_valid, seed).values())
     usable = [
         (row, vector)
         for number, store in enumerate(stores)
         for rows, table in store.shards()
         for row, vector in zip(rows, table)
-        if row.status == OK and (max_valid is None or (number, row.id) in members)
+        if (number, row.id) in members
     ]
-    if not usable:
-        raise CropiError(
-            f"{', '.join(str(store.path) for store in stores)}: no validation prompt has a usable sketch; see "
-            "`cropi info` for the reasons"
-        )
     usable.sort(key=lambda pair: (pair[0].set or DEFAULT_SET, pair[0].id))
     return [row for row, _ in usable], torch.stack([vector for _, vector in usable]).float()
 

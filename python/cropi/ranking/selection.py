@@ -347,24 +347,38 @@ def _p_selected(scores: Scores) -> np.ndarray:
 
 
 def _store(scores: Scores, given: SketchStore | None) -> SketchStore:
-    """The training prompts' sketches: those that were given, those of the call that made the scores, or its folder."""
+    """The training prompts' sketches: those that were given, those of the call that made the scores, or its folders.
+
+    Raises:
+        CropiError: they are not there, or of another model or stage than the scores.
+    """
+    from cropi.store.differences import first_difference
     from cropi.store.store import SketchStore
 
-    if given is not None:
-        if not isinstance(given, SketchStore):
-            raise CropiError(
-                f"sketches is a {type(given).__name__}: give the SketchStore of the training prompts"
-            )
-        return given
-    if scores.store is not None:
+    if given is None and scores.store is not None:
         return scores.store
-    path = scores.meta.get("train", {}).get("path")
-    if path is None or not Path(path).is_dir():
+    if given is not None and not isinstance(given, SketchStore):
         raise CropiError(
-            f"sketches: dedup and diversity look at the training prompts' sketches, and their store ({path}) is not "
-            "there; give it"
+            f"sketches is a {type(given).__name__}: give the SketchStore of the training prompts"
         )
-    return SketchStore.open(path)
+    origin = scores.meta.get("train", {})
+    if given is None:
+        paths = origin.get("paths") or [origin.get("path")]
+        for path in paths:
+            if path is None or not Path(path).is_dir():
+                raise CropiError(
+                    f"sketches: dedup and diversity look at the training prompts' sketches, and their store ({path}) "
+                    "is not there; give it"
+                )
+        given = SketchStore.join([SketchStore.open(path) for path in paths])
+    known = [name for name in ("stage", "model") if name in origin and name in given.manifest]
+    made, held = ({name: one[name] for name in known} for one in (origin, given.manifest))
+    if differs := first_difference(made, held):
+        raise CropiError(
+            f"sketches: {given.path} has {differs[0]} = {differs[2]}, and the scores were made from {differs[1]}; give "
+            "the stores that they were made from"
+        )
+    return given
 
 
 def write_selection(path: str | Path, scores: Scores, selection: Selection) -> None:

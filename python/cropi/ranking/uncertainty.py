@@ -359,6 +359,7 @@ def with_uncertainty(
         given = replace(given, method="rrf")
     why = ""
     if draws < 2:
+        check_noise(draws, noise)
         why = "resampling was switched off (draws)"
     elif nothing := _chooses_nothing(scores, given):
         why = nothing
@@ -378,6 +379,18 @@ def with_uncertainty(
     )  # fmt: skip
     meta = scores.meta | {"uncertainty": made.to_dict()}
     return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected, pairs=None)
+
+
+def check_noise(draws: int, noise: Any) -> None:
+    """Refuse what would be sketched or read for nothing.
+
+    Raises:
+        CropiError: noise is given, and nothing is resampled.
+    """
+    if noise and draws < 2:
+        raise CropiError(
+            f"noise is drawn where scores are resampled, and draws is {draws}: give draws, or leave the noise out"
+        )
 
 
 def _mask(places: np.ndarray, size: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.store.compact import SHARD_BYTES, join_blocks
-from cropi.store.differences import ALIKE, first_difference
+from cropi.store.differences import ALIKE, UnlikeStores, first_difference
 from cropi.store.manifest import MERGED, NOTES, get_field
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Shard
@@ -38,7 +39,9 @@ def merge(
             stage, estimator, tokenizer, template, temperature or dtype; two hold one prompt; or the disk is full.
     """
     parts = [one if isinstance(one, SketchStore) else SketchStore.open(one) for one in stores]
-    whole = SketchStore.join(parts)
+    with warnings.catch_warnings():  # what is a warning to a reader is an error below
+        warnings.simplefilter("ignore", UnlikeStores)
+        whole = SketchStore.join(parts)
     folder = Path(out)
     for part in parts:
         if folder.resolve() == part.path.resolve():

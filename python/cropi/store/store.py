@@ -23,7 +23,7 @@ from cropi.files import reason, write_atomic, writing
 from cropi.locks import LOCK, is_at, lock_folder
 from cropi.store.codec import check_dtype, encode
 from cropi.store.compact import SHARD_BYTES, due, groups, join_blocks, tail
-from cropi.store.differences import check_comparable, check_same_job, of_earlier_release
+from cropi.store.differences import check_comparable, check_same_job, of_earlier_release, warn_unlike
 from cropi.store.loading import load, load_steady, remove
 from cropi.store.manifest import (
     MANIFEST,
@@ -162,6 +162,9 @@ class SketchStore(StoredSketches):
     def join(cls, stores: Sequence[SketchStore]) -> SketchStore:
         """Several stores of one model and stage, read as one; its manifest and path are those of the first.
 
+        Stores that were made with another estimator, tokenizer, template, end token or temperature give a warning
+        (:class:`cropi.store.manifest.UnlikeStores`).
+
         Raises:
             CropiError: no store is given, they cannot be compared, or two hold the same prompt.
         """
@@ -179,7 +182,9 @@ class SketchStore(StoredSketches):
         if share is not None:
             joined.manifest["share"] = share
         for store in stores:
-            check_comparable(stores[0].manifest, store.manifest, (str(stores[0].path), str(store.path)))
+            names = str(stores[0].path), str(store.path)
+            check_comparable(stores[0].manifest, store.manifest, names)
+            warn_unlike(stores[0].manifest, store.manifest, names)
             if store.manifest.get(SCALED) != joined.manifest.get(SCALED):
                 raise CropiError(
                     f"{stores[0].path} and {store.path} were made with different --optimizer-state; they cannot be one"

@@ -105,10 +105,15 @@ class StoredSketches:
             )
         lacking = lacking_shares(self.manifest) if alone else []
         if lacking:
+            held = (
+                f"the store {self.path} was made with --shard {share_text(self.manifest)} and holds a share"
+            )
+            if len(self.paths) > 1:
+                held = f"the stores {', '.join(map(str, self.paths))} hold only a share"
             raise CropiError(
-                f"the store {self.path} was made with --shard {share_text(self.manifest)} and holds a share of the "
-                f"{self.manifest['share']['prompts']} prompts of its job: the share{'s' * (len(lacking) > 1)} "
-                f"{', '.join(lacking[:20])} must be read with it (`cropi store merge`, or several stores to --train)"
+                f"{held} of the {self.manifest['share']['prompts']} prompts of a job: the share"
+                f"{'s' * (len(lacking) > 1)} {', '.join(lacking[:20])} must be read with it, made with the same "
+                "options (`cropi store merge`, or several stores to --train)"
             )
 
     @property
