@@ -84,8 +84,4 @@ class SlabMatrix(MatrixSketch):
     def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
         rows = torch.arange(self.rows, device=gradient.device)
         offsets = torch.tensor([0, self.rows], device="cpu")
-        # By name, where no kernel serves it: Triton's takes no plan that folds inputs, and a warning of a slow backend
-        # would be about a few small gradients.
-        backend = "reference" if gradient.is_cuda and self.plan.col_fold is not None else None
-        x = gradient.reshape(self.rows, self.cols)
-        sketch_embedding(x, rows, offsets, self.plan, out, backend=backend)
+        sketch_embedding(gradient.reshape(self.rows, self.cols), rows, offsets, self.plan, out)

@@ -37,12 +37,12 @@ def _sketch(
             f"rows runs from {int(rows.min())} to {int(rows.max())}: {made.name} has rows 0 .. {made.rows - 1}"
         )
     check_offset_values(offsets, x.shape[0])
-    without = {"triton": "the inputs of this plan are folded" if made.col_fold is not None else None}
-    chosen = dispatch.choose("sketch_embedding", x, out, backend=backend, without=without)
+    chosen = dispatch.choose("sketch_embedding", x, out, backend=backend)
     if chosen == "triton":
         from . import triton
 
-        triton.sketch_embedding(x, rows, on_device(offsets, x.device), made, out)
+        folded = fold(x, made, False, backend)
+        triton.sketch_embedding(folded, rows, on_device(offsets, x.device), made, out)
     elif chosen == "cpu":
         cpu.sketch_embedding(fold(x, made, False, backend), rows, on_host(offsets, x.shape[0]), made, out)
     else:

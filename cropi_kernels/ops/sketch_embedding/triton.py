@@ -16,7 +16,7 @@ from ... import _native
 from ..._launch import Launch
 from ..._triton import ceil_div
 from ...plan import MatrixPlan
-from .._device_plan import matrix_tables
+from .._device_plan import cached, matrix_tables
 from .._triton_segments import chunk_of, cut, reduce_partials
 
 CHUNK_TOKENS = 256
@@ -32,7 +32,7 @@ def rows_kernel(
     by_pair,  # int64 [row blocks, col_blocks], see MatrixTables
     row_sign,  # int8 [vocabulary]
     row_fold,  # int32 [vocabulary / folded_rows]
-    col_sign,  # int8 [cols]
+    col_sign,  # int8 [cols], as `column_signs`
     cols,
     stride_x,
     vocabulary,
@@ -106,7 +106,8 @@ def rows_launch(slab_rows: int, slab_cols: int, folded: bool, exact: bool) -> La
 def sketch_embedding(
     x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
 ) -> None:
-    """``out[s] += S vec(sum_t onehot(rows[t])^T x[t])``; a row id out of range makes its segment NaN."""
+    """``out[s] += S vec(sum_t onehot(rows[t])^T x[t])``, for ``x`` whose columns are folded where the plan folds them; a
+    row id out of range makes its segment NaN."""
     x, rows = _native.rows_view(x), rows.contiguous()
     n_tokens, n_segments = x.shape[0], offsets.numel() - 1
     if n_tokens == 0 or n_segments == 0:
@@ -128,9 +129,17 @@ def sketch_embedding(
             tables.by_pair,
             tables.row_sign,
             tables.row_fold,
-            tables.col_sign,
+            column_signs(plan, x.device),
         ),
         (plan.folded_cols, x.stride(0)),
         (plan.rows, plan.folded_rows, plan.n_col_blocks, n_segments, plan.n_slabs),
     )
     reduce_partials(partial, out, chunks, 1)
+
+
+def column_signs(plan: MatrixPlan, device: torch.device) -> torch.Tensor:
+    """int8 [folded cols]: 1 where a fold has applied them."""
+    if plan.col_fold is None:
+        return matrix_tables(plan, device).col_sign
+    ones = functools.partial(torch.ones, plan.folded_cols, dtype=torch.int8, device=device)
+    return cached(plan, device, ones, "column signs, applied")

@@ -136,11 +136,16 @@ def test_fold_outputs_of_a_tied_head() -> None:
     assert ((got.double() - exact).abs() <= sum_error_bound(x.abs().double().sum(1, keepdim=True), 9)).all()
 
 
-@pytest.mark.parametrize("role,rows,cols,dim", [("embedding", 300, 40, 32768), ("tied", 1003, 300, 65536)])
+@pytest.mark.parametrize(
+    "role,rows,cols,dim",
+    [("embedding", 300, 40, 32768), ("tied", 1003, 300, 65536), ("linear", 300, 40, 32768)],
+)
 def test_sketch_embedding(role: str, rows: int, cols: int, dim: int) -> None:
-    spec = SketchSpec(dim=dim, vocab_width=128)
+    """A linear map's plan folds the columns: the rows of a gradient that exists are sketched so."""
+    spec = SketchSpec(dim=dim, vocab_width=128, width=16)
     plan = plan_matrix(spec, "embed.weight", rows, cols, role=role)  # type: ignore[arg-type]
-    offsets = offsets_of([30, 0, 290] if role == "embedding" else [40])
+    assert (plan.col_fold is not None) == (role == "linear")
+    offsets = offsets_of([40] if role == "tied" else [30, 0, 290])
     n = int(offsets[-1]) + 1
     g = torch.Generator().manual_seed(0)
     x, ids = torch.randn(n, cols, generator=g), torch.randint(0, rows, (n,), generator=g)
