@@ -106,7 +106,7 @@ def rows_launch(slab_rows: int, slab_cols: int, folded: bool, exact: bool) -> La
 def sketch_embedding(
     x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
 ) -> None:
-    """``out[s] += S vec(sum_t onehot(rows[t])^T x[t])``, for ``x`` whose columns are folded where the plan folds them; a
+    """``out[s] += S vec(sum_t onehot(rows[t])^T x[t])``, for ``x`` with folded columns where the plan folds them; a
     row id out of range makes its segment NaN."""
     x, rows = _native.rows_view(x), rows.contiguous()
     n_tokens, n_segments = x.shape[0], offsets.numel() - 1
