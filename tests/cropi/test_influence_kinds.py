@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import cropi
 from cropi.errors import CropiError
 from cropi.options import Selecting
-from cropi.ranking.influence import influence
+from cropi.ranking.influence import SharedPrompts, influence
 from cropi.ranking.leave_one_out import leave_one_out
 from cropi.ranking.pairwise import pairwise
 from cropi.ranking.resampled import NearestSet
@@ -25,9 +26,9 @@ from cropi.store.memory import MemoryStore
 from cropi.store.shards import RowInfo
 
 
-def store_of(vectors: torch.Tensor, sets: list[str], start: str) -> MemoryStore:
+def store_of(vectors: torch.Tensor, sets: list[str], start: str, first: int = 0) -> MemoryStore:
     store = MemoryStore({"spec": {"dim": vectors.shape[1]}})
-    for i, (vector, name) in enumerate(zip(vectors, sets, strict=True)):
+    for i, (vector, name) in enumerate(zip(vectors, sets, strict=True), first):
         if bool(vector.any()):
             store.add(RowInfo(f"{start}{i:03d}", set=name, norm=float(vector.norm())), vector)
         else:
@@ -118,6 +119,17 @@ def test_a_validation_prompt_counts_once_and_no_set_is_lost(stores: Any, aggrega
     apart[1] = store_of(torch.zeros(7, 24), ["y"] * 7, "v")
     with pytest.raises(CropiError, match="validation set 'y' has no usable prompt: 7 were left out"):
         influence(train, apart, aggregate=aggregate)
+
+
+def test_prompts_on_both_sides_are_warned_of(stores: Any) -> None:
+    train, valid, rows, others = stores
+    with pytest.warns(
+        SharedPrompts, match="^4 training prompts are validation prompts too, for example 't002'"
+    ):
+        influence(train, [valid, store_of(rows[2:7], ["z"] * 5, "t", first=2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SharedPrompts)
+        influence(train, [store_of(others, ["x"] * 15, "t")])  # of the same names, and other gradients
 
 
 def test_what_a_contrast_cannot_be(stores: Any) -> None:

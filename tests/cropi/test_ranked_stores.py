@@ -76,6 +76,10 @@ def test_a_limit_makes_a_smaller_store_and_no_unfinished_one(tmp_path: Path) -> 
         influence(cut, [valid])
     again = stored(tmp_path / "a", records, limit=12)
     assert len(influence(again, [valid]).rows) == again.manifest["prompts"] == 12
+    with pytest.warns(
+        UserWarning, match="limit 6: the store .*a holds 12 prompts from before, and all of them"
+    ):
+        assert len(stored(tmp_path / "a", records, limit=6)) == 12
     # A lower limit does not make what is missing of the first run finished, until its own run went through.
     stored(tmp_path / "b", records, stop_after=9)
     cut = stored(tmp_path / "b", records, limit=15, stop_after=11)

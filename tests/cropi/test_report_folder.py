@@ -86,6 +86,15 @@ def test_what_is_not_there_any_more_is_left_out_in_words(ran: Path, tmp_path: Pa
     assert "Nearest training prompts" not in page
 
 
+@pytest.mark.long
+def test_stores_that_are_left_of_an_earlier_run_are_left_out(ran: Path, tmp_path: Path) -> None:
+    """A run with one validation file more, or less, names its stores otherwise."""
+    shutil.copytree(ran, tmp_path / "out")
+    right = report_folder(tmp_path / "out").read_text()
+    shutil.copytree(ran / "sketches" / "valid-sums", tmp_path / "out" / "sketches" / "valid")
+    assert report_folder(tmp_path / "out").read_text() == right
+
+
 def test_folders_that_are_no_run(ran: Path, tmp_path: Path) -> None:
     with pytest.raises(CropiError, match="is not a folder"):
         report_folder(tmp_path / "none")

@@ -14,6 +14,7 @@ groups, whose terms are the groups' *contributions*:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,7 +81,7 @@ def influence(
     """Score every training prompt against every validation set.
 
     Stores that were made with another estimator, tokenizer, template, end token or temperature give a warning
-    (:class:`cropi.store.differences.UnlikeStores`).
+    (:class:`cropi.store.differences.UnlikeStores`), and so do prompts that are on both sides (:class:`SharedPrompts`).
 
     Args:
         train: the store of training prompts.
@@ -138,6 +139,7 @@ def influence(
 
     columns = count * (len(groups) + 1) + 1
     rows, streamed, dots = in_order(train, compared.directions, score, columns, wanted, apart)
+    _warn_shared(rows, valid)
     table = np.ascontiguousarray(streamed[:, :count])
     if not np.isfinite(table).all(axis=1).any():
         raise CropiError(
@@ -163,6 +165,23 @@ def influence(
 
     held = made(rows, compared.valid, compared.sketches, dots, streamed[:, -1].copy())
     return replace(scores, pairs=held)
+
+
+class SharedPrompts(UserWarning):
+    """Prompts are on both sides of a comparison."""
+
+
+def _warn_shared(rows: Sequence[RowInfo], valid: Sequence[SketchStore]) -> None:
+    """Say where training prompts are validation prompts too: of one id, with gradients of one length."""
+    lengths = {row.id: row.norm for store in valid for row in store.rows() if row.status == OK}
+    shared = [row.id for row in rows if row.norm and lengths.get(row.id) == row.norm]
+    if shared:
+        warnings.warn(
+            f"{len(shared)} training prompts are validation prompts too, for example {shared[0]!r}: a score holds such "
+            "a prompt's own gradient, which raises it; leave them out on one side, unless this is meant",
+            SharedPrompts,
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)

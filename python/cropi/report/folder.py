@@ -65,7 +65,7 @@ def report_folder(
             f"{root} holds no selected.jsonl: choose first, by `cropi select --out {root}/selected.jsonl`"
         )
     selection = selection_of(scores, root / "selected.jsonl")
-    train, valid, unfinished = _stores(root)
+    train, valid, unfinished = _stores(root, scores)
     missing = str(scores.meta.get("uncertainty_missing", "the table comes from an earlier release"))
     given = ReportInput(
         scores, selection, _shown(train, scores, selection, every_text),
@@ -111,9 +111,12 @@ def selection_of(scores: Scores, path: Path) -> Selection:
     return Selection(chosen, chosen + rest, fused, method, scores)
 
 
-def _stores(root: Path) -> tuple[SketchStore | None, list[SketchStore], str]:
-    """The training store, the validation stores, and what is missing of them in words."""
+def _stores(root: Path, scores: Scores) -> tuple[SketchStore | None, list[SketchStore], str]:
+    """The training store, the validation stores that the scores were made from (others may be left of an earlier run),
+    and what is missing of them in words."""
     folder = root / "sketches"
+    made_from = scores.meta.get("valid") or ()
+    named = {Path(path).name for one in made_from for path in one.get("paths") or [one["path"]]}
     if not folder.is_dir():
         return None, [], ""
     from cropi.store.earlier import EARLIER, open_together
@@ -121,7 +124,8 @@ def _stores(root: Path) -> tuple[SketchStore | None, list[SketchStore], str]:
 
     try:
         train = open_together([folder / "train", folder / EARLIER])
-        valid = [SketchStore.open(path) for path in sorted(folder.glob("valid*")) if path.is_dir()]
+        held = [path for path in sorted(folder.glob("valid*")) if path.is_dir()]
+        valid = [SketchStore.open(path) for path in held if path.name in named or not named]
         for store in ([train] if train is not None else []) + valid:
             store.check_finished()
     except CropiError as error:

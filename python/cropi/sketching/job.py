@@ -325,6 +325,12 @@ def open_store(
     try:
         _check_share(store, job)
         take_parts(store)
+        if job.limit is not None and len(store) > job.limit:
+            warnings.warn(
+                f"limit {job.limit}: the store {store.path} holds {len(store)} prompts from before, and all of them "
+                "are used; give another --out for fewer",
+                stacklevel=2,
+            )
     except BaseException:
         store.close()
         raise

@@ -163,7 +163,7 @@ class SketchStore(StoredSketches):
         """Several stores of one model and stage, read as one; its manifest and path are those of the first.
 
         Stores that were made with another estimator, tokenizer, template, end token or temperature give a warning
-        (:class:`cropi.store.manifest.UnlikeStores`).
+        (:class:`cropi.store.differences.UnlikeStores`).
 
         Raises:
             CropiError: no store is given, they cannot be compared, or two hold the same prompt.
