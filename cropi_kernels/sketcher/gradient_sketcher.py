@@ -283,7 +283,7 @@ class GradientSketcher:
             segments: int64 [batch] or [batch, length], as in `batch`.
             labels: int64 [batch, length], as Hugging Face models take them: ``labels[i, t]`` is the token in column t,
                 where it is scored (predicted from column t - 1), or -100 where it is not. The first column is never
-                scored.
+                scored; every row has a scored token.
             weights: the weights of the scored tokens. A tensor: [batch, length] (the weight of the token in each place;
                 with ``labels``), [batch] (one for a row; with ``labels``) or [n] (one for each scored token, row by
                 row). Or a function ``weights(logprobs, start, stop)`` that returns those of scored tokens start .. stop

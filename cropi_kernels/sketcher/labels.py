@@ -73,8 +73,8 @@ def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Te
     column is never scored, and -100 marks a token that is not.
 
     Raises:
-        ValueError: no tensor of integers of ``input_ids``' shape, a negative label other than -100, or one that is not
-            the token in its place (labels that were shifted before).
+        ValueError: no tensor of integers of ``input_ids``' shape, a negative label other than -100, one that is not
+            the token in its place (labels that were shifted before), or a row without a scored token.
     """
     if not isinstance(labels, torch.Tensor):
         raise ValueError(
@@ -101,7 +101,14 @@ def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Te
             "tokens are scored by positions and targets"
         )
     shifted = labels[:, 1:].long()
-    row, column = (shifted != IGNORED).nonzero(as_tuple=True)
+    scored = shifted != IGNORED
+    if bool((none := ~scored.any(dim=1)).any()):
+        raise ValueError(
+            f"labels: nothing of row {int(none.nonzero()[0])} is scored (-100 everywhere but in column 0): "
+            "leave the row out, or mend its labels; a pass that is to score nothing is asked for by positions and "
+            "targets of no numbers"
+        )
+    row, column = scored.nonzero(as_tuple=True)
     return row * labels.shape[1] + column, shifted[row, column]
 
 
@@ -119,7 +126,7 @@ def weigher(
             not known (K responses share a prompt), and weights are [n].
 
     Raises:
-        ValueError: another type, shape or device, or a shape that means two things.
+        ValueError: another type, shape or device.
     """
     if not isinstance(weights, torch.Tensor):
         if not callable(weights):
@@ -140,16 +147,10 @@ def weigher(
         values = values.float()
     if by_labels and tuple(values.shape) == (batch, length):
         flat = values.reshape(-1)[positions + 1]
-    elif tuple(values.shape) == (count,) and not (by_labels and count == batch):
+    elif tuple(values.shape) == (count,):  # by labels every row has a token: if as many, then one of each
         flat = values
     elif by_labels and tuple(values.shape) == (batch,):
-        rows = positions // length
-        flat = values[rows]
-        if count == batch and not torch.equal(rows, torch.arange(batch, device=rows.device)):
-            raise ValueError(
-                f"weights has shape [{batch}], which is one for each of {batch} rows and for each of {count} scored "
-                f"tokens: give [{batch}, {length}], a weight in the place of each token"
-            )
+        flat = values[positions // length]
     else:
         shapes = f"[{batch}, {length}] (a token's place), [{batch}] (a row) or " if by_labels else ""
         raise ValueError(

@@ -44,7 +44,8 @@ def score(
             :class:`cropi.Policy`.
         train: stored trajectories of the training prompts, several scored responses to each: a list of records
             (dictionaries, docs/trajectories.md), a ``datasets.Dataset``, a path, or a list of paths.
-        valid: the same for validation prompts; or a dict of them by the name of their set.
+        valid: the same for validation prompts; or a dict of them by the name of their set, which is then no other one
+            that a record names.
         tokenizer: the tokenizer of ``model`` where that is a module.
         out: folder for the sketches; prompts that it already holds are not computed again. None keeps them in memory.
         behaviour_model: the model that made the responses, where records have no log-probs and it is not ``model``.
@@ -84,7 +85,7 @@ def score(
         replace(job, noise=True)  # what does not go with it shows here
     setup = Setup(job, compare, Selecting(fraction=1.0))  # nothing is chosen here, so no pool is too small
     train, valid = _opened(policy, sketching, train, source), _opened(policy, sketching, valid, source)
-    checked = pipeline.check(policy, train, valid, setup, option="valid")
+    checked = pipeline.check(policy, train, valid, setup, option="valid", named=True)
     folder = None if out is None else Path(out)
 
     def at(name: str) -> Path | None:

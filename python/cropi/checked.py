@@ -103,3 +103,13 @@ def is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value can name a prompt: a string or an integer, which are found again in files and checkpoints."""
+    return isinstance(value, (str, Integral)) and not isinstance(value, bool)
+
+
+def absent(value: Any) -> bool:
+    """Whether a value stands for none: None, or NaN, as tables have it in an empty cell."""
+    return value is None or (isinstance(value, Real) and bool(value != value))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
+import cropi
 import cropi.model.policy
 from cropi import pipeline
 from cropi.cli import main
@@ -37,6 +38,25 @@ def policy() -> Policy:
 
 def quiet(*arguments: Any, **more: Any) -> Selection:
     return choose(*arguments, progress=False, **more)
+
+
+# --------------------------------------------------------------------------------------- names of validation sets
+def test_keys_and_records_that_name_different_sets() -> None:
+    """A key that the user gave is the name; it neither wins over a record's own nor loses to it without a word."""
+    unnamed, x, y = make_records(8, seed=1), VALID[0::2], VALID[1::2]
+    chosen = quiet(policy(), TRAIN, {"x": x, "z": unnamed}, SETUP)
+    assert chosen.scores is not None and chosen.scores.sets == ["x", "z"]
+    for valid, message in (
+        ({"math": x}, "valid has the key 'math', but 4 of the 4 records under it say that their set is 'x'"),
+        ({"x": x[1:], "y": [*y, x[0]]}, "the key 'y', but 1 of the 5 records .* their set is 'x'"),
+    ):
+        with pytest.raises(CropiError, match=message):
+            quiet(policy(), TRAIN, valid, SETUP)
+        with pytest.raises(CropiError, match=message):
+            cropi.score(make_model(), TRAIN, valid, tokenizer=make_tokenizer(), dim=1024, progress=False)
+    assert quiet(policy(), TRAIN, VALID, SETUP).scores.sets == ["x", "y"]  # type: ignore[union-attr]
+    # Files of the command line give their names to records that have none.
+    assert [part.set for part in check(policy(), TRAIN, {"file": x}, SETUP).valid] == ["file"]
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -86,7 +106,7 @@ def test_a_run_parses_every_record_twice_and_hashes_the_weights_once(
 def test_memory_and_folder_choose_alike(tmp_path: Path) -> None:
     said: list[str] = []
     memory = quiet(policy(), TRAIN, VALID, SETUP, say=said.append)
-    folder = quiet(policy(), TRAIN, {"valid": VALID}, SETUP, tmp_path / "out")
+    folder = quiet(policy(), TRAIN, VALID, SETUP, tmp_path / "out")
     assert memory.ids == folder.ids and len(memory) == 3
     np.testing.assert_array_equal(memory.scores.table, folder.scores.table)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.made_data import make_model
@@ -194,6 +195,9 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "mask too wide": ({"response_mask": torch.ones(7, 9)}, r"response_mask has shape \[7, 9\]: give \[7, 8\]"),
     "mask a row": ({"response_mask": torch.ones(7)}, r"response_mask has shape \[7\]"),
     "names": ({"prompt_ids": ["a", "b"]}, "prompt_ids is 2 names: give a list of 7"),
+    "no name": ({"prompt_ids": ["a", None, None, *"bccd"]}, "the prompt of row 1 has no id: give a string or an int"),
+    "an empty cell": ({"prompt_ids": np.array([1, 1, float("nan"), 2, 2, 3, 3])}, "the prompt of row 0 is 1.0: give"),
+    "lists for names": ({"prompt_ids": [["a"]] * 7}, r"the prompt of row 0 is \['a'\]: give a string"),
     "a name": ({"prompt_ids": "aabbccd"}, "prompt_ids is 7 names: give a list of 7"),
     "nothing to weigh by": ({"advantages": None}, "give one of rewards, advantages and weights: none is given"),
     "two weights": ({"weights": ADVANTAGES}, "advantages and weights are given"),

@@ -1,4 +1,4 @@
-"""Labels and tensors of weights give the bits of positions and a function; what means two things is an error."""
+"""Labels and tensors of weights give the bits of positions and a function; what scores nothing of a row is an error."""
 
 from __future__ import annotations
 
@@ -119,17 +119,23 @@ def test_misuse_is_named(name: str) -> None:
         by_labels(sketcher, PADDED, **arguments)
 
 
-def test_a_shape_that_means_two_things_is_an_error() -> None:
+@pytest.mark.parametrize("first", [-100, 8])
+def test_a_row_of_which_nothing_is_scored_is_named(first: int) -> None:
+    """Its sketch would be zero, as that of a prompt whose rewards are equal. No column predicts the first."""
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    labels = torch.tensor([[-100, 6, 7], [-100, -100, -100]])
+    labels = torch.tensor([[-100, 6, 7], [first, -100, -100]])
     with GradientSketcher(zoo.make("llama"), SPEC) as sketcher:
-        with pytest.raises(
-            ValueError, match=r"weights has shape \[2\], which is one for each of 2 rows and for"
-        ):
+        with pytest.raises(ValueError, match="labels: nothing of row 1 is scored"):
             sketcher.policy_gradient(ids, segments=torch.arange(2), labels=labels, weights=torch.ones(2))
-        each = torch.tensor([[-100, -100, 7], [-100, 9, -100]])  # one token a row: both meanings agree
+
+
+def test_one_token_a_row_has_one_weight() -> None:
+    """A weight for each row and one for each scored token are the same."""
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    labels = torch.tensor([[-100, -100, 7], [-100, 9, -100]])
+    with GradientSketcher(zoo.make("llama"), SPEC) as sketcher:
         result = sketcher.policy_gradient(
-            ids, segments=torch.arange(2), labels=each, weights=torch.tensor([1.0, 2])
+            ids, segments=torch.arange(2), labels=labels, weights=torch.tensor([1.0, 2])
         )
         assert result.weights.tolist() == [1.0, 2.0]
 

@@ -41,6 +41,19 @@ def test_a_nan_marks_its_prompt_alone() -> None:
         assert not got.failed.any() and live._audits.heard
 
 
+def test_a_prompt_of_which_nothing_is_scored_has_no_gradient() -> None:
+    """As where a trainer masks responses that were cut off: its loss has no such term, and the others are as before."""
+    model, step, masked = zoo.make("llama"), Step(), Step()
+    masked.scored[step.prompts == 1] = False
+    want = captured(zoo.make("llama"), policy_gradient, step)
+    got = captured(model, policy_gradient, masked)
+    assert torch.equal(got[[0, 2]], want[[0, 2]]) and not got[1].any() and bool(want[1].any())
+
+
+def policy_gradient(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
+    return (made.logprobs_of(logits, step) * step.scored * step.advantages[:, None]).sum()
+
+
 def coupled_by_a_norm(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
     logp = made.logprobs_of(logits, step)
     return (logp * step.advantages[:, None] * step.scored).sum() / logp.std()

@@ -62,7 +62,7 @@ def choose(
     """
     setup, who = setup or Setup(), ranks or Alone()
     if checked is None:
-        checked = who.agree(lambda: check(policy, train, valid, setup, ranks=who))
+        checked = who.agree(lambda: check(policy, train, valid, setup, ranks=who, option="valid", named=True))
     root = None if folder is None else Path(folder)
     if root is None and who.world > 1:
         raise CropiError(

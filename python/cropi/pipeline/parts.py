@@ -97,6 +97,7 @@ def check(
     before: str = "",
     option: str = "--valid",
     otherwise: str = "",
+    named: bool = False,
 ) -> Checked:
     """Read all trajectories once, and find what is wrong with them before any compute is spent.
 
@@ -110,11 +111,14 @@ def check(
         before: what messages begin with.
         option: what names the validation sets, for messages.
         otherwise: what the message ends with where there is nothing to select.
+        named: the keys of ``valid`` were given as the sets' names, so that records may not name other ones; else they
+            are names for records that name none.
 
     Raises:
         RecordError: a bad record, or one that does not fit the model.
         NothingToSelect: no training prompt has a gradient.
-        CropiError: a validation set without a prompt that has one, or a fraction that chooses nothing.
+        CropiError: a validation set without a prompt that has one, records that name another set than their key, or a
+            fraction that chooses nothing.
     """
     ranks, job = ranks or Alone(), setup.job
     sources = validation_sources(valid)
@@ -123,6 +127,8 @@ def check(
         stem = "valid" if len(sources) == 1 else f"valid-{name}"
         part, scans[name], _ = part_of(policy, source, replace(job, limit=None), stem, name, None, ranks)
         parts.append(part)
+    if named and isinstance(valid, Mapping):
+        check_keys(scans, option)
     check_covered(scans, sets, option=option, before=before)
     mine, _, pool = part_of(policy, train, job, "train", None, known, ranks)
     check_pool(pool, mine.groups.names, known=known is not None, before=before, otherwise=otherwise)
@@ -170,6 +176,22 @@ def part_of(
     mine.fingerprint, mine.texts_checked = scan.fingerprint, scan.texts_checked
     part = Part(name, Share(groups, ids, mine), mine, default_set, behaviour=source_of)
     return part, scan, pool
+
+
+def check_keys(scans: Mapping[str, Scan], option: str) -> None:
+    """Check that the records of each key name that set, or none.
+
+    Raises:
+        CropiError: some name another one; names both.
+    """
+    for key, part in scans.items():
+        for name, count in part.sets.items():
+            if name != key:
+                raise CropiError(
+                    f"{option} has the key {key!r}, but {count} of the {part.prompts} records under it say that their "
+                    f"set is {name!r}: take 'set' out of the records, or give them without keys, where a record's own "
+                    "set counts"
+                )
 
 
 def validation_sources(valid: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from cropi.agreement import agree
+from cropi.checked import absent, fits, is_id
 from cropi.errors import CropiError
 from cropi.ranking.alike import known_alike
 from cropi.ranking.exploring import Noise, Values, draw, known
@@ -79,7 +80,7 @@ class Selector:
         if not isinstance(self.spec, SketchSpec):
             raise CropiError(f"spec is a {type(spec).__name__}: give a SketchSpec")
         self.ids = _names(ids)
-        if not is_integer(dim) or dim < 1 or dim & (dim - 1) or dim > self.spec.dim:
+        if not fits(dim, int) or dim < 1 or dim & (dim - 1) or dim > self.spec.dim:
             raise CropiError(f"dim must be a power of two up to the sketch's {self.spec.dim}, got {dim!r}")
         for name, value, least in (("half_life", half_life, 1e-9), ("explore", explore, 0.0)):
             if (
@@ -88,9 +89,9 @@ class Selector:
                 or not least <= value < float("inf")
             ):
                 raise CropiError(f"{name} must be a number of at least {least:g}, got {value!r}")
-        if within is not None and (not is_integer(within) or within < 1):
+        if within is not None and (not fits(within, int) or within < 1):
             raise CropiError(f"within must be None or a number of steps of at least 1, got {within!r}")
-        if not is_integer(seed) or not 0 <= seed < 1 << 63:
+        if not fits(seed, int) or not 0 <= seed < 1 << 63:
             raise CropiError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
         self.within, self._refreshed = within, 0
         self.dim, self.half_life, self.explore, self.seed = dim, float(half_life), float(explore), int(seed)
@@ -213,7 +214,7 @@ class Selector:
         Raises:
             CropiError: more than the pool holds, or no integer; a step back.
         """
-        if not is_integer(n) or not 1 <= n <= len(self):
+        if not fits(n, int) or not 1 <= n <= len(self):
             raise CropiError(f"n must be an integer from 1 to {len(self)}, the size of the pool, got {n!r}")
         when = self._step(step)
         means, deviations = self.known(when)
@@ -300,7 +301,7 @@ class Selector:
     def _step(self, step: int | None) -> int:
         if step is None:
             return self.step
-        if not is_integer(step) or step < self.step:
+        if not fits(step, int) or step < self.step:
             raise CropiError(f"step is {step!r}: give an integer of at least {self.step}, the last one")
         return int(step)
 
@@ -342,8 +343,7 @@ class Selector:
         found = [self._place.get(name) if is_id(name) else None for name in names]
         if None in found:
             i = found.index(None)
-            absent = names[i] is None or names[i] != names[i]
-            why = "has no id" if absent else f"is {names[i]!r}, which is not in the pool"
+            why = "has no id" if absent(names[i]) else f"is {names[i]!r}, which is not in the pool"
             raise CropiError(
                 f"the prompt of row {i} {why}: the ids are those that the Selector was made with, such as "
                 f"{self.ids[0]!r}"
@@ -408,15 +408,6 @@ def _gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def is_id(name: Any) -> bool:
-    """A string or an integer: what is found again in a checkpoint."""
-    return isinstance(name, str) or is_integer(name)
 
 
 def _features(given: Any, n: int) -> npt.NDArray[np.float32]:

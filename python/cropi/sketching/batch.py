@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cropi.checked import absent, is_id
 from cropi.data.checks import LOGPROB_SLACK
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
@@ -80,8 +81,8 @@ def score_batch(
         attention_mask: ``[batch, length]``, 0 for padding; None: there is no padding.
         response_mask: for each token, whether it is scored. Give this or ``labels``.
         labels: int64 ``[batch, length]``: -100 where a token is not scored, else the token.
-        prompt_ids: a name for each row; rows with one name are responses to one prompt. None: every row is a prompt of
-            its own.
+        prompt_ids: a string or an integer for each row; rows with one of them are responses to one prompt. None: every
+            row is a prompt of its own.
         rewards: ``[batch]``: the estimator computes advantages from them, over each prompt's rows. Give one of
             ``rewards``, ``advantages`` and ``weights``.
         advantages: ``[batch]``, or one for each token.
@@ -279,11 +280,17 @@ class _Rows:
         """The prompts in order of their first row, and for each row the number of its prompt: int64 ``[batch]``."""
         if names is None:
             return list(range(self.batch)), torch.arange(self.batch)
-        if isinstance(names, torch.Tensor):
-            names = names.tolist()
+        names = names.tolist() if hasattr(names, "tolist") else names
         if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != self.batch:
             got = f"{len(names)} names" if isinstance(names, Sequence) else f"a {type(names).__name__}"
             raise CropiError(f"prompt_ids is {got}: give a list of {self.batch}, one for each row")
+        for row, name in enumerate(names):
+            if not is_id(name):
+                why = "has no id" if absent(name) else f"is {name!r:.100}"
+                raise CropiError(
+                    f"prompt_ids: the prompt of row {row} {why}: give a string or an integer; rows with one are "
+                    "responses to one prompt"
+                )
         places: dict[Any, int] = {}
         segments = [places.setdefault(name, len(places)) for name in names]
         return list(places), torch.tensor(segments)
