@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +54,17 @@ def logprobs(split: SplitModel, batch: MicroBatch, whole: bool = False) -> torch
 
 
 class Trainer:
-    """The policy, its AdamW and the parts that do not change from step to step."""
+    """The policy, its AdamW and the parts that do not change from step to step.
+
+    ``spent``: processor seconds of all steps by part, and the ``tokens`` that went through the model's backward pass,
+    without and with padding (``padded``).
+    """
 
     def __init__(self, model: Any, lr: float, warmup: int, tokens: int, live: Live | None = None) -> None:
         self.live = live
         self.model, self.lr, self.warmup, self.tokens, self.done = model, lr, warmup, tokens, 0
         self.split, self.layout = split_model(model), layout_of(model)
+        self.spent: Counter[str] = Counter()
         self.optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
     def step(
@@ -69,15 +76,19 @@ class Trainer:
     ) -> StepReport:
         """Sample ``group`` responses to every problem, and update once; ``names``: of the problems, where they are
         watched."""
-        rollouts = generate(self.model, [encode(p.prompt) for p in problems], group, generator=generator)
+        with self._timed("generate"):
+            rollouts = generate(self.model, [encode(p.prompt) for p in problems], group, generator=generator)
         records = [to_record(p, r, str(i)) for i, (p, r) in enumerate(zip(problems, rollouts, strict=True))]
         mixed = [to_tokens(record) for record in records if not no_gradient_reason(record.rewards)]
         for batch in make_batches(mixed, ESTIMATOR, self.layout, budget=self.tokens):
             here = batch.to(self.model.device)
+            self.spent.update(tokens=batch.tokens, padded=batch.input_ids.numel())
             with contextlib.nullcontext() if self.live is None else self.live.watching(here):
-                values = logprobs(self.split, here, whole=self.live is not None)
+                with self._timed("forward"):
+                    values = logprobs(self.split, here, whole=self.live is not None)
                 weights = ESTIMATOR.weights(values.detach(), None, here.advantages, here.divisors)
-                (-(weights * values).sum() / len(problems)).backward()
+                with self._timed("backward"):
+                    (-(weights * values).sum() / len(problems)).backward()
         if self.live is not None:
             self.live.end_step(names, self.done + 1)
         if mixed:
@@ -89,3 +100,9 @@ class Trainer:
         self.done += 1
         rewards = [reward for record in records for reward in record.rewards]
         return StepReport(sum(rewards) / len(rewards), len(mixed) / len(records))
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begun = time.process_time()
+        yield
+        self.spent[part] += time.process_time() - begun

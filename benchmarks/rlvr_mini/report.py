@@ -130,13 +130,8 @@ def _speed(known: dict[str, Arm], by_arm: dict[str, list[Finished]], at: int) ->
 
 
 def reference(known: dict[str, Arm], by_arm: dict[str, list[Finished]], name: str) -> list[Finished]:
-    """The full-data runs on the pool of an arm, with its micro-batches: what it is measured against."""
-    mine = known[name]
-    full = [
-        arm.name
-        for arm in known.values()
-        if arm.method == "full" and arm.pool == mine.pool and arm.cut == mine.cut
-    ]
+    """The full-data runs on the pool of an arm, with the scale's micro-batches: what it is measured against."""
+    full = [a.name for a in known.values() if a.method == "full" and a.pool == known[name].pool and not a.cut]
     return [run for other in full for run in by_arm[other]]
 
 

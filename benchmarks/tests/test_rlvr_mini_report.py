@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the experiment's policy is a transfo
 from support.mini import NANO
 
 from benchmarks.rlvr_mini import __main__ as command
-from benchmarks.rlvr_mini import choices, cost
+from benchmarks.rlvr_mini import choices, cost, steps
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS, choose
 from benchmarks.rlvr_mini.config import Scale
 from benchmarks.rlvr_mini.data import base_model, seed_data
@@ -79,6 +79,40 @@ def test_cost_of_a_selection_by_parts(work: Path, tmp_path: Path) -> None:
     for row in rows:  # seconds and share agree, to the digits written
         seconds = float(row[1])
         assert float(row[2].rstrip("%")) == pytest.approx(100 * seconds / (seconds + 4.0), abs=0.2)
+
+
+def test_a_step_by_parts(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "CUT", 16)
+    out, folder = tmp_path / "steps.md", tmp_path / "nano"
+    options = ["--scale", "nano", "--work", str(tmp_path), "--steps", "2", "--turns", "1", "--out", str(out)]
+    with pytest.raises(CropiError, match="full_pool3 has no policy.pt; run python -m"):
+        steps.main(options)
+    folder.mkdir()
+    shutil.copy(work / "base.pt", folder)
+    model = base_model(NANO, folder)
+    data = seed_data(NANO, 0, model, folder / "seed0", 3)
+    mixed = sorted(g.id for g in data.pool if min(g.rewards) < max(g.rewards))[:8]
+    for arm, chosen in (("full_pool3", []), ("then_long_pool3", mixed)):
+        (folder / "seed0" / arm).mkdir()
+        torch.save(model.state_dict(), folder / "seed0" / arm / "policy.pt")
+        (folder / "seed0" / arm / "result.json").write_text(json.dumps({"selections": [{"chosen": chosen}]}))
+    steps.main(options)
+    rows = [line.strip("| ").split(" | ") for line in out.read_text().splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert [row[:4] for row in rows[4:8]] == [
+        ["live, visits at their time", "base", tokens, taps]
+        for tokens in ("2048", "16")
+        for taps in ("no", "yes")
+    ]
+    assert len(rows) == 16 and len({tuple(row[4:6]) for row in rows[4:8]}) == 1  # the same prompts and tokens
+    for row in rows:
+        numbers = [float(cell) for cell in row[4:]]
+        assert 0 <= numbers[0] <= NANO.prompts and numbers[1] <= numbers[2]
+        assert sum(numbers[3:6]) <= numbers[6] + 2  # parts of the whole, to the digits written
+    assert rows[6][6] == rows[6][5] and float(rows[4][6]) > float(
+        rows[4][5]
+    )  # a row a micro-batch pads nothing
 
 
 def test_choices_of_levers_under_a_trained_policy(work: Path, tmp_path: Path) -> None:
@@ -184,4 +218,4 @@ def test_speed_up_of_resampled_seeds_and_against_full_data_of_the_same_pool() ->
     }
     assert reference(ARMS | LEVERS, by_arm, "cropi") == slow
     assert reference(ARMS | LEVERS, by_arm, "cropi_pool3") == fast
-    assert reference(ARMS | LEVERS, by_arm, "then_long_cut_pool3") == dear
+    assert reference(ARMS | LEVERS, by_arm, "full_cut_pool3") == fast
