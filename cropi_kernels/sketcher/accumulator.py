@@ -48,17 +48,16 @@ class Accumulator:
         self.listener: Listener | None = None
         self._needed: dict[type[Operators], int] = {}  # by the last batch of each engine
         self._deaf = self._absent = False
-        self.refusals: dict[str, str] | None = (
-            None  # what taps would have raised, by module, while a model is tried
-        )
+        # While a model is tried: the messages of the errors that taps would have raised, by module.
+        self.refusals: dict[str, str] | None = None
         self.clock = Clock(torch.device("cpu"))
-        # Passes whose sketching was timed or estimated; what it took of the latest that was timed.
+        # Passes so far, and the share of its time that the latest timed pass spent on sketching.
         self._passes, self._share = 0, 0.0
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
     @property
     def engine(self) -> Operators:
-        """Of the open batch."""
+        """The engine of the open batch."""
         if self._engine is None:
             raise RuntimeError("no batch is open in this GradientSketcher")
         return self._engine
@@ -142,7 +141,10 @@ class Accumulator:
         return self.clock.timed()
 
     def sketch_seconds(self, clock: Clock, whole: float) -> float:
-        """Of a pass that took ``whole``: what its ``clock`` has measured, or the share of it that one before had."""
+        """The seconds of sketching in a pass that took ``whole``.
+
+        They are what its ``clock`` measured; of a pass whose clock did not measure, the latest timed pass's share.
+        """
         self._passes += 1
         if not clock.measures:
             return self._share * whole
@@ -153,7 +155,7 @@ class Accumulator:
     def folded(self, key: str | None, x: torch.Tensor, fold: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``fold()``, computed once for all layers that fold the tensor ``x`` in the same way (q/k/v, gate/up).
 
-        ``key`` says which way; None: in a way that no other layer shares.
+        ``key`` names the way; None: no other layer folds in this way.
         """
         if key is None:
             return fold()

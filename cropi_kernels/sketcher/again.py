@@ -1,4 +1,4 @@
-"""A module's call, repeated on the rows of one segment: what a backward pass of all rows would cost once a segment."""
+"""Repeats a module's call on the rows of one segment: a backward pass over all rows for each segment costs more."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Replay:
     def of(
         cls, module: nn.Module, args: Any, kwargs: Any, segments: Segments
     ) -> tuple[Replay, list[torch.Tensor]] | None:
-        """None where the call may do more than compute its result (a cache), or has no tensor with the batch's rows."""
+        """The replay of a call, and its tensors.
+
+        None where the call may do more than compute its result (fill a cache), or has no tensor with the batch's rows.
+        """
         leaves, tree = pytree.tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         others = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
@@ -47,15 +50,18 @@ class Replay:
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = rows_of(tensor, _axis(tensor, self.segments), begin, end)
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
-        found: list[Any] = pytree.tree_flatten(self.module.forward(*args, **kwargs))[0]
-        return found
+        outputs: list[Any] = pytree.tree_flatten(self.module.forward(*args, **kwargs))[0]
+        return outputs
 
 
 Axis = tuple[int, int]  # which axis holds rows, and how many of its entries one row has
 
 
 def _axis(x: torch.Tensor, segments: Segments) -> Axis | None:
-    """None: ``x`` is the same for all rows. A wrong guess shows, since the results are compared."""
+    """The axis of ``x`` that holds the batch's rows; None: ``x`` is the same for all rows.
+
+    A wrong guess is detected, because the results are compared.
+    """
     if x.ndim and x.shape[0] == segments.batch:
         return 0, 1
     if x.ndim and x.shape[0] == segments.batch * segments.length:
@@ -66,7 +72,7 @@ def _axis(x: torch.Tensor, segments: Segments) -> Axis | None:
 
 
 def view_axis(view: tuple[int, ...], segments: Segments) -> Axis:
-    """The same for an output whose `Segments.token_views` is ``view``."""
+    """The axis that holds the rows of an output, from its ``view`` (`Segments.token_views`)."""
     if view[0] == segments.batch * segments.length:
         return 0, segments.length
     return (1, 1) if view[0] == 1 != segments.batch else (0, 1)

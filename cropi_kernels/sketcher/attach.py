@@ -127,8 +127,8 @@ def plan_model(
         ExactTaps(accumulator, builder.exact),
         wanted,
         (
-            "weight" not in shares or shares["weight"].axis is not None or shares["weight"].adds,
-            "bias" not in shares or shares["bias"].axis is not None or shares["bias"].adds,
+            "weight" not in shares or shares["weight"].adds,
+            "bias" not in shares or shares["bias"].adds,
         ),
         builder.ranks,
     )
@@ -172,7 +172,7 @@ def _describe(builder: _Builder, name: str, p: nn.Parameter, module: nn.Module) 
 
 
 class _Builder:
-    """A tap for every wanted parameter that has one; ``formed``: modules whose gradients are to be formed."""
+    """Finds the taps of the wanted parameters. Modules in ``formed`` get none: their gradients are formed instead."""
 
     def __init__(
         self,
@@ -260,11 +260,11 @@ class _Builder:
         else:
             share = self.ranks.share(own["weight"])
             tap = self.taps[module] = PartEmbeddingTap(self.acc, path, matrix, padding, scale, share)
-            tap.adds = share.axis is not None or share.adds
+            tap.adds = share.adds
         self._cover(own["weight"], "embedding")
 
     def _norm(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
-        if not takes_one_tensor(module) or (found := norm_of(module)) is None:
+        if not takes_one_tensor(module) or (kind := norm_of(module)) is None:
             return
         shares = {} if self.ranks is None else {which: self.ranks.share(p) for which, p in own.items()}
         if any(share.axis is not None for share in shares.values()):
@@ -273,7 +273,7 @@ class _Builder:
         for which, p in own.items():
             plans[which] = plan_vector(self.spec, self.wanted[id(p)], p.numel())
             self._cover(p, "norm")
-        centered, eps = found
+        centered, eps = kind
         norm = Norm(centered, eps, plans.get("weight"), plans.get("bias"))
         if shares:
             self.taps[module] = PartNormTap(self.acc, path, norm, shares)
@@ -284,7 +284,9 @@ class _Builder:
         try:
             layout = recognise_experts(module)
             if layout is not None and (layout.repeated or layout.biases()) and self._is_split(own):
-                raise Unsupported("split over ranks (tensor parallel), and they have biases or are Llama 4's")
+                raise Unsupported(
+                    "experts with biases, or of Llama 4, that are split over ranks (tensor parallel)"
+                )
             if layout is not None and self.spec.kind != "slab":
                 raise Unsupported(f"experts are sketched by kind='slab', not by kind={self.spec.kind!r}")
         except Unsupported as error:
@@ -326,12 +328,15 @@ class _Builder:
         return self._whole_share(own).axis is not None
 
     def _whole_share(self, own: dict[str, nn.Parameter]) -> Share:
-        """Of the parameters of a module that are split nowhere; else that of one that is."""
+        """The share of the first of a module's parameters that is split over ranks; if none is, of the first."""
         shares = [Share(()) if self.ranks is None else self.ranks.share(p) for p in own.values()]
         return next((share for share in shares if share.axis is not None), shares[0])
 
     def _form(self, chain: Sequence[nn.Module]) -> None:
-        """Parameters of a module that no tap covers, where they are small enough that their gradient can be formed."""
+        """Plan to form the gradients of the parameters of ``chain[0]`` that no tap covers, if they are small enough.
+
+        ``chain`` is a module, the module around it, and so on out to the model.
+        """
         module = chain[0]
         if module in self.reasons:
             return

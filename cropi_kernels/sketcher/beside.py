@@ -1,7 +1,7 @@
-"""Finds, in the caller's batches, weights that his code uses outside of their modules, and taps that are not called.
+"""Finds weights that the caller's code uses outside of their modules, and taps that are not called, in his batches.
 
-The self-test runs the model; what is around it (a fused loss that multiplies by the head's weight itself, a forward
-that was compiled for the shape of this batch before the taps came) only his own forward and backward show.
+The self-test runs the model alone. What is around it (a fused loss that multiplies by the head's weight itself, a
+forward that was compiled for the shape of this batch before the taps came) shows only in the caller's own passes.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from .taps import Tap
 
 @contextlib.contextmanager
 def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[None]:
-    """Covered parameters have ``requires_grad`` inside, except while their own module runs: a gradient that reaches one
-    comes from a use that no tap sees, by whatever function. It costs neither memory nor a weight gradient. Nothing is
-    watched where modules are compiled, or sharded by FSDP2.
+    """Refuse uses of covered parameters that no tap sees, in the forward and backward passes inside.
+
+    The parameters have ``requires_grad`` inside, except while their own module runs. So a gradient that reaches one of
+    them comes from a use outside of its module. This costs neither memory nor a weight gradient. Where modules are
+    compiled, or sharded by FSDP2, nothing is watched.
 
     Raises (from the backward pass inside):
         SelfTestError: names the parameter.
     """
-    # A graph that was made for trainable weights would be taken, without the taps; FSDP2 puts other tensors in the
-    # weights' places.
+    # A compiled module would run the graph that was made for trainable weights, which has no taps. FSDP2 puts other
+    # tensors in the weights' places.
     if inside_compiled(model) or units(model):
         yield
         return
@@ -41,9 +43,9 @@ def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[N
     watched = list({id(p): p for parameters in own.values() for p in parameters}.values())
     traced: list[bool] = []
 
-    def freeze(flag: bool) -> Callable[..., None]:
+    def trainable(flag: bool) -> Callable[..., None]:
         def hook(module: nn.Module, *args: Any) -> None:
-            # A graph cannot change a flag: it forms weight gradients this once.
+            # A graph that is being traced cannot change a flag: it forms weight gradients this one time.
             if torch.compiler.is_compiling():
                 traced.append(True)
                 return
@@ -52,7 +54,7 @@ def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[N
 
         return hook
 
-    def found(p: nn.Parameter) -> Callable[[torch.Tensor | None], None]:
+    def refuse(p: nn.Parameter) -> Callable[[torch.Tensor | None], None]:
         def hook(gradient: torch.Tensor | None) -> None:
             if gradient is not None and not traced and bool(gradient.any()):
                 raise SelfTestError(
@@ -63,10 +65,10 @@ def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[N
 
         return hook
 
-    handles: list[Any] = [p.register_hook(found(p)) for p in watched if _hookable(p)]
+    handles: list[Any] = [p.register_hook(refuse(p)) for p in watched if _hookable(p)]
     for module in own:
-        handles.append(module.register_forward_pre_hook(freeze(False)))
-        handles.append(module.register_forward_hook(freeze(True), always_call=True))
+        handles.append(module.register_forward_pre_hook(trainable(False)))
+        handles.append(module.register_forward_hook(trainable(True), always_call=True))
     before = [(p, p.grad) for p in watched]
     try:
         for p in watched:
@@ -81,7 +83,7 @@ def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[N
 
 
 def _hookable(p: nn.Parameter) -> bool:
-    """Torch takes hooks of what requires a gradient only."""
+    """Make a parameter ready for a hook: torch takes hooks only of tensors that require a gradient."""
     p.requires_grad_(True)
     return True
 
@@ -89,10 +91,10 @@ def _hookable(p: nn.Parameter) -> bool:
 def check_heard(
     model: nn.Module, plan: Attachment, heard: frozenset[str], segments: Segments, partly: bool
 ) -> None:
-    """Every tap that the self-test heard must be heard in this batch.
+    """Check that every tap that the self-test heard was heard in this batch too.
 
-    ``partly``: the caller may have run a part of the model; then only what lies in a compiled module is an error, and
-    a batch in which no tap was heard.
+    ``partly``: the caller may have run a part of the model. Then a silent tap is an error only inside a compiled
+    module, or where no tap was heard at all.
 
     Raises:
         SelfTestError: names the modules.
@@ -121,6 +123,7 @@ def check_heard(
 
 
 def inside_compiled(model: nn.Module) -> set[nn.Module]:
+    """The modules that torch.compile has compiled, and all modules inside them."""
     inside: set[nn.Module] = set()
     for module in model.modules():
         forward = vars(module).get("forward")

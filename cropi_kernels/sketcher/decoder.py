@@ -1,6 +1,4 @@
-"""Which module of a causal LM is the decoder and which the head; that they make the whole is checked once against the
-model's own forward.
-"""
+"""Splits a causal LM into its decoder and its head, and checks once that the two give the model's own logits."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def split_model(model: nn.Module) -> SplitModel:
     split = split_parts(model)
     ids = few_tokens(split)
     with own_precision(model), evaluating(model), torch.no_grad():  # dropout would make two forwards differ
-        # Of the whole: PEFT may put tokens or keys of its own in front.
+        # Compared with the whole model, because PEFT may put tokens or keys of its own in front.
         try:
             hidden = split.hidden(ids)
             if hidden.shape[-1] != split.head.weight.shape[1]:
@@ -78,8 +76,7 @@ def _name(model: Any) -> str:
 
 
 def split_parts(model: nn.Module) -> SplitModel:
-    """The decoder and the head as the model names them; that they make the whole is not checked, nor is a factor or cap
-    of the logits measured.
+    """The decoder and the head as the model names them. Nothing is checked or measured.
 
     Raises:
         ValueError: as `split_model`.
@@ -118,7 +115,7 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; then every module is in its own mode again: some may be in eval, others not."""
+    """``model.eval()`` inside. Afterwards every module is in the mode that it had."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -35,11 +35,10 @@ LARGEST = 1 << 22  # numbers of a parameter: its gradient exists, one segment at
 
 @dataclasses.dataclass(eq=False)
 class Exact:
-    """One parameter. ``chain`` is its owner, which has it under ``key``, the module around that, and so on out to the
-    model.
+    """One parameter whose gradient is formed.
 
-    ``plan`` says where its numbers go, taken as a vector; of the weight of a linear layer or an embedding the
-    ``matrix`` does.
+    ``chain`` is the module that owns it (under the name ``key``), the module around that, and so on out to the model.
+    ``plan`` gives the coordinates of a vector, ``matrix`` those of the weight of a linear layer or an embedding.
     """
 
     name: str
@@ -75,8 +74,10 @@ class Exact:
 class _Call:
     """A call of a module that is running.
 
-    ``edges`` leads to the parameters as this call alone sees them; ``before`` holds what was in their place; ``taken``
-    are parameters whose gradients a module inside it forms.
+    Attributes:
+        edges: the graph's edge to each parameter's alias, which this call alone uses.
+        before: the tensors that the aliases replaced.
+        taken: parameters whose gradients a module inside this one forms.
     """
 
     module: nn.Module
@@ -87,8 +88,8 @@ class _Call:
     def open(self, parameters: Iterable[Exact]) -> None:
         """Put an alias in place of every parameter, which stays frozen itself.
 
-        An alias of its own for every call: a module that is called twice has its first call behind its second in the
-        graph, and each is to be counted once.
+        Every call has an alias of its own. If a module is called twice, the first call lies behind the second one in
+        the graph; with one alias it would be counted twice.
         """
         for exact in parameters:
             place = exact.chain[0]._parameters
@@ -134,7 +135,7 @@ class _Captures(torch.autograd.Function):
 
 
 class ExactTaps:
-    """Hooks on all modules that may turn out to be the innermost one that is called."""
+    """Hooks on every module that may be the innermost one that is called around a parameter."""
 
     def __init__(self, accumulator: Accumulator, parameters: Iterable[Exact] = ()) -> None:
         self.acc, self.parameters = accumulator, list(parameters)
@@ -146,7 +147,7 @@ class ExactTaps:
                     mine.append(exact)
         self._calls: list[_Call] = []
         self._batch: Segments | None = None
-        # Of outputs: found where the sizes left one possible, or none.
+        # How each output of a module holds the tokens. It is known once a batch's sizes leave one way, or none.
         self._layouts: dict[tuple[nn.Module, int], str] = {}
 
     def register(self) -> list[Any]:
@@ -199,7 +200,7 @@ class ExactTaps:
 
     # ---------------------------------------------------------------------------------------------- a call
     def _capture(self, call: _Call, args: Any, kwargs: Any, y: Any) -> Any:
-        """``y`` with a capture in its graph, if it holds the batch's tokens; else the module around will do it."""
+        """``y`` with a capture in its graph; ``y`` itself, if it does not hold the batch's tokens."""
         leaves, tree = pytree.tree_flatten(y)
         where = [
             i
@@ -234,14 +235,14 @@ class ExactTaps:
         else:
             views = segments.token_views(y)
         if not views:
-            # For good: a batch may have as many rows as tokens, where [length, batch] passes for [batch, length].
+            # Kept for later batches: with as many rows as tokens, [length, batch] would pass for [batch, length].
             self._layouts[module, output] = NO_LAYOUT
         elif len(views) == 1:
             self._layouts.setdefault((module, output), *views)
         return views.get(self._layouts.get((module, output), NO_LAYOUT))
 
     def _replay(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Replay, list[torch.Tensor]] | None:
-        """How to repeat the call on the rows of a segment, where segments are whole rows and there are several."""
+        """How to repeat the call on the rows of one segment; None unless there are several, of whole rows."""
         segments = self._batch
         assert segments is not None
         bounds = [span for span in segments.bounds if span[0] < span[1]]
@@ -258,6 +259,7 @@ class ExactTaps:
         edges: dict[Exact, GradientEdge],
         replay: Replay | None,
     ) -> Callable[..., None]:
+        """What forms and adds the gradients of one call's parameters, when those of its outputs ``ys`` arrive."""
         segments, acc = self._batch, self.acc
         assert segments is not None
         names = ", ".join(exact.name for exact in edges)
@@ -268,21 +270,17 @@ class ExactTaps:
             outputs, given, used = [], [], []
             for i, y, g, view in zip(where, ys, grads, views, strict=True):
                 if g is not None and view is None:
-                    why = (
-                        f"an output of shape {tuple(g.shape)} of {type(module).__name__} has a gradient, and does not "
-                        f"hold the {segments.batch} x {segments.length} tokens of the batch"
-                    )
-                    if acc.refusals is None:
-                        raise ValueError(f"{', '.join(exact.name for exact in edges)}: {why}: exclude them")
-                    acc.refusals |= {exact.name: why for exact in edges}
+                    self._refuse(edges, module, g.shape, segments)
                     return
                 if g is not None and view is not None:
                     outputs.append(y)
                     given.append((g, view))
                     used.append(i)
+            if not given:
+                return
             with acc.timed(), acc.deaf():
                 for s, (begin, end) in enumerate(segments.bounds):
-                    if begin == end or not given:
+                    if begin == end:
                         continue
                     gradients: Sequence[torch.Tensor | None] | None = None
                     if replay is not None and saved is not None:
@@ -294,19 +292,43 @@ class ExactTaps:
                         gradients = torch.autograd.grad(
                             outputs, list(edges.values()), mine, retain_graph=True, allow_unused=True
                         )
-                    for exact, gradient in zip(edges, gradients, strict=True):
-                        exact.heard = segments
-                        if gradient is not None:
-                            exact.add(gradient, acc.engine.sums(exact.name)[s : s + 1])
-                            if acc.listener is not None:
-                                acc.listener.added(exact, gradient, None)
+                    self._add(edges, gradients, s, segments)
 
         return sink
+
+    def _refuse(
+        self, edges: Iterable[Exact], module: nn.Module, shape: torch.Size, segments: Segments
+    ) -> None:
+        """Raise an error, or note it while a model is tried: an output without the batch's tokens has a gradient."""
+        why = (
+            f"an output of shape {tuple(shape)} of {type(module).__name__} has a gradient, and does not hold the "
+            f"{segments.batch} x {segments.length} tokens of the batch"
+        )
+        names = [exact.name for exact in edges]
+        if self.acc.refusals is None:
+            raise ValueError(f"{', '.join(names)}: {why}: exclude them")
+        self.acc.refusals |= dict.fromkeys(names, why)
+
+    def _add(
+        self,
+        edges: Iterable[Exact],
+        gradients: Sequence[torch.Tensor | None],
+        segment: int,
+        segments: Segments,
+    ) -> None:
+        """Add the gradients of one segment to its sketch; None: the parameter took no part."""
+        for exact, gradient in zip(edges, gradients, strict=True):
+            exact.heard = segments
+            if gradient is not None:
+                exact.add(gradient, self.acc.engine.sums(exact.name)[segment : segment + 1])
+                if self.acc.listener is not None:
+                    self.acc.listener.added(exact, gradient, None)
 
     def _lookup(
         self, ys: Sequence[torch.Tensor], edges: dict[Exact, GradientEdge]
     ) -> Callable[..., None] | None:
-        """For rows of an embedding that are returned as they are (learned positions): no dense gradient."""
+        """What adds the gradient of an embedding that returns its rows as they are (learned positions), without forming
+        it; None: the module does something else."""
         (exact, edge), *others = edges.items()
         node = ys[0].grad_fn
         if (

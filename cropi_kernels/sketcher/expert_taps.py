@@ -1,7 +1,7 @@
 """Taps of a mixture of experts: the fused experts themselves, and the routers that choose among them.
 
-Neither shows a hook on the module's output what is needed: experts multiply inside, a router returns scores. While a
-sketcher is active their ``forward`` is replaced, on the module and not in its class, and put back afterwards.
+A hook on the output of such a module would not see the products: experts multiply inside, and a router returns scores.
+Therefore their ``forward`` is replaced while a sketcher is active, on the module and not in its class.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ExpertsTap(Tap):
         return Replaced(module, forward)
 
     def _fits(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
-        """Whether the call is given every token once; if not, it is refused."""
+        """Whether the call is given every token once; refuses it if not."""
         segments, hidden, repeated = self.acc.segments, args[0], self.layout.repeated
         assert segments is not None
         tokens = segments.batch * segments.length
@@ -153,7 +153,7 @@ class ExpertsTap(Tap):
 class RouterTap(LinearTap):
     """A module that calls ``F.linear(x, weight[, bias])`` with its own weight, and returns anything (scores, indices).
 
-    Found by the weight's identity, casts followed: exact, whatever is done with the logits.
+    The product is recognised by the weight's identity, also after casts, whatever is done with the result.
     """
 
     def hook(self, module: nn.Module) -> Replaced:
@@ -182,7 +182,7 @@ class RouterTap(LinearTap):
 
 
 class _Products(TorchFunctionMode):
-    """Sees every torch function inside; hands the product with a module's weight to its tap."""
+    """Watches every torch function inside, and hands the product with a module's weight to its tap."""
 
     def __init__(self, tap: RouterTap, module: nn.Module) -> None:
         super().__init__()

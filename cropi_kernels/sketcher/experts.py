@@ -1,9 +1,9 @@
 """Mixtures of experts whose weights are fused parameters [experts, .., ..]: which module is one, and what it computes.
 
-Two interfaces: ``experts(hidden, expert ids, routing weights)``, which gathers each token once for every expert that it
-goes to (transformers' experts interface), and ``experts(hidden)`` with a copy of all tokens for every expert (Llama 4).
-That a module computes what is written here is not read off its name: `recognise_experts` tries it against the module's
-own code, in float64 and on weights of its own.
+There are two interfaces: ``experts(hidden, expert ids, routing weights)``, which gathers each token once for every
+expert that it goes to (transformers' experts interface), and ``experts(hidden)`` with a copy of all tokens for every
+expert (Llama 4). `recognise_experts` does not trust a module's name: it compares what is computed here with the
+module's own code, in float64 and on weights of its own.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ class Experts:
 # ------------------------------------------------------------------------------------------- what is computed
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Tokens sorted by expert, by a stable sort, each ``copies`` times: row i is of expert ``expert[i]`` and comes from
-    ``source[i]`` of [tokens * copies]; ``back`` is the way back, ``ends`` [experts] where each expert's rows end."""
+    """The order of tokens that are sorted by expert, each occurring ``copies`` times (a stable sort).
+
+    Row i belongs to expert ``expert[i]`` and was entry ``source[i]`` of [tokens * copies]. ``back`` is the inverse
+    permutation. ``ends`` [experts] says where each expert's rows end.
+    """
 
     source: torch.Tensor
     back: torch.Tensor
@@ -189,8 +192,8 @@ def _has_grouped_kernel(weight: torch.Tensor) -> bool:
 def run_experts(
     module: Any, layout: Experts, args: tuple[torch.Tensor, ...], tapped: Tapped, order: Order
 ) -> torch.Tensor:
-    """What the module computes of ``args``; ``tapped(weight's name, y, x)`` sees each product, its rows sorted by
-    expert."""
+    """What the module computes of ``args``. ``tapped(weight's name, y, x)`` gets each product, with rows sorted by
+    expert, and returns it."""
     hidden = args[0]
     x = hidden if layout.repeated else _Gather.apply(hidden, order)
     y = _linear(module, layout, layout.up, layout.up_bias, x, tapped, order)
@@ -271,7 +274,7 @@ def _computes(module: nn.Module, layout: Experts, own: dict[str, nn.Parameter]) 
         return torch.empty(*shape, dtype=torch.float64, device="cpu").normal_(generator=numbers)
 
     def like(p: torch.Tensor) -> torch.Tensor:
-        # Every number of a window of few: as large as the model's weights, without their memory.
+        # A strided window on few numbers has the shape of the model's weights without their memory.
         strides = (7, 3, 1)[-p.ndim :]
         window = random(sum((n - 1) * s for n, s in zip(p.shape, strides, strict=True)) + 1)
         return (

@@ -24,6 +24,7 @@ from .accumulator import Accumulator, finished
 from .attach import plan_model
 from .clock import Clock
 from .coverage import Coverage
+from .formed_sums import Add, parameters_of
 from .groups import planned
 from .head import PolicyGradient, failed_segments, scored_offsets
 from .hooks import unless_none
@@ -31,7 +32,6 @@ from .inputs import check_positions, check_rows, check_tensors, model_inputs
 from .precision import check_adapters, own_precision, unwrapped
 from .scale import SegmentScales
 from .segments import Segments
-from .selftest import parameters_of
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 TOKENS = 2048  # of one pass: its logits are in memory
@@ -158,11 +158,11 @@ class FormedSketcher:
             for segment, rows, tokens in batch.parts():
                 if tokens.start == tokens.stop:
                     continue
-                found = batch.logprobs(self.model, rows, tokens)
-                used = weigh(found.detach(), tokens.start, tokens.stop)
-                logprobs[tokens], weights[tokens] = found.detach(), used
+                of_rows = batch.logprobs(self.model, rows, tokens)
+                used = weigh(of_rows.detach(), tokens.start, tokens.stop)
+                logprobs[tokens], weights[tokens] = of_rows.detach(), used
                 with self._into(out[:, segment : segment + 1]):
-                    (found * used).sum().backward()
+                    (of_rows * used).sum().backward()
         for each in out:
             scales.restore(each)
         weights = scales.unscaled(weights)
@@ -181,9 +181,7 @@ class FormedSketcher:
             for _, p, _ in self._add:
                 p.grad = None
 
-    def _taker(
-        self, name: str, add: Callable[[torch.Tensor, torch.Tensor], None]
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _taker(self, name: str, add: Add) -> Callable[[torch.Tensor], torch.Tensor]:
         group = 0 if self._groups is None else self._groups.place[name]
 
         def take(gradient: torch.Tensor) -> torch.Tensor:

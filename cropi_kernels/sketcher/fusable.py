@@ -1,7 +1,7 @@
-"""Which modules the fused kernels may stand in for: by the code that they run, tried once, and by what they hold.
+"""Which modules the fused kernels may replace.
 
-Nothing is guessed. The forward must be one of those listed here, word for word the class's own, and must still compute
-the formula when it is tried on a few numbers: a later release may change it.
+Nothing is guessed. A module's forward must be one of those listed here and its class's own, it must compute the formula
+when it is tried on a few numbers (a later release may change it), and the module must hold the expected parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ACTIVATIONS = ("SiLU", "SiLUActivation")
 
 
 def looks_like_norm(module: nn.Module) -> bool:
-    """Whether somebody who asks for fused norms would expect this one among them."""
+    """Whether the module's class is named as an RMSNorm, so that a user would expect it to be fused."""
     return any(base.__name__.endswith("RMSNorm") for base in type(module).__mro__)
 
 

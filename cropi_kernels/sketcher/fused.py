@@ -1,12 +1,12 @@
-"""Fused taps: RMSNorm and SwiGLU modules of a model, computed by kernels in which the sketch's needs ride.
+"""Fused taps: RMSNorm and SwiGLU modules of a model, computed by kernels that also give what the sketch needs.
 
 While a sketcher with ``fused=True`` is active, the ``forward`` of these modules is replaced, as that of experts is. The
 norm's backward gives dx and, from the same read of x and dy, the sums that the scale's sketch needs; SwiGLU's forward
 gives the folded inputs of down_proj with its product. Eager, a norm reads and writes some 120 bytes a number and pass,
 and the product of a gated MLP 28; fused, 10 and 16 (bfloat16).
 
-In the self-test's runs with trainable weights the modules' own code runs: the taps over frozen weights, and so the
-fused kernels, are held to those.
+In the self-test's runs with trainable weights the modules' own code runs. The taps over frozen weights, and with them
+the fused kernels, are compared with those runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NORM, GATE = "RMSNorm", "SwiGLU"
 
 
 class _RmsNorm(torch.autograd.Function):
-    """``tap`` adds the scale's gradient to the sketches of the batch that is open now; None: nobody does."""
+    """An RMSNorm whose backward lets ``tap`` add the scale's gradient to the open batch; None: nothing is added."""
 
     @staticmethod
     def forward(
@@ -58,7 +58,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _SwiGlu(torch.autograd.Function):
-    """The product and, for a ``matrix`` that reads it, its fold."""
+    """``silu(gate) * up`` and, for the ``matrix`` of the layer that reads it, the folded product."""
 
     @staticmethod
     def forward(
@@ -88,7 +88,7 @@ class Fusion:
 
     @property
     def counts(self) -> dict[str, int]:
-        return {kind: len(found) for kind, found in ((NORM, self.norms), (GATE, self.gates)) if found}
+        return {kind: len(fused) for kind, fused in ((NORM, self.norms), (GATE, self.gates)) if fused}
 
     def __str__(self) -> str:
         counts = ", ".join(f"{n} {kind}" for kind, n in self.counts.items())
@@ -114,7 +114,7 @@ class Fusion:
         original, acc = module.forward, self.acc
 
         def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-            # Where the graph begins at this module's output, nothing of it is differentiated but the tap.
+            # Where the graph begins at this module's output, no gradient of its input is needed.
             begins = torch.is_grad_enabled() and not hidden_states.requires_grad
             if begins or not self._runs(module, where, hidden_states):
                 made: torch.Tensor = original(hidden_states)
@@ -148,7 +148,8 @@ class Fusion:
         return Replaced(module, forward)
 
     def _runs(self, module: nn.Module, where: str, x: torch.Tensor) -> bool:
-        """Whether the fused kernel computes this call: in a batch, but for the self-test's yardstick."""
+        """Whether the fused kernel computes this call: in a batch, except in the self-test's run by the module's own
+        code."""
         if self.acc.segments is None:
             return False
         if torch.compiler.is_compiling():
@@ -171,24 +172,24 @@ def find_fusion(model: nn.Module, plan: Attachment, acc: Accumulator, wanted: bo
         raise ValueError(f"fused=True: the model is compiled, and its graphs call no module: {remedy}")
     if plan.ranks is not None or sharded.units(model):
         raise ValueError(f"fused=True: the model is split over ranks, which is not supported: {remedy}")
-    found = Fusion(acc)
+    fusion = Fusion(acc)
     for path, module in model.named_modules():
         where = canonical_name(path + ".")[:-1]
         for looks, against, fused in (
-            (looks_like_norm, against_norm, found.norms),
-            (looks_like_gate, against_gate, found.gates),
+            (looks_like_norm, against_norm, fusion.norms),
+            (looks_like_gate, against_gate, fusion.gates),
         ):
             if not looks(module):
                 continue
             if (reason := against(module)) is None:
                 fused[module] = where
             else:
-                found.unfused[where] = f"{type(module).__name__}: {reason}"
-    if not found.counts:
-        why = "; ".join(f"{name} ({reason})" for name, reason in list(found.unfused.items())[:3])
+                fusion.unfused[where] = f"{type(module).__name__}: {reason}"
+    if not fusion.counts:
+        why = "; ".join(f"{name} ({reason})" for name, reason in list(fusion.unfused.items())[:3])
         raise ValueError(
             f"fused=True: {type(model).__name__} has no RMSNorm and no SwiGLU that is known here"
             + (f" ({why})" if why else "")
             + f": {remedy}"
         )
-    return found
+    return fusion

@@ -1,7 +1,7 @@
-"""The sketch of a head that a trainer multiplies by itself: log-probs of labels without logits, in tiles.
+"""The sketch of a head by whose weight a trainer multiplies itself, in a function that gives log-probs of labels.
 
-Such a function never calls the head's module, and keeps its logits' gradients to itself. From what went in and the
-gradients of what came out they can be made again, a chunk of scored tokens at a time: one more product with the head.
+Such a function never calls the head's module, and its logits' gradients stay inside. They are computed again from its
+inputs and the gradients of its outputs, a chunk of scored tokens at a time; that costs one more product with the head.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def listen(
 
 
 class _Sink:
+    """Adds the head's gradient to the open batch, when a gradient of one of the function's outputs arrives."""
+
     def __init__(self, head: nn.Linear, tap: LinearTap, acc: Accumulator, runs: Runs, call: HeadCall) -> None:
         self.head, self.tap, self.acc, self.call = head, tap, acc, call
         self.segments, self.hidden = runs.segments, call.hidden.detach()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -18,29 +17,24 @@ from ..frozen import Linears, PackedLinears
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from . import sharded
-from .accumulator import Accumulator
-from .attach import UNCOVERED, Attachment, plan_model, refused_modules
 from .batch_sketch import BatchSketch
 from .beside import check_heard, inside_compiled, watch_weights
-from .coverage import Coverage, uncovered
+from .coverage import Coverage
 from .decoder import split_model
-from .fused import find_fusion
-from .groups import planned, width
+from .groups import width
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
-from .hooks import checkpointed, start_graph
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import scored_tokens
 from .lengths import Lengths, check_lengths
-from .more import More
-from .packed import keep_gradients
-from .precision import check_adapters, own_precision, unwrapped
+from .precision import own_precision
 from .probe import Probe, pads_left, positions_for, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
 from .segments import Segments
 from .selftest import SelfTest
 from .split import SplitModel
+from .tapped import TappedModel
 from .trial import few_rows, policy_self_test
-from .unseen import Run, calls, seen_wrong
+from .unseen import calls
 from .untouched import code_shape, untouched
 
 
@@ -110,25 +104,10 @@ class GradientSketcher:
             if not isinstance(value, wanted):
                 shown = "torch.nn.Module" if wanted is nn.Module else wanted.__name__
                 raise ValueError(f"{name} is of type {type(value).__name__}: give a {shown}")
-        self.model, self.spec = unwrapped(model), spec
-        check_adapters(self.model)
-        keep_gradients(self.model)
-        sharded.check_parallel(self.model)
+        self._tapped = TappedModel(model, spec, exclude, more, fused, groups)
+        self.model, self.spec = self._tapped.model, spec
         self._linears = PackedLinears(self.model.parameters(), sharded.linears_of(self.model, linears))
-        self._acc = Accumulator(spec)
-        self._exclude = exclude
-        self._plan = plan_model(self.model, spec, self._acc, exclude)
-        self._more = More(self.model, more, exclude)
-        self._more.check(self._plan)
-        self._fusion = find_fusion(model, self._plan, self._acc, fused)
-        self._groups = planned(groups, self._plan)
-        self._ranks = self._acc.ranks = self._plan.ranks
-        if self._ranks is not None:
-            self._ranks.check_model(_described(self.model, spec, self._plan))
-        self._handles: list[Any] = []
-        self._thawed: list[nn.Parameter] = []
         self._split: SplitModel | None = None
-        self._embeddings: nn.Module | None = None
         self._verify = verify
         self._shape: object = None  # of the model's code, when it was tested
         self._batch_tested = False
@@ -138,56 +117,34 @@ class GradientSketcher:
 
     def __repr__(self) -> str:
         """The model, the spec, how much is covered, and whether the model is tapped now."""
-        c, state = self.coverage, "active" if self._handles else "not active"
+        c, state = self.coverage, "active" if self._tapped.active else "not active"
         if self._linears.nbytes:
             state += f", {self._linears.nbytes / 1e6:.1f} MB of packed weights"
         return (
             f"GradientSketcher({type(self.model).__name__}, {self.spec}: {c.covered:,} of {c.total:,} parameters "
-            f"sketched, {len(c.excluded)} left out by name; {state}{self._fusion})"
+            f"sketched, {len(c.excluded)} left out by name; {state}{self._tapped.fusion})"
         )
 
     @property
     def coverage(self) -> Coverage:
-        return self._fusion.reported(self._plan.coverage)
+        """Which parameters are sketched, and which are left out."""
+        return self._tapped.coverage
 
     def __enter__(self) -> GradientSketcher:
-        if self._handles:
+        if self._tapped.active:
             raise RuntimeError("this GradientSketcher is already active: leave its `with` block first")
-        if (
-            shape := code_shape(self.model)
-        ) != self._shape:  # hooks or forwards have come or gone: test again
-            self._fusion = find_fusion(self.model, self._plan, self._acc, bool(self._fusion.counts))
+        # Where hooks or forwards have come or gone, the model is tested again.
+        if (shape := code_shape(self.model)) != self._shape:
+            self._tapped.fuse_again()
             self._shape, self._split, self._batch_tested, self._heard = shape, None, False, {}
             self.self_test = self.probe = None
-        keep_gradients(self.model)
-        # The model's own code runs before anything is changed: where it fails, `__exit__` is not called.
-        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
-        sharded.reshard(self.model)
-        # Everything is frozen, excluded parameters too: their gradients would cost memory and nobody reads them.
-        self._thawed = [p for p in self.model.parameters() if p.requires_grad]
-        for p in self._thawed:
-            p.requires_grad_(False)
-        # Else the graph starts at the first tapped module: what lies before it is not passed back through.
-        needed = isinstance(embeddings, nn.Module) and checkpointed(self.model)
-        self._embeddings = embeddings if needed else None
-        self._hook()
+        self._tapped.tap()
         return self
-
-    def _hook(self) -> None:
-        if self._embeddings is not None:
-            self._handles.append(self._embeddings.register_forward_hook(start_graph))
-        for plan in (self._plan, *(one.plan for one in self._more.sums)):
-            self._handles += plan.hook()
-        self._handles += self._fusion.hook(self._plan)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._plan.unhook(self._handles)
-        sharded.reshard(self.model)
-        for p in self._thawed:
-            p.requires_grad_(True)
-        self._thawed, self._embeddings = [], None
+        self._tapped.untap()
         self._linears.clear()
 
     def check_model(self) -> None:
@@ -231,20 +188,20 @@ class GradientSketcher:
             )
         batch, length = shape if shape is not None else segments.shape
         where = Segments.of(segments, batch, length, num_segments)
-        if self._ranks is not None:
-            self._ranks.check_same("segments", where.offsets)
+        if self._tapped.ranks is not None:
+            self._tapped.ranks.check_same("segments", where.offsets)
         with contextlib.ExitStack() as watching:
             recorded = Recorded()
             first = self._verify and not self._batch_tested
             if first:
                 self._try_batch()
-                watching.enter_context(watch_weights(self.model, self._plan.taps))
+                watching.enter_context(watch_weights(self.model, self._tapped.plan.taps))
                 watching.enter_context(recorded.of(self.model))
             self._begin(where)
             result = BatchSketch()
             try:
                 yield result
-                sketches = self._acc.end()
+                sketches = self._tapped.acc.end()
             except BaseException:
                 sharded.start_over(self.model)
                 raise
@@ -252,7 +209,10 @@ class GradientSketcher:
                 self._close()
         if self._verify:
             if first and "batch" not in self._heard:
-                self._note("batch", replayed_self_test(self.model, self._plan, self._acc, recorded, where))
+                self._note(
+                    "batch",
+                    replayed_self_test(self.model, self._tapped.plan, self._tapped.acc, recorded, where),
+                )
             self._batch_tested = True
             self._check_heard("batch", where)
         result.sketches = sketches
@@ -317,38 +277,34 @@ class GradientSketcher:
         positions, targets, weigh = scored_tokens(
             input_ids, segments, attention_mask, labels, weights, positions, targets, weigh
         )
-        if self._ranks is not None:
+        if self._tapped.ranks is not None:
             given = input_ids, segments, positions, targets, attention_mask, position_ids
-            self._ranks.check_same("the batch", *given)
+            self._tapped.ranks.check_same("the batch", *given)
         split = self._ready(input_ids, positions, targets)
         batch, length = input_ids.shape
         where = Segments.of(segments, batch, length, num_segments)
         scored = scored_offsets(where, positions)
-        kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
-        if self.probe is not None:
-            lengths = Lengths(self.probe.switch, self.probe.by_length)
-            check_lengths(lengths, input_ids.shape, attention_mask, position_ids)
-            if attention_mask is not None and pads_left(attention_mask, kwargs.get("position_ids")):
-                kwargs.update(positions_for(self.probe, attention_mask))
+        kwargs = self._inputs(input_ids, attention_mask, position_ids, model_kwargs)
         explained = _memory.explained(
             f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
-            f"segments (sketches: {_memory.size(4 * where.count * width(self.spec, self._groups))})",
+            f"segments (sketches: {_memory.size(4 * where.count * width(self.spec, self._tapped.groups))})",
             "give fewer rows a call (nothing of this call is left; sketches of parts of a prompt add up), or turn on "
             "gradient checkpointing",
         )
+        plan, acc, more = self._tapped.plan, self._tapped.acc, self._tapped.more
         with explained, own_precision(self.model), self._linears.around(self.model):
             self._begin(where)
             try:
-                self._more.begin(where, sharded.device_of(self.model))
-                mark = self._acc.clock.mark
+                more.begin(where, sharded.device_of(self.model))
+                mark = acc.clock.mark
                 start = mark()
                 with torch.enable_grad():
                     hidden = split.hidden(input_ids, **kwargs)
                 with split.whole_head():
                     logprobs, grad, used, scales = head_pass(
                         split,
-                        self._plan,
-                        self._acc,
+                        plan,
+                        acc,
                         hidden,
                         positions,
                         targets,
@@ -356,113 +312,82 @@ class GradientSketcher:
                         temperature,
                         scored,
                         whole,
-                        self._more.sums,
+                        more.sums,
                     )
                 middle = mark()
                 if hidden.requires_grad:  # else nothing of the decoder is tapped
                     hidden.backward(grad)
                 failed = failed_segments(logprobs, used, scored)
-                for out in (*self._acc.outs, *self._more.outs):
+                for out in (*acc.outs, *more.outs):
                     scales.restore(out)
                     out[failed] = float("nan")
                 end = mark()
                 self._check_heard("policy_gradient", where)
-                clock, sketches, others = self._acc.clock, self._acc.end(), self._more.end()
+                clock, sketches, others = acc.clock, acc.end(), more.end()
             except BaseException:
                 sharded.start_over(self.model)
                 raise
             finally:
                 self._close()
         seconds = {"forward": clock.between(start, middle), "backward": clock.between(middle, end)}
-        seconds["sketch"] = self._acc.sketch_seconds(clock, sum(seconds.values()))
+        seconds["sketch"] = acc.sketch_seconds(clock, sum(seconds.values()))
         return PolicyGradient(sketches, logprobs, used, seconds, others)
 
     def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
+        """The model's decoder and head, and the batch's tokens checked against them."""
         check_positions(input_ids, positions, targets)
         split = self._taken_apart()
         # Not `out_features`: PEFT's copy of a tied head has it the wrong way round.
         check_vocabulary(input_ids, targets, split.head.weight.shape[0], known_ids(self.model))
         return split
 
+    def _inputs(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        model_kwargs: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """What the decoder is called with beside the tokens, checked against what the probe has measured."""
+        kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
+        if self.probe is not None:
+            lengths = Lengths(self.probe.switch, self.probe.by_length)
+            check_lengths(lengths, input_ids.shape, attention_mask, position_ids)
+            if attention_mask is not None and pads_left(attention_mask, kwargs.get("position_ids")):
+                kwargs.update(positions_for(self.probe, attention_mask))
+        return kwargs
+
     def _taken_apart(self) -> SplitModel:
-        """The model's parts, checked on the first call."""
+        """The model's decoder and head; the first call checks them, and everything that `policy_gradient` relies on."""
         self._no_batch()
         if self._split is None:
             with own_precision(self.model), torch.enable_grad():
-                with calls(self._plan.taps) as called:
+                with calls(self._tapped.plan.taps) as called:
                     split = split_model(self.model)
                 ids = few_rows(self.model, split.head.weight.shape[0], sharded.device_of(self.model))
-                self._mend(split.hidden, ids, called, split.decoder)
+                self._tapped.mend(split.hidden, ids, called, split.decoder)
                 if self._verify:
                     self.probe = probe_policy(self.model, split)
-                    self._note("policy_gradient", policy_self_test(self.model, split, self._plan, self._acc))
+                    self._note(
+                        "policy_gradient",
+                        policy_self_test(self.model, split, self._tapped.plan, self._tapped.acc),
+                    )
             self._split = split
         return self._split
 
     def _try_batch(self) -> None:
-        """What is checked before the first batch, where the model runs on token ids alone."""
-        if (found := takes_ids(self.model)) is None:
+        """The checks before the first batch of a model that runs on token ids alone; of no other model."""
+        runnable = takes_ids(self.model)
+        if runnable is None:
             return
-        run, ids, plain = found
+        run, ids, plain = runnable
         # A graph that was compiled before the taps came calls no hook: the self-test will say so.
         if not inside_compiled(self.model):
             with untouched(self.model):
-                with calls(self._plan.taps) as called, torch.no_grad():
+                with calls(self._tapped.plan.taps) as called, torch.no_grad():
                     run(ids)
-                self._mend(run, ids, called)
-        self._note("batch", model_self_test(self.model, self._plan, self._acc, run, ids, plain))
-
-    def _mend(
-        self, run: Run, ids: torch.Tensor, called: Mapping[nn.Module, int], decoder: nn.Module | None = None
-    ) -> None:
-        """Taps that do not see all are replaced; what cannot be sketched is one error, or left out where the caller
-        said so. ``decoder``: nothing outside of it runs."""
-        while True:
-            wrong = seen_wrong(self.model, run, ids, self._plan, called, self._acc)
-            refused = refused_modules(self.model, self._plan, decoder, wrong)
-            if formed := [module for module in wrong if module not in refused]:
-                self._plan.unhook(self._handles)
-                self._plan.form(self.model, formed)
-                self._more.check(self._plan)
-                self._hook()
-            elif not refused:
-                return
-            elif UNCOVERED in self._patterns:
-                self._leave_out(refused)
-            else:
-                share = (
-                    sum(p.numel() for m in refused for p in m.parameters(recurse=False)) / self.coverage.total
-                )
-                lines = [f"{where} ({type(m).__name__}): {why}" for m, (where, why) in refused.items()]
-                problem = "no tap sees all that these modules do with their parameters"
-                raise uncovered(problem, lines, next(iter(self._names(refused))), share)
-
-    @property
-    def _patterns(self) -> Sequence[str]:
-        return [self._exclude] if isinstance(self._exclude, str) else self._exclude
-
-    def _names(self, modules: Iterable[nn.Module]) -> dict[str, int]:
-        """Names and sizes of what these modules own and the sketch holds."""
-        sizes = {id(p): p.numel() for m in modules for p in m.parameters(recurse=False)}
-        return {name: sizes[i] for i, name in self._plan.wanted.items() if i in sizes}
-
-    def _leave_out(self, modules: Iterable[nn.Module]) -> None:
-        """Plan again without the parameters of these modules."""
-        names, before = self._names(modules), self._plan
-        self._plan.unhook(self._handles)
-        for p in self._thawed:
-            p.requires_grad_(True)
-        self._plan = plan_model(self.model, self.spec, self._acc, [*self._patterns, *names])
-        self._more = More(self.model, [one.acc.spec for one in self._more.sums], [*self._patterns, *names])
-        self._plan.form(self.model, [one.chain[0] for one in before.exact.parameters])
-        self._plan.coverage = dataclasses.replace(
-            self._plan.coverage,
-            excluded=before.coverage.excluded,
-            uncovered={**before.coverage.uncovered, **names},
-        )
-        for p in self._thawed:
-            p.requires_grad_(False)
-        self._hook()
+                self._tapped.mend(run, ids, called)
+        self._note("batch", model_self_test(self.model, self._tapped.plan, self._tapped.acc, run, ids, plain))
 
     def _note(self, method: str, result: SelfTest | None) -> None:
         if result is not None:
@@ -470,7 +395,7 @@ class GradientSketcher:
 
     def _check_heard(self, method: str, where: Segments) -> None:
         if (heard := self._heard.get(method)) is not None:
-            check_heard(self.model, self._plan, heard, where, partly=method == "batch")
+            check_heard(self.model, self._tapped.plan, heard, where, partly=method == "batch")
 
     def _active(self, method: str) -> None:
         one_thread_after_fork()
@@ -478,23 +403,17 @@ class GradientSketcher:
             raise RuntimeError(
                 f"{method} under torch.inference_mode(), where nothing can be differentiated: leave it"
             )
-        if not self._handles:
+        if not self._tapped.active:
             raise RuntimeError(f"{method} outside the `with GradientSketcher(...)` block: nothing is tapped")
 
     def _no_batch(self) -> None:
-        if self._acc.segments is not None:
+        if self._tapped.acc.segments is not None:
             raise RuntimeError("a batch is already open in this GradientSketcher: close it first")
 
     def _close(self) -> None:
-        self._acc.close()
-        self._more.close()
+        self._tapped.acc.close()
+        self._tapped.more.close()
 
     def _begin(self, segments: Segments) -> None:
         self._no_batch()
-        self._acc.begin(segments, sharded.device_of(self.model), self._groups)
-
-
-def _described(model: nn.Module, spec: SketchSpec, plan: Attachment) -> str:
-    """What all ranks of a group must have alike."""
-    shapes = {id(p): tuple(p.shape) for p in model.parameters()}
-    return "\n".join([f"{spec}", *(f"{name} {shapes[i]}" for i, name in plan.wanted.items())])
+        self._tapped.acc.begin(segments, sharded.device_of(self.model), self._tapped.groups)

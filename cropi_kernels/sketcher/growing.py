@@ -1,4 +1,4 @@
-"""What a model keeps of its longest batch so far, so that a row's results would depend on the calls before."""
+"""Resets what a model keeps of its longest batch so far: with it, a row's results would depend on earlier calls."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ _CACHED = "max_seq_len_cached"
 
 
 def forget_longest(decoder: nn.Module) -> None:
-    """Put the frequencies back with which positions began: dynamic NTK of transformers keeps those of the longest batch
-    for every later one that is longer than the original context, until a shorter one comes."""
+    """Put the original frequencies of the positions back.
+
+    The dynamic NTK of transformers keeps the frequencies of the longest batch for every later batch that is longer than
+    the original context, until a shorter one comes.
+    """
     if decoder not in _GROWING:
         _GROWING[decoder] = [
             (weakref.ref(module), name.removesuffix(_CACHED))

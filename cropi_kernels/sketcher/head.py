@@ -90,13 +90,13 @@ def head_pass(
 
 
 def _asked_once(weigh: Weigh, logprobs: torch.Tensor) -> Weigh:
-    """A function that gives parts of what ``weigh`` says of all tokens."""
+    """The weights of all tokens, from one call of ``weigh``, as a function that gives parts of them."""
     made = weigh(logprobs.float(), 0, len(logprobs))
     return lambda _, start, stop: made[start:stop]
 
 
 def _placed(plan: Attachment, split: SplitModel, gradients: torch.Tensor) -> torch.Tensor:
-    """Gradients of the head's bias, of this rank's words, as those of the whole."""
+    """Gradients [segments, words] of the head's bias for this rank's words, at their places among all words."""
     if plan.ranks is None or gradients.shape[1] == split.head.weight.shape[0]:
         return gradients
     return plan.ranks.share(split.head.weight).placed(gradients, 1)

@@ -27,7 +27,7 @@ class HeadAdapter(NamedTuple):
     dropout: nn.Module
 
     def weights(self) -> LowRank:
-        """As they are now: of a sharded model they are whole for a while.
+        """The weights as they are now: a sharded model's are whole only for a while.
 
         Raises:
             ValueError: its dropout is active: the fused pass has none.
@@ -41,7 +41,7 @@ class HeadAdapter(NamedTuple):
         return LowRank(self.a.weight, self.b.weight, self.b.bias, self.scale)
 
     def size(self) -> float:
-        """A bound of what its gradients are, in units of ``|dz| |h|``."""
+        """A bound of the norm of its gradients, in units of ``|dz| |h|``."""
         return abs(self.scale) * float(self.a.weight.norm() + self.b.weight.norm())
 
     def parameters(self) -> list[nn.Parameter]:
@@ -55,7 +55,7 @@ class HeadAdapter(NamedTuple):
         dz: torch.Tensor,
         offsets: torch.Tensor,
     ) -> None:
-        """Add what its parameters get of hidden states ``h`` [n, D] and gradients of logits ``dz`` [n, V]."""
+        """Add its parameters' gradients, from hidden states ``h`` [n, D] and gradients of logits ``dz`` [n, V]."""
         a, b, _, scale = self.weights()
         a, b, h = a.to(dz.dtype), b.to(dz.dtype), h.to(dz.dtype)
         of_a, of_b = taps.get(self.a), taps.get(self.b)
@@ -70,7 +70,7 @@ class HeadAdapter(NamedTuple):
 
 
 def base_of(head: nn.Module | None) -> nn.Module | None:
-    """The layer under LoRA's wrapper; of any other module itself."""
+    """The layer under LoRA's wrapper; any other module is its own base."""
     base = head.base_layer if head is not None and _is_wrapper(head) else head
     assert base is None or isinstance(base, nn.Module)
     return base

@@ -1,5 +1,7 @@
-"""How a tap gets at a backward pass: a hook on a module's output, or an identity in the graph; and what autograd keeps
-of a module's input, found, so that it is not kept twice."""
+"""How a tap reaches a backward pass: by a hook on a module's output, or by an identity function in the graph.
+
+Also finds the copy of a module's input that autograd keeps, so that the input is not kept twice.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ REACH = 16  # nodes looked at: an RMSNorm's scale, cast and product are three, i
 
 
 class _Capture(torch.autograd.Function):
-    """``y -> y``; in backward ``sink(dy, *saved)``. What is saved goes through autograd: checkpointing works."""
+    """``y -> y``; backward calls ``sink(dy, *saved)``. Autograd saves the tensors, so that checkpointing works."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
         ctx.sink = sink
         ctx.save_for_backward(*saved)
-        # Not a view for autograd, which would refuse what changes it in place (an activation).
+        # A view would be refused by autograd where an activation changes it in place.
         return y.detach()
 
     @staticmethod
@@ -32,16 +34,16 @@ class _Capture(torch.autograd.Function):
 
 
 def unless_none(hook: Callable[[torch.Tensor], T]) -> Callable[[torch.Tensor | None], T | None]:
-    """``hook`` for gradients that exist: a function may say None for no gradient at all, to which nothing is added."""
+    """``hook``, called for gradients that exist: autograd gives None where a function has no gradient at all."""
     return lambda gradient: None if gradient is None else hook(gradient)
 
 
 def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
     """``y`` for the module's users, in a graph whose backward calls ``sink(dy, *saved)``. A no-op without a graph.
 
-    A hook where it can be: the nodes of several hundred functions, cut out of holes where large temporaries would fit,
-    raised the resident peak by 8 % (SmolLM2-135M, 1024 tokens, glibc). Where something packs what is saved, a function
-    that has it packed: a hook would keep it in memory.
+    Where possible this is a hook. Several hundred functions raised the resident peak by 8 % (SmolLM2-135M, 1024 tokens,
+    glibc), because their small nodes lie in holes of the heap where large temporaries would fit. Where something packs
+    what autograd saves, it is a function, whose saved tensors are packed too: a hook would keep them in memory.
     """
     if not torch.is_grad_enabled():
         return y
@@ -57,7 +59,7 @@ def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
 
 
 class _Start(torch.autograd.Function):
-    """``y -> y``, where gradients end. Not the leaf itself: a model may change what it has looked up in place."""
+    """``y -> y``, where gradients end. A leaf would not do: a model may change what it has looked up in place."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
@@ -69,12 +71,12 @@ class _Start(torch.autograd.Function):
 
 
 def checkpointed(model: torch.nn.Module) -> bool:
-    """Whether layers may be checkpointed, the older way of which needs an input with a graph."""
+    """Whether layers may be checkpointed: the older way of that needs an input with a graph."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def start_graph(module: torch.nn.Module, args: Any, output: Any) -> Any:
-    """A forward hook: frozen weights give outputs without a graph; it starts here, where the taps' gradients end."""
+    """A forward hook that starts a graph at an output of frozen weights, which has none."""
     if isinstance(output, torch.Tensor) and torch.is_grad_enabled() and not output.requires_grad:
         return _Start.apply(output.detach().requires_grad_(True))
     return output
@@ -84,11 +86,11 @@ def widened_input(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
     """The float32 copy of ``x`` that the graph of ``y = f(x)`` keeps for its own backward, or None.
 
     An RMSNorm of bfloat16 inputs computes in float32 and keeps that copy, but not ``x``: a tap that kept ``x`` would
-    add its 2 bytes a number, 2.9 GB for the 57 norms of a 1.5B model and 16k tokens. Taken for the copy is what a cast
-    of ``x`` itself gave, by the graph's edges and not by values, so its values are those of ``x`` exactly.
+    add 2 bytes a number, 2.9 GB for the 57 norms of a 1.5B model and 16k tokens. The copy is recognised by the graph's
+    edges, as the result of a cast of ``x`` itself, so its values are exactly those of ``x``.
 
-    None where something packs what is saved (checkpointing, offloading): nothing of it stays in memory there, and
-    asking would unpack it before its time.
+    None where something packs what autograd saves (checkpointing, offloading): nothing of it stays in memory there, and
+    reading a saved tensor would unpack it too early.
     """
     if x.dtype not in (torch.bfloat16, torch.float16) or x.grad_fn is None or packed():
         return None

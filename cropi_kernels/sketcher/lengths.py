@@ -1,5 +1,7 @@
-"""Models that scale the positions of a whole batch by its longest row (longrope, dynamic NTK): from which length on,
-and which rows may be in one batch."""
+"""Models that scale the positions of a whole batch by its longest row (longrope, dynamic NTK).
+
+Measures from which length on they do so, which decides which rows may be in one batch.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def measure_lengths(model: nn.Module) -> Lengths:
 
 
 def lengths_of(model: nn.Module, split: SplitModel, ids: torch.Tensor) -> Lengths:
-    """The `Lengths`. A row of few tokens whose positions are far out makes a batch long."""
+    """The `Lengths`, from short rows: a row of few tokens at high positions makes a batch long."""
     length = ids.shape[1]
     known = [
         n for name, n in config_numbers(getattr(model, "config", None)) if "position" in name and n > length
@@ -84,8 +86,11 @@ def lengths_of(model: nn.Module, split: SplitModel, ids: torch.Tensor) -> Length
 
 
 def _may_go_beyond(model: nn.Module, split: SplitModel) -> bool:
-    """On a CPU a table of positions that ends is an error like any other; on a GPU it would take the process with it,
-    so there only a configuration that names a scaling is tried."""
+    """Whether positions beyond the context may be tried.
+
+    A table of positions that ends raises an error on a CPU. On a GPU it would end the process, so there only models
+    whose configuration names a scaling are tried.
+    """
     if split.head.weight.device.type == "cpu":
         return True
     config = getattr(model, "config", None)
@@ -101,8 +106,10 @@ def _may_go_beyond(model: nn.Module, split: SplitModel) -> bool:
 
 
 def same(got: torch.Tensor, want: torch.Tensor, most: bool = False) -> bool:
-    """Equal but for rounding; ``most``: for more than half of the tokens (in half precision an expert may be chosen by
-    the rounding of its router). What is not finite is not compared."""
+    """Whether two results [..., n] are equal up to rounding; numbers that are not finite are left out.
+
+    ``most``: more than half of the tokens are enough, because in half precision rounding may change a token's expert.
+    """
     off = (got - want).float().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
     size = want.float().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
     off = off.flatten().median() if most else off.max()
@@ -115,7 +122,11 @@ def check_lengths(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
 ) -> None:
-    """Raises ValueError: a row of the batch is long enough to change the positions of a shorter one."""
+    """Refuse a batch in which a long row changes the positions of a shorter one.
+
+    Raises:
+        ValueError: names both lengths.
+    """
     if lengths.switch is None:
         return
     batch, length = shape

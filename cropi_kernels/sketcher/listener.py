@@ -1,4 +1,4 @@
-"""What the self-test hears: the sketch that each tap adds, taken away call by call, and the size of its terms."""
+"""Collects for the self-test the sketch that each tap adds, and the size of the terms that rounding is a part of."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from .taps import NormTap, Tap
 
 PROJECTED = 2048  # numbers that a sketch is summed down to, with signs: they are kept for every parameter
 
-Source = Tap | Exact  # of sketches: what hears a backward pass
+Source = Tap | Exact  # either may add to the sketches
 
 
 class Listener:
-    """Takes away what each tap adds to the accumulator's sketches, call by call."""
+    """Takes what each tap adds out of the accumulator's sketches, call by call."""
 
     def __init__(self, acc: Accumulator) -> None:
         self.acc = acc
         self.sums: dict[Source, torch.Tensor] = {}  # [segments, numbers]
-        self.size: dict[
-            Source, float
-        ] = {}  # sum over calls of |dy| |a|: the terms that rounding is a part of
+        self.size: dict[Source, float] = {}  # sum over calls of |dy| |a|
         self.unit: dict[Source, float] = {}  # the coarsest unit roundoff of what went in
         self.calls: dict[Source, int] = {}
         self.outputs: list[torch.Tensor] = []
@@ -42,7 +40,7 @@ class Listener:
         self.sums[tap] = self.sums[tap] + took if tap in self.sums else took
         d = dy.detach()
         terms = (d.numel() / max(1, d.shape[-1] if d.ndim else 1)) ** 0.5
-        if isinstance(tap, Exact):  # a gradient that autograd formed, of sums that nobody sees
+        if isinstance(tap, Exact):  # autograd formed the gradient, of sums that are not known here
             terms = max(terms, 16.0)
         unit = unit_roundoff(d)
         if kept is not None and kept.is_floating_point():
@@ -67,7 +65,7 @@ class Listener:
 
 
 def _uses(dy: torch.Tensor, kept: torch.Tensor) -> float:
-    """The root of how often each row of ``kept`` met a row of ``dy``: once for every expert of a token."""
+    """The square root of how many rows of ``dy`` each row of ``kept`` meets: one for every expert of a token."""
     rows = dy.numel() / max(1, dy.shape[-1]), kept.numel() / max(1, kept.shape[-1])
     return float(max(1.0, rows[0] / max(1.0, rows[1])) ** 0.5)
 
@@ -87,13 +85,13 @@ def norm(x: torch.Tensor) -> float:
 
 
 def unit_roundoff(x: torch.Tensor) -> float:
-    """Of the arithmetic that makes sums of ``x``; sketches are float32 at best."""
+    """The unit roundoff of sums of ``x``. Sketches are float32, so it is at least that of float32."""
     if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32:
         return 2.0**-11
     return max(torch.finfo(x.dtype).eps / 2, 2.0**-24)
 
 
 def smallest(x: torch.Tensor) -> float:
-    """Half the distance of ``x``'s subnormal numbers: what a number loses below them."""
+    """Half the distance of two subnormal numbers of ``x``'s dtype: the most that a smaller number loses."""
     info = torch.finfo(x.dtype)
     return float(info.tiny * info.eps / 2)

@@ -88,13 +88,13 @@ class LiveSketcher:
         verify: bool = True,
         coupled: bool = False,
     ) -> None:
-        # It plans the taps, and tries them before the first step.
+        # It plans the taps, and tests them before the first step.
         self._tried = GradientSketcher(model, spec, exclude, verify=verify)
         self.model, self.spec, self.coupled = self._tried.model, self._tried.spec, coupled
-        self._acc = self._tried._acc
+        self._acc = self._tried._tapped.acc
         self._handles: list[Any] = []
         self._verify = verify
-        # Of a model in parts weight gradients are parts, and the step's are held to nothing.
+        # The weight gradients of a sharded model are shards: the step's sketches are not compared with them.
         self._whole = not sharded.units(self.model)
         self._audited = self._whole and self._plan.ranks is None
         self._shape: object = None
@@ -112,7 +112,7 @@ class LiveSketcher:
 
     @property
     def _plan(self) -> Attachment:
-        return self._tried._plan
+        return self._tried._tapped.plan
 
     @property
     def coverage(self) -> Coverage:
@@ -188,8 +188,8 @@ class LiveSketcher:
                 yield result
             if audit is not None:
                 audit.verdict(runs.segments, self._audits)
-            if check is not None and check.found is not None:
-                self.loss = check.found
+            if check is not None and check.verdict is not None:
+                self.loss = check.verdict
             if self._audits.heard is not None:
                 check_heard(self.model, self._plan, self._audits.heard, runs.segments, partly=True)
             clock, sketches = self._acc.clock, self._acc.end()
@@ -262,7 +262,7 @@ class LiveSketcher:
         return self.loss is None or (self.loss == LATER and runs.present > 1)
 
     def _try(self) -> None:
-        """What `GradientSketcher.batch` checks before its first block: over frozen weights, on a few tokens."""
+        """Make the checks of `GradientSketcher.batch` before its first block, with frozen weights and a few tokens."""
         self._plan.unhook(self._handles)
         try:
             with self._tried, own_precision(self.model):

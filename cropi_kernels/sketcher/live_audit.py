@@ -1,11 +1,11 @@
-"""Steps of a live sketcher, held to the gradient that autograd formed in that very step.
+"""Steps of a live sketcher, compared with the gradients that autograd formed in those very steps.
 
-Per parameter, the sketches of all prompts must add up to the sketch of its gradient: whatever the trainer's loss,
-precision, checkpointing or compiler did. That a tap gives each prompt its own part is what the self-test on a few
-tokens shows.
+For each parameter, the sketches of all prompts must add up to the sketch of its gradient, whatever the trainer's loss,
+precision, checkpointing or compiler did. Whether a tap gives each prompt its own part, the self-test on a few tokens
+shows.
 
 A step may have no gradient at all (all rewards are equal, as where a run begins with hard prompts), and parameters may
-have none in the first steps (adapters that begin at zero). Zeros agree whatever the taps do, so that such a step shows
+have none in the first steps (adapters that begin at zero). Zeros agree whatever the taps do, so such a step proves
 nothing.
 """
 
@@ -19,9 +19,10 @@ from torch import nn
 
 from .accumulator import Accumulator
 from .attach import Attachment
+from .formed_sums import FormedSums, TapGroups
 from .listener import Listener, Source
 from .segments import Segments
-from .selftest import FormedSums, Part, Parts, SelfTestError, compare, named
+from .selftest import Comparison, SelfTestError, compare, named
 
 PROBLEM = (
     "the sketches of this step do not add up to the gradient that its backward pass formed (a weight is used beside "
@@ -33,7 +34,7 @@ REMEDY = (
 
 
 class _Both(Listener):
-    """Hears each tap alone, and keeps the sum of all."""
+    """Listens to each tap alone, and keeps the sum of all: the step's sketches."""
 
     def __init__(self, acc: Accumulator) -> None:
         super().__init__(acc)
@@ -45,8 +46,10 @@ class _Both(Listener):
 
 
 class Schedule:
-    """Which batches are compared: all until one has a gradient, then the next and ever fewer of those that follow (with
-    1, 2, 4, ... between them), until every parameter has had one.
+    """Which batches are compared.
+
+    All are, until one has a gradient. After that come the next one, and ever fewer of the later ones (with 1, 2, 4, ...
+    between them), until every parameter has had a gradient.
 
     Attributes:
         heard: the modules whose taps were heard; None: in no batch so far.
@@ -55,7 +58,7 @@ class Schedule:
     def __init__(self) -> None:
         self.heard: frozenset[str] | None = None
         self._shown: set[str] = set()
-        self._gap = self._wait = 0  # batches that are not compared: next time, and now
+        self._gap = self._wait = 0  # how many batches are left out after the next comparison, and still now
         self._all = False
 
     def due(self) -> bool:
@@ -65,10 +68,13 @@ class Schedule:
             return False
         return True
 
-    def note(self, parts: list[Part], known: set[str], heard: frozenset[str]) -> None:
-        """A batch was compared, and is right."""
+    def note(self, comparisons: list[Comparison], known: set[str], heard: frozenset[str]) -> None:
+        """Take note of a batch that was compared, and is right.
+
+        ``known`` are all parameters, ``heard`` the modules whose taps were heard in the batch.
+        """
         self.heard = heard | (self.heard or frozenset())
-        new = {name for part in parts if part.size > 0 for name in part.names}
+        new = {name for one in comparisons if one.size > 0 for name in one.names}
         self._shown |= new
         self._all = self._shown >= known
         if new:
@@ -79,9 +85,9 @@ class Audit:
     """What the taps and autograd gave in one open batch."""
 
     def __init__(self, model: nn.Module, attachment: Attachment, acc: Accumulator) -> None:
-        self._acc, self._parts = acc, Parts(model, attachment)
+        self._acc, self._groups = acc, TapGroups(model, attachment)
         self._listener = _Both(acc)
-        self._formed = FormedSums(self._parts, acc.spec.base_dim, acc.out.device, leave=True)
+        self._formed = FormedSums(self._groups, acc.spec.base_dim, acc.out.device, leave=True)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -94,7 +100,7 @@ class Audit:
         self._acc.out.copy_(self._listener.total)
 
     def verdict(self, segments: Segments, schedule: Schedule) -> None:
-        """Tell the schedule what was shown: nothing where a number is not finite, or nothing came by.
+        """Tell the schedule what the step has shown: nothing where a number is not finite, or no gradient came.
 
         Raises:
             SelfTestError: names the parameters that are off.
@@ -102,8 +108,10 @@ class Audit:
         sums = [*self._listener.sums.values(), *self._formed.sums.values()]
         if not self._formed.sums or not all(bool(took.isfinite().all()) for took in sums):
             return
-        parts = compare(self._parts, self._listener, self._formed, tuple(range(segments.count)), segments)
-        wrong = [part for part in parts if not part.right]
+        every = tuple(range(segments.count))
+        comparisons = compare(self._groups, self._listener, self._formed, every, segments)
+        wrong = [one for one in comparisons if not one.right]
         if wrong:
             raise SelfTestError(PROBLEM + named(wrong) + REMEDY + "this test")
-        schedule.note(parts, self._parts.known, frozenset(tap.where for tap in self._listener.sums))
+        heard = frozenset(tap.where for tap in self._listener.sums)
+        schedule.note(comparisons, self._groups.known, heard)

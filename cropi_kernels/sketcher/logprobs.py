@@ -15,7 +15,7 @@ from .inputs import check_positions, check_rows, check_tensors, check_vocabulary
 from .precision import own_precision, unwrapped
 from .split import SplitModel
 
-# Parts that were found to make the whole. References that keep nothing alive: a model may be large.
+# The decoder, head, scale and cap of models that were measured. Weak references: a model may be large.
 _MEASURED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
@@ -73,7 +73,7 @@ def token_logprobs(
 
 
 def measured_split(model: nn.Module) -> SplitModel:
-    """The model's parts, measured once a model: again where it has got other parts in the meantime.
+    """The model's decoder and head, measured at the first call, and again when the model has other parts.
 
     Raises:
         ValueError: as `split_model`.

@@ -96,8 +96,10 @@ def _slope(z: torch.Tensor, given: torch.Tensor) -> float:
 
 
 def _snapped(value: float, known: Sequence[float], relative: float) -> float:
-    """1, a number that the configuration holds, its reciprocal, or a ratio of two, where one is ``value`` but for the
-    rounding of its measurement."""
+    """The exact number that a measured ``value`` stands for, if one is near; else ``value``.
+
+    Candidates, in this order: 1; a number of the configuration or its reciprocal; a ratio of two such numbers.
+    """
     ratios = [a / b for a in known for b in known if a != b]
     for candidates in ([1.0], [*known, *(1.0 / k for k in known)], ratios):
         best = min(candidates, key=lambda c: abs(c - value), default=value)
@@ -115,7 +117,7 @@ def _numbers(config: Any) -> list[float]:
 
 @contextlib.contextmanager
 def _handed_on(decoder: nn.Module, hidden: torch.Tensor | None) -> Iterator[list[bool]]:
-    """The decoder hands on ``hidden`` (if any) in place of what it computed; the list says whether it was called."""
+    """Inside, the decoder's output is ``hidden`` (if any); the list is not empty once the decoder was called."""
     seen: list[bool] = []
 
     def swap(module: nn.Module, args: Any, out: Any) -> Any:

@@ -18,7 +18,7 @@ from .segments import Segments
 
 
 class Sums(NamedTuple):
-    """What is tapped, and where it adds up."""
+    """The taps of one spec, and the sums to which they add."""
 
     plan: Attachment
     acc: Accumulator
@@ -28,7 +28,7 @@ class More:
     """The sums of other specs of the same parameters.
 
     Args:
-        model: whose parameters ask for gradients still.
+        model: its parameters are not frozen yet.
         specs: of the sketches.
         exclude: as of the sketcher.
 
@@ -45,7 +45,7 @@ class More:
             raise ValueError("more: the model is spread over ranks, which add up one sketch: give no more")
 
     def check(self, plan: Attachment) -> None:
-        """That the sketcher's own taps are those that were planned for the others too.
+        """Check that the sketcher's own taps are those that were planned for the other specs too.
 
         Raises:
             ValueError: parameters whose gradients have to be formed, which is done for one sketch.
@@ -57,7 +57,7 @@ class More:
             )
 
     def begin(self, segments: Segments, device: torch.device) -> None:
-        """A batch is open."""
+        """Open a batch."""
         for one in self.sums:
             one.acc.begin(segments, device)
 
@@ -71,6 +71,6 @@ class More:
         return tuple(one.acc.end() for one in self.sums)
 
     def close(self) -> None:
-        """Let go of the batch, finished or failed."""
+        """Free the batch, whether it has finished or failed."""
         for one in self.sums:
             one.acc.close()

@@ -21,9 +21,9 @@ _COPIES = frozenset({"to", "float", "half", "bfloat16", "double", "type", "type_
 
 
 class OneRow(torch.Tensor):
-    """A tensor [1, length, n] that becomes [rows, length, n] where it meets a tensor of so many rows.
+    """A tensor [1, length, n] that becomes [rows, length, n] where it is combined with a tensor of so many rows.
 
-    All else is done with the plain tensor. Between the two may lie copies and products with numbers.
+    Copies of it and products with numbers are such tensors too; every other function gets the plain tensor.
     """
 
     rows: int
@@ -61,7 +61,7 @@ def one_row(y: torch.Tensor, rows: int, wide: Callable[[], torch.Tensor]) -> tor
 
 
 def widened(y: torch.Tensor, rows: int) -> torch.Tensor:
-    """``y`` [1, length, n] for all rows; of what another tap made a `OneRow`, what that tap gives."""
+    """``y`` [1, length, n] for all rows; if another tap has made it a `OneRow`, what that tap gives."""
     return y.wide() if isinstance(y, OneRow) else y.expand(rows, -1, -1)
 
 
@@ -70,7 +70,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shape_of(name: str, args: tuple[Any, ...]) -> tuple[int, ...] | None:
-    """What a call that broadcasts will give; None: the call does not broadcast."""
+    """The shape that a call broadcasts to; None: the call does not broadcast."""
     if name in _ELEMENTWISE | _IN_PLACE:
         return tuple(torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, torch.Tensor))))
     if name == "expand_as":

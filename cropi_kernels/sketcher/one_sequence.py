@@ -1,4 +1,4 @@
-"""Rows that hold several sequences although one number was given for each: an error before the batch is lost in one."""
+"""Refuses rows that hold several sequences where the caller gave one segment for each row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REMEDY = "give segments per token [batch, length] (equal numbers, where they are
 
 @contextlib.contextmanager
 def one_sequence_a_row(model: nn.Module, runs: Runs) -> Iterator[None]:
-    """Calls of ``model`` inside are looked at, where `Runs` were given per row.
+    """Check the calls of ``model`` inside, where segments were given per row.
 
     Raises (from the call):
         ValueError: positions restart within a row, or bounds of more sequences than rows were given.

@@ -23,10 +23,10 @@ from .taps import EmbeddingTap, Formed, LinearTap, NormTap, Tap, owned
 
 
 class PartMatrix(MatrixSketch):
-    """The sketch of a matrix of which some rows, or some columns, are here: at their places in the whole.
+    """The sketch of this rank's rows, or columns, of a matrix, at their places in the whole matrix.
 
-    Output gradients and inputs may come whole or cut; what is not this rank's is left out, so that every rank adds its
-    own part of the gradient once.
+    Output gradients and inputs may be whole or already cut. What is not this rank's is left out, so that every rank
+    adds its own part of the gradient once.
     """
 
     def __init__(self, whole: MatrixSketch, share: Share, splits_rows: bool) -> None:
@@ -42,7 +42,7 @@ class PartMatrix(MatrixSketch):
         if self.splits_rows:
             return self.matrix.fold(a)
         here = self._here(a, "input")
-        if self.matrix.fold_key is None:  # kept as it is until backward: then without the zeros
+        if self.matrix.fold_key is None:  # kept until backward as it is: without the zeros it is smaller
             return here
         return self.matrix.fold(self.share.placed(here, 1))
 
@@ -64,7 +64,7 @@ class PartMatrix(MatrixSketch):
     def add_grouped(
         self, d: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Of a stack of matrices (experts), whose rows or columns ``share`` cuts alike."""
+        """See `MatrixSketch.add_grouped`; ``share`` cuts the rows, or columns, of every matrix alike."""
         plan = self.matrix.plan
         assert plan is not None
         if not self.splits_rows:
@@ -83,7 +83,7 @@ class PartMatrix(MatrixSketch):
             here = torch.zeros_like(rows, dtype=torch.bool)
             for begin, end in self.share.ranges:
                 here |= (rows >= begin) & (rows < end)
-            # Not taken out: where the tokens of a segment lie is not to be counted again.
+            # Zeros, because removing tokens would change the offsets of the segments.
             self.matrix.add_rows(torch.where(here[:, None], x, 0), rows, offsets, out)
         else:
             self.matrix.add_rows(self.share.placed(self._here(x, "output"), 1), rows, offsets, out)
@@ -103,8 +103,13 @@ class PartMatrix(MatrixSketch):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """How the tensors of one call of a module lie: the engine of the tokens that are here, what the output's gradient
-    is turned into (None: it is a plain tensor), and whether parameters that all ranks have are added here."""
+    """How the tensors of one call of a module are spread over ranks.
+
+    Attributes:
+        engine: of the tokens that are on this rank.
+        placement: the layout that the output's gradient is brought into; None: it is a plain tensor.
+        adds: whether this rank adds the gradients of parameters that all ranks have.
+    """
 
     engine: Operators
     placement: Any
@@ -126,12 +131,15 @@ class PartTap(Tap):
 
     @property
     def splits(self) -> Share | None:
-        """How the weight is split; of a module that is sketched in its bias alone, how that is."""
+        """How the weight is split (the bias, where only that is sketched); None: it is not split."""
         share = self.shares.get("weight", self.shares.get("bias"))
         return share if share is not None and share.axis is not None else None
 
     def call(self, y: torch.Tensor, site: Site) -> Call:
-        """Of an output ``y``. Tokens (or heads) that are here alone make a gradient that all ranks add."""
+        """How the call with the output ``y`` is spread.
+
+        Where every rank has tokens (or heads) of its own, all ranks add their gradients.
+        """
         segments = self.acc.segments
         assert segments is not None
         adds = all(share.adds for share in self.shares.values())
@@ -152,10 +160,11 @@ class PartTap(Tap):
 
     @property
     def splits_outputs(self) -> bool:
+        """Whether the weight is split along its outputs."""
         return False
 
     def input(self, x: torch.Tensor, call: Call) -> torch.Tensor:
-        """What is needed of the module's input, as a plain tensor."""
+        """The part of the module's input that this rank's gradient needs, as a plain tensor."""
         if not is_spread(x):
             return x
         from torch.distributed.tensor import Replicate, Shard
@@ -198,7 +207,7 @@ class PartTap(Tap):
         self, gradient: torch.Tensor, matrix: MatrixSketch, turned: bool, out: torch.Tensor
     ) -> None:
         share = self.shares["weight"]
-        if share.axis is not None or share.adds:
+        if share.adds:
             matrix.add_formed((gradient.T if turned else gradient).contiguous(), out)
 
 
@@ -319,7 +328,7 @@ def _whole() -> Any:
 
 
 def window(segments: Segments, y: torch.Tensor, axis: int, heads_first: bool) -> Segments:
-    """The segments of the tokens that are here of ``y``, of which ``axis`` is split; all of them where it has heads."""
+    """The segments of this rank's tokens of ``y``, whose ``axis`` is split; all tokens, if that is an axis of heads."""
     shape, key = tuple(y.shape), ("window", tuple(y.shape), axis, heads_first)
     known: dict[Any, Segments] = segments.windows
     if key in known:
@@ -338,12 +347,12 @@ def window(segments: Segments, y: torch.Tensor, axis: int, heads_first: bool) ->
         raise NotTokensError(
             f"an output of shape {shape} does not hold the {batch} x {length} tokens of the batch once"
         )
-    found = segments
+    here = segments
     if cut is not None:
         mesh = y.device_mesh  # type: ignore[attr-defined]
         step = -(-grid.shape[cut] // mesh.size())
         begin = min(mesh.get_local_rank() * step, grid.shape[cut])
         mine = grid.narrow(cut, begin, min(step, grid.shape[cut] - begin))
-        found = Segments.of(mine, mine.shape[0], mine.shape[1], segments.count)
-    known[key] = found
-    return found
+        here = Segments.of(mine, mine.shape[0], mine.shape[1], segments.count)
+    known[key] = here
+    return here

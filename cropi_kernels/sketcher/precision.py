@@ -51,8 +51,8 @@ def check_adapters(model: nn.Module) -> None:
 def invocation_tokens(model: nn.Module) -> list[int]:
     """The tokens behind which a PEFT model's adapters are active (aLoRA); none for all other adapters."""
     configs = getattr(model, "peft_config", None)
-    found = (getattr(one, "alora_invocation_tokens", None) for one in dict(configs or {}).values())
-    return next((list(tokens) for tokens in found if tokens), [])
+    named = (getattr(one, "alora_invocation_tokens", None) for one in dict(configs or {}).values())
+    return next((list(tokens) for tokens in named if tokens), [])
 
 
 def trained_tokens(model: nn.Module) -> list[int]:
@@ -91,16 +91,16 @@ def _bare_forward(model: nn.Module) -> Iterator[None]:
 
 
 def without_autocast(forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    """What ``forward`` calls under autocast, or None where nothing of it is an autocast wrapper.
+    """The function that ``forward`` calls under autocast; None where no autocast wrapper is around it.
 
-    Looked through are the wrappers of ``torch.autocast(...)(function)`` and of accelerate (autocast, and outputs turned
-    to float32). A wrapper of somebody else's outside of them may change what the model computes: it is not taken off.
+    The wrappers of ``torch.autocast(...)(function)`` and of accelerate (autocast, and outputs turned to float32) are
+    taken off. Another wrapper around them may change what the model computes: then nothing is taken off.
     """
-    found, here = None, getattr(forward, "__func__", forward)
+    bare, here = None, getattr(forward, "__func__", forward)
     while hasattr(here, "__wrapped__") and (_is_autocast(here) or _is_accelerate(here)):
-        found = here.__wrapped__ if _is_autocast(here) else found
+        bare = here.__wrapped__ if _is_autocast(here) else bare
         here = here.__wrapped__
-    return found
+    return bare
 
 
 def _is_autocast(function: Any) -> bool:

@@ -29,7 +29,7 @@ class PolicyProbeError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What was seen; printed, a line each.
+    """The measured properties of a model; printed, a line each.
 
     Attributes:
         scale, softcap: ``logits = softcap * tanh(scale * (h W^T + b) / softcap)``, measured; None: no cap.
@@ -90,7 +90,10 @@ def is_causal(run: Run, ids: torch.Tensor, plain: torch.Tensor) -> bool:
 
 
 def _check_alone(run: Run, ids: torch.Tensor, plain: torch.Tensor, name: str) -> None:
-    """The first row beside others, all of one token: experts with a capacity are full of it then."""
+    """Refuse a model whose first row changes when the other rows do.
+
+    The other rows repeat one token, which fills experts that have a capacity.
+    """
     beside = ids.clone()
     beside[1:] = ids[0, -1]
     half = plain.element_size() < 4
@@ -106,7 +109,7 @@ PAD = 3
 
 
 def _left_padding(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> str:
-    """What rows that are padded on the left need to give what they give without."""
+    """What rows that are padded on the left need, to give what they give without padding."""
     padded = torch.cat([ids[:, :1].expand(-1, PAD), ids], 1)
     mask = torch.ones_like(padded)
     mask[:, :PAD] = 0
@@ -136,10 +139,10 @@ def pads_left(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | 
 
 
 def positions_for(probe: Probe, attention_mask: torch.Tensor) -> dict[str, Any]:
-    """What `split.hidden` needs beside the mask of rows that are padded on the left.
+    """What `split.hidden` is given beside the mask of rows that are padded on the left.
 
     Raises:
-        ValueError: nothing makes them right.
+        ValueError: the model gives wrong results for such rows, whatever positions they get.
     """
     if probe.left_padding == "wrong":
         raise ValueError(

@@ -54,23 +54,23 @@ class Share:
 
     @property
     def size(self) -> int:
-        """Of the axis here."""
+        """How many rows or columns of the axis are on this rank."""
         return sum(end - begin for begin, end in self.ranges)
 
     def part(self, x: torch.Tensor, axis: int) -> torch.Tensor | None:
-        """What is here of ``x``, whose ``axis`` is that of the parameter, whole or already this rank's part."""
+        """This rank's part of ``x``, whose ``axis`` is whole or already cut; None: it is neither."""
         assert self.axis is not None
         if x.shape[axis] == self.size:
             return x
         return self.cut(x, axis) if x.shape[axis] == self.shape[self.axis] else None
 
     def cut(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        """What is here of ``x``, which is whole along ``axis``."""
+        """This rank's part of ``x``, which is whole along ``axis``."""
         pieces = [x.narrow(axis, begin, end - begin) for begin, end in self.ranges]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
 
     def placed(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        """``x`` in zeros of the whole's size."""
+        """``x``, this rank's part along ``axis``, at its place in zeros of the whole's size."""
         assert self.axis is not None
         shape = list(x.shape)
         shape[axis] = self.shape[self.axis]
@@ -124,7 +124,7 @@ class Ranks:
         self.partial = partial  # names of parameters whose gradient is the sum of all ranks', by their ids
 
     def share(self, p: torch.Tensor) -> Share:
-        """Of a parameter.
+        """This rank's part of a parameter.
 
         Raises:
             ValueError: it is spread in a way that is not followed; says which.
@@ -208,7 +208,7 @@ class Ranks:
 
 
 class _SumBackward(torch.autograd.Function):
-    """``x``; its gradient is the sum over the ranks."""
+    """``x -> x``; the gradient is summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
@@ -221,7 +221,7 @@ class _SumBackward(torch.autograd.Function):
 
 
 class _SumForward(torch.autograd.Function):
-    """The sum over the ranks of ``x``; its gradient is each rank's."""
+    """``x`` summed over the ranks; every rank's gradient is that of the sum."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
@@ -239,13 +239,13 @@ def into_parts(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def of_parts(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The whole of what every rank has a part of."""
+    """The sum over the ranks of their parts of a result."""
     out: torch.Tensor = _SumForward.apply(x, ranks)
     return out
 
 
 class Copies:
-    """Of parameters that every rank has whole: whether their gradients are the same on all of them."""
+    """Whether the ranks have the same gradients of the parameters that every rank has whole."""
 
     def __init__(self, ranks: Ranks | None, parameters: Iterable[torch.Tensor]) -> None:
         self.ranks = ranks
@@ -259,7 +259,7 @@ class Copies:
         self.apart: dict[int, float] = defaultdict(float)
 
     def note(self, p: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Two sums of the gradient, with weights that differ from number to number."""
+        """Keep two weighted sums of a gradient, which differ where gradients do; the weights differ in every place."""
         if id(p) not in self.numbers:
             return
         flat = gradient.reshape(-1).double()
@@ -284,7 +284,10 @@ def add_over_ranks(
     added: list[dict[Any, float]],
     largest: list[dict[Any, Any]],
 ) -> None:
-    """Sum what the ranks have under ``key``, in place; ranks that have nothing have zeros. ``largest``: the maximum."""
+    """Sum the ranks' values under ``key`` in place (``sums``, ``added``), or take their maximum (``largest``).
+
+    A rank that has no value counts as zero.
+    """
     device = ranks.mesh.device_type
     shape = list(sums[key].shape) if key in sums else []
     sizes = torch.tensor([0.0, *shape, *[0.0] * (2 - len(shape))][:3], dtype=torch.float64, device=device)
@@ -300,8 +303,10 @@ def add_over_ranks(
 
 
 def ranges_of(size: int, ranks: int, rank: int, factor: int = 1) -> tuple[Range, ...]:
-    """Which part of ``size`` numbers torch's ``Shard`` gives to a rank: the ceiling of an equal share, the last ones
-    less. ``factor`` > 1: of each of so many equal parts, as ``_StridedShard`` does."""
+    """The ranges of ``size`` numbers that torch's ``Shard`` gives to a rank: shares rounded up, the last ones smaller.
+
+    ``factor`` > 1: a share of each of so many equal parts, as ``_StridedShard`` gives.
+    """
     ranges = []
     for first in range(0, size, max(1, size // factor)):
         length = min(size // factor, size - first)
@@ -343,7 +348,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
 
 # --------------------------------------------------------------------------------------- transformers' styles
 def parallel_forward(module: nn.Module) -> dict[str, Any] | None:
-    """What transformers' replacement of a module's forward holds: the class of its style, and the forward it calls."""
+    """The class of the style, and the wrapped forward, where transformers' tensor-parallel plan replaced a forward."""
     forward: Any = vars(module).get("forward")
     code = getattr(forward, "__code__", None)
     if code is None or not str(getattr(forward, "__module__", "")).startswith("transformers.distributed."):

@@ -17,7 +17,7 @@ _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "layer_norm_eps"
 
 
 class _Bare(nn.Module):
-    """A module's forward without the hooks on it: taps stand before them, and a wrapper's may not run out of turn."""
+    """A module's forward without the hooks on it. Taps see the output before other hooks do."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ def _call(module: nn.Module, tensors: dict[str, torch.Tensor], *args: torch.Tens
 
 
 def _forward_of(module: nn.Module) -> Any:
-    """The function that the module runs; accelerate's wrapper, which moves tensors and computes nothing, left out, and
-    that of a tensor-parallel plan, which spreads them over ranks."""
+    """The function that the module runs, without the wrappers of accelerate (which moves tensors) and of a
+    tensor-parallel plan (which spreads them over ranks)."""
     forward = vars(module).get("_old_forward") if hasattr(module, "_hf_hook") else None
     if forward is None:
         parallel = parallel_forward(module)
@@ -45,7 +45,7 @@ def _forward_of(module: nn.Module) -> Any:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is an nn.Linear, and ``y = x W^T + b`` all that it does.
+    """Whether the module is an nn.Linear that does nothing but ``y = x W^T + b``.
 
     A subclass (a router) may do more, and so may a forward that was put in place of the class's own.
     """
@@ -58,7 +58,7 @@ def is_linear(module: nn.Module) -> bool:
 def is_router(module: nn.Module) -> bool:
     """Whether the module's own code multiplies by its weight, whatever it does with the product.
 
-    By the names in the code, to leave out what holds a weight for others to use.
+    The names in the code tell. A module that holds a weight for others to use is no router.
     """
     weight, names = getattr(module, "weight", None), _names_in_forward(module)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or "forward" in vars(module):
@@ -69,7 +69,7 @@ def is_router(module: nn.Module) -> bool:
 
 
 def uses_weight_once(module: nn.Module) -> bool:
-    """Whether that product is the one use of the weight: what a `RouterTap` then holds every call to."""
+    """Whether that product is the only use of the weight in the code. A `RouterTap` checks it in every call."""
     names = _names_in_forward(module)
     uses = names.count("weight"), names.count("linear"), names.count("forward")
     return uses[:2] == (1, 1) or isinstance(module, nn.Linear) and uses == (0, 0, 1)
@@ -111,8 +111,10 @@ def _multiplies(module: nn.Module, weight: torch.Tensor, transposed: bool) -> bo
 
 
 def _rows_apart(module: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
-    """What the module computes of rows ``x`` [tokens, n], if that is a tensor and the same for [2, tokens / 2, n]: one
-    that takes three axes apart may mix tokens there."""
+    """What the module computes of rows ``x`` [tokens, n].
+
+    None where that is not a tensor, or differs for ``x`` as [2, tokens / 2, n]: such a module may mix tokens.
+    """
     try:
         got = _call(module, tensors, x)
     except Exception:  # not a function of one tensor; the code is not ours and may raise anything
@@ -188,7 +190,7 @@ def norm_of(module: nn.Module) -> tuple[bool, float] | None:
 
 
 def _of_liger(module: nn.Module) -> bool | None:
-    """Whether one of Liger's norms is centered; None: it is none of them.
+    """Whether the module, one of Liger's norms, is centered; None: it is not one of them.
 
     Their kernels run on a GPU only, and the trial of `norm_of` on a CPU. The formulas are the same, ``offset`` is c.
     """

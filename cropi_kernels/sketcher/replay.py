@@ -1,5 +1,7 @@
-"""The self-test of `GradientSketcher.batch`, whose forward is the caller's: on a few tokens where the model takes token
-ids, else on the call that he made."""
+"""The self-test of `GradientSketcher.batch`, where the caller runs the forward.
+
+It runs on a few tokens if the model takes token ids alone, and else repeats the call that the caller made.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def model_self_test(
     ids: torch.Tensor,
     plain: torch.Tensor,
 ) -> SelfTest:
-    """The self-test through the model's own forward, on what `takes_ids` found."""
+    """The self-test through the model's own forward; ``run``, ``ids`` and ``plain`` come from `takes_ids`."""
     with untouched(model), torch.no_grad():
         model.eval()  # dropout would make two forwards differ
         causal = is_causal(run, ids, run(ids))
@@ -42,8 +44,10 @@ def model_self_test(
 
 
 def takes_ids(model: nn.Module) -> tuple[Run, torch.Tensor, torch.Tensor] | None:
-    """How the model is run on token ids, a few of them, and what it gives for them [batch, length, n]; None: it does
-    not run on token ids alone."""
+    """How the model is run on token ids: the function, a few ids [batch, length], and its result [batch, length, n].
+
+    None: the model does not run on token ids alone.
+    """
     get = getattr(model, "get_input_embeddings", None)
     try:
         embeddings = get() if callable(get) else None
@@ -120,7 +124,7 @@ def _copied(x: Any) -> Any:
 def replayed_self_test(
     model: nn.Module, attachment: Attachment, acc: Accumulator, recorded: Recorded, segments: Segments
 ) -> SelfTest | None:
-    """The self-test on the caller's own call; None: he made none that gives numbers."""
+    """The self-test on the caller's own call; None: no call was made that returned floating-point numbers."""
     if recorded.call is None:
         return None
     args, kwargs = recorded.call

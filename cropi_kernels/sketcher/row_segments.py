@@ -15,8 +15,8 @@ from .segments import Segments
 
 @dataclasses.dataclass(frozen=True)
 class RowSegments(Segments):
-    """`Segments` whose bounds are bounds of rows: a module that is called on [batch, n, features] with another n than
-    the batch's length (the head, on the last columns) is followed too: whose a token is, its row says."""
+    """`Segments` of whole rows. A token's row says which segment it belongs to, so a module may also be called on
+    [batch, n, features] with another n than the batch's length (the head, on the last columns)."""
 
     def tokens_first(
         self, x: torch.Tensor, where: str, heads_first: bool = False

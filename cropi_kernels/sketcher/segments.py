@@ -24,7 +24,7 @@ class Segments:
     _copies: dict[tuple[torch.device, int], torch.Tensor] = dataclasses.field(
         default_factory=dict, compare=False
     )
-    # Those of a part of the tokens (sequence parallel), by what says which.
+    # The segments of a rank's part of the tokens (sequence parallel), by the key of `parts.window`.
     windows: dict[object, Segments] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -101,9 +101,9 @@ class Segments:
         return list(zip(bounds, bounds[1:]))
 
     def token_views(self, x: torch.Tensor) -> dict[str, tuple[int, ...]]:
-        """The shapes in which a number per token, [batch, length], may meet ``x``, by what its axes would be then.
+        """The shapes in which a mask [batch, length] can be broadcast to ``x``, by the meaning of ``x``'s axes.
 
-        Empty: ``x`` does not hold every token once. More than one: its sizes do not tell, say as many heads as rows.
+        Empty: ``x`` does not hold every token once. More than one: the sizes do not tell (as many heads as rows).
         """
         shape, tokens = tuple(x.shape), (self.batch, self.length)
         views: dict[str, tuple[int, ...]] = {}
@@ -118,9 +118,9 @@ class Segments:
         return views
 
     def convolved_view(self, x: torch.Tensor, padding: object) -> dict[str, tuple[int, ...]]:
-        """The same for [batch, channels, length] as a convolution over the tokens gives it.
+        """The same for the output [batch, channels, length] of a convolution over the tokens.
 
-        With ``padding`` more at the end where it pads both ends itself and is causal.
+        A causal one that pads both ends has ``padding`` more columns at the end.
         """
         more = (0, *padding[:1]) if isinstance(padding, tuple) else (0,)
         fits = x.ndim == 3 and x.shape[0] == self.batch and x.shape[2] - self.length in more

@@ -2,16 +2,17 @@
 
 Two runs of the model on the same tokens, cut into two segments of unequal length:
 
-*held*: the covered parameters have ``requires_grad`` while the taps listen. So a tap sees the very numbers from which
-autograd forms the parameter's gradient, and the two may differ by the rounding of their sums alone, whatever the
-model's depth and dtype: that is what lets the bound be tight in bfloat16. Once for each segment, with the loss of that
+*held*: the covered parameters have ``requires_grad`` while the taps listen. A tap then sees the very numbers from which
+autograd forms the parameter's gradient, so the two may differ by the rounding of their sums alone, whatever the model's
+depth and dtype; therefore the bound is tight in bfloat16 too. This runs once for each segment, with the loss of that
 segment only: a tap must give autograd's gradient to this segment, and nothing to the other.
 
-*frozen*: as `GradientSketcher` works, weights frozen. Every tap must give what it gave before, but for the rounding of
-the backward pass; and the output must be that of the model without taps.
+*frozen*: the weights are frozen, as `GradientSketcher` works. Every tap must give what it gave before, up to the
+rounding of the backward pass, and the output must be that of the model without taps.
 
-Nothing is known of the modules: hooks that change an output or a gradient, replaced forwards, weights that are used
-elsewhere too, tokens in another order, graphs that were compiled before the taps came all show as a difference.
+The test assumes nothing about the modules. Hooks that change an output or a gradient, replaced forwards, weights that
+are used elsewhere too, tokens in another order, and graphs that were compiled before the taps came all show as a
+difference.
 """
 
 from __future__ import annotations
@@ -19,27 +20,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from ..names import canonical_name
 from .accumulator import Accumulator
 from .attach import Attachment
 from .coverage import UncoveredParameterError
-from .hooks import unless_none
-from .listener import Listener, Source, norm, projected, smallest, unit_roundoff
-from .ranks import Copies, Ranks, add_over_ranks, like_spread, settled
+from .formed_sums import FormedSums, TapGroups
+from .listener import Listener, Source, norm, unit_roundoff
+from .ranks import Ranks, add_over_ranks
 from .reached import unreached
 from .segments import Segments
-from .sharded import hooked_whole, reshard, starting_over, units
+from .sharded import starting_over
 from .untouched import nothing_kept, thawed, untouched
 
 LISTED = 20  # parameters that an error names
 
 Forward = Callable[[], torch.Tensor]
-Owned = list[tuple[nn.Parameter, Callable[[torch.Tensor, torch.Tensor], None]]]
 
 
 class SelfTestError(UncoveredParameterError):
@@ -47,11 +46,15 @@ class SelfTestError(UncoveredParameterError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Parameters that are compared as one (a module's weight and bias; all that share a weight), in one segment.
+class Comparison:
+    """The taps of one group of parameters (a module's weight and bias; all that share a weight), held to autograd.
 
-    ``error`` and ``allowed`` are norms of sketches, in units of that of autograd's gradient (``size``; where that is
-    0, of the error itself).
+    Attributes:
+        names: the parameters.
+        what: how the taps differ from autograd, for a message.
+        error: norm of the difference of the two sketches.
+        allowed: the largest norm that rounding explains.
+        size: norm of the sketch of autograd's gradient.
     """
 
     names: tuple[str, ...]
@@ -80,7 +83,7 @@ class SelfTest:
         tokens: the batch and length that it ran on.
         names: parameters whose taps were compared with autograd.
         untested: parameters that no part of the run used: they have no gradient, and their taps gave none.
-        closest: the part nearest to its bound.
+        closest: the comparison nearest to its bound.
         heard: the modules whose taps heard the backward pass; one that is not heard in a later batch raises an error.
         seconds: what it took.
     """
@@ -88,7 +91,7 @@ class SelfTest:
     tokens: tuple[int, int]
     names: tuple[str, ...]
     untested: tuple[str, ...]
-    closest: Part | None
+    closest: Comparison | None
     heard: frozenset[str] = dataclasses.field(repr=False)
     seconds: float
 
@@ -116,118 +119,17 @@ class Trial:
     remedy: str = ""  # the end of the error's message, before "this test"
 
 
-# -------------------------------------------------------------------------------------------------- parts
-class Parts:
-    """Taps and parameters in groups that share one: a group's taps add up to its parameters' gradients."""
-
-    def __init__(self, model: nn.Module, attachment: Attachment) -> None:
-        reshard(model)
-        self.model = model
-        names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
-        self.formed: dict[int, tuple[nn.Parameter, Callable[[torch.Tensor, torch.Tensor], None]]] = {}
-        group: dict[int, int] = {}  # a parameter's id -> its group
-        members: dict[int, list[Source]] = {}
-        sources: list[tuple[Source, Owned]] = [
-            (tap, tap.formed(module) if tap.adds else [(p, _nothing) for p, _ in tap.formed(module)])
-            for module, tap in attachment.taps.items()
-        ]
-        sources += [(one, [(one.parameter, one.add)]) for one in attachment.exact.parameters]
-        for tap, own in sources:
-            for p, add in own:
-                self.formed.setdefault(id(p), (p, add))
-            mine = sorted({group.get(id(p), id(p)) for p, _ in own})
-            for other in mine[1:]:
-                members[mine[0]] = members.get(mine[0], []) + members.pop(other, [])
-                group = {k: mine[0] if g == other else g for k, g in group.items()}
-            group.update({id(p): mine[0] for p, _ in own})
-            members.setdefault(mine[0], []).append(tap)
-        self.taps = members
-        self.names: dict[int, tuple[str, ...]] = {
-            g: tuple(names.get(i, "?") for i, mine in group.items() if mine == g) for g in members
-        }
-        self.group = group
-        self.known = {n for mine in self.names.values() for n in mine}
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for p, _ in self.formed.values()]
-
-
-def parameters_of(
-    model: nn.Module, attachment: Attachment
-) -> list[tuple[nn.Parameter, Callable[[torch.Tensor, torch.Tensor], None]]]:
-    """Every sketched parameter, and what adds the sketch of its gradient, once that exists, to ``out`` [1,
-    base_dim]."""
-    return list(Parts(model, attachment).formed.values())
-
-
-def _nothing(gradient: torch.Tensor, out: torch.Tensor) -> None:
-    """Of a gradient that another rank adds."""
-
-
-class FormedSums:
-    """Autograd's gradients, sketched one by one as they are formed: only one exists at a time."""
-
-    def __init__(
-        self,
-        parts: Parts,
-        dim: int,
-        device: torch.device,
-        ranks: Ranks | None = None,
-        leave: bool = False,
-    ) -> None:
-        self.parts, self.dim, self.device = parts, dim, device
-        self.leave = leave  # the gradients to autograd, for an optimizer
-        self.units = units(parts.model)
-        self.copies = Copies(ranks, parts.parameters)
-        self.sums: dict[int, torch.Tensor] = {}
-        self.floor: dict[int, float] = {}  # what numbers below the dtype's smallest may have lost
-        self.unit: dict[int, float] = {}
-
-    @contextlib.contextmanager
-    def hooked(self) -> Iterator[None]:
-        if self.units:
-            hooks = {id(p): unless_none(self._taker(p, add)) for p, add in self.parts.formed.values()}
-            with hooked_whole(self.parts.model, hooks):
-                yield
-            return
-        # Hooks run in the order in which they were registered: ours see what those of the model's owner have made.
-        handles = [p.register_hook(unless_none(self._taker(p, add))) for p, add in self.parts.formed.values()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _taker(
-        self, p: nn.Parameter, add: Callable[[torch.Tensor, torch.Tensor], None]
-    ) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        group = self.parts.group[id(p)]
-
-        def take(gradient: torch.Tensor) -> torch.Tensor | None:
-            out = torch.zeros(1, self.dim, dtype=torch.float32, device=self.device)
-            here = settled(gradient.detach(), p)
-            with torch.no_grad():
-                add(here.to(torch.promote_types(here.dtype, torch.float32)), out)
-            self.sums[group] = self.sums.get(group, 0.0) + projected(out)[0]
-            self.copies.note(p, here)
-            self.floor[group] = self.floor.get(group, 0.0) + smallest(here) * gradient.numel() ** 0.5
-            self.unit[group] = max(self.unit.get(group, 0.0), unit_roundoff(here))
-            if self.leave:
-                return None
-            nothing = here.new_zeros(()).expand_as(here)  # autograd keeps this: a gradient would stay
-            return like_spread(nothing, gradient)
-
-        return take
-
-
 # --------------------------------------------------------------------------------------------------- runs
 def self_test(
-    model: nn.Module, attachment: Attachment, acc: Accumulator, trial: Trial, others: Sequence[Part] = ()
+    model: nn.Module,
+    attachment: Attachment,
+    acc: Accumulator,
+    trial: Trial,
+    others: Sequence[Comparison] = (),
 ) -> SelfTest:
     """Compare the taps with autograd, inside the ``with`` block of a `GradientSketcher`. The model stays as it is.
 
-    ``others`` are parts that were compared elsewhere; they are reported together.
+    ``others`` were made elsewhere, and are reported with these.
 
     Extra memory: one parameter's gradient at a time and `PROJECTED` numbers for each.
 
@@ -237,11 +139,11 @@ def self_test(
         ValueError: the model cannot be differentiated by ordinary autograd; says why.
     """
     started = time.perf_counter()
-    parts = Parts(model, attachment)
-    runs = _Runs(model, acc, parts, trial)
+    groups = TapGroups(model, attachment)
+    runs = _Runs(model, acc, groups, trial)
     with untouched(model), starting_over(model):
         try:
-            found, tested, frozen = runs.compare()
+            comparisons, tested, frozen = runs.compare()
         except RuntimeError as error:
             if "inplace operation" in str(error):
                 raise SelfTestError(
@@ -251,84 +153,88 @@ def self_test(
             if "use_reentrant" not in str(error):
                 raise
             runs.reentrant = True
-            found, tested, frozen = runs.compare()
-    found += others
-    held = [n for g in parts.taps if g in tested for n in parts.names[g]] + [
-        n for part in others for n in part.names
+            comparisons, tested, frozen = runs.compare()
+    comparisons += others
+    held = [n for g in groups.taps if g in tested for n in groups.names[g]] + [
+        n for one in others for n in one.names
     ]
-    unused = [n for g in parts.taps for n in parts.names[g] if n not in held]
-    wrong = [part for part in found if not part.right]
+    unused = [n for g in groups.taps for n in groups.names[g] if n not in held]
+    wrong = [one for one in comparisons if not one.right]
     if wrong:
         raise _error(wrong, trial.remedy)
-    reached = {name for part in found if part.size > 0 for name in part.names}
-    if problem := unreached(parts.taps, parts.names, frozen, reached):
+    reached = {name for one in comparisons if one.size > 0 for name in one.names}
+    if problem := unreached(groups.taps, groups.names, frozen, reached):
         raise SelfTestError(problem)
     return SelfTest(
         (trial.segments.batch, trial.segments.length),
-        tuple(dict.fromkeys(n for n in held if n in parts.known)),
+        tuple(dict.fromkeys(n for n in held if n in groups.known)),
         tuple(unused),
-        max(found, key=lambda part: part.error / part.allowed if part.allowed else 0.0, default=None),
+        max(comparisons, key=lambda one: one.error / one.allowed if one.allowed else 0.0, default=None),
         frozenset(tap.where for tap in frozen.sums),
         time.perf_counter() - started,
     )
 
 
 class _Runs:
-    def __init__(self, model: nn.Module, acc: Accumulator, parts: Parts, trial: Trial) -> None:
-        self.acc, self.parts, self.trial, self.ranks = acc, parts, trial, acc.ranks
+    """The runs of one self-test. ``reentrant``: the model is checkpointed in the older way of torch."""
+
+    def __init__(self, model: nn.Module, acc: Accumulator, groups: TapGroups, trial: Trial) -> None:
+        self.acc, self.groups, self.trial, self.ranks = acc, groups, trial, acc.ranks
         self.reentrant = False
         self.device = trial.cotangents[0].device
         self.devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
     def again(self) -> contextlib.AbstractContextManager[None]:
-        """The same random numbers in every run: dropout drops the same. No weights that autocast has cast and kept."""
+        """Every run draws the same random numbers (for dropout) and uses no weights that autocast keeps from before."""
         torch.clear_autocast_cache()
         return torch.random.fork_rng(devices=self.devices)
 
-    def compare(self) -> tuple[list[Part], set[int], Listener]:
-        """The parts; the groups of parameters that have a gradient; what the taps gave over frozen weights."""
+    def compare(self) -> tuple[list[Comparison], set[int], Listener]:
+        """The comparisons; the groups of parameters that have a gradient; what the taps gave over frozen weights."""
         with self.again(), torch.no_grad():
             plain = self.trial.forward()
         with self.again():
             frozen = self.frozen(plain)
-        parts: list[Part] = []
+        comparisons: list[Comparison] = []
         held: dict[Source, torch.Tensor] = {}
         sizes: dict[Source, float] = {}
         tested: set[int] = set()
         for s in range(len(self.trial.cotangents)):
             with self.again():
                 listener, exact = self.held(s)
-            parts += compare(self.parts, listener, exact, self.trial.owners[s], self.trial.segments)
+            comparisons += compare(self.groups, listener, exact, self.trial.owners[s], self.trial.segments)
             tested |= set(exact.sums)
             for tap, took in listener.sums.items():
                 held[tap] = held[tap] + took if tap in held else took
                 sizes[tap] = sizes.get(tap, 0.0) + listener.size[tap]
-        return parts + _compare_frozen(self.parts, frozen, held, sizes), tested, frozen
+        return comparisons + _compare_frozen(self.groups, frozen, held, sizes), tested, frozen
 
     def frozen(self, plain: torch.Tensor) -> Listener:
+        """The run over frozen weights, whose output is compared with ``plain``, that of the model without taps."""
         listener = Listener(self.acc)
         with listener.batch(self.trial.segments, self.device):
             with torch.enable_grad():
                 y = self.trial.forward()
-            _check_output(y.detach(), plain, len(self.parts.taps), self.ranks)
+            _check_output(y.detach(), plain, len(self.groups.taps), self.ranks)
             if y.requires_grad:
                 y.backward(torch.stack(self.trial.cotangents).sum(0).to(y.dtype))
         self.over_ranks(listener)
         return listener
 
     def held(self, s: int) -> tuple[Listener, FormedSums]:
+        """The run over trainable weights with the s-th cotangent: what the taps gave, and what autograd formed."""
         listener, exact = (
             Listener(self.acc),
-            FormedSums(self.parts, self.acc.spec.base_dim, self.device, self.ranks),
+            FormedSums(self.groups, self.acc.spec.base_dim, self.device, self.ranks),
         )
-        parameters = self.parts.parameters
+        parameters = self.groups.parameters
         with thawed(parameters), listener.batch(self.trial.segments, self.device), exact.hooked():
             with torch.enable_grad():
                 y = self.trial.forward()
-            # Of the modules' outputs too: a tap must be heard where no parameter lies behind it.
+            # Gradients of the modules' outputs too, so that a tap is heard where no parameter lies behind it.
             inputs = [*parameters, *{id(t): t for t in listener.outputs}.values()]
             cotangent = self.trial.cotangents[s].to(y.dtype)
-            # That kind of checkpointing knows no named inputs; FSDP2's whole parameters have no names.
+            # Reentrant checkpointing takes no list of inputs, and FSDP2's whole parameters cannot be listed.
             if y.requires_grad and (self.reentrant or exact.units):
                 with nothing_kept(parameters):
                     y.backward(cotangent)
@@ -338,10 +244,10 @@ class _Runs:
         return listener, exact
 
     def over_ranks(self, listener: Listener, exact: FormedSums | None = None) -> None:
-        """What all ranks of a tensor-parallel group found, on each of them: all come to the same conclusion."""
+        """Sum over the ranks of a tensor-parallel group, so that all ranks come to the same conclusion."""
         if self.ranks is None:
             return
-        for taps in self.parts.taps.values():
+        for taps in self.groups.taps.values():
             for tap in taps:
                 add_over_ranks(
                     self.ranks, tap, listener.sums, [listener.size], [listener.unit, listener.calls]
@@ -349,7 +255,7 @@ class _Runs:
         if exact is None:
             return
         exact.copies.compare()
-        for group in self.parts.taps:
+        for group in self.groups.taps:
             add_over_ranks(self.ranks, group, exact.sums, [exact.floor], [exact.unit])
 
 
@@ -373,14 +279,14 @@ def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int, ranks: Ranks
 
 # --------------------------------------------------------------------------------------------- comparisons
 def compare(
-    parts: Parts, listener: Listener, exact: FormedSums, owners: tuple[int, ...], segments: Segments
-) -> list[Part]:
-    """What the taps gave to each segment, and what autograd formed of a loss that belongs to ``owners``."""
-    found = []
+    groups: TapGroups, listener: Listener, exact: FormedSums, owners: tuple[int, ...], segments: Segments
+) -> list[Comparison]:
+    """Compare what the taps gave to each segment with what autograd formed of a loss of the segments ``owners``."""
+    comparisons = []
     tokens = segments.batch * segments.length
     mine = torch.zeros(segments.count, dtype=torch.bool, device="cpu")
     mine[list(owners)] = True
-    for group, taps in parts.taps.items():
+    for group, taps in groups.taps.items():
         heard = [tap for tap in taps if tap in listener.sums]
         want = exact.sums.get(group)
         if want is None and not heard:
@@ -393,7 +299,7 @@ def compare(
             elsewhere = norm(got[~mine])
         elif want is not None:
             error = norm(want)
-        copies = max((exact.copies.apart[i] for i, g in parts.group.items() if g == group), default=0.0)
+        copies = max((exact.copies.apart[i] for i, g in groups.group.items() if g == group), default=0.0)
         for tap in heard:
             unit = max(listener.unit[tap], exact.unit.get(group, 0.0))
             allowed += listener.size[tap] * bound(unit, listener.calls[tap], tokens)
@@ -406,29 +312,31 @@ def compare(
         else:
             what = "its tap saw something else than autograd"
         error = (error * error + elsewhere * elsewhere) ** 0.5
-        found.append(Part(parts.names[group], what, error, allowed, 0.0 if want is None else norm(want)))
+        size = 0.0 if want is None else norm(want)
+        comparisons.append(Comparison(groups.names[group], what, error, allowed, size))
         if copies:
             what = (
                 "every rank of the tensor-parallel group has it whole, and another gradient of it (of its own heads or "
                 "tokens?)"
             )
-            found.append(Part(parts.names[group], what, copies, allowed, 0.0 if want is None else norm(want)))
-    return found
+            comparisons.append(Comparison(groups.names[group], what, copies, allowed, size))
+    return comparisons
 
 
 def _compare_frozen(
-    parts: Parts, frozen: Listener, held: dict[Source, torch.Tensor], sizes: dict[Source, float]
-) -> list[Part]:
-    """Compare the taps over frozen weights with those over trainable ones, but for a backward pass's rounding."""
-    found = []
+    groups: TapGroups, frozen: Listener, held: dict[Source, torch.Tensor], sizes: dict[Source, float]
+) -> list[Comparison]:
+    """Compare what the taps gave over frozen weights with what they gave over trainable ones."""
+    comparisons = []
     depth = max(1, len(held)) ** 0.5
-    for group, taps in parts.taps.items():
+    for group, taps in groups.taps.items():
         for tap in taps:
             if tap not in frozen.sums and tap not in held:
                 continue
             want, got = held.get(tap), frozen.sums.get(tap)
-            size = max(sizes.get(tap, 0.0), frozen.size.get(tap, 0.0))
-            allowed = 8 * depth * frozen.unit.get(tap, 2.0**-24) * size
+            terms = max(sizes.get(tap, 0.0), frozen.size.get(tap, 0.0))
+            allowed = 8 * depth * frozen.unit.get(tap, 2.0**-24) * terms
+            size = 0.0 if want is None else norm(want)
             if got is None:
                 assert want is not None
                 # A gradient of zeros may come or stay away.
@@ -440,22 +348,22 @@ def _compare_frozen(
                 what, error = "its tap is heard over frozen weights only", norm(got)
             else:
                 what, error = "over frozen weights its tap gives something else", norm(got - want)
-            found.append(Part(parts.names[group], what, error, allowed, 0.0 if want is None else norm(want)))
-    return found
+            comparisons.append(Comparison(groups.names[group], what, error, allowed, size))
+    return comparisons
 
 
 def bound(unit: float, calls: int, tokens: int) -> float:
-    """Of the difference of two sums of the same products, in units of ``sum |d| |a|``.
+    """A bound of the difference of two sums of the same products, in units of ``sum |d| |a|``.
 
-    Rounded to the tensors' dtype are the folded inputs, the products of a norm, the gradient, and its sum over
-    ``calls``; in float32 sums of ``tokens`` products and of the columns that meet in a number of the sketch (1024 for
-    the widest layers), whose errors add like a random walk (Higham and Mary, SIAM J. Sci. Comput. 41, 2019). A sketch
-    keeps norms up to a small factor: 4 for all of it.
+    To the tensors' dtype (``unit``) are rounded: the folded inputs, the products of a norm, the gradient, and its sum
+    over ``calls``. In float32 are summed: ``tokens`` products, and the columns that meet in one number of the sketch
+    (1024 for the widest layers); these errors add like a random walk (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
+    The factor 4 covers all of that, and that a sketch keeps norms only up to a small factor.
     """
     return 4 * ((3 + calls) * unit + (tokens + 1024) ** 0.5 * 2.0**-24)
 
 
-def _error(wrong: list[Part], remedy: str) -> SelfTestError:
+def _error(wrong: list[Comparison], remedy: str) -> SelfTestError:
     example = wrong[0].names[0]
     return SelfTestError(
         "sketches are not those of the gradients that autograd formed on a few tokens (a module does not see every "
@@ -469,14 +377,14 @@ def _error(wrong: list[Part], remedy: str) -> SelfTestError:
     )
 
 
-def named(wrong: list[Part]) -> str:
-    """A line for each parameter that is off, with its worst part."""
-    worst: dict[tuple[str, ...], Part] = {}
-    for part in wrong:
-        before = worst.get(part.names)
-        if before is None or not part.error <= before.error:
-            worst[part.names] = part
-    lines = [f"  {part}\n" for part in list(worst.values())[:LISTED]]
+def named(wrong: list[Comparison]) -> str:
+    """A line for each group of parameters that is off, with its worst comparison."""
+    worst: dict[tuple[str, ...], Comparison] = {}
+    for one in wrong:
+        before = worst.get(one.names)
+        if before is None or not one.error <= before.error:
+            worst[one.names] = one
+    lines = [f"  {one}\n" for one in list(worst.values())[:LISTED]]
     if len(worst) > LISTED:
         lines.append(f"  and {len(worst) - LISTED} more\n")
     return "".join(lines)

@@ -1,9 +1,9 @@
-"""Models whose weights are spread over ranks: what FSDP2 needs of a pass that calls the decoder and the head apart, and
-which other ways are refused.
+"""Models whose weights are spread over ranks: how FSDP2 is followed, and which other ways are refused.
 
 FSDP2 (``fully_shard``) gathers a unit's weights when the unit is called, and hooks its outputs to gather them again in
-backward. The pass calls the decoder, whose embeddings may belong to the model around it: so it goes by a method of that
-model, registered as one of its forwards. The head is used by its weight, which is gathered meanwhile.
+backward. A scoring pass calls the decoder and the head apart. The decoder's embeddings may belong to the model around
+it, so the pass runs as a method of that model, registered as one of its forwards. The head's weight is used directly,
+and is gathered for as long as that takes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_parallel(model: nn.Module) -> None:
         "shard the model by torch.distributed.fsdp.fully_shard (FSDP2) or by tensor parallel alone, or give every rank "
         "the whole model"
     )
-    # A pass before may have left a unit whole, where a tied weight is two and other tensors stand for the parameters.
+    # An earlier pass may have left a unit whole: then a tied weight is two, and other tensors stand for the parameters.
     reshard(model)
     inside = {type(m).__name__ for m in model.modules()}
     if "FullyShardedDataParallel" in inside:
@@ -93,7 +93,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes: with offloaded shards that is not where its parameters lie."""
+    """The device on which the model computes. Offloaded shards lie on another one."""
     p = next(model.parameters())
     if not is_spread(p):
         return p.device
@@ -102,15 +102,15 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the sharded parameters in their places: they are what is frozen and thawed, and copied to the whole ones."""
+    """Put the sharded parameters back in their places: freezing and thawing works on those."""
     for unit in units(model):
         unit.reshard()
 
 
 def through(root: Any, run: Callable[[], T]) -> T:
-    """``run()`` as a forward of ``root``: its own weights are whole meanwhile, and again in backward.
+    """``run()`` as a forward of ``root``, whose own weights are whole meanwhile and again in backward.
 
-    None: nothing to go through.
+    ``root`` None: plainly ``run()``.
     """
     if root is None:
         return run()
@@ -125,7 +125,7 @@ def through(root: Any, run: Callable[[], T]) -> T:
 
 
 def root_around(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
-    """The outermost unit with ``decoder`` inside; None where there is none: the decoder then sees to itself."""
+    """The outermost unit with ``decoder`` inside; None where no unit is around the decoder."""
     around = [
         unit for unit in units(model) if unit is not decoder and any(m is decoder for m in unit.modules())
     ]
@@ -134,7 +134,7 @@ def root_around(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def whole(model: nn.Module, module: nn.Module) -> Iterator[None]:
-    """Inside, the module's own weights are whole without a call of it; those of a tensor-parallel rank stay parts."""
+    """Inside, the module's own weights are whole without a call of it; a tensor-parallel rank's weights stay parts."""
     if not units(model) or not any(is_spread(p) for p in module.parameters(recurse=False)):
         yield
         return
@@ -155,10 +155,10 @@ def _of_unit(unit: Any) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def hooked_whole(model: nn.Module, hooks: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
-    """Hooks on the gradients of FSDP2's parameters, by the ids of the sharded ones.
+    """Hooks on the gradients of FSDP2's parameters, by the ids of the sharded parameters.
 
-    Autograd knows the whole ones, which stand in their places while their unit runs: they are found when a module is
-    called. What the hooks return is what FSDP2 spreads over the ranks.
+    Autograd sees the whole parameters, which take the places of the sharded ones while their unit runs: each is hooked
+    when a module is called. FSDP2 spreads over the ranks what the hooks return.
     """
     reshard(model)
     places = {
@@ -174,7 +174,7 @@ def hooked_whole(model: nn.Module, hooks: Mapping[int, Callable[..., Any]]) -> I
         for inner in module.modules():
             for key, hook in places.get(inner, ()):
                 p: Any = inner._parameters[key]
-                # What a tap has put in its place is a view.
+                # A tap may have put a view in its place.
                 p = p if p.is_leaf or p._base is None else p._base
                 if is_spread(p) or not p.requires_grad or any(p is other for other in seen):
                     continue
@@ -183,7 +183,7 @@ def hooked_whole(model: nn.Module, hooks: Mapping[int, Callable[..., Any]]) -> I
 
     looked: Any = torch.compiler.disable(look)  # a compiled layer's graph ends there and goes on behind
     calls = [module.register_forward_pre_hook(looked) for module in model.modules()]
-    # Of mixed precision a gradient has the computation's dtype, which torch does not take for one of the parameter.
+    # With mixed precision a gradient has the dtype of the computation, which torch would refuse for the parameter.
     spread: list[Any] = [p for p in model.parameters() if is_spread(p) and hasattr(p, "grad_dtype")]
     dtypes = [p.grad_dtype for p in spread]
     try:
@@ -209,7 +209,8 @@ def starting_over(model: nn.Module) -> Iterator[None]:
 
 
 def start_over(model: nn.Module) -> None:
-    """After a pass that failed between its forward and the end of its backward."""
+    """Bring FSDP2's units back to their first state, after a pass that failed between its forward and its backward's
+    end."""
     sharded = units(model)
     if sharded:
         root: Any = sharded[0]
@@ -221,7 +222,7 @@ def start_over(model: nn.Module) -> None:
 
 
 def linears_of(model: nn.Module, linears: Linears | None) -> Linears:
-    """Who multiplies by frozen weights. Those that are spread over ranks are torch's.
+    """Which library multiplies by frozen weights: torch, where they are spread over ranks.
 
     Raises:
         ValueError: oneDNN is asked for by name, and weights are spread over ranks.

@@ -1,4 +1,4 @@
-"""What is kept in forward and added in backward for a matrix gradient, in every kind of sketch; and the slab sketch."""
+"""The interface of every kind of matrix sketch (what forward keeps, what backward adds), and the slab sketch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..spec import SketchSpec
 class MatrixSketch(abc.ABC):
     """Sketch of the gradient ``D^T A`` [rows, cols] of one parameter.
 
-    ``fold(a)`` returns what has to be saved of the inputs until backward; ``add`` takes it back. ``plan`` is the slab
-    sketch's, None for the comparison kinds.
+    ``fold(a)`` returns what has to be saved of the inputs until backward; ``add`` takes it back. ``plan`` is the plan
+    of the slab sketch, None for the comparison kinds.
     """
 
     plan: MatrixPlan | None = None
@@ -40,7 +40,7 @@ class MatrixSketch(abc.ABC):
     def add_grouped(
         self, d: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Of a stack of matrices: ``ranges`` cuts rows that are sorted by (matrix, segment)."""
+        """`add` for a stack of matrices; ``ranges`` cuts rows that are sorted by (matrix, segment)."""
         raise NotImplementedError
 
     @abc.abstractmethod

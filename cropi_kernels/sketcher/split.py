@@ -49,7 +49,7 @@ class SplitModel:
 
     @contextlib.contextmanager
     def whole_head(self) -> Iterator[None]:
-        """The head's weights as the pass uses them: of a sharded model they are whole inside alone."""
+        """Inside, the head's weights are whole, those of a sharded model too."""
         with contextlib.ExitStack() as stack:
             for module in (self.head, *(m for one in self.adapters for m in (one.a, one.b))):
                 stack.enter_context(sharded.whole(self.model, module))
@@ -57,7 +57,7 @@ class SplitModel:
 
     @functools.cached_property
     def _ranks(self) -> ranks.Ranks | None:
-        """Of a tensor-parallel head."""
+        """The ranks that share a tensor-parallel head; None: it is on this rank alone."""
         return ranks.ranks_of(self.model) if ranks.is_spread(self.head.weight) else None
 
     def head_here(self) -> tuple[torch.Tensor, torch.Tensor | None, int]:
@@ -78,7 +78,7 @@ class SplitModel:
         return group, share
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``h W^T + b`` of all words, with what adapters add: by the weights, as the fused pass has it."""
+        """``h W^T + b`` of all words, with what adapters add, computed from the weights as in the fused pass."""
         with self.whole_head():
             h, (weight, bias, _), spread = self.head_input(hidden), self.head_here(), self.head_ranks()
             if spread is None:
@@ -142,13 +142,13 @@ class SplitModel:
         return hidden.to(self.head.weight.dtype)
 
     def _of_products(self, temperature: float) -> dict[str, Any]:
-        """Temperature and soft-cap of ``h W^T + b`` itself, of which `linear_logprob` takes them."""
+        """The temperature and soft-cap for `linear_logprob`, which applies them to ``h W^T + b`` without ``scale``."""
         cap = None if self.softcap is None else self.softcap / self.scale
         return {"temperature": temperature / self.scale, "softcap": cap}
 
 
 def _gathered(hidden: torch.Tensor) -> torch.Tensor:
-    """All tokens, of a decoder that leaves some of them on every rank."""
+    """The hidden states of all tokens, where the decoder leaves some of them on every rank."""
     if not ranks.is_spread(hidden):
         return hidden
     from torch.distributed.tensor import Replicate

@@ -57,23 +57,23 @@ class _Backward(TorchFunctionMode):
 class LossCheck:
     """Checks the loss of one batch.
 
-    ``found`` is the result as a sentence; None: there was no backward pass; `LATER`: another batch may say more.
+    ``verdict`` is the result as a sentence; None: there was no backward pass; `LATER`: another batch may say more.
 
     Args:
-        model: whose outputs are looked at.
-        acc: of its taps.
-        runs: of the batch.
+        model: its outputs are examined.
+        acc: the sums of its taps.
+        runs: the segments of the batch.
     """
 
     def __init__(self, model: nn.Module, acc: Accumulator, runs: Runs) -> None:
         self.model, self.acc, self.runs = model, acc, runs
-        self.found: str | None = None
+        self.verdict: str | None = None
         self._outputs: list[torch.Tensor] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         if inside_compiled(self.model):  # a mode of torch functions would have every graph compiled anew
-            self.found = "not checked: modules are compiled"
+            self.verdict = "not checked: modules are compiled"
             yield
             return
 
@@ -91,15 +91,15 @@ class LossCheck:
 
     # ------------------------------------------------------------------------------------------------ checks
     def _try(self, loss: torch.Tensor) -> None:
-        with self.acc.deaf():  # the taps of what is looked at are on it already
+        with self.acc.deaf():  # taps are in the loss's graph already
             self._check(loss)
 
     def _check(self, loss: torch.Tensor) -> None:
-        if self.found is not None or loss.numel() != 1 or loss.grad_fn is None:
+        if self.verdict is not None or loss.numel() != 1 or loss.grad_fn is None:
             return
         ys = [y for y in self._outputs if self._per_token(y)]
         if not ys:
-            self.found = "not checked: the model's own forward gave nothing per token"
+            self.verdict = "not checked: the model's own forward gave nothing per token"
             return
         beside = _weights_beside(loss, ys, self.model)
         if beside:
@@ -108,13 +108,13 @@ class LossCheck:
                 f"token (a term of all tokens together, such as experts' load balancing, or of the weights): {REMEDY}"
             )
         if sum(y.numel() for y in ys) > LARGEST:
-            self.found = (
+            self.verdict = (
                 f"not checked for terms of several prompts: more than {LARGEST:,} numbers in the outputs"
             )
         elif self.runs.present < 2:
-            self.found = LATER
+            self.verdict = LATER
         else:
-            self.found = self._second_derivatives(loss, ys)
+            self.verdict = self._second_derivatives(loss, ys)
 
     def _per_token(self, y: torch.Tensor) -> bool:
         segments = self.runs.segments
@@ -135,7 +135,7 @@ class LossCheck:
                 return "a sum over prompts (linear in what the model gave)"
             if not (_any(first, marks) and _any(first, [~mark for mark in marks])):
                 return LATER
-            # Of one half of the prompts' gradients, with respect to all.
+            # The derivatives of one half of the prompts' gradients with respect to all outputs.
             half = torch.stack(terms).sum()
             second = torch.autograd.grad(half, ys, retain_graph=True, allow_unused=True)
         except RuntimeError as error:  # a function that has no second derivative (a fused loss)
@@ -174,7 +174,7 @@ def _any(gradients: Sequence[torch.Tensor | None], marks: list[torch.Tensor]) ->
 
 
 def _pattern(y: torch.Tensor) -> torch.Tensor:
-    """Numbers between -1 and 1 without a pattern that a loss could cancel, one a number of ``y``."""
+    """One number between -1 and 1 for each number of ``y``, without a regularity that a loss could cancel."""
     places = torch.arange(y.numel(), device=y.device, dtype=torch.float32)
     return torch.sin(places * 12.9898 + 1.0).view(y.shape).to(y.dtype)
 
@@ -188,7 +188,7 @@ def _weights_beside(loss: torch.Tensor, ys: list[torch.Tensor], model: nn.Module
     """Names of parameters that ``loss`` reaches without passing through one of ``ys``."""
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
     cut = {y.grad_fn for y in ys}
-    found: dict[str, None] = {}
+    beside: dict[str, None] = {}
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -197,6 +197,6 @@ def _weights_beside(loss: torch.Tensor, ys: list[torch.Tensor], model: nn.Module
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in names:
-            found[names[id(variable)]] = None
+            beside[names[id(variable)]] = None
         nodes += [following for following, _ in node.next_functions]
-    return list(found)
+    return list(beside)

@@ -25,7 +25,7 @@ def count_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 class Hook(Protocol):
-    """Removes a tap."""
+    """A tap on a module, until `remove`."""
 
     def remove(self) -> None: ...
 
@@ -71,9 +71,9 @@ class Tap(abc.ABC):
         self.acc.refusals[self.where] = message
 
     def _refusal(self, message: str) -> Sink:
-        """For a call on something else than the batch's tokens: it would be wrong as soon as a gradient reached it.
+        """What to capture a call on something else than the batch's tokens with: an error if a gradient reaches it.
 
-        DoRA calls its matrices on a unit matrix, and uses the product without its gradient.
+        The call itself is no error: DoRA calls its matrices on a unit matrix, and uses the product without gradient.
         """
         segments = self.acc.segments
 
@@ -95,7 +95,8 @@ class Tap(abc.ABC):
         return self.within(functools.partial(self.backward, site))
 
     def within(self, add: Sink, segments: Segments | None = None) -> Sink:
-        """``add``, for one batch alone, if not the open one: the graph of one that failed may be run in the next."""
+        """``add``, guarded: it runs for one batch only (the open one, if none is given), is timed, and is reported to
+        the self-test. The graph of a batch that failed may still be run in the next one; that is an error."""
         segments = segments or self.acc.segments
 
         def guarded(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
@@ -178,7 +179,7 @@ class EmbeddingTap(Tap):
                 return capture(widened(y, rows), self.sink(self._sites[0]), x.expand(rows, -1))
 
             refused = f"{self.where} is looked up for one row of {rows}, and used otherwise than by adding it to all"
-            # Of weights that are trained, both ways lead to the weight: the refusal is for the narrow one alone.
+            # If weights are trained, both the narrow and the wide output lead to them; only the narrow one is refused.
             narrow = y.view_as(y) if y.requires_grad else y
             return one_row(capture(narrow, self._refusal(f"{refused}: exclude its parameters")), rows, wide)
         return capture(y, self.sink(self._sites[0]), x)
@@ -228,8 +229,10 @@ class NormTap(Tap):
         scale: torch.Tensor,
         segments: Segments,
     ) -> torch.Tensor | None:
-        """The gradient of the input ``x`` of an RMSNorm, by the pass that adds what `backward` would; ``scale``: see
-        `rms_norm`. None: nothing is added in this pass."""
+        """The gradient of the input ``x`` of an RMSNorm, from the same pass over ``x`` that adds the scale's gradient.
+
+        ``scale`` is that of `rms_norm`. None: nothing is to be added in this backward pass.
+        """
         made: list[torch.Tensor] = []
         site = self._sites[segments.heads_first(x)]
 
@@ -241,12 +244,15 @@ class NormTap(Tap):
 
 
 def owned(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter ``name`` of a module itself."""
     p = getattr(module, name)
     assert isinstance(p, nn.Parameter)
     return p
 
 
 def formed_vectors(module: nn.Module, **plans: VectorPlan | None) -> list[tuple[nn.Parameter, Formed]]:
+    """`Tap.formed` for vectors: their plans by their names in the module."""
+
     def adder(plan: VectorPlan) -> Formed:
         def add(gradient: torch.Tensor, out: torch.Tensor) -> None:
             sketch_vector(gradient.reshape(1, -1), plan, out)

@@ -16,7 +16,7 @@ from .head import head_pass, scored_offsets
 from .listener import norm, projected, smallest, unit_roundoff
 from .precision import invocation_tokens, trained_tokens
 from .segments import Segments
-from .selftest import Part, SelfTest, Trial, bound, self_test
+from .selftest import Comparison, SelfTest, Trial, bound, self_test
 from .sharded import device_of
 from .split import SplitModel
 from .untouched import thawed, untouched
@@ -27,8 +27,11 @@ LENGTHS = (11, 13, 17, 19, 23, 29, 31, 37)
 
 
 def few_rows(model: nn.Module, vocab: int, device: torch.device) -> torch.Tensor:
-    """Token ids [ROWS, length], their number unlike any size of the model: what has another shape cannot fit by
-    accident. No id that the model's configuration names (padding, images)."""
+    """Token ids [ROWS, length] to try a model on.
+
+    The length is unlike any size of the model, so that no tensor of another meaning has this shape by accident. Ids
+    that the configuration names (padding, images) are left out.
+    """
     config = getattr(model, "config", None)
     special = {value for name, value in config_numbers(config) if "token" in name}
     sizes = {n for p in model.parameters() for n in p.shape} | {n for _, n in config_numbers(config)}
@@ -41,7 +44,7 @@ def few_rows(model: nn.Module, vocab: int, device: torch.device) -> torch.Tensor
     plain = [i for i in range(min(vocab, 65536)) if i not in special] or list(range(vocab))
     chosen = [plain[(7919 * (i + 1)) % len(plain)] for i in range(ROWS * length)]
     ids = torch.tensor(chosen, device=device).view(ROWS, length)
-    # Without these tokens, adapters of theirs do nothing and have no gradient.
+    # Without these tokens, adapters that depend on them do nothing and have no gradient.
     if wanted := [*invocation_tokens(model), *trained_tokens(model)[:3]][: length - 2]:
         ids[:, 1 : 1 + len(wanted)] = torch.tensor(wanted, device=device)
     return ids
@@ -74,7 +77,7 @@ def two_segments(batch: int, length: int, *, causal: bool) -> Segments:
 
 
 def scored_rows(segments: Segments) -> list[torch.Tensor]:
-    """Positions whose losses belong to each of `two_segments`: all gradients of theirs stay in their segment."""
+    """The positions to score in each of `two_segments`: the gradients of their losses stay in that segment."""
     cut, length = int(segments.offsets[1]), segments.length
     whole = torch.arange(segments.batch * length, device="cpu")
     return [whole[:cut], whole[-(-cut // length) * length :]]
@@ -98,17 +101,17 @@ def policy_self_test(
     positions = torch.cat(scored).to(device)
     targets = ids.flatten().flip(0)[positions]
     with split.whole_head():
-        parts, grad = _head_parts(model, split, attachment, acc, hidden, segments, positions, targets)
+        comparisons, grad = _compare_head(model, split, attachment, acc, hidden, segments, positions, targets)
     cotangents = []
     for mine in scored:
         one = torch.zeros_like(grad)
         one[mine.to(device)] = grad[mine.to(device)]
         cotangents.append(one.view_as(hidden))
     trial = Trial(lambda: split.hidden(ids), segments, tuple(cotangents))
-    return self_test(model, attachment, acc, trial, parts)
+    return self_test(model, attachment, acc, trial, comparisons)
 
 
-def _head_parts(
+def _compare_head(
     model: nn.Module,
     split: SplitModel,
     attachment: Attachment,
@@ -117,10 +120,11 @@ def _head_parts(
     segments: Segments,
     positions: torch.Tensor,
     targets: torch.Tensor,
-) -> tuple[list[Part], torch.Tensor]:
-    """Compares the head's sketch and the gradient of the hidden states by `head_pass` with autograd in float64.
+) -> tuple[list[Comparison], torch.Tensor]:
+    """Compare the head's log-probs, its sketch and the gradient of the hidden states with autograd in float64.
 
-    Returns the gradient too, [tokens, n].
+    Returns:
+        The comparisons, and the gradient of the hidden states [tokens, n] by `head_pass`.
     """
     head, device = split.head, hidden.device
     weights = weights_of(len(positions), device)
@@ -144,39 +148,19 @@ def _head_parts(
         unit = unit_roundoff(h) if h.is_cuda else 2.0**-24
         off_z = 4 * max(unit, h.shape[1] ** 0.5 * 2.0**-24) * float(h.float().norm(dim=1).max()) * widest
         off_dz = 2 * abs(split.scale) * float(weights.abs().sum()) * off_z
-        names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
-        mine, own = (head.weight, head.bias), (attachment.head_matrix, attachment.head_bias)
-        covered = tuple(
-            names.get(id(p), "lm_head") for p, plan in zip(mine, own, strict=True) if plan is not None
-        )
-        parts = []
-        if attachment.head_matrix is not None and attachment.head_adds[0]:
-            attachment.head_matrix.add(
-                dz.float(), attachment.head_matrix.fold(h), offsets.to(device), acc.out
-            )
-        if attachment.head_bias is not None and (acc.ranks is None or acc.ranks.rank == 0):
-            acc.engine.add_vector(bias_grad(dz.float(), offsets.to(device)), attachment.head_bias)
-        for module in (m for one in split.adapters for m in (one.a, one.b)):
-            if (tap := attachment.taps.get(module)) is not None:
-                for p, add in tap.formed(module):
-                    covered += (names.get(id(p), "lm_head's adapter"),)
-                    for s, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist())):
-                        (formed,) = torch.autograd.grad(
-                            z[begin:end], low_rank[p], dz[begin:end], retain_graph=True
-                        )
-                        add(formed.float(), acc.out[s : s + 1])
+        covered = _add_formed(model, split, attachment, acc, h, z, dz, low_rank, offsets)
         want = _summed(acc, projected(acc.out))
     finally:
         acc.close()
     error = float((wide.detach().float() - logprobs).abs().max())
     what = "the log-probs are not those of softmax(logits)"
-    parts.append(Part(("log-probs",), what, error, 2 * abs(split.scale) * off_z + 1e-5, 1.0))
+    comparisons = [Comparison(("log-probs",), what, error, 2 * abs(split.scale) * off_z + 1e-5, 1.0)]
     terms = norm(h) * (1 + sum(one.size() for one in split.adapters)) + len(positions) ** 0.5
     allowed = terms * (norm(dz) * bound(unit, 1, len(positions)) + off_dz)
     if covered:
         what = "the head's sketch is not that of its gradient"
-        parts.append(Part(covered, what, norm(took - want), allowed, norm(want)))
-        parts += _hooked(head, dz, h, attachment, covered, unit)
+        comparisons.append(Comparison(covered, what, norm(took - want), allowed, norm(want)))
+        comparisons += _hooked(head, dz, h, attachment, covered, unit)
     flat = grad.reshape(-1, grad.shape[-1])
     exact = torch.zeros(flat.shape, dtype=torch.float64, device=device)
     powers = torch.ldexp(torch.ones_like(dz[:, :1]), -scales.exponent[scales.segment][:, None])
@@ -192,20 +176,60 @@ def _head_parts(
         + 4 * smallest(flat) * flat.numel() ** 0.5
     )
     what = "the head does not hand on the gradient of its logits"
-    parts.append(Part(("hidden states",), what, norm(flat - exact), allowed, norm(exact)))
-    return parts, flat
+    comparisons.append(Comparison(("hidden states",), what, norm(flat - exact), allowed, norm(exact)))
+    return comparisons, flat
+
+
+def _add_formed(
+    model: nn.Module,
+    split: SplitModel,
+    attachment: Attachment,
+    acc: Accumulator,
+    h: torch.Tensor,
+    z: torch.Tensor,
+    dz: torch.Tensor,
+    low_rank: dict[torch.Tensor, torch.Tensor],
+    offsets: torch.Tensor,
+) -> tuple[str, ...]:
+    """Add the sketches of the head's gradients, which follow from ``dz`` [n, V] in float64, to the open batch.
+
+    Returns:
+        The names of the parameters whose gradients were added.
+    """
+    names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
+    matrix, bias = attachment.head_matrix, attachment.head_bias
+    own = (split.head.weight, matrix), (split.head.bias, bias)
+    covered = [names.get(id(p), "lm_head") for p, plan in own if plan is not None]
+    starts = offsets.to(h.device)
+    if matrix is not None and attachment.head_adds[0]:
+        matrix.add(dz.float(), matrix.fold(h), starts, acc.out)
+    if bias is not None and (acc.ranks is None or acc.ranks.rank == 0):
+        acc.engine.add_vector(bias_grad(dz.float(), starts), bias)
+    bounds = list(zip(offsets[:-1].tolist(), offsets[1:].tolist()))
+    for module in (m for one in split.adapters for m in (one.a, one.b)):
+        tap = attachment.taps.get(module)
+        for p, add in [] if tap is None else tap.formed(module):
+            covered.append(names.get(id(p), "lm_head's adapter"))
+            for s, (begin, end) in enumerate(bounds):
+                (formed,) = torch.autograd.grad(z[begin:end], low_rank[p], dz[begin:end], retain_graph=True)
+                add(formed.float(), acc.out[s : s + 1])
+    return tuple(covered)
 
 
 def _summed(acc: Accumulator, x: torch.Tensor) -> torch.Tensor:
-    """Over the ranks of a tensor-parallel group."""
+    """``x`` summed over the ranks of a tensor-parallel group, if there is one."""
     return x if acc.ranks is None else acc.ranks.sum(x.to(acc.ranks.mesh.device_type)).to(x.device)
 
 
 def _wide_logits(
     h: torch.Tensor, split: SplitModel
 ) -> tuple[torch.Tensor, float, dict[torch.Tensor, torch.Tensor]]:
-    """``h W^T + b`` in float64, with adapters' products, which are its graph; a bound of the norm of a row of W and
-    what is added to it; and the adapters' parameters in float64, by themselves."""
+    """The head's products in float64, with a graph through adapters alone.
+
+    Returns:
+        ``h W^T + b`` and what adapters add [n, V]; a bound of the norm of a row of W with what adapters add to it; and
+        the float64 copies of the adapters' parameters, by parameter.
+    """
     (weight, bias, _), spread = split.head_here(), split.head_ranks()
     mine = h.double() if spread is None or spread[1].axis == 0 else spread[1].cut(h, 1).double()
     z = torch.empty(h.shape[0], weight.shape[0], dtype=torch.float64, device=h.device)
@@ -256,8 +280,8 @@ def _hooked(
     attachment: Attachment,
     names: tuple[str, ...],
     unit: float,
-) -> list[Part]:
-    """Hooks on the gradients of the head's parameters, which the head's pass never forms: do they change them?"""
+) -> list[Comparison]:
+    """Whether hooks on the head's parameters change their gradients, which the head's pass never forms."""
     changed = []
     covered = attachment.head_matrix is not None, attachment.head_bias is not None
     for p, mine, formed in zip(
@@ -268,5 +292,5 @@ def _hooked(
             with thawed([p]):
                 (got,) = torch.autograd.grad(p, p, plain)
             what = "a hook on the parameter changes its gradient, which no tap sees"
-            changed.append(Part(names, what, norm(got - plain), unit * norm(plain), norm(plain)))
+            changed.append(Comparison(names, what, norm(got - plain), unit * norm(plain), norm(plain)))
     return changed

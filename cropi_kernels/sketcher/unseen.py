@@ -1,4 +1,4 @@
-"""Modules whose tap does not see all that their parameters do.
+"""Finds modules whose tap does not see every use of their parameters.
 
 Mamba multiplies by ``dt_proj.weight`` itself and never calls the module; the norms of later state-space layers are
 called with a gate.
@@ -26,7 +26,7 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 
 @contextlib.contextmanager
 def calls(modules: Collection[nn.Module]) -> Iterator[dict[nn.Module, int]]:
-    """Those of ``modules`` that are called meanwhile, and the most tensors that a call was given."""
+    """The ``modules`` that are called inside, each with the largest number of tensors that a call was given."""
     called: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
@@ -44,7 +44,7 @@ Owned = tuple[nn.Module, nn.Parameter]
 
 
 def _bypassed(model: nn.Module, run: Run, ids: torch.Tensor, owned: Sequence[Owned]) -> list[nn.Module]:
-    """The modules of ``owned`` frozen parameters, none of which a tap hears, that have a gradient all the same."""
+    """The modules whose ``owned`` parameters have a gradient. No tap heard them, so they are used in another way."""
     if not owned:
         return []
     with thawed([p for _, p in owned]), evaluating(model), torch.enable_grad():
@@ -59,7 +59,7 @@ def _bypassed(model: nn.Module, run: Run, ids: torch.Tensor, owned: Sequence[Own
 
 @contextlib.contextmanager
 def _cut(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """Linear layers of any class whose output has no graph though their input has one."""
+    """Collects the linear layers, of any class, whose output has no graph although their input has one."""
     cut: list[nn.Module] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
@@ -79,7 +79,7 @@ def _cut(model: nn.Module) -> Iterator[list[nn.Module]]:
 def _tried(
     model: nn.Module, run: Run, ids: torch.Tensor, acc: Accumulator
 ) -> tuple[dict[str, str], Segments]:
-    """What taps refuse in a pass over a few rows of two segments, by their names; and these segments."""
+    """Run a few rows of two segments: what taps refuse, by the taps' names, and the segments."""
     batch, length = ids.shape
     rows = torch.arange(batch, device="cpu").clamp_min(1) - 1  # the first two rows are one segment
     segments = Segments.of(rows, batch, length, None)

@@ -39,7 +39,7 @@ def test_families(name: str) -> None:
         assert not any(p.requires_grad for p in model.parameters())
     assert sketcher.coverage.covered == sketcher.coverage.total
     parameter = odd_models.ODD[name][2]
-    formed = [one.name for one in sketcher._plan.exact.parameters]
+    formed = [one.name for one in sketcher._tapped.plan.exact.parameters]
     if sketcher.coverage.by_kind.get("router"):  # has a tap of its own
         formed = list(sketcher.coverage.names)
     assert any(name.endswith(parameter) for name in formed)
@@ -368,7 +368,7 @@ def test_adapters(settings: dict[str, Any], name: str) -> None:
     model, wide = (adapter(dtype, **settings) for dtype in (torch.float32, torch.float64))
     with GradientSketcher(model, SPEC) as sketcher:
         got = zoo.padded().sketch(sketcher).sketches
-    assert any(name in one.name for one in sketcher._plan.exact.parameters)
+    assert any(name in one.name for one in sketcher._tapped.plan.exact.parameters)
     assert_close(got, model, zoo.gradients(wide), zoo.gradients(model))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from cropi_kernels import CoupledLossError, LiveSketcher
 from cropi_kernels.sketcher import SelfTestError
 from cropi_kernels.sketcher.live_audit import Schedule
-from cropi_kernels.sketcher.selftest import Part
+from cropi_kernels.sketcher.selftest import Comparison
 
 transformers.logging.set_verbosity_error()
 
@@ -162,15 +162,17 @@ def test_an_adapter_that_begins_at_zero_is_compared_once_it_has_a_gradient() -> 
 def test_comparisons_end_when_every_parameter_had_a_gradient() -> None:
     """One that never has, say an expert that no token takes, costs ever fewer of them."""
     schedule = Schedule()
-    right = Part(("a",), "", 0.0, 1.0, 1.0)
+    right = Comparison(("a",), "", 0.0, 1.0, 1.0)
     compared = []
     for batch in range(30):
         if schedule.due():
             compared.append(batch)
-            schedule.note([right] if batch else [Part(("a",), "", 0.0, 1.0, 0.0)], {"a", "b"}, frozenset("m"))
+            schedule.note(
+                [right] if batch else [Comparison(("a",), "", 0.0, 1.0, 0.0)], {"a", "b"}, frozenset("m")
+            )
     assert compared == [0, 1, 2, 4, 7, 12, 21] and schedule.heard == {"m"}
     schedule = Schedule()
-    schedule.note([right, Part(("b",), "", 0.0, 1.0, 2.0)], {"a", "b"}, frozenset("m"))
+    schedule.note([right, Comparison(("b",), "", 0.0, 1.0, 2.0)], {"a", "b"}, frozenset("m"))
     assert not any(schedule.due() for _ in range(5))
 
 

@@ -278,6 +278,6 @@ def test_checkpointing_keeps_no_folded_copies() -> None:
     with GradientSketcher(model, SPEC) as sketcher:
         with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as out:  # type: ignore[arg-type]
             loss = model(batch.input_ids).logits.square().sum()
-            assert not sketcher._acc._folds
+            assert not sketcher._tapped.acc._folds
             loss.backward()
     assert out.sketches.any(dim=1).all()

@@ -118,7 +118,7 @@ def test_one_block_for_the_copies_of_every_batch_after_the_first() -> None:
     model, batch = zoo.make("llama-tied"), zoo.padded()
     with GradientSketcher(model, SPEC) as sketcher:
         first, second = (batch.sketch(sketcher).sketches for _ in range(2))
-        expected = sketcher._acc._needed[CpuEngine]
+        expected = sketcher._tapped.acc._needed[CpuEngine]
     assert torch.equal(first, second)
     folded_inputs = 4 * 2  # q/k/v, o, gate/up and down of two layers
     assert expected == folded_inputs * 16

@@ -1,0 +1,183 @@
+"""A model with its taps: which taps it gets, and how they come on and off."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..spec import SketchSpec
+from . import sharded
+from .accumulator import Accumulator
+from .attach import UNCOVERED, Attachment, plan_model, refused_modules
+from .coverage import Coverage, uncovered
+from .fused import find_fusion
+from .groups import planned
+from .hooks import checkpointed, start_graph
+from .more import More
+from .packed import keep_gradients
+from .precision import check_adapters, unwrapped
+from .taps import Hook
+from .unseen import Run, seen_wrong
+
+
+class TappedModel:
+    """A model whose weights are frozen and whose modules are tapped between `tap` and `untap`.
+
+    Args:
+        model: as the caller has it, wrappers included.
+        spec, exclude, more, fused, groups: as for `GradientSketcher`.
+
+    Attributes:
+        model: the model without its wrappers.
+        acc: the sums to which the taps add.
+        plan: the taps.
+        more: the taps and sums of other specs.
+        fusion: the modules that fused kernels compute.
+        groups: the groups of parameters whose sketches are kept apart; None without groups.
+        ranks: the tensor-parallel group that shares the model, if any.
+
+    Raises:
+        UncoveredParameterError, ValueError: as `GradientSketcher`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: SketchSpec,
+        exclude: Sequence[str] | str,
+        more: Sequence[SketchSpec],
+        fused: bool,
+        groups: Mapping[str, Sequence[str]] | None,
+    ) -> None:
+        self.model, self.spec = unwrapped(model), spec
+        check_adapters(self.model)
+        keep_gradients(self.model)
+        sharded.check_parallel(self.model)
+        self._exclude = exclude
+        self.acc = Accumulator(spec)
+        self.plan = plan_model(self.model, spec, self.acc, exclude)
+        self.more = More(self.model, more, exclude)
+        self.more.check(self.plan)
+        self.fusion = find_fusion(model, self.plan, self.acc, fused)
+        self.groups = planned(groups, self.plan)
+        self.ranks = self.acc.ranks = self.plan.ranks
+        if self.ranks is not None:
+            self.ranks.check_model(_described(self.model, spec, self.plan))
+        self._handles: list[Hook] = []
+        self._thawed: list[nn.Parameter] = []
+        self._embeddings: nn.Module | None = None  # where the graph of a checkpointed model has to start
+
+    @property
+    def active(self) -> bool:
+        """Whether the modules are tapped now."""
+        return bool(self._handles)
+
+    @property
+    def coverage(self) -> Coverage:
+        """Which parameters are sketched, and which are left out."""
+        return self.fusion.reported(self.plan.coverage)
+
+    def fuse_again(self) -> None:
+        """Look again which modules may be fused: the model's code has changed."""
+        self.fusion = find_fusion(self.model, self.plan, self.acc, bool(self.fusion.counts))
+
+    def tap(self) -> None:
+        """Freeze all parameters, and hook the taps to their modules."""
+        keep_gradients(self.model)
+        # The model's own code runs before anything is changed: if it fails, nothing has to be undone.
+        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
+        sharded.reshard(self.model)
+        # Excluded parameters are frozen too: their gradients would cost memory, and nobody reads them.
+        self._thawed = [p for p in self.model.parameters() if p.requires_grad]
+        for p in self._thawed:
+            p.requires_grad_(False)
+        # Without checkpointing the graph starts at the first tapped module, and backward ends there.
+        needed = isinstance(embeddings, nn.Module) and checkpointed(self.model)
+        self._embeddings = embeddings if needed else None
+        self._hook()
+
+    def untap(self) -> None:
+        """Take the taps off, and make the parameters trainable that were so before."""
+        self.plan.unhook(self._handles)
+        sharded.reshard(self.model)
+        for p in self._thawed:
+            p.requires_grad_(True)
+        self._thawed, self._embeddings = [], None
+
+    def _hook(self) -> None:
+        if self._embeddings is not None:
+            self._handles.append(self._embeddings.register_forward_hook(start_graph))
+        for plan in (self.plan, *(one.plan for one in self.more.sums)):
+            self._handles += plan.hook()
+        self._handles += self.fusion.hook(self.plan)
+
+    def mend(
+        self, run: Run, ids: torch.Tensor, called: Mapping[nn.Module, int], decoder: nn.Module | None = None
+    ) -> None:
+        """Replace taps that do not see all that their module does with its parameters.
+
+        Where the gradient is small enough, it is formed in place of the tap. What cannot be sketched at all is left out
+        if the caller asked for that (``exclude="uncovered"``).
+
+        Args:
+            run, ids, called: as for `unseen.seen_wrong`.
+            decoder: the part of the model that runs, if not all of it.
+
+        Raises:
+            UncoveredParameterError: names all that cannot be sketched.
+        """
+        while True:
+            wrong = seen_wrong(self.model, run, ids, self.plan, called, self.acc)
+            refused = refused_modules(self.model, self.plan, decoder, wrong)
+            if formed := [module for module in wrong if module not in refused]:
+                self.plan.unhook(self._handles)
+                self.plan.form(self.model, formed)
+                self.more.check(self.plan)
+                self._hook()
+            elif not refused:
+                return
+            elif UNCOVERED in self._patterns:
+                self._leave_out(refused)
+            else:
+                share = (
+                    sum(p.numel() for m in refused for p in m.parameters(recurse=False)) / self.coverage.total
+                )
+                lines = [f"{where} ({type(m).__name__}): {why}" for m, (where, why) in refused.items()]
+                problem = "no tap sees all that these modules do with their parameters"
+                raise uncovered(problem, lines, next(iter(self._names(refused))), share)
+
+    @property
+    def _patterns(self) -> Sequence[str]:
+        return [self._exclude] if isinstance(self._exclude, str) else self._exclude
+
+    def _names(self, modules: Iterable[nn.Module]) -> dict[str, int]:
+        """Names and sizes of the sketched parameters that these modules own."""
+        sizes = {id(p): p.numel() for m in modules for p in m.parameters(recurse=False)}
+        return {name: sizes[i] for i, name in self.plan.wanted.items() if i in sizes}
+
+    def _leave_out(self, modules: Iterable[nn.Module]) -> None:
+        """Plan again without the parameters of these modules."""
+        names, before = self._names(modules), self.plan
+        self.plan.unhook(self._handles)
+        for p in self._thawed:
+            p.requires_grad_(True)
+        self.plan = plan_model(self.model, self.spec, self.acc, [*self._patterns, *names])
+        self.more = More(self.model, [one.acc.spec for one in self.more.sums], [*self._patterns, *names])
+        self.plan.form(self.model, [one.chain[0] for one in before.exact.parameters])
+        self.plan.coverage = dataclasses.replace(
+            self.plan.coverage,
+            excluded=before.coverage.excluded,
+            uncovered={**before.coverage.uncovered, **names},
+        )
+        for p in self._thawed:
+            p.requires_grad_(False)
+        self._hook()
+
+
+def _described(model: nn.Module, spec: SketchSpec, plan: Attachment) -> str:
+    """The spec, and the names and shapes of the sketched parameters: equal on all ranks of a group."""
+    shapes = {id(p): tuple(p.shape) for p in model.parameters()}
+    return "\n".join([f"{spec}", *(f"{name} {shapes[i]}" for i, name in plan.wanted.items())])
