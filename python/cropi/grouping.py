@@ -119,9 +119,9 @@ def layer_groups(names: Sequence[str], count: int) -> dict[str, list[str]]:
     Raises:
         CropiError: no name holds the number of a layer, or there are fewer layers than groups.
     """
-    found = [_LAYER.match(name) for name in names]
+    matches = [_LAYER.match(name) for name in names]
     numbers: dict[str, set[int]] = {}
-    for match in found:
+    for match in matches:
         if match is not None:
             numbers.setdefault(match[1] or "", set()).add(int(match[2]))
     if not numbers:
@@ -135,7 +135,7 @@ def layer_groups(names: Sequence[str], count: int) -> dict[str, list[str]]:
         raise CropiError(
             f"layer_groups={count}: {len(layers)} layers are sketched ({stem}...); give at most as many"
         )
-    places = [i for i, match in enumerate(found) if match is not None and (match[1] or "") == stem]
+    places = [i for i, match in enumerate(matches) if match is not None and (match[1] or "") == stem]
     inside = set(places)
     made = {BEFORE: list(names[: places[0]])}
     for i in range(count):

@@ -104,8 +104,9 @@ def part_of(options: Any, one: type[Any]) -> dict[str, Any]:
 
 
 def changed(options: Any, *classes: type[Any], always: Sequence[str] = ()) -> dict[str, Any]:
-    """What an instance holds of the options of some classes, as JSON values: those that differ from their defaults, and
-    those that are named in ``always``.
+    """The options of some classes that an instance sets, as JSON values.
+
+    Those are the options that differ from their defaults, and the options that are named in ``always``.
 
     >>> from cropi.options import Selecting
     >>> changed(Selecting(method="max"), Selecting, always=["fraction"])

@@ -144,7 +144,7 @@ SOURCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Reading(Options):
-    """What the files of trajectories are."""
+    """Which program wrote the files of trajectories."""
 
     source: str = option(
         "auto",
@@ -436,7 +436,7 @@ class SelectionOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> SelectionOptions:
-        """From one mapping of option names to values.
+        """The options in one mapping of names to values.
 
         Raises:
             CropiError: a name that is not an option, with the nearest one; or a value that the option does not take.

@@ -207,7 +207,7 @@ class Anew:
         }  # fmt: skip
 
     def _tokens(self, pool: float, known: bool, world: int) -> float:
-        """What may be sketched. Until a stage has been timed, a share of a stage's time bounds nothing."""
+        """How many tokens may be sketched. Until a stage has been timed, ``budget`` bounds nothing."""
         within = math.inf if self.options.passes is None else self.options.passes * pool
         if self.options.budget is None:
             return within
@@ -220,7 +220,7 @@ class Anew:
 
 
 def _row(group: PromptGroup, responses: int | None) -> RowInfo:
-    """What is known of a prompt before it is sketched; ``tokens``: of its responses that would be passed."""
+    """A prompt's row before it is sketched; ``tokens`` counts the responses that would go through the model."""
     reason = no_gradient_reason(group.rewards)
     if reason:
         return row_of(group, SKIPPED, reason, None)
@@ -254,7 +254,7 @@ def _number(store: SketchStore) -> int:
 
 
 def _drift_of(last: Path | None) -> Drift:
-    """What the stages before have shown: their sums, and what the last one scored anew."""
+    """How far scores moved in the stages before: their sums, and the prompts that the last one scored anew."""
     if last is None or not (last / PLAN).is_file() or not (last / SCORES).is_file():
         return Drift()
     held, scores = json.loads((last / PLAN).read_text(encoding="utf-8")), read_scores(last / SCORES)

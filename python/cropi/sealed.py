@@ -98,8 +98,10 @@ def check_sums(path: str | Path, *, whole: bool = False) -> int:
 
 
 def _sums(path: Path, strict: bool) -> dict[str, str]:
-    """The checksums by the names of files; none where there is no such file. Lines of another form, which others may
-    have written, are left out, or an error."""
+    """The checksums in a file, by the names of the files that they are of; none where there is no such file.
+
+    Lines of another form are left out, or with ``strict`` an error.
+    """
     try:
         with reading(path):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -112,7 +114,7 @@ def _sums(path: Path, strict: bool) -> dict[str, str]:
 
 
 def _found(path: Path) -> str:
-    """The SHA-256 of a file; worked out once as long as the file is the same."""
+    """The SHA-256 of a file, computed once as long as the file is the same; "" where there is no file."""
     if not path.is_file():
         return ""
     with reading(path):

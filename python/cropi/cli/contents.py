@@ -16,7 +16,7 @@ ANEW = {"for", "tokens", "spent", "ids", "drift"}
 
 
 def told(lines: Iterable[str], kind: str, **figures: Any) -> dict[str, Any]:
-    """Print what was found; and the same for ``--json``."""
+    """Print the lines, and return the same for ``--json``."""
     for line in lines:
         print(printable(line))
     return {"kind": kind, **figures}

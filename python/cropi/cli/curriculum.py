@@ -68,7 +68,7 @@ def add_options(command: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the config, and do what is left to do."""
+    """Read the config, and do the steps that are not finished."""
     args.trl = {}
     apply_config(args, tables=("trl",))
     missing = [

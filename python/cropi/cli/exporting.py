@@ -17,7 +17,7 @@ def add_options(command: Parser) -> None:
 
 
 def check(args: argparse.Namespace, groups: Any) -> None:
-    """Check that what is asked for can be written.
+    """Check that the wanted forms of a selection can be written.
 
     Args:
         args: the command's.
@@ -65,7 +65,7 @@ def check(args: argparse.Namespace, groups: Any) -> None:
 
 
 def write(args: argparse.Namespace, selection: Any, groups: Any) -> None:
-    """Write what is asked for, and say so."""
+    """Write the wanted forms of a selection, and print where they are."""
     if args.export:
         from cropi.data.export import export
 

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def sure(scores: Any) -> str:
-    """What is said of the uncertainty of a table of scores."""
+    """The lines about the uncertainty of a table of scores."""
     from cropi.ranking.uncertainty import Uncertainty
 
     uncertainty = Uncertainty.of(scores)
@@ -70,13 +70,13 @@ def sure(scores: Any) -> str:
 
 
 def groups(scores: Any) -> str:
-    """What is said of the groups of parameters of the stores."""
+    """The line about the groups of parameters of the stores."""
     if scores.contributions is None:
         return "no contributions: with --aggregate nearest every prompt is compared with another one"
     return f"contribution[SET][GROUP] in the table, which add up to the score: {', '.join(scores.groups)}"
 
 
 def line(scores: Any, metric: str, out: object) -> str:
-    """What is said of a table of scores."""
+    """The line about a table of scores that was written."""
     sets = ", ".join(map(repr, scores.sets))
     return f"scores        {int(scores.usable.sum())} of {len(scores.rows)} prompts against {sets} ({metric}): {out}"

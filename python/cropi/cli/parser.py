@@ -84,7 +84,7 @@ def width(text: str, largest: int = 1 << 16) -> int | None:
 
 
 def vocab_width(text: str) -> int | None:
-    """The same for ``vocab_width``."""
+    """As :func:`width`, for ``vocab_width``."""
     return width(text, 1 << 20)
 
 

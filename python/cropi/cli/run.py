@@ -51,7 +51,7 @@ def add_options(command: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Everything is checked first: what is wrong with the last step must not show after hours of the first."""
+    """Check every step first: a mistake in the last one must not show after hours of the first one."""
     from cropi.files import check_outputs
 
     if args.config:
@@ -146,7 +146,7 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
 
 
 def _noise_stores(policy: Any, checked: Any, job: Any, stores: Any, team: Any, how: dict[str, Any]) -> Any:
-    """Of all validation prompts, and of training prompts that one process draws for all."""
+    """The stores of noise: of all validation prompts, and of the training prompts that one process draws for all."""
     from cropi import pipeline
     from cropi.sketching.noise import sampled
 
@@ -155,7 +155,7 @@ def _noise_stores(policy: Any, checked: Any, job: Any, stores: Any, team: Any, h
 
 
 def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> None:
-    """Write what is for people, and print what was found."""
+    """Write the report and the other forms of the selection, and print the figures."""
     from cropi.ranking.table import SCORES
     from cropi.report.folder import report_folder
 

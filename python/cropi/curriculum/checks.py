@@ -1,4 +1,4 @@
-"""What can be wrong with a curriculum, found when it starts: before rollouts and before anything is sketched."""
+"""Checks of a curriculum when it starts, before rollouts and before anything is sketched."""
 
 from __future__ import annotations
 

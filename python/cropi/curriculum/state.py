@@ -22,7 +22,7 @@ NAME = "state.json"
 
 
 class State:
-    """The finished steps of a curriculum, in order, each with what it found out.
+    """The finished steps of a curriculum, in order, each with its results.
 
     ``done`` holds one object per step: ``stage``, ``step``, ``seconds`` (of the attempt that finished),
     ``attempts`` and the step's own results.
@@ -79,7 +79,7 @@ class State:
         self.data["settings"] = wanted
 
     def result(self, stage: int, step: str) -> dict[str, Any] | None:
-        """What a finished step found out, or None while it is not finished."""
+        """The results of a finished step, or None while it is not finished."""
         for entry in self.data["done"]:
             if (entry["stage"], entry["step"]) == (stage, step):
                 return dict(entry)

@@ -57,7 +57,7 @@ class Stage:
         return self.plan.stage_folder(self.number)
 
     def values(self) -> dict[str, object]:
-        """What stands for the names in the trainer's templates; files by absolute paths."""
+        """The values of the names in the trainer's templates; paths are absolute."""
         folder, plan = self.folder.absolute(), self.plan
         return {
             "model": _absolute(self.model), "stage": self.number, "steps": plan.steps,
@@ -155,7 +155,7 @@ def _anew(stage: Stage, checked: Checked, valid: Mapping[str, Result], begun: fl
 
 
 def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part, job: SketchJob) -> Result:
-    """Sketch one part into its store of the stage; ``models`` holds what is loaded already."""
+    """Sketch one part into its store of the stage; ``models`` holds the models that are loaded already."""
     plan = stage.plan
     behaviour = data.behaviour_of(plan, part.scan, maker, stage.model)
     # Two of one weights are two models: the sketched one is tapped, and must not score for the other.

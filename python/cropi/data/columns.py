@@ -33,7 +33,7 @@ class TableGroup(PromptGroup):
     _row: int
 
     def __new__(cls, *args: Any, **fields: Any) -> Any:
-        """With fields, as ``dataclasses.replace`` makes one: a plain group, which has no table behind it."""
+        """Given fields, as by ``dataclasses.replace``, make a plain group, which has no table behind it."""
         return PromptGroup(*args, **fields)
 
     def __reduce__(self) -> Any:

@@ -90,7 +90,7 @@ class Places:
             yield source, names, [self._offsets[numbers[name]] for name in names]
 
     def reader(self, sources: Sequence[Source], stack: ExitStack) -> Callable[[str], PromptGroup]:
-        """A function that gives the group with an id, from its line; the files stay open as long as ``stack``.
+        """A function from an id to its group, which it reads from its line; the files stay open as long as ``stack``.
 
         It raises a CropiError where a file was changed.
         """
@@ -117,7 +117,7 @@ class Places:
 
 
 def kept_places(sources: Sequence[Source], columns: Mapping[str, str]) -> Places | None:
-    """The places that a full pass over these very files has found, if they have not changed since."""
+    """The places that a full pass over these very files has noted, if the files have not changed since."""
     key = _key(sources, columns)
     return _KEPT.get(key) if key is not None else None
 

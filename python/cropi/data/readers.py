@@ -171,7 +171,7 @@ class PromptGroups:
 
     @contextmanager
     def lookup(self) -> Iterator[Callable[[str], PromptGroup]]:
-        """A function that gives the group with an id."""
+        """A function from an id to its group, inside the ``with`` block."""
         with self._found(None) as (_, find):
             yield find
 
@@ -192,7 +192,7 @@ class PromptGroups:
             yield kept.places.keys(), kept.get
 
     def at(self, places: Places, ids: Iterable[str]) -> Iterator[PromptGroup]:
-        """The groups with these ids, in the order of the sources, read by the places that a full pass has found.
+        """The groups with these ids, in the order of the sources, read from the places that a full pass has noted.
 
         Raises:
             CropiError: a file was changed meanwhile.

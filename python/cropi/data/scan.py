@@ -1,4 +1,4 @@
-"""A first pass over trajectory files: everything that can be wrong is found before any compute is spent."""
+"""A first pass over trajectory files: every mistake in them is reported before any compute is spent."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ class Scan:
     # how many have to be tokenised.
     longest: int = 0
     texts: int = 0
-    # For which policy and options every one of these has been tokenised, and all prompts have been found to fit (see
-    # :func:`cropi.sketching.run.check_tokens`).
+    # The policy and options for which all prompts were tokenised, and fit (:func:`cropi.sketching.run.check_tokens`).
     texts_checked: Any = None
     # What they were tokenised to; a :class:`cropi.gradient.kept.KeptTokens`.
     texts_kept: Any = field(default=None, repr=False, compare=False)
@@ -145,7 +144,7 @@ def check_covered(scans: Mapping[str, Scan], wanted: Sequence[str], *, option: s
     """Check that every validation set has a trajectory with a gradient.
 
     Args:
-        found: the validation files, by the name of the set that their records without one belong to.
+        scans: of the validation files, by the name of the set that their records without one belong to.
         wanted: sets that have to be there; those that are there are checked in any case.
         option: what names the wanted ones, for messages.
         before: what messages begin with.

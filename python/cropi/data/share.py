@@ -40,7 +40,7 @@ class Share(PromptGroups):
 
 
 def without(groups: PromptGroups, scan: Scan, left_out: Container[str], limit: int | None = None) -> Share:
-    """The groups but those with the ids ``left_out``; of the first ``limit``. ``scan`` is what was found in all."""
+    """The first ``limit`` groups without those with the ids ``left_out``; ``scan`` is that of all groups."""
     whole = groups.whole if isinstance(groups, Share) else groups
     counts, ids = Scan(), list[str]()
     for group in islice(groups.each(), limit):

@@ -70,7 +70,7 @@ def rows_of_table_file(
 
 
 def _within(numbers: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Those of some numbers in order that are in ``[start, start + count)``."""
+    """The part of sorted ``numbers`` that lies in ``[start, start + count)``."""
     first, last = np.searchsorted(numbers, [start, start + count])
     return numbers[first:last]
 

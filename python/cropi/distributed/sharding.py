@@ -140,11 +140,11 @@ class InStep(Claimed):
     linked = True
 
     def begin_pass(self) -> None:
-        """Meet the others."""
+        """Wait until every rank of the group begins a pass."""
         _sum(1)
 
     def leave(self, interrupted: bool, idle: Callable[[], None]) -> None:
-        """Run passes on nothing as long as another rank of the group has work."""
+        """Run empty passes as long as another rank of the group has work."""
         if interrupted:
             self.team.stop()
         while _sum(0):
@@ -152,7 +152,7 @@ class InStep(Claimed):
 
 
 class Alike(Claimed):
-    """A rank that computes what all of its group do."""
+    """A rank that computes the same as all ranks of its group."""
 
     linked = True
 
@@ -166,7 +166,7 @@ class Alike(Claimed):
         return _first(super().claim() if self.writes else 0)
 
     def agreed(self, said: bool) -> bool:
-        """Whether one of the group says so."""
+        """Whether any rank of the group says so."""
         return _sum(int(said)) > 0
 
 
@@ -178,7 +178,7 @@ def _sum(number: int) -> int:
 
 
 def _first(number: int) -> int:
-    """That of the group's first rank."""
+    """The ``number`` of the group's first rank, on every rank."""
     told = torch.tensor([number])
     dist.broadcast(told, 0)
     return int(told)

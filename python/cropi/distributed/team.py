@@ -71,8 +71,8 @@ class Team:
     def share(self, value: T | None) -> T:
         """Rank 0's value, in every process."""
         result: Any = self.gather(value if self.first else None)[0]
-        found: T = result
-        return found
+        done: T = result
+        return done
 
     def agree(self, work: Callable[[], T]) -> T:
         """Do ``work`` here; if it fails in any process, raise in every one.
@@ -118,7 +118,7 @@ class Team:
         return self._do(lambda: int(self.store.add(f"{job}/next", 1))) - 1
 
     def first_said(self, key: str, value: str) -> str:
-        """What the first process that came here said."""
+        """The value of the process that called this first with ``key``."""
         return self._do(lambda: self.store.compare_set(key, "", value)).decode()
 
     def stop(self) -> None:

@@ -53,7 +53,7 @@ class BehaviourMismatch(UserWarning):
 
 @dataclass(frozen=True)
 class Finding:
-    """What a few prompts said of the stored log-probs.
+    """How well the stored log-probs of a few prompts fit the policy.
 
     Attributes:
         tokens: how many were looked at; equal responses count each.
@@ -95,7 +95,7 @@ def check_behaviour(
         level: "warn" or "error": what happens beyond the bounds that are errors; beyond the others there is a warning.
 
     Returns:
-        What was found; None without a token to look at.
+        The finding; None without a token to look at.
 
     Raises:
         CropiError: the log-probs cannot be those of the policy that sampled, or are too far from this one; names what
@@ -137,13 +137,13 @@ class _Part:
 
     @torch.no_grad()
     def logprobs(self, temperature: float | None = None) -> torch.Tensor:
-        """Of the scored tokens ``[N]``, at a temperature; None: that of the batch."""
+        """The policy's log-probs ``[N]`` of the scored tokens, at a temperature (None: that of the batch)."""
         given = self.batch.temperature if temperature is None else temperature
         with self.split.whole_head():
             return self.split.logprobs(self.hidden, self.batch.targets, given)
 
     def each(self, values: torch.Tensor) -> torch.Tensor:
-        """Of tokens ``[N]`` or ``[N, R]`` a value for every response that they stand for, flat float64."""
+        """Values of tokens, ``[N]`` or ``[N, R]``, as flat float64: one for every response that a token stands for."""
         members = self.batch.members
         if members is None:
             return values.double().cpu()
@@ -153,7 +153,7 @@ class _Part:
 
 
 def examine(parts: list[_Part], estimator: Estimator) -> Finding:
-    """What the prompts in ``parts`` say; raises nothing."""
+    """Judge the stored log-probs by the prompts in ``parts``; raises nothing."""
 
     def policy_at(temperature: float | None) -> torch.Tensor:
         return torch.cat([part.each(part.logprobs(temperature)) for part in parts])
@@ -219,7 +219,7 @@ def signature(
     policy_at: Callable[[float | None], torch.Tensor],
     stated: list[float],
 ) -> str:
-    """What the log-probs fit, where that is much better than what they are taken for; else ""."""
+    """The base or temperature that the stored log-probs fit much better than the stated one, in words; else ""."""
     off = misfit(own, stored)
     if off <= CLEAR:
         return ""

@@ -194,7 +194,7 @@ class Estimator:
         return torch.where(self.clipped(ratio, advantages), torch.zeros_like(scale), ratio * scale)
 
     def of_sequences(self) -> Estimator:
-        """The same weights for log-ratios that :func:`sequence_behaviour` has made those of responses."""
+        """The same estimator, for log-ratios of whole responses (:func:`sequence_behaviour`)."""
         return replace(self, level="token")
 
     def ratio_behaviour(

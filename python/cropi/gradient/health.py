@@ -68,7 +68,7 @@ class Health:
 def batch_health(
     estimator: Estimator, batch: MicroBatch, logprobs: torch.Tensor, behaviour: torch.Tensor | None
 ) -> list[Health]:
-    """One for each segment of a batch, from the policy's log-probs ``[N]`` and those of the behaviour."""
+    """The health of each segment of a batch, from the log-probs ``[N]`` of the policy and of the behaviour."""
     ratio = torch.ones_like(batch.advantages)
     if behaviour is not None:
         wide = ratio.ndim == 2

@@ -140,7 +140,8 @@ class LayoutTrial:
 
 
 def difference(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Of each token, relative to the size of its hidden state: float64 ``[tokens]``, infinite where not finite."""
+    """The difference of each token's hidden states, relative to their size: float64 ``[tokens]``; infinite where one of
+    the two is not finite."""
     got, expected = got.double(), expected.double()
     both = got.isnan() & expected.isnan()
     off = (got - expected).masked_fill(both, 0.0).norm(dim=-1)

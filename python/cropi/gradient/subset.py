@@ -57,7 +57,7 @@ def drawn(probabilities: Values, draws: np.random.Generator) -> list[int]:
 
 @dataclass(frozen=True)
 class Subset:
-    """What is sketched of a prompt. The draws depend on ``seed`` and the prompt's id alone.
+    """Which responses and tokens of a prompt are sketched. The draws depend on ``seed`` and the prompt's id alone.
 
     Attributes:
         responses: at most so many different ones; None: all.
@@ -87,7 +87,7 @@ class Subset:
             )
 
     def of(self, group: TokenGroup, estimator: Estimator) -> TokenGroup:
-        """The group with what is drawn of it."""
+        """The group, with the responses and tokens that are drawn."""
         if self.noise:
             return noisy(group, estimator.advantages(group.group.rewards), self.seed)
         if self.responses is not None:
@@ -117,7 +117,7 @@ def _some_responses(
 
 
 def _some_tokens(group: TokenGroup, share: float, draws: np.random.Generator) -> TokenGroup:
-    """A share of the scored tokens of each response that is kept; equal responses have the same."""
+    """Draw a share of the scored tokens of each response that is kept; equal responses keep the same tokens."""
     places = {}
     for k, *_ in group.equal:
         count = group.lengths[k]

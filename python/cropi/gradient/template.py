@@ -1,6 +1,6 @@
 """A tokenizer's chat template: messages to token ids, and what the template itself says about prompts and turns.
 
-Two things are found by rendering short conversations, not by a model's name: how a rendered prompt begins, and which
+Two things are learnt by rendering short conversations, not from a model's name: how a rendered prompt begins, and which
 token closes the assistant's turn.
 """
 
@@ -174,7 +174,7 @@ class ChatTemplate:
 
     @cached_property
     def openings(self) -> tuple[str, ...]:
-        """What a prompt that was rendered before begins with."""
+        """The texts with which a prompt begins that was rendered before."""
         openings = [self.tokenizer.bos_token] if self.tokenizer.bos_token else []
         system = [{"role": "system", "content": _PROBE}]
         for messages in (

@@ -232,7 +232,7 @@ def _load_weights(
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No progress bars of transformers, that of its GGUF reader included, which asks no setting."""
+    """Switch off the progress bars of transformers inside. Its GGUF reader heeds no setting, so its bar is replaced."""
     from transformers import modeling_gguf_pytorch_utils as gguf_reader
     from transformers.utils import logging
 

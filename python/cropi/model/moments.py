@@ -175,7 +175,7 @@ def _flat(held: Any, before: str = "") -> list[tuple[str, Any]]:
 
 
 def _by_name(flat: Mapping[str, Any], source: str) -> SecondMoments:
-    """From keys like ``NAME.exp_avg_sq``, with anything that ends in ``state.`` before the name."""
+    """The moments in a flat mapping with keys like ``NAME.exp_avg_sq``; before the name may stand ``...state.``."""
     states: dict[str, dict[str, Any]] = {}
     for key, value in dict(_flat(flat)).items():
         name, _, field = key.rpartition(".")
@@ -208,7 +208,7 @@ def _of_optimizer(optimizer: torch.optim.Optimizer, model: Any) -> SecondMoments
 
 
 def _of_state(state: Mapping[str, Any], model: Any, source: str) -> SecondMoments:
-    """From ``optimizer.state_dict()``, which numbers its parameters group by group."""
+    """The moments in an ``optimizer.state_dict()``, which numbers its parameters group by group."""
     parameters = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     states, settings = {}, {}
     orders = _orders(state["param_groups"], parameters, model)
@@ -239,8 +239,11 @@ def _of_state(state: Mapping[str, Any], model: Any, source: str) -> SecondMoment
 def _orders(
     groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], model: Any
 ) -> list[list[str]]:
-    """In which order the numbered parameters may stand: by the names that the groups hold, else as in the model, else
-    weights that decay before those that do not, as Hugging Face's Trainer has them."""
+    """The orders in which the numbered parameters may stand.
+
+    If the groups hold names, it is their order. Otherwise it is that of Hugging Face's Trainer (weights that decay come
+    first), or that of the model.
+    """
     if all("param_names" in group for group in groups):
         return [[canonical_name(name) for group in groups for name in group["param_names"]]]
     plain = list(parameters)
@@ -267,7 +270,7 @@ def _orders(
 def _first_wrong(
     names: Sequence[str], numbers: Sequence[Any], state: Mapping[Any, Any], parameters: Mapping[str, Any]
 ) -> str:
-    """What is said of the first parameter whose moment has another shape, or nothing."""
+    """What is wrong with the first parameter whose moment has another shape, in words; "" if all fit."""
     for name, number in zip(names, numbers, strict=True):
         held = _named(state.get(number, state.get(str(number), {})))
         shape = None
@@ -283,7 +286,7 @@ def _first_wrong(
 
 
 def _named(held: Mapping[str, Any]) -> dict[str, Any]:
-    """One parameter's state under the names of this module."""
+    """One parameter's state, by the names that this module uses."""
     made = {OTHER_NAMES.get(key, key): value for key, value in held.items()}
     if "row_var" in held:
         made |= {ROW: held["row_var"].squeeze(-1), COLUMN: held["col_var"].squeeze(-2)}

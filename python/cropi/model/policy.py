@@ -179,8 +179,7 @@ class Policy:
 
     @property
     def checkpoint(self) -> str:
-        """What tells the weights of a name from others' before they are loaded: a hash of parts of a folder's files, or
-        the commit of a hub id."""
+        """What identifies weights before they are loaded: a hash of parts of a folder's files, or a hub id's commit."""
         folder = Path(str(self._source)).expanduser()
         return (
             checkpoint_fingerprint(folder)
@@ -190,7 +189,7 @@ class Policy:
 
     @property
     def _where(self) -> dict[str, Any]:
-        """What the loaders of a name's parts take."""
+        """The arguments by which tokenizer and configuration of a name are loaded."""
         return {
             "trust_remote_code": self._load["trust_remote_code"],
             "revision": self._load["variant"].revision,

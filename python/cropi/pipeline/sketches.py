@@ -122,8 +122,12 @@ def noise_stores(
     progress: bool = True,
     by: Sketches = sketch,
 ) -> list[SketchStore]:
-    """Stores of noise beside those that :func:`sketch_all` made: of all validation prompts and of the training prompts
-    ``of`` (:func:`cropi.sketching.noise.sampled`). ``by`` as there, and what is returned."""
+    """Sketch the noise of the gradients that :func:`sketch_all` has sketched.
+
+    That is the noise of all validation prompts, and of the training prompts ``of``
+    (:func:`cropi.sketching.noise.sampled`).
+    ``by`` is as for :func:`sketch_all`; where that gives no store, none is in what is returned.
+    """
     parts = [*checked.valid, checked.train]
     job = one_date(policy, job, parts, [store_at(part.name) for part in parts])
     say("== noise of the gradients, from the finite number of responses")
@@ -138,7 +142,7 @@ def noise_stores(
 def one_date(
     policy: Policy, job: SketchJob, parts: Sequence[Part], stores: Sequence[str | Path | None]
 ) -> SketchJob:
-    """The job with one date for all parts, where the chat template prints one: what is compared must not have two."""
+    """The job with one date for all parts, where the chat template prints one: compared prompts must not have two."""
     for part in parts:
         job = with_date(policy, job, part.scan, stores)
     return job

@@ -50,7 +50,7 @@ class Drift:
         return (self.total + VISITS * DRIFT**2) / (self.count + VISITS)
 
     def seen(self, before: np.ndarray, after: np.ndarray, ages: np.ndarray, spread: np.ndarray) -> Drift:
-        """With what prompts that were scored anew show.
+        """The drift that includes prompts that were scored anew.
 
         Args:
             before, after: float64 ``[n, sets]``, scores by the earlier and the new sketches; NaN without a sketch.

@@ -133,7 +133,7 @@ def diverse(sketches: torch.Tensor, n: int, method: str, seed: int = 0) -> np.nd
 
 
 def _by_clusters(sketches: torch.Tensor, n: int, seed: int) -> np.ndarray:
-    """In turns from the clusters, each time the best that is left of one, clusters in the order of their best."""
+    """Choose ``n`` rows: the best one of each cluster, then the second best one of each, and so on."""
     small = sketches.float()
     if small.shape[1] > CLUSTERED_DIM:
         small = torch.nn.functional.normalize(project(small, ProjectionSpec(CLUSTERED_DIM, seed=seed)), dim=1)

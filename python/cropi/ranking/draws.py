@@ -38,7 +38,7 @@ def soft_weights(size: int, temperature: float = 1.0) -> np.ndarray:
 
 
 def draw(weights: np.ndarray, seed: int) -> np.ndarray:
-    """All places in an order of successive draws without replacement, in proportion to ``weights``; zero weights last.
+    """The order in which all places are drawn without replacement, in proportion to ``weights``; zero weights are last.
 
     Every place gets the key ``log(u) / w`` and the highest come first (Efraimidis and Spirakis 2006), so that the first
     n are a draw of n for every n.

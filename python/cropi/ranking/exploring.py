@@ -35,7 +35,7 @@ class Noise:
 
     @property
     def variance(self) -> float:
-        """With one square of `FIRST` that counts as ten visits, so that the first few do not decide."""
+        """The variance. `FIRST` squared counts as ten visits, so that the first few visits do not decide."""
         return (self.total + 10 * FIRST**2) / (self.count + 10)
 
 

@@ -186,8 +186,16 @@ def _warn_shared(rows: Sequence[RowInfo], valid: Sequence[SketchStore]) -> None:
 
 @dataclass(frozen=True)
 class _Compared:
-    """What training sketches are multiplied with, and the scores of the products: the sets' means first, or none of
-    them, then the validation prompts ``valid``, where they are wanted."""
+    """The validation side of a comparison.
+
+    Attributes:
+        sets: the names of the validation sets.
+        directions: what training sketches are multiplied with: the sets' means, if they are needed, then the sketches
+            of the prompts ``valid``.
+        score: scores from these products and the lengths of the training sketches.
+        valid: the validation prompts whose products are wanted one by one.
+        sketches: their sketches.
+    """
 
     sets: list[str]
     directions: torch.Tensor

@@ -74,9 +74,20 @@ def in_order(
     last: int = 0,
     apart: int = 0,
 ) -> tuple[list[RowInfo], np.ndarray, np.ndarray]:
-    """All rows in order of id, what ``values`` makes of products and lengths, float64 ``[rows, columns]``, and the
-    products with the last ``last`` directions, float32 ``[rows, last]`` (float64 where their size would leave it); NaN
-    for prompts without a sketch. ``apart``: see :func:`products`."""
+    """The values and products of all rows of a store, in order of id; NaN for prompts without a sketch.
+
+    Args:
+        store: of the training prompts.
+        directions: float32 ``[directions, dim]``.
+        values: ``values(products, lengths)`` gives ``[n, columns]`` for n rows.
+        columns: how many values a row has.
+        last: so many of the last directions' products are returned.
+        apart: see :func:`products`.
+
+    Returns:
+        The rows; their values, float64 ``[rows, columns]``; and their products with the last directions, ``[rows,
+        last]``, float32, or float64 where their size needs it.
+    """
     rows = store.rows()
     places = _places(store, rows)
     table = np.full((len(rows), columns), np.nan)
@@ -109,8 +120,10 @@ def _leave_float32(products: np.ndarray) -> bool:
 
 
 def _near_one(rows: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-    """Rows times powers of two with which the largest entry of each is in [1/2, 1), float32, and the exponents that
-    take this back: what is squared and multiplied then has a size that float32 holds, and the same bits."""
+    """Rows scaled by powers of two so that the largest entry of each is in [1/2, 1), float32, and the exponents.
+
+    Squares and products of such rows stay within float32's range, and no bit of an entry is lost.
+    """
     wide = rows.double().numpy()
     powers = np.frexp(np.abs(wide).max(axis=1, initial=0.0))[1]
     return torch.from_numpy(np.ldexp(wide, -powers[:, None]).astype(np.float32)), powers

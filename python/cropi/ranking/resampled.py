@@ -28,7 +28,7 @@ KEPT = 64  # nearest prompts that draws look at: none of them is drawn once in e
 
 
 class ResampledSet(Protocol):
-    """What :func:`cropi.ranking.uncertainty.uncertainty` asks of a validation set."""
+    """What :func:`cropi.ranking.uncertainty.uncertainty` needs of a validation set."""
 
     name: str
     members: np.ndarray
@@ -38,7 +38,7 @@ class ResampledSet(Protocol):
         """The scores, float64 ``[usable]``, under weights of the set's prompts."""
 
     def scores(self, weights: np.ndarray) -> np.ndarray:
-        """Those under several weights ``[B, V]``, in the dtype of the products: ``[B, usable]``."""
+        """The scores ``[B, usable]`` under several weights ``[B, V]`` of the prompts, in the dtype of the products."""
 
     def resample(self, rng: np.random.Generator) -> np.ndarray:
         """Weights of a draw with replacement."""
@@ -50,7 +50,7 @@ class ResampledSet(Protocol):
         """The standard error of every score, NaN for a set of one prompt."""
 
     def signal(self) -> float:
-        """|mu|^2 / E|m|^2; NaN where there is no mean, or only one prompt."""
+        """The signal's share of the mean gradient, |mu|^2 / E|m|^2; NaN without a mean, or with one prompt."""
 
 
 class _Drawn:

@@ -139,8 +139,12 @@ def _variances(
 def _own(
     train: SketchStore, noise: Sequence[SketchStore], means: Mapping[str, torch.Tensor], metric: str
 ) -> tuple[np.ndarray, float]:
-    """What other responses of its own would have moved each score by, for the prompts that have noise, float64
-    ``[m, sets]``; and the noise's share of their squared lengths."""
+    """How far other responses of a training prompt would move its own scores.
+
+    Returns:
+        The moves, float64 ``[m, sets]``, of the m prompts that have noise; and the noise's share of the squared lengths
+        of their gradients.
+    """
     usable = {row.id for row in train.rows() if row.status == OK}
     drawn = _noise_of(noise, usable)
     lengths = [float(m.norm()) if metric == "cosine" else 1.0 for m in means.values()]
@@ -220,7 +224,7 @@ def _place(noise: SketchStore, stores: Sequence[SketchStore]) -> int:
 
 
 def _manifests(store: SketchStore) -> list[dict[str, Any]]:
-    """Of the parts of a store that is read as one."""
+    """The manifests of the stores that are read as one."""
     return [store.manifest] if len(store.paths) == 1 else [read_manifest(path) for path in store.paths]
 
 

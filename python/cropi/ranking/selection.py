@@ -299,7 +299,7 @@ def _drawn(order: np.ndarray, given: Selecting, p_selected: np.ndarray | None, n
 def _merged(
     orders: Sequence[np.ndarray], value: np.ndarray, table: np.ndarray, ties: np.ndarray
 ) -> np.ndarray:
-    """One ranking of all groups, int64: as it is where there is one, else by value, then by the highest score."""
+    """One ranking of several groups, int64: by value, then by the highest score. A single group keeps its own order."""
     if len(orders) == 1:
         return orders[0]
     return order_of(np.nan_to_num(value, nan=-math.inf), table.max(axis=1), ties)

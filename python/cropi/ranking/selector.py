@@ -120,7 +120,7 @@ class Selector:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept, ids aside."""
+        """Bytes of the tables, without the ids."""
         tables = (self._weight, self._shown, self._last, self._failed, self._features)
         return self._rows.nbytes + sum(t.nbytes for t in tables if t is not None)
 
@@ -247,7 +247,7 @@ class Selector:
 
     # ------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
-        """All of it, of tensors and plain values: ``torch.save`` writes it, ``torch.load(weights_only=True)`` reads it.
+        """The whole state as tensors and plain values, for ``torch.save`` and ``torch.load(weights_only=True)``.
 
         The same on every rank, whatever the number of ranks; tensors are not copied.
         """
@@ -278,7 +278,7 @@ class Selector:
 
     @functools.cached_property
     def _features_digest(self) -> str:
-        """Of another pool's order the same: the sum of a hash of each prompt's own."""
+        """A digest that does not depend on the order of the pool: the sum of a hash for each prompt."""
         assert self._features is not None
         parts = (
             hashlib.sha256(f"{name!r}".encode() + row.tobytes()).digest()[:8]
@@ -381,7 +381,7 @@ class Selector:
         self._rescore(unique)
 
     def _kept(self, last: Any, when: int) -> Values:
-        """What visits count at a step, of what they counted at ``last``."""
+        """The share of its weight at step ``last`` that a visit still has at step ``when``."""
         ages = np.maximum(when - last, 0)
         kept: Values = np.where(last >= 0, np.exp2(-ages / self.half_life), 0.0)
         return kept
@@ -396,7 +396,7 @@ class Selector:
 
 
 def _along(rows: torch.Tensor, valid: torch.Tensor) -> Values:
-    """Of each row, the mean of its products with the rows of ``valid``."""
+    """The mean product of each of ``rows`` with the rows of ``valid``."""
     products: Values = (rows @ valid.T).mean(dim=1).double().numpy()
     return products
 

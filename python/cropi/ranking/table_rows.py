@@ -83,8 +83,10 @@ class TableRows(Sequence[RowInfo]):
 
 
 def values_of(rows: Sequence[RowInfo], key: str, places: np.ndarray) -> list[Any]:
-    """One attribute of some rows, or what they have in ``extra`` under that name, else None; without making whole rows
-    where they are held by columns."""
+    """One attribute of some rows, or their entry in ``extra`` of that name, else None.
+
+    Rows that are held by columns are not made for it.
+    """
     if isinstance(rows, TableRows):
         return rows.values(key, places)
     if key not in FIELDS:

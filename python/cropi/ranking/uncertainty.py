@@ -46,7 +46,7 @@ BAND = 0.1  # "at the cut": so many of the chosen prompts on each side of it
 
 @dataclass(frozen=True)
 class SetUncertainty:
-    """What the resampling says of one validation set."""
+    """The uncertainty that comes from one validation set."""
 
     name: str
     prompts: int
@@ -128,7 +128,7 @@ class Uncertainty:
 
     @property
     def responses(self) -> str:
-        """What the training prompts' own responses do, in one sentence; "" where their noise was not sketched."""
+        """How far the training prompts' own responses move scores, in a sentence; "" if their noise is not known."""
         if math.isnan(self.own_signal):
             return ""
         own = ", ".join(f"{one.own:.3f} ({one.name})" for one in self.sets)
@@ -146,7 +146,7 @@ class Uncertainty:
 
     @classmethod
     def of(cls, scores: Scores) -> Uncertainty | None:
-        """What a score table holds of it, or None."""
+        """The uncertainty that a score table holds, or None."""
         held = scores.meta.get("uncertainty")
         if held is None or scores.stderr is None or scores.p_selected is None:
             return None

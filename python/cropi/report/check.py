@@ -280,7 +280,7 @@ def _invariances(
     sketched: Callable[..., tuple[torch.Tensor, Any]],
     report: CheckReport,
 ) -> None:
-    """The same sketches by other ways; four prompts, the shortest."""
+    """Compute the sketches of the four shortest prompts in other layouts, batches and attentions, and compare them."""
     size = {group.id: len(group.prompt) + sum(map(len, group.responses)) for group in sample}
     some = sorted(range(len(sample)), key=lambda i: size[sample[i].id])[:4]
     few, want = [sample[i] for i in some], first[some]

@@ -1,4 +1,4 @@
-"""Exact per-prompt policy gradients by plain autograd: what sketches are held to.
+"""Exact per-prompt policy gradients by plain autograd, with which sketches are compared.
 
 Nothing of the fused pass is used: one response a row, the model's own forward, all logits, ``torch.log_softmax``, and
 ``backward`` into the parameters. A gradient is kept in bfloat16: each number is rounded by at most 2^-9 of itself,

@@ -45,7 +45,7 @@ class Engine(Protocol):
     name: str
 
     def describe(self) -> str:
-        """What the start line says of it."""
+        """The engine in the line that is printed at the start."""
 
     def identity(self) -> dict[str, Any]:
         """What the responses depend on besides the prompts and the sampling, by name; None where it is not known."""

@@ -73,7 +73,7 @@ def generate(
 
 
 def split_rows(rows: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One row for all responses of a row that drew the same token, and none that nobody needs.
+    """Split and drop rows: one row for all responses of a row that drew the same token, none without a response.
 
     Args:
         rows, tokens: of every live response, the row that it was drawn from and its token.
@@ -102,7 +102,7 @@ def split_rows(rows: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @dataclass
 class Drawn:
-    """What was drawn so far of one response."""
+    """The tokens of one response that are drawn so far."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -155,7 +155,7 @@ class Decoding:
         self.mask = self.mask[index]
 
     def step(self, tokens: torch.Tensor) -> None:
-        """One more token to every row."""
+        """Append one token to every row."""
         self._forward(tokens[:, None])
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
@@ -183,6 +183,6 @@ def last_logits(model: Any, count: int) -> dict[str, int]:
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
-    """Of the forward; of an adapter's wrapper that of the model inside, to which it hands everything on."""
+    """The parameters of the model's forward; an adapter's wrapper hands all arguments on to the model inside."""
     inside = getattr(model, "get_base_model", None)
     return inspect.signature((inside() if callable(inside) else model).forward).parameters

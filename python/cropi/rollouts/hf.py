@@ -154,7 +154,7 @@ class HfEngine:
 
     @torch.inference_mode()
     def _faster(self, rows: int) -> Linears:
-        """Who multiplies faster by this model's weights: measured on one step of as many rows as are decoded."""
+        """Which library multiplies faster by this model's weights, measured on one step of ``rows`` rows."""
         model = self.policy.model
         device = self.policy.device
         if unsupported() is not None or device.type != "cpu" or self.policy.dtype != torch.float32:

@@ -66,7 +66,7 @@ class Prompting(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Engines(Options):
-    """What samples."""
+    """Which engine samples."""
 
     engine: str = option(
         "hf", "hf: the model in this process; vllm: vLLM in this process; openai-url: a server at --url",

@@ -49,7 +49,7 @@ class Chunk:
     cut: str = ""
 
     def built(self, estimator: Estimator, stored: bool, done: frozenset[str]) -> Iterator[MicroBatch]:
-        """Its micro-batches, without those whose prompts are all ``done`` or another chunk's."""
+        """The chunk's micro-batches, without those whose prompts are all ``done`` or belong to another chunk."""
         return built(self.batches, estimator, stored, done if not self.cut else _Rest(self.prompts, done))
 
 
@@ -77,27 +77,26 @@ class Part(Protocol):
     linked: bool = False
 
     def take(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Those of the job's chunks that this process computes. Asked for the next one, the last one is in the
-        store."""
+        """The chunks that this process computes. When the next one is asked for, the last one is in the store."""
 
     def finish(self, store: SketchStore) -> None:
-        """All of its chunks are in the store."""
+        """Called when all chunks of this process are in the store."""
 
     def begin_pass(self) -> None:
         """A pass of the model follows."""
         return None
 
     def agreed(self, said: bool) -> bool:
-        """What is decided where processes compute the same, and ``said`` may differ between them."""
+        """One decision for all processes that compute the same, whose ``said`` may differ."""
         return said
 
     def leave(self, interrupted: bool, idle: Callable[[], None]) -> None:
-        """No chunk follows; ``idle()`` runs a pass of the model that counts for nothing."""
+        """Called when no chunk follows; ``idle()`` runs an empty pass of the model."""
         return None
 
 
 class Alone(Part):
-    """All chunks are computed here."""
+    """This process computes all chunks."""
 
     tokens = None
     done = frozenset()
@@ -107,7 +106,7 @@ class Alone(Part):
         return chunks
 
     def finish(self, store: SketchStore) -> None:
-        """The job is done."""
+        """The store holds all prompts of the job."""
         store.finish()
 
 
@@ -132,7 +131,7 @@ class Dealt(Part):
                 yield chunk
 
     def finish(self, store: SketchStore) -> None:
-        """The share is all that the store is to hold."""
+        """The store holds all prompts of the share."""
         store.finish()
 
 

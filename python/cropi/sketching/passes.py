@@ -54,7 +54,7 @@ class Others:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, batch: MicroBatch, result: PolicyGradient) -> None:
-        """What one micro-batch gives."""
+        """Add the sketches of one micro-batch."""
         for group, sketches in zip(batch.groups, torch.stack(result.more, dim=1).cpu(), strict=True):
             self.sums[group.id] = self.sums.get(group.id, 0.0) + sketches
 
@@ -145,7 +145,7 @@ class Passes:
                 torch.cuda.empty_cache()  # the halves need other sizes
 
     def idle(self) -> None:
-        """A pass on two tokens that counts for nothing: others run theirs, and share the model with this process."""
+        """Run an empty pass on two tokens, because processes that share the model run theirs."""
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         first = ids[0, :1]
         self.sketcher.policy_gradient(
@@ -202,8 +202,11 @@ class Passes:
         )
 
     def _finished(self, group: TokenGroup, part: Part, batch: MicroBatch) -> Finished:
-        """Its row, and its sketch if that is usable. A gradient that is small beside its weights is held to the sizes
-        of its responses' gradients: it may be rounding and nothing else."""
+        """The row of a finished prompt, and its sketch if that is usable.
+
+        A gradient that is small beside its weights may be rounding and nothing else: it is compared with the sizes of
+        its responses' gradients.
+        """
         status, reason, norm, zero = OK, "", float(part.sketch.double().norm()), False
         if (
             self.zero_check

@@ -173,7 +173,7 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
 
 
 def _few_groups(groups: PromptGroups, tokens: Tokenize) -> Iterator[TokenGroup]:
-    """Prompts with a gradient, tokenised, for a look at their log-probs; what is bad of them is said later."""
+    """Prompts with a gradient and log-probs, tokenised. Bad ones are left out here, and reported later."""
     for group in groups:
         if no_gradient_reason(group.rewards) is None and group.logprobs is not None:
             with suppress(RecordError):
@@ -245,7 +245,7 @@ def check_tokens(policy: Policy, job: SketchJob, groups: PromptGroups, scan: Sca
         policy: its tokenizer, vocabulary and context; weights are not loaded for it.
         job: the options. With ``skip_bad``, what does not fit becomes a row of the store, so nothing is checked.
         groups: the trajectories.
-        scan: what the first pass found in them.
+        scan: of the first pass over them.
 
     Raises:
         RecordError: a token id beyond the vocabulary, or a prompt that does not fit.
@@ -273,7 +273,7 @@ def check_tokens(policy: Policy, job: SketchJob, groups: PromptGroups, scan: Sca
 
 
 def _checked_for(policy: Policy, job: SketchJob) -> tuple[Any, ...]:
-    """What a check of tokens holds for: groups may be scanned once and sketched for several policies."""
+    """The policy and options that a check of tokens holds for: prompts may be scanned once for several policies."""
     return policy.identity, job.chat_template, job.eos, job.max_length, job.too_long, job.limit, job.skip_bad
 
 
@@ -285,7 +285,7 @@ def _token_groups(
     summary: Summary,
     scan: Scan,
 ) -> Iterator[TokenGroup | RowInfo]:
-    """All prompts of the job, tokenised, or as rows where there is nothing to compute; of a store that is full, none.
+    """All prompts of the job: tokenised, or as rows where there is nothing to compute. A full store needs none.
 
     Those that the store holds come too: batches are cut from all of them (see :func:`sketch_groups`).
     """
@@ -316,7 +316,7 @@ def _token_groups(
 
 
 def _again(groups: PromptGroups, scan: Scan) -> Again | None:
-    """What compares this pass with the first one, line by line; a share of the prompts is read by their places."""
+    """The comparison of this pass with the first one, line by line; None where lines are not read in order."""
     files = all(isinstance(one, PathSource) for one in groups.sources)
     if scan.pieces is None or not files or type(groups) is not PromptGroups:
         return None

@@ -37,8 +37,10 @@ def due(shards: Sequence[Shard], limit: int) -> list[Shard]:
 
 
 def groups(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
-    """All shards that are not full, in groups that are, but the last; one that stands alone is in none, if it carries
-    checks of its blocks."""
+    """The shards that are not full, in groups that fill a shard (the last group may not).
+
+    A shard alone is no group, unless it carries no checks of its blocks and is written again for that.
+    """
     made: list[list[Shard]] = [[]]
     for shard in shards:
         if shard.size < limit or shard.checks is None:

@@ -68,8 +68,8 @@ def _without_collection() -> Iterator[None]:
 def _load(folder: Path, job: str, clean: bool) -> Loaded:
     present = _names(folder)
     paths = sorted((folder / name for name in present if name.endswith(".safetensors")), key=shard_number)
-    found = [read_shard(path, job) for path in paths if f"{path.name}.sha256" in present]
-    replaced = {number for shard in found for number in shard.replaces}
+    committed = [read_shard(path, job) for path in paths if f"{path.name}.sha256" in present]
+    replaced = {number for shard in committed for number in shard.replaces}
     unfinished = [
         path for path in paths if f"{path.name}.sha256" not in present and shard_number(path) not in replaced
     ]
@@ -78,7 +78,7 @@ def _load(folder: Path, job: str, clean: bool) -> Loaded:
             raise CropiError(damaged(path, "its checksum file is missing"))
     shards: dict[Path, Shard] = {}
     rows: dict[str, RowInfo] = {}
-    for shard in found:
+    for shard in committed:
         if shard_number(shard.path) in replaced:  # the job was killed before it removed what it had joined
             continue
         before = len(rows)
@@ -86,7 +86,7 @@ def _load(folder: Path, job: str, clean: bool) -> Loaded:
         if len(rows) < before + len(shard.rows):
             _name_twice(shard, shards)
         shards[shard.path] = shard
-    for shard in found:
+    for shard in committed:
         if shard.path not in shards and any(row.id not in rows for row in shard.rows):
             raise CropiError(
                 f"the shard {shard.path} holds other prompts than the one that took over its rows: it was copied "

@@ -120,7 +120,7 @@ def merged_manifest(stores: Sequence[SketchStore]) -> dict[str, Any]:
 
 
 def _common(values: Sequence[Any]) -> Any:
-    """What JSON values have in common: the value itself, a table of it, or None."""
+    """What JSON values have in common: the value itself, a table of its common fields, or None."""
     if all(value == values[0] for value in values):
         return values[0]
     if all(isinstance(value, Mapping) for value in values):

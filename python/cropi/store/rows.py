@@ -92,7 +92,7 @@ def _number(value: Any) -> str:
 
 
 def rows_from_json(text: str | bytes) -> list[RowInfo]:
-    """What :func:`rows_to_json` wrote.
+    """The rows that :func:`rows_to_json` wrote.
 
     Raises:
         ValueError, TypeError: it is something else.

@@ -1,4 +1,4 @@
-"""A trainer's own classes that an adapter builds on: found, and their signatures checked, before any training."""
+"""Finds a trainer's own classes that an adapter builds on, and checks their signatures before any training."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def expanded(paths: Sequence[str | Path]) -> list[str | Path]:
 
 
 def _numbered(file: Path) -> list[Any]:
-    """What sorts ``2.jsonl`` before ``10.jsonl``."""
+    """A sort key that puts ``2.jsonl`` before ``10.jsonl``."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a curriculum's trainer, found when it is built and not after its first stage."""
+"""Checks of a curriculum's trainer when it is built, and not after its first stage."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def check_files(
         known: whether a training prompt is in the dataset.
 
     Returns:
-        What was found of those that are files, by "train" and "valid".
+        What was read of those that are files, by "train" and "valid".
 
     Raises:
         CropiError: what :func:`choose_prompts` would raise for these files in stage 0, or log-probs that the files lack

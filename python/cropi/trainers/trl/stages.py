@@ -125,7 +125,7 @@ class Stages(Recorder):
         return int(self.trainer.args.generation_batch_size // self.trainer.num_generations)
 
     def columns(self) -> list[str]:
-        """As the recorder's; live selection needs the ids also where nothing is recorded."""
+        """The recorder's columns; live selection needs the ids also where nothing is recorded."""
         column = self.options.id_key
         return super().columns() + ([column, column.split(".")[0]] if self.live is not None else [])
 
@@ -210,7 +210,7 @@ class Stages(Recorder):
             return None if self._chosen is None else Chosen(self._chosen, {"kept": True})
 
     def seconds(self) -> float:
-        """What the steps of a stage take, by those since the last selection, or since this run went on; NaN before."""
+        """Seconds of a stage's steps, by the steps since the last selection, or since this run went on; NaN before."""
         begun, step = self._clock
         steps = self.step - step
         return (time.monotonic() - begun) / steps * self.options.stage_steps if steps else math.nan
@@ -333,7 +333,7 @@ class Stages(Recorder):
         self._resumed = True
 
     def _rewind(self, state: dict[str, Any]) -> None:
-        """What the checkpoint does not know of did not happen: neither rollouts nor stages."""
+        """Remove rollouts and stages that came after the checkpoint."""
         rewind(self.log.folder, state["logs"])
         notes = self.folder / "stages.jsonl"
         if notes.exists():
