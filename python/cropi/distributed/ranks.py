@@ -19,7 +19,7 @@ from cropi.distributed.team import Team
 from cropi.errors import CropiError
 from cropi.gradient.health import Health
 from cropi.model.policy import Policy
-from cropi.sketching.chunks import BATCHES, Chunk, Part
+from cropi.sketching.chunks import BATCHES, Chunk, Participant
 from cropi.sketching.job import SketchJob, settle_products
 from cropi.sketching.run import Prepared, prepare, scan_groups
 from cropi.sketching.summary import Summary
@@ -127,8 +127,8 @@ def facts(ready: Prepared, manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class Claimed(Part):
-    """Chunks by the numbers that a team hands out: see :class:`cropi.sketching.chunks.Part`."""
+class Claimed(Participant):
+    """Chunks by the numbers that a team hands out: see :class:`cropi.sketching.chunks.Participant`."""
 
     writes = True  # whether the rows that are computed here are kept
 
@@ -223,7 +223,7 @@ def _work(
 ) -> None:
     """Fill this process's own store."""
     with _part_store(team, ready, out, manifest, part.writes) as store:
-        ready.fill(store, progress=progress, part=part)
+        ready.fill(store, progress=progress, participant=part)
         ready.summary.interrupted |= team.stopped
         if ready.summary.interrupted:
             team.stop()

@@ -13,7 +13,7 @@ from typing import Any
 
 from cropi.distributed.ranks import digest, facts
 from cropi.model.policy import Policy
-from cropi.sketching.chunks import BATCHES, Chunk, Part
+from cropi.sketching.chunks import BATCHES, Chunk, Participant
 from cropi.sketching.job import SketchJob, settle_products
 from cropi.sketching.run import Prepared as Ready
 from cropi.sketching.run import prepare
@@ -97,14 +97,14 @@ class Worker:
         try:
             with store:
                 while self.part.going_on:
-                    self.ready.fill(store, progress=False, part=self.part)
+                    self.ready.fill(store, progress=False, participant=self.part)
             self.part.answers.put(None)
         except BaseException as error:
             self.part.answers.put(error)
 
 
-class Asked(Part):
-    """Chunks by the numbers that are asked for, in any order: see :class:`cropi.sketching.chunks.Part`.
+class Asked(Participant):
+    """Chunks by the numbers that are asked for, in any order: see :class:`cropi.sketching.chunks.Participant`.
 
     A number before the place where a pass over the trajectories is ends the pass, and the next one begins with it.
     """
@@ -130,7 +130,7 @@ class Asked(Part):
         return answer
 
     def take(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """See :class:`cropi.sketching.chunks.Part`."""
+        """See :class:`cropi.sketching.chunks.Participant`."""
         number, self.kept = self.kept if self.kept is not None else self.numbers.get(), None
         cuts: dict[int, str] = {}
         last = -1

@@ -63,7 +63,7 @@ class _Rest:
         return name not in self.prompts or name in self.done
 
 
-class Part(Protocol):
+class Participant(Protocol):
     """How one process takes part in a job that several share.
 
     Attributes:
@@ -95,14 +95,14 @@ class Part(Protocol):
         return None
 
 
-class Alone(Part):
+class EveryChunk(Participant):
     """This process computes all chunks."""
 
     tokens = None
     done = frozenset()
 
     def take(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """See :class:`Part`."""
+        """See :class:`Participant`."""
         return chunks
 
     def finish(self, store: SketchStore) -> None:
@@ -110,7 +110,7 @@ class Alone(Part):
         store.finish()
 
 
-class Dealt(Part):
+class Dealt(Participant):
     """Chunk after chunk goes to the process that has the fewest tokens yet; nobody has to be asked.
 
     >>> chunks = [Chunk(number, 0, tokens=tokens) for number, tokens in enumerate([5, 1, 2, 2])]
@@ -122,7 +122,7 @@ class Dealt(Part):
         self.number, self.count, self.tokens, self.done = number, count, tokens, done
 
     def take(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """See :class:`Part`."""
+        """See :class:`Participant`."""
         loads = [0] * self.count
         for chunk in chunks:
             least = loads.index(min(loads))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError, optional
+from cropi.gradient.batches import MicroBatch
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.layout import layout_of
@@ -20,7 +22,7 @@ from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import ZERO_GRADIENT, cancels
 from cropi.model.moments import SecondMoments
 from cropi.model.policy import Policy
-from cropi.sketching.chunks import Alone, Part, make_chunks
+from cropi.sketching.chunks import Chunk, EveryChunk, Participant, make_chunks
 from cropi.sketching.interrupt import Interrupt
 from cropi.sketching.passes import Others, Passes
 from cropi.sketching.rows import row_of
@@ -28,7 +30,7 @@ from cropi.sketching.summary import Summary, peak_memory_gib
 from cropi.store.manifest import groups_in
 from cropi.store.shards import SKIPPED, RowInfo
 from cropi.store.store import SketchStore
-from cropi_kernels import SketchSpec
+from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.sketcher.formed import FormedSketcher
 
 FLUSH_SECONDS = 60.0
@@ -53,7 +55,7 @@ def sketch_groups(
     total: int | None = None,
     progress: bool = False,
     summary: Summary | None = None,
-    part: Part | None = None,
+    participant: Participant | None = None,
 ) -> Summary:
     """Sketch tokenised prompts into a store, on disk or in memory.
 
@@ -82,8 +84,8 @@ def sketch_groups(
         total: how many prompts there are, for the progress bar.
         progress: show one.
         summary: counts are added to this one; None: to a new one.
-        part: where several processes share the job: which of its chunks are computed here. ``groups`` are all prompts
-            all the same.
+        participant: of several processes that share the job: which of its chunks are computed here. ``groups`` are all
+            prompts of the job.
 
     Raises:
         CropiError: a group of another type, a behaviour that the groups do not carry, or a layout that the model cannot
@@ -105,9 +107,9 @@ def sketch_groups(
         sketcher.check_model()
         summary.coverage = str(sketcher.coverage)
         summary.resumed = len(store)
-        left = None if total is None or part else max(total - len(store), 0)
-        part = part or Alone()
-        done = frozenset(row.id for row in store.rows()) | part.done
+        left = None if total is None or participant else max(total - len(store), 0)
+        participant = participant or EveryChunk()
+        done = frozenset(row.id for row in store.rows()) | participant.done
         with Interrupt() as interrupt, _bar(left, Path(store.path).name, progress) as bar:
             if plan.note:
                 bar.write(plan.note)
@@ -115,7 +117,7 @@ def sketch_groups(
                 _checked(groups, estimator, source.source, default_set, zero_check, subset),
                 plan,
                 budget=tokens_per_batch,
-                tokens=part.tokens,
+                tokens=participant.tokens,
             )
             passes = Passes(
                 sketcher,
@@ -127,40 +129,66 @@ def sketch_groups(
                 bar.write,
                 plan.lengths,
                 zero_check,
-                part,
+                participant,
                 others,
             )
 
-            def add(row: RowInfo, vector: torch.Tensor | None = None) -> None:
-                if row.id not in done:
-                    summary.count(row)
-                    store.add(row, vector)
-                    bar.update(1)
-
-            flushed = time.monotonic()
-            for chunk in part.take(chunks):
-                for row in chunk.rows:
-                    add(row)
-                for batch in chunk.built(estimator, source.source == "file", done):
-                    for row, vector in passes.run(batch.to(passes.device)):
-                        if row.id in chunk.prompts:  # others only fill the batch, as those do that are done
-                            add(row, vector)
-                    bar.set_postfix_str(f"{summary.model_tokens / summary.wall:.0f} tokens/s", refresh=False)
-                    if time.monotonic() - flushed > FLUSH_SECONDS:
-                        store.flush()
-                        flushed = time.monotonic()
-                    if part.agreed(interrupt.asked):
-                        summary.interrupted = True
-                        break
-                passes.forget()
-                if summary.interrupted or part.agreed(interrupt.asked):
-                    summary.interrupted = True
+            filling = _Filling(store, passes, summary, bar, interrupt, participant, done)
+            for chunk in participant.take(chunks):
+                filling.compute(chunk, chunk.built(estimator, source.source == "file", done))
+                if summary.interrupted:
                     break
-            part.leave(summary.interrupted, passes.idle)
+            participant.leave(summary.interrupted, passes.idle)
         if not summary.interrupted:
-            part.finish(store)
+            participant.finish(store)
     summary.peak_gib = peak_memory_gib(policy.device)
     return summary
+
+
+@dataclass
+class _Filling:
+    """Computes chunks and adds their rows to the store, until the user asks to stop.
+
+    Attributes:
+        done: prompts whose rows are there already.
+        flushed: when the store was last flushed.
+    """
+
+    store: SketchStore
+    passes: Passes
+    summary: Summary
+    bar: Any
+    interrupt: Interrupt
+    participant: Participant
+    done: frozenset[str]
+    flushed: float = field(default_factory=time.monotonic)
+
+    def compute(self, chunk: Chunk, batches: Iterable[MicroBatch]) -> None:
+        """Compute a chunk. If the user asks to stop, it ends early, and ``summary.interrupted`` is set."""
+        for row in chunk.rows:
+            self._add(row)
+        for batch in batches:
+            for row, vector in self.passes.run(batch.to(self.passes.device)):
+                if row.id in chunk.prompts:  # other prompts, and those that are done, only fill the batch
+                    self._add(row, vector)
+            self.bar.set_postfix_str(
+                f"{self.summary.model_tokens / self.summary.wall:.0f} tokens/s", refresh=False
+            )
+            if time.monotonic() - self.flushed > FLUSH_SECONDS:
+                self.store.flush()
+                self.flushed = time.monotonic()
+            if self.participant.agreed(self.interrupt.asked):
+                self.summary.interrupted = True
+                break
+        self.passes.forget()
+        if not self.summary.interrupted:
+            self.summary.interrupted = self.participant.agreed(self.interrupt.asked)
+
+    def _add(self, row: RowInfo, vector: torch.Tensor | None = None) -> None:
+        if row.id not in self.done:
+            self.summary.count(row)
+            self.store.add(row, vector)
+            self.bar.update(1)
 
 
 def _sketcher(
@@ -171,9 +199,11 @@ def _sketcher(
     moments: SecondMoments | None,
     more: tuple[SketchSpec, ...],
     apart: Mapping[str, Sequence[str]] | None,
-) -> Any:
-    """The taps, or where gradients are scaled before they are sketched, what forms them; of the same parameters, and
-    those of each group ``apart``."""
+) -> GradientSketcher | FormedSketcher:
+    """The sketcher of a policy's gradients, those of each group of parameters ``apart``.
+
+    With ``moments`` it forms the gradients, because they are divided before they are sketched; of the same parameters.
+    """
     taps = policy.sketcher(spec, exclude, verify=verify, more=more, groups=apart)
     if moments is None:
         return taps

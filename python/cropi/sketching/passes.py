@@ -22,6 +22,7 @@ from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
+from cropi_kernels.sketcher.formed import FormedSketcher
 from cropi_kernels.sketcher.lengths import Lengths
 from cropi_kernels.sketcher.sharded import device_of
 
@@ -38,8 +39,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @dataclass
-class Part:
-    """The sum over micro-batches of what belongs to one prompt."""
+class Sums:
+    """The sums of one prompt over the micro-batches so far."""
 
     sketch: torch.Tensor
     health: Health = field(default_factory=Health)
@@ -72,13 +73,13 @@ class Passes:
         say: takes a line for the user.
         lengths: which rows may be in one batch.
         zero_check: a gradient that is rounding and nothing else is "zero gradient".
-        shared: how other processes take part in what is run here.
+        participant: how other processes take part in what is run here.
         others: takes the sketches by other specs, where the taps have some.
     """
 
     def __init__(
         self,
-        sketcher: GradientSketcher,
+        sketcher: GradientSketcher | FormedSketcher,
         estimator: Estimator,
         behaviour: BehaviourModel | None,
         default_set: str | None,
@@ -87,57 +88,57 @@ class Passes:
         say: Callable[[str], Any],
         lengths: Lengths,
         zero_check: bool = True,
-        shared: chunks.Part | None = None,
+        participant: chunks.Participant | None = None,
         others: Others | None = None,
     ) -> None:
         self.others = others
-        self.shared = shared or chunks.Alone()
+        self.participant = participant or chunks.EveryChunk()
         self.lengths, self.zero_check = lengths, zero_check
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
         self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
         self.device = device_of(sketcher.model)
         self.bound = rounding(sketcher.model)
         self.suspicion = Suspicion(self.bound)
-        self.parts: dict[str, Part] = {}
+        self.sums: dict[str, Sums] = {}
         self.too_many: int | None = None  # tokens, padding included, that the device's memory did not hold
 
     def forget(self) -> None:
         """Drop the sums of prompts that began in the batches so far: the batches that come next hold all of theirs."""
-        self.parts = {}
+        self.sums = {}
 
     def run(self, batch: MicroBatch) -> Iterator[Finished]:
-        """One micro-batch, on the model's device; its halves, where the memory does not hold it: the sums are equal."""
+        """Run one micro-batch; in halves, where the device's memory does not hold it. The sums are equal."""
         waiting = [batch]
         while waiting:
-            part = waiting.pop()
-            rows, tokens = part.input_ids.shape[0], part.input_ids.numel()
+            piece = waiting.pop()
+            rows, tokens = piece.input_ids.shape[0], piece.input_ids.numel()
             if rows > 1 and self.too_many is not None and tokens >= self.too_many:
-                waiting += reversed(part.halves())
+                waiting += reversed(piece.halves())
                 continue
             try:
-                finished = self._compute(part)
+                finished = self._compute(piece)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if rows == 1:
                     raise CropiError(
-                        f"prompt {part.groups[0].id!r}: the {self.device.type} device has no memory for one row of "
+                        f"prompt {piece.groups[0].id!r}: the {self.device.type} device has no memory for one row of "
                         f"{tokens} tokens ({error}); finished prompts are in {self.keeps}, and the same command goes "
                         "on with the rest on a larger device; here, leave long responses out by --max-length or load "
                         "the model in a smaller --dtype, into a new --out"
                     ) from error
-                if self.shared.linked:  # the others do not halve theirs
+                if self.participant.linked:  # the others do not halve theirs
                     raise CropiError(
-                        f"{rows} rows of {part.input_ids.shape[1]} tokens do not fit into the device's memory, and "
+                        f"{rows} rows of {piece.input_ids.shape[1]} tokens do not fit into the device's memory, and "
                         f"processes that share a model cannot halve them alone ({error}): give --tokens-per-batch "
                         f"{tokens // 2}; finished prompts are in {self.keeps}"
                     ) from error
                 self.too_many = tokens
                 self.say(
-                    f"{rows} rows of {part.input_ids.shape[1]} tokens do not fit into the device's memory: halved; "
+                    f"{rows} rows of {piece.input_ids.shape[1]} tokens do not fit into the device's memory: halved; "
                     f"--tokens-per-batch {tokens // 2} spares the attempt"
                 )
-                waiting.append(part)
+                waiting.append(piece)
             else:
                 yield from finished
                 continue
@@ -154,6 +155,7 @@ class Passes:
             positions=first,
             targets=first,
             weigh=lambda logprobs, *_: torch.zeros_like(logprobs),
+            num_segments=1,
         )
 
     def _compute(self, batch: MicroBatch) -> list[Finished]:
@@ -168,14 +170,14 @@ class Passes:
         weights = torch.zeros(len(batch.groups), dtype=torch.float64, device=self.device)
         weights.index_add_(0, batch.token_segments, result.weights.double().abs())
         for s, (group, weight) in enumerate(zip(batch.groups, weights.tolist(), strict=True)):
-            part = self.parts.setdefault(group.id, Part(torch.zeros_like(result.sketches[s])))
-            part.sketch = part.sketch + result.sketches[s]
-            part.health += health[s]
-            part.weight += weight
+            sums = self.sums.setdefault(group.id, Sums(torch.zeros_like(result.sketches[s])))
+            sums.sketch = sums.sketch + result.sketches[s]
+            sums.health += health[s]
+            sums.weight += weight
             self.summary.health += health[s]
         self.summary.add(result.seconds, time.monotonic() - begun, tokens, len(batch.targets))
         return [
-            self._finished(group, self.parts.pop(group.id), batch)
+            self._finished(group, self.sums.pop(group.id), batch)
             for group, last in zip(batch.groups, batch.finished, strict=True)
             if last
         ]
@@ -184,7 +186,7 @@ class Passes:
         return self.behaviour.logprobs(batch) if self.behaviour is not None else batch.behaviour
 
     def _gradient(self, batch: MicroBatch, behaviour: torch.Tensor | None) -> PolicyGradient:
-        self.shared.begin_pass()
+        self.participant.begin_pass()
         return self.sketcher.policy_gradient(
             batch.input_ids,
             segments=batch.segments,
@@ -201,28 +203,28 @@ class Passes:
             temperature=batch.temperature,
         )
 
-    def _finished(self, group: TokenGroup, part: Part, batch: MicroBatch) -> Finished:
+    def _finished(self, group: TokenGroup, sums: Sums, batch: MicroBatch) -> Finished:
         """The row of a finished prompt, and its sketch if that is usable.
 
         A gradient that is small beside its weights may be rounding and nothing else: it is compared with the sizes of
         its responses' gradients.
         """
-        status, reason, norm, zero = OK, "", float(part.sketch.double().norm()), False
+        status, reason, norm, zero = OK, "", float(sums.sketch.double().norm()), False
         if (
             self.zero_check
             and len(group.equal) > 1
-            and self.shared.agreed(self.suspicion.is_suspicious(norm, part.weight))
+            and self.participant.agreed(self.suspicion.is_suspicious(norm, sums.weight))
         ):
             size = self._sizes(group, batch.input_ids.numel(), batch.behaviour is not None)
-            zero = self.shared.agreed(is_zero(norm, size, self.bound))
-        if not bool(torch.isfinite(part.sketch).all()):
+            zero = self.participant.agreed(is_zero(norm, size, self.bound))
+        if not bool(torch.isfinite(sums.sketch).all()):
             status, reason, norm = FAILED, "NaN or infinity in its gradient", 0.0
         elif norm == 0 or zero:  # every token is clipped, or the responses cancel
             status, reason, norm = SKIPPED, ZERO_GRADIENT, 0.0
         row = row_of(
-            group.group, status, reason, self.default_set, tokens=group.scored, norm=norm, extra=part.health.to_dict()
+            group.group, status, reason, self.default_set, tokens=group.scored, norm=norm, extra=sums.health.to_dict()
         )  # fmt: skip
-        return row, part.sketch if status == OK else None
+        return row, sums.sketch if status == OK else None
 
     def _sizes(self, group: TokenGroup, budget: int, stored: bool) -> float:
         """The sum of the sizes of its responses' gradients, each in a segment of its own."""

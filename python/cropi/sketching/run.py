@@ -28,7 +28,7 @@ from cropi.gradient.tokenize import TokenGroup, Tokenize, TooLong
 from cropi.model.moments import SecondMoments, read_moments
 from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
-from cropi.sketching.chunks import BATCHES, Dealt, Part
+from cropi.sketching.chunks import BATCHES, Dealt, Participant
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import ManifestOf, SketchJob, make_tokenize, manifest_of, open_store, with_date
 from cropi.sketching.rows import row_of
@@ -110,11 +110,13 @@ class Prepared:
         """Prompts of the job."""
         return min(self.scan.prompts, self.job.limit or self.scan.prompts)
 
-    def fill(self, store: SketchStore, *, progress: bool = True, part: Part | None = None) -> None:
-        """Sketch the prompts that the store lacks; of a job that several processes share, those of ``part``."""
+    def fill(
+        self, store: SketchStore, *, progress: bool = True, participant: Participant | None = None
+    ) -> None:
+        """Sketch the prompts that the store lacks; of a job that several processes share, those of ``participant``."""
         job, budget = self.job, self.tokens_per_batch
         if job.shard is not None:
-            part = Dealt(*job.shard, BATCHES * budget)
+            participant = Dealt(*job.shard, BATCHES * budget)
         sketch_groups(
             self.policy,
             _token_groups(job, self.groups, self.tokens, store, self.summary, self.scan),
@@ -132,7 +134,7 @@ class Prepared:
             total=self.total,
             progress=progress,
             summary=self.summary,
-            part=part,
+            participant=participant,
         )
 
 
