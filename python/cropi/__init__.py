@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cropi.ranking.scores import Scores
     from cropi.ranking.selection import Selection
     from cropi.ranking.selector import Selector
-    from cropi.report.check import CheckReport
+    from cropi.report.check_report import CheckReport
     from cropi.rollouts.api import rollout
     from cropi.rollouts.job import RolloutReport
     from cropi.sketching.batch import SketchedBatch, score_batch
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _moved.install()
 
 _PLACES = {
-    "CheckReport": "cropi.report.check",
+    "CheckReport": "cropi.report.check_report",
     "CropiError": "cropi.errors",
     "Estimator": "cropi.gradient.estimators",
     "GradientSketcher": "cropi_kernels",

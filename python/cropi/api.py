@@ -16,7 +16,8 @@ from cropi.options import Influence, Loading, Selecting, Sketching
 from cropi.pipeline import Setup
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
-from cropi.report.check import CheckReport, check_job
+from cropi.report.check import check_job
+from cropi.report.check_report import CheckReport
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import make_job
 from cropi.sketching.noise import sampled

@@ -112,7 +112,7 @@ def test_plain_and_normalised_means_differ_as_they_should(tmp_path: Path) -> Non
 
 def test_sets_may_be_spread_over_stores_and_capped(tmp_path: Path) -> None:
     one = make_store(tmp_path / "1", {f"p{i}": ("v", (float(i), 1.0)) for i in range(6)})
-    two = make_store(tmp_path / "2", {f"p{i}": ("v", (float(i + 6), 1.0)) for i in range(6)})
+    two = make_store(tmp_path / "2", {f"q{i}": ("v", (float(i + 6), 1.0)) for i in range(6)})
     assert validation_means([one, two])["v"].tolist() == [5.5, 1.0]
     capped = {seed: validation_means([one, two], max_valid=3, seed=seed)["v"].tolist() for seed in range(5)}
     assert all(mean[1] == 1.0 for mean in capped.values()) and len({mean[0] for mean in capped.values()}) > 1

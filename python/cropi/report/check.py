@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.tokenize import TokenGroup, TooLong
 from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
+from cropi.report.check_report import CheckReport
 from cropi.report.exact import by_depth, exact_bytes, exact_gradients, leave_one_out
-from cropi.report.policy import is_close, policy_text
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
@@ -39,122 +39,8 @@ from cropi.sketching.run import check_tokens, scan_groups
 from cropi.sketching.summary import peak_memory_gib
 from cropi_kernels import Coverage, SketchSpec
 
-OK, WARN, FAIL = "ok", "warning", "failed"
 SEEDS = 8  # other seeds, where there are no exact gradients
 EXACT_LIMIT = 4 << 30  # bytes of exact gradients that are kept at once
-MOVED = 0.04, 0.08  # what drawing 16 validation prompts a set anew does to scores (docs/trust.md)
-# Bounds of the verdict. The error: a quarter of what other validation prompts do is invisible, and as much is not.
-# Rounding: sums of T float32 products differ by about
-# 2^-24 sqrt(T) between two orders; the rest is the model's own forward in its dtype.
-ERROR_OK, ERROR_BAD = 0.02, 0.06
-FAR = 4  # times 1/sqrt(dim): layers of one model reach 2 (docs/fidelity.md)
-ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the verdict: ``level`` is "ok", "warning" or "failed"."""
-
-    name: str
-    level: str
-    text: str
-
-
-@dataclass
-class CheckReport:
-    """The figures that :func:`cropi.check` measured, and its verdict.
-
-    Attributes:
-        prompts: in the sample.
-        dim: numbers in a sketch.
-        method: "exact" or "seeds": what sketched scores were compared with.
-        error: rms of sketched minus exact scores, or its estimate from other seeds.
-        seeds: how many other seeds; 0 for exact gradients.
-        theory: ``1 / sqrt(dim)``, the standard error of a cosine near zero.
-        agreement: share of the sample's top quarter by exact scores that sketches find too (None by seeds).
-        layouts, batches, attention: largest relative difference of a sketch between shared and padded rows, between
-            prompts together and alone, between the model's attention and eager attention; None: not tried.
-        seconds, exact_seconds: per prompt. ``tokens_per_second`` through the model. ``peak_gib``: most memory in use.
-        ratio, ess: of the sample's tokens (:class:`cropi.gradient.health.Health`); None where no log-probs of the
-            policy that made them are used.
-        bytes_per_prompt: of a store row in ``float32``.
-        coverage: what is sketched. ``by_layer``, ``by_type``: share of the squared gradient norm (exact only).
-        findings: the verdict, line by line.
-
-    >>> import cropi
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> _ = torch.manual_seed(0)
-    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-    ...     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)).eval()
-    >>> records = [{"id": str(i), "prompt_ids": [5, i], "response_ids": [[8, 1], [9, 1]], "rewards": [1.0, 0.0]}
-    ...     for i in range(6)]
-    >>> report = cropi.check(model, records, dim=8192, progress=False)
-    >>> report.prompts, report.method, report.error < 0.06
-    (6, 'exact', True)
-    >>> [finding.name for finding in report.findings if finding.level == "failed"]
-    []
-    """
-
-    prompts: int
-    dim: int
-    method: str
-    error: float
-    theory: float
-    agreement: float | None
-    layouts: float | None
-    batches: float | None
-    attention: float | None
-    seconds: float
-    exact_seconds: float | None
-    tokens_per_second: float
-    bytes_per_prompt: int
-    coverage: str
-    seeds: int = 0
-    ratio: float | None = None
-    ess: float | None = None
-    peak_gib: float = 0.0
-    by_layer: dict[str, float] = field(default_factory=dict)
-    by_type: dict[str, float] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing failed."""
-        return all(finding.level != FAIL for finding in self.findings)
-
-    @property
-    def verdict(self) -> str:
-        """All findings in one sentence."""
-        failed, doubtful = (
-            ", ".join(finding.name for finding in self.findings if finding.level == level)
-            for level in (FAIL, WARN)
-        )
-        if failed:
-            return f"do not sketch the pool yet: what failed ({failed}) would make its scores wrong"
-        if doubtful:
-            return f"the pool can be sketched, but read the warnings first ({doubtful})"
-        return (
-            f"the pool can be sketched: scores will be off by about {self.error:.4f}, where other validation prompts "
-            f"move them by {MOVED[0]} to {MOVED[1]}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self) | {"ok": self.ok, "verdict": self.verdict}
-
-    def pool(self, prompts: int) -> str:
-        """What a pool of so many prompts would cost, in words."""
-        gigabytes = prompts * self.bytes_per_prompt / 1e9
-        return (
-            f"{prompts:,} prompts: {_duration(prompts * self.seconds)} on this machine, a store of {gigabytes:.2g} GB "
-            f"in float32 ({gigabytes / 4:.2g} GB in int8)"
-        )
-
-    def __str__(self) -> str:
-        width = max(len(finding.name) for finding in self.findings)
-        mark = {OK: "ok     ", WARN: "warning", FAIL: "FAILED "}
-        lines = [f"{mark[f.level]}  {f.name:<{width}}  {f.text}" for f in self.findings]
-        return "\n".join([*lines, f"verdict: {self.verdict}"])
 
 
 def check_groups(
@@ -170,7 +56,7 @@ def check_groups(
     exact: bool | None = None,
     say: Callable[[str], Any] = lambda text: None,
 ) -> CheckReport:
-    """Hold the sketch to exact gradients on a sample of prompts.
+    """Compare sketches with exact gradients on a sample of prompts.
 
     Args:
         policy: the current policy.
@@ -194,8 +80,8 @@ def check_groups(
     >>> from dataclasses import replace
     >>> tokenize = t.Tokenize(None, 32, None, eos=False)
     >>> sample = [tokenize(replace(record, id=str(i), prompt_ids=[1, i])) for i in range(6)]
-    >>> found = check_groups(Policy(model), sample, spec=SketchSpec(dim=4096))
-    >>> found.method, found.prompts, found.ok
+    >>> report = check_groups(Policy(model), sample, spec=SketchSpec(dim=4096))
+    >>> report.method, report.prompts, report.ok
     ('exact', 6, True)
     """
     check_dropout(policy.model, "model")
@@ -269,7 +155,7 @@ def check_groups(
     say("trying other layouts, batches and attention")
     _invariances(policy, sample, first, sketched, report)
     report.peak_gib = peak_memory_gib(policy.device)
-    _verdict(policy, report, pool, exact_bytes(policy, coverage.names, len(sample)))
+    report.judge(policy.dtype, pool, exact_bytes(policy, coverage.names, len(sample)))
     return report
 
 
@@ -296,75 +182,6 @@ def _invariances(
             model.set_attn_implementation(before)
 
 
-def _verdict(policy: Policy, report: CheckReport, pool: int | None, needed: int) -> None:
-    """Every figure in words; ``needed``: bytes of the sample's exact gradients."""
-
-    def add(name: str, level: str, text: str) -> None:
-        report.findings.append(Finding(name, level, text))
-
-    against = (
-        "exact gradients"
-        if report.method == "exact"
-        else f"{report.seeds} other seed{'s' * (report.seeds > 1)} of the sketch; exact gradients would take "
-        f"{needed / 1e9:.1f} GB, --against exact"
-    )
-    strange = report.error > FAR * report.theory
-    level = FAIL if strange or report.error > ERROR_BAD else OK if report.error <= ERROR_OK else WARN
-    advice = (
-        "; no sketch is so far off by chance: report this model"
-        if strange
-        else "; a larger --dim makes it smaller"
-    )
-    add(
-        "sketch error",
-        level,
-        f"scores are off by {report.error:.4f} (rms over {report.prompts} prompts, against {against}); the theory's "
-        f"1/sqrt({report.dim}) is {report.theory:.4f}" + ("" if level == OK else advice),
-    )
-    if report.agreement is not None:
-        top = max(1, report.prompts // 4)
-        add(
-            "top quarter",
-            OK if report.agreement >= 0.5 else WARN,
-            f"{report.agreement:.0%} of the best {top} are found",
-        )
-    bound = ROUNDING.get(policy.dtype, 1e-3)
-    for name, value, what in (
-        ("layout", report.layouts, "a prompt's responses in one row or in rows of their own"),
-        ("batch", report.batches, "prompts together or alone"),
-        ("attention", report.attention, "the model's attention or eager attention"),
-    ):
-        if value is not None:
-            add(
-                name,
-                OK if value <= bound else FAIL,
-                f"{what}: sketches differ by {value:.1e} of their length (rounding: up to {bound:.0e})",
-            )
-    close = report.ratio is None or is_close(report.ratio, report.ess)
-    add(
-        "policy",
-        OK if close else WARN,
-        "ratio 1 is taken: no log-probs of the policy that made the responses are used"
-        if report.ratio is None
-        else policy_text(report.ratio, report.ess, "the tokens"),
-    )
-    add("coverage", OK, report.coverage.splitlines()[0])
-    if report.by_type:
-        ranked = sorted(report.by_type.items(), key=lambda pair: -pair[1])[:4]
-        add(
-            "gradient",
-            OK,
-            "squared norm by type: " + ", ".join(f"{kind} {share:.0%}" for kind, share in ranked),
-        )
-    slower = (
-        f"; an exact gradient takes {report.exact_seconds:.2f} s" if report.exact_seconds is not None else ""
-    )
-    rate = f"{report.seconds:.2f} s a prompt, {report.tokens_per_second:.0f} tokens/s{slower}"
-    add("cost", OK, f"{rate}; {report.peak_gib:.1f} GiB of memory at most, this check's included")
-    if pool:
-        add("pool", OK, report.pool(pool))
-
-
 def _coverage(policy: Policy, spec: SketchSpec, exclude: Sequence[str]) -> Coverage:
     with policy.sketcher(spec, tuple(exclude)) as sketcher:
         sketcher.check_model()  # which may find more gradients that have to be formed
@@ -388,13 +205,6 @@ def _rms(x: torch.Tensor) -> float:
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest relative difference between rows of two tables of sketches."""
     return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def check_job(

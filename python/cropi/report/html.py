@@ -45,10 +45,14 @@ STATUSES = ("ok", "skipped", "failed")
 class ReportInput:
     """What a report shows; everything but scores and selection may be missing.
 
-    ``groups`` are the training prompts' records, all of them or those that :func:`shown_in_full` names;
-    ``uncertainty``, ``neighbours`` (of some validation prompts) and ``check``
-    (:meth:`cropi.report.check.CheckReport.to_dict`) are what those functions gave; ``run`` are lines of configuration
-    and cost, ``command`` what repeats the run, ``unfinished`` what is missing of it.
+    Attributes:
+        groups: the training prompts' records, all of them or those that :func:`shown_in_full` names.
+        uncertainty_missing: why there is no ``uncertainty``.
+        neighbours: the nearest and the most opposed training prompts of some validation prompts, by their ids.
+        check: :meth:`cropi.report.check_report.CheckReport.to_dict`.
+        run: lines of configuration and cost.
+        command: the command line that repeats the run.
+        unfinished: what the run has not done yet, in words.
     """
 
     scores: Scores
