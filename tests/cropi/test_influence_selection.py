@@ -122,7 +122,7 @@ def test_sets_may_be_spread_over_stores_and_capped(tmp_path: Path) -> None:
 
 def test_max_valid_draws_any_prompts_and_no_neighbours(tmp_path: Path) -> None:
     one = make_store(tmp_path / "1", {f"p{i}": ("v", (2.0**i, 1.0)) for i in range(6)})
-    two = make_store(tmp_path / "2", {f"p{i}": ("v", (2.0 ** (i + 6), 1.0)) for i in range(6)})
+    two = make_store(tmp_path / "2", {f"q{i}": ("v", (2.0 ** (i + 6), 1.0)) for i in range(6)})
     means = [validation_means([one, two], max_valid=3, seed=seed)["v"] for seed in range(200)]
     drawn = [round(3 * float(mean[0])) for mean in means]  # a bit per prompt
     assert {bits.bit_count() for bits in drawn} == {3}, "without replacement"
