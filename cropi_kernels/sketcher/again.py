@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .precision import product_eps
 from .segments import Segments
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -87,5 +88,5 @@ def same(x: torch.Tensor, y: torch.Tensor) -> bool:
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     size = float(y.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()) if y.numel() else 0.0
-    bound = 2.0**7 * torch.finfo(y.dtype).eps
+    bound = 2.0**7 * product_eps(y)
     return torch.allclose(x.detach(), y.detach(), rtol=bound, atol=bound * size, equal_nan=True)

@@ -9,6 +9,7 @@ import torch
 
 from .accumulator import Accumulator
 from .exact import Exact
+from .precision import product_eps
 from .segments import Segments
 from .taps import NormTap, Tap
 
@@ -86,9 +87,7 @@ def norm(x: torch.Tensor) -> float:
 
 def unit_roundoff(x: torch.Tensor) -> float:
     """The unit roundoff of sums of ``x``. Sketches are float32, so it is at least that of float32."""
-    if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        return 2.0**-11
-    return max(torch.finfo(x.dtype).eps / 2, 2.0**-24)
+    return max(product_eps(x) / 2, 2.0**-24)
 
 
 def smallest(x: torch.Tensor) -> float:

@@ -1,4 +1,5 @@
-"""In which precision a scoring pass runs: that of the weights, whatever autocast a trainer has put around the model.
+"""In which precision a scoring pass runs: that of the weights, whatever autocast a trainer has put around the model;
+and how exact its products are.
 
 A fused pass calls the decoder and the head apart. A trainer with mixed precision wraps the whole model's forward in
 autocast, which neither part sees: the parts would run in one precision, and the model that they are compared with in
@@ -59,6 +60,23 @@ def trained_tokens(model: nn.Module) -> list[int]:
     """The tokens whose rows of an embedding are trained alone (PEFT's trainable tokens), in order."""
     held = (getattr(module, "token_indices", None) for module in model.modules())
     return sorted({i for one in held if isinstance(one, dict) for tokens in one.values() for i in tokens})
+
+
+def product_eps(x: torch.Tensor) -> float:
+    """eps of the arithmetic that makes products like ``x`` on its device: of tf32 or bfloat16 where products of float32
+    matrices may be rounded to these, else of ``x``'s own dtype.
+
+    transformers' `TrainingArguments` turn tf32 on by default, on every GPU that has it.
+    """
+    own = torch.finfo(x.dtype).eps
+    if x.dtype != torch.float32:
+        return own
+    matmul = torch.backends.cuda.matmul if x.is_cuda else getattr(torch.backends.mkldnn, "matmul", None)
+    # An older torch has the older switch alone. It cannot be read where the newer one was set: RuntimeError.
+    chosen = getattr(matmul, "fp32_precision", None)
+    if chosen is None:
+        chosen = "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(chosen, own)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,15 @@ def test_parts_of_a_prompt_add_up() -> None:
     assert (one._rows.read(slice(0, 1)) - other._rows.read(slice(0, 1))).norm() <= 2**-10
 
 
+def test_tensors_whose_axes_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of torch 2.11 has `names`, (None, None) of most, which are not those of a sketch's parameters."""
+    monkeypatch.setattr(torch.Tensor, "names", (None, None), raising=False)
+    selector, x = made(), rows(2)
+    selector.refresh(x)
+    selector.update(["p0"], x[:1], step=1)
+    assert selector.state_dict()["names"] == "" and np.isfinite(selector.scores(["p0"])[0])
+
+
 def test_several_validation_sets_count_alike() -> None:
     selector = made()
     a, b = rows(1, 1), rows(1, 2)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import cropi_kernels
-from cropi_kernels import ProjectionSpec, _cuda, project, project_transpose
+from cropi_kernels import ProjectionSpec, _cuda, _native, project, project_transpose
 from cropi_kernels.ops.project import cuda, reference
 from cropi_kernels.ops.project.columns import contiguous_columns
 from cropi_kernels.testing import PROJECTION_CASES, projection_magnitudes, sum_error_bound
@@ -170,6 +170,17 @@ def test_more_rows_than_the_workspace_holds(emulated: Callable[..., torch.Tensor
 
 
 # ------------------------------------------------------------------------------------------------------ dispatch
+def test_the_address_is_not_asked_for_as_that_of_a_cpus_memory(
+    emulated: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`_native.pointer` refuses a GPU's memory: on an H100, every call of these kernels was refused by it."""
+    x, spec = rows(2, 5000), ProjectionSpec(512)
+    monkeypatch.setattr(_native, "pointer", None)
+    got = emulated(x, spec)
+    monkeypatch.undo()
+    assert_same_map(got, x, spec, 0)
+
+
 def test_a_missing_build_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROPI_CUDA_LIBRARY", "no/such/file.so")
     _cuda._installed.cache_clear()

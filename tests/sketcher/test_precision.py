@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from types import MethodType
+from collections.abc import Callable, Iterator
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.names import canonical_name
+from cropi_kernels.sketcher.precision import product_eps
 from cropi_kernels.testing import sketch_gradients
 
 SPEC = SketchSpec(dim=1024)
@@ -298,3 +299,47 @@ def test_weights_of_one_segment_do_not_touch_the_bits_of_another_nor_do_zeros() 
     other[segment == 1] = torch.nan
     failed = sketches(make("llama"), batch, weigh=lambda logp, a, b: other[a:b])
     assert torch.equal(failed[0], first[0]) and bool(failed[1].isnan().all())
+
+
+# ------------------------------------------------------------------------------- products of float32 matrices
+ON_A_GPU: Any = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+MATMUL = torch.backends.cuda.matmul
+
+
+@pytest.fixture
+def switches() -> Iterator[Any]:
+    """The newer switch of all backends; afterwards, nothing has been chosen."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has the older switch alone")
+    yield torch.backends
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = MATMUL.fp32_precision = "none"
+
+
+def test_tf32_is_seen_by_either_switch(switches: Any) -> None:
+    """Read the older way, the newer one's choice is a RuntimeError: transformers makes it for every GPU with tf32."""
+    assert product_eps(ON_A_GPU) == 2.0**-23
+    switches.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError):
+        MATMUL.allow_tf32  # noqa: B018
+    assert product_eps(ON_A_GPU) == 2.0**-10
+    MATMUL.fp32_precision = "ieee"
+    assert product_eps(ON_A_GPU) == 2.0**-23
+    MATMUL.fp32_precision = "none"
+    switches.fp32_precision = "none"
+    MATMUL.allow_tf32 = True
+    assert product_eps(ON_A_GPU) == 2.0**-10
+    half = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True)
+    assert product_eps(half) == 2.0**-7  # type: ignore[arg-type]
+
+
+def test_products_of_a_cpu_in_bfloat16_are_seen(switches: Any) -> None:
+    assert product_eps(torch.zeros(1)) == 2.0**-23 and product_eps(torch.zeros(1).double()) == 2.0**-52
+    torch.set_float32_matmul_precision("medium")
+    assert product_eps(torch.zeros(1)) == 2.0**-7
+
+
+def test_sketches_where_transformers_has_chosen_tf32(switches: Any) -> None:
+    wanted = sketches(make("llama", torch.float32))
+    switches.fp32_precision = "tf32"
+    assert torch.equal(sketches(make("llama", torch.float32)), wanted)

@@ -21,10 +21,9 @@ def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: 
 
 def _call(adjoint: bool, x: torch.Tensor, spec: ProjectionSpec, y: torch.Tensor, offset: int) -> None:
     kernels = _cuda.kernels()
-    address, rows, n, x_stride, dtype = _native.matrix(x)
     call = _cuda.ProjectCall(
-        address, rows, n, x_stride, offset, *spec.key, spec.dim, spec.nnz, spec.keep_count, dtype,
-        spec.kind == "gaussian", spec.scale, y.data_ptr(), y.stride(0),
+        x.data_ptr(), *x.shape, x.stride(0), offset, *spec.key, spec.dim, spec.nnz, spec.keep_count,
+        _native.DTYPES[x.dtype], spec.kind == "gaussian", spec.scale, y.data_ptr(), y.stride(0),
     )  # fmt: skip
     dense = int(not spec.sparse)
     size = 0 if adjoint else kernels.cropi_project_workspace(ctypes.byref(call), dense)

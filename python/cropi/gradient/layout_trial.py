@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from cropi_kernels.sketcher.decoder import evaluating, split_parts
-from cropi_kernels.sketcher.precision import own_precision
+from cropi_kernels.sketcher.precision import own_precision, product_eps
 
 MEDIUM, LARGEST, LEAK = 4.0, 64.0, 2.0
 
@@ -216,7 +216,7 @@ def one_unit_off(model: Any) -> Iterator[None]:
     def move(module: torch.nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, torch.Tensor) or not output.is_floating_point():
             return output
-        eps = torch.finfo(output.dtype).eps
+        eps = product_eps(output)
         sign = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8) * 2 - 1
         return output * (1 + eps * sign.to(output.device, output.dtype))
 

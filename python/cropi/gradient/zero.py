@@ -19,11 +19,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from cropi.gradient.equal import all_cancel
 from cropi.gradient.estimators import Estimator
 from cropi.gradient.tokenize import TokenGroup
+from cropi_kernels.sketcher.precision import product_eps
 
 ZERO_GRADIENT = "zero gradient"  # the reason in a prompt's row
 ROUNDINGS = 32  # of a token, per layer, forward and backward
@@ -31,11 +30,11 @@ SMALL = 2.0**-8
 
 
 def rounding(model: Any) -> float:
-    """``sqrt(32 layers) u``, with u of the model's least precise dtype."""
+    """``sqrt(32 layers) u``, with u of the model's least precise dtype, or of tf32 where its products are."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = int(getattr(text, "num_hidden_layers", None) or 32)
-    eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=2**-23)
+    eps = max((product_eps(p) for p in model.parameters() if p.is_floating_point()), default=2**-23)
     return math.sqrt(ROUNDINGS * layers) * eps / 2
 
 

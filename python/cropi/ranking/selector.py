@@ -320,6 +320,8 @@ class Selector:
         return reduce_sketch(rows, self.dim, seed=self.spec.seed, version=self.spec.version).cpu(), origin
 
     def _origin(self, given: Any, what: str) -> str:
+        if isinstance(given, torch.Tensor):  # whose `names`, in torch 2.11, are those of its axes
+            return self._names
         spec, names = getattr(given, "spec", None), getattr(given, "names", None)
         if isinstance(spec, SketchSpec) and spec != self.spec:
             raise CropiError(f"{what} are of {spec}, but this Selector is for {self.spec}")
