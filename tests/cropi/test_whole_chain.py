@@ -283,7 +283,8 @@ def test_from_rollouts_to_chosen_prompts(estimator: str, world: Any) -> None:
 RULES: tuple[dict[str, Any], ...] = (
     {}, {"method": "rrf_classic"}, {"method": "rrf_classic", "rrf_constant": 3.0}, {"method": "max"},
     {"method": "mean"}, {"pool": "usable"}, {"per": "task"}, {"per": "task", "pool": "usable", "method": "max"},
-    {"min_score": 0.2}, {"dedup": 0.95}, {"dedup": 0.95, "per": "task"}, {"dedup": 0.95, "min_score": 0.0, "method": "mean"},
+    {"min_score": 0.2}, {"dedup": 0.95}, {"dedup": 0.95, "per": "task"},
+    {"dedup": 0.95, "min_score": 0.0, "method": "mean"},
 )  # fmt: skip
 
 
