@@ -88,6 +88,7 @@ def aborted(sample: dict[str, Any]) -> None:
         ("slime", lambda s: s.update(response_length=0), "response_length"),
         ("slime", lambda s: s.update(loss_mask=[0, 0, 0]), "loss_mask"),
         ("nemo-rl", lambda s: s.update(token_loss_mask=[[0] * 8]), "token_loss_mask"),
+        ("nemo-rl", lambda s: s.update(sample_loss_mask=[0.0]), "sample_loss_mask"),
         ("verl text", lambda s: s.update(output=""), "output"),
     ],
 )  # fmt: skip
@@ -101,6 +102,17 @@ def test_unused_samples_are_left_out_and_counted(
     assert [group.size for group in groups] == [2, 1] and groups[1].rewards == [1.0]
     shown = capsys.readouterr().out
     assert f"left out      1 samples: 1 by {reason}" in shown and f", {reason}: " in shown
+
+
+def test_rewards_beside_filtered_ones_are_those_of_other_rollouts(tmp_path: Path) -> None:
+    """NeMo-RL's dynamic sampling: ``rewards`` counts on over the prompts that were dropped."""
+    content = made("nemo-rl")
+    right = [line["rewards"] for line in content]
+    for line, others in zip(content, [[0.5], [0.5], *right], strict=False):
+        line |= {"filtered_rewards": line["rewards"], "rewards": others}
+    assert converted("nemo-rl", tmp_path, content) == 0
+    found = [reward for group in read_trajectories(tmp_path / "out.jsonl") for reward in group.rewards]
+    assert found == [reward for one in right for reward in one]
 
 
 def test_rows_of_verl_without_a_response_are_left_out(

@@ -2,8 +2,10 @@
 
 Every line is a JSON object whose values are lists over some of the step's rollouts (one, as a rule): ``token_ids`` and,
 of the same lengths, ``token_loss_mask`` (1 on response tokens), ``generation_logprobs`` and ``prev_logprobs``;
-``rewards``, ``input_lengths``, ``content``. Where ``rewards`` is a number, the line is one rollout. Rows that belong to
-one prompt are found by their prompt tokens. NeMo-RL writes no such file where NeMo-Gym does the logging.
+``rewards``, ``input_lengths``, ``sample_loss_mask``, ``content``. Where ``rewards`` is a number, the line is one
+rollout. Rows that belong to one prompt are found by their prompt tokens. With dynamic sampling ``rewards`` are those of
+all rollouts that were sampled, also of the prompts that were dropped, and do not belong to the tokens beside them:
+``filtered_rewards`` do. NeMo-RL writes no such file where NeMo-Gym does the logging.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 
 COLUMNS = ("token_ids", "token_loss_mask", "rewards", "input_lengths")
 LOGPROBS = ("generation_logprobs", "prev_logprobs")
+SAMPLE_MASK = "sample_loss_mask"
 
 
 def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file. Those without a token of the policy are left out, as in NeMo-RL's loss.
+    """The rollouts in one file. Those that NeMo-RL's loss leaves out are left out: without a token of the policy, or
+    masked as a whole (``sample_loss_mask``: overlong filtering).
 
     Args:
         path: ``train_data_step{N}.jsonl``; N is the step.
@@ -73,21 +77,24 @@ def _rows(where: str, line: dict[str, Any], id_key: str | None) -> list[tuple[st
                 shown(name),
                 f"is missing, so this is not training data of NeMo-RL (it has {names(line)})",
             )
+    if "filtered_rewards" in line:
+        line = line | {"rewards": line["filtered_rewards"]}
     if not isinstance(line["rewards"], list):
         return [(where, line)]
     columns = {name: values for name, values in line.items() if isinstance(values, list)}
     count = len(line["rewards"])
-    for name in (*COLUMNS, *(name for name in (*LOGPROBS, id_key) if name in columns)):
+    others = [name for name in (SAMPLE_MASK, *LOGPROBS, id_key) if name in columns]
+    for name in (*COLUMNS, *others):
         values = columns.get(name)
         if values is None or len(values) != count:
             got = shown(line[name]) if values is None else f"{len(values)} values"
             raise BadSample(
                 where, shown(name), f"should have one value for each of {count} rollouts, got {got}"
             )
-    wanted = [name for name in (*COLUMNS, *LOGPROBS, id_key) if name in columns]
     single = {id_key: line[id_key]} if id_key and id_key not in columns else {}
     return [
-        (f"{where}, rollout {i}", {name: columns[name][i] for name in wanted} | single) for i in range(count)
+        (f"{where}, rollout {i}", {name: columns[name][i] for name in (*COLUMNS, *others)} | single)
+        for i in range(count)
     ]
 
 
@@ -103,6 +110,8 @@ def _rollout(
             "input_lengths",
             f"is {shown(length)} for {len(tokens)} token_ids and {len(marks)} of token_loss_mask",
         )
+    if row.get(SAMPLE_MASK) is not None and finite(row[SAMPLE_MASK], SAMPLE_MASK, where) == 0:
+        raise Unused(where, SAMPLE_MASK, "is 0")
     tokens = token_ids(tokens[:length], "token_ids", where)
     marked = [t for t, value in enumerate(marks[:length]) if _mark(value, t, where)]
     if not marked:
