@@ -212,6 +212,34 @@ def test_resumed_run_is_the_run(at: int, tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+SEVERAL_USES: dict[str, dict[str, Any]] = {
+    "iterations": {"num_iterations": 2},
+    "slices": {"per_device_train_batch_size": 4, "steps_per_generation": 2},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("uses, at", [("iterations", 3), ("slices", 3), ("slices", 2)])
+def test_a_run_that_goes_on_keeps_its_generation_batches(
+    uses: str, at: int, files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each is used for two steps, and so the stages begin with batches of their own; TRL by itself would begin one at
+    the step at which it goes on, and use it beyond the next."""
+    settings = SEVERAL_USES[uses] | {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    runs = []
+    for checkpoint in (None, str(tmp_path / f"checkpoint-{at}")):
+        seen = Seen()
+        trainer = staged(tmp_path, {**files, "stage_steps": 2}, reward_funcs=[seen], **settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append((seen.ids, [p.detach() for p in trainer.model.parameters()]))
+    (whole, weights), (again, other) = runs
+    assert sorted(whole) == [0, 2, 4]
+    # The responses to the rest of a batch are sampled anew, to the same prompts.
+    assert again == {step if step > 2 else at: ids for step, ids in whole.items() if step >= 2}
+    assert ("within a generation batch" in caplog.text) == (at == 3)
+    assert at == 3 or all(torch.equal(a, b) for a, b in zip(weights, other, strict=True))
+
+
 @pytest.mark.long
 def test_resuming_with_other_settings_is_an_error(files: dict[str, Path], tmp_path: Path) -> None:
     run = dict(save_strategy="steps", save_steps=2, max_steps=4)

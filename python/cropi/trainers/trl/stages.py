@@ -48,6 +48,7 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stages.check_fresh()
+        self.stages.go_on()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The trainer's own count of epochs is not passed on; this one is exact, because an epoch has stage_steps steps.
@@ -152,6 +153,24 @@ class Stages(Recorder):
                 f"{self._earlier[0].name}: go on with trainer.train(resume_from_checkpoint=True), remove the "
                 "folder, or take another output_dir"
             )
+
+    def go_on(self) -> None:
+        """Of a run that was resumed: generation batches begin where they would have.
+
+        TRL counts its steps from 0 again. From a checkpoint within a generation batch all later ones would begin too
+        late, and the last one of a stage would be trained on in the next.
+        """
+        if not self._resumed:
+            return
+        trainer, args = self.trainer, self.trainer.args
+        trainer._step = done = self.step * args.gradient_accumulation_steps
+        every = args.steps_per_generation * trainer.num_iterations
+        if done % every:
+            logger.warning(
+                "step %d is within a generation batch: TRL samples its responses anew for the %d of its %d "
+                "micro-batches that are left; from a checkpoint where one ends, a run goes on as if it had not stopped",
+                self.step, every - done % every, every,
+            )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ stages
     def begin_stage(self, stage: int) -> None:

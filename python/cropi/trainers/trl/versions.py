@@ -38,8 +38,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
 ATTRIBUTES = (
     "accelerator", "args", "callback_handler", "eval_dataset", "is_deepspeed_enabled", "is_fsdp_enabled", "model",
     "num_generations", "num_iterations", "reward_func_names", "reward_weights", "shuffle_dataset", "state",
-    "temperature", "tools", "train_dataset", "_metrics", "_signature_columns", "_tokenizer", "num_generations_eval",
-    "rollout_func", "environment_factories",
+    "temperature", "tools", "train_dataset", "_metrics", "_signature_columns", "_step", "_tokenizer",
+    "num_generations_eval", "rollout_func", "environment_factories",
 )  # fmt: skip
 OPTIONS = (
     "disable_tqdm", "epsilon", "epsilon_high", "generation_batch_size", "gradient_accumulation_steps",
