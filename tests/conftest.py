@@ -3,6 +3,7 @@
 from support.fixtures import (  # noqa: F401
     fresh_warnings,
     level,
+    one_rank,
     poisoned,
     pytest_collection_modifyitems,
     surroundings,

@@ -7,18 +7,13 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+from support.commands import cropi
 from support.made_curriculum import config, make_folder
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
-from cropi.cli import main
 from cropi.cli.parser import vocab_width, width
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
-
-
-def cropi(*words: object) -> int:
-    return main([str(word) for word in words])
-
 
 WRONG_WORDS = [
     ("run --model m", "cropi run: error: the following arguments are required: --train, --valid, --out"),

@@ -14,9 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from support.commands import cropi, json_lines
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
-from cropi.cli import main
 from cropi.data.export import export
 from cropi.data.readers import read_trajectories
 from cropi.data.scan import LossyTokens
@@ -30,15 +30,6 @@ from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import group_rollouts
 from cropi.trainers.dumps.verl import read_dump as read_verl
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
-
-
-def cropi(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
 
 # ----------------------------------------------------------------------------------------------------- exports
 ROWS = [{"prompt": [{"role": "user", "content": f"q{i}"}], "reward_model": {"ground_truth": str(i)},
@@ -58,7 +49,7 @@ def test_rows_of_a_dataset_are_copied_whole_and_best_first(tmp_path: Path, parqu
     table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
     assert table.to_pylist() == [ROWS[4], ROWS[1]] and table.schema.metadata[b"made"] == b"by us"
     export(tmp_path / "out.jsonl", ["4", "1"], format="jsonl", dataset=parquet)
-    assert lines(tmp_path / "out.jsonl") == [ROWS[4], ROWS[1]]
+    assert json_lines(tmp_path / "out.jsonl") == [ROWS[4], ROWS[1]]
     export(tmp_path / "out.json", ["4", "1"], format="indices", dataset=parquet)
     assert json.loads((tmp_path / "out.json").read_text()) == [4, 1]
     named = write_lines(tmp_path / "named.jsonl", [{"name": f"p{i}", "question": i} for i in range(3)])
@@ -104,7 +95,7 @@ def test_without_a_dataset_the_prompts_come_from_the_records(tmp_path: Path) -> 
     records = make_records(5)
     source = write_lines(tmp_path / "t.jsonl", [record | {"level": 3} for record in records])
     export(tmp_path / "out.jsonl", [records[3]["id"], records[0]["id"]], trajectories=[source])
-    got = lines(tmp_path / "out.jsonl")
+    got = json_lines(tmp_path / "out.jsonl")
     assert [row["id"] for row in got] == [records[3]["id"], records[0]["id"]]
     assert (
         set(got[0]) == {"id", "prompt", "answer", "task", "level"}
@@ -173,8 +164,8 @@ def test_select_exports_from_the_command_line(tmp_path: Path, capsys: pytest.Cap
         0,
     ]
     assert cropi(*base, "--export", tmp_path / "out.jsonl", "--dataset", tmp_path / "data.jsonl") == 0
-    ids = [row["id"] for row in lines(tmp_path / "selected.jsonl")]
-    assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == ids and len(ids) == 2
+    ids = [row["id"] for row in json_lines(tmp_path / "selected.jsonl")]
+    assert [row["id"] for row in json_lines(tmp_path / "out.jsonl")] == ids and len(ids) == 2
     assert "export        2 prompts as jsonl" in capsys.readouterr().out
     named = {"out.parquet": "parquet", "out.txt": "ids", "out.json": "indices", "out.rows": "jsonl"}
     for name, form in named.items():

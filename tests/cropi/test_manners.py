@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
 import cropi
+import cropi_kernels
 from cropi.cli import COMMANDS, main, make_parser
 from cropi.ranking.selection import read_selection
 
@@ -71,6 +73,23 @@ def test_help_says_every_default_and_every_command_has_the_manners() -> None:
                 lacking.append(f"{name} {action.option_strings[0]} ({action.default!r})")
         assert "%(" not in parser.format_help()
     assert not lacking, lacking
+
+
+def test_the_example_of_every_command_can_be_given_to_it() -> None:
+    for name, parser in parsers():
+        example = str(parser.epilog).removeprefix("example:\n  ")
+        words = shlex.split(example)
+        assert words[0] == "cropi" and " ".join(words[1:]).startswith(name), example
+        make_parser().parse_args(words[1:])  # a wrong word ends the process
+        titles = [group.title for group in parser._action_groups]
+        assert len(set(titles)) == len(titles), f"{name} has two groups of options of one title"
+
+
+def test_completion_in_python_shows_public_names_only() -> None:
+    for module in (cropi, cropi_kernels):
+        assert {name for name in dir(module) if not name.startswith("__")} == {*module.__all__} - {
+            "__version__"
+        }
 
 
 # --------------------------------------------------------------------------------------------------------- JSON

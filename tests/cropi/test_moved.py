@@ -26,11 +26,6 @@ PACKAGES = {
     "cropi.trainers.slime": ["read_dump"],
     "cropi.trainers.nemo_rl": ["read_dump"],
 }
-NEEDS = {
-    "cropi.trainers.scoring": "trl",
-    "cropi.curriculum.in_process": "trl",
-    "cropi.trainers.options": "trl",
-}
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.stores import sketches_of
 
 import cropi
 from cropi.errors import CropiError
@@ -37,10 +38,6 @@ def trained(optimizer: str = "AdamW", steps: int = 3, **options: Any) -> tuple[A
         made.step()
         made.zero_grad()
     return model, made
-
-
-def sketches(store: SketchStore) -> dict[str, torch.Tensor]:
-    return {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
 
 
 def expected(model: Any, scale: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
@@ -85,7 +82,7 @@ def run(model: Any, tmp_path: Path, **options: Any) -> dict[str, torch.Tensor]:
     path = write_lines(tmp_path / "records.jsonl", make_records(8))
     job = SketchJob([path], tmp_path / "out", spec=SPEC, **options)
     sketch(Policy(model, make_tokenizer()), job, progress=False)
-    return sketches(SketchStore.open(tmp_path / "out"))
+    return sketches_of(SketchStore.open(tmp_path / "out"))
 
 
 def close(made: dict[str, torch.Tensor], right: dict[str, torch.Tensor], bound: float) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.made_data import make_model, make_tokenizer, write_lines
+from support.stores import sketches_of
 
 import cropi
 from cropi.cli import main
@@ -49,10 +50,6 @@ def records(count: int, seed: int, sets: int = 0) -> list[dict[str, Any]]:
 
 
 TRAIN, VALID = records(7, 1), records(4, 2, sets=2)
-
-
-def rows_of(store: SketchStore) -> dict[str, torch.Tensor]:
-    return {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table.clone())}
 
 
 def exact(model: Any, given: list[dict[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
@@ -116,11 +113,11 @@ def test_contributions_are_those_of_exact_gradients_sketched_group_by_group() ->
 
 def test_the_groups_add_up_to_the_sketch_of_all_parameters() -> None:
     model = make_model()
-    whole = rows_of(cropi.sketch(model, TRAIN, **GIVEN))
+    whole = sketches_of(cropi.sketch(model, TRAIN, **GIVEN))
     for how in ({"layer_groups": 2}, {"groups": ["attention=*self_attn*", "others=rest"]}):
         store = cropi.sketch(model, TRAIN, **how, **GIVEN)
         assert store.dim == len(store.groups) * 1024
-        for name, row in rows_of(store).items():
+        for name, row in sketches_of(store).items():
             parts = row.view(len(store.groups), 1024)
             # 32 numbers of the accumulator are added to one of 1024, in two orders.
             assert float((parts.sum(0) - whole[name]).abs().max()) <= 2.0**-24 * 40 * float(
@@ -134,8 +131,10 @@ def test_scaled_gradients_have_the_same_groups() -> None:
     model(input_ids=torch.arange(2, 14)[None], labels=torch.arange(2, 14)[None]).loss.backward()
     made.step()
     made.zero_grad()
-    whole = rows_of(cropi.sketch(model, VALID, optimizer_state=made, **GIVEN))
-    for name, row in rows_of(cropi.sketch(model, VALID, optimizer_state=made, groups=NAMED, **GIVEN)).items():
+    whole = sketches_of(cropi.sketch(model, VALID, optimizer_state=made, **GIVEN))
+    for name, row in sketches_of(
+        cropi.sketch(model, VALID, optimizer_state=made, groups=NAMED, **GIVEN)
+    ).items():
         assert float((row.view(3, 1024).sum(0) - whole[name]).norm()) <= 1e-5 * float(whole[name].norm())
 
 
@@ -166,8 +165,8 @@ def test_every_store_dtype_keeps_the_sum(dtype: str) -> None:
     assert scores.contributions is not None
     np.testing.assert_allclose(scores.contributions.sum(axis=2), scores.table, atol=1e-6)
     rows, mean = (
-        rows_of(train),
-        torch.stack([x for i, x in enumerate(rows_of(valid).values()) if i % 2 == 0]).mean(0),
+        sketches_of(train),
+        torch.stack([x for i, x in enumerate(sketches_of(valid).values()) if i % 2 == 0]).mean(0),
     )
     for row, parts in zip(scores.rows, scores.contributions[:, 0]):
         x = rows[row.id].double()
@@ -195,8 +194,8 @@ def test_a_run_that_is_killed_goes_on_with_equal_bits_and_shares_merge(tmp_path:
     assert len(SketchStore.open(tmp_path / "cut")) == 3
     again = cropi.sketch(make_model(), TRAIN, out=tmp_path / "cut", **given)
     whole = cropi.sketch(make_model(), TRAIN, out=tmp_path / "whole", **given)
-    assert rows_of(again).keys() == rows_of(whole).keys() == {record["id"] for record in TRAIN}
-    assert all(torch.equal(rows_of(again)[name], row) for name, row in rows_of(whole).items())
+    assert sketches_of(again).keys() == sketches_of(whole).keys() == {record["id"] for record in TRAIN}
+    assert all(torch.equal(sketches_of(again)[name], row) for name, row in sketches_of(whole).items())
     halves = [
         cropi.sketch(make_model(), TRAIN[a:b], out=tmp_path / f"h{a}", **given) for a, b in ((0, 3), (3, 7))
     ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.first_release import as_first_release
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.stores import sketches_of
 
 import cropi.gradient.layout
 import cropi.model.policy
@@ -29,10 +30,6 @@ from cropi_kernels import SketchSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 SPEC = SketchSpec(dim=1024)
-
-
-def sketches(store: SketchStore) -> dict[str, torch.Tensor]:
-    return {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
 
 
 def test_three_stores_hash_check_and_tap_the_model_once(
@@ -95,7 +92,7 @@ def test_memory_holds_what_a_folder_holds(tmp_path: Path) -> None:
         sketch(policy, SketchJob([path], on_disk, SPEC, store_dtype=dtype), progress=False)
         summary = sketch(policy, SketchJob([path], None, SPEC, store_dtype=dtype), progress=False)
         assert isinstance(summary.store, MemoryStore) and summary.store.expected == 8
-        want, got = sketches(SketchStore.open(on_disk)), sketches(summary.store)
+        want, got = sketches_of(SketchStore.open(on_disk)), sketches_of(summary.store)
         assert want.keys() == got.keys() and all(torch.equal(got[name], want[name]) for name in want)
         assert summary.store.rows() == [
             replace(a, row=b.row) for a, b in zip(SketchStore.open(on_disk).rows(), summary.store.rows())

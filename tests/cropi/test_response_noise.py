@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.stores import sketches_of
 
 import cropi
 from cropi.cli import main
@@ -63,10 +64,6 @@ def test_a_draw_needs_three_responses_and_two_rewards() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- its sketch
-def rows_of(store: SketchStore) -> dict[str, torch.Tensor]:
-    return {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
-
-
 @pytest.mark.parametrize("name", ["cropi", "ppo", "dapo"])
 def test_sketches_of_noise_are_those_of_autograd(name: str) -> None:
     """The objective written out in float64, one response at a time, with B in the place of A; A decides what is
@@ -114,7 +111,7 @@ def test_sketches_of_noise_are_those_of_autograd(name: str) -> None:
         model, records, tokenizer, noise=True, stage="7", estimator=name, dim=DIM, progress=False,
         behaviour_check="off",
     )  # fmt: skip
-    found = rows_of(store)
+    found = sketches_of(store)
     assert found.keys() == wanted.keys()
     reason = {row.id: row.reason for row in store.rows()}["two"]
     assert reason == "two responses: their noise cannot be told from the gradient"
@@ -317,7 +314,7 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         main(["sketch", "--trajectories", str(train), "--out", str(tmp_path / "n"), "--noise", *common]) == 0
     )
     sampled, by_hand = (SketchStore.open(path) for path in (sketches / "noise-train", tmp_path / "n"))
-    assert rows_of(sampled).keys() == rows_of(by_hand).keys()
+    assert sketches_of(sampled).keys() == sketches_of(by_hand).keys()
     words = ["influence", "--train", str(sketches / "train"), "--valid", str(sketches / "valid")]
     words += [
         "--noise",

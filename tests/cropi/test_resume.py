@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.stores import content, equal
 
 from cropi.model.policy import Policy
 from cropi.sketching.interrupt import Interrupt
@@ -20,19 +20,6 @@ from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
-
-
-def content(path: Path) -> dict[str, tuple[Any, ...]]:
-    store = SketchStore.open(path)
-    sketches = {r.id: s for kept, table in store.shards() for r, s in zip(kept, table)}
-    return {
-        row.id: (row.status, row.reason, row.norm, row.extra, sketches.get(row.id)) for row in store.rows()
-    }
-
-
-def equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    same = one[-1] is other[-1] is None or torch.equal(one[-1], other[-1])
-    return one[:-1] == other[:-1] and same
 
 
 @pytest.mark.long
@@ -72,7 +59,7 @@ def test_a_resumed_store_has_the_same_bits(
     assert stops >= 5, "it was hardly stopped at all"
     whole, cut = content(tmp_path / "whole"), content(tmp_path / "cut")
     assert whole.keys() == cut.keys() and len(whole) == 24
-    assert all(equal(whole[name], cut[name]) for name in whole)
+    assert equal(whole, cut)
 
 
 # The process that runs the tests may ignore signals (nohup, a shell's background job), which its children inherit.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.commands import json_lines
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
 import cropi
@@ -29,17 +30,13 @@ def has_digit(prompt: Any, response: str, answer: str) -> float:
     return float(answer in response)
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def rolled(
     out: Path, model: Any, tokenizer: Any = None, asked: Any = None, **options: Any
 ) -> list[dict[str, Any]]:
     given = {"n": 4, "max_tokens": 10, "progress": False, "rows": 12} | options
     tokenizer = tokenizer or make_tokenizer(chat=True)
     cropi.rollout(model, asked or prompts(), given.pop("reward", has_digit), out, tokenizer, **given)
-    return lines(out)
+    return json_lines(out)
 
 
 def teacher_forced(model: Any, record: dict[str, Any], k: int) -> torch.Tensor:
@@ -150,7 +147,7 @@ def test_a_model_that_padding_moves_is_given_prompts_of_one_length(tmp_path: Pat
 
 def rolled_policy(out: Path, policy: Any) -> list[dict[str, Any]]:
     cropi.rollout(policy, prompts(), has_digit, out, n=2, max_tokens=6, progress=False)
-    return lines(out)
+    return json_lines(out)
 
 
 def test_what_is_sampled_is_the_policys_distribution(tmp_path: Path) -> None:
@@ -240,7 +237,7 @@ def test_a_finished_file_takes_more_prompts_and_refuses_other_settings(tmp_path:
         rolled(out, model, seed=1)
     with pytest.raises(CropiError, match="weights"):
         rolled_part(out, model)
-    assert lines(out) == more
+    assert json_lines(out) == more
 
 
 def rolled_part(out: Path, model: Any) -> None:
@@ -281,7 +278,7 @@ def test_memory_that_runs_out_makes_smaller_batches(tmp_path: Path, monkeypatch:
 def test_prompts_of_a_trajectory_file_are_rolled_out_again(tmp_path: Path) -> None:
     old = write_lines(tmp_path / "old.jsonl", make_records(3))
     made = rolled(tmp_path / "new.jsonl", make_model(), make_tokenizer(), asked=str(old))
-    for before, after in zip(lines(old), made):
+    for before, after in zip(json_lines(old), made):
         same = ("id", "prompt", "answer", "task")
         assert [before[key] for key in same] == [after[key] for key in same]
         assert after["responses"] != before["responses"] and len(after["rewards"]) == 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.commands import json_lines
 from support.made_data import make_model, make_tokenizer
 from support.served import Served, serve
 
@@ -32,10 +32,6 @@ def reward(prompt: Any, response: str, answer: str) -> float:
     return float(answer in response)
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def asked(out: Path, server: Served, rows: Any = None, **options: Any) -> list[dict[str, Any]]:
     given = {
         "engine": "openai-url",
@@ -47,7 +43,7 @@ def asked(out: Path, server: Served, rows: Any = None, **options: Any) -> list[d
     }
     given |= {"progress": False, "api_key": "CROPI_TEST_KEY"} | options
     cropi.rollout(server.model, rows or prompts(), reward, out, server.tokenizer, **given)
-    return lines(out)
+    return json_lines(out)
 
 
 @pytest.fixture
@@ -247,7 +243,7 @@ def test_vllm_is_called_for_exact_log_probs(tmp_path: Path, monkeypatch: pytest.
     given: dict[str, Any] = {"engine": "vllm", "n": 3, "max_tokens": 5, "progress": False}
     name = str(tmp_path / "model")
     cropi.rollout(name, prompts(), reward, tmp_path / "out.jsonl", temperature=0.7, **given)
-    check_exact(model, lines(tmp_path / "out.jsonl"))
+    check_exact(model, json_lines(tmp_path / "out.jsonl"))
     assert calls == [{"model": name, "dtype": "auto", "mode": "processed_logprobs", "length": 17}]
     with pytest.raises(CropiError, match="top_k or top_p at temperature 0.7: vLLM gives log-probs of"):
         cropi.rollout(name, prompts(), reward, tmp_path / "x.jsonl", temperature=0.7, top_p=0.9, **given)

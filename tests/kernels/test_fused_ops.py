@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tensors import normal
 
 from cropi_kernels import (
     SketchSpec,
@@ -22,10 +23,6 @@ LENGTHS = [1, 0, 127, 129, 3, 0]  # of segments: around the 128 tokens of a part
 OFFSETS = torch.tensor([0, *LENGTHS]).cumsum(0)
 TOKENS, EPS = int(OFFSETS[-1]), 1e-5
 BACKENDS = ["cpu", "reference"]
-
-
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

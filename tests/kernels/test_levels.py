@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_calls import OFFSETS, OPS, PLAN, A, D, rand
+from support.op_calls import OFFSETS, OPS, PLAN, A, D
+from support.tensors import normal
 
 from cropi_kernels import (
     CsrRows,
@@ -75,15 +76,15 @@ def displaced(x: torch.Tensor) -> torch.Tensor:
 
 SPEC = ProjectionSpec(64, kind="sjlt", nnz=2)
 CSR = CsrRows(torch.tensor([0, 2, 3]), torch.tensor([5, 70, 5]), torch.tensor([1.0, 2.0, 3.0]), 100)
-HEAD, TARGETS = rand(60, 40, seed=4), torch.arange(9)
+HEAD, TARGETS = normal(60, 40, seed=4), torch.arange(9)
 CALLS: dict[str, tuple[list[torch.Tensor], Callable[..., Any]]] = {
     "project": ([A], lambda x: project(x, SPEC)),
     "project, float64": ([A.double()], lambda x: project(x, SPEC, backend="cpu")),
     "project, out": ([A], lambda x: project(x, SPEC, out=torch.zeros(9, 64))),
-    "project_transpose": ([rand(3, 64)], lambda y: project_transpose(y, SPEC, 50)),
+    "project_transpose": ([normal(3, 64)], lambda y: project_transpose(y, SPEC, 50)),
     "project_csr": ([*CSR[:3]], lambda *x: project_csr(CsrRows(*x, 100), SPEC)),
     "logprob_and_grad": (
-        [A, HEAD, TARGETS, rand(60), rand(9)],
+        [A, HEAD, TARGETS, normal(60), normal(9)],
         lambda h, w, t, bias, by: logprob_and_grad(h, w, t, lambda p, a, b: by[a:b], bias=bias)[1],
     ),
     "offsets": ([D, A, OFFSETS], lambda d, a, o: sketch_linear(d, a, o, PLAN, torch.zeros(3, 32768))),
@@ -141,7 +142,7 @@ def test_activations_at_any_byte_are_sketched() -> None:
             return move(self.up(move(self.norm(move(x)))))
 
     torch.manual_seed(0)
-    model, x, sketches = Model(), rand(2, 7, 20).requires_grad_(), []
+    model, x, sketches = Model(), normal(2, 7, 20).requires_grad_(), []
     for odd in (False, True):
         model.odd = odd
         with (

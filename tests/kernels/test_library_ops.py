@@ -23,8 +23,8 @@ from support.op_calls import (
     A,
     D,
     X,
-    rand,
 )
+from support.tensors import normal
 from torch import library
 
 import cropi_kernels
@@ -70,8 +70,8 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
         (A, ROWS, OFFSETS, OUT.clone(), recipe_of(TIED), "reference"),
     ],
     "sketch_vector": [
-        (rand(3, 40), OUT.clone(), recipe_of(NORM), None),
-        (rand(3, 40).double(), OUT.double(), recipe_of(NORM), "reference"),
+        (normal(3, 40), OUT.clone(), recipe_of(NORM), None),
+        (normal(3, 40).double(), OUT.double(), recipe_of(NORM), "reference"),
     ],
     "norm_grad": [
         (A, A + 1, OFFSETS, 1e-6, True, True, None),
@@ -79,9 +79,9 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
         (A.double(), A, OFFSETS, 1e-6, False, True, None),
     ],
     "row_products": [
-        (A, rand(2, 40), None, 0, 0, None),
-        (torch.ones(3, 5, dtype=torch.uint8), rand(2, 40), rand(3, 4), 1, 1, "cpu"),
-        (A.to(torch.int8), rand(2, 40), rand(9, 1), 0, 0, "reference"),
+        (A, normal(2, 40), None, 0, 0, None),
+        (torch.ones(3, 5, dtype=torch.uint8), normal(2, 40), normal(3, 4), 1, 1, "cpu"),
+        (A.to(torch.int8), normal(2, 40), normal(9, 1), 0, 0, "reference"),
     ],
     "rms_norm": [
         (A, A[0], 1e-6, None),

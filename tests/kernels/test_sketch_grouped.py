@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.fixtures import LEVELS
+from support.tensors import normal
 
 from cropi_kernels import MatrixPlan, SketchSpec, fold_inputs, plan_matrix, sketch_grouped, sketch_linear
 from cropi_kernels.ops.sketch_linear import coordinates
@@ -38,10 +39,6 @@ SHAPES = [
 # Tokens of group g in segment s: none, one, around the 256 after which sums are flushed; whole groups and segments
 # without any.
 LENGTHS = [[1, 0, 20], [0, 0, 0], [257, 0, 3], [2, 0, 0], [0, 0, 5], [30, 0, 255], [4, 0, 2]]
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support.tensors import normal
 
 from cropi_kernels import SketchSpec
 from cropi_kernels.sketcher.matrix import MatrixSketch, TensorMatrix, matrix_sketch
@@ -21,10 +22,6 @@ SPECS = [
     SketchSpec(kind="tensor", dim=64),
     SketchSpec(kind="tensor", dim=32768),
 ]
-
-
-def normal(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def allowed(matrix: MatrixSketch, d: torch.Tensor, a: torch.Tensor) -> float:

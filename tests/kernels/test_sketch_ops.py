@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from support.tensors import normal
 
 from cropi_kernels import (
     MatrixPlan,
@@ -56,10 +57,6 @@ SHAPES = [
     (513, 129, 64, 131072),
     (9, 513, 256, 32768),
 ]
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def offsets_of(lengths: list[int]) -> torch.Tensor:

@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from support.tensors import normal
 
 from cropi_kernels import (
     SketchSpec,
@@ -29,10 +30,6 @@ from cropi_kernels.testing import countsketch_variance, fold_variance, slab_vari
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 Z = 5.0
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def z_score(samples: list[float], expected: float) -> float:

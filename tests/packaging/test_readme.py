@@ -175,8 +175,9 @@ def test_loop_of_a_trainer_runs() -> None:
 def test_trl_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands in docs/trl.md, but on a small model and rollouts of its vocabulary."""
     pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
+    from support.commands import json_lines
     from support.made_data import make_model, make_tokenizer
-    from support.trl_runs import lines, selected, stored
+    from support.trl_runs import selected, stored
 
     make_model().save_pretrained(tmp_path / "model")
     make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
@@ -193,7 +194,7 @@ def test_trl_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     exec(compile(code, "docs/trl.md", "exec"), {})
-    notes = lines(tmp_path / "trl-out" / "cropi" / "stages.jsonl")
+    notes = json_lines(tmp_path / "trl-out" / "cropi" / "stages.jsonl")
     assert [(note["step"], note["selected"]) for note in notes] == [(0, 4), (2, 4)]
     assert len(selected(tmp_path / "trl-out", 1)) == 4
 

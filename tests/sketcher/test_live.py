@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from support import live as made
 from support import odd_models, zoo
@@ -294,13 +292,6 @@ def test_ids_per_token() -> None:
 
 
 # ---------------------------------------------------------------------------------------- models in wrappers
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_data_parallel(one_rank: None) -> None:
     model, step = zoo.make("llama"), Step()
     want = captured(zoo.make("llama"), made.grpo)

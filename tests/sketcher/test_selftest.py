@@ -15,7 +15,6 @@ from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.sketcher import SelfTestError
 
 SPEC = SketchSpec(width=16, vocab_width=64)
-DOWN = "model.layers.0.mlp.down_proj"
 
 
 def layer(model: Any) -> Any:

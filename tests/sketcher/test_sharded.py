@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from support import zoo
 from support.launch import on_ranks
 from torch import nn
@@ -61,13 +59,6 @@ def test_mixed_precision_costs_what_bfloat16_costs() -> None:
 
 
 # ------------------------------------------------------------------------------------------- refused in words
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def refused(model: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GradientSketcher(model, SketchSpec())

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from cropi_kernels import GradientSketcher, SketchSpec, canonical_name, token_logprobs
 from support import moe, zoo
+from support.tensors import off
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 GROUPS = {"first": ["*layers.0.*"], "norms": ["*.1.*norm*"], "others": ["rest"]}
@@ -107,10 +108,6 @@ def through_batch(sketcher: GradientSketcher, model: nn.Module, batch: zoo.Batch
 def gathered(model: nn.Module) -> int:
     """Numbers of parameters that this rank holds whole though they should be sharded."""
     return sum(p.numel() for p in model.parameters() if not hasattr(p, "placements"))
-
-
-def off(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float(((x - y).norm(dim=1) / y.norm(dim=1)).max())
 
 
 def bfloat16_sketches(model: nn.Module, batch: zoo.Batch) -> torch.Tensor:

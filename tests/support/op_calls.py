@@ -26,6 +26,7 @@ from cropi_kernels import (
     swiglu,
     swiglu_backward,
 )
+from support.tensors import normal
 
 SPEC = SketchSpec(width=16, vocab_width=16)
 PLAN = plan_matrix(SPEC, "model.layers.0.mlp.up_proj.weight", 20, 40)
@@ -34,12 +35,8 @@ TIED = plan_matrix(SPEC, "lm_head.weight", 60, 40, "tied")
 NORM = plan_vector(SPEC, "model.norm.weight", 40)
 
 
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-D, A, X, OUT = rand(9, 20), rand(9, 40, seed=1), rand(9, 60, seed=2), rand(3, 32768, seed=3)
-HEAD = rand(60, 40, seed=4)
+D, A, X, OUT = normal(9, 20), normal(9, 40, seed=1), normal(9, 60, seed=2), normal(3, 32768, seed=3)
+HEAD = normal(60, 40, seed=4)
 OFFSETS, RANGES = torch.tensor([0, 4, 4, 9]), torch.tensor([0, 2, 2, 4, 4, 5, 9])
 ROWS = torch.tensor([1, 5, 5, 0, 59, 2, 2, 7, 7])
 
@@ -69,7 +66,7 @@ OPS = {
         {"x": A, "out": OUT}, lambda b, x, out: sketch_embedding(x, ROWS, OFFSETS, TIED, out, backend=b)
     ),
     "sketch_vector": OpCall(
-        {"gradient": rand(3, 40), "out": OUT},
+        {"gradient": normal(3, 40), "out": OUT},
         lambda b, gradient, out: sketch_vector(gradient, NORM, out, backend=b),
     ),
     "norm_grad": OpCall(

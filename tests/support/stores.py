@@ -11,11 +11,16 @@ import torch
 from cropi.store.store import SketchStore
 
 
+def sketches_of(store: SketchStore) -> dict[str, torch.Tensor]:
+    """The sketch of every prompt that has one."""
+    return {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table.clone())}
+
+
 def content(store: Path | SketchStore) -> dict[str, tuple[Any, ...]]:
     """Every row by its prompt: all that is known of it but its place, and its sketch or None."""
     if isinstance(store, Path):
         store = SketchStore.open(store)
-    sketches = {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
+    sketches = sketches_of(store)
     return {row.id: (*asdict(replace(row, row=None)).values(), sketches.get(row.id)) for row in store.rows()}
 
 

@@ -30,6 +30,7 @@ from transformers.distributed import DistributedConfig
 
 from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
 from support import moe, zoo
+from support.tensors import off
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 LAYER = "model.layers.*."
@@ -128,10 +129,6 @@ def through_batch(sketcher: GradientSketcher, model: nn.Module, batch: zoo.Batch
 def widened(model: nn.Module) -> nn.Module:
     """In float64, which the grouped kernels of experts do not take."""
     return moe.eager(model.double()) if hasattr(model.config, "num_experts_per_tok") else model.double()
-
-
-def off(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float(((x - y).norm(dim=1) / y.norm(dim=1)).max())
 
 
 def found_on(case: str, mesh: DeviceMesh) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cropi.trainers.trl import Curriculum, Recording, curriculum, recording
 from cropi_kernels import SketchSpec
+from support.commands import json_lines
 from support.made_data import make_model, make_records, make_tokenizer
 
 SPEC = SketchSpec(dim=1024)
@@ -79,14 +80,9 @@ def _given(out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     return given | {"args": arguments(out, **fields)}
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def selected(out: Path, stage: int) -> list[str]:
     """The ids that a stage trained on, best first."""
-    return [row["id"] for row in lines(out / "cropi" / f"stage-{stage:04d}" / "selected.jsonl")]
+    return [row["id"] for row in json_lines(out / "cropi" / f"stage-{stage:04d}" / "selected.jsonl")]
 
 
 def stored(path: Path, *, seed: int, count: int, sets: list[str] | None = None, **changes: Any) -> Path:

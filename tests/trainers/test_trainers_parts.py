@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pytest
 import torch
+from support.commands import json_lines
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.data.prompt_ids import PromptIds
@@ -72,10 +72,6 @@ def record(name: str, step: int, **more: Any) -> dict[str, Any]:
     return {"id": name, "prompt": "p", "responses": ["é", "b"], "rewards": [0, 1], "step": step} | more
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_log_goes_on_after_an_unfinished_line(tmp_path: Path) -> None:
     log = RolloutLog(tmp_path / "new", 3)
     log.append("train", [record("a", 0)])
@@ -86,7 +82,7 @@ def test_log_goes_on_after_an_unfinished_line(tmp_path: Path) -> None:
         file.write(b'{"id": "half' + b"x" * 200_000)
     again = RolloutLog(tmp_path / "new", 3)
     again.append("train", [record("b", 1), record("c", 1)])
-    assert [r["id"] for r in read(path)] == ["a", "b", "c"]
+    assert [r["id"] for r in json_lines(path)] == ["a", "b", "c"]
     path.write_bytes(b"no newline at all")
     cut_unfinished_line(path)
     assert path.read_bytes() == b""
@@ -118,7 +114,7 @@ def test_a_record_that_does_not_fit_on_the_disk_is_an_error_and_harms_no_other(t
     ):
         log.append("train", [record("b", 0)])
     log.append("train", [record("c", 1)])
-    assert [r["id"] for r in read(log.path("train"))] == ["a", "c"]
+    assert [r["id"] for r in json_lines(log.path("train"))] == ["a", "c"]
 
 
 def test_rewind_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:
@@ -130,11 +126,11 @@ def test_rewind_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:
         log.append("valid", [record("c", 1)])
     rewind(tmp_path, sizes)
     assert [path.name for path in log_files(tmp_path, "*")] == ["train-rank00000.jsonl"]
-    assert read(tmp_path / "train-rank00000.jsonl") == [record("a", 0)]
+    assert json_lines(tmp_path / "train-rank00000.jsonl") == [record("a", 0)]
     with pytest.raises(CropiError, match="has 0 bytes, but the checkpoint knows of 9: rollouts"):
         rewind(tmp_path, {"train-rank00007.jsonl": 9})
     # Nothing is cut when something is missing.
-    assert read(tmp_path / "train-rank00000.jsonl") == [record("a", 0)]
+    assert json_lines(tmp_path / "train-rank00000.jsonl") == [record("a", 0)]
 
 
 def test_merge_keeps_one_record_a_prompt(tmp_path: Path) -> None:
@@ -147,13 +143,13 @@ def test_merge_keeps_one_record_a_prompt(tmp_path: Path) -> None:
     out = tmp_path / "merged.jsonl"
     for logs in ([first, second], [second, first]):
         assert merge_rollouts(logs, out) == 2
-        assert [(r["id"], r["n"]) for r in read(out)] == [("a", 3), ("b", 4)]
+        assert [(r["id"], r["n"]) for r in json_lines(out)] == [("a", 3), ("b", 4)]
     with pytest.raises(CropiError, match="no rollout has been recorded yet"):
         merge_rollouts([], out)
     (tmp_path / "bad.jsonl").write_text("[1]\n")
     with pytest.raises(CropiError, match="bad.jsonl: a line is not a recorded rollout"):
         merge_rollouts([tmp_path / "bad.jsonl"], out)
-    assert [(r["id"], r["n"]) for r in read(out)] == [("a", 3), ("b", 4)]
+    assert [(r["id"], r["n"]) for r in json_lines(out)] == [("a", 3), ("b", 4)]
 
 
 def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:
@@ -161,7 +157,7 @@ def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:
     newer = write_lines(tmp_path / "newer.jsonl", [record("b", 5), record("c", 5)])
     counts = replace_records([stored], newer, tmp_path / "both.jsonl")
     assert (counts.replaced, counts.unknown, counts.without_logprobs) == (1, 1, 2)
-    assert [(r["id"], r["step"]) for r in read(tmp_path / "both.jsonl")] == [("a", 0), ("b", 5)]
+    assert [(r["id"], r["step"]) for r in json_lines(tmp_path / "both.jsonl")] == [("a", 0), ("b", 5)]
 
 
 # ------------------------------------------------------------------------------------------------- stores

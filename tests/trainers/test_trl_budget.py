@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-from support.trl_runs import Seen, lines, selected, staged, stored  # noqa: E402
+from support.commands import json_lines  # noqa: E402
+from support.trl_runs import Seen, selected, staged, stored  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
 from cropi.ranking.table import read_scores  # noqa: E402
@@ -52,7 +53,7 @@ def test_stages_within_a_share_of_the_tokens_and_a_resumed_run(
             resume_from_checkpoint=str(out / "checkpoint-3")
         )
     assert [selected(whole, stage) for stage in range(3)] == [selected(again, stage) for stage in range(3)]
-    notes = lines(whole / "cropi" / "stages.jsonl")
+    notes = json_lines(whole / "cropi" / "stages.jsonl")
     for stage, note in enumerate(notes):
         folder = whole / "cropi" / f"stage-{stage:04d}"
         plan = json.loads((folder / "anew.json").read_text())
@@ -70,7 +71,7 @@ def test_a_share_of_the_time(files: dict[str, Path], tmp_path: Path) -> None:
     """The first stage scores all; the second nothing, where a millionth of its time pays for nothing."""
     trainer = staged(tmp_path, files | {"budget": 1e-6, "fraction": 0.25}, max_steps=4, eval_dataset=None)
     trainer.train()
-    first, second = lines(tmp_path / "cropi" / "stages.jsonl")
+    first, second = json_lines(tmp_path / "cropi" / "stages.jsonl")
     assert (first["left"], second["anew"]) == (0, 0) and first["anew"] == second["left"] == first["usable"]
     assert len(selected(tmp_path, 1)) == 4
     assert trainer._cropi.seconds() > 0

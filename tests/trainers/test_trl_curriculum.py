@@ -15,7 +15,8 @@ from support.made_data import make_model, make_tokenizer
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-from support.trl_runs import SPEC, Seen, lines, selected, staged, stored  # noqa: E402
+from support.commands import json_lines  # noqa: E402
+from support.trl_runs import SPEC, Seen, selected, staged, stored  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
 from cropi.model.policy import Policy  # noqa: E402
@@ -88,7 +89,7 @@ def test_stages_train_on_selected_prompts_only(files: dict[str, Path], tmp_path:
         assert set(seen.ids[2 * stage]) | set(seen.ids[2 * stage + 1]) == set(chosen)
     for ids in seen.ids.values():
         assert len(ids) == 8 and len(set(ids[:4])) == len(set(ids[4:])) == 1 and ids[0] != ids[4]
-    notes = lines(tmp_path / "cropi" / "stages.jsonl")
+    notes = json_lines(tmp_path / "cropi" / "stages.jsonl")
     assert [(n["stage"], n["step"], n["pool"], n["selected"], n["dataset"]) for n in notes] == [
         (0, 0, 16, 4, 20), (1, 2, 16, 4, 20), (2, 4, 16, 4, 20),
     ]  # fmt: skip
@@ -136,9 +137,9 @@ def test_recorded_rollouts_feed_the_next_stage(tmp_path: Path) -> None:
     warm = {i for step in (0, 1) for i in seen.ids[step]}
     assert len(warm) == 4
     assert set(selected(tmp_path, 1)) < warm and len(selected(tmp_path, 1)) == 2
-    assert {r["set"] for r in lines(tmp_path / "cropi/rollouts/valid.jsonl")} == {"valid"}
-    newest = {r["id"]: r["step"] for r in lines(tmp_path / "cropi/rollouts/train-rank00000.jsonl")}
-    assert {r["id"]: r["step"] for r in lines(tmp_path / "cropi/rollouts/train.jsonl")} == newest
+    assert {r["set"] for r in json_lines(tmp_path / "cropi/rollouts/valid.jsonl")} == {"valid"}
+    newest = {r["id"]: r["step"] for r in json_lines(tmp_path / "cropi/rollouts/train-rank00000.jsonl")}
+    assert {r["id"]: r["step"] for r in json_lines(tmp_path / "cropi/rollouts/train.jsonl")} == newest
 
 
 @pytest.mark.long
@@ -147,10 +148,12 @@ def test_use_recorded_replaces_stored_rollouts(files: dict[str, Path], tmp_path:
         tmp_path, {**files, "use_recorded": True, "behaviour": "current", "keep_sketches": True}, max_steps=4
     )
     trainer.train()
-    used = {g["id"]: g for g in lines(tmp_path / "cropi/stage-0001/both-train.jsonl")}
+    used = {g["id"]: g for g in json_lines(tmp_path / "cropi/stage-0001/both-train.jsonl")}
     store = SketchStore.open(tmp_path / "cropi/stage-0001/sketches-train-00000")
     assert {row.id for row in store.rows()} == set(used), "the merged records are what is sketched"
-    recorded = {r["id"]: r for r in lines(tmp_path / "cropi/rollouts/train-rank00000.jsonl") if r["step"] < 2}
+    recorded = {
+        r["id"]: r for r in json_lines(tmp_path / "cropi/rollouts/train-rank00000.jsonl") if r["step"] < 2
+    }
     assert len(used) == 16 and recorded and set(recorded) <= set(used)
     for name, group in used.items():
         assert group.get("step") == (recorded[name]["step"] if name in recorded else None)
@@ -202,7 +205,7 @@ def test_resumed_run_is_the_run(at: int, tmp_path: Path) -> None:
     assert seen_again.ids == {step: ids for step, ids in seen.ids.items() if step >= at}
     logs = [tmp_path / name / "cropi/rollouts/train-rank00000.jsonl" for name in runs]
     assert logs[0].read_bytes() == logs[1].read_bytes()
-    notes = [lines(tmp_path / name / "cropi/stages.jsonl") for name in runs]
+    notes = [json_lines(tmp_path / name / "cropi/stages.jsonl") for name in runs]
     assert [[{**note, "seconds": 0} for note in run] for run in notes] == [
         [{**n, "seconds": 0} for n in notes[0]]
     ] * 2

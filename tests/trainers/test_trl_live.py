@@ -13,8 +13,9 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 
+from support.commands import json_lines
 from support.made_data import make_model, make_tokenizer
-from support.trl_runs import SPEC, lines, staged, stored
+from support.trl_runs import SPEC, staged, stored
 
 from cropi.errors import CropiError
 from cropi.ranking.alike import prompt_features
@@ -132,7 +133,7 @@ def test_lora(tmp_path: Path, valid: Path) -> None:
 def test_stages_are_drawn_from_what_steps_have_shown(tmp_path: Path, valid: Path) -> None:
     trainer = staged(tmp_path / "out", LIVE | {"valid": valid}, max_steps=6)
     trainer.train()
-    notes = lines(tmp_path / "out" / "cropi" / "stages.jsonl")
+    notes = json_lines(tmp_path / "out" / "cropi" / "stages.jsonl")
     assert [note["selected"] for note in notes] == [10, 10, 10]
     assert notes[0]["new"] == 10 and notes[0]["score"] is None
     assert notes[2]["seen"] >= 4 and notes[2]["seconds_sketching"] > 0

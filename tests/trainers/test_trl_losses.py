@@ -13,7 +13,8 @@ from support.made_data import make_model, make_tokenizer
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-from support.trl_runs import arguments, dataset, digits, lines, staged, stored  # noqa: E402
+from support.commands import json_lines  # noqa: E402
+from support.trl_runs import arguments, dataset, digits, staged, stored  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
 from cropi.gradient.estimators import Estimator, sequence_behaviour  # noqa: E402
@@ -166,4 +167,4 @@ def test_the_curriculum_sketches_the_loss_that_is_trained(tmp_path: Path) -> Non
     other.train()
     (store, *_) = sorted((tmp_path / "b").rglob("sketches-train*"))
     assert SketchStore.open(store).manifest["estimator"]["name"] == "cropi"
-    assert len(lines(tmp_path / "a" / "cropi" / "stages.jsonl")) == 1
+    assert len(json_lines(tmp_path / "a" / "cropi" / "stages.jsonl")) == 1

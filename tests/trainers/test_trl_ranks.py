@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.slow
 
-from support.trl_runs import lines, selected, stored  # noqa: E402
+from support.commands import json_lines  # noqa: E402
+from support.trl_runs import selected, stored  # noqa: E402
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
@@ -86,7 +87,7 @@ def test_ranks_share_a_budget(out: Path, tmp_path: Path) -> None:
     for row in read_scores(later / "scores.parquet").rows:
         if row.status == "ok":
             assert row.extra.get("scored_at") == (None if row.id in again else "0")
-    stages = lines(out / "bounded" / "cropi" / "stages.jsonl")
+    stages = json_lines(out / "bounded" / "cropi" / "stages.jsonl")
     assert [note["anew"] for note in stages] == [len(plans[0]["ids"]), len(again)]
 
 
@@ -97,10 +98,10 @@ def test_resumed_ranks_go_on_where_they_were(out: Path) -> None:
 
 
 def test_logs_hold_whole_groups(out: Path) -> None:
-    whole = [lines(out / f"whole-groups/cropi/rollouts/train-rank0000{rank}.jsonl") for rank in (0, 1)]
+    whole = [json_lines(out / f"whole-groups/cropi/rollouts/train-rank0000{rank}.jsonl") for rank in (0, 1)]
     assert [len(log) for log in whole] == [4, 4]  # each rank writes its own groups
     folder = out / "cut-groups/cropi/rollouts"
-    cut = lines(folder / "train-rank00000.jsonl")
+    cut = json_lines(folder / "train-rank00000.jsonl")
     assert not (folder / "train-rank00001.jsonl").exists()  # rank 0 writes those that were cut in two
     assert len(cut) == 4 * 3 and all(len(r["rewards"]) == len(r["logprobs"]) == 4 for r in cut)
     seen = [note["seen"] for note in notes(out, "cut-groups")]

@@ -13,7 +13,8 @@ from support.made_data import make_model, make_tokenizer
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-from support.trl_runs import SPEC, Seen, dataset, digits, lines, recorded  # noqa: E402
+from support.commands import json_lines  # noqa: E402
+from support.trl_runs import SPEC, Seen, dataset, digits, recorded  # noqa: E402
 
 from cropi.data.readers import read_trajectories  # noqa: E402
 from cropi.data.scan import scan  # noqa: E402
@@ -64,7 +65,7 @@ def test_logprobs_are_those_of_the_sampling_policy(shape: dict[str, Any], tmp_pa
     )
     policies = {0: make_model()}
     trainer.train()
-    records = lines(tmp_path / LOG)
+    records = json_lines(tmp_path / LOG)
     steps = sorted({record["step"] for record in records})
     assert len(steps) >= 2 and [r["step"] for r in records] == sorted(r["step"] for r in records)
     assert {s: list(dict.fromkeys(i)) for s, i in seen.ids.items()} == {
@@ -93,7 +94,7 @@ def test_file_goes_through_the_sketcher_with_ratio_one(tmp_path: Path) -> None:
     trainer = recorded(tmp_path, max_steps=2, learning_rate=0.0)
     trainer.train()
     merged = tmp_path / "train.jsonl"
-    assert merge_rollouts([tmp_path / LOG], merged) == len({r["id"] for r in lines(tmp_path / LOG)})
+    assert merge_rollouts([tmp_path / LOG], merged) == len({r["id"] for r in json_lines(tmp_path / LOG)})
     found = scan([merged])
     assert found.with_ids == found.with_logprobs == found.prompts and not found.bad
     job = SketchJob(trajectories=[merged], out=tmp_path / "store", spec=SPEC, behaviour="auto")
@@ -141,9 +142,9 @@ def test_record_holds_what_was_generated(tmp_path: Path) -> None:
     trainer = recorded(tmp_path, model=model, max_steps=3, **options)
     trainer.train()
     tokenizer = make_tokenizer()
-    flat = [(r["id"], t, w) for r in lines(tmp_path / LOG) for t, w in zip(r["responses"], r["rewards"])]
+    flat = [(r["id"], t, w) for r in json_lines(tmp_path / LOG) for t, w in zip(r["responses"], r["rewards"])]
     assert flat == [(i, text, pytest.approx(2 * v + (0.0 if "0" in text else 0.5))) for i, text, v in kept]
-    for record in lines(tmp_path / LOG):
+    for record in json_lines(tmp_path / LOG):
         assert tokenizer.decode(record["prompt_ids"]) == record["prompt"] and record["task"] in (
             "sum0",
             "sum1",
@@ -152,7 +153,7 @@ def test_record_holds_what_was_generated(tmp_path: Path) -> None:
         for ids, text, cut in zip(record["response_ids"], record["responses"], record["truncated"]):
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
             assert cut == (ids[-1] != 1) and len(ids) <= 8
-    cuts = [cut for record in lines(tmp_path / LOG) for cut in record["truncated"]]
+    cuts = [cut for record in json_lines(tmp_path / LOG) for cut in record["truncated"]]
     assert len(cuts) == len(kept) == 24 and 4 <= sum(cuts) <= 20, "some end by themselves, some are cut"
 
 
@@ -163,7 +164,7 @@ def test_responses_without_a_score_are_left_out(tmp_path: Path) -> None:
 
     trainer = recorded(tmp_path, reward_funcs=reward, train_dataset=dataset(4), max_steps=4)
     trainer.train()
-    records = lines(tmp_path / LOG)
+    records = json_lines(tmp_path / LOG)
     assert {r["id"] for r in records} == {"p0-000", "p0-001", "p0-002"}
     for record in records:
         sizes = {
@@ -218,7 +219,7 @@ def test_collect_writes_a_trajectory_file_of_a_dataset(tmp_path: Path) -> None:
     assert not list((tmp_path).glob(".*")) and not (tmp_path / "cropi").exists()
     worst = max(
         float((torch.tensor(line).double() - exact_logprobs(make_model(), record, k)).abs().max())
-        for record in lines(tmp_path / "train.jsonl")
+        for record in json_lines(tmp_path / "train.jsonl")
         for k, line in enumerate(record["logprobs"])
     )
     assert worst < TOLERANCE

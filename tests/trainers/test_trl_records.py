@@ -21,7 +21,8 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-from support.trl_runs import dataset, digits, lines, recorded, staged  # noqa: E402
+from support.commands import json_lines  # noqa: E402
+from support.trl_runs import dataset, digits, recorded, staged  # noqa: E402
 
 from cropi.data.readers import read_trajectories  # noqa: E402
 from cropi.data.records import parse_record  # noqa: E402
@@ -112,7 +113,7 @@ def test_ids_in_nested_columns_are_recorded(tmp_path: Path) -> None:
         remove_unused_columns=True,
     )  # fmt: skip
     trainer.train()
-    assert {r["id"] for r in lines(tmp_path / LOG)} <= {f"p0-{i:03d}" for i in range(20)}
+    assert {r["id"] for r in json_lines(tmp_path / LOG)} <= {f"p0-{i:03d}" for i in range(20)}
 
 
 COLUMNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -156,7 +157,7 @@ def test_responses_with_rewards_that_cannot_be_used_are_left_out(
 
     with caplog.at_level(logging.WARNING):
         recorded(tmp_path, reward_funcs=reward, max_steps=2).train()
-    records = lines(tmp_path / LOG)
+    records = json_lines(tmp_path / LOG)
     assert len(records) == 4
     good = [value for k, value in enumerate(given) if k % 4 != 2]
     assert [value for record in records for value in record["rewards"]] == pytest.approx(good)
@@ -176,7 +177,7 @@ def test_a_function_without_a_finite_number_is_null_in_the_record(tmp_path: Path
     trainer.train()
     text = (tmp_path / LOG).read_text()
     assert "Infinity" not in text and "NaN" not in text
-    for record in lines(tmp_path / LOG):
+    for record in json_lines(tmp_path / LOG):
         assert [entry["other"] for entry in record["rewards_by_function"]] == [None] * 4
 
 
@@ -228,7 +229,7 @@ def test_a_record_that_cannot_be_read_is_an_error_when_it_is_written(
     log.append("train", [GOOD])
     with pytest.raises(CropiError, match=rf"prompt 'a' \(step 4\) make no record.*({words})"):
         log.append("train", [GOOD, GOOD | change])
-    assert lines(tmp_path / "train-rank00000.jsonl") == [GOOD]  # not even the good one before it
+    assert json_lines(tmp_path / "train-rank00000.jsonl") == [GOOD]  # not even the good one before it
     assert parse_record(checked_line(GOOD, "x"), "x").rewards == [0.0, 1.0]
 
 

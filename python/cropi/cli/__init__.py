@@ -10,27 +10,27 @@ from typing import Any
 
 from cropi.cli import manners
 from cropi.cli.manners import Plain, conclude, speaking
-from cropi.cli.parser import Parser, ShowVersion
+from cropi.cli.parser import Parser, ShowVersion, about
 from cropi.cli.streams import lasting_streams
 from cropi.errors import printable_lines
 
 __all__ = ["COMMANDS", "Plain", "main", "make_parser"]
 
 COMMANDS = {
-    "rollout": "responses of a model to prompts, scored by a reward function: trajectories for all that follows",
+    "rollout": "sample responses to prompts and score them by a reward function: trajectories for the other commands",
     "sketch": "sketch the policy gradient of every prompt in trajectory files",
     "influence": "score training sketches against validation sketches",
     "select": "choose the best fraction of the prompts",
     "run": "sketch, influence and select in one, from a command line or a config file",
-    "check": "hold the sketch to exact gradients on some of the prompts: its error, what a pool costs, a verdict",
-    "report": "one HTML page: what was chosen, why, and whether to believe it",
-    "convert": "a trainer's rollout dumps to trajectory records",
-    "curriculum": "stages of selecting and training, from one config file",
+    "check": "compare sketches with exact gradients on some of the prompts: the error, what a pool costs, a verdict",
+    "report": "write one HTML page: what was chosen, why, and whether to believe it",
+    "convert": "write a trainer's rollout dumps as trajectory records",
+    "curriculum": "select and train in stages, from one config file",
     "store": "merge, verify, compact or export stores of sketches",
-    "bench": "what the kernels take on this machine, beside what it can do at most",
-    "env": "versions, machine and kernels, for a report of a fault",
-    "info": "what a file or a folder holds: all that these commands read and write",
-    "completion": "a script by which bash or zsh completes commands, options and files",
+    "bench": "time the kernels on this machine, beside the least that they could take",
+    "env": "show versions, machine and kernels, for a report of a fault",
+    "info": "show what a file or a folder holds, of all that these commands read and write",
+    "completion": "print a script by which bash or zsh completes commands, options and files",
 }
 
 
@@ -73,15 +73,13 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="cropi",
         description="Choose the training prompts that help most, from stored rollouts, by sketched policy gradients.",
+        epilog="`cropi COMMAND --help` explains a command and its options.",
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        # A prefix of an option is not an option: scripts would break when a longer one is added.
-        command = commands.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
-        )
         module = import_module(f"cropi.cli.{name}")
+        command = commands.add_parser(name, **about(summary, module.EXAMPLE))
         module.add_options(command)
         manners.add_options(command)
         command.set_defaults(run=module.run, parser=command)

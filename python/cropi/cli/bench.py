@@ -8,11 +8,16 @@ from pathlib import Path
 
 from cropi.cli.manners import tell
 
+EXAMPLE = "cropi bench --out before.json"
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
     command.add_argument(
-        "--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)"
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="where the kernels run: cpu, cuda, cuda:1, ... (default: cpu)",
     )
     command.add_argument(
         "--dtype",

@@ -11,6 +11,8 @@ from cropi.cli.manners import tell
 from cropi.cli.parser import count
 from cropi.options import Reading, Sketching
 
+EXAMPLE = "cropi check --model Qwen/Qwen2.5-0.5B-Instruct --trajectories train.jsonl --out out/check.json"
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""

@@ -10,6 +10,8 @@ SHELLS = ("bash", "zsh")
 # What stands for a file or a folder in help texts.
 FILES = ("FILE", "FOLDER", "PATH")
 
+EXAMPLE = "cropi completion bash"
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""

@@ -9,6 +9,8 @@ from cropi.cli.manners import tell
 from cropi.cli.parser import Parser, positive
 from cropi.options import SOURCES
 
+EXAMPLE = "cropi convert rollouts/*.jsonl --out train.jsonl"
+
 
 def add_options(command: Parser) -> None:
     """Declare the options."""
@@ -35,6 +37,7 @@ def add_options(command: Parser) -> None:
     command.add_argument(
         "--temperature",
         type=float,
+        metavar="X",
         help="temperature of the sampling, on which log-probs depend (default: what the dump says, as prime-rl's and "
         "requests do)",
     )
@@ -57,8 +60,8 @@ def add_options(command: Parser) -> None:
         "--max-gib",
         type=positive,
         default=16.0,
-        metavar="N",
-        help="largest dump that is read (default 16 GiB)",
+        metavar="X",
+        help="size of the largest dump that is read, in GiB (default: 16)",
     )
     command.add_argument(
         "--columns",

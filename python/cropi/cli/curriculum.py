@@ -9,10 +9,12 @@ from typing import Any
 from cropi.cli import options
 from cropi.cli.config import apply_config
 from cropi.cli.manners import tell
-from cropi.cli.parser import Parser
+from cropi.cli.parser import Parser, option_group
 from cropi.cli.sketch import notes
 from cropi.errors import CropiError
 from cropi.options import Influence, Reading, Rescoring, Selecting, Sketching
+
+EXAMPLE = "cropi curriculum examples/curriculum.yaml"
 
 
 def add_options(command: Parser) -> None:
@@ -21,28 +23,28 @@ def add_options(command: Parser) -> None:
         "config", metavar="CONFIG.yaml",
         help=".yaml or .toml with any of these options, by their long names; the command line wins over it",
     )  # fmt: skip
-    group = command.add_argument_group("curriculum")
-    group.add_argument(
+    own = option_group(command, "curriculum")
+    own.add_argument(
         "--out",
         metavar="FOLDER",
         help="where everything is written; a curriculum that was begun there is continued",
     )
-    group.add_argument("--stages", type=int, help="how many stages; may be raised later")
-    group.add_argument("--steps", type=int, help="training steps per stage, for the trainer")
-    group.add_argument(
+    own.add_argument("--stages", type=int, metavar="N", help="how many stages; may be raised later")
+    own.add_argument("--steps", type=int, metavar="N", help="training steps per stage, for the trainer")
+    own.add_argument(
         "--trainer", metavar="COMMAND|trl",
         help="a shell command with {model} {selected} {records} {dataset} {stage} {steps} {total_steps} {rollouts} "
         "{out} {python}, or trl to train in this process",
     )  # fmt: skip
-    group.add_argument(
+    own.add_argument(
         "--trained-model", metavar="PATH", default="{out}",
         help="where the trainer's command leaves the new policy (default: {out})",
     )  # fmt: skip
-    group.add_argument(
+    own.add_argument(
         "--accept-changes", action="store_true",
         help="go on with settings or trajectories that differ from those of finished stages",
     )  # fmt: skip
-    files = command.add_argument_group("trajectories")
+    files = option_group(command, "trajectories")
     files.add_argument("--train", nargs="+", default=[], metavar="FILE", help="training trajectories")
     files.add_argument(
         "--valid", nargs="+", default=[], metavar="FILE",
@@ -57,7 +59,7 @@ def add_options(command: Parser) -> None:
     )  # fmt: skip
     files.add_argument(
         "--rollouts-when", default="first", choices=("first", "every"),
-        help="before the first stage only (default), or at every stage with the current policy",
+        help="before the first stage only, or at every stage with the current policy (default: first)",
     )  # fmt: skip
     options.add_export_options(command)
     # Later stages read folders that training wrote, never a model of the hub or an adapter.

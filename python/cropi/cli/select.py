@@ -12,6 +12,8 @@ from cropi.cli.manners import tell
 from cropi.cli.parser import Parser
 from cropi.options import Reading, Selecting
 
+EXAMPLE = "cropi select --scores scores.parquet --fraction 0.1 --out selected.jsonl"
+
 
 def add_options(command: Parser) -> None:
     """Declare the options."""

@@ -15,6 +15,8 @@ from cropi.cli.parser import count, shard
 from cropi.errors import CropiError
 from cropi.options import Reading, Sketching
 
+EXAMPLE = "cropi sketch --model Qwen/Qwen2.5-0.5B-Instruct --trajectories train.jsonl --out sketches/train"
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""

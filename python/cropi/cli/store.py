@@ -7,9 +7,16 @@ from pathlib import Path
 
 from cropi.cli import manners
 from cropi.cli.manners import tell
-from cropi.cli.parser import count
+from cropi.cli.parser import about, count
 
 _SIZE = 1 << 28
+EXAMPLES = {
+    "merge": "cropi store merge sketches/all sketches/part-1 sketches/part-2",
+    "verify": "cropi store verify out/sketches/train",
+    "compact": "cropi store compact out/sketches/train",
+    "export": "cropi store export out/sketches/train --out sketches.npy",
+}
+EXAMPLE = EXAMPLES["merge"]
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -30,7 +37,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
             "--shard-bytes", type=count, default=_SIZE, metavar="N",
             help=f"about the size of a file of the store (default: {_SIZE})",
         )  # fmt: skip
-    export = _action(actions, "export", "the sketches as a NumPy or parquet file, the prompts' ids with them")
+    export = _action(
+        actions, "export", "write the sketches as a NumPy or parquet file, the prompts' ids with them"
+    )
     export.add_argument("store", metavar="FOLDER", help="a store")
     export.add_argument(
         "--out", required=True, metavar="FILE", help="the file; of npy, the ids go to FILE.rows.jsonl"
@@ -49,9 +58,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def _action(
     actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str
 ) -> argparse.ArgumentParser:
-    action = actions.add_parser(
-        name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False
-    )
+    action = actions.add_parser(name, **about(what, EXAMPLES[name]))
     manners.add_options(action, inner=True)
     return action
 
