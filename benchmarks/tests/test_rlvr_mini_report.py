@@ -110,9 +110,8 @@ def test_a_step_by_parts(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         numbers = [float(cell) for cell in row[4:]]
         assert 0 <= numbers[0] <= NANO.prompts and numbers[1] <= numbers[2]
         assert sum(numbers[3:6]) <= numbers[6] + 2  # parts of the whole, to the digits written
-    assert rows[6][6] == rows[6][5] and float(rows[4][6]) > float(
-        rows[4][5]
-    )  # a row a micro-batch pads nothing
+    # A row a micro-batch pads nothing.
+    assert rows[6][6] == rows[6][5] and float(rows[4][6]) > float(rows[4][5])
 
 
 def test_choices_of_levers_under_a_trained_policy(work: Path, tmp_path: Path) -> None:
