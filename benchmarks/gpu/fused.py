@@ -72,14 +72,15 @@ def gate() -> dict[str, Any]:
     fold = common.kernel_milliseconds([lambda: fold_inputs(h, plan)])
     backward = common.kernel_milliseconds([lambda: swiglu_backward(dh, gates, ups)])
     errors = [compared(a, b) for a, b in zip((h, *gradients), eager(), strict=True)]
-    same = folded is not None and torch.equal(folded, fold_inputs(h, plan))
+    assert folded is not None
+    apart = compared(folded, fold_inputs(h, plan))  # blocks are added in another order
     row = timed(common.milliseconds(eager), forward, backward, GATE) | judged(errors)
     own = {
         "forward_without_fold_us": alone["ms"] * 1000,
         "fold_alone_us": fold["ms"] * 1000,
         "fold_prediction_us": FOLD,
     }
-    return row | own | {"fold_bits": same, "ok": row["ok"] and same}
+    return row | own | {"fold_roundings_apart": apart, "ok": row["ok"] and apart <= 0.1}
 
 
 def timed(

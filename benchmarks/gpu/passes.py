@@ -43,7 +43,7 @@ def profiled(run: Callable[[], Any]) -> dict[str, Any]:
 OURS = {
     "slab_kernel", "fold_kernel", "reduce_partials_kernel", "norm_kernel", "sums_kernel", "rows_kernel",
     "vector_kernel", "tail_kernel", "chunks_kernel", "forward_kernel", "backward_kernel", "rms_kernel",
-    "rms_backward_kernel", "swiglu_kernel", "swiglu_backward_kernel",
+    "rms_backward_kernel", "swiglu_kernel", "swiglu_fold_kernel", "swiglu_backward_kernel",
 }  # fmt: skip
 
 

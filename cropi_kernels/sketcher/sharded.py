@@ -135,7 +135,8 @@ def root_around(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
 @contextlib.contextmanager
 def whole(model: nn.Module, module: nn.Module) -> Iterator[None]:
     """Inside, the module's own weights are whole without a call of it; a tensor-parallel rank's weights stay parts."""
-    if not units(model) or not any(is_spread(p) for p in module.parameters(recurse=False)):
+    # In this order: every pass asks, and a walk over all modules takes a millisecond in which a GPU has nothing to do.
+    if not any(is_spread(p) for p in module.parameters(recurse=False)) or not units(model):
         yield
         return
     owner: Any = next(u for u in reversed(units(model)) if any(m is module for m in _of_unit(u)))

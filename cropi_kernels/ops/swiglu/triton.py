@@ -1,7 +1,7 @@
 """Triton kernels behind `swiglu` and `swiglu_backward`: every operand read once, every result written once.
 
-The forward walks over the columns as `fold_kernel` does, and adds what it has just computed to the folded copy: the
-fold of down_proj's inputs costs no read of its own, and has the bits that `fold_inputs` would give.
+The forward adds what it has just computed to the folded copy: the fold of down_proj's inputs costs no read of its own. It
+adds a fold's blocks in another order than `fold_inputs` does, and may differ from it by the rounding of float32 sums.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from ... import _native, _triton
 from ..._launch import Launch
 from ...plan import MatrixPlan
 from .._device_plan import matrix_tables
-from ..sketch_linear.triton import FOLD_TOKENS
 
-BACKWARD_COLUMNS = 1024
-PLAIN_COLUMNS = 64  # of a step, where nothing is folded
-MOST_REGISTERS = 64  # said, or ptxas takes 40 for compute capability 10 and spills two of them
+# Of a step. Measured on an H100, 16384 x 8960: the forward takes 288 us (512 columns 285, 2048 289), with a fold 304 (2048
+# columns 321); pieces of 64 columns, as `fold_kernel` has them, took 366 and 455.
+COLUMNS = 1024
+
+
+def columns(cols: int) -> int:
+    """Of a program where nothing is folded."""
+    return min(COLUMNS, max(16, _triton.next_power_of_two(cols)))
 
 
 @triton.jit
@@ -32,48 +36,60 @@ def _sigmoids(z):
     return tl.where(z < 0, small, large), tl.where(z < 0, large, small)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@triton.jit
 def swiglu_kernel(
+    gate,  # [tokens, cols], rows stride_gate apart; up likewise
+    up,
+    h,  # [tokens, cols], contiguous
+    cols,
+    stride_gate,
+    stride_up,
+    BC: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    parts = tl.cdiv(cols, BC)
+    t = pid // parts
+    c = (pid % parts) * BC + tl.arange(0, BC)
+    mask = c < cols
+    z = tl.load(gate + t * stride_gate + c, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + t * stride_up + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(h + t * cols + c, (z * _sigmoids(z)[0] * u).to(h.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def swiglu_fold_kernel(
     gate,  # [tokens, cols], rows stride_gate apart; up likewise
     up,
     h,  # [tokens, cols], contiguous
     folded,  # [tokens, width], contiguous
     sign,  # int8 [cols]
-    offset,  # int32 [ceil(cols / width)]
+    offset,  # int32 [blocks]
     cols,
     width,
     stride_gate,
     stride_up,
-    n_tokens,
-    FOLDED: tl.constexpr,  # False: nothing is read or written through the last three pointers
-    BT: tl.constexpr,
+    blocks,  # ceil(cols / width)
+    NB: tl.constexpr,
     BW: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    col_parts = tl.cdiv(width, BW)
-    t = (pid // col_parts) * BT + tl.arange(0, BT)
-    j = (pid % col_parts).to(tl.int32) * BW + tl.arange(0, BW)
-    gates, ups, out = gate + t[:, None] * stride_gate, up + t[:, None] * stride_up, h + t[:, None] * cols
-    inside = t[:, None] < n_tokens
-    total = tl.zeros((BT, BW), tl.float32)
-    for b in tl.range(0, tl.cdiv(cols, width), loop_unroll_factor=2):  # several loads in flight
-        if FOLDED:
-            c = b * width + (j ^ tl.load(offset + b))
-        else:
-            c = b * width + j
+    """A token a program, NB blocks of the fold at a time: the rows are read and written in long pieces."""
+    t = tl.program_id(0).to(tl.int64)
+    q = tl.arange(0, NB * BW)
+    j = q % BW
+    total = tl.zeros((NB * BW,), tl.float32)
+    for first in range(0, blocks, NB):
+        b = first + q // BW
+        c = b * width + (j ^ tl.load(offset + b, mask=b < blocks, other=0))
         c = tl.max_contiguous(tl.multiple_of(c, 8), 8)
-        valid = (j < width) & (c < cols)
-        mask = inside & valid[None, :]
-        z = tl.load(gates + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(ups + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = (b < blocks) & (j < width) & (c < cols)
+        z = tl.load(gate + t * stride_gate + c, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + t * stride_up + c, mask=mask, other=0.0).to(tl.float32)
         product = (z * _sigmoids(z)[0] * u).to(h.dtype.element_ty)
-        tl.store(out + c[None, :], product, mask=mask)
-        if FOLDED:
-            s = tl.load(sign + c, mask=valid, other=0).to(tl.float32)
-            total += product.to(tl.float32) * s[None, :]
-    if FOLDED:
-        to = folded + t[:, None] * width + j[None, :]
-        tl.store(to, total.to(folded.dtype.element_ty), mask=inside & (j < width)[None, :])
+        tl.store(h + t * cols + c, product, mask=mask)
+        total += product.to(tl.float32) * tl.load(sign + c, mask=mask, other=0).to(tl.float32)
+    sums = tl.sum(tl.reshape(total, (NB, BW)), 0)
+    to = tl.arange(0, BW)
+    tl.store(folded + t * width + to, sums.to(folded.dtype.element_ty), mask=to < width)
 
 
 @triton.jit
@@ -103,8 +119,14 @@ def swiglu_backward_kernel(
 
 
 @functools.cache
-def forward_launch(block: int, folded: bool) -> Launch:
-    return Launch(swiglu_kernel, FOLDED=folded, BT=FOLD_TOKENS, BW=block, num_warps=4, maxnreg=MOST_REGISTERS)
+def forward_launch(block: int) -> Launch:
+    return Launch(swiglu_kernel, BC=block, num_warps=4)
+
+
+@functools.cache
+def fold_launch(width: int) -> Launch:
+    block = max(16, _triton.next_power_of_two(width))
+    return Launch(swiglu_fold_kernel, NB=max(1, COLUMNS // block), BW=block, num_warps=4)
 
 
 @functools.cache
@@ -133,14 +155,15 @@ def forward(
     cols = gate.shape[-1]
     if n_tokens == 0 or cols == 0:
         return
-    width, tables = PLAIN_COLUMNS, (h, h, h)
-    if plan is not None and folded is not None:
-        width, of_plan = plan.folded_cols, matrix_tables(plan, gate.device)
-        tables = folded, of_plan.col_sign, of_plan.col_fold
-    block = min(128, max(16, _triton.next_power_of_two(width)))
-    grid = (_triton.ceil_div(n_tokens, FOLD_TOKENS) * _triton.ceil_div(width, block),)
-    pointers = gate, up, h, *tables
-    forward_launch(block, plan is not None)(grid, pointers, (cols, width, *strides), (n_tokens,))
+    if plan is None or folded is None:
+        block = columns(cols)
+        grid = (n_tokens * _triton.ceil_div(cols, block),)
+        forward_launch(block)(grid, (gate, up, h), (cols, *strides))
+        return
+    width, tables = plan.folded_cols, matrix_tables(plan, gate.device)
+    pointers = gate, up, h, folded, tables.col_sign, tables.col_fold
+    blocks = _triton.ceil_div(cols, width)
+    fold_launch(width)((n_tokens,), pointers, (cols, width, *strides), (blocks,))
 
 
 def swiglu_backward(
@@ -164,6 +187,6 @@ def backward(
     cols = gate.shape[-1]
     if n_tokens == 0 or cols == 0:
         return
-    block = min(BACKWARD_COLUMNS, max(16, _triton.next_power_of_two(cols)))
+    block = columns(cols)
     grid = (n_tokens * _triton.ceil_div(cols, block),)
     backward_launch(block)(grid, (dh, gate, up, dgate, dup), (cols, *strides))

@@ -143,22 +143,27 @@ def rms_norm_backward(dtype: str, n: int, with_sums: bool) -> Case:
     )  # fmt: skip
 
 
-def swiglu(dtype: str, width: int, folded: bool) -> Case:
-    word = f"*{FLOATS[dtype]}"
-    pointers = dict.fromkeys(("gate", "up", "h", "folded"), word) | {"sign": "*i8", "offset": "*i32"}
-    constants = dict(FOLDED=folded, BT=linear.FOLD_TOKENS, BW=width)
-    return Case(
-        f"swiglu {dtype} {width}{' folded' if folded else ''}", gates.swiglu_kernel,
-        _types(gates.swiglu_kernel, pointers), constants, ("cols", "width", "stride_gate", "stride_up"),
-        {"num_warps": 4, "maxnreg": gates.MOST_REGISTERS}, gates.MOST_REGISTERS,
-    )  # fmt: skip
+def swiglu(dtype: str) -> Case:
+    kernel = gates.swiglu_kernel
+    types = _types(kernel, dict.fromkeys(("gate", "up", "h"), f"*{FLOATS[dtype]}"))
+    aligned, constants = ("cols", "stride_gate", "stride_up"), dict(BC=gates.COLUMNS)
+    return Case(f"swiglu {dtype}", kernel, types, constants, aligned, {"num_warps": 4}, 96)
+
+
+def swiglu_fold(dtype: str, width: int) -> Case:
+    kernel = gates.swiglu_fold_kernel
+    pointers = dict.fromkeys(("gate", "up", "h", "folded"), f"*{FLOATS[dtype]}")
+    types = _types(kernel, pointers | {"sign": "*i8", "offset": "*i32"})
+    aligned = "cols", "width", "stride_gate", "stride_up"
+    constants = dict(NB=max(1, gates.COLUMNS // width), BW=width)
+    return Case(f"swiglu-fold {dtype} {width}", kernel, types, constants, aligned, {"num_warps": 4}, 96)
 
 
 def swiglu_backward(dtype: str) -> Case:
     kernel = gates.swiglu_backward_kernel
     types = _types(kernel, dict.fromkeys(("dh", "gate", "up", "dgate", "dup"), f"*{FLOATS[dtype]}"))
     aligned = ("cols", "stride_dh", "stride_gate", "stride_up")
-    constants = dict(BC=gates.BACKWARD_COLUMNS)
+    constants = dict(BC=gates.COLUMNS)
     return Case(f"swiglu-backward {dtype}", kernel, types, constants, aligned, {"num_warps": 4}, 96)
 
 
@@ -169,7 +174,9 @@ def sums(dtype: str) -> Case:
     sizes = tuple(f"{name}_{i}" for name in ("n", "stride", "at") for i in range(MEMBERS))
     constants = dict(BT=norm.BIAS_TOKENS, BN=norm.BIAS_FEATURES)
     types = _types(norm.sums_kernel, pointers)
-    return Case(f"sums {dtype}", norm.sums_kernel, types, constants, sizes, {"num_warps": 4}, 96)
+    return Case(
+        f"sums {dtype}", norm.sums_kernel, types, constants, sizes, {"num_warps": norm.BIAS_WARPS}, 96
+    )
 
 
 def log_prob(dtype: str, capped: bool, backward: bool) -> Case:
@@ -281,9 +288,11 @@ def all_cases(capability: int) -> list[Case]:
         rms_norm_backward("bfloat16", 1536, with_sums=True),
         rms_norm_backward("bfloat16", 128, with_sums=False),
         rms_norm_backward("float32", 8192, with_sums=True),
-        swiglu("bfloat16", 64, folded=True),
-        swiglu("bfloat16", 64, folded=False),
-        swiglu("float32", 128, folded=True),
+        swiglu("bfloat16"),
+        swiglu("float32"),
+        swiglu_fold("bfloat16", 64),
+        swiglu_fold("bfloat16", 256),
+        swiglu_fold("float32", 128),
         swiglu_backward("bfloat16"),
         swiglu_backward("float32"),
         sums("bfloat16"),

@@ -7,6 +7,7 @@ import torch
 from rehearsal import set_stage
 
 from cropi_kernels import (
+    MatrixPlan,
     SketchSpec,
     fold_inputs,
     plan_matrix,
@@ -92,13 +93,19 @@ def test_gate(n: int, dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("width, n", [(16, 24), (256, 300)])
+def is_fold_of(h: torch.Tensor, folded: torch.Tensor, plan: MatrixPlan) -> bool:
+    """The blocks of a fold are added in float32, in an order of their own."""
+    exact, blocks = fold_inputs(h.double(), plan, backend="reference"), -(-plan.cols // plan.folded_cols)
+    return bool(folded.any()) and within(folded, exact, h.double().abs().sum(-1, keepdim=True), blocks)
+
+
+@pytest.mark.parametrize("width, n", [(16, 24), (16, 1100), (256, 300), (2048, 2100)])
 def test_the_fold_rides(width: int, n: int, dtype: torch.dtype) -> None:
     plan = plan_matrix(SketchSpec(width=width), "model.0.mlp.down_proj.weight", 20, n)
     gate, up = normal(3, 11, n).to(dtype), normal(4, 11, n).to(dtype)
     h, folded = swiglu(gate, up, plan, backend="triton")
     assert torch.equal(h, swiglu(gate, up, backend="triton")[0])
-    assert folded is not None and folded.any() and torch.equal(folded, fold_inputs(h, plan, backend="triton"))
+    assert folded is not None and is_fold_of(h, folded, plan)
 
 
 def test_offsets_on_a_device_that_leave_tokens_out_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +145,7 @@ def run(engine: Operators, dtype: torch.dtype) -> list[torch.Tensor]:
     gate, up, dh = (normal(seed, 2, 40, 40).to(dtype) for seed in (30, 31, 32))
     h, folded = engine.swiglu(gate, up, matrix)
     fold = engine.fold(h, matrix, SITE)
-    assert folded is None or torch.equal(folded, fold)
+    assert folded is None or is_fold_of(h.flatten(0, 1), folded, matrix.plan)
     return [*results, h, fold, *engine.swiglu_backward(dh, gate, up), engine.settle()]
 
 

@@ -31,6 +31,7 @@ from cropi_kernels import (
     project,
     project_transpose,
     sketch_linear,
+    swiglu,
 )
 from cropi_kernels.ops._triton_segments import cut
 from cropi_kernels.ops.linear_logprob import oracle
@@ -105,7 +106,7 @@ KERNELS = {
     "bias_grad": {"sums_kernel"},
     "rms_norm": {"rms_kernel"},
     "rms_norm_backward": {"rms_backward_kernel"},
-    "swiglu": {"swiglu_kernel"},
+    "swiglu": {"swiglu_fold_kernel"},
     "swiglu_backward": {"swiglu_backward_kernel"},
     "linear_logprob": {"forward_kernel"},
 }
@@ -130,6 +131,7 @@ CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
         wide_and_strided,
         {"fold_kernel", "slab_kernel", "reduce_partials_kernel"},
     ),
+    "swiglu without a fold": (lambda: swiglu(A, A, backend="triton"), {"swiglu_kernel"}),
     "sketch_tail": (sums_of_chunks, {"tail_kernel"}),
     "linear_logprob with entropies": (
         lambda: linear_logprob(A, HEAD, TARGETS, return_entropy=True, chunk_size=4, backend="triton"),
