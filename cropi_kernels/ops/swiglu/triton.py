@@ -1,7 +1,7 @@
 """Triton kernels behind `swiglu` and `swiglu_backward`: every operand read once, every result written once.
 
-The forward adds what it has just computed to the folded copy: the fold of down_proj's inputs costs no read of its own. It
-adds a fold's blocks in another order than `fold_inputs` does, and may differ from it by the rounding of float32 sums.
+The forward adds what it has just computed to the folded copy: the fold of down_proj's inputs costs no read of its own.
+It adds a fold's blocks in another order than `fold_inputs`, and may differ from it by the rounding of float32 sums.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..._launch import Launch
 from ...plan import MatrixPlan
 from .._device_plan import matrix_tables
 
-# Of a step. Measured on an H100, 16384 x 8960: the forward takes 288 us (512 columns 285, 2048 289), with a fold 304 (2048
-# columns 321); pieces of 64 columns, as `fold_kernel` has them, took 366 and 455.
+# Of a step. Measured on an H100, 16384 x 8960: the forward takes 288 us (512 columns 285, 2048 289), with a fold 304
+# (2048 columns 321); pieces of 64 columns, as `fold_kernel` has them, took 366 and 455.
 COLUMNS = 1024
 
 
