@@ -25,8 +25,8 @@ from cropi.errors import CropiError
 from cropi.files import write_atomic
 
 HEAD = (
-    "| arm | seeds | targeted | untargeted | selection's share | prompts with a gradient |"
-    "\n|---|---|---|---|---|---|"
+    "| arm | seeds | targeted | untargeted | selection's share | prompts with a gradient | an evaluation, s |"
+    "\n|---|---|---|---|---|---|---|"
 )
 
 
@@ -75,8 +75,9 @@ def _about(scale: Scale, runs: list[Finished], known: dict[str, Arm]) -> str:
     return (
         f"Scale `{scale.name}`: {scale.steps} steps of {scale.prompts} prompts x {scale.group} responses, stages of "
         f"{scale.stage}; targeted: {', '.join(scale.targeted)}. Base policy: targeted {base}, untargeted {others}. "
-        f"Means ± standard deviation over seeds. Collecting the stored rollouts took {collect:.0f} s of processor "
-        f"time per seed, which is in no row below. {describe()}."
+        f"Means ± standard deviation over seeds. An evaluation is much the same work in every run: its processor "
+        f"seconds tell how busy the machine was. Collecting the stored rollouts took {collect:.0f} s of processor time "
+        f"per seed, which is in no row below. {describe()}."
     )
 
 
@@ -88,6 +89,7 @@ def _row(label: str, found: list[Finished], at: int) -> str:
         spread([r.untargeted_at(at) for r in found]),
         f"{statistics.fmean(r.until[at][0] for r in found):.1%}",
         f"{statistics.fmean(r.until[at][1] for r in found):.2f}",
+        f"{statistics.fmean(r.yardstick for r in found):.2f}",
     ]
     return "| " + " | ".join(columns) + " |"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ class Finished:
     ``curve``: (step, smoothed targeted accuracy, processor seconds of training and selection); ``untargeted``: (step,
     accuracy), more rarely. ``start`` is the base policy's targeted accuracy; ``stages``: processor seconds of each
     selection; ``until``: of an evaluated step, selection's share of the processor time, and the share of the visited
-    prompts that gave a gradient, up to it.
+    prompts that gave a gradient, up to it; ``yardstick``: processor seconds of a targeted evaluation, their median: it
+    is much the same work in every run, and tells how busy the machine was.
     """
 
     arm: str
@@ -42,6 +44,7 @@ class Finished:
     mixed: float
     stages: tuple[float, ...] = ()
     until: dict[int, tuple[float, float]] = field(default_factory=dict)
+    yardstick: float = math.nan
 
     def targeted_at(self, step: int) -> float:
         """Smoothed targeted accuracy at an evaluated step."""
@@ -86,7 +89,7 @@ def read_runs(scale: Scale, work: Path) -> list[Finished]:
             Finished(
                 run["arm"], run["seed"], curve, untargeted, raw[0], run["cpu"]["select"], run["cpu"]["train"],
                 run["collect_cpu"], run["selections"], statistics.fmean(s["mixed"] for s in run["steps"]),
-                _selecting(run), _until(run),
+                _selecting(run), _until(run), _yardstick(run, others[0]),
             )
         )  # fmt: skip
     return found
@@ -111,6 +114,17 @@ def _until(run: dict[str, Any]) -> dict[int, tuple[float, float]]:
         for e in run["evaluations"]
         if e["step"] > 0
     }
+
+
+def _yardstick(run: dict[str, Any], other: str) -> float:
+    """``other``: a family that is in the longer evaluations alone."""
+    events = run["evaluations"]
+    seconds = [
+        now["cpu"]["evaluate"] - before["cpu"]["evaluate"]
+        for before, now in zip(events, events[1:], strict=False)
+        if other not in now["accuracy"]
+    ]
+    return statistics.median(seconds) if seconds else math.nan
 
 
 def mean_curve(runs: Sequence[Finished]) -> Curve:

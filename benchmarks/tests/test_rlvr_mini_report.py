@@ -156,7 +156,11 @@ def test_report_of_runs_on_a_larger_pool_alone(tmp_path: Path) -> None:
             selecting = 0.0 if step == 0 or name == "full_pool3" else 3.0 + (step - 1) // NANO.stage
             accuracy = dict.fromkeys(NANO.targeted, 0.2 + rise * step) | {other: 0.1}
             events.append({"step": step, "accuracy": dict.fromkeys(FAMILIES, 0.1) | accuracy})
-            events[-1]["cpu"] = {"train": 2.0 * step, "select": selecting}
+            if step % 2:  # evaluated on the targeted families alone
+                events[-1]["accuracy"] = {f: accuracy[f] for f in NANO.targeted}
+            # The longer evaluations take 9 s, the others 1 s.
+            spent = sum(1.0 if i % 2 else 9.0 for i in range(step + 1))
+            events[-1]["cpu"] = {"train": 2.0 * step, "select": selecting, "evaluate": spent}
         run = {
             "arm": name,
             "seed": 0,
@@ -177,7 +181,7 @@ def test_report_of_runs_on_a_larger_pool_alone(tmp_path: Path) -> None:
     assert "took 5 s of processor time" in table
     assert "| full data, pool x 3, step 12 | 1 | 0.310 |" in table  # the mean of steps 10 to 12
     # Up to step 4: 4 s of selecting beside 8 s of training; of the visited prompts (1 + 1/2 + 1/3 + 1/4) / 4.
-    assert "| CROPI, sketch, pool x 3, step 4 | 1 | 0.320 | 0.100 | 33.3% | 0.52 |" in table
+    assert "| CROPI, sketch, pool x 3, step 4 | 1 | 0.320 | 0.100 | 33.3% | 0.52 | 1.00 |" in table
     # Two selections of 3 and 1 s beside 4 s of training a stage: 4 of 12 s, and 1 of 5 after the first.
     assert "| CROPI, sketch, pool x 3 | 3.00, 1.00 | 4.0 | 33.3% | 20.0% |" in table
     # At step 4 the mean of steps 2 to 4: 0.29 against 0.32.
