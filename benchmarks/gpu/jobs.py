@@ -48,6 +48,7 @@ FLOAT32_APART = 1e-3
 DEVICE = "cuda"  # of the command line
 LONG = 512  # tokens of a response of the large model
 FEW = 8  # prompts of the large model
+LAYERS, AGAIN = 14, 8  # of the model whose bits are compared, and how often
 
 
 def made(kind: str) -> Any:
@@ -115,6 +116,24 @@ def fused_beside() -> dict[str, Any]:
         got.append(done.sketches.double().cpu())
     error = apart(got[1], got[0])
     return {"error": error, "ok": error <= FLOAT32_APART}
+
+
+def same_bits(width: int, fused: bool) -> dict[str, Any]:
+    """Sketches of one batch, again and again, in a model of a real width. With eager attention: the backward passes of
+    cuDNN's attention and of flash attention give other bits on every run, and so do the sketches of what they give."""
+    shape = whole.SHAPE
+    try:
+        whole.SHAPE = shape | {"num_hidden_layers": LAYERS}
+        model = whole.build().eval()
+    finally:
+        whole.SHAPE = shape
+    model.set_attn_implementation("eager")
+    data = whole.batch(FEW)
+    with GradientSketcher(model, SketchSpec(width=width), verify=False, fused=fused) as sketcher:
+        weigh = lambda p, a, b: torch.ones_like(p)  # noqa: E731
+        runs = [sketcher.policy_gradient(**data, weigh=weigh).sketches for _ in range(AGAIN)]
+    different = sum(not torch.equal(runs[0], other) for other in runs[1:])
+    return {"repeats": AGAIN, "different": different, "ok": different == 0 and bool(runs[0].any())}
 
 
 @contextlib.contextmanager
@@ -197,6 +216,9 @@ def main() -> None:
     for kind in KINDS:
         results.attempt(f"{kind}: a store by the device and by the CPU", lambda k=kind: beside_the_cpu(k))
     results.attempt("fused taps beside the others", fused_beside)
+    for width, fused in ((64, False), (128, False), (256, False), (64, True)):
+        name = f"the same bits, width {width}{', fused' if fused else ''}"
+        results.attempt(name, lambda w=width, f=fused: same_bits(w, f))
     results.attempt("cropi run", command_line)
     model: Any = None
 

@@ -57,6 +57,14 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines + ["| " + " | ".join(cell(row.get(c, "")) for c in columns) + " |" for row in rows]
 
 
+def tables(rows: list[dict[str, Any]]) -> list[str]:
+    """A table for each kind of row: a part's rows measure different things."""
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row), []).append(row)
+    return [line for same in kinds.values() for line in (*table(same), "")]
+
+
 def rows_of(part: str) -> list[dict[str, Any]]:
     """Of all processes of the part; of rows of one name the last, which a later call made."""
     paths = [OUT / f"{part}.jsonl", *sorted(OUT.glob(f"{part}.*.jsonl"))]
@@ -114,6 +122,17 @@ def verdicts() -> list[str]:
     return table(rows)
 
 
+def correct(rows: list[dict[str, Any]], bad: list[dict[str, Any]]) -> list[str]:
+    """Of rows that are right there is one thing to know: how near the nearest came to its bound."""
+    near = sorted((r for r in rows if "of_bound" in r), key=lambda r: -float(r["of_bound"]))[:5]
+    words = {"bf16", "fp16", "fp32", "cuda", "triton"}
+    cases = sorted({" ".join(w for w in str(r["name"]).split() if w not in words) for r in rows})
+    nearest = [{k: r.get(k) for k in ("name", "error", "of_bound")} for r in near]
+    lines = [*table(bad), ""] if bad else []
+    lines += ["The nearest to their bounds:", "", *table(nearest), ""]
+    return [*lines, "Cases, most of them in three dtypes: " + "; ".join(cases) + ".", ""]
+
+
 def main() -> None:
     parts = sorted({path.name.split(".")[0] for path in OUT.glob("*.jsonl")})
     text = ["# GPU suite", "", *(f"- {k}: {v}" for k, v in versions().items()), ""]
@@ -123,7 +142,8 @@ def main() -> None:
     for part in parts:
         rows = rows_of(part)
         bad = [r for r in rows if common.bad(r)]
-        text += [f"## {part}", "", f"{len(rows)} rows, {len(bad)} of them failed.", "", *table(rows), ""]
+        text += [f"## {part}", "", f"{len(rows)} rows, {len(bad)} of them failed.", ""]
+        text += correct(rows, bad) if "correctness" in part else tables(rows)
     for log in sorted(OUT.glob("sanitizer_*.log")):
         tail = [line for line in log.read_text(errors="replace").splitlines() if "ERROR SUMMARY" in line]
         text += [f"- {log.stem}: {tail[-1] if tail else 'no summary'}", ""]

@@ -14,15 +14,25 @@ from typing import Any
 import common
 import torch
 
-from cropi_kernels import SketchSpec, fold_inputs, logprob_and_grad, norm_grad, plan_matrix, sketch_linear
+from cropi_kernels import (
+    SketchSpec,
+    fold_inputs,
+    logprob_and_grad,
+    norm_grad,
+    plan_matrix,
+    sketch_linear,
+    swiglu,
+)
 from cropi_kernels.ops import _device_plan
+from cropi_kernels.ops._triton_segments import cut
 from cropi_kernels.ops.linear_logprob import chunks
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.sketch_linear import triton as slab
+from cropi_kernels.ops.swiglu import triton as gates
 
 TOKENS, SCORED = 16384, 8192
 VOCAB, HIDDEN = 151936, 1536
-WIDE = 8960  # features of the fold
+WIDE, NARROW = 8960, 256  # features of the fold, and of k and v
 Row = dict[str, Any]
 
 
@@ -43,7 +53,8 @@ def changed(module: Any, **values: Any) -> Iterator[None]:
 def forget() -> None:
     """What was made of the values before: the tables of plans, the launches of kernels."""
     _device_plan.cache.clear()
-    slab.fold_launch.cache_clear()
+    for launch in (slab.fold_launch, norm.sums_launch, gates.forward_launch, gates.fold_launch):
+        launch.cache_clear()
 
 
 def random(n: int, features: int) -> torch.Tensor:
@@ -94,6 +105,28 @@ def norms(chunk: int, prediction: float) -> Row:
         return measured(runs, prediction)  # type: ignore[arg-type]
 
 
+def biases(tokens: int, features: int, warps: int, prediction: float) -> Row:
+    """Of q, k and v in one launch, as a pass makes it."""
+    dys = [random(TOKENS, n) for n in (HIDDEN, NARROW, NARROW)]
+    chunks = cut(common.ragged(TOKENS, 16).cuda(), TOKENS, norm.CHUNK_TOKENS, True)
+    sums = torch.empty(chunks.n_slots * (HIDDEN + 2 * NARROW), device="cuda")
+    places = [0, chunks.n_slots * HIDDEN, chunks.n_slots * (HIDDEN + NARROW)]
+    strides = [dy.shape[1] for dy in dys]
+    with changed(norm, BIAS_TOKENS=tokens, BIAS_FEATURES=features, BIAS_WARPS=warps):
+        return measured([lambda: norm.add_sums(dys, strides, sums, sums, places, chunks)], prediction)
+
+
+def gated(columns: int, width: int | None, prediction: float) -> Row:
+    plan = (
+        plan_matrix(SketchSpec(width=width), "model.layers.0.mlp.down_proj.weight", HIDDEN, WIDE)
+        if width
+        else None
+    )
+    gate, up = random(TOKENS, WIDE), random(TOKENS, WIDE)
+    with changed(gates, COLUMNS=columns):
+        return measured([lambda: swiglu(gate, up, plan)], prediction)
+
+
 class Head:
     def __init__(self) -> None:
         self.hidden, self.weight = random(SCORED, HIDDEN), random(VOCAB, HIDDEN) / HIDDEN**0.5
@@ -135,6 +168,12 @@ def main() -> None:
         todo.append((f"fold 8960: {tokens} tokens", lambda n=tokens, p=us: fold(n, p)))
     for chunk, us in ((128, 78), (64, 62), (32, 56), (16, 60)):
         todo.append((f"norm 1536: chunks of {chunk}", lambda n=chunk, p=us: norms(n, p)))
+    for tokens, features, warps in ((32, 64, 2), (16, 256, 4), (32, 256, 4), (16, 512, 4)):
+        name = f"sums of biases: {tokens} x {features}, {warps} warps"
+        todo.append((name, lambda t=tokens, f=features, w=warps: biases(t, f, w, 22)))
+    for columns, folded in ((1024, None), (512, None), (1024, 64), (2048, 64)):
+        name = f"gated product: {columns} columns{', fold' if folded else ''}"
+        todo.append((name, lambda c=columns, w=folded: gated(c, w, 295)))
     for chunk in (1024, 1664, 2048, 2816, 4096, 8192):
         todo.append((f"head: chunks of {chunk}", lambda n=chunk: head.both(n, 18000.0)))
     todo.append(("dz times head: bfloat16 result", lambda: head.product(False, 1450)))

@@ -144,8 +144,7 @@ def test_model(
         monkeypatch.setattr(module, name, value)
     finish(module)
     got = rows(tmp_path, "model")
-    assert got["sketched, width 64"]["finite"] and got["sketched, width 64"]["repeatable"]
-    assert got["sketched and fused, width 64"]["repeatable"]
+    assert got["sketched, width 64"]["finite"] and got["sketched and fused, width 64"]["finite"]
     assert got["loop: backward and flat float32 gradient"]["ms_per_prompt"] > 0
     assert got["loop: dense projection of a tenth"]["of"] > 2
 
@@ -255,11 +254,19 @@ def test_jobs(
     monkeypatch.setattr(
         module, "KINDS", {"llama": module.SIZE | small, "qwen3_moe": module.KINDS["qwen3_moe"] | small}
     )
-    for name, value in {"PROMPTS": 3, "LONGEST": 6, "LONG": 8, "FEW": 2, "DEVICE": "cpu"}.items():
+    for name, value in {
+        "PROMPTS": 3,
+        "LONGEST": 6,
+        "LONG": 8,
+        "FEW": 2,
+        "DEVICE": "cpu",
+        "LAYERS": 1,
+        "AGAIN": 2,
+    }.items():
         monkeypatch.setattr(module, name, value)
     finish(module)
     got = rows(tmp_path, "jobs")
-    assert len(got) == 7 and got["cropi run"]["chosen"] > 0
+    assert len(got) == 11 and got["cropi run"]["chosen"] > 0
     assert got["llama: a store by the device and by the CPU"]["error"] == 0
     assert (
         got["the first call with the self-test"]["first_s"]
@@ -299,7 +306,7 @@ def test_variants(
     before = module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS
     finish(module)
     got = rows(tmp_path, "variants")
-    assert len(got) == 37 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
+    assert len(got) == 45 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
     assert (
         got["dz times head: float32 result"]["worst_error"]
         < got["dz times head: bfloat16 result"]["worst_error"]
