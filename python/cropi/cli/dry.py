@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from cropi.data.readers import PromptGroups
+    from cropi.data.records import PromptGroup
+    from cropi.gradient.tokenize import Tokenize
+    from cropi.model.policy import Policy
+    from cropi.sketching.job import SketchJob
+
+    Planned = tuple[str, PromptGroups, SketchJob, str | Path | None]  # name, prompts, job and store of a part
 
 # Enough for a rate, few enough for seconds.
 TRIED = 6
@@ -38,12 +50,12 @@ def in_words(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
-def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, Cost]:
+def costs(policy: Policy, parts: Sequence[Planned]) -> dict[str, Cost]:
     """What each part takes, by its name.
 
     Args:
         policy: its weights are loaded.
-        parts: name, groups, job and the folder of the store (or None).
+        parts: what is sketched.
     """
     from cropi.sketching.interrupt import Interrupted
     from cropi.sketching.job import make_tokenize
@@ -56,7 +68,7 @@ def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, 
         tokens = make_tokenize(policy, job)
         stored = _stored(out)
         cost = by_part[name] = Cost(stored=len(stored))
-        few: list[Any] = []
+        few: list[PromptGroup] = []
         sizes: list[int] = []
         for group, size in _sizes(islice(groups.each(), job.limit), tokens, job.skip_bad):
             if group.id in stored:
@@ -79,7 +91,9 @@ def costs(policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> dict[str, 
     return by_part
 
 
-def _sizes(groups: Any, tokens: Any, skip_bad: bool) -> Iterator[tuple[Any, int]]:
+def _sizes(
+    groups: Iterable[PromptGroup], tokens: Tokenize, skip_bad: bool
+) -> Iterator[tuple[PromptGroup, int]]:
     """Prompts with a gradient, and how many tokens they and their responses have."""
     from cropi.data.rewards import no_gradient_reason
     from cropi.errors import RecordError
@@ -102,7 +116,7 @@ def _sizes(groups: Any, tokens: Any, skip_bad: bool) -> Iterator[tuple[Any, int]
         yield group, prompt + sum(responses)
 
 
-def _stored(out: Any) -> set[str]:
+def _stored(out: str | Path | None) -> set[str]:
     """The ids of the prompts that a store holds; none where there is no store."""
     from pathlib import Path
 
@@ -114,7 +128,7 @@ def _stored(out: Any) -> set[str]:
     return {row.id for row in SketchStore.open(out).rows()}
 
 
-def show(args: Any, policy: Any, parts: Sequence[tuple[str, Any, Any, Any]]) -> int:
+def show(args: argparse.Namespace, policy: Policy, parts: Sequence[Planned]) -> int:
     """Print what each part would take, and all of them together; the exit status."""
     from cropi.cli.manners import tell
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cropi.cli import options
 from cropi.cli.parser import Parser
+
+if TYPE_CHECKING:
+    from cropi.data.readers import PromptGroups
+    from cropi.ranking.selection import Selection
 
 
 def add_options(command: Parser) -> None:
@@ -16,7 +20,7 @@ def add_options(command: Parser) -> None:
     options.add_push_options(command)
 
 
-def check(args: argparse.Namespace, groups: Any) -> None:
+def check(args: argparse.Namespace, groups: PromptGroups | None) -> None:
     """Check that the wanted forms of a selection can be written.
 
     Args:
@@ -64,7 +68,7 @@ def check(args: argparse.Namespace, groups: Any) -> None:
             check_export("save_to_disk", trajectories=groups or (), dataset=args.dataset, id_key=args.id_key)
 
 
-def write(args: argparse.Namespace, selection: Any, groups: Any) -> None:
+def write(args: argparse.Namespace, selection: Selection, groups: PromptGroups | None) -> None:
     """Write the wanted forms of a selection, and print where they are."""
     if args.export:
         from cropi.data.export import export

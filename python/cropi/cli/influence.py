@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cropi.cli import options
 from cropi.cli.manners import tell
 from cropi.options import Influence
+
+if TYPE_CHECKING:
+    from cropi.ranking.scores import Scores
 
 EXAMPLE = "cropi influence --train sketches/train --valid sketches/math sketches/code --out scores.parquet"
 
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def sure(scores: Any) -> str:
+def sure(scores: Scores) -> str:
     """The lines about the uncertainty of a table of scores."""
     from cropi.ranking.uncertainty import Uncertainty
 
@@ -71,14 +74,14 @@ def sure(scores: Any) -> str:
     )
 
 
-def groups(scores: Any) -> str:
+def groups(scores: Scores) -> str:
     """The line about the groups of parameters of the stores."""
     if scores.contributions is None:
         return "no contributions: with --aggregate nearest every prompt is compared with another one"
     return f"contribution[SET][GROUP] in the table, which add up to the score: {', '.join(scores.groups)}"
 
 
-def line(scores: Any, metric: str, out: object) -> str:
+def line(scores: Scores, metric: str, out: object) -> str:
     """The line about a table of scores that was written."""
     sets = ", ".join(map(repr, scores.sets))
     return f"scores        {int(scores.usable.sum())} of {len(scores.rows)} prompts against {sets} ({metric}): {out}"

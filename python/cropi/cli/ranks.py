@@ -7,15 +7,21 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cropi.distributed.launch import launched
 
+if TYPE_CHECKING:
+    from cropi.distributed.sharding import Group
+    from cropi.distributed.team import Team
+
 
 @contextmanager
-def joined(args: argparse.Namespace) -> Iterator[Any]:
-    """The processes that a launcher started with this one, as a :class:`cropi.distributed.team.Team`; None where it is
-    alone. Only rank 0 prints anything but errors."""
+def joined(args: argparse.Namespace) -> Iterator[Team | None]:
+    """The processes that a launcher started with this one; None where it is alone.
+
+    Only rank 0 prints anything but errors.
+    """
     launch = launched()
     if launch is None:
         yield None
@@ -34,14 +40,14 @@ def joined(args: argparse.Namespace) -> Iterator[Any]:
 
 
 @contextmanager
-def grouped(args: argparse.Namespace, team: Any) -> Iterator[Any]:
-    """The processes that share the weights with this one, as a :class:`cropi.distributed.sharding.Group`; None where it
-    has them whole."""
+def grouped(args: argparse.Namespace, team: Team | None) -> Iterator[Group | None]:
+    """The processes that share the weights with this one; None where it has them whole."""
     if args.fsdp is None and args.tensor_parallel is None:
         yield None
         return
     from cropi.distributed.sharding import Group
 
+    assert team is not None, "--fsdp and --tensor-parallel are refused without a launcher"
     if args.fsdp is None:
         group = Group.of(team, "tensor", args.tensor_parallel)
     else:

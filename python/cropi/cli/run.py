@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cropi.cli import dry, exporting, influence, options, ranks, select, sketch
 from cropi.cli.config import CONFIG, apply_config, write_config
@@ -14,6 +15,15 @@ from cropi.cli.manners import tell
 from cropi.cli.parser import Parser
 from cropi.errors import CropiError, optional
 from cropi.options import Influence, Reading, Selecting, Sketching
+
+if TYPE_CHECKING:
+    from cropi.cli.dry import Planned
+    from cropi.distributed.team import Team
+    from cropi.model.policy import Policy
+    from cropi.pipeline import Checked
+    from cropi.ranking.selection import Selection
+    from cropi.sketching.job import SketchJob
+    from cropi.store.store import SketchStore
 
 EXAMPLE = (
     "cropi run --model Qwen/Qwen2.5-0.5B-Instruct --train train.jsonl --valid math.jsonl code.jsonl --out out"
@@ -75,11 +85,10 @@ def run(args: argparse.Namespace) -> int:
         return _run(args, team, names)
 
 
-def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
+def _run(args: argparse.Namespace, team: Team | None, names: list[str]) -> int:
     from cropi import pipeline
     from cropi.ranking.uncertainty import check_noise
     from cropi.sketching.interrupt import Interrupted
-    from cropi.sketching.noise import SAMPLE
 
     policy, behaviour_model = sketch.policies(args)
     setup = pipeline.Setup.of(
@@ -97,22 +106,7 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
             exporting.check(args, checked.train.groups)
             print(sketch.placed(args, policy))
             if args.dry_run:
-                parts = [
-                    (p.name, p.groups, setup.job, out / "sketches" / p.name)
-                    for p in (*checked.valid, checked.train)
-                ]
-                if args.noise:
-                    some = replace(setup.job, limit=SAMPLE)
-                    parts += [
-                        (
-                            f"noise-{name}",
-                            groups,
-                            some if name == "train" else job,
-                            out.with_name(f"noise-{name}"),
-                        )
-                        for name, groups, job, out in parts
-                    ]
-                return dry.show(args, policy, parts)
+                return dry.show(args, policy, _dry_parts(checked, setup.job, out / "sketches", args.noise))
             write_config(args, out)
             how: Any = {}
         else:
@@ -149,7 +143,30 @@ def _run(args: argparse.Namespace, team: Any, names: list[str]) -> int:
     return 0
 
 
-def _noise_stores(policy: Any, checked: Any, job: Any, stores: Any, team: Any, how: dict[str, Any]) -> Any:
+def _dry_parts(checked: Checked, job: SketchJob, sketches: Path, noise: bool) -> list[Planned]:
+    """What a run would sketch: name, prompts, job and store of every part, and of the noise beside it."""
+    from cropi.sketching.noise import SAMPLE
+
+    parts: list[Planned] = [
+        (part.name, part.groups, job, sketches / part.name) for part in (*checked.valid, checked.train)
+    ]
+    if noise:
+        some = replace(job, limit=SAMPLE)
+        parts += [
+            (f"noise-{name}", groups, some if name == "train" else job, sketches / f"noise-{name}")
+            for name, groups, *_ in parts
+        ]
+    return parts
+
+
+def _noise_stores(
+    policy: Policy,
+    checked: Checked,
+    job: SketchJob,
+    stores: Mapping[str, SketchStore],
+    team: Team | None,
+    how: Mapping[str, Any],
+) -> list[SketchStore]:
     """The stores of noise: of all validation prompts, and of the training prompts that one process draws for all."""
     from cropi import pipeline
     from cropi.sketching.noise import sampled
@@ -158,7 +175,7 @@ def _noise_stores(policy: Any, checked: Any, job: Any, stores: Any, team: Any, h
     return pipeline.noise_stores(policy, checked, job, drawn if team is None else team.share(drawn), **how)
 
 
-def _show(args: argparse.Namespace, out: Path, checked: Any, chosen: Any) -> None:
+def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selection) -> None:
     """Write the report and the other forms of the selection, and print the figures."""
     from cropi.ranking.table import SCORES
     from cropi.report.folder import report_folder

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cropi.cli import exporting, options
 from cropi.cli.manners import tell
 from cropi.cli.parser import Parser
 from cropi.options import Reading, Selecting
+
+if TYPE_CHECKING:
+    from cropi.data.readers import PromptGroups
+    from cropi.ranking.selection import Selection
 
 EXAMPLE = "cropi select --scores scores.parquet --fraction 0.1 --out selected.jsonl"
 
@@ -127,7 +131,7 @@ class Written:
     table: int = 5
 
 
-def show(selection: Any, written: Written, groups: Any) -> None:
+def show(selection: Selection, written: Written, groups: PromptGroups | None) -> None:
     """Write the plot and the records, and print the table; ``groups`` are the training prompts, or None."""
     from cropi.ranking.contributions import lines
     from cropi.ranking.report import best_and_worst, plot_scores, prompt_texts

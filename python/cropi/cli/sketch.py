@@ -7,13 +7,20 @@ import shlex
 import sys
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cropi.cli import dry, options, ranks
 from cropi.cli.manners import tell
 from cropi.cli.parser import count, shard
 from cropi.errors import CropiError
 from cropi.options import Reading, Sketching
+
+if TYPE_CHECKING:
+    from cropi.distributed.sharding import Group
+    from cropi.distributed.team import Team
+    from cropi.model.policy import Policy
+    from cropi.sketching.job import SketchJob
+    from cropi.sketching.summary import Summary
 
 EXAMPLE = "cropi sketch --model Qwen/Qwen2.5-0.5B-Instruct --trajectories train.jsonl --out sketches/train"
 
@@ -98,7 +105,7 @@ def _check_sharing(args: argparse.Namespace) -> None:
         )
 
 
-def _inputs(args: argparse.Namespace, distributed_config: Any = None) -> tuple[Any, Any]:
+def _inputs(args: argparse.Namespace, distributed_config: Any = None) -> tuple[Policy, SketchJob]:
     """The policy, not loaded yet, and the job."""
     from cropi.sketching.job import make_job
 
@@ -130,7 +137,7 @@ def _on_ray(args: argparse.Namespace) -> int:
     return _said(args, summary)
 
 
-def _run(args: argparse.Namespace, team: Any, group: Any) -> int:
+def _run(args: argparse.Namespace, team: Team | None, group: Group | None) -> int:
     from cropi.data.readers import read
     from cropi.sketching.run import check_tokens, scan_groups, sketch
 
@@ -166,7 +173,7 @@ def _run(args: argparse.Namespace, team: Any, group: Any) -> int:
     return _said(args, summary)
 
 
-def _said(args: argparse.Namespace, summary: Any) -> int:
+def _said(args: argparse.Namespace, summary: Summary) -> int:
     from cropi.sketching.interrupt import Interrupted
 
     print(summary.text())
@@ -177,7 +184,7 @@ def _said(args: argparse.Namespace, summary: Any) -> int:
     return 0
 
 
-def policies(args: argparse.Namespace, distributed_config: Any = None) -> tuple[Any, Any]:
+def policies(args: argparse.Namespace, distributed_config: Any = None) -> tuple[Policy, Policy | None]:
     """The policy, and the behaviour model or None; weights are loaded when they are first needed.
 
     ``distributed_config``: how processes share the policy's.
@@ -194,7 +201,7 @@ def policies(args: argparse.Namespace, distributed_config: Any = None) -> tuple[
     return Policy(args.model, **named, **own, distributed_config=distributed_config), behaviour
 
 
-def placed(args: argparse.Namespace, policy: Any, processes: int = 1) -> str:
+def placed(args: argparse.Namespace, policy: Policy, processes: int = 1) -> str:
     """One line that says where the policy runs, in which dtype, and how many tokens at once, which several processes
     agree on later."""
     from cropi.model.placing import tokens_at_once

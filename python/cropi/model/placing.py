@@ -8,11 +8,14 @@ the weights, which the store notes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cropi.model.load import DTYPES
+
+if TYPE_CHECKING:
+    from cropi.model.policy import Policy
 
 AUTO = "auto"
 CPU_TOKENS = 1024
@@ -82,7 +85,7 @@ def tokens_that_fit(free: int, per_token: int) -> int:
     return min(max(int(free * SHARE / per_token) // STEP, 1) * STEP, MOST_TOKENS)
 
 
-def tokens_at_once(policy: Any, given: int | None) -> int:
+def tokens_at_once(policy: Policy, given: int | None) -> int:
     """Tokens a batch: as given, or what suits the device of a policy, whose weights are loaded for it on a GPU."""
     if given is not None:
         return given

@@ -130,20 +130,7 @@ def check_groups(
         report.ratio, report.ess = summary.health.ratio, summary.health.ess
     if exact:
         say("forming their exact gradients, one at a time")
-        begun = time.monotonic()
-        made = exact_gradients(
-            policy, sample, coverage.names, estimator, source, tokens_per_batch=tokens_per_batch
-        )
-        report.exact_seconds = (time.monotonic() - begun) / len(sample)
-        truth = leave_one_out(made.gram)
-        report.error = _rms(scores - truth)
-        top = max(1, len(sample) // 4)
-        best = [set(values.topk(top).indices.tolist()) for values in (scores, truth)]
-        report.agreement = len(best[0] & best[1]) / top
-        for layer, kind, share in by_depth(made.squares):
-            report.by_type[kind] = report.by_type.get(kind, 0.0) + share
-            if layer:
-                report.by_layer[layer] = report.by_layer.get(layer, 0.0) + share
+        _against_exact(policy, sample, coverage, estimator, source, tokens_per_batch, scores, report)
     else:
         report.method, report.seeds = "seeds", count
         if count == 1:
@@ -157,6 +144,33 @@ def check_groups(
     report.peak_gib = peak_memory_gib(policy.device)
     report.judge(policy.dtype, pool, exact_bytes(policy, coverage.names, len(sample)))
     return report
+
+
+def _against_exact(
+    policy: Policy,
+    sample: Sequence[TokenGroup],
+    coverage: Coverage,
+    estimator: Estimator,
+    source: Behaviour,
+    tokens_per_batch: int,
+    scores: torch.Tensor,
+    report: CheckReport,
+) -> None:
+    """Compare the sample's ``scores`` [n] with those of exact gradients, and share their norm out to layers."""
+    begun = time.monotonic()
+    made = exact_gradients(
+        policy, sample, coverage.names, estimator, source, tokens_per_batch=tokens_per_batch
+    )
+    report.exact_seconds = (time.monotonic() - begun) / len(sample)
+    truth = leave_one_out(made.gram)
+    report.error = _rms(scores - truth)
+    top = max(1, len(sample) // 4)
+    best = [set(values.topk(top).indices.tolist()) for values in (scores, truth)]
+    report.agreement = len(best[0] & best[1]) / top
+    for layer, kind, share in by_depth(made.squares):
+        report.by_type[kind] = report.by_type.get(kind, 0.0) + share
+        if layer:
+            report.by_layer[layer] = report.by_layer.get(layer, 0.0) + share
 
 
 def _invariances(

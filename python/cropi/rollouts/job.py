@@ -141,20 +141,7 @@ def _sample(
             for request, responses in job.engine.sample(batch, job.n, lambda name: name in file):
                 report.seconds += time.perf_counter() - start
                 if request.name not in file:
-                    prompt = by_id[request.name]
-                    try:
-                        record = record_of(job, prompt, responses)
-                        file.add(record)
-                    except RecordError as error:
-                        if not job.skip_bad:
-                            raise
-                        report.skipped.append(error)
-                    else:
-                        total += sum(record["rewards"])
-                        report.responses += len(responses)
-                        report.tokens += sum(len(response.ids) for response in responses)
-                        report.mixed += len(set(record["rewards"])) > 1
-                        report.truncated += sum(response.truncated for response in responses)
+                    total += _add(job, file, by_id[request.name], responses, report)
                     bar.update(1)
                     if report.responses:
                         rate, mean = report.tokens / max(report.seconds, 1e-9), total / report.responses
@@ -162,6 +149,30 @@ def _sample(
                 start = time.perf_counter()
     if report.responses:
         report.mean_reward = total / report.responses
+
+
+def _add(
+    job: Job, file: RolloutFile, prompt: Prompt, responses: Sequence[Response], report: RolloutReport
+) -> float:
+    """Score a prompt's responses, write their record, and count them; returns the sum of the rewards.
+
+    Raises:
+        RecordError: the record is bad, and the job does not skip bad ones.
+    """
+    try:
+        record = record_of(job, prompt, responses)
+        file.add(record)
+    except RecordError as error:
+        if not job.skip_bad:
+            raise
+        report.skipped.append(error)
+        return 0.0
+    rewards: list[float] = record["rewards"]
+    report.responses += len(responses)
+    report.tokens += sum(len(response.ids) for response in responses)
+    report.mixed += len(set(rewards)) > 1
+    report.truncated += sum(response.truncated for response in responses)
+    return sum(rewards)
 
 
 def record_of(job: Job, prompt: Prompt, responses: Sequence[Response]) -> dict[str, Any]:
