@@ -28,7 +28,7 @@ class Coverage:
     total: int
     covered: int
     by_kind: dict[str, int]
-    names: tuple[str, ...]
+    names: tuple[str, ...] = dataclasses.field(repr=False)
     excluded: dict[str, int]
     uncovered: dict[str, int] = dataclasses.field(default_factory=dict)
     fused: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -17,7 +17,7 @@ from .segments import Segments
 from .split import SplitModel
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PolicyGradient:
     """Result of `GradientSketcher.policy_gradient`.
 
@@ -36,6 +36,12 @@ class PolicyGradient:
     weights: torch.Tensor
     seconds: dict[str, float]
     more: tuple[torch.Tensor, ...] = ()
+
+    def __repr__(self) -> str:
+        more = f", {len(self.more)} more" if self.more else ""
+        return (
+            f"PolicyGradient(sketches {list(self.sketches.shape)}{more}, {len(self.logprobs)} scored tokens)"
+        )
 
 
 def head_pass(

@@ -89,7 +89,7 @@ class SelfTest:
     """
 
     tokens: tuple[int, int]
-    names: tuple[str, ...]
+    names: tuple[str, ...] = dataclasses.field(repr=False)
     untested: tuple[str, ...]
     closest: Comparison | None
     heard: frozenset[str] = dataclasses.field(repr=False)

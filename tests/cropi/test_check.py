@@ -257,7 +257,9 @@ def test_ctrl_c_ends_the_check(
 
 def test_the_front_door_checks_what_is_in_memory() -> None:
     report = cropi.check(make_model(), make_records(24), make_tokenizer(), n=8, dim=8192, progress=False)
-    assert report.ok and report.prompts == 8 and repr(report).startswith("CheckReport(")
+    assert (
+        report.ok and report.prompts == 8 and repr(report).startswith("CheckReport(8 prompts: ok, error 0.0")
+    )
 
 
 @pytest.fixture

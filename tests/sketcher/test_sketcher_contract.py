@@ -41,6 +41,17 @@ def test_looking_for_norms_leaves_their_statistics() -> None:
     assert all(torch.equal(b, before[name]) for name, b in norm.named_buffers())
 
 
+def test_a_notebook_shows_results_without_their_numbers_and_lists_of_names() -> None:
+    batch = zoo.padded()
+    with GradientSketcher(zoo.make("llama"), SPEC) as sketcher:
+        result = batch.sketch(sketcher)
+    scored = len(batch.targets)
+    assert repr(result) == f"PolicyGradient(sketches [{zoo.N_SEGMENTS}, 32768], {scored} scored tokens)"
+    assert len(sketcher.coverage.names) > 10 and "weight" not in repr(sketcher.coverage)
+    # The comparison nearest to its bound has names of its own.
+    assert repr(sketcher.self_test).count("weight") < 5
+
+
 @pytest.mark.parametrize("where", ["nowhere", "block", "weigh", "batch", "model"])
 def test_the_model_is_left_as_it_was(where: str) -> None:
     model, batch = zoo.make("llama").train(), zoo.padded()

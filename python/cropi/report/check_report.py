@@ -28,7 +28,7 @@ class Finding:
     text: str
 
 
-@dataclass
+@dataclass(repr=False)
 class CheckReport:
     """The figures that :func:`cropi.check` measured, and its verdict.
 
@@ -183,6 +183,11 @@ class CheckReport:
         elif level != OK:
             text += "; a larger --dim makes it smaller"
         return Finding("sketch error", level, text)
+
+    def __repr__(self) -> str:
+        verdict = "ok" if self.ok else "failed"
+        against = "exact gradients" if self.method == "exact" else "other seeds"
+        return f"CheckReport({self.prompts} prompts: {verdict}, error {self.error:.4f} against {against})"
 
     def __str__(self) -> str:
         width = max(len(finding.name) for finding in self.findings)
