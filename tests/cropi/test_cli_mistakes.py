@@ -11,6 +11,7 @@ from support.commands import cropi
 from support.made_curriculum import config, make_folder
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
+from cropi.cli.config import read_config
 from cropi.cli.parser import vocab_width, width
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
@@ -55,8 +56,12 @@ def test_a_mistake_in_the_words_is_one_line_too(
 
 @pytest.mark.parametrize(
     "text,named",
-    [("dim:\n", "'dim' has no value"), ("sketch:\n  no: 1\n", "c.yaml: the key False is not a string")],
-    ids=["no value", "key is not a string"],
+    [
+        ("dim:\n", "'dim' has no value"),
+        ("sketch:\n  no: 1\n", "c.yaml: the key False is not a string"),
+        ("dim: 1024\nseed: 1\ndim: 2048\n", "c.yaml: 'dim' is given twice"),
+    ],
+    ids=["no value", "key is not a string", "twice"],
 )
 def test_a_mistake_in_a_config_file_is_named(
     text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -64,6 +69,22 @@ def test_a_mistake_in_a_config_file_is_named(
     (tmp_path / "c.yaml").write_text(text)
     assert cropi("run", "--config", tmp_path / "c.yaml") == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name,text",
+    [
+        ("c.toml", "columns = {prompt = 'question'}\n[groups]\nmlp = ['*mlp*', '*norm*']\nothers = 'rest'\n"
+                   "[select.quota]\nsums = 0.5\ncode = 3\n"),
+        ("c.yaml", "columns: {prompt: question}\ngroups: {mlp: ['*mlp*', '*norm*'], others: [rest]}\n"
+                   "select: {quota: {sums: 0.5, code: 3}}\n"),
+    ],
+)  # fmt: skip
+def test_values_by_name_may_be_tables_in_a_config_file(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_config(tmp_path / name) == {
+        "columns": "prompt=question", "groups": ["mlp=*mlp*,*norm*", "others=rest"], "quota": ["sums=0.5", "code=3"],
+    }  # fmt: skip
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +196,10 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
 
     fails("fraction 0.01 of a pool of 40 prompts chooses none", "--fraction", 0.01)
     fails("fraction 0.1 of a pool of 5 prompts chooses none", "--limit", 5)
+    fails("quota: there is no task 'sum9'; did you mean 'sum", "--quota", "sum9=0.5")
+    fails("quota: 'sum1' is to give 29 prompts, but", "--count", 30, "--quota", "sum1=29")
+    fails("fraction 0.03 of groups of at most 20 prompts chooses none", "--per", "task", "--fraction", 0.03)
+    fails("quota: there is no file 'other.jsonl'", "--per", "file", "--quota", "other.jsonl=0.5")
     fails("noise is drawn where scores are resampled, and draws is 0", "--noise", "--draws", 0)
     fails("device 'warp' is not a torch device", "--device", "warp")
     fails("none of the 40 training prompts has a gradient (40 with equal rewards)", train=equal)

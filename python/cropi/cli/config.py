@@ -17,6 +17,8 @@ from cropi.errors import CropiError, did_you_mean, optional, printable
 UNUSABLE = ("config", "help", "dry_run", "json", "quiet", "verbose", "debug")
 # What says nothing about the result.
 NOT_KEPT = (*UNUSABLE, "progress")
+# Options whose values are NAME=VALUE, which a file may give as a table.
+NAMED = ("groups", "quota", "columns")
 CONFIG = "config.yaml"
 MOST_VALUES = 10_000
 
@@ -25,7 +27,8 @@ def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
     """Set the options that the file ``args.config`` gives and the command line does not.
 
     Keys are the long option names, with ``-`` or ``_``; tables group them freely (``[sketch]`` / ``dim =
-    4096``). Those named in ``tables`` are not groups: they become attributes of ``args`` as they are.
+    4096``), but those of :data:`NAMED`, which are values (``[groups]`` / ``mlp = ["*mlp*"]``), and those named in
+    ``tables``, which become attributes of ``args`` as they are.
 
     Raises:
         CropiError: no such file, not TOML or YAML, or a key that is not an option, which is named with the nearest one.
@@ -131,7 +134,7 @@ def _read(path: Path) -> Any:
         if path.suffix == ".toml":
             return optional("tomllib" if sys.version_info >= (3, 11) else "tomli").loads(text)
         if path.suffix in (".yaml", ".yml"):
-            return _bounded(path, optional("yaml").safe_load(text) or {})
+            return _bounded(path, _yaml(path, text) or {})
     except (ImportError, CropiError):
         raise
     except Exception as error:  # both parsers have errors of their own
@@ -139,6 +142,20 @@ def _read(path: Path) -> Any:
             f"{path}: not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}"
         ) from error
     raise CropiError(f"{path}: a config file ends in .toml, .yaml or .yml")
+
+
+def _yaml(path: Path, text: str) -> Any:
+    """As ``yaml.safe_load``, which takes the last of several values of one key without a word."""
+    yaml = optional("yaml")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for i, key in enumerate(keys) if key in keys[:i] and key != "<<"]:
+                raise CropiError(f"{path}: {twice[0]!r} is given twice")
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def _bounded(path: Path, content: Any) -> Any:
@@ -160,10 +177,20 @@ def _flat(path: Path, values: Any) -> dict[str, Any]:
     for key, value in values.items():
         if not isinstance(key, str):  # YAML reads `no:` and `1:` as a truth value and a number
             raise CropiError(f"{path}: the key {key!r} is not a string; put it into quotes")
-        for name, inner in (
-            _flat(path, value).items() if isinstance(value, dict) else [(key.replace("-", "_"), value)]
-        ):
+        own = key.replace("-", "_")
+        if isinstance(value, dict) and own in NAMED:
+            value = _pairs(own, value)
+        for name, inner in _flat(path, value).items() if isinstance(value, dict) else [(own, value)]:
             if name in flat:
                 raise CropiError(f"{path}: {name!r} is given twice")
             flat[name] = inner
     return flat
+
+
+def _pairs(option: str, table: dict[Any, Any]) -> Any:
+    """A table as the words of an option of :data:`NAMED`."""
+    words = [
+        f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in table.items()
+    ]
+    return ",".join(words) if option == "columns" else words

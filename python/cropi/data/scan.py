@@ -29,6 +29,9 @@ class Scan:
     without_gradient: Counter[str] = field(default_factory=Counter)
     # Prompts by set, then by reason; "" for none.
     by_set: dict[str, Counter[str]] = field(default_factory=dict)
+    # Prompts, and those that have a gradient, by task and by file; "" for none.
+    by_task: dict[str, list[int]] = field(default_factory=dict)
+    by_file: dict[str, list[int]] = field(default_factory=dict)
     with_ids: int = 0
     with_prompt_ids: int = 0
     with_logprobs: int = 0
@@ -67,6 +70,10 @@ class Scan:
         if reason:
             self.without_gradient[reason] += 1
         self.by_set.setdefault(group.set or "", Counter())[reason or ""] += 1
+        for counts, name in ((self.by_task, group.task), (self.by_file, group.file)):
+            count = counts.setdefault(name or "", [0, 0])
+            count[0] += 1
+            count[1] += not reason
         prompt, sizes = group.lengths
         self.with_ids += sizes is not None
         self.with_prompt_ids += prompt is not None

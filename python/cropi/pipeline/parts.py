@@ -15,6 +15,7 @@ from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting, SelectionOptions
+from cropi.ranking.rule import grouped_by
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.selection import check_selecting
 from cropi.sketching.job import SketchJob, make_job
@@ -133,9 +134,10 @@ def check(
     mine, _, pool = part_of(policy, train, job, "train", None, known, ranks)
     check_pool(pool, mine.groups.names, known=known is not None, before=before, otherwise=otherwise)
     most = job.limit or pool.prompts
+    whole = {"task": pool.by_task, "file": pool.by_file} if most >= pool.prompts else {}
     check_selecting(
-        setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most), least=setup.least,
-        draws=setup.influence.draws,
+        setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most),
+        groups=whole.get(grouped_by(setup.selecting)), least=setup.least, draws=setup.influence.draws,
     )  # fmt: skip
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -49,6 +49,42 @@ def _places_by(names: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: np.array(places[name]) for name in sorted(places)}
 
 
+def grouped_by(given: Selecting) -> str:
+    """What shares of the choice are fixed for: "pool", which is all, "task" or "file"."""
+    return "task" if given.quota and given.per == "pool" else given.per
+
+
+def shared_out(
+    given: Selecting, sizes: Mapping[str, int], usable: Mapping[str, int], least: int = 0
+) -> tuple[int, dict[str, int]]:
+    """How many prompts are chosen, and how many of every group; with quotas, of the groups that have one.
+
+    Args:
+        given: the options, which choose by groups.
+        sizes: of every group in the pool.
+        usable: prompts of every group that can be chosen; groups without one may be missing.
+        least: as for :class:`Rule`.
+
+    Raises:
+        CropiError: nothing is chosen, or the quotas do not fit.
+    """
+    if given.quota:
+        n = given.count or how_many(given.fraction, sum(sizes.values()), least)
+        return n, with_quotas(n, read_quotas(given.quota), usable, grouped_by(given))
+    most = {name: usable.get(name, 0) for name in sizes}
+    counts = {name: part_of(given.fraction, size) for name, size in sizes.items()}
+    if given.count is not None:
+        counts = apportion(given.count, sizes, most)
+    elif sum(counts.values()) < least:
+        counts = apportion(least, sizes, most)
+    elif not any(counts.values()):
+        raise CropiError(
+            f"fraction {given.fraction} of groups of at most {max(sizes.values())} prompts chooses none; give a larger "
+            "fraction, a count, or leave out per"
+        )
+    return sum(counts.values()), counts
+
+
 class Rule:
     """Which prompts are chosen by a score table ``[usable prompts, sets]``.
 
@@ -73,8 +109,7 @@ class Rule:
             raise CropiError(
                 f"count {given.count} is more than the {len(usable)} prompts that have a score; lower it"
             )
-        quotas = read_quotas(given.quota)
-        per = "task" if quotas and given.per == "pool" else given.per
+        per = grouped_by(given)
         if per == "pool":
             n = given.count or how_many(given.fraction, size, least)
             self.groups = [(np.arange(len(usable)), n)]
@@ -83,32 +118,12 @@ class Rule:
         members = _places_by(names)
         pool = names if given.pool == "usable" else groups_of(rows, np.arange(len(rows)), per)
         sizes = dict(Counter(pool))
-        if not quotas:
-            counts = self._by_size(given, sizes, {name: len(members.get(name, ())) for name in sizes}, least)
-            self.groups = [(places, counts[name]) for name, places in members.items() if counts[name]]
-            return
-        n = given.count or how_many(given.fraction, size, least)
-        counts = with_quotas(n, quotas, {name: len(places) for name, places in members.items()}, per)
-        others = np.flatnonzero([name not in quotas for name in names])
-        self.groups = [(members[name], number) for name, number in counts.items() if number]
-        if left := n - sum(counts.values()):
-            self.groups.append((others, left))
-
-    @staticmethod
-    def _by_size(
-        given: Selecting, sizes: dict[str, int], usable: dict[str, int], least: int
-    ) -> dict[str, int]:
-        if given.count is not None:
-            return apportion(given.count, sizes, usable)
-        counts = {name: part_of(given.fraction, size) for name, size in sizes.items()}
-        if sum(counts.values()) < least:
-            return apportion(least, sizes, usable)
-        if not any(counts.values()):
-            raise CropiError(
-                f"fraction {given.fraction} of groups of at most {max(sizes.values())} prompts chooses none; give a "
-                "larger fraction, a count, or leave out per"
-            )
-        return counts
+        n, counts = shared_out(given, sizes, {name: len(own) for name, own in members.items()}, least)
+        self.groups = [
+            (members[name], counts[name]) for name in (counts if given.quota else members) if counts[name]
+        ]
+        if given.quota and (left := n - sum(counts.values())):
+            self.groups.append((np.flatnonzero([name not in counts for name in names]), left))
 
     # Lists of a million prompts, which most rules do not need.
     @cached_property

@@ -18,7 +18,7 @@ import html
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from cropi.files import lines_of, replacing
 from cropi.option_fields import changed, one_of
 from cropi.options import Selecting
 from cropi.ranking.draws import draw, soft_weights
-from cropi.ranking.rule import Rule
+from cropi.ranking.rule import Rule, shared_out
 from cropi.ranking.scores import Scores
 from cropi.ranking.shares import how_many, read_quotas
 from cropi.ranking.table_rows import values_of
@@ -252,13 +252,20 @@ def select(
 
 
 def check_selecting(
-    given: Selecting, *, prompts: int | None = None, usable: int = 0, least: int = 0, draws: int = 200
+    given: Selecting,
+    *,
+    prompts: int | None = None,
+    usable: int = 0,
+    groups: Mapping[str, Sequence[int]] | None = None,
+    least: int = 0,
+    draws: int = 200,
 ) -> None:
     """Find what would stop a selection, before anything is sketched.
 
     Args:
         given: the options.
         prompts, usable: of the pool: all, and those with a gradient; None where they are not known yet.
+        groups: the same two numbers of every group that shares are fixed for (:func:`cropi.ranking.rule.grouped_by`).
         least: as in :func:`select`.
         draws: resamples that the scores will have.
 
@@ -273,6 +280,10 @@ def check_selecting(
             )
         if given.count is None and given.per == "pool":
             how_many(given.fraction, prompts if given.pool == "all" else usable, least)
+    if groups is not None:
+        some = {name: good for name, (_, good) in groups.items() if good}
+        sizes = {name: every for name, (every, _) in groups.items()} if given.pool == "all" else some
+        shared_out(given, sizes, some, least)
     for name, used in (
         ("method p_selected", given.method == "p_selected"), ("draw p_selected", given.draw == "p_selected"),
         ("confidence", given.confidence is not None),
