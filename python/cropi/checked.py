@@ -53,7 +53,7 @@ def fits(value: Any, wanted: Any) -> bool:
     if wanted is int:
         return type(value) is not bool and isinstance(value, Integral)
     if wanted is float:
-        return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
+        return type(value) is not bool and isinstance(value, Real) and _is_finite(value)
     if origin in (Sequence, list, tuple):
         part = (get_args(wanted) or (Any,))[0]
         listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
@@ -64,6 +64,11 @@ def fits(value: Any, wanted: Any) -> bool:
         return isinstance(value, wanted)
     except TypeError:  # an annotation that says more than a type, which others have to check
         return True
+
+
+def _is_finite(value: Real) -> bool:
+    """Also that it is a number for NumPy, which makes an object of an integer of more bits."""
+    return abs(int(value)) < 1 << 63 if isinstance(value, Integral) else math.isfinite(value)
 
 
 def in_words(wanted: Any) -> str:

@@ -39,11 +39,15 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 class CropiError(ValueError):
-    """Something in the input or the options is wrong; the message names it, its value and the remedy.
+    """Something in the input or the options is wrong; the message names it, its value and the remedy, in less than
+    2 kB, whatever the value.
 
     >>> issubclass(CropiError, ValueError)
     True
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message))
 
 
 class RecordError(CropiError):
@@ -56,7 +60,7 @@ class RecordError(CropiError):
     def __init__(
         self, where: str, problem: str, remedy: str = "mend or remove the record, or pass --skip-bad"
     ):
-        super().__init__(shortened(f"{where}: {problem}; {remedy}"))
+        super().__init__(f"{where}: {problem}; {remedy}")
         self.where = where
         self.problem = problem
 

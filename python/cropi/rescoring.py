@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from cropi.agreement import Ranks
+from cropi.checked import fits
 from cropi.data.readers import PromptGroups
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
@@ -36,6 +37,7 @@ from cropi.ranking.influence import influence
 from cropi.ranking.rule import Rule
 from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.values import FROM_SCORES
+from cropi.sealed import read_sealed, sealed
 from cropi.sketching.job import SketchJob
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
@@ -44,6 +46,12 @@ from cropi.store.rows import OK, SKIPPED, RowInfo
 from cropi.store.store import SketchStore
 
 PLAN = "anew.json"
+_FORM = {
+    "for": {"stage": str, "model": Any}, "options": dict, "tokens": float | None, "spent": float,
+    "ids": [str], "sets": [str], "before": [list[float] | None],
+    "ages": lambda ages: _none_below_0(ages), "spread": lambda spread: _none_below_0(spread),
+    "drift": lambda drift: _none_below_0(drift) and len(drift) == 2,
+}  # fmt: skip
 BEYOND = "beyond the budget"  # why a prompt that has never been sketched has no score yet
 
 
@@ -154,7 +162,7 @@ class Anew:
             )
         key = json.loads(json.dumps({key: present[key] for key in ("stage", "model")}))
         path, options = self.folder / PLAN, vars(self.options)
-        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        held = read_plan(path) if path.is_file() else {}
         if held.get("for") == key and held["options"] != options:
             raise CropiError(
                 f"{path} was made with {held['options']}, but now they are {options}, and this stage has begun; put "
@@ -165,7 +173,7 @@ class Anew:
             made = self._decided(pool, earlier, valid, how, world)
             held = {"for": key, "options": options, **made}
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps(held, ensure_ascii=False) + "\n")
+            write_atomic(path, json.dumps(sealed(held), ensure_ascii=False) + "\n")
         again = frozenset(held["ids"])
         left = {
             row.id: replace(row, status=SKIPPED, reason=BEYOND, tokens=0)
@@ -219,6 +227,26 @@ class Anew:
         return min(within, affordable(self.options.budget, self.others, self.spent(), per_token))
 
 
+def _none_below_0(values: Any) -> bool:
+    return fits(values, list[float]) and min(values, default=0) >= 0
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan of a stage.
+
+    Raises:
+        CropiError: the file is damaged.
+    """
+    remedy = "put it back, or remove it to sketch all prompts of the next stage anew"
+    held = read_sealed(path, _FORM, remedy)
+    # Before there are sketches of an earlier stage, there are no sets.
+    rows = [row for row in (held["spread"], *held["before"]) if row is not None] if held["sets"] else []
+    lengths = {len(held["before"]), len(held["ages"])} - {len(held["ids"])}
+    if lengths or any(len(row) != len(held["sets"]) for row in rows):
+        raise CropiError(f"{path} is damaged: its lists are not of one length; {remedy}")
+    return held
+
+
 def _row(group: PromptGroup, responses: int | None) -> RowInfo:
     """A prompt's row before it is sketched; ``tokens`` counts the responses that would go through the model."""
     reason = no_gradient_reason(group.rewards)
@@ -257,7 +285,7 @@ def _drift_of(last: Path | None) -> Drift:
     """How far scores moved in the stages before: their sums, and the prompts that the last one scored anew."""
     if last is None or not (last / PLAN).is_file() or not (last / SCORES).is_file():
         return Drift()
-    held, scores = json.loads((last / PLAN).read_text(encoding="utf-8")), read_scores(last / SCORES)
+    held, scores = read_plan(last / PLAN), read_scores(last / SCORES)
     drift = Drift(*held["drift"])
     if held["sets"] != scores.sets:
         return drift

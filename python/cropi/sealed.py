@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, shown
 from cropi.files import reading, write_atomic, writing
+from cropi.form import check_form, is_writable
 
 CHECKSUM = "checksum"
 _LINE = re.compile("([0-9a-f]{64})  (.+)")
@@ -33,16 +34,47 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, CHECKSUM: digest(values)}
 
 
-def unsealed(values: Mapping[str, Any], path: Path, remedy: str) -> dict[str, Any]:
-    """The values without their checksum. Files of earlier releases have none.
+def read_sealed(
+    path: Path,
+    form: Mapping[str, Any],
+    remedy: str,
+    version: tuple[str, str, int] | None = None,
+    writer: str = "",
+) -> dict[str, Any]:
+    """The values in a JSON file, without their checksum. Files of earlier releases have none.
+
+    Args:
+        path: the file.
+        form: which fields there must be (:func:`cropi.form.wrong_form`).
+        remedy: for messages.
+        version: what the file's version is called, the field that names it, and the one that is read.
+        writer: the command whose file it is to be, where a user named the file.
 
     Raises:
-        CropiError: they are not those that were written.
+        CropiError: the file is no JSON, of another version, not what was written, or not of the form.
+        FileNotFoundError: it is not there.
     """
-    left = dict(values)
-    if CHECKSUM in left and left.pop(CHECKSUM) != digest(left):
+    said = f"{path} is not what {writer} writes" if writer else f"{path} is damaged"
+    try:
+        with reading(path):
+            left = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CropiError):
+            raise
+        raise CropiError(f"{said} ({error}); {remedy}") from error
+    if version is not None:
+        called, field, number = version
+        form = {field: int, **form}
+        if isinstance(left, dict) and left.get(field, number) != number:
+            raise CropiError(
+                f"{path} has the {called} {shown(left[field])}; this release reads {field} {number}"
+            )
+    if isinstance(left, dict) and CHECKSUM in left and left.pop(CHECKSUM) != digest(left):
         raise CropiError(f"{path} is damaged: its checksum does not match; {remedy}")
-    return left
+    check_form(left, form, said, remedy)
+    if not is_writable(left):
+        raise CropiError(f"{said}: it holds half a character; {remedy}")
+    return dict(left)
 
 
 def sums_path(path: Path) -> Path:

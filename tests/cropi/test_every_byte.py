@@ -27,6 +27,7 @@ from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.report.curriculum import curriculum_page
 from cropi.report.folder import _check as read_check
+from cropi.rescoring import PLAN, read_plan
 from cropi.rollouts.file import RolloutFile
 from cropi.sealed import check_sums, sealed
 from cropi.store import SketchStore, export
@@ -111,7 +112,7 @@ def exported(folder: Path, form: str) -> Callable[[], Any]:
 
 
 def state(folder: Path) -> Callable[[], Any]:
-    done = [{"stage": 0, "step": "sketch", "seconds": 1.5, "attempts": 1, "prompts": 3}]
+    done = [{"stage": 0, "step": "influence", "seconds": 1.5, "attempts": 1, "sets": ["v"], "scored": 3}]
     State(folder / "state.json", {"format": FORMAT, "settings": {}, "done": done, "started": None}).write()
     plan: Any = SimpleNamespace(out=folder, settings=dict, stages=2, accept_changes=False)
 
@@ -120,6 +121,16 @@ def state(folder: Path) -> Callable[[], Any]:
         return {key: found.get(key) for key in ("settings", "done", "started")}
 
     return back
+
+
+def plan(folder: Path) -> Callable[[], Any]:
+    """What a stage within a budget sketches anew."""
+    held = {
+        "for": {"stage": "1", "model": {"weights": "aa"}}, "options": {"passes": 0.5}, "tokens": 5.0, "spent": 4.0,
+        "ids": ["a", "b"], "sets": ["v"], "before": [[0.1], None], "ages": [1, 0], "spread": [0.1], "drift": [0.5, 3],
+    }  # fmt: skip
+    (folder / PLAN).write_text(json.dumps(sealed(held)) + "\n")
+    return lambda: {key: read_plan(folder / PLAN).get(key) for key in held}
 
 
 def report(folder: Path) -> Callable[[], Any]:
@@ -153,7 +164,7 @@ def check(folder: Path) -> Callable[[], Any]:
 KINDS: dict[str, Callable[[Path], Callable[[], Any]]] = {
     "store": store, "rollout": rollout, "finished rollout": finished_rollout, "trajectories": trajectories,
     "npy": lambda folder: exported(folder, "npy"), "parquet": lambda folder: exported(folder, "parquet"),
-    "state": state, "report": report, "check": check,
+    "state": state, "plan": plan, "report": report, "check": check,
 }  # fmt: skip
 
 

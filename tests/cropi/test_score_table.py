@@ -14,10 +14,12 @@ import pytest
 import torch
 from test_uncertainty import make_store
 
+from cropi.cli import main
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
 from cropi.pipeline import pick, score
 from cropi.ranking.influence import Scores
+from cropi.ranking.selection import read_selection
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.uncertainty import Uncertainty, with_uncertainty
 from cropi.store.store import SketchStore
@@ -122,6 +124,27 @@ def test_a_table_of_the_first_release_is_read(scores: Scores, tmp_path: Path) ->
     back = read_scores(tmp_path / "old.parquet")
     np.testing.assert_array_equal(back.table, scores.table)
     assert back.stderr is None and back.p_selected is None and pyarrow.__version__
+    words = ["select", "--scores", str(tmp_path / "old.parquet"), "--out", str(tmp_path / "chosen.jsonl")]
+    assert main([*words, "--fraction", "0.2"]) == 0
+    assert read_selection(tmp_path / "chosen.jsonl") == scores.select(0.2).ids
+
+
+def test_a_small_file_that_names_many_rows_is_refused(
+    scores: Scores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal values take next to no bytes in a file, and eight each in memory."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_scores(tmp_path / "s.parquet", scores)
+    table = parquet.read_table(tmp_path / "s.parquet")
+    many = table.take([0] * 30_000).replace_schema_metadata({"cropi": "{}"})
+    parquet.write_table(many, tmp_path / "m.parquet")
+    monkeypatch.setattr("cropi.ranking.table.LARGEST", 1 << 20)
+    assert 8 * many.num_rows * many.num_columns > 4 * (tmp_path / "m.parquet").stat().st_size
+    with pytest.raises(
+        CropiError, match=r"m.parquet is not a score table .*30000 rows would take 0.00\d+ GB"
+    ):
+        read_scores(tmp_path / "m.parquet")
+    read_scores(tmp_path / "s.parquet")
 
 
 def test_what_is_not_asked_for_is_not_read(scores: Scores, tmp_path: Path) -> None:

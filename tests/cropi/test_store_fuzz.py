@@ -10,12 +10,19 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import fuzz
 from support.places import fill
 
 from cropi.errors import CropiError
+from cropi.options import Selecting
+from cropi.pipeline import pick
 from cropi.ranking.influence import influence
+from cropi.ranking.selection import write_selection
+from cropi.ranking.table import SCORES, read_scores, write_scores
+from cropi.report.folder import _run
+from cropi.report.html import _composition, _policy
 from cropi.sealed import sums_path
 from cropi.store import shards
 from cropi.store.manifest import MANIFEST, job_fingerprint, manifest_text
@@ -35,7 +42,11 @@ def read_all(path: Path) -> str:
             assert sketches.ndim == 2
         store.verify()
         repr(store), store.dim, store.groups, len(store)
-        influence(store, [store])
+        scores = influence(store, [store])
+        write_scores(path.parent / SCORES, scores)
+        selected = path.parent / "selected.jsonl"
+        write_selection(selected, scores, pick(read_scores(path.parent / SCORES), Selecting(fraction=0.5)))
+        _run(scores, store), _policy(scores), _composition(scores, np.arange(len(scores)), np.arange(1))
     except CropiError as error:
         assert len(str(error).encode("utf-8", "surrogatepass")) < LONGEST, str(error)[:300]
         return "words"

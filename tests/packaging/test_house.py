@@ -90,6 +90,7 @@ FLOORS = [
     {"grouping"},
     {"option_fields"},
     {"sealed", "commands"},
+    {"form"},
     {"checked", "files", "locks", "summary", "agreement"},
     {"errors", "_moved"},
 ]

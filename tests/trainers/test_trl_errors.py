@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import fuzz
 from support.made_data import make_model, make_tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
@@ -14,8 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 from support.trl_runs import arguments, dataset, digits, recorded, selected, staged, stored  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
+from cropi.sealed import sealed  # noqa: E402
 from cropi.trainers.trl import Curriculum, curriculum, versions  # noqa: E402
 from cropi.trainers.trl import recording as record  # noqa: E402
+from cropi.trainers.trl.stages import STATE, Stages  # noqa: E402
 from cropi.trainers.versions import UntestedVersion  # noqa: E402
 
 
@@ -351,3 +358,37 @@ def test_import_is_cheap() -> None:
     heavy = "{'trl', 'transformers', 'datasets'}"
     code = f"import sys, cropi.trainers, cropi.trainers.trl; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------- checkpoints
+def test_any_state_in_a_checkpoint_is_taken_or_ends_in_words() -> None:
+    """Also one whose checksum is right."""
+    with fuzz.folder() as folder:
+        right = {
+            "version": 1, "stage": 1, "selected": ["a", "b"], "logs": {"train.jsonl": 3},
+            "settings": {"seed": 0, "n": [3]},
+        }  # fmt: skip
+        run: Any = SimpleNamespace(
+            settings=lambda: right["settings"], ids={"a", "b", "c"}, live=None, folder=folder,
+            log=SimpleNamespace(close=lambda: None, folder=folder),
+            ranks=SimpleNamespace(agree=lambda work: work(), first=True),
+        )  # fmt: skip
+        run._rewind = lambda state: Stages._rewind(run, state)
+        places = list(fuzz.ways(right))
+
+        def one(rng: random.Random) -> str:
+            (folder / "train.jsonl").write_text("{}\n")
+            (folder / "stages.jsonl").write_text('{"stage": 0}\n{"stage": 1}\n')
+            state = fuzz.changed(rng, copy.deepcopy(right), places)
+            (folder / STATE).write_text(json.dumps(sealed(state) if isinstance(state, dict) else state))
+            try:
+                Stages.load(run, folder)
+            except CropiError as error:
+                text = str(error)
+                assert len(text.encode()) < 2000 and (str(folder) in text or "selected prompts" in text), text
+                return "words"
+            assert run._known == state["stage"] and run._chosen == state["selected"]
+            return "read"
+
+        ends = fuzz.run(500, one)
+    assert fuzz.repeats() or (ends["words"] > 100 and ends["read"] > 20), ends

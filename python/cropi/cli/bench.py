@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             before = json.loads(Path(args.compare).read_text(encoding="utf-8"))["table"]
             of = before["device"], before["dtype"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CropiError(
                 f"--compare: {args.compare} is not what `cropi bench --out` wrote ({error})"
             ) from error

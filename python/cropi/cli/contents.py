@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError, printable
+from cropi.form import check_form, is_number
 
 # Keys by which a JSON object is what `cropi check --out` wrote.
 CHECK = {"error", "theory", "findings", "method"}
@@ -108,6 +109,8 @@ def _prompts(path: Any, row: Mapping[str, Any], what: str, rows: Iterable[Any]) 
 
 
 def _selection(path: Any, rows: list[Any]) -> dict[str, Any]:
+    for number, row in enumerate(rows, 1):
+        check_form(row, {"id": (str, int), "scores?": dict}, str(path), "make it again", f"row {number}")
     sets = list(rows[0].get("scores") or [key for key in rows[0] if key.startswith("score[")])
     how = f" by {rows[0]['method']}" if "method" in rows[0] else ""
     return told(
@@ -156,12 +159,11 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _curriculum(path: Path, state: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(state.read_text("utf-8"))
-        done = [(int(entry["stage"]), str(entry["step"]), float(entry["seconds"])) for entry in data["done"]]
-        started = data.get("started")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CropiError(f"{state} is damaged ({error})") from error
+    from cropi.curriculum.state import read_state
+
+    data = read_state(state)
+    done = [(entry["stage"], entry["step"], entry["seconds"]) for entry in data["done"]]
+    started = data.get("started")
     lines = [f"curriculum    {path}: {len({stage for stage, *_ in done})} stages begun"]
     lines += [f"  stage {stage:<5} {step}: {seconds:.1f} s" for stage, step, seconds in done]
     if started:
@@ -209,6 +211,10 @@ def _json(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None  # lines, or damaged: whoever reads records says how
     if isinstance(held, dict) and held.keys() >= CHECK:
+        from cropi.report.forms import CHECKED
+        from cropi.sealed import read_sealed
+
+        held = read_sealed(path, CHECKED, "make it again with `cropi check`")
         lines = [
             f"check         {path}: error {held['error']:.4f}, theory {held['theory']:.4f} ({held['method']})"
         ]
@@ -217,6 +223,9 @@ def _json(path: Path) -> dict[str, Any] | None:
         ]
         return told(lines, "check", error=held["error"], theory=held["theory"], findings=held["findings"])
     if isinstance(held, dict) and held.keys() >= ANEW:
+        from cropi.rescoring import read_plan
+
+        held = read_plan(path)
         pays = "all" if held["tokens"] is None else f"{held['tokens']:,.0f} tokens"
         text = f"stage {held['for']['stage']} sketches {len(held['ids'])} prompts anew, {held['spent']:,.0f} tokens"
         return told(
@@ -229,7 +238,7 @@ def _json(path: Path) -> dict[str, Any] | None:
             "indices",
             rows=len(held),
         )
-    if isinstance(held, list) and held and all(isinstance(one, (int, float)) for one in held):
+    if isinstance(held, list) and held and all(map(is_number, held)):
         some = sum(one > 0 for one in held)
         return told(
             [f"weights       {path}: {len(held)} rows of a dataset, {some} above 0, sum {sum(held):.4g}"],

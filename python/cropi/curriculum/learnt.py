@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from cropi.form import wrong_form
+from cropi.report.forms import TRAINED
 
 TRAINING = "training.json"
 # Above this share of prompts whose responses have equal rewards, a step has next to no gradient.
@@ -13,12 +17,19 @@ FLAT = 0.95
 
 
 def read_training(folder: Path) -> dict[str, Any]:
-    """``{"training": ...}`` of a trainer's folder, or nothing where the trainer left no :data:`TRAINING`."""
+    """``{"training": ...}`` of a trainer's folder, or nothing where the trainer left no :data:`TRAINING`, or, with a
+    warning, another one than `cropi.trainers.trl.history.training_summary` makes: the training is done all the same."""
     try:
         summary = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        wrong = wrong_form(summary, TRAINED) or ("" if "reward" in summary else "it has no reward")
+    except FileNotFoundError:
         return {}
-    return {"training": summary} if isinstance(summary, dict) and "reward" in summary else {}
+    except (OSError, ValueError, RecursionError) as error:
+        wrong = f"it cannot be read ({error})"
+    if wrong:
+        warnings.warn(f"{folder / TRAINING} is left out of the report: {wrong}", stacklevel=2)
+        return {}
+    return {"training": summary}
 
 
 def nothing_learnt(table: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -39,11 +50,7 @@ def nothing_learnt(table: Sequence[Mapping[str, Any]]) -> list[str]:
                 "next to nothing to learn from; check the reward function, the temperature and the prompts."
             )
         before, after = training.get("reward") or (None, None)
-        if (
-            before is not None
-            and after is not None
-            and after <= before
-            and training["steps"][0] < training["steps"][1]
-        ):
+        first, last = training.get("steps") or (0, 1)
+        if before is not None and after is not None and after <= before and first < last:
             said.append(f"{stage}: the reward did not rise: {before:.4g} before, {after:.4g} after.")
     return said

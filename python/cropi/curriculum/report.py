@@ -30,7 +30,8 @@ def rows(state: State) -> list[dict[str, Any]]:
             }
         if select := done.get("select"):
             row |= {key: select[key] for key in ("selected", "scores", "pass_rate", "kept_from_last")}
-            row["overlap"] = select["kept_from_last"] / select["last"] if select["last"] else None
+            kept, last = select["kept_from_last"], select["last"]
+            row["overlap"] = kept / last if last and kept is not None else None
         if "training" in (trained := done.get("train", {})):
             row["training"] = trained["training"]
         if collect := done.get("collect"):
@@ -61,7 +62,7 @@ def write_report(plan: Plan, state: State) -> None:
 def _markdown(plan: Plan, table: list[dict[str, Any]]) -> str:
     sets = sorted({name for row in table for name in row.get("scores", {})})
     scores = [f"score on {_cell(name)}" for name in sets]
-    bounded = any("anew" in row for row in table)
+    bounded = any(row.keys() >= {"anew", "left"} for row in table)
     again = ["scored anew"] if bounded else []
     head = ["stage", "prompts", "usable", *again, "selected", *scores, "pass rate", "kept", "reward", "equal rewards",
             "rollouts s", "select s", "train s", "selection's share", "new policy"]  # fmt: skip
@@ -108,13 +109,14 @@ def _cells(row: dict[str, Any], sets: list[str], bounded: bool) -> list[str]:
     def seconds(step: str) -> str:
         return f"{row['seconds'][step]:.1f}" if step in row["seconds"] else "-"
 
+    again = f"{row['anew']} of {row['anew'] + row['left']}" if row.keys() >= {"anew", "left"} else "-"
     rate, kept = row.get("pass_rate"), row.get("kept_from_last")
     return [
         str(row["stage"]), str(row.get("prompts", "-")), str(row.get("usable", "-")),
-        *([f"{row['anew']} of {row['anew'] + row['left']}" if "anew" in row else "-"] if bounded else []),
+        *([again] if bounded else []),
         str(row.get("selected", "-")),
         *map(score, sets), f"{rate['selected']:.2f} ({rate['pool']:.2f})" if rate else "-",
-        "-" if kept is None else f"{kept} ({row['overlap']:.0%})",
+        "-" if kept is None or row["overlap"] is None else f"{kept} ({row['overlap']:.0%})",
         _change(row, "reward", ".4g"), _change(row, "equal_rewards", ".0%"), seconds("rollouts"),
         f"{row['select_seconds']:.1f}", seconds("train"),
         f"{row['select_share']:.1%}" if "select_share" in row else "-", row.get("model", "-"),

@@ -10,15 +10,50 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cropi.checked import fits
 from cropi.curriculum.plan import Plan
 from cropi.errors import CropiError, shown
-from cropi.files import reading, write_atomic, writing
+from cropi.files import write_atomic, writing
+from cropi.form import check_form
 from cropi.locks import lock_folder
-from cropi.sealed import sealed, unsealed
+from cropi.report.forms import BESIDE, TRAINED, is_amount
+from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
 
 FORMAT = 1
 NAME = "state.json"
+REMEDY = "put the file back, or start again with another --out"
+_STORE = {"behaviour": str, "seconds?": is_amount, "tokens?": is_amount}
+# What each step has found out.
+RESULTS: dict[str, Any] = {
+    "rollouts": {"maker": str, "train?": [str], "valid?": [str]},
+    "sketch": {
+        "prompts": int, "usable": int, "without_gradient": dict, "weights": str, "anew?": int, "left?": int,
+        "train": _STORE, "valid": {str: _STORE}, "fingerprints": {str: str},
+    },
+    "influence": {"sets": [str], "scored": int},
+    "select": {
+        "prompts": int, "selected": int, "scores": {str: BESIDE}, "pass_rate": BESIDE,
+        "kept_from_last": int | None, "last": int,
+    },
+    "train": {"model": str, "training?": TRAINED},
+    "collect": {"model": str, "train?": [str], "replaced?": int},
+}  # fmt: skip
+_STEP = {
+    "stage": lambda stage: fits(stage, int) and stage >= 0,
+    "step": lambda step: fits(step, str) and step in RESULTS,
+    "attempts": int,
+}
+_FORM = {"settings": {str: dict}, "done": [_STEP | {"seconds": is_amount}], "started?": (None, _STEP)}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What stands in the file, but for the steps' own results.
+
+    Raises:
+        CropiError: it is damaged, or of a newer release.
+    """
+    return read_sealed(path, _FORM, REMEDY, version=("format", "format", FORMAT))
 
 
 class State:
@@ -47,15 +82,9 @@ class State:
             state = cls(path, {"format": FORMAT, "settings": settings, "done": [], "started": None})
             state.write()  # before anything else is written, by which the folder would be refused the next time
             return state
-        try:
-            with reading(path):
-                data = json.loads(path.read_text(encoding="utf-8"))
-            made = data["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CropiError(f"{path} is damaged ({error}); start again with another --out") from error
-        if made != FORMAT:
-            raise CropiError(f"{path} has the format {made}; this release reads format {FORMAT}")
-        state = cls(path, unsealed(data, path, "put the file back, or start again with another --out"))
+        state = cls(path, read_state(path))
+        for i, entry in enumerate(state.data["done"]):
+            check_form(entry, RESULTS[entry["step"]], f"{path} is damaged", REMEDY, f"done[{i}]")
         state._check_settings(plan, settings)
         return state
 

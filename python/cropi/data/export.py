@@ -258,7 +258,7 @@ def read_dataset(path: Any) -> Any:
             if path.suffix == ".json"
             else [json.loads(line) for line in lines_of(path) if line.strip()]
         )
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CropiError(f"dataset: {path} is not {path.suffix[1:]}: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise CropiError(f"dataset: {path} should hold objects, one per prompt")

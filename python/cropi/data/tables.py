@@ -105,7 +105,7 @@ def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if (path / SPLITS).exists():
         try:
             names = json.loads((path / SPLITS).read_text(encoding="utf-8"))["splits"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CropiError(f"{path / SPLITS} is damaged ({error}); save the dataset again") from None
         raise CropiError(
             f"{path} holds the splits {', '.join(map(str, names))}; give the folder of one, for example "
@@ -115,7 +115,7 @@ def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         files = [
             path / entry["filename"] for entry in json.loads((path / STATE).read_text("utf-8"))["_data_files"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CropiError(f"{path / STATE} is damaged ({error}); save the dataset again") from None
     for file in files:
         if not file.is_file():

@@ -90,6 +90,6 @@ def _base(folder: Path) -> str:
     """Which model an adapter says that it is of."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return ""
     return f", but is of {base!r}" if base else ""

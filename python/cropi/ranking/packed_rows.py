@@ -81,6 +81,11 @@ class PackedRows:
 
     def load_state_dict(self, state: dict[str, Any], order: torch.Tensor) -> None:
         """Row i is row ``order[i]`` of the state."""
+        try:
+            self._draws.set_state(state["draws"])
+        except RuntimeError as error:
+            raise CropiError(
+                f"the state is damaged: rows[draws] is no state of a generator ({error})"
+            ) from error
         for name in ("values", "scale", "exponent"):
             getattr(self, name).copy_(state[name][order])
-        self._draws.set_state(state["draws"])

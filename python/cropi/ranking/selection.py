@@ -18,6 +18,7 @@ import html
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cropi.data.readers import read
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, shown
 from cropi.files import lines_of, replacing
+from cropi.form import check_form, is_number
 from cropi.option_fields import changed, one_of
 from cropi.options import Selecting
 from cropi.ranking.draws import draw, soft_weights
@@ -47,6 +49,7 @@ __all__ = [
     "read_selection", "select", "write_selected_records", "write_selection",
 ]  # fmt: skip
 POOLS = ("all", "usable")
+_LINE = {"id": (str, int), "fused?": is_number, "method?": str, "scores?": dict}  # of a selection file
 
 
 @dataclass(frozen=True)
@@ -395,13 +398,15 @@ def _store(scores: Scores, given: SketchStore | None) -> SketchStore:
 def write_selection(path: str | Path, scores: Scores, selection: Selection) -> None:
     """Write ``selected.jsonl``: id, rank (from 1), fused value, method, scores per set, stage and model, best
     first."""
-    origin = scores.meta["train"]
+    origin = scores.meta.get("train") or {}
+    model = origin.get("model")
     with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for rank, (i, name) in enumerate(zip(selection.chosen, selection.ids, strict=True), 1):
             row = {
                 "id": name, "rank": rank, "fused": float(selection.fused[i]), "method": selection.method,
                 "scores": {name: float(scores.table[i, v]) for v, name in enumerate(scores.sets)},
-                "stage": origin["stage"], "model": origin["model"]["weights"],
+                "stage": origin.get("stage"),
+                "model": model.get("weights") if isinstance(model, dict) else model,
             }  # fmt: skip
             file.write(json.dumps(row | {"check": _check(row)}, ensure_ascii=False) + "\n")
 
@@ -415,20 +420,27 @@ def read_selection(path: str | Path) -> list[str]:
     """The prompt ids in a selection file, best first: what :func:`write_selection` wrote, or one id a line.
 
     Raises:
-        CropiError: the file is empty, or a line is not an id.
+        CropiError: the file is empty, a line is not an id, or an id stands there twice.
     """
+    return [str(row["id"]) for row in selected_rows(path)]
+
+
+def selected_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a selection file as objects with an ``id``. Raises as :func:`read_selection` does."""
     check_sums(path)
-    lines = [line for line in lines_of(Path(path)) if line.strip()]
-    if not lines:
-        raise CropiError(f"selection: {path} is empty")
-    if not any(line.lstrip().startswith("{") for line in lines):
-        return [line.strip() for line in lines]
+    said = f"selection: {path} is not what `cropi select` writes"
     try:
-        rows = [json.loads(line) for line in lines]
-        ids = [str(row["id"]) for row in rows]
-        checks = [row.pop("check", None) for row in rows]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CropiError(f"selection: {path} is not what `cropi select` writes ({error})") from error
+        lines = [line for line in lines_of(Path(path)) if line.strip()]
+        as_json = any(line.lstrip().startswith("{") for line in lines)
+        rows = [json.loads(line) if as_json else {"id": line.strip()} for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise CropiError(f"{said} ({error})") from error
+    if not rows:
+        raise CropiError(f"selection: {path} is empty")
+    remedy = "make it again (lines that you write yourself need an id alone)"
+    for number, row in enumerate(rows, 1):
+        check_form(row, _LINE, said, remedy, f"line {number}")
+    checks = [row.pop("check", None) for row in rows]
     # Files of the first release, and of others, have none.
     if any(checks):
         for number, (row, check) in enumerate(zip(rows, checks, strict=True), 1):
@@ -437,7 +449,12 @@ def read_selection(path: str | Path) -> list[str]:
                     f"selection: line {number} of {path} is damaged: its checksum does not match; make it again with "
                     "`cropi select` (lines that you write yourself need an id alone)"
                 )
-    return ids
+    name, count = Counter(str(row["id"]) for row in rows).most_common(1)[0]
+    if count > 1:
+        raise CropiError(
+            f"selection: {path} names {shown(name)} {count} times; leave all but one of the lines out"
+        )
+    return rows
 
 
 def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, selection: Selection) -> None:

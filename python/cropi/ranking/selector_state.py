@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 
+from cropi.checked import fits
 from cropi.errors import CropiError
+from cropi.form import check_form, is_number
 
 OTHER = "go on from another checkpoint, or begin with a new Selector"
 LATER = {"refreshed": 0}  # what the first states did not have, and what it was then
+
+
+def _are_ids(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(name, Hashable) for name in given)
+
+
+def _is_count(given: Any) -> bool:
+    return fits(given, int) and 0 <= given < 1 << 62
+
+
+_FORM = {
+    "version": int, "settings": {str: (str, is_number, None)}, "ids": _are_ids,
+    "step": _is_count, "refreshed": _is_count,
+    "noise": lambda noise: fits(noise, list[float]) and min(noise, default=0) >= 0,
+}  # fmt: skip
 
 
 def check_state(given: Any, mine: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,11 +43,11 @@ def check_state(given: Any, mine: Mapping[str, Any]) -> dict[str, Any]:
             "checkpoint, or begin with a new Selector"
         )
     state = {**LATER, **given}
+    check_form(state, _FORM, "the state is damaged", OTHER)
     if state["version"] != mine["version"]:
         raise CropiError(
             f"the state is of version {state['version']!r}: this release reads version {mine['version']}"
         )
-    _check_kind("settings", state["settings"], {})
     for key in {**mine["settings"], **state["settings"]}:
         theirs, ours = state["settings"].get(key), mine["settings"].get(key)
         if theirs != ours:
@@ -38,7 +55,6 @@ def check_state(given: Any, mine: Mapping[str, Any]) -> dict[str, Any]:
                 f"the state was saved with {key} = {theirs!r}, but this Selector has {ours!r}: make it with the same, "
                 "or begin with a new one"
             )
-    _check_kind("ids", state["ids"], [])
     for here, there, where in ((mine, state, "state"), (state, mine, "pool")):
         known = set(there["ids"])
         lost = [name for name in here["ids"] if name not in known]

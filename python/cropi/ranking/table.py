@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cropi.errors import CropiError, optional, printable
+from cropi.errors import CropiError, optional, printable, shown
 from cropi.files import reading, replacing
+from cropi.form import check_form, is_writable
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
+from cropi.ranking.table_form import META
 from cropi.ranking.table_rows import TableRows, fill_numbers
 from cropi.store.rows import SCORED_AT
 
@@ -33,6 +36,7 @@ DAMAGED = (
     MemoryError,
     NotImplementedError,
 )
+LARGEST = 1 << 30  # bytes of numbers that any file may ask for; others four times their size
 HEALTH = ("ratio", "ess", "clipped")  # of a row's ``extra``
 EXTRA = (*HEALTH, "file", SCORED_AT)
 FIELDS = {
@@ -79,7 +83,19 @@ def write_scores(path: str | Path, scores: Scores, selection: Selection | None =
         HEALTH, pyarrow.float64()
     )
     kinds["rank"] = pyarrow.int64()
-    arrays = {k: pyarrow.array(v, kinds.get(k)) for k, v in columns_of(scores, selection).items()}
+    arrays = {}
+    for name, values in columns_of(scores, selection).items():
+        try:
+            arrays[name] = pyarrow.array(values, kinds.get(name))
+        except (
+            pyarrow.ArrowException,
+            TypeError,
+            OverflowError,
+        ) as error:  # of a store that another hand sealed
+            raise CropiError(
+                f"cannot write {path}: a row holds a value of another kind for the column {shown(name)} "
+                f"({printable(str(error)[:200])}); make the store of the training prompts again"
+            ) from error
     table = pyarrow.table(arrays)
     meta = json.dumps(scores.meta | ({} if selection is None else {"selection": selection.settings}))
     table = table.replace_schema_metadata(
@@ -117,10 +133,13 @@ def read_scores(
             metadata = opened.schema_arrow.metadata or {}
             text = metadata[b"cropi"].decode("utf-8")
             meta = json.loads(text)
+            check_form(meta, META, f"{file} is damaged", "make it again with `cropi influence`")
+            if not is_writable(meta):
+                raise ValueError("its metadata holds half a character")
             seal = _sealed(opened.schema_arrow, opened.metadata.num_rows, text)
             # Files of the first release have no checksum.
             intact = metadata.get(b"cropi_sha256", seal.encode()).decode() == seal
-            scores = _scores(opened, meta, only, errors, contributions)
+            scores = _scores(file, opened, meta, only, errors, contributions)
     except CropiError:
         raise
     except (*DAMAGED, optional("pyarrow").ArrowException) as error:
@@ -135,11 +154,22 @@ def read_scores(
 
 
 def _scores(
-    file: Any, meta: dict[str, Any], only: Sequence[str] | None, errors: bool, contributions: bool
+    path: Path,
+    file: Any,
+    meta: dict[str, Any],
+    only: Sequence[str] | None,
+    errors: bool,
+    contributions: bool,
 ) -> Scores:
     """The table, read by batches: the whole of it as Arrow's takes as much memory again."""
     schema, count = file.schema_arrow, file.metadata.num_rows
     sets = [name[6:-1] for name in schema.names if name.startswith("score[")]
+    if not sets or not count:
+        raise ValueError("it holds no scores")
+    # Of equal values a small file may name any number.
+    size = 8 * count * len(schema)
+    if size > max(LARGEST, 4 * os.path.getsize(path)):
+        raise ValueError(f"its {count} rows would take {size / 1e9:.3g} GB")
     wanted = {name: key for name, key in FIELDS.items() if only is None or key in ("id", *only)}
     rows = TableRows(schema, count, wanted, [name for name in EXTRA if only is None or name in only])
     kinds = ["score", *(["stderr"] if errors and sets and f"stderr[{sets[0]}]" in schema.names else [])]
@@ -160,10 +190,13 @@ def _scores(
                 fill_numbers(column[begin : len(rows)], batch.column(name))
         if drawn is not None:
             fill_numbers(drawn[begin : len(rows)], batch.column("p_selected"))
+    if drawn is not None and not np.isfinite(drawn[~np.isnan(drawn)]).all():
+        raise ValueError("a value of the column p_selected is infinite")
     # What it keeps for the next columns would stay beside the table.
     optional("pyarrow").default_memory_pool().release_unused()
     if len(rows) != count:
         raise ValueError(f"it holds {len(rows)} of {count} rows")
+    rows.check()
     return Scores(
         rows, sets, numbers["score"], meta, numbers.get("stderr"), drawn, groups=groups, contributions=parts
     )

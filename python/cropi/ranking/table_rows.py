@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any, overload
 
 import numpy as np
 
-from cropi.store.rows import RowInfo
+from cropi.errors import shown
+from cropi.store.rows import FAILED, OK, SCORED_AT, SKIPPED, RowInfo
 
+STATUSES = {OK, FAILED, SKIPPED}
+TEXTS = {"set", "task", "status", "reason", "file", SCORED_AT}  # the other columns are numbers
+REQUIRED = {"status", "reason", "pass_rate", "tokens", "norm"}  # that every row has
 FIELDS = {field.name for field in fields(RowInfo)}
 
 
@@ -25,16 +30,12 @@ class TableRows(Sequence[RowInfo]):
 
     def __init__(self, schema: Any, count: int, fields: dict[str, str], extra: Sequence[str]) -> None:
         self.ids: list[str] = []
-        kinds = {
-            name: schema.field(name).type
-            for name in (*fields, *extra)
-            if name in schema.names or name in fields
-        }
-        self._columns = {key: _column(kinds[name], count) for name, key in fields.items() if key != "id"}
-        self._extra = {name: _column(kinds[name], count) for name in extra if name in kinds}
+        there = set(schema.names)
+        self._columns = {key: _column(key, count) for key in fields.values() if key != "id"}
+        self._extra = {name: _column(name, count) for name in extra if name in there}
         self._names = {key: name for name, key in fields.items()}
         self._unread = dict.fromkeys(FIELDS - {"id", "extra", *self._columns})
-        self.columns = list(kinds)  # that are read
+        self.columns = [*fields, *self._extra]  # that are read
 
     def add(self, batch: Any) -> None:
         """Take the next rows, from an Arrow record batch."""
@@ -46,6 +47,23 @@ class TableRows(Sequence[RowInfo]):
         for name, column in self._extra.items():
             column.fill(len(self.ids), batch.column(name))
         self.ids += ids
+
+    def check(self) -> None:
+        """Check the columns that were read.
+
+        Raises:
+            ValueError: a prompt twice, a column of another kind, or a value that no prompt has.
+        """
+        if len(set(self.ids)) < len(self.ids):
+            name, count = Counter(self.ids).most_common(1)[0]
+            raise ValueError(f"the prompt {shown(name)} is there {count} times")
+        for key in REQUIRED & self._columns.keys():
+            column = self._columns[key]
+            wrong = column.wrong
+            if key == "status" and isinstance(column, _Texts) and not wrong and column.texts - STATUSES:
+                wrong = f"{shown((column.texts - STATUSES).pop())}, not one of {', '.join(sorted(STATUSES))}"
+            if wrong:
+                raise ValueError(f"a value of the column {self._names[key]} is {wrong}")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -117,6 +135,16 @@ class _Texts:
     def __getitem__(self, place: int) -> str | None:
         return self._texts[self._codes[place]]
 
+    @property
+    def texts(self) -> set[str | None]:
+        """Which there are."""
+        return {self._texts[code] for code in np.unique(self._codes).tolist()}
+
+    @property
+    def wrong(self) -> str:
+        """What is wrong with a column that every row has; "" if nothing is."""
+        return "missing" if None in self.texts else ""
+
 
 class _Numbers:
     """A column of numbers, or null."""
@@ -131,6 +159,13 @@ class _Numbers:
             if self._missing is None:
                 self._missing = np.zeros(len(self._values), dtype=bool)
             self._missing[begin : begin + len(column)] = missing
+
+    @property
+    def wrong(self) -> str:
+        """As of texts."""
+        if self._missing is not None and self._missing.any():
+            return "missing"
+        return "" if np.isfinite(self._values).all() else "not a finite number"
 
     def __getitem__(self, place: int) -> int | float | None:
         if self._missing is not None and self._missing[place]:
@@ -162,7 +197,5 @@ def _missing(column: Any) -> np.ndarray:
     return numbers_of(column.is_null(), "uint8").view(bool)
 
 
-def _column(kind: Any, count: int) -> _Texts | _Numbers:
-    if kind in ("string", "large_string", "null"):
-        return _Texts(count)
-    return _Numbers(count, whole=kind == "int64")
+def _column(key: str, count: int) -> _Texts | _Numbers:
+    return _Texts(count) if key in TEXTS else _Numbers(count, whole=key == "tokens")

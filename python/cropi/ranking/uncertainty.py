@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -150,7 +150,8 @@ class Uncertainty:
         held = scores.meta.get("uncertainty")
         if held is None or scores.stderr is None or scores.p_selected is None:
             return None
-        sets = [SetUncertainty(**one) for one in held["sets"]]
+        known = [field.name for field in fields(SetUncertainty)]
+        sets = [SetUncertainty(**{name: one[name] for name in known if name in one}) for one in held["sets"]]
         rest = {name: held[name] for name in ("overlap", "overlap_of_set", "halves", "draws", "fraction")}
         rest["own_signal"] = held.get("own_signal", math.nan)
         return cls(sets, scores.table, scores.stderr, scores.p_selected, **rest)

@@ -24,8 +24,7 @@ def density(
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><text x="8" y="20">no finite value</text></svg>'
         )
     low, high = float(pool.min()), float(pool.max())
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
+    low, high = _apart(low, high)
     edges = np.linspace(low, high, bins + 1)
     shares = [np.histogram(x, edges)[0] / max(len(x), 1) for x in (pool, chosen)]
     top = max(float(s.max()) for s in shares) or 1.0
@@ -81,6 +80,12 @@ def signed(values: Sequence[float]) -> list[str]:
     ]
 
 
+def _apart(low: float, high: float) -> tuple[float, float]:
+    """The ends of an axis, which are not equal."""
+    half = 0.0 if high > low else max(0.5, abs(high) / 100)
+    return low - half, high + half
+
+
 def line(values: Sequence[float | None], *, low: float | None = None, high: float | None = None) -> str:
     """One value a stage, from stage 0 on, as a line with a dot for each; None leaves a gap."""
     known = [float(v) for v in values if v is not None and np.isfinite(v)]
@@ -88,8 +93,7 @@ def line(values: Sequence[float | None], *, low: float | None = None, high: floa
         return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><text x="8" y="20">not known</text></svg>'
     bottom = min(known) if low is None else low
     top = max(known) if high is None else high
-    if top <= bottom:
-        bottom, top = bottom - 0.5, top + 0.5
+    bottom, top = _apart(bottom, top)
     plot, left, wide = HEIGHT - BOTTOM - 16, 44, WIDTH - 60
 
     def place(i: int, value: float) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.ranking.table import SCORES
 from cropi.report.charts import line
+from cropi.report.forms import REPORT
 from cropi.report.rendering import markup, rendered
-from cropi.sealed import unsealed
+from cropi.sealed import read_sealed
 
 SETTLED = 0.9  # a choice that keeps so much of the last one hardly depends on the stage
 
@@ -29,22 +29,12 @@ def curriculum_page(folder: str | Path, out: str | Path | None = None) -> Path:
         CropiError: the file is damaged, or no stage has begun.
     """
     root = Path(folder)
-    try:
-        document = json.loads((root / "report.json").read_text(encoding="utf-8"))
-        document = unsealed(
-            document, root / "report.json", "run the same `cropi curriculum` again, which writes it"
-        )
-        stages, settings = document["stages"], document["settings"]
-        values = _values(root, document, stages, settings)
-    except CropiError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CropiError(
-            f"{root / 'report.json'} is not what `cropi curriculum` writes ({error!r})"
-        ) from error
-    if not stages:
+    remedy = "run the same `cropi curriculum` again, which writes it"
+    document = read_sealed(root / "report.json", REPORT, remedy, writer="`cropi curriculum`")
+    if not document["stages"]:
         raise CropiError(f"{root}: no stage of the curriculum has begun, so there is nothing to report")
     page = root / "report.html" if out is None else Path(out)
+    values = _values(root, document, document["stages"], document["settings"])
     write_atomic(page, rendered("curriculum.html", **values))
     return page
 
@@ -102,7 +92,7 @@ def _verdict(document: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -
     if shares:
         text = f"choosing takes {sum(shares) / len(shares):.0%} of a stage's time"
         lines.append({"level": "ok", "name": "cost", "text": text})
-    bounded = [row for row in stages if "anew" in row]
+    bounded = [row for row in stages if row.keys() >= {"anew", "left"}]
     if bounded:
         last = bounded[-1]
         text = f"{last['anew']} of {last['anew'] + last['left']} prompts were scored anew in stage {last['stage']}"

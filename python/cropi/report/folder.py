@@ -13,15 +13,15 @@ import numpy as np
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
-from cropi.files import lines_of
 from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
-from cropi.ranking.selection import Selection, read_selection
+from cropi.ranking.selection import Selection, selected_rows
 from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.curriculum import curriculum_page, is_curriculum
+from cropi.report.forms import CHECK
 from cropi.report.html import ReportInput, shown_in_full, write_report
-from cropi.sealed import unsealed
+from cropi.sealed import read_sealed
 from cropi.store.rows import OK
 
 if TYPE_CHECKING:  # a table without its stores is shown without torch
@@ -92,7 +92,8 @@ def selection_of(scores: Scores, path: Path) -> Selection:
         CropiError: a chosen prompt has no score in the table.
     """
     place = {row.id: i for i, row in enumerate(scores.rows)}
-    ids, usable = read_selection(path), scores.usable  # which is worked out anew each time
+    lines, usable = selected_rows(path), scores.usable  # which is worked out anew each time
+    ids = [str(line["id"]) for line in lines]
     unknown = [name for name in ids if name not in place or not usable[place[name]]]
     if unknown:
         raise CropiError(
@@ -104,10 +105,8 @@ def selection_of(scores: Scores, path: Path) -> Selection:
     rest = [i for i in np.argsort(-best, kind="stable").tolist() if usable[i] and i not in picked]
     fused = np.full(len(scores.rows), np.nan)
     method = "rrf"
-    for line in lines_of(path):
-        if line.lstrip().startswith("{"):
-            row = json.loads(line)
-            fused[place[row["id"]]], method = row.get("fused", np.nan), row.get("method", method)
+    for i, line in zip(chosen, lines, strict=True):
+        fused[i], method = line.get("fused", np.nan), line.get("method", method)
     return Selection(chosen, chosen + rest, fused, method, scores)
 
 
@@ -177,15 +176,9 @@ def _check(root: Path, path: str | Path | None) -> dict[str, Any] | None:
     if path is None and not file.is_file():
         return None
     try:
-        content = unsealed(
-            json.loads(file.read_text(encoding="utf-8")), file, "make it again with `cropi check`"
-        )
-        findings = content["findings"]
-    except CropiError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CropiError(f"{file} is not what `cropi check --out` writes ({error})") from error
-    return content if isinstance(findings, list) else None
+        return read_sealed(file, CHECK, "make it again with `cropi check`", writer="`cropi check --out`")
+    except FileNotFoundError:
+        raise CropiError(f"check: there is no file {file}; make it with `cropi check --out {file}`") from None
 
 
 def _run(scores: Scores, train: SketchStore | None) -> list[tuple[str, str]]:

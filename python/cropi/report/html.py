@@ -122,11 +122,12 @@ def _values(given: ReportInput) -> dict[str, Any]:
             }
         )  # fmt: skip
     origin = scores.meta.get("train") or {}
+    model = origin.get("model")
     texts = given.validation_texts
     return {
         "title": given.title, "prompts": len(scores.rows), "ranked": len(usable), "chosen": len(chosen),
         "method": selection.method, "sets": sets, "unfinished": given.unfinished,
-        "model": str((origin.get("model") or {}).get("weights", "unknown"))[:16],
+        "model": str(model.get("weights", "unknown") if isinstance(model, dict) else model or "unknown")[:16],
         "stage": str(origin.get("stage", "unknown")),
         "verdict": _verdict(given), "choice": _choice(sure),
         "choice_missing": given.uncertainty_missing,
@@ -304,7 +305,7 @@ def _anatomy(check: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     if not check or not check.get("by_type"):
         return []
     types = sorted(check["by_type"].items(), key=lambda pair: -pair[1])[:16]
-    layers = sorted(check["by_layer"].items(), key=lambda pair: int(pair[0]))
+    layers = sorted(check.get("by_layer", {}).items(), key=lambda pair: int(pair[0]))
     return [{"name": "type of parameter", "lines": types}, {"name": "layer", "lines": layers}]
 
 

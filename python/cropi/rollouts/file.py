@@ -108,7 +108,13 @@ class RolloutFile:
     def _append(self, value: Mapping[str, Any]) -> None:
         assert self._file is not None
         end = self._file.seek(0, os.SEEK_END)
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        try:
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:  # NaN, or half a character
+            raise CropiError(
+                f"out: the record {shown(value.get('id'))} cannot be written to {self.part} ({error}); "
+                f"{REMEDY.format(path=self.out)}"
+            ) from error
         data = text + b"\t%08x\n" % zlib.crc32(text)
         try:
             written = 0
@@ -202,7 +208,7 @@ def _checked(line: bytes, path: Path) -> bytes:
 def _object(line: bytes, path: Path) -> dict[str, Any]:
     try:
         held = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         held = None
     if not isinstance(held, dict):
         raise CropiError(f"out: {path} holds a line that is not a record; {REMEDY.format(path=path)}")

@@ -87,7 +87,7 @@ class Server:
                 problem, pause = problem or f"cannot be reached ({error.reason})", None
             except (OSError, http.client.HTTPException) as error:
                 problem, pause = f"broke off ({type(error).__name__}: {error})", None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problem, pause = f"answered no JSON ({str(error)[:100]})", None
             if attempt < self.retries:
                 self._wait(_pause(attempt, pause))
@@ -125,6 +125,6 @@ def _said(error: urllib.error.HTTPError) -> str:
         held = json.loads(text)
         inner = held.get("error", held) if isinstance(held, dict) else held
         text = str(inner.get("message", inner)) if isinstance(inner, dict) else str(inner)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return shown(" ".join(text.split()), 300)

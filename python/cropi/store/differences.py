@@ -144,7 +144,7 @@ def check_same_job(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any
 
 def of_earlier_release(manifest: Mapping[str, Any]) -> bool:
     """Whether the manifest names its model by the hash of earlier releases (SHA-256)."""
-    weights = (manifest.get("model") or {}).get("weights")
+    weights = get_field(manifest, "model.weights")
     return isinstance(weights, str) and not _is_xxh3(weights)
 
 
@@ -154,5 +154,5 @@ def _is_xxh3(weights: Any) -> bool:
 
 def _model_of(manifest: Mapping[str, Any], field: str) -> str:
     """The model's name, where ``field`` is a hash of it: hashes do not tell which of two stores is the wrong one."""
-    name = manifest.get("notes", {}).get("model") if field.startswith("model.") else None
+    name = get_field(manifest, "notes.model") if field.startswith("model.") else None
     return f" (model {shown(name, 200)})" if name else ""

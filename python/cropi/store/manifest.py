@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError, shown
-from cropi.files import reading
-from cropi.sealed import digest, sealed, unsealed
+from cropi.checked import fits
+from cropi.errors import CropiError
+from cropi.form import wrong_form
+from cropi.sealed import digest, read_sealed, sealed
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -20,13 +21,16 @@ NOISE = "noise"  # true: rows are draws of gradients' noise (cropi.gradient.nois
 NOTES = ("notes", "prompts", "share")
 SCALED = "preconditioner"  # which moments the gradients were divided by
 MERGED = "merged"  # the trajectories of the stores that were merged to this one
-# What is read of a manifest by name; a field that is missing here or there is an earlier release's.
-_FORM: dict[str, type | tuple[type, ...]] = {
-    "spec": dict, "spec.dim": int, "dtype": (str, type(None)), "stage": (str, type(None)), "notes": (dict, type(None)),
-    "prompts": (int, type(None)), "model": (dict, str, type(None)), "share": (dict, type(None)),
-    GROUPS: (list, type(None)),
-}  # fmt: skip
 _SHARES = 1_000_000  # of a job, at most
+# What is read of a manifest by name; a field that may be missing is one that earlier releases did not write.
+_FORM = {
+    "spec": {"dim": lambda dim: fits(dim, int) and 0 < dim < 2**31},
+    "dtype?": str | None, "stage?": str | None, "prompts?": int | None,
+    "model?": (str | None, {"weights?": str | None}), "notes?": (None, {"trajectories?": list[str] | None}),
+    "tokens?": (None, dict),
+    "share?": lambda share: not share or _is_share(share),
+    f"{GROUPS}?": (None, [{"name": str, "patterns": [str]}]),
+}  # fmt: skip
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -42,40 +46,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CropiError(
             f"{path}: there is no sketch store (no {MANIFEST}); make one with `cropi sketch --out {path}`"
         )
-    try:
-        with reading(file):
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CropiError(f"{file} is damaged ({error}); make the store again") from error
-    if version != FORMAT:
-        raise CropiError(f"{path} has the store format {shown(version)}; this release reads format {FORMAT}")
     remedy = "what the rows are sketches of is not known; put the file back, or make the store again"
-    manifest = unsealed(manifest, file, remedy)
-    if (wrong := _out_of_form(manifest)) is not None:
-        raise CropiError(f"{file} is damaged: {wrong[0]} is {shown(wrong[1])}; {remedy}")
-    return manifest
+    return read_sealed(file, _FORM, remedy, version=("store format", "format", FORMAT))
 
 
-def _out_of_form(manifest: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """The first field that is not of the form in which it is written, and its value."""
-    for field, kinds in _FORM.items():
-        value = get_field(manifest, field)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            return field, value
-    dim = manifest["spec"]["dim"]
-    if not 0 < dim < 2**31:
-        return "spec.dim", dim
-    for group in manifest.get(GROUPS) or ():
-        own = group.get("patterns") if isinstance(group, dict) else None
-        if not isinstance(own, list) or not isinstance(group.get("name"), str):
-            return GROUPS, group
-    share = manifest.get("share")
-    if share and not all(type(share.get(key)) is int for key in ("number", "count", "prompts")):
-        return "share", share
-    if share and not 1 <= share["number"] <= share["count"] <= _SHARES:
-        return "share", share
-    return None
+def _is_share(share: Any) -> bool:
+    right = not wrong_form(share, {"number": int, "count": int, "prompts": int})
+    return right and 1 <= share["number"] <= share["count"] <= _SHARES
 
 
 def new_manifest(values: Mapping[str, Any]) -> dict[str, Any]:

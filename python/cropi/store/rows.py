@@ -11,6 +11,7 @@ from math import isfinite
 from typing import Any, Literal
 
 from cropi.errors import shown
+from cropi.form import is_writable
 
 # With these three as its type, msgspec makes one string of a status, not one for every row.
 Status = Literal["ok", "failed", "skipped"]
@@ -111,6 +112,10 @@ def rows_from_json(text: str | bytes) -> list[RowInfo]:
         for name, kinds in _TYPES.items():
             if type(getattr(row, name)) not in kinds:
                 raise TypeError(f"a row has {name} = {shown(getattr(row, name))}")
+        if not (isfinite(row.pass_rate) and isfinite(row.norm) and row.tokens.bit_length() < 64):
+            raise ValueError(f"the row {shown(row.id)} has a number that is not finite")
+    if not is_writable(items):
+        raise ValueError("a row holds half a character")
     return rows
 
 

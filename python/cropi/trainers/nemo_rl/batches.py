@@ -64,7 +64,7 @@ class Order:
             held = json.loads(self.path.read_text(encoding="utf-8"))
         except CropiError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CropiError(f"${VARIABLE}: {self.path} cannot be read: {error}") from error
         if not isinstance(held, list) or not held or not all(type(row) is int and row >= 0 for row in held):
             raise CropiError(

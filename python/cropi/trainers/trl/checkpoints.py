@@ -28,6 +28,6 @@ def newest_whole(folder: str | Path, last: str) -> Path | None:
 def _readable(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return True

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cropi import pipeline
-from cropi.errors import CropiError
+from cropi.errors import CropiError, shown
 from cropi.files import replacing
 from cropi.model.policy import Policy
 from cropi.ranking.alike import prompt_features
@@ -182,4 +182,11 @@ class LiveRun:
                 "go on without live"
             )
         check_sums(folder / STATE)
-        self.selector.load_state_dict(torch.load(folder / STATE, weights_only=True))
+        try:
+            state = torch.load(folder / STATE, weights_only=True)
+        except Exception as error:  # of many kinds
+            raise CropiError(
+                f"{folder / STATE} is not the state of a Selector ({shown(str(error), 200)}); go on from another "
+                "checkpoint"
+            ) from error
+        self.selector.load_state_dict(state)

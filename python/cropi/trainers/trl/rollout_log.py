@@ -160,7 +160,7 @@ def _key(line: bytes, path: Path) -> tuple[str, int]:
     try:
         record = json.loads(line)
         return str(record["id"]), int(record.get("step", 0))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CropiError(
             f"{path}: a line is not a recorded rollout ({error}); restore the file, or remove the line"
         ) from error

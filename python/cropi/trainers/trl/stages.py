@@ -25,7 +25,7 @@ from cropi.data.scan import NothingScored, NothingToSelect, Scan
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError, shown
 from cropi.files import write_atomic, writing
-from cropi.sealed import sealed, unsealed
+from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
 from cropi.trainers.trl.checks import check_arguments, check_policy, check_space
 from cropi.trainers.trl.live import LiveRun, features_of
@@ -37,7 +37,25 @@ from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pa
 from cropi.trainers.trl.scoring import Chosen, choose_prompts, folder_of, forget_sketches, own_randomness
 
 STATE = "cropi_state.json"
+_FORM = {"stage": int, "selected": list[str] | None, "logs": {str: int}, "settings": dict}
 logger = logging.getLogger(__name__)
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """What a checkpoint keeps of the stages.
+
+    Raises:
+        CropiError: it is damaged, or of a newer release.
+    """
+    remedy = "go on from another checkpoint"
+    return read_sealed(file, _FORM, remedy, version=("version", "version", 1))
+
+
+def _stage_of(line: str, notes: Path) -> int:
+    try:
+        return int(json.loads(line)["stage"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CropiError(f"{notes}: a line is not a note of a stage ({error}); remove it") from error
 
 
 class StageCallback(TrainerCallback):
@@ -239,8 +257,7 @@ class Stages(Recorder):
         options = self.options
         if self.ranks.first and not options.keep_sketches and (options.budget or options.passes):
             states = [
-                json.loads(path.read_text())
-                for path in Path(self.trainer.args.output_dir).glob(f"checkpoint-*/{STATE}")
+                read_state(path) for path in Path(self.trainer.args.output_dir).glob(f"checkpoint-*/{STATE}")
             ]
             forget_sketches(self.folder, {int(state["stage"]) for state in states}, stage)
 
@@ -326,11 +343,7 @@ class Stages(Recorder):
                 "start a new run"
             )
         file = checkpoint / STATE
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CropiError(f"{file} is damaged ({error}); go on from another checkpoint") from error
-        state = unsealed(content, file, "go on from another checkpoint")
+        state = read_state(file)
         differs = first_difference(state["settings"], json.loads(json.dumps(self.settings())))
         if differs:
             raise CropiError(
@@ -358,6 +371,4 @@ class Stages(Recorder):
         if notes.exists():
             cut_unfinished_line(notes)
             lines = notes.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_atomic(
-                notes, "".join(line for line in lines if json.loads(line)["stage"] <= state["stage"])
-            )
+            write_atomic(notes, "".join(line for line in lines if _stage_of(line, notes) <= state["stage"]))
