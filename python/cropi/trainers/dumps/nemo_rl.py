@@ -116,11 +116,11 @@ def _rollout(
     marked = [t for t, value in enumerate(marks[:length]) if _mark(value, t, where)]
     if not marked:
         raise Unused(where, "token_loss_mask", "marks no token of the policy")
-    start, end = marked[0], marked[-1] + 1
+    source = next((name for name in LOGPROBS if row.get(name) is not None), None)
+    start, end = _first_sampled(marked, row[source] if source == LOGPROBS[0] else None), marked[-1] + 1
     if start == 0:
         raise BadSample(where, "token_loss_mask", "marks the first token, so there is no prompt")
     mask = loss_mask(marks[start:end], end - start, "token_loss_mask", where)
-    source = next((name for name in LOGPROBS if row.get(name) is not None), None)
     # The value beside a token is that token's own log-prob; the prompt's are zero.
     values = None if source is None else listed(row[source], source, where)
     if values is not None and len(values) < end:
@@ -131,6 +131,19 @@ def _rollout(
         id=name, reward=finite(row["rewards"], "rewards", where), step=step, where=where, prompt_ids=tokens[:start],
         response_ids=tokens[start:end], logprobs=probs, loss_mask=mask, temperature=temperature,
     ))  # fmt: skip
+
+
+def _first_sampled(marked: list[int], generated: Any) -> int:
+    """Where the policy's first turn begins. The assistant's turns in a prompt (examples) are marked too: all of their
+    tokens have a log-prob of exactly 0, because nobody generated them."""
+    runs = [i for i, t in enumerate(marked) if i == 0 or marked[i - 1] != t - 1]
+    for begin, after in zip(runs, [*runs[1:], len(marked)]):
+        places = marked[begin:after]
+        if not isinstance(generated, list) or len(generated) <= places[-1] or len(places) < 2:
+            return places[0]
+        if any(generated[t] != 0 for t in places):
+            return places[0]
+    return marked[0]
 
 
 def _mark(value: Any, t: int, where: str) -> bool:
