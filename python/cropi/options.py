@@ -219,6 +219,12 @@ class Running(Checks):
         None, "tokens per forward, padding included", kind="count", metavar="N",
         shown="1024 on a CPU, by its memory on a GPU",
     )  # fmt: skip
+    fused: bool = option(
+        False,
+        "compute the norms and gated products of Llama-like models by kernels in which the sketch rides: passes on a "
+        "GPU take 0.78 of the time (docs/gpu.md), and activations are rounded less often",
+        kind="switch",
+    )
     limit: int | None = option(
         None, "use only the first N (training) prompts", kind="count", metavar="N", shown="all"
     )

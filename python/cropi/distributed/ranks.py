@@ -117,7 +117,8 @@ def facts(ready: Prepared, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
     job = ready.job
     running = {
-        name: getattr(job, name) for name in ("tokens_per_batch", "layout", "limit", "skip_bad", "verify")
+        name: getattr(job, name)
+        for name in ("tokens_per_batch", "layout", "fused", "limit", "skip_bad", "verify")
     }
     kind = ready.policy.device.type
     return {

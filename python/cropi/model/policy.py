@@ -302,19 +302,20 @@ class Policy:
         verify: bool = True,
         more: Sequence[SketchSpec] = (),
         groups: Mapping[str, Sequence[str]] | None = None,
+        fused: bool = False,
     ) -> GradientSketcher:
         """The taps of one sketch. They are planned once for each spec; enter it with ``with`` to sketch.
 
-        ``verify``, ``more``, ``groups``: see :class:`cropi_kernels.GradientSketcher`; what it finds is kept with the
-        taps.
+        ``verify``, ``more``, ``groups``, ``fused``: see :class:`cropi_kernels.GradientSketcher`; what it finds is kept
+        with the taps.
         """
         trainable = tuple(parameter.requires_grad for parameter in self.model.parameters())
         named = None if groups is None else tuple((name, tuple(own)) for name, own in groups.items())
-        key = "sketcher", spec.fingerprint(), tuple(exclude), trainable, verify, tuple(more), named
+        key = "sketcher", spec.fingerprint(), tuple(exclude), trainable, verify, tuple(more), named, fused
         return self.once(
             key,
             lambda: GradientSketcher(
-                self.model, spec, exclude=tuple(exclude), verify=verify, more=more, groups=groups
+                self.model, spec, exclude=tuple(exclude), verify=verify, more=more, groups=groups, fused=fused
             ),
         )
 

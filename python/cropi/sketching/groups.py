@@ -47,6 +47,7 @@ def sketch_groups(
     layout: str = "auto",
     tokens_per_batch: int = 1024,
     verify: bool = True,
+    fused: bool = False,
     moments: SecondMoments | None = None,
     zero_check: bool = True,
     subset: Subset | None = None,
@@ -76,7 +77,7 @@ def sketch_groups(
         behaviour: where the log-probs of the policy that made the rollouts come from: "file" (each group's own),
             "current" (the policy itself: ratio 1), or a :class:`Behaviour`, which may hold a model.
         exclude: patterns of parameter names to leave out.
-        layout, tokens_per_batch, verify, zero_check: see :class:`cropi.sketching.job.SketchJob`.
+        layout, tokens_per_batch, verify, fused, zero_check: see :class:`cropi.sketching.job.SketchJob`.
         moments: of an optimiser: gradients are formed by autograd and divided by their roots before they are sketched.
         subset: what is sketched of each prompt (:mod:`cropi.gradient.subset`); None: all.
         others: other specs, whose sketches are made in the same passes and kept there; not with ``moments``.
@@ -102,7 +103,7 @@ def sketch_groups(
     spec = SketchSpec.from_dict(store.manifest["spec"])
     more = () if others is None else tuple(others.specs)
     with _sketcher(
-        policy, spec, tuple(exclude), verify, moments, more, groups_in(store.manifest)
+        policy, spec, tuple(exclude), verify, moments, more, groups_in(store.manifest), fused
     ) as sketcher:
         sketcher.check_model()
         summary.coverage = str(sketcher.coverage)
@@ -199,12 +200,13 @@ def _sketcher(
     moments: SecondMoments | None,
     more: tuple[SketchSpec, ...],
     apart: Mapping[str, Sequence[str]] | None,
+    fused: bool,
 ) -> GradientSketcher | FormedSketcher:
     """The sketcher of a policy's gradients, those of each group of parameters ``apart``.
 
     With ``moments`` it forms the gradients, because they are divided before they are sketched; of the same parameters.
     """
-    taps = policy.sketcher(spec, exclude, verify=verify, more=more, groups=apart)
+    taps = policy.sketcher(spec, exclude, verify=verify, more=more, groups=apart, fused=fused)
     if moments is None:
         return taps
     if more:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -374,10 +375,13 @@ def manifest_of(
     moments: SecondMoments | None = None,
 ) -> ManifestOf:
     """The manifest of :func:`open_store`, with the same arguments and errors."""
-    sketcher, groups = policy.sketcher(job.spec, tuple(job.exclude), verify=job.verify), None
+    make = functools.partial(
+        policy.sketcher, job.spec, tuple(job.exclude), verify=job.verify, fused=job.fused
+    )
+    sketcher, groups = make(), None
     if job.grouped:
         groups = job.patterns(sketcher.coverage.names)
-        sketcher = policy.sketcher(job.spec, tuple(job.exclude), verify=job.verify, groups=groups)
+        sketcher = make(groups=groups)
     with sketcher:
         sketcher.check_model()
     if moments is not None:

@@ -127,6 +127,7 @@ class Prepared:
             layout=job.layout,
             tokens_per_batch=budget,
             verify=job.verify,
+            fused=job.fused,
             zero_check=job.zero_check and not job.noise,  # noise is as small as it is
             subset=job.subset,
             moments=self.moments,
