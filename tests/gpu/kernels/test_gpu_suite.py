@@ -301,7 +301,7 @@ def test_variants(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = suite("variants")
-    for name, value in {"TOKENS": 32, "SCORED": 8, "VOCAB": 130, "HIDDEN": 32, "WIDE": 64}.items():
+    for name, value in {"TOKENS": 32, "SCORED": 8, "VOCAB": 130, "HIDDEN": 32, "WIDE": 72}.items():
         monkeypatch.setattr(module, name, value)
     before = module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS
     finish(module)
