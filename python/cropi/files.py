@@ -138,12 +138,12 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise CropiError(f"cannot write {path}: it is a folder; give the path of a file")
-    prefix, made = _temporary_prefix(path.name), False
-    temporary = path.with_name(f"{prefix}{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary, made = temporary_path(path), False
     try:
         with writing(path, temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path.parent, prefix)
+            for left in leftovers(path):
+                remove(left)
             descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             made = True
             with contextlib.closing(os.fdopen(descriptor, "wb")), contextlib.suppress(OSError):
@@ -155,8 +155,12 @@ def replacing(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
     finally:
         if made:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            remove(temporary)
+
+
+def temporary_path(path: Path) -> Path:
+    """Where a file or a folder is made that is renamed to ``path`` afterwards; another one in every call."""
+    return path.with_name(f"{_temporary_prefix(path.name)}{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def _temporary_prefix(name: str) -> str:
@@ -165,13 +169,21 @@ def _temporary_prefix(name: str) -> str:
     return f".{name[:80]}.{host}."  # names are limited to 255 bytes
 
 
-def _remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove the temporary files that killed processes of this machine left for one file."""
-    for left in folder.glob(f"{glob.escape(prefix)}*.tmp"):
-        owner = left.name.split(".")[-3]
-        if owner.isdecimal() and not _alive(int(owner)):
-            with contextlib.suppress(OSError):
-                left.unlink()
+def leftovers(path: Path, ending: str = "") -> list[Path]:
+    """The temporary files and folders of ``path`` that killed processes of this machine left, with another ending."""
+    prefix = _temporary_prefix(path.name)
+    found = path.parent.glob(f"{glob.escape(prefix)}*.tmp{ending}")
+    owners = ((left, left.name.removeprefix(prefix).partition(".")[0]) for left in found)
+    return sorted(left for left, owner in owners if owner.isdecimal() and not _alive(int(owner)))
+
+
+def remove(path: Path) -> None:
+    """Remove a temporary file or folder, as far as the system lets us."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cropi.data.saved import save_folder
 from cropi.errors import CropiError
 from cropi.files import replacing, write_atomic
 
@@ -82,3 +83,49 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
         assert temporary.exists(), "a living process's file stays"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out.name, other.name])
     assert out.read_text() == "whole"
+
+
+SAVES = """
+import os, sys
+from pathlib import Path
+from datasets import Dataset
+from cropi.data.saved import save_folder
+
+out, stop, count = Path(sys.argv[1]), int(sys.argv[2]), 0
+rename = os.replace
+
+def replace(*names):
+    global count
+    count += 1
+    if count == stop:
+        os._exit(9)
+    rename(*names)
+
+save_folder(out, Dataset.from_dict({"a": [1]}))
+os.replace = replace
+save_folder(out, Dataset.from_dict({"a": [2]}))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_data_set_that_was_saved_before_survives_a_kill(stop: int, tmp_path: Path) -> None:
+    """Also between the two renames, where neither stands in its place: the next call puts it back, if it fails too."""
+    datasets = pytest.importorskip("datasets")
+    out = tmp_path / "saved"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", SAVES, str(out), str(stop)], env=env, capture_output=True)
+    assert killed.returncode == 9 and out.exists() == (stop == 1), killed.stderr
+
+    class Full:
+        def save_to_disk(self, path: str) -> None:
+            Path(path).mkdir()
+            raise OSError(errno.ENOSPC, "no space", path)
+
+    with pytest.raises(CropiError, match="cannot write .*saved: .*free some space"):
+        save_folder(out, Full())
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert datasets.load_from_disk(str(out))["a"][:] == [1]
+    save_folder(out, datasets.Dataset.from_dict({"a": [3]}))
+    assert datasets.load_from_disk(str(out))["a"][:] == [3]
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]

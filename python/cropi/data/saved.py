@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, optional
-from cropi.files import writing
+from cropi.files import leftovers, remove, temporary_path, writing
 
 
 def dataset_of(table: Any) -> Any:
@@ -43,20 +41,25 @@ def save_folder(out: Path, dataset: Any) -> None:
         CropiError: something else stands there.
     """
     check_folder(out)
-    made = out.with_name(f".{out.name[:80]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    made = temporary_path(out)
     old = made.with_name(f"{made.name}.old")
     with writing(out, made, old):
         out.parent.mkdir(parents=True, exist_ok=True)
+        for left in leftovers(out, ".old"):  # the one before, where a kill came between the two renames
+            if not out.exists():
+                os.replace(left, out)
+        for left in (*leftovers(out), *leftovers(out, ".old")):
+            remove(left)
         try:
             dataset.save_to_disk(str(made))
             if out.exists():
                 os.replace(out, old)
             os.replace(made, out)
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            remove(made)
             if old.exists() and not out.exists():
                 os.replace(old, out)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
 
 
 def push(dataset: Any, name: str, *, private: bool | None = None, **options: Any) -> str:

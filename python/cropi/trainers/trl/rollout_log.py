@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 from cropi.errors import CropiError
-from cropi.files import replacing, writing
+from cropi.files import reading, replacing, writing
 from cropi.sealed import summed
 from cropi.trainers.trl.records import checked_line
 
@@ -92,17 +93,22 @@ def rewind(folder: str | Path, sizes: Mapping[str, int]) -> None:
             )
     for path in (*log_files(folder, "train"), *log_files(folder, "valid")):
         size = sizes.get(path.name, 0)
-        if size == 0:
-            path.unlink()
-        else:
-            os.truncate(path, size)
+        with writing(path):
+            if size == 0:
+                path.unlink()
+            else:
+                os.truncate(path, size)
 
 
 def cut_unfinished_line(path: Path) -> None:
-    """Remove what stands behind the last newline of a file, if it is there."""
+    """Remove what stands behind the last newline of a file, if it is there.
+
+    Raises:
+        CropiError: the file cannot be read or written.
+    """
     if not path.exists() or path.stat().st_size == 0:
         return
-    with open(path, "r+b") as file:
+    with writing(path), open(path, "r+b") as file:
         end = file.seek(0, os.SEEK_END)
         while end > 0:
             start = max(0, end - 65536)
@@ -132,7 +138,7 @@ def merge_rollouts(logs: Sequence[str | Path], out: str | Path) -> int:
     """
     newest: dict[str, tuple[int, Path, int]] = {}  # by prompt: step, file, offset
     for path in map(Path, logs):
-        with open(path, "rb") as file:
+        with reading(path), open(path, "rb") as file:
             offset = 0
             for line in file:
                 if line.endswith(b"\n"):  # another rank may be in the middle of a line
@@ -143,16 +149,18 @@ def merge_rollouts(logs: Sequence[str | Path], out: str | Path) -> int:
                 offset += len(line)
     if not newest:
         raise CropiError(f"{', '.join(map(str, logs)) or 'no log'}: no rollout has been recorded yet")
-    files = {path: open(path, "rb") for path in map(Path, logs)}
-    try:
+    with ExitStack() as stack:
+        files = {}
+        for path in map(Path, logs):
+            with reading(path):
+                files[path] = stack.enter_context(open(path, "rb"))
         with summed(out), replacing(Path(out)) as temporary, open(temporary, "wb") as target:
             for name in sorted(newest):
                 _, path, offset = newest[name]
-                files[path].seek(offset)
-                target.write(files[path].readline())
-    finally:
-        for opened in files.values():
-            opened.close()
+                with reading(path):
+                    files[path].seek(offset)
+                    line = files[path].readline()
+                target.write(line)
     return len(newest)
 
 
