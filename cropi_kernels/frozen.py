@@ -218,14 +218,15 @@ class PackedLinears(TorchFunctionMode):
         return pair
 
 
-_DECISIONS: dict[
-    tuple[int, int], bool
-] = {}  # of this process: whether oneDNN multiplies by weights of a shape
+# Whether oneDNN multiplies by weights of a shape, as this process has measured it.
+_DECISIONS: dict[tuple[int, int], bool] = {}
 
 
 def choices(model: torch.nn.Module) -> dict[str, bool]:
-    """By shape (``"1536x576"``), whether ``"auto"`` gives the linear layers of a model to oneDNN; measured where it has
-    not been decided. Empty where nothing is to decide: other dtypes and devices, or a choice by the environment.
+    """Whether ``"auto"`` gives the linear layers of a model to oneDNN, by the shape of their weight (``"1536x576"``).
+
+    Shapes that are not decided yet are measured. Empty where nothing is to decide: other dtypes and devices, or a
+    choice by the environment.
 
     >>> choices(torch.nn.Linear(8, 4))
     {}

@@ -25,9 +25,9 @@ from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .again import Replay, rows_of, same, view_axis
-from .ranks import Share, settled
 from .segments import Segments
 from .slab import MatrixSketch
+from .spread import Share, settled
 
 NO_LAYOUT = "none"  # of an output that does not hold every token once
 LARGEST = 1 << 22  # numbers of a parameter: its gradient exists, one segment at a time

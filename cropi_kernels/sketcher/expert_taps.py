@@ -20,8 +20,9 @@ from .engine import Site
 from .experts import Experts, Order, run_experts
 from .hooks import capture
 from .parts import PartMatrix
-from .ranks import Ranks, into_parts, local, of_parts, parallel_forward
+from .ranks import Ranks, into_parts, of_parts, parallel_forward
 from .slab import MatrixSketch
+from .spread import local
 from .taps import Formed, LinearTap, Tap, formed_vectors, owned
 
 CASTS = frozenset({"to", "type", "type_as", "float", "double", "bfloat16", "half"})

@@ -16,8 +16,9 @@ from ..names import canonical_name
 from .attach import Attachment
 from .hooks import unless_none
 from .listener import Source, projected, smallest, unit_roundoff
-from .ranks import Copies, Ranks, like_spread, settled
+from .ranks import Copies, Ranks
 from .sharded import hooked_whole, reshard, units
+from .spread import like_spread, settled
 
 # Adds the sketch of a gradient that exists (float32, the parameter's shape) to ``out`` [1, base_dim].
 Add = Callable[[torch.Tensor, torch.Tensor], None]

@@ -64,7 +64,7 @@ def _against_code(
     forward = inspect.unwrap(type(module).forward)
     name = f"{forward.__module__}.{forward.__qualname__}"
     if name not in known:
-        return f"its code, {name}, is none that is known here"
+        return f"its code, {name}, is not one of those known here"
     if list(inspect.signature(forward).parameters) != ["self", argument] or not right(forward):
         return f"{name} does something else than it did when this package was written"
     return None

@@ -46,8 +46,8 @@ def groups_of(patterns: Mapping[str, Sequence[str]], names: Sequence[str]) -> Gr
         names: of the parameters that are sketched.
 
     Raises:
-        ValueError: no group; what is no list of patterns, or a pattern that matches nothing; parameters in no group, or
-            in two. Names them.
+        ValueError: no group; a value that is not a list of patterns; a pattern that matches nothing; parameters in no
+            group, or in two. Names them.
     """
     if not isinstance(patterns, Mapping) or not patterns:
         raise ValueError(

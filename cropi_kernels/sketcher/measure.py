@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ranks import laid_like
+from .spread import laid_like
 
 SMALL, LARGE = 0.05, 1500.0  # largest logits to try: far below every cap, and far above
 

@@ -17,8 +17,8 @@ from .accumulator import Accumulator
 from .engine import Operators, Site
 from .hooks import Sink, capture
 from .matrix import MatrixSketch
-from .ranks import Share, is_spread, local
 from .segments import NotTokensError, Segments
+from .spread import Share, is_spread, local
 from .taps import EmbeddingTap, Formed, LinearTap, NormTap, Tap, owned
 
 

@@ -47,7 +47,7 @@ class SelfTestError(UncoveredParameterError):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The taps of one group of parameters (a module's weight and bias; all that share a weight), held to autograd.
+    """The taps of one group of parameters (a module's weight and bias; all that share a weight) beside autograd.
 
     Attributes:
         names: the parameters.
@@ -97,7 +97,7 @@ class SelfTest:
 
     def __str__(self) -> str:
         batch, length = self.tokens
-        text = f"taps held to autograd on {batch} x {length} tokens: {len(self.names)} parameters right"
+        text = f"taps compared with autograd on {batch} x {length} tokens: {len(self.names)} parameters right"
         if self.untested:
             text += f", {len(self.untested)} without a gradient there ({', '.join(self.untested[:3])})"
         if self.closest is not None:
@@ -147,7 +147,7 @@ def self_test(
         except RuntimeError as error:
             if "inplace operation" in str(error):
                 raise SelfTestError(
-                    f"ordinary autograd cannot run the model, so that its taps can be held to nothing ({error}); leave "
+                    f"ordinary autograd cannot run the model, so its taps cannot be compared with it ({error}); leave "
                     "out this test, and take the sketch as it is: verify=False"
                 ) from error
             if "use_reentrant" not in str(error):

@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import frozen
 from ..frozen import Linears
-from .ranks import is_spread
+from .spread import is_spread
 
 T = TypeVar("T")
 _METHOD = "_cropi_pass"

@@ -19,7 +19,7 @@ from ..ops.linear_logprob import linear_logprob, logprob_and_grad
 from ..ops.linear_logprob.contract import OnDlogits, Weigh
 from ..ops.linear_logprob.products import Adapted, CutInputs, Features, logprob_and_grad_by
 from ..ops.linear_logprob.slices import Words, sliced_logprob_and_grad
-from . import ranks, sharded
+from . import ranks, sharded, spread
 from .growing import forget_longest
 from .head_adapters import HeadAdapter
 
@@ -58,20 +58,20 @@ class SplitModel:
     @functools.cached_property
     def _ranks(self) -> ranks.Ranks | None:
         """The ranks that share a tensor-parallel head; None: it is on this rank alone."""
-        return ranks.ranks_of(self.model) if ranks.is_spread(self.head.weight) else None
+        return ranks.ranks_of(self.model) if spread.is_spread(self.head.weight) else None
 
     def head_here(self) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """This rank's words of the head: weight, bias, and the first of them."""
-        weight, bias = ranks.local(self.head.weight), ranks.local(self.head.bias)
+        weight, bias = spread.local(self.head.weight), spread.local(self.head.bias)
         if (group := self._ranks) is None:
             return weight, bias, 0
         share = group.share(self.head.weight)
         first = share.ranges[0][0] if share.axis == 0 and share.ranges else 0
-        if bias is not None and not ranks.is_spread(self.head.bias) and share.axis == 0:
+        if bias is not None and not spread.is_spread(self.head.bias) and share.axis == 0:
             bias = bias[first : first + len(weight)]
         return weight, bias, first
 
-    def head_ranks(self) -> tuple[ranks.Ranks, ranks.Share] | None:
+    def head_ranks(self) -> tuple[ranks.Ranks, spread.Share] | None:
         """The ranks that the head's words or features are spread over, and this one's; None: all are here."""
         if (group := self._ranks) is None or (share := group.share(self.head.weight)).axis is None:
             return None
@@ -149,7 +149,7 @@ class SplitModel:
 
 def _gathered(hidden: torch.Tensor) -> torch.Tensor:
     """The hidden states of all tokens, where the decoder leaves some of them on every rank."""
-    if not ranks.is_spread(hidden):
+    if not spread.is_spread(hidden):
         return hidden
     from torch.distributed.tensor import Replicate
 

@@ -118,7 +118,8 @@ def seen_wrong(
     Args:
         run: what the model, or the part of it that will run, gives for token ids.
         ids: see `trial.few_rows`.
-        called: what `calls` saw of a forward of the whole model. What nobody uses has no gradient: its tap is right.
+        called: what `calls` saw of a forward of the whole model. A parameter that is not used has no gradient, and its
+            tap is right.
     """
     taps = attachment.taps
     seen = {id(p) for module in called for p in module.parameters(recurse=False)}

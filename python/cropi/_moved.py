@@ -57,7 +57,7 @@ REST = {
 
 
 class MovedModule(types.ModuleType):
-    """Stands at the old place; what is asked of it is looked up at the new one.
+    """The module at the old place, which looks every name up at the new one.
 
     It can be called where the module of that name held a function of that name: an import of the old module
     ``cropi.influence`` sets the attribute ``influence`` of ``cropi``, and that is the function `cropi.api.influence`.

@@ -157,7 +157,7 @@ def test_what_is_left_as_it_is_is_named() -> None:
     sketcher = GradientSketcher(model, SPEC, fused=True)
     assert sketcher.coverage.fused == {NORM: 3}
     reasons = {
-        "model.norm": "OwnNorm: its code, test_fused.OwnNorm.forward, is none that is known here",
+        "model.norm": "OwnNorm: its code, test_fused.OwnNorm.forward, is not one of those known here",
         "model.layers.0.mlp": "LlamaMLP: its activation is GELU, not SiLU",
         "model.layers.1.mlp": "LlamaMLP: act_fn has hooks, which would not be called",
         "model.layers.0.input_layernorm": "LlamaRMSNorm: its forward was replaced",

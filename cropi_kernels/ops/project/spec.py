@@ -92,7 +92,7 @@ class ProjectionSpec(base.Spec):
 
     @property
     def key(self) -> tuple[int, int]:
-        """Of all draws (`cropi_kernels.philox`)."""
+        """The key of all draws (`cropi_kernels.philox`)."""
         return key_of(self.version, self.seed, f"project/{self.stream}")
 
     @property

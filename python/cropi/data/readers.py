@@ -107,7 +107,7 @@ class PromptGroups:
 
         Args:
             on_bad: called with the error of every record that is left out.
-            on_line: called with the bytes of every line as it is read (of a row that is none: with its record).
+            on_line: called with the bytes of every line as it is read (of a row of a table: with its record).
 
         Raises:
             RecordError: a malformed or inconsistent record, with ``file:line`` and the remedy.

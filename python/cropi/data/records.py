@@ -114,7 +114,7 @@ def parse_json(line: bytes, where: str) -> dict[str, Any]:
     """The JSON object in one line.
 
     Raises:
-        RecordError: it is none, or it holds half of a surrogate pair, too many brackets or too long a number.
+        RecordError: it is not one, or it holds half of a surrogate pair, too many brackets or too long a number.
     """
     try:
         record = json.loads(line.decode("utf-8"))

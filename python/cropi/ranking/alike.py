@@ -119,7 +119,7 @@ def prompt_features(prompts: Sequence[Sequence[int]], dim: int = 256) -> npt.NDA
         float32 ``[n, dim]``, rows of length 1 (zero where a prompt has nothing that others lack).
 
     Raises:
-        CropiError: a ``dim`` below 1, or a prompt that is no list of token ids.
+        CropiError: a ``dim`` below 1, or a prompt that is not a list of token ids.
 
     >>> prompt_features([[1, 2, 3], [1, 2]], dim=16).shape
     (2, 16)

@@ -306,7 +306,7 @@ class Selector:
         return int(step)
 
     def _reduced(self, given: Any, what: str) -> tuple[torch.Tensor, str]:
-        """float32 rows [n, dim] on the CPU, and a digest of the parameters that are in them ("": nobody said)."""
+        """float32 rows [n, dim] on the CPU, and a digest of the parameters that are in them ("": not known)."""
         origin = self._origin(given, what)
         rows = getattr(given, "sketches", given)
         if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or not rows.is_floating_point():

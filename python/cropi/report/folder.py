@@ -15,7 +15,8 @@ from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
 from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
-from cropi.ranking.selection import Selection, selected_rows
+from cropi.ranking.selection import Selection
+from cropi.ranking.selection_files import selected_rows
 from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.curriculum import curriculum_page, is_curriculum

@@ -42,7 +42,7 @@ from transformers import masking_utils  # noqa: E402
 
 from cropi_kernels import GradientSketcher, ProjectionSpec, SketchSpec, _gpu, _triton, dispatch, project  # noqa: E402
 from cropi_kernels.ops import _checks  # noqa: E402
-from cropi_kernels.sketcher import attach, decoder, gradient_sketcher, head, recognise  # noqa: E402
+from cropi_kernels.sketcher import decoder, gradient_sketcher, head, recognise, tap_builder  # noqa: E402
 from cropi_kernels.sketcher.segments import Segments  # noqa: E402
 
 _checks.DEVICES = ("cpu", "meta")
@@ -51,7 +51,7 @@ _triton.shared_memory = lambda device: 232_448
 dispatch.choose = lambda *args, **kwargs: "triton"
 torch.is_autocast_enabled = lambda *args: False  # type: ignore[assignment]
 # What a module is, and whether the parts make the model, is found out by values, once, before any pass.
-attach.embedding_scale = lambda module: 1.0
+tap_builder.embedding_scale = lambda module: 1.0
 recognise._multiplies = lambda *args: True
 # transformers reads them, where no mask is.
 masking_utils.find_packed_sequence_indices = lambda position_ids: None

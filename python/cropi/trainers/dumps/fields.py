@@ -94,7 +94,7 @@ def names(keys: Iterable[Any]) -> str:
 
 
 def whole(value: Any, field: str, where: str) -> int:
-    """An integer. A float that holds one is none: it was rounded somewhere.
+    """An integer. A float with an integer's value is refused: it was rounded somewhere.
 
     Raises:
         BadSample: it is not one.

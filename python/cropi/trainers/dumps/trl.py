@@ -4,9 +4,9 @@ Columns: ``step``, ``prompt``, ``completion``, one with the number that each rew
 ``advantage``. Text is decoded without special tokens; there are neither ids nor log-probs: to have those, record by
 :mod:`cropi.trainers.trl`.
 
-The reward is the sum of the reward functions' numbers (TRL's default weights), and is held to the advantages: those of
-a prompt grow with its rewards. Where they do not, because functions have weights, or a column of numbers is no reward,
-the column has to be named (``--columns reward=NAME``).
+The reward is the sum of the reward functions' numbers (TRL's default weights). It is compared with the advantages,
+which grow with the rewards of a prompt. Where they do not (functions have weights, or a column of numbers is not a
+reward), the column has to be named (``--columns reward=NAME``).
 """
 
 from __future__ import annotations

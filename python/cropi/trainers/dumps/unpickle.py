@@ -205,7 +205,7 @@ def _from_buffer(buffer: Any, kind: Any, shape: Any, order: Any) -> np.ndarray[A
 
 def _scalar(kind: Any, data: Any = None) -> Any:
     if not isinstance(kind, _DType) or kind.dtype().hasobject or not isinstance(data, bytes):
-        raise pickle.UnpicklingError("a number of NumPy that is none")
+        raise pickle.UnpicklingError("a value that is said to be a number of NumPy, and is not")
     return np.frombuffer(data, dtype=kind.dtype(), count=1)[0]
 
 

@@ -19,7 +19,7 @@ def columns_of(table: Any, where: str) -> dict[str, Any]:
     """The columns of a TensorDict, by name.
 
     Raises:
-        BadSample: it is none.
+        BadSample: ``table`` is not one.
     """
     if isinstance(table, StandIn):
         table = _columns_left(table, where)
@@ -78,7 +78,7 @@ def rows_of(value: Any, count: int, field: str, where: str) -> list[Any]:
     """A column as one value a row: of a tensor, a nested tensor, a list, or tensordict's stack of Python values.
 
     Raises:
-        BadSample: it is none of these, or has fewer rows.
+        BadSample: it is of another type, or has fewer rows.
     """
     rows: Sequence[Any]
     if isinstance(value, Ragged):
@@ -120,7 +120,7 @@ def parts_of_proto(proto: Any, where: str) -> tuple[dict[str, Any], dict[str, An
     """The tensors, the other columns and the notes of a DataProto.
 
     Raises:
-        BadSample: it is none.
+        BadSample: ``proto`` is not one.
     """
     if isinstance(proto, StandIn):
         state = proto.state

@@ -1,0 +1,245 @@
+"""Builds the taps of a model, module by module: which tap a module gets, and with which coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from ..names import canonical_name
+from ..plan import Role, plan_vector
+from ..spec import SketchSpec
+from . import exact
+from .accumulator import Accumulator
+from .decoder import output_embeddings
+from .engine import Norm
+from .expert_taps import ExpertsTap, RouterTap
+from .experts import Unsupported, recognise_experts
+from .head_adapters import base_of
+from .matrix import MatrixSketch, matrix_sketch
+from .parts import PartEmbeddingTap, PartLinearTap, PartMatrix, PartNormTap
+from .ranks import ranks_of
+from .recognise import (
+    embedding_scale,
+    is_conv1d,
+    is_linear,
+    is_router,
+    norm_of,
+    takes_one_tensor,
+    uses_weight_once,
+)
+from .spread import Share
+from .taps import EmbeddingTap, LinearTap, NormTap, Tap
+
+
+class TapBuilder:
+    """Finds the taps of the wanted parameters. Modules in ``formed`` get none: their gradients are formed instead."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: SketchSpec,
+        acc: Accumulator,
+        wanted: dict[int, str],
+        formed: Collection[nn.Module] = (),
+    ) -> None:
+        self.spec, self.acc, self.wanted = spec, acc, wanted
+        self.owners, self.head = owners_of(model), base_of(output_embeddings(model))
+        self.ranks = ranks_of(model)
+        self.taps: dict[nn.Module, Tap] = {}
+        self.exact: list[exact.Exact] = []
+        self.covered: dict[int, None] = {}
+        self.by_kind: dict[str, int] = {}
+        self.reasons: dict[nn.Module, str] = {}  # why a module's parameters are not sketched
+        self._matrices: dict[int, MatrixSketch] = {}
+        modules = dict(model.named_modules())
+        for path, module in modules.items():
+            if module not in formed:
+                self._visit(canonical_name(path + ".")[:-1] if path else "", module)
+        for path in modules:
+            parts = path.split(".") if path else []
+            self._form([modules[".".join(parts[:n])] for n in range(len(parts), -1, -1)])
+
+    def missing(self) -> list[tuple[int, nn.Module]]:
+        """Wanted parameters and modules that use them without a tap."""
+        formed = {id(one.parameter) for one in self.exact}
+        return [
+            (i, m)
+            for i in self.wanted
+            for m in self.owners[i]
+            if i not in formed and (i not in self.covered or m not in self.taps)
+        ]
+
+    def _visit(self, path: str, module: nn.Module) -> None:
+        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in self.wanted}
+        if not own:
+            return
+        if is_linear(module) or is_conv1d(module):
+            self._linear(path, module, own, transposed=not isinstance(module, nn.Linear))
+        elif isinstance(module, nn.Embedding):
+            self._embedding(path, module, own)
+        elif not self._experts(path, module, own) and own.keys() <= {"weight", "bias"}:
+            self._norm(path, module, own)
+            if module not in self.taps and is_router(module) and uses_weight_once(module):
+                self._router(path, module, own)
+
+    def _linear(self, path: str, module: nn.Module, own: dict[str, nn.Parameter], transposed: bool) -> None:
+        if not own.keys() <= {"weight", "bias"}:
+            return
+        matrix = bias = None
+        kind = "head" if module is self.head else "linear"
+        if (weight := own.get("weight")) is not None:
+            matrix = self._matrix(weight, transposed)
+            self._cover(weight, kind)
+        if (b := own.get("bias")) is not None:
+            bias = plan_vector(self.spec, self.wanted[id(b)], b.numel())
+            self._cover(b, "bias")
+        if self.ranks is None:
+            self.taps[module] = LinearTap(self.acc, path, matrix, bias)
+            return
+        shares = {which: self.ranks.share(p) for which, p in own.items()}
+        split = shares.get("weight", shares.get("bias"))
+        outputs = split is not None and split.axis is not None and (split.axis == 0) != transposed
+        if outputs and (loose := shares.get("bias")) is not None and loose.axis is None:
+            self.reasons[module] = "its outputs are split over ranks, and its bias is not"
+            return
+        self.taps[module] = PartLinearTap(self.acc, path, matrix, bias, shares, outputs)
+
+    def _embedding(self, path: str, module: nn.Embedding, own: dict[str, nn.Parameter]) -> None:
+        if module.scale_grad_by_freq:
+            self.reasons[module] = (
+                "scale_grad_by_freq divides its gradient by how often a token occurs in the batch, so that no "
+                "prompt has a gradient of its own"
+            )
+            return
+        scale = embedding_scale(module)
+        if scale is None or own.keys() != {"weight"}:
+            return
+        matrix, padding = self._matrix(own["weight"]), module.padding_idx
+        if self.ranks is None:
+            self.taps[module] = EmbeddingTap(self.acc, path, matrix, padding, scale)
+        else:
+            share = self.ranks.share(own["weight"])
+            tap = self.taps[module] = PartEmbeddingTap(self.acc, path, matrix, padding, scale, share)
+            tap.adds = share.adds
+        self._cover(own["weight"], "embedding")
+
+    def _norm(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
+        if not takes_one_tensor(module) or (kind := norm_of(module)) is None:
+            return
+        shares = {} if self.ranks is None else {which: self.ranks.share(p) for which, p in own.items()}
+        if any(share.axis is not None for share in shares.values()):
+            return
+        plans = {}
+        for which, p in own.items():
+            plans[which] = plan_vector(self.spec, self.wanted[id(p)], p.numel())
+            self._cover(p, "norm")
+        centered, eps = kind
+        norm = Norm(centered, eps, plans.get("weight"), plans.get("bias"))
+        if shares:
+            self.taps[module] = PartNormTap(self.acc, path, norm, shares)
+        else:
+            self.taps[module] = NormTap(self.acc, path, norm)
+
+    def _experts(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+        try:
+            layout = recognise_experts(module)
+            if layout is not None and (layout.repeated or layout.biases()) and self._is_split(own):
+                raise Unsupported(
+                    "experts with biases, or of Llama 4, that are split over ranks (tensor parallel)"
+                )
+            if layout is not None and self.spec.kind != "slab":
+                raise Unsupported(f"experts are sketched by kind='slab', not by kind={self.spec.kind!r}")
+        except Unsupported as error:
+            self.reasons[module] = str(error)
+            return True
+        if layout is None:
+            return False
+        matrices, biases = {}, {}
+        shares = {} if self.ranks is None else {name: self.ranks.share(p) for name, p in own.items()}
+        for name, p in own.items():
+            if name in layout.matrices():
+                experts, rows, cols = layout.rows_and_cols(p)
+                matrices[name] = matrix_sketch(self.spec, self.wanted[id(p)], experts * rows, cols, "linear")
+                if (share := shares.get(name)) is not None and share.axis is not None:
+                    matrices[name] = PartMatrix(matrices[name], share, (share.axis == 1) != layout.transposed)
+            else:
+                biases[layout.weight_of(name)] = plan_vector(self.spec, self.wanted[id(p)], p.numel())
+            self._cover(p, "expert" if name in layout.matrices() else "bias")
+        group = self.ranks if self._is_split(own) else None
+        tap = self.taps[module] = ExpertsTap(self.acc, path, layout, matrices, biases, group)
+        tap.adds = group is not None or self._whole_share(own).adds
+        return True
+
+    def _router(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
+        if (share := self._whole_share(own)).axis is not None:
+            self.reasons[module] = "split over ranks, and no plain linear layer"
+            return
+        matrix = bias = None
+        if (weight := own.get("weight")) is not None:
+            matrix = self._matrix(weight)
+            self._cover(weight, "router")
+        if (b := own.get("bias")) is not None:
+            bias = plan_vector(self.spec, self.wanted[id(b)], b.numel())
+            self._cover(b, "bias")
+        tap = self.taps[module] = RouterTap(self.acc, path, matrix, bias)
+        tap.adds = share.adds
+
+    def _is_split(self, own: dict[str, nn.Parameter]) -> bool:
+        return self._whole_share(own).axis is not None
+
+    def _whole_share(self, own: dict[str, nn.Parameter]) -> Share:
+        """The share of the first of a module's parameters that is split over ranks; if none is, of the first."""
+        shares = [Share(()) if self.ranks is None else self.ranks.share(p) for p in own.values()]
+        return next((share for share in shares if share.axis is not None), shares[0])
+
+    def _form(self, chain: Sequence[nn.Module]) -> None:
+        """Plan to form the gradients of the parameters of ``chain[0]`` that no tap covers, if they are small enough.
+
+        ``chain`` is a module, the module around it, and so on out to the model.
+        """
+        module = chain[0]
+        if module in self.reasons:
+            return
+        for key, p in module.named_parameters(recurse=False):
+            name, alone = self.wanted.get(id(p)), len(self.owners[id(p)]) == 1
+            if name is None or id(p) in self.covered or not alone or not 0 < p.numel() <= exact.LARGEST:
+                continue
+            # Coordinates do not depend on the way to the gradient: a linear layer that is used beside its module has
+            # those of any other.
+            known = key == "weight" and (isinstance(module, nn.Embedding | nn.Linear) or is_router(module))
+            matrix = self._matrix(p) if known else None
+            plan = None if known else plan_vector(self.spec, name, p.numel())
+            share = None if self.ranks is None else self.ranks.share(p)
+            if isinstance(matrix, PartMatrix):  # the gradient is put at its place in the whole before
+                matrix = matrix.matrix
+            self.exact.append(exact.Exact(name, key, p, tuple(chain), plan, matrix, share=share))
+            self._cover(p, "exact")
+
+    def _matrix(self, weight: nn.Parameter, transposed: bool = False) -> MatrixSketch:
+        """One sketch per parameter: a tied weight's two modules must agree on every coordinate."""
+        if id(weight) not in self._matrices:
+            rows, cols = reversed(weight.shape) if transposed else weight.shape
+            users = self.owners[id(weight)]
+            looked_up = any(isinstance(m, nn.Embedding) for m in users)
+            role: Role = "tied" if looked_up and len(users) > 1 else "embedding" if looked_up else "linear"
+            matrix = matrix_sketch(self.spec, self.wanted[id(weight)], rows, cols, role)
+            share = None if self.ranks is None else self.ranks.share(weight)
+            if share is not None and share.axis is not None:
+                matrix = PartMatrix(matrix, share, (share.axis == 0) != transposed)
+            self._matrices[id(weight)] = matrix
+        return self._matrices[id(weight)]
+
+    def _cover(self, p: nn.Parameter, kind: str) -> None:
+        if id(p) not in self.covered:
+            self.covered[id(p)] = None
+            self.by_kind[kind] = self.by_kind.get(kind, 0) + p.numel()
+
+
+def owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that own each parameter, by its id: several, where a weight is tied."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(module)
+    return owners

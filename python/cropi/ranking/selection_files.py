@@ -1,0 +1,106 @@
+"""The files of a selection: the chosen ids (``selected.jsonl``), and the chosen prompts' trajectory records."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cropi.data.readers import read
+from cropi.errors import CropiError, shown
+from cropi.files import lines_of, replacing
+from cropi.form import check_form, is_number
+from cropi.ranking.scores import Scores
+from cropi.sealed import check_sums, summed
+
+if TYPE_CHECKING:
+    from cropi.ranking.selection import Selection
+
+
+_LINE = {"id": (str, int), "fused?": is_number, "method?": str, "scores?": dict}  # of a selection file
+
+
+def write_selection(path: str | Path, scores: Scores, selection: Selection) -> None:
+    """Write ``selected.jsonl``: id, rank (from 1), fused value, method, scores per set, stage and model, best
+    first."""
+    origin = scores.meta.get("train") or {}
+    model = origin.get("model")
+    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for rank, (i, name) in enumerate(zip(selection.chosen, selection.ids, strict=True), 1):
+            row = {
+                "id": name, "rank": rank, "fused": float(selection.fused[i]), "method": selection.method,
+                "scores": {name: float(scores.table[i, v]) for v, name in enumerate(scores.sets)},
+                "stage": origin.get("stage"),
+                "model": model.get("weights") if isinstance(model, dict) else model,
+            }  # fmt: skip
+            file.write(json.dumps(row | {"check": _check(row)}, ensure_ascii=False) + "\n")
+
+
+def _check(row: dict[str, Any]) -> str:
+    """The CRC-32 of a line's values: a damaged id would be another prompt, or none."""
+    return f"{zlib.crc32(json.dumps(row, sort_keys=True).encode()):08x}"
+
+
+def read_selection(path: str | Path) -> list[str]:
+    """The prompt ids in a selection file, best first: what :func:`write_selection` wrote, or one id a line.
+
+    Raises:
+        CropiError: the file is empty, a line is not an id, or an id stands there twice.
+    """
+    return [str(row["id"]) for row in selected_rows(path)]
+
+
+def selected_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a selection file as objects with an ``id``. Raises as :func:`read_selection` does."""
+    check_sums(path)
+    said = f"selection: {path} is not what `cropi select` writes"
+    try:
+        lines = [line for line in lines_of(Path(path)) if line.strip()]
+        as_json = any(line.lstrip().startswith("{") for line in lines)
+        rows = [json.loads(line) if as_json else {"id": line.strip()} for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise CropiError(f"{said} ({error})") from error
+    if not rows:
+        raise CropiError(f"selection: {path} is empty")
+    remedy = "make it again (lines that you write yourself need an id alone)"
+    for number, row in enumerate(rows, 1):
+        check_form(row, _LINE, said, remedy, f"line {number}")
+    checks = [row.pop("check", None) for row in rows]
+    # Files of the first release, and of others, have none.
+    if any(checks):
+        for number, (row, check) in enumerate(zip(rows, checks, strict=True), 1):
+            if check != _check(row):
+                raise CropiError(
+                    f"selection: line {number} of {path} is damaged: its checksum does not match; make it again with "
+                    "`cropi select` (lines that you write yourself need an id alone)"
+                )
+    name, count = Counter(str(row["id"]) for row in rows).most_common(1)[0]
+    if count > 1:
+        raise CropiError(
+            f"selection: {path} names {shown(name)} {count} times; leave all but one of the lines out"
+        )
+    return rows
+
+
+def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, selection: Selection) -> None:
+    """Copy the chosen prompts' trajectory records, unchanged, best first.
+
+    ``trajectories`` is what :func:`cropi.data.readers.read` takes or gave; where a full pass has kept the places of its
+    records, the chosen ones alone are read.
+
+    Raises:
+        CropiError: a chosen prompt is not in the trajectories.
+    """
+    groups = read(trajectories, skip_bad=True)
+    rest = dict.fromkeys(scores.rows[i].id for i in selection.chosen)
+    with summed(path), replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for group in groups.take(list(rest), missing_ok=True):
+            file.write(group.raw + "\n")
+            del rest[group.id]
+        if rest:
+            raise CropiError(
+                f"{len(rest)} selected prompts are not in {groups.names}, for example {next(iter(rest))!r}; give the "
+                "files that the training store was made from"
+            )
