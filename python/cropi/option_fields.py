@@ -111,12 +111,18 @@ def changed(options: Any, *classes: type[Any], always: Sequence[str] = ()) -> di
     >>> from cropi.options import Selecting
     >>> changed(Selecting(method="max"), Selecting, always=["fraction"])
     {'fraction': 0.1, 'method': 'max'}
+    >>> changed(Selecting(quota=[]), Selecting)   # as the command line has it
+    {}
     """
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
     return {
-        about.name: list(value) if isinstance(value, tuple) else value
+        about.name: value
         for one in classes
         for about in fields(one)
-        if (value := getattr(options, about.name)) != about.default or about.name in always
+        if (value := plain(getattr(options, about.name))) != plain(about.default) or about.name in always
     }
 
 

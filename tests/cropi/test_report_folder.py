@@ -87,6 +87,26 @@ def test_what_is_not_there_any_more_is_left_out_in_words(ran: Path, tmp_path: Pa
 
 
 @pytest.mark.long
+def test_a_check_of_another_sketch_is_not_shown_as_this_runs(ran: Path, tmp_path: Path) -> None:
+    folder = ran.parent
+    words = f"check --model {folder}/model --trajectories {folder}/train.jsonl -n 4 --no-progress --dim"
+    for dim, name in ((4096, "same"), (2048, "other")):
+        assert main([*words.split(), str(dim), "--out", str(tmp_path / f"{name}.json")]) == 0
+    assert (
+        "rms over 4 prompts"
+        in report_folder(ran, tmp_path / "p.html", check=tmp_path / "same.json").read_text()
+    )
+    with pytest.raises(
+        CropiError, match="other.json is of spec.dim = 2048, and this run has 4096; check this run's"
+    ):
+        report_folder(ran, tmp_path / "p.html", check=tmp_path / "other.json")
+    shutil.copytree(ran, tmp_path / "out")
+    shutil.copy(tmp_path / "other.json", tmp_path / "out" / "check.json")
+    with pytest.warns(UserWarning, match="spec.dim = 2048, and this run has 4096.*the page leaves it out"):
+        assert "rms over 4 prompts" not in report_folder(tmp_path / "out").read_text()
+
+
+@pytest.mark.long
 def test_stores_that_are_left_of_an_earlier_run_are_left_out(ran: Path, tmp_path: Path) -> None:
     """A run with one validation file more, or less, names its stores otherwise."""
     shutil.copytree(ran, tmp_path / "out")

@@ -160,7 +160,9 @@ class Tokenize:
         where = f"{group.where} (prompt {group.id!r:.100})"
         if self.tokenizer is None and (group.prompt_ids is None or group.response_ids is None):
             raise RecordError(
-                where, "its text needs a tokenizer, and there is none", "pass tokenizer=, or store token ids"
+                where,
+                "its text needs a tokenizer, and there is none",
+                "give --model (in Python tokenizer=), or store token ids",
             )
         prompt = list(group.prompt_ids) if group.prompt_ids is not None else self._prompt(group, where)
         masks = group.loss_mask
@@ -204,7 +206,9 @@ class Tokenize:
         where = f"{group.where} (prompt {group.id!r:.100})"
         if group.prompt_ids is None and self.tokenizer is None:
             raise RecordError(
-                where, "its text needs a tokenizer, and there is none", "pass tokenizer=, or give prompt_ids"
+                where,
+                "its text needs a tokenizer, and there is none",
+                "give --model (in Python tokenizer=), or prompt_ids",
             )
         ids = list(group.prompt_ids) if group.prompt_ids is not None else self._prompt(group, where)
         self._check_vocabulary(where, "prompt", ids)

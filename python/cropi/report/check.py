@@ -124,7 +124,8 @@ def check_groups(
     scores = leave_one_out(first @ first.T)
     report = CheckReport(
         len(sample), spec.dim, "exact", 0.0, 1 / math.sqrt(spec.dim), None, None, None, None, seconds, None,
-        summary.model_tokens / max(summary.wall, 1e-9), 4 * spec.dim, summary.coverage,
+        summary.model_tokens / max(summary.wall, 1e-9), 4 * spec.dim, summary.coverage, spec=spec.to_dict(),
+        model=policy.fingerprint,
     )  # fmt: skip
     if estimator.ratio and source.source != "current":
         report.ratio, report.ess = summary.health.ratio, summary.health.ess

@@ -48,6 +48,7 @@ class CheckReport:
         bytes_per_prompt: of a store row in ``float32``.
         coverage: what is sketched. ``by_layer``, ``by_type``: share of the squared gradient norm (exact only).
         findings: the verdict, line by line.
+        spec, model: of the sketches, as a store's manifest has them.
 
     >>> import cropi
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -84,6 +85,8 @@ class CheckReport:
     by_layer: dict[str, float] = field(default_factory=dict)
     by_type: dict[str, float] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    spec: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

@@ -23,6 +23,7 @@ from cropi.report.curriculum import curriculum_page, is_curriculum
 from cropi.report.forms import CHECK
 from cropi.report.html import ReportInput, shown_in_full, write_report
 from cropi.sealed import read_sealed
+from cropi.store.differences import first_difference
 from cropi.store.rows import OK
 
 if TYPE_CHECKING:  # a table without its stores is shown without torch
@@ -53,7 +54,8 @@ def report_folder(
         The page's path.
 
     Raises:
-        CropiError: the folder holds no score table or selection, or these do not belong together.
+        CropiError: the folder holds no score table or selection, or these do not belong together; or ``check`` is of
+            another model or sketch. In the folder, such a check is left out, with a warning.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -72,7 +74,7 @@ def report_folder(
         scores, selection, _shown(train, scores, selection, every_text),
         uncertainty=Uncertainty.of(scores), unfinished=unfinished,
         uncertainty_missing=missing,
-        check=_check(root, check), run=_run(scores, train), command=_note(train, "command"),
+        check=_check(root, check, scores), run=_run(scores, train), command=_note(train, "command"),
         title=f"Selection: {root.name}",
     )  # fmt: skip
     if train is not None and valid and not unfinished:
@@ -172,14 +174,26 @@ def _note(store: SketchStore | None, name: str) -> str:
     return str(_notes(store).get(name, ""))
 
 
-def _check(root: Path, path: str | Path | None) -> dict[str, Any] | None:
+def _check(root: Path, path: str | Path | None, scores: Scores) -> dict[str, Any] | None:
     file = root / "check.json" if path is None else Path(path)
     if path is None and not file.is_file():
         return None
     try:
-        return read_sealed(file, CHECK, "make it again with `cropi check`", writer="`cropi check --out`")
+        held = read_sealed(file, CHECK, "make it again with `cropi check`", writer="`cropi check --out`")
     except FileNotFoundError:
         raise CropiError(f"check: there is no file {file}; make it with `cropi check --out {file}`") from None
+    made = scores.meta.get("train") or {}
+    known = [name for name in ("spec", "model") if held.get(name) and made.get(name)]
+    differs = first_difference({name: held[name] for name in known}, {name: made[name] for name in known})
+    if differs is None:
+        return held
+    other = (
+        f"check: {file} is of {differs[0]} = {differs[1]}, and this run has {differs[2]}; check this run's"
+    )
+    if path is not None:
+        raise CropiError(other)
+    warnings.warn(f"{other}; the page leaves it out", stacklevel=3)
+    return None
 
 
 def _run(scores: Scores, train: SketchStore | None) -> list[tuple[str, str]]:

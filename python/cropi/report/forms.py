@@ -10,6 +10,8 @@ from cropi.form import is_number
 # Of `cropi check --out`.
 CHECK = {
     "findings": [{"name": str, "level": str, "text": str}],
+    "spec?": dict,
+    "model?": dict,
     "by_type?": {str: float},
     "by_layer?": lambda held: fits(held, dict) and all(map(_is_layer, held.items())),
 }
