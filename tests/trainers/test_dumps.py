@@ -104,32 +104,6 @@ def test_unused_samples_are_left_out_and_counted(
     assert f"left out      1 samples: 1 by {reason}" in shown and f", {reason}: " in shown
 
 
-def test_rewards_beside_filtered_ones_are_those_of_other_rollouts(tmp_path: Path) -> None:
-    """NeMo-RL's dynamic sampling: ``rewards`` counts on over the prompts that were dropped."""
-    content = made("nemo-rl")
-    right = [line["rewards"] for line in content]
-    for line, others in zip(content, [[0.5], [0.5], *right], strict=False):
-        line |= {"filtered_rewards": line["rewards"], "rewards": others}
-    assert converted("nemo-rl", tmp_path, content) == 0
-    found = [reward for group in read_trajectories(tmp_path / "out.jsonl") for reward in group.rewards]
-    assert found == [reward for one in right for reward in one]
-
-
-def test_turns_of_the_assistant_in_a_prompt_are_part_of_it(tmp_path: Path) -> None:
-    """NeMo-RL marks them too, with log-probs of 0: prompts that begin with one example are not one prompt."""
-    content, example = made("nemo-rl"), [9, 20, 21, 22]  # a question, and an answer that nobody sampled
-    for line in content:
-        line["input_lengths"] = [line["input_lengths"][0] + len(example)]
-        line["token_ids"] = [example + line["token_ids"][0]]
-        line["token_loss_mask"] = [[0, 1, 1, 1] + line["token_loss_mask"][0]]
-        line["generation_logprobs"] = [[0.0] * len(example) + line["generation_logprobs"][0]]
-    assert converted("nemo-rl", tmp_path, content) == 0
-    for number, group in enumerate(read_trajectories(tmp_path / "out.jsonl")):
-        expected = ROLLOUTS[2 * number : 2 * number + 2]
-        assert group.prompt_ids == example + expected[0][0]
-        assert group.response_ids == [ids for _, ids, *_ in expected]
-
-
 def test_rows_of_verl_without_a_response_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
