@@ -26,6 +26,7 @@ from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import scored_tokens
 from .lengths import Lengths, check_lengths
+from .one_sequence import check_call
 from .precision import own_precision
 from .probe import Probe, pads_left, positions_for, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
@@ -285,6 +286,8 @@ class GradientSketcher:
         where = Segments.of(segments, batch, length, num_segments)
         scored = scored_offsets(where, positions)
         kwargs = self._inputs(input_ids, attention_mask, position_ids, model_kwargs)
+        if labels is not None and segments.ndim == 1:
+            check_call(batch, kwargs)
         explained = _memory.explained(
             f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
             f"segments (sketches: {_memory.size(4 * where.count * width(self.spec, self._tapped.groups))})",

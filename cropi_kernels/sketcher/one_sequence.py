@@ -20,7 +20,8 @@ def one_sequence_a_row(model: nn.Module, runs: Runs) -> Iterator[None]:
     """Check the calls of ``model`` inside, where segments were given per row.
 
     Raises (from the call):
-        ValueError: positions restart within a row, or bounds of more sequences than rows were given.
+        ValueError: positions restart within a row, the mask numbers its sequences, or bounds of more sequences than
+            rows were given.
     """
     if not runs.rows:
         yield
@@ -46,14 +47,40 @@ def check_call(batch: int, kwargs: dict[str, Any]) -> None:
                 f"{REMEDY}"
             )
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] < 2:
-        return
-    back = positions[:, 1:] < positions[:, :-1]
-    if isinstance(mask, torch.Tensor) and mask.shape == positions.shape:
-        back = back & mask[:, 1:].bool() & mask[:, :-1].bool()
-    if bool(back.any()):
-        row, column = (int(i) for i in back.nonzero()[0])
+    why = ""
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[0] == batch:
+        if (at := numbered(mask)) is not None:
+            row, why = at[0], f"attention_mask is {mask[at].item():g} in column {at[1]}"
+    if not why and isinstance(positions, torch.Tensor) and positions.ndim == 2:
+        same = isinstance(mask, torch.Tensor) and mask.shape == positions.shape
+        if (at := restart(positions, mask if same else None)) is not None:
+            row, why = at[0], f"position_ids restart in column {at[1]}"
+    if why:
         raise ValueError(
-            f"row {row} holds several sequences (position_ids restart in column {column + 1}), but segments holds one "
-            f"number a row: {REMEDY}"
+            f"row {row} holds several sequences ({why}), but segments holds one number a row: {REMEDY}"
         )
+
+
+def numbered(mask: torch.Tensor) -> tuple[int, int] | None:
+    """The row and column of the first number of a mask [batch, length] other than 0 and 1: there are trainers that
+    number the sequences of a row in it."""
+    if mask.dtype == torch.bool:
+        return None
+    return _first((mask != 0) & (mask != 1))
+
+
+def restart(positions: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, int] | None:
+    """The row and column of the first token whose position is below that of the token before; ``mask`` is 0 for
+    padding, whose positions say nothing."""
+    back = positions[:, 1:] < positions[:, :-1]
+    if mask is not None:
+        back = back & mask[:, 1:].bool() & mask[:, :-1].bool()
+    at = _first(back)
+    return None if at is None else (at[0], at[1] + 1)
+
+
+def _first(marks: torch.Tensor) -> tuple[int, int] | None:
+    if not bool(marks.any()):
+        return None
+    row, column = marks.nonzero()[0].tolist()
+    return row, column

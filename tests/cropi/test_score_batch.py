@@ -195,6 +195,16 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "mask too wide": ({"response_mask": torch.ones(7, 9)}, r"response_mask has shape \[7, 9\]: give \[7, 8\]"),
     "mask a row": ({"response_mask": torch.ones(7)}, r"response_mask has shape \[7\]"),
     "names": ({"prompt_ids": ["a", "b"]}, "prompt_ids is 2 names: give a list of 7"),
+    "numbers of packed sequences": (
+        {"attention_mask": 2 * MASK}, r"attention_mask is 2 in row 0, column \d: give 0 and 1 \(a row holds",
+    ),
+    "a mask of weights": (
+        {"response_mask": 0.5 * SCORED}, r"response_mask is 0.5 in row 0, column \d: give 0 and 1 \(weights of tokens",
+    ),
+    "several sequences in a row": (
+        {"position_ids": torch.arange(8).remainder(6).expand(7, 8)}, r"position_ids restart in row \d, column 6: a row",
+    ),
+    "a dictionary for a spec": ({"spec": {"dim": 1024}}, "spec is a dict: give a SketchSpec"),
     "no name": ({"prompt_ids": ["a", None, None, *"bccd"]}, "the prompt of row 1 has no id: give a string or an int"),
     "an empty cell": ({"prompt_ids": np.array([1, 1, float("nan"), 2, 2, 3, 3])}, "the prompt of row 0 is 1.0: give"),
     "lists for names": ({"prompt_ids": [["a"]] * 7}, r"the prompt of row 0 is \['a'\]: give a string"),

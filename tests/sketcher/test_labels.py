@@ -103,6 +103,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"labels": changed(PADDED, 1, 8, 0) if PADDED.attention_mask[1, 8] == 0 else changed(PADDED, 0, 8, 0),
          "weights": torch.ones(19)}, r"is scored, but is padding",
     ),
+    "several sequences in a row": (
+        {"weights": torch.ones(6), "position_ids": torch.arange(9).remainder(6).expand(6, 9), "attention_mask": None,
+         "labels": PADDED.input_ids}, r"row 0 holds several sequences \(position_ids restart in column 6\)",
+    ),
+    "sequences that the mask numbers": (
+        {"weights": torch.ones(18), "attention_mask": 2 * PADDED.attention_mask},
+        r"holds several sequences \(attention_mask is 2 in column \d\), but segments holds one number a row",
+    ),
     "weights of a list": ({"weights": [1.0] * 18}, "weights is of type list: give a tensor"),
     "a number of weights": ({"weights": torch.ones(17)}, r"weights has shape \[17\]: give \[6, 9\].*\[6\].*\[18\]"),
     "complex": ({"weights": torch.ones(18, dtype=torch.complex64)}, "give real numbers"),

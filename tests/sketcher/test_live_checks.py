@@ -186,6 +186,20 @@ def test_rows_of_several_sequences_are_refused() -> None:
             model(input_ids=batch.input_ids, position_ids=batch.position_ids)
 
 
+def test_masks_that_number_the_sequences_of_a_row_are_refused() -> None:
+    model, step = zoo.make("llama"), Step()
+    numbers = step.mask * (1 + (torch.arange(step.shape[1]) >= 4).long())
+    with LiveSketcher(model, SPEC) as live:
+        with pytest.raises(
+            ValueError, match=r"row 0 holds several sequences \(attention_mask is 2 in column 4\)"
+        ):
+            with live.batch(step.prompts, shape=step.shape):
+                model(input_ids=step.ids, attention_mask=numbers)
+        with live.batch(step.prompts, shape=step.shape) as got:  # the failed batch is closed
+            made.cross_entropy(made.logits_of(model, step), step, step.rows(None)).backward()
+    assert not got.failed.any()
+
+
 def test_refused_in_words() -> None:
     model, step = zoo.make("llama"), Step()
     live = LiveSketcher(model, SPEC)

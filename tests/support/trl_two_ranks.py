@@ -19,8 +19,8 @@ import torch
 warnings.simplefilter("ignore", FutureWarning)
 torch.set_num_threads(1)
 
-from cropi import pipeline  # noqa: E402
 from cropi.errors import CropiError  # noqa: E402
+from cropi.pipeline import sketches  # noqa: E402
 from cropi.trainers.trl import Live  # noqa: E402
 from support.trl_runs import Seen, staged  # noqa: E402
 
@@ -90,7 +90,7 @@ if __name__ == "__main__":
     )
     run("live-cut-groups", folder, live, per_device_train_batch_size=6, **small)
     if int(os.environ["RANK"]) == 1:  # rank 0 must not wait for it for ever
-        pipeline.sketch_part = broken  # type: ignore[assignment]
+        sketches.sketch_part = broken  # type: ignore[assignment]
     run("broken", folder, files, per_device_train_batch_size=4, **small)
     # As torch asks of programs: its threads must not outlive what they use when the interpreter ends.
     torch.distributed.destroy_process_group()

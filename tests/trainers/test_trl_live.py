@@ -104,6 +104,40 @@ def test_sketches_are_those_of_trls_own_loss(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_sketches_under_trls_own_defaults(
+    lora: bool, tmp_path: Path, valid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 by autocast, checkpointing, one generation batch a step: at most twice as far from the gradient of each
+    prompt in float64 as plain autograd with the same settings."""
+    from peft import LoraConfig
+    from trl import GRPOConfig
+
+    defaults = {
+        name: GRPOConfig.__dataclass_fields__[name].default
+        for name in ("bf16", "gradient_checkpointing", "temperature")
+    }
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    watched = Watched(monkeypatch)
+    options = LIVE | {"valid": valid, "stage_steps": 1}
+    trainer = staged(
+        tmp_path / "out", options, max_steps=1, **defaults, **({"peft_config": config} if lora else {})
+    )
+    assert trainer.args.bf16 and trainer.args.gradient_checkpointing
+    own = copy.deepcopy(trainer.model)
+    wide = copy.deepcopy(own).double()  # which autocast leaves as it is
+    trainer.train()
+    (ids, rows), (inputs, *_) = watched.updates[0], watched.inputs
+    assert trainer._cropi.live.sketcher.loss is not None and rows.any()
+    for name, got in zip(ids, rows, strict=True):
+        place = trainer._cropi.live.selector.places([name])[0]
+        near = sketch_gradients(own, by_autograd(trainer, own, inputs, place), SPEC)
+        exact = sketch_gradients(wide, by_autograd(trainer, wide, inputs, place), SPEC)
+        error, allowed = (got - exact).norm(), (near - exact).norm()
+        assert error <= 2 * allowed <= 0.2 * exact.norm(), (name, error, allowed, exact.norm())
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, {"bf16": True}])
 def test_the_steps_keep_their_bits(changes: dict[str, Any], tmp_path: Path, valid: Path) -> None:
     """All prompts in both runs, in one order: with TRL's defaults, and in bfloat16, which is one."""
@@ -249,3 +283,26 @@ def test_options_are_checked(valid: Path) -> None:
     ):
         with pytest.raises(CropiError, match=message):
             Live(**changes)
+
+
+def test_a_stage_that_holds_fewer_prompts_than_a_batch_is_an_error(tmp_path: Path, valid: Path) -> None:
+    """When the trainer is built, and not by more prompts than were asked for."""
+    for options, message in (
+        ({"fraction": 0.05}, "stage 0 has 1 prompts, but one generation batch takes 2"),
+        ({"fraction": 0.01}, "fraction 0.01 of a pool of 20 prompts chooses none"),
+        ({"count": 21}, "count 21 is more than the 20 prompts of train_dataset"),
+    ):
+        with pytest.raises(CropiError, match=message):
+            staged(tmp_path / "out", LIVE | {"valid": valid} | options)
+
+
+@pytest.mark.long
+def test_a_second_run_of_one_trainer_is_an_error(tmp_path: Path, valid: Path) -> None:
+    """But for one that goes on."""
+    saved = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = staged(tmp_path / "out", LIVE | {"valid": valid}, **saved)
+    trainer.train()
+    with pytest.raises(CropiError, match=r"train\(\) was called on this trainer before"):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert trainer._cropi.live.selector.step == 2

@@ -17,6 +17,7 @@ from cropi.gradient.layout import layout_of
 from cropi.model.policy import Policy, check_dropout
 from cropi_kernels import SketchSpec
 from cropi_kernels.sketcher.lengths import Lengths
+from cropi_kernels.sketcher.one_sequence import numbered, restart
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def score_batch(
     >>> batch.ids, batch.sketches.shape
     (['a', 'b'], torch.Size([2, 1024]))
     """
+    if spec is not None and not isinstance(spec, SketchSpec):
+        raise CropiError(f"spec is a {type(spec).__name__}: give a SketchSpec")
     policy = Policy.of(model)
     check_dropout(policy.model, "model")
     rows = _Rows(policy, input_ids, attention_mask, position_ids)
@@ -164,8 +167,14 @@ class _Rows:
         if not bool(self.mask.any(dim=1).all()):
             row = int((~self.mask.bool().any(dim=1)).nonzero()[0])
             raise CropiError(f"attention_mask: row {row} is all padding; leave the row out")
+        self._check_mask("attention_mask", self.mask, "a row holds a prompt and one response")
         counted = (self.mask.long().cumsum(1) - 1).clamp_min(0)
         self.positions = counted if positions is None else self._shaped("position_ids", positions)
+        if positions is not None and (at := restart(self.positions, self.mask)) is not None:
+            raise CropiError(
+                f"position_ids restart in row {at[0]}, column {at[1]}: a row holds a prompt and one response; give "
+                "every response a row of its own, or use cropi.GradientSketcher, which takes several in a row"
+            )
 
     def cut(self, segments: torch.Tensor, budget: int, lengths: Lengths) -> Iterator[torch.Tensor]:
         """Numbers of rows that go through the model together: sorted by prompt, within the budget."""
@@ -183,6 +192,12 @@ class _Rows:
                 chosen = []
             chosen.append(row)
         yield torch.tensor(chosen)
+
+    def _check_mask(self, name: str, mask: torch.Tensor, why: str) -> None:
+        if (at := numbered(mask)) is not None:
+            raise CropiError(
+                f"{name} is {mask[at].item():g} in row {at[0]}, column {at[1]}: give 0 and 1 ({why})"
+            )
 
     def _shaped(self, name: str, value: Any) -> torch.Tensor:
         _check_tensor(name, value)
@@ -262,7 +277,9 @@ class _Rows:
                 )
             scored = labels != -100
         else:
-            scored = self.each_token("response_mask", response_mask, per_row=False) != 0
+            marks = self.each_token("response_mask", response_mask, per_row=False)
+            self._check_mask("response_mask", marks, "weights of tokens go into weights or advantages")
+            scored = marks != 0
         scored[:, 0] = False  # no column predicts the first
         before = torch.nn.functional.pad(self.mask[:, :-1], (1, 0)).bool()
         scored = scored & self.mask.bool()

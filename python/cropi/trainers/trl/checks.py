@@ -9,6 +9,7 @@ from typing import Any
 from cropi.data.scan import Scan
 from cropi.errors import CropiError
 from cropi.files import check_room
+from cropi.ranking.shares import how_many
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.sampler import check_enough
 from cropi.trainers.trl.scoring import _evaluating
@@ -50,7 +51,8 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
             f"the trainer holds {len(trainer.train_dataset)} rows of the {prompts} of train_dataset, so "
             "ids and rows do not match; prepare the dataset before it is passed"
         )
-    check_enough(range(prompts), int(args.generation_batch_size // trainer.num_generations), 0)
+    stage = prompts if options.live is None else drawn(options, prompts)
+    check_enough(range(stage), int(args.generation_batch_size // trainer.num_generations), 0)
     if options.valid is None:
         if trainer.eval_dataset is None:
             raise CropiError(
@@ -62,6 +64,19 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
                 f"num_generations_eval is {trainer.num_generations_eval}: a validation prompt needs at least 2 "
                 "responses for an advantage"
             )
+
+
+def drawn(options: Curriculum, pool: int) -> int:
+    """How many prompts of a pool are the next stage's, where the steps' own sketches choose.
+
+    Raises:
+        CropiError: none, or more than there are.
+    """
+    if options.count is None:
+        return how_many(options.fraction, pool)
+    if options.count > pool:
+        raise CropiError(f"count {options.count} is more than the {pool} prompts of train_dataset; lower it")
+    return options.count
 
 
 def check_policy(model: Any, options: Curriculum) -> None:

@@ -190,3 +190,4 @@ class LiveRun:
                 "checkpoint"
             ) from error
         self.selector.load_state_dict(state)
+        self._places, self._sketches = [], []  # of a step that was not ended

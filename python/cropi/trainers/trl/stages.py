@@ -27,7 +27,7 @@ from cropi.errors import CropiError, shown
 from cropi.files import write_atomic, writing
 from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
-from cropi.trainers.trl.checks import check_arguments, check_policy, check_space
+from cropi.trainers.trl.checks import check_arguments, check_policy, check_space, drawn
 from cropi.trainers.trl.live import LiveRun, features_of
 from cropi.trainers.trl.losses import estimator_of_config
 from cropi.trainers.trl.options import Curriculum
@@ -164,7 +164,13 @@ class Stages(Recorder):
         return nullcontext() if self.live is None else self.live.sketcher
 
     def check_fresh(self) -> None:
-        """Raises CropiError: the folder holds rollouts of another run, and this one was not resumed."""
+        """Raises CropiError: there was another run, of this trainer or in its folder, and this one was not resumed."""
+        if self._known >= 0 and not self.step:
+            raise CropiError(
+                "train() was called on this trainer before, and its stages, rollouts and selector are those of that "
+                "run: go on with trainer.train(resume_from_checkpoint=...), or build another trainer with another "
+                "output_dir"
+            )
         if self._earlier and not self._resumed:
             raise CropiError(
                 f"{self.log.folder} holds rollouts of an earlier run, for example "
@@ -263,9 +269,7 @@ class Stages(Recorder):
 
     def _draw(self, live: LiveRun) -> Chosen:
         """The next prompts by what the steps so far have shown."""
-        options, pool = self.options, len(self.ids)
-        wanted = options.count or math.floor(pool * options.fraction + 1e-9)
-        return Chosen(*live.choose(min(max(wanted, self.prompts), pool), self.step))
+        return Chosen(*live.choose(drawn(self.options, len(self.ids)), self.step))
 
     def _check_recorded(self, stage: int, kinds: tuple[str, ...] = ("train", "valid")) -> None:
         """What a stage needs of this run's rollouts may be missing: no reward function may have scored one."""
