@@ -6,10 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 from support.stores import content, equal
 
+import cropi
 from cropi.cli import main
 from cropi.data.readers import read
 from cropi.errors import CropiError
@@ -108,6 +110,17 @@ def test_shares_hold_the_rows_of_one_process(
     merged = SketchStore.open(tmp_path / "merged")
     merged.check_finished()
     assert equal(content(tmp_path / "whole"), content(merged)) and "share" not in merged.manifest
+    train = cropi.sketch(policy, make_records(9, seed=1), dim=1024, progress=False)
+    by_shares, by_whole = (
+        cropi.influence(train, valid, max_valid=20)
+        for valid in (stores, SketchStore.open(tmp_path / "whole"))
+    )
+    for name in ("table", "stderr", "p_selected"):
+        np.testing.assert_array_equal(getattr(by_shares, name), getattr(by_whole, name))
+    with pytest.raises(
+        CropiError, match="part-1, .*part-3 hold only a share of the 60 prompts of a job: the share 2/3"
+    ):
+        cropi.influence(train, [stores[0], stores[2]])
     sketch(policy, job("part-2", shard=(2, 3)), progress=False)
     assert len(SketchStore.open(tmp_path / "part-2")) == len(stores[1]), "nothing is computed again"
     for few, missing in ((stores[:1], "the shares 2/3, 3/3 must"), (stores[1:], "the share 1/3 must")):

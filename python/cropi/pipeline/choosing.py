@@ -20,6 +20,7 @@ from cropi.ranking.selection import Selection, select, write_selection
 from cropi.ranking.table import SCORES, write_scores
 from cropi.ranking.uncertainty import few_pairs, with_uncertainty
 from cropi.rescoring import Anew, How
+from cropi.store.shares import shared_job
 from cropi.store.store import SketchStore
 
 
@@ -170,12 +171,24 @@ def score(
     noise: Sequence[SketchStore] = (),
 ) -> Scores:
     """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``;
-    stores of ``noise`` say what that owes to responses."""
+    stores of ``noise`` say what that owes to responses. Validation stores that are shares of one job count as one."""
     given, choice = options or Influence(), selecting or Selecting()
+    valid = _whole(valid)
     how = {name: value for name, value in vars(given).items() if name not in ("draws", "valid_seed")}
     pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
     scores = influence(train, valid, **how, seed=given.valid_seed, pairs=pairs)
     return with_uncertainty(scores, train, valid, noise=noise, draws=given.draws, selecting=choice)
+
+
+def _whole(stores: Sequence[SketchStore]) -> list[SketchStore]:
+    """The stores, with those that are shares of one job (``--shard``) read as one."""
+    jobs: dict[str | int, list[SketchStore]] = {}
+    for number, store in enumerate(stores):
+        job = (
+            shared_job(store.manifest) if isinstance(store, SketchStore) else ""
+        )  # else `influence` says what it is
+        jobs.setdefault(job or number, []).append(store)
+    return [SketchStore.join(parts) if len(parts) > 1 else parts[0] for parts in jobs.values()]
 
 
 def pick(

@@ -15,15 +15,21 @@ def share_text(manifest: Mapping[str, Any]) -> str:
     return f"{share['number']}/{share['count']}" if share else ""
 
 
+def shared_job(manifest: Mapping[str, Any]) -> str:
+    """What the shares of one job have in common; "" for a store that is no share."""
+    share = manifest.get("share")
+    if not share:
+        return ""
+    return f"{job_fingerprint(manifest)} {digest({k: v for k, v in share.items() if k != 'number'})}"
+
+
 def joined_share(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The share that some stores hold together: None where they are all shares of their jobs, else one that is not
     whole, with the numbers that are ``missing``."""
     jobs: dict[str, dict[int, Mapping[str, Any]]] = {}
     for manifest in manifests:
-        if manifest.get("share"):
-            cut = {name: value for name, value in manifest["share"].items() if name != "number"}
-            key = f"{job_fingerprint(manifest)} {digest(cut)}"
-            jobs.setdefault(key, {})[int(manifest["share"]["number"])] = manifest
+        if job := shared_job(manifest):
+            jobs.setdefault(job, {})[int(manifest["share"]["number"])] = manifest
     for parts in jobs.values():
         share = dict(next(iter(parts.values()))["share"])
         missing = [number for number in range(1, share["count"] + 1) if number not in parts]

@@ -113,7 +113,7 @@ class StoredSketches:
             raise CropiError(
                 f"{held} of the {self.manifest['share']['prompts']} prompts of a job: the share"
                 f"{'s' * (len(lacking) > 1)} {', '.join(lacking[:20])} must be read with it, made with the same "
-                "options (`cropi store merge`, or several stores to --train)"
+                "options (`cropi store merge`, or all of them to --train or --valid)"
             )
 
     @property
