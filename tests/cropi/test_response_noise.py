@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,12 @@ def test_the_choice_moves_with_the_training_prompts_responses() -> None:
     assert "and all responses are drawn anew" in str(moved) and "% of their gradients' squared length" in str(
         moved
     )
+    for signal, said in (
+        (-0.2, " 100% of"),
+        (1.3, " 0% of"),
+        (0.25, " 75% of"),
+    ):  # an estimate may lie outside
+        assert said in replace(moved, own_signal=signal).responses
     assert moved.sets[0].own > 0 and np.isnan(moved.sets[0].from_responses), (
         "no noise of the validation prompts"
     )

@@ -134,7 +134,7 @@ class Uncertainty:
         own = ", ".join(f"{one.own:.3f} ({one.name})" for one in self.sets)
         return (
             f"other responses of the training prompts would move a score by {own}; "
-            f"{max(1 - self.own_signal, 0):.0%} of their gradients' squared length is noise"
+            f"{min(max(1 - self.own_signal, 0), 1):.0%} of their gradients' squared length is noise"
         )
 
     def to_dict(self) -> dict[str, Any]:

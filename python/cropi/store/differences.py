@@ -136,9 +136,12 @@ def check_same_job(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any
             shown(value, LONGEST_VALUE) + _model_of(side, differs.field)
             for value, side in ((differs.left, made), (differs.right, wanted))
         )
+        same = "the same settings"
+        if differs.field == "trajectories":
+            same = "the same files (new prompts go into a store of their own: `cropi influence --train A B` reads both)"
         raise CropiError(
             f"the store {path} was made with {differs.field} = {made_with}, but this run has {runs_with}; give another "
-            f"--out, or run with the same {'files' if differs.field == 'trajectories' else 'settings'}"
+            f"--out, or run with {same}"
         )
 
 
