@@ -171,7 +171,7 @@ def test_same_job_is_continued_and_notes_may_differ(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "dtype = 'float32', but this run has 'int8'"),
         (
             {"trajectories": "ff"},
-            "trajectories = None, but this run has 'ff'.* new prompts go into a store of their own",
+            "trajectories = None, but this run has 'ff'; give another --out, or run with the same files (new prompts",
         ),
     ],
 )
