@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import warnings
@@ -13,7 +14,9 @@ import pytest
 from support import fuzz
 from support.fuzz import anything, text
 
+from cropi.data.export import read_dataset
 from cropi.data.fast import RecordReader
+from cropi.data.identity import dataset_ids
 from cropi.data.keys import ALIASES, FIELDS, REFUSED
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup, parse_record
@@ -194,3 +197,34 @@ def test_lists_and_files_of_anything_end_in_groups_or_in_words() -> None:
         warnings.simplefilter("ignore")
         ends = fuzz.run(INPUTS, lambda rng: one(rng, folder / "fuzz.jsonl"))
     assert fuzz.repeats() or min(ends["words"], ends["groups"]) > 0.1 * ends.total(), ends
+
+
+def test_any_dataset_has_prompt_ids_or_ends_in_words() -> None:
+    """What a trainer's rows must hold so that selected prompts are found again."""
+    right = [
+        {"id": f"p{i}", "prompt": f"{i}+1=", "extra_info": {"index": i}, "index": i, "uid": str(i)} for i in range(3)
+    ]  # fmt: skip
+    records = [
+        PromptGroup("p1", "1+1=", None, []),
+        PromptGroup("p0", [{"role": "user", "content": "x"}], None, []),
+    ]
+    places = list(fuzz.ways(right))
+    with fuzz.folder() as folder:
+        file = folder / "d.json"
+
+        def one(rng: random.Random) -> str:
+            rows = fuzz.changed(rng, copy.deepcopy(right), places)
+            file.write_text(json.dumps(rows))
+            key = rng.choice((None, "id", "extra_info.index", "uid", "x", ""))
+            try:
+                ids = dataset_ids(read_dataset(file), file, key, records if rng.random() < 0.5 else ())
+            except CropiError as error:
+                assert str(file) in str(error) and len(str(error).encode("utf-8", "surrogatepass")) < 2000, (
+                    error
+                )
+                return "words"
+            assert len(set(ids.names)) == len(ids) == len(rows)
+            return "ids"
+
+        ends = fuzz.run(INPUTS, one)
+    assert fuzz.repeats() or min(ends["words"], ends["ids"]) > INPUTS / 20, ends

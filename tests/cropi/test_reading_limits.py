@@ -90,6 +90,21 @@ def test_yaml_aliases_of_aliases_are_stopped(tmp_path: Path, capsys: pytest.Capt
     assert "not valid YAML" in capsys.readouterr().err
 
 
+def test_deep_toml_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets, which the parser gives up on, and dotted keys, which it does not."""
+    path = tmp_path / "c.toml"
+    for text, words in {
+        "a = " + "[" * 5000 + "]" * 5000: "not valid TOML",
+        "x." * 5000 + "y = 1": "nested deeper than 64",
+        f"[{'.'.join('a' * 5000)}]\nb = 1": "nested deeper than 64",
+        "a = " + "9" * 5000: "not valid TOML",
+    }.items():
+        path.write_text(text)
+        assert main(["run", "--config", str(path)]) == 2
+        told = capsys.readouterr().err
+        assert words in told and str(path) in told and len(told) < 2000
+
+
 # ----------------------------------------------------------------------------------------------------- places
 def test_records_are_taken_by_their_places(tmp_path: Path) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"

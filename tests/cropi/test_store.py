@@ -299,6 +299,18 @@ def test_a_shard_of_another_store_is_refused(tmp_path: Path, change: dict[str, A
             opening(tmp_path / "s")
 
 
+def test_the_number_of_prompts_is_never_lowered(tmp_path: Path) -> None:
+    """By a job with a smaller --limit; it would call an unfinished store whole."""
+    for prompts, expected in ((5, 5), (2, 5), (7, 7)):
+        with SketchStore.create(tmp_path / "s", MANIFEST | {"prompts": prompts}) as store:
+            if "p000" not in store:
+                store.add(RowInfo("p000"), vector(0))
+        opened = SketchStore.open(tmp_path / "s")
+        assert opened.expected == expected
+        with pytest.raises(CropiError, match=f"holds 1 of {expected} prompts"):
+            opened.check_finished()
+
+
 def test_a_shard_twice_or_too_many_rows_are_refused(tmp_path: Path) -> None:
     fill(tmp_path / "s", 4, MANIFEST | {"prompts": 4})
     copy_shard(tmp_path / "s", 0, tmp_path / "s", 1)

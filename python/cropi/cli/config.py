@@ -21,6 +21,7 @@ NOT_KEPT = (*UNUSABLE, "progress")
 NAMED = ("groups", "quota", "columns")
 CONFIG = "config.yaml"
 MOST_VALUES = 10_000
+DEEPEST = 64  # as of records
 
 
 def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
@@ -132,7 +133,7 @@ def _read(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
-            return optional("tomllib" if sys.version_info >= (3, 11) else "tomli").loads(text)
+            return _bounded(path, optional("tomllib" if sys.version_info >= (3, 11) else "tomli").loads(text))
         if path.suffix in (".yaml", ".yml"):
             return _bounded(path, _yaml(path, text) or {})
     except (ImportError, CropiError):
@@ -160,13 +161,16 @@ def _yaml(path: Path, text: str) -> Any:
 
 def _bounded(path: Path, content: Any) -> Any:
     """The content, if it is of a size that a person writes: a few YAML aliases of aliases make billions of values."""
-    waiting, count = [content], 0
+    waiting, count, deepest = [(content, 0)], 0, 0
     while waiting:
-        value, count = waiting.pop(), count + 1
+        (value, depth), count = waiting.pop(), count + 1
         if count > MOST_VALUES:
             raise CropiError(f"{path} holds more than {MOST_VALUES} values once its aliases are filled in")
+        deepest = max(deepest, depth)
         if isinstance(value, (dict, list)):
-            waiting += value.values() if isinstance(value, dict) else value
+            waiting += [(one, depth + 1) for one in (value.values() if isinstance(value, dict) else value)]
+    if deepest > DEEPEST:
+        raise CropiError(f"{path} holds tables or lists nested deeper than {DEEPEST}")
     return content
 
 
