@@ -13,8 +13,8 @@ from benchmarks.rlvr_mini.summary import Finished, evaluated_at
 POOLS = ("full", "full_pool3", "random", "random_pool3", "static", "static_pool3", "cropi", "cropi_pool3")
 # Few passes, beside full data and CROPI of the same pool.
 FEW = (
-    "full_pool3", "cropi_pool3", "then_long_pool3", "fresh_pool3", "alike_pool3", "live_pool3", "budget_pool3",
-    "live_budget_pool3",
+    "full_pool3", "cropi_pool3", "then_long_pool3", "then_long_cut_pool3", "fresh_pool3", "alike_pool3", "live_pool3",
+    "budget_pool3", "live_budget_pool3",
 )  # fmt: skip
 
 

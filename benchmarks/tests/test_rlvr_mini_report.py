@@ -158,8 +158,9 @@ def test_report_of_runs_on_a_larger_pool_alone(tmp_path: Path) -> None:
             events.append({"step": step, "accuracy": dict.fromkeys(FAMILIES, 0.1) | accuracy})
             if step % 2:  # evaluated on the targeted families alone
                 events[-1]["accuracy"] = {f: accuracy[f] for f in NANO.targeted}
-            # The longer evaluations take 9 s, the others 1 s.
-            spent = sum(1.0 if i % 2 else 9.0 for i in range(step + 1))
+            # The longer evaluations take 9 s, the others 1 s, and 2 s in the runs of full data.
+            short = 2.0 if name == "full_pool3" else 1.0
+            spent = sum(short if i % 2 else 9.0 for i in range(step + 1))
             events[-1]["cpu"] = {"train": 2.0 * step, "select": selecting, "evaluate": spent}
         run = {
             "arm": name,
@@ -184,6 +185,10 @@ def test_report_of_runs_on_a_larger_pool_alone(tmp_path: Path) -> None:
     assert "| CROPI, sketch, pool x 3, step 4 | 1 | 0.320 | 0.100 | 33.3% | 0.52 | 1.00 |" in table
     # Two selections of 3 and 1 s beside 4 s of training a stage: 4 of 12 s, and 1 of 5 after the first.
     assert "| CROPI, sketch, pool x 3 | 3.00, 1.00 | 4.0 | 33.3% | 20.0% |" in table
+    # Full data has 0.23 at step 4, after 8 s. CROPI's first point after the start is step 3 with 0.28, after 6 s of
+    # training and 4 of selecting, so that the line to it has 0.23 at step 1.125, after 3.75 s. Evaluations took 2 s in
+    # the runs of full data, so that its 8 s are those of 4 evaluations.
+    assert "| CROPI, sketch, pool x 3 | 1 | 1 | 3.56 | - | 2.13 | - | 1.07 | - |" in table
     # At step 4 the mean of steps 2 to 4: 0.29 against 0.32.
     assert "| live, pool x 3 | -0.030 | -0.030 |" in table
     assert (tmp_path / "out" / "live.png").stat().st_size and not (tmp_path / "out" / "targeted.png").exists()
