@@ -285,11 +285,8 @@ def test_the_choice_moves_with_the_training_prompts_responses() -> None:
     assert "and all responses are drawn anew" in str(moved) and "% of their gradients' squared length" in str(
         moved
     )
-    for signal, said in (
-        (-0.2, " 100% of"),
-        (1.3, " 0% of"),
-        (0.25, " 75% of"),
-    ):  # an estimate may lie outside
+    # An estimate may lie outside of 0 and 1.
+    for signal, said in ((-0.2, " 100% of"), (1.3, " 0% of"), (0.25, " 75% of")):
         assert said in replace(moved, own_signal=signal).responses
     assert moved.sets[0].own > 0 and np.isnan(moved.sets[0].from_responses), (
         "no noise of the validation prompts"

@@ -184,9 +184,8 @@ def _whole(stores: Sequence[SketchStore]) -> list[SketchStore]:
     """The stores, with those that are shares of one job (``--shard``) read as one."""
     jobs: dict[str | int, list[SketchStore]] = {}
     for number, store in enumerate(stores):
-        job = (
-            shared_job(store.manifest) if isinstance(store, SketchStore) else ""
-        )  # else `influence` says what it is
+        # What is no store `influence` refuses by name.
+        job = shared_job(store.manifest) if isinstance(store, SketchStore) else ""
         jobs.setdefault(job or number, []).append(store)
     return [SketchStore.join(parts) if len(parts) > 1 else parts[0] for parts in jobs.values()]
 
