@@ -31,6 +31,9 @@ def is_unit(module: nn.Module) -> bool:
 
 
 def units(model: nn.Module) -> list[Any]:
+    # Every pass asks, and a walk over all modules takes milliseconds in which a GPU has nothing to do.
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
     return [module for module in model.modules() if is_unit(module)]
 
 
@@ -135,7 +138,6 @@ def root_around(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
 @contextlib.contextmanager
 def whole(model: nn.Module, module: nn.Module) -> Iterator[None]:
     """Inside, the module's own weights are whole without a call of it; a tensor-parallel rank's weights stay parts."""
-    # In this order: every pass asks, and a walk over all modules takes a millisecond in which a GPU has nothing to do.
     if not any(is_spread(p) for p in module.parameters(recurse=False)) or not units(model):
         yield
         return
