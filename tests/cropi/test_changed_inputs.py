@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
+from cropi.data.places import kept_places
+from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
@@ -74,3 +76,38 @@ def test_a_file_that_changes_ends_the_job(
         assert [(r.id, r.norm) for r in SketchStore.open(tmp_path / "s").rows()] == [
             (r.id, r.norm) for r in whole.rows()
         ]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "gz", "parquet"])
+def test_a_share_of_a_job_notices_it_too(tmp_path: Path, form: str) -> None:
+    records, policy = make_records(20), Policy(make_model(), make_tokenizer())
+    path = written(tmp_path / f"t.{form}", records, form)
+
+    def job(out: str) -> SketchJob:
+        return SketchJob(
+            [path], tmp_path / out, SketchSpec(dim=512), shard_rows=1, tokens_per_batch=60, shard=(1, 2)
+        )
+
+    sketch(policy, job("whole"), progress=False)
+    scan = scan_groups(policy, job("s"))
+    written(path, records[::-1], form)
+    with pytest.raises(CropiError, match=f"t.{form} was changed while this job used it"):
+        sketch(policy, job("s"), scan=scan, progress=False)
+    assert not SketchStore.open(tmp_path / "s").rows()
+    written(path, records, form)
+    if form != "parquet":  # whose bytes are another file's at every writing
+        sketch(policy, job("s"), progress=False)
+        assert SketchStore.open(tmp_path / "s").rows() == SketchStore.open(tmp_path / "whole").rows()
+
+
+def test_records_that_are_read_by_their_places_are_of_the_prompts_that_were_there(tmp_path: Path) -> None:
+    """As ranks read them, and stages within a budget: the ids alone are compared."""
+    records = make_records(6)
+    path = write_lines(tmp_path / "t.jsonl", records)
+    groups = read(path)
+    ids = [group.id for group in groups.each()]
+    places = kept_places(groups.sources, groups.columns)
+    assert places is not None and [group.id for group in groups.at(places, ids[3:])] == ids[3:]
+    write_lines(path, records[::-1])
+    with pytest.raises(CropiError, match="t.jsonl was changed while it was used: '.*' is elsewhere"):
+        list(groups.at(places, ids[3:]))

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from support import made_dumps
 from support.made_data import make_records
@@ -25,6 +26,7 @@ from cropi.curriculum.report import write_report
 from cropi.curriculum.state import FORMAT, State
 from cropi.data.readers import read
 from cropi.errors import CropiError
+from cropi.ranking.scores import Scores
 from cropi.report.curriculum import curriculum_page
 from cropi.report.folder import _check as read_check
 from cropi.rescoring import PLAN, read_plan
@@ -155,7 +157,7 @@ def check(folder: Path) -> Callable[[], Any]:
     (folder / "check.json").write_text(json.dumps(sealed(held), indent=2) + "\n")
 
     def back() -> Any:
-        found = read_check(folder, None)
+        found = read_check(folder, None, Scores([], [], np.zeros((0, 0)), {}))
         return found and {key: found.get(key) for key in held}
 
     return back

@@ -276,7 +276,7 @@ def check(folder: Path) -> Kind:
 
     def back() -> None:
         contents.describe_file(folder / "check.json")
-        given = html.ReportInput(scores, chosen, check=folders._check(folder, None))
+        given = html.ReportInput(scores, chosen, check=folders._check(folder, None, scores))
         html._anatomy(given.check), html._verdict(given)
 
     return Kind(right, put_sealed(folder / "check.json"), back)

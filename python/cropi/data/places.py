@@ -106,8 +106,11 @@ class Places:
                     raise CropiError(f"{sources[source].name} was changed while it was used")
                 files[source] = stack.enter_context(open(path, "rb"))
             files[source].seek(self._offsets[number])
-            group = parse(files[source].readline(), self._where(number))
-            if group.id != name:
+            try:
+                group = parse(files[source].readline(), self._where(number))
+            except RecordError:  # it was right when the place was noted
+                group = None
+            if group is None or group.id != name:
                 raise CropiError(
                     f"{sources[source].name} was changed while it was used: {name!r:.100} is elsewhere"
                 )
