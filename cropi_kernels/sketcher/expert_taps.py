@@ -21,25 +21,12 @@ from .experts import Experts, Order, run_experts
 from .hooks import capture
 from .parts import PartMatrix
 from .ranks import Ranks, into_parts, of_parts, parallel_forward
+from .replaced import Replaced, own_forward
 from .slab import MatrixSketch
 from .spread import local
 from .taps import Formed, LinearTap, Tap, formed_vectors, owned
 
 CASTS = frozenset({"to", "type", "type_as", "float", "double", "bfloat16", "half"})
-
-
-class Replaced:
-    """A module's ``forward``, replaced until `remove`."""
-
-    def __init__(self, module: nn.Module, forward: Any) -> None:
-        self.module, self.before = module, vars(module).get("forward")
-        module.forward = forward
-
-    def remove(self) -> None:
-        if self.before is None:
-            vars(self.module).pop("forward", None)
-        else:
-            self.module.forward = self.before
 
 
 class ExpertsTap(Tap):
@@ -61,7 +48,8 @@ class ExpertsTap(Tap):
     def hook(self, module: nn.Module) -> Replaced:
         original = module.forward
         parallel = parallel_forward(module)
-        signature = inspect.signature(original if parallel is None else parallel["forward"])
+        own = own_forward(module) or type(module).forward.__get__(module)
+        signature = inspect.signature(own if parallel is None else parallel["forward"])
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self.acc.listens:

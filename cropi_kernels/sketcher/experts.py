@@ -19,6 +19,7 @@ from torch import nn
 
 from .._library import no_autocast
 from .ranks import parallel_forward
+from .replaced import own_forward
 
 Tapped = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -231,7 +232,7 @@ def recognise_experts(module: nn.Module) -> Experts | None:
         ("experts are spread over ranks (expert parallel)", getattr(module, "_is_expert_parallel", False)),
         (
             "something replaced the module's forward (a parallel plan, an offloading hook)",
-            "forward" in vars(module) and not _spread_by_plan(module),
+            own_forward(module) is not None and not _spread_by_plan(module),
         ),
         ("they have parameters besides their weights", own.keys() != {*layout.matrices(), *layout.biases()}),
         ("they normalise each expert's output", getattr(module, "has_post_expert_norm", False)),

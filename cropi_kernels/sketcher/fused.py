@@ -26,8 +26,8 @@ from .attach import Attachment
 from .beside import inside_compiled
 from .coverage import Coverage
 from .engine import Operators
-from .expert_taps import Replaced
 from .fusable import against_gate, against_norm, looks_like_gate, looks_like_norm
+from .replaced import Replaced
 from .slab import MatrixSketch
 from .taps import Hook, LinearTap, NormTap
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .replaced import own_forward
 from .spread import Share, is_spread, local, ranges_of
 
 PARTIAL_STYLE = "ReplicatedWithGradAllReduce"  # transformers': a norm of this rank's heads
@@ -241,7 +242,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
 # --------------------------------------------------------------------------------------- transformers' styles
 def parallel_forward(module: nn.Module) -> dict[str, Any] | None:
     """The class of the style, and the wrapped forward, where transformers' tensor-parallel plan replaced a forward."""
-    forward: Any = vars(module).get("forward")
+    forward: Any = own_forward(module)
     code = getattr(forward, "__code__", None)
     if code is None or not str(getattr(forward, "__module__", "")).startswith("transformers.distributed."):
         return None

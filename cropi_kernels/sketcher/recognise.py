@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .ranks import parallel_forward
+from .replaced import own_forward
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "layer_norm_eps")
 
@@ -40,7 +41,8 @@ def _forward_of(module: nn.Module) -> Any:
     forward = vars(module).get("_old_forward") if hasattr(module, "_hf_hook") else None
     if forward is None:
         parallel = parallel_forward(module)
-        forward = module.forward if parallel is None else parallel["forward"]
+        own = own_forward(module) or type(module).forward
+        forward = own if parallel is None else parallel["forward"]
     return getattr(forward, "__func__", forward)
 
 
@@ -61,7 +63,7 @@ def is_router(module: nn.Module) -> bool:
     The names in the code tell. A module that holds a weight for others to use is no router.
     """
     weight, names = getattr(module, "weight", None), _names_in_forward(module)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or "forward" in vars(module):
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or own_forward(module):
         return False
     if isinstance(module, nn.Linear) and inspect.unwrap(type(module).forward) is nn.Linear.forward:
         return False  # not linear all the same: nn.MultiheadAttention takes its weight and never calls it

@@ -164,6 +164,24 @@ def test_lora(tmp_path: Path, valid: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_mixture_whose_rollouts_are_not_recorded(tmp_path: Path, valid: Path) -> None:
+    """Validation prompts are sketched while the live taps are on its experts; a run with tools can be recorded by
+    nobody, and needs no record to choose by its own steps."""
+    model = make_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    options = LIVE | {"valid": valid, "recording": None, "live": Live(dim=1024, coupled=True)}
+    trainer = staged(tmp_path / "out", options, max_steps=4, model=model, eval_dataset=None)
+    trainer.train()
+    live = trainer._cropi.live
+    assert any("experts" in name for name in live.sketcher.coverage.names)
+    assert live.selector.step == 4 and live.selector.seen.any() and not live.selector.failed
+    assert not list((tmp_path / "out" / "cropi").glob("rollouts/*.jsonl"))
+    with pytest.raises(
+        CropiError, match="valid is None, so it comes from what this run records, but recording"
+    ):
+        Curriculum(stage_steps=2, live=Live(), recording=None)
+
+
+@pytest.mark.long
 def test_stages_are_drawn_from_what_steps_have_shown(tmp_path: Path, valid: Path) -> None:
     trainer = staged(tmp_path / "out", LIVE | {"valid": valid}, max_steps=6)
     trainer.train()

@@ -164,7 +164,8 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
             for path in files or ():
                 if not path.exists():
                     raise CropiError(f"{name}: there is no trajectory file {path}")
-            if files is None and self.recording is None:
+            steps = name == "train" and self.live is not None  # whose own sketches choose
+            if files is None and self.recording is None and not steps:
                 raise CropiError(
                     f"{name} is None, so it comes from what this run records, but recording is None too; give files "
                     "of trajectories, or a Recording"
