@@ -1,8 +1,12 @@
-"""Parameter names that do not change when a model is wrapped: a name is part of a parameter's coordinates."""
+"""Names of parameters: the same however a model is wrapped, and in messages.
+
+A name is part of a parameter's coordinates, so wrappers must not change it.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # Left in names by torch.compile, FSDP, DDP, activation-checkpoint wrappers and PEFT.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
@@ -18,3 +22,12 @@ def canonical_name(name: str) -> str:
     'model.layers.0.self_attn.q_proj.weight'
     """
     return _BASE_LAYER.sub("", _PEFT_PREFIX.sub("", _WRAPPERS.sub("", name)))
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The names in a message: at most so many, and how many more there are.
+
+    >>> listed(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

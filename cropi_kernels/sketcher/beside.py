@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..names import canonical_name
+from ..names import canonical_name, listed
 from .attach import Attachment
 from .listener import Source
 from .segments import Segments
@@ -113,10 +113,9 @@ def check_heard(
     elif partly:
         why = "no backward pass ran inside the block, or the model was compiled before the taps came"
     if missing:
-        listed = [source.where or "the model itself" for _, source in missing]
-        more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
+        silent = listed([source.where or "the model itself" for _, source in missing], 10)
         raise SelfTestError(
-            f"no gradient came by the taps of {', '.join(listed[:10])}{more} in this batch: {why}. Compile inside of "
+            f"no gradient came by the taps of {silent} in this batch: {why}. Compile inside of "
             "the `with GradientSketcher(...)` block (torch.compiler.reset() forgets what was compiled), or leave out "
             "this test: verify=False"
         )

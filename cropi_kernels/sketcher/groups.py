@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..names import listed
 from ..plan import VectorPlan
 from ..spec import SketchSpec
 from .engine import CpuEngine, Norm, Operators, Site, engine_for
@@ -81,13 +82,14 @@ def groups_of(patterns: Mapping[str, Sequence[str]], names: Sequence[str]) -> Gr
             if twice := [name for name in matched if place.get(name, number) != number]:
                 other = list(patterns)[place[twice[0]]]
                 raise ValueError(
-                    f"groups: {other!r} and {group!r} both have {_some(twice)}: change a pattern"
+                    f"groups: {other!r} and {group!r} both have {listed(twice, LISTED)}: change a pattern"
                 )
             place.update(dict.fromkeys(matched, number))
     if left := [name for name in names if name not in place]:
         if rest is None:
             raise ValueError(
-                f"groups: none has {_some(left)}: add patterns, or a group with the pattern 'rest', or exclude them"
+                f"groups: none has {listed(left, LISTED)}: add patterns, or a group with the pattern 'rest', or "
+                "exclude them"
             )
         place.update(dict.fromkeys(left, rest))
     elif rest is not None:
@@ -113,10 +115,6 @@ def planned(patterns: Mapping[str, Sequence[str]] | None, plan: Attachment) -> G
 def width(spec: SketchSpec, groups: Groups | None) -> int:
     """The sums of a segment, of all groups."""
     return spec.base_dim * (1 if groups is None else len(groups.names))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 class Grouped(Operators):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
+from ..names import listed
 from .listener import Listener, Source
 
 LISTED = 20
@@ -37,13 +38,9 @@ def unreached(
     if known and not reached.intersection(known) and (silent or frozen.sums):
         return (
             f"none of the {len(known)} sketched parameters has a gradient other than 0 on a few tokens, in plain "
-            f"autograd either ({_shown(sorted(known))}): {SAID}. Load the model in another way, or leave out this "
-            "test: verify=False"
+            f"autograd either ({listed(sorted(known), LISTED)}): {SAID}. Load the model in another way, or leave out "
+            "this test: verify=False"
         )
     if silent:
-        warnings.warn(f"no gradient reaches {_shown(silent)} on a few tokens: {SAID}", stacklevel=4)
+        warnings.warn(f"no gradient reaches {listed(silent, LISTED)} on a few tokens: {SAID}", stacklevel=4)
     return ""
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

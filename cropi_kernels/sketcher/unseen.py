@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..names import canonical_name
+from ..names import canonical_name, listed
 from .accumulator import Accumulator
 from .attach import Attachment
 from .decoder import evaluating
@@ -92,10 +92,9 @@ def _tried(
                 y.backward(torch.ones_like(y))
         if cut:
             names = {m: canonical_name(n + ".")[:-1] for n, m in model.named_modules()}
-            listed = [f"{names[m]} ({type(m).__name__})" for m in cut]
-            more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
+            layers = listed([f"{names[m]} ({type(m).__name__})" for m in cut], 10)
             raise ValueError(
-                f"no gradient passes through {', '.join(listed[:10])}{more}: quantised weights whose kernel has no "
+                f"no gradient passes through {layers}: quantised weights whose kernel has no "
                 "backward (or a forward without gradients); nothing before them could be sketched. Load the weights in "
                 "a format that adapters are trained on, for example bitsandbytes' or GPTQ's, or as bfloat16"
             )

@@ -33,7 +33,7 @@ from cropi.errors import CropiError
 from cropi.files import write_atomic
 from cropi.options import Influence, Rescoring, Selecting
 from cropi.ranking.cut import Drift, affordable, anew, spreads
-from cropi.ranking.influence import influence
+from cropi.ranking.influence import influence_by
 from cropi.ranking.rule import Rule
 from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.values import FROM_SCORES
@@ -56,7 +56,7 @@ BEYOND = "beyond the budget"  # why a prompt that has never been sketched has no
 
 
 @dataclass(frozen=True)
-class How:
+class Choice:
     """How prompts are compared and chosen; ``least`` as in :func:`cropi.ranking.selection.select`."""
 
     influencing: Influence
@@ -129,7 +129,7 @@ class Anew:
         groups: PromptGroups,
         scan: Scan,
         valid: Callable[[], Sequence[SketchStore]],
-        how: How,
+        choice: Choice,
         job: SketchJob,
     ) -> Share:
         """Decide, keep the rows of the others, and give this rank's prompts that are sketched.
@@ -138,7 +138,7 @@ class Anew:
             ranks: the processes that share the work; every one calls.
             groups, scan: this rank's training prompts.
             valid: opens all validation stores of this stage, where rank 0 asks.
-            how: prompts are compared and chosen.
+            choice: how prompts are compared and chosen.
             job: of the training prompts.
 
         Raises:
@@ -147,12 +147,16 @@ class Anew:
         """
         mine = ranks.agree(lambda: [_row(group, job.responses) for group in islice(groups.each(), job.limit)])
         pool = Pool([row for rows in ranks.gather(mine) for row in rows])
-        made = ranks.agree(lambda: self._left(pool, valid(), how, ranks.world) if ranks.first else None)
+        made = ranks.agree(
+            lambda: self._unsketched(pool, valid(), choice, ranks.world) if ranks.first else None
+        )
         left = ranks.share(made)
         self.scored, self.left = len(pool.ready) - len(left), len(left)
         return ranks.agree(lambda: without(groups, scan, left, job.limit))
 
-    def _left(self, pool: Pool, valid: Sequence[SketchStore], how: How, world: int) -> frozenset[str]:
+    def _unsketched(
+        self, pool: Pool, valid: Sequence[SketchStore], choice: Choice, world: int
+    ) -> frozenset[str]:
         """The ids of the prompts that are not sketched; their rows are in the store of those."""
         earlier, present = open_together(self.earlier), valid[0].manifest
         if earlier is None and self.last is not None and (self.last / PLAN).is_file():
@@ -170,7 +174,7 @@ class Anew:
             )
         if held.get("for") != key:
             shutil.rmtree(self.kept, ignore_errors=True)
-            made = self._decided(pool, earlier, valid, how, world)
+            made = self._decided(pool, earlier, valid, choice, world)
             held = {"for": key, "options": options, **made}
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps(sealed(held), ensure_ascii=False) + "\n")
@@ -185,16 +189,21 @@ class Anew:
         return frozenset(left)
 
     def _decided(
-        self, pool: Pool, earlier: SketchStore | None, valid: Sequence[SketchStore], how: How, world: int
+        self,
+        pool: Pool,
+        earlier: SketchStore | None,
+        valid: Sequence[SketchStore],
+        choice: Choice,
+        world: int,
     ) -> dict[str, Any]:
         """The plan, as it is written."""
         total = float(pool.costs.sum())
         tokens = self._tokens(total, earlier is not None, world)
-        table, ages, sets = _cheap(pool.ready, earlier, valid, how.influencing)
-        drift, known, rule = _drift_of(self.last), np.isfinite(table).all(axis=1), how.rule(pool)
+        table, ages, sets = _earlier_scores(pool.ready, earlier, valid, choice.influencing)
+        drift, known, rule = _drift_of(self.last), np.isfinite(table).all(axis=1), choice.rule(pool)
         chosen = anew(
             table, ages, pool.costs, [row.id for row in pool.ready], rule, tokens=tokens, drift=drift,
-            seed=how.selecting.select_seed + _number(valid[0]),
+            seed=choice.selecting.select_seed + _stage_of(valid[0]),
         )  # fmt: skip
         scored = len({*chosen, *np.flatnonzero(known).tolist()})
         if scored < rule.n:
@@ -259,15 +268,14 @@ def _row(group: PromptGroup, responses: int | None) -> RowInfo:
     return row_of(group, OK, "", None, tokens=max(round(size * share), 1))
 
 
-def _cheap(
+def _earlier_scores(
     ready: Sequence[RowInfo], earlier: SketchStore | None, valid: Sequence[SketchStore], options: Influence
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Scores by earlier sketches ``[n, sets]`` (NaN without one), their ages ``[n]``, and the names of the sets."""
     if earlier is None or not any(row.status == OK for row in earlier.rows()):
         return np.full((len(ready), 1), math.nan), np.zeros(len(ready)), []
-    how = {name: value for name, value in vars(options).items() if name not in ("draws", "valid_seed")}
-    scores = influence(earlier, valid, **how, seed=options.valid_seed, stages="any")
-    stage, places = _number(valid[0]), {row.id: i for i, row in enumerate(scores.rows)}
+    scores = influence_by(options, earlier, valid, stages="any")
+    stage, places = _stage_of(valid[0]), {row.id: i for i, row in enumerate(scores.rows)}
     table, ages = np.full((len(ready), len(scores.sets)), math.nan), np.zeros(len(ready))
     for i, row in enumerate(ready):
         if (place := places.get(row.id)) is not None:
@@ -276,7 +284,7 @@ def _cheap(
     return table, ages, scores.sets
 
 
-def _number(store: SketchStore) -> int:
+def _stage_of(store: SketchStore) -> int:
     """The number of a store's stage."""
     return int(store.manifest["stage"])
 

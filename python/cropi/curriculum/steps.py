@@ -30,7 +30,7 @@ from cropi.ranking.report import plot_scores
 from cropi.ranking.selection import read_selection, write_selected_records, write_selection
 from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import report_folder
-from cropi.rescoring import Anew, How, training_store
+from cropi.rescoring import Anew, Choice, training_store
 from cropi.sketching.job import SketchJob
 from cropi.store.earlier import EARLIER
 from cropi.store.shards import OK
@@ -149,7 +149,7 @@ def _anew(stage: Stage, checked: Checked, valid: Mapping[str, Result], begun: fl
     groups = anew.settle(
         Alone(), checked.train.groups, checked.train.scan,
         lambda: [SketchStore.open(folder / f"valid-{name}") for name in valid],
-        How(plan.influencing, plan.selecting), plan.job,
+        Choice(plan.influencing, plan.selecting), plan.job,
     )  # fmt: skip
     return replace(checked.train, groups=groups, scan=groups.scan), anew
 

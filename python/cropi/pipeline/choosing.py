@@ -14,12 +14,12 @@ from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
 from cropi.pipeline.parts import Checked, Setup, check
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
-from cropi.ranking.influence import influence
+from cropi.ranking.influence import influence_by
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select, write_selection
 from cropi.ranking.table import SCORES, write_scores
 from cropi.ranking.uncertainty import few_pairs, with_uncertainty
-from cropi.rescoring import Anew, How
+from cropi.rescoring import Anew, Choice
 from cropi.store.shares import shared_job
 from cropi.store.store import SketchStore
 
@@ -141,7 +141,7 @@ def _sketch_anew(
     groups = anew.settle(
         ranks, checked.train.groups, checked.train.scan,
         lambda: [stores.joined(part.name) for part in checked.valid],
-        How(setup.influence, setup.selecting, setup.least), job,
+        Choice(setup.influence, setup.selecting, setup.least), job,
     )  # fmt: skip
     train = replace(checked.train, groups=groups, scan=groups.scan)
     stores.mine.update(ranks.agree(lambda: work([train])))
@@ -174,9 +174,8 @@ def score(
     stores of ``noise`` say what that owes to responses. Validation stores that are shares of one job count as one."""
     given, choice = options or Influence(), selecting or Selecting()
     valid = _whole(valid)
-    how = {name: value for name, value in vars(given).items() if name not in ("draws", "valid_seed")}
     pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
-    scores = influence(train, valid, **how, seed=given.valid_seed, pairs=pairs)
+    scores = influence_by(given, train, valid, pairs=pairs)
     return with_uncertainty(scores, train, valid, noise=noise, draws=given.draws, selecting=choice)
 
 

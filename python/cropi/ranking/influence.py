@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError
+from cropi.options import Influence
 from cropi.ranking.contrast import names_without, without
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET, Scores
@@ -165,6 +166,15 @@ def influence(
 
     held = made(rows, compared.valid, compared.sketches, dots, streamed[:, -1].copy())
     return replace(scores, pairs=held)
+
+
+def influence_by(options: Influence, train: SketchStore, valid: Sequence[SketchStore], **more: Any) -> Scores:
+    """:func:`influence` by its options, and ``more`` that are not options.
+
+    ``draws`` is left out: it is for the uncertainty (:mod:`cropi.ranking.uncertainty`).
+    """
+    given = {name: value for name, value in vars(options).items() if name not in ("draws", "valid_seed")}
+    return influence(train, valid, **given, seed=options.valid_seed, **more)
 
 
 class SharedPrompts(UserWarning):
