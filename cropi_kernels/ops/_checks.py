@@ -88,7 +88,10 @@ def check_offset_values(offsets: torch.Tensor, n_tokens: int) -> None:
         return
     values = offsets.tolist()
     if values[0] < 0 or values[-1] > n_tokens:
-        raise ValueError(f"offsets run from {values[0]} to {values[-1]} but there are {n_tokens} tokens")
+        raise ValueError(
+            f"offsets run from {values[0]} to {values[-1]}, and there are {n_tokens} tokens: give 0 to {n_tokens}, "
+            "or a part of it"
+        )
     for s, (a, b) in enumerate(zip(values, values[1:])):
         if b < a:
             raise ValueError(

@@ -170,6 +170,9 @@ def _excluded(
         matched = [i for i in trainable if fnmatch.fnmatchcase(names[i], pattern)]
         if not matched and pattern != UNCOVERED:
             example = next(iter(names.values()), "none at all")
-            raise ValueError(f"exclude pattern {pattern!r} matches no trainable parameter (e.g. {example})")
+            raise ValueError(
+                f"exclude pattern {pattern!r} matches no trainable parameter (e.g. {example}): change it, or "
+                "leave it out"
+            )
         excluded.update({names[i]: trainable[i].numel() for i in matched})
     return excluded

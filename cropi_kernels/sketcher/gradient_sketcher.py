@@ -407,7 +407,9 @@ class GradientSketcher:
                 f"{method} under torch.inference_mode(), where nothing can be differentiated: leave it"
             )
         if not self._tapped.active:
-            raise RuntimeError(f"{method} outside the `with GradientSketcher(...)` block: nothing is tapped")
+            raise RuntimeError(
+                f"{method} outside the `with GradientSketcher(...)` block: nothing is tapped; call it inside"
+            )
 
     def _no_batch(self) -> None:
         if self._tapped.acc.segments is not None:

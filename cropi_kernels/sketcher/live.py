@@ -240,7 +240,9 @@ class LiveSketcher:
 
     def _check_state(self) -> None:
         if not self._handles:
-            raise RuntimeError("batch outside the `with LiveSketcher(...)` block: nothing is tapped")
+            raise RuntimeError(
+                "batch outside the `with LiveSketcher(...)` block: nothing is tapped; call it inside"
+            )
         if self._acc.segments is not None:
             raise RuntimeError("a batch is already open in this LiveSketcher: close it first")
         if torch.is_inference_mode_enabled():

@@ -50,7 +50,8 @@ class Ranks:
                 if share.size != local(p).shape[axis]:
                     raise ValueError(
                         f"a parameter of shape {shape} has {local(p).shape[axis]} numbers of axis {axis} on rank "
-                        f"{self.rank}, where {placement} should leave {share.size}: it is split in another way"
+                        f"{self.rank}, where {placement} should leave {share.size}: it is split in a way "
+                        "that is not followed; give every rank the whole parameter, or exclude it"
                     )
                 return share
         return Share(shape, adds=self.rank == 0 or id(p) in self.partial)

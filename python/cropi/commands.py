@@ -28,7 +28,7 @@ def check_template(option: str, template: str, allowed: Sequence[str]) -> set[st
         CropiError: the template is empty or has an unknown name; the nearest known one is offered.
     """
     if not template.strip():
-        raise CropiError(f"{option}: the command is empty")
+        raise CropiError(f"{option}: the command is empty; give one, or leave the option out")
     names = {match[2] for match in NAME.finditer(template) if match[2]}
     for name in sorted(names - set(allowed)):
         hint = did_you_mean(name, allowed, "{{{}}}")

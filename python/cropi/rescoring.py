@@ -320,5 +320,8 @@ def training_store(folder: Path) -> SketchStore:
     """
     store = open_together([folder / "train", folder / EARLIER])
     if store is None:
-        raise CropiError(f"{folder} holds no store of training prompts")
+        raise CropiError(
+            f"{folder} holds no store of training prompts; put the folder back, or start again "
+            "with another --out"
+        )
     return store

@@ -153,7 +153,7 @@ def _yaml(path: Path, text: str) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value]
             if twice := [key for i, key in enumerate(keys) if key in keys[:i] and key != "<<"]:
-                raise CropiError(f"{path}: {twice[0]!r} is given twice")
+                raise CropiError(f"{path}: {twice[0]!r} is given twice; leave one of them out")
             return super().construct_mapping(node, deep)
 
     return yaml.load(text, Loader)
@@ -186,7 +186,7 @@ def _flat(path: Path, values: Any) -> dict[str, Any]:
             value = _pairs(own, value)
         for name, inner in _flat(path, value).items() if isinstance(value, dict) else [(own, value)]:
             if name in flat:
-                raise CropiError(f"{path}: {name!r} is given twice")
+                raise CropiError(f"{path}: {name!r} is given twice; leave one of them out")
             flat[name] = inner
     return flat
 

@@ -115,7 +115,7 @@ def check_names(plan: Plan) -> None:
         if not fnmatch.filter(names, pattern):
             raise CropiError(
                 f"exclude: the pattern {pattern!r} matches no parameter of {plan.model} ({did_you_mean(pattern, names)}"
-                f"one of them is {names[0]!r})"
+                f"one of them is {names[0]!r}); change it, or leave it out"
             )
 
 

@@ -43,7 +43,7 @@ def elements_of(file: IO[bytes], path: str | Path) -> Iterator[tuple[str, int, b
     decoder, text = json.JSONDecoder(), _Text(file, path)
     text.skip_space()
     if text.take() != "[":
-        raise CropiError(f"{path} is not a JSON array")
+        raise CropiError(f"{path} is not a JSON array; give one, or a record a line")
     number = 0
     text.skip_space()
     if text.peek() == "]":
@@ -77,7 +77,7 @@ def elements_of(file: IO[bytes], path: str | Path) -> Iterator[tuple[str, int, b
                 raise CropiError(f"{path}: a comma or ] is expected after element {number - 1}, got {mark!r}")
     text.skip_space()
     if text.peek():
-        raise CropiError(f"{path} goes on after the end of its JSON array")
+        raise CropiError(f"{path} goes on after the end of its JSON array; remove what stands there")
 
 
 class _Text:
@@ -93,7 +93,9 @@ class _Text:
         try:
             text = self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise CropiError(f"{self.path}: not UTF-8 text ({error.reason})") from None
+            raise CropiError(
+                f"{self.path}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
+            ) from None
         self.held, self.at = self.held[self.at :] + text, 0
         return bool(data)
 

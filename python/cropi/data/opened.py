@@ -38,7 +38,9 @@ def check_file(path: Path) -> None:
             "datasets' save_to_disk wrote"
         )
     if not os.path.exists(path):  # False also for a name that no file system takes
-        raise CropiError(f"{shortened(str(path), 500)}: there is no such trajectory file")
+        raise CropiError(
+            f"{shortened(str(path), 500)}: there is no such trajectory file; give the path of one"
+        )
     if not os.path.isfile(path):
         raise CropiError(
             f"{path} is a pipe or a device, but trajectories are read twice; write them to a file"

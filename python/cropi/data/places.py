@@ -103,7 +103,9 @@ class Places:
             if source not in files:
                 path = sources[source].lines_file()
                 if path is None:
-                    raise CropiError(f"{sources[source].name} was changed while it was used")
+                    raise CropiError(
+                        f"{sources[source].name} was changed while it was used; run the same again"
+                    )
                 files[source] = stack.enter_context(open(path, "rb"))
             files[source].seek(self._offsets[number])
             try:
@@ -112,7 +114,8 @@ class Places:
                 group = None
             if group is None or group.id != name:
                 raise CropiError(
-                    f"{sources[source].name} was changed while it was used: {name!r:.100} is elsewhere"
+                    f"{sources[source].name} was changed while it was used: {name!r:.100} is elsewhere; run "
+                    "the same again"
                 )
             return group
 

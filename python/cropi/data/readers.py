@@ -209,7 +209,9 @@ class PromptGroups:
             for name, given in zip_longest(names, rows):
                 group = None if given is None else state._record(given[2], given[0])
                 if group is None or group.id != name:
-                    raise CropiError(f"{self.sources[number].name} was changed while it was used")
+                    raise CropiError(
+                        f"{self.sources[number].name} was changed while it was used; run the same again"
+                    )
                 yield group
 
 

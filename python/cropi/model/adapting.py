@@ -41,7 +41,9 @@ def quantization(
             "sketch; give the adapter that is trained as --adapter (adapter=...), or leave quantize out"
         )
     if "gguf_file" in options:
-        raise CropiError(f"quantize {kind!r} is not for .gguf files, whose weights are unpacked to the dtype")
+        raise CropiError(
+            f"quantize {kind!r} is not for .gguf files, whose weights are unpacked to the dtype; leave it out"
+        )
     optional("bitsandbytes")
     config = optional("transformers").BitsAndBytesConfig(
         load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit", bnb_4bit_quant_type="nf4",
@@ -61,7 +63,8 @@ def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:
     folder = Path(where).expanduser()
     if folder.exists() and not (folder / "adapter_config.json").is_file():
         raise CropiError(
-            f"adapter {where!r}: the folder holds no adapter_config.json, so it is not an adapter of PEFT"
+            f"adapter {where!r}: the folder holds no adapter_config.json, so it is not an adapter of PEFT; "
+            "give the folder that save_pretrained wrote"
         )
     try:
         with warnings.catch_warnings(record=True) as told:

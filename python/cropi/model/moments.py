@@ -322,7 +322,8 @@ def _made(
         correction[name] = 1.0 - float(beta) ** float(step) if known else 1.0  # type: ignore[arg-type]
         if not correction[name] > 0:
             raise CropiError(
-                f"optimizer_state: {source} is of an optimiser that has made no step yet ({name})"
+                f"optimizer_state: {source} is of an optimiser that has made no step yet ({name}); give a later "
+                "checkpoint"
             )
     values = [eps for eps, _ in settings.values() if eps is not None]
     eps = values[0] if values else 1e-8

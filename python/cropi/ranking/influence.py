@@ -305,7 +305,8 @@ def validation_means(
     for name, total in sums.items():
         if not float(total.norm()) > 0:
             raise CropiError(
-                f"validation set {name!r}: the mean of its gradients is zero, so it has no direction"
+                f"validation set {name!r}: the mean of its gradients is zero, so it has no direction; leave the "
+                "set out, or give other prompts"
             )
     return {name: total / len(chosen[name]) for name, total in sums.items()}
 
@@ -331,7 +332,10 @@ def choose_members(
             else:
                 reasons.setdefault(name, []).append(row.reason)
     if not members:
-        raise CropiError(f"{', '.join(str(s.path) for s in stores)}: no validation prompt at all")
+        raise CropiError(
+            f"{', '.join(str(s.path) for s in stores)}: no validation prompt at all; give stores that "
+            "hold some"
+        )
     for name, candidates in members.items():
         if not candidates:
             why = ", ".join(sorted(set(reasons[name])))

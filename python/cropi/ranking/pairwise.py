@@ -189,7 +189,9 @@ def neighbours(
         place = {row.id: i for i, row in enumerate(rows)}
         missing = [name for name in ids if name not in place]
         if missing:
-            raise CropiError(f"ids: {missing[0]!r} is not a usable validation prompt of these stores")
+            raise CropiError(
+                f"ids: {missing[0]!r} is not a usable validation prompt of these stores; leave it out"
+            )
         rows, sketches = [rows[place[name]] for name in ids], sketches[[place[name] for name in ids]]
     directions = torch.nn.functional.normalize(sketches, dim=1).T
     best: list[list[tuple[float, str]]] = [[] for _ in rows]

@@ -63,7 +63,7 @@ def selected_rows(path: str | Path) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise CropiError(f"{said} ({error})") from error
     if not rows:
-        raise CropiError(f"selection: {path} is empty")
+        raise CropiError(f"selection: {path} is empty; make it by `cropi select`")
     remedy = "make it again (lines that you write yourself need an id alone)"
     for number, row in enumerate(rows, 1):
         check_form(row, _LINE, said, remedy, f"line {number}")

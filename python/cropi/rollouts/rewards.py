@@ -44,7 +44,7 @@ class Reward:
         self.function = _function(given) if isinstance(given, str) else given
         if not callable(self.function):
             raise CropiError(
-                f"reward: {self.name} is a {type(self.function).__name__}, which cannot be called"
+                f"reward: {self.name} is a {type(self.function).__name__}, which cannot be called; name a function"
             )
         try:
             parameters = inspect.signature(self.function).parameters
@@ -58,7 +58,7 @@ class Reward:
         if not self.batched and (len(named) < 2 or any(p.kind is p.KEYWORD_ONLY for p in self._places)):
             raise CropiError(
                 f"reward: {self.name}({', '.join(parameters)}) takes neither (prompt, response, **row) nor (prompts, "
-                "completions, **columns)"
+                "completions, **columns); give it one of these forms (docs/rollout.md)"
             )
         rest = [p for p in named if p.name not in ours and p not in self._places]
         self._names = [p.name for p in named if self.batched or p not in self._places]

@@ -171,7 +171,7 @@ class SketchStore(StoredSketches):
         if not isinstance(stores, Sequence) or not all(isinstance(store, SketchStore) for store in stores):
             raise CropiError(f"stores is {stores!r:.100}: give a list of SketchStores (SketchStore.open)")
         if not stores:
-            raise CropiError("there is no store to read")
+            raise CropiError("there is no store to read: give at least one")
         joined = cls(stores[0].path, dict(stores[0].manifest))
         counts = [store.manifest.get("prompts") for store in stores]
         joined.manifest.pop("prompts", None)
@@ -187,12 +187,14 @@ class SketchStore(StoredSketches):
             warn_unlike(stores[0].manifest, store.manifest, names)
             if store.manifest.get(SCALED) != joined.manifest.get(SCALED):
                 raise CropiError(
-                    f"{stores[0].path} and {store.path} were made with different --optimizer-state; they cannot be one"
+                    f"{stores[0].path} and {store.path} were made with different --optimizer-state and cannot be "
+                    "read as one; sketch both with the same"
                 )
             twice = sorted(joined._rows.keys() & store._rows.keys())
             if twice:
                 raise CropiError(
-                    f"{store.path} holds the prompt {twice[0]!r}, and so does another store that is read with it"
+                    f"{store.path} holds the prompt {twice[0]!r}, and so does another store that is read with it; "
+                    "give every prompt once"
                 )
             joined._shards.update(store._shards)
             joined._rows.update(store._rows)
@@ -343,7 +345,9 @@ class SketchStore(StoredSketches):
 
     def _check_writable(self) -> None:
         if self._lock is None:
-            raise CropiError(f"the store {self.path} is open for reading only")
+            raise CropiError(
+                f"the store {self.path} is open for reading only; SketchStore.resume opens it for writing"
+            )
         if not is_at(self._lock, self.path / LOCK):
             raise CropiError(
                 f"the folder {self.path} was removed or replaced while this job writes to it; what it held is gone "

@@ -112,7 +112,10 @@ def _asked(path: Path) -> dict[str, Mapping[str, Any]]:
                 f"{where}: a batch's input has 'custom_id' and 'body', but this row has {names(row)}"
             )
         if row["custom_id"] in requests:
-            raise CropiError(f"{where}: the custom_id {shown(row['custom_id'])} was used before")
+            raise CropiError(
+                f"{where}: the custom_id {shown(row['custom_id'])} was used before; give each request an "
+                "id of its own"
+            )
         requests[row["custom_id"]] = body
     return requests
 

@@ -83,7 +83,7 @@ def prompts_by_text(rows: Any, ids: list[str], tokenizer: Any, prompt_key: str =
         if text in by_text:
             raise CropiError(
                 f"the prompts {by_text[text][0]!r} and {name!r} have the same text, so the dump does not "
-                "tell them apart"
+                "tell them apart; record exact rollouts instead (docs/trainers.md)"
             )
         by_text[text] = (name, messages)
     return by_text

@@ -125,7 +125,7 @@ def reward_function(name: str) -> Callable[..., Any]:
             f"trl.reward: {name!r} cannot be loaded ({type(error).__name__}: {error})"
         ) from error
     if not callable(function):
-        raise CropiError(f"trl.reward: {name!r} is not a function")
+        raise CropiError(f"trl.reward: {name!r} is not a function; give FILE.py:NAME or MODULE:NAME of one")
     return function
 
 
