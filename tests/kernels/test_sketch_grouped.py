@@ -240,7 +240,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "tokens": (dict(a=A[:4]), "d has 5 tokens but a has 4"),
     "ranges": (dict(offsets=OFFSETS[:-1]), "offsets holds 5 ranges for out's 2 segments: give groups"),
     "backwards": (dict(offsets=OFFSETS.flip(0)), "must not run backwards|run from 5 to 0"),
-    "past the tokens": (dict(offsets=OFFSETS + 1), "run from 1 to 6 but there are 5 tokens"),
+    "past the tokens": (dict(offsets=OFFSETS + 1), "run from 1 to 6, and there are 5 tokens: give 0 to 5"),
     "past the rows": (dict(first_row=1), "first_row=1, row_step=20: 3 groups of 20 rows .* in the 60 rows"),
     "before the rows": (dict(first_row=-1), "first_row=-1"),
     "overlap": (dict(row_step=19), "row_step=19: 3 groups of 20 rows must lie side by side"),
