@@ -33,7 +33,7 @@ from cropi.curriculum.state import FORMAT, State
 from cropi.errors import CropiError
 from cropi.options import Selecting
 from cropi.pipeline import pick
-from cropi.ranking import selection, table
+from cropi.ranking import selection, selection_files, table
 from cropi.ranking.scores import Scores
 from cropi.ranking.selector import Selector
 from cropi.ranking.uncertainty import Uncertainty
@@ -307,7 +307,7 @@ def chosen_prompts(folder: Path) -> Kind:
 
     def put(rows: Any) -> None:
         lines = [
-            json.dumps(row | {"check": selection._check(row)} if isinstance(row, dict) else row)
+            json.dumps(row | {"check": selection_files._check(row)} if isinstance(row, dict) else row)
             for row in (rows if isinstance(rows, list) else [rows])
         ]
         file.write_text("\n".join(lines))

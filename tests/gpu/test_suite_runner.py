@@ -60,6 +60,7 @@ def test_what_a_call_plans_fits_its_budget(runner: Any, suite: Any) -> None:
         "model",
         "logprob",
         "correctness",
+        "jobs",
     ]
     done = {p.name for p in first} - {"build", "warm"}
     for name in done:
@@ -77,9 +78,7 @@ def test_what_failed_comes_after_what_has_no_result(suite: Any, runner: Any) -> 
     suite.set_state("first", "failed in 30 s")
     suite.set_state("sketch", "stopped at its limit in 90 s")
     names = [p.name for p in suite.chosen(runner.BUDGET_S)]
-    assert names[:3] == ["build", "warm", "sketch"] and "first" not in names, (
-        "there is no time left for it in this call"
-    )
+    assert names[:3] == ["build", "warm", "sketch"] and "first" not in names[:-1]
     for p in runner.MEASURED:
         suite.set_state(p.name, "done in 1 s")
     suite.set_state("first", "failed in 30 s")
