@@ -26,5 +26,6 @@ META = {
 
 
 def _is_whole(held: dict[str, Any]) -> bool:
+    # A set that is subtracted has an overlap, and no scores of its own.
     names = [one["name"] for one in held["sets"]]
-    return len(set(names)) == len(names) and set(names) == held["overlap_of_set"].keys()
+    return len(set(names)) == len(names) and set(names) <= held["overlap_of_set"].keys()
