@@ -37,6 +37,22 @@ def _sigmoids(z):
 
 
 @triton.jit
+def _columns(cols, BC: tl.constexpr):
+    """(token, its columns) of a program that has a piece of one row."""
+    pid = tl.program_id(0).to(tl.int64)
+    parts = tl.cdiv(cols, BC)
+    return pid // parts, (pid % parts) * BC + tl.arange(0, BC)
+
+
+@triton.jit
+def _product(gates, ups, mask):
+    """silu(gate) * up in float32, at pointers."""
+    z = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(ups, mask=mask, other=0.0).to(tl.float32)
+    return z * _sigmoids(z)[0] * u
+
+
+@triton.jit
 def swiglu_kernel(
     gate,  # [tokens, cols], rows stride_gate apart; up likewise
     up,
@@ -46,14 +62,10 @@ def swiglu_kernel(
     stride_up,
     BC: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    parts = tl.cdiv(cols, BC)
-    t = pid // parts
-    c = (pid % parts) * BC + tl.arange(0, BC)
+    t, c = _columns(cols, BC)
     mask = c < cols
-    z = tl.load(gate + t * stride_gate + c, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + t * stride_up + c, mask=mask, other=0.0).to(tl.float32)
-    tl.store(h + t * cols + c, (z * _sigmoids(z)[0] * u).to(h.dtype.element_ty), mask=mask)
+    product = _product(gate + t * stride_gate + c, up + t * stride_up + c, mask)
+    tl.store(h + t * cols + c, product.to(h.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -82,9 +94,7 @@ def swiglu_fold_kernel(
         c = b * width + (j ^ tl.load(offset + b, mask=b < blocks, other=0))
         c = tl.max_contiguous(tl.multiple_of(c, 8), 8)
         mask = (b < blocks) & (j < width) & (c < cols)
-        z = tl.load(gate + t * stride_gate + c, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(up + t * stride_up + c, mask=mask, other=0.0).to(tl.float32)
-        product = (z * _sigmoids(z)[0] * u).to(h.dtype.element_ty)
+        product = _product(gate + t * stride_gate + c, up + t * stride_up + c, mask).to(h.dtype.element_ty)
         tl.store(h + t * cols + c, product, mask=mask)
         total += product.to(tl.float32) * tl.load(sign + c, mask=mask, other=0).to(tl.float32)
     sums = tl.sum(tl.reshape(total, (NB, BW)), 0)
@@ -105,10 +115,7 @@ def swiglu_backward_kernel(
     stride_up,
     BC: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    parts = tl.cdiv(cols, BC)
-    t = pid // parts
-    c = (pid % parts) * BC + tl.arange(0, BC)
+    t, c = _columns(cols, BC)
     mask = c < cols
     d = tl.load(dh + t * stride_dh + c, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(gate + t * stride_gate + c, mask=mask, other=0.0).to(tl.float32)
