@@ -101,6 +101,7 @@ def plan_model(
         names=tuple(wanted.values()),
         excluded=excluded,
         uncovered=left_out,
+        shapes={name: tuple(trainable[i].shape) for i, name in wanted.items()},
     )
     head_tap = builder.taps.get(builder.head) if builder.head is not None else None
     linear = head_tap if isinstance(head_tap, LinearTap) else None

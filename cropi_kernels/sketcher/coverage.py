@@ -15,7 +15,7 @@ class Coverage:
         covered: numbers that are sketched.
         by_kind: the same by the kind of parameter: ``linear``, ``bias``, ``norm``, ``embedding``, ``head``; ``exact``:
             small ones that the model uses in a way of its own, whose gradient is formed.
-        names: canonical names of the covered parameters.
+        names: canonical names of the covered parameters; shapes: the shape of each, by its name.
         excluded: numbers of every trainable parameter that the caller left out, by canonical name.
         uncovered: the same of those that ``exclude="uncovered"`` left out.
         fused: modules that ``fused=True`` replaces by kernels, by kind (``RMSNorm``, ``SwiGLU``).
@@ -33,6 +33,7 @@ class Coverage:
     uncovered: dict[str, int] = dataclasses.field(default_factory=dict)
     fused: dict[str, int] = dataclasses.field(default_factory=dict)
     unfused: dict[str, str] = dataclasses.field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         lines = [

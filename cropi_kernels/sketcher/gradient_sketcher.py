@@ -27,6 +27,7 @@ from .inputs import check_positions, check_rows, check_tensors, check_vocabulary
 from .labels import scored_tokens
 from .lengths import Lengths, check_lengths
 from .one_sequence import check_call
+from .origin import origin_of
 from .precision import own_precision
 from .probe import Probe, pads_left, positions_for, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
@@ -130,6 +131,12 @@ class GradientSketcher:
     def coverage(self) -> Coverage:
         """Which parameters are sketched, and which are left out."""
         return self._tapped.coverage
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Of which model the sketches are, by what training leaves as it is: ``parameters``, the shape of each by its
+        name, and, where the model has them, ``model``, its type's name, and ``vocabulary``, its embedding's rows."""
+        return origin_of(self.model, self.coverage)
 
     def __enter__(self) -> GradientSketcher:
         if self._tapped.active:

@@ -119,6 +119,11 @@ class LiveSketcher:
         return self._plan.coverage
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """As `GradientSketcher.origin`."""
+        return self._tried.origin
+
+    @property
     def self_test(self) -> SelfTest | None:
         return self._tried.self_test
 
@@ -198,7 +203,7 @@ class LiveSketcher:
             self._runs = None
         sketches /= -size  # down the loss
         result.sketches = runs.gathered(sketches)
-        result.spec, result.names = self.spec, self.coverage.names
+        result.spec, result.names, result.origin = self.spec, self.coverage.names, self.origin
         block = time.perf_counter() - started
         result.seconds = {"block": block, "sketch": self._acc.sketch_seconds(clock, block)}
 
@@ -280,13 +285,14 @@ class LiveSketch:
     Attributes:
         sketches: float32 [num_segments, dim], of ``-grad L_s``; a row of NaN where the prompt's gradient has a NaN or
             an infinity; zero where the prompt has no gradient.
-        spec: what a sketch is; names: the parameters that are in it.
+        spec: what a sketch is; names: the parameters that are in it; origin: of which model (`LiveSketcher.origin`).
         seconds: ``block``, all that ran inside, and ``sketch``, the taps' part of it.
     """
 
     sketches: torch.Tensor
     spec: SketchSpec
     names: tuple[str, ...]
+    origin: dict[str, Any]
     seconds: dict[str, float]
 
     @property

@@ -425,7 +425,8 @@ def test_an_error_on_one_rank_reaches_all(monkeypatch: pytest.MonkeyPatch) -> No
         == one[1:]
         == [
             "update(gather=True): the ranks gave steps [1, 2], and a step is one for all",
-            "update(gather=True): the ranks gave sketches of different parameters, and a step is one for all",
+            "update(gather=True): the sketches of rank 1 are of another model: their 1 parameters (the first is 'v') "
+            "are not those of the sketches before, which have no 'v'",
             "2 [True, True, False, False]",
         ]
     )

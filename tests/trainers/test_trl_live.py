@@ -286,6 +286,26 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, valid: Path) -> 
         third.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
 
 
+@pytest.mark.long
+def test_a_selector_of_another_model_is_refused(tmp_path: Path, valid: Path) -> None:
+    options = LIVE | {"valid": valid}
+    live = staged(tmp_path / "out", options)._cropi.live
+    live.save(tmp_path)
+    live.load(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    for changes, message in (
+        (
+            {"model": make_model(intermediate_size=48)},
+            r"model: .*down_proj.weight has the shape \[32, 64\], and",
+        ),
+        ({"processing_class": tokenizer}, "tokenizer: its tokens are not those"),
+    ):
+        other = staged(tmp_path / "other", options, **changes)._cropi.live
+        with pytest.raises(CropiError, match=f"the state's sketches are of another {message}"):
+            other.load(tmp_path)
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 def test_options_are_checked(valid: Path) -> None:
     for options, message in (

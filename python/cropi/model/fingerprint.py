@@ -99,3 +99,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         content = json.dumps(sorted(tokenizer.get_vocab().items()))
     special = json.dumps([str(tokenizer.eos_token), str(tokenizer.bos_token), tokenizer.chat_template])
     return hashlib.sha256(f"{content}\n{special}".encode()).hexdigest()[:32]
+
+
+def tokens_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 (16 hex digits) over the tokens and their ids alone: a template may change while a model is trained."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]

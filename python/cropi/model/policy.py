@@ -10,7 +10,12 @@ from typing import Any, TypeVar
 import torch
 
 from cropi.errors import CropiError
-from cropi.model.fingerprint import checkpoint_fingerprint, model_fingerprint, tokenizer_fingerprint
+from cropi.model.fingerprint import (
+    checkpoint_fingerprint,
+    model_fingerprint,
+    tokenizer_fingerprint,
+    tokens_fingerprint,
+)
 from cropi.model.load import (
     Variant,
     check_device,
@@ -20,7 +25,7 @@ from cropi.model.load import (
     load_tokenizer,
 )
 from cropi.model.placing import placed_device, placed_dtype
-from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
 from cropi_kernels.sketcher.packed import keep_gradients
 from cropi_kernels.sketcher.precision import unwrapped
 
@@ -127,6 +132,7 @@ class Policy:
         self.identity = object()
         self._memo: dict[Hashable, Any] = {}
         self._state: Hashable = None
+        self._tokens = -1, ""  # how many the tokenizer had, and their digest
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any = None, **options: Any) -> Policy:
@@ -293,6 +299,16 @@ class Policy:
         tokenizer = self.tokenizer
         # Not kept: special tokens and the template may be set at any time, and this takes milliseconds.
         return None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+
+    def origin(self, sketcher: GradientSketcher | LiveSketcher) -> dict[str, Any]:
+        """Of which model sketches are: what the sketcher says, and ``tokens``, a digest of the tokenizer's tokens."""
+        made = sketcher.origin
+        if self.tokenizer is not None:
+            size = len(self.tokenizer)  # a token may be added at any time
+            if size != self._tokens[0]:
+                self._tokens = size, tokens_fingerprint(self.tokenizer)
+            made["tokens"] = self._tokens[1]
+        return made
 
     def sketcher(
         self,

@@ -19,6 +19,7 @@ from cropi.checked import absent, fits, is_id
 from cropi.errors import CropiError
 from cropi.ranking.alike import known_alike
 from cropi.ranking.exploring import Noise, Values, draw, known
+from cropi.ranking.origin import NAMES, Origin, differs, from_text, merged, origin_of, to_text
 from cropi.ranking.packed_rows import PackedRows
 from cropi.ranking.selector_state import check_state
 from cropi_kernels import SketchSpec, reduce_sketch
@@ -105,7 +106,7 @@ class Selector:
         self._valid = torch.zeros(0, dim)
         self._noise = Noise()
         self._shown = np.zeros(n)  # usefulness, on average over visits
-        self._names = ""  # of the parameters in the sketches
+        self._origin: Origin = {}  # of the sketches
         self.step = 0
 
     def __len__(self) -> int:
@@ -132,7 +133,8 @@ class Selector:
             ids: the prompt of each row, a list, an array or a tensor; a prompt that has several rows (of ranks, of
                 micro-batches) gets their sum.
             sketches: float ``[n, spec.dim]``, or what has them: a `cropi_kernels.LiveSketch` or a `SketchedBatch`, of
-                which spec and parameters are compared. Rows of zeros are visits without a gradient; so are rows with a
+                which spec, parameters, model and estimator must be those of all sketches before
+                (:mod:`cropi.ranking.origin`). Rows of zeros are visits without a gradient; so are rows with a
                 NaN or an infinity, which mark their prompts as failed besides (where no row of a step is finite, they
                 only do that: an overflow under loss scaling says nothing of a prompt).
             step: the optimizer step; never less than before.
@@ -140,12 +142,13 @@ class Selector:
                 call, with as many rows as it has (none, too), and has the same selector afterwards.
 
         Raises:
-            CropiError: an id that is not in the pool, or None; sketches of another spec, size or model; a step back.
+            CropiError: an id that is not in the pool, or None; sketches of another spec, size, model, tokenizer or
+                estimator; a step back.
                 With ``gather``, on every rank if on one, and where ranks give different steps. The selector is then
                 as it was.
         """
 
-        def read() -> tuple[int, str, npt.NDArray[np.int64], torch.Tensor]:
+        def read() -> tuple[int, Origin, npt.NDArray[np.int64], torch.Tensor]:
             when = self._step(step)
             rows, origin = self._reduced(sketches, "sketches")
             return when, origin, self.places(ids, len(rows)), rows
@@ -153,11 +156,14 @@ class Selector:
         every: Callable[[Any], list[Any]] = _gathered if gather else lambda value: [value]
         mine = agree(read, every, str, lambda rank, problem: CropiError(f"rank {rank}: {problem}"))
         parts = every(mine)
-        steps, origins = sorted({part[0] for part in parts}), {part[1] for part in parts} - {""}
-        if len(steps) > 1 or len(origins) > 1:
-            what = f"steps {steps}" if len(steps) > 1 else "sketches of different parameters"
-            raise CropiError(f"update(gather=True): the ranks gave {what}, and a step is one for all")
-        self.step, self._names = steps[0], (origins or {self._names}).pop()
+        steps, origin = sorted({part[0] for part in parts}), self._origin
+        if len(steps) > 1:
+            raise CropiError(f"update(gather=True): the ranks gave steps {steps}, and a step is one for all")
+        for rank, part in enumerate(parts):
+            if why := differs(origin, part[1]):
+                raise CropiError(f"update(gather=True): the sketches of rank {rank} are of {why}")
+            origin = merged(origin, part[1])
+        self.step, self._origin = steps[0], origin
         places = np.concatenate([part[2] for part in parts])
         if len(places):
             self._add(places, torch.cat([part[3] for part in parts]))
@@ -187,7 +193,8 @@ class Selector:
                     "sketches of prompts whose rewards differ"
                 )
             means.append((mean / mean.norm()).float())
-        self._valid, self._refreshed, self._names = torch.stack(means), self.step, origin
+        self._valid, self._refreshed = torch.stack(means), self.step
+        self._origin = merged(self._origin, origin)
         self._rescore(np.flatnonzero(self._last >= 0))
 
     # ------------------------------------------------------------------------------------------------- asked
@@ -255,25 +262,32 @@ class Selector:
             "version": 1, "settings": self._settings(), "ids": list(self.ids), "rows": self._rows.state_dict(),
             "weight": torch.from_numpy(self._weight), "shown": torch.from_numpy(self._shown),
             "last": torch.from_numpy(self._last), "failed": torch.from_numpy(self._failed), "valid": self._valid,
-            "noise": [self._noise.total, self._noise.count], "step": self.step, "names": self._names,
-            "refreshed": self._refreshed,
+            "noise": [self._noise.total, self._noise.count], "step": self.step, "refreshed": self._refreshed,
+            "names": self._origin.get(NAMES, ""), "origin": to_text(self._origin),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; the pool must be the same, in any order.
 
+        A selector that was given sketches knows their model, and takes no state of another one. To say it beforehand,
+        call `update` with no rows.
+
         Raises:
-            CropiError: no such state, of other settings, or of another pool, or damaged; names what differs. The
+            CropiError: no such state, of other settings, of another pool or model, or damaged; names what differs. The
                 selector is then as it was.
         """
         state = check_state(state, self.state_dict())
+        origin = from_text(state["origin"], state["names"])
+        if why := differs(self._origin, origin):
+            raise CropiError(f"the state's sketches are of {why}")
         before = {name: i for i, name in enumerate(state["ids"])}
         order = torch.tensor([before[name] for name in self.ids], dtype=torch.int64)
         self._rows.load_state_dict(state["rows"], order if self.within is None else order[:0])
         self._refreshed = int(state["refreshed"])
         for key in ("weight", "shown", "last", "failed"):
             getattr(self, f"_{key}")[:] = state[key][order].numpy()
-        self._valid, self.step, self._names = state["valid"].clone(), int(state["step"]), str(state["names"])
+        self._valid, self.step = state["valid"].clone(), int(state["step"])
+        self._origin = merged(self._origin, origin)
         self._noise = Noise(*map(float, state["noise"]))
 
     @functools.cached_property
@@ -305,9 +319,13 @@ class Selector:
             raise CropiError(f"step is {step!r}: give an integer of at least {self.step}, the last one")
         return int(step)
 
-    def _reduced(self, given: Any, what: str) -> tuple[torch.Tensor, str]:
-        """float32 rows [n, dim] on the CPU, and a digest of the parameters that are in them ("": not known)."""
-        origin = self._origin(given, what)
+    def _reduced(self, given: Any, what: str) -> tuple[torch.Tensor, Origin]:
+        """float32 rows [n, dim] on the CPU, and of which model they are."""
+        spec, origin = getattr(given, "spec", None), origin_of(given)
+        if isinstance(spec, SketchSpec) and spec != self.spec:
+            raise CropiError(f"{what} are of {spec}, but this Selector is for {self.spec}")
+        if why := differs(self._origin, origin):
+            raise CropiError(f"{what} are of {why}")
         rows = getattr(given, "sketches", given)
         if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or not rows.is_floating_point():
             raise CropiError(f"{what}: give a float tensor [n, {self.spec.dim}], got {given!r:.200}")
@@ -318,22 +336,6 @@ class Selector:
             )
         rows = rows.detach().float()
         return reduce_sketch(rows, self.dim, seed=self.spec.seed, version=self.spec.version).cpu(), origin
-
-    def _origin(self, given: Any, what: str) -> str:
-        if isinstance(given, torch.Tensor):  # whose `names`, in torch 2.11, are those of its axes
-            return self._names
-        spec, names = getattr(given, "spec", None), getattr(given, "names", None)
-        if isinstance(spec, SketchSpec) and spec != self.spec:
-            raise CropiError(f"{what} are of {spec}, but this Selector is for {self.spec}")
-        origin = self._names
-        if names:
-            origin = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
-            if self._names and origin != self._names:
-                raise CropiError(
-                    f"{what} are of another model: their {len(names)} parameters (the first is {sorted(names)[0]!r}) "
-                    "are not those of the sketches before"
-                )
-        return origin
 
     def places(self, ids: Sequence[Hashable], count: int | None = None) -> npt.NDArray[np.int64]:
         """The places of prompts in `ids`; ``count``: how many there must be."""

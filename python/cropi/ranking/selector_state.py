@@ -10,9 +10,10 @@ import torch
 from cropi.checked import fits
 from cropi.errors import CropiError
 from cropi.form import check_form, is_number
+from cropi.ranking.origin import is_text
 
 OTHER = "go on from another checkpoint, or begin with a new Selector"
-LATER = {"refreshed": 0}  # what the first states did not have, and what it was then
+LATER = {"refreshed": 0, "origin": "{}"}  # what the first states did not have, and what it was then
 
 
 def _are_ids(given: Any) -> bool:
@@ -25,7 +26,7 @@ def _is_count(given: Any) -> bool:
 
 _FORM = {
     "version": int, "settings": {str: (str, is_number, None)}, "ids": _are_ids,
-    "step": _is_count, "refreshed": _is_count,
+    "step": _is_count, "refreshed": _is_count, "origin": lambda text: is_text(text), "names": str,
     "noise": lambda noise: fits(noise, list[float]) and min(noise, default=0) >= 0,
 }  # fmt: skip
 

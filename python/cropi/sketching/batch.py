@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class SketchedBatch:
         logprobs: float32 ``[batch, length]``: log pi of the scored tokens in their places, 0 elsewhere.
         weights: float32 ``[batch, length]``: their weights, 0 elsewhere.
         spec: what a sketch is; names: the parameters that are in it.
+        origin: of which model and by which estimator, for what compares them (:mod:`cropi.ranking.origin`).
 
     >>> SketchedBatch(["a"], torch.zeros(1, 64), torch.zeros(1, 5), torch.zeros(1, 5), SketchSpec(64), ()).ids
     ['a']
@@ -41,6 +42,7 @@ class SketchedBatch:
     weights: torch.Tensor
     spec: SketchSpec
     names: tuple[str, ...]
+    origin: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -400,5 +402,7 @@ def _sketched(
             sketches[first : first + len(result.sketches)] += result.sketches
             logprobs[here[row], column] = result.logprobs.float()
             weights[here[row], column] = result.weights.float()
-        covered = sketcher.coverage.names
-    return SketchedBatch(names, sketches, logprobs, weights, spec, covered)
+        covered, origin = sketcher.coverage.names, policy.origin(sketcher)
+    if kind is not None:
+        origin["estimator"] = kind.to_dict()
+    return SketchedBatch(names, sketches, logprobs, weights, spec, covered, origin)

@@ -15,6 +15,7 @@ from cropi.errors import CropiError, shown
 from cropi.files import replacing
 from cropi.model.policy import Policy
 from cropi.ranking.alike import prompt_features
+from cropi.ranking.origin import Known
 from cropi.ranking.selector import Selector
 from cropi.sealed import check_sums, summed
 from cropi.trainers.trl.fused import fused_heads
@@ -52,11 +53,18 @@ class LiveRun:
         options: of the curriculum.
         ids: the prompts of the dataset.
         seed: of the draws.
+        tokenizer: of the model.
         features: of the prompts, for the selector.
     """
 
     def __init__(
-        self, model: Any, options: Curriculum, ids: Sequence[str], seed: int, features: Any = None
+        self,
+        model: Any,
+        options: Curriculum,
+        ids: Sequence[str],
+        seed: int,
+        tokenizer: Any = None,
+        features: Any = None,
     ) -> None:
         assert options.live is not None
         self.options, self.live = options, options.live
@@ -68,6 +76,9 @@ class LiveRun:
             explore=self.live.explore, seed=seed, features=features,
             within=self.live.within,
         )  # fmt: skip
+        # No rows, but their model: a checkpoint of another one is refused.
+        nothing = torch.zeros(0, options.spec.dim)
+        self.selector.update([], Known(nothing, Policy(model, tokenizer).origin(self.sketcher)), 0)
         self.seconds = 0.0  # of sketching, since the last stage
         self._open: contextlib.ExitStack | None = None  # of the training step that runs
         self._places: list[torch.Tensor] = []

@@ -126,7 +126,7 @@ class Stages(Recorder):
             features = (
                 features_of(trainer.train_dataset, trainer.processing_class) if options.live.alike else None
             )
-            self.live = LiveRun(self.model, options, ids.names, self.seed, features)
+            self.live = LiveRun(self.model, options, ids.names, self.seed, trainer._tokenizer, features)
 
     @property
     def model(self) -> Any:
