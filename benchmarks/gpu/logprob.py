@@ -1,10 +1,13 @@
-"""Log-probs and their gradient against the rate of one large product on the same device.
+"""Log-probs and their gradient against the rate of one large product on the same device, and against peers.
 
-Products of one chunk of tokens would be a flattering baseline: they do not fill the device either.
+Products of one chunk of tokens would be a flattering baseline: they do not fill the device either. Peers, where they
+are installed: Liger's fused linear cross-entropy, and cut-cross-entropy.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import common
@@ -19,7 +22,7 @@ from cropi_kernels import (
     sketch_linear,
 )
 
-TOKENS = 8192
+TOKENS, COMPARED = 8192, 64  # of a run; whose gradient a float64 product checks
 
 
 def head(model: str, with_sketch: bool, rate: float) -> dict[str, Any]:
@@ -64,6 +67,67 @@ def head(model: str, with_sketch: bool, rate: float) -> dict[str, Any]:
     }
 
 
+def torch_loss() -> Callable[..., torch.Tensor]:
+    return lambda hidden, weight, target: torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(hidden, weight).float(), target, reduction="sum"
+    )
+
+
+def liger_loss() -> Callable[..., torch.Tensor]:
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+    loss = module.LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda hidden, weight, target: loss(weight, hidden, target)
+
+
+def cut_loss() -> Callable[..., torch.Tensor]:
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda hidden, weight, target: loss(hidden, weight, target, reduction="sum")
+
+
+PEERS = {"torch": torch_loss, "liger-kernel": liger_loss, "cut-cross-entropy": cut_loss}
+
+
+def peer(model: str, name: str) -> dict[str, Any]:
+    """Forward and gradient to hidden under a frozen head, in bfloat16: time, memory, error of 64 gradients."""
+    try:
+        loss = PEERS[name]()
+    except ImportError as missing:
+        return {"model": model, "peer": name, "note": f"not installed ({missing.name})"}
+    vocab, features = common.MODELS[model]["head"]
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(TOKENS, features, device="cuda", generator=g).bfloat16()
+    weight = torch.randn(vocab, features, device="cuda", generator=g).bfloat16() / features**0.5
+    target = torch.randint(0, vocab, (TOKENS,), device="cuda", generator=g)
+    leaf = hidden.clone().requires_grad_(True)
+
+    def ours() -> torch.Tensor:
+        return logprob_and_grad(hidden, weight, target, lambda p, a, b: torch.ones_like(p))[1]
+
+    def theirs() -> torch.Tensor:
+        leaf.grad = None
+        loss(leaf, weight, target).backward()
+        assert leaf.grad is not None
+        return -leaf.grad
+
+    some, head_weight = hidden[:COMPARED].double(), weight.double()
+    p = torch.softmax(some @ head_weight.t(), 1)
+    p[torch.arange(len(some)), target[:COMPARED]] -= 1
+    exact = -(p @ head_weight)
+    del p, head_weight
+
+    def error(got: torch.Tensor) -> float:
+        return float((got[:COMPARED].double() - exact).norm() / exact.norm())
+
+    row: dict[str, Any] = {"model": model, "peer": name}
+    row |= {"gradient_error": error(ours()), "peer_gradient_error": error(theirs())}
+    both_ms, peer_ms = common.milliseconds(ours, repeats=5), common.milliseconds(theirs, repeats=5)
+    row |= {"both_ms": both_ms, "peer_ms": peer_ms, "times_faster": peer_ms / both_ms}
+    return row | {
+        "both_extra_gb": common.peak_bytes(ours) / 1e9,
+        "peer_extra_gb": common.peak_bytes(theirs) / 1e9,
+    }
+
+
 def main() -> None:
     results, rate = common.Results("logprob"), common.gemm_rate()
     results.add(name="gemm rate", tflops=rate / 1e12)
@@ -71,6 +135,8 @@ def main() -> None:
         for with_sketch in (False, True):
             name = f"{model}{' with the head' + chr(39) + 's sketch' if with_sketch else ''}"
             results.attempt(name, lambda m=model, s=with_sketch: head(m, s, rate))
+        for other in PEERS:
+            results.attempt(f"{model} beside {other}", lambda m=model, o=other: peer(m, o))
     results.finish()
 
 

@@ -1,8 +1,11 @@
 """A whole model (random weights, Qwen2.5-1.5B's shape): forward + backward + sketch of everything, against plain steps
-and against the loops that people run per prompt."""
+and against the loops that people run per prompt.
+
+``model.py 7b``: Qwen2.5-7B's shape, with 8192 tokens, against plain steps with frozen weights."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +20,20 @@ WIDTHS = (64, 128, 256)
 DIM, BLOCK, BLOCKS = 32768, 4096, 32
 SHAPE = {
     "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-    "num_attention_heads": 12, "num_key_value_heads": 2,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
 
+SHAPE_7B = {
+    "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+ROWS_7B = 8
 
-def build() -> Any:
+
+def build(shape: dict[str, Any] | None = None) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(**SHAPE, tie_word_embeddings=True, max_position_embeddings=4096)
+    config = Qwen2Config(**(shape or SHAPE), max_position_embeddings=4096)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -80,8 +89,9 @@ def measure(run: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
 
 
 def main() -> None:
-    results = common.Results("model")
-    model, data = build(), batch(ROWS)
+    large = sys.argv[1:] == ["7b"]
+    results = common.Results("model_7b" if large else "model")
+    model, data = (build(SHAPE_7B), batch(ROWS_7B)) if large else (build(), batch(ROWS))
     weigh = lambda logp, start, stop: torch.ones_like(logp)  # noqa: E731
 
     def frozen() -> dict[str, Any]:
@@ -136,6 +146,8 @@ def main() -> None:
     for width in WIDTHS:
         results.attempt(f"sketched, width {width}", lambda w=width: sketched(w))
     results.attempt(f"sketched and fused, width {WIDTHS[0]}", lambda: sketched(WIDTHS[0], True))
+    if large:
+        results.finish()
     results.attempt("weight gradients", trained)
     results.attempt("loop: backward and flat float32 gradient", lambda: per_prompt(lambda flat: flat.sum()))
     results.attempt("loop: dense projection of a tenth", dense_projection)

@@ -28,18 +28,35 @@ def profiled(run: Callable[[], Any]) -> dict[str, Any]:
         for e in recorded.events()
         if e.device_type == torch.autograd.DeviceType.CUDA
     )
-    busy, reached = 0.0, float("-inf")
+    busy, reached, last = 0.0, float("-inf"), ""
     ours: dict[str, float] = {}
+    idle: list[tuple[float, str]] = []
     for start, end, name in kernels:
+        if last and start > reached:
+            idle.append(((start - reached) / 1000, f"{short(last)} -> {short(name)}"))
         busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
+        if end > reached:
+            reached, last = end, name
         if name in OURS:
             ours[name] = ours.get(name, 0.0) + (end - start) / 1000
     span = reached - kernels[0][0] if kernels else 0.0
-    counted = {"launches": len(kernels), "span_ms": span / 1000, "busy_share": busy / span if span else 0.0}
+    counted: dict[str, Any] = {
+        "launches": len(kernels),
+        "span_ms": span / 1000,
+        "busy_share": busy / span if span else 0.0,
+    }
+    counted["longest_idle"] = "; ".join(
+        f"{ms:.2f} ms {where}" for ms, where in sorted(idle, reverse=True)[:LONGEST]
+    )
     return counted | {f"{name}_ms": ms for name, ms in sorted(ours.items())}
 
 
+def short(name: str) -> str:
+    """A kernel's name without its template's arguments."""
+    return name.removeprefix("void ").split("<")[0].split("(")[0][-40:]
+
+
+LONGEST = 8  # spans without a kernel that a row names
 OURS = {
     "slab_kernel", "fold_kernel", "reduce_partials_kernel", "norm_kernel", "sums_kernel", "rows_kernel",
     "vector_kernel", "tail_kernel", "chunks_kernel", "forward_kernel", "backward_kernel", "rms_kernel",

@@ -78,6 +78,8 @@ def verdicts() -> list[str]:
     best = lambda rows, key, pick: pick((r[key] for r in rows if key in r), default=None)  # noqa: E731
     frozen, trained = model.get("frozen weights", {}), model.get("weight gradients", {})
     sketched, fused = model.get("sketched, width 64", {}), model.get("sketched and fused, width 64", {})
+    of_7b = {r["name"]: r for r in rows_of("model_7b")}
+    larger = lambda name: of_7b.get(name, {}).get("ms")  # noqa: E731
     loop = [model.get(n, {}).get("ms_per_prompt") for n in
             ("loop: backward and flat float32 gradient", "loop: dense projection of a tenth")]  # fmt: skip
     ratio = lambda a, b: a / b if a and b else None  # noqa: E731
@@ -98,6 +100,11 @@ def verdicts() -> list[str]:
         ("whole model, over frozen weights", ratio(sketched.get("ms"), frozen.get("ms")), "<= 1.10"),
         ("whole model with fused taps, over frozen weights", ratio(fused.get("ms"), frozen.get("ms")), "< 1"),
         ("whole model, over weight gradients", ratio(sketched.get("ms"), trained.get("ms")), "< 1"),
+        (
+            "the same, Qwen2.5-7B's shape",
+            ratio(larger("sketched, width 64"), larger("frozen weights")),
+            "<= 1.05",
+        ),
         (
             "peak memory, over frozen weights",
             ratio(sketched.get("extra_gb"), frozen.get("extra_gb")),

@@ -120,6 +120,8 @@ def test_logprob(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.Mo
     finish(module)
     got = rows(tmp_path, "logprob")
     assert got.pop("gemm rate")["tflops"] > 0
+    beside = {name: got.pop(f"qwen2.5-1.5b beside {name}") for name in module.PEERS}
+    assert beside["torch"]["times_faster"] > 0 and beside["torch"]["gradient_error"] < 0.02
     assert set(got) == {"qwen2.5-1.5b", "qwen2.5-1.5b with the head's sketch"}
     for row in got.values():
         assert row["forward_of_gemm"] == pytest.approx(row["gemm_ms"] / row["forward_ms"])
@@ -142,7 +144,13 @@ def test_model(
         "SHAPE": TINY_MODEL,
     }.items():
         monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "SHAPE_7B", TINY_MODEL)
+    monkeypatch.setattr(module, "ROWS_7B", 1)
     finish(module)
+    monkeypatch.setattr(sys, "argv", ["model.py", "7b"])
+    finish(module)
+    larger = rows(tmp_path, "model_7b")
+    assert set(larger) == {"frozen weights", "sketched, width 64", "sketched and fused, width 64"}
     got = rows(tmp_path, "model")
     assert got["sketched, width 64"]["finite"] and got["sketched and fused, width 64"]["finite"]
     assert got["loop: backward and flat float32 gradient"]["ms_per_prompt"] > 0
@@ -293,7 +301,8 @@ def test_busy_share_counts_overlaps_once(suite: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.profiler, "profile", profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert module.profiled(lambda: None) == {
-        "launches": 3, "span_ms": 0.1, "busy_share": 0.6, "fold_kernel_ms": 0.04, "slab_kernel_ms": 0.01,
+        "launches": 3, "span_ms": 0.1, "busy_share": 0.6, "longest_idle": "0.04 ms gemm -> slab_kernel",
+        "fold_kernel_ms": 0.04, "slab_kernel_ms": 0.01,
     }  # fmt: skip
 
 
@@ -360,6 +369,7 @@ def test_report_of_whatever_was_measured(suite: Any, tmp_path: Path, monkeypatch
             {"name": "loop: backward and flat float32 gradient", "ms_per_prompt": 20.0},
             {"name": "loop: dense projection of a tenth", "ms_per_prompt": 600.0},
         ],
+        "model_7b": [{"name": "frozen weights", "ms": 10.0}, {"name": "sketched, width 64", "ms": 10.4}],
         "project": [
             {"name": "countsketch 4096 bf16 cuda", "backend": "cuda", "of_copy": 0.85},
             {"name": "countsketch 4096 beside peers cuda", "ms": 1.0},
