@@ -136,7 +136,7 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("slime", "reward", None, "reward: is missing"),
     ("slime", "reward", "1", "reward: should be a finite number, got '1'"),
     ("slime", "reward", [1.0], "reward: should be a finite number, got [1.0]"),
-    ("slime", "reward", {"acc": 1.0}, "reward: is a table: 'acc'; dump one number"),
+    ("slime", "reward", {"acc": 1.0}, "reward: is a table: 'acc'; name the one that is trained on"),
     ("slime", "reward", 1e31, "rewards: rewards[0] is"),
     ("slime", "tokens", "abc", "tokens: should be a list, got 'abc'"),
     ("slime", "tokens", [1, [2]], "tokens[1]: should be an integer, got [2]"),

@@ -19,7 +19,7 @@ def add_options(command: Parser) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help="dumps of one run, of any number of steps; a folder stands for its files",
+        help="dumps of one run, of any number of steps; a folder stands for its files, without those of validation",
     )
     command.add_argument(
         "--source", default="auto", choices=SOURCES,
@@ -66,7 +66,8 @@ def add_options(command: Parser) -> None:
     command.add_argument(
         "--columns",
         metavar="reward=NAME",
-        help="the column of TRL's file with the reward (default: the sum of all)",
+        help="what the reward is, or a sum a+b of several: a column of TRL's file (default: the sum of all functions), "
+        "a key of slime's table of rewards, a column of verl's text (default: score)",
     )
     command.add_argument(
         "--reward", metavar="FILE.py:FUNCTION",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ READERS = {
     "verl": "verl", "slime": "slime", "nemo-rl": "nemo_rl", "vllm": "vllm", "openai": "openai", "trl": "trl",
     "prime-rl": "verifiers",
 }  # fmt: skip
+# What trainers write beside the rollouts that they train on: validation, figures.
+BESIDE = ("eval_*", "eval-*", "val_data_step*", "aggregated_results.jsonl")
 
 
 def read_rollouts(path: str | Path, source: str, reading: Reading, left: Left) -> Iterator[Rollout]:
@@ -109,7 +113,7 @@ def opened(
         return given
     made: list[Any] = []
     runs: dict[str, list[str | Path]] = {}
-    for path in expanded(paths):
+    for path in expanded(paths, say):
         kind = _kind(path, source, columns)
         if kind == RECORDS:
             made.append(path)
@@ -134,8 +138,12 @@ def opened(
     return made
 
 
-def expanded(paths: Sequence[str | Path]) -> list[str | Path]:
-    """The paths, with the files of a folder in its place, steps in order of their numbers."""
+def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = None) -> list[str | Path]:
+    """The paths, with the files of a folder in its place, steps in order of their numbers.
+
+    Files of a folder that are called like :data:`BESIDE` are left out, unless there are no others; ``say`` (None: a
+    warning) says so.
+    """
     found: list[str | Path] = []
     for path in paths:
         if not _is_name(path) and Path(path).is_dir() and not is_saved(Path(path)):
@@ -146,7 +154,16 @@ def expanded(paths: Sequence[str | Path]) -> list[str | Path]:
                 raise CropiError(
                     f"{path} is a folder without files; give trajectories, or a folder of a trainer's dumps"
                 )
-            found += [*sorted(files, key=_numbered)]
+            beside = [file for file in files if any(fnmatch.fnmatch(file.name, name) for name in BESIDE)]
+            kept = [file for file in files if file not in beside] or files
+            if len(kept) < len(files):
+                shown = ", ".join(sorted(file.name for file in beside)[:3]) + (
+                    ", ..." if len(beside) > 3 else ""
+                )
+                (say or warnings.warn)(
+                    f"left out      {printable(f'{path}: {shown}')}, which by their names are of validation"
+                )
+            found += [*sorted(kept, key=_numbered)]
         else:
             found.append(path)
     return found
@@ -177,7 +194,7 @@ def groups_of(
     Raises:
         CropiError: the files are of several kinds, or as the readers.
     """
-    paths = expanded(list(given))
+    paths = expanded(list(given), say)
     kinds = {str(path): _kind(path, source, None) for path in paths}
     if len(set(kinds.values())) > 1:
         told = ", ".join(f"{path} ({WORDS[kind]})" for path, kind in list(kinds.items())[:6])

@@ -15,6 +15,11 @@ from cropi.errors import RecordError, printable
 
 REMEDY = "mend it, or pass --skip-bad to leave such samples out and count them"
 LARGEST_ID = 2**31 - 1
+# Where trainers and engines keep what a policy sees besides tokens.
+MEDIA = (
+    "images", "image_data", "multi_modal_data", "multi_modal_inputs", "multi_modal_placeholders", "multimodal_inputs",
+    "multimodal_train_inputs", "mm_train_inputs", "pixel_values", "image_grid_thw",
+)  # fmt: skip
 T = TypeVar("T")
 
 
@@ -222,6 +227,31 @@ def prompt_id(value: Any, field: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, int):
         raise BadSample(where, field, f"a prompt's id should be text or an integer, got {shown(value)}")
     return str(value)
+
+
+def only_tokens(row: Mapping[str, Any], where: str) -> None:
+    """Check that a sample holds nothing that the policy saw besides its tokens.
+
+    Raises:
+        BadSample: it holds images, videos or sounds.
+    """
+    for key in MEDIA:
+        if _holds(row.get(key)):
+            raise BadSample(
+                where, key, "holds what the policy saw besides tokens, so that the tokens alone have another gradient",
+                "a policy that reads more than text is not supported; pass --skip-bad to leave such samples out",
+            )  # fmt: skip
+
+
+def _holds(value: Any) -> bool:
+    """Whether there is anything in a value; an empty table or list, and one of nothing but those, are empty."""
+    if isinstance(value, Mapping):
+        return any(map(_holds, value.values()))
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype == object):
+        return any(map(_holds, value))
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return len(value.shape) == 0 or value.shape[0] > 0
+    return value is not None
 
 
 def nested(value: Any, path: str) -> Any:

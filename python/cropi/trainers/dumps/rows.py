@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from cropi.data.sources import PathSource
 from cropi.data.tables import TableRow
 from cropi.data.values import python_value
 from cropi.errors import RecordError
-from cropi.trainers.dumps.fields import BadSample, Left, finite, nested, prompt_id, shown
+from cropi.trainers.dumps.fields import BadSample, Left, finite, names, nested, prompt_id, shown
 from cropi.trainers.dumps.rollout import text_id
 
 
@@ -74,6 +74,24 @@ def reward_of(value: Any, field: str, where: str) -> float:
     if isinstance(value, list):
         return sum(finite(one, f"{field}[{t}]", where) for t, one in enumerate(value))
     return finite(value, field, where)
+
+
+def named_reward(row: Mapping[str, Any], columns: str, where: str) -> float:
+    """The reward in the column that ``--columns reward=`` names, or the sum of several (``a+b``).
+
+    Raises:
+        BadSample: there is no such column, or it holds no number.
+    """
+    total = 0.0
+    for name in [columns] if columns in row else columns.split("+"):
+        if row.get(name) is None:
+            raise BadSample(
+                where,
+                "reward",
+                f"there is no {shown(name)}, which --columns reward= names; there are {names(row)}",
+            )
+        total += finite(row[name], name[:80], where)
+    return total
 
 
 def text_of(value: Any, field: str, where: str) -> str:

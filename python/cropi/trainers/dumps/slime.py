@@ -7,8 +7,8 @@ response), ``status``, ``remove_sample``, ``label``, ``prompt`` and ``metadata``
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cropi.trainers.dumps.fields import (
     log_probs,
     loss_mask,
     names,
+    only_tokens,
     prompt_id,
     shown,
     token_ids,
@@ -32,6 +33,7 @@ from cropi.trainers.dumps.pickled import contents, load_dump
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, messages, text_id
 from cropi.trainers.dumps.rollout import answer as plain_answer
+from cropi.trainers.dumps.rows import named_reward
 
 WHAT = "a rollout dump of slime"
 
@@ -43,7 +45,8 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         path: the ``.pt`` file.
         reading: its ``id_key`` is a key of a sample's ``metadata``; None: a hash of the prompt's tokens, because
             slime's ``group_index`` counts groups over the run and is another one in the next epoch. Its temperature is
-            that of the sampling (``--rollout-temperature``).
+            that of the sampling (``--rollout-temperature``). Its ``columns`` may be ``{"reward": name}``, the reward to
+            take of samples whose reward is a table.
         left: takes the samples that are left out; None raises at the first bad one.
 
     Raises:
@@ -60,7 +63,14 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         samples = _flat(listed(saved["samples"], "samples", str(path)), str(path))
     except BadSample as error:  # of the file, so that leaving out a sample is no remedy
         raise CropiError(f"{path} is not {WHAT}: {error.where}: {error.problem}") from error
-    yield from left.each(samples, lambda pair: _rollout(*pair, step, reading.id_key, reading.temperature))
+    yield from _rollouts(
+        samples,
+        left,
+        step=step,
+        id_key=reading.id_key,
+        temperature=reading.temperature,
+        reward_key=reading.columns.get("reward"),
+    )
 
 
 def rollouts_of(
@@ -86,8 +96,25 @@ def rollouts_of(
         BadSample: a sample without reward or id, or with a field of another form.
     """
     left = Left() if left is None else left
-    read = partial(_rollout, step=step, id_key=id_key, temperature=temperature, reward_key=reward_key)
-    yield from left.each(_flat(samples, where), lambda pair: read(pair[0], pair[1]))
+    yield from _rollouts(
+        _flat(samples, where), left, step=step, id_key=id_key, temperature=temperature, reward_key=reward_key
+    )
+
+
+def _rollouts(samples: list[tuple[Any, str]], left: Left, **given: Any) -> Iterator[Rollout]:
+    counts = Counter(number for held, _ in samples if (number := _of_rollout(_fields(held))) is not None)
+    several = {number for number, count in counts.items() if count > 1}
+    yield from left.each(samples, lambda pair: _rollout(*pair, several=several, **given))
+
+
+def _of_rollout(sample: Any) -> int | None:
+    """The number of the rollout that a sample is a part of, where slime's user has set one."""
+    number = sample.get("rollout_id") if isinstance(sample, Mapping) else None
+    return number if isinstance(number, int) else None
+
+
+def _fields(held: Any) -> Any:
+    return contents(held) if not hasattr(held, "__dataclass_fields__") else vars(held)
 
 
 def _flat(samples: list[Any], where: str) -> list[tuple[Any, str]]:
@@ -107,9 +134,10 @@ def _rollout(
     step: int,
     id_key: str | None,
     temperature: float | None,
-    reward_key: str | None = None,
+    reward_key: str | None,
+    several: set[int],
 ) -> Rollout:
-    sample = contents(held) if not hasattr(held, "__dataclass_fields__") else vars(held)
+    sample = _fields(held)
     if not isinstance(sample, Mapping):
         raise BadSample(where, "sample", f"should be a table of fields, got {shown(held)}")
     status = contents(sample.get("status"))
@@ -121,6 +149,12 @@ def _rollout(
     for key in ("tokens", "response_length", "reward"):
         if sample.get(key) is None:
             raise BadSample(where, key, "is missing")
+    only_tokens(sample, where)
+    if (number := _of_rollout(sample)) in several:
+        raise BadSample(
+            where, "rollout_id", f"{number} is that of several samples, so they are one rollout of several sequences "
+            "with one reward; a trajectory record holds one prompt and one response",
+        )  # fmt: skip
     tokens = token_ids(sample["tokens"], "tokens", where)
     size = whole(sample["response_length"], "response_length", where)
     if size == 0:
@@ -130,13 +164,13 @@ def _rollout(
     key = "loss_mask" if sample.get("loss_mask") is not None else "loss_masks"
     mask = loss_mask(sample.get(key), size, key, where)
     reward = sample["reward"]
-    if reward_key and isinstance(reward, Mapping):
-        reward = reward.get(reward_key, reward)
     if isinstance(reward, Mapping):
-        raise BadSample(
-            where, "reward", f"is a table: {names(reward)}",
-            "dump one number (slime's --reward-key), or pass --skip-bad",
-        )  # fmt: skip
+        if reward_key is None:
+            raise BadSample(
+                where, "reward", f"is a table: {names(reward)}",
+                "name the one that is trained on (slime's --reward-key) with --columns reward=NAME, or pass --skip-bad",
+            )  # fmt: skip
+        reward = named_reward(reward, reward_key, where)
     if id_key is not None:
         metadata = sample.get("metadata")
         name = metadata.get(id_key) if isinstance(metadata, Mapping) else None

@@ -8,7 +8,8 @@ openrlhf    ``openrlhf.cli.batch_inference`` (``--eval_task generate``, then  ``
 skyrl       ``trainer.dump_eval_results``: ``{data_source}.jsonl``           ``input_prompt``, ``output_response``,
                                                                              ``score``, ``stop_reason``, ``env_extras``
 areal       ``dump_to_file``: ``{version}/{task_id}.jsonl``                  ``prompt``, ``completion``, ``reward``,
-                                                                             ``head_version``
+                                                                             ``head_version``; of several turns
+                                                                             ``segments``, which are refused
 ==========  ===============================================================  ==========================================
 
 Text cannot be turned back into the tokens that were sampled with certainty, and none of these holds log-probs.
@@ -81,6 +82,12 @@ def read_dump(
                 raise BadSample(
                     where, key, f"is missing, so this is not a dump of {source} (it has {names(row)})"
                 )
+        if row.get("segments"):
+            raise BadSample(
+                where, "segments", "are several turns of the policy and what stands between them, which text without "
+                "token ids does not tell apart",
+                "record the tokens with their loss_mask in the workflow (docs/trajectories.md), or pass --skip-bad",
+            )  # fmt: skip
         if row[columns.response] == "":
             raise Unused(where, columns.response, "is empty")
         prompt = text_of(row[columns.prompt], columns.prompt, where)

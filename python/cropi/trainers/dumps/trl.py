@@ -36,8 +36,8 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 
     Args:
         path: ``completions_{step}.parquet``.
-        reading: its ``id_key`` is a column; None: a hash of the prompt. Its ``columns`` may be ``{"reward": name}``,
-            where the rewards are not the sum of the functions' numbers.
+        reading: its ``id_key`` is a column; None: a hash of the prompt. Its ``columns`` may be ``{"reward": name}``
+            (or names, joined by +), where the rewards are not the sum of the functions' numbers.
         left: takes the rows that are left out; None raises at the first bad one.
 
     Raises:
@@ -86,11 +86,13 @@ def _reward_columns(
     """
     keys = dict.fromkeys(key for _, row in rows for key in row)
     if named is not None:
-        if named not in keys:
-            raise CropiError(
-                f"{path}: there is no column {named!r}, which --columns reward= names; it has {names(keys)}"
-            )
-        return [named]
+        columns = [named] if named in keys else named.split("+")
+        for name in columns:
+            if name not in keys:
+                raise CropiError(
+                    f"{path}: there is no column {name!r}, which --columns reward= names; it has {names(keys)}"
+                )
+        return columns
     columns = [
         key
         for key in keys

@@ -9,7 +9,9 @@ option of verl                                      file                        
 ==================================================  ======================================================  =======
 
 The text is decoded without special tokens, prompt and response each on its own, so it **cannot be turned back into
-the tokens that were sampled**: use it to look at, or for a first try; use token ids to select. The two binary formats
+the tokens that were sampled**: use it to look at, or for a first try; use token ids to select. Its ``score`` is the
+reward that is trained on, unless the reward function returns a table: then the table's ``score`` stands in its place,
+to which verl's penalty for long responses (``overlong_reward``) is not added. The two binary formats
 are pickles, which are read without verl and without running their code (:mod:`cropi.trainers.dumps.unpickle`).
 """
 
@@ -28,6 +30,7 @@ from cropi.trainers.dumps.lines import json_lines
 from cropi.trainers.dumps.pickled import check_size, load_dump
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
+from cropi.trainers.dumps.rows import named_reward
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto, rollouts_of_table
 from cropi.trainers.verl.selected import ID_KEY
 
@@ -40,7 +43,8 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     Args:
         path: ``.jsonl``, ``.pt`` or ``.dp``.
         reading: its ``id_key`` is ``extra_info.index``, unless it is given (in text, the hash of the prompt's text);
-            its ``prompts`` are, for text, ``(id, messages)`` by the prompt's decoded text, see :func:`prompts_by_text`.
+            its ``prompts`` are, for text, ``(id, messages)`` by the prompt's decoded text, see :func:`prompts_by_text`;
+            its ``columns`` may be, for text, ``{"reward": name}``, where that is not ``score``.
         left: takes the samples that are left out; None raises at the first bad one.
 
     Raises:
@@ -50,7 +54,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     path, left = Path(path), Left() if left is None else left
     check_size(path, reading.largest)
     if path.suffix == ".jsonl":
-        yield from _text(path, reading.id_key, reading.temperature, reading.prompts, left)
+        yield from _text(path, reading, left)
         return
     if path.suffix not in (".pt", ".dp"):
         raise CropiError(
@@ -89,9 +93,8 @@ def prompts_by_text(rows: Any, ids: list[str], tokenizer: Any, prompt_key: str =
     return by_text
 
 
-def _text(
-    path: Path, id_key: str | None, temperature: float | None, prompts: Mapping[str, Any] | None, left: Left
-) -> Iterator[Rollout]:
+def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    id_key, prompts = reading.id_key, reading.prompts
     warnings.warn(
         f"{path} holds text without special tokens: its responses are tokenised again, which may give other "
         "tokens than were sampled, and there are no log-probs; dump token ids to be exact (skip.rollout_tq)",
@@ -122,11 +125,26 @@ def _text(
                 )  # fmt: skip
             name, prompt = prompts[shown_prompt]
         return checked(Rollout(
-            id=name, reward=finite(row["score"], "score", where), step=whole(row["step"], "step", where), where=where,
-            prompt=prompt, response=response, answer=row.get("gts"), temperature=temperature, extra={"lossy": True},
+            id=name, reward=_score(row, reading.columns.get("reward"), where), where=where,
+            step=whole(row["step"], "step", where), prompt=prompt, response=response, answer=row.get("gts"),
+            temperature=reading.temperature, extra={"lossy": True},
         ))  # fmt: skip
 
     yield from left.each(json_lines(path, left), read)
+
+
+def _score(row: Mapping[str, Any], named: str | None, where: str) -> float:
+    if named is not None:
+        return named_reward(row, named, where)
+    penalty = row.get("overlong_reward")
+    if penalty is not None and penalty != 0:
+        raise BadSample(
+            where, "score", f"may be with or without the penalty for long responses, {shown(penalty)} here: verl "
+            "writes it without where the reward function returns a table",
+            "say which it is: --columns reward=score (the function returns a number), or "
+            "reward=score+overlong_reward (a table)",
+        )  # fmt: skip
+    return finite(row["score"], "score", where)
 
 
 def _words(value: Any, field: str, where: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cropi.trainers.dumps.fields import (
+    MEDIA,
     BadSample,
     Left,
     Unused,
@@ -20,6 +21,7 @@ from cropi.trainers.dumps.fields import (
     log_probs,
     loss_mask,
     nested,
+    only_tokens,
     prompt_id,
     shown,
     token_ids,
@@ -32,7 +34,7 @@ from cropi.trainers.verl.selected import ID_KEY
 # What the sampling engine reported comes first: it is the policy that the tokens were drawn from.
 LOGPROBS = ("rollout_log_probs", "old_log_probs")
 REWARDS = ("token_level_scores", "rm_scores", "token_level_rewards")
-OTHERS = ("reward_model", "raw_prompt", "data_source")
+OTHERS = ("reward_model", "raw_prompt", "data_source", *MEDIA)
 
 
 def rollouts_of_proto(
@@ -154,6 +156,7 @@ def _rollout(
     step: int,
     temperature: float | None,
 ) -> Rollout:
+    only_tokens(other, where)
     name = nested(other, id_key)
     if name is None:
         raise BadSample(

@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
-from cropi.trainers.dumps.fields import BadSample, Left, Unused, listed, log_probs, names, shown, token_ids
+from cropi.trainers.dumps.fields import (
+    BadSample,
+    Left,
+    Unused,
+    listed,
+    log_probs,
+    names,
+    only_tokens,
+    shown,
+    token_ids,
+)
 from cropi.trainers.dumps.pickled import check_size, contents, load_dump
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
@@ -85,6 +95,7 @@ def _table(value: Any, where: str, field: str) -> dict[str, Any]:
 def _rollout(
     where: str, request: dict[str, Any], held: Any, number: int, step: int, reading: Reading
 ) -> Rollout:
+    only_tokens(request, where)
     output = _table(held, where, "output")
     if output.get("finish_reason") == "abort":
         raise Unused(where, "finish_reason", "is 'abort'")

@@ -25,7 +25,7 @@ from typing import Any
 
 from cropi.data.forms import content_id
 from cropi.errors import CropiError
-from cropi.trainers.dumps.fields import BadSample, Unused, finite, log_probs, token_ids, whole
+from cropi.trainers.dumps.fields import BadSample, Unused, finite, log_probs, only_tokens, token_ids, whole
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rollout import answer as plain_answer
 from cropi.trainers.response_log import ResponseLog
@@ -73,16 +73,18 @@ def rollout_of(output: Any, temperature: Any, where: str) -> Rollout:
 
     Args:
         output: what ``execute`` returned: ``prompt``, ``label``, ``observation_tokens``, ``action_ranges`` (begin and
-            end of what the policy said, in tokens), ``reward``, ``rollout_log_probs`` (of all tokens, or None).
+            end of what the policy said, in tokens), ``reward`` (a number, or a list of one), ``rollout_log_probs`` (of
+            all tokens, or None).
         temperature: of the sampling.
         where: named in messages.
 
     Raises:
         Unused: it has no reward, or nothing of the policy.
-        BadSample: a field of another form.
+        BadSample: a field of another form, or images.
     """
     if not isinstance(output, Mapping):
         raise BadSample(where, "output", "should be a table of fields")
+    only_tokens(output, where)
     tokens = token_ids(output.get("observation_tokens"), "observation_tokens", where)
     ranges = output.get("action_ranges")
     if not isinstance(ranges, Sequence) or not ranges:
@@ -99,13 +101,16 @@ def rollout_of(output: Any, temperature: Any, where: str) -> Rollout:
     begin, stop = int(ranges[0][0]), before
     if not any(mask) or begin == 0:
         raise Unused(where, "action_ranges", "there is no prompt, or the policy said nothing")
-    if output.get("reward") is None:
+    reward = output.get("reward")
+    if isinstance(reward, list) and len(reward) == 1:
+        (reward,) = reward  # as a remote reward model answers
+    if reward is None:
         raise Unused(where, "reward", "is missing")
     values = log_probs(output.get("rollout_log_probs"), len(tokens), mask, "rollout_log_probs", where)
     prompt = whole_text(str(output.get("prompt")))
     label = plain_answer(output.get("label"), "label", where)
     return checked(Rollout(
-        id=content_id({"prompt": prompt, "answer": label}), reward=finite(output["reward"], "reward", where), step=0,
+        id=content_id({"prompt": prompt, "answer": label}), reward=finite(reward, "reward", where), step=0,
         where=where, prompt=prompt, answer=label, prompt_ids=tokens[:begin], response_ids=tokens[begin:stop],
         loss_mask=None if all(mask[begin:stop]) else mask[begin:stop],
         logprobs=None if values is None else values[begin:stop],

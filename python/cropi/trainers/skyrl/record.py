@@ -24,12 +24,14 @@ from typing import Any
 
 from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import (
+    MEDIA,
     BadSample,
     Unused,
     finite,
     listed,
     log_probs,
     loss_mask,
+    only_tokens,
     prompt_id,
     token_ids,
 )
@@ -83,11 +85,16 @@ def rollout_of(batch: Mapping[str, Any], output: Mapping[str, Any], i: int, step
 
     Raises:
         Unused: nothing of the policy.
-        BadSample: a field of another form, or no id.
+        BadSample: a field of another form, no id, or images.
     """
     if output.get("is_last_step") is not None:
         raise BadSample(
             where, "is_last_step", "step-wise trajectories are several sequences with one reward", ""
+        )
+    only_tokens({name: _at(output, name, i, where) for name in MEDIA}, where)
+    if _at(output, "process_rewards", i, where) is not None:
+        raise BadSample(
+            where, "process_rewards", "are beside the reward, and a record has one number a response"
         )
     ids = token_ids(_at(output, "response_ids", i, where), "response_ids", where)
     if not ids:

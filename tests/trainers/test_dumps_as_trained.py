@@ -1,0 +1,182 @@
+"""What trainers write of runs with images, several turns, several rewards or validation: read as it is trained on, or
+refused by name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.made_dumps import ROLLOUTS, TEMPERATURE, made, write
+
+from cropi.cli import main
+from cropi.data.readers import read
+from cropi.errors import CropiError
+from cropi.trainers.dumps.auto import opened
+from cropi.trainers.dumps.fields import BadSample
+from cropi.trainers.dumps.reading import Reading
+from cropi.trainers.dumps.verl_batch import rollouts_of_proto
+from cropi.trainers.openrlhf import recording
+from cropi.trainers.skyrl.record import rollout_of as of_skyrl
+
+pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+PIXELS = {"pixel_values": torch.zeros(2, 3)}
+
+
+def rewards(path: Any, **given: Any) -> list[list[float]]:
+    return [group.rewards for group in read(opened(path, reading=Reading(temperature=0.7, **given)))]
+
+
+# ---------------------------------------------------------------------------------------------------- images
+@pytest.mark.parametrize(
+    ("kind", "key", "seen", "blind"),
+    [
+        ("slime", "multimodal_train_inputs", PIXELS, None),
+        ("slime", "multimodal_inputs", {"images": ["x.png"]}, {"images": []}),
+        ("vllm", "multi_modal_placeholders", {"image": [{"offset": 1, "length": 4}]}, {}),
+    ],
+)
+def test_a_sample_whose_policy_saw_an_image_is_refused(
+    kind: str, key: str, seen: Any, blind: Any, tmp_path: Path
+) -> None:
+    content = made(kind)
+    samples = content["samples"] if kind == "slime" else content
+    path = tmp_path / ("7.pt" if kind == "slime" else "7.json")
+    samples[1][key] = blind
+    assert rewards(write(path, content)) == rewards(write(path, made(kind)))
+    samples[1][key] = seen
+    with pytest.raises(CropiError, match=rf"{key}: holds what the policy saw besides tokens"):
+        rewards(write(path, content))
+
+
+def test_a_batch_of_verl_with_images_is_refused() -> None:
+    def rows(inputs: list[Any]) -> list[Any]:
+        tensors = {
+            "prompts": torch.tensor([[0, 7], [6, 7]]), "responses": torch.tensor([[8, 1], [9, 0]]),
+            "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]), "rm_scores": torch.eye(2),
+        }  # fmt: skip
+        other = {
+            "extra_info": [{"index": 3}, {"index": 4}],
+            "multi_modal_inputs": np.array(inputs, dtype=object),
+        }
+        return list(rollouts_of_proto(SimpleNamespace(batch=tensors, non_tensor_batch=other), 1))
+
+    blind = rows([{}, {"pixel_values": torch.zeros(0, 3)}])
+    assert [(one.prompt_ids, one.response_ids) for one in blind] == [([7], [8, 1]), ([6, 7], [9])]
+    with pytest.raises(BadSample, match="row 1, multi_modal_inputs: holds what"):
+        rows([{}, PIXELS])
+
+
+def test_recorders_leave_out_images_and_rewards_of_a_process(tmp_path: Path) -> None:
+    output = {
+        "prompt_token_ids": [[5, 6]], "response_ids": [[7, 1]], "rewards": [1.0], "loss_masks": [[1, 1]],
+        "trajectory_ids": ["a"], "pixel_values": [None],
+    }  # fmt: skip
+    assert of_skyrl({}, output, 0, 1, "here").response_ids == [7, 1]
+    with pytest.raises(BadSample, match="pixel_values: holds what"):
+        of_skyrl({}, output | {"pixel_values": [torch.zeros(2, 3)]}, 0, 1, "here")
+    with pytest.raises(BadSample, match="process_rewards: are beside the reward"):
+        of_skyrl({}, output | {"process_rewards": [[0.0, 1.0]]}, 0, 1, "here")
+
+
+# --------------------------------------------------------------------------------------------------- rewards
+def test_a_remote_reward_models_list_of_one_is_recorded(tmp_path: Path) -> None:
+    class Executor:
+        async def execute(self, prompt: Any, label: Any, sampling_params: Any, **others: Any) -> Any:
+            return {
+                "prompt": prompt, "label": label, "observation_tokens": [5, 6, 7, 1], "action_ranges": [(2, 4)],
+                "reward": label, "rollout_log_probs": None, "images": others.get("images"),
+            }  # fmt: skip
+
+    held = recording(Executor, tmp_path)()
+    for label, images in (([0.25], None), ([1.0, 2.0], None), ([0.5], ["x.png"])):
+        asyncio.run(held.execute("q", label, SimpleNamespace(temperature=1.0), images=images))
+    (path,) = tmp_path.iterdir()
+    assert [json.loads(line)["reward"] for line in path.read_text().splitlines()] == [0.25]
+
+
+def test_the_reward_of_several_is_named(tmp_path: Path) -> None:
+    content = made("slime")
+    for sample in content["samples"]:
+        sample["reward"] = {"right": sample["reward"], "form": 0.5}
+    path = write(tmp_path / "7.pt", content)
+    with pytest.raises(CropiError, match=r"is a table: 'right', 'form'; .* with --columns reward=NAME"):
+        rewards(path)
+    with pytest.raises(
+        CropiError, match="there is no 'wrong', which --columns reward= names; there are 'right', 'form'"
+    ):
+        rewards(path, columns={"reward": "wrong"})
+    expected = rewards(write(tmp_path / "8.pt", made("slime")))
+    assert rewards(path, columns={"reward": "right"}) == expected
+    assert rewards(path, columns={"reward": "right+form"}) == [[one + 0.5 for one in row] for row in expected]
+    path = write(tmp_path / "completions_00001.parquet", made("trl"))
+    assert rewards(path, columns={"reward": "accuracy+form"}) == rewards(path)
+
+
+def test_verls_penalty_for_long_responses_is_not_guessed(tmp_path: Path) -> None:
+    content = made("verl text")
+    for row in content:
+        row["overlong_reward"] = 0
+    path, plain = tmp_path / "7.jsonl", rewards(write(tmp_path / "8.jsonl", made("verl text")))
+    assert rewards(write(path, content)) == plain
+    content[1]["overlong_reward"] = -0.5
+    with pytest.raises(
+        CropiError, match=r"7.jsonl:2, score: may be with or without the penalty .* -0.5 here"
+    ):
+        rewards(write(path, content))
+    assert rewards(path, columns={"reward": "score"}) == plain
+    changed = [row[:] for row in plain]
+    place = next(
+        (g, k) for g, row in enumerate(plain) for k, one in enumerate(row) if one == content[1]["score"]
+    )
+    changed[place[0]][place[1]] -= 0.5
+    assert rewards(path, columns={"reward": "score+overlong_reward"}) == changed
+
+
+# ----------------------------------------------------------------------------------------- turns and validation
+def test_several_sequences_with_one_reward_are_refused(tmp_path: Path) -> None:
+    content, path = made("slime"), tmp_path / "7.pt"
+    for sample in content["samples"]:
+        sample["rollout_id"] = sample["index"]
+    assert rewards(write(path, content)) == rewards(write(tmp_path / "8.pt", made("slime")))
+    content["samples"][2]["rollout_id"] = 3
+    with pytest.raises(CropiError, match="sample 2, rollout_id: 3 is that of several samples"):
+        rewards(write(path, content))
+
+
+def test_the_turns_of_areal_are_refused(tmp_path: Path) -> None:
+    content, path = made("areal"), tmp_path / "3.jsonl"
+    texts = (("prompt", "q0"), ("gen", "r"), ("context", "tool"), ("gen", "1"))
+    content[1]["segments"] = [{"role": role, "len": 1, "text": text} for role, text in texts]
+    with pytest.raises(CropiError, match=r"3.jsonl:2, segments: are several turns"):
+        rewards(write(path, content))
+
+
+def test_a_folder_stands_for_its_files_without_those_of_validation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validation = made("slime")
+    for sample in validation["samples"]:
+        sample["tokens"] = [90, *sample["tokens"]]
+    folder = tmp_path / "rollout_data"
+    folder.mkdir()
+    write(folder / "eval_7.pt", validation)
+    out = tmp_path / "out.jsonl"
+    assert main(["convert", str(folder), "--out", str(out), *TEMPERATURE]) == 0  # alone it is meant
+    assert json.loads(out.read_text().splitlines()[0])["prompt_ids"][0] == 90
+    write(folder / "7.pt", made("slime"))
+    assert main(["convert", str(folder), "--out", str(out), *TEMPERATURE]) == 0
+    assert f"left out      {folder}: eval_7.pt, which" in capsys.readouterr().out
+    kept = {tuple(json.loads(line)["prompt_ids"]) for line in out.read_text().splitlines()}
+    assert kept == {tuple(prompt) for prompt, *_ in ROLLOUTS}
+    results = tmp_path / "results"
+    results.mkdir()
+    write(results / "sums.jsonl", made("skyrl"))
+    write(results / "aggregated_results.jsonl", [{"eval/all/avg_score": 0.5}])
+    with pytest.warns(UserWarning, match=r"aggregated_results.jsonl, which by their names are of validation"):
+        assert len(rewards(results)) == 2
