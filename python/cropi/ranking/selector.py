@@ -19,6 +19,7 @@ from cropi.checked import absent, fits, is_id
 from cropi.errors import CropiError
 from cropi.ranking.alike import known_alike
 from cropi.ranking.exploring import Noise, Values, draw, known
+from cropi.ranking.failing import Failing
 from cropi.ranking.origin import NAMES, Origin, differs, from_text, merged, origin_of, to_text
 from cropi.ranking.packed_rows import PackedRows
 from cropi.ranking.selector_state import check_state
@@ -103,6 +104,7 @@ class Selector:
         self._weight = np.zeros(n)  # of visits, at the step `_last`
         self._last = np.full(n, -1, dtype=np.int64)
         self._failed = np.zeros(n, dtype=np.int32)
+        self._failing = Failing()
         self._valid = torch.zeros(0, dim)
         self._noise = Noise()
         self._shown = np.zeros(n)  # usefulness, on average over visits
@@ -136,7 +138,8 @@ class Selector:
                 which spec, parameters, model and estimator must be those of all sketches before
                 (:mod:`cropi.ranking.origin`). Rows of zeros are visits without a gradient; so are rows with a
                 NaN or an infinity, which mark their prompts as failed besides (where no row of a step is finite, they
-                only do that: an overflow under loss scaling says nothing of a prompt).
+                only do that: an overflow under loss scaling says nothing of a prompt). A prompt that fails again and
+                again is left out for ever longer (:mod:`cropi.ranking.failing`).
             step: the optimizer step; never less than before.
             gather: take the updates of all ranks of torch.distributed's default group, in their order; every rank must
                 call, with as many rows as it has (none, too), and has the same selector afterwards.
@@ -225,6 +228,7 @@ class Selector:
             raise CropiError(f"n must be an integer from 1 to {len(self)}, the size of the pool, got {n!r}")
         when = self._step(step)
         means, deviations = self.known(when)
+        means[self._failing.resting(when)] = -np.inf
         return [self.ids[i] for i in draw(means, deviations, int(n), self.explore, (self.seed, when))]
 
     def known(self, step: int | None = None) -> tuple[Values, Values]:
@@ -263,7 +267,7 @@ class Selector:
             "weight": torch.from_numpy(self._weight), "shown": torch.from_numpy(self._shown),
             "last": torch.from_numpy(self._last), "failed": torch.from_numpy(self._failed), "valid": self._valid,
             "noise": [self._noise.total, self._noise.count], "step": self.step, "refreshed": self._refreshed,
-            "names": self._origin.get(NAMES, ""), "origin": to_text(self._origin),
+            "names": self._origin.get(NAMES, ""), "origin": to_text(self._origin), "failing": self._failing.state(),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -289,6 +293,7 @@ class Selector:
         self._valid, self.step = state["valid"].clone(), int(state["step"])
         self._origin = merged(self._origin, origin)
         self._noise = Noise(*map(float, state["noise"]))
+        self._failing.load(state["failing"], {old: new for new, old in enumerate(order.tolist())})
 
     @functools.cached_property
     def _features_digest(self) -> str:
@@ -358,10 +363,13 @@ class Selector:
         finite = rows.isfinite().all(dim=1)
         # A part that is not finite spoils the sum of a prompt's parts.
         broken = np.unique(places[~finite.numpy()])
-        self._failed[broken] += 1
-        if len(broken) == len(np.unique(places)):
-            return  # the step failed (an overflow under loss scaling), and says nothing of any prompt
         unique, inverse = np.unique(places, return_inverse=True)
+        failed = len(broken) == len(unique)
+        self._failed[broken] += 1
+        self._failing.note(broken, self.step, int(self._last.max()) if failed else self.step)
+        if failed:
+            return  # the step failed (an overflow under loss scaling), and says nothing of any prompt
+        self._failing.end(np.setdiff1d(unique, broken))
         # Of float32 numbers squares may be beyond float32, at either end.
         new = torch.zeros(len(unique), self.dim, dtype=torch.float64)
         new.index_add_(0, torch.from_numpy(inverse), rows.double())

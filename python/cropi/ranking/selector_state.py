@@ -13,7 +13,8 @@ from cropi.form import check_form, is_number
 from cropi.ranking.origin import is_text
 
 OTHER = "go on from another checkpoint, or begin with a new Selector"
-LATER = {"refreshed": 0, "origin": "{}"}  # what the first states did not have, and what it was then
+# What the first states did not have, and what it was then.
+LATER: dict[str, Any] = {"refreshed": 0, "origin": "{}", "failing": []}
 
 
 def _are_ids(given: Any) -> bool:
@@ -27,6 +28,7 @@ def _is_count(given: Any) -> bool:
 _FORM = {
     "version": int, "settings": {str: (str, is_number, None)}, "ids": _are_ids,
     "step": _is_count, "refreshed": _is_count, "origin": lambda text: is_text(text), "names": str,
+    "failing": [lambda held: fits(held, list[int]) and len(held) == 3 and min(held) >= 0],
     "noise": lambda noise: fits(noise, list[float]) and min(noise, default=0) >= 0,
 }  # fmt: skip
 
@@ -49,6 +51,8 @@ def check_state(given: Any, mine: Mapping[str, Any]) -> dict[str, Any]:
         raise CropiError(
             f"the state is of version {state['version']!r}: this release reads version {mine['version']}"
         )
+    if max((held[0] for held in state["failing"]), default=-1) >= len(state["ids"]):
+        raise CropiError(f"the state is damaged: failing names a place beyond the pool; {OTHER}")
     for key in {**mine["settings"], **state["settings"]}:
         theirs, ours = state["settings"].get(key), mine["settings"].get(key)
         if theirs != ours:
@@ -65,7 +69,7 @@ def check_state(given: Any, mine: Mapping[str, Any]) -> dict[str, Any]:
                 "pool that it was saved with"
             )
     for key in mine:
-        if key != "settings":
+        if key not in ("settings", "failing"):  # of any length
             _check_kind(key, state[key], mine[key])
     return state
 
