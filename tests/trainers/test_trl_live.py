@@ -22,6 +22,7 @@ from cropi.ranking.alike import prompt_features
 from cropi.trainers.trl import Curriculum, Live
 from cropi.trainers.trl.live import PLACES, STATE, LiveRun, features_of
 from cropi.trainers.trl.mixins import RecorderHooks
+from cropi_kernels import CoupledLossError
 from cropi_kernels.names import canonical_name
 from cropi_kernels.testing import sketch_gradients
 
@@ -176,9 +177,32 @@ def test_a_mixture_whose_rollouts_are_not_recorded(tmp_path: Path, valid: Path) 
     assert live.selector.step == 4 and live.selector.seen.any() and not live.selector.failed
     assert not list((tmp_path / "out" / "cropi").glob("rollouts/*.jsonl"))
     with pytest.raises(
+        CropiError, match=r"set live=Live\(coupled=True\) .* or args.router_aux_loss_coef=0.0"
+    ):
+        staged(tmp_path / "not", options | {"live": Live()}, model=model, eval_dataset=None)
+    with pytest.raises(
         CropiError, match="valid is None, so it comes from what this run records, but recording"
     ):
         Curriculum(stage_steps=2, live=Live(), recording=None)
+
+
+@pytest.mark.long
+def test_a_mixture_without_its_load_balancing_loss_is_not_coupled(
+    tmp_path: Path, valid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the kernels' own check says what the trainer's does, of a TRL that does not tell of that loss."""
+    given = dict(eval_dataset=None, max_steps=2)
+    options = LIVE | {"valid": valid, "recording": None}
+    model = make_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    trainer = staged(tmp_path / "out", options, model=model, router_aux_loss_coef=0.0, **given)
+    trainer.train()
+    assert trainer._cropi.live.sketcher.loss.startswith("a sum over prompts")
+    monkeypatch.setattr("cropi.trainers.trl.checks.balances_experts", lambda trainer: False)
+    silent = staged(tmp_path / "other", options, model=model, **given)
+    with pytest.raises(
+        CoupledLossError, match=r"gate\.weight.* such as experts' load balancing.*coupled=True"
+    ):
+        silent.train()
 
 
 @pytest.mark.long

@@ -26,7 +26,8 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
 
     Raises:
         CropiError: no number of steps, stages that cut a generation batch in two, a model in shards, rows that the
-            trainer dropped, too few prompts for one batch, or a missing eval_dataset.
+            trainer dropped, too few prompts for one batch, a missing eval_dataset, or a load-balancing loss of experts
+            that ``live`` was not told of.
     """
     args, steps = trainer.args, options.stage_steps
     if args.max_steps <= 0:
@@ -51,6 +52,12 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
             f"the trainer holds {len(trainer.train_dataset)} rows of the {prompts} of train_dataset, so "
             "ids and rows do not match; prepare the dataset before it is passed"
         )
+    if options.live is not None and not options.live.coupled and balances_experts(trainer):
+        raise CropiError(
+            "TRL adds the load-balancing loss of this mixture of experts, which is no sum over prompts: set "
+            "live=Live(coupled=True) to take the parts of the gradient that pass through each prompt's tokens, or "
+            "args.router_aux_loss_coef=0.0 to train without that loss"
+        )
     stage = prompts if options.live is None else drawn(options, prompts)
     check_enough(range(stage), int(args.generation_batch_size // trainer.num_generations), 0)
     if options.valid is None:
@@ -64,6 +71,11 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
                 f"num_generations_eval is {trainer.num_generations_eval}: a validation prompt needs at least 2 "
                 "responses for an advantage"
             )
+
+
+def balances_experts(trainer: Any) -> bool:
+    """Whether TRL adds a load-balancing loss of experts (its versions before that say nothing of one)."""
+    return bool(getattr(trainer, "aux_loss_enabled", False))
 
 
 def drawn(options: Curriculum, pool: int) -> int:

@@ -27,7 +27,7 @@ from cropi.errors import CropiError, shown
 from cropi.files import write_atomic, writing
 from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
-from cropi.trainers.trl.checks import check_arguments, check_policy, check_space, drawn
+from cropi.trainers.trl.checks import balances_experts, check_arguments, check_policy, check_space, drawn
 from cropi.trainers.trl.live import LiveRun, features_of
 from cropi.trainers.trl.losses import estimator_of_config
 from cropi.trainers.trl.options import Curriculum
@@ -105,6 +105,8 @@ class Stages(Recorder):
         if options.estimator == "auto":
             estimator, left_out = estimator_of_config(trainer.args)
             options = replace(options, estimator=estimator)
+            if balances_experts(trainer):
+                left_out.append("router_aux_loss_coef: the load-balancing loss of experts")
             for text in left_out:
                 logger.warning("selections leave out a part of the loss: %s", text)
         super().__init__(trainer, options.recording)
