@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from support.made_data import make_tokenizer
 
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, RecordError
-from cropi.gradient.tokenize import Tokenize, TooLong
+from cropi.gradient.tokenize import BehindEnd, Tokenize, TooLong
 
 VOCABULARY = 98
 EOS = 1
@@ -66,6 +67,32 @@ def test_end_token_is_appended_unless_truncated_or_there() -> None:
     assert tokens(group(truncated=[False, True])).responses == [[*ids("x"), EOS], ids("yz")]
     assert tokens(group(responses=["x<eos>", "yz"])).responses[0] == [*ids("x"), EOS]
     assert Tokenize(make_tokenizer(), VOCABULARY, eos=False)(group()).responses == [ids("x"), ids("yz")]
+
+
+@pytest.mark.parametrize(
+    "response", ["x<eos>\n", "x<eos>user: y<eos>", [{"role": "assistant", "content": "x<eos>y"}]]
+)
+@pytest.mark.parametrize("eos", [True, False])
+def test_text_behind_an_end_token_is_not_the_policys(response: Any, eos: bool) -> None:
+    """As SkyRL and AReaL write rollouts of several turns: a sampler stops at the end token."""
+    tokens = Tokenize(make_tokenizer(), VOCABULARY, eos=eos)
+    assert tokens(group(responses=["x<eos>", "<eos>"])).responses == [[*ids("x"), EOS], [EOS]]
+    with pytest.raises(RecordError, match=r"f:1 .*, responses\[1\]: goes on behind the end token '<eos>'"):
+        tokens(group(responses=["x", response]))
+
+
+def test_token_ids_behind_an_end_token_want_a_mask() -> None:
+    held = group(response_ids=[[7, EOS], [7, EOS, 8, EOS]])
+    tokens = Tokenize(make_tokenizer(), VOCABULARY)
+    with pytest.warns(
+        BehindEnd, match=r"responses\[1\]: there are tokens behind an end token, and no 'loss_mask'"
+    ):
+        assert tokens(held).responses == held.response_ids
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens(held)  # said once
+        masked = group(response_ids=held.response_ids, loss_mask=[[1, 1], [1, 1, 0, 1]])
+        assert Tokenize(make_tokenizer(), VOCABULARY)(masked).masks == [[1, 1], [1, 1, 0, 1]]
 
 
 def test_stored_ids_win_over_text() -> None:

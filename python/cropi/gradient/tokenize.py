@@ -29,6 +29,10 @@ class QuotedToken(UserWarning):
     """A prompt quotes a special token, which is taken as text."""
 
 
+class BehindEnd(UserWarning):
+    """Tokens behind an end token are scored as the policy's."""
+
+
 @dataclass(frozen=True)
 class TokenGroup:
     """A prompt group as token ids; every response ends with the end token unless it was truncated.
@@ -154,7 +158,8 @@ class Tokenize:
 
         Raises:
             RecordError: a token id beyond the vocabulary, a prompt that leaves no room in the context, a
-                response that does not fit (unless it is truncated), or messages that no template renders.
+                response that does not fit (unless it is truncated) or goes on behind an end token, or messages that no
+                template renders.
             TooLong: the same lengths, under ``too_long="skip"``.
         """
         where = f"{group.where} (prompt {group.id!r:.100})"
@@ -168,6 +173,8 @@ class Tokenize:
         masks = group.loss_mask
         if group.response_ids is not None:
             responses = [list(ids) for ids in group.response_ids]
+            if masks is None:
+                self._warn_of_turns(responses, where)
         else:
             responses, masks = self._responses(group, where)
         self._check_vocabulary(where, "prompt", prompt)
@@ -242,6 +249,7 @@ class Tokenize:
                 "quoted",
                 f"{where}: the prompt quotes {', '.join(quoted)}, which is taken as text and not as the token; an "
                 "engine that tokenised the rendered text may have read the token: store prompt_ids to be exact",
+                QuotedToken,
             )
         return ids
 
@@ -274,7 +282,7 @@ class Tokenize:
             if isinstance(response, list):
                 made.append(self._turns(group, k, response, cut, where))
             else:
-                made.append((self._text(response, cut), None))
+                made.append((self._text(response, cut, f"{where}, responses[{k}]"), None))
         if all(mask is None for _, mask in made):
             return [ids for ids, _ in made], None
         return [ids for ids, _ in made], [[1] * len(ids) if mask is None else mask for ids, mask in made]
@@ -282,10 +290,9 @@ class Tokenize:
     def _turns(
         self, group: PromptGroup, k: int, response: list[dict[str, Any]], cut: bool, where: str
     ) -> tuple[list[int], list[int] | None]:
-        first = response[0] if response else {}
+        first, name = response[0] if response else {}, f"{where}, responses[{k}]"
         if len(response) == 1 and first.keys() <= {"role", "content"} and first.get("role") == "assistant":
-            return self._text(first["content"], cut), None
-        name = f"{where}, responses[{k}]"
+            return self._text(first["content"], cut, name), None
         if self.template is None:
             raise RecordError(
                 name, "a response of several messages needs a chat template", "pass --chat-template FILE"
@@ -300,17 +307,36 @@ class Tokenize:
         )
         return self.template.turn_ids(prompt, response, name, group.tools, group.chat_template_kwargs)
 
-    def _text(self, response: str, cut: bool) -> list[int]:
+    def _text(self, response: str, cut: bool, where: str) -> list[int]:
         ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
+        if early := self.all_ends.intersection(ids[:-1]):
+            raise RecordError(
+                where,
+                f"goes on behind the end token {self.tokenizer.decode([min(early)])!r}, and what stands there was not "
+                "sampled by the policy as one response",
+                "give turns of tools and users as messages, or token ids with 'loss_mask'; cut the text at its end; or "
+                "pass --skip-bad",
+            )
         if not self.eos or cut or (ids and ids[-1] in self.all_ends):
             return ids
         assert self.end is not None
         return [*ids, self.end]
 
-    def _warn(self, kind: str, words: str) -> None:
+    def _warn_of_turns(self, responses: list[list[int]], where: str) -> None:
+        for k, ids in enumerate(responses):
+            if not self.all_ends.isdisjoint(ids[:-1]):
+                self._warn(
+                    "turns",
+                    f"{where}, responses[{k}]: there are tokens behind an end token, and no 'loss_mask'; if tools or "
+                    "users speak there, store the mask, or their tokens count as the policy's",
+                    BehindEnd,
+                )
+                return
+
+    def _warn(self, kind: str, words: str, category: type[Warning]) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(words, QuotedToken, stacklevel=2)
+            warnings.warn(words, category, stacklevel=2)
 
     def _check_vocabulary(self, where: str, name: str, ids: list[int]) -> None:
         for t, token in enumerate(ids):
