@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.made_data import make_model, make_records, make_tokenizer
 
 import cropi
 from cropi.errors import CropiError
@@ -130,6 +131,21 @@ def test_prompts_on_both_sides_are_warned_of(stores: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", SharedPrompts)
         influence(train, [store_of(others, ["x"] * 15, "t")])  # of the same names, and other gradients
+        short = MemoryStore({"spec": {"dim": 24}})
+        # As long a gradient, of other responses.
+        short.add(RowInfo("t002", set="z", norm=float(rows[2].norm()), tokens=9), rows[2])
+        short.finish()
+        influence(train, [short])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prompts_on_both_sides_are_warned_of_though_their_batches_differ(dtype: str) -> None:
+    train, valid = make_records(9, seed=0), make_records(3, seed=1)
+    model = make_model().to(getattr(torch, dtype))
+    with pytest.warns(
+        SharedPrompts, match="^3 training prompts are validation prompts too, for example 'p1-000'"
+    ):
+        cropi.score(model, train + valid, {"v": valid}, make_tokenizer(), dim=4096, progress=False)
 
 
 def test_what_a_contrast_cannot_be(stores: Any) -> None:

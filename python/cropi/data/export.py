@@ -93,8 +93,10 @@ def _export(
 ) -> int:
     if format == "ids":
         for name in ids:
-            if name.splitlines() != [name]:
-                raise CropiError(f"format ids: the prompt id {name!r} is not one line; use jsonl")
+            if name.splitlines() != [name] or name != name.strip():
+                raise CropiError(
+                    f"format ids: the prompt id {name!r} is not one line without spaces around it; use jsonl"
+                )
         write_atomic(out, "".join(f"{name}\n" for name in ids))
         return len(ids)
     if format in BY_PLACE:
