@@ -6,8 +6,18 @@ e^2, and a visit counts ``2^(-age / half_life)``. After visits that count w in a
 
     N( (m / t^2 + w x / e^2) / (1 / t^2 + w / e^2),  1 / (1 / t^2 + w / e^2) ).
 
-A number is drawn from it for every prompt, and the largest are taken. So a prompt that was never seen, or long ago, is
-drawn as often as it is likely to be among the best; one that is known to be poor is not.
+m, t and e are measured. Over the n prompts that were visited, i of them w_i and x_i, and over the J visits of a prompt
+that had earlier ones, which counted w_j and were d_j away on average::
+
+    m   = sum_i c_i x_i / sum_i c_i,   c_i = w_i / (w_i + 1)                       (0 before any visit)
+    t^2 = max(var(x) - mean_i(e^2 / w_i), f^2 / 16),   var with n - 1              (f^2 while n < 2)
+    e^2 = (sum_j d_j^2 / (1 + 1 / w_j) + 10 f^2) / (J + 10),   f = 0.2
+
+Where most visits are old, t is f / 4, and less is drawn at random: on simulated streams that drift this loses less than
+an estimate that leaves the visits' ages out.
+
+A number is drawn for every prompt from what is known of it, and the largest are taken. So a prompt that was never seen,
+or long ago, is drawn as often as it is likely to be among the best; one that is known to be poor is not.
 """
 
 from __future__ import annotations
