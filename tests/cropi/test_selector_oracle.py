@@ -24,9 +24,8 @@ class History:
     def __init__(self, half_life: float, within: int | None) -> None:
         self.half_life, self.within = half_life, within
         self.visits: dict[int, list[tuple[int, np.ndarray, float]]] = {}
-        self.off: list[
-            tuple[float, float]
-        ] = []  # of repeated visits: from the average before, and what that counts
+        # Of repeated visits: how far from the average before, and what that counts.
+        self.off: list[tuple[float, float]] = []
         self.sets: list[np.ndarray] = []
         self.refreshed = 0
 
@@ -120,9 +119,8 @@ def test_a_long_history_is_what_its_visits_say(half_life: float, within: int | N
 def test_new_and_old_prompts_are_drawn_as_often_as_their_uncertainty_says(explore: float) -> None:
     """100 000 prompts of five kinds in one draw: of kind k, P(N(m_k, s_k^2) > c), c the level that n of them pass."""
     each, n = 20_000, 12_000
-    aims = np.array(
-        [0.6, 0.3, -0.6, 0.6, 0.0]
-    )  # of what is visited: good, fair and poor lately, good long ago; new
+    # Good, fair and poor lately, good long ago; the fifth kind is new.
+    aims = np.array([0.6, 0.3, -0.6, 0.6])
     steps = [300, 300, 300, 0, None]
     selector = Selector(range(5 * each), SPEC, dim=64, half_life=40.0, explore=explore, seed=3)
     draws, towards = np.random.default_rng(0), np.ones(DIM)
