@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -359,6 +361,36 @@ def test_facility_location_is_the_greedy_maximum() -> None:
         gains[chosen] = -1
         chosen.append(int(gains.argmax()))
     assert diverse(rows, 12, "facility").tolist() == sorted(chosen)
+
+
+def covered(near: np.ndarray, chosen: Any) -> float:
+    return float(near[list(chosen)].max(axis=0).sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_facility_location_covers_as_its_bound_says(seed: int) -> None:
+    """Of sum_i max_j max(cos(i, j), 0), at least 1 - 1/e of what the best of all 220 choices of three has; and the
+    choices of one and of all are the best."""
+    rows = torch.nn.functional.normalize(
+        torch.randn(12, 5, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
+    near = np.maximum(rows.double().numpy() @ rows.double().numpy().T, 0)
+    for n in (1, 3, 12):
+        best = max(covered(near, some) for some in itertools.combinations(range(12), n))
+        found = covered(near, diverse(rows.half(), n, "facility").tolist())
+        # Cosines are kept in float16.
+        assert best * (1 - 1 / math.e if n == 3 else 1.0) - 12 * 2.0**-10 <= found <= best + 1e-12
+
+
+def test_clusters_give_their_best_in_turns() -> None:
+    """Sixteen prompts far apart in four directions (so many as the root of the candidates): of n, the best of every
+    cluster come first, then the second best."""
+    which = [0, 0, 0, 1, 0, 2, 0, 3, 1, 2, 3, 1, 1, 2, 3, 3]
+    rows = torch.eye(8)[which] + 0.01 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    turns = sorted(range(16), key=lambda i: (which[:i].count(which[i]), i))
+    for seed in range(5):
+        for n in (4, 6, 9):
+            assert diverse(rows, n, "kmeans", seed).tolist() == sorted(turns[:n]), (seed, n)
 
 
 def test_the_store_of_the_scores_is_found_or_asked_for(tmp_path: Path) -> None:

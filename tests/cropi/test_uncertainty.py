@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,39 @@ def test_the_chance_of_being_chosen_by_hand() -> None:
     assert made.halves == 0, "each half is one axis: never the same prompt"
     assert made.sets[0].signal == 0, "orthogonal gradients have no common direction"
     assert "mostly noise" in made.sets[0].advice()
+
+
+def chosen_by_hand(train: np.ndarray, means: list[np.ndarray], n: int) -> set[int]:
+    """The rule of the paper's code: the n best of every set get 1 / rank, and the n highest sums are chosen."""
+    fused = np.zeros(len(train))
+    for mean in means:
+        scores = train @ mean / np.linalg.norm(train, axis=1) / np.linalg.norm(mean)
+        order = sorted(range(len(train)), key=lambda i: (-scores[i], i))[:n]
+        fused[order] += 1.0 / np.arange(1, n + 1)
+    # Equal sums go by id; those in no list come last.
+    return set(sorted(range(len(train)), key=lambda i: (-fused[i], i))[:n])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_chance_of_being_chosen_is_that_over_all_draws(seed: int) -> None:
+    """Three prompts of one set and two of another: 27 x 4 draws with replacement, all as likely."""
+    rng = np.random.default_rng(seed)
+    train, valid = rng.normal(size=(12, 6)), rng.normal(size=(5, 6)) + 0.3
+    sets = [valid[:3], valid[3:]]
+    base, counts, kept = chosen_by_hand(train, [own.mean(0) for own in sets], 3), np.zeros(12), 0.0
+    every = list(
+        itertools.product(itertools.product(range(3), repeat=3), itertools.product(range(2), repeat=2))
+    )
+    for drawn in every:
+        chosen = chosen_by_hand(train, [own[list(places)].mean(0) for own, places in zip(sets, drawn)], 3)
+        counts[list(chosen)] += 1
+        kept += len(chosen & base) / 3 / len(every)
+    counts /= len(every)
+    made = uncertainty(made_pairs(train, valid, ["x"] * 3 + ["y"] * 2), fraction=0.25, draws=4000)
+    # Four standard deviations of a share of 4000 draws.
+    assert (np.abs(made.p_selected - counts) <= 4 * np.sqrt(counts * (1 - counts) / 4000) + 1e-12).all()
+    assert made.overlap == pytest.approx(kept, abs=4 * np.sqrt(0.25 / 4000))
+    assert 0 < kept < 1
 
 
 def test_a_choice_that_nothing_can_move() -> None:
