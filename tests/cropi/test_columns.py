@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support.made_data import make_tokenizer
 
 from cropi.data import tables
 from cropi.data.columns import TableGroup
@@ -19,6 +20,8 @@ from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.scan import scan
 from cropi.errors import CropiError, RecordError
+from cropi.gradient.tokenize import Tokenize
+from cropi.rollouts.prompts import read_prompts
 
 HERE = Path(__file__).parents[1] / "data"
 
@@ -148,3 +151,41 @@ def test_ids_in_one_file_and_none_in_the_next(tmp_path: Path) -> None:
     for order in ((with_ids, without), (without, with_ids)):
         with pytest.raises(RecordError, match="the key 'id' is missing|those before it have none"):
             list(read(list(order)))
+
+
+def test_empty_values_that_a_table_adds_are_not_part_of_a_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table has a value in every row for each key of any row: ``{"a": 1}`` is ``{"a": 1, "x": None}`` there."""
+
+    def calling(name: str, **arguments: Any) -> dict[str, Any]:
+        function = {"name": name, "arguments": arguments}
+        return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+
+    def record(i: int, call: dict[str, Any], **more: Any) -> dict[str, Any]:
+        prompt = [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "2", "name": "add"}]
+        responses = [[call, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "3"}]] * 2
+        held = {"id": f"p{i}", "prompt": prompt, "responses": responses, "rewards": [1.0, 0.0]}
+        return held | {"beside": {"x": i, f"y{i}": None}} | more
+
+    shape = {"type": "object", "properties": {"x": {"type": "number"}}}
+    tools = [[{"type": "function", "function": held}] for held in ({"name": "stop"}, {"parameters": shape})]
+    records = [
+        record(0, calling("add", a=1, b=2), tools=None, chat_template_kwargs={"enable_thinking": False}),
+        record(1, calling("turn", x={"up": 1.5})),
+        record(2, calling("stop"), tools=tools[0]),
+        record(3, calling("turn", x={"down": 0.5}), tools=tools[1]),
+    ]
+    plain = [
+        {"id": one["id"], "prompt": one["prompt"], "rewards": [1, 0], "responses": ["a", "b"]}
+        for one in records
+    ]
+    for given in (records, plain):
+        expected = [group.to_record() | {"beside": None} for group in read(given)]
+        for groups, found, *_ in both(write(tmp_path / "t.parquet", given), monkeypatch):
+            assert [one | {"beside": None} for one in found] == expected and groups[3].tools == given[3].get(
+                "tools"
+            )
+    chat = "{% for m in messages %}{{ m }}{% endfor %}"
+    prompts, _ = read_prompts(tmp_path / "t.parquet", Tokenize(make_tokenizer(), 98, chat_template=chat))
+    assert [one.row["prompt"] for one in prompts] == [one["prompt"] for one in records]

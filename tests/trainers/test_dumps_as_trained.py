@@ -157,6 +157,26 @@ def test_the_turns_of_areal_are_refused(tmp_path: Path) -> None:
         rewards(write(path, content))
 
 
+def test_calls_of_several_tools_in_trls_table_keep_their_own_arguments(tmp_path: Path) -> None:
+    """A table has a value in every row for each key of any row."""
+
+    def call(name: str, **arguments: Any) -> list[dict[str, Any]]:
+        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+        return [
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "name": name, "content": "3"},
+            {"role": "assistant", "content": "3"},
+        ]
+
+    prompt, said = [{"role": "user", "content": "1+2"}], [call("add", a=1, b=2), call("show", page="x")]
+    content = [
+        {"step": 1, "prompt": prompt, "completion": made, "right": float(k), "advantage": k - 0.5}
+        for k, made in enumerate(said)
+    ]
+    (group,) = read(opened(write(tmp_path / "completions_00001.parquet", content)))
+    assert (group.prompt, group.responses, group.rewards) == (prompt, said, [0.0, 1.0])
+
+
 def test_a_folder_stands_for_its_files_without_those_of_validation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from cropi.data.checks import LARGEST_TOKEN, LOGPROB_SLACK, LONGEST_ID, check_de
 from cropi.data.keys import ALIASES, FIELDS, REFUSED
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import LARGEST_REWARD
+from cropi.data.values import without_empty
 from cropi.errors import RecordError, optional
 
 HEAVY = ("responses", "prompt_ids", "response_ids", "logprobs", "loss_mask", "extra")
@@ -297,7 +298,7 @@ def table_groups(batch: Any, name: str, numbers: Sequence[int]) -> Iterator[tupl
 
 
 def _plain_prompts(column: Any) -> list[Any]:
-    prompts = column.to_pylist()
+    prompts = without_empty(column.to_pylist())
     if prompts and isinstance(prompts[0], str):
         return list(prompts)
     made = []

@@ -30,7 +30,7 @@ from cropi.data.forms import (
 from cropi.data.places import Places, all_lines, kept_places
 from cropi.data.records import PromptGroup, check_characters, make_group, parse_json
 from cropi.data.sources import Row, Source, sources_of
-from cropi.data.tables import TableRow
+from cropi.data.tables import TableRow, row_of_table
 from cropi.data.values import python_value
 from cropi.errors import CropiError, RecordError
 
@@ -324,11 +324,7 @@ class _State:
             row = {str(key): python_value(value) for key, value in row.items()}
             check_characters({key: value for key, value in row.items() if key not in FLAT}, where)
         made = renamed(row, self.columns, where) if self.columns else dict(row)
-        return (
-            {key: value for key, value in made.items() if value is not None}
-            if isinstance(row, TableRow)
-            else made
-        )
+        return row_of_table(made) if isinstance(row, TableRow) else made
 
     def _record(self, row: Any, where: str) -> PromptGroup:
         if isinstance(row, TableGroup):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from cropi.data.columns import table_groups
 from cropi.data.formats import ARROW_FILE, PARQUET
+from cropi.data.values import without_empty
 from cropi.errors import CropiError, RecordError, optional, printable
 
 # Python's objects take some five times the room of a table's numbers.
@@ -20,8 +21,23 @@ BATCH_BYTES, MOST_ROWS = 8 * 2**20, 4096
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
 
+# Columns of conversations and of what a chat template gets.
+RENDERED = frozenset({
+    "prompt", "messages", "responses", "response", "completions", "completion", "tools", "chat_template_kwargs",
+})  # fmt: skip
+
+
 class TableRow(dict[str, Any]):
     """A row of a table, which holds None where the table has a column and the row has nothing in it."""
+
+
+def row_of_table(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's row without what is empty, inside conversations too."""
+    return {
+        key: without_empty(value) if key in RENDERED else value
+        for key, value in row.items()
+        if value is not None
+    }
 
 
 def rows_of_table_file(

@@ -27,6 +27,18 @@ def python_value(value: Any) -> Any:
     return value
 
 
+def without_empty(value: Any) -> Any:
+    """A value of a table without the keys that hold nothing: a table has one in every row for each key of any row.
+
+    So a call of a tool with the arguments ``{"a": 1}`` has ``{"a": 1, "b": None}`` beside another with ``{"b": 2}``.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_empty(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_empty(inner) for inner in value]
+    return value
+
+
 def json_value(value: Any, name: str, row: object) -> Any:
     """A value of a table as JSON has it: dates become ISO text, NaN becomes null.
 

@@ -17,6 +17,7 @@ from cropi.data.keys import FIELDS, named
 from cropi.data.readers import HashedIds
 from cropi.data.records import PromptGroup, check_characters, parse_json
 from cropi.data.sources import Row, sources_of
+from cropi.data.tables import TableRow, row_of_table
 from cropi.data.values import json_value, python_value
 from cropi.errors import CropiError, RecordError, did_you_mean
 from cropi.gradient.tokenize import Tokenize
@@ -119,15 +120,18 @@ def _rows(rows: Iterator[Row]) -> Iterator[tuple[str, Any]]:
 
 
 def _record(row: Any, columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    in_table = False
     if isinstance(row, bytes):
         row = parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
     elif isinstance(row, PromptGroup):
         row = row.to_record()
     else:
+        in_table = isinstance(row, TableRow)
         row = {str(key): python_value(value) for key, value in row.items()}
         check_characters(row, where)
     row = {key: value for key, value in row.items() if key not in OLD or key in columns.values()}
     made = named(renamed(row, columns, where) if columns else row, where)
+    made = row_of_table(made) if in_table else made
     made = {key: value for key, value in made.items() if value is not None and key not in OLD}
     check_depth(made, where)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from cropi.data.records import parse_json
 from cropi.data.sources import PathSource
-from cropi.data.tables import TableRow
+from cropi.data.tables import TableRow, row_of_table
 from cropi.data.values import python_value
 from cropi.errors import RecordError
 from cropi.trainers.dumps.fields import BadSample, Left, finite, names, nested, prompt_id, shown
@@ -40,7 +40,7 @@ def _parsed(pair: tuple[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(row, RecordError):
         raise BadSample(where, "row", row.problem)
     if isinstance(row, TableRow):
-        return where, {key: value for key, value in row.items() if value is not None}
+        return where, row_of_table(row)
     return where, {str(key): python_value(value) for key, value in row.items()}
 
 
