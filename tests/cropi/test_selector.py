@@ -157,6 +157,19 @@ def test_visits_are_compared_with_the_validation_mean_of_their_time() -> None:
             made(within=bad)
 
 
+def test_prompts_that_point_away_are_told() -> None:
+    """By mean and deviation: one visit is not enough, many are; what was never seen is not opposed."""
+    selector, x = made(dim=256), torch.eye(256)
+    selector.refresh(x[:1])
+    for step in range(30):
+        selector.update(["p0", "p1"], torch.stack([x[1] - 0.15 * x[0], x[1] + 0.15 * x[0]]), step)
+        if step == 0:
+            assert selector.opposed(["p0", "p1", "p2"]).tolist() == [False, False, False]
+    assert selector.opposed(["p1", "p0", "p2", "p0"]).tolist() == [False, True, False, True]
+    with pytest.raises(CropiError, match="not in the pool"):
+        selector.opposed(["other"])
+
+
 def test_draws_are_the_same_in_every_process_and_differ_by_step() -> None:
     one, other = made(50, explore=1.0, seed=3), made(50, explore=1.0, seed=3)
     assert one.next(5, 1) == other.next(5, 1) != one.next(5, 2)

@@ -288,7 +288,11 @@ def test_opposed_prompts_are_dropped_from_a_step(
     )
     trainer.train()
     assert len(watched.updates[0][0]) == 2 and watched.updates[1][0] == []
-    assert trainer._cropi.live.selector.scores(watched.updates[0][0]).shape == (2,)
+    live = trainer._cropi.live
+    assert live.selector.scores(watched.updates[0][0]).shape == (2,)
+    live.live, given = Live(opposed=0.5), watched.inputs[0]
+    dropped, weighed = live._weighed(given, given[PLACES])
+    assert not len(dropped) and torch.equal(weighed["advantages"], 0.5 * given["advantages"])
 
 
 # --------------------------------------------------------------------------------------------------- resuming

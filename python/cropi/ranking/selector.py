@@ -240,6 +240,14 @@ class Selector:
             return known_alike(self._shown, weight, self._noise, self._features)
         return known(self._shown, weight, self._noise.variance)
 
+    def opposed(self, ids: Sequence[Hashable]) -> npt.NDArray[np.bool_]:
+        """Whether visits say that these prompts point against the validation mean: mean and one standard deviation of
+        what is known of their usefulness are below 0. False of prompts that were never seen."""
+        places = self.places(ids)
+        means, deviations = self.known()
+        result: npt.NDArray[np.bool_] = ((means + deviations < 0) & self.seen)[places]
+        return result
+
     def scores(self, ids: Sequence[Hashable]) -> Values:
         """The usefulness of these prompts as their visits show it; NaN where there was none."""
         places = self.places(ids)

@@ -135,9 +135,9 @@ class LiveRun:
         none = torch.zeros(0, dtype=torch.int64)
         if self.live.opposed == 1.0:
             return none, inputs
-        means, deviations = self.selector.known()
-        against = torch.from_numpy((means + deviations < 0) & self.selector.seen)
-        rows = against[places]
+        rows = torch.from_numpy(
+            self.selector.opposed([self.selector.ids[place] for place in places.tolist()])
+        )
         if not bool(rows.any()):
             return none, inputs
         self.dropped += int(rows.sum())
