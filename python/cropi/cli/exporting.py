@@ -34,6 +34,7 @@ def check(args: argparse.Namespace, groups: PromptGroups | None) -> None:
 
     from cropi.data.export import BY_PLACE, check_export
     from cropi.data.saved import check_hub_name
+    from cropi.errors import CropiError
 
     given = args.format or args.dataset or args.id_key or args.data_source
     if given and not (args.export or args.push_to_hub):
@@ -44,6 +45,10 @@ def check(args: argparse.Namespace, groups: PromptGroups | None) -> None:
     if args.export:
         if form in BY_PLACE and not args.dataset:
             args.parser.error(f"--format {form} needs --dataset, whose rows it numbers")
+        if form == "weights" and getattr(args, "draws", 2) < 2:
+            raise CropiError(
+                f"--format weights needs resampled scores, and --draws is {args.draws}; give at least 2"
+            )
         if form != "ids" and not (args.dataset or groups is not None):
             args.parser.error(
                 f"--format {form} needs the prompts' rows: give the trainer's own --dataset, or --trajectories"

@@ -147,8 +147,10 @@ def warn_lossy(counts: Scan) -> None:
         )
 
 
-def check_covered(scans: Mapping[str, Scan], wanted: Sequence[str], *, option: str, before: str = "") -> None:
-    """Check that every validation set has a trajectory with a gradient.
+def check_covered(
+    scans: Mapping[str, Scan], wanted: Sequence[str], *, option: str, before: str = ""
+) -> list[str]:
+    """The names of the validation sets, each of which has a trajectory with a gradient.
 
     Args:
         scans: of the validation files, by the name of the set that their records without one belong to.
@@ -176,6 +178,7 @@ def check_covered(scans: Mapping[str, Scan], wanted: Sequence[str], *, option: s
                 f"prompts has a gradient ({_listed(reasons)}); give it prompts that are solved sometimes, or more "
                 "responses per prompt, or leave the set out"
             )
+    return sorted(counts)
 
 
 def check_pool(pool: Scan, names: str, *, known: bool = False, before: str = "", otherwise: str = "") -> None:

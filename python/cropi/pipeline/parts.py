@@ -15,6 +15,7 @@ from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting, SelectionOptions
+from cropi.ranking.contrast import names_without
 from cropi.ranking.rule import grouped_by
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.selection import check_selecting
@@ -118,8 +119,8 @@ def check(
     Raises:
         RecordError: a bad record, or one that does not fit the model.
         NothingToSelect: no training prompt has a gradient.
-        CropiError: a validation set without a prompt that has one, records that name another set than their key, or a
-            fraction that chooses nothing.
+        CropiError: a validation set without a prompt that has one, records that name another set than their key, no
+            set of the name that is subtracted, or a fraction that chooses nothing.
     """
     ranks, job = ranks or Alone(), setup.job
     sources = validation_sources(valid)
@@ -130,7 +131,7 @@ def check(
         parts.append(part)
     if named and isinstance(valid, Mapping):
         check_keys(scans, option)
-    check_covered(scans, sets, option=option, before=before)
+    names_without(check_covered(scans, sets, option=option, before=before), setup.influence.minus)
     mine, _, pool = part_of(policy, train, job, "train", None, known, ranks)
     check_pool(pool, mine.groups.names, known=known is not None, before=before, otherwise=otherwise)
     most = job.limit or pool.prompts
