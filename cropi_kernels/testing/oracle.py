@@ -55,7 +55,10 @@ def exact_gradient(
 def sketch_gradients(
     model: nn.Module, gradients: dict[str, torch.Tensor], spec: SketchSpec, exclude: tuple[str, ...] = ()
 ) -> torch.Tensor:
-    """Sketch [dim] of a gradient that exists, coordinate by coordinate, in its dtype (float64: an oracle)."""
+    """Sketch [dim] of a gradient that exists, coordinate by coordinate, in its dtype (float64: an oracle).
+
+    Computed on the CPU; the result is on the gradients' device.
+    """
     plan = plan_model(model, spec, Accumulator(spec), exclude)
     matrices: dict[str, tuple[MatrixSketch, Callable[[torch.Tensor], torch.Tensor]]] = {}
     for module, tap in plan.taps.items():
@@ -67,10 +70,11 @@ def sketch_gradients(
     for one in plan.exact.parameters:
         if one.matrix is not None:
             matrices[one.name] = one.matrix, torch.Tensor.contiguous
-    dtype = next(iter(gradients.values())).dtype
+    one = next(iter(gradients.values()))
+    dtype, device = one.dtype, one.device
     out = torch.zeros(spec.base_dim, dtype=dtype)
     for name in plan.coverage.names:
-        gradient = gradients[name]
+        gradient = gradients[name].cpu()
         if name in matrices:
             matrix, outputs_first = matrices[name]
             out += _sketch_matrix(matrix, outputs_first(gradient).contiguous())
@@ -79,7 +83,7 @@ def sketch_gradients(
             vector = plan_vector(spec, name, gradient.numel())
             signed = gradient.reshape(-1) * torch.from_numpy(vector.sign).to(dtype)
             out.index_add_(0, torch.from_numpy(vector.position), signed)
-    return reduce_sketch(out, spec.dim, seed=spec.seed, version=spec.version)
+    return reduce_sketch(out, spec.dim, seed=spec.seed, version=spec.version).to(device)
 
 
 def sketch_and_magnitudes(

@@ -11,9 +11,11 @@ import pytest
 import torch
 from support.zoo import Batch, make, padded, weights_of
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.names import canonical_name
+from cropi_kernels.sketcher import again, listener, measure, recognise
 from cropi_kernels.sketcher.precision import product_eps
 from cropi_kernels.testing import sketch_gradients
 
@@ -343,3 +345,36 @@ def test_sketches_where_transformers_has_chosen_tf32(switches: Any) -> None:
     wanted = sketches(make("llama", torch.float32))
     switches.fp32_precision = "tf32"
     assert torch.equal(sketches(make("llama", torch.float32)), wanted)
+
+
+class Tf32(TorchFunctionMode):
+    """Products of float32 matrices as a GPU with tf32 makes them: operands have 10 bits behind the point. A product with
+    a vector stays exact."""
+
+    PRODUCTS = (nn.functional.linear, torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.PRODUCTS and all(x.dtype == torch.float32 and x.ndim > 1 for x in args[:2]):
+            args = (*map(self.rounded, args[:2]), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        bits = x.detach().contiguous().view(torch.int32)
+        near = ((bits + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+        return x + (near - x).detach()
+
+
+def test_a_head_whose_forward_was_replaced_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's ``cast_lm_head_to_fp32`` puts a function in place of the head's own, and its trainers turn tf32 on."""
+    want = sketches(make("llama"))
+    for module in (again, listener, measure, recognise):
+        monkeypatch.setattr(module, "product_eps", lambda x: 2.0**-10 if x.dtype == torch.float32 else 2.0**-52)
+    model = make("llama")
+    head = model.lm_head
+    head.forward = lambda h: nn.functional.linear(h.to(torch.float32), head.weight)
+    with Tf32():
+        got = sketches(model)
+    assert 0 < (got - want).norm() <= 1e-2 * want.norm()
+    head.forward = lambda h: nn.functional.linear(h, head.weight) * 1.01
+    assert recognise.is_linear(model.model.layers[0].mlp.up_proj) and not recognise.is_linear(head)
