@@ -348,8 +348,8 @@ def test_sketches_where_transformers_has_chosen_tf32(switches: Any) -> None:
 
 
 class Tf32(TorchFunctionMode):
-    """Products of float32 matrices as a GPU with tf32 makes them: operands have 10 bits behind the point. A product with
-    a vector stays exact."""
+    """Products of float32 matrices as a GPU with tf32 makes them: operands have 10 bits behind the point. A product
+    with a vector stays exact."""
 
     PRODUCTS = (nn.functional.linear, torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
@@ -369,7 +369,9 @@ def test_a_head_whose_forward_was_replaced_in_tf32(monkeypatch: pytest.MonkeyPat
     """TRL's ``cast_lm_head_to_fp32`` puts a function in place of the head's own, and its trainers turn tf32 on."""
     want = sketches(make("llama"))
     for module in (again, listener, measure, recognise):
-        monkeypatch.setattr(module, "product_eps", lambda x: 2.0**-10 if x.dtype == torch.float32 else 2.0**-52)
+        monkeypatch.setattr(
+            module, "product_eps", lambda x: 2.0**-10 if x.dtype == torch.float32 else 2.0**-52
+        )
     model = make("llama")
     head = model.lm_head
     head.forward = lambda h: nn.functional.linear(h.to(torch.float32), head.weight)
