@@ -17,6 +17,7 @@ import torch
 from cropi_kernels import (
     SketchSpec,
     fold_inputs,
+    linear_logprob,
     logprob_and_grad,
     norm_grad,
     plan_matrix,
@@ -26,6 +27,7 @@ from cropi_kernels import (
 from cropi_kernels.ops import _device_plan
 from cropi_kernels.ops._triton_segments import cut
 from cropi_kernels.ops.linear_logprob import chunks
+from cropi_kernels.ops.linear_logprob import triton_tiles as tiles
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.sketch_linear import triton as slab
 from cropi_kernels.ops.swiglu import triton as gates
@@ -134,9 +136,21 @@ class Head:
 
     def both(self, chunk: int, prediction: float | None) -> Row:
         weigh = lambda p, a, b: torch.ones_like(p)  # noqa: E731
-        run = lambda: logprob_and_grad(self.hidden, self.weight, self.target, weigh, chunk_size=chunk)  # noqa: E731
+        size = chunk or None
+        run = lambda: logprob_and_grad(self.hidden, self.weight, self.target, weigh, chunk_size=size)  # noqa: E731
         ms = common.milliseconds(run, repeats=3, warm=1)
         return {"us": ms * 1000, "prediction_us": prediction}
+
+    def shaped(self, prediction: float | None, **values: Any) -> Row:
+        """In one pass, with another tile; ``serves``: by the vendor's product and whole logits."""
+        with changed(tiles, **values):
+            return self.both(0, prediction)
+
+    def forward(self, prediction: float | None, **values: Any) -> Row:
+        """Log-probs alone."""
+        with changed(tiles, **values):
+            run = lambda: linear_logprob(self.hidden, self.weight, self.target)  # noqa: E731
+            return {"us": common.milliseconds(run, repeats=3, warm=1) * 1000, "prediction_us": prediction}
 
     def product(self, float_sums: bool, prediction: float) -> Row:
         """dz times head of one chunk. A sum that is split may be added in bfloat16 unless the result is float32."""
@@ -174,6 +188,17 @@ def main() -> None:
     for columns, folded in ((1024, None), (512, None), (1024, 64), (2048, 64)):
         name = f"gated product: {columns} columns{', fold' if folded else ''}"
         todo.append((name, lambda c=columns, w=folded: gated(c, w, 295)))
+    logits = {"serves": lambda *args: False}
+    shapes: dict[str, tuple[dict[str, Any], float, float]] = {
+        "tiles": ({}, 12400.0, 5900.0),
+        "whole logits": (logits, 16200.0, 8100.0),
+        "3 stages": ({"STAGES": 3}, 12700.0, 5900.0),
+        "256 x 128": ({"TOKENS": 256, "WORDS": 128}, 12800.0, 6000.0),
+        "128 x 128, 4 warps": ({"WORDS": 128, "WARPS": 4, "STAGES": 3}, 13300.0, 6800.0),
+    }
+    for name, (values, us, forward_us) in shapes.items():
+        todo.append((f"head: {name}", lambda v=values, p=us: head.shaped(p, **v)))
+        todo.append((f"log-probs alone: {name}", lambda v=values, p=forward_us: head.forward(p, **v)))
     for chunk in (1024, 1664, 2048, 2816, 4096, 8192):
         todo.append((f"head: chunks of {chunk}", lambda n=chunk: head.both(n, 18000.0)))
     todo.append(("dz times head: bfloat16 result", lambda: head.product(False, 1450)))

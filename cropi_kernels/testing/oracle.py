@@ -70,8 +70,8 @@ def sketch_gradients(
     for one in plan.exact.parameters:
         if one.matrix is not None:
             matrices[one.name] = one.matrix, torch.Tensor.contiguous
-    one = next(iter(gradients.values()))
-    dtype, device = one.dtype, one.device
+    given = next(iter(gradients.values()))
+    dtype, device = given.dtype, given.device
     out = torch.zeros(spec.base_dim, dtype=dtype)
     for name in plan.coverage.names:
         gradient = gradients[name].cpu()

@@ -21,6 +21,7 @@ WAYS = {
 EMULATED = ["sm_80", "sm_90"]
 ONLY = {
     "test_launches.py": ["interpreted"],
+    "test_logprob_tiles.py": ["interpreted"],
     "test_emulated_gpu.py": EMULATED,
     "test_host_cost.py": ["sm_90"],
     "test_whole_model.py": EMULATED,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -16,6 +17,19 @@ DEVICE_LOGITS_BYTES = 1 << 30  # on a GPU a product wants thousands of rows
 _TILE = 32  # tokens
 
 
+class Rows(Protocol):
+    """The logits of one chunk at a time, in whatever form; `compute` comes first, then the two others, once or not."""
+
+    def compute(self, hidden: torch.Tensor, target: torch.Tensor) -> None:
+        """The product of ``hidden`` [n, D] with the head; ``target`` [n] is negative where there is none."""
+
+    def forward(self, target: torch.Tensor, stats: Stats) -> None:
+        """Fills ``stats``."""
+
+    def backward(self, target: torch.Tensor, grad: torch.Tensor, stats: Stats) -> torch.Tensor:
+        """As `Kernels.backward`."""
+
+
 class Call(NamedTuple):
     """A checked call: what the loop needs beside the tokens themselves."""
 
@@ -26,6 +40,12 @@ class Call(NamedTuple):
     kernels: Kernels
     chunk: int  # tokens
     dtype: torch.dtype  # of the arithmetic
+    # (call, tokens, whether a gradient follows, whether entropies are asked for): where a kernel makes its own product
+    tiles: Callable[[Call, int, bool, bool], Rows] | None = None
+
+    def rows(self, tokens: int, *, keep: bool, entropy: bool = False) -> Rows:
+        """For up to ``tokens`` tokens a chunk; ``keep``: `Rows.backward` will be called."""
+        return Logits(self, tokens) if self.tiles is None else self.tiles(self, tokens, keep, entropy)
 
     def numbers(self) -> torch.Tensor:
         """A zero per token."""
@@ -47,24 +67,36 @@ class Logits:
         self.call.kernels.logits(hidden, self.call.head, self.call.bias, z)
         return z
 
+    def compute(self, hidden: torch.Tensor, target: torch.Tensor) -> None:
+        self.z = self.of(hidden)
 
-def default_chunk(n_tokens: int, vocab: int, itemsize: int = 4, on_device: bool = False) -> int:
+    def forward(self, target: torch.Tensor, stats: Stats) -> None:
+        self.call.kernels.forward(self.z, target, self.call.math, stats)
+
+    def backward(self, target: torch.Tensor, grad: torch.Tensor, stats: Stats) -> torch.Tensor:
+        return self.call.kernels.backward(self.z, target, grad, self.call.math, stats)
+
+
+def default_chunk(
+    n_tokens: int, vocab: int, itemsize: int = 4, on_device: bool = False, tile: int = _TILE
+) -> int:
     """Tokens per chunk: near `LOGITS_BYTES` of logits (a GPU: below its own), at least `MIN_TOKENS`, about equal."""
     budget = max(
         MIN_TOKENS, (DEVICE_LOGITS_BYTES if on_device else LOGITS_BYTES) // (max(1, vocab) * itemsize)
     )
     n_chunks = max(1, -(-n_tokens // budget) if on_device else round(n_tokens / budget))
-    return max(1, -(-n_tokens // n_chunks // _TILE) * _TILE)
+    return max(1, -(-n_tokens // n_chunks // tile) * tile)
 
 
 def forward(hidden: torch.Tensor, call: Call, entropy: bool) -> Stats:
     """Statistics per token; ignored tokens cost nothing and hold 0."""
     stats = Stats(call.numbers(), call.numbers(), call.numbers(), call.numbers() if entropy else None)
     parts, size = _parts(call.target >= 0, call.chunk)
-    logits = Logits(call, size)
+    rows = call.rows(size, keep=False, entropy=entropy)
     for part in parts:
-        piece = stats.rows(part)
-        call.kernels.forward(logits.of(hidden[part]), call.target[part], call.math, piece)
+        piece, target = stats.rows(part), call.target[part]
+        rows.compute(hidden[part], target)
+        rows.forward(target, piece)
         if not isinstance(part, slice):  # `piece` is a copy
             for whole, values in zip(stats, piece):
                 if whole is not None and values is not None:
@@ -76,10 +108,11 @@ def backward(grad: torch.Tensor, hidden: torch.Tensor, call: Call, stats: Stats)
     """Gradient to ``hidden`` of ``sum_n grad_n logp_n``; the logits of tokens with a gradient are computed again."""
     parts, size = _parts((call.target >= 0) & (grad != 0), call.chunk)
     out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    logits = Logits(call, size)
+    rows = call.rows(size, keep=True)
     for part in parts:
-        z = logits.of(hidden[part])
-        dz = call.kernels.backward(z, call.target[part], grad[part], call.math, stats.rows(part))
+        target = call.target[part]
+        rows.compute(hidden[part], target)
+        dz = rows.backward(target, grad[part], stats.rows(part))
         piece = out[part]
         call.kernels.times_head(dz, call.head, piece)
         if not isinstance(part, slice):
@@ -97,14 +130,15 @@ def one_pass(
     n = call.target.shape[0]
     stats, weights = Stats(call.numbers(), call.numbers(), call.numbers(), None), call.numbers()
     out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    logits = Logits(call, min(call.chunk, n))
+    rows = call.rows(min(call.chunk, n), keep=True)
     for start in range(0, n, call.chunk):
         stop = min(start + call.chunk, n)
         part = slice(start, stop)
-        z, piece = logits.of(hidden[part]), stats.rows(part)
-        call.kernels.forward(z, call.target[part], call.math, piece)
+        target, piece = call.target[part], stats.rows(part)
+        rows.compute(hidden[part], target)
+        rows.forward(target, piece)
         weights[part] = weigh(piece.logp.clone(), start, stop)  # a copy: the caller may compute in it
-        dz = call.kernels.backward(z, call.target[part], weights[part], call.math, piece)
+        dz = rows.backward(target, weights[part], piece)
         if on_dlogits is not None:
             on_dlogits(start, stop, dz)
         call.kernels.times_head(dz, call.head, out[part])

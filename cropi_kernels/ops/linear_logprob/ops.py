@@ -46,8 +46,14 @@ def prepare(
         )
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     bias = None if bias is None else _native.aligned(bias.detach().to(dtype).contiguous())
+    math = RowMath(settings.temperature, settings.softcap)
+    tiles = _tiles(name, hidden, head, math)
     chunk = settings.chunk_size or chunks.default_chunk(
-        hidden.shape[0], vocab, dtype.itemsize, on_device=hidden.is_cuda
+        hidden.shape[0],
+        vocab,
+        dtype.itemsize if tiles is None else head.dtype.itemsize,
+        on_device=hidden.is_cuda,
+        **({} if tiles is None else {"tile": tiles.TOKENS}),
     )
     target = targets.where(counted, -1)
     if poisoned:
@@ -56,11 +62,21 @@ def prepare(
         head.detach(),
         bias,
         target.contiguous(),
-        RowMath(settings.temperature, settings.softcap),
+        math,
         _kernels(name, head.dtype),
         chunk,
         dtype,
+        None if tiles is None else tiles.Tiles,
     )
+
+
+def _tiles(name: str, hidden: torch.Tensor, head: torch.Tensor, math: RowMath) -> Any:
+    """The module of the product that leaves the tensor cores as statistics, where it serves."""
+    if name != "triton":
+        return None
+    from . import triton_tiles
+
+    return triton_tiles if triton_tiles.serves(hidden, head, math) else None
 
 
 def _kernels(name: str, dtype: torch.dtype) -> Kernels:

@@ -1,5 +1,7 @@
 """The row work in Triton, around the vendor's matrix products: the twin of csrc/cpu/logprob_rows.cpp.
 
+On Hopper, 16-bit products are `triton_tiles`'s own; these kernels serve all others.
+
 Forward: one program per row, one pass with a running maximum. The target's own term is left out of the sum and added
 at the end, so that 1 - p of a confident target is a sum of small positive numbers and never a cancellation. Backward:
 element by element from the forward's statistics, in the logits' own memory but in the head's dtype, which is what the
@@ -51,6 +53,26 @@ def _cap(z, softcap):
 
 
 @triton.jit
+def finish_rows(
+    row, y, exists, own_z, best, rest, weighted, logp, top, log_sum, entropy, scale, there, ENTROPY: tl.constexpr
+):  # fmt: skip
+    """Writes the statistics of a row, or of a block of rows: from sums without the target, and the target's logit."""
+    counts = y >= 0
+    own_x = (own_z - best) * scale
+    own = tl.where(exists, tl.exp(own_x), 0.0)
+    total = own + rest
+    lse = tl.where(own == 1.0, _log1p(rest), tl.log(total))
+    lse = tl.where(exists | (y < 0), lse, float("nan"))
+    tl.store(top + row, best, mask=there)
+    tl.store(log_sum + row, lse, mask=there)
+    tl.store(logp + row, tl.where(exists, own_x - lse, tl.where(counts, float("nan"), 0.0)), mask=there)
+    if ENTROPY:
+        own_term = tl.where(own > 0, own * own_x, own)
+        # Ignored tokens are computed on a GPU, and hold 0 as everywhere.
+        tl.store(entropy + row, tl.where(counts, lse - (weighted + own_term) / total, 0.0), mask=there)
+
+
+@triton.jit
 def forward_kernel(
     z,  # [rows, vocabulary], rows stride apart
     target,  # int64 [rows]
@@ -88,23 +110,13 @@ def forward_kernel(
             weighted = (weighted + rest * moved) * shrink + tl.sum(e * tl.maximum(x, -1000.0), 0)
         rest = rest * shrink + tl.sum(e, 0)
         best = higher
-    counts = y >= 0
-    exists = counts & (y < vocabulary)
+    exists = (y >= 0) & (y < vocabulary)
     own_z = tl.load(line + y, mask=exists, other=float("-inf")).to(tl.float32)
     if CAPPED:
         own_z = tl.where(exists, _cap(own_z, softcap)[0], float("-inf"))
-    own_x = (own_z - best) * scale
-    own = tl.where(exists, tl.exp(own_x), 0.0)
-    total = own + rest
-    lse = tl.where(own == 1.0, _log1p(rest), tl.log(total))
-    lse = tl.where(exists | (y < 0), lse, float("nan"))
-    tl.store(top + row, best)
-    tl.store(log_sum + row, lse)
-    tl.store(logp + row, tl.where(exists, own_x - lse, tl.where(counts, float("nan"), 0.0)))
-    if ENTROPY:
-        own_term = tl.where(own > 0, own * own_x, own)
-        # Ignored tokens are computed on a GPU, and hold 0 as everywhere.
-        tl.store(entropy + row, tl.where(counts, lse - (weighted + own_term) / total, 0.0))
+    finish_rows(
+        row, y, exists, own_z, best, rest, weighted, logp, top, log_sum, entropy, scale, True, ENTROPY
+    )
 
 
 @triton.jit

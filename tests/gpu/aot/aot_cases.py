@@ -12,6 +12,7 @@ from cropi_kernels import _triton
 from cropi_kernels._launch import MEMBERS
 from cropi_kernels.ops import _triton_segments as segments
 from cropi_kernels.ops.linear_logprob import triton as logprob
+from cropi_kernels.ops.linear_logprob import triton_tiles as tiles
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.project import triton as project_kernels
 from cropi_kernels.ops.rms_norm import triton as rms
@@ -192,6 +193,52 @@ def log_prob(dtype: str, capped: bool, backward: bool) -> Case:
     )  # fmt: skip
 
 
+def log_prob_tiles(dtype: str, keep: bool, entropy: bool = False) -> Case:
+    """With entropies, a bias too."""
+    shape = dict(TOKENS=tiles.TOKENS, WORDS=tiles.WORDS, FEATURES=tiles.FEATURES)
+    word = FLOATS[dtype]
+    pointers = dict.fromkeys(("bias", "own", "tops", "rests", "weighted"), "*fp32")
+    pointers |= {"target": "*i64", "e": f"*{word}"}
+    pointers |= {n: f"tensordesc<{word}[{shape[rows]}, {tiles.FEATURES}]>" for n, rows in
+                 (("hidden", "TOKENS"), ("head", "WORDS"))}  # fmt: skip
+    constants = shape | dict(BIAS=entropy, ENTROPY=entropy, KEEP=keep)
+    types = _types(tiles.tiles_kernel, pointers, ("scale", "lift"))
+    return Case(
+        f"tiles {dtype}{' entropy' if entropy else ''}{' kept' if keep else ''}", tiles.tiles_kernel, types, constants,
+        ("vocabulary", "features", "stride"), {"num_warps": tiles.WARPS, "num_stages": tiles.STAGES}, 255, True,
+    )  # fmt: skip
+
+
+def log_prob_of_tiles(backward: bool) -> Case:
+    kernel = tiles.rescale_kernel if backward else tiles.combine_kernel
+    pointers = dict.fromkeys(
+        ("own", "tops", "rests", "weighted", "grad", "logp", "top", "log_sum", "entropy"), "*fp32"
+    )
+    pointers |= {"target": "*i64", "e": "*bf16"}
+    constants = (
+        dict(TILES=tiles.RESCALED_TILES, WORDS=tiles.WORDS)
+        if backward
+        else dict(ENTROPY=True, TILES=tiles.COMBINED_TILES, ROWS=tiles.COMBINED_ROWS)
+    )
+    return Case(
+        f"log-prob of tiles{' backward' if backward else ''}", kernel,
+        _types(kernel, pointers, ("scale", "lift")), constants, ("vocabulary", "stride"),
+        {"num_warps": 8 if backward else 4}, 128,
+    )  # fmt: skip
+
+
+def on_hopper() -> list[Case]:
+    """Kernels that launch on this generation alone."""
+    return [
+        log_prob_tiles("bfloat16", keep=False),
+        log_prob_tiles("bfloat16", keep=True),
+        log_prob_tiles("bfloat16", keep=False, entropy=True),
+        log_prob_tiles("float16", keep=True),
+        log_prob_of_tiles(backward=False),
+        log_prob_of_tiles(backward=True),
+    ]
+
+
 def chunks() -> Case:
     kernel = segments.chunks_kernel
     constants = dict(CHUNK=512, ALWAYS=False, BLOCK=segments.SEGMENT_BLOCK)
@@ -265,6 +312,7 @@ def projects() -> list[Case]:
 
 def all_cases(capability: int) -> list[Case]:
     return [
+        *(on_hopper() if capability == 90 else []),
         slab("bfloat16", 256, capability, "slots"),
         slab("bfloat16", 64, capability, "out"),
         *(slab("bfloat16", cols, capability) for cols in (128, 64, 16)),

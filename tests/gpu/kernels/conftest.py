@@ -51,10 +51,13 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             from ptx_emulator.launch import emulated_gpu
 
             from cropi_kernels import _launch
+            from cropi_kernels.ops.linear_logprob import triton_tiles
 
             monkeypatch.setattr(_gpu, "interpreting", lambda: True)
             # The emulator's memory are the tensors of a launch: an address alone would say nothing of where they end.
             monkeypatch.setattr(_launch, "BY_ADDRESS", False)
             monkeypatch.setattr(_triton, "shared_memory", lambda device: SHARED[CAPABILITY])
+            # It has no copy engine.
+            monkeypatch.setattr(triton_tiles, "serves", lambda *args: False)
             stack.enter_context(emulated_gpu(CAPABILITY))
         yield

@@ -35,6 +35,8 @@ from cropi_kernels import (
 )
 from cropi_kernels.ops._triton_segments import cut
 from cropi_kernels.ops.linear_logprob import oracle
+from cropi_kernels.ops.linear_logprob.contract import Settings, Stats
+from cropi_kernels.ops.linear_logprob.ops import prepare
 from cropi_kernels.ops.sketch_vector.triton import sketch_tail
 
 READS = {
@@ -93,6 +95,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 WIDE = plan_matrix(SketchSpec(width=None), "a.mlp.down_proj.weight", 1300, 700)
 TARGETS = torch.where(ROWS == 0, -100, ROWS)
+HALF = torch.ones(20, 16).half()
 THINNED = ProjectionSpec(64, keep=0.5)
 # The ops of OPS that Triton serves; `test_the_list_is_whole` holds the keys to what the ops themselves say.
 KERNELS = {
@@ -115,6 +118,16 @@ KERNELS = {
 def wide_and_strided() -> None:
     d, a = torch.ones(9, 1300).half(), torch.ones(700, 9).half().t()
     sketch_linear(d, a, OFFSETS, WIDE, torch.zeros(3, 32768), backend="triton")
+
+
+def log_probs_by_tiles() -> None:
+    """Without the product of the backward pass, which no CPU makes of 16 bits with a wide result."""
+    targets = ROWS % len(HALF)
+    call = prepare(HALF[:9], HALF, targets, None, Settings(1.0, 0.0, -100, 0, "triton"))
+    rows, stats = call.rows(9, keep=True), Stats(*torch.zeros(3, 9), None)
+    rows.compute(HALF[:9], call.target)
+    rows.forward(call.target, stats)
+    rows.backward(call.target, torch.ones(9), stats)
 
 
 def sums_of_chunks() -> None:
@@ -141,6 +154,7 @@ CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
         lambda: logprob_and_grad(A, HEAD, TARGETS, lambda logp, a, b: logp, chunk_size=4, backend="triton"),
         {"forward_kernel", "backward_kernel"},
     ),
+    "log-probs by tiles": (log_probs_by_tiles, {"tiles_kernel", "combine_kernel", "rescale_kernel"}),
     "project": (
         lambda: project(A, THINNED, nonfinite="ignore", backend="triton"),
         {"bits_kernel", "places_kernel", "gather_kernel", "add_kernel"},

@@ -1,0 +1,144 @@
+"""Log-probs whose logits leave the tensor cores as statistics, against float64 and the path by whole logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cropi_kernels import linear_logprob, logprob_and_grad
+from cropi_kernels.ops.linear_logprob import oracle, triton_tiles
+from cropi_kernels.ops.linear_logprob.contract import RowMath
+
+HALF = torch.float16  # what the interpreter computes
+
+
+def made(
+    n: int, vocab: int, features: int, **changes: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, features, generator=g).to(HALF)
+    head = (torch.randn(vocab, features, generator=g) * 3 / features**0.5).to(HALF)
+    return hidden, head, torch.randint(0, vocab, (n,), generator=g), torch.randn(n, generator=g)
+
+
+@pytest.fixture(params=[True, False], ids=["tiles", "logits"])
+def by_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if not request.param:
+        monkeypatch.setattr(triton_tiles, "serves", lambda *args: False)
+    return bool(request.param)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "soft-cap": {"softcap": 2.0, "temperature": 1.3},
+    "bias": {"bias": True},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("n, vocab, features", [(1, 1, 8), (3, 255, 64), (130, 257, 72), (5, 700, 136)])
+def test_against_the_formula(by_tiles: bool, n: int, vocab: int, features: int, settings: str) -> None:
+    hidden, head, targets, grad = made(n, vocab, features)
+    given = dict(SETTINGS[settings])
+    cap = given.get("softcap", 0.0)
+    by_tiles = by_tiles and not cap
+    assert triton_tiles.serves(hidden, head, RowMath(1.0, cap)) == by_tiles
+    if given.get("bias"):
+        given["bias"] = torch.randn(vocab, generator=torch.Generator().manual_seed(1))
+    if n > 1:
+        targets[1] = -100
+    logp, entropy = linear_logprob(hidden, head, targets, return_entropy=True, backend="triton", **given)
+    wide = {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in given.items()}
+    right = oracle.linear_logprob(hidden.double(), head.double(), targets, **wide)
+    # A float32 sum of as many products as there are features, of logits up to some 10.
+    slack = 1e-5 * (1 + right.logp.abs())
+    assert ((logp.double() - right.logp).abs() <= slack).all()
+    assert ((entropy.double() - right.entropy).abs() <= 10 * slack)[targets >= 0].all()
+    dzs: list[torch.Tensor] = []
+    keep = lambda start, stop, dz: dzs.append(dz.double())  # noqa: E731
+    weigh = lambda logp, start, stop: grad[start:stop]  # noqa: E731
+    again, got, _ = logprob_and_grad(
+        hidden, head, targets, weigh, on_dlogits=keep, chunk_size=96, backend="triton", **given
+    )
+    assert torch.equal(again, logp) or not by_tiles, "a token's bits do not depend on the chunk"
+    exact, dhidden = oracle.gradients(grad.double(), hidden.double(), head.double(), targets, **wide)
+    dz = torch.cat(dzs)
+    # Rounded once where logits are kept in float32, twice where a tile's numbers are.
+    unit = torch.finfo(HALF).eps / 2 * (2 if by_tiles else 1)
+    assert ((dz - exact).abs() <= (unit + 4e-5) * exact.abs() + 2.0**-24).all()
+    assert (dz[targets < 0] == 0).all()
+    size = exact.abs() @ head.double().abs()
+    assert ((got.double() - dhidden).abs() <= 3 * torch.finfo(HALF).eps * size + 1e-6).all()
+
+
+def test_as_near_as_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of a gradient, by autograd too; the tables of tiles are poisoned before."""
+    hidden, head, targets, grad = made(40, 600, 64)
+    exact, dhidden = oracle.gradients(grad.double(), hidden.double(), head.double(), targets)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    leaf = hidden.clone().requires_grad_(True)
+    logp = linear_logprob(leaf, head, targets, chunk_size=32, backend="triton")
+    assert isinstance(logp, torch.Tensor)
+    (logp * grad).sum().backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all()
+    error = (leaf.grad.double() - dhidden).norm()
+    monkeypatch.setattr(triton_tiles, "serves", lambda *args: False)
+    _, by_logits, _ = logprob_and_grad(hidden, head, targets, lambda p, a, b: grad[a:b], backend="triton")
+    assert error <= 2 * (by_logits.double() - dhidden).norm() <= 2e-3 * dhidden.norm()
+
+
+def test_a_confident_target_keeps_its_digits() -> None:
+    """1 - p is a sum of the others: right to relative precision however near p is to 1, and so is the gradient."""
+    hidden, head, targets, _ = made(4, 600, 64)
+    for i, word in enumerate(targets.tolist()):
+        head[word] = hidden[i] * (26.0 / float(hidden[i].float().square().sum()))
+    seen: list[torch.Tensor] = []
+    logp, _, _ = logprob_and_grad(
+        hidden, head, targets, lambda p, a, b: torch.full_like(p, 1e4), backend="triton",
+        on_dlogits=lambda a, b, dz: seen.append(dz.double()),
+    )  # fmt: skip
+    right = oracle.linear_logprob(hidden.double(), head.double(), targets)
+    p = torch.expm1(right.logp)
+    assert (p.abs() < 1e-5).all() and ((torch.expm1(logp.double()) / p - 1).abs() < 1e-4).all()
+    exact, _ = oracle.gradients(
+        torch.full((4,), 1e4, dtype=torch.float64), hidden.double(), head.double(), targets
+    )
+    # float16 holds numbers of 2^-24 and multiples of them.
+    assert ((seen[0] - exact).abs() <= 1.1e-3 * exact.abs() + 2.0**-24).all()
+
+
+def test_rows_that_are_broken_leave_the_others() -> None:
+    hidden, head, targets, _ = made(6, 300, 32)
+    hidden[1, 3], targets[2], targets[4] = float("nan"), -100, 299
+    whole = linear_logprob(hidden, head, targets, backend="triton")
+    assert isinstance(whole, torch.Tensor)
+    assert whole[1].isnan() and whole[2] == 0 and whole[[0, 3, 4, 5]].isfinite().all()
+    weights = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    seen: list[torch.Tensor] = []
+    logprob_and_grad(
+        hidden, head, targets, lambda p, a, b: weights, backend="triton",
+        on_dlogits=lambda a, b, dz: seen.append(dz.clone()),
+    )  # fmt: skip
+    assert seen[0].isfinite().all() and (seen[0][1:4] == 0).all() and (seen[0][[0, 4, 5]] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("change", ["dtype", "odd features", "odd rows", "empty"])
+def test_operands_of_another_kind_go_by_whole_logits(change: str) -> None:
+    hidden, head, targets, _ = made(3, 40, 16)
+    if change == "dtype":
+        hidden, head = hidden.float(), head.float()
+    elif change == "odd features":
+        hidden, head = hidden[:, :15].contiguous(), head[:, :15].contiguous()
+    elif change == "odd rows":
+        hidden = torch.randn(3, 17).to(HALF)[:, :16]
+    else:
+        hidden, targets = hidden[:0], targets[:0]
+    assert not triton_tiles.serves(hidden, head, RowMath(1.0, 0.0))
+    logp = linear_logprob(hidden, head, targets, backend="triton")
+    assert isinstance(logp, torch.Tensor)
+    right = oracle.linear_logprob(hidden.double(), head.double(), targets).logp
+    torch.testing.assert_close(logp.double(), right, rtol=1e-4, atol=1e-4)
