@@ -47,7 +47,7 @@ class Step:
 
     def rows(self, prompt: int | None) -> torch.Tensor:
         """float [rows, 1], 1 for the rows of a prompt (None: of all)."""
-        mine = torch.ones(len(ORDER)) if prompt is None else (self.prompts == prompt).float()
+        mine = torch.ones(len(self.prompts)) if prompt is None else (self.prompts == prompt).float()
         return mine[:, None]
 
 
