@@ -1,10 +1,11 @@
-"""Writing files so that a crash leaves either the old file or the whole new one."""
+"""Writing files so that a crash or a power cut leaves either the old file or the whole new one."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import glob
+import io
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cropi.errors import CropiError
 
@@ -85,6 +87,31 @@ def reading(path: Path) -> Iterator[None]:
         raise CropiError(f"cannot read {path}: {reason(error, 'give a path that can be read')}") from error
 
 
+class _Readable(io.FileIO):
+    def __init__(self, path: Path) -> None:
+        with reading(path):
+            super().__init__(path)
+        self.path = path
+
+    def readinto(self, buffer: Any) -> int | None:
+        with reading(self.path):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with reading(self.path):
+            return super().readall()
+
+
+def open_to_read(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
+    """A file's bytes, as ``open(path, "rb")`` gives them, with the errors of the disk in words.
+
+    Raises:
+        CropiError: now or while it is read; names the file, the reason and the remedy.
+        FileNotFoundError: it is not there.
+    """
+    return io.BufferedReader(_Readable(Path(path)), buffering)
+
+
 def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Sequence[str | None]]) -> None:
     """Check that no file is to be written that is read, or written twice; both are by option, None where not given.
 
@@ -141,7 +168,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary, made = temporary_path(path), False
     try:
         with writing(path, temporary):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             for left in leftovers(path):
                 remove(left)
             descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -149,10 +176,9 @@ def replacing(path: Path) -> Iterator[Path]:
             with contextlib.closing(os.fdopen(descriptor, "wb")), contextlib.suppress(OSError):
                 os.fchmod(descriptor, path.stat().st_mode & 0o777)  # where there is a file to replace
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
             os.replace(temporary, path)
-            sync_folder(path.parent)
+            sync(path.parent)
     finally:
         if made:
             remove(temporary)
@@ -209,18 +235,84 @@ def write_parts(path: Path, parts: Sequence[bytes | memoryview]) -> None:
             file.write(part)
 
 
+def text_of(path: Path) -> str:
+    """What a UTF-8 text file holds.
+
+    Raises:
+        CropiError: the disk fails.
+        UnicodeDecodeError: it is not UTF-8.
+        FileNotFoundError: it is not there.
+    """
+    with reading(path):
+        return path.read_text(encoding="utf-8")
+
+
 def lines_of(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, cut at line ends alone.
 
     ``str.splitlines`` would also cut at U+0085, U+2028 and U+2029, which stand inside a JSON string as they are.
+
+    Raises:
+        what :func:`text_of` raises.
     """
-    return path.read_text(encoding="utf-8").split("\n")
+    return text_of(path).split("\n")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def make_folder(folder: Path) -> None:
+    """Make a folder that is missing, and those above it, so that they survive a power cut.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    made = []
+    for above in (folder, *folder.parents):
+        if above.exists():
+            break
+        made.append(above)
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in made:
+        sync(one.parent)
+
+
+def forget(path: Path) -> None:
+    """Remove a file that may be there, so that it does not come back after a power cut.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if os.path.lexists(path):
+        path.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the names in a folder, survive a power cut.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no such call for folders.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+def sync_all(path: Path) -> None:
+    """Make a file, or a folder with all that is in it, and its name survive a power cut.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if os.path.isfile(file := Path(folder, name)):
+                sync(file)
+        sync(Path(folder))
+    if path.is_file():
+        sync(path)
+    sync(path.absolute().parent)

@@ -176,7 +176,6 @@ class Anew:
             shutil.rmtree(self.kept, ignore_errors=True)
             made = self._decided(pool, earlier, valid, choice, world)
             held = {"for": key, "options": options, **made}
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps(sealed(held), ensure_ascii=False) + "\n")
         again = frozenset(held["ids"])
         left = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError, shown
-from cropi.files import reading, write_atomic, writing
+from cropi.files import forget, reading, write_atomic, writing
 from cropi.form import check_form, is_writable
 
 CHECKSUM = "checksum"
@@ -91,7 +91,7 @@ def summed(path: str | Path, *beside: Path) -> Iterator[None]:
     """
     path = Path(path)
     with writing(path, sums_path(path)):
-        sums_path(path).unlink(missing_ok=True)
+        forget(sums_path(path))
     yield
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     lines = (f"{_found(file)}  {file.relative_to(path.parent)}\n" for file in (*files, *beside))

@@ -6,13 +6,21 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cropi.data.export import read_dataset
+from cropi.data.readers import read
 from cropi.data.saved import save_folder
 from cropi.errors import CropiError
 from cropi.files import replacing, write_atomic
+from cropi.gradient.template import template_text
+from cropi.ranking.selection_files import selected_rows
+from cropi.trainers.dumps.pickled import load_dump
+from cropi.trainers.dumps.recognise import recognise
 
 
 def test_an_error_of_a_file_that_is_read_meanwhile_is_not_one_of_writing(tmp_path: Path) -> None:
@@ -37,6 +45,29 @@ def test_an_error_of_the_file_itself_its_folder_or_the_disk_is_one_of_writing(tm
     with pytest.raises(CropiError, match="cannot write .*out.jsonl: .*; give a path"):
         with replacing(tmp_path / "file" / "below" / "out.jsonl"):
             pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a file whose first page cannot be read")
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda path: list(read(path)),
+        lambda path: list(read(path, columns={"prompt": "question"})),
+        lambda path: load_dump(path, "a dump"),
+        lambda path: read_dataset(path.with_suffix(".jsonl")),
+        lambda path: read_dataset(path.with_suffix(".json")),
+        lambda path: selected_rows(path),
+        lambda path: template_text(str(path)),
+        lambda path: recognise(path),
+    ],
+    ids=["records", "columns", "dump", "lines", "json", "selection", "template", "recognise"],
+)  # fmt: skip
+def test_a_disk_that_cannot_be_read_is_said_in_words(tmp_path: Path, work: Callable[[Path], Any]) -> None:
+    """By every function that reads what a user gives, not by the commands alone."""
+    for ending in ("", ".jsonl", ".json"):
+        (tmp_path / f"x{ending}").symlink_to("/proc/self/mem")
+    with pytest.raises(CropiError, match=f"cannot read {tmp_path}/x.*: input/output error; see to the disk"):
+        work(tmp_path / "x")
 
 
 def test_a_link_that_was_planted_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +120,8 @@ SAVES = """
 import os, sys
 from pathlib import Path
 from datasets import Dataset
+from cropi.data.export import read_dataset
+from cropi.data.readers import read
 from cropi.data.saved import save_folder
 
 out, stop, count = Path(sys.argv[1]), int(sys.argv[2]), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import warnings
@@ -228,7 +229,9 @@ def test_a_run_that_is_killed_and_continued_gives_the_same_file(
     assert not (tmp_path / "out.jsonl.part").exists()
 
 
-def test_a_finished_file_takes_more_prompts_and_refuses_other_settings(tmp_path: Path) -> None:
+def test_a_finished_file_takes_more_prompts_and_refuses_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, out = make_model(), tmp_path / "out.jsonl"
     first = rolled(out, model, asked=prompts(4))
     more = rolled(out, model, asked=prompts(6))
@@ -238,6 +241,14 @@ def test_a_finished_file_takes_more_prompts_and_refuses_other_settings(tmp_path:
     with pytest.raises(CropiError, match="weights"):
         rolled_part(out, model)
     assert json_lines(out) == more
+    # What it has begun meanwhile cannot be removed, as in a folder that became read-only: the same error.
+    with monkeypatch.context() as disk, pytest.raises(CropiError, match="not made with these settings"):
+        disk.setattr(Path, "unlink", refuse)
+        rolled(out, model, seed=1)
+
+
+def refuse(path: Path, missing_ok: bool = False) -> None:
+    raise OSError(errno.EROFS, "no", str(path))
 
 
 def rolled_part(out: Path, model: Any) -> None:

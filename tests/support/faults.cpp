@@ -2,6 +2,9 @@
 //
 // Loaded by LD_PRELOAD, and told by tests/support/faults.py what fails and when. It stands before the C library, so that
 // files of pyarrow and torch are caught as Python's are. The disk itself is left alone.
+//
+// For tests/support/power.py it also keeps what a power cut could not take: the bytes of every file at its last fsync,
+// and the names in every folder at its last fsync, by number of inode.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -22,7 +25,7 @@ namespace {
 // The kinds of operations; FAULTS in faults.py has the same numbers.
 enum Kind { MAKE = 1, OPEN = 2, READ = 4, WRITE = 8, SYNC = 16, RENAME = 32, FOLDER = 64, REMOVE = 128, CUT = 256 };
 
-char folder[4096];
+char folder[4096], kept[4096];
 int kinds = 0, error = 0;
 bool once = false;
 long first = 0, counted = 0, failed = 0;
@@ -48,6 +51,7 @@ bool fails(int kind, bool ours) {
   if (!(kind & kinds) || !ours) return false;
   ++counted;
   if (once ? counted != first : counted < first) return false;
+  if (error < 0) _exit(1);  // the power is cut
   ++failed;
   errno = error;
   return true;
@@ -58,10 +62,54 @@ F real(F, const char* name) {
   return reinterpret_cast<F>(dlsym(RTLD_NEXT, name));
 }
 
+FILE* keep(ino_t number) {
+  char name[4200];
+  snprintf(name, sizeof name, "%s/%llu", kept, (unsigned long long)number);
+  return real((FILE * (*)(const char*, const char*)) nullptr, "fopen")(name, "w");
+}
+
+// What a file or folder of this path holds is on the disk; `empty`: it was made, and has nothing there.
+void keep(const char* path, bool empty) {
+  struct stat about;
+  if (!*kept || !below(path) || lstat(path, &about)) return;
+  FILE* out = keep(about.st_ino);
+  if (!out) abort();
+  if (!empty && S_ISDIR(about.st_mode)) {
+    DIR* names = real((DIR * (*)(const char*)) nullptr, "opendir")(path);
+    while (struct dirent* one = readdir(names))
+      if (one->d_name[0] != '.' || (one->d_name[1] && strcmp(one->d_name, "..")))
+        fprintf(out, "%llu %d %s\n", (unsigned long long)one->d_ino, one->d_type == DT_DIR, one->d_name);
+    closedir(names);
+  } else if (!empty) {
+    FILE* in = real((FILE * (*)(const char*, const char*)) nullptr, "fopen")(path, "r");
+    char part[65536];
+    for (size_t n; (n = fread(part, 1, sizeof part, in)) > 0;) fwrite(part, 1, n, out);
+    fclose(in);
+  }
+  fclose(out);
+}
+
+void keep(int file, bool empty) {
+  char name[64], path[4096];
+  snprintf(name, sizeof name, "/proc/self/fd/%d", file);
+  ssize_t length = *kept ? readlink(name, path, sizeof path - 1) : -1;
+  if (length < 0) return;
+  path[length] = 0;
+  keep(path, empty);
+}
+
+bool makes(int at, const char* path, int flags) {
+  return (flags & O_ACCMODE) != O_RDONLY && (flags & O_CREAT) && faccessat(at, path, F_OK, 0);
+}
+
 bool opening_fails(int at, const char* path, int flags) {
-  bool written = (flags & O_ACCMODE) != O_RDONLY, there = !faccessat(at, path, F_OK, 0);
-  int kind = !written ? READ : (flags & O_CREAT) && !there ? MAKE : OPEN;
+  int kind = (flags & O_ACCMODE) == O_RDONLY ? READ : makes(at, path, flags) ? MAKE : OPEN;
   return fails(kind, below(at, path));
+}
+
+int opened(int file, bool made) {
+  if (made && file >= 0) keep(file, true);
+  return file;
 }
 
 // The first write that fails takes half of the bytes, as a disk does that has little room left.
@@ -78,8 +126,10 @@ ssize_t half(int file, size_t count, Write write) {
 extern "C" {
 
 // From the n-th operation of these kinds on all fail, or that one alone.
-void faults_arm(const char* below, int which, int number, long n, int alone) {
+// A negative error ends the process there. What is on the disk is kept in the folder `keeps`, if it is not empty.
+void faults_arm(const char* below, int which, int number, long n, int alone, const char* keeps) {
   strncpy(folder, below, sizeof folder - 1);
+  strncpy(kept, keeps, sizeof kept - 1);
   kinds = which, error = number, first = n, once = alone, counted = failed = 0;
 }
 
@@ -93,7 +143,8 @@ long faults_failed() { return failed; }
     mode_t mode = va_arg(rest, mode_t);                     \
     va_end(rest);                                           \
     if (opening_fails(AT_FDCWD, path, flags)) return -1;    \
-    return real((int (*)(const char*, int, ...))nullptr, #NAME)(path, flags, mode); \
+    bool made = *kept && makes(AT_FDCWD, path, flags);      \
+    return opened(real((int (*)(const char*, int, ...))nullptr, #NAME)(path, flags, mode), made); \
   }
 OPENER(open)
 OPENER(open64)
@@ -105,7 +156,8 @@ OPENER(open64)
     mode_t mode = va_arg(rest, mode_t);                     \
     va_end(rest);                                           \
     if (opening_fails(at, path, flags)) return -1;          \
-    return real((int (*)(int, const char*, int, ...))nullptr, #NAME)(at, path, flags, mode); \
+    bool made = *kept && makes(at, path, flags);            \
+    return opened(real((int (*)(int, const char*, int, ...))nullptr, #NAME)(at, path, flags, mode), made); \
   }
 OPENER_AT(openat)
 OPENER_AT(openat64)
@@ -114,7 +166,10 @@ OPENER_AT(openat64)
   FILE* NAME(const char* path, const char* mode) {                          \
     int flags = strpbrk(mode, "wa+") ? O_WRONLY | (mode[0] == 'r' ? 0 : O_CREAT) : O_RDONLY; \
     if (opening_fails(AT_FDCWD, path, flags)) return nullptr;               \
-    return real((FILE * (*)(const char*, const char*)) nullptr, #NAME)(path, mode); \
+    bool made = *kept && makes(AT_FDCWD, path, flags);                      \
+    FILE* file = real((FILE * (*)(const char*, const char*)) nullptr, #NAME)(path, mode); \
+    if (file && made) keep(path, true);                                     \
+    return file;                                                            \
   }
 STREAM(fopen)
 STREAM(fopen64)
@@ -145,7 +200,9 @@ PLACED(pwrite64)
 #define SYNC_OF(NAME)                               \
   int NAME(int file) {                              \
     if (fails(SYNC, below(file))) return -1;        \
-    return real((int (*)(int))nullptr, #NAME)(file); \
+    int status = real((int (*)(int))nullptr, #NAME)(file); \
+    if (!status) keep(file, false);                 \
+    return status;                                  \
   }
 SYNC_OF(fsync)
 SYNC_OF(fdatasync)
@@ -158,7 +215,9 @@ int rename(const char* from, const char* to) noexcept {
 int mkdir(const char* path, mode_t mode) noexcept {
   // One that is there fails without any help.
   if (access(path, F_OK) && fails(FOLDER, below(path))) return -1;
-  return real((int (*)(const char*, mode_t))nullptr, "mkdir")(path, mode);
+  int status = real((int (*)(const char*, mode_t))nullptr, "mkdir")(path, mode);
+  if (!status) keep(path, true);
+  return status;
 }
 
 int unlink(const char* path) noexcept {

@@ -1,6 +1,6 @@
 """Work whose files cannot be written: a full disk, a quota, no inode, a read-only folder, no descriptor, a bad device.
 
-    OMP_NUM_THREADS=1 python tests/support/faults.py FOLDER SHARE [place ...]
+    OMP_NUM_THREADS=1 python tests/support/faults.py FOLDER SHARE [place[:fault] ...]
 
 Every operation of every place (support/places.py) fails once: it, or it and all that follow. SHARE is the part of them
 that is tried, 1 for all; 0 tries one operation by two of the faults, others at every place. The work must end in words
@@ -54,8 +54,11 @@ FAULTS = {
 REMEDY = re.compile(r"; (free some space|give a path|give another --out|raise the limit|see to the disk)")
 
 
-def preload(folder: Path) -> None:
-    """Build what stands before the C library, and start this program again with it."""
+def begin(folder: Path) -> None:
+    """Build what stands before the C library, and start this program again with it, unless that was done."""
+    if "faults.so" in os.environ.get("LD_PRELOAD", ""):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     library = folder / "faults.so"
     source = Path(__file__).with_name("faults.cpp")
     compiler = os.environ.get("CXX", "c++")
@@ -63,8 +66,14 @@ def preload(folder: Path) -> None:
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"LD_PRELOAD": str(library)})
 
 
-def attempt(work: Any, folder: Path, fault: Fault, first: int) -> dict[str, Any]:
-    """Do the work in a forked child whose operations fail from the first on (0: none does); how it ended."""
+def attempt(work: Any, folder: Path, fault: Fault, first: int, keeps: Path | None = None) -> dict[str, Any]:
+    """Do the work in a forked child whose operations fail from the first on (0: none does); how it ended.
+
+    What a power cut could not take is put into the folder ``keeps``.
+    """
+    from cropi.errors import CropiError
+    from support.places import Failed
+
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -74,7 +83,8 @@ def attempt(work: Any, folder: Path, fault: Fault, first: int) -> dict[str, Any]
             sys.stdout = open(os.devnull, "w")
             below = str(folder).encode()
             number = ctypes.c_long(first or sys.maxsize)
-            faults.faults_arm(below, fault.kinds, fault.error, number, fault.once)
+            kept = str(keeps or "").encode()
+            faults.faults_arm(below, fault.kinds, fault.error, number, fault.once, kept)
             work(folder)
             ended = {"how": "done", "text": ""}
         except (CropiError, Failed) as error:
@@ -114,17 +124,24 @@ def problem(place: Any, folder: Path, want: dict[str, Any], held: Any, ended: An
     return f"{left} stayed behind" if left and not fault.kinds & REMOVE else ""
 
 
-def run(name: str, folder: Path, share: float, seed: int = 0) -> tuple[Counter[str], list[str]]:
+def run(
+    name: str, folder: Path, share: float, only: str = "", seed: int = 0
+) -> tuple[Counter[str], list[str]]:
     """A share of the faults of one place; how often they ended how, and what was wrong."""
+    from support.places import PLACES, WRITTEN, warm
+
     places = PLACES | WRITTEN
     place, number, rng = places[name], [*places].index(name), random.Random(f"{name}-{seed}")
     folder.mkdir(parents=True)
     prepared, here = folder / "prepared", folder / "here"
     prepared.mkdir()
     place.prepare(prepared)
+    warm(place, prepared, here)
     counts: Counter[str] = Counter()
     wrong: list[str] = []
-    kinds = [*FAULTS] if share else [[*FAULTS][(number + step) % len(FAULTS)] for step in (0, 3)]
+    kinds = [only] if only else [*FAULTS]
+    if not share:
+        kinds = [[*FAULTS][(number + step) % len(FAULTS)] for step in (0, 3)]
     for kind in kinds:
         fault = FAULTS[kind]
         shutil.rmtree(here, ignore_errors=True)
@@ -154,19 +171,17 @@ def run(name: str, folder: Path, share: float, seed: int = 0) -> tuple[Counter[s
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]).resolve()
-    if "faults.so" not in os.environ.get("LD_PRELOAD", ""):
-        target.mkdir(parents=True, exist_ok=True)
-        preload(target)
+    begin(target)
     import torch
 
-    from cropi.errors import CropiError
-    from support.places import PLACES, WRITTEN, Failed
+    from support.places import PLACES, WRITTEN
 
     torch.set_num_threads(1)
     bad: list[str] = []
     for name in sys.argv[3:] or PLACES | WRITTEN:
         begun = time.monotonic()
-        ends, wrong = run(name, target / name.replace(" ", "-"), float(sys.argv[2]))
+        place, _, only = name.partition(":")
+        ends, wrong = run(place, target / name.replace(" ", "-"), float(sys.argv[2]), only)
         bad += wrong
         seconds = time.monotonic() - begun
         print(

@@ -1,6 +1,6 @@
 """Work that is killed by SIGKILL at random instants, again and again, until it gets through.
 
-    OMP_NUM_THREADS=1 python tests/support/kills.py FOLDER 100 [place ...]
+    OMP_NUM_THREADS=1 python tests/support/kills.py FOLDER 100 SEED [place ...]
 
 Every place is work that writes. It runs in a child, is killed at a random instant of the time that it takes, and starts
 again; after each kill what it had stored must be there, every row once and with the right bits, and files either
@@ -27,7 +27,7 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.places import PLACES
+from support.places import PLACES, warm
 
 
 def run(name: str, folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
@@ -43,7 +43,8 @@ def run(name: str, folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
     place.prepare(whole)
     prepared, seconds = folder / "prepared", float("inf")
     shutil.copytree(whole, prepared)
-    for _ in range(2):  # the first one loads from a cold disk
+    warm(place, prepared, folder / "warm")
+    for _ in range(2):
         shutil.rmtree(whole)
         shutil.copytree(prepared, whole)
         status, took = _child(partial(place.work, whole), None)
@@ -113,8 +114,8 @@ def _child(work: Callable[[], None], seconds: float | None) -> tuple[int, float]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[3:] or PLACES:
+    for name in sys.argv[4:] or PLACES:
         begun = time.monotonic()
-        killed, done = run(name, Path(sys.argv[1]) / name, int(sys.argv[2]))
+        killed, done = run(name, Path(sys.argv[1]) / name, int(sys.argv[2]), int(sys.argv[3]))
         seconds = time.monotonic() - begun
         print(f"{name}: {killed} kills, {done} times through, nothing lost ({seconds:.0f} s)", flush=True)

@@ -11,7 +11,7 @@ from cropi.curriculum.data import Files
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.report import line, write_report
 from cropi.curriculum.state import State, locked
-from cropi.files import writing
+from cropi.files import make_folder, writing
 
 LOG = "log.txt"
 WORK: dict[str, Callable[[steps.Stage], steps.Result]] = {
@@ -69,7 +69,7 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> State:
         for number in range(plan.stages):
             stage = steps.Stage(plan, files, state, number, model, lock)
             with writing(stage.folder):
-                stage.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(stage.folder)
             for name, work in WORK.items():
                 if name == "rollouts" and not (
                     plan.rollouts and (number == 0 or plan.rollouts_when == "every")

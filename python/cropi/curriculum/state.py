@@ -13,7 +13,7 @@ from typing import Any
 from cropi.checked import fits
 from cropi.curriculum.plan import Plan
 from cropi.errors import CropiError, shown
-from cropi.files import write_atomic, writing
+from cropi.files import make_folder, write_atomic, writing
 from cropi.form import check_form
 from cropi.locks import lock_folder
 from cropi.report.forms import BESIDE, TRAINED, is_amount
@@ -164,7 +164,7 @@ def locked(out: Path) -> Iterator[int]:
         )
 
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         lock = lock_folder(out, in_use)
     try:
         yield lock

@@ -23,7 +23,7 @@ from cropi.curriculum.state import State
 from cropi.data.export import export
 from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
-from cropi.files import writing
+from cropi.files import make_folder, sync_all, writing
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Part
 from cropi.ranking.report import plot_scores
@@ -73,7 +73,7 @@ def rollouts(stage: Stage) -> Result:
     folder = stage.folder / "rollouts"
     files = {name: folder.absolute() / f"{name}.jsonl" for name in ("train", "valid")}
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # Of an attempt that was cut short: a file without its end looks whole.
         for path in files.values():
             path.unlink(missing_ok=True)
@@ -89,6 +89,7 @@ def rollouts(stage: Stage) -> Result:
             continue
         if not path.is_file():
             raise CropiError(f"rollouts: the command succeeded, but wrote no {{{name}}} file ({path})")
+        _keep(path)
         made[name] = [str(folder / path.name)]
     return made
 
@@ -239,7 +240,7 @@ def train(stage: Stage) -> Result:
     """Train on the selection, by the user's command or in this process."""
     plan, values = stage.plan, stage.values()
     with writing(stage.folder):
-        (stage.folder / "trained").mkdir(parents=True, exist_ok=True)
+        make_folder(stage.folder / "trained")
     if plan.trainer == IN_PROCESS:
         model = train_stage(
             plan.trl,
@@ -260,6 +261,7 @@ def train(stage: Stage) -> Result:
             f"trainer: training ended well, but {model} holds no Hugging Face model (no config.json); save the new "
             "policy there, or say by trained_model where it is"
         )
+    _keep(model)
     return {"model": _relative(model)} | read_training(stage.folder / "trained")
 
 
@@ -274,11 +276,18 @@ def collect(stage: Stage) -> Result:
             raise CropiError(
                 f"trainer: its command names {{rollouts}}, but wrote no such file ({newer.absolute()})"
             )
+        _keep(newer)
         source = data.source_of(stage.plan, stage.state, stage.number)
         merged = stage.folder / "trajectories.jsonl"
         result |= data.refresh(stage.plan, stage.files, source.train, newer, merged)
         result["train"] = [str(merged)]
     return result
+
+
+def _keep(path: Path) -> None:
+    """Bring what a command wrote to the disk, before the state says that its step is done."""
+    with writing(path):
+        sync_all(path)
 
 
 def _check_unchanged(stage: Stage, now: Mapping[str, str]) -> None:

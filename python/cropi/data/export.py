@@ -19,7 +19,7 @@ from cropi.data.rows_out import check_json, rows_of, table_of, taken, write_json
 from cropi.data.tables import is_saved
 from cropi.data.trainer_rows import FILES, trainer_row
 from cropi.errors import CropiError, optional
-from cropi.files import lines_of, replacing, write_atomic
+from cropi.files import lines_of, reading, replacing, text_of, write_atomic
 from cropi.sealed import check_sums, summed
 
 FORMATS = ("jsonl", "parquet", "ids", "indices", "weights", "save_to_disk", *FILES)
@@ -251,15 +251,18 @@ def read_dataset(path: Any) -> Any:
     if not path.is_file():
         raise CropiError(f"dataset: there is no file {path}")
     if path.suffix == ".parquet":
-        return optional("pyarrow.parquet").read_table(path)
+        with reading(path):
+            return optional("pyarrow.parquet").read_table(path)
     if path.suffix not in (".jsonl", ".json"):
         raise CropiError(f"dataset: {path} should end in .parquet, .jsonl or .json")
     try:
         rows = (
-            json.loads(path.read_text(encoding="utf-8"))
+            json.loads(text_of(path))
             if path.suffix == ".json"
             else [json.loads(line) for line in lines_of(path) if line.strip()]
         )
+    except CropiError:
+        raise  # the disk fails
     except (ValueError, RecursionError) as error:
         raise CropiError(f"dataset: {path} is not {path.suffix[1:]}: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

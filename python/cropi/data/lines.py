@@ -64,6 +64,8 @@ def elements_of(file: IO[bytes], path: str | Path) -> Iterator[tuple[str, int, b
                             f"{path}[{number}] is not JSON, or longer than {LONGEST_LINE >> 20} MiB: {error.msg}; "
                             "write one JSON object a line, so that a bad record can be left out"
                         ) from None
+                except CropiError:
+                    raise  # the disk fails
                 except (ValueError, RecursionError) as error:
                     raise CropiError(f"{path}[{number}] is not readable as JSON: {error}") from None
                 wanted *= 2

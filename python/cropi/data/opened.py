@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 
 from cropi.data.formats import packing_of
 from cropi.errors import CropiError, optional, shortened
+from cropi.files import open_to_read
 
 # Records of 64 responses of 32,000 tokens with log-probs have 60 MB. A line is held in memory, and its objects take
 # some ten times its size.
@@ -52,9 +53,10 @@ def unpacked(path: Path) -> Iterator[IO[bytes]]:
     """The unpacked bytes of a file.
 
     Raises:
-        CropiError: the packed stream is damaged, or unpacks to more than :data:`LARGEST_RATIO` times its size.
+        CropiError: the disk fails, the packed stream is damaged, or it unpacks to more than :data:`LARGEST_RATIO` times
+            its size.
     """
-    with open(path, "rb", buffering=BUFFER) as file:
+    with open_to_read(path, BUFFER) as file:
         packing = packing_of(file.read(16))
         file.seek(0)
         if packing is None:

@@ -17,6 +17,7 @@ from cropi.data.fast import RecordReader
 from cropi.data.records import PromptGroup
 from cropi.data.sources import Source
 from cropi.errors import CropiError, RecordError
+from cropi.files import open_to_read
 
 # Of so many lists of files, the places are kept; a run has one for training and one for every validation set.
 _KEPT: OrderedDict[tuple[Any, ...], Places] = OrderedDict()
@@ -106,7 +107,7 @@ class Places:
                     raise CropiError(
                         f"{sources[source].name} was changed while it was used; run the same again"
                     )
-                files[source] = stack.enter_context(open(path, "rb"))
+                files[source] = stack.enter_context(open_to_read(path))
             files[source].seek(self._offsets[number])
             try:
                 group = parse(files[source].readline(), self._where(number))

@@ -33,6 +33,7 @@ from cropi.data.sources import Row, Source, sources_of
 from cropi.data.tables import TableRow, row_of_table
 from cropi.data.values import python_value
 from cropi.errors import CropiError, RecordError
+from cropi.files import open_to_read
 
 WITH_ID = "this record has an 'id', and those before it have none", "give all an id, or none"
 
@@ -289,7 +290,7 @@ class _State:
 
     def _tell_file(self, path: Path) -> None:
         assert self.on_line is not None
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             while part := file.read(2**20):
                 self.on_line(part)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, optional
-from cropi.files import leftovers, remove, temporary_path, writing
+from cropi.files import leftovers, make_folder, remove, sync, sync_all, temporary_path, writing
 
 
 def dataset_of(table: Any) -> Any:
@@ -44,7 +44,7 @@ def save_folder(out: Path, dataset: Any) -> None:
     made = temporary_path(out)
     old = made.with_name(f"{made.name}.old")
     with writing(out, made, old):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         for left in leftovers(out, ".old"):  # the one before, where a kill came between the two renames
             if not out.exists():
                 os.replace(left, out)
@@ -52,9 +52,11 @@ def save_folder(out: Path, dataset: Any) -> None:
             remove(left)
         try:
             dataset.save_to_disk(str(made))
+            sync_all(made)
             if out.exists():
                 os.replace(out, old)
             os.replace(made, out)
+            sync(out.parent)
         finally:
             remove(made)
             if old.exists() and not out.exists():

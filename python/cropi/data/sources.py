@@ -18,6 +18,7 @@ from cropi.data.opened import Unpacked, check_file, unpacked
 from cropi.data.records import PromptGroup
 from cropi.data.tables import is_saved, rows_of_batch, rows_of_saved, rows_of_table_file
 from cropi.errors import CropiError, optional
+from cropi.files import open_to_read
 from cropi.sealed import check_sums
 
 # (file:line, the line's offset or the number of the table's row or None, the line as bytes or the row as a dictionary)
@@ -88,7 +89,7 @@ class PathSource(Source):
     def _head(self) -> bytes:
         if not os.path.isfile(self.file):
             return b""
-        with open(self.file, "rb") as file:
+        with open_to_read(self.file, 512) as file:
             return file.read(512)
 
     def _rows(self, groups: bool = False) -> Iterator[Row]:

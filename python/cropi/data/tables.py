@@ -14,6 +14,7 @@ from cropi.data.columns import table_groups
 from cropi.data.formats import ARROW_FILE, PARQUET
 from cropi.data.values import without_empty
 from cropi.errors import CropiError, RecordError, optional, printable
+from cropi.files import open_to_read, reading
 
 # Python's objects take some five times the room of a table's numbers.
 BATCH_BYTES, MOST_ROWS = 8 * 2**20, 4096
@@ -78,7 +79,8 @@ def rows_of_table_file(
             start = end
     except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise
+            with reading(path):
+                raise
         why = printable(str(error)[:200])
         raise CropiError(
             f"{name}: the {form} file is damaged or was cut after row {start} ({why}); copy it again"
@@ -119,18 +121,18 @@ def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         CropiError: it holds several splits, or a file of it is missing.
     """
     if (path / SPLITS).exists():
+        text = _bytes_of(path / SPLITS)
         try:
-            names = json.loads((path / SPLITS).read_text(encoding="utf-8"))["splits"]
+            names = json.loads(text)["splits"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CropiError(f"{path / SPLITS} is damaged ({error}); save the dataset again") from None
         raise CropiError(
             f"{path} holds the splits {', '.join(map(str, names))}; give the folder of one, for example "
             f"{path / str(names[0]) if names else path}"
         )
+    text = _bytes_of(path / STATE)
     try:
-        files = [
-            path / entry["filename"] for entry in json.loads((path / STATE).read_text("utf-8"))["_data_files"]
-        ]
+        files = [path / entry["filename"] for entry in json.loads(text)["_data_files"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CropiError(f"{path / STATE} is damaged ({error}); save the dataset again") from None
     for file in files:
@@ -138,6 +140,11 @@ def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise CropiError(f"{path}: its file {file.name} is missing; copy the folder again")
         for where, _, row in rows_of_table_file(file, "arrow stream"):
             yield where, row
+
+
+def _bytes_of(path: Path) -> bytes:
+    with open_to_read(path) as file:
+        return file.read()
 
 
 def is_saved(path: Path) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError, RecordError, did_you_mean
+from cropi.files import text_of
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATES = re.compile(r"""(["'])((?:(?!\1).)*%(?:(?!\1).)*)\1""")
@@ -39,7 +40,7 @@ def template_text(template: str) -> str:
         raise CropiError(
             f"chat_template must be auto, none, a Jinja template or the path of one; there is no file {template!r}"
         )
-    return path.read_text(encoding="utf-8")
+    return text_of(path)
 
 
 def prints_date(tokenizer: Any, template: str) -> bool:

@@ -60,6 +60,8 @@ def selected_rows(path: str | Path) -> list[dict[str, Any]]:
         lines = [line for line in lines_of(Path(path)) if line.strip()]
         as_json = any(line.lstrip().startswith("{") for line in lines)
         rows = [json.loads(line) if as_json else {"id": line.strip()} for line in lines]
+    except CropiError:
+        raise  # the disk fails
     except (ValueError, RecursionError) as error:
         raise CropiError(f"{said} ({error})") from error
     if not rows:

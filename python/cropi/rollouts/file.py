@@ -12,17 +12,19 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from cropi.errors import CropiError, shown
-from cropi.files import reason, replacing, writing
+from cropi.files import make_folder, reason, remove, replacing, sync, writing
 from cropi.locks import is_at, try_lock
 from cropi.sealed import check_sums, summed
 
 MARK = "cropi_rollout"
+SYNC_AFTER = 10.0  # a sync takes some milliseconds
 REMEDY = "give the same options, another --out, or remove {path}"
 
 
@@ -51,7 +53,7 @@ class RolloutFile:
         self.mark = hash_of(self.settings)
         self.places: dict[str, int] = {}
         self.notes: dict[str, Any] = {}  # what the first line holds beside the settings
-        self._begun = False
+        self._begun, self._synced = False, time.monotonic()
         self._file: IO[bytes] | None = None
 
     @contextlib.contextmanager
@@ -59,8 +61,10 @@ class RolloutFile:
         """Open the part file, and read which prompts it and the finished file hold."""
         new = not self.part.exists()
         with writing(self.part):
-            self.out.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.out.parent)
             file = open(self.part, "a+b", buffering=0)
+            if new:
+                sync(self.out.parent)
         with file:
             self._file = file
             # Who finished it meanwhile has removed it: what is locked then is not a file that anybody else sees.
@@ -75,7 +79,7 @@ class RolloutFile:
                         self._take()
             except CropiError:
                 if new:
-                    self.part.unlink()
+                    remove(self.part)
                 raise
             yield self
             self._file = None
@@ -90,8 +94,11 @@ class RolloutFile:
         return name in self.places
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Append a finished record; it is the operating system's when this returns."""
+        """Append a finished record. It is the operating system's when this returns, and on the disk at most
+        :data:`SYNC_AFTER` seconds of work later."""
         self._append({**record, "rollout": self.mark})
+        if time.monotonic() - self._synced >= SYNC_AFTER:
+            self._sync()
 
     def finish(self, order: Sequence[str]) -> None:
         """Write the records of these prompts to the file, whole or not at all, and remove the part file."""
@@ -105,6 +112,12 @@ class RolloutFile:
             self.part.unlink()
 
     # --------------------------------------------------------------------------------------------- inside
+    def _sync(self) -> None:
+        assert self._file is not None
+        with writing(self.part):
+            os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
     def _append(self, value: Mapping[str, Any]) -> None:
         assert self._file is not None
         end = self._file.seek(0, os.SEEK_END)

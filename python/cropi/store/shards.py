@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional, shown
-from cropi.files import reading, write_atomic, writing
+from cropi.files import forget, reading, write_atomic, writing
 from cropi.store.codec import DTYPES, PACKED, decode, encode
 from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo, from_json, rows_from_json, rows_to_json
 
@@ -242,7 +242,7 @@ def write_shard(
     for part in data.values():
         whole.update(part)
     with writing(commit_path(path)):
-        commit_path(path).unlink(missing_ok=True)  # of a shard that was removed by hand
+        forget(commit_path(path))  # of a shard that was removed by hand
     write_atomic(path, header, *data.values())
     write_atomic(commit_path(path), f"{whole.hexdigest()}  {path.name}\n")
     held = {n: Held(h.dtype, h.shape, h.begin + len(header), h.end + len(header)) for n, h in held.items()}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError
-from cropi.files import reason, write_atomic, writing
+from cropi.files import make_folder, reason, write_atomic, writing
 from cropi.locks import LOCK, is_at, lock_folder
 from cropi.store.codec import check_dtype, encode
 from cropi.store.compact import SHARD_BYTES, due, groups, join_blocks, tail
@@ -102,7 +102,7 @@ class SketchStore(StoredSketches):
         _check_folder(path)
         store = cls(path, wanted, shard_rows=shard_rows, shard_bytes=shard_bytes)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             store._lock = lock_folder(path, partial(_in_use, path))
         except OSError as error:
             raise CropiError(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cropi.files import open_to_read
 from cropi.trainers.dumps.fields import BadSample, Left, shown
 
 
@@ -17,7 +18,7 @@ def json_lines(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         BadSample: a line is not UTF-8, not JSON, or no object.
     """
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         for number, data in enumerate(file, 1):
             if number == 1:
                 data = data.removeprefix(codecs.BOM_UTF8)

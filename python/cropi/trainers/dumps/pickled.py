@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
+from cropi.files import open_to_read, reading
 from cropi.trainers.dumps.unpickle import Forbidden, Reader, StandIn, read_zip
 
 LARGEST = 16 * 2**30
@@ -39,11 +40,13 @@ def load_dump(path: Path, what: str, *, allow_pickle: bool = False, largest: int
         CropiError: it is too large, damaged, of another kind, or names what a dump has no need of.
     """
     check_size(path, largest)
+    data = b""
+    if not allow_pickle:
+        with open_to_read(path) as file:
+            data = file.read()
     try:
         if allow_pickle:
             return _trusted(path)
-        with open(path, "rb") as file:
-            data = file.read()
         if data[:2] == b"PK":
             return read_zip(io.BytesIO(data), largest)
         return Reader(io.BytesIO(data)).load()
@@ -53,6 +56,9 @@ def load_dump(path: Path, what: str, *, allow_pickle: bool = False, largest: int
             "wrote this file yourself, or trust who did, pass --allow-pickle"
         ) from error
     except DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            with reading(path):
+                raise
         raise CropiError(f"{path} is not {what} ({type(error).__name__}: {str(error)[:300]})") from error
 
 

@@ -13,6 +13,7 @@ from cropi.data.forms import form_of, is_prompt
 from cropi.data.readers import first_row
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, RecordError
+from cropi.files import open_to_read
 from cropi.trainers.dumps.fields import names
 
 RECORDS, PROMPTS = "records", "prompts"
@@ -66,7 +67,7 @@ def recognise(path: str | Path, *, renamed: bool = False) -> Found:
     path = Path(path)
     if is_saved(path) or not path.is_file():
         return Found(RECORDS)  # whose reader says what is wrong
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         head = file.read(16)
         if head.startswith(b"PK\x03\x04"):
             return _of_strings(path, _strings_of_zip(path))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
+from cropi.files import open_to_read
 from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
@@ -62,7 +63,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 
 
 def _requests(path: Path, left: Left, reading: Reading) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         head = file.read(2)
     if head[:1] != b"\x80" and head != b"PK":
         yield from rows_of_dump(path, left)

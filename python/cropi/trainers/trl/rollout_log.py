@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cropi.errors import CropiError
-from cropi.files import reading, replacing, writing
+from cropi.files import make_folder, reading, replacing, sync, writing
 from cropi.sealed import summed
 from cropi.trainers.trl.records import checked_line
 
@@ -46,9 +46,10 @@ class RolloutLog:
         left = memoryview("".join(lines).encode())
         with writing(self.path(kind)):
             if kind not in self._open:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder)
                 cut_unfinished_line(self.path(kind))
                 self._open[kind] = open(self.path(kind), "ab", buffering=0)
+                sync(self.folder)
             try:
                 while left:  # a disk that is nearly full takes a part, and says so only the next time
                     left = left[self._open[kind].write(left) :]

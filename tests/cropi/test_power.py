@@ -1,0 +1,100 @@
+"""A power cut takes what was not synced: what is stored is right all the same, and what was said to be done is there.
+
+A sample of the cuts; ``CROPI_FAULTS=0.1`` makes that share of them, in the places that take longer too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cropi.errors import CropiError
+from cropi.files import make_folder, sync_all, write_atomic
+from cropi.rollouts import file as rollouts
+from cropi.rollouts.file import RolloutFile
+
+SHARE = os.environ.get("CROPI_FAULTS", "0")
+QUICK = ["store", "merge", "compact", "export", "select", "select saved", "rollout log"]
+LONG = ["influence", "sketch", "rollout", "curriculum", "select exports"]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which(os.environ.get("CXX", "c++")),
+    reason="a library stands before the C library, by LD_PRELOAD",
+)
+@pytest.mark.parametrize("places", [QUICK, *([LONG] if SHARE != "0" else [])], ids=lambda places: places[0])
+def test_where_the_power_is_cut(tmp_path: Path, places: list[str]) -> None:
+    """In a process of its own, with one thread: it forks, and begins anew with the library."""
+    harness = Path(__file__).parents[1] / "support" / "power.py"
+    words = [sys.executable, str(harness), str(tmp_path), SHARE, *places]
+    done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.stdout.count(", 0 wrong") == len(places)
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is synced, in order; a folder's ends in a slash."""
+    found: list[str] = []
+    sync = os.fsync
+
+    def record(file: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        found.append(f"{path.name}/" if path.is_dir() else path.name)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", record)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from /proc")
+def test_new_folders_and_whole_trees(tmp_path: Path, synced: list[str]) -> None:
+    make_folder(tmp_path / "a" / "b")
+    assert sorted(synced) == sorted(["a/", f"{tmp_path.name}/"])
+    make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2, "it was there"
+    (tmp_path / "a" / "b" / "x").write_text("1")
+    (tmp_path / "a" / "y").symlink_to(tmp_path / "nowhere")
+    synced.clear()
+    sync_all(tmp_path / "a")
+    assert synced[-1] == f"{tmp_path.name}/" and sorted(synced[:-1]) == ["a/", "b/", "x"]
+
+
+def test_a_file_system_that_syncs_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network file systems do; of a file the error counts."""
+    sync = os.fsync
+
+    def refuse(folder: bool, file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode) == folder:
+            raise OSError(errno.EINVAL, "no")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", lambda file: refuse(True, file))
+    write_atomic(tmp_path / "new" / "x", "1")
+    assert (tmp_path / "new" / "x").read_text() == "1"
+    monkeypatch.setattr(os, "fsync", lambda file: refuse(False, file))
+    with pytest.raises(CropiError, match="cannot write .*x: invalid argument"):
+        write_atomic(tmp_path / "new" / "x", "2")
+    assert (tmp_path / "new" / "x").read_text() == "1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from /proc")
+def test_finished_rollouts(tmp_path: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(rollouts.time, "monotonic", lambda: now)
+    out = RolloutFile(tmp_path / "new" / "r.jsonl", {})
+    with out.opened():
+        assert synced == [f"{tmp_path.name}/", "new/"]
+        out.begin({})
+        for now, want in ((rollouts.SYNC_AFTER - 1, []), (rollouts.SYNC_AFTER, ["r.jsonl.part"])):
+            synced.clear()
+            out.add({"id": f"p{now}"})
+            assert synced == want, now
