@@ -78,9 +78,8 @@ def run(way: str, rank: int) -> dict[str, Any]:
     return {
         "loss": live.loss,
         "weights": all(torch.equal(a, b) for a, b in zip(weights, want, strict=True)),
-        "own": off(
-            got.sketches.reshape(1, -1), part.sketches.reshape(1, -1)
-        ),  # a prompt may have no row here
+        # As one row: a prompt may have none on this rank, and no gradient.
+        "own": off(got.sketches.reshape(1, -1), part.sketches.reshape(1, -1)),
         "sum": off(sum(both), whole.sketches),
         "scores": [selector.scores(range(3)).tolist() for selector in selectors],
         "origin": selectors[0].state_dict()["origin"] == selectors[1].state_dict()["origin"],
