@@ -383,7 +383,8 @@ def test_calls_of_a_team() -> None:
 @pytest.mark.slow
 def test_one_of_four_is_killed(tmp_path: Path) -> None:
     """At random instants, and the job goes on with another number of processes: no finished row is lost, none is there
-    twice, and the others end in words. ``CROPI_KILLS=500`` tries it so often, at other instants with another ``CROPI_SEED``."""
+    twice, and the others end in words. ``CROPI_KILLS=500`` tries it so often, at other instants with another
+    ``CROPI_SEED``."""
     trials = os.environ.get("CROPI_KILLS", "3")
     words = [sys.executable, str(KILLED), str(tmp_path), trials, os.environ.get("CROPI_SEED", "7")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=180 + 40 * int(trials))
