@@ -166,7 +166,7 @@ class FormedSketcher:
         for each in out:
             scales.restore(each)
         weights = scales.unscaled(weights)
-        out[:, failed_segments(logprobs, weights, scored)] = float("nan")
+        out.masked_fill_(failed_segments(logprobs, weights, scales), float("nan"))
         seconds = {"forward": 0.0, "backward": clock.between(begun, clock.mark()), "sketch": 0.0}
         return PolicyGradient(finished(out.unbind(), self.spec), logprobs, weights, seconds)
 

@@ -31,6 +31,7 @@ from .origin import origin_of
 from .precision import own_precision
 from .probe import Probe, pads_left, positions_for, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
+from .scale import SegmentScales
 from .segments import Segments
 from .selftest import SelfTest
 from .split import SplitModel
@@ -305,13 +306,16 @@ class GradientSketcher:
         with explained, own_precision(self.model), self._linears.around(self.model):
             self._begin(where)
             try:
-                more.begin(where, sharded.device_of(self.model))
+                device = sharded.device_of(self.model)
+                more.begin(where, device)
+                where.offsets_on(device)
+                scales = SegmentScales(scored, device)
                 mark = acc.clock.mark
                 start = mark()
                 with torch.enable_grad():
                     hidden = split.hidden(input_ids, **kwargs)
                 with split.whole_head():
-                    logprobs, grad, used, scales = head_pass(
+                    logprobs, grad, used = head_pass(
                         split,
                         plan,
                         acc,
@@ -320,17 +324,17 @@ class GradientSketcher:
                         targets,
                         weigh,
                         temperature,
-                        scored,
+                        scales,
                         whole,
                         more.sums,
                     )
                 middle = mark()
                 if hidden.requires_grad:  # else nothing of the decoder is tapped
                     hidden.backward(grad)
-                failed = failed_segments(logprobs, used, scored)
+                failed = failed_segments(logprobs, used, scales)
                 for out in (*acc.outs, *more.outs):
                     scales.restore(out)
-                    out[failed] = float("nan")
+                    out.masked_fill_(failed, float("nan"))
                 end = mark()
                 self._check_heard("policy_gradient", where)
                 clock, sketches, others = acc.clock, acc.end(), more.end()

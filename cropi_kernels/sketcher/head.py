@@ -53,12 +53,13 @@ def head_pass(
     targets: torch.Tensor,
     weigh: Weigh,
     temperature: float,
-    scored: torch.Tensor,
+    scales: SegmentScales,
     whole: bool = False,
     more: Sequence[Sums] = (),
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SegmentScales]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs, gradient of the hidden states, weights; the head's own sketch rides along chunk by chunk.
 
+    ``scales``: made before the forward pass: a copy to a device makes the host wait for all that it has launched.
     ``whole``: ``weigh`` is asked once for all tokens, whose log-probs cost one more product with the head.
     ``more``: other sums that the head's sketch is added to.
     The gradient and the sketches are those of scaled segments: `SegmentScales.restore` comes after the backward pass.
@@ -66,13 +67,11 @@ def head_pass(
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
     picked = split.head_input(flat[positions])
     sums = Sums(plan, acc), *more
-    scales = SegmentScales(scored, flat.device)
-    scored = scored.to(flat.device)
 
     def sketch_head(begin: int, end: int, dz: torch.Tensor) -> None:
         for plan, acc in sums:
             with acc.timed():
-                offsets = scored.clamp(begin, end) - begin
+                offsets = scales.offsets.clamp(begin, end) - begin
                 if plan.head_matrix is not None and plan.head_adds[0]:
                     matrix = plan.head_matrix
                     matrix.add(dz, matrix.fold(picked[begin:end]), offsets, acc.engine.sums(matrix.name))
@@ -92,7 +91,7 @@ def head_pass(
         weights = scales.unscaled(weights)
         grad_picked = scales.normalise(grad_picked, *(out for one in sums for out in one.acc.outs))
         grad = _add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
-    return logprobs, grad.view_as(hidden), weights, scales
+    return logprobs, grad.view_as(hidden), weights
 
 
 def _asked_once(weigh: Weigh, logprobs: torch.Tensor) -> Weigh:
@@ -115,10 +114,14 @@ def _add_rows(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) ->
     return out.index_add_(0, positions, rows)
 
 
-def failed_segments(logprobs: torch.Tensor, weights: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-    """Segments with a log-prob or weight that is not finite: they fail even where the sum would hide it."""
-    bad = (~(logprobs.isfinite() & weights.isfinite())).nonzero().flatten().cpu()
-    return (torch.searchsorted(scored, bad, right=True) - 1).unique()
+def failed_segments(logprobs: torch.Tensor, weights: torch.Tensor, scales: SegmentScales) -> torch.Tensor:
+    """bool [segments, 1]: which have a log-prob or weight that is not finite. They fail even where the sum hides it.
+
+    On the device, where the backward pass may still run: the host does not wait for it here.
+    """
+    bad = ~(logprobs.isfinite() & weights.isfinite())
+    failed = torch.zeros(scales.count, dtype=torch.int32, device=bad.device)
+    return failed.scatter_reduce_(0, scales.segment, bad.int(), "amax").bool()[:, None]
 
 
 def scored_offsets(where: Segments, positions: torch.Tensor) -> torch.Tensor:

@@ -18,15 +18,15 @@ class SegmentScales:
     """A power of two for each segment: what its weights and gradients have been divided by so far.
 
     Args:
-        scored: int64 [segments + 1], the range of scored tokens of each segment.
+        scored: int64 [segments + 1], the range of scored tokens of each segment; ``offsets`` is its copy on ``device``.
         device: where the tokens' weights are.
     """
 
     def __init__(self, scored: torch.Tensor, device: torch.device) -> None:
         self.count = scored.numel() - 1
-        lengths = (scored[1:] - scored[:-1]).to(device)
+        self.offsets = scored.to(device)
         self.segment = torch.arange(self.count, device=device).repeat_interleave(
-            lengths, output_size=int(scored[-1] - scored[0])
+            self.offsets[1:] - self.offsets[:-1], output_size=int(scored[-1] - scored[0])
         )
         self.exponent = torch.zeros(self.count, dtype=torch.int32, device=device)
         self._weighed = torch.zeros(self.count, dtype=torch.bool, device=device)

@@ -15,6 +15,7 @@ from .attach import Attachment
 from .head import head_pass, scored_offsets
 from .listener import norm, projected, smallest, unit_roundoff
 from .precision import invocation_tokens, trained_tokens
+from .scale import SegmentScales
 from .segments import Segments
 from .selftest import Comparison, SelfTest, Trial, bound, self_test
 from .sharded import device_of
@@ -131,8 +132,9 @@ def _compare_head(
     offsets = scored_offsets(segments, positions)
     acc.begin(segments, device)
     try:
-        logprobs, grad, _, scales = head_pass(
-            split, attachment, acc, hidden, positions, targets, lambda _, a, b: weights[a:b], 1.0, offsets
+        scales = SegmentScales(offsets, device)
+        logprobs, grad, _ = head_pass(
+            split, attachment, acc, hidden, positions, targets, lambda _, a, b: weights[a:b], 1.0, scales
         )
         scales.restore(acc.out)
         took = _summed(acc, projected(acc.out))

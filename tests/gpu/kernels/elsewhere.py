@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from torch import library
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LAUNCHED: set[str] = set()
 REGISTER = library.register_fake
@@ -60,8 +61,19 @@ decoder._check_place = lambda model: None  # which refuses weights that are not 
 decoder.measure_head = lambda *args: (1.0, None)
 for check in ("check_positions", "check_vocabulary"):
     setattr(gradient_sketcher, check, lambda *args: None)
-gradient_sketcher.failed_segments = lambda *args: torch.empty(0, dtype=torch.int64)
 segments_of = Segments.of
+
+
+class NoCopies(TorchDispatchMode):
+    """Fails where a pass copies from the host: torch waits there for everything that was launched before."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket is torch.ops.aten._to_copy and not args[0].is_meta:
+            assert str(kwargs.get("device")) != "meta", (
+                f"{list(args[0].shape)} is copied in the middle of a pass"
+            )
+        return func(*args, **kwargs)
 
 
 def one_pass(name: str, layout: str, dtype: torch.dtype) -> None:
@@ -76,7 +88,15 @@ def one_pass(name: str, layout: str, dtype: torch.dtype) -> None:
     model = zoo.make(name, dtype).to("meta")
     model.set_attn_implementation("eager")  # type: ignore[operator]  # others look for masks that may be left out
     with GradientSketcher(model, SketchSpec(width=16, vocab_width=64), verify=False) as sketcher:
-        got = sketcher.policy_gradient(**there, weigh=lambda logp, a, b: weights[a:b])
+        run = lambda: sketcher.policy_gradient(**there, weigh=lambda logp, a, b: weights[a:b])  # noqa: E731
+        run()  # uploads the tables of plans
+        watched = NoCopies()
+        handle = decoder.split_parts(model).decoder.register_forward_pre_hook(
+            lambda *args: watched.__enter__() and None
+        )
+        got = run()
+        watched.__exit__(None, None, None)
+        handle.remove()
     assert got.sketches.is_meta and got.sketches.shape == (zoo.N_SEGMENTS, 32768)
 
 
