@@ -173,8 +173,12 @@ def test_calls_of_several_tools_in_trls_table_keep_their_own_arguments(tmp_path:
         {"step": 1, "prompt": prompt, "completion": made, "right": float(k), "advantage": k - 0.5}
         for k, made in enumerate(said)
     ]
-    (group,) = read(opened(write(tmp_path / "completions_00001.parquet", content)))
-    assert (group.prompt, group.responses, group.rewards) == (prompt, said, [0.0, 1.0])
+    path = tmp_path / "completions_00001.parquet"
+    with pytest.raises(CropiError, match="row 0, tools: are missing: the response calls tools"):
+        rewards(write(path, content))
+    tools = [{"type": "function", "function": {"name": name}} for name in ("add", "show")]
+    (group,) = read(opened(write(path, [row | {"tools": tools} for row in content])))
+    assert (group.prompt, group.responses, group.rewards, group.tools) == (prompt, said, [0.0, 1.0], tools)
 
 
 def test_a_folder_stands_for_its_files_without_those_of_validation(

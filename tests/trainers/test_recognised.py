@@ -463,10 +463,15 @@ def test_traces_of_verifiers(tmp_path: Path) -> None:
         for node in row["nodes"]:
             node["token_ids"] = node["mask"] = node["logprobs"] = []
         row["nodes"][1]["message"] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    with pytest.raises(CropiError, match="tools: are missing: the response calls tools"):
+        opened(dump("prime-rl traces", tmp_path, content))
+    for row in (one for entry in content for one in entry.get("traces", [entry])):
+        row["tool_defs"] = [{"name": "f", "parameters": {"type": "object"}}]
     with pytest.warns(LossyTokens, match="holds text"):
         (held,) = opened(dump("prime-rl traces", tmp_path, content))
     said = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     group = next(group for group in read(held) if group.task == "sums")
+    assert group.tools == [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     assert group.responses[0] == [  # type: ignore[index]
         {"role": "assistant", "content": "", "tool_calls": [said]}, {"role": "tool", "content": "t"},
         {"role": "assistant", "content": "r2"},

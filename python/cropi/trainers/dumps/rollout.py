@@ -83,9 +83,14 @@ def checked(rollout: Rollout) -> Rollout:
     """The rollout, once it has made a record of one response that reads like any other.
 
     Raises:
-        BadSample: it does not; names the field.
+        BadSample: it does not, and the field is named; or it is text that calls tools, without their schemas.
     """
     where, problem = rollout.where, ""
+    if rollout.prompt_ids is None and not rollout.extra.get("tools") and _calls(rollout.response):
+        raise BadSample(
+            where, "tools", "are missing: the response calls tools, which the prompt listed for the policy",
+            "write their JSON schemas beside every rollout as 'tools', or store token ids; or pass --skip-bad",
+        )  # fmt: skip
     try:
         parse_record(_line(rollout.id, [rollout]), where)
     except RecordError as error:
@@ -96,6 +101,12 @@ def checked(rollout: Rollout) -> Rollout:
         match = re.match(r"'?([a-z_]+)", problem)
         raise BadSample(where, match[1] if match and match[1] in FIELDS else "record", problem)
     return rollout
+
+
+def _calls(response: Any) -> bool:
+    """Whether a response of messages has a call of a tool in a field of its own."""
+    turns = response if isinstance(response, list) else ()
+    return any(isinstance(turn, Mapping) and bool(turn.get("tool_calls")) for turn in turns)
 
 
 def group_rollouts(

@@ -4,6 +4,8 @@ Columns: ``step``, ``prompt``, ``completion``, one with the number that each rew
 ``advantage``. Text is decoded without special tokens; there are neither ids nor log-probs: to have those, record by
 :mod:`cropi.trainers.trl`.
 
+A prompt of a run with tools lists them, and the file does not say which: log their schemas as a column ``tools``.
+
 The reward is the sum of the reward functions' numbers (TRL's default weights). It is compared with the advantages,
 which grow with the rewards of a prompt. Where they do not (functions have weights, or a column of numbers is not a
 reward), the column has to be named (``--columns reward=NAME``).
@@ -70,7 +72,8 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         prompt = row["prompt"]
         return checked(Rollout(
             id=id_of(row, reading.id_key, prompt, where), reward=sum(known), step=whole(row["step"], "step", where),
-            where=where, prompt=prompt, response=completion, temperature=reading.temperature, extra={"lossy": True},
+            where=where, prompt=prompt, response=completion, temperature=reading.temperature,
+            extra={"lossy": True, **({"tools": row["tools"]} if row.get("tools") else {})},
         ))  # fmt: skip
 
     yield from left.each(rows, read)

@@ -3,10 +3,10 @@
 
 Newer releases save traces, which :mod:`cropi.trainers.dumps.traces` puts into the layout of the older ones. A row of
 those is one rollout: ``example_id`` (the prompt's number in its environment), ``task``, ``prompt`` and ``completion``
-(messages), ``reward``, ``answer``; where the trajectory is saved, ``trajectory`` has a step a turn, whose ``tokens``
-hold ``prompt_ids``, ``completion_ids``, ``completion_mask`` and ``completion_logprobs``. Where every turn's prompt
-begins with all tokens before it, they are one sequence: what lies between two turns (tools, users) is context,
-masked with 0.
+(messages), ``reward``, ``answer``, ``tool_defs`` (schemas of tools); where the trajectory is saved, ``trajectory`` has
+a step a turn, whose ``tokens`` hold ``prompt_ids``, ``completion_ids``, ``completion_mask`` and
+``completion_logprobs``. Where every turn's prompt begins with all tokens before it, they are one sequence: what lies
+between two turns (tools, users) is context, masked with 0.
 
 prime-rl's packed ``.bin`` batches hold no prompt ids, and their fields stand in an order that changes from release to
 release: they are not read.
@@ -14,7 +14,7 @@ release: they are not read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,25 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
             step=step if row.get("at_step") is None else whole(row["at_step"], "run.work.step", where),
             prompt=row["prompt"], response=response or None, answer=row.get("answer"), temperature=warm,
             truncated=cut if isinstance(cut, bool) else None,
-            extra={**({"task": task} if task else {}), **({} if tokens else {"lossy": True})},
+            extra={**({"task": task} if task else {}), **({} if tokens else _of_text(row))},
             **(tokens or {}),
         ))  # fmt: skip
 
     yield from left.each(rows_of_traces(rows_of_dump(path, left), left), read)
+
+
+def _of_text(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record of text says: that it is, and which tools the prompt listed, as chat templates know them."""
+    held = row.get("tools") or row.get("tool_defs")
+    if not isinstance(held, list):
+        return {"lossy": True}
+    tools = [
+        tool
+        if not isinstance(tool, Mapping) or "function" in tool
+        else {"type": "function", "function": tool}
+        for tool in held
+    ]
+    return {"lossy": True, "tools": tools}
 
 
 def _sequence(turns: Any, where: str) -> dict[str, Any] | None:
