@@ -21,6 +21,8 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 NO_ACCESS |= {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
+# What has nothing to do with the file that is named.
+FAILING = NO_SPACE | NO_DESCRIPTOR | {errno.EROFS, errno.EIO}
 
 
 def reason(error: OSError, otherwise: str = "give a path that can be written") -> str:
@@ -39,10 +41,23 @@ def reason(error: OSError, otherwise: str = "give a path that can be written") -
 
 def in_words(error: Exception) -> Exception:
     """An error of the system that has nothing to do with the file that it names, with a remedy; others as they are."""
-    states = NO_SPACE | NO_DESCRIPTOR | {errno.EROFS, errno.EIO}
-    if isinstance(error, OSError) and error.errno in states and error.filename is not None:
+    if isinstance(error, OSError) and error.errno in FAILING and error.filename is not None:
         return CropiError(f"{error.filename}: {reason(error)}")
     return error
+
+
+def failure_of(error: BaseException | None) -> OSError | None:
+    """The failing disk, or the limit, that an error of another library comes from; None: it is another error.
+
+    Libraries that are written in Rust (safetensors, tokenizers) tell the number in words alone.
+    """
+    while error is not None:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in FAILING:
+            return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextlib.contextmanager

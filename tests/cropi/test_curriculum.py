@@ -18,6 +18,7 @@ import torch
 import yaml
 from support.made_curriculum import calls, config, curriculum, make_folder, report, selections
 from support.made_data import make_records, make_tokenizer, write_lines
+from support.syncs import recorded
 
 from cropi.cli import main
 
@@ -35,10 +36,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ------------------------------------------------------------------------------------------------ end to end
 def test_two_stages_with_a_real_trainer(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "run"
-    assert curriculum(config(made, out, trainer=TRAINER)) == 0
+    out, synced, replace, trained = tmp_path / "run", recorded(monkeypatch), os.replace, 0
+
+    def replaced(source: Path, target: Path) -> None:
+        """A power cut must not take the model that the state says is trained."""
+        nonlocal trained
+        if target.name == "state.json":
+            done = [entry for entry in json.loads(source.read_text())["done"] if entry["step"] == "train"]
+            models = [Path(entry["model"]).absolute() for entry in done]
+            want = {path for model in models for path in (model / "model.safetensors", model, model.parent)}
+            assert want <= {*synced}
+            trained = len(done)
+        replace(source, target)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "replace", replaced)
+        assert curriculum(config(made, out, trainer=TRAINER)) == 0
+    assert trained == 2
     first, second = selections(out)
     assert len(first) == len(second) == 8
     # Stage 1 is scored by the policy that stage 0 trained: other weights, other scores, off-policy ratios.

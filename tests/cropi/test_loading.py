@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,18 @@ def make_adapter(folder: Path, out: Path, seed: int = 1, **changes: Any) -> Path
             torch.nn.init.normal_(parameter, std=0.2)
     made.save_pretrained(out)
     return out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a file whose first page cannot be read")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "adapter_config.json"])
+def test_a_disk_that_fails_is_no_damaged_file(folder: Path, tmp_path: Path, name: str) -> None:
+    """Whoever reads the file: Python, or a library in Rust that tells the number in words."""
+    adapter = make_adapter(folder, tmp_path / "adapter") if "adapter" in name else None
+    file = (adapter or folder) / name
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+    with pytest.raises(CropiError, match="cannot be read: input/output error; see to the disk"):
+        load.load_model(folder, variant=load.Variant(adapter=adapter))
 
 
 # ---------------------------------------------------------------------------------------------- device and dtype

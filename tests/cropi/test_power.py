@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.syncs import recorded
 
 from cropi.errors import CropiError
 from cropi.files import make_folder, sync_all, write_atomic
@@ -40,32 +41,22 @@ def test_where_the_power_is_cut(tmp_path: Path, places: list[str]) -> None:
     assert done.stdout.count(", 0 wrong") == len(places)
 
 
-@pytest.fixture
-def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what is synced, in order; a folder's ends in a slash."""
-    found: list[str] = []
-    sync = os.fsync
-
-    def record(file: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{file}"))
-        found.append(f"{path.name}/" if path.is_dir() else path.name)
-        sync(file)
-
-    monkeypatch.setattr(os, "fsync", record)
-    return found
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from /proc")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from /proc")
-def test_new_folders_and_whole_trees(tmp_path: Path, synced: list[str]) -> None:
+@LINUX
+def test_new_folders_and_whole_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = recorded(monkeypatch)
     make_folder(tmp_path / "a" / "b")
-    assert sorted(synced) == sorted(["a/", f"{tmp_path.name}/"])
+    assert sorted(synced) == [tmp_path, tmp_path / "a"]
     make_folder(tmp_path / "a" / "b")
     assert len(synced) == 2, "it was there"
     (tmp_path / "a" / "b" / "x").write_text("1")
     (tmp_path / "a" / "y").symlink_to(tmp_path / "nowhere")
     synced.clear()
     sync_all(tmp_path / "a")
-    assert synced[-1] == f"{tmp_path.name}/" and sorted(synced[:-1]) == ["a/", "b/", "x"]
+    files = [tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "x"]
+    assert synced[-1] == tmp_path and sorted(synced[:-1]) == files
 
 
 def test_a_file_system_that_syncs_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,15 +77,15 @@ def test_a_file_system_that_syncs_no_folders(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "new" / "x").read_text() == "1"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from /proc")
-def test_finished_rollouts(tmp_path: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
+@LINUX
+def test_finished_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, now = recorded(monkeypatch), 0.0
     monkeypatch.setattr(rollouts.time, "monotonic", lambda: now)
     out = RolloutFile(tmp_path / "new" / "r.jsonl", {})
     with out.opened():
-        assert synced == [f"{tmp_path.name}/", "new/"]
+        assert synced == [tmp_path, tmp_path / "new"]
         out.begin({})
-        for now, want in ((rollouts.SYNC_AFTER - 1, []), (rollouts.SYNC_AFTER, ["r.jsonl.part"])):
+        for now, want in ((rollouts.SYNC_AFTER - 1, []), (rollouts.SYNC_AFTER, [out.part])):
             synced.clear()
             out.add({"id": f"p{now}"})
             assert synced == want, now

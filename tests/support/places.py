@@ -160,11 +160,12 @@ def _merge(folder: Path) -> None:
 
 
 def _curriculum(folder: Path) -> None:
+    config = made_curriculum.config(folder, folder, trainer=_quiet(folder))
     # What is drawn takes half of a stage's time ("select plot" draws it); the file is written as ever.
     with patch(
         "matplotlib.figure.Figure.savefig", lambda figure, path, **given: Path(path).write_bytes(b"x")
     ):
-        _run(["curriculum", str(made_curriculum.config(folder, folder / "out", trainer=_quiet(folder)))])
+        _run(["curriculum", str(config), "--out", str(folder / "out")])
 
 
 def _quiet(folder: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional
+from cropi.files import failure_of, reason
 
 QUANTIZE = ("4bit", "8bit")
 
@@ -73,6 +74,8 @@ def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:
                 model, str(folder) if folder.exists() else where, is_trainable=True
             )
     except Exception as error:  # PEFT, safetensors, torch and the hub's client have errors of their own
+        if failure := failure_of(error):
+            raise CropiError(f"adapter {where!r} cannot be read: {reason(failure)}") from error
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise CropiError(
             f"adapter {where!r} cannot be put on model {name!r}{_base(folder)} ({why[:400]}); give the adapter's own "

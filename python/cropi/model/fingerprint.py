@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional
+from cropi.files import open_to_read
 
 XXH3 = "xxh3:"
 # What is read of a checkpoint's file to tell it from another one.
@@ -62,7 +63,7 @@ def checkpoint_fingerprint(folder: Path) -> str:
     for path in sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             for i in range(PIECES):
                 file.seek(i * max(size - PIECE, 0) // (PIECES - 1))
                 digest.update(file.read(PIECE))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional
+from cropi.files import failure_of, reason
 from cropi.model.sources import locate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,6 +170,8 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
+        if failure := failure_of(error):
+            raise CropiError(f"model {name!r} cannot be read: {reason(failure)}") from error
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"model {name!r} brings code of its own, which is not run; if you trust it, pass --trust-remote-code "
@@ -176,6 +179,8 @@ def _explained(name: str) -> Iterator[None]:
             ) from error
         raise  # they name the file or the package
     except Exception as error:  # a damaged file: every format has errors of its own
+        if failure := failure_of(error):
+            raise CropiError(f"model {name!r} cannot be read: {reason(failure)}") from error
         raise ValueError(
             f"model {name!r} cannot be loaded ({type(error).__name__}: {error}); if a file is damaged, get it again"
         ) from error

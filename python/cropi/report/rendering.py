@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import resources
 from typing import Any
 
@@ -10,13 +11,18 @@ from cropi.errors import optional
 
 def rendered(template: str, **values: Any) -> str:
     """A page of this package (``page.html``, ``curriculum.html``), which extends ``base.html``, as text."""
+    return str(_environment().get_template(template).render(**values, style=markup(part("page.css"))))
+
+
+@functools.cache
+def _environment() -> Any:
+    """What keeps the templates that were compiled: a curriculum writes its page after every step."""
     jinja2 = optional("jinja2")
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         autoescape=True,
         finalize=lambda value: shown(value) if type(value) is str else value,
         loader=jinja2.FunctionLoader(part),
     )
-    return str(environment.get_template(template).render(**values, style=markup(part("page.css"))))
 
 
 def part(name: str) -> str:
