@@ -318,7 +318,8 @@ def test_verl_text_dumps_are_read_and_called_lossy(
     assert "text without special tokens" in shown.err and "skip.rollout_tq" in shown.err
     groups = {group.answer: group for group in read_trajectories(tmp_path / "t.jsonl")}
     assert groups[records[2]["answer"]].policy == "step 2" and groups[records[0]["answer"]].policy == "step 1"
-    assert all(group.id.startswith("text-") and group.extra == {"lossy": True} for group in groups.values())
+    assert all(group.id.startswith("text-") for group in groups.values())
+    assert all(group.extra == {"lossy": True, "rendered": True} for group in groups.values())
     # With the dataset the prompts have their ids and messages again.
     rows = [{"prompt": r["prompt"], "extra_info": {"index": i + 10}} for i, r in enumerate(records)]
     write_lines(tmp_path / "data.jsonl", rows)

@@ -48,6 +48,17 @@ def test_template_is_applied_by_rule(tmp_path: Path) -> None:
     assert rendered == [*ids("ab"), EOS], "without a template a string's special tokens are tokens"
 
 
+def test_no_template_is_applied_to_what_the_policy_read() -> None:
+    chat, read = make_tokenizer(chat=True), {"rendered": True}
+    assert Tokenize(chat, VOCABULARY)(group(extra=read)).prompt == ids("ab")
+    assert Tokenize(chat, VOCABULARY)(group(extra={"rendered": False})).prompt == ids("<user>ab\n>")
+    assert Tokenize(chat, VOCABULARY, chat_template=chat.chat_template)(group(extra=read)).prompt == ids(
+        "<user>ab\n>"
+    )
+    messages = [{"role": "user", "content": "ab"}]
+    assert Tokenize(chat, VOCABULARY)(group(prompt=messages, extra=read)).prompt == ids("<user>ab\n>")
+
+
 def test_messages_without_a_template_are_an_error() -> None:
     messages = [{"role": "user", "content": "ab"}]
     for tokenizer, template in ((make_tokenizer(), "auto"), (make_tokenizer(chat=True), "none")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.made_dumps import ROLLOUTS, TEMPERATURE, made, write
+from support.made_data import make_tokenizer
+from support.made_dumps import KINDS, MORE, ROLLOUTS, TEMPERATURE, made, write
 
 from cropi.cli import main
 from cropi.data.readers import read
+from cropi.data.trainer_rows import trainer_row
 from cropi.errors import CropiError
+from cropi.gradient.tokenize import Tokenize
 from cropi.trainers.dumps.auto import opened
 from cropi.trainers.dumps.fields import BadSample
 from cropi.trainers.dumps.reading import Reading
@@ -155,6 +159,30 @@ def test_the_turns_of_areal_are_refused(tmp_path: Path) -> None:
     content[1]["segments"] = [{"role": role, "len": 1, "text": text} for role, text in texts]
     with pytest.raises(CropiError, match=r"3.jsonl:2, segments: are several turns"):
         rewards(write(path, content))
+
+
+@pytest.mark.parametrize("kind", ["trl", "skyrl", "areal", "openrlhf", "verl text", "slime", "vllm"])
+def test_a_prompt_in_text_is_what_the_policy_read(kind: str, tmp_path: Path) -> None:
+    """Rendered by a template before, or tokenised without one: no template is applied to it, here or in a trainer."""
+    path = write(tmp_path / (KINDS | MORE)[kind][0], made(kind))
+    held = min(read(opened(path)), key=lambda group: str(group.prompt))
+    tokens = Tokenize(make_tokenizer(chat=True), 98)
+    text = replace(
+        held, prompt_ids=None, response_ids=None, responses=["a", "b"], loss_mask=None, logprobs=None
+    )
+    assert tokens(text).prompt == make_tokenizer()("q0")["input_ids"]
+    with pytest.raises(
+        CropiError, match="is text as the policy read it .* own --dataset with --format jsonl"
+    ):
+        trainer_row("slime", replace(held, answer="g"))
+
+
+def test_a_server_makes_a_message_of_a_prompt_in_text(tmp_path: Path) -> None:
+    content = made("openai")
+    for row in content:
+        row["prompt"] = row.pop("messages")[0]["content"]
+    for group in read(opened(write(tmp_path / "step_7.jsonl", content))):
+        assert isinstance(group.prompt, str) and group.extra["rendered"] is False
 
 
 def test_calls_of_several_tools_in_trls_table_keep_their_own_arguments(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ FIELDS = (
     "task",
 )
 
+# A further key, true where the prompt is the text that the policy read: no chat template is applied to it. Readers of
+# dumps set it, because trainers and engines write prompts rendered, or as they were tokenised.
+RENDERED = "rendered"
+
 # Other names of fields, as trainers and engines write them.
 ALIASES = {
     "response_mask": "loss_mask",

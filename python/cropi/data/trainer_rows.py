@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cropi.data.keys import RENDERED
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
 
@@ -35,7 +36,7 @@ def trainer_row(trainer: str, group: PromptGroup, data_source: str | None = None
             ``task``.
 
     Raises:
-        CropiError: the record has no text, no answer, or (verl) no data source.
+        CropiError: the record has no text, text that was rendered already, no answer, or (verl) no data source.
     """
     if group.prompt is None:
         raise CropiError(
@@ -46,6 +47,12 @@ def trainer_row(trainer: str, group: PromptGroup, data_source: str | None = None
         raise CropiError(
             f"format {trainer}: {group.where}: the record {group.id!r:.100} has no 'answer', which {trainer} hands to "
             "its reward function; add it to the records, name its column with --columns answer=NAME, or give --dataset"
+        )
+    if isinstance(group.prompt, str) and group.extra.get(RENDERED) is True:
+        raise CropiError(
+            f"format {trainer}: {group.where}: the prompt of the record {group.id!r:.100} is text as the policy read "
+            f"it (from a dump), and {trainer} would apply its chat template to it; give its own --dataset with "
+            f"--format {FILES[trainer]}, or --format jsonl and train on 'prompt' without a template"
         )
     prompt = group.prompt if isinstance(group.prompt, list) else [{"role": "user", "content": group.prompt}]
     source = data_source or group.extra.get("data_source") or group.task

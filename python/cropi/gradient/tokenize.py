@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from cropi.data.keys import RENDERED
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.equal import equal_responses
@@ -85,7 +86,8 @@ class Tokenize:
         vocabulary: number of rows of the model's embedding; ids from there on are errors.
         context: the model's context length, or None when it has no limit.
         chat_template: "auto" (messages go through the tokenizer's template; so does a string, as one user
-            message, if the tokenizer has a template and the string does not begin as a rendered one does),
+            message, if the tokenizer has a template, the string does not begin as a rendered one does, and the record
+            does not say ``rendered``),
             "none" (strings as they are), or a Jinja template, as text or as the path of a file.
         eos: append the end token to responses that are given as text and are not marked as truncated: the token
             that closes an assistant's turn in the template, or the tokenizer's own without one.
@@ -226,7 +228,7 @@ class Tokenize:
     def _prompt(self, group: PromptGroup, where: str) -> list[int]:
         prompt, template = group.prompt, self.template
         check_variables(group.chat_template_kwargs, where)
-        if isinstance(prompt, str) and (template is None or self._is_rendered(prompt, template)):
+        if isinstance(prompt, str) and (template is None or self._is_rendered(group, prompt, template)):
             for name in ("tools", "chat_template_kwargs"):
                 if getattr(group, name):
                     raise RecordError(
@@ -253,10 +255,12 @@ class Tokenize:
             )
         return ids
 
-    def _is_rendered(self, prompt: str, template: ChatTemplate) -> bool:
-        """Whether a string was rendered by a template before: it begins as one that was."""
+    def _is_rendered(self, group: PromptGroup, prompt: str, template: ChatTemplate) -> bool:
+        """Whether a string was rendered by a template before: the record says so, or it begins as one that was."""
         if self.chat_template != "auto":
             return False
+        if group.extra.get(RENDERED) is True:
+            return True
         return prompt.lstrip().startswith(template.openings) if template.openings else False
 
     def _plain(self, prompt: str) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cropi.data.keys import RENDERED
 from cropi.trainers.dumps.fields import BadSample
 from cropi.trainers.dumps.rollout import Rollout
 
@@ -57,6 +58,6 @@ def response_row(rollout: Rollout) -> dict[str, Any]:
         "id": rollout.id, "prompt": rollout.prompt, "answer": rollout.answer, "reward": rollout.reward,
         "prompt_ids": rollout.prompt_ids, "response_ids": rollout.response_ids, "logprobs": rollout.logprobs,
         "loss_mask": rollout.loss_mask or [1] * len(ids), "temperature": rollout.temperature,
-        "truncated": rollout.truncated,
+        "truncated": rollout.truncated, RENDERED: isinstance(rollout.prompt, str) or None,
     }  # fmt: skip
     return {key: value for key, value in row.items() if value is not None}

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.data.keys import RENDERED
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import (
@@ -175,6 +176,8 @@ def _rollout(
         warm = row.request.get("temperature", row.row.get("temperature"))
     tools, reason = row.request.get("tools", row.row.get("tools")), choice.get("finish_reason")
     extra: dict[str, Any] = {} if ids else {"lossy": True}
+    if isinstance(message, Mapping) and isinstance(row.prompt, str):
+        extra[RENDERED] = False  # the server made a user's message of it
     if tools:
         extra["tools"] = tools
     prompt = prompt_ids if row.prompt is None else row.prompt

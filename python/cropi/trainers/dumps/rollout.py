@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cropi.data.keys import FIELDS
+from cropi.data.keys import FIELDS, RENDERED
 from cropi.data.records import PromptGroup, parse_record
 from cropi.errors import CropiError, RecordError
 from cropi.files import replacing
@@ -177,7 +177,8 @@ def _line(name: str, members: list[Rollout]) -> str:
         "loss_mask": [m.loss_mask or [1] * len(m.response_ids or ()) for m in members] if masked else None,
         "truncated": cut if all(value is not None for value in cut) else None,
         "rewards": [m.reward for m in members], "temperature": first.temperature,
-        "policy": f"step {max(m.step for m in members)}", **first.extra,
+        "policy": f"step {max(m.step for m in members)}", RENDERED: isinstance(first.prompt, str) or None,
+        **first.extra,
     }  # fmt: skip
     record = {key: value for key, value in record.items() if value is not None}
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
