@@ -140,6 +140,17 @@ def test_what_training_changes_is_not_compared() -> None:
     assert selector.step == 4
 
 
+def test_a_tokenizer_that_names_no_tokens_is_not_compared() -> None:
+    class Bare:
+        eos_token_id = 1
+
+    assert "tokens" not in sketched(Policy(make_model(), Bare())).origin
+    policy = Policy(make_model(), make_tokenizer())
+    first = sketched(policy).origin["tokens"]
+    policy.tokenizer.add_tokens(["<think>"])  # between two steps
+    assert sketched(policy).origin["tokens"] != first
+
+
 def test_a_state_of_an_earlier_release_knows_the_names_alone() -> None:
     selector, batch = Selector([0, 1], SPEC, dim=64), sketched()
     selector.update([0, 1], batch, 1)

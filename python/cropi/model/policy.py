@@ -301,9 +301,10 @@ class Policy:
         return None if tokenizer is None else tokenizer_fingerprint(tokenizer)
 
     def origin(self, sketcher: GradientSketcher | LiveSketcher) -> dict[str, Any]:
-        """Of which model sketches are: what the sketcher says, and ``tokens``, a digest of the tokenizer's tokens."""
+        """Of which model sketches are: what the sketcher says, and ``tokens``, a digest of the tokenizer's tokens,
+        where there is one that names them."""
         made = sketcher.origin
-        if self.tokenizer is not None:
+        if hasattr(self.tokenizer, "get_vocab"):
             size = len(self.tokenizer)  # a token may be added at any time
             if size != self._tokens[0]:
                 self._tokens = size, tokens_fingerprint(self.tokenizer)
