@@ -82,9 +82,10 @@ def product_eps(x: torch.Tensor) -> float:
 @contextlib.contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
     """Everything inside runs in the dtypes of the weights: no autocast of the caller's, and none around ``model``."""
-    kinds = {p.device.type for p in model.parameters()} - {"meta"}
+    # Not of every parameter: a walk takes a millisecond in which a GPU has nothing to do.
+    first = next((p.device.type for p in model.parameters()), "cpu")
     with contextlib.ExitStack() as stack:
-        for kind in sorted(kinds):
+        for kind in sorted({"cpu", "cuda", "xpu", first} - {"meta"}):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_bare_forward(model))

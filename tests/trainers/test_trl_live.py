@@ -98,7 +98,9 @@ def test_sketches_are_those_of_trls_own_loss(
     for name in set(ids):
         place = live.selector.places([name])[0]
         parts = [inputs for inputs in micro if bool((inputs[PLACES] == place).any())]
-        want = sum(sketch_gradients(first, by_autograd(trainer, first, part, place), SPEC) for part in parts)
+        want = sum(
+            sketch_gradients(first, by_autograd(trainer, first, part, place), SPEC).cpu() for part in parts
+        )
         got = rows[[i for i, other in enumerate(ids) if other == name]].sum(0)
         # A float32 pass of two layers: a few hundred roundings of 2^-24, and float32 sums.
         assert (got - want).norm() <= 1e-4 * want.norm() or not want.any(), name
@@ -132,8 +134,8 @@ def test_sketches_under_trls_own_defaults(
     assert trainer._cropi.live.sketcher.loss is not None and rows.any()
     for name, got in zip(ids, rows, strict=True):
         place = trainer._cropi.live.selector.places([name])[0]
-        near = sketch_gradients(own, by_autograd(trainer, own, inputs, place), SPEC)
-        exact = sketch_gradients(wide, by_autograd(trainer, wide, inputs, place), SPEC)
+        near = sketch_gradients(own, by_autograd(trainer, own, inputs, place), SPEC).cpu()
+        exact = sketch_gradients(wide, by_autograd(trainer, wide, inputs, place), SPEC).cpu()
         error, allowed = (got - exact).norm(), (near - exact).norm()
         assert error <= 2 * allowed <= 0.2 * exact.norm(), (name, error, allowed, exact.norm())
 
