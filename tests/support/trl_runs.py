@@ -54,7 +54,8 @@ def arguments(out: Path, **changes: Any) -> Any:
 
     given: dict[str, Any] = dict(
         output_dir=str(out), max_steps=6, per_device_train_batch_size=8, num_generations=4, max_completion_length=8,
-        temperature=0.7, learning_rate=1e-3, bf16=False, use_cpu=ON_CPU, tf32=None if ON_CPU else False, report_to=[], save_strategy="no",
+        temperature=0.7, learning_rate=1e-3, bf16=False, use_cpu=ON_CPU, tf32=None if ON_CPU else False,
+        report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     return GRPOConfig(**(given | changes))
