@@ -152,7 +152,7 @@ def main() -> None:
         text += [f"## {part}", "", f"{len(rows)} rows, {len(bad)} of them failed.", ""]
         text += correct(rows, bad) if "correctness" in part else tables(rows)
     for log in sorted(OUT.glob("sanitizer_*.log")):
-        tail = [line for line in log.read_text(errors="replace").splitlines() if "ERROR SUMMARY" in line]
+        tail = [line for line in log.read_text(errors="replace").splitlines() if " SUMMARY: " in line]
         text += [f"- {log.stem}: {tail[-1] if tail else 'no summary'}", ""]
     target = common.ROOT / "benchmarks" / "results" / "gpu.md" if len(sys.argv) < 2 else Path(sys.argv[1])
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -63,12 +63,12 @@ MEASURED = (
     Part("correctness", 60, script("correctness"), processes=12, needs=("build",)),
     Part("jobs", 130, script("jobs"), needs=("build",)),
     Part("model_7b", 60, script("model", "7b")),
-    Part("variants", 60, script("variants")),
-    Part("counters", 50, shell("counters")),
+    Part("variants", 50, script("variants")),
+    Part("counters", 35, shell("counters")),
     Part("project_correctness", 35, script("project_correctness"), processes=4, needs=PROJECT),
     Part("project", 35, script("project"), needs=PROJECT),
-    Part("sanitizer_memcheck", 55, shell("sanitize", "memcheck", "correctness"), needs=("build",)),
-    Part("sanitizer_racecheck", 55, shell("sanitize", "racecheck", "correctness"), needs=("build",)),
+    Part("sanitizer_memcheck", 40, shell("sanitize", "memcheck", "correctness"), needs=("build",)),
+    Part("sanitizer_racecheck", 90, shell("sanitize", "racecheck", "correctness"), needs=("build",)),
 )
 PARTS = {part.name: part for part in BUILDS + MEASURED}
 
