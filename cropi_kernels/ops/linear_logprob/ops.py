@@ -23,8 +23,10 @@ def prepare(
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     settings: Settings,
+    *,
+    whole: bool = False,
 ) -> chunks.Call:
-    """Checks the values of ``targets`` and chooses the backend and the chunk."""
+    """Checks the values of ``targets``, chooses the backend and the chunk; ``whole``: logits are to exist as such."""
     head, targets = _native.aligned(head), _native.aligned(targets)
     vocab = head.shape[0]
     counted = targets != settings.ignore_index
@@ -47,7 +49,7 @@ def prepare(
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     bias = None if bias is None else _native.aligned(bias.detach().to(dtype).contiguous())
     math = RowMath(settings.temperature, settings.softcap)
-    tiles = _tiles(name, hidden, head, math)
+    tiles = None if whole else _tiles(name, hidden, head, math)
     chunk = settings.chunk_size or chunks.default_chunk(
         hidden.shape[0],
         vocab,

@@ -118,8 +118,8 @@ def logprob_and_grad_by(
     """
     settings = Settings(float(temperature), float(softcap or 0.0), -1, 0, None)
     with _memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
-        call = ops.prepare(hidden, head, targets, bias, settings)
-        call = call._replace(kernels=around(call), tiles=None)
+        call = ops.prepare(hidden, head, targets, bias, settings, whole=True)
+        call = call._replace(kernels=around(call))
         hidden = _native.aligned(hidden.detach())
         with no_autocast(hidden):
             if weigh is None:

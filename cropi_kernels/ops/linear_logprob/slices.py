@@ -57,9 +57,8 @@ def sliced_logprob_and_grad(
     mine = (targets >= words.first) & (targets < words.first + len(head))
     # Of others' targets: a word whose place is filled below.
     own = torch.where(mine, targets - words.first, 0)
-    call = ops.prepare(
-        hidden, head, own, bias, Settings(float(temperature), float(softcap or 0.0), -1, 0, None)
-    )
+    settings = Settings(float(temperature), float(softcap or 0.0), -1, 0, None)
+    call = ops.prepare(hidden, head, own, bias, settings, whole=True)
     n = len(targets)
     logps, weights = call.numbers(), call.numbers()
     out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cropi_kernels import linear_logprob, logprob_and_grad
-from cropi_kernels.ops.linear_logprob import oracle, triton_tiles
-from cropi_kernels.ops.linear_logprob.contract import RowMath
+from cropi_kernels.ops.linear_logprob import chunks, oracle, triton_tiles
+from cropi_kernels.ops.linear_logprob.contract import RowMath, Settings
+from cropi_kernels.ops.linear_logprob.ops import prepare
 
 HALF = torch.float16  # what the interpreter computes
 
@@ -142,3 +143,14 @@ def test_operands_of_another_kind_go_by_whole_logits(change: str) -> None:
     assert isinstance(logp, torch.Tensor)
     right = oracle.linear_logprob(hidden.double(), head.double(), targets).logp
     torch.testing.assert_close(logp.double(), right, rtol=1e-4, atol=1e-4)
+
+
+def test_whole_logits_are_cut_by_their_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads with adapters, or of which a rank has a part, keep float32 logits: twice the bytes a token."""
+    hidden, head, targets, _ = made(600, 64, 16)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(chunks, "DEVICE_LOGITS_BYTES", 64 * 2 * 256)
+    settings = Settings(1.0, 0.0, -100, 0, "triton")
+    call = prepare(hidden, head, targets, None, settings)
+    whole = prepare(hidden, head, targets, None, settings, whole=True)
+    assert (call.chunk, whole.chunk) == (256, 128) and whole.tiles is None is not call.tiles
