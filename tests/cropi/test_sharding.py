@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from support.made_data import make_model
+from support.once import once
 
 from cropi.cli import main
 from cropi.distributed.sharding import Group
@@ -27,12 +28,16 @@ WORKER = Path(__file__).parents[1] / "support" / "shared_weights.py"
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("shared")
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder)], capture_output=True, text=True, timeout=300
+    def make(folder: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, str(WORKER), str(folder)], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "found.json").write_text(done.stdout.splitlines()[-1])
+
+    found: dict[str, Any] = json.loads(
+        (once(tmp_path_factory, "shared-weights", make) / "found.json").read_text()
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.once import once
 
 import cropi_kernels
 from cropi_kernels import ProjectionSpec, _cuda, _native, project, project_transpose
@@ -36,20 +37,13 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the emulation with (CXX names one)")
-    target = tmp_path_factory.mktemp("emulation") / "emulate.so"
-    command = [
-        compiler,
-        "-O1",
-        "-shared",
-        "-fPIC",
-        *INCLUDES,
-        str(CSRC / "cuda" / "emulate.cpp"),
-        "-o",
-        str(target),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return _cuda.load(target)
+
+    def make(folder: Path) -> None:
+        command = [compiler, "-O1", "-shared", "-fPIC", *INCLUDES, str(CSRC / "cuda" / "emulate.cpp")]
+        done = subprocess.run([*command, "-o", str(folder / "emulate.so")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return _cuda.load(once(tmp_path_factory, "emulation", make) / "emulate.so")
 
 
 @pytest.fixture

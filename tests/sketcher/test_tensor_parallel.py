@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.launch import on_ranks
+from support.launch import found_on_ranks, on_ranks
 
 from cropi_kernels.ops.linear_logprob import logprob_and_grad
 from cropi_kernels.ops.linear_logprob.products import CutInputs, Features, logprob_and_grad_by
@@ -26,8 +26,8 @@ ON_FOUR = ("llama-tied:auto", "llama:sequence_parallel")
 
 
 @pytest.fixture(scope="module")
-def two() -> list[dict[str, Any]]:
-    return on_ranks(WORKER, *CASES, "errors")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return found_on_ranks(tmp_path_factory, "tensor-parallel", WORKER, *CASES, "errors")
 
 
 def check(found: dict[str, Any]) -> None:

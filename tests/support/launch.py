@@ -10,8 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 
-def on_ranks(worker: Path, *words: str, ranks: int = 2, seconds: float = 300) -> list[Any]:
+from support.once import once
+
+
+def on_ranks(worker: Path, *words: str, ranks: int = 2, seconds: float = 900) -> list[Any]:
     """What every rank of ``worker`` prints last, read as JSON; the worker finds RANK, WORLD_SIZE and MASTER_ADDR."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -35,3 +39,13 @@ def on_ranks(worker: Path, *words: str, ranks: int = 2, seconds: float = 300) ->
     failed = [err for rank, (_, err) in zip(started, done) if rank.returncode]
     assert not failed, failed[0][-3000:]
     return [json.loads(out.splitlines()[-1]) for out, _ in done]
+
+
+def found_on_ranks(factory: pytest.TempPathFactory, name: str, worker: Path, *words: str) -> list[Any]:
+    """`on_ranks`, once for all processes of a test run."""
+
+    def make(folder: Path) -> None:
+        (folder / "found.json").write_text(json.dumps(on_ranks(worker, *words)))
+
+    found: list[Any] = json.loads((once(factory, name, make) / "found.json").read_text())
+    return found

@@ -15,6 +15,7 @@ pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part o
 pytestmark = pytest.mark.slow
 
 from support.commands import json_lines  # noqa: E402
+from support.once import once  # noqa: E402
 from support.trl_runs import selected, stored  # noqa: E402
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -23,7 +24,10 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two ranks have trained."""
-    folder = tmp_path_factory.mktemp("ranks")
+    return once(tmp_path_factory, "trl-ranks", two_ranks)
+
+
+def two_ranks(folder: Path) -> None:
     train = stored(folder / "train.jsonl", seed=0, count=16)
     valid = stored(folder / "valid.jsonl", seed=1, count=8, sets=["x", "y"])
     done = subprocess.run(
@@ -38,7 +42,6 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder
 
 
 def notes(out: Path, name: str) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import torch
 from ptx_emulator.machine import launch
 from ptx_emulator.memory import GlobalMemory
 from ptx_emulator.text import parse
+from support.once import once
 
 from cropi_kernels import ProjectionSpec, _cuda, project, project_transpose
 from cropi_kernels.ops.project import cuda
@@ -41,7 +42,13 @@ OBSERVER = ctypes.CFUNCTYPE(
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, str]]:
     """The library, its launches going nowhere yet, and the module of every kernel."""
-    folder = tmp_path_factory.mktemp("cuda")
+    folder = once(tmp_path_factory, "cuda", compile_all)
+    modules = [p.read_text() for p in folder.glob("*.ptx")]
+    kernels = {name: text for text in modules for name in re.findall(r"\.entry (\w+)", text)}
+    return _cuda.load(folder / "library.so"), kernels
+
+
+def compile_all(folder: Path) -> None:
     sources = sorted(str(p) for p in (CSRC / "cuda").glob("*.cu"))
     command = [
         str(NVCC),
@@ -56,9 +63,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, s
     command += [*sources, str(HERE.parent / "runtime.cpp"), "-o", str(folder / "library.so")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    modules = [p.read_text() for p in folder.glob("*.ptx")]
-    kernels = {name: text for text in modules for name in re.findall(r"\.entry (\w+)", text)}
-    return _cuda.load(folder / "library.so"), kernels
 
 
 @pytest.fixture
