@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import zoo
-from support.launch import on_ranks
+from support.launch import found_on_ranks, on_ranks
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec
@@ -21,8 +21,10 @@ EXACT = (
 )  # fmt: skip
 
 
-def on_two_ranks(case: str) -> list[dict[str, Any]]:
-    return on_ranks(WORKER, case)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two processes for all cases: their start takes as long as a case."""
+    return found_on_ranks(tmp_path_factory, "sharded", WORKER, *EXACT, "llama:mixed")
 
 
 def left_as_it_was(found: dict[str, Any]) -> bool:
@@ -32,12 +34,12 @@ def left_as_it_was(found: dict[str, Any]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EXACT)
-def test_sketches_of_the_unsharded_model(case: str) -> None:
+def test_sketches_of_the_unsharded_model(case: str, two: list[dict[str, Any]]) -> None:
     """Each rank on prompts of its own: three passes, one that fails in the middle, two of `batch`, again a pass.
 
     Of a tied weight also the sketches of groups of parameters.
     """
-    for found in on_two_ranks(case):
+    for found in (rank[case] for rank in two):
         assert found["bits"] and found["logp"] == 0.0 and left_as_it_was(found), found
         if "decoder_alone" not in case:  # whose head is not part of any unit
             assert found["held"] == 0.0, "weights were whole between passes"
@@ -47,14 +49,14 @@ def test_sketches_of_the_unsharded_model(case: str) -> None:
 @pytest.mark.slow
 def test_compiled_layers_on_one_rank() -> None:
     """FSDP2's hooks are outside of the layers' graphs, the taps inside; fused operations round otherwise."""
-    (found,) = on_ranks(WORKER, "llama-one:compiled", ranks=1)
+    ((found,),) = (rank.values() for rank in on_ranks(WORKER, "llama-one:compiled", ranks=1))
     assert found["graphs"] > 20 and 0 < max(*found["errors"], found["batch"]) <= 16 * 2.0**-24, found
     assert left_as_it_was(found), found
 
 
 @pytest.mark.slow
-def test_mixed_precision_costs_what_bfloat16_costs() -> None:
-    for found in on_two_ranks("llama:mixed"):
+def test_mixed_precision_costs_what_bfloat16_costs(two: list[dict[str, Any]]) -> None:
+    for found in (rank["llama:mixed"] for rank in two):
         assert 0 < max(found["errors"]) <= 2 * found["bfloat16"] < 0.1 and left_as_it_was(found), found
 
 

@@ -1,6 +1,6 @@
 """One rank of a job on a sharded model: `tests/sketcher/test_sharded.py` starts two. Prints what it found, as JSON.
 
-python tests/support/fsdp_ranks.py CASE       with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+python tests/support/fsdp_ranks.py CASE ...       with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        model, way = sys.argv[1].split(":")
-        print(json.dumps(run(model, way, dist.get_rank())), flush=True)
+        found = {case: run(*case.split(":"), dist.get_rank()) for case in sys.argv[1:]}
+        print(json.dumps(found), flush=True)
     finally:
         dist.destroy_process_group()
 
