@@ -251,7 +251,7 @@ def write_parts(path: Path, parts: Sequence[bytes | memoryview]) -> None:
 
 
 def text_of(path: Path) -> str:
-    """What a UTF-8 text file holds.
+    """What a UTF-8 text file holds, without a byte order mark, which editors on Windows put in front.
 
     Raises:
         CropiError: the disk fails.
@@ -259,7 +259,7 @@ def text_of(path: Path) -> str:
         FileNotFoundError: it is not there.
     """
     with reading(path):
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
 
 
 def lines_of(path: Path) -> list[str]:

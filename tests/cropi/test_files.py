@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -12,13 +14,14 @@ from typing import Any
 
 import pytest
 
+from cropi.cli.config import read_config
 from cropi.data.export import read_dataset
 from cropi.data.readers import read
 from cropi.data.saved import save_folder
 from cropi.errors import CropiError
 from cropi.files import replacing, write_atomic
 from cropi.gradient.template import template_text
-from cropi.ranking.selection_files import selected_rows
+from cropi.ranking.selection_files import read_selection, selected_rows
 from cropi.trainers.dumps.pickled import load_dump
 from cropi.trainers.dumps.recognise import recognise
 
@@ -162,3 +165,21 @@ def test_a_data_set_that_was_saved_before_survives_a_kill(stop: int, tmp_path: P
     save_folder(out, datasets.Dataset.from_dict({"a": [3]}))
     assert datasets.load_from_disk(str(out))["a"][:] == [3]
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_byte_order_mark_is_no_part_of_what_a_user_wrote(tmp_path: Path) -> None:
+    """An id, a row and a template would begin with U+FEFF."""
+
+    def marked(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_bytes(codecs.BOM_UTF8 + text.replace("\n", "\r\n").encode())
+        return path
+
+    rows = [{"id": "a", "q": "é"}, {"id": "b", "q": "\u2028"}]
+    assert read_selection(marked("ids.txt", "a\nb\n")) == ["a", "b"]
+    assert read_dataset(marked("d.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))) == rows
+    assert read_dataset(marked("d.json", json.dumps(rows))) == rows
+    template = "<{{ messages[0].content }}>\n"
+    assert template_text(str(marked("t.jinja", template))) == template
+    assert read_config(marked("c.toml", "[sketch]\ndim = 64\n")) == {"dim": 64}
+    assert read_config(marked("c.yaml", "dim: 64\n")) == {"dim": 64}

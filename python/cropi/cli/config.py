@@ -131,7 +131,7 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise CropiError(f"there is no config file {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".toml":
             return _bounded(path, optional("tomllib" if sys.version_info >= (3, 11) else "tomli").loads(text))
         if path.suffix in (".yaml", ".yml"):
