@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import random
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,19 @@ def test_ids_in_one_file_and_none_in_the_next(tmp_path: Path) -> None:
     for order in ((with_ids, without), (without, with_ids)):
         with pytest.raises(RecordError, match="the key 'id' is missing|those before it have none"):
             list(read(list(order)))
+
+
+def test_infinity_in_half_precision_is_no_reward(tmp_path: Path) -> None:
+    records = [{"id": f"p{i}", "prompt": "q", "responses": ["a", "b"]} for i in range(2)]
+    table = pyarrow.Table.from_pylist(records)
+    for last in (65504.0, math.inf):
+        rewards = pyarrow.array([[0.5, 1.0], [0.0, last]], pyarrow.list_(pyarrow.float16()))
+        path = tmp_path / "t.parquet"
+        pyarrow.parquet.write_table(table.append_column("rewards", rewards), path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            groups = list(read(path, skip_bad=True))
+        assert [group.rewards for group in groups] == [[0.5, 1.0], [0.0, last]][: 1 + math.isfinite(last)]
 
 
 def test_empty_values_that_a_table_adds_are_not_part_of_a_conversation(

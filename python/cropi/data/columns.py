@@ -168,7 +168,8 @@ class Columns:
     def _check_numbers(self) -> None:
         counts = self.rewards.sizes()
         values = self.rewards.values
-        if (counts < 1).any() or not (np.abs(values) <= LARGEST_REWARD).all():
+        # In float16 the largest reward would be infinity, which is not above itself.
+        if (counts < 1).any() or not (np.abs(values.astype(np.float64)) <= LARGEST_REWARD).all():
             raise NotSimple
         for ids in (self.ids, self.prompt_ids):
             if ids is not None and ((ids.sizes() < 1).any() or not _within(ids.values, 0, LARGEST_TOKEN)):
