@@ -85,8 +85,12 @@ def _concerns(name: object, *paths: Path) -> bool:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: str | Path, *, missing: bool = False) -> Iterator[None]:
     """Inside, what the system says of a file that is there becomes an error in words: it is not damaged for that.
+
+    Args:
+        path: what messages call it.
+        missing: a file that is not there is an error in words, too.
 
     Raises:
         CropiError: names the file, the reason and the remedy.
@@ -94,17 +98,15 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None or isinstance(error, FileNotFoundError) and not missing:
             raise
         raise CropiError(f"cannot read {path}: {reason(error, 'give a path that can be read')}") from error
 
 
 class _Readable(io.FileIO):
     def __init__(self, path: Path) -> None:
-        with reading(path):
+        with reading(path, missing=True):
             super().__init__(path)
         self.path = path
 
@@ -122,7 +124,6 @@ def open_to_read(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> i
 
     Raises:
         CropiError: now or while it is read; names the file, the reason and the remedy.
-        FileNotFoundError: it is not there.
     """
     return io.BufferedReader(_Readable(Path(path)), buffering)
 
@@ -254,23 +255,11 @@ def text_of(path: Path) -> str:
     """What a UTF-8 text file holds, without a byte order mark, which editors on Windows put in front.
 
     Raises:
-        CropiError: the disk fails.
+        CropiError: it is not there, or the disk fails.
         UnicodeDecodeError: it is not UTF-8.
-        FileNotFoundError: it is not there.
     """
-    with reading(path):
+    with reading(path, missing=True):
         return path.read_text(encoding="utf-8-sig")
-
-
-def lines_of(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, cut at line ends alone.
-
-    ``str.splitlines`` would also cut at U+0085, U+2028 and U+2029, which stand inside a JSON string as they are.
-
-    Raises:
-        what :func:`text_of` raises.
-    """
-    return text_of(path).split("\n")
 
 
 def make_folder(folder: Path) -> None:

@@ -64,14 +64,20 @@ class Sketch(Options):
 
     dim: int = option(32768, "numbers per sketch", kind="whole", metavar="N")
     width: int | None = option(
-        64, "features that a layer's inputs are folded to", kind="width", metavar="N|full"
+        64, "features that a layer's inputs are folded to (kind slab)", kind="width", metavar="N|full"
     )
     vocab_width: int | None = option(
-        8192, "rows that a tied head is folded to", kind="vocab_width", metavar="N|full"
+        8192, "rows that a tied head is folded to (kind slab)", kind="vocab_width", metavar="N|full"
     )
     kind: str = option("slab", "kind of sketch", choices=KINDS)
     keep: float = option(1.0, "share of the coordinates that kind dropout keeps", kind="number")
     seed: int = option(0, "seed of the sketch", kind="whole")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        slab = "kind slab", self.kind == "slab"
+        folds = {name: slab for name in ("width", "vocab_width") if getattr(self, name) is not None}
+        check_used(self, **folds, keep=("kind dropout", self.kind == "dropout"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,7 +419,9 @@ class Choosing(Options):
             raise CropiError(f"candidates must be at least 1, got {self.candidates!r}")
         by_scores = self.method not in BASELINES or self.min_score is not None
         check_used(
-            self, rrf_constant=("method rrf_classic", self.method == "rrf_classic"),
+            self, fraction=("a choice without count", self.count is None),
+            pool=("fraction, or per with count", self.count is None or (self.per != "pool" and not self.quota)),
+            rrf_constant=("method rrf_classic", self.method == "rrf_classic"),
             draw_temperature=("draw soft", self.draw == "soft"),
             candidates=("diversity kmeans or facility", self.diversity != "none"),
             confidence=(f"methods that rank by scores, and method is {self.method}", by_scores),

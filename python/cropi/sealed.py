@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.bulk import check_bulk
 from cropi.errors import CropiError, shown
 from cropi.files import forget, reading, write_atomic, writing
 from cropi.form import check_form, is_writable
@@ -51,13 +52,14 @@ def read_sealed(
         writer: the command whose file it is to be, where a user named the file.
 
     Raises:
-        CropiError: the file is no JSON, of another version, not what was written, or not of the form.
-        FileNotFoundError: it is not there.
+        CropiError: the file is not there, no JSON, of another version, not what was written, or not of the form.
     """
     said = f"{path} is not what {writer} writes" if writer else f"{path} is damaged"
     try:
-        with reading(path):
-            left = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path, missing=True):
+            data = path.read_bytes()
+        check_bulk(data, path)
+        left = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         if isinstance(error, CropiError):
             raise
@@ -147,9 +149,9 @@ def _sums(path: Path, strict: bool) -> dict[str, str]:
 
 def _found(path: Path) -> str:
     """The SHA-256 of a file, computed once as long as the file is the same; "" where there is no file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return ""
-    with reading(path):
+    with reading(path, missing=True):
         stat = path.stat()
         return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 

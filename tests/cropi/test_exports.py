@@ -255,14 +255,14 @@ class Proto:
 def test_verl_padded_batches_keep_every_token(tmp_path: Path) -> None:
     from cropi.trainers.dumps.rollout import write_groups
 
-    groups = group_rollouts(rollouts_of_proto(Proto(), 3))
+    groups = list(group_rollouts(rollouts_of_proto(Proto(), 3)))
     write_groups(tmp_path / "t.jsonl", groups)
     check_records(tmp_path / "t.jsonl", ["40", "41"])
     assert groups[0].policy == "step 3" and groups[0].task == "sums" and groups[0].answer == "g"
     assert groups[0].prompt == [{"role": "user", "content": "q0"}]
     proto = Proto()
     del proto.batch["rollout_log_probs"]
-    old = group_rollouts(rollouts_of_proto(proto, 3))
+    old = list(group_rollouts(rollouts_of_proto(proto, 3)))
     assert old[0].logprobs == [[-9.0] * 3, [-9.0] * 2]
 
 
@@ -271,7 +271,7 @@ def test_verl_padded_batches_that_cannot_be_used() -> None:
         proto = Proto()
         change(proto)
         with pytest.raises(CropiError) as caught:
-            group_rollouts(rollouts_of_proto(proto, 0))
+            list(group_rollouts(rollouts_of_proto(proto, 0)))
         return str(caught.value)
 
     assert "row 0, extra_info.index: is missing, which is the only stable id" in error(
@@ -410,6 +410,6 @@ def test_rollouts_of_several_policies_need_logprobs() -> None:
     assert [group.size for group in group_rollouts(steps, steps="all")] == [4, 4]
     bare = [type(r)(**{**vars(r), "logprobs": None}) for r in steps]
     with pytest.raises(CropiError, match="rolled out at several steps"):
-        group_rollouts(bare, steps="all")
+        list(group_rollouts(bare, steps="all"))
     with pytest.raises(CropiError, match="holds no rollout"):
         group_rollouts([])

@@ -59,7 +59,7 @@ def test_an_error_of_the_file_itself_its_folder_or_the_disk_is_one_of_writing(tm
         lambda path: load_dump(path, "a dump"),
         lambda path: read_dataset(path.with_suffix(".jsonl")),
         lambda path: read_dataset(path.with_suffix(".json")),
-        lambda path: selected_rows(path),
+        lambda path: list(selected_rows(path)),
         lambda path: template_text(str(path)),
         lambda path: recognise(path),
     ],

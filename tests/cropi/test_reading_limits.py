@@ -44,7 +44,7 @@ def test_a_line_and_an_element_without_end_are_stopped(
     (tmp_path / "t.json").write_bytes(b'[{"id": "' + b"x" * 2**23)
     with pytest.raises(CropiError, match=r"t.json\[0\] is not JSON, or longer than 1 MiB"):
         list(read_trajectories(tmp_path / "t.json"))
-    assert opened.LONGEST_LINE == 512 * 2**20
+    assert opened.LONGEST_LINE == 256 * 2**20
 
 
 @pytest.mark.parametrize("key", ["answer", "level", "tools", "prompt"])

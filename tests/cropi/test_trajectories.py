@@ -83,6 +83,7 @@ BAD = {
     "log-prob missing": ({"logprobs": [[-0.1], [-3.0]]}, "logprobs[0] must have one entry per token of"),
     "log-prob positive": ({"logprobs": [[-0.1, 0.5], [-3.0]]}, "logprobs[0][1] must be a finite number <= 0, got 0.5"),
     "log-prob NaN": ({"logprobs": [[-0.1, float("nan")], [-3.0]]}, "logprobs[0][1] must be a finite number <= 0"),
+    "log-prob beyond floats": ({"logprobs": [[-0.1, -(10**400)], [-3.0]]}, "logprobs[0][1] must be a finite number"),
     "log-probs without ids": ({"response_ids": None}, "'logprobs' without 'response_ids'"),
     "temperature": ({"temperature": 0}, "'temperature' must be a positive number, got 0"),
     "truncated": ({"truncated": [1, 0]}, "'truncated' must be a list of true and false"),

@@ -251,6 +251,7 @@ MORE: dict[str, Kind] = {
     "prime-rl": ("step_7.jsonl", prime, lambda made: made, "name"),
     "prime-rl traces": ("step_7.jsonl", traces, lambda made: made, "task.data.name"),
     "trl": ("completions_00007.parquet", trl, lambda made: made, "prompt"),
+    "trl lines": ("completions_00007.jsonl", trl, lambda made: made, "prompt"),
     "openrlhf": ("7.jsonl", lambda: rows("input", "output", "reward", label="g"), lambda made: made, "name"),
     "skyrl": ("step_7.jsonl", skyrl, lambda made: made, "name"),
     "areal": ("7.jsonl", areal, lambda made: made, "name"),

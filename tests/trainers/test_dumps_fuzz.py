@@ -85,7 +85,7 @@ def ends_well(kind: str, path: Path, id_key: str | None, skip_bad: bool, written
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             rollouts = read_rollouts(path, kind.split()[0], Reading(id_key=id_key, temperature=0.7), left)
-            groups = group_rollouts(rollouts, left=left)
+            groups = list(group_rollouts(rollouts, left=left))
             if written:
                 write_groups(out, groups)
     except CropiError as error:

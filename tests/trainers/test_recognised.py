@@ -22,13 +22,13 @@ from cropi.data.readers import read
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError
 from cropi.trainers.dumps.auto import Reading, opened
-from cropi.trainers.dumps.recognise import SOURCES, WORDS, recognise
+from cropi.trainers.dumps.recognise import MOST_OPCODES, SOURCES, WORDS, recognise
 from cropi.trainers.dumps.vocabulary import bytes_of_tokens
 
 ALL = KINDS | MORE
 EXACT = ("slime", "nemo-rl", "verl", "vllm", "openai", "prime-rl", "prime-rl traces")
 MASKED = ("slime", "nemo-rl", "verl", "prime-rl", "prime-rl traces")  # vLLM and servers know no tools' tokens
-TEXT = ("verl text", "trl", "openrlhf", "skyrl", "areal")
+TEXT = ("verl text", "trl", "trl lines", "openrlhf", "skyrl", "areal")
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 
 
@@ -69,6 +69,36 @@ def test_a_file_is_told_by_what_stands_in_it(kind: str, tmp_path: Path) -> None:
     path = dump(kind, tmp_path)
     found = recognise(path.rename(tmp_path / f"renamed{path.suffix}"))
     assert found.source == kind.split()[0] and found.words == WORDS[found.source]
+
+
+def test_a_large_batch_of_verl_is_told_by_the_class_of_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of its keys stands behind all rows, further than is looked."""
+    table = type("TensorDict", (), {"__module__": "tensordict._td"})
+    module = types.ModuleType("tensordict._td")
+    module.TensorDict = table  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensordict", types.ModuleType("tensordict"))
+    monkeypatch.setitem(sys.modules, "tensordict._td", module)
+    keys = [f"{i}_0_0" for i in range(MOST_OPCODES)]
+    torch.save({"tensordict": table(), "keys": keys, "tags": [], "global_steps": 7}, tmp_path / "x.pt")
+    assert recognise(tmp_path / "x.pt").source == "verl"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"advantage": 10**400}, {"accuracy": 10**400}, {"form": -(10**400)}],
+    ids=lambda row: next(iter(row)),
+)
+def test_numbers_of_trl_that_no_float_holds_are_left_out(
+    change: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = trl()
+    rows[1] |= change
+    path, out = dump("trl lines", tmp_path, rows), tmp_path / "out.jsonl"
+    assert main(["convert", str(path), "--out", str(out)]) == 0
+    sizes = [group.size for group in read(out)]
+    assert sizes == ([2, 2] if "advantage" in change else [1, 2])
 
 
 def test_every_source_is_known_everywhere() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cropi.cli.parser import Parser
-from cropi.errors import CropiError, did_you_mean, optional, printable
+from cropi.errors import CropiError, did_you_mean, optional, printable, shown
+from cropi.files import reading
 
 # Options that make no sense inside a config file.
 UNUSABLE = ("config", "help", "dry_run", "json", "quiet", "verbose", "debug")
@@ -21,6 +22,7 @@ NOT_KEPT = (*UNUSABLE, "progress")
 NAMED = ("groups", "quota", "columns")
 CONFIG = "config.yaml"
 MOST_VALUES = 10_000
+LARGEST = 2**20  # bytes
 DEEPEST = 64  # as of records
 
 
@@ -128,10 +130,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CropiError(f"there is no config file {path}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with reading(path, missing=True):
+            if os.path.getsize(path) > LARGEST:
+                raise CropiError(f"{path} has more than {LARGEST >> 20} MiB, which no config file has")
+            text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".toml":
             return _bounded(path, optional("tomllib" if sys.version_info >= (3, 11) else "tomli").loads(text))
         if path.suffix in (".yaml", ".yml"):
@@ -151,9 +156,12 @@ def _yaml(path: Path, text: str) -> Any:
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value]
-            if twice := [key for i, key in enumerate(keys) if key in keys[:i] and key != "<<"]:
-                raise CropiError(f"{path}: {twice[0]!r} is given twice; leave one of them out")
+            seen: set[str] = set()
+            for key, _ in node.value:
+                name = str(key.value)  # a table may stand for a key, too
+                if name in seen and name != "<<":
+                    raise CropiError(f"{path}: {shown(name)} is given twice; leave one of them out")
+                seen.add(name)
             return super().construct_mapping(node, deep)
 
     return yaml.load(text, Loader)

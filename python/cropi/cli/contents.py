@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.bulk import check_bulk
 from cropi.errors import CropiError, printable
+from cropi.files import reading
 from cropi.form import check_form, is_number
 
 # Keys by which a JSON object is what `cropi check --out` wrote.
@@ -41,8 +44,13 @@ def describe_folder(path: Path) -> dict[str, Any] | None:
 
 def describe_file(path: Path) -> dict[str, Any] | None:
     """A file that holds no trajectories; None: it may."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
+    with reading(path, missing=True):
+        return _file(path)
+
+
+def _file(path: Path) -> dict[str, Any] | None:
     with open(path, "rb") as file:
         head = file.read(4096)
     if head.startswith(b"\x89PNG"):
@@ -206,8 +214,10 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
+    data = path.read_bytes()
+    check_bulk(data, path)
     try:
-        held = json.loads(path.read_text("utf-8-sig"))
+        held = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None  # lines, or damaged: whoever reads records says how
     if isinstance(held, dict) and held.keys() >= CHECK:

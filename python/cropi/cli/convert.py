@@ -134,15 +134,14 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=(lambda: _tokenizer(args)) if args.model else None, scorer=scorer,
     )  # fmt: skip
     groups = groups_of(args.files, args.source, reading, left, print)
-    write_groups(args.out, groups)
-    exact = sum(group.response_ids is not None for group in groups)
+    written = write_groups(args.out, groups)
     print(
-        f"trajectories  {args.out}: {len(groups)} prompts, {sum(group.size for group in groups)} responses; token "
-        f"ids in {exact} records, log-probs in {sum(group.logprobs is not None for group in groups)}"
+        f"trajectories  {args.out}: {written.prompts} prompts, {written.responses} responses; token ids in "
+        f"{written.with_ids} records, log-probs in {written.with_logprobs}"
     )
     tell(
-        args, out=args.out, prompts=len(groups), responses=sum(group.size for group in groups), with_ids=exact,
-        with_logprobs=sum(group.logprobs is not None for group in groups), left_out=dict(left.counts),
+        args, out=args.out, prompts=written.prompts, responses=written.responses, with_ids=written.with_ids,
+        with_logprobs=written.with_logprobs, left_out=dict(left.counts),
     )  # fmt: skip
     if left.counts:
         reasons = ", ".join(f"{count} by {name}" for name, count in sorted(left.counts.items()))

@@ -159,7 +159,7 @@ def _checked_logprobs(values: dict[str, Any], k: int, where: str) -> list[float]
         raise RecordError(
             where, f"logprobs[{k}] must have one entry per token of response_ids[{k}] ({size}), got {got}"
         )
-    if set(map(type, given)) <= {float, int} and math.isfinite(sum(given)) and max(given) <= LOGPROB_SLACK:
+    if set(map(type, given)) <= {float, int} and _sums_up(given) and max(given) <= LOGPROB_SLACK:
         return given
     scored, given = values["loss_mask"][k] if values["loss_mask"] else [1] * size, list(given)
     for t, value in enumerate(given):
@@ -172,6 +172,14 @@ def _checked_logprobs(values: dict[str, Any], k: int, where: str) -> list[float]
             )
         given[t] = 0.0  # trainers write anything, or nothing, at the tokens of others
     return given
+
+
+def _sums_up(values: list[float]) -> bool:
+    """Whether no number is NaN, infinite or an integer that no float holds."""
+    try:
+        return math.isfinite(sum(values))
+    except OverflowError:
+        return False
 
 
 def _check_mask(values: dict[str, Any], where: str) -> None:

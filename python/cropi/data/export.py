@@ -6,20 +6,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cropi.bulk import check_bulk
 from cropi.data import saved
 from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.identity import dataset_ids
+from cropi.data.lines import lines_of
 from cropi.data.readers import read
-from cropi.data.records import PromptGroup
+from cropi.data.records import PromptGroup, parse_json
 from cropi.data.rows_out import check_json, rows_of, table_of, taken, write_jsonl, write_parquet
 from cropi.data.tables import is_saved
 from cropi.data.trainer_rows import FILES, trainer_row
 from cropi.errors import CropiError, optional
-from cropi.files import lines_of, reading, replacing, text_of, write_atomic
+from cropi.files import open_to_read, reading, replacing, text_of, write_atomic
 from cropi.sealed import check_sums, summed
 
 FORMATS = ("jsonl", "parquet", "ids", "indices", "weights", "save_to_disk", *FILES)
@@ -237,7 +240,7 @@ def read_dataset(path: Any) -> Any:
         return saved.table_of_dataset(path)
     if hasattr(path, "schema") and hasattr(path, "column_names"):
         return path
-    if is_hub_name(path) and not Path(path).exists():
+    if is_hub_name(path) and not os.path.exists(path):
         return from_hub(str(path), lambda file, _: read_dataset(file), lambda held, _: read_dataset(held))
     path = Path(path)
     check_sums(path)
@@ -248,21 +251,28 @@ def read_dataset(path: Any) -> Any:
                 f"dataset: {path} holds the splits {', '.join(map(str, held))}; give the folder of one"
             )
         return saved.table_of_dataset(held)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CropiError(f"dataset: there is no file {path}")
+    with reading(path, missing=True):
+        return _dataset_in(path)
+
+
+def _dataset_in(path: Path) -> Any:
     if path.suffix == ".parquet":
         with reading(path):
             return optional("pyarrow.parquet").read_table(path)
     if path.suffix not in (".jsonl", ".json"):
         raise CropiError(f"dataset: {path} should end in .parquet, .jsonl or .json")
     try:
-        rows = (
-            json.loads(text_of(path))
-            if path.suffix == ".json"
-            else [json.loads(line) for line in lines_of(path) if line.strip()]
-        )
+        if path.suffix == ".json":
+            text = text_of(path)
+            check_bulk(text.encode(), path)
+            rows = json.loads(text)
+        else:
+            with open_to_read(path) as file:
+                rows = [parse_json(line, where) for where, _, line in lines_of(file, path) if line.strip()]
     except CropiError:
-        raise  # the disk fails
+        raise  # the disk fails, or a line is no object
     except (ValueError, RecursionError) as error:
         raise CropiError(f"dataset: {path} is not {path.suffix[1:]}: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union
 from cropi.data.chat import plain_messages
 from cropi.data.checks import LARGEST_TOKEN, LOGPROB_SLACK, LONGEST_ID, check_depth
 from cropi.data.keys import ALIASES, FIELDS, REFUSED
-from cropi.data.records import PromptGroup, parse_record
+from cropi.data.records import PromptGroup, check_line, parse_record
 from cropi.data.rewards import LARGEST_REWARD
 from cropi.errors import RecordError
 
@@ -38,6 +38,7 @@ class RecordReader:
         if line.startswith(MARK):
             line = line[3:]
         if self._decoder is not None:
+            check_line(line, where)
             try:
                 record = self._decoder.decode(line)
             except (ValueError, RecursionError):  # msgspec's errors are ValueErrors

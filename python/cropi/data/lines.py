@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from cropi.bulk import SMALL, check_bulk
 from cropi.data.opened import LONGEST_LINE
 from cropi.errors import CropiError
 
@@ -64,6 +65,8 @@ def elements_of(file: IO[bytes], path: str | Path) -> Iterator[tuple[str, int, b
                             f"{path}[{number}] is not JSON, or longer than {LONGEST_LINE >> 20} MiB: {error.msg}; "
                             "write one JSON object a line, so that a bad record can be left out"
                         ) from None
+                    if len(text.held) >= SMALL:  # at most twice the element
+                        check_bulk(text.held.encode("utf-8", "surrogatepass"), f"{path}[{number}]")
                 except CropiError:
                     raise  # the disk fails
                 except (ValueError, RecursionError) as error:

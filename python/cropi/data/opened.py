@@ -17,9 +17,9 @@ from cropi.data.formats import packing_of
 from cropi.errors import CropiError, optional, shortened
 from cropi.files import open_to_read
 
-# Records of 64 responses of 32,000 tokens with log-probs have 60 MB. A line is held in memory, and its objects take
-# some ten times its size.
-LONGEST_LINE = 512 * 2**20
+# Records of 64 responses of 32,000 tokens with log-probs have 60 MB. A line is held in memory, and its objects
+# (cropi.bulk).
+LONGEST_LINE = 256 * 2**20
 # Text packs to a third, token ids to a fifth, many equal records to a hundredth.
 LARGEST_RATIO, RATIO_FROM = 400, 64 * 2**20
 # Python's own buffer of some kB makes a line of 70 kB out of ten parts: a third of the speed.

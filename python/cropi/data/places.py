@@ -109,8 +109,9 @@ class Places:
                     )
                 files[source] = stack.enter_context(open_to_read(path))
             files[source].seek(self._offsets[number])
+            line = files[source].readline()
             try:
-                group = parse(files[source].readline(), self._where(number))
+                group = parse(line, self._where(number))
             except RecordError:  # it was right when the place was noted
                 group = None
             if group is None or group.id != name:
@@ -141,6 +142,9 @@ def _key(sources: Sequence[Source], columns: Mapping[str, str]) -> tuple[Any, ..
         path = source.lines_file() if lines else source.table_file()
         if path is None:
             return None
-        state = os.stat(path)
+        try:
+            state = os.stat(path)
+        except OSError:  # gone since: whoever reads it says so
+            return None
         parts.append((str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns))
     return tuple(parts)

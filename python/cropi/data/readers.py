@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import pickle
-import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cropi.data.checks import FLAT
 from cropi.data.columns import TableGroup
@@ -30,6 +28,7 @@ from cropi.data.forms import (
 from cropi.data.places import Places, all_lines, kept_places
 from cropi.data.records import PromptGroup, check_characters, make_group, parse_json
 from cropi.data.sources import Row, Source, sources_of
+from cropi.data.spilled import Spilled
 from cropi.data.tables import TableRow, row_of_table
 from cropi.data.values import python_value
 from cropi.errors import CropiError, RecordError
@@ -184,13 +183,13 @@ class PromptGroups:
             if places is not None and all_lines(self.sources):
                 yield places.ids(), places.reader(self.sources, stack)
                 return
-            kept = _Kept(stack.enter_context(tempfile.TemporaryFile()))
+            kept, held = stack.enter_context(closing(Spilled())), dict[str, int]()
             for group in (
                 self.each() if places is None or ids is None else self.at(places, ids & places.ids())
             ):
                 if ids is None or group.id in ids:
-                    kept.put(group)
-            yield kept.places.keys(), kept.get
+                    held[group.id] = kept.put(group)
+            yield held.keys(), lambda name: kept.get(held[name])
 
     def at(self, places: Places, ids: Iterable[str]) -> Iterator[PromptGroup]:
         """The groups with these ids, in the order of the sources, read from the places that a full pass has noted.
@@ -214,24 +213,6 @@ class PromptGroups:
                         f"{self.sources[number].name} was changed while it was used; run the same again"
                     )
                 yield group
-
-
-class _Kept:
-    """Groups in a temporary file, by their ids."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.places = file, dict[str, int]()
-
-    def put(self, group: PromptGroup) -> None:
-        """Keep a group."""
-        self.places[group.id] = self.file.seek(0, 2)
-        pickle.dump(group, self.file, pickle.HIGHEST_PROTOCOL)
-
-    def get(self, name: str) -> PromptGroup:
-        """A group that was kept."""
-        self.file.seek(self.places[name])
-        group: PromptGroup = pickle.load(self.file)  # what put() wrote
-        return group
 
 
 def read_trajectories(
@@ -356,7 +337,7 @@ class _State:
     def _grouped(self, form: str, first: Row, rows: Iterator[Row]) -> Iterator[tuple[str, None, Any]]:
         """Rows of one response each, kept in a temporary file until all rows of their prompt are there."""
         places: dict[str, list[int]] = {}
-        with tempfile.TemporaryFile() as file:
+        with closing(Spilled()) as kept:
             for where, _, row in _chained(first, rows):
                 try:
                     made = self._dictionary(row, where)
@@ -365,13 +346,9 @@ class _State:
                 except RecordError as error:
                     yield where, None, error
                     continue
-                places.setdefault(group_key(made), []).append(file.tell())
-                pickle.dump((where, made), file, pickle.HIGHEST_PROTOCOL)
+                places.setdefault(group_key(made), []).append(kept.put((where, made)))
             for offsets in places.values():
-                held = []
-                for offset in offsets:
-                    file.seek(offset)
-                    held.append(pickle.load(file))  # what was written above
+                held = [kept.get(offset) for offset in offsets]
                 wheres = [where for where, _ in held]
                 try:
                     record = joined([row for _, row in held], wheres)

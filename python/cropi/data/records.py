@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cropi.bulk import check_bulk
 from cropi.data.checks import ID_REMEDY, check_depth, check_group, check_id
 from cropi.data.keys import FIELDS, named
 from cropi.data.values import json_value
-from cropi.errors import RecordError, did_you_mean
+from cropi.errors import CropiError, RecordError, did_you_mean
 
 Message = dict[str, Any]
 
@@ -116,6 +117,7 @@ def parse_json(line: bytes, where: str) -> dict[str, Any]:
     Raises:
         RecordError: it is not one, or it holds half of a surrogate pair, too many brackets or too long a number.
     """
+    check_line(line, where)
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -129,6 +131,18 @@ def parse_json(line: bytes, where: str) -> dict[str, Any]:
     if b"\\ud" in line.lower():
         check_characters(record, where)
     return record
+
+
+def check_line(line: bytes, where: str) -> None:
+    """Check that the values of a record are of a size that is held at once.
+
+    Raises:
+        RecordError: they are not.
+    """
+    try:
+        check_bulk(line, "")
+    except CropiError as error:
+        raise RecordError(where, str(error).removeprefix(": ")) from None
 
 
 def make_group(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Union
 
@@ -16,9 +16,10 @@ from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.lines import elements_of, lines_of
 from cropi.data.opened import Unpacked, check_file, unpacked
 from cropi.data.records import PromptGroup
+from cropi.data.spilled import copy_to_temporary, temporary
 from cropi.data.tables import is_saved, rows_of_batch, rows_of_saved, rows_of_table_file
 from cropi.errors import CropiError, optional
-from cropi.files import open_to_read
+from cropi.files import open_to_read, reading
 from cropi.sealed import check_sums
 
 # (file:line, the line's offset or the number of the table's row or None, the line as bytes or the row as a dictionary)
@@ -62,16 +63,16 @@ class PathSource(Source):
     def rows(self) -> Iterator[Row]:
         check_sums(self.file)
         if is_saved(self.file):
-            return ((where, None, row) for where, row in rows_of_saved(self.file))
+            return self._read((where, None, row) for where, row in rows_of_saved(self.file))
         check_file(self.file)
-        return self._rows()
+        return self._read(self._rows())
 
     def grouped_rows(self) -> Iterator[Row]:
         if is_saved(self.file):
             return self.rows()
         check_sums(self.file)
         check_file(self.file)
-        return self._rows(groups=self.table_file() is not None)
+        return self._read(self._rows(groups=self.table_file() is not None))
 
     def lines_file(self) -> Path | None:
         head = self._head()
@@ -82,8 +83,10 @@ class PathSource(Source):
         return self.file if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) else None
 
     def table_rows(self, numbers: Sequence[int]) -> Iterator[Row]:
-        return rows_of_table_file(
-            self.file, format_of(self._head(), self.name), self.name, groups=True, only=numbers
+        return self._read(
+            rows_of_table_file(
+                self.file, format_of(self._head(), self.name), self.name, groups=True, only=numbers
+            )
         )
 
     def _head(self) -> bytes:
@@ -92,8 +95,14 @@ class PathSource(Source):
         with open_to_read(self.file, 512) as file:
             return file.read(512)
 
+    def _read(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows; what the system says meanwhile becomes an error that names the file."""
+        with reading(self.name, missing=True):
+            yield from rows
+
     def _rows(self, groups: bool = False) -> Iterator[Row]:
-        with unpacked(self.file) as stream, tempfile.NamedTemporaryFile(suffix=".unpacked") as kept:
+        with ExitStack() as stack:
+            stream = stack.enter_context(unpacked(self.file))
             head = _peek(stream)
             form, table = format_of(head, self.name), self.file
             if form == JSON:
@@ -102,8 +111,9 @@ class PathSource(Source):
                     yield where, offset, line
                 return
             if isinstance(stream, Unpacked):  # tables are not read in one direction
-                shutil.copyfileobj(stream, kept)
-                kept.flush()
+                with temporary():
+                    kept = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".unpacked"))
+                copy_to_temporary(stream, kept)
                 table = Path(kept.name)
             for where, number, row in rows_of_table_file(table, form, self.name, groups=groups):
                 yield where, number if table == self.file else None, row
@@ -121,9 +131,10 @@ class StdinSource(PathSource):
         return cls._only
 
     def __init__(self) -> None:
-        self._kept = tempfile.NamedTemporaryFile(prefix="cropi-stdin-")
-        shutil.copyfileobj(sys.stdin.buffer, self._kept)
-        self._kept.flush()
+        with temporary():
+            self._kept = tempfile.NamedTemporaryFile(prefix="cropi-stdin-")
+        with reading("standard input", missing=True):
+            copy_to_temporary(sys.stdin.buffer, self._kept)
         super().__init__(Path(self._kept.name), "standard input")
 
 

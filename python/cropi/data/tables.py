@@ -18,6 +18,7 @@ from cropi.files import open_to_read, reading
 
 # Python's objects take some five times the room of a table's numbers.
 BATCH_BYTES, MOST_ROWS = 8 * 2**20, 4096
+BUFFER = 2**18  # of each column; without it a column is read whole
 # datasets' save_to_disk writes these into a folder.
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
@@ -162,7 +163,7 @@ def rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
 
 def _parquet(path: Path, wanted: np.ndarray | None) -> Iterator[tuple[int, Any]]:
     """Batches and the number of their first row; row groups without a row that is wanted are left out."""
-    with optional("pyarrow.parquet").ParquetFile(path, pre_buffer=False) as file:
+    with optional("pyarrow.parquet").ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
         meta = file.metadata
         parts = [meta.row_group(i) for i in range(meta.num_row_groups)]
         starts = np.cumsum([0, *(part.num_rows for part in parts)])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-import tempfile
 from array import array
 from typing import Any
 
 from cropi.data.records import PromptGroup
+from cropi.data.spilled import Spilled
 from cropi.gradient.tokenize import TokenGroup, Tokenize
 
 
@@ -24,7 +23,7 @@ class KeptTokens:
 
     def __init__(self, tokens: Tokenize) -> None:
         self.tokens = tokens
-        self._file = tempfile.TemporaryFile(prefix="cropi-tokens-")
+        self._kept = Spilled()
         self._places: dict[str, int] = {}
 
     def __reduce__(self) -> Any:
@@ -36,17 +35,14 @@ class KeptTokens:
         held = (
             array("i", made.prompt), [array("i", ids) for ids in made.responses], made.logprobs, made.temperature, masks
         )  # fmt: skip
-        self._places[made.id] = self._file.seek(0, 2)
-        pickle.dump(held, self._file, pickle.HIGHEST_PROTOCOL)
+        self._places[made.id] = self._kept.put(held)
 
     def get(self, group: PromptGroup, tokens: Tokenize) -> TokenGroup | None:
         """The tokens of a group by these rules, or None where they are not kept."""
         place = self._places.get(group.id)
         if place is None or tokens != self.tokens:
             return None
-        self._file.seek(place)
-        held: Any = pickle.load(self._file)  # what put() wrote
-        prompt, responses, logprobs, temperature, masks = held
+        prompt, responses, logprobs, temperature, masks = self._kept.get(place)
         return TokenGroup(
             group, prompt.tolist(), [ids.tolist() for ids in responses], logprobs, temperature,
             None if masks is None else [list(mask) for mask in masks],

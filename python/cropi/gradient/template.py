@@ -7,6 +7,7 @@ token closes the assistant's turn.
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -36,7 +37,7 @@ def template_text(template: str) -> str:
     if template in ("auto", "none") or "{" in template:
         return template
     path = Path(template)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CropiError(
             f"chat_template must be auto, none, a Jinja template or the path of one; there is no file {template!r}"
         )

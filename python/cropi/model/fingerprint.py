@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional
-from cropi.files import open_to_read
+from cropi.files import open_to_read, reading
 
 XXH3 = "xxh3:"
 # What is read of a checkpoint's file to tell it from another one.
@@ -59,6 +59,11 @@ def checkpoint_fingerprint(folder: Path) -> str:
 
     A step of training changes nearly every weight, so that this tells two versions apart without reading all of them.
     """
+    with reading(folder, missing=True):
+        return _checkpoint_digest(folder)
+
+
+def _checkpoint_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin")):
         size = path.stat().st_size

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import pickle
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, shown
+from cropi.files import reading
 from cropi_kernels import canonical_name
 
 SECOND = "exp_avg_sq"
@@ -121,21 +124,30 @@ def read_moments(source: Any, model: Any) -> SecondMoments:
     if path.is_dir():
         return _by_name(_distributed(path), str(path))
     if path.suffix == ".safetensors":
-        return _by_name(optional("safetensors.torch").load_file(path), str(path))
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CropiError(f"optimizer_state: {path} cannot be read ({error}); {GIVE}") from error
+        return _by_name(_loaded(path, optional("safetensors.torch").load_file), str(path))
+    state = _loaded(path, partial(torch.load, map_location="cpu", weights_only=True))
     if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
         return _by_name(state if isinstance(state, dict) else {}, str(path))
     return _of_state(state, model, str(path))
 
 
+def _loaded(path: Path, load: Callable[[Path], Any]) -> Any:
+    try:
+        with reading(path, missing=True):
+            return load(path)
+    except CropiError:
+        raise
+    except Exception as error:  # the loaders have errors of their own
+        raise CropiError(
+            f"optimizer_state: {path} cannot be read ({shown(str(error), 300)}); {GIVE}"
+        ) from error
+
+
 def file_of(path: Path) -> Path:
     """The file, or the folder of a distributed checkpoint, that a path leads to; raises a CropiError where none is."""
-    if path.is_file() or (path / ".metadata").is_file():
+    if os.path.isfile(path) or os.path.isfile(path / ".metadata"):
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CropiError(f"optimizer_state: there is no file {path}; {GIVE}")
     for name in NAMES:
         if (path / name).is_file():

@@ -93,6 +93,7 @@ class Policy:
             given = {
                 "dtype": dtype, "device": device, "quantize": quantize, "adapter": adapter, "revision": revision,
                 "attn_implementation": attn_implementation, "distributed_config": distributed_config,
+                "trust_remote_code": trust_remote_code or None,
             }  # fmt: skip
             for option, value in given.items():
                 if value is not None and value != "auto":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, shown
 from cropi.option_fields import changed, one_of
 from cropi.options import Selecting
 from cropi.ranking.draws import draw, soft_weights
@@ -382,7 +382,7 @@ def _store(scores: Scores, given: SketchStore | None) -> SketchStore:
     made, held = ({name: one[name] for name in known} for one in (origin, given.manifest))
     if differs := first_difference(made, held):
         raise CropiError(
-            f"sketches: {given.path} has {differs[0]} = {differs[2]}, and the scores were made from {differs[1]}; give "
-            "the stores that they were made from"
+            f"sketches: {given.path} has {differs.field} = {shown(differs.right)}, and the scores were made from "
+            f"{shown(differs.left)}; give the stores that they were made from"
         )
     return given

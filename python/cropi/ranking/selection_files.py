@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cropi.data.readers import read
 from cropi.errors import CropiError, shown
-from cropi.files import lines_of, replacing
+from cropi.files import reading, replacing
 from cropi.form import check_form, is_number
 from cropi.ranking.scores import Scores
 from cropi.sealed import check_sums, summed
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from cropi.ranking.selection import Selection
 
 
+REMEDY = "make it again (lines that you write yourself need an id alone)"
 _LINE = {"id": (str, int), "fused?": is_number, "method?": str, "scores?": dict}  # of a selection file
 
 
@@ -52,38 +54,59 @@ def read_selection(path: str | Path) -> list[str]:
     return [str(row["id"]) for row in selected_rows(path)]
 
 
-def selected_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a selection file as objects with an ``id``. Raises as :func:`read_selection` does."""
+def selected_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a selection file as objects with an ``id``, one at a time; at the end, what is wrong with all of
+    them. Raises as :func:`read_selection` does."""
     check_sums(path)
     said = f"selection: {path} is not what `cropi select` writes"
+    seen: set[str] = set()
+    checked = without = 0  # lines that carry a checksum, and the number of the first that does not
     try:
-        lines = [line for line in lines_of(Path(path)) if line.strip()]
-        as_json = any(line.lstrip().startswith("{") for line in lines)
-        rows = [json.loads(line) if as_json else {"id": line.strip()} for line in lines]
-    except CropiError:
-        raise  # the disk fails
+        for number, row in enumerate(_rows(Path(path)), 1):
+            check_form(row, _LINE, said, REMEDY, f"line {number}")
+            check = row.pop("check", None)
+            if check and check != _check(row):
+                raise _damaged(path, number)
+            checked, without = checked + bool(check), without or number * (not check)
+            seen.add(str(row["id"]))
+            if len(seen) < number:
+                _name_twice(path)
+            yield row
     except (ValueError, RecursionError) as error:
+        if isinstance(error, CropiError):
+            raise
         raise CropiError(f"{said} ({error})") from error
-    if not rows:
+    if not seen:
         raise CropiError(f"selection: {path} is empty; make it by `cropi select`")
-    remedy = "make it again (lines that you write yourself need an id alone)"
-    for number, row in enumerate(rows, 1):
-        check_form(row, _LINE, said, remedy, f"line {number}")
-    checks = [row.pop("check", None) for row in rows]
-    # Files of the first release, and of others, have none.
-    if any(checks):
-        for number, (row, check) in enumerate(zip(rows, checks, strict=True), 1):
-            if check != _check(row):
-                raise CropiError(
-                    f"selection: line {number} of {path} is damaged: its checksum does not match; make it again with "
-                    "`cropi select` (lines that you write yourself need an id alone)"
-                )
-    name, count = Counter(str(row["id"]) for row in rows).most_common(1)[0]
-    if count > 1:
-        raise CropiError(
-            f"selection: {path} names {shown(name)} {count} times; leave all but one of the lines out"
-        )
-    return rows
+    if checked and without:  # files of the first release, and of others, have none
+        raise _damaged(path, without)
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """What stands in the lines that are not blank: JSON, if the first is an object, else an id each."""
+    as_json: bool | None = None
+    with reading(path, missing=True), open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if text := line.strip():
+                if as_json is None:
+                    as_json = text.startswith("{")
+                if not as_json and text.startswith("{"):
+                    raise ValueError(f"{shown(text)} is an object, and the lines before it are ids")
+                yield json.loads(text) if as_json else {"id": text}
+
+
+def _damaged(path: str | Path, number: int) -> CropiError:
+    return CropiError(
+        f"selection: line {number} of {path} is damaged: its checksum does not match; make it again with "
+        "`cropi select` (lines that you write yourself need an id alone)"
+    )
+
+
+def _name_twice(path: str | Path) -> None:
+    name, count = Counter(str(row["id"]) for row in _rows(Path(path))).most_common(1)[0]
+    raise CropiError(
+        f"selection: {path} names {shown(name)} {count} times; leave all but one of the lines out"
+    )
 
 
 def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, selection: Selection) -> None:

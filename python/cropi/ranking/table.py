@@ -121,14 +121,16 @@ def read_scores(
         CropiError: the file does not exist, is damaged, or is not a score table.
     """
     parquet, file = optional("pyarrow.parquet"), Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CropiError(
             f"{file}: there is no such score table; make one with `cropi influence --out {file}`"
         )
     try:
         with (
-            reading(file),
-            parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as opened,
+            reading(file, missing=True),
+            parquet.ParquetFile(
+                file, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 18
+            ) as opened,
         ):
             metadata = opened.schema_arrow.metadata or {}
             text = metadata[b"cropi"].decode("utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
-from cropi.errors import CropiError
+from cropi.errors import CropiError, shown
 from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
@@ -58,12 +59,12 @@ def report_folder(
             another model or sketch. In the folder, such a check is left out, with a warning.
     """
     root = Path(folder)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise CropiError(f"{root} is not a folder: give what `cropi run --out` or `cropi curriculum` wrote")
     if is_curriculum(root):
         return curriculum_page(root, out)
     scores = read_scores(root / SCORES)
-    if not (root / "selected.jsonl").is_file():
+    if not os.path.isfile(root / "selected.jsonl"):
         raise CropiError(
             f"{root} holds no selected.jsonl: choose first, by `cropi select --out {root}/selected.jsonl`"
         )
@@ -95,7 +96,7 @@ def selection_of(scores: Scores, path: Path) -> Selection:
         CropiError: a chosen prompt has no score in the table.
     """
     place = {row.id: i for i, row in enumerate(scores.rows)}
-    lines, usable = selected_rows(path), scores.usable  # which is worked out anew each time
+    lines, usable = list(selected_rows(path)), scores.usable  # which is worked out anew each time
     ids = [str(line["id"]) for line in lines]
     unknown = [name for name in ids if name not in place or not usable[place[name]]]
     if unknown:
@@ -176,19 +177,19 @@ def _note(store: SketchStore | None, name: str) -> str:
 
 def _check(root: Path, path: str | Path | None, scores: Scores) -> dict[str, Any] | None:
     file = root / "check.json" if path is None else Path(path)
-    if path is None and not file.is_file():
-        return None
-    try:
-        held = read_sealed(file, CHECK, "make it again with `cropi check`", writer="`cropi check --out`")
-    except FileNotFoundError:
-        raise CropiError(f"check: there is no file {file}; make it with `cropi check --out {file}`") from None
+    if not os.path.isfile(file):
+        if path is None:
+            return None
+        raise CropiError(f"check: there is no file {file}; make it with `cropi check --out {file}`")
+    held = read_sealed(file, CHECK, "make it again with `cropi check`", writer="`cropi check --out`")
     made = scores.meta.get("train") or {}
     known = [name for name in ("spec", "model") if held.get(name) and made.get(name)]
     differs = first_difference({name: held[name] for name in known}, {name: made[name] for name in known})
     if differs is None:
         return held
     other = (
-        f"check: {file} is of {differs[0]} = {differs[1]}, and this run has {differs[2]}; check this run's"
+        f"check: {file} is of {differs.field} = {shown(differs.left)}, and this run has {shown(differs.right)}; "
+        "check this run's"
     )
     if path is not None:
         raise CropiError(other)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cropi.errors import CropiError, shown
-from cropi.files import make_folder, reason, remove, replacing, sync, writing
+from cropi.files import make_folder, open_to_read, reason, remove, replacing, sync, writing
 from cropi.locks import is_at, try_lock
 from cropi.sealed import check_sums, summed
 
@@ -177,7 +177,7 @@ class RolloutFile:
         """Take the records of the finished file over."""
         self.begin({})
         check_sums(self.out)
-        with open(self.out, "rb") as file:
+        with open_to_read(self.out) as file:
             for number, line in enumerate(file, 1):
                 held = _object(line, self.out)
                 if held.get("rollout") != self.mark:

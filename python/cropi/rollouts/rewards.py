@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -198,7 +199,7 @@ def _function(name: str) -> Callable[..., Any]:
 def _file(path: str) -> Any:
     """The module in a file, run as a script's neighbours would import it: its own folder comes first."""
     file = Path(path).resolve()
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CropiError(f"reward: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"cropi_reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None

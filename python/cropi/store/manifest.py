@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CropiError: there is no store, its manifest is damaged, or a newer release wrote it.
     """
     file = path / MANIFEST
-    if path.is_file():
+    if os.path.isfile(path):
         raise CropiError(f"{path} is a file; give the folder that `cropi sketch --out` wrote")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CropiError(
             f"{path}: there is no sketch store (no {MANIFEST}); make one with `cropi sketch --out {path}`"
         )

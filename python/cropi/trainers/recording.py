@@ -24,10 +24,10 @@ def record_step(path: Path, read: Callable[[Left], Iterator[Rollout]]) -> int:
     """
     left = Left(skip_bad=True)
     rollouts = list(read(left))
-    groups = group_rollouts(rollouts, left=left) if rollouts else []
+    groups = list(group_rollouts(rollouts, left=left)) if rollouts else []  # notes what it leaves out
     for name, count in left.counts.items():
         first = left.first[name]
         logger.warning(
             "%s: %d rollouts are left out; the first: %s: %s", path, count, first.where, first.problem
         )
-    return write_groups(path, groups) if groups else 0
+    return write_groups(path, groups).prompts if groups else 0

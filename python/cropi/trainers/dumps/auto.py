@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cropi.data.records import PromptGroup
 from cropi.data.sources import PathSource
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, printable
+from cropi.files import reading as in_words
 from cropi.trainers.dumps import text_rows
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import Reading
@@ -52,8 +54,7 @@ class DumpSource(PathSource):
     Attributes:
         files: the dumps.
         source: what wrote them.
-        groups: how many prompts they hold, ``responses`` how many responses; ``ids`` and ``logprobs`` in how many
-            records there are such.
+        written: how many prompts and responses they hold.
         left: the samples that were left out.
     """
 
@@ -65,21 +66,19 @@ class DumpSource(PathSource):
         groups = group_rollouts(rollouts, steps=reading.steps, left=self.left)
         self._folder = tempfile.TemporaryDirectory(prefix="cropi-dump-")
         path = Path(self._folder.name) / "records.jsonl"
-        write_groups(path, groups)
-        self.groups, self.responses = len(groups), sum(group.size for group in groups)
-        self.ids = sum(group.response_ids is not None for group in groups)
-        self.logprobs = sum(group.logprobs is not None for group in groups)
+        self.written = write_groups(path, groups)
         super().__init__(path, f"{', '.join(map(str, files))}, as records")
 
     def line(self) -> str:
         """One line that says what was read."""
-        held = [name for name, count in (("token ids", self.ids), ("log-probs", self.logprobs)) if count]
+        counts = {"token ids": self.written.with_ids, "log-probs": self.written.with_logprobs}
+        held = [name for name, count in counts.items() if count]
         some = f"{', '.join(held)}" if held else "text"
         out = f"; {self.left.counts.total()} samples left out" if self.left.counts else ""
         shown = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
         return (
-            f"read as       {WORDS[self.source]}: {printable(shown)} ({self.groups} prompts, {self.responses} "
-            f"responses; {some}{out})"
+            f"read as       {WORDS[self.source]}: {printable(shown)} ({self.written.prompts} prompts, "
+            f"{self.written.responses} responses; {some}{out})"
         )
 
 
@@ -146,10 +145,11 @@ def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = No
     """
     found: list[str | Path] = []
     for path in paths:
-        if not _is_name(path) and Path(path).is_dir() and not is_saved(Path(path)):
-            files: list[Path] = [
-                file for file in Path(path).iterdir() if file.is_file() and not file.name.startswith(".")
-            ]
+        if not _is_name(path) and os.path.isdir(path) and not is_saved(Path(path)):
+            with in_words(path, missing=True):
+                files: list[Path] = [
+                    file for file in Path(path).iterdir() if file.is_file() and not file.name.startswith(".")
+                ]
             if not files:
                 raise CropiError(
                     f"{path} is a folder without files; give trajectories, or a folder of a trainer's dumps"
@@ -175,7 +175,7 @@ def _numbered(file: Path) -> list[Any]:
 
 
 def _is_name(path: str | Path) -> bool:
-    return str(path) == "-" or (is_hub_name(path) and not Path(path).exists())
+    return str(path) == "-" or (is_hub_name(path) and not os.path.exists(path))
 
 
 def _kind(path: str | Path, source: str, columns: Any) -> str:
@@ -188,7 +188,7 @@ def _kind(path: str | Path, source: str, columns: Any) -> str:
 
 def groups_of(
     given: Sequence[str | Path], source: str, reading: Reading, left: Left, say: Callable[[str], None]
-) -> list[PromptGroup]:
+) -> Iterable[PromptGroup]:
     """All prompt groups of some files, for ``cropi convert``.
 
     Raises:
@@ -205,6 +205,6 @@ def groups_of(
     if kind == RECORDS:
         from cropi.data.readers import read
 
-        return list(read(paths, skip_bad=left.skip_bad, columns=dict(reading.columns)))
+        return read(paths, skip_bad=left.skip_bad, columns=dict(reading.columns))
     rollouts = (one for path in paths for one in read_rollouts(path, kind, reading, left))
     return group_rollouts(rollouts, steps=reading.steps, left=left)

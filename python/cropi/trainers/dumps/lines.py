@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cropi.data.lines import lines_of
+from cropi.data.records import check_line
+from cropi.errors import RecordError
 from cropi.files import open_to_read
 from cropi.trainers.dumps.fields import BadSample, Left, shown
 
@@ -19,19 +22,22 @@ def json_lines(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
         BadSample: a line is not UTF-8, not JSON, or no object.
     """
     with open_to_read(path) as file:
-        for number, data in enumerate(file, 1):
-            if number == 1:
+        for where, offset, data in lines_of(file, path):
+            if offset == 0:
                 data = data.removeprefix(codecs.BOM_UTF8)
             if data.strip():
-                yield from left.each([(f"{path}:{number}", data)], _parsed)
+                yield from left.each([(where, data)], _parsed)
 
 
 def _parsed(line: tuple[str, bytes]) -> tuple[str, dict[str, Any]]:
     where, data = line
     try:
+        check_line(data, where)
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadSample(where, "line", f"not UTF-8 text (byte {error.start})") from None
+    except RecordError as error:
+        raise BadSample(where, "line", error.problem) from None
     except (ValueError, RecursionError) as error:
         raise BadSample(where, "line", f"not JSON ({str(error)[:200]})") from None
     if not isinstance(value, dict):

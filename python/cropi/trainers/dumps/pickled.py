@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zipfile
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.data.opened import BUFFER
 from cropi.errors import CropiError
 from cropi.files import open_to_read, reading
 from cropi.trainers.dumps.unpickle import Forbidden, Reader, StandIn, read_zip
@@ -40,16 +42,16 @@ def load_dump(path: Path, what: str, *, allow_pickle: bool = False, largest: int
         CropiError: it is too large, damaged, of another kind, or names what a dump has no need of.
     """
     check_size(path, largest)
-    data = b""
-    if not allow_pickle:
-        with open_to_read(path) as file:
-            data = file.read()
     try:
         if allow_pickle:
-            return _trusted(path)
-        if data[:2] == b"PK":
-            return read_zip(io.BytesIO(data), largest)
-        return Reader(io.BytesIO(data)).load()
+            with reading(path, missing=True):
+                return _trusted(path)
+        with open_to_read(path, BUFFER) as file:
+            packed = file.read(2) == b"PK"
+            file.seek(0)
+            return read_zip(file, largest) if packed else Reader(Bounded(file)).load()
+    except CropiError:
+        raise
     except Forbidden as error:
         raise CropiError(
             f"{path}: {error}, which {what} has no need of. Pickles can run code, so only plain data is read; if you "
@@ -62,15 +64,28 @@ def load_dump(path: Path, what: str, *, allow_pickle: bool = False, largest: int
         raise CropiError(f"{path} is not {what} ({type(error).__name__}: {str(error)[:300]})") from error
 
 
+class Bounded:
+    """A file of which no more is asked for than there is: a pickle may name any size, and room would be made for it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+        self.peek, self.readline = file.peek, file.readline
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        return self._file.read(min(size, self._size - self._file.tell()))
+
+
 def check_size(path: Path, largest: int = LARGEST) -> None:
     """Check that a file is there, and not larger than is read at once.
 
     Raises:
         CropiError: it is not.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CropiError(f"there is no file {path}")
-    size = path.stat().st_size
+    with reading(path, missing=True):
+        size = path.stat().st_size
     if size > largest:
         raise CropiError(
             f"{path} has {size / 2**30:.3g} GiB, more than the {largest / 2**30:.3g} GiB that are read at once; dump "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickletools
 import zipfile
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ def recognise(path: str | Path, *, renamed: bool = False) -> Found:
             says which, and what to do.
     """
     path = Path(path)
-    if is_saved(path) or not path.is_file():
+    if is_saved(path) or not os.path.isfile(path):
         return Found(RECORDS)  # whose reader says what is wrong
     with open_to_read(path) as file:
         head = file.read(16)
@@ -130,7 +131,10 @@ def _of_strings(path: Path, strings: set[str]) -> Found:
     """By the keys and classes that a pickle names."""
     if {"rollout_id", "samples"} <= strings:
         return Found("slime")
-    if {"tensordict", "global_steps"} <= strings or any(name.startswith("verl") for name in strings):
+    if {"tensordict", "global_steps"} <= strings or any(
+        name.startswith(("verl", "tensordict."))
+        for name in strings  # its last key may be far behind
+    ):
         return Found("verl")
     if any(name.startswith("vllm") for name in strings) or {"prompt_token_ids", "outputs"} <= strings:
         return Found("vllm")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cropi.data.keys import FIELDS, RENDERED
 from cropi.data.records import PromptGroup, parse_record
+from cropi.data.spilled import Spilled
 from cropi.errors import CropiError, RecordError
 from cropi.files import replacing
 from cropi.sealed import summed
@@ -111,8 +112,10 @@ def _calls(response: Any) -> bool:
 
 def group_rollouts(
     rollouts: Iterable[Rollout], *, steps: str = "newest", left: Left | None = None
-) -> list[PromptGroup]:
+) -> Iterator[PromptGroup]:
     """Collect the responses to each prompt, in order of id.
+
+    All rollouts are read before this returns, into a temporary file; the groups are made one after the other.
 
     Args:
         rollouts: in any order.
@@ -128,13 +131,13 @@ def group_rollouts(
     if steps not in STEPS:
         raise CropiError(f"steps must be one of {', '.join(STEPS)}, got {steps!r}")
     left = Left() if left is None else left
-    groups: dict[str, list[Rollout]] = {}
+    kept, places = Spilled(), dict[str, list[int]]()
     for rollout in rollouts:
-        groups.setdefault(rollout.id, []).append(rollout)
-    if not groups:
+        places.setdefault(rollout.id, []).append(kept.put(rollout))
+    if not places:
         reasons = "; ".join(str(error)[:300] for error in list(left.first.values())[:3])
         raise CropiError(f"the dump holds no rollout that can be used{': ' if reasons else ''}{reasons}")
-    return [_record(name, members, steps, left) for name, members in sorted(groups.items())]
+    return (_record(name, [kept.get(at) for at in places[name]], steps, left) for name in sorted(places))
 
 
 def _record(name: str, members: list[Rollout], steps: str, left: Left) -> PromptGroup:
@@ -184,9 +187,26 @@ def _line(name: str, members: list[Rollout]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
-def write_groups(path: str | Path, groups: Iterable[PromptGroup]) -> int:
-    """Write prompt groups as JSON lines, whole or not at all; returns how many."""
-    count = 0
+@dataclass
+class Written:
+    """How many prompts and responses were written, and how many of the records hold token ids and log-probs."""
+
+    prompts: int = 0
+    responses: int = 0
+    with_ids: int = 0
+    with_logprobs: int = 0
+
+    def add(self, group: PromptGroup) -> None:
+        """Count a record."""
+        self.prompts += 1
+        self.responses += group.size
+        self.with_ids += group.response_ids is not None
+        self.with_logprobs += group.logprobs is not None
+
+
+def write_groups(path: str | Path, groups: Iterable[PromptGroup]) -> Written:
+    """Write prompt groups as JSON lines, whole or not at all; returns what they were."""
+    written = Written()
     with (
         summed(path),
         replacing(Path(path)) as temporary,
@@ -194,5 +214,5 @@ def write_groups(path: str | Path, groups: Iterable[PromptGroup]) -> int:
     ):
         for group in groups:
             file.write(group.raw + "\n")
-            count += 1
-    return count
+            written.add(group)
+    return written

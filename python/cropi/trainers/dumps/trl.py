@@ -13,8 +13,11 @@ reward), the column has to be named (``--columns reward=NAME``).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import BadSample, Left, NotFinite, Unused, finite, names, whole
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
-from cropi.trainers.dumps.rollout import Rollout, checked
+from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 from cropi.trainers.dumps.rows import id_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import warn_text
 
@@ -49,13 +52,13 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     path, left = Path(path), Left() if left is None else left
     check_size(path, reading.largest)
     warn_text(path)
-    rows = list(rows_of_dump(path, left))
-    if not rows or any(key not in rows[0][1] for key in KEYS[:3]):
-        held = names(rows[0][1]) if rows else "no row"
-        raise CropiError(
-            f"{path} is not a completions file of TRL, which has {', '.join(KEYS)}, but holds {held}"
-        )
-    rewards = _reward_columns(rows, path, reading.columns.get("reward"), reading.id_key)
+    # Twice: the whole of the first pass says which columns are rewards.
+    rewards = _reward_columns(
+        (row for _, row in rows_of_dump(path, Left(left.skip_bad))),
+        path,
+        reading.columns.get("reward"),
+        reading.id_key,
+    )
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
         where, row = pair
@@ -76,18 +79,35 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
             extra={"lossy": True, **({"tools": row["tools"]} if row.get("tools") else {})},
         ))  # fmt: skip
 
-    yield from left.each(rows, read)
+    yield from left.each(rows_of_dump(path, left), read)
 
 
 def _reward_columns(
-    rows: list[tuple[str, dict[str, Any]]], path: Path, named: str | None, id_key: str | None
+    rows: Iterator[dict[str, Any]], path: Path, named: str | None, id_key: str | None
 ) -> list[str]:
     """The columns whose sum is the reward.
 
     Raises:
-        CropiError: no column of numbers, or the advantages contradict their sum.
+        CropiError: another layout, no column of numbers, or the advantages contradict their sum.
     """
-    keys = dict.fromkeys(key for _, row in rows for key in row)
+    first = next(rows, None)
+    if first is None or any(key not in first for key in KEYS[:3]):
+        held = names(first) if first else "no row"
+        raise CropiError(
+            f"{path} is not a completions file of TRL, which has {', '.join(KEYS)}, but holds {held}"
+        )
+    keys: dict[str, _Seen] = {}
+    numbers: list[dict[str, Any]] = []  # and under "" what names the prompt
+    for row in chain([first], rows):
+        for key, value in row.items():
+            seen = keys.setdefault(key, _Seen())
+            seen.floats |= isinstance(value, float)
+            seen.others |= not isinstance(value, (float, int, type(None)))
+        group = text_id(repr((row.get("step"), row.get("prompt"))))
+        numbers.append(
+            {"": group}
+            | {key: _float(value) for key, value in row.items() if isinstance(value, (float, int))}
+        )
     if named is not None:
         columns = [named] if named in keys else named.split("+")
         for name in columns:
@@ -97,17 +117,13 @@ def _reward_columns(
                 )
         return columns
     columns = [
-        key
-        for key in keys
-        if key not in (*KEYS, id_key)
-        and any(isinstance(row.get(key), float) for _, row in rows)
-        and all(isinstance(row.get(key), (float, int, type(None))) for _, row in rows)
+        key for key, seen in keys.items() if key not in (*KEYS, id_key) and seen.floats and not seen.others
     ]
     if not columns:
         raise CropiError(
             f"{path} has no column of rewards (numbers); it has {names(keys)}; name it with --columns reward=NAME"
         )
-    if "advantage" in keys and not _agree(rows, columns):
+    if "advantage" in keys and not _agree(numbers, columns):
         raise CropiError(
             f"{path}: the advantages do not follow the sum of the columns {', '.join(columns)}, so these are not the "
             "rewards, or have weights; name the column with the reward with --columns reward=NAME"
@@ -115,14 +131,35 @@ def _reward_columns(
     return columns
 
 
-def _agree(rows: list[tuple[str, dict[str, Any]]], rewards: list[str]) -> bool:
-    """Whether within each prompt the advantages are the centred rewards times one number above 0."""
-    groups: dict[Any, list[tuple[float, float]]] = defaultdict(list)
-    for _, row in rows:
-        numbers = [row[name] for name in rewards if isinstance(row.get(name), (int, float))]
+@dataclass
+class _Seen:
+    """Whether a column holds floats, and whether it holds anything but numbers."""
+
+    floats: bool = False
+    others: bool = False
+
+
+def _float(value: float) -> float:
+    """A number as a float; infinite where no float holds it."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _agree(rows: list[dict[str, Any]], rewards: list[str]) -> bool:
+    """Whether within each prompt the advantages are the centred rewards times one number above 0.
+
+    Args:
+        rows: their numbers by column, and what names the prompt under "".
+        rewards: the columns.
+    """
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        numbers = [row[name] for name in rewards if name in row]
         advantage = row.get("advantage")
-        if numbers and isinstance(advantage, (int, float)) and np.isfinite([*numbers, advantage]).all():
-            groups[repr(row.get("step")), repr(row.get("prompt"))].append((sum(numbers), float(advantage)))
+        if numbers and advantage is not None and np.isfinite([*numbers, advantage]).all():
+            groups[row[""]].append((sum(numbers), advantage))
     for pairs in groups.values():
         reward, advantage = np.array(pairs).T
         reward, advantage = reward - reward.mean(), advantage - advantage.mean()

@@ -1,0 +1,72 @@
+"""Values that do not stay in memory: a temporary file holds them, and gives one at a time back."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+from cropi.errors import CropiError
+from cropi.files import reason
+
+# So much is kept in memory before there is a file.
+SMALL = 2**22
+
+
+class Spilled:
+    """Values by the places that :meth:`put` returns."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(SMALL, prefix="cropi-")
+
+    def put(self, value: Any) -> int:
+        """Keep a value; returns its place.
+
+        Raises:
+            CropiError: the file cannot be written.
+        """
+        with temporary():
+            place = self._file.seek(0, 2) or self._file.tell()  # Python 3.10 returns None
+            pickle.dump(value, self._file, pickle.HIGHEST_PROTOCOL)
+        return place
+
+    def get(self, place: int) -> Any:
+        """The value at a place."""
+        with temporary():
+            self._file.seek(place)
+            return pickle.load(self._file)  # what put() wrote
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._file.close()
+
+
+def copy_to_temporary(source: IO[bytes], target: IO[bytes]) -> None:
+    """Copy a stream to a temporary file.
+
+    Raises:
+        CropiError: as :func:`temporary`; what the system says of the source stays as it is.
+    """
+    while part := source.read(2**20):
+        with temporary():
+            target.write(part)
+    with temporary():
+        target.flush()
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[None]:
+    """Inside, what the system says of a temporary file becomes an error in words.
+
+    Raises:
+        CropiError: names the folder of temporary files, the reason and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = reason(error, "set TMPDIR to a folder that can be written")
+        raise CropiError(
+            f"a temporary file in {tempfile.gettempdir()} (TMPDIR names another folder): {why}"
+        ) from error

@@ -1,0 +1,177 @@
+"""What a user names and the system does not let us read: an error in words that names the file, from Python too."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import os
+import pickle
+import warnings
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from data.make_formats import HERE, records
+from support.made_dumps import KINDS, MORE, made, write
+
+from cropi.cli.config import read_config
+from cropi.cli.contents import describe_file
+from cropi.data.export import read_dataset
+from cropi.data.readers import read
+from cropi.data.scan import scan
+from cropi.errors import CropiError
+from cropi.gradient.template import template_text
+from cropi.model.moments import read_moments
+from cropi.ranking.selection import read_selection
+from cropi.sealed import read_sealed
+from cropi.trainers.dumps.auto import opened as dumps
+from cropi.trainers.dumps.auto import read_rollouts
+from cropi.trainers.dumps.fields import Left
+from cropi.trainers.dumps.reading import Reading
+
+DUMPS = KINDS | MORE
+
+
+def whole(path: Path) -> None:
+    scan(read(path))
+
+
+def taken(path: Path) -> None:
+    """Records by their places: only the second pass fails."""
+    groups = read(path)
+    ids = [group.id for group in groups]
+    deque(read(path).take(ids[:1]), maxlen=0)
+
+
+def dumped(kind: str) -> Callable[[Path], None]:
+    return lambda path: deque(
+        read_rollouts(path, kind.split()[0], Reading(temperature=0.7), Left()), maxlen=0
+    )
+
+
+def put(name: str, content: bytes | str = "") -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        path = folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return make
+
+
+def copied(name: str) -> Callable[[Path], Path]:
+    return put(name, (HERE / name).read_bytes())
+
+
+LINES = "".join(json.dumps(row) + "\n" for row in records())
+# By name: what makes the file, what reads it.
+READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
+    **{f"records.{end}": (copied(f"records.{end}"), whole) for end in ("jsonl", "jsonl.gz", "jsonl.zst")},
+    "an array": (copied("array.json"), whole),
+    "places": (copied("records.jsonl"), taken),
+    **{f"dump of {kind}": (lambda folder, kind=kind: write(folder / DUMPS[kind][0], made(kind)), dumped(kind))
+       for kind in DUMPS if not DUMPS[kind][0].endswith(".parquet")},
+    "recognised": (lambda folder: write(folder / "7.pt", made("slime")), dumps),
+    "a dataset": (put("d.jsonl", LINES), read_dataset),
+    "a dataset, whole": (put("d.json", f"[{LINES.strip().replace(chr(10), ',')}]"), read_dataset),
+    "a selection": (put("s.jsonl", '{"id": "a"}\n'), read_selection),
+    "a config": (put("c.yaml", "dim: 64\n"), read_config),
+    "a template": (put("t.jinja", "x"), lambda path: template_text(str(path))),
+    "sealed": (put("s.json", "{}"), lambda path: read_sealed(path, {}, "")),
+    "an optimizer's state": (put("o.pt", pickle.dumps({})), lambda path: read_moments(path, torch.nn.Linear(2, 2))),
+    "info": (put("i.json", "[1, 2]"), describe_file),
+}  # fmt: skip
+
+
+class Failing(io.FileIO):
+    """A file whose device gives up after the first reads."""
+
+    left = 0
+
+    def readinto(self, buffer: Any) -> Any:
+        self._fail()
+        return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        self._fail()
+        return super().readall()
+
+    def _fail(self) -> None:
+        Failing.left -= 1
+        if Failing.left < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+# How a file fails: when it is opened, or at its first, second or third read.
+FAULTS = {"denied": errno.EACCES, "gone": errno.ENOENT, "descriptors": errno.EMFILE, "0": 0, "1": 0, "2": 0}
+
+
+def faulty(fault: str, path: Path) -> Callable[..., Any]:
+    """``open``, for which the file fails."""
+    right = io.open
+
+    def opened(file: Any, mode: str = "r", *words: Any, **named: Any) -> Any:
+        if not isinstance(file, (str, Path)) or Path(file) != path:
+            return right(file, mode, *words, **named)
+        if not fault.isdigit():
+            raise OSError(FAULTS[fault], os.strerror(FAULTS[fault]), str(file))
+        raw = io.BufferedReader(Failing(file))
+        return raw if "b" in mode else io.TextIOWrapper(raw, encoding="utf-8")
+
+    return opened
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_that_cannot_be_read_is_an_error_in_words(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, reader = READERS[name]
+    path, ends = make(tmp_path), set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for fault in FAULTS:
+            with monkeypatch.context() as patched:
+                Failing.left = int(fault) if fault.isdigit() else 0
+                patched.setattr(builtins, "open", faulty(fault, path))
+                patched.setattr(io, "open", builtins.open)
+                try:
+                    reader(path)
+                except CropiError as error:
+                    assert str(path) in str(error) and "Errno" not in str(error), (fault, str(error))
+                    ends.add(fault)
+    assert ends >= {"denied", "gone", "descriptors", "0"}
+
+
+def test_a_table_that_cannot_be_read_is_an_error_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow opens its files by itself."""
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records()), path)
+
+    def denied(*words: Any, **named: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", denied)
+    monkeypatch.setattr(pyarrow.parquet, "read_table", denied)
+    for reader in (whole, read_dataset):
+        with pytest.raises(CropiError, match="cannot read .*t.parquet: permission denied; give a path"):
+            reader(path)
+
+
+def test_a_full_folder_of_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*words: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("cropi.data.spilled.pickle.dump", full)
+    rows = [{"prompt": "p", "response": text, "reward": 1.0, "id": "a"} for text in ("x", "y")]
+    with pytest.raises(
+        CropiError, match=r"a temporary file in .* \(TMPDIR names another folder\): no space left"
+    ):
+        list(read(rows))
