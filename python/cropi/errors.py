@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from types import ModuleType
@@ -71,6 +72,11 @@ def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
         return text
     data, half = text.encode("utf-8", "backslashreplace"), (limit - 5) // 2
     return f"{data[:half].decode(errors='ignore')} ... {data[-half:].decode(errors='ignore')}"
+
+
+def warn(message: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
+    """``warnings.warn`` with a message of less than 2 kB, whatever the values in it."""
+    warnings.warn(shortened(message), category, stacklevel=stacklevel + 1)
 
 
 def shown(value: Any, limit: int = 60) -> str:

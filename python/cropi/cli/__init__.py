@@ -12,7 +12,7 @@ from cropi.cli import manners
 from cropi.cli.manners import Plain, conclude, speaking
 from cropi.cli.parser import Parser, ShowVersion, about
 from cropi.cli.streams import lasting_streams
-from cropi.errors import printable_lines
+from cropi.errors import printable_lines, shortened
 
 __all__ = ["COMMANDS", "Plain", "main", "make_parser"]
 
@@ -63,7 +63,8 @@ def _run(args: Any) -> int:
         from cropi.files import in_words
 
         told = in_words(error)
-        print(printable_lines(f"cropi {args.command}: error: {told}"), file=sys.stderr)
+        # Errors of the kernels, of torch and of transformers are as long as they like.
+        print(printable_lines(f"cropi {args.command}: error: {shortened(str(told))}"), file=sys.stderr)
         conclude(args, 2, told)
         return 2
 

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from cropi.errors import did_you_mean
+from cropi.errors import did_you_mean, printable_lines, shortened
 
 T = TypeVar("T", int, float)
 
@@ -35,8 +35,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say it, and leave with status 2."""
-        where = f"{self.source}: " if self.source else ""
-        self.exit(2, f"{self.prog}: error: {where}{message}; see `{self.prog} --help`\n")
+        told = printable_lines(shortened(f"{self.source}: {message}" if self.source else message))
+        self.exit(2, f"{self.prog}: error: {told}; see `{self.prog} --help`\n")
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cropi.errors import warn
 from cropi.form import wrong_form
 from cropi.report.forms import TRAINED
 
@@ -27,7 +27,7 @@ def read_training(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         wrong = f"it cannot be read ({error})"
     if wrong:
-        warnings.warn(f"{folder / TRAINING} is left out of the report: {wrong}", stacklevel=2)
+        warn(f"{folder / TRAINING} is left out of the report: {wrong}", stacklevel=2)
         return {}
     return {"training": summary}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from cropi.data.sources import Row, Source, sources_of
 from cropi.data.spilled import Spilled
 from cropi.data.tables import TableRow, row_of_table
 from cropi.data.values import python_value
-from cropi.errors import CropiError, RecordError
+from cropi.errors import CropiError, RecordError, warn
 from cropi.files import open_to_read
 
 WITH_ID = "this record has an 'id', and those before it have none", "give all an id, or none"
@@ -136,7 +135,7 @@ class PromptGroups:
                     f"{source.name}: the file holds no trajectory record (one JSON object a line is expected)"
                 )
         if state.hashed:
-            warnings.warn(
+            warn(
                 f"{self.names}: the records have no 'id', so every prompt's id is a hash of its content; a prompt "
                 "whose text changes is another one then, so give ids for a curriculum",
                 HashedIds,

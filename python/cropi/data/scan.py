@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from cropi.data.pieces import Pieces
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
-from cropi.errors import CropiError, RecordError
+from cropi.errors import CropiError, RecordError, warn
 
 
 class LossyTokens(UserWarning):
@@ -139,7 +138,7 @@ def warn_lossy(counts: Scan) -> None:
     """Say once that records without token ids will be tokenised again from their text."""
     lossy = counts.prompts - counts.with_ids
     if lossy:
-        warnings.warn(
+        warn(
             f"{lossy} of {counts.prompts} records have no response_ids: their responses are tokenised again "
             "from text, which may give other tokens than were sampled; store token ids to be exact",
             LossyTokens,

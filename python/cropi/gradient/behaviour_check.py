@@ -20,13 +20,12 @@ sampled, and a quarter or less of what it is as stated.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.gradient.health import Health
@@ -118,7 +117,7 @@ def check_behaviour(
     if finding.level == "error" and level == "error":
         raise CropiError(f"{finding.problem}; --behaviour-check warn goes on all the same")
     if finding.level:
-        warnings.warn(finding.problem, BehaviourMismatch, stacklevel=2)
+        warn(finding.problem, BehaviourMismatch, stacklevel=2)
     return finding
 
 

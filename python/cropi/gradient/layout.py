@@ -12,14 +12,13 @@ takes no boolean mask, so a model is tried in both layouts: see ``layout_trial.p
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
 from cropi.gradient.layout_trial import LayoutTrial
 from cropi.model.policy import Policy
 from cropi_kernels.sketcher.lengths import Lengths, measure_lengths
@@ -101,7 +100,7 @@ class Layout:
                 f"layout 'shared' does not work for prompt {name!r}: {self.trial.problem}; pass --layout auto or "
                 "--layout padded"
             )
-        warnings.warn(f"prompts are not shared between responses: {self.trial.problem}", stacklevel=2)
+        warn(f"prompts are not shared between responses: {self.trial.problem}", stacklevel=2)
         return False
 
 

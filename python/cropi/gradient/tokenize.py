@@ -7,7 +7,6 @@ token sequences to one text, so the ids may differ from those that were sampled 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +14,7 @@ from typing import Any
 
 from cropi.data.keys import RENDERED
 from cropi.data.records import PromptGroup
-from cropi.errors import CropiError, RecordError
+from cropi.errors import CropiError, RecordError, warn
 from cropi.gradient.equal import equal_responses
 from cropi.gradient.template import ChatTemplate, check_variables, special_tokens, template_text
 
@@ -340,7 +339,7 @@ class Tokenize:
     def _warn(self, kind: str, words: str, category: type[Warning]) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(words, category, stacklevel=2)
+            warn(words, category, stacklevel=2)
 
     def _check_vocabulary(self, where: str, name: str, ids: list[int]) -> None:
         for t, token in enumerate(ids):

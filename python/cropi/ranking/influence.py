@@ -14,7 +14,6 @@ groups, whose terms are the groups' *contributions*:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
 from cropi.options import Influence
 from cropi.ranking.contrast import names_without, without
 from cropi.ranking.products import in_order
@@ -190,7 +189,7 @@ def _warn_shared(rows: Sequence[RowInfo], valid: Sequence[SketchStore]) -> None:
     others = {row.id: row for store in valid for row in store.rows() if row.status == OK and row.norm}
     shared = [row.id for row in rows if row.norm and (other := others.get(row.id)) and _alike(row, other)]
     if shared:
-        warnings.warn(
+        warn(
             f"{len(shared)} training prompts are validation prompts too, for example {shared[0]!r}: a score holds such "
             "a prompt's own gradient, which raises it; leave them out on one side, unless this is meant",
             SharedPrompts,

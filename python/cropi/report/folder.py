@@ -13,7 +13,7 @@ import numpy as np
 
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
-from cropi.errors import CropiError, shown
+from cropi.errors import CropiError, shown, warn
 from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
@@ -193,7 +193,7 @@ def _check(root: Path, path: str | Path | None, scores: Scores) -> dict[str, Any
     )
     if path is not None:
         raise CropiError(other)
-    warnings.warn(f"{other}; the page leaves it out", stacklevel=3)
+    warn(f"{other}; the page leaves it out", stacklevel=3)
     return None
 
 

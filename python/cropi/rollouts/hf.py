@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy, check_dropout
 from cropi.rollouts.beginnings import families
@@ -145,7 +144,7 @@ class HfEngine:
                 f"prompt {batch[0].name!r:.100}: {n} responses do not fit into the memory of {self.policy.device}; "
                 "give a smaller -n or --max-tokens"
             )
-        warnings.warn(
+        warn(
             f"memory ran out with {len(batch) * n} responses at once; their prompts are sampled in two parts (a "
             "smaller --rows does not waste this time)", FewerRows, stacklevel=2,
         )  # fmt: skip

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cropi.data.records import make_group
-from cropi.errors import CropiError, RecordError, optional
+from cropi.errors import CropiError, RecordError, optional, warn
 from cropi.gradient.tokenize import Tokenize
 from cropi.rollouts.engine import Engine, Request, Response, Sampling
 from cropi.rollouts.file import RolloutFile
@@ -237,7 +236,7 @@ class Truncated(UserWarning):
 def warn_truncated(sampling: Sampling) -> None:
     """Say once what ``top_k`` and ``top_p`` do to the estimate."""
     if sampling.truncates:
-        warnings.warn(
+        warn(
             "top-k and top-p: the recorded log-probs are those of the whole distribution, as trainers take them, so "
             "that the ratio of an unchanged policy is 1; the responses are drawn from a part of it, which an estimator "
             "does not see", Truncated, stacklevel=3,

@@ -5,7 +5,6 @@ Of a record that was rolled out before, the prompt is taken and the responses ar
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from cropi.data.records import PromptGroup, check_characters, parse_json
 from cropi.data.sources import Row, sources_of
 from cropi.data.tables import TableRow, row_of_table
 from cropi.data.values import json_value, python_value
-from cropi.errors import CropiError, RecordError, did_you_mean
+from cropi.errors import CropiError, RecordError, did_you_mean, warn
 from cropi.gradient.tokenize import Tokenize
 
 # What an earlier rollout left in a record.
@@ -106,7 +105,7 @@ def read_prompts(
     if not prompts_read:
         raise CropiError(f"no prompt is left: all {len(bad)} rows are bad; the first: {bad[0]}")
     if hashed:
-        warnings.warn(
+        warn(
             "the prompts have no 'id', so every prompt's id is a hash of its text and answer; a prompt whose text "
             "changes is another one then, so give ids for a curriculum (--columns id=NAME)", HashedIds, stacklevel=2,
         )  # fmt: skip

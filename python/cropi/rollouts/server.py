@@ -10,12 +10,11 @@ from __future__ import annotations
 import queue
 import re
 import threading
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cropi.errors import CropiError, shown
+from cropi.errors import CropiError, shown, warn
 from cropi.gradient.tokenize import Tokenize
 from cropi.rollouts.engine import Request, Response, Sampling
 from cropi.rollouts.http import Server, ServerError
@@ -255,7 +254,7 @@ class ServerEngine:
     def _say(self, kind: str, what: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(f"the server at {self.server.url} {what}", ServerNote, stacklevel=3)
+            warn(f"the server at {self.server.url} {what}", ServerNote, stacklevel=3)
 
 
 def _tokens(choice: dict[str, Any]) -> tuple[list[str], list[Any] | None]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import datetime
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from cropi.data.scan import Scan
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
 from cropi.gradient.subset import Subset
@@ -198,7 +197,7 @@ def with_date(
             date = read_manifest(Path(folder))["tokens"].get("template_date")
     if date is None:
         date = datetime.date.today().isoformat()
-        warnings.warn(
+        warn(
             f"the chat template prints the date, and policies that were sampled on another day saw another prompt; "
             f"{date} is taken for all: give the day of the rollouts with --template-date, or store prompt_ids",
             DatedTemplate,
@@ -335,7 +334,7 @@ def open_store(
         _check_share(store, job)
         take_parts(store)
         if job.limit is not None and len(store) > job.limit:
-            warnings.warn(
+            warn(
                 f"limit {job.limit}: the store {store.path} holds {len(store)} prompts from before, and all of them "
                 "are used; give another --out for fewer",
                 stacklevel=2,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from cropi.data.rewards import no_gradient_reason
 from cropi.data.scan import Scan, warn_lossy
 from cropi.data.scan import scan as scan_trajectories
 from cropi.data.sources import PathSource
-from cropi.errors import CropiError, RecordError
+from cropi.errors import CropiError, RecordError, warn
 from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.behaviour_check import check_behaviour
 from cropi.gradient.kept import KeptTokens
@@ -331,7 +330,7 @@ def _arguments(
 ) -> tuple[Policy, SketchJob, Scan | None]:
     """The arguments as they are now; ``sketch(model, tokenizer, job, found=...)`` is taken for one more release."""
     if len(rest) == 1 and isinstance(rest[0], SketchJob):
-        warnings.warn(
+        warn(
             "sketch(model, tokenizer, job) is now sketch(Policy(model, tokenizer), job), and found= is scan=; the old "
             "form goes with the next release",
             DeprecationWarning,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cropi.errors import CropiError, shown
+from cropi.errors import CropiError, shown, warn
 from cropi.store.manifest import GROUPS, NOISE, NOTES, SCALED, get_field
 
 # What must agree for sketches to be comparable; the rest of the manifest may differ between two stores.
@@ -115,7 +114,7 @@ def warn_unlike(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, st
         if differs:
             differences.append(differs.text())
     if differences:
-        warnings.warn(
+        warn(
             f"{names[0]} and {names[1]} were made with different settings: {'; '.join(differences)}; scores "
             "between them compare gradients of two kinds; sketch both with the same settings, unless this is meant",
             UnlikeStores,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
-import warnings
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
 
 
 class UntestedVersion(UserWarning):
@@ -49,7 +48,7 @@ def checked_version(
     if minor(installed) < minor(oldest):
         raise CropiError(f"{problem}: {remedy}, or, to try it all the same, set {override}=1")
     if minor(installed) > minor(newest):
-        warnings.warn(
+        warn(
             f"{problem}. What it relies on is checked by name; should something fail: {remedy}. {override}=1 turns "
             "this warning off", UntestedVersion, stacklevel=3,
         )  # fmt: skip

@@ -14,14 +14,13 @@ Rewards are ``reward`` of each choice, or ``rewards`` (``reward`` of a single ch
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cropi.data.keys import RENDERED
 from cropi.data.scan import LossyTokens
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
 from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
@@ -73,7 +72,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     rows = (one for many in left.each(rows_of_dump(path, left), choices) for one in many)
     yield from left.each(rows, lambda one: _rollout(one, step, reading, vocabulary, lost))
     if lost[0]:
-        warnings.warn(
+        warn(
             f"{path}: {lost[0]} responses hold their tokens as text, so they are tokenised again, which may give other "
             f"tokens than were sampled, and the log-probs of {lost[1]} are left out; give --model, whose tokenizer "
             "finds the ids by the tokens' bytes, or have the server write them (vLLM: return_token_ids)",

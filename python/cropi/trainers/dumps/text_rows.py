@@ -18,13 +18,13 @@ Text cannot be turned back into the tokens that were sampled with certainty, and
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cropi.data.scan import LossyTokens
+from cropi.errors import warn
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, names, nested, whole
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
@@ -111,7 +111,7 @@ def read_dump(
 
 def warn_text(path: Path, lost: str = "there are no log-probs") -> None:
     """Say that a file holds text."""
-    warnings.warn(
+    warn(
         f"{path} holds text: its responses are tokenised again, which may give other tokens than were sampled, and "
         f"{lost}; store token ids to be exact",
         LossyTokens,

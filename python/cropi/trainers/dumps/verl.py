@@ -18,13 +18,12 @@ are pickles, which are read without verl and without running their code (:mod:`c
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cropi.data.scan import LossyTokens
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, warn
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, names, prompt_id, shown, whole
 from cropi.trainers.dumps.lines import json_lines
 from cropi.trainers.dumps.pickled import check_size, load_dump
@@ -95,7 +94,7 @@ def prompts_by_text(rows: Any, ids: list[str], tokenizer: Any, prompt_key: str =
 
 def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
     id_key, prompts = reading.id_key, reading.prompts
-    warnings.warn(
+    warn(
         f"{path} holds text without special tokens: its responses are tokenised again, which may give other "
         "tokens than were sampled, and there are no log-probs; dump token ids to be exact (skip.rollout_tq)",
         LossyTokens,

@@ -1,0 +1,43 @@
+"""Dumps that large runs and made-up inputs brought up."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from support.made_dumps import trl, write
+
+from cropi.cli import main
+from cropi.data.readers import read
+from cropi.trainers.dumps.recognise import MOST_OPCODES, recognise
+
+
+def test_a_large_batch_of_verl_is_told_by_the_class_of_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of its keys stands behind all rows, further than is looked."""
+    table = type("TensorDict", (), {"__module__": "tensordict._td"})
+    module = types.ModuleType("tensordict._td")
+    module.TensorDict = table  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensordict", types.ModuleType("tensordict"))
+    monkeypatch.setitem(sys.modules, "tensordict._td", module)
+    keys = [f"{i}_0_0" for i in range(MOST_OPCODES)]
+    torch.save({"tensordict": table(), "keys": keys, "tags": [], "global_steps": 7}, tmp_path / "x.pt")
+    assert recognise(tmp_path / "x.pt").source == "verl"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"advantage": 10**400}, {"accuracy": 10**400}, {"form": -(10**400)}],
+    ids=lambda row: next(iter(row)),
+)
+def test_numbers_of_trl_that_no_float_holds_are_left_out(change: dict[str, int], tmp_path: Path) -> None:
+    rows = trl()
+    rows[1] |= change
+    path, out = write(tmp_path / "c.jsonl", rows), tmp_path / "out.jsonl"
+    assert main(["convert", str(path), "--out", str(out)]) == 0
+    sizes = [group.size for group in read(out)]
+    assert sizes == ([2, 2] if "advantage" in change else [1, 2])
