@@ -21,6 +21,7 @@ import torch
 from data.make_formats import HERE, records
 from support.made_dumps import KINDS, MORE, made, write
 
+from cropi import files
 from cropi.cli.config import read_config
 from cropi.cli.contents import describe_file
 from cropi.data.export import read_dataset
@@ -89,10 +90,21 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
 }  # fmt: skip
 
 
-class Failing(io.FileIO):
-    """A file whose device gives up after the first reads."""
+# How a file fails: when it is opened, or at its first, second or third read.
+FAULTS = {"denied": errno.EACCES, "gone": errno.ENOENT, "descriptors": errno.EMFILE, "0": 0, "1": 0, "2": 0}
 
-    left = 0
+
+class Failing(io.FileIO):
+    """A file that fails."""
+
+    path, fault, left = Path(), "", 0
+
+    def __init__(self, file: Any) -> None:
+        self.ours = Path(file) == Failing.path
+        if self.ours and not Failing.fault.isdigit():
+            number = FAULTS[Failing.fault]
+            raise OSError(number, os.strerror(number), str(file))
+        super().__init__(file)
 
     def readinto(self, buffer: Any) -> Any:
         self._fail()
@@ -103,28 +115,21 @@ class Failing(io.FileIO):
         return super().readall()
 
     def _fail(self) -> None:
-        Failing.left -= 1
-        if Failing.left < 0:
+        Failing.left -= self.ours
+        if self.ours and Failing.left < 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-# How a file fails: when it is opened, or at its first, second or third read.
-FAULTS = {"denied": errno.EACCES, "gone": errno.ENOENT, "descriptors": errno.EMFILE, "0": 0, "1": 0, "2": 0}
+class FailingInWords(files._Readable, Failing):
+    """The same under `cropi.files.open_to_read`."""
 
 
-def faulty(fault: str, path: Path) -> Callable[..., Any]:
+def faulty(file: Any, mode: str = "r", *words: Any, right: Any = io.open, **named: Any) -> Any:
     """``open``, for which the file fails."""
-    right = io.open
-
-    def opened(file: Any, mode: str = "r", *words: Any, **named: Any) -> Any:
-        if not isinstance(file, (str, Path)) or Path(file) != path:
-            return right(file, mode, *words, **named)
-        if not fault.isdigit():
-            raise OSError(FAULTS[fault], os.strerror(FAULTS[fault]), str(file))
-        raw = io.BufferedReader(Failing(file))
-        return raw if "b" in mode else io.TextIOWrapper(raw, encoding="utf-8")
-
-    return opened
+    if not isinstance(file, (str, Path)) or Path(file) != Failing.path:
+        return right(file, mode, *words, **named)
+    raw = io.BufferedReader(Failing(file))
+    return raw if "b" in mode else io.TextIOWrapper(raw, encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -137,9 +142,10 @@ def test_a_file_that_cannot_be_read_is_an_error_in_words(
         warnings.simplefilter("ignore")
         for fault in FAULTS:
             with monkeypatch.context() as patched:
-                Failing.left = int(fault) if fault.isdigit() else 0
-                patched.setattr(builtins, "open", faulty(fault, path))
-                patched.setattr(io, "open", builtins.open)
+                Failing.path, Failing.fault, Failing.left = path, fault, int(fault) if fault.isdigit() else 0
+                patched.setattr(builtins, "open", faulty)
+                patched.setattr(io, "open", faulty)
+                patched.setattr(files, "_Readable", FailingInWords)
                 try:
                     reader(path)
                 except CropiError as error:
