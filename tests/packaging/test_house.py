@@ -79,12 +79,8 @@ def test_thin_layer_reaches_kernels_only_through_public_names() -> None:
 
 def test_warnings_are_cut() -> None:
     """`cropi.errors.warn` is the way to warn: a value of a megabyte must not become a message of a megabyte."""
-    apart = {
-        "errors.py",
-        "_moved.py",
-        "sklearn.py",
-        "report/__init__.py",
-    }  # whose values are ours, or a class's
+    # Their values are ours, or a class's.
+    apart = {"errors.py", "_moved.py", "sklearn.py", "report/__init__.py"}
     wrong = [
         str(path.relative_to(ROOT))
         for path in LAYER.rglob("*.py")

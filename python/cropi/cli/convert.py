@@ -100,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     from cropi.trainers.dumps.recognise import recognise
     from cropi.trainers.dumps.rollout import write_groups
 
+    if args.trust_remote_code and not args.model:
+        args.parser.error("--trust-remote-code is for --model, which is not given; leave it out")
     check_outputs({"--out": args.out}, {"FILE": args.files, "--dataset": [args.dataset]})
     source = args.source
     if args.dataset or args.model:

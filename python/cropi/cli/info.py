@@ -63,7 +63,13 @@ def run(args: argparse.Namespace) -> int:
     if args.show_tokens is not None:
         _tokens(args)
         return 0
+    for name in ("model", "chat_template", "template_date", "eos"):
+        if getattr(args, name) != args.parser.get_default(name):
+            flag = "no-eos" if name == "eos" else name.replace("_", "-")
+            args.parser.error(f"--{flag} is for --show-tokens N; give it too, or leave --{flag} out")
     described = _described(args, path)
+    if args.verify and described["kind"] != "store":
+        args.parser.error(f"--verify is for stores, and {path} is none; leave it out")
     tell(args, path=args.path, **described)
     return 0
 

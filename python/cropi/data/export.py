@@ -17,11 +17,11 @@ from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.identity import dataset_ids
 from cropi.data.lines import lines_of
 from cropi.data.readers import read
-from cropi.data.records import PromptGroup, parse_json
+from cropi.data.records import PromptGroup
 from cropi.data.rows_out import check_json, rows_of, table_of, taken, write_jsonl, write_parquet
 from cropi.data.tables import is_saved
 from cropi.data.trainer_rows import FILES, trainer_row
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, shown
 from cropi.files import open_to_read, reading, replacing, text_of, write_atomic
 from cropi.sealed import check_sums, summed
 
@@ -79,7 +79,7 @@ def export(
     Raises:
         CropiError: unknown format, no such dataset or column, ids that are missing or twice in it.
     """
-    check_format(format, dataset, trajectories)
+    check_format(format, dataset, trajectories, id_key, data_source)
     with summed(out):
         return _export(Path(out), ids, format, trajectories, dataset, id_key, weights, data_source)
 
@@ -147,8 +147,15 @@ def chosen_dataset(
     return saved.dataset_of(rows)
 
 
-def check_format(format: str, dataset: Any, trajectories: Any = None) -> None:
-    """Check that a format is known and has what it is made from; ``trajectories=None``: they are still to come.
+def check_format(
+    format: str,
+    dataset: Any,
+    trajectories: Any = None,
+    id_key: str | None = None,
+    data_source: str | None = None,
+) -> None:
+    """Check that a format is known, has what it is made from, and looks at the options that are given with it;
+    ``trajectories=None``: they are still to come.
 
     Raises:
         CropiError: it is not, or has not.
@@ -161,6 +168,14 @@ def check_format(format: str, dataset: Any, trajectories: Any = None) -> None:
         raise CropiError(
             f"format {format} makes rows from the records; a dataset's own rows are copied whole by --format "
             f"{FILES[format]}; leave --dataset out, or give that format"
+        )
+    if id_key is not None and dataset is None:
+        raise CropiError(
+            f"id_key {shown(id_key)} names a column of a dataset; give --dataset, or leave it out"
+        )
+    if data_source is not None and format != "verl":
+        raise CropiError(
+            f"data_source {shown(data_source)} is for format verl, not for {format}; leave it out"
         )
     if format != "ids" and dataset is None and trajectories is not None and not trajectories:
         raise CropiError(f"format {format} needs the prompts' rows: give --dataset or --trajectories")
@@ -186,7 +201,7 @@ def check_export(
     Raises:
         CropiError: as :func:`export` would after it.
     """
-    check_format(format, dataset)
+    check_format(format, dataset, None, id_key, data_source)
     if format == "save_to_disk":
         optional("datasets")
         if out is not None:
@@ -269,10 +284,14 @@ def _dataset_in(path: Path) -> Any:
             check_bulk(text.encode(), path)
             rows = json.loads(text)
         else:
+            rows = []
             with open_to_read(path) as file:
-                rows = [parse_json(line, where) for where, _, line in lines_of(file, path) if line.strip()]
+                for where, _, line in lines_of(file, path):
+                    check_bulk(line, where)
+                    if line.strip():
+                        rows.append(json.loads(line))
     except CropiError:
-        raise  # the disk fails, or a line is no object
+        raise  # the disk fails, or it is too large
     except (ValueError, RecursionError) as error:
         raise CropiError(f"dataset: {path} is not {path.suffix[1:]}: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

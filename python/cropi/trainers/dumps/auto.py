@@ -7,7 +7,6 @@ import importlib
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from cropi.data.hub import is_hub_name
 from cropi.data.records import PromptGroup
 from cropi.data.sources import PathSource
 from cropi.data.tables import is_saved
-from cropi.errors import CropiError, printable
+from cropi.errors import CropiError, printable, warn
 from cropi.files import reading as in_words
 from cropi.trainers.dumps import text_rows
 from cropi.trainers.dumps.fields import Left
-from cropi.trainers.dumps.reading import Reading
+from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.recognise import RECORDS, SOURCES, WORDS, recognise
 from cropi.trainers.dumps.rollout import Rollout, group_rollouts, write_groups
 
@@ -33,6 +32,13 @@ READERS = {
 }  # fmt: skip
 # What trainers write beside the rollouts that they train on: validation, figures.
 BESIDE = ("eval_*", "eval-*", "val_data_step*", "aggregated_results.jsonl")
+
+# What of a Reading the readers of some sources alone look at.
+DUMPS = tuple(source for source in SOURCES if source != RECORDS)
+USED_BY = dict.fromkeys(("id_key", "temperature", "steps", "largest"), DUMPS) | {
+    "allow_pickle": ("slime", "verl", "vllm"),
+    "columns": (RECORDS, "slime", "verl", "trl"),
+}
 
 
 def read_rollouts(path: str | Path, source: str, reading: Reading, left: Left) -> Iterator[Rollout]:
@@ -160,7 +166,7 @@ def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = No
                 shown = ", ".join(sorted(file.name for file in beside)[:3]) + (
                     ", ..." if len(beside) > 3 else ""
                 )
-                (say or warnings.warn)(
+                (say or warn)(
                     f"left out      {printable(f'{path}: {shown}')}, which by their names are of validation"
                 )
             found += [*sorted(kept, key=_numbered)]
@@ -186,6 +192,13 @@ def _kind(path: str | Path, source: str, columns: Any) -> str:
     return recognise(path, renamed=bool(columns)).source
 
 
+def _check_used(kind: str, reading: Reading) -> None:
+    for name, sources in USED_BY.items():
+        if kind not in sources and getattr(reading, name) != getattr(PLAIN, name):
+            option = "max-gib" if name == "largest" else name.replace("_", "-")
+            raise CropiError(f"--{option} has no effect on {WORDS[kind]}; leave it out")
+
+
 def groups_of(
     given: Sequence[str | Path], source: str, reading: Reading, left: Left, say: Callable[[str], None]
 ) -> Iterable[PromptGroup]:
@@ -202,6 +215,7 @@ def groups_of(
     kind = next(iter(kinds.values()))
     if source == AUTO:
         say(f"read as       {WORDS[kind]}")
+    _check_used(kind, reading)
     if kind == RECORDS:
         from cropi.data.readers import read
 
