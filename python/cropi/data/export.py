@@ -15,7 +15,7 @@ from cropi.bulk import check_bulk
 from cropi.data import saved
 from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.identity import dataset_ids
-from cropi.data.lines import lines_of
+from cropi.data.lines import MARK, lines_of
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.rows_out import check_json, rows_of, table_of, taken, write_jsonl, write_parquet
@@ -288,6 +288,7 @@ def _dataset_in(path: Path) -> Any:
             with open_to_read(path) as file:
                 for where, _, line in lines_of(file, path):
                     check_bulk(line, where)
+                    line = line.removeprefix(MARK)
                     if line.strip():
                         rows.append(json.loads(line))
     except CropiError:

@@ -85,7 +85,7 @@ def selected_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 def _rows(path: Path) -> Iterator[Any]:
     """What stands in the lines that are not blank: JSON, if the first is an object, else an id each."""
     as_json: bool | None = None
-    with reading(path, missing=True), open(path, encoding="utf-8", newline="\n") as file:
+    with reading(path, missing=True), open(path, encoding="utf-8-sig", newline="\n") as file:
         for line in file:
             if text := line.strip():
                 if as_json is None:
