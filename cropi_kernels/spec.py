@@ -14,7 +14,6 @@ VERSION = 1  # of the integers behind a sketch; rises whenever one hash, sign or
 # Kinds whose integers have changed since version 1. From version 2 on, these two are the CountSketch of
 # `cropi_kernels.project`: a change of its version raises theirs.
 VERSIONS: dict[str, int] = {"countsketch": 2, "dropout": 2}
-FOLDS = ("width", "vocab_width")  # fields of kind slab alone
 SLAB_SIZE = 32768  # entries of one slab; smaller sketches are folded from it, larger ones use several
 
 
@@ -34,7 +33,7 @@ class SketchSpec(base.Spec):
             sides) and ``tensor`` (TensorSketch by FFT).
         width: features that a linear layer's inputs are folded to before the sketch, a power of two from 16 on, or
             ``None`` for no fold. Divides the matrix work by ``in_features / width``. Of ``slab`` alone: the other kinds
-            fold nothing, whatever stands here.
+            fold nothing, whatever stands here (specs that are stored have any value; options of `cropi` refuse one).
         vocab_width: rows that a tied head / embedding is folded to, a power of two, or ``None`` for no fold; likewise.
         keep: share of the coordinates that ``dropout`` keeps, in (0, 1]; rounded to 65536ths.
         seed: any integer >= 0; different seeds are independent sketches.
@@ -64,12 +63,6 @@ class SketchSpec(base.Spec):
         self._hold(keep=base.check_keep(self.keep))
         if self.keep != 1.0 and self.kind != "dropout":
             raise ValueError(f"keep={self.keep!r} needs kind='dropout', not kind={self.kind!r}")
-        for about in dataclasses.fields(self):
-            value = getattr(self, about.name)
-            if about.name in FOLDS and self.kind != "slab" and value not in (about.default, None):
-                raise ValueError(
-                    f"{about.name}={value!r} needs kind='slab'; kind={self.kind!r} folds nothing: leave it out"
-                )
         built = VERSIONS.get(self.kind, VERSION)
         given = built if self.version is None else self.version
         self._hold(version=base.check_version(given, built, "sketch", "sketches", f" of kind={self.kind!r}"))
