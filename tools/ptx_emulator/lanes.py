@@ -6,6 +6,7 @@ took different ways meet again; a basic block is run by all lanes that are at it
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -18,6 +19,28 @@ from ptx_emulator.text import Address, Instruction, Operand, Program
 
 class Divergent(AssertionError):
     """Some lanes of a warp are missing where an instruction needs all of them."""
+
+
+DTYPES = {name: np.dtype(kind) for name, kind in KINDS.items()}
+
+
+@functools.cache
+def _literal(bits: int, kind: str) -> Array:
+    """One number that all lanes share."""
+    if kind == "pred":
+        return np.bool_(bits)
+    want = DTYPES[kind]
+    mask = (1 << want.itemsize * 8) - 1
+    return np.array([bits & mask], UNSIGNED[want.itemsize]).view(want)[0]
+
+
+def _extended(values: Array, kind: np.dtype[Any]) -> Array:
+    """The bits of numbers for a register: those of a narrower integer with a sign are extended by it."""
+    if kind.kind == "b":
+        return values
+    if values.dtype.kind == "i" and values.dtype.itemsize < kind.itemsize:
+        values = values.astype(f"i{kind.itemsize}")
+    return words(values)
 
 
 class Registers(dict[str, Array]):
@@ -59,16 +82,17 @@ class Lanes:
         self.block = np.repeat(np.arange(len(blocks)), threads)
         thread = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
         self.warp = (thread >> 5).astype(np.int32)
-        self.special: dict[str, Any] = {"%tid.x": thread, "%ntid.x": np.uint32(threads)}
-        for i, axis in enumerate("xyz"):
-            self.special[f"%ctaid.{axis}"] = blocks[:, i].astype(np.uint32)[self.block]
-            self.special[f"%nctaid.{axis}"] = np.uint32(grid[i])
-        self.special |= {"%laneid": thread & 31, "%tid.y": np.uint32(0), "%tid.z": np.uint32(0)}
-        self.shared = SharedMemory(len(blocks), shared_size)
         self.registers = Registers(program.registers, lanes)
+        self.registers.update({"%tid.x": thread, "%ntid.x": np.uint32(threads)})
+        for i, axis in enumerate("xyz"):
+            self.registers[f"%ctaid.{axis}"] = blocks[:, i].astype(np.uint32)[self.block]
+            self.registers[f"%nctaid.{axis}"] = np.uint32(grid[i])
+        self.registers.update({"%laneid": thread & 31, "%tid.y": np.uint32(0), "%tid.z": np.uint32(0)})
+        self.shared = SharedMemory(len(blocks), shared_size, program.grain)
         self.at = np.zeros(lanes, np.int64)  # index of the next instruction
         self.waiting = np.zeros(lanes, np.bool_)
         self.mask = np.ones(lanes, np.bool_)  # of the instruction that is being run
+        self.count = lanes  # in the mask
 
     # ------------------------------------------------------------------------------------------------ control
     def run(self) -> None:
@@ -82,11 +106,12 @@ class Lanes:
                 continue
             here = int(self.at[ready].min())
             lanes = ready & (self.at == here)
+            count = np.count_nonzero(lanes)
             for index in itertools.count(here):
                 if index == end or (index != here and index in starts):
                     self.at[lanes] = index
                     break
-                if not self._step(self.program.instructions[index], index, lanes):
+                if not self._step(self.program.instructions[index], index, lanes, count):
                     break
 
     def _open_barrier(self, end: int) -> None:
@@ -97,22 +122,27 @@ class Lanes:
         self.shared.epoch[complete] += 1
         self.waiting &= ~complete[self.block]
 
-    def _step(self, i: Instruction, index: int, lanes: Array) -> bool:
-        """Whether the lanes go on with the next instruction."""
-        self.mask = lanes if i.guard is None else lanes & (self.registers[i.guard] != i.negated)
+    def _step(self, i: Instruction, index: int, lanes: Array, count: int) -> bool:
+        """Whether the lanes, ``count`` of them, go on with the next instruction."""
+        self.mask, self.count = lanes, count
+        if i.guard is not None:
+            self.mask = lanes & (self.registers[i.guard] != i.negated)
+            self.count = np.count_nonzero(self.mask)
         if i.name in ("bra", "ret", "exit", "bar", "barrier"):
             return self._control(i, index, lanes)
-        if self.mask.any():
-            where = f"{self.program.name}, line {i.line}: {'.'.join((i.name, *i.modifiers))} {i.operands}"
+        if self.count:
             run = getattr(self, f"_{i.name}", None)
             if run is None:
-                raise NotImplementedError(f"{where}: the emulator has no such instruction")
+                raise NotImplementedError(f"{self._where(i)}: the emulator has no such instruction")
             try:
                 run(i)
             except Exception as error:
-                error.args = (f"{error} ({where})",)  # add_note needs Python 3.11
+                error.args = (f"{error} ({self._where(i)})",)  # add_note needs Python 3.11
                 raise
         return True
+
+    def _where(self, i: Instruction) -> str:
+        return f"{self.program.name}, line {i.line}: {'.'.join((i.name, *i.modifiers))} {i.operands}"
 
     def _control(self, i: Instruction, index: int, lanes: Array) -> bool:
         if i.name.startswith("bar") and "warp" in i.modifiers:
@@ -136,20 +166,16 @@ class Lanes:
     # ------------------------------------------------------------------------------------------------ operands
     def value(self, operand: Operand, kind: str) -> Array:
         """An operand as numbers: a register's array, or one number that all lanes share."""
-        want = np.dtype(KINDS[kind])
         if isinstance(operand, int):
-            if kind == "pred":
-                return np.bool_(operand)
-            mask = (1 << want.itemsize * 8) - 1
-            return np.array([operand & mask], UNSIGNED[want.itemsize]).view(want)[0]
+            return _literal(operand, kind)
+        want = DTYPES[kind]
         if isinstance(operand, tuple):
             return self._joined(operand, want)
         name = str(operand)
         if name in self.symbols:
-            bits: Any = UNSIGNED[want.itemsize](self.symbols[name])
-        else:
-            bits = self.special[name] if name in self.special else self.registers[name]
-        if bits.dtype == np.bool_:
+            return _literal(self.symbols[name], kind)
+        bits = self.registers[name]
+        if bits.dtype.kind == "b":
             return bits
         if bits.dtype.itemsize > want.itemsize:
             bits = bits.astype(UNSIGNED[want.itemsize])
@@ -165,26 +191,24 @@ class Lanes:
 
     def lanes_of(self, operand: Operand, kind: str) -> Array:
         """`value`, one number per lane."""
-        return np.broadcast_to(self.value(operand, kind), self.at.shape)
+        value = self.value(operand, kind)
+        return value if value.shape == self.at.shape else np.broadcast_to(value, self.at.shape)
 
     def assign(self, operand: Operand, values: Array) -> None:
         """To a register, where the mask is set; narrower integers are extended, signed ones by their sign."""
         if operand == "_":
             return
         register = self.registers[str(operand)]
-        values = np.atleast_1d(values)
-        if register.dtype != np.bool_:
-            if values.dtype.itemsize < register.dtype.itemsize and values.dtype.kind == "i":
-                values = values.astype(f"i{register.dtype.itemsize}")
-            values = words(values).astype(register.dtype)
-        np.copyto(register, values, where=self.mask)
+        everyone = self.count == len(self.at)
+        np.copyto(
+            register, _extended(values, register.dtype), "unsafe", where=True if everyone else self.mask
+        )
 
     def assign_some(self, operand: Operand, lanes: Array, values: Array) -> None:
         """To a register of some of the lanes that the mask covers."""
         if operand != "_":
-            full = np.zeros(len(self.at), values.dtype)
-            full[lanes] = values
-            self.assign(operand, full)
+            register = self.registers[str(operand)]
+            register[lanes] = _extended(values, register.dtype)
 
     def address(self, operand: Operand, kind: str) -> Array:
         assert isinstance(operand, Address)

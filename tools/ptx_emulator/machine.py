@@ -10,11 +10,10 @@ import numpy as np
 from ptx_emulator import numbers
 from ptx_emulator import tensor_core as cores
 from ptx_emulator.arithmetic import Arithmetic
-from ptx_emulator.memory import GlobalMemory
+from ptx_emulator.memory import TENSOR_CORES, GlobalMemory
 from ptx_emulator.numbers import KINDS, Array
 from ptx_emulator.text import Instruction, Operand, Program
 
-TENSOR_CORES = -3  # as a reader of shared memory: no warp
 LANES = 8192  # run at once: enough to hide the cost of Python, few enough to stay in the cache
 ATOMICS = ("add", "max", "min", "or", "and", "xor", "exch")
 
@@ -187,16 +186,22 @@ class Machine(Arithmetic):
         for w in range(0, len(warps), 4):
             assert len(set(where[w : w + 4])) == 1, "the warps of a group differ about the operand"
             at = cores.descriptor_addresses(int(where[w]), columns, bool(flags[2]))
-            right = cores.numbers_of(self._operand_of_cores(at.ravel(), warps[w, 0]), kind).reshape(at.shape)
-            total[w : w + 4] = np.where(keep[w], total[w : w + 4], 0) + left[w : w + 4] @ right.T
+            # Eight neighbours are 16 bytes: along k, or along the columns where those are contiguous.
+            rows = at.T if flags[2] else at
+            right = cores.numbers_of(self._operand_of_cores(rows.reshape(-1, 8), warps[w, 0]), kind)
+            right = right.reshape(rows.shape)
+            right = right if flags[2] else right.T
+            total[w : w + 4] = np.where(keep[w], total[w : w + 4], 0) + left[w : w + 4] @ right
         for target, values in zip(_several(d), cores.registers(total, len(_several(d))), strict=True):
             self.assign_some(target, warps, values)
 
     def _operand_of_cores(self, address: Array, lane: int) -> Array:
-        """16-bit words of shared memory, in use from now on."""
-        block = np.full(address.shape, self.block[lane])
-        raw = self.shared.load(block, np.full(address.shape, TENSOR_CORES, np.int32), address, 2)
-        places = self.shared.places(block, address, 2, "an operand").ravel()  # every byte once
+        """16-bit words of shared memory, in use from now on; ``address`` [n, 8] of neighbours."""
+        assert (address == address[:, :1] + 2 * np.arange(8)).all()
+        first = address[:, 0]
+        block = np.full(first.shape, self.block[lane])
+        raw = self.shared.load(block, np.full(first.shape, TENSOR_CORES), first, 16)
+        places = self.shared.places(block, first, 16, "an operand").ravel()  # every place once
         self.shared.in_use[places] += 1
         self.uses.append(Use(lane, places))
         return np.ascontiguousarray(raw).view(np.uint16).ravel()

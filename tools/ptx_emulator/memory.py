@@ -31,6 +31,12 @@ class GlobalMemory:
             np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(at)) for at, size in self.spans
         ]
 
+    def _rows(self, s: int, size: int) -> tuple[Array, np.uint64]:
+        """A span as [n, size] bytes, and where its first row begins: an access that is aligned is one row."""
+        skipped = -self.spans[s][0] % size
+        whole = (len(self.bytes[s]) - skipped) // size * size
+        return self.bytes[s][skipped : skipped + whole].reshape(-1, size), self.begin[s] + np.uint64(skipped)
+
     def _spans_of(self, address: Array, size: int, what: str) -> Array:
         span = np.searchsorted(self.begin, address, "right").astype(np.int64) - 1
         good = (span >= 0) & (address + np.uint64(size) <= self.end[np.maximum(span, 0)])
@@ -46,92 +52,100 @@ class GlobalMemory:
         """uint8 [lanes, size]"""
         span = self._spans_of(address, size, "a load")
         out = np.empty((len(address), size), np.uint8)
-        for s in np.unique(span):
+        for s in np.flatnonzero(np.bincount(span)):
+            rows, begin = self._rows(s, size)
             lanes = span == s
-            out[lanes] = self.bytes[s][
-                (address[lanes] - self.begin[s])[:, None] + np.arange(size, dtype=np.uint64)
-            ]
+            out[lanes] = rows[(address[lanes] - begin) // np.uint64(size)]
         return out
 
     def store(self, address: Array, values: Array) -> None:
-        span = self._spans_of(address, values.shape[1], "a store")
-        for s in np.unique(span):
+        size = values.shape[1]
+        span = self._spans_of(address, size, "a store")
+        for s in np.flatnonzero(np.bincount(span)):
+            rows, begin = self._rows(s, size)
             lanes = span == s
-            place = (address[lanes] - self.begin[s])[:, None] + np.arange(values.shape[1], dtype=np.uint64)
-            self.bytes[s][place] = values[lanes]
+            rows[(address[lanes] - begin) // np.uint64(size)] = values[lanes]
 
 
-NOBODY, SEVERAL = -1, -2
+# Who touched a place last, and when, is one word: 64 times the number of the block's barriers, plus the warp (of 32 at
+# most) or one of these.
+TENSOR_CORES, SEVERAL = 62, 63
+
+
+def _others(marks: Array, mine: Array) -> Array:
+    """Which of the marks are of the same interval between two barriers and of another warp: 0 < difference < 64."""
+    return (marks ^ mine) - np.uint32(1) < np.uint32(63)
 
 
 class SharedMemory:
-    """Of several blocks at once. An access names its block and warp; ``epoch`` counts a block's barriers."""
+    """Of several blocks at once. An access names its block and warp; ``epoch`` counts a block's barriers.
 
-    def __init__(self, blocks: int, size: int) -> None:
-        self.size = size
+    A place is ``grain`` bytes: every access touches whole places.
+    """
+
+    def __init__(self, blocks: int, size: int, grain: int = 1) -> None:
+        self.size, self.grain = size, grain
+        self.of_a_block = -(-size // grain)
+        places = blocks * self.of_a_block
         # NaN, whatever the width: nobody may count on zeros.
-        self.bytes = np.full(blocks * size, 0xFF, np.uint8)
-        self.epoch = np.zeros(blocks, np.int32)
-        self.written, self.read = (np.full(blocks * size, -1, np.int32) for _ in range(2))
-        self.writer, self.reader = (np.full(blocks * size, NOBODY, np.int32) for _ in range(2))
-        self.in_flight = np.zeros(blocks * size, np.bool_)  # to where an asynchronous copy is under way
+        self.bytes = np.full((places, grain), 0xFF, np.uint8)
+        self.epoch = np.zeros(blocks, np.uint32)
+        self.written, self.read = (np.full(places, 0xFFFFFFFF, np.uint32) for _ in range(2))
+        self.in_flight = np.zeros(places, np.bool_)  # to where an asynchronous copy is under way
         # Operands of tensor cores that have not been waited for.
-        self.in_use = np.zeros(blocks * size, np.int32)
+        self.in_use = np.zeros(places, np.int32)
         self.copies = AsyncCopies(self)
 
     def places(self, block: Array, address: Array, size: int, what: str) -> Array:
-        """[accesses, size] indices of bytes."""
+        """[accesses, size / grain] indices of places."""
         address = address.astype(np.int64)
         if (address < 0).any() or (address + size > self.size).any():
             raise OutOfBounds(f"{what} of {size} bytes of shared memory at {address.max()} of {self.size}")
         if (address % size).any():
             raise OutOfBounds(f"{what} of {size} bytes at an address that is not a multiple of {size}")
-        return (block * self.size + address)[:, None] + np.arange(size)
+        assert size % self.grain == 0, "an access to a part of a place"
+        return (block * self.of_a_block + address // self.grain)[:, None] + np.arange(size // self.grain)
 
-    def _others_read(self, place: Array, block: Array, warp: Array) -> bool:
-        now = self.epoch[block][:, None]
-        late = (self.read[place] == now) & (self.reader[place] != warp[:, None])
-        return bool((late | (self.in_use[place] > 0)).any())
+    def _marks(self, block: Array, warp: Array) -> Array:
+        """[accesses, 1]"""
+        return (self.epoch[block] * np.uint32(64) + warp.astype(np.uint32))[:, None]
+
+    def _others_read(self, place: Array, mine: Array) -> bool:
+        return bool(_others(self.read[place], mine).any() or self.in_use[place].any())
 
     def load(self, block: Array, warp: Array, address: Array, size: int) -> Array:
         """uint8 [accesses, size]"""
-        place, now, me = (
-            self.places(block, address, size, "a load"),
-            self.epoch[block][:, None],
-            warp[:, None],
-        )
-        if ((self.written[place] == now) & (self.writer[place] != me)).any():
+        place, mine = self.places(block, address, size, "a load"), self._marks(block, warp)
+        if _others(self.written[place], mine).any():
             raise Race("a load of what another warp wrote since the last barrier")
         if self.in_flight[place].any():
             raise Race("a load of what an asynchronous copy has not delivered")
-        earlier = (self.read[place] == now) & (self.reader[place] != me)
-        self.reader[place] = np.where(earlier, SEVERAL, me)
-        self.reader[place[self.reader[place] != me]] = SEVERAL  # warps that read a byte in this very call
-        self.read[place] = now
-        return self.bytes[place]
+        several = mine | np.uint32(SEVERAL)
+        self.read[place] = np.where(_others(self.read[place], mine), several, mine)
+        shared = self.read[place] != mine  # also by warps that read a place in this very call
+        self.read[place[shared]] = np.broadcast_to(several, place.shape)[shared]
+        return self.bytes[place].reshape(len(place), size)
 
     def store(self, block: Array, warp: Array, address: Array, values: Array) -> None:
-        place = self.places(block, address, values.shape[1], "a store")
-        now, me = (
-            np.broadcast_to(self.epoch[block][:, None], place.shape),
-            np.broadcast_to(warp[:, None], place.shape),
-        )
-        if self._others_read(place, block, warp):
+        place, mine = self.places(block, address, values.shape[1], "a store"), self._marks(block, warp)
+        values = values.reshape(*place.shape, self.grain)
+        if self._others_read(place, mine):
             raise Race("a store to what others have read since the last barrier, or still read")
         if self.in_flight[place].any():
             raise Race("a store to where an asynchronous copy is under way")
-        same = self.bytes[place] == values  # warps that write the same bytes do no harm
-        if ((self.written[place] == now) & (self.writer[place] != me) & ~same).any():
+        others = _others(self.written[place], mine)
+        # Warps that write the same bytes do no harm.
+        if others.any() and (self.bytes[place[others]] != values[others]).any():
             raise Race("a store to what another warp wrote since the last barrier")
         self.bytes[place] = values
         if (self.bytes[place] != values).any():
             raise Race("two lanes store different values to the same byte at once")
-        self.written[place], self.writer[place] = now, me
+        self.written[place] = mine
 
     def announce(self, block: Array, warp: Array, address: Array, size: int) -> None:
         """A copy is under way: nobody may still be reading there, and nobody may until it is delivered."""
         place = self.places(block, address, size, "an asynchronous copy")
-        if self._others_read(place, block, warp):
+        if self._others_read(place, self._marks(block, warp)):
             raise Race("an asynchronous copy to what others have read since the last barrier, or still read")
         if self.in_flight[place].any():
             raise Race("two asynchronous copies to the same place")

@@ -39,7 +39,10 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One entry point. ``parameters`` are sizes, ``shared`` addresses, ``labels`` indices of instructions."""
+    """One entry point. ``parameters`` are sizes, ``shared`` addresses, ``labels`` indices of instructions.
+
+    ``grain``: every access to shared memory is a multiple of so many bytes.
+    """
 
     name: str
     parameters: dict[str, int]
@@ -48,6 +51,7 @@ class Program:
     shared_size: int
     instructions: list[Instruction]
     labels: dict[str, int]
+    grain: int
 
 
 def _number(text: str) -> int | None:
@@ -142,7 +146,18 @@ def parse(ptx: str, entry: str | None = None) -> Program:
             registers |= dict.fromkeys(_names(names), WIDTHS[kind[1:]])
         elif not text.startswith("."):
             instructions.append(_instruction(above + line, text))
-    return Program(header[1], _parameters(header[2]), registers, shared, shared_size, instructions, labels)
+    parameters, grain = _parameters(header[2]), min(map(_bytes_of_shared, instructions), default=16)
+    return Program(header[1], parameters, registers, shared, shared_size, instructions, labels, grain)
+
+
+def _bytes_of_shared(i: Instruction) -> int:
+    """That one lane touches at once; 16 where it touches none. Matrices of tensor cores have rows of 16."""
+    if "shared" not in i.modifiers or i.name not in ("ld", "st", "cp"):
+        return 16
+    if i.name == "cp":
+        return int(str(i.operands[2]))
+    values = i.operands[0 if i.name == "ld" else 1]
+    return int(i.modifiers[-1][1:]) // 8 * (len(values) if isinstance(values, tuple) else 1)
 
 
 def _parameters(text: str) -> dict[str, int]:

@@ -177,3 +177,24 @@ def test_what_needs_a_whole_warp_says_so(operands: Operands) -> None:
     run("setp.lt.u32 %p1, %r1, 32;" + shuffle, *operands)
     with pytest.raises(Divergent, match="part of a warp"):
         run("setp.lt.u32 %p1, %r1, 7;" + shuffle, *operands)
+
+
+@pytest.mark.parametrize("apart", [2, 0])
+def test_two_warps_may_write_the_halves_of_a_word(apart: int, operands: Operands) -> None:
+    """A place of shared memory is no larger than the smallest access of a program, here 2 bytes."""
+    body = f"""
+        shr.u32 %r7, %r1, 5;
+        cvt.u16.u32 %h1, %r7;
+        mul.lo.s32 %r8, %r7, {apart};
+        add.s32 %r8, %r2, %r8;
+        st.shared.b16 [%r8], %h1;
+        bar.sync 0;
+        ld.shared.b32 %r9, [smem];
+        st.global.b32 [%rd5], %r9;
+        """
+    if apart:
+        run(body, *operands)
+        assert (operands[1].view(torch.int32) == 1 << 16).all()
+    else:
+        with pytest.raises(Race, match="different values to the same byte"):
+            run(body, *operands)
