@@ -9,7 +9,7 @@ from typing import Any
 
 from cropi import pipeline
 from cropi.data.forms import parse_columns
-from cropi.errors import CropiError
+from cropi.errors import CropiError, shown
 from cropi.model.policy import Policy
 from cropi.option_fields import names_of, split
 from cropi.options import Influence, Loading, Selecting, Sketching
@@ -86,8 +86,14 @@ def score(
         replace(job, noise=True)  # what does not go with it shows here
     setup = Setup(job, compare, Selecting(fraction=1.0))  # nothing is chosen here, so no pool is too small
     train, valid = _opened(policy, sketching, train, source), _opened(policy, sketching, valid, source)
-    checked = pipeline.check(policy, train, valid, setup, option="valid", named=True)
     folder = None if out is None else Path(out)
+    for name in valid if isinstance(valid, dict) and folder is not None else ():
+        if Path(str(name)).is_absolute() or ".." in Path(str(name)).parts:
+            raise CropiError(
+                f"valid: the store of the set {shown(name)} would lie outside of out={str(folder)!r}: give the set a name "
+                "that does not begin with '/' and has no '..' in it"
+            )
+    checked = pipeline.check(policy, train, valid, setup, option="valid", named=True)
 
     def at(name: str) -> Path | None:
         return None if folder is None else folder / name

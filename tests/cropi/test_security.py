@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
+import cropi
 from cropi.cli import main
 from cropi.commands import fill, run_command
 from cropi.errors import CropiError, printable, printable_lines
@@ -146,3 +147,11 @@ def test_names_from_files_cannot_write_to_the_terminal(
     for text in (shown.out, shown.err):
         assert not set(text) & set("\x1b\x07\u202e\x9b"), "a control character went through"
     assert "\\x1b]0;owned\\x07\\u202e\\x9b2J\\nrank 1" in shown.out
+
+
+@pytest.mark.parametrize("name", ["..", "a/../../b", "/b"])
+def test_a_sets_name_cannot_leave_the_folder(name: str, tmp_path: Path) -> None:
+    policy = Policy.of(make_model(), make_tokenizer())
+    with pytest.raises(CropiError, match="would lie outside of out="):
+        cropi.score(policy, make_records(2), {name: make_records(2, seed=1)}, dim=1024, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "b").exists()
