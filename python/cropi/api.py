@@ -90,8 +90,8 @@ def score(
     for name in valid if isinstance(valid, dict) and folder is not None else ():
         if Path(str(name)).is_absolute() or ".." in Path(str(name)).parts:
             raise CropiError(
-                f"valid: the store of the set {shown(name)} would lie outside of out={str(folder)!r}: give the set a name "
-                "that does not begin with '/' and has no '..' in it"
+                f"valid: the store of the set {shown(name)} would lie outside of out={str(folder)!r}: give the set a "
+                "name that does not begin with '/' and has no '..' in it"
             )
     checked = pipeline.check(policy, train, valid, setup, option="valid", named=True)
 
