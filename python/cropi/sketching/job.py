@@ -139,15 +139,7 @@ def make_job(
     notes: Mapping[str, Any] | None = None,
     noise: bool = False,
 ) -> SketchJob:
-    """The job of some options. A behaviour model that is given is used.
-
-    Raises:
-        CropiError: ``behaviour`` names another source than the model that is given.
-    """
-    if behaviour_model is not None and options.behaviour not in ("auto", "model"):
-        raise CropiError(
-            f"behaviour_model is of no use with behaviour {options.behaviour}: leave one of them out"
-        )
+    """The job of some options. A behaviour model that is given is used, unless ``behaviour`` names another source."""
     shared = {name: getattr(options, name) for name in names_of(Grouping, Tokens, Running, Storing)}
     behaviour = "model" if behaviour_model is not None and options.behaviour == "auto" else options.behaviour
     return SketchJob(
