@@ -6,9 +6,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.once import folder_of_the_run
 
 FOLDER = Path(__file__).parent / "kernels"
 WAYS = {
@@ -16,7 +18,6 @@ WAYS = {
     "sm_80": {"KERNELS_FOR": "80"},
     "sm_90": {"KERNELS_FOR": "90"},
 }
-
 
 EMULATED = ["sm_80", "sm_90"]
 ONLY = {
@@ -26,21 +27,34 @@ ONLY = {
     "test_host_cost.py": ["sm_90"],
     "test_whole_model.py": EMULATED,
 }
-RUNS = [(way, path.name) for path in FOLDER.glob("test_*.py") for way in ONLY.get(path.name, WAYS)]
+# A process starts in three seconds: short files share one. (test_host_cost.py counts what a fresh one does.)
+TOGETHER = (
+    ("test_emulated_gpu.py", "test_far_rows.py", "test_launches.py", "test_row_kernels.py"),
+    ("test_fused_kernels.py", "test_gpu_engine.py", "test_project_kernels.py"),
+)
+
+
+def runs() -> Iterator[tuple[str, str]]:
+    """A way and the files of one process."""
+    alone = {path.name for path in FOLDER.glob("test_*.py")}.difference(*TOGETHER)
+    for group in (*sorted((name,) for name in alone), *TOGETHER):
+        for way in WAYS:
+            files = [name for name in group if way in ONLY.get(name, WAYS)]
+            if files:
+                yield way, " ".join(files)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way,file", sorted(RUNS))
+@pytest.mark.parametrize("way,files", runs())
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_on_cpu_tensors(way: str, file: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_kernels_on_cpu_tensors(way: str, files: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | WAYS[way]
-    # One cache for all files and workers of this run: a kernel is compiled once a capability, not once a file. The
-    # folder above a worker's base is the run's; Triton writes its entries whole and renames them.
-    base = tmp_path_factory.getbasetemp()
-    env["TRITON_CACHE_DIR"] = str(
-        (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"triton-{way}"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+    # One cache for all files and workers of this run: a kernel is compiled once a capability, not once a file. Triton
+    # writes its entries whole and renames them.
+    env["TRITON_CACHE_DIR"] = str(folder_of_the_run(tmp_path_factory) / f"triton-{way}")
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever plugins are installed take a second to import
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [str(FOLDER / name) for name in files.split()]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=FOLDER.parents[2])
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
 
