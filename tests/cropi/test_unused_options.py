@@ -53,6 +53,7 @@ def test_kinds_refuse_what_they_do_not_look_at(given: dict[str, Any], name: str)
         assert SketchSpec(**given).kind == given["kind"]
 
 
+@pytest.mark.long
 def test_what_a_kind_refuses_has_no_effect_on_it() -> None:
     """A fold changes sketches of slab, and those of no other kind: with that of the defaults and without one."""
     options: dict[str, Any] = {"dim": 512, "progress": False, "verify": False, "behaviour_check": "off"}
@@ -88,6 +89,7 @@ def test_what_has_an_effect_is_taken() -> None:
     assert Choosing(count=3, pool="usable", per="file").count == 3  # the files' shares of it
 
 
+@pytest.mark.long
 def test_a_behaviour_model_beside_another_source_is_refused() -> None:
     with pytest.raises(CropiError, match="does not use the behaviour model"):
         cropi.sketch(make_model(), RECORDS, behaviour="current", behaviour_model=make_model(), progress=False)
