@@ -19,7 +19,7 @@ from cropi.gradient.layout import Layout
 from cropi.gradient.subset import Subset, inclusion
 from cropi.gradient.tokenize import TokenGroup
 from cropi.options import Selecting
-from cropi.ranking.cut import EXPLORE, Drift, _chosen, anew, spreads
+from cropi.ranking.cut import EXPLORE, Drift, _chosen, anew, expected, spreads
 from cropi.ranking.rule import Rule
 from cropi.store.rows import RowInfo
 
@@ -130,14 +130,38 @@ IDS = [f"p{i}" for i in range(8)]
 # One is far ahead, three are near each other and of several ages, one was never sketched, the others are far behind.
 TABLE = np.array([[3.0], [1.0], [1.3], [0.8], [-9.0], [math.nan], [-12.0], [-15.0]])
 AGES = np.array([1.0, 1.0, 4.0, 9.0, 1.0, 0.0, 1.0, 1.0])
+RATES = np.array([0.9, 0.5, 0.5, 0.6, 0.3, 0.75, 0.1, 0.25])
 
 
-def chance_of_the_two_best(table: np.ndarray, ages: np.ndarray, variance: float) -> np.ndarray:
+def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Height and slope, by least squares over the points and ten observations that the slope is 0."""
+    rows = np.vstack([np.stack([np.ones_like(x), x], axis=1), [[0.0, 1.0]] * 10])
+    height, slope = np.linalg.lstsq(rows, np.append(y, [0.0] * 10), rcond=None)[0]
+    return float(height), float(slope)
+
+
+def before_a_sketch(scores: np.ndarray, rates: np.ndarray, rate: float) -> tuple[float, float]:
+    """Mean and standard deviation of the score of a prompt with one pass rate, from scores and pass rates of others."""
+    m, nearest = len(scores), min(max(rate, rates.min()), rates.max())
+    if rates.min() == rates.max():
+        return float(scores.mean()), float(scores.std(ddof=1))
+    x = (np.append(rates, nearest) - rates.mean()) / rates.std()
+    height, slope = line(x[:-1], scores)
+    squares = (scores - height - slope * x[:-1]) ** 2
+    level = squares.sum() / (m - 1)
+    variance = level + line(x[:-1], squares)[1] * x[-1]
+    return height + slope * float(x[-1]), math.sqrt(min(max(variance, level / 4), 4 * level))
+
+
+def chance_of_the_two_best(
+    table: np.ndarray, ages: np.ndarray, rates: np.ndarray, variance: float
+) -> np.ndarray:
     """P(a prompt's moved score is among the two highest), by quadrature over its own score."""
     known = np.isfinite(table[:, 0])
     spread = table[known, 0].std(ddof=1)
-    centre = np.where(known, table[:, 0], table[known, 0].mean())
-    moved = np.where(known, np.sqrt(ages * variance), 1.0) * spread
+    priors = [before_a_sketch(table[known, 0], rates[known], rate) for rate in rates]
+    centre = np.where(known, table[:, 0], [mean for mean, _ in priors])
+    moved = np.where(known, np.sqrt(ages * variance) * spread, [deviation for _, deviation in priors])
     z = np.linspace(-8, 8, 4001)
     density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     chances = []
@@ -154,11 +178,33 @@ def chance_of_the_two_best(table: np.ndarray, ages: np.ndarray, variance: float)
     return np.array(chances)
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 50])
+def test_what_a_score_is_before_the_sketch(m: int) -> None:
+    """Against augmented least squares, set by set; a rate beyond those that were seen counts as the nearest of them."""
+    rng = np.random.default_rng(m)
+    rates = np.concatenate([rng.integers(2, 7, m) / 8, [0.0, 0.3, 0.5, 1.0]])
+    table = rates[:, None] * ([1.0, -3.0, 0.0] + rng.standard_normal((len(rates), 3)))
+    table[m:, 1] = math.nan
+    centre, spread = expected(table, rates)
+    for v in range(3) if m > 1 else []:
+        want = np.array([before_a_sketch(table[:m, v], rates[:m], rate) for rate in rates])
+        # Sums of at most 60 products of numbers below 10, and their roots.
+        np.testing.assert_allclose(np.stack([centre[:, v], spread[:, v]], axis=1), want, rtol=0, atol=1e-12)
+    if m == 1:
+        np.testing.assert_array_equal(centre, np.broadcast_to(table[0], centre.shape))
+        np.testing.assert_array_equal(spread, np.zeros_like(spread))
+    alike = expected(table, np.full(len(rates), 0.1))
+    np.testing.assert_allclose(alike[0], np.broadcast_to(table[:m].mean(axis=0), centre.shape), atol=1e-14)
+    np.testing.assert_allclose(alike[1], np.broadcast_to(spreads(table), spread.shape), atol=1e-14)
+
+
 @pytest.mark.long
-def test_how_uncertain_a_choice_is_and_what_is_taken_for_it() -> None:
-    rule, drift = Rule([RowInfo(name) for name in IDS], np.arange(8), Selecting(count=2)), Drift(0.5, 990)
+@pytest.mark.parametrize("rates", [np.zeros(8), RATES], ids=["equal rates", "rates"])
+def test_how_uncertain_a_choice_is_and_what_is_taken_for_it(rates: np.ndarray) -> None:
+    rows = [RowInfo(name, pass_rate=rate) for name, rate in zip(IDS, rates.tolist(), strict=True)]
+    rule, drift = Rule(rows, np.arange(8), Selecting(count=2)), Drift(0.5, 990)
     variance = (0.5 + 10 * 0.25) / 1000
-    want = chance_of_the_two_best(TABLE, AGES, variance)
+    want = chance_of_the_two_best(TABLE, AGES, rates, variance)
     assert want.sum() == pytest.approx(2, abs=1e-6)
     seeds = range(50)
     got = np.mean([_chosen(TABLE, AGES, rule, drift, seed) for seed in seeds], axis=0)

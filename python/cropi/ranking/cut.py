@@ -9,8 +9,9 @@ deviation of the scores for v over the pool. r^2 is measured where prompts were 
 
 to which ten observations of :data:`DRIFT`^2 are added beforehand. The rule of the selection then runs on :data:`DRAWS`
 tables. In each of them normal numbers of these variances are added to all scores, and a prompt without a sketch gets a
-score with the pool's mean and sd_v. p is the share of the tables in which a prompt is chosen. p (1 - p), the variance
-of being chosen, is largest at the cut and for prompts whose scores are least certain.
+score with the mean and the variance that prompts of its pass rate have (:func:`expected`). p is the share of the tables
+in which a prompt is chosen. p (1 - p), the variance of being chosen, is largest at the cut and for prompts whose scores
+are least certain.
 
 With T tokens, prompts are taken in a random order until :data:`EXPLORE` T are spent, so that r^2 is measured on all
 kinds of prompts and what the random walk does not foresee is found; then in the order of p (1 - p), the largest first,
@@ -31,6 +32,8 @@ from cropi.ranking.values import drawn_ties
 DRAWS = 200
 EXPLORE = 0.2
 DRIFT, VISITS = 0.5, 10
+ALIKE = 10
+NARROWEST, WIDEST = 0.25, 4.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,34 @@ def spreads(table: np.ndarray) -> np.ndarray:
     """sd_v of every set, over the prompts that have a score; 0 where fewer than two have one."""
     known = table[np.isfinite(table).all(axis=1)]
     return known.std(axis=0, ddof=1) if len(known) > 1 else np.zeros(table.shape[1])
+
+
+def expected(table: np.ndarray, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the score of a prompt is before it is sketched, by its pass rate: mean and standard deviation ``[n, sets]``.
+
+    Of the m prompts with scores s_iv, let mean_v be the mean score, x_i the pass rate in standard deviations from its
+    mean, and e_iv = s_iv - mean_v - a_v x_i. The mean at x is mean_v + a_v x, and the variance
+
+        sum_i e_iv^2 / (m - 1) + b_v x,  within 1/4 and 4 times its first term,
+
+    where ``a_v = sum_i x_i s_iv / (m + 10)`` and ``b_v = sum_i x_i e_iv^2 / (m + 10)`` are slopes of least squares,
+    after ten observations of a slope of 0. A pass rate outside those of the prompts with a score counts as the nearest
+    of theirs. Where these are all equal, the mean is mean_v and the standard deviation sd_v.
+
+    Args:
+        table: float64 ``[n, sets]``, scores; NaN for prompts without one. At least one has a score.
+        rates: pass rates, ``[n]``.
+    """
+    known = np.isfinite(table).all(axis=1)
+    scores, seen = table[known], rates[known]
+    m, apart = len(scores), rates.clip(seen.min(), seen.max()) - seen.mean()
+    x = apart[:, None] / (seen.std() if np.ptp(seen) > 0 else math.inf)
+    slope = (x[known] * scores).sum(axis=0) / (m + ALIKE)
+    centre = scores.mean(axis=0) + slope * x
+    squares = np.square(scores - centre[known])
+    level = squares.sum(axis=0) / max(m - 1, 1)
+    tilt = (x[known] * squares).sum(axis=0) / (m + ALIKE)
+    return centre, np.sqrt((level + tilt * x).clip(NARROWEST * level, WIDEST * level))
 
 
 def anew(
@@ -112,9 +143,9 @@ def _chosen(table: np.ndarray, ages: np.ndarray, rule: Rule, drift: Drift, seed:
     known = np.isfinite(table).all(axis=1)
     if not known.any():
         return np.zeros(len(table))
-    spread = spreads(table)
-    centre = np.where(known[:, None], table, table[known].mean(axis=0))
-    moved = np.where(known, np.sqrt(np.maximum(ages, 0) * drift.variance), 1.0)[:, None] * spread
+    centre, spread = expected(table, rule.rates)
+    walked = np.sqrt(np.maximum(ages, 0) * drift.variance)[:, None] * spreads(table)
+    centre, moved = np.where(known[:, None], table, centre), np.where(known[:, None], walked, spread)
     rng, counts = np.random.default_rng(seed), np.zeros(len(table))
     for _ in range(DRAWS):
         counts[rule.choose(centre + moved * rng.standard_normal(table.shape))] += 1
