@@ -358,7 +358,8 @@ def test_a_stage_that_holds_fewer_prompts_than_a_batch_is_an_error(tmp_path: Pat
     for options, message in (
         ({"fraction": 0.05}, "stage 0 has 1 prompts, but one generation batch takes 2"),
         ({"fraction": 0.01}, "fraction 0.01 of a pool of 20 prompts chooses none"),
-        ({"count": 21}, "count 21 is more than the 20 prompts of train_dataset"),
+        ({"count": 21, "fraction": 0.1}, "count 21 is more than the 20 prompts of train_dataset"),
+        ({"count": 4, "fraction": 0.3}, "fraction 0.3 is of no use here: it is for a choice without count"),
     ):
         with pytest.raises(CropiError, match=message):
             staged(tmp_path / "out", LIVE | {"valid": valid} | options)
