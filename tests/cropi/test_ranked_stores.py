@@ -167,7 +167,7 @@ def test_a_choice_reads_all_stores_of_its_scores_and_none_of_another_model(tmp_p
     assert set(chosen.copies) | set(chosen.copies.values()) >= {records[2]["id"], records[9]["id"]}
     other = stored(tmp_path / "other", records, stage="1")
     with pytest.raises(
-        CropiError, match="other has stage = 1, and the scores were made from 0; give the stores"
+        CropiError, match="other has stage = '1', and the scores were made from '0'; give the stores"
     ):
         select(scores, fraction=0.9, dedup=0.999, sketches=other)
 
