@@ -19,12 +19,6 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """A CUDA device's generation, (9, 0) of Hopper's."""
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
 def _device_reason(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:

@@ -308,6 +308,7 @@ class GradientSketcher:
             try:
                 device = sharded.device_of(self.model)
                 more.begin(where, device)
+                # What the pass needs of the host goes to the device before the forward: see `head_pass`.
                 where.offsets_on(device)
                 scales = SegmentScales(scored, device)
                 mark = acc.clock.mark

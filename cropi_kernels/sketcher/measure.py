@@ -49,7 +49,7 @@ def measure_head(
     if z.shape != given.shape:
         return f"they give {list(z.shape)} for {ids.shape[1]} tokens, the model {list(given.shape)}"
     # Narrow dtypes, or a GPU that rounds operands in float32 to tf32.
-    half = bool(dtypes & {torch.bfloat16, torch.float16}) or product_eps(products(hidden[0])) > 1e-5
+    half = bool(dtypes & {torch.bfloat16, torch.float16}) or product_eps(hidden) > 1e-5
     tolerance = 3e-2 if half else 1e-4
     if not bool(z.isfinite().all()) or not float(z.abs().max()):
         # A model that has diverged fails segment by segment later; NaN in both counts as equal.

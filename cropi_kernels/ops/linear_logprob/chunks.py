@@ -14,7 +14,7 @@ from .contract import Kernels, OnDlogits, RowMath, Stats, Weigh
 LOGITS_BYTES = 24 << 20
 MIN_TOKENS = 96
 DEVICE_LOGITS_BYTES = 1 << 30  # on a GPU a product wants thousands of rows
-_TILE = 32  # tokens
+TILE = 32  # tokens
 
 
 class Rows(Protocol):
@@ -78,7 +78,7 @@ class Logits:
 
 
 def default_chunk(
-    n_tokens: int, vocab: int, itemsize: int = 4, on_device: bool = False, tile: int = _TILE
+    n_tokens: int, vocab: int, itemsize: int = 4, on_device: bool = False, tile: int = TILE
 ) -> int:
     """Tokens per chunk: near `LOGITS_BYTES` of logits (a GPU: below its own), at least `MIN_TOKENS`, about equal."""
     budget = max(

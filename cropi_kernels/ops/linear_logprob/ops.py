@@ -50,12 +50,9 @@ def prepare(
     bias = None if bias is None else _native.aligned(bias.detach().to(dtype).contiguous())
     math = RowMath(settings.temperature, settings.softcap)
     tiles = None if whole else _tiles(name, hidden, head, math)
+    kept, tile = (dtype, chunks.TILE) if tiles is None else (head.dtype, tiles.TOKENS)
     chunk = settings.chunk_size or chunks.default_chunk(
-        hidden.shape[0],
-        vocab,
-        dtype.itemsize if tiles is None else head.dtype.itemsize,
-        on_device=hidden.is_cuda,
-        **({} if tiles is None else {"tile": tiles.TOKENS}),
+        hidden.shape[0], vocab, kept.itemsize, on_device=hidden.is_cuda, tile=tile
     )
     target = targets.where(counted, -1)
     if poisoned:
