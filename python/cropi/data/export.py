@@ -22,7 +22,7 @@ from cropi.data.rows_out import check_json, rows_of, table_of, taken, write_json
 from cropi.data.tables import is_saved
 from cropi.data.trainer_rows import FILES, trainer_row
 from cropi.errors import CropiError, optional, shown
-from cropi.files import open_to_read, reading, replacing, text_of, write_atomic
+from cropi.files import open_to_read, reading, replacing, write_atomic
 from cropi.sealed import check_sums, summed
 
 FORMATS = ("jsonl", "parquet", "ids", "indices", "weights", "save_to_disk", *FILES)
@@ -280,9 +280,9 @@ def _dataset_in(path: Path) -> Any:
         raise CropiError(f"dataset: {path} should end in .parquet, .jsonl or .json")
     try:
         if path.suffix == ".json":
-            text = text_of(path)
-            check_bulk(text.encode(), path)
-            rows = json.loads(text)
+            data = path.read_bytes()
+            check_bulk(data, path)
+            rows = json.loads(data.decode("utf-8-sig"))
         else:
             rows = []
             with open_to_read(path) as file:
