@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.failing_files import PRELOADED, SHARE, check_places
 from support.syncs import recorded
 
 from cropi.errors import CropiError
@@ -21,24 +20,15 @@ from cropi.files import make_folder, sync_all, write_atomic
 from cropi.rollouts import file as rollouts
 from cropi.rollouts.file import RolloutFile
 
-SHARE = os.environ.get("CROPI_FAULTS", "0")
 QUICK = ["store", "merge", "compact", "export", "select", "select saved", "rollout log"]
 LONG = ["influence", "sketch", "rollout", "curriculum", "select exports"]
 
 
 @pytest.mark.long
-@pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which(os.environ.get("CXX", "c++")),
-    reason="a library stands before the C library, by LD_PRELOAD",
-)
+@PRELOADED
 @pytest.mark.parametrize("places", [QUICK, *([LONG] if SHARE != "0" else [])], ids=lambda places: places[0])
 def test_where_the_power_is_cut(tmp_path: Path, places: list[str]) -> None:
-    """In a process of its own, with one thread: it forks, and begins anew with the library."""
-    harness = Path(__file__).parents[1] / "support" / "power.py"
-    words = [sys.executable, str(harness), str(tmp_path), SHARE, *places]
-    done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert done.stdout.count(", 0 wrong") == len(places)
+    check_places("power.py", tmp_path, places)
 
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from /proc")
