@@ -39,6 +39,10 @@ def exact_logprobs(model: Any, record: dict[str, Any], k: int) -> torch.Tensor:
     return torch.log_softmax(logits, dim=-1)[torch.arange(start - 1, len(ids) - 1), ids[start:]]
 
 
+# Of responses without an end TRL computes no log-probs, in either way.
+MASKED = {"mask_truncated_completions": True, "max_completion_length": 48}
+
+
 # A policy that stays put within a generation (its log-probs come from the loss), the same cut in two micro-batches, and
 # two passes over each generation (TRL computes "old" log-probs itself).
 @pytest.mark.long
@@ -49,8 +53,10 @@ def exact_logprobs(model: Any, record: dict[str, Any], k: int) -> torch.Tensor:
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         {"num_iterations": 2},
         {"per_device_train_batch_size": 4, "steps_per_generation": 2},
+        MASKED,
+        MASKED | {"num_iterations": 2},
     ],
-    ids=["one-batch", "accumulated", "two-passes", "two-steps"],
+    ids=["one-batch", "accumulated", "two-passes", "two-steps", "masked", "masked-two-passes"],
 )
 def test_logprobs_are_those_of_the_sampling_policy(shape: dict[str, Any], tmp_path: Path) -> None:
     seen = Seen()
@@ -85,6 +91,8 @@ def test_logprobs_are_those_of_the_sampling_policy(shape: dict[str, Any], tmp_pa
             worst = max(worst, float((got - exact_logprobs(policies[step], record, k)).abs().max()))
             if step:
                 away = max(away, float((got - exact_logprobs(policies[0], record, k)).abs().max()))
+    if "mask_truncated_completions" in shape:
+        assert {True, False} == {cut for record in records for cut in record["truncated"]}
     assert worst < TOLERANCE
     assert away > 100 * worst  # the policy did move, so another step's log-probs would have shown
 
@@ -207,6 +215,35 @@ def test_a_loss_of_its_own_is_an_error_not_a_loss_of_logprobs(tmp_path: Path) ->
     )  # fmt: skip
     with pytest.raises(CropiError, match="logprobs=False"):
         trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:You are importing from")
+@pytest.mark.parametrize("given", [True, False], ids=["its-logprobs", "trls"])
+def test_what_an_environment_wrote_is_masked(given: bool, tmp_path: Path) -> None:
+    """A rollout function's own tokens stand in the responses, with what it says of them, and are not scored."""
+    mask, made = [1, 0, 0, 1], iter(range(1000))
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        ids = [[5 + next(made) % 60, 7, 8, 9] for _ in prompts]
+        known = [[-0.5, float("nan"), None, -1.0] for _ in prompts]
+        prompt_ids = [make_tokenizer()(prompt)["input_ids"] for prompt in prompts]
+        return {
+            "prompt_ids": prompt_ids, "completion_ids": ids, "env_mask": [mask] * len(ids),
+            "logprobs": known if given else None,
+        }  # fmt: skip
+
+    def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [float(ids[0] % 3) for ids in completion_ids]
+
+    trainer = recorded(tmp_path, max_steps=2, learning_rate=0.0, rollout_func=rollout, reward_funcs=reward)
+    trainer.train()
+    records = json_lines(tmp_path / LOG)
+    assert len({ids[0] for record in records for ids in record["response_ids"]}) == 16
+    for record, group in zip(records, read_trajectories(tmp_path / LOG), strict=True):
+        assert group.loss_mask == record["loss_mask"] == [mask] * 4
+        for k, got in enumerate(group.logprobs):
+            want = torch.tensor([-0.5, 0.0, 0.0, -1.0]) if given else exact_logprobs(make_model(), record, k)
+            assert (torch.tensor(got) - want).abs().max() < TOLERANCE
 
 
 def test_collect_writes_a_trajectory_file_of_a_dataset(tmp_path: Path) -> None:

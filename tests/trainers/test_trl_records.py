@@ -242,16 +242,24 @@ def test_messages_about_huge_records_stay_short(tmp_path: Path) -> None:
 
 def test_reasons_are_counted() -> None:
     rows = [
-        {"id": "a", "response_ids": ids, "reward": reward}
+        {"id": "a", "prompt_ids": [2], "response_ids": ids, "loss_mask": [1] * len(ids), "reward": reward}
         for ids, reward in (([1], 0.0), ([], 1.0), ([1], math.nan), ([1], math.inf), ([1], -2e30), ([1], 1.0))
     ]
+    rows.append(rows[0] | {"loss_mask": [0]})
     left_out: Counter[str] = Counter()
     record = group_record(rows, {"step": 1}, left_out)
     assert record is not None and record["rewards"] == [0.0, 1.0] and record["step"] == 1
     assert left_out == {
-        "empty": 1, "without a reward": 1, "with an infinite reward": 1, "with a reward beyond 1e+30": 1
+        "empty": 1, "without a reward": 1, "with an infinite reward": 1, "with a reward beyond 1e+30": 1,
+        "without a token that is scored": 1,
     }  # fmt: skip
     assert group_record(rows[:2], {}, left_out) is None
+
+
+def test_responses_to_unlike_prompts_make_no_record() -> None:
+    rows = [{"id": "a", "prompt_ids": ids, "response_ids": [1], "reward": 0.0} for ids in ([2], [2], [3])]
+    with pytest.raises(CropiError, match="the prompt 'a' follow prompts of different tokens.*env_mask"):
+        group_record(rows, {}, Counter())
 
 
 # ------------------------------------------------------------------------------------ options, at construction

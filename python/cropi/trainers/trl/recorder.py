@@ -18,6 +18,7 @@ from cropi.trainers.trl.options import Recording
 from cropi.trainers.trl.ranks import Ranks
 from cropi.trainers.trl.records import columns_of, group_record, id_of
 from cropi.trainers.trl.rollout_log import RolloutLog, log_files, merge_rollouts
+from cropi.trainers.trl.scoring import own_randomness
 from cropi.trainers.trl.versions import check_batch, check_trainer
 from cropi.trainers.values import plain_value, whole_text
 
@@ -35,17 +36,19 @@ class Generation:
     size: int  # rows a prompt
     lengths: list[int]
     seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    # Of rows that TRL masks whole, and computes none of.
+    masked: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     waiting: int = 0
 
-    def logprobs(self) -> list[list[float]] | None:
-        """Per row, the log-probs of its tokens."""
+    def logprobs(self) -> list[list[float | None]] | None:
+        """Per row, the log-probs of its tokens; None where there is no finite one (JSON has no other)."""
         if not self.seen:
             return None
-        values: list[list[float]] = [[] for _ in self.records]
-        for rows, table in self.seen:
+        values: list[list[float | None]] = [[] for _ in self.records]
+        for rows, table in (*self.seen, *self.masked):
             # A rounding of 1e-6 is below float32's own at the size of a log-prob, and a third of the file.
             for row, line in zip(rows.tolist(), table.float().cpu().double().round(decimals=6).tolist()):
-                values[row] = line[: self.lengths[row]]
+                values[row] = [value if math.isfinite(value) else None for value in line[: self.lengths[row]]]
         return values
 
 
@@ -123,8 +126,10 @@ class Recorder:
                 "log-probs were not seen; set logprobs=False in Recording (every ratio is then 1)"
             )
         generation = self.begin(output)
-        sampled = self.trainer.rollout_func is not None
+        sampled = self.trainer.rollout_func is not None and "sampling_per_token_logps" in output
         known = output.get("sampling_per_token_logps" if sampled else "old_per_token_logps")
+        if self.recording.logprobs and not sampled:
+            generation.masked = self._of_masked(output)
         if self.recording.logprobs and known is None:
             generation.waiting = len(generation.records)
             self._pending = generation
@@ -133,6 +138,23 @@ class Recorder:
         if self.recording.logprobs and known is not None:
             generation.seen.append((torch.arange(len(generation.records)), known.detach()))
         self.write(generation)
+
+    def _of_masked(self, output: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The log-probs of responses that are masked whole (``mask_truncated_completions``): TRL computes none.
+
+        They count in their group's mean and deviation, and so do their records.
+        """
+        rows = (output["completion_mask"].sum(1) == 0).nonzero()[:, 0]
+        if not len(rows):
+            return []
+        trainer, prompt, response = self.trainer, output["prompt_ids"][rows], output["completion_ids"][rows]
+        attended = torch.cat([output["prompt_mask"][rows], torch.ones_like(response)], dim=1)
+        with torch.no_grad(), own_randomness(response.device):
+            got = trainer._get_per_token_logps_and_entropies(
+                trainer.model, torch.cat([prompt, response], dim=1), attended, response.shape[1],
+                batch_size=trainer.args.per_device_train_batch_size,
+            )  # fmt: skip
+        return [(rows, got[0])]
 
     @contextmanager
     def loss(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -169,6 +191,7 @@ class Recorder:
         total = (table * weights).nansum(dim=1)
         total[torch.isnan(table).all(dim=1)] = math.nan
         prompts = _unpadded(output["prompt_ids"], output["prompt_mask"])
+        masks = output["tool_mask"].tolist() if "tool_mask" in output else None
         # Before 1.14 TRL knew the tokenizer's end token only.
         ends = getattr(trainer, "eos_token_ids", None) or [trainer._tokenizer.eos_token_id]
         records = []
@@ -178,6 +201,8 @@ class Recorder:
                 record["set"] = str(row.get(recording.set_column) or self.eval_name)
             record |= columns_of(row, recording.columns, f"the prompt {record['id']!r}")
             record["response_ids"] = [int(token) for token in responses[i]]
+            if masks is not None:  # tokens that rollout_func's environment wrote
+                record["loss_mask"] = masks[i][: len(responses[i])]
             record["truncated"] = not responses[i] or responses[i][-1] not in ends
             if recording.text:
                 prompt = plain_value(row["prompt"], f"the prompt {record['id']!r}")

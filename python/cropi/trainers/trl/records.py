@@ -16,7 +16,7 @@ from cropi.errors import CropiError, RecordError
 from cropi.trainers.trl.options import Recording
 from cropi.trainers.values import plain_value, text_value
 
-PER_RESPONSE = ("responses", "response_ids", "truncated", "logprobs", "rewards_by_function")
+PER_RESPONSE = ("responses", "response_ids", "loss_mask", "truncated", "logprobs", "rewards_by_function")
 # The recorder sets these itself, so that no column of the dataset can.
 OURS = frozenset(FIELDS) - {"task", "answer"} | {"rewards_by_function", "reward", "step", "stage"}
 
@@ -53,13 +53,19 @@ def group_record(
         left_out: counts, by reason, the responses that are left out.
 
     Raises:
-        CropiError: the rows belong to different prompts.
+        CropiError: the rows belong to different prompts, or begin with different tokens.
     """
     ids = {row["id"] for row in rows}
     if len(ids) != 1:
         raise CropiError(
             f"the prompts {', '.join(sorted(ids))} stand in one group: the trainer's rows are not in groups of "
             f"{len(rows)}; a sampler that is not TRL's cannot be recorded"
+        )
+    if any(row["prompt_ids"] != rows[0]["prompt_ids"] for row in rows):
+        raise CropiError(
+            f"the responses to the prompt {rows[0]['id']!r} follow prompts of different tokens, and a record holds one "
+            "prompt: let rollout_func return the same prompt_ids for all of them, with what differs at the beginning "
+            "of completion_ids (0 in env_mask), or pass recording=None"
         )
     reasons = [_unusable(row) for row in rows]
     left_out.update(reason for reason in reasons if reason)
@@ -79,6 +85,8 @@ def _unusable(row: Mapping[str, Any]) -> str:
         return "without a reward"
     if math.isinf(row["reward"]):
         return "with an infinite reward"
+    if not any(row.get("loss_mask", (1,))):
+        return "without a token that is scored"
     return f"with a reward beyond {LARGEST_REWARD:g}" if abs(row["reward"]) > LARGEST_REWARD else ""
 
 

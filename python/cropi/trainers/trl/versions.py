@@ -27,13 +27,15 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "_set_signature_columns_if_needed": ("self",),
     "_generate_and_score_completions": ("self", "inputs"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
-    "_get_per_token_logps_and_entropies": ("self", "model"),
+    "_get_per_token_logps_and_entropies": (
+        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"
+    ),
     "_compute_loss": ("self", "model", "inputs"),
     "training_step": ("self", "model", "inputs"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     "evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
-}
+}  # fmt: skip
 # What is read from a trainer, from its arguments, and from the batch that it makes of its rollouts.
 ATTRIBUTES = (
     "accelerator", "args", "callback_handler", "eval_dataset", "is_deepspeed_enabled", "is_fsdp_enabled", "model",
@@ -46,7 +48,7 @@ OPTIONS = (
     "importance_sampling_level", "loss_type", "max_steps", "output_dir", "scale_rewards", "seed",
     "steps_per_generation",
 )  # fmt: skip
-BATCH = ("prompt_ids", "prompt_mask", "completion_ids")
+BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 METHODS = ("add_callback", "_get_output_dir", "train")
 SAMPLER = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
 
