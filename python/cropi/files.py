@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import glob
 import io
 import os
@@ -128,6 +129,39 @@ def open_to_read(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> i
     return io.BufferedReader(_Readable(Path(path)), buffering)
 
 
+def entries(folder: str | Path, pattern: str = "*") -> list[Path]:
+    """What a folder holds under names of a pattern, sorted by name; nothing where there is no folder.
+
+    ``Path.glob`` takes a folder that cannot be listed for an empty one (since Python 3.13 whatever the error is).
+
+    Raises:
+        CropiError: it cannot be listed; names the folder, the reason and the remedy.
+    """
+    folder = Path(folder)
+    with reading(folder):
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return sorted(folder / name for name in fnmatch.filter(names, pattern))
+
+
+def tree(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """A folder and all folders in it, each with its files; links to folders are not followed.
+
+    Raises:
+        CropiError: one of them cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    with reading(folder, missing=True):
+        for root, _, names in os.walk(folder, onerror=refuse):
+            files = (Path(root, name) for name in names)
+            yield Path(root), sorted(path for path in files if os.path.isfile(path))
+
+
 def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Sequence[str | None]]) -> None:
     """Check that no file is to be written that is read, or written twice; both are by option, None where not given.
 
@@ -214,9 +248,9 @@ def _temporary_prefix(name: str) -> str:
 def leftovers(path: Path, ending: str = "") -> list[Path]:
     """The temporary files and folders of ``path`` that killed processes of this machine left, with another ending."""
     prefix = _temporary_prefix(path.name)
-    found = path.parent.glob(f"{glob.escape(prefix)}*.tmp{ending}")
+    found = entries(path.parent, f"{glob.escape(prefix)}*.tmp{ending}")
     owners = ((left, left.name.removeprefix(prefix).partition(".")[0]) for left in found)
-    return sorted(left for left, owner in owners if owner.isdecimal() and not _alive(int(owner)))
+    return [left for left, owner in owners if owner.isdecimal() and not _alive(int(owner))]
 
 
 def remove(path: Path) -> None:
@@ -312,11 +346,11 @@ def sync_all(path: Path) -> None:
     Raises:
         OSError: the disk fails.
     """
-    for folder, _, names in os.walk(path):
-        for name in names:
-            if os.path.isfile(file := Path(folder, name)):
-                sync(file)
-        sync(Path(folder))
     if path.is_file():
         sync(path)
+    else:
+        for folder, files in tree(path):
+            for file in files:
+                sync(file)
+            sync(folder)
     sync(path.absolute().parent)

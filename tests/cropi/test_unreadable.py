@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import errno
+import functools
 import io
 import json
 import os
 import pickle
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from data.make_formats import HERE, records
+from support.made_data import make_model
 from support.made_dumps import KINDS, MORE, made, write
 
 from cropi import files
@@ -29,13 +32,17 @@ from cropi.data.readers import read
 from cropi.data.scan import scan
 from cropi.errors import CropiError
 from cropi.gradient.template import template_text
-from cropi.model.moments import read_moments
+from cropi.model.load import load_generation_config
+from cropi.model.moments import file_of, read_moments
 from cropi.ranking.selection import read_selection
-from cropi.sealed import read_sealed
+from cropi.sealed import read_sealed, summed
+from cropi.store.parts import part_paths
+from cropi.trainers.dumps.auto import expanded, read_rollouts
 from cropi.trainers.dumps.auto import opened as dumps
-from cropi.trainers.dumps.auto import read_rollouts
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import Reading
+from cropi.trainers.trl.checkpoints import newest_whole
+from cropi.trainers.trl.rollout_log import log_files
 
 DUMPS = KINDS | MORE
 
@@ -181,3 +188,94 @@ def test_a_full_folder_of_temporary_files_is_named(monkeypatch: pytest.MonkeyPat
         CropiError, match=r"a temporary file in .* \(TMPDIR names another folder\): no space left"
     ):
         list(read(rows))
+
+
+def write_sums(path: Path) -> None:
+    with summed(path):
+        pass
+
+
+LISTINGS: dict[str, Callable[[Path], Any]] = {
+    "entries": files.entries,
+    "records": lambda path: expanded([path]),
+    "a store's parts": part_paths,
+    "rollout logs": lambda path: log_files(path, "train"),
+    "checkpoints": lambda path: newest_whole(path, "state.json"),
+    "an optimizer's state": file_of,
+    "checksums": write_sums,
+    "what is synced": files.sync_all,
+}
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "x").write_text("")
+
+    def refuse(right: Any, path: Any) -> Any:
+        if Path(path) == tmp_path / ("below" if name in ("checksums", "what is synced") else ""):
+            raise OSError(number, os.strerror(number), str(path))
+        return right(path)
+
+    for call in ("listdir", "scandir"):
+        monkeypatch.setattr(os, call, functools.partial(refuse, getattr(os, call)))
+    with pytest.raises(CropiError, match=f"cannot read {tmp_path}.*: {os.strerror(number).lower()}; "):
+        LISTINGS[name](tmp_path)
+
+
+def test_entries_and_trees(tmp_path: Path) -> None:
+    for name in ("b.x", "a.x", "a[1].y", "sub/.z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "sub" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "sub" / "round").symlink_to(tmp_path)
+    assert [path.name for path in files.entries(tmp_path)] == ["a.x", "a[1].y", "b.x", "sub"]
+    assert files.entries(tmp_path, "*.x") == [tmp_path / "a.x", tmp_path / "b.x"]
+    assert files.entries(tmp_path / "nowhere") == files.entries(tmp_path / "a.x") == []
+    assert dict(files.tree(tmp_path)) == {
+        tmp_path: [tmp_path / "a.x", tmp_path / "a[1].y", tmp_path / "b.x"],
+        tmp_path / "sub": [tmp_path / "sub" / ".z"],
+    }
+
+
+def test_folders_are_listed_by_what_raises_in_words() -> None:
+    """``Path.glob`` and ``os.walk`` leave out what they cannot list."""
+    silent = re.compile(r"\.r?glob\(|\bos\.walk\(|\biglob\(")
+    root = Path(files.__file__).parent
+    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if silent.search(path.read_text())}
+    assert found == {"files.py"}, found
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_one_that_is_not_whole(tmp_path: Path) -> None:
+    for step, text in (3, "{}"), (10, "{}"), (12, "{"):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "state.json").write_text(text)
+    (tmp_path / "checkpoint-14").write_text("a file")
+    assert newest_whole(tmp_path, "state.json") == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-11" / "state.json").mkdir()
+    assert newest_whole(tmp_path, "state.json") == tmp_path / "checkpoint-10"
+
+
+def test_a_generation_config_that_cannot_be_read_is_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end tokens would be forgotten."""
+    model = make_model()
+    model.generation_config.eos_token_id = [1, 2]
+    model.generation_config.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    assert load_generation_config(tmp_path, model.config).eos_token_id == [1, 2]
+    Failing.path, Failing.fault, Failing.left = tmp_path / "generation_config.json", "descriptors", 0
+    with monkeypatch.context() as patched:
+        patched.setattr(builtins, "open", faulty)
+        patched.setattr(io, "open", faulty)
+        with pytest.raises(
+            CropiError, match=f"model '{tmp_path}' cannot be read: too many open files; raise"
+        ):
+            load_generation_config(tmp_path, model.config)
+    Failing.path.unlink()
+    assert load_generation_config(tmp_path, model.config).eos_token_id == model.config.eos_token_id

@@ -11,7 +11,7 @@ from typing import Any
 
 from cropi.bulk import check_bulk
 from cropi.errors import CropiError, printable
-from cropi.files import reading
+from cropi.files import entries, reading
 from cropi.form import check_form, is_number
 
 # Keys by which a JSON object is what `cropi check --out` wrote.
@@ -134,10 +134,7 @@ def _run(path: Path) -> dict[str, Any]:
     from cropi.store.store import SketchStore
 
     lines, facts = [f"run           {path}"], dict[str, Any]()
-    stores = (
-        sorted(p for p in (path / "sketches").glob("*") if p.is_dir()) if (path / "sketches").is_dir() else []
-    )
-    for folder in stores:
+    for folder in filter(Path.is_dir, entries(path / "sketches")):
         store = SketchStore.open(folder)
         part = (
             ""

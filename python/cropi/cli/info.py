@@ -13,6 +13,7 @@ from cropi.cli import options
 from cropi.cli.manners import tell
 from cropi.cli.parser import option_group
 from cropi.errors import printable
+from cropi.files import entries
 from cropi.options import Reading
 
 EXAMPLE = "cropi info train.jsonl"
@@ -82,7 +83,7 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     if described is not None:
         return described
     if path.is_dir() and not is_saved(path):
-        if (path / "manifest.json").exists() or not any(one.is_file() for one in path.iterdir()):
+        if (path / "manifest.json").exists() or not any(map(Path.is_file, entries(path))):
             return _store(path, args.verify)
         return _trajectories(args)  # a trainer's dumps
     if path.suffix == ".parquet" and _is_scores(path):

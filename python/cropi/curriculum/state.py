@@ -13,7 +13,7 @@ from typing import Any
 from cropi.checked import fits
 from cropi.curriculum.plan import Plan
 from cropi.errors import CropiError, shown
-from cropi.files import make_folder, write_atomic, writing
+from cropi.files import entries, make_folder, write_atomic, writing
 from cropi.form import check_form
 from cropi.locks import lock_folder
 from cropi.report.forms import BESIDE, TRAINED, is_amount
@@ -77,7 +77,7 @@ class State:
         path, settings = plan.out / NAME, json.loads(json.dumps(plan.settings()))
         if not path.exists():
             # Beside the lock there may be a temporary file of a run that was killed right here.
-            if plan.out.is_dir() and any(not p.name.startswith(".") for p in plan.out.iterdir()):
+            if any(not held.name.startswith(".") for held in entries(plan.out)):
                 raise CropiError(f"out: {plan.out} is not empty and holds no {NAME}; give a new folder")
             state = cls(path, {"format": FORMAT, "settings": settings, "done": [], "started": None})
             state.write()  # before anything else is written, by which the folder would be refused the next time

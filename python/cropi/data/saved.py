@@ -8,7 +8,7 @@ from typing import Any
 
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, optional
-from cropi.files import leftovers, make_folder, remove, sync, sync_all, temporary_path, writing
+from cropi.files import entries, leftovers, make_folder, remove, sync, sync_all, temporary_path, writing
 
 
 def dataset_of(table: Any) -> Any:
@@ -28,7 +28,7 @@ def check_folder(out: Path) -> None:
     Raises:
         CropiError: something else stands there.
     """
-    if out.exists() and not is_saved(out) and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not is_saved(out) and not (out.is_dir() and not entries(out)):
         raise CropiError(
             f"format save_to_disk: {out} is there already and is not a saved data set; give another folder"
         )

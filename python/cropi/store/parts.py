@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from pathlib import Path
 
 from cropi.errors import CropiError
-from cropi.files import writing
+from cropi.files import entries, writing
 from cropi.locks import LOCK
 from cropi.store.loading import remove
 from cropi.store.manifest import MANIFEST
@@ -38,7 +37,7 @@ def next_part(out: Path, number: int) -> int:
 
 def part_paths(out: Path) -> list[Path]:
     """The parts that are there, in order."""
-    return sorted(path for path in out.glob(f"{PART}*") if path.is_dir())
+    return [path for path in entries(out, f"{PART}*") if path.is_dir()]
 
 
 def take_parts(store: SketchStore) -> int:
@@ -64,14 +63,14 @@ def take_parts(store: SketchStore) -> int:
 
 def _remove_shards(path: Path) -> None:
     """The last one first: a part that is left half removed can be read."""
-    for shard in sorted(path.glob("shard-*.safetensors"), key=shard_number, reverse=True):
+    for shard in sorted(entries(path, "shard-*.safetensors"), key=shard_number, reverse=True):
         remove(shard)
 
 
 def _remove(path: Path) -> None:
     for name in (MANIFEST, LOCK):
         (path / name).unlink(missing_ok=True)
-    for left in path.glob(".*.tmp"):
+    for left in entries(path, ".*.tmp"):
         left.unlink()
     with contextlib.suppress(FileNotFoundError):
         try:
@@ -79,7 +78,7 @@ def _remove(path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            held = ", ".join(sorted(os.listdir(path))[:3])
+            held = ", ".join(held.name for held in entries(path)[:3])
             raise CropiError(
                 f"the folder {path} holds what no process of a job wrote ({held}); take it out, and run the same "
                 "command again"

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from cropi.files import entries, reading
+
 
 def newest_whole(folder: str | Path, last: str) -> Path | None:
     """The newest ``checkpoint-<step>`` below ``folder`` that is complete, or None.
@@ -15,19 +17,26 @@ def newest_whole(folder: str | Path, last: str) -> Path | None:
 
     Args:
         folder: the trainer's ``output_dir``.
-        last: the JSON file that is written last; where it can be read, everything before it is there.
+        last: the JSON file that is written last; where it is whole, everything before it is there.
+
+    Raises:
+        CropiError: the folder, or a file that is there, cannot be read.
     """
     steps = {
         int(match[1]): path
-        for path in Path(folder).glob("checkpoint-*")
+        for path in entries(folder, "checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _readable(path / last)
     }
     return steps[max(steps)] if steps else None
 
 
 def _readable(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with reading(path, missing=True):
+        text = path.read_bytes()
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):
         return False
     return True

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cropi.errors import CropiError
-from cropi.files import make_folder, reading, replacing, sync, writing
+from cropi.files import entries, make_folder, reading, replacing, sync, writing
 from cropi.sealed import summed
 from cropi.trainers.trl.records import checked_line
 
@@ -75,7 +75,7 @@ class RolloutLog:
 
 def log_files(folder: str | Path, kind: str) -> list[Path]:
     """The logs of all ranks."""
-    return sorted(Path(folder).glob(f"{kind}-rank*.jsonl"))
+    return entries(folder, f"{kind}-rank*.jsonl")
 
 
 def rewind(folder: str | Path, sizes: Mapping[str, int]) -> None:

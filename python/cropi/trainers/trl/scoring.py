@@ -21,6 +21,7 @@ import torch
 from cropi import pipeline
 from cropi.data.scan import NothingToSelect, Scan, check_covered, check_pool, scan
 from cropi.errors import CropiError
+from cropi.files import entries
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.option_fields import part_of
@@ -89,7 +90,7 @@ def choose_prompts(
         last = folder.with_name(folder_of(stage - 1)) if stage else None
         anew = Anew(
             Rescoring(**part_of(options, Rescoring)), folder, folder / f"{TRAINING}{EARLIER}", last,
-            [] if last is None else sorted(last.glob(f"{TRAINING}*")), others=others,
+            [] if last is None else entries(last, f"{TRAINING}*"), others=others,
             spent=lambda: time.monotonic() - begun, say=logger.info,
         )  # fmt: skip
     policy, setup = Policy(model, tokenizer), replace(setup_of(options, stage, seed), least=least)
@@ -203,9 +204,10 @@ def forget_sketches(folder: Path, wanted: Container[int], before: int) -> None:
 
 
 def _clean(folder: Path, but: Sequence[str] = ()) -> None:
-    for left in (*folder.glob("sketches-*-*"), *folder.glob("train-*.jsonl"), *folder.glob("valid-*.jsonl")):
-        if not left.name.startswith(tuple(but)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for pattern in ("sketches-*-*", "train-*.jsonl", "valid-*.jsonl"):
+        for left in entries(folder, pattern):
+            if not left.name.startswith(tuple(but)):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager

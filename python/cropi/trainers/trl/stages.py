@@ -24,7 +24,7 @@ from cropi.data.prompt_ids import PromptIds
 from cropi.data.scan import NothingScored, NothingToSelect, Scan
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError, shown
-from cropi.files import write_atomic, writing
+from cropi.files import entries, write_atomic, writing
 from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
 from cropi.trainers.trl.checks import balances_experts, check_arguments, check_policy, check_space, drawn
@@ -264,9 +264,8 @@ class Stages(Recorder):
         """Sketches of earlier stages are needed by this one's successor, and where a checkpoint leads back to them."""
         options = self.options
         if self.ranks.first and not options.keep_sketches and (options.budget or options.passes):
-            states = [
-                read_state(path) for path in Path(self.trainer.args.output_dir).glob(f"checkpoint-*/{STATE}")
-            ]
+            saved = [path / STATE for path in entries(self.trainer.args.output_dir, "checkpoint-*")]
+            states = [read_state(path) for path in saved if path.exists()]
             forget_sketches(self.folder, {int(state["stage"]) for state in states}, stage)
 
     def _draw(self, live: LiveRun) -> Chosen:
