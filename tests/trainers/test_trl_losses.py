@@ -92,12 +92,14 @@ CONFIGS: dict[str, tuple[float, dict[str, Any]]] = {
     "grpo": (0.3, {"loss_type": "grpo"}),
     "grpo, clip higher": (0.3, {"loss_type": "grpo", "epsilon": 0.1, "epsilon_high": 0.3}),
     "grpo, two sides": (0.6, {"loss_type": "grpo", "delta": 1.5}),
+    "grpo, delta inside of the clip": (0.6, {"loss_type": "grpo", "delta": 1.1, "epsilon_high": 0.4}),
     "bnpo": (0.3, {"loss_type": "bnpo"}),
     "dapo": (0.3, {"loss_type": "dapo", "epsilon_high": 0.28}),
     "dr_grpo": (0.3, {"loss_type": "dr_grpo", "scale_rewards": "none"}),
     "cispo": (1.2, {"loss_type": "cispo", "epsilon_high": 2.0}),
     "gspo": (1e-3, {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4}),
     "dapo of sequences": (0.3, {"loss_type": "dapo", "importance_sampling_level": "sequence"}),
+    "cispo of sequences": (0.6, {"loss_type": "cispo", "importance_sampling_level": "sequence"}),
     "luspo": (0.3, {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
     "batch": (0.3, {"loss_type": "grpo", "scale_rewards": "batch"}),
 }  # fmt: skip
@@ -135,6 +137,42 @@ def test_what_the_estimator_leaves_out_is_said(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         staged(tmp_path, top_entropy_quantile=0.5)
     assert "selections leave out a part of the loss: top_entropy_quantile" in caplog.text
+
+
+def test_rloo_is_refused_with_a_trainer_of_the_same_gradient(tmp_path: Path) -> None:
+    import trl
+
+    from cropi.trainers.trl import curriculum
+
+    with pytest.raises(CropiError, match=r"got .*RLOOTrainer.*loss_type='dr_grpo' and scale_rewards='none'"):
+        curriculum(trl.RLOOTrainer)
+    config = arguments(tmp_path, loss_type="dr_grpo", scale_rewards="none")
+    same = {
+        key: getattr(config, key)
+        for key in (
+            "per_device_train_batch_size",
+            "num_generations",
+            "max_completion_length",
+            "temperature",
+            "bf16",
+        )
+    }
+    other = trl.RLOOConfig(str(tmp_path), use_cpu=config.use_cpu, report_to=[], beta=0.0, **same)
+    found = []
+    for base, args in ((trl.GRPOTrainer, config), (trl.RLOOTrainer, other)):
+        trainer = base(
+            model=make_model().double(), reward_funcs=digits, args=args, train_dataset=dataset(20),
+            processing_class=make_tokenizer(),
+        )  # fmt: skip
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+        torch.manual_seed(0)
+        batch = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
+        trainer._compute_loss(trainer.model, batch).backward()
+        found.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    factor = config.max_completion_length * 4 / 3  # dr_grpo's divisor; 4 / (4 - 1) for leaving one out
+    # Advantages are float32 in both.
+    assert found[0].any() and (found[1] - factor * found[0]).norm() <= 8 * 2.0**-24 * found[1].norm()
 
 
 @pytest.mark.parametrize("kind", ["sapo", "vespo", "dpo"])

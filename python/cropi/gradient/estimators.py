@@ -71,7 +71,8 @@ class Estimator:
         constant: the divisor c of ``length="constant"``. One c for all prompts changes no cosine.
         level: "token" (a ratio for each token) or "sequence" (that of its response, for each of its tokens).
         cap: a larger ratio counts as this one, and the token keeps its gradient; None: no bound.
-        delta: a second bound of the clipped objective: no gradient where the ratio is above it; None: no bound.
+        delta: bounds the unclipped term of the clipped objective: min(min(rho, delta) A, clip(rho) A), so that a
+            token with A < 0 has no gradient above both bounds (INTELLECT-2, arXiv 2505.07291); None: no bound.
         loo: the advantage's mean leaves the response itself out.
 
     >>> Estimator("mine", clip_low=0.2, clip_high=0.28, length="group").divisors([3, 5])
@@ -240,11 +241,13 @@ class Estimator:
         return weigh
 
     def clipped(self, ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        """True where min(rho A, clip(rho) A) is flat in rho, so that the token has no gradient."""
+        """True where min(min(rho, delta) A, clip(rho) A) is flat in rho, so that the token has no gradient."""
         if self.clip_low is None or self.clip_high is None:
             return torch.zeros_like(ratio, dtype=torch.bool)
-        flat = torch.where(advantages > 0, ratio > 1 + self.clip_high, ratio < 1 - self.clip_low)
-        return flat if self.delta is None else flat | (ratio > self.delta)
+        high, delta = 1 + self.clip_high, math.inf if self.delta is None else self.delta
+        # Where A < 0 the minimum takes the larger of the two ratios: both must have ended.
+        below = (ratio < 1 - self.clip_low) | (ratio > max(high, delta))
+        return torch.where(advantages > 0, ratio > min(high, delta), below)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
