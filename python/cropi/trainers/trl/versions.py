@@ -155,9 +155,9 @@ def check_trainer_class(base: Any) -> None:
 
     if not (isinstance(base, type) and issubclass(base, trl.GRPOTrainer)):
         raise CropiError(
-            f"base must be trl.GRPOTrainer or a subclass of it, got {base!r}; in place of RLOOTrainer, GRPOTrainer with "
-            "loss_type='dr_grpo' and scale_rewards='none' trains the same gradient up to a factor, where beta is 0 and "
-            "every generation batch is used once"
+            f"base must be trl.GRPOTrainer or a subclass of it, got {base!r}; in place of RLOOTrainer, GRPOTrainer "
+            "with loss_type='dr_grpo' and scale_rewards='none' trains the same gradient up to a factor, where "
+            "beta is 0 and every generation batch is used once"
         )
     broken = broken_contract(base)
     if broken:
