@@ -67,9 +67,9 @@ def staged(out: Path, stages: dict[str, Any] | None = None, *, base: Any = None,
     return curriculum(base)(**_given(out, changes), curriculum=Curriculum(**options))
 
 
-def recorded(out: Path, options: Recording | None = None, **changes: Any) -> Any:
+def recorded(out: Path, options: Recording | None = None, *, base: Any = None, **changes: Any) -> Any:
     """A trainer that only records."""
-    return recording()(**_given(out, changes), recording=options)
+    return recording(base)(**_given(out, changes), recording=options)
 
 
 def _given(out: Path, changes: dict[str, Any]) -> dict[str, Any]:

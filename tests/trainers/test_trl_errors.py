@@ -339,21 +339,6 @@ def test_rewards_that_are_all_none_do_not_end_a_run(tmp_path: Path, caplog: pyte
     assert "the prompts of the stage before are kept" in caplog.text
 
 
-def test_tools_cannot_be_recorded(tmp_path: Path) -> None:
-    from trl import GRPOTrainer
-
-    def fake(self: Any, *args: Any, **kwargs: Any) -> None:
-        GRPOTrainer.__init__(self, *args, **kwargs)
-        self.tools = [print]
-
-    base = type("WithTools", (GRPOTrainer,), {"__init__": fake})
-    with pytest.raises(CropiError, match="cannot be recorded with tools"):
-        record(base)(
-            model=make_model(), reward_funcs=digits, args=arguments(tmp_path), train_dataset=dataset(8),
-            processing_class=make_tokenizer(),
-        )  # fmt: skip
-
-
 @pytest.mark.long
 def test_import_is_cheap() -> None:
     import subprocess

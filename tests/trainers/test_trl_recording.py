@@ -246,6 +246,41 @@ def test_what_an_environment_wrote_is_masked(given: bool, tmp_path: Path) -> Non
             assert (torch.tensor(got) - want).abs().max() < TOLERANCE
 
 
+def test_what_tools_answered_is_masked(tmp_path: Path) -> None:
+    from trl import GRPOTrainer
+
+    class Calls(GRPOTrainer):
+        """Whatever is sampled calls a tool, which answers with two tokens; one more of the policy's follows."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.tools = [print]
+
+        def _tool_call_loop(
+            self,
+            prompts: Any,
+            prompt_ids: Any,
+            completion_ids: Any,
+            completions: Any,
+            logprobs: Any,
+            *rest: Any,
+        ) -> Any:
+            masks = [[1] * len(ids) + [0, 0, 1] for ids in completion_ids]
+            return masks, completions, [[*ids, 7, 8, 9] for ids in completion_ids], logprobs, 0, 0, []
+
+    trainer = recorded(tmp_path, base=Calls, max_steps=2, learning_rate=0.0)
+    trainer.train()
+    records, model = json_lines(tmp_path / LOG), make_model()
+    assert len(records) == 4
+    for record, group in zip(records, read_trajectories(tmp_path / LOG), strict=True):
+        assert group.loss_mask == [[1] * (len(ids) - 3) + [0, 0, 1] for ids in record["response_ids"]]
+        for k, ids in enumerate(record["response_ids"]):
+            assert ids[-3:] == [7, 8, 9]
+            assert (
+                torch.tensor(group.logprobs[k]) - exact_logprobs(model, record, k)
+            ).abs().max() < TOLERANCE
+
+
 def test_collect_writes_a_trajectory_file_of_a_dataset(tmp_path: Path) -> None:
     trainer = recorded(tmp_path, Recording(text=False), num_generations_eval=3, per_device_eval_batch_size=6)
     for name, out in ((None, tmp_path / "train.jsonl"), ("sums", tmp_path / "valid.jsonl")):

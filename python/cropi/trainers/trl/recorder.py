@@ -83,10 +83,9 @@ class Recorder:
         if recording is None:
             return
         for problem, reason in (
-            (bool(trainer.tools), "tools: their output stands between the sampled tokens"),
             (
                 bool(trainer.environment_factories),
-                "environment_factory: the environment's words are not sampled tokens",
+                "environment_factory: what it adds to a prompt may differ between the responses to it",
             ),
             (bool(getattr(trainer, "_is_vlm", False)), "images: a trajectory record holds tokens only"),
         ):
@@ -201,7 +200,7 @@ class Recorder:
                 record["set"] = str(row.get(recording.set_column) or self.eval_name)
             record |= columns_of(row, recording.columns, f"the prompt {record['id']!r}")
             record["response_ids"] = [int(token) for token in responses[i]]
-            if masks is not None:  # tokens that rollout_func's environment wrote
+            if masks is not None:  # 0 on what tools, or rollout_func's environment, have written
                 record["loss_mask"] = masks[i][: len(responses[i])]
             record["truncated"] = not responses[i] or responses[i][-1] not in ends
             if recording.text:

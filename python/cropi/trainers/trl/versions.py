@@ -119,7 +119,8 @@ def check_batch(trainer: Any, output: Any) -> None:
     Raises:
         CropiError: names what is missing.
     """
-    missing = [name for name in BATCH if name not in output]
+    wanted = (*BATCH, "tool_mask") if trainer.tools else BATCH
+    missing = [name for name in wanted if name not in output]
     if missing:
         raise _changed(type(trainer), f"_generate_and_score_completions() gives no {', '.join(missing)}")
 
