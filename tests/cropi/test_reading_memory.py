@@ -21,13 +21,13 @@ from cropi.data import lines
 from cropi.data.readers import read
 from cropi.errors import CropiError, RecordError
 
-# What is read row by row takes the room of some rows, whatever the file's size; a table's rows come in batches. Pickles
-# are held whole, as Python's objects, but no copy of their bytes.
-ROWS, BATCHES, WHOLE, PICKLED = (0, 14), (1, 96), (4, 16), (6, 10)
+# What is read row by row takes the room of some rows, whatever the file's size; a table's rows come in batches. Of
+# pickles the bytes are held, and numbers of what refers to what in them.
+ROWS, BATCHES, WHOLE, PICKLED = (0, 14), (1, 96), (4, 16), (2, 10)
 MOST = {
     "records, JSON array": ROWS, "a row a response, JSON lines": ROWS, "records of text, parquet": BATCHES,
-    "NeMo-RL": ROWS, "TRL": ROWS, "slime": PICKLED, "verl, DataProto": WHOLE, "a selection": WHOLE,
-    "a trainer's dataset, JSON lines": WHOLE,
+    "NeMo-RL": ROWS, "TRL": ROWS, "slime": PICKLED, "vLLM, pickle": PICKLED, "verl, DataProto": WHOLE,
+    "a selection": WHOLE, "a trainer's dataset, JSON lines": WHOLE,
 }  # fmt: skip
 
 # As lines: in a file of parquet as small as this a batch would hide what the rest takes.

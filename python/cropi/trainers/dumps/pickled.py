@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cropi.data.opened import BUFFER
 from cropi.errors import CropiError
 from cropi.files import open_to_read, reading
+from cropi.trainers.dumps.parts import Parts, load
 from cropi.trainers.dumps.unpickle import Forbidden, Reader, StandIn, read_zip
 
 LARGEST = 16 * 2**30
@@ -26,7 +28,9 @@ DAMAGED = (
 )  # fmt: skip
 
 
-def load_dump(path: Path, what: str, *, allow_pickle: bool = False, largest: int = LARGEST) -> Any:
+def load_dump(
+    path: Path, what: str, *, allow_pickle: bool = False, largest: int = LARGEST, by_parts: bool = False
+) -> Any:
     """What a pickled file holds.
 
     Plain containers, numbers, arrays and tensors come out as such; objects of a trainer's classes as a
@@ -37,19 +41,35 @@ def load_dump(path: Path, what: str, *, allow_pickle: bool = False, largest: int
         what: what it should be, for messages.
         allow_pickle: load it by ``torch.load`` or ``pickle`` instead, which **run whatever code the file names**.
         largest: bytes that it may hold, packed and unpacked.
+        by_parts: of a list that is long, make the items while they are gone through: one
+            :class:`~cropi.trainers.dumps.parts.Parts` stands in place of them. What is wrong with an item shows then
+            (:func:`in_words`).
 
     Raises:
         CropiError: it is too large, damaged, of another kind, or names what a dump has no need of.
     """
     check_size(path, largest)
-    try:
+    with in_words(path, what):
         if allow_pickle:
             with reading(path, missing=True):
                 return _trusted(path)
         with open_to_read(path, BUFFER) as file:
             packed = file.read(2) == b"PK"
             file.seek(0)
-            return read_zip(file, largest) if packed else Reader(Bounded(file)).load()
+            if packed:
+                return read_zip(file, largest, by_parts)
+            return load(file.read(), Reader) if by_parts else Reader(Bounded(file)).load()
+
+
+@contextlib.contextmanager
+def in_words(path: Path, what: str) -> Iterator[None]:
+    """Inside, what damaged bytes make the readers raise becomes an error in words.
+
+    Raises:
+        CropiError: the file is damaged, of another kind, or names what a dump has no need of.
+    """
+    try:
+        yield
     except CropiError:
         raise
     except Forbidden as error:
@@ -74,6 +94,24 @@ class Bounded:
     def read(self, size: int) -> bytes:
         """The next bytes."""
         return self._file.read(min(size, self._size - self._file.tell()))
+
+
+def items_of(held: list[Any] | tuple[Any, ...], path: Path, what: str) -> Iterator[Any]:
+    """The items of a list that :func:`load_dump` gave.
+
+    Raises:
+        CropiError: an item is damaged.
+    """
+    if len(held) != 1 or not isinstance(held[0], Parts):
+        yield from held
+        return
+    items, end = iter(held[0]), object()
+    while True:
+        with in_words(path, what):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item
 
 
 def check_size(path: Path, largest: int = LARGEST) -> None:

@@ -8,7 +8,7 @@ response), ``status``, ``remove_sample``, ``label``, ``prompt`` and ``metadata``
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from cropi.trainers.dumps.fields import (
     token_ids,
     whole,
 )
-from cropi.trainers.dumps.pickled import contents, load_dump
+from cropi.trainers.dumps.pickled import contents, items_of, load_dump
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, messages, text_id
 from cropi.trainers.dumps.rollout import answer as plain_answer
@@ -54,17 +54,17 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         BadSample: a sample without reward or id, or with a field of another form.
     """
     path, left = Path(path), Left() if left is None else left
-    saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest)
+    saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest, by_parts=True)
     if not isinstance(saved, Mapping) or "samples" not in saved or "rollout_id" not in saved:
         held = names(saved) if isinstance(saved, Mapping) else shown(saved)
         raise CropiError(f"{path} is not {WHAT}, which has 'rollout_id' and 'samples', but holds {held}")
     try:
         step = whole(saved["rollout_id"], "rollout_id", str(path))
-        samples = _flat(listed(saved["samples"], "samples", str(path)), str(path))
+        samples = listed(saved["samples"], "samples", str(path))
     except BadSample as error:  # of the file, so that leaving out a sample is no remedy
         raise CropiError(f"{path} is not {WHAT}: {error.where}: {error.problem}") from error
     yield from _rollouts(
-        samples,
+        lambda: _flat(items_of(samples, path, WHAT), str(path)),
         left,
         step=step,
         id_key=reading.id_key,
@@ -97,14 +97,21 @@ def rollouts_of(
     """
     left = Left() if left is None else left
     yield from _rollouts(
-        _flat(samples, where), left, step=step, id_key=id_key, temperature=temperature, reward_key=reward_key
+        lambda: _flat(samples, where),
+        left,
+        step=step,
+        id_key=id_key,
+        temperature=temperature,
+        reward_key=reward_key,
     )
 
 
-def _rollouts(samples: list[tuple[Any, str]], left: Left, **given: Any) -> Iterator[Rollout]:
-    counts = Counter(number for held, _ in samples if (number := _of_rollout(_fields(held))) is not None)
+def _rollouts(
+    samples: Callable[[], Iterator[tuple[Any, str]]], left: Left, **given: Any
+) -> Iterator[Rollout]:
+    counts = Counter(number for held, _ in samples() if (number := _of_rollout(_fields(held))) is not None)
     several = {number for number, count in counts.items() if count > 1}
-    yield from left.each(samples, lambda pair: _rollout(*pair, several=several, **given))
+    yield from left.each(samples(), lambda pair: _rollout(*pair, several=several, **given))
 
 
 def _of_rollout(sample: Any) -> int | None:
@@ -117,15 +124,13 @@ def _fields(held: Any) -> Any:
     return contents(held) if not hasattr(held, "__dataclass_fields__") else vars(held)
 
 
-def _flat(samples: list[Any], where: str) -> list[tuple[Any, str]]:
+def _flat(samples: Iterable[Any], where: str) -> Iterator[tuple[Any, str]]:
     """The samples one by one, whether they stand in lists by group or not, and what each is called."""
-    flat = []
     for number, entry in enumerate(samples):
         if isinstance(entry, (list, tuple)):
-            flat += [(sample, f"{where}, group {number}, sample {k}") for k, sample in enumerate(entry)]
+            yield from ((sample, f"{where}, group {number}, sample {k}") for k, sample in enumerate(entry))
         else:
-            flat.append((entry, f"{where}, sample {number}"))
-    return flat
+            yield entry, f"{where}, sample {number}"
 
 
 def _rollout(

@@ -15,10 +15,13 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
 import torch
+
+from cropi.trainers.dumps.parts import load as load_parts
 
 # Classes of these packages are kept as what they hold.
 TRAINERS = ("tensordict", "verl", "slime", "vllm")
@@ -68,11 +71,12 @@ class Reader(pickle.Unpickler):
     Args:
         file: the pickle.
         storage: the bytes of a tensor's storage, by its key.
+        parts: what stands for the items of a list (:mod:`cropi.trainers.dumps.parts`).
     """
 
-    def __init__(self, file: Any, storage: Callable[[str], bytes] | None = None) -> None:
+    def __init__(self, file: Any, storage: Callable[[str], bytes] | None = None, parts: Any = None) -> None:
         super().__init__(file)
-        self._storage, self._kept = storage, {}  # type: ignore[var-annotated]
+        self._storage, self._kept, self._parts = storage, {}, parts  # type: ignore[var-annotated]
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name in the file stands for.
@@ -90,8 +94,10 @@ class Reader(pickle.Unpickler):
             return type("StandIn", (StandIn,), {"name": f"{module}.{name}"})
         raise Forbidden(f"it calls {module}.{name}")
 
-    def persistent_load(self, key: Any) -> torch.Tensor:
-        """A tensor's storage as a tensor of one dimension."""
+    def persistent_load(self, key: Any) -> Any:
+        """A tensor's storage as a tensor of one dimension; of 0, what stands for the items of a list."""
+        if key == 0 and self._parts is not None:
+            return self._parts
         if not isinstance(key, tuple) or len(key) < 5 or key[0] != "storage" or self._storage is None:
             raise pickle.UnpicklingError("it refers to a storage that is not in the file")
         dtype, name, size = key[1], key[2], key[4]
@@ -110,12 +116,13 @@ class Reader(pickle.Unpickler):
         return held.view(dtype)
 
 
-def read_zip(data: IO[bytes], largest: int) -> Any:
+def read_zip(data: IO[bytes], largest: int, by_parts: bool = False) -> Any:
     """What ``torch.save`` wrote.
 
     Args:
         data: the file.
         largest: bytes that it may hold unpacked.
+        by_parts: as :func:`cropi.trainers.dumps.parts.load` gives it.
 
     Raises:
         Forbidden: it names something that is not allowed.
@@ -132,6 +139,8 @@ def read_zip(data: IO[bytes], largest: int) -> Any:
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are in big-endian order")
         storage = lambda name: archive.read(f"{folder}data/{name}")  # noqa: E731
+        if by_parts:
+            return load_parts(archive.read(pickles[0]), partial(Reader, storage=storage))
         with archive.open(pickles[0]) as file:
             held = Reader(file, storage).load()
             while file.read(2**20):  # the checksum is compared at the end

@@ -28,7 +28,7 @@ from cropi.trainers.dumps.fields import (
     shown,
     token_ids,
 )
-from cropi.trainers.dumps.pickled import check_size, contents, load_dump
+from cropi.trainers.dumps.pickled import check_size, contents, items_of, load_dump
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
@@ -68,10 +68,10 @@ def _requests(path: Path, left: Left, reading: Reading) -> Iterator[tuple[str, A
     if head[:1] != b"\x80" and head != b"PK":
         yield from rows_of_dump(path, left)
         return
-    saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest)
+    saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest, by_parts=True)
     if not isinstance(saved, (list, tuple)):
         raise CropiError(f"{path} is not {WHAT}: a list of RequestOutput is expected, got {shown(saved)}")
-    for number, one in enumerate(saved):
+    for number, one in enumerate(items_of(saved, path, WHAT)):
         yield f"{path}, request {number}", one
 
 
@@ -91,6 +91,12 @@ def _table(value: Any, where: str, field: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise BadSample(where, field, f"should be a table of fields, got {shown(value)}")
     return {str(key): inner for key, inner in value.items() if inner is not None}
+
+
+def _held(table: Any, key: str, where: str, field: str) -> Any:
+    """What a table of fields has for a key; None where it has nothing. No table is made of one whose keys are texts."""
+    value = table.get(key) if type(table) is dict else None
+    return _table(table, where, field).get(key) if value is None else value
 
 
 def _rollout(
@@ -165,16 +171,14 @@ def sampled_logprobs(value: Any, ids: list[int], where: str) -> list[float] | No
     for t, (entry, token) in enumerate(zip(entries, ids)):
         field = f"logprobs[{t}]"
         if not isinstance(entry, (int, float)):
-            table = _table(entry, where, field)
-            entry = table.get(str(token))
-            if entry is None:
+            sampled = _held(entry, str(token), where, field)
+            if sampled is None:
                 raise BadSample(
                     where,
                     field,
-                    f"holds the {len(table)} likeliest tokens, and not the sampled one ({token})",
+                    f"holds the {len(_table(entry, where, field))} likeliest tokens, and not the sampled one ({token})",
                     TOP_ONLY,
                 )
-            if not isinstance(entry, (int, float)):
-                entry = _table(entry, where, field).get("logprob")
+            entry = sampled if isinstance(sampled, (int, float)) else _held(sampled, "logprob", where, field)
         logprobs.append(entry)
     return log_probs(logprobs, len(ids), None, "logprobs", where)
