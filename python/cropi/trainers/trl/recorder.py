@@ -143,10 +143,14 @@ class Recorder:
 
         They count in their group's mean and deviation, and so do their records.
         """
+        trainer = self.trainer
         rows = (output["completion_mask"].sum(1) == 0).nonzero()[:, 0]
+        # Of a model in shards every rank takes part in every forward pass.
+        if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and any(self.ranks.gather(len(rows))):
+            rows = torch.arange(len(output["completion_ids"]), device=rows.device)
         if not len(rows):
             return []
-        trainer, prompt, response = self.trainer, output["prompt_ids"][rows], output["completion_ids"][rows]
+        prompt, response = output["prompt_ids"][rows], output["completion_ids"][rows]
         attended = torch.cat([output["prompt_mask"][rows], torch.ones_like(response)], dim=1)
         with torch.no_grad(), own_randomness(response.device):
             got = trainer._get_per_token_logps_and_entropies(
