@@ -384,12 +384,14 @@ def test_calls_of_a_team() -> None:
 def test_one_of_four_is_killed(tmp_path: Path) -> None:
     """At random instants, and the job goes on with another number of processes: no finished row is lost, none is there
     twice, and the others end in words. ``CROPI_KILLS=500`` tries it so often, at other instants with another
-    ``CROPI_SEED``."""
+    ``CROPI_SEED``. Of two launchers that start one job at once, one is refused."""
     trials = os.environ.get("CROPI_KILLS", "3")
     words = [sys.executable, str(KILLED), str(tmp_path), trials, os.environ.get("CROPI_SEED", "7")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=180 + 40 * int(trials))
     assert done.returncode == 0, done.stderr[-3000:]
-    ended = [json.loads(line) for line in done.stdout.splitlines()]
+    *ended, twice = [json.loads(line) for line in done.stdout.splitlines()]
+    assert twice["statuses"] == [[0] * 4, [3] * 4] and twice["equal"], twice
+    assert "is writing to the store" in twice["said"]
     assert len(ended) == int(trials)
     for found in ended:
         assert found["equal"] and found["left"] == 0, found

@@ -1,4 +1,5 @@
-"""Twelve processes at once want to write into one place: one does, eleven are refused in words, and nothing is lost."""
+"""Twelve processes at once want to write into one place: nothing is lost, and where one alone may write, eleven are
+refused in words."""
 
 from __future__ import annotations
 
@@ -103,3 +104,21 @@ def test_one_of_twelve_writers_is_let_in(tmp_path: Path) -> None:
         assert all(torch.equal(row, vector(int(key[1:]))) for key, row in found.items())
         SketchStore.open(tmp_path / name).verify()
     assert len((tmp_path / "r.jsonl.part").read_text().splitlines()) == 2
+
+
+# Of the places that one process at a time writes, test_one_of_twelve_writers_is_let_in tries the locks.
+QUICK = ["influence", "select exports", "select saved"]
+LONG = [
+    "sketch", "store", "merge", "compact", "curriculum", "rollout", "select", "select plot", "export",
+    "export parquet", "report", "convert",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("places", [QUICK, *([LONG] if "CROPI_KILLS" in os.environ else [])], ids=len)
+def test_twelve_do_the_same_work_at_once(tmp_path: Path, places: list[str]) -> None:
+    """In a process of its own, with one thread: it forks. ``CROPI_KILLS=1`` tries all places."""
+    harness = Path(__file__).parents[1] / "support" / "crowds.py"
+    words = [sys.executable, str(harness), str(tmp_path), "12", "1", *places]
+    done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.stdout.count(", 0 wrong") == len(places)

@@ -20,6 +20,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <atomic>
+
 namespace {
 
 // The kinds of operations; FAULTS in faults.py has the same numbers.
@@ -28,7 +30,8 @@ enum Kind { MAKE = 1, OPEN = 2, READ = 4, WRITE = 8, SYNC = 16, RENAME = 32, FOL
 char folder[4096], kept[4096];
 int kinds = 0, error = 0;
 bool once = false;
-long first = 0, counted = 0, failed = 0;
+long first = 0;
+std::atomic<long> counted{0}, failed{0};  // a thread writes while another one reads
 
 bool below(const char* path) {
   size_t length = strlen(folder);
@@ -49,8 +52,8 @@ bool below(int at, const char* path) { return path[0] == '/' ? below(path) : at 
 // Whether this operation, which is of one of the kinds, has to fail.
 bool fails(int kind, bool ours) {
   if (!(kind & kinds) || !ours) return false;
-  ++counted;
-  if (once ? counted != first : counted < first) return false;
+  long place = ++counted;
+  if (once ? place != first : place < first) return false;
   if (error < 0) _exit(1);  // the power is cut
   ++failed;
   errno = error;
@@ -130,7 +133,7 @@ extern "C" {
 void faults_arm(const char* below, int which, int number, long n, int alone, const char* keeps) {
   strncpy(folder, below, sizeof folder - 1);
   strncpy(kept, keeps, sizeof kept - 1);
-  kinds = which, error = number, first = n, once = alone, counted = failed = 0;
+  kinds = which, error = number, first = n, once = alone, counted = 0, failed = 0;
 }
 
 long faults_counted() { return counted; }

@@ -2,8 +2,9 @@
 
     python tests/support/killed_ranks.py FOLDER TRIALS SEED
 
-Prints one JSON object a trial. The processes are forked from this one, which has imported everything; nobody ends the
-others when one dies, as a launcher would, so that they have to find out.
+Prints one JSON object a trial, and one of two launchers that start the same job at once. The processes are forked from
+this one, which has imported everything; nobody ends the others when one dies, as a launcher would, so that they have to
+find out.
 """
 
 from __future__ import annotations
@@ -133,6 +134,16 @@ def trial(policy: Policy, folder: Path, name: str, seconds: float, rng: random.R
     }  # fmt: skip
 
 
+def twice(policy: Policy, folder: Path) -> dict[str, Any]:
+    """Two launchers start the processes of one job at the same time."""
+    both = [start(policy, folder, "twice", WORLD) for _ in range(2)]
+    return {
+        "statuses": sorted(wait(*one) for one in both),
+        "said": (folder / "twice-0.error").read_text(),
+        "equal": content(folder / "twice") == pickle.loads((folder / "whole.pickle").read_bytes()),
+    }
+
+
 def main() -> None:
     folder, trials, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     write_lines(folder / "t.jsonl", make_records(60))
@@ -144,6 +155,7 @@ def main() -> None:
     seconds = time.monotonic() - begun
     for i in range(trials):
         print(json.dumps(trial(policy, folder, f"cut-{i}", seconds, rng) | {"whole": 60}), flush=True)
+    print(json.dumps(twice(policy, folder)))
 
 
 if __name__ == "__main__":

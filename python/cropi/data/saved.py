@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -53,15 +55,27 @@ def save_folder(out: Path, dataset: Any) -> None:
         try:
             dataset.save_to_disk(str(made))
             sync_all(made)
-            if out.exists():
-                os.replace(out, old)
-            os.replace(made, out)
+            _swap(made, out, old)
             sync(out.parent)
         finally:
             remove(made)
             if old.exists() and not out.exists():
                 os.replace(old, out)
             remove(old)
+
+
+def _swap(made: Path, out: Path, old: Path) -> None:
+    """Put a folder into its place, and what stood there to ``old``; of several processes at once the last one wins."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(out, old)
+        try:
+            os.replace(made, out)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        remove(old)  # another process has put its own there since
 
 
 def push(dataset: Any, name: str, *, private: bool | None = None, **options: Any) -> str:

@@ -109,6 +109,8 @@ class Asked(Participant):
     A number before the place where a pass over the trajectories is ends the pass, and the next one begins with it.
     """
 
+    writes = True
+
     def __init__(self, tokens: int, done: frozenset[str], store: SketchStore | None = None) -> None:
         self.tokens, self.done, self.store = tokens, done, store
         self.numbers: queue.Queue[int | None] = queue.Queue()

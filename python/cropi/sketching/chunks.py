@@ -70,14 +70,16 @@ class Participant(Protocol):
         tokens: of a chunk, about; padding included. None: a chunk is a whole window.
         done: prompts whose rows are in other stores.
         linked: other processes run every pass of the model with this one, which may not leave one out or add one.
+        writes: :meth:`take` uses the store: when the next chunk is asked for, the rows of the last one were added.
     """
 
     tokens: int | None
     done: frozenset[str]
     linked: bool = False
+    writes: bool = False
 
     def take(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The chunks that this process computes. When the next one is asked for, the last one is in the store."""
+        """The chunks that this process computes."""
 
     def finish(self, store: SketchStore) -> None:
         """Called when all chunks of this process are in the store."""

@@ -22,6 +22,7 @@ from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import ZERO_GRADIENT, cancels
 from cropi.model.moments import SecondMoments
 from cropi.model.policy import Policy
+from cropi.sketching.behind import Behind
 from cropi.sketching.chunks import Chunk, EveryChunk, Participant, make_chunks
 from cropi.sketching.interrupt import Interrupt
 from cropi.sketching.passes import Others, Passes
@@ -134,12 +135,15 @@ def sketch_groups(
                 others,
             )
 
-            filling = _Filling(store, passes, summary, bar, interrupt, participant, done)
-            for chunk in participant.take(chunks):
-                filling.compute(chunk, chunk.built(estimator, source.source == "file", done))
-                if summary.interrupted:
-                    break
-            participant.leave(summary.interrupted, passes.idle)
+            with Behind(store) as behind:
+                filling = _Filling(behind, passes, summary, bar, interrupt, participant, done)
+                for chunk in participant.take(chunks):
+                    filling.compute(chunk, chunk.built(estimator, source.source == "file", done))
+                    if summary.interrupted:
+                        break
+                    if participant.writes:
+                        behind.wait()
+                participant.leave(summary.interrupted, passes.idle)
         if not summary.interrupted:
             participant.finish(store)
     summary.peak_gib = peak_memory_gib(policy.device)
@@ -155,7 +159,7 @@ class _Filling:
         flushed: when the store was last flushed.
     """
 
-    store: SketchStore
+    store: Behind
     passes: Passes
     summary: Summary
     bar: Any
