@@ -339,6 +339,15 @@ def test_rewards_that_are_all_none_do_not_end_a_run(tmp_path: Path, caplog: pyte
     assert "the prompts of the stage before are kept" in caplog.text
 
 
+@pytest.mark.parametrize("steps, seen", [(2, 4), (9, 18), (10, 20)])
+def test_prompts_that_the_first_stage_does_not_reach_are_counted(
+    steps: int, seen: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        staged(tmp_path, {"stage_steps": steps}, max_steps=2 * steps)
+    assert (f"{seen} of the 20 of train_dataset, and never the others" in caplog.text) == (seen < 20)
+
+
 @pytest.mark.long
 def test_import_is_cheap() -> None:
     import subprocess

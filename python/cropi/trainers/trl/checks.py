@@ -109,6 +109,13 @@ def check_policy(model: Any, options: Curriculum) -> None:
         raise CropiError(f"the policy cannot be sketched: {error}") from error
 
 
+def recorded_first(trainer: Any, options: Curriculum, prompts: int) -> int:
+    """How many of the dataset's prompts the first stage can record at most."""
+    steps = options.stage_steps * trainer.args.gradient_accumulation_steps
+    batches = steps // (trainer.args.steps_per_generation * trainer.num_iterations)
+    return min(prompts, batches * int(trainer.args.generation_batch_size // trainer.num_generations))
+
+
 def check_space(
     trainer: Any, options: Curriculum, scans: Mapping[str, Scan], folder: Path, prompts: int
 ) -> None:
@@ -120,10 +127,7 @@ def check_space(
     Raises:
         CropiError: names the folder, what is needed and what is free.
     """
-    steps = options.stage_steps * trainer.args.gradient_accumulation_steps
-    batches = steps // (trainer.args.steps_per_generation * trainer.num_iterations)
-    recorded = min(prompts, batches * int(trainer.args.generation_batch_size // trainer.num_generations))
-    rows = scans["train"].usable if "train" in scans else recorded
+    rows = scans["train"].usable if "train" in scans else recorded_first(trainer, options, prompts)
     rows += scans["valid"].usable if "valid" in scans else 0
     # With a budget a stage keeps those of the one before it until it has chosen.
     stages = 1 if options.budget is None and options.passes is None else 2

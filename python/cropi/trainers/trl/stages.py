@@ -27,7 +27,14 @@ from cropi.errors import CropiError, shown
 from cropi.files import entries, write_atomic, writing
 from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
-from cropi.trainers.trl.checks import balances_experts, check_arguments, check_policy, check_space, drawn
+from cropi.trainers.trl.checks import (
+    balances_experts,
+    check_arguments,
+    check_policy,
+    check_space,
+    drawn,
+    recorded_first,
+)
 from cropi.trainers.trl.live import LiveRun, features_of
 from cropi.trainers.trl.losses import estimator_of_config
 from cropi.trainers.trl.options import Curriculum
@@ -124,6 +131,13 @@ class Stages(Recorder):
         check_policy(self.model, options)
         if options.live is None:
             check_space(trainer, options, scans, self.folder, len(ids))
+            seen = recorded_first(trainer, options, len(ids))
+            if options.train is None and seen < len(ids):
+                logger.warning(
+                    "train is None, so stages choose among the prompts that the first one records: %d of the %d of "
+                    "train_dataset, and never the others; make stage_steps larger, or give trajectories of all of them "
+                    "as train (cropi.trainers.trl.collect makes them)", seen, len(ids),
+                )  # fmt: skip
         else:
             features = (
                 features_of(trainer.train_dataset, trainer.processing_class) if options.live.alike else None
