@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support import made_dumps
 from support.made_data import make_records
-from test_store import content, fill
+from test_store import MANIFEST, content, fill, vector
 
 from cropi.cli import main
 from cropi.curriculum.report import write_report
@@ -27,12 +28,21 @@ from cropi.curriculum.state import FORMAT, State
 from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.ranking.scores import Scores
+from cropi.ranking.selection import read_selection, select
+from cropi.ranking.selector import Selector
 from cropi.report.curriculum import curriculum_page
 from cropi.report.folder import _check as read_check
 from cropi.rescoring import PLAN, read_plan
 from cropi.rollouts.file import RolloutFile
-from cropi.sealed import check_sums, sealed
+from cropi.sealed import check_sums, read_sealed, sealed, summed
 from cropi.store import SketchStore, export
+from cropi.store.manifest import GROUPS
+from cropi.store.rows import RowInfo
+from cropi.trainers.nemo_rl.batches import Order
+from cropi.trainers.trl.live import LiveRun
+from cropi.trainers.trl.rollout_log import RolloutLog, merge_rollouts
+from cropi.trainers.trl.stages import STATE, read_state
+from cropi_kernels import SketchSpec
 
 EVERY = bool(os.environ.get("CROPI_EVERY_BYTE"))
 EDITS = 60  # of a file
@@ -163,10 +173,88 @@ def check(folder: Path) -> Callable[[], Any]:
     return back
 
 
+def selector(folder: Path) -> Callable[[], Any]:
+    """What a checkpoint of TRL keeps under ``live``."""
+    made = tiny_selector()
+    made.update(["a", "b"], torch.randn(2, 64, generator=torch.Generator().manual_seed(0)), 1)
+    made.refresh(torch.ones(2, 64), ["x", "y"])
+    LiveRun.save(SimpleNamespace(selector=made), folder)  # type: ignore[arg-type]
+
+    def back() -> Any:
+        run: Any = SimpleNamespace(selector=tiny_selector())
+        LiveRun.load(run, folder)
+        return repr(run.selector.state_dict())
+
+    return back
+
+
+def tiny_selector() -> Selector:
+    return Selector(["a", "b", "c"], SketchSpec(dim=64), dim=64, bits=16)
+
+
+def checkpoint(folder: Path) -> Callable[[], Any]:
+    """What a checkpoint of TRL keeps of the stages."""
+    held = {
+        "version": 1,
+        "stage": 2,
+        "selected": ["a", "é"],
+        "logs": {"train.jsonl": 3},
+        "settings": {"seed": 0},
+    }
+    (folder / STATE).write_text(json.dumps(sealed(held), ensure_ascii=False) + "\n")
+    return lambda: {key: read_state(folder / STATE)[key] for key in held if key != "version"}
+
+
+def logged(folder: Path) -> Callable[[], Any]:
+    """One record a prompt, of the rollouts that a trainer has logged."""
+    log = RolloutLog(folder / "log", 0)
+    log.append("train", [record | {"step": 1} for record in make_records(4)])
+    log.close()
+    merge_rollouts([log.path("train")], folder / "merged.jsonl")
+    log.path("train").unlink()
+    log.path("train").parent.rmdir()
+    return lambda: [group.raw for group in read(folder / "merged.jsonl")]
+
+
+def groups(folder: Path) -> Callable[[], Any]:
+    """A store by groups of parameters, whose rows hold several sketches."""
+    apart = [{"name": name, "patterns": [f"*{name}*"]} for name in ("low", "high")]
+    manifest = MANIFEST | {GROUPS: apart, "dtype": "int4"}
+    with SketchStore.create(folder / "s", manifest, shard_rows=4) as made:
+        for i in range(6):
+            made.add(RowInfo(f"p{i}", pass_rate=i / 8), torch.cat([vector(i), vector(i + 1)]))
+        made.finish()
+
+    def back() -> Any:
+        opened = SketchStore.open(folder / "s")
+        opened.check_finished()
+        rows = [(row.id, row.pass_rate) for row in opened.rows()]
+        return opened.groups, rows, {name: row.tolist() for name, row in content(folder / "s").items()}
+
+    return back
+
+
+def for_trainers(folder: Path) -> Callable[[], Any]:
+    """Row numbers, and ids, of which NeMo-RL's and verl's trainers read every one."""
+    with summed(folder / "i.json"):
+        (folder / "i.json").write_text(f"{[*range(60)]}\n")
+    scores = Scores([RowInfo(f"p{i}") for i in range(99)], ["x"], np.arange(99.0)[:, None], {})
+    select(scores, fraction=0.5).save(folder / "ids.txt", format="ids")
+    return lambda: (Order(folder / "i.json", 60).take(60), read_selection(folder / "ids.txt"))
+
+
+def figures(folder: Path) -> Callable[[], Any]:
+    """What ``cropi bench --compare`` reads."""
+    held = {"table": {"device": "cpu", "dtype": "float32", "rows": [{"op": "project", "seconds": 0.125}]}}
+    (folder / "b.json").write_text(json.dumps(sealed(held), indent=2) + "\n")
+    return lambda: read_sealed(folder / "b.json", {"table": dict}, "measure again")["table"]
+
+
 KINDS: dict[str, Callable[[Path], Callable[[], Any]]] = {
     "store": store, "rollout": rollout, "finished rollout": finished_rollout, "trajectories": trajectories,
     "npy": lambda folder: exported(folder, "npy"), "parquet": lambda folder: exported(folder, "parquet"),
-    "state": state, "plan": plan, "report": report, "check": check,
+    "state": state, "plan": plan, "report": report, "check": check, "selector": selector, "checkpoint": checkpoint,
+    "logged": logged, "groups": groups, "for trainers": for_trainers, "figures": figures,
 }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from cropi.bench.table import measure
     from cropi.errors import CropiError
     from cropi.files import check_outputs, write_atomic
+    from cropi.sealed import read_sealed, sealed
 
     if args.rounds < 1:
         args.parser.error(f"--rounds must be at least 1, got {args.rounds}")
@@ -53,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
     before = None
     if args.compare:
         try:
-            before = json.loads(Path(args.compare).read_text(encoding="utf-8"))["table"]
+            before = read_sealed(Path(args.compare), {"table": dict}, "measure again")["table"]
             of = before["device"], before["dtype"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (CropiError, KeyError) as error:
             raise CropiError(
                 f"--compare: {args.compare} is not what `cropi bench --out` wrote ({error})"
             ) from error
@@ -71,6 +72,6 @@ def run(args: argparse.Namespace) -> int:
     held = {"machine": about, "versions": versions(), "table": table.to_dict()}
     tell(args, **held)
     if args.out:
-        write_atomic(Path(args.out), json.dumps(held, indent=2) + "\n")
+        write_atomic(Path(args.out), json.dumps(sealed(held), indent=2) + "\n")
         print(f"figures       {args.out}")
     return 0

@@ -12,7 +12,7 @@ import torch
 
 from cropi import pipeline
 from cropi.errors import CropiError, shown
-from cropi.files import replacing
+from cropi.files import failure_of, reason, replacing
 from cropi.model.policy import Policy
 from cropi.ranking.alike import prompt_features
 from cropi.ranking.origin import Known
@@ -196,6 +196,8 @@ class LiveRun:
         try:
             state = torch.load(folder / STATE, weights_only=True)
         except Exception as error:  # of many kinds
+            if failure := failure_of(error):
+                raise CropiError(f"cannot read {folder / STATE}: {reason(failure)}") from error
             raise CropiError(
                 f"{folder / STATE} is not the state of a Selector ({shown(str(error), 200)}); go on from another "
                 "checkpoint"
