@@ -21,6 +21,8 @@ from cropi_kernels import (
     plan_matrix,
     sketch_linear,
 )
+from cropi_kernels.ops.linear_logprob.api import logprob_and_grad_of
+from cropi_kernels.ops.linear_logprob.contract import Dlogits
 
 TOKENS, COMPARED = 8192, 64  # of a run; whose gradient a float64 product checks
 
@@ -34,16 +36,19 @@ def head(model: str, with_sketch: bool, rate: float) -> dict[str, Any]:
     plan = plan_matrix(SketchSpec(), "lm_head.weight", vocab, features)
     out = torch.zeros(16, 32768, device="cuda")
 
-    def sketch(begin: int, end: int, dz: torch.Tensor) -> None:
-        sketch_linear(dz, fold_inputs(hidden[begin:end], plan), offsets.clamp(begin, end) - begin, plan, out)
+    def sketch(begin: int, end: int, gradient: Dlogits) -> None:  # as a pass of the sketcher does it
+        inputs = fold_inputs(hidden[begin:end], plan)
+        if gradient.factor is not None:
+            inputs = (inputs * gradient.factor[:, None]).to(inputs.dtype)
+        sketch_linear(gradient.dz, inputs, offsets.clamp(begin, end) - begin, plan, out)
 
     def both() -> None:
-        logprob_and_grad(
+        logprob_and_grad_of(
             hidden,
             weight,
             target,
             lambda p, a, b: torch.ones_like(p),
-            on_dlogits=sketch if with_sketch else None,
+            on_gradient=sketch if with_sketch else None,
         )
 
     def forward() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..ops.linear_logprob.contract import Weigh
+from ..ops.linear_logprob.contract import Dlogits, Weigh
 from ..ops.norm_grad import bias_grad
 from .accumulator import Accumulator
 from .attach import Attachment
@@ -68,13 +68,17 @@ def head_pass(
     picked = split.head_input(flat[positions])
     sums = Sums(plan, acc), *more
 
-    def sketch_head(begin: int, end: int, dz: torch.Tensor) -> None:
+    def sketch_head(begin: int, end: int, gradient: Dlogits) -> None:
+        dz, factor = gradient
         for plan, acc in sums:
             with acc.timed():
                 offsets = scales.offsets.clamp(begin, end) - begin
                 if plan.head_matrix is not None and plan.head_adds[0]:
                     matrix = plan.head_matrix
-                    matrix.add(dz, matrix.fold(picked[begin:end]), offsets, acc.engine.sums(matrix.name))
+                    inputs = matrix.fold(picked[begin:end])
+                    if factor is not None:  # a sketch is linear in its inputs too, which have fewer numbers
+                        inputs = (inputs * factor[:, None]).to(inputs.dtype)
+                    matrix.add(dz, inputs, offsets, acc.engine.sums(matrix.name))
                 if plan.head_bias is not None and plan.head_adds[1]:
                     acc.engine.add_vector(_placed(plan, split, bias_grad(dz, offsets)), plan.head_bias)
                 for one in split.adapters:
@@ -83,10 +87,13 @@ def head_pass(
     with torch.no_grad():
         if whole:
             weigh = _asked_once(weigh, split.logprobs(picked, targets, temperature))
-        own = zip((plan.head_matrix, plan.head_bias), plan.head_adds, strict=True)
-        listens = any(one is not None and adds for one, adds in own) or split.adapters
+        matrix, bias = (
+            one is not None and adds
+            for one, adds in zip((plan.head_matrix, plan.head_bias), plan.head_adds, strict=True)
+        )
+        hook = sketch_head if matrix or bias or split.adapters else None
         logprobs, grad_picked, weights = split.logprob_and_grad(
-            picked, targets, scales.weigh(weigh), temperature, sketch_head if listens else None
+            picked, targets, scales.weigh(weigh), temperature, hook, whole=bias
         )
         weights = scales.unscaled(weights)
         grad_picked = scales.normalise(grad_picked, *(out for one in sums for out in one.acc.outs))

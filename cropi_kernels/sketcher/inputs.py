@@ -46,7 +46,7 @@ def check_positions(input_ids: torch.Tensor, positions: torch.Tensor, targets: t
             f"{targets.dtype} must be int64 of one length: a position and a token id per scored token"
         )
     if positions.numel():
-        low, high = int(positions.min()), int(positions.max())
+        low, high = _range(positions)
         if low < 0 or high >= input_ids.numel():
             last = input_ids.numel() - 1
             raise ValueError(f"positions run from {low} to {high}: input_ids holds 0 .. {last}")
@@ -57,9 +57,15 @@ def check_vocabulary(
 ) -> None:
     """Targets are rows of the head (``vocab``), inputs rows of the embedding (``known``; None: as many)."""
     for name, ids, size in (("input_ids", input_ids, known or vocab), ("targets", targets, vocab)):
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            low, high = int(ids.min()), int(ids.max())
+        low, high = _range(ids) if ids.numel() else (0, 0)
+        if low < 0 or high >= size:
             raise ValueError(f"{name} runs from {low} to {high}: the vocabulary is 0 .. {size - 1}")
+
+
+def _range(x: torch.Tensor) -> tuple[int, int]:
+    """The smallest and the largest number, of which a device is asked once."""
+    low, high = torch.stack(torch.aminmax(x)).tolist()
+    return low, high
 
 
 def known_ids(model: nn.Module) -> int | None:

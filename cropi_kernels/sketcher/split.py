@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.linear_logprob import linear_logprob, logprob_and_grad
-from ..ops.linear_logprob.contract import OnDlogits, Weigh
+from ..ops.linear_logprob import linear_logprob
+from ..ops.linear_logprob.api import logprob_and_grad_of
+from ..ops.linear_logprob.contract import OnGradient, Weigh
 from ..ops.linear_logprob.products import Adapted, CutInputs, Features, logprob_and_grad_by
 from ..ops.linear_logprob.slices import Words, sliced_logprob_and_grad
 from . import ranks, sharded, spread
@@ -107,14 +108,16 @@ class SplitModel:
         targets: torch.Tensor,
         weigh: Weigh | None,
         temperature: float,
-        on_dlogits: OnDlogits | None = None,
+        on_gradient: OnGradient | None = None,
+        whole: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`cropi_kernels.logprob_and_grad` of this head, whole or in parts; within `whole_head`.
 
-        ``on_dlogits`` gets the gradient of this rank's words. ``weigh`` None, of a head in parts: log-probs alone.
+        ``on_gradient`` gets the gradient of the logits of this rank's words; ``whole``: without a factor. ``weigh``
+        None, of a head in parts: log-probs alone.
         """
         (weight, bias, first), spread = self.head_here(), self.head_ranks()
-        settings = dict(bias=bias, on_dlogits=on_dlogits, **self._of_products(temperature))
+        settings = dict(bias=bias, on_gradient=on_gradient, **self._of_products(temperature))
         if self.adapters:
             low = tuple(one.weights() for one in self.adapters)
             return logprob_and_grad_by(
@@ -127,7 +130,7 @@ class SplitModel:
             )
         if spread is None:
             assert weigh is not None
-            return logprob_and_grad(picked, weight, targets, weigh, **settings)
+            return logprob_and_grad_of(picked, weight, targets, weigh, whole=whole, **settings)
         group, share = spread
         if share.axis == 0:
             words = Words(first, group.sum, group.max)

@@ -154,7 +154,7 @@ def test_a_head_in_parts_is_the_head(
             part, run = cut(rank, vocab, meeting)
             found = run(
                 hidden, head[part], targets, weigh, bias=bias[part[0]],
-                on_dlogits=lambda a, b, dz, kept=dzs: kept.append(dz.clone()), **settings,
+                on_gradient=lambda a, b, g, kept=dzs: kept.append(g.dz.clone()), **settings,
             )  # fmt: skip
             given[rank] = meeting.mine
             results.append((found, torch.cat(dzs)))

@@ -12,7 +12,7 @@ from ..._library import no_autocast
 from ..._spec_base import as_int, check_int
 from .._checks import check_plain
 from . import chunks, ops
-from .contract import OnDlogits, Settings, Weigh, check_temperature
+from .contract import OnDlogits, OnGradient, Settings, Weigh, check_temperature
 
 
 def linear_logprob(
@@ -117,7 +117,40 @@ def logprob_and_grad(
         ValueError: as `linear_logprob`, and where ``weigh`` returns another number of weights than it was asked for.
     """
     settings = _checked(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
+    on_gradient = (
+        None if on_dlogits is None else lambda start, stop, gradient: on_dlogits(start, stop, gradient.dz)
+    )
+    return _one_pass(hidden, head, targets, weigh, bias, settings, on_gradient, whole=on_dlogits is not None)
 
+
+@torch.no_grad()
+def logprob_and_grad_of(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    weigh: Weigh,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    on_gradient: OnGradient | None = None,
+    whole: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`logprob_and_grad` whose callback gets the gradient of the logits as rows and, unless ``whole``, factors."""
+    settings = _checked(hidden, head, targets, bias, temperature, softcap, -100, None, None)
+    return _one_pass(hidden, head, targets, weigh, bias, settings, on_gradient, whole)
+
+
+def _one_pass(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    weigh: Weigh,
+    bias: torch.Tensor | None,
+    settings: Settings,
+    on_gradient: OnGradient | None,
+    whole: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     def checked(logp: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         weights = weigh(logp, start, stop)
         if not isinstance(weights, torch.Tensor) or tuple(weights.shape) != (stop - start,):
@@ -130,7 +163,7 @@ def logprob_and_grad(
     with _memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
         call = ops.prepare(hidden, head, targets, bias, settings)
         with no_autocast(hidden):
-            return chunks.one_pass(_native.aligned(hidden.detach()), call, checked, on_dlogits)
+            return chunks.one_pass(_native.aligned(hidden.detach()), call, checked, on_gradient, whole)
 
 
 def _checked(

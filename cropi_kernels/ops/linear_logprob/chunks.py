@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .contract import Kernels, OnDlogits, RowMath, Stats, Weigh
+from .contract import Dlogits, Kernels, OnGradient, RowMath, Stats, Weigh
 
 # Measured (float32 and bfloat16, 49152 and 151936 words): fewer tokens leave the products waiting for the head, more
 # push the logits out of the cache. Full speed is reached at 96 to 128 tokens.
@@ -26,8 +26,11 @@ class Rows(Protocol):
     def forward(self, target: torch.Tensor, stats: Stats) -> None:
         """Fills ``stats``."""
 
-    def backward(self, target: torch.Tensor, grad: torch.Tensor, stats: Stats) -> torch.Tensor:
-        """As `Kernels.backward`."""
+    def backward(self, target: torch.Tensor, grad: torch.Tensor, stats: Stats, whole: bool) -> Dlogits:
+        """As `Kernels.backward`; ``whole``: without a factor."""
+
+    def times_head(self, gradient: Dlogits, target: torch.Tensor, out: torch.Tensor) -> None:
+        """As `Kernels.times_head`."""
 
 
 class Call(NamedTuple):
@@ -73,8 +76,11 @@ class Logits:
     def forward(self, target: torch.Tensor, stats: Stats) -> None:
         self.call.kernels.forward(self.z, target, self.call.math, stats)
 
-    def backward(self, target: torch.Tensor, grad: torch.Tensor, stats: Stats) -> torch.Tensor:
-        return self.call.kernels.backward(self.z, target, grad, self.call.math, stats)
+    def backward(self, target: torch.Tensor, grad: torch.Tensor, stats: Stats, whole: bool) -> Dlogits:
+        return Dlogits(self.call.kernels.backward(self.z, target, grad, self.call.math, stats))
+
+    def times_head(self, gradient: Dlogits, target: torch.Tensor, out: torch.Tensor) -> None:
+        self.call.kernels.times_head(gradient.dz, self.call.head, out)
 
 
 def default_chunk(
@@ -112,9 +118,9 @@ def backward(grad: torch.Tensor, hidden: torch.Tensor, call: Call, stats: Stats)
     for part in parts:
         target = call.target[part]
         rows.compute(hidden[part], target)
-        dz = rows.backward(target, grad[part], stats.rows(part))
+        gradient = rows.backward(target, grad[part], stats.rows(part), whole=False)
         piece = out[part]
-        call.kernels.times_head(dz, call.head, piece)
+        rows.times_head(gradient, target, piece)
         if not isinstance(part, slice):
             out[part] = piece
     return out
@@ -124,9 +130,13 @@ def one_pass(
     hidden: torch.Tensor,
     call: Call,
     weigh: Weigh,
-    on_dlogits: OnDlogits | None,
+    on_gradient: OnGradient | None,
+    whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs, gradient to ``hidden`` of ``sum_n w_n logp_n`` and weights ``w``, from one product for the logits."""
+    """Log-probs, gradient to ``hidden`` of ``sum_n w_n logp_n`` and weights ``w``, from one product for the logits.
+
+    ``whole``: ``on_gradient`` gets the gradient of the logits without a factor.
+    """
     n = call.target.shape[0]
     stats, weights = Stats(call.numbers(), call.numbers(), call.numbers(), None), call.numbers()
     out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -138,10 +148,10 @@ def one_pass(
         rows.compute(hidden[part], target)
         rows.forward(target, piece)
         weights[part] = weigh(piece.logp.clone(), start, stop)  # a copy: the caller may compute in it
-        dz = rows.backward(target, weights[part], piece)
-        if on_dlogits is not None:
-            on_dlogits(start, stop, dz)
-        call.kernels.times_head(dz, call.head, out[part])
+        gradient = rows.backward(target, weights[part], piece, whole)
+        if on_gradient is not None:
+            on_gradient(start, stop, gradient)
+        rows.times_head(gradient, target, out[part])
     return stats.logp, out, weights
 
 

@@ -12,6 +12,7 @@ import torch
 # What a caller hands in, for the tokens from ``start`` to ``stop``: (logp, start, stop) to weights; (start, stop, dz).
 Weigh = Callable[[torch.Tensor, int, int], torch.Tensor]
 OnDlogits = Callable[[int, int, torch.Tensor], None]
+OnGradient = Callable[[int, int, "Dlogits"], None]  # the same, with dz as the kernels leave it
 
 
 class Settings(NamedTuple):
@@ -29,6 +30,13 @@ class RowMath(NamedTuple):
 
     temperature: float
     softcap: float
+
+
+class Dlogits(NamedTuple):
+    """The gradient of logits, ``factor[:, None] * dz``, or ``dz`` itself: [rows, V]; [rows] in the compute dtype."""
+
+    dz: torch.Tensor
+    factor: torch.Tensor | None = None
 
 
 class Stats(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from ... import _memory, _native
 from ..._library import no_autocast
 from . import chunks, ops
-from .contract import Kernels, OnDlogits, RowMath, Settings, Stats, Weigh
+from .contract import Kernels, OnGradient, RowMath, Settings, Stats, Weigh
 from .slices import Reduce
 
 
@@ -110,7 +110,7 @@ def logprob_and_grad_by(
     bias: torch.Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    on_dlogits: OnDlogits | None = None,
+    on_gradient: OnGradient | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`logprob_and_grad` with other kernels than the backend's: ``around`` is given those of the call.
 
@@ -125,4 +125,4 @@ def logprob_and_grad_by(
             if weigh is None:
                 logprobs = chunks.forward(hidden, call, entropy=False).logp
                 return logprobs, torch.zeros_like(hidden), torch.zeros_like(logprobs)
-            return chunks.one_pass(hidden, call, weigh, on_dlogits)
+            return chunks.one_pass(hidden, call, weigh, on_gradient)

@@ -17,7 +17,7 @@ import torch
 
 from ..._library import no_autocast
 from . import chunks, ops
-from .contract import OnDlogits, Settings, Stats, Weigh
+from .contract import Dlogits, OnGradient, Settings, Stats, Weigh
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,11 +41,11 @@ def sliced_logprob_and_grad(
     bias: torch.Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    on_dlogits: OnDlogits | None = None,
+    on_gradient: OnGradient | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`logprob_and_grad` of a head [words here, D]; on all ranks of the group at once, with the same ``hidden``.
 
-    ``weigh`` None: log-probs alone, the rest are zeros. ``on_dlogits`` gets the gradient of this rank's logits
+    ``weigh`` None: log-probs alone, the rest are zeros. ``on_gradient`` gets the gradient of this rank's logits
     [tokens, words here]. Targets, of the whole vocabulary, are not checked, and none may be ignored. Log-probs, the
     gradient to ``hidden`` and weights are the same on all ranks.
 
@@ -78,8 +78,8 @@ def sliced_logprob_and_grad(
             g = weights[part].clone()
             dz = call.kernels.backward(z, target, g, call.math, stats)
             dz[:, 0] = torch.where(here, dz[:, 0], _of_no_target(first, g, call, stats).to(dz.dtype))
-            if on_dlogits is not None:
-                on_dlogits(part.start, part.stop, dz)
+            if on_gradient is not None:
+                on_gradient(part.start, part.stop, Dlogits(dz))
             call.kernels.times_head(dz, call.head, out[part])
     if weigh is not None:
         out = words.sum(out.to(torch.promote_types(out.dtype, torch.float32))).to(out.dtype)

@@ -206,6 +206,8 @@ class DeviceKernels:
     def times_head(self, dz: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
         if dz.dtype == torch.float32:
             torch.mm(dz, head, out=out)
+        elif out.dtype == torch.float32 and dz.is_cuda:
+            torch.mm(dz, head, out_dtype=torch.float32, out=out)
         elif dz.is_cuda:  # a product with a narrow result may be split, and its parts added in that dtype
             out.copy_(torch.mm(dz, head, out_dtype=torch.float32))
         else:

@@ -12,6 +12,7 @@ from cropi_kernels import _triton
 from cropi_kernels._launch import MEMBERS
 from cropi_kernels.ops import _triton_segments as segments
 from cropi_kernels.ops.linear_logprob import triton as logprob
+from cropi_kernels.ops.linear_logprob import triton_tile_kernels as tile_kernels
 from cropi_kernels.ops.linear_logprob import triton_tiles as tiles
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.project import triton as project_kernels
@@ -193,38 +194,79 @@ def log_prob(dtype: str, capped: bool, backward: bool) -> Case:
     )  # fmt: skip
 
 
-def log_prob_tiles(dtype: str, keep: bool, entropy: bool = False) -> Case:
+def log_prob_tiles(dtype: str, keep: bool, entropy: bool = False, again: bool = False) -> Case:
     """With entropies, a bias too."""
+    kernel = tile_kernels.again_kernel if again else tile_kernels.tiles_kernel
     shape = dict(TOKENS=tiles.TOKENS, WORDS=tiles.WORDS, FEATURES=tiles.FEATURES)
     word = FLOATS[dtype]
-    pointers = dict.fromkeys(("bias", "own", "tops", "rests", "weighted"), "*fp32")
-    pointers |= {"target": "*i64", "e": f"*{word}"}
+    pointers = dict.fromkeys(("bias", "own", "anchors", "rests", "weighted"), "*fp32")
+    pointers |= {"target": "*i64", "e": f"*{word}", "far": "*i32"}
     pointers |= {n: f"tensordesc<{word}[{shape[rows]}, {tiles.FEATURES}]>" for n, rows in
                  (("hidden", "TOKENS"), ("head", "WORDS"))}  # fmt: skip
-    constants = shape | dict(BIAS=entropy, ENTROPY=entropy, KEEP=keep)
-    types = _types(tiles.tiles_kernel, pointers, ("scale", "lift"))
+    by_row = dtype == "bfloat16"
+    constants = shape | dict(BIAS=entropy, ENTROPY=entropy, KEEP=keep, LIFT=1.0 if by_row else tiles.LIFT)
+    constants |= dict(FLAGS=tiles.FLAGS) if again else dict(BY_ROW=by_row)
     return Case(
-        f"tiles {dtype}{' entropy' if entropy else ''}{' kept' if keep else ''}", tiles.tiles_kernel, types, constants,
-        ("vocabulary", "features", "stride"), {"num_warps": tiles.WARPS, "num_stages": tiles.STAGES}, 255, True,
+        f"tiles {dtype}{' entropy' if entropy else ''}{' kept' if keep else ''}{' again' if again else ''}", kernel,
+        _types(kernel, pointers, ("scale",)), constants, ("vocabulary", "features", "stride"),
+        {"num_warps": tiles.WARPS, "num_stages": tiles.STAGES}, 255, True,
     )  # fmt: skip
 
 
-def log_prob_of_tiles(backward: bool) -> Case:
-    kernel = tiles.rescale_kernel if backward else tiles.combine_kernel
+def log_prob_own() -> Case:
+    pointers = dict.fromkeys(("hidden", "head"), "*bf16") | dict.fromkeys(("bias", "own"), "*fp32")
+    constants = dict(BIAS=True, ROWS=tiles.OWN_ROWS, FEATURES=tiles.OWN_FEATURES)
+    types = _types(tile_kernels.own_kernel, pointers | {"target": "*i64"})
+    aligned = "features", "stride_hidden", "stride_head"
+    return Case("targets' logits", tile_kernels.own_kernel, types, constants, aligned, {"num_warps": 4}, 128)
+
+
+def log_prob_of_tiles(backward: bool, whole: bool = False) -> Case:
+    kernel = tile_kernels.rescale_kernel if backward else tile_kernels.combine_kernel
     pointers = dict.fromkeys(
-        ("own", "tops", "rests", "weighted", "grad", "logp", "top", "log_sum", "entropy"), "*fp32"
+        (
+            "own",
+            "anchors",
+            "rests",
+            "weighted",
+            "grad",
+            "logp",
+            "top",
+            "log_sum",
+            "entropy",
+            "factor",
+            "missing",
+        ),
+        "*fp32",
     )
     pointers |= {"target": "*i64", "e": "*bf16"}
     constants = (
-        dict(TILES=tiles.RESCALED_TILES, WORDS=tiles.WORDS)
+        dict(TILES=tiles.RESCALED_TILES, WORDS=tiles.WORDS, WHOLE=whole, LIFT=1.0)
         if backward
         else dict(ENTROPY=True, TILES=tiles.COMBINED_TILES, ROWS=tiles.COMBINED_ROWS)
     )
     return Case(
-        f"log-prob of tiles{' backward' if backward else ''}", kernel,
-        _types(kernel, pointers, ("scale", "lift")), constants, ("vocabulary", "stride"),
+        f"log-prob of tiles{' backward' if backward else ''}{' whole' if whole else ''}", kernel,
+        _types(kernel, pointers, ("scale",)), constants, ("vocabulary", "stride"),
         {"num_warps": 8 if backward else 4}, 128,
     )  # fmt: skip
+
+
+def log_prob_scale() -> Case:
+    pointers = dict.fromkeys(("product", "factor", "missing"), "*fp32") | dict.fromkeys(
+        ("head", "out"), "*bf16"
+    )
+    types = _types(tile_kernels.scale_kernel, pointers | {"target": "*i64"})
+    aligned = "features", "stride_head", "stride_out"
+    return Case(
+        "rows times factors",
+        tile_kernels.scale_kernel,
+        types,
+        dict(FEATURES=tiles.SCALED),
+        aligned,
+        {"num_warps": 4},
+        64,
+    )
 
 
 def on_hopper() -> list[Case]:
@@ -233,9 +275,13 @@ def on_hopper() -> list[Case]:
         log_prob_tiles("bfloat16", keep=False),
         log_prob_tiles("bfloat16", keep=True),
         log_prob_tiles("bfloat16", keep=False, entropy=True),
+        log_prob_tiles("bfloat16", keep=True, entropy=True, again=True),
         log_prob_tiles("float16", keep=True),
+        log_prob_own(),
+        log_prob_scale(),
         log_prob_of_tiles(backward=False),
         log_prob_of_tiles(backward=True),
+        log_prob_of_tiles(backward=True, whole=True),
     ]
 
 

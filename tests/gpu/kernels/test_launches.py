@@ -34,7 +34,7 @@ from cropi_kernels import (
     swiglu,
 )
 from cropi_kernels.ops._triton_segments import cut
-from cropi_kernels.ops.linear_logprob import oracle
+from cropi_kernels.ops.linear_logprob import oracle, triton_tiles
 from cropi_kernels.ops.linear_logprob.contract import Settings, Stats
 from cropi_kernels.ops.linear_logprob.ops import prepare
 from cropi_kernels.ops.sketch_vector.triton import sketch_tail
@@ -124,10 +124,13 @@ def log_probs_by_tiles() -> None:
     """Without the product of the backward pass, which no CPU makes of 16 bits with a wide result."""
     targets = ROWS % len(HALF)
     call = prepare(HALF[:9], HALF, targets, None, Settings(1.0, 0.0, -100, 0, "triton"))
-    rows, stats = call.rows(9, keep=True), Stats(*torch.zeros(3, 9), None)
-    rows.compute(HALF[:9], call.target)
-    rows.forward(call.target, stats)
-    rows.backward(call.target, torch.ones(9), stats)
+    for by_row in (False, True):  # as float16 and as bfloat16 are
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_tiles, "by_row", lambda dtype, chosen=by_row: chosen)
+            rows, stats = call.rows(9, keep=True), Stats(*torch.zeros(3, 9), None)
+        rows.compute(HALF[:9], call.target)
+        rows.forward(call.target, stats)
+        rows.backward(call.target, torch.ones(9), stats, whole=False)
 
 
 def sums_of_chunks() -> None:
@@ -154,7 +157,10 @@ CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
         lambda: logprob_and_grad(A, HEAD, TARGETS, lambda logp, a, b: logp, chunk_size=4, backend="triton"),
         {"forward_kernel", "backward_kernel"},
     ),
-    "log-probs by tiles": (log_probs_by_tiles, {"tiles_kernel", "combine_kernel", "rescale_kernel"}),
+    "log-probs by tiles": (
+        log_probs_by_tiles,
+        {"own_kernel", "tiles_kernel", "again_kernel", "combine_kernel", "rescale_kernel"},
+    ),
     "project": (
         lambda: project(A, THINNED, nonfinite="ignore", backend="triton"),
         {"bits_kernel", "places_kernel", "gather_kernel", "add_kernel"},

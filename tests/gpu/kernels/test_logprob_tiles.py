@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 
-from cropi_kernels import linear_logprob, logprob_and_grad
-from cropi_kernels.ops.linear_logprob import chunks, oracle, triton_tiles
+from cropi_kernels import GradientSketcher, SketchSpec, dispatch, linear_logprob, logprob_and_grad
+from cropi_kernels.ops.linear_logprob import chunks, oracle, triton_tile_kernels, triton_tiles
+from cropi_kernels.ops.linear_logprob.api import logprob_and_grad_of
 from cropi_kernels.ops.linear_logprob.contract import RowMath, Settings
 from cropi_kernels.ops.linear_logprob.ops import prepare
 
@@ -24,11 +26,19 @@ def made(
     return hidden, head, torch.randint(0, vocab, (n,), generator=g), torch.randn(n, generator=g)
 
 
-@pytest.fixture(params=[True, False], ids=["tiles", "logits"])
-def by_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    if not request.param:
+@pytest.fixture(params=["anchors of tiles", "anchors of rows", "logits"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "logits":
         monkeypatch.setattr(triton_tiles, "serves", lambda *args: False)
-    return bool(request.param)
+    if request.param == "anchors of rows":
+        anchored_by_row(monkeypatch)
+    return str(request.param)
+
+
+def anchored_by_row(monkeypatch: pytest.MonkeyPatch, far: float = 2.0**12) -> None:
+    """As bfloat16 is, which the interpreter cannot compute; ``far`` for float16, whose largest number is 2^16."""
+    monkeypatch.setattr(triton_tiles, "by_row", lambda dtype: True)
+    monkeypatch.setattr(triton_tile_kernels, "FAR", tl.constexpr(far))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -41,11 +51,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("n, vocab, features", [(1, 1, 8), (3, 255, 64), (130, 257, 72), (5, 700, 136)])
-def test_against_the_formula(by_tiles: bool, n: int, vocab: int, features: int, settings: str) -> None:
+def test_against_the_formula(way: str, n: int, vocab: int, features: int, settings: str) -> None:
     hidden, head, targets, grad = made(n, vocab, features)
     given = dict(SETTINGS[settings])
     cap = given.get("softcap", 0.0)
-    by_tiles = by_tiles and not cap
+    by_tiles = way != "logits"
+    if by_tiles and cap:  # as with "logits"
+        assert not triton_tiles.serves(hidden, head, RowMath(1.0, cap))
+        return
     assert triton_tiles.serves(hidden, head, RowMath(1.0, cap)) == by_tiles
     if given.get("bias"):
         given["bias"] = torch.randn(vocab, generator=torch.Generator().manual_seed(1))
@@ -69,10 +82,66 @@ def test_against_the_formula(by_tiles: bool, n: int, vocab: int, features: int, 
     dz = torch.cat(dzs)
     # Rounded once where logits are kept in float32, twice where a tile's numbers are.
     unit = torch.finfo(HALF).eps / 2 * (2 if by_tiles else 1)
-    assert ((dz - exact).abs() <= (unit + 4e-5) * exact.abs() + 2.0**-24).all()
+    least = torch.full((n, 1), 2.0**-24, dtype=torch.float64)
+    if (
+        way == "anchors of rows"
+    ):  # what is kept is lifted to no other exponents, and is scaled by the row's weight
+        least += 2.0**-24 * grad.double().abs()[:, None] / given.get("temperature", 1.0)
+    assert ((dz - exact).abs() <= (unit + 4e-5) * exact.abs() + least).all()
     assert (dz[targets < 0] == 0).all()
     size = exact.abs() @ head.double().abs()
     assert ((got.double() - dhidden).abs() <= 3 * torch.finfo(HALF).eps * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("far", [1.0, 2.0**8, 2.0**14])
+def test_rows_with_a_factor(monkeypatch: pytest.MonkeyPatch, far: float) -> None:
+    """Times its factor, a row is the gradient: where its tiles share the target's logit as their anchor, where some are
+    far above it and are computed again, and where it does not count."""
+    hidden, head, targets, grad = made(130, 700, 72)
+    targets[4], grad[5], hidden[6] = -100, 0.0, float("nan")
+    grad[6] = 0.0
+    hidden[7] *= 8  # beyond what float16 could hold with the target's logit as its anchor
+    anchored_by_row(monkeypatch, far)
+    anchored = {0: 0, 1: 0}
+    backward = triton_tiles.Tiles.backward
+
+    def counted(self: triton_tiles.Tiles, target: torch.Tensor, *args: Any) -> Any:
+        moved = args[1].top[target >= 0] != self.own[: len(target)][target >= 0]
+        for value in (0, 1):
+            anchored[value] += int((moved == bool(value)).sum())
+        return backward(self, target, *args)
+
+    monkeypatch.setattr(triton_tiles.Tiles, "backward", counted)
+    monkeypatch.setenv("CROPI_KERNELS_BACKEND", "triton")
+    rows: list[torch.Tensor] = []
+    given: dict[str, Any] = {"temperature": 0.8, "bias": torch.randn(700)}
+    weigh = lambda p, a, b: grad[a:b]  # noqa: E731
+    logp, got, _ = logprob_and_grad_of(
+        hidden, head, targets, weigh, **given,
+        on_gradient=lambda a, b, g: rows.append(g.dz.double() * g.factor.double()[:, None]),
+    )  # fmt: skip
+    assert anchored[1] > 100 if far == 1.0 else min(anchored.values()) > 5, anchored
+    sound = torch.arange(130) != 6
+    hidden[6] = 0.0  # it has no gradient, whatever it is
+    wide = {"temperature": 0.8, "bias": given["bias"].double()}
+    right = oracle.linear_logprob(hidden.double(), head.double(), targets, **wide)
+    assert ((logp.double() - right.logp).abs() <= 1e-5 * (1 + right.logp.abs()))[sound].all() and logp[
+        6
+    ].isnan()
+    exact, dhidden = oracle.gradients(grad.double(), hidden.double(), head.double(), targets, **wide)
+    dz = torch.cat(rows)
+    unit = torch.finfo(HALF).eps  # two roundings
+    # The smallest number of float16 times a row's factor, which is below its weight over the temperature.
+    least = 2.0**-24 * grad.double().abs()[:, None] / 0.8
+    assert ((dz - exact).abs() <= (unit + 4e-5) * exact.abs() + least).all()
+    assert (dz[[4, 5, 6]] == 0).all() and (got[[4, 5, 6]] == 0).all()
+    size = exact.abs() @ head.double().abs()
+    assert ((got.double() - dhidden).abs() <= 3 * unit * size + 1e-6).all()
+    asked: list[torch.Tensor] = []  # a caller of the public function gets the gradient itself
+    logprob_and_grad(
+        hidden, head, targets, weigh, **given, on_dlogits=lambda a, b, dz: asked.append(dz.double())
+    )
+    assert ((torch.cat(asked) - exact).abs() <= (unit + 4e-5) * exact.abs() + least + 2.0**-24).all()
 
 
 def test_as_near_as_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +149,8 @@ def test_as_near_as_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, targets, grad = made(40, 600, 64)
     exact, dhidden = oracle.gradients(grad.double(), hidden.double(), head.double(), targets)
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    poisoned = lambda x: x.fill_(float("nan") if x.is_floating_point() else 1)  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
     leaf = hidden.clone().requires_grad_(True)
     logp = linear_logprob(leaf, head, targets, chunk_size=32, backend="triton")
     assert isinstance(logp, torch.Tensor)
@@ -154,3 +224,34 @@ def test_whole_logits_are_cut_by_their_own_size(monkeypatch: pytest.MonkeyPatch)
     call = prepare(hidden, head, targets, None, settings)
     whole = prepare(hidden, head, targets, None, settings, whole=True)
     assert (call.chunk, whole.chunk) == (256, 128) and whole.tiles is None is not call.tiles
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi"])
+def test_a_pass_by_rows_with_factors(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The head's own sketch and all behind it; phi's head has a bias, whose gradient is a sum over whole rows."""
+    zoo = pytest.importorskip("support.zoo")
+    spec = SketchSpec(width=16, vocab_width=64)
+    model = zoo.make(name, HALF, num_hidden_layers=1)
+    own = zoo.sketches(model, zoo.gradients(model), spec, (), torch.float32)
+    served, compute = [], triton_tiles.Tiles.backward
+
+    def backward(self: triton_tiles.Tiles, *args: Any, **kwargs: Any) -> Any:
+        gradient = compute(self, *args, **kwargs)
+        served.append(gradient.factor is not None)
+        return gradient
+
+    anchored_by_row(monkeypatch)
+    monkeypatch.setattr(triton_tiles.Tiles, "backward", backward)
+    # The interpreter's own kernels take minutes for what is tested elsewhere.
+    choose = dispatch.choose
+    monkeypatch.setattr(
+        dispatch, "choose",
+        lambda op, *args, **rest: "triton" if op == "linear_logprob" else choose(op, *args, **rest),
+    )  # fmt: skip
+    with GradientSketcher(model, spec, verify=False) as sketcher:
+        got = zoo.LAYOUTS["padded"]().sketch(sketcher).sketches
+    assert set(served) == {name == "qwen2"}
+    exact = zoo.sketches(model, zoo.gradients(model.double()), spec)
+    error, allowed = (got - exact).norm(dim=1), (own - exact).norm(dim=1)
+    assert (error <= 2 * allowed).all(), (error, allowed)
+    assert (allowed <= 0.1 * exact.norm(dim=1)).all(), "a yardstick this long measures nothing"
