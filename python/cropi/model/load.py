@@ -287,7 +287,11 @@ def _load_tokenizer(name: str, source: str, options: dict[str, Any], eos: bool) 
     try:
         tokenizer = loader.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {name!r}: its tokenizer cannot be loaded: {error}") from error
+        raise ValueError(
+            f"model {name!r}: its tokenizer cannot be loaded ({' '.join(str(error).split())}); save one beside the "
+            "weights (tokenizer.save_pretrained), or give the loaded model in Python, which needs none where records "
+            "hold token ids"
+        ) from error
     if eos and tokenizer.eos_token_id is None:
         raise ValueError(
             f"model {name!r}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json, or have none "

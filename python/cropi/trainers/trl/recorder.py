@@ -56,7 +56,8 @@ class Recorder:
     """The rollouts of one GRPOTrainer, from generation to :class:`RolloutLog`.
 
     Log-probs are taken from the forward pass of the loss where the policy has not moved since it generated (then TRL
-    computes no others), otherwise they are TRL's "old" log-probs. Both are at the sampling temperature.
+    computes no others), otherwise they are TRL's "old" log-probs; those of responses that TRL masks whole are computed
+    here, and a ``rollout_func`` may give its own. All but these are at the sampling temperature.
 
     Args:
         trainer: has been built.
