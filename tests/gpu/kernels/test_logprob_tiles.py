@@ -83,9 +83,8 @@ def test_against_the_formula(way: str, n: int, vocab: int, features: int, settin
     # Rounded once where logits are kept in float32, twice where a tile's numbers are.
     unit = torch.finfo(HALF).eps / 2 * (2 if by_tiles else 1)
     least = torch.full((n, 1), 2.0**-24, dtype=torch.float64)
-    if (
-        way == "anchors of rows"
-    ):  # what is kept is lifted to no other exponents, and is scaled by the row's weight
+    # What is kept is lifted to no other exponents, and is scaled by the row's weight.
+    if way == "anchors of rows":
         least += 2.0**-24 * grad.double().abs()[:, None] / given.get("temperature", 1.0)
     assert ((dz - exact).abs() <= (unit + 4e-5) * exact.abs() + least).all()
     assert (dz[targets < 0] == 0).all()
