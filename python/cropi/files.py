@@ -50,15 +50,28 @@ def in_words(error: Exception) -> Exception:
 def failure_of(error: BaseException | None) -> OSError | None:
     """The failing disk, or the limit, that an error of another library comes from; None: it is another error.
 
-    Libraries that are written in Rust (safetensors, tokenizers) tell the number in words alone.
+    Libraries that are written in Rust (safetensors, tokenizers) tell the number in words alone, or say of a file that
+    cannot be opened that there is none.
     """
     while error is not None:
         told = re.search(r"\(os error (\d+)\)", str(error))
         number = int(told[1]) if told else getattr(error, "errno", None)
+        denied = re.fullmatch("No such file or directory: (.+)", str(error))
+        if number is None and denied and os.path.isfile(denied[1]):
+            number = _opening(denied[1])
         if number in FAILING:
             return OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
     return None
+
+
+def _opening(path: str) -> int:
+    """The error of opening a file that could not be opened a moment ago."""
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        return error.errno or errno.EIO
+    return errno.EIO  # it opens now, and is there: the disk failed once
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ import pyarrow.parquet
 import pytest
 import torch
 from data.make_formats import HERE, records
-from support.made_data import make_model
+from safetensors.torch import save_file
+from support.made_data import make_model, make_tokenizer
 from support.made_dumps import KINDS, MORE, made, write
 
 from cropi import files
@@ -32,7 +33,7 @@ from cropi.data.readers import read
 from cropi.data.scan import scan
 from cropi.errors import CropiError
 from cropi.gradient.template import template_text
-from cropi.model.load import load_generation_config
+from cropi.model.load import load_generation_config, load_model
 from cropi.model.moments import file_of, read_moments
 from cropi.ranking.selection import read_selection
 from cropi.sealed import read_sealed, summed
@@ -279,3 +280,32 @@ def test_a_generation_config_that_cannot_be_read_is_not_taken_for_none(
             load_generation_config(tmp_path, model.config)
     Failing.path.unlink()
     assert load_generation_config(tmp_path, model.config).eos_token_id == model.config.eos_token_id
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, 0], ids=["descriptors", "for a moment"])
+def test_weights_that_cannot_be_opened_are_not_said_to_be_missing(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As safetensors says."""
+    make_model().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    weights, right = tmp_path / "model.safetensors", os.open
+    save_file({"w.exp_avg_sq": torch.ones(2)}, tmp_path / "optimizer.safetensors")
+
+    def refuse(path: Any, *words: Any, **named: Any) -> int:
+        if number and Path(path).suffix == weights.suffix:
+            raise OSError(number, os.strerror(number), str(path))
+        return right(path, *words, **named)
+
+    def unopened(path: Any, *words: Any, **named: Any) -> Any:
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    said = os.strerror(number or errno.EIO).lower()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        patched.setattr("transformers.modeling_utils.safe_open", unopened)
+        patched.setattr("safetensors.torch.load_file", unopened)
+        with pytest.raises(CropiError, match=f"model '{tmp_path}' cannot be read: {said}; "):
+            load_model(str(tmp_path))
+        with pytest.raises(CropiError, match=f"cannot read {tmp_path}/optimizer.safetensors: {said}; "):
+            read_moments(tmp_path / "optimizer.safetensors", make_model())

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional, shown
-from cropi.files import entries, reading
+from cropi.files import entries, failure_of, reading, reason
 from cropi_kernels import canonical_name
 
 SECOND = "exp_avg_sq"
@@ -138,6 +138,8 @@ def _loaded(path: Path, load: Callable[[Path], Any]) -> Any:
     except CropiError:
         raise
     except Exception as error:  # the loaders have errors of their own
+        if failure := failure_of(error):
+            raise CropiError(f"cannot read {path}: {reason(failure)}") from error
         raise CropiError(
             f"optimizer_state: {path} cannot be read ({shown(str(error), 300)}); {GIVE}"
         ) from error
