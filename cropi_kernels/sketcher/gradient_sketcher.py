@@ -267,6 +267,7 @@ class GradientSketcher:
             position_ids: as the model takes them. Several sequences in one row need a model that keeps them apart by
                 these (Falcon, for one, does not), or a 4-D mask.
             temperature: log-probs are those of softmax(logits / temperature), and so is the gradient.
+            model_kwargs: more inputs of the model by name, such as ``token_type_ids``; its ``forward`` must take them.
 
         Logits exist for scored tokens only, one chunk at a time; no weight gradient is formed. The pass runs in the
         dtypes of the weights: autocast, the caller's or a trainer's around the model, does not apply. Small weights do

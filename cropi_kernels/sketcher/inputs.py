@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+# What a pass gives to the model itself: see `model_inputs`.
+_OWN = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "labels",
+    "past_key_values",
+    "use_cache",
+)
 
 
 def check_tensors(**given: object) -> None:
@@ -87,7 +101,11 @@ def model_inputs(
     """What the decoder is called with beside the tokens.
 
     Bool 4-D masks (True where to attend) become additive for eager attention, which adds what it is given.
+
+    Raises:
+        ValueError: ``more`` holds what has an argument of its own, or what the model does not take.
     """
+    _check_more(model, more)
     inputs = dict(more or {})
     if attention_mask is not None:
         kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -99,3 +117,31 @@ def model_inputs(
     if position_ids is not None:
         inputs["position_ids"] = position_ids
     return inputs
+
+
+def _check_more(model: nn.Module, more: Any) -> None:
+    """Check the names of ``model_kwargs``: a model that passes on whatever it is given takes a wrong one in silence."""
+    if more is None:
+        return
+    if not isinstance(more, Mapping):
+        raise ValueError(
+            f"model_kwargs is a {type(more).__name__}: give a dictionary of the model's inputs by name"
+        )
+    if own := [name for name in more if name in _OWN]:
+        raise ValueError(
+            f"model_kwargs holds {', '.join(own)}, which the pass gives to the model itself: leave it out, or use the "
+            "argument of that name"
+        )
+    # Of transformers' models alone, and of those in a wrapper, which takes anything.
+    forwards = [part.forward for part in model.modules() if hasattr(part, "base_model_prefix")]
+    known = {name for forward in forwards for name in inspect.signature(forward).parameters}
+    known |= set(
+        getattr(
+            getattr(sys.modules.get("transformers.utils"), "TransformersKwargs", None), "__annotations__", ()
+        )
+    )
+    if forwards and (unknown := [name for name in more if name not in known]):
+        raise ValueError(
+            f"model_kwargs holds {', '.join(map(repr, unknown))}, which {type(model).__name__} does not take; it takes "
+            f"{', '.join(sorted(known - {'self', 'args', 'kwargs', *_OWN}))}"
+        )

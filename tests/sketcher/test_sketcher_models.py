@@ -68,6 +68,16 @@ def test_families_and_layouts(name: str, layout: str) -> None:
     assert result.weights.tolist() == zoo.weights_of(zoo.padded()).tolist()
 
 
+def test_more_inputs_of_the_model() -> None:
+    """GPT-2 looks token types up in its tied embedding, too: three uses of one weight."""
+    model, batch = zoo.make("gpt2"), zoo.padded()
+    more = {"token_type_ids": batch.input_ids % 3}
+    with GradientSketcher(model, SPEC) as sketcher:
+        got = batch.sketch(sketcher, model_kwargs=more).sketches
+    wide, own = zoo.gradients(zoo.make("gpt2").double(), **more), zoo.gradients(model, **more)
+    assert_close(got, model, SPEC, wide, own)
+
+
 def test_log_probs_are_the_models_own() -> None:
     model, batch = zoo.make("gemma2"), zoo.padded()
     with GradientSketcher(model, SPEC) as sketcher:

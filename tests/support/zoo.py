@@ -177,8 +177,8 @@ def fail_in_block(sketcher: GradientSketcher, model: nn.Module, batch: Batch) ->
 
 
 # ----------------------------------------------------------------------------------------------- oracle
-def gradients(model: nn.Module, temperature: float = 1.0) -> list[dict[str, torch.Tensor]]:
-    """Ordinary autograd gradient of every segment, in the model's dtype, on padded rows."""
+def gradients(model: nn.Module, temperature: float = 1.0, **more: Any) -> list[dict[str, torch.Tensor]]:
+    """Ordinary autograd gradient of every segment, in the model's dtype, on padded rows; ``more`` goes to the model."""
     batch = padded()
     segment = batch.segments[batch.positions // batch.input_ids.shape[1]]
     out = []
@@ -189,7 +189,9 @@ def gradients(model: nn.Module, temperature: float = 1.0) -> list[dict[str, torc
         )
         mask = batch.attention_mask
         out.append(
-            exact_gradient(model, batch.input_ids, attention_mask=mask, temperature=temperature, **chosen)
+            exact_gradient(
+                model, batch.input_ids, attention_mask=mask, temperature=temperature, **chosen, **more
+            )
         )
     return out
 
