@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from cropi.data.readers import read
 from cropi.errors import CropiError, shown
 from cropi.files import reading, replacing
 from cropi.form import check_form, is_number
+from cropi.ranking.repeated import Hashes
 from cropi.ranking.scores import Scores
 from cropi.sealed import check_sums, summed
 
@@ -59,7 +59,7 @@ def selected_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     them. Raises as :func:`read_selection` does."""
     check_sums(path)
     said = f"selection: {path} is not what `cropi select` writes"
-    seen: set[str] = set()
+    seen = Hashes()
     checked = without = 0  # lines that carry a checksum, and the number of the first that does not
     try:
         for number, row in enumerate(_rows(Path(path)), 1):
@@ -69,17 +69,19 @@ def selected_rows(path: str | Path) -> Iterator[dict[str, Any]]:
                 raise _damaged(path, number)
             checked, without = checked + bool(check), without or number * (not check)
             seen.add(str(row["id"]))
-            if len(seen) < number:
-                _name_twice(path)
             yield row
     except (ValueError, RecursionError) as error:
         if isinstance(error, CropiError):
             raise
         raise CropiError(f"{said} ({error})") from error
-    if not seen:
+    if not len(seen):
         raise CropiError(f"selection: {path} is empty; make it by `cropi select`")
     if checked and without:  # files of the first release, and of others, have none
         raise _damaged(path, without)
+    if (twice := seen.repeated(str(row["id"]) for row in _rows(Path(path)))) is not None:
+        raise CropiError(
+            f"selection: {path} names {shown(twice[0])} {twice[1]} times; leave all but one of the lines out"
+        )
 
 
 def _rows(path: Path) -> Iterator[Any]:
@@ -99,13 +101,6 @@ def _damaged(path: str | Path, number: int) -> CropiError:
     return CropiError(
         f"selection: line {number} of {path} is damaged: its checksum does not match; make it again with "
         "`cropi select` (lines that you write yourself need an id alone)"
-    )
-
-
-def _name_twice(path: str | Path) -> None:
-    name, count = Counter(str(row["id"]) for row in _rows(Path(path))).most_common(1)[0]
-    raise CropiError(
-        f"selection: {path} names {shown(name)} {count} times; leave all but one of the lines out"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any, overload
@@ -10,6 +9,7 @@ from typing import Any, overload
 import numpy as np
 
 from cropi.errors import shown
+from cropi.ranking.repeated import Hashes
 from cropi.store.rows import FAILED, OK, SCORED_AT, SKIPPED, RowInfo
 
 STATUSES = {OK, FAILED, SKIPPED}
@@ -54,9 +54,8 @@ class TableRows(Sequence[RowInfo]):
         Raises:
             ValueError: a prompt twice, a column of another kind, or a value that no prompt has.
         """
-        if len(set(self.ids)) < len(self.ids):
-            name, count = Counter(self.ids).most_common(1)[0]
-            raise ValueError(f"the prompt {shown(name)} is there {count} times")
+        if (twice := Hashes(self.ids).repeated(self.ids)) is not None:
+            raise ValueError(f"the prompt {shown(twice[0])} is there {twice[1]} times")
         for key in REQUIRED & self._columns.keys():
             column = self._columns[key]
             wrong = column.wrong
