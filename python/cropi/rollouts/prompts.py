@@ -5,8 +5,9 @@ Of a record that was rolled out before, the prompt is taken and the responses ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import pickle
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cropi.data.chat import plain_messages
@@ -29,21 +30,30 @@ OLD = {
 _NAMES = ("prompt", "messages", "question", "problem", "query", "instruction", "input", "text")
 
 
-@dataclass(frozen=True)
 class Prompt:
     """One prompt.
 
     Attributes:
         id: unique.
-        row: what the record keeps of it: ``id``, ``prompt``, ``answer``, ``task`` and the user's own columns.
+        row: what the record keeps of it: ``id``, ``prompt``, ``answer``, ``task`` and the user's own columns; of one
+            that is :meth:`packed` made anew each time.
         ids: its token ids.
         where: ``file:line``, for messages.
     """
 
-    id: str
-    row: dict[str, Any]
-    ids: list[int]
-    where: str
+    __slots__ = ("_row", "id", "ids", "where")
+
+    def __init__(self, id: str, row: dict[str, Any] | bytes, ids: Sequence[int], where: str) -> None:
+        self.id, self._row, self.ids, self.where = id, row, ids, where
+
+    @classmethod
+    def packed(cls, id: str, row: dict[str, Any], ids: Sequence[int], where: str) -> Prompt:
+        """A prompt that takes the memory of its text and four bytes a token: a rollout holds all of its prompts."""
+        return cls(id, pickle.dumps(row, pickle.HIGHEST_PROTOCOL), array("i", ids), where)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return pickle.loads(self._row) if isinstance(self._row, bytes) else self._row
 
 
 def read_prompts(
@@ -72,7 +82,7 @@ def read_prompts(
         RecordError: a bad row: no prompt, an id used twice, or a prompt that leaves no room.
     """
     names, prompts_read, bad = parse_columns(columns), list[Prompt](), list[RecordError]()
-    seen: dict[str, str] = {}
+    seen: dict[str, int] = {}
     hashed: bool | None = None
     for part in sources_of(source, "prompts"):
         empty = True
@@ -87,7 +97,8 @@ def read_prompts(
                 made = _prompt(record, where, tokens, hashed, system, room)
                 if made.id in seen:
                     raise RecordError(
-                        where, f"the prompt id {made.id!r:.100} was used before, at {seen[made.id]}",
+                        where, f"the prompt id {made.id!r:.100} was used before, at "
+                        f"{prompts_read[seen[made.id]].where}",
                         "two rows have the same prompt and answer: remove one, or pass --skip-bad"
                         if hashed else "give every prompt its own id, or pass --skip-bad to keep the first",
                     )  # fmt: skip
@@ -96,7 +107,7 @@ def read_prompts(
                     raise
                 bad.append(error)
                 continue
-            seen[made.id] = where
+            seen[made.id] = len(prompts_read)
             prompts_read.append(made)
         if empty and (limit is None or len(prompts_read) < limit):
             raise CropiError(
@@ -169,7 +180,7 @@ def _prompt(
             where, f"the prompt {name!r:.100} has {len(ids)} tokens and a response may have {room}, but the model's "
             f"context is {tokens.context}", "give a smaller --max-tokens, or pass --skip-bad to leave such prompts out",
         )  # fmt: skip
-    return Prompt(name, {"id": name, **{k: v for k, v in record.items() if k != "id"}}, ids, where)
+    return Prompt.packed(name, {"id": name, **{k: v for k, v in record.items() if k != "id"}}, ids, where)
 
 
 def _with_system(record: dict[str, Any], system: str, where: str) -> list[dict[str, Any]]:
