@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.bulk import check_bulk
-from cropi.data import saved
+from cropi.data import coded, saved
 from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.identity import dataset_ids
 from cropi.data.lines import MARK, lines_of
@@ -275,7 +275,7 @@ def read_dataset(path: Any) -> Any:
 def _dataset_in(path: Path) -> Any:
     if path.suffix == ".parquet":
         with reading(path):
-            return optional("pyarrow.parquet").read_table(path)
+            return coded.table_of(path)
     if path.suffix not in (".jsonl", ".json"):
         raise CropiError(f"dataset: {path} should end in .parquet, .jsonl or .json")
     try:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, optional
 from cropi.files import reason
 
 # So much is kept in memory before there is a file.
@@ -41,6 +41,23 @@ class Spilled:
     def close(self) -> None:
         """Remove the file."""
         self._file.close()
+
+
+def mapped(schema: Any, batches: Iterator[Any]) -> Any:
+    """A pyarrow table of record batches whose bytes are in a temporary file, not in memory.
+
+    Raises:
+        CropiError: as :func:`temporary`; what the system says of the batches' source stays as it is.
+    """
+    pyarrow = optional("pyarrow")
+    with temporary():
+        kept = tempfile.NamedTemporaryFile(prefix="cropi-", suffix=".arrow")
+    with kept:
+        with pyarrow.ipc.new_stream(kept.name, schema) as out:
+            for batch in batches:
+                with temporary():
+                    out.write_batch(batch)
+        return pyarrow.ipc.open_stream(pyarrow.memory_map(kept.name)).read_all()
 
 
 def copy_to_temporary(source: IO[bytes], target: IO[bytes]) -> None:

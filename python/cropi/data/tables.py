@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cropi.data import coded
 from cropi.data.columns import table_groups
 from cropi.data.formats import ARROW_FILE, PARQUET
 from cropi.data.values import without_empty
@@ -65,7 +66,7 @@ def rows_of_table_file(
     pyarrow, name = optional("pyarrow"), shown or str(path)
     wanted, start = None if only is None else np.asarray(only), 0
     try:
-        for start, batch in _parquet(path, wanted) if form == PARQUET else _arrow(path, form):
+        for start, batch in _parquet(path, wanted, name) if form == PARQUET else _arrow(path, form, name):
             end = start + batch.num_rows
             numbers: Sequence[int] = range(start, end)
             if wanted is not None:
@@ -161,13 +162,15 @@ def rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
         yield TableRow(zip(names, row))
 
 
-def _parquet(path: Path, wanted: np.ndarray | None) -> Iterator[tuple[int, Any]]:
+def _parquet(path: Path, wanted: np.ndarray | None, name: str) -> Iterator[tuple[int, Any]]:
     """Batches and the number of their first row; row groups without a row that is wanted are left out."""
-    with optional("pyarrow.parquet").ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
+    file, _ = coded.opened(path, pre_buffer=False, buffer_size=BUFFER)
+    with file:
         meta = file.metadata
         parts = [meta.row_group(i) for i in range(meta.num_row_groups)]
         starts = np.cumsum([0, *(part.num_rows for part in parts)])
-        size = sum(part.total_byte_size for part in parts)
+        # Runs of equal numbers take next to nothing in the file.
+        size = max(sum(part.total_byte_size for part in parts), coded.least_size(file, path) // 4)
         rows = max(1, min(int(BATCH_BYTES / max(size / max(meta.num_rows, 1), 1)), MOST_ROWS))
         together = (
             [range(len(parts))]
@@ -180,12 +183,14 @@ def _parquet(path: Path, wanted: np.ndarray | None) -> Iterator[tuple[int, Any]]
         )
         for some in together:
             first = int(starts[some.start])
-            for batch in file.iter_batches(batch_size=rows, row_groups=list(some)):
+            for batch in coded.unfolded(
+                file.iter_batches(batch_size=rows, row_groups=list(some)), path, name
+            ):
                 yield first, batch
                 first += batch.num_rows
 
 
-def _arrow(path: Path, form: str) -> Iterator[tuple[int, Any]]:
+def _arrow(path: Path, form: str, name: str) -> Iterator[tuple[int, Any]]:
     """Batches and the number of their first row."""
     pyarrow, first = optional("pyarrow"), 0
     with pyarrow.memory_map(str(path)) as source:
@@ -194,7 +199,7 @@ def _arrow(path: Path, form: str) -> Iterator[tuple[int, Any]]:
             batches: Iterator[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             batches = iter(pyarrow.ipc.open_stream(source))
-        for batch in batches:
+        for batch in coded.unfolded(batches, path, name):
             rows = max(1, min(int(BATCH_BYTES / max(batch.nbytes / max(batch.num_rows, 1), 1)), MOST_ROWS))
             for start in range(0, batch.num_rows, rows):
                 yield first + start, batch.slice(start, rows)

@@ -10,11 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cropi.data import coded
 from cropi.errors import CropiError, optional, printable, shown
 from cropi.files import reading, replacing
 from cropi.form import check_form, is_writable
@@ -120,28 +122,27 @@ def read_scores(
     Raises:
         CropiError: the file does not exist, is damaged, or is not a score table.
     """
-    parquet, file = optional("pyarrow.parquet"), Path(path)
+    file = Path(path)
     if not os.path.isfile(file):
         raise CropiError(
             f"{file}: there is no such score table; make one with `cropi influence --out {file}`"
         )
     try:
-        with (
-            reading(file, missing=True),
-            parquet.ParquetFile(
+        with reading(file, missing=True), ExitStack() as stack:
+            table, schema = coded.opened(
                 file, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 18
-            ) as opened,
-        ):
-            metadata = opened.schema_arrow.metadata or {}
+            )
+            stack.enter_context(table)
+            metadata = schema.metadata or {}
             text = metadata[b"cropi"].decode("utf-8")
             meta = json.loads(text)
             check_form(meta, META, f"{file} is damaged", "make it again with `cropi influence`")
             if not is_writable(meta):
                 raise ValueError("its metadata holds half a character")
-            seal = _sealed(opened.schema_arrow, opened.metadata.num_rows, text)
+            seal = _sealed(schema, table.metadata.num_rows, text)
             # Files of the first release have no checksum.
             intact = metadata.get(b"cropi_sha256", seal.encode()).decode() == seal
-            scores = _scores(file, opened, meta, only, errors, contributions)
+            scores = _scores(file, table, meta, only, errors, contributions)
     except CropiError:
         raise
     except (*DAMAGED, optional("pyarrow").ArrowException) as error:
@@ -181,7 +182,8 @@ def _scores(
     parts = np.full((count, len(sets), len(groups)), np.nan) if groups else None
     names_of_parts = _parts(sets, groups)
     columns = [*rows.columns, *(f"{kind}[{name}]" for kind in kinds for name in sets), *names_of_parts]
-    for batch in file.iter_batches(8192, columns=columns + ["p_selected"] * (drawn is not None)):
+    wanted_columns = columns + ["p_selected"] * (drawn is not None)
+    for batch in coded.unfolded(file.iter_batches(8192, columns=wanted_columns), path):
         begin = len(rows)
         rows.add(batch)
         for kind, table in numbers.items():
