@@ -12,14 +12,8 @@ from torch import nn
 
 # What a pass gives to the model itself: see `model_inputs`.
 _OWN = (
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "labels",
-    "past_key_values",
-    "use_cache",
-)
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "past_key_values", "use_cache",
+)  # fmt: skip
 
 
 def check_tensors(**given: object) -> None:
@@ -135,11 +129,8 @@ def _check_more(model: nn.Module, more: Any) -> None:
     # Of transformers' models alone, and of those in a wrapper, which takes anything.
     forwards = [part.forward for part in model.modules() if hasattr(part, "base_model_prefix")]
     known = {name for forward in forwards for name in inspect.signature(forward).parameters}
-    known |= set(
-        getattr(
-            getattr(sys.modules.get("transformers.utils"), "TransformersKwargs", None), "__annotations__", ()
-        )
-    )
+    common = getattr(sys.modules.get("transformers.utils"), "TransformersKwargs", None)
+    known |= set(getattr(common, "__annotations__", ()))
     if forwards and (unknown := [name for name in more if name not in known]):
         raise ValueError(
             f"model_kwargs holds {', '.join(map(repr, unknown))}, which {type(model).__name__} does not take; it takes "
