@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from . import _spec_base as base
 
@@ -14,6 +14,7 @@ VERSION = 1  # of the integers behind a sketch; rises whenever one hash, sign or
 # Kinds whose integers have changed since version 1. From version 2 on, these two are the CountSketch of
 # `cropi_kernels.project`: a change of its version raises theirs.
 VERSIONS: dict[str, int] = {"countsketch": 2, "dropout": 2}
+FOLDS = {"width": 1 << 16, "vocab_width": 1 << 20}  # fields of kind slab alone, and the largest values
 SLAB_SIZE = 32768  # entries of one slab; smaller sketches are folded from it, larger ones use several
 
 
@@ -33,7 +34,7 @@ class SketchSpec(base.Spec):
             sides) and ``tensor`` (TensorSketch by FFT).
         width: features that a linear layer's inputs are folded to before the sketch, a power of two from 16 on, or
             ``None`` for no fold. Divides the matrix work by ``in_features / width``. Of ``slab`` alone: the other kinds
-            fold nothing, whatever stands here (specs that are stored have any value; options of `cropi` refuse one).
+            fold nothing, and take the default and ``None`` alone (:meth:`from_dict` takes what stored specs have).
         vocab_width: rows that a tied head / embedding is folded to, a power of two, or ``None`` for no fold; likewise.
         keep: share of the coordinates that ``dropout`` keeps, in (0, 1]; rounded to 65536ths.
         seed: any integer >= 0; different seeds are independent sketches.
@@ -56,19 +57,45 @@ class SketchSpec(base.Spec):
 
     def __post_init__(self) -> None:
         self._hold(dim=base.check_power_of_two("dim", self.dim, 64, 1 << 20))
-        for name, most in (("width", 1 << 16), ("vocab_width", 1 << 20)):
-            if (value := getattr(self, name)) is not None:
-                self._hold(**{name: base.check_power_of_two(name, value, 16, most, " or None for no fold")})
+        for name in FOLDS:
+            self._hold(**{name: _check_fold(name, getattr(self, name))})
         self._hold(kind=base.check_kind(self.kind, KINDS), seed=base.check_int("seed", self.seed, 0))
         self._hold(keep=base.check_keep(self.keep))
         if self.keep != 1.0 and self.kind != "dropout":
             raise ValueError(f"keep={self.keep!r} needs kind='dropout', not kind={self.kind!r}")
+        for about in dataclasses.fields(self):
+            value = getattr(self, about.name)
+            if about.name in FOLDS and self.kind != "slab" and value not in (about.default, None):
+                raise ValueError(
+                    f"{about.name}={value!r} needs kind='slab'; kind={self.kind!r} folds nothing: leave it out"
+                )
         built = VERSIONS.get(self.kind, VERSION)
         given = built if self.version is None else self.version
         self._hold(version=base.check_version(given, built, "sketch", "sketches", f" of kind={self.kind!r}"))
         super().__post_init__()
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SketchSpec:
+        """The spec with these fields, as it was stored: with any fold, whether its kind looks at it or not.
+
+        Raises:
+            ValueError: names the field that is unknown, or has a value that it may not have.
+        """
+        unused = [name for name in FOLDS if name in fields and fields.get("kind", "slab") != "slab"]
+        spec = super().from_dict({name: value for name, value in fields.items() if name not in unused})
+        spec._hold(**{name: _check_fold(name, fields[name]) for name in unused})
+        base.Spec.__post_init__(spec)  # its recipe has them
+        return spec
+
     @property
     def base_dim(self) -> int:
         """Numbers that the kernels accumulate into; reduced to ``dim`` at the end."""
         return max(self.dim, SLAB_SIZE) if self.kind == "slab" else self.dim
+
+
+def _check_fold(name: str, value: Any) -> int | None:
+    return (
+        None
+        if value is None
+        else base.check_power_of_two(name, value, 16, FOLDS[name], " or None for no fold")
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,17 @@ def test_kinds_refuse_what_they_do_not_look_at(given: dict[str, Any], name: str)
         Sketch(**given)
     with pytest.raises(CropiError, match=f"{name} .* is of no use here"):
         cropi.sketch("a/model/that/is/not/there", RECORDS, **given)  # before the model is looked for
-    if name == "keep":
-        with pytest.raises(ValueError, match=f"keep={given[name]} needs kind="):
-            SketchSpec(**given)
-    else:  # as specs that are stored have it
-        assert SketchSpec(**given).kind == given["kind"]
+    with pytest.raises(ValueError, match=f"{name}={given[name]} needs kind="):
+        SketchSpec(**given)
+    if name != "keep":  # what was stored is read as it is, and stays what it is
+        spec = SketchSpec.from_dict(given)
+        assert spec.to_dict() == SketchSpec(kind=given["kind"]).to_dict() | given
+        again = (
+            SketchSpec.from_dict(spec.to_dict()),
+            SketchSpec.from_recipe(spec.recipe),
+            pickle.loads(pickle.dumps(spec)),
+        )
+        assert set(again) == {spec} and {one.fingerprint() for one in again} == {spec.fingerprint()}
 
 
 @pytest.mark.long

@@ -62,6 +62,9 @@ CASES: list[tuple[Callable[[], object], str, str]] = [
     (lambda: SketchSpec(dim=True), "dim=True", "power of two"),
     (lambda: SketchSpec(width=8), "width=8", "power of two from 16 to 65536 or None for no fold"),
     (lambda: SketchSpec(width=48), "width=48", "or None"),
+    (lambda: SketchSpec(kind="kron", width=16), "width=16 needs kind='slab'", "folds nothing: leave it out"),
+    (lambda: SketchSpec(kind="dropout", vocab_width=64), "vocab_width=64 needs kind='slab'", "leave it out"),
+    (lambda: SketchSpec.from_dict({"kind": "kron", "width": 48}), "width=48", "or None"),
     (lambda: SketchSpec(vocab_width=5), "vocab_width=5", "or None"),
     (lambda: SketchSpec(kind="gauss"), "kind='gauss'", "slab, countsketch, dropout, kron, tensor"),  # type: ignore[arg-type]
     (lambda: SketchSpec(seed=-1), "seed=-1", "integer >= 0"),

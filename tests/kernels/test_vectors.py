@@ -56,7 +56,7 @@ def dense(entries: list[list[float]], size: int) -> torch.Tensor:
 
 
 def spec_of(case: dict[str, Any]) -> SketchSpec:
-    return SketchSpec(**case["spec"])
+    return SketchSpec.from_dict(case["spec"])
 
 
 # ------------------------------------------------------------------------------------------------- draws

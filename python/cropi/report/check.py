@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ def check_groups(
         some: Sequence[TokenGroup], seed: int = spec.seed, **changes: Any
     ) -> tuple[torch.Tensor, Any]:
         options: dict[str, Any] = {"layout": "auto", "tokens_per_batch": tokens_per_batch} | changes
-        job = SketchJob((), None, replace(spec, seed=seed), exclude=exclude, estimator=estimator)
+        job = SketchJob((), None, _seeded(spec, seed), exclude=exclude, estimator=estimator)
         with open_store(policy, job, source) as store:
             summary = sketch_groups(
                 policy, some, store, estimator, behaviour=source, exclude=exclude, **options
@@ -116,7 +115,7 @@ def check_groups(
         exact = exact_bytes(policy, coverage.names, len(sample)) <= EXACT_LIMIT
     # Gradients that are formed one by one (few models have some) are formed for one sketch at a time.
     count = 0 if exact else 1 if coverage.by_kind.get("exact") else SEEDS
-    others = Others([replace(spec, seed=spec.seed + 1 + i) for i in range(count)])
+    others = Others([_seeded(spec, spec.seed + 1 + i) for i in range(count)])
     say(f"sketching {len(sample)} prompts" + (f", by {count} other seeds too" if count > 1 else ""))
     begun = time.monotonic()
     first, summary = sketched(sample, others=others if count > 1 else None)
@@ -195,6 +194,11 @@ def _invariances(
             report.attention = _difference(sketched(few, layout="padded")[0], want)
         finally:
             model.set_attn_implementation(before)
+
+
+def _seeded(spec: SketchSpec, seed: int) -> SketchSpec:
+    """The spec with another seed; of one that was stored, all else stays as it is."""
+    return SketchSpec.from_dict(spec.to_dict() | {"seed": seed})
 
 
 def _coverage(policy: Policy, spec: SketchSpec, exclude: Sequence[str]) -> Coverage:
