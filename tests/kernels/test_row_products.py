@@ -85,6 +85,13 @@ def test_equal_rows_have_equal_bits_wherever_they_stand(level: int, kind: str) -
     assert torch.equal(one_by_one, want[0]), "nor on the other directions"
 
 
+def test_the_number_of_threads_changes_no_bit() -> None:
+    rows, directions = torch.randn(300, 96), torch.randn(4, 96)
+    alone = row_products(rows, directions, threads=1)
+    for threads in (2, 3, None):
+        assert all(map(torch.equal, row_products(rows, directions, threads=threads), alone))
+
+
 def test_not_a_number_stays_in_its_row() -> None:
     rows = torch.randn(20, 64)
     clean = row_products(rows, rows[:3])
@@ -123,6 +130,9 @@ def test_strides_and_the_graph_do_not_matter() -> None:
         ({"scale": torch.ones(2, 3)}, "scale has 3 blocks, which do not divide 8 entries"),
         ({"scale": torch.ones(3, 1)}, r"give float32 \[2, blocks\]"),
         ({"rows": torch.ones(2, 8).to_sparse()}, "rows"),
+        ({"threads": 0}, "threads=0: give a number from 1 to 1024, or None"),
+        ({"threads": -1}, "threads=-1: give a number from 1 to 1024"),
+        ({"threads": 10**9}, "threads=1000000000: give a number from 1 to 1024"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:

@@ -40,9 +40,11 @@ def row_products(
     (tensor([[-0.5000]], dtype=torch.float64), tensor([6.2500], dtype=torch.float64))
 
     Raises:
-        ValueError: names the operand whose shape, dtype or device is wrong.
+        ValueError: names the operand whose shape, dtype or device is wrong, or the number of threads.
         RuntimeError: the backend that was named cannot serve the call; says why.
     """
     scale = None if scale is None else plain(scale)
+    if threads is not None:
+        ops.check_threads(threads, least=1)
     made = ops.ROWS(plain(rows), plain(directions), scale, bits or 0, threads or 0, backend)
     return made[:, :-1], made[:, -1]

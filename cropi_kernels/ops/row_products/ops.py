@@ -10,6 +10,7 @@ from .._checks import check_devices, check_plain
 from . import cpu, reference
 
 REMEDY = "give fewer rows a call"
+MOST_THREADS = 1024  # OpenMP takes any number, and ends the process where it cannot start them
 
 
 def _rows(
@@ -38,7 +39,14 @@ def _rows_fake(
     backend: str | None,
 ) -> torch.Tensor:
     _check(rows, directions, scale, bits)
+    check_threads(threads)
     return rows.new_empty(rows.shape[0], directions.shape[0] + 1, dtype=torch.float64)
+
+
+def check_threads(threads: int, least: int = 0) -> None:
+    """Check a number of threads; the operator's 0 is torch's number."""
+    if not least <= threads <= MOST_THREADS:
+        raise ValueError(f"threads={threads}: give a number from 1 to {MOST_THREADS}, or None for torch's")
 
 
 def _check(rows: torch.Tensor, directions: torch.Tensor, scale: torch.Tensor | None, bits: int) -> None:
