@@ -20,8 +20,18 @@ from cropi.files import make_folder, sync_all, write_atomic
 from cropi.rollouts import file as rollouts
 from cropi.rollouts.file import RolloutFile
 
-QUICK = ["store", "merge", "compact", "export", "select", "select saved", "rollout log"]
-LONG = ["influence", "sketch", "rollout", "curriculum", "select exports"]
+QUICK = [
+    "store",
+    "merge",
+    "compact",
+    "export",
+    "export parquet",
+    "select",
+    "select saved",
+    "convert",
+    "rollout log",
+]
+LONG = ["influence", "sketch", "rollout", "curriculum", "select exports", "select plot", "report"]
 
 
 @pytest.mark.long
