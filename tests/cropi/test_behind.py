@@ -88,13 +88,13 @@ def test_a_full_disk_ends_the_work_in_words_and_no_row_is_lost(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Disk(monkeypatch)
-    words: dict[str, Any] = {"match": "no space left on device; free some space"}
+    words, rows = "no space left on device; free some space", 2
     if how == "beside another error":
-        words = {"match": "a pass failed"}
+        words, rows = "a pass failed", 1
     with new_store(tmp_path / "s") as store:
-        with pytest.raises((CropiError, RuntimeError), **words), Behind(store) as held:
+        with pytest.raises((CropiError, RuntimeError), match=words), Behind(store) as held:
             disk.error = errno.ENOSPC
-            add(held, range(2))
+            add(held, range(rows))
             if how == "by a later call":
                 held.wait()
                 raise AssertionError("nothing was raised")
@@ -102,7 +102,7 @@ def test_a_full_disk_ends_the_work_in_words_and_no_row_is_lost(
                 raise RuntimeError("a pass failed")
         assert len(store) == 0
         disk.error = 0
-    assert sorted(content(tmp_path / "s")) == ["p000", "p001"]
+    assert sorted(content(tmp_path / "s")) == [f"p{i:03d}" for i in range(rows)]
 
 
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")

@@ -14,6 +14,7 @@ from cropi.curriculum.state import FORMAT, State
 from cropi.errors import CropiError
 from cropi.ranking.influence import Scores
 from cropi.ranking.selection import read_selection, select, write_selection
+from cropi.ranking.table import read_scores, write_scores
 from cropi.store.rows import RowInfo
 
 EVERY = bool(os.environ.get("CROPI_EVERY_BYTE"))
@@ -65,3 +66,20 @@ def test_lines_of_other_hands_need_an_id_alone(tmp_path: Path) -> None:
     file.write_text('{"id": "a", "check": "00000000"}\n')
     with pytest.raises(CropiError, match="line 1 of .* is damaged: its checksum does not match"):
         read_selection(file)
+
+
+def test_a_prompt_that_stands_there_twice_before_a_line_without_an_id(tmp_path: Path) -> None:
+    file = tmp_path / "selected.jsonl"
+    file.write_text('{"id": "a"}\n{"id": "a"}\n{"rank": 2}\n[]\n{"id": "a"}\n')
+    with pytest.raises(CropiError, match="selected.jsonl names 'a' 3 times"):
+        read_selection(file)
+
+
+@pytest.mark.parametrize(
+    "valid", [["x"], [{"path": 1}], [{"paths": ["x"]}], [{"path": "x", "paths": "y"}], 3]
+)
+def test_validation_stores_of_another_form_are_named(valid: object, tmp_path: Path) -> None:
+    scores = Scores([RowInfo("a")], ["x"], np.ones((1, 1)), {"valid": valid})
+    write_scores(tmp_path / "scores.parquet", scores)
+    with pytest.raises(CropiError, match=r"scores.parquet is damaged: .*valid.*; make it again"):
+        read_scores(tmp_path / "scores.parquet")

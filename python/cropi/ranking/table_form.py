@@ -15,11 +15,13 @@ _UNCERTAINTY = {
     "sets": [_SET], "overlap": is_number, "halves": is_number, "overlap_of_set": {str: is_number}, "draws": int,
     "fraction": float, "own_signal?": is_number,
 }  # fmt: skip
+_PATHS = {"path?": str, "paths?": [str]}
 META = {
     "metric?": str, "mean?": str, "uncertainty_missing?": str, "selection?": dict,
     "train?": {
-        "path?": str, "stage?": str | None, "model?": (str | None, {"weights?": str | None}),
+        **_PATHS, "stage?": str | None, "model?": (str | None, {"weights?": str | None}),
     },
+    "valid?": ([_PATHS | {"path": str}], None),
     "groups?": lambda names: fits(names, list[str]) and len(set(names)) == len(names),
     "uncertainty?": lambda held: not wrong_form(held, _UNCERTAINTY) and _is_whole(held),
 }  # fmt: skip
