@@ -339,6 +339,7 @@ def test_rewards_that_are_all_none_do_not_end_a_run(tmp_path: Path, caplog: pyte
     assert "the prompts of the stage before are kept" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps, seen", [(2, 4), (9, 18), (10, 20)])
 def test_prompts_that_the_first_stage_does_not_reach_are_counted(
     steps: int, seen: int, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -139,6 +139,7 @@ def test_what_the_estimator_leaves_out_is_said(tmp_path: Path, caplog: pytest.Lo
     assert "selections leave out a part of the loss: top_entropy_quantile" in caplog.text
 
 
+@pytest.mark.long
 def test_rloo_is_refused_with_a_trainer_of_the_same_gradient(tmp_path: Path) -> None:
     import trl
 

@@ -217,7 +217,8 @@ def test_a_loss_of_its_own_is_an_error_not_a_loss_of_logprobs(tmp_path: Path) ->
         trainer.train()
 
 
-@pytest.mark.filterwarnings("ignore:You are importing from")
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 @pytest.mark.parametrize("given", [True, False], ids=["its-logprobs", "trls"])
 def test_what_an_environment_wrote_is_masked(given: bool, tmp_path: Path) -> None:
     """A rollout function's own tokens stand in the responses, with what it says of them, and are not scored."""
@@ -246,6 +247,7 @@ def test_what_an_environment_wrote_is_masked(given: bool, tmp_path: Path) -> Non
             assert (torch.tensor(got) - want).abs().max() < TOLERANCE
 
 
+@pytest.mark.long
 def test_what_tools_answered_is_masked(tmp_path: Path) -> None:
     from trl import GRPOTrainer
 
