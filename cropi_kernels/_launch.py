@@ -84,7 +84,7 @@ def _usual(addresses: list[int], sizes: Sequence[int], counts: Sequence[int]) ->
         wide |= n
     low |= wide
     for n in counts:
-        wide |= n
+        wide |= n if n >= 0 else ~n  # the bits that a signed number needs
     return low & 15 == 0 and wide < 1 << 31
 
 

@@ -96,6 +96,15 @@ struct Run {
     }
   }
 
+  CROPI_HD void store(T* p) const {
+    static_assert(sizeof(T) * kCount == 16, "a run is one 16-byte store");
+#if defined(__CUDA_ARCH__)
+    __stcs(reinterpret_cast<uint4*>(p), make_uint4(word[0], word[1], word[2], word[3]));  // not read again soon
+#else
+    std::memcpy(p, word, 16);
+#endif
+  }
+
   // Elements at - at + kCount, zero outside [begin, end).
   CROPI_HD void load_inside(const T* x, int32_t at, int32_t begin, int32_t end) {
     CROPI_UNROLL

@@ -71,4 +71,4 @@ def test_host_code_with_all_tensors_elsewhere() -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     launched = set(done.stdout.split()[1:])
     assert launched >= {"fold_kernel", "slab_kernel", "rows_kernel", "vector_kernel", "norm_kernel"}, launched
-    assert launched >= {"forward_kernel", "backward_kernel", "gather_kernel", "places_kernel"}, launched
+    assert launched >= {"forward_kernel", "backward_kernel", "gather_runs_kernel", "draws_kernel"}, launched

@@ -125,6 +125,22 @@ def test_cuts_of_the_call_change_no_bit_of_a_row(emulated: Callable[..., torch.T
     assert torch.equal(emulated(big, spec, 3, out.clone()), out + emulated(big, spec, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_alignment_changes_no_bit_of_wide_tiles(
+    dtype: torch.dtype, emulated: Callable[..., torch.Tensor]
+) -> None:
+    spec, x = ProjectionSpec(3088, keep=0.7), rows(2, 3088 * 40 + 5, dtype)
+    even, odd = (torch.zeros(2, 3088 * 41, dtype=dtype)[:, i : i + x.shape[1]].copy_(x) for i in (0, 1))
+    assert torch.equal(emulated(odd, spec, 32), emulated(even, spec, 32))
+
+
+def test_a_part_of_more_tiles_than_have_their_places_at_once(emulated: Callable[..., torch.Tensor]) -> None:
+    """Sums of small integers are exact in any order."""
+    spec, n, offset = ProjectionSpec(1040 * 64, kind="sjlt", nnz=64), 1040 * 16 * 67, 1040 * 5  # 16 parts
+    x = torch.randint(-9, 10, (1, n), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(emulated(x, spec, offset), project(x, spec, offset))
+
+
 def test_chunks_add_up(emulated: Callable[..., torch.Tensor]) -> None:
     spec, x, out = ProjectionSpec(1024, kind="sjlt", nnz=2), rows(2, 9001), torch.zeros(2, 1024)
     for begin, end in ((4096, 9001), (0, 1001), (1001, 4096)):
@@ -209,8 +225,8 @@ NVCC = shutil.which("nvcc") or next(
     None,
 )
 # Registers are what a launch with these threads and blocks has; a few stage constants may live outside them.
-LIMITS = {"ProjectSparse": (128, 64), "ProjectSparseAdjoint": (64, 0), "AddParts": (64, 0), "ProjectDense": (128, 0),
-          "ProjectDenseAdjoint": (128, 0)}  # fmt: skip
+LIMITS = {"ProjectSparse": (128, 64), "ProjectTiles": (128, 0), "ProjectSparseAdjoint": (40, 0), "AddParts": (64, 0),
+          "ProjectDense": (128, 0), "ProjectDenseAdjoint": (128, 0)}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -2,69 +2,35 @@
 
 A program owns a block of buckets and gathers the coordinates that land there, tile after tile: sums in registers, no
 atomics. Triton has no way to share one draw among 128 elements, so signs, kept coordinates and tile places of a window
-of coordinates are drawn into memory first (at most 8 MB, which stays in the second-level cache), and the XOR below 16
-leaves single loads where CUDA C++ has 16-byte ones. Float32 in is still bound by memory; half-width input is not.
+of coordinates are drawn into memory first (at most 16 MB, which stays in the second-level cache). Where the tiles are
+made of whole groups of 16 coordinates, `triton_runs` takes them by runs of 16 bytes; what is here takes single ones.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
 from ... import _gpu
-from ...philox import PROJECT_KEEP, PROJECT_SIGN, PROJECT_TILE
+from ..._launch import Launch
 from .spec import KEEP_ALL, ProjectionSpec
+from .triton_draws import Window
+from .triton_runs import gather_runs_kernel, spread_runs_kernel
 
-WINDOW = 1 << 25  # coordinates times nonzeros whose draws are in memory at once
-DRAW_BLOCK, SPREAD_BLOCK = 256, 1024
+WINDOW = 1 << 27  # coordinates times bits of each (signs and the dropout's) whose draws are in memory at once
+SPREAD_BLOCK = 512
+RUNS, SPREAD_RUNS = 512, 512  # of a program
+GATHER_WARPS = 8  # of a program of RUNS: two runs for each thread
 ADD_PARTS, ADD_COLUMNS = 32, 64
 _PROGRAMS = 1024  # per row; from the sizes alone, as the bits are
+# Of a row, by runs: those of five programs for each of the 132 multiprocessors of an H100, all at once.
+_SUMS = 660 * 4096
 _TILES_PER_PART = 8
-_WORKSPACE = 64 << 20
-
-
-@triton.jit
-def _draw(key, counter, purpose: tl.constexpr, third):
-    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
-    zero = low * 0
-    return tl.philox(key, low, high, zero + purpose, zero + third)
-
-
-@triton.jit
-def bits_kernel(words, key, first, n, keep, PURPOSE: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr):
-    """words[j, 4 i + m] = word m of draw first + i for nonzero j; with KEPT, the mask of the dropout instead."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.program_id(1).to(tl.int64)
-    if KEPT:
-        w0 = (i * 0).to(tl.uint32)
-        w1, w2, w3 = w0, w0, w0
-        for level in range(16):
-            f0, f1, f2, f3 = _draw(key, first + i, PURPOSE, level)
-            digit = ((keep >> level) & 1) == 1
-            w0 = tl.where(digit, f0 | w0, f0 & w0)
-            w1 = tl.where(digit, f1 | w1, f1 & w1)
-            w2 = tl.where(digit, f2 | w2, f2 & w2)
-            w3 = tl.where(digit, f3 | w3, f3 & w3)
-    else:
-        w0, w1, w2, w3 = _draw(key, first + i, PURPOSE, j.to(tl.uint32))
-    to = words + (j * n + i) * 4
-    tl.store(to, w0.to(tl.int32, bitcast=True), mask=i < n)
-    tl.store(to + 1, w1.to(tl.int32, bitcast=True), mask=i < n)
-    tl.store(to + 2, w2.to(tl.int32, bitcast=True), mask=i < n)
-    tl.store(to + 3, w3.to(tl.int32, bitcast=True), mask=i < n)
-
-
-@triton.jit
-def places_kernel(
-    places, key, first, n, groups, GROUP: tl.constexpr, PURPOSE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """places[j, t] = shift + low of tile first + t for nonzero j."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.program_id(1).to(tl.int64)
-    w0, w1, _, _ = _draw(key, first + t, PURPOSE, j.to(tl.uint32))
-    shift = ((w0.to(tl.int64) * groups) >> 32) * GROUP
-    tl.store(places + j * n + t, (shift + (w1 & (GROUP - 1)).to(tl.int64)).to(tl.int32), mask=t < n)
+_WORKSPACE = 32 << 20
 
 
 @triton.jit
@@ -88,6 +54,7 @@ def gather_kernel(
     draws,
     tiles,
     parts,
+    first,  # 1: `partial` holds nothing yet
     GROUP: tl.constexpr,
     KEEP: tl.constexpr,
     SINGLE: tl.constexpr,  # one nonzero
@@ -123,7 +90,7 @@ def gather_kernel(
         value = tl.load(x_row + start + i, mask=inside, other=0.0).to(tl.float32)
         acc += tl.where(_bit(sign_of + word, bit) == 1, -value, value)
     to = partial + (row * parts + part) * dim + c
-    tl.store(to, tl.load(to, mask=mine, other=0.0) + acc, mask=mine)
+    tl.store(to, tl.load(to, mask=mine & (first == 0), other=0.0) + acc, mask=mine)
 
 
 @triton.jit
@@ -149,7 +116,7 @@ def spread_kernel(
     places,
     stride_x,
     stride_y,
-    begin,  # columns of the window
+    begin,  # coordinates of the window, counted from its first tile
     end,
     column,
     phase,
@@ -163,11 +130,11 @@ def spread_kernel(
     BLOCK: tl.constexpr,
 ):
     """x[row, p] = scale * the signed sum of p's buckets."""
-    at_column = begin + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = begin + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
-    mine = at_column < end
-    at = tl.where(mine, at_column - column, 0)
-    tile, i = at // width, (at % width).to(tl.int32)
+    mine = at < end
+    tile, i = tl.where(mine, at, 0) // width, tl.where(mine, at, 0) % width
+    bit = phase + tl.where(mine, at, 0)
     acc = tl.zeros((BLOCK,), tl.float32)
     for j in range(nnz):
         wide = tl.full((), 1, tl.int64) * j
@@ -175,45 +142,16 @@ def spread_kernel(
         turned = i + (place & ~(GROUP - 1))
         turned = tl.where(turned >= width, turned - width, turned) ^ (place & (GROUP - 1))
         value = tl.load(y + row * stride_y + (wide * width + turned))
-        acc += tl.where(_bit(signs + wide * draws * 4, phase + at) == 1, -value, value)
+        acc += tl.where(_bit(signs + wide * draws * 4, bit) == 1, -value, value)
     if KEEP:
-        acc = tl.where(_bit(keeps, phase + at) == 1, acc, 0.0)
-    tl.store(x + row * stride_x + at_column, scale * acc, mask=mine)
-
-
-class Window:
-    """The draws of the tiles that hold coordinates [begin, end)."""
-
-    def __init__(self, spec: ProjectionSpec, begin: int, end: int, device: torch.device) -> None:
-        first_tile, last_tile = begin // spec.width, (end - 1) // spec.width
-        self.start, self.tiles = first_tile * spec.width, last_tile - first_tile + 1
-        first_draw = self.start // 128
-        self.phase = self.start - first_draw * 128
-        self.draws = ((last_tile + 1) * spec.width - 1) // 128 - first_draw + 1
-        key = spec.key[0] | spec.key[1] << 32
-        key = key - (1 << 64) if key >> 63 else key
-        make = lambda *shape: torch.empty(shape, dtype=torch.int32, device=device)  # noqa: E731
-        self.signs, self.places = make(spec.nnz, 4 * self.draws), make(spec.nnz, self.tiles)
-        self.keeps = make(4 * self.draws) if spec.keep_count < KEEP_ALL else self.signs
-        blocks = triton.cdiv(self.draws, DRAW_BLOCK)
-        with _gpu.on(self.signs):
-            bits_kernel[(blocks, spec.nnz)](
-                self.signs, key, first_draw, self.draws, 0, PURPOSE=PROJECT_SIGN, KEPT=False, BLOCK=DRAW_BLOCK
-            )
-            if spec.keep_count < KEEP_ALL:
-                bits_kernel[(blocks, 1)](
-                    self.keeps, key, first_draw, self.draws, spec.keep_count, PURPOSE=PROJECT_KEEP, KEPT=True,
-                    BLOCK=DRAW_BLOCK,
-                )  # fmt: skip
-            places_kernel[(triton.cdiv(self.tiles, DRAW_BLOCK), spec.nnz)](
-                self.places, key, first_tile, self.tiles, spec.width // spec.group, GROUP=spec.group,
-                PURPOSE=PROJECT_TILE, BLOCK=DRAW_BLOCK,
-            )  # fmt: skip
+        acc = tl.where(_bit(keeps, bit) == 1, acc, 0.0)
+    tl.store(x + row * stride_x + column + at, scale * acc, mask=mine)
 
 
 def _windows(spec: ProjectionSpec, offset: int, n: int) -> list[tuple[int, int]]:
     """Coordinate ranges that end with a tile, except the last."""
-    step = max(1, WINDOW // spec.nnz // spec.width) * spec.width
+    bits = spec.nnz + (spec.keep_count < KEEP_ALL)
+    step = max(1, WINDOW // bits // spec.width) * spec.width
     cuts = [offset, *range((offset // step + 1) * step, offset + n, step), offset + n]
     return list(zip(cuts, cuts[1:]))
 
@@ -223,26 +161,92 @@ def gather_block(nnz: int) -> int:
     return 2048 if nnz == 1 else 1024
 
 
+def _aligned(x: torch.Tensor, offset: int) -> bool:
+    """Whether coordinate 0 of every row lies, or would lie, at a multiple of 16 bytes."""
+    size = x.element_size()
+    return (x.data_ptr() - offset * size) % 16 == 0 and (x.shape[0] == 1 or x.stride(0) * size % 16 == 0)
+
+
+def _stride(x: torch.Tensor) -> int:
+    return x.stride(0) if x.shape[0] > 1 else 0  # a single row has none to compile a kernel for
+
+
+def run_block(runs: int) -> int:
+    """Runs of a program, of a tile that has so many: as few as may be beyond the tile's, then as many as can be."""
+    return min((RUNS, RUNS // 2, RUNS // 4), key=lambda block: (triton.cdiv(runs, block) * block, -block))
+
+
+@functools.cache
+def _gather_runs(keep: bool, aligned: bool, even: bool, runs: int) -> Launch:
+    constants = {"KEEP": keep, "ALIGNED": aligned, "EVEN": even, "RUNS": runs}
+    return Launch(gather_runs_kernel, **constants, num_warps=GATHER_WARPS * runs // RUNS)
+
+
+@functools.cache
+def _spread_runs(keep: bool, aligned: bool, single: bool) -> Launch:
+    return Launch(
+        spread_runs_kernel, KEEP=keep, ALIGNED=aligned, SINGLE=single, RUNS=SPREAD_RUNS, num_warps=4
+    )
+
+
+def _gather_by_runs(x: torch.Tensor, spec: ProjectionSpec, offset: int) -> Callable[..., None]:
+    runs = spec.width * x.element_size() // 16
+    block = run_block(runs)
+    blocks = triton.cdiv(runs, block)
+    launch = _gather_runs(spec.keep_count < KEEP_ALL, _aligned(x, offset), runs % block == 0, block)
+
+    def gather(some: torch.Tensor, partial: torch.Tensor, window: Window, first: bool) -> None:
+        rows, parts, dim = partial.shape
+        launch(
+            (blocks * spec.nnz, parts, rows),
+            (some, partial, window.signs, window.keeps, window.places),
+            (_stride(some), dim, spec.width),
+            (
+                some.shape[1], window.start - offset, window.phase, window.draws, window.tiles, parts, blocks,
+                int(first),
+            ),
+        )  # fmt: skip
+
+    return gather
+
+
+def _gather_one_by_one(x: torch.Tensor, spec: ProjectionSpec, offset: int) -> Callable[..., None]:
+    block = gather_block(spec.nnz)
+
+    def gather(some: torch.Tensor, partial: torch.Tensor, window: Window, first: bool) -> None:
+        rows, parts, dim = partial.shape
+        with _gpu.on(some):
+            gather_kernel[(triton.cdiv(dim, block), parts, rows)](
+                some, partial, window.signs, window.keeps, window.places, some.shape[1], some.stride(0),
+                window.start - offset, window.phase, dim, spec.width, window.draws, window.tiles, parts, int(first),
+                GROUP=spec.group, KEEP=spec.keep_count < KEEP_ALL, SINGLE=spec.nnz == 1, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+
+    return gather
+
+
+def _parts(spec: ProjectionSpec, n: int) -> int:
+    """Partial sums of a row: from the sizes alone, as the bits are."""
+    at_once = _SUMS // spec.dim
+    if spec.group < 16:
+        at_once = _PROGRAMS // triton.cdiv(spec.dim, gather_block(spec.nnz))
+    return max(1, min(at_once, n // spec.width // _TILES_PER_PART))
+
+
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
     """``out += x S^T`` for rows with contiguous columns; bits depend on the sizes and the offset of the call alone."""
     rows, n = x.shape
     if rows == 0 or n == 0:
         return
-    block = gather_block(spec.nnz)
-    blocks = triton.cdiv(spec.dim, block)
-    parts = max(1, min(_PROGRAMS // blocks, n // spec.width // _TILES_PER_PART))
+    parts = _parts(spec, n)
     group = max(1, min(rows, 65535, _WORKSPACE // (parts * spec.dim * 4)))
-    with _gpu.on(x):
-        for row in range(0, rows, group):
-            some, y = x[row : row + group], out[row : row + group]
-            partial = torch.zeros(some.shape[0], parts, spec.dim, dtype=torch.float32, device=x.device)
-            for begin, end in _windows(spec, offset, n):
-                window = Window(spec, begin, end, x.device)
-                gather_kernel[(blocks, parts, some.shape[0])](
-                    some, partial, window.signs, window.keeps, window.places, n, some.stride(0), window.start - offset,
-                    window.phase, spec.dim, spec.width, window.draws, window.tiles, parts, GROUP=spec.group,
-                    KEEP=spec.keep_count < KEEP_ALL, SINGLE=spec.nnz == 1, BLOCK=block, num_warps=4,
-                )  # fmt: skip
+    gather = (_gather_by_runs if spec.group == 16 else _gather_one_by_one)(x, spec, offset)
+    for row in range(0, rows, group):
+        some, y = x[row : row + group], out[row : row + group]
+        partial = torch.empty(some.shape[0], parts, spec.dim, dtype=torch.float32, device=x.device)
+        for begin, end in _windows(spec, offset, n):
+            gather(some, partial, Window(spec, begin, end, x.device), begin == offset)
+        with _gpu.on(x):
             add_kernel[(triton.cdiv(spec.dim, ADD_COLUMNS), some.shape[0])](
                 partial, y, spec.scale, spec.dim, parts, y.stride(0), PARTS=ADD_PARTS, COLUMNS=ADD_COLUMNS,
                 num_warps=4,
@@ -254,14 +258,27 @@ def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: 
     rows, n = out.shape
     if rows == 0 or n == 0:
         return
-    with _gpu.on(y):
-        for begin, end in _windows(spec, offset, n):
-            window = Window(spec, begin, end, y.device)
-            for row in range(0, rows, 65535):
-                some, to = y[row : row + 65535], out[row : row + 65535]
-                spread_kernel[(triton.cdiv(end - begin, SPREAD_BLOCK), some.shape[0])](
+    keep, by_runs = spec.keep_count < KEEP_ALL, spec.group == 16
+    if by_runs and y.data_ptr() % 16:
+        y = y.clone()
+    for begin, end in _windows(spec, offset, n):
+        window = Window(spec, begin, end, y.device)
+        first, last, column = begin - window.start, end - window.start, window.start - offset
+        for row in range(0, rows, 65535):
+            some, to = y[row : row + 65535], out[row : row + 65535]
+            if by_runs:
+                runs = triton.cdiv(last, 4) - first // 4
+                _spread_runs(keep, _aligned(out, offset), spec.nnz == 1)(
+                    (triton.cdiv(runs, SPREAD_RUNS), some.shape[0]),
+                    (to, some, window.signs, window.keeps, window.places),
+                    (_stride(to), some.stride(0), spec.width),
+                    (spec.nnz, first, last, column, window.phase, window.draws, window.tiles),
+                    (spec.scale,),
+                )
+                continue
+            with _gpu.on(y):
+                spread_kernel[(triton.cdiv(last - first, SPREAD_BLOCK), some.shape[0])](
                     to, some, window.signs, window.keeps, window.places, to.stride(0), some.stride(0),
-                    begin - offset, end - offset, window.start - offset, window.phase, spec.scale, spec.width,
-                    spec.nnz, window.draws, window.tiles, GROUP=spec.group, KEEP=spec.keep_count < KEEP_ALL,
-                    BLOCK=SPREAD_BLOCK, num_warps=4,
+                    first, last, column, window.phase, spec.scale, spec.width, spec.nnz, window.draws,
+                    window.tiles, GROUP=spec.group, KEEP=keep, BLOCK=SPREAD_BLOCK, num_warps=4,
                 )  # fmt: skip

@@ -16,6 +16,8 @@ from cropi_kernels.ops.linear_logprob import triton_tile_kernels as tile_kernels
 from cropi_kernels.ops.linear_logprob import triton_tiles as tiles
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.project import triton as project_kernels
+from cropi_kernels.ops.project import triton_draws as draws
+from cropi_kernels.ops.project import triton_runs as runs
 from cropi_kernels.ops.rms_norm import triton as rms
 from cropi_kernels.ops.sketch_embedding import triton as rows
 from cropi_kernels.ops.sketch_grouped import triton as stack
@@ -320,38 +322,59 @@ _PROJECT = {
     "keeps": "*i32",
     "places": "*i32",
 }
-_PROJECT |= dict.fromkeys(("words",), "*i32") | dict.fromkeys(
-    ("key", "first", "column", "begin", "end"), "i64"
-)
-_PROJECT |= {"groups": "i64", "n": "i64", "stride_x": "i64"}
+_PROJECT |= dict.fromkeys(("first_draw", "first_tile", "column", "n", "stride_x"), "i64")
 
 
 def project(
-    kernel: Any, name: str, constants: dict[str, Any], dtype: str = "float32", registers: int = 128
+    kernel: Any,
+    name: str,
+    constants: dict[str, Any],
+    dtype: str = "float32",
+    registers: int = 128,
+    warps: int = 4,
 ) -> Case:
     types = _types(kernel, _PROJECT | {"x": f"*{FLOATS[dtype]}"}, ("scale",))
     aligned = tuple(n for n in ("dim", "width", "stride_x", "stride_y") if n in types)
-    return Case(f"project {name} {dtype}", kernel, types, constants, aligned, {"num_warps": 4}, registers)
+    return Case(f"project {name} {dtype}", kernel, types, constants, aligned, {"num_warps": warps}, registers)
 
 
 def projects() -> list[Case]:
-    one, four = (dict(GROUP=16, BLOCK=project_kernels.gather_block(nnz), SINGLE=nnz == 1) for nnz in (1, 4))
-    spread = dict(GROUP=16, BLOCK=project_kernels.SPREAD_BLOCK)
-    bits = dict(PURPOSE=13, BLOCK=project_kernels.DRAW_BLOCK)
+    one, four = (dict(GROUP=8, BLOCK=project_kernels.gather_block(nnz), SINGLE=nnz == 1) for nnz in (1, 4))
+    spread = dict(GROUP=8, BLOCK=project_kernels.SPREAD_BLOCK)
+    drawn = dict(SIGN=13, KEEP=15, TILE=14, GROUP=16, BLOCK=draws.BLOCK)
     add = dict(PARTS=project_kernels.ADD_PARTS, COLUMNS=project_kernels.ADD_COLUMNS)
+    by_runs = dict(KEEP=False, ALIGNED=True, EVEN=True, RUNS=project_kernels.RUNS)
+    warps = project_kernels.GATHER_WARPS
     return [
+        # Five programs on a multiprocessor.
+        *(project(runs.gather_runs_kernel, "gather by runs", by_runs, t, 48, warps) for t in FLOATS),
+        project(
+            runs.gather_runs_kernel, "gather by runs, kept", by_runs | {"KEEP": True}, "bfloat16", 48, warps
+        ),
+        project(
+            runs.gather_runs_kernel,
+            "gather by runs anywhere",
+            by_runs | {"KEEP": True, "ALIGNED": False, "EVEN": False},
+            "bfloat16",
+            128,
+            warps,
+        ),
+        *(
+            project(
+                runs.spread_runs_kernel,
+                f"spread by runs, {'one' if single else 'all'}",
+                dict(KEEP=True, ALIGNED=True, SINGLE=single, RUNS=project_kernels.SPREAD_RUNS),
+                registers=80,
+            )
+            for single in (True, False)
+        ),
         *(project(project_kernels.gather_kernel, "gather", one | {"KEEP": False}, t, 128) for t in FLOATS),
         project(project_kernels.gather_kernel, "gather kept", one | {"KEEP": True}, "bfloat16", 168),
         project(project_kernels.gather_kernel, "gather sjlt", four | {"KEEP": False}, "bfloat16", 168),
         project(project_kernels.gather_kernel, "gather sjlt kept", four | {"KEEP": True}, "float32", 168),
         project(project_kernels.spread_kernel, "spread", spread | {"KEEP": True}),
-        project(project_kernels.bits_kernel, "signs", bits | {"KEPT": False}),
-        project(project_kernels.bits_kernel, "mask", bits | {"KEPT": True}),
-        project(
-            project_kernels.places_kernel,
-            "places",
-            dict(PURPOSE=14, GROUP=16, BLOCK=project_kernels.DRAW_BLOCK),
-        ),
+        project(draws.draws_kernel, "draws", drawn | {"DROPS": False}, registers=64),
+        project(draws.draws_kernel, "draws and mask", drawn | {"DROPS": True}, registers=64),
         project(project_kernels.add_kernel, "add", add),
     ]
 

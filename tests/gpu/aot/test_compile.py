@@ -25,12 +25,9 @@ CASES = {
     if EVERYTHING or capability in WHOLE or capability != 89 and case.name in SAMPLE
 }
 # Bytes of a thread's stack. There ptxas keeps to a number of registers with which one more program fits on a
-# multiprocessor: embeddings to 128 (156 without a spill, one program of eight warps instead of two), with nine spills;
-# the adjoint of an SJLT to 96 (128, four programs instead of five), with two.
+# multiprocessor: embeddings to 128 (156 without a spill, one program of eight warps instead of two), with nine spills.
 SPILLED = {
     (100, "embedding bfloat16"): 24,
-    (86, "project spread float32"): 8,
-    (89, "project spread float32"): 8,
 }
 
 

@@ -163,11 +163,11 @@ CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     ),
     "project": (
         lambda: project(A, THINNED, nonfinite="ignore", backend="triton"),
-        {"bits_kernel", "places_kernel", "gather_kernel", "add_kernel"},
+        {"draws_kernel", "gather_runs_kernel", "add_kernel"},
     ),
     "project_transpose": (
         lambda: project_transpose(A, ProjectionSpec(40), 300, backend="triton"),
-        {"bits_kernel", "places_kernel", "spread_kernel"},
+        {"draws_kernel", "spread_kernel"},
     ),
 }
 
