@@ -50,18 +50,25 @@ def in_words(error: Exception) -> Exception:
 def failure_of(error: BaseException | None) -> OSError | None:
     """The failing disk, or the limit, that an error of another library comes from; None: it is another error.
 
-    Libraries that are written in Rust (safetensors, tokenizers) tell the number in words alone, or say of a file that
-    cannot be opened that there is none.
+    Libraries that are written in Rust (safetensors, tokenizers), and torch, tell the number in words alone; safetensors
+    says of a file that cannot be opened that there is none.
     """
     while error is not None:
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(told[1]) if told else getattr(error, "errno", None)
+        number = _number_in(str(error)) or getattr(error, "errno", None)
         denied = re.fullmatch("No such file or directory: (.+)", str(error))
         if number is None and denied and os.path.isfile(denied[1]):
             number = _opening(denied[1])
         if number in FAILING:
             return OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
+    return None
+
+
+def _number_in(message: str) -> int | None:
+    """The number in "... (os error 5)", as Rust writes it, or in "Input/output error (5)", as torch does."""
+    for told in re.finditer(r"\((os error )?(\d{1,4})\)", message):
+        if told[1] or message[: told.start()].endswith(f"{os.strerror(int(told[2]))} "):
+            return int(told[2])
     return None
 
 

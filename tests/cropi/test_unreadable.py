@@ -282,6 +282,22 @@ def test_a_generation_config_that_cannot_be_read_is_not_taken_for_none(
     assert load_generation_config(tmp_path, model.config).eos_token_id == model.config.eos_token_id
 
 
+@pytest.mark.parametrize(
+    ("message", "number"),
+    [
+        ("unable to open file <x> in read-only mode: Input/output error (5)", errno.EIO),
+        ("unable to open file <x (28)> in read-only mode: Too many open files (24)", errno.EMFILE),
+        ("I/O error: Input/output error (os error 5)", errno.EIO),
+        ("No space left on device (os error 28)", errno.ENOSPC),
+        ("a layer of another size (5)", None),
+        ("Permission denied (13)", None),
+    ],
+)
+def test_the_number_in_a_message_of_another_library(message: str, number: int | None) -> None:
+    failure = files.failure_of(RuntimeError(message))
+    assert (failure and failure.errno) == number
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, 0], ids=["descriptors", "for a moment"])
 def test_weights_that_cannot_be_opened_are_not_said_to_be_missing(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
