@@ -83,3 +83,19 @@ def test_validation_stores_of_another_form_are_named(valid: object, tmp_path: Pa
     write_scores(tmp_path / "scores.parquet", scores)
     with pytest.raises(CropiError, match=r"scores.parquet is damaged: .*valid.*; make it again"):
         read_scores(tmp_path / "scores.parquet")
+
+
+def test_an_uncertainty_without_one_of_the_sets_is_named(tmp_path: Path) -> None:
+    one = {"name": "x", "prompts": 4, "stderr": 0.1, "stderr_at_cut": 0.1, "signal": 0.5}
+    sure = {
+        "sets": [one],
+        "overlap": 0.5,
+        "overlap_of_set": {"x": 0.5},
+        "halves": 0.5,
+        "draws": 9,
+        "fraction": 0.5,
+    }
+    made = Scores([RowInfo("a")], ["x", "y"], np.ones((1, 2)), {"uncertainty": sure}, np.ones((1, 2)))
+    write_scores(tmp_path / "scores.parquet", made)
+    with pytest.raises(CropiError, match="its uncertainty leaves out the set 'y'"):
+        read_scores(tmp_path / "scores.parquet")

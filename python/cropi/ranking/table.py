@@ -169,6 +169,9 @@ def _scores(
     sets = [name[6:-1] for name in schema.names if name.startswith("score[")]
     if not sets or not count:
         raise ValueError("it holds no scores")
+    told = {one["name"] for one in meta["uncertainty"]["sets"]} if "uncertainty" in meta else set(sets)
+    if lacking := set(sets) - told:
+        raise ValueError(f"its uncertainty leaves out the set {min(lacking)!r}")
     # Of equal values a small file may name any number.
     size = 8 * count * len(schema)
     if size > max(LARGEST, 4 * os.path.getsize(path)):
