@@ -15,6 +15,7 @@ from cropi.errors import CropiError
 from cropi.ranking.influence import Scores
 from cropi.ranking.selection import read_selection, select, write_selection
 from cropi.ranking.table import read_scores, write_scores
+from cropi.report.html import _composition
 from cropi.store.rows import RowInfo
 
 EVERY = bool(os.environ.get("CROPI_EVERY_BYTE"))
@@ -99,3 +100,10 @@ def test_an_uncertainty_without_one_of_the_sets_is_named(tmp_path: Path) -> None
     write_scores(tmp_path / "scores.parquet", made)
     with pytest.raises(CropiError, match="its uncertainty leaves out the set 'y'"):
         read_scores(tmp_path / "scores.parquet")
+
+
+def test_pass_rates_beyond_all_sense_are_shown() -> None:
+    rows = [RowInfo(f"p{i}", pass_rate=rate) for i, rate in enumerate((1e308, -1e308, 0.3, 1.0))]
+    tables = _composition(Scores(rows, ["x"], np.ones((4, 1)), {}), np.arange(4), np.arange(1))
+    told = repr(next(table for table in tables if "pass rate" in repr(table)))
+    assert "0.25 to 0.50" in told and "0.75 to 1.00" in told

@@ -216,7 +216,8 @@ def _composition(scores: Scores, usable: np.ndarray, chosen: np.ndarray) -> list
         return f"over {low}" if place == len(edges) else f"{low} to {edges[place]:.0f}"
 
     def rate(i: int) -> str:
-        low = min(int(rows[i].pass_rate * 4), 3) / 4
+        # Four times a finite number need not be one.
+        low = min(int(max(min(rows[i].pass_rate, 1.0), -1e9) * 4), 3) / 4
         return f"{low:.2f} to {low + 0.25:.2f}"
 
     kinds = {
