@@ -162,7 +162,8 @@ class Machine(Arithmetic):
             self.assign_some(target, warps, values)
 
     def _wgmma(self, i: Instruction) -> None:
-        """``d = scale d + A B``, A in registers, B in shared memory: computed when begun, B in use until waited for."""
+        """``d = scale d + A B``, A in registers or, as B, in shared memory: computed when begun, what it reads there in
+        use until waited for."""
         if i.modifiers[0] == "mma_async":
             self._warpgroup_product(i)
         elif i.modifiers[0] == "commit_group":
@@ -176,24 +177,36 @@ class Machine(Arithmetic):
                 self.uses.remove(use)
 
     def _warpgroup_product(self, i: Instruction) -> None:
-        d, a, descriptor, scale, *flags = i.operands
+        d, a, b, scale, *flags = i.operands
         kind, columns = i.modifiers[-1], int(i.modifiers[3].split("n")[1].split("k")[0])
-        assert isinstance(a, tuple) and flags[:2] == [1, 1], "A from registers, nothing negated"
+        assert flags[:2] == [1, 1], "nothing negated"
         warps = self.whole_warps()
-        left = cores.fragment(self._fragments(a, warps), cores.A_PLACES, (16, 16), kind)
+        in_registers = isinstance(a, tuple)
+        if in_registers:
+            left = cores.fragment(self._fragments(a, warps), cores.A_PLACES, (16, 16), kind)
         total = cores.accumulator(self._fragments(d, warps))
-        keep, where = self.lanes_of(scale, "pred")[warps[:, 0]], self.lanes_of(descriptor, "u64")[warps[:, 0]]
+        keep = self.lanes_of(scale, "pred")[warps[:, 0]]
         for w in range(0, len(warps), 4):
-            assert len(set(where[w : w + 4])) == 1, "the warps of a group differ about the operand"
-            at = cores.descriptor_addresses(int(where[w]), columns, bool(flags[2]))
-            # Eight neighbours are 16 bytes: along k, or along the columns where those are contiguous.
-            rows = at.T if flags[2] else at
-            right = cores.numbers_of(self._operand_of_cores(rows.reshape(-1, 8), warps[w, 0]), kind)
-            right = right.reshape(rows.shape)
-            right = right if flags[2] else right.T
-            total[w : w + 4] = np.where(keep[w], total[w : w + 4], 0) + left[w : w + 4] @ right
+            group = warps[w : w + 4]
+            if in_registers:
+                rows = left[w : w + 4]
+            else:  # a warp's share are 16 rows
+                rows = self._described(a, group, 64, bool(flags[2]), kind).reshape(4, 16, 16)
+            right = self._described(b, group, columns, bool(flags[-1]), kind)
+            total[w : w + 4] = np.where(keep[w], total[w : w + 4], 0) + rows @ right.T
         for target, values in zip(_several(d), cores.registers(total, len(_several(d))), strict=True):
             self.assign_some(target, warps, values)
+
+    def _described(self, descriptor: Any, warps: Array, n: int, transposed: bool, kind: str) -> Array:
+        """Numbers [n, 16 k] of the operand in shared memory that a group of four warps multiplies."""
+        where = set(self.lanes_of(descriptor, "u64")[warps[:, 0]])
+        assert len(where) == 1, "the warps of a group differ about the operand"
+        at = cores.descriptor_addresses(int(where.pop()), n, transposed)
+        # Eight neighbours are 16 bytes: along k, or along the other index where that is contiguous.
+        lines = at.T if transposed else at
+        numbers = cores.numbers_of(self._operand_of_cores(lines.reshape(-1, 8), warps[0, 0]), kind)
+        numbers = numbers.reshape(lines.shape)
+        return numbers.T if transposed else numbers
 
     def _operand_of_cores(self, address: Array, lane: int) -> Array:
         """16-bit words of shared memory, in use from now on; ``address`` [n, 8] of neighbours."""
