@@ -169,7 +169,7 @@ def main() -> None:
     todo: list[tuple[str, Callable[[], Row]]] = []
     for width, made in (64, gate), (128, Slab(128)), (256, Slab(256)):
         for pairs, us in ((24, 112), (12, 114), (6, 120), (3, 130)):
-            run = lambda n=pairs, p=us, s=made: s.time(p, group_pairs=lambda cols: n)  # noqa: E731
+            run = lambda n=pairs, p=us, s=made: s.time(p, group_pairs=lambda cols, pairs: n)  # noqa: E731
             todo.append((f"slab w={width}: {pairs} pairs a group", run))
     for tokens, us in ((512, 112), (256, 116), (1024, 118)):
         todo.append((f"slab w=64: chunks of {tokens}", lambda n=tokens, p=us: gate.time(p, CHUNK_TOKENS=n)))

@@ -83,6 +83,23 @@ def slab_row_signs(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: t
     return cached(plans[0], device, build, ("row signs", plans[1:], dtype))
 
 
+def column_flips(plans: tuple[MatrixPlan, ...]) -> np.ndarray:
+    """int32 [pairs, 8], by row block and column block of matrices one above the other whose columns have signs: bit k
+    of number e is set where a block pair adds a column whose sign is -1 to column ``8 k + e`` of the slab."""
+    parts = []
+    for plan in plans:
+        sign = np.ones(plan.n_col_blocks * plan.slab_cols, np.float32)
+        sign[: plan.cols] = plan.col_sign
+        column = np.arange(plan.n_col_blocks)[:, None] * plan.slab_cols + (
+            np.arange(plan.slab_cols) ^ plan.pair_col.astype(np.int64)[..., None]
+        )
+        negative = (sign[column] < 0).reshape(-1, plan.slab_cols // 8, 8)
+        parts.append(
+            (negative << np.arange(plan.slab_cols // 8, dtype=np.uint32)[:, None]).sum(1, dtype=np.uint32)
+        )
+    return np.concatenate(parts).view(np.int32)
+
+
 def pair_words(plans: tuple[MatrixPlan, ...]) -> np.ndarray:
     """uint64 [pairs]: row XOR, column XOR, column block, row block and sign of the block pairs of matrices one above
     the other, by row block and column block, in the bits that `slab_kernel` takes apart.

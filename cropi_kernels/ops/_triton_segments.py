@@ -21,7 +21,9 @@ from .._launch import Launch
 from .._triton import ceil_div
 
 SEGMENT_BLOCK = 64  # offsets scanned at a time
-REDUCE_BLOCK = 1024
+# Numbers of a program, and partial results on their way to it. Measured on an H200: sums of 144 results each (4
+# segments of 8 chunks and 18 groups) take 37 us; 84 with 1024 numbers and one result at a time.
+REDUCE_BLOCK, REDUCE_AHEAD = 512, 8
 
 
 @triton.jit
@@ -88,6 +90,33 @@ def _count_slots(
     return slot, tl.maximum(tl.minimum(chunks, _slots(n_segments, n_tokens, CHUNK, ALWAYS) - slot), 0)
 
 
+@triton.jit
+def _turn(
+    offsets, n_segments, n_tokens, n_items, item, segment, t0, t1, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Which turn chunk ``item`` has: whole chunks first, the others by falling length. As many programs as the device
+    runs at once take their turns at once: the last ones to end are short. ``item`` where offsets that decrease ask for
+    more chunks than there is room for."""
+    rest = (t1 - t0) % CHUNK
+    whole = tl.zeros((), tl.int64)
+    others = tl.zeros((), tl.int64)
+    before = tl.zeros((), tl.int64)
+    longer = tl.zeros((), tl.int64)
+    for s0 in range(0, n_segments, BLOCK):
+        s = s0 + tl.arange(0, BLOCK)
+        valid = s < n_segments
+        begin, end = _offset(offsets, s, valid, n_tokens), _offset(offsets, s + 1, valid, n_tokens)
+        length = tl.maximum(end - begin, 0)
+        n, r = length // CHUNK, length % CHUNK
+        whole += tl.sum(n, 0)
+        others += tl.sum((r > 0).to(tl.int64), 0)
+        before += tl.sum(tl.where(s < segment, n, 0), 0)
+        longer += tl.sum(((r > rest) | ((r == rest) & (s < segment))).to(tl.int64), 0)
+    own = (t0 - _offset(offsets, segment, segment < n_segments, n_tokens)) // CHUNK
+    turn = tl.where(rest == 0, before + own, whole + longer)
+    return tl.where((segment < n_segments) & (whole + others <= n_items), turn, item)
+
+
 @triton.jit(do_not_specialize=["n_segments", "n_tokens", "n_items"])
 def chunks_kernel(
     offsets,  # int64 [n_segments + 1]
@@ -102,7 +131,8 @@ def chunks_kernel(
     pid = tl.program_id(0).to(tl.int64)
     if pid < n_items:
         segment, t0, t1, slot = _locate(offsets, n_segments, n_tokens, pid, CHUNK, ALWAYS, BLOCK)
-        row = table + pid * 4
+        turn = _turn(offsets, n_segments, n_tokens, n_items, pid, segment, t0, t1, CHUNK, BLOCK)
+        row = table + turn * 4
         tl.store(row, segment)
         tl.store(row + 1, t0)
         tl.store(row + 2, t1)
@@ -139,6 +169,7 @@ def reduce_partials_kernel(
     n_parts,
     n_items,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     segment = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -147,7 +178,7 @@ def reduce_partials_kernel(
         inside = column < width
         total = tl.zeros((BLOCK,), tl.float32)
         source = partial + slot * n_parts * width + column
-        for _ in range(0, (n * n_parts).to(tl.int32)):
+        for _ in tl.range(0, (n * n_parts).to(tl.int32), loop_unroll_factor=AHEAD):
             total += tl.load(source, mask=inside, other=0.0)
             source += width
         target = out + segment * out_stride + column
@@ -170,7 +201,7 @@ class Chunks:
 
 
 LAUNCHES: dict[tuple[int, bool], Launch] = {}
-REDUCE = Launch(reduce_partials_kernel, BLOCK=REDUCE_BLOCK, num_warps=4)
+REDUCE = Launch(reduce_partials_kernel, BLOCK=REDUCE_BLOCK, AHEAD=REDUCE_AHEAD, num_warps=4)
 
 
 def cut(offsets: torch.Tensor, n_tokens: int, chunk: int, always: bool) -> Chunks:

@@ -2,9 +2,9 @@
 
 `slab_kernel` is one long matrix product per (chunk of a segment, slab, group of block pairs, part of the slab): its K
 runs over block pairs x tokens and the float32 accumulator is never reset on the way. The XORs are in the operands'
-addresses (multiples of 8 elements, so that a 16-byte load stays whole); row sign and pair sign multiply the D operand
-on its way from shared memory to the tensor core, column signs are in the inputs already (the fold applies them, or
-`sign_columns` where there is no fold).
+addresses (multiples of 8 elements, so that a 16-byte load stays whole). Signs flip the accumulator where the pair
+changes: it holds the sums times the signs of the current pair, which is exact, and both operands go to the tensor core
+as they lie in shared memory. Signs of columns are in the inputs already where there is a fold.
 
 D is read once: the parts of a slab own disjoint rows of every block.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ import triton.language as tl
 from ... import _native, _triton
 from ..._launch import MEMBERS, Launch, padded
 from ...plan import MatrixPlan
-from .._device_plan import cached, matrix_tables, pair_words, slab_row_signs, upload
+from .._device_plan import cached, column_flips, matrix_tables, pair_words, slab_row_signs, upload
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
 
 # ------------------------------------------------------------------------------------------------- fold
-FOLD_TOKENS = 8  # measured on an H200, 8960 features: 8 tokens 75 us, 16 tokens 96, 32 tokens 101
+# Measured on an H200, 8960 features folded to 64, 128 and 256: 73, 74 and 75 us; 8 tokens and 4 warps 73, 94 and 81.
+FOLD_TOKENS, FOLD_WARPS = 16, 8
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -69,7 +71,7 @@ def fold_kernel(
 
 @functools.cache
 def fold_launch(block: int) -> Launch:
-    return Launch(fold_kernel, BT=FOLD_TOKENS, BW=block, num_warps=4)
+    return Launch(fold_kernel, BT=FOLD_TOKENS, BW=block, num_warps=FOLD_WARPS)
 
 
 def fold_columns(x: torch.Tensor, sign: torch.Tensor, offset: torch.Tensor, width: int) -> torch.Tensor:
@@ -113,19 +115,32 @@ class SlabConfig:
 
 
 CHUNK_TOKENS = 512  # of a segment per partial result
-MOST_REGISTERS = (
-    128  # of tiles of 64 columns: two programs a multiprocessor, where a few more would leave one
-)
+# Of tiles of up to 128 columns: two programs a multiprocessor, where a few more would leave one. Measured on an H200,
+# 16384 tokens of 8960 x 1536 folded to 128: two programs 125 us, one 145.
+MOST_REGISTERS = 128
 
 
-def group_pairs(slab_cols: int) -> int:
-    """Block pairs per partial result: few enough that the programs of a usual batch fill the device several times.
+def group_pairs(slab_cols: int, pairs: int) -> int:
+    """Block pairs per partial result, of ``pairs`` of a slab: few enough that the programs of a usual batch fill the
+    device several times. Wider slabs have more pairs, and a partial result for each group.
 
-    Measured on an H200, 16384 tokens of 8960 x 1536: folded to 64, 12 pairs take 103 us, 6 104, 3 112, 24 154; folded
-    to 128, 12 take 136, 6 140, 24 193; folded to 256, 6 take 209, 12 215, 24 219. Wider slabs have
-    more pairs, and a partial result for each group.
+    Measured on an H200, 16384 tokens, microseconds, long chunks first:
+
+    - 8960 x 1536 folded to 64 (18 pairs): 12 a group 96; to 128 (35): 12 a group 125, 18 130; to 256 (70): 12 214,
+      18 184, 24 209;
+    - without a fold, 1536 x 8960 (420): 18 1012, 24 1158; 1536 x 1536 (72): 8 212, 12 220, 18 200, 24 220; 256 x 1536
+      (12): 3 57, 4 52, 6 62, 12 106.
     """
-    return 12 if slab_cols <= 128 else 24
+    if slab_cols <= 128:
+        return 12
+    if pairs > 1000:
+        return 24  # what it takes to write and add up the partial results would outweigh the rest
+    return min(18, max(4, _triton.ceil_div(pairs, 4)))
+
+
+def lanes(slab_cols: int) -> int:
+    """For the words of a group's pairs, whatever their number."""
+    return _triton.next_power_of_two(group_pairs(slab_cols, 1 << 30))
 
 
 def slab_config(slab_cols: int, dtype: torch.dtype, shared: int) -> SlabConfig:
@@ -144,10 +159,20 @@ def slab_config(slab_cols: int, dtype: torch.dtype, shared: int) -> SlabConfig:
 WIDEST_TILE = 4 * (128 + 256) * 64 * 2  # bytes: four stages of both operands
 
 
+SIGN_BIT: tl.constexpr = tl.constexpr(-(1 << 31))  # of a float32
+
+
 @triton.jit
 def _pick(values, lane, index):
     """``values[index]`` of a vector that lives in registers: a few shuffles instead of a load in the loop."""
     return tl.sum(tl.where(lane == index, values, 0), 0)
+
+
+@triton.jit
+def _row_signs(row_sign, word, i, padded_rows, SLAB_ROWS: tl.constexpr):
+    """Of the rows that pair ``word`` adds to rows ``i`` of the slab, times the pair's own."""
+    row = (word >> 48 & 0x7FFF).to(tl.int32) * SLAB_ROWS + (i ^ (word & 0xFFFF).to(tl.int32))
+    return tl.load(row_sign + tl.where(word < 0, padded_rows, 0) + row).to(tl.float32)
 
 
 @triton.jit(
@@ -164,6 +189,7 @@ def slab_kernel(
     pairs,  # int64 [pairs], see Stack
     first,  # int32 [n_slabs + 1]
     row_sign,  # [2, padded_rows] in the dtype of d: the signs, and the signs times -1
+    flips,  # int32 [pairs, 8], see Stack
     rows_0,
     rows_1,
     rows_2,
@@ -182,14 +208,17 @@ def slab_kernel(
     out_groups,
     SLAB_ROWS: tl.constexpr,
     SLAB_COLS: tl.constexpr,
+    COLUMN_SIGNS: tl.constexpr,
+    ALONE: tl.constexpr,
     INTO: tl.constexpr,
     PAIRS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """INTO: where results go. "out": those of segments of one chunk to ``out``, others to ``partial``, whose slots are
-    written; "slots": all to ``partial``; "sums": all are added to what ``partial`` holds."""
+    """COLUMN_SIGNS: of the inputs, which ``flips`` has. ALONE: there is one matrix. INTO: where results go. "out": of
+    segments of one chunk to ``out``, of others to ``partial``, whose slots are written; "slots": all to ``partial``;
+    "sums": all are added to what ``partial`` holds."""
     COL_PARTS: tl.constexpr = (SLAB_COLS + BN - 1) // BN
     PARTS: tl.constexpr = (SLAB_ROWS // BM) * COL_PARTS
     SLAB: tl.constexpr = SLAB_ROWS * SLAB_COLS
@@ -209,6 +238,7 @@ def slab_kernel(
         n_pairs = tl.maximum(tl.minimum(group_pairs, tl.load(first + slab + 1) - begin), 0)
         words = tl.load(pairs + begin + lane, mask=lane < n_pairs, other=0)
         length = (t1 - t0).to(tl.int32)
+        a_token = token.to(tl.int64) * stride_a
         acc = tl.zeros((BM, BN), tl.float32)
         t = tl.zeros((), tl.int32)
         p = tl.zeros((), tl.int32)
@@ -217,31 +247,49 @@ def slab_kernel(
             block = (word >> 48 & 0x7FFF).to(tl.int32)
             row = i ^ (word & 0xFFFF).to(tl.int32)
             c = (word >> 32 & 0xFFFF).to(tl.int32) * SLAB_COLS + (j ^ (word >> 16 & 0xFFFF).to(tl.int32))
-            in_1, in_2 = block >= begin_1, block >= begin_2
-            d = tl.where(in_2, d_2, tl.where(in_1, d_1, d_0))
-            rows = tl.where(in_2, rows_2, tl.where(in_1, rows_1, rows_0))
-            stride_d = tl.where(in_2, stride_2, tl.where(in_1, stride_1, stride_0))
-            r = (block - tl.where(in_2, begin_2, tl.where(in_1, begin_1, 0))) * SLAB_ROWS + row
+            if ALONE:
+                d, rows, stride_d, r = d_0, rows_0, stride_0, block * SLAB_ROWS + row
+            else:
+                in_1, in_2 = block >= begin_1, block >= begin_2
+                d = tl.where(in_2, d_2, tl.where(in_1, d_1, d_0))
+                rows = tl.where(in_2, rows_2, tl.where(in_1, rows_1, rows_0))
+                stride_d = tl.where(in_2, stride_2, tl.where(in_1, stride_1, stride_0))
+                r = (block - tl.where(in_2, begin_2, tl.where(in_1, begin_1, 0))) * SLAB_ROWS + row
             r = tl.max_contiguous(tl.multiple_of(r, 8), 8)
             c = tl.max_contiguous(tl.multiple_of(c, 8), 8)
             live = token < length - t
             inside = c < cols
             if SLAB_COLS < BN:
                 inside = inside & (j < SLAB_COLS)
-            at = t0 + t + token
+            at = t0 + t
+            d_token = token.to(tl.int64) * stride_d
             x = tl.load(
-                d + at[None, :] * stride_d + r[:, None], mask=live[None, :] & (r < rows)[:, None], other=0.0
+                d + at * stride_d + (d_token[None, :] + r[:, None]),
+                mask=live[None, :] & (r < rows)[:, None],
+                other=0.0,
             )
             y = tl.load(
-                a + at[:, None] * stride_a + c[None, :], mask=live[:, None] & inside[None, :], other=0.0
+                a + at * stride_a + (a_token[:, None] + c[None, :]),
+                mask=live[:, None] & inside[None, :],
+                other=0.0,
             )
-            # A load, so that the compiler can move the operand's change of layout up to the loads: an arithmetic
-            # expression here sends every tile through shared memory once more.
-            sign = tl.load(row_sign + tl.where(word < 0, padded_rows, 0) + block * SLAB_ROWS + row)
-            x = x * sign[:, None]
             acc = tl.dot(x, y, acc, input_precision="ieee")
             t += BK
             done = t >= length
+            # A product whose result is used under a condition alone may run on while the next tiles are fetched.
+            if done:
+                after = _pick(words, lane, p + 1)  # no pair: 0
+                more = p + 1 < n_pairs
+                sign = _row_signs(row_sign, word, i, padded_rows, SLAB_ROWS)
+                sign *= tl.where(more, _row_signs(row_sign, after, i, padded_rows, SLAB_ROWS), 1.0)
+                flip = (sign.to(tl.int32, bitcast=True) & SIGN_BIT)[:, None]
+                if COLUMN_SIGNS:
+                    low = tl.arange(0, 8)
+                    of_pair = flips + (begin + p) * 8 + low
+                    bits = tl.load(of_pair) ^ tl.load(of_pair + 8, mask=(low >= 0) & more, other=0)
+                    high = part % COL_PARTS * (BN // 8) + tl.arange(0, BN // 8)
+                    flip ^= tl.reshape(bits[None, :] >> high[:, None] << 31, (BN,))[None, :]
+                acc = (acc.to(tl.int32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
             p += done.to(tl.int32)
             t = tl.where(done, 0, t)
         keep = (j < SLAB_COLS)[None, :] & (i >= 0)[:, None]
@@ -257,12 +305,20 @@ def slab_kernel(
             tl.store(target, tl.load(target, mask=keep & alone, other=0.0) + acc, mask=keep)
 
 
-@functools.cache
-def slab_launch(slab_rows: int, slab_cols: int, pairs: int, config: SlabConfig, into: str) -> Launch:
-    shape = dataclasses.asdict(config)
+def slab_options(slab_cols: int, dtype: torch.dtype, shared: int) -> dict[str, Any]:
+    """`slab_config`, with what lets two programs share a multiprocessor where their tiles are small enough."""
+    config = slab_config(slab_cols, dtype, shared)
+    options = dataclasses.asdict(config)
     if config.BN == 64 and config.num_warps == 8:
-        shape["maxnreg"] = MOST_REGISTERS
-    return Launch(slab_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, PAIRS=pairs, INTO=into, **shape)
+        options["maxnreg"] = MOST_REGISTERS
+    if config.BN == 128 and shared >= WIDEST_TILE:
+        options |= {"num_stages": 3, "maxnreg": MOST_REGISTERS}
+    return options
+
+
+@functools.cache
+def slab_launch(slab_rows: int, slab_cols: int, options: tuple[tuple[str, Any], ...], into: str) -> Launch:
+    return Launch(slab_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, INTO=into, **dict(options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,12 +327,14 @@ class Stack:
 
     ``pairs`` int64 [pairs], sorted by slab: block pair and its draw in one word, so that a step loads one number. Bits
     0-15 row XOR, 16-31 column XOR, 32-47 column block, 48-62 row block, 63 set where the pair sign is -1. ``first``
-    int32 [slabs + 1]: pairs ``first[q] .. first[q + 1]`` go to slab q. ``row_sign`` as in `slab_row_signs`.
+    int32 [slabs + 1]: pairs ``first[q] .. first[q + 1]`` go to slab q. ``row_sign`` as in `slab_row_signs`, ``flips``
+    as in `column_flips`, sorted like the pairs (anything where a fold has applied the signs).
     """
 
     pairs: torch.Tensor
     first: torch.Tensor
     row_sign: torch.Tensor
+    flips: torch.Tensor
     begins: tuple[int, ...]  # first row block of the second and of the third matrix
     rows: list[int]
     cols: int
@@ -300,16 +358,20 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
     slab = np.concatenate([p.pair_slab.reshape(-1) for p in plans]).astype(np.int64)
     counts = np.bincount(slab, minlength=plan.n_slabs)
     most = int(counts.max())
-    groups = _triton.ceil_div(most, group_pairs(plan.slab_cols))
-    config = slab_config(plan.slab_cols, dtype, _triton.shared_memory(device))
-    parts = plan.slab_rows // config.BM * _triton.ceil_div(plan.slab_cols, config.BN)
-    pairs = _triton.next_power_of_two(group_pairs(plan.slab_cols))
-    launch = functools.partial(slab_launch, plan.slab_rows, plan.slab_cols, pairs, config)
+    groups = _triton.ceil_div(most, group_pairs(plan.slab_cols, most))
+    options = slab_options(plan.slab_cols, dtype, _triton.shared_memory(device))
+    parts = plan.slab_rows // options["BM"] * _triton.ceil_div(plan.slab_cols, options["BN"])
+    signs, wide = plan.col_fold is None, options["BN"] > 128
+    options |= {"PAIRS": lanes(plan.slab_cols), "COLUMN_SIGNS": signs, "ALONE": wide and len(plans) == 1}
+    launch = functools.partial(slab_launch, plan.slab_rows, plan.slab_cols, tuple(options.items()))
+    order = np.argsort(slab, kind="stable")
+    first = upload(np.concatenate([[0], np.cumsum(counts)]), np.int32, device)
     none = (1 << 15,) * (MEMBERS - len(plans))  # above every block
     return Stack(
-        pairs=upload(words[np.argsort(slab, kind="stable")].view(np.int64), np.int64, device),
-        first=upload(np.concatenate([[0], np.cumsum(counts)]), np.int32, device),
+        pairs=upload(words[order].view(np.int64), np.int64, device),
+        first=first,
         row_sign=slab_row_signs(plans, device, dtype),
+        flips=upload(column_flips(plans)[order], np.int32, device) if signs else first,
         begins=(*map(int, begins[1:-1]), *none),
         rows=[p.folded_rows for p in plans],
         cols=plan.folded_cols,
@@ -317,7 +379,7 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
         groups=groups,
         group_pairs=_triton.ceil_div(most, groups),
         chunk=chunk_tokens(plan.n_slabs),
-        wide=config.BN > 128,
+        wide=wide,
         programs=plan.n_slabs * groups * parts,
         launches={into: launch(into) for into in ("out", "slots", "sums")},
     )
@@ -342,7 +404,7 @@ def add_slabs(
     """One launch: what the matrices' output gradients ``ds`` and their inputs ``a`` give, as `slab_kernel` says."""
     stack.launches[into](
         (chunks.n_items * stack.programs,),
-        (*padded(ds), a, out, partial, chunks.table, stack.pairs, stack.first, stack.row_sign),
+        (*padded(ds), a, out, partial, chunks.table, stack.pairs, stack.first, stack.row_sign, stack.flips),
         (*padded(stack.rows), *padded(strides), stack.cols, stride_a, stack.row_sign.shape[1]),
         (*stack.begins, chunks.n_segments, stack.n_slabs, stack.groups, stack.group_pairs, partial.shape[1]),
     )
@@ -359,9 +421,6 @@ def sketch_linear(
     n_tokens = d.shape[0]
     if n_tokens == 0 or offsets.numel() == 1:
         return
-    if plan.col_fold is None:
-        tables = matrix_tables(plan, d.device)
-        a = fold_columns(a, tables.col_sign, tables.col_fold, plan.folded_cols)
     stack = stack_of((plan,), d.device, d.dtype)
     always = stack.groups > 1 or stack.wide
     chunks = cut(offsets, n_tokens, stack.chunk, always)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from aot_compile import FLOATS, SHARED_LIMIT
 
-from cropi_kernels import _triton
 from cropi_kernels._launch import MEMBERS
 from cropi_kernels.ops import _triton_segments as segments
 from cropi_kernels.ops.linear_logprob import triton as logprob
@@ -48,24 +47,30 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def slab(dtype: str, slab_cols: int, capability: int, into: str = "sums") -> Case:
-    config = linear.slab_config(slab_cols, _dtype(dtype), SHARED_LIMIT[capability])
-    shape = dataclasses.asdict(config)
-    options = {"num_warps": shape.pop("num_warps"), "num_stages": shape.pop("num_stages")}
-    if config.BN == 64 and config.num_warps == 8:
-        options["maxnreg"] = linear.MOST_REGISTERS
+def slab(
+    dtype: str, slab_cols: int, capability: int, into: str = "sums", signs: bool = False, alone: bool = False
+) -> Case:
+    constants = linear.slab_options(slab_cols, _dtype(dtype), SHARED_LIMIT[capability])
+    options = {
+        name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants
+    }
+    constants |= dict(SLAB_ROWS=32768 // slab_cols, SLAB_COLS=slab_cols, COLUMN_SIGNS=signs, ALONE=alone)
+    constants |= dict(PAIRS=linear.lanes(slab_cols), INTO=into)
     word = f"*{FLOATS[dtype]}"
     pointers = dict.fromkeys(("d_0", "d_1", "d_2", "a", "row_sign"), word)
-    pointers |= dict(out="*fp32", partial="*fp32", table="*i64", pairs="*i64", first="*i32")
-    constants = dict(
-        shape, SLAB_ROWS=32768 // slab_cols, SLAB_COLS=slab_cols, INTO=into,
-        PAIRS=_triton.next_power_of_two(linear.group_pairs(slab_cols)),
-    )  # fmt: skip
-    most = {256: 244, 128: 184, 64: linear.MOST_REGISTERS}.get(config.BN, 128) if dtype != "float32" else 160
+    pointers |= dict(out="*fp32", partial="*fp32", table="*i64", pairs="*i64", first="*i32", flips="*i32")
+    # A wide tile has a multiprocessor to itself.
+    usual = (
+        {256: 254 if signs else 244, 128: 202 if signs else 196}.get(constants["BN"], 128)
+        if dtype != "float32"
+        else 160
+    )
     sizes = [f"{name}_{i}" for name in ("rows", "stride") for i in range(MEMBERS)]
+    name = " ".join(["slab", dtype, str(slab_cols), into, *["signs"] * signs, *["alone"] * alone])
     return Case(
-        f"slab {dtype} {slab_cols} {into}", linear.slab_kernel, _types(linear.slab_kernel, pointers), constants,
-        (*sizes, "cols", "stride_a", "padded_rows"), options, most, tensor_cores=dtype != "float32",
+        name, linear.slab_kernel, _types(linear.slab_kernel, pointers), constants,
+        (*sizes, "cols", "stride_a", "padded_rows"), options, options.get("maxnreg", usual),
+        tensor_cores=dtype != "float32",
     )  # fmt: skip
 
 
@@ -94,7 +99,7 @@ def fold(dtype: str, width: int) -> Case:
     constants = dict(BT=linear.FOLD_TOKENS, BW=width)
     return Case(
         f"fold {dtype} {width}", linear.fold_kernel, _types(linear.fold_kernel, pointers), constants,
-        ("cols", "width", "stride_x"), {"num_warps": 4}, 128,
+        ("cols", "width", "stride_x"), {"num_warps": linear.FOLD_WARPS}, 128,
     )  # fmt: skip
 
 
@@ -297,7 +302,7 @@ def chunks() -> Case:
 def reduce_partials() -> Case:
     kernel = segments.reduce_partials_kernel
     types = _types(kernel, dict(partial="*fp32", out="*fp32", table="*i64"))
-    constants = dict(BLOCK=segments.REDUCE_BLOCK)
+    constants = dict(BLOCK=segments.REDUCE_BLOCK, AHEAD=segments.REDUCE_AHEAD)
     return Case("reduce", kernel, types, constants, ("width", "out_stride"), {"num_warps": 4}, 64)
 
 
@@ -383,6 +388,7 @@ def all_cases(capability: int) -> list[Case]:
     return [
         *(on_hopper() if capability == 90 else []),
         slab("bfloat16", 256, capability, "slots"),
+        slab("bfloat16", 256, capability, "slots", signs=True, alone=True),
         slab("bfloat16", 64, capability, "out"),
         *(slab("bfloat16", cols, capability) for cols in (128, 64, 16)),
         slab("float16", 64, capability),

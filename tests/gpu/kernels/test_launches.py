@@ -145,7 +145,7 @@ CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
 } | {
     "sketch_linear without a fold, strided": (
         wide_and_strided,
-        {"fold_kernel", "slab_kernel", "reduce_partials_kernel"},
+        {"slab_kernel", "reduce_partials_kernel"},
     ),
     "swiglu without a fold": (lambda: swiglu(A, A, backend="triton"), {"swiglu_kernel"}),
     "sketch_tail": (sums_of_chunks, {"tail_kernel"}),

@@ -192,6 +192,15 @@ def test_tables_hold_the_plan_to_the_bit() -> None:
     count = np.diff(stack.first.numpy())
     assert np.array_equal(np.repeat(np.arange(stack.n_slabs), count), both("pair_slab"))
     assert stack.groups * stack.group_pairs >= count.max() > stack.groups * (stack.group_pairs - 1)
+    signs = np.stack([plan.col_sign for plan in plans])
+    assert np.array_equal(signs[0], signs[1]), "matrices that share their inputs share the signs of columns"
+    column = col[:, None] * plans[0].slab_cols + (np.arange(plans[0].slab_cols) ^ part(16, 16)[:, None])
+    bits = stack.flips.numpy()[:, np.arange(plans[0].slab_cols) % 8] >> np.arange(plans[0].slab_cols) // 8 & 1
+    inside = column < plans[0].cols
+    assert (
+        np.array_equal(np.where(bits, -1.0, 1.0)[inside], signs[0][column[inside]])
+        and not bits[~inside].any()
+    )
     assert stack.begins == (plans[0].n_row_blocks, 1 << 15)
     assert kernels.stack_of(plans, torch.device("cpu"), torch.float32) is stack, "uploaded again"
 
@@ -233,6 +242,32 @@ def test_vectors_from_their_sums_over_chunks() -> None:
 
 
 def test_group_size_fits_the_kernel() -> None:
-    assert max(map(kernels.group_pairs, (16, 64, 128, 256))) <= 32, (
-        "a warp holds the words of a group's pairs, one per lane"
-    )
+    for cols in (16, 64, 128, 256):
+        sizes = [kernels.group_pairs(cols, pairs) for pairs in range(1, 3000)]
+        assert 1 <= min(sizes) and max(sizes) == kernels.group_pairs(cols, 1 << 30)
+        assert kernels.lanes(cols) <= 32, "a warp holds the words of a group's pairs, one per lane"
+
+
+def test_long_chunks_take_their_turns_first() -> None:
+    """Every chunk once, with its own slot, whatever the turn; where decreasing offsets ask for more chunks than there
+    is room for, rows are as before: none is left unwritten."""
+    g = torch.Generator().manual_seed(0)
+    for n_segments in (1, 7, 70):
+        lengths = torch.randint(0, 50, (n_segments,), generator=g)
+        offsets = offsets_of(lengths.tolist(), skipped=2)
+        chunks = cut(offsets, int(offsets[-1]) + 3, 16, True)
+        rows = chunks.table[: chunks.n_items * 4].view(-1, 4)
+        real = rows[rows[:, 0] < n_segments]
+        starts = [
+            (s, int(offsets[s]) + 16 * k) for s in range(n_segments) for k in range(-(-int(lengths[s]) // 16))
+        ]
+        assert torch.equal(rows[: len(real)], real) and len(real) == len(starts)
+        size = real[:, 2] - real[:, 1]
+        assert (size > 0).all() and (size.diff() <= 0).all()
+        by_slot = real[real[:, 3].argsort()]
+        assert by_slot[:, 3].tolist() == list(range(len(real)))
+        assert [tuple(row) for row in by_slot[:, :2].tolist()] == starts
+    chunks = cut(torch.tensor([0, 100, 3, 90, 5, 100]), 100, 16, True)
+    rows = chunks.table[: chunks.n_items * 4].view(-1, 4)
+    assert ((rows[:, :3] >= 0) & (rows[:, :3] <= torch.tensor([5, 100, 100]))).all()
+    assert rows[:, 3].tolist() == list(range(chunks.n_items))
