@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from cropi.cli import main
 from cropi.curriculum.state import FORMAT, State
 from cropi.errors import CropiError
 from cropi.ranking.influence import Scores
@@ -107,3 +108,11 @@ def test_pass_rates_beyond_all_sense_are_shown() -> None:
     tables = _composition(Scores(rows, ["x"], np.ones((4, 1)), {}), np.arange(4), np.arange(1))
     told = repr(next(table for table in tables if "pass rate" in repr(table)))
     assert "0.25 to 0.50" in told and "0.75 to 1.00" in told
+
+
+def test_info_of_a_table_without_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "scores.parquet"
+    write_scores(file, Scores([RowInfo("a", "failed", "NaN")], ["x\x1b"], np.full((1, 1), np.nan), {}))
+    assert main(["info", str(file)]) == 0
+    told = capsys.readouterr().out
+    assert "0 of 1 prompts have scores" in told and "lowest nan" in told and "\x1b" not in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -171,7 +172,8 @@ def _scores(path: Path) -> dict[str, Any]:
     print(f"scores        {path}: {int(scores.usable.sum())} of {len(scores.rows)} prompts have scores")
     for v, name in enumerate(scores.sets):
         column = scores.table[scores.usable, v]
-        print(f"{name:<13} lowest {column.min():.4f}, mean {column.mean():.4f}, highest {column.max():.4f}")
+        least, mean, most = (column.min(), column.mean(), column.max()) if len(column) else [math.nan] * 3
+        print(f"{printable(name):<13} lowest {least:.4f}, mean {mean:.4f}, highest {most:.4f}")
     print(json.dumps(scores.meta, indent=2))
     return {
         "kind": "scores", "prompts": len(scores.rows), "usable": int(scores.usable.sum()), "sets": scores.sets,
