@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,47 @@ def reading(path: str | Path, *, missing: bool = False) -> Iterator[None]:
         raise CropiError(f"cannot read {path}: {reason(error, 'give a path that can be read')}") from error
 
 
+def _status(path: str | Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last one of a name with a zero byte
+        return None
+    except OSError as error:
+        raise CropiError(f"cannot read {path}: {reason(error, 'give a path that can be read')}") from error
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether there is a file or a folder; in words where the system does not say, as ``Path.exists`` does not.
+
+    Raises:
+        CropiError: names the path, the reason (a folder above that cannot be read, links in a circle, a name too
+            long, a failing disk) and the remedy.
+    """
+    return _status(path) is not None
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file; raises as :func:`is_there`."""
+    status = _status(path)
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder; raises as :func:`is_there`."""
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def size_of(path: str | Path) -> int:
+    """The bytes of a file, 0 where there is none; raises as :func:`is_there`."""
+    status = _status(path)
+    return 0 if status is None else status.st_size
+
+
 class _Readable(io.FileIO):
     def __init__(self, path: Path) -> None:
+        if "\0" in str(path):
+            raise CropiError(f"cannot read {path}: no name holds a zero byte; give a path that can be read")
         with reading(path, missing=True):
             super().__init__(path)
         self.path = path
@@ -208,8 +248,8 @@ def check_room(folder: Path, needed: int, what: str) -> None:
     Raises:
         CropiError: too little is free, or the folder cannot be written.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if is_there(path))
+    if not is_folder(there):
         raise CropiError(f"{folder}: {there} is a file; give a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise CropiError(f"{folder}: nothing can be written to {there}; give another folder")
@@ -233,8 +273,9 @@ def replacing(path: Path) -> Iterator[Path]:
         CropiError: ``path`` is a folder or cannot be written, or the disk is full (or a quota or a limit is reached).
     """
     path = Path(path)
-    if path.is_dir():
-        raise CropiError(f"cannot write {path}: it is a folder; give the path of a file")
+    with writing(path):
+        if path.is_dir():
+            raise CropiError(f"cannot write {path}: it is a folder; give the path of a file")
     temporary, made = temporary_path(path), False
     try:
         with writing(path, temporary):
@@ -275,7 +316,7 @@ def leftovers(path: Path, ending: str = "") -> list[Path]:
 
 def remove(path: Path) -> None:
     """Remove a temporary file or folder, as far as the system lets us."""
-    if path.is_dir() and not path.is_symlink():
+    if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):

@@ -30,7 +30,7 @@ from cropi.data.rewards import no_gradient_reason
 from cropi.data.scan import Scan
 from cropi.data.share import Share, without
 from cropi.errors import CropiError
-from cropi.files import write_atomic
+from cropi.files import is_file, write_atomic
 from cropi.options import Influence, Rescoring, Selecting
 from cropi.ranking.cut import Drift, affordable, anew, spreads
 from cropi.ranking.influence import influence_by
@@ -159,14 +159,14 @@ class Anew:
     ) -> frozenset[str]:
         """The ids of the prompts that are not sketched; their rows are in the store of those."""
         earlier, present = open_together(self.earlier), valid[0].manifest
-        if earlier is None and self.last is not None and (self.last / PLAN).is_file():
+        if earlier is None and self.last is not None and is_file(self.last / PLAN):
             raise CropiError(
                 f"the sketches of the stage before are gone from {self.last}, and this one is to keep some of them: "
                 f"put them back, or remove {self.last / PLAN} to sketch all prompts anew"
             )
         key = json.loads(json.dumps({key: present[key] for key in ("stage", "model")}))
         path, options = self.folder / PLAN, vars(self.options)
-        held = read_plan(path) if path.is_file() else {}
+        held = read_plan(path) if is_file(path) else {}
         if held.get("for") == key and held["options"] != options:
             raise CropiError(
                 f"{path} was made with {held['options']}, but now they are {options}, and this stage has begun; put "
@@ -290,7 +290,7 @@ def _stage_of(store: SketchStore) -> int:
 
 def _drift_of(last: Path | None) -> Drift:
     """How far scores moved in the stages before: their sums, and the prompts that the last one scored anew."""
-    if last is None or not (last / PLAN).is_file() or not (last / SCORES).is_file():
+    if last is None or not is_file(last / PLAN) or not is_file(last / SCORES):
         return Drift()
     held, scores = read_plan(last / PLAN), read_scores(last / SCORES)
     drift = Drift(*held["drift"])

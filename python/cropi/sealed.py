@@ -18,7 +18,7 @@ from typing import Any
 
 from cropi.bulk import check_bulk
 from cropi.errors import CropiError, shown
-from cropi.files import forget, reading, tree, write_atomic, writing
+from cropi.files import forget, is_folder, reading, tree, write_atomic, writing
 from cropi.form import check_form, is_writable
 
 CHECKSUM = "checksum"
@@ -95,7 +95,7 @@ def summed(path: str | Path, *beside: Path) -> Iterator[None]:
     with writing(path, sums_path(path)):
         forget(sums_path(path))
     yield
-    files = sorted(file for _, held in tree(path) for file in held) if path.is_dir() else [path]
+    files = sorted(file for _, held in tree(path) for file in held) if is_folder(path) else [path]
     lines = (f"{_found(file)}  {file.relative_to(path.parent)}\n" for file in (*files, *beside))
     write_atomic(sums_path(path), *lines)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cropi.bulk import check_bulk
 from cropi.errors import CropiError, printable
-from cropi.files import entries, reading
+from cropi.files import entries, is_file, is_there, reading, size_of
 from cropi.form import check_form, is_number
 
 # Keys by which a JSON object is what `cropi check --out` wrote.
@@ -32,12 +32,12 @@ def describe_folder(path: Path) -> dict[str, Any] | None:
     from cropi.ranking.table import SCORES
     from cropi.store.manifest import MANIFEST
 
-    if (path / MANIFEST).is_file():
+    if is_file(path / MANIFEST):
         return None
     # datasets' save_to_disk has a file of that name, too, and describes itself in another one.
-    if (path / NAME).is_file() and not (path / "dataset_info.json").exists():
+    if is_file(path / NAME) and not is_there(path / "dataset_info.json"):
         return _curriculum(path, path / NAME)
-    if any((path / name).exists() for name in (SCORES, "selected.jsonl", "sketches")):
+    if any(is_there(path / name) for name in (SCORES, "selected.jsonl", "sketches")):
         return _run(path)
     return None
 
@@ -67,7 +67,7 @@ def _file(path: Path) -> dict[str, Any] | None:
     if path.suffix in (".yaml", ".yml", ".toml"):
         return _config(path)
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if start in (b"{", b"[") and path.stat().st_size < 2**26:
+    if start in (b"{", b"[") and size_of(path) < 2**26:
         return _json(path)
     if path.suffix == ".txt" or (
         start and start not in (b"{", b"[") and b"\x00" not in head and path.suffix == ""
@@ -143,20 +143,20 @@ def _run(path: Path) -> dict[str, Any]:
         )
         lines.append(f"sketches      {folder.name}: {len(store)} prompts{part}")
         facts.setdefault("stores", {})[folder.name] = {"prompts": len(store), "expected": store.expected}
-    if (path / SCORES).is_file():
+    if is_file(path / SCORES):
         scores = read_scores(path / SCORES)
         facts |= {"prompts": len(scores.rows), "usable": int(scores.usable.sum()), "sets": scores.sets}
         lines.append(
             f"scores        {int(scores.usable.sum())} of {len(scores.rows)} prompts against "
             f"{', '.join(map(repr, scores.sets))}"
         )
-    if (path / "selected.jsonl").is_file():
+    if is_file(path / "selected.jsonl"):
         facts["selected"] = len(read_selection(path / "selected.jsonl"))
         lines.append(f"selected      {facts['selected']} prompts")
     else:
         lines.append("unfinished    nothing is selected yet; the same command goes on")
     rest = [
-        name for name in ("config.yaml", "check.json", "report.html", "scores.png") if (path / name).exists()
+        name for name in ("config.yaml", "check.json", "report.html", "scores.png") if is_there(path / name)
     ]
     if rest:
         lines.append(f"beside        {', '.join(rest)}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from cropi.cli.manners import tell
 from cropi.cli.parser import Parser, positive
+from cropi.files import is_folder, is_there
 from cropi.options import SOURCES
 
 EXAMPLE = "cropi convert rollouts/*.jsonl --out train.jsonl"
@@ -160,7 +161,7 @@ def _tokenizer(args: argparse.Namespace) -> Any:
     from cropi.model.load import load_tokenizer
 
     folder = Path(args.model)
-    if folder.is_dir() and not (folder / "config.json").exists():  # a tokenizer alone
+    if is_folder(folder) and not is_there(folder / "config.json"):  # a tokenizer alone
         return optional("transformers").AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=args.trust_remote_code
         )

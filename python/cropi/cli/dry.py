@@ -120,10 +120,11 @@ def _stored(out: str | Path | None) -> set[str]:
     """The ids of the prompts that a store holds; none where there is no store."""
     from pathlib import Path
 
+    from cropi.files import is_file
     from cropi.store.manifest import MANIFEST
     from cropi.store.store import SketchStore
 
-    if out is None or not (Path(out) / MANIFEST).is_file():
+    if out is None or not is_file(Path(out) / MANIFEST):
         return set()
     return {row.id for row in SketchStore.open(out).rows()}
 

@@ -14,7 +14,7 @@ from cropi.cli import options
 from cropi.cli.manners import tell
 from cropi.cli.parser import option_group
 from cropi.errors import printable
-from cropi.files import entries
+from cropi.files import entries, is_folder, is_there
 from cropi.options import Reading
 
 EXAMPLE = "cropi info train.jsonl"
@@ -80,18 +80,18 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     from cropi.cli import contents
     from cropi.data.tables import is_saved
 
-    described = contents.describe_folder(path) if path.is_dir() else None
+    described = contents.describe_folder(path) if is_folder(path) else None
     if described is not None:
         return described
-    if path.is_dir() and not is_saved(path):
-        if (path / "manifest.json").exists() or not any(map(Path.is_file, entries(path))):
+    if is_folder(path) and not is_saved(path):
+        if is_there(path / "manifest.json") or not any(map(Path.is_file, entries(path))):
             return _store(path, args.verify)
         return _trajectories(args)  # a trainer's dumps
     if path.suffix == ".parquet" and _is_scores(path):
         return _scores(path)
     if args.source == "auto" and not args.columns:
         described = contents.describe_file(path)
-        if described is None and path.exists():
+        if described is None and is_there(path):
             described = contents.describe_rows(path)
         if described is not None:
             return described
@@ -105,7 +105,7 @@ def _is_scores(path: Path) -> bool:
     try:
         schema = optional("pyarrow.parquet").read_schema(path)
     except (OSError, ValueError):
-        return not path.exists()
+        return not is_there(path)
     return b"cropi" in (schema.metadata or {}) or any(name.startswith("score[") for name in schema.names)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from cropi.cli import manners
 from cropi.cli.manners import tell
 from cropi.cli.parser import about, count
+from cropi.files import is_there
 
 _SIZE = 1 << 28
 EXAMPLES = {
@@ -83,7 +84,7 @@ def _verify(args: argparse.Namespace) -> int:
     from cropi.store.store import SketchStore
 
     for path in args.stores:
-        if Path(path).exists() and not (Path(path) / MANIFEST).exists():
+        if is_there(Path(path)) and not is_there(Path(path) / MANIFEST):
             count = check_sums(path, whole=True)
             tell(args, **{str(path): {"files": count}})
             print(f"checksums     {count} files are intact: {path}")

@@ -13,7 +13,7 @@ from typing import Any
 from cropi.checked import fits
 from cropi.curriculum.plan import Plan
 from cropi.errors import CropiError, shown
-from cropi.files import entries, make_folder, write_atomic, writing
+from cropi.files import entries, is_folder, is_there, make_folder, write_atomic, writing
 from cropi.form import check_form
 from cropi.locks import lock_folder
 from cropi.report.forms import BESIDE, TRAINED, is_amount
@@ -75,7 +75,7 @@ class State:
             CropiError: it is damaged, of a newer release, or a finished step was done under other settings.
         """
         path, settings = plan.out / NAME, json.loads(json.dumps(plan.settings()))
-        if not path.exists():
+        if not is_there(path):
             # Beside the lock there may be a temporary file of a run that was killed right here.
             if any(not held.name.startswith(".") for held in entries(plan.out)):
                 raise CropiError(f"out: {plan.out} is not empty and holds no {NAME}; give a new folder")
@@ -154,7 +154,7 @@ def locked(out: Path) -> Iterator[int]:
     Raises:
         CropiError: it is locked already.
     """
-    if out.exists() and not out.is_dir():
+    if is_there(out) and not is_folder(out):
         raise CropiError(f"out: {out} is a file; give a folder")
 
     def in_use(owner: str) -> CropiError:

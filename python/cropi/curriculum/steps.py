@@ -23,7 +23,7 @@ from cropi.curriculum.state import State
 from cropi.data.export import export
 from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
-from cropi.files import make_folder, sync_all, writing
+from cropi.files import is_file, is_there, make_folder, sync_all, writing
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Part
 from cropi.ranking.report import plot_scores
@@ -87,7 +87,7 @@ def rollouts(stage: Stage) -> Result:
     for name, path in files.items():
         if f"{{{name}}}" not in stage.plan.rollouts:
             continue
-        if not path.is_file():
+        if not is_file(path):
             raise CropiError(f"rollouts: the command succeeded, but wrote no {{{name}}} file ({path})")
         _keep(path)
         made[name] = [str(folder / path.name)]
@@ -256,7 +256,7 @@ def train(stage: Stage) -> Result:
         command = fill(plan.trainer, values, option="trainer")
         run_command("trainer", command, stage.folder / "train.log", [stage.lock], values)
         model = Path(fill(plan.trained_model, values, quote=False))
-    if not (model / "config.json").is_file():
+    if not is_file(model / "config.json"):
         raise CropiError(
             f"trainer: training ended well, but {model} holds no Hugging Face model (no config.json); save the new "
             "policy there, or say by trained_model where it is"
@@ -272,7 +272,7 @@ def collect(stage: Stage) -> Result:
     result: Result = {"model": trained["model"]}
     if "rollouts" in stage.plan.trainer_uses:
         newer = stage.folder / "rollouts.jsonl"
-        if not newer.is_file():
+        if not is_file(newer):
             raise CropiError(
                 f"trainer: its command names {{rollouts}}, but wrote no such file ({newer.absolute()})"
             )
@@ -310,7 +310,7 @@ def _dataset(folder: Path, plan: Plan) -> Path:
 
 
 def _absolute(model: str) -> str:
-    return str(Path(model).absolute()) if Path(model).exists() else model
+    return str(Path(model).absolute()) if is_there(Path(model)) else model
 
 
 def _relative(path: Path) -> str:

@@ -119,7 +119,7 @@ def finite(value: Any) -> bool:
 def _check_prompt(values: dict[str, Any], where: str) -> Any:
     prompt, ids = values["prompt"], values["prompt_ids"]
     if ids is not None:
-        _check_ids(ids, "prompt_ids", where)
+        check_ids(ids, "prompt_ids", where)
     if isinstance(prompt, list):
         prompt = plain_messages(prompt, "prompt", where)
     elif not isinstance(prompt, str) and not (prompt is None and ids is not None):
@@ -132,7 +132,7 @@ def _check_prompt(values: dict[str, Any], where: str) -> Any:
 def _check_response(values: dict[str, Any], k: int, where: str) -> None:
     responses, ids = values["responses"], values["response_ids"]
     if ids is not None:
-        _check_ids(ids[k], f"response_ids[{k}]", where)
+        check_ids(ids[k], f"response_ids[{k}]", where)
     if responses is not None:
         response = responses[k]
         if isinstance(response, list):
@@ -219,7 +219,7 @@ def _check_mask(values: dict[str, Any], where: str) -> None:
         masks[k] = mask
 
 
-def _check_ids(ids: Any, name: str, where: str) -> None:
+def check_ids(ids: Any, name: str, where: str) -> None:
     if not isinstance(ids, list) or not ids:
         raise RecordError(where, f"{name} must be a list of at least one token id")
     if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= LARGEST_TOKEN:

@@ -10,7 +10,18 @@ from typing import Any
 
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, optional
-from cropi.files import entries, leftovers, make_folder, remove, sync, sync_all, temporary_path, writing
+from cropi.files import (
+    entries,
+    is_folder,
+    is_there,
+    leftovers,
+    make_folder,
+    remove,
+    sync,
+    sync_all,
+    temporary_path,
+    writing,
+)
 
 
 def dataset_of(table: Any) -> Any:
@@ -30,7 +41,7 @@ def check_folder(out: Path) -> None:
     Raises:
         CropiError: something else stands there.
     """
-    if out.exists() and not is_saved(out) and not (out.is_dir() and not entries(out)):
+    if is_there(out) and not is_saved(out) and not (is_folder(out) and not entries(out)):
         raise CropiError(
             f"format save_to_disk: {out} is there already and is not a saved data set; give another folder"
         )
@@ -48,7 +59,7 @@ def save_folder(out: Path, dataset: Any) -> None:
     with writing(out, made, old):
         make_folder(out.parent)
         for left in leftovers(out, ".old"):  # the one before, where a kill came between the two renames
-            if not out.exists():
+            if not is_there(out):
                 os.replace(left, out)
         for left in (*leftovers(out), *leftovers(out, ".old")):
             remove(left)
@@ -59,7 +70,7 @@ def save_folder(out: Path, dataset: Any) -> None:
             sync(out.parent)
         finally:
             remove(made)
-            if old.exists() and not out.exists():
+            if is_there(old) and not is_there(out):
                 os.replace(old, out)
             remove(old)
 

@@ -15,7 +15,7 @@ from cropi.data.columns import table_groups
 from cropi.data.formats import ARROW_FILE, PARQUET
 from cropi.data.values import without_empty
 from cropi.errors import CropiError, RecordError, optional, printable
-from cropi.files import open_to_read, reading
+from cropi.files import is_file, is_there, open_to_read, reading
 
 # Python's objects take some five times the room of a table's numbers.
 BATCH_BYTES, MOST_ROWS = 8 * 2**20, 4096
@@ -122,7 +122,7 @@ def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         CropiError: it holds several splits, or a file of it is missing.
     """
-    if (path / SPLITS).exists():
+    if is_there(path / SPLITS):
         text = _bytes_of(path / SPLITS)
         try:
             names = json.loads(text)["splits"]
@@ -138,7 +138,7 @@ def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CropiError(f"{path / STATE} is damaged ({error}); save the dataset again") from None
     for file in files:
-        if not file.is_file():
+        if not is_file(file):
             raise CropiError(f"{path}: its file {file.name} is missing; copy the folder again")
         for where, _, row in rows_of_table_file(file, "arrow stream"):
             yield where, row

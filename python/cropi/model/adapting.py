@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional
-from cropi.files import failure_of, reason
+from cropi.files import failure_of, is_file, is_there, reason
 
 QUANTIZE = ("4bit", "8bit")
 
@@ -62,7 +62,7 @@ def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:
     """
     peft, where = optional("peft"), os.fspath(adapter)
     folder = Path(where).expanduser()
-    if folder.exists() and not (folder / "adapter_config.json").is_file():
+    if is_there(folder) and not is_file(folder / "adapter_config.json"):
         raise CropiError(
             f"adapter {where!r}: the folder holds no adapter_config.json, so it is not an adapter of PEFT; "
             "give the folder that save_pretrained wrote"
@@ -71,7 +71,7 @@ def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             made = peft.PeftModel.from_pretrained(
-                model, str(folder) if folder.exists() else where, is_trainable=True
+                model, str(folder) if is_there(folder) else where, is_trainable=True
             )
     except Exception as error:  # PEFT, safetensors, torch and the hub's client have errors of their own
         if failure := failure_of(error):

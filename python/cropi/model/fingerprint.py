@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional
-from cropi.files import open_to_read, reading
+from cropi.files import open_to_read, reading, size_of
 
 XXH3 = "xxh3:"
 # What is read of a checkpoint's file to tell it from another one.
@@ -66,7 +66,7 @@ def checkpoint_fingerprint(folder: Path) -> str:
 def _checkpoint_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin")):
-        size = path.stat().st_size
+        size = size_of(path)
         digest.update(f"{path.name} {size}\n".encode())
         with open_to_read(path) as file:
             for i in range(PIECES):

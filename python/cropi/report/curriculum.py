@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
-from cropi.files import write_atomic
+from cropi.files import is_file, is_there, write_atomic
 from cropi.ranking.table import SCORES
 from cropi.report.charts import line
 from cropi.report.forms import REPORT
@@ -19,7 +19,7 @@ SETTLED = 0.9  # a choice that keeps so much of the last one hardly depends on t
 
 def is_curriculum(folder: Path) -> bool:
     """Whether a folder is one that ``cropi curriculum`` wrote."""
-    return (folder / "report.json").is_file() and not (folder / SCORES).exists()
+    return is_file(folder / "report.json") and not is_there(folder / SCORES)
 
 
 def curriculum_page(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -67,7 +67,7 @@ def _row(root: Path, row: Mapping[str, Any]) -> dict[str, Any]:
         number(row.get("overlap"), ".0%"), number(before, ".4g"), number(after, ".4g"), number(equal, ".0%"),
         number(row.get("select_seconds"), ".1f"), number(row["seconds"].get("train"), ".1f"),
     ]  # fmt: skip
-    return {"stage": row["stage"], "cells": cells, "page": str(page) if (root / page).is_file() else ""}
+    return {"stage": row["stage"], "cells": cells, "page": str(page) if is_file(root / page) else ""}
 
 
 def _verdict(document: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

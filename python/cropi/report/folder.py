@@ -14,7 +14,7 @@ import numpy as np
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, shown, warn
-from cropi.files import entries
+from cropi.files import entries, is_folder, is_there
 from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
@@ -121,14 +121,14 @@ def _stores(root: Path, scores: Scores) -> tuple[SketchStore | None, list[Sketch
     folder = root / "sketches"
     made_from = scores.meta.get("valid") or ()
     named = {Path(path).name for one in made_from for path in one.get("paths") or [one["path"]]}
-    if not folder.is_dir():
+    if not is_folder(folder):
         return None, [], ""
     from cropi.store.earlier import EARLIER, open_together
     from cropi.store.store import SketchStore
 
     try:
         train = open_together([folder / "train", folder / EARLIER])
-        held = [path for path in entries(folder, "valid*") if path.is_dir()]
+        held = [path for path in entries(folder, "valid*") if is_folder(path)]
         valid = [SketchStore.open(path) for path in held if path.name in named or not named]
         for store in ([train] if train is not None else []) + valid:
             store.check_finished()
@@ -140,7 +140,7 @@ def _stores(root: Path, scores: Scores) -> tuple[SketchStore | None, list[Sketch
 def _records(train: SketchStore | None) -> PromptGroups | None:
     """The records of a store, or None where their files are not there any more."""
     paths = [Path(path) for path in (_notes(train).get("trajectories") or [])]
-    if not paths or not all(path.exists() for path in paths):
+    if not paths or not all(is_there(path) for path in paths):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from cropi.errors import CropiError, shown
-from cropi.files import make_folder, open_to_read, reason, remove, replacing, sync, writing
+from cropi.files import (
+    is_folder,
+    is_there,
+    make_folder,
+    open_to_read,
+    reason,
+    remove,
+    replacing,
+    sync,
+    writing,
+)
 from cropi.locks import is_at, try_lock
 from cropi.sealed import check_sums, summed
 
@@ -46,7 +56,7 @@ class RolloutFile:
             raise CropiError(
                 f"out: {out}: records are written as JSON lines; give a path that ends in .jsonl"
             )
-        if self.out.is_dir():
+        if is_folder(self.out):
             raise CropiError(f"out: {out} is a folder; give the path of a file")
         self.part = self.out.with_name(self.out.name + ".part")
         self.settings = json.loads(json.dumps(dict(settings)))
@@ -59,7 +69,7 @@ class RolloutFile:
     @contextlib.contextmanager
     def opened(self) -> Iterator[RolloutFile]:
         """Open the part file, and read which prompts it and the finished file hold."""
-        new = not self.part.exists()
+        new = not is_there(self.part)
         with writing(self.part):
             make_folder(self.out.parent)
             file = open(self.part, "a+b", buffering=0)
@@ -75,7 +85,7 @@ class RolloutFile:
             try:
                 with writing(self.part, self.out):
                     self._begun = self._read()
-                    if self.out.exists():
+                    if is_there(self.out):
                         self._take()
             except CropiError:
                 if new:

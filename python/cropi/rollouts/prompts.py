@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cropi.data.chat import plain_messages
-from cropi.data.checks import check_depth, check_id
+from cropi.data.checks import check_depth, check_id, check_ids
 from cropi.data.forms import content_id, parse_columns, renamed
 from cropi.data.keys import FIELDS, named
 from cropi.data.readers import HashedIds
@@ -166,6 +166,8 @@ def _prompt(
         record["prompt"] = prompt = plain_messages(prompt, "prompt", where)
     elif not (isinstance(prompt, str) and prompt) and "prompt_ids" not in record:
         raise RecordError(where, "the key 'prompt' is missing or empty: " + _held(record), _near(record))
+    if "prompt_ids" in record:
+        check_ids(record["prompt_ids"], "prompt_ids", where)
     if system is not None:
         record["prompt"] = prompt = _with_system(record, system, where)
     name = content_id(record) if hashed else check_id(given, where)

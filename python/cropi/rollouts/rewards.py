@@ -198,7 +198,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 def _file(path: str) -> Any:
     """The module in a file, run as a script's neighbours would import it: its own folder comes first."""
-    file = Path(path).resolve()
+    file = Path(os.path.realpath(path))  # links in a circle raise nothing
     if not os.path.isfile(file):
         raise CropiError(f"reward: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"cropi_reward_{file.stem}", file)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from cropi.data.scan import Scan
 from cropi.errors import CropiError, warn
+from cropi.files import is_file
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
 from cropi.gradient.subset import Subset
@@ -185,7 +186,7 @@ def with_date(
         return job
     date = None
     for folder in (job.out, *stores):
-        if date is None and folder is not None and (Path(folder) / MANIFEST).is_file():
+        if date is None and folder is not None and is_file(Path(folder) / MANIFEST):
             date = read_manifest(Path(folder))["tokens"].get("template_date")
     if date is None:
         date = datetime.date.today().isoformat()
@@ -311,9 +312,8 @@ def open_store(
     manifest = manifest or manifest_of(policy, job, behaviour, scan, moments)
     if job.out is None:
         return MemoryStore(manifest())
-    if (
-        Path(job.out) / MANIFEST
-    ).is_file():  # before the manifest asks who is to multiply: that is measured else
+    # Before the manifest asks who is to multiply: that is measured else.
+    if is_file(Path(job.out) / MANIFEST):
         settle_products(read_manifest(Path(job.out)))
     store = SketchStore.create(
         job.out,

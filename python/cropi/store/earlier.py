@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
+from cropi.files import is_folder
 from cropi.store.manifest import NOTES, SCALED
 from cropi.store.merging import copy_rows
 from cropi.store.rows import SCORED_AT, RowInfo
@@ -26,7 +27,7 @@ def open_together(paths: Sequence[Path]) -> SketchStore | None:
     Raises:
         CropiError: one is unfinished, or they do not belong together.
     """
-    stores = [SketchStore.open(path) for path in paths if path.is_dir()]
+    stores = [SketchStore.open(path) for path in paths if is_folder(path)]
     for store in stores:
         store.check_finished(alone=False)
         if store.dtype != stores[0].dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def merge(
         whole = SketchStore.join(parts)
     folder = Path(out)
     for part in parts:
-        if folder.resolve() == part.path.resolve():
+        if os.path.realpath(folder) == os.path.realpath(part.path):
             raise CropiError(f"{out} is one of the stores that are merged; give a new folder")
         part.check_finished(alone=False)
     whole.check_finished()

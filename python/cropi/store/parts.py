@@ -13,7 +13,7 @@ import errno
 from pathlib import Path
 
 from cropi.errors import CropiError
-from cropi.files import entries, writing
+from cropi.files import entries, is_folder, is_there, writing
 from cropi.locks import LOCK
 from cropi.store.loading import remove
 from cropi.store.manifest import MANIFEST
@@ -37,7 +37,7 @@ def next_part(out: Path, number: int) -> int:
 
 def part_paths(out: Path) -> list[Path]:
     """The parts that are there, in order."""
-    return [path for path in entries(out, f"{PART}*") if path.is_dir()]
+    return [path for path in entries(out, f"{PART}*") if is_folder(path)]
 
 
 def take_parts(store: SketchStore) -> int:
@@ -51,7 +51,7 @@ def take_parts(store: SketchStore) -> int:
     """
     before = len(store)
     for path in part_paths(store.path):
-        if (path / MANIFEST).exists():  # else its process was killed before it wrote anything
+        if is_there(path / MANIFEST):  # else its process was killed before it wrote anything
             with SketchStore.create(path, store.manifest) as part:  # removes what was not finished
                 copy_rows(store, part.files())
                 with writing(path):

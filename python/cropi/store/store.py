@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError
-from cropi.files import make_folder, reason, write_atomic, writing
+from cropi.files import is_folder, is_there, make_folder, reason, write_atomic, writing
 from cropi.locks import LOCK, is_at, lock_folder
 from cropi.store.codec import check_dtype, encode
 from cropi.store.compact import SHARD_BYTES, due, groups, join_blocks, tail
@@ -109,7 +109,7 @@ class SketchStore(StoredSketches):
                 f"cannot write the store {path}: {reason(error, 'give another --out')}"
             ) from error
         try:
-            if (path / MANIFEST).exists():
+            if is_there(path / MANIFEST):
                 store._go_on(wanted, earlier)
             else:
                 store._write_manifest(wanted)
@@ -362,10 +362,10 @@ class SketchStore(StoredSketches):
 
 def _check_folder(path: Path) -> None:
     """Refuse a folder for a store that holds other things."""
-    if path.exists() and not path.is_dir():
+    if is_there(path) and not is_folder(path):
         raise CropiError(f"{path} is a file; give a folder for the store")
     with writing(path):
-        held = os.listdir(path) if path.is_dir() else []
+        held = os.listdir(path) if is_folder(path) else []
     if MANIFEST in held or not held:
         return
     if LOCK not in held:

@@ -17,7 +17,7 @@ from cropi.data.records import PromptGroup
 from cropi.data.sources import PathSource
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, printable, warn
-from cropi.files import entries
+from cropi.files import entries, is_file
 from cropi.trainers.dumps import text_rows
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import PLAIN, Reading
@@ -152,7 +152,7 @@ def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = No
     found: list[str | Path] = []
     for path in paths:
         if not _is_name(path) and os.path.isdir(path) and not is_saved(Path(path)):
-            files = [file for file in entries(path) if file.is_file() and not file.name.startswith(".")]
+            files = [file for file in entries(path) if is_file(file) and not file.name.startswith(".")]
             if not files:
                 raise CropiError(
                     f"{path} is a folder without files; give trajectories, or a folder of a trainer's dumps"

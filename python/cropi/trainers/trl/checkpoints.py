@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from cropi.files import entries, reading
+from cropi.files import entries, is_file, reading
 
 
 def newest_whole(folder: str | Path, last: str) -> Path | None:
@@ -31,7 +31,7 @@ def newest_whole(folder: str | Path, last: str) -> Path | None:
 
 
 def _readable(path: Path) -> bool:
-    if not path.is_file():
+    if not is_file(path):
         return False
     with reading(path, missing=True):
         text = path.read_bytes()

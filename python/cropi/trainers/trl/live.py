@@ -12,7 +12,7 @@ import torch
 
 from cropi import pipeline
 from cropi.errors import CropiError, shown
-from cropi.files import failure_of, reason, replacing
+from cropi.files import failure_of, is_file, reason, replacing
 from cropi.model.policy import Policy
 from cropi.ranking.alike import prompt_features
 from cropi.ranking.origin import Known
@@ -187,7 +187,7 @@ class LiveRun:
 
     def load(self, folder: Path) -> None:
         """Raises CropiError: the checkpoint has no state of a selector, or one that does not fit."""
-        if not (folder / STATE).is_file():
+        if not is_file(folder / STATE):
             raise CropiError(
                 f"{folder} holds no {STATE}: it was saved without live; load its weights as the model of a new run, or "
                 "go on without live"

@@ -11,6 +11,7 @@ from typing import Any
 from cropi._moved import renamed
 from cropi.checked import check_fields
 from cropi.errors import CropiError
+from cropi.files import is_there
 from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.option_fields import changed
 from cropi.options import SOURCES, Checks, Choosing, Comparing, Rescoring
@@ -162,7 +163,7 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
                     f"{name} is an empty list of files; give files, or None for what this run records"
                 )
             for path in files or ():
-                if not path.exists():
+                if not is_there(path):
                     raise CropiError(f"{name}: there is no trajectory file {path}")
             steps = name == "train" and self.live is not None  # whose own sketches choose
             if files is None and self.recording is None and not steps:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cropi.errors import CropiError
-from cropi.files import entries, make_folder, reading, replacing, sync, writing
+from cropi.files import entries, is_there, make_folder, reading, replacing, size_of, sync, writing
 from cropi.sealed import summed
 from cropi.trainers.trl.records import checked_line
 
@@ -62,9 +62,7 @@ class RolloutLog:
         for kind, file in self._open.items():
             with writing(self.path(kind)):
                 os.fsync(file.fileno())
-        return {
-            path.name: path.stat().st_size for path in map(self.path, ("train", "valid")) if path.exists()
-        }
+        return {path.name: size_of(path) for path in map(self.path, ("train", "valid")) if is_there(path)}
 
     def close(self) -> None:
         """Close the files; another append opens them again."""
@@ -86,7 +84,7 @@ def rewind(folder: str | Path, sizes: Mapping[str, int]) -> None:
     """
     for name, size in sizes.items():
         path = Path(folder) / name
-        there = path.stat().st_size if path.exists() else 0
+        there = size_of(path)
         if there < size:
             raise CropiError(
                 f"{path} has {there} bytes, but the checkpoint knows of {size}: rollouts that selection builds on are "
@@ -107,7 +105,7 @@ def cut_unfinished_line(path: Path) -> None:
     Raises:
         CropiError: the file cannot be read or written.
     """
-    if not path.exists() or path.stat().st_size == 0:
+    if not size_of(path):
         return
     with writing(path), open(path, "r+b") as file:
         end = file.seek(0, os.SEEK_END)

@@ -21,7 +21,7 @@ import torch
 from cropi import pipeline
 from cropi.data.scan import NothingToSelect, Scan, check_covered, check_pool, scan
 from cropi.errors import CropiError
-from cropi.files import entries
+from cropi.files import entries, is_folder
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.option_fields import part_of
@@ -207,7 +207,7 @@ def _clean(folder: Path, but: Sequence[str] = ()) -> None:
     for pattern in ("sketches-*-*", "train-*.jsonl", "valid-*.jsonl"):
         for left in entries(folder, pattern):
             if not left.name.startswith(tuple(but)):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                shutil.rmtree(left) if is_folder(left) else left.unlink()
 
 
 @contextmanager

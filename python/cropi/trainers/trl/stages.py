@@ -24,7 +24,7 @@ from cropi.data.prompt_ids import PromptIds
 from cropi.data.scan import NothingScored, NothingToSelect, Scan
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError, shown
-from cropi.files import entries, write_atomic, writing
+from cropi.files import entries, is_file, is_there, write_atomic, writing
 from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
 from cropi.trainers.trl.checks import (
@@ -279,7 +279,7 @@ class Stages(Recorder):
         options = self.options
         if self.ranks.first and not options.keep_sketches and (options.budget or options.passes):
             saved = [path / STATE for path in entries(self.trainer.args.output_dir, "checkpoint-*")]
-            states = [read_state(path) for path in saved if path.exists()]
+            states = [read_state(path) for path in saved if is_there(path)]
             forget_sketches(self.folder, {int(state["stage"]) for state in states}, stage)
 
     def _draw(self, live: LiveRun) -> Chosen:
@@ -290,7 +290,7 @@ class Stages(Recorder):
         """What a stage needs of this run's rollouts may be missing: no reward function may have scored one."""
         for kind in kinds:
             needed = self.options.files(kind) is None
-            if not needed or (self.log.folder / f"{kind}.jsonl").exists():
+            if not needed or is_there(self.log.folder / f"{kind}.jsonl"):
                 continue
             lost = sum(self.ranks.gather(self.without_record[kind]))
             if kind == "train":
@@ -308,7 +308,7 @@ class Stages(Recorder):
         recorded, both = self.log.folder / f"{kind}.jsonl", folder / f"both-{kind}.jsonl"
         if files is None:
             return [recorded]
-        if kind != "train" or not self.options.use_recorded or not recorded.exists():
+        if kind != "train" or not self.options.use_recorded or not is_there(recorded):
             return files
         ranks = self.ranks
         ranks.agree(lambda: replace_records(files, recorded, both) if ranks.first else None)
@@ -356,7 +356,7 @@ class Stages(Recorder):
         Raises:
             CropiError: it was saved without a curriculum or with other settings, or prompts or rollouts are gone.
         """
-        if not (checkpoint / STATE).is_file():
+        if not is_file(checkpoint / STATE):
             raise CropiError(
                 f"{checkpoint} holds no {STATE}: it was saved without a curriculum; load its weights as the model and "
                 "start a new run"
@@ -387,7 +387,7 @@ class Stages(Recorder):
         """Remove rollouts and stages that came after the checkpoint."""
         rewind(self.log.folder, state["logs"])
         notes = self.folder / "stages.jsonl"
-        if notes.exists():
+        if is_there(notes):
             cut_unfinished_line(notes)
             lines = notes.read_text(encoding="utf-8").splitlines(keepends=True)
             write_atomic(notes, "".join(line for line in lines if _stage_of(line, notes) <= state["stage"]))

@@ -1,0 +1,217 @@
+"""Every reader of files is given paths and values of a megabyte, and paths that the system refuses: a result, or less
+than 2 kB of words."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data.make_formats import records
+from support.made_dumps import KINDS, MORE, made, write
+
+import cropi
+from cropi.cli.config import read_config
+from cropi.cli.contents import describe_file, describe_folder, describe_rows
+from cropi.curriculum.learnt import read_training
+from cropi.curriculum.state import read_state
+from cropi.data.export import export, read_dataset
+from cropi.data.parquet_footer import parts_of
+from cropi.data.readers import read, read_trajectories
+from cropi.errors import CropiError
+from cropi.gradient.tokenize import Tokenize
+from cropi.model.moments import read_moments
+from cropi.ranking.scores import Scores
+from cropi.ranking.selection_files import read_selection
+from cropi.ranking.table import read_scores, write_scores
+from cropi.rescoring import read_plan
+from cropi.rollouts.prompts import read_prompts
+from cropi.sealed import read_sealed
+from cropi.store.manifest import read_manifest
+from cropi.store.rows import RowInfo
+from cropi.trainers.dumps.auto import read_rollouts
+from cropi.trainers.dumps.fields import Left
+from cropi.trainers.dumps.pickled import load_dump
+from cropi.trainers.dumps.reading import Reading
+from cropi.trainers.dumps.recognise import recognise
+from cropi.trainers.trl.stages import read_state as read_trl_state
+
+LONG = "y" * 10**6
+DUMPS = KINDS | MORE
+
+
+def gone_through(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda path: deque(make(path), maxlen=0)
+
+
+def of(kind: str) -> Callable[[Any], Any]:
+    return gone_through(
+        lambda path: read_rollouts(path, kind.split()[0], Reading(temperature=0.7), Left(skip_bad=False))
+    )
+
+
+def exported(path: Any) -> None:
+    export(Path("out.json"), ["p0"], format="indices", dataset=path)
+
+
+ROW = records()[0]
+NO_MODEL = Tokenize(None, 100, eos=False)
+STATE = {"version": 1, "stage": 1, "name": "a"}
+# By module and function: a file's name, what it holds (lines of JSON, or a kind of dump), what reads it.
+READERS: dict[str, list[tuple[str, Any, Callable[[Any], Any]]]] = {
+    "data.readers.read": [
+        ("r.jsonl", ROW, gone_through(read)),
+        ("r.jsonl", ROW | {"key": "a"}, gone_through(lambda path: read(path, columns={"answer": "key"}))),
+    ],
+    "data.readers.read_trajectories": [("r.jsonl", ROW, gone_through(read_trajectories))],
+    "data.export.read_dataset": [("d.jsonl", ROW, read_dataset), ("d.jsonl", ROW | {"index": 4}, exported)],
+    "data.parquet_footer.parts_of": [("t.parquet", "scores", parts_of)],
+    "rollouts.prompts.read_prompts": [("q.jsonl", ROW, lambda path: read_prompts(path, NO_MODEL))],
+    "ranking.selection_files.read_selection": [("s.jsonl", {"id": "a", "scores": {}, "check": "x"}, read_selection)],
+    "ranking.table.read_scores": [("s.parquet", "scores", read_scores)],
+    "cli.config.read_config": [("c.json", {"dim": 64}, read_config)],
+    "cli.contents.describe_file": [("i.json", ROW, describe_file)],
+    "cli.contents.describe_folder": [("i.json", ROW, lambda path: describe_folder(Path(path)))],
+    "cli.contents.describe_rows": [("i.jsonl", ROW, lambda path: describe_rows(Path(path)))],
+    "curriculum.state.read_state": [("s.json", STATE, lambda path: read_state(Path(path)))],
+    "curriculum.learnt.read_training": [("s.json", STATE, lambda path: read_training(Path(path)))],
+    "rescoring.read_plan": [("p.json", STATE, lambda path: read_plan(Path(path)))],
+    "sealed.read_sealed": [("s.json", STATE, lambda path: read_sealed(Path(path), {"version": int}, "make it"))],
+    "store.manifest.read_manifest": [("manifest.json", STATE, lambda path: read_manifest(Path(path)))],
+    "model.moments.read_moments": [("o.pt", STATE, lambda path: read_moments(path, torch.nn.Linear(2, 2)))],
+    "trainers.trl.stages.read_state": [("s.json", STATE, lambda path: read_trl_state(Path(path)))],
+    "trainers.dumps.recognise.recognise": [("d.jsonl", ROW, recognise)],
+    "trainers.dumps.pickled.load_dump": [("7.pt", "slime", lambda path: load_dump(Path(path), "a dump"))],
+    "trainers.dumps.auto.read_rollouts": [(DUMPS[kind][0], kind, of(kind)) for kind in DUMPS],
+}  # fmt: skip
+# What reads files by one of those alone, or no file.
+OTHERS = {
+    "grouping.read_groups", "ranking.shares.read_quotas", "trainers.dumps.unpickle.read_zip", "store.shards.read_shard",
+    *(f"trainers.dumps.{module}.read_dump" for module in
+      ("nemo_rl", "openai", "slime", "text_rows", "trl", "verifiers", "verl", "vllm")),
+}  # fmt: skip
+ALL = [(name, number) for name, some in READERS.items() for number in range(len(some))]
+
+
+def written(folder: Path, name: str, content: Any) -> Path:
+    path = folder / name
+    if isinstance(content, str) and content in DUMPS:
+        return write(path, made(content))
+    if content == "scores":
+        write_scores(path, Scores([RowInfo("a"), RowInfo("b")], ["s"], np.zeros((2, 1)), {}))
+    else:
+        path.write_text(json.dumps(content) + "\n")
+    return path
+
+
+def ways(held: Any) -> Iterator[list[Any]]:
+    """The way to every value in a table, and in the tables and first items inside."""
+    inner = held.items() if isinstance(held, dict) else enumerate(held[:1]) if isinstance(held, list) else ()
+    for key, value in inner:
+        yield [key]
+        yield from ([key, *way] for way in ways(value))
+
+
+def changed(held: Any, way: list[Any], value: Any) -> Any:
+    copy = json.loads(json.dumps(held))
+    inner = copy
+    for key in way[:-1]:
+        inner = inner[key]
+    inner[way[-1]] = value
+    return copy
+
+
+def ended(reader: Callable[[Any], Any], path: Any) -> str:
+    """The message that a reader ends with, or ""; warnings are messages, too."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            reader(path)
+            told = ""
+        except CropiError as error:
+            told = str(error)
+    for message in (told, *(str(one.message) for one in said)):
+        assert len(message.encode()) < 2000, message[:300]
+    return told
+
+
+@pytest.mark.parametrize(("name", "number"), ALL)
+def test_a_value_of_a_megabyte(
+    name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, content, reader = READERS[name][number]
+    ended(reader, written(tmp_path, file, content))
+    if not isinstance(content, dict):
+        return
+    for way in ways(content):
+        for value in (LONG, [LONG], {LONG: 1}) if len(way) == 1 else (LONG,):
+            ended(reader, written(tmp_path, file, changed(content, way, value)))
+    ended(reader, written(tmp_path, file, content | {LONG: 1}))
+    ended(reader, written(tmp_path, file, LONG))
+
+
+@pytest.mark.parametrize(("name", "number"), ALL)
+def test_a_path_that_the_system_refuses(
+    name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, content, reader = READERS[name][number]
+    ending = Path(file).suffix
+    circle = tmp_path / f"circle{ending}"
+    circle.symlink_to(circle)
+    for path in (
+        circle,
+        circle / file,
+        tmp_path / f"{'x' * 300}{ending}",
+        f"{LONG}{ending}",
+        f"a\0b{ending}",
+    ):
+        ended(reader, path)
+    path, right = written(tmp_path, file, content), os.stat
+    for number in (errno.EACCES, errno.EIO):
+
+        def refuse(given: Any, *words: Any, number: int = number, **named: Any) -> Any:
+            if given == path or given == str(path):
+                raise OSError(number, os.strerror(number), str(path))
+            return right(given, *words, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "stat", refuse)
+            ended(reader, path)
+
+
+def test_every_reader_is_in_the_table() -> None:
+    root = Path(cropi.__file__).parent
+    found = set()
+    for path in root.rglob("*.py"):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        for node in ast.parse(path.read_text()).body:
+            words = node.name.split("_") if isinstance(node, ast.FunctionDef) else [""]
+            if words[0] in ("read", "describe", "recognise") or "_".join(words) in ("load_dump", "parts_of"):
+                found.add(f"{module}.{'_'.join(words)}")
+    assert found >= OTHERS | set(READERS) and not found - OTHERS - set(READERS), found ^ (
+        OTHERS | set(READERS)
+    )
+
+
+def test_paths_are_asked_about_in_words() -> None:
+    """``Path.exists``, ``is_file`` and ``is_dir`` raise the system's errors, or take them for no."""
+    root = Path(cropi.__file__).parent
+    found = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and not node.args and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("exists", "is_file", "is_dir")
+    }  # fmt: skip
+    assert found == {"files.py"}, found
