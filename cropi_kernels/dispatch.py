@@ -1,7 +1,8 @@
 """Which backend serves a call, and why not the others.
 
 Order: ``cuda`` (compiled CUDA C++, where an op has such a kernel and it was built), ``triton`` (NVIDIA GPUs from
-compute capability 8.0 on), ``cpu`` (compiled C++), then ``reference`` (plain torch, any device and dtype). A backend
+compute capability 8.0 on), ``cpu`` (compiled C++), then ``reference`` (plain torch, any device and dtype); `project`
+puts ``triton`` first for the calls in which it is faster. A backend
 named by the caller, or by the environment variable ``CROPI_KERNELS_BACKEND``, either serves the call or raises with its
 reason. An automatic choice of the reference on a machine that could do better says so once.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -54,8 +55,9 @@ def choose(
     backend: str | None = None,
     without: Mapping[str, str | None] | None = None,
     fallback: bool = True,
+    order: Sequence[str] = ("cuda", "triton"),
 ) -> str:
-    """The backend for ``op`` on these tensors.
+    """The backend for ``op`` on these tensors; on a device the first that serves, in this ``order``.
 
     Raises:
         ValueError: ``backend`` is not a known name.
@@ -73,11 +75,11 @@ def choose(
         if against[named] is not None:
             raise RuntimeError(f"backend={named!r} cannot run {op}: {against[named]}")
         return named
-    order = ("cpu",) if on_host else ("cuda", "triton")  # the interpreter serves tests, and only by name
+    order = ("cpu",) if on_host else order  # the interpreter serves tests, and only by name
     for name in order:
         if against[name] is None:
             return name
-    reason = str(against[order[-1]])
+    reason = str(against["cpu" if on_host else "triton"])
     if not on_host and "cuda" in (without or {}) and against["cuda"] != reason:
         reason += f"; CUDA C++: {against['cuda']}"
     if not fallback:

@@ -57,9 +57,9 @@ PROJECT = ("build", "cuda")
 MEASURED = (
     Part("first", 40, script("first")),
     Part("sketch", 40, script("sketch")),
-    Part("passes", 55, script("passes")),
-    Part("model", 60, script("model")),
-    Part("logprob", 30, script("logprob")),
+    Part("passes", 45, script("passes")),
+    Part("model", 50, script("model")),
+    Part("logprob", 50, script("logprob")),
     Part("correctness", 60, script("correctness"), processes=12, needs=("build",)),
     Part("jobs", 130, script("jobs"), needs=("build",)),
     Part("model_7b", 60, script("model", "7b")),

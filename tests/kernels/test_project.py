@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import library
 
-from cropi_kernels import ProjectionSpec, _native, _triton, project, project_transpose, quantize_rows
+from cropi_kernels import ProjectionSpec, _cuda, _native, _triton, project, project_transpose, quantize_rows
 from cropi_kernels.ops.project import reference
 from cropi_kernels.ops.project.ops import choose
 from cropi_kernels.testing import sum_error_bound
@@ -324,6 +324,21 @@ def test_other_errors() -> None:
         ProjectionSpec.from_dict({"dim": 16, "width": 8})
     assert ProjectionSpec.from_dict(spec.to_dict()) == spec
     assert spec.fingerprint() != ProjectionSpec(16, seed=1).fingerprint()
+
+
+@pytest.mark.skipif(_triton.import_error() is not None, reason="without Triton, CUDA C++ is the only one")
+def test_of_two_backends_on_a_device_the_faster_one_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (_cuda, _triton):
+        monkeypatch.setattr(module, "unsupported", lambda *tensors: None)
+    x = torch.zeros(2, 10, device="meta")
+    thinned, several = ProjectionSpec(4096, keep=0.1), ProjectionSpec(4096, kind="sjlt", nnz=4)
+    odd, dense = ProjectionSpec(5000), ProjectionSpec(64, kind="gaussian")
+    for spec, adjoint, served_by in (
+        (ProjectionSpec(4096), False, "cuda"), (ProjectionSpec(4096), True, "triton"), (thinned, False, "triton"),
+        (several, False, "triton"), (odd, True, "cuda"), (dense, False, "cuda"), (dense, True, "cuda"),
+    ):  # fmt: skip
+        assert choose(x, spec, None, adjoint).__name__.rpartition(".")[2] == served_by, (spec, adjoint)
+        assert choose(x, spec, "cuda", adjoint).__name__.endswith(".cuda"), "by name it is what was named"
 
 
 def test_vectors_are_what_the_document_says() -> None:
