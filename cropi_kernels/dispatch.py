@@ -2,9 +2,9 @@
 
 Order: ``cuda`` (compiled CUDA C++, where an op has such a kernel and it was built), ``triton`` (NVIDIA GPUs from
 compute capability 8.0 on), ``cpu`` (compiled C++), then ``reference`` (plain torch, any device and dtype); `project`
-puts ``triton`` first for the calls in which it is faster. A backend
-named by the caller, or by the environment variable ``CROPI_KERNELS_BACKEND``, either serves the call or raises with its
-reason. An automatic choice of the reference on a machine that could do better says so once.
+puts ``triton`` first for the calls in which it is faster. A backend named by the caller, or by the environment variable
+``CROPI_KERNELS_BACKEND``, either serves the call or raises with its reason. An automatic choice of the reference on a
+machine that could do better says so once.
 """
 
 from __future__ import annotations
