@@ -2,8 +2,8 @@
 
 A program owns a block of buckets and gathers the coordinates that land there, tile after tile: sums in registers, no
 atomics. Triton has no way to share one draw among 128 elements, so signs, kept coordinates and tile places of a window
-of coordinates are drawn into memory first (at most 32 MB, which mostly stay in the second-level cache). Where the tiles
 of coordinates are drawn into memory first (at most 32 MB, most of it in the second-level cache). Where the tiles are
+made of whole groups of 16 coordinates, `triton_runs` takes them by runs of 16 bytes; what is here takes single ones.
 """
 
 from __future__ import annotations
