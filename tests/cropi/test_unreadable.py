@@ -254,11 +254,20 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_one_that_is_not_whole
     for step, text in (3, "{}"), (10, "{}"), (12, "{"):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "state.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"checkpoint-12 was not .* \(state.json is .*\): going on from .*-10$"):
+        UserWarning, match=r"checkpoint-12 was not .* \(state.json is .*\): going on from checkpoint-10$"
+    ):
+        assert newest_whole(tmp_path, "state.json") == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-14").write_text("a file")
-    assert newest_whole(tmp_path, "state.json") == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-11").mkdir()
     (tmp_path / "checkpoint-11" / "state.json").mkdir()
-    assert newest_whole(tmp_path, "state.json") == tmp_path / "checkpoint-10"
+    with pytest.warns(UserWarning, match="checkpoint-14 was not written to its end"):
+        assert newest_whole(tmp_path, "state.json") == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-20" / "state.json").write_text("{}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert newest_whole(tmp_path, "state.json") == tmp_path / "checkpoint-20"
 
 
 def test_a_generation_config_that_cannot_be_read_is_not_taken_for_none(

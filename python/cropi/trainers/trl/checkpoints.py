@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from cropi.errors import warn
 from cropi.files import entries, is_file, reading
 
 
@@ -13,7 +14,7 @@ def newest_whole(folder: str | Path, last: str) -> Path | None:
     """The newest ``checkpoint-<step>`` below ``folder`` that is complete, or None.
 
     The trainer writes a checkpoint file by file into its place; a kill in between leaves a folder that looks like the
-    newest checkpoint and cannot be loaded.
+    newest checkpoint and cannot be loaded. A warning names those that are passed over.
 
     Args:
         folder: the trainer's ``output_dir``.
@@ -25,9 +26,20 @@ def newest_whole(folder: str | Path, last: str) -> Path | None:
     steps = {
         int(match[1]): path
         for path in entries(folder, "checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _readable(path / last)
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
-    return steps[max(steps)] if steps else None
+    passed: list[Path] = []
+    for step in sorted(steps, reverse=True):
+        if _readable(steps[step] / last):
+            if passed:
+                warn(
+                    f"{passed[0]} was not written to its end ({last} is missing or damaged): going on from "
+                    f"{steps[step].name}",
+                    stacklevel=3,
+                )
+            return steps[step]
+        passed.append(steps[step])
+    return None
 
 
 def _readable(path: Path) -> bool:
