@@ -254,8 +254,8 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_one_that_is_not_whole
     for step, text in (3, "{}"), (10, "{}"), (12, "{"):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "state.json").write_text(text)
-    with pytest.warns(UserWarning, match=r"checkpoint-12 was not .* \(state.json is .*\): going on from .*-10$"):
-        UserWarning, match=r"checkpoint-12 was not .* \(state.json is .*\): going on from checkpoint-10$"
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-12 was not .* \(state.json is .*\): going on from .*-10$"
     ):
         assert newest_whole(tmp_path, "state.json") == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-14").write_text("a file")
