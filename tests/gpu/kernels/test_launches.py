@@ -12,6 +12,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,13 +125,15 @@ def log_probs_by_tiles() -> None:
     """Without the product of the backward pass, which no CPU makes of 16 bits with a wide result."""
     targets = ROWS % len(HALF)
     call = prepare(HALF[:9], HALF, targets, None, Settings(1.0, 0.0, -100, 0, "triton"))
+    call = call._replace(kernels=SimpleNamespace(times_head=lambda dz, head, out: out.zero_()))
     for by_row in (False, True):  # as float16 and as bfloat16 are
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_tiles, "by_row", lambda dtype, chosen=by_row: chosen)
             rows, stats = call.rows(9, keep=True), Stats(*torch.zeros(3, 9), None)
         rows.compute(HALF[:9], call.target)
         rows.forward(call.target, stats)
-        rows.backward(call.target, torch.ones(9), stats, whole=False)
+        gradient = rows.backward(call.target, torch.ones(9), stats, whole=False)
+        rows.times_head(gradient, call.target, torch.zeros(9, HALF.shape[1]).half())
 
 
 def sums_of_chunks() -> None:
@@ -159,15 +162,23 @@ CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     ),
     "log-probs by tiles": (
         log_probs_by_tiles,
-        {"own_kernel", "tiles_kernel", "again_kernel", "combine_kernel", "rescale_kernel"},
+        {"own_kernel", "tiles_kernel", "again_kernel", "combine_kernel", "rescale_kernel", "scale_kernel"},
     ),
     "project": (
         lambda: project(A, THINNED, nonfinite="ignore", backend="triton"),
         {"draws_kernel", "gather_runs_kernel", "add_kernel"},
     ),
+    "project one by one": (
+        lambda: project(A, ProjectionSpec(40), nonfinite="ignore", backend="triton"),
+        {"draws_kernel", "gather_kernel", "add_kernel"},
+    ),
     "project_transpose": (
         lambda: project_transpose(A, ProjectionSpec(40), 300, backend="triton"),
         {"draws_kernel", "spread_kernel"},
+    ),
+    "project_transpose by runs": (
+        lambda: project_transpose(torch.ones(9, 64), THINNED, 300, backend="triton"),
+        {"draws_kernel", "spread_runs_kernel"},
     ),
 }
 
