@@ -126,6 +126,6 @@ def test_misaligned_operands_compile_too() -> None:
     """Rows that start anywhere: no vector loads, but no error and no wrong answer."""
     case = slab("bfloat16", 64, 90)
     got = compile_for(case.kernel, 90, case.types, case.constants, (), **case.options)
-    # Each number has an address of its own, beside which two programs of 128 registers a multiprocessor spill; its loads,
-    # eight times as many, are what such rows wait for.
+    # Each number has an address of its own, for which the 128 registers that let two programs share a multiprocessor do
+    # not suffice. What such rows wait for are their loads, eight times as many.
     assert got.stack <= 80 and got.shared <= SHARED_LIMIT[90]
