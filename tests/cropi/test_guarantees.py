@@ -20,6 +20,7 @@ from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.sketching import groups
+from cropi.sketching.behind import Behind
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store.store import SketchStore
@@ -80,6 +81,13 @@ def test_rows_are_written_after_a_minute(
         found.append(sum(row.status == "ok" for row in SketchStore.open(tmp_path / "s").rows()))
         return compute(*args, **options)
 
+    flush = Behind.flush
+
+    def flushed(self: Behind) -> None:  # at once, where the next pass would go on meanwhile
+        flush(self)
+        self.wait()
+
+    monkeypatch.setattr(Behind, "flush", flushed)
     monkeypatch.setattr(GradientSketcher, "policy_gradient", counting)
     job = SketchJob(
         [write_lines(tmp_path / "t.jsonl", make_records(12))], tmp_path / "s", SketchSpec(dim=512),
