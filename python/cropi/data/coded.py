@@ -23,8 +23,9 @@ PART = 2**23  # bytes of a batch that is unfolded
 LARGE = 2**26  # bytes of a table that stays in memory
 
 
-def opened(path: Path, **options: Any) -> tuple[Any, Any]:
-    """A ``pyarrow.parquet.ParquetFile`` whose batches go through :func:`unfolded`, and the schema of the file.
+def opened(path: Path, **options: Any) -> tuple[Any, Any, int]:
+    """A ``pyarrow.parquet.ParquetFile`` whose batches go through :func:`unfolded`, the schema of the file, and what its
+    columns take in memory at least, in bytes: of texts their lengths alone.
 
     Columns that could be too large are given as dictionaries.
 
@@ -39,8 +40,13 @@ def opened(path: Path, **options: Any) -> tuple[Any, Any]:
     limit, coded = _limit(path), list[str]()
     file = make(path, **options)
     schema = file.schema_arrow
-    _check(least_size(file, path), limit, path)
-    for column, parts in _columns(file, path):
+    columns = list(_columns(file, path))
+    least = sum(
+        WIDTHS.get(column.physical_type, column.length) * sum(part.values for part in parts)
+        for column, parts in columns
+    )
+    _check(least, limit, path)
+    for column, parts in columns:
         # Each value may be the whole dictionary.
         most = sum(part.values * part.size for part in parts if part.coded)
         if most > limit and column.physical_type == "BYTE_ARRAY":
@@ -48,15 +54,7 @@ def opened(path: Path, **options: Any) -> tuple[Any, Any]:
     if coded:
         file.close()
         file = make(path, read_dictionary=coded, **options)
-    return file, schema
-
-
-def least_size(file: Any, path: Path) -> int:
-    """The bytes that the columns of a parquet file have at least, in memory: of texts their lengths alone."""
-    return sum(
-        WIDTHS.get(column.physical_type, column.length) * sum(part.values for part in parts)
-        for column, parts in _columns(file, path)
-    )
+    return file, schema, least
 
 
 def _columns(file: Any, path: Path) -> Iterator[tuple[Any, tuple[Part, ...]]]:
@@ -75,10 +73,10 @@ def table_of(path: Path) -> Any:
         CropiError: it takes too much, or the temporary file cannot be written.
     """
     parquet = optional("pyarrow.parquet")
-    file, schema = opened(path, pre_buffer=False, buffer_size=2**18)
+    file, schema, least = opened(path, pre_buffer=False, buffer_size=2**18)
     with file:
         parts = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
-        size = max(sum(part.total_byte_size for part in parts), least_size(file, path))
+        size = max(sum(part.total_byte_size for part in parts), least)
         if size <= LARGE and file.schema_arrow == schema:
             return parquet.read_table(path)
         rows = max(1, PART * file.metadata.num_rows // max(size, 1))
