@@ -77,6 +77,16 @@ def adam_scale(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.
     return scale
 
 
+def groups_of(model: Any) -> list[dict[str, Any]]:
+    """The groups of an optimiser that differ in all that D depends on."""
+    parameters = list(model.parameters())
+    return [
+        {"params": parameters[:5], "lr": 4e-3, "eps": 1e-3},
+        {"params": parameters[5:12], "betas": (0.9, 0.9)},
+        {"params": parameters[12:], "lr": 5e-4},
+    ]
+
+
 def run(model: Any, tmp_path: Path, **options: Any) -> dict[str, torch.Tensor]:
     tmp_path.mkdir(exist_ok=True)
     path = write_lines(tmp_path / "records.jsonl", make_records(8))
@@ -169,6 +179,48 @@ def test_the_order_of_hugging_faces_trainer_is_known(tmp_path: Path) -> None:
     found = read_moments(tmp_path, model)
     for name, p in model.named_parameters():
         assert torch.equal(found.whole[canonical_name(name)], optimizer.state[p]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_groups_of_parameters_are_scaled_as_the_step_scales_them(amsgrad: bool, tmp_path: Path) -> None:
+    """Against the next step itself, without its first moment: from every form of a checkpoint that names groups."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    model = make_model()
+    optimizer = torch.optim.Adam(groups_of(model), lr=1e-3, amsgrad=amsgrad)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 3 else 0.0)
+    torch.manual_seed(1)
+    for scale in (1.0, 30.0, 0.1):  # so that the largest moment is not the last one
+        ids = torch.randint(5, 60, (2, 12))
+        (scale * model(input_ids=ids, labels=ids).loss).backward()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        for held in optimizer.state.values():
+            held["exp_avg"].zero_()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    state = {"optimizer": optimizer.state_dict()}
+    torch.save(state["optimizer"], tmp_path / "optimizer.pt")
+    torch.save({"model": model.state_dict(), **state}, tmp_path / "beside.pt")
+    for flat in (False, True):
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        held = get_optimizer_state_dict(model, optimizer, options=options)
+        dcp.save({"optimizer": held}, checkpoint_id=tmp_path / f"dcp{flat}")
+    right = read_moments(optimizer, model)
+    for source in ("optimizer.pt", "beside.pt", "dcpFalse", "dcpTrue"):
+        assert read_moments(tmp_path / source, model).fingerprint() == right.fingerprint()
+    # With a first moment of zero a step is eta (1 - beta_1) / (1 - beta_1^3) D g, eta the largest rate.
+    eta = 4e-3 * (1 - 0.9) / (1 - 0.9**3)
+    for name, p in model.named_parameters():
+        step = (before[name].double() - p.detach().double()) / eta
+        mine = right.scaled(canonical_name(name), gradients[name].double())
+        # The weights are float32: a step is off by the rounding of the weight.
+        bound = 2 * torch.finfo(torch.float32).eps * float(before[name].abs().max()) / eta
+        assert float((step - mine).abs().max()) <= bound + 1e-4 * float(mine.abs().max()), name
+    model_of, plain = trained()
+    assert read_moments(plain, model_of).fingerprint()["moments"] != right.fingerprint()["moments"]
 
 
 @pytest.mark.parametrize("kind", ["torch", "transformers"])
@@ -272,8 +324,11 @@ def test_states_that_do_not_fit_name_what_differs(tmp_path: Path) -> None:
     (tmp_path / "junk.pt").write_bytes(b"no checkpoint")
     with pytest.raises(CropiError, match="cannot be read"):
         read_moments(tmp_path / "junk.pt", model)
+    torch.save({"actor": optimizer.state_dict(), "critic": optimizer.state_dict()}, tmp_path / "two.pt")
+    with pytest.raises(CropiError, match="two.pt holds 2 optimisers"):
+        read_moments(tmp_path / "two.pt", model)
     found = read_moments(optimizer, model)
-    few = SecondMoments({}, {}, {}, 1e-8, "adam", "x")
+    few = SecondMoments({}, {}, {}, {}, {}, "adam", "x")
     with pytest.raises(CropiError, match="x has none for the parameter"):
         few.check(model, list(found.whole))
 

@@ -17,7 +17,7 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.files import failure_of, reason
-from cropi.model.sources import locate
+from cropi.model.sources import is_local, locate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -83,8 +83,8 @@ def load_model(
     variant = variant or Variant()
     name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
     optional("transformers")
+    spread = _spread(name, variant)
     source, options = _located(name, trust_remote_code, variant.revision)
-    spread = _spread(name, variant, options)
     with _explained(name), nullcontext() if progress else _no_bars():
         config = _load_config(name, source, options)
         dtype = placed_dtype(dtype, device, config)
@@ -141,23 +141,24 @@ def load_generation_config(name: str | os.PathLike[str], config: Any, *, revisio
 
 
 def _located(name: str, trust_remote_code: bool, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    if revision is not None and is_local(name):
+        raise CropiError(
+            f"revision {revision!r} is of a hub id, but model {name!r} is on this machine; leave --revision out, "
+            "or give the hub id"
+        )
     source, options = locate(name)
     if revision is not None:
-        if options.get("local_files_only"):
-            raise CropiError(
-                f"revision {revision!r} is of a hub id, but model {name!r} is on this machine; leave --revision out, "
-                "or give the hub id"
-            )
         options["revision"] = revision
     # Said in every call: left out, transformers would ask at a terminal.
     return source, options | {"trust_remote_code": trust_remote_code}
 
 
-def _spread(name: str, variant: Variant, options: dict[str, Any]) -> dict[str, Any]:
+def _spread(name: str, variant: Variant) -> dict[str, Any]:
     """Options of ``from_pretrained`` that spread the weights over ranks."""
     if variant.distributed_config is None:
         return {}
-    beside = {"quantize": variant.quantize, "adapter": variant.adapter, "gguf_file": options.get("gguf_file")}
+    gguf = name if name.startswith("pypi:") or name.endswith(".gguf") else None
+    beside = {"quantize": variant.quantize, "adapter": variant.adapter, "gguf_file": gguf}
     for kind, value in beside.items():
         if value is not None:
             raise CropiError(

