@@ -102,6 +102,10 @@ def test_numbers_of_the_page_are_those_of_the_selection() -> None:
     assert f"{len(chosen)} of {len(usable)} prompts with a gradient chosen by rrf (60 read)" in text
     assert f"{given.uncertainty.overlap:.0%} of the chosen prompts would stay" in text
     assert "ratio 1.03" in text and "1 failed" in text and "not measured on this model" in text
+    ratios = page.split("mean ratio of a prompt")[1].split("</svg>")[0]
+    for kind, rows in (("pool", usable.tolist()), ("chosen", chosen)):
+        # Each of the seven ratios that occur falls into a bin of its own.
+        assert ratios.count(f'class="{kind}"') == len({scores.rows[i].extra["ratio"] for i in rows})
     detail = data["details"][scores.rows[chosen[0]].id]
     assert [r["reward"] for r in detail["responses"]] == [1.0, 0.0]
     assert detail["responses"][0]["advantage"] == pytest.approx(0.7071, abs=1e-3)

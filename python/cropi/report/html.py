@@ -138,7 +138,7 @@ def _values(given: ReportInput) -> dict[str, Any]:
             {"name": name, "text": _cut(texts.get(name, ""), SNIPPET), "helpful": pair[0], "harmful": pair[1]}
             for name, pair in given.neighbours.items()
         ],
-        "policy": _policy(scores), "anatomy": _anatomy(given.check), "run": list(given.run),
+        "policy": _policy(scores, chosen), "anatomy": _anatomy(given.check), "run": list(given.run),
         "command": given.command,
     }  # fmt: skip
 
@@ -283,7 +283,7 @@ def _median(scores: Scores, key: str) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def _policy(scores: Scores) -> dict[str, Any]:
+def _policy(scores: Scores, chosen: np.ndarray) -> dict[str, Any]:
     median, sample = _median(scores, "ratio"), _median(scores, "ess")
     if median is None:
         return {
@@ -293,12 +293,11 @@ def _policy(scores: Scores) -> dict[str, Any]:
     charts = []
     for key, name in (("ratio", "mean ratio of a prompt's tokens"), ("ess", "effective sample size, share of tokens"),
                       ("clipped", "share of clipped tokens")):  # fmt: skip
-        values = np.array([row.extra[key] for row in scores.rows if row.status == "ok" and key in row.extra])
-        if len(values):
-            chosen = np.array(
-                [scores.rows[i].extra.get(key, np.nan) for i in np.flatnonzero(scores.usable).tolist()]
-            )
-            charts.append({"name": name, "chart": markup(density(values, chosen[:0]))})
+        values = np.array(
+            [row.extra.get(key, np.nan) if row.status == "ok" else np.nan for row in scores.rows]
+        )
+        if np.isfinite(values).any():
+            charts.append({"name": name, "chart": markup(density(values, values[chosen]))})
     return {"text": policy_text(median, sample) + ".", "charts": charts}
 
 
