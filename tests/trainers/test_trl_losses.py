@@ -207,3 +207,28 @@ def test_the_curriculum_sketches_the_loss_that_is_trained(tmp_path: Path) -> Non
     (store, *_) = sorted((tmp_path / "b").rglob("sketches-train*"))
     assert SketchStore.open(store).manifest["estimator"]["name"] == "cropi"
     assert len(json_lines(tmp_path / "a" / "cropi" / "stages.jsonl")) == 1
+
+
+def test_a_trainer_with_a_loss_of_its_own_names_its_estimator(tmp_path: Path) -> None:
+    from trl import GRPOTrainer
+
+    # Of geometric means, since 1.16.
+    gmpo = pytest.importorskip("trl.experimental.gmpo")
+
+    class Louder(GRPOTrainer):  # type: ignore[misc]
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    class Same(GRPOTrainer):  # type: ignore[misc]
+        def log(self, *args: Any, **kwargs: Any) -> Any:
+            return super().log(*args, **kwargs)
+
+    for base, method in ((gmpo.GMPOTrainer, "_compute_loss"), (Louder, "compute_loss")):
+        with pytest.raises(
+            CropiError, match=rf"{base.__name__} has a {method} of its own.*Curriculum\(estimator"
+        ):
+            staged(tmp_path, base=base)
+        assert (
+            staged(tmp_path, {"estimator": "gspo"}, base=base)._cropi.options.estimator_used().name == "gspo"
+        )
+    assert staged(tmp_path, base=Same)._cropi.options.estimator_used().name.startswith("trl ")

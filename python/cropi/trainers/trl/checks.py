@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.sampler import check_enough
 from cropi.trainers.trl.scoring import _evaluating
 from cropi_kernels import GradientSketcher
+
+logger = logging.getLogger(__name__)
 
 
 def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
@@ -71,6 +74,19 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
                 f"num_generations_eval is {trainer.num_generations_eval}: a validation prompt needs at least 2 "
                 "responses for an advantage"
             )
+
+
+def warn_of_templates(trainer: Any, scans: Mapping[str, Scan]) -> None:
+    """Say that files' prompts are rendered without what the trainer gives to the chat template of its own."""
+    given = {"args.chat_template_kwargs": trainer.args.chat_template_kwargs, "tools": trainer.tools}
+    names = " and ".join(name for name, value in given.items() if value)
+    for kind, scan in scans.items():
+        texts = scan.prompts - scan.with_prompt_ids
+        if names and texts:
+            logger.warning(
+                "%s: %d prompts are text, to which the chat template is applied without the trainer's %s: give each "
+                "record its 'chat_template_kwargs' and 'tools', or store 'prompt_ids'", kind, texts, names,
+            )  # fmt: skip
 
 
 def balances_experts(trainer: Any) -> bool:

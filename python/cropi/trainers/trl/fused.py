@@ -20,14 +20,16 @@ class _Heard:
     """Stands in the function's place: calls it, and tells the sketcher of what went in and came out."""
 
     def __init__(self, function: Any, live: LiveSketcher) -> None:
-        self.function, self.live = function, live
+        self.function = function
+        # A compiled model's graph ends there and goes on behind.
+        self.tell: Any = torch.compiler.disable(live.fused_head)
         self.mask: torch.Tensor | None = None  # of the call: which tokens are scored
 
     def apply(self, *args: Any) -> Any:
         out = self.function.apply(*args)
         given = dict(zip(ARGUMENTS, args))
         hidden = given["hidden"]
-        self.live.fused_head(
+        self.tell(
             hidden, given["labels"], self._rows(hidden.shape[0]), out[0], out[1], temperature=given["temperature"],
             softcap=given["softcap"], scale=given["scale"], dtype=_dtype(hidden),
         )  # fmt: skip

@@ -14,6 +14,25 @@ AVERAGED = {
     "luspo": "constant",
 }  # fmt: skip
 REMEDY = "name one in Curriculum(estimator=...), for example 'cropi'"
+LOSSES = ("compute_loss", "_compute_loss")
+
+
+def check_own_loss(trainer: Any) -> None:
+    """Check that a trainer computes the loss that its configuration names.
+
+    Raises:
+        CropiError: its class, such as ``trl.experimental.gmpo.GMPOTrainer``, has a loss of its own.
+    """
+    import trl
+
+    for name in LOSSES:
+        classes = [cls for cls in type(trainer).__mro__ if name in vars(cls)]
+        own = next(cls for cls in classes if not cls.__module__.startswith("cropi."))
+        if not issubclass(trl.GRPOTrainer, own):
+            raise CropiError(
+                f"{own.__name__} has a {name} of its own, so that args.loss_type does not say which loss is trained; "
+                f"{REMEDY}, or estimator_of_config(args)[0] of {__name__} if its gradient is that of GRPOTrainer"
+            )
 
 
 def estimator_of_config(args: Any) -> tuple[Estimator, list[str]]:

@@ -34,9 +34,10 @@ from cropi.trainers.trl.checks import (
     check_space,
     drawn,
     recorded_first,
+    warn_of_templates,
 )
 from cropi.trainers.trl.live import LiveRun, features_of
-from cropi.trainers.trl.losses import estimator_of_config
+from cropi.trainers.trl.losses import check_own_loss, estimator_of_config
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.recorder import Recorder
 from cropi.trainers.trl.rollout_log import cut_unfinished_line, log_files, rewind
@@ -110,6 +111,7 @@ class Stages(Recorder):
         scans: Mapping[str, Scan],
     ) -> None:
         if options.estimator == "auto":
+            check_own_loss(trainer)
             estimator, left_out = estimator_of_config(trainer.args)
             options = replace(options, estimator=estimator)
             if balances_experts(trainer):
@@ -128,6 +130,7 @@ class Stages(Recorder):
         self._resumed = False
         self._earlier = [path for kind in ("train", "valid") for path in log_files(self.log.folder, kind)]
         check_arguments(trainer, options, len(ids))
+        warn_of_templates(trainer, scans)
         check_policy(self.model, options)
         if options.live is None:
             check_space(trainer, options, scans, self.folder, len(ids))

@@ -44,7 +44,8 @@ ATTRIBUTES = (
     "num_generations_eval", "rollout_func", "environment_factories",
 )  # fmt: skip
 OPTIONS = (
-    "disable_tqdm", "epsilon", "epsilon_high", "generation_batch_size", "gradient_accumulation_steps",
+    "chat_template_kwargs", "disable_tqdm", "epsilon", "epsilon_high", "generation_batch_size",
+    "gradient_accumulation_steps",
     "importance_sampling_level", "loss_type", "max_steps", "output_dir", "scale_rewards", "seed",
     "steps_per_generation",
 )  # fmt: skip
