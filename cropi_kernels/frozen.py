@@ -297,8 +297,10 @@ def _ratio(rows: int, cols: int, threads: int) -> float:
     """Time of the packed products over torch's, both directions, for weights [rows, cols]: the least of some rounds."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        weight = torch.randn(rows, cols, generator=generator)
-        x, dy = (torch.randn(_TOKENS, n, generator=generator) for n in (cols, rows))
+        weight, x, dy = (
+            torch.empty(shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
+            for shape in ((rows, cols), (_TOKENS, cols), (_TOKENS, rows))
+        )
         there, back = pack(weight), pack(weight.t())
         runs: tuple[Callable[[], Any], ...] = (
             lambda: (product(x, there), product(dy, back)),

@@ -191,7 +191,7 @@ class CpuEngine(Operators):
         self._ranges = segments.count, segments.offsets.data_ptr()
         self._out = out.data_ptr(), out.stride(0)
         self._threads = _native.threads()
-        self._expected, self._pool = expected, torch.empty(0, device="cpu")
+        self._expected, self._pool = expected, out.new_empty(0)
 
     @staticmethod
     def serves(out: torch.Tensor) -> bool:

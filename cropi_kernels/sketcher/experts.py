@@ -287,10 +287,10 @@ def _computes(module: nn.Module, layout: Experts, own: dict[str, nn.Parameter]) 
     try:
         if layout.repeated:
             args: tuple[torch.Tensor, ...] = (random(n * 2, width) / width**0.5,)
-            order = Order.of(torch.arange(n).repeat_interleave(2)[:, None], n)
+            order = Order.of(torch.arange(n, device="cpu").repeat_interleave(2)[:, None], n)
             want = type(module).forward(shell, *args)
         else:
-            ids = torch.tensor([[0, n - 1], [n // 2, 0], [n - 1, n // 2]])[:, : min(2, n)]
+            ids = torch.tensor([[0, n - 1], [n // 2, 0], [n - 1, n // 2]], device="cpu")[:, : min(2, n)]
             args = random(3, width) / width**0.5, ids, random(*ids.shape).abs()
             order = Order.of(ids, n)
             want = type(module).forward.__wrapped__(shell, *args)  # type: ignore[attr-defined]

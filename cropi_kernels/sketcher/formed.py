@@ -221,7 +221,7 @@ class _Batch:
             last = first + 1
             while last < batch and last - first < most and segments[last] == segments[first]:
                 last += 1
-            start, stop = torch.searchsorted(row_of, torch.tensor([first, last])).tolist()
+            start, stop = torch.searchsorted(row_of, row_of.new_tensor([first, last])).tolist()
             yield segments[first], slice(first, last), slice(start, stop)
             first = last
 

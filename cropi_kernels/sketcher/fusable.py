@@ -72,7 +72,7 @@ def _against_code(
 
 def _numbers() -> torch.Tensor:
     x = torch.linspace(-3.0, 4.0, 30, dtype=torch.float32, device="cpu").view(2, 3, 5)
-    return x * torch.tensor([1.0, 0.01, 20.0], device="cpu").view(1, 3, 1)
+    return x * x.new_tensor([1.0, 0.01, 20.0]).view(1, 3, 1)
 
 
 @functools.cache

@@ -272,7 +272,7 @@ class GpuEngine(Operators):
             offsets = self.segments.offsets_on(self.out.device, repeats)
             n_tokens = self._tokens[0] * self._tokens[1] * repeats
             chunks = self._cut(offsets, n_tokens, self._norms.CHUNK_TOKENS, True)
-            tail = self._tails[repeats] = Tail(chunks, [], torch.empty(0))
+            tail = self._tails[repeats] = Tail(chunks, [], self.out.new_empty(0))
         slots = tail.chunks.n_slots
         need = slots * sum(plan.size for plan in plans)
         if tail.used + need > tail.sums.numel():

@@ -334,8 +334,8 @@ def window(segments: Segments, y: torch.Tensor, axis: int, heads_first: bool) ->
     if key in known:
         return known[key]
     batch, length = segments.batch, segments.length
-    ids = torch.repeat_interleave(
-        torch.arange(segments.count), segments.offsets[1:] - segments.offsets[:-1], output_size=batch * length
+    ids = torch.arange(segments.count, device="cpu").repeat_interleave(
+        segments.offsets.diff(), output_size=batch * length
     )
     token_axis = 2 if heads_first else 1
     grid = None

@@ -104,7 +104,7 @@ class Ranks:
         from torch.distributed.tensor import DTensor, Shard
 
         shape = (*x.shape[:-1], size)
-        stride = torch.empty(shape, device="meta").stride()
+        stride = x.new_empty(shape, device="meta").stride()
         spread = DTensor.from_local(
             x.contiguous(),
             self.mesh,
@@ -204,7 +204,7 @@ def add_over_ranks(
     dims = [int(n) for n in ranks.max(sizes).tolist()]
     if not dims[0]:
         return
-    mine = sums.get(key, torch.zeros(dims[1 : 1 + dims[0]], dtype=torch.float64))
+    mine = sums.get(key, torch.zeros(dims[1 : 1 + dims[0]], dtype=torch.float64, device="cpu"))
     sums[key] = ranks.sum(mine.to(device)).to(mine.device)
     for table, reduce in [(t, ranks.sum) for t in added] + [(t, ranks.max) for t in largest]:
         value = reduce(torch.tensor([float(table.get(key, 0.0))], dtype=torch.float64, device=device))

@@ -87,7 +87,7 @@ class Runs:
 
     def gathered(self, sketches: torch.Tensor) -> torch.Tensor:
         """The sketches [runs, dim] added up by id: [count, dim], in a fixed order."""
-        if len(self.owner) == self.count and bool((self.owner == torch.arange(self.count)).all()):
+        if torch.equal(self.owner, torch.arange(self.count, device="cpu")):
             return sketches
         owner = self.owner.to(sketches.device)
         out = torch.zeros(self.count, sketches.shape[1], dtype=sketches.dtype, device=sketches.device)

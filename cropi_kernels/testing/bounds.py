@@ -43,10 +43,10 @@ def slab_variance(x: torch.Tensor, y: torch.Tensor, plan: MatrixPlan) -> float:
     total, n_xors = 0.0, (plan.slab_rows // 8) * (plan.slab_cols // 8)
     for one, two in itertools.combinations(blocks_x, 2):
         for row_xor in range(0, plan.slab_rows, 8):
-            rows = torch.arange(plan.slab_rows) ^ row_xor
+            rows = torch.arange(plan.slab_rows, device="cpu") ^ row_xor
             x2, y2 = blocks_x[two][rows], blocks_y[two][rows]
             for col_xor in range(0, plan.slab_cols, 8):
-                cols = torch.arange(plan.slab_cols) ^ col_xor
+                cols = torch.arange(plan.slab_cols, device="cpu") ^ col_xor
                 z = blocks_x[one] * y2[:, cols] + x2[:, cols] * blocks_y[one]
                 z = _equal_signs(z, 0, rows) if one[0] == two[0] else z
                 z = _equal_signs(z, 1, cols) if one[1] == two[1] else z
@@ -61,7 +61,7 @@ def fold_variance(x: torch.Tensor, y: torch.Tensor, width: int) -> float:
     of ``width``; ``X = x^T y``. Signs of two different pairs are uncorrelated.
     """
     product = x.double().T @ y.double()
-    c = torch.arange(x.shape[1])
+    c = torch.arange(x.shape[1], device="cpu")
     meet = (c[:, None] % 8 == c % 8) & (c[:, None] // width != c // width)
     return float((product + product.T)[meet].square().sum() / 2 * (8 / width))  # every pair is there twice
 

@@ -72,7 +72,7 @@ def sketch_gradients(
             matrices[one.name] = one.matrix, torch.Tensor.contiguous
     given = next(iter(gradients.values()))
     dtype, device = given.dtype, given.device
-    out = torch.zeros(spec.base_dim, dtype=dtype)
+    out = torch.zeros(spec.base_dim, dtype=dtype, device="cpu")
     for name in plan.coverage.names:
         gradient = gradients[name].cpu()
         if name in matrices:
@@ -96,7 +96,7 @@ def sketch_and_magnitudes(
     [segments + 1].
     """
     shape = offsets.numel() - 1, plan.n_slabs * plan.slab_rows * plan.slab_cols
-    exact, size = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    exact, size = (torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2))
     linear.sketch_linear(d.double(), a.double(), offsets, plan, exact, folded=True)
     bucket, _ = linear._folded_coordinates(plan)
     for s, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):

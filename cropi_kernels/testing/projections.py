@@ -46,7 +46,7 @@ def projection_magnitudes(x: torch.Tensor, spec: ProjectionSpec, offset: int = 0
         largest = 6.0 if spec.kind == "gaussian" else 1.0
         return (size.sum(1, keepdim=True) * (largest * spec.scale)).expand(-1, spec.dim)
     bucket, sign = coordinates(spec, np.arange(x.shape[1], dtype=np.uint64) + np.uint64(offset))
-    out = torch.zeros(x.shape[0], spec.dim, dtype=torch.float64)
+    out = torch.zeros(x.shape[0], spec.dim, dtype=torch.float64, device="cpu")
     for j in range(spec.nnz):
         out.index_add_(1, torch.from_numpy(bucket[j]), size * torch.from_numpy(sign[j]).abs())
     return out * spec.scale

@@ -243,6 +243,33 @@ def test_every_named_package_is_pinned() -> None:
     assert wanted - {"cropi-kernels"} <= pinned, f"no pin in constraints.txt: {wanted - pinned}"
 
 
+def test_tensors_of_the_kernel_package_do_not_depend_on_torchs_defaults() -> None:
+    """``torch.set_default_device`` and ``set_default_dtype`` are the caller's: a new tensor names its device, and its
+    dtype where torch would take the default one."""
+    floats = {"empty", "zeros", "ones", "eye", "rand", "randn", "linspace"}
+    calls = [
+        (path, node, {keyword.arg for keyword in node.keywords})
+        for path in files(".py")
+        if KERNELS in path.parents
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.")
+    ]
+    made = floats | {"arange", "full", "randint", "randperm", "tensor"}
+    wrong = []
+    for path, node, given in calls:
+        name = ast.unparse(node.func).removeprefix("torch.")
+        numbers = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+        of_floats = (
+            name in floats or name in ("full", "tensor") and any(isinstance(n, float) for n in numbers)
+        )
+        wanted = {"device", "dtype"} if of_floats else {"device"} if name in made else set()
+        if missing := wanted - given:
+            wrong.append(
+                f"{path.relative_to(ROOT)}:{node.lineno} {name} without {', '.join(sorted(missing))}"
+            )
+    assert len(calls) > 200 and not wrong, wrong
+
+
 # -------------------------------------------------------------------------------------------------- text
 def test_no_file_is_longer_than_500_lines() -> None:
     sources = files(*SOURCE_SUFFIXES)

@@ -192,6 +192,19 @@ def test_micro_batches_add_up() -> None:
     assert (total - whole).norm() <= 1e-5 * whole.norm()
 
 
+def test_default_device_does_not_matter() -> None:
+    """Experts too, which are recognised by a trial on numbers of their own."""
+
+    def loss(logits: torch.Tensor, step: Step, mine: torch.Tensor) -> torch.Tensor:
+        return logits.log_softmax(-1)[..., 0].sum()
+
+    model, step = odd_models.make("mixtral"), Step()
+    want = captured(model, loss, step)
+    with torch.device("meta"):
+        got = captured(model, loss, step)
+    assert torch.equal(got, want) and bool(want.any())
+
+
 class Doubling:
     def get_scale(self) -> float:
         return 1024.0

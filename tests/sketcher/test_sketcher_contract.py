@@ -122,7 +122,7 @@ def test_default_device_does_not_matter() -> None:
     weights = zoo.weights_of(batch)
     results = []
     for device in ("cpu", "meta"):
-        with GradientSketcher(model, SPEC) as sketcher, torch.device(device):
+        with torch.device(device), GradientSketcher(model, SPEC) as sketcher:
             results.append(batch.sketch(sketcher, weigh=lambda logp, a, b: weights[a:b]).sketches)
     assert torch.equal(*results)
 

@@ -63,7 +63,8 @@ def sliced_logprob_and_grad(
     logps, weights = call.numbers(), call.numbers()
     out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     # All ranks take the same chunks, though some have fewer words.
-    chunk = int(-words.max(torch.tensor([-float(call.chunk)], device=hidden.device)))
+    own_chunk = torch.tensor([call.chunk], dtype=torch.float32, device=hidden.device)
+    chunk = int(-words.max(-own_chunk))
     logits = chunks.Logits(call, min(chunk, n))
     with no_autocast(hidden):
         for start in range(0, n, chunk):

@@ -79,8 +79,8 @@ class Tiles:
         self.by_row = by_row(dtype)
         self.lift = 1.0 if self.by_row else LIFT
         self.tiles = _triton.ceil_div(vocab, WORDS)
-        self.own, self.factor, self.missing = torch.empty(3, tokens, device=device)
-        self.sums = torch.empty(2 + entropy, self.tiles * tokens, device=device)
+        self.own, self.factor, self.missing = torch.empty(3, tokens, dtype=torch.float32, device=device)
+        self.sums = torch.empty(2 + entropy, self.tiles * tokens, dtype=torch.float32, device=device)
         self.far = torch.empty(
             self.tiles * _triton.ceil_div(tokens, TOKENS), dtype=torch.int32, device=device
         )

@@ -33,7 +33,8 @@ def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: 
 
 def entries(spec: ProjectionSpec, offset: int, n: int) -> torch.Tensor:
     """float32 [n, dim]: columns offset .. offset + n of a dense S, not scaled."""
-    block, eye = torch.zeros(n, spec.dim), torch.eye(min(n, _AT_ONCE))
+    block = torch.zeros(n, spec.dim, dtype=torch.float32, device="cpu")
+    eye = torch.eye(min(n, _AT_ONCE), dtype=torch.float32, device="cpu")
     for start in range(0, n, _AT_ONCE):
         m = min(_AT_ONCE, n - start)
         _call(False, eye[:m, :m], spec, block[start : start + m], offset + start, 1.0)

@@ -175,16 +175,18 @@ def _entries(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     plan, x = ProjectionSpec.from_recipe(spec), CsrRows(starts, columns, values, n)
     rows, most = len(starts) - 1, len(values) * plan.nnz
-    y, count = values.new_empty(most), torch.zeros(rows, dtype=torch.int64)
-    bucket = torch.empty(most, dtype=torch.int32)
+    y, count = values.new_empty(most), torch.zeros(rows, dtype=torch.int64, device=values.device)
+    bucket = torch.empty(most, dtype=torch.int32, device=values.device)
     if not _served_by_reference(x, plan, backend):
         _native_call(x, plan, offset, y, bucket, count)
         return bucket, y, count
     row, at, value = _pairs(x, plan, offset)
     cells, where = torch.unique(row * plan.dim + at, return_inverse=True)
-    sums = torch.zeros(len(cells), dtype=values.dtype).index_add_(0, where, value)
+    sums = values.new_zeros(len(cells)).index_add_(0, where, value)
     row_of = cells // plan.dim
-    bad = torch.zeros(rows, dtype=torch.bool).index_fill_(0, row_of[~torch.isfinite(sums)], True)
+    bad = torch.zeros(rows, dtype=torch.bool, device=values.device).index_fill_(
+        0, row_of[~torch.isfinite(sums)], True
+    )
     count += torch.bincount(row_of, minlength=rows)
     n = len(cells)
     bucket[:n], y[:n] = (cells % plan.dim).int(), sums.masked_fill(bad[row_of], torch.nan)
@@ -194,7 +196,7 @@ def _entries(
 def _served_by_reference(x: CsrRows, spec: ProjectionSpec, backend: str | None) -> bool:
     # The kernel serves every dtype of values: it sums float64 too.
     name = dispatch.choose(
-        "project_csr", torch.empty(0, device=x.values.device), backend=backend,
+        "project_csr", torch.empty(0, dtype=torch.float32, device=x.values.device), backend=backend,
         without={"triton": "sparse rows have no Triton kernel"},
     )  # fmt: skip
     return name == "reference"
@@ -204,7 +206,9 @@ def _pairs(x: CsrRows, spec: ProjectionSpec, offset: int) -> tuple[torch.Tensor,
     """(row, bucket, signed and scaled value) of every number that is kept, from the definition."""
     p, place = np.unique(x.columns.numpy(), return_inverse=True)
     bucket, sign = reference.coordinates(spec, p.astype(np.uint64) + np.uint64(offset))
-    row = torch.repeat_interleave(torch.arange(len(x.starts) - 1), x.starts.diff().long())
+    row = torch.repeat_interleave(
+        torch.arange(len(x.starts) - 1, device=x.starts.device), x.starts.diff().long()
+    )
     at, signs = torch.from_numpy(bucket[:, place]), torch.from_numpy(sign[:, place]).to(x.values.dtype)
     kept = signs != 0
     value = (signs * spec.scale * x.values.where(kept, torch.zeros_like(x.values)))[kept]
