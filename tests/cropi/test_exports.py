@@ -126,7 +126,7 @@ def test_without_a_dataset_the_prompts_come_from_the_records(tmp_path: Path) -> 
         ),
         ({"dataset": "no_ids.jsonl"}, "no stable prompt id (one of id, extra_info.index, index, uid"),
         ({"dataset": "twice.jsonl"}, "rows 0 and 2 have the same id '1'"),
-        ({"dataset": "broken.jsonl"}, "is not jsonl"),
+        ({"dataset": "broken.jsonl"}, "broken.jsonl:1 is not JSON"),
     ],
 )
 def test_exports_that_cannot_be(tmp_path: Path, parquet: Path, options: dict[str, Any], words: str) -> None:

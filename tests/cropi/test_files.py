@@ -177,8 +177,8 @@ def test_a_byte_order_mark_is_no_part_of_what_a_user_wrote(tmp_path: Path) -> No
 
     rows = [{"id": "a", "q": "é"}, {"id": "b", "q": "\u2028"}]
     assert read_selection(marked("ids.txt", "a\nb\n")) == ["a", "b"]
-    assert read_dataset(marked("d.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))) == rows
-    assert read_dataset(marked("d.json", json.dumps(rows))) == rows
+    assert list(read_dataset(marked("d.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows)))) == rows
+    assert list(read_dataset(marked("d.json", json.dumps(rows)))) == rows
     template = "<{{ messages[0].content }}>\n"
     assert template_text(str(marked("t.jinja", template))) == template
     assert read_config(marked("c.toml", "[sketch]\ndim = 64\n")) == {"dim": 64}

@@ -27,7 +27,7 @@ ROWS, BATCHES, WHOLE, PICKLED = (0, 14), (1, 96), (4, 16), (2, 10)
 MOST = {
     "records, JSON array": ROWS, "a row a response, JSON lines": ROWS, "records of text, parquet": BATCHES,
     "NeMo-RL": ROWS, "TRL": ROWS, "slime": PICKLED, "vLLM, pickle": PICKLED, "verl, DataProto": WHOLE,
-    "a selection": WHOLE, "a trainer's dataset, JSON lines": WHOLE,
+    "a selection": WHOLE, "a trainer's dataset, JSON lines": ROWS, "a trainer's dataset, JSON array": ROWS,
 }  # fmt: skip
 
 # As lines: in a file of parquet as small as this a batch would hide what the rest takes.

@@ -171,10 +171,10 @@ def _tokenizer(args: argparse.Namespace) -> Any:
 def _prompts(args: argparse.Namespace) -> Any:
     from cropi.data.export import read_dataset
     from cropi.data.prompt_ids import PromptIds
+    from cropi.data.rows_out import rows_of
     from cropi.trainers.dumps.verl import prompts_by_text
     from cropi.trainers.verl.selected import ID_KEY
 
     table = read_dataset(args.dataset)
-    rows = table if isinstance(table, list) else table.to_pylist()
-    ids = PromptIds(rows, args.id_key or ID_KEY, args.dataset, "--id-key")
-    return prompts_by_text(rows, ids.names, _tokenizer(args))
+    ids = PromptIds(table, args.id_key or ID_KEY, args.dataset, "--id-key")
+    return prompts_by_text(rows_of(table, range(len(ids))), ids.names, _tokenizer(args))

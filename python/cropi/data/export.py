@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cropi.bulk import check_bulk
 from cropi.data import coded, saved
 from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.identity import dataset_ids
-from cropi.data.lines import MARK, lines_of
+from cropi.data.lines import MARK, lines_of, values_of
+from cropi.data.opened import BUFFER
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
-from cropi.data.rows_out import check_json, rows_of, table_of, taken, write_jsonl, write_parquet
+from cropi.data.rows_out import check_json, check_table, rows_of, table_of, taken, write_jsonl, write_parquet
+from cropi.data.spilled import Rows
 from cropi.data.tables import is_saved
 from cropi.data.trainer_rows import FILES, trainer_row
 from cropi.errors import CropiError, optional, shown
@@ -122,7 +124,7 @@ def _export(
         _write_rows(out, format, _rows_of_records(trajectories, ids))
         return len(ids)
     table, places, _ = located(dataset, ids, id_key, trajectories)
-    if format == "parquet" and not isinstance(table, list):
+    if format == "parquet" and not isinstance(table, Rows):
         with replacing(out) as temporary:
             optional("pyarrow.parquet").write_table(taken(table, places), temporary)
     else:
@@ -143,7 +145,7 @@ def chosen_dataset(
     table, places, _ = located(dataset, ids, id_key, trajectories)
     if hasattr(dataset, "select") and hasattr(dataset, "features"):
         return dataset.select(places)  # whose features say more than a table's types
-    rows = table_of([table[place] for place in places]) if isinstance(table, list) else taken(table, places)
+    rows = table_of(table.taken(places)) if isinstance(table, Rows) else taken(table, places)
     return saved.dataset_of(rows)
 
 
@@ -220,10 +222,10 @@ def check_export(
         return
     table = read_dataset(dataset)
     dataset_ids(table, _called(dataset), id_key, records)
-    if format == "jsonl" and not isinstance(table, list):
+    if format == "jsonl" and not isinstance(table, Rows):
         check_json(table.schema, _called(dataset))
-    elif format in ("parquet", "save_to_disk") and isinstance(table, list):
-        table_of(table)
+    elif format in ("parquet", "save_to_disk") and isinstance(table, Rows):
+        check_table(table)
 
 
 def _row(group: PromptGroup) -> dict[str, Any]:
@@ -246,7 +248,7 @@ def _rows_of_records(trajectories: Any, ids: Sequence[str]) -> list[dict[str, An
 
 def read_dataset(path: Any) -> Any:
     """A trainer's dataset: a pyarrow table (``.parquet``, a folder of ``save_to_disk``, a name on the hub, a
-    ``datasets.Dataset``), or a list of JSON objects (``.jsonl``, ``.json``).
+    ``datasets.Dataset``), or :class:`cropi.data.spilled.Rows` of JSON objects (``.jsonl``, ``.json``).
 
     Raises:
         CropiError: the file does not exist, or is not of that form.
@@ -279,25 +281,39 @@ def _dataset_in(path: Path) -> Any:
     if path.suffix not in (".jsonl", ".json"):
         raise CropiError(f"dataset: {path} should end in .parquet, .jsonl or .json")
     try:
-        if path.suffix == ".json":
-            data = path.read_bytes()
-            check_bulk(data, path)
-            rows = json.loads(data.decode("utf-8-sig"))
-        else:
-            rows = []
-            with open_to_read(path) as file:
-                for where, _, line in lines_of(file, path):
-                    check_bulk(line, where)
-                    line = line.removeprefix(MARK)
-                    if line.strip():
-                        rows.append(json.loads(line))
-    except CropiError:
-        raise  # the disk fails, or it is too large
-    except (ValueError, RecursionError) as error:
-        raise CropiError(f"dataset: {path} is not {path.suffix[1:]}: {error}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        rows = Rows(_objects(path))
+    except RecursionError as error:
+        raise CropiError(
+            f"dataset: {path} has a row with too many brackets in one another: {error}"
+        ) from None
+    if not rows:
         raise CropiError(f"dataset: {path} should hold objects, one per prompt")
     return rows
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a file, one at a time."""
+    name = f"dataset: {path}"
+    with open_to_read(path, BUFFER) as file:
+        values = values_of(file, name) if path.suffix == ".json" else _values_of_lines(file, name)
+        for where, value, _ in values:
+            if not isinstance(value, dict):
+                raise CropiError(
+                    f"{where} is {shown(value)}, but a dataset should hold objects, one per prompt"
+                )
+            yield value
+
+
+def _values_of_lines(file: IO[bytes], name: str) -> Iterator[tuple[str, Any, bytes]]:
+    """:func:`cropi.data.lines.values_of` for JSON lines."""
+    for where, _, line in lines_of(file, name):
+        check_bulk(line, where)
+        if not (text := line.removeprefix(MARK)).strip():
+            continue
+        try:
+            yield where, json.loads(text), text
+        except (ValueError, RecursionError) as error:
+            raise CropiError(f"{where} is not JSON: {error}; write one object a line") from None
 
 
 def located(
@@ -325,4 +341,4 @@ def _write_rows(out: Path, format: str, rows: Iterable[Mapping[str, Any]]) -> No
     if format == "jsonl":
         write_jsonl(out, rows)
     else:
-        write_parquet(out, list(rows))
+        write_parquet(out, rows if isinstance(rows, Rows) else list(rows))

@@ -13,6 +13,7 @@ from typing import Any
 
 from cropi.data.prompt_ids import PromptIds, column_values
 from cropi.data.records import PromptGroup
+from cropi.data.spilled import Rows
 from cropi.errors import CropiError, shown
 
 ID_KEYS = ("id", "extra_info.index", "index", "uid")
@@ -25,7 +26,7 @@ def dataset_ids(
     """The prompt ids of a dataset that :func:`cropi.data.export.read_dataset` read.
 
     Args:
-        table: a pyarrow table or a list of rows.
+        table: a pyarrow table or rows.
         path: what messages call it.
         id_key: the column; None finds it among :data:`ID_KEYS`.
         records: some prompts by their ids; a column is taken if all of them are in it and each row has the record's own
@@ -35,20 +36,16 @@ def dataset_ids(
         CropiError: no column has this name, an id is missing or twice in it, no column agrees with the records, or two
             do that name different rows.
     """
-    columns = list(table[0]) if isinstance(table, list) else table.column_names
     fitting: list[PromptIds] = []
     reasons: list[CropiError] = []
-    for key in [id_key] if id_key else ID_KEYS:
-        first = key if key in columns else key.split(".")[0]
-        if not isinstance(table, list) and first not in columns:
-            continue
-        rows = table if isinstance(table, list) else table.select([first]).to_pylist()
-        values = column_values(rows, key)[1]
+    keys = (id_key,) if id_key else ID_KEYS
+    columns, held = column_values(table, *keys)
+    for key, values in zip(keys, held):
         if values is None or None in values:
             continue
         try:
-            ids = PromptIds(rows, key, f"dataset: {path}", "--id-key")
-            _check_rows(table, path, ids, records)
+            ids = PromptIds.of(values, key, f"dataset: {path}", "--id-key")
+            _check_rows(table, columns, path, ids, records)
         except CropiError as error:
             reasons.append(error)
         else:
@@ -72,7 +69,9 @@ def dataset_ids(
     return fitting[0]
 
 
-def _check_rows(table: Any, path: str | Path, ids: PromptIds, records: Sequence[PromptGroup]) -> None:
+def _check_rows(
+    table: Any, columns: Sequence[str], path: str | Path, ids: PromptIds, records: Sequence[PromptGroup]
+) -> None:
     """Check that the records' ids are all there, and that each row has the prompt of its record."""
     missing = [record.id for record in records if record.id not in ids]
     if missing:
@@ -81,13 +80,12 @@ def _check_rows(table: Any, path: str | Path, ids: PromptIds, records: Sequence[
             f"{missing[0]!r} (its column {ids.column!r} holds, for example, {ids.names[0]!r}); give the dataset "
             "that the rollouts were made from"
         )
-    columns = list(table[0]) if isinstance(table, list) else table.column_names
     key = next((name for name in PROMPT_KEYS if name in columns), None)
     if key is None:
         return
     for record in records:
         row = ids.place[record.id]
-        there = table[row].get(key) if isinstance(table, list) else table.column(key)[row].as_py()
+        there = table[row].get(key) if isinstance(table, Rows) else table.column(key)[row].as_py()
         mine, theirs = _comparable(record.prompt), _comparable(there)
         if mine is not None and theirs is not None and type(mine) is type(theirs) and mine != theirs:
             raise CropiError(

@@ -6,7 +6,7 @@ import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from cropi.bulk import SMALL, check_bulk
 from cropi.data.opened import LONGEST_LINE
@@ -36,7 +36,13 @@ def lines_of(file: IO[bytes], path: str | Path) -> Iterator[tuple[str, int, byte
 
 
 def elements_of(file: IO[bytes], path: str | Path) -> Iterator[tuple[str, int, bytes]]:
-    """``(file[i], i, element)`` of every element of a JSON array, of which one at a time is in memory.
+    """``(file[i], i, element)`` of every element of a JSON array, as bytes. Raises as :func:`values_of` does."""
+    for number, (where, _, text) in enumerate(values_of(file, path)):
+        yield where, number, text.encode("utf-8", "surrogatepass")
+
+
+def values_of(file: IO[bytes], path: str | Path) -> Iterator[tuple[str, Any, str]]:
+    """``(file[i], value, text)`` of every element of a JSON array, of which one at a time is in memory.
 
     Raises:
         CropiError: the file is not one JSON array in UTF-8, or an element is longer than :data:`LONGEST_LINE`.
@@ -56,7 +62,7 @@ def elements_of(file: IO[bytes], path: str | Path) -> Iterator[tuple[str, int, b
             while end < 0:
                 try:
                     # A number at the end of what was read may go on behind it.
-                    _, end = decoder.raw_decode(text.held, text.at)
+                    value, end = decoder.raw_decode(text.held, text.at)
                     if end == len(text.held) and text.more(wanted):
                         end = -1
                 except json.JSONDecodeError as error:
@@ -72,7 +78,7 @@ def elements_of(file: IO[bytes], path: str | Path) -> Iterator[tuple[str, int, b
                 except (ValueError, RecursionError) as error:
                     raise CropiError(f"{path}[{number}] is not readable as JSON: {error}") from None
                 wanted *= 2
-            yield f"{path}[{number}]", number, text.held[text.at : end].encode("utf-8", "surrogatepass")
+            yield f"{path}[{number}]", value, text.held[text.at : end]
             text.at = end
             number += 1
             text.skip_space()

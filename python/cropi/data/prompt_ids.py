@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, optional
 
 
 class PromptIds:
@@ -31,13 +31,23 @@ class PromptIds:
                 "found again by their place; load it as a map-style dataset (streaming=False), or write the stream "
                 "to disk first"
             )
-        known, values = column_values(dataset, column)
+        known, [values] = column_values(dataset, column)
         if values is None:
             raise CropiError(
                 f"{name} has no column {column!r} (its columns: {', '.join(known) or 'none'}); selection needs an id "
                 f"for every prompt that stays the same from run to run: add one, {_recipe(column)}, or name the column "
                 f"that holds it with {option}"
             )
+        self._number(values, column, name, option)
+
+    @classmethod
+    def of(cls, values: Sequence[Any], column: str, name: str, option: str) -> PromptIds:
+        """The same, of the values of the column."""
+        made = cls.__new__(cls)
+        made._number(values, column, name, option)
+        return made
+
+    def _number(self, values: Sequence[Any], column: str, name: str, option: str) -> None:
         self.column = column
         self.names = [_checked(value, i, column, name) for i, value in enumerate(values)]
         self.place: dict[str, int] = {}
@@ -61,23 +71,47 @@ class PromptIds:
         return [self.place[prompt] for prompt in prompts]
 
 
-def column_values(dataset: Any, column: str) -> tuple[list[str], list[Any] | None]:
-    """The dataset's columns, and the values of one; None where it has no such column.
+def column_values(dataset: Any, *columns: str) -> tuple[list[str], list[list[Any] | None]]:
+    """The dataset's columns, and the values of some; None where it has no such column.
 
     A name with dots leads into nested columns, unless a column is called just so. Rows in which the way ends have the
     value None.
+
+    Args:
+        dataset: a map-style dataset, or a pyarrow table.
+        columns: names; rows without columns are gone through once for all of them.
     """
     known = getattr(dataset, "column_names", None)
     if known is None:
         known = list(dataset[0]) if len(dataset) and isinstance(dataset[0], Mapping) else []
-    first, *rest = [column] if column in known else column.split(".")
-    if first not in known:
-        return list(map(str, known)), None
-    whole = hasattr(dataset, "column_names")
-    values = list(dataset[first]) if whole else [row.get(first) for row in dataset]
-    for key in rest:
-        values = [value.get(key) if isinstance(value, Mapping) else None for value in values]
+    ways = [[column] if column in known else column.split(".") for column in columns]
+    values: list[list[Any] | None] = [[] if way[0] in known else None for way in ways]
+    there = [(way, held) for way, held in zip(ways, values) if held is not None]
+    if hasattr(dataset, "column_names"):
+        for way, held in there:
+            held += _nested(dataset[way[0]], way[1:])
+    else:
+        for row in dataset:
+            for way, held in there:
+                held.append(_inside(row, way))
     return list(map(str, known)), values
+
+
+def _inside(value: Any, way: Sequence[str]) -> Any:
+    for key in way:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _nested(column: Any, way: Sequence[str]) -> list[Any]:
+    """The values in a column, or in nested ones. Of arrow's structures the nested column alone becomes values."""
+    if hasattr(column, "to_pylist"):
+        for key in way:
+            if not optional("pyarrow").types.is_struct(column.type) or column.type.get_field_index(key) < 0:
+                return [None] * len(column)
+            column = optional("pyarrow.compute").struct_field(column, column.type.get_field_index(key))
+        return list(column.to_pylist())
+    return [_inside(value, way) for value in column]
 
 
 def _recipe(column: str) -> str:

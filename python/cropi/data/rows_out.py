@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cropi.data.spilled import Rows
 from cropi.data.values import json_value
 from cropi.errors import CropiError, optional
 from cropi.files import replacing
 
 # From this size on, a column of text has offsets that 32 bits do not hold once its parts are put together.
 LARGEST_COLUMN = 2**31 - 1
+PART = 1024  # rows that are looked at together
 
 
-def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Any]]:
     """The rows as columns: every column that any row has, with None where a row lacks it."""
     names = dict.fromkeys(key for row in rows for key in row)
+    if isinstance(rows, Rows):
+        return {name: Column(rows, name) for name in names}
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+class Column(Sequence[Any]):
+    """A column of rows, of which one value at a time is in memory."""
+
+    def __init__(self, rows: Rows, name: str) -> None:
+        self._rows, self._name = rows, name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._rows[place].get(self._name)
 
 
 def write_jsonl(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -70,6 +88,27 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     return pyarrow.table(made)
 
 
+def check_table(rows: Rows) -> None:
+    """Check that rows can be a pyarrow table, some in memory at a time.
+
+    Raises:
+        CropiError: as :func:`table_of`.
+    """
+    pyarrow, kinds = optional("pyarrow"), dict[str, Any]()
+    for start in range(0, len(rows), PART):
+        part = [rows[place] for place in range(start, min(start + PART, len(rows)))]
+        for name, values in columns_of(part).items():
+            try:
+                kind = pyarrow.array(values).type
+            except Exception:
+                kind = None
+            if kind is None or kind != pyarrow.null() and kinds.setdefault(name, kind) != kind:
+                table_of(rows)  # each type by all values
+                return
+    for name, kind in kinds.items():
+        _check_type(kind, name)
+
+
 def taken(table: Any, places: Sequence[int]) -> Any:
     """Rows of a pyarrow table, in this order, with its schema; columns may be larger than 2 GiB."""
     if table.nbytes <= LARGEST_COLUMN:
@@ -80,12 +119,11 @@ def taken(table: Any, places: Sequence[int]) -> Any:
 
 
 def rows_of(table: Any, places: Sequence[int]) -> Iterable[dict[str, Any]]:
-    """Rows of a table or of a list as dictionaries, some in memory at a time."""
-    if isinstance(table, list):
-        yield from (table[place] for place in places)
-        return
-    for start in range(0, len(places), 256):
-        yield from taken(table, places[start : start + 256]).to_pylist()
+    """Rows of a table as dictionaries, some in memory at a time."""
+    if isinstance(table, Rows):
+        return table.taken(places)
+    parts = (taken(table, places[start : start + 256]) for start in range(0, len(places), 256))
+    return itertools.chain.from_iterable(part.to_pylist() for part in parts)
 
 
 def check_json(schema: Any, path: str | Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import pickle
 import tempfile
-from collections.abc import Iterator
+import weakref
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from cropi.errors import CropiError, optional
@@ -16,10 +18,11 @@ SMALL = 2**22
 
 
 class Spilled:
-    """Values by the places that :meth:`put` returns."""
+    """Values by the places that :meth:`put` returns. The file goes by :meth:`close`, or when nobody holds them."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(SMALL, prefix="cropi-")
+        weakref.finalize(self, self._file.close)
 
     def put(self, value: Any) -> int:
         """Keep a value; returns its place.
@@ -41,6 +44,33 @@ class Spilled:
     def close(self) -> None:
         """Remove the file."""
         self._file.close()
+
+
+class Rows(Sequence[Any]):
+    """Rows of which one at a time is in memory, when it is asked for.
+
+    Args:
+        rows: what is kept.
+
+    Raises:
+        CropiError: the file cannot be written.
+    """
+
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self._kept = Spilled()
+        self._places = array("q", map(self._kept.put, rows))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._kept.get(self._places[place])
+
+    def taken(self, places: Sequence[int]) -> Rows:
+        """The rows at some places, in this order."""
+        some = Rows.__new__(Rows)
+        some._kept, some._places = self._kept, array("q", (self._places[place] for place in places))
+        return some
 
 
 def mapped(schema: Any, batches: Iterator[Any]) -> Any:

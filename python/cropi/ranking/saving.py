@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cropi.data.export import FORMATS, chosen_dataset, export
+from cropi.data.prompt_ids import column_values
 from cropi.data.rows_out import table_of, write_jsonl, write_parquet
 from cropi.data.saved import check_hub_name, dataset_of, push, save_folder
 from cropi.errors import CropiError
@@ -123,5 +124,5 @@ def _parts(rows: Any, id_key: str | None, format: str = "") -> tuple[Any, Any]:
         table = read_dataset(rows)
     except CropiError:
         return rows, None  # a form that trajectories alone have
-    columns = list(table[0]) if isinstance(table, list) else table.column_names
+    columns = column_values(table)[0]
     return (rows, None) if {"rewards", "reward"} & set(columns) else ((), rows)

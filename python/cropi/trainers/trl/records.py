@@ -134,7 +134,7 @@ def check_columns(dataset: Any, name: str, recording: Recording, every: bool = T
             )
     tables: dict[str, list[Any]] = {}
     for column in recording.columns:
-        values = column_values(dataset, column)[1] if len(dataset) else None
+        values = column_values(dataset, column)[1][0] if len(dataset) else None
         if values is not None:
             tables[column] = values
         elif every and column not in Recording().columns and len(dataset):
