@@ -58,7 +58,7 @@ def failure_of(error: BaseException | None) -> OSError | None:
         number = _number_in(str(error)) or getattr(error, "errno", None)
         denied = re.fullmatch("No such file or directory: (.+)", str(error))
         if number is None and denied and os.path.isfile(denied[1]):
-            number = _opening(denied[1])
+            return _opening(denied[1])
         if number in FAILING:
             return OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
@@ -73,13 +73,13 @@ def _number_in(message: str) -> int | None:
     return None
 
 
-def _opening(path: str) -> int:
+def _opening(path: str) -> OSError:
     """The error of opening a file that could not be opened a moment ago."""
     try:
         os.close(os.open(path, os.O_RDONLY))
     except OSError as error:
-        return error.errno or errno.EIO
-    return errno.EIO  # it opens now, and is there: the disk failed once
+        return error
+    return OSError(errno.EIO, os.strerror(errno.EIO))  # it opens now, and is there: the disk failed once
 
 
 @contextlib.contextmanager

@@ -48,6 +48,15 @@ def test_what_is_said_of_stages_that_learnt_nothing() -> None:
     assert nothing_learnt([{"stage": 0}]) == []
 
 
+def test_what_a_trainer_left_that_cannot_be_read_is_said_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "training.json"
+    path.symlink_to(path)
+    with pytest.warns(UserWarning) as told:
+        assert read_training(tmp_path) == {}
+    said = "is left out of the report: it cannot be read: too many levels of symbolic links"
+    assert [str(one.message) for one in told] == [f"{path} {said}"]
+
+
 @pytest.mark.long
 def test_a_trainer_that_trains_nothing_is_named_in_the_report(tmp_path: Path) -> None:
     made = make_folder(tmp_path)

@@ -29,10 +29,12 @@ from cropi import files
 from cropi.cli.config import read_config
 from cropi.cli.contents import describe_file
 from cropi.data.export import read_dataset
+from cropi.data.prompt_ids import PromptIds
 from cropi.data.readers import read
 from cropi.data.scan import scan
 from cropi.errors import CropiError
 from cropi.gradient.template import template_text
+from cropi.model.adapting import with_adapter
 from cropi.model.load import load_generation_config, load_model
 from cropi.model.moments import file_of, read_moments
 from cropi.ranking.selection import read_selection
@@ -42,6 +44,7 @@ from cropi.trainers.dumps.auto import expanded, read_rollouts
 from cropi.trainers.dumps.auto import opened as dumps
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import Reading
+from cropi.trainers.selected import Selected
 from cropi.trainers.trl.checkpoints import newest_whole
 from cropi.trainers.trl.rollout_log import log_files
 
@@ -284,11 +287,71 @@ def test_a_generation_config_that_cannot_be_read_is_not_taken_for_none(
         patched.setattr(builtins, "open", faulty)
         patched.setattr(io, "open", faulty)
         with pytest.raises(
-            CropiError, match=f"model '{tmp_path}' cannot be read: too many open files; raise"
+            CropiError, match=f"model '{tmp_path}': cannot read {Failing.path}: too many open files; raise"
         ):
             load_generation_config(tmp_path, model.config)
     Failing.path.unlink()
     assert load_generation_config(tmp_path, model.config).eos_token_id == model.config.eos_token_id
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_file_of_a_model_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """transformers takes it for one that is not there, and goes on without a template or with other end tokens."""
+    model, tokenizer, folder = make_model(), make_tokenizer(), tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    (folder / ".#config.json").symlink_to("of an editor")
+    load_model(folder)
+    for file in [path for path in files.entries(folder, "[!.]*") if path.name != "config.json"]:
+        held = file.rename(tmp_path / "held")
+        for target, said in (
+            (file, "too many levels"),
+            (tmp_path / "gone", "no such file"),
+            (folder, "is a"),
+        ):
+            file.symlink_to(target)
+            with pytest.raises(CropiError, match=f"model '{folder}': cannot read {file}: {said}.*; make it"):
+                load_model(folder)
+            file.unlink()
+        held.rename(file)
+
+
+def test_a_trainers_selection_that_cannot_be_looked_at_is_not_called_missing(tmp_path: Path) -> None:
+    path = tmp_path / "selected.jsonl"
+    path.symlink_to(path)
+    with pytest.raises(CropiError, match=f"cannot read {path}: too many levels of symbolic links"):
+        Selected(path, PromptIds([{"id": "a"}], "id", "d", "id_key"), trainer=("", ""))
+
+
+def test_an_adapter_and_a_gguf_file_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    weights, packed = tmp_path / "adapter_model.safetensors", tmp_path / "x.gguf"
+    weights.symlink_to(tmp_path / "gone")
+    with pytest.raises(CropiError, match=f"adapter '{tmp_path}': cannot read {weights}: no such file"):
+        with_adapter(make_model(), "m", tmp_path)
+    packed.write_bytes(b"GGUF")
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(CropiError) as told:
+        Failing.path, Failing.fault, Failing.left = packed, "denied", 0
+        patched.setattr(builtins, "open", faulty)
+        load_model(packed)
+    assert str(told.value).startswith(f"model '{packed}': cannot read {packed}: permission denied; make it")
+
+
+def test_weights_without_the_right_to_be_read_are_not_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As safetensors says of what the hub's cache holds."""
+    path = tmp_path / "x"
+    path.write_text("")
+
+    def refuse(path: Any, *words: Any) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    failure = files.failure_of(FileNotFoundError(f"No such file or directory: {path}"))
+    assert failure is not None and (failure.errno, failure.filename) == (errno.EACCES, str(path))
 
 
 @pytest.mark.parametrize(
@@ -326,11 +389,12 @@ def test_weights_that_cannot_be_opened_are_not_said_to_be_missing(
         raise FileNotFoundError(f"No such file or directory: {path}")
 
     said = os.strerror(number or errno.EIO).lower()
+    named = f"{weights}: " if number else ""
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", refuse)
         patched.setattr("transformers.modeling_utils.safe_open", unopened)
         patched.setattr("safetensors.torch.load_file", unopened)
-        with pytest.raises(CropiError, match=f"model '{tmp_path}' cannot be read: {said}; "):
+        with pytest.raises(CropiError, match=f"model '{tmp_path}' cannot be read: {named}{said}; "):
             load_model(str(tmp_path))
         with pytest.raises(CropiError, match=f"cannot read {tmp_path}/optimizer.safetensors: {said}; "):
             read_moments(tmp_path / "optimizer.safetensors", make_model())

@@ -165,6 +165,7 @@ def run(
                 found = found or (f"{left} stayed behind for good" if left else "")
             if found:
                 wrong.append(f"{name}, {kind}, operation {first} of {total}: {found}")
+                print(wrong[-1], file=sys.stderr, flush=True)
     shutil.rmtree(folder)
     return counts, wrong
 
@@ -187,5 +188,4 @@ if __name__ == "__main__":
         print(
             f"{name}: {ends.total()} faults, {dict(ends)}, {len(wrong)} wrong ({seconds:.0f} s)", flush=True
         )
-        print("\n".join(wrong), file=sys.stderr, flush=True)
     sys.exit(bool(bad))

@@ -99,6 +99,7 @@ def run(name: str, folder: Path, share: float, seed: int = 0) -> tuple[int, list
             found, now = _problem(place, folder, disk, want, held, done=not number)
             if found:
                 wrong.append(f"{name}, cut before operation {number or 'none'} of {total}, {disk}: {found}")
+                print(wrong[-1], file=sys.stderr, flush=True)
         held = now
     shutil.rmtree(folder)
     return 2 * (len(chosen) + 1), wrong
@@ -153,5 +154,4 @@ if __name__ == "__main__":
         bad += len(problems)
         seconds = time.monotonic() - begun
         print(f"{name}: {cuts} disks after power cuts, {len(problems)} wrong ({seconds:.0f} s)", flush=True)
-        print("\n".join(problems), file=sys.stderr, flush=True)
     sys.exit(bool(bad))

@@ -159,9 +159,11 @@ def _tokenizer(args: argparse.Namespace) -> Any:
 
     from cropi.errors import optional
     from cropi.model.load import load_tokenizer
+    from cropi.model.sources import check_readable
 
     folder = Path(args.model)
     if is_folder(folder) and not is_there(folder / "config.json"):  # a tokenizer alone
+        check_readable(f"model {args.model!r}", folder)
         return optional("transformers").AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=args.trust_remote_code
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ def read_training(folder: Path) -> dict[str, Any]:
         wrong = wrong_form(summary, TRAINED) or ("" if "reward" in summary else "it has no reward")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        wrong = f"it cannot be read ({error})"
+    except OSError as error:
+        wrong = f"it cannot be read: {os.strerror(error.errno or 0).lower()}"
+    except (ValueError, RecursionError) as error:
+        wrong = f"it is no JSON ({error})"
     if wrong:
         warn(f"{folder / TRAINING} is left out of the report: {wrong}", stacklevel=2)
         return {}

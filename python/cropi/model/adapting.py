@@ -12,6 +12,7 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.files import failure_of, is_file, is_there, reason
+from cropi.model.sources import check_readable
 
 QUANTIZE = ("4bit", "8bit")
 
@@ -67,6 +68,8 @@ def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:
             f"adapter {where!r}: the folder holds no adapter_config.json, so it is not an adapter of PEFT; "
             "give the folder that save_pretrained wrote"
         )
+    if is_there(folder):
+        check_readable(f"adapter {where!r}", folder)
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -75,7 +78,9 @@ def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:
             )
     except Exception as error:  # PEFT, safetensors, torch and the hub's client have errors of their own
         if failure := failure_of(error):
-            raise CropiError(f"adapter {where!r} cannot be read: {reason(failure)}") from error
+            raise CropiError(
+                f"adapter {where!r} cannot be read: {reason(failure, 'let it be read')}"
+            ) from error
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise CropiError(
             f"adapter {where!r} cannot be put on model {name!r}{_base(folder)} ({why[:400]}); give the adapter's own "

@@ -136,7 +136,7 @@ def load_generation_config(name: str | os.PathLike[str], config: Any, *, revisio
             return transformers.GenerationConfig.from_pretrained(source, **options)
         except OSError as error:  # it has none: transformers makes one from the model's configuration
             if failure := failure_of(error):
-                raise CropiError(f"model {os.fspath(name)!r} cannot be read: {reason(failure)}") from error
+                raise _unreadable(os.fspath(name), failure) from error
     return transformers.GenerationConfig.from_model_config(config)
 
 
@@ -169,13 +169,18 @@ def _spread(name: str, variant: Variant) -> dict[str, Any]:
     return {"distributed_config": variant.distributed_config}
 
 
+def _unreadable(name: str, failure: OSError) -> CropiError:
+    file = f"{failure.filename}: " if failure.filename else ""
+    return CropiError(f"model {name!r} cannot be read: {file}{reason(failure, 'let it be read')}")
+
+
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
         if failure := failure_of(error):
-            raise CropiError(f"model {name!r} cannot be read: {reason(failure)}") from error
+            raise _unreadable(name, failure) from error
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"model {name!r} brings code of its own, which is not run; if you trust it, pass --trust-remote-code "
@@ -184,7 +189,7 @@ def _explained(name: str) -> Iterator[None]:
         raise  # they name the file or the package
     except Exception as error:  # a damaged file: every format has errors of its own
         if failure := failure_of(error):
-            raise CropiError(f"model {name!r} cannot be read: {reason(failure)}") from error
+            raise _unreadable(name, failure) from error
         raise ValueError(
             f"model {name!r} cannot be loaded ({type(error).__name__}: {error}); if a file is damaged, get it again"
         ) from error

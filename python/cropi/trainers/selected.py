@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
+from cropi.files import reading
 from cropi.ranking.selection import read_selection
 
 
@@ -42,8 +43,9 @@ class Selected:
             CropiError: the file does not exist, is not a selection, is too small, or names prompts that no row has.
         """
         try:
-            state = os.stat(self.path)
-        except OSError:
+            with reading(self.path):
+                state = os.stat(self.path)
+        except FileNotFoundError:
             raise CropiError(
                 f"selection: there is no file {self.path}; make the first one with `cropi run` or `cropi select --out "
                 f"{self.path}`"

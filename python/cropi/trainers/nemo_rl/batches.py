@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from cropi.errors import CropiError
+from cropi.files import reading
 from cropi.sealed import check_sums
 
 VARIABLE = "CROPI_INDICES"
@@ -56,15 +57,16 @@ class Order:
 
     def _refresh(self) -> None:
         try:
-            state = os.stat(self.path)
-            seen = (state.st_ino, state.st_size, state.st_mtime_ns)
-            if seen == self._seen:
-                return
-            check_sums(self.path)
-            held = json.loads(self.path.read_text(encoding="utf-8"))
+            with reading(f"{self.path} (${VARIABLE})", missing=True):
+                state = os.stat(self.path)
+                seen = (state.st_ino, state.st_size, state.st_mtime_ns)
+                if seen == self._seen:
+                    return
+                check_sums(self.path)
+                held = json.loads(self.path.read_text(encoding="utf-8"))
         except CropiError:
             raise
-        except (OSError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CropiError(f"${VARIABLE}: {self.path} cannot be read: {error}") from error
         if not isinstance(held, list) or not held or not all(type(row) is int and row >= 0 for row in held):
             raise CropiError(
