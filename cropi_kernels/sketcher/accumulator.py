@@ -55,6 +55,12 @@ class Accumulator:
         self._passes, self._share = 0, 0.0
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Accumulator:
+        """Of a copied model, whose taps belong to no batch: an open one's kernels write to the original's memory."""
+        copied = Accumulator(self.spec)
+        copied.ranks = self.ranks
+        return copied
+
     @property
     def engine(self) -> Operators:
         """The engine of the open batch."""

@@ -21,7 +21,7 @@ from .experts import Experts, Order, run_experts
 from .hooks import capture
 from .parts import PartMatrix
 from .ranks import Ranks, into_parts, of_parts, parallel_forward
-from .replaced import Replaced, own_forward
+from .replaced import Replaced, forward_beneath
 from .slab import MatrixSketch
 from .spread import local
 from .taps import Formed, LinearTap, Tap, formed_vectors, owned
@@ -46,20 +46,18 @@ class ExpertsTap(Tap):
         self.ranks = ranks  # that have some outputs of each expert's first product, some inputs of its second
 
     def hook(self, module: nn.Module) -> Replaced:
-        original = module.forward
         parallel = parallel_forward(module)
-        own = own_forward(module) or type(module).forward.__get__(module)
-        signature = inspect.signature(own if parallel is None else parallel["forward"])
+        self._signature = inspect.signature(
+            forward_beneath(module) if parallel is None else parallel["forward"]
+        )
+        return Replaced(module, self._forward)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self.acc.listens:
-                return original(*args, **kwargs)
-            given = tuple(signature.bind(*args, **kwargs).arguments.values())
-            if not self._fits(module, given):
-                return original(*args, **kwargs)
-            return self.run(module, given)
-
-        return Replaced(module, forward)
+    def _forward(self, module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.acc.listens:
+            given = tuple(self._signature.bind(*args, **kwargs).arguments.values())
+            if self._fits(module, given):
+                return self.run(module, given)
+        return original(*args, **kwargs)
 
     def _fits(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether the call is given every token once; refuses it if not."""
@@ -146,20 +144,18 @@ class RouterTap(LinearTap):
     """
 
     def hook(self, module: nn.Module) -> Replaced:
-        original = module.forward
+        return Replaced(module, self._forward)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self.acc.listens:
-                return original(*args, **kwargs)
-            with _Products(self, module) as products:
-                out = original(*args, **kwargs)
-            if products.seen != 1:
-                self.refuse(
-                    f"{self.where} multiplies by its weight {products.seen} times: exclude its parameters"
-                )
-            return out
-
-        return Replaced(module, forward)
+    def _forward(self, module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.acc.listens:
+            return original(*args, **kwargs)
+        with _Products(self, module) as products:
+            out = original(*args, **kwargs)
+        if products.seen != 1:
+            self.refuse(
+                f"{self.where} multiplies by its weight {products.seen} times: exclude its parameters"
+            )
+        return out
 
     def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
         weights = [] if self.matrix is None else [(owned(module, "weight"), self.matrix.add_formed)]

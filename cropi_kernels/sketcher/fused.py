@@ -103,60 +103,69 @@ class Fusion:
         handles: list[Hook] = []
         for module, where in self.norms.items():
             tap = taps.get(module)
-            handles.append(self._norm(module, where, tap if isinstance(tap, NormTap) else None))
+            norm = _FusedNorm(self.acc, where, tap if isinstance(tap, NormTap) else None)
+            handles.append(Replaced(module, norm.run))
         for module, where in self.gates.items():
             reader = taps.get(module.get_submodule("down_proj"))
-            matrix = reader.matrix if isinstance(reader, LinearTap) else None
-            handles.append(self._gate(module, where, matrix))
+            gate = _FusedGate(self.acc, where, reader.matrix if isinstance(reader, LinearTap) else None)
+            handles.append(Replaced(module, gate.run))
         return handles
 
-    def _norm(self, module: Any, where: str, tap: NormTap | None) -> Replaced:
-        original, acc = module.forward, self.acc
 
-        def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-            # Where the graph begins at this module's output, no gradient of its input is needed.
-            begins = torch.is_grad_enabled() and not hidden_states.requires_grad
-            if begins or not self._runs(module, where, hidden_states):
-                made: torch.Tensor = original(hidden_states)
-                return made
-            if hidden_states.dtype != module.weight.dtype:
-                raise ValueError(
-                    f"fused=True: {where} has {module.weight.dtype} weights and {hidden_states.dtype} inputs: give the "
-                    "model one dtype, call it outside of autocast, or leave out fused=True"
-                )
-            rides = tap if acc.listens and tap is not None and tap.adds else None
-            out: torch.Tensor = _RmsNorm.apply(
-                hidden_states, module.weight, module.variance_epsilon, acc, rides
-            )
-            return out
+@dataclasses.dataclass(frozen=True)
+class _Fused:
+    """What runs in the place of a module's forward; ``where`` is the module's name."""
 
-        return Replaced(module, forward)
+    acc: Accumulator
+    where: str
 
-    def _gate(self, module: Any, where: str, matrix: MatrixSketch | None) -> Replaced:
-        original, acc = module.forward, self.acc
-
-        def forward(x: torch.Tensor) -> Any:
-            if not self._runs(module, where, x):
-                return original(x)
-            gate, up = module.gate_proj(x), module.up_proj(x)
-            wanted = matrix if acc.listens else None
-            h, folded = _SwiGlu.apply(gate, up, acc.engine, wanted)
-            if wanted is not None and folded is not None:
-                acc.keep_fold(wanted.fold_key, h, folded)
-            return module.down_proj(h)
-
-        return Replaced(module, forward)
-
-    def _runs(self, module: nn.Module, where: str, x: torch.Tensor) -> bool:
+    def runs(self, module: nn.Module) -> bool:
         """Whether the fused kernel computes this call: in a batch, except in the self-test's run by the module's own
         code."""
         if self.acc.segments is None:
             return False
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                f"fused=True: {where} is being compiled: leave out torch.compile, or fused=True"
+                f"fused=True: {self.where} is being compiled: leave out torch.compile, or fused=True"
             )
         return self.acc.listener is None or not any(p.requires_grad for p in module.parameters())
+
+
+@dataclasses.dataclass(frozen=True)
+class _FusedNorm(_Fused):
+    """An RMSNorm; ``tap`` adds the gradient of its scale. None: that is not sketched."""
+
+    tap: NormTap | None
+
+    def run(self, module: Any, original: Any, hidden_states: torch.Tensor) -> Any:
+        # Where the graph begins at this module's output, no gradient of its input is needed.
+        begins = torch.is_grad_enabled() and not hidden_states.requires_grad
+        if begins or not self.runs(module):
+            return original(hidden_states)
+        if hidden_states.dtype != module.weight.dtype:
+            raise ValueError(
+                f"fused=True: {self.where} has {module.weight.dtype} weights and {hidden_states.dtype} inputs: give "
+                "the model one dtype, call it outside of autocast, or leave out fused=True"
+            )
+        rides = self.tap if self.acc.listens and self.tap is not None and self.tap.adds else None
+        return _RmsNorm.apply(hidden_states, module.weight, module.variance_epsilon, self.acc, rides)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FusedGate(_Fused):
+    """A gated MLP; ``matrix``: the sketch of the layer that reads its product. None: that is not sketched."""
+
+    matrix: MatrixSketch | None
+
+    def run(self, module: Any, original: Any, x: torch.Tensor) -> Any:
+        if not self.runs(module):
+            return original(x)
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        matrix = self.matrix if self.acc.listens else None
+        h, folded = _SwiGlu.apply(gate, up, self.acc.engine, matrix)
+        if matrix is not None and folded is not None:
+            self.acc.keep_fold(matrix.fold_key, h, folded)
+        return module.down_proj(h)
 
 
 def find_fusion(model: nn.Module, plan: Attachment, acc: Accumulator, wanted: bool) -> Fusion:

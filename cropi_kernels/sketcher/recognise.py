@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .precision import product_eps
 from .ranks import parallel_forward
-from .replaced import own_forward
+from .replaced import forward_beneath, own_forward
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "layer_norm_eps")
 
@@ -207,7 +207,7 @@ def _of_liger(module: nn.Module) -> bool | None:
 def takes_one_tensor(module: nn.Module) -> bool:
     """Whether the module's forward has one argument: a norm that has more (a gate) may do more than normalise."""
     parallel = parallel_forward(module)
-    forward = module.forward if parallel is None else parallel["forward"]
+    forward = forward_beneath(module) if parallel is None else parallel["forward"]
     try:
         arguments = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):  # not written in Python: it will be seen to when it is called

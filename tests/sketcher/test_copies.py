@@ -1,0 +1,66 @@
+"""Copies of a model that are made while taps are on it, and sketchers that leave a model in any order."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import live as made
+from support import odd_models, zoo
+from support.live import SPEC, Step
+
+from cropi_kernels import GradientSketcher, LiveSketcher
+
+MADE: dict[str, Callable[[], Any]] = {
+    "hooks": lambda: LiveSketcher(zoo.make("llama"), SPEC),
+    "experts and a router": lambda: LiveSketcher(odd_models.make("mixtral"), SPEC),
+    "fused": lambda: GradientSketcher(zoo.make("llama"), SPEC, fused=True),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_copy_runs_on_its_own_weights(kind: str) -> None:
+    """As a reference policy does, or an average of weights."""
+    sketcher, ids = MADE[kind](), Step().ids
+    model = sketcher.model.eval()
+    with sketcher:
+        want = model(ids).logits.detach()
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        assert torch.equal(copied(ids).logits, want)
+    assert torch.equal(copied(ids).logits, want)
+
+
+def test_a_copy_in_a_batch_adds_nothing_to_it() -> None:
+    model, step = zoo.make("llama"), Step()
+    want = made.captured(model, made.grpo)
+    with LiveSketcher(model, SPEC) as live, live.batch(step.prompts, shape=step.shape) as sketch:
+        loss = made.grpo(made.logits_of(model, step), step, step.rows(None))
+        made.logits_of(copy.deepcopy(model), step).sum().backward()
+        loss.backward()
+    assert torch.equal(-sketch.sketches, want)
+
+
+@pytest.mark.parametrize("later_first", [True, False])
+def test_sketchers_leave_in_any_order(later_first: bool) -> None:
+    model, step = odd_models.make("mixtral"), Step()
+    want = made.captured(model, made.grpo)
+    first, second = LiveSketcher(model, SPEC), LiveSketcher(model, SPEC)
+    with contextlib.ExitStack() as rest:
+        for sketcher in (first, second):
+            sketcher.__enter__()
+        leaves, stays = (second, first) if later_first else (first, second)
+        rest.callback(stays.__exit__, None, None, None)
+        for batch in range(2):  # in the first block the taps come off for the self-test, and on again
+            with stays.batch(step.prompts, shape=step.shape) as sketch:
+                made.grpo(made.logits_of(model, step), step, step.rows(None)).backward()
+            assert torch.equal(-sketch.sketches, want)
+            if batch == 0:
+                leaves.__exit__(None, None, None)
+    assert not any("forward" in vars(module) for module in model.modules())
