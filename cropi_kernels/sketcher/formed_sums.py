@@ -31,6 +31,7 @@ class TapGroups:
         formed: every sketched parameter, and what adds the sketch of its gradient; by the parameter's id.
         taps: the taps of each group, by the group's number.
         group: the number of a parameter's group, by the parameter's id.
+        members: the ids of the parameters of each group.
         names: the canonical names of the parameters of each group.
     """
 
@@ -39,8 +40,9 @@ class TapGroups:
         self.model = model
         names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
         self.formed: dict[int, tuple[nn.Parameter, Add]] = {}
-        group: dict[int, int] = {}
-        members: dict[int, list[Source]] = {}
+        self.taps: dict[int, list[Source]] = {}
+        self.group: dict[int, int] = {}
+        self.members: dict[int, list[int]] = {}
         sources: list[tuple[Source, list[tuple[nn.Parameter, Add]]]] = [
             (tap, tap.formed(module) if tap.adds else [(p, _add_nothing) for p, _ in tap.formed(module)])
             for module, tap in attachment.taps.items()
@@ -49,17 +51,15 @@ class TapGroups:
         for tap, own in sources:
             for p, add in own:
                 self.formed.setdefault(id(p), (p, add))
-            mine = sorted({group.get(id(p), id(p)) for p, _ in own})
-            for other in mine[1:]:
-                members[mine[0]] = members.get(mine[0], []) + members.pop(other, [])
-                group = {k: mine[0] if g == other else g for k, g in group.items()}
-            group.update({id(p): mine[0] for p, _ in own})
-            members.setdefault(mine[0], []).append(tap)
-        self.taps = members
-        self.names: dict[int, tuple[str, ...]] = {
-            g: tuple(names.get(i, "?") for i, mine in group.items() if mine == g) for g in members
-        }
-        self.group = group
+            group, *others = sorted({self.group.get(id(p), id(p)) for p, _ in own})
+            taps, members = self.taps.setdefault(group, []), self.members.setdefault(group, [])
+            for other in others:
+                taps += self.taps.pop(other, [])
+                members += self.members.pop(other, [])
+            taps.append(tap)
+            members += [id(p) for p, _ in own if id(p) not in self.group]
+            self.group.update(dict.fromkeys(members, group))
+        self.names = {g: tuple(names.get(i, "?") for i in members) for g, members in self.members.items()}
         self.known = {n for mine in self.names.values() for n in mine}
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -75,10 +76,14 @@ def projected(out: torch.Tensor) -> torch.Tensor:
     """Sketches [segments, dim] summed with fixed signs to at most `PROJECTED` numbers, on the CPU in float64."""
     dim = out.shape[-1]
     width = min(PROJECTED, dim)
-    generator = torch.Generator(device="cpu").manual_seed(dim)
-    signs = torch.randint(0, 2, (dim,), generator=generator, device="cpu", dtype=torch.float64) * 2 - 1
-    wide = out.detach().to("cpu", torch.float64, copy=True) * signs
+    wide = out.detach().to("cpu", torch.float64) * _signs(dim)
     return wide.view(*out.shape[:-1], dim // width, width).sum(-2)
+
+
+@functools.lru_cache(maxsize=1)
+def _signs(dim: int) -> torch.Tensor:
+    generator = torch.Generator(device="cpu").manual_seed(dim)
+    return torch.randint(0, 2, (dim,), generator=generator, device="cpu", dtype=torch.float64) * 2 - 1
 
 
 def norm(x: torch.Tensor) -> float:

@@ -155,9 +155,8 @@ def self_test(
             runs.reentrant = True
             comparisons, tested, frozen = runs.compare()
     comparisons += others
-    held = [n for g in groups.taps if g in tested for n in groups.names[g]] + [
-        n for one in others for n in one.names
-    ]
+    held = dict.fromkeys(n for g in groups.taps if g in tested for n in groups.names[g])
+    held |= dict.fromkeys(n for one in others for n in one.names)
     unused = [n for g in groups.taps for n in groups.names[g] if n not in held]
     wrong = [one for one in comparisons if not one.right]
     if wrong:
@@ -167,7 +166,7 @@ def self_test(
         raise SelfTestError(problem)
     return SelfTest(
         (trial.segments.batch, trial.segments.length),
-        tuple(dict.fromkeys(n for n in held if n in groups.known)),
+        tuple(n for n in held if n in groups.known),
         tuple(unused),
         max(comparisons, key=lambda one: one.error / one.allowed if one.allowed else 0.0, default=None),
         frozenset(tap.where for tap in frozen.sums),
@@ -299,7 +298,7 @@ def compare(
             elsewhere = norm(got[~mine])
         elif want is not None:
             error = norm(want)
-        copies = max((exact.copies.apart[i] for i, g in groups.group.items() if g == group), default=0.0)
+        copies = max(exact.copies.apart[i] for i in groups.members[group])
         for tap in heard:
             unit = max(listener.unit[tap], exact.unit.get(group, 0.0))
             allowed += listener.size[tap] * bound(unit, listener.calls[tap], tokens)
