@@ -137,11 +137,11 @@ class Accumulator:
     @contextmanager
     def deaf(self) -> Iterator[None]:
         """Backward passes inside are the sketcher's own: no tap adds anything."""
-        self._deaf = True
+        before, self._deaf = self._deaf, True
         try:
             yield
         finally:
-            self._deaf = False
+            self._deaf = before
 
     def timed(self) -> AbstractContextManager[None]:
         return self.clock.timed()

@@ -264,6 +264,7 @@ class ExactTaps:
         assert segments is not None
         names = ", ".join(exact.name for exact in edges)
 
+        @torch.no_grad()  # a backward pass that is differentiated again records its operations
         def sink(grads: Sequence[torch.Tensor | None], saved: Sequence[torch.Tensor] | None) -> None:
             if not acc.hears(segments, names):
                 return
@@ -346,6 +347,7 @@ class ExactTaps:
         segments, acc, matrix = self._batch, self.acc, exact.matrix
         assert segments is not None
 
+        @torch.no_grad()
         def sink(grads: Sequence[torch.Tensor | None], saved: object) -> None:
             if not acc.hears(segments, exact.name) or grads[0] is None:
                 return

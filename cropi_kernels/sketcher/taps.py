@@ -100,6 +100,9 @@ class Tap(abc.ABC):
         segments = segments or self.acc.segments
 
         def guarded(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+            if torch.is_grad_enabled():  # a backward pass that is differentiated again (create_graph)
+                with torch.no_grad():
+                    return guarded(dy, kept)
             if self.acc.hears(segments, self.where):
                 self.heard = segments
                 with self.acc.timed():

@@ -14,7 +14,7 @@ from support import odd_models, zoo
 from support.live import LOSSES, SPEC, Step, captured
 from torch import nn
 
-from cropi_kernels import GradientSketcher, LiveSketcher
+from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
 from cropi_kernels.sketcher import SelfTestError
 
 transformers.logging.set_verbosity_error()
@@ -203,6 +203,33 @@ def test_default_device_does_not_matter() -> None:
     with torch.device("meta"):
         got = captured(model, loss, step)
     assert torch.equal(got, want) and bool(want.any())
+
+
+class Scaled(nn.Module):
+    """A parameter that is used in a way of its own: its gradient is formed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 2.0, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x * self.scale)
+
+
+@pytest.mark.parametrize("kind", ["slab", "countsketch", "kron", "tensor"])
+def test_a_backward_pass_that_is_differentiated_again(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16), nn.LayerNorm(16), Scaled())
+    ids, sketches = torch.randint(16, (4, 6)), []
+    with LiveSketcher(model, SketchSpec(1024, kind=kind)) as live:
+        for create_graph in (False, True):
+            with live.batch(torch.tensor([0, 0, 1, 1]), shape=(4, 6)) as sketch:
+                grads = torch.autograd.grad(
+                    model(ids).square().sum(), [*model.parameters()], create_graph=create_graph
+                )
+            sketches.append(sketch.sketches)
+    assert all(g.requires_grad for g in grads) and not sketches[1].requires_grad
+    torch.testing.assert_close(sketches[1], sketches[0], rtol=1e-6, atol=1e-6)
 
 
 class Doubling:
