@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -115,7 +116,15 @@ class TensorMatrix(MatrixSketch):
             sign = self.row_sign[rows, None] * self.col_sign[None, :]
             out[0].index_add_(0, bucket.reshape(-1).to(g.device), (g[rows] * sign.to(g)).reshape(-1))
 
-    def _convolve(self, spectrum: object, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+    def _convolve(
+        self,
+        spectrum: Callable[[int, int], torch.Tensor],
+        a: torch.Tensor,
+        offsets: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """``out[s] += sum_{t in s} irfft(spectrum(t) * rfft(the columns' CountSketch of a[t]))``; ``spectrum(t0, t1)``
+        [t1 - t0, dim / 2 + 1] is that of the rows' CountSketches."""
         chunk = max(1, PANEL // self.spec.dim)
         for s, (begin, end) in enumerate(_ranges(offsets)):
             for t in range(begin, end, chunk):
@@ -124,7 +133,7 @@ class TensorMatrix(MatrixSketch):
                 folded.index_add_(
                     1, self.col_bucket.to(a.device), a[t:t1].float() * self.col_sign.to(a.device)
                 )
-                product = (spectrum(t, t1) * torch.fft.rfft(folded)).sum(0)  # type: ignore[operator]
+                product = (spectrum(t, t1) * torch.fft.rfft(folded)).sum(0)
                 out[s] += torch.fft.irfft(product, n=self.spec.dim)
 
 

@@ -65,14 +65,14 @@ def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[N
 
         return hook
 
-    handles: list[Any] = [p.register_hook(refuse(p)) for p in watched if _hookable(p)]
-    for module in own:
-        handles.append(module.register_forward_pre_hook(trainable(False)))
-        handles.append(module.register_forward_hook(trainable(True), always_call=True))
     before = [(p, p.grad) for p in watched]
+    handles: list[Any] = []
     try:
         for p in watched:
-            p.requires_grad_(True)
+            handles.append(p.requires_grad_(True).register_hook(refuse(p)))
+        for module in own:
+            handles.append(module.register_forward_pre_hook(trainable(False)))
+            handles.append(module.register_forward_hook(trainable(True), always_call=True))
         yield
     finally:
         for handle in handles:
@@ -80,12 +80,6 @@ def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[N
         for p, grad in before:
             p.requires_grad_(False)
             p.grad = grad
-
-
-def _hookable(p: nn.Parameter) -> bool:
-    """Make a parameter ready for a hook: torch takes hooks only of tensors that require a gradient."""
-    p.requires_grad_(True)
-    return True
 
 
 def check_heard(

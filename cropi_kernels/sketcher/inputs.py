@@ -78,12 +78,18 @@ def _range(x: torch.Tensor) -> tuple[int, int]:
 
 def known_ids(model: nn.Module) -> int | None:
     """Rows of the model's embedding, if it names one."""
+    weight = embedded(model)
+    return None if weight is None else int(weight.shape[0])
+
+
+def embedded(model: nn.Module) -> torch.Tensor | None:
+    """The weight [words, features] of the model's embedding of tokens; None: it does not say which one that is."""
     get = getattr(model, "get_input_embeddings", None)
     try:
         weight = getattr(get() if callable(get) else None, "weight", None)
-    except NotImplementedError:
+    except NotImplementedError:  # transformers' answer for a model that it cannot tell of
         return None
-    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
+    return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
 def model_inputs(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .coverage import Coverage
+from .inputs import known_ids
 from .precision import unwrapped
 
 
@@ -27,18 +28,7 @@ def origin_of(model: nn.Module, coverage: Coverage) -> dict[str, Any]:
     kind = getattr(getattr(inner, "config", None), "model_type", None)
     if isinstance(kind, str) and kind:
         made["model"] = kind
-    rows = _embedded(inner)
+    rows = known_ids(inner)
     if rows is not None:
         made["vocabulary"] = rows
     return made
-
-
-def _embedded(model: nn.Module) -> int | None:
-    """Rows of the embedding of tokens; None where the model does not say which one that is."""
-    ask: Any = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = ask() if callable(ask) else None
-    except NotImplementedError:  # transformers' answer for a model that it cannot tell of
-        return None
-    weight = getattr(embedding, "weight", None)
-    return int(weight.shape[0]) if weight is not None and weight.ndim == 2 else None

@@ -14,6 +14,7 @@ from torch import nn
 
 from .accumulator import Accumulator
 from .attach import Attachment
+from .inputs import embedded
 from .probe import Run, is_causal
 from .segments import Segments
 from .selftest import SelfTest, Trial, self_test
@@ -48,13 +49,7 @@ def takes_ids(model: nn.Module) -> tuple[Run, torch.Tensor, torch.Tensor] | None
 
     None: the model does not run on token ids alone.
     """
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embeddings = get() if callable(get) else None
-    except NotImplementedError:
-        return None
-    weight = getattr(embeddings, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+    if (weight := embedded(model)) is None:
         return None
     ids = few_rows(model, weight.shape[0], weight.device)
     options: dict[str, Any] = dict(use_cache=False) if hasattr(model, "config") else {}

@@ -80,8 +80,3 @@ class SlabMatrix(MatrixSketch):
         self, d: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, out: torch.Tensor
     ) -> None:
         sketch_grouped(d, kept, ranges, self.plan, out)
-
-    def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
-        rows = torch.arange(self.rows, device=gradient.device)
-        offsets = torch.tensor([0, self.rows], device="cpu")
-        sketch_embedding(gradient.reshape(self.rows, self.cols), rows, offsets, self.plan, out)
