@@ -35,7 +35,7 @@ _GAIN = 0.6  # of torch's time, at most
 _TOKENS, _ROUNDS = 128, 5  # of the measurement
 _LEAST_ROWS = 16  # for fewer, oneDNN splits the sum between threads
 _LEAST_SIZE = 1 << 16  # of a weight that is measured: what smaller ones take is mostly the call
-_SAMPLE = 32  # numbers of a weight that tell whether it is still the one that was packed
+_SAMPLE = 8, 4  # so many rows and columns tell whether a weight is still the one that was packed
 
 
 def checked(linears: str | None) -> Linears:
@@ -107,8 +107,8 @@ class _Pair:
 
 def _state(weight: torch.Tensor) -> tuple[int, int, torch.Tensor]:
     # Optimizers raise the version; what writes through `.data` does not, and shows in the sample.
-    flat = weight.detach().view(-1)
-    return weight.data_ptr(), weight._version, flat[:: max(1, flat.numel() // _SAMPLE)].clone()
+    rows, cols = (max(1, size // n) for size, n in zip(weight.shape, _SAMPLE, strict=True))
+    return weight.data_ptr(), weight._version, weight.detach()[::rows, ::cols].clone()
 
 
 class PackedLinears(TorchFunctionMode):

@@ -86,6 +86,11 @@ def test_sparse_result_is_the_dense_one(spec: ProjectionSpec, dtype: torch.dtype
     for backend in ("cpu", "reference"):
         y = project_csr_sparse(x, spec, backend=backend)
         assert y.columns.dtype == torch.int32 and y.starts.dtype == torch.int32 and y.width == spec.dim
+        long = project_csr_sparse(
+            x._replace(starts=x.starts.long(), columns=x.columns.long()), spec, backend=backend
+        )
+        assert long.columns.dtype == torch.int64 and long.starts.dtype == torch.int64
+        assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(y[:3], long[:3]))
         cells = torch.repeat_interleave(torch.arange(12), y.starts.diff().long()) * spec.dim + y.columns
         assert len(torch.unique(cells)) == len(cells), "a bucket comes once a row"
         back = dense(y).to(dtype)

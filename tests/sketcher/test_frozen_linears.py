@@ -140,6 +140,14 @@ def test_weights_that_change_are_packed_anew(model: Any, through: str) -> None:
     assert torch.equal(after, sketches(model, linears="onednn")) and not torch.equal(after, before)
 
 
+def test_weights_with_strides_of_their_own(model: Any) -> None:
+    turned = copy.deepcopy(model)
+    for module in turned.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
+    assert torch.equal(sketches(turned, linears="onednn"), sketches(model, linears="onednn"))
+
+
 def test_copies_are_said_and_freed(model: Any) -> None:
     sketcher = GradientSketcher(model, SketchSpec(), linears="onednn")
     with sketcher:

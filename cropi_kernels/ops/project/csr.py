@@ -83,20 +83,21 @@ def project_csr_sparse(
     """`project_csr` with a sparse result: the buckets that a row's numbers meet, and their sums, zeros included.
 
     For results that are wide beside the stored numbers of a row; a full result takes twice the memory of a dense one.
-    Arguments and errors are those of `project_csr`. The columns of a row are in no particular order.
+    Arguments and errors are those of `project_csr`. The columns of a row are in no particular order; they and the
+    starts have the dtype of those of ``x``, from 2^31 numbers on int64.
     """
     offset = _check(x, spec, offset, nonfinite)
     bucket, y, count = torch.ops.cropi.project_csr_entries(
         *x[:3], x.width, offset, spec.recipe, dispatch.checked(backend)
     )
-    starts = torch.zeros_like(x.starts)
-    torch.cumsum(count, 0, out=starts[1:])
+    starts = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     total = int(starts[-1])
-    bucket, y = bucket[:total], y[:total]
+    y = y[:total]
     if nonfinite != "ignore" and total:
-        first = starts[:-1].long().clamp(max=total - 1)
+        first = starts[:-1].clamp(max=total - 1)
         report(torch.isnan(y[first]) & (count > 0), offset, nonfinite)
-    return CsrRows(starts, bucket, y, spec.dim)
+    index = x.starts.dtype if total < 1 << 31 else torch.int64
+    return CsrRows(starts.to(index), bucket[:total].to(index), y, spec.dim)
 
 
 def _check(x: CsrRows, spec: ProjectionSpec, offset: int, nonfinite: str) -> int:
