@@ -11,6 +11,7 @@ import torch
 from support.first_release import as_first_release
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 from support.stores import sketches_of
+from support.trl_runs import stored
 
 import cropi.gradient.layout
 import cropi.model.policy
@@ -189,3 +190,33 @@ def test_groups_that_were_checked_for_one_policy_are_checked_again_for_another()
         check_tokens(short, SketchJob(groups, None, SPEC), groups, groups.scan)
     with pytest.raises(CropiError, match="more than max_length 3"):
         sketch(Policy(make_model(), tokenizer), SketchJob(groups, None, SPEC, max_length=3), progress=False)
+
+
+def test_a_folder_without_a_tokenizer_serves_records_of_token_ids(tmp_path: Path) -> None:
+    """Their sketches have the bits of those with a tokenizer; a text, a damaged tokenizer are errors as before."""
+    tokens = stored(tmp_path / "tokens.jsonl", seed=0, count=4)
+    texts = write_lines(tmp_path / "texts.jsonl", make_records(4))
+    for name in ("bare", "full", "damaged"):
+        make_model().save_pretrained(tmp_path / name)
+    make_tokenizer().save_pretrained(tmp_path / "full")
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{}")
+    found = []
+    for name in ("bare", "full"):
+        policy = Policy(tmp_path / name, progress=False)
+        sketch(policy, SketchJob([tokens], tmp_path / f"of-{name}", SPEC), progress=False)
+        found.append(sketches_of(SketchStore.open(tmp_path / f"of-{name}")))
+        assert (policy.tokenizer is None) == (
+            SketchStore.open(tmp_path / f"of-{name}").manifest["tokenizer"] is None
+        )
+        assert (policy.tokenizer is None) == (name == "bare")
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][i], found[1][i]) for i in found[0])
+    for name, words in (
+        ("bare", "its text needs a tokenizer, and there is none"),
+        ("damaged", "cannot be loaded"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sketch(
+                Policy(tmp_path / name, progress=False),
+                SketchJob([texts], tmp_path / "none", SPEC),
+                progress=False,
+            )

@@ -127,17 +127,74 @@ _BLT = dict(
     head_dim=8,
     max_position_embeddings=64,
 )
+_ROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])
+_SIGLIP = dict(
+    model_type="siglip_vision_model",
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    image_size=16,
+    patch_size=4,
+)
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_CONV = {"layer_types": ["conv", "full_attention"]}
+_LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"mlp_layer_types": ["dense", "sparse"]}
 # What the sizes above do not say.
 MORE: dict[str, dict[str, Any]] = {
+    # A layer of every kind: attention that is linear, full or local, dense layers and experts.
+    **dict.fromkeys(("granitemoehybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _LINEAR),
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+    "bailing_hybrid": {**_LINEAR, **_EXPERTS, "num_key_value_heads": 4},
+    "bamba": {"attn_layer_indices": [1]},
+    "beam": _EXPERTS,
+    "deepseek_v4": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    },
+    "flint": {"mlp_only_layers": [0]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    **dict.fromkeys(("lfm2", "lfm3"), _CONV),
+    "llama4_text": {
+        "no_rope_layers": [1, 0],
+        "layer_types": ["chunked_attention", "full_attention"],
+        "moe_layers": [1],
+    },
+    "minimax_m3_vl_text": {**_EXPERTS, "layer_types": ["full_attention", "minimax_m3_sparse"]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    **dict.fromkeys(
+        (
+            "afmoe",
+            "cohere2",
+            "exaone4",
+            "exaone_moe",
+            "gemma3_text",
+            "kolibri1",
+            "laguna",
+            "mellum",
+            "ministral",
+            "olmo3",
+        ),
+        _LOCAL,
+    ),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     **dict.fromkeys(
         (
             "axk1",
             "axk2",
             "deepseek_v2",
-            "deepseek_v3",
-            "deepseek_v32",
-            "glm_moe_dsa",
+            "dots3_note_text",
             "glm4_moe_lite",
             "longcat_flash",
             "minicpm3",
@@ -145,9 +202,34 @@ MORE: dict[str, dict[str, Any]] = {
         ),
         {"num_key_value_heads": 4},
     ),
-    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "num_key_value_heads": 4},
+    "deepseek_v3": {"num_key_value_heads": 4, "first_k_dense_replace": 1},
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), {"num_key_value_heads": 4, **_EXPERTS}),
+    "kimi_linear": {**_LINEAR, "linear_head_dim": 8, "linear_num_heads": 4, "num_key_value_heads": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "expand": 2},
     "xmod": {"default_language": "en_XX"},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "lfm2_moe": {**_CONV, "num_dense_layers": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+        "attention_head_dim": 16,
+        "n_mamba_heads": 1,
+    },
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    # Two layers take keys and values of those below, as all but the first do in the released ones.
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma3": {"vision_config": _SIGLIP, "mm_tokens_per_image": 4},
+    "roc_bert": {"pronunciation_vocab_size": 97, "shape_vocab_size": 97},
+    "xlm": {"n_words": 97, "emb_dim": 32},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": None},
+    },
     "blt": dict(
         patch_in_forward=True,
         patch_size=4,
@@ -183,6 +265,18 @@ def time_box(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def sized(kind: Any) -> Any:
+    """A small configuration of a class, and of those inside it."""
+    taken = set(inspect.signature(kind.__init__).parameters)
+    for base in kind.__mro__:
+        taken |= set(getattr(base, "__annotations__", ()))
+    given = {name: value for name, value in SIZES.items() if name in taken}
+    for name, part in getattr(kind, "sub_configs", {}).items():
+        if part is not transformers.AutoConfig and name in taken:
+            given[name] = sized(part)
+    return kind(**{**given, **MORE.get(kind.model_type, {})})
+
+
 def small(model_type: str) -> nn.Module:
     """The model, in float32, with scales and biases moved off 1 and 0.
 
@@ -190,17 +284,11 @@ def small(model_type: str) -> nn.Module:
         NotSmall: says why it does not come about.
     """
     try:
-        kind = transformers.CONFIG_MAPPING[model_type]
-        taken = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__annotations__", ()))
-        for base in kind.__mro__:
-            taken |= set(getattr(base, "__annotations__", ()))
-        sizes = {name: value for name, value in SIZES.items() if name in taken}
-        config = kind(**{**sizes, **MORE.get(model_type, {})})
-        for flag in ("is_decoder", "use_cache"):
-            if hasattr(config, flag):
-                setattr(config, flag, flag == "is_decoder")
-        if not hasattr(config, "vocab_size"):
-            raise NotSmall("a configuration of configurations")
+        config = sized(transformers.CONFIG_MAPPING[model_type])
+        for part in (config, config.get_text_config()):
+            for flag in ("is_decoder", "use_cache"):
+                if hasattr(part, flag):
+                    setattr(part, flag, flag == "is_decoder")
         with torch.device("meta"):
             shape = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
         size = sum(p.numel() for p in shape.parameters())

@@ -14,7 +14,15 @@ REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys(
         (
             *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "ernie", "megatron-bert"),
-            *("roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+            *(
+                "roberta",
+                "roberta-prelayernorm",
+                "roc_bert",
+                "roformer",
+                "xlm-roberta",
+                "xlm-roberta-xl",
+                "xmod",
+            ),
         ),
         _both(_TWICE),
     ),
@@ -28,20 +36,18 @@ REFUSED: dict[str, dict[str, str]] = {
     "rembert": {"policy_gradient": "have 32 features, and its head takes 1664"},
     # A bias that is returned, and added elsewhere.
     "gpt_neox_japanese": _both("GPTNeoXJapaneseAttention): an output of shape (32,)"),
-    # Its prompt is seen from both sides.
-    "cpmant": {"policy_gradient": "is not causal"},
+    # A prompt is seen from both sides.
+    **dict.fromkeys(("cpmant", "xlm"), {"policy_gradient": "is not causal"}),
     # Its encoder hands patches to the next part beside its tokens.
     "blt": _both("BltLocalEncoder has a gradient, and does not hold the"),
     # Several streams of tokens, and [length, batch].
     "prophetnet": {"policy_gradient": _PARTS, "batch": "does not hold the"},
     "xlnet": _both("called on something else than every token once"),
 }
-# Configurations of several models, sizes that must fit each other, and defaults that are too large.
+# Configurations of several models, and defaults that are too large.
 NOT_SMALL = frozenset(
     """
-    cohere_compass_text dbrx dots3_note dots3_note_text emu3 falcon_h1 fuyu gemma3 gemma3n gemma3n_text gemma4
-    gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 lfm2_moe llama4 mllama
-    moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp reformer
-    roc_bert xlm zamba zamba2 zaya
+    dbrx dots3_note fuyu gemma3n gemma4_assistant gemma4_unified gemma4_unified_assistant got_ocr2
+    moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal reformer
     """.split()
 )

@@ -168,7 +168,7 @@ class Tokenize:
             raise RecordError(
                 where,
                 "its text needs a tokenizer, and there is none",
-                "give --model (in Python tokenizer=), or store token ids",
+                "give a --model whose folder holds a tokenizer (in Python tokenizer=), or store token ids",
             )
         prompt = list(group.prompt_ids) if group.prompt_ids is not None else self._prompt(group, where)
         masks = group.loss_mask
@@ -216,7 +216,7 @@ class Tokenize:
             raise RecordError(
                 where,
                 "its text needs a tokenizer, and there is none",
-                "give --model (in Python tokenizer=), or prompt_ids",
+                "give a --model whose folder holds a tokenizer (in Python tokenizer=), or store prompt_ids",
             )
         ids = list(group.prompt_ids) if group.prompt_ids is not None else self._prompt(group, where)
         self._check_vocabulary(where, "prompt", ids)

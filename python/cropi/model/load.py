@@ -62,13 +62,13 @@ def load_model(
             :mod:`cropi.model.placing`.
         device: where the model goes, or "auto".
         eos: the tokenizer needs an EOS token; False takes one without, for texts to which none is appended.
-        tokenizer: the one that :func:`load_tokenizer` gave, if it has been loaded already.
+        tokenizer: the one that :func:`load_tokenizer` gave, if it has been loaded already; False: none is wanted.
         trust_remote_code: let the model's folder or hub repository bring code of its own, **which is run**.
         variant: quantised, with an adapter, of a revision, with another attention.
         progress: leave transformers its progress bars.
 
     Returns:
-        ``(model, tokenizer)``. A missing pad token is set to EOS.
+        ``(model, tokenizer)``. A missing pad token is set to EOS. The tokenizer is None where none was wanted.
 
     Raises:
         FileNotFoundError: ``name`` is a path and nothing usable is there.
@@ -99,7 +99,7 @@ def load_model(
         model = with_adapter(model, name, variant.adapter)
     if not (packed or spread):  # these are on their devices already, and may not be moved
         model = model.to(device)
-    return model.eval(), tokenizer
+    return model.eval(), None if tokenizer is False else tokenizer
 
 
 def load_tokenizer(

@@ -26,7 +26,7 @@ from cropi.model.load import (
     load_tokenizer,
 )
 from cropi.model.placing import placed_device, placed_dtype
-from cropi.model.sources import is_local
+from cropi.model.sources import has_tokenizer, is_local
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
 from cropi_kernels.sketcher.packed import keep_gradients
 from cropi_kernels.sketcher.precision import unwrapped
@@ -47,7 +47,7 @@ class Policy:
             loaded when it is first needed, or a module, taken as it is (mode, dtype, device, trainable parameters);
             of DistributedDataParallel and torch.compile's module the one inside.
         tokenizer: the tokenizer of a module; not needed where prompts and responses are given as token ids. For a name,
-            its own tokenizer is loaded.
+            its own tokenizer is loaded, where its folder holds one.
         dtype: of the weights, for a name: "float32", "bfloat16" or "float16"; default "auto": see
             :mod:`cropi.model.placing`.
         device: where the model of a name goes; default "auto": a GPU, where torch sees one.
@@ -159,14 +159,16 @@ class Policy:
         """The module; a name is loaded here, once."""
         if self._model is None:
             assert self._source is not None
-            self._model, self._tokenizer = load_model(self._source, **self._load, tokenizer=self._tokenizer)
+            known = self._tokenizer if self._tokenizer is not None or has_tokenizer(self._source) else False
+            self._model, self._tokenizer = load_model(self._source, **self._load, tokenizer=known)
             keep_gradients(self._model)
         return self._model
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, or None for a module that came without one. A name's is loaded alone, before the weights."""
-        if self._tokenizer is None and self._source is not None:
+        """The tokenizer, or None for a module that came without one, or a folder that holds none. A name's is loaded
+        alone, before the weights."""
+        if self._tokenizer is None and self._source is not None and has_tokenizer(self._source):
             self._tokenizer = load_tokenizer(self._source, eos=self._load["eos"], **self._where)
         return self._tokenizer
 

