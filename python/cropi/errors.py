@@ -104,15 +104,15 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
-def did_you_mean(name: str, known: Iterable[str], shown: str = "{!r}") -> str:
+def did_you_mean(name: object, known: Iterable[str], shown: str = "{!r}") -> str:
     """``"did you mean 'x'? "`` with the known name that is nearest to a misspelt one, or nothing if none is near.
 
     Args:
-        name: what was written.
+        name: what was written; what is no string is near to none.
         known: what could have been meant.
         shown: a format for the name, where it is not one in quotes.
     """
-    near = get_close_matches(name, list(known), n=1)
+    near = get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
     return f"did you mean {shown.format(near[0])}? " if near else ""
 
 

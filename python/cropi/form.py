@@ -48,7 +48,7 @@ def wrong_form(value: Any, form: Any, place: str = "it") -> str:
         if not isinstance(value, dict):
             return f"{place} is {shown(value)} and must be a table of keys and values"
         return _first(_wrong_part(value, name, part, place) for name, part in form.items())
-    right = form(value) if isfunction(form) else fits(value, form) and _is_plain(value)
+    right = _is_plain(value) and (form(value) if isfunction(form) else fits(value, form))
     must = "" if isfunction(form) else f" and must be {in_words(form)}"
     return "" if right else f"{place} is {shown(value)}{must}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -11,7 +13,8 @@ from support.commands import cropi
 from support.made_curriculum import config, make_folder
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
-from cropi.cli.config import read_config
+from cropi.cli import make_parser
+from cropi.cli.config import read_config, write_config
 from cropi.cli.parser import vocab_width, width
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
@@ -60,8 +63,18 @@ def test_a_mistake_in_the_words_is_one_line_too(
         ("dim:\n", "'dim' has no value"),
         ("sketch:\n  no: 1\n", "c.yaml: the key False is not a string"),
         ("dim: 1024\nseed: 1\ndim: 2048\n", "c.yaml: 'dim' is given twice"),
+        ("eos: true\nno_eos: true\n", "c.yaml: 'eos' and 'no_eos' are one option"),
+        ("stage: no\n", "c.yaml: 'stage' must be text or a number, got False"),
+        ("train: [null]\n", "c.yaml: 'train' must be text or a number, got None"),
+        ("train: [[a]]\n", "c.yaml: 'train' must be text or a number, got ['a']"),
+        ("stage: 2024-01-01 10:00:00\n", "c.yaml: 'stage' must be text or a number"),
+        ("stage: 1.10\n", "c.yaml: 'stage' is text, got the number 1.1"),
+        (f"seed: {2**200}\n", "no option takes an integer of more than 128 bits"),
+        ("quota: {no: 0.5}\n", "c.yaml: the key False in 'quota' is not a string"),
+        ("columns: {prompt: null}\n", "c.yaml: 'columns.prompt' must be text or a number, got None"),
+        ("columns: {prompt: 'a,b'}\n", "c.yaml: columns: 'a,b' holds ','"),
+        ("groups: {a=b: ['*']}\n", "c.yaml: groups: 'a=b' holds '='"),
     ],
-    ids=["no value", "key is not a string", "twice"],
 )
 def test_a_mistake_in_a_config_file_is_named(
     text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -85,6 +98,32 @@ def test_values_by_name_may_be_tables_in_a_config_file(name: str, text: str, tmp
     assert read_config(tmp_path / name) == {
         "columns": "prompt=question", "groups": ["mlp=*mlp*,*norm*", "others=rest"], "quota": ["sums=0.5", "code=3"],
     }  # fmt: skip
+
+
+def test_numbers_of_a_config_file_are_those_of_the_command_line(tmp_path: Path) -> None:
+    """YAML 1.1 reads 010 to the base of 8, and 1:30 to that of 60."""
+    file = tmp_path / "c.yaml"
+    file.write_text("a: 010\nb: 1:30\nc: 1:30.5\nd: 12\ne: -0.5\nf: 1.0e-6\ng: .inf\nh: 0\ni: 2024-01-02\n")
+    assert read_config(file) == {
+        "a": "010", "b": "1:30", "c": "1:30.5", "d": 12, "e": -0.5, "f": 1e-6, "g": math.inf, "h": 0,
+        "i": datetime.date(2024, 1, 2),
+    }  # fmt: skip
+
+
+def test_a_written_config_has_the_absolute_paths_of_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation set may be called as its folder is, and a stage as some file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("math", "0", "1", "auto", "t.jsonl"):
+        Path(name).touch()
+    words = ["--train", "t.jsonl", "u.jsonl", "--minus", "math", "--stage", "1", "--chat-template", "math"]
+    args = make_parser().parse_args(["run", *words, "--out", "o"])
+    args.words = words
+    held = read_config(write_config(args, tmp_path / "o"))
+    assert held["train"] == [str(tmp_path / "t.jsonl"), "u.jsonl"]
+    assert (held["minus"], held["stage"], held["dtype"]) == ("math", "1", "auto")
+    assert (held["chat_template"], held["out"]) == (str(tmp_path / "math"), str(tmp_path / "o"))
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

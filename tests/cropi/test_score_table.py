@@ -198,3 +198,11 @@ def test_selecting_and_reporting_import_no_torch(scores: Scores, tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_a_count_beyond_64_bits_is_damage(scores: Scores, tmp_path: Path) -> None:
+    """It overflowed where it was used."""
+    scores.meta["uncertainty"]["sets"][0]["prompts"] = 10**400
+    write_scores(tmp_path / "s.parquet", scores)
+    with pytest.raises(CropiError, match="is damaged: uncertainty"):
+        read_scores(tmp_path / "s.parquet")

@@ -330,3 +330,15 @@ def test_no_machine_path_in_any_file() -> None:
             if match := machine.search(line):
                 wrong.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}")
     assert not wrong, wrong
+
+
+def test_fuzz_tests_are_found_by_their_name() -> None:
+    """`-k fuzz` runs all of them, every night."""
+    wrong = []
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if "fuzz" in path.name or path.parent == ROOT / "tests" / "packaging":
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if "fuzz.run(" in ast.unparse(node) and "fuzz" not in getattr(node, "name", ""):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong, f"{wrong}: put 'fuzz' into the name of the test or of its file"

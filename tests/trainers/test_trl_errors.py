@@ -360,7 +360,7 @@ def test_import_is_cheap() -> None:
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
-def test_any_state_in_a_checkpoint_is_taken_or_ends_in_words() -> None:
+def test_fuzz_any_state_in_a_checkpoint_is_taken_or_ends_in_words() -> None:
     """Also one whose checksum is right."""
     with fuzz.folder() as folder:
         right = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,10 +22,15 @@ UNUSABLE = ("config", "help", "dry_run", "json", "quiet", "verbose", "debug")
 NOT_KEPT = (*UNUSABLE, "progress")
 # Options whose values are NAME=VALUE, which a file may give as a table.
 NAMED = ("groups", "quota", "columns")
+# What separates their parts: in names, and in values.
+MARKS = {"groups": ("=", ","), "quota": ("", ""), "columns": ("=,", ",")}
 CONFIG = "config.yaml"
 MOST_VALUES = 10_000
 LARGEST = 2**20  # bytes
 DEEPEST = 64  # as of records
+WIDEST = 128  # bits of an integer
+# What `metavar` calls the values that name files.
+FILES = ("FILE", "FOLDER", "PATH")
 
 
 def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
@@ -41,21 +48,23 @@ def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
     for name in tables:
         table = content.pop(name, {}) if isinstance(content, dict) else {}
         if not isinstance(table, dict):
-            raise CropiError(f"{path}: {name!r} should be a table of keys and values, got {table!r}")
+            raise CropiError(f"{path}: {name!r} should be a table of keys and values, got {shown(table)}")
         setattr(args, name, table)
     values = _flat(path, content)
     parser: Parser = args.parser
     actions = {action.dest: action for action in parser._actions if action.option_strings}
-    words: list[str] = []
+    words, given = list[str](), dict[argparse.Action, str]()
     for key, value in values.items():
         option = parser.now(f"--{key.replace('_', '-')}")
         action = actions.get(key) or next((a for a in actions.values() if option in a.option_strings), None)
         if action is None or key in UNUSABLE:
             known = [name for name in [*actions, *tables] if name not in UNUSABLE]
             raise CropiError(
-                f"{path}: {key!r} is not an option of `{parser.prog}`; {did_you_mean(key, known)}see "
+                f"{path}: {shown(key)} is not an option of `{parser.prog}`; {did_you_mean(key, known)}see "
                 f"`{parser.prog} --help`"
             )
+        if given.setdefault(action, key) != key:  # the name of a value and that of its switch
+            raise CropiError(f"{path}: {given[action]!r} and {key!r} are one option; leave one of them out")
         words += _words(path, key, value, action)
     # The file's options first, the command line's after them: what is parsed last wins. In two passes, because a list
     # at the end of the one would swallow a positional argument at the beginning of the other.
@@ -69,7 +78,7 @@ def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
 def write_config(args: argparse.Namespace, out: Path) -> Path:
     """Write every option of a command to ``out``'s :data:`CONFIG`, for ``--config``.
 
-    Files that are there are named by their absolute paths, so that the file works from any folder.
+    Options that name files have their absolute paths, where those are there, so that the file works from any folder.
     """
     import cropi
     from cropi.files import write_atomic
@@ -84,8 +93,10 @@ def write_config(args: argparse.Namespace, out: Path) -> Path:
             value = "full"  # a width without a fold
         if value is None or value == []:
             continue
-        several = isinstance(value, (list, tuple))
-        held[action.dest] = [_absolute(one) for one in value] if several else _absolute(value)
+        if value != action.default and any(name in str(action.metavar) for name in FILES):
+            several = isinstance(value, (list, tuple))
+            value = [_absolute(one) for one in value] if several else _absolute(value)
+        held[action.dest] = list(value) if isinstance(value, tuple) else value
         if action.dest in ("out", "export"):
             held[action.dest] = os.path.abspath(str(value))
     text = optional("yaml").safe_dump(held, sort_keys=False, allow_unicode=True, width=120)
@@ -106,18 +117,39 @@ def _words(path: Path, key: str, value: Any, action: argparse.Action) -> list[st
     option = action.option_strings[-1]
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise CropiError(f"{path}: {key!r} must be true or false, got {value!r}")
+            raise CropiError(f"{path}: {key!r} must be true or false, got {shown(value)}")
         # `eos: false` names the value, `no_eos: true` the switch; both give --no-eos.
         given = value != action.default if key == action.dest else value
         return [option] if given else []
     if value is None:
         raise CropiError(f"{path}: {key!r} has no value; give one, or remove the line")
-    values = value if isinstance(value, list) else [value]
+    values = [_word(path, key, one) for one in (value if isinstance(value, list) else [value])]
     if action.nargs is None:
         if len(values) != 1:
-            raise CropiError(f"{path}: {key!r} takes one value, got {value!r}")
+            raise CropiError(f"{path}: {key!r} takes one value, got {shown(value)}")
+        if isinstance(value, float) and action.type in (None, str):  # 1.10 is 1.1
+            raise CropiError(f"{path}: {key!r} is text, got the number {value!r}; put it into quotes")
         return [f"{option}={values[0]}"]  # in one word, so that a value may begin with a dash
-    return [option, *map(str, values)] if values else []
+    return [option, *values] if values else []
+
+
+def _word(path: Path, key: str, value: Any) -> str:
+    """A value as a word of the command line.
+
+    Raises:
+        CropiError: nothing, a list or a table; or what the file's language makes of a word without quotes (YAML of no,
+            off and 12:30:00), so that it cannot be told what was written.
+    """
+    if isinstance(value, datetime.datetime) or not isinstance(value, (str, int, float, datetime.date)):
+        raise CropiError(
+            f"{path}: {key!r} must be text or a number, got {shown(value)}; put text into quotes"
+        )
+    if isinstance(value, bool):
+        raise CropiError(
+            f"{path}: {key!r} must be text or a number, got {value}, which YAML makes of yes, no, on and off, too; put "
+            "text into quotes"
+        )
+    return str(value)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -150,8 +182,18 @@ def _read(path: Path) -> Any:
     raise CropiError(f"{path}: a config file ends in .toml, .yaml or .yml")
 
 
+# What YAML 1.2 takes for a number, too; the rest stays text, which the command line reads.
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9]*)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+][0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+}
+
+
 def _yaml(path: Path, text: str) -> Any:
-    """As ``yaml.safe_load``, which takes the last of several values of one key without a word."""
+    """As ``yaml.safe_load``, which takes the last of several values of one key without a word, and reads numbers to the
+    base of 8 and of 60."""
     yaml = optional("yaml")
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
@@ -164,6 +206,11 @@ def _yaml(path: Path, text: str) -> Any:
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
+    # 010 would be 8, and 1:30 would be 90.
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     return yaml.load(text, Loader)
 
 
@@ -175,8 +222,14 @@ def _bounded(path: Path, content: Any) -> Any:
         if count > MOST_VALUES:
             raise CropiError(f"{path} holds more than {MOST_VALUES} values once its aliases are filled in")
         deepest = max(deepest, depth)
-        if isinstance(value, (dict, list)):
-            waiting += [(one, depth + 1) for one in (value.values() if isinstance(value, dict) else value)]
+        if isinstance(value, int) and value.bit_length() > WIDEST:
+            raise CropiError(
+                f"{path} holds {shown(value)}; no option takes an integer of more than {WIDEST} bits"
+            )
+        if isinstance(value, dict):
+            waiting += [(one, depth + 1) for pair in value.items() for one in pair]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += [(one, depth + 1) for one in value]
     if deepest > DEEPEST:
         raise CropiError(f"{path} holds tables or lists nested deeper than {DEEPEST}")
     return content
@@ -188,21 +241,36 @@ def _flat(path: Path, values: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if not isinstance(key, str):  # YAML reads `no:` and `1:` as a truth value and a number
-            raise CropiError(f"{path}: the key {key!r} is not a string; put it into quotes")
+            raise CropiError(f"{path}: the key {shown(key)} is not a string; put it into quotes")
         own = key.replace("-", "_")
         if isinstance(value, dict) and own in NAMED:
-            value = _pairs(own, value)
+            value = _pairs(path, own, value)
         for name, inner in _flat(path, value).items() if isinstance(value, dict) else [(own, value)]:
             if name in flat:
-                raise CropiError(f"{path}: {name!r} is given twice; leave one of them out")
+                raise CropiError(f"{path}: {shown(name)} is given twice; leave one of them out")
             flat[name] = inner
     return flat
 
 
-def _pairs(option: str, table: dict[Any, Any]) -> Any:
-    """A table as the words of an option of :data:`NAMED`."""
-    words = [
-        f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in table.items()
-    ]
+def _pairs(path: Path, option: str, table: dict[Any, Any]) -> Any:
+    """A table as the words of an option of :data:`NAMED`.
+
+    Raises:
+        CropiError: a name or a value that is no text and no number, or holds what would separate it.
+    """
+    words = []
+    for name, value in table.items():
+        if not isinstance(name, str):
+            raise CropiError(
+                f"{path}: the key {shown(name)} in {option!r} is not a string; put it into quotes"
+            )
+        parts = [
+            _word(path, f"{option}.{name}", one) for one in (value if isinstance(value, list) else [value])
+        ]
+        for text, marks in ((name, MARKS[option][0]), *((part, MARKS[option][1]) for part in parts)):
+            if odd := [mark for mark in marks if mark in text]:
+                raise CropiError(
+                    f"{path}: {option}: {shown(text)} holds {odd[0]!r}, which separates names here"
+                )
+        words.append(f"{name}={','.join(parts)}")
     return ",".join(words) if option == "columns" else words

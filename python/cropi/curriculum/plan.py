@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from cropi.checked import check_fields
 from cropi.commands import check_template
-from cropi.errors import CropiError, did_you_mean
+from cropi.errors import CropiError, did_you_mean, shown
 from cropi.gradient.tokenize import template_text
 from cropi.option_fields import changed, names_of
 from cropi.options import SOURCES, Influence, Rescoring, Selecting
@@ -110,6 +110,7 @@ class Plan:
             raise CropiError(
                 "trained_model is for trainer commands; the in-process trainer says where its model is"
             )
+        _check_json("trl", self.trl)
         if self.trl and self.trainer != IN_PROCESS:
             raise CropiError(f"trl: options are given, but the trainer is the command {self.trainer!r}")
         made = check_template("rollouts", self.rollouts, ROLLOUT_NAMES) if self.rollouts else set()
@@ -194,13 +195,31 @@ class Plan:
         return self.out / f"stage-{stage:02d}"
 
 
+def _check_json(option: str, table: Mapping[str, Any]) -> None:
+    """Check that the state of a curriculum, which is JSON, keeps a table as it is.
+
+    Raises:
+        CropiError: it holds dates, bytes, NaN, or keys that are no strings.
+    """
+    for key, value in table.items():
+        try:
+            kept = isinstance(key, str) and json.loads(json.dumps(value)) == value
+        except (TypeError, ValueError):
+            kept = False
+        if not kept:
+            raise CropiError(
+                f"{option}: {shown(key)} is {shown(value)}; give text, finite numbers, true or false, lists, or tables "
+                "whose keys are text"
+            )
+
+
 def _options(option: str, table: Mapping[str, Any], one: type[T], seed: str) -> T:
     """A table of options by their names; a curriculum's tables call each seed "seed"."""
     known = ["seed" if name == seed else name for name in names_of(one)]
     for key in table:
         if key not in known:
             raise CropiError(
-                f"{option}: {key!r} is not known; {did_you_mean(key, known)}known are {', '.join(known)}"
+                f"{option}: {shown(key)} is not known; {did_you_mean(key, known)}known are {', '.join(known)}"
             )
     try:
         return one(**{seed if key == "seed" else key: value for key, value in table.items()})

@@ -198,9 +198,9 @@ def _function(name: str) -> Callable[..., Any]:
 
 def _file(path: str) -> Any:
     """The module in a file, run as a script's neighbours would import it: its own folder comes first."""
-    file = Path(os.path.realpath(path))  # links in a circle raise nothing
-    if not os.path.isfile(file):
+    if not os.path.isfile(path):  # also for links in a circle and for names that no system takes
         raise CropiError(f"reward: there is no file {path}")
+    file = Path(os.path.realpath(path))
     spec = importlib.util.spec_from_file_location(f"cropi_reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -209,9 +209,7 @@ def _file(path: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's code
-        raise CropiError(
-            f"reward: {path} cannot be imported: {type(error).__name__}: {shown(str(error), 200)}{_last_line(error)}"
-        ) from error
+        raise _unloaded(path, error) from error
     finally:
         sys.path.remove(str(file.parent))
     return module
@@ -220,5 +218,10 @@ def _file(path: str) -> Any:
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise CropiError(f"reward: the module {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # it is the user's code, or no name of a module
+        raise _unloaded(repr(name), error) from error
+
+
+def _unloaded(name: str, error: Exception) -> CropiError:
+    told = f"{type(error).__name__}: {shown(str(error), 200)}{_last_line(error)}"
+    return CropiError(f"reward: {name} cannot be imported: {told}")

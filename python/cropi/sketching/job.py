@@ -114,8 +114,15 @@ class SketchJob(Grouping, Tokens, Running, Storing):
 
 
 def spec_of(options: Sketch) -> SketchSpec:
-    """The spec that some options name."""
-    return SketchSpec(**{name: getattr(options, name) for name in names_of(Sketch)})
+    """The spec that some options name.
+
+    Raises:
+        CropiError: a value that a sketch does not take.
+    """
+    try:
+        return SketchSpec(**{name: getattr(options, name) for name in names_of(Sketch)})
+    except ValueError as error:
+        raise CropiError(str(error)) from None
 
 
 def estimator_of(options: Gradient) -> Estimator:

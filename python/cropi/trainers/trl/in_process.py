@@ -16,7 +16,7 @@ from cropi.checked import fits, in_words, is_number
 from cropi.data.export import ROLLOUT_KEYS
 from cropi.data.readers import read_trajectories
 from cropi.data.rows_out import columns_of
-from cropi.errors import CropiError, did_you_mean, optional
+from cropi.errors import CropiError, did_you_mean, optional, shown
 from cropi.files import write_atomic
 from cropi.model.load import DTYPES, check_device, load_model
 from cropi.trainers.trl.checkpoints import newest_whole
@@ -42,10 +42,13 @@ def check_options(options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in KEYS:
             raise CropiError(
-                f"trl: {key!r} is not known; {did_you_mean(key, KEYS)}known are {', '.join(KEYS)}"
+                f"trl: {shown(key)} is not known; {did_you_mean(key, KEYS)}known are {', '.join(KEYS)}"
             )
     if not options.get("reward"):
         raise CropiError("trl: 'reward' is missing, the reward function as FILE.py:NAME or MODULE:NAME")
+    for key, wanted in (("reward", str | list[str]), ("dtype", str), ("device", str)):
+        if key in options and not fits(options[key], wanted):
+            raise CropiError(f"trl: {key} must be {in_words(wanted)}, got {shown(options[key])}")
     for name in _names(options["reward"]):
         reward_function(name)
     check_version()
