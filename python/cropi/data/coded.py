@@ -7,25 +7,27 @@ unfolded some rows at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cropi.data.opened import LARGEST_RATIO, RATIO_FROM
-from cropi.data.parquet_footer import Part, parts_of
+from cropi.data.parquet_footer import parts_of
+from cropi.data.parquet_pages import Part
 from cropi.data.spilled import mapped
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, printable
+from cropi.files import open_to_read
 
-WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 PART = 2**23  # bytes of a batch that is unfolded
 LARGE = 2**26  # bytes of a table that stays in memory
 
 
-def opened(path: Path, **options: Any) -> tuple[Any, Any, int]:
-    """A ``pyarrow.parquet.ParquetFile`` whose batches go through :func:`unfolded`, the schema of the file, and what its
-    columns take in memory at least, in bytes: of texts their lengths alone.
+def opened(path: Path, **options: Any) -> tuple[Any, Any, int, int]:
+    """A ``pyarrow.parquet.ParquetFile`` whose batches go through :func:`unfolded`, the schema of the file, what its
+    columns take in memory at least, in bytes, and what its pages have unpacked.
 
     Columns that could be too large are given as dictionaries.
 
@@ -34,27 +36,35 @@ def opened(path: Path, **options: Any) -> tuple[Any, Any, int]:
         options: further ones of ``ParquetFile``.
 
     Raises:
-        CropiError: its numbers alone, or the lengths of its texts, take too much.
+        CropiError: it is damaged, or takes too much.
     """
     make = optional("pyarrow.parquet").ParquetFile
     limit, coded = _limit(path), list[str]()
     file = make(path, **options)
     schema = file.schema_arrow
     columns = list(_columns(file, path))
-    least = sum(
-        WIDTHS.get(column.physical_type, column.length) * sum(part.values for part in parts)
-        for column, parts in columns
-    )
+    least = sum(_least(*column) for column in columns)
     _check(least, limit, path)
-    for column, parts in columns:
-        # Each value may be the whole dictionary.
-        most = sum(part.values * part.size for part in parts if part.coded)
-        if most > limit and column.physical_type == "BYTE_ARRAY":
-            coded.append(column.path)
+    share = limit // max(len(columns), 1)
+    with open_to_read(path) as bytes_:
+        for column, parts in columns:
+            # The dictionaries are read where a text of their whole size in every row would be too large.
+            if column.physical_type == "BYTE_ARRAY" and all(
+                sum(part.most(held) for part in parts) > share for held in (None, bytes_)
+            ):
+                coded.append(column.path)
     if coded:
         file.close()
         file = make(path, read_dictionary=coded, **options)
-    return file, schema, least
+    return file, schema, least, sum(part.size for _, parts in columns for part in parts)
+
+
+def _least(column: Any, parts: Sequence[Part]) -> int:
+    """The bytes that a column takes in memory at least: of texts those in pages and of their lengths."""
+    values = sum(part.values for part in parts)
+    if column.physical_type == "BYTE_ARRAY":
+        return max(4 * values, sum(part.size for part in parts))
+    return values * (WIDTHS.get(column.physical_type) or int(column.length))
 
 
 def _columns(file: Any, path: Path) -> Iterator[tuple[Any, tuple[Part, ...]]]:
@@ -70,17 +80,22 @@ def table_of(path: Path) -> Any:
     """The table in a parquet file; one that is large stays on the disk, in a temporary file.
 
     Raises:
-        CropiError: it takes too much, or the temporary file cannot be written.
+        CropiError: it is damaged or takes too much, or the temporary file cannot be written.
     """
-    parquet = optional("pyarrow.parquet")
-    file, schema, least = opened(path, pre_buffer=False, buffer_size=2**18)
-    with file:
-        parts = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
-        size = max(sum(part.total_byte_size for part in parts), least)
-        if size <= LARGE and file.schema_arrow == schema:
-            return parquet.read_table(path)
-        rows = max(1, PART * file.metadata.num_rows // max(size, 1))
-        return mapped(schema, unfolded(file.iter_batches(rows), path, schema=schema))
+    try:
+        file, schema, least, size = opened(path, pre_buffer=False, buffer_size=2**18)
+        with file:
+            size = max(size, least)
+            if size <= LARGE and file.schema_arrow == schema:
+                return optional("pyarrow.parquet").read_table(path)
+            rows = max(1, PART * file.metadata.num_rows // max(size, 1))
+            return mapped(schema, unfolded(file.iter_batches(rows), path, schema=schema))
+    except (optional("pyarrow").ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CropiError(
+            f"{path}: the parquet file is damaged or was cut ({printable(str(error)[:200])}); copy it again"
+        ) from error
 
 
 def unfolded(

@@ -164,13 +164,13 @@ def rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
 
 def _parquet(path: Path, wanted: np.ndarray | None, name: str) -> Iterator[tuple[int, Any]]:
     """Batches and the number of their first row; row groups without a row that is wanted are left out."""
-    file, _, least = coded.opened(path, pre_buffer=False, buffer_size=BUFFER)
+    file, _, least, size = coded.opened(path, pre_buffer=False, buffer_size=BUFFER)
     with file:
         meta = file.metadata
         parts = [meta.row_group(i) for i in range(meta.num_row_groups)]
         starts = np.cumsum([0, *(part.num_rows for part in parts)])
         # Runs of equal numbers take next to nothing in the file.
-        size = max(sum(part.total_byte_size for part in parts), least // 4)
+        size = max(size, least // 4)
         rows = max(1, min(int(BATCH_BYTES / max(size / max(meta.num_rows, 1), 1)), MOST_ROWS))
         together = (
             [range(len(parts))]

@@ -129,7 +129,7 @@ def read_scores(
         )
     try:
         with reading(file, missing=True), ExitStack() as stack:
-            table, schema, _ = coded.opened(
+            table, schema, *_ = coded.opened(
                 file, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 18
             )
             stack.enter_context(table)

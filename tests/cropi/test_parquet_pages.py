@@ -1,0 +1,174 @@
+"""What a parquet file stands for is told by its pages: bounds that hold, footers that lie, headers that are damaged."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cropi.data import coded
+from cropi.data.export import read_dataset
+from cropi.data.parquet_footer import parts_of
+from cropi.data.readers import read
+from cropi.errors import CropiError
+
+WORDS = "unfold to more than 400 times its size"
+
+
+def made() -> pyarrow.Table:
+    """Texts that come again and texts that do not, in lists and structures, with nulls; numbers."""
+    drawn = random.Random(0)
+    texts = ["", "a", "b" * 50, "é" * 200, None, *(str(i) * drawn.randrange(30) for i in range(40))]
+    rows = [
+        {"a": drawn.choice(texts), "b": [drawn.choice(texts) for _ in range(drawn.randrange(4))],
+         "c": {"d": drawn.choice(texts)} if i % 7 else None, "e": f"{i} {'z' * drawn.randrange(60)}", "n": [i] * 2}
+        for i in range(300)
+    ]  # fmt: skip
+    return pyarrow.Table.from_pylist(rows)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"compression": name} for name in ("none", "snappy", "gzip", "zstd", "lz4", "brotli")},
+    "pages": {"data_page_size": 100, "dictionary_pagesize_limit": 300, "write_batch_size": 8},
+    "version 2": {"data_page_version": "2.0", "data_page_size": 500},
+    "groups": {"row_group_size": 90}, "plain": {"use_dictionary": False}, "sums": {"write_page_checksum": True},
+}  # fmt: skip
+
+
+def texts_of(column: Any) -> list[str]:
+    """The texts in a column of any form."""
+    if isinstance(column, str):
+        return [column]
+    inner = column.values() if isinstance(column, dict) else column if isinstance(column, list) else ()
+    return [text for value in inner for text in texts_of(value)]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bounds_hold_and_longest_texts_are_found(name: str, tmp_path: Path) -> None:
+    path, table = tmp_path / "t.parquet", made()
+    pyarrow.parquet.write_table(table, path, **OPTIONS[name])
+    groups, meta = parts_of(path), pyarrow.parquet.ParquetFile(path).metadata
+    assert len(groups) == meta.num_row_groups
+    begin = 0
+    for g, group in enumerate(groups):
+        rows = table.slice(begin, meta.row_group(g).num_rows)
+        begin += rows.num_rows
+        for c, part in enumerate(group):
+            column = meta.row_group(g).column(c)
+            assert part.values == column.num_values
+            # The headers themselves are counted there, too.
+            assert part.size <= column.total_uncompressed_size
+            held = texts_of(rows.column(column.path_in_schema[0]).to_pylist())
+            with open(path, "rb") as file:
+                exact, quick = part.most(file), part.most()
+                assert sum(len(text.encode()) for text in held) <= exact <= quick
+                if part.dictionary and part.coded == part.values and held:
+                    longest = max(len(text.encode()) for text in held)
+                    assert part.dictionary.longest(file) == longest <= part.dictionary.longest()
+    assert any(part.coded for group in groups for part in group) == (name != "plain")
+
+
+def test_ordinary_columns_are_read_plainly(tmp_path: Path) -> None:
+    """Prompts of 400 letters, each for 20 responses: were each as long as the dictionary, they would take 8 GB."""
+    path = tmp_path / "t.parquet"
+    words = random.Random(0)
+    prompts = ["".join(words.choices("abcdefgh ", k=400)) for _ in range(1000)]
+    table = pyarrow.table({"prompt": prompts * 20, "response": [f"{i}" * 9 for i in range(20_000)]})
+    pyarrow.parquet.write_table(table, path)
+    part = parts_of(path)[0][0]
+    with open(path, "rb") as bytes_:
+        assert part.most() > coded._limit(path) > part.most(bytes_)
+    file, schema, *_ = coded.opened(path)
+    assert file.schema_arrow == schema == table.schema
+
+
+# ------------------------------------------------------------------------------------------------ footers that lie
+def number(value: int, size: int = 0) -> bytes:
+    """A number as Thrift writes it, in so many bytes at least."""
+    value, out = 2 * value, []
+    while value > 127 or len(out) + 1 < size:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def lying(path: Path, old: int, new: int) -> None:
+    """Another number in the footer."""
+    data = path.read_bytes()
+    begin = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    was = number(old)
+    assert was in data[begin:]
+    path.write_bytes(data[:begin] + data[begin:].replace(was, number(new, len(was))))
+
+
+def repeated(path: Path) -> Any:
+    """A text of 100 kB in 2000 rows; returns the footer's words on it."""
+    text = pyarrow.array(["x" * 100_000]).take(pyarrow.array(np.zeros(8, dtype=np.int64)))
+    table = pyarrow.table({"prompt": pyarrow.chunked_array([text] * 250)})
+    pyarrow.parquet.write_table(table, path, compression="zstd", dictionary_pagesize_limit=2**30)
+    return pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+
+
+def runs(path: Path) -> Any:
+    """A list of ten million zeros."""
+    zeros = pyarrow.array(np.zeros(10_000_000, dtype=np.int64))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"n": pyarrow.ListArray.from_arrays([0, len(zeros)], zeros)}), path, compression="zstd"
+    )
+    return pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+
+
+LIES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], tuple[int, int]], str]] = {
+    "bytes": (repeated, lambda column: (column.total_uncompressed_size, 1), WORDS),
+    "place": (repeated, lambda column: (column.data_page_offset, column.dictionary_page_offset), WORDS),
+    "values": (runs, lambda column: (column.num_values, 1), WORDS),
+    "no page": (repeated, lambda column: (column.dictionary_page_offset, 1), "its page cannot be read"),
+    "behind": (repeated, lambda column: (column.dictionary_page_offset, 2**40), "damaged or was cut"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+@pytest.mark.parametrize("reader", [read_dataset, lambda path: list(read(path))], ids=["dataset", "records"])
+def test_a_footer_that_lies_hides_nothing(reader: Callable[[Path], Any], name: str, tmp_path: Path) -> None:
+    make, change, words = LIES[name]
+    path = tmp_path / "t.parquet"
+    lying(path, *change(make(path)))
+    with pytest.raises(CropiError, match=f"t.parquet.*{words}"):
+        reader(path)
+
+
+def test_a_page_of_one_letter_is_refused(tmp_path: Path) -> None:
+    """Without a dictionary: what packs the page makes it small."""
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["x" * 10**8]}), path, compression="zstd", use_dictionary=False, write_statistics=False
+    )  # fmt: skip
+    assert path.stat().st_size < 20_000
+    with pytest.raises(CropiError, match=WORDS):
+        read_dataset(path)
+
+
+def test_changed_bytes_are_parts_or_words(tmp_path: Path) -> None:
+    path, drawn, ends = tmp_path / "t.parquet", random.Random(0), list[str]()
+    pyarrow.parquet.write_table(made()[:50], path, data_page_size=200, write_batch_size=8)
+    right = path.read_bytes()
+    for _ in range(400):
+        data = bytearray(right)
+        for _ in range(drawn.choice((1, 1, 4))):
+            data[drawn.randrange(len(data))] = drawn.randrange(256)
+        path.write_bytes(data)
+        try:
+            for part in (part for group in parts_of(path) for part in group):
+                with open(path, "rb") as file:
+                    assert 0 <= part.most(file) <= part.most()
+            ends.append("parts")
+        except CropiError as error:
+            assert "t.parquet: the parquet file is damaged or was cut: its " in str(error)
+            ends.append(str(error)[-20:])
+    assert len(set(ends)) == 3
