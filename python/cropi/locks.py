@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
+from cropi.files import is_folder, is_there, make_folder, remove, writing
 
 LOCK = ".lock"  # the file of a folder's lock
 
@@ -63,3 +65,75 @@ def is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def locked_folder(out: Path, command: str) -> Iterator[int]:
+    """Lock a folder of results, which is made if it is missing; yields the descriptor of the lock's file.
+
+    Commands inherit it. So if this process is killed while a trainer runs, the folder stays locked until that trainer
+    has ended, and no second one writes over it.
+
+    Args:
+        out: the folder.
+        command: which locks it, for the message that another one gets.
+
+    Raises:
+        CropiError: it is a file, cannot be written, or is locked already.
+    """
+    if is_there(out) and not is_folder(out):
+        raise CropiError(f"out: {out} is a file; give a folder")
+
+    def in_use(owner: str) -> CropiError:
+        return CropiError(
+            f"{out} is in use: by the `{command}` of process {owner}, or by a command that it started and that is "
+            "still running; wait for it, or end it"
+        )
+
+    with writing(out):
+        make_folder(out)
+        lock = lock_folder(out, in_use)
+    try:
+        yield lock
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Inside, this thread alone writes the files that belong together under a name; others wait, and say so.
+
+    The lock is a hidden file beside ``path`` that is removed afterwards; after a kill it stays, and nobody waits for
+    it. Where the file system has no locks, nobody waits.
+
+    Raises:
+        CropiError: the lock's file cannot be made.
+    """
+    lock = path.with_name(f".{path.name[:80]}{LOCK}")
+    descriptor = _waited(path, lock)
+    try:
+        yield
+    finally:
+        remove(lock)  # before others get it: they see that it is gone, and make another one
+        os.close(descriptor)
+
+
+def _waited(path: Path, lock: Path) -> int:
+    """The descriptor of a lock's file that this thread holds."""
+    while True:
+        with writing(path, lock):
+            make_folder(path.parent)
+            descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT, 0o644)
+        try:
+            with contextlib.suppress(OSError):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    warn(f"another process writes {path}; waiting for it to end")
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if is_at(descriptor, lock):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)

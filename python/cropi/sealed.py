@@ -20,6 +20,7 @@ from cropi.bulk import check_bulk
 from cropi.errors import CropiError, shown
 from cropi.files import forget, is_folder, reading, tree, write_atomic, writing
 from cropi.form import check_form, is_writable
+from cropi.locks import one_at_a_time
 
 CHECKSUM = "checksum"
 _LINE = re.compile("([0-9a-f]{64})  (.+)")
@@ -87,17 +88,18 @@ def sums_path(path: Path) -> Path:
 @contextlib.contextmanager
 def summed(path: str | Path, *beside: Path) -> Iterator[None]:
     """Inside, an export is written; then the SHA-256 of its file, of those ``beside`` it, or of all in its folder, goes
-    to ``NAME.sha256``.
+    to ``NAME.sha256``. Of several processes that write it at once, one writes all of its files after the other.
 
     Killed before that, the export has no such file: never one of what stood there before.
     """
     path = Path(path)
-    with writing(path, sums_path(path)):
-        forget(sums_path(path))
-    yield
-    files = sorted(file for _, held in tree(path) for file in held) if is_folder(path) else [path]
-    lines = (f"{_found(file)}  {file.relative_to(path.parent)}\n" for file in (*files, *beside))
-    write_atomic(sums_path(path), *lines)
+    with one_at_a_time(path):
+        with writing(path, sums_path(path)):
+            forget(sums_path(path))
+        yield
+        files = sorted(file for _, held in tree(path) for file in held) if is_folder(path) else [path]
+        lines = (f"{_found(file)}  {file.relative_to(path.parent)}\n" for file in (*files, *beside))
+        write_atomic(sums_path(path), *lines)
 
 
 def check_sums(path: str | Path, *, whole: bool = False) -> int:

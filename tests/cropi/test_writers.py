@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import test_store as t
-from cropi.curriculum.state import locked
+from cropi.locks import locked_folder
 from cropi.rollouts.file import RolloutFile
 
 COUNT, folder = 12, Path(sys.argv[1])
@@ -33,7 +33,7 @@ PLACES = {{
     "a new store": lambda: t.SketchStore.create(folder / "new", t.MANIFEST, shard_rows=1),
     "a store that is there": lambda: t.SketchStore.resume(folder / "old"),
     "a rollout": lambda: RolloutFile(folder / "r.jsonl", {{"n": 1}}).opened(),
-    "a curriculum": lambda: locked(folder / "c"),
+    "a curriculum": lambda: locked_folder(folder / "c", "cropi curriculum"),
 }}
 
 def write(held):

@@ -102,8 +102,8 @@ FLOORS = [
     {"grouping"},
     {"option_fields"},
     {"sealed", "commands"},
-    {"form"},
-    {"bulk", "checked", "files", "locks", "summary", "agreement"},
+    {"form", "locks"},
+    {"bulk", "checked", "files", "summary", "agreement"},
     {"errors", "_moved"},
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,12 +82,14 @@ def run(args: argparse.Namespace) -> int:
     )
     for package in ("tqdm", "safetensors.torch", "pyarrow.parquet", "matplotlib", "jinja2"):
         optional(package)
-    with ranks.joined(args) as team:
-        return _run(args, team, names)
+    with ranks.joined(args) as team, ExitStack() as held:
+        return _run(args, team, names, held)
 
 
-def _run(args: argparse.Namespace, team: Team | None, names: list[str]) -> int:
+def _run(args: argparse.Namespace, team: Team | None, names: list[str], held: ExitStack) -> int:
     from cropi import pipeline
+    from cropi.files import is_there
+    from cropi.locks import locked_folder
     from cropi.ranking.uncertainty import check_noise
     from cropi.sketching.interrupt import Interrupted
 
@@ -107,7 +110,6 @@ def _run(args: argparse.Namespace, team: Team | None, names: list[str]) -> int:
             print(sketch.placed(args, policy))
             if args.dry_run:
                 return dry.show(args, policy, _dry_parts(checked, setup.job, out / "sketches", args.noise))
-            write_config(args, out)
             how: Any = {}
         else:
             from cropi.distributed import ranks as together
@@ -124,15 +126,25 @@ def _run(args: argparse.Namespace, team: Team | None, names: list[str]) -> int:
             checked = team.agree(check)
             if team.first:
                 print(sketch.placed(args, policy, team.world))
-                write_config(args, out)
             how = {"by": partial(together.sketch, team)}
+        first = team is None or team.first
+
+        def lock() -> None:
+            if first:  # a second run in the folder would mix its files with those of this one
+                held.enter_context(locked_folder(out, "cropi run"))
+
+        lock() if team is None else team.agree(lock)
+        if first and not is_there(out / CONFIG):
+            write_config(args, out)
         how |= {
             "store_at": lambda name: out / "sketches" / name, "say": print, "progress": args.progress
         }  # fmt: skip
         stores = pipeline.sketch_all(policy, checked, setup.job, **how)
         noise = _noise_stores(policy, checked, setup.job, stores, team, how) if args.noise else []
-        if team is not None and not team.first:
+        if not first:
             return 0
+        # Now: stores of other settings have refused this run, and what says how their results were made is kept.
+        write_config(args, out)
         chosen = pipeline.conclude(stores, setup, out, noise)
     except Interrupted as error:
         if team is not None and not team.first:

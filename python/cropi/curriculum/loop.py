@@ -10,8 +10,9 @@ from cropi.curriculum.checks import check_plan
 from cropi.curriculum.data import Files
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.report import line, write_report
-from cropi.curriculum.state import State, locked
+from cropi.curriculum.state import State
 from cropi.files import make_folder, writing
+from cropi.locks import locked_folder
 
 LOG = "log.txt"
 WORK: dict[str, Callable[[steps.Stage], steps.Result]] = {
@@ -50,7 +51,7 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> State:
     """
     files = Files(plan, say)
     check_plan(plan, files)
-    with locked(plan.out) as lock:
+    with locked_folder(plan.out, "cropi curriculum") as lock:
         state = State.open(plan)
         log = plan.out / LOG
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cropi.checked import fits
 from cropi.curriculum.plan import Plan
 from cropi.errors import CropiError, shown
-from cropi.files import entries, is_folder, is_there, make_folder, write_atomic, writing
+from cropi.files import entries, is_there, write_atomic
 from cropi.form import check_form
-from cropi.locks import lock_folder
 from cropi.report.forms import BESIDE, TRAINED, is_amount
 from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
@@ -142,31 +138,3 @@ class State:
     def write(self) -> None:
         """Replace the file."""
         write_atomic(self.path, json.dumps(sealed(self.data), indent=1, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[int]:
-    """Lock the folder; yields the lock's file descriptor.
-
-    Commands inherit it. So if this process is killed while a trainer runs, the folder stays locked until that
-    trainer has ended, and no second one writes over it.
-
-    Raises:
-        CropiError: it is locked already.
-    """
-    if is_there(out) and not is_folder(out):
-        raise CropiError(f"out: {out} is a file; give a folder")
-
-    def in_use(owner: str) -> CropiError:
-        return CropiError(
-            f"{out} is in use: by the `cropi curriculum` of process {owner}, or by a command that it started and "
-            "that is still running; wait for it, or end it"
-        )
-
-    with writing(out):
-        make_folder(out)
-        lock = lock_folder(out, in_use)
-    try:
-        yield lock
-    finally:
-        os.close(lock)

@@ -11,6 +11,7 @@ from typing import Any
 from cropi.agreement import Alone, Ranks
 from cropi.errors import CropiError
 from cropi.files import is_folder
+from cropi.locks import one_at_a_time
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
 from cropi.pipeline.parts import Checked, Setup, check
@@ -159,8 +160,9 @@ def conclude(
     scores = score(stores["train"], valid, setup.influence, setup.selecting, noise)
     chosen = pick(scores, setup.selecting, setup.least, stores["train"])
     if folder is not None:
-        write_scores(folder / SCORES, scores, chosen)
-        write_selection(folder / "selected.jsonl", scores, chosen)
+        with one_at_a_time(folder / SCORES):  # two that write here at once mix no selection with other scores
+            write_scores(folder / SCORES, scores, chosen)
+            write_selection(folder / "selected.jsonl", scores, chosen)
     return chosen
 
 

@@ -15,6 +15,7 @@ from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, shown, warn
 from cropi.files import entries, is_folder, is_there
+from cropi.locks import one_at_a_time
 from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
@@ -64,6 +65,12 @@ def report_folder(
         raise CropiError(f"{root} is not a folder: give what `cropi run --out` or `cropi curriculum` wrote")
     if is_curriculum(root):
         return curriculum_page(root, out)
+    page = root / "report.html" if out is None else Path(out)
+    with one_at_a_time(page):  # of two, the one that read last writes last
+        return _report(root, page, check, every_text)
+
+
+def _report(root: Path, page: Path, check: str | Path | None, every_text: bool) -> Path:
     scores = read_scores(root / SCORES)
     if not os.path.isfile(root / "selected.jsonl"):
         raise CropiError(
@@ -85,7 +92,6 @@ def report_folder(
         some = [row.id for store in valid for row in store.rows() if row.status == OK][:SHOWN]
         given.neighbours = neighbours(train, valid, ids=some)
         given.validation_texts = _texts(valid, some)
-    page = root / "report.html" if out is None else Path(out)
     write_report(page, given)
     return page
 
@@ -94,7 +100,7 @@ def selection_of(scores: Scores, path: Path) -> Selection:
     """The selection that a file names, with its place in a score table.
 
     Raises:
-        CropiError: a chosen prompt has no score in the table.
+        CropiError: a chosen prompt has no score in the table, or was chosen by other scores.
     """
     place = {row.id: i for i, row in enumerate(scores.rows)}
     lines, usable = list(selected_rows(path)), scores.usable  # which is worked out anew each time
@@ -105,6 +111,13 @@ def selection_of(scores: Scores, path: Path) -> Selection:
             f"{path} holds {unknown[0]!r}, which has no score in the table beside it; select again"
         )
     chosen = [place[name] for name in ids]
+    for i, line in zip(chosen, lines, strict=True):
+        held = {name: float(value) for name, value in zip(scores.sets, scores.table[i], strict=True)}
+        if line.get("scores", held) != held:
+            raise CropiError(
+                f"{path} was chosen from another score table than the one beside it ({line['id']!r} has other scores); "
+                "select again"
+            )
     picked = set(chosen)
     best = np.where(usable, scores.table.max(axis=1), -np.inf)
     rest = [i for i in np.argsort(-best, kind="stable").tolist() if usable[i] and i not in picked]
