@@ -137,7 +137,7 @@ class PackedLinears(TorchFunctionMode):
         if linears == "onednn" and why is not None:
             raise RuntimeError(f"linears='onednn' cannot be had: {why}; give linears='torch'")
         self.linears: Linears = "torch" if why is not None else linears
-        self._own = {id(p): p for p in parameters} if self.linears != "torch" else {}
+        self._own = set(parameters) if self.linears != "torch" else set()
         self._pairs: dict[int, _Pair] = {}
         self._asked = False  # whether a product came by since the last `clear`
         self._current: set[int] = set()  # weights that were looked at since it was entered, for inference
@@ -155,7 +155,7 @@ class PackedLinears(TorchFunctionMode):
         """
         if not self._own or (self._asked and not self._pairs):
             return nullcontext()
-        if not any(p.dtype == torch.float32 and p.device.type == "cpu" for p in self._own.values()):
+        if not any(p.dtype == torch.float32 and p.device.type == "cpu" for p in self._own):
             return nullcontext()
         if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
             if self.linears == "onednn":
@@ -194,7 +194,7 @@ class PackedLinears(TorchFunctionMode):
 
     def _serves(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
         rows = 1 if self._inference else _LEAST_ROWS
-        if id(weight) not in self._own or not _is_plain(x, weight, bias, rows):
+        if weight not in self._own or not _is_plain(x, weight, bias, rows):
             return False
         if self._inference:
             return not torch.is_grad_enabled() and self._gains(weight)

@@ -34,7 +34,7 @@ class Attachment:
     head_matrix: MatrixSketch | None
     head_bias: VectorPlan | None
     exact: ExactTaps
-    wanted: dict[int, str]  # names of what is sketched, by the parameters' ids
+    wanted: dict[nn.Parameter, str]  # names of what is sketched
     head_adds: tuple[bool, bool] = (True, True)  # whether this rank adds the head's weight, and its bias
     ranks: Ranks | None = None  # of a tensor-parallel group
 
@@ -69,22 +69,22 @@ def plan_model(
         ValueError: a pattern of ``exclude`` matches no parameter, no parameter is left to sketch, or two share a name
             (their coordinates would be the same).
     """
-    names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
-    trainable = {id(p): p for p in model.parameters() if p.requires_grad}
+    names = {p: canonical_name(n) for n, p in model.named_parameters()}
+    trainable = {p: name for p, name in names.items() if p.requires_grad}
     patterns: Sequence[str] | str = [UNCOVERED] if exclude == UNCOVERED else exclude
     excluded = _excluded(names, trainable, patterns)
-    wanted = {i: names[i] for i in trainable if names[i] not in excluded}
+    wanted = {p: name for p, name in trainable.items() if name not in excluded}
     total, left_out = sum(p.numel() for p in model.parameters()), {}
     builder = TapBuilder(model, spec, accumulator, wanted)
     # Every module that uses a parameter needs its tap: a tied weight has two, and half a gradient is a wrong one.
     while missing := builder.missing():
-        lost = {wanted[i]: trainable[i].numel() for i, _ in missing}
+        lost = {wanted[p]: p.numel() for p, _ in missing}
         if UNCOVERED not in patterns:
-            lines = [_describe(builder, wanted[i], trainable[i], m) for i, m in missing]
+            lines = [_describe(builder, wanted[p], p, m) for p, m in missing]
             problem, share = "no tap covers these trainable parameters", sum(lost.values()) / total
             raise uncovered(problem, lines, next(iter(lost)), share)
         left_out.update(lost)
-        wanted = {i: name for i, name in wanted.items() if name not in lost}
+        wanted = {p: name for p, name in wanted.items() if name not in lost}
         builder = TapBuilder(model, spec, accumulator, wanted)
     if not wanted:
         raise ValueError(
@@ -96,19 +96,19 @@ def plan_model(
         raise ValueError(f"two parameters are named {twice!r} once wrappers' parts are gone: rename one")
     coverage = Coverage(
         total=total,
-        covered=sum(trainable[i].numel() for i in builder.covered),
+        covered=sum(p.numel() for p in builder.covered),
         by_kind=builder.by_kind,
         names=tuple(wanted.values()),
         excluded=excluded,
         uncovered=left_out,
-        shapes={name: tuple(trainable[i].shape) for i, name in wanted.items()},
+        shapes={name: tuple(p.shape) for p, name in wanted.items()},
     )
     head_tap = builder.taps.get(builder.head) if builder.head is not None else None
     linear = head_tap if isinstance(head_tap, LinearTap) else None
     shares = linear.shares if isinstance(linear, PartLinearTap) else {}
     return Attachment(
         builder.taps,
-        [trainable[i] for i in builder.covered],
+        list(builder.covered),
         coverage,
         linear.matrix if linear else None,
         linear.bias if linear else None,
@@ -134,8 +134,8 @@ def refused_modules(
     users, refused = owners_of(model), {}
     formed = {one.chain[0] for one in attachment.exact.parameters}
     for module, why in wrong.items():
-        mine = [p for p in module.parameters(recurse=False) if id(p) in attachment.wanted]
-        if module in formed or any(len(users[id(p)]) > 1 or p.numel() > exact.LARGEST for p in mine):
+        mine = [p for p in module.parameters(recurse=False) if p in attachment.wanted]
+        if module in formed or any(len(users[p]) > 1 or p.numel() > exact.LARGEST for p in mine):
             refused[module] = names[module] or "the model itself", why
     if decoder is not None:
         inside = set(decoder.modules())
@@ -148,7 +148,7 @@ def refused_modules(
 
 def _describe(builder: TapBuilder, name: str, p: nn.Parameter, module: nn.Module) -> str:
     """A parameter that has no tap in ``module``, and what keeps its gradient from being formed."""
-    owners = builder.owners[id(p)]
+    owners = builder.owners[p]
     if module in builder.reasons:
         why = builder.reasons[module]
     elif len(owners) > 1:
@@ -160,7 +160,7 @@ def _describe(builder: TapBuilder, name: str, p: nn.Parameter, module: nn.Module
 
 
 def _excluded(
-    names: dict[int, str], trainable: dict[int, nn.Parameter], patterns: Sequence[str] | str
+    names: dict[nn.Parameter, str], trainable: dict[nn.Parameter, str], patterns: Sequence[str] | str
 ) -> dict[str, int]:
     if isinstance(patterns, str):
         raise ValueError(f"exclude={patterns!r}: give a list of patterns, e.g. exclude=[{patterns!r}]")
@@ -168,12 +168,12 @@ def _excluded(
         raise ValueError(f"exclude={patterns!r}: give a list of patterns, e.g. exclude=['*.mlp.*']")
     excluded: dict[str, int] = {}
     for pattern in patterns:
-        matched = [i for i in trainable if fnmatch.fnmatchcase(names[i], pattern)]
+        matched = {name: p.numel() for p, name in trainable.items() if fnmatch.fnmatchcase(name, pattern)}
         if not matched and pattern != UNCOVERED:
             example = next(iter(names.values()), "none at all")
             raise ValueError(
                 f"exclude pattern {pattern!r} matches no trainable parameter (e.g. {example}): change it, or "
                 "leave it out"
             )
-        excluded.update({names[i]: trainable[i].numel() for i in matched})
+        excluded |= matched
     return excluded

@@ -40,7 +40,7 @@ class TapBuilder:
         model: nn.Module,
         spec: SketchSpec,
         acc: Accumulator,
-        wanted: dict[int, str],
+        wanted: dict[nn.Parameter, str],
         formed: Collection[nn.Module] = (),
     ) -> None:
         self.spec, self.acc, self.wanted = spec, acc, wanted
@@ -48,10 +48,10 @@ class TapBuilder:
         self.ranks = ranks_of(model)
         self.taps: dict[nn.Module, Tap] = {}
         self.exact: list[exact.Exact] = []
-        self.covered: dict[int, None] = {}
+        self.covered: dict[nn.Parameter, None] = {}
         self.by_kind: dict[str, int] = {}
         self.reasons: dict[nn.Module, str] = {}  # why a module's parameters are not sketched
-        self._matrices: dict[int, MatrixSketch] = {}
+        self._matrices: dict[nn.Parameter, MatrixSketch] = {}
         modules = dict(model.named_modules())
         for path, module in modules.items():
             if module not in formed:
@@ -60,18 +60,18 @@ class TapBuilder:
             parts = path.split(".") if path else []
             self._form([modules[".".join(parts[:n])] for n in range(len(parts), -1, -1)])
 
-    def missing(self) -> list[tuple[int, nn.Module]]:
+    def missing(self) -> list[tuple[nn.Parameter, nn.Module]]:
         """Wanted parameters and modules that use them without a tap."""
-        formed = {id(one.parameter) for one in self.exact}
+        formed = {one.parameter for one in self.exact}
         return [
-            (i, m)
-            for i in self.wanted
-            for m in self.owners[i]
-            if i not in formed and (i not in self.covered or m not in self.taps)
+            (p, m)
+            for p in self.wanted
+            for m in self.owners[p]
+            if p not in formed and (p not in self.covered or m not in self.taps)
         ]
 
     def _visit(self, path: str, module: nn.Module) -> None:
-        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in self.wanted}
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p in self.wanted}
         if not own:
             return
         if is_linear(module) or is_conv1d(module):
@@ -92,7 +92,7 @@ class TapBuilder:
             matrix = self._matrix(weight, transposed)
             self._cover(weight, kind)
         if (b := own.get("bias")) is not None:
-            bias = plan_vector(self.spec, self.wanted[id(b)], b.numel())
+            bias = plan_vector(self.spec, self.wanted[b], b.numel())
             self._cover(b, "bias")
         if self.ranks is None:
             self.taps[module] = LinearTap(self.acc, path, matrix, bias)
@@ -132,7 +132,7 @@ class TapBuilder:
             return
         plans = {}
         for which, p in own.items():
-            plans[which] = plan_vector(self.spec, self.wanted[id(p)], p.numel())
+            plans[which] = plan_vector(self.spec, self.wanted[p], p.numel())
             self._cover(p, "norm")
         centered, eps = kind
         norm = Norm(centered, eps, plans.get("weight"), plans.get("bias"))
@@ -160,11 +160,11 @@ class TapBuilder:
         for name, p in own.items():
             if name in layout.matrices():
                 experts, rows, cols = layout.rows_and_cols(p)
-                matrices[name] = matrix_sketch(self.spec, self.wanted[id(p)], experts * rows, cols, "linear")
+                matrices[name] = matrix_sketch(self.spec, self.wanted[p], experts * rows, cols, "linear")
                 if (share := shares.get(name)) is not None and share.axis is not None:
                     matrices[name] = PartMatrix(matrices[name], share, (share.axis == 1) != layout.transposed)
             else:
-                biases[layout.weight_of(name)] = plan_vector(self.spec, self.wanted[id(p)], p.numel())
+                biases[layout.weight_of(name)] = plan_vector(self.spec, self.wanted[p], p.numel())
             self._cover(p, "expert" if name in layout.matrices() else "bias")
         group = self.ranks if self._is_split(own) else None
         tap = self.taps[module] = ExpertsTap(self.acc, path, layout, matrices, biases, group)
@@ -180,7 +180,7 @@ class TapBuilder:
             matrix = self._matrix(weight)
             self._cover(weight, "router")
         if (b := own.get("bias")) is not None:
-            bias = plan_vector(self.spec, self.wanted[id(b)], b.numel())
+            bias = plan_vector(self.spec, self.wanted[b], b.numel())
             self._cover(b, "bias")
         tap = self.taps[module] = RouterTap(self.acc, path, matrix, bias)
         tap.adds = share.adds
@@ -202,8 +202,8 @@ class TapBuilder:
         if module in self.reasons:
             return
         for key, p in module.named_parameters(recurse=False):
-            name, alone = self.wanted.get(id(p)), len(self.owners[id(p)]) == 1
-            if name is None or id(p) in self.covered or not alone or not 0 < p.numel() <= exact.LARGEST:
+            name, alone = self.wanted.get(p), len(self.owners[p]) == 1
+            if name is None or p in self.covered or not alone or not 0 < p.numel() <= exact.LARGEST:
                 continue
             # Coordinates do not depend on the way to the gradient: a linear layer that is used beside its module has
             # those of any other.
@@ -218,28 +218,28 @@ class TapBuilder:
 
     def _matrix(self, weight: nn.Parameter, transposed: bool = False) -> MatrixSketch:
         """One sketch per parameter: a tied weight's two modules must agree on every coordinate."""
-        if id(weight) not in self._matrices:
+        if weight not in self._matrices:
             rows, cols = reversed(weight.shape) if transposed else weight.shape
-            users = self.owners[id(weight)]
+            users = self.owners[weight]
             looked_up = any(isinstance(m, nn.Embedding) for m in users)
             role: Role = "tied" if looked_up and len(users) > 1 else "embedding" if looked_up else "linear"
-            matrix = matrix_sketch(self.spec, self.wanted[id(weight)], rows, cols, role)
+            matrix = matrix_sketch(self.spec, self.wanted[weight], rows, cols, role)
             share = None if self.ranks is None else self.ranks.share(weight)
             if share is not None and share.axis is not None:
                 matrix = PartMatrix(matrix, share, (share.axis == 0) != transposed)
-            self._matrices[id(weight)] = matrix
-        return self._matrices[id(weight)]
+            self._matrices[weight] = matrix
+        return self._matrices[weight]
 
     def _cover(self, p: nn.Parameter, kind: str) -> None:
-        if id(p) not in self.covered:
-            self.covered[id(p)] = None
+        if p not in self.covered:
+            self.covered[p] = None
             self.by_kind[kind] = self.by_kind.get(kind, 0) + p.numel()
 
 
-def owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """The modules that own each parameter, by its id: several, where a weight is tied."""
-    owners: dict[int, list[nn.Module]] = {}
+def owners_of(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
+    """The modules that own each parameter: several, where a weight is tied."""
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
     for module in model.modules():
         for p in module.parameters(recurse=False):
-            owners.setdefault(id(p), []).append(module)
+            owners.setdefault(p, []).append(module)
     return owners

@@ -65,7 +65,7 @@ class TappedModel:
         self.groups = planned(groups, self.plan)
         self.ranks = self.acc.ranks = self.plan.ranks
         if self.ranks is not None:
-            self.ranks.check_model(_described(self.model, spec, self.plan))
+            self.ranks.check_model(_described(spec, self.plan))
         self._handles: list[Hook] = []
         self._thawed: list[nn.Parameter] = []
         self._embeddings: nn.Module | None = None  # where the graph of a checkpointed model has to start
@@ -155,8 +155,8 @@ class TappedModel:
 
     def _names(self, modules: Iterable[nn.Module]) -> dict[str, int]:
         """Names and sizes of the sketched parameters that these modules own."""
-        sizes = {id(p): p.numel() for m in modules for p in m.parameters(recurse=False)}
-        return {name: sizes[i] for i, name in self.plan.wanted.items() if i in sizes}
+        own = {p for m in modules for p in m.parameters(recurse=False)}
+        return {name: p.numel() for p, name in self.plan.wanted.items() if p in own}
 
     def _leave_out(self, modules: Iterable[nn.Module]) -> None:
         """Plan again without the parameters of these modules."""
@@ -177,7 +177,6 @@ class TappedModel:
         self._hook()
 
 
-def _described(model: nn.Module, spec: SketchSpec, plan: Attachment) -> str:
+def _described(spec: SketchSpec, plan: Attachment) -> str:
     """The spec, and the names and shapes of the sketched parameters: equal on all ranks of a group."""
-    shapes = {id(p): tuple(p.shape) for p in model.parameters()}
-    return "\n".join([f"{spec}", *(f"{name} {shapes[i]}" for i, name in plan.wanted.items())])
+    return "\n".join([f"{spec}", *(f"{name} {tuple(p.shape)}" for p, name in plan.wanted.items())])

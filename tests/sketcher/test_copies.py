@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,16 @@ def test_a_copy_in_a_batch_adds_nothing_to_it() -> None:
         made.logits_of(copy.deepcopy(model), step).sum().backward()
         loss.backward()
     assert torch.equal(-sketch.sketches, want)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda sketcher: pickle.loads(pickle.dumps(sketcher))])
+def test_a_copy_of_a_sketcher(copied: Callable[[Any], Any]) -> None:
+    """Mamba has taps that are replaced when the model is tried."""
+    sketcher, batch = GradientSketcher(odd_models.make("mamba").eval(), SPEC), zoo.padded()
+    other = copied(sketcher)
+    with sketcher, other:
+        assert torch.equal(batch.sketch(other).sketches, batch.sketch(sketcher).sketches)
 
 
 @pytest.mark.parametrize("later_first", [True, False])
