@@ -41,7 +41,12 @@ WRONG_WORDS = [
         "select --scores s --out o --sketches f",
         "--sketches are for --dedup and --diversity; give one of them",
     ),
-    ("sketsh", "invalid choice: 'sketsh'"),
+    ("sketsh", "'completion'), did you mean 'sketch'?"),
+    (
+        "run --store-dtype int3",
+        "choose from 'float32', 'float16', 'bfloat16', 'int8', 'int4', 'int1'), did you mean 'int",
+    ),
+    ("run t.jsonl", "error: 't.jsonl' belongs to no option: write the option's name before it; see"),
 ]
 
 
@@ -233,7 +238,8 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
         assert cropi("run", "--model", tmp_path / "model", *files, "--no-progress", *more) == 2
         assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
 
-    fails("fraction 0.01 of a pool of 40 prompts chooses none", "--fraction", 0.01)
+    least = "give a fraction of at least 0.025, a count, or more prompts"
+    fails(f"fraction 0.01 of a pool of 40 prompts chooses none; {least}", "--fraction", 0.01)
     fails("fraction 0.1 of a pool of 5 prompts chooses none", "--limit", 5)
     fails("quota: there is no task 'sum9'; did you mean 'sum", "--quota", "sum9=0.5")
     fails("quota: 'sum1' is to give 29 prompts, but", "--count", 30, "--quota", "sum1=29")

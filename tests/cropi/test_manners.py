@@ -19,6 +19,8 @@ from support.made_data import make_model, make_records, make_tokenizer, write_li
 import cropi
 import cropi_kernels
 from cropi.cli import COMMANDS, main, make_parser
+from cropi.cli.manners import speaking
+from cropi.errors import warn
 from cropi.ranking.selection import read_selection
 
 
@@ -150,6 +152,15 @@ def test_quiet_and_verbose(work: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "warning: " in told and "(HashedIds, " in told and ".py:" in told
     assert main(["info", str(tmp_path / "t.jsonl"), "-q"]) == 0
     assert "warning: " in capsys.readouterr().err  # what is wrong is said all the same
+
+
+def test_a_command_says_a_warning_once(capsys: pytest.CaptureFixture[str]) -> None:
+    args = argparse.Namespace(quiet=False, verbose=False, json=False)
+    for _ in range(2):
+        with speaking(args):
+            for words in ("a", "b", "a"):
+                warn(words)
+    assert capsys.readouterr().err == 2 * "warning: a\nwarning: b\n"
 
 
 @pytest.mark.long

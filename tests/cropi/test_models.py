@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cropi.model.load import load_model
+from cropi.model.load import load_model, load_tokenizer
 from cropi.model.policy import Policy
 from cropi.model.sources import PYPI_MODELS
 
@@ -206,10 +206,11 @@ def test_near_misses_get_a_hint(tmp_path: Path) -> None:
 
 def test_hub_id_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        OSError, match="model 'nobody/no-such-model': there is no such local folder, and the hub id"
-    ):
-        load_model("nobody/no-such-model")
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(
+            OSError, match="model 'nobody/no-such-model': there is no such local folder, and the hub id"
+        ):
+            load("nobody/no-such-model")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,12 @@ def speaking(args: argparse.Namespace) -> Iterator[None]:
     if args.verbose:
         print(versions(), file=sys.stderr)
 
+    said = set[str]()
+
     def warn(message: Any, category: Any, filename: str, lineno: int, *rest: Any, **more: Any) -> None:
+        if str(message) in said:  # by another pass over the same files
+            return
+        said.add(str(message))
         where = f" ({category.__name__}, {filename}:{lineno})" if args.verbose else ""
         print(printable_lines(f"warning: {message}{where}"), file=sys.stderr)
 

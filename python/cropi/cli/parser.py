@@ -38,6 +38,14 @@ class Parser(argparse.ArgumentParser):
         told = printable_lines(shortened(f"{self.source}: {message}" if self.source else message))
         self.exit(2, f"{self.prog}: error: {told}; see `{self.prog} --help`\n")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            if hint := did_you_mean(str(value), map(str, action.choices or ())):
+                error.message = f"{error.message}, {hint.strip()}"
+            raise
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
@@ -45,6 +53,8 @@ class Parser(argparse.ArgumentParser):
         words = [self.now(word) for word in (sys.argv[1:] if args is None else args)]
         known_args, unknown = super().parse_known_args(words, namespace)
         if unknown:
+            if not unknown[0].startswith("-"):
+                self.error(f"{unknown[0]!r} belongs to no option: write the option's name before it")
             known = [name for action in self._actions for name in action.option_strings]
             hint = did_you_mean(unknown[0].partition("=")[0], known, "{}")
             self.error(f"there is no option {unknown[0]!r}{hint and ', ' + hint.strip()}")

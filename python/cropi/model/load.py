@@ -113,6 +113,9 @@ def load_tokenizer(
     optional("transformers")
     source, options = _located(os.fspath(name), trust_remote_code, revision)
     with _explained(os.fspath(name)):
+        if "local_files_only" not in options:
+            # Of an id that no hub knows, the tokenizer's error would be that there is no tokenizer.
+            _load_config(os.fspath(name), source, options)
         return _load_tokenizer(os.fspath(name), source, options, eos)
 
 

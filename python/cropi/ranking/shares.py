@@ -26,8 +26,11 @@ def how_many(fraction: float, size: int, least: int = 0) -> int:
     """
     n = max(part_of(fraction, size), least)
     if n < 1:
+        # 1 / size, rounded up to two digits.
+        digits = 10 ** (len(str(size)) + 1)
+        enough = f"a fraction of at least {-(-digits // size) / digits:g}, a count, or " if size else ""
         raise CropiError(
-            f"fraction {fraction} of a pool of {size} prompts chooses none; give a larger fraction or more prompts"
+            f"fraction {fraction} of a pool of {size} prompts chooses none; give {enough}more prompts"
         )
     return n
 
