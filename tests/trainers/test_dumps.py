@@ -310,6 +310,23 @@ def test_no_code_of_a_dump_is_run(
         assert target.exists() and "--allow-pickle: code that" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("source", "form"), [("slime", "zip"), ("slime", "legacy"), ("vllm", "pickle")])
+def test_a_trusted_pickle_is_read_as_it_is_without_trust(source: str, form: str, tmp_path: Path) -> None:
+    """Whichever way it was written."""
+    held, written = made(source), []
+    for number, (name, more) in enumerate(((form, ["--allow-pickle"]), ("pickle", []))):
+        path, out = tmp_path / str(number) / "7.pt", tmp_path / f"{number}.jsonl"
+        path.parent.mkdir()
+        if name == "pickle":
+            path.write_bytes(pickle.dumps(held))
+        else:
+            torch.save(held, path, _use_new_zipfile_serialization=name == "zip")
+        convert = ["convert", str(path), "--source", source, "--temperature", "0.7", "--out", str(out), *more]
+        assert main(convert) == 0
+        written.append(out.read_text())
+    assert written[0] == written[1] and len(written[0]) > 100
+
+
 CALLS = {
     "os.system": b"cos\nsystem\n(S'true'\ntR.",
     "builtins.eval": b"cbuiltins\neval\n(S'1'\ntR.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -129,7 +130,7 @@ def _selection(path: Any, rows: list[Any]) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    from cropi.ranking.selection import read_selection
+    from cropi.ranking.selection_files import selected_rows
     from cropi.ranking.table import SCORES, read_scores
     from cropi.store.store import SketchStore
 
@@ -151,7 +152,7 @@ def _run(path: Path) -> dict[str, Any]:
             f"{', '.join(map(repr, scores.sets))}"
         )
     if is_file(path / "selected.jsonl"):
-        facts["selected"] = len(read_selection(path / "selected.jsonl"))
+        facts["selected"] = sum(1 for _ in selected_rows(path / "selected.jsonl"))
         lines.append(f"selected      {facts['selected']} prompts")
     else:
         lines.append("unfinished    nothing is selected yet; the same command goes on")
@@ -255,7 +256,9 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _ids(path: Path) -> dict[str, Any] | None:
-    from cropi.ranking.selection import read_selection
+    from cropi.ranking.selection_files import selected_rows
 
-    ids = read_selection(path)
-    return told([f"ids           {path}: {len(ids)} prompts: {', '.join(ids[:5])}"], "ids", ids=len(ids))
+    rows = selected_rows(path)
+    first = [row["id"] for row in itertools.islice(rows, 5)]
+    count = len(first) + sum(1 for _ in rows)
+    return told([f"ids           {path}: {count} prompts: {', '.join(first)}"], "ids", ids=count)

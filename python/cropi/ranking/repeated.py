@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Hashes:
-    """The hashes of texts that are told one after the other."""
+    """The hashes of texts that are told one after the other, until it is asked whether they differ."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self._held = array("q", map(hash, texts))
@@ -28,7 +28,8 @@ class Hashes:
         Args:
             texts: the same texts again; gone through only where two hashes are equal.
         """
-        held = np.sort(np.frombuffer(self._held, dtype=np.int64))
+        held = np.frombuffer(self._held, dtype=np.int64)
+        held.sort()  # in its place: it takes as much as a fifth of the ids
         same = set(held[1:][held[1:] == held[:-1]].tolist())
         if not same:
             return None

@@ -157,7 +157,10 @@ def contents(value: Any) -> Any:
 def _trusted(path: Path) -> Any:
     import torch
 
-    if path.suffix == ".dp":
-        with open(path, "rb") as file:
-            return pickle.load(file)
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            file.seek(0)
+            held = pickle.load(file)
+            if held != torch.serialization.MAGIC_NUMBER:  # torch.save wrote so before it wrote archives
+                return held
     return torch.load(path, map_location="cpu", weights_only=False)
