@@ -5,6 +5,7 @@ A name is part of a parameter's coordinates, so wrappers must not change it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.)(?!\.(?:base_layer\.)*lora_)")
 
 
+@functools.lru_cache(maxsize=16384)  # every batch of a live sketcher asks for those of all parameters
 def canonical_name(name: str) -> str:
     """``name`` without the parts that wrappers insert.
 
