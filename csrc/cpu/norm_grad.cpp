@@ -2,12 +2,12 @@
 #include <cmath>
 
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/parts.h"
 
 namespace cropi::CROPI_ISA {
 namespace {
 
-constexpr int64_t kTokensPerPart = 128;  // fixed parts, summed in order: the same bits for any thread count
+constexpr int64_t kTokensPerPart = 128;
 
 // sum of (x - shift)^power in float64, power 1 or 2. Eight running sums: one would wait for itself at every addition
 // (0.85 ms instead of 0.3 for 1024 rows of 576).
@@ -58,30 +58,22 @@ void add_parts(const float* parts, int64_t n_parts, int64_t stride, int64_t n, f
     for (int64_t i = 0; i < n; ++i) out[i] += parts[p * stride + i];
 }
 
-int64_t parts_of(const NormGradArgs& args, int64_t s) {
-  return (args.offsets[s + 1] - args.offsets[s] + kTokensPerPart - 1) / kTokensPerPart;
-}
-
 template <class TX, class TY>
 void run(const NormGradArgs& args) {
   const int64_t n = args.dy.cols;
   // All parts of all segments in one go: a start of threads per segment cost as much as the sums.
-  int64_t n_parts = 0;
-  for (int64_t s = 0; s < args.n_segments; ++s) n_parts += parts_of(args, s);
-  Scratch parts(2 * n * (n_parts ? n_parts : 1));
-  run_tasks(n_parts, args.n_threads, [&](int64_t p) {
-    int64_t s = 0, part = p;
-    while (part >= parts_of(args, s)) part -= parts_of(args, s++);
-    const int64_t t0 = args.offsets[s] + part * kTokensPerPart, end = args.offsets[s + 1];
-    const int64_t t1 = t0 + kTokensPerPart < end ? t0 + kTokensPerPart : end;
-    float* sums = parts.data() + p * 2 * n;
-    part_sums<TX, TY>(args, t0, t1, args.weight ? sums : nullptr, args.bias ? sums + n : nullptr);
+  const Parts parts(args.offsets, args.n_segments, kTokensPerPart);
+  Scratch sums(2 * n * parts.count());
+  run_tasks(parts.count(), args.n_threads, [&](int64_t p) {
+    const TokenRange tokens = parts.tokens(p);
+    float* own = sums.data() + p * 2 * n;
+    part_sums<TX, TY>(args, tokens.begin, tokens.end, args.weight ? own : nullptr, args.bias ? own + n : nullptr);
   });
-  const float* sums = parts.data();
   for (int64_t s = 0; s < args.n_segments; ++s) {
-    if (args.weight) add_parts(sums, parts_of(args, s), 2 * n, n, args.weight + s * n);
-    if (args.bias) add_parts(sums + n, parts_of(args, s), 2 * n, n, args.bias + s * n);
-    sums += 2 * n * parts_of(args, s);
+    const float* own = sums.data() + parts.first(s) * 2 * n;
+    const int64_t n_parts = parts.first(s + 1) - parts.first(s);
+    if (args.weight) add_parts(own, n_parts, 2 * n, n, args.weight + s * n);
+    if (args.bias) add_parts(own + n, n_parts, 2 * n, n, args.bias + s * n);
   }
 }
 

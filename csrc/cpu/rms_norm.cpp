@@ -2,12 +2,12 @@
 #include <cmath>
 
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/parts.h"
 
 namespace cropi::CROPI_ISA {
 namespace {
 
-constexpr int64_t kTokensPerPart = 128;  // fixed parts, summed in order: the same bits for any thread count
+constexpr int64_t kTokensPerPart = 128;
 constexpr int64_t kRowsPerTask = 16;
 
 // sum_i term(i): float32 within 256 terms, where sixteen running sums add sixteen each, and float64 beyond.
@@ -57,32 +57,23 @@ void backward_row(const RmsNormBackwardArgs& args, int64_t t, float* sums) {
   }
 }
 
-int64_t parts_of(const RmsNormBackwardArgs& args, int64_t s) {
-  return (args.offsets[s + 1] - args.offsets[s] + kTokensPerPart - 1) / kTokensPerPart;
-}
-
 template <class T>
 void backward(const RmsNormBackwardArgs& args) {
   const int64_t n = args.x.cols;
-  int64_t n_parts = 0;
-  for (int64_t s = 0; s < args.n_segments; ++s) n_parts += parts_of(args, s);
-  Scratch parts(args.sums ? n * n_parts : 0);
-  run_tasks(n_parts, args.n_threads, [&](int64_t p) {
-    int64_t s = 0, part = p;
-    while (part >= parts_of(args, s)) part -= parts_of(args, s++);
-    const int64_t t0 = args.offsets[s] + part * kTokensPerPart, end = args.offsets[s + 1];
-    const int64_t t1 = t0 + kTokensPerPart < end ? t0 + kTokensPerPart : end;
-    float* sums = args.sums ? parts.data() + p * n : nullptr;
-    if (sums) std::memset(sums, 0, size_t(n) * 4);
-    for (int64_t t = t0; t < t1; ++t) backward_row<T>(args, t, sums);
+  const Parts parts(args.offsets, args.n_segments, kTokensPerPart);
+  Scratch sums(args.sums ? n * parts.count() : 0);
+  run_tasks(parts.count(), args.n_threads, [&](int64_t p) {
+    const TokenRange tokens = parts.tokens(p);
+    float* own = args.sums ? sums.data() + p * n : nullptr;
+    if (own) std::memset(own, 0, size_t(n) * 4);
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) backward_row<T>(args, t, own);
   });
   if (!args.sums) return;
-  const float* part = parts.data();
   for (int64_t s = 0; s < args.n_segments; ++s) {
     float* out = args.sums + s * n;
     for (int64_t i = 0; i < n; ++i) out[i] = 0.0f;
-    for (int64_t p = 0; p < parts_of(args, s); ++p, part += n)
-      for (int64_t i = 0; i < n; ++i) out[i] += part[i];
+    for (int64_t p = parts.first(s); p < parts.first(s + 1); ++p)
+      for (int64_t i = 0; i < n; ++i) out[i] += sums.data()[p * n + i];
   }
 }
 
