@@ -161,6 +161,27 @@ def test_merged_stores_hold_every_row_with_its_bits(
     assert all(torch.equal(v, vector(int(name[1:]))) for name, v in content(tmp_path / "cut").items())
 
 
+def test_other_stores_are_not_merged_into_a_merged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where another process has merged its own between the look at the folder and the lock."""
+    a, b, c = (part(tmp_path / name, range(i, i + 9)) for name, i in (("a", 0), ("b", 9), ("c", 20)))
+    merge(tmp_path / "out", [a, b])
+    before = content(tmp_path / "out")
+    for stores in ([a, c], [a]):
+        with pytest.raises(
+            CropiError, match="out holds the prompt 'p009', which none of the stores .*new folder"
+        ):
+            merge(tmp_path / "out", stores)
+    assert content(tmp_path / "out").keys() == before.keys()
+    SketchStore.open(tmp_path / "out").check_finished()
+    monkeypatch.setattr("cropi.store.merging.is_there", lambda path: False)
+    with pytest.raises(CropiError, match="out holds the prompt 'p009'"):
+        merge(tmp_path / "out", [a, c])
+    assert content(tmp_path / "out").keys() == before.keys()
+    merge(tmp_path / "out", [a, b]).check_finished()
+
+
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     one = part(tmp_path / "a", range(0, 6), estimator={"name": "cropi"})
     other = {

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, shown
+from cropi.files import is_there
 from cropi.store.compact import SHARD_BYTES, join_blocks
 from cropi.store.differences import ALIKE, UnlikeStores, first_difference
-from cropi.store.manifest import MERGED, NOTES, get_field
+from cropi.store.manifest import MANIFEST, MERGED, NOTES, get_field
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Shard
 from cropi.store.store import SketchStore
@@ -36,8 +37,9 @@ def merge(
         The new store, open for reading.
 
     Raises:
-        CropiError: no store is given; ``out`` is one of them; one is unfinished; they differ in spec, model,
-            stage, estimator, tokenizer, template, temperature or dtype; two hold one prompt; or the disk is full.
+        CropiError: no store is given; ``out`` is one of them, or holds rows that none of them holds; one is
+            unfinished; they differ in spec, model, stage, estimator, tokenizer, template, temperature or dtype; two
+            hold one prompt; or the disk is full.
     """
     parts = [one if isinstance(one, SketchStore) else SketchStore.open(one) for one in stores]
     with warnings.catch_warnings():  # what is a warning to a reader is an error below
@@ -49,10 +51,24 @@ def merge(
             raise CropiError(f"{out} is one of the stores that are merged; give a new folder")
         part.check_finished(alone=False)
     whole.check_finished()
-    with SketchStore.create(folder, merged_manifest(parts), shard_bytes=shard_bytes) as store:
+    manifest = merged_manifest(parts)
+    if is_there(folder / MANIFEST):  # before `create` notes how many rows there are to be
+        _check_rows(SketchStore.open(folder), whole)
+    with SketchStore.create(folder, manifest, shard_bytes=shard_bytes) as store:
+        _check_rows(store, whole)  # another process may have merged others there since
         copy_rows(store, whole.files())
         store.finish()
     return SketchStore.open(folder)
+
+
+def _check_rows(made: SketchStore, whole: SketchStore) -> None:
+    """Check that a store holds no row but those that are merged into it."""
+    for row in made.rows():
+        if row.id not in whole:
+            raise CropiError(
+                f"{made.path} holds the prompt {shown(row.id)}, which none of the stores that are merged holds: other "
+                "stores were merged there; give a new folder"
+            )
 
 
 def copy_rows(
