@@ -23,6 +23,8 @@ from cropi.trainers.trl.versions import check_batch, check_trainer
 from cropi.trainers.values import plain_value, whole_text
 
 ROWS = "cropi_rows"
+IMAGES = ("image", "images")  # the columns that TRL reads
+TOKENS_ONLY = "a trajectory record holds tokens only"
 logger = logging.getLogger(__name__)
 
 
@@ -83,17 +85,15 @@ class Recorder:
         self._rows_now: torch.Tensor | None = None
         if recording is None:
             return
-        for problem, reason in (
-            (
-                bool(trainer.environment_factories),
-                "environment_factory: what it adds to a prompt may differ between the responses to it",
-            ),
-            (bool(getattr(trainer, "_is_vlm", False)), "images: a trajectory record holds tokens only"),
-        ):
-            if problem:
-                raise CropiError(
-                    f"rollouts cannot be recorded with {reason}; pass recording=None in Curriculum"
-                )
+        if trainer.environment_factories:
+            raise _unrecorded(
+                "environment_factory: what it adds to a prompt may differ between the responses to it"
+            )
+        datasets = [trainer.train_dataset]
+        given = trainer.eval_dataset
+        datasets += given.values() if isinstance(given, Mapping) else [given]
+        if any(name in IMAGES for data in datasets for name in getattr(data, "column_names", None) or ()):
+            raise _unrecorded(f"images ({' or '.join(IMAGES)} in a dataset): {TOKENS_ONLY}")
 
     def columns(self) -> list[str]:
         """The dataset's columns that the trainer must not drop."""
@@ -119,6 +119,8 @@ class Recorder:
         if self.recording is None:
             return
         check_batch(self.trainer, output)
+        if "num_images" in output or "pixel_values" in output:
+            raise _unrecorded(f"images (in messages): {TOKENS_ONLY}")
         if self._pending is not None and self._pending.waiting:
             self._pending = None
             raise CropiError(
@@ -265,6 +267,10 @@ class Recorder:
                     merge_rollouts(logs, folder / f"{kind}.jsonl")
 
         self.ranks.agree(lambda: work() if self.ranks.first else None)
+
+
+def _unrecorded(what: str) -> CropiError:
+    return CropiError(f"rollouts cannot be recorded with {what}; pass recording=None in Curriculum")
 
 
 def _unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
