@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
 from support.made_curriculum import config, curriculum, make_folder, report
 
 from cropi.curriculum.learnt import nothing_learnt, read_training
+from cropi.sealed import sealed
 from cropi.trainers.trl.history import training_summary
 
 
@@ -55,6 +58,27 @@ def test_what_a_trainer_left_that_cannot_be_read_is_said_in_words(tmp_path: Path
         assert read_training(tmp_path) == {}
     said = "is left out of the report: it cannot be read: too many levels of symbolic links"
     assert [str(one.message) for one in told] == [f"{path} {said}"]
+
+
+def test_every_changed_bit_of_the_summary_is_found_or_harmless(tmp_path: Path) -> None:
+    summary = {"steps": [1, 9], "reward": [0.25, 0.5], "equal_rewards": [0.5, None]}
+    path, whole = tmp_path / "training.json", (json.dumps(sealed(summary)) + "\n").encode()
+    path.write_bytes(whole)
+    assert read_training(tmp_path) == {"training": summary}
+    found = 0
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            read = read_training(tmp_path)
+        held = read.get("training", {})  # a checksum under another name is left in it
+        assert {key: held.get(key) for key in summary} == (dict.fromkeys(summary) if told else summary), bit
+        found += len(told)
+    assert found > 7.5 * len(whole)
+    path.write_text(json.dumps(summary))
+    assert read_training(tmp_path) == {"training": summary}, "another trainer writes no checksum"
 
 
 @pytest.mark.long

@@ -37,7 +37,9 @@ WITH_SUMS = {
 
 
 @pytest.mark.parametrize("name", WITH_SUMS)
-def test_what_is_written_for_others_has_checksums_beside_it(name: str, tmp_path: Path) -> None:
+def test_what_is_written_for_others_has_checksums_beside_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """``sha256sum`` and ``cropi store verify`` find no fault, and then one changed byte of any of the files."""
     place, rng = (PLACES | WRITTEN)[name], random.Random(name)
     place.prepare(tmp_path)
@@ -58,6 +60,10 @@ def test_what_is_written_for_others_has_checksums_beside_it(name: str, tmp_path:
             at = rng.randrange(len(whole))
             file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
             assert cropi("store", "verify", out) == 2
+            if one == out.name:
+                capsys.readouterr()
+                assert cropi("info", out) == 2
+                assert "is not the file that was written" in capsys.readouterr().err
             for reader in (read_dataset, lambda path: list(read(path))) if out.suffix in READ else ():
                 with pytest.raises(CropiError, match="is not the file that was written: its SHA-256"):
                     reader(out)

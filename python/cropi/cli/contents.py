@@ -14,6 +14,7 @@ from cropi.bulk import check_bulk
 from cropi.errors import CropiError, printable
 from cropi.files import entries, is_file, is_there, reading, size_of
 from cropi.form import check_form, is_number
+from cropi.sealed import check_sums
 
 # Keys by which a JSON object is what `cropi check --out` wrote.
 CHECK = {"error", "theory", "findings", "method"}
@@ -47,6 +48,7 @@ def describe_file(path: Path) -> dict[str, Any] | None:
     """A file that holds no trajectories; None: it may."""
     if not os.path.isfile(path):
         return None
+    check_sums(path)
     with reading(path, missing=True):
         return _file(path)
 

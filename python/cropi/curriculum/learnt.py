@@ -11,6 +11,7 @@ from typing import Any
 from cropi.errors import warn
 from cropi.form import wrong_form
 from cropi.report.forms import TRAINED
+from cropi.sealed import CHECKSUM, digest
 
 TRAINING = "training.json"
 # Above this share of prompts whose responses have equal rewards, a step has next to no gradient.
@@ -22,7 +23,10 @@ def read_training(folder: Path) -> dict[str, Any]:
     warning, another one than `cropi.trainers.trl.history.training_summary` makes: the training is done all the same."""
     try:
         summary = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+        checksum = summary.pop(CHECKSUM, None) if isinstance(summary, dict) else None
         wrong = wrong_form(summary, TRAINED) or ("" if "reward" in summary else "it has no reward")
+        if checksum is not None and checksum != digest(summary):  # a trainer of another hand writes none
+            wrong = "it is damaged: its checksum does not match"
     except FileNotFoundError:
         return {}
     except OSError as error:

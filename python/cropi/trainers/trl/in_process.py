@@ -19,6 +19,7 @@ from cropi.data.rows_out import columns_of
 from cropi.errors import CropiError, did_you_mean, optional, shown
 from cropi.files import write_atomic
 from cropi.model.load import DTYPES, check_device, load_model
+from cropi.sealed import sealed
 from cropi.trainers.trl.checkpoints import newest_whole
 from cropi.trainers.trl.history import training_summary
 from cropi.trainers.trl.versions import check_version
@@ -178,7 +179,7 @@ def train_stage(
     started = newest_whole(out / "checkpoints", "trainer_state.json")
     trainer.train(resume_from_checkpoint=str(started) if started else None)
     if summary := training_summary(trainer.state.log_history):
-        write_atomic(out / "training.json", json.dumps(summary) + "\n")
+        write_atomic(out / "training.json", json.dumps(sealed(summary)) + "\n")
     new = out / "policy"
     trainer.save_model(str(new))
     tokenizer.save_pretrained(str(new))
