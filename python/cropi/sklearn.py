@@ -122,7 +122,7 @@ class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         if scipy.sparse.issparse(X):
             return self._transform_sparse(X)
         x = _tensor(X)
-        out = torch.zeros(X.shape[0], self.n_components_, dtype=x.dtype)
+        out = torch.zeros(X.shape[0], self.n_components_, dtype=x.dtype, device="cpu")
         return project(x, self.spec_, out=out, backend=_backend(x)).numpy()
 
     def inverse_transform(self, X: Any) -> Any:
@@ -157,7 +157,7 @@ class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             values = (sign.T * np.float64(spec.scale)).astype(dtype).ravel()
             starts = np.arange(0, n * spec.nnz + 1, spec.nnz)
             return scipy.sparse.csr_matrix((values, bucket.T.ravel(), starts), shape=(n, spec.dim))
-        eye, rows = torch.eye(_AT_ONCE), []
+        eye, rows = torch.eye(_AT_ONCE, dtype=torch.float32, device="cpu"), []
         for first in range(start, stop, _AT_ONCE):  # the rows of an identity share their draws
             m = min(_AT_ONCE, stop - first)
             rows.append(project(eye[:m, :m], spec, first).numpy())
@@ -174,7 +174,7 @@ class RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             content = (y.values.numpy(), y.columns.numpy(), y.starts.numpy())
             return scipy.sparse.csr_matrix(content, shape=(X.shape[0], spec.dim))
         step, columns = max(128, _CHUNK // X.shape[0]), X.tocsc()
-        total = torch.zeros(X.shape[0], spec.dim, dtype=_tensor(X.data).dtype)
+        total = torch.zeros(X.shape[0], spec.dim, dtype=_tensor(X.data).dtype, device="cpu")
         for start in range(0, X.shape[1], step):
             piece = _tensor(columns[:, start : start + step].toarray())
             project(piece, spec, start, out=total, backend=_backend(piece))

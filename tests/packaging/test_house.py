@@ -243,14 +243,14 @@ def test_every_named_package_is_pinned() -> None:
     assert wanted - {"cropi-kernels"} <= pinned, f"no pin in constraints.txt: {wanted - pinned}"
 
 
-def test_tensors_of_the_kernel_package_do_not_depend_on_torchs_defaults() -> None:
+def test_tensors_do_not_depend_on_torchs_defaults() -> None:
     """``torch.set_default_device`` and ``set_default_dtype`` are the caller's: a new tensor names its device, and its
     dtype where torch would take the default one."""
     floats = {"empty", "zeros", "ones", "eye", "rand", "randn", "linspace"}
     calls = [
         (path, node, {keyword.arg for keyword in node.keywords})
         for path in files(".py")
-        if KERNELS in path.parents
+        if {KERNELS, LAYER} & {*path.parents}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.")
     ]

@@ -50,7 +50,7 @@ def machine() -> dict[str, str]:
         )
         devices.append(torch.device("cuda", i))
     for device in devices:
-        lines = cropi_kernels.explain(torch.zeros(1, 1, device=device)).splitlines()
+        lines = cropi_kernels.explain(torch.zeros(1, 1, device=device, dtype=torch.float32)).splitlines()
         serving = [" ".join(line.split()) for line in lines if "serves" in line]
         held[f"kernels on {device}"] = "; ".join(serving) or "none"
     return held

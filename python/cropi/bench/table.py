@@ -108,7 +108,7 @@ def measure(device: str = "cpu", dtype: str = "float32", *, rounds: int = 7) -> 
         raise CropiError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
         where = torch.device(device)
-        torch.zeros(1, device=where)
+        torch.zeros(1, device=where, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         raise CropiError(f"device {device!r} cannot be used: {error}") from error
     kind = DTYPES[dtype]
@@ -128,7 +128,7 @@ def _rates(device: torch.device, dtype: torch.dtype, rounds: int) -> tuple[float
     size, side = (1 << 26, 2048) if device.type == "cpu" else (1 << 28, 8192)
     source = torch.zeros(size // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    a = torch.randn(side, side, device=device).to(dtype)
+    a = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
     copied, multiplied = medians([lambda: target.copy_(source), lambda: a @ a], device, rounds)
     return 2 * size / copied, 2 * side**3 / multiplied
 
@@ -138,21 +138,21 @@ def _ops(device: torch.device, dtype: torch.dtype) -> list[Op]:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
 
     one, spec = dtype.itemsize, SketchSpec()
     cuts = torch.tensor(
         [0, tokens // 7, tokens // 3, tokens // 3 + 1, 3 * tokens // 4, tokens], device=device
     )
-    out = torch.zeros(len(cuts) - 1, spec.dim, device=device)
+    out = torch.zeros(len(cuts) - 1, spec.dim, device=device, dtype=torch.float32)
     d, x, h = randn(tokens, inner), randn(tokens, hidden), randn(tokens, hidden)
     folded = plan_matrix(spec, "model.layers.0.mlp.up_proj.weight", inner, hidden)
     whole = plan_matrix(SketchSpec(width=None), "model.layers.0.mlp.up_proj.weight", inner, hidden)
     tied = plan_matrix(spec, "model.embed_tokens.weight", vocabulary, hidden, "tied")
     inputs = fold_inputs(x, folded)
-    rows = torch.randint(0, vocabulary, (tokens,), generator=generator).to(device)
+    rows = torch.randint(0, vocabulary, (tokens,), generator=generator, device="cpu").to(device)
     weight, targets = randn(vocabulary, hidden) * (3 / hidden**0.5), rows.clone()
-    gradients = torch.randn(8, 1_000_000, generator=generator).to(device)
+    gradients = torch.randn(8, 1_000_000, generator=generator, dtype=torch.float32, device="cpu").to(device)
     projection = ProjectionSpec(4096)
     made = torch.empty(inner, hidden, dtype=dtype, device=device)
     shape, head = f"{tokens} x {inner} x {hidden}", f"{tokens} x {vocabulary}"

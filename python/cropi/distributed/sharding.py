@@ -172,14 +172,14 @@ class Alike(Claimed):
 
 def _sum(number: int) -> int:
     """Over the ranks of the group."""
-    total = torch.tensor([number])
+    total = torch.tensor([number], device="cpu")
     dist.all_reduce(total)
     return int(total)
 
 
 def _first(number: int) -> int:
     """The ``number`` of the group's first rank, on every rank."""
-    told = torch.tensor([number])
+    told = torch.tensor([number], device="cpu")
     dist.broadcast(told, 0)
     return int(told)
 

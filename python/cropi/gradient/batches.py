@@ -277,7 +277,7 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
         input_ids=torch.from_numpy(ids),
         attention_mask=prefix_mask(block_table) if rows[0].shared else (block_table >= 0).long(),
         position_ids=torch.from_numpy(places),
-        segments=torch.tensor(segments),
+        segments=torch.tensor(segments, device="cpu"),
         positions=torch.from_numpy(positions),
         targets=torch.from_numpy(targets),
         token_segments=torch.from_numpy(token_segments),

@@ -217,7 +217,7 @@ def one_unit_off(model: Any) -> Iterator[None]:
         if not isinstance(output, torch.Tensor) or not output.is_floating_point():
             return output
         eps = product_eps(output)
-        sign = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8) * 2 - 1
+        sign = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
         return output * (1 + eps * sign.to(output.device, output.dtype))
 
     handles = [

@@ -190,4 +190,4 @@ def sketch_validation(
             for kept, sketches in store.shards():
                 names += [row.set or DEFAULT_SET for row in kept]
                 rows.append(sketches.float())
-    return names, torch.cat(rows) if rows else torch.zeros(0, job.row_size)
+    return names, torch.cat(rows) if rows else torch.zeros(0, job.row_size, dtype=torch.float32, device="cpu")

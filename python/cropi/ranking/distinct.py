@@ -29,7 +29,7 @@ def unit_sketches(store: SketchStore, ids: Sequence[str]) -> torch.Tensor:
         CropiError: the store has no sketch of one of them.
     """
     place = {name: i for i, name in enumerate(ids)}
-    table, left = torch.zeros(len(ids), store.dim, dtype=torch.float16), set(ids)
+    table, left = torch.zeros(len(ids), store.dim, dtype=torch.float16, device="cpu"), set(ids)
     for rows, sketches in store.shards():
         here = [i for i, row in enumerate(rows) if row.id in left]
         if not here:
@@ -60,7 +60,7 @@ class Distinct:
         self.store, self.bound = store, bound
         self.copies: dict[str, str] = {}  # what was left out, and the prompt it is near to
         self._ids: list[str] = []
-        self._taken = torch.empty(0, store.dim, dtype=torch.float16)
+        self._taken = torch.empty(0, store.dim, dtype=torch.float16, device="cpu")
 
     def take(self, ids: Sequence[str], n: int) -> list[int]:
         """The places of the first ``n`` prompts of a ranking that are far enough from one another and from those taken
@@ -97,8 +97,8 @@ class Distinct:
             start, ahead = start + ahead, 2 * ahead
 
     def _nearest(self, rows: torch.Tensor) -> list[tuple[float, str]]:
-        best = torch.full((len(rows),), -math.inf)
-        where = torch.zeros(len(rows), dtype=torch.long)
+        best = torch.full((len(rows),), -math.inf, dtype=torch.float32, device="cpu")
+        where = torch.zeros(len(rows), dtype=torch.long, device="cpu")
         for first in range(0, len(self._taken), 16 * BLOCK):
             cosines = _cosines(rows, self._taken[first : first + 16 * BLOCK])
             values, places = cosines.max(dim=1)
@@ -157,12 +157,12 @@ def _facility_location(sketches: torch.Tensor, n: int) -> np.ndarray:
             f"diversity: facility location keeps the cosines of all candidates, and {m} are more than "
             f"{MOST_CANDIDATES}; lower candidates, or use diversity kmeans"
         )
-    near = torch.empty(m, m, dtype=torch.float16)
+    near = torch.empty(m, m, dtype=torch.float16, device="cpu")
     for first in range(0, m, BLOCK):
         near[first : first + BLOCK] = (
             (sketches[first : first + BLOCK].float() @ sketches.float().T).clamp_min(0).half()
         )
-    best = torch.zeros(m)
+    best = torch.zeros(m, dtype=torch.float32, device="cpu")
     heap = [(-float(gain), i) for i, gain in enumerate(near.sum(dim=1, dtype=torch.float32))]
     heapq.heapify(heap)
     chosen: list[int] = []

@@ -236,7 +236,9 @@ def _compared(
 
     nearest = aggregate == "nearest"
     rows, sketches = (
-        validation(valid, max_valid, seed) if pairs or nearest else ([], torch.empty(0, valid[0].dim))
+        validation(valid, max_valid, seed)
+        if pairs or nearest
+        else ([], torch.empty(0, valid[0].dim, dtype=torch.float32, device="cpu"))
     )
     if nearest:
         sets, score = nearest_scores(rows, sketches, metric)
@@ -304,7 +306,7 @@ def validation_means(
     for store in stores:
         store.check_finished()
     chosen = choose_members(stores, max_valid, seed)
-    sums = {name: torch.zeros(stores[0].dim, dtype=torch.float64) for name in chosen}
+    sums = {name: torch.zeros(stores[0].dim, dtype=torch.float64, device="cpu") for name in chosen}
     for number, store in enumerate(stores):
         for kept, sketches in store.shards():
             for row, vector in zip(kept, sketches.double(), strict=True):

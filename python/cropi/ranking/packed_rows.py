@@ -32,13 +32,13 @@ class PackedRows:
             raise CropiError(f"dim is {dim}: in 4 bits it must be a multiple of {BLOCK}")
         self.count, self.dim, self.bits = count, dim, bits
         self._draws = torch.Generator().manual_seed(seed)
-        self.exponent = torch.zeros(count, dtype=torch.int16)
+        self.exponent = torch.zeros(count, dtype=torch.int16, device="cpu")
         if bits == 16:
-            self.values = torch.zeros(count, dim, dtype=torch.float16)
-            self.scale = torch.zeros(count, 0, dtype=torch.float16)
+            self.values = torch.zeros(count, dim, dtype=torch.float16, device="cpu")
+            self.scale = torch.zeros(count, 0, dtype=torch.float16, device="cpu")
         else:
-            self.values = torch.zeros(count, dim // 2, dtype=torch.uint8)
-            self.scale = torch.zeros(count, dim // BLOCK, dtype=torch.float16)
+            self.values = torch.zeros(count, dim // 2, dtype=torch.uint8, device="cpu")
+            self.scale = torch.zeros(count, dim // BLOCK, dtype=torch.float16, device="cpu")
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +69,9 @@ class PackedRows:
         # Rounded up, so that no number of the block is more than 7 of it.
         scale = (blocks.abs().amax(dim=2) * (1.001 / 7)).to(torch.float16)
         shares = blocks / scale.float().clamp_min(torch.finfo(torch.float16).tiny)[..., None]
-        whole = (shares + torch.rand(shares.shape, generator=self._draws)).floor().clamp(-7, 7) + 8
+        whole = (
+            shares + torch.rand(shares.shape, generator=self._draws, dtype=torch.float32, device="cpu")
+        ).floor().clamp(-7, 7) + 8
         pairs = whole.to(torch.uint8).view(len(rows), self.dim // 2, 2)
         self.values[places] = pairs[..., 0] | (pairs[..., 1] << 4)
         self.scale[places] = scale

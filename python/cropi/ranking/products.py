@@ -52,7 +52,7 @@ def products(
     def multiply(block: Block) -> tuple[np.ndarray, np.ndarray]:
         buffer = getattr(own, "buffer", None)
         if buffer is None or len(buffer) < block.size:
-            own.buffer = buffer = torch.empty(block.size, dtype=torch.uint8)
+            own.buffer = buffer = torch.empty(block.size, dtype=torch.uint8, device="cpu")
         return _multiply(block.read(buffer), wanted, powers, apart, width)
 
     waiting: deque[tuple[list[RowInfo], Future[tuple[np.ndarray, np.ndarray]]]] = deque()

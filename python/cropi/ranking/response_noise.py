@@ -125,7 +125,9 @@ def _variances(
 ) -> np.ndarray:
     ends = np.cumsum([0, *(len(vectors) for vectors in moved.values())])
     known = np.where([counts[name] > 0 for name in moved], 0.0, np.nan)
-    vectors = [vector for part in moved.values() for vector in part] or [torch.zeros(train.dim)]
+    vectors = [vector for part in moved.values() for vector in part] or [
+        torch.zeros(train.dim, dtype=torch.float32, device="cpu")
+    ]
 
     def sums(products: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):  # a zero sketch has no direction: NaN

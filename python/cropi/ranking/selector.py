@@ -105,7 +105,7 @@ class Selector:
         self._last = np.full(n, -1, dtype=np.int64)
         self._failed = np.zeros(n, dtype=np.int32)
         self._failing = Failing()
-        self._valid = torch.zeros(0, dim)
+        self._valid = torch.zeros(0, dim, dtype=torch.float32, device="cpu")
         self._noise = Noise()
         self._shown = np.zeros(n)  # usefulness, on average over visits
         self._origin: Origin = {}  # of the sketches
@@ -188,8 +188,12 @@ class Selector:
         usable = rows.isfinite().all(dim=1) & (rows != 0).any(dim=1)
         means = []
         for name in sorted(set(names)) or ["valid"]:
-            mine = torch.tensor([other == name for other in names], dtype=torch.bool) & usable
-            mean = rows[mine].double().mean(dim=0) if bool(mine.any()) else torch.zeros(self.dim).double()
+            mine = torch.tensor([other == name for other in names], dtype=torch.bool, device="cpu") & usable
+            mean = (
+                rows[mine].double().mean(dim=0)
+                if bool(mine.any())
+                else torch.zeros(self.dim, dtype=torch.float32, device="cpu").double()
+            )
             if not bool(mine.any()) or not float(mean.norm()) > 0:
                 raise CropiError(
                     f"validation set {name!r} has no row with a gradient ({names.count(name)} were given): give "
@@ -293,7 +297,7 @@ class Selector:
         if why := differs(self._origin, origin):
             raise CropiError(f"the state's sketches are of {why}")
         before = {name: i for i, name in enumerate(state["ids"])}
-        order = torch.tensor([before[name] for name in self.ids], dtype=torch.int64)
+        order = torch.tensor([before[name] for name in self.ids], dtype=torch.int64, device="cpu")
         self._rows.load_state_dict(state["rows"], order if self.within is None else order[:0])
         self._refreshed = int(state["refreshed"])
         for key in ("weight", "shown", "last", "failed"):
@@ -379,7 +383,7 @@ class Selector:
             return  # the step failed (an overflow under loss scaling), and says nothing of any prompt
         self._failing.end(np.setdiff1d(unique, broken))
         # Of float32 numbers squares may be beyond float32, at either end.
-        new = torch.zeros(len(unique), self.dim, dtype=torch.float64)
+        new = torch.zeros(len(unique), self.dim, dtype=torch.float64, device="cpu")
         new.index_add_(0, torch.from_numpy(inverse), rows.double())
         new[torch.from_numpy(np.isin(unique, broken))] = 0.0
         new = torch.nn.functional.normalize(new, dim=1, eps=torch.finfo(torch.float64).tiny).float()

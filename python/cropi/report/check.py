@@ -270,5 +270,5 @@ def check_job(
 
 def _drawn(names: Sequence[str], count: int, seed: int) -> list[str]:
     """``count`` of the names, drawn at random with ``seed``, in their order."""
-    picked = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:count]
+    picked = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed), device="cpu")[:count]
     return [names[i] for i in sorted(picked.tolist())]

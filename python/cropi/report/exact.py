@@ -80,7 +80,7 @@ def exact_gradients(
                 squares[name].append(float(full.double().square().sum()))
                 kept[name].append(full.flatten().to(torch.bfloat16).cpu())
                 parameter.grad = None
-    gram = torch.zeros(len(groups), len(groups), dtype=torch.float64)
+    gram = torch.zeros(len(groups), len(groups), dtype=torch.float64, device="cpu")
     for name in list(kept):
         rows = torch.stack(kept.pop(name))
         for start in range(0, rows.shape[1], CHUNK):

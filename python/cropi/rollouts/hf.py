@@ -161,7 +161,7 @@ class HfEngine:
         copies = sum(p.numel() * p.element_size() for p in model.parameters() if p.ndim == 2)
         if copies > SHARE_OF_COPIES * free_memory(device):
             return "torch"
-        ids = torch.zeros(min(rows, MEASURED), 1, dtype=torch.long)
+        ids = torch.zeros(min(rows, MEASURED), 1, dtype=torch.long, device="cpu")
         kinds: tuple[Linears, ...] = ("torch", "onednn")
         ways = {kind: PackedLinears(model.parameters(), kind, inference=True) for kind in kinds}
         best = dict.fromkeys(kinds, math.inf)

@@ -64,7 +64,9 @@ def _excess(model: Any, way: str, longest: int) -> float:
     generator = torch.Generator().manual_seed(0)
     lengths = [n if way != "alone" else _LENGTHS[0] for n in _LENGTHS]
     lengths[-1] = max(lengths[-1], min(longest, 4096)) if way != "alone" else lengths[-1]
-    whole = [torch.randint(0, size, (n + _DECODED,), generator=generator).tolist() for n in lengths]
+    whole = [
+        torch.randint(0, size, (n + _DECODED,), generator=generator, device="cpu").tolist() for n in lengths
+    ]
     if way == "shared":
         same = (_OF_TWO, _OF_TWO, _OF_ALL)
         whole = [whole[0][:count] + ids[count:] for count, ids in zip(same, whole)]

@@ -142,7 +142,11 @@ def score_batch(
         assert advantages is not None
         scale = rows.each_token("advantages", advantages, scored)
         behaviour = None if old_logprobs is None else rows.each_logprob("old_logprobs", old_logprobs, scored)
-    divisors = torch.ones(rows.batch) if weights is not None else _divisors(kind, scored, segments)
+    divisors = (
+        torch.ones(rows.batch, dtype=torch.float32, device="cpu")
+        if weights is not None
+        else _divisors(kind, scored, segments)
+    )
     return _sketched(
         policy, spec or SketchSpec(), tuple(exclude), rows, scored, names, segments, scale, behaviour,
         None if weights is not None else kind, divisors.to(rows.ids.device), temperature, tokens_per_batch,
@@ -190,10 +194,10 @@ class _Rows:
         for row in sorted(order.tolist(), key=lambda row: (int(segments[row]), reach[row])):
             together = [reach[other] for other in (*chosen, row)]
             if chosen and (len(chosen) == step or not lengths.together(min(together), max(together))):
-                yield torch.tensor(chosen)
+                yield torch.tensor(chosen, device="cpu")
                 chosen = []
             chosen.append(row)
-        yield torch.tensor(chosen)
+        yield torch.tensor(chosen, device="cpu")
 
     def _check_mask(self, name: str, mask: torch.Tensor, why: str) -> None:
         if (at := numbered(mask)) is not None:
@@ -298,7 +302,7 @@ class _Rows:
     def prompts(self, names: Any) -> tuple[list[Any], torch.Tensor]:
         """The prompts in order of their first row, and for each row the number of its prompt: int64 ``[batch]``."""
         if names is None:
-            return list(range(self.batch)), torch.arange(self.batch)
+            return list(range(self.batch)), torch.arange(self.batch, device="cpu")
         names = names.tolist() if hasattr(names, "tolist") else names
         if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != self.batch:
             got = f"{len(names)} names" if isinstance(names, Sequence) else f"a {type(names).__name__}"
@@ -312,7 +316,7 @@ class _Rows:
                 )
         places: dict[Any, int] = {}
         segments = [places.setdefault(name, len(places)) for name in names]
-        return list(places), torch.tensor(segments)
+        return list(places), torch.tensor(segments, device="cpu")
 
 
 def _check_tensor(name: str, value: Any) -> None:
@@ -334,7 +338,7 @@ def _members(segments: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _advantages(kind: Estimator, rewards: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-    made = torch.zeros(len(rewards), dtype=torch.float64)
+    made = torch.zeros(len(rewards), dtype=torch.float64, device="cpu")
     for rows in _members(segments):
         if len(rows) < 2:
             raise CropiError(
@@ -348,7 +352,7 @@ def _advantages(kind: Estimator, rewards: torch.Tensor, segments: torch.Tensor) 
 
 
 def _divisors(kind: Estimator, scored: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-    counts, made = scored.sum(1).cpu(), torch.zeros(len(scored), dtype=torch.float64)
+    counts, made = scored.sum(1).cpu(), torch.zeros(len(scored), dtype=torch.float64, device="cpu")
     for rows in _members(segments):
         made[rows] = torch.from_numpy(kind.divisors(counts[rows].tolist()))
     return made
@@ -372,8 +376,10 @@ def _sketched(
     """Rows sorted by prompt go through the model, as many at a time as the budget holds; parts of a prompt add up."""
     if not isinstance(budget, int) or budget < 1:
         raise CropiError(f"tokens_per_batch must be an integer of at least 1, got {budget!r}")
-    sketches = torch.zeros(len(names), spec.dim, device=rows.device)
-    logprobs, weights = (torch.zeros(rows.batch, rows.length, device=rows.device) for _ in range(2))
+    sketches = torch.zeros(len(names), spec.dim, device=rows.device, dtype=torch.float32)
+    logprobs, weights = (
+        torch.zeros(rows.batch, rows.length, device=rows.device, dtype=torch.float32) for _ in range(2)
+    )
     with policy.sketcher(spec, exclude) as sketcher:
         for chosen in rows.cut(segments, budget, layout_of(policy, "padded").lengths):
             here = chosen.to(rows.device)

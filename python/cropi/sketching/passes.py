@@ -231,6 +231,8 @@ class Passes:
         total = 0.0
         padded = Layout(shared=False, lengths=self.lengths)
         for batch in make_batches([group], self.estimator, padded, budget=budget, stored_behaviour=stored):
-            rows = replace(batch, segments=torch.arange(batch.input_ids.shape[0])).to(self.device)
+            rows = replace(batch, segments=torch.arange(batch.input_ids.shape[0], device="cpu")).to(
+                self.device
+            )
             total += float(self._gradient(rows, self._behaviour_of(rows)).sketches.double().norm(dim=1).sum())
         return total

@@ -72,7 +72,7 @@ def encode(rows: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
     if dtype == "int1":
         scale = blocks.abs().mean(dim=2)
         bits = (blocks >= 0).view(len(rows), rows.shape[1] // 8, 8).to(torch.uint8)
-        packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=2, dtype=torch.uint8)
+        packed = (bits << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(dim=2, dtype=torch.uint8)
         return {"int1": packed, "scale": scale}
     scale = (blocks.abs().amax(dim=2) / 7).clamp_min(_TINY)
     values = (blocks / scale[..., None]).round().to(torch.int8).view_as(rows)
@@ -88,7 +88,7 @@ def decode(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         rows = pairs.view(len(packed), 2 * packed.shape[1]).to(torch.float32) - 8
     elif "int1" in tensors:
         packed = tensors["int1"]
-        bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
         rows = bits.view(len(packed), 8 * packed.shape[1]).to(torch.float32) * 2 - 1
     else:
         rows = tensors["sketch"].to(torch.float32)

@@ -54,7 +54,10 @@ def join_blocks(shards: Sequence[Shard]) -> dict[str, torch.Tensor]:
     """The tensors of some shards of one store, one below the other, as they are stored."""
     joined = {
         name: torch.empty(
-            sum(shard.tensors[name].shape[0] for shard in shards), held.shape[1], dtype=held.dtype
+            sum(shard.tensors[name].shape[0] for shard in shards),
+            held.shape[1],
+            dtype=held.dtype,
+            device="cpu",
         )
         for name, held in shards[0].tensors.items()
     }

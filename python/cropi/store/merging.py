@@ -108,7 +108,9 @@ def _left_rows(
 ) -> tuple[list[RowInfo], Mapping[str, torch.Tensor]]:
     """The rows that are not copied yet."""
     if not all(left):
-        kept = torch.tensor([one for row, one in zip(rows, left, strict=True) if row.row is not None])
+        kept = torch.tensor(
+            [one for row, one in zip(rows, left, strict=True) if row.row is not None], device="cpu"
+        )
         tensors = {name: tensor[kept] for name, tensor in tensors.items()}
     return [row for row, one in zip(rows, left, strict=True) if one], tensors
 

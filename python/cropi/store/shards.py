@@ -128,7 +128,7 @@ class Shard:
         scale = self.tensors.get("scale")
         scales = None
         if scale is not None:
-            data = torch.empty(scale.end - scale.begin, dtype=torch.uint8)
+            data = torch.empty(scale.end - scale.begin, dtype=torch.uint8, device="cpu")
             scales = scale.of(self._read(scale.begin, scale.end, self.checks["scale"], data))
         for number, first in enumerate(range(0, values.shape[0], step)):
             begin = values.begin + first * width
@@ -139,10 +139,10 @@ class Shard:
 
     def blocks(self) -> Iterator[tuple[list[RowInfo], dict[str, torch.Tensor]]]:
         """The same, read one after the other: rows and tensors, which are valid until the next are asked for."""
-        buffer = torch.empty(0, dtype=torch.uint8)
+        buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         for block in self.unread():
             if len(buffer) < block.size:
-                buffer = torch.empty(block.size, dtype=torch.uint8)
+                buffer = torch.empty(block.size, dtype=torch.uint8, device="cpu")
             yield block.rows, block.read(buffer)
 
     def verify(self) -> None:

@@ -233,7 +233,9 @@ class SketchStore(StoredSketches):
         sketches = [sketch for _, sketch in self._pending.values() if sketch is not None]
         rows = [row for row, _ in self._pending.values()]
         has = [sketch is not None for _, sketch in self._pending.values()]
-        table = torch.stack(sketches) if sketches else torch.empty(0, self.dim)
+        table = (
+            torch.stack(sketches) if sketches else torch.empty(0, self.dim, dtype=torch.float32, device="cpu")
+        )
         self._append(rows, has, encode(table, self.dtype))
         self._pending, self._pending_sketches = {}, 0
         self._tidy(due(self.files(), self.shard_bytes))

@@ -106,7 +106,9 @@ class Reader(pickle.Unpickler):
         if name not in self._kept:
             data = bytearray(self._storage(name))
             self._kept[name] = (
-                torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+                torch.frombuffer(data, dtype=torch.uint8)
+                if data
+                else torch.empty(0, dtype=torch.uint8, device="cpu")
             )
         held: torch.Tensor = self._kept[name]
         if size * dtype.itemsize != held.numel():

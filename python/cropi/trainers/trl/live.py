@@ -77,7 +77,7 @@ class LiveRun:
             within=self.live.within,
         )  # fmt: skip
         # No rows, but their model: a checkpoint of another one is refused.
-        nothing = torch.zeros(0, options.spec.dim)
+        nothing = torch.zeros(0, options.spec.dim, dtype=torch.float32, device="cpu")
         self.selector.update([], Known(nothing, Policy(model, tokenizer).origin(self.sketcher)), 0)
         self.seconds = 0.0  # of sketching, since the last stage
         self._open: contextlib.ExitStack | None = None  # of the training step that runs
@@ -132,7 +132,7 @@ class LiveRun:
 
     def _weighed(self, inputs: dict[str, Any], places: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         """Prompts whose gradients are dropped, and inputs in which the advantages of opposed prompts are smaller."""
-        none = torch.zeros(0, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
         if self.live.opposed == 1.0:
             return none, inputs
         rows = torch.from_numpy(
@@ -148,8 +148,12 @@ class LiveRun:
 
     def end_step(self, step: int) -> None:
         """The optimizer has stepped: every rank's sketches go to every rank's selector."""
-        places = torch.cat(self._places) if self._places else torch.zeros(0, dtype=torch.int64)
-        rows = torch.cat(self._sketches) if self._sketches else torch.zeros(0, self.options.spec.dim)
+        places = torch.cat(self._places) if self._places else torch.zeros(0, dtype=torch.int64, device="cpu")
+        rows = (
+            torch.cat(self._sketches)
+            if self._sketches
+            else torch.zeros(0, self.options.spec.dim, dtype=torch.float32, device="cpu")
+        )
         self._places, self._sketches = [], []
         ids = [self.selector.ids[place] for place in places.tolist()]
         self.selector.update(ids, rows, step, gather=True)

@@ -138,7 +138,7 @@ class Recorder:
             output[ROWS] = torch.arange(len(generation.records), device=output["completion_ids"].device)
             return
         if self.recording.logprobs and known is not None:
-            generation.seen.append((torch.arange(len(generation.records)), known.detach()))
+            generation.seen.append((torch.arange(len(generation.records), device="cpu"), known.detach()))
         self.write(generation)
 
     def _of_masked(self, output: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:

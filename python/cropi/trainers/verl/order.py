@@ -44,7 +44,9 @@ class SelectionOrder:
         places = self.selected.places
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            places = [places[i] for i in torch.randperm(len(places), generator=generator).tolist()]
+            places = [
+                places[i] for i in torch.randperm(len(places), generator=generator, device="cpu").tolist()
+            ]
         self.yielded, self._order = 0, places
 
     def refresh(self) -> bool:
