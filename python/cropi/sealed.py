@@ -23,7 +23,8 @@ from cropi.form import check_form, is_writable
 from cropi.locks import one_at_a_time
 
 CHECKSUM = "checksum"
-_LINE = re.compile("([0-9a-f]{64})  (.+)")
+# After a backslash, the name is written as sha256sum does where it holds line ends.
+_LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)")
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -98,8 +99,16 @@ def summed(path: str | Path, *beside: Path) -> Iterator[None]:
             forget(sums_path(path))
         yield
         files = sorted(file for _, held in tree(path) for file in held) if is_folder(path) else [path]
-        lines = (f"{_found(file)}  {file.relative_to(path.parent)}\n" for file in (*files, *beside))
+        lines = (_line(_found(file), str(file.relative_to(path.parent))) for file in (*files, *beside))
         write_atomic(sums_path(path), *lines)
+
+
+def _line(found: str, name: str) -> str:
+    """A line of a file of checksums, as ``sha256sum`` writes it."""
+    if "\n" not in name:
+        return f"{found}  {name}\n"
+    escaped = name.replace("\\", r"\\").replace("\n", r"\n")
+    return f"\\{found}  {escaped}\n"
 
 
 def check_sums(path: str | Path, *, whole: bool = False) -> int:
@@ -140,13 +149,18 @@ def _sums(path: Path, strict: bool) -> dict[str, str]:
     """
     try:
         with reading(path):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = path.read_bytes().decode("utf-8", "replace").removesuffix("\n").split("\n")
     except FileNotFoundError:
         return {}
-    matches = list(map(_LINE.fullmatch, lines))
+    matches = [_LINE.fullmatch(line.removesuffix("\r")) for line in lines]
     if strict and None in matches:
         raise CropiError(f"{path} is damaged: line {matches.index(None) + 1} is not a checksum of a file")
-    return {match[2]: match[1] for match in matches if match}
+    return {_name(match): match[2] for match in matches if match}
+
+
+def _name(line: re.Match[str]) -> str:
+    unescaped = re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], line[3])
+    return unescaped if line[1] else line[3]
 
 
 def _found(path: Path) -> str:

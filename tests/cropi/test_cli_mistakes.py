@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -180,6 +181,14 @@ def test_no_command_writes_over_what_it_reads(
     ):
         assert cropi(*words) == 2 and named in capsys.readouterr().err
     assert {path.read_text() for path in tmp_path.glob("*.*")} == {"precious"}
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / os.fsdecode(b"x\xff")
+    assert cropi("convert", "none.jsonl", "--out", out) == 2
+    assert r"x\udcff' is not UTF-8, as what is noted of a job has to be; rename" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_an_end_token_is_used_as_the_message_says(

@@ -19,6 +19,7 @@ from cropi.data.export import read_dataset
 from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
+from cropi.sealed import check_sums, summed
 from cropi.sketching import groups
 from cropi.sketching.behind import Behind
 from cropi.sketching.job import SketchJob
@@ -68,6 +69,19 @@ def test_what_is_written_for_others_has_checksums_beside_it(
                 with pytest.raises(CropiError, match="is not the file that was written: its SHA-256"):
                     reader(out)
             file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\\n\nb", "a\\nb", "a\u2028b", "a\rb", "\\", "a  b"])
+def test_checksums_of_a_file_with_an_odd_name(name: str, tmp_path: Path) -> None:
+    out = tmp_path / name
+    with summed(out):
+        out.write_text("1")
+    assert check_sums(out, whole=True) == check_sums(out) == 1
+    if shutil.which("sha256sum") and "\r" not in name:
+        subprocess.run(["sha256sum", "-c", f"{name}.sha256"], cwd=tmp_path, check=True, capture_output=True)
+    out.write_text("2")
+    with pytest.raises(CropiError, match="is not the file that was written"):
+        check_sums(out)
 
 
 READ = (".jsonl", ".parquet", "")  # what cropi reads again

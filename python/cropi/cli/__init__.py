@@ -12,7 +12,7 @@ from cropi.cli import manners
 from cropi.cli.manners import Plain, conclude, speaking
 from cropi.cli.parser import Parser, ShowVersion, about
 from cropi.cli.streams import lasting_streams
-from cropi.errors import printable_lines, shortened
+from cropi.errors import CropiError, printable_lines, shortened, shown
 
 __all__ = ["COMMANDS", "Plain", "main", "make_parser"]
 
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: Any) -> int:
     try:
+        _check_words(args.words)
         with speaking(args):
             status: int = args.run(args)
         conclude(args, status)
@@ -67,6 +68,17 @@ def _run(args: Any) -> int:
         print(printable_lines(f"cropi {args.command}: error: {shortened(str(told))}"), file=sys.stderr)
         conclude(args, 2, told)
         return 2
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Check that what was given can be noted in files, before work whose results could not name it."""
+    from cropi.form import is_writable
+
+    for word in words:
+        if not is_writable(word):
+            raise CropiError(
+                f"{shown(word)} is not UTF-8, as what is noted of a job has to be; rename the file"
+            )
 
 
 def make_parser() -> Parser:
