@@ -14,6 +14,7 @@ import pytest
 
 from cropi.data import coded
 from cropi.data.export import read_dataset
+from cropi.data.parquet_delta import total
 from cropi.data.parquet_footer import parts_of
 from cropi.data.readers import read
 from cropi.errors import CropiError
@@ -27,18 +28,30 @@ def made() -> pyarrow.Table:
     texts = ["", "a", "b" * 50, "é" * 200, None, *(str(i) * drawn.randrange(30) for i in range(40))]
     rows = [
         {"a": drawn.choice(texts), "b": [drawn.choice(texts) for _ in range(drawn.randrange(4))],
-         "c": {"d": drawn.choice(texts)} if i % 7 else None, "e": f"{i} {'z' * drawn.randrange(60)}", "n": [i] * 2}
+         "c": {"d": drawn.choice(texts)} if i % 7 else None, "e": f"{i} {'z' * drawn.randrange(60)}", "n": [i] * 2
+        }
         for i in range(300)
     ]  # fmt: skip
     return pyarrow.Table.from_pylist(rows)
 
 
+TEXTS = ("a", "b.list.element", "c.d", "e")
+DELTAS: dict[str, Any] = {
+    "use_dictionary": False, "column_encoding": dict.fromkeys(TEXTS, "DELTA_BYTE_ARRAY"), "write_statistics": False
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"compression": name} for name in ("none", "snappy", "gzip", "zstd", "lz4", "brotli")},
     "pages": {"data_page_size": 100, "dictionary_pagesize_limit": 300, "write_batch_size": 8},
     "version 2": {"data_page_version": "2.0", "data_page_size": 500},
     "groups": {"row_group_size": 90}, "plain": {"use_dictionary": False}, "sums": {"write_page_checksum": True},
+    **{f"deltas {name}": DELTAS | options for name, options in {
+        "1": {}, "2": {"data_page_version": "2.0", "compression": "zstd"}, "unpacked": {"compression": "none"},
+        "pages": {"data_page_size": 500, "data_page_version": "2.0"}}.items()},
 }  # fmt: skip
+
+
+LEVELS = {"a": 1, "b.list.element": 2, "c.d": 1, "e": 1, "n.list.element": 2}
+DELTA_NAMES = [name for name in OPTIONS if name.startswith("deltas")]
 
 
 def texts_of(column: Any) -> list[str]:
@@ -64,14 +77,20 @@ def test_bounds_hold_and_longest_texts_are_found(name: str, tmp_path: Path) -> N
             assert part.values == column.num_values
             # The headers themselves are counted there, too.
             assert part.size <= column.total_uncompressed_size
-            held = texts_of(rows.column(column.path_in_schema[0]).to_pylist())
+            held = texts_of(rows.column(column.path_in_schema.partition(".")[0]).to_pylist())
+            real, levels = sum(len(text.encode()) for text in held), LEVELS[column.path_in_schema]
             with open(path, "rb") as file:
-                exact, quick = part.most(file), part.most()
-                assert sum(len(text.encode()) for text in held) <= exact <= quick
+                exact, quick = part.most(file, levels), part.most()
+                assert real <= exact <= quick
+                if part.deltas:  # each text once, and the pages
+                    assert exact <= real + 4 * part.values + part.size < quick
                 if part.dictionary and part.coded == part.values and held:
                     longest = max(len(text.encode()) for text in held)
                     assert part.dictionary.longest(file) == longest <= part.dictionary.longest()
-    assert any(part.coded for group in groups for part in group) == (name != "plain")
+    assert any(part.coded for group in groups for part in group) == (
+        name != "plain" and name not in DELTA_NAMES
+    )
+    assert all(bool(group[c].deltas) == (name in DELTA_NAMES) for group in groups for c in range(4))
 
 
 def test_ordinary_columns_are_read_plainly(tmp_path: Path) -> None:
@@ -86,6 +105,47 @@ def test_ordinary_columns_are_read_plainly(tmp_path: Path) -> None:
         assert part.most() > coded._limit(path) > part.most(bytes_)
     file, schema, *_ = coded.opened(path)
     assert file.schema_arrow == schema == table.schema
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_texts_that_begin_as_others_are_refused_where_they_take_too_much(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.parquet"
+    options = DELTAS | {"column_encoding": {"prompt": "DELTA_BYTE_ARRAY"}, "data_page_version": version}
+    text = pyarrow.array(["x" * 100_000]).take(pyarrow.array(np.zeros(8, dtype=np.int64)))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": pyarrow.chunked_array([text] * 250)}), path, **options
+    )
+    for reader in (read_dataset, lambda path: list(read(path))):
+        with pytest.raises(CropiError, match=WORDS):
+            reader(path)
+    words = random.Random(0)
+    rows = sorted("".join(words.choices("ab", k=words.randrange(300))) for _ in range(5000))
+    table = pyarrow.table({"prompt": rows})
+    pyarrow.parquet.write_table(table, path, **options)
+    monkeypatch.setattr(coded, "RATIO_FROM", 2**21)
+    monkeypatch.setattr(coded, "LARGEST_RATIO", 1)
+    assert parts_of(path)[0][0].most() > coded._limit(path)
+    assert read_dataset(path).equals(table)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "80 01 04 c8 01", "80 01 00 c8 01 00", "80 01 04 c8 01 00 00 ff ff ff ff", "80 01 04 04 01",
+     "ff ff ff ff 0f 01 04 00 00 00"],
+)  # fmt: skip
+def test_lengths_that_are_damaged(damage: str) -> None:
+    with pytest.raises((ValueError, LookupError)):
+        total(bytes.fromhex(damage))
+
+
+def test_lengths_are_added_up() -> None:
+    """The examples of the format's own description, and one of three values."""
+    # Blocks of 128 in four parts, five values from 1, each 1 larger; then steps of -2, -2, -2, 1, 1, 1, 1 from 7.
+    assert total(bytes.fromhex("80 01 04 05 02 02 00 00 00 00")) == 1 + 2 + 3 + 4 + 5
+    steps = bytes.fromhex("80 01 04 08 0e 03 02 00 00 00") + bytes([0b11000000, 0b00111111, *[0] * 6])
+    assert total(steps) == 7 + 5 + 3 + 1 + 2 + 3 + 4 + 5
 
 
 # ------------------------------------------------------------------------------------------------ footers that lie
@@ -133,6 +193,7 @@ LIES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], tuple[int, int]], s
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LIES)
 @pytest.mark.parametrize("reader", [read_dataset, lambda path: list(read(path))], ids=["dataset", "records"])
 def test_a_footer_that_lies_hides_nothing(reader: Callable[[Path], Any], name: str, tmp_path: Path) -> None:
@@ -143,6 +204,7 @@ def test_a_footer_that_lies_hides_nothing(reader: Callable[[Path], Any], name: s
         reader(path)
 
 
+@pytest.mark.long
 def test_a_page_of_one_letter_is_refused(tmp_path: Path) -> None:
     """Without a dictionary: what packs the page makes it small."""
     path = tmp_path / "t.parquet"
@@ -154,9 +216,11 @@ def test_a_page_of_one_letter_is_refused(tmp_path: Path) -> None:
         read_dataset(path)
 
 
-def test_changed_bytes_are_parts_or_words(tmp_path: Path) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("options", [{}, DELTAS], ids=["dictionaries", "deltas"])
+def test_changed_bytes_are_parts_or_words(options: dict[str, Any], tmp_path: Path) -> None:
     path, drawn, ends = tmp_path / "t.parquet", random.Random(0), list[str]()
-    pyarrow.parquet.write_table(made()[:50], path, data_page_size=200, write_batch_size=8)
+    pyarrow.parquet.write_table(made()[:50], path, data_page_size=200, write_batch_size=8, **options)
     right = path.read_bytes()
     for _ in range(400):
         data = bytearray(right)
@@ -166,7 +230,7 @@ def test_changed_bytes_are_parts_or_words(tmp_path: Path) -> None:
         try:
             for part in (part for group in parts_of(path) for part in group):
                 with open(path, "rb") as file:
-                    assert 0 <= part.most(file) <= part.most()
+                    assert 0 <= part.most(file, 1) <= part.most()
             ends.append("parts")
         except CropiError as error:
             assert "t.parquet: the parquet file is damaged or was cut: its " in str(error)

@@ -48,10 +48,15 @@ def opened(path: Path, **options: Any) -> tuple[Any, Any, int, int]:
     share = limit // max(len(columns), 1)
     with open_to_read(path) as bytes_:
         for column, parts in columns:
-            # The dictionaries are read where a text of their whole size in every row would be too large.
-            if column.physical_type == "BYTE_ARRAY" and all(
-                sum(part.most(held) for part in parts) > share for held in (None, bytes_)
-            ):
+            if column.physical_type != "BYTE_ARRAY" or sum(part.most() for part in parts) <= share:
+                continue
+            # Texts of the largest size that there could be would be too large: now of the sizes that there are.
+            levels = (column.max_definition_level > 0) + (column.max_repetition_level > 0)
+            most = sum(part.most(bytes_, levels) for part in parts)
+            if any(part.deltas for part in parts):  # which pyarrow does not give as dictionaries
+                least += most - _least(column, parts)
+                _check(least, limit, path)
+            elif most > share:
                 coded.append(column.path)
     if coded:
         file.close()

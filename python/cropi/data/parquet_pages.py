@@ -8,16 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import IO, Any
 
+from cropi.data.parquet_codecs import unpacked
+from cropi.data.parquet_delta import DeltaPage
 from cropi.data.thrift import Thrift
-from cropi.errors import optional
 
 # Fields of a page's header by their numbers; by the kind of page the field of what it alone has; fields of that.
 KIND, UNPACKED, PACKED = 1, 2, 3
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
 PAGES = {DATA_PAGE: 5, DICTIONARY_PAGE: 7, DATA_PAGE_V2: 8}
-COUNT, ENCODING, ENCODING_V2 = 1, 2, 4
+COUNT, ENCODING, ENCODING_V2, LEVELS, IS_PACKED = 1, 2, 4, (5, 6), 7
 BY_DICTIONARY = (2, 8)
-CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
+BY_DELTAS = 7
 LARGEST_HEADER = 2**24
 
 
@@ -35,16 +36,13 @@ class Dictionary:
     def longest(self, file: IO[bytes] | None = None) -> int:
         """The bytes of the longest text at most; with the file those of the one that is the longest."""
         most = max(0, self.size - 4 * self.count)
-        if file is None or self.codec and self.codec not in CODECS:
+        if file is None:
             return most
         file.seek(self.at)
-        data = file.read(self.packed)
-        if self.codec:
-            pyarrow = optional("pyarrow")
-            try:
-                data = pyarrow.decompress(data, self.size, CODECS[self.codec], asbytes=True)
-            except (pyarrow.ArrowException, OSError):
-                return most  # pyarrow will say so when it reads the page
+        try:
+            data = unpacked(file.read(self.packed), self.size, self.codec)
+        except ValueError:
+            return most  # pyarrow will say so when it reads the page
         found = at = 0
         for _ in range(self.count):
             size = int.from_bytes(data[at : at + 4], "little")
@@ -55,18 +53,28 @@ class Dictionary:
 
 @dataclass(frozen=True)
 class Part:
-    """A column in one group of rows: how many values, the bytes of its pages unpacked, and how many values name an
-    entry of the dictionary."""
+    """A column in one group of rows: how many values, the bytes of its pages unpacked, how many values name an entry of
+    the dictionary, and the pages whose texts begin as others."""
 
     values: int
     size: int
     coded: int
     dictionary: Dictionary | None
+    deltas: tuple[DeltaPage, ...]
 
-    def most(self, file: IO[bytes] | None = None) -> int:
-        """The bytes that its texts may take; with the file, whose dictionary is read, fewer."""
+    def most(self, file: IO[bytes] | None = None, levels: int = 0) -> int:
+        """The bytes that its texts may take; with the file, of which dictionaries and lengths are read, fewer.
+
+        Args:
+            file: the file.
+            levels: how many kinds of them the column has: 0 to 2.
+        """
         longest = self.dictionary.longest(file) if self.dictionary else 0
-        return self.size + self.coded * (4 + longest)
+        return (
+            self.size
+            + self.coded * (4 + longest)
+            + sum(4 * page.count + page.most(file, levels) for page in self.deltas)
+        )
 
 
 def part_of(file: IO[bytes], at: int, values: int, codec: int) -> Part:
@@ -82,7 +90,7 @@ def part_of(file: IO[bytes], at: int, values: int, codec: int) -> Part:
         ValueError, LookupError, TypeError: a header is damaged.
     """
     seen = size = coded = 0
-    dictionary = None
+    dictionary, deltas = None, list[DeltaPage]()
     while seen < values:
         held, at = _header(file, at)
         packed, unpacked = int(held[PACKED]), int(held[UNPACKED])
@@ -96,9 +104,14 @@ def part_of(file: IO[bytes], at: int, values: int, codec: int) -> Part:
             dictionary = Dictionary(at, packed, max(packed, unpacked), count, codec)
         else:
             seen += count
-            coded += count * (page.get(ENCODING_V2 if kind == DATA_PAGE_V2 else ENCODING) in BY_DICTIONARY)
+            encoding = page.get(ENCODING_V2 if kind == DATA_PAGE_V2 else ENCODING)
+            coded += count * (encoding in BY_DICTIONARY)
+            if encoding == BY_DELTAS:
+                levels = sum(int(page[field]) for field in LEVELS) if kind == DATA_PAGE_V2 else None
+                how = codec if page.get(IS_PACKED, True) else 0
+                deltas.append(DeltaPage(at, packed, max(packed, unpacked), count, how, levels))
         at += packed
-    return Part(seen, size, coded, dictionary)
+    return Part(seen, size, coded, dictionary, tuple(deltas))
 
 
 def _header(file: IO[bytes], at: int) -> tuple[dict[int, Any], int]:

@@ -22,7 +22,7 @@ class Thrift:
         made: dict[int, Any] = {}
         number = 0
         while byte := self._byte():
-            number = number + (byte >> 4) if byte >> 4 else self._number()
+            number = number + (byte >> 4) if byte >> 4 else self.number()
             made[number] = self._value(byte & 15, within=False)
         return made
 
@@ -30,7 +30,8 @@ class Thrift:
         self.at += 1
         return self._data[self.at - 1]
 
-    def _size(self) -> int:
+    def size(self) -> int:
+        """A whole number that is not negative."""
         made = shift = 0
         while True:
             byte = self._byte()
@@ -39,14 +40,17 @@ class Thrift:
             if byte < 128 or shift > 63:
                 return made
 
-    def _number(self) -> int:
-        size = self._size()
+    def number(self) -> int:
+        """A whole number."""
+        size = self.size()
         return (size >> 1) ^ -(size & 1)
 
-    def _pass(self, size: int) -> None:
-        if size > len(self._data) - self.at:
+    def take(self, size: int) -> bytes:
+        """Bytes as they stand there."""
+        if not 0 <= size <= len(self._data) - self.at:
             raise ValueError("it ends within a value")
         self.at += size
+        return self._data[self.at - size : self.at]
 
     def _value(self, kind: int, within: bool) -> Any:
         """A value by its kind; truth values are their kind, but for those ``within`` a list."""
@@ -55,9 +59,10 @@ class Thrift:
         if kind == 3:
             return self._byte()
         if kind in (4, 5, 6):
-            return self._number()
+            return self.number()
         if kind in (7, 8):
-            return self._pass(8 if kind == 7 else self._size())
+            self.take(8 if kind == 7 else self.size())
+            return None
         if kind in (9, 10):
             return list(self._items())
         if kind == 11:
@@ -68,11 +73,11 @@ class Thrift:
 
     def _items(self) -> Iterator[Any]:
         byte = self._byte()
-        size = byte >> 4 if byte >> 4 < 15 else self._size()
+        size = byte >> 4 if byte >> 4 < 15 else self.size()
         return (self._value(byte & 15, within=True) for _ in range(size))
 
     def _map(self) -> None:
-        if size := self._size():
+        if size := self.size():
             kinds = self._byte()
             for _ in range(size):
                 self._value(kinds >> 4, within=True)
