@@ -77,7 +77,7 @@ def _check_words(words: Sequence[str]) -> None:
     for word in words:
         if not is_writable(word):
             raise CropiError(
-                f"{shown(word)} is not UTF-8, as what is noted of a job has to be; rename the file"
+                f"{shown(word, 500)} is not UTF-8, as what is noted of a job has to be; rename the file"
             )
 
 
