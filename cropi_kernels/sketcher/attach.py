@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ..names import canonical_name
+from ..names import canonical_name, listed
 from ..plan import VectorPlan
 from ..spec import SketchSpec
 from . import exact
@@ -66,10 +66,15 @@ def plan_model(
 
     Raises:
         UncoveredParameterError: names each parameter that cannot be covered, its module's class and the remedy.
-        ValueError: a pattern of ``exclude`` matches no parameter, no parameter is left to sketch, or two share a name
-            (their coordinates would be the same).
+        ValueError: a pattern of ``exclude`` matches no parameter, no parameter is left to sketch, two share a name
+            (their coordinates would be the same), or some were made under `torch.inference_mode`.
     """
     names = {p: canonical_name(n) for n, p in model.named_parameters()}
+    if made := [name for p, name in names.items() if p.is_inference()]:
+        raise ValueError(
+            f"{listed(made, 3)}: made under torch.inference_mode(), so that they have no gradient: make or load the "
+            "model outside of it"
+        )
     trainable = {p: name for p, name in names.items() if p.requires_grad}
     patterns: Sequence[str] | str = [UNCOVERED] if exclude == UNCOVERED else exclude
     excluded = _excluded(names, trainable, patterns)

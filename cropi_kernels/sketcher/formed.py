@@ -28,7 +28,7 @@ from .formed_sums import Add, parameters_of
 from .groups import planned
 from .head import PolicyGradient, failed_segments, scored_offsets
 from .hooks import unless_none
-from .inputs import check_positions, check_rows, check_tensors, model_inputs
+from .inputs import check_positions, check_rows, check_tensors, model_inputs, ordinary
 from .precision import check_adapters, own_precision, unwrapped
 from .scale import SegmentScales
 from .segments import Segments
@@ -144,7 +144,7 @@ class FormedSketcher:
         where = Segments.of(segments, input_ids.shape[0], input_ids.shape[1], num_segments)
         scored = scored_offsets(where, positions)
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
-        batch = _Batch(input_ids, segments, positions, targets, kwargs, temperature)
+        batch = _Batch(ordinary(input_ids), segments, positions, ordinary(targets), kwargs, temperature)
         groups = 1 if self._groups is None else len(self._groups.names)
         shape = groups, where.count, self.spec.base_dim
         out = torch.zeros(shape, dtype=torch.float32, device=input_ids.device)

@@ -23,7 +23,15 @@ from .coverage import Coverage
 from .decoder import split_model
 from .groups import width
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
-from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
+from .inputs import (
+    check_positions,
+    check_rows,
+    check_tensors,
+    check_vocabulary,
+    known_ids,
+    model_inputs,
+    ordinary,
+)
 from .labels import scored_tokens
 from .lengths import Lengths, check_lengths
 from .one_sequence import check_call
@@ -315,7 +323,7 @@ class GradientSketcher:
                 mark = acc.clock.mark
                 start = mark()
                 with torch.enable_grad():
-                    hidden = split.hidden(input_ids, **kwargs)
+                    hidden = split.hidden(ordinary(input_ids), **kwargs)
                 with split.whole_head():
                     logprobs, grad, used = head_pass(
                         split,

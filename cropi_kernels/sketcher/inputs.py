@@ -47,6 +47,11 @@ def check_rows(
         )
 
 
+def ordinary(x: Any) -> Any:
+    """``x``, or a copy of a tensor that was made under `torch.inference_mode`: autograd does not save such a one."""
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+
+
 def check_positions(input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> None:
     if positions.shape != targets.shape or positions.ndim != 1 or positions.dtype != torch.int64:
         raise ValueError(
@@ -98,7 +103,7 @@ def model_inputs(
     position_ids: torch.Tensor | None,
     more: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What the decoder is called with beside the tokens.
+    """What the decoder is called with beside the tokens; `ordinary` tensors.
 
     Bool 4-D masks (True where to attend) become additive for eager attention, which adds what it is given.
 
@@ -116,7 +121,7 @@ def model_inputs(
         inputs["attention_mask"] = attention_mask
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    return inputs
+    return {name: ordinary(value) for name, value in inputs.items()}
 
 
 def _check_more(model: nn.Module, more: Any) -> None:

@@ -15,6 +15,7 @@ from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .engine import Norm, Site
 from .hooks import Sink, capture, widened_input
+from .inputs import ordinary
 from .one_row import one_row, widened
 from .segments import NotTokensError, Segments
 from .slab import MatrixSketch
@@ -173,7 +174,7 @@ class EmbeddingTap(Tap):
         self.matrix, self.padding_idx, self.scale = matrix, padding_idx, scale
 
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
-        segments = self.acc.segments
+        segments, x = self.acc.segments, ordinary(x)
         assert segments is not None
         rows = segments.batch
         if y.ndim == 3 and y.shape[0] == 1 < rows and x.ndim == 2:

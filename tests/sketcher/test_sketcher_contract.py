@@ -3,6 +3,7 @@ are, and little memory."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -125,6 +126,28 @@ def test_default_device_does_not_matter() -> None:
         with torch.device(device), GradientSketcher(model, SPEC) as sketcher:
             results.append(batch.sketch(sketcher, weigh=lambda logp, a, b: weights[a:b]).sketches)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_inputs_that_were_made_under_inference_mode(checkpointing: bool) -> None:
+    """As rollouts are; autograd does not save such tensors."""
+    model, batch = zoo.make("llama"), zoo.padded()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    with torch.inference_mode():
+        rolled_out = dataclasses.replace(
+            batch,
+            **{k: v.clone() for k, v in dataclasses.asdict(batch).items() if isinstance(v, torch.Tensor)},
+        )
+    with GradientSketcher(model, SPEC) as sketcher:
+        assert torch.equal(rolled_out.sketch(sketcher).sketches, batch.sketch(sketcher).sketches)
+        got = []
+        for ids in (rolled_out.input_ids, batch.input_ids):
+            with sketcher.batch(batch.segments, shape=ids.shape) as sketch:
+                model(ids).logits.log_softmax(-1)[..., 0].sum().backward()
+            got.append(sketch.sketches)
+        assert torch.equal(*got)
 
 
 def test_only_inside_the_block() -> None:

@@ -90,6 +90,14 @@ def test_what_is_no_model_no_spec_and_no_graph(llama: nn.Module) -> None:
             BATCH.sketch(sketcher)
 
 
+def test_a_model_that_was_made_under_inference_mode() -> None:
+    with torch.inference_mode():
+        layer = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"weight, bias: made under torch.inference_mode\(\), so that they"):
+        GradientSketcher(layer, SPEC)
+    assert layer.weight.requires_grad
+
+
 def test_a_model_without_decoder_and_head_is_sent_to_batch() -> None:
     model = nn.Sequential(nn.Embedding(97, 8), nn.Linear(8, 97))
     with GradientSketcher(model, SPEC) as sketcher:
