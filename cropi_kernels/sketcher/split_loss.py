@@ -28,6 +28,7 @@ from .beside import inside_compiled
 from .row_segments import Runs
 
 LARGEST = 1 << 26  # numbers that a model gave; the test needs a few copies
+SUM = "a sum over prompts"
 LATER = "not checked yet for terms of several prompts: no batch so far had two prompts with a gradient"
 REMEDY = (
     "make it a sum over prompts (what is averaged or normalised over a batch must not carry a gradient), or take the "
@@ -55,9 +56,10 @@ class _Backward(TorchFunctionMode):
 
 
 class LossCheck:
-    """Checks the loss of one batch.
+    """Checks the losses of one batch: of every backward pass in it.
 
-    ``verdict`` is the result as a sentence; None: there was no backward pass; `LATER`: another batch may say more.
+    ``verdict`` is the result as a sentence, of several losses the first that is not `SUM`; None: there was no backward
+    pass; `LATER`: another batch may say more.
 
     Args:
         model: its outputs are examined.
@@ -95,12 +97,16 @@ class LossCheck:
             self._check(loss)
 
     def _check(self, loss: torch.Tensor) -> None:
-        if self.verdict is not None or loss.numel() != 1 or loss.grad_fn is None:
+        if loss.numel() != 1 or loss.grad_fn is None:
             return
+        verdict = self._verdict_of(loss)
+        if self.verdict is None or self.verdict.startswith(SUM):
+            self.verdict = verdict
+
+    def _verdict_of(self, loss: torch.Tensor) -> str:
         ys = [y for y in self._outputs if self._per_token(y)]
         if not ys:
-            self.verdict = "not checked: the model's own forward gave nothing per token"
-            return
+            return "not checked: the model's own forward gave nothing per token"
         beside = _weights_beside(loss, ys, self.model)
         if beside:
             raise CoupledLossError(
@@ -108,13 +114,8 @@ class LossCheck:
                 f"token (a term of all tokens together, such as experts' load balancing, or of the weights): {REMEDY}"
             )
         if sum(y.numel() for y in ys) > LARGEST:
-            self.verdict = (
-                f"not checked for terms of several prompts: more than {LARGEST:,} numbers in the outputs"
-            )
-        elif self.runs.present < 2:
-            self.verdict = LATER
-        else:
-            self.verdict = self._second_derivatives(loss, ys)
+            return f"not checked for terms of several prompts: more than {LARGEST:,} numbers in the outputs"
+        return LATER if self.runs.present < 2 else self._second_derivatives(loss, ys)
 
     def _per_token(self, y: torch.Tensor) -> bool:
         segments = self.runs.segments
@@ -132,7 +133,7 @@ class LossCheck:
                 if g is not None and g.requires_grad
             ]
             if not terms:
-                return "a sum over prompts (linear in what the model gave)"
+                return f"{SUM} (linear in what the model gave)"
             if not (_any(first, marks) and _any(first, [~mark for mark in marks])):
                 return LATER
             # The derivatives of one half of the prompts' gradients with respect to all outputs.
@@ -151,7 +152,7 @@ class LossCheck:
                 f"the loss is not a sum over prompts: what it asks of one prompt changes with another's tokens (second "
                 f"derivatives up to {other:.2g} between prompts, {own:.2g} within them): {REMEDY}"
             )
-        return "a sum over prompts"
+        return SUM
 
     def _half(self, y: torch.Tensor) -> torch.Tensor:
         """bool, of ``y``'s shape but for trailing axes of 1: the tokens of every second prompt."""

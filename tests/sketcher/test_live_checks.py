@@ -77,6 +77,17 @@ def test_a_loss_that_is_no_sum_over_prompts_is_named() -> None:
 
 
 @pytest.mark.long
+def test_every_loss_of_a_step_is_looked_at() -> None:
+    """A loss and a term of its own that is not one over prompts, each with its backward pass."""
+    model, step = zoo.make("llama"), Step()
+    with pytest.raises(CoupledLossError, match="not a sum over prompts"):
+        with LiveSketcher(model, SPEC) as live, live.batch(step.prompts, shape=step.shape):
+            logits = made.logits_of(model, step)
+            made.cross_entropy(logits, step, step.rows(None)).backward(retain_graph=True)
+            coupled_by_a_norm(logits, step, step.rows(None)).backward()
+
+
+@pytest.mark.long
 def test_losses_of_trainers_are_sums() -> None:
     for loss in LOSSES.values():
         model, step = zoo.make("llama"), Step()
