@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.made_data import make_model, make_tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
@@ -281,6 +282,90 @@ def test_what_tools_answered_is_masked(tmp_path: Path) -> None:
             assert (
                 torch.tensor(group.logprobs[k]) - exact_logprobs(model, record, k)
             ).abs().max() < TOLERANCE
+
+
+# Tools are listed by their number; whatever holds a digit from 0 to 4 is a call of the tool `look`.
+TOOLS = (
+    "{% if tools %}T{{ tools | length }}{% endif %}{% for m in messages %}<{{ m['role'] }}>{{ m.get('content') or '' }}"
+    "{% for c in m.get('tool_calls') or [] %}[{{ c.function.name }}{{ c.function.arguments | tojson }}]{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CALL = {"name": "look", "arguments": {"where": "{content}"}}
+PARSED = {
+    "defaults": {"role": "assistant"}, "start_anchor": "<assistant>",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": "[0-4]", "close_pattern": "[^0-4]", "repeats": True, "content": "text",
+            "transform": {"type": "function", "function": CALL},
+        },
+        "content": {"close_pattern": "<eos>", "content": "text"},
+    },
+}  # fmt: skip
+
+
+class Room:
+    """An environment: what a prompt shows at first, by its row, and what its tool says."""
+
+    def reset(self, answer: str, **row: Any) -> str:
+        return f" at {answer}"
+
+    def look(self, where: str) -> str:
+        """Look around.
+
+        Args:
+            where: a place.
+        """
+        return "SEEN"
+
+
+class Restless(Room):
+    made = 0
+
+    def reset(self, answer: str, **row: Any) -> str:
+        Restless.made += 1
+        return f" at {Restless.made}"
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+def test_environments_that_show_all_responses_the_same_are_recorded(tmp_path: Path) -> None:
+    """Their first words are the prompt's, what tools say is masked; others are an error at the first batch."""
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 15):
+        pytest.skip("TRL parses such calls by templates of transformers 5.15")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template, tokenizer.response_template = TOOLS, PARSED
+    data = dataset(20).map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+
+    def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    policy = make_model()
+    # Responses are short: tools have room to answer.
+    policy.generation_config.eos_token_id = [1, *range(60, 72)]
+    given = dict(
+        model=policy, processing_class=tokenizer, train_dataset=data, eval_dataset=None, reward_funcs=reward,
+        max_steps=2, learning_rate=0.0, max_completion_length=48, max_tool_calling_iterations=1,
+    )  # fmt: skip
+    recorded(tmp_path, **given, environment_factory=Room).train()
+    records, model, answers = json_lines(tmp_path / LOG), make_model(), 0
+    for record, group in zip(records, read_trajectories(tmp_path / LOG), strict=True):
+        assert f" at {record['answer']}<assistant>" in tokenizer.decode(record["prompt_ids"])
+        for k, (ids, mask) in enumerate(zip(group.response_ids, group.loss_mask, strict=True)):
+            written = tokenizer.decode([token for token, own in zip(ids, mask, strict=True) if not own])
+            answers += "SEEN" in written
+            assert not written or "SEEN" in written and "SEEN" in tokenizer.decode(ids)
+            error = torch.tensor(group.logprobs[k]) - exact_logprobs(model, record, k)
+            assert (error * torch.tensor(mask)).abs().max() < TOLERANCE
+    assert answers
+    given["train_dataset"] = data.remove_columns("prompt")  # which the environments own then
+    recorded(tmp_path / "bare", **given, environment_factory=Room).train()
+    bare = json_lines(tmp_path / "bare" / LOG)
+    assert all("prompt" not in record and record["prompt_ids"] for record in bare) and len(bare) == 4
+    restless = recorded(tmp_path / "other", **given, environment_factory=Restless)
+    with pytest.raises(
+        CropiError, match="prompts of different tokens.*let an environment's reset say the same to all"
+    ):
+        restless.train()
 
 
 def test_collect_writes_a_trajectory_file_of_a_dataset(tmp_path: Path) -> None:

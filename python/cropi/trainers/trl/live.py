@@ -32,7 +32,7 @@ STATE = "cropi_selector.pt"
 def features_of(dataset: Any, processing_class: Any) -> Any:
     """The features of a dataset's prompts, by the tokens of what they say: a chat template adds the same to all."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    texts = [_said(dataset[i]["prompt"]) for i in range(len(dataset))]
+    texts = [_said(dataset[i].get("prompt")) for i in range(len(dataset))]
     return prompt_features([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
 
 

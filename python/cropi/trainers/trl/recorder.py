@@ -85,10 +85,6 @@ class Recorder:
         self._rows_now: torch.Tensor | None = None
         if recording is None:
             return
-        if trainer.environment_factories:
-            raise _unrecorded(
-                "environment_factory: what it adds to a prompt may differ between the responses to it"
-            )
         datasets = [trainer.train_dataset]
         given = trainer.eval_dataset
         datasets += given.values() if isinstance(given, Mapping) else [given]
@@ -211,8 +207,10 @@ class Recorder:
                 record["loss_mask"] = masks[i][: len(responses[i])]
             record["truncated"] = not responses[i] or responses[i][-1] not in ends
             if recording.text:
-                prompt = plain_value(row["prompt"], f"the prompt {record['id']!r}")
-                record |= {"prompt": prompt, "responses": whole_text(_text(completions[i]))}
+                # A dataset whose environments own the prompts may have none.
+                if row.get("prompt") is not None:
+                    record["prompt"] = plain_value(row["prompt"], f"the prompt {record['id']!r}")
+                record["responses"] = whole_text(_text(completions[i]))
             if len(trainer.reward_func_names) > 1:
                 record["rewards_by_function"] = {
                     name: value if math.isfinite(value) else None

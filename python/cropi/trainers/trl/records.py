@@ -64,8 +64,8 @@ def group_record(
     if any(row["prompt_ids"] != rows[0]["prompt_ids"] for row in rows):
         raise CropiError(
             f"the responses to the prompt {rows[0]['id']!r} follow prompts of different tokens, and a record holds one "
-            "prompt: let rollout_func return the same prompt_ids for all of them, with what differs at the beginning "
-            "of completion_ids (0 in env_mask), or pass recording=None"
+            "prompt: let an environment's reset say the same to all of them; let rollout_func return the same "
+            "prompt_ids, with what differs at the beginning of completion_ids (0 in env_mask); or pass recording=None"
         )
     reasons = [_unusable(row) for row in rows]
     left_out.update(reason for reason in reasons if reason)
