@@ -137,7 +137,7 @@ class _Captures(torch.autograd.Function):
 class ExactTaps:
     """Hooks on every module that may be the innermost one that is called around a parameter."""
 
-    def __init__(self, accumulator: Accumulator, parameters: Iterable[Exact] = ()) -> None:
+    def __init__(self, accumulator: Accumulator, parameters: Iterable[Exact]) -> None:
         self.acc, self.parameters = accumulator, list(parameters)
         self.sites: dict[nn.Module, list[Exact]] = {}
         for exact in self.parameters:

@@ -23,6 +23,7 @@ from .coverage import Coverage
 from .decoder import split_model
 from .groups import width
 from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
+from .head_trial import policy_self_test
 from .inputs import (
     check_positions,
     check_rows,
@@ -44,7 +45,7 @@ from .segments import Segments
 from .selftest import SelfTest
 from .split import SplitModel
 from .tapped import TappedModel
-from .trial import few_rows, policy_self_test
+from .trial import few_rows
 from .unseen import calls
 from .untouched import code_shape, untouched
 

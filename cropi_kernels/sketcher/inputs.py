@@ -65,9 +65,7 @@ def check_positions(input_ids: torch.Tensor, positions: torch.Tensor, targets: t
             raise ValueError(f"positions run from {low} to {high}: input_ids holds 0 .. {last}")
 
 
-def check_vocabulary(
-    input_ids: torch.Tensor, targets: torch.Tensor, vocab: int, known: int | None = None
-) -> None:
+def check_vocabulary(input_ids: torch.Tensor, targets: torch.Tensor, vocab: int, known: int | None) -> None:
     """Targets are rows of the head (``vocab``), inputs rows of the embedding (``known``; None: as many)."""
     for name, ids, size in (("input_ids", input_ids, known or vocab), ("targets", targets, vocab)):
         low, high = _range(ids) if ids.numel() else (0, 0)
