@@ -184,6 +184,7 @@ def other_formats(folder: Path) -> dict[str, str]:
         "g.gguf": b"GGUF\x03\x00\x00\x00",
         "b.bin": b"abc\x00\x01",
         "d.pdf": b"%PDF-1.7",
+        "r.csv": b"id,prompt\np0,1+1=\n",
     }.items():
         (folder / name).write_bytes(data)  # fmt: skip
     return {
@@ -191,7 +192,7 @@ def other_formats(folder: Path) -> dict[str, str]:
         "z.zip": "a zip archive", "t.tar": "a tar archive", "p.pkl": "a pickle", "i.png": "a PNG picture",
         "i.jpg": "a JPEG picture", "s.db": "SQLite", "u.jsonl": "text in UTF-16", "w.jsonl": "a web page",
         "l.jsonl": "a pointer of Git LFS", "g.gguf": "model weights", "b.bin": "a binary file (it begins with 61 62",
-        "d.pdf": "a PDF document",
+        "d.pdf": "a PDF document", "r.csv": "is a table of text (.csv or .tsv); write it as parquet",
     }  # fmt: skip
 
 

@@ -166,6 +166,8 @@ def test_score_table_comes_back(tmp_path: Path) -> None:
     assert again.rows[2].status == "skipped" and again.rows[2].reason == "equal rewards"
     with pytest.raises(CropiError, match="there is no such score table"):
         read_scores(tmp_path / "none.parquet")
+    with pytest.raises(CropiError, match=r"is a folder; its score table is .*scores.parquet: give that"):
+        read_scores(tmp_path)
     (tmp_path / "bad.parquet").write_text("x")
     with pytest.raises(CropiError, match="is not a score table"):
         read_scores(tmp_path / "bad.parquet")

@@ -217,6 +217,12 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
 def test_folders_that_are_no_store(tmp_path: Path) -> None:
     with pytest.raises(CropiError, match="there is no sketch store"):
         SketchStore.open(tmp_path / "none")
+    (tmp_path / "run" / "sketches" / "math").mkdir(parents=True)
+    (tmp_path / "run" / "sketches" / "math" / "manifest.json").write_text("{}")
+    with pytest.raises(
+        CropiError, match="is the folder of a run, .*give one that it holds: .*sketches/math$"
+    ):
+        SketchStore.open(tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(CropiError, match="is not empty and holds no manifest.json"):

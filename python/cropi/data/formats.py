@@ -11,6 +11,7 @@ JSON, PARQUET, ARROW_FILE, ARROW_STREAM = "json", "parquet", "arrow file", "arro
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
 ENDINGS_OF_PACKED = (".gz", ".zst", ".bz2", ".xz")
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather")
+TABLES = (".csv", ".tsv")
 READ = "JSON lines or a JSON array (plain, .gz, .zst, .bz2 or .xz), parquet and arrow are read"
 
 _CONVERT = "`cropi convert --source ...` turns a trainer's dump into records"
@@ -71,6 +72,11 @@ def format_of(head: bytes, path: str | Path) -> str:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CropiError(f"{path} is a web page (HTML or XML), perhaps in place of a download; {_SAVE}")
+    if start[:1] not in (b"{", b"[") and any(ending in Path(path).name.lower() for ending in TABLES):
+        raise CropiError(
+            f"{path} is a table of text ({' or '.join(TABLES)}); write it as parquet, for example by "
+            f"pandas.read_csv({str(path)!r}).to_parquet({Path(path).stem + '.parquet'!r})"
+        )
     if start and start[:1] not in (b"{", b"[") and b"\x00" in head:
         raise CropiError(f"{path} is a binary file (it begins with {head[:8].hex(' ')}); {_SAVE}")
     return JSON

@@ -18,7 +18,7 @@ import numpy as np
 
 from cropi.data import coded
 from cropi.errors import CropiError, optional, printable, shown
-from cropi.files import reading, replacing
+from cropi.files import is_file, reading, replacing
 from cropi.form import check_form, is_writable
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
@@ -123,6 +123,8 @@ def read_scores(
         CropiError: the file does not exist, is damaged, or is not a score table.
     """
     file = Path(path)
+    if is_file(file / "scores.parquet"):
+        raise CropiError(f"{file} is a folder; its score table is {file / 'scores.parquet'}: give that")
     if not os.path.isfile(file):
         raise CropiError(
             f"{file}: there is no such score table; make one with `cropi influence --out {file}`"

@@ -10,6 +10,7 @@ from typing import Any
 
 from cropi.checked import fits
 from cropi.errors import CropiError
+from cropi.files import entries, is_file
 from cropi.form import wrong_form
 from cropi.sealed import digest, read_sealed, sealed
 
@@ -44,6 +45,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if os.path.isfile(path):
         raise CropiError(f"{path} is a file; give the folder that `cropi sketch --out` wrote")
     if not os.path.isfile(file):
+        if inside := [str(made) for made in entries(path / "sketches") if is_file(made / MANIFEST)]:
+            raise CropiError(
+                f"{path} is the folder of a run, and not a sketch store; give one that it holds: {', '.join(inside)}"
+            )
         raise CropiError(
             f"{path}: there is no sketch store (no {MANIFEST}); make one with `cropi sketch --out {path}`"
         )
