@@ -218,9 +218,7 @@ def _bounded(path: Path, content: Any) -> Any:
     """The content, if it is of a size that a person writes: a few YAML aliases of aliases make billions of values."""
     waiting, count, deepest = [(content, 0)], 0, 0
     while waiting:
-        (value, depth), count = waiting.pop(), count + 1
-        if count > MOST_VALUES:
-            raise CropiError(f"{path} holds more than {MOST_VALUES} values once its aliases are filled in")
+        value, depth = waiting.pop()
         deepest = max(deepest, depth)
         if isinstance(value, int) and value.bit_length() > WIDEST:
             raise CropiError(
@@ -230,6 +228,11 @@ def _bounded(path: Path, content: Any) -> Any:
             waiting += [(one, depth + 1) for pair in value.items() for one in pair]
         elif isinstance(value, (list, tuple, set)):
             waiting += [(one, depth + 1) for one in value]
+        else:
+            continue
+        count += len(value)
+        if count > MOST_VALUES:
+            raise CropiError(f"{path} holds more than {MOST_VALUES} values once its aliases are filled in")
     if deepest > DEEPEST:
         raise CropiError(f"{path} holds tables or lists nested deeper than {DEEPEST}")
     return content
