@@ -1,12 +1,12 @@
-"""Every reader of files is given paths and values of a megabyte, and paths that the system refuses: a result, or less
-than 2 kB of words."""
+"""Every reader of files is given paths and values of 100 kB, and paths that the system refuses: a result, or less than
+2 kB of words."""
 
 from __future__ import annotations
 
-import ast
 import errno
 import json
 import os
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.recognise import recognise
 from cropi.trainers.trl.stages import read_state as read_trl_state
 
-LONG = "y" * 10**6
+LONG = "y" * 10**5
 DUMPS = KINDS | MORE
 
 
@@ -145,7 +145,7 @@ def ended(reader: Callable[[Any], Any], path: Any) -> str:
 
 
 @pytest.mark.parametrize(("name", "number"), ALL)
-def test_a_value_of_a_megabyte(
+def test_a_value_of_a_hundred_kilobytes(
     name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -195,10 +195,9 @@ def test_every_reader_is_in_the_table() -> None:
     found = set()
     for path in root.rglob("*.py"):
         module = ".".join(path.relative_to(root).with_suffix("").parts)
-        for node in ast.parse(path.read_text()).body:
-            words = node.name.split("_") if isinstance(node, ast.FunctionDef) else [""]
-            if words[0] in ("read", "describe", "recognise") or "_".join(words) in ("load_dump", "parts_of"):
-                found.add(f"{module}.{'_'.join(words)}")
+        for name in re.findall(r"^def (\w+)", path.read_text(), re.MULTILINE):
+            if name.split("_")[0] in ("read", "describe", "recognise") or name in ("load_dump", "parts_of"):
+                found.add(f"{module}.{name}")
     assert found >= OTHERS | set(READERS) and not found - OTHERS - set(READERS), found ^ (
         OTHERS | set(READERS)
     )
@@ -207,11 +206,6 @@ def test_every_reader_is_in_the_table() -> None:
 def test_paths_are_asked_about_in_words() -> None:
     """``Path.exists``, ``is_file`` and ``is_dir`` raise the system's errors, or take them for no."""
     root = Path(cropi.__file__).parent
-    found = {
-        str(path.relative_to(root))
-        for path in root.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and not node.args and isinstance(node.func, ast.Attribute)
-        and node.func.attr in ("exists", "is_file", "is_dir")
-    }  # fmt: skip
+    asked = re.compile(r"\.(exists|is_file|is_dir)\(\)")
+    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if asked.search(path.read_text())}
     assert found == {"files.py"}, found
