@@ -157,6 +157,17 @@ def is_folder(path: str | Path) -> bool:
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
+def check_no_pipe(path: str | Path) -> None:
+    """Check that a path names no pipe and no device, which end when somebody else ends them, and cannot be read twice.
+
+    Raises:
+        CropiError: it does; or as :func:`is_there`.
+    """
+    status = _status(path)
+    if status is not None and not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise CropiError(f"{path} is a pipe or a device, which is not read here; give a file")
+
+
 def size_of(path: str | Path) -> int:
     """The bytes of a file, 0 where there is none; raises as :func:`is_there`."""
     status = _status(path)

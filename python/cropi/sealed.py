@@ -18,7 +18,7 @@ from typing import Any
 
 from cropi.bulk import check_bulk
 from cropi.errors import CropiError, shown
-from cropi.files import forget, is_folder, reading, tree, write_atomic, writing
+from cropi.files import check_no_pipe, forget, is_folder, reading, tree, write_atomic, writing
 from cropi.form import check_form, is_writable
 from cropi.locks import one_at_a_time
 
@@ -58,6 +58,7 @@ def read_sealed(
     """
     said = f"{path} is not what {writer} writes" if writer else f"{path} is damaged"
     try:
+        check_no_pipe(path)
         with reading(path, missing=True):
             data = path.read_bytes()
         check_bulk(data, path)

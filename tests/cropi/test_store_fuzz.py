@@ -46,7 +46,11 @@ def read_all(path: Path) -> str:
         write_scores(path.parent / SCORES, scores)
         selected = path.parent / "selected.jsonl"
         write_selection(selected, scores, pick(read_scores(path.parent / SCORES), Selecting(fraction=0.5)))
-        _run(scores, store), _policy(scores), _composition(scores, np.arange(len(scores)), np.arange(1))
+        (
+            _run(scores, store),
+            _policy(scores, np.arange(1)),
+            _composition(scores, np.arange(len(scores)), np.arange(1)),
+        )
     except CropiError as error:
         assert len(str(error).encode("utf-8", "surrogatepass")) < LONGEST, str(error)[:300]
         return "words"

@@ -169,4 +169,4 @@ def export_format(args: argparse.Namespace) -> str:
     ending = PurePath(getattr(args, "export", None) or "").suffix
     if ending and ending in ENDINGS:
         return ENDINGS[ending]
-    return "parquet" if str(args.dataset).endswith(".parquet") else "jsonl"
+    return "parquet" if str(args.dataset).lower().endswith(".parquet") else "jsonl"

@@ -94,13 +94,29 @@ def table_of(path: Path) -> Any:
             if size <= LARGE and file.schema_arrow == schema:
                 return optional("pyarrow.parquet").read_table(path)
             rows = max(1, PART * file.metadata.num_rows // max(size, 1))
-            return mapped(schema, unfolded(file.iter_batches(rows), path, schema=schema))
+            return mapped(
+                schema,
+                unfolded(batches_of(file, rows, range(file.metadata.num_row_groups)), path, schema=schema),
+            )
     except (optional("pyarrow").ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise CropiError(
             f"{path}: the parquet file is damaged or was cut ({printable(str(error)[:200])}); copy it again"
         ) from error
+
+
+def batches_of(file: Any, rows: int, groups: Sequence[int]) -> Iterator[Any]:
+    """The batches of some groups of rows of a ``pyarrow.parquet.ParquetFile``, of at most ``rows`` rows each.
+
+    Where lists hold dictionaries no batch spans two groups, each of which has a dictionary: pyarrow cannot join them.
+    """
+    types = optional("pyarrow").types
+    if any(_plain(kind) != kind and not types.is_dictionary(kind) for kind in file.schema_arrow.types):
+        for group in groups:
+            yield from file.iter_batches(batch_size=rows, row_groups=[group])
+    else:
+        yield from file.iter_batches(batch_size=rows, row_groups=list(groups))
 
 
 def unfolded(

@@ -13,10 +13,11 @@ from typing import IO, Any
 
 from cropi.bulk import check_bulk
 from cropi.data import coded, saved
+from cropi.data.formats import begins, ending_of
 from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.identity import dataset_ids
 from cropi.data.lines import MARK, lines_of, values_of
-from cropi.data.opened import BUFFER
+from cropi.data.opened import peek, unpacked
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.rows_out import check_json, check_table, rows_of, table_of, taken, write_jsonl, write_parquet
@@ -24,7 +25,7 @@ from cropi.data.spilled import Rows
 from cropi.data.tables import is_saved
 from cropi.data.trainer_rows import FILES, trainer_row
 from cropi.errors import CropiError, optional, shown
-from cropi.files import open_to_read, reading, replacing, write_atomic
+from cropi.files import reading, replacing, write_atomic
 from cropi.sealed import check_sums, summed
 
 FORMATS = ("jsonl", "parquet", "ids", "indices", "weights", "save_to_disk", *FILES)
@@ -275,10 +276,11 @@ def read_dataset(path: Any) -> Any:
 
 
 def _dataset_in(path: Path) -> Any:
-    if path.suffix == ".parquet":
+    ending = ending_of(path)
+    if ending == ".parquet":
         with reading(path):
             return coded.table_of(path)
-    if path.suffix not in (".jsonl", ".json"):
+    if ending not in (".jsonl", ".json"):
         raise CropiError(f"dataset: {path} should end in .parquet, .jsonl or .json")
     try:
         rows = Rows(_objects(path))
@@ -294,8 +296,8 @@ def _dataset_in(path: Path) -> Any:
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects in a file, one at a time."""
     name = f"dataset: {path}"
-    with open_to_read(path, BUFFER) as file:
-        values = values_of(file, name) if path.suffix == ".json" else _values_of_lines(file, name)
+    with unpacked(path) as file:
+        values = values_of(file, name) if begins(peek(file)) == b"[" else _values_of_lines(file, name)
         for where, value, _ in values:
             if not isinstance(value, dict):
                 raise CropiError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from cropi.errors import CropiError
 
@@ -93,3 +93,19 @@ def stem(path: str | Path) -> str:
     for ending in (*ENDINGS_OF_PACKED, *ENDINGS):
         name = name.removesuffix(ending) or name
     return name
+
+
+def ending_of(path: str | Path) -> str:
+    """The ending of a file's name in small letters, without that of what packed it.
+
+    >>> ending_of("a.JSONL.gz")
+    '.jsonl'
+    """
+    name = PurePath(path).name.lower()
+    packed = next((one for one in ENDINGS_OF_PACKED if name.endswith(one)), "")
+    return PurePath(name.removesuffix(packed)).suffix
+
+
+def begins(head: bytes) -> bytes:
+    """The first byte of a text that is no mark and no blank."""
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]

@@ -88,6 +88,11 @@ def _unpacker(packing: str, file: IO[bytes]) -> Any:
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
 
 
+def peek(stream: IO[bytes]) -> bytes:
+    """The first bytes, which are not taken."""
+    return stream.peek(512)[:512]  # type: ignore[attr-defined]
+
+
 class Unpacked(io.BufferedReader):
     """The unpacked bytes of a packed file."""
 

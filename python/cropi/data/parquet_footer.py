@@ -12,7 +12,7 @@ from typing import IO, Any
 from cropi.data.parquet_pages import Part, part_of
 from cropi.data.thrift import Thrift
 from cropi.errors import CropiError
-from cropi.files import open_to_read
+from cropi.files import check_no_pipe, open_to_read
 
 MAGIC = b"PAR1"
 # Fields by their numbers: of the file, of a group of rows, of a column's part in it.
@@ -25,6 +25,7 @@ def parts_of(path: Path) -> list[list[Part]]:
     Raises:
         CropiError: the footer or the header of a page is damaged.
     """
+    check_no_pipe(path)
     with open_to_read(path) as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 8))

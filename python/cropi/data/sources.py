@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, Union
+from typing import Any, Union
 
-from cropi.data.formats import JSON, format_of, packing_of
+from cropi.data.formats import JSON, begins, format_of, packing_of
 from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.lines import elements_of, lines_of
-from cropi.data.opened import Unpacked, check_file, unpacked
+from cropi.data.opened import Unpacked, check_file, peek, unpacked
 from cropi.data.records import PromptGroup
 from cropi.data.spilled import copy_to_temporary, temporary
 from cropi.data.tables import is_saved, rows_of_batch, rows_of_saved, rows_of_table_file
@@ -76,7 +76,7 @@ class PathSource(Source):
 
     def lines_file(self) -> Path | None:
         head = self._head()
-        return self.file if head and not packing_of(head) and _begins(head) == b"{" else None
+        return self.file if head and not packing_of(head) and begins(head) == b"{" else None
 
     def table_file(self) -> Path | None:
         head = self._head()
@@ -103,10 +103,10 @@ class PathSource(Source):
     def _rows(self, groups: bool = False) -> Iterator[Row]:
         with ExitStack() as stack:
             stream = stack.enter_context(unpacked(self.file))
-            head = _peek(stream)
+            head = peek(stream)
             form, table = format_of(head, self.name), self.file
             if form == JSON:
-                rows = elements_of if _begins(head) == b"[" else lines_of
+                rows = elements_of if begins(head) == b"[" else lines_of
                 for where, offset, line in rows(stream, self.name):
                     yield where, offset, line
                 return
@@ -219,12 +219,3 @@ def _rows_of_object(held: Any, name: str) -> Iterator[Any]:
         batches = itertools.chain.from_iterable(table.to_batches() for table in tables)
         return itertools.chain.from_iterable(map(rows_of_batch, batches))
     return iter(held)
-
-
-def _peek(stream: IO[bytes]) -> bytes:
-    """The first bytes, which are not taken."""
-    return stream.peek(512)[:512]  # type: ignore[attr-defined]
-
-
-def _begins(head: bytes) -> bytes:
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]

@@ -183,11 +183,14 @@ def _parquet(path: Path, wanted: np.ndarray | None, name: str) -> Iterator[tuple
         )
         for some in together:
             first = int(starts[some.start])
-            for batch in coded.unfolded(
-                file.iter_batches(batch_size=rows, row_groups=list(some)), path, name
-            ):
+            for batch in coded.unfolded(coded.batches_of(file, rows, some), path, name):
                 yield first, batch
                 first += batch.num_rows
+            if first != starts[some.stop]:
+                raise CropiError(
+                    f"{name}: {starts[some.stop] - first} rows of the parquet file are not found; write it again, "
+                    "or as JSON lines"
+                )
 
 
 def _arrow(path: Path, form: str, name: str) -> Iterator[tuple[int, Any]]:

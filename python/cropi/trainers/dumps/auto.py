@@ -54,6 +54,23 @@ def read_rollouts(path: str | Path, source: str, reading: Reading, left: Left) -
     return rollouts
 
 
+def rollouts_of(paths: Iterable[str | Path], source: str, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in several dumps, one after the other.
+
+    Raises:
+        CropiError: one of them holds none at all; otherwise as :func:`read_rollouts`.
+    """
+    for path in paths:
+        empty, before = True, left.counts.total()
+        for rollout in read_rollouts(path, source, reading, left):
+            empty = False
+            yield rollout
+        if empty and left.counts.total() == before:
+            raise CropiError(
+                f"{path} holds no rollout that can be used: it is empty; leave it out, or write it again"
+            )
+
+
 class DumpSource(PathSource):
     """Dumps of one run, as a file of records that lives as long as this.
 
@@ -68,7 +85,7 @@ class DumpSource(PathSource):
 
     def __init__(self, files: Sequence[str | Path], source: str, reading: Reading, skip_bad: bool) -> None:
         self.files, self.source, self.left = list(files), source, Left(skip_bad)
-        rollouts = (one for path in files for one in read_rollouts(path, source, reading, self.left))
+        rollouts = rollouts_of(files, source, reading, self.left)
         groups = group_rollouts(rollouts, steps=reading.steps, left=self.left)
         self._folder = tempfile.TemporaryDirectory(prefix="cropi-dump-")
         path = Path(self._folder.name) / "records.jsonl"
@@ -217,5 +234,5 @@ def groups_of(
         from cropi.data.readers import read
 
         return read(paths, skip_bad=left.skip_bad, columns=dict(reading.columns))
-    rollouts = (one for path in paths for one in read_rollouts(path, kind, reading, left))
+    rollouts = rollouts_of(paths, kind, reading, left)
     return group_rollouts(rollouts, steps=reading.steps, left=left)

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from cropi.data.lines import lines_of
+from cropi.data.opened import unpacked
 from cropi.data.records import check_line
 from cropi.errors import RecordError
-from cropi.files import open_to_read
 from cropi.trainers.dumps.fields import BadSample, Left, shown
 
 
 def json_lines(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``(file:line, object)`` of every line that is not empty; a byte order mark at the beginning is not part of it.
+    """``(file:line, object)`` of every line that is not empty, of a file that may be packed; a byte order mark at the
+    beginning is not part of it.
 
     Raises:
         BadSample: a line is not UTF-8, not JSON, or no object.
     """
-    with open_to_read(path) as file:
+    with unpacked(path) as file:
         for where, offset, data in lines_of(file, path):
             if offset == 0:
                 data = data.removeprefix(codecs.BOM_UTF8)

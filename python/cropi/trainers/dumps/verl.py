@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.data.formats import ending_of
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError, optional, warn
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, names, prompt_id, shown, whole
@@ -52,18 +53,19 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     """
     path, left = Path(path), Left() if left is None else left
     check_size(path, reading.largest)
-    if path.suffix == ".jsonl":
+    ending = ending_of(path)
+    if ending == ".jsonl":
         yield from _text(path, reading, left)
         return
-    if path.suffix not in (".pt", ".dp"):
+    if ending not in (".pt", ".dp"):
         raise CropiError(
             f"{path}: a dump of verl ends in .jsonl (text), .pt (transfer queue) or .dp (DataProto)"
         )
     if reading.allow_pickle:
-        optional("tensordict" if path.suffix == ".pt" else "verl")  # the file is a pickle of its classes
-    what = "a batch of verl's transfer queue" if path.suffix == ".pt" else "a DataProto of verl"
+        optional("tensordict" if ending == ".pt" else "verl")  # the file is a pickle of its classes
+    what = "a batch of verl's transfer queue" if ending == ".pt" else "a DataProto of verl"
     saved = load_dump(path, what, allow_pickle=reading.allow_pickle, largest=reading.largest)
-    rollouts = _table if path.suffix == ".pt" else _proto
+    rollouts = _table if ending == ".pt" else _proto
     yield from rollouts(path, saved, reading.id_key or ID_KEY, reading.temperature, left)
 
 
