@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 from .row_segments import Runs
 
 BOUNDS = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "cu_seqlens_q")  # as models take them
+# Inputs of a model that sees or hears: what its towers are called on are no rows of the batch.
+OTHERS = re.compile("pixel|image|video|audio|speech|input_features|input_values")
 REMEDY = "give segments per token [batch, length] (equal numbers, where they are responses to one prompt)"
 
 
@@ -27,9 +30,13 @@ def one_sequence_a_row(model: nn.Module, runs: Runs) -> Iterator[None]:
         yield
         return
 
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_call(runs.segments.batch, kwargs)
+            if any(OTHERS.search(name) and isinstance(kwargs[name], torch.Tensor) for name in kwargs):
+                runs.only_heads([name for name, part in model.named_modules() if part is head])
 
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:

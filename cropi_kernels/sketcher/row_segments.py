@@ -16,12 +16,19 @@ from .segments import Segments
 @dataclasses.dataclass(frozen=True)
 class RowSegments(Segments):
     """`Segments` of whole rows. A token's row says which segment it belongs to, so a module may also be called on
-    [batch, n, features] with another n than the batch's length (the head, on the last columns)."""
+    [batch, n, features] with another n than the batch's length (the head, on the last columns).
+
+    ``heads``: of a model that was given images, the names of the modules of which that holds: there may be as many
+    images as rows, and several of one row. Empty: it holds of all modules.
+    """
+
+    heads: list[str] = dataclasses.field(default_factory=list, repr=False, compare=False)
 
     def tokens_first(
         self, x: torch.Tensor, where: str, heads_first: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if x.ndim != 3 or x.shape[0] != self.batch or x.shape[1] == self.length:
+        other = bool(self.heads) and where not in self.heads
+        if x.ndim != 3 or x.shape[0] != self.batch or x.shape[1] == self.length or other:
             return super().tokens_first(x, where, heads_first)
         columns = x.shape[1]
         key = x.device, -columns  # `offsets_on` has the positive numbers
@@ -84,6 +91,11 @@ class Runs:
         rows = ids.ndim == 1
         kind = RowSegments if rows else Segments
         return cls(kind(batch, length, offsets * length if rows else offsets), owner, count, rows)
+
+    def only_heads(self, names: list[str]) -> None:
+        """The batch has images: of whole rows, only these modules may see other columns."""
+        if isinstance(self.segments, RowSegments):
+            self.segments.heads[:] = names or [""]
 
     def gathered(self, sketches: torch.Tensor) -> torch.Tensor:
         """The sketches [runs, dim] added up by id: [count, dim], in a fixed order."""

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support import architectures, zoo
 from support import live as made
-from support import zoo
 from support.live import LOSSES, SPEC, Step, captured
 from torch import nn
 
@@ -18,6 +18,7 @@ from cropi_kernels import CoupledLossError, LiveSketcher
 from cropi_kernels.sketcher import SelfTestError
 from cropi_kernels.sketcher.live_audit import Schedule
 from cropi_kernels.sketcher.selftest import Comparison
+from cropi_kernels.testing import sketch_gradients
 
 transformers.logging.set_verbosity_error()
 
@@ -240,3 +241,40 @@ def test_refused_in_words() -> None:
         with pytest.raises(RuntimeError, match="after its batch had ended"):
             loss.backward()
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.long
+def test_images_are_no_rows_of_the_batch() -> None:
+    """As many images as rows, both in the first: what the tower sees is refused; without it sketches are right."""
+    model: Any = architectures.small("gemma3")
+    model.config.image_token_id = 5
+    torch.manual_seed(0)
+    ids = torch.randint(10, 90, (2, 12))
+    ids[0, 1:9] = 5
+    given = dict(input_ids=ids, pixel_values=torch.randn(2, 3, 16, 16), token_type_ids=(ids == 5).long())
+
+    def loss(row: slice) -> torch.Tensor:
+        logits = model(**given, logits_to_keep=6).logits[row]
+        return torch.log_softmax(logits, -1)[..., 3].sum()
+
+    with (
+        LiveSketcher(model, architectures.SPEC) as live,
+        pytest.raises(
+            ValueError, match=r"multi_modal_projector.*of shape \(2, 4, 32\).*exclude its parameters"
+        ),
+        live.batch(torch.tensor([0, 1]), shape=(2, 12)),
+    ):
+        loss(slice(None)).backward()
+    towers = ("model.vision_tower.*", "model.multi_modal_projector.*")
+    with (
+        LiveSketcher(model, architectures.SPEC, towers) as live,
+        live.batch(torch.tensor([0, 1]), shape=(2, 12)) as got,
+    ):
+        loss(slice(None)).backward()
+    for row, sketch in enumerate(got.sketches):
+        model.zero_grad()
+        loss(slice(row, row + 1)).backward()
+        gradient = {name: -p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+        want = sketch_gradients(model, gradient, architectures.SPEC, towers)
+        # float32 passes of two layers: a few hundred roundings of 2^-24.
+        assert (sketch - want).norm() <= 1e-4 * want.norm()
