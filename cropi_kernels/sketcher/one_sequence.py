@@ -30,7 +30,8 @@ def one_sequence_a_row(model: nn.Module, runs: Runs) -> Iterator[None]:
         yield
         return
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = output()
 
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
