@@ -55,6 +55,37 @@ def test_two_exports_to_one_file_are_not_mixed(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob(".*")), "no lock stays behind"
 
 
+@pytest.mark.parametrize("what", ["a write", "the first name", "the second name"])
+def test_an_export_that_fails_leaves_no_matrix_with_the_rows_of_another(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over an earlier export: until both new files are whole, both old ones stay."""
+    for name, count in (("a", 8), ("b", 9)):
+        fill(tmp_path / name, name, count)
+    out, beside = tmp_path / "x.npy", tmp_path / "x.npy.rows.jsonl"
+    export(SketchStore.open(tmp_path / "a"), out)
+    old, right = (out.read_bytes(), beside.read_bytes()), os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target) == (beside if what == "the first name" else out):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        right(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(CropiError, match=f"cannot write {tmp_path}/x.npy"):
+        if what == "a write":
+            patched.setattr(exporting, "_write_at", lambda *words: refusing(errno.ENOSPC)(out))
+        else:
+            patched.setattr(os, "replace", replace)
+        export(SketchStore.open(tmp_path / "b"), out)
+    if what == "a write":
+        assert (out.read_bytes(), beside.read_bytes()) == old
+    else:
+        assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+    export(SketchStore.open(tmp_path / "b"), out)
+    assert check_sums(out, whole=True) == 2 and len(np.load(out)) == 8
+
+
 def test_a_waiting_writer_says_so_and_takes_no_lock_that_is_gone(tmp_path: Path) -> None:
     out, holds, goes = tmp_path / "new" / "x", threading.Event(), threading.Event()
     order: list[str] = []

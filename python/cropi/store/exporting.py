@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError, optional
-from cropi.files import replacing, write_atomic
+from cropi.files import forget, replacing, sync, write_parts, writing
 from cropi.sealed import summed
 from cropi.store.rows import RowInfo, placed, rows_to_json
 from cropi.store.store import SketchStore
@@ -51,10 +51,14 @@ def export(
         raise CropiError(f"the store {store.path} holds no sketch, so there is nothing to export")
     if form == "npy":
         beside = path.with_name(path.name + ".rows.jsonl")
-        with summed(path, beside):
-            # First: a matrix that is there has its rows beside it.
-            write_atomic(beside, *(_line(row, place) for place, row in enumerate(rows)))
-            _write_npy(path, store, rows, normalise)
+        with summed(path, beside), replacing(path) as matrix:
+            _write_npy(matrix, store, rows, normalise)
+            with replacing(beside) as lines, writing(path):
+                write_parts(lines, [_line(row, place).encode() for place, row in enumerate(rows)])
+                sync(matrix), sync(lines)
+                # No room is needed from here on. The rows get their name first: a matrix that is there has its own
+                # beside it, whenever the process is killed.
+                forget(path)
         return [path, beside]
     with summed(path):
         _write_parquet(path, store, normalise)
@@ -72,7 +76,7 @@ def _tables(store: SketchStore, normalise: bool) -> Iterator[tuple[list[RowInfo]
 
 def _write_npy(path: Path, store: SketchStore, rows: Sequence[RowInfo], normalise: bool) -> None:
     place = {row.id: number for number, row in enumerate(rows)}
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), store.dim)}
         np.lib.format.write_array_header_1_0(file, header)
         file.flush()
