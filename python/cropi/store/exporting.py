@@ -55,7 +55,8 @@ def export(
             _write_npy(matrix, store, rows, normalise)
             with replacing(beside) as lines, writing(path):
                 write_parts(lines, [_line(row, place).encode() for place, row in enumerate(rows)])
-                sync(matrix), sync(lines)
+                sync(matrix)
+                sync(lines)
                 # No room is needed from here on. The rows get their name first: a matrix that is there has its own
                 # beside it, whenever the process is killed.
                 forget(path)
