@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -12,6 +13,9 @@ from support.made_dumps import trl, write
 
 from cropi.cli import main
 from cropi.data.readers import read
+from cropi.trainers.dumps.auto import read_rollouts
+from cropi.trainers.dumps.fields import Left
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.recognise import MOST_OPCODES, recognise
 
 
@@ -41,3 +45,12 @@ def test_numbers_of_trl_that_no_float_holds_are_left_out(change: dict[str, int],
     assert main(["convert", str(path), "--out", str(out)]) == 0
     sizes = [group.size for group in read(out)]
     assert sizes == ([2, 2] if "advantage" in change else [1, 2])
+
+
+def test_a_column_of_trl_without_a_name_is_a_column(tmp_path: Path) -> None:
+    """It took the place of what names the prompts, whose advantages are compared."""
+    rows = [row | {"": 0.0} for row in trl()]
+    path = tmp_path / "completions_00007.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rollouts = read_rollouts(path, "trl", Reading(temperature=0.7), Left())
+    assert [one.reward for one in rollouts] == [1.0, 0.0, 0.5, 1.0]

@@ -208,7 +208,7 @@ def test_rewards_of_trl_are_held_to_its_advantages(tmp_path: Path) -> None:
         row["length"] = float(100 * k)  # a column of numbers that is no reward
     path = dump("trl", tmp_path, rows)
     with pytest.raises(
-        CropiError, match="advantages do not follow the sum of the columns accuracy, form, length"
+        CropiError, match="advantages do not follow the sum of the columns 'accuracy', 'form', 'length'"
     ):
         opened(path)
     for named, want in (("accuracy", [0.75, -0.25]), ("advantage", [rows[k]["advantage"] for k in (0, 1)])):

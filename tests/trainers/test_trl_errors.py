@@ -25,6 +25,7 @@ from cropi.sealed import sealed  # noqa: E402
 from cropi.trainers.trl import Curriculum, curriculum, versions  # noqa: E402
 from cropi.trainers.trl import recording as record  # noqa: E402
 from cropi.trainers.trl.live import LiveRun  # noqa: E402
+from cropi.trainers.trl.rollout_log import rewind  # noqa: E402
 from cropi.trainers.trl.stages import STATE, Stages, read_state  # noqa: E402
 from cropi.trainers.versions import UntestedVersion  # noqa: E402
 from cropi_kernels import SketchSpec  # noqa: E402
@@ -391,6 +392,12 @@ def test_fuzz_any_state_in_a_checkpoint_is_taken_or_ends_in_words() -> None:
 
         ends = fuzz.run(500, one)
     assert fuzz.repeats() or (ends["words"] > 100 and ends["read"] > 20), ends
+
+
+@pytest.mark.parametrize("name", ["/b", "../b", "a/b", "..", ""])
+def test_a_checkpoint_names_logs_in_its_folder_alone(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CropiError, match=f"{tmp_path}: the checkpoint names the log '{name}'"):
+        rewind(tmp_path, {name: 0})
 
 
 def test_every_byte_of_a_checkpoint_counts(tmp_path: Path) -> None:

@@ -97,7 +97,9 @@ def _reward_columns(
             f"{path} is not a completions file of TRL, which has {', '.join(KEYS)}, but holds {held}"
         )
     keys: dict[str, _Seen] = {}
-    numbers: list[dict[str, Any]] = []  # and under "" what names the prompt
+    numbers: list[
+        dict[str | None, Any]
+    ] = []  # and under None, which no column is called, what names the prompt
     for row in chain([first], rows):
         for key, value in row.items():
             seen = keys.setdefault(key, _Seen())
@@ -105,7 +107,7 @@ def _reward_columns(
             seen.others |= not isinstance(value, (float, int, type(None)))
         group = text_id(repr((row.get("step"), row.get("prompt"))))
         numbers.append(
-            {"": group}
+            {None: group}
             | {key: _float(value) for key, value in row.items() if isinstance(value, (float, int))}
         )
     if named is not None:
@@ -125,7 +127,7 @@ def _reward_columns(
         )
     if "advantage" in keys and not _agree(numbers, columns):
         raise CropiError(
-            f"{path}: the advantages do not follow the sum of the columns {', '.join(columns)}, so these are not the "
+            f"{path}: the advantages do not follow the sum of the columns {names(columns)}, so these are not the "
             "rewards, or have weights; name the column with the reward with --columns reward=NAME"
         )
     return columns
@@ -147,11 +149,11 @@ def _float(value: float) -> float:
         return math.inf
 
 
-def _agree(rows: list[dict[str, Any]], rewards: list[str]) -> bool:
+def _agree(rows: list[dict[str | None, Any]], rewards: list[str]) -> bool:
     """Whether within each prompt the advantages are the centred rewards times one number above 0.
 
     Args:
-        rows: their numbers by column, and what names the prompt under "".
+        rows: their numbers by column, and what names the prompt under None.
         rewards: the columns.
     """
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -159,7 +161,7 @@ def _agree(rows: list[dict[str, Any]], rewards: list[str]) -> bool:
         numbers = [row[name] for name in rewards if name in row]
         advantage = row.get("advantage")
         if numbers and advantage is not None and np.isfinite([*numbers, advantage]).all():
-            groups[row[""]].append((sum(numbers), advantage))
+            groups[row[None]].append((sum(numbers), advantage))
     for pairs in groups.values():
         reward, advantage = np.array(pairs).T
         reward, advantage = reward - reward.mean(), advantage - advantage.mean()

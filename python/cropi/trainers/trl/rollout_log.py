@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, shown
 from cropi.files import entries, is_there, make_folder, reading, replacing, size_of, sync, writing
 from cropi.sealed import summed
 from cropi.trainers.trl.records import checked_line
@@ -80,9 +80,15 @@ def rewind(folder: str | Path, sizes: Mapping[str, int]) -> None:
     """Cut every log back to the size that a checkpoint knows: what it does not know of did not happen.
 
     Raises:
-        CropiError: a log is shorter than the checkpoint says, so rollouts that it counts on are gone.
+        CropiError: a log is shorter than the checkpoint says, so rollouts that it counts on are gone; or it names one
+            of another folder.
     """
     for name, size in sizes.items():
+        if Path(name).name != name or name in ("", ".."):
+            raise CropiError(
+                f"{folder}: the checkpoint names the log {shown(name)}, which is no name of a file in there; go on "
+                "from another checkpoint"
+            )
         path = Path(folder) / name
         there = size_of(path)
         if there < size:
