@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -38,9 +38,11 @@ class Attachment:
     head_adds: tuple[bool, bool] = (True, True)  # whether this rank adds the head's weight, and its bias
     ranks: Ranks | None = None  # of a tensor-parallel group
 
-    def hook(self) -> list[Hook]:
-        """Hook every tap to its module. Returns the hooks, for :meth:`unhook`."""
-        return [tap.hook(module) for module, tap in self.taps.items()] + self.exact.register()
+    def hook(self) -> Iterator[Hook]:
+        """Hook every tap to its module, one by one, so that a caller has those that are on when one fails."""
+        for module, tap in self.taps.items():
+            yield tap.hook(module)
+        yield from self.exact.register()
 
     def unhook(self, handles: list[Hook]) -> None:
         """Take the hooks off, and empty the list."""

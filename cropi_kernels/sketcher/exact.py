@@ -13,7 +13,7 @@ one backward pass in all: `again`), and the parameter's gradient for one segment
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -150,16 +150,12 @@ class ExactTaps:
         # How each output of a module holds the tokens. It is known once a batch's sizes leave one way, or none.
         self._layouts: dict[tuple[nn.Module, int], str] = {}
 
-    def register(self) -> list[Any]:
-        """The handles of the hooks."""
-        handles: list[Any] = []
+    def register(self) -> Iterator[Any]:
+        """Hook the modules; gives the handles one by one."""
         for module in self.sites:
             # Before the hooks of others: one may compute a weight from the parameters.
-            handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
-            handles.append(
-                module.register_forward_hook(self._leave, prepend=True, with_kwargs=True, always_call=True)
-            )
-        return handles
+            yield module.register_forward_pre_hook(self._enter, prepend=True)
+            yield module.register_forward_hook(self._leave, prepend=True, with_kwargs=True, always_call=True)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         segments = self.acc.segments

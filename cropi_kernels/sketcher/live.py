@@ -133,7 +133,11 @@ class LiveSketcher:
             raise RuntimeError("this LiveSketcher is already active: leave its `with` block first")
         if (shape := code_shape(self.model)) != self._shape:
             self._shape, self._audits, self._ready, self.loss = shape, Schedule(), False, None
-        self._handles += self._plan.hook()
+        try:
+            self._handles.extend(self._plan.hook())
+        except BaseException:
+            self._plan.unhook(self._handles)
+            raise
         return self
 
     def __exit__(
@@ -275,7 +279,7 @@ class LiveSketcher:
             with self._tried, own_precision(self.model):
                 self._tried._try_batch()
         finally:
-            self._handles += self._plan.hook()
+            self._handles.extend(self._plan.hook())
         self._ready = True
 
 

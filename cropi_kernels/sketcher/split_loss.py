@@ -40,19 +40,27 @@ class CoupledLossError(ValueError):
     """The loss of a step is not a sum over its prompts."""
 
 
-class _Backward(TorchFunctionMode):
-    """Calls ``check(loss)`` before a `torch.Tensor.backward`."""
+# What begins a backward pass, and the name of its first argument: the losses.
+_BEGINS: dict[Any, str] = {
+    torch.Tensor.backward: "self", torch.autograd.backward: "tensors", torch.autograd.grad: "outputs",
+}  # fmt: skip
 
-    def __init__(self, check: Callable[[torch.Tensor], None]) -> None:
+
+class _Backward(TorchFunctionMode):
+    """Calls ``check(losses)`` before a backward pass."""
+
+    def __init__(self, check: Callable[[Sequence[torch.Tensor]], None]) -> None:
         super().__init__()
         self.check = check
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.Tensor.backward and args:
-            self.check(args[0])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _BEGINS:
+            losses = args[0] if args else kwargs[_BEGINS[func]]
+            self.check([losses] if isinstance(losses, torch.Tensor) else losses)
+        return func(*args, **kwargs)
 
 
 class LossCheck:
@@ -92,13 +100,13 @@ class LossCheck:
             self._outputs = []
 
     # ------------------------------------------------------------------------------------------------ checks
-    def _try(self, loss: torch.Tensor) -> None:
-        with self.acc.deaf():  # taps are in the loss's graph already
-            self._check(loss)
+    def _try(self, losses: Sequence[torch.Tensor]) -> None:
+        if any(loss.numel() != 1 or loss.grad_fn is None for loss in losses):
+            return
+        with self.acc.deaf(), torch.enable_grad():  # taps are in the loss's graph already
+            self._check(torch.stack([loss.reshape(()) for loss in losses]).sum() if losses[1:] else losses[0])
 
     def _check(self, loss: torch.Tensor) -> None:
-        if loss.numel() != 1 or loss.grad_fn is None:
-            return
         verdict = self._verdict_of(loss)
         if self.verdict is None or self.verdict.startswith(SUM):
             self.verdict = verdict

@@ -13,6 +13,7 @@ from . import sharded
 from .accumulator import Accumulator
 from .attach import UNCOVERED, Attachment, plan_model, refused_modules
 from .coverage import Coverage, uncovered
+from .freezing import freeze, thaw
 from .fused import find_fusion
 from .groups import planned
 from .hooks import checkpointed, start_graph
@@ -91,27 +92,28 @@ class TappedModel:
         embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
         sharded.reshard(self.model)
         # Excluded parameters are frozen too: their gradients would cost memory, and nobody reads them.
-        self._thawed = [p for p in self.model.parameters() if p.requires_grad]
-        for p in self._thawed:
-            p.requires_grad_(False)
+        self._thawed = freeze(self.model.parameters())
         # Without checkpointing the graph starts at the first tapped module, and backward ends there.
         needed = isinstance(embeddings, nn.Module) and checkpointed(self.model)
         self._embeddings = embeddings if needed else None
-        self._hook()
+        try:
+            self._hook()
+        except BaseException:
+            self.untap()
+            raise
 
     def untap(self) -> None:
         """Take the taps off, and make the parameters trainable that were so before."""
         self.plan.unhook(self._handles)
         sharded.reshard(self.model)
-        for p in self._thawed:
-            p.requires_grad_(True)
+        thaw(self._thawed)
         self._thawed, self._embeddings = [], None
 
     def _hook(self) -> None:
         if self._embeddings is not None:
             self._handles.append(self._embeddings.register_forward_hook(start_graph))
         for plan in (self.plan, *(one.plan for one in self.more.sums)):
-            self._handles += plan.hook()
+            self._handles.extend(plan.hook())
         self._handles += self.fusion.hook(self.plan)
 
     def mend(

@@ -75,3 +75,42 @@ def test_sketchers_leave_in_any_order(later_first: bool) -> None:
             if batch == 0:
                 leaves.__exit__(None, None, None)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("later_first", [True, False])
+def test_weights_are_frozen_until_the_last_sketcher_leaves(later_first: bool) -> None:
+    """One that stays must form no gradient of a weight."""
+    model, batch = zoo.make("llama"), zoo.padded()
+    model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    first, second = GradientSketcher(model, SPEC), GradientSketcher(model, SPEC)
+    with contextlib.ExitStack() as rest:
+        first.__enter__()
+        second.__enter__()
+        leaves, stays = (second, first) if later_first else (first, second)
+        rest.callback(stays.__exit__, None, None, None)
+        want = batch.sketch(stays).sketches
+        leaves.__exit__(None, None, None)
+        assert not any(p.requires_grad for p in model.parameters())
+        assert torch.equal(batch.sketch(stays).sketches, want)
+        assert all(p.grad is None for p in model.parameters())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+
+
+@pytest.mark.parametrize("kind", [GradientSketcher, LiveSketcher])
+def test_a_hook_that_fails_leaves_the_model_as_it_was(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.make("llama")
+    sketcher, fails = kind(model, SPEC), model.lm_head
+    before = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    with monkeypatch.context() as patch:
+        for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+            patch.setattr(
+                fails, register, lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no hooks here"))
+            )
+        with pytest.raises(RuntimeError, match="no hooks here"):
+            sketcher.__enter__()
+    assert {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()} == before
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
+    with sketcher:  # and it may be entered again
+        pass

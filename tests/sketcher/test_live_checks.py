@@ -88,6 +88,29 @@ def test_every_loss_of_a_step_is_looked_at() -> None:
             coupled_by_a_norm(logits, step, step.rows(None)).backward()
 
 
+def begin_autograd_backward(loss: torch.Tensor, model: nn.Module) -> None:
+    torch.autograd.backward([0.25 * loss, 0.75 * loss])
+
+
+def begin_autograd_grad(loss: torch.Tensor, model: nn.Module) -> None:
+    torch.autograd.grad(outputs=loss, inputs=list(model.parameters()))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("begin", [begin_autograd_backward, begin_autograd_grad])
+def test_a_backward_pass_that_begins_otherwise_is_looked_at(begin: Any) -> None:
+    for loss in (made.cross_entropy, coupled_by_a_norm):
+        model, step = zoo.make("llama"), Step()
+        wrong = pytest.raises(CoupledLossError, match="not a sum over prompts")
+        with (
+            wrong if loss is coupled_by_a_norm else contextlib.nullcontext(),
+            LiveSketcher(model, SPEC) as live,
+            live.batch(step.prompts, shape=step.shape),
+        ):
+            begin(loss(made.logits_of(model, step), step, step.rows(None)), model)
+        assert live.loss == (None if loss is coupled_by_a_norm else "a sum over prompts")
+
+
 @pytest.mark.long
 def test_losses_of_trainers_are_sums() -> None:
     for loss in LOSSES.values():
