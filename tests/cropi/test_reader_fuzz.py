@@ -124,6 +124,16 @@ def test_a_key_that_cannot_be_learnt_leaves_the_reader_as_it_was() -> None:
     assert group is not None and group.to_record() == plain, words
 
 
+def test_logprobs_are_floats_whatever_was_written() -> None:
+    """An integer that floats do not hold exactly was kept as it is by one way of parsing alone."""
+    values = [[-(3**90), -(2**53) - 1, -2.5]]
+    record = {"id": "a", "prompt": "q", "rewards": [1], "response_ids": [[1, 2, 3]], "logprobs": values}
+    for line in (record, record | {"loss_mask": [[1, 1, 1]]}):
+        group = check(text_of(line))
+        assert group is not None and group.logprobs == [[float(value) for value in values[0]]]
+        assert {type(value) for value in group.logprobs[0]} == {float}
+
+
 @pytest.mark.long
 def test_right_records_are_read_to_what_they_hold() -> None:
     def one(rng: random.Random) -> bool:

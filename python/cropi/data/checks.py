@@ -160,10 +160,11 @@ def _checked_logprobs(values: dict[str, Any], k: int, where: str) -> list[float]
             where, f"logprobs[{k}] must have one entry per token of response_ids[{k}] ({size}), got {got}"
         )
     if set(map(type, given)) <= {float, int} and _sums_up(given) and max(given) <= LOGPROB_SLACK:
-        return given
+        return list(map(float, given))
     scored, given = values["loss_mask"][k] if values["loss_mask"] else [1] * size, list(given)
     for t, value in enumerate(given):
         if finite(value) and value <= LOGPROB_SLACK:
+            given[t] = float(value)
             continue
         if scored[t]:
             remedy = [TOP_REMEDY] if isinstance(value, (list, Mapping)) else []
