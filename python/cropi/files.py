@@ -212,7 +212,7 @@ def entries(folder: str | Path, pattern: str = "*") -> list[Path]:
     with reading(folder):
         try:
             names = os.listdir(folder)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # as of a status
             return []
     return sorted(folder / name for name in fnmatch.filter(names, pattern))
 
