@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from cropi.errors import CropiError
 from cropi.trainers.dumps import parts
@@ -92,3 +94,12 @@ def test_a_large_pickle_that_is_made_at_once_is_warned_of(monkeypatch: pytest.Mo
     held = {"samples": [{"a": 1}, {"a": 2}], "a": 3}  # "a" refers to the list's item
     with pytest.warns(UserWarning, match="may take .* GiB; dump such a list, or write JSON lines"):
         assert parts.load(pickle.dumps(held), Reader) == held
+
+
+def test_a_trusted_pickle_may_hold_an_array(tmp_path: Path) -> None:
+    """It is held to the number by which torch's old files begin; the comparison of an array is an array."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps(np.arange(3)))
+    assert load_dump(path, "an array", allow_pickle=True).tolist() == [0, 1, 2]
+    torch.save({"a": 1}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert load_dump(tmp_path / "old.pt", "a dictionary", allow_pickle=True) == {"a": 1}

@@ -161,6 +161,7 @@ def _trusted(path: Path) -> Any:
         if file.read(2) != b"PK":
             file.seek(0)
             held = pickle.load(file)
-            if held != torch.serialization.MAGIC_NUMBER:  # torch.save wrote so before it wrote archives
+            # torch.save wrote this number first before it wrote archives. An array is compared by its elements.
+            if not (isinstance(held, int) and held == torch.serialization.MAGIC_NUMBER):
                 return held
     return torch.load(path, map_location="cpu", weights_only=False)
