@@ -10,17 +10,19 @@ The entries are known from the plan alone (`grouped_pairs`), the ranges from the
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from ... import _gpu, _native, _triton
+from ... import _native, _triton
+from ..._launch import Launch
 from ...plan import MatrixPlan
 from .._device_plan import cached, matrix_tables, pair_words, slab_row_signs
 from .._triton_segments import _offset, cut, reduce_partials
-from ..sketch_linear.triton import _pick, fold_columns, slab_config
+from ..sketch_linear.triton import SlabConfig, _pick, fold_columns, slab_config
 
 GROUP_PAIRS = 24  # entries of a partial result, where no limit below asks for more
 MOST_PARTIALS = (
@@ -71,7 +73,7 @@ def grouped_pairs(
     return cached(plan, device, build, ("grouped", n_groups, rows, first_row, row_step))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_segments", "n_tokens", "n_slabs", "shares", "share_entries"])
 def grouped_kernel(
     d,  # [tokens, rows], rows stride_d apart
     a,  # [tokens, cols], rows stride_a apart
@@ -81,8 +83,6 @@ def grouped_kernel(
     group,  # int32 [entries]
     first,  # int32 [n_slabs + 1]
     row_sign,  # [2, padded_rows] in the dtype of d: the signs, and the signs times -1
-    n_segments,
-    n_tokens,
     rows,  # of a group
     cols,
     first_row,
@@ -90,6 +90,8 @@ def grouped_kernel(
     padded_rows,
     stride_d,
     stride_a,
+    n_segments,
+    n_tokens,
     n_slabs,
     shares,
     share_entries,  # <= ENTRIES
@@ -163,6 +165,14 @@ def register_limit(aligned: bool, columns: int, entries: int) -> dict[str, int]:
     return {"maxnreg": MOST_REGISTERS} if not aligned and columns <= 64 and entries <= 32 else {}
 
 
+@functools.cache
+def grouped_launch(slab_rows: int, slab_cols: int, entries: int, aligned: bool, config: SlabConfig) -> Launch:
+    return Launch(
+        grouped_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, ENTRIES=entries, ALIGNED=aligned,
+        **dataclasses.asdict(config), **register_limit(aligned, config.BN, entries),
+    )  # fmt: skip
+
+
 def sketch_grouped(
     d: torch.Tensor,
     a: torch.Tensor,
@@ -187,20 +197,18 @@ def sketch_grouped(
         a = fold_columns(a, tables.col_sign, tables.col_fold, plan.folded_cols)
     row_sign = slab_row_signs((plan,), d.device, d.dtype)
     config = slab_config(plan.slab_cols, d.dtype, _triton.shared_memory(d.device))
-    share_entries = min(MOST_ENTRIES, max(GROUP_PAIRS, triton.cdiv(entries.most, MOST_PARTIALS)))
-    shares = triton.cdiv(entries.most, share_entries)
-    share_entries = triton.cdiv(entries.most, shares)
+    share_entries = min(MOST_ENTRIES, max(GROUP_PAIRS, _triton.ceil_div(entries.most, MOST_PARTIALS)))
+    shares = _triton.ceil_div(entries.most, share_entries)
+    share_entries = _triton.ceil_div(entries.most, shares)
     partial = torch.empty(n_segments, shares, out.shape[1], dtype=torch.float32, device=d.device)
-    parts = plan.slab_rows // config.BM * triton.cdiv(plan.slab_cols, config.BN)
+    parts = plan.slab_rows // config.BM * _triton.ceil_div(plan.slab_cols, config.BN)
     aligned = first_row % 8 == 0 and row_step % 8 == 0
     lanes = _triton.next_power_of_two(share_entries)
-    with _gpu.on(d):
-        grouped_kernel[(n_segments * plan.n_slabs * shares * parts,)](
-            d, a, partial, offsets, entries.words, entries.group, entries.first, row_sign,
-            n_segments, n_tokens, rows, plan.folded_cols, first_row, row_step, row_sign.shape[1], d.stride(0),
-            a.stride(0), plan.n_slabs, shares, share_entries,
-            SLAB_ROWS=plan.slab_rows, SLAB_COLS=plan.slab_cols, ENTRIES=lanes, ALIGNED=aligned,
-            **dataclasses.asdict(config), **register_limit(aligned, config.BN, lanes),
-        )  # fmt: skip
+    grouped_launch(plan.slab_rows, plan.slab_cols, lanes, aligned, config)(
+        (n_segments * plan.n_slabs * shares * parts,),
+        (d, a, partial, offsets, entries.words, entries.group, entries.first, row_sign),
+        (rows, plan.folded_cols, first_row, row_step, row_sign.shape[1], d.stride(0), a.stride(0)),
+        (n_segments, n_tokens, plan.n_slabs, shares, share_entries),
+    )
     one_each = torch.arange(n_segments + 1, device=d.device)
     reduce_partials(partial, out, cut(one_each, n_segments, 1, True), shares)

@@ -18,7 +18,7 @@ import torch
 from rehearsal import set_stage
 from triton.runtime.jit import JITFunction
 
-from cropi_kernels import GradientSketcher, SketchSpec, _launch
+from cropi_kernels import GradientSketcher, SketchSpec, _launch, plan_matrix, sketch_grouped
 from cropi_kernels.sketcher import taps
 from cropi_kernels.sketcher.accumulator import Accumulator
 from cropi_kernels.sketcher.clock import Clock
@@ -105,6 +105,23 @@ def test_variants_of_a_model(model: Any) -> None:
     # The head's own slab and folds; a chunk table for each way to cut.
     most = {"fold_kernel": 3, "chunks_kernel": 4, "slab_kernel": 2}
     assert all(n <= most.get(name, 1) for name, n in first.items()), first
+
+
+def test_variants_of_a_stack_of_experts() -> None:
+    """As of a model: tokens, segments and experts vary with the batch, and one kernel serves all."""
+    plan = plan_matrix(SketchSpec(width=16), "experts", 64 * 48, 64)
+
+    def call(experts: int, segments: int, tokens: int) -> None:
+        offsets = torch.arange(experts * segments + 1) * (tokens // (experts * segments))
+        d, a = torch.ones(tokens, 48), torch.ones(tokens, plan.folded_cols)
+        sketch_grouped(d.bfloat16(), a.bfloat16(), offsets, plan, torch.zeros(segments, 32768))
+
+    call(64, 1, 64)
+    first = Counter(COMPILED)
+    LAUNCHED.clear()
+    for experts, segments, tokens in ((64, 16, 2048), (64, 3, 1001), (64, 1, 65)):
+        call(experts, segments, tokens)
+    assert COMPILED == first and LAUNCHED["grouped_kernel"] == 3
 
 
 def test_launches_of_a_pass(model: Any) -> None:
