@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 COPIED, GEMM = 256 << 20, 8192  # numbers copied, side of the product: far beyond any cache
+GEMM_FLOPS = 2.0 * GEMM**3
 MOST_SETS = 24
 RESTART = 75  # exit status of a part whose process cannot use the GPU any more: it is to be started again
 
@@ -71,6 +72,32 @@ def milliseconds(run: Callable[[], Any], *, repeats: int = 10, warm: int = 2) ->
     return statistics.median(a.elapsed_time(b) for a, b in marks)
 
 
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warm: int = 1
+) -> dict[str, list[float]]:
+    """Milliseconds on the device of each run in each round: what is compared is measured in turns.
+
+    A card that has been at work is slower by its power: on an H200, a large product fell from 780 to 630 TFLOP/s while
+    log-probs were measured, and a ratio to a product that came first was too low by as much.
+    """
+    marks: dict[str, list[Any]] = {name: [] for name in runs}
+    for round_ in range(warm + rounds):
+        for name, run in runs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            if round_ >= warm:
+                marks[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in marks.items()}
+
+
+def share(times: Sequence[float], of: Sequence[float], factor: float = 1.0) -> float:
+    """The median over rounds of ``factor * of / times``."""
+    return statistics.median(factor * b / a for a, b in zip(times, of))
+
+
 def n_sets(size: float) -> int:
     """Operand sets of ``size`` bytes to rotate over, so that none is in the L2 when its turn comes again."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
@@ -85,6 +112,13 @@ def kernel_milliseconds(
     ``runs`` are the same call on different operands (`n_sets` says how many). The device's time is that of a CUDA
     graph of at least ``calls`` calls: no launch waits for the host, and no cache is overwritten between the calls.
     """
+    graph, eager, n = graph_of(runs, calls)
+    replayed = milliseconds(graph.replay, repeats=replays, warm=1)
+    return {"ms": replayed / n, "eager_ms": eager / n}
+
+
+def graph_of(runs: Sequence[Callable[[], Any]], calls: int) -> tuple[torch.cuda.CUDAGraph, float, int]:
+    """A graph of at least ``calls`` calls, the milliseconds of as many without it, and their number."""
     rounds = math.ceil(calls / len(runs))
     for run in runs:  # compiles, uploads tables
         run()
@@ -99,9 +133,7 @@ def kernel_milliseconds(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         all_of_them()
-    replayed = milliseconds(graph.replay, repeats=replays, warm=1)
-    n = rounds * len(runs)
-    return {"ms": replayed / n, "eager_ms": eager / n}
+    return graph, eager, rounds * len(runs)
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -122,11 +154,16 @@ def copy_bandwidth() -> float:
     return 2 * x.numel() * 4 / (milliseconds(lambda: y.copy_(x)) / 1000)
 
 
-def gemm_rate() -> float:
-    """Operations per second of one large bfloat16 product, on random numbers (zeros run faster)."""
+def large_product() -> Callable[[], Any]:
+    """One large bfloat16 product, on random numbers (zeros run faster): `GEMM_FLOPS` operations."""
     a, b = (torch.randn(GEMM, GEMM, device="cuda").bfloat16() for _ in range(2))
     out = torch.empty(GEMM, GEMM, device="cuda", dtype=torch.bfloat16)
-    return 2.0 * GEMM**3 / (milliseconds(lambda: torch.mm(a, b, out=out)) / 1000)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def gemm_rate() -> float:
+    """Operations per second of `large_product` on a card that has not been at work."""
+    return GEMM_FLOPS / (milliseconds(large_product()) / 1000)
 
 
 class Results:

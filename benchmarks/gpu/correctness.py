@@ -26,13 +26,14 @@ from cropi_kernels import (
     sketch_linear,
     sketch_vector,
 )
-from cropi_kernels.ops.linear_logprob import oracle
+from cropi_kernels.ops.linear_logprob import oracle, triton_tiles
 from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
 from cropi_kernels.ops.norm_grad.reference import segment_sums
 from cropi_kernels.ops.sketch_embedding.reference import sketch_embedding as embedding_reference
 from cropi_kernels.ops.sketch_grouped.reference import sketch_grouped as grouped_reference
 from cropi_kernels.testing import sketch_and_magnitudes, sum_error_bound
 
+TURNS = ((1, 1003, 8), (64, 257, 64), (65, 151936, 1536), (700, 50257, 200), (3000, 32000, 4096))
 TOKENS, SCORED = 700, 130  # of embeddings and norms, and of log-probs
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CASES: dict[str, tuple[int, int, int | None, int, list[int]]] = {
@@ -208,6 +209,34 @@ def log_probs(vocab: int, dtype: torch.dtype, softcap: float | None, scale: floa
     }
 
 
+def by_turns(n: int, vocab: int, features: int, dtype: torch.dtype, scale: float = 1.0) -> dict[str, Any]:
+    """Whether `turns_kernel` gives the bits of `tiles_kernel`, whose values the other cases and the tests hold.
+
+    ``scale``: of the head; with large logits, most targets are far below the largest, and tiles are done again.
+    """
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, 2 * features, generator=g).to("cuda", dtype)[:, :features]  # rows apart
+    head = (torch.randn(vocab, features, generator=g) * scale / features**0.5).to("cuda", dtype)
+    bias, target = torch.randn(vocab, generator=g).cuda(), torch.randint(0, vocab, (n,), generator=g).cuda()
+    target[n // 2] = -100
+
+    def results(turns: bool) -> list[torch.Tensor]:
+        kept, triton_tiles.takes_turns = triton_tiles.takes_turns, lambda: turns
+        try:
+            both = linear_logprob(hidden, head, target, bias=bias, temperature=0.7, return_entropy=True)
+            with_gradient = logprob_and_grad(
+                hidden, head, target, lambda p, a, b: p.exp(), chunk_size=3 * n // 5 + 1
+            )
+        finally:
+            triton_tiles.takes_turns = kept
+        return [*both, *with_gradient]
+
+    assert triton_tiles.takes_turns(), "this Triton's Gluon is not known"
+    same = [torch.equal(a, b) for a, b in zip(results(True), results(False))]
+    finite = all(bool(x.isfinite().all()) for x in results(True))
+    return {"same": same, "ok": all(same) and finite}
+
+
 def beyond_int32_sketch() -> dict[str, Any]:
     """D with more than 2^31 elements: the last tokens' sketch must be that of a small copy of them."""
     n, rows = 16384, 152064
@@ -282,6 +311,20 @@ def main() -> None:
                     lambda v=vocab, c=cap, t=dtype: log_probs(v, t, c),
                 )
         results.attempt(f"log-probs of far targets {name}", lambda t=dtype: log_probs(1003, t, None, 3.0))
+        if (
+            dtype != torch.float32
+            and triton_tiles.takes_turns()
+            and torch.cuda.get_device_capability() == (9, 0)
+        ):
+            for n, vocab, features in ((130, 1003, 72),) if small else TURNS:
+                shape = f"{n} x {vocab} x {features}"
+                results.attempt(
+                    f"log-probs by turns {shape} {name}",
+                    lambda n=n, v=vocab, f=features, t=dtype: by_turns(n, v, f, t),
+                )
+            results.attempt(
+                f"log-probs by turns, far {name}", lambda t=dtype: by_turns(130, 1003, 256, t, 48.0)
+            )
     if not small:
         for op in launches.calls("cpu"):
             results.attempt(f"{op}: streams, graphs, devices", lambda o=op: launches.check(o))

@@ -1,4 +1,4 @@
-"""Log-probs and their gradient against the rate of one large product on the same device, and against peers.
+"""Log-probs and their gradient against the rate of one large product in turns with them, and against peers.
 
 Products of one chunk of tokens would be a flattering baseline: they do not fill the device either. Peers, where they
 are installed: Liger's fused linear cross-entropy, and cut-cross-entropy.
@@ -7,6 +7,7 @@ are installed: Liger's fused linear cross-entropy, and cut-cross-entropy.
 from __future__ import annotations
 
 import importlib
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from cropi_kernels.ops.linear_logprob.contract import Dlogits
 TOKENS, COMPARED = 8192, 64  # of a run; whose gradient a float64 product checks
 
 
-def head(model: str, with_sketch: bool, rate: float) -> dict[str, Any]:
+def head(model: str, with_sketch: bool, large: Callable[[], Any]) -> dict[str, Any]:
     vocab, features = common.MODELS[model]["head"]
     hidden = torch.randn(TOKENS, features, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(vocab, features, device="cuda", dtype=torch.bfloat16) / features**0.5
@@ -55,17 +56,18 @@ def head(model: str, with_sketch: bool, rate: float) -> dict[str, Any]:
         with torch.no_grad():
             linear_logprob(hidden, weight, target)
 
-    forward_ms, both_ms = common.milliseconds(forward, repeats=5), common.milliseconds(both, repeats=5)
+    # In turns with a large product, and with the plain product of the same shape.
+    runs = {"large": large, "same": lambda: torch.mm(hidden, weight.t()), "forward": forward, "both": both}
+    times = common.in_turns(runs)
+    ms = {name: statistics.median(t) for name, t in times.items()}
     flops = 2.0 * TOKENS * vocab * features
-    row: dict[str, Any] = {
-        "model": model,
-        "sketch": with_sketch,
-        "forward_ms": forward_ms,
-        "both_ms": both_ms,
-    }
-    row |= {"forward_tflops": flops / forward_ms / 1e9, "both_tflops": 2 * flops / both_ms / 1e9}
-    row |= {"gemm_ms": flops / rate * 1000, "forward_of_gemm": flops / rate * 1000 / forward_ms}
-    row["both_of_gemm"] = 2 * flops / rate * 1000 / both_ms
+    row: dict[str, Any] = {"model": model, "sketch": with_sketch}
+    row |= {"forward_ms": ms["forward"], "both_ms": ms["both"], "same_product_ms": ms["same"]}
+    row |= {"forward_tflops": flops / ms["forward"] / 1e9, "both_tflops": 2 * flops / ms["both"] / 1e9}
+    row["large_product_tflops"] = common.GEMM_FLOPS / ms["large"] / 1e9
+    row["forward_of_large"] = common.share(times["forward"], times["large"], flops / common.GEMM_FLOPS)
+    row["both_of_large"] = common.share(times["both"], times["large"], 2 * flops / common.GEMM_FLOPS)
+    row["forward_of_same"] = common.share(times["forward"], times["same"])
     return row | {
         "forward_extra_gb": common.peak_bytes(forward) / 1e9,
         "both_extra_gb": common.peak_bytes(both) / 1e9,
@@ -125,8 +127,9 @@ def peer(model: str, name: str) -> dict[str, Any]:
 
     row: dict[str, Any] = {"model": model, "peer": name}
     row |= {"gradient_error": error(ours()), "peer_gradient_error": error(theirs())}
-    both_ms, peer_ms = common.milliseconds(ours, repeats=5), common.milliseconds(theirs, repeats=5)
-    row |= {"both_ms": both_ms, "peer_ms": peer_ms, "times_faster": peer_ms / both_ms}
+    times = common.in_turns({"ours": ours, "theirs": theirs}, rounds=5)
+    row |= {"both_ms": statistics.median(times["ours"]), "peer_ms": statistics.median(times["theirs"])}
+    row["times_faster"] = common.share(times["ours"], times["theirs"])
     return row | {
         "both_extra_gb": common.peak_bytes(ours) / 1e9,
         "peer_extra_gb": common.peak_bytes(theirs) / 1e9,
@@ -134,12 +137,11 @@ def peer(model: str, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    results, rate = common.Results("logprob"), common.gemm_rate()
-    results.add(name="gemm rate", tflops=rate / 1e12)
+    results, large = common.Results("logprob"), common.large_product()
     for model in common.MODELS:
         for with_sketch in (False, True):
             name = f"{model}{' with the head' + chr(39) + 's sketch' if with_sketch else ''}"
-            results.attempt(name, lambda m=model, s=with_sketch: head(m, s, rate))
+            results.attempt(name, lambda m=model, s=with_sketch: head(m, s, large))
         for other in PEERS:
             results.attempt(f"{model} beside {other}", lambda m=model, o=other: peer(m, o))
     results.finish()

@@ -5,6 +5,7 @@ and against the loops that people run per prompt.
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ SHAPE_7B = {
     "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
 }  # fmt: skip
 ROWS_7B = 8
+TURNS = 3
 
 
 def build(shape: dict[str, Any] | None = None) -> Any:
@@ -103,14 +105,26 @@ def main() -> None:
         return measure(lambda: (plain_step(model, data), model.zero_grad(set_to_none=True)))
 
     def sketched(width: int, fused: bool = False) -> dict[str, Any]:
+        """In turns with a plain pass: passes of either kind, then of the other."""
         model.zero_grad(set_to_none=True)
-        model.requires_grad_(True)
-        with GradientSketcher(model, SketchSpec(width=width), verify=False, fused=fused) as sketcher:
-            step = lambda: sketcher.policy_gradient(**data, weigh=weigh)  # noqa: E731
-            step()
-            second = step()
-            finite = {"finite": bool(second.sketches.isfinite().all())}
-            return measure(step) | finite | {f"{k}_s": v for k, v in second.seconds.items()}
+        row: dict[str, Any] = {}
+        times: dict[str, list[float]] = {"plain": [], "sketched": []}
+        for turn in range(TURNS):
+            model.requires_grad_(False)
+            plain = lambda: plain_step(model, data)  # noqa: E731
+            times["plain"] += common.in_turns({"plain": plain}, rounds=2)["plain"]
+            model.requires_grad_(True)
+            with GradientSketcher(model, SketchSpec(width=width), verify=False, fused=fused) as sketcher:
+                step = lambda: sketcher.policy_gradient(**data, weigh=weigh)  # noqa: E731
+                times["sketched"] += common.in_turns({"sketched": step}, rounds=2)["sketched"]
+                if turn == TURNS - 1:
+                    last = step()
+                    row = {"finite": bool(last.sketches.isfinite().all())}
+                    row |= {f"{k}_s": v for k, v in last.seconds.items()}
+                    row["extra_gb"] = common.peak_bytes(step) / 1e9
+        ms = {name: statistics.median(t) for name, t in times.items()}
+        over = 1 / common.share(times["sketched"], times["plain"])
+        return {"ms": ms["sketched"], "frozen_ms": ms["plain"], "over_frozen": over} | row
 
     def per_prompt(reduce: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
         """One prompt of the loop: backward, flat float32 gradient, then what the caller does with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +52,11 @@ def one_map(plan: MatrixPlan, offsets: torch.Tensor, out: torch.Tensor, fold: bo
             lambda d=d, a=a: [torch.mm(d[b:e].t(), a[b:e], out=g) for b, e in bounds]  # type: ignore[misc]
             for d, a in sets
         ]
-        got["mm"], got["mm_loop"] = timed(products)["ms"], timed(by_segment)["ms"]
+        sketches = [lambda d=d, a=a: sketch_linear(d, a, on_device, plan, out) for d, a in kept]  # type: ignore[misc]
+        in_turns = {"sketch": sketches, "mm": products, "mm_loop": by_segment}
+        graphs = {name: common.graph_of(runs, CALLS) for name, runs in in_turns.items()}
+        times = common.in_turns({name: graph.replay for name, (graph, _, _) in graphs.items()}, rounds=3)
+        got |= {name: statistics.median(t) / graphs[name][2] for name, t in times.items()}
     return got
 
 

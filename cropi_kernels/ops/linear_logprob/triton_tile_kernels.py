@@ -45,6 +45,58 @@ def own_kernel(
     tl.store(own + row, z, mask=there)
 
 
+def finish_tile(
+    z,  # float32 [rows, words]: a product's numbers
+    row,
+    word,
+    i,
+    t,
+    bias,
+    target,
+    own,
+    anchors,
+    rests,
+    weighted,
+    far,
+    n_tokens,
+    vocabulary,
+    scale,
+    BY_ROW: tl.constexpr,
+    AGAIN: tl.constexpr,
+    BIAS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Writes the statistics of some rows of tile i of the tokens and t of the words, and returns exp((z - a) / T)."""
+    there, inside = row < n_tokens, word < vocabulary
+    if BIAS:
+        z += tl.load(bias + word, mask=inside, other=0.0)[None, :]
+    y = tl.load(target + row, mask=there, other=-1)
+    anchor = tl.load(own + row, mask=there, other=0.0)
+    z = tl.where((word[None, :] == y[:, None]) | (word[None, :] >= vocabulary), float("-inf"), z)
+    at = t.to(tl.int64) * n_tokens + row
+    if not BY_ROW:
+        anchor = tl.maximum(anchor, tl.max(z, 1))
+    if AGAIN:  # other rows of the tile keep their anchor
+        was_far = tl.load(rests + at, mask=there, other=0.0) > FAR
+        anchor = tl.where(was_far, tl.maximum(anchor, tl.max(z, 1)), anchor)
+    anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
+    x = (z - anchor[:, None]) * scale  # to the base of 2
+    p = tl.exp2(x)
+    rest = tl.sum(p, 1)
+    if ENTROPY:  # before the branch, so that x need not live in registers over it
+        tl.store(weighted + at, tl.sum(p * tl.maximum(x, -1000.0), 1) * LN_2, mask=there)
+    tl.store(anchors + at, anchor, mask=there)
+    tl.store(rests + at, rest, mask=there)
+    if BY_ROW and not AGAIN:
+        if tl.max(tl.where(there, rest, 0.0), 0) > FAR:
+            tl.store(far + t.to(tl.int64) * tl.cdiv(n_tokens, TOKENS) + i, 1)
+    return p
+
+
+_finish_tile = triton.jit(finish_tile)
+
+
 @triton.jit
 def _tile(
     i,
@@ -80,32 +132,14 @@ def _tile(
         z = tl.dot(hidden.load([i * TOKENS, k]), head.load([t * WORDS, k]).T, z)
     row = i * TOKENS + tl.arange(0, TOKENS)
     word = t * WORDS + tl.arange(0, WORDS)
-    there, inside = row < n_tokens, word < vocabulary
-    if BIAS:
-        z += tl.load(bias + word, mask=inside, other=0.0)[None, :]
-    y = tl.load(target + row, mask=there, other=-1)
-    anchor = tl.load(own + row, mask=there, other=0.0)
-    z = tl.where((word[None, :] == y[:, None]) | ~inside[None, :], float("-inf"), z)
-    at = t.to(tl.int64) * n_tokens + row
-    if not BY_ROW:
-        anchor = tl.maximum(anchor, tl.max(z, 1))
-    if AGAIN:  # other rows of the tile keep their anchor
-        was_far = tl.load(rests + at, mask=there, other=0.0) > FAR
-        anchor = tl.where(was_far, tl.maximum(anchor, tl.max(z, 1)), anchor)
-    anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
-    x = (z - anchor[:, None]) * scale  # to the base of 2
-    p = tl.exp2(x)
-    rest = tl.sum(p, 1)
-    tl.store(anchors + at, anchor, mask=there)
-    tl.store(rests + at, rest, mask=there)
-    if BY_ROW and not AGAIN:
-        most = tl.max(tl.where(there, rest, 0.0), 0)
-        tl.store(far + t.to(tl.int64) * tl.cdiv(n_tokens, TOKENS) + i, (most > FAR).to(tl.int32))
-    if ENTROPY:
-        tl.store(weighted + at, tl.sum(p * tl.maximum(x, -1000.0), 1) * LN_2, mask=there)
+    p = _finish_tile(
+        z, row, word, i, t, bias, target, own, anchors, rests, weighted, far, n_tokens, vocabulary, scale, BY_ROW,
+        AGAIN, BIAS, ENTROPY, TOKENS,
+    )  # fmt: skip
     if KEEP:
         place = e + row.to(tl.int64)[:, None] * stride + word[None, :]
-        tl.store(place, (p * LIFT).to(e.dtype.element_ty), mask=there[:, None] & inside[None, :])
+        mask = (row < n_tokens)[:, None] & (word < vocabulary)[None, :]
+        tl.store(place, (p * LIFT).to(e.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -119,7 +153,7 @@ def tiles_kernel(
     rests,
     weighted,
     e,  # [n_tokens, vocabulary], rows stride apart
-    far,  # int32 [tiles of words, tiles of tokens]: whether a sum is beyond FAR
+    far,  # int32 [tiles of words, tiles of tokens], 0: becomes 1 where a sum is beyond FAR
     n_tokens,
     vocabulary,
     features,

@@ -16,9 +16,13 @@ logit as the anchor of such rows; `rescale_kernel` puts these rows to one anchor
 In float16 the anchor is always a tile's largest logit, and `rescale_kernel` turns e into the gradient in place. So it
 does in bfloat16 for a caller who reads the gradient itself. Then e is rounded twice, where a product that keeps
 float32 logits rounds once, and half as many bytes are written and read.
+
+The products are `turns_kernel`'s where this Triton's Gluon is known (`takes_turns`), else `tiles_kernel`'s: same bits.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -36,6 +40,10 @@ from .triton_tile_kernels import (
 
 TOKENS, WORDS, FEATURES = 128, 256, 64  # of a tile; of the product's inner step
 STAGES, WARPS = 4, 8
+TURNS = (
+    (3, 6),
+    (3, 7),
+)  # the first and the last release of Triton whose Gluon `triton_turns` is known to speak
 OWN_ROWS, OWN_FEATURES = 4, 256  # of a program of `own_kernel`
 FLAGS = 64  # marks that a program of `again_kernel` looks at
 COMBINED_TILES, COMBINED_ROWS = 64, 16
@@ -63,6 +71,19 @@ def serves(hidden: torch.Tensor, head: torch.Tensor, math: RowMath) -> bool:
     ):
         return False
     return _gpu.interpreting() or torch.cuda.get_device_capability(hidden.device)[0] == 9
+
+
+def takes_turns() -> bool:
+    """Whether `triton_turns` makes the products: with the releases whose Gluon it was compiled with (3.6 and 3.7), and
+    not in the interpreter, which has no Gluon. `tiles_kernel` gives the same bits."""
+    import triton
+
+    return TURNS[0] <= _triton.release(triton.__version__)[:2] <= TURNS[1] and not _gpu.interpreting()
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _readable(x: torch.Tensor) -> bool:
@@ -101,18 +122,34 @@ class Tiles:
                 hidden, head, vector, target, self.own, n, *head.shape, hidden.stride(0), head.stride(0),
                 BIAS=bias is not None, ROWS=OWN_ROWS, FEATURES=OWN_FEATURES, num_warps=4,
             )  # fmt: skip
-            operands = (
+            tiled = (
                 TensorDescriptor.from_tensor(hidden, [TOKENS, FEATURES]),
                 TensorDescriptor.from_tensor(head, [WORDS, FEATURES]),
+            )
+            others = (
                 vector, target, self.own, self.sums[0], self.sums[1], self.sums[-1], self.e, self.far,
                 n, *head.shape, self.e.stride(0), LOG2_E * self.scale,
             )  # fmt: skip
             kinds = dict(LIFT=self.lift, BIAS=bias is not None, ENTROPY=self.entropy, KEEP=self.keep)
-            kinds |= dict(TOKENS=TOKENS, WORDS=WORDS, FEATURES=FEATURES, num_stages=STAGES)
-            tiles_kernel[(across * self.tiles,)](*operands, BY_ROW=self.by_row, **kinds, num_warps=WARPS)
+            kinds |= dict(TOKENS=TOKENS, WORDS=WORDS, FEATURES=FEATURES)
+            pipelined = dict(num_stages=STAGES, num_warps=WARPS)
+            if self.by_row:
+                self.far.zero_()
+            if takes_turns():
+                from .triton_turns import GROUPS, described, turns_kernel
+                from .triton_turns import WARPS as GROUP_WARPS
+
+                turns_kernel[(min(_multiprocessors(hidden.device), across * self.tiles),)](
+                    described(hidden, TOKENS // GROUPS.value, FEATURES), described(head, WORDS, FEATURES), *others,
+                    BY_ROW=self.by_row, STAGES=STAGES, **kinds, num_warps=GROUP_WARPS.value,
+                )  # fmt: skip
+            else:
+                tiles_kernel[(across * self.tiles,)](
+                    *tiled, *others, BY_ROW=self.by_row, **kinds, **pipelined
+                )
             if self.by_row:
                 again_kernel[(self.tiles, _triton.ceil_div(across, FLAGS))](
-                    *operands, **kinds, FLAGS=FLAGS, num_warps=WARPS
+                    *tiled, *others, **kinds, FLAGS=FLAGS, **pipelined
                 )
 
     def forward(self, target: torch.Tensor, stats: Stats) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from aot_compile import FLOATS, SHARED_LIMIT
+from triton.experimental.gluon import language as gl
 
 from cropi_kernels._launch import MEMBERS
 from cropi_kernels.ops import _triton_segments as segments
 from cropi_kernels.ops.linear_logprob import triton as logprob
 from cropi_kernels.ops.linear_logprob import triton_tile_kernels as tile_kernels
 from cropi_kernels.ops.linear_logprob import triton_tiles as tiles
+from cropi_kernels.ops.linear_logprob import triton_turns as turns
 from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.project import triton as project_kernels
 from cropi_kernels.ops.project import triton_draws as draws
@@ -220,6 +222,22 @@ def log_prob_tiles(dtype: str, keep: bool, entropy: bool = False, again: bool = 
     )  # fmt: skip
 
 
+def log_prob_turns(dtype: str, keep: bool, entropy: bool = False) -> Case:
+    """12 warps share the registers; ptxas counts them before the groups take some of the warp that brings operands."""
+    like = log_prob_tiles(dtype, keep, entropy)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    rows = tiles.TOKENS // turns.GROUPS.value
+    types = like.types | {
+        name: f"tensordesc<{FLOATS[dtype]}[{n}, {tiles.FEATURES}],{layout!r}>"
+        for name, n in (("hidden", rows), ("head", tiles.WORDS))
+    }
+    name = like.name.replace("tiles", "turns")
+    constants = like.constants | dict(STAGES=tiles.STAGES)
+    return Case(
+        name, turns.turns_kernel, types, constants, like.aligned, {"num_warps": turns.WARPS.value}, 168, True
+    )
+
+
 def log_prob_own() -> Case:
     pointers = dict.fromkeys(("hidden", "head"), "*bf16") | dict.fromkeys(("bias", "own"), "*fp32")
     constants = dict(BIAS=True, ROWS=tiles.OWN_ROWS, FEATURES=tiles.OWN_FEATURES)
@@ -284,6 +302,10 @@ def on_hopper() -> list[Case]:
         log_prob_tiles("bfloat16", keep=False, entropy=True),
         log_prob_tiles("bfloat16", keep=True, entropy=True, again=True),
         log_prob_tiles("float16", keep=True),
+        log_prob_turns("bfloat16", keep=False),
+        log_prob_turns("bfloat16", keep=True),
+        log_prob_turns("bfloat16", keep=False, entropy=True),
+        log_prob_turns("float16", keep=True),
         log_prob_own(),
         log_prob_scale(),
         log_prob_of_tiles(backward=False),

@@ -14,6 +14,7 @@ from typing import Any
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from triton.experimental.gluon._runtime import GluonASTSource
 
 TOOLS = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin"
 # Bytes of shared memory per block: CUDA C++ programming guide, technical specifications per compute capability.
@@ -29,7 +30,7 @@ class Compiled:
     stack: int
     shared: int
     opcodes: Counter[str]
-    ttir: str
+    first: str  # the compiler's first form
     ptx: str
 
     @property
@@ -55,7 +56,8 @@ def compile_for(
         for i, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or name in aligned
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     result = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = dict(re.findall(r"(REG|STACK):(\d+)", _dump(result.asm["cubin"], "--dump-resource-usage")))
     sass = _dump(result.asm["cubin"], "-sass")
@@ -65,7 +67,7 @@ def compile_for(
         int(usage["STACK"]),
         result.metadata.shared,
         opcodes,
-        result.asm["ttir"],
+        result.asm.get("ttir") or result.asm["source"],
         result.asm["ptx"],
     )
 
