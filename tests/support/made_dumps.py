@@ -82,6 +82,12 @@ def text() -> list[dict[str, Any]]:
     ]
 
 
+def turns(mask: list[int]) -> list[tuple[int, int]]:
+    """Where the policy's turns begin and end."""
+    edges = [0, *(t for t in range(1, len(mask)) if mask[t] != mask[t - 1]), len(mask)]
+    return [(start, end) for start, end in zip(edges, edges[1:]) if mask[start]]
+
+
 def messages(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"q{number}"}]
 
@@ -135,18 +141,14 @@ def prime() -> list[dict[str, Any]]:
     """prime-rl's rollouts with the tokens of every turn: the second prompt's have two, with a tool's answer between."""
     made = []
     for k, (prompt, ids, mask, reward) in enumerate(ROLLOUTS):
-        turns, start = [], 0
-        while start < len(ids):
-            end = start + (mask[start:] + [0]).index(0)
-            turns.append({"tokens": {
-                "prompt_ids": prompt + ids[:start], "prompt_mask": [0] * (len(prompt) + start),
-                "completion_ids": ids[start:end], "completion_mask": [1] * (end - start),
-                "completion_logprobs": logprobs(ids[start:end]), "overlong_prompt": False, "is_truncated": False,
-            }})  # fmt: skip
-            start = end + (mask[end:] + [1]).index(1)
+        steps = [{"tokens": {
+            "prompt_ids": prompt + ids[:start], "prompt_mask": [0] * (len(prompt) + start),
+            "completion_ids": ids[start:end], "completion_mask": [1] * (end - start),
+            "completion_logprobs": logprobs(ids[start:end]), "overlong_prompt": False, "is_truncated": False,
+        }} for start, end in turns(mask)]  # fmt: skip
         made.append({
             "example_id": k // 2, "task": "sums", "prompt": messages(k // 2), "reward": reward, "answer": "g",
-            "completion": [{"role": "assistant", "content": f"r{k}"}], "trajectory": turns, "error": None,
+            "completion": [{"role": "assistant", "content": f"r{k}"}], "trajectory": steps, "error": None,
             "is_truncated": k == 3, "sampling_args": {"temperature": 0.7}, "name": f"m{k // 2}",
         })  # fmt: skip
     return made
@@ -219,7 +221,100 @@ def skyrl() -> list[dict[str, Any]]:
 
 
 def areal() -> list[dict[str, Any]]:
-    return rows("prompt", "completion", "reward", task_id=3, sample_idx=0, head_version=7, tail_version=7)
+    """A task a prompt; the smallest version is that of the prompt's tokens."""
+    made = rows("prompt", "completion", "reward", head_version=-1, tail_version=7)
+    return [row | {"task_id": k // 2, "sample_idx": k % 2} for k, row in enumerate(made)]
+
+
+def swift() -> list[dict[str, Any]]:
+    """A line a step, with columns; the first one is of rollouts that an evaluation at the same step wrote over."""
+    names = ("prompt", "completion", "accuracy", "form")
+    columns: dict[str, Any] = {name: [row[name] for row in trl()] for name in names}
+    columns |= {
+        "step": ["7"] * 4,
+        "advantages": [row["advantage"] for row in trl()],
+        "entropy": [0.5, 0.25, 1.0, 0.0],
+    }
+    columns |= {"num_turns": [1] * 4, "solution": ["g"] * 4}
+    return [columns | {"completion": ["x"] * 4}, columns]
+
+
+def gym() -> list[dict[str, Any]]:
+    """NeMo-Gym's rollouts: the tokens of every turn beside the last item of it."""
+    made = []
+    for k, (prompt, ids, mask, reward) in enumerate(ROLLOUTS):
+        items: list[dict[str, Any]] = [
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}
+        ]
+        for start, end in turns(mask):
+            items += [{"type": "function_call_output", "call_id": "c", "output": "t"}] if start else []
+            items.append({
+                "type": "message", "role": "assistant", "content": [{"type": "output_text", "text": f"r{k}"}],
+                "prompt_token_ids": prompt + ids[:start], "generation_token_ids": ids[start:end],
+                "generation_log_probs": logprobs(ids[start:end]),
+            })  # fmt: skip
+        asked = {"input": messages(k // 2), "temperature": 0.7, "tools": []}
+        made.append({
+            "responses_create_params": asked, "response": {"object": "response", "output": items}, "reward": reward,
+            "_ng_task_index": k // 2, "_ng_rollout_index": k % 2, "agent_ref": {"name": "sums"}, "name": f"m{k // 2}",
+        })  # fmt: skip
+    return made
+
+
+def open_instruct() -> list[dict[str, Any]]:
+    return [
+        {
+            "step": 7, "sample_idx": k, "prompt_idx": k // 2, "prompt_tokens": prompt, "response_tokens": ids,
+            "reward": reward, "advantage": 0.5, "finish_reason": "stop", "dataset": "sums", "ground_truth": "g",
+            "request_info": {"num_calls": 0, "tool_calleds": False}, "logprobs": logprobs(ids), "name": f"m{k // 2}",
+        } for k, (prompt, ids, _, reward) in enumerate(ROLLOUTS)
+    ]  # fmt: skip
+
+
+def atropos() -> list[dict[str, Any]]:
+    """A line a group; beside tokens that are not trained on stands 1.0."""
+    made = []
+    for k in (0, 2):
+        group: dict[str, Any] = {name: [] for name in ("tokens", "masks", "scores", "inference_logprobs")}
+        for prompt, ids, mask, reward in ROLLOUTS[k : k + 2]:
+            group["tokens"].append(prompt + ids)
+            group["masks"].append(
+                [-100] * len(prompt) + [token if bit else -100 for token, bit in zip(ids, mask)]
+            )
+            group["scores"].append(reward)
+            probs = [p if bit else 1.0 for p, bit in zip(logprobs(ids), mask)]
+            group["inference_logprobs"].append([1.0] * len(prompt) + probs)
+        empty: dict[str, Any] = {
+            "advantages": [],
+            "images": [],
+            "messages": [],
+            "overrides": [],
+            "group_overrides": {},
+        }
+        made.append(group | empty | {"name": f"m{k // 2}", "generation_params": {"temperature": 0.7}})
+    return made
+
+
+def art() -> list[dict[str, Any]]:
+    """ART's table: an example in the prompt, which no policy said."""
+
+    def message(role: str, content: str, trainable: bool = False) -> dict[str, Any]:
+        return {
+            "role": role,
+            "content": content,
+            "tool_calls": None,
+            "tool_call_id": None,
+            "trainable": trainable,
+        }
+
+    shot = [message("user", "q"), message("assistant", "r")]
+    return [
+        {
+            "format_version": 2, "group_index": k // 2, "trajectory_index": k % 2, "group_json": "{}", "tools": None,
+            "trajectory_json": "{}", "reward": reward,
+            "messages": [*shot, message("user", f"q{k // 2}"), message("assistant", f"r{k}", True)],
+        } for k, (*_, reward) in enumerate(ROLLOUTS)
+    ]  # fmt: skip
 
 
 def write(path: Path, made: Any) -> Path:
@@ -255,6 +350,11 @@ MORE: dict[str, Kind] = {
     "openrlhf": ("7.jsonl", lambda: rows("input", "output", "reward", label="g"), lambda made: made, "name"),
     "skyrl": ("step_7.jsonl", skyrl, lambda made: made, "name"),
     "areal": ("7.jsonl", areal, lambda made: made, "name"),
+    "ms-swift": ("completions.jsonl", swift, lambda made: made, "prompt"),
+    "nemo-gym": ("step_7.jsonl", gym, lambda made: made, "name"),
+    "open-instruct": ("run_rollouts_000000.jsonl", open_instruct, lambda made: made, "name"),
+    "atropos": ("groups.jsonl", atropos, lambda made: made, "name"),
+    "art": ("0007.parquet", art, lambda made: made, "group_index"),
 }
 
 

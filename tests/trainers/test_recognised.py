@@ -26,9 +26,10 @@ from cropi.trainers.dumps.recognise import SOURCES, WORDS, recognise
 from cropi.trainers.dumps.vocabulary import bytes_of_tokens
 
 ALL = KINDS | MORE
-EXACT = ("slime", "nemo-rl", "verl", "vllm", "openai", "prime-rl", "prime-rl traces")
-MASKED = ("slime", "nemo-rl", "verl", "prime-rl", "prime-rl traces")  # vLLM and servers know no tools' tokens
-TEXT = ("verl text", "trl", "trl lines", "openrlhf", "skyrl", "areal")
+# vLLM, servers and open-instruct know no tools' tokens.
+MASKED = ("slime", "nemo-rl", "verl", "prime-rl", "prime-rl traces", "nemo-gym", "atropos")
+EXACT = (*MASKED, "vllm", "openai", "open-instruct")
+TEXT = ("verl text", "trl", "trl lines", "openrlhf", "skyrl", "areal", "ms-swift")
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 
 
@@ -94,7 +95,7 @@ def test_text_dumps_give_the_sketches_of_their_text(kind: str, tmp_path: Path) -
         {"id": f"m{n}", "prompt": f"q{n}", "responses": [f"r{2 * n}", f"r{2 * n + 1}"], "temperature": 0.7,
          "rewards": [ROLLOUTS[2 * n + k][3] for k in (0, 1)]} for n in (0, 1)
     ]  # fmt: skip
-    if kind.split()[0] == "trl":  # which names no prompt
+    if ALL[kind][3] == "prompt":  # which names no prompt
         plain = [record | {"id": record["prompt"]} for record in plain]
     with pytest.warns(LossyTokens, match="holds text.*tokenised again"):
         given = opened(dump(kind, tmp_path), reading=reading(kind))
@@ -112,7 +113,8 @@ def test_convert_writes_records_and_says_what_it_took_the_file_for(
     assert f"read as       {WORDS[kind.split()[0]]}" in capsys.readouterr().out
     groups = list(read(out))
     assert [group.rewards for group in groups] == [[1.0, 0.0], [0.5, 1.0]]
-    assert all(group.policy == "step 7" and group.temperature == 0.7 for group in groups)
+    steps = {"atropos": ["step 0", "step 1"]}.get(kind, ["step 7"] * 2)  # whose lines name none
+    assert [group.policy for group in groups] == steps and all(group.temperature == 0.7 for group in groups)
     if kind in EXACT:
         assert [group.response_ids for group in groups] == [
             record["response_ids"] for record in records(True)

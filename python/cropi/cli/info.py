@@ -14,7 +14,7 @@ from cropi.cli import options
 from cropi.cli.manners import tell
 from cropi.cli.parser import option_group
 from cropi.errors import printable
-from cropi.files import entries, is_folder, is_there
+from cropi.files import is_folder, is_there
 from cropi.options import Reading
 
 EXAMPLE = "cropi info train.jsonl"
@@ -79,12 +79,13 @@ def run(args: argparse.Namespace) -> int:
 def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     from cropi.cli import contents
     from cropi.data.tables import is_saved
+    from cropi.trainers.dumps.auto import files_of
 
     described = contents.describe_folder(path) if is_folder(path) else None
     if described is not None:
         return described
     if is_folder(path) and not is_saved(path):
-        if is_there(path / "manifest.json") or not any(map(Path.is_file, entries(path))):
+        if is_there(path / "manifest.json") or not files_of(path):
             return _store(path, args.verify)
         return _trajectories(args)  # a trainer's dumps
     if path.suffix == ".parquet" and _is_scores(path):

@@ -30,6 +30,11 @@ SINGLE = {
     "loss_mask": "loss_mask",
 }  # fmt: skip
 COLUMNS = tuple(dict.fromkeys((*FIELDS, "response", "reward")))
+# What trainers call the policy's version or the step that a response was sampled at.
+STEPS = (
+    "step", "global_step", "global_steps", "gen_step", "training_step", "train_step", "iteration", "policy",
+    "policy_version", "model_version", "weight_version", "tail_version",
+)  # fmt: skip
 _PROMPTS = ("prompt", "prompt_ids", "messages", "question", "problem", "query", "instruction", "input")
 _SCORES = ("score", "scores", "reward_score", "rewards", "reward", "correct", "accuracy")
 _ANSWERS = (
@@ -193,11 +198,11 @@ def joined(rows: list[dict[str, Any]], wheres: list[str]) -> dict[str, Any]:
                 made[name] = values
         elif all(value == values[0] for value in values[1:]):
             made[key] = values[0]
-        elif key in ("step", "policy", "policy_version"):
+        elif key in STEPS:
             raise RecordError(
                 wheres[0],
                 f"the responses to this prompt are of several policies ({key} {shown(values)})",
-                "give the files of one step, or `cropi convert --steps newest` the trainer's dump",
+                f"give the rows of one step; where the column is no policy's, leave it out (--columns {key}=)",
             )
         elif key in FIELDS or key in ALIASES:
             other = next(i for i, value in enumerate(values) if value != values[0])

@@ -17,7 +17,7 @@ from cropi.data.records import PromptGroup
 from cropi.data.sources import PathSource
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, printable, warn
-from cropi.files import entries, is_file
+from cropi.files import entries, is_file, is_folder
 from cropi.trainers.dumps import text_rows
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import PLAIN, Reading
@@ -28,16 +28,22 @@ AUTO = "auto"
 # The modules whose ``read_dump`` reads a source; the other sources are rows of text.
 READERS = {
     "verl": "verl", "slime": "slime", "nemo-rl": "nemo_rl", "vllm": "vllm", "openai": "openai", "trl": "trl",
-    "prime-rl": "verifiers",
+    "prime-rl": "verifiers", "ms-swift": "swift", "nemo-gym": "nemo_gym", "open-instruct": "open_instruct",
+    "atropos": "atropos", "art": "art",
 }  # fmt: skip
-# What trainers write beside the rollouts that they train on: validation, figures.
-BESIDE = ("eval_*", "eval-*", "val_data_step*", "aggregated_results.jsonl")
+# What trainers write beside the rollouts that they train on: validation, figures, what was asked, what failed.
+BESIDE = (
+    "eval_*", "eval-*", "val_data_step*", "aggregated_results.jsonl", "meta.json", "*_metadata.jsonl",
+    "*_materialized_inputs.jsonl", "*_failures.jsonl", "*_aggregate_metrics.json",
+)  # fmt: skip
+# Trainers write ``rollouts/{step}/{part}/file`` at the deepest.
+DEPTH = 3
 
 # What of a Reading the readers of some sources alone look at.
 DUMPS = tuple(source for source in SOURCES if source != RECORDS)
 USED_BY = dict.fromkeys(("id_key", "temperature", "steps", "largest"), DUMPS) | {
     "allow_pickle": ("slime", "verl", "vllm"),
-    "columns": (RECORDS, "slime", "verl", "trl"),
+    "columns": (RECORDS, "slime", "verl", "trl", "ms-swift"),
 }
 
 
@@ -144,7 +150,7 @@ def opened(
                 made.append(kind)  # its place in the order
             runs.setdefault(kind, []).append(path)
     if not runs:
-        return given
+        return given if made == paths else made
     reading = reading or Reading(columns=parse_columns(columns))
     for kind, files in runs.items():
         held = DumpSource(files, kind, reading, skip_bad)
@@ -163,35 +169,46 @@ def opened(
 def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = None) -> list[str | Path]:
     """The paths, with the files of a folder in its place, steps in order of their numbers.
 
-    Files of a folder that are called like :data:`BESIDE` are left out, unless there are no others; ``say`` (None: a
-    warning) says so.
+    A folder of folders alone (a step each) stands for the files in them. Files and folders in it that are called like
+    :data:`BESIDE` are left out, unless there are no others; ``say`` (None: a warning) says so.
     """
     found: list[str | Path] = []
     for path in paths:
-        if not _is_name(path) and os.path.isdir(path) and not is_saved(Path(path)):
-            files = [file for file in entries(path) if is_file(file) and not file.name.startswith(".")]
-            if not files:
-                raise CropiError(
-                    f"{path} is a folder without files; give trajectories, or a folder of a trainer's dumps"
-                )
-            beside = [file for file in files if any(fnmatch.fnmatch(file.name, name) for name in BESIDE)]
-            kept = [file for file in files if file not in beside] or files
-            if len(kept) < len(files):
-                shown = ", ".join(sorted(file.name for file in beside)[:3]) + (
-                    ", ..." if len(beside) > 3 else ""
-                )
-                (say or warn)(
-                    f"left out      {printable(f'{path}: {shown}')}, which by their names are of validation"
-                )
-            found += [*sorted(kept, key=_numbered)]
-        else:
+        if _is_name(path) or not os.path.isdir(path) or is_saved(Path(path)):
             found.append(path)
+            continue
+        files = [file.relative_to(path) for file in files_of(path)]
+        if not files:
+            raise CropiError(
+                f"{path} is a folder without files; give trajectories, or a folder of a trainer's dumps"
+            )
+        beside = [file for file in files if any(map(_is_beside, file.parts))]
+        kept = [file for file in files if file not in beside] or files
+        if len(kept) < len(files):
+            shown = ", ".join(sorted(map(str, beside))[:3]) + (", ..." if len(beside) > 3 else "")
+            (say or warn)(
+                f"left out      {printable(f'{path}: {shown}')}, which by their names are of validation, or no rollouts"
+            )
+        found += [Path(path, file) for file in sorted(kept, key=_numbered)]
     return found
+
+
+def files_of(folder: str | Path, depth: int = DEPTH) -> list[Path]:
+    """The files of a folder that are not hidden; where there is none, those of the folders in it, down to ``depth``."""
+    held = [path for path in entries(folder) if not path.name.startswith(".")]
+    files = [path for path in held if is_file(path)]
+    if files or depth == 0:
+        return files
+    return [file for path in held if is_folder(path) for file in files_of(path, depth - 1)]
+
+
+def _is_beside(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, beside) for beside in BESIDE)
 
 
 def _numbered(file: Path) -> list[Any]:
     """A sort key that puts ``2.jsonl`` before ``10.jsonl``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", file.name)]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(file))]
 
 
 def _is_name(path: str | Path) -> bool:

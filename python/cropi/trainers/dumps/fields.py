@@ -51,12 +51,16 @@ class Left:
 
     Args:
         skip_bad: leave bad samples out too, instead of raising.
+
+    Attributes:
+        told: it was said that the files hold text; it is said once for all of them.
     """
 
     def __init__(self, skip_bad: bool = False) -> None:
         self.skip_bad = skip_bad
         self.counts: Counter[str] = Counter()
         self.first: dict[str, BadSample] = {}
+        self.told = False
 
     def note(self, error: BadSample) -> None:
         """Count a sample that is left out.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cropi.data.lines import lines_of
 from cropi.data.opened import unpacked
-from cropi.data.records import check_line
+from cropi.data.records import parse_json
 from cropi.errors import RecordError
-from cropi.trainers.dumps.fields import BadSample, Left, shown
+from cropi.trainers.dumps.fields import BadSample, Left
 
 
 def json_lines(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -33,14 +32,6 @@ def json_lines(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parsed(line: tuple[str, bytes]) -> tuple[str, dict[str, Any]]:
     where, data = line
     try:
-        check_line(data, where)
-        value = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadSample(where, "line", f"not UTF-8 text (byte {error.start})") from None
+        return where, parse_json(data, where)
     except RecordError as error:
         raise BadSample(where, "line", error.problem) from None
-    except (ValueError, RecursionError) as error:
-        raise BadSample(where, "line", f"not JSON ({str(error)[:200]})") from None
-    if not isinstance(value, dict):
-        raise BadSample(where, "line", f"not a JSON object, but {shown(value)}")
-    return where, value

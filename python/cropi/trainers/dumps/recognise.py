@@ -24,7 +24,9 @@ WORDS = {
     "nemo-rl": "training data of NeMo-RL", "trl": "completions of TRL", "vllm": "outputs of vLLM",
     "openai": "chat completions", "openrlhf": "batch inference of OpenRLHF",
     "prime-rl": "rollouts of prime-rl (verifiers)",
-    "skyrl": "results of SkyRL", "areal": "a rollout dump of AReaL",
+    "skyrl": "results of SkyRL", "areal": "a rollout dump of AReaL", "ms-swift": "completions of ms-swift",
+    "nemo-gym": "rollouts of NeMo-Gym", "open-instruct": "rollouts of open-instruct", "atropos": "groups of Atropos",
+    "art": "trajectories of ART",
 }  # fmt: skip
 SOURCES = tuple(WORDS)
 # Rows are told by keys that they have together; the first that fits wins.
@@ -39,7 +41,13 @@ KEYS: list[tuple[str, tuple[str, ...]]] = [
     ("prime-rl", ("task", "nodes")),
     ("prime-rl", ("task", "traces")),
     ("trl", ("step", "prompt", "completion", "advantage")),
+    ("ms-swift", ("step", "prompt", "completion", "advantages")),
+    ("ms-swift", ("gen_step", "prompt", "completion")),
     ("openrlhf", ("input", "output", "reward")),
+    ("nemo-gym", ("responses_create_params", "response", "reward")),
+    ("open-instruct", ("prompt_tokens", "response_tokens", "reward")),
+    ("atropos", ("tokens", "masks", "scores")),
+    ("art", ("group_index", "trajectory_index", "trajectory_json")),
 ]
 # Enough of a pickle to have met the keys of its outermost table and the first class.
 MOST_OPCODES = 20_000

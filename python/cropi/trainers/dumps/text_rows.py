@@ -8,28 +8,35 @@ openrlhf    ``openrlhf.cli.batch_inference`` (``--eval_task generate``, then  ``
 skyrl       ``trainer.dump_eval_results``: ``{data_source}.jsonl``           ``input_prompt``, ``output_response``,
                                                                              ``score``, ``stop_reason``, ``env_extras``
 areal       ``dump_to_file``: ``{version}/{task_id}.jsonl``                  ``prompt``, ``completion``, ``reward``,
-                                                                             ``head_version``; of several turns
-                                                                             ``segments``, which are refused
+                                                                             ``tail_version`` (the policy's; of the
+                                                                             prompt's tokens it is -1, so that
+                                                                             ``head_version``, the smallest, is too)
 ==========  ===============================================================  ==========================================
 
 Text cannot be turned back into the tokens that were sampled with certainty, and none of these holds log-probs.
+
+AReaL's rollouts of several turns are refused: as ``segments``, or because it takes the last tokens of the text, as many
+as the policy sampled, for the completion. Then samples of one task begin with different prompts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from cropi.data.scan import LossyTokens
 from cropi.errors import warn
-from cropi.trainers.dumps.fields import BadSample, Left, Unused, names, nested, whole
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, names, nested, shown, whole
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump, text_of
+
+TURNS = "record the tokens with their loss_mask in the workflow (docs/trajectories.md), or pass --skip-bad"
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ COLUMNS = {
         "input_prompt", "output_response", "score", answer="env_extras.reward_spec.ground_truth",
         stop="stop_reason", task="data_source",
     ),
-    "areal": Columns("prompt", "completion", "reward", step="head_version"),
+    "areal": Columns("prompt", "completion", "reward", step="tail_version"),
 }  # fmt: skip
 
 
@@ -72,11 +79,11 @@ def read_dump(
     """
     path, left, columns = Path(path), Left() if left is None else left, COLUMNS[source]
     check_size(path, reading.largest)
-    warn_text(path)
+    warn_text(path, left)
     step = step_of(path)
 
-    def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
-        where, row = pair
+    def read(one: tuple[str, dict[str, Any], bool]) -> Rollout:
+        where, row, alike = one
         for key in (columns.prompt, columns.response):
             if key not in row:
                 raise BadSample(
@@ -85,8 +92,13 @@ def read_dump(
         if row.get("segments"):
             raise BadSample(
                 where, "segments", "are several turns of the policy and what stands between them, which text without "
-                "token ids does not tell apart",
-                "record the tokens with their loss_mask in the workflow (docs/trajectories.md), or pass --skip-bad",
+                "token ids does not tell apart", TURNS,
+            )  # fmt: skip
+        if not alike:
+            raise BadSample(
+                where, columns.prompt, f"differs between the samples of the task {shown(row.get('task_id'))}, so they "
+                "have several turns, and AReaL ends such a prompt at another token than that at which the policy began",
+                TURNS,
             )  # fmt: skip
         if row[columns.response] == "":
             raise Unused(where, columns.response, "is empty")
@@ -106,14 +118,39 @@ def read_dump(
             truncated={"length": True, "stop": False}.get(stop) if isinstance(stop, str) else None, extra=extra,
         ))  # fmt: skip
 
-    yield from left.each(rows_of_dump(path, left), read)
+    yield from left.each(_alike(rows_of_dump(path, left)), read)
 
 
-def warn_text(path: Path, lost: str = "there are no log-probs") -> None:
-    """Say that a file holds text."""
+def _alike(pairs: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Every row, and whether all samples of its task (``task_id``; rows without one are their own) have one prompt."""
+    task: list[tuple[str, dict[str, Any]]] = []
+    for pair in chain(pairs, [None]):
+        if task and (pair is None or not _goes_on(task[-1][1], pair[1])):
+            alike = all(row.get("prompt") == task[0][1].get("prompt") for _, row in task)
+            yield from ((where, row, alike) for where, row in task)
+            task = []
+        if pair is not None:
+            task.append(pair)
+
+
+def _goes_on(row: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether a row is the next sample of the same task; numbers that begin anew are those of a run that was
+    restarted."""
+    number, next_one = row.get("sample_idx"), after.get("sample_idx")
+    same = row.get("task_id") is not None and row["task_id"] == after.get("task_id")
+    return same and isinstance(number, int) and isinstance(next_one, int) and number < next_one
+
+
+def warn_text(
+    path: Path, left: Left, held: str = "text", remedy: str = "store token ids to be exact"
+) -> None:
+    """Say, once for all files that ``left`` is of, that a file holds text."""
+    if left.told:
+        return
+    left.told = True
     warn(
-        f"{path} holds text: its responses are tokenised again, which may give other tokens than were sampled, and "
-        f"{lost}; store token ids to be exact",
+        f"{path} holds {held}: its responses are tokenised again, which may give other tokens than were sampled, and "
+        f"there are no log-probs; {remedy}",
         LossyTokens,
         stacklevel=3,
     )

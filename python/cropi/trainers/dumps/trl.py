@@ -9,13 +9,17 @@ A prompt of a run with tools lists them, and the file does not say which: log th
 The reward is the sum of the reward functions' numbers (TRL's default weights). It is compared with the advantages,
 which grow with the rewards of a prompt. Where they do not (functions have weights, or a column of numbers is not a
 reward), the column has to be named (``--columns reward=NAME``).
+
+An evaluation writes the file of its step anew, with its own completions behind what is left of the training's. They
+look like any others. A prompt that lost completions to them is left out: the advantages of those that are left do not
+sum to 0.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -32,6 +36,9 @@ from cropi.trainers.dumps.rows import id_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import warn_text
 
 KEYS = ("step", "prompt", "completion", "advantage")
+# Columns of numbers that are no rewards, in ms-swift's files.
+FIGURES = ("entropy", "num_turns")
+Rows = Callable[[Path, Left], Iterator[tuple[str, dict[str, Any]]]]
 # Rewards and advantages are float32 in TRL, and advantages may be divided by a standard deviation plus 1e-4.
 SLACK = 1e-3
 
@@ -49,12 +56,20 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         CropiError: another layout, or the advantages contradict the rewards.
         BadSample: a row with a field of another form.
     """
-    path, left = Path(path), Left() if left is None else left
+    yield from rollouts_of(Path(path), reading, Left() if left is None else left, rows_of_dump)
+
+
+def rollouts_of(path: Path, reading: Reading, left: Left, rows: Rows) -> Iterator[Rollout]:
+    """The same of a file whose rows ``rows(path, left)`` gives.
+
+    Raises:
+        CropiError, BadSample: as there.
+    """
     check_size(path, reading.largest)
-    warn_text(path)
+    warn_text(path, left)
     # Twice: the whole of the first pass says which columns are rewards.
-    rewards = _reward_columns(
-        (row for _, row in rows_of_dump(path, Left(left.skip_bad))),
+    rewards, cut = _reward_columns(
+        (row for _, row in rows(path, Left(left.skip_bad))),
         path,
         reading.columns.get("reward"),
         reading.id_key,
@@ -62,6 +77,11 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
         where, row = pair
+        if _group(row) in cut:
+            raise Unused(
+                where, "advantage", "the advantages of this prompt's completions do not sum to 0, so the file holds a "
+                "part of them: an evaluation wrote its own over the others",
+            )  # fmt: skip
         numbers = [row.get(name) for name in rewards]
         known = [finite(value, name, where) for name, value in zip(rewards, numbers) if value is not None]
         if not known:
@@ -79,13 +99,18 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
             extra={"lossy": True, **({"tools": row["tools"]} if row.get("tools") else {})},
         ))  # fmt: skip
 
-    yield from left.each(rows_of_dump(path, left), read)
+    yield from left.each(rows(path, left), read)
+
+
+def _group(row: dict[str, Any]) -> str:
+    """What the completions of one prompt at one step share."""
+    return text_id(repr((row.get("step"), row.get("prompt"))))
 
 
 def _reward_columns(
     rows: Iterator[dict[str, Any]], path: Path, named: str | None, id_key: str | None
-) -> list[str]:
-    """The columns whose sum is the reward.
+) -> tuple[list[str], set[str]]:
+    """The columns whose sum is the reward, and the groups that lack completions.
 
     Raises:
         CropiError: another layout, no column of numbers, or the advantages contradict their sum.
@@ -105,9 +130,8 @@ def _reward_columns(
             seen = keys.setdefault(key, _Seen())
             seen.floats |= isinstance(value, float)
             seen.others |= not isinstance(value, (float, int, type(None)))
-        group = text_id(repr((row.get("step"), row.get("prompt"))))
         numbers.append(
-            {None: group}
+            {None: _group(row)}
             | {key: _float(value) for key, value in row.items() if isinstance(value, (float, int))}
         )
     if named is not None:
@@ -117,9 +141,11 @@ def _reward_columns(
                 raise CropiError(
                     f"{path}: there is no column {name!r}, which --columns reward= names; it has {names(keys)}"
                 )
-        return columns
+        return columns, _cut(numbers)
     columns = [
-        key for key, seen in keys.items() if key not in (*KEYS, id_key) and seen.floats and not seen.others
+        key
+        for key, seen in keys.items()
+        if key not in (*KEYS, *FIGURES, id_key) and seen.floats and not seen.others
     ]
     if not columns:
         raise CropiError(
@@ -130,7 +156,25 @@ def _reward_columns(
             f"{path}: the advantages do not follow the sum of the columns {names(columns)}, so these are not the "
             "rewards, or have weights; name the column with the reward with --columns reward=NAME"
         )
-    return columns
+    return columns, _cut(numbers)
+
+
+def _cut(rows: list[dict[str | None, Any]]) -> set[str]:
+    """The groups that lack completions: the first one of a step, if its advantages do not sum to 0 and all others do.
+
+    TRL's table takes a number of rows and drops the first ones for each that is too much. Advantages that sum to 0 in
+    no group are of another kind.
+    """
+    steps: dict[Any, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        steps[row.get("step")][row[None]].append(row.get("advantage", math.nan))
+    cut = set()
+    for groups in steps.values():
+        # One that is no number says nothing.
+        whole = [not abs(sum(values)) > SLACK * sum(map(abs, values)) for values in groups.values()]
+        if whole[1:] and not whole[0] and all(whole[1:]):
+            cut.add(next(iter(groups)))
+    return cut
 
 
 @dataclass

@@ -54,10 +54,9 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     """
     path, left = Path(path), Left() if left is None else left
     check_size(path, reading.largest)
-    step, told = step_of(path), False
+    step = step_of(path)
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
-        nonlocal told
         where, row = pair
         for key in ("example_id", "prompt", "completion"):
             if key not in row:
@@ -75,10 +74,9 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         warm = reading.temperature
         if warm is None:
             warm = nested(row, "sampling_args.temperature")
-        tokens = _sequence(row.get("trajectory"), where)
-        if tokens is None and not told:
-            told = True
-            warn_text(path)
+        tokens = sequence(row.get("trajectory"), where)
+        if tokens is None:
+            warn_text(path, left)
         response = row["completion"]
         if tokens is None and not response:
             raise Unused(where, "completion", "is empty")
@@ -88,14 +86,14 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
             step=step if row.get("at_step") is None else whole(row["at_step"], "run.work.step", where),
             prompt=row["prompt"], response=response or None, answer=row.get("answer"), temperature=warm,
             truncated=cut if isinstance(cut, bool) else None,
-            extra={**({"task": task} if task else {}), **({} if tokens else _of_text(row))},
+            extra={**({"task": task} if task else {}), **({} if tokens else of_text(row))},
             **(tokens or {}),
         ))  # fmt: skip
 
     yield from left.each(rows_of_traces(rows_of_dump(path, left), left), read)
 
 
-def _of_text(row: Mapping[str, Any]) -> dict[str, Any]:
+def of_text(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a record of text says: that it is, and which tools the prompt listed, as chat templates know them."""
     held = row.get("tools") or row.get("tool_defs")
     if not isinstance(held, list):
@@ -109,7 +107,7 @@ def _of_text(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"lossy": True, "tools": tools}
 
 
-def _sequence(turns: Any, where: str) -> dict[str, Any] | None:
+def sequence(turns: Any, where: str) -> dict[str, Any] | None:
     """Prompt, response, mask and log-probs of a trajectory's turns as one sequence; None where no tokens are saved.
 
     Raises:

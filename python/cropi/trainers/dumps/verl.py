@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from cropi.data.formats import ending_of
-from cropi.data.scan import LossyTokens
-from cropi.errors import CropiError, optional, warn
+from cropi.errors import CropiError, optional
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, names, prompt_id, shown, whole
 from cropi.trainers.dumps.lines import json_lines
 from cropi.trainers.dumps.pickled import check_size, load_dump
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 from cropi.trainers.dumps.rows import named_reward
-from cropi.trainers.dumps.verl_batch import rollouts_of_proto, rollouts_of_table
+from cropi.trainers.dumps.text_rows import warn_text
+from cropi.trainers.dumps.verl_batch import SEVERAL, rollouts_of_proto, rollouts_of_table
 from cropi.trainers.verl.selected import ID_KEY
 
 TEXT_KEYS = ("input", "output", "score", "step")
@@ -96,12 +96,7 @@ def prompts_by_text(rows: Any, ids: list[str], tokenizer: Any, prompt_key: str =
 
 def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
     id_key, prompts = reading.id_key, reading.prompts
-    warn(
-        f"{path} holds text without special tokens: its responses are tokenised again, which may give other "
-        "tokens than were sampled, and there are no log-probs; dump token ids to be exact (skip.rollout_tq)",
-        LossyTokens,
-        stacklevel=2,
-    )
+    warn_text(path, left, "text without special tokens", "dump token ids to be exact (skip.rollout_tq)")
 
     def read(line: tuple[str, dict[str, Any]]) -> Rollout:
         where, row = line
@@ -113,6 +108,8 @@ def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
         shown_prompt, response = (_words(row[key], key, where) for key in ("input", "output"))
         if not response:
             raise Unused(where, "output", "is empty")
+        if isinstance(row.get("uid"), str) and re.fullmatch(r".+_\d+_[1-9]\d*", row["uid"]):
+            raise BadSample(where, "uid", f"{shown(row['uid'])}: {SEVERAL}")
         name, prompt = text_id(shown_prompt), shown_prompt
         if id_key is not None:
             if row.get(id_key) is None:

@@ -132,14 +132,14 @@ def rollouts_of_table(
         if i < len(tags) and isinstance(tags[i], Mapping) and tags[i].get("is_padding"):
             return None
         if key.rpartition("_")[2] not in ("0", key):
-            raise BadSample(here, "keys", _SEVERAL)
+            raise BadSample(here, "keys", SEVERAL)
         row = {name: values[i] for name, values in rows.items()}
         return _rollout(here, row, row, id_key, step, temperature)
 
     yield from (rollout for rollout in left.each(range(len(keys)), read) if rollout is not None)
 
 
-_SEVERAL = "one of several outputs of a rollout; a trajectory record holds one prompt and one response"
+SEVERAL = "one of several outputs of a rollout; a trajectory record holds one prompt and one response"
 
 
 def _matrix(value: Any, field: str, where: str) -> torch.Tensor:

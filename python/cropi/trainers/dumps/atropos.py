@@ -1,0 +1,132 @@
+"""Reader of the groups that an environment of Atropos scores (``--env.data_path_to_save_groups FILE``).
+
+A line is the group of one prompt: ``tokens`` (prompt and response), ``masks`` (-100 where a token is not trained on,
+else the token), ``scores``, and perhaps ``inference_logprobs`` (of all tokens; what stands beside masked ones is no
+log-prob). Lines name no step: of a prompt that occurs in several the last one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cropi.trainers.dumps.fields import (
+    BadSample,
+    Left,
+    Unused,
+    finite,
+    listed,
+    log_probs,
+    loss_mask,
+    names,
+    nested,
+    only_tokens,
+    shown,
+    token_ids,
+)
+from cropi.trainers.dumps.pickled import check_size
+from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.rollout import Rollout, checked, text_id
+from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
+
+COLUMNS = ("tokens", "masks", "scores")
+LOGPROBS = "inference_logprobs"
+MASKED = -100
+
+
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
+    """The rollouts in one file.
+
+    Args:
+        path: JSON lines, packed or not.
+        reading: its ``id_key`` is a key of the group; None: a hash of the prompt's tokens.
+        left: takes what is left out; None raises at the first bad one.
+
+    Raises:
+        CropiError: the file does not exist, or is too large.
+        BadSample: a group of another layout, with advantages of its own, images or several prompts.
+    """
+    path, left = Path(path), Left() if left is None else left
+    check_size(path, reading.largest)
+    for number, pair in enumerate(rows_of_dump(path, left)):
+        for group in left.each([pair], _members):
+            yield from left.each(group, partial(_rollout, reading=reading, step=number, group=pair[1]))
+
+
+def _members(pair: tuple[str, dict[str, Any]]) -> list[tuple[str, list[int], dict[str, Any]]]:
+    """``(where, prompt, fields)`` of every member of a group.
+
+    Raises:
+        BadSample: columns of several lengths, or members that begin with different prompts.
+    """
+    where, group = pair
+    only_tokens(group, where)
+    if group.get("advantages"):
+        raise BadSample(
+            where, "advantages", "are the environment's own, which the scores do not say",
+            "leave such groups out, or pass --skip-bad",
+        )  # fmt: skip
+    for key in COLUMNS:
+        if group.get(key) is None:
+            raise BadSample(
+                where, key, f"is missing, so this is not a group of Atropos (it has {names(group)})"
+            )
+    columns = {
+        key: listed(group[key], key, where) for key in (*COLUMNS, LOGPROBS) if group.get(key) is not None
+    }
+    sizes = {key: len(values) for key, values in columns.items()}
+    if len(set(sizes.values())) > 1:
+        raise BadSample(where, "tokens", f"the columns of the group have several lengths: {sizes}")
+    members = []
+    for k, values in enumerate(zip(*columns.values(), strict=True)):
+        here, row = f"{where}, member {k}", dict(zip(columns, values))
+        row["tokens"], row["masks"] = token_ids(row["tokens"], "tokens", here), _marks(row["masks"], here)
+        if len(row["masks"]) != len(row["tokens"]):
+            raise BadSample(here, "masks", f"has {len(row['masks'])} entries for {len(row['tokens'])} tokens")
+        begin = row["masks"].index(1) if 1 in row["masks"] else len(row["tokens"])
+        members.append((here, row["tokens"][:begin], row))
+    for here, prompt, _ in members:
+        if prompt != members[0][1]:
+            raise BadSample(
+                here, "tokens", "begins with another prompt than the group's first member, and a record has one",
+                "score the responses to one prompt together, or pass --skip-bad to leave such groups out",
+            )  # fmt: skip
+    return members
+
+
+def _marks(masks: Any, where: str) -> list[int]:
+    """1 where a token is trained on."""
+    marks = listed(masks, "masks", where)
+    for t, mark in enumerate(marks):
+        if type(mark) is not int:
+            raise BadSample(where, f"masks[{t}]", f"should be {MASKED} or the token, got {shown(mark)}")
+    return [int(mark != MASKED) for mark in marks]
+
+
+def _rollout(
+    one: tuple[str, list[int], dict[str, Any]], reading: Reading, step: int, group: dict[str, Any]
+) -> Rollout:
+    where, prompt, row = one
+    ids, marks = (row[key][len(prompt) :] for key in COLUMNS[:2])
+    if not ids:
+        raise Unused(where, "masks", "no token of the policy")
+    if not prompt:
+        raise BadSample(where, "masks", "counts the first token, so there is no prompt")
+    mask = loss_mask(marks, len(ids), "masks", where)
+    probs = row.get(LOGPROBS)
+    if probs is not None:
+        probs = listed(probs, LOGPROBS, where)
+        if len(probs) != len(row["tokens"]):
+            raise BadSample(where, LOGPROBS, f"has {len(probs)} entries for {len(row['tokens'])} tokens")
+        probs = probs[len(prompt) :]
+    warm = (
+        nested(group, "generation_params.temperature") if reading.temperature is None else reading.temperature
+    )
+    return checked(Rollout(
+        id=text_id(" ".join(map(str, prompt))) if reading.id_key is None else id_of(group, reading.id_key, None, where),
+        reward=reward_of(row["scores"], "scores", where), step=step, where=where, prompt_ids=prompt, response_ids=ids,
+        loss_mask=mask, logprobs=log_probs(probs, len(ids), mask, LOGPROBS, where),
+        temperature=None if warm is None else finite(warm, "generation_params.temperature", where),
+    ))  # fmt: skip

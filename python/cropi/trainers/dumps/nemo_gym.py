@@ -1,0 +1,123 @@
+"""Reader of the rollouts that NeMo-Gym collects (``gym eval run``, ``ng_collect_rollouts``): JSON lines.
+
+A line has ``responses_create_params`` (the request in the form of OpenAI's Responses), ``response`` (its ``output``
+is a list of messages, calls of tools and what tools said) and ``reward``. Where the model server gives tokens, what
+the policy said in each turn holds ``prompt_token_ids``, ``generation_token_ids`` and ``generation_log_probs``.
+Without tokens a response of one message is read as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, listed, names, nested, shown
+from cropi.trainers.dumps.pickled import check_size
+from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.rollout import Rollout, checked
+from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
+from cropi.trainers.dumps.text_rows import step_of, warn_text
+from cropi.trainers.dumps.verifiers import of_text, sequence
+
+ASKED, SAID = "responses_create_params", "response.output"
+TOKENS = "generation_token_ids"
+
+
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
+    """The rollouts in one file.
+
+    Args: path: JSON lines, packed or not. reading: its ``id_key`` is a key of the row; None: a hash of the prompt.
+    Its temperature, if it has one, is taken in the place of the request's. left: takes the rows that are left out;
+    None raises at the first bad one.
+
+    Raises:
+        CropiError: the file does not exist, or is too large.
+        BadSample: a row of another layout, or whose turns are not a single sequence.
+    """
+    path, left = Path(path), Left() if left is None else left
+    check_size(path, reading.largest)
+    step = step_of(path)
+
+    def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
+        where, row = pair
+        asked, said = row.get(ASKED), nested(row, SAID)
+        if not isinstance(asked, Mapping) or said is None:
+            raise BadSample(
+                where, ASKED, f"should be a request, with a response, but the row has {names(row)}"
+            )
+        if row.get("mask_sample") is True:
+            raise Unused(where, "mask_sample", "is set")
+        items = [item for item in listed(said, SAID, where) if isinstance(item, Mapping)]
+        warm = asked.get("temperature") if reading.temperature is None else reading.temperature
+        held = sequence([{"tokens": _turn(item)} for item in items if item.get(TOKENS) is not None], where)
+        if held is None:
+            warn_text(path, left)
+        prompt = _prompt(asked, where)
+        own = prompt if held is None else " ".join(map(str, held["prompt_ids"]))
+        return checked(Rollout(
+            id=id_of(row, reading.id_key, own, where), where=where, step=step, prompt=prompt,
+            reward=reward_of(row.get("reward"), "reward", where),
+            response=_text(items, where) if held is None else None,
+            temperature=None if warm is None else finite(warm, f"{ASKED}.temperature", where),
+            extra=of_text(asked) if held is None else {}, **(held or {}),
+        ))  # fmt: skip
+
+    yield from left.each(rows_of_dump(path, left), read)
+
+
+def _turn(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt_ids": item.get("prompt_token_ids"), "completion_ids": item[TOKENS],
+        "completion_logprobs": item.get("generation_log_probs"),
+    }  # fmt: skip
+
+
+def _prompt(asked: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The request's messages as chat templates know them.
+
+    Raises:
+        BadSample: one of them is not a message of text.
+    """
+    given = asked.get("input")
+    made = (
+        [{"role": "user", "content": given}]
+        if isinstance(given, str)
+        else listed(given, f"{ASKED}.input", where)
+    )
+    if asked.get("instructions"):
+        made = [{"role": "system", "content": asked["instructions"]}, *made]
+    messages = []
+    for number, message in enumerate(made):
+        role, text = nested(message, "role"), _words(nested(message, "content"))
+        if not isinstance(role, str) or text is None:
+            raise BadSample(
+                where, f"{ASKED}.input[{number}]", f"should be a message of text, got {shown(message)}"
+            )
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+def _words(content: Any) -> str | None:
+    """A message's text, also in parts; None where there is more than text."""
+    parts = [{"text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not all(isinstance(nested(part, "text"), str) for part in parts):
+        return None
+    return "".join(part["text"] for part in parts)
+
+
+def _text(items: list[Mapping[str, Any]], where: str) -> str:
+    """The response of one message.
+
+    Raises:
+        BadSample: it is more: calls of tools, or thoughts apart from the message.
+    """
+    kinds = [item.get("type", "message") for item in items]
+    text = _words(items[0].get("content")) if kinds == ["message"] else None
+    if text is None:
+        raise BadSample(
+            where, SAID, f"is {', '.join(map(shown, kinds[:6])) or 'empty'}, without token ids: what was sampled is "
+            "not one text",
+            "collect the rollouts with token ids (return_token_id_information of the model server), or pass --skip-bad",
+        )  # fmt: skip
+    return text

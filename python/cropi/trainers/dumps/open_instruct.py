@@ -1,0 +1,66 @@
+"""Reader of the rollouts of open-instruct (``--save_traces``, ``--rollouts_save_path``):
+``{run}_rollouts_{number}.jsonl``.
+
+A line is a response: ``prompt_tokens``, ``response_tokens``, ``reward``, ``step``, and perhaps ``logprobs`` of the
+sampling engine, ``ground_truth``, ``dataset`` and ``request_info``. What tools said stands among the response's
+tokens, and which tokens those are is not written: such responses are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, log_probs, names, nested, token_ids, whole
+from cropi.trainers.dumps.pickled import check_size
+from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.rollout import Rollout, answer, checked, text_id
+from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
+from cropi.trainers.dumps.text_rows import step_of
+
+KEYS = ("prompt_tokens", "response_tokens", "reward")
+
+
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
+    """The rollouts in one file.
+
+    Args:
+        path: JSON lines, packed or not.
+        reading: its ``id_key`` is a column; None: a hash of the prompt's tokens.
+        left: takes the rows that are left out; None raises at the first bad one.
+
+    Raises:
+        CropiError: the file does not exist, or is too large.
+        BadSample: a row with a field that is missing or of another form, or with tokens of tools.
+    """
+    path, left = Path(path), Left() if left is None else left
+    check_size(path, reading.largest)
+    step = step_of(path)
+
+    def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
+        where, row = pair
+        for key in KEYS:
+            if key not in row:
+                raise BadSample(
+                    where, key, f"is missing, so this is not a rollout of open-instruct (it has {names(row)})"
+                )
+        if nested(row, "request_info.tool_calleds"):
+            raise BadSample(
+                where, "request_info", "the response called tools, whose tokens stand among the policy's, unmarked",
+                "leave runs with tools out, or pass --skip-bad to leave out these responses",
+            )  # fmt: skip
+        prompt, ids = (token_ids(row[key], key, where) for key in KEYS[:2])
+        if not ids:
+            raise Unused(where, KEYS[1], "is empty")
+        task, name = row.get("dataset"), text_id(" ".join(map(str, prompt)))
+        return checked(Rollout(
+            id=name if reading.id_key is None else id_of(row, reading.id_key, None, where),
+            reward=reward_of(row["reward"], "reward", where), where=where,
+            step=step if row.get("step") is None else whole(row["step"], "step", where), prompt_ids=prompt,
+            response_ids=ids, logprobs=log_probs(row.get("logprobs"), len(ids), None, "logprobs", where),
+            answer=answer(row.get("ground_truth"), "ground_truth", where), temperature=reading.temperature,
+            extra={"task": task} if isinstance(task, str) and task else {},
+        ))  # fmt: skip
+
+    yield from left.each(rows_of_dump(path, left), read)

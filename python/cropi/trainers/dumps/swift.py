@@ -1,0 +1,100 @@
+"""Reader of the completions of ms-swift (``--log_completions true``): ``{output_dir}/completions.jsonl``.
+
+Every line is a table of TRL (:mod:`cropi.trainers.dumps.trl`) by columns: ``step`` (text) or ``gen_step``, ``prompt``
+(rendered), ``completion``, a column of each reward function, ``advantages``, and others. ms-swift's trainer for ray
+writes a row a completion, with ``gen_step`` and ``reward``. The file holds all steps. A run that was continued and an
+evaluation write a step a second time: of lines of columns the last one of a step counts, as a file of TRL's is
+written over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cropi.trainers.dumps.fields import BadSample, Left, listed, names, shown
+from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.rollout import Rollout
+from cropi.trainers.dumps.rows import rows_of_dump
+from cropi.trainers.dumps.trl import rollouts_of
+
+STEPS = ("gen_step", "step")
+RENAMED = {"gen_step": "step", "advantages": "advantage"}
+
+
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
+    """The rollouts in one file, as those of :func:`cropi.trainers.dumps.trl.read_dump`.
+
+    Args:
+        path: ``completions.jsonl``.
+        reading: as there.
+        left: takes the rows that are left out; None raises at the first bad one.
+
+    Raises:
+        CropiError: another layout, or the advantages contradict the rewards.
+        BadSample: a line with columns of several lengths, or a row with a field of another form or of several turns.
+    """
+    left = Left() if left is None else left
+    last = {
+        _step(row): number for number, (_, row) in enumerate(rows_of_dump(Path(path), Left(left.skip_bad)))
+    }
+
+    def rows(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, pair in enumerate(rows_of_dump(path, left)):
+            step = _step(pair[1])
+            if step is None or last.get(step) == number:
+                for many in left.each([pair], _rows):
+                    yield from left.each(many, _row)
+
+    yield from rollouts_of(Path(path), reading, left, rows)
+
+
+def _step(row: dict[str, Any]) -> str | None:
+    """The step of a line of columns; None of a row a completion."""
+    return next((str(row[key][:1]) for key in STEPS if isinstance(row.get(key), list)), None)
+
+
+def _rows(pair: tuple[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """A line's rows, a completion each.
+
+    Raises:
+        BadSample: its columns have several lengths.
+    """
+    where, line = pair
+    if _step(line) is None:
+        return [pair]
+    columns = {str(key): listed(value, str(key)[:80], where) for key, value in line.items()}
+    sizes = {len(values) for values in columns.values()}
+    if len(sizes) > 1:
+        lengths = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
+        raise BadSample(where, "line", f"its columns have several lengths: {lengths:.300}")
+    return [
+        (f"{where}, completion {i}", {name: values[i] for name, values in columns.items()})
+        for i in range(sizes.pop())
+    ]
+
+
+def _row(pair: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """A row under the names of TRL's columns.
+
+    Raises:
+        BadSample: its step is no number, or its prompt holds turns of the policy.
+    """
+    where, row = pair
+    row = {RENAMED.get(key, key): value for key, value in row.items()}
+    if "step" not in row:
+        raise BadSample(
+            where, "step", f"is missing, so this is not a completion of ms-swift (it has {names(row)})"
+        )
+    step, turns = row["step"], row.get("num_turns")
+    if isinstance(step, str):
+        if not step.isascii() or not step.isdigit() or len(step) > 18:
+            raise BadSample(where, "step", f"should be a number, got {shown(step)}")
+        row["step"] = int(step)
+    if isinstance(turns, int) and turns > 1:
+        raise BadSample(
+            where, "num_turns", f"is {turns}: the prompt holds turns of the policy, which text does not tell apart",
+            "record the tokens with their loss_mask (docs/trajectories.md), or pass --skip-bad",
+        )  # fmt: skip
+    return where, row

@@ -1,0 +1,277 @@
+"""Files as they lie behind real runs: several steps and versions of the policy, evaluations, tools, folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.made_dumps import ROLLOUTS, made, messages, write
+
+from cropi.cli import main
+from cropi.data.readers import read
+from cropi.data.scan import LossyTokens
+from cropi.errors import CropiError
+from cropi.trainers.dumps.auto import opened
+from cropi.trainers.dumps.reading import Reading
+
+lossy = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+
+
+def groups(path: Any, skip_bad: bool = False, **given: Any) -> list[Any]:
+    return list(read(opened(path, skip_bad=skip_bad, reading=Reading(**given)), skip_bad=skip_bad))
+
+
+def rewards(path: Any, **given: Any) -> list[list[float]]:
+    return [group.rewards for group in groups(path, **given)]
+
+
+# ------------------------------------------------------------------------------------------------------ steps
+@lossy
+def test_areals_step_is_the_newest_version_of_a_sample(tmp_path: Path) -> None:
+    """The smallest one is that of the prompt's tokens, -1, and told no versions apart."""
+    for version in (9, 10):
+        (tmp_path / f"{version}").mkdir()
+        rows = [
+            row | {"tail_version": version, "completion": f"of {version}", "reward": k % 2 * version}
+            for k, row in enumerate(made("areal"))
+        ]
+        write(tmp_path / f"{version}/3.jsonl", rows)
+    for group in groups(tmp_path):
+        assert (group.policy, group.responses, group.rewards) == ("step 10", ["of 10"] * 2, [0.0, 10.0])
+
+
+@lossy
+def test_areals_tasks_with_several_prompts_are_of_several_turns(tmp_path: Path) -> None:
+    rows, path = made("areal"), tmp_path / "3.jsonl"
+    # A run that began anew counts its tasks from 0 again.
+    again = [row | {"prompt": "q5"} for row in rows[:2]]
+    assert rewards(write(path, rows[:2] + again)) == [[1.0, 0.0]] * 2
+    rows[3]["prompt"] = "q1 and a turn"
+    with pytest.raises(
+        CropiError, match=r"3.jsonl:3, prompt: differs between the samples of the task 1, so they have"
+    ):
+        groups(write(path, rows))
+    # Both of its samples are left out.
+    assert rewards(path, skip_bad=True) == [[1.0, 0.0]]
+
+
+@lossy
+def test_a_step_that_ms_swift_writes_again_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "completions.jsonl"
+    lines = made("ms-swift")
+    first, second = (line | {"step": ["8"] * 4} for line in lines)
+    found = groups(write(path, [first, *lines]))
+    assert [group.responses for group in found] == [["x"] * 2] * 2  # of step 8
+    found = groups(write(path, [*lines, first, second]))
+    assert [group.responses for group in found] == [["r0", "r1"], ["r2", "r3"]]
+    assert [group.policy for group in found] == ["step 8"] * 2
+
+
+@lossy
+def test_ms_swifts_rows_of_several_steps_are_not_put_together(tmp_path: Path) -> None:
+    rows = [
+        {"gen_step": step, "prompt": f"q{k // 2}", "completion": f"r{k} of {step}", "reward": reward}
+        for step in (1, 2)
+        for k, (*_, reward) in enumerate(ROLLOUTS)
+    ]
+    found = groups(write(tmp_path / "completions.jsonl", rows))
+    assert [group.responses for group in found] == [["r0 of 2", "r1 of 2"], ["r2 of 2", "r3 of 2"]]
+
+
+@pytest.mark.parametrize("key", ["gen_step", "global_step", "iteration", "weight_version"])
+def test_rows_of_several_policies_are_no_group(key: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "response": f"r{k}", "reward": k, key: k // 2} for k in range(4)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(
+        CropiError, match=rf"are of several policies \({key} \[0, 0, 1, 1\]\).*--columns {key}="
+    ):
+        list(read(path))
+    assert next(iter(read(path, columns=f"{key}="))).size == 4
+
+
+# ------------------------------------------------------------------------------------------------ evaluations
+@lossy
+@pytest.mark.parametrize("kind", ["trl", "ms-swift"])
+def test_a_prompt_that_lost_completions_to_an_evaluation_is_left_out(kind: str, tmp_path: Path) -> None:
+    """TRL keeps as many rows as a batch has; an evaluation's push out the first ones."""
+    whole = [
+        {
+            "step": 4,
+            "prompt": "q",
+            "completion": f"r{k}",
+            "right": float(k == 3),
+            "advantage": -0.5 + 2 * (k == 3),
+        }
+        for k in range(4)
+    ]
+    evaluated = [
+        {"step": 4, "prompt": "v", "completion": f"r{k}", "right": float(k), "advantage": k - 0.5}
+        for k in range(2)
+    ]
+    name = "completions_00004.parquet" if kind == "trl" else "completions.jsonl"
+
+    def written(rows: list[dict[str, Any]]) -> Path:
+        if kind == "ms-swift":
+            columns = {key: [row[key] for row in rows] for key in rows[0]}
+            rows = [columns | {"advantages": columns.pop("advantage"), "step": ["4"] * len(rows)}]
+        return write(tmp_path / name, rows)
+
+    assert sorted(rewards(written(whole + evaluated))) == [[0.0, 0.0, 0.0, 1.0], [0.0, 1.0]]
+    for part in (whole[1:], whole[2:], whole[3:], whole[1:3]):
+        (held,) = opened(written(part + evaluated))
+        assert held.left.counts == {"advantage": len(part)} and [group.prompt for group in read(held)] == [
+            "v"
+        ]
+    # Advantages that are not centred are of another kind, and say nothing of this.
+    other = [row | {"advantage": row["advantage"] + 1} for row in whole[1:3] + evaluated]
+    assert len(rewards(written(other))) == 2
+
+
+# ------------------------------------------------------------------------------------------- turns and tools
+@lossy
+def test_outputs_of_one_rollout_are_refused_in_verls_text_too(tmp_path: Path) -> None:
+    rows = [row | {"uid": f"5-a_{k % 2}_0"} for k, row in enumerate(made("verl text"))]
+    path = write(tmp_path / "7.jsonl", rows)
+    assert len(groups(path)) == 2
+    rows[1]["uid"] = "5-a_0_1"
+    with pytest.raises(CropiError, match=r"7.jsonl:2, uid: '5-a_0_1': one of several outputs of a rollout"):
+        groups(write(path, rows))
+
+
+def changed(kind: str, change: Callable[[list[Any]], Any]) -> list[Any]:
+    content: list[Any] = made(kind)
+    change(content)
+    return content
+
+
+@lossy
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("ms-swift", lambda x: x[1]["num_turns"].__setitem__(2, 2), "2, completion 2, num_turns: is 2"),
+        ("ms-swift", lambda x: x[1]["prompt"].pop(), "2, line: its columns have several lengths: prompt 3, comp"),
+        ("ms-swift", lambda x: x[1]["step"].__setitem__(3, "x"), "2, completion 3, step: should be a number"),
+        ("open-instruct", lambda x: x[2]["request_info"].update(tool_calleds=True), "3, request_info: the"),
+        ("open-instruct", lambda x: x[1].pop("response_tokens"), "2, response_tokens: is missing"),
+        ("open-instruct", lambda x: x[0]["logprobs"].pop(), "1, logprobs: has 2 entries for 3 response tokens"),
+        ("atropos", lambda x: x[0].update(advantages=[[0.5], [1.0]]), "1, advantages: are the environment's own"),
+        ("atropos", lambda x: x[0].update(images=["x.png"]), "1, images: holds what the policy saw"),
+        ("atropos", lambda x: x[1]["tokens"][1].__setitem__(0, 4), "2, member 1, tokens: begins with another prompt"),
+        ("atropos", lambda x: x[0]["masks"][0].pop(), r"1, member 0, masks: has 5 entries for 6 tokens"),
+        ("atropos", lambda x: x[0]["scores"].pop(), "1, tokens: the columns of the group have several lengths"),
+        ("atropos", lambda x: x[0]["inference_logprobs"][0].__setitem__(-1, 1.0), "member 0, logprobs: .*1.0"),
+        ("nemo-gym", lambda x: x[3]["response"]["output"][-1]["prompt_token_ids"].pop(0), "4, trajectory.1..tok"),
+        ("art", lambda x: x[1].update(messages=None), "row 1, messages: are missing"),
+        ("art", lambda x: x[1]["messages"][2].update(content="z"), "row 1, messages: begin with another prompt"),
+        ("art", lambda x: x[0]["messages"].append(x[0]["messages"][1]), "row 0, messages: should be"),
+    ],
+)  # fmt: skip
+def test_what_is_not_one_sequence_of_a_prompt_and_a_response_is_refused(
+    kind: str, change: Callable[[list[Any]], Any], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / ("7.parquet" if kind == "art" else "7.jsonl")
+    with pytest.raises(CropiError, match=words):
+        groups(write(path, changed(kind, change)))
+
+
+@lossy
+def test_an_example_in_the_prompt_is_not_what_the_policy_said(tmp_path: Path) -> None:
+    calls = json.dumps([{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}])
+    schema = {"type": "function", "function": {"name": "f"}}
+    content = made("art")
+    for row in content:
+        said = row["messages"].pop()
+        row["messages"] += [
+            said | {"content": None, "tool_calls": calls},
+            {**said, "role": "tool", "trainable": False},
+        ]
+        row["messages"] += [said]
+        row["tools"] = json.dumps([schema])
+    found = groups(write(tmp_path / "0007.parquet", content), id_key="group_index")
+    for n, group in enumerate(found):
+        example = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+        assert (
+            group.prompt == [*example, *messages(n)] and group.tools == [schema] and group.policy == "step 7"
+        )
+        assert [turn["role"] for turn in group.responses[0]] == ["assistant", "tool", "assistant"]
+        assert group.responses[0][0]["tool_calls"] == json.loads(calls)
+
+
+def test_rollouts_of_nemo_gym_without_tokens_are_text(tmp_path: Path) -> None:
+    content, path = made("nemo-gym"), tmp_path / "rollouts.jsonl"
+    for row in content:
+        row["response"]["output"] = [
+            {"type": "message", "role": "assistant", "content": [{"text": "r"}, {"text": "s"}]}
+        ]
+        row["responses_create_params"]["instructions"] = "be short"
+    with pytest.warns(LossyTokens, match="holds text"):
+        found = groups(write(path, content))
+    system = {"role": "system", "content": "be short"}
+    assert sorted(str(group.prompt) for group in found) == [str([system, *messages(n)]) for n in (0, 1)]
+    assert all(group.responses == ["rs"] * 2 and group.temperature == 0.7 for group in found)
+    content[0]["response"]["output"].insert(0, {"type": "reasoning", "summary": []})
+    with pytest.raises(CropiError, match="response.output: is 'reasoning', 'message', without token ids"):
+        groups(write(path, content))
+    content = made("nemo-gym")
+    content[1]["mask_sample"] = True
+    (held,) = opened(write(path, content))
+    assert held.left.counts == {"mask_sample": 1}
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+def test_a_folder_of_folders_stands_for_the_files_in_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for step in (2, 10):
+        (run / f"{step}/0").mkdir(parents=True)
+        write(run / f"{step}/0/tq_batch.pt", made("verl") | {"global_steps": step})
+        (run / f"{step}/0/meta.json").write_text('{"global_steps": 2}')
+    (run / ".git").mkdir()
+    (run / ".git/x").write_text("x")
+    out = tmp_path / "out.jsonl"
+    assert main(["convert", str(run), "--temperature", "0.7", "--out", str(out)]) == 0
+    assert f"left out      {run}: 10/0/meta.json, 2/0/meta.json, which" in capsys.readouterr().out
+    assert {group.policy for group in read(out)} == {"step 10"}
+    assert main(["info", str(run)]) == 0
+    assert "2 prompts, 4 responses, 2 prompts usable" in capsys.readouterr().out
+    # One whose name says that it is of validation is left out; records are read, too.
+    records = tmp_path / "records"
+    for name in ("a", "eval-rollout"):
+        (records / name).mkdir(parents=True)
+        shutil.copy(out, records / name / "1.jsonl")
+    assert main(["info", str(records)]) == 0
+    assert "2 prompts, 4 responses, 2 prompts usable" in capsys.readouterr().out
+
+
+def test_many_files_of_text_are_said_to_be_text_once(tmp_path: Path) -> None:
+    for step in range(5):
+        write(tmp_path / f"{step}.jsonl", made("areal"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        opened(tmp_path)
+    assert sum(issubclass(one.category, LossyTokens) for one in told) == 1 and "0.jsonl holds" in str(
+        told[0].message
+    )
+
+
+@lossy
+@pytest.mark.parametrize("kind", ["verl text", "nemo-rl", "areal", "open-instruct", "prime-rl traces"])
+def test_a_last_line_that_was_cut_off_is_said_to_be_that(kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "train_data_step7.jsonl", made(kind))
+    whole = path.read_bytes()
+    for size in (2, 20):
+        path.write_bytes(whole[:-size])
+        with pytest.raises(
+            CropiError, match=r"jsonl:4, line: not a JSON object: .*, where the file ends: it was not"
+        ):
+            groups(path)
+        assert sum(group.size for group in groups(path, skip_bad=True)) == 3
+    path.write_bytes(whole[:-3] + b"\n")
+    with pytest.raises(CropiError, match=r"jsonl:4, line: not a JSON object: .* at column \d+; mend"):
+        groups(path)
