@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, did_you_mean
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -49,7 +49,8 @@ def in_words(error: Exception) -> Exception:
 
 
 def failure_of(error: BaseException | None) -> OSError | None:
-    """The failing disk, or the limit, that an error of another library comes from; None: it is another error.
+    """The failing disk, the limit or the missing right that an error of another library comes from; None: it is another
+    error.
 
     Libraries that are written in Rust (safetensors, tokenizers), and torch, tell the number in words alone; safetensors
     says of a file that cannot be opened that there is none.
@@ -61,6 +62,8 @@ def failure_of(error: BaseException | None) -> OSError | None:
             return _opening(denied[1])
         if number in FAILING:
             return OSError(number, os.strerror(number))
+        if isinstance(error, PermissionError):
+            return error
         error = error.__cause__ or error.__context__
     return None
 
@@ -198,6 +201,16 @@ def open_to_read(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> i
         CropiError: now or while it is read; names the file, the reason and the remedy.
     """
     return io.BufferedReader(_Readable(Path(path)), buffering)
+
+
+def meant(path: str | Path) -> str:
+    """``"did you mean 'x'? "`` with the name in the folder of a path that is nearest to a misspelt one, or nothing."""
+    path = Path(path)
+    return (
+        did_you_mean(path.name, (other.name for other in entries(path.parent)))
+        if len(path.name) < 256
+        else ""
+    )
 
 
 def entries(folder: str | Path, pattern: str = "*") -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import cropi
 from cropi.cli import main
 from cropi.data import forms
 from cropi.data.readers import read
-from cropi.errors import CropiError
+from cropi.errors import CropiError, RecordError
 
 IDS = [[5, 6], [7]]
 
@@ -40,6 +41,7 @@ TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "rewards as text": ({"rewards": [["1", "0"]] * 2}, "row 0 (prompt 'a'): rewards[0] must be a finite number"),
     "rewards as one text": ({"rewards": ["[1, 0]"] * 2}, "row 0 (prompt 'a'): 'rewards' must be a list"),
     "ids that are not integers": ({"id": [1.5, 2.5]}, "row 0: 'id' must be a string or an integer, got 1.5"),
+    "empty ids": ({"id": ["", " "]}, "row 0: 'id' is '', which is empty; give every prompt an id"),
     "prompts of numbers": ({"prompt": [3, 4]}, "row 0 (prompt 'a'): 'prompt' must be a string or a list of messages"),
     "tokens as bytes": ({"response_ids": [[b"ab", b"c"]] * 2}, "row 0 (prompt 'a'): response_ids[0] must be a list"),
     "tokens as text": ({"prompt_ids": [["5"]] * 2}, "row 0 (prompt 'a'): prompt_ids[0] must be a token id"),
@@ -61,6 +63,11 @@ def test_columns_of_a_wrong_type(name: str, tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert f"cropi info: error: {path}, row 0" in error and words in error and error.count("\n") == 1
     write_lines(tmp_path / "good.jsonl", [record(i) for i in range(3)])
+    rows = [record(3) | {key: values[0]} for key, values in columns.items() if key == "id"]
+    lines = write_lines(tmp_path / "rows.jsonl", rows)
+    for bad in (lines, rows) if rows else ():
+        with pytest.raises(RecordError, match=re.escape(words.removeprefix("row 0: "))):
+            list(read(bad))
     groups = read([path, tmp_path / "good.jsonl"], skip_bad=True)
     assert [group.id for group in groups] == ["p0", "p1", "p2"] and len(groups.bad) == 2
 

@@ -310,6 +310,11 @@ def mistaken(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 MISTAKES = {
     "no file": ("there is no such trajectory file", "{sketch} --trajectories {folder}/no.jsonl --out {out}"),
+    "near a file": (
+        "file; did you mean 'long.jsonl'? give",
+        "{sketch} --trajectories {folder}/lnog.jsonl --out {out}",
+    ),
+    "near a model": ("moddel); did you mean 'model'?", "sketch --model {made}/moddel {train} --out {out}"),
     "no model": ("no such folder", "sketch --model ./nowhere {train} --out {out}"),
     "dim": ("dim=1000", "{sketch} --dim 1000 {train} --out {out}"),
     "other weights": ("model.weights", "sketch --model {made}/other {small} {train} --out {store}"),

@@ -15,6 +15,7 @@ from cropi.errors import CropiError
 from cropi.ranking.influence import Scores, influence, score_rows, validation_means
 from cropi.ranking.report import best_and_worst, plot_scores
 from cropi.ranking.selection import fuse_ranks, select, write_selected_records, write_selection
+from cropi.ranking.selection_files import CopiedPrompts
 from cropi.ranking.table import read_scores, write_scores
 from cropi.store.shards import RowInfo
 from cropi.store.store import SketchStore
@@ -286,6 +287,14 @@ def test_written_selection_table_and_plot(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()] == [
         records[2], records[1], records[0],
     ]  # fmt: skip
+    copied = [record | {"prompt": "d"} if record["id"] in "db" else record for record in records]
+    pool.write_text("".join(json.dumps(record) + "\n" for record in copied))
+    with pytest.warns(
+        CopiedPrompts, match="1 of the 3 chosen prompts are exact copies of another chosen one"
+    ):
+        write_selected_records(tmp_path / "copies.jsonl", [pool], scores, chosen)
+    pool.write_text("".join(json.dumps(record | {"answer": record["id"]}) + "\n" for record in copied))
+    write_selected_records(tmp_path / "others.jsonl", [pool], scores, chosen)
     pool.write_text(json.dumps(records[0]) + "\n")
     with pytest.raises(CropiError, match="2 selected prompts are not in .*for example 'a'"):
         write_selected_records(tmp_path / "none.jsonl", [pool], scores, chosen)

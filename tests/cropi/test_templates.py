@@ -122,6 +122,9 @@ def test_the_end_token_is_a_part_of_what_a_store_depends_on(tmp_path: Path) -> N
     with pytest.warns(UserWarning):
         assert manifest(TURNS)["end"] == tokenizer.convert_tokens_to_ids("</turn>")
         assert "end" not in manifest(TURNS, eos=False) and "end" not in manifest(None)
+        off = {"enable_thinking": False}
+        made = manifest(TURNS, chat_template_kwargs=off, tools=[{"name": "w"}])
+        assert (made["chat_template_kwargs"], made["tools"]) == (off, [{"name": "w"}])
 
 
 # ----------------------------------------------------------------------------------------------------- prompts
@@ -140,6 +143,25 @@ def test_prompts_are_rendered_as_trl_renders_them() -> None:
         kwargs = more.get("chat_template_kwargs", {})
         wanted = trl.apply_chat_template({"prompt": messages}, tokenizer, tools=more.get("tools"), **kwargs)
         assert shown(tokenizer, prompt=messages, **more)[0] == wanted["prompt"], messages
+
+
+def test_what_a_template_gets_for_records_that_have_none_of_their_own() -> None:
+    tokenizer, values = (
+        tokenizer_of(),
+        {"tools": [{"name": "w"}], "chat_template_kwargs": {"enable_thinking": False}},
+    )
+    assert "TOOLS 1NOTHINK" in tokenizer.decode(tokens_of(tokenizer, values).prompt)
+    own = tokens_of(tokenizer, values, tools=[], chat_template_kwargs={"enable_thinking": True})
+    assert own.prompt == tokens_of(tokenizer).prompt
+    # Text that was rendered before is as it is.
+    assert (
+        tokenizer.decode(tokens_of(tokenizer, values, prompt="<turn>user\n", rendered=True).prompt)
+        == "<turn>user\n"
+    )
+    answered = {"prompt": USER, "responses": [[{"role": "assistant", "content": "4"}, USER[0]]]}
+    marked = tokenizer_of(MARKED.replace("<turn>assistant", "{{ tools | length }}<turn>assistant"))
+    with pytest.raises(RecordError, match="renders the prompt in another way"):
+        tokens_of(marked, {"tools": [{"name": "w"}]}, **answered)
 
 
 def test_text_parts_are_joined_and_other_parts_are_refused() -> None:

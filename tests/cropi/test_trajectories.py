@@ -69,6 +69,7 @@ BAD = {
     "not an object": ("[1, 2]", "a JSON object is expected, got list"),
     "no id": ({"id": None}, "the key 'id' is missing"),
     "no rewards": ({"rewards": None}, "the key 'rewards' is missing"),
+    "no rewards, said": ({"rewards": None}, "score the responses and write one number for each as 'rewards'"),
     "no responses": ({"responses": None, "response_ids": None}, "the key 'responses' is missing"),
     "no prompt": ({"prompt": None}, "the key 'prompt' is missing"),
     "no rewards at all": ({"rewards": [], "responses": []}, "'rewards' must be a list"),

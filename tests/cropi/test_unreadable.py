@@ -35,7 +35,7 @@ from cropi.data.scan import scan
 from cropi.errors import CropiError
 from cropi.gradient.template import template_text
 from cropi.model.adapting import with_adapter
-from cropi.model.load import load_generation_config, load_model
+from cropi.model.load import load_generation_config, load_model, load_tokenizer
 from cropi.model.moments import file_of, read_moments
 from cropi.ranking.selection import read_selection
 from cropi.sealed import read_sealed, summed
@@ -337,6 +337,36 @@ def test_an_adapter_and_a_gguf_file_that_cannot_be_read_are_named(tmp_path: Path
         patched.setattr(builtins, "open", faulty)
         load_model(packed)
     assert str(told.value).startswith(f"model '{packed}': cannot read {packed}: permission denied; make it")
+
+
+@pytest.mark.long
+def test_the_hubs_cache_without_the_right_to_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file of a hub id and each folder above them, also those that transformers takes for missing ones."""
+    from huggingface_hub import constants
+
+    own = tmp_path / "models--me--tiny"
+    snapshot = own / "snapshots" / "abc"
+    make_model().save_pretrained(snapshot)
+    make_tokenizer().save_pretrained(snapshot)
+    (own / "refs").mkdir()
+    put("main", "abc")(own / "refs")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_model("me/tiny", progress=False)[1] is not None
+    for file in sorted(snapshot.iterdir()):
+        Failing.path, Failing.fault, Failing.left = file, "denied", 0
+        with monkeypatch.context() as patched, pytest.raises(CropiError) as told:
+            patched.setattr(builtins, "open", faulty)
+            load_tokenizer("me/tiny")
+        start = (
+            f"model 'me/tiny' cannot be read: {file}: permission denied; give this user the right to read it"
+        )
+        assert str(told.value).startswith(start)
+    for folder in (tmp_path, own, own / "refs", own / "snapshots", snapshot):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "access", lambda path, *words, folder=folder: path != folder)
+            with pytest.raises(CropiError, match=f"me/tiny' cannot be read: {folder}: permission denied"):
+                load_tokenizer("me/tiny")
 
 
 def test_weights_without_the_right_to_be_read_are_not_said_to_be_missing(

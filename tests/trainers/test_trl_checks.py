@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,7 +15,7 @@ from support.trl_runs import stored
 from cropi.data.scan import scan
 from cropi.errors import CropiError
 from cropi.trainers.trl import Curriculum
-from cropi.trainers.trl.checks import warn_of_templates
+from cropi.trainers.trl.checks import with_template_values
 from cropi.trainers.trl.scoring import setup_of
 
 
@@ -33,25 +33,35 @@ def test_checks_are_switched_off_by_name(stage: int) -> None:
         Curriculum(stage_steps=2, verify="no")  # type: ignore[arg-type]
 
 
-def test_what_the_trainer_gives_to_its_template_is_said_to_be_missing(
+def test_what_the_trainer_gives_to_its_template_files_get_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of files whose prompts are text: tokens, and a trainer without such settings, need no warning."""
+    """Options of the curriculum come first; tools of environments are not known of a file's prompts."""
     texts = scan(write_lines(tmp_path / "texts.jsonl", make_records(3)))
     scans = {"train": texts, "valid": scan(stored(tmp_path / "tokens.jsonl", seed=1, count=4))}
-    for kwargs, tools, words in (
-        ({"enable_thinking": False}, [], "args.chat_template_kwargs"),
-        (None, [print], "tools"),
-        ({"a": 1}, [print], "args.chat_template_kwargs and tools"),
-        (None, [], None),
-        ({}, None, None),
-    ):
-        caplog.clear()
-        trainer = SimpleNamespace(args=SimpleNamespace(chat_template_kwargs=kwargs), tools=tools)
-        with caplog.at_level(logging.WARNING):
-            warn_of_templates(trainer, scans)
-        said = [record.getMessage() for record in caplog.records]
-        begin = "train: 3 prompts are text, to which the chat template is applied without the trainer's"
-        assert [text.split(": give each")[0] for text in said] == (
-            [] if words is None else [f"{begin} {words}"]
-        )
+
+    def add(a: int) -> int:
+        """Adds.
+
+        Args:
+            a: a number.
+        """
+        return a
+
+    def values(kwargs: Any = None, known: Any = (), factories: Any = None, **options: Any) -> tuple[Any, Any]:
+        args = SimpleNamespace(chat_template_kwargs=kwargs)
+        trainer = SimpleNamespace(args=args, tools=list(known), environment_factories=factories)
+        made = with_template_values(trainer, Curriculum(stage_steps=2, **options), scans)
+        job = setup_of(made, 0, 0).job
+        assert (job.tools, job.chat_template_kwargs) == (made.tools, made.chat_template_kwargs)
+        return made.chat_template_kwargs, made.tools
+
+    off, schema = {"enable_thinking": False}, {"type": "function", "function": {"name": "b"}}
+    assert values() == (None, None)
+    assert values(off) == (off, None) and values(off, chat_template_kwargs={}) == (None, None)
+    _, [made, given] = values(off, [add, schema])
+    assert made["function"]["name"] == "add" and given == schema
+    assert values(off, [add], tools=[schema]) == (off, [schema])
+    assert not caplog.records
+    assert values(off, [add], {"e": object}) == (off, None)
+    assert ["train: 3 prompts are text" in record.getMessage() for record in caplog.records] == [True]

@@ -22,6 +22,7 @@ from cropi.ranking.alike import prompt_features
 from cropi.trainers.trl import Curriculum, Live
 from cropi.trainers.trl.live import PLACES, STATE, LiveRun, features_of
 from cropi.trainers.trl.mixins import RecorderHooks
+from cropi.trainers.trl.recorder import MADE
 from cropi_kernels import CoupledLossError
 from cropi_kernels.names import canonical_name
 from cropi_kernels.testing import sketch_gradients
@@ -59,7 +60,8 @@ class Watched:
 def by_autograd(trainer: Any, model: Any, inputs: dict[str, Any], place: int) -> dict[str, torch.Tensor]:
     """The gradient of TRL's loss with no other prompt's advantages: each prompt's own part."""
     mine = inputs[PLACES] == place
-    given = {**inputs, "advantages": torch.where(mine, inputs["advantages"], 0.0)}
+    zeroed = torch.where(mine, inputs["advantages"], 0.0)
+    given = {**inputs, "advantages": zeroed, MADE: zeroed}
     model.zero_grad()
     with trainer.compute_loss_context_manager():
         loss = super(RecorderHooks, trainer)._compute_loss(model, given)

@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part o
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 from support.commands import json_lines  # noqa: E402
-from support.trl_runs import arguments, dataset, digits, staged, stored  # noqa: E402
+from support.trl_runs import SPEC, _given, arguments, dataset, digits, staged, stored  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
 from cropi.gradient.estimators import Estimator, sequence_behaviour  # noqa: E402
@@ -232,3 +232,45 @@ def test_a_trainer_with_a_loss_of_its_own_names_its_estimator(tmp_path: Path) ->
             staged(tmp_path, {"estimator": "gspo"}, base=base)._cropi.options.estimator_used().name == "gspo"
         )
     assert staged(tmp_path, base=Same)._cropi.options.estimator_used().name.startswith("trl ")
+
+
+class Shaped:
+    """Between two classes of a trainer: advantages other than TRL's, where ``factor`` is not 1."""
+
+    factor = 0.5
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        return output | {"advantages": self.factor * output["advantages"]}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("above", [False, True], ids=["base", "subclass"])
+def test_a_subclass_that_changes_advantages_is_noticed(
+    above: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The estimator of the configuration is refused; another one, and records, are warned of once."""
+    from trl import GRPOTrainer
+
+    from cropi.trainers.trl import Curriculum, curriculum
+
+    files = {
+        "train": stored(tmp_path / "t.jsonl", seed=0, count=8),
+        "valid": stored(tmp_path / "v.jsonl", seed=1, count=4),
+    }
+
+    def trained(name: str, factor: float = 0.5, **options: Any) -> None:
+        made = type("Shorter", (Shaped,) if above else (Shaped, GRPOTrainer), {"factor": factor})
+        base = type("Shorter", (Shaped, curriculum()), {"factor": factor}) if above else curriculum(made)
+        out = tmp_path / name
+        given = dict(stage_steps=1, fraction=0.5, spec=SPEC, **(files | options))
+        base(**_given(out, {"max_steps": 2}), curriculum=Curriculum(**given)).train()
+
+    with pytest.raises(CropiError, match=r"Shorter changes the advantages.*Curriculum\(estimator"):
+        trained("a")
+    caplog.clear()
+    trained("b", estimator="cropi")
+    assert caplog.text.count("Shorter changes the advantages") == 1
+    caplog.clear()
+    trained("c", factor=1.0)
+    assert "changes the advantages" not in caplog.text

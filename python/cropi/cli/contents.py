@@ -91,7 +91,7 @@ def describe_rows(path: str | Path) -> dict[str, Any] | None:
         return None
     keys = {key for key, value in row.items() if value is not None}
     if {"id", "rank"} <= keys and keys & {"fused", "value"}:
-        return _selection(path, list(rows_without_checks(path)))
+        return _selection(path, row, rows_without_checks(path))
     if {"id", "row", "norm"} <= keys and not keys & {"prompt", "responses"}:
         count = sum(1 for _ in rows_without_checks(path))
         return told([f"rows          {path}: the prompts of {count} rows of a matrix"], "rows", prompts=count)
@@ -119,15 +119,18 @@ def _prompts(path: Any, row: Mapping[str, Any], what: str, rows: Iterable[Any]) 
     )  # fmt: skip
 
 
-def _selection(path: Any, rows: list[Any]) -> dict[str, Any]:
-    for number, row in enumerate(rows, 1):
-        check_form(row, {"id": (str, int), "scores?": dict}, str(path), "make it again", f"row {number}")
-    sets = list(rows[0].get("scores") or [key for key in rows[0] if key.startswith("score[")])
-    how = f" by {rows[0]['method']}" if "method" in rows[0] else ""
+def _selection(path: Any, first: Mapping[str, Any], rows: Iterable[Any]) -> dict[str, Any]:
+    best, count = list[str](), 0
+    for count, row in enumerate(rows, 1):
+        check_form(row, {"id": (str, int), "scores?": dict}, str(path), "make it again", f"row {count}")
+        if count <= 5:
+            best.append(str(row["id"]))
+    sets = list(first.get("scores") or [key for key in first if key.startswith("score[")])
+    how = f" by {first['method']}" if "method" in first else ""
     return told(
-        [f"selection     {path}: {len(rows)} prompts{how}, best first: {', '.join(str(r['id']) for r in rows[:5])}"
-         + (", ..." if len(rows) > 5 else ""), f"sets          {', '.join(map(str, sets))}"],
-        "selection", selected=len(rows), method=rows[0].get("method"), stage=rows[0].get("stage"),
+        [f"selection     {path}: {count} prompts{how}, best first: {', '.join(best)}"
+         + (", ..." if count > 5 else ""), f"sets          {', '.join(map(str, sets))}"],
+        "selection", selected=count, method=first.get("method"), stage=first.get("stage"),
     )  # fmt: skip
 
 

@@ -73,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
         apply_config(args)
     missing = [f"--{name}" for name in ("model", "train", "valid", "out") if not getattr(args, name)]
     if missing:
-        args.parser.error(f"the following arguments are required: {', '.join(missing)}")
+        valid = " (scored responses to prompts like those that the policy is to learn; `cropi rollout` makes them)"
+        hint = valid if missing == ["--valid"] else ""
+        args.parser.error(f"the following arguments are required: {', '.join(missing)}{hint}")
     names = [file_stem(path) for path in args.valid]
     if len(set(names)) < len(names):
         args.parser.error(f"--valid: two files of one name ({', '.join(names)}), but each names a store")

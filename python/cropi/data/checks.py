@@ -23,6 +23,10 @@ ID_REMEDY = (
     "give every prompt an id that no other one has and that stays the same from run to run, the one of your dataset, "
     "or pass --skip-bad"
 )
+REWARDS_REMEDY = (
+    "score the responses and write one number for each as 'rewards' (`cropi rollout` samples and scores), or pass "
+    "--skip-bad"
+)
 TOP_REMEDY = (
     "give the log-prob of the sampled token alone; `cropi convert --source vllm` takes it out of a table of the "
     "likeliest tokens; or pass --skip-bad"
@@ -34,13 +38,15 @@ def check_id(value: Any, where: str) -> str:
     """A prompt id as a string.
 
     Raises:
-        RecordError: it is neither a string nor an integer, or longer than :data:`LONGEST_ID`.
+        RecordError: it is neither a string nor an integer, empty, or longer than :data:`LONGEST_ID`.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise RecordError(where, f"'id' must be a string or an integer, got {shown(value)}", ID_REMEDY)
     if isinstance(value, int) and value.bit_length() > 4000:
         raise RecordError(where, f"'id' must be a string or an integer, got {shown(value)}", ID_REMEDY)
-    if len(name := str(value)) > LONGEST_ID:
+    if not (name := str(value)).strip():
+        raise RecordError(where, f"'id' is {name!r}, which is empty", ID_REMEDY)
+    if len(name) > LONGEST_ID:
         raise RecordError(where, f"'id' has {len(name)} characters, more than {LONGEST_ID}", ID_REMEDY)
     return name
 

@@ -208,7 +208,7 @@ class Columns:
                 if not good[kind]:
                     raise NotSimple
                 self.light[name] = column.to_pylist()
-        if any(len(str(name)) > LONGEST_ID for name in self.light["id"]):
+        if not all(0 < len(str(name).strip()) and len(str(name)) <= LONGEST_ID for name in self.light["id"]):
             raise NotSimple
         warm = [value for value in self.light.get("temperature", ()) if value is not None]
         if not all(0 < value < float("inf") for value in warm):

@@ -126,7 +126,7 @@ def _simple(record: Any) -> bool:
     count, responses, logprobs = len(rewards), record.responses, record.logprobs
     if not count or not (prompt_ids or (record.prompt and prompt_ids is None)):
         return False
-    if isinstance(record.id, str) and len(record.id) > LONGEST_ID:
+    if isinstance(record.id, str) and (len(record.id) > LONGEST_ID or not record.id.strip()):
         return False
     if not all(-LARGEST_REWARD <= reward <= LARGEST_REWARD for reward in rewards):
         return False

@@ -121,7 +121,7 @@ def _recipe(column: str) -> str:
 
 
 def _checked(value: Any, row: int, column: str, name: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
         raise CropiError(
             f"{name}: row {row} has the {column} {value!r}; an id is a string or an integer that no other row has: "
             f"{_recipe(column)}"

@@ -98,6 +98,7 @@ class Tokenize:
         ends: further tokens that end a response (``generation_config.eos_token_id``): one that ends with any of
             them gets no other.
         template_date: what a template that prints the date prints, ``YYYY-MM-DD``; None: today.
+        tools, chat_template_kwargs: what the template gets for records that have none of their own.
     """
 
     tokenizer: Any
@@ -110,6 +111,8 @@ class Tokenize:
     temperature: float | None = None
     ends: tuple[int, ...] = ()
     template_date: str | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     _warned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -224,9 +227,18 @@ class Tokenize:
             raise RecordError(where, "the prompt has no token")
         return ids
 
+    def _template_values(self, group: PromptGroup) -> tuple[list[Any] | None, Mapping[str, Any] | None]:
+        """The tools and the variables that the template gets for a group."""
+        variables = group.chat_template_kwargs
+        return (
+            self.tools if group.tools is None else group.tools,
+            self.chat_template_kwargs if variables is None else variables,
+        )
+
     def _prompt(self, group: PromptGroup, where: str) -> list[int]:
         prompt, template = group.prompt, self.template
-        check_variables(group.chat_template_kwargs, where)
+        tools, variables = self._template_values(group)
+        check_variables(variables, where)
         if isinstance(prompt, str) and (template is None or self._is_rendered(group, prompt, template)):
             for name in ("tools", "chat_template_kwargs"):
                 if getattr(group, name):
@@ -244,7 +256,7 @@ class Tokenize:
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         assert messages is not None
-        ids, quoted = template.prompt_ids(messages, where, group.tools, group.chat_template_kwargs)
+        ids, quoted = template.prompt_ids(messages, where, tools, variables)
         if quoted:
             self._warn(
                 "quoted",
@@ -308,7 +320,7 @@ class Tokenize:
         prompt = (
             group.prompt if isinstance(group.prompt, list) else [{"role": "user", "content": group.prompt}]
         )
-        return self.template.turn_ids(prompt, response, name, group.tools, group.chat_template_kwargs)
+        return self.template.turn_ids(prompt, response, name, *self._template_values(group))
 
     def _text(self, response: str, cut: bool, where: str) -> list[int]:
         ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])

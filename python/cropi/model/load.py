@@ -6,17 +6,19 @@ Nothing is cached here. Only a hub id makes ``transformers`` download, into the 
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cropi.errors import CropiError, optional
-from cropi.files import failure_of, reason
+from cropi.files import entries, failure_of, is_file, is_folder, meant, reason
 from cropi.model.sources import is_local, locate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -174,7 +176,48 @@ def _spread(name: str, variant: Variant) -> dict[str, Any]:
 
 def _unreadable(name: str, failure: OSError) -> CropiError:
     file = f"{failure.filename}: " if failure.filename else ""
-    return CropiError(f"model {name!r} cannot be read: {file}{reason(failure, 'let it be read')}")
+    remedy = "give this user the right to read it"
+    if not is_local(name):
+        remedy += ", or set HF_HUB_CACHE to a folder of this user's own, and the model is downloaded there"
+    return CropiError(f"model {name!r} cannot be read: {file}{reason(failure, remedy)}")
+
+
+def _closed_cache(name: str) -> Path | None:
+    """The first folder of a hub id's cache that this user may not look into: transformers takes it for an empty one."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    own = cache / f"models--{name.replace('/', '--')}"
+
+    def closed(folders: Iterable[Path]) -> Path | None:
+        return next(
+            (path for path in folders if is_folder(path) and not os.access(path, os.R_OK | os.X_OK)), None
+        )
+
+    return closed((cache, own, own / "refs", own / "snapshots")) or closed(entries(own / "snapshots"))
+
+
+def _check_cached(name: str, config: Any) -> None:
+    """Check the files of a hub id in the cache as those of a folder: transformers takes one that it cannot open for one
+    that is not there.
+
+    Raises:
+        CropiError: one of them cannot be read.
+    """
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        name, "config.json", revision=getattr(config, "_commit_hash", None), local_files_only=True,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    if found is None:
+        return
+    for file in entries(Path(found).parent, "[!.]*"):
+        if is_file(file):
+            try:
+                open(file, "rb").close()
+            except OSError as error:
+                raise _unreadable(name, error) from error
 
 
 @contextmanager
@@ -201,17 +244,27 @@ def _explained(name: str) -> Iterator[None]:
 def _load_config(name: str, source: str, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
+    if "local_files_only" not in options and (closed := _closed_cache(name)):
+        raise _unreadable(name, PermissionError(errno.EACCES, "", str(closed)))
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except OSError as error:
-        if "local_files_only" in options:  # transformers' own message says what is wrong with it
+        # transformers' own message says what is wrong with a folder
+        if "local_files_only" in options or failure_of(error):
             raise
-        problem = "there is no such local folder, and the hub id cannot be read"
-        raise OSError(f"model {name!r}: {problem}: {error}") from error
+        from huggingface_hub import constants
+
+        problem = f"there is no such local folder, {meant(name)}and the hub id cannot be read"
+        offline = (
+            " (HF_HUB_OFFLINE is set, so that only the cache was looked into)" * constants.HF_HUB_OFFLINE
+        )
+        raise OSError(f"model {name!r}: {problem}{offline}: {error}") from error
     if not (
         options["trust_remote_code"] and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     ):
         _check_causal(name, config)
+    if "local_files_only" not in options:
+        _check_cached(name, config)
     return config
 
 
@@ -296,6 +349,8 @@ def _load_tokenizer(name: str, source: str, options: dict[str, Any], eos: bool) 
     try:
         tokenizer = loader.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
+        if failure_of(error):
+            raise
         raise ValueError(
             f"model {name!r}: its tokenizer cannot be loaded ({' '.join(str(error).split())}); save one beside the "
             "weights (tokenizer.save_pretrained), or give the loaded model in Python, which needs none where records "
@@ -346,7 +401,15 @@ def check_device(option: str, device: str) -> None:
     if place.type not in ("cpu", "cuda"):
         raise CropiError(f"{option} {device!r}: there are kernels for cpu and cuda only")
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise CropiError(f"{option} {device!r}: this torch sees no CUDA device; use 'cpu'")
+        why = (
+            "sees no CUDA device"
+            if torch.version.cuda
+            else "was built for CPUs alone and sees no CUDA device"
+        )
+        raise CropiError(
+            f"{option} {device!r}: this torch ({torch.__version__}) {why}; `cropi env` shows what is installed; use "
+            "'cpu', or 'auto' for a GPU where there is one"
+        )
     if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
         raise CropiError(
             f"{option} {device!r}: this torch sees {count} CUDA devices, cuda:0 to cuda:{count - 1}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,17 +160,22 @@ class Policy:
         """The module; a name is loaded here, once."""
         if self._model is None:
             assert self._source is not None
-            known = self._tokenizer if self._tokenizer is not None or has_tokenizer(self._source) else False
+            known = self._tokenizer if self._tokenizer is not None or self._has_tokenizer else False
             self._model, self._tokenizer = load_model(self._source, **self._load, tokenizer=known)
             keep_gradients(self._model)
         return self._model
+
+    @cached_property
+    def _has_tokenizer(self) -> bool:
+        """Whether the model's name may lead to a tokenizer; its folder is listed once."""
+        return self._source is not None and has_tokenizer(self._source)
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, or None for a module that came without one, or a folder that holds none. A name's is loaded
         alone, before the weights."""
-        if self._tokenizer is None and self._source is not None and has_tokenizer(self._source):
-            self._tokenizer = load_tokenizer(self._source, eos=self._load["eos"], **self._where)
+        if self._tokenizer is None and self._has_tokenizer:
+            self._tokenizer = load_tokenizer(str(self._source), eos=self._load["eos"], **self._where)
         return self._tokenizer
 
     @property

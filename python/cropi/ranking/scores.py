@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cropi.errors import CropiError, optional
 from cropi.ranking.table_rows import values_of
@@ -42,14 +43,14 @@ class Scores:
 
     rows: Sequence[RowInfo]
     sets: list[str]
-    table: np.ndarray
+    table: NDArray[np.float64]
     meta: dict[str, Any]
-    stderr: np.ndarray | None = None
-    p_selected: np.ndarray | None = None
+    stderr: NDArray[np.float64] | None = None
+    p_selected: NDArray[np.float64] | None = None
     store: SketchStore | None = field(default=None, repr=False, compare=False)
     pairs: Pairwise | None = field(default=None, repr=False, compare=False)
     groups: Sequence[str] = ()
-    contributions: np.ndarray | None = None
+    contributions: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "sets"):
@@ -73,15 +74,16 @@ class Scores:
         return values_of(self.rows, "id", np.arange(len(self.rows)))
 
     @property
-    def self_influence(self) -> np.ndarray:
+    def self_influence(self) -> NDArray[np.float64]:
         """``|S g(s)|^2``, float64 ``[n]``: the influence of a prompt on itself; 0 without a gradient. Large ones are
         prompts that move the policy most, whatever the direction."""
         return np.array([row.norm for row in self.rows], dtype=np.float64) ** 2
 
     @property
-    def usable(self) -> np.ndarray:
+    def usable(self) -> NDArray[np.bool_]:
         """bool ``[n]``: prompts with a score for every set."""
-        return np.isfinite(self.table).all(axis=1)
+        usable: NDArray[np.bool_] = np.all(np.isfinite(self.table), axis=1)
+        return usable
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cropi.errors import CropiError, optional, shown
 from cropi.files import is_folder
@@ -63,7 +64,7 @@ class Selection:
 
     chosen: list[int]
     order: list[int]
-    fused: np.ndarray
+    fused: NDArray[np.float64]
     method: str
     scores: Scores = field(repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)

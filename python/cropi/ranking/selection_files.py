@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cropi.data.forms import content_id
 from cropi.data.readers import read
-from cropi.errors import CropiError, shown
+from cropi.errors import CropiError, shown, warn
 from cropi.files import reading, replacing
 from cropi.form import check_form, is_number
 from cropi.ranking.repeated import Hashes
@@ -104,8 +105,12 @@ def _damaged(path: str | Path, number: int) -> CropiError:
     )
 
 
+class CopiedPrompts(UserWarning):
+    """Chosen prompts have the same prompt and answer as another chosen one."""
+
+
 def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, selection: Selection) -> None:
-    """Copy the chosen prompts' trajectory records, unchanged, best first.
+    """Copy the chosen prompts' trajectory records, unchanged, best first. Copies of one prompt are warned of.
 
     ``trajectories`` is what :func:`cropi.data.readers.read` takes or gave; where a full pass has kept the places of its
     records, the chosen ones alone are read.
@@ -113,14 +118,23 @@ def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, 
     Raises:
         CropiError: a chosen prompt is not in the trajectories.
     """
-    groups = read(trajectories, skip_bad=True)
+    groups, contents = read(trajectories, skip_bad=True), set[str]()
+    chosen = len(selection.chosen)
     rest = dict.fromkeys(scores.rows[i].id for i in selection.chosen)
     with summed(path), replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for group in groups.take(list(rest), missing_ok=True):
             file.write(group.raw + "\n")
+            contents.add(content_id(group.to_record()))
             del rest[group.id]
         if rest:
             raise CropiError(
                 f"{len(rest)} selected prompts are not in {groups.names}, for example {next(iter(rest))!r}; give the "
                 "files that the training store was made from"
             )
+    if copies := chosen - len(contents):
+        warn(
+            f"{copies} of the {chosen} chosen prompts are exact copies of another chosen one, under other ids: leave "
+            "one of each in the training file, or give them one id, and select again",
+            CopiedPrompts,
+            stacklevel=2,
+        )

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cropi.errors import CropiError
 from cropi.option_fields import one_of
@@ -99,9 +100,9 @@ class Uncertainty:
     """
 
     sets: list[SetUncertainty]
-    table: np.ndarray
-    stderr: np.ndarray
-    p_selected: np.ndarray
+    table: NDArray[np.float64]
+    stderr: NDArray[np.float64]
+    p_selected: NDArray[np.float64]
     overlap: float
     overlap_of_set: dict[str, float]
     halves: float
@@ -109,7 +110,7 @@ class Uncertainty:
     fraction: float
     own_signal: float = math.nan
 
-    def interval(self, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+    def interval(self, level: float = 0.9) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Limits of the cosine with each set's *population* mean, float64 ``[n, sets]`` each.
 
         Student's t over n - 1 degrees of freedom times the standard error, divided by ``sqrt(signal)``, and by

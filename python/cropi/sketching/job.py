@@ -55,6 +55,7 @@ class SketchJob(Grouping, Tokens, Running, Storing):
             gradients are scaled as a step of that optimiser scales the training prompts'.
         noise: a draw of every gradient's noise is sketched in its place (:mod:`cropi.gradient.noise`).
         set: validation set of records that carry none.
+        tools, chat_template_kwargs: what the chat template gets for records that have none of their own.
         shard: ``(i, n)``: only share i of n, counted from 1; None: all prompts.
         shard_rows: sketches that are written at once; what a kill may cost.
         notes: kept in the manifest, never compared.
@@ -76,6 +77,8 @@ class SketchJob(Grouping, Tokens, Running, Storing):
     optimizer_state: Any = None
     noise: bool = False
     set: str | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     shard: tuple[int, int] | None = None
     shard_rows: int = 64
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -168,7 +171,8 @@ def make_tokenize(policy: Policy, job: SketchJob) -> Tokenize:
     return Tokenize(
         policy.tokenizer, policy.vocabulary, policy.context, chat_template=job.chat_template, eos=job.eos,
         max_length=job.max_length, too_long=job.too_long, temperature=job.temperature,
-        ends=policy.ends, template_date=job.template_date,
+        ends=policy.ends, template_date=job.template_date, tools=job.tools,
+        chat_template_kwargs=job.chat_template_kwargs,
     )  # fmt: skip
 
 
@@ -211,8 +215,9 @@ def _text_rules(policy: Policy, job: SketchJob, scan: Scan | None) -> dict[str, 
     made: dict[str, Any] = {"columns": job.columns} if job.columns else {}
     if scan is None or policy.tokenizer is None:
         return made
-    if job.template_date and scan.with_prompt_ids < scan.prompts:
-        made["template_date"] = job.template_date
+    if scan.with_prompt_ids < scan.prompts:
+        rules = ("template_date", "tools", "chat_template_kwargs")
+        made |= {name: value for name in rules if (value := getattr(job, name))}
     end = make_tokenize(policy, job).end if job.eos else None
     if scan.with_ids < scan.prompts and end is not None and end != policy.tokenizer.eos_token_id:
         made["end"] = end

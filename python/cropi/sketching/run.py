@@ -276,7 +276,8 @@ def check_tokens(policy: Policy, job: SketchJob, groups: PromptGroups, scan: Sca
 
 def _checked_for(policy: Policy, job: SketchJob) -> tuple[Any, ...]:
     """The policy and options that a check of tokens holds for: prompts may be scanned once for several policies."""
-    return policy.identity, job.chat_template, job.eos, job.max_length, job.too_long, job.limit, job.skip_bad
+    template = job.chat_template, job.tools, job.chat_template_kwargs
+    return policy.identity, template, job.eos, job.max_length, job.too_long, job.limit, job.skip_bad
 
 
 def _token_groups(

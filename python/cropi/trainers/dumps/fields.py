@@ -224,7 +224,7 @@ def prompt_id(value: Any, field: str, where: str) -> str:
     Raises:
         BadSample: it is something else.
     """
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, (np.ndarray, torch.Tensor)) or type(value).__module__ == "numpy":
         return str(whole(value, field, where))

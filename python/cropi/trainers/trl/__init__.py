@@ -67,10 +67,12 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
 def _patched(base: Hashable, kind: str) -> type[Any]:
     import trl
 
-    from cropi.trainers.trl.mixins import CurriculumMixin, RecordingMixin
+    from cropi.trainers.trl.mixins import CurriculumMixin, RecordingMixin, TrlsOwn
     from cropi.trainers.trl.versions import check_trainer_class
 
     trainer: Any = trl.GRPOTrainer if base is None else base
     check_trainer_class(trainer)
     mixin = CurriculumMixin if kind == "Curriculum" else RecordingMixin
-    return type(f"{kind}{trainer.__name__}", (mixin, trainer), {"__doc__": mixin.__doc__})
+    own = type("TrlsOwn", (TrlsOwn, trl.GRPOTrainer), {})
+    bases = (mixin, own) if trainer is trl.GRPOTrainer else (mixin, trainer, own)
+    return type(f"{kind}{trainer.__name__}", bases, {"__doc__": mixin.__doc__})

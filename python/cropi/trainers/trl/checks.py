@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import get_json_schema
 
 from cropi.data.scan import Scan
 from cropi.errors import CropiError
@@ -76,17 +79,24 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
             )
 
 
-def warn_of_templates(trainer: Any, scans: Mapping[str, Scan]) -> None:
-    """Say that files' prompts are rendered without what the trainer gives to the chat template of its own."""
-    given = {"args.chat_template_kwargs": trainer.args.chat_template_kwargs, "tools": trainer.tools}
-    names = " and ".join(name for name, value in given.items() if value)
+def with_template_values(trainer: Any, options: Curriculum, scans: Mapping[str, Scan]) -> Curriculum:
+    """The options with what the trainer gives to its chat template: files' prompts that are text get the same.
+
+    Where the tools of a prompt are those of its environment, files do not say which, and a warning does.
+    """
+    variables, tools = options.chat_template_kwargs, options.tools
+    if variables is None:
+        variables = trainer.args.chat_template_kwargs
+    if tools is None and trainer.tools and trainer.environment_factories is None:
+        tools = [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in trainer.tools]
     for kind, scan in scans.items():
         texts = scan.prompts - scan.with_prompt_ids
-        if names and texts:
+        if texts and tools is None and trainer.tools:
             logger.warning(
-                "%s: %d prompts are text, to which the chat template is applied without the trainer's %s: give each "
-                "record its 'chat_template_kwargs' and 'tools', or store 'prompt_ids'", kind, texts, names,
+                "%s: %d prompts are text, and the chat template renders them without the tools of the trainer's "
+                "environments: give each record its 'tools', or store 'prompt_ids'", kind, texts,
             )  # fmt: skip
+    return replace(options, chat_template_kwargs=variables or None, tools=tools or None)
 
 
 def balances_experts(trainer: Any) -> bool:

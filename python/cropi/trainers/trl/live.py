@@ -21,6 +21,7 @@ from cropi.sealed import check_sums, summed
 from cropi.trainers.trl.fused import fused_heads
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.ranks import Ranks
+from cropi.trainers.trl.recorder import MADE
 from cropi.trainers.trl.records import id_of
 from cropi.trainers.trl.scoring import _evaluating, setup_of
 from cropi_kernels import LiveSketcher
@@ -143,7 +144,7 @@ class LiveRun:
         self.dropped += int(rows.sum())
         factor = torch.where(rows, self.live.opposed, 1.0).to(inputs["advantages"])
         shaped = factor.view(-1, *(1 for _ in inputs["advantages"].shape[1:]))
-        weighed = {**inputs, "advantages": inputs["advantages"] * shaped}
+        weighed = inputs | {name: inputs[name] * shaped for name in ("advantages", MADE) if name in inputs}
         return (places[rows].unique() if self.live.opposed == 0.0 else none), weighed
 
     def end_step(self, step: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from cropi.errors import CropiError
 from cropi.trainers.trl.checkpoints import newest_whole
 from cropi.trainers.trl.options import Curriculum, Recording
-from cropi.trainers.trl.recorder import Recorder
+from cropi.trainers.trl.recorder import MADE, Recorder
 from cropi.trainers.trl.records import check_datasets
 from cropi.trainers.trl.sampler import StageSampler
 from cropi.trainers.trl.scoring import check_files
@@ -24,6 +24,23 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer as Base
 else:
     Base = object
+
+
+class TrlsOwn(Base):
+    """Next above GRPOTrainer, and below a subclass of it: what TRL's own methods return and are given."""
+
+    _cropi: Recorder
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if "advantages" in output:
+            output[MADE] = output["advantages"].clone()
+        return output
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._cropi.compare_advantages(inputs)
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        return loss
 
 
 class RecorderHooks(Base):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,8 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
             prompts anew. A stage's time is that of its steps, as the stage before took them.
         behaviour_check, verify, zero_check: as in :class:`cropi.options.Checks`, by keyword. Log-probs far from
             the policy stop stage 0 alone: later the policy has moved away on purpose.
+        tools, chat_template_kwargs: what the chat template gets for prompts of files that are text and have none of
+            their own; None: what the trainer gives to its own template.
         layout, tokens_per_batch: of the sketching passes.
         seed: of the stages' orders and of every draw; None: the trainer's.
         on_nothing: a stage in which no prompt has a gradient: "error", or "keep" the prompts of the stage before, with
@@ -133,6 +135,8 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
     estimator: str | Estimator = "auto"
     exclude: Sequence[str] = ()
     behaviour: str = "auto"
+    tools: list[Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     layout: str = "auto"
     tokens_per_batch: int = 1024
     seed: int | None = None

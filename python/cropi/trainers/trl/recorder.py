@@ -23,6 +23,7 @@ from cropi.trainers.trl.versions import check_batch, check_trainer
 from cropi.trainers.values import plain_value, whole_text
 
 ROWS = "cropi_rows"
+MADE = "cropi_advantages"  # of a generation batch: the advantages that TRL made of the rewards
 IMAGES = ("image", "images")  # the columns that TRL reads
 TOKENS_ONLY = "a trajectory record holds tokens only"
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Recorder:
         self._scored: tuple[Any, Any, list[list[int]], torch.Tensor] | None = None
         self._pending: Generation | None = None
         self._rows_now: torch.Tensor | None = None
+        self._changed = False  # whether a subclass has changed advantages
         if recording is None:
             return
         datasets = [trainer.train_dataset]
@@ -136,6 +138,21 @@ class Recorder:
         if self.recording.logprobs and known is not None:
             generation.seen.append((torch.arange(len(generation.records), device="cpu"), known.detach()))
         self.write(generation)
+
+    def compare_advantages(self, inputs: Mapping[str, Any]) -> None:
+        """Notice a subclass of the trainer that changes the advantages between TRL's rewards and TRL's loss."""
+        made = inputs.get(MADE)
+        if made is None or self._changed or torch.equal(made, inputs["advantages"]):
+            return
+        self._changed = True
+        self.advantages_changed(own_class(self.trainer))
+
+    def advantages_changed(self, name: str) -> None:
+        """A class of this name trains with other advantages than TRL made of the rewards."""
+        logger.warning(
+            "%s changes the advantages that TRL made of the rewards: a record holds rewards, of which `cropi` makes "
+            "advantages by --estimator, so that sketches of these records are not of the loss that is trained", name,
+        )  # fmt: skip
 
     def _of_masked(self, output: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The log-probs of responses that are masked whole (``mask_truncated_completions``): TRL computes none.
@@ -265,6 +282,16 @@ class Recorder:
                     merge_rollouts(logs, folder / f"{kind}.jsonl")
 
         self.ranks.agree(lambda: work() if self.ranks.first else None)
+
+
+def own_class(trainer: Any) -> str:
+    """The name of the first class of a trainer that is neither this package's nor TRL's GRPOTrainer."""
+    import trl
+
+    classes = (cls for cls in type(trainer).__mro__ if not cls.__module__.startswith("cropi."))
+    return next(
+        cls for cls in classes if cls is trl.GRPOTrainer or not issubclass(trl.GRPOTrainer, cls)
+    ).__name__
 
 
 def _unrecorded(what: str) -> CropiError:

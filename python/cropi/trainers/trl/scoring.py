@@ -136,7 +136,8 @@ def setup_of(options: Curriculum, stage: int, seed: int) -> Setup:
     job = SketchJob(
         (), None, spec=options.spec, exclude=options.exclude, estimator=options.estimator_used(),
         behaviour=options.behaviour, layout=options.layout, tokens_per_batch=options.tokens_per_batch, stage=str(stage),
-        verify=options.verify, zero_check=options.zero_check,
+        verify=options.verify, zero_check=options.zero_check, tools=options.tools,
+        chat_template_kwargs=options.chat_template_kwargs,
         # Later the policy has moved away on purpose, and a run in the middle of its training is not stopped for it.
         behaviour_check="warn" if stage and options.behaviour_check == "error" else options.behaviour_check,
     )  # fmt: skip

@@ -34,10 +34,10 @@ from cropi.trainers.trl.checks import (
     check_space,
     drawn,
     recorded_first,
-    warn_of_templates,
+    with_template_values,
 )
 from cropi.trainers.trl.live import LiveRun, features_of
-from cropi.trainers.trl.losses import check_own_loss, estimator_of_config
+from cropi.trainers.trl.losses import REMEDY, check_own_loss, estimator_of_config
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.recorder import Recorder
 from cropi.trainers.trl.rollout_log import cut_unfinished_line, log_files, rewind
@@ -110,7 +110,8 @@ class Stages(Recorder):
         opened: Mapping[str, Any],
         scans: Mapping[str, Scan],
     ) -> None:
-        if options.estimator == "auto":
+        self.by_configuration = options.estimator == "auto"
+        if self.by_configuration:
             check_own_loss(trainer)
             estimator, left_out = estimator_of_config(trainer.args)
             options = replace(options, estimator=estimator)
@@ -119,6 +120,7 @@ class Stages(Recorder):
             for text in left_out:
                 logger.warning("selections leave out a part of the loss: %s", text)
         super().__init__(trainer, options.recording)
+        options = with_template_values(trainer, options, scans)
         self.options, self.ids, self.opened = options, ids, opened
         self.folder = Path(options.folder or Path(trainer.args.output_dir) / "cropi")
         self.seed = int(trainer.args.seed if options.seed is None else options.seed)
@@ -130,7 +132,6 @@ class Stages(Recorder):
         self._resumed = False
         self._earlier = [path for kind in ("train", "valid") for path in log_files(self.log.folder, kind)]
         check_arguments(trainer, options, len(ids))
-        warn_of_templates(trainer, scans)
         check_policy(self.model, options)
         if options.live is None:
             check_space(trainer, options, scans, self.folder, len(ids))
@@ -166,6 +167,19 @@ class Stages(Recorder):
         """The recorder's columns; live selection needs the ids also where nothing is recorded."""
         column = self.options.id_key
         return super().columns() + ([column, column.split(".")[0]] if self.live is not None else [])
+
+    def advantages_changed(self, name: str) -> None:
+        """See :class:`Recorder`.
+
+        Raises:
+            CropiError: the estimator is made of the trainer's configuration, which does not say so.
+        """
+        if self.by_configuration:
+            raise CropiError(
+                f"{name} changes the advantages that TRL made of the rewards, so that args do not say which loss is "
+                f"trained; {REMEDY}"
+            )
+        super().advantages_changed(name)
 
     def sampler(self) -> StageSampler:
         """The order of the prompts, stage by stage."""
