@@ -145,7 +145,7 @@ class Gradient(Options):
 
 SOURCES = (
     "auto", "records", "verl", "slime", "nemo-rl", "trl", "vllm", "openai", "openrlhf", "prime-rl", "skyrl", "areal",
-    "ms-swift", "nemo-gym", "open-instruct", "atropos", "art",
+    "ms-swift", "nemo-gym", "open-instruct", "atropos", "art", "roll",
 )  # fmt: skip
 
 

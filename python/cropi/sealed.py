@@ -100,7 +100,7 @@ def summed(path: str | Path, *beside: Path) -> Iterator[None]:
             forget(sums_path(path))
         yield
         files = sorted(file for _, held in tree(path) for file in held) if is_folder(path) else [path]
-        lines = (_line(_found(file), str(file.relative_to(path.parent))) for file in (*files, *beside))
+        lines = (_line(sum_of(file), str(file.relative_to(path.parent))) for file in (*files, *beside))
         write_atomic(sums_path(path), *lines)
 
 
@@ -132,7 +132,7 @@ def check_sums(path: str | Path, *, whole: bool = False) -> int:
     for name, want in _sums(sums, whole).items():
         file = path.parent / name
         if whole or file == path or path in file.parents:
-            if _found(file) != want:
+            if sum_of(file) != want:
                 raise CropiError(
                     f"{file} is not the file that was written: its SHA-256 is not the one in {sums.name}; make it "
                     "again, or remove that file of checksums where the change is yours"
@@ -164,7 +164,7 @@ def _name(line: re.Match[str]) -> str:
     return unescaped if line[1] else line[3]
 
 
-def _found(path: Path) -> str:
+def sum_of(path: Path) -> str:
     """The SHA-256 of a file, computed once as long as the file is the same; "" where there is no file."""
     if not os.path.isfile(path):
         return ""

@@ -97,7 +97,7 @@ READERS: dict[str, list[tuple[str, Any, Callable[[Any], Any]]]] = {
 OTHERS = {
     "grouping.read_groups", "ranking.shares.read_quotas", "trainers.dumps.unpickle.read_zip", "store.shards.read_shard",
     *(f"trainers.dumps.{module}.read_dump" for module in
-      ("art", "atropos", "nemo_gym", "nemo_rl", "open_instruct", "openai", "slime", "swift", "text_rows", "trl",
+      ("art", "atropos", "nemo_gym", "nemo_rl", "open_instruct", "openai", "roll", "slime", "swift", "text_rows", "trl",
        "verifiers", "verl", "vllm")),
 }  # fmt: skip
 ALL = [(name, number) for name, some in READERS.items() for number in range(len(some))]

@@ -295,6 +295,14 @@ def atropos() -> list[dict[str, Any]]:
     return made
 
 
+def roll() -> list[dict[str, Any]]:
+    """ROLL's step, by columns."""
+    made = rows(
+        "prompt", "responses", "scores", global_step=7, ground_truth="g", domain="sums", sampling_params="{}"
+    )
+    return [{key: [row[key] for row in made] for key in made[0]} | {"id": ["0", "0", "1", "1"]}]
+
+
 def art() -> list[dict[str, Any]]:
     """ART's table: an example in the prompt, which no policy said."""
 
@@ -354,6 +362,7 @@ MORE: dict[str, Kind] = {
     "nemo-gym": ("step_7.jsonl", gym, lambda made: made, "name"),
     "open-instruct": ("run_rollouts_000000.jsonl", open_instruct, lambda made: made, "name"),
     "atropos": ("groups.jsonl", atropos, lambda made: made, "name"),
+    "roll": ("rollout_dump_data.step_7.jsonl", roll, lambda made: made, "name"),
     "art": ("0007.parquet", art, lambda made: made, "group_index"),
 }
 

@@ -94,6 +94,39 @@ def test_rows_of_several_policies_are_no_group(key: str, tmp_path: Path) -> None
     assert next(iter(read(path, columns=f"{key}="))).size == 4
 
 
+@lossy
+def test_a_file_and_its_copy_do_not_count_twice(tmp_path: Path) -> None:
+    write(tmp_path / "7.jsonl", made("verl text"))
+    shutil.copy(tmp_path / "7.jsonl", tmp_path / "7 (copy).jsonl")
+    for path in (tmp_path, [tmp_path / "7.jsonl"] * 2):
+        with pytest.raises(CropiError, match="holds the same as .*, so that its rollouts would count twice"):
+            groups(path)
+    # As long, and another step.
+    write(tmp_path / "7 (copy).jsonl", [row | {"step": 8} for row in made("verl text")])
+    assert {group.policy for group in groups(tmp_path)} == {"step 8"}
+
+
+# -------------------------------------------------------------------------------------------------- no reward
+@lossy
+@pytest.mark.parametrize(
+    "kind", ["verl text", "areal", "skyrl", "openrlhf", "open-instruct", "nemo-gym", "records"]
+)
+def test_a_first_response_without_a_reward_is_one_of_all(kind: str, tmp_path: Path) -> None:
+    """What wrote the file is told all the same, and --skip-bad goes on."""
+    plain = [
+        {"id": k // 2, "prompt": f"q{k // 2}", "response": f"r{k}", "reward": float(k)} for k in range(4)
+    ]
+    rows = plain if kind == "records" else made(kind)
+    rows[0][next(key for key in ("reward", "score") if key in rows[0])] = None
+    path = write(tmp_path / "7.jsonl", rows)
+    with pytest.raises(
+        CropiError, match="7.jsonl:1.*(is missing: the responses are not scored|finite number, got None)"
+    ):
+        groups(path)
+    # Of records it is the whole prompt that is left out.
+    assert sum(group.size for group in groups(path, skip_bad=True)) == (2 if kind == "records" else 3)
+
+
 # ------------------------------------------------------------------------------------------------ evaluations
 @lossy
 @pytest.mark.parametrize("kind", ["trl", "ms-swift"])
@@ -132,6 +165,34 @@ def test_a_prompt_that_lost_completions_to_an_evaluation_is_left_out(kind: str, 
     assert len(rewards(written(other))) == 2
 
 
+# ----------------------------------------------------------------------------------------------------- text
+@lossy
+@pytest.mark.parametrize("kind", ["areal", "skyrl"])
+def test_text_with_special_tokens_says_which_responses_were_cut(kind: str, tmp_path: Path) -> None:
+    """An end token is appended to those that are not."""
+    rows, column = made(kind), {"areal": "completion", "skyrl": "output_response"}[kind]
+    for k, row in enumerate(rows):
+        row[column] += "<|im_end|>" * (k % 2)
+        row.pop("stop_reason", None)
+    assert [group.truncated for group in groups(write(tmp_path / "7.jsonl", rows))] == [[True, False]] * 2
+
+
+@lossy
+def test_rolls_messages_are_rendered_and_its_prompts_are_not(tmp_path: Path) -> None:
+    (columns,) = made("roll")
+    path = tmp_path / "rollout_dump_data.step_7.jsonl"
+    for group in groups(write(path, [columns])):
+        assert (group.prompt, group.task, group.answer) == (f"q{group.id}", "sums", "g") and group.extra[
+            "rendered"
+        ]
+    columns["messages"] = [json.dumps(messages(k // 2)) for k in range(4)]
+    for group in groups(write(path, [columns])):
+        assert group.prompt == messages(int(group.id)) and "rendered" not in group.extra
+    columns["messages"][2] = "[x"
+    with pytest.raises(CropiError, match=r"jsonl:1, response 2, messages: should be JSON, got '\[x'"):
+        groups(write(path, [columns]))
+
+
 # ------------------------------------------------------------------------------------------- turns and tools
 @lossy
 def test_outputs_of_one_rollout_are_refused_in_verls_text_too(tmp_path: Path) -> None:
@@ -153,9 +214,9 @@ def changed(kind: str, change: Callable[[list[Any]], Any]) -> list[Any]:
 @pytest.mark.parametrize(
     ("kind", "change", "words"),
     [
-        ("ms-swift", lambda x: x[1]["num_turns"].__setitem__(2, 2), "2, completion 2, num_turns: is 2"),
-        ("ms-swift", lambda x: x[1]["prompt"].pop(), "2, line: its columns have several lengths: prompt 3, comp"),
-        ("ms-swift", lambda x: x[1]["step"].__setitem__(3, "x"), "2, completion 3, step: should be a number"),
+        ("ms-swift", lambda x: x[1]["num_turns"].__setitem__(2, 2), "2, response 2, num_turns: is 2"),
+        ("ms-swift", lambda x: x[1]["prompt"].pop(), "2, line: should hold columns of one length, got 'prompt' 3"),
+        ("ms-swift", lambda x: x[1]["step"].__setitem__(3, "x"), "2, response 3, step: should be a number"),
         ("open-instruct", lambda x: x[2]["request_info"].update(tool_calleds=True), "3, request_info: the"),
         ("open-instruct", lambda x: x[1].pop("response_tokens"), "2, response_tokens: is missing"),
         ("open-instruct", lambda x: x[0]["logprobs"].pop(), "1, logprobs: has 2 entries for 3 response tokens"),
@@ -251,7 +312,7 @@ def test_a_folder_of_folders_stands_for_the_files_in_them(
 
 def test_many_files_of_text_are_said_to_be_text_once(tmp_path: Path) -> None:
     for step in range(5):
-        write(tmp_path / f"{step}.jsonl", made("areal"))
+        write(tmp_path / f"{step}.jsonl", [row | {"tail_version": step} for row in made("areal")])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         opened(tmp_path)

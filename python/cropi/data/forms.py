@@ -118,11 +118,13 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     keys = [key for key, value in row.items() if value is not None]
     if "rewards" in keys or "responses" in keys or "completions" in keys:
         return RECORD
-    has_reward, has_response = "reward" in keys, any(key in SINGLE and key != "reward" for key in keys)
+    has_response = any(key in SINGLE and key != "reward" for key in keys)
     messages = row.get("messages")
     talks = isinstance(messages, list) and any(
         isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
     )
+    # A response that could not be scored has a reward that is null.
+    has_reward = "reward" in (row if has_response or talks else keys)
     if has_reward and has_response:
         return RESPONSE
     if has_reward and talks:

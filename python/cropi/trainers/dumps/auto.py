@@ -17,7 +17,8 @@ from cropi.data.records import PromptGroup
 from cropi.data.sources import PathSource
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, printable, warn
-from cropi.files import entries, is_file, is_folder
+from cropi.files import entries, is_file, is_folder, size_of
+from cropi.sealed import sum_of
 from cropi.trainers.dumps import text_rows
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import PLAIN, Reading
@@ -29,7 +30,7 @@ AUTO = "auto"
 READERS = {
     "verl": "verl", "slime": "slime", "nemo-rl": "nemo_rl", "vllm": "vllm", "openai": "openai", "trl": "trl",
     "prime-rl": "verifiers", "ms-swift": "swift", "nemo-gym": "nemo_gym", "open-instruct": "open_instruct",
-    "atropos": "atropos", "art": "art",
+    "atropos": "atropos", "art": "art", "roll": "roll",
 }  # fmt: skip
 # What trainers write beside the rollouts that they train on: validation, figures, what was asked, what failed.
 BESIDE = (
@@ -77,6 +78,26 @@ def rollouts_of(paths: Iterable[str | Path], source: str, reading: Reading, left
             )
 
 
+def check_copies(paths: Iterable[str | Path]) -> None:
+    """Check that no two files hold the same, whose rollouts would count twice.
+
+    Raises:
+        CropiError: two do; names them.
+    """
+    alike: dict[int, list[str | Path]] = {}
+    for path in paths:
+        alike.setdefault(size_of(path), []).append(path)
+    for some in filter(lambda some: len(some) > 1, alike.values()):
+        first: dict[str, str | Path] = {}
+        for path in some:
+            held = sum_of(Path(path))
+            if held in first:
+                raise CropiError(
+                    f"{path} holds the same as {first[held]}, so that its rollouts would count twice; give one of them"
+                )
+            first[held] = path
+
+
 class DumpSource(PathSource):
     """Dumps of one run, as a file of records that lives as long as this.
 
@@ -91,6 +112,7 @@ class DumpSource(PathSource):
 
     def __init__(self, files: Sequence[str | Path], source: str, reading: Reading, skip_bad: bool) -> None:
         self.files, self.source, self.left = list(files), source, Left(skip_bad)
+        check_copies(files)
         rollouts = rollouts_of(files, source, reading, self.left)
         groups = group_rollouts(rollouts, steps=reading.steps, left=self.left)
         self._folder = tempfile.TemporaryDirectory(prefix="cropi-dump-")
@@ -251,5 +273,6 @@ def groups_of(
         from cropi.data.readers import read
 
         return read(paths, skip_bad=left.skip_bad, columns=dict(reading.columns))
+    check_copies(paths)
     rollouts = rollouts_of(paths, kind, reading, left)
     return group_rollouts(rollouts, steps=reading.steps, left=left)

@@ -26,7 +26,7 @@ WORDS = {
     "prime-rl": "rollouts of prime-rl (verifiers)",
     "skyrl": "results of SkyRL", "areal": "a rollout dump of AReaL", "ms-swift": "completions of ms-swift",
     "nemo-gym": "rollouts of NeMo-Gym", "open-instruct": "rollouts of open-instruct", "atropos": "groups of Atropos",
-    "art": "trajectories of ART",
+    "art": "trajectories of ART", "roll": "rollouts of ROLL",
 }  # fmt: skip
 SOURCES = tuple(WORDS)
 # Rows are told by keys that they have together; the first that fits wins.
@@ -47,8 +47,11 @@ KEYS: list[tuple[str, tuple[str, ...]]] = [
     ("nemo-gym", ("responses_create_params", "response", "reward")),
     ("open-instruct", ("prompt_tokens", "response_tokens", "reward")),
     ("atropos", ("tokens", "masks", "scores")),
+    ("roll", ("global_step", "responses", "scores", "sampling_params")),
     ("art", ("group_index", "trajectory_index", "trajectory_json")),
 ]
+# Of these keys, those that a sample without a reward leaves empty.
+SCORES = {"reward", "rewards", "score", "scores"}
 # Enough of a pickle to have met the keys of its outermost table and the first class.
 MOST_OPCODES = 20_000
 _ROLL = "`cropi rollout` samples and scores responses to them; then give its file"
@@ -103,7 +106,7 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
     """
     held = {key for key, value in row.items() if value is not None}
     for source, keys in KEYS:
-        if held >= set(keys):
+        if row.keys() >= set(keys) and set(keys) - held <= SCORES:
             return Found(source)
     if "choices" in held or _answer(row.get("response")):
         return Found("openai")

@@ -12,7 +12,7 @@ from cropi.data.sources import PathSource
 from cropi.data.tables import TableRow, row_of_table
 from cropi.data.values import python_value
 from cropi.errors import RecordError
-from cropi.trainers.dumps.fields import BadSample, Left, finite, names, nested, prompt_id, shown
+from cropi.trainers.dumps.fields import BadSample, Left, finite, listed, names, nested, prompt_id, shown
 from cropi.trainers.dumps.rollout import text_id
 
 
@@ -42,6 +42,24 @@ def _parsed(pair: tuple[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(row, TableRow):
         return where, row_of_table(row)
     return where, {str(key): python_value(value) for key, value in row.items()}
+
+
+def rows_of_columns(pair: tuple[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a line that holds columns, each a list.
+
+    Raises:
+        BadSample: there is none, or they have several lengths.
+    """
+    where, line = pair
+    columns = {str(key): listed(value, shown(str(key)), where) for key, value in line.items()}
+    sizes = {len(values) for values in columns.values()}
+    if len(sizes) != 1:
+        lengths = ", ".join(f"{shown(name)} {len(values)}" for name, values in columns.items())
+        raise BadSample(where, "line", f"should hold columns of one length, got {lengths or 'none':.300}")
+    return [
+        (f"{where}, response {i}", {name: values[i] for name, values in columns.items()})
+        for i in range(*sizes)
+    ]
 
 
 def id_of(row: Any, id_key: str | None, prompt: Any, where: str) -> str:

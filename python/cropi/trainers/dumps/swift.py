@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cropi.trainers.dumps.fields import BadSample, Left, listed, names, shown
+from cropi.trainers.dumps.fields import BadSample, Left, names, shown
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout
-from cropi.trainers.dumps.rows import rows_of_dump
+from cropi.trainers.dumps.rows import rows_of_columns, rows_of_dump
 from cropi.trainers.dumps.trl import rollouts_of
 
 STEPS = ("gen_step", "step")
@@ -44,7 +44,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         for number, pair in enumerate(rows_of_dump(path, left)):
             step = _step(pair[1])
             if step is None or last.get(step) == number:
-                for many in left.each([pair], _rows):
+                for many in left.each([pair], rows_of_columns if step else _single):
                     yield from left.each(many, _row)
 
     yield from rollouts_of(Path(path), reading, left, rows)
@@ -55,24 +55,8 @@ def _step(row: dict[str, Any]) -> str | None:
     return next((str(row[key][:1]) for key in STEPS if isinstance(row.get(key), list)), None)
 
 
-def _rows(pair: tuple[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """A line's rows, a completion each.
-
-    Raises:
-        BadSample: its columns have several lengths.
-    """
-    where, line = pair
-    if _step(line) is None:
-        return [pair]
-    columns = {str(key): listed(value, str(key)[:80], where) for key, value in line.items()}
-    sizes = {len(values) for values in columns.values()}
-    if len(sizes) > 1:
-        lengths = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
-        raise BadSample(where, "line", f"its columns have several lengths: {lengths:.300}")
-    return [
-        (f"{where}, completion {i}", {name: values[i] for name, values in columns.items()})
-        for i in range(sizes.pop())
-    ]
+def _single(pair: tuple[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return [pair]
 
 
 def _row(pair: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:

@@ -17,6 +17,9 @@ Text cannot be turned back into the tokens that were sampled with certainty, and
 
 AReaL's rollouts of several turns are refused: as ``segments``, or because it takes the last tokens of the text, as many
 as the policy sampled, for the completion. Then samples of one task begin with different prompts.
+
+AReaL and SkyRL write special tokens as text. A response without one at its end (that ends in ``>``) was cut by a limit:
+no end token is appended to it.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ TURNS = "record the tokens with their loss_mask in the workflow (docs/trajectori
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a source's rows hold what a record is made of."""
+    """Where a source's rows hold what a record is made of; ``special``: special tokens stand in its text."""
 
     prompt: str
     response: str
@@ -50,15 +53,16 @@ class Columns:
     step: str | None = None
     stop: str | None = None
     task: str | None = None
+    special: bool = False
 
 
 COLUMNS = {
     "openrlhf": Columns("input", "output", "reward", answer="label"),
     "skyrl": Columns(
         "input_prompt", "output_response", "score", answer="env_extras.reward_spec.ground_truth",
-        stop="stop_reason", task="data_source",
+        stop="stop_reason", task="data_source", special=True,
     ),
-    "areal": Columns("prompt", "completion", "reward", step="tail_version"),
+    "areal": Columns("prompt", "completion", "reward", step="tail_version", special=True),
 }  # fmt: skip
 
 
@@ -105,6 +109,10 @@ def read_dump(
         prompt = text_of(row[columns.prompt], columns.prompt, where)
         stop = row.get(columns.stop) if columns.stop else None
         task = row.get(columns.task) if columns.task else None
+        response = text_of(row[columns.response], columns.response, where)
+        cut = {"length": True, "stop": False}.get(stop) if isinstance(stop, str) else None
+        if cut is None and columns.special:
+            cut = not response.endswith(">")
         extra: dict[str, Any] = {"lossy": True}
         if isinstance(task, str) and task:
             extra["task"] = task
@@ -112,10 +120,9 @@ def read_dump(
             id=id_of(row, reading.id_key, prompt, where),
             reward=reward_of(row.get(columns.reward), columns.reward, where),
             step=step if columns.step not in row else whole(row[str(columns.step)], str(columns.step), where),
-            where=where,
-            prompt=prompt, response=text_of(row[columns.response], columns.response, where),
+            where=where, prompt=prompt, response=response, truncated=cut,
             answer=nested(row, columns.answer) if columns.answer else None, temperature=reading.temperature,
-            truncated={"length": True, "stop": False}.get(stop) if isinstance(stop, str) else None, extra=extra,
+            extra=extra,
         ))  # fmt: skip
 
     yield from left.each(_alike(rows_of_dump(path, left)), read)

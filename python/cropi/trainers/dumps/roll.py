@@ -1,0 +1,84 @@
+"""Reader of the rollouts that ROLL saves (``rollout_dump_dir``): ``rollout_dump_data.step_{N}.jsonl``.
+
+A line is a step, with columns that are lists over its responses: ``global_step``, ``id``, ``responses`` and
+``scores``, and ``messages`` (as JSON text), to which ROLL applies its template, or ``prompt``, which the policy reads
+as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, names, shown, whole
+from cropi.trainers.dumps.pickled import check_size
+from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.rollout import Rollout, checked
+from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_columns, rows_of_dump, text_of
+from cropi.trainers.dumps.text_rows import step_of, warn_text
+
+KEYS = ("responses", "scores")
+
+
+def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
+    """The rollouts in one file.
+
+    Args:
+        path: ``rollout_dump_data.step_{N}.jsonl``.
+        reading: its ``id_key`` is a column; None: ``id``, or a hash of the prompt where there is none.
+        left: takes the responses that are left out; None raises at the first bad one.
+
+    Raises:
+        CropiError: the file does not exist, or is too large.
+        BadSample: columns of several lengths, or a response with a field of another form.
+    """
+    path, left = Path(path), Left() if left is None else left
+    check_size(path, reading.largest)
+    warn_text(path, left)
+    step = step_of(path)
+
+    def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
+        where, row = pair
+        for key in KEYS:
+            if key not in row:
+                raise BadSample(
+                    where, key, f"is missing, so this is not a rollout of ROLL (it has {names(row)})"
+                )
+        if row["responses"] == "":
+            raise Unused(where, "responses", "is empty")
+        prompt = (
+            _messages(row["messages"], where)
+            if row.get("messages")
+            else text_of(row.get("prompt"), "prompt", where)
+        )
+        task = next(
+            (row[key] for key in ("domain", "tag") if isinstance(row.get(key), str) and row[key]), None
+        )
+        at = row.get("global_step")
+        return checked(Rollout(
+            id=id_of(row, reading.id_key or ("id" if row.get("id") is not None else None), prompt, where), where=where,
+            step=step if at is None else whole(at, "global_step", where), prompt=prompt,
+            response=text_of(row["responses"], "responses", where), reward=reward_of(row["scores"], "scores", where),
+            answer=row.get("ground_truth"), temperature=reading.temperature,
+            extra={"lossy": True, **({"task": task} if task else {})},
+        ))  # fmt: skip
+
+    for line in rows_of_dump(path, left):
+        for rows in left.each([line], rows_of_columns):
+            yield from left.each(rows, read)
+
+
+def _messages(value: Any, where: str) -> Any:
+    """Messages, perhaps as JSON text.
+
+    Raises:
+        BadSample: they are not.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise BadSample(where, "messages", f"should be JSON, got {shown(value)}") from None
