@@ -73,7 +73,11 @@ def test_help_says_every_default_and_every_command_has_the_manners() -> None:
             takes_a_value = action.option_strings and action.nargs != 0 and not action.required
             if takes_a_value and "default" not in str(action.help) and action.default not in (None, []):
                 lacking.append(f"{name} {action.option_strings[0]} ({action.default!r})")
-        assert "%(" not in parser.format_help()
+        text = parser.format_help()
+        usage = text.partition("\n\n")[0]
+        assert "%(" not in text and usage.count("\n") < 4, name
+        needed = [action for action in parser._actions if action.required and action.option_strings]
+        assert all(action.option_strings[0] in usage for action in needed), name
     assert not lacking, lacking
 
 

@@ -31,7 +31,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "sketch, in the same pass (default: auto, exact below 4 GB)",
     )  # fmt: skip
     command.add_argument("--out", metavar="FILE.json", help="write the figures there")
-    options.add_model(command)
+    options.add_model(command, required=True)
     options.add(
         command,
         Reading,
@@ -50,8 +50,6 @@ def run(args: argparse.Namespace) -> int:
     from cropi.sealed import sealed
     from cropi.sketching.job import make_job
 
-    if not args.model:
-        args.parser.error("the following arguments are required: --model")
     check_outputs({"--out": args.out}, {"--trajectories": args.trajectories})
     policy, behaviour_model = sketch.policies(args)
     trajectories = options.opened(args, args.trajectories, policy)

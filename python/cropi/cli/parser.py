@@ -11,6 +11,8 @@ from typing import Any, NoReturn, TypeVar
 from cropi.errors import did_you_mean, printable_lines, shortened
 
 T = TypeVar("T", int, float)
+# Options that a usage line names although a config file may hold them: what nearly every call gives.
+MAIN = ("config", "model", "train", "valid", "out")
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +34,17 @@ class Parser(argparse.ArgumentParser):
         new = self.renamed[name]
         print(f"{self.prog}: {name} is now {new}; the old name goes with the next release", file=sys.stderr)
         return new + equals + value
+
+    def format_help(self) -> str:
+        """As argparse's, with the options that a call needs in the usage line, and not two screens of all of them."""
+        named = [a for a in self._actions if a.required or not a.option_strings or a.dest in MAIN]
+        if self.usage is None and len(self._actions) > len(named) + 3:
+            formatter = self._get_formatter()
+            formatter.add_usage(None, named, [])
+            self.usage = (
+                formatter.format_help().removeprefix("usage: ").strip().replace("%", "%%") + " [options]"
+            )
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Say it, and leave with status 2."""

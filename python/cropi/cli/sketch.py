@@ -59,7 +59,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="under torchrun: N processes share the weights and every pass (transformers' tp_plan)",
     )  # fmt: skip
     command.add_argument("--workers", type=count, metavar="N", help="workers of Ray at most (default: all)")
-    options.add_model(command)
+    options.add_model(command, required=True)
     options.add(command, Reading, Sketching)
     options.add_dry_run(command)
     options.add_progress(command)
@@ -67,8 +67,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sketch, and print the summary."""
-    if not args.model:
-        args.parser.error("the following arguments are required: --model")
     _check_sharing(args)
     if args.ray is not None:
         if args.dry_run:
