@@ -126,22 +126,23 @@ class Tiles:
                 TensorDescriptor.from_tensor(hidden, [TOKENS, FEATURES]),
                 TensorDescriptor.from_tensor(head, [WORDS, FEATURES]),
             )
-            others = (
-                vector, target, self.own, self.sums[0], self.sums[1], self.sums[-1], self.e, self.far,
-                n, *head.shape, self.e.stride(0), LOG2_E * self.scale,
-            )  # fmt: skip
+            given = vector, target, self.own, self.sums[0], self.sums[1], self.sums[-1]
+            sizes, scale = (n, *head.shape), LOG2_E * self.scale
             kinds = dict(LIFT=self.lift, BIAS=bias is not None, ENTROPY=self.entropy, KEEP=self.keep)
             kinds |= dict(TOKENS=TOKENS, WORDS=WORDS, FEATURES=FEATURES)
             pipelined = dict(num_stages=STAGES, num_warps=WARPS)
+            others = (*given, self.e, self.far, *sizes, self.e.stride(0), scale)
             if self.by_row:
                 self.far.zero_()
             if takes_turns():
-                from .triton_turns import GROUPS, described, turns_kernel
+                from .triton_turns import GROUPS, PIECES, described, turns_kernel
                 from .triton_turns import WARPS as GROUP_WARPS
 
+                rows = TOKENS // GROUPS.value
+                kept = described(self.e[:n, : sizes[1]], rows, WORDS // PIECES.value) if self.keep else self.e
                 turns_kernel[(min(_multiprocessors(hidden.device), across * self.tiles),)](
-                    described(hidden, TOKENS // GROUPS.value, FEATURES), described(head, WORDS, FEATURES), *others,
-                    BY_ROW=self.by_row, STAGES=STAGES, **kinds, num_warps=GROUP_WARPS.value,
+                    described(hidden, rows, FEATURES), described(head, WORDS, FEATURES), *given, kept, self.far, *sizes,
+                    scale, BY_ROW=self.by_row, STAGES=STAGES, **kinds, num_warps=GROUP_WARPS.value,
                 )  # fmt: skip
             else:
                 tiles_kernel[(across * self.tiles,)](

@@ -226,10 +226,10 @@ def log_prob_turns(dtype: str, keep: bool, entropy: bool = False) -> Case:
     """12 warps share the registers; ptxas counts them before the groups take some of the warp that brings operands."""
     like = log_prob_tiles(dtype, keep, entropy)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    rows = tiles.TOKENS // turns.GROUPS.value
+    rows, columns = tiles.TOKENS // turns.GROUPS.value, {"e": tiles.WORDS // turns.PIECES.value}
     types = like.types | {
-        name: f"tensordesc<{FLOATS[dtype]}[{n}, {tiles.FEATURES}],{layout!r}>"
-        for name, n in (("hidden", rows), ("head", tiles.WORDS))
+        name: f"tensordesc<{FLOATS[dtype]}[{n}, {columns.get(name, tiles.FEATURES)}],{layout!r}>"
+        for name, n in (("hidden", rows), ("head", tiles.WORDS), *([("e", rows)] if keep else []))
     }
     name = like.name.replace("tiles", "turns")
     constants = like.constants | dict(STAGES=tiles.STAGES)
