@@ -142,6 +142,7 @@ def main() -> None:
         for with_sketch in (False, True):
             name = f"{model}{' with the head' + chr(39) + 's sketch' if with_sketch else ''}"
             results.attempt(name, lambda m=model, s=with_sketch: head(m, s, large))
+    for model in common.MODELS:  # afterwards: two of them compile for ten seconds
         for other in PEERS:
             results.attempt(f"{model} beside {other}", lambda m=model, o=other: peer(m, o))
     results.finish()

@@ -112,7 +112,7 @@ def main() -> None:
         for turn in range(TURNS):
             model.requires_grad_(False)
             plain = lambda: plain_step(model, data)  # noqa: E731
-            times["plain"] += common.in_turns({"plain": plain}, rounds=2)["plain"]
+            times["plain"] += common.in_turns({"plain": plain}, rounds=2, warm=int(turn == 0))["plain"]
             model.requires_grad_(True)
             with GradientSketcher(model, SketchSpec(width=width), verify=False, fused=fused) as sketcher:
                 step = lambda: sketcher.policy_gradient(**data, weigh=weigh)  # noqa: E731
