@@ -6,7 +6,7 @@ import torch
 
 from ... import dispatch
 from ..._library import register
-from ...plan import MatrixPlan, matrix_plan_of
+from ...plan import matrix_plan_of
 from .._checks import (
     check_devices,
     check_offset_values,
@@ -29,8 +29,8 @@ def _sketch(
     plan: str,
     backend: str | None,
 ) -> None:
+    _check(x, rows, offsets, out, plan, backend)
     made = matrix_plan_of(plan)
-    _check(x, rows, offsets, out, made)
     # Reading ids from a device would make the host wait: there, one that is out of range makes its segment NaN.
     if rows.numel() and not rows.is_cuda and not 0 <= int(rows.min()) <= int(rows.max()) < made.rows:
         raise ValueError(
@@ -49,7 +49,7 @@ def _sketch(
         reference.sketch_embedding(x, rows, offsets, made, out)
 
 
-def _sketch_fake(
+def _check(
     x: torch.Tensor,
     rows: torch.Tensor,
     offsets: torch.Tensor,
@@ -57,23 +57,18 @@ def _sketch_fake(
     plan: str,
     backend: str | None,
 ) -> None:
-    _check(x, rows, offsets, out, matrix_plan_of(plan))
-
-
-def _check(
-    x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, plan: MatrixPlan
-) -> None:
-    check_operand("x", x, plan.cols, f"gradients of {plan.name}")
+    made = matrix_plan_of(plan)
+    check_operand("x", x, made.cols, f"gradients of {made.name}")
     if rows.ndim != 1 or rows.shape[0] != x.shape[0] or rows.dtype != torch.int64:
         raise ValueError(
             f"rows is {rows.dtype} {tuple(rows.shape)}: it must be int64 [{x.shape[0]}], a row per token"
         )
     check_plain("rows", rows)
     check_devices("x", x, rows=rows, out=out)
-    check_out(out, check_offsets(offsets), plan.n_slabs * plan.slab_rows * plan.slab_cols)
+    check_out(out, check_offsets(offsets), made.n_slabs * made.slab_rows * made.slab_cols)
 
 
 SKETCH = register(
     "sketch_embedding(Tensor x, Tensor rows, Tensor offsets, Tensor(a!) out, str plan, str? backend) -> ()",
-    _sketch, _sketch_fake, remedy="give fewer tokens a call (a smaller micro-batch), or fewer segments",
+    _sketch, _check, remedy="give fewer tokens a call (a smaller micro-batch), or fewer segments",
 )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 
 from ... import dispatch
 from ..._library import register
-from ...plan import MatrixPlan, matrix_plan_of
+from ...plan import matrix_plan_of
 from .._checks import (
     check_devices,
     check_floating,
@@ -39,8 +39,8 @@ def _sketch(
     row_step: int,
     backend: str | None,
 ) -> None:
+    _check(d, a, offsets, out, plan, first_row, row_step, backend)
     made = matrix_plan_of(plan)
-    _check(d, a, offsets, out, made, first_row, row_step)
     check_offset_values(offsets, d.shape[0])
     if a.shape[1] != made.folded_cols:
         a = fold(a, made, False, backend)
@@ -55,7 +55,7 @@ def _sketch(
         reference.sketch_grouped(d, a, offsets, made, out, first_row, row_step)
 
 
-def _sketch_fake(
+def _check(
     d: torch.Tensor,
     a: torch.Tensor,
     offsets: torch.Tensor,
@@ -65,27 +65,16 @@ def _sketch_fake(
     row_step: int,
     backend: str | None,
 ) -> None:
-    _check(d, a, offsets, out, matrix_plan_of(plan), first_row, row_step)
-
-
-def _check(
-    d: torch.Tensor,
-    a: torch.Tensor,
-    offsets: torch.Tensor,
-    out: torch.Tensor,
-    plan: MatrixPlan,
-    first_row: int,
-    row_step: int,
-) -> None:
-    if plan.row_fold is not None:
+    made = matrix_plan_of(plan)
+    if made.row_fold is not None:
         raise ValueError(
-            f"the plan of {plan.name} folds its rows (role='tied'): groups of rows exist before a fold only, give a "
+            f"the plan of {made.name} folds its rows (role='tied'): groups of rows exist before a fold only, give a "
             "plan with role='linear'"
         )
     step_of(d, row_step)
     check_floating("d", d)
-    cols = plan.folded_cols
-    check_operand("a", a, cols if a.shape[-1:] == (cols,) else plan.cols, f"inputs of {plan.name}")
+    cols = made.folded_cols
+    check_operand("a", a, cols if a.shape[-1:] == (cols,) else made.cols, f"inputs of {made.name}")
     if d.shape[0] != a.shape[0]:
         raise ValueError(
             f"d has {d.shape[0]} tokens but a has {a.shape[0]}: they must come from the same forward"
@@ -96,18 +85,18 @@ def _check(
         raise ValueError(
             f"offsets holds {ranges} ranges for out's {segments} segments: give groups * segments + 1 offsets"
         )
-    check_out(out, segments, plan.n_slabs * plan.slab_rows * plan.slab_cols)
+    check_out(out, segments, made.n_slabs * made.slab_rows * made.slab_cols)
     groups = ranges // segments if segments else 0
     rows, last = d.shape[1], first_row + (groups - 1) * row_step + d.shape[1]
-    if first_row < 0 or (groups and last > plan.rows) or (groups > 1 and row_step < rows):
+    if first_row < 0 or (groups and last > made.rows) or (groups > 1 and row_step < rows):
         raise ValueError(
             f"first_row={first_row}, row_step={row_step}: {groups} groups of {rows} rows must lie side by side in the "
-            f"{plan.rows} rows of {plan.name}"
+            f"{made.rows} rows of {made.name}"
         )
 
 
 SKETCH = register(
     "sketch_grouped(Tensor d, Tensor a, Tensor offsets, Tensor(a!) out, str plan, int first_row, int row_step, "
     "str? backend) -> ()",
-    _sketch, _sketch_fake, remedy=REMEDY,
+    _sketch, _check, remedy=REMEDY,
 )  # fmt: skip

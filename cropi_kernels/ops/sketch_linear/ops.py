@@ -62,8 +62,8 @@ def _fold_fake(x: torch.Tensor, plan: str, rows: bool, backend: str | None) -> t
 def _sketch(
     d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, plan: str, backend: str | None
 ) -> None:
+    _check(d, a, offsets, out, plan, backend)
     made = matrix_plan_of(plan)
-    _check(d, a, offsets, out, made)
     check_offset_values(offsets, d.shape[0])
     if d.shape[1] != made.folded_rows:
         d = fold(d, made, True, backend)
@@ -80,24 +80,19 @@ def _sketch(
         reference.sketch_linear(d, a, offsets, made, out, folded=True)
 
 
-def _sketch_fake(
+def _check(
     d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, plan: str, backend: str | None
 ) -> None:
-    _check(d, a, offsets, out, matrix_plan_of(plan))
-
-
-def _check(
-    d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, plan: MatrixPlan
-) -> None:
-    rows, cols = plan.folded_rows, plan.folded_cols
-    check_operand("d", d, rows if d.shape[-1:] == (rows,) else plan.rows, f"output gradients of {plan.name}")
-    check_operand("a", a, cols if a.shape[-1:] == (cols,) else plan.cols, f"inputs of {plan.name}")
+    made = matrix_plan_of(plan)
+    rows, cols = made.folded_rows, made.folded_cols
+    check_operand("d", d, rows if d.shape[-1:] == (rows,) else made.rows, f"output gradients of {made.name}")
+    check_operand("a", a, cols if a.shape[-1:] == (cols,) else made.cols, f"inputs of {made.name}")
     if d.shape[0] != a.shape[0]:
         raise ValueError(
             f"d has {d.shape[0]} tokens but a has {a.shape[0]}: they must come from the same forward"
         )
     check_devices("d", d, a=a, out=out)
-    check_out(out, check_offsets(offsets), plan.n_slabs * plan.slab_rows * plan.slab_cols)
+    check_out(out, check_offsets(offsets), made.n_slabs * made.slab_rows * made.slab_cols)
 
 
 FOLD = register(
@@ -105,5 +100,5 @@ FOLD = register(
 )
 SKETCH = register(
     "sketch_linear(Tensor d, Tensor a, Tensor offsets, Tensor(a!) out, str plan, str? backend) -> ()",
-    _sketch, _sketch_fake, remedy=REMEDY,
+    _sketch, _check, remedy=REMEDY,
 )  # fmt: skip

@@ -6,14 +6,14 @@ import torch
 
 from ... import dispatch
 from ..._library import register
-from ...plan import VectorPlan, vector_plan_of
+from ...plan import vector_plan_of
 from .._checks import check_devices, check_floating, check_out
 from . import cpu, reference
 
 
 def _sketch(gradient: torch.Tensor, out: torch.Tensor, plan: str, backend: str | None) -> None:
+    _check(gradient, out, plan, backend)
     made = vector_plan_of(plan)
-    _check(gradient, out, made)
     chosen = dispatch.choose("sketch_vector", gradient, out, backend=backend)
     if chosen == "triton":
         from . import triton
@@ -25,22 +25,19 @@ def _sketch(gradient: torch.Tensor, out: torch.Tensor, plan: str, backend: str |
         reference.sketch_vector(gradient, made, out)
 
 
-def _sketch_fake(gradient: torch.Tensor, out: torch.Tensor, plan: str, backend: str | None) -> None:
-    _check(gradient, out, vector_plan_of(plan))
-
-
-def _check(gradient: torch.Tensor, out: torch.Tensor, plan: VectorPlan) -> None:
-    if gradient.ndim != 2 or gradient.shape[1] != plan.size:
+def _check(gradient: torch.Tensor, out: torch.Tensor, plan: str, backend: str | None) -> None:
+    made = vector_plan_of(plan)
+    if gradient.ndim != 2 or gradient.shape[1] != made.size:
         shape = tuple(gradient.shape)
         raise ValueError(
-            f"gradient has shape {shape}: it must be [segments, {plan.size}], gradients of {plan.name}"
+            f"gradient has shape {shape}: it must be [segments, {made.size}], gradients of {made.name}"
         )
     check_floating("gradient", gradient)
     check_devices("gradient", gradient, out=out)
-    check_out(out, gradient.shape[0], plan.dim)
+    check_out(out, gradient.shape[0], made.dim)
 
 
 SKETCH = register(
     "sketch_vector(Tensor gradient, Tensor(a!) out, str plan, str? backend) -> ()",
-    _sketch, _sketch_fake, remedy="give fewer segments a call",
+    _sketch, _check, remedy="give fewer segments a call",
 )  # fmt: skip

@@ -363,10 +363,8 @@ def first_row(path: str | Path) -> tuple[str, dict[str, Any]]:
         CropiError: not a file that is read, or an empty one.
         RecordError: the row is not a JSON object.
     """
-    state = _State({}, None)
-    for source in sources_of(path):
-        for where, _, row in state._told(source.rows(), False):
-            return where, state._dictionary(row, where)
+    for first in _dictionaries(path):
+        return first
     raise CropiError(f"{path}: the file holds no trajectory record (one JSON object a line is expected)")
 
 
@@ -377,10 +375,15 @@ def rows_without_checks(path: str | Path) -> Iterator[dict[str, Any]]:
         CropiError: not a file that is read.
         RecordError: a row is not a JSON object.
     """
+    return (row for _, row in _dictionaries(path))
+
+
+def _dictionaries(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(where, row)`` of every row that is not blank."""
     state = _State({}, None)
     for source in sources_of(path):
         for where, _, row in state._told(source.rows(), False):
-            yield state._dictionary(row, where)
+            yield where, state._dictionary(row, where)
 
 
 def _chained(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
