@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from support import moe, zoo
+from support.tensors import off
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,20 +28,6 @@ SPEC = SketchSpec(width=16, vocab_width=64)
 HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
 
 
-def adapted(base: nn.Module, config: Any) -> nn.Module:
-    torch.manual_seed(1)
-    model = peft.get_peft_model(base, config).eval()  # type: ignore[arg-type]
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:  # half of them start at zero
-                p.add_(torch.randn_like(p), alpha=0.1)
-    return model  # type: ignore[no-any-return]
-
-
-def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float(((got - want).norm(dim=1) / want.norm(dim=1)).max())
-
-
 def check(model: nn.Module, wide: Callable[[nn.Module], nn.Module] = nn.Module.double) -> GradientSketcher:
     """Held to float64; off by at most twice what torch's own float32 gradients are off."""
     with GradientSketcher(model, SPEC) as sketcher:
@@ -49,7 +36,7 @@ def check(model: nn.Module, wide: Callable[[nn.Module], nn.Module] = nn.Module.d
     own = zoo.sketches(model, zoo.gradients(model), SPEC)
     model = wide(model)
     exact = zoo.sketches(model, zoo.gradients(model), SPEC)
-    assert 0 < error_of(got, exact) <= 2 * error_of(own, exact) + 2.0**-23, error_of(own, exact)
+    assert 0 < off(got, exact) <= 2 * off(own, exact) + 2.0**-23, off(own, exact)
     return sketcher
 
 
@@ -71,7 +58,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_adapters_of_a_dense_model(kind: str) -> None:
-    check(adapted(zoo.make("llama"), CONFIGS[kind]()))
+    check(zoo.with_adapter(zoo.make("llama"), CONFIGS[kind]()))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +73,7 @@ def test_adapters_of_a_dense_model(kind: str) -> None:
 )  # fmt: skip
 def test_adapters_that_are_refused(config: Callable[[], Any], error: type[Exception], message: str) -> None:
     """One bank of vectors for all layers; a magnitude that is used outside of the layer's output."""
-    with GradientSketcher(adapted(zoo.make("llama"), config()), SPEC) as sketcher:
+    with GradientSketcher(zoo.with_adapter(zoo.make("llama"), config()), SPEC) as sketcher:
         with pytest.raises(error, match=f"(?s){message}.*exclude="):
             zoo.padded().sketch(sketcher)
 
@@ -108,20 +95,20 @@ def in_float64(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("targets", TARGETS)
 def test_lora_on_experts_and_routers(targets: str) -> None:
     config = peft.LoraConfig(r=3, lora_alpha=8, target_modules=["q_proj"], target_parameters=TARGETS[targets])
-    sketcher = check(adapted(moe.small("qwen3_moe"), config), in_float64)
+    sketcher = check(zoo.with_adapter(moe.small("qwen3_moe"), config), in_float64)
     assert sum("lora_" in n and "mlp." in n for n in sketcher.coverage.names) == 4 * len(TARGETS[targets])
 
 
 def test_lora_on_transposed_experts() -> None:
     config = peft.LoraConfig(r=3, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
-    check(adapted(moe.small("gpt_oss"), config), in_float64)
+    check(zoo.with_adapter(moe.small("gpt_oss"), config), in_float64)
 
 
 @pytest.mark.long
 def test_lora_on_experts_beside_their_own_weights() -> None:
     """The adapters are put on a weight and taken off around every call; the weight's own gradient is the same."""
     config = peft.LoraConfig(r=3, target_modules=[], target_parameters=["mlp.experts.down_proj"])
-    model = adapted(moe.small("qwen3_moe"), config)
+    model = zoo.with_adapter(moe.small("qwen3_moe"), config)
     model.requires_grad_(True)
     check(model, in_float64)
 
@@ -153,7 +140,9 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings")
 def test_lora_on_the_head(case: str) -> None:
     name, settings = HEADS[case]
-    model = adapted(zoo.make(name, tie_word_embeddings=False), peft.LoraConfig(r=4, lora_alpha=8, **settings))
+    model = zoo.with_adapter(
+        zoo.make(name, tie_word_embeddings=False), peft.LoraConfig(r=4, lora_alpha=8, **settings)
+    )
     if "own weight" in case:
         model.requires_grad_(True)
     sketcher = check(model)
@@ -163,11 +152,9 @@ def test_lora_on_the_head(case: str) -> None:
 
 def test_lora_on_the_head_of_half_a_precision_and_its_log_probs() -> None:
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head"])
-    model, batch = adapted(zoo.make("llama"), config), zoo.padded()
+    model, batch = zoo.with_adapter(zoo.make("llama"), config), zoo.padded()
     arguments = dict(positions=batch.positions, targets=batch.targets, attention_mask=batch.attention_mask)
-    with torch.no_grad():
-        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-    want = torch.log_softmax(logits[batch.positions], -1).gather(1, batch.targets[:, None])[:, 0]
+    want = batch.logprobs(model).detach()
     got = token_logprobs(model, batch.input_ids, **arguments)  # type: ignore[arg-type]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     with model.disable_adapter():
@@ -179,12 +166,12 @@ def test_lora_on_the_head_of_half_a_precision_and_its_log_probs() -> None:
     with GradientSketcher(half, SPEC) as sketcher:
         got = batch.sketch(sketcher).sketches
     own = zoo.sketches(half, zoo.gradients(half), SPEC).float()
-    assert 0 < error_of(got, exact) <= 2 * error_of(own, exact), error_of(own, exact)
+    assert 0 < off(got, exact) <= 2 * off(own, exact), off(own, exact)
 
 
 def test_dropout_of_the_heads_adapter_is_refused() -> None:
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.1)
-    model = adapted(zoo.make("llama"), config)
+    model = zoo.with_adapter(zoo.make("llama"), config)
     with GradientSketcher(model, SPEC) as sketcher:
         zoo.padded().sketch(sketcher)
         model.train()
@@ -204,29 +191,26 @@ def test_dropout_of_the_heads_adapter_is_refused() -> None:
     ids=["DoRA", "tokens"],
 )  # fmt: skip
 def test_other_adapters_of_the_head_go_through_batch(settings: dict[str, Any], message: str) -> None:
-    model, batch = adapted(zoo.make("llama"), peft.LoraConfig(r=4, **settings)), zoo.padded()
+    model, batch = zoo.with_adapter(zoo.make("llama"), peft.LoraConfig(r=4, **settings)), zoo.padded()
     with GradientSketcher(model, SPEC) as sketcher:
         with pytest.raises(ValueError, match=f"{message}.* use `with sket"):
             batch.sketch(sketcher)
-        with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as out:  # type: ignore[arg-type]
-            logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-            logp = torch.log_softmax(logits[batch.positions], -1).gather(1, batch.targets[:, None])[:, 0]
-            (logp * zoo.weights_of(batch)).sum().backward()
+        got = batch.through(sketcher, model)
     own = zoo.sketches(model, zoo.gradients(model), SPEC)
     model = model.double()
     exact = zoo.sketches(model, zoo.gradients(model), SPEC)
-    assert 0 < error_of(out.sketches.double(), exact) <= 2 * error_of(own, exact) + 2.0**-23
+    assert 0 < off(got.double(), exact) <= 2 * off(own, exact) + 2.0**-23
 
 
 def test_trained_tokens_alone_are_held_to_autograd() -> None:
     """The self-test's tokens hold some of them: without, no gradient is there to hold them to."""
-    model = adapted(zoo.make("llama"), peft.TrainableTokensConfig(token_indices=[17, 31, 94]))
+    model = zoo.with_adapter(zoo.make("llama"), peft.TrainableTokensConfig(token_indices=[17, 31, 94]))
     with GradientSketcher(model, SPEC) as sketcher:
         got = zoo.padded().sketch(sketcher).sketches.double()
     assert sketcher.self_test is not None and not sketcher.self_test.untested
     model = model.double()
     want = zoo.sketches(model, zoo.gradients(model), SPEC)
-    assert error_of(got, want) <= 5e-6
+    assert off(got, want) <= 5e-6
 
 
 # --------------------------------------------------------------------------------------- quantised bases
@@ -286,7 +270,7 @@ class NoBackward(Int4Linear):
 
 
 def quantised(kind: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    model = adapted(zoo.make("llama"), peft.LoraConfig(r=4, **ATTENTION))
+    model = zoo.with_adapter(zoo.make("llama"), peft.LoraConfig(r=4, **ATTENTION))
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if (
@@ -307,7 +291,7 @@ def test_adapters_on_a_quantised_base(kind: Callable[[nn.Linear], nn.Module]) ->
         got = zoo.padded().sketch(sketcher).sketches
     assert len(sketcher.coverage.names) == 8
     want = zoo.sketches(model, zoo.gradients(model), SPEC)
-    assert 0 < error_of(got.double(), want) <= 5e-6  # two float32 backward passes of 2 layers
+    assert 0 < off(got.double(), want) <= 5e-6  # two float32 backward passes of 2 layers
 
 
 @pytest.mark.parametrize("method", ["policy_gradient", "batch"])
@@ -340,18 +324,18 @@ def test_adapters_on_bitsandbytes(bits: int, tmp_path: Path) -> None:
     base = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path, quantization_config=transformers.BitsAndBytesConfig(**settings), dtype=torch.float32
     )
-    model = adapted(base, peft.LoraConfig(r=4, **ATTENTION))
+    model = zoo.with_adapter(base, peft.LoraConfig(r=4, **ATTENTION))
     with GradientSketcher(model, SPEC) as sketcher:
         got = zoo.padded().sketch(sketcher).sketches
     assert sketcher.self_test is not None and not sketcher.self_test.untested
     want = zoo.sketches(model, zoo.gradients(model), SPEC)
-    assert 0 < error_of(got.double(), want) <= 5e-6
+    assert 0 < off(got.double(), want) <= 5e-6
 
 
 def test_adapters_behind_invocation_tokens_are_sketched_by_the_whole_model() -> None:
     """PEFT finds the tokens in its own forward, which policy_gradient does not run: its sketches would be zero."""
     config = peft.LoraConfig(r=4, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM", **ATTENTION)
-    model = adapted(zoo.make("llama"), config)
+    model = zoo.with_adapter(zoo.make("llama"), config)
     ids = torch.randint(10, 90, (3, 12), generator=torch.Generator().manual_seed(0))
     for row, start in enumerate((2, 4, 6)):
         ids[row, start : start + 2] = torch.tensor([5, 6])

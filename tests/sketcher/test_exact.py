@@ -6,6 +6,7 @@ float64, per segment.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import torch
 import transformers
 from support import odd_models, zoo
-from support.formed import SPEC, Affine, Gradients, assert_close, by_autograd
+from support.formed import Affine, Gradients, by_autograd
+from support.zoo import SPEC, assert_close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,11 +55,8 @@ def test_families_through_batch_with_a_cache(name: str) -> None:
     """The model's own forward as users call it: it fills a cache, which a second forward would find filled."""
     model, batch = odd_models.make(name), zoo.padded()
     with GradientSketcher(model, SPEC) as sketcher:
-        with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as out:  # type: ignore[arg-type]
-            logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-            logp = torch.log_softmax(logits[batch.positions], -1).gather(1, batch.targets[:, None])[:, 0]
-            (logp * zoo.weights_of(batch)).sum().backward()
-    assert_close(out.sketches, model, *gradients(name))
+        got = batch.through(sketcher, model)
+    assert_close(got, model, *gradients(name))
 
 
 # GPT-OSS does not keep packed rows apart: its logits are others there.
@@ -67,8 +66,7 @@ def test_families_through_batch_with_a_cache(name: str) -> None:
 )
 def test_segments_that_share_a_row(name: str, layout: str) -> None:
     model = odd_models.make(name, attn_implementation="eager")
-    with GradientSketcher(model, SPEC) as sketcher:
-        got = zoo.LAYOUTS[layout]().sketch(sketcher).sketches
+    got = zoo.sketched(model, layout)
     assert_close(got, model, *gradients(name))
 
 
@@ -87,8 +85,7 @@ def test_activation_checkpointing(name: str, reentrant: bool) -> None:
 @pytest.mark.parametrize("name", ["gpt-oss", "apertus", "opt"])
 def test_bfloat16(name: str) -> None:
     model = odd_models.make(name, torch.bfloat16)
-    with GradientSketcher(model, SPEC) as sketcher:
-        got = zoo.padded().sketch(sketcher).sketches
+    got = zoo.sketched(model)
     own = zoo.gradients(model)
     assert_close(got, model, zoo.gradients(model.double()), own)
 
@@ -342,19 +339,6 @@ def test_an_output_that_holds_no_tokens_is_named() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- adapters
-def adapter(dtype: torch.dtype, **settings: Any) -> nn.Module:
-    import peft
-
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **settings)
-    model = peft.get_peft_model(zoo.make("llama"), config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:  # half of them start at zero
-                p.add_(torch.randn_like(p), alpha=0.1)
-    return model.to(dtype)  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize(
     "settings, name",
     [
@@ -365,7 +349,11 @@ def adapter(dtype: torch.dtype, **settings: Any) -> nn.Module:
     ids=["DoRA", "embeddings", "tokens"],
 )
 def test_adapters(settings: dict[str, Any], name: str) -> None:
-    model, wide = (adapter(dtype, **settings) for dtype in (torch.float32, torch.float64))
+    import peft
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, **settings)
+    model = zoo.with_adapter(zoo.make("llama"), config)
+    wide = copy.deepcopy(model).double()
     with GradientSketcher(model, SPEC) as sketcher:
         got = zoo.padded().sketch(sketcher).sketches
     assert any(name in one.name for one in sketcher._tapped.plan.exact.parameters)
@@ -419,12 +407,9 @@ def test_parameters_outside_the_decoder_are_an_error_of_policy_gradient_alone() 
     with GradientSketcher(model, SPEC) as sketcher:
         with pytest.raises(UncoveredParameterError, match=r" \(Shifted\): outside the decoder"):
             sketcher.check_model()
-        with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as out:  # type: ignore[arg-type]
-            logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-            logp = torch.log_softmax(logits[batch.positions], -1).gather(1, batch.targets[:, None])[:, 0]
-            (logp * zoo.weights_of(batch)).sum().backward()
+        got = batch.through(sketcher, model)
     own = zoo.gradients(model)
-    assert_close(out.sketches, model, zoo.gradients(model.double()), own)
+    assert_close(got, model, zoo.gradients(model.double()), own)
 
 
 def test_all_that_a_model_cannot_do_is_found_before_the_first_batch() -> None:

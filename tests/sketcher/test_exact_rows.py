@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support import odd_models, zoo
-from support.formed import SPEC, Affine, assert_close, by_autograd
+from support.formed import Affine, by_autograd
+from support.zoo import SPEC, assert_close
 from torch import nn
 
 from cropi_kernels import GradientSketcher

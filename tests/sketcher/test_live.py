@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,10 +23,8 @@ transformers.logging.set_verbosity_error()
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_prompts_part(name: str, loss: str) -> None:
-    model, step = zoo.make(name), Step()
-    wide = made.prompt_gradients(copy.deepcopy(model).double(), step, LOSSES[loss])
-    own = made.prompt_gradients(copy.deepcopy(model), step, LOSSES[loss])
-    made.close_to_autograd(captured(model, LOSSES[loss]), zoo.make(name), own, wide)
+    part = made.of_step(LOSSES[loss], Step())
+    made.assert_right(captured(zoo.make(name), LOSSES[loss]), partial(zoo.make, name), part)
 
 
 # ------------------------------------------------------------------------------------------- the step itself
@@ -104,10 +102,8 @@ def test_the_step_has_the_same_bits_under_autocast() -> None:
 @pytest.mark.parametrize("name", ["gpt-oss", "opt", "mamba", "mamba2", "mixtral"])
 def test_parameters_that_a_model_uses_in_its_own_way(name: str) -> None:
     """Sinks, routers, experts, state spaces: their parts are formed from the same backward pass."""
-    step = Step()
-    wide = made.prompt_gradients(odd_models.make(name, torch.float64), step, made.grpo)
-    own = made.prompt_gradients(odd_models.make(name), step, made.grpo)
-    made.close_to_autograd(captured(odd_models.make(name), made.grpo), odd_models.make(name), own, wide)
+    got = captured(odd_models.make(name), made.grpo)
+    made.assert_right(got, partial(odd_models.make, name), made.of_step(made.grpo, Step()))
 
 
 @pytest.mark.parametrize("name", ["opt", "cohere", "mamba2"])
@@ -126,29 +122,28 @@ def test_experts_leave_the_step_within_rounding() -> None:
 # ------------------------------------------------------------------------------------------ ways of training
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant: bool) -> None:
-    model, step = checkpointed("llama", reentrant).train(), Step()
-    wide = made.prompt_gradients(zoo.make("llama", torch.float64), step, made.grpo)
-    own = made.prompt_gradients(zoo.make("llama"), step, made.grpo)
-    made.close_to_autograd(captured(model, made.grpo), zoo.make("llama"), own, wide)
+    got = captured(checkpointed("llama", reentrant).train(), made.grpo)
+    made.assert_right(got, partial(zoo.make, "llama"), made.of_step(made.grpo, Step()))
 
 
 def test_lora() -> None:
     """The adapters alone; autograd as it trains them."""
-    model, step = with_lora("llama").eval(), Step()
-    wide = made.prompt_gradients(copy.deepcopy(model).double(), step, made.grpo)
-    own = made.prompt_gradients(copy.deepcopy(model), step, made.grpo)
-    made.close_to_autograd(captured(model, made.grpo), model, own, wide)
+
+    def make(dtype: torch.dtype) -> nn.Module:
+        return with_lora("llama").eval().to(dtype)
+
+    got = captured(make(torch.float32), made.grpo)
+    made.assert_right(got, make, made.of_step(made.grpo, Step()))
 
 
 def test_autocast() -> None:
     """At most twice as far from the exact gradients as autograd under the same autocast."""
-    model, step = zoo.make("llama-tied"), Step()
-    wide = made.prompt_gradients(zoo.make("llama-tied", torch.float64), step, made.grpo)
-    other = zoo.make("llama-tied")
+    model, part = zoo.make("llama-tied"), made.of_step(made.grpo, Step())
+    wide = made.prompt_gradients(zoo.make("llama-tied", torch.float64), part)
     with autocast():
-        own = made.prompt_gradients(other, step, made.grpo)
+        own = made.prompt_gradients(zoo.make("llama-tied"), part)
         got = captured(model, made.grpo)
-    made.close_to_autograd(got, zoo.make("llama-tied"), own, wide)
+    zoo.assert_close(got, zoo.make("llama-tied"), wide, own)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
@@ -260,15 +255,8 @@ def test_a_head_on_the_last_columns() -> None:
     model = zoo.make("llama-tied")
     with LiveSketcher(model, SPEC) as live, live.batch(step.prompts, shape=step.shape) as got:
         loss(model, step.rows(None)).backward()
-    gradients = {}
-    for dtype in (torch.float64, torch.float32):
-        other, gradients[dtype] = zoo.make("llama-tied", dtype), []
-        for prompt in range(zoo.N_SEGMENTS):
-            other.zero_grad()
-            loss(other, step.rows(prompt)).backward()
-            gradients[dtype].append({n: p.grad.clone() for n, p in other.named_parameters()})
-    made.close_to_autograd(
-        -got.sketches, zoo.make("llama-tied"), gradients[torch.float32], gradients[torch.float64]
+    made.assert_right(
+        -got.sketches, partial(zoo.make, "llama-tied"), lambda model, prompt: loss(model, step.rows(prompt))
     )
 
 
@@ -316,17 +304,9 @@ def test_a_fused_head(told: bool) -> None:
         expected = contextlib.nullcontext() if told else pytest.raises(SelfTestError, match="embed_tokens")
         with expected, live.batch(step.prompts, shape=step.shape) as got:
             loss(model, step.rows(None), live if told else None).backward()
-    if not told:
-        return
-    gradients = {}
-    for dtype in (torch.float64, torch.float32):
-        other, gradients[dtype] = zoo.make("llama-tied", dtype), []
-        for prompt in range(zoo.N_SEGMENTS):
-            other.zero_grad()
-            loss(other, step.rows(prompt), None).backward()
-            gradients[dtype].append({n: p.grad.clone() for n, p in other.named_parameters()})
-    plain = zoo.make("llama-tied")
-    made.close_to_autograd(-got.sketches, plain, gradients[torch.float32], gradients[torch.float64])
+    if told:
+        make = partial(zoo.make, "llama-tied")
+        made.assert_right(-got.sketches, make, lambda model, prompt: loss(model, step.rows(prompt), None))
 
 
 def test_ids_per_token() -> None:
@@ -335,69 +315,52 @@ def test_ids_per_token() -> None:
     weights = zoo.weights_of(batch)
 
     def loss(model: nn.Module, mine: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32))[batch.positions]
-        logp = z.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        logp = batch.logprobs(model, use_cache=False)
         return (logp * weights.to(logp) * mine).sum()
 
     model = zoo.make("llama")
     with LiveSketcher(model, SPEC) as live, live.batch(batch.segments) as got:
         loss(model, torch.ones(len(weights))).backward()
-    owner = batch.segments[0][batch.positions]
-    gradients = {}
-    for dtype in (torch.float64, torch.float32):
-        other, gradients[dtype] = zoo.make("llama", dtype), []
-        for prompt in range(zoo.N_SEGMENTS):
-            other.zero_grad()
-            loss(other, (owner == prompt).float()).backward()
-            gradients[dtype].append({n: p.grad.clone() for n, p in other.named_parameters()})
-    made.close_to_autograd(
-        -got.sketches, zoo.make("llama"), gradients[torch.float32], gradients[torch.float64]
-    )
+    owner, make = batch.segments[0][batch.positions], partial(zoo.make, "llama")
+    made.assert_right(-got.sketches, make, lambda model, prompt: loss(model, (owner == prompt).float()))
 
 
 # ---------------------------------------------------------------------------------------- models in wrappers
-def test_data_parallel(one_rank: None) -> None:
-    model, step = zoo.make("llama"), Step()
-    want = captured(zoo.make("llama"), made.grpo)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    with LiveSketcher(wrapped, SPEC) as live:
+def same_bits_twice(model: nn.Module) -> LiveSketcher:
+    """Batches of two steps have the bits that they have without a wrapper; gives the sketcher."""
+    step, want = Step(), captured(zoo.make("llama"), made.grpo)
+    with LiveSketcher(model, SPEC) as live:
         for _ in range(2):
             with live.batch(step.prompts, shape=step.shape) as got:
-                made.grpo(made.logits_of(wrapped, step), step, step.rows(None)).backward()
+                made.grpo(made.logits_of(model, step), step, step.rows(None)).backward()
             assert torch.equal(-got.sketches, want)
-            assert live.loss == "a sum over prompts"
+    return live
+
+
+def test_data_parallel(one_rank: None) -> None:
+    wrapped = nn.parallel.DistributedDataParallel(zoo.make("llama"))
+    assert same_bits_twice(wrapped).loss == "a sum over prompts"
 
 
 def test_sharded(one_rank: None) -> None:
     """FSDP2: the taps see whole weights' products, autograd leaves shards."""
     from torch.distributed.fsdp import fully_shard
 
-    model, step = zoo.make("llama"), Step()
-    want = captured(zoo.make("llama"), made.grpo)
+    model: Any = zoo.make("llama")
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    with LiveSketcher(model, SPEC) as live:
-        for _ in range(2):
-            with live.batch(step.prompts, shape=step.shape) as got:
-                made.grpo(made.logits_of(model, step), step, step.rows(None)).backward()
-            assert torch.equal(-got.sketches, want)
+    same_bits_twice(model)
     assert all(hasattr(p.grad, "placements") for p in model.parameters())
 
 
 @pytest.mark.slow
 def test_compiled_modules() -> None:
     """Compiled before the taps came or after: a compiled module sees hooks come."""
-    model, step = zoo.make("llama"), Step()
-    want = captured(zoo.make("llama"), made.grpo)
+    model: Any = zoo.make("llama")
+    step = Step()
     torch.compiler.reset()
     model.model.layers[0].mlp.compile(backend="eager")
     made.grpo(made.logits_of(model, step), step, step.rows(None)).backward()
-    with LiveSketcher(model, SPEC) as live:
-        for _ in range(2):
-            with live.batch(step.prompts, shape=step.shape) as got:
-                made.grpo(made.logits_of(model, step), step, step.rows(None)).backward()
-            assert torch.equal(-got.sketches, want)
-        assert live.loss == "not checked: modules are compiled"
+    assert same_bits_twice(model).loss == "not checked: modules are compiled"
     torch.compiler.reset()

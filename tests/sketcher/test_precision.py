@@ -124,10 +124,7 @@ def test_a_wrapper_that_may_change_the_output_is_not_taken_off() -> None:
 
 def exact(model: nn.Module, batch: Batch, weights: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """Gradients by plain autograd in the model's own arithmetic, a segment at a time, as float64."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    logits = logits.flatten(0, 1)[batch.positions]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    terms = torch.log_softmax(logits, -1).gather(1, batch.targets[:, None])[:, 0] * weights
+    terms = batch.logprobs(model, use_cache=False) * weights
     rows = batch.segments[batch.positions // batch.input_ids.shape[1]]
     named = dict(model.named_parameters())
     result = []
@@ -203,25 +200,18 @@ def test_no_gradient_at_all_is_a_zero() -> None:
     model, batch = make("llama"), padded()
     torch.manual_seed(5)
     model.model.layers[0].mlp = Gated(model.model.layers[0].mlp)
-    weights = weights_of(batch)
     wide = copy.deepcopy(model).double()
     named = {canonical_name(n): p for n, p in wide.named_parameters()}
-    logits = wide(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-    terms = logits[batch.positions].log_softmax(-1).gather(1, batch.targets[:, None])[:, 0] * weights
-    found = torch.autograd.grad(terms.sum(), list(named.values()), allow_unused=True)
+    loss = (batch.logprobs(wide) * weights_of(batch)).sum()
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     right = sketch_gradients(
         wide, {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found)}, SPEC
     )
     got = sketches(model, batch).sum(0)
     assert float((got - right).norm() / right.norm()) < 1e-5
-    with (
-        GradientSketcher(model, SPEC) as sketcher,
-        sketcher.batch(batch.segments, shape=batch.input_ids.shape) as out,
-    ):
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-        terms = logits[batch.positions].log_softmax(-1).gather(1, batch.targets[:, None])[:, 0] * weights
-        terms.sum().backward()
-    assert float((out.sketches.sum(0) - right).norm() / right.norm()) < 1e-5
+    with GradientSketcher(model, SPEC) as sketcher:
+        got = batch.through(sketcher, model).sum(0)
+    assert float((got - right).norm() / right.norm()) < 1e-5
 
 
 def test_merged_adapters_are_an_error_and_unmerged_ones_are_not() -> None:

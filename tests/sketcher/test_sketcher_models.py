@@ -14,13 +14,13 @@ import pytest
 import torch
 import transformers
 from support import zoo
+from support.zoo import SPEC, assert_close
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
 from cropi_kernels.sketcher import logprobs
 from cropi_kernels.sketcher.decoder import split_model
 
-SPEC = SketchSpec(width=16, vocab_width=64)
 transformers.logging.set_verbosity_error()
 
 
@@ -40,20 +40,6 @@ def own_gradients(
     return zoo.gradients(zoo.make(name, dtype), temperature)
 
 
-def assert_close(
-    got: torch.Tensor, model: nn.Module, spec: SketchSpec, wide: Any, own: Any, exclude: tuple[str, ...] = ()
-) -> None:
-    """Per segment: |got - exact| <= 2 |autograd in the model's dtype - exact|, all as sketches."""
-    exact, near = (
-        zoo.sketches(model, wide, spec, exclude),
-        zoo.sketches(model, own, spec, exclude, torch.float32),
-    )
-    assert got.dtype == torch.float32 and got.shape == exact.shape
-    error, allowed = (got - exact).norm(dim=1), (near - exact).norm(dim=1)
-    assert (error <= 2 * allowed).all(), (error / exact.norm(dim=1), allowed / exact.norm(dim=1))
-    assert (allowed <= 0.1 * exact.norm(dim=1)).all(), "a yardstick this long measures nothing"
-
-
 # Falcon makes its mask without a look at position_ids: it knows no packed rows.
 @pytest.mark.parametrize(
     "name, layout",
@@ -64,7 +50,7 @@ def test_families_and_layouts(name: str, layout: str) -> None:
     with GradientSketcher(model, SPEC) as sketcher:
         result = zoo.LAYOUTS[layout]().sketch(sketcher)
     assert sketcher.coverage.covered == sketcher.coverage.total == sum(p.numel() for p in model.parameters())
-    assert_close(result.sketches, model, SPEC, wide_gradients(name), own_gradients(name))
+    assert_close(result.sketches, model, wide_gradients(name), own_gradients(name))
     assert result.weights.tolist() == zoo.weights_of(zoo.padded()).tolist()
 
 
@@ -75,7 +61,7 @@ def test_more_inputs_of_the_model() -> None:
     with GradientSketcher(model, SPEC) as sketcher:
         got = batch.sketch(sketcher, model_kwargs=more).sketches
     wide, own = zoo.gradients(zoo.make("gpt2").double(), **more), zoo.gradients(model, **more)
-    assert_close(got, model, SPEC, wide, own)
+    assert_close(got, model, wide, own)
 
 
 def test_log_probs_are_the_models_own() -> None:
@@ -110,7 +96,7 @@ def test_specs(name: str, spec: SketchSpec) -> None:
         result = zoo.shared().sketch(sketcher)
     wide, own = wide_gradients(name), own_gradients(name)
     if spec.kind != "tensor":
-        assert_close(result.sketches, model, spec, wide, own)
+        assert_close(result.sketches, model, wide, own, spec)
         return
     # An FFT rounds every number by the size of all others; test_sketch_kinds.py bounds that. Here a wrong coordinate
     # or a lost term would be an error of order 1.
@@ -127,7 +113,7 @@ def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
         with GradientSketcher(model, SPEC) as sketcher:
             result = layout().sketch(sketcher)
         wide, own = wide_gradients(name, 1.0, dtype), own_gradients(name, 1.0, dtype)
-        assert_close(result.sketches, model, SPEC, wide, own)
+        assert_close(result.sketches, model, wide, own)
         assert result.logprobs.dtype == torch.float32
 
 
@@ -165,7 +151,7 @@ def test_eager_attention(name: str, layout: str) -> None:
     model = zoo.make(name, attn_implementation="eager")
     with GradientSketcher(model, SPEC) as sketcher:
         result = zoo.LAYOUTS[layout]().sketch(sketcher)
-    assert_close(result.sketches, model, SPEC, wide_gradients(name), own_gradients(name))
+    assert_close(result.sketches, model, wide_gradients(name), own_gradients(name))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
@@ -173,14 +159,14 @@ def test_temperature(name: str) -> None:
     model = zoo.make(name)
     with GradientSketcher(model, SPEC) as sketcher:
         result = zoo.padded().sketch(sketcher, temperature=0.6)
-    assert_close(result.sketches, model, SPEC, wide_gradients(name, 0.6), own_gradients(name, 0.6))
+    assert_close(result.sketches, model, wide_gradients(name, 0.6), own_gradients(name, 0.6))
 
 
 def test_excluded_parameters_are_left_out() -> None:
     model, exclude = zoo.make("qwen2"), ("model.embed_tokens.*", "*.mlp.*", "*norm.weight", "*q_proj.bias")
     with GradientSketcher(model, SPEC, exclude) as sketcher:
         result = zoo.shared().sketch(sketcher)
-    assert_close(result.sketches, model, SPEC, wide_gradients("qwen2"), own_gradients("qwen2"), exclude)
+    assert_close(result.sketches, model, wide_gradients("qwen2"), own_gradients("qwen2"), exclude=exclude)
     kept = {n for n, _ in model.named_parameters()} - set(sketcher.coverage.excluded)
     assert (
         set(sketcher.coverage.names)
@@ -198,7 +184,7 @@ def test_one_side_of_an_untied_head(excluded: str) -> None:
     model = zoo.make("llama")
     with GradientSketcher(model, SPEC, [excluded]) as sketcher:
         result = zoo.shared().sketch(sketcher)
-    assert_close(result.sketches, model, SPEC, wide_gradients("llama"), own_gradients("llama"), (excluded,))
+    assert_close(result.sketches, model, wide_gradients("llama"), own_gradients("llama"), exclude=(excluded,))
 
 
 def lora(dtype: torch.dtype, **changes: Any) -> nn.Module:
@@ -207,13 +193,7 @@ def lora(dtype: torch.dtype, **changes: Any) -> nn.Module:
     config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0, **changes
     )
-    torch.manual_seed(1)
-    model = peft.get_peft_model(zoo.make("llama"), config).eval()
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            if "lora_B" in n:  # they start at zero, where A has no gradient
-                p.normal_(std=0.1)
-    return model.to(dtype)  # type: ignore[no-any-return]
+    return zoo.with_adapter(zoo.make("llama"), config).to(dtype)
 
 
 @pytest.mark.parametrize("layout", zoo.LAYOUTS)
@@ -223,7 +203,7 @@ def test_lora_sketches_the_adapters_only(layout: str) -> None:
         result = zoo.LAYOUTS[layout]().sketch(sketcher)
     assert len(sketcher.coverage.names) == 12
     assert all(".lora_" in n and not n.startswith("base_model") for n in sketcher.coverage.names)
-    assert_close(result.sketches, model, SPEC, zoo.gradients(lora(torch.float64)), zoo.gradients(model))
+    assert_close(result.sketches, model, zoo.gradients(lora(torch.float64)), zoo.gradients(model))
 
 
 def test_a_head_that_lora_trains_as_a_whole() -> None:
@@ -236,7 +216,7 @@ def test_a_head_that_lora_trains_as_a_whole() -> None:
     with GradientSketcher(model, SPEC) as sketcher:
         result = zoo.shared().sketch(sketcher)
     assert sketcher.coverage.by_kind["head"] == 97 * 32
-    assert_close(result.sketches, model, SPEC, zoo.gradients(wide), zoo.gradients(model))
+    assert_close(result.sketches, model, zoo.gradients(wide), zoo.gradients(model))
 
 
 def test_a_tied_head_that_lora_trains_as_a_whole() -> None:
@@ -249,9 +229,7 @@ def test_a_tied_head_that_lora_trains_as_a_whole() -> None:
     ).eval()
     with GradientSketcher(model, SPEC) as sketcher:
         result = zoo.shared().sketch(sketcher)
-    assert_close(
-        result.sketches, model, SPEC, zoo.gradients(copy.deepcopy(model).double()), zoo.gradients(model)
-    )
+    assert_close(result.sketches, model, zoo.gradients(copy.deepcopy(model).double()), zoo.gradients(model))
 
 
 def test_a_prefix_that_names_no_part() -> None:
@@ -260,7 +238,7 @@ def test_a_prefix_that_names_no_part() -> None:
     model.base_model_prefix = "language_model"  # type: ignore[assignment]
     with GradientSketcher(model, SPEC) as sketcher:
         result = zoo.shared().sketch(sketcher)
-    assert_close(result.sketches, model, SPEC, wide_gradients("llama"), own_gradients("llama"))
+    assert_close(result.sketches, model, wide_gradients("llama"), own_gradients("llama"))
 
 
 @pytest.mark.long
@@ -269,11 +247,8 @@ def test_batch_takes_any_loss() -> None:
     for name in ("gpt2", "phi", "gemma2"):
         model, batch = zoo.make(name), zoo.padded()
         with GradientSketcher(model, SPEC) as sketcher:
-            with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as out:  # type: ignore[arg-type]
-                logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-                logp = torch.log_softmax(logits[batch.positions], -1).gather(1, batch.targets[:, None])[:, 0]
-                (logp * zoo.weights_of(batch)).sum().backward()
-        assert_close(out.sketches, model, SPEC, wide_gradients(name), own_gradients(name))
+            got = batch.through(sketcher, model)
+        assert_close(got, model, wide_gradients(name), own_gradients(name))
 
 
 def test_token_ids_of_32_bits_are_token_ids() -> None:
@@ -301,7 +276,7 @@ def test_micro_batches_add_up() -> None:
                 attention_mask=batch.attention_mask[begin:end],  # type: ignore[index]
                 num_segments=zoo.N_SEGMENTS,
             ).sketches
-    assert_close(total, model, SPEC, wide_gradients("qwen3"), own_gradients("qwen3"))
+    assert_close(total, model, wide_gradients("qwen3"), own_gradients("qwen3"))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
@@ -327,7 +302,7 @@ def test_as_many_heads_as_tokens(name: str) -> None:
             weigh=lambda logp, a, b: weights[a:b],
             position_ids=where,
         )
-    assert_close(got.sketches, model, SPEC, results[0], results[1])
+    assert_close(got.sketches, model, results[0], results[1])
 
 
 def test_any_module_through_batch() -> None:
@@ -354,7 +329,7 @@ def test_any_module_through_batch() -> None:
                 per_segment.append({n: p.grad.clone() for n, p in m.named_parameters()})  # type: ignore[union-attr]
             m.zero_grad()
             grads.append(per_segment)
-        assert_close(result.sketches, model, SPEC, *grads)
+        assert_close(result.sketches, model, *grads)
 
 
 def test_an_input_that_changes_in_place_is_folded_again() -> None:
@@ -381,7 +356,7 @@ def test_an_input_that_changes_in_place_is_folded_again() -> None:
         model.to(dtype).zero_grad()
         (model["block"](x.to(dtype)) * w.to(dtype)).sum().backward()
         grads.append([{n: p.grad.clone() for n, p in model.named_parameters()}])  # type: ignore[union-attr]
-    assert_close(out.sketches, model, SPEC, *grads)
+    assert_close(out.sketches, model, *grads)
 
 
 @pytest.mark.parametrize("layout", zoo.LAYOUTS)

@@ -1,16 +1,12 @@
 """One rank of a job on a sharded model: `tests/sketcher/test_sharded.py` starts two. Prints what it found, as JSON.
 
-python tests/support/fsdp_ranks.py CASE ...       with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+PYTHONPATH=tests python tests/support/fsdp_ranks.py CASE ...       with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import peft
 import torch
@@ -20,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from cropi_kernels import GradientSketcher, SketchSpec, canonical_name, token_logprobs
 from support import moe, zoo
+from support.launch import as_rank
 from support.tensors import off
 
 SPEC = SketchSpec(width=16, vocab_width=64)
@@ -94,17 +91,6 @@ def batch_for(rank: int) -> zoo.Batch:
     return (zoo.padded, zoo.packed)[rank]()
 
 
-def through_batch(sketcher: GradientSketcher, model: nn.Module, batch: zoo.Batch) -> torch.Tensor:
-    with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as result:  # type: ignore[arg-type]
-        mask = batch.attention_mask
-        logits = model(
-            batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-        ).logits.flatten(0, 1)
-        logp = torch.log_softmax(logits[batch.positions].float(), -1).gather(1, batch.targets[:, None])[:, 0]
-        (logp * zoo.weights_of(batch)).sum().backward()
-    return result.sketches
-
-
 def gathered(model: nn.Module) -> int:
     """Numbers of parameters that this rank holds whole though they should be sharded."""
     return sum(p.numel() for p in model.parameters() if not hasattr(p, "placements"))
@@ -118,7 +104,7 @@ def bfloat16_sketches(model: nn.Module, batch: zoo.Batch) -> torch.Tensor:
 def by_groups(model: nn.Module, batch: zoo.Batch) -> torch.Tensor:
     """Sketches of one unit's parameters, of some of another's, and of the rest."""
     with GradientSketcher(model, SPEC, groups=GROUPS, verify=False) as sketcher:
-        made = [batch.sketch(sketcher).sketches, through_batch(sketcher, model, batch)]
+        made = [batch.sketch(sketcher).sketches, batch.through(sketcher, model, use_cache=False)]
     return torch.stack(made).view(2, -1, len(GROUPS), SPEC.dim)
 
 
@@ -131,7 +117,7 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
     whole = gathered(model)
     with GradientSketcher(plain, SPEC) as sketcher:
         want = batch.sketch(sketcher).sketches
-        want_batch = through_batch(sketcher, plain, batch)
+        want_batch = batch.through(sketcher, plain, use_cache=False)
     groups = by_groups(plain, batch) if model_name == "llama-tied" else None
     half = off(bfloat16_sketches(plain, batch), want) if way == "mixed" else 0.0
     WAYS[way](model)
@@ -145,7 +131,7 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
             tested.append(set(sketcher.self_test.names) if sketcher.self_test else set())
         zoo.fail_in_weights(sketcher, batch)
         results.append(batch.sketch(sketcher).sketches)
-        of_batch = through_batch(sketcher, model, batch)
+        of_batch = batch.through(sketcher, model, use_cache=False)
         zoo.fail_in_block(sketcher, model, batch)
         results.append(batch.sketch(sketcher).sketches)
     arguments = dict(positions=batch.positions, targets=batch.targets, attention_mask=batch.attention_mask)
@@ -174,15 +160,5 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    try:
-        found = {case: run(*case.split(":"), dist.get_rank()) for case in sys.argv[1:]}
-        print(json.dumps(found), flush=True)
-    finally:
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    as_rank(lambda: {case: run(*case.split(":"), dist.get_rank()) for case in sys.argv[1:]})

@@ -7,10 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from support.once import once
 
@@ -21,8 +24,9 @@ def on_ranks(worker: Path, *words: str, ranks: int = 2, seconds: float = 900) ->
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = dict(
-        os.environ, WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1"
-    )
+        os.environ, WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
+        PYTHONPATH=str(Path(__file__).parents[1]),
+    )  # fmt: skip
     started = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(worker), *words],
@@ -39,6 +43,16 @@ def on_ranks(worker: Path, *words: str, ranks: int = 2, seconds: float = 900) ->
     failed = [err for rank, (_, err) in zip(started, done) if rank.returncode]
     assert not failed, failed[0][-3000:]
     return [json.loads(out.splitlines()[-1]) for out, _ in done]
+
+
+def as_rank(find: Callable[[], Any]) -> None:
+    """What such a worker does: ``find`` in the process group, and print it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        print(json.dumps(find()), flush=True)
+    finally:
+        dist.destroy_process_group()
 
 
 def found_on_ranks(factory: pytest.TempPathFactory, name: str, worker: Path, *words: str) -> list[Any]:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cropi_kernels import LiveSketcher, SketchSpec
+from cropi_kernels import LiveSketcher
 from cropi_kernels.names import canonical_name
 from support import zoo
+from support.zoo import SPEC
 
-SPEC = SketchSpec(width=16, vocab_width=64)
 ORDER = [3, 0, 5, 1, 4, 2]  # a trainer shuffles the rows of its prompts
 
 Loss = Callable[[torch.Tensor, "Step", torch.Tensor], torch.Tensor]
@@ -98,12 +98,20 @@ def captured(model: nn.Module, loss: Loss, step: Step | None = None, **options: 
     return -sketch.sketches
 
 
-def prompt_gradients(model: nn.Module, step: Step, loss: Loss) -> list[dict[str, torch.Tensor]]:
-    """Plain autograd, one prompt at a time, in the model's dtype."""
+OfPrompt = Callable[[nn.Module, int], torch.Tensor]
+
+
+def of_step(loss: Loss, step: Step) -> OfPrompt:
+    """The part of each prompt in the loss of a step."""
+    return lambda model, prompt: loss(logits_of(model, step), step, step.rows(prompt))
+
+
+def prompt_gradients(model: nn.Module, loss: OfPrompt) -> list[dict[str, torch.Tensor]]:
+    """Plain autograd of one prompt's part at a time, in the model's dtype."""
     found = []
     for prompt in range(zoo.N_SEGMENTS):
         model.zero_grad(set_to_none=True)
-        loss(logits_of(model, step), step, step.rows(prompt)).backward()
+        loss(model, prompt).backward()
         found.append(
             {
                 canonical_name(name): torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
@@ -115,12 +123,7 @@ def prompt_gradients(model: nn.Module, step: Step, loss: Loss) -> list[dict[str,
     return found
 
 
-def close_to_autograd(
-    got: torch.Tensor, plain: nn.Module, own: Any, wide: Any, spec: SketchSpec = SPEC
-) -> None:
-    """|got - exact| <= 2 |autograd in the model's dtype - exact| for each prompt; ``own``, ``wide``: gradients."""
-    exact, near = zoo.sketches(plain, wide, spec), zoo.sketches(plain, own, spec, dtype=torch.float32)
-    assert got.dtype == torch.float32 and got.shape == exact.shape
-    error, allowed = (got - exact).norm(dim=1), (near - exact).norm(dim=1)
-    assert (error <= 2 * allowed).all(), (error / exact.norm(dim=1), allowed / exact.norm(dim=1))
-    assert (allowed <= 0.1 * exact.norm(dim=1)).all(), "a yardstick this long measures nothing"
+def assert_right(got: torch.Tensor, make: Callable[[torch.dtype], nn.Module], loss: OfPrompt) -> None:
+    """Held to plain autograd of each prompt's part: float64, and at most twice the error of float32."""
+    wide, own = (prompt_gradients(make(dtype), loss) for dtype in (torch.float64, torch.float32))
+    zoo.assert_close(got, make(torch.float32), wide, own)

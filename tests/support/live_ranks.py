@@ -1,16 +1,11 @@
 """One rank of a training step that is sketched: `tests/sketcher/test_live_ranks.py` starts two. Prints what it found.
 
-python tests/support/live_ranks.py       with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+PYTHONPATH=tests python tests/support/live_ranks.py       with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
@@ -21,6 +16,7 @@ from cropi import Selector
 from cropi_kernels import LiveSketcher
 from support import live as made
 from support import zoo
+from support.launch import as_rank
 from support.tensors import off
 
 ROWS = [[0, 1, 2], [3, 4, 5]]  # of each rank: of a prompt with two rows each may have one
@@ -86,14 +82,5 @@ def run(way: str, rank: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    try:
-        print(json.dumps({way: run(way, dist.get_rank()) for way in ("ddp", "fsdp2")}), flush=True)
-    finally:
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    as_rank(lambda: {way: run(way, dist.get_rank()) for way in ("ddp", "fsdp2")})

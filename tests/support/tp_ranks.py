@@ -1,18 +1,14 @@
 """One rank of a tensor-parallel job: `tests/sketcher/test_tensor_parallel.py` starts several. Prints what it found.
 
-python tests/support/tp_ranks.py CASE ...       with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+PYTHONPATH=tests python tests/support/tp_ranks.py CASE ...       with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
@@ -30,6 +26,7 @@ from transformers.distributed import DistributedConfig
 
 from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
 from support import moe, zoo
+from support.launch import as_rank
 from support.tensors import off
 
 SPEC = SketchSpec(width=16, vocab_width=64)
@@ -116,16 +113,6 @@ def spread(model: nn.Module, way: str, mesh: DeviceMesh) -> nn.Module:
     return loaded.eval()  # type: ignore[no-any-return]
 
 
-def through_batch(sketcher: GradientSketcher, model: nn.Module, batch: zoo.Batch) -> torch.Tensor:
-    with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as result:  # type: ignore[arg-type]
-        logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.flatten(
-            0, 1
-        )
-        logp = torch.log_softmax(logits[batch.positions].float(), -1).gather(1, batch.targets[:, None])[:, 0]
-        (logp * zoo.weights_of(batch)).sum().backward()
-    return result.sketches
-
-
 def widened(model: nn.Module) -> nn.Module:
     """In float64, which the grouped kernels of experts do not take."""
     return moe.eager(model.double()) if hasattr(model.config, "num_experts_per_tok") else model.double()
@@ -138,7 +125,7 @@ def found_on(case: str, mesh: DeviceMesh) -> dict[str, Any]:
     plain = make(name)
     with GradientSketcher(plain, SPEC) as sketcher:
         own = batch.sketch(sketcher)
-        own_batch = through_batch(sketcher, plain, batch)
+        own_batch = batch.through(sketcher, plain, use_cache=False)
     model = spread(make(name), way, mesh)
     with GradientSketcher(model, SPEC) as sketcher:
         tested = []
@@ -148,9 +135,9 @@ def found_on(case: str, mesh: DeviceMesh) -> dict[str, Any]:
             tested.append(sketcher.self_test)
         zoo.fail_in_weights(sketcher, batch)
         results.append(batch.sketch(sketcher))
-        of_batch = [through_batch(sketcher, model, batch)]
+        of_batch = [batch.through(sketcher, model, use_cache=False)]
         zoo.fail_in_block(sketcher, model, batch)
-        of_batch.append(through_batch(sketcher, model, batch))
+        of_batch.append(batch.through(sketcher, model, use_cache=False))
     logp = token_logprobs(
         model,
         batch.input_ids,
@@ -207,16 +194,10 @@ def errors(mesh: DeviceMesh) -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    try:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        found = {case: errors(mesh) if case == "errors" else found_on(case, mesh) for case in sys.argv[1:]}
-        print(json.dumps(found), flush=True)
-    finally:
-        dist.destroy_process_group()
+def found_here() -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {case: errors(mesh) if case == "errors" else found_on(case, mesh) for case in sys.argv[1:]}
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(found_here)

@@ -13,6 +13,7 @@ from torch import nn
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
 from cropi_kernels.testing import exact_gradient, sketch_gradients
 
+SPEC = SketchSpec(width=16, vocab_width=64)
 VOCAB = 97
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCAB,
@@ -65,6 +66,19 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Mo
     return model.to(dtype)  # type: ignore[no-any-return]
 
 
+def with_adapter(model: nn.Module, config: Any) -> nn.Module:
+    """The model with a PEFT adapter, whose numbers are moved off their first values: half of them start at 0."""
+    import peft
+
+    torch.manual_seed(1)
+    made = peft.get_peft_model(model, config).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.1)
+    return made  # type: ignore[no-any-return]
+
+
 # --------------------------------------------------------------------------------------------- prompts
 PROMPTS = [[5, 0, 17, 3], [9, 2], [92, 93, 94, 95, 96]]  # the first word, some models' padding, and the last
 RESPONSES = [[[7, 8, 1], [7, 9, 9, 20, 1]], [[30, 1], [31, 32, 33, 1], [1]], [[11, 12, 1]]]
@@ -86,6 +100,20 @@ class Batch:
         weights = weights_of(self)
         arguments = dataclasses.asdict(self) | {"weigh": lambda logp, a, b: weights[a:b]} | changes
         return sketcher.policy_gradient(**arguments)
+
+    def logprobs(self, model: nn.Module, **given: Any) -> torch.Tensor:
+        """Of the scored tokens, from the model's own logits, in float32 or wider."""
+        if self.position_ids is not None:
+            given["position_ids"] = self.position_ids
+        logits = model(self.input_ids, attention_mask=self.attention_mask, **given).logits.flatten(0, 1)
+        wide = logits[self.positions].to(torch.promote_types(logits.dtype, torch.float32))
+        return wide.log_softmax(-1).gather(1, self.targets[:, None])[:, 0]
+
+    def through(self, sketcher: GradientSketcher, model: nn.Module, **given: Any) -> torch.Tensor:
+        """Sketches by `GradientSketcher.batch`: from the model's own forward, to which ``given`` goes."""
+        with sketcher.batch(self.segments, shape=tuple(self.input_ids.shape)) as result:  # type: ignore[arg-type]
+            (self.logprobs(model, **given) * weights_of(self)).sum().backward()
+        return result.sketches
 
 
 def weights_of(batch: Batch) -> torch.Tensor:
@@ -155,6 +183,14 @@ def packed() -> Batch:
 LAYOUTS: dict[str, Callable[[], Batch]] = {"padded": padded, "shared": shared, "packed": packed}
 
 
+def sketched(
+    model: nn.Module, layout: str = "padded", spec: SketchSpec = SPEC, **options: Any
+) -> torch.Tensor:
+    """The sketches of a batch, by a sketcher of its own with these options."""
+    with GradientSketcher(model, spec, **options) as sketcher:
+        return LAYOUTS[layout]().sketch(sketcher).sketches
+
+
 def fail_in_weights(sketcher: GradientSketcher, batch: Batch) -> None:
     """A pass that ends by an error of the caller's, between forward and backward."""
     try:
@@ -206,3 +242,22 @@ def sketches(
     """Their sketches, coordinate by coordinate, in ``dtype``."""
     cast = [{name: g.to(dtype) for name, g in gradient.items()} for gradient in grads]
     return torch.stack([sketch_gradients(model, gradient, spec, exclude) for gradient in cast])
+
+
+def assert_close(
+    got: torch.Tensor,
+    model: nn.Module,
+    wide: list[dict[str, torch.Tensor]],
+    own: list[dict[str, torch.Tensor]],
+    spec: SketchSpec = SPEC,
+    exclude: tuple[str, ...] = (),
+) -> None:
+    """Of every segment |got - exact| <= 2 |near - exact|, all as sketches.
+
+    ``wide`` are float64 gradients; near ones are those of plain torch, ``own``, in the dtype of the model.
+    """
+    exact, near = sketches(model, wide, spec, exclude), sketches(model, own, spec, exclude, torch.float32)
+    assert got.dtype == torch.float32 and got.shape == exact.shape
+    error, allowed, size = (got - exact).norm(dim=1), (near - exact).norm(dim=1), exact.norm(dim=1)
+    assert (error <= 2 * allowed).all(), (error / size, allowed / size)
+    assert (allowed <= 0.1 * size).all(), "a yardstick this long measures nothing"
