@@ -13,20 +13,17 @@ import json
 import os
 import shutil
 import sys
-import time
 import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-import torch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cropi.errors import CropiError
 from cropi.sealed import check_sums
-from support.places import PLACES, WRITTEN, Failed, Place, warm
+from support.places import PLACES, WRITTEN, Failed, Place, each, ready
 
 # One process writes at a time; a trainer's own log is nothing that two trainers write.
 WRITERS = {"sketch", "store", "merge", "compact", "curriculum", "rollout"}
@@ -67,11 +64,7 @@ def crowd(place: Place, folder: Path, count: int) -> list[str]:
 def run(name: str, folder: Path, count: int, rounds: int) -> tuple[Counter[str], list[str]]:
     """How often the processes of one place ended how, and what was wrong."""
     place, ends, wrong = PLACES[name], Counter[str](), list[str]()
-    folder.mkdir(parents=True)
-    prepared, here = folder / "prepared", folder / "here"
-    prepared.mkdir()
-    place.prepare(prepared)
-    warm(place, prepared, here)
+    prepared, here = ready(place, folder)
     shutil.copytree(prepared, here)
     place.work(here)
     want = place.state(here)
@@ -84,6 +77,7 @@ def run(name: str, folder: Path, count: int, rounds: int) -> tuple[Counter[str],
             ends["words" if text.startswith("said: ") else "crash" if text else "done"] += 1
         if problem := _problem(place, name, here, found, want):
             wrong.append(f"{name}, round {number}: {problem}")
+            print(wrong[-1], file=sys.stderr, flush=True)
     shutil.rmtree(folder)
     return ends, wrong
 
@@ -108,15 +102,9 @@ def _problem(place: Place, name: str, folder: Path, found: list[str], want: dict
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    bad = 0
-    for name in sys.argv[4:] or PLACES:
-        begun = time.monotonic()
-        ends, problems = run(
-            name, Path(sys.argv[1]) / name.replace(" ", "-"), int(sys.argv[2]), int(sys.argv[3])
-        )
-        bad += len(problems)
-        seconds = time.monotonic() - begun
-        print(f"{name}: {dict(ends)}, {len(problems)} wrong ({seconds:.0f} s)", flush=True)
-        print("\n".join(problems), file=sys.stderr, flush=True)
-    sys.exit(bool(bad))
+
+    def tried(name: str, folder: Path) -> tuple[str, list[str]]:
+        ends, wrong = run(name, folder, int(sys.argv[2]), int(sys.argv[3]))
+        return str(dict(ends)), wrong
+
+    sys.exit(bool(each(sys.argv[4:] or PLACES, Path(sys.argv[1]), tried)))

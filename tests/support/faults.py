@@ -20,7 +20,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass
@@ -128,15 +127,11 @@ def run(
     name: str, folder: Path, share: float, only: str = "", seed: int = 0
 ) -> tuple[Counter[str], list[str]]:
     """A share of the faults of one place; how often they ended how, and what was wrong."""
-    from support.places import PLACES, WRITTEN, warm
+    from support.places import PLACES, WRITTEN, ready
 
     places = PLACES | WRITTEN
     place, number, rng = places[name], [*places].index(name), random.Random(f"{name}-{seed}")
-    folder.mkdir(parents=True)
-    prepared, here = folder / "prepared", folder / "here"
-    prepared.mkdir()
-    place.prepare(prepared)
-    warm(place, prepared, here)
+    prepared, here = ready(place, folder)
     counts: Counter[str] = Counter()
     wrong: list[str] = []
     kinds = [only] if only else [*FAULTS]
@@ -173,19 +168,11 @@ def run(
 if __name__ == "__main__":
     target = Path(sys.argv[1]).resolve()
     begin(target)
-    import torch
+    from support.places import PLACES, WRITTEN, each
 
-    from support.places import PLACES, WRITTEN
-
-    torch.set_num_threads(1)
-    bad: list[str] = []
-    for name in sys.argv[3:] or PLACES | WRITTEN:
-        begun = time.monotonic()
+    def tried(name: str, folder: Path) -> tuple[str, list[str]]:
         place, _, only = name.partition(":")
-        ends, wrong = run(place, target / name.replace(" ", "-"), float(sys.argv[2]), only)
-        bad += wrong
-        seconds = time.monotonic() - begun
-        print(
-            f"{name}: {ends.total()} faults, {dict(ends)}, {len(wrong)} wrong ({seconds:.0f} s)", flush=True
-        )
-    sys.exit(bool(bad))
+        ends, wrong = run(place, folder, float(sys.argv[2]), only)
+        return f"{ends.total()} faults, {dict(ends)}", wrong
+
+    sys.exit(bool(each(sys.argv[3:] or PLACES | WRITTEN, target, tried)))

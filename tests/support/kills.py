@@ -22,12 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.places import PLACES, warm
+from support.places import PLACES, each, ready
 
 
 def run(name: str, folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
@@ -37,15 +35,10 @@ def run(name: str, folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
         AssertionError: something was lost, twice, or not what undisturbed work stores.
     """
     place, rng = PLACES[name], random.Random(f"{name}-{seed}")
-    folder.mkdir(parents=True)
-    whole = folder / "whole"
-    whole.mkdir()
-    place.prepare(whole)
-    prepared, seconds = folder / "prepared", float("inf")
-    shutil.copytree(whole, prepared)
-    warm(place, prepared, folder / "warm")
+    prepared, whole = ready(place, folder)
+    seconds = float("inf")
     for _ in range(2):
-        shutil.rmtree(whole)
+        shutil.rmtree(whole, ignore_errors=True)
         shutil.copytree(prepared, whole)
         status, took = _child(partial(place.work, whole), None)
         assert status == 0, f"{name}: the work fails"
@@ -113,9 +106,9 @@ def _child(work: Callable[[], None], seconds: float | None) -> tuple[int, float]
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name in sys.argv[4:] or PLACES:
-        begun = time.monotonic()
-        killed, done = run(name, Path(sys.argv[1]) / name, int(sys.argv[2]), int(sys.argv[3]))
-        seconds = time.monotonic() - begun
-        print(f"{name}: {killed} kills, {done} times through, nothing lost ({seconds:.0f} s)", flush=True)
+
+    def tried(name: str, folder: Path) -> tuple[str, list[str]]:
+        killed, done = run(name, folder, int(sys.argv[2]), int(sys.argv[3]))
+        return f"{killed} kills, {done} times through, nothing lost", []
+
+    each(sys.argv[4:] or PLACES, Path(sys.argv[1]), tried)

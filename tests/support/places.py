@@ -12,7 +12,8 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,32 @@ class Place:
     state: Callable[[Path], dict[str, Any]]
 
 
-def warm(place: Place, prepared: Path, folder: Path) -> None:
-    """Do the work once in this process: children that are forked then import nothing and build no kernels, which is
-    nine tenths of the time of short work, and no time in which it writes."""
-    shutil.copytree(prepared, folder)
-    place.work(folder)
-    shutil.rmtree(folder)
+def ready(place: Place, folder: Path) -> tuple[Path, Path]:
+    """What the work needs, as it is at first, and the place of the copies of it in which the work is done.
+
+    The work has been done once in this process: children that are forked then import nothing and build no kernels,
+    which is nine tenths of the time of short work, and no time in which it writes.
+    """
+    prepared, here = folder / "prepared", folder / "here"
+    prepared.mkdir(parents=True)
+    place.prepare(prepared)
+    shutil.copytree(prepared, here)
+    place.work(here)
+    shutil.rmtree(here)
     gc.freeze()  # a child that collects garbage would go through all modules
+    return prepared, here
+
+
+def each(names: Iterable[str], folder: Path, tried: Callable[[str, Path], tuple[str, list[str]]]) -> int:
+    """Try places, each in a folder of its own, and print what was found; how much was wrong."""
+    torch.set_num_threads(1)
+    bad = 0
+    for name in names:
+        begun = time.monotonic()
+        said, wrong = tried(name, folder / name.replace(" ", "-"))
+        print(f"{name}: {said}, {len(wrong)} wrong ({time.monotonic() - begun:.0f} s)", flush=True)
+        bad += len(wrong)
+    return bad
 
 
 def rows_of(store: Path) -> dict[str, Any]:

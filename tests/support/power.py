@@ -14,7 +14,6 @@ from __future__ import annotations
 import random
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +77,10 @@ class Disk:
 
 def run(name: str, folder: Path, share: float, seed: int = 0) -> tuple[int, list[str]]:
     """The cuts of one place, and what was wrong."""
-    from support.places import PLACES, WRITTEN, warm
+    from support.places import PLACES, WRITTEN, ready
 
     place, rng = (PLACES | WRITTEN)[name], random.Random(f"{name}-{seed}")
-    folder.mkdir(parents=True)
-    prepared, here = folder / "prepared", folder / "here"
-    prepared.mkdir()
-    place.prepare(prepared)
-    warm(place, prepared, here)
+    prepared, here = ready(place, folder)
     total = _cut(place, folder, 0)["counted"]
     want = place.state(here)
     assert want and total, name
@@ -142,16 +137,10 @@ def _problem(
 if __name__ == "__main__":
     target = Path(sys.argv[1]).resolve()
     faults.begin(target)
-    import torch
+    from support.places import PLACES, WRITTEN, each
 
-    from support.places import PLACES, WRITTEN
+    def tried(name: str, folder: Path) -> tuple[str, list[str]]:
+        cuts, wrong = run(name, folder, float(sys.argv[2]))
+        return f"{cuts} disks after power cuts", wrong
 
-    torch.set_num_threads(1)
-    bad = 0
-    for name in sys.argv[3:] or PLACES | WRITTEN:
-        begun = time.monotonic()
-        cuts, problems = run(name, target / name.replace(" ", "-"), float(sys.argv[2]))
-        bad += len(problems)
-        seconds = time.monotonic() - begun
-        print(f"{name}: {cuts} disks after power cuts, {len(problems)} wrong ({seconds:.0f} s)", flush=True)
-    sys.exit(bool(bad))
+    sys.exit(bool(each(sys.argv[3:] or PLACES | WRITTEN, target, tried)))
