@@ -4,9 +4,7 @@ columns, groups and quotas, options of trainers' plug-ins. Each is taken, or end
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import io
 import json
 import math
 import random
@@ -35,7 +33,6 @@ from cropi.trainers.verl.options import check_options as check_verl
 
 pytestmark = pytest.mark.long
 
-LONGEST = 2_000  # bytes of a message
 PARSER = make_parser()
 EXAMPLES = {
     "width": "64",
@@ -123,24 +120,6 @@ def written(rng: random.Random, path: Path, content: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what is checked
-def ended(work: Callable[[], object], *names: str) -> str:
-    """How it ended; the message of an error has one of the names."""
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            work()
-    except (CropiError, ModuleNotFoundError) as error:
-        text = str(error)
-    except SystemExit as error:
-        assert error.code == 2
-        text = told.getvalue()
-    else:
-        return "taken"
-    assert len(text.encode("utf-8", "surrogatepass")) < LONGEST, text[:300]
-    assert any(name in text for name in names), text
-    return "words"
-
-
 def of_run(file: Path) -> None:
     args = PARSER.parse_args(["run", "--config", str(file)])
     args.words = ["--config", str(file)]
@@ -197,7 +176,7 @@ def test_any_config_is_taken_or_ends_in_words(
             written(rng, file, content)
         except (ValueError, OverflowError, RecursionError, yaml.YAMLError):
             return "cannot be written"
-        return ended(partial(read, file), str(file), "trl: ", *names)
+        return fuzz.outcome(partial(read, file), str(file), "trl: ", *names)
 
     with fuzz.folder() as folder:
         ends = fuzz.run(300, lambda rng: one(rng, folder / f"c{ending}"))
@@ -277,7 +256,7 @@ def in_table(
         table = fuzz.changed(rng, copy.deepcopy(right), places)
         if rng.random() < 0.2:
             table[rng.choice((5, None, "x", "args", fuzz.text(rng)))] = fuzz.anything(rng)
-        return ended(partial(check, table), *names)
+        return fuzz.outcome(partial(check, table), *names)
 
     return one
 
@@ -294,13 +273,13 @@ TABLES: dict[str, Callable[[random.Random], str]] = {
     "verl": in_table(lambda table: check_verl(table, TRAINER), VERL, "trainer.cropi", "cannot read"),
     "trl": in_table(check_trl, TRL, "trl"),
     "slime": in_table(of_slime, {"selection": "s.jsonl", "record": "r", "id_key": "id"}, "cropi_"),
-    "reward": lambda rng: ended(partial(Reward, a_file(rng)), "reward"),
-    "trl.reward": lambda rng: ended(
+    "reward": lambda rng: fuzz.outcome(partial(Reward, a_file(rng)), "reward"),
+    "trl.reward": lambda rng: fuzz.outcome(
         partial(check_trl, {"reward": a_file(rng)}), "trl.reward", "'reward' is missing"
     ),
-    "columns": lambda rng: ended(partial(parse_columns, words(rng)), "columns"),
-    "groups": lambda rng: ended(partial(read_groups, [words(rng), words(rng)]), "groups"),
-    "quota": lambda rng: ended(partial(read_quotas, [words(rng), words(rng)]), "quota"),
+    "columns": lambda rng: fuzz.outcome(partial(parse_columns, words(rng)), "columns"),
+    "groups": lambda rng: fuzz.outcome(partial(read_groups, [words(rng), words(rng)]), "groups"),
+    "quota": lambda rng: fuzz.outcome(partial(read_quotas, [words(rng), words(rng)]), "quota"),
 }
 
 

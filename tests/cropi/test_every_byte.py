@@ -1,11 +1,13 @@
 """Every edit of one byte of what is written is found when it is read back, or changes nothing.
 
-A sample of the edits; ``CROPI_EVERY_BYTE=1`` tries every byte. Score tables and selections have tests of their own
-(test_score_table.py, test_selection_damage.py).
+A sample of the edits; ``CROPI_EVERY_BYTE=1`` tries every byte. Score tables have a test of their own
+(test_score_table.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -18,27 +20,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import made_dumps
+from support import made_dumps, sealed_files
 from support.made_data import make_records
+from support.sealed_files import Kind
 from test_store import MANIFEST, content, fill, vector
 
 from cropi.cli import main
-from cropi.curriculum.report import write_report
-from cropi.curriculum.state import FORMAT, State
 from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import read_selection, select
 from cropi.ranking.selector import Selector
-from cropi.report.curriculum import curriculum_page
-from cropi.report.folder import _check as read_check
-from cropi.rescoring import PLAN, read_plan
-from cropi.rollouts.file import RolloutFile
-from cropi.sealed import check_sums, read_sealed, sealed, summed
+from cropi.sealed import check_sums, read_sealed, sealed, sums_path
 from cropi.store import SketchStore, export
 from cropi.store.manifest import GROUPS
 from cropi.store.rows import RowInfo
-from cropi.trainers.nemo_rl.batches import Order
 from cropi.trainers.trl.live import LiveRun
 from cropi.trainers.trl.rollout_log import RolloutLog, merge_rollouts
 from cropi.trainers.trl.stages import STATE, read_state
@@ -62,49 +58,6 @@ def store(folder: Path) -> Callable[[], Any]:
     return back
 
 
-def rollout(folder: Path) -> Callable[[], Any]:
-    """One that was ended before it was finished, and goes on; and its file, to which prompts are added."""
-    out, settings = folder / "r.jsonl", {"model": "m", "n": 2}
-    with RolloutFile(out, settings).opened() as file:
-        file.begin({"way": "shared"})
-        file.add({"id": "a", "rewards": [0.5, 1.0]})
-        file.add({"id": "b", "rewards": [1.0, 0.0]})
-    begun = file.part.read_bytes()
-    file.part.rename(folder / "begun")
-
-    def back() -> Any:
-        for path in (out, file.part, folder / "r.jsonl.sha256"):
-            path.unlink(missing_ok=True)
-        file.part.write_bytes((folder / "begun").read_bytes())
-        with RolloutFile(out, settings).opened() as again:
-            notes = again.notes
-            again.begin({"way": "shared"})
-            for name in ("a", "b"):
-                if name not in again:  # a line without its end was never written
-                    again.add({"id": name, "rewards": [0.5, 1.0] if name == "a" else [1.0, 0.0]})
-            again.finish(["a", "b"])
-        return {key: value for key, value in notes.items() if key != "way"}, out.read_text()
-
-    assert begun.count(b"\t") == 3
-    return back
-
-
-def finished_rollout(folder: Path) -> Callable[[], Any]:
-    out, settings = folder / "r.jsonl", {"model": "m", "n": 2}
-    with RolloutFile(out, settings).opened() as file:
-        file.begin({})
-        file.add({"id": "a", "rewards": [0.5, 1.0]})
-        file.finish(["a"])
-
-    def back() -> Any:
-        (folder / "r.jsonl.part").unlink(missing_ok=True)
-        with RolloutFile(out, settings).opened() as again:
-            again._file.seek(again.places["a"])  # type: ignore[union-attr]
-            return again._file.readline()  # type: ignore[union-attr]
-
-    return back
-
-
 def trajectories(folder: Path) -> Callable[[], Any]:
     path = made_dumps.write(folder / "train_data_step7.jsonl", made_dumps.made("nemo-rl"))
     out = folder / "out.jsonl"
@@ -121,56 +74,6 @@ def exported(folder: Path, form: str) -> Callable[[], Any]:
         path.unlink()
     (folder / "s").rmdir()
     return lambda: [check_sums(folder / f"x.{form}", whole=True), [path.read_bytes() for path in made]]
-
-
-def state(folder: Path) -> Callable[[], Any]:
-    done = [{"stage": 0, "step": "influence", "seconds": 1.5, "attempts": 1, "sets": ["v"], "scored": 3}]
-    State(folder / "state.json", {"format": FORMAT, "settings": {}, "done": done, "started": None}).write()
-    plan: Any = SimpleNamespace(out=folder, settings=dict, stages=2, accept_changes=False)
-
-    def back() -> Any:
-        found = State.open(plan).data
-        return {key: found.get(key) for key in ("settings", "done", "started")}
-
-    return back
-
-
-def plan(folder: Path) -> Callable[[], Any]:
-    """What a stage within a budget sketches anew."""
-    held = {
-        "for": {"stage": "1", "model": {"weights": "aa"}}, "options": {"passes": 0.5}, "tokens": 5.0, "spent": 4.0,
-        "ids": ["a", "b"], "sets": ["v"], "before": [[0.1], None], "ages": [1, 0], "spread": [0.1], "drift": [0.5, 3],
-    }  # fmt: skip
-    (folder / PLAN).write_text(json.dumps(sealed(held)) + "\n")
-    return lambda: {key: read_plan(folder / PLAN).get(key) for key in held}
-
-
-def report(folder: Path) -> Callable[[], Any]:
-    settings = {"train": {"steps": 4}, "sketch": {"model": "m"}}
-    plan: Any = SimpleNamespace(
-        out=folder, fingerprint=lambda: "aa", settings=lambda: settings, stages=1, steps=4, model="m"
-    )
-    done = [{"stage": 0, "step": "train", "seconds": 1.5, "attempts": 1}]
-    write_report(plan, State(folder / "state.json", {"done": done, "started": None, "settings": {}}))
-    for name in ("report.md", "report.html"):
-        (folder / name).unlink()
-
-    def back() -> Any:
-        page = curriculum_page(folder, folder.parent / "page.html")
-        return page.read_bytes()
-
-    return back
-
-
-def check(folder: Path) -> Callable[[], Any]:
-    held = {"error": 0.01, "findings": [{"name": "layout", "level": "ok", "text": "é"}]}
-    (folder / "check.json").write_text(json.dumps(sealed(held), indent=2) + "\n")
-
-    def back() -> Any:
-        found = read_check(folder, None, Scores([], [], np.zeros((0, 0)), {}))
-        return found and {key: found.get(key) for key in held}
-
-    return back
 
 
 def selector(folder: Path) -> Callable[[], Any]:
@@ -235,12 +138,10 @@ def groups(folder: Path) -> Callable[[], Any]:
 
 
 def for_trainers(folder: Path) -> Callable[[], Any]:
-    """Row numbers, and ids, of which NeMo-RL's and verl's trainers read every one."""
-    with summed(folder / "i.json"):
-        (folder / "i.json").write_text(f"{[*range(60)]}\n")
+    """Ids, of which verl's trainers read every one."""
     scores = Scores([RowInfo(f"p{i}") for i in range(99)], ["x"], np.arange(99.0)[:, None], {})
     select(scores, fraction=0.5).save(folder / "ids.txt", format="ids")
-    return lambda: (Order(folder / "i.json", 60).take(60), read_selection(folder / "ids.txt"))
+    return lambda: read_selection(folder / "ids.txt")
 
 
 def figures(folder: Path) -> Callable[[], Any]:
@@ -251,9 +152,9 @@ def figures(folder: Path) -> Callable[[], Any]:
 
 
 KINDS: dict[str, Callable[[Path], Callable[[], Any]]] = {
-    "store": store, "rollout": rollout, "finished rollout": finished_rollout, "trajectories": trajectories,
+    "store": store, "trajectories": trajectories,
     "npy": lambda folder: exported(folder, "npy"), "parquet": lambda folder: exported(folder, "parquet"),
-    "state": state, "plan": plan, "report": report, "check": check, "selector": selector, "checkpoint": checkpoint,
+    "selector": selector, "checkpoint": checkpoint,
     "logged": logged, "groups": groups, "for trainers": for_trainers, "figures": figures,
 }  # fmt: skip
 
@@ -262,19 +163,31 @@ KINDS: dict[str, Callable[[Path], Callable[[], Any]]] = {
 def test_every_byte_counts(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
-    back, rng, ends = KINDS[kind](folder), random.Random(kind), Counter[str]()
+    back = KINDS[kind](folder)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    edited(kind, files, back)
+
+
+@pytest.mark.parametrize("kind", sealed_files.KINDS, ids=lambda kind: kind.__name__)
+def test_every_byte_of_a_sealed_file_counts(kind: Callable[[Path], Kind], tmp_path: Path) -> None:
+    made = kind(tmp_path)
+    made.put(made.right)
+    beside = sums_path(made.file)
+    edited(kind.__name__, [made.file, *([beside] if beside.exists() else [])], made.back)
+
+
+def edited(kind: str, files: list[Path], back: Callable[[], Any]) -> None:
+    rng, ends = random.Random(kind), Counter[str]()
+    right = {path: path.read_bytes() for path in files}
     want = back()
-    files = [
-        path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "r.jsonl.part")
-    ]
-    for path in sorted(files if kind != "rollout" else [folder / "begun"]):
-        whole = path.read_bytes()
+    for path, whole in right.items():
         for place in range(len(whole)) if EVERY else rng.sample(range(len(whole)), min(EDITS, len(whole))):
             others = {whole[place] ^ 1 << rng.randrange(8), *b'{0a",\n'} - {whole[place]}
             new = rng.choice(sorted(others))
             path.write_bytes(whole[:place] + bytes([new]) + whole[place + 1 :])
             try:
-                got = back()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    got = back()
             except (CropiError, UnicodeDecodeError):
                 ends["found"] += 1
             else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import contextlib
 import dataclasses
 import gzip
 import io
@@ -11,7 +10,6 @@ import json
 import lzma
 import os
 import signal
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from data.make_formats import records
+from support import fuzz
 from support.made_dumps import KINDS, MORE, made
 from test_long_values import NO_MODEL, READERS, written
 
 from cropi.cli.contents import describe_rows
 from cropi.data.export import read_dataset
 from cropi.data.readers import read, read_trajectories
-from cropi.errors import CropiError, printable
+from cropi.errors import printable
 from cropi.rollouts.prompts import read_prompts
 from cropi.trainers.dumps.auto import DumpSource
 from cropi.trainers.dumps.reading import Reading
@@ -189,14 +188,7 @@ NAMES = (
 
 def ended(work: Callable[[], Any], path: Path) -> tuple[str, Any]:
     """The value, or the message, which names the file."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            return "", work()
-        except CropiError as error:
-            text = str(error)
-    assert len(text.encode()) < 2000 and (path.name in text or printable(path.name) in text), text
-    return text, None
+    return fuzz.ended(work, path.name, printable(path.name))
 
 
 ALL = [(name, number) for name, some in LINES.items() for number in range(len(some))]

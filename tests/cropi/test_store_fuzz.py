@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import pytest
 from support import fuzz
 from support.places import fill
 
-from cropi.errors import CropiError
 from cropi.options import Selecting
 from cropi.pipeline import pick
 from cropi.ranking.influence import influence
@@ -31,30 +31,21 @@ from cropi.store.store import SketchStore
 pytestmark = pytest.mark.long
 
 INPUTS = 3_000
-LONGEST = 2_000  # bytes of a message
 
 
-def read_all(path: Path) -> str:
-    """Everything that is read of a store; how it ended."""
-    try:
-        store = SketchStore.open(path)
-        for _, sketches in store.shards():
-            assert sketches.ndim == 2
-        store.verify()
-        repr(store), store.dim, store.groups, len(store)
-        scores = influence(store, [store])
-        write_scores(path.parent / SCORES, scores)
-        selected = path.parent / "selected.jsonl"
-        write_selection(selected, scores, pick(read_scores(path.parent / SCORES), Selecting(fraction=0.5)))
-        (
-            _run(scores, store),
-            _policy(scores, np.arange(1)),
-            _composition(scores, np.arange(len(scores)), np.arange(1)),
-        )
-    except CropiError as error:
-        assert len(str(error).encode("utf-8", "surrogatepass")) < LONGEST, str(error)[:300]
-        return "words"
-    return "read"
+def read_all(path: Path) -> None:
+    """Everything that is read of a store."""
+    store = SketchStore.open(path)
+    for _, sketches in store.shards():
+        assert sketches.ndim == 2
+    store.verify()
+    repr(store), store.dim, store.groups, len(store)
+    scores = influence(store, [store])
+    write_scores(path.parent / SCORES, scores)
+    selected = path.parent / "selected.jsonl"
+    write_selection(selected, scores, pick(read_scores(path.parent / SCORES), Selecting(fraction=0.5)))
+    _run(scores, store), _policy(scores, np.arange(1))
+    _composition(scores, np.arange(len(scores)), np.arange(1))
 
 
 @pytest.fixture
@@ -80,10 +71,10 @@ def test_any_manifest_is_read_or_ends_in_words(made: Path) -> None:
             mine["header"]["__metadata__"]["job"] = job_fingerprint(changed)
             put(shard, sealed(mine, data))
         file.write_text(text, encoding="utf-8", errors="surrogatepass")
-        return read_all(made)
+        return fuzz.outcome(partial(read_all, made))
 
     ends = fuzz.run(INPUTS, one)
-    assert fuzz.repeats() or (ends["words"] > 100 and ends["read"] > 100), ends
+    assert fuzz.repeats() or (ends["words"] > 100 and ends["taken"] > 100), ends
 
 
 def test_any_header_of_a_shard_is_read_or_ends_in_words(made: Path) -> None:
@@ -93,10 +84,10 @@ def test_any_header_of_a_shard_is_read_or_ends_in_words(made: Path) -> None:
 
     def one(rng: random.Random) -> str:
         put(file, sealed(fuzz.changed(rng, copy.deepcopy(right), places), data))
-        return read_all(made)
+        return fuzz.outcome(partial(read_all, made))
 
     ends = fuzz.run(INPUTS, one)
-    assert fuzz.repeats() or (ends["words"] > 100 and ends["read"] > 10), ends
+    assert fuzz.repeats() or (ends["words"] > 100 and ends["taken"] > 10), ends
 
 
 def taken_apart(whole: bytes) -> tuple[dict[str, Any], bytes]:

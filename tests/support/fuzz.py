@@ -6,18 +6,23 @@ that input. With ``CROPI_FUZZ`` the seeds are other ones in every run.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import random
 import struct
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cropi.errors import CropiError
+
 FIRST = 6_800  # the seed of the first fixed input
+LONGEST = 2_000  # bytes of a message
 NUMBERS = (
     0, 1, -1, 2, 3, 5, 2**31, 2**63, -(2**70), 10**400, -0.0, 0.5, 1e31, 1e308, -1e308, math.nan, math.inf, -math.inf,
 )  # fmt: skip
@@ -52,12 +57,42 @@ def run(many: int, one: Callable[[random.Random], object]) -> Counter[Any]:
     return ends
 
 
+def ended(work: Callable[[], Any], *names: str) -> tuple[str, Any]:
+    """How work ended: with "" and its value, or with the words of an error in words, which has one of the names.
+
+    Words are short, those of warnings too.
+    """
+    told, value, printed = "", None, io.StringIO()
+    with (
+        warnings.catch_warnings(record=True) as warned,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(printed),
+    ):
+        warnings.simplefilter("always")
+        try:
+            value = work()
+        except (CropiError, ModuleNotFoundError) as error:
+            told = str(error) or "an error without words"
+        except SystemExit as error:
+            assert error.code == 2
+            told = printed.getvalue()
+    for text in (told, *(str(one.message) for one in warned)):
+        assert len(text.encode("utf-8", "surrogatepass")) < LONGEST, text[:300]
+    assert not told or not names or any(name in told for name in names), told
+    return told, value
+
+
+def outcome(work: Callable[[], Any], *names: str) -> str:
+    """ "words" or "taken": see `ended`."""
+    return "words" if ended(work, *names)[0] else "taken"
+
+
 def repeats() -> bool:
     """Whether this run repeats one input, so that shares of outcomes say nothing."""
     return bool(os.environ.get("CROPI_FUZZ_SEED"))
 
 
-@contextmanager
+@contextlib.contextmanager
 def folder() -> Iterator[Path]:
     """A folder in memory, where there is one: tens of thousands of files would wait for a disk."""
     memory = Path("/dev/shm")
