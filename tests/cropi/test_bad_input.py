@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from support.made_data import make_model, make_tokenizer, write_lines
+from support.oracle import stored_logprobs
 
 import cropi
 from cropi.cli import main
@@ -146,18 +147,17 @@ def test_log_probs_in_base_2_or_10_end_the_job_before_a_store_is_made(tmp_path: 
 
     model, tokenizer = make_model(), make_tokenizer()
     ids = [[20 + k, 30, 40, 50 + k, 60, 1] for k in range(4)]
-    import torch
-
-    def own(prompt: list[int], response: list[int]) -> list[float]:
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-        return [float(logits[len(prompt) - 1 + t, token]) for t, token in enumerate(response)]
+    given = [
+        {"id": str(n), "prompt_ids": [5 + n, 6], "response_ids": ids, "rewards": [1, 0, 1, 0]}
+        for n in range(6)
+    ]
+    own = [stored_logprobs(model, one) for one in given]
 
     def records(scale: float) -> list[dict[str, Any]]:
         return [
-            {"id": str(n), "prompt_ids": [5 + n, 6], "response_ids": ids, "rewards": [1, 0, 1, 0],
-             "logprobs": [[p * scale for p in own([5 + n, 6], response)] for response in ids]} for n in range(6)
-        ]  # fmt: skip
+            one | {"logprobs": [[p * scale for p in part] for part in parts]}
+            for one, parts in zip(given, own)
+        ]
 
     cropi.sketch(model, records(1.0), tokenizer, dim=512, progress=False)
     for scale in (1.442695, 0.4342945):  # log2(e), log10(e)

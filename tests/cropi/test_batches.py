@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.made_data import make_model
+from support.oracle import flat_gradient, objective
 
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
@@ -40,25 +41,13 @@ GROUPS = [
 ESTIMATOR = ESTIMATORS["cropi"]
 
 
-def flat_gradient(model: Any, loss: torch.Tensor) -> torch.Tensor:
-    return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=False)]
-    )
-
-
 def exact(model: Any, group: TokenGroup) -> torch.Tensor:
     """The gradient from its definition: one response at a time, no batch, no mask."""
-    advantages = ESTIMATOR.advantages(group.group.rewards)
-    total = torch.zeros((), dtype=torch.float64)
-    assert group.logprobs is not None
-    for k, response in enumerate(group.responses):
-        logits = model(input_ids=torch.tensor([group.prompt + response])).logits[
-            0, len(group.prompt) - 1 : -1
-        ]
-        logp = (logits / group.temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-        ratio = (logp - torch.tensor(group.logprobs[k], dtype=torch.float64)).exp()
-        total = total + (ratio * advantages[k]).mean() / len(group.responses)
-    return flat_gradient(model, total)
+    record = {
+        "prompt_ids": group.prompt, "response_ids": group.responses, "rewards": group.group.rewards,
+        "logprobs": group.logprobs, "temperature": group.temperature,
+    }  # fmt: skip
+    return flat_gradient(model, objective(model, record))
 
 
 def from_batches(model: Any, batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
@@ -74,13 +63,7 @@ def from_batches(model: Any, batches: list[MicroBatch]) -> dict[str, torch.Tenso
         logp = chosen.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
         weights = ESTIMATOR.weights(logp.detach(), batch.behaviour, batch.advantages, batch.divisors)
         for s, group in enumerate(batch.groups):
-            part = flat_gradient(model, (weights * logp)[batch.token_segments == s].sum()) if s + 1 == len(
-                batch.groups
-            ) else torch.cat([
-                g.flatten() for g in torch.autograd.grad(
-                    (weights * logp)[batch.token_segments == s].sum(), list(model.parameters()), retain_graph=True
-                )
-            ])  # fmt: skip
+            part = flat_gradient(model, (weights * logp)[batch.token_segments == s].sum())
             sums[group.id] = sums.get(group.id, torch.zeros(())) + part
     return sums
 

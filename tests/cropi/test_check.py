@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.oracle import flat_gradient, objective
 
 import cropi
 from cropi.cli import main
@@ -60,15 +61,8 @@ def test_exact_gradients_are_those_of_each_response_in_float64(
     names = GradientSketcher(policy.model, SPEC).coverage.names
     flat = []
     for group in some:
-        model.zero_grad()
-        rewards = torch.tensor(group.group.rewards, dtype=torch.float64)
-        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-        for advantage, response in zip(advantages, group.responses, strict=True):
-            ids = torch.tensor([[*group.prompt, *response]])
-            logp = torch.log_softmax(model(ids).logits[0].double(), -1)
-            chosen = logp[len(group.prompt) - 1 : -1].gather(1, ids[0, len(group.prompt) :, None])
-            (advantage * chosen.mean() / len(group.responses)).backward()
-        flat.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        record = {"prompt_ids": group.prompt, "response_ids": group.responses, "rewards": group.group.rewards}
+        flat.append(flat_gradient(model, objective(model, record)))
     rows = torch.stack(flat)
     made = exact_gradients(policy, some, names, ESTIMATOR, Behaviour("current"), tokens_per_batch=50)
     lengths = rows.norm(dim=1)

@@ -7,16 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.commands import json_lines
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
+from support.oracle import flat_gradient, objective, stored_logprobs, with_token_ids
+from support.stores import sketches_of
 
 from cropi.cli import main
-from cropi.gradient.estimators import ESTIMATORS
 from cropi.ranking.table import read_scores
 from cropi.store.store import SketchStore
 
@@ -27,10 +28,8 @@ SMALL = "--dim 1024 --no-progress"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and trajectory files."""
     folder = tmp_path_factory.mktemp("made")
-    make_model().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    make_model(seed=1).save_pretrained(folder / "other")
-    make_tokenizer().save_pretrained(folder / "other")
+    save_policy(folder / "model")
+    save_policy(folder / "other", seed=1)
     write_lines(folder / "train.jsonl", make_records(40))
     write_lines(folder / "valid.jsonl", make_records(12, seed=1, sets=["x", "y"]))
     return folder
@@ -45,25 +44,13 @@ def sketch(made: Path, out: Path, more: str = "", *, file: object = "train.jsonl
 
 
 def rows(store: Path) -> dict[str, torch.Tensor]:
-    return {r.id: s for kept, sketches in SketchStore.open(store).shards() for r, s in zip(kept, sketches)}
+    return sketches_of(store)
 
 
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name, sketch in expected.items():
         assert float((got[name] - sketch).norm()) <= 1e-4 * float(sketch.norm()), name
-
-
-def exact_gradient(model: Any, tokenizer: Any, record: dict[str, Any]) -> torch.Tensor:
-    prompt = tokenizer(record["prompt"])["input_ids"]
-    total = torch.zeros(())
-    heat = record.get("temperature", 1.0)
-    for text, a in zip(record["responses"], ESTIMATORS["cropi"].advantages(record["rewards"])):
-        response = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
-        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        logp = (logits / heat).log_softmax(-1).gather(1, torch.tensor(response)[:, None])
-        total = total + a * logp.mean() / len(record["responses"])
-    return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])
 
 
 @pytest.mark.long
@@ -80,10 +67,10 @@ def test_four_commands_rank_as_exact_gradients_do(
     selected = tmp_path / "selected.jsonl"
     assert cropi(f"select --scores {tmp_path}/s.parquet --fraction 0.1 --out {selected}") == 0
 
-    model, tokenizer = make_model(), make_tokenizer()
+    model = make_model()
     records = {r["id"]: r for r in make_records(40) + hot}
     usable = {name: r for name, r in records.items() if len(set(r["rewards"])) > 1}
-    exact = {name: exact_gradient(model, tokenizer, r) for name, r in usable.items()}
+    exact = {name: flat_gradient(model, objective(model, with_token_ids(r))) for name, r in usable.items()}
     scores = read_scores(tmp_path / "s.parquet")
     train = [name for name in scores.ids if name in usable]
     means = [
@@ -99,7 +86,7 @@ def test_four_commands_rank_as_exact_gradients_do(
     assert f"40 read, {len(train)} sketched, {skipped} skipped ({skipped} equal rewards), 0 failed" in summary
     for word in ("tokens/s", "forward", "backward", "for sketching", "peak memory", "parameters    sketched"):
         assert word in summary, word
-    chosen = [json.loads(line) for line in selected.read_text().splitlines()]
+    chosen = json_lines(selected)
     assert len(chosen) == 4 and {row["id"] for row in chosen} <= set(train)
 
 
@@ -159,24 +146,11 @@ def test_layouts_budgets_and_dtypes_give_the_same_sketches(made: Path, tmp_path:
 @pytest.mark.long
 def test_behaviour_model_and_stored_log_probs_agree(made: Path, tmp_path: Path) -> None:
     """Log-probs that are computed by the behaviour model equal the same ones read from the file."""
-    records, tokenizer, beta = make_records(10), make_tokenizer(), make_model(seed=1)
-    for record in records:
-        record["temperature"] = 0.5
-        record["prompt_ids"] = tokenizer(record["prompt"])["input_ids"]
-        record["response_ids"] = [tokenizer(text)["input_ids"] + [1] for text in record["responses"]]
+    records, beta = [with_token_ids(r) | {"temperature": 0.5} for r in make_records(10)], make_model(seed=1)
     plain = write_lines(tmp_path / "plain.jsonl", records)
-    for record in records:
-        record["logprobs"] = []
-        for ids in record["response_ids"]:
-            with torch.no_grad():
-                logits = (
-                    beta(input_ids=torch.tensor([record["prompt_ids"] + ids])).logits[0, -len(ids) - 1 : -1]
-                    / 0.5
-                )
-            record["logprobs"].append(
-                logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-            )
-    stored = write_lines(tmp_path / "stored.jsonl", records)
+    stored = write_lines(
+        tmp_path / "stored.jsonl", [r | {"logprobs": stored_logprobs(beta, r, 0.5)} for r in records]
+    )
     sketch(made, tmp_path / "model", f"--behaviour-model {made}/other", file=plain)
     sketch(made, tmp_path / "file", file=stored)
     sketch(made, tmp_path / "current", "--behaviour current", file=stored)
@@ -191,17 +165,10 @@ def test_behaviour_model_and_stored_log_probs_agree(made: Path, tmp_path: Path) 
 @pytest.mark.long
 def test_the_policy_is_taken_at_the_temperature_of_the_rollouts(made: Path, tmp_path: Path) -> None:
     """Log-probs of the policy itself at the rollouts' temperature give ratios of 1, and only at that one."""
-    records, tokenizer, model = make_records(8), make_tokenizer(), make_model()
-    for record in records:
-        prompt = tokenizer(record["prompt"])["input_ids"]
-        record["temperature"], record["logprobs"] = 0.5, []
-        record["response_ids"] = [tokenizer(text)["input_ids"] + [1] for text in record["responses"]]
-        for ids in record["response_ids"]:
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, -len(ids) - 1 : -1] / 0.5
-            chosen = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-            record["logprobs"].append(chosen.clamp(max=0.0).tolist())
-    stored = write_lines(tmp_path / "stored.jsonl", records)
+    records, model = [with_token_ids(r) | {"temperature": 0.5} for r in make_records(8)], make_model()
+    stored = write_lines(
+        tmp_path / "stored.jsonl", [r | {"logprobs": stored_logprobs(model, r, 0.5)} for r in records]
+    )
     sketch(made, tmp_path / "file", file=stored)
     sketch(made, tmp_path / "current", "--behaviour current", file=stored)
     sketch(made, tmp_path / "warm", "--behaviour current --temperature 1", file=stored)
@@ -264,8 +231,7 @@ def test_a_store_is_not_continued_with_another_tokenizer(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sketch(made, tmp_path / "s", "--limit 5") == 0
-    make_model().save_pretrained(tmp_path / "chatty")
-    make_tokenizer(chat=True).save_pretrained(tmp_path / "chatty")
+    save_policy(tmp_path / "chatty", chat=True)
     line = f"sketch --model {tmp_path}/chatty --trajectories {made}/train.jsonl --out {tmp_path}/s {SMALL}"
     assert cropi(line) == 2
     assert "was made with tokenizer = " in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.commands import cropi
 from support.made_curriculum import config, make_folder
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 
 from cropi.cli import make_parser
 from cropi.cli.config import read_config, write_config
@@ -234,8 +234,7 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is computed, and nothing is made, before a mistake in the training file or the selection shows."""
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     good = write_lines(tmp_path / "good.jsonl", make_records(40))
     valid = write_lines(tmp_path / "valid.jsonl", make_records(12, seed=1, sets=["x", "y"]))
     equal = write_lines(tmp_path / "equal.jsonl", [r | {"rewards": [1, 1, 1, 1]} for r in make_records(40)])

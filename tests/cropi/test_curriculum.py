@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.commands import json_lines
 from support.made_curriculum import calls, config, curriculum, make_folder, report, selections
-from support.made_data import make_records, make_tokenizer, write_lines
+from support.made_data import make_records, write_lines
+from support.oracle import stored_logprobs, with_token_ids
 from support.syncs import recorded
 
 from cropi.cli import main
@@ -317,7 +319,7 @@ def test_rollouts_of_every_stage_and_of_the_trainer(made: Path, tmp_path: Path) 
     nudge = yaml.safe_load(config(made, out).read_text())["trainer"]
     own = f"{sys.executable} {script} {{records}} {{rollouts}} {{stage}} && {nudge}"
     assert curriculum(config(made, out, train=str(tmp_path / "logged.jsonl"), trainer=own)) == 0
-    merged = [json.loads(line) for line in (out / "stage-00" / "trajectories.jsonl").read_text().splitlines()]
+    merged = json_lines(out / "stage-00" / "trajectories.jsonl")
     chosen = {row["id"] for row in selections(out)[0]}
     assert {record["id"] for record in merged if record.get("made_at") == 0} == chosen and len(merged) == 40
     done = json.loads((out / "state.json").read_text())["done"]
@@ -350,10 +352,7 @@ def test_dumps_and_tables_are_read_as_by_every_command(
     """Two steps of a trainer's dumps, validation rows under names of their own, and a trainer that hands dumps back:
     the selections of both stages are those of the same rollouts as records."""
     (tmp_path / "skyrl.py").write_text(SKYRL)
-    train, valid = (
-        [json.loads(line) for line in (made / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("train", "valid")
-    )
+    train, valid = (json_lines(made / f"{name}.jsonl") for name in ("train", "valid"))
     (tmp_path / "steps").mkdir()
     for step in (0, 1):
         rows = [
@@ -412,14 +411,6 @@ def test_the_trainers_rollouts_need_log_probs_only_where_a_ratio_is_read(
 def with_logprobs(path: Path, model_name: Path) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_name), make_tokenizer()
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    for record in records:
-        record["response_ids"] = [[*tokenizer(text)["input_ids"], 1] for text in record["responses"]]
-        prompt = record["prompt_ids"] = tokenizer(record["prompt"])["input_ids"]
-        record["logprobs"] = []
-        for ids in record["response_ids"]:
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            record["logprobs"].append(logits.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist())
-    return records
+    model = AutoModelForCausalLM.from_pretrained(model_name)
+    records = [with_token_ids(record) for record in json_lines(path)]
+    return [record | {"logprobs": stored_logprobs(model, record)} for record in records]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
+from support.oracle import OBJECTIVES, advantages
 
 from cropi.data.rewards import no_gradient_reason, pass_rate
 from cropi.gradient.estimators import (
@@ -19,54 +18,6 @@ from cropi.gradient.estimators import (
 
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.5]
 LENGTHS = [3, 1, 7, 4, 2]
-EPS = 1e-4
-
-
-def mean_over_responses(terms: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([term.mean() for term in terms]).mean()
-
-
-def clipped(ratio: torch.Tensor, advantage: float, low: float, high: float) -> torch.Tensor:
-    return torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
-
-
-# The objective of one prompt, written out from the papers, in the log-probs of its responses' tokens.
-Objective = Callable[[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
-OBJECTIVES: dict[str, Objective] = {
-    "cropi": lambda new, old, a, _: mean_over_responses(
-        [(p - q).exp() * a[k] for k, (p, q) in enumerate(zip(new, old))]
-    ),
-    "ppo": lambda new, old, a, _: mean_over_responses(
-        [clipped((p - q).exp(), float(a[k]), 0.2, 0.2) for k, (p, q) in enumerate(zip(new, old))]
-    ),
-    "reinforce": lambda new, old, _, c: torch.stack([p.sum() * c[k] for k, p in enumerate(new)]).mean(),
-    "dr_grpo": lambda new, old, _, c: torch.stack(
-        [clipped((p - q).exp(), float(c[k]), 0.2, 0.2).sum() / 50.0 for k, (p, q) in enumerate(zip(new, old))]
-    ).mean(),
-    "grpo": lambda new, old, a, _: mean_over_responses(
-        [clipped((p - q).exp(), float(a[k]), 0.2, 0.2) for k, (p, q) in enumerate(zip(new, old))]
-    ),
-    "gspo": lambda new, old, a, _: torch.stack(
-        [clipped((p - q).mean().exp(), float(a[k]), 3e-4, 4e-4) for k, (p, q) in enumerate(zip(new, old))]
-    ).mean(),
-    "rloo": lambda new, old, _, c: torch.stack(
-        [p.sum() * (REWARDS[k] - (sum(REWARDS) - REWARDS[k]) / (len(REWARDS) - 1)) for k, p in enumerate(new)]
-    ).mean(),
-    "bnpo": lambda new, old, a, _: torch.stack(
-        [clipped((p - q).exp(), float(a[k]), 0.2, 0.2).sum() / 50.0 for k, (p, q) in enumerate(zip(new, old))]
-    ).mean(),
-    "cispo": lambda new, old, a, _: (
-        sum(
-            ((p - q).exp().clamp(max=5.0).detach() * float(a[k]) * p).sum()
-            for k, (p, q) in enumerate(zip(new, old))
-        )
-        / sum(LENGTHS)  # type: ignore[return-value]
-    ),
-    "dapo": lambda new, old, a, _: (
-        sum(clipped((p - q).exp(), float(a[k]), 0.2, 0.28).sum() for k, (p, q) in enumerate(zip(new, old)))
-        / sum(LENGTHS)  # type: ignore[return-value]
-    ),
-}
 
 
 def log_probs(seed: int, spread: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -83,12 +34,13 @@ def test_weights_are_the_gradient_of_the_objective(name: str, seed: int) -> None
     new, old = log_probs(seed, {"gspo": 6e-4, "cispo": 1.5}.get(name, 0.3))
     for p in new:
         p.requires_grad_()
-    rewards = torch.tensor(REWARDS, dtype=torch.float64)
-    centred = rewards - rewards.mean()
-    OBJECTIVES[name](new, old, centred / (rewards.std(unbiased=True) + EPS), centred).backward()
+    kind, objective = OBJECTIVES[name]
+    objective(new, old, advantages(REWARDS, kind)).backward()
     expected = torch.cat([p.grad for p in new if p.grad is not None])
+    constant = 50.0 if name in ("dr_grpo", "bnpo") else None
+    expected /= constant or 1.0
 
-    estimator = make_estimator(name, constant=50.0 if name in ("dr_grpo", "bnpo") else None)
+    estimator = make_estimator(name, constant=constant)
     lengths = torch.tensor(LENGTHS)
     behaviour = torch.cat(old)
     if estimator.level == "sequence":

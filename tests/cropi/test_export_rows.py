@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support.commands import json_lines
 from support.made_data import make_records, write_lines
 
 from cropi.data import rows_out
@@ -26,7 +26,7 @@ def table_at(path: Path, rows: list[dict[str, Any]]) -> Path:
 def read_back(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         return list(pyarrow.parquet.read_table(path).to_pylist())
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return json_lines(path)
 
 
 # ----------------------------------------------------------------------------------------------------- columns

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from support.commands import cropi, json_lines
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_records, make_tokenizer, save_policy, write_lines
 
 from cropi.data.export import export
 from cropi.data.readers import read_trajectories
@@ -144,8 +144,7 @@ def test_exports_that_cannot_be(tmp_path: Path, parquet: Path, options: dict[str
 
 @pytest.mark.long
 def test_select_exports_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     write_lines(tmp_path / "train.jsonl", make_records(20))
     write_lines(tmp_path / "valid.jsonl", make_records(8, seed=1))
     run = [

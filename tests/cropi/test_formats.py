@@ -20,7 +20,8 @@ import pytest
 import safetensors.torch
 import torch
 from data.make_formats import HERE, long_form, records
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_model, make_records, save_policy, write_lines
+from support.stores import sketches_of
 
 from cropi.cli import main
 from cropi.data import hub
@@ -47,7 +48,7 @@ def made(source: Any, **options: Any) -> list[dict[str, Any]]:
 def sketched(policy: Policy, source: Any, **options: Any) -> dict[str, torch.Tensor]:
     job = SketchJob(source, None, spec=SketchSpec(dim=512), **options)
     summary = sketch(policy, job, progress=False)
-    return {row.id: vector for rows, table in summary.store.shards() for row, vector in zip(rows, table)}
+    return sketches_of(summary.store)
 
 
 @pytest.fixture(scope="module")
@@ -312,8 +313,7 @@ def test_without_a_network_the_error_says_so(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 def test_a_run_on_tables_with_other_columns_selects_what_a_run_on_records_selects(tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     columns = {"prompt": "q", "responses": "outs", "rewards": "score"}
     for name, rows in (("train", make_records(12)), ("valid", make_records(6, seed=1))):
         write_lines(tmp_path / f"{name}.jsonl", rows)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
 from data.make_formats import records
+from support.made_data import write_lines
 
 from cropi.data.readers import HashedIds, read
 from cropi.errors import CropiError, RecordError
@@ -40,18 +40,18 @@ def test_rows_of_one_response_are_grouped_by_their_prompt_where_there_is_no_id()
 def test_records_without_ids_get_the_hash_of_their_content(tmp_path: Path) -> None:
     rows = [{key: value for key, value in record.items() if key != "id"} for record in records()]
     path = tmp_path / "t.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     with pytest.warns(HashedIds):
         ids = [group.id for group in read(path)]
     with pytest.warns(HashedIds):
         assert ids == [group.id for group in read(rows)] and len(set(ids)) == 6
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    write_lines(path, [*rows, rows[0]])
     with pytest.raises(RecordError, match="two records have the same prompt and answer: give them ids"):
         list(read(path))
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, records()[0]]))
+    write_lines(path, [*rows, records()[0]])
     with pytest.raises(RecordError, match="this record has an 'id', and those before it have none"):
         list(read(path))
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*records()[:2], rows[3]]))
+    write_lines(path, [*records()[:2], rows[3]])
     with pytest.raises(RecordError, match="the key 'id' is missing"):
         list(read(path))
 

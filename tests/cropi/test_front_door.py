@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
+from support.oracle import with_token_ids
+from support.stores import in_memory
 
 import cropi
 from cropi.cli import main
@@ -30,11 +32,7 @@ SMALL: dict[str, Any] = {"dim": 1024, "progress": False}
 
 def exact(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records with token ids, which need no tokenizer."""
-    tokenizer, made = make_tokenizer(), []
-    for record in records:
-        ids = [[*tokenizer(text)["input_ids"], 1] for text in record["responses"]]
-        made.append(record | {"prompt_ids": tokenizer(record["prompt"])["input_ids"], "response_ids": ids})
-    return made
+    return [with_token_ids(record) for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +43,7 @@ def scores() -> Scores:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("front")
-    make_model().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
+    save_policy(folder / "model")
     write_lines(folder / "train.jsonl", TRAIN)
     write_lines(folder / "valid.jsonl", VALID)
     return folder
@@ -162,7 +159,14 @@ def optioned(**options: Any) -> Scores:
 
 
 def without_ratio(**options: Any) -> Scores:
-    return cropi.score(MODEL, exact(TRAIN), exact(VALID), estimator="reinforce", **SMALL, **options)
+    return cropi.score(
+        MODEL,
+        exact(TRAIN),
+        exact(VALID),
+        estimator="reinforce",
+        **SMALL,
+        **options,
+    )
 
 
 MISUSE: dict[str, tuple[Any, str]] = {
@@ -219,10 +223,7 @@ MISUSE: dict[str, tuple[Any, str]] = {
 
 
 def store() -> MemoryStore:
-    made = MemoryStore({"spec": {"dim": 64}})
-    made.add(RowInfo("a", norm=1.0), torch.ones(64))
-    made.finish()
-    return made
+    return in_memory(torch.ones(1, 64), ["a"])
 
 
 def two() -> Scores:

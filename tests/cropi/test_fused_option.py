@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 
 import cropi
 from cropi.cli import main
@@ -39,8 +39,7 @@ def test_a_model_without_such_modules_is_refused() -> None:
 
 @pytest.mark.long
 def test_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     data = write_lines(tmp_path / "data.jsonl", RECORDS)
     words = [
         "sketch",

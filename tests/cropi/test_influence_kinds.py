@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer
+from support.stores import in_memory
 
 import cropi
 from cropi.errors import CropiError
@@ -27,23 +28,12 @@ from cropi.store.memory import MemoryStore
 from cropi.store.shards import RowInfo
 
 
-def store_of(vectors: torch.Tensor, sets: list[str], start: str, first: int = 0) -> MemoryStore:
-    store = MemoryStore({"spec": {"dim": vectors.shape[1]}})
-    for i, (vector, name) in enumerate(zip(vectors, sets, strict=True), first):
-        if bool(vector.any()):
-            store.add(RowInfo(f"{start}{i:03d}", set=name, norm=float(vector.norm())), vector)
-        else:
-            store.add(RowInfo(f"{start}{i:03d}", "skipped", "equal rewards", set=name))
-    store.finish()
-    return store
-
-
 @pytest.fixture
 def stores() -> tuple[MemoryStore, MemoryStore, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     train, valid = torch.randn(30, 24), torch.randn(15, 24)
     train[5] = 0
-    return store_of(train, ["t"] * 30, "t"), store_of(valid, ["x"] * 8 + ["y"] * 7, "v"), train, valid
+    return in_memory(train, "t", ["t"] * 30), in_memory(valid, "v", ["x"] * 8 + ["y"] * 7), train, valid
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
@@ -73,7 +63,7 @@ def test_standard_error_of_the_nearest_is_the_bootstraps(stores: Any) -> None:
     rng = np.random.default_rng(0)
     drawn = np.stack([one.score(one.resample(rng)) for _ in range(4000)])
     np.testing.assert_allclose(one.stderr(), drawn.std(axis=0), rtol=0.15)
-    alone = pairwise(train, [store_of(stores[3][:1], ["x"], "v")])
+    alone = pairwise(train, [in_memory(stores[3][:1], "v", ["x"])])
     assert np.isnan(NearestSet(alone, "x", usable, "cosine").stderr()).all()
 
 
@@ -107,17 +97,17 @@ def test_a_contrast_set_is_taken_off(stores: Any, aggregate: str) -> None:
 @pytest.mark.parametrize("aggregate", ["mean", "nearest"])
 def test_a_validation_prompt_counts_once_and_no_set_is_lost(stores: Any, aggregate: str) -> None:
     train, valid, _, others = stores
-    for several in ([valid, valid], [store_of(others[:8], ["x"] * 8, "v"), valid]):
+    for several in ([valid, valid], [in_memory(others[:8], "v", ["x"] * 8), valid]):
         with pytest.raises(
             CropiError, match="holds the prompt 'v000' of the validation set 'x', and so does"
         ):
             influence(train, several, aggregate=aggregate)
-    apart = [store_of(others[:8], ["x"] * 8, "v"), store_of(others[8:], ["y"] * 7, "v")]
+    apart = [in_memory(others[:8], "v", ["x"] * 8), in_memory(others[8:], "v", ["y"] * 7)]
     np.testing.assert_array_equal(
         influence(train, apart, aggregate=aggregate).table,
         influence(train, [valid], aggregate=aggregate).table,
     )
-    apart[1] = store_of(torch.zeros(7, 24), ["y"] * 7, "v")
+    apart[1] = in_memory(torch.zeros(7, 24), "v", ["y"] * 7)
     with pytest.raises(CropiError, match="validation set 'y' has no usable prompt: 7 were left out"):
         influence(train, apart, aggregate=aggregate)
 
@@ -127,10 +117,10 @@ def test_prompts_on_both_sides_are_warned_of(stores: Any) -> None:
     with pytest.warns(
         SharedPrompts, match="^4 training prompts are validation prompts too, for example 't002'"
     ):
-        influence(train, [valid, store_of(rows[2:7], ["z"] * 5, "t", first=2)])
+        influence(train, [valid, in_memory(rows[2:7], [f"t{i:03d}" for i in range(2, 7)], ["z"] * 5)])
     with warnings.catch_warnings():
         warnings.simplefilter("error", SharedPrompts)
-        influence(train, [store_of(others, ["x"] * 15, "t")])  # of the same names, and other gradients
+        influence(train, [in_memory(others, "t", ["x"] * 15)])  # of the same names, and other gradients
         short = MemoryStore({"spec": {"dim": 24}})
         # As long a gradient, of other responses.
         short.add(RowInfo("t002", set="z", norm=float(rows[2].norm()), tokens=9), rows[2])
@@ -153,7 +143,7 @@ def test_what_a_contrast_cannot_be(stores: Any) -> None:
     with pytest.raises(CropiError, match="there is no validation set 'z'; there are 'x', 'y'"):
         influence(train, [valid], minus="z")
     with pytest.raises(CropiError, match="'x' is the only validation set"):
-        influence(train, [store_of(others[:8], ["x"] * 8, "v")], minus="x")
+        influence(train, [in_memory(others[:8], "v", ["x"] * 8)], minus="x")
     with pytest.raises(CropiError, match="minus_weight must be a number above 0"):
         cropi.influence(train, valid, minus="y", minus_weight=0)
     with pytest.raises(CropiError, match="aggregate must be one of mean, nearest"):
@@ -188,7 +178,7 @@ def test_one_prompt_left_out_is_a_store_without_it(stores: Any, mean: str) -> No
         place = int(one.id[1:])
         rest = [i for i in range(15) if i != place]
         sets = [("x" if i < 8 else "y") for i in rest]
-        scores = influence(train, [store_of(others[rest], sets, "v")], mean=mean)
+        scores = influence(train, [in_memory(others[rest], "v", sets)], mean=mean)
         assert one.kept == len(set(select(scores, count=5).ids) & set(whole.ids)) / 5
         column = whole.scores.sets.index(one.set)
         moved = np.nanmax(np.abs(scores.table[:, column] - whole.scores.table[:, column]))

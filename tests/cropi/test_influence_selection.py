@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.commands import json_lines
+from support.made_data import write_lines
 
 from cropi.errors import CropiError
 from cropi.ranking.influence import Scores, influence, score_rows, validation_means
@@ -267,7 +269,7 @@ def test_written_selection_table_and_plot(tmp_path: Path) -> None:
     scores = make_scores(TEN)
     chosen = select(scores, fraction=0.3)
     write_selection(tmp_path / "selected.jsonl", scores, chosen)
-    lines = [json.loads(line) for line in (tmp_path / "selected.jsonl").read_text().splitlines()]
+    lines = json_lines(tmp_path / "selected.jsonl")
     assert [(line["id"], line["rank"], line["fused"]) for line in lines] == [
         ("a", 1, 1.0),
         ("b", 2, 1.0),
@@ -282,9 +284,9 @@ def test_written_selection_table_and_plot(tmp_path: Path) -> None:
         for name in "dbaz"
     ]
     pool = tmp_path / "pool.jsonl"
-    pool.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_lines(pool, records)
     write_selected_records(tmp_path / "chosen.jsonl", [pool], scores, chosen)
-    assert [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()] == [
+    assert json_lines(tmp_path / "chosen.jsonl") == [
         records[2], records[1], records[0],
     ]  # fmt: skip
     copied = [record | {"prompt": "d"} if record["id"] in "db" else record for record in records]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from support.made_data import make_tokenizer, write_lines
+from support.stores import sketches_of
 from support.zoo import FAMILIES, SIZES, make
 
 import cropi
@@ -18,7 +19,6 @@ from cropi.gradient.layout_trial import LayoutTrial, in_float32, one_unit_off
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
-from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
 
 HALF = (torch.float16, torch.bfloat16)
@@ -132,7 +132,7 @@ def sketched(out: Path, model: Any, rows: list[dict[str, Any]], layout: str) -> 
     path = write_lines(out.with_suffix(".jsonl"), rows)
     job = SketchJob([path], out, spec=SketchSpec(dim=1024), layout=layout)
     sketch(Policy(model, make_tokenizer()), job, progress=False)
-    return {r.id: v for found, table in SketchStore.open(out).shards() for r, v in zip(found, table)}
+    return sketches_of(out)
 
 
 def test_a_head_of_several_layers_is_named() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from support import zoo
+from support.stores import sketches_of
 
 import cropi
 from cropi.errors import CropiError
@@ -84,7 +85,7 @@ def exact(made: Any, record: dict[str, Any], beta: Any = None, whole: bool = Fal
 
 
 def assert_right(store: Any, made: Any, beta: Any = None) -> None:
-    got = {row.id: vector for rows, vectors in store.shards() for row, vector in zip(rows, vectors)}
+    got = sketches_of(store)
     for record in records():
         want = exact(made, record, beta)
         assert float((got[record["id"]] - want).norm() / want.norm()) <= 2e-5, record["id"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 
 import cropi
 from cropi.cli import main
@@ -24,8 +24,7 @@ HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -173,8 +172,7 @@ def test_adapters_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> Non
         FileNotFoundError, match="it holds an adapter of PEFT: give its base model.*--adapter"
     ):
         _ = Policy(str(adapter)).model
-    make_model(hidden_size=64, num_attention_heads=8).save_pretrained(tmp_path / "wider")
-    make_tokenizer().save_pretrained(tmp_path / "wider")
+    save_policy(tmp_path / "wider", hidden_size=64, num_attention_heads=8)
     with pytest.raises(CropiError, match=f"cannot be put on model .*wider', but is of '{folder}'"):
         _ = Policy(str(tmp_path / "wider"), adapter=adapter).model
     from safetensors.torch import load_file, save_file
@@ -192,8 +190,7 @@ def test_adapters_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> Non
 def test_an_adapter_on_a_packed_base_is_sketched_as_by_hand(kind: str, tmp_path: Path) -> None:
     """Against autograd's gradient of the same packed model, prompt by prompt."""
     size = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    make_model(**size).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model", **size)
     adapter = make_adapter(tmp_path / "model", tmp_path / "adapter")
     policy = Policy(str(tmp_path / "model"), adapter=adapter, quantize=kind)
     packed = {type(module).__name__ for module in policy.model.modules()}
@@ -208,8 +205,7 @@ def test_an_adapter_on_a_packed_base_is_sketched_as_by_hand(kind: str, tmp_path:
 def test_a_forward_without_gradients_leaves_a_4_bit_model_its_gradients(tmp_path: Path) -> None:
     """Where the CPU has AVX-512 BF16, such a forward packs the weights for a kernel without a backward."""
     size = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    make_model(**size).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model", **size)
     adapter = make_adapter(tmp_path / "model", tmp_path / "adapter")
     model, tokenizer = load.load_model(tmp_path / "model", variant=load.Variant("4bit", str(adapter)))
     with torch.no_grad():

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_records, make_tokenizer, save_policy, write_lines
 
 import cropi
 import cropi_kernels
@@ -27,8 +27,7 @@ from cropi.ranking.selection import read_selection
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
-    make_model().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
+    save_policy(folder / "model")
     write_lines(folder / "train.jsonl", make_records(20))
     write_lines(folder / "valid.jsonl", make_records(8, seed=1))
     return folder

@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 import torch
 from support.made_data import make_model, make_tokenizer, write_lines
+from support.oracle import response_logprobs, sketch_of
 
 from cropi.data.readers import read_trajectories
 from cropi.data.records import parse_record
 from cropi.errors import RecordError
-from cropi.gradient.estimators import ESTIMATORS, Estimator, group_advantages
+from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
-from cropi_kernels.names import canonical_name
-from cropi_kernels.testing import sketch_gradients
 
 SPEC = SketchSpec(dim=2048)
 RECORD: dict[str, Any] = {
@@ -38,60 +37,12 @@ def with_logprobs(record: dict[str, Any], model: Any) -> dict[str, Any]:
     rng, found = np.random.default_rng(0), []
     for ids, mask in zip(record["response_ids"], record["loss_mask"]):
         with torch.no_grad():
-            values = token_logprobs(model, record["prompt_ids"], ids).double()
+            values = response_logprobs(model, record["prompt_ids"], ids).double()
         off = (values - torch.from_numpy(rng.uniform(0.0, 0.3, len(ids)))).tolist()
         found.append(
             [value if scored else [0.0, None, 7.0][t % 3] for t, (value, scored) in enumerate(zip(off, mask))]
         )
     return record | {"logprobs": found}
-
-
-def token_logprobs(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[
-        0, len(prompt) - 1 : -1
-    ]
-    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-
-
-def exact(record: dict[str, Any], model: Any, estimator: Estimator) -> torch.Tensor:
-    """The sketch of the prompt's gradient: plain autograd, one response at a time, in the model's dtype."""
-    responses, masks = record["response_ids"], record["loss_mask"]
-    advantages = group_advantages(record["rewards"], std=estimator.std, eps=estimator.eps)
-    if estimator.loo:
-        rewards = record["rewards"]
-        advantages = np.array([r - (sum(rewards) - r) / (len(rewards) - 1) for r in rewards])
-    counts = [sum(mask) for mask in masks]
-    divisors = {
-        "response": [len(responses) * count for count in counts],
-        "group": [sum(counts)] * len(responses),
-        "constant": [len(responses)] * len(responses),
-    }[estimator.length]
-    parameters = {canonical_name(name): value for name, value in model.named_parameters()}
-    total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in parameters.items()}
-    for k, ids in enumerate(responses):
-        logprobs = token_logprobs(model, record["prompt_ids"], ids)
-        loss = 0.0 * logprobs.sum()  # a response may be clipped as a whole
-        for t in range(len(ids)):
-            if not masks[k][t]:
-                continue
-            rho = torch.ones(())
-            if estimator.ratio and "logprobs" in record:
-                off = [
-                    logprobs[u].detach() - record["logprobs"][k][u] for u in range(len(ids)) if masks[k][u]
-                ]
-                rho = torch.exp(logprobs[t].detach() - record["logprobs"][k][t])
-                if estimator.level == "sequence":
-                    rho = torch.exp(torch.stack(off).mean())
-                if estimator.cap is not None:
-                    rho = rho.clamp(max=estimator.cap)
-                low, high = estimator.clip_low, estimator.clip_high
-                if low is not None and high is not None:
-                    if (rho > 1 + high and advantages[k] > 0) or (rho < 1 - low and advantages[k] <= 0):
-                        continue
-            loss = loss + rho * float(advantages[k] / divisors[k]) * logprobs[t]
-        for name, part in zip(parameters, torch.autograd.grad(loss, list(parameters.values()))):
-            total[name] += part.double()
-    return sketch_gradients(model, total, SPEC)
 
 
 def sketches(
@@ -115,16 +66,15 @@ def test_a_masked_gradient_is_that_of_the_scored_tokens(
     model = make_model()
     record = with_logprobs(RECORD, model) if stored else RECORD
     got, row = sketches(tmp_path, record, model, estimator, layout=layout)
-    in32 = exact(record, model, ESTIMATORS[estimator]).double()
-    in64 = exact(record, make_model().double(), ESTIMATORS[estimator]).double()
+    in32 = sketch_of(model, record, estimator, SPEC)
+    in64 = sketch_of(make_model().double(), record, estimator, SPEC)
     own = float((in32 - in64).norm())  # what float32 costs plain torch
     assert float((got.double() - in64).norm()) <= 2 * own + 8 * torch.finfo(torch.float32).eps * float(
         in64.norm()
     )
     assert row.tokens == sum(map(sum, RECORD["loss_mask"]))
-    unmasked = exact(record | {"loss_mask": [[1] * len(m) for m in RECORD["loss_mask"]]}, model, ESTIMATORS[estimator])\
-        if not stored else None  # fmt: skip
-    if unmasked is not None:
+    if not stored:
+        unmasked = sketch_of(model, record | {"loss_mask": None}, estimator, SPEC)
         assert float((got - unmasked).norm()) > 0.05 * float(got.norm()), "the mask changes this gradient"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.commands import cropi
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_records, save_policy, write_lines
 from support.places import fill
 
 from cropi import locks
@@ -138,8 +138,7 @@ def test_a_file_system_without_locks_and_a_folder_that_cannot_be_written(
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, trajectories and the results of a run, in ``out``."""
     folder = tmp_path_factory.mktemp("ran")
-    make_model().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
+    save_policy(folder / "model")
     write_lines(folder / "train.jsonl", make_records(20))
     write_lines(folder / "valid.jsonl", make_records(8, seed=1))
     assert run(folder, folder / "out") == 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.oracle import gradients_of, objective
 from support.stores import sketches_of
 
 import cropi
@@ -50,18 +51,11 @@ def expected(model: Any, scale: dict[str, torch.Tensor] | None) -> dict[str, tor
     found = {}
     for number, record in enumerate(make_records(8)):
         group = make_group(record, f"x:{number}")
-        rewards = torch.tensor(group.rewards, dtype=torch.float64)
-        if float(rewards.std()) == 0:
+        if len(set(group.rewards)) == 1:
             continue
         made = tokens(group)
-        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-        wide.zero_grad()
-        for response, advantage in zip(made.responses, advantages):
-            ids = torch.tensor([[*made.prompt, *response]])
-            logits = wide(input_ids=ids).logits[0, len(made.prompt) - 1 : -1]
-            logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
-            (logprobs.mean() * advantage / len(rewards)).backward()
-        gradients = {canonical_name(n): p.grad.clone() for n, p in wide.named_parameters()}
+        of_tokens = {"prompt_ids": made.prompt, "response_ids": made.responses, "rewards": group.rewards}
+        gradients = gradients_of(wide, objective(wide, of_tokens))
         if scale is not None:
             gradients = {name: gradient * scale[name] for name, gradient in gradients.items()}
         found[group.id] = sketch_gradients(wide, gradients, SPEC)
@@ -92,7 +86,7 @@ def run(model: Any, tmp_path: Path, **options: Any) -> dict[str, torch.Tensor]:
     path = write_lines(tmp_path / "records.jsonl", make_records(8))
     job = SketchJob([path], tmp_path / "out", spec=SPEC, **options)
     sketch(Policy(model, make_tokenizer()), job, progress=False)
-    return sketches_of(SketchStore.open(tmp_path / "out"))
+    return sketches_of(tmp_path / "out")
 
 
 def close(made: dict[str, torch.Tensor], right: dict[str, torch.Tensor], bound: float) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import zoo
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.stores import sketches_of
 
 import cropi.sketching.run
 from cropi.errors import CropiError
@@ -20,7 +21,6 @@ from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.layout import Layout
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
-from cropi.store.store import SketchStore
 from cropi_kernels import (
     GradientSketcher,
     SketchSpec,
@@ -152,7 +152,7 @@ def run_job(tmp_path: Path, out: str, **options: Any) -> dict[str, torch.Tensor]
 
 
 def rows(path: Path) -> dict[str, torch.Tensor]:
-    return {r.id: s for kept, sketches in SketchStore.open(path).shards() for r, s in zip(kept, sketches)}
+    return sketches_of(path)
 
 
 @pytest.mark.long

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.made_data import make_model, make_tokenizer, write_lines
+from support.made_data import make_model, save_policy, write_lines
+from support.oracle import gradients_of, objective
 from support.stores import sketches_of
 
 import cropi
@@ -54,18 +55,8 @@ TRAIN, VALID = records(7, 1), records(4, 2, sets=2)
 
 def exact(model: Any, given: list[dict[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
     """Every prompt's gradient in float64 by plain autograd, one response at a time."""
-    wide, found = copy.deepcopy(model).double(), {}
-    for record in given:
-        rewards = torch.tensor(record["rewards"], dtype=torch.float64)
-        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-        wide.zero_grad()
-        for response, advantage in zip(record["response_ids"], advantages):
-            ids, prompt = torch.tensor([[*record["prompt_ids"], *response]]), len(record["prompt_ids"])
-            logprobs = torch.log_softmax(wide(input_ids=ids).logits[0, prompt - 1 : -1], -1)
-            chosen = logprobs.gather(1, torch.tensor(response)[:, None])[:, 0]
-            (chosen.mean() * advantage / len(rewards)).backward()
-        found[record["id"]] = {canonical_name(n): p.grad.clone() for n, p in wide.named_parameters()}
-    return found
+    wide = copy.deepcopy(model).double()
+    return {record["id"]: gradients_of(wide, objective(wide, record)) for record in given}
 
 
 def parts_of(names: list[str]) -> list[list[str]]:
@@ -229,8 +220,7 @@ def test_stores_of_other_groups_are_refused(tmp_path: Path) -> None:
 def test_the_table_the_page_and_the_command_line_show_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     train, valid = (
         write_lines(tmp_path / f"{n}.jsonl", given) for n, given in (("train", TRAIN), ("valid", VALID))
     )

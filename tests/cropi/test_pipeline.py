@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 
 import cropi
 import cropi.model.policy
@@ -84,8 +84,7 @@ def test_a_run_parses_every_record_twice_and_hashes_the_weights_once(
     tmp_path: Path, counted: Counter[str]
 ) -> None:
     """Once to check it and once to sketch it; shown texts and chosen records are read from their places."""
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     train = write_lines(tmp_path / "train.jsonl", make_records(40))
     valid = [write_lines(tmp_path / f"v{i}.jsonl", make_records(6, seed=i + 1)) for i in range(3)]
     words = [

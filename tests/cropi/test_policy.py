@@ -94,7 +94,7 @@ def test_memory_holds_what_a_folder_holds(tmp_path: Path) -> None:
         sketch(policy, SketchJob([path], on_disk, SPEC, store_dtype=dtype), progress=False)
         summary = sketch(policy, SketchJob([path], None, SPEC, store_dtype=dtype), progress=False)
         assert isinstance(summary.store, MemoryStore) and summary.store.expected == 8
-        want, got = sketches_of(SketchStore.open(on_disk)), sketches_of(summary.store)
+        want, got = sketches_of(on_disk), sketches_of(summary.store)
         assert want.keys() == got.keys() and all(torch.equal(got[name], want[name]) for name in want)
         assert summary.store.rows() == [
             replace(a, row=b.row) for a, b in zip(SketchStore.open(on_disk).rows(), summary.store.rows())
@@ -204,7 +204,7 @@ def test_a_folder_without_a_tokenizer_serves_records_of_token_ids(tmp_path: Path
     for name in ("bare", "full"):
         policy = Policy(tmp_path / name, progress=False)
         sketch(policy, SketchJob([tokens], tmp_path / f"of-{name}", SPEC), progress=False)
-        found.append(sketches_of(SketchStore.open(tmp_path / f"of-{name}")))
+        found.append(sketches_of(tmp_path / f"of-{name}"))
         assert (policy.tokenizer is None) == (
             SketchStore.open(tmp_path / f"of-{name}").manifest["tokenizer"] is None
         )

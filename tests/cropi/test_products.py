@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.stores import sketches_of
 
 from cropi.model.policy import Policy
 from cropi.sketching.job import PRODUCTS, SketchJob
@@ -39,7 +40,7 @@ def run(tmp_path: Path, name: str, records: list[dict[str, Any]]) -> dict[str, t
     job = SketchJob([path], tmp_path / name, spec=SketchSpec(dim=1024))
     sketch(Policy(make_model(), make_tokenizer()), job, progress=False)
     store = SketchStore.open(tmp_path / name)
-    return {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
+    return sketches_of(store)
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
-from support.stores import content, equal
+from support.stores import content, equal, sketches_of
 
 from cropi.cli import main
 from cropi.data.readers import read
@@ -191,7 +191,7 @@ def test_one_process_goes_on_with_what_many_began(folder: Path, monkeypatch: pyt
     """And the rows of a process that was thought dead are not taken twice."""
     whole = SketchStore.open(folder / "whole")
     parts = {0: range(0, 20), 1: range(10, 30)}  # the rows 10 to 19 are in both
-    vectors = {row.id: vector for rows, table in whole.shards() for row, vector in zip(rows, table)}
+    vectors = sketches_of(whole)
     SketchStore.create(folder / "out", whole.manifest).close()
     for number, places in parts.items():
         path = folder / "out" / f"part-{number:05d}"

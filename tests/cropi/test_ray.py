@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_records, save_policy, write_lines
 from support.ray_jobs import make, of_its_own
-from support.stores import content, equal
+from support.stores import content, equal, sketches_of
 
 from cropi.cli import main
 from cropi.distributed import ray as on_ray
@@ -44,8 +44,7 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ray")
-    make_model().save_pretrained(path / "m")
-    make_tokenizer().save_pretrained(path / "m")
+    save_policy(path / "m")
     write_lines(path / "t.jsonl", make_records(150))
     policy, job = make(path, "whole")
     sketch(policy, job, progress=False)
@@ -85,7 +84,7 @@ def test_a_job_goes_on_and_a_bad_one_is_named(
         str(folder / "cut"), "--trajectories", str(folder / "t.jsonl"),
     ]  # fmt: skip
     whole = SketchStore.open(folder / "whole")
-    vectors = {row.id: vector for rows, table in whole.shards() for row, vector in zip(rows, table)}
+    vectors = sketches_of(whole)
     with SketchStore.create(folder / "cut", whole.manifest) as store:
         for row in whole.rows()[:60]:
             store.add(row, vectors.get(row.id))

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 from data.make_formats import HERE, records
-from support.made_data import make_model, make_tokenizer
+from support.made_data import save_policy
 
 from cropi.cli import main
 from cropi.data import lines, opened, tables
@@ -221,8 +221,7 @@ def test_both_ways_of_parsing_give_the_same_groups(monkeypatch: pytest.MonkeyPat
 
 def test_show_tokens_marks_what_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model", chat=True)
     record = {"id": "a", "prompt": "hi", "prompt_ids": [10, 11], "response_ids": [[12, 13, 14, 15]], "rewards": [1],
               "loss_mask": [[1, 0, 0, 1]]}  # fmt: skip
     text = {"id": "b", "prompt": "hi", "responses": ["yo"], "rewards": [0.5]}

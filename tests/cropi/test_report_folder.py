@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_records, save_policy, write_lines
 from test_report_page import data_of
 
 from cropi.cli import main
@@ -19,8 +19,7 @@ from cropi.report.folder import report_folder
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ran")
-    make_model().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
+    save_policy(folder / "model")
     write_lines(folder / "train.jsonl", make_records(40))
     write_lines(folder / "sums.jsonl", make_records(16, seed=1))
     write_lines(folder / "more.jsonl", make_records(16, seed=2))

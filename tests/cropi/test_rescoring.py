@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from support.made_curriculum import config, curriculum, make_folder, report, selections
+from support.stores import sketches_of
 
 import cropi
 from cropi.cli import main
@@ -208,10 +209,6 @@ def bounded(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan_of(out: Path, stage: int) -> dict[str, Any]:
     return dict(json.loads((out / f"stage-{stage:02d}" / "anew.json").read_text()))
-
-
-def sketches_of(store: SketchStore) -> dict[str, torch.Tensor]:
-    return {row.id: vector for rows, vectors in store.shards() for row, vector in zip(rows, vectors)}
 
 
 @pytest.mark.long

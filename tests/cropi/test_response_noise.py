@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
-from support.stores import sketches_of
+from support.oracle import gradients_of, response_logprobs
+from support.stores import in_memory, sketches_of
 
 import cropi
 from cropi.cli import main
@@ -27,11 +27,9 @@ from cropi.ranking.table import read_scores
 from cropi.ranking.uncertainty import Uncertainty, uncertainty
 from cropi.sketching.job import SketchJob, make_tokenize
 from cropi.sketching.run import sketch
-from cropi.store.memory import MemoryStore
 from cropi.store.merging import merge
-from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
-from cropi_kernels import SketchSpec, canonical_name
+from cropi_kernels import SketchSpec
 from cropi_kernels.testing import sketch_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
@@ -79,11 +77,7 @@ def test_sketches_of_noise_are_those_of_autograd(name: str) -> None:
     wide, spec, wanted = copy.deepcopy(model).double(), SketchSpec(dim=DIM), {}
     for number, record in enumerate(records):
         group = tokens(make_group(record, f"x:{number}"))
-        parts = []
-        for response in group.responses:
-            ids = torch.tensor([[*group.prompt, *response]])
-            logits = wide(input_ids=ids).logits[0, len(group.prompt) - 1 : -1]
-            parts.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0])
+        parts = [response_logprobs(wide, group.prompt, response) for response in group.responses]
         rng = torch.Generator().manual_seed(number)
         stored = [
             part.detach().float() + 0.3 * torch.randn(len(part), generator=rng).round(decimals=3)
@@ -104,10 +98,7 @@ def test_sketches_of_noise_are_those_of_autograd(name: str) -> None:
             ratio = torch.exp(part.detach() - old.double())
             clipped = estimator.clipped(ratio, torch.full_like(ratio, a))
             total = total + (part * ratio * ~clipped * b / d).sum()
-        wide.zero_grad()
-        total.backward()
-        gradients = {canonical_name(n): p.grad.clone() for n, p in wide.named_parameters()}
-        wanted[record["id"]] = sketch_gradients(wide, gradients, spec)
+        wanted[record["id"]] = sketch_gradients(wide, gradients_of(wide, total), spec)
     store = cropi.sketch(
         model, records, tokenizer, noise=True, stage="7", estimator=name, dim=DIM, progress=False,
         behaviour_check="off",
@@ -122,27 +113,7 @@ def test_sketches_of_noise_are_those_of_autograd(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------- what it says
-def manifest(**changes: Any) -> dict[str, Any]:
-    return {
-        "spec": {"dim": DIM}, "hash_version": 1, "stage": "0", "model": {"dtype": "float32", "weights": "xxh3:aa"},
-        "parameters": {}, "trajectories": "t", "estimator": {"name": "cropi"},
-    } | changes  # fmt: skip
-
-
-def made_store(
-    vectors: np.ndarray, start: str, sets: Sequence[str] | None = None, **changes: Any
-) -> MemoryStore:
-    dim = vectors.shape[1]
-    store = MemoryStore(manifest(spec={"dim": dim}) | changes)
-    for i, vector in enumerate(vectors):
-        name = None if sets is None else sets[i]
-        if np.any(vector):
-            row = RowInfo(f"{start}{i:03d}", set=name, norm=float(np.linalg.norm(vector)))
-            store.add(row, torch.tensor(vector, dtype=torch.float32))
-        else:
-            store.add(RowInfo(f"{start}{i:03d}", "skipped", "zero gradient", set=name))
-    store.finish()
-    return store
+made_store = partial(in_memory, skipped="zero gradient", trajectories="t", estimator={"name": "cropi"})
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])

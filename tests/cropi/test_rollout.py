@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from support.commands import json_lines
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
+from support.oracle import response_logprobs
 
 import cropi
 from cropi.errors import CropiError, RecordError
@@ -44,12 +45,9 @@ def teacher_forced(model: Any, record: dict[str, Any], k: int) -> torch.Tensor:
     """Log-probs in float64 of one response alone, in a pass without cache and padding."""
     wide = type(model)(model.config).double().eval()
     wide.load_state_dict(model.state_dict())
-    ids = record["response_ids"][k]
-    with torch.no_grad():
-        logits = wide(torch.tensor([record["prompt_ids"] + ids])).logits[
-            0, len(record["prompt_ids"]) - 1 : -1
-        ]
-    return (logits / record["temperature"]).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    return response_logprobs(
+        wide, record["prompt_ids"], record["response_ids"][k], record["temperature"]
+    ).detach()
 
 
 @pytest.mark.parametrize(
@@ -99,11 +97,8 @@ def test_an_adapter_is_part_of_the_policy_that_samples(tmp_path: Path) -> None:
     records = rolled(tmp_path / "out.jsonl", made.eval())
     kept = sizes[:]
     for record in records:
-        ids, prompt = record["response_ids"][0], record["prompt_ids"]
-        with torch.no_grad():
-            logits = made(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
-        want = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(record["logprobs"][0]).double(), want, rtol=0, atol=1e-4)
+        want = response_logprobs(made, record["prompt_ids"], record["response_ids"][0]).detach()
+        torch.testing.assert_close(torch.tensor(record["logprobs"][0]), want, rtol=0, atol=1e-4)
     assert max(kept) <= 16  # no pass over a prompt has the logits of all its tokens
 
 
@@ -447,8 +442,7 @@ def test_the_three_commands_of_the_readme(
     commands = [shlex.split(line)[1:] for line in block.strip().splitlines()]
     assert [words[0] for words in commands] == ["rollout", "rollout", "run"]
     monkeypatch.chdir(tmp_path)
-    make_model(max_position_embeddings=64).save_pretrained("model")
-    make_tokenizer(chat=True).save_pretrained("model")
+    save_policy("model", chat=True, max_position_embeddings=64)
     (tmp_path / "reward.py").write_text("def f(prompt, response, answer): return len(set(response)) / 10\n")
     write_lines(tmp_path / "prompts.jsonl", prompts(10))
     write_lines(tmp_path / "math500.jsonl", prompts(4))
@@ -483,8 +477,7 @@ def test_a_run_on_prompts_alone_names_the_command(tmp_path: Path, capsys: pytest
     from cropi.cli import main
 
     path = write_lines(tmp_path / "prompts.jsonl", prompts(3))
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model", chat=True)
     words = ["--model", str(tmp_path / "model"), "--train", str(path), "--valid", str(path)]
     assert main(["run", *words, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.commands import json_lines
-from support.made_data import make_model, make_tokenizer
+from support.made_data import make_model, make_tokenizer, save_policy
+from support.oracle import stored_logprobs
 from support.served import Served, serve
 
 import cropi
@@ -58,12 +58,11 @@ def check_exact(model: Any, records: list[dict[str, Any]]) -> None:
     """Token ids and log-probs are those of the policy at the temperature."""
     assert [record["id"] for record in records] == [f"p{i}" for i in range(len(records))]
     for record in records:
-        prompt = record["prompt_ids"]
-        for ids, found, cut in zip(record["response_ids"], record["logprobs"], record["truncated"]):
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
-            own = (logits / record["temperature"]).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), own, rtol=0, atol=1e-4)
+        own = stored_logprobs(model, record, record["temperature"])
+        for ids, found, right, cut in zip(
+            record["response_ids"], record["logprobs"], own, record["truncated"], strict=True
+        ):
+            assert found == pytest.approx(right, rel=0, abs=1e-4)
             assert cut == (ids[-1] != 1)
 
 
@@ -257,8 +256,7 @@ def test_vllm_is_called_for_exact_log_probs(tmp_path: Path, monkeypatch: pytest.
 
 def test_vllm_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model", chat=True)
     with pytest.raises(ModuleNotFoundError, match="pip install vllm"):
         cropi.rollout(
             str(tmp_path / "model"), prompts(), reward, tmp_path / "o.jsonl", engine="vllm", max_tokens=5

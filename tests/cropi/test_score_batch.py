@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from support.made_data import make_model
+from support.oracle import response_logprobs
+from support.stores import sketches_of
 
 import cropi
 from cropi.errors import CropiError
@@ -46,11 +48,6 @@ REWARD_ROWS = torch.tensor([REWARDS[name][k] for name, k in ORDER])
 WIDE = max(map(len, PROMPTS.values()))
 
 
-def logprobs(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-
-
 def oracle(weight: Any) -> dict[str, torch.Tensor]:
     """The sketch of sum_{k,t} w log pi by plain autograd in float64, one response at a time, without any padding."""
     model = make_model().double()
@@ -58,7 +55,7 @@ def oracle(weight: Any) -> dict[str, torch.Tensor]:
     for name, responses in RESPONSES.items():
         model.zero_grad()
         for k, response in enumerate(responses):
-            values = logprobs(model, PROMPTS[name], response)
+            values = response_logprobs(model, PROMPTS[name], response)
             (weight(name, k, values.detach()) * values).sum().backward()
         grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         found[name] = sketch_gradients(model, grads, SPEC)
@@ -90,7 +87,7 @@ def test_weights_of_tokens_and_rows_are_those_of_the_gradient() -> None:
     again = cropi.score_batch(make_model(), **(data | tail), spec=SPEC)
     assert torch.equal(again.sketches, by_token.sketches)
     for i, (name, k) in enumerate(ORDER):
-        values = logprobs(make_model(), PROMPTS[name], RESPONSES[name][k]).detach()
+        values = response_logprobs(make_model(), PROMPTS[name], RESPONSES[name][k]).detach()
         torch.testing.assert_close(
             by_token.logprobs[i, WIDE : WIDE + len(values)], values, rtol=1e-5, atol=1e-5
         )
@@ -108,7 +105,7 @@ def test_an_estimator_gives_the_sketches_of_the_same_records(name: str) -> None:
     beta = make_model(seed=5)
     records = []
     for prompt, responses in RESPONSES.items():
-        values = [logprobs(beta, PROMPTS[prompt], r).detach() for r in responses]
+        values = [response_logprobs(beta, PROMPTS[prompt], r).detach() for r in responses]
         for k, given in enumerate(values):
             old[ORDER.index((prompt, k)), WIDE : WIDE + len(given)] = given
         records.append({
@@ -116,7 +113,7 @@ def test_an_estimator_gives_the_sketches_of_the_same_records(name: str) -> None:
             "logprobs": [given.tolist() for given in values],
         })  # fmt: skip
     store = cropi.sketch(model, records, estimator=name, dim=1024, progress=False)
-    want = {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
+    want = sketches_of(store)
     got = cropi.score_batch(model, **data, rewards=REWARD_ROWS, old_logprobs=old, estimator=name, spec=SPEC)
     assert got.ids == ["b", "a", "c"] and len(got) == 3
     for prompt, sketch in zip(got.ids, got.sketches):

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from test_uncertainty import make_store
+from test_uncertainty import two_stores
 
 from cropi.cli import main
 from cropi.errors import CropiError
@@ -27,15 +26,7 @@ from cropi.store.store import SketchStore
 
 @pytest.fixture
 def stores(tmp_path: Path) -> tuple[SketchStore, SketchStore]:
-    generator = torch.Generator().manual_seed(0)
-    common = torch.randn(1, 16, generator=generator)
-    train = torch.randn(30, 16, generator=generator) + 0.5 * common
-    valid = torch.randn(12, 16, generator=generator) + common
-    train[5] = 0
-    return (
-        make_store(tmp_path / "t", train, ["train"] * 30, "t"),
-        make_store(tmp_path / "v", valid, ["x"] * 6 + ["y"] * 6, "v"),
-    )
+    return two_stores(tmp_path, 30, 6, 6)
 
 
 @pytest.fixture

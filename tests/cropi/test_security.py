@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 
 import cropi
 from cropi.cli import main
@@ -88,8 +88,7 @@ def coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model's folder with code of its own, which makes the file ``was_run`` beside it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "coded"
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_policy(folder)
     (folder / "own.py").write_text(CODE.format(path=str(tmp_path / "was_run")))
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own_kind", "architectures": ["OwnForCausalLM"],
@@ -129,8 +128,7 @@ def test_names_from_files_cannot_write_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil = "\x1b]0;owned\x07\u202e\x9b2J"
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     records = [
         record | {"id": f"{record['id']}{evil}\nrank 1", "task": f"t{evil}\nx", "set": f"s{evil}"}
         for record in make_records(20)

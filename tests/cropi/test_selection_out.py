@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.commands import json_lines
+from support.made_data import make_records, save_policy, write_lines
 
 from cropi.cli import main
 from cropi.data.export import FORMATS, export
@@ -101,7 +102,7 @@ def test_rows_of_records_are_the_prompts_without_their_rollouts(tmp_path: Path) 
 def test_without_rows_the_selection_itself_is_written(tmp_path: Path) -> None:
     for name in ("s.jsonl", "s.parquet", "folder"):
         assert chosen().save(tmp_path / name) == 2
-    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    rows = json_lines(tmp_path / "s.jsonl")
     assert [row["id"] for row in rows] == IDS[:-3:-1] == read_selection(tmp_path / "s.jsonl")
     assert rows[0] == {"id": IDS[9], "rank": 1, "value": 2.0, "score[x]": 18 / 19, "score[y]": 1.0}
     assert pyarrow.parquet.read_table(tmp_path / "s.parquet").to_pylist() == rows
@@ -202,8 +203,7 @@ def test_a_push_sends_the_chosen_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_run_exports_from_the_command_line_and_from_a_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     write_lines(tmp_path / "train.jsonl", [{**r, "answer": "1"} for r in make_records(20)])
     write_lines(tmp_path / "valid.jsonl", make_records(8, seed=1))
     config = tmp_path / "run.yaml"

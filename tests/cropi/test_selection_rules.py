@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.stores import in_memory
 
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
@@ -21,7 +22,6 @@ from cropi.ranking.selection import select
 from cropi.ranking.shares import apportion, read_quotas
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.values import best_of, fuse_ranks, order_of
-from cropi.store.memory import MemoryStore
 from cropi.store.shards import RowInfo
 
 
@@ -229,14 +229,6 @@ def test_weights_for_all_have_mean_one() -> None:
         chosen.soft_weights(0)
 
 
-def store_of(vectors: torch.Tensor, names: list[str]) -> MemoryStore:
-    store = MemoryStore({"spec": {"dim": vectors.shape[1]}})
-    for name, vector in zip(names, vectors):
-        store.add(RowInfo(name, norm=float(vector.norm())), vector)
-    store.finish()
-    return store
-
-
 @pytest.mark.parametrize(
     ("options", "belongs"),
     [
@@ -274,13 +266,13 @@ def test_near_copies_are_left_out_and_named() -> None:
     rows = torch.stack([eye[0], 2 * eye[0] + 0.1 * eye[1], eye[1], -eye[0], eye[2], 3 * eye[1]])
     names = [f"{i:02d}" for i in range(6)]
     scores = table_of([9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
-    chosen = select(scores, count=4, dedup=0.9, sketches=store_of(rows, names))
+    chosen = select(scores, count=4, dedup=0.9, sketches=in_memory(rows, names))
     assert chosen.ids == ["00", "02", "03", "04"] and chosen.copies == {"01": "00"}
-    assert select(scores, count=5, dedup=0.9, sketches=store_of(rows, names)).copies == {
+    assert select(scores, count=5, dedup=0.9, sketches=in_memory(rows, names)).copies == {
         "01": "00",
         "05": "02",
     }
-    assert select(scores, count=4, dedup=0.9999, sketches=store_of(rows, names)).ids == [
+    assert select(scores, count=4, dedup=0.9999, sketches=in_memory(rows, names)).ids == [
         "00",
         "01",
         "02",
@@ -294,7 +286,7 @@ def test_exact_copies_are_found_at_the_highest_bounds() -> None:
     rows = torch.randn(40, 1024) ** 5
     names = [f"{i:02d}" for i in range(80)]
     scores = table_of([80.0 - i for i in range(80)])
-    chosen = select(scores, count=80, dedup=0.9999, sketches=store_of(torch.cat([rows, 2 * rows]), names))
+    chosen = select(scores, count=80, dedup=0.9999, sketches=in_memory(torch.cat([rows, 2 * rows]), names))
     assert chosen.ids == names[:40]
     assert chosen.copies == dict(zip(names[40:], names[:40]))
 
@@ -313,10 +305,10 @@ def test_deduplication_is_greedy_over_blocks_and_groups() -> None:
     for i in range(900):
         if all(float(unit[i] @ unit[j]) <= 0.9 for j in taken):
             taken.append(i)
-    made = Distinct(store_of(rows, names), 0.9)
+    made = Distinct(in_memory(rows, names), 0.9)
     assert made.take(names, 900) == taken
     assert len(made.copies) == 900 - len(taken)
-    again = Distinct(store_of(rows, names), 0.9)
+    again = Distinct(in_memory(rows, names), 0.9)
     first = again.take(names[:400], 100)
     assert first == taken[:100]
     later = again.take(names[400:], 900)  # also far from what the first call took
@@ -336,7 +328,7 @@ def test_diverse_choices_cover_the_directions(method: str) -> None:
     which = [0, 0, 0, 1, 1, 0, 2, 2, 3, 1, 3, 2]
     rows = torch.stack([eye[i] for i in which]) + 0.01 * torch.randn(12, 16)
     scores = table_of(np.arange(12.0)[::-1])
-    store = store_of(rows, [f"{i:02d}" for i in range(12)])
+    store = in_memory(rows, [f"{i:02d}" for i in range(12)])
     plain = select(scores, count=4)
     assert {which[int(name)] for name in plain.ids} == {0, 1}
     options: dict[str, Any] = {
@@ -395,7 +387,7 @@ def test_clusters_give_their_best_in_turns() -> None:
 
 def test_the_store_of_the_scores_is_found_or_asked_for(tmp_path: Path) -> None:
     rows = torch.eye(4)
-    train, valid = store_of(rows, list("abcd")), store_of(rows[:1], ["v"])
+    train, valid = in_memory(rows, list("abcd")), in_memory(rows[:1], ["v"])
     scores = influence(train, [valid])
     assert select(scores, count=2, dedup=0.5).ids == ["a", "b"]
     write_scores(tmp_path / "s.parquet", scores, select(scores, count=2, per="pool"))

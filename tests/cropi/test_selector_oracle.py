@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.special import ndtr
 from support.made_data import make_model
+from support.oracle import flat_gradient, objective, response_logprobs
 
 import cropi
 from cropi import Selector
@@ -168,22 +169,10 @@ REWARDS = {
 }
 
 
-def logprobs(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-
-
 def gradient(model: Any, behaviour: Any, name: str) -> torch.Tensor:
-    """``(1/K) sum_k (1/|tau_k|) sum_t (pi / beta) A_k grad log pi`` (arXiv 2510.26491), one response at a time."""
-    rewards = torch.tensor(REWARDS[name], dtype=torch.float64)
-    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-    model.zero_grad()
-    for advantage, response in zip(advantages, RESPONSES):
-        with torch.no_grad():
-            old = logprobs(behaviour, PROMPTS[name], response)
-        ratio = (logprobs(model, PROMPTS[name], response) - old).exp()
-        (advantage * ratio.mean() / len(RESPONSES)).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    record = {"prompt_ids": PROMPTS[name], "response_ids": RESPONSES, "rewards": REWARDS[name]}
+    stored = [response_logprobs(behaviour, PROMPTS[name], response).tolist() for response in RESPONSES]
+    return flat_gradient(model, objective(model, record | {"logprobs": stored}))
 
 
 def sketched(model: Any, behaviour: Any, names: str) -> cropi.SketchedBatch:
@@ -196,7 +185,7 @@ def sketched(model: Any, behaviour: Any, names: str) -> cropi.SketchedBatch:
         mask[i, : len(prompt + response)] = 1
         here = slice(len(prompt), len(prompt + response))
         scored[i, here] = 1
-        old[i, here] = logprobs(behaviour, prompt, response).detach()
+        old[i, here] = response_logprobs(behaviour, prompt, response).detach()
     return cropi.score_batch(
         model, ids, mask, response_mask=scored, prompt_ids=[name for name, _ in rows], old_logprobs=old,
         rewards=torch.tensor([REWARDS[name][k] for name, k in rows]),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.made_data import make_model
+from support.oracle import gspo, sketch_of, stored_logprobs
 
 import cropi
 from cropi.gradient.estimators import make_estimator
@@ -14,7 +15,6 @@ from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi_kernels import SketchSpec
-from cropi_kernels.testing import sketch_gradients
 
 SPEC = SketchSpec(1024)
 GSPO = make_estimator("gspo", clip_low=0.5, clip_high=0.5)
@@ -23,11 +23,7 @@ PROMPT, RESPONSES, REWARDS = (
     [[20, 21, 1], [22, 1], [23, 24, 25, 1], [20, 21, 1]],
     [1.0, 0.0, 0.5, 1.0],
 )
-
-
-def logprobs(model: Any, response: list[int]) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([PROMPT + response])).logits[0, len(PROMPT) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+RECORD = {"id": "a", "prompt_ids": PROMPT, "response_ids": RESPONSES, "rewards": REWARDS}
 
 
 def near(scale: float = 0.05) -> Any:
@@ -40,31 +36,19 @@ def near(scale: float = 0.05) -> Any:
     return model
 
 
-def exact(old: list[torch.Tensor]) -> torch.Tensor:
-    model, advantages = make_model().double(), GSPO.advantages(REWARDS)
-    for k, response in enumerate(RESPONSES):
-        values = logprobs(model, response)
-        ratio = (values.detach() - old[k].double()).mean().exp()
-        flat = ratio > 1.5 if advantages[k] > 0 else ratio < 0.5
-        if not flat:
-            (ratio * advantages[k] * values.mean() / len(RESPONSES)).backward()
-    return sketch_gradients(
-        model, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, SPEC
-    )
+def stored() -> list[list[float]]:
+    return stored_logprobs(near(), RECORD)
 
 
-def stored() -> list[torch.Tensor]:
-    beta = near()
-    return [logprobs(beta, r).detach() for r in RESPONSES]
+def exact(old: list[list[float]]) -> torch.Tensor:
+    return sketch_of(make_model().double(), RECORD | {"logprobs": old}, ("std", gspo(0.5, 0.5)), SPEC)
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 @pytest.mark.parametrize("from_model", [False, True])
 def test_a_job_runs_the_policy_as_often_as_for_ratios_of_tokens(layout: str, from_model: bool) -> None:
     old, model = stored(), make_model()
-    record = {"id": "a", "prompt_ids": PROMPT, "response_ids": RESPONSES, "rewards": REWARDS}
-    if not from_model:
-        record["logprobs"] = [values.tolist() for values in old]
+    record = RECORD if from_model else RECORD | {"logprobs": old}
     seen: list[int] = []
     model.model.register_forward_hook(lambda *_: seen.append(1))
     passes = []
@@ -92,7 +76,7 @@ def test_a_trainers_batch() -> None:
     for i, response in enumerate(RESPONSES):
         end = len(PROMPT) + len(response)
         ids[i, :end], mask[i, :end] = torch.tensor(PROMPT + response), 1
-        scored[i, len(PROMPT) : end], beta[i, len(PROMPT) : end] = 1, old[i]
+        scored[i, len(PROMPT) : end], beta[i, len(PROMPT) : end] = 1, torch.tensor(old[i])
     batch = cropi.score_batch(
         make_model(), ids, mask, response_mask=scored, prompt_ids=["a"] * len(RESPONSES),
         rewards=torch.tensor(REWARDS), old_logprobs=beta, estimator=GSPO, spec=SPEC,

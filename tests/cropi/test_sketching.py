@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.oracle import stored_logprobs, with_token_ids
+from support.stores import sketches_of
 
 from cropi.errors import CropiError
 from cropi.gradient.estimators import ESTIMATORS
@@ -30,9 +32,7 @@ def sketched(out: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]:
         SketchJob([path], out, spec=SketchSpec(dim=1024), **options),
         progress=False,
     )
-    return {
-        row.id: vector for rows, table in SketchStore.open(out).shards() for row, vector in zip(rows, table)
-    }
+    return sketches_of(out)
 
 
 def test_a_model_that_cannot_be_sketched_is_refused_before_anything_is_written(
@@ -80,17 +80,13 @@ def test_training_mode_without_dropout_is_taken_and_gradient_checkpointing_with_
 
 def with_ratio(records: list[dict[str, Any]], model: Any, ratio: list[float]) -> list[dict[str, Any]]:
     """Records with log-probs under which the policy's ratio is ``ratio[k]`` at every token of response k."""
-    tokenizer = make_tokenizer()
-    for record in records:
-        prompt = record["prompt_ids"] = tokenizer(record["prompt"])["input_ids"]
-        record["response_ids"] = [[*tokenizer(text)["input_ids"], 1] for text in record["responses"]]
-        record["logprobs"] = []
-        for k, ids in enumerate(record["response_ids"]):
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-            found = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0] - math.log(ratio[k])
-            record["logprobs"].append(found.clamp(max=0.0).tolist())
-    return records
+    made = [with_token_ids(record) for record in records]
+    for record in made:
+        record["logprobs"] = [
+            [min(p - math.log(r), 0.0) for p in found]
+            for r, found in zip(ratio, stored_logprobs(model, record), strict=True)
+        ]
+    return made
 
 
 @pytest.mark.long
@@ -140,5 +136,5 @@ def test_the_checks_of_the_model_can_be_switched_off(tmp_path: Path, monkeypatch
         sketch(policy, job, progress=False)
         assert len(tests) == (0 if not verify else 1)
     stores = [SketchStore.open(tmp_path / name) for name in ("off", "on")]
-    one, other = ({r.id: s for rows, t in store.shards() for r, s in zip(rows, t)} for store in stores)
+    one, other = (sketches_of(store) for store in stores)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

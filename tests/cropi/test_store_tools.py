@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.commands import json_lines
 from support.first_release import as_first_release
 from test_store import DIM, MANIFEST, content, fill, vector
 
@@ -234,7 +234,7 @@ def test_export_to_numpy_and_parquet(tmp_path: Path, capsys: pytest.CaptureFixtu
     line = f"store export {tmp_path}/s --out {tmp_path}"
     assert main(f"{line}/x.npy".split()) == 0
     matrix = np.load(tmp_path / "x.npy", mmap_mode="r")
-    rows = [json.loads(text) for text in (tmp_path / "x.npy.rows.jsonl").read_text().splitlines()]
+    rows = json_lines(tmp_path / "x.npy.rows.jsonl")
     assert [row["id"] for row in rows] == sorted(want) and [row["row"] for row in rows] == list(
         range(len(want))
     )

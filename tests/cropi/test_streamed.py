@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.stores import sketches_of
 
 from cropi.errors import CropiError
 from cropi.ranking.products import in_order, products
@@ -45,7 +46,7 @@ def threads() -> Iterator[Any]:
 
 def test_every_prompt_gets_its_products_with_any_number_of_threads(store: SketchStore, threads: Any) -> None:
     directions = torch.randn(3, DIM, generator=torch.Generator().manual_seed(1))
-    sketches = {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
+    sketches = sketches_of(store)
     seen = []
     for count in (1, 2, 5):
         threads(count)

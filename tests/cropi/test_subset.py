@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer
+from support.stores import sketches_of
 
 import cropi
 from cropi.data.readers import read
@@ -113,7 +114,7 @@ def test_sketches_are_right_on_average(few: dict[str, Any]) -> None:
     options = dict(dim=1024, progress=False, behaviour="current")
 
     def rows(store: cropi.SketchStore) -> torch.Tensor:
-        found = {row.id: vector for kept, vectors in store.shards() for row, vector in zip(kept, vectors)}
+        found = sketches_of(store)
         return torch.stack([found[name] for name in sorted(found)]).double()
 
     full = rows(cropi.sketch(policy, records, **options))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.stores import sketches_of
 from tokenizers.processors import TemplateProcessing
 
 from cropi.data.records import parse_record
@@ -284,7 +285,7 @@ def test_a_store_that_is_continued_on_another_day_keeps_its_date(
         sketch(Policy(model, tokenizer), job, progress=False)
         store = SketchStore.open(tmp_path / out)
         assert store.manifest["tokens"]["template_date"] == "2026-01-31"
-        return {row.id: v for rows, table in store.shards() for row, v in zip(rows, table)}
+        return sketches_of(store)
 
     with pytest.warns(DatedTemplate, match="2026-01-31 is taken for all"):
         run("whole")

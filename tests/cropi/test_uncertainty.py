@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.stores import on_disk
 
 from cropi.errors import CropiError
 from cropi.ranking.influence import influence
@@ -19,34 +19,22 @@ from cropi.store.shards import RowInfo
 from cropi.store.store import SketchStore
 
 
-def make_store(
-    path: Path, sketches: torch.Tensor, sets: list[str], start: str, **changes: Any
-) -> SketchStore:
-    manifest = {
-        "spec": {"dim": sketches.shape[1]}, "hash_version": 1, "stage": "0",
-        "model": {"dtype": "float32", "weights": "aa"}, "parameters": {}, "dtype": "float32",
-    }  # fmt: skip
-    with SketchStore.create(path, manifest | changes, shard_rows=7) as store:
-        for i, (vector, name) in enumerate(zip(sketches, sets, strict=True)):
-            if bool(vector.abs().sum() == 0):
-                store.add(RowInfo(f"{start}{i:03d}", "skipped", "equal rewards", set=name))
-            else:
-                store.add(RowInfo(f"{start}{i:03d}", set=name), vector)
-    return SketchStore.open(path)
+def two_stores(folder: Path, train: int, x: int, y: int) -> tuple[SketchStore, SketchStore]:
+    """Training and validation prompts with a direction in common, one of each without a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, 24, generator=generator)
+    pool = torch.randn(train, 24, generator=generator) + 0.5 * common
+    valid = torch.randn(x + y, 24, generator=generator) + common
+    pool[5] = valid[3] = 0
+    return (
+        on_disk(folder / "t", pool, "t", ["train"] * train),
+        on_disk(folder / "v", valid, "v", ["x"] * x + ["y"] * y),
+    )
 
 
 @pytest.fixture
 def stores(tmp_path: Path) -> tuple[SketchStore, SketchStore]:
-    generator = torch.Generator().manual_seed(0)
-    common = torch.randn(1, 24, generator=generator)
-    train = torch.randn(40, 24, generator=generator) + 0.5 * common
-    valid = torch.randn(17, 24, generator=generator) + common
-    train[5] = 0
-    valid[3] = 0
-    return (
-        make_store(tmp_path / "t", train, ["train"] * 40, "t"),
-        make_store(tmp_path / "v", valid, ["x"] * 9 + ["y"] * 8, "v"),
-    )
+    return two_stores(tmp_path, 40, 9, 8)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
@@ -95,8 +83,8 @@ def test_neighbours_are_the_ends_of_the_whole_order(stores: tuple[SketchStore, S
 
 
 def test_equal_neighbours_are_ordered_by_id(tmp_path: Path) -> None:
-    train = make_store(tmp_path / "t", torch.ones(20, 4), ["t"] * 20, "t")
-    valid = make_store(tmp_path / "v", torch.ones(1, 4), ["x"], "v")
+    train = on_disk(tmp_path / "t", torch.ones(20, 4), "t", ["t"] * 20)
+    valid = on_disk(tmp_path / "v", torch.ones(1, 4), "v", ["x"])
     helpful, harmful = neighbours(train, [valid], 4)["v000"]
     assert [n.id for n in helpful] == [n.id for n in harmful] == ["t000", "t001", "t002", "t003"]
 
@@ -210,7 +198,7 @@ def test_the_choice_is_that_of_select(stores: tuple[SketchStore, SketchStore]) -
     """Without noise (every validation prompt the same) every draw must choose what ``select`` chooses."""
     train, _ = stores
     folder = train.path.parent
-    valid = make_store(folder / "w", torch.ones(6, 24), ["x"] * 3 + ["y"] * 3, "v")
+    valid = on_disk(folder / "w", torch.ones(6, 24), "v", ["x"] * 3 + ["y"] * 3)
     scores = influence(train, [valid])
     for method in ("rrf", "max"):
         made = uncertainty(pairwise(train, [valid]), fraction=0.2, method=method, draws=3)
@@ -238,8 +226,8 @@ def test_a_set_of_one_prompt_has_no_estimate() -> None:
 def test_mistakes(stores: tuple[SketchStore, SketchStore], tmp_path: Path) -> None:
     train, valid = stores
     pairs = pairwise(train, [valid])
-    other = make_store(tmp_path / "o", torch.ones(2, 24), ["x"] * 2, "v", stage="1")
-    empty = make_store(tmp_path / "e", torch.zeros(2, 24), ["x"] * 2, "v")
+    other = on_disk(tmp_path / "o", torch.ones(2, 24), "v", ["x"] * 2, stage="1")
+    empty = on_disk(tmp_path / "e", torch.zeros(2, 24), "v", ["x"] * 2)
     for call, named in (
         (lambda: pairwise(train, []), "valid is empty"),
         (lambda: pairwise(train, [other]), "stage"),

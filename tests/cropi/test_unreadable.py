@@ -22,7 +22,7 @@ import pytest
 import torch
 from data.make_formats import HERE, records
 from safetensors.torch import save_file
-from support.made_data import make_model, make_tokenizer
+from support.made_data import make_model, make_tokenizer, save_policy
 from support.made_dumps import KINDS, MORE, made, write
 
 from cropi import files
@@ -405,8 +405,7 @@ def test_weights_that_cannot_be_opened_are_not_said_to_be_missing(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As safetensors says."""
-    make_model().save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
+    save_policy(tmp_path)
     weights, right = tmp_path / "model.safetensors", os.open
     save_file({"w.exp_avg_sq": torch.ones(2)}, tmp_path / "optimizer.safetensors")
 

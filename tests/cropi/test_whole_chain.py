@@ -7,7 +7,6 @@ autograd, one response at a time, and everything after the sketches is NumPy.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import torch
 from scipy.special import stdtrit
 from support.made_data import make_model
+from support.oracle import OBJECTIVES, advantages, response_logprobs, sketch_of
 
 import cropi
 from cropi.errors import CropiError
@@ -23,12 +23,10 @@ from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import OK, SKIPPED, RowInfo
-from cropi_kernels import SketchSpec, canonical_name
-from cropi_kernels.testing import sketch_gradients
+from cropi_kernels import SketchSpec
 
 SPEC = SketchSpec(1024)
 GIVEN: dict[str, Any] = dict(dim=SPEC.dim, behaviour_check="off", verify=False, progress=False)
-EPS = 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------ rollouts
@@ -49,7 +47,7 @@ def rollouts(model: Any, count: int, seed: int, sets: int = 0) -> list[dict[str,
         rewards = rng.choice([0.0, 0.25, 1.0], len(responses)).tolist() if i % 5 else [0.5] * len(responses)
         rewards[0] = rewards[0] if i % 5 == 0 or len(set(rewards)) > 1 else 0.75
         with torch.no_grad():
-            now = [logprobs(model, prompt, ids, temperature).numpy() for ids in responses]
+            now = [response_logprobs(model, prompt, ids, temperature).numpy() for ids in responses]
         before = [(p - 0.35 * rng.standard_normal(len(p))).clip(max=0.0).tolist() for p in now]
         made.append(
             {
@@ -62,78 +60,13 @@ def rollouts(model: Any, count: int, seed: int, sets: int = 0) -> list[dict[str,
     return made
 
 
-def logprobs(model: Any, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-
-
-# ---------------------------------------------------------------------------------------------------- objectives
-def advantages(rewards: list[float], kind: str) -> list[float]:
-    """``std``: (R - mean) / (sd + eps); ``mean``: R - mean; ``loo``: R - mean of the others."""
-    r = np.array(rewards, dtype=np.float64)
-    if kind == "loo":
-        return [float(r[k] - np.delete(r, k).mean()) for k in range(len(r))]
-    centred = r - r.mean()
-    return (centred / (r.std(ddof=1) + EPS) if kind == "std" else centred).tolist()
-
-
-def clipped(ratio: torch.Tensor, a: float, low: float, high: float) -> torch.Tensor:
-    return torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
-
-
-def per_response(
-    term: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
-) -> Callable[..., torch.Tensor]:
-    return lambda new, old, a: sum(term(p, q, x) for p, q, x in zip(new, old, a, strict=True)) / len(new)  # type: ignore[return-value]
-
-
-def per_token(
-    term: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
-) -> Callable[..., torch.Tensor]:
-    return lambda new, old, a: (
-        sum(term(p, q, x).sum() for p, q, x in zip(new, old, a, strict=True)) / sum(map(len, new))  # type: ignore[return-value]
-    )
-
-
-def ppo(p: torch.Tensor, q: torch.Tensor, a: float) -> torch.Tensor:
-    return clipped((p - q).exp(), a, 0.2, 0.2)
-
-
-OBJECTIVES: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
-    "cropi": ("std", per_response(lambda p, q, a: ((p - q).exp() * a).mean())),
-    "grpo": ("std", per_response(lambda p, q, a: ppo(p, q, a).mean())),
-    "ppo": ("std", per_response(lambda p, q, a: ppo(p, q, a).mean())),
-    "gspo": ("std", per_response(lambda p, q, a: clipped((p - q).mean().exp(), a, 3e-4, 4e-4))),
-    "reinforce": ("mean", per_response(lambda p, q, a: (p * a).sum())),
-    "rloo": ("loo", per_response(lambda p, q, a: (p * a).sum())),
-    "dr_grpo": ("mean", per_response(lambda p, q, a: ppo(p, q, a).sum())),
-    "bnpo": ("std", per_response(lambda p, q, a: ppo(p, q, a).sum())),
-    "dapo": ("std", per_token(lambda p, q, a: clipped((p - q).exp(), a, 0.2, 0.28))),
-    "cispo": ("std", per_token(lambda p, q, a: (p - q).exp().clamp(max=5.0).detach() * a * p)),
-}
-
-
-def gradient(model: Any, record: dict[str, Any], estimator: str) -> dict[str, torch.Tensor]:
-    """Of the estimator's objective of one prompt, over the tokens that are scored."""
-    kind, objective = OBJECTIVES[estimator]
-    model.zero_grad()
-    new, old = list[torch.Tensor](), list[torch.Tensor]()
-    for ids, mask, before in zip(
-        record["response_ids"], record["loss_mask"], record["logprobs"], strict=True
-    ):
-        kept = torch.tensor(mask, dtype=torch.bool)
-        new.append(logprobs(model, record["prompt_ids"], ids, record["temperature"])[kept])
-        old.append(torch.tensor(before, dtype=torch.float64)[kept].to(new[-1].dtype))
-    objective(new, old, advantages(record["rewards"], kind)).backward()
-    return {canonical_name(n): p.grad.double().clone() for n, p in model.named_parameters()}
-
-
+# ---------------------------------------------------------------------------------------------------- gradients
 def exact(model: Any, records: list[dict[str, Any]], estimator: str) -> np.ndarray:
     """float64 [prompts, dim]; NaN without a gradient: all rewards are equal, or all tokens clipped."""
     made = np.full((len(records), SPEC.dim), np.nan)
     for row, record in zip(made, records, strict=True):
         if len(set(record["rewards"])) > 1:
-            sketched = sketch_gradients(model, gradient(model, record, estimator), SPEC).double().numpy()
+            sketched = sketch_of(model, record, estimator, SPEC).numpy()
             row[:] = sketched if sketched.any() else np.nan
     return made
 
@@ -229,7 +162,7 @@ def health(model: Any, record: dict[str, Any], estimator: str) -> list[float]:
     ):
         kept = np.array(mask, dtype=bool)
         with torch.no_grad():
-            now = logprobs(model, record["prompt_ids"], ids, record["temperature"]).numpy()
+            now = response_logprobs(model, record["prompt_ids"], ids, record["temperature"]).numpy()
         moved = (now - np.array(before))[kept]
         rho = np.exp(np.full(len(moved), moved.mean()) if estimator == "gspo" else moved)
         ratios.append(rho)
@@ -305,10 +238,8 @@ def test_choices_from_any_table(rule: dict[str, Any]) -> None:
             sketches[i] = 2 * sketches[int(rng.integers(i))] if rng.random() < 0.3 else sketches[i]
         store = MemoryStore({"spec": {"dim": 16}})
         for row, vector, gone in zip(rows, torch.from_numpy(sketches).float(), missing, strict=True):
-            info = RowInfo(
-                row["id"], SKIPPED if gone else OK, "equal rewards" if gone else "", task=row["task"]
-            )
-            store.add(info, None if gone else vector)
+            status = (SKIPPED, "equal rewards") if gone else (OK, "")
+            store.add(RowInfo(row["id"], *status, task=row["task"]), None if gone else vector)
         store.finish()
         given = {"sketches": sketches} if "dedup" in rule else {}
         want = chosen(table, rows, fraction := float(rng.choice([0.1, 0.3, 0.5, 1.0])), **rule, **given)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from support.made_data import make_model, make_tokenizer, write_lines
+from support.oracle import response_logprobs, sketch_of
+from support.stores import sketches_of
 
 from cropi.errors import CropiError
 from cropi.gradient.equal import equal_responses, sum_of_equals
-from cropi.gradient.estimators import ESTIMATORS, Estimator
+from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.zero import Suspicion, is_zero, rounding
 from cropi.model.policy import Policy
 from cropi.ranking.influence import validation_means
@@ -24,8 +25,6 @@ from cropi.sketching.run import sketch
 from cropi.store.shards import RowInfo
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
-from cropi_kernels.names import canonical_name
-from cropi_kernels.testing import sketch_gradients
 
 SPEC = SketchSpec(dim=1024)
 
@@ -40,41 +39,13 @@ def job(
     path = write_lines(out.with_suffix(".jsonl"), records)
     sketch(Policy(model, make_tokenizer()), SketchJob([path], out, spec=SPEC, **options), progress=False)
     store = SketchStore.open(out)
-    vectors = {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table)}
+    vectors = sketches_of(store)
     return vectors, {row.id: row for row in store.rows()}
 
 
-def exact(
-    model: Any, record: dict[str, Any], estimator: Estimator, exclude: tuple[str, ...] = ()
-) -> torch.Tensor:
-    """Plain autograd in float64, one response at a time, equal ones too."""
-    wide = copy.deepcopy(model).double()
-    prompt, responses = record["prompt_ids"], record["response_ids"]
-    masks = record.get("loss_mask") or [[1] * len(ids) for ids in responses]
-    advantages = estimator.advantages(record["rewards"])
-    divisors = estimator.divisors([sum(mask) for mask in masks])
-    total: Any = 0.0
-    for k, response in enumerate(responses):
-        logits = wide(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[
-            0, len(prompt) - 1 : -1
-        ]
-        logp = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-        old = (
-            torch.tensor(record["logprobs"][k]) if estimator.ratio and "logprobs" in record else logp.detach()
-        )
-        ratio, advantage = (logp - old).exp(), float(advantages[k])
-        terms = ratio * advantage
-        if estimator.clip_low is not None and estimator.clip_high is not None:
-            inside = ratio.clamp(1 - estimator.clip_low, 1 + estimator.clip_high) * advantage
-            terms = torch.minimum(terms, inside)
-        total = total + (terms * torch.tensor(masks[k])).sum() / divisors[k]
-    named = {canonical_name(n): p for n, p in wide.named_parameters()}
-    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
-    gradients = {
-        name: torch.zeros_like(p) if g is None else g
-        for (name, p), g in zip(named.items(), found, strict=True)
-    }
-    return sketch_gradients(wide, gradients, SPEC, exclude)
+def exact(model: Any, record: dict[str, Any], estimator: str) -> torch.Tensor:
+    """In float64, one response at a time, equal ones too."""
+    return sketch_of(copy.deepcopy(model).double(), record, estimator, SPEC)
 
 
 def error(got: torch.Tensor, right: torch.Tensor) -> float:
@@ -118,7 +89,7 @@ def test_equal_responses_are_computed_once_with_the_sum_of_their_weights(
         )  # fmt: skip
         got, rows = job(tmp_path / f"s{budget}", model, records, **options)
         for record in records:
-            assert error(got[record["id"]], exact(model, record, estimator)) < 2e-5
+            assert error(got[record["id"]], exact(model, record, name)) < 2e-5
             assert rows[record["id"]].tokens == sum(
                 map(sum, record["loss_mask"]) if masks else map(len, record["response_ids"])
             )
@@ -128,11 +99,7 @@ def test_statistics_of_a_row_count_every_one_of_equal_responses(tmp_path: Path) 
     """Half of the tokens has the ratio 2, a quarter 1/2 and a quarter 1; equal responses differ in it."""
     model = make_model()
     response, other = [5, 9, 12], [7, 8, 11]
-    with torch.no_grad():
-        found = []
-        for ids_ in (response, other):
-            logits = model(input_ids=torch.tensor([[3, 4, *ids_]])).logits[0, 1:-1].log_softmax(-1)
-            found.append(logits.gather(1, torch.tensor(ids_)[:, None])[:, 0])
+    found = [response_logprobs(model, [3, 4], ids).detach() for ids in (response, other)]
     shifts = {0: 2.0, 1: 0.5, 2: 1.0, 3: 2.0}
     logprobs = [(found[k % 3 == 2] - float(np.log(r))).tolist() for k, r in shifts.items()]
     responses = [other if k % 3 == 2 else response for k in shifts]
@@ -179,17 +146,15 @@ def test_log_probs_of_their_own_or_clipping_keep_equal_responses_from_cancelling
         "logprobs": [[-4.0] * 5, [-4.5, -4.0, -4.0, -4.0, -4.0]],
     }  # fmt: skip
     got, _ = job(tmp_path / "own", model, [record])
-    assert error(got["a"], exact(model, record, ESTIMATORS["cropi"])) < 1e-5
+    assert error(got["a"], exact(model, record, "cropi")) < 1e-5
     record["logprobs"][1] = record["logprobs"][0]
     _, rows = job(tmp_path / "equal", model, [record])
     assert rows["a"].reason == "zero gradient"
     # A ratio above 1.2 is clipped where the advantage is positive, and not where it is negative.
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([record["prompt_ids"] + a])).logits[0, 3:-1].log_softmax(-1)
-    old = (logits.gather(1, torch.tensor(a)[:, None])[:, 0] - 0.5).tolist()
+    old = (response_logprobs(model, record["prompt_ids"], a).detach() - 0.5).tolist()
     record["logprobs"] = [old, old]
     got, _ = job(tmp_path / "ppo", model, [record], estimator=ESTIMATORS["ppo"])
-    assert error(got["a"], exact(model, record, ESTIMATORS["ppo"])) < 1e-5
+    assert error(got["a"], exact(model, record, "ppo")) < 1e-5
 
 
 TWINS = ("*embed_tokens*", "lm_head*")
@@ -262,7 +227,6 @@ def test_small_gradients_that_are_right_stay(tmp_path: Path) -> None:
     """A long common beginning cancels; a sure policy; rewards that hardly differ. Held to float64."""
     rng, model = random.Random(4), make_model(max_position_embeddings=512)
     begin = ids(rng, 200)
-    reinforce = replace(ESTIMATORS["reinforce"])
     small = {
         "id": "begin", "prompt_ids": ids(rng, 5), "response_ids": [[*begin, 7], [*begin, 8]], "rewards": [1.0, 0.0]
     }  # fmt: skip
@@ -270,9 +234,9 @@ def test_small_gradients_that_are_right_stay(tmp_path: Path) -> None:
         "id": "close", "prompt_ids": ids(rng, 5), "response_ids": [ids(rng, 6), ids(rng, 6)],
         "rewards": [0.5, 0.50001],
     }  # fmt: skip
-    got, _ = job(tmp_path / "s", model, [small, close], estimator=reinforce)
+    got, _ = job(tmp_path / "s", model, [small, close], estimator=ESTIMATORS["reinforce"])
     for record in (small, close):
-        assert error(got[record["id"]], exact(model, record, reinforce)) < 1e-4
+        assert error(got[record["id"]], exact(model, record, "reinforce")) < 1e-4
     sure = copy.deepcopy(model)
     with torch.no_grad():
         sure.lm_head.weight.mul_(20.0)
@@ -285,7 +249,7 @@ def test_small_gradients_that_are_right_stay(tmp_path: Path) -> None:
             responses.append(text[len(prompt) :])
     record = {"id": "sure", "prompt_ids": prompt, "response_ids": responses, "rewards": [1.0, 0.0]}
     got, _ = job(tmp_path / "sure", sure, [record])
-    assert error(got["sure"], exact(sure, record, ESTIMATORS["cropi"])) < 1e-3
+    assert error(got["sure"], exact(sure, record, "cropi")) < 1e-3
 
 
 def test_the_rule_itself() -> None:

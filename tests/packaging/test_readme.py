@@ -90,10 +90,9 @@ def test_six_lines_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As they stand there, but for the model."""
-    from support.made_data import make_model, make_records, make_tokenizer, write_lines
+    from support.made_data import make_records, save_policy, write_lines
 
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     for number, name in enumerate(("train", "math", "code")):
         write_lines(tmp_path / f"{name}.jsonl", make_records(12, seed=number))
     code, _, _ = blocks("python")
@@ -176,11 +175,10 @@ def test_trl_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """As it stands in docs/trl.md, but on a small model and rollouts of its vocabulary."""
     pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
     from support.commands import json_lines
-    from support.made_data import make_model, make_tokenizer
+    from support.made_data import save_policy
     from support.trl_runs import selected, stored
 
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model", chat=True)
     for number, name in enumerate(("train", "valid")):
         chat = [{"role": "user", "content": "1+1="}]
         stored(tmp_path / f"{name}.jsonl", seed=number, count=40, prompt=chat)

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from cropi.cli import main
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.commands import json_lines
+from support.made_data import make_records, save_policy, write_lines
 
 # Training that costs nothing: every weight is moved by an amount that depends on the selection, and the call is
 # noted, so that a test can tell how often each stage was trained.
@@ -32,8 +33,7 @@ save_file(moved, os.path.join(out, "model.safetensors"), {"format": "pt"})
 
 def make_folder(folder: Path) -> Path:
     """A folder with a model, trajectory files and a trainer."""
-    make_model(tie_word_embeddings=False).save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
+    save_policy(folder / "model", tie_word_embeddings=False)
     write_lines(folder / "train.jsonl", make_records(40))
     write_lines(folder / "valid.jsonl", make_records(12, seed=1, sets=["x", "y"]))
     (folder / "nudge.py").write_text(NUDGE)
@@ -58,10 +58,7 @@ def curriculum(path: Path, *words: object) -> int:
 
 
 def selections(out: Path) -> list[list[dict[str, Any]]]:
-    return [
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted(out.glob("stage-*/selected.jsonl"))
-    ]
+    return [json_lines(path) for path in sorted(out.glob("stage-*/selected.jsonl"))]
 
 
 def report(out: Path) -> list[dict[str, Any]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from support.made_data import write_lines
 
 TEMPERATURE = ("--temperature", "0.7")
 # prompt, response, mask, reward; the second prompt's responses have a tool's token in the middle.
@@ -335,7 +336,7 @@ def write(path: Path, made: Any) -> Path:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), path)
     else:
-        path.write_text("".join(json.dumps(line) + "\n" for line in made))
+        write_lines(path, made)
     return path
 
 

@@ -30,7 +30,7 @@ from cropi.cli import main as cropi  # noqa: E402
 from cropi.distributed import sharding  # noqa: E402
 from cropi.sketching.passes import Passes  # noqa: E402
 from cropi.store.store import SketchStore  # noqa: E402
-from support.made_data import make_model, make_records, make_tokenizer, write_lines  # noqa: E402
+from support.made_data import make_records, save_policy, write_lines  # noqa: E402
 from support.stores import content, equal  # noqa: E402
 
 sharding.BLAME_SECONDS = 1.0
@@ -110,8 +110,7 @@ def said(folder: Path, out: str, ranks: int) -> list[str]:
 def main() -> None:
     folder, found = Path(sys.argv[1]), {}
     # Of a tied weight transformers' plan makes the embeddings' and the head's parameter in two units.
-    make_model(tie_word_embeddings=True).save_pretrained(folder / "m")
-    make_tokenizer().save_pretrained(folder / "m")
+    save_policy(folder / "m", tie_word_embeddings=True)
     write_lines(folder / "t.jsonl", make_records(40))
     assert run(folder, "whole", 1, "--no-verify") == [0]
     killed = run(folder, "fsdp", 2, "--fsdp", after=(1, 6, signal.SIGKILL))

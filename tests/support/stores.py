@@ -1,18 +1,65 @@
-"""What a store holds, to compare two of them."""
+"""Stores of made-up rows, and what a store holds, to compare two of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cropi.store.memory import MemoryStore
+from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 
 
-def sketches_of(store: SketchStore) -> dict[str, torch.Tensor]:
+def in_memory(
+    vectors: Any,
+    ids: str | Sequence[str],
+    sets: Sequence[str] | None = None,
+    *,
+    skipped: str = "equal rewards",
+    **manifest: Any,
+) -> MemoryStore:
+    """A store of these rows, [n, dim]; a row of zeros is a prompt that was skipped, and why.
+
+    ``ids``: the prompts', or what they begin with, before a number.
+    """
+    store = MemoryStore({"spec": {"dim": vectors.shape[1]}} | manifest)
+    _add(store, vectors, ids, sets, skipped)
+    store.finish()
+    return store
+
+
+def on_disk(
+    path: Path, vectors: Any, ids: str | Sequence[str], sets: Sequence[str] | None = None, **manifest: Any
+) -> SketchStore:
+    """The same in files, of seven rows each."""
+    given = {
+        "spec": {"dim": vectors.shape[1]}, "hash_version": 1, "stage": "0", "parameters": {}, "dtype": "float32",
+        "model": {"dtype": "float32", "weights": "aa"},
+    }  # fmt: skip
+    with SketchStore.create(path, given | manifest, shard_rows=7) as store:
+        _add(store, vectors, ids, sets, "equal rewards")
+    return SketchStore.open(path)
+
+
+def _add(
+    store: Any, vectors: Any, ids: str | Sequence[str], sets: Sequence[str] | None, skipped: str
+) -> None:
+    for i, vector in enumerate(torch.as_tensor(vectors, dtype=torch.float32)):
+        name, of_set = f"{ids}{i:03d}" if isinstance(ids, str) else ids[i], None if sets is None else sets[i]
+        if bool(vector.any()):
+            store.add(RowInfo(name, set=of_set, norm=float(vector.norm())), vector)
+        else:
+            store.add(RowInfo(name, "skipped", skipped, set=of_set))
+
+
+def sketches_of(store: Path | SketchStore) -> dict[str, torch.Tensor]:
     """The sketch of every prompt that has one."""
+    if isinstance(store, Path):
+        store = SketchStore.open(store)
     return {row.id: vector for rows, table in store.shards() for row, vector in zip(rows, table.clone())}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ from typing import Any
 from cropi.trainers.trl import Curriculum, Recording, curriculum, recording
 from cropi_kernels import SketchSpec
 from support.commands import json_lines
-from support.made_data import make_model, make_records, make_tokenizer
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.oracle import with_token_ids
 
 SPEC = SketchSpec(dim=1024)
 # CROPI_TESTS_TRL_DEVICE=cuda starts the trainers on a GPU, in true float32: transformers would turn tf32 on.
@@ -91,11 +90,5 @@ def selected(out: Path, stage: int) -> list[str]:
 
 def stored(path: Path, *, seed: int, count: int, sets: list[str] | None = None, **changes: Any) -> Path:
     """A file of trajectories with token ids, for the prompts of ``dataset(count, seed)``."""
-    tokenizer = make_tokenizer()
-    records = copy.deepcopy(make_records(count, seed=seed, sets=sets))
-    for record in records:
-        record["response_ids"] = [tokenizer(text)["input_ids"] + [1] for text in record["responses"]]
-        record["prompt_ids"] = tokenizer(record["prompt"])["input_ids"]
-        record.update(changes)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
+    records = make_records(count, seed=seed, sets=sets)
+    return write_lines(path, [with_token_ids(record) | changes for record in records])

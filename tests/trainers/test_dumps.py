@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.commands import json_lines
 from support.made_dumps import KINDS, ROLLOUTS, logprobs, made, words, write
 
 from cropi.cli import main
@@ -36,7 +37,7 @@ def converted(kind: str, tmp_path: Path, content: Any, *more: str) -> int:
 @pytest.mark.parametrize("kind", TOKENS)
 def test_masks_log_probs_and_tokens_are_kept(kind: str, tmp_path: Path) -> None:
     assert converted(kind, tmp_path, made(kind)) == 0
-    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    written = json_lines(tmp_path / "out.jsonl")
     assert [record["id"] for record in written] == ["m0", "m1"]
     for number, record in enumerate(written):
         expected = ROLLOUTS[2 * number : 2 * number + 2]
@@ -53,7 +54,7 @@ def test_masks_log_probs_and_tokens_are_kept(kind: str, tmp_path: Path) -> None:
 
 def test_responses_that_were_cut_are_marked(tmp_path: Path) -> None:
     assert converted("slime", tmp_path, made("slime")) == 0
-    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    written = json_lines(tmp_path / "out.jsonl")
     assert [record["truncated"] for record in written] == [[False, False], [False, True]]
 
 

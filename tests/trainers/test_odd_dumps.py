@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from support.made_data import write_lines
 from support.made_dumps import trl, write
 
 from cropi.cli import main
@@ -51,6 +51,6 @@ def test_a_column_of_trl_without_a_name_is_a_column(tmp_path: Path) -> None:
     """It took the place of what names the prompts, whose advantages are compared."""
     rows = [row | {"": 0.0} for row in trl()]
     path = tmp_path / "completions_00007.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     rollouts = read_rollouts(path, "trl", Reading(temperature=0.7), Left())
     assert [one.reward for one in rollouts] == [1.0, 0.0, 0.5, 1.0]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 from support.made_dumps import KINDS, MORE, ROLLOUTS, chat, logprobs, made, messages, trl, vllm, write
 
 import cropi
@@ -126,8 +126,7 @@ def test_convert_writes_records_and_says_what_it_took_the_file_for(
 
 @pytest.mark.long
 def test_commands_take_dumps_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_policy(tmp_path / "model")
     path = dump("slime", tmp_path)
     words = [
         "sketch",

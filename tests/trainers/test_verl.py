@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.commands import json_lines
 from support.made_data import make_tokenizer, write_lines
 from support.made_verl import (
     HAS_VERL,
@@ -116,7 +117,7 @@ def test_selections_that_do_not_fit(tmp_path: Path, ids: list[int] | None, words
 def test_rows_without_a_stable_id(tmp_path: Path) -> None:
     selection = str(select_into(tmp_path / "selected.jsonl", [100, 101]))
     config = data_config(tmp_path, custom_cls=CUSTOM, cropi={"selection": selection})
-    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows = json_lines(tmp_path / "train.jsonl")
     rows[3]["extra_info"]["index"] = 100
     write_lines(tmp_path / "train.jsonl", rows)
     with pytest.raises(CropiError, match="rows 0 and 3 have the same extra_info.index '100'"):
