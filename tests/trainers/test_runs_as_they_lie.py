@@ -53,7 +53,7 @@ def test_areals_tasks_with_several_prompts_are_of_several_turns(tmp_path: Path) 
     assert rewards(write(path, rows[:2] + again)) == [[1.0, 0.0]] * 2
     rows[3]["prompt"] = "q1 and a turn"
     with pytest.raises(
-        CropiError, match=r"3.jsonl:3, prompt: differs between the samples of the task 1, so they have"
+        CropiError, match=r"3.jsonl:3, prompt: differs from that of a row beside it that is of the same task"
     ):
         groups(write(path, rows))
     # Both of its samples are left out.
@@ -202,6 +202,17 @@ def test_outputs_of_one_rollout_are_refused_in_verls_text_too(tmp_path: Path) ->
     rows[1]["uid"] = "5-a_0_1"
     with pytest.raises(CropiError, match=r"7.jsonl:2, uid: '5-a_0_1': one of several outputs of a rollout"):
         groups(write(path, rows))
+
+
+@lossy
+def test_turns_of_skyrl_are_no_responses_to_prompts_of_their_own(tmp_path: Path) -> None:
+    """Its dump has a row a turn; the last turn has the reward of all."""
+    rows, path = made("skyrl"), tmp_path / "sums.jsonl"
+    turn = rows[1] | {"score": 0.0}
+    rows[1:2] = [turn, turn | {"input_prompt": "q0r1tool", "output_response": "r", "score": 1.0}]
+    with pytest.raises(CropiError, match=r"sums.jsonl:2, input_prompt: differs from that of a row beside it"):
+        groups(write(path, rows))
+    assert rewards(path, skip_bad=True) == [[1.0], [0.5, 1.0]]
 
 
 def changed(kind: str, change: Callable[[list[Any]], Any]) -> list[Any]:

@@ -15,8 +15,10 @@ areal       ``dump_to_file``: ``{version}/{task_id}.jsonl``                  ``p
 
 Text cannot be turned back into the tokens that were sampled with certainty, and none of these holds log-probs.
 
-AReaL's rollouts of several turns are refused: as ``segments``, or because it takes the last tokens of the text, as many
-as the policy sampled, for the completion. Then samples of one task begin with different prompts.
+AReaL's rollouts of several turns are refused: as ``segments``, or because it takes the last tokens of the text, as
+many as the policy sampled, for the completion. Then samples of one task begin with different prompts. SkyRL's
+step-wise rollouts are refused too: every turn is a row, whose prompt begins with that of the turn before, and the
+last one alone has the reward.
 
 AReaL and SkyRL write special tokens as text. A response without one at its end (that ends in ``>``) was cut by a limit:
 no end token is appended to it.
@@ -33,7 +35,7 @@ from typing import Any
 
 from cropi.data.scan import LossyTokens
 from cropi.errors import warn
-from cropi.trainers.dumps.fields import BadSample, Left, Unused, names, nested, shown, whole
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, names, nested, whole
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
@@ -100,9 +102,8 @@ def read_dump(
             )  # fmt: skip
         if not alike:
             raise BadSample(
-                where, columns.prompt, f"differs between the samples of the task {shown(row.get('task_id'))}, so they "
-                "have several turns, and AReaL ends such a prompt at another token than that at which the policy began",
-                TURNS,
+                where, columns.prompt, "differs from that of a row beside it that is of the same task or goes on with "
+                "it, so these are several turns, and text does not tell their tokens apart", TURNS,
             )  # fmt: skip
         if row[columns.response] == "":
             raise Unused(where, columns.response, "is empty")
@@ -125,27 +126,37 @@ def read_dump(
             extra=extra,
         ))  # fmt: skip
 
-    yield from left.each(_alike(rows_of_dump(path, left)), read)
+    yield from left.each(_alike(rows_of_dump(path, left), columns.prompt if columns.special else None), read)
 
 
-def _alike(pairs: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """Every row, and whether all samples of its task (``task_id``; rows without one are their own) have one prompt."""
-    task: list[tuple[str, dict[str, Any]]] = []
+def _alike(
+    pairs: Iterable[tuple[str, dict[str, Any]]], prompt: str | None
+) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Every row, and whether the rows beside it that are of the same task or rollout have the same ``prompt``.
+
+    None: the text holds no special tokens, so that a prompt may begin with another one.
+    """
+    some: list[tuple[str, dict[str, Any]]] = []
     for pair in chain(pairs, [None]):
-        if task and (pair is None or not _goes_on(task[-1][1], pair[1])):
-            alike = all(row.get("prompt") == task[0][1].get("prompt") for _, row in task)
-            yield from ((where, row, alike) for where, row in task)
-            task = []
+        if some and (pair is None or not _goes_on(some[-1][1], pair[1], prompt)):
+            alike = all(row.get(prompt) == some[0][1].get(prompt) for _, row in some)
+            yield from ((where, row, alike) for where, row in some)
+            some = []
         if pair is not None:
-            task.append(pair)
+            some.append(pair)
 
 
-def _goes_on(row: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Whether a row is the next sample of the same task; numbers that begin anew are those of a run that was
-    restarted."""
+def _goes_on(row: dict[str, Any], after: dict[str, Any], prompt: str | None) -> bool:
+    """Whether a row is the next sample of the same task, or the next turn of the same rollout.
+
+    Samples have rising numbers; those of a run that was restarted begin anew. A turn's prompt is longer than that of
+    the turn before, and begins with it.
+    """
     number, next_one = row.get("sample_idx"), after.get("sample_idx")
-    same = row.get("task_id") is not None and row["task_id"] == after.get("task_id")
-    return same and isinstance(number, int) and isinstance(next_one, int) and number < next_one
+    if row.get("task_id") is not None and isinstance(number, int) and isinstance(next_one, int):
+        return bool(row["task_id"] == after.get("task_id") and number < next_one)
+    before, asked = (one.get(prompt) if prompt else None for one in (row, after))
+    return isinstance(before, str) and isinstance(asked, str) and before != asked and asked.startswith(before)
 
 
 def warn_text(
