@@ -139,11 +139,15 @@ def _alike(
     some: list[tuple[str, dict[str, Any]]] = []
     for pair in chain(pairs, [None]):
         if some and (pair is None or not _goes_on(some[-1][1], pair[1], prompt)):
-            alike = all(row.get(prompt) == some[0][1].get(prompt) for _, row in some)
+            alike = all(_asked(row, prompt) == _asked(some[0][1], prompt) for _, row in some)
             yield from ((where, row, alike) for where, row in some)
             some = []
         if pair is not None:
             some.append(pair)
+
+
+def _asked(row: dict[str, Any], prompt: str | None) -> Any:
+    return None if prompt is None else row.get(prompt)
 
 
 def _goes_on(row: dict[str, Any], after: dict[str, Any], prompt: str | None) -> bool:
@@ -155,7 +159,7 @@ def _goes_on(row: dict[str, Any], after: dict[str, Any], prompt: str | None) -> 
     number, next_one = row.get("sample_idx"), after.get("sample_idx")
     if row.get("task_id") is not None and isinstance(number, int) and isinstance(next_one, int):
         return bool(row["task_id"] == after.get("task_id") and number < next_one)
-    before, asked = (one.get(prompt) if prompt else None for one in (row, after))
+    before, asked = _asked(row, prompt), _asked(after, prompt)
     return isinstance(before, str) and isinstance(asked, str) and before != asked and asked.startswith(before)
 
 
