@@ -92,3 +92,11 @@ def stored(path: Path, *, seed: int, count: int, sets: list[str] | None = None, 
     """A file of trajectories with token ids, for the prompts of ``dataset(count, seed)``."""
     records = make_records(count, seed=seed, sets=sets)
     return write_lines(path, [with_token_ids(record) | changes for record in records])
+
+
+def files(folder: Path, train: int = 16, valid: int = 8, sets: list[str] | None = None) -> dict[str, Path]:
+    """Stored trajectories for the first training prompts, and for validation prompts."""
+    return {
+        "train": stored(folder / "train.jsonl", seed=0, count=train),
+        "valid": stored(folder / "valid.jsonl", seed=1, count=valid, sets=sets),
+    }

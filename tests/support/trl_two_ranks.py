@@ -57,37 +57,13 @@ def broken(*args: Any, **kwargs: Any) -> None:
 if __name__ == "__main__":
     folder, files = Path(sys.argv[1]), {"train": sys.argv[2], "valid": sys.argv[3]}
     small = {"max_steps": 4, "eval_dataset": None}
-    run(
-        "whole-groups",
-        folder,
-        files,
-        per_device_train_batch_size=4,
-        save_strategy="steps",
-        save_steps=3,
-        **small,
-    )
-    run(
-        "whole-groups",
-        folder,
-        files,
-        True,
-        per_device_train_batch_size=4,
-        save_strategy="steps",
-        save_steps=3,
-        **small,
-    )
+    saved: dict[str, Any] = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3}
+    run("whole-groups", folder, files, **saved, **small)
+    run("whole-groups", folder, files, True, **saved, **small)
     run("cut-groups", folder, {"valid": files["valid"]}, per_device_train_batch_size=6, **small)
     run("bounded", folder, files | {"passes": 0.6, "fraction": 0.25}, per_device_train_batch_size=4, **small)
     live = {"valid": files["valid"], "live": Live(dim=1024)}
-    run(
-        "live",
-        folder,
-        live,
-        per_device_train_batch_size=4,
-        save_strategy="steps",
-        save_steps=3,
-        **small,
-    )
+    run("live", folder, live, **saved, **small)
     run("live-cut-groups", folder, live, per_device_train_batch_size=6, **small)
     if int(os.environ["RANK"]) == 1:  # rank 0 must not wait for it for ever
         sketches.sketch_part = broken  # type: ignore[assignment]

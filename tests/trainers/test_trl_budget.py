@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
+from support import trl_runs  # noqa: E402
 from support.commands import json_lines  # noqa: E402
-from support.trl_runs import Seen, selected, staged, stored  # noqa: E402
+from support.trl_runs import Seen, selected, staged  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
 from cropi.ranking.table import read_scores  # noqa: E402
@@ -22,11 +23,7 @@ from cropi.trainers.trl import Curriculum, Live  # noqa: E402
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("stored")
-    return {
-        "train": stored(folder / "train.jsonl", seed=0, count=16),
-        "valid": stored(folder / "valid.jsonl", seed=1, count=8),
-    }
+    return trl_runs.files(tmp_path_factory.mktemp("stored"))
 
 
 def stores(out: Path) -> list[str]:

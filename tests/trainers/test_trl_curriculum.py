@@ -15,8 +15,9 @@ from support.made_data import make_model, make_tokenizer
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
+from support import trl_runs  # noqa: E402
 from support.commands import json_lines  # noqa: E402
-from support.trl_runs import SPEC, Seen, selected, staged, stored  # noqa: E402
+from support.trl_runs import SPEC, Seen, selected, staged  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
 from cropi.model.policy import Policy  # noqa: E402
@@ -31,11 +32,7 @@ from cropi.trainers.trl.sampler import StagePlan, StageSampler  # noqa: E402
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Trajectories of 16 of the 20 training prompts, and of two validation sets."""
-    folder = tmp_path_factory.mktemp("stored")
-    return {
-        "train": stored(folder / "train.jsonl", seed=0, count=16),
-        "valid": stored(folder / "valid.jsonl", seed=1, count=8, sets=["x", "y"]),
-    }
+    return trl_runs.files(tmp_path_factory.mktemp("stored"), sets=["x", "y"])
 
 
 # ------------------------------------------------------------------------------------------------ sampler

@@ -21,13 +21,6 @@ pytestmark = [
 DEFAULT = object()
 
 
-def stored(folder: Path) -> dict[str, Any]:
-    return {
-        "train": trl_runs.stored(folder / "train.jsonl", seed=0, count=20),
-        "valid": trl_runs.stored(folder / "valid.jsonl", seed=1, count=4),
-    }
-
-
 def run(out: Path, files: bool, lora: bool, **changes: Any) -> list[list[str]]:
     """Train three stages; what each has selected."""
     changes = {key: value for key, value in changes.items() if value is not DEFAULT}
@@ -36,8 +29,9 @@ def run(out: Path, files: bool, lora: bool, **changes: Any) -> list[list[str]]:
 
         changes["peft_config"] = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
     (out / "data").mkdir(parents=True)
-    stages = stored(out / "data") if files else {"train": None, "valid": None}
+    stages: dict[str, Any] = trl_runs.files(out / "data", 20, 4) if files else {"train": None, "valid": None}
     trainer = trl_runs.staged(out, stages, **changes)
+    assert trainer.args.bf16 == (changes.get("bf16", False) is not False), "TRL trains in bfloat16 by default"
     trainer.train()
     assert trainer.state.global_step == 6
     return [trl_runs.selected(out, stage) for stage in range(0 if files else 1, 3)]
@@ -58,15 +52,17 @@ def trl_default() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("files", [True, False], ids=["stored", "recorded"])
-@pytest.mark.parametrize("bf16", ["default", True, False])
-def test_every_default_trains_to_the_end(
-    tmp_path: Path, float32: Any, files: bool, lora: bool, bf16: bool | str
+def test_trls_default_and_float32_select_alike_and_train_to_the_end(
+    tmp_path: Path, float32: Any, lora: bool
 ) -> None:
-    chosen = run(tmp_path / "out", files, lora, **(trl_default() if bf16 == "default" else {"bf16": bf16}))
-    assert all(chosen)
-    if files:
-        assert chosen[0] == float32(lora)
+    chosen = run(tmp_path / "out", True, lora, **trl_default())
+    assert all(chosen) and chosen[0] == float32(lora)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("bf16", ["default", False])
+def test_recorded_rollouts_train_to_the_end(tmp_path: Path, lora: bool, bf16: bool | str) -> None:
+    assert all(run(tmp_path / "out", False, lora, **(trl_default() if bf16 == "default" else {"bf16": bf16})))
 
 
 def bfloat16(**changes: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import fuzz
+from support import fuzz, trl_runs
 from support.made_data import make_model, make_tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
@@ -257,9 +257,7 @@ def test_stage_with_nothing_to_select(tmp_path: Path) -> None:
 
 
 def test_validation_sets_must_be_covered(tmp_path: Path) -> None:
-    train = stored(tmp_path / "train.jsonl", seed=0, count=16)
-    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8, sets=["x", "y"])
-    files = {"train": train, "valid": valid}
+    files = trl_runs.files(tmp_path, sets=["x", "y"])
     with pytest.raises(
         CropiError,
         match="valid_sets: no trajectory covers the validation set 'z'; there are trajectories of 'x', 'y'",
@@ -274,8 +272,7 @@ def test_validation_sets_must_be_covered(tmp_path: Path) -> None:
 
 def test_files_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
     loading = {"model": "no/such-model"}
-    train = stored(tmp_path / "train.jsonl", seed=0, count=16)
-    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    files = trl_runs.files(tmp_path)
     equal = stored(tmp_path / "equal.jsonl", seed=0, count=8, rewards=[0.0] * 4)
     for change, message in (
         ({"valid_sets": ["z"]}, "no trajectory covers the validation set 'z'"),
@@ -287,26 +284,24 @@ def test_files_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(CropiError, match=message):
-            staged(tmp_path, {"train": train, "valid": valid} | change, **loading)
+            staged(tmp_path, files | change, **loading)
 
 
 def test_trajectories_of_other_prompts(tmp_path: Path) -> None:
-    train = stored(tmp_path / "train.jsonl", seed=3, count=16)
-    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    files = trl_runs.files(tmp_path) | {"train": stored(tmp_path / "train.jsonl", seed=3, count=16)}
     with pytest.raises(
         CropiError, match="none of the trajectories in .*train.jsonl belongs to a prompt of the dataset"
     ):
-        staged(tmp_path / "a", {"train": train, "valid": valid}).train()
+        staged(tmp_path / "a", files).train()
 
 
 @pytest.mark.long
 def test_too_few_selected_prompts(tmp_path: Path) -> None:
-    train = stored(tmp_path / "train.jsonl", seed=0, count=16)
-    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
+    files = trl_runs.files(tmp_path)
     with pytest.raises(
         CropiError, match="stage 0 has 1 prompts, but one generation batch takes 2.*raise fraction"
     ):
-        staged(tmp_path / "a", {"train": train, "valid": valid, "fraction": 0.1}).train()
+        staged(tmp_path / "a", files | {"fraction": 0.1}).train()
 
 
 @pytest.mark.long

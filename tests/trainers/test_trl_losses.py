@@ -13,8 +13,9 @@ from support.made_data import make_model, make_tokenizer
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
+from support import trl_runs  # noqa: E402
 from support.commands import json_lines  # noqa: E402
-from support.trl_runs import SPEC, _given, arguments, dataset, digits, staged, stored  # noqa: E402
+from support.trl_runs import SPEC, _given, arguments, dataset, digits, staged  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
 from cropi.gradient.estimators import Estimator, sequence_behaviour  # noqa: E402
@@ -189,11 +190,9 @@ def test_a_loss_without_an_estimator_is_refused_by_name(kind: str, tmp_path: Pat
 
 @pytest.mark.long
 def test_the_curriculum_sketches_the_loss_that_is_trained(tmp_path: Path) -> None:
-    train = stored(tmp_path / "train.jsonl", seed=0, count=16)
-    valid = stored(tmp_path / "valid.jsonl", seed=1, count=8)
-    files = {"train": train, "valid": valid, "keep_sketches": True}
+    kept = trl_runs.files(tmp_path) | {"keep_sketches": True}
     trainer = staged(
-        tmp_path / "a", files, max_steps=2, loss_type="dr_grpo", scale_rewards="none", epsilon=0.15
+        tmp_path / "a", kept, max_steps=2, loss_type="dr_grpo", scale_rewards="none", epsilon=0.15
     )
     trainer.train()
     (store, *_) = sorted((tmp_path / "a").rglob("sketches-train*"))
@@ -202,7 +201,7 @@ def test_the_curriculum_sketches_the_loss_that_is_trained(tmp_path: Path) -> Non
         made
         == Estimator("trl dr_grpo", clip_low=0.15, clip_high=0.15, std=False, length="constant").to_dict()
     )
-    other = staged(tmp_path / "b", files | {"estimator": "cropi"}, max_steps=2)
+    other = staged(tmp_path / "b", kept | {"estimator": "cropi"}, max_steps=2)
     other.train()
     (store, *_) = sorted((tmp_path / "b").rglob("sketches-train*"))
     assert SketchStore.open(store).manifest["estimator"]["name"] == "cropi"
@@ -254,10 +253,7 @@ def test_a_subclass_that_changes_advantages_is_noticed(
 
     from cropi.trainers.trl import Curriculum, curriculum
 
-    files = {
-        "train": stored(tmp_path / "t.jsonl", seed=0, count=8),
-        "valid": stored(tmp_path / "v.jsonl", seed=1, count=4),
-    }
+    files = trl_runs.files(tmp_path, 8, 4)
 
     def trained(name: str, factor: float = 0.5, **options: Any) -> None:
         made = type("Shorter", (Shaped,) if above else (Shaped, GRPOTrainer), {"factor": factor})

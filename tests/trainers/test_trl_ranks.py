@@ -14,9 +14,10 @@ import pytest
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 pytestmark = pytest.mark.slow
 
+from support import trl_runs  # noqa: E402
 from support.commands import json_lines  # noqa: E402
 from support.once import once  # noqa: E402
-from support.trl_runs import selected, stored  # noqa: E402
+from support.trl_runs import selected, staged  # noqa: E402
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
@@ -28,13 +29,12 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_ranks(folder: Path) -> None:
-    train = stored(folder / "train.jsonl", seed=0, count=16)
-    valid = stored(folder / "valid.jsonl", seed=1, count=8, sets=["x", "y"])
+    files = trl_runs.files(folder, sets=["x", "y"])
     done = subprocess.run(
         [
             sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
             "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
-            str(SUPPORT / "trl_two_ranks.py"), str(folder), str(train), str(valid),
+            str(SUPPORT / "trl_two_ranks.py"), str(folder), *map(str, files.values()),
         ],
         # "--multi_gpu" is plain data parallel; on CPUs it is gloo in place of nccl, and no MPI is needed.
         capture_output=True, text=True, timeout=600,
@@ -63,8 +63,6 @@ def test_ranks_agree_and_train_on_the_selection(out: Path) -> None:
 
 
 def test_selection_is_that_of_one_process(out: Path, tmp_path: Path) -> None:
-    from support.trl_runs import staged
-
     alone = staged(
         tmp_path, {"train": out / "train.jsonl", "valid": out / "valid.jsonl"}, eval_dataset=None, max_steps=1
     )
@@ -74,8 +72,6 @@ def test_selection_is_that_of_one_process(out: Path, tmp_path: Path) -> None:
 
 def test_ranks_share_a_budget(out: Path, tmp_path: Path) -> None:
     """The plan is that of one process, and every rank sketches its part of it; the others' rows are rank 0's."""
-    from support.trl_runs import staged
-
     from cropi.ranking.table import read_scores
 
     given = {"train": out / "train.jsonl", "valid": out / "valid.jsonl", "passes": 0.6, "fraction": 0.25}
