@@ -136,10 +136,11 @@ docs: $(STAMPS)/docs
 	$(BIN)/mkdocs build --strict --config-file build/mkdocs.yml
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/packaging/test_docs.py tests/packaging/test_readme.py $(ARGS)
 
-# What a stopped run has left is removed: a trainer refuses the rollouts of another run.
+# What a stopped run has left is removed: a trainer refuses the rollouts of another run. Threads that wait for each other sleep:
+# beside other work, those that spin take several times the processor time.
 notebooks: $(STAMPS)/docs model
 	rm -rf build/notebook
-	$(BIN)/python scripts/run_notebooks.py examples/notebooks
+	OMP_WAIT_POLICY=passive $(BIN)/python scripts/run_notebooks.py examples/notebooks
 
 # Workflows, issue forms and the citation against their schemas; needs the network once.
 check-ci: $(STAMPS)/docs

@@ -84,18 +84,20 @@ def with_template_values(trainer: Any, options: Curriculum, scans: Mapping[str, 
 
     Where the tools of a prompt are those of its environment, files do not say which, and a warning does.
     """
+    texts = {kind: scan.prompts - scan.with_prompt_ids for kind, scan in scans.items()}
+    if not any(texts.values()):
+        return options
     variables, tools = options.chat_template_kwargs, options.tools
     if variables is None:
         variables = trainer.args.chat_template_kwargs
     if tools is None and trainer.tools and trainer.environment_factories is None:
         tools = [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in trainer.tools]
-    for kind, scan in scans.items():
-        texts = scan.prompts - scan.with_prompt_ids
-        if texts and tools is None and trainer.tools:
-            logger.warning(
-                "%s: %d prompts are text, and the chat template renders them without the tools of the trainer's "
-                "environments: give each record its 'tools', or store 'prompt_ids'", kind, texts,
-            )  # fmt: skip
+    if tools is None and trainer.tools:
+        logger.warning(
+            "%s prompts are text, and the chat template renders them without the tools of the trainer's environments: "
+            "give each record its 'tools', or store 'prompt_ids'",
+            " and ".join(f"{count} {kind}" for kind, count in texts.items() if count),
+        )  # fmt: skip
     return replace(options, chat_template_kwargs=variables or None, tools=tools or None)
 
 
