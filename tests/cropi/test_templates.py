@@ -327,6 +327,25 @@ def test_the_templates_own_marks_say_what_is_scored() -> None:
     assert [tokenizer.decode(ids) for ids in found.responses[1:]] == ["4</turn>", "call</turn>"]
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "tool_calls", "content"])
+def test_what_the_policy_said_is_not_left_out_by_the_template(key: str) -> None:
+    """Sampled tokens that are not rendered would be missing from the gradient."""
+    says = MARKED.replace(
+        "{{ m['content'] }}</turn>{% end", "{{ m['reasoning'] | trim }}{{ m['content'] }}</turn>{% end"
+    )
+    calls = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    turn = {"role": "assistant", "content": "4", key: calls if key == "tool_calls" else " 2 and\n2 "}
+    silent = MARKED.replace("{{ m['content'] }}</turn>{% end", "4</turn>{% end")
+    template = silent if key == "content" else MARKED
+    with pytest.raises(
+        RecordError, match=rf"leaves out what the policy said: '{key}' of its message 1, '.*--chat-temp"
+    ):
+        tokens_of(tokenizer_of(template), responses=[[{"role": "assistant", "content": "4"}, turn]])
+    if key == "reasoning":
+        tokenizer = tokenizer_of(says)
+        assert tokenizer.decode(tokens_of(tokenizer, responses=[[turn]]).responses[0]) == "2 and\n24</turn>"
+
+
 def test_several_turns_without_marks_are_an_error_with_the_remedy() -> None:
     with pytest.raises(
         RecordError, match=r"does not mark what the assistant said; pass a --chat-template with"

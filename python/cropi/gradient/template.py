@@ -14,12 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError, RecordError, did_you_mean
+from cropi.errors import CropiError, RecordError, did_you_mean, shown
 from cropi.files import text_of
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATES = re.compile(r"""(["'])((?:(?!\1).)*%(?:(?!\1).)*)\1""")
 _PROBE, _ANSWER = "cropi probe", "cropi answer"
+# Where a message holds what a policy said, its thoughts among it.
+SAID = ("content", "reasoning_content", "reasoning", "thinking")
 # Arguments of apply_chat_template, and names that this module gives to the template.
 _OURS = (
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
@@ -57,6 +59,27 @@ def special_tokens(tokenizer: Any) -> list[str]:
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     named = {token for token in (*tokenizer.all_special_tokens, *added) if token}
     return sorted((t for t in named if t not in spare or len(t) > 2), key=lambda t: (-len(t), t))
+
+
+def _left_out(messages: Sequence[Mapping[str, Any]], text: str) -> str | None:
+    """A part of what the assistant says that is not in a rendered text, but for white space; None: there is none."""
+    held = "".join(text.split())
+    for number, message in enumerate(messages):
+        if message.get("role") == "assistant":
+            calls = message.get("tool_calls")
+            named = (
+                [call.get("function") for call in calls if isinstance(call, Mapping)]
+                if isinstance(calls, list)
+                else []
+            )
+            said = [(key, message.get(key)) for key in SAID]
+            said += [
+                ("tool_calls", function.get("name")) for function in named if isinstance(function, Mapping)
+            ]
+            for key, part in said:
+                if isinstance(part, str) and "".join(part.split()) not in held:
+                    return f"{key!r} of its message {number}, {shown(part)}"
+    return None
 
 
 class ChatTemplate:
@@ -127,7 +150,8 @@ class ChatTemplate:
         """Token ids and mask of a response of several messages, by the template's own marks of what the assistant said.
 
         Raises:
-            RecordError: the template has no such marks, or renders the prompt in another way when an answer follows.
+            RecordError: the template has no such marks, leaves out a part of what the assistant said, or renders the
+                prompt in another way when an answer follows.
         """
         if not _GENERATION.search(self.source(tools)):
             raise RecordError(
@@ -142,11 +166,18 @@ class ChatTemplate:
                 [*prompt, *answer], tools, variables, tokenize=True, return_dict=True,
                 return_assistant_tokens_mask=True,
             )  # fmt: skip
+            text = self.text([*prompt, *answer], tools, variables)
         except Exception as error:
             said = " ".join(str(error).split())
             raise RecordError(
                 where, f"the chat template does not render this response: {said:.400}"
             ) from error
+        if missing := _left_out(answer, text):
+            raise RecordError(
+                where,
+                f"the chat template leaves out what the policy said: {missing}",
+                "pass a --chat-template that renders it, or store 'response_ids' and 'loss_mask'",
+            )
         ids, mask = list(whole["input_ids"]), [int(value) for value in whole["assistant_masks"]]
         if ids[: len(begin)] != begin:
             raise RecordError(
