@@ -236,6 +236,9 @@ class CpuEngine(Operators):
         common = plan is not None and plan.row_fold is None and plan.col_fold is not None
         if rows is None or plan is None or not common or rows[2] != plan.rows:
             return super().add_linear(dy, kept, matrix, site)
+        # Hooks of saved tensors may return other strides.
+        if kept.shape[0] != rows[1] or not kept.is_contiguous():
+            return super().add_linear(dy, kept, matrix, site)
         slab, inputs = _native.slab_plan(plan, True), _native.matrix(kept)
         self._kernels.sketch_linear(
             rows, inputs, slab, *self._ranges, *self._out, plan.n_slabs, self._threads

@@ -58,6 +58,7 @@ class Tail:
     plans: list[VectorPlan]
     sums: torch.Tensor
     used: int = 0
+    left: torch.Tensor | None = None  # what earlier launches have added up
 
 
 class GpuEngine(Operators):
@@ -126,7 +127,7 @@ class GpuEngine(Operators):
         common = plan is not None and plan.row_fold is None and plan.col_fold is not None
         if plan is None or not common or dy.dtype != kept.dtype or self._plain(dy, plan.rows, site) != 1:
             return super().add_linear(dy, kept, matrix, site)
-        if kept.shape[0] != self._tokens[0] * self._tokens[1]:
+        if kept.shape[0] != self._tokens[0] * self._tokens[1] or not kept.is_contiguous():
             return super().add_linear(dy, kept, matrix, site)
         others, self._latest = self._kept, dy.data_ptr()
         if others is None or others.data_ptr() != kept.data_ptr() or others.dtype != kept.dtype:
@@ -276,7 +277,7 @@ class GpuEngine(Operators):
         slots = tail.chunks.n_slots
         need = slots * sum(plan.size for plan in plans)
         if tail.used + need > tail.sums.numel():
-            self._launch_tail(tail)
+            self._launch_tail(tail, last=False)
         if need > tail.sums.numel():
             tail.sums = torch.empty(max(TAIL, need), dtype=torch.float32, device=self.out.device)
         places = []
@@ -286,10 +287,12 @@ class GpuEngine(Operators):
         tail.plans += plans
         return tail, places
 
-    def _launch_tail(self, tail: Tail) -> None:
+    def _launch_tail(self, tail: Tail, last: bool) -> None:
+        """How many vectors there is room for depends on the batch; that their sums do not is `sketch_tail`'s ``left``."""
         plans, tail.plans, tail.used = tuple(tail.plans), [], 0
         if plans:
-            self._vectors.sketch_tail(tail.sums, plans, tail.chunks, self.out)
+            args = tail.sums, plans, tail.chunks, self.out, tail.left, last
+            tail.left = self._vectors.sketch_tail(*args)
 
     # ------------------------------------------------------------------------------------------ the end
     def _launch(self) -> None:
@@ -300,7 +303,7 @@ class GpuEngine(Operators):
     def settle(self) -> torch.Tensor:
         self._launch()
         for tail in self._tails.values():
-            self._launch_tail(tail)
+            self._launch_tail(tail, last=True)
         sums, self._sums = self._sums, None
         if sums is not None:
             self._reduce(sums, self.out, self._chunks, sums.shape[1])

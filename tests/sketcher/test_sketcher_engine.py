@@ -109,9 +109,23 @@ def test_sizes_that_do_not_fit_are_an_error_and_add_nothing() -> None:
         one.add_linear(torch.randn(2, 3, 23), folded, matrix, site)
     with pytest.raises(ValueError, match="layer.w saw an input of shape"):
         one.add_linear(torch.randn(2, 4, 24), folded, matrix, site)
+    with pytest.raises(ValueError, match="d has 6 tokens but a has 5"):
+        one.add_linear(dy, folded[:5], matrix, site)
     assert not one.out.any()
     one.add_linear(dy, folded, matrix, site)
     assert one.out.any()
+
+
+def test_inputs_that_come_back_with_other_strides() -> None:
+    """What autograd kept went through whatever hooks are set for saved tensors."""
+    segments = Segments.of(torch.tensor([0, 1]), 2, 3, None)
+    matrix, site = matrix_sketch(SPEC, "w", 24, 40, "linear"), Site("layer.w")
+    x, dy = torch.randn(2, 3, 40), torch.randn(2, 3, 24)
+    one, other = (CpuEngine(segments, torch.zeros(2, SPEC.dim)) for _ in range(2))
+    folded = one.fold(x, matrix, site)
+    one.add_linear(dy, folded, matrix, site)
+    other.add_linear(dy, folded.t().contiguous().t(), matrix, site)
+    assert one.out.any() and torch.equal(one.out, other.out)
 
 
 def test_one_block_for_the_copies_of_every_batch_after_the_first() -> None:

@@ -33,6 +33,7 @@ _PROGRAMS = 1024  # per row; from the sizes alone, as the bits are
 # the numbers have 32 bits (1.11 ms for 1e9 of them, and 1.38 with five).
 _SUMS, _WIDE_SUMS = 660 * 4096, 528 * 4096
 _TILES_PER_PART = 8
+_GRID_Y = 65535  # the most programs of a launch along its second and third axis
 _WORKSPACE = 32 << 20
 
 
@@ -233,7 +234,7 @@ def _parts(spec: ProjectionSpec, n: int, itemsize: int) -> int:
     at_once = (_SUMS if itemsize < 4 else _WIDE_SUMS) // spec.dim
     if spec.group < 16:
         at_once = _PROGRAMS // triton.cdiv(spec.dim, gather_block(spec.nnz))
-    return max(1, min(at_once, n // spec.width // _TILES_PER_PART))
+    return max(1, min(at_once, n // spec.width // _TILES_PER_PART, _GRID_Y))
 
 
 def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int) -> None:
@@ -242,7 +243,7 @@ def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: in
     if rows == 0 or n == 0:
         return
     parts = _parts(spec, n, x.element_size())
-    group = max(1, min(rows, 65535, _WORKSPACE // (parts * spec.dim * 4)))
+    group = max(1, min(rows, _GRID_Y, _WORKSPACE // (parts * spec.dim * 4)))
     gather = (_gather_by_runs if spec.group == 16 else _gather_one_by_one)(x, spec, offset)
     for row in range(0, rows, group):
         some, y = x[row : row + group], out[row : row + group]
@@ -268,8 +269,8 @@ def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: 
     for begin, end in _windows(spec, offset, n):
         window = Window(spec, begin, end, y.device)
         first, last, column = begin - window.start, end - window.start, window.start - offset
-        for row in range(0, rows, 65535):
-            some, to = y[row : row + 65535], out[row : row + 65535]
+        for row in range(0, rows, _GRID_Y):
+            some, to = y[row : row + _GRID_Y], out[row : row + _GRID_Y]
             if by_runs:
                 runs = triton.cdiv(last, 4) - first // 4
                 _spread_runs(keep, _aligned(out, offset), spec.nnz == 1)(

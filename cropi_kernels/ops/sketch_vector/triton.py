@@ -1,7 +1,8 @@
 """Triton kernels behind `sketch_vector`: every number of the sketch gathers what falls on it, in order.
 
 `vector_kernel` takes sums that exist. `tail_kernel` takes the partial sums of many vectors at once, chunk by chunk: the
-end of a pass, where a launch for each would cost the host more than the device.
+end of a pass, where a launch for each would cost the host more than the device. Where the memory for partial sums does
+not hold all of them, several launches make one sum, in the order in which one launch would.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ def vector_kernel(
     tl.store(to, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_entries", "n_slots", "n_items"])
+@triton.jit(do_not_specialize=["n_entries", "n_slots", "n_items", "first", "last"])
 def tail_kernel(
     partial,  # float32: [slots, size] of one vector behind the other
-    out,  # float32 [segments, dim], rows stride_out apart
+    out,  # float32 [segments, dim], rows stride_out apart; added to by the last launch
+    left,  # as out: the sums of the launches before
     table,  # of the chunks
     entries,  # int32 [n_entries, 6], see Entries
     sign,  # int8
@@ -62,6 +64,8 @@ def tail_kernel(
     n_entries,
     n_slots,
     n_items,
+    first,  # 1: `left` holds nothing yet
+    last,
     SLAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -70,7 +74,8 @@ def tail_kernel(
     slab = begin // SLAB
     column = (begin % SLAB).to(tl.int32)
     slot, n = slots_of(table, n_items, segment)
-    total = tl.zeros((BLOCK,), tl.float32)
+    place = segment * stride_out + begin + tl.arange(0, BLOCK)
+    total = tl.load(left + place, mask=(place >= 0) & (first == 0), other=0.0)
     for e in range(0, n_entries):
         entry = entries + e * 6
         size, stride, start = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
@@ -85,8 +90,10 @@ def tail_kernel(
                 got += tl.load(source, mask=inside, other=0.0)
                 source += stride
             total += got * tl.load(sign + (start + shift) + i, mask=inside, other=0).to(tl.float32)
-    target = out + segment * stride_out + begin + tl.arange(0, BLOCK)
-    tl.store(target, tl.load(target) + total)
+    if last:
+        tl.store(out + place, tl.load(out + place) + total)
+    else:
+        tl.store(left + place, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +139,25 @@ def sketch_vector(gradient: torch.Tensor, plan: VectorPlan, out: torch.Tensor) -
 
 
 def sketch_tail(
-    partial: torch.Tensor, plans: tuple[VectorPlan, ...], chunks: Chunks, out: torch.Tensor
-) -> None:
+    partial: torch.Tensor,
+    plans: tuple[VectorPlan, ...],
+    chunks: Chunks,
+    out: torch.Tensor,
+    left: torch.Tensor | None = None,
+    last: bool = True,
+) -> torch.Tensor | None:
     """`sketch_vector` of vectors whose sums over each chunk are in ``partial``: [slots, size] of each, in order.
 
-    ``chunks`` must have a slot for every chunk; ``out`` has whole slabs.
+    ``chunks`` must have a slot for every chunk; ``out`` has whole slabs. All that comes between two calls with ``last``
+    is one sum: the other calls leave it aside, and return what the next one takes as ``left``.
     """
-    entries = entries_of(plans, out.device)
+    entries, first = entries_of(plans, out.device), left is None
+    if left is None:
+        left = out if last else torch.empty_like(out)
     TAIL(
         (chunks.n_segments, out.shape[1] // TAIL_BLOCK),
-        (partial, out, chunks.table, entries.table, entries.sign),
+        (partial, out, left, chunks.table, entries.table, entries.sign),
         (out.stride(0),),
-        (entries.table.shape[0], chunks.n_slots, chunks.n_items),
+        (entries.table.shape[0], chunks.n_slots, chunks.n_items, int(first), int(last)),
     )
+    return None if last else left

@@ -335,7 +335,7 @@ def sketch_vector() -> Case:
 
 
 def sketch_tail() -> Case:
-    pointers = dict(partial="*fp32", out="*fp32", table="*i64", entries="*i32", sign="*i8")
+    pointers = dict(partial="*fp32", out="*fp32", left="*fp32", table="*i64", entries="*i32", sign="*i8")
     types = _types(vector.tail_kernel, pointers)
     constants = dict(SLAB=32768, BLOCK=vector.TAIL_BLOCK)
     return Case("tail", vector.tail_kernel, types, constants, ("stride_out",), {"num_warps": 4}, 96)

@@ -31,6 +31,9 @@ def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
         assert not isinstance(x, torch.Tensor) or x.is_meta, (
             f"{kernel.fn.__name__} was given {x.device} memory"
         )
+    x, *others = kwargs["grid"]
+    limits = x < 2**31 and max(others, default=0) < 2**16  # CUDA's
+    assert limits, f"{kernel.fn.__name__} is launched on a grid of {kwargs['grid']}"
     LAUNCHED.add(kernel.fn.__name__)
 
 
@@ -41,8 +44,18 @@ torch.Tensor.is_cuda = property(lambda x: x.is_meta)  # type: ignore[assignment,
 from support import zoo  # noqa: E402
 from transformers import masking_utils  # noqa: E402
 
-from cropi_kernels import GradientSketcher, ProjectionSpec, SketchSpec, _gpu, _triton, dispatch, project  # noqa: E402
+from cropi_kernels import (  # noqa: E402
+    GradientSketcher,
+    ProjectionSpec,
+    SketchSpec,
+    _gpu,
+    _triton,
+    dispatch,
+    project,
+    project_transpose,
+)
 from cropi_kernels.ops import _checks  # noqa: E402
+from cropi_kernels.ops.linear_logprob import triton_tiles  # noqa: E402
 from cropi_kernels.sketcher import decoder, gradient_sketcher, head, recognise, tap_builder  # noqa: E402
 from cropi_kernels.sketcher.segments import Segments  # noqa: E402
 
@@ -50,6 +63,7 @@ _checks.DEVICES = ("cpu", "meta")
 _gpu.on = lambda x: contextlib.nullcontext()
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 _triton.shared_memory = lambda device: 232_448
+triton_tiles._multiprocessors = lambda device: 132
 dispatch.choose = lambda *args, **kwargs: "triton"
 torch.is_autocast_enabled = lambda *args: False  # type: ignore[assignment]
 # What a module is, and whether the parts make the model, is found out by values, once, before any pass.
@@ -105,7 +119,11 @@ for name in sorted(zoo.FAMILIES):
         for dtype in (torch.float32, torch.bfloat16):
             one_pass(name, layout, dtype)
 for kind, nnz in (("countsketch", 1), ("sjlt", 4)):
-    for rows, size in ((1, 10**9), (8, 10**6 + 1), (3, 0)):
+    for rows, size in ((1, 10**9), (8, 10**6 + 1), (10**5, 100), (3, 0)):
         x = torch.empty(rows, size, dtype=torch.bfloat16, device="meta")
-        assert project(x, ProjectionSpec(4096, kind=kind, nnz=nnz), 10**10, nonfinite="ignore").is_meta
+        for dim in (16 * nnz, 4096):
+            spec = ProjectionSpec(dim, kind=kind, nnz=nnz)
+            assert project(x, spec, 10**10, nonfinite="ignore").is_meta
+            y = torch.empty(rows, dim, device="meta")
+            assert project_transpose(y, spec, size, 10**10).is_meta
 print("launched", *sorted(LAUNCHED))

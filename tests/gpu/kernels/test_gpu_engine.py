@@ -8,7 +8,7 @@ import pytest
 import torch
 from rehearsal import set_stage
 
-from cropi_kernels import SketchSpec, dispatch, plan_vector
+from cropi_kernels import SketchSpec, dispatch, plan_vector, sketch_vector
 from cropi_kernels.sketcher.engine import Norm, Operators, Site
 from cropi_kernels.sketcher.gpu_engine import GpuEngine
 from cropi_kernels.sketcher.segments import Segments
@@ -148,12 +148,52 @@ def test_a_gradient_that_changes_before_it_is_read_is_an_error(stage: None) -> N
         engine.settle()
 
 
-def test_many_vectors_leave_in_several_launches(stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_that_leave_in_several_launches_have_the_same_bits(
+    stage: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many launches depends on the tokens of the batch. The vectors fall on the same numbers of the sketch."""
     from cropi_kernels.sketcher import gpu_engine
 
-    whole = Layer().sketches(torch.float32, 5)
-    monkeypatch.setattr(gpu_engine, "TAIL", 700)
-    torch.testing.assert_close(Layer().sketches(torch.float32, 5), whole, rtol=1e-5, atol=1e-4)
+    size, launches = 1024, []
+    named = (plan_vector(SPEC, f"model.{i}.bias", size) for i in range(1000))
+    plans = [plan for plan in named if int(plan.position.min()) == 5 * size][:6]
+    dys = [torch.randn(1, 4, size, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    launch = GpuEngine._launch_tail
+
+    def counted(self: GpuEngine, tail: gpu_engine.Tail, last: bool) -> None:
+        launches.append(len(tail.plans))
+        launch(self, tail, last)
+
+    def sketches(room: int) -> torch.Tensor:
+        monkeypatch.setattr(gpu_engine, "TAIL", room * size)
+        engine = GpuEngine(
+            Segments.of(torch.tensor([[0, 0, 0, 1]]), 1, 4, None), torch.zeros(2, SPEC.base_dim)
+        )
+        for dy, plan in zip(dys, plans):
+            engine.add_bias(dy, plan, SITE)
+        return engine.settle()
+
+    monkeypatch.setattr(GpuEngine, "_launch_tail", counted)
+    at_once, in_turns = sketches(12), sketches(6)  # two segments
+    assert launches == [0, 6, 0, 3, 3] and torch.equal(at_once, in_turns)
+    exact = torch.zeros(2, SPEC.base_dim, dtype=torch.float64)
+    for dy, plan in zip(dys, plans):
+        sums = torch.stack([dy[0, :3].double().sum(0), dy[0, 3].double()])
+        sketch_vector(sums, plan, exact, backend="reference")
+    torch.testing.assert_close(at_once.double(), exact, rtol=0, atol=30 * 2.0**-24 * float(exact.abs().max()))
+
+
+def test_inputs_that_come_back_with_other_strides(stage: None, half: torch.dtype) -> None:
+    """What autograd kept went through whatever hooks are set for saved tensors."""
+    matrix = SlabMatrix(SPEC, "a.q.weight", 24, WIDTH, "linear")
+    dy, x = (tensor(i, BATCH, LENGTH, n).to(half) for i, n in enumerate((24, WIDTH)))
+    got = []
+    for turned in (False, True):
+        engine = GpuEngine(Layer().segments(60), torch.zeros(2, SPEC.base_dim))
+        kept = engine.fold(x, matrix, SITE)
+        engine.add_linear(dy, kept.t().contiguous().t() if turned else kept, matrix, SITE)
+        got.append(engine.settle())
+    torch.testing.assert_close(got[1], got[0], rtol=1e-5, atol=1e-3)
 
 
 def test_only_whole_slabs_are_served(stage: None) -> None:
