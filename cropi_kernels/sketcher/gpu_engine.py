@@ -288,7 +288,7 @@ class GpuEngine(Operators):
         return tail, places
 
     def _launch_tail(self, tail: Tail, last: bool) -> None:
-        """How many vectors there is room for depends on the batch; that their sums do not is `sketch_tail`'s ``left``."""
+        """How many vectors there is room for depends on the batch; ``left`` keeps their order of sums the same."""
         plans, tail.plans, tail.used = tuple(tail.plans), [], 0
         if plans:
             args = tail.sums, plans, tail.chunks, self.out, tail.left, last

@@ -38,10 +38,8 @@ WARPS = gl.constexpr(4)  # of a group: as many as share a product
 # Of a thread of the second group, and of the warp that brings operands. The first group has the rest of 168 for each of
 # 12 warps: 248. A group needs 128 for its product and some 60 more.
 REGISTERS = gl.constexpr((232, 24))
-PIECES, BUFFERS = (
-    gl.constexpr(4),
-    gl.constexpr(2),
-)  # of a group's words that are kept; in shared memory at a time
+# Of a group's words that are kept; in shared memory at a time.
+PIECES, BUFFERS = gl.constexpr(4), gl.constexpr(2)
 
 
 @gluon.jit
