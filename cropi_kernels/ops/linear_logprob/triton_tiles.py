@@ -85,8 +85,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _readable(x: torch.Tensor) -> bool:
-    """Whether the copy engine reads the rows of ``x``: it wants multiples of 16 bytes."""
-    return x.numel() > 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    """Whether the copy engine reads the rows of ``x``: it wants multiples of 16 bytes, and no row within another."""
+    rows = x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
+    return x.numel() > 0 and x.stride(1) == 1 and rows and x.data_ptr() % 16 == 0
 
 
 class Tiles:

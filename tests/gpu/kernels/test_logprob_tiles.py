@@ -196,7 +196,7 @@ def test_rows_that_are_broken_leave_the_others() -> None:
     assert seen[0].isfinite().all() and (seen[0][1:4] == 0).all() and (seen[0][[0, 4, 5]] != 0).any(1).all()
 
 
-@pytest.mark.parametrize("change", ["dtype", "odd features", "odd rows", "empty"])
+@pytest.mark.parametrize("change", ["dtype", "odd features", "odd rows", "one row for all", "empty"])
 def test_operands_of_another_kind_go_by_whole_logits(change: str) -> None:
     hidden, head, targets, _ = made(3, 40, 16)
     if change == "dtype":
@@ -205,6 +205,8 @@ def test_operands_of_another_kind_go_by_whole_logits(change: str) -> None:
         hidden, head = hidden[:, :15].contiguous(), head[:, :15].contiguous()
     elif change == "odd rows":
         hidden = torch.randn(3, 17).to(HALF)[:, :16]
+    elif change == "one row for all":
+        hidden = hidden[:1].expand(3, -1)
     else:
         hidden, targets = hidden[:0], targets[:0]
     assert not triton_tiles.serves(hidden, head, RowMath(1.0, 0.0))
