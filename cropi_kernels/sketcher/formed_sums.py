@@ -14,7 +14,7 @@ from torch import nn
 
 from ..names import canonical_name
 from .attach import Attachment
-from .hooks import unless_none
+from .hooks import hooked, unless_none
 from .listener import Source, projected, smallest, unit_roundoff
 from .ranks import Copies, Ranks
 from .sharded import hooked_whole, reshard, units
@@ -111,20 +111,14 @@ class FormedSums:
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
         """Sketch the gradients of the backward passes that run inside."""
+        takers = [(p, unless_none(self._taker(p, add))) for p, add in self.groups.formed.values()]
         if self.units:
-            hooks = {id(p): unless_none(self._taker(p, add)) for p, add in self.groups.formed.values()}
-            with hooked_whole(self.groups.model, hooks):
+            with hooked_whole(self.groups.model, {id(p): taker for p, taker in takers}):
                 yield
             return
         # Hooks run in the order in which they were registered: ours see what those of the model's owner have made.
-        handles = [
-            p.register_hook(unless_none(self._taker(p, add))) for p, add in self.groups.formed.values()
-        ]
-        try:
+        with hooked(p.register_hook(taker) for p, taker in takers):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _taker(self, p: nn.Parameter, add: Add) -> Callable[[torch.Tensor], torch.Tensor | None]:
         group = self.groups.group[id(p)]

@@ -5,10 +5,12 @@ Also finds the copy of a module's input that autograd keeps, so that the input i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 Sink = Callable[..., None]
 T = TypeVar("T")
@@ -31,6 +33,15 @@ class _Capture(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: checkpointing hands its recomputed tensors out a single time
         ctx.sink(dy, *saved)
         return (dy, None) + (None,) * len(saved)
+
+
+@contextlib.contextmanager
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Takes the hooks off at its end, and those that are on already where the next one cannot be registered."""
+    with contextlib.ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        yield
 
 
 def unless_none(hook: Callable[[torch.Tensor], T]) -> Callable[[torch.Tensor | None], T | None]:

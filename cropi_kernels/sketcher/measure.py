@@ -131,8 +131,5 @@ def _handed_on(decoder: nn.Module, hidden: torch.Tensor | None) -> Iterator[list
         out["last_hidden_state"] = laid_like(hidden, out["last_hidden_state"])
         return out
 
-    handle = decoder.register_forward_hook(swap)
-    try:
+    with decoder.register_forward_hook(swap):
         yield seen
-    finally:
-        handle.remove()

@@ -39,11 +39,8 @@ def one_sequence_a_row(model: nn.Module, runs: Runs) -> Iterator[None]:
             if any(OTHERS.search(name) and isinstance(kwargs[name], torch.Tensor) for name in kwargs):
                 runs.only_heads([name for name, part in model.named_modules() if part is head])
 
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
-    try:
+    with model.register_forward_pre_hook(look, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 def check_call(batch: int, kwargs: dict[str, Any]) -> None:

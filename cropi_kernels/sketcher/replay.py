@@ -97,15 +97,8 @@ class Recorded:
             if self.call is None and begun:
                 self.call = begun.pop()
 
-        handles = [
-            model.register_forward_pre_hook(begin, with_kwargs=True),
-            model.register_forward_hook(end),
-        ]
-        try:
+        with model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _copied(x: Any) -> Any:

@@ -91,12 +91,10 @@ class LossCheck:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._outputs += _tensors(y)
 
-        handle = self.model.register_forward_hook(note)
         try:
-            with _Backward(self._try):
+            with self.model.register_forward_hook(note), _Backward(self._try):
                 yield
         finally:
-            handle.remove()
             self._outputs = []
 
     # ------------------------------------------------------------------------------------------------ checks

@@ -17,6 +17,7 @@ from ..names import canonical_name, listed
 from .accumulator import Accumulator
 from .attach import Attachment
 from .decoder import evaluating
+from .hooks import hooked
 from .segments import Segments
 from .taps import count_tensors
 from .untouched import thawed
@@ -32,12 +33,8 @@ def calls(modules: Collection[nn.Module]) -> Iterator[dict[nn.Module, int]]:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
         called[module] = max(called.get(module, 0), count_tensors(args, kwargs))
 
-    handles = [m.register_forward_hook(note, with_kwargs=True) for m in modules]
-    try:
+    with hooked(m.register_forward_hook(note, with_kwargs=True) for m in modules):
         yield called
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 Owned = tuple[nn.Module, nn.Parameter]
@@ -68,12 +65,8 @@ def _cut(model: nn.Module) -> Iterator[list[nn.Module]]:
         if torch.is_grad_enabled() and has_graph and lost and module not in cut:
             cut.append(module)
 
-    handles = [m.register_forward_hook(note) for m in model.modules() if hasattr(m, "out_features")]
-    try:
+    with hooked(m.register_forward_hook(note) for m in model.modules() if hasattr(m, "out_features")):
         yield cut
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tried(

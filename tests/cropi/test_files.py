@@ -22,7 +22,6 @@ from cropi.errors import CropiError
 from cropi.files import replacing, write_atomic
 from cropi.gradient.template import template_text
 from cropi.ranking.selection_files import read_selection, selected_rows
-from cropi.sealed import check_sums, summed
 from cropi.trainers.dumps.pickled import load_dump
 from cropi.trainers.dumps.recognise import recognise
 
@@ -184,15 +183,3 @@ def test_a_byte_order_mark_is_no_part_of_what_a_user_wrote(tmp_path: Path) -> No
     assert template_text(str(marked("t.jinja", template))) == template
     assert read_config(marked("c.toml", "[sketch]\ndim = 64\n")) == {"dim": 64}
     assert read_config(marked("c.yaml", "dim: 64\n")) == {"dim": 64}
-
-
-@pytest.mark.parametrize("name", ["a\u2028b.jsonl", "a\x85b.jsonl", "a b\x0b.jsonl", "\u00e9.jsonl"])
-def test_checksums_of_files_with_odd_names_are_compared(name: str, tmp_path: Path) -> None:
-    """str.splitlines() breaks such a line of the file of checksums, and the file was not compared."""
-    path = tmp_path / name
-    with summed(path):
-        path.write_text("{}")
-    assert check_sums(path) == 1
-    path.write_text("[]")
-    with pytest.raises(CropiError, match="is not the file that was written"):
-        check_sums(path)

@@ -71,8 +71,11 @@ def test_what_is_written_for_others_has_checksums_beside_it(
             file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\\n\nb", "a\\nb", "a\u2028b", "a\rb", "\\", "a  b"])
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\\n\nb", "a\\nb", "a\u2028b", "a\x85b", "a\x0bb", "\u00e9", "a\rb", "\\", "a  b"]
+)
 def test_checksums_of_a_file_with_an_odd_name(name: str, tmp_path: Path) -> None:
+    """str.splitlines() breaks some of them."""
     out = tmp_path / name
     with summed(out):
         out.write_text("1")

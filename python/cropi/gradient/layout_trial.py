@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from cropi_kernels.sketcher.decoder import evaluating, split_parts
+from cropi_kernels.sketcher.hooks import hooked
 from cropi_kernels.sketcher.precision import own_precision, product_eps
 
 MEDIUM, LARGEST, LEAK = 4.0, 64.0, 2.0
@@ -220,13 +221,9 @@ def one_unit_off(model: Any) -> Iterator[None]:
         sign = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
         return output * (1 + eps * sign.to(output.device, output.dtype))
 
-    handles = [
+    with hooked(
         module.register_forward_hook(move)
         for module in model.modules()
         if any(p.is_floating_point() for p in module.parameters(recurse=False))
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
