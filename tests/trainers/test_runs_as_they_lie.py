@@ -14,7 +14,7 @@ from support.made_dumps import ROLLOUTS, made, messages, write
 
 from cropi.cli import main
 from cropi.data.readers import read
-from cropi.data.scan import LossyTokens
+from cropi.data.scan import LossyTokens, check_pool, scan
 from cropi.errors import CropiError
 from cropi.trainers.dumps.auto import opened
 from cropi.trainers.dumps.reading import Reading
@@ -104,6 +104,17 @@ def test_a_file_and_its_copy_do_not_count_twice(tmp_path: Path) -> None:
     # As long, and another step.
     write(tmp_path / "7 (copy).jsonl", [row | {"step": 8} for row in made("verl text")])
     assert {group.policy for group in groups(tmp_path)} == {"step 8"}
+
+
+def test_ids_of_responses_are_no_ids_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"id": f"r{k}", "prompt": "q", "response": f"r{k}", "reward": k} for k in range(4)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert main(["info", str(path)]) == 0
+    assert "4 prompts: one response; where the ids are those of responses" in capsys.readouterr().out
+    with pytest.raises(CropiError, match=r"\(4 with one response; where the ids .* with --columns id=\)"):
+        check_pool(scan(path), "rows")
+    assert main(["info", str(path), "--columns", "id="]) == 0
+    assert "1 prompts, 4 responses, 1 prompts usable" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- no reward
@@ -345,5 +356,7 @@ def test_a_last_line_that_was_cut_off_is_said_to_be_that(kind: str, tmp_path: Pa
             groups(path)
         assert sum(group.size for group in groups(path, skip_bad=True)) == 3
     path.write_bytes(whole[:-3] + b"\n")
-    with pytest.raises(CropiError, match=r"jsonl:4, line: not a JSON object: .* at column \d+; mend"):
+    with pytest.raises(
+        CropiError, match=r"jsonl:4, line: not a JSON object: .* at column \d+, where the line ends: .*jq -c"
+    ):
         groups(path)

@@ -184,6 +184,7 @@ def _scores(path: Path) -> dict[str, Any]:
 
 def _trajectories(args: argparse.Namespace) -> dict[str, Any]:
     from cropi.data.readers import read
+    from cropi.data.rewards import IDS_OF_RESPONSES, ONE_RESPONSE
     from cropi.data.scan import scan
 
     path = args.path
@@ -193,7 +194,8 @@ def _trajectories(args: argparse.Namespace) -> dict[str, Any]:
         f"{counted.usable} prompts usable"
     )
     for reason, count in sorted(counted.without_gradient.items()):
-        print(f"no gradient   {count} prompts: {reason}")
+        hint = f"; {IDS_OF_RESPONSES}" if reason == ONE_RESPONSE and count == counted.prompts else ""
+        print(f"no gradient   {count} prompts: {reason}{hint}")
     for name, count in sorted(counted.sets.items()):
         print(f"set           {printable(name)}: {count} prompts")
     print(f"token ids     in {counted.with_ids} records; log-probs in {counted.with_logprobs}")

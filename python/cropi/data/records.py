@@ -124,11 +124,13 @@ def parse_json(line: bytes, where: str) -> dict[str, Any]:
         raise RecordError(where, f"not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         # Within a text, a literal (of nine letters at most), or between two values.
-        within = error.msg.startswith("Unterminated") or (
-            len(error.doc) - error.pos < 10 and "Extra" not in error.msg
-        )
-        cut = within and line[-1:] != b"\n"
-        end = ", where the file ends: it was not written, or not copied, to its end" if cut else ""
+        left = len(error.doc.rstrip()) - error.pos
+        within = error.msg.startswith("Unterminated") or (left < 10 and "Extra" not in error.msg)
+        end = ""
+        if within and line[-1:] != b"\n":
+            end = ", where the file ends: it was not written, or not copied, to its end"
+        elif left <= 0:
+            end = ", where the line ends: write a record that goes on below on one line (`jq -c .` does)"
         raise RecordError(where, f"not a JSON object: {error.msg} at column {error.colno}{end}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise RecordError(where, f"not readable as JSON: {error}") from None

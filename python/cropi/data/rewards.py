@@ -12,6 +12,11 @@ PASS_REWARD = 0.5
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
 # Beyond it, squares and float32 weights would overflow.
 LARGEST_REWARD = 1e30
+ONE_RESPONSE = "one response"
+# What is said where no prompt has more than one.
+IDS_OF_RESPONSES = (
+    "where the ids are those of responses, give the prompts', or leave them out with --columns id="
+)
 
 
 def no_gradient_reason(rewards: Sequence[float]) -> str | None:
@@ -20,7 +25,7 @@ def no_gradient_reason(rewards: Sequence[float]) -> str | None:
     0.1 + 0.6 and 0.2 + 0.5 are equal rewards: their advantages would be noise, and a cosine sees no size.
     """
     if len(rewards) < 2:
-        return "one response"
+        return ONE_RESPONSE
     low, high = min(rewards), max(rewards)
     return "equal rewards" if high - low <= ROUNDING * max(abs(low), abs(high)) else None
 

@@ -10,7 +10,7 @@ from typing import Any
 from cropi.data.pieces import Pieces
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
-from cropi.data.rewards import no_gradient_reason
+from cropi.data.rewards import IDS_OF_RESPONSES, ONE_RESPONSE, no_gradient_reason
 from cropi.errors import CropiError, RecordError, warn
 
 
@@ -204,4 +204,5 @@ def check_pool(pool: Scan, names: str, *, known: bool = False, before: str = "",
 
 
 def _listed(reasons: Counter[str]) -> str:
-    return ", ".join(f"{count} with {reason}" for reason, count in sorted(reasons.items()))
+    listed = ", ".join(f"{count} with {reason}" for reason, count in sorted(reasons.items()))
+    return f"{listed}; {IDS_OF_RESPONSES}" if set(reasons) == {ONE_RESPONSE} else listed
