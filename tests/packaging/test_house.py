@@ -104,7 +104,7 @@ FLOORS = [
     {"sealed", "commands"},
     {"form", "locks"},
     {"bulk", "checked", "files", "summary", "agreement"},
-    {"errors", "_moved"},
+    {"amounts", "errors", "_moved"},
 ]
 
 

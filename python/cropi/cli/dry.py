@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from cropi.amounts import duration, size
+
 if TYPE_CHECKING:
     import argparse
     from pathlib import Path
@@ -37,17 +39,9 @@ class Cost:
         """In words."""
         before = f" ({self.stored} more are stored already)" if self.stored else ""
         return (
-            f"{name:<13} {self.prompts} prompts{before}, {self.tokens:,} tokens, about {in_words(self.seconds)} on "
-            f"this machine, {self.bytes / 1e9:.3g} GB of sketches"
+            f"{name:<13} {self.prompts} prompts{before}, {self.tokens:,} tokens, about {duration(self.seconds)} on "
+            f"this machine, {size(self.bytes)} of sketches"
         )
-
-
-def in_words(seconds: float) -> str:
-    """A time."""
-    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} seconds"
 
 
 def costs(policy: Policy, parts: Sequence[Planned]) -> dict[str, Cost]:
@@ -70,14 +64,14 @@ def costs(policy: Policy, parts: Sequence[Planned]) -> dict[str, Cost]:
         cost = by_part[name] = Cost(stored=len(stored))
         few: list[PromptGroup] = []
         sizes: list[int] = []
-        for group, size in _sizes(islice(groups.each(), job.limit), tokens, job.skip_bad):
+        for group, length in _sizes(islice(groups.each(), job.limit), tokens, job.skip_bad):
             if group.id in stored:
                 continue
             cost.prompts += 1
-            cost.tokens += size
+            cost.tokens += length
             if len(few) < TRIED:
                 few.append(group)
-                sizes.append(size)
+                sizes.append(length)
         if few and not rate:
             tried = replace(
                 job, trajectories=few, out=None, limit=None, shard=None, columns=None, behaviour_check="off"

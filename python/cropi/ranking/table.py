@@ -149,7 +149,8 @@ def read_scores(
         raise
     except (*DAMAGED, optional("pyarrow").ArrowException) as error:
         raise CropiError(
-            f"{file} is not a score table of this release ({printable(str(error)[:200])}); make it again"
+            f"{file} is not a score table of this release ({printable(str(error)[:200])}); make one with "
+            "`cropi influence`"
         ) from error
     if not intact:
         raise CropiError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cropi.amounts import duration, size
 from cropi.report.policy import is_close, policy_text
 
 OK, WARN, FAIL = "ok", "warning", "failed"
@@ -115,10 +116,10 @@ class CheckReport:
 
     def pool(self, prompts: int) -> str:
         """The cost of a pool of so many prompts, in words."""
-        gigabytes = prompts * self.bytes_per_prompt / 1e9
+        stored = prompts * self.bytes_per_prompt
         return (
-            f"{prompts:,} prompts: {_duration(prompts * self.seconds)} on this machine, a store of {gigabytes:.2g} GB "
-            f"in float32 ({gigabytes / 4:.2g} GB in int8)"
+            f"{prompts:,} prompts: {duration(prompts * self.seconds)} on this machine, a store of {size(stored)} in "
+            f"float32 ({size(stored / 4)} in int8)"
         )
 
     def judge(self, dtype: torch.dtype, pool: int | None, needed: int) -> None:
@@ -197,10 +198,3 @@ class CheckReport:
         mark = {OK: "ok     ", WARN: "warning", FAIL: "FAILED "}
         lines = [f"{mark[f.level]}  {f.name:<{width}}  {f.text}" for f in self.findings]
         return "\n".join([*lines, f"verdict: {self.verdict}"])
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -1,0 +1,32 @@
+"""Times and sizes in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_TIMES = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+_SIZES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
+
+
+def duration(seconds: float) -> str:
+    """A time.
+
+    >>> duration(7500.0), duration(0.0312)
+    ('2.08 hours', '0.0312 seconds')
+    """
+    return _amount(seconds, _TIMES, 2.0)
+
+
+def size(count: float) -> str:
+    """A number of bytes.
+
+    >>> size(1.31e9), size(49200)
+    ('1.31 GB', '49.2 kB')
+    """
+    return _amount(count, _SIZES, 1.0)
+
+
+def _amount(value: float, units: Sequence[tuple[str, float]], least: float) -> str:
+    """The value in the largest unit of which there are ``least``."""
+    name, one = next((unit for unit in units if value >= least * unit[1]), units[-1])
+    return f"{value / one:.3g} {name}"
