@@ -87,7 +87,8 @@ def check_copies(paths: Iterable[str | Path]) -> None:
     alike: dict[int, list[str | Path]] = {}
     for path in paths:
         alike.setdefault(size_of(path), []).append(path)
-    for some in filter(lambda some: len(some) > 1, alike.values()):
+    # What is empty, or not there, its reader says.
+    for some in (some for size, some in alike.items() if size and len(some) > 1):
         first: dict[str, str | Path] = {}
         for path in some:
             held = sum_of(Path(path))
