@@ -75,7 +75,7 @@ class GradientSketcher:
             variable ``CROPI_KERNELS_LINEARS``, else ``"auto"``. See `cropi_kernels.frozen`.
         more: other specs, whose sketches `policy_gradient` gives from the same pass.
         fused: replace RMSNorm and SwiGLU modules of Llama, Mistral, Qwen2 and Qwen3 models, inside of the ``with``
-            block, by fused kernels in which the sketch rides; all others stay as they are, and `coverage` names them.
+            block, by fused kernels that give the sketch too; all others stay as they are, and `coverage` names them.
             Results are those without it but for rounding. What rides counts as sketching in ``seconds``.
         groups: patterns of parameter names by the name of a group (``["rest"]``: what no other has). The groups'
             sketches stand side by side, [segments, groups * dim], and add up to the sketch without groups.

@@ -57,7 +57,7 @@ def head_pass(
     whole: bool = False,
     more: Sequence[Sums] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs, gradient of the hidden states, weights; the head's own sketch rides along chunk by chunk.
+    """Log-probs, gradient of the hidden states, weights; the head's own sketch is added chunk by chunk.
 
     ``scales``: made before the forward pass: a copy to a device makes the host wait for all that it has launched.
     ``whole``: ``weigh`` is asked once for all tokens, whose log-probs cost one more product with the head.

@@ -163,7 +163,7 @@ class Reading(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(Options):
-    """How records are read and text becomes token ids; stored ids always win."""
+    """How records are read and text becomes token ids; stored ids are always used as they are."""
 
     columns: str | None = option(
         None, "names of the columns, where they are other ones: prompt=question,response=answer,reward=score",
@@ -228,8 +228,8 @@ class Running(Checks):
     )  # fmt: skip
     fused: bool = option(
         False,
-        "compute the norms and gated products of Llama-like models by kernels in which the sketch rides: passes of a "
-        "1.5B model on an H100 take 0.76 of the time (docs/gpu.md), and activations are rounded less often",
+        "compute the norms and gated products of Llama-like models by kernels that give the sketch in the same pass: "
+        "passes of a 1.5B model on an H100 take 0.76 of the time (docs/gpu.md), and activations are rounded less often",
         kind="switch",
     )
     limit: int | None = option(

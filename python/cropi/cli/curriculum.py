@@ -21,7 +21,7 @@ def add_options(command: Parser) -> None:
     """Declare the options. Most come from the config file, so few are required here."""
     command.add_argument(
         "config", metavar="CONFIG.yaml",
-        help=".yaml or .toml with any of these options, by their long names; the command line wins over it",
+        help=".yaml or .toml with any of these options, by their long names; the command line comes first",
     )  # fmt: skip
     own = option_group(command, "curriculum")
     own.add_argument(

@@ -36,7 +36,7 @@ def add_options(command: Parser) -> None:
     here."""
     command.add_argument(
         "--config", metavar="FILE",
-        help=".toml or .yaml with any of these options, by their long names; the command line wins over it",
+        help=".toml or .yaml with any of these options, by their long names; the command line comes first",
     )  # fmt: skip
     command.add_argument("--train", nargs="+", metavar="FILE", help="training trajectories")
     command.add_argument(
