@@ -330,6 +330,11 @@ def test_a_folder_of_folders_stands_for_the_files_in_them(
         shutil.copy(out, records / name / "1.jsonl")
     assert main(["info", str(records)]) == 0
     assert "2 prompts, 4 responses, 2 prompts usable" in capsys.readouterr().out
+    # Two runs beside each other are not one.
+    (records / "b").mkdir()
+    shutil.copy(out, records / "b" / "1.jsonl")
+    assert main(["info", str(records)]) == 2
+    assert f"{records} holds the folders a, b, which are not the steps of one run" in capsys.readouterr().err
 
 
 def test_many_files_of_text_are_said_to_be_text_once(tmp_path: Path) -> None:

@@ -34,11 +34,13 @@ READERS = {
 }  # fmt: skip
 # What trainers write beside the rollouts that they train on: validation, figures, what was asked, what failed.
 BESIDE = (
-    "eval_*", "eval-*", "val_data_step*", "aggregated_results.jsonl", "meta.json", "*_metadata.jsonl",
+    "eval_*", "eval-*", "val_*", "val-*", "aggregated_results.jsonl", "meta.json", "*_metadata.jsonl",
     "*_materialized_inputs.jsonl", "*_failures.jsonl", "*_aggregate_metrics.json",
 )  # fmt: skip
 # Trainers write ``rollouts/{step}/{part}/file`` at the deepest.
 DEPTH = 3
+# What they call the folder of a step.
+STEP = re.compile(r"^\d+$|(step|version|iter|iteration|epoch)[_-]?\d")
 
 # What of a Reading the readers of some sources alone look at.
 DUMPS = tuple(source for source in SOURCES if source != RECORDS)
@@ -217,12 +219,23 @@ def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = No
 
 
 def files_of(folder: str | Path, depth: int = DEPTH) -> list[Path]:
-    """The files of a folder that are not hidden; where there is none, those of the folders in it, down to ``depth``."""
+    """The files of a folder that are not hidden; where there is none, those of the folders in it, down to ``depth``.
+
+    Raises:
+        CropiError: it holds folders that are not the steps of one run.
+    """
     held = [path for path in entries(folder) if not path.name.startswith(".")]
     files = [path for path in held if is_file(path)]
     if files or depth == 0:
         return files
-    return [file for path in held if is_folder(path) for file in files_of(path, depth - 1)]
+    folders = [path for path in held if is_folder(path)]
+    steps = [path for path in folders if not _is_beside(path.name)]
+    if len(steps) > 1 and not all(STEP.search(path.name) for path in steps):
+        names = ", ".join(printable(path.name) for path in steps[:6])
+        raise CropiError(
+            f"{folder} holds the folders {names:.200}, which are not the steps of one run; give one of them"
+        )
+    return [file for path in folders for file in files_of(path, depth - 1)]
 
 
 def _is_beside(name: str) -> bool:
