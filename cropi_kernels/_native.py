@@ -94,7 +94,13 @@ def misaligned(x: torch.Tensor) -> bool:
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x``, or a copy where no kernel may read it: some processors cannot, and in C++ it is undefined on all."""
+    """``x``, or a copy where no kernel may read it: some processors cannot, and in C++ it is undefined on all.
+
+    Nor may it read numbers that are stored without their sign (a view as ``z.conj().imag``): operators are given a copy
+    of those by PyTorch, functions that call a kernel directly by this one.
+    """
+    if type(x) in PLAIN and x.is_neg():
+        return x.resolve_neg()
     return x.clone() if misaligned(x) else x
 
 

@@ -148,6 +148,14 @@ def test_chunks_and_shards_add_up(spec: ProjectionSpec) -> None:
     assert torch.equal(torch.cat(halves, 1), project_transpose(out, spec, P, 50))
 
 
+def test_numbers_that_are_stored_without_their_sign() -> None:
+    """The imaginary part of a conjugate is a view that PyTorch negates wherever it is read."""
+    x = torch.randn(3, 1, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    out = project(x, ProjectionSpec(64), out=torch.zeros(3, 64))
+    assert out.any() and torch.equal(out, project(x.clone(), ProjectionSpec(64)))
+
+
 def test_strided_rows_and_columns() -> None:
     spec, big = ProjectionSpec(128), rows(6, 5000)
     rows_view, columns_view = big[::2, 100:4100], big.T[:4000:3]

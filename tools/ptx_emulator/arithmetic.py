@@ -90,8 +90,15 @@ class Arithmetic(Lanes):
         self.assign(d, numbers.multiply_add(*(self.value(x, kind) for x in abc)))
 
     def _setp(self, i: Instruction) -> None:
-        d, a, b, *other = i.operands
         kind = i.modifiers[-1]
+        if kind in ("f16x2", "bf16x2"):  # a predicate for each half
+            *to, a, b = i.operands
+            read = numbers.from_bfloat16 if kind == "bf16x2" else numbers.from_float16
+            pairs = [numbers.halves(np.atleast_1d(self.value(s, "u32"))) for s in (a, b)]
+            for d, x, y in zip(to, *pairs, strict=True):
+                self.assign(d, numbers.compare(i.modifiers[0], read(x), read(y)))
+            return
+        d, a, b, *other = i.operands
         x, y = (
             numbers.from_bfloat16(np.atleast_1d(self.value(s, "u16")))
             if kind == "bf16"

@@ -64,6 +64,28 @@ def test_bfloat16_is_compared_as_a_number(operands: Operands) -> None:
     assert torch.equal(y, (x < 0).float())
 
 
+@pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
+def test_a_pair_is_compared_half_by_half(kind: str, operands: Operands) -> None:
+    x, y = operands
+    x[3] = float("nan")
+    run(
+        f"""
+        ld.global.b32 %r7, [%rd4];
+        neg.f32 %r8, %r7;
+        cvt.rn.{kind}.f32 %r9, %r8, %r7;   // the first in the upper half
+        mov.b32 %r10, 0;
+        setp.lt.{kind} %p1|%p2, %r9, %r10;
+        selp.f32 %r11, 0f3F800000, 0f00000000, %p1;
+        selp.f32 %r12, 0f40000000, 0f00000000, %p2;
+        add.f32 %r13, %r11, %r12;
+        st.global.b32 [%rd5], %r13;
+        """,
+        x,
+        y,
+    )
+    assert torch.equal(y, (x < 0).float() + 2 * (-x < 0))
+
+
 def test_lanes_part_and_meet_again(operands: Operands) -> None:
     x, y = operands
     run(
