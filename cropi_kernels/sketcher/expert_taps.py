@@ -24,7 +24,7 @@ from .ranks import Ranks, into_parts, of_parts, parallel_forward
 from .replaced import Replaced, forward_beneath
 from .slab import MatrixSketch
 from .spread import local
-from .taps import Formed, LinearTap, Tap, formed_vectors, owned
+from .taps import Formed, LinearTap, Tap, vector_adders
 
 CASTS = frozenset({"to", "type", "type_as", "float", "double", "bfloat16", "half"})
 
@@ -113,22 +113,17 @@ class ExpertsTap(Tap):
         given = into_parts(hidden, self.ranks), args[1], into_parts(args[2], self.ranks)
         return of_parts(run_experts(part, layout, given, tapped, order), self.ranks)
 
-    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
+    def adders(self) -> dict[str, Formed]:
         def adder(matrix: MatrixSketch) -> Formed:
-            def add(gradient: torch.Tensor, out: torch.Tensor) -> None:
-                whole = matrix
-                if isinstance(matrix, PartMatrix):
-                    assert matrix.share.axis is not None
-                    gradient, whole = matrix.share.placed(gradient, matrix.share.axis), matrix.matrix
-                whole.add_formed(self.layout.stacked(gradient).contiguous(), out)
+            return lambda gradient, out: matrix.add_formed(self.layout.stacked(gradient).contiguous(), out)
 
-            return add
-
-        weights = [(owned(module, name), adder(matrix)) for name, matrix in self.experts.items()]
+        weights = {name: adder(matrix) for name, matrix in self.experts.items()}
         named = {self.layout.up: self.layout.up_bias, self.layout.down: self.layout.down_bias}
-        return weights + formed_vectors(
-            module, **{str(named[name]): plan for name, plan in self.biases.items()}
-        )
+        return weights | vector_adders(**{str(named[name]): plan for name, plan in self.biases.items()})
+
+    def whole(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
+        matrix = self.experts.get(name)
+        return matrix.share.whole(gradient) if isinstance(matrix, PartMatrix) else gradient
 
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
         raise AssertionError(f"{self.where}: experts have no forward hook")
@@ -156,10 +151,6 @@ class RouterTap(LinearTap):
                 f"{self.where} multiplies by its weight {products.seen} times: exclude its parameters"
             )
         return out
-
-    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
-        weights = [] if self.matrix is None else [(owned(module, "weight"), self.matrix.add_formed)]
-        return weights + formed_vectors(module, bias=self.bias)
 
     def product(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert self.acc.segments is not None

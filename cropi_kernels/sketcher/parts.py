@@ -7,11 +7,9 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..ops.norm_grad import bias_grad, norm_grad
 from ..ops.sketch_grouped import sketch_grouped
-from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .engine import Operators, Site
@@ -19,7 +17,7 @@ from .hooks import Sink, capture
 from .matrix import MatrixSketch
 from .segments import NotTokensError, Segments
 from .spread import Share, is_spread, local
-from .taps import EmbeddingTap, Formed, LinearTap, NormTap, Tap, owned
+from .taps import EmbeddingTap, LinearTap, NormTap, Tap
 
 
 class PartMatrix(MatrixSketch):
@@ -89,7 +87,7 @@ class PartMatrix(MatrixSketch):
             self.matrix.add_rows(self.share.placed(self._here(x, "output"), 1), rows, offsets, out)
 
     def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
-        self.matrix.add_formed(self.share.placed(gradient, 0 if self.splits_rows else 1), out)
+        self.matrix.add_formed(gradient, out)  # it is in the whole's shape (`Tap.whole`)
 
     def _here(self, x: torch.Tensor, what: str) -> torch.Tensor:
         part = self.share.part(x, 1)
@@ -191,24 +189,8 @@ class PartTap(Tap):
         elif call.adds:
             call.engine.add_vector(gradients, plan)
 
-    def formed_vectors(
-        self, module: nn.Module, **plans: VectorPlan | None
-    ) -> list[tuple[nn.Parameter, Formed]]:
-        def adder(which: str, plan: VectorPlan) -> Formed:
-            def add(gradient: torch.Tensor, out: torch.Tensor) -> None:
-                if (whole := self.shares[which].whole(gradient)) is not None:
-                    sketch_vector(whole.reshape(1, -1), plan, out)
-
-            return add
-
-        return [(owned(module, name), adder(name, plan)) for name, plan in plans.items() if plan is not None]
-
-    def formed_matrix(
-        self, gradient: torch.Tensor, matrix: MatrixSketch, turned: bool, out: torch.Tensor
-    ) -> None:
-        share = self.shares["weight"]
-        if share.adds:
-            matrix.add_formed((gradient.T if turned else gradient).contiguous(), out)
+    def whole(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
+        return self.shares[name].whole(gradient)
 
 
 class PartLinearTap(PartTap, LinearTap):
@@ -220,10 +202,11 @@ class PartLinearTap(PartTap, LinearTap):
         where: str,
         matrix: MatrixSketch | None,
         bias: VectorPlan | None,
+        turned: bool,
         shares: dict[str, Share],
         splits_outputs: bool,
     ) -> None:
-        LinearTap.__init__(self, accumulator, where, matrix, bias)
+        LinearTap.__init__(self, accumulator, where, matrix, bias, turned)
         self.shares, self._outputs = shares, splits_outputs
 
     @property
@@ -249,13 +232,6 @@ class PartLinearTap(PartTap, LinearTap):
         if self.bias is not None:
             d, offsets = call.engine.rows(dy, site)
             self.vector("bias", bias_grad(d, offsets), self.bias, call)
-
-    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
-        matrix, own = self.matrix, []
-        if matrix is not None:
-            turned = not isinstance(module, nn.Linear)
-            own.append((owned(module, "weight"), lambda g, out: self.formed_matrix(g, matrix, turned, out)))
-        return own + self.formed_vectors(module, bias=self.bias)
 
 
 class PartEmbeddingTap(PartTap, EmbeddingTap):
@@ -287,10 +263,6 @@ class PartEmbeddingTap(PartTap, EmbeddingTap):
     def add_part(self, call: Call, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         EmbeddingTap.backward(self, site, dy, kept)
 
-    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
-        matrix = self.matrix
-        return [(owned(module, "weight"), lambda g, out: self.formed_matrix(g, matrix, False, out))]
-
 
 class PartNormTap(PartTap, NormTap):
     """A norm that all ranks have, of tokens or heads that may be this rank's alone."""
@@ -316,9 +288,6 @@ class PartNormTap(PartTap, NormTap):
         for which, plan, gradient in zip(("weight", "bias"), (norm.weight, norm.bias), sums, strict=True):
             if plan is not None and gradient is not None:
                 self.vector(which, gradient, plan, call)
-
-    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
-        return self.formed_vectors(module, weight=self.norm.weight, bias=self.norm.bias)
 
 
 def _whole() -> Any:

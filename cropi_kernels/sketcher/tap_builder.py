@@ -95,7 +95,7 @@ class TapBuilder:
             bias = plan_vector(self.spec, self.wanted[b], b.numel())
             self._cover(b, "bias")
         if self.ranks is None:
-            self.taps[module] = LinearTap(self.acc, path, matrix, bias)
+            self.taps[module] = LinearTap(self.acc, path, matrix, bias, transposed)
             return
         shares = {which: self.ranks.share(p) for which, p in own.items()}
         split = shares.get("weight", shares.get("bias"))
@@ -103,7 +103,7 @@ class TapBuilder:
         if outputs and (loose := shares.get("bias")) is not None and loose.axis is None:
             self.reasons[module] = "its outputs are split over ranks, and its bias is not"
             return
-        self.taps[module] = PartLinearTap(self.acc, path, matrix, bias, shares, outputs)
+        self.taps[module] = PartLinearTap(self.acc, path, matrix, bias, transposed, shares, outputs)
 
     def _embedding(self, path: str, module: nn.Embedding, own: dict[str, nn.Parameter]) -> None:
         if module.scale_grad_by_freq:

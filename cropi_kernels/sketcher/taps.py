@@ -117,20 +117,44 @@ class Tap(abc.ABC):
 
         return guarded
 
-    @abc.abstractmethod
     def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
         """The parameters of ``module`` that this tap sketches, each with ``add(gradient, out)``: the sketch of a
         gradient that exists (float32, of the parameter's shape) added to ``out`` float32 [1, base_dim]."""
 
+        def adder(name: str, add_whole: Formed) -> Formed:
+            def add(gradient: torch.Tensor, out: torch.Tensor) -> None:
+                if (whole := self.whole(name, gradient)) is not None:
+                    add_whole(whole, out)
+
+            return add
+
+        return [(owned(module, name), adder(name, add)) for name, add in self.adders().items()]
+
+    @abc.abstractmethod
+    def adders(self) -> dict[str, Formed]:
+        """What `formed` adds of whole gradients, by the parameters' names in the module."""
+
+    def whole(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
+        """What this rank adds of its part of a parameter's gradient, in the whole's shape; None: nothing."""
+        return gradient
+
 
 class LinearTap(Tap):
-    """nn.Linear, Conv1D, an untied or tied head: ``G = D^T A``; bias gradient ``sum D``."""
+    """nn.Linear, Conv1D, an untied or tied head: ``G = D^T A``; bias gradient ``sum D``.
+
+    ``turned``: the weight is stored [in, out].
+    """
 
     def __init__(
-        self, accumulator: Accumulator, where: str, matrix: MatrixSketch | None, bias: VectorPlan | None
+        self,
+        accumulator: Accumulator,
+        where: str,
+        matrix: MatrixSketch | None,
+        bias: VectorPlan | None,
+        turned: bool = False,
     ) -> None:
         super().__init__(accumulator, where)
-        self.matrix, self.bias = matrix, bias
+        self.matrix, self.bias, self.turned = matrix, bias, turned
 
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
         matrix = self.matrix
@@ -140,17 +164,11 @@ class LinearTap(Tap):
             kept = self.acc.folded(matrix.fold_key, x, lambda: self.acc.engine.fold(x, matrix, site))
         return capture(y, self.sink(site), kept)
 
-    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
-        matrix, own = self.matrix, []
+    def adders(self) -> dict[str, Formed]:
+        matrix, own = self.matrix, dict[str, Formed]()
         if matrix is not None:
-            turned = not isinstance(module, nn.Linear)
-            own.append(
-                (
-                    owned(module, "weight"),
-                    lambda g, out: matrix.add_formed((g.T if turned else g).contiguous(), out),
-                )
-            )
-        return own + formed_vectors(module, bias=self.bias)
+            own["weight"] = lambda g, out: matrix.add_formed((g.T if self.turned else g).contiguous(), out)
+        return own | vector_adders(bias=self.bias)
 
     def backward(self, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         if self.matrix is not None and kept is not None:
@@ -188,8 +206,8 @@ class EmbeddingTap(Tap):
             return one_row(capture(narrow, self._refusal(f"{refused}: exclude its parameters")), rows, wide)
         return capture(y, self.sink(self._sites[0]), x)
 
-    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
-        return [(owned(module, "weight"), self.matrix.add_formed)]
+    def adders(self) -> dict[str, Formed]:
+        return {"weight": self.matrix.add_formed}
 
     def backward(self, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         assert kept is not None
@@ -216,8 +234,8 @@ class NormTap(Tap):
         widened = widened_input(x, y)
         return capture(y, self.sink(site), x.detach() if widened is None else widened)
 
-    def formed(self, module: nn.Module) -> list[tuple[nn.Parameter, Formed]]:
-        return formed_vectors(module, weight=self.norm.weight, bias=self.norm.bias)
+    def adders(self) -> dict[str, Formed]:
+        return vector_adders(weight=self.norm.weight, bias=self.norm.bias)
 
     def backward(self, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         if kept is not None:
@@ -254,8 +272,8 @@ def owned(module: nn.Module, name: str) -> nn.Parameter:
     return p
 
 
-def formed_vectors(module: nn.Module, **plans: VectorPlan | None) -> list[tuple[nn.Parameter, Formed]]:
-    """`Tap.formed` for vectors: their plans by their names in the module."""
+def vector_adders(**plans: VectorPlan | None) -> dict[str, Formed]:
+    """`Tap.adders` for vectors: their plans by their names in the module."""
 
     def adder(plan: VectorPlan) -> Formed:
         def add(gradient: torch.Tensor, out: torch.Tensor) -> None:
@@ -263,4 +281,4 @@ def formed_vectors(module: nn.Module, **plans: VectorPlan | None) -> list[tuple[
 
         return add
 
-    return [(owned(module, name), adder(plan)) for name, plan in plans.items() if plan is not None]
+    return {name: adder(plan) for name, plan in plans.items() if plan is not None}
