@@ -15,6 +15,7 @@ the same bits on every run, and whatever else is in the batch.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class GpuEngine(Operators):
         self._chunks: Any = None  # of the slabs, and their sums [slots, groups, dim]
         self._sums: torch.Tensor | None = None
         self._kept: torch.Tensor | None = None  # the inputs of the matrices that wait
-        self._latest = 0  # address of the latest matrix's gradient, whose bias may follow
+        # The latest matrix's gradient, whose bias may follow. Not its address, where another's may be by then.
+        self._latest: weakref.ref[torch.Tensor] | None = None
         self._matrices: list[Waiting] = []
         self._biases: list[Waiting] = []
         self._tails: dict[int, Tail] = {}
@@ -129,7 +131,7 @@ class GpuEngine(Operators):
             return super().add_linear(dy, kept, matrix, site)
         if kept.shape[0] != self._tokens[0] * self._tokens[1] or not kept.is_contiguous():
             return super().add_linear(dy, kept, matrix, site)
-        others, self._latest = self._kept, dy.data_ptr()
+        others, self._latest = self._kept, weakref.ref(dy)
         if others is None or others.data_ptr() != kept.data_ptr() or others.dtype != kept.dtype:
             self._launch()
             self._kept = kept
@@ -177,7 +179,7 @@ class GpuEngine(Operators):
     def add_bias(self, dy: torch.Tensor, plan: VectorPlan, site: Site) -> None:
         if self._plain(dy, plan.size, site) != 1:
             return super().add_bias(dy, plan, site)
-        if dy.data_ptr() != self._latest:  # else it waits with its matrix
+        if self._latest is None or self._latest() is not dy:  # else it waits with its matrix
             self._launch()
         self._biases.append(Waiting(dy, plan, site.where, dy._version))
         if len(self._biases) == self._members:

@@ -183,6 +183,23 @@ def test_vectors_that_leave_in_several_launches_have_the_same_bits(
     torch.testing.assert_close(at_once.double(), exact, rtol=0, atol=30 * 2.0**-24 * float(exact.abs().max()))
 
 
+def test_what_waits_together_does_not_depend_on_addresses(stage: None) -> None:
+    """A gradient may lie where that of a matrix was, once its kernels are launched."""
+    memory = torch.ones(BATCH, LENGTH, 24)
+    engine = GpuEngine(Layer().segments(), torch.zeros(1, SPEC.base_dim))
+    of_matrix, of_another = (plan_vector(SPEC, f"{name}.bias", 24) for name in "ab")
+    kept = engine.fold(torch.ones(BATCH, LENGTH, WIDTH), SlabMatrix(SPEC, "q", 24, WIDTH, "linear"), SITE)
+    for name in ("q", "k", "v"):
+        dy = memory.view_as(memory)
+        engine.add_linear(dy, kept, SlabMatrix(SPEC, name, 24, WIDTH, "linear"), SITE)
+    engine.add_bias(dy, of_matrix, SITE)
+    assert [one.plan for one in engine._biases] == [of_matrix]
+    engine._biases[0].dy = memory.clone()
+    del dy
+    engine.add_bias(memory.view_as(memory), of_another, SITE)
+    assert [one.plan for one in engine._biases] == [of_another]
+
+
 def test_inputs_that_come_back_with_other_strides(stage: None, half: torch.dtype) -> None:
     """What autograd kept went through whatever hooks are set for saved tensors."""
     matrix = SlabMatrix(SPEC, "a.q.weight", 24, WIDTH, "linear")
