@@ -14,6 +14,10 @@ import torch
 from . import _gpu
 
 FENCED = (3, 7, 1)  # the first release whose products wait for the copies' writes
+TURNS = (
+    (3, 6),
+    (3, 7),
+)  # the first and the last release whose Gluon is known to compile what is written in it here
 _INSTALL = "a CUDA build of torch brings it; otherwise `pip install 'triton>=3.6'` (Linux)"
 
 
@@ -61,6 +65,27 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
         return reason
     device = tensors[0].device if tensors else torch.device("cuda")
     return _fence_reason_of(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def gluon_is_known() -> bool:
+    """Gluon, the part of Triton in which warps are given different work, may change with every release."""
+    import triton
+
+    return TURNS[0] <= release(triton.__version__)[:2] <= TURNS[1]
+
+
+def takes_turns(device: torch.device) -> bool:
+    """Whether kernels in Gluon serve a device: Hopper GPUs, with a Triton whose Gluon is known.
+
+    There is no interpreter for Gluon. Where it does not serve, kernels in Triton's own language give the same bits.
+    """
+    return device.type == "cuda" and not _gpu.interpreting() and gluon_is_known() and _is_hopper(device)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def shared_memory(device: torch.device) -> int:

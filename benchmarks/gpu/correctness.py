@@ -26,13 +26,29 @@ from cropi_kernels import (
     sketch_linear,
     sketch_vector,
 )
+from cropi_kernels.ops import _device_plan
+from cropi_kernels.ops._triton_segments import cut, reduce_partials
 from cropi_kernels.ops.linear_logprob import oracle, triton_tiles
 from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
 from cropi_kernels.ops.norm_grad.reference import segment_sums
 from cropi_kernels.ops.sketch_embedding.reference import sketch_embedding as embedding_reference
 from cropi_kernels.ops.sketch_grouped.reference import sketch_grouped as grouped_reference
+from cropi_kernels.ops.sketch_linear import triton as slab
 from cropi_kernels.testing import sketch_and_magnitudes, sum_error_bound
 
+# rows of the matrices, cols, width, tokens of the segments, into
+SLABS: dict[str, tuple[list[int], int, int | None, list[int], str]] = {
+    "no fold": ([1536], 2048, None, [5, 0, 700, 64, 1], "slots"),
+    "no fold, three matrices": ([512, 256, 256], 528, None, [513, 127, 1500], "slots"),
+    "width 256": ([8960], 1536, 256, [600, 100, 37], "slots"),
+    "width 256, two matrices": ([4864, 4864], 896, 256, [64, 1, 900], "slots"),
+    "width 128": ([1536], 1536, 128, [600, 100, 37], "out"),
+    "width 128, sums": ([2048, 512, 512], 1024, 128, [600, 100, 37], "sums"),
+    "width 64": ([8960], 1536, 64, [600, 1, 0, 512, 37], "out"),
+    "width 64, sums": ([8960, 8960], 1536, 64, [2000, 100, 37], "sums"),
+    "width 64, one group": ([512], 64, 64, [3, 129, 512], "out"),
+    "narrow": ([1040], 96, None, [300, 20], "out"),
+}
 TURNS = ((1, 1003, 8), (64, 257, 64), (65, 151936, 1536), (700, 50257, 200), (3000, 32000, 4096))
 TOKENS, SCORED = 700, 130  # of embeddings and norms, and of log-probs
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -221,7 +237,7 @@ def by_turns(n: int, vocab: int, features: int, dtype: torch.dtype, scale: float
     target[n // 2] = -100
 
     def results(turns: bool) -> list[torch.Tensor]:
-        kept, triton_tiles.takes_turns = triton_tiles.takes_turns, lambda: turns
+        kept, triton_tiles.takes_turns = triton_tiles.takes_turns, lambda device: turns
         try:
             both = linear_logprob(hidden, head, target, bias=bias, temperature=0.7, return_entropy=True)
             with_gradient = logprob_and_grad(
@@ -231,10 +247,52 @@ def by_turns(n: int, vocab: int, features: int, dtype: torch.dtype, scale: float
             triton_tiles.takes_turns = kept
         return [*both, *with_gradient]
 
-    assert triton_tiles.takes_turns(), "this Triton's Gluon is not known"
     same = [torch.equal(a, b) for a, b in zip(results(True), results(False))]
     finite = all(bool(x.isfinite().all()) for x in results(True))
     return {"same": same, "ok": all(same) and finite}
+
+
+def slabs_by_turns(
+    rows: list[int], cols: int, width: int | None, lengths: list[int], dtype: torch.dtype, into: str
+) -> dict[str, Any]:
+    """Whether `slab_turns_kernel` gives the bits of `slab_kernel`, of one matrix or of some with the same inputs."""
+    g = torch.Generator().manual_seed(0)
+    plans = tuple(plan_matrix(SketchSpec(width=width), f"{n}.weight", r, cols) for n, r in enumerate(rows))
+    n = sum(lengths)
+    wide = torch.randn(n, sum(rows) + 64, generator=g).to("cuda", dtype)
+    ds = [
+        d.contiguous() if i % 2 else d for i, d in enumerate(wide.split([*rows, 64], 1)[:-1])
+    ]  # some rows apart
+    a = torch.randn(n, cols, generator=g).to("cuda", dtype)
+    if plans[0].col_fold is not None:
+        a = fold_inputs(a, plans[0])
+    offsets = torch.tensor([0, *lengths]).cumsum(0).cuda()
+
+    def results(turns: bool) -> torch.Tensor:
+        kept, slab.takes_turns = slab.takes_turns, lambda device: turns
+        _device_plan.cache.clear()
+        try:
+            stack = slab.stack_of(plans, a.device, dtype)
+        finally:
+            slab.takes_turns = kept
+            _device_plan.cache.clear()
+        assert bool(stack.turns) == turns
+        always = into != "out" or stack.groups > 1 or stack.wide
+        chunks = cut(offsets, n, stack.chunk, always)
+        out = torch.ones(len(lengths), 32768, device="cuda")
+        partial = torch.full((chunks.n_slots, stack.groups, out.shape[1]), 2.0, device="cuda")
+        strides = [d.stride(0) for d in ds]
+        how = "slots" if into == "out" and always else into
+        slab.add_slabs(stack, ds, strides, a, a.stride(0), out, partial, chunks, how)
+        reduce_partials(partial, out, chunks, stack.groups)
+        return out
+
+    once, again, by_steps = results(True), results(True), results(False)
+    ok = torch.equal(once, again) and torch.equal(once, by_steps) and bool(once.isfinite().all())
+    return {
+        "far": float((once - by_steps).abs().max()),
+        "ok": ok and not torch.equal(once, torch.ones_like(once)),
+    }
 
 
 def beyond_int32_sketch() -> dict[str, Any]:
@@ -311,11 +369,15 @@ def main() -> None:
                     lambda v=vocab, c=cap, t=dtype: log_probs(v, t, c),
                 )
         results.attempt(f"log-probs of far targets {name}", lambda t=dtype: log_probs(1003, t, None, 3.0))
-        if (
-            dtype != torch.float32
-            and triton_tiles.takes_turns()
-            and torch.cuda.get_device_capability() == (9, 0)
-        ):
+        if dtype != torch.float32 and triton_tiles.takes_turns(torch.device("cuda:0")):
+            for case, (rows, cols, width, lengths, into) in SLABS.items():
+                if not small or case == "narrow":
+                    results.attempt(
+                        f"slabs by turns, {case} {name}",
+                        lambda r=rows, c=cols, w=width, n=lengths, i=into, t=dtype: slabs_by_turns(
+                            r, c, w, n, t, i
+                        ),
+                    )
             for n, vocab, features in ((130, 1003, 72),) if small else TURNS:
                 shape = f"{n} x {vocab} x {features}"
                 results.attempt(

@@ -189,7 +189,7 @@ def main() -> None:
         name = f"gated product: {columns} columns{', fold' if folded else ''}"
         todo.append((name, lambda c=columns, w=folded: gated(c, w, 295)))
     logits = {"serves": lambda *args: False}
-    by_tiles: dict[str, Any] = {"takes_turns": lambda: False}
+    by_tiles: dict[str, Any] = {"takes_turns": lambda device: False}
     shapes: dict[str, tuple[dict[str, Any], float, float]] = {
         "turns": ({}, 11800.0, 5500.0),
         "turns, 3 stages": ({"STAGES": 3}, 12400.0, 5700.0),

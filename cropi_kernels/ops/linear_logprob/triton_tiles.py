@@ -27,6 +27,7 @@ import functools
 import torch
 
 from ... import _gpu, _triton
+from ..._triton import takes_turns
 from .chunks import Call
 from .contract import Dlogits, RowMath, Stats
 from .triton_tile_kernels import (
@@ -41,7 +42,6 @@ from .triton_tile_kernels import (
 TOKENS, WORDS, FEATURES = 128, 256, 64  # of a tile; of the product's inner step
 STAGES, WARPS = 4, 8
 # The first and the last release of Triton whose Gluon `triton_turns` is known to speak.
-TURNS = ((3, 6), (3, 7))
 OWN_ROWS, OWN_FEATURES = 4, 256  # of a program of `own_kernel`
 FLAGS = 64  # marks that a program of `again_kernel` looks at
 COMBINED_TILES, COMBINED_ROWS = 64, 16
@@ -69,14 +69,6 @@ def serves(hidden: torch.Tensor, head: torch.Tensor, math: RowMath) -> bool:
     ):
         return False
     return _gpu.interpreting() or torch.cuda.get_device_capability(hidden.device)[0] == 9
-
-
-def takes_turns() -> bool:
-    """Whether `triton_turns` makes the products: with the releases whose Gluon it was compiled with (3.6 and 3.7), and
-    not in the interpreter, which has no Gluon. `tiles_kernel` gives the same bits."""
-    import triton
-
-    return TURNS[0] <= _triton.release(triton.__version__)[:2] <= TURNS[1] and not _gpu.interpreting()
 
 
 @functools.cache
@@ -133,7 +125,7 @@ class Tiles:
             others = (*given, self.e, self.far, *sizes, self.e.stride(0), scale)
             if self.by_row:
                 self.far.zero_()
-            if takes_turns():
+            if takes_turns(hidden.device):
                 from .triton_turns import GROUPS, PIECES, described, turns_kernel
                 from .triton_turns import WARPS as GROUP_WARPS
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import triton.language as tl
 
 from ... import _native, _triton
 from ..._launch import MEMBERS, Launch, padded
+from ..._triton import takes_turns
 from ...plan import MatrixPlan
 from .._device_plan import cached, column_flips, matrix_tables, pair_words, slab_row_signs, upload
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
@@ -157,6 +159,7 @@ def slab_config(slab_cols: int, dtype: torch.dtype, shared: int) -> SlabConfig:
 
 
 WIDEST_TILE = 4 * (128 + 256) * 64 * 2  # bytes: four stages of both operands
+HOPPER_SHARED = 232_448  # bytes of a program
 
 
 SIGN_BIT: tl.constexpr = tl.constexpr(-(1 << 31))  # of a float32
@@ -321,6 +324,33 @@ def slab_launch(slab_rows: int, slab_cols: int, options: tuple[tuple[str, Any], 
     return Launch(slab_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, INTO=into, **dict(options))
 
 
+# A slab of fewer columns is left to `slab_kernel`.
+TURNS_FROM = 64
+TURNS_STEP = 64  # tokens
+
+
+@functools.cache
+def turns_launch(slab_rows: int, slab_cols: int, column_signs: bool, alone: bool, into: str) -> Launch:
+    """`slab_kernel` by warps of different work, with as many stages as shared memory holds."""
+    from .triton_turns import WARPS, slab_turns_kernel
+
+    stages = min(4, HOPPER_SHARED // (2 * TURNS_STEP * (slab_rows + slab_cols)))
+    return Launch(
+        slab_turns_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, COLUMN_SIGNS=column_signs, ALONE=alone, INTO=into,
+        BK=TURNS_STEP, STAGES=stages, num_warps=WARPS.value,
+    )  # fmt: skip
+
+
+def aligned(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> bool:
+    """Whether every row begins at a multiple of 16 bytes, and ends there: what copies of 16 bytes want to know."""
+    low = 0
+    for x in tensors:
+        low |= x.data_ptr()
+    for n in sizes:
+        low |= n
+    return low & 15 == 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """Matrices whose inputs are folded alike, one above the other: their row blocks are numbered through.
@@ -345,6 +375,8 @@ class Stack:
     wide: bool  # a tile that wide has no registers left to add to what is there
     programs: int  # of a chunk
     launches: dict[str, Launch]
+    turns: dict[str, Launch]  # of `turns_launch`; empty where it does not serve
+    turns_programs: int  # of a chunk
 
 
 def stack_of(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dtype) -> Stack:
@@ -362,8 +394,15 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
     options = slab_options(plan.slab_cols, dtype, _triton.shared_memory(device))
     parts = plan.slab_rows // options["BM"] * _triton.ceil_div(plan.slab_cols, options["BN"])
     signs, wide = plan.col_fold is None, options["BN"] > 128
-    options |= {"PAIRS": lanes(plan.slab_cols), "COLUMN_SIGNS": signs, "ALONE": wide and len(plans) == 1}
+    alone = wide and len(plans) == 1
+    options |= {"PAIRS": lanes(plan.slab_cols), "COLUMN_SIGNS": signs, "ALONE": alone}
     launch = functools.partial(slab_launch, plan.slab_rows, plan.slab_cols, tuple(options.items()))
+    turns = {}
+    if dtype.itemsize == 2 and plan.slab_cols >= TURNS_FROM and takes_turns(device):
+        turns = {
+            into: turns_launch(plan.slab_rows, plan.slab_cols, signs, alone, into)
+            for into in ("out", "slots", "sums")
+        }
     order = np.argsort(slab, kind="stable")
     first = upload(np.concatenate([[0], np.cumsum(counts)]), np.int32, device)
     none = (1 << 15,) * (MEMBERS - len(plans))  # above every block
@@ -382,6 +421,8 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
         wide=wide,
         programs=plan.n_slabs * groups * parts,
         launches={into: launch(into) for into in ("out", "slots", "sums")},
+        turns=turns,
+        turns_programs=plan.n_slabs * groups,
     )
 
 
@@ -402,8 +443,11 @@ def add_slabs(
     into: str,
 ) -> None:
     """One launch: what the matrices' output gradients ``ds`` and their inputs ``a`` give, as `slab_kernel` says."""
-    stack.launches[into](
-        (chunks.n_items * stack.programs,),
+    launch, programs = stack.launches[into], stack.programs
+    if stack.turns and aligned((*ds, a), (*stack.rows, *strides, stack.cols, stride_a)):
+        launch, programs = stack.turns[into], stack.turns_programs
+    launch(
+        (chunks.n_items * programs,),
         (*padded(ds), a, out, partial, chunks.table, stack.pairs, stack.first, stack.row_sign, stack.flips),
         (*padded(stack.rows), *padded(strides), stack.cols, stride_a, stack.row_sign.shape[1]),
         (*stack.begins, chunks.n_segments, stack.n_slabs, stack.groups, stack.group_pairs, partial.shape[1]),

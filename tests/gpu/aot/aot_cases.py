@@ -23,6 +23,7 @@ from cropi_kernels.ops.rms_norm import triton as rms
 from cropi_kernels.ops.sketch_embedding import triton as rows
 from cropi_kernels.ops.sketch_grouped import triton as stack
 from cropi_kernels.ops.sketch_linear import triton as linear
+from cropi_kernels.ops.sketch_linear import triton_turns as linear_turns
 from cropi_kernels.ops.sketch_vector import triton as vector
 from cropi_kernels.ops.swiglu import triton as gates
 
@@ -203,6 +204,18 @@ def log_prob(dtype: str, capped: bool, backward: bool) -> Case:
     )  # fmt: skip
 
 
+def slab_turns(dtype: str, cols: int, into: str, signs: bool = False, alone: bool = False) -> Case:
+    """12 warps share the registers, as of `log_prob_turns`."""
+    kernel = linear_turns.slab_turns_kernel
+    launch = linear.turns_launch(32768 // cols, cols, signs, alone, into)
+    constants = {k: v for k, v in launch.constants.items() if k != "num_warps"}
+    like = slab(dtype, cols, 90)
+    types = {n: like.types[n] for n in kernel.arg_names if n not in constants}
+    name = f"slab turns {dtype} {cols} {into}{' signs' if signs else ''}"
+    options = {"num_warps": launch.constants["num_warps"]}
+    return Case(name, kernel, types, constants, like.aligned, options, 168, True)
+
+
 def log_prob_tiles(dtype: str, keep: bool, entropy: bool = False, again: bool = False) -> Case:
     """With entropies, a bias too."""
     kernel = tile_kernels.again_kernel if again else tile_kernels.tiles_kernel
@@ -297,6 +310,12 @@ def log_prob_scale() -> Case:
 def on_hopper() -> list[Case]:
     """Kernels that launch on this generation alone."""
     return [
+        slab_turns("bfloat16", 256, "slots", signs=True, alone=True),
+        slab_turns("bfloat16", 256, "slots"),
+        slab_turns("bfloat16", 128, "sums"),
+        slab_turns("bfloat16", 64, "sums"),
+        slab_turns("bfloat16", 64, "out", signs=True),
+        slab_turns("float16", 64, "slots"),
         log_prob_tiles("bfloat16", keep=False),
         log_prob_tiles("bfloat16", keep=True),
         log_prob_tiles("bfloat16", keep=False, entropy=True),

@@ -72,7 +72,7 @@ def compile_for(
     )
 
 
-def unfenced_products(ptx: str) -> int:
+def unfenced_products(ptx: str, wait: str = "cp.async.wait") -> int:
     """Warp-group products that may read shared memory before copies to it are visible to them.
 
     `cp.async` writes through the generic proxy, `wgmma` reads its operands in shared memory through the async proxy:
@@ -83,7 +83,7 @@ def unfenced_products(ptx: str) -> int:
     for line in ptx.splitlines():
         word = re.match(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)", line)
         name = word.group(1) if word else ""
-        if name.startswith("cp.async.wait"):
+        if name.startswith(wait):
             waited = True
         elif name.startswith("fence.proxy.async"):
             waited = False

@@ -1,0 +1,290 @@
+"""`slab_kernel` by warps of different work: four bring operands, two groups of four multiply half of the slab each.
+
+In `slab_kernel` the same warps copy and multiply, and wait for each other twice a step: on an H200, its tensor cores
+were busy half of the time, with no other unit near its limit. Here a group waits for its operands alone (``ready``),
+and the copies for a place to go to (``empty``). The bits are those of `slab_kernel`: the same sums, in the same order.
+
+Gluon is the part of Triton in which warps are given different work (`_triton.takes_turns`).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .._triton_segments import chunk_of
+
+_chunk_of = gluon.jit(chunk_of.fn)
+GROUPS = gl.constexpr(2)
+WARPS = gl.constexpr(4)  # of a group: as many as share a product
+THREADS = gl.constexpr(128)  # of the warps that bring
+SIGN_BIT = gl.constexpr(-(1 << 31))  # of a float32
+
+
+@gluon.constexpr_function
+def _registers(columns):
+    """Of a thread of the second group, and of the warps that bring operands. The first group has the rest of 168 for
+    each of 12 warps. A group needs 128 for its sums; where a slab has 64 columns, 36 copies a step have addresses.
+    """
+    return [208, 88] if columns > 64 else [192, 120]
+
+
+@gluon.constexpr_function
+def _pieces_of_16_bytes(columns):
+    """Rows of ``columns`` numbers of 16 bits, as four warps copy them."""
+    across = min(32, columns // 8)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _bits_of_columns(columns):
+    """[columns / 8, 8] numbers, which as one row lie where a product's columns do."""
+    of_8 = [[1 << bit, 0] for bit in range((columns // 8).bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
+    return gl.DistributedLinearLayout([[0, 1], *of_8], lanes, [[0, 0], [0, 0]], [], [columns // 8, 8])
+
+
+@gluon.jit
+def _bring(
+    d_0,
+    d_1,
+    d_2,
+    a,
+    pairs,
+    d_tiles,
+    a_tiles,
+    ready,
+    empty,
+    rows_0,
+    rows_1,
+    rows_2,
+    stride_0,
+    stride_1,
+    stride_2,
+    cols,
+    stride_a,
+    begin_1,
+    begin_2,
+    begin,
+    n_pairs,
+    t0,
+    length,
+    ALONE: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLS: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    of_d: gl.constexpr = _pieces_of_16_bytes(ROWS)
+    of_a: gl.constexpr = _pieces_of_16_bytes(COLS)
+    d_token = gl.arange(0, BK, layout=gl.SliceLayout(1, of_d))
+    a_token = gl.arange(0, BK, layout=gl.SliceLayout(1, of_a))
+    i = gl.arange(0, ROWS, layout=gl.SliceLayout(0, of_d))
+    j = gl.arange(0, COLS, layout=gl.SliceLayout(0, of_a))
+    a_place = a_token.to(gl.int64)[:, None] * stride_a
+    step = 0
+    word = gl.load(pairs + begin, mask=n_pairs > 0, other=0)
+    for p in range(0, n_pairs):
+        after = gl.load(
+            pairs + begin + gl.minimum(p + 1, n_pairs - 1)
+        )  # on its way while this pair is copied
+        block = (word >> 48 & 0x7FFF).to(gl.int32)
+        c = (word >> 32 & 0xFFFF).to(gl.int32) * COLS + (j ^ (word >> 16 & 0xFFFF).to(gl.int32))
+        c = gl.max_contiguous(gl.multiple_of(c, 8), 8)
+        if ALONE:
+            d, rows, stride_d, first_row = d_0, rows_0, stride_0, block * (GROUPS * ROWS)
+        else:
+            in_1, in_2 = block >= begin_1, block >= begin_2
+            d = gl.where(in_2, d_2, gl.where(in_1, d_1, d_0))
+            rows = gl.where(in_2, rows_2, gl.where(in_1, rows_1, rows_0))
+            stride_d = gl.where(in_2, stride_2, gl.where(in_1, stride_1, stride_0))
+            first_row = (block - gl.where(in_2, begin_2, gl.where(in_1, begin_1, 0))) * (GROUPS * ROWS)
+        d_place = d_token.to(gl.int64)[:, None] * stride_d
+        for t in range(0, length, BK):
+            stage = step % STAGES
+            # The wait for a phase before the first returns at once.
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            for group in gl.static_range(GROUPS):
+                r = first_row + ((group * ROWS + i) ^ (word & 0xFFFF).to(gl.int32))
+                r = gl.max_contiguous(gl.multiple_of(r, 8), 8)
+                async_copy.async_copy_global_to_shared(
+                    d_tiles.index(stage * GROUPS + group),
+                    d + (t0 + t) * stride_d + (d_place + r[None, :]),
+                    mask=(d_token < length - t)[:, None] & (r < rows)[None, :],
+                )
+            async_copy.async_copy_global_to_shared(
+                a_tiles.index(stage),
+                a + (t0 + t) * stride_a + (a_place + c[None, :]),
+                mask=(a_token < length - t)[:, None] & (c < cols)[None, :],
+            )
+            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+            step += 1
+        word = after
+
+
+@gluon.jit
+def _row_signs(row_sign, word, i, padded_rows, SLAB_ROWS: gl.constexpr):
+    """Of the rows that pair ``word`` adds to rows ``i`` of the slab, times the pair's own."""
+    row = (word >> 48 & 0x7FFF).to(gl.int32) * SLAB_ROWS + (i ^ (word & 0xFFFF).to(gl.int32))
+    return gl.load(row_sign + gl.where(word < 0, padded_rows, 0) + row).to(gl.float32)
+
+
+@gluon.jit
+def _multiply(
+    d_tiles,
+    a_tiles,
+    ready,
+    empty,
+    target,
+    add,  # whether to what is there
+    pairs,
+    row_sign,
+    flips,
+    padded_rows,
+    begin,
+    n_pairs,
+    length,
+    GROUP: gl.constexpr,
+    COLUMN_SIGNS: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLS: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    of_bits: gl.constexpr = _bits_of_columns(COLS)
+    i = GROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, products))
+    j = gl.arange(0, COLS, layout=gl.SliceLayout(0, products))
+    low = gl.arange(0, 8, layout=gl.SliceLayout(0, of_bits))
+    high = gl.arange(0, COLS // 8, layout=gl.SliceLayout(1, of_bits))
+    acc = gl.zeros((ROWS, COLS), gl.float32, layout=products)
+    step = 0
+    word = gl.load(pairs + begin, mask=n_pairs > 0, other=0)
+    for p in range(0, n_pairs):
+        more = p + 1 < n_pairs
+        after = gl.load(pairs + begin + gl.minimum(p + 1, n_pairs - 1))
+        for t in range(0, length, BK):
+            stage = step % STAGES
+            mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+            # The copies write through another proxy than the products read through.
+            fence_async_shared()
+            d = d_tiles.index(stage * GROUPS + GROUP).permute((1, 0))
+            acc = warpgroup_mma(d, a_tiles.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            if t > 0:  # the step before has ended
+                mbarrier.arrive(empty.index((step - 1) % STAGES))
+            step += 1
+        sign = _row_signs(row_sign, word, i, padded_rows, GROUPS * ROWS)
+        sign *= gl.where(more, _row_signs(row_sign, after, i, padded_rows, GROUPS * ROWS), 1.0)
+        flip = (sign.to(gl.int32, bitcast=True) & SIGN_BIT)[:, None]
+        if COLUMN_SIGNS:
+            of_pair = flips + (begin + p) * 8 + low
+            bits = gl.load(of_pair) ^ gl.load(of_pair + 8, mask=(low >= 0) & more, other=0)
+            of_columns = (bits[None, :] >> high[:, None] << 31).reshape((COLS,))
+            flip = flip ^ gl.convert_layout(of_columns, gl.SliceLayout(0, products))[None, :]
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((step - 1) % STAGES))
+        acc = (acc.to(gl.int32, bitcast=True) ^ flip).to(gl.float32, bitcast=True)
+        word = after
+    place = target + i[:, None] * COLS + j[None, :]
+    gl.store(place, gl.load(place, mask=(j >= 0)[None, :] & (i >= 0)[:, None] & add, other=0.0) + acc)
+
+
+@gluon.jit(
+    do_not_specialize=["begin_1", "begin_2", "n_segments", "n_slabs", "groups", "group_pairs", "out_groups"]
+)
+def slab_turns_kernel(
+    d_0,  # all are those of `slab_kernel`
+    d_1,
+    d_2,
+    a,
+    out,
+    partial,
+    table,
+    pairs,
+    first,
+    row_sign,
+    flips,
+    rows_0,
+    rows_1,
+    rows_2,
+    stride_0,
+    stride_1,
+    stride_2,
+    cols,
+    stride_a,
+    padded_rows,
+    begin_1,
+    begin_2,
+    n_segments,
+    n_slabs,
+    groups,
+    group_pairs,
+    out_groups,
+    SLAB_ROWS: gl.constexpr,
+    SLAB_COLS: gl.constexpr,
+    COLUMN_SIGNS: gl.constexpr,
+    ALONE: gl.constexpr,
+    INTO: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A program owns a slab, where one of `slab_kernel` owns a part of it."""
+    ROWS: gl.constexpr = SLAB_ROWS // GROUPS
+    SLAB: gl.constexpr = SLAB_ROWS * SLAB_COLS
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    pid = gl.program_id(0).to(gl.int64)
+    group = (pid % groups).to(gl.int32)
+    slab = pid // groups % n_slabs
+    segment, t0, t1, slot = _chunk_of(table, pid // groups // n_slabs)
+    if segment < n_segments:
+        begin = gl.load(first + slab) + group * group_pairs
+        n_pairs = gl.maximum(gl.minimum(group_pairs, gl.load(first + slab + 1) - begin), 0)
+        length = (t1 - t0).to(gl.int32)
+        target = partial + ((slot * out_groups + group) * n_slabs + slab) * SLAB
+        add = INTO == "sums"
+        if INTO == "out":
+            add = slot < 0
+            target = gl.where(add, out + (segment * n_slabs + slab) * SLAB, target)
+        d_tiles = gl.allocate_shared_memory(d_0.dtype.element_ty, [STAGES * GROUPS, BK, ROWS], layout)
+        a_tiles = gl.allocate_shared_memory(a.dtype.element_ty, [STAGES, BK, SLAB_COLS], layout)
+        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(ready.index(stage), count=THREADS)
+            mbarrier.init(empty.index(stage), count=GROUPS)
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (
+                        d_tiles, a_tiles, ready, empty, target, add, pairs, row_sign, flips, padded_rows, begin,
+                        n_pairs, length, 0, COLUMN_SIGNS, ROWS, SLAB_COLS, BK, STAGES,
+                    ),
+                ),
+                (
+                    _multiply,
+                    (
+                        d_tiles, a_tiles, ready, empty, target, add, pairs, row_sign, flips, padded_rows, begin,
+                        n_pairs, length, 1, COLUMN_SIGNS, ROWS, SLAB_COLS, BK, STAGES,
+                    ),
+                ),
+                (
+                    _bring,
+                    (
+                        d_0, d_1, d_2, a, pairs, d_tiles, a_tiles, ready, empty, rows_0, rows_1, rows_2, stride_0,
+                        stride_1, stride_2, cols, stride_a, begin_1, begin_2, begin, n_pairs, t0, length, ALONE, ROWS,
+                        SLAB_COLS, BK, STAGES,
+                    ),
+                ),
+            ],
+            [WARPS, WARPS],
+            _registers(SLAB_COLS),
+        )  # fmt: skip
