@@ -44,10 +44,8 @@ SLABS: dict[str, tuple[list[int], int, int | None, list[int], str]] = {
     "width 256, two matrices": ([4864, 4864], 896, 256, [64, 1, 900], "slots"),
     "width 128": ([1536], 1536, 128, [600, 100, 37], "out"),
     "width 128, sums": ([2048, 512, 512], 1024, 128, [600, 100, 37], "sums"),
-    "width 64": ([8960], 1536, 64, [600, 1, 0, 512, 37], "out"),
-    "width 64, sums": ([8960, 8960], 1536, 64, [2000, 100, 37], "sums"),
-    "width 64, one group": ([512], 64, 64, [3, 129, 512], "out"),
-    "narrow": ([1040], 96, None, [300, 20], "out"),
+    "width 128, one group": ([512], 128, 128, [3, 129, 0, 512], "out"),
+    "no fold, 96 columns": ([1040], 96, None, [300, 20], "out"),
 }
 TURNS = ((1, 1003, 8), (64, 257, 64), (65, 151936, 1536), (700, 50257, 200), (3000, 32000, 4096))
 TOKENS, SCORED = 700, 130  # of embeddings and norms, and of log-probs
@@ -371,7 +369,7 @@ def main() -> None:
         results.attempt(f"log-probs of far targets {name}", lambda t=dtype: log_probs(1003, t, None, 3.0))
         if dtype != torch.float32 and triton_tiles.takes_turns(torch.device("cuda:0")):
             for case, (rows, cols, width, lengths, into) in SLABS.items():
-                if not small or case == "narrow":
+                if not small or case == "no fold, 96 columns":
                     results.attempt(
                         f"slabs by turns, {case} {name}",
                         lambda r=rows, c=cols, w=width, n=lengths, i=into, t=dtype: slabs_by_turns(

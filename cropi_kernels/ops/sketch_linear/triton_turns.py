@@ -25,15 +25,10 @@ _chunk_of = gluon.jit(chunk_of.fn)
 GROUPS = gl.constexpr(2)
 WARPS = gl.constexpr(4)  # of a group: as many as share a product
 THREADS = gl.constexpr(128)  # of the warps that bring
+# Of a thread of the second group, and of the warps that bring operands. The first group has the rest of 168 for each of
+# 12 warps. A group needs 128 for its sums.
+REGISTERS = gl.constexpr((208, 88))
 SIGN_BIT = gl.constexpr(-(1 << 31))  # of a float32
-
-
-@gluon.constexpr_function
-def _registers(columns):
-    """Of a thread of the second group, and of the warps that bring operands. The first group has the rest of 168 for
-    each of 12 warps. A group needs 128 for its sums; where a slab has 64 columns, 36 copies a step have addresses.
-    """
-    return [208, 88] if columns > 64 else [192, 120]
 
 
 @gluon.constexpr_function
@@ -286,5 +281,5 @@ def slab_turns_kernel(
                 ),
             ],
             [WARPS, WARPS],
-            _registers(SLAB_COLS),
+            [REGISTERS[0], REGISTERS[1]],
         )  # fmt: skip
