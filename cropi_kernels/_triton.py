@@ -14,10 +14,8 @@ import torch
 from . import _gpu
 
 FENCED = (3, 7, 1)  # the first release whose products wait for the copies' writes
-TURNS = (
-    (3, 6),
-    (3, 7),
-)  # the first and the last release whose Gluon is known to compile what is written in it here
+# The first and the last release whose Gluon is known to compile what is written in it here.
+TURNS = ((3, 6), (3, 7))
 _INSTALL = "a CUDA build of torch brings it; otherwise `pip install 'triton>=3.6'` (Linux)"
 
 
@@ -78,7 +76,8 @@ def gluon_is_known() -> bool:
 def takes_turns(device: torch.device) -> bool:
     """Whether kernels in Gluon serve a device: Hopper GPUs, with a Triton whose Gluon is known.
 
-    There is no interpreter for Gluon. Where it does not serve, kernels in Triton's own language give the same bits.
+    They serve bfloat16 alone: float16 was not compared on a GPU, and there is no interpreter for Gluon. Where they do
+    not serve, kernels in Triton's own language give the same bits.
     """
     return device.type == "cuda" and not _gpu.interpreting() and gluon_is_known() and _is_hopper(device)
 

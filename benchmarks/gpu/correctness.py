@@ -258,9 +258,8 @@ def slabs_by_turns(
     plans = tuple(plan_matrix(SketchSpec(width=width), f"{n}.weight", r, cols) for n, r in enumerate(rows))
     n = sum(lengths)
     wide = torch.randn(n, sum(rows) + 64, generator=g).to("cuda", dtype)
-    ds = [
-        d.contiguous() if i % 2 else d for i, d in enumerate(wide.split([*rows, 64], 1)[:-1])
-    ]  # some rows apart
+    ds = list(wide.split([*rows, 64], 1)[:-1])  # rows apart
+    ds[1::2] = [d.contiguous() for d in ds[1::2]]
     a = torch.randn(n, cols, generator=g).to("cuda", dtype)
     if plans[0].col_fold is not None:
         a = fold_inputs(a, plans[0])
@@ -367,7 +366,7 @@ def main() -> None:
                     lambda v=vocab, c=cap, t=dtype: log_probs(v, t, c),
                 )
         results.attempt(f"log-probs of far targets {name}", lambda t=dtype: log_probs(1003, t, None, 3.0))
-        if dtype != torch.float32 and triton_tiles.takes_turns(torch.device("cuda:0")):
+        if dtype == torch.bfloat16 and triton_tiles.takes_turns(torch.device("cuda:0")):
             for case, (rows, cols, width, lengths, into) in SLABS.items():
                 if not small or case == "no fold, 96 columns":
                     results.attempt(

@@ -125,7 +125,7 @@ class Tiles:
             others = (*given, self.e, self.far, *sizes, self.e.stride(0), scale)
             if self.by_row:
                 self.far.zero_()
-            if takes_turns(hidden.device):
+            if self.by_row and takes_turns(hidden.device):
                 from .triton_turns import GROUPS, PIECES, described, turns_kernel
                 from .triton_turns import WARPS as GROUP_WARPS
 

@@ -398,7 +398,7 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
     options |= {"PAIRS": lanes(plan.slab_cols), "COLUMN_SIGNS": signs, "ALONE": alone}
     launch = functools.partial(slab_launch, plan.slab_rows, plan.slab_cols, tuple(options.items()))
     turns = {}
-    if dtype.itemsize == 2 and plan.slab_cols >= TURNS_FROM and takes_turns(device):
+    if dtype == torch.bfloat16 and plan.slab_cols >= TURNS_FROM and takes_turns(device):
         turns = {
             into: turns_launch(plan.slab_rows, plan.slab_cols, signs, alone, into)
             for into in ("out", "slots", "sums")

@@ -87,9 +87,8 @@ def _bring(
     step = 0
     word = gl.load(pairs + begin, mask=n_pairs > 0, other=0)
     for p in range(0, n_pairs):
-        after = gl.load(
-            pairs + begin + gl.minimum(p + 1, n_pairs - 1)
-        )  # on its way while this pair is copied
+        # On its way while this pair is copied.
+        after = gl.load(pairs + begin + gl.minimum(p + 1, n_pairs - 1))
         block = (word >> 48 & 0x7FFF).to(gl.int32)
         c = (word >> 32 & 0xFFFF).to(gl.int32) * COLS + (j ^ (word >> 16 & 0xFFFF).to(gl.int32))
         c = gl.max_contiguous(gl.multiple_of(c, 8), 8)
