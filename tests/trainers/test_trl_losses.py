@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,3 +271,14 @@ def test_a_subclass_that_changes_advantages_is_noticed(
     caplog.clear()
     trained("c", factor=1.0)
     assert "changes the advantages" not in caplog.text
+
+
+def test_advantages_that_are_nan_are_not_changed_ones() -> None:
+    """As TRL makes them of a reward that is NaN."""
+    from cropi.trainers.trl.recorder import MADE, Recorder
+
+    said: list[str] = []
+    recorder: Any = SimpleNamespace(_changed=False, advantages_changed=said.append)
+    made = torch.tensor([float("nan"), 0.5])
+    Recorder.compare_advantages(recorder, {MADE: made, "advantages": made.clone()})
+    assert not said and not recorder._changed

@@ -142,7 +142,10 @@ class Recorder:
     def compare_advantages(self, inputs: Mapping[str, Any]) -> None:
         """Notice a subclass of the trainer that changes the advantages between TRL's rewards and TRL's loss."""
         made = inputs.get(MADE)
-        if made is None or self._changed or torch.equal(made, inputs["advantages"]):
+        if made is None or self._changed:
+            return
+        # NaN, of a reward that is NaN, is no change.
+        if torch.allclose(made, inputs["advantages"], rtol=0, atol=0, equal_nan=True):
             return
         self._changed = True
         self.advantages_changed(own_class(self.trainer))
