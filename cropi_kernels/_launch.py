@@ -59,7 +59,7 @@ class Launch:
         """Launch on the device of the first tensor, on its current stream."""
         device = pointers[0].device.index
         addresses = [x.data_ptr() for x in pointers]
-        key = (device, *[x.dtype for x in pointers]) if _usual(addresses, sizes, counts) else None
+        key = (device, *[x.dtype for x in pointers]) if usual(addresses, sizes, counts) else None
         compiled = self._compiled.get(key)
         if compiled is not None and _current(device) and not _hooked():
             x, y, z = (*grid, 1, 1)[:3]
@@ -75,7 +75,7 @@ class Launch:
             self._compiled[key] = compiled
 
 
-def _usual(addresses: list[int], sizes: Sequence[int], counts: Sequence[int]) -> bool:
+def usual(addresses: Sequence[int], sizes: Sequence[int], counts: Sequence[int]) -> bool:
     """Whether Triton would take the same kernel for these as for all others of which this is true."""
     low = wide = 0
     for n in addresses:

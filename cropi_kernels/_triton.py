@@ -79,11 +79,11 @@ def takes_turns(device: torch.device) -> bool:
     They serve bfloat16 alone: float16 was not compared on a GPU, and there is no interpreter for Gluon. Where they do
     not serve, kernels in Triton's own language give the same bits.
     """
-    return device.type == "cuda" and not _gpu.interpreting() and gluon_is_known() and _is_hopper(device)
+    return device.type == "cuda" and not _gpu.interpreting() and gluon_is_known() and is_hopper(device)
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 

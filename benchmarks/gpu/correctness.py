@@ -11,6 +11,7 @@ from typing import Any
 import common
 import launches
 import torch
+from changed import changed
 
 from cropi_kernels import (
     SketchSpec,
@@ -26,7 +27,6 @@ from cropi_kernels import (
     sketch_linear,
     sketch_vector,
 )
-from cropi_kernels.ops import _device_plan
 from cropi_kernels.ops._triton_segments import cut, reduce_partials
 from cropi_kernels.ops.linear_logprob import oracle, triton_tiles
 from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
@@ -235,14 +235,11 @@ def by_turns(n: int, vocab: int, features: int, dtype: torch.dtype, scale: float
     target[n // 2] = -100
 
     def results(turns: bool) -> list[torch.Tensor]:
-        kept, triton_tiles.takes_turns = triton_tiles.takes_turns, lambda device: turns
-        try:
+        with changed(triton_tiles, takes_turns=lambda device: turns):
             both = linear_logprob(hidden, head, target, bias=bias, temperature=0.7, return_entropy=True)
             with_gradient = logprob_and_grad(
                 hidden, head, target, lambda p, a, b: p.exp(), chunk_size=3 * n // 5 + 1
             )
-        finally:
-            triton_tiles.takes_turns = kept
         return [*both, *with_gradient]
 
     same = [torch.equal(a, b) for a, b in zip(results(True), results(False))]
@@ -266,13 +263,8 @@ def slabs_by_turns(
     offsets = torch.tensor([0, *lengths]).cumsum(0).cuda()
 
     def results(turns: bool) -> torch.Tensor:
-        kept, slab.takes_turns = slab.takes_turns, lambda device: turns
-        _device_plan.cache.clear()
-        try:
+        with changed(slab, takes_turns=lambda device: turns):
             stack = slab.stack_of(plans, a.device, dtype)
-        finally:
-            slab.takes_turns = kept
-            _device_plan.cache.clear()
         assert bool(stack.turns) == turns
         always = into != "out" or stack.groups > 1 or stack.wide
         chunks = cut(offsets, n, stack.chunk, always)

@@ -6,13 +6,13 @@ before any measurement. Nothing here changes what ships: a variant that wins is 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import common
 import torch
+from changed import changed
 
 from cropi_kernels import (
     SketchSpec,
@@ -24,7 +24,6 @@ from cropi_kernels import (
     sketch_linear,
     swiglu,
 )
-from cropi_kernels.ops import _device_plan
 from cropi_kernels.ops._triton_segments import cut
 from cropi_kernels.ops.linear_logprob import chunks
 from cropi_kernels.ops.linear_logprob import triton_tiles as tiles
@@ -36,27 +35,6 @@ TOKENS, SCORED = 16384, 8192
 VOCAB, HIDDEN = 151936, 1536
 WIDE, NARROW = 8960, 256  # features of the fold, and of k and v
 Row = dict[str, Any]
-
-
-@contextlib.contextmanager
-def changed(module: Any, **values: Any) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(module, name, value)
-        forget()
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
-        forget()
-
-
-def forget() -> None:
-    """What was made of the values before: the tables of plans, the launches of kernels."""
-    _device_plan.cache.clear()
-    for launch in (slab.fold_launch, norm.sums_launch, gates.forward_launch, gates.fold_launch):
-        launch.cache_clear()
 
 
 def random(n: int, features: int) -> torch.Tensor:

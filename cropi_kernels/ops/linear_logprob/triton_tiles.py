@@ -68,7 +68,7 @@ def serves(hidden: torch.Tensor, head: torch.Tensor, math: RowMath) -> bool:
         or not all(map(_readable, (hidden, head)))
     ):
         return False
-    return _gpu.interpreting() or torch.cuda.get_device_capability(hidden.device)[0] == 9
+    return _gpu.interpreting() or _triton.is_hopper(hidden.device)
 
 
 @functools.cache

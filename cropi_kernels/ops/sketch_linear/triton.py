@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ... import _native, _triton
-from ..._launch import MEMBERS, Launch, padded
+from ..._launch import MEMBERS, Launch, padded, usual
 from ..._triton import takes_turns
 from ...plan import MatrixPlan
 from .._device_plan import cached, column_flips, matrix_tables, pair_words, slab_row_signs, upload
@@ -171,7 +170,7 @@ def _pick(values, lane, index):
 
 
 @triton.jit
-def _row_signs(row_sign, word, i, padded_rows, SLAB_ROWS: tl.constexpr):
+def row_signs(row_sign, word, i, padded_rows, SLAB_ROWS: tl.constexpr):
     """Of the rows that pair ``word`` adds to rows ``i`` of the slab, times the pair's own."""
     row = (word >> 48 & 0x7FFF).to(tl.int32) * SLAB_ROWS + (i ^ (word & 0xFFFF).to(tl.int32))
     return tl.load(row_sign + tl.where(word < 0, padded_rows, 0) + row).to(tl.float32)
@@ -282,8 +281,8 @@ def slab_kernel(
             if done:
                 after = _pick(words, lane, p + 1)  # no pair: 0
                 more = p + 1 < n_pairs
-                sign = _row_signs(row_sign, word, i, padded_rows, SLAB_ROWS)
-                sign *= tl.where(more, _row_signs(row_sign, after, i, padded_rows, SLAB_ROWS), 1.0)
+                sign = row_signs(row_sign, word, i, padded_rows, SLAB_ROWS)
+                sign *= tl.where(more, row_signs(row_sign, after, i, padded_rows, SLAB_ROWS), 1.0)
                 flip = (sign.to(tl.int32, bitcast=True) & SIGN_BIT)[:, None]
                 if COLUMN_SIGNS:
                     low = tl.arange(0, 8)
@@ -339,16 +338,6 @@ def turns_launch(slab_rows: int, slab_cols: int, column_signs: bool, alone: bool
         slab_turns_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, COLUMN_SIGNS=column_signs, ALONE=alone, INTO=into,
         BK=TURNS_STEP, STAGES=TURNS_STAGES, num_warps=WARPS.value,
     )  # fmt: skip
-
-
-def aligned(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> bool:
-    """Whether every row begins at a multiple of 16 bytes, and ends there: what copies of 16 bytes want to know."""
-    low = 0
-    for x in tensors:
-        low |= x.data_ptr()
-    for n in sizes:
-        low |= n
-    return low & 15 == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,7 +433,9 @@ def add_slabs(
 ) -> None:
     """One launch: what the matrices' output gradients ``ds`` and their inputs ``a`` give, as `slab_kernel` says."""
     launch, programs = stack.launches[into], stack.programs
-    if stack.turns and aligned((*ds, a), (*stack.rows, *strides, stack.cols, stride_a)):
+    # Their copies of 16 bytes want rows that begin, and end, at multiples of 16 bytes.
+    sizes = (*stack.rows, *strides, stack.cols, stride_a)
+    if stack.turns and usual([x.data_ptr() for x in (*ds, a)], sizes, ()):
         launch, programs = stack.turns[into], stack.turns_programs
     launch(
         (chunks.n_items * programs,),

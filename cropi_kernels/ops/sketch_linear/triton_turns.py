@@ -20,15 +20,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .._triton_segments import chunk_of
+from .triton import SIGN_BIT, row_signs
 
-_chunk_of = gluon.jit(chunk_of.fn)
+_chunk_of, _row_signs = gluon.jit(chunk_of.fn), gluon.jit(row_signs.fn)
 GROUPS = gl.constexpr(2)
 WARPS = gl.constexpr(4)  # of a group: as many as share a product
 THREADS = gl.constexpr(128)  # of the warps that bring
 # Of a thread of the second group, and of the warps that bring operands. The first group has the rest of 168 for each of
 # 12 warps. A group needs 128 for its sums.
 REGISTERS = gl.constexpr((208, 88))
-SIGN_BIT = gl.constexpr(-(1 << 31))  # of a float32
 
 
 @gluon.constexpr_function
@@ -121,13 +121,6 @@ def _bring(
             async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             step += 1
         word = after
-
-
-@gluon.jit
-def _row_signs(row_sign, word, i, padded_rows, SLAB_ROWS: gl.constexpr):
-    """Of the rows that pair ``word`` adds to rows ``i`` of the slab, times the pair's own."""
-    row = (word >> 48 & 0x7FFF).to(gl.int32) * SLAB_ROWS + (i ^ (word & 0xFFFF).to(gl.int32))
-    return gl.load(row_sign + gl.where(word < 0, padded_rows, 0) + row).to(gl.float32)
 
 
 @gluon.jit

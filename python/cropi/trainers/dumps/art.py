@@ -8,12 +8,11 @@ the prompt's tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cropi.trainers.dumps.fields import BadSample, Left, names, shown, whole
+from cropi.trainers.dumps.fields import BadSample, Left, from_json, names, whole
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
@@ -71,7 +70,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
                 where, "messages", f"begin with another prompt than those of the first trajectory of group {group}",
                 "gather the trajectories of one prompt in a group, or pass --skip-bad",
             )  # fmt: skip
-        tools = _json(row.get("tools"), "tools", where)
+        tools = None if row.get("tools") is None else from_json(row["tools"], "tools", where)
         return checked(Rollout(
             id=id_of(row, reading.id_key, prompt, where), step=step, where=where, prompt=prompt, response=response,
             reward=reward_of(row.get("reward"), "reward", where), temperature=reading.temperature,
@@ -84,19 +83,5 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     made = {key: message[key] for key in FIELDS if message.get(key) is not None}
     if "tool_calls" in made:
-        made["tool_calls"] = _json(made["tool_calls"], "messages.tool_calls", where)
+        made["tool_calls"] = from_json(made["tool_calls"], "messages.tool_calls", where)
     return {"content": "", **made}
-
-
-def _json(text: Any, field: str, where: str) -> Any:
-    """A value that is written as JSON text.
-
-    Raises:
-        BadSample: it is not.
-    """
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, TypeError, RecursionError):
-        raise BadSample(where, field, f"should be JSON, got {shown(text)}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from collections import Counter
@@ -100,6 +101,29 @@ def names(keys: Iterable[Any]) -> str:
     """Some of the keys that there are, for a message."""
     listed = [shown(key) for key, _ in zip(keys, range(12))]
     return ", ".join(listed) or "nothing"
+
+
+def check_keys(row: Mapping[str, Any], keys: Iterable[str], where: str, what: str) -> None:
+    """Check that a row has some keys.
+
+    Raises:
+        BadSample: it lacks one, so that it is not ``what`` ("a rollout of prime-rl").
+    """
+    for key in keys:
+        if key not in row:
+            raise BadSample(where, key, f"is missing, so this is not {what} (it has {names(row)})")
+
+
+def from_json(text: Any, field: str, where: str) -> Any:
+    """A value that is written as JSON text.
+
+    Raises:
+        BadSample: it is not.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        raise BadSample(where, field, f"should be JSON, got {shown(text)}") from None
 
 
 def whole(value: Any, field: str, where: str) -> int:

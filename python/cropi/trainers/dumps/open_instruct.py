@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cropi.trainers.dumps.fields import BadSample, Left, Unused, log_probs, names, nested, token_ids, whole
+from cropi.trainers.dumps.fields import (
+    BadSample,
+    Left,
+    Unused,
+    check_keys,
+    log_probs,
+    nested,
+    token_ids,
+    whole,
+)
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, answer, checked, text_id
@@ -40,11 +49,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
         where, row = pair
-        for key in KEYS:
-            if key not in row:
-                raise BadSample(
-                    where, key, f"is missing, so this is not a rollout of open-instruct (it has {names(row)})"
-                )
+        check_keys(row, KEYS, where, "a rollout of open-instruct")
         if nested(row, "request_info.tool_calleds"):
             raise BadSample(
                 where, "request_info", "the response called tools, whose tokens stand among the policy's, unmarked",

@@ -7,12 +7,11 @@ as it is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cropi.trainers.dumps.fields import BadSample, Left, Unused, names, shown, whole
+from cropi.trainers.dumps.fields import Left, Unused, check_keys, from_json, whole
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
@@ -41,18 +40,13 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
         where, row = pair
-        for key in KEYS:
-            if key not in row:
-                raise BadSample(
-                    where, key, f"is missing, so this is not a rollout of ROLL (it has {names(row)})"
-                )
+        check_keys(row, KEYS, where, "a rollout of ROLL")
         if row["responses"] == "":
             raise Unused(where, "responses", "is empty")
-        prompt = (
-            _messages(row["messages"], where)
-            if row.get("messages")
-            else text_of(row.get("prompt"), "prompt", where)
-        )
+        messages = row.get("messages")
+        if isinstance(messages, str) and messages:
+            messages = from_json(messages, "messages", where)
+        prompt = messages if row.get("messages") else text_of(row.get("prompt"), "prompt", where)
         task = next(
             (row[key] for key in ("domain", "tag") if isinstance(row.get(key), str) and row[key]), None
         )
@@ -68,17 +62,3 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     for line in rows_of_dump(path, left):
         for rows in left.each([line], rows_of_columns):
             yield from left.each(rows, read)
-
-
-def _messages(value: Any, where: str) -> Any:
-    """Messages, perhaps as JSON text.
-
-    Raises:
-        BadSample: they are not.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise BadSample(where, "messages", f"should be JSON, got {shown(value)}") from None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cropi.trainers.dumps.fields import BadSample, Left, names, shown
+from cropi.trainers.dumps.fields import BadSample, Left, check_keys, shown
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout
 from cropi.trainers.dumps.rows import rows_of_columns, rows_of_dump
@@ -67,10 +67,7 @@ def _row(pair: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     """
     where, row = pair
     row = {RENAMED.get(key, key): value for key, value in row.items()}
-    if "step" not in row:
-        raise BadSample(
-            where, "step", f"is missing, so this is not a completion of ms-swift (it has {names(row)})"
-        )
+    check_keys(row, ("step",), where, "a completion of ms-swift")
     step, turns = row["step"], row.get("num_turns")
     if isinstance(step, str):
         if not step.isascii() or not step.isdigit() or len(step) > 18:

@@ -35,7 +35,7 @@ from typing import Any
 
 from cropi.data.scan import LossyTokens
 from cropi.errors import warn
-from cropi.trainers.dumps.fields import BadSample, Left, Unused, names, nested, whole
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, check_keys, nested, whole
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
@@ -90,11 +90,7 @@ def read_dump(
 
     def read(one: tuple[str, dict[str, Any], bool]) -> Rollout:
         where, row, alike = one
-        for key in (columns.prompt, columns.response):
-            if key not in row:
-                raise BadSample(
-                    where, key, f"is missing, so this is not a dump of {source} (it has {names(row)})"
-                )
+        check_keys(row, (columns.prompt, columns.response), where, f"a dump of {source}")
         if row.get("segments"):
             raise BadSample(
                 where, "segments", "are several turns of the policy and what stands between them, which text without "

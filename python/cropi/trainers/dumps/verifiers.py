@@ -22,10 +22,10 @@ from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
     Unused,
+    check_keys,
     listed,
     log_probs,
     loss_mask,
-    names,
     nested,
     prompt_id,
     token_ids,
@@ -58,11 +58,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
         where, row = pair
-        for key in ("example_id", "prompt", "completion"):
-            if key not in row:
-                raise BadSample(
-                    where, key, f"is missing, so this is not a rollout of prime-rl (it has {names(row)})"
-                )
+        check_keys(row, ("example_id", "prompt", "completion"), where, "a rollout of prime-rl")
         if row.get("error"):
             raise Unused(where, "error", "the rollout ended in an error")
         labels = (row.get("task"), row.get("env_id"))
