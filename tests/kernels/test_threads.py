@@ -116,7 +116,9 @@ if child == 0:
     os._exit(0 if torch.get_num_threads() == 2 else 7)
 assert os.waitpid(child, 0)[1] == 0
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    # numpy's OpenBLAS starts threads when it is imported, and they are not told from torch's.
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=env)
     assert done.returncode == 0, done.stderr
 
 
