@@ -9,7 +9,7 @@ with replacement from V holds the k-th nearest and none nearer with the probabil
 
     p_k = ((V - k + 1) / V)^V - ((V - k) / V)^V
 
-so that the bootstrap's variance of the nearest is known without drawing.
+so that the bootstrap's mean and variance of the nearest are known without drawing.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class ResampledSet(Protocol):
     def resample(self, rng: np.random.Generator) -> np.ndarray:
         """Weights of a draw with replacement."""
 
+    def moves(self, weights: np.ndarray) -> np.ndarray:
+        """How far draws ``[B, V]`` of :meth:`resample` move the scores, ``[B, usable]``: with mean 0, and the variance
+        that other prompts give. The length of the mean gradient, which moves no rank, stays as it is."""
+
     def halves(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Weights of two halves; a set of one prompt stands in both."""
 
@@ -55,6 +59,12 @@ class ResampledSet(Protocol):
 
 class _Drawn:
     base: np.ndarray
+
+    @property
+    def _widened(self) -> float:
+        """Draws with replacement from n prompts vary (n - 1) / n times as much as other prompts do."""
+        n = len(self.base)
+        return math.sqrt(n / (n - 1)) if n > 1 else 0.0
 
     def resample(self, rng: np.random.Generator) -> np.ndarray:
         n = len(self.base)
@@ -84,6 +94,7 @@ class MeanSet(_Drawn):
         self.scale = pairs.weights(members, mean) * len(members)  # 1, or 1 / |g_i|
         self.gram = pairs.gram[np.ix_(members, members)] * self.scale[:, None] * self.scale
         self.base = np.full(len(members), 1.0 / len(members))
+        self._with_mean = self.gram @ self.base
 
     def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """X [b, V] = <u, g_i> times each prompt's scale, float64, for b prompts at a time."""
@@ -91,32 +102,45 @@ class MeanSet(_Drawn):
             here = slice(start, start + BLOCK)
             yield here, self.dots[self.usable[here]] * self.scale / self.lengths[here, None]
 
+    def _divisors(self, weights: np.ndarray) -> np.ndarray:
+        """What products with the means of weights ``[B, V]`` are divided by: their lengths; infinity where a mean is
+        zero, so that the scores are 0."""
+        if self.metric != "cosine":
+            return np.ones(len(weights))
+        squares = np.einsum("bi,ij,bj->b", weights, self.gram, weights)
+        return np.where(squares > 0, np.sqrt(np.maximum(squares, 0.0)), math.inf)
+
     def score(self, weights: np.ndarray) -> np.ndarray:
         scores = np.concatenate([block @ weights for _, block in self._blocks()])
-        return scores / math.sqrt(weights @ self.gram @ weights) if self.metric == "cosine" else scores
+        return np.asarray(scores / self._divisors(weights[None])[0])
 
     def scores(self, weights: np.ndarray) -> np.ndarray:
-        scaled = weights * self.scale
-        if self.metric == "cosine":
-            scaled = scaled / np.sqrt(np.einsum("bi,ij,bj->b", weights, self.gram, weights))[:, None]
-        products = scaled.astype(self.dots.dtype) @ self.dots.T
+        return self._products(weights / self._divisors(weights)[:, None])
+
+    def _products(self, weights: np.ndarray) -> np.ndarray:
+        products = (weights * self.scale).astype(self.dots.dtype) @ self.dots.T
         if len(self.usable) < len(self.dots):
             products = products[:, self.usable]
         if self.metric == "cosine":
             products *= self.inverse
         return np.asarray(products)
 
+    def moves(self, weights: np.ndarray) -> np.ndarray:
+        # A draw's mean, less its part along the mean of all.
+        along = weights @ self._with_mean / (self.base @ self._with_mean)
+        across = (weights - along[:, None] * self.base) / self._divisors(self.base[None])
+        return self._products(across * self._widened)
+
     def stderr(self) -> np.ndarray:
         n = len(self.base)
         if n == 1:
             return np.full(len(self.usable), math.nan)
-        with_mean = self.gram @ self.base
-        squared = float(self.base @ with_mean)
+        squared = float(self.base @ self._with_mean)
         errors = np.empty(len(self.usable))
         for here, values in self._blocks():
             if self.metric == "cosine":
                 values = values / math.sqrt(squared)
-                values = values - np.outer(values @ self.base, with_mean / squared)
+                values = values - np.outer(values @ self.base, self._with_mean / squared)
             errors[here] = values.std(axis=1, ddof=1)
         return errors / math.sqrt(n)
 
@@ -152,15 +176,20 @@ class NearestSet(_Drawn):
     def scores(self, weights: np.ndarray) -> np.ndarray:
         return np.stack([self.score(one) for one in weights])
 
-    def stderr(self) -> np.ndarray:
+    def moves(self, weights: np.ndarray) -> np.ndarray:
+        return (self.scores(weights) - self._of_draws()[0]) * self._widened
+
+    def _of_draws(self) -> tuple[np.ndarray, np.ndarray]:
+        """The mean and the standard deviation of each score over draws with replacement."""
         n = len(self.base)
-        if n == 1:
-            return np.full(len(self.products), math.nan)
         left = np.arange(n, -1, -1) / n
         share = left[:-1] ** n - left[1:] ** n
         ordered = -np.sort(-self.products, axis=1)
         mean = ordered @ share
-        return np.sqrt(np.maximum((ordered - mean[:, None]) ** 2 @ share, 0.0))
+        return mean, np.sqrt(np.maximum((ordered - mean[:, None]) ** 2 @ share, 0.0))
+
+    def stderr(self) -> np.ndarray:
+        return np.full(len(self.products), math.nan) if len(self.base) == 1 else self._of_draws()[1]
 
     def signal(self) -> float:
         return math.nan

@@ -6,8 +6,17 @@ mean of the influence values (the delta method; Efron and Tibshirani, *An Introd
 
     z_i = n w_i [ <u, g_i> / |m|  -  c <m, g_i> / |m|^2 ]          se(c)^2 = sum_i (z_i - mean z)^2 / (n (n - 1))
 
-The choice is resampled: validation prompts are drawn with replacement within each set, the selection rule runs on every
-draw, and ``p_selected`` is the share of the draws in which a prompt was chosen.
+The choice is made again from tables of scores that other validation prompts would give. A table c holds the noise of
+its own validation prompts, and chosen are, among others, those for which this noise is high: a bootstrap draw, which
+adds noise to c, agrees with c more than a table of other prompts does. For each set let T be the variance of the scores
+over the training prompts, and d how far a draw moves them: it has mean 0, and s^2 is its variance over draws and
+training prompts, less what moves all of these alike. If the noise and the scores without it are normal, a table of
+other prompts is, given c (Efron and Morris, *Stein's paradox in statistics*, 1977)::
+
+    mean(c) + r (c - mean(c)) + sqrt(1 + r) d,        r = max(1 - s^2 / T, 0).
+
+For a rule that runs in groups (files, tasks), means and variances are those within groups. ``p_selected`` is the share
+of such tables in which the rule chooses a prompt.
 
 The length of a sample mean is too large by its noise: E|m|^2 = |mu|^2 + tr(C)/n. So scores are smaller than the cosine
 with the mean gradient mu of all validation prompts that might have been drawn, by one factor for all training prompts
@@ -19,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -229,8 +238,7 @@ def uncertainty(
     def contrasted(columns: list[np.ndarray]) -> np.ndarray:
         return without(np.stack(columns).T, pairs.sets, minus, minus_weight)  # a column in one run
 
-    base = [one.score(one.base) for one in sets]
-    table = contrasted(base)
+    table = contrasted([one.score(one.base) for one in sets])
     own = None if noise is None else without(noise.own, pairs.sets, minus, minus_weight)
     if own is not None and not len(own):
         own = None
@@ -241,7 +249,7 @@ def uncertainty(
     of_own = np.zeros(len(ranked)) if own is None else np.square(own).mean(axis=0)
     stderr = np.sqrt(variances(np.stack([one.stderr() for one in sets], axis=1) ** 2) + of_own)
     chosen = _mask(rule.choose(table), len(usable))
-    moved = _resampled(sets, base, chosen, rule, contrasted, own, draws, seed)
+    moved = _resampled(sets, table, chosen, rule, contrasted, own, draws, seed)
     near = rule.near_the_cut(table, BAND)
     full, p_selected = np.full((len(pairs.rows), len(ranked)), math.nan), np.full(len(pairs.rows), math.nan)
     scores = full.copy()
@@ -275,7 +283,7 @@ class _Moved(NamedTuple):
 
 def _resampled(
     sets: Sequence[ResampledSet],
-    base: Sequence[np.ndarray],
+    table: np.ndarray,
     chosen: np.ndarray,
     rule: Rule,
     contrasted: Callable[[list[np.ndarray]], np.ndarray],
@@ -288,38 +296,83 @@ def _resampled(
 
     Args:
         sets: what scores are drawn from.
-        base, chosen: their scores by all validation prompts, and which prompts these choose, bool ``[n]``.
+        table, chosen: the scores by all validation prompts, float64 ``[n, ranked sets]``, and which prompts these
+            choose, bool ``[n]``.
         rule: of the choice.
         contrasted: makes a table of the sets' scores.
         own: what other responses of their own would move scores by, of some prompts ``[m, ranked sets]``, or None.
     """
     rng, n = np.random.default_rng(seed), len(chosen)
-    counts, kept = np.zeros(n), 0.0
-    alone = {one.name: 0.0 for one in sets}
-    halves = 0.0
-    together = max(1, MOST_SCORES // (len(sets) * n))
-    for start in range(0, draws, together):
-        weights = [[one.resample(rng) for one in sets] for _ in range(min(together, draws - start))]
-        drawn = [one.scores(np.stack(w)) for one, w in zip(sets, zip(*weights), strict=True)]
-        for i in range(len(weights)):
-            table = contrasted([scores[i] for scores in drawn])
-            if own is not None:
-                signs = rng.choice((-1.0, 1.0), n)
-                table = table + own[rng.integers(0, len(own), n)] * signs[:, None]
-            picked = rule.choose(table)
-            counts[picked] += 1
-            kept += float(chosen[picked].mean())
-    for _ in range(small := max(draws // 4, 2)):
-        again = [one.resample(rng) for one in sets]
-        split = [one.halves(rng) for one in sets]
-        drawn = [one.scores(np.stack([w, *s])) for one, w, s in zip(sets, again, split, strict=True)]
-        for v, one in enumerate(sets):
-            columns = list(base)
-            columns[v] = drawn[v][0]
-            alone[one.name] += float(chosen[rule.choose(contrasted(columns))].mean()) / small
-        sides = [rule.choose(contrasted([scores[side] for scores in drawn])) for side in (1, 2)]
+    counts, halves = np.zeros(n), 0.0
+    for other in _redrawn(sets, sets, table, rule, contrasted, own, draws, rng):
+        counts[rule.choose(other)] += 1
+    small = max(draws // 4, 2)
+    alone = {
+        one.name: float(
+            np.mean(
+                [
+                    chosen[rule.choose(other)].mean()
+                    for other in _redrawn(sets, [one], table, rule, contrasted, None, small, rng)
+                ]
+            )
+        )
+        for one in sets
+    }
+    for _ in range(small):
+        drawn = [one.scores(np.stack(one.halves(rng))) for one in sets]
+        sides = [rule.choose(contrasted([scores[side] for scores in drawn])) for side in (0, 1)]
         halves += float(_mask(sides[0], n)[sides[1]].mean()) / small
-    return _Moved(counts / draws, kept / draws, alone, halves)
+    return _Moved(counts / draws, float(counts[chosen].mean()) / draws, alone, halves)
+
+
+def _redrawn(
+    sets: Sequence[ResampledSet],
+    anew: Sequence[ResampledSet],
+    table: np.ndarray,
+    rule: Rule,
+    contrasted: Callable[[list[np.ndarray]], np.ndarray],
+    own: np.ndarray | None,
+    draws: int,
+    rng: np.random.Generator,
+) -> Iterator[np.ndarray]:
+    """Score tables by other prompts of the sets ``anew`` (and other responses of the training prompts), as the head of
+    this file has them; the other arguments are those of :func:`_resampled`."""
+    n, still = len(table), np.zeros(len(table))
+    together = max(1, MOST_SCORES // (len(sets) * n))
+    shrunk, factor = table, np.ones(table.shape[1])
+    for start in range(0, draws, together):
+        count = min(together, draws - start)
+        moves = [
+            one.moves(np.stack([one.resample(rng) for _ in range(count)])) if one in anew else None
+            for one in sets
+        ]
+
+        def of_draw(i: int) -> np.ndarray:
+            return contrasted([still if one is None else one[i] for one in moves])  # noqa: B023
+
+        if start == 0:
+            noise = np.mean([_within(of_draw(i), rule)[1] for i in range(count)], axis=0)
+            noise += 0.0 if own is None else np.square(own).mean(axis=0)
+            centre, spread = _within(table, rule)
+            share = np.divide(noise, spread, out=np.zeros_like(noise), where=spread > 0)
+            kept = np.maximum(1 - share, 0.0)
+            shrunk, factor = centre + kept * (table - centre), np.sqrt(1 + kept)
+        for i in range(count):
+            moved = of_draw(i)
+            if own is not None:
+                moved = moved + own[rng.integers(0, len(own), n)] * rng.choice((-1.0, 1.0), n)[:, None]
+            yield shrunk + factor * moved
+
+
+def _within(table: np.ndarray, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of every prompt's group, ``[n, sets]``, and the variances of a table within groups, ``[sets]``."""
+    centre, squares, degrees = table.copy(), np.zeros(table.shape[1]), 0
+    for places, _ in rule.groups:
+        own = table if len(places) == len(table) else table[places]
+        centre[places] = mean = own.mean(axis=0, dtype=np.float64)
+        squares += np.square(own - mean).sum(axis=0)
+        degrees += len(places) - 1
+    return centre, squares / max(degrees, 1)
 
 
 # Products of this many pairs take 0.5 GB; resampling many more is a matter of minutes, too.
