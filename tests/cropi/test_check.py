@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
@@ -22,10 +23,13 @@ from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.tokenize import TokenGroup, Tokenize
 from cropi.model.policy import Policy
+from cropi.ranking.pairwise import Pairwise
+from cropi.ranking.uncertainty import uncertainty
 from cropi.report.check import check_groups, check_job, error_by_seeds
-from cropi.report.exact import exact_gradients, leave_one_out
+from cropi.report.exact import exact_gradients, leave_one_out, standard_errors
 from cropi.sketching.interrupt import Interrupt, Interrupted
 from cropi.sketching.job import SketchJob
+from cropi.store.shards import RowInfo
 from cropi_kernels import GradientSketcher, SketchSpec
 
 SPEC = SketchSpec(dim=8192)
@@ -73,6 +77,20 @@ def test_exact_gradients_are_those_of_each_response_in_float64(
     assert all(p.requires_grad and p.grad is None for p in policy.model.parameters())
 
 
+def test_standard_errors_are_those_of_a_score_table() -> None:
+    rows = torch.randn(9, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.4
+    want = []
+    for i in range(9):
+        others = rows[[j for j in range(9) if j != i]].numpy()
+        mine = rows[[i]].numpy()
+        pairs = Pairwise(
+            [RowInfo("a")], [RowInfo(str(j)) for j in range(8)], mine @ others.T, np.linalg.norm(mine, axis=1),
+            others @ others.T,
+        )  # fmt: skip
+        want.append(uncertainty(pairs, fraction=1.0, draws=2).stderr[0, 0])
+    np.testing.assert_allclose(standard_errors(rows @ rows.T), want, rtol=1e-9)
+
+
 @pytest.mark.long
 def test_the_error_is_the_difference_of_sketched_and_exact_scores(
     policy: Policy, groups: list[TokenGroup]
@@ -90,8 +108,10 @@ def test_the_error_is_the_difference_of_sketched_and_exact_scores(
     assert report.bytes_per_prompt == 4 * 8192 and "1,000 prompts: " in str(report)
     assert report.to_dict()["findings"][0]["name"] == "sketch error"
     assert report.ratio is None and "ratio 1 is taken: no log-probs" in str(report)
-    assert str(report).endswith(f"\nverdict: the pool can be sketched: scores will be off by about {report.error:.4f}, "
-                                "where other validation prompts move them by 0.04 to 0.08")  # fmt: skip
+    assert str(report).endswith(
+        f"\nverdict: the pool can be sketched: scores will be off by about {report.error:.4f}; against "
+        f"{report.prompts - 1} validation prompts like the sample's, others would move them by about {report.moved:.4f}"
+    )
 
 
 @pytest.mark.long

@@ -29,7 +29,7 @@ from cropi.gradient.tokenize import TokenGroup, TooLong
 from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
 from cropi.report.check_report import CheckReport
-from cropi.report.exact import by_depth, exact_bytes, exact_gradients, leave_one_out
+from cropi.report.exact import by_depth, exact_bytes, exact_gradients, leave_one_out, standard_errors
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
@@ -124,7 +124,7 @@ def check_groups(
     report = CheckReport(
         len(sample), spec.dim, "exact", 0.0, 1 / math.sqrt(spec.dim), None, None, None, None, seconds, None,
         summary.model_tokens / max(summary.wall, 1e-9), 4 * spec.dim, summary.coverage, spec=spec.to_dict(),
-        model=policy.fingerprint,
+        model=policy.fingerprint, moved=_rms(standard_errors(first @ first.T)),
     )  # fmt: skip
     if estimator.ratio and source.source != "current":
         report.ratio, report.ess = summary.health.ratio, summary.health.ess

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,8 +12,8 @@ from cropi.amounts import duration, size
 from cropi.report.policy import is_close, policy_text
 
 OK, WARN, FAIL = "ok", "warning", "failed"
-MOVED = 0.04, 0.08  # what drawing 16 validation prompts a set anew does to scores (docs/trust.md)
-# Bounds of the verdict. The error: a quarter of what other validation prompts do is invisible, and as much is not.
+# Bounds of the verdict. The error: 16 other validation prompts moved scores of the example data by 0.04 to 0.08; a
+# quarter of that is invisible beside it, and as much is not.
 # Rounding: sums of T float32 products differ by about 2^-24 sqrt(T) between two orders; the rest is the model's own
 # forward in its dtype.
 ERROR_OK, ERROR_BAD = 0.02, 0.06
@@ -39,6 +40,8 @@ class CheckReport:
         method: "exact" or "seeds": what sketched scores were compared with.
         error: rms of sketched minus exact scores, or its estimate from other seeds.
         seeds: how many other seeds; 0 for exact gradients.
+        moved: rms standard error of the sample's scores, where the mean of all its other prompts is what a prompt is
+            compared with: what as many other validation prompts would move a score by.
         theory: ``1 / sqrt(dim)``, the standard error of a cosine near zero.
         agreement: share of the sample's top quarter by exact scores that sketches find too (None by seeds).
         layouts, batches, attention: largest relative difference of a sketch between shared and padded rows, between
@@ -88,6 +91,7 @@ class CheckReport:
     findings: list[Finding] = field(default_factory=list)
     spec: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    moved: float = math.nan
 
     @property
     def ok(self) -> bool:
@@ -106,8 +110,8 @@ class CheckReport:
         if doubtful:
             return f"the pool can be sketched, but read the warnings first ({doubtful})"
         return (
-            f"the pool can be sketched: scores will be off by about {self.error:.4f}, where other validation prompts "
-            f"move them by {MOVED[0]} to {MOVED[1]}"
+            f"the pool can be sketched: scores will be off by about {self.error:.4f}; against {self.prompts - 1} "
+            f"validation prompts like the sample's, others would move them by about {self.moved:.4f}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -169,6 +169,19 @@ def leave_one_out(gram: torch.Tensor) -> torch.Tensor:
     return products / (squares * others).sqrt()
 
 
+def standard_errors(gram: torch.Tensor) -> torch.Tensor:
+    """The standard error of every score of :func:`leave_one_out`, float64 ``[n]``, where the others are a sample of
+    validation prompts: the formula of :mod:`cropi.ranking.uncertainty`."""
+    count, scores = len(gram) - 1, leave_one_out(gram)[:, None]
+    lengths = gram.diagonal().sqrt()
+    # Row s: products of each prompt with the mean of all prompts but s, and that mean's length.
+    with_mean = (gram.sum(dim=1) - gram) / count
+    mean = ((gram.sum() - 2 * gram.sum(dim=1) + gram.diagonal()).sqrt() / count)[:, None]
+    moves = gram / lengths[:, None] / mean - scores * with_mean / mean**2
+    others = moves[~torch.eye(count + 1, dtype=torch.bool, device="cpu")].view(count + 1, count)
+    return others.std(dim=1) / math.sqrt(count)
+
+
 def by_depth(squares: dict[str, float]) -> Iterator[tuple[str, str, float]]:
     """(layer, type, share) of every parameter: the layer's number or "" outside of the layers, and the name in it."""
     for name, share in squares.items():
