@@ -19,6 +19,7 @@ from cropi.errors import CropiError
 from cropi.gradient.batches import make_batches
 from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.layout import Layout
+from cropi.gradient.zero import Suspicion
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
 from cropi_kernels import (
@@ -169,6 +170,29 @@ def test_a_batch_that_does_not_fit_is_halved(
         assert float((got[name] - sketch).norm()) <= 1e-5 * float(sketch.norm()), name
     said = capsys.readouterr()
     assert "do not fit into the device's memory: halved; --tokens-per-batch" in said.out + said.err
+
+
+@pytest.mark.long
+def test_memory_that_ends_while_a_prompts_responses_are_measured_adds_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each response's gradient by itself takes more memory than their sum; the sums of the batch are there already."""
+    monkeypatch.setattr(Suspicion, "is_suspicious", lambda *_: True)
+    want = run_job(tmp_path, "whole", layout="padded")
+    compute, refused = GradientSketcher.policy_gradient, 0
+
+    def limited(self: GradientSketcher, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        nonlocal refused
+        if refused < 3 and len(input_ids) > 1 and len(kwargs["segments"].unique()) == len(input_ids):
+            refused += 1
+            full()
+        return compute(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(GradientSketcher, "policy_gradient", limited)
+    got = run_job(tmp_path, "refused", layout="padded")
+    assert refused == 3 and want.keys() == got.keys()
+    for name, sketch in want.items():
+        assert float((got[name] - sketch).norm()) <= 1e-5 * float(sketch.norm()), name
 
 
 @pytest.mark.long

@@ -47,6 +47,16 @@ class Sums:
     weight: float = 0.0  # the sum of its tokens' absolute weights
 
 
+@dataclass(frozen=True)
+class Passed:
+    """A micro-batch that went through the model, with the log-probs of the behaviour; ``begun``: by the clock."""
+
+    batch: MicroBatch
+    behaviour: torch.Tensor | None
+    result: PolicyGradient
+    begun: float
+
+
 @dataclass
 class Others:
     """Sketches by other specs from the same passes: ``sums``, float32 ``[specs, dim]`` by the prompts' ids."""
@@ -108,6 +118,11 @@ class Passes:
 
     def run(self, batch: MicroBatch) -> Iterator[Finished]:
         """Run one micro-batch; in halves, where the device's memory does not hold it. The sums are equal."""
+        for passed in self._passes(batch):
+            yield from self._added(passed)
+
+    def _passes(self, batch: MicroBatch) -> Iterator[Passed]:
+        """The passes over a micro-batch: one, or those over its parts, where the device's memory does not hold it."""
         waiting = [batch]
         while waiting:
             piece = waiting.pop()
@@ -115,8 +130,10 @@ class Passes:
             if rows > 1 and self.too_many is not None and tokens >= self.too_many:
                 waiting += reversed(piece.halves())
                 continue
+            begun = time.monotonic()
             try:
-                finished = self._compute(piece)
+                behaviour = self._behaviour_of(piece)
+                passed = Passed(piece, behaviour, self._gradient(piece, behaviour), begun)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -140,7 +157,7 @@ class Passes:
                 )
                 waiting.append(piece)
             else:
-                yield from finished
+                yield passed
                 continue
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the halves need other sizes
@@ -158,14 +175,12 @@ class Passes:
             num_segments=1,
         )
 
-    def _compute(self, batch: MicroBatch) -> list[Finished]:
-        """Forward, weights, backward, sketches; the rows of the prompts that are complete with it."""
-        begun, tokens, estimator = time.monotonic(), batch.tokens, self.estimator
-        behaviour = self._behaviour_of(batch)
-        result = self._gradient(batch, behaviour)
+    def _added(self, passed: Passed) -> list[Finished]:
+        """Add the sums of one pass; the rows of the prompts that are complete with it."""
+        batch, result, estimator = passed.batch, passed.result, self.estimator
         if self.others is not None:
             self.others.add(batch, result)
-        ratios = estimator.ratio_behaviour(result.logprobs, behaviour, batch.responses)
+        ratios = estimator.ratio_behaviour(result.logprobs, passed.behaviour, batch.responses)
         health = batch_health(estimator, batch, result.logprobs, ratios)
         weights = torch.zeros(len(batch.groups), dtype=torch.float64, device=self.device)
         weights.index_add_(0, batch.token_segments, result.weights.double().abs())
@@ -175,7 +190,7 @@ class Passes:
             sums.health += health[s]
             sums.weight += weight
             self.summary.health += health[s]
-        self.summary.add(result.seconds, time.monotonic() - begun, tokens, len(batch.targets))
+        self.summary.add(result.seconds, time.monotonic() - passed.begun, batch.tokens, len(batch.targets))
         return [
             self._finished(group, self.sums.pop(group.id), batch)
             for group, last in zip(batch.groups, batch.finished, strict=True)
@@ -231,8 +246,13 @@ class Passes:
         total = 0.0
         padded = Layout(shared=False, lengths=self.lengths)
         for batch in make_batches([group], self.estimator, padded, budget=budget, stored_behaviour=stored):
-            rows = replace(batch, segments=torch.arange(batch.input_ids.shape[0], device="cpu")).to(
-                self.device
+            count = batch.input_ids.shape[0]
+            rows = replace(
+                batch,
+                groups=[group] * count,
+                finished=[False] * count,
+                segments=torch.arange(count, device="cpu"),
             )
-            total += float(self._gradient(rows, self._behaviour_of(rows)).sketches.double().norm(dim=1).sum())
+            for passed in self._passes(rows.to(self.device)):
+                total += float(passed.result.sketches.double().norm(dim=1).sum())
         return total
