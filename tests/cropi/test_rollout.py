@@ -258,7 +258,17 @@ def rolled_part(out: Path, model: Any) -> None:
         raise CropiError(f"weights: {error}") from error
 
 
-def test_memory_that_runs_out_makes_smaller_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_memory_that_runs_out_makes_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Exception
+) -> None:
     from cropi.rollouts import hf
 
     real, model = hf.generate, make_model()
@@ -266,7 +276,7 @@ def test_memory_that_runs_out_makes_smaller_batches(tmp_path: Path, monkeypatch:
 
     def small(model: Any, batch: Any, n: int, *args: Any, **options: Any) -> Any:
         if len(batch) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise full
         return real(model, batch, n, *args, **options)
 
     monkeypatch.setattr(hf, "generate", small)

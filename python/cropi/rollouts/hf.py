@@ -18,6 +18,7 @@ import torch
 
 from cropi.errors import CropiError, warn
 from cropi.gradient.tokenize import Tokenize
+from cropi.model.placing import is_out_of_memory
 from cropi.model.policy import Policy, check_dropout
 from cropi.rollouts.beginnings import families
 from cropi.rollouts.cache import bytes_of, make_cache
@@ -116,7 +117,9 @@ class HfEngine:
         """
         try:
             made = self._generate(batch, n)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             made = None
         if made is None:  # outside of the handler, whose traceback holds the tensors
             yield from self._halves(batch, n)

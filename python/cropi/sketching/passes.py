@@ -17,6 +17,7 @@ from cropi.gradient.health import Health, batch_health
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import ZERO_GRADIENT, Suspicion, is_zero, rounding
+from cropi.model.placing import is_out_of_memory
 from cropi.sketching import chunks
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
@@ -27,15 +28,6 @@ from cropi_kernels.sketcher.lengths import Lengths
 from cropi_kernels.sketcher.sharded import device_of
 
 Finished = tuple[RowInfo, torch.Tensor | None]
-# How errors that are not torch's OutOfMemoryError say it: torch's CPU allocator, C++, cuBLAS, the CUDA driver (Triton).
-NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, the host among them, has no memory left."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 @dataclass
