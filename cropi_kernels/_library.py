@@ -44,7 +44,7 @@ def register(
         try:
             with no_autocast(*args):
                 return kernel(*args)
-        except _memory.OUT_OF_MEMORY as error:
+        except torch.OutOfMemoryError as error:
             raise _memory.explain(f"{NAMESPACE}::{name}", error, remedy, args) from error
 
     LIB.define(schema)

@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 
-OUT_OF_MEMORY = torch.cuda.OutOfMemoryError  # torch.OutOfMemoryError, a name that torch 2.4 has not got yet
 
-
-class OutOfMemory(OUT_OF_MEMORY):
+class OutOfMemory(torch.OutOfMemoryError):
     """A `torch.OutOfMemoryError` that names the call, its sizes and the remedy; torch's own words follow."""
 
 
@@ -30,7 +28,7 @@ def explained(what: str, remedy: str, *args: Any) -> Iterator[None]:
     """As `explain`, around a block."""
     try:
         yield
-    except OUT_OF_MEMORY as error:
+    except torch.OutOfMemoryError as error:
         raise explain(what, error, remedy, args) from error
 
 

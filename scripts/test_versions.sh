@@ -2,6 +2,8 @@
 # The short tests on the oldest or the newest packages that pyproject.toml allows, in an environment of their own.
 #
 #   scripts/test_versions.sh lowest|newest PYTHON [pytest's arguments]
+#
+# TORCH=2.13.0 takes that torch for the lowest: not every index has a CPU build of an old one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 which=$1 python=$2
@@ -11,16 +13,19 @@ pip="$env/bin/python -m pip install --quiet --disable-pip-version-check"
 
 rm -rf "$env"
 "$python" -m venv "$env"
+# The pip that an interpreter brings may not know --only-deps yet.
+$pip "$(grep '^pip==' constraints.txt)"
+# Of the newest only torch is held, at the version that everything else is tested with.
 case $which in
-  lowest) pins=constraints-lowest.txt ;;
-  newest) pins=$env/none.txt; grep '^torch==' constraints.txt > "$env/wanted.txt"; : > "$pins" ;;
+  lowest) pins=constraints-lowest.txt torch=${TORCH:+torch==$TORCH} ;;
+  newest) pins=/dev/null torch=$(grep '^torch==' constraints.txt) ;;
   *) echo "give lowest or newest, not $which" >&2; exit 2 ;;
 esac
-"$env/bin/python" scripts/install_torch.py "$([ "$which" = lowest ] && echo "$pins" || echo "$env/wanted.txt")" "$env/pins.txt"
-# Of the newest only torch is held, at the CPU build that was found; everything else is what pip takes.
-cat "$pins" | grep -v '^torch==' >> "$env/pins.txt" || true
+{ echo "${torch:-$(grep '^torch==' $pins)}"; grep -v '^torch==' $pins || true; } > "$env/wanted.txt"
+"$env/bin/python" scripts/install_torch.py "$env/wanted.txt" "$env/pins.txt"
 $pip -c "$env/pins.txt" scikit-build-core pybind11 cmake ninja
 $pip -c "$env/pins.txt" --no-build-isolation --only-deps '.[run,trl,sklearn,test]'
-$pip --no-build-isolation --no-deps .
+# Editable: the tests put the repository on the path, where a package without its compiled module would come first.
+$pip --no-build-isolation --no-deps --editable .
 "$env/bin/python" -m cropi env
 OMP_NUM_THREADS=1 "$env/bin/python" -m pytest -q -m "not slow" -n 2 tests/kernels tests/sketcher tests/cropi tests/trainers "$@"

@@ -36,7 +36,7 @@ from cropi_kernels.ops.project import ProjectionSpec
 from cropi_kernels.ops.project import cpu as project_cpu
 from cropi_kernels.ops.sketch_linear import cpu as linear_cpu
 
-OutOfMemory = torch.cuda.OutOfMemoryError
+OutOfMemory = torch.OutOfMemoryError
 
 
 def full(*args: Any, **kwargs: Any) -> Any:

@@ -232,15 +232,37 @@ def test_torch_and_numpy_are_the_only_hard_dependencies() -> None:
     assert names == {"torch", "numpy"}
 
 
+def requirements() -> list[tuple[str, str]]:
+    """(name, bounds) of every package that pyproject.toml names, the package itself left out."""
+    named: dict[str, list[str]] = {"": project()["dependencies"]} | project()["optional-dependencies"]  # type: ignore[dict-item, operator]
+    lines = [line.split(";")[0].strip() for extra in named.values() for line in extra]
+    split = [re.fullmatch(r"([\w-]+)(?:\[[^]]*\])?(.*)", line) for line in lines]
+    return [(m[1].lower(), m[2]) for m in split if m and m[1] != "cropi-kernels"]
+
+
+def pins(name: str) -> dict[str, set[str]]:
+    """Package to its versions, of a constraints file."""
+    found: dict[str, set[str]] = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if "==" in line:
+            package, version = line.split(";")[0].strip().split("==")
+            found.setdefault(package, set()).add(version)
+    return found
+
+
 def test_every_named_package_is_pinned() -> None:
-    pins = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = {line.split("==")[0] for line in pins if "==" in line}
-    wanted = {
-        re.split(r"[\[<>=; ]", line)[0].lower()
-        for extra in project()["optional-dependencies"].values()  # type: ignore[attr-defined]
-        for line in extra
-    }
-    assert wanted - {"cropi-kernels"} <= pinned, f"no pin in constraints.txt: {wanted - pinned}"
+    missing = {name for name, _ in requirements()} - pins("constraints.txt").keys()
+    assert not missing, f"no pin in constraints.txt: {missing}"
+
+
+def test_the_lowest_versions_are_the_lower_bounds() -> None:
+    """What `make test-lowest` installs is what pyproject.toml promises."""
+    lowest = pins("constraints-lowest.txt")
+    bounds = {name: m[1] for name, text in requirements() if (m := re.search(r">=([\d.]+)", text))}
+    apart = {"ray", "triton", "mkdocs-material"}  # extras that `make test-lowest` does not install
+    assert lowest.keys() == bounds.keys() - apart
+    for name, (version,) in lowest.items():
+        assert re.fullmatch(re.escape(bounds[name]) + r"(\.0)*", version), (name, version, bounds[name])
 
 
 def test_tensors_do_not_depend_on_torchs_defaults() -> None:
