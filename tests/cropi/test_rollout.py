@@ -261,7 +261,7 @@ def rolled_part(out: Path, model: Any) -> None:
 @pytest.mark.parametrize(
     "full",
     [
-        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
     ],
     ids=["gpu", "cpu"],

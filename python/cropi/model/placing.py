@@ -102,6 +102,6 @@ def tokens_at_once(policy: Policy, given: int | None) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, the host among them, has no memory left."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
