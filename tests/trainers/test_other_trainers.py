@@ -308,13 +308,14 @@ def test_nemo_rl_is_given_the_selected_rows(tmp_path: Path, monkeypatch: pytest.
     for epoch in range(4):
         assert sorted(seen[6 * epoch : 6 * epoch + 6]) == [2, 3, 5, 7, 11, 19]
     assert seen[:6] != seen[6:12]
-    (tmp_path / "new.json").write_text("[0, 1]")
+    (tmp_path / "new.json").write_text("[0, 1, 4, 6]")
     (tmp_path / "new.json").rename(path)
-    assert sorted(selected_batches(iterators, loaders)[0]["idx"]) == [0, 0, 1, 1]
+    assert sorted(selected_batches(iterators, loaders)[0]["idx"]) == [0, 1, 4, 6]
     other = {"math": loader()}
     for text, problem in (
         ("[3, 20]", "names row 20, and the dataset has 20"), ("{}", "is not a list of row numbers"),
         ('["a"]', "is not a list of row numbers"), ("[", "cannot be read"),
+        ("[3, 4]", "names 2 rows, fewer than one batch of 4"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(CropiError, match=problem):

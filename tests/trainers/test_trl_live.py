@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 
+import trl
 from support.commands import json_lines
 from support.made_data import make_model, make_tokenizer
 from support.trl_runs import SPEC, staged, stored
@@ -297,6 +298,27 @@ def test_opposed_prompts_are_dropped_from_a_step(
     live.live, given = Live(opposed=0.5), watched.inputs[0]
     dropped, weighed = live._weighed(given, given[PLACES])
     assert not len(dropped) and torch.equal(weighed["advantages"], 0.5 * given["advantages"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["another loss", "another batch"])
+def test_a_loss_that_is_not_seen_is_an_error(how: str, tmp_path: Path, valid: Path) -> None:
+    """Else the selector would have no visit, and draw every stage by chance."""
+
+    class Own(trl.GRPOTrainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if how == "another loss":
+                return trl.GRPOTrainer._compute_loss(self, model, inputs)
+            return super().compute_loss(
+                model, {k: v for k, v in inputs.items() if k != PLACES}, *args, **kwargs
+            )
+
+    options = LIVE | {"valid": valid, "recording": None, "estimator": "grpo"}
+    trainer = staged(tmp_path / "out", options, base=Own, max_steps=2)
+    with pytest.raises(
+        CropiError, match="live: the loss of a training step was computed without TRL's _compute_loss"
+    ):
+        trainer.train()
 
 
 # --------------------------------------------------------------------------------------------------- resuming

@@ -43,9 +43,15 @@ class Order:
         """The next rows.
 
         Raises:
-            CropiError: the file is missing, no list of row numbers, or names rows that the dataset has not.
+            CropiError: the file is missing, no list of row numbers, names rows that the dataset has not, or fewer than
+                a batch takes.
         """
         self._refresh()
+        if len(self.chosen) < count:
+            raise CropiError(
+                f"${VARIABLE}: {self.path} names {len(self.chosen)} rows, fewer than one batch of {count}, which would "
+                "hold some of them twice; select a larger fraction, or lower grpo.num_prompts_per_step"
+            )
         taken: list[int] = []
         while len(taken) < count:
             if not self._left:

@@ -82,18 +82,30 @@ class LiveRun:
         self.selector.update([], Known(nothing, Policy(model, tokenizer).origin(self.sketcher)), 0)
         self.seconds = 0.0  # of sketching, since the last stage
         self._open: contextlib.ExitStack | None = None  # of the training step that runs
+        self._begun = False  # whether it has come to its loss
         self._places: list[torch.Tensor] = []
         self._sketches: list[torch.Tensor] = []
         self.dropped = 0
 
     @contextlib.contextmanager
     def training_step(self) -> Iterator[None]:
-        """Around forward and backward of one micro-batch."""
+        """Around forward and backward of one micro-batch.
+
+        Raises:
+            CropiError: its loss was not seen: the selector would learn nothing, and every choice would be by chance.
+        """
+        self._begun = False
         with contextlib.ExitStack() as self._open:
             try:
                 yield
             finally:
                 self._open = None
+        if not self._begun:
+            raise CropiError(
+                "live: the loss of a training step was computed without TRL's _compute_loss, or on a batch that is not "
+                "the one that TRL made, so that no prompt's gradient was seen: leave out what computes it "
+                "(args.use_liger_kernel before TRL 1.14, a compute_loss of the trainer's own), or leave live out"
+            )
 
     def place(self, rows: Sequence[Mapping[str, Any]], column: str, output: dict[str, Any]) -> None:
         """Note in a generation batch which prompt each row belongs to; ``column`` holds the prompts' ids."""
@@ -104,6 +116,7 @@ class LiveRun:
         """The rows are known: listen to their forward and backward, if that counts. What the loss is to be given."""
         if self._open is None or PLACES not in inputs:
             return inputs
+        self._begun = True
         places = inputs[PLACES].cpu()
         known, segments = places.unique(return_inverse=True)
         rows, columns = inputs["prompt_ids"].shape
