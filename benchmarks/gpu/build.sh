@@ -48,14 +48,21 @@ cuda() {
 
 sanitize() { # TOOL SCRIPT: memory errors of whole programs, and races in shared memory
   # Every tensor its own allocation: an access past its end would otherwise land in a neighbour and pass.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "$PYTHON" "benchmarks/gpu/$2.py" --small "$1"
+  local run=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --print-limit 1000)
+  local script=("$PYTHON" "benchmarks/gpu/$2.py" --small "$1")
+  if [ "$1" = racecheck ]; then
+    "${run[@]}" "${script[@]}" | "$PYTHON" benchmarks/gpu/races.py
+    local codes=("${PIPESTATUS[@]}")
+    return $((codes[0] > codes[1] ? codes[0] : codes[1]))
+  fi
+  "${run[@]}" --error-exitcode 9 "${script[@]}"
 }
 
 counters() { # the hardware's counters of three kernels; the clocks stay as they are
   local metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,lts__throughput.avg.pct_of_peak_sustained_elapsed,sm__issue_active.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
-  ncu --clock-control none --metrics "$metrics" --kernel-name regex:"slab_kernel|fold_kernel|norm_kernel" \
+  ncu --clock-control none --metrics "$metrics" --kernel-name regex:"slab_turns_kernel|slab_kernel|fold_kernel|norm_kernel" \
     --csv "$PYTHON" benchmarks/gpu/counted.py
 }
 

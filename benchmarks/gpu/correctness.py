@@ -45,7 +45,11 @@ SLABS: dict[str, tuple[list[int], int, int | None, list[int], str]] = {
     "width 128": ([1536], 1536, 128, [600, 100, 37], "out"),
     "width 128, sums": ([2048, 512, 512], 1024, 128, [600, 100, 37], "sums"),
     "width 128, one group": ([512], 128, 128, [3, 129, 0, 512], "out"),
+    "width 128, two groups": ([3584, 512], 256, 128, [64, 1, 900], "slots"),
     "no fold, 96 columns": ([1040], 96, None, [300, 20], "out"),
+    "width 64": ([8960], 1536, 64, [600, 0, 100, 37], "slots"),
+    "width 64, sums": ([1536, 264, 256], 1536, 64, [600, 100, 37], "sums"),
+    "width 64, one group": ([520], 256, 64, [3, 129, 0, 512], "out"),
 }
 TURNS = ((1, 1003, 8), (64, 257, 64), (65, 151936, 1536), (700, 50257, 200), (3000, 32000, 4096))
 TOKENS, SCORED = 700, 130  # of embeddings and norms, and of log-probs

@@ -58,8 +58,8 @@ def short(name: str) -> str:
 
 LONGEST = 8  # spans without a kernel that a row names
 OURS = {
-    "slab_kernel", "fold_kernel", "reduce_partials_kernel", "norm_kernel", "sums_kernel", "rows_kernel",
-    "vector_kernel", "tail_kernel", "chunks_kernel", "forward_kernel", "backward_kernel", "own_kernel",
+    "slab_kernel", "slab_turns_kernel", "fold_kernel", "reduce_partials_kernel", "norm_kernel", "sums_kernel",
+    "rows_kernel", "vector_kernel", "tail_kernel", "chunks_kernel", "forward_kernel", "backward_kernel", "own_kernel",
     "tiles_kernel", "turns_kernel", "again_kernel", "combine_kernel", "rescale_kernel", "scale_kernel", "rms_kernel",
     "rms_backward_kernel", "swiglu_kernel", "swiglu_fold_kernel", "swiglu_backward_kernel",
 }  # fmt: skip

@@ -67,8 +67,8 @@ MEASURED = (
     Part("counters", 30, shell("counters")),
     Part("project_correctness", 35, script("project_correctness"), processes=4, needs=PROJECT),
     Part("project", 35, script("project"), needs=PROJECT),
-    Part("sanitizer_memcheck", 40, shell("sanitize", "memcheck", "correctness"), needs=("build",)),
-    Part("sanitizer_racecheck", 90, shell("sanitize", "racecheck", "correctness"), needs=("build",)),
+    Part("sanitizer_memcheck", 45, shell("sanitize", "memcheck", "correctness"), 2, needs=("build",)),
+    Part("sanitizer_racecheck", 75, shell("sanitize", "racecheck", "correctness"), 5, needs=("build",)),
 )
 PARTS = {part.name: part for part in BUILDS + MEASURED}
 

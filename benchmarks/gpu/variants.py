@@ -61,10 +61,15 @@ class Slab:
             return measured([run], prediction)
 
     def shaped(self, prediction: float | None, **shape: int) -> Row:
-        """With another tile, depth of the pipeline, or number of warps."""
+        """By steps, with another tile, depth of the pipeline, or number of warps."""
         choose = slab.slab_config
         other = lambda *args: dataclasses.replace(choose(*args), **shape)  # noqa: E731
-        return self.time(prediction, slab_config=other)
+        return self.time(prediction, slab_config=other, takes_turns=lambda device: False)
+
+    def in_parts(self, prediction: float | None, **values: int) -> Row:
+        """By turns, with other constants."""
+        wide = {"OF_SECOND": 208, "OF_COPIES": 88}
+        return self.time(prediction, turns_options=lambda cols, groups: wide | values)
 
 
 def fold(tokens: int, prediction: float) -> Row:
@@ -143,19 +148,29 @@ class Head:
 
 def main() -> None:
     results = common.Results("variants")
-    gate, whole, head = Slab(64), Slab(None), Head()
+    gate, folded, whole, head = Slab(64), Slab(128), Slab(None), Head()
     todo: list[tuple[str, Callable[[], Row]]] = []
-    for width, made in (64, gate), (128, Slab(128)), (256, Slab(256)):
+    for width, made in (64, gate), (128, folded), (256, Slab(256)):
         for pairs, us in ((24, 112), (12, 114), (6, 120), (3, 130)):
             run = lambda n=pairs, p=us, s=made: s.time(p, group_pairs=lambda cols, pairs: n)  # noqa: E731
             todo.append((f"slab w={width}: {pairs} pairs a group", run))
     for tokens, us in ((512, 112), (256, 116), (1024, 118)):
         todo.append((f"slab w=64: chunks of {tokens}", lambda n=tokens, p=us: gate.time(p, CHUNK_TOKENS=n)))
     for stages, us in ((4, 112), (3, 118), (5, 110)):
-        todo.append((f"slab w=64: {stages} stages", lambda n=stages, p=us: gate.shaped(p, num_stages=n)))
-    todo.append(("slab w=64: tile of 256 rows", lambda: gate.shaped(118, BM=256)))
+        run = lambda n=stages, p=us: gate.shaped(p, num_stages=n)  # noqa: E731
+        todo.append((f"slab by steps w=64: {stages} stages", run))
+    todo.append(("slab by steps w=64: tile of 256 rows", lambda: gate.shaped(118, BM=256)))
     for stages, us in ((4, 570), (3, 600)):
-        todo.append((f"slab, no fold: {stages} stages", lambda n=stages, p=us: whole.shaped(p, num_stages=n)))
+        run = lambda n=stages, p=us: whole.shaped(p, num_stages=n)  # noqa: E731
+        todo.append((f"slab by steps, no fold: {stages} stages", run))
+    for width, made, parts, stages in (
+        (64, gate, 2, 5),
+        (64, gate, 4, 8),
+        (128, folded, 1, 4),
+        (128, folded, 2, 6),
+    ):
+        run = lambda s=made, n=parts, m=stages: s.in_parts(None, PARTS=n, STAGES=m)  # noqa: E731
+        todo.append((f"slab w={width}: {parts} parts, one program a multiprocessor", run))
     for tokens, us in ((16, 116), (8, 120), (32, 116), (4, 140)):
         todo.append((f"fold 8960: {tokens} tokens", lambda n=tokens, p=us: fold(n, p)))
     for chunk, us in ((128, 78), (64, 62), (32, 56), (16, 60)):

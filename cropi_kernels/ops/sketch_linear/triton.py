@@ -160,6 +160,7 @@ def slab_config(slab_cols: int, dtype: torch.dtype, shared: int) -> SlabConfig:
 WIDEST_TILE = 4 * (128 + 256) * 64 * 2  # bytes: four stages of both operands
 
 
+INTO = ("out", "slots", "sums")  # where results go, see `slab_kernel`
 SIGN_BIT: tl.constexpr = tl.constexpr(-(1 << 31))  # of a float32
 
 
@@ -322,21 +323,47 @@ def slab_launch(slab_rows: int, slab_cols: int, options: tuple[tuple[str, Any], 
     return Launch(slab_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, INTO=into, **dict(options))
 
 
-# Measured on an H200, in turns, the linear layers of Qwen2.5-1.5B and 7B, 16384 tokens in 16 segments: `turns_launch`
-# takes 0.80 and 0.79 of the time of `slab_kernel` with 256 columns, 0.83 and 0.83 with 128, and 1.18 and 1.10 with 64,
-# where two programs share a multiprocessor. Without a fold, 1536 x 8960: 909 us for 1176.
-TURNS_FROM = 128  # columns of a slab
-TURNS_STEP, TURNS_STAGES = 64, 4  # tokens of a step; four stages of both operands are 197 kB
+TURNS_FROM = 64  # columns of a slab
+TURNS_STEP = 64  # tokens
+
+
+def turns_options(slab_cols: int, groups: int) -> dict[str, int]:
+    """Constants of `slab_turns_kernel`; 4 stages of 256 x 256 are 197 kB, as 6 of 128 x 128; 4 of 128 x 64 are 98.
+
+    Measured on an H200, in turns, 16384 tokens in 16 segments, microseconds of `slab_kernel`, and of slabs in 1, 2 and
+    4 parts:
+
+    - 256 columns: 8960 x 1536 184; 144. Without a fold 1099; 768. Products have 64 rows, so a part has 128 at least.
+    - 128 columns: 1536 x 1536 (1 group) 48; 43, 29. 3584 x 3584 (2) 67; 56, 49. 8960 x 1536 (3) 139; 98, 109. Two of
+      them (6) 259; 203, 185, but of 64 segments 288; 203, 220. Two of 18944 x 3584 (13) 544; 375, 401.
+    - 64 columns: 1536 x 1536 27; 40, 24, 25. 8960 x 1536 101; 106, 88, 91. Two of them 189; 193, 165, 162. With two
+      programs a multiprocessor, 4 parts: 23.6, 86, 168; of 64 segments 92 and 166 for 109 and 198.
+
+    Programs that stay, and begin to copy for the next part before they write one, gained nothing: their turns are
+    fixed, the device's own are not (144 and 152, 98 and 98, 86 and 91).
+    """
+    if slab_cols == 64:  # 80 registers for each of 12 warps: two programs a multiprocessor
+        return {"PARTS": 4, "STAGES": 4, "OF_SECOND": 88, "OF_COPIES": 64, "maxnreg": 80}
+    parts = 2 if slab_cols == 128 and groups <= 2 else 1
+    # 168 for each; up to 128 hold a group's sums.
+    return {"PARTS": parts, "STAGES": 6 if parts == 2 else 4, "OF_SECOND": 208, "OF_COPIES": 88}
 
 
 @functools.cache
-def turns_launch(slab_rows: int, slab_cols: int, column_signs: bool, alone: bool, into: str) -> Launch:
+def turns_launch(
+    slab_rows: int,
+    slab_cols: int,
+    column_signs: bool,
+    alone: bool,
+    options: tuple[tuple[str, int], ...],
+    into: str,
+) -> Launch:
     """`slab_kernel` by warps of different work."""
     from .triton_turns import WARPS, slab_turns_kernel
 
     return Launch(
         slab_turns_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, COLUMN_SIGNS=column_signs, ALONE=alone, INTO=into,
-        BK=TURNS_STEP, STAGES=TURNS_STAGES, num_warps=WARPS.value,
+        BK=TURNS_STEP, num_warps=WARPS.value, **dict(options),
     )  # fmt: skip
 
 
@@ -386,11 +413,13 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
     alone = wide and len(plans) == 1
     options |= {"PAIRS": lanes(plan.slab_cols), "COLUMN_SIGNS": signs, "ALONE": alone}
     launch = functools.partial(slab_launch, plan.slab_rows, plan.slab_cols, tuple(options.items()))
-    turns = {}
+    turns, turns_parts = {}, 1
     if dtype == torch.bfloat16 and plan.slab_cols >= TURNS_FROM and takes_turns(device):
+        of_turns = turns_options(plan.slab_cols, groups)
+        turns_parts = of_turns["PARTS"]
         turns = {
-            into: turns_launch(plan.slab_rows, plan.slab_cols, signs, alone, into)
-            for into in ("out", "slots", "sums")
+            into: turns_launch(plan.slab_rows, plan.slab_cols, signs, alone, tuple(of_turns.items()), into)
+            for into in INTO
         }
     order = np.argsort(slab, kind="stable")
     first = upload(np.concatenate([[0], np.cumsum(counts)]), np.int32, device)
@@ -409,9 +438,9 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
         chunk=chunk_tokens(plan.n_slabs),
         wide=wide,
         programs=plan.n_slabs * groups * parts,
-        launches={into: launch(into) for into in ("out", "slots", "sums")},
+        launches={into: launch(into) for into in INTO},
         turns=turns,
-        turns_programs=plan.n_slabs * groups,
+        turns_programs=plan.n_slabs * groups * turns_parts,
     )
 
 

@@ -1,4 +1,4 @@
-"""`slab_kernel` by warps of different work: four bring operands, two groups of four multiply half of the slab each.
+"""`slab_kernel` by warps of different work: four bring operands, two groups of four multiply half of the rows each.
 
 In `slab_kernel` the same warps copy and multiply, and wait for each other twice a step: on an H200, its tensor cores
 were busy half of the time, with no other unit near its limit. Here a group waits for its operands alone (``ready``),
@@ -26,9 +26,6 @@ _chunk_of, _row_signs = gluon.jit(chunk_of.fn), gluon.jit(row_signs.fn)
 GROUPS = gl.constexpr(2)
 WARPS = gl.constexpr(4)  # of a group: as many as share a product
 THREADS = gl.constexpr(128)  # of the warps that bring
-# Of a thread of the second group, and of the warps that bring operands. The first group has the rest of 168 for each of
-# 12 warps. A group needs 128 for its sums.
-REGISTERS = gl.constexpr((208, 88))
 
 
 @gluon.constexpr_function
@@ -71,7 +68,9 @@ def _bring(
     n_pairs,
     t0,
     length,
+    part,
     ALONE: gl.constexpr,
+    PARTS: gl.constexpr,
     ROWS: gl.constexpr,
     COLS: gl.constexpr,
     BK: gl.constexpr,
@@ -93,20 +92,22 @@ def _bring(
         c = (word >> 32 & 0xFFFF).to(gl.int32) * COLS + (j ^ (word >> 16 & 0xFFFF).to(gl.int32))
         c = gl.max_contiguous(gl.multiple_of(c, 8), 8)
         if ALONE:
-            d, rows, stride_d, first_row = d_0, rows_0, stride_0, block * (GROUPS * ROWS)
+            d, rows, stride_d, first_row = d_0, rows_0, stride_0, block * (PARTS * GROUPS * ROWS)
         else:
             in_1, in_2 = block >= begin_1, block >= begin_2
             d = gl.where(in_2, d_2, gl.where(in_1, d_1, d_0))
             rows = gl.where(in_2, rows_2, gl.where(in_1, rows_1, rows_0))
             stride_d = gl.where(in_2, stride_2, gl.where(in_1, stride_1, stride_0))
-            first_row = (block - gl.where(in_2, begin_2, gl.where(in_1, begin_1, 0))) * (GROUPS * ROWS)
+            first_row = (block - gl.where(in_2, begin_2, gl.where(in_1, begin_1, 0))) * (
+                PARTS * GROUPS * ROWS
+            )
         d_place = d_token.to(gl.int64)[:, None] * stride_d
         for t in range(0, length, BK):
             stage = step % STAGES
             # The wait for a phase before the first returns at once.
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             for group in gl.static_range(GROUPS):
-                r = first_row + ((group * ROWS + i) ^ (word & 0xFFFF).to(gl.int32))
+                r = first_row + (((part * GROUPS + group) * ROWS + i) ^ (word & 0xFFFF).to(gl.int32))
                 r = gl.max_contiguous(gl.multiple_of(r, 8), 8)
                 async_copy.async_copy_global_to_shared(
                     d_tiles.index(stage * GROUPS + group),
@@ -138,8 +139,10 @@ def _multiply(
     begin,
     n_pairs,
     length,
+    part,
     GROUP: gl.constexpr,
     COLUMN_SIGNS: gl.constexpr,
+    PARTS: gl.constexpr,
     ROWS: gl.constexpr,
     COLS: gl.constexpr,
     BK: gl.constexpr,
@@ -147,7 +150,7 @@ def _multiply(
 ):
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     of_bits: gl.constexpr = _bits_of_columns(COLS)
-    i = GROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, products))
+    i = (part * GROUPS + GROUP) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, products))
     j = gl.arange(0, COLS, layout=gl.SliceLayout(0, products))
     low = gl.arange(0, 8, layout=gl.SliceLayout(0, of_bits))
     high = gl.arange(0, COLS // 8, layout=gl.SliceLayout(1, of_bits))
@@ -168,8 +171,8 @@ def _multiply(
             if t > 0:  # the step before has ended
                 mbarrier.arrive(empty.index((step - 1) % STAGES))
             step += 1
-        sign = _row_signs(row_sign, word, i, padded_rows, GROUPS * ROWS)
-        sign *= gl.where(more, _row_signs(row_sign, after, i, padded_rows, GROUPS * ROWS), 1.0)
+        sign = _row_signs(row_sign, word, i, padded_rows, PARTS * GROUPS * ROWS)
+        sign *= gl.where(more, _row_signs(row_sign, after, i, padded_rows, PARTS * GROUPS * ROWS), 1.0)
         flip = (sign.to(gl.int32, bitcast=True) & SIGN_BIT)[:, None]
         if COLUMN_SIGNS:
             of_pair = flips + (begin + p) * 8 + low
@@ -220,17 +223,22 @@ def slab_turns_kernel(
     COLUMN_SIGNS: gl.constexpr,
     ALONE: gl.constexpr,
     INTO: gl.constexpr,
+    PARTS: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
+    OF_SECOND: gl.constexpr,
+    OF_COPIES: gl.constexpr,
 ):
-    """A program owns a slab, where one of `slab_kernel` owns a part of it."""
-    ROWS: gl.constexpr = SLAB_ROWS // GROUPS
+    """PARTS: of a slab, by rows, each a program's. OF_SECOND, OF_COPIES: registers of a thread of the second group, and
+    of the warps that bring operands; the first group has the rest."""
+    ROWS: gl.constexpr = SLAB_ROWS // GROUPS // PARTS
     SLAB: gl.constexpr = SLAB_ROWS * SLAB_COLS
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     pid = gl.program_id(0).to(gl.int64)
-    group = (pid % groups).to(gl.int32)
-    slab = pid // groups % n_slabs
-    segment, t0, t1, slot = _chunk_of(table, pid // groups // n_slabs)
+    part = (pid % PARTS).to(gl.int32)
+    group = (pid // PARTS % groups).to(gl.int32)
+    slab = pid // PARTS // groups % n_slabs
+    segment, t0, t1, slot = _chunk_of(table, pid // PARTS // groups // n_slabs)
     if segment < n_segments:
         begin = gl.load(first + slab) + group * group_pairs
         n_pairs = gl.maximum(gl.minimum(group_pairs, gl.load(first + slab + 1) - begin), 0)
@@ -253,25 +261,25 @@ def slab_turns_kernel(
                     _multiply,
                     (
                         d_tiles, a_tiles, ready, empty, target, add, pairs, row_sign, flips, padded_rows, begin,
-                        n_pairs, length, 0, COLUMN_SIGNS, ROWS, SLAB_COLS, BK, STAGES,
+                        n_pairs, length, part, 0, COLUMN_SIGNS, PARTS, ROWS, SLAB_COLS, BK, STAGES,
                     ),
                 ),
                 (
                     _multiply,
                     (
                         d_tiles, a_tiles, ready, empty, target, add, pairs, row_sign, flips, padded_rows, begin,
-                        n_pairs, length, 1, COLUMN_SIGNS, ROWS, SLAB_COLS, BK, STAGES,
+                        n_pairs, length, part, 1, COLUMN_SIGNS, PARTS, ROWS, SLAB_COLS, BK, STAGES,
                     ),
                 ),
                 (
                     _bring,
                     (
                         d_0, d_1, d_2, a, pairs, d_tiles, a_tiles, ready, empty, rows_0, rows_1, rows_2, stride_0,
-                        stride_1, stride_2, cols, stride_a, begin_1, begin_2, begin, n_pairs, t0, length, ALONE, ROWS,
-                        SLAB_COLS, BK, STAGES,
+                        stride_1, stride_2, cols, stride_a, begin_1, begin_2, begin, n_pairs, t0, length, part, ALONE,
+                        PARTS, ROWS, SLAB_COLS, BK, STAGES,
                     ),
                 ),
             ],
             [WARPS, WARPS],
-            [REGISTERS[0], REGISTERS[1]],
+            [OF_SECOND, OF_COPIES],
         )  # fmt: skip

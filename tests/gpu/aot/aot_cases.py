@@ -204,16 +204,19 @@ def log_prob(dtype: str, capped: bool, backward: bool) -> Case:
     )  # fmt: skip
 
 
-def slab_turns(dtype: str, cols: int, into: str, signs: bool = False, alone: bool = False) -> Case:
-    """12 warps share the registers, as of `log_prob_turns`."""
+def slab_turns(
+    dtype: str, cols: int, into: str, signs: bool = False, alone: bool = False, groups: int = 3
+) -> Case:
+    """12 warps share the registers, as of `log_prob_turns`; of narrow slabs, those of half a multiprocessor."""
     kernel = linear_turns.slab_turns_kernel
-    launch = linear.turns_launch(32768 // cols, cols, signs, alone, into)
-    constants = {k: v for k, v in launch.constants.items() if k != "num_warps"}
+    turns = linear.turns_options(cols, groups)
+    launch = linear.turns_launch(32768 // cols, cols, signs, alone, tuple(turns.items()), into)
+    constants = {k: v for k, v in launch.constants.items() if k in kernel.arg_names}
     like = slab(dtype, cols, 90)
     types = {n: like.types[n] for n in kernel.arg_names if n not in constants}
-    name = f"slab turns {dtype} {cols} {into}{' signs' if signs else ''}"
-    options = {"num_warps": launch.constants["num_warps"]}
-    return Case(name, kernel, types, constants, like.aligned, options, 168, True)
+    name = f"slab turns {dtype} {cols} {into}{' signs' if signs else ''}{' parts' if groups < 3 else ''}"
+    options = {k: v for k, v in launch.constants.items() if k not in constants}
+    return Case(name, kernel, types, constants, like.aligned, options, turns.get("maxnreg", 168), True)
 
 
 def log_prob_tiles(dtype: str, keep: bool, entropy: bool = False, again: bool = False) -> Case:
@@ -314,6 +317,9 @@ def on_hopper() -> list[Case]:
         slab_turns("bfloat16", 256, "slots"),
         slab_turns("bfloat16", 128, "sums"),
         slab_turns("bfloat16", 128, "out", signs=True),
+        slab_turns("bfloat16", 128, "sums", groups=1),
+        slab_turns("bfloat16", 64, "sums"),
+        slab_turns("bfloat16", 64, "out", signs=True),
         log_prob_tiles("bfloat16", keep=False),
         log_prob_tiles("bfloat16", keep=True),
         log_prob_tiles("bfloat16", keep=False, entropy=True),

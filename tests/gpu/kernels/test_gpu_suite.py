@@ -325,12 +325,43 @@ def test_variants(
     before = module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS
     finish(module)
     got = rows(tmp_path, "variants")
-    assert len(got) == 59 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
+    assert len(got) == 63 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
     assert (
         got["dz times head: float32 result"]["worst_error"]
         < got["dz times head: bfloat16 result"]["worst_error"]
     )
     assert (module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS) == before
+
+
+@WITHOUT_KERNELS
+def test_races_are_told_from_what_the_compiler_hands_over(
+    suite: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = suite("races")
+    of = {kernel: module.body(path, kernel) for kernel, path in module.KERNELS.items()}
+    assert all(len(lines) > 60 for lines in of.values())
+
+    def status(*accesses: tuple[str, int], summary: bool = True) -> int:
+        text = []
+        for i, (kernel, line) in enumerate(accesses):
+            kind = "and Write" if i % 2 else "Error: Race reported between Read"
+            text.append(f"========= {kind} access at {kernel}+0x130 in triton_turns.py:{line}")
+        text += ["========= RACECHECK SUMMARY: 1 hazards displayed"] * summary
+        monkeypatch.setattr(sys, "stdin", [line + "\n" for line in text])
+        return module.main()
+
+    first, last = of["turns_kernel"][0], of["turns_kernel"][-1]
+    assert status() == 0 and status(("turns_kernel", first), ("turns_kernel", last)) == 0
+    assert status(("turns_kernel", first), ("turns_kernel", first - 1)) == 9  # a group's own work
+    assert status(("turns_kernel", last + 1), ("turns_kernel", last)) == 9
+    assert status(("fold_kernel", first), ("fold_kernel", first)) == 9
+    mine = of["slab_turns_kernel"][0]
+    capsys.readouterr()
+    assert (
+        status(("slab_turns_kernel", mine), ("slab_turns_kernel", mine), ("tiles_kernel", 3), ("t", 3)) == 9
+    )
+    assert "2 reports of races, 1 of them not where" in capsys.readouterr().out
+    assert status(summary=False) == 9  # racecheck did not come to its end
 
 
 @WITHOUT_KERNELS
