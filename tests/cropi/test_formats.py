@@ -70,9 +70,16 @@ def test_every_format_gives_the_same_groups_and_the_same_sketches(
     for record in got:
         record.pop("extra_info", None)
     assert got == records()
+    assert {group.file for group in read(HERE / name, **options)} == {str(HERE / name)}, "of --per file"
     found = sketched(policy, [HERE / name], **options)
     assert found.keys() == expected.keys() == {record["id"] for record in records()}
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_saved_dataset_of_several_files_is_one(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(records()).save_to_disk(tmp_path / "d", num_shards=3)
+    assert [group.where for group in read(tmp_path / "d")] == [f"{tmp_path / 'd'}, row {i}" for i in range(6)]
+    assert {group.file for group in read(tmp_path / "d")} == {str(tmp_path / "d")}
 
 
 def test_the_committed_files_are_what_the_script_makes(

@@ -56,8 +56,9 @@ class PromptGroup:
 
     @property
     def file(self) -> str | None:
-        """The file (or the argument, of records in memory) that the group came from, without the number of the line."""
-        match = re.fullmatch(r"(.+?)(?::\d+|\[\d+\])", self.where, re.DOTALL)
+        """The file (or the argument, of records in memory) that the group came from, without the number of the line or
+        row."""
+        match = re.fullmatch(r"(.+?)(?::\d+|\[\d+\]|, row \d+)", self.where, re.DOTALL)
         return match[1] if match else None
 
     @property

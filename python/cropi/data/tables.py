@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,11 +138,12 @@ def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         files = [path / entry["filename"] for entry in json.loads(text)["_data_files"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CropiError(f"{path / STATE} is damaged ({error}); save the dataset again") from None
+    number = itertools.count()  # of the dataset's rows, over all of its files
     for file in files:
         if not is_file(file):
             raise CropiError(f"{path}: its file {file.name} is missing; copy the folder again")
-        for where, _, row in rows_of_table_file(file, "arrow stream"):
-            yield where, row
+        for _, _, row in rows_of_table_file(file, "arrow stream"):
+            yield f"{path}, row {next(number)}", row
 
 
 def _bytes_of(path: Path) -> bytes:
