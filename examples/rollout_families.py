@@ -1,7 +1,7 @@
 """Thirteen families of small verifiable tasks that a 135M model sometimes gets right.
 
 Four are reasoning-gym data sets at easy levels, nine are generated here. Each carries one solved example that is put
-before the question: without it the model rambles past any short limit, with it the responses are short sentences.
+before the question: without it responses are longer than any short limit, with it they are short sentences.
 """
 
 from __future__ import annotations
