@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 import torch
 from support.made_data import make_model, make_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from cropi.model.fingerprint import model_fingerprint, tokenizer_fingerprint
+from cropi.model.policy import Policy
 
 
 def test_one_bit_of_one_weight_changes_the_fingerprint() -> None:
@@ -33,6 +35,24 @@ def test_the_last_weight_of_a_large_tensor_counts() -> None:
         with torch.no_grad():
             parameter.view(-1)[-1] += 1.0
         assert model_fingerprint(model)["weights"] != first["weights"], name
+
+
+@pytest.mark.long
+def test_which_adapter_is_in_use_counts_and_its_scale() -> None:
+    """All adapters of a model are among its parameters; which of them it adds is not."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(), config := peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("other", config)
+    policy = Policy(model)
+    first = policy.fingerprint
+    model.set_adapter("other")
+    assert (other := policy.fingerprint["weights"]) != first["weights"], "a policy notices it, too"
+    with model.disable_adapter():
+        assert policy.fingerprint["weights"] not in (other, first["weights"])
+    model.set_adapter("default")
+    assert policy.fingerprint == first
+    model.base_model.model.model.layers[1].self_attn.q_proj.scaling["default"] *= 2
+    assert policy.fingerprint["weights"] not in (other, first["weights"])
 
 
 def test_the_end_of_a_tokenizer_counts() -> None:

@@ -19,7 +19,8 @@ PIECE, PIECES = 4096, 64
 
 
 def model_fingerprint(model: Any, *, sha256: bool = False) -> dict[str, Any]:
-    """The model's dtype, number of parameters and a hash of the names, shapes and bytes of all parameters.
+    """The model's dtype, number of parameters and a hash of the names, shapes and bytes of all parameters, and of which
+    adapters are in use, of those that the model holds.
 
     Every byte counts: one step of training with a small learning rate may change few weights. ``weights`` is
     ``"xxh3:"`` and 32 hex digits of XXH3 (128 bits), which reads weights ten times as fast as SHA-256.
@@ -47,11 +48,26 @@ def model_fingerprint(model: Any, *, sha256: bool = False) -> dict[str, Any]:
         for part in _plain_parts(parameter.detach()):
             flat = part.cpu().contiguous().view(-1)
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    for name, used in () if sha256 else adapters_in_use(model):
+        digest.update(f"{name} {used}\n".encode())
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "size": total,
         "weights": digest.hexdigest()[:32] if sha256 else XXH3 + digest.hexdigest(),
     }
+
+
+def adapters_in_use(model: Any) -> tuple[tuple[str, str], ...]:
+    """Of every layer with adapters of PEFT, its name and the adapters that it adds, with their scales."""
+    made = []
+    for name, module in model.named_modules():
+        if getattr(type(module), "adapter_layer_names", ()):
+            active = [] if module.disable_adapters else module.active_adapters
+            scales = getattr(module, "scaling", None)
+            made.append(
+                (name, str({one: scales.get(one) if isinstance(scales, dict) else None for one in active}))
+            )
+    return tuple(made)
 
 
 def checkpoint_fingerprint(folder: Path) -> str:

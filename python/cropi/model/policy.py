@@ -13,6 +13,7 @@ import torch
 from cropi.errors import CropiError
 from cropi.files import is_folder
 from cropi.model.fingerprint import (
+    adapters_in_use,
     checkpoint_fingerprint,
     model_fingerprint,
     tokenizer_fingerprint,
@@ -39,9 +40,9 @@ class Policy:
     """A causal language model and its tokenizer, for all functions of this package.
 
     What is derived from the weights (the fingerprint, the layout check, the taps) is computed
-    when it is first asked for and kept. It is computed again after the parameters have changed in place or have been
-    replaced, as far as torch tells (``data_ptr`` and version of every parameter); code that writes through
-    ``parameter.data`` is not noticed: call :meth:`refresh` after it, or make a new ``Policy``.
+    when it is first asked for and kept. It is computed again when other adapters are in use, and after the parameters
+    have changed in place or have been replaced, as far as torch tells (``data_ptr`` and version of every parameter);
+    code that writes through ``parameter.data`` is not noticed: call :meth:`refresh` after it, or make a new ``Policy``.
 
     Args:
         model: a name that :func:`cropi.model.load.load_model` takes (folder, hub id, ``.gguf`` file, ``pypi:`` name),
@@ -347,9 +348,10 @@ class Policy:
         )
 
     def _parameters_state(self) -> Hashable:
-        return tuple(
+        held = tuple(
             (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in self.model.parameters()
         )
+        return held, adapters_in_use(self.model)
 
     def __repr__(self) -> str:
         if not self.loaded:
