@@ -19,6 +19,7 @@ import cropi
 from cropi.errors import CropiError, RecordError
 from cropi.rollouts import trial
 from cropi.rollouts.hf import FewerRows, HfEngine
+from cropi.rollouts.job import ChangedReward
 
 
 def prompts(count: int = 7) -> list[dict[str, Any]]:
@@ -366,6 +367,26 @@ def test_a_reward_that_is_none_names_the_row(tmp_path: Path, reward: Any, proble
         assert kept > 0
         records = rolled(tmp_path / "out.jsonl", make_model(), reward=raises, skip_bad=True)
         assert [record["id"] for record in records] == ["p0", "p1", "p2", "p3", "p4", "p6"]
+
+
+def test_a_reward_function_that_has_changed_is_told_where_old_rewards_stay(tmp_path: Path) -> None:
+    """In a finished file, and in one that an interrupted run left."""
+    file, out, model = tmp_path / "reward.py", tmp_path / "out.jsonl", make_model()
+    file.write_text("def f(prompt, response, answer): return 1 / (answer != '5')\n")
+    with pytest.raises(RecordError, match="ZeroDivisionError"):
+        rolled(out, model, reward=f"{file}:f")
+    kept = len(out.with_name("out.jsonl.part").read_text().splitlines()) - 1
+    file.write_text("def f(prompt, response, answer): return 0\n")
+    with pytest.warns(ChangedReward, match=f"has changed since {kept} of the prompts in .*out.jsonl were scored"):
+        records = rolled(out, model, reward=f"{file}:f")
+    assert sorted(record["rewards"][0] for record in records) == [0.0] * (7 - kept) + [1.0] * kept
+    with pytest.warns(ChangedReward, match=f"has changed since {kept} of the prompts"):
+        assert rolled(out, model, reward=f"{file}:f") == records
+    out.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ChangedReward)
+        for _ in range(2):
+            assert {one for record in rolled(out, model, reward=f"{file}:f") for one in record["rewards"]} == {0.0}
 
 
 def test_both_forms_of_rewards_are_called_as_they_expect(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +35,7 @@ from cropi.locks import is_at, try_lock
 from cropi.sealed import check_sums, summed
 
 MARK = "cropi_rollout"
+SCORER = "scorer"  # of a record: the version of the reward function (:class:`cropi.rollouts.rewards.Reward`)
 SYNC_AFTER = 10.0  # a sync takes some milliseconds
 REMEDY = "give the same options, another --out, or remove {path}"
 
@@ -62,6 +64,7 @@ class RolloutFile:
         self.settings = json.loads(json.dumps(dict(settings)))
         self.mark = hash_of(self.settings)
         self.places: dict[str, int] = {}
+        self.scorers: Counter[str] = Counter()  # by which versions of the reward function what is there was scored
         self.notes: dict[str, Any] = {}  # what the first line holds beside the settings
         self._begun, self._synced = False, time.monotonic()
         self._file: IO[bytes] | None = None
@@ -170,6 +173,7 @@ class RolloutFile:
                 first = False
             else:
                 self.places[str(held.get("id"))] = start
+                self.scorers[str(held.get(SCORER, ""))] += 1
 
     def _check(self, settings: Any, path: Path) -> None:
         if not isinstance(settings, dict):
@@ -197,6 +201,7 @@ class RolloutFile:
                     )
                 if str(held.get("id")) not in self.places:
                     self._append(held)
+                    self.scorers[str(held.get(SCORER, ""))] += 1
 
 
 def hash_of(settings: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from cropi.data.records import make_group
 from cropi.errors import CropiError, RecordError, optional, warn
 from cropi.gradient.tokenize import Tokenize
 from cropi.rollouts.engine import Engine, Request, Response, Sampling
-from cropi.rollouts.file import RolloutFile
+from cropi.rollouts.file import SCORER, RolloutFile
 from cropi.rollouts.prompts import Prompt
 from cropi.rollouts.rewards import Reward
 
@@ -108,6 +108,7 @@ def run(
         requests = [Request(p.id, p.ids, p.row.get("prompt"), _options(p)) for p in job.prompts]
         job.engine.prepare(requests, file.notes)
         file.begin(job.engine.notes())
+        _warn_of_changed(job.reward, file)
         done = sum(request.name in file for request in requests)
         say(_start_line(job, len(requests), done))
         _sample(job, file, requests, report, done, progress)
@@ -116,6 +117,20 @@ def run(
             raise CropiError(f"no prompt is left: all are bad; the first: {report.skipped[0]}")
         file.finish([prompt.id for prompt in job.prompts])
     return report
+
+
+class ChangedReward(UserWarning):
+    """Records that are kept were scored by another version of the reward function."""
+
+
+def _warn_of_changed(reward: Reward, file: RolloutFile) -> None:
+    others = sum(count for version, count in file.scorers.items() if version not in ("", reward.version))
+    if others and reward.version:
+        warn(
+            f"the reward function {reward.name} has changed since {others} of the prompts in {file.out} were scored, "
+            "and their rewards stay as they are; to have all of them scored by the present one, remove the file, or "
+            "give another --out", ChangedReward, stacklevel=4,
+        )  # fmt: skip
 
 
 def _sample(
@@ -202,6 +217,8 @@ def record_of(job: Job, prompt: Prompt, responses: Sequence[Response]) -> dict[s
         "truncated": [response.truncated for response in responses],
         "temperature": job.sampling.temperature, "policy": job.policy, **job.notes,
     }  # fmt: skip
+    if job.reward.version:
+        record[SCORER] = job.reward.version
     make_group(record, prompt.where)
     return record
 

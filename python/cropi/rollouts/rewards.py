@@ -11,6 +11,7 @@ A function is named ``FILE.py:function`` or ``package.module:function``. Its par
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -36,6 +37,10 @@ class Reward:
     Args:
         given: a name (see above), one of :data:`cropi.rollouts.verifiers.VERIFIERS`, or the function itself.
 
+    Attributes:
+        version: a hash of the file that a name leads to, or of the function's own text; "" where neither is known, and
+            of verifiers.
+
     Raises:
         CropiError: the file, module or function does not exist, or its parameters are of neither form.
     """
@@ -43,6 +48,8 @@ class Reward:
     def __init__(self, given: str | Callable[..., Any]) -> None:
         self.name = given if isinstance(given, str) else getattr(given, "__qualname__", repr(given))
         self.function = _function(given) if isinstance(given, str) else given
+        named = isinstance(given, str)
+        self.version = "" if named and given in VERIFIERS else _version(self.function, whole=named)
         if not callable(self.function):
             raise CropiError(
                 f"reward: {self.name} is a {type(self.function).__name__}, which cannot be called; name a function"
@@ -163,6 +170,18 @@ class Reward:
             "mend it and run the same command again (finished prompts are kept), or pass --skip-bad to leave such "
             "prompts out and count them",
         )  # fmt: skip
+
+
+def _version(function: Any, whole: bool) -> str:
+    """A hash of a function's text, or of the ``whole`` file that holds it."""
+    while isinstance(function, partial):
+        function = function.func
+    made = function if inspect.isroutine(function) else type(function)
+    try:
+        text = Path(inspect.getsourcefile(made) or "").read_text("utf-8") if whole else inspect.getsource(made)
+    except (OSError, TypeError, ValueError):  # typed in, built in, or of a file that is gone
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 async def _awaited(made: Any) -> Any:
