@@ -377,7 +377,9 @@ def test_a_reward_function_that_has_changed_is_told_where_old_rewards_stay(tmp_p
         rolled(out, model, reward=f"{file}:f")
     kept = len(out.with_name("out.jsonl.part").read_text().splitlines()) - 1
     file.write_text("def f(prompt, response, answer): return 0\n")
-    with pytest.warns(ChangedReward, match=f"has changed since {kept} of the prompts in .*out.jsonl were scored"):
+    with pytest.warns(
+        ChangedReward, match=f"has changed since {kept} of the prompts in .*out.jsonl were scored"
+    ):
         records = rolled(out, model, reward=f"{file}:f")
     assert sorted(record["rewards"][0] for record in records) == [0.0] * (7 - kept) + [1.0] * kept
     with pytest.warns(ChangedReward, match=f"has changed since {kept} of the prompts"):
@@ -386,7 +388,9 @@ def test_a_reward_function_that_has_changed_is_told_where_old_rewards_stay(tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("error", ChangedReward)
         for _ in range(2):
-            assert {one for record in rolled(out, model, reward=f"{file}:f") for one in record["rewards"]} == {0.0}
+            assert {
+                one for record in rolled(out, model, reward=f"{file}:f") for one in record["rewards"]
+            } == {0.0}
 
 
 def test_both_forms_of_rewards_are_called_as_they_expect(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ class Reward:
     def __init__(self, given: str | Callable[..., Any]) -> None:
         self.name = given if isinstance(given, str) else getattr(given, "__qualname__", repr(given))
         self.function = _function(given) if isinstance(given, str) else given
-        named = isinstance(given, str)
-        self.version = "" if named and given in VERIFIERS else _version(self.function, whole=named)
+        by_name = isinstance(given, str)
+        self.version = "" if by_name and given in VERIFIERS else _version(self.function, whole=by_name)
         if not callable(self.function):
             raise CropiError(
                 f"reward: {self.name} is a {type(self.function).__name__}, which cannot be called; name a function"
@@ -178,7 +178,9 @@ def _version(function: Any, whole: bool) -> str:
         function = function.func
     made = function if inspect.isroutine(function) else type(function)
     try:
-        text = Path(inspect.getsourcefile(made) or "").read_text("utf-8") if whole else inspect.getsource(made)
+        text = (
+            Path(inspect.getsourcefile(made) or "").read_text("utf-8") if whole else inspect.getsource(made)
+        )
     except (OSError, TypeError, ValueError):  # typed in, built in, or of a file that is gone
         return ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
