@@ -18,7 +18,7 @@ from cropi.options import Influence, Selecting
 from cropi.ranking.distinct import Distinct, diverse, unit_sketches
 from cropi.ranking.draws import draw, normal_scores, soft_weights
 from cropi.ranking.influence import Scores, influence
-from cropi.ranking.selection import select
+from cropi.ranking.selection import OtherChoices, select
 from cropi.ranking.shares import apportion, read_quotas
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.values import best_of, fuse_ranks, order_of
@@ -180,7 +180,8 @@ def test_choice_by_p_selected() -> None:
     """Draws are in proportion, to 4 standard errors of 600."""
     scores = table_of([0.5, 0.4, 0.3], p_selected=[0.2, 0.9, 0.9])
     assert select(scores, count=2, method="p_selected").ids == ["01", "02"]
-    drawn = Counter(select(scores, count=1, draw="p_selected", seed=seed).ids[0] for seed in range(600))
+    with pytest.warns(OtherChoices, match="the chance to be among 2 prompts, and 1 are chosen"):
+        drawn = Counter(select(scores, count=1, draw="p_selected", seed=seed).ids[0] for seed in range(600))
     for name, share in (
         ("00", 0.1),
         ("01", 0.45),

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cropi.errors import CropiError, optional, shown
+from cropi.errors import CropiError, optional, shown, warn
 from cropi.files import is_folder
 from cropi.option_fields import changed, one_of
 from cropi.options import Selecting
@@ -217,7 +217,7 @@ def select(
         table = _lower(table, scores, given.confidence, usable)
     p_selected = None
     if "p_selected" in (given.method, given.draw):
-        p_selected = _p_selected(scores)[usable]
+        p_selected = _p_selected(scores, rule.n)[usable]
     orders, value = rule.rank(table, p_selected)
     good = np.ones(len(usable), bool) if given.min_score is None else table.max(axis=1) >= given.min_score
     if given.min_score is not None and not good.any():
@@ -346,11 +346,23 @@ def _diverse(store: SketchStore, ids: Sequence[str], n: int, given: Selecting) -
     return diverse(unit_sketches(store, ids), n, given.diversity, given.select_seed)
 
 
-def _p_selected(scores: Scores) -> np.ndarray:
+class OtherChoices(UserWarning):
+    """``p_selected`` is of choices of another number of prompts."""
+
+
+def _p_selected(scores: Scores, n: int) -> np.ndarray:
     if scores.p_selected is None:
         raise CropiError(
             f"p_selected: the scores have none ({scores.meta.get('uncertainty_missing', 'none was made')}); score with "
             "draws of at least 2"
+        )
+    # The chances add up to the number of prompts in a choice.
+    if (held := round(float(np.nansum(scores.p_selected)))) != n:
+        warn(
+            f"p_selected in the scores is the chance to be among {held} prompts, and {n} are chosen: it does not say "
+            "which of the others are better; choose as many, or score again with this fraction (`cropi run`)",
+            OtherChoices,
+            stacklevel=3,
         )
     return scores.p_selected
 
