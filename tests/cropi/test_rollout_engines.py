@@ -171,6 +171,29 @@ def test_a_server_that_reads_another_prompt_or_has_several_models_is_an_error(tm
         asked(tmp_path / "none.jsonl", server, retries=0)
 
 
+@pytest.mark.parametrize("engine", ["openai-url", "vllm"])
+def test_a_response_that_an_engine_broke_off_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Neither an end token nor the limit: its last token is not where the policy would have ended."""
+    model, tokenizer, made = make_model(), make_tokenizer(chat=True), Served._choice
+
+    def aborted(self: Served, k: int, *rest: Any) -> dict[str, Any]:
+        return made(self, k, *rest) | ({"finish_reason": "abort"} if k == 1 else {})
+
+    monkeypatch.setattr(Served, "_choice", aborted)
+    with pytest.raises(CropiError, match="a response to 'p0' was ended by 'abort', not by its end token or"):
+        if engine == "vllm":
+            save_policy(tmp_path / "model", chat=True)
+            monkeypatch.setitem(sys.modules, "vllm", stand_in(model, tokenizer, []))
+            given: dict[str, Any] = {"engine": "vllm", "n": 2, "max_tokens": 5, "progress": False}
+            cropi.rollout(str(tmp_path / "model"), prompts(), reward, tmp_path / "out.jsonl", **given)
+        else:
+            with serve(model, tokenizer) as server:
+                asked(tmp_path / "out.jsonl", server, rows=prompts(1))
+    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 1, "nothing of it is kept"
+
+
 # --------------------------------------------------------------------------------------------------- vLLM
 @dataclass
 class Logprob:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cropi.errors import CropiError
 from cropi.rollouts.options import Sampling as Sampling
 
 
@@ -29,14 +30,30 @@ class Response:
             where the engine does not give those.
         truncated: it was cut by ``max_tokens``.
         text: as the engine gives it; None: it is made from ``ids``.
-        prompt_ids: the prompt as the engine read it, where that is not what it was given.
     """
 
     ids: list[int]
     logprobs: list[float] | None
     truncated: bool
     text: str | None = None
-    prompt_ids: list[int] | None = None
+
+
+# Why an engine says that a response is over: by an end token, or by the limit.
+ENDED, CUT = ("stop", "eos_token", "stop_sequence"), "length"
+
+
+def is_cut(reason: str | None, what: str) -> bool:
+    """Whether a response was cut by ``max_tokens``, by the engine's reason for its end; one without a reason was not.
+
+    Raises:
+        CropiError: it ended in another way, and is no response of the policy; ``what`` begins the message.
+    """
+    if reason not in (None, CUT, *ENDED):
+        raise CropiError(
+            f"{what} was ended by {reason!r}, not by its end token or --max-tokens, so that it is only a part; "
+            "run the same command again, or leave the prompt out"
+        )
+    return reason == CUT
 
 
 class Engine(Protocol):

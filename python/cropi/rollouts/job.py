@@ -198,15 +198,10 @@ def record_of(job: Job, prompt: Prompt, responses: Sequence[Response]) -> dict[s
     texts = [_text(job.tokens.tokenizer, response) for response in responses]
     rewards = job.reward(prompt, texts, [response.ids for response in responses])
     exact = all(response.ids for response in responses)
-    prompts = {tuple(response.prompt_ids or prompt.ids) for response in responses}
-    if exact and len(prompts) > 1:
-        raise RecordError(
-            prompt.where, f"prompt {prompt.id!r:.100}: the engine read the prompt in {len(prompts)} ways"
-        )
     record: dict[str, Any] = {**prompt.row, "responses": texts, "rewards": rewards}
     if exact:
         record |= {
-            "prompt_ids": list(prompts.pop()),
+            "prompt_ids": list(prompt.ids),
             "response_ids": [response.ids for response in responses],
         }
         if all(response.logprobs is not None for response in responses):

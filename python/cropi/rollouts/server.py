@@ -16,7 +16,7 @@ from typing import Any
 
 from cropi.errors import CropiError, shown, warn
 from cropi.gradient.tokenize import Tokenize
-from cropi.rollouts.engine import Request, Response, Sampling
+from cropi.rollouts.engine import Request, Response, Sampling, is_cut
 from cropi.rollouts.http import Server, ServerError
 
 TOKEN = re.compile(r"token_id:(\d+)")
@@ -202,7 +202,7 @@ class ServerEngine:
         usage = answer.get("usage") or {}
         whole = answer.get("prompt_token_ids") or next((c.get("prompt_token_ids") for c in choices), None)
         self._check_prompt(request, whole, usage.get("prompt_tokens"))
-        return [self._response(choice, whole) for choice in choices]
+        return [self._response(request, choice) for choice in choices]
 
     def _check_prompt(self, request: Request, whole: Any, count: Any) -> None:
         size = len(whole) if isinstance(whole, list) else count
@@ -216,17 +216,16 @@ class ServerEngine:
                 "--chat-template"
             )
 
-    def _response(self, choice: dict[str, Any], whole: Any) -> Response:
-        reason = choice.get("finish_reason")
-        message = choice.get("message") or {}
+    def _response(self, request: Request, choice: dict[str, Any]) -> Response:
+        message, what = choice.get("message") or {}, f"a response to {request.name!r:.100}"
         if message.get("tool_calls"):
-            raise ServerError("the response calls a tool, which a rollout of one turn has nobody to answer")
+            raise ServerError(f"{what} calls a tool, which a rollout of one turn has nobody to answer")
         text = message.get("content") if self.api == "chat" else choice.get("text")
         tokens, values = _tokens(choice)
         ids = choice.get("token_ids")
         if ids is None and tokens and all(TOKEN.fullmatch(token) for token in tokens):
             ids = [int(token.partition(":")[2]) for token in tokens]
-        truncated = reason == "length"
+        truncated = is_cut(choice.get("finish_reason"), f"the server at {self.server.url}: {what}")
         if ids is None:
             self._say(
                 "ids",

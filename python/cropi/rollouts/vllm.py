@@ -8,7 +8,7 @@ from typing import Any
 
 from cropi.errors import CropiError, optional
 from cropi.gradient.tokenize import Tokenize
-from cropi.rollouts.engine import Request, Response, Sampling
+from cropi.rollouts.engine import Request, Response, Sampling, is_cut
 
 BATCH = 256  # prompts that are handed over at once; vLLM schedules their responses itself
 
@@ -116,4 +116,4 @@ class VllmEngine:
         if one.logprobs is None or len(one.logprobs) != len(ids):
             raise CropiError(f"vLLM gave no log-prob for every token of a response to {request.name!r:.100}")
         values = [float(entry[token].logprob) for token, entry in zip(ids, one.logprobs)]
-        return Response(ids, values, truncated=one.finish_reason == "length")
+        return Response(ids, values, is_cut(one.finish_reason, f"vLLM: a response to {request.name!r:.100}"))
