@@ -33,6 +33,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"trained_model": "{out}/{step}"}, ["trained_model: {step}", "did you mean {steps}?"]),
         ({"train": None}, ["train: is missing"]),
         ({"rollouts": "roll {train}"}, ["train: files are given and the rollout command writes them too"]),
+        (
+            {"trainer": "true {selected} {rollouts}", "train": ["train.jsonl", "more.jsonl"], "per": "file"},
+            ["select: per is 'file'", "the 2 files of train are put together in one"],
+        ),
         ({"rollouts": "roll {model}"}, ["names neither {train} nor {valid}"]),
         (
             {"sets": ["x", "z"]},

@@ -209,6 +209,10 @@ def test_another_id_key(tmp_path: Path) -> None:
             {"use_recorded": True, "train": __file__, "valid": __file__, "recording": None},
             "use_recorded needs rollouts",
         ),
+        (
+            {"use_recorded": True, "train": [__file__, __file__], "valid": __file__, "per": "file"},
+            "use_recorded puts rollouts .* in one file",
+        ),
     ],
 )
 def test_options(change: dict[str, Any], message: str) -> None:

@@ -43,6 +43,12 @@ def check_plan(plan: Plan, opened: Callable[[Sequence[str]], PromptGroups]) -> N
         if name:
             locate(name)
     check_selecting(plan.selecting, draws=plan.influencing.draws)
+    if plan.selecting.per == "file" and "rollouts" in plan.trainer_uses and len(plan.train) > 1:
+        raise CropiError(
+            f"select: per is 'file', but the trainer's {{rollouts}} and the records of the {len(plan.train)} files of "
+            "train are put together in one file, by which later stages would choose as from one pool; choose per "
+            "'task', or leave {rollouts} out of the trainer's command"
+        )
     if plan.trainer == IN_PROCESS:
         check_options(plan.trl)
     else:

@@ -179,6 +179,11 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
             raise CropiError(
                 "use_recorded needs rollouts of this run, but recording is None; give a Recording"
             )
+        if self.use_recorded and self.per == "file" and len(self.files("train") or ()) > 1:
+            raise CropiError(
+                "use_recorded puts rollouts of this run and the records of the files in train together in one file, by "
+                "which per='file' would choose as from one pool; set per='task', or leave use_recorded out"
+            )
 
     def _check_live(self) -> None:
         if self.live is None:
