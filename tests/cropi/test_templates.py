@@ -327,6 +327,21 @@ def test_the_templates_own_marks_say_what_is_scored() -> None:
     assert [tokenizer.decode(ids) for ids in found.responses[1:]] == ["4</turn>", "call</turn>"]
 
 
+@pytest.mark.parametrize("close", ["</turn>", "</turn>\n"])
+def test_a_response_of_several_messages_that_was_cut_has_no_end_token(close: str) -> None:
+    """The template writes one behind the last turn, which the policy has not ended."""
+    tokenizer = tokenizer_of(MARKED.replace("</turn>{% endgeneration %}", f"{close}{{% endgeneration %}}"))
+    given = {"responses": [TALK, TALK, TALK[:2]], "rewards": [1, 0, 0]}
+    found = tokens_of(tokenizer, truncated=[True, False, True], **given)
+    assert found.masks is not None
+    scored = [
+        tokenizer.decode([token for token, mask in zip(ids, marks) if mask])
+        for ids, marks in zip(found.responses, found.masks)
+    ]
+    assert scored == [f"call{close}It is 4", f"call{close}It is 4{close}", f"call{close}"]
+    assert tokenizer.decode(found.responses[0]).endswith("It is 4"), "nor is it read"
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "tool_calls", "content"])
 def test_what_the_policy_said_is_not_left_out_by_the_template(key: str) -> None:
     """Sampled tokens that are not rendered would be missing from the gradient."""

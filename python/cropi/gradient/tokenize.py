@@ -320,7 +320,10 @@ class Tokenize:
         prompt = (
             group.prompt if isinstance(group.prompt, list) else [{"role": "user", "content": group.prompt}]
         )
-        return self.template.turn_ids(prompt, response, name, *self._template_values(group))
+        ids, mask = self.template.turn_ids(prompt, response, name, *self._template_values(group))
+        if cut and response[-1].get("role") == "assistant":
+            _leave_end_out(ids, mask, self.all_ends)
+        return ids, mask
 
     def _text(self, response: str, cut: bool, where: str) -> list[int]:
         ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
@@ -390,3 +393,12 @@ def _without_rest(responses: list[list[int]], masks: list[list[int]]) -> list[li
         ids[: max((t for t, scored in enumerate(mask) if scored), default=len(ids) - 1) + 1]
         for ids, mask in zip(responses, masks, strict=True)
     ]
+
+
+def _leave_end_out(ids: list[int], mask: list[int], ends: frozenset[int]) -> None:
+    """Clear the mask from the end token of the last scored turn on: a template closes every turn, and the policy did
+    not come to the end of one that was cut."""
+    last = max(t for t, scored in enumerate(mask) if scored)
+    first = max((t for t in range(last) if not mask[t]), default=-1) + 1
+    end = next((t for t in range(first, last + 1) if ids[t] in ends), last + 1)
+    mask[end:] = [0] * (len(mask) - end)
