@@ -26,8 +26,9 @@ from .clock import Clock
 from .coverage import Coverage
 from .formed_sums import Add, parameters_of
 from .groups import planned
-from .head import PolicyGradient, failed_segments, scored_offsets
+from .head import PolicyGradient, failed_segments, scored_segments
 from .hooks import unless_none
+from .host import on_device, on_host
 from .inputs import check_positions, check_rows, check_tensors, model_inputs, ordinary
 from .precision import check_adapters, own_precision, unwrapped
 from .scale import SegmentScales
@@ -136,13 +137,14 @@ class FormedSketcher:
         check_tensors(input_ids=input_ids, segments=segments, positions=positions, targets=targets)
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
-        check_positions(input_ids, positions, targets)
+        here, segments = on_host(positions, segments)
+        check_positions(input_ids, here, targets)
         if segments.ndim != 1:
             raise ValueError(
                 f"segments has shape {tuple(segments.shape)}: give the segment of each row [{input_ids.shape[0]}]"
             )
         where = Segments.of(segments, input_ids.shape[0], input_ids.shape[1], num_segments)
-        scored = scored_offsets(where, positions)
+        scored = scored_segments(where, here)
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
         batch = _Batch(ordinary(input_ids), segments, positions, ordinary(targets), kwargs, temperature)
         groups = 1 if self._groups is None else len(self._groups.names)
@@ -150,7 +152,7 @@ class FormedSketcher:
         out = torch.zeros(shape, dtype=torch.float32, device=input_ids.device)
         logprobs = torch.zeros(len(targets), dtype=torch.float32, device=input_ids.device)
         weights = torch.zeros_like(logprobs)
-        scales = SegmentScales(scored, input_ids.device)
+        scales = SegmentScales(*on_device(input_ids.device, *scored))
         weigh = scales.weigh(weigh)
         clock = Clock(input_ids.device)
         begun = clock.mark()

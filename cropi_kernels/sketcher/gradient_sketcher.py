@@ -22,8 +22,9 @@ from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage
 from .decoder import split_model
 from .groups import width
-from .head import PolicyGradient, failed_segments, head_pass, scored_offsets
+from .head import PolicyGradient, failed_segments, head_pass, scored_segments
 from .head_trial import policy_self_test
+from .host import on_device
 from .inputs import (
     check_positions,
     check_rows,
@@ -33,7 +34,7 @@ from .inputs import (
     model_inputs,
     ordinary,
 )
-from .labels import scored_tokens
+from .labels import Batch, scored_tokens
 from .lengths import Lengths, check_lengths
 from .one_sequence import check_call
 from .origin import origin_of
@@ -293,19 +294,23 @@ class GradientSketcher:
         check_tensors(input_ids=input_ids, segments=segments)
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
-        positions, targets, weigh = scored_tokens(
-            input_ids, segments, attention_mask, labels, weights, positions, targets, weigh
-        )
+        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        given = Batch(input_ids, segments, labels, positions, targets, mask, position_ids)
+        # What is checked by its values is copied to the host once, and what the pass needs of that to the device.
+        here, positions, targets, weighing = scored_tokens(given, weights, weigh)
         if self._tapped.ranks is not None:
-            given = input_ids, segments, positions, targets, attention_mask, position_ids
-            self._tapped.ranks.check_same("the batch", *given)
-        split = self._ready(input_ids, positions, targets)
+            every = input_ids, segments, positions, targets, attention_mask, position_ids
+            self._tapped.ranks.check_same("the batch", *every)
+        split = self._ready(here)
         batch, length = input_ids.shape
-        where = Segments.of(segments, batch, length, num_segments)
-        scored = scored_offsets(where, positions)
-        kwargs = self._inputs(input_ids, attention_mask, position_ids, model_kwargs)
+        where = Segments.of(here.segments, batch, length, num_segments)
+        assert here.positions is not None
+        scored, segment = scored_segments(where, here.positions)
+        kwargs = self._inputs(here, attention_mask, position_ids, model_kwargs)
         if labels is not None and segments.ndim == 1:
-            check_call(batch, kwargs)
+            check_call(
+                batch, kwargs | {"attention_mask": here.attention_mask, "position_ids": here.position_ids}
+            )
         explained = _memory.explained(
             f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
             f"segments (sketches: {_memory.size(4 * where.count * width(self.spec, self._tapped.groups))})",
@@ -318,9 +323,13 @@ class GradientSketcher:
             try:
                 device = sharded.device_of(self.model)
                 more.begin(where, device)
-                # What the pass needs of the host goes to the device before the forward: see `head_pass`.
-                where.offsets_on(device)
-                scales = SegmentScales(scored, device)
+                # Before the forward: see `head_pass`.
+                of_labels = () if labels is None else (positions, targets)
+                offsets, *of_scored = on_device(device, where.offsets, scored, segment, *of_labels)
+                where.keep(offsets)
+                scales = SegmentScales(*of_scored[:2])
+                if labels is not None:
+                    positions, targets = of_scored[2:]
                 mark = acc.clock.mark
                 start = mark()
                 with torch.enable_grad():
@@ -333,7 +342,7 @@ class GradientSketcher:
                         hidden,
                         positions,
                         targets,
-                        weigh,
+                        weighing(positions),
                         temperature,
                         scales,
                         whole,
@@ -358,8 +367,10 @@ class GradientSketcher:
         seconds["sketch"] = acc.sketch_seconds(clock, sum(seconds.values()))
         return PolicyGradient(sketches, logprobs, used, seconds, others)
 
-    def _ready(self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> SplitModel:
+    def _ready(self, here: Batch) -> SplitModel:
         """The model's decoder and head, and the batch's tokens checked against them."""
+        input_ids, positions, targets = here.input_ids, here.positions, here.targets
+        assert positions is not None and targets is not None
         check_positions(input_ids, positions, targets)
         split = self._taken_apart()
         # Not `out_features`: PEFT's copy of a tied head has it the wrong way round.
@@ -368,7 +379,7 @@ class GradientSketcher:
 
     def _inputs(
         self,
-        input_ids: torch.Tensor,
+        here: Batch,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         model_kwargs: dict[str, Any] | None,
@@ -377,8 +388,8 @@ class GradientSketcher:
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
         if self.probe is not None:
             lengths = Lengths(self.probe.switch, self.probe.by_length)
-            check_lengths(lengths, input_ids.shape, attention_mask, position_ids)
-            if attention_mask is not None and pads_left(attention_mask, kwargs.get("position_ids")):
+            check_lengths(lengths, here.input_ids.shape, here.attention_mask, here.position_ids)
+            if attention_mask is not None and pads_left(here.attention_mask, position_ids):
                 kwargs.update(positions_for(self.probe, attention_mask))
         return kwargs
 

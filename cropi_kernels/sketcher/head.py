@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..ops.linear_logprob.contract import Dlogits, Weigh
@@ -131,9 +132,18 @@ def failed_segments(logprobs: torch.Tensor, weights: torch.Tensor, scales: Segme
     return failed.scatter_reduce_(0, scales.segment, bad.int(), "amax").bool()[:, None]
 
 
-def scored_offsets(where: Segments, positions: torch.Tensor) -> torch.Tensor:
-    """Range of scored tokens of each segment, from the segment of the token that predicts them."""
-    segment = torch.searchsorted(where.offsets, positions.cpu().contiguous(), right=True) - 1
-    if bool((segment[1:] < segment[:-1]).any()):
+def scored_segments(where: Segments, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Range of scored tokens of each segment [segments + 1], and the segment of each of them, which is that of the
+    token that predicts it; on the host.
+
+    Raises:
+        ValueError: the scored tokens are not sorted by segment.
+    """
+    owner = np.repeat(
+        np.arange(where.count, dtype=np.int64), np.diff(where.offsets.numpy())
+    )  # of every token
+    segment = owner.take(positions.numpy(force=True))
+    if (segment[1:] < segment[:-1]).any():
         raise ValueError("positions jump back to an earlier segment: sort the scored tokens by segment")
-    return torch.searchsorted(segment, torch.arange(where.count + 1, device="cpu"))
+    ranges = np.searchsorted(segment, np.arange(where.count + 1))
+    return torch.from_numpy(ranges), torch.from_numpy(segment)

@@ -13,7 +13,8 @@ from ..names import canonical_name
 from ..ops.norm_grad import bias_grad
 from .accumulator import Accumulator
 from .attach import Attachment
-from .head import head_pass, scored_offsets
+from .head import head_pass, scored_segments
+from .host import on_device
 from .listener import norm, projected, smallest, unit_roundoff
 from .scale import SegmentScales
 from .segments import Segments
@@ -66,10 +67,10 @@ def _compare_head(
     """
     head, device = split.head, hidden.device
     weights = weights_of(len(positions), device)
-    offsets = scored_offsets(segments, positions)
+    offsets, owner = scored_segments(segments, positions)
     acc.begin(segments, device)
     try:
-        scales = SegmentScales(offsets, device)
+        scales = SegmentScales(*on_device(device, offsets, owner))
         logprobs, grad, _ = head_pass(
             split, attachment, acc, hidden, positions, targets, lambda _, a, b: weights[a:b], 1.0, scales
         )

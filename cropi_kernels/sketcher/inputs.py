@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .host import values
+
 # What a pass gives to the model itself: see `model_inputs`.
 _OWN = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "past_key_values", "use_cache",
@@ -74,9 +76,9 @@ def check_vocabulary(input_ids: torch.Tensor, targets: torch.Tensor, vocab: int,
 
 
 def _range(x: torch.Tensor) -> tuple[int, int]:
-    """The smallest and the largest number, of which a device is asked once."""
-    low, high = torch.stack(torch.aminmax(x)).tolist()
-    return low, high
+    """The smallest and the largest number of a tensor of the host."""
+    numbers = values(x)
+    return numbers.min().item(), numbers.max().item()
 
 
 def known_ids(model: nn.Module) -> int | None:

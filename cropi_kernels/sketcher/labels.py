@@ -3,79 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..ops.linear_logprob.contract import Weigh
+from .host import on_host, values
 from .inputs import check_tensors
 
 IGNORED = -100  # a label of a token that is not scored
+# The function of weights, from the positions of the scored tokens where the weights are.
+Weighing = Callable[[torch.Tensor], Weigh]
+
+
+class Batch(NamedTuple):
+    """The tensors of a batch of which values are checked: as they were given, or in the host's memory."""
+
+    input_ids: torch.Tensor
+    segments: torch.Tensor
+    labels: torch.Tensor | None
+    positions: torch.Tensor | None
+    targets: torch.Tensor | None
+    attention_mask: torch.Tensor | None  # [batch, length]
+    position_ids: torch.Tensor | None
 
 
 def scored_tokens(
-    input_ids: torch.Tensor,
-    segments: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    weights: torch.Tensor | Weigh | None,
-    positions: torch.Tensor | None,
-    targets: torch.Tensor | None,
-    weigh: Weigh | None,
-) -> tuple[torch.Tensor, torch.Tensor, Weigh]:
-    """Positions, targets and the function of weights, from what `GradientSketcher.policy_gradient` was given.
+    given: Batch, weights: torch.Tensor | Weigh | None, weigh: Weigh | None
+) -> tuple[Batch, torch.Tensor, torch.Tensor, Weighing]:
+    """What `GradientSketcher.policy_gradient` was given, in the host's memory; the positions and targets of the scored
+    tokens (where they were given; those of labels on the host), and their weights.
 
     Raises:
         ValueError: too much or too little was given, or it does not fit; names which.
     """
     if (weights is None) == (weigh is None):
         raise ValueError("give weights, a tensor or a function (weigh is its older name); one of both")
-    given = weights if weights is not None else weigh
-    assert given is not None
+    chosen = weights if weights is not None else weigh
+    assert chosen is not None
+    labels, positions, targets = given.labels, given.positions, given.targets
+    shape, device = (int(given.input_ids.shape[0]), int(given.input_ids.shape[1])), given.input_ids.device
     if labels is not None:
         if positions is not None or targets is not None:
             raise ValueError("labels say which tokens are scored: leave positions and targets out, or labels")
-        positions, targets = from_labels(labels, input_ids)
-        _check_places(positions, segments, attention_mask, input_ids.shape[1])
+        _check_labels(labels, given.input_ids)
+        here = Batch(*on_host(*given))
+        assert here.labels is not None
+        positions, targets = from_labels(here.labels, here.input_ids)
+        here = here._replace(positions=positions, targets=targets)
+        _check_places(positions.numpy(), here.segments, here.attention_mask, shape[1])
     elif positions is None or targets is None:
         raise ValueError("which tokens are scored is not said: give labels, or positions and targets")
     else:
         check_tensors(positions=positions, targets=targets)
-    shape = int(input_ids.shape[0]), int(input_ids.shape[1])
-    return positions, targets, weigher(given, positions, shape, labels is not None)
+        here, device = Batch(*on_host(*given)), positions.device
+    weighing = weigher(chosen, positions.numel(), shape, labels is not None, device)
+    return here, positions, targets, weighing
 
 
 def _check_places(
-    positions: torch.Tensor, segments: torch.Tensor, attention_mask: torch.Tensor | None, length: int
+    positions: np.ndarray, segments: torch.Tensor, attention_mask: torch.Tensor | None, length: int
 ) -> None:
     """A scored token and the one that predicts it belong together, and neither is padding."""
-    if attention_mask is not None and attention_mask.ndim == 2:
-        kept = attention_mask.reshape(-1).to(positions.device) != 0
+    if attention_mask is not None:
+        kept = values(attention_mask).reshape(-1) != 0
         for place, what in ((positions + 1, "is"), (positions, "is predicted from")):
-            if not bool(kept[place].all()):
+            if not kept[place].all():
                 row, column = divmod(int((positions + 1)[~kept[place]][0]), length)
                 raise ValueError(
                     f"labels[{row}, {column}] is scored, but {what} padding (attention_mask is 0 there): make it -100"
                 )
-    if segments.ndim == 2 and segments.numel() > int(positions.max() if positions.numel() else 0) + 1:
-        flat = segments.reshape(-1).to(positions.device)
+    if segments.ndim == 2 and segments.numel() > (int(positions.max()) if positions.size else 0) + 1:
+        flat = values(segments).reshape(-1)
         other = flat[positions] != flat[positions + 1]
-        if bool(other.any()):
+        if other.any():
             row, column = divmod(int((positions + 1)[other][0]), length)
             raise ValueError(
                 f"labels[{row}, {column}] is scored, but predicted from a token of another segment: make it -100"
             )
 
 
-def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and targets of the scored tokens, row by row, each row from left to right.
-
-    ``labels[i, t]`` is predicted by the hidden state of column t - 1, as Hugging Face models shift them: the first
-    column is never scored, and -100 marks a token that is not.
-
-    Raises:
-        ValueError: no tensor of integers of ``input_ids``' shape, a negative label other than -100, one that is not
-            the token in its place (labels that were shifted before), or a row without a scored token.
-    """
+def _check_labels(labels: object, input_ids: torch.Tensor) -> None:
+    """All but the values, which are not on the host yet."""
     if not isinstance(labels, torch.Tensor):
         raise ValueError(
             f"labels is of type {type(labels).__name__}: give a tensor (torch.as_tensor(labels))"
@@ -89,41 +99,54 @@ def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Te
         raise ValueError(
             f"labels is on {labels.device} and input_ids on {input_ids.device}: move one of them"
         )
-    if bool(((labels < 0) & (labels != IGNORED)).any()):
-        lowest = int(labels[labels != IGNORED].min())
-        raise ValueError(f"labels holds {lowest}: only -100 marks a token that is not scored")
-    if bool((other := (labels[:, 1:] != IGNORED) & (labels[:, 1:] != input_ids[:, 1:])).any()):
-        row, column = other.nonzero()[0].tolist()
-        column += 1
+
+
+def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and targets of the scored tokens, row by row, each row from left to right; all on the host.
+
+    ``labels[i, t]`` is predicted by the hidden state of column t - 1, as Hugging Face models shift them: the first
+    column is never scored, and -100 marks a token that is not.
+
+    Raises:
+        ValueError: a negative label other than -100, one that is not the token in its place (labels that were shifted
+            before), or a row without a scored token.
+    """
+    tokens, ids, length = values(labels), values(input_ids).reshape(-1), labels.shape[1]
+    scored = tokens != IGNORED
+    if ((tokens < 0) & scored).any():
+        raise ValueError(f"labels holds {tokens[scored].min()}: only -100 marks a token that is not scored")
+    scored[:, 0] = False
+    places = np.flatnonzero(scored)
+    targets = tokens.reshape(-1)[places]
+    if (other := targets != ids[places]).any():
+        place = int(places[other][0])
+        row, column = divmod(place, length)
         raise ValueError(
-            f"labels[{row}, {column}] is {int(labels[row, column])}, and the token there "
-            f"{int(input_ids[row, column])}: labels are the tokens in their own places (not shifted), or -100; other "
-            "tokens are scored by positions and targets"
+            f"labels[{row}, {column}] is {tokens[row, column]}, and the token there {ids[place]}: labels are the "
+            "tokens in their own places (not shifted), or -100; other tokens are scored by positions and targets"
         )
-    shifted = labels[:, 1:].long()
-    scored = shifted != IGNORED
-    if bool((none := ~scored.any(dim=1)).any()):
+    if (none := ~scored.any(axis=1)).any():
         raise ValueError(
-            f"labels: nothing of row {int(none.nonzero()[0])} is scored (-100 everywhere but in column 0): "
+            f"labels: nothing of row {int(np.flatnonzero(none)[0])} is scored (-100 everywhere but in column 0): "
             "leave the row out, or mend its labels; a pass that is to score nothing is asked for by positions and "
             "targets of no numbers"
         )
-    row, column = scored.nonzero(as_tuple=True)
-    return row * labels.shape[1] + column, shifted[row, column]
+    return torch.from_numpy(places.astype(np.int64) - 1), torch.from_numpy(targets.astype(np.int64))
 
 
 def weigher(
-    weights: torch.Tensor | Weigh, positions: torch.Tensor, shape: tuple[int, int], by_labels: bool
-) -> Weigh:
-    """The function that gives the weights of scored tokens start .. stop.
+    weights: torch.Tensor | Weigh, count: int, shape: tuple[int, int], by_labels: bool, device: torch.device
+) -> Weighing:
+    """The function that gives the weights of scored tokens start .. stop, once their positions are on ``device``.
 
     Args:
         weights: a function, or a tensor: [batch, length], the weight of the token in each place; [batch], one for all
             scored tokens of a row; or [n], one for each scored token, in order.
-        positions: int64 [n], where each scored token is predicted.
+        count: of scored tokens.
         shape: (batch, length).
         by_labels: every scored token stands in its row, one place behind its position. Otherwise a row and a place are
             not known (K responses share a prompt), and weights are [n].
+        device: of the scored tokens.
 
     Raises:
         ValueError: another type, shape or device.
@@ -134,29 +157,24 @@ def weigher(
                 f"weights is of type {type(weights).__name__}: give a tensor (torch.as_tensor(weights)), or a function "
                 "weights(logprobs, start, stop)"
             )
-        return weights
-    if weights.device != positions.device:
+        function = weights
+        return lambda positions: function
+    if weights.device != device:
         raise ValueError(
-            f"weights is on {weights.device} and the scored tokens on {positions.device}: move weights there"
+            f"weights is on {weights.device} and the scored tokens on {device}: move weights there"
         )
     if weights.is_complex():
         raise ValueError(f"weights is {weights.dtype}: give real numbers")
     batch, length = shape
-    values, count = weights.detach(), positions.numel()
-    if not values.is_floating_point():
-        values = values.float()
-    if by_labels and tuple(values.shape) == (batch, length):
-        flat = values.reshape(-1)[positions + 1]
-    elif tuple(values.shape) == (count,):  # by labels every row has a token: if as many, then one of each
-        flat = values
-    elif by_labels and tuple(values.shape) == (batch,):
-        flat = values[positions // length]
-    else:
-        shapes = f"[{batch}, {length}] (a token's place), [{batch}] (a row) or " if by_labels else ""
-        raise ValueError(
-            f"weights has shape {list(values.shape)}: give {shapes}[{count}] (a scored token, in order)"
-        )
-    return _slices(flat)
+    of, given = tuple(weights.shape), weights.detach()
+    if by_labels and of == (batch, length):
+        return lambda positions: _slices(given.reshape(-1)[positions + 1])
+    if of == (count,):  # by labels every row has a token: if as many, then one of each
+        return lambda positions: _slices(given)
+    if by_labels and of == (batch,):
+        return lambda positions: _slices(given[positions // length])
+    shapes = f"[{batch}, {length}] (a token's place), [{batch}] (a row) or " if by_labels else ""
+    raise ValueError(f"weights has shape {list(of)}: give {shapes}[{count}] (a scored token, in order)")
 
 
 def _slices(flat: torch.Tensor) -> Callable[[torch.Tensor, int, int], torch.Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from .._fork import one_thread_after_fork
 from .decoder import split_model, split_parts
+from .host import on_host
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .precision import own_precision, unwrapped
 from .split import SplitModel
@@ -60,10 +61,11 @@ def token_logprobs(
     one_thread_after_fork()
     check_tensors(input_ids=input_ids, positions=positions, targets=targets)
     check_rows(input_ids, attention_mask, position_ids)
-    check_positions(input_ids, positions, targets)
+    here = on_host(input_ids, positions, targets)
+    check_positions(*here)
     model = unwrapped(model)
     split = measured_split(model)
-    check_vocabulary(input_ids, targets, split.head.weight.shape[0], known_ids(model))
+    check_vocabulary(here[0], here[2], split.head.weight.shape[0], known_ids(model))
     kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
     with own_precision(model):
         hidden = split.hidden(input_ids, **kwargs)

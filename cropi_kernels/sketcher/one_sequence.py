@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .host import values
 from .row_segments import Runs
 
 BOUNDS = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "cu_seqlens_q")  # as models take them
@@ -71,21 +72,29 @@ def numbered(mask: torch.Tensor) -> tuple[int, int] | None:
     number the sequences of a row in it."""
     if mask.dtype == torch.bool:
         return None
-    return _first((mask != 0) & (mask != 1))
+    numbers = _numbers(mask)
+    return _first((numbers != 0) & (numbers != 1))
 
 
 def restart(positions: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, int] | None:
     """The row and column of the first token whose position is below that of the token before; ``mask`` is 0 for
     padding, whose positions say nothing."""
-    back = positions[:, 1:] < positions[:, :-1]
+    numbers = _numbers(positions)
+    back = numbers[:, 1:] < numbers[:, :-1]
     if mask is not None:
-        back = back & mask[:, 1:].bool() & mask[:, :-1].bool()
+        kept = _numbers(mask) != 0
+        back = back & kept[:, 1:] & kept[:, :-1]
     at = _first(back)
     return None if at is None else (at[0], at[1] + 1)
 
 
-def _first(marks: torch.Tensor) -> tuple[int, int] | None:
+def _numbers(x: torch.Tensor) -> Any:
+    """Of a tensor on the host as numpy has them, whose operators take a fraction of torch's time."""
+    return values(x) if x.is_cpu else x
+
+
+def _first(marks: Any) -> tuple[int, int] | None:
     if not bool(marks.any()):
         return None
-    row, column = marks.nonzero()[0].tolist()
+    row, column = torch.as_tensor(marks).nonzero()[0].tolist()
     return row, column

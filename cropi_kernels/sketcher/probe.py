@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .host import values
 from .lengths import lengths_of, same
 from .sharded import device_of
 from .split import SplitModel
@@ -132,10 +133,10 @@ def counted(mask: torch.Tensor) -> torch.Tensor:
 
 
 def pads_left(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> bool:
-    """Whether a row begins with padding, and nobody said which position its first token has."""
-    if attention_mask is None or attention_mask.ndim != 2 or position_ids is not None:
+    """Whether a row of a mask on the host begins with padding, and nobody said which position its first token has."""
+    if attention_mask is None or position_ids is not None:
         return False
-    return bool((attention_mask[:, 0] == 0).any())
+    return bool((values(attention_mask[:, 0]) == 0).any())
 
 
 def positions_for(probe: Probe, attention_mask: torch.Tensor) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class RowSegments(Segments):
         columns = x.shape[1]
         key = x.device, -columns  # `offsets_on` has the positive numbers
         if key not in self._copies:
-            self._copies[key] = (self.offsets // self.length * columns).to(x.device)
+            self._copies[key] = self.offsets_on(x.device) // self.length * columns
         return x.reshape(-1, x.shape[-1]), self._copies[key]
 
 

@@ -18,24 +18,21 @@ class SegmentScales:
     """A power of two for each segment: what its weights and gradients have been divided by so far.
 
     Args:
-        scored: int64 [segments + 1], the range of scored tokens of each segment; ``offsets`` is its copy on ``device``.
-        device: where the tokens' weights are.
+        offsets: int64 [segments + 1], the range of scored tokens of each segment, on the device of their weights.
+        segment: int64 [n], the segment of each of them.
     """
 
-    def __init__(self, scored: torch.Tensor, device: torch.device) -> None:
-        self.count = scored.numel() - 1
-        self.offsets = scored.to(device)
-        self.segment = torch.arange(self.count, device=device).repeat_interleave(
-            self.offsets[1:] - self.offsets[:-1], output_size=int(scored[-1] - scored[0])
-        )
-        self.exponent = torch.zeros(self.count, dtype=torch.int32, device=device)
-        self._weighed = torch.zeros(self.count, dtype=torch.bool, device=device)
+    def __init__(self, offsets: torch.Tensor, segment: torch.Tensor) -> None:
+        self.count, self.offsets, self.segment = offsets.numel() - 1, offsets, segment
 
     def weigh(self, given: Weigh) -> Weigh:
         """``given`` with weights of about 1: in [1/2, 1) is the largest of those that a segment shows first.
 
         A segment that goes on in a later chunk keeps its power of two: its sketch is one sum.
         """
+        # Not before the forward pass, for which a device waits meanwhile.
+        self.exponent = torch.zeros(self.count, dtype=torch.int32, device=self.offsets.device)
+        self._weighed = torch.zeros(self.count, dtype=torch.bool, device=self.offsets.device)
 
         def scaled(logprobs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
             weights = given(logprobs, start, stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 
 
@@ -42,10 +43,10 @@ class Segments:
                 f"segments is {segments.dtype} {tuple(segments.shape)}: give int64 ids per row [{batch}] or per token "
                 f"[{batch}, {length}]"
             )
-        ids = segments.to("cpu", torch.int64).reshape(-1)
-        if ids.numel() and (int(ids.min()) < 0 or bool((ids[1:] < ids[:-1]).any())):
+        ids = segments.to("cpu", torch.int64).numpy().reshape(-1)
+        if ids.size and (ids.min() < 0 or (ids[1:] < ids[:-1]).any()):
             raise ValueError("segments must be >= 0 and must not decrease: sort the batch's rows by prompt")
-        highest = int(ids[-1]) + 1 if ids.numel() else 0
+        highest = int(ids[-1]) + 1 if ids.size else 0
         if n_segments is None and highest > batch * length:
             raise ValueError(
                 f"segments holds id {highest - 1}, and the batch {batch} x {length} tokens: number its prompts 0, 1, "
@@ -55,10 +56,10 @@ class Segments:
             n_segments = highest
         if n_segments < highest:
             raise ValueError(f"num_segments={n_segments} but segments holds id {highest - 1}")
-        offsets = torch.searchsorted(ids, torch.arange(n_segments + 1, device="cpu"))
+        offsets = np.searchsorted(ids, np.arange(n_segments + 1))
         if segments.ndim == 1:
             offsets = offsets * length
-        return cls(batch, length, offsets)
+        return cls(batch, length, torch.from_numpy(offsets))
 
     @property
     def count(self) -> int:
@@ -148,8 +149,14 @@ class Segments:
         if device.type == "cpu" and repeats == 1:
             return self.offsets
         if (device, repeats) not in self._copies:
-            self._copies[device, repeats] = (self.offsets * repeats).to(device)
+            # Not from the host where a copy is there already: the host would wait for the device.
+            made = self.offsets.to(device) if repeats == 1 else self.offsets_on(device) * repeats
+            self._copies[device, repeats] = made
         return self._copies[device, repeats]
+
+    def keep(self, copy: torch.Tensor) -> None:
+        """``offsets`` on another device, for `offsets_on`."""
+        self._copies[copy.device, 1] = copy
 
 
 def _not_one(*sizes: int) -> tuple[int, ...]:

@@ -2,13 +2,14 @@
 it changes how operators are registered: tests/gpu/test_gpu_kernels.py runs it.
 
 What a GPU would refuse, or wait for, is an error here: an operand that was left on the host, a number that is read on
-the way. Kernels are not launched, but everything around them runs as for a GPU. What `policy_gradient` looks at before
-and after the pass (docs/gpu.md) is taken from the host's copy of the batch.
+the way. Kernels are not launched, but everything around them runs as for a GPU. The one copy of the batch that
+`policy_gradient` makes before the pass (docs/gpu.md) is the host's own batch.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 LAUNCHED: set[str] = set()
 REGISTER = library.register_fake
+# Operators before the first of the model: two of the sums, three of a mask that is made for eager attention, the others
+# of the copy to the device, and views.
+BEFORE = 28
 
 
 def no_shapes_alone(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -56,8 +60,7 @@ from cropi_kernels import (  # noqa: E402
 )
 from cropi_kernels.ops import _checks  # noqa: E402
 from cropi_kernels.ops.linear_logprob import triton_tiles  # noqa: E402
-from cropi_kernels.sketcher import decoder, gradient_sketcher, head, recognise, tap_builder  # noqa: E402
-from cropi_kernels.sketcher.segments import Segments  # noqa: E402
+from cropi_kernels.sketcher import decoder, labels, recognise, tap_builder  # noqa: E402
 
 _checks.DEVICES = ("cpu", "meta")
 _gpu.on = lambda x: contextlib.nullcontext()
@@ -73,51 +76,68 @@ recognise._multiplies = lambda *args: True
 masking_utils.find_packed_sequence_indices = lambda position_ids: None
 decoder._check_place = lambda model: None  # which refuses weights that are not loaded
 decoder.measure_head = lambda *args: (1.0, None)
-for check in ("check_positions", "check_vocabulary"):
-    setattr(gradient_sketcher, check, lambda *args: None)
-segments_of = Segments.of
 
 
-class NoCopies(TorchDispatchMode):
-    """Fails where a pass copies from the host: torch waits there for everything that was launched before."""
+class Watched(TorchDispatchMode):
+    """Counts the operators before the model's first, for which a device waits. Fails where the pass copies from the
+    host after it: torch waits there for everything that was launched before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.copies, self.inside = 0, 0, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket is torch.ops.aten._to_copy and not args[0].is_meta:
+        self.before += not self.inside
+        if self.inside and func.overloadpacket is torch.ops.aten._to_copy and not args[0].is_meta:
             assert str(kwargs.get("device")) != "meta", (
                 f"{list(args[0].shape)} is copied in the middle of a pass"
             )
         return func(*args, **kwargs)
 
 
-def one_pass(name: str, layout: str, dtype: torch.dtype) -> None:
-    batch = zoo.LAYOUTS[layout]()
-    where = segments_of(batch.segments, *batch.input_ids.shape, None)
-    scored = head.scored_offsets(where, batch.positions)
-    of_host = lambda ids, *rest: where if ids.is_meta else segments_of(ids, *rest)  # noqa: E731
-    Segments.of = of_host  # type: ignore[method-assign]
-    gradient_sketcher.scored_offsets = lambda *args: scored
-    weights = zoo.weights_of(batch).to("meta")
-    there = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}
+def by_labels(batch: zoo.Batch) -> dict[str, Any]:
+    """The batch by labels, and a weight for each place."""
+    labels = torch.full_like(batch.input_ids, -100)
+    labels.view(-1)[batch.positions + 1] = batch.targets
+    of_tokens = {k: v for k, v in vars(batch).items() if k not in ("positions", "targets")}
+    return of_tokens | {"labels": labels, "weights": torch.ones(labels.shape)}
+
+
+def by_positions(batch: zoo.Batch) -> dict[str, Any]:
+    return vars(batch) | {"weights": zoo.weights_of(batch)}
+
+
+def one_pass(
+    name: str, layout: str, dtype: torch.dtype, given: Callable[[zoo.Batch], dict[str, Any]]
+) -> None:
+    here = given(zoo.LAYOUTS[layout]())
+    there = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in here.items()}
+    copies = {id(there[k]): v for k, v in here.items()}
+    watched = Watched()
+
+    def on_host(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        watched.copies += 1
+        return tuple(x if x is None else copies[id(x)] for x in tensors)
+
+    labels.on_host = on_host
     model = zoo.make(name, dtype).to("meta")
     model.set_attn_implementation("eager")  # type: ignore[operator]  # others look for masks that may be left out
     with GradientSketcher(model, SketchSpec(width=16, vocab_width=64), verify=False) as sketcher:
-        run = lambda: sketcher.policy_gradient(**there, weigh=lambda logp, a, b: weights[a:b])  # noqa: E731
-        run()  # uploads the tables of plans
-        watched = NoCopies()
-        handle = decoder.split_parts(model).decoder.register_forward_pre_hook(
-            lambda *args: watched.__enter__() and None
-        )
-        got = run()
-        watched.__exit__(None, None, None)
-        handle.remove()
+        sketcher.policy_gradient(**there)  # uploads the tables of plans
+        watched.copies = 0
+        begin = lambda *args: setattr(watched, "inside", True)  # noqa: E731
+        with decoder.split_parts(model).decoder.register_forward_pre_hook(begin), watched:
+            got = sketcher.policy_gradient(**there)
+    assert watched.copies == 1 and watched.before <= BEFORE, watched.before
     assert got.sketches.is_meta and got.sketches.shape == (zoo.N_SEGMENTS, 32768)
 
 
 for name in sorted(zoo.FAMILIES):
     for layout in ("padded", "shared"):
         for dtype in (torch.float32, torch.bfloat16):
-            one_pass(name, layout, dtype)
+            one_pass(name, layout, dtype, by_positions)
+one_pass("llama", "padded", torch.bfloat16, by_labels)
 for kind, nnz in (("countsketch", 1), ("sjlt", 4)):
     for rows, size in ((1, 10**9), (8, 10**6 + 1), (10**5, 100), (3, 0)):
         x = torch.empty(rows, size, dtype=torch.bfloat16, device="meta")

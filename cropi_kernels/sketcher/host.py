@@ -1,0 +1,54 @@
+"""A batch between the host and the device: its values for the checks in one copy, what the pass needs in another.
+
+Every number that is read from a device makes the host wait, and every operator costs the host 20 to 60 us, in which the
+device has nothing to do. So the checks of a batch are done on the host, on one copy of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def values(x: torch.Tensor) -> np.ndarray:
+    """The numbers of a tensor of the host, without a copy; numpy has no bfloat16."""
+    x = x.float() if x.dtype == torch.bfloat16 else x
+    return (x.detach() if x.requires_grad else x).numpy()
+
+
+def on_host(*given: torch.Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the host's memory: equal values, shapes and dtypes. The integers of a device come in one copy, for
+    which the host waits once; tensors of the host are given back as they are."""
+    away = [x for x in given if x is not None and _away(x.device)]
+    numbers = [x for x in away if x.is_floating_point() or x.is_complex()]
+    copies = {id(x): x.cpu() for x in numbers}
+    for device in dict.fromkeys(x.device for x in away):
+        integers = [x for x in away if x.device == device and id(x) not in copies]
+        if integers:
+            flat = torch.cat([x.reshape(-1).long() for x in integers])
+            here = _room(flat.numel(), device).copy_(flat).split([x.numel() for x in integers])
+            copies |= {id(x): part.view(x.shape).to(x.dtype) for x, part in zip(integers, here, strict=True)}
+    return tuple(copies.get(id(x), x) for x in given)
+
+
+def on_device(device: torch.device, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Copies of int64 tensors [n] of the host on a device: parts of one copy, for which the host does not wait."""
+    if not _away(device):
+        return given
+    # Each begins at a multiple of 16 bytes, which launches of kernels by address rely on.
+    sizes = [n for x in given for n in (x.numel(), x.numel() % 2)]
+    packed = _room(sum(sizes), device)
+    for part, x in zip(packed.split(sizes)[::2], given, strict=True):
+        part.copy_(x)
+    return packed.to(device, non_blocking=True).split(sizes)[::2]
+
+
+def _away(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def _room(size: int, device: torch.device) -> torch.Tensor:
+    """Memory of the host that a CUDA device copies from and to without a copy between."""
+    return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")

@@ -1,0 +1,79 @@
+"""What goes between a device and the host around a pass: equal tensors, in one copy each way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import zoo
+
+from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels.sketcher import host
+from cropi_kernels.sketcher.row_segments import RowSegments
+from cropi_kernels.sketcher.segments import Segments
+
+SPEC = SketchSpec(width=16, vocab_width=64)
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's memory is taken for a device's: tensors are packed and copied as those of a GPU."""
+    monkeypatch.setattr(host, "_away", lambda device: True)
+
+
+def test_copies_on_the_host_are_equal(away: None) -> None:
+    big = 2**40 + 1
+    given = [
+        torch.tensor([[1, -big], [big, 3]]), None, torch.arange(6).view(2, 3).T, torch.tensor([True, False, True]),
+        torch.tensor([-7, 7], dtype=torch.int32), torch.tensor([0.5, 1e30]), torch.empty(0, 4, dtype=torch.int64),
+        torch.tensor([1.0, 0.0]).bfloat16(), torch.tensor(255, dtype=torch.uint8),
+    ]  # fmt: skip
+    got = host.on_host(*given)
+    assert len(got) == len(given)
+    for x, y in zip(given, got):
+        if x is None:
+            assert y is None
+        else:
+            assert y.dtype == x.dtype and y.shape == x.shape and torch.equal(x, y)
+
+
+def test_what_is_on_the_host_is_not_copied() -> None:
+    x, device = torch.arange(3), torch.device("cpu")
+    assert host.on_host(x, None)[0] is x and host.on_device(device, x)[0] is x
+
+
+def test_parts_of_one_copy_begin_where_kernels_read_fast(away: None) -> None:
+    given = [torch.arange(n) + 10 * n for n in (3, 0, 1, 4, 5)]
+    got = host.on_device(torch.device("cpu"), *given)
+    assert all(torch.equal(x, y) for x, y in zip(given, got, strict=True))
+    assert all(y.data_ptr() % 16 == 0 and y.is_contiguous() for y in got)
+    assert len({y.untyped_storage().data_ptr() for y in got}) == 1
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_a_batch_that_was_copied_gives_the_same_bits(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = zoo.LAYOUTS[layout]()
+    with GradientSketcher(zoo.make("llama"), SPEC) as sketcher:
+        want = batch.sketch(sketcher)
+        monkeypatch.setattr(host, "_away", lambda device: True)
+        got = batch.sketch(sketcher)
+        assert torch.equal(got.sketches, want.sketches) and torch.equal(got.logprobs, want.logprobs)
+        if layout != "shared":  # whose positions repeat
+            labels = torch.full_like(batch.input_ids, -100)
+            labels.view(-1)[batch.positions + 1] = batch.targets
+            changes = {"positions": None, "targets": None, "labels": labels}
+            got = batch.sketch(sketcher, **changes)
+            assert torch.equal(got.sketches, want.sketches) and torch.equal(got.weights, want.weights)
+
+
+def test_offsets_of_heads_and_columns_come_from_those_of_the_device() -> None:
+    """Not from the host, which would wait: on ``meta`` a copy has no numbers, so that the values are the CPU's."""
+    offsets, meta = torch.tensor([0, 6, 6, 18]), torch.device("meta")
+    where = RowSegments(3, 6, offsets)
+    where.keep(torch.empty(4, dtype=torch.int64, device=meta))
+    before = where.offsets
+    object.__setattr__(where, "offsets", None)  # reading them would fail
+    assert where.offsets_on(meta, 4).is_meta
+    assert where.tokens_first(torch.empty(3, 2, 5, device=meta), "head")[1].is_meta
+    object.__setattr__(where, "offsets", before)
+    assert where.tokens_first(torch.empty(3, 2, 5), "head")[1].tolist() == [0, 2, 2, 6]
+    assert Segments(3, 6, offsets).offsets_on(torch.device("cpu"), 4).tolist() == [0, 24, 24, 72]
