@@ -118,20 +118,23 @@ def test_standard_errors_are_those_of_the_bootstrap(metric: str, mean: str) -> N
     np.testing.assert_allclose(made.stderr[:, 0], spread, rtol=0.08)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("prompts", [8, 16, 60])
-def test_intervals_hold_the_truth(prompts: int) -> None:
-    """90 % intervals of the cosine with the known mean gradient of the population: 85 to 95 % of them hold it."""
+def test_intervals_hold_the_truth(prompts: int, metric: str) -> None:
+    """90 % intervals of the cosine (the product) with the known mean gradient of the population: 85 to 95 % of them
+    hold it."""
     rng = np.random.default_rng(2)
     dim, trials, inside, total = 64, 60, 0, 0
     population = rng.normal(size=dim)
     for _ in range(trials):
         train = rng.normal(size=(30, dim)) + 0.7 * population
-        # Lengths that differ, as those of policy gradients do.
+        # Lengths that differ, as those of policy gradients do; 1 on average.
         valid = (rng.normal(size=(prompts, dim)) + population) * rng.gamma(4.0, 0.25, size=(prompts, 1))
-        low, high = uncertainty(made_pairs(train, valid, ["x"] * prompts), fraction=0.5, draws=2).interval(
-            0.9
-        )
-        truth = train @ population / np.linalg.norm(train, axis=1) / np.linalg.norm(population)
+        made = uncertainty(made_pairs(train, valid, ["x"] * prompts), metric=metric, fraction=0.5, draws=2)
+        low, high = made.interval(0.9)
+        truth = train @ population
+        if metric == "cosine":
+            truth /= np.linalg.norm(train, axis=1) * np.linalg.norm(population)
         inside += int(((low[:, 0] <= truth) & (truth <= high[:, 0])).sum())
         total += 30
     assert 0.85 <= inside / total <= 0.95, inside / total
@@ -303,6 +306,7 @@ def test_mistakes(stores: tuple[SketchStore, SketchStore], tmp_path: Path) -> No
         (lambda: uncertainty(pairs, draws=1), "draws must be at least 2, got 1"),
         (lambda: uncertainty(pairs, fraction=0.001), "chooses none"),
         (lambda: uncertainty(pairs, draws=2).interval(90), r"level must be in \(0, 1\), got 90"),
+        (lambda: uncertainty(pairs, draws=2, minus="y").interval(), "differences of cosines .minus 'y'."),
     ):
         with pytest.raises(CropiError, match=named):
             call()

@@ -6,31 +6,22 @@ mean of the influence values (the delta method; Efron and Tibshirani, *An Introd
 
     z_i = n w_i [ <u, g_i> / |m|  -  c <m, g_i> / |m|^2 ]          se(c)^2 = sum_i (z_i - mean z)^2 / (n (n - 1))
 
-The choice is made again from tables of scores that other validation prompts would give. A table c holds the noise of
-its own validation prompts, and chosen are, among others, those for which this noise is high: a bootstrap draw, which
-adds noise to c, agrees with c more than a table of other prompts does. For each set let T be the variance of the scores
-over the training prompts, and d how far a draw moves them: it has mean 0, and s^2 is its variance over draws and
-training prompts, less what moves all of these alike. If the noise and the scores without it are normal, a table of
-other prompts is, given c (Efron and Morris, *Stein's paradox in statistics*, 1977)::
-
-    mean(c) + r (c - mean(c)) + sqrt(1 + r) d,        r = max(1 - s^2 / T, 0).
-
-For a rule that runs in groups (files, tasks), means and variances are those within groups. ``p_selected`` is the share
-of such tables in which the rule chooses a prompt.
+The choice is made again from tables of scores that other validation prompts would give
+(:mod:`cropi.ranking.redrawn`).
 
 The length of a sample mean is too large by its noise: E|m|^2 = |mu|^2 + tr(C)/n. So scores are smaller than the cosine
 with the mean gradient mu of all validation prompts that might have been drawn, by one factor for all training prompts
 of a set, which moves no rank. ``signal`` estimates |mu|^2 / E|m|^2 without bias in the numerator (the mean of
-<g_i, g_j> over i != j); :meth:`Uncertainty.interval` takes the factor out.
+<g_i, g_j> over i != j); :meth:`Uncertainty.interval` takes the factor out of cosines.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +30,7 @@ from cropi.errors import CropiError
 from cropi.option_fields import one_of
 from cropi.options import Selecting
 from cropi.ranking.contrast import names_without, without
+from cropi.ranking.redrawn import redrawn
 from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
 from cropi.ranking.rule import Rule
 from cropi.ranking.scores import DEFAULT_SET, Scores
@@ -50,7 +42,6 @@ if TYPE_CHECKING:  # what a table holds of it is read without torch
     from cropi.ranking.response_noise import ResponseNoise
     from cropi.store.store import SketchStore
 
-MOST_SCORES = 1 << 24  # of some draws together: 64 MB
 BAND = 0.1  # "at the cut": so many of the chosen prompts on each side of it
 
 
@@ -118,23 +109,37 @@ class Uncertainty:
     draws: int
     fraction: float
     own_signal: float = math.nan
+    metric: str = "cosine"
+    minus: str | None = None
 
     def interval(self, level: float = 0.9) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Limits of the cosine with each set's *population* mean, float64 ``[n, sets]`` each.
+        """Limits of the cosine (of the metric "dot": of the product) with each set's *population* mean, float64
+        ``[n, sets]`` each.
 
-        Student's t over n - 1 degrees of freedom times the standard error, divided by ``sqrt(signal)``, and by
-        ``sqrt(own_signal)`` where that is known: then they are limits of the cosine of the two *population* gradients.
-        NaN where a set's signal is not above 0, or a set has one prompt.
+        Student's t over n - 1 degrees of freedom times the standard error; of cosines divided by ``sqrt(signal)``, and
+        by ``sqrt(own_signal)`` where that is known: then they are limits of the cosine of the two *population*
+        gradients. NaN where a set's signal is not above 0, or a set has one prompt.
+
+        Raises:
+            CropiError: a level that is not in (0, 1), or cosines less those of a contrast set, of which each has a
+                factor of its own.
         """
         if not 0 < level < 1:
             raise CropiError(f"level must be in (0, 1), got {level}")
+        if self.metric == "cosine" and self.minus is not None:
+            raise CropiError(
+                f"interval: these scores are differences of cosines (minus {self.minus!r}), whose limits are not "
+                "known; score without minus, or with metric='dot'"
+            )
         degrees = [s.prompts - 1 if s.prompts > 1 else math.nan for s in self.sets]
-        quantile = students_quantile(0.5 + level / 2, degrees)
-        own = 1.0 if math.isnan(self.own_signal) else self.own_signal
-        scale = np.array(
-            [1 / math.sqrt(s.signal * own) if min(s.signal, own) > 0 else math.nan for s in self.sets]
-        )
-        return (self.table - quantile * self.stderr) * scale, (self.table + quantile * self.stderr) * scale
+        scale = np.ones(len(self.sets))
+        if self.metric == "cosine":
+            own = 1.0 if math.isnan(self.own_signal) else self.own_signal
+            scale = np.array(
+                [1 / math.sqrt(s.signal * own) if min(s.signal, own) > 0 else math.nan for s in self.sets]
+            )
+        half = students_quantile(0.5 + level / 2, degrees) * self.stderr
+        return (self.table - half) * scale, (self.table + half) * scale
 
     @property
     def responses(self) -> str:
@@ -164,6 +169,7 @@ class Uncertainty:
         sets = [SetUncertainty(**{name: one[name] for name in known if name in one}) for one in held["sets"]]
         rest = {name: held[name] for name in ("overlap", "overlap_of_set", "halves", "draws", "fraction")}
         rest["own_signal"] = held.get("own_signal", math.nan)
+        rest |= {"metric": scores.meta.get("metric", "cosine"), "minus": scores.meta.get("minus")}
         return cls(sets, scores.table, scores.stderr, scores.p_selected, **rest)
 
     def __str__(self) -> str:
@@ -248,8 +254,7 @@ def uncertainty(
 
     of_own = np.zeros(len(ranked)) if own is None else np.square(own).mean(axis=0)
     stderr = np.sqrt(variances(np.stack([one.stderr() for one in sets], axis=1) ** 2) + of_own)
-    chosen = _mask(rule.choose(table), len(usable))
-    moved = _resampled(sets, table, chosen, rule, contrasted, own, draws, seed)
+    moved = redrawn(sets, table, rule, contrasted, own, draws, seed)
     near = rule.near_the_cut(table, BAND)
     full, p_selected = np.full((len(pairs.rows), len(ranked)), math.nan), np.full(len(pairs.rows), math.nan)
     scores = full.copy()
@@ -268,111 +273,8 @@ def uncertainty(
         signal = 1.0 - noise.share
     return Uncertainty(
         summary, scores, full, p_selected, moved.overlap, moved.of_set, moved.halves, draws, given.fraction,
-        signal,
+        signal, metric, minus,
     )  # fmt: skip
-
-
-class _Moved(NamedTuple):
-    """How the choice moves, as shares: ``p_selected`` [usable], and of the chosen prompts those that stay chosen."""
-
-    p_selected: np.ndarray
-    overlap: float
-    of_set: dict[str, float]
-    halves: float
-
-
-def _resampled(
-    sets: Sequence[ResampledSet],
-    table: np.ndarray,
-    chosen: np.ndarray,
-    rule: Rule,
-    contrasted: Callable[[list[np.ndarray]], np.ndarray],
-    own: np.ndarray | None,
-    draws: int,
-    seed: int,
-) -> _Moved:
-    """Choose again from ``draws`` tables of other validation prompts, and from a quarter as many with one set drawn
-    anew and with two halves of every set.
-
-    Args:
-        sets: what scores are drawn from.
-        table, chosen: the scores by all validation prompts, float64 ``[n, ranked sets]``, and which prompts these
-            choose, bool ``[n]``.
-        rule: of the choice.
-        contrasted: makes a table of the sets' scores.
-        own: what other responses of their own would move scores by, of some prompts ``[m, ranked sets]``, or None.
-    """
-    rng, n = np.random.default_rng(seed), len(chosen)
-    counts, halves = np.zeros(n), 0.0
-    for other in _redrawn(sets, sets, table, rule, contrasted, own, draws, rng):
-        counts[rule.choose(other)] += 1
-    small = max(draws // 4, 2)
-    alone = {
-        one.name: float(
-            np.mean(
-                [
-                    chosen[rule.choose(other)].mean()
-                    for other in _redrawn(sets, [one], table, rule, contrasted, None, small, rng)
-                ]
-            )
-        )
-        for one in sets
-    }
-    for _ in range(small):
-        drawn = [one.scores(np.stack(one.halves(rng))) for one in sets]
-        sides = [rule.choose(contrasted([scores[side] for scores in drawn])) for side in (0, 1)]
-        halves += float(_mask(sides[0], n)[sides[1]].mean()) / small
-    return _Moved(counts / draws, float(counts[chosen].mean()) / draws, alone, halves)
-
-
-def _redrawn(
-    sets: Sequence[ResampledSet],
-    anew: Sequence[ResampledSet],
-    table: np.ndarray,
-    rule: Rule,
-    contrasted: Callable[[list[np.ndarray]], np.ndarray],
-    own: np.ndarray | None,
-    draws: int,
-    rng: np.random.Generator,
-) -> Iterator[np.ndarray]:
-    """Score tables by other prompts of the sets ``anew`` (and other responses of the training prompts), as the head of
-    this file has them; the other arguments are those of :func:`_resampled`."""
-    n, still = len(table), np.zeros(len(table))
-    together = max(1, MOST_SCORES // (len(sets) * n))
-    shrunk, factor = table, np.ones(table.shape[1])
-    for start in range(0, draws, together):
-        count = min(together, draws - start)
-        moves = [
-            one.moves(np.stack([one.resample(rng) for _ in range(count)])) if one in anew else None
-            for one in sets
-        ]
-
-        def of_draw(i: int) -> np.ndarray:
-            return contrasted([still if one is None else one[i] for one in moves])  # noqa: B023
-
-        if start == 0:
-            noise = np.mean([_within(of_draw(i), rule)[1] for i in range(count)], axis=0)
-            noise += 0.0 if own is None else np.square(own).mean(axis=0)
-            centre, spread = _within(table, rule)
-            share = np.divide(noise, spread, out=np.zeros_like(noise), where=spread > 0)
-            kept = np.maximum(1 - share, 0.0)
-            shrunk, factor = centre + kept * (table - centre), np.sqrt(1 + kept)
-        for i in range(count):
-            moved = of_draw(i)
-            if own is not None:
-                moved = moved + own[rng.integers(0, len(own), n)] * rng.choice((-1.0, 1.0), n)[:, None]
-            yield shrunk + factor * moved
-
-
-def _within(table: np.ndarray, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of every prompt's group, ``[n, sets]``, and the variances of a table within groups, ``[sets]``."""
-    centre, squares, degrees = table.copy(), np.zeros(table.shape[1]), 0
-    for places, _ in rule.groups:
-        own = table if len(places) == len(table) else table[places]
-        centre[places] = mean = own.mean(axis=0, dtype=np.float64)
-        squares += np.square(own - mean).sum(axis=0)
-        degrees += len(places) - 1
-    return centre, squares / max(degrees, 1)
 
 
 # Products of this many pairs take 0.5 GB; resampling many more is a matter of minutes, too.
@@ -446,12 +348,6 @@ def check_noise(draws: int, noise: Any) -> None:
         raise CropiError(
             f"noise is drawn where scores are resampled, and draws is {draws}: give draws, or leave the noise out"
         )
-
-
-def _mask(places: np.ndarray, size: int) -> np.ndarray:
-    mask = np.zeros(size, dtype=bool)
-    mask[places] = True
-    return mask
 
 
 def _chooses_nothing(scores: Scores, given: Selecting) -> str:
