@@ -17,7 +17,8 @@ def forget_longest(decoder: nn.Module) -> None:
     """Put the original frequencies of the positions back.
 
     The dynamic NTK of transformers keeps the frequencies of the longest batch for every later batch that is longer than
-    the original context, until a shorter one comes.
+    the original context, until a shorter one comes; before 5.13 also for shorter ones, with its length under a name that
+    begins with ``None_``.
     """
     if decoder not in _GROWING:
         _GROWING[decoder] = [
@@ -25,12 +26,13 @@ def forget_longest(decoder: nn.Module) -> None:
             for module in decoder.modules()
             if hasattr(module, "original_max_seq_len")
             for name in list(vars(module))
-            if name.endswith(_CACHED)
+            if name.endswith(_CACHED) and not name.startswith("None_")
         ]
     for reference, prefix in _GROWING[decoder]:
         module: Any = reference()
         original = getattr(module, f"{prefix}original_inv_freq", None)
-        if original is not None and getattr(module, prefix + _CACHED) > module.original_max_seq_len:
+        longest = max(getattr(module, prefix + _CACHED), vars(module).pop(f"None_{_CACHED}", 0))
+        if original is not None and longest > module.original_max_seq_len:
             current = module._buffers.get(f"{prefix}inv_freq")
             module._buffers[f"{prefix}inv_freq"] = (
                 original if current is None else original.to(current.device)

@@ -108,6 +108,7 @@ def test_experts_share(name: str, config: dict[str, Any], dtype: torch.dtype) ->
 
 def test_layers_of_unequal_heads_have_a_cost() -> None:
     """Gemma 4: head_dim differs by layer, and transformers refuses to name one for all."""
+    pytest.importorskip("transformers", "5.15")
     model = build(
         "Gemma4Text", head_dim=8, global_head_dim=16, num_global_key_value_heads=2, vocab_size_per_layer_input=97,
         hidden_size_per_layer_input=8, layer_types=["sliding_attention", "full_attention"], sliding_window=16,
