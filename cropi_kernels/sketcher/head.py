@@ -139,9 +139,8 @@ def scored_segments(where: Segments, positions: torch.Tensor) -> tuple[torch.Ten
     Raises:
         ValueError: the scored tokens are not sorted by segment.
     """
-    owner = np.repeat(
-        np.arange(where.count, dtype=np.int64), np.diff(where.offsets.numpy())
-    )  # of every token
+    # Of every token.
+    owner = np.repeat(np.arange(where.count, dtype=np.int64), np.diff(where.offsets.numpy()))
     segment = owner.take(positions.numpy(force=True))
     if (segment[1:] < segment[:-1]).any():
         raise ValueError("positions jump back to an earlier segment: sort the scored tokens by segment")

@@ -143,8 +143,8 @@ def test_a_trainers_batch_is_cut_too(kind: str) -> None:
 
 
 def test_a_pass_does_not_depend_on_the_passes_before() -> None:
-    """Dynamic NTK of transformers keeps the frequencies of the longest batch so far: for rows beyond the context, before
-    transformers 5.13 for those within it."""
+    """Dynamic NTK of transformers keeps the frequencies of the longest batch so far: for rows beyond the context,
+    before transformers 5.13 for those within it."""
     made, longer, changed = model("dynamic"), torch.arange(3, 73)[None], []
     for length in (20, 40):
         ids = torch.arange(3, 3 + length)[None]

@@ -64,9 +64,8 @@ class RolloutFile:
         self.settings = json.loads(json.dumps(dict(settings)))
         self.mark = hash_of(self.settings)
         self.places: dict[str, int] = {}
-        self.scorers: Counter[str] = (
-            Counter()
-        )  # by which versions of the reward function what is there was scored
+        # By which versions of the reward function what is there was scored.
+        self.scorers: Counter[str] = Counter()
         self.notes: dict[str, Any] = {}  # what the first line holds beside the settings
         self._begun, self._synced = False, time.monotonic()
         self._file: IO[bytes] | None = None
