@@ -17,8 +17,8 @@ def forget_longest(decoder: nn.Module) -> None:
     """Put the original frequencies of the positions back.
 
     The dynamic NTK of transformers keeps the frequencies of the longest batch for every later batch that is longer than
-    the original context, until a shorter one comes. Before 5.13 it keeps them for shorter ones too, and its length under
-    a name that begins with ``None_``.
+    the original context, until a shorter one comes. Before 5.13 it keeps them for shorter ones too, and its length
+    under a name that begins with ``None_``.
     """
     if decoder not in _GROWING:
         _GROWING[decoder] = [
