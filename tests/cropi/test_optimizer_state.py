@@ -67,7 +67,8 @@ def adam_scale(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         corrected = state["exp_avg_sq"].double() / (1 - 0.999 ** float(state["step"]))
-        scale[canonical_name(name)] = 1 / (corrected.sqrt() + 1e-8)
+        # Rows of tokens that were not trained on take no step.
+        scale[canonical_name(name)] = (corrected > 0) / (corrected.sqrt() + 1e-8)
     return scale
 
 
@@ -249,6 +250,52 @@ def test_adafactor_is_its_own_update(kind: str, tmp_path: Path) -> None:
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     again = read_moments(tmp_path / "optimizer.pt", model)
     assert again.fingerprint()["moments"] == moments.fingerprint()["moments"]
+
+
+@pytest.mark.parametrize("kind", ["Adam", "Adafactor", "transformers"])
+def test_what_has_never_had_a_gradient_takes_no_step(kind: str) -> None:
+    """1 / eps for the rows of tokens that were not trained on would be all of a gradient that has one of them."""
+    model = make_model(tie_word_embeddings=False)
+    if kind == "transformers":
+        from transformers.optimization import Adafactor
+
+        optimizer: Any = Adafactor(model.parameters(), lr=1e-3, scale_parameter=False, relative_step=False)
+    else:
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3)
+    torch.manual_seed(1)
+    for _ in range(3):
+        ids = torch.cat([torch.arange(5, 60)[None], torch.randint(5, 60, (1, 55))])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ids[0, 3] = 70  # this one comes once
+    moments = read_moments(optimizer, model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    own = model.model.embed_tokens.weight
+    step = moments.scaled("model.embed_tokens.weight", own.grad)
+    assert float(own.grad[70].norm()) > 0 and float(step[70].abs().max()) == 0
+    others = own.grad.norm(dim=1) > 0
+    others[70] = False
+    assert others.sum() > 50 and bool((step[others].norm(dim=1) > 0).all())
+    assert float(step.abs().max()) < 1e3 * float(step[others].abs().mean())
+
+
+def test_torchs_adafactor_bounds_what_it_takes_the_root_of() -> None:
+    """Gradients of large models are far below its eps_1; against the step that it makes, up to one factor."""
+    model = make_model()
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2, d=1e30)
+    torch.manual_seed(1)
+    ids = torch.randint(5, 60, (2, 12))
+    for _ in range(2):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.zero_grad()
+        (1e-5 * model(input_ids=ids, labels=ids).loss).backward()
+        optimizer.step()
+    moments = read_moments(optimizer, model)
+    for name, p in model.named_parameters():
+        step = (before[name] - p.detach()).double().flatten()
+        mine = moments.scaled(canonical_name(name), p.grad.float()).double().flatten()
+        assert float(torch.nn.functional.cosine_similarity(step, mine, dim=0)) > 0.999, name
 
 
 @pytest.mark.long

@@ -3,12 +3,17 @@
     Adam       D = 1 / (sqrt(v / (1 - beta_2^t)) + eps)
     Adafactor  D = 1 / (sqrt(r c^T / mean(r)) + eps),    r, c the moving averages over rows and columns
 
+(torch's has no eps there, but mean(r) at least eps_1, and what the root is taken of at least eps_1^2.)
 (Kingma and Ba, ICLR 2015; Shazeer and Stern, ICML 2018; with ``amsgrad``, v is the largest so far: Reddi et al., ICLR
 2018.) Where groups of parameters have learning rates of their own, D is multiplied by a group's rate over the largest.
 A step of such an optimiser along a training prompt's gradient g(s) changes the validation objective by
 ``eta <D g(s), g(v)> = eta <g(s), D g(v)>``: the validation side alone has to be scaled, and stores of training prompts
 stay as they are. Left out is by what Adafactor scales the step of each parameter: its root mean square, and the
 clipping of the update, which is not linear in g.
+
+D is 0 where no gradient has ever been, as in the embedding's rows of tokens that were not trained on: the formula's
+1 / eps is a step that no optimiser makes (its v grows with the gradient), and a single such row would be all of the
+vector.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +37,8 @@ from cropi_kernels import canonical_name
 
 SECOND, LARGEST = "exp_avg_sq", "max_exp_avg_sq"
 ROW, COLUMN = "exp_avg_sq_row", "exp_avg_sq_col"
+# Of squares of gradients: there was none. Adafactor of transformers adds 1e-30 to each.
+NONE = 2e-30
 # torch.optim.Adafactor's names; its rows are [..., r, 1] and its columns [..., 1, c].
 OTHER_NAMES = {"variance": SECOND, "row_var": ROW, "col_var": COLUMN}
 NAMES = ("optimizer.pt", "optimizer.bin", "optimizer.safetensors")  # of a checkpoint folder, in this order
@@ -51,6 +58,7 @@ class SecondMoments:
         correction: what ``whole`` is divided by: ``1 - beta_2^t``.
         eps: added to the root.
         rate: the learning rate over the largest of all groups.
+        least: of torch's Adafactor, its eps_1.
         kind: "adam" or "adafactor".
         source: what it was read from.
     """
@@ -62,15 +70,21 @@ class SecondMoments:
     rate: Mapping[str, float]
     kind: str
     source: str
+    least: Mapping[str, float] = field(default_factory=dict)
 
     def scaled(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """``D gradient`` of one parameter, float32."""
+        least = self.least.get(name, 0.0)
         if name in self.factored:
             row, column = (part.to(gradient) for part in self.factored[name])
-            moment = row[..., :, None] * column[..., None, :] / row.mean(dim=-1, keepdim=True)[..., None]
+            mean = row.mean(dim=-1, keepdim=True).clamp_min(least)
+            moment = row[..., :, None] * column[..., None, :] / mean[..., None]
+            none = (row <= NONE)[..., :, None] | (column <= NONE)[..., None, :]
         else:
             moment = self.whole[name].to(gradient) / self.correction[name]
-        return gradient * self.rate[name] / (moment.sqrt() + self.eps[name])
+            none = self.whole[name].to(gradient.device) <= NONE
+        step = gradient * self.rate[name] / (moment.clamp_min(least**2).sqrt() + self.eps[name])
+        return step.masked_fill(none, 0.0)
 
     def check(self, model: Any, names: Sequence[str]) -> None:
         """Check that every one of a model's parameters has a moment of its shape.
@@ -100,7 +114,7 @@ class SecondMoments:
     def fingerprint(self) -> dict[str, Any]:
         """What a store's manifest says of it: the kind, the largest eps, and a SHA-256 of all moments."""
         eps = max(self.eps.values(), default=0.0)
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"D = 0 where v = 0\n")  # earlier builds took 1 / eps
         parts: list[tuple[str, torch.Tensor]] = [(name, value) for name, value in self.whole.items()]
         parts += [
             (f"{name}.{i}", part) for name, pair in self.factored.items() for i, part in enumerate(pair)
@@ -112,6 +126,7 @@ class SecondMoments:
             (n, self.eps[n], self.rate[n]) for n in self.eps if (self.eps[n], self.rate[n]) != (eps, 1.0)
         ]
         digest.update("".join(f"{name} {e} {rate}\n" for name, e, rate in sorted(apart)).encode())
+        digest.update("".join(f"{name} {value}\n" for name, value in sorted(self.least.items())).encode())
         return {"kind": self.kind, "eps": eps, "moments": digest.hexdigest()[:32]}
 
 
@@ -342,8 +357,8 @@ class _Settings:
 
 def _settings(group: Mapping[str, Any]) -> _Settings:
     eps, betas = group.get("eps"), group.get("betas")
-    if isinstance(eps, (tuple, list)):  # Adafactor's first is added to the squares, and far below any of them
-        eps = eps[0] or 0.0
+    if isinstance(eps, (tuple, list)):  # Adafactor's first is about the squares, and far below any of them
+        eps = eps[0]
     # A schedule moves all groups' rates by one factor, and may have ended at zero.
     rate = group.get("initial_lr", group.get("lr"))
     found = (None if value is None else float(value) for value in (eps, betas and betas[1], rate))
@@ -353,6 +368,7 @@ def _settings(group: Mapping[str, Any]) -> _Settings:
 def _made(
     states: Mapping[str, Mapping[str, Any]], settings: Mapping[str, _Settings], source: str
 ) -> SecondMoments:
+    of_torch = [name for name, held in states.items() if not OTHER_NAMES.keys().isdisjoint(held)]
     states = {name: _named(held) for name, held in states.items()}
     of = {name: settings.get(name, _Settings()) for name in states}
     whole = {n: held[SECOND] for n, held in states.items() if isinstance(held.get(SECOND), torch.Tensor)}
@@ -373,8 +389,12 @@ def _made(
                 f"optimizer_state: {source} is of an optimiser that has made no step yet ({name}); give a later "
                 "checkpoint"
             )
-    # Adafactor's may be zero.
     eps = {name: 1e-8 if one.eps is None else max(one.eps, 1e-30) for name, one in of.items()}
+    least = {}
+    for name in of_torch:
+        held, own = states[name].get(ROW, states[name].get(SECOND)), of[name].eps
+        least[name] = torch.finfo(held.dtype).eps if own is None else own
+        eps[name] = 0.0 if least[name] else 1e-30
     rates = [one.rate for one in of.values() if one.rate is not None]
     largest = max(rates, default=0.0)
     rate = {n: 1.0 if one.rate is None or not largest else one.rate / largest for n, one in of.items()}
@@ -384,4 +404,4 @@ def _made(
     for name, value in whole.items():
         if not bool(value.isfinite().all()) or bool((value < 0).any()):
             raise CropiError(f"optimizer_state: {source} holds a negative or infinite moment for {name}")
-    return SecondMoments(whole, factored, correction, eps, rate, kind, source)
+    return SecondMoments(whole, factored, correction, eps, rate, kind, source, least)
