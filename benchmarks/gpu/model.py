@@ -1,7 +1,8 @@
 """A whole model (random weights, Qwen2.5-1.5B's shape): forward + backward + sketch of everything, against plain steps
 and against the loops that people run per prompt.
 
-``model.py 7b``: Qwen2.5-7B's shape, with 8192 tokens, against plain steps with frozen weights."""
+``model.py 7b``: Qwen2.5-7B's shape, with 8192 tokens, against plain steps with frozen weights. ``model.py moe``: eight
+of the 48 layers of Qwen3-30B-A3B's shape, with 16k tokens, likewise."""
 
 from __future__ import annotations
 
@@ -28,19 +29,28 @@ SHAPE_7B = {
     "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
     "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
 }  # fmt: skip
+SHAPE_MOE = {
+    "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 6144,
+    "num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "tie_word_embeddings": False,
+}  # fmt: skip
 ROWS_7B = 8
 TURNS = 3
 
 
 def build(shape: dict[str, Any] | None = None) -> Any:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen2Config(**(shape or SHAPE), max_position_embeddings=4096)
+    shape = shape or SHAPE
+    made, of = (
+        (Qwen3MoeForCausalLM, Qwen3MoeConfig) if "num_experts" in shape else (Qwen2ForCausalLM, Qwen2Config)
+    )
+    config = of(**shape, max_position_embeddings=4096)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            model = Qwen2ForCausalLM(config)
+            model = made(config)
     finally:
         torch.set_default_dtype(torch.float32)
     model.config._attn_implementation = "sdpa"
@@ -91,9 +101,10 @@ def measure(run: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
 
 
 def main() -> None:
-    large = sys.argv[1:] == ["7b"]
-    results = common.Results("model_7b" if large else "model")
-    model, data = (build(SHAPE_7B), batch(ROWS_7B)) if large else (build(), batch(ROWS))
+    size = sys.argv[1] if sys.argv[1:] in (["7b"], ["moe"]) else ""
+    results = common.Results(f"model_{size}" if size else "model")
+    shape, n_rows = {"": (SHAPE, ROWS), "7b": (SHAPE_7B, ROWS_7B), "moe": (SHAPE_MOE, ROWS)}[size]
+    model, data = build(shape), batch(n_rows)
     weigh = lambda logp, start, stop: torch.ones_like(logp)  # noqa: E731
 
     def frozen() -> dict[str, Any]:
@@ -160,7 +171,7 @@ def main() -> None:
     for width in WIDTHS:
         results.attempt(f"sketched, width {width}", lambda w=width: sketched(w))
     results.attempt(f"sketched and fused, width {WIDTHS[0]}", lambda: sketched(WIDTHS[0], True))
-    if large:
+    if size:
         results.finish()
     results.attempt("weight gradients", trained)
     results.attempt("loop: backward and flat float32 gradient", lambda: per_prompt(lambda flat: flat.sum()))

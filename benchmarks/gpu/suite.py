@@ -63,12 +63,13 @@ MEASURED = (
     Part("correctness", 60, script("correctness"), processes=12, needs=("build",)),
     Part("jobs", 130, script("jobs"), needs=("build",)),
     Part("model_7b", 75, script("model", "7b")),
-    Part("variants", 45, script("variants")),
-    Part("counters", 30, shell("counters")),
+    Part("model_moe", 45, script("model", "moe")),
+    Part("variants", 40, script("variants")),
+    Part("counters", 25, shell("counters")),
     Part("project_correctness", 35, script("project_correctness"), processes=4, needs=PROJECT),
-    Part("project", 35, script("project"), needs=PROJECT),
-    Part("sanitizer_memcheck", 45, shell("sanitize", "memcheck", "correctness"), 2, needs=("build",)),
-    Part("sanitizer_racecheck", 75, shell("sanitize", "racecheck", "correctness"), 5, needs=("build",)),
+    Part("project", 30, script("project"), needs=PROJECT),
+    Part("sanitizer_memcheck", 35, shell("sanitize", "memcheck", "correctness"), 2, needs=("build",)),
+    Part("sanitizer_racecheck", 65, shell("sanitize", "racecheck", "correctness"), 5, needs=("build",)),
 )
 PARTS = {part.name: part for part in BUILDS + MEASURED}
 

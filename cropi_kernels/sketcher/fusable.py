@@ -1,12 +1,15 @@
 """Which modules the fused kernels may replace.
 
-Nothing is guessed. A module's forward must be one of those listed here and its class's own, it must compute the formula
-when it is tried on a few numbers (a later release may change it), and the module must hold the expected parameters.
+Nothing is guessed. A module's forward must be its class's own and the same code as Llama's in transformers, which most
+decoders there repeat word for word; that code must compute the formula when it is tried on a few numbers (a later
+release may change it); and the module must hold the expected parameters. Other code of the same formula may round
+otherwise: OLMo 2 multiplies by the scale before it rounds to 16 bits.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,10 +20,7 @@ from torch import nn
 
 from ..ops.rms_norm.reference import rms_norm
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-MODULE = "transformers.models.{0}.modeling_{0}.{1}{2}.forward"
-NORMS = {MODULE.format(name, prefix, "RMSNorm") for name, prefix in FAMILIES.items()}
-GATES = {MODULE.format(name, prefix, "MLP") for name, prefix in FAMILIES.items()}
+LLAMA = "transformers.models.llama.modeling_llama"
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")  # of a gated MLP
 ACTIVATIONS = ("SiLU", "SiLUActivation")
 
@@ -36,7 +36,7 @@ def looks_like_gate(module: nn.Module) -> bool:
 
 def against_norm(module: nn.Module) -> str | None:
     """Why the module is not ``y = weight * x / sqrt(mean(x^2) + variance_epsilon)`` for certain, or None."""
-    if (reason := _against_code(module, NORMS, "hidden_states", _is_rms_norm)) is not None:
+    if (reason := _against_code(module, "LlamaRMSNorm", _is_rms_norm)) is not None:
         return reason
     weight, eps = module._parameters.get("weight"), getattr(module, "variance_epsilon", None)
     if weight is None or weight.ndim != 1 or len([*module.parameters()]) != 1 or not isinstance(eps, float):
@@ -46,7 +46,7 @@ def against_norm(module: nn.Module) -> str | None:
 
 def against_gate(module: nn.Module) -> str | None:
     """Why the module is not ``y = down_proj(silu(gate_proj(x)) * up_proj(x))`` for certain, or None."""
-    if (reason := _against_code(module, GATES, "x", _is_swiglu)) is not None:
+    if (reason := _against_code(module, "LlamaMLP", _is_swiglu)) is not None:
         return reason
     act: Any = module.act_fn
     if type(act).__name__ not in ACTIVATIONS or "forward" in vars(act) or not _is_silu(act):
@@ -56,18 +56,29 @@ def against_gate(module: nn.Module) -> str | None:
     return None
 
 
-def _against_code(
-    module: nn.Module, known: set[str], argument: str, right: Callable[[Callable[..., Any]], bool]
-) -> str | None:
+def _against_code(module: nn.Module, like: str, right: Callable[[Callable[..., Any]], bool]) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced"
+    try:
+        known = getattr(importlib.import_module(LLAMA), like).forward
+    except (ImportError, AttributeError):
+        return f"its code is compared with {like}'s, and transformers, which has it, does not import"
     forward = inspect.unwrap(type(module).forward)
-    name = f"{forward.__module__}.{forward.__qualname__}"
-    if name not in known:
-        return f"its code, {name}, is not one of those known here"
-    if list(inspect.signature(forward).parameters) != ["self", argument] or not right(forward):
-        return f"{name} does something else than it did when this package was written"
-    return None
+    if not _same_code(forward, inspect.unwrap(known)):
+        return f"its code, {forward.__module__}.{forward.__qualname__}, is not that of {like}"
+    return None if right(forward) else f"{like} does something else than it did when this package was written"
+
+
+def _same_code(one: Any, other: Any) -> bool:
+    """Whether two functions compute the same: equal compiled code, without a closure, that calls the same torch."""
+
+    def parts(function: Any) -> tuple[Any, ...]:
+        code = function.__code__
+        constants = [value for value in code.co_consts if value != function.__doc__]
+        names = code.co_varnames[: code.co_argcount], code.co_names, code.co_freevars
+        return code.co_code, *names, constants, function.__defaults__, function.__globals__.get("torch")
+
+    return all(hasattr(f, "__code__") for f in (one, other)) and parts(one) == parts(other)
 
 
 def _numbers() -> torch.Tensor:

@@ -6,6 +6,8 @@ The oracle is autograd in float64; fused kernels may be twice as far from it as 
 from __future__ import annotations
 
 import functools
+import inspect
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,7 +159,7 @@ def test_what_is_left_as_it_is_is_named() -> None:
     sketcher = GradientSketcher(model, SPEC, fused=True)
     assert sketcher.coverage.fused == {NORM: 3}
     reasons = {
-        "model.norm": "OwnNorm: its code, test_fused.OwnNorm.forward, is not one of those known here",
+        "model.norm": "OwnNorm: its code, test_fused.OwnNorm.forward, is not that of LlamaRMSNorm",
         "model.layers.0.mlp": "LlamaMLP: its activation is GELU, not SiLU",
         "model.layers.1.mlp": "LlamaMLP: act_fn has hooks, which would not be called",
         "model.layers.0.input_layernorm": "LlamaRMSNorm: its forward was replaced",
@@ -201,6 +203,30 @@ def test_autocast_that_gives_norms_other_inputs_is_refused() -> None:
         model(batch.input_ids, use_cache=False)
 
 
+def test_code_that_repeats_llamas_is_known_wherever_it_stands() -> None:
+    from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+
+    for kind in (MixtralRMSNorm, Qwen3MoeRMSNorm):
+        assert fusable.against_norm(kind(8)) is None
+    # The same formula, rounded after the scale.
+    assert str(fusable.against_norm(Olmo2RMSNorm(8))).endswith(
+        "Olmo2RMSNorm.forward, is not that of LlamaRMSNorm"
+    )
+
+
+def test_code_that_calls_another_torch_is_not_the_same() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    own = inspect.unwrap(LlamaRMSNorm.forward)
+    other: Any = type("RMSNorm", (LlamaRMSNorm,), {})
+    other.forward = FunctionType(own.__code__, {"torch": SimpleNamespace(rsqrt=torch.sqrt)}, "forward")
+    assert "is not that of LlamaRMSNorm" in str(fusable.against_norm(other(8)))
+    other.forward = FunctionType(own.__code__, {"torch": torch}, "forward")
+    assert fusable.against_norm(other(8)) is None
+
+
 def test_code_that_changed_is_not_known_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = zoo.make("llama").model.norm  # type: ignore[union-attr]
     assert fusable.against_norm(norm) is None  # type: ignore[arg-type]
@@ -208,7 +234,5 @@ def test_code_that_changed_is_not_known_any_more(monkeypatch: pytest.MonkeyPatch
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         return (1 + self.weight) * hidden_states
 
-    own = type(norm).forward
-    forward.__module__, forward.__qualname__ = own.__module__, own.__qualname__
     monkeypatch.setattr(type(norm), "forward", forward)
     assert "does something else" in str(fusable.against_norm(norm))  # type: ignore[arg-type]

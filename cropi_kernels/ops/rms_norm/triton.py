@@ -15,7 +15,7 @@ import triton.language as tl
 from ... import _native, _triton
 from ..._launch import Launch
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
-from ..norm_grad.triton import CHUNK_TOKENS, tile
+from ..norm_grad.triton import CHUNK_TOKENS, load_rows, tile
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -76,26 +76,37 @@ def rms_backward_kernel(
         inside = i < n
         w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
         sums = tl.zeros((BN,), tl.float32)
-        for step in range(0, tl.cdiv((t1 - t0).to(tl.int32), BT)):
-            t = t0 + step * BT + tl.arange(0, BT)
+        t = t0 + tl.arange(0, BT)
+        mask = (t < t1)[:, None] & inside[None, :]
+        next_g, next_v = load_rows(dy, stride_dy, t, i, mask), load_rows(x, stride_x, t, i, mask)
+        next_r = tl.load(scale + t, mask=t < t1, other=0.0)[:, None]
+        for _ in range(0, tl.cdiv((t1 - t0).to(tl.int32), BT)):
+            g, v, r, live, row = next_g.to(tl.float32), next_v.to(tl.float32), next_r, mask, t
+            # On their way while these are summed, as in `norm_kernel`.
+            t += BT
             mask = (t < t1)[:, None] & inside[None, :]
-            g = tl.load(dy + t[:, None] * stride_dy + i[None, :], mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(x + t[:, None] * stride_x + i[None, :], mask=mask, other=0.0).to(tl.float32)
-            r = tl.load(scale + t, mask=t < t1, other=0.0)[:, None]
+            next_g, next_v = load_rows(dy, stride_dy, t, i, mask), load_rows(x, stride_x, t, i, mask)
+            next_r = tl.load(scale + t, mask=t < t1, other=0.0)[:, None]
             v = v * r
             if SUMS:
                 sums += tl.sum(g * v, 0)
             g = g * w[None, :]
             d = r * (g - v * (tl.sum(g * v, 1) / n)[:, None])
-            tl.store(dx + t[:, None] * n + i[None, :], d.to(dx.dtype.element_ty), mask=mask)
+            tl.store(dx + row[:, None] * n + i[None, :], d.to(dx.dtype.element_ty), mask=live)
         if SUMS:
             target = tl.where(slot < 0, out + segment * n, partial + sums_at + slot * n)
             tl.store(target + i, sums, mask=inside)
 
 
+def forward_tile(n: int) -> tuple[int, int, int]:
+    """(tokens, features, warps) of a program of `rms_kernel`."""
+    features = max(16, _triton.next_power_of_two(n))
+    return max(1, 4096 // features), features, 4 if features <= 4096 else 8
+
+
 @functools.cache
 def forward_launch(n: int) -> Launch:
-    tokens, features, warps = tile(n)
+    tokens, features, warps = forward_tile(n)
     return Launch(rms_kernel, BT=tokens, BN=features, num_warps=warps)
 
 
@@ -126,7 +137,7 @@ def forward(
 ) -> None:
     """`rms_norm` of ``x`` with any number of axes, whose rows lie ``stride`` apart."""
     n = weight.shape[0]
-    grid = (_triton.ceil_div(n_tokens, tile(n)[0]),)
+    grid = (_triton.ceil_div(n_tokens, forward_tile(n)[0]),)
     forward_launch(n)(grid, (x, weight, y, scale), (n, stride), (n_tokens,), (eps,))
 
 

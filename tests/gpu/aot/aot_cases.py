@@ -129,13 +129,13 @@ def norm_grad(dtype: str, n: int, centered: bool) -> Case:
     constants = dict(CENTERED=centered, WITH_BIAS=centered, BT=tokens, BN=features)
     return Case(
         f"norm {dtype} {n}", norm.norm_kernel, _types(norm.norm_kernel, pointers, ("eps",)), constants,
-        ("n", "stride_x", "stride_dy", "weight_at", "bias_at"), {"num_warps": warps}, 208 if n > 4096 else 128,
+        ("n", "stride_x", "stride_dy", "weight_at", "bias_at"), {"num_warps": warps}, 128,
     )  # fmt: skip
 
 
 def rms_norm(dtype: str, n: int) -> Case:
     word = f"*{FLOATS[dtype]}"
-    tokens, features, warps = norm.tile(n)
+    tokens, features, warps = rms.forward_tile(n)
     types = _types(rms.rms_kernel, dict(x=word, weight=word, y=word, scale="*fp32"), ("eps",))
     return Case(
         f"rms {dtype} {n}", rms.rms_kernel, types, dict(BT=tokens, BN=features), ("n", "stride_x"),
@@ -151,7 +151,7 @@ def rms_norm_backward(dtype: str, n: int, with_sums: bool) -> Case:
     return Case(
         f"rms-backward {dtype} {n}{'' if with_sums else ' alone'}", rms.rms_backward_kernel,
         _types(rms.rms_backward_kernel, pointers), constants, ("n", "stride_dy", "stride_x", "sums_at"),
-        {"num_warps": warps}, 232 if n > 4096 else 168,
+        {"num_warps": warps}, 128,
     )  # fmt: skip
 
 
@@ -448,11 +448,13 @@ def all_cases(capability: int) -> list[Case]:
         embedding("bfloat16", folded=True),
         embedding("float32", folded=False),
         norm_grad("bfloat16", 1536, centered=False),
+        norm_grad("bfloat16", 3584, centered=False),
         norm_grad("bfloat16", 128, centered=True),
         norm_grad("float32", 8192, centered=True),
         rms_norm("bfloat16", 1536),
         rms_norm("float32", 8192),
         rms_norm_backward("bfloat16", 1536, with_sums=True),
+        rms_norm_backward("bfloat16", 3584, with_sums=True),
         rms_norm_backward("bfloat16", 128, with_sums=False),
         rms_norm_backward("float32", 8192, with_sums=True),
         swiglu("bfloat16"),

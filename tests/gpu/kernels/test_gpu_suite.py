@@ -30,6 +30,8 @@ TINY_MODEL = {
     "num_key_value_heads": 2,
 }  # fmt: skip
 
+TINY_EXPERTS = {"moe_intermediate_size": 16, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
+
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -156,8 +158,13 @@ def test_model(
     finish(module)
     monkeypatch.setattr(sys, "argv", ["model.py", "7b"])
     finish(module)
-    larger = rows(tmp_path, "model_7b")
-    assert set(larger) == {"frozen weights", "sketched, width 64", "sketched and fused, width 64"}
+    monkeypatch.setattr(module, "SHAPE_MOE", module.SHAPE_MOE | TINY_MODEL | TINY_EXPERTS)
+    monkeypatch.setattr(sys, "argv", ["model.py", "moe"])
+    finish(module)
+    for part in ("model_7b", "model_moe"):
+        other = rows(tmp_path, part)
+        assert set(other) == {"frozen weights", "sketched, width 64", "sketched and fused, width 64"}
+        assert all(row["finite"] for name, row in other.items() if name != "frozen weights")
     got = rows(tmp_path, "model")
     assert got["sketched, width 64"]["finite"] and got["sketched and fused, width 64"]["finite"]
     assert got["loop: backward and flat float32 gradient"]["ms_per_prompt"] > 0
