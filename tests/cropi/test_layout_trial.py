@@ -14,7 +14,7 @@ from support.zoo import FAMILIES, SIZES, make
 
 import cropi
 from cropi.errors import CropiError
-from cropi.gradient.layout import choose_layout
+from cropi.gradient.layout import choose_layout, layout_of
 from cropi.gradient.layout_trial import LayoutTrial, in_float32, one_unit_off
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
@@ -156,6 +156,23 @@ def test_a_job_tries_its_longest_row_and_falls_back_or_says_so(tmp_path: Path) -
         assert float((got[name] - expected).norm() / expected.norm()) < 1e-5
     with pytest.raises(CropiError, match="layout 'shared' does not work for prompt 'p[01]'.*--layout padded"):
         sketched(tmp_path / "shared", model, rows, "shared")
+
+
+@pytest.mark.long
+def test_another_kind_of_attention_is_tried_anew() -> None:
+    """One that takes no mask, set on a policy whose layout is known."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def blind(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        return sdpa_attention_forward(module, query, key, value, None, **options | {"is_causal": True})
+
+    transformers.AttentionInterface.register("blind", blind)
+    policy = Policy(make("llama"))
+    assert layout_of(policy).shared
+    policy.model.set_attn_implementation("blind")
+    assert not layout_of(policy).shared
+    policy.model.set_attn_implementation("sdpa")
+    assert layout_of(policy).shared
 
 
 def test_a_row_is_tried_once_and_longer_ones_again() -> None:

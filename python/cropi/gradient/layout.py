@@ -132,8 +132,9 @@ def choose_layout(model: Any, asked: str = "auto") -> Layout:
 
 
 def layout_of(policy: Policy, asked: str = "auto") -> Layout:
-    """:func:`choose_layout` for a policy; the model is asked once."""
-    return policy.once(("layout", asked), lambda: choose_layout(policy.model, asked))
+    """:func:`choose_layout` for a policy; the model is asked once for each kind of attention."""
+    attention = getattr(getattr(policy.model, "config", None), "_attn_implementation", None)
+    return policy.once(("layout", asked, attention), lambda: choose_layout(policy.model, asked))
 
 
 def prefix_mask(blocks: torch.Tensor) -> torch.Tensor:
