@@ -405,10 +405,13 @@ def test_the_store_of_the_scores_is_found_or_asked_for(tmp_path: Path) -> None:
 
 def test_a_pool_without_a_usable_prompt_gives_nothing() -> None:
     nothing = table_of(np.full(4, np.nan))
-    for options in ({}, {"method": "random"}, {"draw": "soft"}, {"method": "learnability"}):
+    for options in ({}, {"method": "random"}, {"draw": "soft"}, {"method": "learnability"}, {"per": "task"}):
         assert select(nothing, fraction=0.5, **options).ids == []  # type: ignore[arg-type]
     with pytest.raises(CropiError, match="the highest is -inf"):
         select(nothing, fraction=0.5, min_score=0.0)
+    for per, named in (("pool", "a pool of 0 prompts"), ("task", "groups of at most 0 prompts")):
+        with pytest.raises(CropiError, match=named):
+            select(nothing, fraction=0.5, pool="usable", per=per)
 
 
 @pytest.mark.parametrize("kinds", [3, 40, 10**9])
