@@ -79,8 +79,8 @@ def shared_out(
         counts = apportion(least, sizes, most)
     elif not any(counts.values()):
         raise CropiError(
-            f"fraction {given.fraction} of groups of at most {max(sizes.values(), default=0)} prompts chooses none; give a larger "
-            "fraction, a count, or leave out per"
+            f"fraction {given.fraction} of groups of at most {max(sizes.values(), default=0)} prompts chooses none; give "
+            "a larger fraction, a count, or leave out per"
         )
     return sum(counts.values()), counts
 
