@@ -78,9 +78,10 @@ def shared_out(
     elif sum(counts.values()) < least:
         counts = apportion(least, sizes, most)
     elif not any(counts.values()):
+        largest = max(sizes.values(), default=0)
         raise CropiError(
-            f"fraction {given.fraction} of groups of at most {max(sizes.values(), default=0)} prompts chooses none; give "
-            "a larger fraction, a count, or leave out per"
+            f"fraction {given.fraction} of groups of at most {largest} prompts chooses none; give a larger "
+            "fraction, a count, or leave out per"
         )
     return sum(counts.values()), counts
 
