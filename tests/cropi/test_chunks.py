@@ -37,6 +37,14 @@ def cut(path: Path, tokens: int | None, budget: int, window: int = 16, shared: b
     return list(make_chunks(items, Layout(shared), budget=budget, tokens=tokens, window=window))
 
 
+def test_two_prompts_of_one_id_are_named(tmp_path: Path) -> None:
+    """Their gradients would be added to one row."""
+    group = next(group for group in read([write_lines(tmp_path / "t.jsonl", make_records(2))]))
+    made = Tokenize(make_tokenizer(), 10**6)(group)
+    with pytest.raises(CropiError, match="groups holds the prompt 'p0-000' twice"):
+        list(make_chunks([made, made], Layout(False), budget=100))
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["padded", "shared"])
 @pytest.mark.parametrize("tokens", [1, 30, 200])
 @pytest.mark.parametrize("budget", [12, 40, 150])

@@ -7,10 +7,12 @@ be computed. A piece is whole micro-batches of the job's order: rows get the bit
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cropi.errors import CropiError, shown
 from cropi.gradient.batches import MicroBatch, Row, built, cut_batches
 from cropi.gradient.estimators import Estimator
 from cropi.gradient.layout import Layout
@@ -184,6 +186,11 @@ def _window(
     window: int,
 ) -> Iterator[Chunk]:
     """The chunks of one window; the first one gives the rows too."""
+    twice = [name for name, count in Counter(group.id for group in groups).items() if count > 1]
+    if twice:  # those of other windows, the store finds
+        raise CropiError(
+            f"groups holds the prompt {shown(twice[0])} twice: give every prompt an id of its own"
+        )
     batches = cut_batches(groups, layout, budget)
     if tokens is None:
         if batches or rows:
