@@ -77,6 +77,28 @@ def test_a_limit_of_less_than_one_position_is_none() -> None:
         assert policy.context == context
 
 
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            256,
+        ),  # as Qwen names it
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            64,
+        ),  # as DeepSeek does
+        ({"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 16}, 64),
+    ],
+)
+def test_the_context_is_that_of_stretched_positions(rope: dict[str, Any], context: int) -> None:
+    policy = Policy(make_model())
+    policy.model.config.max_position_embeddings, policy.model.config.rope_parameters = 64, rope
+    assert policy.context == context
+
+
 def test_freezing_gives_other_taps() -> None:
     model = make_model()
     policy = Policy(model)

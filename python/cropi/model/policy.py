@@ -255,13 +255,14 @@ class Policy:
     @property
     def context(self) -> int | None:
         """The largest number of positions, or None where the model names no limit. Dynamic NTK stretches those that the
-        configuration names by its factor."""
+        configuration names by its factor, YaRN those of the pretraining, which may come to more than it names."""
         config = self.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
         rope = getattr(config, "rope_parameters", None) or {}
-        factor = rope.get("factor", 1) if rope.get("rope_type") == "dynamic" else 1
-        # XLNet names -1 where it has no limit.
-        return None if limit is None or limit < 1 else int(limit * factor)
+        factor, before = rope.get("factor") or 1, rope.get("original_max_position_embeddings") or 0
+        if limit is None or limit < 1:  # XLNet names -1 where it has no limit
+            return None
+        return int(limit * factor) if rope.get("rope_type") == "dynamic" else max(limit, int(before * factor))
 
     @property
     def ends(self) -> tuple[int, ...]:
