@@ -231,6 +231,20 @@ def test_openrlhfs_rollouts_are_recorded_exactly(tmp_path: Path) -> None:
     assert group.temperature == 0.6 and group.answer == "2" and group.prompt == "<user>1+1="
 
 
+def test_rows_of_several_processes_are_put_together(tmp_path: Path) -> None:
+    """Engines share the responses to a prompt; each process writes a file."""
+    for number, reward in enumerate((1.0, 0.0)):
+        made = [outputs(reward, [20, 21, 5 + number, 1], [(2, 4)])]
+        held = openrlhf.recording(Executor, tmp_path / str(number))(made)
+        asyncio.run(held.execute("<user>1+1=", "2", SimpleNamespace(temperature=0.6), 64, None, None))
+    files = sorted(tmp_path.glob("*/*.jsonl"))
+    with pytest.raises(CropiError, match="put the files together into one"):
+        list(read(files))
+    (tmp_path / "all.jsonl").write_text("".join(file.read_text() for file in files))
+    (group,) = read(tmp_path / "all.jsonl")
+    assert group.response_ids == [[5, 1], [6, 1]] and group.rewards == [1.0, 0.0]
+
+
 def test_an_executor_of_another_kind_is_named(tmp_path: Path) -> None:
     class Plain:
         def execute(self, prompt: Any) -> Any:

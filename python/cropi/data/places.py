@@ -49,7 +49,10 @@ class Places:
                 f"the prompt id {group.id!r:.100} was used before, at {self._where(number)}",
                 "two records have the same prompt and answer: give them ids, or put their responses into one record"
                 if hashed
-                else "give every prompt its own id, or pass --skip-bad to keep the first",
+                else "give every prompt its own id, or pass --skip-bad to keep the first"
+                if offset is not None
+                else "give every prompt its own id; where a row is one response, put the files together into one, "
+                "whose rows of a prompt become one record; or pass --skip-bad to keep the first",
             )
         self.by_offset &= offset is not None and not hashed
         self._sources.append(source)

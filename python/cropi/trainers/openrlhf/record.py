@@ -10,9 +10,10 @@ The file that ``--train.agent_func_path`` names (earlier releases: ``--agent_fun
         def __init__(self):
             super().__init__(MyAgent)                 # as without the recorder
 
-Every process of the rollout writes a file of its own, a row a response, which ``cropi`` reads as they are: rows of one
-prompt are put together. OpenRLHF hands a prompt's rendered text to an executor and no id, so the id is a hash of that
-text and its label. Records hold log-probs where OpenRLHF asks its engine for them (``sampling_params.logprobs``).
+Every process of the rollout writes a file of its own, a row a response. Put together into one file (``cat``), ``cropi``
+reads them as they are, and makes one record of a prompt's rows. OpenRLHF hands a prompt's rendered text to an executor
+and no id, so the id is a hash of that text and its label. Records hold log-probs where OpenRLHF asks its engine for
+them (``sampling_params.logprobs``).
 """
 
 from __future__ import annotations
