@@ -15,7 +15,7 @@ from support.stores import sketches_of
 
 import cropi
 from cropi.errors import CropiError
-from cropi.model.moments import SecondMoments, read_moments
+from cropi.model.moments import SecondMoments, UnknownOrder, read_moments
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
@@ -179,6 +179,33 @@ def test_the_order_of_hugging_faces_trainer_is_known(tmp_path: Path) -> None:
         assert torch.equal(found.whole[canonical_name(name)], optimizer.state[p]["exp_avg_sq"])
 
 
+def test_numbered_groups_in_an_order_of_their_own_are_told_and_named_ones_are_known(tmp_path: Path) -> None:
+    """As for learning rates by layer, the last one first: all layers have the same shapes."""
+    model, _ = trained(steps=1)
+    named = list(model.named_parameters())
+    layers = [[pair for pair in named if f"layers.{i}." in pair[0]] for i in (1, 0)]
+    others = [pair for pair in named if "layers." not in pair[0]]
+    groups = [others[:1], *layers, others[1:]]
+    for own in (groups, [[p for _, p in group] for group in groups]):
+        if own is groups and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+            continue  # which takes no names
+        optimizer = torch.optim.AdamW([{"params": group} for group in own])
+        ids = torch.randint(5, 60, (2, 12))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        if own is not groups:
+            with pytest.warns(
+                UnknownOrder, match="in 4 groups and names none; the model's own order is taken"
+            ):
+                read_moments(tmp_path, model)
+        else:
+            found = read_moments(tmp_path, model)
+            for name, p in named:
+                assert torch.equal(found.whole[canonical_name(name)], optimizer.state[p]["exp_avg_sq"])
+
+
+@pytest.mark.filterwarnings("ignore::cropi.model.moments.UnknownOrder")
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_groups_of_parameters_are_scaled_as_the_step_scales_them(amsgrad: bool, tmp_path: Path) -> None:
     """Against the next step itself, without its first moment: from every form of a checkpoint that names groups."""

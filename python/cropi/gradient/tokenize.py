@@ -357,6 +357,8 @@ class Tokenize:
             warn(words, category, stacklevel=2)
 
     def _check_vocabulary(self, where: str, name: str, ids: list[int]) -> None:
+        if max(ids, default=-1) < self.vocabulary:
+            return
         for t, token in enumerate(ids):
             if token >= self.vocabulary:
                 raise RecordError(

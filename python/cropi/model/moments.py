@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from cropi.errors import CropiError, optional, shown
+from cropi.errors import CropiError, optional, shown, warn
 from cropi.files import entries, failure_of, is_file, is_folder, reading, reason
 from cropi_kernels import canonical_name
 
@@ -46,6 +46,10 @@ GIVE = (
     "give a file that torch.save wrote of optimizer.state_dict(), a .safetensors file with NAME.exp_avg_sq, a folder "
     "of torch.distributed.checkpoint, or a checkpoint folder that holds one of them"
 )
+
+
+class UnknownOrder(UserWarning):
+    """Which parameter a moment belongs to is taken from its number."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,7 @@ def _of_state(state: Mapping[str, Any], model: Any, source: str) -> SecondMoment
     states, settings = {}, {}
     orders = _orders(state["param_groups"], parameters, model)
     first_problem = ""
-    for names in orders:
+    for names, known in orders:
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         if len(numbers) != len(names):
             both = min(len(numbers), len(names))
@@ -277,6 +281,13 @@ def _of_state(state: Mapping[str, Any], model: Any, source: str) -> SecondMoment
         if wrong:
             first_problem = first_problem or wrong
             continue
+        if not known:
+            warn(
+                f"optimizer_state: {source} numbers its parameters in {len(state['param_groups'])} groups and names "
+                "none; the model's own order is taken, and groups in another one would give parameters of one shape "
+                "each other's moments: make the optimiser of groups of (name, parameter) (torch 2.6), or save it as "
+                "torch.distributed.checkpoint does, which names them", UnknownOrder, stacklevel=2,
+            )  # fmt: skip
         of_group = [group for group in state["param_groups"] for _ in group["params"]]
         for name, number, group in zip(names, numbers, of_group, strict=True):
             states[name] = state["state"].get(number, state["state"].get(str(number), {}))
@@ -289,16 +300,16 @@ def _of_state(state: Mapping[str, Any], model: Any, source: str) -> SecondMoment
 
 def _orders(
     groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], model: Any
-) -> list[list[str]]:
-    """The orders in which the numbered parameters may stand.
+) -> list[tuple[list[str], bool]]:
+    """The orders in which the numbered parameters may stand, and whether the groups tell that it is this one.
 
     If the groups hold names, it is their order. Otherwise it is that of Hugging Face's Trainer (weights that decay come
     first), or that of the model.
     """
     if all("param_names" in group for group in groups):
-        return [[canonical_name(name) for group in groups for name in group["param_names"]]]
+        return [([canonical_name(name) for group in groups for name in group["param_names"]], True)]
     plain = list(parameters)
-    orders = [plain]
+    orders = [(plain, len(groups) == 1)]
     try:
         from transformers.trainer_pt_utils import get_parameter_names
 
@@ -308,9 +319,9 @@ def _orders(
             [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"],
         )
         decay = {canonical_name(name) for name in kept}
-        orders.insert(
-            0, [name for name in plain if name in decay] + [name for name in plain if name not in decay]
-        )
+        first, rest = [n for n in plain if n in decay], [n for n in plain if n not in decay]
+        known = [len(group["params"]) for group in groups] == [len(first), len(rest)]
+        orders.insert(0, ([*first, *rest], known))
     except (ImportError, TypeError):
         pass
     if len(groups) == 1:
