@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import warnings
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.made_data import make_model, make_tokenizer, write_lines
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
+import cropi
 from cropi.errors import CropiError
 from cropi.gradient.behaviour_check import BehaviourMismatch, judge, signature
 from cropi.gradient.health import Health
@@ -226,3 +228,21 @@ def test_token_ids_beyond_the_behaviour_models_vocabulary_are_named_before_the_j
     with pytest.raises(CropiError, match="token id 96 is beyond the behaviour model's vocabulary of 90"):
         run(tmp_path, make_model(), records, behaviour="model", behaviour_model=make_model(vocab_size=90))
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.long
+def test_a_behaviour_model_that_has_the_policys_adapters_in_it_is_refused() -> None:
+    """PEFT changes the model that it is given: every ratio would be 1, without a word."""
+    peft = pytest.importorskip("peft")
+    base, records = make_model(), make_records(6)
+    copied = copy.deepcopy(base)
+    policy = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    options: dict[str, Any] = {"dim": 512, "progress": False}
+    with pytest.raises(
+        CropiError, match="behaviour_model shares its weights with the policy, whose adapters"
+    ):
+        cropi.sketch(policy.eval(), records, make_tokenizer(), behaviour_model=base, **options)
+    store = cropi.sketch(policy, records, make_tokenizer(), behaviour_model=copied, **options)
+    assert all(abs(row.extra["ratio"] - 1) > 1e-4 for row in store.rows() if row.status == "ok")

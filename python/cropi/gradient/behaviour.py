@@ -11,6 +11,7 @@ from cropi.data.scan import Scan
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.batches import MicroBatch
 from cropi.gradient.estimators import Estimator
+from cropi.model.fingerprint import adapters_in_use
 from cropi.model.policy import Policy, check_dropout
 from cropi_kernels import token_logprobs
 from cropi_kernels.sketcher.lengths import measure_lengths
@@ -104,20 +105,25 @@ def behaviour_source(asked: str, scan: Scan, needed: bool, *, maker: str = "unkn
     return "file" if asked == "auto" else asked
 
 
-def resolve_behaviour(asked: str, scan: Scan, estimator: Estimator, model: Any = None) -> Behaviour:
+def resolve_behaviour(
+    asked: str, scan: Scan, estimator: Estimator, model: Any = None, *, policy: Policy
+) -> Behaviour:
     """The behaviour of a job, from what was asked for, what the files hold, and the model that was given for it.
 
     Args:
         asked, scan: as for :func:`behaviour_source`.
         estimator: it may have no ratio, and then needs no behaviour.
         model: the model that made the rollouts (a module or a :class:`Policy`), or None.
+        policy: the one that is sketched.
 
     Raises:
         CropiError: a record without log-probs where they are needed; a model that is needed and not given, or given and
-            not used; a model with active dropout.
+            not used; a model with active dropout, or with the policy's adapters in it.
     """
     if model is not None:
-        check_dropout(Policy.of(model).model, "behaviour_model")
+        given = Policy.of(model).model
+        check_dropout(given, "behaviour_model")
+        _check_apart(given, policy.model)
     source = behaviour_source(asked, scan, estimator.ratio)
     if model is not None and not estimator.ratio:
         raise CropiError(
@@ -138,3 +144,14 @@ def resolve_behaviour(asked: str, scan: Scan, estimator: Estimator, model: Any =
             "give the model that made the trajectories",
         )
     return Behaviour(source, made)
+
+
+def _check_apart(model: Any, policy: Any) -> None:
+    """PEFT puts adapters into the model that it is given: this one is then the policy, and all ratios would be 1."""
+    if model is policy or not adapters_in_use(model):
+        return
+    if not {id(p) for p in model.parameters()}.isdisjoint(map(id, policy.parameters())):
+        raise CropiError(
+            "behaviour_model shares its weights with the policy, whose adapters were put into it, so that both are the "
+            "same model: load it a second time (or give its name), or copy it before get_peft_model"
+        )

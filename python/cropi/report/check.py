@@ -254,7 +254,7 @@ def check_job(
     groups = read(job.trajectories, skip_bad=job.skip_bad, columns=job.columns)
     scan = scan_groups(policy, job, groups)
     check_tokens(policy, job, groups, scan)
-    behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model)
+    behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model, policy=policy)
     job = with_date(policy, job, scan)
     tokens = make_tokenize(policy, job)
     usable = [group.id for group in groups.each() if no_gradient_reason(group.rewards) is None]

@@ -154,7 +154,7 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
             "(--tokens-per-batch); left to the free memory of each GPU, shares would hold some prompts twice"
         )
     budget = tokens_at_once(policy, job.tokens_per_batch)
-    behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model)
+    behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model, policy=policy)
     job = replace(with_date(policy, job, scan), tokens_per_batch=budget)
     tokens = make_tokenize(policy, job)
     layout_of(policy, job.layout)  # a layout that the model cannot take shows before a store is made
