@@ -393,6 +393,17 @@ def test_a_reward_function_that_has_changed_is_told_where_old_rewards_stay(tmp_p
             } == {0.0}
 
 
+def test_rewards_that_differ_by_rounding_are_no_gradient(tmp_path: Path) -> None:
+    def parts(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        return [0.1 + 0.2, 0.3, 0.3, 0.3]
+
+    report = cropi.rollout(
+        make_model(), prompts(2), parts, tmp_path / "out.jsonl", make_tokenizer(chat=True), n=4, max_tokens=4,
+        progress=False,
+    )  # fmt: skip
+    assert (report.responses, report.mixed) == (8, 0)
+
+
 def test_both_forms_of_rewards_are_called_as_they_expect(tmp_path: Path) -> None:
     for number, reward in enumerate((trl_style, awaited)):
         records = rolled(tmp_path / f"{number}.jsonl", make_model(), reward=reward)

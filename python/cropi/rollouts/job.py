@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.data.records import make_group
+from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError, RecordError, optional, warn
 from cropi.gradient.tokenize import Tokenize
 from cropi.rollouts.engine import Engine, Request, Response, Sampling
@@ -184,7 +185,7 @@ def _add(
     rewards: list[float] = record["rewards"]
     report.responses += len(responses)
     report.tokens += sum(len(response.ids) for response in responses)
-    report.mixed += len(set(rewards)) > 1
+    report.mixed += no_gradient_reason(rewards) is None
     report.truncated += sum(response.truncated for response in responses)
     return sum(rewards)
 
