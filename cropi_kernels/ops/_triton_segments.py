@@ -24,6 +24,7 @@ SEGMENT_BLOCK = 64  # offsets scanned at a time
 # Numbers of a program, and partial results on their way to it. Measured on an H200: sums of 144 results each (4
 # segments of 8 chunks and 18 groups) take 37 us; 84 with 1024 numbers and one result at a time.
 REDUCE_BLOCK, REDUCE_AHEAD = 512, 8
+SECOND = tl.constexpr(1 << 15)  # programs along a grid's second axis, at most
 
 
 @triton.jit
@@ -159,6 +160,17 @@ def slots_of(table, n_items, segment):
     return tl.load(row), tl.load(row + 1)
 
 
+@triton.jit
+def second():
+    """The number of a program along the second axis of a grid, int32: see `along_second`."""
+    return tl.program_id(1) + tl.program_id(2) * SECOND
+
+
+def along_second(n: int) -> tuple[int, int]:
+    """The second and third axis of a grid for ``n`` programs, and for some more: CUDA's second axis ends at 65535."""
+    return min(n, SECOND.value), ceil_div(n, SECOND.value)
+
+
 @triton.jit(do_not_specialize=["n_parts", "n_items"])
 def reduce_partials_kernel(
     partial,  # float32 [slots, n_parts, width]
@@ -172,7 +184,7 @@ def reduce_partials_kernel(
     AHEAD: tl.constexpr,
 ):
     segment = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = second().to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     slot, n = slots_of(table, n_items, segment)
     if n > 0:
         inside = column < width
@@ -224,5 +236,5 @@ def reduce_partials(partial: torch.Tensor, out: torch.Tensor, chunks: Chunks, n_
     n_segments, width = out.shape
     if partial.numel() == 0 or n_segments == 0:
         return
-    grid = n_segments, ceil_div(width, REDUCE_BLOCK)
+    grid = n_segments, *along_second(ceil_div(width, REDUCE_BLOCK))
     REDUCE(grid, (partial, out, chunks.table), (width, out.stride(0)), (n_parts, chunks.n_items))

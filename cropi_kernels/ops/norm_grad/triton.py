@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ... import _native, _triton
 from ..._launch import Launch, padded
-from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
+from .._triton_segments import Chunks, along_second, chunk_of, cut, reduce_partials, second
 
 # Measured on an H100, q, k and v of 16384 tokens: 32 us; 16 x 256 numbers a step and 4 warps took 84.
 BIAS_TOKENS, BIAS_FEATURES, BIAS_WARPS = 32, 64, 2
@@ -98,7 +98,7 @@ def sums_kernel(
 ):
     segment, t0, t1, slot = chunk_of(table, tl.program_id(0).to(tl.int64))
     if segment < n_segments:
-        block = tl.program_id(1)
+        block = second()
         in_1, in_2 = block >= begin_1, block >= begin_2
         dy = tl.where(in_2, dy_2, tl.where(in_1, dy_1, dy_0))
         n = tl.where(in_2, n_2, tl.where(in_1, n_1, n_0))
@@ -150,7 +150,7 @@ def add_sums(
     block = min(BIAS_FEATURES, max(16, _triton.next_power_of_two(max(sizes))))
     ends = list(itertools.accumulate(_triton.ceil_div(n, block) for n in sizes))
     sums_launch(block)(
-        (chunks.n_items, ends[-1]),
+        (chunks.n_items, *along_second(ends[-1])),
         (*padded(dys), out, partial, chunks.table),
         (*padded(sizes), *padded(strides), *padded(places)),
         (*padded(ends)[:2], chunks.n_segments),

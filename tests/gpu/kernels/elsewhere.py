@@ -54,6 +54,7 @@ from cropi_kernels import (  # noqa: E402
     SketchSpec,
     _gpu,
     _triton,
+    bias_grad,
     dispatch,
     project,
     project_transpose,
@@ -146,4 +147,7 @@ for kind, nnz in (("countsketch", 1), ("sjlt", 4)):
             assert project(x, spec, 10**10, nonfinite="ignore").is_meta
             y = torch.empty(rows, dim, device="meta")
             assert project_transpose(y, spec, size, 10**10).is_meta
+# More programs than CUDA has along an axis other than the first.
+offsets = torch.empty(3, dtype=torch.int64, device="meta")
+assert bias_grad(torch.empty(64, 1 << 27, dtype=torch.bfloat16, device="meta"), offsets).is_meta
 print("launched", *sorted(LAUNCHED))

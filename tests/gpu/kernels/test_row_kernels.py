@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
+from rehearsal import INTERPRETER
 
 from cropi_kernels import bias_grad, linear_logprob, logprob_and_grad, norm_grad
+from cropi_kernels.ops import _triton_segments
 from cropi_kernels.ops.linear_logprob import oracle
 from cropi_kernels.ops.linear_logprob.contract import RowMath, Stats
 from cropi_kernels.ops.linear_logprob.triton import DeviceKernels
@@ -34,6 +37,19 @@ def test_norm_grad(n: int, centered: bool) -> None:
     bias = bias_grad(dy, offsets, backend="triton")
     assert sizes[1] is not None and exact[1] is not None
     assert ((bias.double() - exact[1]).abs() <= sum_error_bound(sizes[1], 285)).all()
+
+
+@pytest.mark.skipif(not INTERPRETER, reason="the constant is compiled in")
+def test_more_programs_than_a_second_axis_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    dy, offsets = torch.randn(70, 1100), torch.tensor([0, 3, 3, 70])
+    want = bias_grad(dy, offsets, backend="triton")
+    monkeypatch.setattr(
+        _triton_segments, "SECOND", tl.constexpr(2)
+    )  # for 18 blocks of sums, 3 of what is added up
+    assert _triton_segments.along_second(3) == (2, 2)
+    assert torch.equal(bias_grad(dy, offsets, backend="triton"), want)
+    exact = torch.stack([dy.double()[a:b].sum(0) for a, b in zip(offsets, offsets[1:])])
+    assert (want - exact).abs().max() <= sum_error_bound(dy.abs().sum(0).max(), 67)
 
 
 def stats(n: int, entropy: bool = True) -> Stats:
