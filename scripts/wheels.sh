@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A wheel for each of these interpreters, and what its extension computes, in an environment without torch: not every
-# interpreter has a CPU build of torch everywhere. The release's workflow runs all tests on each wheel.
+# interpreter has a CPU build of torch everywhere. The release's workflow tries each wheel with torch.
 #
 #   scripts/wheels.sh OUT PYTHON [PYTHON ...]
 set -euo pipefail

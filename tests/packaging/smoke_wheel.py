@@ -1,6 +1,6 @@
 """What an installed wheel must be able to do with torch and numpy alone; run from outside the source tree.
 
-python smoke_wheel.py        (`make wheel` does it, in a fresh environment)
+python smoke_wheel.py        (`make wheel` and the release do it, in a fresh environment)
 """
 
 from __future__ import annotations
