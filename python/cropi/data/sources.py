@@ -145,7 +145,7 @@ class MemorySource(Source):
         self.held, self.name = held, name
 
     def rows(self) -> Iterator[Row]:
-        for i, row in enumerate(_rows_of_object(self.held, self.name)):
+        for i, row in enumerate(_rows_of_object(self.held)):
             where = f"{self.name}[{i}]"
             if not isinstance(row, (Mapping, PromptGroup)):
                 raise CropiError(
@@ -209,7 +209,7 @@ def _is_table(held: Any) -> bool:
     return hasattr(held, "column_names") or hasattr(held, "to_batches") or hasattr(held, "iterrows")
 
 
-def _rows_of_object(held: Any, name: str) -> Iterator[Any]:
+def _rows_of_object(held: Any) -> Iterator[Any]:
     if hasattr(held, "iterrows"):  # pandas
         held = optional("pyarrow").Table.from_pandas(held, preserve_index=False)
     if hasattr(held, "to_batches"):  # pyarrow
