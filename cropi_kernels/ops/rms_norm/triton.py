@@ -15,7 +15,7 @@ import triton.language as tl
 from ... import _native, _triton
 from ..._launch import Launch
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
-from ..norm_grad.triton import CHUNK_TOKENS, load_rows, tile
+from ..norm_grad.triton import CHUNK_TOKENS, ahead, load_rows, tile
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -60,6 +60,7 @@ def rms_backward_kernel(
     n_tokens,
     SUMS: tl.constexpr,  # False: of all tokens, CHUNK at a time, and no segments
     CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,  # False: a chunk has one step, of BT tokens
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -77,22 +78,22 @@ def rms_backward_kernel(
         w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
         sums = tl.zeros((BN,), tl.float32)
         t = t0 + tl.arange(0, BT)
-        mask = (t < t1)[:, None] & inside[None, :]
-        next_g, next_v = load_rows(dy, stride_dy, t, i, mask), load_rows(x, stride_x, t, i, mask)
-        next_r = tl.load(scale + t, mask=t < t1, other=0.0)[:, None]
+        live = (t < t1)[:, None] & inside[None, :]
+        g_rows, v_rows = load_rows(dy, stride_dy, t, i, live), load_rows(x, stride_x, t, i, live)
+        r_rows = tl.load(scale + t, mask=t < t1, other=0.0)
         for _ in range(0, tl.cdiv((t1 - t0).to(tl.int32), BT)):
-            g, v, r, live, row = next_g.to(tl.float32), next_v.to(tl.float32), next_r, mask, t
-            # On their way while these are summed, as in `norm_kernel`.
-            t += BT
-            mask = (t < t1)[:, None] & inside[None, :]
-            next_g, next_v = load_rows(dy, stride_dy, t, i, mask), load_rows(x, stride_x, t, i, mask)
-            next_r = tl.load(scale + t, mask=t < t1, other=0.0)[:, None]
+            g, v, r, mask, row = g_rows.to(tl.float32), v_rows.to(tl.float32), r_rows[:, None], live, t
+            if AHEAD:  # as in `norm_kernel`
+                t += BT
+                live = (t < t1)[:, None] & inside[None, :]
+                g_rows, v_rows = load_rows(dy, stride_dy, t, i, live), load_rows(x, stride_x, t, i, live)
+                r_rows = tl.load(scale + t, mask=t < t1, other=0.0)
             v = v * r
             if SUMS:
                 sums += tl.sum(g * v, 0)
             g = g * w[None, :]
             d = r * (g - v * (tl.sum(g * v, 1) / n)[:, None])
-            tl.store(dx + row[:, None] * n + i[None, :], d.to(dx.dtype.element_ty), mask=live)
+            tl.store(dx + row[:, None] * n + i[None, :], d.to(dx.dtype.element_ty), mask=mask)
         if SUMS:
             target = tl.where(slot < 0, out + segment * n, partial + sums_at + slot * n)
             tl.store(target + i, sums, mask=inside)
@@ -113,7 +114,15 @@ def forward_launch(n: int) -> Launch:
 @functools.cache
 def backward_launch(n: int, sums: bool) -> Launch:
     tokens, features, warps = tile(n)
-    return Launch(rms_backward_kernel, SUMS=sums, CHUNK=CHUNK_TOKENS, BT=tokens, BN=features, num_warps=warps)
+    return Launch(
+        rms_backward_kernel,
+        SUMS=sums,
+        CHUNK=CHUNK_TOKENS,
+        AHEAD=ahead(n),
+        BT=tokens,
+        BN=features,
+        num_warps=warps,
+    )
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, scale: torch.Tensor) -> None:

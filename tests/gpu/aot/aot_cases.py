@@ -126,7 +126,7 @@ def norm_grad(dtype: str, n: int, centered: bool) -> Case:
         ("weight", "bias", "partial"), "*fp32"
     )
     tokens, features, warps = norm.tile(n)
-    constants = dict(CENTERED=centered, WITH_BIAS=centered, BT=tokens, BN=features)
+    constants = dict(CENTERED=centered, WITH_BIAS=centered, AHEAD=norm.ahead(n), BT=tokens, BN=features)
     return Case(
         f"norm {dtype} {n}", norm.norm_kernel, _types(norm.norm_kernel, pointers, ("eps",)), constants,
         ("n", "stride_x", "stride_dy", "weight_at", "bias_at"), {"num_warps": warps}, 128,
@@ -147,7 +147,7 @@ def rms_norm_backward(dtype: str, n: int, with_sums: bool) -> Case:
     pointers = dict.fromkeys(("dy", "x", "weight", "dx"), f"*{FLOATS[dtype]}") | {"table": "*i64"}
     pointers |= dict.fromkeys(("scale", "out", "partial"), "*fp32")
     tokens, features, warps = norm.tile(n)
-    constants = dict(SUMS=with_sums, CHUNK=norm.CHUNK_TOKENS, BT=tokens, BN=features)
+    constants = dict(SUMS=with_sums, CHUNK=norm.CHUNK_TOKENS, AHEAD=norm.ahead(n), BT=tokens, BN=features)
     return Case(
         f"rms-backward {dtype} {n}{'' if with_sums else ' alone'}", rms.rms_backward_kernel,
         _types(rms.rms_backward_kernel, pointers), constants, ("n", "stride_dy", "stride_x", "sums_at"),
