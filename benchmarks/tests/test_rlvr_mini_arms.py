@@ -54,7 +54,8 @@ def exact_sketches(
             if optimiser is not None:
                 state = optimiser.state[own]
                 moment = state["exp_avg_sq"].double() / (1 - 0.99 ** float(state["step"]))
-                gradients[canonical_name(name)] /= moment.sqrt() + 1e-8
+                # What has never had a gradient takes no step.
+                gradients[canonical_name(name)] *= torch.where(moment > 0, 1 / (moment.sqrt() + 1e-8), 0)
         found[group.id] = sketch_gradients(wide, gradients, spec)
     return found
 

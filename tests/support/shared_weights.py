@@ -78,20 +78,20 @@ def run(
 
 def _watch(sent: tuple[int, int] | None) -> None:
     """Say how many passes were idle, and send a signal to this process after some that were not."""
-    compute, idle, passes = Passes._compute, Passes.idle, 0
+    gradient, idle, passes = Passes._gradient, Passes.idle, 0
 
-    def computing(self: Passes, batch: Any) -> Any:
+    def computing(self: Passes, *given: Any) -> Any:
         nonlocal passes
         passes += 1
         if sent is not None and passes == sent[0]:
             os.kill(os.getpid(), sent[1])
-        return compute(self, batch)
+        return gradient(self, *given)
 
     def idling(self: Passes) -> None:
         print(IDLE, file=sys.stderr, flush=True)
         idle(self)
 
-    Passes._compute, Passes.idle = computing, idling  # type: ignore[method-assign]
+    Passes._gradient, Passes.idle = computing, idling  # type: ignore[method-assign]
 
 
 def apart(one: Path, other: Path) -> float:
