@@ -54,6 +54,14 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
     return _device_reason(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def stream(device: torch.device) -> int | None:
+    """The current stream of a CUDA device, by its address; None: it is another device."""
+    if device.type != "cuda":
+        return None
+    current: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return current
+
+
 def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launches inside go to the tensor's device, whichever device is current; the stream is that device's own."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

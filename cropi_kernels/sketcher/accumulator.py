@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .. import _gpu
 from ..reduce import reduce_sketch
 from ..spec import SketchSpec
 from .clock import Clock
@@ -51,6 +52,7 @@ class Accumulator:
         # While a model is tried: the messages of the errors that taps would have raised, by module.
         self.refusals: dict[str, str] | None = None
         self.clock = Clock(torch.device("cpu"))
+        self._device, self._stream = torch.device("cpu"), None  # type: torch.device, int | None
         # Passes so far, and the share of its time that the latest timed pass spent on sketching.
         self._passes, self._share = 0, 0.0
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
@@ -86,6 +88,7 @@ class Accumulator:
             engine = engine_for(segments, outs[0], self._needed)
         else:
             engine = Grouped(segments, outs, groups, self._needed.get(Grouped, 0))
+        self._device, self._stream = device, _gpu.stream(device)
         # Nothing above may have left a batch open: memory can run out, a backend refuse.
         self.segments, self._engine = segments, engine
         self.clock = Clock(device, self._passes + 1)
@@ -120,6 +123,21 @@ class Accumulator:
     def listens(self) -> bool:
         """Whether taps are to be attached to the outputs of the modules that are called now."""
         return self.segments is not None and not self._absent and torch.is_grad_enabled()
+
+    def check_stream(self, where: str) -> None:
+        """Refuse a module of the open batch that runs on another stream than the batch began on. Autograd runs the
+        module's backward on that stream as well, and two streams would add to the same sums at once.
+
+        Raises:
+            RuntimeError: names the module.
+        """
+        if torch.compiler.is_compiling() or _gpu.stream(self._device) == self._stream:
+            return
+        raise RuntimeError(
+            f"{where} runs on another CUDA stream than the one on which its batch began, and sums are added on one "
+            "stream alone: begin the batch inside of `with torch.cuda.stream(...)`, and run all sketched modules on "
+            "that stream, or exclude its parameters"
+        )
 
     @property
     def is_absent(self) -> bool:
