@@ -195,6 +195,23 @@ def test_what_cancels_by_rounding_alone_is_a_zero_gradient(
 
 
 @pytest.mark.long
+def test_many_responses_that_have_little_in_common_are_a_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sum grows as the root of their number, and so does its rounding, which is a hundredth of it."""
+    monkeypatch.setattr(Suspicion, "is_suspicious", lambda *_: True)
+    rng, model = random.Random(0), make_model(num_hidden_layers=36).to(torch.bfloat16)
+    record = {
+        "id": "a", "prompt_ids": ids(rng, 4), "response_ids": [ids(rng, 8) for _ in range(96)],
+        "rewards": [1.0, 0.0, 0.0] * 32,
+    }  # fmt: skip
+    got, rows = job(tmp_path / "half", model, [record])
+    assert rows["a"].reason == ""
+    whole, _ = job(tmp_path / "whole", copy.deepcopy(model).float(), [record])
+    assert error(got["a"], whole["a"]) < 0.05
+
+
+@pytest.mark.long
 def test_the_rule_can_be_switched_off(tmp_path: Path) -> None:
     rng, model = random.Random(3), twins(make_model(tie_word_embeddings=False))
     with torch.no_grad():

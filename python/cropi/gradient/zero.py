@@ -2,13 +2,16 @@
 
 A prompt's gradient is a sum over its responses, ``g = sum_k g_k``. Where the terms cancel, arithmetic with unit
 roundoff u gives rounding errors instead of 0. A cosine does not depend on the length of a vector, so that these errors
-would be scored like any gradient. So ``|g|`` is compared with ``sum_k |g_k|``, the size of the terms.
+would be scored like any gradient. So ``|g|`` is compared with ``sqrt(sum_k |g_k|^2)``, the size of the terms.
 
 **The bound.** On its way through a model a token's gradient is rounded about 16 times a layer forward and 16 times
 backward (products, norms, activations, residual sums; the sums within a product are blocked and add less). Roundings
 are independent, each at most u relative, so that after n of them the error is about ``sqrt(n) u`` of the size of what
 passed (Higham and Mary, SIAM J. Sci. Comput. 41, 2019): each g_k is known to ``sqrt(32 layers) u |g_k|``, and their sum
-to ``sqrt(32 layers) u sum_k |g_k|``. Below that it is "zero gradient": 1.8e-6 for 30 layers in float32.
+to ``sqrt(32 layers) u sqrt(sum_k |g_k|^2)``, because those of one response are independent of another's. Below that it
+is "zero gradient": the factor is 1.8e-6 for 30 layers in float32. (Gradients of K responses that have nothing in common
+add up to the root of the sum of squares: a bound by ``sum_k |g_k|`` would take them for rounding from K = 70 on in
+bfloat16.)
 
 The sizes ``|g_k|`` need every response on its own, which costs one more pass over the prompt. It is made for prompts
 alone whose gradient is small beside the weights that went into it: see :class:`Suspicion`.
@@ -61,7 +64,7 @@ def cancels(group: TokenGroup, estimator: Estimator, source: str) -> bool:
 
 
 def is_zero(norm: float, sizes: float, bound: float) -> bool:
-    """Whether a gradient of size ``norm``, the sum of terms of ``sizes`` in all, is rounding.
+    """Whether a gradient of size ``norm`` is rounding; ``sizes``: the root of the sum of squares of its terms' sizes.
 
     >>> is_zero(3e-7, 1.0, 1.8e-6), is_zero(3e-5, 1.0, 1.8e-6)
     (True, False)
@@ -72,7 +75,7 @@ def is_zero(norm: float, sizes: float, bound: float) -> bool:
 class Suspicion:
     """Which prompts are worth the pass that measures their responses one by one.
 
-    Rounding is at most ``bound sum_k |g_k|``, and ``sum_k |g_k|`` at most the sum of the tokens' weights times the
+    Rounding is at most ``bound sqrt(sum_k |g_k|^2)``, and that root at most the sum of the tokens' weights times the
     largest gradient of a token's log-prob. For that stands the largest ``|g| / sum_t |w_t|`` of the prompts so far, but
     at least 1; the margin (1 / 256, where the bound is not larger) is for prompts that differ.
     """

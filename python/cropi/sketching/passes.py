@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -234,7 +235,7 @@ class Passes:
         return row, sums.sketch if status == OK else None
 
     def _sizes(self, group: TokenGroup, budget: int, stored: bool) -> float:
-        """The sum of the sizes of its responses' gradients, each in a segment of its own."""
+        """The root of the sum of squares of its responses' gradients, each in a segment of its own."""
         total = 0.0
         padded = Layout(shared=False, lengths=self.lengths)
         for batch in make_batches([group], self.estimator, padded, budget=budget, stored_behaviour=stored):
@@ -246,5 +247,5 @@ class Passes:
                 segments=torch.arange(count, device="cpu"),
             )
             for passed in self._passes(rows.to(self.device)):
-                total += float(passed.result.sketches.double().norm(dim=1).sum())
-        return total
+                total += float(passed.result.sketches.double().square().sum())
+        return math.sqrt(total)
