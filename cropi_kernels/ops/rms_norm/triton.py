@@ -36,7 +36,11 @@ def rms_kernel(
     mask = (t < n_tokens)[:, None] & (i < n)[None, :]
     w = tl.load(weight + i, mask=i < n, other=0.0).to(tl.float32)
     v = tl.load(x + t[:, None] * stride_x + i[None, :], mask=mask, other=0.0).to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(v * v, 1) / n + eps)
+    squares = v * v
+    if BN <= 32:
+        # A lane may have one square, which the compiler would fuse with the other lane's, rounded: each its own sum.
+        squares = tl.where(mask, squares, 0.0)
+    r = 1.0 / tl.sqrt(tl.sum(squares, 1) / n + eps)
     out = w[None, :] * (v * r[:, None])
     tl.store(y + t[:, None] * n + i[None, :], out.to(y.dtype.element_ty), mask=mask)
     tl.store(scale + t, r, mask=t < n_tokens)

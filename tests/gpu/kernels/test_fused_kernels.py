@@ -158,3 +158,11 @@ def test_the_engine_gives_what_operators_give(half: torch.dtype, monkeypatch: py
         assert a.shape == b.shape and torch.equal(a, b)
     torch.testing.assert_close(got[-1], want[-1], rtol=1e-5, atol=1e-5)  # chunks are added up later
     assert want[-1].any()
+
+
+@pytest.mark.parametrize("n", [3, 18, 30, 32])
+def test_all_numbers_of_a_narrow_row_have_the_scale_that_is_kept(n: int) -> None:
+    """Lanes that share a row have one scale, to the bit."""
+    x, weight = torch.randn(300, n, generator=torch.Generator().manual_seed(n)), torch.ones(n)
+    y, scale = rms_norm(x, weight, 1e-6, backend="triton")
+    assert torch.equal(y, x * scale[:, None])
