@@ -82,14 +82,9 @@ def test_a_limit_of_less_than_one_position_is_none() -> None:
     [
         ({"rope_type": "default"}, 64),
         ({"rope_type": "dynamic", "factor": 2.0}, 128),
-        (
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-            256,
-        ),  # as Qwen names it
-        (
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-            64,
-        ),  # as DeepSeek does
+        # As Qwen names it, and as DeepSeek does.
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
         ({"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 16}, 64),
     ],
 )

@@ -56,9 +56,8 @@ def norm_kernel(
         g_rows, v_rows = load_rows(dy, stride_dy, t, i, live), load_rows(x, stride_x, t, i, live)
         for _ in range(0, tl.cdiv((t1 - t0).to(tl.int32), BT)):
             g, v, mask = g_rows.to(tl.float32), v_rows.to(tl.float32), live
-            if (
-                AHEAD
-            ):  # on their way while these are summed: a row's statistics take its warps a barrier or two
+            # On their way while these are summed: a row's statistics take its warps a barrier or two.
+            if AHEAD:
                 t += BT
                 live = (t < t1)[:, None] & inside[None, :]
                 g_rows, v_rows = load_rows(dy, stride_dy, t, i, live), load_rows(x, stride_x, t, i, live)

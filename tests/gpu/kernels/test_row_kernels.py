@@ -43,9 +43,8 @@ def test_norm_grad(n: int, centered: bool) -> None:
 def test_more_programs_than_a_second_axis_has(monkeypatch: pytest.MonkeyPatch) -> None:
     dy, offsets = torch.randn(70, 1100), torch.tensor([0, 3, 3, 70])
     want = bias_grad(dy, offsets, backend="triton")
-    monkeypatch.setattr(
-        _triton_segments, "SECOND", tl.constexpr(2)
-    )  # for 18 blocks of sums, 3 of what is added up
+    # For 18 blocks of sums, 3 of what is added up.
+    monkeypatch.setattr(_triton_segments, "SECOND", tl.constexpr(2))
     assert _triton_segments.along_second(3) == (2, 2)
     assert torch.equal(bias_grad(dy, offsets, backend="triton"), want)
     exact = torch.stack([dy.double()[a:b].sum(0) for a, b in zip(offsets, offsets[1:])])
