@@ -82,11 +82,11 @@ def test_a_limit_of_less_than_one_position_is_none() -> None:
     [
         ({"rope_type": "default"}, 64),
         ({"rope_type": "dynamic", "factor": 2.0}, 128),
-        # As Qwen names it, and as DeepSeek does.
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
         ({"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 16}, 64),
     ],
+    ids=["default", "dynamic", "qwen", "deepseek", "llama"],
 )
 def test_the_context_is_that_of_stretched_positions(rope: dict[str, Any], context: int) -> None:
     policy = Policy(make_model())

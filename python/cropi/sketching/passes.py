@@ -112,7 +112,25 @@ class Passes:
     def run(self, batch: MicroBatch) -> Iterator[Finished]:
         """Run one micro-batch; in halves, where the device's memory does not hold it. The sums are equal."""
         for passed in self._passes(batch):
-            yield from self._added(passed)
+            piece, result, estimator = passed.batch, passed.result, self.estimator
+            if self.others is not None:
+                self.others.add(piece, result)
+            ratios = estimator.ratio_behaviour(result.logprobs, passed.behaviour, piece.responses)
+            health = batch_health(estimator, piece, result.logprobs, ratios)
+            weights = torch.zeros(len(piece.groups), dtype=torch.float64, device=self.device)
+            weights.index_add_(0, piece.token_segments, result.weights.double().abs())
+            for s, (group, weight) in enumerate(zip(piece.groups, weights.tolist(), strict=True)):
+                sums = self.sums.setdefault(group.id, Sums(torch.zeros_like(result.sketches[s])))
+                sums.sketch = sums.sketch + result.sketches[s]
+                sums.health += health[s]
+                sums.weight += weight
+                self.summary.health += health[s]
+            self.summary.add(
+                result.seconds, time.monotonic() - passed.begun, piece.tokens, len(piece.targets)
+            )
+            for group, last in zip(piece.groups, piece.finished, strict=True):
+                if last:
+                    yield self._finished(group, self.sums.pop(group.id), piece)
 
     def _passes(self, batch: MicroBatch) -> Iterator[Passed]:
         """The passes over a micro-batch: one, or those over its parts, where the device's memory does not hold it."""
@@ -167,28 +185,6 @@ class Passes:
             weigh=lambda logprobs, *_: torch.zeros_like(logprobs),
             num_segments=1,
         )
-
-    def _added(self, passed: Passed) -> list[Finished]:
-        """Add the sums of one pass; the rows of the prompts that are complete with it."""
-        batch, result, estimator = passed.batch, passed.result, self.estimator
-        if self.others is not None:
-            self.others.add(batch, result)
-        ratios = estimator.ratio_behaviour(result.logprobs, passed.behaviour, batch.responses)
-        health = batch_health(estimator, batch, result.logprobs, ratios)
-        weights = torch.zeros(len(batch.groups), dtype=torch.float64, device=self.device)
-        weights.index_add_(0, batch.token_segments, result.weights.double().abs())
-        for s, (group, weight) in enumerate(zip(batch.groups, weights.tolist(), strict=True)):
-            sums = self.sums.setdefault(group.id, Sums(torch.zeros_like(result.sketches[s])))
-            sums.sketch = sums.sketch + result.sketches[s]
-            sums.health += health[s]
-            sums.weight += weight
-            self.summary.health += health[s]
-        self.summary.add(result.seconds, time.monotonic() - passed.begun, batch.tokens, len(batch.targets))
-        return [
-            self._finished(group, self.sums.pop(group.id), batch)
-            for group, last in zip(batch.groups, batch.finished, strict=True)
-            if last
-        ]
 
     def _behaviour_of(self, batch: MicroBatch) -> torch.Tensor | None:
         return self.behaviour.logprobs(batch) if self.behaviour is not None else batch.behaviour

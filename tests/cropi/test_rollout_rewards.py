@@ -1,0 +1,149 @@
+"""Rewards of rollouts: functions in both forms, the verifiers, and what is said of those that are wrong."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.made_data import make_model, make_tokenizer
+from test_rollout import prompts, rolled
+
+import cropi
+from cropi.errors import CropiError, RecordError
+from cropi.rollouts.job import ChangedReward
+
+
+def raises(prompt: Any, response: str, answer: str) -> float:
+    if answer == "5":
+        raise ZeroDivisionError("no such thing")
+    return 0.0
+
+
+def trl_style(prompts: Any, completions: Any, answer: list[str], **columns: Any) -> list[Any]:
+    assert all(message["role"] == "assistant" for (message,) in completions)
+    assert len(prompts) == len(completions) == len(answer) == len(columns["completion_ids"])
+    return [len(message["content"]) / 10 for (message,) in completions]
+
+
+async def awaited(prompts: Any, completions: Any, **columns: Any) -> list[Any]:
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        (
+            raises,
+            r"\(prompt 'p5'\): the reward function raises raised ZeroDivisionError for responses\[0\]: 'no such",
+        ),
+        (lambda prompt, response: None, "returned None, which is not a number,"),
+        (lambda prompt, response: float("nan"), r"returned nan for responses\[0\]"),
+        (lambda prompt, response: "1", "which is not a number"),
+        (lambda prompt, response: 1e31, "advantages would overflow"),
+        (lambda prompts, completions, **c: [1.0], "returned 1 rewards for 4 responses"),
+        (lambda prompts, completions, **c: 1.0, "in place of a list of 4 numbers"),
+        (lambda prompts, completions, **c: [None] * 4, "which is not a number"),
+    ],
+)
+def test_a_reward_that_is_none_names_the_row(tmp_path: Path, reward: Any, problem: str) -> None:
+    with pytest.raises(RecordError, match=problem):
+        rolled(tmp_path / "out.jsonl", make_model(), reward=reward)
+    if reward is raises:  # what was finished before is kept, and the mended function goes on from there
+        kept = len((tmp_path / "out.jsonl.part").read_text().splitlines()) - 1
+        assert kept > 0
+        records = rolled(tmp_path / "out.jsonl", make_model(), reward=raises, skip_bad=True)
+        assert [record["id"] for record in records] == ["p0", "p1", "p2", "p3", "p4", "p6"]
+
+
+def test_a_reward_function_that_has_changed_is_told_where_old_rewards_stay(tmp_path: Path) -> None:
+    """In a finished file, and in one that an interrupted run left."""
+    file, out, model = tmp_path / "reward.py", tmp_path / "out.jsonl", make_model()
+    file.write_text("def f(prompt, response, answer): return 1 / (answer != '5')\n")
+    with pytest.raises(RecordError, match="ZeroDivisionError"):
+        rolled(out, model, reward=f"{file}:f")
+    kept = len(out.with_name("out.jsonl.part").read_text().splitlines()) - 1
+    file.write_text("def f(prompt, response, answer): return 0\n")
+    with pytest.warns(
+        ChangedReward, match=f"has changed since {kept} of the prompts in .*out.jsonl were scored"
+    ):
+        records = rolled(out, model, reward=f"{file}:f")
+    assert sorted(record["rewards"][0] for record in records) == [0.0] * (7 - kept) + [1.0] * kept
+    with pytest.warns(ChangedReward, match=f"has changed since {kept} of the prompts"):
+        assert rolled(out, model, reward=f"{file}:f") == records
+    out.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ChangedReward)
+        for _ in range(2):
+            assert {
+                one for record in rolled(out, model, reward=f"{file}:f") for one in record["rewards"]
+            } == {0.0}
+
+
+def test_rewards_that_differ_by_rounding_are_no_gradient(tmp_path: Path) -> None:
+    def parts(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        return [0.1 + 0.2, 0.3, 0.3, 0.3]
+
+    report = cropi.rollout(
+        make_model(), prompts(2), parts, tmp_path / "out.jsonl", make_tokenizer(chat=True), n=4, max_tokens=4,
+        progress=False,
+    )  # fmt: skip
+    assert (report.responses, report.mixed) == (8, 0)
+
+
+def test_both_forms_of_rewards_are_called_as_they_expect(tmp_path: Path) -> None:
+    for number, reward in enumerate((trl_style, awaited)):
+        records = rolled(tmp_path / f"{number}.jsonl", make_model(), reward=reward)
+        wanted = [[len(r) / 10 if number == 0 else 1.0 for r in record["responses"]] for record in records]
+        assert [record["rewards"] for record in records] == wanted
+    with pytest.raises(RecordError, match="needs 'solution'.*--columns solution=NAME"):
+        rolled(tmp_path / "x.jsonl", make_model(), reward=lambda prompt, response, solution: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("nothing.py:f", "there is no file nothing.py"),
+        ("FILE:g", "has no 'g'; .*it has f"),
+        ("maths", "did you mean 'math'"),
+        ("no.such.module:f", "cannot be imported"),
+        ("FILE:three", "takes neither"),
+        ("BROKEN:f", "cannot be imported: NameError.*line 1 of broken.py"),
+    ],
+)
+def test_rewards_that_cannot_be_had(tmp_path: Path, name: str, problem: str) -> None:
+    (tmp_path / "reward.py").write_text("def f(prompt, response): return 1\ndef three(x): return 1\n")
+    (tmp_path / "broken.py").write_text("undefined\n")
+    name = name.replace("FILE", f"{tmp_path}/reward.py").replace("BROKEN", f"{tmp_path}/broken.py")
+    with pytest.raises(CropiError, match=problem):
+        rolled(tmp_path / "out.jsonl", make_model(), reward=name)
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "reward"),
+    [
+        ("42", "so it is 42.", 1.0), ("#### 1,234", "The answer is $1234$", 1.0), ("steps\n#### 7", "7", 1.0),
+        (r"\frac{1}{2}", r"\boxed{0.5}", 1.0), ("x^2+1", "$1 + x^2$", 1.0), ("(1,2)", r"\boxed{(1,2)}", 1.0),
+        ("42", "43", 0.0), ("42", "no idea", 0.0), (7, "7", 1.0),
+    ],
+)  # fmt: skip
+def test_answers_are_verified(answer: Any, response: str, reward: float) -> None:
+    pytest.importorskip(
+        "math_verify", reason="math-verify is not installed (the extra 'rollout', part of 'test')"
+    )
+    from cropi.rollouts.verifiers import Math
+
+    assert Math()("question", response, answer=answer) == reward
+
+
+def test_an_answer_that_is_no_formula_is_named_before_work_begins(tmp_path: Path) -> None:
+    pytest.importorskip(
+        "math_verify", reason="math-verify is not installed (the extra 'rollout', part of 'test')"
+    )
+    rows = prompts()
+    rows[2]["answer"] = "the cat sat"
+    with pytest.raises(
+        RecordError, match=r"prompts\[2\].*the answer 'the cat sat' is not a mathematical expression"
+    ):
+        rolled(tmp_path / "out.jsonl", make_model(), reward="math", asked=rows)
