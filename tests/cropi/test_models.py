@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from support.versions import needs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -132,6 +133,7 @@ def write_gguf(path: Path, llama: LlamaForCausalLM) -> dict[str, torch.Tensor]:
     return held
 
 
+@needs("transformers", "5.23", "its GGUF reader wants another package for this tokenizer")
 def test_gguf_is_dequantised_into_a_dense_model(tmp_path: Path, llama: LlamaForCausalLM) -> None:
     held = write_gguf(tmp_path / "tiny.gguf", llama)
     model, tok = load_model(tmp_path / "tiny.gguf")
@@ -148,6 +150,7 @@ def test_gguf_is_dequantised_into_a_dense_model(tmp_path: Path, llama: LlamaForC
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
 
 
+@needs("transformers", "5.23", "its GGUF reader wants another package for this tokenizer")
 def test_no_progress_is_shown_where_none_is_wanted(
     tmp_path: Path, llama: LlamaForCausalLM, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +273,7 @@ def test_damaged_files_are_an_error_that_names_the_model(folder: Path) -> None:
             load_model(name)
 
 
+@needs("transformers", "5.23", "it makes a tokenizer of a folder without one")
 def test_tokenizer_is_needed_and_needs_eos(folder: Path) -> None:
     tokenizer().save_pretrained(folder)
     with pytest.raises(ValueError, match="no EOS token; set eos_token .* or have none appended .*--no-eos"):

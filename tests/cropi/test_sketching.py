@@ -12,6 +12,7 @@ import transformers
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 from support.oracle import stored_logprobs, with_token_ids
 from support.stores import sketches_of
+from support.versions import needs
 
 from cropi.errors import CropiError
 from cropi.gradient.estimators import ESTIMATORS
@@ -35,6 +36,7 @@ def sketched(out: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]:
     return sketches_of(out)
 
 
+@needs("transformers", "5.23", "the layer is called there, and has a tap")
 def test_a_model_that_cannot_be_sketched_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ import trl
 from support.commands import json_lines
 from support.made_data import make_model, make_tokenizer
 from support.trl_runs import SPEC, staged, stored
+from support.versions import needs
 
 from cropi.errors import CropiError
 from cropi.ranking.alike import prompt_features
@@ -64,9 +65,10 @@ def by_autograd(trainer: Any, model: Any, inputs: dict[str, Any], place: int) ->
     zeroed = torch.where(mine, inputs["advantages"], 0.0)
     given = {**inputs, "advantages": zeroed, MADE: zeroed}
     model.zero_grad()
-    with trainer.compute_loss_context_manager():
+    # Releases of transformers leave autocast to accelerate, and a division by the micro-batches of a step.
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         loss = super(RecorderHooks, trainer)._compute_loss(model, given)
-    loss.backward()
+    (loss / trainer.accelerator.gradient_accumulation_steps).backward()
     return {
         canonical_name(n): -p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad
     }
@@ -192,6 +194,7 @@ def test_a_mixture_whose_rollouts_are_not_recorded(tmp_path: Path, valid: Path) 
 
 
 @pytest.mark.long
+@needs("transformers", "5.23", "its attention has no second derivative here, and live.sketcher.loss says so")
 def test_a_mixture_without_its_load_balancing_loss_is_not_coupled(
     tmp_path: Path, valid: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 from support.commands import json_lines  # noqa: E402
 from support.trl_runs import SPEC, Seen, dataset, digits, recorded  # noqa: E402
+from support.versions import needs  # noqa: E402
 
 from cropi.data.readers import read_trajectories  # noqa: E402
 from cropi.data.scan import scan  # noqa: E402
@@ -220,7 +221,13 @@ def test_a_loss_of_its_own_is_an_error_not_a_loss_of_logprobs(tmp_path: Path) ->
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
-@pytest.mark.parametrize("given", [True, False], ids=["its-logprobs", "trls"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(True, id="its-logprobs", marks=needs("trl", "1.16", "it takes no others")),
+        pytest.param(False, id="trls"),
+    ],
+)
 def test_what_an_environment_wrote_is_masked(given: bool, tmp_path: Path) -> None:
     """A rollout function's own tokens stand in the responses, with what it says of them, and are not scored."""
     mask, made = [1, 0, 0, 1], iter(range(1000))

@@ -232,13 +232,19 @@ def _explained(name: str) -> Iterator[None]:
                 f"model {name!r} brings code of its own, which is not run; if you trust it, pass --trust-remote-code "
                 "(trust_remote_code=True)"
             ) from error
+        if isinstance(error, ValueError) and name.endswith(".gguf") and name not in str(error):
+            raise _damaged(name, error) from error  # of the reader of such files
         raise  # they name the file or the package
     except Exception as error:  # a damaged file: every format has errors of its own
         if failure := failure_of(error):
             raise _unreadable(name, failure) from error
-        raise ValueError(
-            f"model {name!r} cannot be loaded ({type(error).__name__}: {error}); if a file is damaged, get it again"
-        ) from error
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"model {name!r} cannot be loaded ({type(error).__name__}: {error}); if a file is damaged, get it again"
+    )
 
 
 def _load_config(name: str, source: str, options: dict[str, Any]) -> Any:

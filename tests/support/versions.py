@@ -1,0 +1,27 @@
+"""Tests of what another package does, and its releases where that goes wrong: `make test-lowest` runs on old ones."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from typing import Any
+
+import pytest
+
+
+def before(package: str, release: str) -> bool:
+    """Whether the installed ``package`` is older; False where it is not installed."""
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return _numbers(found) < _numbers(release)
+
+
+def needs(package: str, release: str, why: str) -> Any:
+    """A mark: skipped where ``package`` is older than the release with which the test is known to pass."""
+    return pytest.mark.skipif(before(package, release), reason=f"{package} before {release}: {why}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3])
