@@ -58,7 +58,8 @@ def stream(device: torch.device) -> int | None:
     """The current stream of a CUDA device, by its address; None: it is another device."""
     if device.type != "cuda":
         return None
-    current: int = torch._C._cuda_getCurrentRawStream(device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    current: int = torch._C._cuda_getCurrentRawStream(index)
     return current
 
 
