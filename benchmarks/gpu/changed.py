@@ -29,5 +29,7 @@ def changed(module: Any, **values: Any) -> Iterator[None]:
 def forget() -> None:
     """What was made of the values before: the tables of plans, the launches of kernels."""
     _device_plan.cache.clear()
-    for launch in (slab.fold_launch, norm.sums_launch, gates.forward_launch, gates.fold_launch):
+    for launch in (
+        slab.fold_launch, norm.norm_launch, norm.sums_launch, gates.forward_launch, gates.fold_launch,
+    ):  # fmt: skip
         launch.cache_clear()

@@ -15,7 +15,7 @@ import triton.language as tl
 from ... import _native, _triton
 from ..._launch import Launch
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
-from ..norm_grad.triton import CHUNK_TOKENS, ahead, load_rows, tile
+from ..norm_grad.triton import CHUNK_TOKENS, load_rows, row_constants
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -117,16 +117,7 @@ def forward_launch(n: int) -> Launch:
 
 @functools.cache
 def backward_launch(n: int, sums: bool) -> Launch:
-    tokens, features, warps = tile(n)
-    return Launch(
-        rms_backward_kernel,
-        SUMS=sums,
-        CHUNK=CHUNK_TOKENS,
-        AHEAD=ahead(n),
-        BT=tokens,
-        BN=features,
-        num_warps=warps,
-    )
+    return Launch(rms_backward_kernel, SUMS=sums, CHUNK=CHUNK_TOKENS, **row_constants(n))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, scale: torch.Tensor) -> None:

@@ -76,6 +76,7 @@ def _bring(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    SLAB_ROWS: gl.constexpr = PARTS * GROUPS * ROWS
     of_d: gl.constexpr = _pieces_of_16_bytes(ROWS)
     of_a: gl.constexpr = _pieces_of_16_bytes(COLS)
     d_token = gl.arange(0, BK, layout=gl.SliceLayout(1, of_d))
@@ -92,15 +93,13 @@ def _bring(
         c = (word >> 32 & 0xFFFF).to(gl.int32) * COLS + (j ^ (word >> 16 & 0xFFFF).to(gl.int32))
         c = gl.max_contiguous(gl.multiple_of(c, 8), 8)
         if ALONE:
-            d, rows, stride_d, first_row = d_0, rows_0, stride_0, block * (PARTS * GROUPS * ROWS)
+            d, rows, stride_d, first_row = d_0, rows_0, stride_0, block * SLAB_ROWS
         else:
             in_1, in_2 = block >= begin_1, block >= begin_2
             d = gl.where(in_2, d_2, gl.where(in_1, d_1, d_0))
             rows = gl.where(in_2, rows_2, gl.where(in_1, rows_1, rows_0))
             stride_d = gl.where(in_2, stride_2, gl.where(in_1, stride_1, stride_0))
-            first_row = (block - gl.where(in_2, begin_2, gl.where(in_1, begin_1, 0))) * (
-                PARTS * GROUPS * ROWS
-            )
+            first_row = (block - gl.where(in_2, begin_2, gl.where(in_1, begin_1, 0))) * SLAB_ROWS
         d_place = d_token.to(gl.int64)[:, None] * stride_d
         for t in range(0, length, BK):
             stage = step % STAGES
@@ -148,6 +147,7 @@ def _multiply(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    SLAB_ROWS: gl.constexpr = PARTS * GROUPS * ROWS
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     of_bits: gl.constexpr = _bits_of_columns(COLS)
     i = (part * GROUPS + GROUP) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, products))
@@ -171,8 +171,8 @@ def _multiply(
             if t > 0:  # the step before has ended
                 mbarrier.arrive(empty.index((step - 1) % STAGES))
             step += 1
-        sign = _row_signs(row_sign, word, i, padded_rows, PARTS * GROUPS * ROWS)
-        sign *= gl.where(more, _row_signs(row_sign, after, i, padded_rows, PARTS * GROUPS * ROWS), 1.0)
+        sign = _row_signs(row_sign, word, i, padded_rows, SLAB_ROWS)
+        sign *= gl.where(more, _row_signs(row_sign, after, i, padded_rows, SLAB_ROWS), 1.0)
         flip = (sign.to(gl.int32, bitcast=True) & SIGN_BIT)[:, None]
         if COLUMN_SIGNS:
             of_pair = flips + (begin + p) * 8 + low

@@ -125,11 +125,11 @@ def norm_grad(dtype: str, n: int, centered: bool) -> Case:
     pointers = {"x": word, "dy": word, "table": "*i64"} | dict.fromkeys(
         ("weight", "bias", "partial"), "*fp32"
     )
-    tokens, features, warps = norm.tile(n)
-    constants = dict(CENTERED=centered, WITH_BIAS=centered, AHEAD=norm.ahead(n), BT=tokens, BN=features)
+    constants = dict(CENTERED=centered, WITH_BIAS=centered, **norm.row_constants(n))
+    options = {"num_warps": constants.pop("num_warps")}
     return Case(
         f"norm {dtype} {n}", norm.norm_kernel, _types(norm.norm_kernel, pointers, ("eps",)), constants,
-        ("n", "stride_x", "stride_dy", "weight_at", "bias_at"), {"num_warps": warps}, 128,
+        ("n", "stride_x", "stride_dy", "weight_at", "bias_at"), options, 128,
     )  # fmt: skip
 
 
@@ -146,12 +146,12 @@ def rms_norm(dtype: str, n: int) -> Case:
 def rms_norm_backward(dtype: str, n: int, with_sums: bool) -> Case:
     pointers = dict.fromkeys(("dy", "x", "weight", "dx"), f"*{FLOATS[dtype]}") | {"table": "*i64"}
     pointers |= dict.fromkeys(("scale", "out", "partial"), "*fp32")
-    tokens, features, warps = norm.tile(n)
-    constants = dict(SUMS=with_sums, CHUNK=norm.CHUNK_TOKENS, AHEAD=norm.ahead(n), BT=tokens, BN=features)
+    constants = dict(SUMS=with_sums, CHUNK=norm.CHUNK_TOKENS, **norm.row_constants(n))
+    options = {"num_warps": constants.pop("num_warps")}
     return Case(
         f"rms-backward {dtype} {n}{'' if with_sums else ' alone'}", rms.rms_backward_kernel,
         _types(rms.rms_backward_kernel, pointers), constants, ("n", "stride_dy", "stride_x", "sums_at"),
-        {"num_warps": warps}, 128,
+        options, 128,
     )  # fmt: skip
 
 
