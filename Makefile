@@ -75,7 +75,7 @@ $(STAMPS)/torch: constraints.txt scripts/install_torch.py | $(STAMPS)/venv
 $(STAMPS)/deps: pyproject.toml $(STAMPS)/torch
 	$(call BEGIN,packages from the registry) \
 	if [ -z "$(OFFLINE)" ]; then \
-	  $(PIP) -c $(PINS) scikit-build-core pybind11 cmake ninja; \
+	  $(PIP) -c $(PINS) scikit-build-core hatch-fancy-pypi-readme pybind11 cmake ninja; \
 	  $(PIP) -c $(PINS) --no-build-isolation --only-deps '.[run,triton,test,bench,dev]'; \
 	fi $(END)
 

@@ -23,7 +23,7 @@ case $which in
 esac
 { echo "${torch:-$(grep '^torch==' $pins)}"; grep -v '^torch==' $pins || true; } > "$env/wanted.txt"
 "$env/bin/python" scripts/install_torch.py "$env/wanted.txt" "$env/pins.txt"
-$pip -c "$env/pins.txt" scikit-build-core pybind11 cmake ninja
+$pip -c "$env/pins.txt" scikit-build-core hatch-fancy-pypi-readme pybind11 cmake ninja
 $pip -c "$env/pins.txt" --no-build-isolation --only-deps '.[run,trl,sklearn,test]'
 # Editable: the tests put the repository on the path, where a package without its compiled module would come first.
 $pip --no-build-isolation --no-deps --editable .

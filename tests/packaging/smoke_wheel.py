@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,16 @@ def check_place() -> None:
     assert importlib.metadata.version("cropi-kernels") == cropi_kernels.__version__
     for absent in ("transformers", "pyarrow", "pytest"):
         assert importlib.util.find_spec(absent) is None, f"{absent} is here: this is no clean environment"
+
+
+def check_description() -> None:
+    """What PyPI will show: the README, without a link relative to the repository."""
+    metadata = importlib.metadata.metadata("cropi-kernels")
+    shown = metadata.get_payload()
+    assert metadata["Description-Content-Type"] == "text/markdown" and "# cropi-kernels" in shown
+    links = re.findall(r"\]\(([^)\s]*)\)", shown)
+    relative = [link for link in links if not link.startswith("https://")]
+    assert links and not relative, f"these links lead nowhere on PyPI: {relative}"
 
 
 def check_kernel() -> None:
@@ -74,6 +85,7 @@ def check_command() -> None:
 
 if __name__ == "__main__":
     check_place()
+    check_description()
     check_kernel()
     check_command()
     print("smoke test passed")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -211,8 +212,12 @@ def test_compiled_module_needs_neither_torch_nor_openmp_nor_cuda() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- packaging
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def project() -> dict[str, object]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]  # type: ignore[no-any-return]
+    return pyproject()["project"]  # type: ignore[no-any-return]
 
 
 def test_version_has_one_source() -> None:
@@ -225,6 +230,27 @@ def test_version_has_one_source() -> None:
         if re.search(r"(?m)^(__version__|version) = \"", path.read_text())
     ]
     assert holders == [KERNELS / "_version.py"]
+
+
+def test_links_of_the_readme_lead_to_files_of_the_release_on_pypi() -> None:
+    """What the build makes of README.md, by its own rules: PyPI resolves no relative link."""
+    import cropi_kernels
+
+    rules = pyproject()["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    shown = original = (ROOT / "README.md").read_text(encoding="utf-8")
+    for rule in rules["substitutions"]:
+        shown = re.sub(rule["pattern"], rule["replacement"], shown)
+    shown = shown.replace("$HFPR_VERSION", cropi_kernels.__version__)
+    repository, tag = "cropi-kernels/cropi-kernels", f"v{cropi_kernels.__version__}"
+    link = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]*)\)")
+    expected = []
+    for image, target in link.findall(original):
+        host = f"raw.githubusercontent.com/{repository}" if image else f"github.com/{repository}/blob"
+        outside = "://" in target
+        assert outside or (ROOT / target.split("#")[0]).exists(), target
+        expected.append((image, target if outside else f"https://{host}/{tag}/{target}"))
+    assert link.findall(shown) == expected
+    assert {"!", ""} == {image for image, _ in expected} and link.sub("", shown) == link.sub("", original)
 
 
 def test_torch_and_numpy_are_the_only_hard_dependencies() -> None:

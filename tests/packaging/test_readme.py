@@ -105,7 +105,6 @@ def test_six_lines_run(
 
 
 @pytest.mark.long
-@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 def test_lines_in_memory_run() -> None:
     """As they stand there, with the record that the README shows."""
