@@ -21,7 +21,7 @@ from cropi.gradient.health import Health
 from cropi.model.policy import Policy
 from cropi.ranking.influence import influence
 from cropi.ranking.table import read_scores, write_scores
-from cropi.sketching.job import SketchJob
+from cropi.sketching.job import EqualModels, SketchJob
 from cropi.sketching.run import sketch
 from cropi.sketching.summary import Summary
 from cropi.store.store import SketchStore
@@ -246,3 +246,25 @@ def test_a_behaviour_model_that_has_the_policys_adapters_in_it_is_refused() -> N
         cropi.sketch(policy.eval(), records, make_tokenizer(), behaviour_model=base, **options)
     store = cropi.sketch(policy, records, make_tokenizer(), behaviour_model=copied, **options)
     assert all(abs(row.extra["ratio"] - 1) > 1e-4 for row in store.rows() if row.status == "ok")
+
+
+@pytest.mark.long
+def test_a_behaviour_model_that_is_trained_with_the_policy_is_refused() -> None:
+    """A policy that is kept from before training in place holds the weights of after it: every ratio would be 1."""
+    model, records = make_model(), make_records(6)
+    before, copied = Policy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.1)
+    same = copy.copy(model)
+    assert same is not model and next(same.parameters()) is next(model.parameters())
+    for behaviour in (before, model, same):
+        with pytest.raises(CropiError, match="behaviour_model holds the very weights of the policy"):
+            cropi.sketch(model, records, make_tokenizer(), behaviour_model=behaviour, dim=512, progress=False)
+    options: dict[str, Any] = {"dim": 512, "progress": False}
+    store = cropi.sketch(model, records, make_tokenizer(), behaviour_model=copied, **options)
+    assert all(abs(row.extra["ratio"] - 1) > 1e-4 for row in store.rows() if row.status == "ok")
+    with pytest.warns(EqualModels, match="the behaviour model's weights are those of the policy"):
+        store = cropi.sketch(
+            model, records, make_tokenizer(), behaviour_model=copy.deepcopy(model), **options
+        )
+    assert all(abs(row.extra["ratio"] - 1) < 1e-5 for row in store.rows() if row.status == "ok")

@@ -145,6 +145,8 @@ def test_how_rows_are_cut_and_padded_changes_nothing_but_rounding() -> None:
             value[i, : int(kept.sum())] = data[key][i, kept]  # type: ignore[index]
     moved = cropi.score_batch(model, **(data | right), rewards=REWARD_ROWS, spec=SPEC)
     labels = torch.where(data["response_mask"] != 0, ids, -100)  # type: ignore[arg-type]
+    # No model reads the first label.
+    labels[:, 0] = 7
     labelled = cropi.score_batch(
         model, ids, mask, labels=labels, prompt_ids=data["prompt_ids"], rewards=REWARD_ROWS, spec=SPEC
     )
@@ -188,6 +190,9 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "said twice": ({"labels": IDS}, "give response_mask or labels"),
     "a row without a scored token": ({"response_mask": NOTHING}, "row 3 has no scored token"),
     "a token without a prompt": ({"response_mask": EVERYTHING}, r"column \d is scored, but nothing stands before"),
+    "a first token": (
+        {"attention_mask": None, "response_mask": EVERYTHING}, "row 0, column 0 is scored, but nothing stands before it",
+    ),
     "shifted labels": ({"response_mask": None, "labels": SHIFTED}, r"labels\[\d, \d\] is .*\(not shifted"),
     "mask too wide": ({"response_mask": torch.ones(7, 9)}, r"response_mask has shape \[7, 9\]: give \[7, 8\]"),
     "mask a row": ({"response_mask": torch.ones(7)}, r"response_mask has shape \[7\]"),

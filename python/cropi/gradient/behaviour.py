@@ -118,7 +118,7 @@ def resolve_behaviour(
 
     Raises:
         CropiError: a record without log-probs where they are needed; a model that is needed and not given, or given and
-            not used; a model with active dropout, or with the policy's adapters in it.
+            not used; a model with active dropout, or with the policy's own weights.
     """
     if model is not None:
         given = Policy.of(model).model
@@ -147,11 +147,17 @@ def resolve_behaviour(
 
 
 def _check_apart(model: Any, policy: Any) -> None:
-    """PEFT puts adapters into the model that it is given: this one is then the policy, and all ratios would be 1."""
-    if model is policy or not adapters_in_use(model):
-        return
-    if not {id(p) for p in model.parameters()}.isdisjoint(map(id, policy.parameters())):
+    """Weights that both share are the policy's, after a step of training or adapters that PEFT put into them too: all
+    ratios would be 1. A policy with weights of its own beside them (a soft prompt) is another model."""
+    own, held = ({id(p) for p in one.parameters()} for one in (model, policy))
+    if model is not policy and adapters_in_use(model) and not own.isdisjoint(held):
         raise CropiError(
             "behaviour_model shares its weights with the policy, whose adapters were put into it, so that both are the "
             "same model: load it a second time (or give its name), or copy it before get_peft_model"
+        )
+    if model is policy or own == held:
+        raise CropiError(
+            "behaviour_model holds the very weights of the policy, so that every ratio would be 1, also after they are "
+            "trained: give a copy from before (copy.deepcopy, or its name), or behaviour='current' where the policy "
+            "made the responses"
         )

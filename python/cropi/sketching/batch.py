@@ -83,7 +83,8 @@ def score_batch(
         input_ids: int64 ``[batch, length]``: a prompt and one response a row, padded on either side.
         attention_mask: ``[batch, length]``, 0 for padding; None: there is no padding.
         response_mask: for each token, whether it is scored. Give this or ``labels``.
-        labels: int64 ``[batch, length]``: -100 where a token is not scored, else the token.
+        labels: int64 ``[batch, length]``, as Hugging Face models take them: -100 where a token is not scored, else the
+            token; what stands in the first column is not read.
         prompt_ids: a string or an integer for each row; rows with one of them are responses to one prompt. None: every
             row is a prompt of its own.
         rewards: ``[batch]``: the estimator computes advantages from them, over each prompt's rows. Give one of
@@ -282,11 +283,11 @@ class _Rows:
                     f"{int(self.ids[row, column])}: labels are the tokens in their own places (not shifted), or -100"
                 )
             scored = labels != -100
+            scored[:, 0] = False  # as Hugging Face models shift labels
         else:
             marks = self.each_token("response_mask", response_mask, per_row=False)
             self._check_mask("response_mask", marks, "weights of tokens go into weights or advantages")
             scored = marks != 0
-        scored[:, 0] = False  # no column predicts the first
         before = torch.nn.functional.pad(self.mask[:, :-1], (1, 0)).bool()
         scored = scored & self.mask.bool()
         if bool((scored & ~before).any()):

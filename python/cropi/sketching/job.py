@@ -36,6 +36,10 @@ class DatedTemplate(UserWarning):
     """The chat template prints the date of the day it is rendered on."""
 
 
+class EqualModels(UserWarning):
+    """The model that made the responses has the policy's own weights."""
+
+
 @dataclass(frozen=True)
 class SketchJob(Grouping, Tokens, Running, Storing):
     """Everything that a job depends on besides the model; :func:`make_job` makes one from options.
@@ -276,6 +280,14 @@ def make_manifest(
         | _text_rules(policy, job, scan),
         "dtype": job.store_dtype,
     }
+    if not sha256 and manifest["behaviour"]["model"] == manifest["model"]:
+        warn(
+            "the behaviour model's weights are those of the policy, so that every ratio is 1: right where the policy "
+            "made the responses (behaviour 'current' says so without a second model), and wrong where it was trained "
+            "since; then give the model from before",
+            EqualModels,
+            stacklevel=3,
+        )
     if groups is not None:
         manifest[GROUPS] = [{"name": name, "patterns": list(own)} for name, own in groups.items()]
     if moments is not None:
