@@ -191,7 +191,7 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "a row without a scored token": ({"response_mask": NOTHING}, "row 3 has no scored token"),
     "a token without a prompt": ({"response_mask": EVERYTHING}, r"column \d is scored, but nothing stands before"),
     "a first token": (
-        {"attention_mask": None, "response_mask": EVERYTHING}, "row 0, column 0 is scored, but nothing stands before it",
+        {"attention_mask": None, "response_mask": EVERYTHING}, "row 0, column 0 is scored, but nothing stands before",
     ),
     "shifted labels": ({"response_mask": None, "labels": SHIFTED}, r"labels\[\d, \d\] is .*\(not shifted"),
     "mask too wide": ({"response_mask": torch.ones(7, 9)}, r"response_mask has shape \[7, 9\]: give \[7, 8\]"),
