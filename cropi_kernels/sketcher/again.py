@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +33,11 @@ class Replay:
     ) -> tuple[Replay, list[torch.Tensor]] | None:
         """The replay of a call, and its tensors.
 
-        None where the call may do more than compute its result (fill a cache), or has no tensor with the batch's rows.
+        None where the call may do more than compute its result (fill a cache, count in a buffer), or has no tensor with
+        the batch's rows.
         """
+        if module.training and next(module.buffers(), None) is not None:
+            return None
         leaves, tree = pytree.tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         others = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
@@ -83,10 +87,31 @@ def rows_of(x: torch.Tensor, axis: Axis | None, begin: int, end: int) -> torch.T
     return x if axis is None else x.narrow(axis[0], begin * axis[1], (end - begin) * axis[1])
 
 
+@contextlib.contextmanager
+def random_numbers(device: torch.device) -> Iterator[list[bool]]:
+    """Afterwards torch's random numbers go on as before; the list says whether some were drawn inside."""
+
+    def state() -> list[torch.Tensor]:
+        on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        return [torch.get_rng_state(), *on_device]
+
+    before, drawn = state(), list[bool]()
+    try:
+        yield drawn
+    finally:
+        if not all(map(torch.equal, before, state())):
+            drawn.append(True)
+            torch.set_rng_state(before[0])
+            for one in before[1:]:
+                torch.cuda.set_rng_state(one, device)
+
+
 def same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two results are equal but for the order of sums."""
+    """Whether two results are equal but for the order of sums, and what 16-bit numbers make of it: a few units in the
+    last place."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     size = float(y.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()) if y.numel() else 0.0
-    bound = 2.0**7 * product_eps(y)
+    eps = product_eps(y)
+    bound = max(4 * eps, min(2.0**7 * eps, 2.0**-16))
     return torch.allclose(x.detach(), y.detach(), rtol=bound, atol=bound * size, equal_nan=True)

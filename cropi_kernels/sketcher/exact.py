@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .accumulator import Accumulator
-from .again import Replay, rows_of, same, view_axis
+from .again import Replay, random_numbers, rows_of, same, view_axis
 from .segments import Segments
 from .slab import MatrixSketch
 from .spread import Share, settled
@@ -371,19 +371,22 @@ def _again(
 ) -> Sequence[torch.Tensor | None] | None:
     """Gradients of the rows ``begin`` to ``end``, from the module's call on those rows alone.
 
-    None where that gives other results than the call of all rows did: dropout, rows that are not where they seem. Or
-    where a parameter has no part in it: a hook before the call may have made a weight of it (`weight_norm`).
+    None where that gives other results than the call of all rows did (rows are not where they seem), or draws random
+    numbers: dropout has another mask then, although results may be equal but for rounding. Or where a parameter has no
+    part in it: a hook before the call may have made a weight of it (`weight_norm`).
     """
     call = _Call(replay.module)
     call.open(parameters)
     aliases = [exact.chain[0]._parameters[exact.key] for exact in parameters]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), random_numbers(outputs[0].device) as drawn:
             leaves = replay.run(saved, begin, end)
     except Exception:  # what the module does with fewer rows is its own affair
         return None
     finally:
         call.close()
+    if drawn:
+        return None
     ys, gradients = [], []
     for i, whole, (g, view) in zip(used, outputs, given, strict=True):
         axis = view_axis(view, replay.segments)

@@ -95,3 +95,40 @@ def test_an_input_that_is_changed_later_is_not_used_again() -> None:
     spans, model.in_place = [slice(0, 6), slice(6, 12)], False
     grads = [by_autograd(model, x, w, spans, wide) for wide in (True, False)]
     assert_close(out.sketches, model, *grads)
+
+
+class Dropped(nn.Module):
+    """A residual branch, ``size`` small, with dropout; the mask does not depend on the dtype."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.scale, self.size = nn.Parameter(torch.rand(8)), size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = (torch.rand(x.shape) > 0.3).to(x.dtype)
+        return x + self.size * kept * (x * self.scale)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float32, 1e-6)])
+def test_dropout_has_one_mask_and_random_numbers_go_on_as_before(dtype: torch.dtype, size: float) -> None:
+    """Another mask changes the outputs by less than rounding may, and the gradient of the scale by its own size."""
+    torch.manual_seed(0)
+    model = Dropped(size).to(dtype)
+    x, w, spans = torch.randn(2, 6, 8).to(dtype), torch.randn(2, 6, 8).to(dtype), [slice(0, 6), slice(6, 12)]
+    torch.manual_seed(1)
+    with (
+        GradientSketcher(model, SPEC, verify=False) as sketcher,
+        sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)) as out,
+    ):
+        (model(x) * w).sum().backward()
+    after = torch.get_rng_state()
+    grads: list[list[dict[str, torch.Tensor]]] = [[], []]
+    for kind, found in zip((torch.float64, dtype), grads, strict=True):
+        model.to(kind)
+        for span in spans:
+            model.zero_grad()
+            torch.manual_seed(1)
+            (model(x.to(kind)) * w.to(kind)).flatten(0, 1)[span].sum().backward()
+            found.append({"scale": model.scale.grad.clone()})
+        assert torch.equal(after, torch.get_rng_state())
+    assert_close(out.sketches, model, *grads)
