@@ -157,6 +157,16 @@ def test_token_count_leaves_padding_out() -> None:
         assert sum(batch.tokens for batch in make_batches(GROUPS, ESTIMATOR, layout, budget=64)) == expected
 
 
+def test_masks_are_made_on_the_device() -> None:
+    """The host makes and copies a number for each token, and none for each pair of tokens."""
+    for layout in (SHARED, PADDED):
+        for batch in make_batches(GROUPS, ESTIMATOR, layout, budget=64):
+            there = batch.to("meta")
+            assert there.attention_mask.is_meta and there.attention_mask.shape == batch.attention_mask.shape
+            sizes = [x.numel() for x in vars(batch).values() if isinstance(x, torch.Tensor)]
+            assert max(sizes) == max(batch.input_ids.numel(), batch.targets.numel())
+
+
 def test_prefix_mask_by_hand() -> None:
     got = prefix_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
     assert got == [
