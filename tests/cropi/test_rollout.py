@@ -6,6 +6,7 @@ import errno
 import json
 import shlex
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from support.versions import needs
 import cropi
 from cropi.errors import CropiError, RecordError
 from cropi.rollouts import trial
+from cropi.rollouts.file import RolloutFile
 from cropi.rollouts.hf import FewerRows, HfEngine
 
 
@@ -251,6 +253,37 @@ def test_a_finished_file_takes_more_prompts_and_refuses_other_settings(
 
 def refuse(path: Path, missing_ok: bool = False) -> None:
     raise OSError(errno.EROFS, "no", str(path))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"answer": "8"}, "answer = '1', and now it is '8'"), ({"prompt": "other"}, "prompt = .* and now it is 'other'"),
+        ({"task": "sums"}, "task = None, and now it is 'sums'"),
+    ],
+)  # fmt: skip
+def test_records_of_a_prompt_that_has_changed_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], named: str, finished: bool
+) -> None:
+    model, out, asked = make_model(), tmp_path / "out.jsonl", prompts(4)
+    with monkeypatch.context() as patched, nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+        if not finished:
+            patched.setattr(RolloutFile, "finish", interrupted)
+        rolled(out, model, asked=prompts(3))
+    held = out if finished else out.with_name("out.jsonl.part")
+    before = held.read_bytes()
+    asked[1] |= change
+    with pytest.raises(CropiError, match=f"{held.name} holds the prompt 'p1' with {named}"):
+        rolled(out, model, asked=asked)
+    assert held.read_bytes() == before
+    # A prompt that is left out now may be there with anything.
+    rest = [asked[0], *asked[2:]]
+    assert [record["id"] for record in rolled(out, model, asked=rest)] == ["p0", "p2", "p3"]
+
+
+def interrupted(*args: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def rolled_part(out: Path, model: Any) -> None:

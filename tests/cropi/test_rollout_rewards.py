@@ -125,7 +125,9 @@ def test_rewards_that_cannot_be_had(tmp_path: Path, name: str, problem: str) -> 
     [
         ("42", "so it is 42.", 1.0), ("#### 1,234", "The answer is $1234$", 1.0), ("steps\n#### 7", "7", 1.0),
         (r"\frac{1}{2}", r"\boxed{0.5}", 1.0), ("x^2+1", "$1 + x^2$", 1.0), ("(1,2)", r"\boxed{(1,2)}", 1.0),
-        ("42", "43", 0.0), ("42", "no idea", 0.0), (7, "7", 1.0),
+        ("42", "43", 0.0), ("42", "no idea", 0.0), (7, "7", 1.0), (["7"], "7", 1.0), ("42.", "$42$", 1.0),
+        ("18 dollars", r"\boxed{18}", 1.0), ("72.5 km/h", "$72.5$", 1.0), ("$18", "18", 1.0),
+        (r"the end is \boxed{2\pi}", r"$2\pi$", 1.0),
     ],
 )  # fmt: skip
 def test_answers_are_verified(answer: Any, response: str, reward: float) -> None:
@@ -135,6 +137,37 @@ def test_answers_are_verified(answer: Any, response: str, reward: float) -> None
     from cropi.rollouts.verifiers import Math
 
     assert Math()("question", response, answer=answer) == reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        (r"2\sqrt{3}", "2"), (r"2\pi", "2"), ("10^{6}", "10"), (r"1+\sqrt{2}", "1"), ("3x", "3"), ("7!", "7"),
+        (r"11\frac{1}{2}", r"\frac{1}{2}"), (r"(-\infty, 3)", "3"), (r"3 \cdot 4", "4"), ("2,3", "2.3"),
+        (r"\frac 12", "12"), ("x = 5 or x = 3", "3"), ("3+4i", "3"), (r"0.\overline{3}", "0"), ("-3<x<4", "-3"),
+    ],
+)  # fmt: skip
+def test_an_expression_that_is_not_marked_is_compared_whole(answer: str, part: str) -> None:
+    pytest.importorskip(
+        "math_verify", reason="math-verify is not installed (the extra 'rollout', part of 'test')"
+    )
+    from cropi.rollouts.verifiers import Math
+
+    for form in (r"so it is $\boxed{%s}$.", r"\boxed{%s}", "It is $%s$."):
+        assert Math()("question", form % answer, answer=answer) == 1.0
+        assert Math()("question", form % part, answer=answer) == 0.0
+
+
+@pytest.mark.parametrize("reward", ["math", "exact"])
+def test_several_answers_are_named_before_work_begins(tmp_path: Path, reward: str) -> None:
+    if reward == "math":
+        pytest.importorskip(
+            "math_verify", reason="math-verify is not installed (the extra 'rollout', part of 'test')"
+        )
+    rows = prompts()
+    rows[1]["answer"] = ["1", "2"]
+    with pytest.raises(RecordError, match=r"prompts\[1\].*the answer \['1', '2'\] is not one text or number"):
+        rolled(tmp_path / "out.jsonl", make_model(), reward=reward, asked=rows)
 
 
 def test_an_answer_that_is_no_formula_is_named_before_work_begins(tmp_path: Path) -> None:

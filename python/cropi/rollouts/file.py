@@ -1,9 +1,9 @@
 """The file of a rollout: finished prompts go into ``OUT.part``, and into ``OUT`` in the prompts' order at the end.
 
 The first line of ``OUT.part`` holds the settings; every line ends with its checksum. A run that is started again with
-the same settings goes on with the prompts that are missing; with other settings it raises an error that names what
-differs. Every record carries a hash of the settings under ``rollout``. So a finished file can be recognised too: more
-prompts are added to it, and nothing is sampled twice.
+the same settings goes on with the prompts that are missing; with other settings, or where a prompt's row is another one
+than it was, it raises an error that names what differs. Every record carries a hash of the settings under ``rollout``. So
+a finished file can be recognised too: more prompts are added to it, and nothing is sampled twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,13 +46,19 @@ class RolloutFile:
     Args:
         out: the file to be written.
         settings: what the records depend on, in JSON's types.
+        row_of: the row of a prompt by its id, in JSON's types; None of one that is not rolled out now.
 
     Raises:
-        CropiError: it was begun with other settings, is written by another process, is not of a rollout, or cannot be
-            written.
+        CropiError: it was begun with other settings or other rows, is written by another process, is not of a rollout,
+            or cannot be written.
     """
 
-    def __init__(self, out: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        settings: Mapping[str, Any],
+        row_of: Callable[[str], Mapping[str, Any] | None] = lambda name: None,
+    ) -> None:
         self.out = Path(out)
         if self.out.suffix not in (".jsonl", ".json", ".ndjson"):
             raise CropiError(
@@ -62,6 +68,7 @@ class RolloutFile:
             raise CropiError(f"out: {out} is a folder; give the path of a file")
         self.part = self.out.with_name(self.out.name + ".part")
         self.settings = json.loads(json.dumps(dict(settings)))
+        self._row_of = row_of
         self.mark = hash_of(self.settings)
         self.places: dict[str, int] = {}
         # By which versions of the reward function what is there was scored.
@@ -173,6 +180,7 @@ class RolloutFile:
                 self.notes = {key: value for key, value in held.items() if key != MARK}
                 first = False
             else:
+                self._check_row(held, self.part)
                 self.places[str(held.get("id"))] = start
                 self.scorers[str(held.get(SCORER, ""))] += 1
 
@@ -188,6 +196,17 @@ class RolloutFile:
                     f"{REMEDY.format(path=path)}"
                 )
 
+    def _check_row(self, held: Mapping[str, Any], path: Path) -> None:
+        """Check that a record is of the prompt that its id names now."""
+        name = str(held.get("id"))
+        for key, now in (self._row_of(name) or {}).items():
+            if (before := held.get(key)) != now:
+                raise CropiError(
+                    f"out: {path} holds the prompt {name!r:.100} with {key} = {shown(before)}, and now it is "
+                    f"{shown(now)}: its responses and rewards are of the one before; give a prompt that has changed an id of "
+                    f"its own, give another --out, or remove {path}"
+                )
+
     def _take(self) -> None:
         """Take the records of the finished file over."""
         self.begin({})
@@ -201,6 +220,7 @@ class RolloutFile:
                         f"{REMEDY.format(path=self.out)}"
                     )
                 if str(held.get("id")) not in self.places:
+                    self._check_row(held, self.out)
                     self._append(held)
                     self.scorers[str(held.get(SCORER, ""))] += 1
 

@@ -103,7 +103,8 @@ def run(
     Raises:
         CropiError: what is wrong with the file, the engine, or a reward.
     """
-    file = RolloutFile(out, job.settings)
+    rows = {prompt.id: prompt for prompt in job.prompts}
+    file = RolloutFile(out, job.settings, lambda name: rows[name].row if name in rows else None)
     report = RolloutReport(file.out, skipped=list(job.bad))
     with file.opened():
         requests = [Request(p.id, p.ids, p.row.get("prompt"), _options(p)) for p in job.prompts]

@@ -19,14 +19,23 @@ class Exact:
     needs = ("answer",)
 
     def __call__(self, prompt: Any, response: str, answer: Any) -> float:
-        return float(response.strip() == str(answer).strip())
+        return float(response.strip() == _text(answer))
+
+    def check(self, answer: Any) -> None:
+        """Whether the answer can be compared with.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        _text(answer)
 
 
 class Math:
     """The response's last mathematical expression equals the answer, by the package math-verify.
 
-    The answer may be a number or an expression in LaTeX or plain text, with or without ``$`` or ``\\boxed``; of a
-    solution that ends in ``#### 42`` (GSM8K) it is what stands there.
+    The answer may be a number or an expression in LaTeX or plain text, with or without ``$`` or ``\\boxed``: without
+    them the whole of it is one expression. Of a number with its unit in words (``18 dollars``) it is the number, of a
+    solution that ends in ``#### 42`` (GSM8K) what stands there.
 
     Raises:
         ModuleNotFoundError: the package is not installed; names the pip command.
@@ -53,9 +62,11 @@ class Math:
         self._gold(_written(answer))
 
     def _parsed(self, text: str) -> Any:
-        parsed = self._verify.parse(text, parsing_timeout=self._limit())
-        if not parsed and not _is_prose(text):
-            parsed = self._verify.parse(f"${text}$", parsing_timeout=self._limit())
+        # Of LaTeX that is not marked the package takes one number: 2 of 2\sqrt{3}.
+        whole = text and not _is_marked(text) and not _is_prose(text)
+        parsed = self._verify.parse(
+            f"\\boxed{{{text}}}" if whole else text, parsing_timeout=self._limit()
+        )
         if not parsed:
             raise ValueError(f"the answer {shown(text)} is not a mathematical expression")
         return parsed
@@ -66,13 +77,32 @@ class Math:
         return SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
+def _text(answer: Any) -> str:
+    """A reference answer as text; of a list with one answer, that one.
+
+    Raises:
+        ValueError: it is several answers, or an object.
+    """
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if isinstance(answer, (list, dict)):
+        raise ValueError(f"the answer {shown(answer)} is not one text or number")
+    return str(answer).strip()
+
+
 def _written(answer: Any) -> str:
-    return str(answer).rpartition("####")[2].strip()
+    return _text(answer).rpartition("####")[2].strip().removesuffix(".")
+
+
+def _is_marked(text: str) -> bool:
+    """Whether it says itself where its expressions are."""
+    return re.search(r"\\boxed|\\\(|\\\[|(?<!\\)\$.*(?<!\\)\$", text, re.DOTALL) is not None
 
 
 def _is_prose(text: str) -> bool:
-    """Words without LaTeX, which a parser takes for a product of letters."""
-    return "\\" not in text and re.search(r"[A-Za-z]{5,}|[A-Za-z]{2,}\s+[A-Za-z]{2,}", text) is not None
+    """Words without LaTeX, which a parser takes for a product of letters; also the unit of a number."""
+    words = r"[A-Za-z]{5,}|[A-Za-z]{2,}\s+[A-Za-z]{2,}|\d\s+(?!(?:and|or|pi|sin|cos|tan|log|ln)\b)[A-Za-z]{2,}"
+    return "\\" not in text and re.search(words, text) is not None
 
 
 VERIFIERS: dict[str, Callable[[], Callable[..., Any]]] = {"math": Math, "exact": Exact}
