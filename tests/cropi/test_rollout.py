@@ -259,7 +259,8 @@ def refuse(path: Path, missing_ok: bool = False) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"answer": "8"}, "answer = '1', and now it is '8'"), ({"prompt": "other"}, "prompt = .* and now it is 'other'"),
+        ({"answer": "8"}, "answer = '1', and now it is '8'"),
+        ({"prompt": "other"}, "prompt = .* and now it is 'other'"),
         ({"task": "sums"}, "task = None, and now it is 'sums'"),
     ],
 )  # fmt: skip

@@ -2,8 +2,8 @@
 
 The first line of ``OUT.part`` holds the settings; every line ends with its checksum. A run that is started again with
 the same settings goes on with the prompts that are missing; with other settings, or where a prompt's row is another one
-than it was, it raises an error that names what differs. Every record carries a hash of the settings under ``rollout``. So
-a finished file can be recognised too: more prompts are added to it, and nothing is sampled twice.
+than it was, it raises an error that names what differs. Every record carries a hash of the settings under ``rollout``.
+So a finished file can be recognised too: more prompts are added to it, and nothing is sampled twice.
 """
 
 from __future__ import annotations
@@ -203,8 +203,8 @@ class RolloutFile:
             if (before := held.get(key)) != now:
                 raise CropiError(
                     f"out: {path} holds the prompt {name!r:.100} with {key} = {shown(before)}, and now it is "
-                    f"{shown(now)}: its responses and rewards are of the one before; give a prompt that has changed an id of "
-                    f"its own, give another --out, or remove {path}"
+                    f"{shown(now)}: its responses and rewards are of the one before; give a prompt that has changed an "
+                    f"id of its own, give another --out, or remove {path}"
                 )
 
     def _take(self) -> None:

@@ -64,9 +64,7 @@ class Math:
     def _parsed(self, text: str) -> Any:
         # Of LaTeX that is not marked the package takes one number: 2 of 2\sqrt{3}.
         whole = text and not _is_marked(text) and not _is_prose(text)
-        parsed = self._verify.parse(
-            f"\\boxed{{{text}}}" if whole else text, parsing_timeout=self._limit()
-        )
+        parsed = self._verify.parse(f"\\boxed{{{text}}}" if whole else text, parsing_timeout=self._limit())
         if not parsed:
             raise ValueError(f"the answer {shown(text)} is not a mathematical expression")
         return parsed
@@ -101,7 +99,9 @@ def _is_marked(text: str) -> bool:
 
 def _is_prose(text: str) -> bool:
     """Words without LaTeX, which a parser takes for a product of letters; also the unit of a number."""
-    words = r"[A-Za-z]{5,}|[A-Za-z]{2,}\s+[A-Za-z]{2,}|\d\s+(?!(?:and|or|pi|sin|cos|tan|log|ln)\b)[A-Za-z]{2,}"
+    words = (
+        r"[A-Za-z]{5,}|[A-Za-z]{2,}\s+[A-Za-z]{2,}|\d\s+(?!(?:and|or|pi|sin|cos|tan|log|ln)\b)[A-Za-z]{2,}"
+    )
     return "\\" not in text and re.search(words, text) is not None
 
 
