@@ -14,7 +14,8 @@ from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches, plan_rows
 from cropi.gradient.estimators import ESTIMATORS, sequence_behaviour
-from cropi.gradient.layout import Layout, additive_if_eager, choose_layout, prefix_mask
+from cropi.gradient.layout import Layout, choose_layout
+from cropi.gradient.masks import additive, additive_if_eager, prefix_mask
 from cropi.gradient.tokenize import TokenGroup
 from cropi_kernels import GradientSketcher, SketchSpec
 
@@ -165,6 +166,55 @@ def test_masks_are_made_on_the_device() -> None:
             assert there.attention_mask.is_meta and there.attention_mask.shape == batch.attention_mask.shape
             sizes = [x.numel() for x in vars(batch).values() if isinstance(x, torch.Tensor)]
             assert max(sizes) == max(batch.input_ids.numel(), batch.targets.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_attention_keeps_one_mask_for_all_layers(dtype: torch.dtype) -> None:
+    """Torch makes numbers of a bool mask in every layer, and keeps them for the backward pass."""
+    model = make_model("llama", num_hidden_layers=3).to(dtype)
+    layout = choose_layout(model)
+    assert layout.added == dtype
+    (batch,) = make_batches(GROUPS[:1], ESTIMATOR, layout)
+    length = batch.input_ids.shape[1]
+
+    def run(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
+        kept: dict[int, torch.Size] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            if x.shape[-2:] == (length, length):
+                kept[x.untyped_storage().data_ptr()] = x.shape
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            logits = model(batch.input_ids, attention_mask=mask, position_ids=batch.position_ids).logits
+        return logits, len(kept)
+
+    want, many = run(batch.attention_mask)
+    got, one = run(layout.handed(batch.attention_mask))
+    assert (many, one) == (3, 1) and torch.equal(got, want)
+
+
+def test_a_model_that_takes_bool_masks_alone_is_handed_these() -> None:
+    model = make_model("llama")
+    model.set_attn_implementation("eager")
+    assert choose_layout(model).added is None, "the sketcher itself makes the mask of eager attention"
+    model.set_attn_implementation("sdpa")
+    forward = model.model.forward
+
+    def wants_bool(attention_mask: torch.Tensor | None = None, **rest: Any) -> Any:
+        mask = attention_mask if attention_mask is None or attention_mask.ndim == 2 else attention_mask != 0
+        return forward(attention_mask=mask, **rest)
+
+    model.model.forward = wants_bool
+    layout = choose_layout(model)
+    assert layout.shared and layout.added is None
+
+
+def test_masks_that_are_added_begin_where_attention_reads_them_without_a_copy() -> None:
+    seen = prefix_mask(torch.tensor([[0, 0, 1, 1, 2, -1], [0, 1, 1, 2, 2, 3]]))
+    got = additive(seen, torch.bfloat16)
+    assert got.dtype == torch.bfloat16 and got.stride(-1) == 1 and all(n % 8 == 0 for n in got.stride()[:-1])
+    assert torch.equal(got == 0, seen) and torch.equal(got == -torch.inf, ~seen)
 
 
 def test_prefix_mask_by_hand() -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from cropi.gradient.estimators import Estimator
-from cropi.gradient.layout import Layout, prefix_mask
+from cropi.gradient.layout import Layout
+from cropi.gradient.masks import prefix_mask
 from cropi.gradient.tokenize import TokenGroup
 
 

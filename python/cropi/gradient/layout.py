@@ -20,6 +20,7 @@ import torch
 
 from cropi.errors import CropiError, warn
 from cropi.gradient.layout_trial import LayoutTrial
+from cropi.gradient.masks import additive
 from cropi.model.policy import Policy
 from cropi_kernels.sketcher.lengths import Lengths, measure_lengths
 from cropi_kernels.sketcher.precision import unwrapped
@@ -41,6 +42,7 @@ class Layout:
         note: why the layout is not the shared one, to be shown to the user.
         lengths: which rows may be in one batch, of a model that scales positions by the longest row of a batch.
         trial: what the model was tried on; longer rows are tried before they are used. None: it is taken as it is.
+        added: the dtype of the mask that the model's attention adds to its scores; None: it is handed a bool one.
     """
 
     shared: bool
@@ -50,6 +52,7 @@ class Layout:
     note: str = ""
     lengths: Lengths = Lengths()
     trial: LayoutTrial | None = field(default=None, repr=False, compare=False)
+    added: torch.dtype | None = None
 
     def shares(self, shortest: int, longest: int, name: str) -> bool:
         """Whether a group may be shared whose shortest prompt + response has ``shortest`` tokens, the longest
@@ -87,6 +90,10 @@ class Layout:
             raise CropiError(f"layout 'shared': {problem}; pass --layout auto or --layout padded")
         return replace(self, shared=False, note=f"prompts are not shared between responses: {problem}")
 
+    def handed(self, mask: torch.Tensor) -> torch.Tensor:
+        """A mask of a batch as the model is handed it."""
+        return mask if self.added is None or mask.ndim != 4 else additive(mask, self.added)
+
     def take(self, prompt: Sequence[int], responses: Sequence[Sequence[int]], name: str) -> bool:
         """Whether this row may be shared: the model is tried on it, unless it was on a longer one.
 
@@ -121,7 +128,13 @@ def choose_layout(model: Any, asked: str = "auto") -> Layout:
     if trial.passes(made[:5], [made[5:9], made[9:13]]):
         cost = attention_cost(trial.model)
         return Layout(
-            True, sliding_window(trial.model), asked == "shared", cost, lengths=lengths, trial=trial
+            True,
+            sliding_window(trial.model),
+            asked == "shared",
+            cost,
+            lengths=lengths,
+            trial=trial,
+            added=trial.takes_added(made[:5], [made[5:9], made[9:13]]),
         )
     if asked == "shared":
         raise CropiError(
@@ -135,31 +148,6 @@ def layout_of(policy: Policy, asked: str = "auto") -> Layout:
     """:func:`choose_layout` for a policy; the model is asked once for each kind of attention."""
     attention = getattr(getattr(policy.model, "config", None), "_attn_implementation", None)
     return policy.once(("layout", asked, attention), lambda: choose_layout(policy.model, asked))
-
-
-def prefix_mask(blocks: torch.Tensor) -> torch.Tensor:
-    """The shared layout's mask from each token's block: 0 = prompt, r = r-th response, -1 = padding.
-
-    Args:
-        blocks: int64 ``[B, L]``.
-
-    Returns:
-        bool ``[B, 1, L, L]``: True where the token of the row (dim 2) attends to that of the column (dim 3).
-        Padding attends to itself alone, so that no softmax runs over nothing.
-    """
-    query, key = blocks[:, :, None], blocks[:, None, :]
-    # In place: a mask of 8 rows of 4096 tokens has 128 MiB.
-    seen = (key == query).logical_or_(key == 0).logical_and_(query >= 0).tril_()
-    seen.diagonal(dim1=1, dim2=2).fill_(True)
-    return seen[:, None]
-
-
-def additive_if_eager(model: Any, mask: torch.Tensor) -> torch.Tensor:
-    """The mask as the sketcher hands it on: eager attention adds its mask to the scores, so False becomes -inf."""
-    if mask.ndim != 4 or getattr(model.config, "_attn_implementation", None) != "eager":
-        return mask
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
 
 
 def sliding_window(model: Any) -> int | None:

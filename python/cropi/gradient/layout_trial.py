@@ -23,11 +23,13 @@ that flip). A neighbour's tokens come in by a leak alone: no token may differ by
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from cropi.gradient.masks import additive, additive_if_eager, prefix_mask
 from cropi_kernels.sketcher.decoder import evaluating, split_parts
 from cropi_kernels.sketcher.hooks import hooked
 from cropi_kernels.sketcher.precision import own_precision, product_eps
@@ -55,6 +57,26 @@ class LayoutTrial:
             self.problem = self._problem(list(prompt), [list(ids) for ids in responses])
             self.longest, self.furthest = max(length, self.longest), max(distance, self.furthest)
         return not self.problem
+
+    @torch.no_grad()
+    def takes_added(self, prompt: list[int], responses: list[list[int]]) -> torch.dtype | None:
+        """The dtype of an additive mask that gives the same bits as the bool one; None: there is none.
+
+        It is tried where torch's attention would make one of each bool mask, in the dtype that most weights have.
+        """
+        if getattr(self.model.config, "_attn_implementation", None) != "sdpa":
+            return None
+        sizes: Counter[torch.dtype] = Counter()
+        for p in self.model.parameters():
+            sizes[p.dtype] += p.numel() if p.is_floating_point() else 0
+        (dtype, _), *_ = sizes.most_common(1)
+        with evaluating(self.model), own_precision(self.model):
+            try:
+                made = self._shared(prompt, responses, dtype)
+            except (TypeError, ValueError, RuntimeError):  # its attention computes in another dtype
+                return None
+            same = all(map(torch.equal, made, self._shared(prompt, responses)))
+        return dtype if same else None
 
     @torch.no_grad()
     def _problem(self, prompt: list[int], responses: list[list[int]]) -> str:
@@ -111,9 +133,9 @@ class LayoutTrial:
             f"{float(noise.max()):.1g}), so its layers do not follow a custom mask and position_ids"
         )
 
-    def _shared(self, prompt: list[int], responses: list[list[int]]) -> list[torch.Tensor]:
-        from cropi.gradient.layout import additive_if_eager, prefix_mask
-
+    def _shared(
+        self, prompt: list[int], responses: list[list[int]], added: torch.dtype | None = None
+    ) -> list[torch.Tensor]:
         sizes, device = [len(ids) for ids in responses], self._device
         blocks = [0] * len(prompt) + [k for k, n in enumerate(sizes, 1) for _ in range(n)]
         places = [*range(len(prompt)), *(len(prompt) + t for n in sizes for t in range(n))]
@@ -121,7 +143,7 @@ class LayoutTrial:
         row = [*prompt, *(token for ids in responses for token in ids)]
         hidden = self._hidden(
             [row],
-            attention_mask=additive_if_eager(self.model, mask),
+            attention_mask=additive_if_eager(self.model, mask) if added is None else additive(mask, added),
             position_ids=torch.tensor([places], device=device),
         )
         return list(hidden[len(prompt) :].split(sizes))

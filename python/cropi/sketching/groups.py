@@ -129,7 +129,7 @@ def sketch_groups(
                 summary,
                 str(store.path),
                 bar.write,
-                plan.lengths,
+                plan,
                 zero_check,
                 participant,
                 others,

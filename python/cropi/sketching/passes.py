@@ -25,7 +25,6 @@ from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
 from cropi_kernels.sketcher.formed import FormedSketcher
-from cropi_kernels.sketcher.lengths import Lengths
 from cropi_kernels.sketcher.sharded import device_of
 
 Finished = tuple[RowInfo, torch.Tensor | None]
@@ -74,7 +73,7 @@ class Passes:
         summary: counts and times are added to it.
         keeps: where finished prompts are, for the message when a device's memory is too small.
         say: takes a line for the user.
-        lengths: which rows may be in one batch.
+        layout: how the rows are laid out.
         zero_check: a gradient that is rounding and nothing else is "zero gradient".
         participant: how other processes take part in what is run here.
         others: takes the sketches by other specs, where the taps have some.
@@ -89,14 +88,14 @@ class Passes:
         summary: Summary,
         keeps: str,
         say: Callable[[str], Any],
-        lengths: Lengths,
+        layout: Layout,
         zero_check: bool = True,
         participant: chunks.Participant | None = None,
         others: Others | None = None,
     ) -> None:
         self.others = others
         self.participant = participant or chunks.EveryChunk()
-        self.lengths, self.zero_check = lengths, zero_check
+        self.layout, self.zero_check = layout, zero_check
         self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
         self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
         self.device = device_of(sketcher.model)
@@ -202,7 +201,7 @@ class Passes:
             # The ratio of a response is known with its last token, but weights are asked for chunk by chunk.
             whole=self.estimator.level == "sequence" and behaviour is not None,
             num_segments=int(batch.segments[-1]) + 1,
-            attention_mask=batch.attention_mask,
+            attention_mask=self.layout.handed(batch.attention_mask),
             position_ids=batch.position_ids,
             temperature=batch.temperature,
         )
@@ -233,7 +232,7 @@ class Passes:
     def _sizes(self, group: TokenGroup, budget: int, stored: bool) -> float:
         """The root of the sum of squares of its responses' gradients, each in a segment of its own."""
         total = 0.0
-        padded = Layout(shared=False, lengths=self.lengths)
+        padded = Layout(shared=False, lengths=self.layout.lengths)
         for batch in make_batches([group], self.estimator, padded, budget=budget, stored_behaviour=stored):
             count = batch.input_ids.shape[0]
             rows = replace(
