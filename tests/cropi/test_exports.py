@@ -322,11 +322,20 @@ def test_verl_text_dumps_are_read_and_called_lossy(
     # With the dataset the prompts have their ids and messages again.
     rows = [{"prompt": r["prompt"], "extra_info": {"index": i + 10}} for i, r in enumerate(records)]
     write_lines(tmp_path / "data.jsonl", rows)
-    assert cropi(*convert, "--dataset", tmp_path / "data.jsonl", "--model", tmp_path / "model") == 0
-    found = {group.id: group for group in read_trajectories(tmp_path / "t.jsonl")}
-    assert {name: group.prompt for name, group in found.items()} == {
-        str(i + 10): record["prompt"] for i, record in enumerate(records)}  # fmt: skip
-    assert found["10"].responses == records[0]["responses"]
+    rows[0]["prompt"] = [rows[0]["prompt"][0] | {"name": "a"}]  # of which the other rows of a table hold an empty one
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    (tmp_path / "dumps").mkdir()
+    dumps = [file.rename(tmp_path / "dumps" / file.name) for file in files]
+    for data, given in (("data.jsonl", [*dumps, "--source", "verl"]), ("data.parquet", [tmp_path / "dumps"])):
+        source = [*given, "--out", tmp_path / "t.jsonl"]
+        dataset = ["--dataset", tmp_path / data, "--model", tmp_path / "model"]
+        assert cropi("convert", *source, *dataset) == 0
+        found = {group.id: group for group in read_trajectories(tmp_path / "t.jsonl")}
+        assert {name: group.prompt for name, group in found.items() if name != "10"} == {
+            str(i + 10): record["prompt"] for i, record in enumerate(records) if i}  # fmt: skip
+        assert found["10"].responses == records[0]["responses"]
+    files = dumps
+    convert[1:3] = dumps
     assert cropi(*convert, "--id-key", "nothing") == 2
     assert "'nothing': is missing in this row, which holds 'input', 'output'" in capsys.readouterr().err
     with pytest.raises(CropiError, match="no row of the dataset renders"), pytest.warns(LossyTokens):

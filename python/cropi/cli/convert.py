@@ -96,21 +96,22 @@ def run(args: argparse.Namespace) -> int:
     from cropi.data.forms import parse_columns
     from cropi.errors import CropiError, printable
     from cropi.files import check_outputs
-    from cropi.trainers.dumps.auto import Reading, groups_of
+    from cropi.trainers.dumps.auto import Reading, expanded, groups_of
     from cropi.trainers.dumps.fields import Left
-    from cropi.trainers.dumps.recognise import recognise
+    from cropi.trainers.dumps.recognise import WORDS, recognise
     from cropi.trainers.dumps.rollout import write_groups
 
     if args.trust_remote_code and not args.model:
         args.parser.error("--trust-remote-code is for --model, which is not given; leave it out")
     check_outputs({"--out": args.out}, {"FILE": args.files, "--dataset": [args.dataset]})
     source = args.source
+    if source == "auto" and (args.dataset or args.model or args.reward):
+        source = recognise(expanded(args.files, lambda line: None)[0]).source
     if args.dataset or args.model:
-        source = recognise(args.files[0]).source if source == "auto" else source
         if source not in ("verl", "openai"):
             raise CropiError(
-                f"--dataset and --model are for verl's text dumps and for chat completions; the dumps of {source} hold "
-                "the prompts"
+                f"--dataset and --model are for verl's text dumps and for chat completions; {WORDS[source]} hold the "
+                "prompts"
             )
         if source == "verl" and not (args.dataset and args.model):
             raise CropiError(
@@ -120,10 +121,9 @@ def run(args: argparse.Namespace) -> int:
     if args.reward:
         from cropi.trainers.dumps.scoring import Scorer
 
-        source = recognise(args.files[0]).source if source == "auto" else source
         if source not in ("vllm", "openai"):
             raise CropiError(
-                f"--reward is for vLLM's outputs and chat completions; the dumps of {source} hold rewards"
+                f"--reward is for vLLM's outputs and chat completions; {WORDS[source]} hold rewards"
             )
         scorer = Scorer(args.reward)
     if args.allow_pickle:

@@ -22,6 +22,7 @@ from cropi.data.keys import ALIASES, FIELDS
 from cropi.errors import CropiError, RecordError, did_you_mean, shown
 
 RECORD, RESPONSE, CONVERSATION, PROMPT = "record", "response", "conversation", "prompt"
+HASHED = "text-"  # what ids begin with that are hashes
 # What a row that holds one response calls the parts of a record, and what it is in the record.
 SINGLE = {
     "response": "responses", "completion": "responses", "reward": "rewards", "response_ids": "response_ids",
@@ -179,8 +180,12 @@ def content_id(record: Mapping[str, Any]) -> str:
     ids = record.get("prompt_ids", record.get("prompt_token_ids"))
     prompt = record.get("prompt", record.get("messages"))
     content = [prompt if prompt is not None else ids, record.get("answer"), record.get("tools")]
-    text = json.dumps(content, sort_keys=True, default=repr)
-    return "text-" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashed(json.dumps(content, sort_keys=True, default=repr))
+
+
+def hashed(text: str) -> str:
+    """An id made from a text."""
+    return HASHED + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def joined(rows: list[dict[str, Any]], wheres: list[str]) -> dict[str, Any]:

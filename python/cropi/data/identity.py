@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cropi.data.forms import HASHED
 from cropi.data.prompt_ids import PromptIds, column_values
 from cropi.data.records import PromptGroup
 from cropi.data.spilled import Rows
@@ -77,8 +78,7 @@ def _check_rows(
     if missing:
         raise CropiError(
             f"dataset: {path}: {len(missing)} of {len(records)} selected prompts have no row, for example "
-            f"{missing[0]!r} (its column {ids.column!r} holds, for example, {ids.names[0]!r}); give the dataset "
-            "that the rollouts were made from"
+            f"{missing[0]!r} (its column {ids.column!r} holds, for example, {ids.names[0]!r}); {_remedy(missing[0])}"
         )
     key = next((name for name in PROMPT_KEYS if name in columns), None)
     if key is None:
@@ -93,6 +93,15 @@ def _check_rows(
                 f"holds {shown(there)}, and the trajectories hold {shown(record.prompt)}; name the column with the "
                 "trajectories' ids with --id-key"
             )
+
+
+def _remedy(missing: str) -> str:
+    if not missing.startswith(HASHED):
+        return "give the dataset that the rollouts were made from"
+    return (
+        "the trajectories name no ids, so that theirs are hashes of their prompts: give them the dataset's ids (of verl's "
+        "text `cropi convert --dataset FILE --model MODEL` finds these by the prompts), or leave the dataset out"
+    )
 
 
 def _comparable(prompt: Any) -> Any:

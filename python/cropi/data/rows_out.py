@@ -111,10 +111,10 @@ def check_table(rows: Rows) -> None:
 
 def taken(table: Any, places: Sequence[int]) -> Any:
     """Rows of a pyarrow table, in this order, with its schema; columns may be larger than 2 GiB."""
-    if table.nbytes <= LARGEST_COLUMN:
-        return table.take(places)
-    # take() puts the parts of a column together, whose offsets then do not fit into 32 bits: rows are cut one by one.
     pyarrow = optional("pyarrow")
+    if table.nbytes <= LARGEST_COLUMN:
+        return table.take(pyarrow.array(places, pyarrow.int64()))
+    # take() puts the parts of a column together, whose offsets then do not fit into 32 bits: rows are cut one by one.
     return pyarrow.concat_tables([table.slice(place, 1) for place in places]) if places else table.slice(0, 0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cropi.data.forms import hashed
 from cropi.data.keys import FIELDS, RENDERED
 from cropi.data.records import PromptGroup, parse_record
 from cropi.data.spilled import Spilled
@@ -48,7 +48,7 @@ class Rollout:
 
 def text_id(text: str) -> str:
     """A prompt id made from the prompt's text, for dumps that carry none: equal texts have equal ids."""
-    return "text-" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashed(text)
 
 
 def messages(value: Any) -> Any:

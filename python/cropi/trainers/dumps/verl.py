@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.data.formats import ending_of
+from cropi.data.values import without_empty
 from cropi.errors import CropiError, optional
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, names, prompt_id, shown, whole
 from cropi.trainers.dumps.lines import json_lines
@@ -81,7 +82,7 @@ def prompts_by_text(rows: Any, ids: list[str], tokenizer: Any, prompt_key: str =
     """
     by_text: dict[str, Any] = {}
     for name, row in zip(ids, rows, strict=True):
-        messages = row[prompt_key]
+        messages = without_empty(row[prompt_key])
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
