@@ -99,8 +99,8 @@ def _remedy(missing: str) -> str:
     if not missing.startswith(HASHED):
         return "give the dataset that the rollouts were made from"
     return (
-        "the trajectories name no ids, so that theirs are hashes of their prompts: give them the dataset's ids (of verl's "
-        "text `cropi convert --dataset FILE --model MODEL` finds these by the prompts), or leave the dataset out"
+        "the trajectories name no ids, so that theirs are hashes of their prompts: give them the dataset's ids (of "
+        "verl's text `cropi convert --dataset FILE --model MODEL` finds these by the prompts), or leave the dataset out"
     )
 
 
