@@ -25,6 +25,7 @@ from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .again import Replay, random_numbers, rows_of, same, view_axis
+from .precision import autocast_eps, product_eps
 from .segments import Segments
 from .slab import MatrixSketch
 from .spread import Share, settled
@@ -209,8 +210,8 @@ class ExactTaps:
             return y
         edges = {exact: edge for exact, edge in call.edges.items() if exact not in call.taken}
         if any(exact.chain[0] is not call.module for exact in edges):
-            reached = _reached(ys)
-            edges = {exact: edge for exact, edge in edges.items() if edge.node in reached}
+            behind = nodes_behind(ys)
+            edges = {exact: edge for exact, edge in edges.items() if edge.node in behind}
         call.taken.update(edges)
         if not edges:
             return y
@@ -258,7 +259,7 @@ class ExactTaps:
         """What forms and adds the gradients of one call's parameters, when those of its outputs ``ys`` arrive."""
         segments, acc = self._batch, self.acc
         assert segments is not None
-        names = ", ".join(exact.name for exact in edges)
+        names, cast = ", ".join(exact.name for exact in edges), autocast_eps(ys[0].device)
 
         @torch.no_grad()  # a backward pass that is differentiated again records its operations
         def sink(grads: Sequence[torch.Tensor | None], saved: Sequence[torch.Tensor] | None) -> None:
@@ -275,6 +276,7 @@ class ExactTaps:
                     used.append(i)
             if not given:
                 return
+            unit = max(cast, *(product_eps(g) for g, _ in given)) / 2
             with acc.timed(), acc.deaf():
                 for s, (begin, end) in enumerate(segments.bounds):
                     if begin == end:
@@ -289,7 +291,7 @@ class ExactTaps:
                         gradients = torch.autograd.grad(
                             outputs, list(edges.values()), mine, retain_graph=True, allow_unused=True
                         )
-                    self._add(edges, gradients, s, segments)
+                    self._add(edges, gradients, s, segments, unit)
 
         return sink
 
@@ -312,14 +314,16 @@ class ExactTaps:
         gradients: Sequence[torch.Tensor | None],
         segment: int,
         segments: Segments,
+        unit: float,
     ) -> None:
-        """Add the gradients of one segment to its sketch; None: the parameter took no part."""
+        """Add the gradients of one segment to its sketch; None: the parameter took no part. ``unit``: the unit roundoff
+        of the module's arithmetic."""
         for exact, gradient in zip(edges, gradients, strict=True):
             exact.heard = segments
             if gradient is not None:
                 exact.add(gradient, self.acc.engine.sums(exact.name)[segment : segment + 1])
                 if self.acc.listener is not None:
-                    self.acc.listener.added(exact, gradient, None)
+                    self.acc.listener.added(exact, gradient, None, unit)
 
     def _lookup(
         self, ys: Sequence[torch.Tensor], edges: dict[Exact, GradientEdge]
@@ -402,7 +406,7 @@ def _again(
     return None if any(gradient is None for gradient in formed) else formed
 
 
-def _reached(ys: Sequence[torch.Tensor]) -> set[Any]:
+def nodes_behind(ys: Sequence[torch.Tensor]) -> set[Any]:
     """The nodes of the graph behind ``ys``."""
     nodes, seen = [y.grad_fn for y in ys], set()
     while nodes:

@@ -36,15 +36,16 @@ class Listener:
             self.outputs.append(y)
             self.called[tap] = None
 
-    def added(self, tap: Source, dy: torch.Tensor, kept: torch.Tensor | None) -> None:
+    def added(self, tap: Source, dy: torch.Tensor, kept: torch.Tensor | None, coarse: float = 0.0) -> None:
         took = projected(self.acc.out)
         self.acc.out.zero_()
         self.sums[tap] = self.sums[tap] + took if tap in self.sums else took
         d = dy.detach()
         terms = (d.numel() / max(1, d.shape[-1] if d.ndim else 1)) ** 0.5
+        unit = unit_roundoff(d)
         if isinstance(tap, Exact):  # autograd formed the gradient, of sums that are not known here
             terms = max(terms, 16.0)
-        unit = unit_roundoff(d)
+            unit = max(unit, coarse / terms)  # of 16-bit operands, as under autocast: their sums are float32
         if kept is not None and kept.is_floating_point():
             unit = max(unit, unit_roundoff(kept))
             # A norm's input is normalised: its rows have norm sqrt(n).

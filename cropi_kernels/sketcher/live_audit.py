@@ -40,9 +40,9 @@ class _Both(Listener):
         super().__init__(acc)
         self.total = torch.zeros_like(acc.out)
 
-    def added(self, tap: Source, dy: torch.Tensor, kept: torch.Tensor | None) -> None:
+    def added(self, tap: Source, dy: torch.Tensor, kept: torch.Tensor | None, coarse: float = 0.0) -> None:
         self.total += self.acc.out
-        super().added(tap, dy, kept)
+        super().added(tap, dy, kept, coarse)
 
 
 class Schedule:

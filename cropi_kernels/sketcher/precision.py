@@ -79,6 +79,12 @@ def product_eps(x: torch.Tensor) -> float:
     return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(chosen, own)
 
 
+def autocast_eps(device: torch.device) -> float:
+    """eps of the dtype to which autocast rounds the operands of products now; 0 without autocast."""
+    kind = device.type
+    return torch.finfo(torch.get_autocast_dtype(kind)).eps if torch.is_autocast_enabled(kind) else 0.0
+
+
 @contextlib.contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
     """Everything inside runs in the dtypes of the weights: no autocast of the caller's, and none around ``model``."""

@@ -28,6 +28,7 @@ from torch import nn
 from .accumulator import Accumulator
 from .attach import Attachment
 from .coverage import UncoveredParameterError
+from .exact import nodes_behind
 from .formed_sums import FormedSums, TapGroups
 from .listener import Listener, Source, norm, unit_roundoff
 from .ranks import Ranks, add_over_ranks
@@ -145,15 +146,12 @@ def self_test(
         try:
             comparisons, tested, frozen = runs.compare()
         except RuntimeError as error:
-            if "inplace operation" in str(error):
-                raise SelfTestError(
-                    f"ordinary autograd cannot run the model, so its taps cannot be compared with it ({error}); leave "
-                    "out this test, and take the sketch as it is: verify=False"
-                ) from error
-            if "use_reentrant" not in str(error):
+            if "inplace operation" not in str(error):
                 raise
-            runs.reentrant = True
-            comparisons, tested, frozen = runs.compare()
+            raise SelfTestError(
+                f"ordinary autograd cannot run the model, so its taps cannot be compared with it ({error}); leave "
+                "out this test, and take the sketch as it is: verify=False"
+            ) from error
     comparisons += others
     held = dict.fromkeys(n for g in groups.taps if g in tested for n in groups.names[g])
     held |= dict.fromkeys(n for one in others for n in one.names)
@@ -175,11 +173,10 @@ def self_test(
 
 
 class _Runs:
-    """The runs of one self-test. ``reentrant``: the model is checkpointed in the older way of torch."""
+    """The runs of one self-test."""
 
     def __init__(self, model: nn.Module, acc: Accumulator, groups: TapGroups, trial: Trial) -> None:
         self.acc, self.groups, self.trial, self.ranks = acc, groups, trial, acc.ranks
-        self.reentrant = False
         self.device = trial.cotangents[0].device
         self.devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
@@ -233,8 +230,9 @@ class _Runs:
             # Gradients of the modules' outputs too, so that a tap is heard where no parameter lies behind it.
             inputs = [*parameters, *{id(t): t for t in listener.outputs}.values()]
             cotangent = self.trial.cotangents[s].to(y.dtype)
-            # Reentrant checkpointing takes no list of inputs, and FSDP2's whole parameters cannot be listed.
-            if y.requires_grad and (self.reentrant or exact.units):
+            # Reentrant checkpointing takes no list of inputs: it raises an error, or does not run where no input lies
+            # outside of it. FSDP2's whole parameters cannot be listed.
+            if y.requires_grad and (exact.units or _checkpointed_by_reentry(y)):
                 with nothing_kept(parameters):
                     y.backward(cotangent)
             elif y.requires_grad:
@@ -256,6 +254,10 @@ class _Runs:
         exact.copies.compare()
         for group in self.groups.taps:
             add_over_ranks(self.ranks, group, exact.sums, [exact.floor], [exact.unit])
+
+
+def _checkpointed_by_reentry(y: torch.Tensor) -> bool:
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes_behind([y]))
 
 
 def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int, ranks: Ranks | None = None) -> None:

@@ -136,6 +136,35 @@ def test_lora() -> None:
     made.assert_right(got, make, made.of_step(made.grpo, Step()))
 
 
+def test_lora_that_is_checkpointed_by_reentry() -> None:
+    """Nothing that is trained lies outside of the checkpoints: the self-test has to run them all the same."""
+    import peft
+
+    def make(dtype: torch.dtype = torch.float32) -> nn.Module:
+        return zoo.with_adapter(zoo.make("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"])).to(dtype)
+
+    model: Any = make()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    made.assert_right(captured(model.train(), made.grpo), make, made.of_step(made.grpo, Step()))
+
+
+def test_formed_adapters_under_autocast() -> None:
+    """The step's check knows that autocast rounds what a formed float32 gradient is made of."""
+    import peft
+
+    def make(dtype: torch.dtype = torch.float32) -> nn.Module:
+        config = peft.LoHaConfig(r=4, target_modules=["q_proj"])
+        return zoo.with_adapter(zoo.make("llama"), config).to(dtype)
+
+    part = made.of_step(made.grpo, Step())
+    wide = made.prompt_gradients(make(torch.float64), part)
+    with autocast():
+        own = made.prompt_gradients(make(), part)
+        got = captured(make(), made.grpo)
+    zoo.assert_close(got, make(), wide, own)
+
+
 def test_autocast() -> None:
     """At most twice as far from the exact gradients as autograd under the same autocast."""
     model, part = zoo.make("llama-tied"), made.of_step(made.grpo, Step())
