@@ -322,9 +322,8 @@ def test_verl_text_dumps_are_read_and_called_lossy(
     # With the dataset the prompts have their ids and messages again.
     rows = [{"prompt": r["prompt"], "extra_info": {"index": i + 10}} for i, r in enumerate(records)]
     write_lines(tmp_path / "data.jsonl", rows)
-    rows[0]["prompt"] = [
-        rows[0]["prompt"][0] | {"name": "a"}
-    ]  # of which the other rows of a table hold an empty one
+    # Of its name the other rows of a table hold an empty one.
+    rows[0]["prompt"] = [rows[0]["prompt"][0] | {"name": "a"}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
     (tmp_path / "dumps").mkdir()
     dumps = [file.rename(tmp_path / "dumps" / file.name) for file in files]

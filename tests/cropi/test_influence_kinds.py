@@ -138,6 +138,26 @@ def test_prompts_on_both_sides_are_warned_of_though_their_batches_differ(dtype: 
         cropi.score(model, train + valid, {"v": valid}, make_tokenizer(), dim=4096, progress=False)
 
 
+@pytest.mark.parametrize("form", ["text", "messages", "ids"])
+def test_prompts_on_both_sides_are_found_by_their_text(form: str, recwarn: pytest.WarningsRecorder) -> None:
+    """Under other ids, with other responses; and records that say something else are none of them."""
+    train, valid = make_records(9, seed=0), make_records(3, seed=1)
+    again = valid[1] | {"id": "again", "responses": ["1", "22", "3", "44"], "rewards": [1.0, 0.0, 0.0, 1.0]}
+    if form == "messages":
+        again["prompt"] = [{"role": "user", "content": again["prompt"] + " "}]
+    if form == "ids":
+        for one, ids in ((valid[1], [5, 6]), (again, [5, 6]), (train[0], [5])):
+            one |= {"prompt": "same", "prompt_ids": ids}
+    model, tokenizer = make_model(), make_tokenizer()
+    options = {"dim": 4096, "progress": False, "chat_template": "{{ messages[0]['content'] }}"}
+    cropi.score(model, train, {"v": valid}, tokenizer, **options)
+    assert not [one for one in recwarn if one.category is SharedPrompts]
+    with pytest.warns(
+        SharedPrompts, match="^1 training prompts are validation prompts too.*'again' and 'p1-001'"
+    ):
+        cropi.score(model, [*train, again], {"v": valid}, tokenizer, **options)
+
+
 def test_what_a_contrast_cannot_be(stores: Any) -> None:
     train, valid, _, others = stores
     with pytest.raises(CropiError, match="there is no validation set 'z'; there are 'x', 'y'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class Scan:
     # What they were tokenised to; a :class:`cropi.gradient.kept.KeptTokens`.
     texts_kept: Any = field(default=None, repr=False, compare=False)
     tokens_checked: Any = None
+    # The hash of every prompt (:func:`prompt_hash`).
+    contents: array[int] = field(default_factory=lambda: array("q"), repr=False, compare=False)
     # The lines of the files, for the passes that follow.
     pieces: Pieces | None = field(default=None, repr=False, compare=False)
 
@@ -65,6 +68,7 @@ class Scan:
         """Count one group."""
         self.prompts += 1
         self.responses += group.size
+        self.contents.append(prompt_hash(group))
         reason = no_gradient_reason(group.rewards)
         if reason:
             self.without_gradient[reason] += 1
@@ -86,6 +90,19 @@ class Scan:
             self.texts += 1
         if (largest := group.largest) > self.largest_id[0]:
             self.largest_id = largest, f"{group.where} (prompt {group.id!r})"
+
+
+def prompt_hash(group: PromptGroup) -> int:
+    """A hash of what a prompt says, which is its own in this process; see :mod:`cropi.data.shared`."""
+    if group.prompt_ids is not None:
+        return hash(tuple(group.prompt_ids))
+    prompt = group.prompt
+    if isinstance(prompt, list):
+        turns = tuple((message["role"], str(message.get("content"))) for message in prompt)
+        if len(turns) > 1 or turns[0][0] != "user":
+            return hash(turns)
+        prompt = turns[0][1]
+    return hash(str(prompt).strip())
 
 
 class NothingToSelect(CropiError):

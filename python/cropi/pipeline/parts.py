@@ -11,11 +11,13 @@ from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.data.scan import Scan, check_covered, check_pool
 from cropi.data.share import Share
-from cropi.errors import CropiError
+from cropi.data.shared import shared_prompts
+from cropi.errors import CropiError, warn
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting, SelectionOptions
 from cropi.ranking.contrast import names_without
+from cropi.ranking.influence import SharedPrompts
 from cropi.ranking.rule import grouped_by
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.selection import check_selecting
@@ -134,6 +136,8 @@ def check(
     names_without(check_covered(scans, sets, option=option, before=before), setup.influence.minus)
     mine, _, pool = part_of(policy, train, job, "train", None, known, ranks)
     check_pool(pool, mine.groups.names, known=known is not None, before=before, otherwise=otherwise)
+    if ranks.first:
+        _warn_shared(mine.groups, pool, [(part.groups, scans[str(part.set)]) for part in parts], known)
     most = job.limit or pool.prompts
     whole = {"task": pool.by_task, "file": pool.by_file} if most >= pool.prompts else {}
     check_selecting(
@@ -143,6 +147,25 @@ def check(
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)
     return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown)
+
+
+def _warn_shared(
+    train: PromptGroups,
+    pool: Scan,
+    valid: Sequence[tuple[PromptGroups, Scan]],
+    known: Callable[[str], bool] | None,
+) -> None:
+    whole = [(groups.whole if isinstance(groups, Share) else groups, scan) for groups, scan in valid]
+    found = shared_prompts(train.whole if isinstance(train, Share) else train, pool, whole, known)
+    if found is not None:
+        count, mine, other = found
+        warn(
+            f"{count} training prompts are validation prompts too: they have the same text, for example {mine!r:.100} "
+            f"and {other!r:.100}; scores favour what is validated on, so leave them out on one side, unless this is "
+            "meant",
+            SharedPrompts,
+            stacklevel=3,
+        )
 
 
 def part_of(
