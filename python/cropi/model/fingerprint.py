@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.files import open_to_read, reading, size_of
+from cropi.model.settings import adapters_of, model_settings, saved_buffers
 
 XXH3 = "xxh3:"
 # What is read of a checkpoint's file to tell it from another one.
@@ -19,11 +20,13 @@ PIECE, PIECES = 4096, 64
 
 
 def model_fingerprint(model: Any, *, sha256: bool = False) -> dict[str, Any]:
-    """The model's dtype, number of parameters and a hash of the names, shapes and bytes of all parameters, and of which
-    adapters are in use, of those that the model holds.
+    """What tells a model from others: ``dtype``, ``size`` (its number of parameters), ``config`` and ``weights``.
 
-    Every byte counts: one step of training with a small learning rate may change few weights. ``weights`` is
-    ``"xxh3:"`` and 32 hex digits of XXH3 (128 bits), which reads weights ten times as fast as SHA-256.
+    ``config`` are the settings that change a gradient (:func:`cropi.model.settings.model_settings`); a module without
+    any has none. ``weights`` is a hash of the names, shapes and bytes of all parameters, and of which adapters are in
+    use, of those that the model holds; ``buffers``, where a checkpoint has some, one of theirs. Every byte counts: one
+    step of training with a small learning rate may change few weights. A hash is ``"xxh3:"`` and 32 hex digits of XXH3
+    (128 bits), which reads weights ten times as fast as SHA-256.
 
     Args:
         model: a module.
@@ -40,29 +43,43 @@ def model_fingerprint(model: Any, *, sha256: bool = False) -> dict[str, Any]:
             "an earlier release made the store that is there, and its model cannot be compared with one whose weights "
             "are spread over ranks; give another --out, or go on without --fsdp and --tensor-parallel"
         )
-    digest: Any = hashlib.sha256() if sha256 else optional("xxhash").xxh3_128()
-    total = 0
-    for name, parameter in sorted(model.named_parameters()):
-        total += parameter.numel()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
-        for part in _plain_parts(parameter.detach()):
+    parameters, used = sorted(model.named_parameters()), () if sha256 else adapters_in_use(model)
+    digest = _digest(parameters, hashlib.sha256() if sha256 else _xxh3(), used)
+    made: dict[str, Any] = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "size": sum(parameter.numel() for _, parameter in parameters),
+    }
+    if sha256:
+        return made | {"weights": digest[:32]}
+    if config := model_settings(model):
+        made["config"] = config
+    made["weights"] = XXH3 + digest
+    if buffers := list(saved_buffers(model)):
+        made["buffers"] = XXH3 + _digest(buffers, _xxh3())
+    return made
+
+
+def _xxh3() -> Any:
+    return optional("xxhash").xxh3_128()
+
+
+def _digest(tensors: Iterable[tuple[str, Any]], digest: Any, used: Iterable[tuple[str, str]] = ()) -> str:
+    """The hex digits of a hash of tensors, and of which adapters are in use."""
+    for name, tensor in tensors:
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        for part in _plain_parts(tensor.detach()):
             flat = part.cpu().contiguous().view(-1)
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    for name, used in () if sha256 else adapters_in_use(model):
-        digest.update(f"{name} {used}\n".encode())
-    return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "size": total,
-        "weights": digest.hexdigest()[:32] if sha256 else XXH3 + digest.hexdigest(),
-    }
+    for name, own in used:
+        digest.update(f"{name} {own}\n".encode())
+    return str(digest.hexdigest())
 
 
 def adapters_in_use(model: Any) -> tuple[tuple[str, str], ...]:
     """Of every layer with adapters of PEFT, its name and the adapters that it adds, with their scales."""
     made = []
     for name, module in model.named_modules():
-        if getattr(type(module), "adapter_layer_names", ()):
-            active = [] if module.disable_adapters else module.active_adapters
+        if (active := adapters_of(module)) is not None:
             scales = getattr(module, "scaling", None)
             made.append(
                 (name, str({one: scales.get(one) if isinstance(scales, dict) else None for one in active}))

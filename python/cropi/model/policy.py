@@ -28,6 +28,7 @@ from cropi.model.load import (
     load_tokenizer,
 )
 from cropi.model.placing import placed_device, placed_dtype
+from cropi.model.settings import model_settings, saved_buffers
 from cropi.model.sources import has_tokenizer, is_local
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
 from cropi_kernels.sketcher.packed import keep_gradients
@@ -299,7 +300,9 @@ class Policy:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """See :func:`cropi.model.fingerprint.model_fingerprint`."""
-        return dict(self.once("fingerprint", lambda: model_fingerprint(self.model)))
+        made = dict(self.once("fingerprint", lambda: model_fingerprint(self.model)))
+        # Not kept: a configuration may be changed at any time, and this takes a moment.
+        return made | ({"config": model_settings(self.model)} if "config" in made else {})
 
     def sha256_fingerprint(self) -> dict[str, Any]:
         """The fingerprint as stores of earlier releases hold it."""
@@ -352,7 +355,8 @@ class Policy:
         held = tuple(
             (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in self.model.parameters()
         )
-        return held, adapters_in_use(self.model)
+        buffers = tuple((buffer.data_ptr(), buffer._version) for _, buffer in saved_buffers(self.model))
+        return held, buffers, adapters_in_use(self.model)
 
     def __repr__(self) -> str:
         if not self.loaded:

@@ -14,6 +14,8 @@ COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters", 
 # What two stores may differ in, but seldom mean to: scores between them compare gradients of two kinds. Where the
 # trajectories come from may well differ between training and validation, and so may behaviour, lengths and dtypes.
 ALIKE = ("estimator", "temperature", "tokenizer", "tokens.eos", "tokens.chat_template")
+# What earlier releases did not write, and what other releases of transformers and PEFT know other keys of.
+LATER = ("config", "buffers")
 LONGEST_VALUE = 100  # characters of a value in a message; a chat template has thousands
 _UNKNOWN = object()
 
@@ -31,18 +33,41 @@ class Difference(NamedTuple):
 
     def text(self, left: str = "", right: str = "") -> str:
         """The difference in a message; ``left`` and ``right`` follow the values."""
-        first, second = shown(self.left, LONGEST_VALUE), shown(self.right, LONGEST_VALUE)
+        first, second = _shown(self.left), _shown(self.right)
         return f"{self.field} = {first} in the first{left}, {second} in the second{right}"
 
 
 def first_difference(a: Any, b: Any, name: str = "") -> Difference | None:
-    """Where two JSON values differ first, or None; ``name`` is that of the values themselves."""
+    """Where two JSON values differ first, or None; ``name`` is that of the values themselves.
+
+    A model's ``config`` and ``buffers`` (:func:`cropi.model.fingerprint.model_fingerprint`) are compared where both
+    have them, and of two configurations the keys that both have: all of these that differ are one difference.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
+        of_model = name.rpartition(".")[2] == "model"
         for key in [*a, *(key for key in b if key not in a)]:
+            if of_model and key in LATER:
+                if differs := _of_model(a.get(key), b.get(key), f"{name}.{key}"):
+                    return differs
+                continue
             inner = first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
             if inner:
                 return inner
         return None
+    return None if a == b else Difference(name, a, b)
+
+
+def _shown(value: Any) -> str:
+    # Of settings, all that differ are named.
+    return shown(value, LONGEST_VALUE if isinstance(value, str) else 5 * LONGEST_VALUE)
+
+
+def _of_model(a: Any, b: Any, name: str) -> Difference | None:
+    if a is None or b is None:
+        return None
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [key for key in a if key in b and a[key] != b[key]]
+        a, b = ({key: side[key] for key in keys} for side in (a, b))
     return None if a == b else Difference(name, a, b)
 
 
@@ -132,7 +157,7 @@ def check_same_job(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any
     differs = first_difference(left, right)
     if differs:
         made_with, runs_with = (
-            shown(value, LONGEST_VALUE) + _model_of(side, differs.field)
+            _shown(value) + _model_of(side, differs.field)
             for value, side in ((differs.left, made), (differs.right, wanted))
         )
         same = "the same settings"

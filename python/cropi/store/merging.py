@@ -133,6 +133,10 @@ def merged_manifest(stores: Sequence[SketchStore]) -> dict[str, Any]:
                 )
     held = [{k: v for k, v in one.manifest.items() if k not in NOTES} for one in stores]
     made: dict[str, Any] = _common(held)
+    # They agree on the model, of which some may say more than others.
+    known = [one["model"] for one in held if isinstance(one.get("model"), Mapping)]
+    if known:
+        made["model"] = max(known, key=lambda model: len(model))
     made[MERGED] = [store.manifest.get("trajectories") for store in stores]
     made["notes"] = dict(first.manifest.get("notes", {})) | {"merged": [str(store.path) for store in stores]}
     return made | {"prompts": sum(len(store) for store in stores)}

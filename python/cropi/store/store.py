@@ -125,7 +125,10 @@ class SketchStore(StoredSketches):
         made = read_manifest(self.path)
         if earlier is not None and of_earlier_release(made):
             check_same_job(self.path, made, new_manifest(earlier()))
-            made |= {key: wanted[key] for key in ("model", "behaviour") if key in wanted}
+            for held, now in ((made, wanted), (made.get("behaviour") or {}, wanted.get("behaviour") or {})):
+                if held.get("model"):
+                    # Of which configuration its rows are is not known.
+                    held["model"] = {**held["model"], "weights": now["model"]["weights"]}
             self._write_manifest(made)
         check_same_job(self.path, made, wanted)
         self.manifest = made
