@@ -391,5 +391,11 @@ def test_collect_writes_a_trajectory_file_of_a_dataset(tmp_path: Path) -> None:
     assert worst < TOLERANCE
     with pytest.raises(CropiError, match="dataset has no column 'id'"):
         collect(trainer, dataset(5, id=None), tmp_path / "no.jsonl")
+    with pytest.raises(
+        CropiError, match="set is 'sums', and row 0 of dataset has the set 'others': collect each"
+    ):
+        collect(trainer, dataset(5, set="others"), tmp_path / "no.jsonl", set="sums")
+    with pytest.raises(CropiError, match="set is '': give the name of a validation set"):
+        collect(trainer, dataset(5), tmp_path / "no.jsonl", set="")
     with pytest.raises(CropiError, match="must be one of recording"):
         collect(object(), dataset(5), tmp_path / "no.jsonl")

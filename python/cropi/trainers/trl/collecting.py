@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cropi.data.prompt_ids import PromptIds
-from cropi.errors import CropiError
+from cropi.data.prompt_ids import PromptIds, column_values
+from cropi.errors import CropiError, shown
 from cropi.trainers.trl.mixins import RecorderHooks
 from cropi.trainers.trl.rollout_log import RolloutLog, log_files, merge_rollouts
 
@@ -22,13 +22,15 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
         trainer: made by ``recording(...)`` or ``curriculum(...)``.
         dataset: with the column of prompt ids.
         out: the ``.jsonl`` file, written whole or not at all.
-        set: name of the validation set that the prompts belong to; None for training prompts.
+        set: name of the validation set that the prompts belong to; None for training prompts, whose
+            ``Recording.set_column`` is not read.
 
     Returns:
         The number of prompts written. Fewer than the dataset has if no reward function scored their responses.
 
     Raises:
-        CropiError: not such a trainer, recording is off, bad ids, or a single response a prompt.
+        CropiError: not such a trainer, recording is off, bad ids, a single response a prompt, or a ``set`` beside a
+            column of the dataset that names another one.
     """
     recorder = trainer._cropi if isinstance(trainer, RecorderHooks) else None
     if recorder is None or recorder.recording is None:
@@ -42,6 +44,8 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
             "for an advantage"
         )
     PromptIds(dataset, recorder.recording.id_key, "dataset")
+    if set is not None:
+        _check_set(dataset, set, recorder.recording.set_column)
     target, ranks, log = Path(out), recorder.ranks, recorder.log
     folder = target.with_name(f".{target.name}.collecting")
     if ranks.first:
@@ -58,3 +62,15 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
     if ranks.first:
         shutil.rmtree(folder)
     return ranks.share(written)
+
+
+def _check_set(dataset: Any, name: str, column: str) -> None:
+    """Check that no row belongs to another validation set than the one that is asked for."""
+    if not isinstance(name, str) or not name:
+        raise CropiError(f"set is {name!r}: give the name of a validation set, or None for training prompts")
+    for i, value in enumerate(column_values(dataset, column)[1][0] or ()):
+        if value not in (None, "", name):
+            raise CropiError(
+                f"set is {name!r}, and row {i} of dataset has the {column} {shown(value)}: collect each set by itself "
+                f"(dataset.filter), or take the column out (dataset.remove_columns({column!r}))"
+            )
