@@ -36,7 +36,7 @@ from .inputs import (
 )
 from .labels import Batch, scored_tokens
 from .lengths import Lengths, check_lengths
-from .one_sequence import check_call
+from .one_sequence import check_apart, check_call
 from .origin import origin_of
 from .precision import own_precision
 from .probe import Probe, pads_left, positions_for, probe_policy
@@ -274,8 +274,8 @@ class GradientSketcher:
             whole: call the function once, with all log-probs (for ratios of whole responses); this costs one more
                 product with the head.
             attention_mask: None (causal), [batch, length], or bool [batch, 1, length, length], True where to attend.
-            position_ids: as the model takes them. Several sequences in one row need a model that keeps them apart by
-                these (Falcon, for one, does not), or a 4-D mask.
+            position_ids: as the model takes them. Several sequences in one row need positions that begin anew with
+                each, and a model that keeps them apart by these (`probe` says whether it does), or a 4-D mask.
             temperature: log-probs are those of softmax(logits / temperature), and so is the gradient.
             model_kwargs: more inputs of the model by name, such as ``token_type_ids``; its ``forward`` must take them.
 
@@ -386,6 +386,8 @@ class GradientSketcher:
     ) -> dict[str, Any]:
         """What the decoder is called with beside the tokens, checked against what the probe has measured."""
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
+        if attention_mask is None or attention_mask.ndim == 2:
+            check_apart(here, None if self.probe is None else self.probe.packing)
         if self.probe is not None:
             lengths = Lengths(self.probe.switch, self.probe.by_length)
             check_lengths(lengths, here.input_ids.shape, here.attention_mask, here.position_ids)

@@ -43,6 +43,11 @@ def check_rows(
                 f"attention_mask has shape {shape}: give [{batch}, {length}], 1 for tokens and 0 for padding, or bool "
                 f"[{batch}, 1, {length}, {length}], True where to attend"
             )
+        if square and attention_mask.dtype != torch.bool:
+            raise ValueError(
+                f"attention_mask {shape} is {attention_mask.dtype}: give a bool one, True where to attend "
+                "(attention_mask.bool() of ones and zeros, attention_mask == 0 of one that is added)"
+            )
     if position_ids is not None and tuple(position_ids.shape[-2:]) not in ((batch, length), (1, length)):
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}: give int64 [{batch}, {length}], as input_ids"

@@ -1,4 +1,5 @@
-"""Refuses rows that hold several sequences where the caller gave one segment for each row."""
+"""Refuses rows that hold several sequences where the caller gave one segment for each row, or where nothing keeps the
+sequences apart."""
 
 from __future__ import annotations
 
@@ -7,15 +8,19 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .host import values
+from .labels import Batch
 from .row_segments import Runs
 
 BOUNDS = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "cu_seqlens_q")  # as models take them
 # Inputs of a model that sees or hears: what its towers are called on are no rows of the batch.
 OTHERS = re.compile("pixel|image|video|audio|speech|input_features|input_values")
+SQUARE = "a bool attention_mask [batch, 1, length, length], True where to attend"
+APART = f"give position_ids that begin anew with each sequence, or {SQUARE}"
 REMEDY = "give segments per token [batch, length] (equal numbers, where they are responses to one prompt)"
 
 
@@ -65,6 +70,56 @@ def check_call(batch: int, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"row {row} holds several sequences ({why}), but segments holds one number a row: {REMEDY}"
         )
+
+
+def check_apart(here: Batch, packing: str | None) -> None:
+    """Check that no token attends to one of another sequence of its row; ``here``: a batch on the host, without a mask
+    that says for each token what it attends to.
+
+    Args:
+        packing: `Probe.packing`; None: not measured.
+
+    Raises:
+        ValueError: a row holds several segments and no positions that begin anew, or several sequences that the model
+            does not keep apart; names the row and the column.
+    """
+    shape, mask, positions = here.input_ids.shape, here.attention_mask, here.position_ids
+    where = None if positions is None else positions.reshape(-1, *positions.shape[-2:])[0].expand(shape)
+    if here.segments.ndim == 2 and (at := _no_restart(here, where)) is not None:
+        raise ValueError(
+            f"another segment begins in row {at[0]}, column {at[1]}, and its tokens attend to those before: {APART}"
+        )
+    if where is None or packing in ("as it is", None) or packing == "without a mask" and mask is None:
+        return
+    if (at := restart(where, mask)) is not None:
+        beside = "" if packing == "wrong" else " beside an attention_mask [batch, length]: leave that out, or"
+        raise ValueError(
+            f"row {at[0]} holds several sequences (position_ids restart in column {at[1]}), which the model does not "
+            f"keep apart by position_ids{beside or ':'} give {SQUARE}, or one sequence a row"
+        )
+
+
+def _no_restart(here: Batch, where: torch.Tensor | None) -> tuple[int, int] | None:
+    """The row and column of the first token of another segment than the token before whose position is not below that
+    of the token before. Padding, and what stands behind a row's last scored token, has any segment."""
+    batch, length = here.input_ids.shape
+    segments = values(here.segments)
+    other = segments[:, 1:] != segments[:, :-1]
+    if not other.any():
+        return None
+    assert here.positions is not None
+    rows, columns = np.divmod(values(here.positions), length)
+    last = np.full(batch, -1)
+    np.maximum.at(last, rows, columns)
+    inside = np.arange(length) <= last[:, None]
+    if here.attention_mask is not None:
+        inside &= values(here.attention_mask) != 0
+    other &= inside[:, 1:] & inside[:, :-1]
+    if where is not None:
+        numbers = values(where)
+        other &= numbers[:, 1:] > numbers[:, :-1]
+    at = _first(other)
+    return None if at is None else (at[0], at[1] + 1)
 
 
 def numbered(mask: torch.Tensor) -> tuple[int, int] | None:

@@ -39,6 +39,9 @@ class Probe:
         by_length: beyond ``switch`` every length gives its own positions (dynamic NTK), not one more set of them.
         left_padding: "as it is"; "position_ids" (rows padded on the left are right with positions that count their
             own tokens alone, which are filled in); "wrong" (not even then: an error).
+        packing: several sequences in a row, with positions that begin anew: "as it is" (the model keeps them apart);
+            "without a mask" (it does unless it is given a mask [batch, length], as most of transformers' do); "wrong"
+            (an error).
     """
 
     scale: float
@@ -46,6 +49,7 @@ class Probe:
     switch: int | None
     by_length: bool
     left_padding: str
+    packing: str
 
     def __str__(self) -> str:
         lines = [
@@ -55,11 +59,12 @@ class Probe:
         if self.switch is not None:
             lines.append(f"rows beyond {self.switch} tokens change the positions of all rows of their batch")
         lines.append(f"rows padded on the left: {self.left_padding}")
+        lines.append(f"several sequences in a row, kept apart by position_ids: {self.packing}")
         return "\n".join(lines)
 
 
 def probe_policy(model: nn.Module, split: SplitModel) -> Probe:
-    """Measure; leaves no trace in the model. About six short forward passes.
+    """Measure; leaves no trace in the model. About eight short forward passes.
 
     Raises:
         PolicyProbeError: the model is not causal, or a row's logits depend on what other rows hold.
@@ -77,8 +82,8 @@ def probe_policy(model: nn.Module, split: SplitModel) -> Probe:
             )
         _check_alone(split.hidden, ids, plain, name)
         lengths = lengths_of(model, split, ids)
-        padding = _left_padding(split, ids, plain)
-    return Probe(split.scale, split.softcap, lengths.switch, lengths.by_length, padding)
+        padding, packing = _left_padding(split, ids, plain), _packing(split, ids, plain)
+    return Probe(split.scale, split.softcap, lengths.switch, lengths.by_length, padding, packing)
 
 
 def is_causal(run: Run, ids: torch.Tensor, plain: torch.Tensor) -> bool:
@@ -125,6 +130,23 @@ def _left_padding(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> 
         except (IndexError, TypeError, ValueError, RuntimeError):  # takes no mask, or no positions
             continue
     return "wrong"
+
+
+def _packing(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> str:
+    """Whether two rows in one, with positions that begin anew, give what each gives alone."""
+    length, half = ids.shape[1], plain.element_size() < 4
+    row = ids[:2].reshape(1, -1)
+    where = torch.arange(length, device=ids.device).repeat(2)[None]
+    answer = "wrong"
+    for better, mask in (("without a mask", {}), ("as it is", {"attention_mask": torch.ones_like(row)})):
+        try:
+            got = split.hidden(row, position_ids=where, **mask)
+        except (IndexError, TypeError, ValueError, RuntimeError):  # takes no positions, or no mask
+            break
+        if not same(got.view(2, length, -1), plain[:2], most=half):
+            break
+        answer = better
+    return answer
 
 
 def counted(mask: torch.Tensor) -> torch.Tensor:

@@ -114,6 +114,54 @@ def test_positions_that_the_longest_row_scales_are_found(kind: str) -> None:
             )
 
 
+@pytest.mark.parametrize("name, masked", [("llama", True), ("falcon", False)])
+def test_sequences_that_the_model_does_not_keep_apart_are_refused(name: str, masked: bool) -> None:
+    """transformers reads position_ids only where there is no mask; Falcon never does. A mask of pairs serves both."""
+    model, batch = zoo.make(name), zoo.packed()
+    ones = torch.ones_like(batch.input_ids) if masked else None
+    begin = (batch.position_ids == 0).cumsum(1)  # type: ignore[union-attr, attr-defined]
+    pairs = ((begin[:, :, None] == begin[:, None]) & torch.ones(1, *[begin.shape[1]] * 2).tril().bool())[
+        :, None
+    ]
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(ValueError, match="row 0 holds several sequences .* does not keep apart"):
+            batch.sketch(sketcher, attention_mask=ones)
+        got = batch.sketch(sketcher, attention_mask=pairs)
+        want = zoo.padded().sketch(sketcher)
+        assert sketcher.probe is not None
+        assert sketcher.probe.packing == ("without a mask" if masked else "wrong")
+    assert ((got.sketches - want.sketches).norm(dim=1) <= 1e-5 * want.sketches.norm(dim=1)).all()
+
+
+def test_segments_that_share_a_sequence_are_refused() -> None:
+    """But padding, and what comes behind the last scored token, may have any segment."""
+    model, packed, padded = zoo.make("llama"), zoo.packed(), zoo.padded()
+    at = int((packed.segments[0] == 1).nonzero()[0])
+    rows, length = padded.input_ids.shape
+    each = padded.segments[:, None].repeat(1, length)
+    each[:-1, -1] = each[1:, 0]
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(
+            ValueError, match=f"another segment begins in row 0, column {at}, .* give position_ids"
+        ):
+            packed.sketch(sketcher, position_ids=None)
+        with pytest.raises(ValueError, match=f"another segment begins in row 0, column {at}"):
+            packed.sketch(sketcher, position_ids=torch.arange(packed.input_ids.shape[1])[None])
+        got, want = padded.sketch(sketcher, segments=each), padded.sketch(sketcher)
+    assert torch.equal(got.sketches, want.sketches)
+
+
+def test_a_mask_of_pairs_is_bool() -> None:
+    """One of ones and zeros would be added to the scores."""
+    batch = zoo.packed()
+    square = torch.ones(1, 1, *[batch.input_ids.shape[1]] * 2)
+    with (
+        GradientSketcher(zoo.make("llama"), SPEC) as sketcher,
+        pytest.raises(ValueError, match="give a bool one"),
+    ):
+        batch.sketch(sketcher, attention_mask=square)
+
+
 def test_inputs_are_rows_of_the_embedding_and_targets_rows_of_the_head() -> None:
     model: Any = zoo.make("llama")
     model.model.embed_tokens = nn.Embedding(120, 32)
