@@ -299,6 +299,11 @@ class LiveSketch:
     origin: dict[str, Any]
     seconds: dict[str, float]
 
+    def __repr__(self) -> str:
+        if not hasattr(self, "sketches"):
+            return "LiveSketch(not filled yet: its block has not ended)"
+        return f"LiveSketch({len(self.sketches)} prompts, sketches of {self.sketches.shape[1]})"
+
     @property
     def failed(self) -> torch.Tensor:
         """bool [num_segments]: whose gradient is not finite."""

@@ -191,7 +191,8 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "a row without a scored token": ({"response_mask": NOTHING}, "row 3 has no scored token"),
     "a token without a prompt": ({"response_mask": EVERYTHING}, r"column \d is scored, but nothing stands before"),
     "a first token": (
-        {"attention_mask": None, "response_mask": EVERYTHING}, "row 0, column 0 is scored, but nothing stands before",
+        {"attention_mask": torch.ones_like(MASK), "response_mask": EVERYTHING},
+        "row 0, column 0 is scored, but nothing stands before",
     ),
     "shifted labels": ({"response_mask": None, "labels": SHIFTED}, r"labels\[\d, \d\] is .*\(not shifted"),
     "mask too wide": ({"response_mask": torch.ones(7, 9)}, r"response_mask has shape \[7, 9\]: give \[7, 8\]"),
@@ -242,6 +243,13 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "an estimator that is none": ({"estimator": "grpo2"}, "estimator is 'grpo2': give one of cropi, grpo"),
     "temperature": ({"temperature": 0.0}, "temperature=0.0"),
     "budget": ({"tokens_per_batch": 0}, "tokens_per_batch must be an integer of at least 1, got 0"),
+    "padding in front and no mask": (
+        {"attention_mask": None}, "attention_mask is not given, and row 0 begins with the padding token 0",
+    ),
+    "padding that is scored": (
+        {"attention_mask": torch.ones_like(MASK), "response_mask": torch.ones(7, 4)},
+        "row 1 ends with the padding token 0, and it is scored",
+    ),
     "positions": ({"position_ids": torch.arange(8)}, r"position_ids has shape \[8\]: give \[7, 8\]"),
 }  # fmt: skip
 

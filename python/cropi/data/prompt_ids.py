@@ -23,7 +23,11 @@ class PromptIds:
     """
 
     def __init__(
-        self, dataset: Any, column: str, name: str = "train_dataset", option: str = "id_key"
+        self,
+        dataset: Any,
+        column: str,
+        name: str = "train_dataset",
+        option: str = "Recording(id_key=...)",
     ) -> None:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise CropiError(

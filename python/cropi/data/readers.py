@@ -88,6 +88,7 @@ class PromptGroups:
     bad: list[RecordError] = field(default_factory=list)
     # What cropi.data.scan.scan() counted in them; it counts once.
     scan: Any = field(default=None, repr=False)
+    _told: bool = field(default=False, repr=False, compare=False)  # that ids are hashes
 
     @property
     def names(self) -> str:
@@ -134,7 +135,8 @@ class PromptGroups:
                 raise CropiError(
                     f"{source.name}: the file holds no trajectory record (one JSON object a line is expected)"
                 )
-        if state.hashed:
+        if state.hashed and not self._told:
+            self._told = True
             warn(
                 f"{self.names}: the records have no 'id', so every prompt's id is a hash of its content; a prompt "
                 "whose text changes is another one then, so give ids for a curriculum",

@@ -6,12 +6,11 @@ contents of messages; text is as good as one message of the user.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cropi.data.readers import HashedIds, PromptGroups
+from cropi.data.readers import PromptGroups
 from cropi.data.records import PromptGroup
 from cropi.data.scan import Scan, prompt_hash
 
@@ -38,16 +37,14 @@ def shared_prompts(
     if not len(both):
         return None
     wanted, others = set(both.tolist()), dict[int, list[PromptGroup]]()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", HashedIds)  # it was said
-        for groups, _ in valid:
-            for group in groups:
-                if (key := prompt_hash(group)) in wanted:
-                    others.setdefault(key, []).append(group)
-        for group in train:
-            for other in others.get(prompt_hash(group), ()):
-                if (known is None or known(group.id)) and not _is_copy(group, other):
-                    return len(both), group.id, other.id
+    for groups, _ in valid:
+        for group in groups:
+            if (key := prompt_hash(group)) in wanted:
+                others.setdefault(key, []).append(group)
+    for group in train:
+        for other in others.get(prompt_hash(group), ()):
+            if (known is None or known(group.id)) and not _is_copy(group, other):
+                return len(both), group.id, other.id
     return None
 
 

@@ -170,6 +170,9 @@ class _Rows:
                 f"input_ids is on {ids.device} and the model on {self.device}: move the batch there"
             )
         self.ids = ids
+        self._pads, self._ends = _padding_of(policy)
+        if mask is None:
+            self._check_unpadded()
         self.mask = torch.ones_like(ids) if mask is None else self._shaped("attention_mask", mask)
         if not bool(self.mask.any(dim=1).all()):
             row = int((~self.mask.bool().any(dim=1)).nonzero()[0])
@@ -204,6 +207,37 @@ class _Rows:
         if (at := numbered(mask)) is not None:
             raise CropiError(
                 f"{name} is {mask[at].item():g} in row {at[0]}, column {at[1]}: give 0 and 1 ({why})"
+            )
+
+    def _is_one_of(self, ids: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        return torch.isin(ids, torch.tensor(tokens, dtype=ids.dtype, device=ids.device))
+
+    def _check_unpadded(self) -> None:
+        """Padding in front, which all tokens behind it would see, is one token of its own, or an end token twice."""
+        first, second = self.ids[:, 0], self.ids[:, min(1, self.length - 1)]
+        alone = [token for token in self._pads if token not in self._ends]
+        twice = self._is_one_of(first, [*self._pads, *self._ends]) & (first == second)
+        padded = self._is_one_of(first, alone) | twice
+        if bool(padded.any()):
+            row = int(padded.nonzero()[0])
+            raise CropiError(
+                f"attention_mask is not given, and row {row} begins with the padding token {int(first[row])}, which "
+                "its tokens would see: give the mask (of ones, if this is no padding)"
+            )
+
+    def _check_end(self, scored: torch.Tensor) -> None:
+        last = self.ids[:, -2:]
+        padded = (
+            scored[:, -2:].all(dim=1) & (last[:, 0] == last[:, -1])
+            if self.length > 1
+            else scored[:, 0] & False
+        )
+        padded = padded & self._is_one_of(last[:, -1], [*self._pads, *self._ends])
+        if bool(padded.any()):
+            row = int(padded.nonzero()[0])
+            raise CropiError(
+                f"row {row} ends with the padding token {int(last[row, -1])}, and it is scored: a response is scored up "
+                "to its first end token; mend response_mask (labels)"
             )
 
     def _shaped(self, name: str, value: Any) -> torch.Tensor:
@@ -298,6 +332,7 @@ class _Rows:
         if not bool(scored.any(dim=1).all()):
             row = int((~scored.any(dim=1)).nonzero()[0])
             raise CropiError(f"row {row} has no scored token: leave the row out, or mend its response_mask")
+        self._check_end(scored)
         return scored
 
     def prompts(self, names: Any) -> tuple[list[Any], torch.Tensor]:
@@ -318,6 +353,24 @@ class _Rows:
         places: dict[Any, int] = {}
         segments = [places.setdefault(name, len(places)) for name in names]
         return list(places), torch.tensor(segments, device="cpu")
+
+
+def _padding_of(policy: Policy) -> tuple[list[int], list[int]]:
+    """The tokens that pad, as far as model and tokenizer say; and those that begin or end a text, which may pad too."""
+    sources = [
+        policy.config.get_text_config(),
+        getattr(policy.model, "generation_config", None),
+        policy.tokenizer,
+    ]
+    pads, ends = (
+        {int(token) for source in sources for name in names for token in _listed(getattr(source, name, None))}
+        for names in (("pad_token_id",), ("bos_token_id", "eos_token_id"))
+    )
+    return sorted(pads), sorted(ends)
+
+
+def _listed(value: Any) -> Sequence[int]:
+    return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def _check_tensor(name: str, value: Any) -> None:
