@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from test_rollout import prompts, rolled
 
 import cropi
 from cropi.errors import CropiError, RecordError
-from cropi.rollouts.job import ChangedReward
+from cropi.rollouts.job import ChangedReward, RolloutReport
 
 
 def raises(prompt: Any, response: str, answer: str) -> float:
@@ -156,6 +157,31 @@ def test_an_expression_that_is_not_marked_is_compared_whole(answer: str, part: s
     for form in (r"so it is $\boxed{%s}$.", r"\boxed{%s}", "It is $%s$."):
         assert Math()("question", form % answer, answer=answer) == 1.0
         assert Math()("question", form % part, answer=answer) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"reward_model": {"style": "rule", "ground_truth": "1"}, "extra_info": {"answer": "x"}},
+         "reward_model.ground_truth"),
+        ({"label": "1"}, "label"), ({"answers": "1"}, "answers"),
+    ],
+)  # fmt: skip
+def test_the_column_that_may_hold_the_answer_is_named(
+    tmp_path: Path, row: dict[str, Any], column: str
+) -> None:
+    asked = [{"id": "a", "prompt": "1=", **row}]
+    with pytest.raises(
+        RecordError, match=f"needs 'answer'.*did you mean --columns answer={re.escape(column)}?"
+    ):
+        rolled(tmp_path / "out.jsonl", make_model(), reward="exact", asked=asked)
+
+
+def test_a_rollout_without_a_gradient_says_what_may_be_changed(tmp_path: Path) -> None:
+    report = RolloutReport(tmp_path, prompts=1, responses=4, tokens=8, mean_reward=0.0, truncated=3)
+    assert "nothing       to select from these prompts: raise --max-tokens (3 of 4 responses" in report.text()
+    report.mixed = 1
+    assert "nothing" not in report.text()
 
 
 @pytest.mark.parametrize("reward", ["math", "exact"])

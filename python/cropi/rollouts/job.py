@@ -60,6 +60,16 @@ class RolloutReport:
                 f"rewards       mean {self.mean_reward:.3g}; {self.mixed} prompts have different rewards, and so a "
                 f"gradient; {self.truncated} responses were cut"
             )
+            if not self.mixed:
+                cut = (
+                    f"--max-tokens ({self.truncated} of {self.responses} responses were cut), "
+                    if self.truncated
+                    else ""
+                )
+                lines.append(
+                    f"nothing       to select from these prompts: raise {cut}-n or --temperature, take other prompts, or "
+                    "look at the responses and the reward function"
+                )
         for error in self.skipped[:20]:
             lines.append(f"left out      {error}")
         if len(self.skipped) > 20:

@@ -18,7 +18,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,19 @@ from cropi.rollouts.prompts import Prompt
 from cropi.rollouts.verifiers import VERIFIERS
 
 ASSISTANT = "assistant"
+# Other names of columns.
+CALLED = {
+    "answer": (
+        "ground_truth",
+        "gold",
+        "target",
+        "label",
+        "solution",
+        "final_answer",
+        "expected_answer",
+        "answer",
+    )
+}
 
 
 class Reward:
@@ -84,7 +97,7 @@ class Reward:
         """
         for name in self.needs:
             if prompt.row.get(name) is None:
-                near = did_you_mean(name, prompt.row, f"--columns {name}={{}}")
+                near = _near(name, prompt.row)
                 raise RecordError(
                     prompt.where, f"the reward function {self.name} needs {name!r}, and the row has "
                     f"{', '.join(map(repr, list(prompt.row)[:40]))}",
@@ -170,6 +183,16 @@ class Reward:
             "mend it and run the same command again (finished prompts are kept), or pass --skip-bad to leave such "
             "prompts out and count them",
         )  # fmt: skip
+
+
+def _near(name: str, row: Mapping[str, Any]) -> str:
+    """Which column of a row, or of the objects in it, may be what is missing."""
+    flat = list(row) + [
+        f"{key}.{inner}" for key, held in row.items() if isinstance(held, Mapping) for inner in held
+    ]
+    called = next((column for column in flat if column.rpartition(".")[2] in CALLED.get(name, ())), None)
+    shown = f"--columns {name}={{}}"
+    return f"did you mean {shown.format(called)}? " if called else did_you_mean(name, flat, shown)
 
 
 def _version(function: Any, whole: bool) -> str:

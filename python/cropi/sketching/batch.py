@@ -236,8 +236,8 @@ class _Rows:
         if bool(padded.any()):
             row = int(padded.nonzero()[0])
             raise CropiError(
-                f"row {row} ends with the padding token {int(last[row, -1])}, and it is scored: a response is scored up "
-                "to its first end token; mend response_mask (labels)"
+                f"row {row} ends with the padding token {int(last[row, -1])}, and it is scored: a response is scored "
+                "up to its first end token; mend response_mask (labels)"
             )
 
     def _shaped(self, name: str, value: Any) -> torch.Tensor:
