@@ -67,8 +67,8 @@ class RolloutReport:
                     else ""
                 )
                 lines.append(
-                    f"nothing       to select from these prompts: raise {cut}-n or --temperature, take other prompts, or "
-                    "look at the responses and the reward function"
+                    f"nothing       to select from these prompts: raise {cut}-n or --temperature, take other prompts, "
+                    "or look at the responses and the reward function"
                 )
         for error in self.skipped[:20]:
             lines.append(f"left out      {error}")
