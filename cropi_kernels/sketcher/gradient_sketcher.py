@@ -273,7 +273,8 @@ class GradientSketcher:
             weigh: another name of ``weights``, for a function.
             whole: call the function once, with all log-probs (for ratios of whole responses); this costs one more
                 product with the head.
-            attention_mask: None (causal), [batch, length], or bool [batch, 1, length, length], True where to attend.
+            attention_mask: None (causal), [batch, length], or [batch, 1, length, length]: bool, True where to attend, or
+                of numbers that attention adds to its scores.
             position_ids: as the model takes them. Several sequences in one row need positions that begin anew with
                 each, and a model that keeps them apart by these (`probe` says whether it does), or a 4-D mask.
             temperature: log-probs are those of softmax(logits / temperature), and so is the gradient.
@@ -387,7 +388,7 @@ class GradientSketcher:
         """What the decoder is called with beside the tokens, checked against what the probe has measured."""
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
         if attention_mask is None or attention_mask.ndim == 2:
-            check_apart(here, None if self.probe is None else self.probe.packing)
+            check_apart(here, lambda: None if self.probe is None else self.probe.packing)
         if self.probe is not None:
             lengths = Lengths(self.probe.switch, self.probe.by_length)
             check_lengths(lengths, here.input_ids.shape, here.attention_mask, here.position_ids)

@@ -43,10 +43,13 @@ def check_rows(
                 f"attention_mask has shape {shape}: give [{batch}, {length}], 1 for tokens and 0 for padding, or bool "
                 f"[{batch}, 1, {length}, {length}], True where to attend"
             )
-        if square and attention_mask.dtype != torch.bool:
+        # Eager attention would add ones and zeros to its scores. What is on a device is not read: the host would wait.
+        added = square and attention_mask.is_floating_point()
+        ones = added and attention_mask.is_cpu and bool((attention_mask.diagonal(dim1=2, dim2=3) > 0).any())
+        if square and attention_mask.dtype != torch.bool and (not added or ones):
             raise ValueError(
-                f"attention_mask {shape} is {attention_mask.dtype}: give a bool one, True where to attend "
-                "(attention_mask.bool() of ones and zeros, attention_mask == 0 of one that is added)"
+                f"attention_mask {shape} is {attention_mask.dtype}, of ones and zeros: give attention_mask.bool(), "
+                "True where to attend, or one that is added, 0 where to attend"
             )
     if position_ids is not None and tuple(position_ids.shape[-2:]) not in ((batch, length), (1, length)):
         raise ValueError(

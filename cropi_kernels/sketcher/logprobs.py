@@ -13,11 +13,16 @@ from .._fork import one_thread_after_fork
 from .decoder import split_model, split_parts
 from .host import on_host
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
+from .labels import Batch
+from .one_sequence import check_apart
 from .precision import own_precision, unwrapped
+from .probe import packing_of
+from .sharded import units
 from .split import SplitModel
 
 # The decoder, head, scale and cap of models that were measured. Weak references: a model may be large.
 _MEASURED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+_PACKING: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -50,7 +55,8 @@ def token_logprobs(
         float32 [n] (float64 for a float64 model), on the model's device.
 
     Raises:
-        ValueError: the model has no decoder and linear head, or an argument does not fit; names which.
+        ValueError: the model has no decoder and linear head, an argument does not fit, or a row holds several sequences
+            that the model does not keep apart; names which.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -61,13 +67,19 @@ def token_logprobs(
     one_thread_after_fork()
     check_tensors(input_ids=input_ids, positions=positions, targets=targets)
     check_rows(input_ids, attention_mask, position_ids)
-    here = on_host(input_ids, positions, targets)
-    check_positions(*here)
+    square = attention_mask is not None and attention_mask.ndim == 4
+    mask = None if square else attention_mask
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    here = Batch(*on_host(input_ids, rows, None, positions, targets, mask, position_ids))
+    assert here.positions is not None and here.targets is not None
+    check_positions(here.input_ids, here.positions, here.targets)
     model = unwrapped(model)
     split = measured_split(model)
-    check_vocabulary(here[0], here[2], split.head.weight.shape[0], known_ids(model))
+    check_vocabulary(here.input_ids, here.targets, split.head.weight.shape[0], known_ids(model))
     kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
     with own_precision(model):
+        if not (square or units(model)):  # of a sharded model some ranks alone might measure
+            check_apart(here, lambda: _measured_packing(model, split))
         hidden = split.hidden(input_ids, **kwargs)
     with split.whole_head():
         picked = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
@@ -87,3 +99,12 @@ def measured_split(model: nn.Module) -> SplitModel:
         split = split_model(model)
         known = _MEASURED[model] = *parts, split.scale, split.softcap
     return dataclasses.replace(named, scale=known[2], softcap=known[3])
+
+
+def _measured_packing(model: nn.Module, split: SplitModel) -> str:
+    """`Probe.packing`, measured at the first call, and again for another kind of attention."""
+    kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    known = _PACKING.get(model)
+    if known is None or known[0] != kind:
+        known = _PACKING[model] = kind, packing_of(model, split)
+    return known[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -72,54 +72,56 @@ def check_call(batch: int, kwargs: dict[str, Any]) -> None:
         )
 
 
-def check_apart(here: Batch, packing: str | None) -> None:
+def check_apart(here: Batch, packing: Callable[[], str | None]) -> None:
     """Check that no token attends to one of another sequence of its row; ``here``: a batch on the host, without a mask
-    that says for each token what it attends to.
+    that says for each token what it attends to. Padding, and what stands behind a row's last scored token, may be of
+    any segment and position.
 
     Args:
-        packing: `Probe.packing`; None: not measured.
+        packing: gives `Probe.packing`, or None where that is not measured; asked where a row holds several sequences.
 
     Raises:
         ValueError: a row holds several segments and no positions that begin anew, or several sequences that the model
             does not keep apart; names the row and the column.
     """
-    shape, mask, positions = here.input_ids.shape, here.attention_mask, here.position_ids
-    where = None if positions is None else positions.reshape(-1, *positions.shape[-2:])[0].expand(shape)
-    if here.segments.ndim == 2 and (at := _no_restart(here, where)) is not None:
-        raise ValueError(
-            f"another segment begins in row {at[0]}, column {at[1]}, and its tokens attend to those before: {APART}"
-        )
-    if where is None or packing in ("as it is", None) or packing == "without a mask" and mask is None:
+    shape, positions = here.input_ids.shape, here.position_ids
+    several = here.segments.ndim == 2 and bool((here.segments[:, 1:] != here.segments[:, :-1]).any())
+    if positions is None and not several:
         return
-    if (at := restart(where, mask)) is not None:
-        beside = "" if packing == "wrong" else " beside an attention_mask [batch, length]: leave that out, or"
+    read = _read(here)
+    where = None if positions is None else positions.reshape(-1, *positions.shape[-2:])[0].expand(shape)
+    if several:
+        segments, numbers = values(here.segments), None if where is None else values(where)
+        mixed = (segments[:, 1:] != segments[:, :-1]) & read[:, 1:] & read[:, :-1]
+        if numbers is not None:
+            mixed &= numbers[:, 1:] > numbers[:, :-1]
+        if (at := _first(mixed)) is not None:
+            raise ValueError(
+                f"another segment begins in row {at[0]}, column {at[1] + 1}, and its tokens attend to those before: "
+                f"{APART}"
+            )
+    if where is None or (at := restart(where, torch.from_numpy(read))) is None:
+        return
+    measured, masked = packing(), here.attention_mask is not None
+    if measured == "wrong" or measured == "without a mask" and masked:
+        beside = (
+            "" if measured == "wrong" else " beside an attention_mask [batch, length]: leave that out, or"
+        )
         raise ValueError(
             f"row {at[0]} holds several sequences (position_ids restart in column {at[1]}), which the model does not "
             f"keep apart by position_ids{beside or ':'} give {SQUARE}, or one sequence a row"
         )
 
 
-def _no_restart(here: Batch, where: torch.Tensor | None) -> tuple[int, int] | None:
-    """The row and column of the first token of another segment than the token before whose position is not below that
-    of the token before. Padding, and what stands behind a row's last scored token, has any segment."""
-    batch, length = here.input_ids.shape
-    segments = values(here.segments)
-    other = segments[:, 1:] != segments[:, :-1]
-    if not other.any():
-        return None
+def _read(here: Batch) -> np.ndarray:
+    """bool [batch, length]: no padding, and not behind the last token of its row that predicts a scored one."""
     assert here.positions is not None
+    batch, length = here.input_ids.shape
     rows, columns = np.divmod(values(here.positions), length)
     last = np.full(batch, -1)
     np.maximum.at(last, rows, columns)
-    inside = np.arange(length) <= last[:, None]
-    if here.attention_mask is not None:
-        inside &= values(here.attention_mask) != 0
-    other &= inside[:, 1:] & inside[:, :-1]
-    if where is not None:
-        numbers = values(where)
-        other &= numbers[:, 1:] > numbers[:, :-1]
-    at = _first(other)
-    return None if at is None else (at[0], at[1] + 1)
+    read = np.arange(length) <= last[:, None]
+    return read if here.attention_mask is None else read & (values(here.attention_mask) != 0)
 
 
 def numbered(mask: torch.Tensor) -> tuple[int, int] | None:

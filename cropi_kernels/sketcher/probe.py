@@ -132,6 +132,14 @@ def _left_padding(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> 
     return "wrong"
 
 
+def packing_of(model: nn.Module, split: SplitModel) -> str:
+    """`Probe.packing` alone, of a model that is not probed."""
+    ids = few_rows(model, split.head.weight.shape[0], device_of(model))
+    with untouched(model), torch.no_grad():
+        model.eval()
+        return _packing(split, ids, split.hidden(ids))
+
+
 def _packing(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> str:
     """Whether two rows in one, with positions that begin anew, give what each gives alone."""
     length, half = ids.shape[1], plain.element_size() < 4

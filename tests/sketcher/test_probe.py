@@ -10,7 +10,7 @@ import transformers
 from support import zoo
 from torch import nn
 
-from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
 from cropi_kernels.sketcher import PolicyProbeError
 
 SPEC = SketchSpec(width=16, vocab_width=64)
@@ -123,8 +123,12 @@ def test_sequences_that_the_model_does_not_keep_apart_are_refused(name: str, mas
     pairs = ((begin[:, :, None] == begin[:, None]) & torch.ones(1, *[begin.shape[1]] * 2).tril().bool())[
         :, None
     ]
+    refused = pytest.raises(ValueError, match="row 0 holds several sequences .* does not keep apart")
+    given = dict(positions=batch.positions, targets=batch.targets, position_ids=batch.position_ids)
+    with refused:
+        token_logprobs(model, batch.input_ids, attention_mask=ones, **given)  # type: ignore[arg-type]
     with GradientSketcher(model, SPEC) as sketcher:
-        with pytest.raises(ValueError, match="row 0 holds several sequences .* does not keep apart"):
+        with refused:
             batch.sketch(sketcher, attention_mask=ones)
         got = batch.sketch(sketcher, attention_mask=pairs)
         want = zoo.padded().sketch(sketcher)
@@ -151,15 +155,14 @@ def test_segments_that_share_a_sequence_are_refused() -> None:
     assert torch.equal(got.sketches, want.sketches)
 
 
-def test_a_mask_of_pairs_is_bool() -> None:
-    """One of ones and zeros would be added to the scores."""
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
+def test_a_mask_of_pairs_is_bool_or_added(dtype: torch.dtype) -> None:
+    """One of ones and zeros would be added to the scores, too."""
     batch = zoo.packed()
-    square = torch.ones(1, 1, *[batch.input_ids.shape[1]] * 2)
-    with (
-        GradientSketcher(zoo.make("llama"), SPEC) as sketcher,
-        pytest.raises(ValueError, match="give a bool one"),
-    ):
-        batch.sketch(sketcher, attention_mask=square)
+    square = torch.ones(1, 1, *[batch.input_ids.shape[1]] * 2).tril().to(dtype)
+    with GradientSketcher(zoo.make("llama"), SPEC) as sketcher:
+        with pytest.raises(ValueError, match="of ones and zeros: give attention_mask.bool"):
+            batch.sketch(sketcher, attention_mask=square)
 
 
 def test_inputs_are_rows_of_the_embedding_and_targets_rows_of_the_head() -> None:
