@@ -273,8 +273,8 @@ class GradientSketcher:
             weigh: another name of ``weights``, for a function.
             whole: call the function once, with all log-probs (for ratios of whole responses); this costs one more
                 product with the head.
-            attention_mask: None (causal), [batch, length], or [batch, 1, length, length]: bool, True where to attend, or
-                of numbers that attention adds to its scores.
+            attention_mask: None (causal), [batch, length], or [batch, 1, length, length]: bool, True where to attend,
+                or of numbers that attention adds to its scores.
             position_ids: as the model takes them. Several sequences in one row need positions that begin anew with
                 each, and a model that keeps them apart by these (`probe` says whether it does), or a 4-D mask.
             temperature: log-probs are those of softmax(logits / temperature), and so is the gradient.
