@@ -24,6 +24,9 @@ from cropi.sketching.noise import sampled
 from cropi.sketching.run import sketch as run_job
 from cropi.store.store import SketchStore
 
+# The fields of Selecting that a resampled choice depends on: those of the ranking.
+OF_CHOICE = ("fraction", "count", "method", "rrf_constant", "pool", "per", "quota")
+
 
 def score(
     model: Any,
@@ -57,7 +60,8 @@ def score(
         progress: show progress bars.
         options: the fields of :class:`cropi.options.Sketching` and :class:`cropi.options.Influence`, such as
             ``estimator="ppo"``, ``dim=8192``, ``metric="dot"``; for a model by its name, those of
-            :class:`cropi.options.Loading` (``dtype``, ``device``).
+            :class:`cropi.options.Loading` (``dtype``, ``device``); and those of :data:`OF_CHOICE`, such as
+            ``fraction=0.2``: the choice that ``p_selected`` is of (default: the best tenth).
 
     Returns:
         The scores, with one row a training prompt and one column a validation set.
@@ -80,6 +84,7 @@ def score(
     ('t1', ['t1'])
     """
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
+    choice, rest = _choice(rest)
     sketching, compare = split(rest, Sketching, Influence)
     job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
     if noise:
@@ -104,7 +109,7 @@ def score(
         if noise
         else ()
     )
-    return pipeline.score(stores.pop("train"), list(stores.values()), compare, noise=of_noise)
+    return pipeline.score(stores.pop("train"), list(stores.values()), compare, choice, of_noise)
 
 
 def sketch(
@@ -175,7 +180,8 @@ def influence(
         valid: sketches of validation prompts, in one store or several; prompts with the same ``set`` are one set.
         noise: stores that ``cropi.sketch(..., noise=True)`` made of some or all of these prompts: the uncertainty then
             includes the responses.
-        options: the fields of :class:`cropi.options.Influence`: ``metric``, ``mean``, ``max_valid``, ``valid_seed``.
+        options: the fields of :class:`cropi.options.Influence`: ``metric``, ``mean``, ``max_valid``, ``valid_seed``;
+            and those of :data:`OF_CHOICE`, as for :func:`cropi.score`.
 
     Returns:
         The scores, with one row a training prompt and one column a validation set.
@@ -195,7 +201,8 @@ def influence(
     >>> influence(train, valid).top("sums")
     [('a', 1.0), ('b', -1.0)]
     """
-    (given,) = split(options, Influence)
+    choice, rest = _choice(options)
+    (given,) = split(rest, Influence)
     stores = [valid] if isinstance(valid, SketchStore) else valid
     if not isinstance(train, SketchStore):
         raise CropiError(
@@ -208,7 +215,7 @@ def influence(
         raise CropiError(
             f"noise is {noise!r:.100}: give a list of SketchStores (cropi.sketch(..., noise=True))"
         )
-    return pipeline.score(train, stores, given, noise=noise)
+    return pipeline.score(train, stores, given, choice, noise)
 
 
 def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
@@ -316,6 +323,12 @@ def _policies(
         return policy, None, rest
     named = isinstance(behaviour_model, (str, Path))
     return policy, made(behaviour_model, **(loading if named else {})), rest
+
+
+def _choice(options: dict[str, Any]) -> tuple[Selecting, dict[str, Any]]:
+    """The choice that scores are resampled for, and the other options."""
+    (made,) = split({name: value for name, value in options.items() if name in OF_CHOICE}, Selecting)
+    return made, {name: value for name, value in options.items() if name not in OF_CHOICE}
 
 
 def _loading(options: dict[str, Any], model: Any) -> tuple[dict[str, Any], dict[str, Any]]:

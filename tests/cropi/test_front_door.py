@@ -50,6 +50,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # --------------------------------------------------------------------------------------------- results
+def test_a_choice_of_any_size_has_its_own_uncertainty(scores: Scores) -> None:
+    """`p_selected` is the chance to be chosen among so many; they add up to their number."""
+    again = cropi.score(make_model(), TRAIN, VALID, make_tokenizer(), fraction=0.25, **SMALL)
+    np.testing.assert_array_equal(again.table, scores.table)
+    assert sum(again.select(0.25).weights.values()) == pytest.approx(3)
+    with pytest.raises(CropiError, match="of choices of 1 prompts, and this selection has 3"):
+        _ = scores.select(0.25).weights
+    train, valid = (cropi.sketch(make_model(), part, make_tokenizer(), **SMALL) for part in (TRAIN, VALID))
+    two = cropi.influence(train, valid, count=2)
+    assert sum(two.select(count=2).weights.values()) == pytest.approx(2)
+
+
 @pytest.mark.long
 def test_memory_files_and_the_command_line_agree_to_the_bit(
     scores: Scores, saved: Path, tmp_path: Path
@@ -198,7 +210,8 @@ MISUSE: dict[str, tuple[Any, str]] = {
     "an option that is none": (
         lambda: optioned(estimater="ppo"), "'estimater' is not an option; did you mean 'estimator'",
     ),
-    "an option of selecting": (lambda: optioned(fraction=0.1), "'fraction' is not an option"),
+    "an option of selecting": (lambda: optioned(dedup=0.9), "'dedup' is not an option"),
+    "a choice of nothing": (lambda: optioned(fraction=1.5), "fraction must be"),
     "a value of an option": (lambda: optioned(metric="cos"), "metric must be one of cosine, dot"),
     "a type of an option": (
         lambda: optioned(tokens_per_batch="many"), "tokens_per_batch must be an integer or None, got",

@@ -49,8 +49,8 @@ def weights_of(selection: Selection) -> dict[str, float]:
     if drawn != len(selection.chosen):
         raise CropiError(
             f"weights: p_selected in the scores is of choices of {drawn} prompts, and this selection has "
-            f"{len(selection.chosen)}; score again with its fraction and pool, or select with the fraction that the "
-            "scores were made with"
+            f"{len(selection.chosen)}; score again with its fraction and pool (`cropi run`, or cropi.score), or select "
+            "with the fraction that the scores were made with"
         )
     return weights
 

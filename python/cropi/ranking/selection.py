@@ -360,7 +360,8 @@ def _p_selected(scores: Scores, n: int) -> np.ndarray:
     if (held := round(float(np.nansum(scores.p_selected)))) != n:
         warn(
             f"p_selected in the scores is the chance to be among {held} prompts, and {n} are chosen: it does not say "
-            "which of the others are better; choose as many, or score again with this fraction (`cropi run`)",
+            "which of the others are better; choose as many, or score again with this fraction (`cropi run`, or "
+            "cropi.score)",
             OtherChoices,
             stacklevel=3,
         )
