@@ -176,10 +176,12 @@ def repeated(path: Path) -> Any:
 
 
 def runs(path: Path) -> Any:
-    """A list of ten million zeros in one page: pyarrow 21 makes several, of which it reads those that the footer counts."""
+    """A list of ten million zeros in one page: of several it reads those that the footer counts."""
     zeros = pyarrow.array(np.zeros(10_000_000, dtype=np.int64))
     table = pyarrow.table({"n": pyarrow.ListArray.from_arrays([0, len(zeros)], zeros)})
-    pyarrow.parquet.write_table(table, path, compression="zstd", data_page_size=2**30, write_batch_size=len(zeros))
+    pyarrow.parquet.write_table(
+        table, path, compression="zstd", data_page_size=2**30, write_batch_size=len(zeros)
+    )
     return pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
 
 
