@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 from data.make_formats import records
 from support.made_data import write_lines
@@ -131,3 +132,34 @@ def test_columns_are_named_and_misnamed() -> None:
     ):
         with pytest.raises(CropiError, match=words):
             made(rows, columns=columns)
+
+
+@pytest.mark.parametrize("kind", ["memory", "lines", "table"])
+def test_reasons_of_engines_say_what_was_cut(tmp_path: Path, kind: str) -> None:
+    """No end token is appended to what a limit has cut."""
+
+    def given(rows: list[dict[str, Any]]) -> Any:
+        if kind == "memory":
+            return rows
+        path = tmp_path / "t"
+        if kind == "lines":
+            return write_lines(path, rows)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+
+    plain = {"id": "a", "prompt": "p", "responses": ["x", "y", "z"], "rewards": [1.0, 0.0, 0.0]}
+    (group,) = read(given([plain | {"finish_reasons": ["length", "stop", None]}]))
+    assert group.truncated == [True, False, False] and not group.extra
+    rows = [{"id": "a", "prompt": "p", "response": str(k), "reward": float(k), "finish_reason": reason}
+            for k, reason in enumerate(("stop", "length"))]  # fmt: skip
+    (group,) = read(given(rows))
+    assert group.truncated == [False, True]
+    (group,) = read(given([row | {"truncated": True} for row in rows]))
+    assert group.truncated == [True, True], "what is said outright counts"
+    with pytest.raises(
+        RecordError, match=r"the end of responses\[1\] is 'abort', so that it may be only a part"
+    ):
+        list(read(given([plain | {"finish_reasons": ["stop", "abort", "stop"]}])))
+    exact = {"id": "a", "prompt_ids": [1], "response_ids": [[2], [3]], "rewards": [1.0, 0.0]}
+    (group,) = read(given([exact | {"finish_reasons": ["stop", "abort"]}]))
+    assert group.truncated is None

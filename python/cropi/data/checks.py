@@ -19,6 +19,13 @@ LONGEST_ID = 4096
 LARGEST_TOKEN = 2**31 - 1
 # Long lists of numbers, whose every entry is checked to be one.
 FLAT = ("rewards", "prompt_ids", "response_ids", "logprobs", "loss_mask", "truncated")
+# Whether a response that ended so was cut by a limit; engines without a reason to name say nothing.
+ENDS = {
+    **dict.fromkeys(("length", "max_tokens"), True),
+    **dict.fromkeys(
+        ("stop", "eos_token", "stop_sequence", "end_turn", "tool_calls", "tool_use", None), False
+    ),
+}
 ID_REMEDY = (
     "give every prompt an id that no other one has and that stays the same from run to run, the one of your dataset, "
     "or pass --skip-bad"
@@ -106,6 +113,7 @@ def check_group(values: dict[str, Any], where: str) -> dict[str, Any]:
     temperature = values["temperature"]
     if temperature is not None and (not finite(temperature) or temperature is True or not temperature > 0):
         raise RecordError(where, f"'temperature' must be a positive number, got {shown(temperature)}")
+    _check_reasons(values, where)
     if values["truncated"] is not None and not all(isinstance(value, bool) for value in values["truncated"]):
         raise RecordError(where, "'truncated' must be a list of true and false")
     for name, kind, words in (
@@ -115,6 +123,24 @@ def check_group(values: dict[str, Any], where: str) -> dict[str, Any]:
         if values[name] is not None and not isinstance(values[name], kind):
             raise RecordError(where, f"{name!r} must be {words}, got {shown(values[name])}")
     return values
+
+
+def _check_reasons(values: dict[str, Any], where: str) -> None:
+    """Reasons for the end of each response as truth values: whether a limit cut it."""
+    held = values["truncated"]
+    if held is None or not any(isinstance(reason, str) for reason in held):
+        return
+    made = [ENDS.get(reason) if reason is None or isinstance(reason, str) else None for reason in held]
+    if None in made:
+        if values["response_ids"] is not None:  # of token ids it changes nothing
+            values["truncated"] = None
+            return
+        k = made.index(None)
+        raise RecordError(
+            where, f"the reason for the end of responses[{k}] is {shown(held[k])}, so that it may be only a part",
+            "remove it and its reward, give 'truncated' (true where a limit cut it), or pass --skip-bad",
+        )  # fmt: skip
+    values["truncated"] = made
 
 
 def finite(value: Any) -> bool:

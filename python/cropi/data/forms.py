@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cropi.data.keys import ALIASES, FIELDS
+from cropi.data.keys import ALIASES, FIELDS, REASONS
 from cropi.errors import CropiError, RecordError, did_you_mean, shown
 
 RECORD, RESPONSE, CONVERSATION, PROMPT = "record", "response", "conversation", "prompt"
@@ -27,7 +27,7 @@ HASHED = "text-"  # what ids begin with that are hashes
 SINGLE = {
     "response": "responses", "completion": "responses", "reward": "rewards", "response_ids": "response_ids",
     "completion_ids": "response_ids", "response_token_ids": "response_ids", "logprobs": "logprobs",
-    "truncated": "truncated", **{key: name for key, name in ALIASES.items() if name == "loss_mask"},
+    "truncated": "truncated", **{key: name for key, name in ALIASES.items() if name in ("loss_mask", "truncated")},
     "loss_mask": "loss_mask",
 }  # fmt: skip
 COLUMNS = tuple(dict.fromkeys((*FIELDS, "response", "reward")))
@@ -61,8 +61,12 @@ def is_prompt(row: Mapping[str, Any]) -> bool:
     talks = isinstance(messages, list) and any(
         isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
     )
-    answered = talks or any(key in (*_ANSWERS, *_SCORES) or key in SINGLE for key in keys)
+    answered = talks or any(key in (*_ANSWERS, *_SCORES) or _is_single(key) for key in keys)
     return any(key in _PROMPTS for key in keys) and not answered
+
+
+def _is_single(key: str) -> bool:
+    return key in SINGLE and key not in REASONS
 
 
 def parse_columns(words: str | Mapping[str, str] | None) -> dict[str, str]:
@@ -119,7 +123,7 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     keys = [key for key, value in row.items() if value is not None]
     if "rewards" in keys or "responses" in keys or "completions" in keys:
         return RECORD
-    has_response = any(key in SINGLE and key != "reward" for key in keys)
+    has_response = any(_is_single(key) and key != "reward" for key in keys)
     messages = row.get("messages")
     talks = isinstance(messages, list) and any(
         isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
@@ -196,6 +200,8 @@ def joined(rows: list[dict[str, Any]], wheres: list[str]) -> dict[str, Any]:
     """
     made: dict[str, Any] = {}
     names = list(dict.fromkeys(key for row in rows for key in row))
+    if any(row.get("truncated") is not None for row in rows):
+        names = [key for key in names if key not in REASONS]
     for key in names:
         values = [row.get(key) for row in rows]
         if key in SINGLE:

@@ -34,8 +34,12 @@ FIELDS = (
 # dumps set it, because trainers and engines write prompts rendered, or as they were tokenised.
 RENDERED = "rendered"
 
+# Why each response ended, as engines say it: `truncated` in words.
+REASONS = ("finish_reason", "finish_reasons")
+
 # Other names of fields, as trainers and engines write them.
 ALIASES = {
+    **dict.fromkeys(REASONS, "truncated"),
     "response_mask": "loss_mask",
     "loss_masks": "loss_mask",
     "assistant_masks": "loss_mask",
@@ -85,6 +89,8 @@ def named(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for key, value in record.items():
         name = ALIASES.get(key, key)
+        if key in REASONS and (not isinstance(value, list) or record.get("truncated") is not None):
+            name = key  # it says nothing of single responses, or nothing new
         if key in REFUSED and value is not None:
             if not (key in OF_TEXT and record.get("prompt_ids", record.get("prompt_token_ids"))):
                 raise RecordError(where, f"the key {key!r} is known, but not supported", REFUSED[key])
