@@ -20,7 +20,7 @@ LARGEST_TOKEN = 2**31 - 1
 # Long lists of numbers, whose every entry is checked to be one.
 FLAT = ("rewards", "prompt_ids", "response_ids", "logprobs", "loss_mask", "truncated")
 # Whether a response that ended so was cut by a limit; engines without a reason to name say nothing.
-ENDS = {
+ENDS: dict[str | None, bool] = {
     **dict.fromkeys(("length", "max_tokens"), True),
     **dict.fromkeys(
         ("stop", "eos_token", "stop_sequence", "end_turn", "tool_calls", "tool_use", None), False
