@@ -17,6 +17,7 @@ from ..frozen import Linears, PackedLinears
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from . import sharded
+from .apart import MIXED, Apart
 from .batch_sketch import BatchSketch
 from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage
@@ -43,7 +44,7 @@ from .probe import Probe, pads_left, positions_for, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
 from .scale import SegmentScales
 from .segments import Segments
-from .selftest import SelfTest
+from .selftest import SelfTest, SelfTestError
 from .split import SplitModel
 from .tapped import TappedModel
 from .trial import few_rows
@@ -123,7 +124,7 @@ class GradientSketcher:
         self._split: SplitModel | None = None
         self._verify = verify
         self._shape: object = None  # of the model's code, when it was tested
-        self._batch_tested = False
+        self._batch_tested = self._apart_tested = False
         self._heard: dict[str, frozenset[str]] = {}  # the taps that a method's self-test heard
         self.self_test: SelfTest | None = None
         self.probe: Probe | None = None
@@ -155,7 +156,8 @@ class GradientSketcher:
         # Where hooks or forwards have come or gone, the model is tested again.
         if (shape := code_shape(self.model)) != self._shape:
             self._tapped.fuse_again()
-            self._shape, self._split, self._batch_tested, self._heard = shape, None, False, {}
+            self._shape, self._split, self._heard = shape, None, {}
+            self._batch_tested = self._apart_tested = False
             self.self_test = self.probe = None
         self._tapped.tap()
         return self
@@ -196,7 +198,7 @@ class GradientSketcher:
         Raises:
             RuntimeError: outside the ``with`` block. ValueError: segments do not fit; says how.
             SelfTestError: what a tap gives is not autograd's gradient, the block uses a weight beside its module, or
-                taps were not heard; names the parameters or modules.
+                taps were not heard; names the parameters or modules. Or tokens attend to another segment's.
         """
         self._active("batch")
         self._no_batch()
@@ -216,6 +218,10 @@ class GradientSketcher:
                 self._try_batch()
                 watching.enter_context(watch_weights(self.model, self._tapped.plan.taps))
                 watching.enter_context(recorded.of(self.model))
+            apart = None
+            if self._verify and not self._apart_tested and segments.ndim == 2:
+                apart = Apart(self.model, self._tapped.acc, segments.cpu())
+                watching.enter_context(apart.watching())
             self._begin(where)
             result = BatchSketch()
             try:
@@ -234,6 +240,10 @@ class GradientSketcher:
                 )
             self._batch_tested = True
             self._check_heard("batch", where)
+            if apart is not None and (mixed := apart.mixed()) is not None:
+                if mixed:
+                    raise SelfTestError(f"{MIXED}; verify=False leaves out this test")
+                self._apart_tested = True
         result.sketches = sketches
 
     def policy_gradient(

@@ -15,6 +15,7 @@ from torch import nn
 from ..names import canonical_name
 from ..spec import SketchSpec
 from . import sharded
+from .apart import MIXED, Apart
 from .attach import Attachment
 from .beside import check_heard
 from .coverage import Coverage
@@ -25,7 +26,7 @@ from .one_sequence import one_sequence_a_row
 from .precision import own_precision
 from .row_segments import Runs
 from .selftest import SelfTest
-from .split_loss import LATER, LossCheck
+from .split_loss import LATER, PARTS, CoupledLossError, LossCheck
 from .untouched import code_shape
 
 
@@ -99,7 +100,7 @@ class LiveSketcher:
         self._audited = self._whole and self._plan.ranks is None
         self._shape: object = None
         self._audits = Schedule()
-        self._ready = False
+        self._ready = self._apart = False
         self._runs: Runs | None = None  # of the open batch
         self.loss: str | None = None
 
@@ -132,7 +133,8 @@ class LiveSketcher:
         if self._handles:
             raise RuntimeError("this LiveSketcher is already active: leave its `with` block first")
         if (shape := code_shape(self.model)) != self._shape:
-            self._shape, self._audits, self._ready, self.loss = shape, Schedule(), False, None
+            self._shape, self._audits, self.loss = shape, Schedule(), None
+            self._ready = self._apart = False
         try:
             self._handles.extend(self._plan.hook())
         except BaseException:
@@ -172,7 +174,8 @@ class LiveSketcher:
             ValueError: ``segments`` do not fit, a row that was given one number holds several sequences, or what is
                 trainable has changed.
             SelfTestError: a tap does not give autograd's gradient; names the parameters.
-            CoupledLossError: the loss is not a sum over prompts.
+            CoupledLossError: the loss is not a sum over prompts, or tokens attend to those of another prompt in their
+                row.
         """
         self._check_state()
         runs = Runs.of(segments, shape, num_segments)
@@ -183,6 +186,9 @@ class LiveSketcher:
             self._try()
         due = self._verify and self._audited and self._audits.due()
         check = LossCheck(self.model, self._acc, runs) if self._asks(runs) else None
+        apart = None
+        if self._verify and not (self.coupled or self._apart or runs.rows):
+            apart = Apart(self.model, self._acc, segments.cpu())
         self._acc.begin(runs.segments, sharded.device_of(self.model))
         self._runs = runs
         result, started = LiveSketch(), time.perf_counter()
@@ -194,11 +200,17 @@ class LiveSketcher:
                     stack.enter_context(audit.listening())
                 if check is not None:
                     stack.enter_context(check.watching())
+                if apart is not None:
+                    stack.enter_context(apart.watching())
                 yield result
             if audit is not None:
                 audit.verdict(runs.segments, self._audits)
             if check is not None and check.verdict is not None:
                 self.loss = check.verdict
+            if apart is not None and (mixed := apart.mixed()) is not None:
+                if mixed:
+                    raise CoupledLossError(f"{MIXED}, or take {PARTS}: coupled=True")
+                self._apart = True
             if self._audits.heard is not None:
                 check_heard(self.model, self._plan, self._audits.heard, runs.segments, partly=True)
             clock, sketches = self._acc.clock, self._acc.end()

@@ -14,15 +14,16 @@ from .decoder import split_model, split_parts
 from .host import on_host
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import Batch
+from .lengths import Lengths, check_lengths
 from .one_sequence import check_apart
 from .precision import own_precision, unwrapped
-from .probe import packing_of
+from .probe import Probe, pads_left, positions_for, probe_rows
 from .sharded import units
 from .split import SplitModel
 
 # The decoder, head, scale and cap of models that were measured. Weak references: a model may be large.
 _MEASURED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
-_PACKING: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
+_PROBES: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Probe]] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -42,7 +43,8 @@ def token_logprobs(
     >>> logp = token_logprobs(model, input_ids, positions=positions, targets=targets)    # doctest: +SKIP
 
     Logits exist for scored tokens only, one chunk at a time. The model runs in the mode that it is in, without a
-    gradient. Its first call runs it on four tokens, to see that its decoder and its head give its logits.
+    gradient. Its first call runs it on four tokens, to see that its decoder and its head give its logits; the first one
+    with a mask or positions runs it on some more, to see how it takes them (`GradientSketcher.probe`).
 
     Args:
         model: a Hugging Face causal LM with a linear head (also inside PEFT).
@@ -55,8 +57,8 @@ def token_logprobs(
         float32 [n] (float64 for a float64 model), on the model's device.
 
     Raises:
-        ValueError: the model has no decoder and linear head, an argument does not fit, or a row holds several sequences
-            that the model does not keep apart; names which.
+        ValueError: the model has no decoder and linear head, an argument does not fit, or the model does not give for a
+            row what it gives for it alone, without padding (as `GradientSketcher.policy_gradient`); names which.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -78,8 +80,18 @@ def token_logprobs(
     check_vocabulary(here.input_ids, here.targets, split.head.weight.shape[0], known_ids(model))
     kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
     with own_precision(model):
-        if not (square or units(model)):  # of a sharded model some ranks alone might measure
-            check_apart(here, lambda: _measured_packing(model, split))
+        # Of a sharded model some ranks alone might measure.
+        if not (square or units(model)) and (mask is not None or position_ids is not None):
+            probe = _measured_probe(model, split)
+            check_apart(here, lambda: probe.packing)
+            check_lengths(
+                Lengths(probe.switch, probe.by_length),
+                input_ids.shape,
+                here.attention_mask,
+                here.position_ids,
+            )
+            if mask is not None and pads_left(here.attention_mask, position_ids):
+                kwargs.update(positions_for(probe, mask))
         hidden = split.hidden(input_ids, **kwargs)
     with split.whole_head():
         picked = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
@@ -101,10 +113,10 @@ def measured_split(model: nn.Module) -> SplitModel:
     return dataclasses.replace(named, scale=known[2], softcap=known[3])
 
 
-def _measured_packing(model: nn.Module, split: SplitModel) -> str:
-    """`Probe.packing`, measured at the first call, and again for another kind of attention."""
+def _measured_probe(model: nn.Module, split: SplitModel) -> Probe:
+    """How the model takes rows, measured at the first call, and again for another kind of attention."""
     kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    known = _PACKING.get(model)
+    known = _PROBES.get(model)
     if known is None or known[0] != kind:
-        known = _PACKING[model] = kind, packing_of(model, split)
+        known = _PROBES[model] = kind, probe_rows(model, split)
     return known[1]

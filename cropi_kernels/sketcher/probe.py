@@ -81,8 +81,20 @@ def probe_policy(model: nn.Module, split: SplitModel) -> Probe:
                 "around your own loss"
             )
         _check_alone(split.hidden, ids, plain, name)
-        lengths = lengths_of(model, split, ids)
-        padding, packing = _left_padding(split, ids, plain), _packing(split, ids, plain)
+        return _measured(model, split, ids, plain)
+
+
+def probe_rows(model: nn.Module, split: SplitModel) -> Probe:
+    """Measure alone; nothing is refused. Leaves no trace in the model."""
+    ids = few_rows(model, split.head.weight.shape[0], device_of(model))
+    with untouched(model), torch.no_grad():
+        model.eval()
+        return _measured(model, split, ids, split.hidden(ids))
+
+
+def _measured(model: nn.Module, split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> Probe:
+    lengths = lengths_of(model, split, ids)
+    padding, packing = _left_padding(split, ids, plain), _packing(split, ids, plain)
     return Probe(split.scale, split.softcap, lengths.switch, lengths.by_length, padding, packing)
 
 
@@ -130,14 +142,6 @@ def _left_padding(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> 
         except (IndexError, TypeError, ValueError, RuntimeError):  # takes no mask, or no positions
             continue
     return "wrong"
-
-
-def packing_of(model: nn.Module, split: SplitModel) -> str:
-    """`Probe.packing` alone, of a model that is not probed."""
-    ids = few_rows(model, split.head.weight.shape[0], device_of(model))
-    with untouched(model), torch.no_grad():
-        model.eval()
-        return _packing(split, ids, split.hidden(ids))
 
 
 def _packing(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from support import live as made
 from support.live import LOSSES, SPEC, Step, captured
 from torch import nn
 
-from cropi_kernels import CoupledLossError, LiveSketcher
+from cropi_kernels import CoupledLossError, GradientSketcher, LiveSketcher
 from cropi_kernels.sketcher import SelfTestError
 from cropi_kernels.sketcher.live_audit import Schedule
 from cropi_kernels.sketcher.selftest import Comparison
@@ -75,6 +76,27 @@ def test_a_loss_that_is_no_sum_over_prompts_is_named() -> None:
     with pytest.raises(CoupledLossError, match=r"model\.norm\.weight"):
         captured(model, coupled_by_the_weights(model))
     assert captured(zoo.make("llama"), coupled_by_a_norm, coupled=True).isfinite().all()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["live", "batch"])
+def test_sequences_that_attend_to_each_other_are_named(way: str) -> None:
+    """transformers keeps the sequences of a row apart where it is given their positions, and no mask."""
+    model, packed = zoo.make("llama"), zoo.packed()
+    masked = dataclasses.replace(packed, attention_mask=torch.ones_like(packed.input_ids))
+
+    def capture(batch: zoo.Batch, **options: Any) -> torch.Tensor:
+        kind = LiveSketcher if way == "live" else GradientSketcher
+        with kind(model, SPEC, **options) as sketcher, sketcher.batch(batch.segments) as out:
+            (batch.logprobs(model, use_cache=False) * zoo.weights_of(batch)).sum().backward()
+        return out.sketches
+
+    error = CoupledLossError if way == "live" else SelfTestError
+    with pytest.raises(error, match="changes with those of another in its row"):
+        capture(masked)
+    assert not torch.allclose(capture(masked, verify=False), capture(packed), rtol=0.1)
+    if way == "live":
+        assert torch.equal(capture(masked, coupled=True), capture(masked, verify=False))
 
 
 @pytest.mark.long

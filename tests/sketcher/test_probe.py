@@ -84,6 +84,8 @@ def test_rows_padded_on_the_left_are_right(name: str) -> None:
         want = batch.sketch(sketcher)
         got = batch.sketch(sketcher, **left)
     assert torch.allclose(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
+    alone = token_logprobs(model, targets=batch.targets, **left)
+    assert torch.allclose(alone, want.logprobs, rtol=0, atol=1e-5)
     assert ((got.sketches - want.sketches).norm(dim=1) <= 1e-5 * want.sketches.norm(dim=1)).all()
 
 
@@ -112,6 +114,10 @@ def test_positions_that_the_longest_row_scales_are_found(kind: str) -> None:
                 weigh=lambda logp, a, b: torch.ones(b - a),
                 attention_mask=mask,
             )
+    with pytest.raises(ValueError, match="rows of 10 and of 40 tokens .* beyond 24 tokens"):
+        token_logprobs(
+            model, ids, positions=torch.tensor([5]), targets=torch.tensor([7]), attention_mask=mask
+        )
 
 
 @pytest.mark.parametrize("name, masked", [("llama", True), ("falcon", False)])
