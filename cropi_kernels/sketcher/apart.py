@@ -40,14 +40,12 @@ class Apart:
     def __init__(self, model: nn.Module, acc: Accumulator, ids: torch.Tensor) -> None:
         self._model, self._acc = model, acc
         begins = ids[:, 1:] != ids[:, :-1]
-        self._second = (
-            torch.nn.functional.pad(begins.cumsum(1), (1, 0)) % 2 == 1
-        )  # every second segment of a row
+        # The tokens of every second segment of a row.
+        self._second = torch.nn.functional.pad(begins.cumsum(1), (1, 0)) % 2 == 1
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._decoder: nn.Module | None = None
-        if bool(begins.any()) and not sharded.units(
-            model
-        ):  # of a sharded model some ranks alone might come here
+        # Of a sharded model some ranks alone might come here.
+        if bool(begins.any()) and not sharded.units(model):
             with contextlib.suppress(ValueError):
                 self._decoder = split_parts(model).decoder
 
@@ -77,7 +75,8 @@ class Apart:
         others = given.flatten().roll(1).view_as(given)
         ids = torch.where(second, given, others)
         with self._acc.absent(), untouched(self._model), torch.no_grad():
-            self._model.eval()  # dropout would make two forwards differ
+            # Dropout would make two forwards differ.
+            self._model.eval()
             before, after = (self._run(x, args, kwargs) for x in (given, ids))
         if isinstance(mask, torch.Tensor) and mask.shape == second.shape:
             second = second & (mask != 0)
