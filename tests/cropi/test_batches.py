@@ -15,7 +15,7 @@ from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches, plan_rows
 from cropi.gradient.estimators import ESTIMATORS, sequence_behaviour
 from cropi.gradient.layout import Layout, choose_layout
-from cropi.gradient.masks import additive, additive_if_eager, prefix_mask
+from cropi.gradient.masks import additive_if_eager, handed, prefix_mask
 from cropi.gradient.tokenize import TokenGroup
 from cropi_kernels import GradientSketcher, SketchSpec
 
@@ -190,7 +190,7 @@ def test_attention_keeps_one_mask_for_all_layers(dtype: torch.dtype) -> None:
         return logits, len(kept)
 
     want, many = run(batch.attention_mask)
-    got, one = run(layout.handed(batch.attention_mask))
+    got, one = run(handed(batch.attention_mask, layout.added))
     assert (many, one) == (3, 1) and torch.equal(got, want)
 
 
@@ -212,7 +212,7 @@ def test_a_model_that_takes_bool_masks_alone_is_handed_these() -> None:
 
 def test_masks_that_are_added_begin_where_attention_reads_them_without_a_copy() -> None:
     seen = prefix_mask(torch.tensor([[0, 0, 1, 1, 2, -1], [0, 1, 1, 2, 2, 3]]))
-    got = additive(seen, torch.bfloat16)
+    got = handed(seen, torch.bfloat16)
     assert got.dtype == torch.bfloat16 and got.stride(-1) == 1 and all(n % 8 == 0 for n in got.stride()[:-1])
     assert torch.equal(got == 0, seen) and torch.equal(got == -torch.inf, ~seen)
 

@@ -20,7 +20,6 @@ import torch
 
 from cropi.errors import CropiError, warn
 from cropi.gradient.layout_trial import LayoutTrial
-from cropi.gradient.masks import additive
 from cropi.model.policy import Policy
 from cropi_kernels.sketcher.lengths import Lengths, measure_lengths
 from cropi_kernels.sketcher.precision import unwrapped
@@ -89,10 +88,6 @@ class Layout:
         if self.strict:
             raise CropiError(f"layout 'shared': {problem}; pass --layout auto or --layout padded")
         return replace(self, shared=False, note=f"prompts are not shared between responses: {problem}")
-
-    def handed(self, mask: torch.Tensor) -> torch.Tensor:
-        """A mask of a batch as the model is handed it."""
-        return mask if self.added is None or mask.ndim != 4 else additive(mask, self.added)
 
     def take(self, prompt: Sequence[int], responses: Sequence[Sequence[int]], name: str) -> bool:
         """Whether this row may be shared: the model is tried on it, unless it was on a longer one.

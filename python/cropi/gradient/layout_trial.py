@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from cropi.gradient.masks import additive, additive_if_eager, prefix_mask
+from cropi.gradient.masks import additive_if_eager, handed, prefix_mask
 from cropi_kernels.sketcher.decoder import evaluating, split_parts
 from cropi_kernels.sketcher.hooks import hooked
 from cropi_kernels.sketcher.precision import own_precision, product_eps
@@ -143,7 +143,7 @@ class LayoutTrial:
         row = [*prompt, *(token for ids in responses for token in ids)]
         hidden = self._hidden(
             [row],
-            attention_mask=additive_if_eager(self.model, mask) if added is None else additive(mask, added),
+            attention_mask=additive_if_eager(self.model, handed(mask, added)),
             position_ids=torch.tensor([places], device=device),
         )
         return list(hidden[len(prompt) :].split(sizes))

@@ -27,14 +27,17 @@ def prefix_mask(blocks: torch.Tensor) -> torch.Tensor:
     return seen[:, None]
 
 
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers that attention adds to its scores: 0 where the bool mask is True, minus infinity elsewhere.
+def handed(mask: torch.Tensor, added: torch.dtype | None) -> torch.Tensor:
+    """A mask as a model is handed it: of a bool ``[B, 1, L, L]`` the numbers that attention adds to its scores, 0 where
+    it is True and minus infinity elsewhere; the mask itself if ``added``, their dtype, is None.
 
     Torch's ``scaled_dot_product_attention`` makes the same of a bool mask, but in every layer anew, and keeps each for
     the backward pass: two bytes for every pair of tokens and layer.
     """
+    if added is None or mask.ndim != 4:
+        return mask
     length = mask.shape[-1]
-    room = torch.zeros(*mask.shape[:-1], -(-length // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)
+    room = torch.zeros(*mask.shape[:-1], -(-length // ALIGNED) * ALIGNED, dtype=added, device=mask.device)
     return room[..., :length].masked_fill_(mask.logical_not(), -torch.inf)
 
 

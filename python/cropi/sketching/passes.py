@@ -16,6 +16,7 @@ from cropi.gradient.behaviour import BehaviourModel
 from cropi.gradient.estimators import Estimator
 from cropi.gradient.health import Health, batch_health
 from cropi.gradient.layout import Layout
+from cropi.gradient.masks import handed
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import ZERO_GRADIENT, Suspicion, is_zero, rounding
 from cropi.model.placing import is_out_of_memory
@@ -201,7 +202,7 @@ class Passes:
             # The ratio of a response is known with its last token, but weights are asked for chunk by chunk.
             whole=self.estimator.level == "sequence" and behaviour is not None,
             num_segments=int(batch.segments[-1]) + 1,
-            attention_mask=self.layout.handed(batch.attention_mask),
+            attention_mask=handed(batch.attention_mask, self.layout.added),
             position_ids=batch.position_ids,
             temperature=batch.temperature,
         )
