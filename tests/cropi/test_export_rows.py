@@ -189,3 +189,24 @@ def test_columns_of_more_than_two_gib_are_taken_row_by_row(
     assert rows_out.taken(table, []).num_rows == 0
     export(tmp_path / "out.parquet", ["p9", "p1"], format="parquet", dataset=path)
     assert read_back(tmp_path / "out.parquet") == [rows[9], rows[1]]
+
+
+def test_reward_functions_of_trainers_get_the_answer_of_a_solution(tmp_path: Path) -> None:
+    """Beside a whole solution of GSM8K every response would be wrong."""
+    answers = {
+        "6 * 207 =\n#### 1,242": "1242",
+        "#### -3.5": "-3.5",
+        "1,242": "1,242",
+        "a #### b\nc": "a #### b\nc",
+    }
+    given = [*answers, 7, ["7"], ["7", "8"]]
+    wanted = [*answers.values(), "7", "7", '["7", "8"]']
+    records = [record | {"answer": answer} for record, answer in zip(make_records(len(given)), given)]
+    ids = [record["id"] for record in records]
+    for form, path, key in (
+        ("verl", tmp_path / "a.parquet", lambda row: row["reward_model"]["ground_truth"]),
+        ("slime", tmp_path / "a.jsonl", lambda row: row["label"]),
+        ("openrlhf", tmp_path / "b.jsonl", lambda row: row["label"]),
+    ):
+        export(path, ids, format=form, trajectories=records)
+        assert list(map(key, read_back(path))) == wanted

@@ -19,6 +19,16 @@ IDS_OF_RESPONSES = (
 )
 
 
+def final_answer(solution: str) -> str:
+    """What a solution that ends in ``#### 42`` (GSM8K) gives as its answer; any other text as it is.
+
+    >>> final_answer("6 * 7 = 42\\n#### 42"), final_answer("x > 1")
+    ('42', 'x > 1')
+    """
+    last = solution.rpartition("####")[2].strip()
+    return last if last and "\n" not in last else solution.strip()
+
+
 def no_gradient_reason(rewards: Sequence[float]) -> str | None:
     """Why a prompt has no gradient (every advantage is zero, but for rounding), or None when it has one.
 

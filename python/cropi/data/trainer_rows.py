@@ -16,10 +16,12 @@ slime: ``--input-key prompt --label-key label --apply-chat-template``. OpenRLHF:
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from cropi.data.keys import RENDERED
 from cropi.data.records import PromptGroup
+from cropi.data.rewards import final_answer
 from cropi.errors import CropiError
 
 # The format of the file that each trainer's rows are written to.
@@ -68,8 +70,14 @@ def trainer_row(trainer: str, group: PromptGroup, data_source: str | None = None
 
 
 def answer_text(answer: Any) -> str:
-    """A reference answer as the string that reward functions compare with: text as it is, anything else as JSON."""
-    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+    """A reference answer as the string that reward functions compare with: text as it is, anything else as JSON; of a
+    solution that ends in ``#### 1,234`` (GSM8K) the number, without commas, as the trainers' own preparation has it."""
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if not isinstance(answer, str):
+        return json.dumps(answer, ensure_ascii=False)
+    final = final_answer(answer) if "####" in answer else answer
+    return final.replace(",", "") if final != answer and re.fullmatch(r"-?[\d,]+(\.\d+)?", final) else final
 
 
 def _verl(group: PromptGroup, prompt: list[Any], source: Any, extra: dict[str, Any]) -> dict[str, Any]:

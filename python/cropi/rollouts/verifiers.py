@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from cropi.data.rewards import final_answer
 from cropi.errors import optional, shown
 
 SECONDS = 5  # for one expression; beyond, the answer counts as wrong
@@ -89,7 +90,7 @@ def _text(answer: Any) -> str:
 
 
 def _written(answer: Any) -> str:
-    return _text(answer).rpartition("####")[2].strip().removesuffix(".")
+    return final_answer(_text(answer)).removesuffix(".")
 
 
 def _is_marked(text: str) -> bool:
