@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from cropi import _moved
 
 if TYPE_CHECKING:
-    from cropi.api import check, influence, score, select, sketch
+    from cropi.api import check, influence, score, select, sketch, write_report
     from cropi.errors import CropiError, RecordError
     from cropi.gradient.estimators import Estimator, make_estimator
     from cropi.model.policy import Policy
+    from cropi.ranking.pairwise import neighbours
     from cropi.ranking.scores import Scores
     from cropi.ranking.selection import Selection
     from cropi.ranking.selector import Selector
@@ -52,11 +53,13 @@ _PLACES = {
     "check": "cropi.api",
     "influence": "cropi.api",
     "make_estimator": "cropi.gradient.estimators",
+    "neighbours": "cropi.ranking.pairwise",
     "rollout": "cropi.rollouts.api",
     "score": "cropi.api",
     "score_batch": "cropi.sketching.batch",
     "select": "cropi.api",
     "sketch": "cropi.api",
+    "write_report": "cropi.api",
 }
 
 __all__ = [
@@ -78,11 +81,13 @@ __all__ = [
     "check",
     "influence",
     "make_estimator",
+    "neighbours",
     "rollout",
     "score",
     "score_batch",
     "select",
     "sketch",
+    "write_report",
 ]
 
 

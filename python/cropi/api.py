@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cropi import pipeline
 from cropi.data.forms import parse_columns
+from cropi.data.readers import read
+from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, shown
 from cropi.model.policy import Policy
 from cropi.option_fields import names_of, split
 from cropi.options import Influence, Loading, Selecting, Sketching
 from cropi.pipeline import Setup
+from cropi.ranking.influence import given_stores
+from cropi.ranking.pairwise import Neighbour
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
+from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.check import check_job
 from cropi.report.check_report import CheckReport
+from cropi.report.html import ReportInput
+from cropi.report.html import write_report as write_page
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import make_job
 from cropi.sketching.noise import sampled
@@ -180,8 +187,8 @@ def influence(
         valid: sketches of validation prompts, in one store or several; prompts with the same ``set`` are one set.
         noise: stores that ``cropi.sketch(..., noise=True)`` made of some or all of these prompts: the uncertainty then
             includes the responses.
-        options: the fields of :class:`cropi.options.Influence`: ``metric``, ``mean``, ``max_valid``, ``valid_seed``;
-            and those of :data:`OF_CHOICE`, as for :func:`cropi.score`.
+        options: the fields of :class:`cropi.options.Influence`: ``metric``, ``mean``, ``aggregate``, ``minus``,
+            ``minus_weight``, ``max_valid``, ``draws``, ``valid_seed``; and those of :data:`OF_CHOICE`, as for :func:`cropi.score`.
 
     Returns:
         The scores, with one row a training prompt and one column a validation set.
@@ -203,14 +210,7 @@ def influence(
     """
     choice, rest = _choice(options)
     (given,) = split(rest, Influence)
-    stores = [valid] if isinstance(valid, SketchStore) else valid
-    if not isinstance(train, SketchStore):
-        raise CropiError(
-            f"train is a {type(train).__name__}: give a SketchStore (cropi.sketch, SketchStore.open)"
-        )
-    if not isinstance(stores, (list, tuple)) or not stores:
-        kind = "empty" if isinstance(stores, (list, tuple)) else f"a {type(valid).__name__}"
-        raise CropiError(f"valid is {kind}: give a SketchStore, or a list of at least one")
+    stores = given_stores(train, valid)
     if not isinstance(noise, (list, tuple)) or not all(isinstance(one, SketchStore) for one in noise):
         raise CropiError(
             f"noise is {noise!r:.100}: give a list of SketchStores (cropi.sketch(..., noise=True))"
@@ -224,7 +224,9 @@ def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
     Args:
         scores: the result of :func:`cropi.score` or :func:`cropi.influence`.
         fraction: share of the pool, in (0, 1].
-        options: the fields of :class:`cropi.options.Selecting`: ``method``, ``pool``, ``select_seed``.
+        options: the fields of :class:`cropi.options.Selecting`, which are those of `cropi select`: ``count``,
+            ``method``, ``pool``, ``per``, ``quota``, ``min_score``, ``confidence``, ``draw``, ``dedup``, ``diversity``
+            and others.
 
     Returns:
         The chosen prompts, best first.
@@ -244,6 +246,57 @@ def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
         )
     (given,) = split({"fraction": fraction, **options}, Selecting)
     return pipeline.pick(scores, given)
+
+
+def write_report(
+    chosen: Selection,
+    path: str | Path = "report.html",
+    train: Any = None,
+    *,
+    neighbours: Mapping[str, tuple[list[Neighbour], list[Neighbour]]] | None = None,
+    check: CheckReport | None = None,
+    columns: str | Mapping[str, str] | None = None,
+) -> None:
+    """Write the page of `cropi report` for a choice that was made in Python: one HTML file that needs no network.
+
+    Args:
+        chosen: the result of :func:`cropi.select` or :meth:`cropi.Scores.select`.
+        path: the page.
+        train: the training prompts' trajectories, as for :func:`cropi.score`, whose texts, responses and rewards are
+            then shown.
+        neighbours: the result of :func:`cropi.neighbours`, to show the training prompts nearest to validation prompts.
+        check: the result of :func:`cropi.check`.
+        columns: names of the columns of ``train``.
+
+    Raises:
+        CropiError: ``chosen`` is not a :class:`cropi.Selection`, ``train`` lacks a chosen prompt, bad records, or a page that cannot be written.
+
+    >>> import numpy as np, tempfile
+    >>> from cropi.store.shards import RowInfo
+    >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
+    >>> records = [{"id": name, "prompt": "1+1=", "responses": ["2", "3"], "rewards": [1, 0]} for name in "ab"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_report(scores.select(0.5), f"{folder}/report.html", records)
+    """
+    if not isinstance(chosen, Selection):
+        raise CropiError(f"chosen is a {type(chosen).__name__}: give a Selection (scores.select, cropi.select)")
+    if check is not None and not isinstance(check, CheckReport):
+        raise CropiError(f"check is a {type(check).__name__}: give the CheckReport of cropi.check")
+    from cropi.trainers.dumps import auto
+
+    scores = chosen.scores
+    groups: Iterable[PromptGroup] = ()
+    if train is not None:
+        groups = records = read(auto.opened(train, columns=columns), columns=columns)
+        # Records of other prompts would make a page without a text.
+        for _ in records.take(chosen.ids):
+            pass
+    given = ReportInput(
+        scores, chosen, groups, uncertainty=Uncertainty.of(scores),
+        uncertainty_missing=str(scores.meta.get("uncertainty_missing", "the scores were not resampled")),
+        neighbours=neighbours or {}, check=None if check is None else check.to_dict(),
+    )  # fmt: skip
+    write_page(path, given)
 
 
 def check(

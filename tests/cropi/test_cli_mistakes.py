@@ -14,7 +14,7 @@ from support.commands import cropi
 from support.made_curriculum import config, make_folder
 from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 
-from cropi.cli import make_parser
+from cropi.cli import COMMANDS, main, make_parser
 from cropi.cli.config import read_config, write_config
 from cropi.cli.parser import vocab_width, width
 from cropi.store.store import SketchStore
@@ -133,10 +133,17 @@ def test_a_written_config_has_the_absolute_paths_of_files_alone(
     assert (held["chat_template"], held["out"]) == (str(tmp_path / "math"), str(tmp_path / "o"))
 
 
-def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("word", ["--version", "-V"])
+def test_version_is_printed(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cropi("--version")
+        cropi(word)
     assert stopped.value.code == 0 and capsys.readouterr().out.startswith("cropi 0.")
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out, told = capsys.readouterr()
+    assert not out and all(f"    {name}" in told for name in COMMANDS)
 
 
 def test_widths_of_the_command_line_are_those_of_the_spec() -> None:

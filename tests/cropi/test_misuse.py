@@ -91,6 +91,14 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "select: a list": (lambda: cropi.select([1.0]), "scores is a list"),  # type: ignore[arg-type]
     "select: text": (lambda: cropi.select(scores(), "0.5"), "fraction must be a finite number, got '0.5'"),  # type: ignore[arg-type]
     "select: nothing": (lambda: cropi.select(scores(), 0.01), "fraction 0.01 of a pool of 4 prompts chooses none"),
+    "neighbours: paths": (lambda: cropi.neighbours("a", "b"), "train is a str"),  # type: ignore[arg-type]
+    "neighbours: none": (lambda: cropi.neighbours(store(), []), "valid is empty"),
+    "neighbours: k": (lambda: cropi.neighbours(store(), store(), 2.5), "k must be an integer"),  # type: ignore[arg-type]
+    "write_report: scores": (lambda: cropi.write_report(scores()), "chosen is a Scores: give a Selection"),  # type: ignore[arg-type]
+    "write_report: records": (
+        lambda: cropi.write_report(scores().select(0.5), train=VALID[:1]), "selected prompts are not in",
+    ),
+    "write_report: check": (lambda: cropi.write_report(scores().select(0.5), check={}), "check is a dict"),  # type: ignore[arg-type]
     "score_batch: lists": (lambda: batch(input_ids=[[5, 6]]), "input_ids is of type list: give a tensor"),
     "score_batch: no rows": (lambda: batch(input_ids=torch.zeros(0, 4, dtype=torch.int64)), "input_ids is torch.int64"),
     "score_batch: device": (lambda: batch(advantages=torch.ones(2, device="meta")), "advantages is on meta"),

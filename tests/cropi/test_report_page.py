@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cropi
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
 from cropi.ranking.influence import Scores
@@ -80,6 +81,18 @@ def data_of(page: str) -> dict[str, Any]:
     packed = re.search(r'<script type="text/plain" id="data">(.*?)</script>', page, re.DOTALL)
     assert packed
     return json.loads(gzip.decompress(base64.b64decode(packed[1])))  # type: ignore[no-any-return]
+
+
+def test_a_choice_made_in_python_has_the_same_page(tmp_path: Path) -> None:
+    given = make_input(uncertainty=None, check=None)
+    records = list(given.groups)
+    near = {"v00": ([Neighbour("p00007", 0.5)], [Neighbour("p00009", -0.5)])}
+    cropi.write_report(given.selection, tmp_path / "a.html", records, neighbours=near)
+    page = (tmp_path / "a.html").read_text("utf-8")
+    assert data_of(page) == data_of(render(given)) and "p00007" in page.split('id="neighbours"')[1]
+    cropi.write_report(given.selection, tmp_path / "b.html")
+    details = data_of((tmp_path / "b.html").read_text("utf-8"))["details"].values()
+    assert not any(one["responses"] for one in details), "no records, no texts"
 
 
 def test_numbers_of_the_page_are_those_of_the_selection() -> None:

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from cropi.data.records import parse_record
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.template import ChatTemplate
-from cropi.gradient.tokenize import QuotedToken, Tokenize
+from cropi.gradient.tokenize import NotInTemplate, QuotedToken, Tokenize
 from cropi.model.policy import Policy
 from cropi.sketching import job as jobs
 from cropi.sketching.job import DatedTemplate, SketchJob
@@ -163,6 +163,31 @@ def test_what_a_template_gets_for_records_that_have_none_of_their_own() -> None:
     marked = tokenizer_of(MARKED.replace("<turn>assistant", "{{ tools | length }}<turn>assistant"))
     with pytest.raises(RecordError, match="renders the prompt in another way"):
         tokens_of(marked, {"tools": [{"name": "w"}]}, **answered)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tools": [{"name": "w"}]}, "tools"),
+        ({"chat_template_kwargs": {"enable_thinking": False, "other": 1}}, "enable_thinking, other"),
+        ({"tools": [], "chat_template_kwargs": {}}, ""),
+    ],
+)
+def test_what_the_template_does_not_read_is_said_once(changes: dict[str, Any], named: str) -> None:
+    plain = "{% for m in messages %}<turn>{{ m['content'] }}</turn>{% endfor %}{# no_tools #}"
+    tokenize = Tokenize(tokenizer := tokenizer_of(plain), len(tokenizer), 4096)
+    record = {"id": "x", "prompt": USER, "responses": ["4"], "rewards": [1]} | changes
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for line in ("f:1", "f:2"):
+            tokenize(parse_record(json.dumps(record), line))
+    said = [str(one.message) for one in told if one.category is NotInTemplate]
+    assert [text.startswith(f"f:1 (prompt 'x'): the chat template does not read {named},") for text in said] == (
+        [True] if named else []
+    ), said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotInTemplate)
+        tokens_of(tokenizer_of(TURNS), tools=[{"name": "w"}], chat_template_kwargs={"enable_thinking": False})
 
 
 def test_text_parts_are_joined_and_other_parts_are_refused() -> None:

@@ -80,6 +80,7 @@ def test_neighbours_are_the_ends_of_the_whole_order(stores: tuple[SketchStore, S
         assert [n.id for n in helpful] == [pairs.rows[i].id for i in order[:3]]
         assert [n.id for n in harmful] == [pairs.rows[i].id for i in order[::-1][:3]]
         assert helpful[0].cosine == pytest.approx(pairs.cosines[order[0], column], abs=1e-5)
+    assert neighbours(train, valid, 3) == neighbours(train, [valid], 3)
     assert len(neighbours(train, [valid], 100)["v000"][0]) == 39, "no more than there are"
 
 
@@ -297,7 +298,7 @@ def test_mistakes(stores: tuple[SketchStore, SketchStore], tmp_path: Path) -> No
         (lambda: pairwise(train, []), "valid is empty"),
         (lambda: pairwise(train, [other]), "stage"),
         (lambda: pairwise(train, [empty]), "validation set 'x' has no usable prompt: 2 were left out"),
-        (lambda: neighbours(train, [valid], 0), "k must be at least 1, got 0"),
+        (lambda: neighbours(train, [valid], 0), "k must be an integer of at least 1, got 0"),
         (lambda: neighbours(train, [valid], ids=["v003"]), "'v003' is not a usable validation prompt"),
         (
             lambda: uncertainty(pairs, method="random"),

@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 where its output was lost (a full disk, a reader that has gone)
     and the work is done even so, 2 for bad input, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
-    args = make_parser().parse_args(words)
+    parser = make_parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(words)
     args.words = words[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without a prompt's letters must not end the work.
@@ -88,7 +92,7 @@ def make_parser() -> Parser:
         description="Choose the training prompts that help most, from stored rollouts, by sketched policy gradients.",
         epilog="`cropi COMMAND --help` explains a command and its options.",
     )
-    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version")
+    parser.add_argument("-V", "--version", action=ShowVersion, nargs=0, help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = import_module(f"cropi.cli.{name}")

@@ -200,6 +200,11 @@ class ChatTemplate:
             own = own.get("tool_use" if tools and "tool_use" in own else "default", "")
         return str(own)
 
+    def unread(self, tools: list[Any] | None, variables: Mapping[str, Any] | None) -> list[str]:
+        """The names of what a prompt brings along and no word of the template stands for: it changes nothing."""
+        text, given = self.source(tools), [*(["tools"] if tools else []), *(variables or {})]
+        return [name for name in given if not re.search(rf"\b{re.escape(name)}\b", text)]
+
     @cached_property
     def special_tokens(self) -> list[str]:
         """See :func:`special_tokens`."""

@@ -29,6 +29,10 @@ class QuotedToken(UserWarning):
     """A prompt quotes a special token, which is taken as text."""
 
 
+class NotInTemplate(UserWarning):
+    """A record holds tools or variables that the chat template does not read."""
+
+
 class BehindEnd(UserWarning):
     """Tokens behind an end token are scored as the policy's."""
 
@@ -256,6 +260,13 @@ class Tokenize:
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         assert messages is not None
+        if unread := template.unread(tools, variables):
+            self._warn(
+                "unread",
+                f"{where}: the chat template does not read {', '.join(unread)}, so that the prompt is rendered without; if "
+                "the rollouts were made with another template, give it (--chat-template), or store prompt_ids",
+                NotInTemplate,
+            )
         ids, quoted = template.prompt_ids(messages, where, tools, variables)
         if quoted:
             self._warn(

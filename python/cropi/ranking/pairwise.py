@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError
-from cropi.ranking.influence import check_stores, choose_members
+from cropi.ranking.influence import check_stores, choose_members, given_stores
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.rows import RowInfo
@@ -162,7 +162,11 @@ class Neighbour:
 
 
 def neighbours(
-    train: SketchStore, valid: Sequence[SketchStore], k: int = 5, *, ids: Sequence[str] | None = None
+    train: SketchStore,
+    valid: SketchStore | Sequence[SketchStore],
+    k: int = 5,
+    *,
+    ids: Sequence[str] | None = None,
 ) -> dict[str, tuple[list[Neighbour], list[Neighbour]]]:
     """For each validation prompt the ``k`` training prompts with the highest and the ``k`` with the lowest cosine.
 
@@ -171,7 +175,7 @@ def neighbours(
 
     Args:
         train: the store of training prompts.
-        valid: stores of validation prompts.
+        valid: one store of validation prompts, or several.
         k: how many, at least 1.
         ids: the validation prompts that are wanted; None takes all.
 
@@ -180,9 +184,20 @@ def neighbours(
 
     Raises:
         CropiError: ``k`` below 1, an id that no validation store holds, or what :func:`pairwise` raises.
+
+    >>> from cropi.store.memory import MemoryStore
+    >>> train, valid = (MemoryStore({"spec": {"dim": 64}}) for _ in range(2))
+    >>> for name, vector in (("a", torch.ones(64)), ("b", -torch.ones(64))):
+    ...     _ = train.add(RowInfo(name), vector)
+    >>> _ = valid.add(RowInfo("v", set="sums"), torch.ones(64))
+    >>> train.finish(), valid.finish()
+    (None, None)
+    >>> neighbours(train, valid, 1)["v"]
+    ([Neighbour(id='a', cosine=1.0)], [Neighbour(id='b', cosine=-1.0)])
     """
-    if k < 1:
-        raise CropiError(f"k must be at least 1, got {k}")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise CropiError(f"k must be an integer of at least 1, got {k!r}")
+    valid = given_stores(train, valid)
     _check(train, valid)
     rows, sketches = validation(valid)
     if ids is not None:
