@@ -188,7 +188,8 @@ def influence(
         noise: stores that ``cropi.sketch(..., noise=True)`` made of some or all of these prompts: the uncertainty then
             includes the responses.
         options: the fields of :class:`cropi.options.Influence`: ``metric``, ``mean``, ``aggregate``, ``minus``,
-            ``minus_weight``, ``max_valid``, ``draws``, ``valid_seed``; and those of :data:`OF_CHOICE`, as for :func:`cropi.score`.
+            ``minus_weight``, ``max_valid``, ``draws``, ``valid_seed``; and those of :data:`OF_CHOICE`, as for
+            :func:`cropi.score`.
 
     Returns:
         The scores, with one row a training prompt and one column a validation set.
@@ -269,7 +270,8 @@ def write_report(
         columns: names of the columns of ``train``.
 
     Raises:
-        CropiError: ``chosen`` is not a :class:`cropi.Selection`, ``train`` lacks a chosen prompt, bad records, or a page that cannot be written.
+        CropiError: ``chosen`` is not a :class:`cropi.Selection`, ``train`` lacks a chosen prompt, bad records, or
+            a page that cannot be written.
 
     >>> import numpy as np, tempfile
     >>> from cropi.store.shards import RowInfo
@@ -279,7 +281,9 @@ def write_report(
     ...     write_report(scores.select(0.5), f"{folder}/report.html", records)
     """
     if not isinstance(chosen, Selection):
-        raise CropiError(f"chosen is a {type(chosen).__name__}: give a Selection (scores.select, cropi.select)")
+        raise CropiError(
+            f"chosen is a {type(chosen).__name__}: give a Selection (scores.select, cropi.select)"
+        )
     if check is not None and not isinstance(check, CheckReport):
         raise CropiError(f"check is a {type(check).__name__}: give the CheckReport of cropi.check")
     from cropi.trainers.dumps import auto

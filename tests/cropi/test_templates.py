@@ -182,9 +182,9 @@ def test_what_the_template_does_not_read_is_said_once(changes: dict[str, Any], n
         for line in ("f:1", "f:2"):
             tokenize(parse_record(json.dumps(record), line))
     said = [str(one.message) for one in told if one.category is NotInTemplate]
-    assert [text.startswith(f"f:1 (prompt 'x'): the chat template does not read {named},") for text in said] == (
-        [True] if named else []
-    ), said
+    assert [
+        text.startswith(f"f:1 (prompt 'x'): the chat template does not read {named},") for text in said
+    ] == ([True] if named else []), said
     with warnings.catch_warnings():
         warnings.simplefilter("error", NotInTemplate)
         tokens_of(tokenizer_of(TURNS), tools=[{"name": "w"}], chat_template_kwargs={"enable_thinking": False})

@@ -263,8 +263,8 @@ class Tokenize:
         if unread := template.unread(tools, variables):
             self._warn(
                 "unread",
-                f"{where}: the chat template does not read {', '.join(unread)}, so that the prompt is rendered without; if "
-                "the rollouts were made with another template, give it (--chat-template), or store prompt_ids",
+                f"{where}: the chat template does not read {', '.join(unread)}, so that the prompt is rendered "
+                "without; if the rollouts had another template, give it (--chat-template), or store prompt_ids",
                 NotInTemplate,
             )
         ids, quoted = template.prompt_ids(messages, where, tools, variables)
