@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .._library import no_autocast
 from .precision import product_eps
 from .ranks import parallel_forward
 from .replaced import forward_beneath, own_forward
@@ -31,8 +32,9 @@ class _Bare(nn.Module):
 
 
 def _call(module: nn.Module, tensors: dict[str, torch.Tensor], *args: torch.Tensor) -> Any:
-    """What the module computes of ``args`` with other parameters and buffers; may raise anything."""
-    with torch.no_grad():
+    """What the module computes of ``args`` with other parameters and buffers; may raise anything. Autocast does not
+    apply: a layer that is not recognised under it would have other coordinates there."""
+    with torch.no_grad(), no_autocast(*args):
         return functional_call(_Bare(module), {f"module.{name}": x for name, x in tensors.items()}, args)
 
 

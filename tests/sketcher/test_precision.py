@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import zoo
 from support.zoo import Batch, make, padded, weights_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -108,6 +109,13 @@ def test_lora_under_accelerate_and_autocast_of_the_caller() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(sketches(adapted()), expected)
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_layers_are_recognised_under_autocast_of_the_caller() -> None:
+    """GPT-2's layers are recognised by what they compute, which autocast rounds."""
+    want = zoo.sketched(zoo.make("gpt2"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(zoo.sketched(zoo.make("gpt2")), want)
 
 
 def test_a_wrapper_that_may_change_the_output_is_not_taken_off() -> None:
