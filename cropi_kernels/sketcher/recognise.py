@@ -106,13 +106,13 @@ def _multiplies(module: nn.Module, weight: torch.Tensor, transposed: bool) -> bo
     # A weight of our own, expanded and so without memory: the model's may be zero.
     tried = w.unsqueeze(1).expand(cols, rows) if transposed else w.expand(rows, cols)
     got = _rows_apart(module, {"weight": tried}, x)
-    want = (x.float() @ w.float()).unsqueeze(1).expand(6, rows)
+    want = (x.double() @ w.double()).unsqueeze(1).expand(6, rows)
     bias = getattr(module, "bias", None)
-    want = want if bias is None else want + bias.detach().float()
+    want = want if bias is None else want + bias.detach()
     if got is None or got.shape != want.shape:
         return False
     tolerance = max(1e-4, 4 * product_eps(weight))  # a GPU may round float32 operands to tf32
-    return bool((got.float() - want).abs().max() <= tolerance * want.abs().max())
+    return bool((got - want).abs().max() <= tolerance * want.abs().max())
 
 
 def _rows_apart(module: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
