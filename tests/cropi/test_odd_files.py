@@ -28,7 +28,7 @@ from cropi.data.export import read_dataset
 from cropi.data.readers import read, read_trajectories
 from cropi.errors import printable
 from cropi.rollouts.prompts import read_prompts
-from cropi.trainers.dumps.auto import DumpSource
+from cropi.trainers.dumps.auto import Dumps
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.recognise import recognise
 
@@ -52,7 +52,7 @@ def plain(value: Any) -> Any:
 def of_dump(kind: str) -> Callable[[Any], Any]:
     def records_of(path: Path) -> Any:
         return plain(
-            list(read(DumpSource([path], kind.split()[0], Reading(temperature=0.7), skip_bad=False)))
+            list(read(Dumps({str(path): [path]}, kind.split()[0], Reading(temperature=0.7), False).sources))
         )
 
     return records_of

@@ -365,3 +365,29 @@ def test_a_last_line_that_was_cut_off_is_said_to_be_that(kind: str, tmp_path: Pa
         CropiError, match=r"jsonl:4, line: not a JSON object: .* at column \d+, where the line ends: .*jq -c"
     ):
         groups(path)
+
+
+@lossy
+def test_a_prompt_belongs_to_the_dump_with_its_newest_responses(tmp_path: Path) -> None:
+    """A choice from every file by itself (--per file) takes dumps that are given together for what they are."""
+    rows = made("areal")
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    parts = {
+        "first": [row | {"tail_version": 1} for row in rows],
+        "second": [row | {"tail_version": 2} for row in rows if row["prompt"] == prompts[1]],
+        "third": [row | {"tail_version": 1, "prompt": f"{row['prompt']}?"} for row in rows],
+    }
+    for name, part in parts.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "1.jsonl", part)
+    given = [tmp_path / "first" / "1.jsonl", tmp_path / "second", tmp_path / "third"]
+    found = {group.prompt: group for group in read(opened(given))}
+    files = {prompt: group.file for prompt, group in found.items()}
+    assert files == {
+        prompts[0]: f"{given[0]}, as records", prompts[1]: f"{given[1]}, as records",
+        **{f"{prompt}?": f"{given[2]}, as records" for prompt in prompts},
+    }  # fmt: skip
+    assert found[prompts[1]].policy == "step 2" and found[prompts[0]].policy == "step 1"
+    # Whose prompts are all newer in another one has none.
+    later = write(tmp_path / "later.jsonl", [row | {"tail_version": 3} for row in rows])
+    assert {group.file for group in read(opened([given[0], later]))} == {f"{later}, as records"}

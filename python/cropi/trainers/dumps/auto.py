@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cropi.trainers.dumps import text_rows
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.recognise import RECORDS, SOURCES, WORDS, recognise
-from cropi.trainers.dumps.rollout import Rollout, group_rollouts, write_groups
+from cropi.trainers.dumps.rollout import Rollout, Written, group_rollouts, write_groups
 
 AUTO = "auto"
 # The modules whose ``read_dump`` reads a source; the other sources are rows of text.
@@ -102,26 +103,56 @@ def check_copies(paths: Iterable[str | Path]) -> None:
 
 
 class DumpSource(PathSource):
-    """Dumps of one run, as a file of records that lives as long as this.
+    """Prompts of dumps, as a file of records that lives as long as this; ``left``: see :class:`Dumps`."""
+
+    converted = True
+
+    def __init__(self, path: Path, name: str, left: Left, folder: tempfile.TemporaryDirectory[str]) -> None:
+        super().__init__(path, f"{name}, as records")
+        self.left, self._folder = left, folder
+
+
+class Dumps:
+    """Dumps of one run, whose rollouts of a prompt are put together.
+
+    Args:
+        given: the files of every path that was given, by its name.
+        source: what wrote them.
+        reading: how they are read.
+        skip_bad: leave bad samples out, and count them.
 
     Attributes:
+        sources: of every path that was given, the prompts whose newest responses it holds, if there are some.
         files: the dumps.
-        source: what wrote them.
         written: how many prompts and responses they hold.
         left: the samples that were left out.
     """
 
-    converted = True
+    def __init__(
+        self, given: Mapping[str, Sequence[str | Path]], source: str, reading: Reading, skip_bad: bool
+    ) -> None:
+        self.files, self.source = [path for files in given.values() for path in files], source
+        self.left, self.written = Left(skip_bad), Written()
+        check_copies(self.files)
+        newest: dict[str, tuple[int, str]] = {}
 
-    def __init__(self, files: Sequence[str | Path], source: str, reading: Reading, skip_bad: bool) -> None:
-        self.files, self.source, self.left = list(files), source, Left(skip_bad)
-        check_copies(files)
-        rollouts = rollouts_of(files, source, reading, self.left)
-        groups = group_rollouts(rollouts, steps=reading.steps, left=self.left)
-        self._folder = tempfile.TemporaryDirectory(prefix="cropi-dump-")
-        path = Path(self._folder.name) / "records.jsonl"
-        self.written = write_groups(path, groups)
-        super().__init__(path, f"{', '.join(map(str, files))}, as records")
+        def rollouts() -> Iterator[Rollout]:
+            for name, files in given.items():
+                for rollout in rollouts_of(files, source, reading, self.left):
+                    if rollout.id not in newest or rollout.step > newest[rollout.id][0]:
+                        newest[rollout.id] = rollout.step, name
+                    yield rollout
+
+        numbers = {name: number for number, name in enumerate(given)}
+        groups = group_rollouts(
+            rollouts(), steps=reading.steps, left=self.left, order=lambda one: (numbers[newest[one][1]], one)
+        )
+        folder = tempfile.TemporaryDirectory(prefix="cropi-dump-")
+        self.sources: list[DumpSource] = []
+        for name, own in groupby(groups, key=lambda group: newest[group.id][1]):
+            path = Path(folder.name) / f"records-{len(self.sources)}.jsonl"
+            self.written += write_groups(path, own)
+            self.sources.append(DumpSource(path, name, self.left, folder))
 
     def line(self) -> str:
         """One line that says what was read."""
@@ -165,20 +196,21 @@ def opened(
     if source == RECORDS or not paths or not all(isinstance(path, (str, Path)) for path in paths):
         return given
     made: list[Any] = []
-    runs: dict[str, list[str | Path]] = {}
-    for path in expanded(paths, say):
-        kind = _kind(path, source, columns)
-        if kind == RECORDS:
-            made.append(path)
-        else:
-            if kind not in runs:
-                made.append(kind)  # its place in the order
-            runs.setdefault(kind, []).append(path)
+    runs: dict[str, dict[str, list[str | Path]]] = {}
+    for one in paths:
+        for path in expanded([one], say):
+            kind = _kind(path, source, columns)
+            if kind == RECORDS:
+                made.append(path)
+            else:
+                if kind not in runs:
+                    made.append(kind)  # its place in the order
+                runs.setdefault(kind, {}).setdefault(str(one), []).append(path)
     if not runs:
         return given if made == paths else made
     reading = reading or Reading(columns=parse_columns(columns))
     for kind, files in runs.items():
-        held = DumpSource(files, kind, reading, skip_bad)
+        held = Dumps(files, kind, reading, skip_bad)
         if say is not None:
             say(held.line())
             for name, error in held.left.first.items():
@@ -187,7 +219,8 @@ def opened(
                         f"  left out    {held.left.counts[name]} by {name}, the first {error.where}: {error.problem}"
                     )
                 )
-        made[made.index(kind)] = held
+        place = made.index(kind)
+        made[place : place + 1] = held.sources
     return made
 
 

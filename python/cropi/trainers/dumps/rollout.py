@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,13 @@ def _calls(response: Any) -> bool:
 
 
 def group_rollouts(
-    rollouts: Iterable[Rollout], *, steps: str = "newest", left: Left | None = None
+    rollouts: Iterable[Rollout],
+    *,
+    steps: str = "newest",
+    left: Left | None = None,
+    order: Callable[[str], Any] | None = None,
 ) -> Iterator[PromptGroup]:
-    """Collect the responses to each prompt, in order of id.
+    """Collect the responses to each prompt.
 
     All rollouts are read before this returns, into a temporary file; the groups are made one after the other.
 
@@ -123,6 +127,7 @@ def group_rollouts(
             has one behaviour policy; "all" takes them all, which needs log-probs with every one, since the policies
             differ.
         left: takes the rollouts that do not fit to the first one of their prompt; None raises.
+        order: a sort key of prompts' ids, asked when all rollouts are read; None: by the ids.
 
     Raises:
         CropiError: nothing to group, or mixed policies without log-probs.
@@ -137,7 +142,10 @@ def group_rollouts(
     if not places:
         reasons = "; ".join(str(error)[:300] for error in list(left.first.values())[:3])
         raise CropiError(f"the dump holds no rollout that can be used{': ' if reasons else ''}{reasons}")
-    return (_record(name, [kept.get(at) for at in places[name]], steps, left) for name in sorted(places))
+    return (
+        _record(name, [kept.get(at) for at in places[name]], steps, left)
+        for name in sorted(places, key=order)
+    )
 
 
 def _record(name: str, members: list[Rollout], steps: str, left: Left) -> PromptGroup:
@@ -202,6 +210,9 @@ class Written:
         self.responses += group.size
         self.with_ids += group.response_ids is not None
         self.with_logprobs += group.logprobs is not None
+
+    def __add__(self, other: Written) -> Written:
+        return Written(*map(sum, zip(astuple(self), astuple(other))))
 
 
 def write_groups(path: str | Path, groups: Iterable[PromptGroup]) -> Written:
