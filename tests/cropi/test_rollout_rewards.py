@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from test_rollout import prompts, rolled
 import cropi
 from cropi.errors import CropiError, RecordError
 from cropi.rollouts.job import ChangedReward, RolloutReport
+from cropi.rollouts.rewards import _function, _version
+from cropi.rollouts.scorer_files import files_of
 
 
 def raises(prompt: Any, response: str, answer: str) -> float:
@@ -80,6 +84,57 @@ def test_a_reward_function_that_has_changed_is_told_where_old_rewards_stay(tmp_p
             assert {
                 one for record in rolled(out, model, reward=f"{file}:f") for one in record["rewards"]
             } == {0.0}
+
+
+def test_what_a_reward_function_imports_beside_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {
+        "reward.py": "import json\nimport numpy\nfrom beside import g\ndef f(prompt, response): return g(response)\n",
+        "beside.py": "def g(response):\n    from rules.sums import right\n    return right(response)\n",
+        "rules/__init__.py": "", "rules/sums.py": "from .numbers import ONE\ndef right(response): return ONE\n",
+        "rules/numbers.py": "ONE = 1\n", "other.py": "", "alone.py": "def f(prompt, response): return 1\n",
+    }  # fmt: skip
+    (tmp_path / "rules").mkdir()
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for kept in ("beside", "rules", "rules.sums", "rules.numbers"):
+        monkeypatch.delitem(sys.modules, kept, raising=False)
+    counted = {
+        f"{tmp_path}/reward.py:f": {"reward.py", "beside.py", "rules/__init__.py", "rules/sums.py", "rules/numbers.py"},
+        "rules.sums:right": {"rules/__init__.py", "rules/sums.py", "rules/numbers.py"},
+        f"{tmp_path}/alone.py:f": {"alone.py"},
+    }  # fmt: skip
+    for given, own in counted.items():
+        first = _version(given, _function(given))
+        changed = set()
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text + "# changed\n")
+            if _version(given, _function(given)) != first:
+                changed.add(name)
+            (tmp_path / name).write_text(text)
+        assert changed == own and _version(given, _function(given)) == first
+    assert first == hashlib.sha256(texts["alone.py"].encode()).hexdigest()[:16], (
+        "records keep the hash of one file"
+    )
+
+
+def test_of_an_installed_package_its_own_modules_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "site-packages"
+    (folder / "scoring").mkdir(parents=True)
+    (folder / "scoring/__init__.py").write_text("")
+    (folder / "scoring/own.py").write_text("import large_package\nfrom scoring.rest import f\n")
+    (folder / "scoring/rest.py").write_text("def f(prompt, response): return 1\n")
+    (folder / "large_package.py").write_text("")
+    monkeypatch.syspath_prepend(folder)
+    _function("scoring.own:f")
+    held = [path.relative_to(folder) for path in files_of("scoring.own")]
+    assert list(map(str, held)) == ["scoring/own.py", "scoring/__init__.py", "scoring/rest.py"]
+    for name in ("scoring", "scoring.own", "scoring.rest", "large_package"):
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_rewards_that_differ_by_rounding_are_no_gradient(tmp_path: Path) -> None:

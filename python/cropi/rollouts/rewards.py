@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import os
 import sys
@@ -26,6 +27,7 @@ from typing import Any
 from cropi.data.rewards import LARGEST_REWARD
 from cropi.errors import CropiError, RecordError, did_you_mean, shown
 from cropi.rollouts.prompts import Prompt
+from cropi.rollouts.scorer_files import files_of
 from cropi.rollouts.verifiers import VERIFIERS
 
 ASSISTANT = "assistant"
@@ -51,8 +53,8 @@ class Reward:
         given: a name (see above), one of :data:`cropi.rollouts.verifiers.VERIFIERS`, or the function itself.
 
     Attributes:
-        version: a hash of the file that a name leads to, or of the function's own text; "" where neither is known, and
-            of verifiers.
+        version: a hash of the files that a name leads to (:mod:`cropi.rollouts.scorer_files`), or of the function's own
+            text; "" where neither is known, and of verifiers.
 
     Raises:
         CropiError: the file, module or function does not exist, or its parameters are of neither form.
@@ -61,8 +63,7 @@ class Reward:
     def __init__(self, given: str | Callable[..., Any]) -> None:
         self.name = given if isinstance(given, str) else getattr(given, "__qualname__", repr(given))
         self.function = _function(given) if isinstance(given, str) else given
-        by_name = isinstance(given, str)
-        self.version = "" if by_name and given in VERIFIERS else _version(self.function, whole=by_name)
+        self.version = "" if isinstance(given, str) and given in VERIFIERS else _version(given, self.function)
         if not callable(self.function):
             raise CropiError(
                 f"reward: {self.name} is a {type(self.function).__name__}, which cannot be called; name a function"
@@ -195,17 +196,26 @@ def _near(name: str, row: Mapping[str, Any]) -> str:
     return f"did you mean {shown.format(called)}? " if called else did_you_mean(name, flat, shown)
 
 
-def _version(function: Any, whole: bool) -> str:
-    """A hash of a function's text, or of the ``whole`` file that holds it."""
+def _version(given: str | Callable[..., Any], function: Any) -> str:
+    """A hash of the files that a name leads to, or of a function's text."""
     while isinstance(function, partial):
         function = function.func
     made = function if inspect.isroutine(function) else type(function)
     try:
-        text = (
-            Path(inspect.getsourcefile(made) or "").read_text("utf-8") if whole else inspect.getsource(made)
-        )
+        if not isinstance(given, str):
+            return _hash(inspect.getsource(made))
+        files = files_of(given.rpartition(":")[0])
+        source = inspect.getsourcefile(made)
+        if source and (path := Path(os.path.realpath(source))) not in files:
+            files.append(path)
+        texts = {os.path.relpath(file, files[0].parent): file.read_text("utf-8") for file in files}
     except (OSError, TypeError, ValueError):  # typed in, built in, or of a file that is gone
         return ""
+    # Of one file as always: records keep the hash.
+    return _hash("".join(texts.values()) if len(texts) < 2 else json.dumps(texts)) if texts else ""
+
+
+def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
