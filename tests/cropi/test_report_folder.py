@@ -58,6 +58,31 @@ def test_a_run_writes_the_page(ran: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("form", ["files", "dumps"])
+def test_texts_of_several_files_and_of_dumps_are_shown(ran: Path, tmp_path: Path, form: str) -> None:
+    """By the run, and by the command later."""
+    records, folder = make_records(12), tmp_path / "given"
+    folder.mkdir()
+    for step, some in enumerate((records[:6], records[6:])):
+        if form == "dumps":  # as verl writes them
+            some = [
+                {"input": one["prompt"], "output": text, "gts": one["answer"], "score": reward, "step": step}
+                for one in some
+                for text, reward in zip(one["responses"], one["rewards"])
+            ]
+        write_lines(folder / f"{step}.jsonl", some)
+    train = [str(folder)] if form == "dumps" else [str(folder / f"{step}.jsonl") for step in (0, 1)]
+    words = f"--valid {ran.parent}/sums.jsonl --out {tmp_path}/out --dim 1024 --no-progress".split()
+    assert main(["run", "--model", f"{ran.parent}/model", "--train", *train, *words]) == 0
+    pages = [(tmp_path / "out" / "report.html").read_text()]
+    assert main(["report", str(tmp_path / "out")]) == 0
+    pages.append((tmp_path / "out" / "report.html").read_text())
+    for page in pages:
+        texts = {detail["text"] for detail in data_of(page)["details"].values()}
+        assert len(texts) > 6 and texts <= {record["prompt"] for record in records}
+
+
+@pytest.mark.long
 def test_the_command_takes_a_check(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = tmp_path / "c.json"
     finding = {"name": "sketch error", "level": "ok", "text": "scores are off by 0.0123"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from cropi.cli.manners import tell
 
@@ -27,7 +28,16 @@ def run(args: argparse.Namespace) -> int:
     """Write the page, and say where it is."""
     from cropi.report.folder import report_folder
 
-    made = report_folder(args.folder, args.out, check=args.check)
+    made = report_folder(args.folder, args.out, check=args.check, records=_records)
     print(f"report        {made}")
     tell(args, report=made)
     return 0
+
+
+def _records(store: Any) -> Any:
+    """The files that a store was made from, dumps of trainers among them; None where they are not there any more."""
+    from cropi.report.folder import noted_files
+    from cropi.trainers.dumps import auto
+
+    files, columns = noted_files(store), (store.manifest.get("tokens") or {}).get("columns")
+    return files and auto.opened(files, skip_bad=True, columns=columns)

@@ -206,7 +206,9 @@ def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selecti
     select.show(chosen, written, checked.train.groups)
     exporting.write(args, chosen, checked.train.groups)
     if args.report:
-        print(f"report        {report_folder(out, every_text=False)}")
+        held = {part.name: part.groups for part in (checked.train, *checked.valid)}
+        page = report_folder(out, every_text=False, records=lambda store: held.get(store.path.name))
+        print(f"report        {page}")
     stores = [out / "sketches" / part.name for part in (checked.train, *checked.valid)]
     print(f"sketches      {', '.join(map(str, stores))}")
     tell(

@@ -216,7 +216,7 @@ def select_best(stage: Stage) -> Result:
             **plan.export,
         )
     plot_scores(folder / "scores.png", scores, selection)
-    report_folder(folder, every_text=False)
+    report_folder(folder, every_text=False, records=lambda store: _records(stage, source, store.path.name))
     usable, chosen = scores.table[scores.usable], scores.table[selection.chosen]
     rates = [row.pass_rate for row, ok in zip(scores.rows, scores.usable) if ok]
     last = read_selection(plan.stage_folder(stage.number - 1) / "selected.jsonl") if stage.number else []
@@ -234,6 +234,15 @@ def select_best(stage: Stage) -> Result:
         "kept_from_last": len(set(ids) & set(last)) if stage.number else None,
         "last": len(last),
     }  # fmt: skip
+
+
+def _records(stage: Stage, source: data.Source, name: str) -> Any:
+    """The trajectories of one of the stage's stores."""
+    if name in ("train", EARLIER):
+        return stage.files(source.train)
+    files = dict(zip(data.set_names(source.valid), source.valid, strict=True))
+    path = files.get(name.removeprefix("valid-"))
+    return None if path is None else stage.files([path])
 
 
 def train(stage: Stage) -> Result:

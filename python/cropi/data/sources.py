@@ -33,6 +33,11 @@ class Source:
     name: str
     converted = False
 
+    @property
+    def files(self) -> list[str]:
+        """What it was made from, by names."""
+        return [self.name]
+
     def rows(self) -> Iterator[Row]:
         """The rows, from the first one."""
         raise NotImplementedError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +41,11 @@ def report_folder(
     *,
     check: str | Path | None = None,
     every_text: bool = True,
+    records: Callable[[SketchStore], Any] | None = None,
 ) -> Path:
     """Write the report page of a folder that holds ``scores.parquet`` and ``selected.jsonl``.
 
-    Trajectories are found by the paths that the stores note; what is not there any more is left out, and said so.
+    What is not there any more is left out, and said so.
 
     Args:
         folder: what ``cropi run --out``, a curriculum or one of its stages wrote.
@@ -52,6 +53,8 @@ def report_folder(
         check: what ``cropi check --out`` wrote; None: ``check.json`` in the folder, if it is there.
         every_text: read the trajectories through, so that every prompt's text can be searched; else only the prompts
             that are shown in full are read, by their places in the files.
+        records: the trajectories of a store, as :func:`cropi.data.readers.read` takes them, or None where they are not
+            there; by default the files that the store notes (:func:`noted_files`).
 
     Returns:
         The page's path.
@@ -67,10 +70,16 @@ def report_folder(
         return curriculum_page(root, out)
     page = root / "report.html" if out is None else Path(out)
     with one_at_a_time(page):  # of two, the one that read last writes last
-        return _report(root, page, check, every_text)
+        return _report(root, page, check, every_text, records or noted_files)
 
 
-def _report(root: Path, page: Path, check: str | Path | None, every_text: bool) -> Path:
+def _report(
+    root: Path,
+    page: Path,
+    check: str | Path | None,
+    every_text: bool,
+    records: Callable[[SketchStore], Any],
+) -> Path:
     scores = read_scores(root / SCORES)
     if not os.path.isfile(root / "selected.jsonl"):
         raise CropiError(
@@ -80,7 +89,7 @@ def _report(root: Path, page: Path, check: str | Path | None, every_text: bool) 
     train, valid, unfinished = _stores(root, scores)
     missing = str(scores.meta.get("uncertainty_missing", "the table comes from an earlier release"))
     given = ReportInput(
-        scores, selection, _shown(train, scores, selection, every_text),
+        scores, selection, _shown(None if train is None else _records(train, records), scores, selection, every_text),
         uncertainty=Uncertainty.of(scores), unfinished=unfinished,
         uncertainty_missing=missing,
         check=_check(root, check, scores), run=_run(scores, train), command=_note(train, "command"),
@@ -91,7 +100,7 @@ def _report(root: Path, page: Path, check: str | Path | None, every_text: bool) 
 
         some = [row.id for store in valid for row in store.rows() if row.status == OK][:SHOWN]
         given.neighbours = neighbours(train, valid, ids=some)
-        given.validation_texts = _texts(valid, some)
+        given.validation_texts = _texts(valid, some, records)
     write_report(page, given)
     return page
 
@@ -150,31 +159,35 @@ def _stores(root: Path, scores: Scores) -> tuple[SketchStore | None, list[Sketch
     return train, valid, ""
 
 
-def _records(train: SketchStore | None) -> PromptGroups | None:
-    """The records of a store, or None where their files are not there any more."""
-    paths = [Path(path) for path in (_notes(train).get("trajectories") or [])]
-    if not paths or not all(is_there(path) for path in paths):
-        return None
+def noted_files(store: SketchStore) -> list[str] | None:
+    """The files that a store was made from, or None where they are not there any more."""
+    paths = list(map(str, _notes(store).get("trajectories") or []))
+    return paths if paths and all(is_there(Path(path)) for path in paths) else None
+
+
+def _records(store: SketchStore, records: Callable[[SketchStore], Any]) -> PromptGroups | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        columns = (train.manifest.get("tokens") or {}).get("columns") if train is not None else None
-        return read(paths, skip_bad=True, columns=columns)
+        held = records(store)
+        columns = (store.manifest.get("tokens") or {}).get("columns")
+        return None if held is None else read(held, skip_bad=True, columns=columns)
 
 
 def _shown(
-    train: SketchStore | None, scores: Scores, selection: Selection, every_text: bool
+    groups: PromptGroups | None, scores: Scores, selection: Selection, every_text: bool
 ) -> Iterable[PromptGroup]:
     """The records that the page needs."""
-    groups = _records(train)
     if groups is None or every_text:
         return groups or ()
     return groups.take([scores.rows[i].id for i in sorted(shown_in_full(scores, selection))])
 
 
-def _texts(valid: list[SketchStore], names: Sequence[str]) -> dict[str, str]:
+def _texts(
+    valid: list[SketchStore], names: Sequence[str], records: Callable[[SketchStore], Any]
+) -> dict[str, str]:
     texts: dict[str, str] = {}
     for store in valid:
-        groups = _records(store)
+        groups = _records(store, records)
         for group in groups.take([name for name in names if name in store]) if groups is not None else ():
             prompt = group.prompt if isinstance(group.prompt, str) else last_message(group.prompt)
             texts[group.id] = prompt

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from cropi.data.readers import PromptGroups
 from cropi.data.scan import Scan
 from cropi.errors import CropiError, warn
 from cropi.files import is_file
@@ -115,6 +116,8 @@ class SketchJob(Grouping, Tokens, Running, Storing):
         held = self.trajectories
         if isinstance(held, (str, Path)):
             return [str(held)]
+        if isinstance(held, PromptGroups):
+            return [name for source in held.sources for name in source.files]
         if isinstance(held, Sequence) and all(isinstance(part, (str, Path)) for part in held):
             return [str(part) for part in held]
         return [str(getattr(held, "names", type(held).__name__))]

@@ -109,7 +109,11 @@ class DumpSource(PathSource):
 
     def __init__(self, path: Path, name: str, left: Left, folder: tempfile.TemporaryDirectory[str]) -> None:
         super().__init__(path, f"{name}, as records")
-        self.left, self._folder = left, folder
+        self.left, self._folder, self._given = left, folder, name
+
+    @property
+    def files(self) -> list[str]:
+        return [self._given]
 
 
 class Dumps:
