@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -21,9 +22,10 @@ from .apart import MIXED, Apart
 from .batch_sketch import BatchSketch
 from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage
-from .decoder import split_model
+from .decoder import output_embeddings, split_model, split_parts
 from .groups import width
 from .head import PolicyGradient, failed_segments, head_pass, scored_segments
+from .head_adapters import base_of
 from .head_trial import policy_self_test
 from .host import on_device
 from .inputs import (
@@ -122,6 +124,7 @@ class GradientSketcher:
         self.model, self.spec = self._tapped.model, spec
         self._linears = PackedLinears(self.model.parameters(), sharded.linears_of(self.model, linears))
         self._split: SplitModel | None = None
+        self._head = base_of(output_embeddings(self.model))  # of which the taps know
         self._verify = verify
         self._shape: object = None  # of the model's code, when it was tested
         self._batch_tested = self._apart_tested = False
@@ -409,6 +412,14 @@ class GradientSketcher:
     def _taken_apart(self) -> SplitModel:
         """The model's decoder and head; the first call checks them, and everything that `policy_gradient` relies on."""
         self._no_batch()
+        if base_of(output_embeddings(self.model)) is not self._head:
+            raise ValueError(
+                "another module is the model's head than when this GradientSketcher was made (another adapter is "
+                "active?): make a new one"
+            )
+        # Adapters of the head may have been switched, or their scale changed.
+        if self._split is not None and (now := split_parts(self.model).adapters) != self._split.adapters:
+            self._split = dataclasses.replace(self._split, adapters=now)
         if self._split is None:
             with own_precision(self.model), torch.enable_grad():
                 with calls(self._tapped.plan.taps) as called:

@@ -169,6 +169,34 @@ def test_lora_on_the_head_of_half_a_precision_and_its_log_probs() -> None:
     assert 0 < off(got, exact) <= 2 * off(own, exact), off(own, exact)
 
 
+def test_the_scale_of_the_heads_adapter_is_that_of_the_pass() -> None:
+    from peft.helpers import rescale_adapter_scale
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+    model, batch = zoo.with_adapter(zoo.make("llama", tie_word_embeddings=False), config), zoo.padded()
+    with GradientSketcher(model, SPEC) as sketcher:
+        before = batch.sketch(sketcher).sketches
+        with rescale_adapter_scale(model, 3.0):
+            got = batch.sketch(sketcher).sketches
+        assert torch.equal(batch.sketch(sketcher).sketches, before)
+    with rescale_adapter_scale(model, 3.0):
+        assert torch.equal(zoo.sketched(model, spec=SPEC), got)
+    assert not torch.allclose(got, before, rtol=0.1)
+
+
+def test_another_head_than_that_of_the_taps_is_refused() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model: Any = zoo.with_adapter(zoo.make("llama", tie_word_embeddings=False), config)
+    model.add_adapter("other", config)
+    with GradientSketcher(model, SPEC) as sketcher:
+        before = zoo.padded().sketch(sketcher).sketches
+        model.base_model.set_adapter("other")
+        with pytest.raises(ValueError, match="another module is the model's head .* make a new one"):
+            zoo.padded().sketch(sketcher)
+        model.base_model.set_adapter("default")
+        assert torch.equal(zoo.padded().sketch(sketcher).sketches, before)
+
+
 def test_dropout_of_the_heads_adapter_is_refused() -> None:
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.1)
     model = zoo.with_adapter(zoo.make("llama"), config)
