@@ -167,8 +167,21 @@ def test_scan_counts_and_its_fingerprint_ignores_compression(tmp_path: Path) -> 
         assert scan([tmp_path / name]).fingerprint == found.fingerprint
     changed = scan([write_lines(tmp_path / "u.jsonl", [GOOD | {"rewards": [0, 1]}, *records[1:]])])
     assert changed.fingerprint != found.fingerprint
-    with pytest.warns(LossyTokens, match="1 of 3 records have no response_ids"):
+    with pytest.warns(
+        LossyTokens, match="1 of 3 records have no response_ids.*; 1 of them do not say which.*--no-eos"
+    ):
         warn_lossy(found)
+    with pytest.warns(LossyTokens, match="to be exact$"):
+        warn_lossy(found, eos=False)
+    told = scan(
+        [
+            write_lines(
+                tmp_path / "v.jsonl", [one | {"truncated": [True] * len(one["rewards"])} for one in records]
+            )
+        ]
+    )
+    with pytest.warns(LossyTokens, match="to be exact$"):
+        warn_lossy(told)
 
 
 def test_behaviour_source_is_decided_once_for_all_records(tmp_path: Path) -> None:

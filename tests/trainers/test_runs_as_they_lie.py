@@ -18,6 +18,7 @@ from cropi.data.scan import LossyTokens, check_pool, scan
 from cropi.errors import CropiError
 from cropi.trainers.dumps.auto import opened
 from cropi.trainers.dumps.reading import Reading
+from cropi.trainers.dumps.rollout import Rollout, group_rollouts
 
 lossy = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 
@@ -365,6 +366,16 @@ def test_a_last_line_that_was_cut_off_is_said_to_be_that(kind: str, tmp_path: Pa
         CropiError, match=r"jsonl:4, line: not a JSON object: .* at column \d+, where the line ends: .*jq -c"
     ):
         groups(path)
+
+
+def test_a_response_that_was_cut_stays_so_beside_one_of_which_nothing_is_said() -> None:
+    """All responses of its prompt had got an end token."""
+    said = [Rollout("a", float(k), 0, f"f:{k}", prompt="p", response="r", truncated=cut)
+            for k, cut in enumerate((None, True, False))]  # fmt: skip
+    (group,) = group_rollouts(said)
+    assert group.truncated == [False, True, False]
+    (group,) = group_rollouts(said[:1])
+    assert group.truncated is None
 
 
 @lossy

@@ -34,6 +34,7 @@ class Scan:
     by_file: dict[str, list[int]] = field(default_factory=dict)
     with_ids: int = 0
     with_prompt_ids: int = 0
+    without_ends: int = 0  # responses are text, and which of them a limit cut is not said
     with_logprobs: int = 0
     without_logprobs: str = ""  # where the first record without log-probs stands
     largest_id: tuple[int, str] = (-1, "")  # the largest token id and where it stands
@@ -80,6 +81,7 @@ class Scan:
         prompt, sizes = group.lengths
         self.with_ids += sizes is not None
         self.with_prompt_ids += prompt is not None
+        self.without_ends += sizes is None and group.truncated is None
         if group.has_logprobs:
             self.with_logprobs += 1
         elif not self.without_logprobs:
@@ -151,16 +153,24 @@ def scan(
     return counts
 
 
-def warn_lossy(counts: Scan) -> None:
-    """Say once that records without token ids will be tokenised again from their text."""
+def warn_lossy(counts: Scan, eos: bool = True) -> None:
+    """Say once that records without token ids will be tokenised again from their text, and of how many it is not known
+    which responses were cut; ``eos``: whether these get an end token."""
     lossy = counts.prompts - counts.with_ids
-    if lossy:
-        warn(
-            f"{lossy} of {counts.prompts} records have no response_ids: their responses are tokenised again "
-            "from text, which may give other tokens than were sampled; store token ids to be exact",
-            LossyTokens,
-            stacklevel=2,
+    if not lossy:
+        return
+    ends = ""
+    if eos and counts.without_ends:
+        ends = (
+            f"; {counts.without_ends} of them do not say which responses a limit cut, and each is taken for whole "
+            "and gets an end token: add 'truncated', or give --no-eos"
         )
+    warn(
+        f"{lossy} of {counts.prompts} records have no response_ids: their responses are tokenised again "
+        f"from text, which may give other tokens than were sampled; store token ids to be exact{ends}",
+        LossyTokens,
+        stacklevel=2,
+    )
 
 
 def check_covered(

@@ -186,7 +186,8 @@ def _line(name: str, members: list[Rollout]) -> str:
         "response_ids": [m.response_ids for m in members] if first.response_ids is not None else None,
         "logprobs": [m.logprobs for m in members] if all(m.logprobs is not None for m in members) else None,
         "loss_mask": [m.loss_mask or [1] * len(m.response_ids or ()) for m in members] if masked else None,
-        "truncated": cut if all(value is not None for value in cut) else None,
+        # One of which it is not known is taken for whole, as where it is known of none.
+        "truncated": list(map(bool, cut)) if any(value is not None for value in cut) else None,
         "rewards": [m.reward for m in members], "temperature": first.temperature,
         "policy": f"step {max(m.step for m in members)}", RENDERED: isinstance(first.prompt, str) or None,
         **first.extra,
