@@ -94,6 +94,18 @@ def influence_and_pairs(folder: Path) -> None:
     influence(folder, pairs=True)
 
 
+def influence_and_draws(folder: Path) -> None:
+    """All that `cropi influence` does before it writes: the choice is made again 200 + 50 (sets + 1) times."""
+    from cropi import pipeline
+    from cropi.options import Influence
+    from cropi.store.store import SketchStore
+
+    scores = pipeline.score(
+        SketchStore.open(folder / "train"), [SketchStore.open(folder / "valid")], Influence()
+    )
+    assert scores.p_selected is not None
+
+
 def opening(folder: Path) -> None:
     """The headers alone."""
     from cropi.store.store import SketchStore
@@ -119,7 +131,7 @@ def many_shards(folder: Path, count: int) -> None:
 
 
 MEASURES: dict[str, Callable[[Path], None]] = {
-    f.__name__: f for f in (plain_reading, influence, influence_and_pairs, opening)
+    f.__name__: f for f in (plain_reading, influence, influence_and_pairs, influence_and_draws, opening)
 }
 
 
@@ -172,9 +184,10 @@ def main() -> None:
             size = sum(path.stat().st_size for path in (folder / "train").iterdir()) / 1e9
             for cold in (True, False):
                 reading = measured("plain_reading", folder, cold=cold)
-                for measure in ("influence", "influence_and_pairs"):
+                for measure in ("influence", "influence_and_pairs", "influence_and_draws"):
                     found = measured(measure, folder, cold=cold)
-                    source = ("disk" if cold else "cache") + ", with pairs" * (measure != "influence")
+                    source = "disk" if cold else "cache"
+                    source += measure.removeprefix("influence").replace("_and_", ", with ")
                     print(
                         f"| {rows} | {size:.2f} | {source} "
                         f"| {size / reading['seconds']:.2f} | {size / found['seconds']:.2f} "

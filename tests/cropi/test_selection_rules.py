@@ -18,10 +18,11 @@ from cropi.options import Influence, Selecting
 from cropi.ranking.distinct import Distinct, diverse, unit_sketches
 from cropi.ranking.draws import draw, normal_scores, soft_weights
 from cropi.ranking.influence import Scores, influence
+from cropi.ranking.rule import Rule
 from cropi.ranking.selection import OtherChoices, select
 from cropi.ranking.shares import apportion, read_quotas
 from cropi.ranking.table import read_scores, write_scores
-from cropi.ranking.values import best_of, fuse_ranks, order_of
+from cropi.ranking.values import FROM_SCORES, best_of, fuse_ranks, order_of
 from cropi.store.shards import RowInfo
 
 
@@ -430,3 +431,19 @@ def test_what_is_chosen_without_sorting_is_what_sorting_chooses(kinds: int, size
         fused = np.zeros(size)
         fused[np.lexsort((ties, -value))[:n]] = 1.0 / np.arange(1, min(n, size) + 1)
         np.testing.assert_array_equal(fuse_ranks(value[:, None], ties, n), fused)
+
+
+@pytest.mark.parametrize("per", ["pool", "task"])
+@pytest.mark.parametrize("method", FROM_SCORES)
+def test_columns_counted_in_two_parts_choose_what_the_whole_table_does(method: str, per: str) -> None:
+    table = np.random.default_rng(0).standard_normal((60, 3))
+    rows = [RowInfo(f"p{i:02d}", task="ab"[i % 5 == 0]) for i in range(60)]
+    rule = Rule(rows, np.arange(60), Selecting(fraction=0.2, method=method, per=per))
+    whole = rule.choose(table)
+    orders, _ = rule.rank(table)
+    first = [order[:n] for order, (_, n) in zip(orders, rule.groups, strict=True)]
+    assert sorted(whole) == sorted(np.concatenate(first))
+    for v in range(3):
+        beside = rule.counted(np.delete(table, v, axis=1))
+        assert sorted(rule.choose(table[:, [v]], beside)) == sorted(whole)
+        assert sorted(rule.choose(table[:, [v]])) != sorted(whole), "the other columns count"

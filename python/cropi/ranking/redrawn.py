@@ -13,7 +13,7 @@ For a rule that runs in groups (files, tasks), means and variances are those wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ def redrawn(
     sets: Sequence[ResampledSet],
     table: np.ndarray,
     rule: Rule,
-    contrasted: Callable[[list[np.ndarray]], np.ndarray],
+    shares: np.ndarray,
     own: np.ndarray | None,
     draws: int,
     seed: int,
@@ -49,69 +49,70 @@ def redrawn(
         sets: what scores are drawn from.
         table: the scores by all validation prompts, float64 ``[n, ranked sets]``.
         rule: of the choice.
-        contrasted: makes a table of the sets' scores.
+        shares: what each set's scores count for in the columns of a table, float64 ``[sets, ranked sets]``.
         own: what other responses of their own would move scores by, of some prompts ``[m, ranked sets]``, or None.
     """
     rng, n = np.random.default_rng(seed), len(table)
     chosen, counts, halves = _mask(rule.choose(table), n), np.zeros(n), 0.0
-    for other in _tables(sets, sets, table, rule, contrasted, own, draws, rng):
+    for other in _tables(sets, table, rule, shares, own, draws, rng):
         counts[rule.choose(other)] += 1
-    small = max(draws // 4, 2)
-    alone = {
-        one.name: float(
-            np.mean(
-                [
-                    chosen[rule.choose(other)].mean()
-                    for other in _tables(sets, [one], table, rule, contrasted, None, small, rng)
-                ]
-            )
-        )
-        for one in sets
-    }
+    small, alone = max(draws // 4, 2), {}
+    for one, share in zip(sets, shares, strict=True):
+        moving = np.flatnonzero(share)
+        beside = rule.counted(np.delete(table, moving, axis=1))
+        others = _tables([one], table[:, moving], rule, share[None, moving], None, small, rng)
+        alone[one.name] = float(np.mean([chosen[rule.choose(other, beside)].mean() for other in others]))
     for _ in range(small):
         drawn = [one.scores(np.stack(one.halves(rng))) for one in sets]
-        sides = [rule.choose(contrasted([scores[side] for scores in drawn])) for side in (0, 1)]
+        sides = [rule.choose(combined([scores[side] for scores in drawn], shares)) for side in (0, 1)]
         halves += float(_mask(sides[0], n)[sides[1]].mean()) / small
     return Moved(counts / draws, float(counts[chosen].mean()) / draws, alone, halves)
 
 
 def _tables(
     sets: Sequence[ResampledSet],
-    anew: Sequence[ResampledSet],
     table: np.ndarray,
     rule: Rule,
-    contrasted: Callable[[list[np.ndarray]], np.ndarray],
+    shares: np.ndarray,
     own: np.ndarray | None,
     draws: int,
     rng: np.random.Generator,
 ) -> Iterator[np.ndarray]:
-    """Score tables by other prompts of the sets ``anew`` (and other responses of the training prompts), as the head of
-    this file has them; the other arguments are those of :func:`redrawn`."""
-    n, still = len(table), np.zeros(len(table))
+    """Score tables by other prompts of the sets (and other responses of the training prompts), as the head of this
+    file has them; the arguments are those of :func:`redrawn`. A table is overwritten by the next one."""
+    n, moved = len(table), np.empty_like(table)
     together = max(1, MOST_SCORES // (len(sets) * n))
     shrunk, factor = table, np.ones(table.shape[1])
     for start in range(0, draws, together):
         count = min(together, draws - start)
-        moves = [
-            one.moves(np.stack([one.resample(rng) for _ in range(count)])) if one in anew else None
-            for one in sets
-        ]
-
-        def of_draw(i: int) -> np.ndarray:
-            return contrasted([still if one is None else one[i] for one in moves])  # noqa: B023
-
+        moves = [one.moves(np.stack([one.resample(rng) for _ in range(count)])) for one in sets]
         if start == 0:
-            noise = np.mean([_within(of_draw(i), rule)[1] for i in range(count)], axis=0)
+            of_draws = (combined([one[i] for one in moves], shares, moved) for i in range(count))
+            noise = np.mean([_within(of_draw, rule)[1] for of_draw in of_draws], axis=0)
             noise += 0.0 if own is None else np.square(own).mean(axis=0)
             centre, spread = _within(table, rule)
-            share = np.divide(noise, spread, out=np.zeros_like(noise), where=spread > 0)
-            kept = np.maximum(1 - share, 0.0)
+            part = np.divide(noise, spread, out=np.zeros_like(noise), where=spread > 0)
+            kept = np.maximum(1 - part, 0.0)
             shrunk, factor = centre + kept * (table - centre), np.sqrt(1 + kept)
         for i in range(count):
-            moved = of_draw(i)
+            combined([one[i] for one in moves], shares, moved)
             if own is not None:
-                moved = moved + own[rng.integers(0, len(own), n)] * rng.choice((-1.0, 1.0), n)[:, None]
-            yield shrunk + factor * moved
+                moved += own[rng.integers(0, len(own), n)] * rng.choice((-1.0, 1.0), n)[:, None]
+            moved *= factor
+            moved += shrunk
+            yield moved
+
+
+def combined(of_sets: Sequence[np.ndarray], shares: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Every set's numbers, ``[n]`` each, by the shares ``[sets, columns]``: float64 ``[n, columns]``, a column in one
+    run."""
+    table = np.empty((shares.shape[1], len(of_sets[0]))).T if out is None else out
+    for v, column in enumerate(shares.T):
+        first, *others = np.flatnonzero(column).tolist()
+        np.multiply(of_sets[first], column[first], out=table[:, v])
+        for i in others:
+            table[:, v] += column[i] * of_sets[i]
+    return table
 
 
 def _within(table: np.ndarray, rule: Rule) -> tuple[np.ndarray, np.ndarray]:

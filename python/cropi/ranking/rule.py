@@ -17,7 +17,16 @@ from cropi.errors import CropiError
 from cropi.options import Selecting
 from cropi.ranking.shares import apportion, how_many, part_of, read_quotas, with_quotas
 from cropi.ranking.table_rows import values_of
-from cropi.ranking.values import FROM_SCORES, baseline, best_of, drawn_ties, order_of, ranks_of, value_of
+from cropi.ranking.values import (
+    FROM_SCORES,
+    baseline,
+    best_of,
+    counted,
+    drawn_ties,
+    order_of,
+    ranks_of,
+    value_of,
+)
 from cropi.store.rows import RowInfo
 
 _OF_SCORES = (*FROM_SCORES, "p_selected")
@@ -151,7 +160,7 @@ class Rule:
         orders, values = [], np.full(len(table), np.nan)
         ties = self.ties if given.method in _OF_SCORES else drawn_ties(self.ids, given.select_seed)
         for places, n in self.groups:
-            own = table if len(places) == len(table) else table[places]
+            own = _of(table, places)
             if given.method in FROM_SCORES:
                 value, beyond = value_of(own, ties[places], n, given.method, given.rrf_constant)
             elif given.method == "p_selected":
@@ -163,16 +172,24 @@ class Rule:
             values[places] = value
         return orders, values
 
-    def choose(self, table: np.ndarray) -> np.ndarray:
+    def choose(self, table: np.ndarray, beside: np.ndarray | None = None) -> np.ndarray:
         """The chosen prompts' places, int64, in any order, by a method of
-        :data:`~cropi.ranking.values.FROM_SCORES`."""
-        chosen, given = [], self.options
+        :data:`~cropi.ranking.values.FROM_SCORES`; with ``beside`` (:meth:`counted`), by further columns, too."""
+        value = self.counted(table, beside)
+        return np.concatenate([
+            places[best_of(_of(value, places), None, _of(self.ties, places), n)] for places, n in self.groups
+        ])  # fmt: skip
+
+    def counted(self, table: np.ndarray, beside: np.ndarray | None = None) -> np.ndarray:
+        """What prompts are chosen by, float64 ``[usable]``: fused ranks within every group, the highest score, or the
+        sum of scores. Tables that have columns in common need these counted once; ``beside`` is theirs."""
+        given, value = self.options, np.zeros(len(table))
         for places, n in self.groups:
-            whole = len(places) == len(table)
-            own, ties = (table, self.ties) if whole else (table[places], self.ties[places])
-            value, beyond = value_of(own, ties, n, given.method, given.rrf_constant)
-            chosen.append(places[best_of(value, beyond, ties, n)])
-        return np.concatenate(chosen)
+            value[places] = counted(
+                _of(table, places), _of(self.ties, places), n, given.method, given.rrf_constant,
+                None if beside is None else _of(beside, places),
+            )  # fmt: skip
+        return value
 
     def near_the_cut(self, table: np.ndarray, share: float) -> np.ndarray:
         """Prompts within ``share`` of the chosen number of places from the last one that is chosen, int64."""
@@ -182,3 +199,8 @@ class Rule:
             width = max(1, round(share * n))
             near.append(order[max(0, n - width) : n + width])
         return np.concatenate(near)
+
+
+def _of(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The values of a group, which are not copied where it holds all prompts."""
+    return values if len(places) == len(values) else values[places]

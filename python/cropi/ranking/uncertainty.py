@@ -30,7 +30,7 @@ from cropi.errors import CropiError
 from cropi.option_fields import one_of
 from cropi.options import Selecting
 from cropi.ranking.contrast import names_without, without
-from cropi.ranking.redrawn import redrawn
+from cropi.ranking.redrawn import combined, redrawn
 from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
 from cropi.ranking.rule import Rule
 from cropi.ranking.scores import DEFAULT_SET, Scores
@@ -241,10 +241,8 @@ def uncertainty(
     kept_sets = names_without(pairs.sets, minus)
     ranked = [everyone[name] for name in kept_sets]
 
-    def contrasted(columns: list[np.ndarray]) -> np.ndarray:
-        return without(np.stack(columns).T, pairs.sets, minus, minus_weight)  # a column in one run
-
-    table = contrasted([one.score(one.base) for one in sets])
+    shares = without(np.eye(len(sets)), pairs.sets, minus, minus_weight)
+    table = combined([one.score(one.base) for one in sets], shares)
     own = None if noise is None else without(noise.own, pairs.sets, minus, minus_weight)
     if own is not None and not len(own):
         own = None
@@ -254,7 +252,7 @@ def uncertainty(
 
     of_own = np.zeros(len(ranked)) if own is None else np.square(own).mean(axis=0)
     stderr = np.sqrt(variances(np.stack([one.stderr() for one in sets], axis=1) ** 2) + of_own)
-    moved = redrawn(sets, table, rule, contrasted, own, draws, seed)
+    moved = redrawn(sets, table, rule, shares, own, draws, seed)
     near = rule.near_the_cut(table, BAND)
     full, p_selected = np.full((len(pairs.rows), len(ranked)), math.nan), np.full(len(pairs.rows), math.nan)
     scores = full.copy()

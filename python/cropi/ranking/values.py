@@ -84,10 +84,13 @@ def _above(value: np.ndarray, n: int) -> np.ndarray:
 
 def _ranked(column: np.ndarray, ties: np.ndarray, n: int) -> np.ndarray:
     """The first ``n`` places by value and then by ties, int64."""
-    best = best_of(column, None, ties, n)
-    order = best[np.argsort(-column[best])]
-    held = column[order]
-    return best[np.lexsort((ties[best], -column[best]))] if (held[1:] == held[:-1]).any() else order
+    some = _above(column, n)
+    values = -column[some]
+    order = np.argsort(values)
+    held = values[order[: n + 1]]
+    if (held[1:] == held[:-1]).any():
+        order = np.lexsort((ties[some], values))
+    return some[order[:n]]
 
 
 def value_of(
@@ -99,14 +102,33 @@ def value_of(
     Outside of every list that CROPI's fusion cuts all values are 0; the highest score keeps that end in a meaningful
     order.
     """
-    best = table.max(axis=1)
+    best, value = table.max(axis=1), counted(table, ties, n, method, constant)
     if method == "rrf":
-        fused = fuse_ranks(table, ties, n)
-        best[fused != 0] = 0.0
-        return fused, best
-    if method == "rrf_classic":
-        return fuse_ranks(table, ties, None, constant), np.zeros(len(best))
-    return (best if method == "max" else table.mean(axis=1)), np.zeros(len(best))
+        best[value != 0] = 0.0
+        return value, best
+    return (value / table.shape[1] if method == "mean" else value), np.zeros(len(best))
+
+
+def counted(
+    table: np.ndarray,
+    ties: np.ndarray,
+    n: int,
+    method: str,
+    constant: float,
+    beside: np.ndarray | None = None,
+) -> np.ndarray:
+    """What a method of :data:`FROM_SCORES` chooses by, float64 ``[prompts]``: fused ranks, the highest score, or the
+    sum of the scores. ``beside`` is the same of further columns."""
+    if method == "max":
+        value = table.max(axis=1, initial=-math.inf)
+        return value if beside is None else np.maximum(value, beside)
+    if method == "mean":
+        value = table.sum(axis=1)
+    elif method == "rrf":
+        value = fuse_ranks(table, ties, n)
+    else:
+        value = fuse_ranks(table, ties, None, constant)
+    return value if beside is None else value + beside
 
 
 def baseline(method: str, rates: np.ndarray) -> np.ndarray:
