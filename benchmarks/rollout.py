@@ -24,6 +24,7 @@ from cropi.errors import optional
 from cropi.gradient.tokenize import Tokenize
 from cropi.rollouts.draw import uniforms
 from cropi.rollouts.engine import Request
+from cropi.rollouts.generate import past
 from cropi.rollouts.hf import HfEngine
 from cropi.rollouts.options import Sampling
 
@@ -42,8 +43,8 @@ def plain(model: Any, requests: Sequence[Request], ends: frozenset[int]) -> dict
     mask = torch.tensor([[0] * short + [1] * (width - short) for short in missing])
     cache = optional("transformers").DynamicCache(config=model.config)
     logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), past_key_values=cache,
-        use_cache=True, logits_to_keep=1,
+        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=True,
+        logits_to_keep=1, **past(model, cache),
     ).logits[:, -1]  # fmt: skip
     cache.batch_repeat_interleave(SAMPLING.n)
     logits, mask = (part.repeat_interleave(SAMPLING.n, 0) for part in (logits, mask))
@@ -67,7 +68,7 @@ def plain(model: Any, requests: Sequence[Request], ends: frozenset[int]) -> dict
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = model(
             input_ids=tokens[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache, use_cache=True,
+            use_cache=True, **past(model, cache),
         ).logits[:, -1]  # fmt: skip
     return {request.name: made[i * SAMPLING.n : (i + 1) * SAMPLING.n] for i, request in enumerate(requests)}
 

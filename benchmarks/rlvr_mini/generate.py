@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from benchmarks.rlvr_mini.decode import Decoder
 from benchmarks.rlvr_mini.tasks import END
+from cropi.rollouts.generate import past
 
 MAX_RESPONSE = 12
 SHRINK = 0.75
@@ -54,7 +55,7 @@ def _batch(
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=model.config)
     logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **past(model, cache)
     ).logits[:, -1]
     decoder = Decoder(model, cache, count, mask.bool(), longest)
     logits = logits.repeat_interleave(count, 0)

@@ -14,7 +14,7 @@ from .host import values
 
 # What a pass gives to the model itself: see `model_inputs`.
 _OWN = (
-    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "past_key_values", "use_cache",
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "past_key_values", "cache", "use_cache",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import cropi
 from cropi.errors import CropiError, RecordError
 from cropi.rollouts import trial
 from cropi.rollouts.file import RolloutFile
+from cropi.rollouts.generate import past
 from cropi.rollouts.hf import FewerRows, HfEngine
 
 
@@ -125,7 +126,7 @@ class Places(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **inputs: Any) -> Any:
         start = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs["position_ids"] = torch.arange(start, start + input_ids.shape[1])[None]
-        return self.model(input_ids, past_key_values=past_key_values, **inputs)
+        return self.model(input_ids, **past(self.model, past_key_values), **inputs)
 
 
 class Forgets(Places):
@@ -136,6 +137,21 @@ class Forgets(Places):
         return self.model(input_ids, position_ids=inputs.get("position_ids"), use_cache=False)
 
 
+class Renamed(Places):
+    """One that has its cache under the name of transformers 5.24, and no other."""
+
+    def forward(self, input_ids: torch.Tensor, cache: Any = None, **inputs: Any) -> Any:
+        assert "past_key_values" not in inputs
+        return self.model(input_ids, **past(self.model, cache), **inputs)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_keys_and_values_go_in_by_the_name_that_the_model_has(tmp_path: Path) -> None:
+    model = make_model()
+    policy = cropi.Policy(Renamed(model), make_tokenizer(chat=True), name="llama")
+    close_to_teacher_forced(model, rolled_policy(tmp_path / "out.jsonl", policy))
+
+
 def test_a_model_that_padding_moves_is_given_prompts_of_one_length(tmp_path: Path) -> None:
     """GPT-2's positions are absolute, so that a column in place of a position shows."""
     model = make_model("gpt2")
@@ -143,7 +159,11 @@ def test_a_model_that_padding_moves_is_given_prompts_of_one_length(tmp_path: Pat
     with pytest.raises(CropiError, match="Forgets does not decode with a cache.*--engine vllm or"):
         trial.way_of(Forgets(model), 20)
     policy = cropi.Policy(Places(model), make_tokenizer(chat=True), name="gpt2")
-    records = rolled_policy(tmp_path / "out.jsonl", policy)
+    close_to_teacher_forced(model, rolled_policy(tmp_path / "out.jsonl", policy))
+
+
+def close_to_teacher_forced(model: Any, records: list[dict[str, Any]]) -> None:
+    assert records
     for record in records:
         want = teacher_forced(model, record, 0)
         got = torch.tensor(record["logprobs"][0], dtype=torch.float64)

@@ -165,8 +165,8 @@ class Decoding:
         if self._positions:
             places["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         out = self.model(
-            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
-            **places, **self._last_only,
+            input_ids=ids, attention_mask=self.mask, use_cache=True,
+            **past(self.model, self.cache), **places, **self._last_only,
         )  # fmt: skip
         self.logits = out.logits[:, -1]
 
@@ -175,6 +175,11 @@ def takes(model: Any, name: str) -> bool:
     """Whether the model's forward has this argument, as far as its signature says."""
     accepted = _parameters(model)
     return name in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+
+
+def past(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument that hands the model its keys and values: its name has changed with transformers 5.24."""
+    return {"cache" if "cache" in _parameters(model) else "past_key_values": cache}
 
 
 def last_logits(model: Any, count: int) -> dict[str, int]:

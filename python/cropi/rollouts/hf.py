@@ -23,7 +23,7 @@ from cropi.model.policy import Policy, check_dropout
 from cropi.rollouts.beginnings import families
 from cropi.rollouts.cache import bytes_of, make_cache
 from cropi.rollouts.engine import Request, Response, Sampling
-from cropi.rollouts.generate import generate
+from cropi.rollouts.generate import generate, past
 from cropi.rollouts.trial import way_of
 from cropi_kernels.frozen import Linears, PackedLinears, unsupported
 from cropi_kernels.sketcher.precision import own_precision
@@ -186,7 +186,7 @@ class HfEngine:
         for count in (8, 16):
             cache = make_cache(model)
             ids = torch.zeros(1, count, dtype=torch.long, device=device)
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **past(model, cache))
             sizes.append(bytes_of(cache))
         grows = max(sizes[1] - sizes[0], 0) / 8
         # Half as much again is for the room of keys and values to grow, and for the rows that leave.
